@@ -1,0 +1,41 @@
+# `make demo` and `make test` are all a fresh machine needs: both install first.
+python := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all format clean
+
+help:
+	@echo "make demo      fine-tune the embedded small model, install first if needed"
+	@echo "make test      lint, types, import contracts and the quick tests, install first if needed"
+	@echo "make test-all  the same with the slow tests"
+	@echo "make install   only the installation into .venv"
+	@echo "make format    apply ruff's format and its safe fixes"
+	@echo "make clean     remove caches and build files; .venv and runs stay"
+
+install:
+	@bash tools/install.sh
+
+demo: install
+	$(python) launch/demo.py
+
+# The tests use no network: nothing may wait for a hub that cannot be reached.
+test test-all: export HF_HUB_OFFLINE := 1
+test test-all: export TOKENIZERS_PARALLELISM := false
+test: selection := -m "not slow"
+test test-all: install
+	@failed=; \
+	check() { name=$$1; shift; "$$@" || failed="$$failed $$name"; }; \
+	check lint $(python) -m ruff check .; \
+	check format $(python) -m ruff format --check .; \
+	check types $(python) -m mypy; \
+	check imports .venv/bin/lint-imports --no-logo; \
+	test -z "$$failed" || echo "failed before the tests:$$failed"; \
+	$(python) -m pytest $(selection) --cov --cov-report=term:skip-covered && test -z "$$failed"
+
+format: install
+	$(python) -m ruff format .
+	$(python) -m ruff check --fix .
+
+clean:
+	rm -rf build dist *.egg-info .coverage .coverage.* .hypothesis .benchmarks .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

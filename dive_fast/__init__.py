@@ -1,0 +1,1 @@
+"""Fine-tune CLIP by DiVE (Difference Vector Equalization) without losing its robustness, fast."""

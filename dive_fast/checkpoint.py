@@ -1,0 +1,92 @@
+"""Saving and resuming a run, and exporting its model to open_clip."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from dive_fast import towers
+from dive_fast.config import ConfigError
+from dive_fast.engine import Engine, LossScale
+
+COMPLETE = "complete"
+"""A file that stands in a checkpoint's folder once every rank has written its part. DeepSpeed's own `latest` is
+written before its last barrier, so it can name a checkpoint that lacks a rank's part."""
+
+
+def save(engine: Engine, folder: Path, step: int, keep: int) -> Path:
+    """Writes a checkpoint after ``step`` updates and removes all but the newest ``keep``; all ranks call it."""
+    tag = f"step{step:08d}"
+    state = {
+        "step": step,
+        "objective": engine.objective.state_dict(),
+        "loss_scale": vars(engine.scale),
+        "skipped_steps": engine.skipped_steps,
+    }
+    engine.deepspeed.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+    engine.ranks.barrier()
+    if engine.ranks.first:
+        (folder / tag / COMPLETE).touch()
+        for old in whole_checkpoints(folder)[:-keep]:
+            # First no longer whole, then gone: a kill in between leaves nothing that looks usable.
+            (old / COMPLETE).unlink()
+            shutil.rmtree(old)
+    engine.ranks.barrier()
+    return folder / tag
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints that every rank has written, oldest first."""
+    return sorted(mark.parent for mark in folder.glob(f"step*/{COMPLETE}"))
+
+
+def find(resume: str, folder: Path) -> Path | None:
+    """The checkpoint that ``train.resume`` stands for, or None to start anew.
+
+    Raises:
+        ConfigError: a named checkpoint is not there or not whole.
+    """
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return next(reversed(whole_checkpoints(folder)), None)
+    if not (Path(resume) / COMPLETE).is_file():
+        raise ConfigError(f"train.resume = {resume}: no whole checkpoint there (no file {COMPLETE})")
+    return Path(resume)
+
+
+def load(engine: Engine, checkpoint: Path) -> int:
+    """Continues from a checkpoint; returns the number of updates it had."""
+    path, state = engine.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    if path is None:
+        raise ConfigError(f"{checkpoint}: DeepSpeed cannot load this checkpoint with {engine.ranks.world_size} ranks")
+    engine.objective.load_state_dict(state["objective"])
+    engine.scale = LossScale(**state["loss_scale"])
+    engine.skipped_steps = state["skipped_steps"]
+    return int(state["step"])
+
+
+def export(engine: Engine, path: Path) -> None:
+    """Writes the weights as open_clip has them: ``open_clip.create_model(name, pretrained=path)``.
+
+    Raises nothing of its own; all ranks call it, the first one writes.
+    """
+    state = full_state(engine)
+    if engine.ranks.first:
+        towers.save(engine.towers.export(state), path)
+    engine.ranks.barrier()
+
+
+def full_state(engine: Engine) -> dict[str, Tensor]:
+    """All weights in fp32 on the CPU, on the first rank; empty elsewhere. All ranks call it."""
+    state: dict[str, Any] = {}
+    parameters = dict(engine.towers.named_parameters())
+    for name, tensor in engine.towers.state_dict(keep_vars=True).items():
+        own = [parameters[name]] if hasattr(parameters.get(name), "ds_id") else []
+        with deepspeed.zero.GatheredParameters(own, enabled=bool(own)), torch.no_grad():
+            if engine.ranks.first:
+                state[name] = tensor.detach().float().cpu().clone() if tensor.is_floating_point() else tensor.cpu()
+    return state

@@ -1,0 +1,385 @@
+"""One JSON file in, one typed tree out; whatever is unknown or ill-typed is fatal and named.
+
+The text under each field is its documentation: the configuration reference in docs/config.md is generated
+from it (``python -m dive_fast.config``).
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+class ConfigError(ValueError):
+    """A user's mistake in a config file or override; the message is one line and says what to do."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """Which two-tower open_clip model is tuned."""
+
+    name: str
+    """open_clip model name (`ViT-B-16-quickgelu`), `hf-hub:owner/repo`, `local-dir:folder`, or `demo`, the
+    small model shipped with the project."""
+    pretrained: str | None = None
+    """open_clip's pretrained tag (`openai`) or a checkpoint file. Not used with `hf-hub:`, `local-dir:` and
+    `demo`, which bring their weights."""
+
+
+class TargetConfig(Section):
+    """The labelled data set to fine-tune on. Paths beginning with `demo:` lie in the embedded demo."""
+
+    format: Literal["folder", "webdataset", "csv"]
+    """`folder`: one folder a class, as torchvision's ImageFolder. `webdataset`: tars of image + `.cls`. `csv`:
+    tab-separated with columns `title` and `filepath`, as FLYP has it: rows of one file are its prompts."""
+    path: str
+    """Root folder, tar (a brace range such as `{00000..00012}.tar`, a glob or a folder of tars), or CSV file."""
+    image_root: str | None = None
+    """`csv` only: the folder that relative file paths start from; default: the CSV file's own."""
+    class_names: str | None = None
+    """`imagenet`, or a text file with one class name a line in label order. `folder` defaults to its folders'
+    names. Not used with `csv`."""
+    templates: str = "imagenet"
+    """`imagenet` (open_clip's 80), `simple` (open_clip's 7), a text file with one template a line, or one
+    template; `{}` stands for the class name. One is drawn for each sample and epoch."""
+    loader: Literal["plain"] = "plain"
+    """`plain`: PIL in torch DataLoader workers."""
+    batch_size: Positive = 512
+    """B, over all ranks."""
+    workers: NonNegative = 4
+    """Loader processes on each rank; 0 loads in the training process."""
+    text_length: Positive | None = None
+    """Context length of the prompts; longer ones are cut. Default: the model's, trimmed to each batch's longest
+    prompt where that is exact."""
+
+
+class ReferenceConfig(Section):
+    """Image-caption pairs that resemble the pre-training data; they keep the geometry of the embeddings."""
+
+    format: Literal["webdataset", "csv"]
+    """`webdataset`: tars of image + `.txt`. `csv`: tab-separated with columns `title` and `filepath`; every row
+    is a pair."""
+    path: str
+    """Tar (a brace range, a glob or a folder of tars), or CSV file."""
+    image_root: str | None = None
+    """`csv` only: the folder that relative file paths start from; default: the CSV file's own."""
+    loader: Literal["plain"] = "plain"
+    """`plain`: PIL in torch DataLoader workers."""
+    batch_size: Positive = 512
+    """B', over all ranks."""
+    workers: NonNegative = 4
+    """Loader processes on each rank; 0 loads in the training process."""
+    text_length: Positive | None = None
+    """Context length of the captions; longer ones are cut. Default: the model's, trimmed to each batch's longest
+    caption where that is exact."""
+    views: Literal["eval"] | Positive = "eval"
+    """`eval`: the model's evaluation view of each image. A number K: K fixed random crops of each image, taken in
+    turn epoch by epoch."""
+
+
+class DataConfig(Section):
+    """What is trained on."""
+
+    target: TargetConfig
+    reference: ReferenceConfig | None = None
+    """Needed by every objective but `flyp`."""
+
+
+class ObjectiveConfig(Section):
+    """What is minimised."""
+
+    name: Literal["dive", "flyp"] = "dive"
+    """`dive`: contrastive + weight * (AVL + PVL). `flyp`: contrastive loss alone."""
+    weight: NonNegativeFloat = 1000.0
+    """lambda of Eq. 9."""
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Decay of the average vector, Eq. 6."""
+    average_weight: NonNegativeFloat = 1.0
+    """Weight of the average vector loss (AVL, Eq. 7) inside lambda's bracket; 0 leaves PVL alone."""
+    pairwise_weight: NonNegativeFloat = 1.0
+    """Weight of the pairwise vector loss (PVL, Eq. 8) inside lambda's bracket; 0 leaves AVL alone."""
+    mean_gradient: bool = True
+    """Whether the batch's share of the average vector carries gradient, as Eq. 6-7 read literally."""
+
+
+class TeacherConfig(Section):
+    """Where the frozen model's embeddings of the reference batch come from; always computed in fp32."""
+
+    mode: Literal["cache", "online"] = "cache"
+    """`cache`: the reference set is embedded once, before training. `online`: at every step, by a frozen copy."""
+    path: str | None = None
+    """Folder of the cache; default: `teacher` in the run folder. Name one to share a cache between runs."""
+    batch_size: Positive = 256
+    """Pairs embedded at once on each rank while the cache is written."""
+
+
+class TrainConfig(Section):
+    """How it is trained. The optimizer is AdamW with linear warm-up and cosine decay to zero."""
+
+    output: str | None = None
+    """Run folder; default: `runs/` and the config's name."""
+    epochs: Positive = 10
+    """Passes over the target set."""
+    max_steps: Positive | None = None
+    """Stops here if the epochs have not ended before; the schedule then ends here too."""
+    seed: NonNegative = 0
+    precision: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Autocast precision of the towers; weights and losses stay in fp32. fp16 scales the loss dynamically. bf16 is
+    too coarse for difference vectors of 1e-3 (see docs/precision.md) and warns."""
+    schedule: Literal["sequential", "joint"] = "sequential"
+    """`sequential`: backward of the target half before the forward of the reference half, least memory. `joint`:
+    both halves in one forward and backward. The gradients are the same."""
+    micro_batch_size: Positive | None = None
+    """Pairs that a rank puts through the towers at once, by cached embedding gradients: the memory of a small
+    batch, the gradients of the whole. Default: the whole batch."""
+    learning_rate: NonNegativeFloat = 1e-5
+    """Peak learning rate."""
+    weight_decay: NonNegativeFloat = 0.1
+    decay_all_parameters: bool = True
+    """Decay every parameter, as FLYP and the paper do; false spares biases, gains and logit_scale."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    warmup_steps: NonNegative = 500
+    log_every: Positive = 10
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: Positive | None = None
+    """Steps between checkpoints; one is always written at the end."""
+    keep_checkpoints: Positive = 2
+    """How many of the newest checkpoints stay."""
+    resume: str = "auto"
+    """`auto`: continue from the run folder's newest whole checkpoint, if any. `never`: start anew. Else a
+    checkpoint's folder."""
+
+
+class EvaluationSet(Section):
+    """A labelled image set that zero-shot accuracy is measured on."""
+
+    format: Literal["folder", "webdataset"]
+    """As in `data.target`."""
+    path: str
+    """As in `data.target`."""
+    class_names: str | None = None
+    """As in `data.target`."""
+    templates: str = "imagenet"
+    """As in `data.target`; the prompts of a class are averaged."""
+
+
+class EvaluateConfig(Section):
+    """What the tuned model is measured on when training has ended."""
+
+    sets: dict[str, EvaluationSet] = {}
+    """Name -> data set; accuracies go to the metrics as `accuracy/<name>`."""
+    batch_size: Positive = 256
+    """Images encoded at once on each rank."""
+    workers: NonNegative = 4
+    """Loader processes on each rank."""
+
+
+class Config(Section):
+    """The whole file."""
+
+    model: ModelConfig
+    data: DataConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    deepspeed: dict[str, Any] = {}
+    """Passed to DeepSpeed as it stands. Batch sizes, optimizer, scheduler and precision have their home above:
+    the engine fills DeepSpeed's keys from there, and a contradiction is an error."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "Config":
+        reference = self.data.reference
+        if self.objective.name == "dive" and reference is None:
+            raise ValueError("data.reference: objective.name = dive needs a reference set; name one")
+        for place, section in (("data.target", self.data.target), ("data.reference", reference)):
+            if section is not None and section.image_root is not None and section.format != "csv":
+                raise ValueError(f"{place}.image_root: only csv data has one; remove it")
+        if self.data.target.format == "webdataset" and self.data.target.class_names is None:
+            raise ValueError("data.target.class_names: webdataset data needs imagenet or a text file of names")
+        for name, evaluation in self.evaluate.sets.items():
+            if evaluation.format == "webdataset" and evaluation.class_names is None:
+                raise ValueError(f"evaluate.sets.{name}.class_names: webdataset data needs a text file of names")
+        return self
+
+
+def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -> Config:
+    """Reads a config by path or by its name in ``folder``, with or without ``.json``, and applies overrides.
+
+    Args:
+        overrides: ``section.key=value``; the value is JSON, or else taken as a string.
+
+    Raises:
+        ConfigError: no such file, no JSON, an unknown or ill-typed key, or keys that do not go together.
+    """
+    path = find(name, folder)
+    try:
+        tree = json.loads(path.read_text(), object_pairs_hook=_unique_keys)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from error
+    except _DuplicateKeyError as error:
+        raise ConfigError(f"{path}: key {error} stands twice in one object; keep one") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a JSON object with sections {', '.join(Config.model_fields)}")
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return Config.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_explain(error)}") from None
+
+
+def find(name: str, folder: Path | None = None) -> Path:
+    """The file that a config's name stands for: a path, else a file in ``folder``.
+
+    Raises:
+        ConfigError: none exists; names the nearest one that does.
+    """
+    candidates = [Path(name)]
+    if folder is not None:
+        candidates += [folder / name, folder / f"{name}.json"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = sorted(path.stem for path in folder.glob("*.json")) if folder is not None else []
+    hint = f"; shipped configs: {', '.join(known)}{_nearest(Path(name).stem, known)}" if known else ""
+    raise ConfigError(f"--config {name}: no such file{hint}")
+
+
+class _DuplicateKeyError(ValueError):
+    pass
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in tree:
+            raise _DuplicateKeyError(key)
+        tree[key] = value
+    return tree
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    place, separator, text = override.partition("=")
+    keys = place.split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"override {override!r}: expected section.key=value, e.g. train.epochs=1")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    for depth, key in enumerate(keys[:-1], start=1):
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(keys[:depth])} is a value, not a section")
+    tree[keys[-1]] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first mistake in one line: the key, its place, what is expected, the nearest valid key."""
+    mistakes = error.errors(include_url=False)
+    # An unknown key is usually the cause of a missing one, so it comes first.
+    first = next((mistake for mistake in mistakes if mistake["type"] == "extra_forbidden"), mistakes[0])
+    place = _place(first)
+    alternatives = [_plain(mistake["msg"]) for mistake in mistakes if _place(mistake) == place]
+    if first["type"] == "extra_forbidden":
+        valid = list(_section_at(first["loc"][:-1]))
+        return f"unknown key {place}{_nearest(str(first['loc'][-1]), valid)} (valid: {', '.join(valid)})"
+    if first["type"] == "missing":
+        return f"{place} is missing"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    return f"{place} = {json.dumps(first['input'], default=str)}: {' or '.join(alternatives)}"
+
+
+def _place(mistake: ErrorDetails) -> str:
+    # The branches of a union stand in the location too, as type names; they are no keys of the file.
+    branches = re.compile(r"int|float|str|bool|constrained-.*|.*[\[(].*")
+    return ".".join(str(key) for key in mistake["loc"] if not branches.fullmatch(str(key)))
+
+
+def _plain(message: str) -> str:
+    return message[0].lower() + message[1:]
+
+
+def _section_at(location: tuple[int | str, ...]) -> dict[str, FieldInfo]:
+    section: Any = Config
+    for key in location:
+        if isinstance(section, type) and issubclass(section, Section):
+            # Under `sets` the key is the user's own name, and the section stays.
+            field = section.model_fields.get(str(key))
+            section = (field and _section_type(field.annotation)) or section
+    return dict(section.model_fields)
+
+
+def _section_type(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_type(part))), None)
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def reference() -> str:
+    """The configuration reference in Markdown, from the field documentation above."""
+    lines = ["# Configuration reference", ""]
+    lines += ["Generated by `python -m dive_fast.config > docs/config.md`; do not edit.", ""]
+    lines += ["Any value can be overridden on the command line: `train.epochs=1`.", ""]
+    for name, section in _sections(Config, ""):
+        documentation = " ".join((section.__doc__ or "").split())
+        lines += [f"## {name or 'Sections'}", "", documentation, "", "| key | type | default | |", "|---|---|---|---|"]
+        for key, field in section.model_fields.items():
+            nested = _section_type(field.annotation)
+            default = "required" if field.is_required() else "" if nested else f"`{_json(field.default)}`"
+            text = " ".join((field.description or (nested.__doc__ if nested else "") or "").split())
+            lines.append(f"| `{key}` | {_type_name(field)} | {default} | {text} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _sections(section: type[Section], place: str) -> Iterator[tuple[str, type[Section]]]:
+    yield place, section
+    for key, field in section.model_fields.items():
+        nested = _section_type(field.annotation)
+        if nested is not None:
+            name = f"{place}.{key}".lstrip(".")
+            yield from _sections(nested, f"{name}.<name>" if nested is EvaluationSet else name)
+
+
+def _type_name(field: FieldInfo) -> str:
+    if _section_type(field.annotation) is not None:
+        return "section"
+    words = re.findall(r"Literal\[[^]]*\]|\b(?:int|float|str|bool|dict|tuple|NoneType|None)\b", str(field.annotation))
+    names = dict.fromkeys(
+        word.removeprefix("Literal[").rstrip("]").replace("'", "`") if word.startswith("Literal") else word
+        for word in words
+        if word not in ("None", "NoneType")
+    )
+    return {"tuple": "pair of numbers", "float": "number", "int": "integer", "str": "string"}.get(
+        next(iter(names)), ", ".join(names)
+    )
+
+
+def _json(value: Any) -> str:
+    return "none" if value is None else json.dumps(value)
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -1,0 +1,1 @@
+"""Samples in, batches out: sources of samples, views of images, prompts of classes, and the loaders."""

@@ -1,0 +1,110 @@
+"""Class names and templates -> prompts; texts -> tokens, each distinct one once."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import open_clip
+import torch
+from torch import Tensor
+
+from dive_fast.data.batch import Text
+from dive_fast.data.source import DataError, Sample, Source
+from dive_fast.data.views import Draw, stream
+
+Tokenizer = Callable[[list[str]], Tensor]
+"""Texts -> ``(len, context)`` int64."""
+Template = Callable[[str], str]
+"""Class name -> prompt."""
+PooledAt = Literal["argmax"] | int | None
+"""Where a causal text tower reads its feature: at the largest token id, or at this one; tokens behind it change
+nothing. None: the tower needs the whole context."""
+
+
+def read_class_names(name: str) -> tuple[str, ...]:
+    """``imagenet`` (open_clip's), or a text file with one name a line.
+
+    Raises:
+        DataError: no such file, or an empty one.
+    """
+    return tuple(open_clip.IMAGENET_CLASSNAMES) if name == "imagenet" else tuple(_lines(name, "class names"))
+
+
+def read_templates(name: str) -> tuple[Template, ...]:
+    """``imagenet`` or ``simple`` (open_clip's), a text file with one template a line, or one template.
+
+    Raises:
+        DataError: no such file, or a template without ``{}``.
+    """
+    if name in ("imagenet", "simple"):
+        shipped = {"imagenet": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
+        return tuple(shipped[name])
+    lines = [name] if "{}" in name else _lines(name, "templates")
+    for line in lines:
+        if "{}" not in line:
+            raise DataError(f"{name}: template {line!r} has no {{}} for the class name")
+    return tuple(_Filled(line) for line in lines)
+
+
+class PromptTable:
+    """Every prompt of a target set, tokenised once."""
+
+    def __init__(self, source: Source, class_names: Sequence[str], templates: Sequence[Template], tokenizer: Tokenizer):
+        """Takes the samples' own texts where they have any (CSV), else class names x templates.
+
+        Raises:
+            DataError: a label without a class name.
+        """
+        self._titles: dict[str, int] | None = None
+        self._templates = len(templates)
+        if any(sample.texts for sample in source.samples):
+            prompts = list(dict.fromkeys(text for sample in source.samples for text in sample.texts))
+            self._titles = {title: row for row, title in enumerate(prompts)}
+        else:
+            for sample in source.samples:
+                if not 0 <= sample.label < len(class_names):
+                    raise DataError(
+                        f"{sample.path}: sample {sample.key} has label {sample.label}, "
+                        f"but there are {len(class_names)} class names"
+                    )
+            prompts = [template(name) for name in class_names for template in templates]
+        # int32: ImageNet's 80,000 prompts of 77 tokens are 25 MB, in every worker.
+        self._tokens = torch.cat([tokenizer(prompts[i : i + 1024]).int() for i in range(0, len(prompts), 1024)])
+
+    def draw(self, sample: Sample, index: int, seed: int, epoch: int) -> Tensor:
+        """``(context,)``: the tokens of one of a sample's prompts, a pure function of (seed, sample, epoch)."""
+        draw = float(stream(seed, Draw.PROMPT, index, epoch).random())
+        if self._titles is not None:
+            return self._tokens[self._titles[sample.texts[int(draw * len(sample.texts))]]]
+        return self._tokens[sample.label * self._templates + int(draw * self._templates)]
+
+
+def pack(tokens: Tensor, pooled_at: PooledAt) -> Text:
+    """Token rows ``(B, context)`` as the distinct texts of a batch."""
+    distinct, index = torch.unique(tokens.long(), dim=0, return_inverse=True)
+    length = distinct.shape[1]
+    if pooled_at is not None:
+        ends = distinct if pooled_at == "argmax" else (distinct == pooled_at).int()
+        length = int(ends.argmax(1).max()) + 1
+    return Text(distinct, index, length)
+
+
+class _Filled:
+    """A template of a text file; a class, since worker processes may need to receive it."""
+
+    def __init__(self, template: str) -> None:
+        self.template = template
+
+    def __call__(self, class_name: str) -> str:
+        return self.template.replace("{}", class_name)
+
+
+def _lines(name: str, what: str) -> Sequence[str]:
+    try:
+        lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{name}: cannot read {what}: {error}") from error
+    lines = [line for line in lines if line]
+    if not lines:
+        raise DataError(f"{name}: expected {what}, one a line; the file is empty")
+    return lines

@@ -1,0 +1,327 @@
+"""One step on DeepSpeed: the backward of each half, then one update.
+
+::
+
+    step(target, reference):
+        backward(target,    objective.target)
+        backward(reference, objective.reference)
+        update()
+
+The first half's graph is gone before the second half's forward, so DiVE needs the memory of the larger half, not
+of both. With micro-batches each half is embedded without gradient, the loss is differentiated down to the
+embeddings, and the towers are run again in pieces against those gradients: exact, since the loss sees the whole
+batch.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from dive_fast.config import Config, ConfigError
+from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
+from dive_fast.objective import Dive, Flyp, Loss, Pairs
+from dive_fast.ranks import Ranks
+from dive_fast.towers import Features, Towers
+
+AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
+
+INITIAL_SCALE, MIN_SCALE, GROWTH_INTERVAL = 2.0**16, 1.0, 2000
+
+
+@dataclass
+class LossScale:
+    """Dynamic loss scaling: halved when a gradient overflows, doubled after 2000 steps without.
+
+    The scale lives here and not in DeepSpeed, whose autocast mode lets each rank decide on its own partition
+    whether to skip a step, so that ranks part ways; and it casts gradients to half precision on the wire.
+    """
+
+    value: float = 1.0
+    dynamic: bool = False
+    good_steps: int = 0
+
+    @classmethod
+    def of(cls, precision: str) -> "LossScale":
+        """fp16 needs scaling; bf16 and fp32 have the range."""
+        return cls(INITIAL_SCALE, dynamic=True) if precision == "fp16" else cls()
+
+    def update(self, applied: bool) -> None:
+        """Takes note of whether the step was applied or skipped for a non-finite gradient."""
+        if not self.dynamic:
+            return
+        self.good_steps = self.good_steps + 1 if applied else 0
+        if not applied:
+            self.value = max(self.value / 2, MIN_SCALE)
+        elif self.good_steps % GROWTH_INTERVAL == 0:
+            self.value *= 2
+
+
+@dataclass(frozen=True)
+class _Half:
+    """One forward and backward: pairs, and the loss of their features."""
+
+    images: Tensor
+    text: Text
+    loss: Callable[[Pairs, Tensor], Loss]
+
+
+class Engine:
+    """Towers and objective on DeepSpeed."""
+
+    def __init__(
+        self, config: Config, towers: Towers, objective: Flyp | Dive, ranks: Ranks, total_steps: int
+    ) -> None:
+        """Hands the towers to DeepSpeed.
+
+        Args:
+            total_steps: updates in the whole run, for the learning rate's schedule.
+
+        Raises:
+            ConfigError: the ``deepspeed`` section contradicts the rest, or DeepSpeed refuses it.
+        """
+        train = config.train
+        self.ranks, self.schedule, self.micro_batch_size = ranks, train.schedule, train.micro_batch_size
+        self.towers = towers.to(ranks.device).train()
+        self.towers.autocast = AUTOCAST[train.precision]
+        if self.micro_batch_size is not None and any(_is_random(module) for module in towers.modules()):
+            raise ConfigError("train.micro_batch_size: this model drops features at random; remove it")
+        self.objective = objective.to(ranks.device)
+        self.scale = LossScale.of(train.precision)
+        section = deepspeed_section(config, ranks.world_size)
+        optimizer = _optimizer(config, towers, section)
+        schedule = learning_rate_schedule(train.warmup_steps, total_steps)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=self.towers,
+            optimizer=optimizer,
+            lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
+            config=section,
+        )
+        self._partitioned = self.deepspeed.zero_optimization_stage() > 0
+        self.skipped_steps = 0
+
+    def step(
+        self, target: TargetBatch, reference: ReferenceBatch | None = None, teacher: Pairs | None = None
+    ) -> dict[str, Tensor]:
+        """One update from one target batch and, where the objective needs it, one reference batch.
+
+        Args:
+            target, reference: this rank's batches, on its device.
+            teacher: unit embeddings of the reference batch by the frozen model, ``(B', D)`` each.
+
+        Returns:
+            What to log, global over ranks, ``()`` each on the device: the losses, |u|, |v|, the logit scale.
+        """
+        metrics = self.accumulate(target, reference, teacher)
+        self.update()
+        return metrics
+
+    def accumulate(
+        self, target: TargetBatch, reference: ReferenceBatch | None = None, teacher: Pairs | None = None
+    ) -> dict[str, Tensor]:
+        """The gradients of a step, without its update; arguments and result of :meth:`step`."""
+        metrics: dict[str, Tensor] = {}
+        total = torch.zeros((), device=self.ranks.device)
+        halves = self._halves(target, reference, teacher)
+        for position, half in enumerate(halves, start=1):
+            loss = self._backward(half, last=position == len(halves))
+            total = total + loss.loss
+            metrics |= loss.metrics
+        return {"loss": total} | metrics
+
+    def update(self) -> bool:
+        """Applies the accumulated gradients, unless they are not finite on some rank; returns whether it did."""
+        if self._partitioned:
+            self.deepspeed.step()
+            # DeepSpeed skips on every rank alike, since it looks at the norm over all partitions.
+            applied = bool(self.deepspeed.was_step_applied())
+        else:
+            applied = self._unscale()
+            if applied:
+                self.deepspeed.step()
+            else:
+                self.deepspeed.zero_grad()
+        self.scale.update(applied)
+        self.skipped_steps += not applied
+        return applied
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update."""
+        return float(self.deepspeed.get_lr()[0])
+
+    def _halves(
+        self, target: TargetBatch, reference: ReferenceBatch | None, teacher: Pairs | None
+    ) -> list[_Half]:
+        objective, group = self.objective, self.ranks.group
+
+        def target_loss(pairs: Pairs, scale: Tensor) -> Loss:
+            return objective.target(pairs, scale, group)
+
+        if not isinstance(objective, Dive):
+            return [_Half(target.images, target.text, target_loss)]
+        assert reference is not None and teacher is not None, "this objective needs a reference batch and its teacher"
+
+        def reference_loss(pairs: Pairs, scale: Tensor) -> Loss:
+            return objective.reference(pairs, teacher, group)
+
+        def joint_loss(pairs: Pairs, scale: Tensor) -> Loss:
+            first, second = (Pairs(*halves) for halves in zip(*(half.split(sizes) for half in pairs), strict=True))
+            return objective.joint(first, scale, second, teacher, group)
+
+        if self.schedule == "sequential":
+            return [
+                _Half(target.images, target.text, target_loss),
+                _Half(reference.images, reference.text, reference_loss),
+            ]
+        sizes = [len(target.images), len(reference.images)]
+        images = torch.cat([target.images, reference.images])
+        return [_Half(images, _join(target.text, reference.text), joint_loss)]
+
+    def _backward(self, half: _Half, last: bool) -> Loss:
+        """Forward and backward of one half; ``last``: DeepSpeed may then reduce what has accumulated."""
+        if self.micro_batch_size is not None and self.micro_batch_size < len(half.images):
+            return self._backward_in_pieces(half, last)
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        features: Features = self.deepspeed(half.images, half.text.tokens, half.text.length)
+        loss = half.loss(Pairs(features.image, features.text[half.text.index]), features.logit_scale)
+        self._deepspeed_backward(loss.loss)
+        return Loss(loss.loss.detach(), loss.metrics)
+
+    def _backward_in_pieces(self, half: _Half, last: bool) -> Loss:
+        assert self.micro_batch_size is not None
+        pieces = math.ceil(len(half.images) / self.micro_batch_size)
+        images = half.images.split(self.micro_batch_size)
+        texts = _deal(half.text.tokens, pieces)
+        with torch.no_grad():
+            passes = [self.deepspeed(image, text, half.text.length) for image, text in zip(images, texts, strict=True)]
+        # Embedding gradients at |u| = 3e-3 underflow fp16, so they stay in fp32 until the loss scale is applied.
+        image_leaf = torch.cat([features.image for features in passes]).float().requires_grad_()
+        text_leaf = torch.cat([features.text for features in passes]).float().requires_grad_()
+        scale_leaf = passes[0].logit_scale.detach().requires_grad_()
+        del passes
+        rows = _rows_of(len(half.text.tokens), [len(text) for text in texts])
+        pairs = Pairs(image_leaf, text_leaf[rows.to(text_leaf.device)][half.text.index])
+        loss = half.loss(pairs, scale_leaf)
+        leaves = (image_leaf, text_leaf, scale_leaf)
+        gradients = torch.autograd.grad(loss.loss, leaves, allow_unused=True, materialize_grads=True)
+        image_gradients = gradients[0].split(self.micro_batch_size)
+        text_gradients = gradients[1].split([len(text) for text in texts])
+        for piece in range(pieces):
+            final = piece == pieces - 1
+            self.deepspeed.set_gradient_accumulation_boundary(last and final)
+            features = self.deepspeed(images[piece], texts[piece], half.text.length)
+            # Its gradient is the loss's own; the logit scale enters every piece but counts once.
+            surrogate = (features.image.float() * image_gradients[piece]).sum()
+            surrogate = surrogate + (features.text.float() * text_gradients[piece]).sum()
+            surrogate = surrogate + (features.logit_scale * gradients[2] * final).sum()
+            self._deepspeed_backward(surrogate)
+        return Loss(loss.loss.detach(), loss.metrics)
+
+    def _deepspeed_backward(self, loss: Tensor) -> None:
+        if self._partitioned:
+            self.deepspeed.optimizer.override_loss_scale(self.scale.value)
+            self.deepspeed.backward(loss)
+        else:
+            self.deepspeed.backward(loss * self.scale.value)
+
+    def _unscale(self) -> bool:
+        """Without ZeRO: divides the reduced gradients by the loss scale; returns whether they are finite."""
+        gradients = [parameter.grad for parameter in self.towers.parameters() if parameter.grad is not None]
+        torch._foreach_mul_(gradients, 1 / self.scale.value)
+        return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+
+
+def learning_rate_schedule(warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """Factor on the peak learning rate at each step: linear warm-up, then cosine to 0, as FLYP and open_clip do."""
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return factor
+
+
+def deepspeed_section(config: Config, world_size: int) -> dict[str, Any]:
+    """The ``deepspeed`` section with the keys filled in that have their home elsewhere in the config.
+
+    Raises:
+        ConfigError: the section contradicts the rest of the config, or a batch cannot be dealt out to the ranks.
+    """
+    section = dict(config.deepspeed)
+    for half in ("target", "reference"):
+        data = getattr(config.data, half)
+        if data is not None and data.batch_size % world_size:
+            raise ConfigError(f"data.{half}.batch_size = {data.batch_size} is not divisible by {world_size} ranks")
+    homes = {
+        "optimizer": "train.learning_rate, train.weight_decay, train.betas",
+        "scheduler": "train.warmup_steps, train.epochs",
+        "fp16": "train.precision",
+        "bf16": "train.precision",
+        "torch_autocast": "train.precision",
+    }
+    for key, home in homes.items():
+        value = section.get(key)
+        if value is not None and not (isinstance(value, dict) and value.get("enabled") is False):
+            raise ConfigError(f"deepspeed.{key} has its home in {home}: set it there and remove it here")
+    batch_size = config.data.target.batch_size
+    filled = {
+        "train_batch_size": batch_size,
+        "train_micro_batch_size_per_gpu": batch_size // world_size,
+        "gradient_accumulation_steps": 1,
+    }
+    for key, value in filled.items():
+        if section.setdefault(key, value) != value:
+            raise ConfigError(f"deepspeed.{key} = {section[key]} contradicts {value}, which the config implies")
+    # DeepSpeed clips at 1.0 unless told otherwise; the paper does not clip.
+    section.setdefault("gradient_clipping", 0.0)
+    return section
+
+
+def _optimizer(config: Config, towers: Towers, section: dict[str, Any]) -> torch.optim.Optimizer:
+    train = config.train
+    tuned = [parameter for parameter in towers.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in tuned if train.decay_all_parameters or parameter.ndim > 1]
+    spared = [parameter for parameter in tuned if not train.decay_all_parameters and parameter.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    options: dict[str, Any] = {"lr": train.learning_rate, "betas": train.betas, "eps": train.epsilon}
+    groups = [group for group in groups if group["params"]]
+    offload = section.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    if offload != "none":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)  # type: ignore[no-any-return]
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def _is_random(module: torch.nn.Module) -> bool:
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return type(module).__name__ == "PatchDropout" and getattr(module, "prob", 0.0) > 0
+
+
+def _join(first: Text, second: Text) -> Text:
+    """Both halves' texts as one; their contexts may differ, and zero pads behind the end of a text."""
+    context = max(first.tokens.shape[1], second.tokens.shape[1])
+    pad = torch.nn.functional.pad
+    tokens = [pad(text.tokens, (0, context - text.tokens.shape[1])) for text in (first, second)]
+    index = torch.cat([first.index, second.index + len(first.tokens)])
+    return Text(torch.cat(tokens), index, max(first.length, second.length))
+
+
+def _deal(tokens: Tensor, pieces: int) -> list[Tensor]:
+    """Rows in ``pieces`` parts, none empty: every rank must run both towers equally often under ZeRO-3."""
+    return [part if len(part) else tokens[:1] for part in tokens.tensor_split(pieces)]
+
+
+def _rows_of(count: int, sizes: list[int]) -> Tensor:
+    """Where each of ``count`` rows stands in the parts of :func:`_deal` laid end to end, fillers left out."""
+    real = torch.arange(count).tensor_split(len(sizes))
+    starts = [sum(sizes[:part]) for part in range(len(sizes))]
+    return torch.cat([torch.arange(len(rows)) + start for rows, start in zip(real, starts, strict=True)])

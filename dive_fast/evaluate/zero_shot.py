@@ -1,0 +1,80 @@
+"""Zero-shot classification: class prompts make the classifier, the nearest class wins (Eq. 2-3)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dive_fast.config import EvaluateConfig, EvaluationSet
+from dive_fast.data.plain import EvaluationSamples, batches_of
+from dive_fast.data.prompts import Template, Tokenizer, pack, read_class_names, read_templates
+from dive_fast.data.source import DataError, Source, open_folder, open_webdataset
+from dive_fast.ranks import Ranks
+from dive_fast.towers import Towers, unit
+
+
+@torch.no_grad()
+def classifier(
+    towers: Towers, tokenizer: Tokenizer, class_names: Sequence[str], templates: Sequence[Template]
+) -> Tensor:
+    """``(C, D)`` unit rows: the mean of each class's unit prompt embeddings, normalised, as in CLIP."""
+    device = next(towers.parameters()).device
+    rows = []
+    for name in class_names:
+        text = pack(tokenizer([template(name) for template in templates]), towers.pooled_at).to(device)
+        embeddings = unit(towers.encode_text(text.tokens, text.length))[text.index]
+        rows.append(unit(embeddings.mean(0)))
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def accuracy(
+    towers: Towers, weights: Tensor, samples: EvaluationSamples, ranks: Ranks, batch_size: int, workers: int
+) -> float:
+    """Share of images whose nearest class is theirs, over all ranks.
+
+    Args:
+        weights: what :func:`classifier` gave.
+        batch_size: images encoded at once on each rank.
+    """
+    count = len(samples.source)
+    # Under ZeRO-3 every rank must run the tower equally often: short shares are filled up with their last sample.
+    share = [min(ranks.rank + step * ranks.world_size, count - 1) for step in range(-(-count // ranks.world_size))]
+    real = max(0, -(-(count - ranks.rank) // ranks.world_size))
+    correct: list[Tensor] = []
+    for images, labels in batches_of(samples, [(0, sample) for sample in share], batch_size, workers):
+        logits = unit(towers.encode_image(images.to(ranks.device))) @ weights.T
+        correct.append(logits.argmax(1) == labels.to(ranks.device))
+    right = torch.cat(correct)[:real].sum().double()
+    if ranks.group is not None:
+        dist.all_reduce(right, group=ranks.group)
+    return float(right) / count
+
+
+def open_set(config: EvaluationSet) -> tuple[Source, tuple[str, ...], tuple[Template, ...]]:
+    """Samples, class names and templates of an evaluation set.
+
+    Raises:
+        DataError: something of it is missing, or a label has no class name.
+    """
+    source = open_folder(config.path) if config.format == "folder" else open_webdataset(config.path, ".cls")
+    names = read_class_names(config.class_names) if config.class_names is not None else source.class_names
+    largest = max(sample.label for sample in source.samples)
+    if largest >= len(names):
+        raise DataError(f"{config.path}: label {largest} has no name: there are {len(names)} class names")
+    return source, names, read_templates(config.templates)
+
+
+def evaluate(towers: Towers, tokenizer: Tokenizer, config: EvaluateConfig, ranks: Ranks) -> dict[str, float]:
+    """Zero-shot accuracy on every set of the config: name -> share in [0, 1]."""
+    training = towers.training
+    towers.eval()
+    results = {}
+    for name, evaluation in config.sets.items():
+        source, class_names, templates = open_set(evaluation)
+        weights = classifier(towers, tokenizer, class_names, templates)
+        samples = EvaluationSamples(source, towers.preprocess)
+        results[name] = accuracy(towers, weights, samples, ranks, config.batch_size, config.workers)
+    towers.train(training)
+    return results

@@ -1,0 +1,76 @@
+"""The ranks of a run: their process group and this one's device."""
+
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All ranks, as losses want it; None where there is only this one."""
+        return dist.group.WORLD if self.world_size > 1 else None
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank talks and writes for all."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Waits until every rank has come here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def share(self, count: int) -> range:
+        """This rank's contiguous part of ``count`` things; parts differ by at most one."""
+        return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
+
+
+def join() -> Ranks:
+    """Joins the process group that the launcher (deepspeed, torchrun, Slurm) announces; alone without one.
+
+    CUDA runs on NCCL, the CPU on gloo with the machine's cores divided among its ranks.
+    """
+    import deepspeed
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or _local_size())
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        # Else DeepSpeed compiles a shared-memory collective at start, for up to 90 s; gloo does its work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _local_size() -> int:
+    # DeepSpeed's launcher does not always say how many ranks this machine has; on one machine it is all of them.
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,199 @@
+"""An open_clip model as two towers: images and texts -> features; text trimmed and encoded once per prompt."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from dive_fast.config import ConfigError, ModelConfig
+from dive_fast.data.batch import Text
+from dive_fast.data.prompts import PooledAt, Tokenizer
+from dive_fast.data.views import Preprocess
+from dive_fast.kernels.naive import unit
+
+__all__ = ["Features", "Towers", "create", "tokenizer_of", "unit"]
+
+LOGIT_SCALE_MAX = 100.0
+"""CLIP clamps the logit scale here: its logarithm at ln 100."""
+
+
+class Features(NamedTuple):
+    """What the towers make of a batch; features are un-normalised."""
+
+    image: Tensor
+    """``(B, D)``"""
+    text: Tensor
+    """``(U, D)``, a row for each distinct text; ``text[index]`` has a row for each pair."""
+    logit_scale: Tensor
+    """``(1,)``: s = 1 / tau itself, at most 100."""
+
+
+class Towers(nn.Module):
+    """Both towers and the logit scale of an open_clip model, under the names of open_clip's CustomTextCLIP.
+
+    ``logit_scale`` (and a SigLIP's ``logit_bias``) has shape ``(1,)``, since DeepSpeed refuses parameters without
+    dimensions; :meth:`export` gives it back as open_clip has it. The bias plays no part in a softmax loss and stays
+    as it is.
+    """
+
+    def __init__(self, model: nn.Module, layout: frozenset[str] | None = None) -> None:
+        """Takes the towers over from ``model``.
+
+        Args:
+            model: an open_clip CustomTextCLIP (``force_custom_text=True``).
+            layout: the parameter names that :meth:`export` shall use; default: the model's own.
+        """
+        super().__init__()
+        self.visual: Any = model.visual
+        self.text: Any = model.text
+        self.logit_scale = nn.Parameter(model.logit_scale.detach().reshape(1).clone())
+        bias = getattr(model, "logit_bias", None)
+        self.logit_bias = None if bias is None else nn.Parameter(bias.detach().reshape(1).clone(), requires_grad=False)
+        self._layout = layout or frozenset(model.state_dict())
+        self.pooled_at: PooledAt = _pooled_at(self.text)
+        self._causal_mask: Tensor | None = getattr(self.text, "attn_mask", None)
+        self.preprocess = Preprocess.of(self.visual)
+        self.autocast: torch.dtype | None = None
+        """Precision of both towers' matrix products; None: fp32."""
+
+    def forward(self, images: Tensor, tokens: Tensor, length: int) -> Features:
+        """Encodes images and distinct texts.
+
+        Args:
+            images: ``(B, 3, H, W)``.
+            tokens: ``(U, context)`` int64.
+            length: tokens of the longest text. A causal tower that reads its feature at the end of the text gets
+                only these, which is exact; any other tower gets all.
+        """
+        return Features(self.encode_image(images), self.encode_text(tokens, length), self.scale())
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W) -> (B, D)``, un-normalised."""
+        with self._precision(images.device):
+            features: Tensor = self.visual(images)
+        return features
+
+    def encode_text(self, tokens: Tensor, length: int | None = None) -> Tensor:
+        """``(U, context) -> (U, D)``, un-normalised; trimmed to ``length`` where that is exact."""
+        if self.pooled_at is not None and self._causal_mask is not None:
+            tokens = tokens[:, :length]
+            context = tokens.shape[1]
+            # open_clip adds its whole mask to the attention scores whatever the length of the text.
+            self.text.attn_mask = self._causal_mask[:context, :context].to(tokens.device)
+        with self._precision(tokens.device):
+            features: Tensor = self.text(tokens)
+        return features
+
+    def encode_pairs(self, images: Tensor, text: Text) -> tuple[Tensor, Tensor]:
+        """Features of both halves of each pair, ``(B, D)`` each, un-normalised."""
+        features = self(images, text.tokens, text.length)
+        return features.image, features.text[text.index]
+
+    def scale(self) -> Tensor:
+        """``(1,)``: the logit scale, clamped here since an in-place clamp would be undone by DeepSpeed's master."""
+        return self.logit_scale.exp().clamp(max=LOGIT_SCALE_MAX)
+
+    def _precision(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
+
+    def export(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of this module, as open_clip's ``load_state_dict`` of the original model wants it."""
+        exported = {}
+        for name, tensor in state.items():
+            plain = name.removeprefix("text.")
+            name = name if name in self._layout else plain
+            exported[name] = tensor.reshape(()) if name in ("logit_scale", "logit_bias") else tensor
+        missing = sorted(self._layout.symmetric_difference(exported))
+        assert not missing, f"exported names differ from open_clip's: {missing[:5]}"
+        return exported
+
+
+def create(config: ModelConfig) -> Towers:
+    """Builds the model with its pre-trained weights, in fp32, on the CPU.
+
+    Raises:
+        ConfigError: no such model or weights; says which part of ``model`` to change.
+    """
+    name = _name(config)
+    if ":" not in name and name not in open_clip.list_models():
+        raise ConfigError(f"model.name: open_clip has no model {name}; see open_clip.list_models()")
+    try:
+        with _without_warnings_about_random_weights(config):
+            model = open_clip.create_model(name, config.pretrained, precision="fp32", force_custom_text=True)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ConfigError(f"model: cannot load {config.name} ({config.pretrained}): {_first_line(error)}") from error
+    if hasattr(model, "text_decoder"):
+        raise ConfigError(f"model.name: {config.name} has a text decoder; only two-tower models can be tuned")
+    return Towers(model, _original_names(name, frozenset(model.state_dict())))
+
+
+def tokenizer_of(config: ModelConfig, text_length: int | None = None) -> Tokenizer:
+    """The model's own tokenizer: texts -> ``(len, context)`` int64.
+
+    Args:
+        text_length: context length, if not the model's.
+
+    Raises:
+        ConfigError: the tokenizer cannot be loaded.
+    """
+    try:
+        tokenizer: Tokenizer = open_clip.get_tokenizer(_name(config), context_length=text_length)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ConfigError(f"model.name: cannot load the tokenizer of {config.name}: {_first_line(error)}") from error
+    return tokenizer
+
+
+def _name(config: ModelConfig) -> str:
+    if config.name != "demo":
+        return config.name
+    from dive_fast.demo.world import MODEL_DIR  # the demo is no part of the engine: only when asked for
+
+    return f"local-dir:{MODEL_DIR}"
+
+
+def _pooled_at(text: Any) -> PooledAt:
+    """Where the feature is read, if what stands behind it cannot change it; else None."""
+    causal = getattr(text, "attn_mask", None) is not None
+    if not causal or getattr(text, "cls_emb", None) is not None or getattr(text, "use_pad_mask", False):
+        return None
+    pool: str = text.pool_type
+    return "argmax" if pool == "argmax" else int(text.eos_id) if pool == "eos" else None
+
+
+def _original_names(name: str, custom: frozenset[str]) -> frozenset[str]:
+    """The parameter names that open_clip gives this model when it is not asked for a CustomTextCLIP."""
+    config = open_clip.get_model_config(name) or {}
+    text_config = config.get("text_cfg", {})
+    if config.get("custom_text") or "hf_model_name" in text_config or "multimodal_cfg" in config:
+        return custom
+    return frozenset(key.removeprefix("text.") for key in custom)
+
+
+@contextlib.contextmanager
+def _without_warnings_about_random_weights(config: ModelConfig) -> Iterator[None]:
+    """A model asked for without weights (``pretrained: null``) is random on purpose."""
+    logger, level = logging.getLogger(), logging.getLogger().level
+    if config.pretrained is None:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def save(state: dict[str, Tensor], path: Path) -> None:
+    """Writes weights as safetensors, whole or not at all."""
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.partial")
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
+    temporary.replace(path)

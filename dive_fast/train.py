@@ -1,0 +1,298 @@
+"""The loop: batches in, steps, metrics, checkpoints, and at the end a model that open_clip loads."""
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from dive_fast import checkpoint, objective
+from dive_fast import teacher as teachers
+from dive_fast.config import Config, ConfigError, ReferenceConfig, TargetConfig
+from dive_fast.data.batch import ReferenceBatch, TargetBatch
+from dive_fast.data.order import Order
+from dive_fast.data.plain import ReferenceSamples, TargetSamples, training_batches
+from dive_fast.data.prompts import PromptTable, read_class_names, read_templates
+from dive_fast.data.source import Source, open_csv, open_folder, open_webdataset
+from dive_fast.engine import Engine
+from dive_fast.evaluate.zero_shot import evaluate, open_set
+from dive_fast.objective import Pairs
+from dive_fast.ranks import Ranks
+from dive_fast.towers import Towers, create, tokenizer_of
+
+NOISE_FLOOR = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
+"""Largest mean |u| and |v| allowed before the first update, where the tuned model is the frozen one and only the
+rounding of the forward pass is left (measured: 1.2e-3 in fp16, 9.1e-3 in bf16): more means a wrong cache."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that the loop needs, built from a config."""
+
+    config: Config
+    folder: Path
+    ranks: Ranks
+    engine: Engine
+    target: TargetSamples
+    target_order: Order
+    reference: ReferenceSamples | None
+    reference_order: Order | None
+    teacher: teachers.Teacher | None
+    total_steps: int
+
+
+def train(config: Config, folder: Path, ranks: Ranks) -> dict[str, float]:
+    """Runs a config from its newest checkpoint, or its start, to its end; returns the final metrics.
+
+    Leaves ``metrics.jsonl``, ``config.json``, ``checkpoints/`` and ``model.safetensors`` in ``folder``.
+
+    Raises:
+        ConfigError, DataError: the user's to mend; the message says how.
+    """
+    run = build(config, folder, ranks)
+    engine, options = run.engine, config.train
+    found = checkpoint.find(options.resume, folder / "checkpoints")
+    first_step = checkpoint.load(engine, found) if found is not None else 0
+    metrics = Metrics(run, first_step)
+    steps = range(first_step, run.total_steps)
+    for step, (target, reference) in zip(steps, _batches(run, steps), strict=True):
+        target = target.to(ranks.device)
+        teacher = None
+        if reference is not None and run.teacher is not None:
+            reference = reference.to(ranks.device)
+            teacher = run.teacher(reference)
+        learning_rate = engine.learning_rate
+        values = engine.step(target, reference, teacher)
+        if step == 0:
+            _check_noise_floor(values, config)
+        metrics.log(step + 1, values, learning_rate)
+        if options.checkpoint_every and (step + 1) % options.checkpoint_every == 0 and step + 1 < run.total_steps:
+            checkpoint.save(engine, folder / "checkpoints", step + 1, options.keep_checkpoints)
+    if len(steps) > 0:
+        checkpoint.save(engine, folder / "checkpoints", run.total_steps, options.keep_checkpoints)
+    checkpoint.export(engine, folder / "model.safetensors")
+    tokenizer = tokenizer_of(config.model)
+    accuracies = evaluate(engine.towers, tokenizer, config.evaluate, ranks)
+    return metrics.close({f"accuracy/{name}": value for name, value in accuracies.items()})
+
+
+def build(config: Config, folder: Path, ranks: Ranks) -> Run:
+    """Opens the data, builds the models and the teacher, and hands the student to DeepSpeed.
+
+    Raises:
+        ConfigError, DataError: the user's to mend; the message says how.
+    """
+    seed = config.train.seed
+    # Before any model is built: a typo in a path should not cost minutes.
+    source = _open_target(config.data.target)
+    reference = None if config.data.reference is None else _open_reference(config.data.reference)
+    for evaluation in config.evaluate.sets.values():
+        open_set(evaluation)
+    torch.manual_seed(seed)
+    towers = create(config.model)
+    _check_text_length(config, towers)
+
+    data = config.data.target
+    names = source.class_names if data.class_names is None else read_class_names(data.class_names)
+    prompts = PromptTable(source, names, read_templates(data.templates), tokenizer_of(config.model, data.text_length))
+    target_samples = TargetSamples(source, prompts, towers.preprocess, towers.pooled_at, seed)
+    target_order = Order(len(source), data.batch_size, ranks.rank, ranks.world_size, seed)
+    total_steps = target_order.steps_per_epoch * config.train.epochs
+    total_steps = min(total_steps, config.train.max_steps or total_steps)
+
+    goal = objective.create(config.objective, _width(towers))
+    reference_samples = reference_order = teacher = None
+    if goal.needs_reference:
+        assert reference is not None and config.data.reference is not None
+        pairs = config.data.reference
+        tokenizer = tokenizer_of(config.model, pairs.text_length)
+        reference_samples = ReferenceSamples(
+            reference, tokenizer, towers.preprocess, towers.pooled_at, seed, pairs.views
+        )
+        # Another stream than the target's, or both sets would be shuffled alike.
+        reference_order = Order(len(reference), pairs.batch_size, ranks.rank, ranks.world_size, seed + 1)
+        teacher = _teacher(config, folder, towers, reference_samples, ranks)
+    if ranks.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_provenance(config, folder, ranks)
+    engine = Engine(config, towers, goal, ranks, total_steps)
+    return Run(
+        config,
+        folder,
+        ranks,
+        engine,
+        target_samples,
+        target_order,
+        reference_samples,
+        reference_order,
+        teacher,
+        total_steps,
+    )
+
+
+class Metrics:
+    """Progress bar, metrics.jsonl and DeepSpeed's monitor, on the first rank; reads the device only when logging."""
+
+    def __init__(self, run: Run, first_step: int) -> None:
+        self._run, self._first_step = run, first_step
+        self._enabled = run.ranks.first
+        self._last: dict[str, float] = {}
+        self._since, self._since_step = time.perf_counter(), first_step
+        if self._enabled:
+            self._path = run.folder / "metrics.jsonl"
+            kept = [line for line in self._lines() if json.loads(line)["step"] <= first_step]
+            self._path.write_text("".join(f"{line}\n" for line in kept))
+        self._bar = tqdm(
+            total=run.total_steps, initial=first_step, desc="train", unit="step", disable=not self._enabled
+        )
+
+    def log(self, step: int, values: dict[str, torch.Tensor], learning_rate: float) -> None:
+        """Takes the metrics of one step; every ``train.log_every`` steps they are read and written."""
+        self._bar.update()
+        engine = self._run.engine
+        if step % self._run.config.train.log_every and step not in (1, self._run.total_steps):
+            return
+        self._last = {name: float(value) for name, value in values.items()}
+        if not self._enabled:
+            return
+        now = time.perf_counter()
+        images = (step - self._since_step) * self._images_per_step()
+        self._last |= {
+            "learning_rate": learning_rate,
+            "images_per_second": images / (now - self._since),
+            "epoch": step / self._run.target_order.steps_per_epoch,
+            "skipped_steps": engine.skipped_steps,
+        }
+        if engine.scale.dynamic:
+            self._last["loss_scale"] = engine.scale.value
+        self._since, self._since_step = now, step
+        shown = {"loss": "loss", "u": "image_norm", "v": "text_norm", "img/s": "images_per_second"}
+        self._bar.set_postfix({short: f"{self._last[name]:.3g}" for short, name in shown.items() if name in self._last})
+        self._write(step, self._last)
+
+    def close(self, results: dict[str, float]) -> dict[str, float]:
+        """Writes results of the whole run; returns them with the last step's metrics."""
+        self._bar.close()
+        if self._enabled and results:
+            self._write(self._run.total_steps, results)
+        return self._last | results
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        with self._path.open("a") as lines:
+            lines.write(json.dumps({"step": step} | values) + "\n")
+        monitor = self._run.engine.deepspeed.monitor
+        if monitor.enabled:
+            pairs = step * self._run.config.data.target.batch_size
+            monitor.write_events([(f"train/{name}", value, pairs) for name, value in values.items()])
+
+    def _lines(self) -> list[str]:
+        return self._path.read_text().splitlines() if self._path.exists() else []
+
+    def _images_per_step(self) -> int:
+        data = self._run.config.data
+        reference = data.reference.batch_size if data.reference is not None and self._run.reference is not None else 0
+        return data.target.batch_size + reference
+
+
+def _batches(run: Run, steps: range) -> Iterator[tuple[TargetBatch, ReferenceBatch | None]]:
+    pin = run.ranks.device.type == "cuda"
+    data = run.config.data
+    targets = training_batches(run.target, run.target_order, steps, data.target.workers, pin)
+    references: Iterator[ReferenceBatch | None] = repeat(None)
+    if run.reference is not None and run.reference_order is not None and data.reference is not None:
+        references = training_batches(run.reference, run.reference_order, steps, data.reference.workers, pin)
+    return zip(targets, references, strict=False)
+
+
+def _open_target(config: TargetConfig) -> Source:
+    if config.format == "folder":
+        return open_folder(config.path)
+    if config.format == "csv":
+        return open_csv(config.path, config.image_root, group=True)
+    return open_webdataset(config.path, ".cls")
+
+
+def _open_reference(config: ReferenceConfig) -> Source:
+    if config.format == "csv":
+        return open_csv(config.path, config.image_root, group=False)
+    return open_webdataset(config.path, ".txt")
+
+
+def _teacher(
+    config: Config, folder: Path, towers: Towers, samples: ReferenceSamples, ranks: Ranks
+) -> teachers.Teacher:
+    if config.teacher.mode == "online":
+        return teachers.OnlineTeacher(_frozen_copy(config, towers), ranks)
+    assert config.data.reference is not None
+    path = Path(config.teacher.path) if config.teacher.path is not None else folder / "teacher"
+    model = config.model.model_dump()
+    wanted = teachers.fingerprint(towers, model, samples, config.data.reference.text_length)
+    if not teachers.is_cache(path):
+        teachers.write_cache(
+            path,
+            lambda: _frozen_copy(config, towers),
+            samples,
+            wanted,
+            ranks,
+            config.teacher.batch_size,
+            config.data.reference.workers,
+        )
+    return teachers.CachedTeacher(path, wanted)
+
+
+def _frozen_copy(config: Config, towers: Towers) -> Towers:
+    frozen = create(config.model)
+    frozen.load_state_dict(towers.state_dict())
+    return frozen
+
+
+def _width(towers: Towers) -> int:
+    with torch.no_grad():
+        context = int(getattr(towers.text, "context_length", 77))
+        return int(towers.encode_text(torch.zeros(1, context, dtype=torch.long)).shape[1])
+
+
+def _check_text_length(config: Config, towers: Towers) -> None:
+    for half in ("target", "reference"):
+        data = getattr(config.data, half)
+        if data is not None and data.text_length is not None and towers.pooled_at is None:
+            raise ConfigError(f"data.{half}.text_length: the text tower of {config.model.name} needs its whole context")
+
+
+def _check_noise_floor(values: dict[str, torch.Tensor], config: Config) -> None:
+    bound = NOISE_FLOOR[config.train.precision]
+    for name, symbol in (("image_norm", "|u|"), ("text_norm", "|v|")):
+        if name in values and float(values[name]) > bound:
+            raise ConfigError(
+                f"mean {symbol} before the first update is {float(values[name]):.2e}, above {bound:.0e} for "
+                f"{config.train.precision}: the teacher's embeddings are not this model's; "
+                "remove the teacher cache to have it made anew"
+            )
+
+
+def _write_provenance(config: Config, folder: Path, ranks: Ranks) -> None:
+    packages = ("dive_fast", "torch", "open_clip_torch", "deepspeed", "numpy")
+    provenance: dict[str, Any] = {
+        "config": config.model_dump(),
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else platform.processor() or "cpu",
+        "ranks": ranks.world_size,
+        "commit": _commit(),
+    }
+    (folder / "config.json").write_text(json.dumps(provenance, indent=2) + "\n")
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,203 @@
+"""Every formula of the method in plain PyTorch: the truth that faster paths are held to.
+
+Over ranks each function gathers the unit features of all ranks and evaluates the global formula on every
+rank. Every rank then holds the same value bit for bit, and the backward of the gather keeps the rank's own
+rows times the number of ranks, so that *averaging* parameter gradients over ranks, as DeepSpeed does, gives
+the gradient of the global loss.
+
+Equation numbers are those of DiVE, arXiv 2511.09973.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class DifferenceLoss(NamedTuple):
+    """What :func:`difference_loss` returns; ``loss`` is ``()`` and carries the gradient, the rest does not."""
+
+    loss: Tensor
+    average_vector: Tensor
+    average_loss: Tensor
+    pairwise_loss: Tensor
+    image_norm: Tensor
+    text_norm: Tensor
+
+
+class DiveLoss(NamedTuple):
+    """What :func:`dive_loss` returns; ``loss`` is ``()`` and carries the gradient, the rest does not."""
+
+    loss: Tensor
+    contrastive_loss: Tensor
+    average_vector: Tensor
+    average_loss: Tensor
+    pairwise_loss: Tensor
+    image_norm: Tensor
+    text_norm: Tensor
+
+
+def unit(features: Tensor) -> Tensor:
+    """L2-normalise rows in fp32, or in fp64 if that is what comes in: ``x / max(|x|, 1e-12)``.
+
+    Half precision cannot hold the result: a difference vector of 1e-3 is below its resolution at 1.
+    """
+    return F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
+
+
+def contrastive_loss(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Symmetric contrastive loss, Eq. 1: the mean over pairs of image-to-text and text-to-image cross-entropy.
+
+    Args:
+        image_features, text_features: ``(B, D)``, un-normalised; row i of each belongs to the same pair.
+        logit_scale: ``()`` or ``(1,)``, the scale ``1 / tau`` itself, not its logarithm.
+        group: ranks whose pairs form one batch (equal ``B`` on each); None is this rank alone.
+
+    Returns:
+        The loss of the global batch, ``()``.
+
+    Raises:
+        ValueError: features are not two non-empty matrices of one shape.
+    """
+    _check_pairs(image_features=image_features, text_features=text_features)
+    image = gather_rows(unit(image_features), group)
+    text = gather_rows(unit(text_features), group)
+    logits = logit_scale.to(image.dtype) * (image @ text.T)
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def difference_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    image_teacher: Tensor,
+    text_teacher: Tensor,
+    average_vector: Tensor,
+    *,
+    decay: float = 0.99,
+    average_weight: float = 1.0,
+    pairwise_weight: float = 1.0,
+    mean_gradient: bool = True,
+    group: dist.ProcessGroup | None = None,
+) -> DifferenceLoss:
+    """Average and pairwise vector loss, Eq. 4-8, of the difference vectors u (images) and v (texts).
+
+    ::
+
+        u = unit(image_features) - image_teacher        v = unit(text_features) - text_teacher
+        m = decay * average_vector + (1 - decay) * mean_j (u_j + v_j) / 2
+        loss = average_weight * mean_j(|u_j - m|^2 + |v_j - m|^2) + pairwise_weight * mean_j |u_j - v_j|^2
+
+    Args:
+        image_features, text_features: ``(B, D)``, un-normalised features of the model being tuned.
+        image_teacher, text_teacher: ``(B, D)``, unit rows of the frozen model for the same pairs.
+        average_vector: ``(D,)``, m of the previous step; zeros before the first.
+        mean_gradient: whether this batch's share of m carries gradient, as Eq. 6-7 read literally.
+        group: ranks whose pairs form one batch (equal ``B`` on each); None is this rank alone.
+
+    Returns:
+        Global values: loss, the updated average vector ``(D,)``, both parts unweighted, and mean |u|, |v|.
+
+    Raises:
+        ValueError: features or teachers are not non-empty matrices of one shape, or the vector not ``(D,)``.
+    """
+    _check_pairs(
+        image_features=image_features,
+        text_features=text_features,
+        image_teacher=image_teacher,
+        text_teacher=text_teacher,
+    )
+    if average_vector.shape != image_features.shape[1:]:
+        expected, actual = tuple(image_features.shape[1:]), tuple(average_vector.shape)
+        raise ValueError(f"average_vector: expected shape {expected}, got {actual}")
+    image, text = unit(image_features), unit(text_features)
+    u = gather_rows(image - image_teacher.to(image.dtype), group)
+    v = gather_rows(text - text_teacher.to(text.dtype), group)
+    m = decay * average_vector.to(u.dtype) + (1 - decay) * ((u + v) / 2).mean(0)
+    if not mean_gradient:
+        m = m.detach()
+    average_loss = ((u - m).square() + (v - m).square()).sum(1).mean()
+    pairwise_loss = (u - v).square().sum(1).mean()
+    loss = average_weight * average_loss + pairwise_weight * pairwise_loss
+    parts = (m, average_loss, pairwise_loss, u.norm(dim=1).mean(), v.norm(dim=1).mean())
+    return DifferenceLoss(loss, *(part.detach() for part in parts))
+
+
+def dive_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    reference_image_features: Tensor,
+    reference_text_features: Tensor,
+    image_teacher: Tensor,
+    text_teacher: Tensor,
+    average_vector: Tensor,
+    *,
+    weight: float = 1000.0,
+    decay: float = 0.99,
+    average_weight: float = 1.0,
+    pairwise_weight: float = 1.0,
+    mean_gradient: bool = True,
+    group: dist.ProcessGroup | None = None,
+) -> DiveLoss:
+    """The whole objective, Eq. 9: ``contrastive_loss(target) + weight * difference_loss(reference)``.
+
+    Arguments, shapes and errors are those of the two functions; ``weight`` is the paper's lambda.
+    """
+    contrastive = contrastive_loss(image_features, text_features, logit_scale, group=group)
+    difference = difference_loss(
+        reference_image_features,
+        reference_text_features,
+        image_teacher,
+        text_teacher,
+        average_vector,
+        decay=decay,
+        average_weight=average_weight,
+        pairwise_weight=pairwise_weight,
+        mean_gradient=mean_gradient,
+        group=group,
+    )
+    return DiveLoss(contrastive + weight * difference.loss, contrastive.detach(), *difference[1:])
+
+
+def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Rows of all ranks in rank order, ``(B, D) -> (W B, D)``; backward gives ``W x`` the own rows' gradient.
+
+    Exact when every rank computes the same function of the result (see the module's docstring).
+    """
+    if group is None or dist.get_world_size(group) == 1:
+        return rows
+    return _GatherRows.apply(rows, group)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.world_size = dist.get_world_size(group)
+        ctx.first = dist.get_rank(group) * len(rows)
+        ctx.count = len(rows)
+        gathered = rows.new_empty(ctx.world_size * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.world_size * gradient[ctx.first : ctx.first + ctx.count], None
+
+
+def _check_pairs(**matrices: Tensor) -> None:
+    (first, reference), *_ = matrices.items()
+    if reference.ndim != 2 or 0 in reference.shape:
+        raise ValueError(f"{first}: expected a non-empty (B, D) matrix, got shape {tuple(reference.shape)}")
+    for name, matrix in matrices.items():
+        if matrix.shape != reference.shape:
+            expected, actual = tuple(reference.shape), tuple(matrix.shape)
+            raise ValueError(f"{name}: expected shape {expected} as {first} has, got {actual}")
+        if not matrix.is_floating_point():
+            raise ValueError(f"{name}: expected a floating-point dtype, got {matrix.dtype}")
+        if matrix.device != reference.device:
+            raise ValueError(f"{name}: expected device {reference.device} as {first} has, got {matrix.device}")

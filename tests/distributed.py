@@ -1,0 +1,152 @@
+"""Run a function on several ranks, each a process of its own, from within a test."""
+
+import faulthandler
+import os
+import pickle
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+# How long the other ranks may live on once one has failed: enough for them to report errors of their own, and
+# the test need not sit out the timeout with a rank that waits in a collective for one that is gone.
+GRACE_SECONDS = 3.0
+
+
+class _Outcome(NamedTuple):
+    value: Any
+    error: str | None
+    finished: float
+
+
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, init: bool = True, timeout: float = 120.0
+) -> list[Any]:
+    """Call ``function(*args)`` on ``world_size`` new processes; return what each call returned, in rank order.
+
+    A process takes seconds to start: let one call work through many cases, and make it a fixture of module
+    scope. ``function`` and ``args`` are pickled, so the function has to stand at the top level of its module.
+    What it returns is pickled by value: a tensor outlives the process it was made in.
+
+    On every rank torch has one thread, and RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and
+    MASTER_PORT are set before the function's module is imported.
+
+    Args:
+        init: whether to make a gloo process group around the call (it meets over a file, so that two test
+            runs cannot collide). False leaves that to the function, which finds a free port in MASTER_PORT.
+        timeout: seconds for everything, start included; then all ranks are stopped.
+
+    Raises:
+        RuntimeError: a rank raised or died; the message holds the traceback of each rank, earliest first.
+        TimeoutError: a rank did not finish in time; the message says where each of its threads was.
+    """
+    # multiprocessing's own pickler would pass tensors as shared memory, which goes when its process does.
+    task = pickle.dumps((function, args))
+    context = torch.multiprocessing.get_context("spawn")
+    deadline = time.monotonic() + timeout
+    with tempfile.TemporaryDirectory(prefix="ranks-") as name:
+        folder, port = Path(name), _free_port()
+        processes = [
+            context.Process(target=_run_rank, args=(rank, world_size, task, init, deadline, port, folder))
+            for rank in range(world_size)
+        ]
+        stopped = []
+        try:
+            for process in processes:
+                process.start()
+            _wait(processes, deadline)
+        finally:
+            for rank, process in enumerate(processes):
+                if process.pid is not None and process.exitcode is None:
+                    stopped.append(rank)
+                    process.kill()  # not SIGTERM: DeepSpeed handles that one, and a hung rank never gets to it
+                    process.join()
+        return _values(folder, [process.exitcode for process in processes], stopped)
+
+
+def _wait(processes: list[Any], deadline: float) -> None:
+    """Return when all have finished, or one has failed and the grace is over, or the time is up."""
+    # A rank whose time is up stops itself and says where it was: wait a little longer than it does.
+    until = deadline + GRACE_SECONDS
+    running = {process.sentinel: process for process in processes}
+    while running and time.monotonic() < until:
+        for sentinel in wait(list(running), timeout=until - time.monotonic()):
+            process = running.pop(sentinel)
+            process.join()
+            if process.exitcode != 0:
+                until = min(until, time.monotonic() + GRACE_SECONDS)
+
+
+def _values(folder: Path, exit_codes: list[int], stopped: list[int]) -> list[Any]:
+    """The value of each rank, or one error that tells of all that went wrong."""
+    outcomes: dict[int, _Outcome] = {}
+    stacks: dict[int, str] = {}
+    for rank in range(len(exit_codes)):
+        if (path := folder / f"{rank}.outcome").exists():
+            outcomes[rank] = pickle.loads(path.read_bytes())
+        if (path := folder / f"{rank}.stacks").exists() and (text := path.read_text()):
+            stacks[rank] = text
+    # The earliest error is the cause; what the others report is mostly that their peer has gone.
+    raised = sorted((rank for rank in outcomes if outcomes[rank].error), key=lambda rank: outcomes[rank].finished)
+    died = [rank for rank, code in enumerate(exit_codes) if code and rank not in {*raised, *stacks, *stopped}]
+    reports = [
+        *(f"rank {rank} raised\n{outcomes[rank].error}" for rank in raised),
+        *(f"rank {rank} died with exit code {exit_codes[rank]}" for rank in died),
+        *(f"rank {rank} ran out of time at\n{text}" for rank, text in stacks.items()),
+        *(f"rank {rank} was stopped" for rank in stopped),
+    ]
+    if raised or died:
+        raise RuntimeError("\n".join(reports))
+    if reports:
+        raise TimeoutError("\n".join(reports))
+    return [outcomes[rank].value for rank in range(len(exit_codes))]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _run_rank(
+    rank: int, world_size: int, task: bytes, init: bool, deadline: float, port: int, folder: Path
+) -> None:
+    # faulthandler needs no Python to run: it ends a rank that hangs in a collective, or whose test was killed.
+    stacks = (folder / f"{rank}.stacks").open("w")
+    faulthandler.dump_traceback_later(max(deadline - time.monotonic(), 0.01), exit=True, file=stacks)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    try:
+        function, args = pickle.loads(task)
+        if init:
+            store = f"file://{folder / 'store'}"
+            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+        value = function(*args)
+        if init:
+            dist.barrier()  # a rank that leaves early closes connections which its peers may still read from
+            dist.destroy_process_group()
+        outcome, failed = pickle.dumps(_Outcome(value, None, time.monotonic())), False
+    except BaseException:
+        outcome, failed = pickle.dumps(_Outcome(None, traceback.format_exc(), time.monotonic())), True
+    (folder / f"{rank}.outcome").write_bytes(outcome)
+    if failed:
+        # An ordinary exit would tear down the process group, which can wait for peers that hang.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)

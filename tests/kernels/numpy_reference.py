@@ -1,0 +1,241 @@
+"""The losses once more, in float64 NumPy: written from the equations, with gradients derived by hand.
+
+Nothing here is taken from ``naive``, so that agreement of the two means something. With each value and each
+gradient comes a bound on the error of a computation whose single operations are off by ``rounding``, relative.
+The bounds are running error analyses to first order. They say what a tolerance has to be: a loss of difference
+vectors of 1e-3 inherits the rounding of unit vectors, which is a thousand times larger than they are.
+
+``u``, ``v``, ``m`` and the equation numbers are those of DiVE, arXiv 2511.09973; the prefix ``d`` stands for the
+derivative of the loss with respect to what follows.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+CLAMP = 1e-12
+
+
+class Evaluated(NamedTuple):
+    """``values`` by the names of naive's results, ``gradients`` of ``values["loss"]`` by argument name.
+
+    A bound is a scalar, or ``(B, 1)``: one for all components of a row.
+    """
+
+    values: dict[str, np.ndarray]
+    gradients: dict[str, np.ndarray]
+    value_bounds: dict[str, float]
+    gradient_bounds: dict[str, np.ndarray]
+
+
+def unit(features):
+    return np.stack([row / max(_norm(row), CLAMP) for row in features])
+
+
+def contrastive_loss(image_features, text_features, logit_scale, *, rounding=0.0):
+    """Eq. 1, one softmax at a time.
+
+    With p = softmax(l): d/dl_k (log sum_k exp l_k - l_i) = p_k - [k = i], and l = s cos.
+    """
+    image, text = unit(image_features), unit(text_features)
+    B, s = len(image), float(np.squeeze(logit_scale))
+    cosine = np.array([[float(np.dot(f, g)) for g in text] for f in image])
+    loss, dcosine, dscale = 0.0, np.zeros((B, B)), 0.0
+    # mass: what the softmax terms of dcosine add up to before they cancel against the labels'
+    mass = np.full((B, B), 0.0)
+    for i in range(B):
+        for of_pair in ((i, slice(None)), (slice(None), i)):  # all texts for image i, all images for text i
+            cosines = cosine[of_pair]
+            log_sum = _log_sum_exp(s * cosines)
+            error = np.exp(s * cosines - log_sum)
+            mass[of_pair] += error / (2 * B)
+            error[i] -= 1.0
+            loss += (log_sum - s * cosines[i]) / (2 * B)
+            dcosine[of_pair] += s * error / (2 * B)
+            dscale += np.dot(error, cosines) / (2 * B)
+    dimage = np.stack([sum(dcosine[i, k] * text[k] for k in range(B)) for i in range(B)])
+    dtext = np.stack([sum(dcosine[i, k] * image[i] for i in range(B)) for k in range(B)])
+
+    # A logit is off by s, a softmax by twice that and its own rounding, relative; the label's 1 by neither.
+    softmax_error = rounding * (1 + 4 * s)
+    dimage_error = s * (softmax_error * mass.sum(1) + rounding / B)
+    dtext_error = s * (softmax_error * mass.sum(0) + rounding / B)
+    gradients = {
+        "image_features": _unit_backward(image_features, dimage),
+        "text_features": _unit_backward(text_features, dtext),
+        "logit_scale": np.reshape(dscale, np.shape(logit_scale)),
+    }
+    gradient_bounds = {
+        "image_features": _unit_backward_bound(image_features, dimage, dimage_error, rounding),
+        "text_features": _unit_backward_bound(text_features, dtext, dtext_error, rounding),
+        "logit_scale": 2 * softmax_error * mass.sum() + rounding,
+    }
+    value_bounds = {"loss": rounding * (2 * s + math.log(B) + loss)}
+    return Evaluated({"loss": np.float64(loss)}, gradients, value_bounds, gradient_bounds)
+
+
+def difference_loss(
+    image_features,
+    text_features,
+    image_teacher,
+    text_teacher,
+    average_vector,
+    *,
+    decay=0.99,
+    average_weight=1.0,
+    pairwise_weight=1.0,
+    mean_gradient=True,
+    rounding=0.0,
+):
+    """Eq. 4-8, pair by pair.
+
+    With c = mean_j (u_j + v_j) / 2, m = decay m_prev + (1 - decay) c, and L the average loss::
+
+        dm   = -(2 / B) sum_j (u_j - m + v_j - m)      = -4 (c - m)
+        du_j =  (2 / B) (u_j - m) + (1 - decay) / (2 B) dm
+    """
+    image, text = unit(image_features), unit(text_features)
+    B = len(image)
+    u = [image[j] - image_teacher[j] for j in range(B)]  # (4)
+    v = [text[j] - text_teacher[j] for j in range(B)]  # (5)
+    center = sum((u[j] + v[j]) / 2 for j in range(B)) / B
+    m = decay * average_vector + (1 - decay) * center  # (6)
+    average_loss = sum(_square(u[j] - m) + _square(v[j] - m) for j in range(B)) / B  # (7)
+    pairwise_loss = sum(_square(u[j] - v[j]) for j in range(B)) / B  # (8)
+    values = {
+        "loss": average_weight * average_loss + pairwise_weight * pairwise_loss,
+        "average_vector": m,
+        "average_loss": average_loss,
+        "pairwise_loss": pairwise_loss,
+        "image_norm": sum(_norm(row) for row in u) / B,
+        "text_norm": sum(_norm(row) for row in v) / B,
+    }
+
+    dm = -4 * average_weight * (center - m) if mean_gradient else np.zeros_like(m)
+    through_m = (1 - decay) / (2 * B) * dm
+    dimage = np.empty_like(image)
+    dtext = np.empty_like(text)
+    for j in range(B):
+        dpair = 2 / B * pairwise_weight * (u[j] - v[j])
+        dimage[j] = 2 / B * average_weight * (u[j] - m) + through_m + dpair
+        dtext[j] = 2 / B * average_weight * (v[j] - m) + through_m - dpair
+    gradients = {
+        "image_features": _unit_backward(image_features, dimage),
+        "text_features": _unit_backward(text_features, dtext),
+        "image_teacher": -dimage,
+        "text_teacher": -dtext,
+        "average_vector": decay * dm,
+    }
+
+    # Norms of errors, row by row: of u and v (their unit vectors' first of all), of m, of what is squared.
+    u_error = np.array([rounding * (_norm(image[j]) + _norm(u[j])) for j in range(B)])
+    v_error = np.array([rounding * (_norm(text[j]) + _norm(v[j])) for j in range(B)])
+    center_error = (u_error + v_error).mean() / 2 + rounding * _norm(center)
+    m_error = decay * rounding * _norm(average_vector) + (1 - decay) * center_error + rounding * _norm(m)
+    to_m_u = np.array([_norm(u[j] - m) for j in range(B)])
+    to_m_v = np.array([_norm(v[j] - m) for j in range(B)])
+    pair = np.array([_norm(u[j] - v[j]) for j in range(B)])
+    to_m_u_error = u_error + m_error + rounding * to_m_u
+    to_m_v_error = v_error + m_error + rounding * to_m_v
+    pair_error = u_error + v_error + rounding * pair
+    average_bound = _mean_square_bound(to_m_u, to_m_u_error, rounding)
+    average_bound += _mean_square_bound(to_m_v, to_m_v_error, rounding)
+    pairwise_bound = _mean_square_bound(pair, pair_error, rounding)
+    value_bounds = {
+        "loss": average_weight * average_bound + pairwise_weight * pairwise_bound + rounding * values["loss"],
+        "average_vector": m_error,
+        "average_loss": average_bound,
+        "pairwise_loss": pairwise_bound,
+        "image_norm": u_error.mean() + rounding * values["image_norm"],
+        "text_norm": v_error.mean() + rounding * values["text_norm"],
+    }
+    dm_error = 4 * average_weight * (center_error + m_error) + rounding * _norm(dm)
+    dimage_error = 2 / B * (average_weight * to_m_u_error + pairwise_weight * pair_error)
+    dtext_error = 2 / B * (average_weight * to_m_v_error + pairwise_weight * pair_error)
+    dimage_error += (1 - decay) / (2 * B) * dm_error
+    dtext_error += (1 - decay) / (2 * B) * dm_error
+    gradient_bounds = {
+        "image_features": _unit_backward_bound(image_features, dimage, dimage_error, rounding),
+        "text_features": _unit_backward_bound(text_features, dtext, dtext_error, rounding),
+        "image_teacher": dimage_error[:, None] + rounding * abs(dimage),
+        "text_teacher": dtext_error[:, None] + rounding * abs(dtext),
+        "average_vector": decay * dm_error,
+    }
+    return Evaluated(values, gradients, value_bounds, gradient_bounds)
+
+
+def dive_loss(
+    image_features,
+    text_features,
+    logit_scale,
+    reference_image_features,
+    reference_text_features,
+    image_teacher,
+    text_teacher,
+    average_vector,
+    *,
+    weight=1000.0,
+    rounding=0.0,
+    **options,
+):
+    """Eq. 9."""
+    target = contrastive_loss(image_features, text_features, logit_scale, rounding=rounding)
+    reference = difference_loss(
+        reference_image_features,
+        reference_text_features,
+        image_teacher,
+        text_teacher,
+        average_vector,
+        rounding=rounding,
+        **options,
+    )
+    loss = target.values["loss"] + weight * reference.values["loss"]
+    bound = target.value_bounds["loss"] + weight * reference.value_bounds["loss"] + rounding * loss
+
+    def of_reference(gradients):
+        prefix = {"image_features": "reference_image_features", "text_features": "reference_text_features"}
+        return {prefix.get(name, name): weight * gradient for name, gradient in gradients.items()}
+
+    return Evaluated(
+        reference.values | {"loss": loss, "contrastive_loss": target.values["loss"]},
+        target.gradients | of_reference(reference.gradients),
+        reference.value_bounds | {"loss": bound, "contrastive_loss": target.value_bounds["loss"]},
+        target.gradient_bounds | of_reference(reference.gradient_bounds),
+    )
+
+
+def _unit_backward(features, dz):
+    """For z = x / |x|: dx = (dz - z (z . dz)) / |x|. Below the clamp z = x / 1e-12, which is linear in x."""
+    dx = np.empty_like(features)
+    for j, (x, dz_j) in enumerate(zip(features, dz)):
+        norm = _norm(x)
+        if norm < CLAMP:
+            dx[j] = dz_j / CLAMP
+        else:
+            dx[j] = (dz_j - x / norm * np.dot(x / norm, dz_j)) / norm
+    return dx
+
+
+def _unit_backward_bound(features, dz, dz_error, rounding):
+    norms = np.array([max(_norm(x), CLAMP) for x in features])
+    dz_norms = np.array([_norm(dz_j) for dz_j in dz])
+    return ((2 * dz_error + 3 * rounding * dz_norms) / norms)[:, None]
+
+
+def _mean_square_bound(norms, errors, rounding):
+    """Of mean_j |a_j|^2; to second order in the error of a, as a may well be zero."""
+    return np.mean(2 * norms * errors + errors**2 + rounding * norms**2)
+
+
+def _log_sum_exp(logits):
+    highest = logits.max()
+    return highest + math.log(sum(math.exp(logit - highest) for logit in logits))
+
+
+def _norm(vector):
+    return math.sqrt(_square(vector))
+
+
+def _square(vector):
+    return float(np.dot(vector, vector))

@@ -1,0 +1,538 @@
+"""``naive`` is what every faster path is compared with, so it is itself held to float64 NumPy, formula by formula."""
+
+import inspect
+import itertools
+
+import numpy as np
+import numpy_reference
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dive_fast.kernels import naive
+
+BATCH_SIZES = (1, 2, 3, 7, 64, 70)
+WIDTHS = (1, 3, 16, 130)
+# What one operation may be off by, in units of the machine epsilon: sums over width and batch are part of it.
+OPERATION = 8
+
+CONTRASTIVE = ("image_features", "text_features", "logit_scale")
+DIFFERENCE = ("image_features", "text_features", "image_teacher", "text_teacher", "average_vector")
+# Each option at its usual value, switched off, and at one that no other formula would give by chance.
+DIFFERENCE_OPTIONS = [
+    {"decay": decay, "average_weight": average, "pairwise_weight": pairwise, "mean_gradient": mean_gradient}
+    for (average, pairwise), decay, mean_gradient in itertools.product(
+        [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.3, 2.5)], [0.0, 0.5, 0.99], [True, False]
+    )
+]
+
+
+# Inputs -----------------------------------------------------------------------------------------------------
+
+
+def random_pairs(random, B, D):
+    """Teacher and student unrelated: difference vectors longer than 1."""
+    return _with_norms(random, _directions(random, 2, B, D)), _directions(random, 2, B, D)
+
+
+def drifted_pairs(random, B, D):
+    """Difference vectors from 1e-4 to 1 in one batch, as fine-tuning makes them and beyond."""
+    teacher = _directions(random, 2, B, D)
+    lengths = np.logspace(-4, 0, 2 * B).reshape(2, B, 1)
+    return _with_norms(random, teacher + lengths * _directions(random, 2, B, D)), teacher
+
+
+def equalised_pairs(random, B, D):
+    """What the loss asks for: all difference vectors nearly equal, so that all that is squared nearly cancels."""
+    teacher = _directions(random, 2, B, D)
+    features = teacher + 1e-2 * _directions(random, 1, 1, D) + 1e-5 * _directions(random, 2, B, D)
+    return _with_norms(random, features), teacher
+
+
+def duplicated_pairs(random, B, D):
+    """Every pair three times, as classes repeat within a batch: equal logits compete with the positive."""
+    features, teacher = drifted_pairs(random, B, D)
+    return features[:, np.arange(B) // 3], teacher[:, np.arange(B) // 3]
+
+
+def opposed_pairs(random, B, D):
+    """Cosines at both ends, the wrong way round: the first pair at -1, its text at +1 with all other images."""
+    features, teacher = random_pairs(random, B, D)
+    features[:, :] = features[0, 0]
+    features[0, 0] *= -1
+    return features, teacher
+
+
+def vanishing_pairs(random, B, D):
+    """Rows around and far below the clamp of the normalisation, and rows of zeros."""
+    features, teacher = drifted_pairs(random, B, D)
+    norms = np.resize([3e-12, 1.0, 1e-13, 1e-20, 0.0], 2 * B).reshape(B, 2).T[..., None]
+    return features / np.linalg.norm(features, axis=2, keepdims=True) * norms, teacher
+
+
+def outlying_pairs(random, B, D):
+    """One row a million times longer than its peers, one component far larger than its row."""
+    features, teacher = drifted_pairs(random, B, D)
+    features[0, -1] *= 1e6
+    features[1, 0, D // 2] = 1e4
+    return features, teacher
+
+
+KINDS = (
+    random_pairs,
+    drifted_pairs,
+    equalised_pairs,
+    duplicated_pairs,
+    opposed_pairs,
+    vanishing_pairs,
+    outlying_pairs,
+)
+
+
+def make_inputs(kind, B, D, seed=0):
+    """All tensors of both losses, for one batch, as float64 arrays; the scale is for the test to set."""
+    random = np.random.default_rng([seed, B, D])
+    (image, text), (image_teacher, text_teacher) = kind(random, B, D)
+    return {
+        "image_features": image,
+        "text_features": text,
+        "logit_scale": np.array(1 / 0.07),
+        "image_teacher": image_teacher,
+        "text_teacher": text_teacher,
+        "average_vector": 1e-2 * random.standard_normal(D),
+    }
+
+
+def make_dive_inputs(kind, B, reference_B, D, seed=0):
+    """The target batch and the reference batch, of sizes that differ as they may."""
+    reference = select(make_inputs(kind, reference_B, D, seed + 1), DIFFERENCE)
+    reference["reference_image_features"] = reference.pop("image_features")
+    reference["reference_text_features"] = reference.pop("text_features")
+    return select(make_inputs(kind, B, D, seed), CONTRASTIVE) | reference
+
+
+def select(inputs, names):
+    return {name: inputs[name] for name in names}
+
+
+def _directions(random, *shape):
+    rows = random.standard_normal(shape)
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def _with_norms(random, rows):
+    return rows * 10 ** random.uniform(0, 2, (*rows.shape[:-1], 1))
+
+
+# Comparison -------------------------------------------------------------------------------------------------
+
+
+def to_tensors(inputs, dtype=torch.float64, dtypes=()):
+    """Leaves that require a gradient; ``dtypes`` holds those that differ from ``dtype``, by name."""
+    tensors = {name: torch.tensor(array).to(dict(dtypes).get(name, dtype)) for name, array in inputs.items()}
+    return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+
+
+def evaluate(name, tensors, **options):
+    """The values and gradients of ``naive``'s function of that name, both by name, as tensors."""
+    result = getattr(naive, name)(**tensors, **options)
+    values = {"loss": result} if name == "contrastive_loss" else result._asdict()
+    values["loss"].backward()
+    # A tensor that the loss does not depend on has no gradient, which is to say zero.
+    gradients = {key: torch.zeros_like(t) if t.grad is None else t.grad for key, t in tensors.items()}
+    return {key: value.detach() for key, value in values.items()}, gradients
+
+
+def assert_equals_numpy(name, tensors, **options):
+    """Values and gradients of ``naive`` against NumPy's on the same numbers, within what rounding explains."""
+    values, gradients = evaluate(name, tensors, **options)
+    computed_in = values["loss"].dtype
+    expected = getattr(numpy_reference, name)(
+        **{key: tensor.detach().double().numpy() for key, tensor in tensors.items()},
+        **options,
+        rounding=OPERATION * torch.finfo(computed_in).eps,
+    )
+    assert values.keys() == expected.values.keys()
+    for key, value in values.items():
+        assert value.dtype == computed_in, key
+        assert_within(value, expected.values[key], expected.value_bounds[key], key)
+    assert gradients.keys() == expected.gradients.keys()
+    for key, gradient in gradients.items():
+        assert gradient.dtype == tensors[key].dtype, key
+        bound = expected.gradient_bounds[key]
+        if gradient.dtype != computed_in:
+            # Half precision rounds the finished gradient, and to a multiple of its smallest number.
+            info = torch.finfo(gradient.dtype)
+            bound = bound + info.eps / 2 * abs(expected.gradients[key]) + info.smallest_normal * info.eps / 2
+        assert_within(gradient, expected.gradients[key], bound, f"gradient of {key}")
+
+
+def assert_within(actual, expected, bound, what):
+    actual = actual.double().numpy()
+    assert actual.shape == np.shape(expected), what
+    error = np.abs(actual - expected)
+    assert (error <= bound).all(), f"{what}: off by {error.max():.3g}, {np.max(error / bound):.3g} x what is allowed"
+
+
+# float64 against NumPy --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("D", WIDTHS)
+@pytest.mark.parametrize("B", BATCH_SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+class TestAgainstNumpy:
+    def test_unit(self, kind, B, D):
+        features = make_inputs(kind, B, D)["image_features"]
+        actual = naive.unit(torch.tensor(features))
+        assert_within(actual, numpy_reference.unit(features), 1e-15, "unit")
+
+    @pytest.mark.parametrize("scale", [0.5, 1 / 0.07, 100.0])
+    def test_contrastive_loss(self, kind, B, D, scale):
+        inputs = select(make_inputs(kind, B, D), CONTRASTIVE)
+        for shape in (), (1,):
+            tensors = to_tensors(inputs | {"logit_scale": np.full(shape, scale)})
+            assert_equals_numpy("contrastive_loss", tensors)
+
+    def test_difference_loss(self, kind, B, D):
+        inputs = select(make_inputs(kind, B, D), DIFFERENCE)
+        for options in DIFFERENCE_OPTIONS:
+            assert_equals_numpy("difference_loss", to_tensors(inputs), **options)
+
+    def test_dive_loss(self, kind, B, D):
+        inputs = make_dive_inputs(kind, B, B // 2 + 1, D)
+        for weight, options in zip((1000.0, 1.0, 0.0, 2.5), DIFFERENCE_OPTIONS[-4:]):
+            assert_equals_numpy("dive_loss", to_tensors(inputs), weight=weight, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "defaults"),
+    [
+        ("difference_loss", {"decay": 0.99, "average_weight": 1.0, "pairwise_weight": 1.0, "mean_gradient": True}),
+        ("dive_loss", {"weight": 1000.0, "decay": 0.99, "mean_gradient": True}),
+    ],
+)
+def test_defaults_are_the_papers(name, defaults):
+    parameters = inspect.signature(getattr(naive, name)).parameters
+    assert {key: parameters[key].default for key in defaults} == defaults
+
+
+@pytest.mark.parametrize("mean_gradient", [True, False])
+def test_only_the_loss_carries_gradient(mean_gradient):
+    tensors = to_tensors(make_dive_inputs(random_pairs, 3, 2, 4))
+    result = naive.dive_loss(**tensors, mean_gradient=mean_gradient)._asdict()
+    assert [key for key, value in result.items() if value.requires_grad] == ["loss"]
+
+
+# NumPy against finite differences ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("B", "D"), [(1, 1), (1, 4), (2, 3), (6, 5)])
+@pytest.mark.parametrize("kind", KINDS)
+class TestNumpyGradients:
+    @pytest.mark.parametrize("scale", [1 / 0.07, 100.0])
+    def test_contrastive_loss(self, kind, B, D, scale):
+        inputs = select(make_inputs(kind, B, D), CONTRASTIVE) | {"logit_scale": np.array(scale)}
+        gradients = numpy_reference.contrastive_loss(**inputs).gradients
+        assert_finite_differences_agree(numpy_reference.contrastive_loss, inputs, gradients)
+
+    @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
+    def test_difference_loss(self, kind, B, D, decay):
+        inputs = select(make_inputs(kind, B, D), DIFFERENCE)
+        weights = {"average_weight": 0.3, "pairwise_weight": 2.5}
+        gradients = numpy_reference.difference_loss(**inputs, **weights, decay=decay).gradients
+        assert_finite_differences_agree(numpy_reference.difference_loss, inputs, gradients, **weights, decay=decay)
+
+    def test_difference_loss_with_constant_average(self, kind, B, D):
+        inputs = select(make_inputs(kind, B, D), DIFFERENCE)
+        evaluated = numpy_reference.difference_loss(**inputs, decay=0.5, mean_gradient=False)
+        assert not evaluated.gradients.pop("average_vector").any()
+        # With decay 1 the average is what is passed in, whatever the batch: a constant by another road.
+        constant = inputs | {"average_vector": evaluated.values["average_vector"]}
+        assert_finite_differences_agree(
+            numpy_reference.difference_loss, constant, evaluated.gradients, decay=1.0
+        )
+
+    def test_dive_loss(self, kind, B, D):
+        inputs = make_dive_inputs(kind, B, B + 1, D)
+        gradients = numpy_reference.dive_loss(**inputs, weight=2.5).gradients
+        assert_finite_differences_agree(numpy_reference.dive_loss, inputs, gradients, weight=2.5)
+
+
+def assert_finite_differences_agree(function, inputs, gradients, **options):
+    """Five-point central differences of the loss, in steps relative to what is varied."""
+
+    def loss(name, index, offset):
+        moved = inputs[name].copy()
+        moved[index] += offset
+        return function(**inputs | {name: moved}, **options).values["loss"]
+
+    for name, gradient in gradients.items():
+        for index in np.ndindex(inputs[name].shape):
+            size = 1.0
+            if name.endswith("features"):
+                # The loss varies over a row's own length, or over the clamp's.
+                size = max(np.linalg.norm(inputs[name][index[0]]), numpy_reference.CLAMP)
+            step = 3e-5 * size
+            near = loss(name, index, step) - loss(name, index, -step)
+            far = loss(name, index, 2 * step) - loss(name, index, -2 * step)
+            expected = (8 * near - far) / (12 * step) * size
+            assert gradient[index] * size == pytest.approx(expected, rel=1e-7, abs=1e-7), (name, index)
+
+
+# Lower precision against NumPy on the same rounded numbers --------------------------------------------------
+
+
+PRECISIONS = [
+    pytest.param(features, teacher, id=f"{features}-{teacher}".replace("torch.", ""))
+    for features, teacher in [
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float16),
+    ]
+]
+
+
+@pytest.mark.parametrize(("B", "D"), [(1, 3), (7, 1), (2, 16), (7, 130), (70, 512)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("features", "teacher"), PRECISIONS)
+class TestPrecision:
+    @pytest.mark.parametrize("scale", [1 / 0.07, 100.0])
+    def test_contrastive_loss(self, features, teacher, kind, B, D, scale):
+        inputs = select(make_inputs(kind, B, D), CONTRASTIVE) | {"logit_scale": np.array([scale])}
+        self.check("contrastive_loss", inputs, features, teacher)
+
+    @pytest.mark.parametrize("options", [DIFFERENCE_OPTIONS[0], DIFFERENCE_OPTIONS[-1]])
+    def test_difference_loss(self, features, teacher, kind, B, D, options):
+        self.check("difference_loss", select(make_inputs(kind, B, D), DIFFERENCE), features, teacher, **options)
+
+    def test_dive_loss(self, features, teacher, kind, B, D):
+        self.check("dive_loss", make_dive_inputs(kind, B, B // 2 + 1, D), features, teacher)
+
+    def check(self, name, inputs, features, teacher, **options):
+        limit = torch.finfo(features).max / 2
+        if features == torch.float16:
+            # A row below the clamp can only be zeros here, and its gradient, dz / 1e-12, is out of range.
+            zeros = [key for key in inputs if key.endswith("features") and (abs(inputs[key]).max(1) < 1e-7).any()]
+            if zeros:
+                pytest.skip("no gradient of a vanishing row in float16")
+        inputs = {key: np.clip(array, -limit, limit) for key, array in inputs.items()}
+        dtypes = {"logit_scale": torch.float32, "average_vector": torch.float32}
+        dtypes |= {"image_teacher": teacher, "text_teacher": teacher}
+        tensors = to_tensors(inputs, features, dtypes)
+        values, gradients = evaluate(name, {key: t.detach().requires_grad_() for key, t in tensors.items()}, **options)
+        for key, tensor in (values | {f"gradient of {key}": g for key, g in gradients.items()}).items():
+            assert tensor.isfinite().all(), key
+        assert values["loss"].dtype == torch.float32
+        assert_equals_numpy(name, tensors, **options)
+
+
+def test_float64_features_keep_their_precision_beside_a_float32_teacher():
+    tensors = to_tensors(
+        select(make_inputs(drifted_pairs, 7, 16), DIFFERENCE),
+        dtypes=dict.fromkeys(("image_teacher", "text_teacher", "average_vector"), torch.float32),
+    )
+    values, _ = evaluate("difference_loss", tensors)
+    assert {value.dtype for value in values.values()} == {torch.float64}
+
+
+# Ranks ------------------------------------------------------------------------------------------------------
+
+
+RANK_SHAPES = [(1, 1), (1, 5), (2, 3), (5, 16)]  # pairs on each rank, width
+RANK_CASES = [
+    ("contrastive_loss", {}),
+    ("difference_loss", {"decay": 0.5, "average_weight": 0.3, "pairwise_weight": 2.5}),
+    ("difference_loss", {"decay": 0.5, "mean_gradient": False}),
+    ("dive_loss", {"weight": 2.5, "decay": 0.9}),
+]
+# World sizes by the ranks that make them up. The pair leaves rank 0 out: ranks count from its first member.
+RANK_GROUPS = {1: [2], 2: [1, 2], 3: [0, 1, 2]}
+
+
+def global_inputs(name, world_size, B, D):
+    if name == "dive_loss":
+        return make_dive_inputs(drifted_pairs, world_size * B, world_size * (B + 1), D)
+    return select(make_inputs(drifted_pairs, world_size * B, D), CONTRASTIVE if "con" in name else DIFFERENCE)
+
+
+def own_rows(name, array, rank, world_size):
+    """The rank's share of what is split over ranks, which is all but the scale and the average."""
+    return array if name in ("logit_scale", "average_vector") else np.split(array, world_size)[rank]
+
+
+def evaluate_on_rank():
+    """On each rank, for every case that it takes part in: values and gradients."""
+    results = {}
+    for world_size, members in RANK_GROUPS.items():
+        group = dist.new_group(members)
+        if dist.get_rank() not in members:
+            continue
+        for case, ((name, options), (B, D), dtype) in enumerate(rank_cases()):
+            rank = dist.get_rank(group)
+            inputs = {
+                key: own_rows(key, array, rank, world_size)
+                for key, array in global_inputs(name, world_size, B, D).items()
+            }
+            tensors = to_tensors(inputs, dtype)
+            results[world_size, case] = evaluate(name, tensors, **options, group=group)
+            # Features need not lie in memory row by row.
+            transposed = {key: t.detach().mT.clone().mT if t.ndim == 2 else t for key, t in tensors.items()}
+            result = getattr(naive, name)(**transposed, **options, group=group)
+            loss = result if name == "contrastive_loss" else result.loss
+            torch.testing.assert_close(loss.detach(), results[world_size, case][0]["loss"])
+    return results
+
+
+def rank_cases():
+    return list(itertools.product(RANK_CASES, RANK_SHAPES, [torch.float64, torch.float32]))
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    return run_ranks(3, evaluate_on_rank)
+
+
+@pytest.mark.parametrize("case", range(len(rank_cases())))
+@pytest.mark.parametrize("world_size", RANK_GROUPS)
+class TestRanks:
+    def test_values_are_the_same_bit_for_bit(self, ranks, world_size, case):
+        first, *others = [ranks[rank][world_size, case][0] for rank in RANK_GROUPS[world_size]]
+        for other in others:
+            for key in first:
+                assert torch.equal(other[key], first[key]), key
+
+    def test_one_process_gives_the_same(self, ranks, world_size, case):
+        (name, options), (B, D), dtype = rank_cases()[case]
+        rounding = OPERATION * torch.finfo(dtype).eps
+        inputs = global_inputs(name, world_size, B, D)
+        tensors = to_tensors(inputs, dtype)
+        values, gradients = evaluate(name, tensors, **options)
+        exact = {key: tensor.detach().double().numpy() for key, tensor in tensors.items()}
+        bounds = getattr(numpy_reference, name)(**exact, **options, rounding=rounding)
+        results = [ranks[rank][world_size, case] for rank in RANK_GROUPS[world_size]]
+        for key in values:
+            assert_within(results[0][0][key], values[key].double().numpy(), bounds.value_bounds[key], key)
+        for key, gradient in gradients.items():
+            on_ranks = [of_rank[key] for _, of_rank in results]
+            if key in ("logit_scale", "average_vector"):
+                # One tensor, which all ranks hold: averaged over them, as a parameter's gradient is.
+                actual, expected = torch.stack(on_ranks).mean(0), gradient
+            else:
+                # Averaging divides by the number of ranks what each parameter gets through these rows.
+                actual, expected = torch.cat(on_ranks), world_size * gradient
+            bound = world_size * bounds.gradient_bounds[key]
+            assert_within(actual, expected.double().numpy(), bound, f"gradient of {key}")
+
+
+# Bad input --------------------------------------------------------------------------------------------------
+
+
+VALID = {
+    "contrastive_loss": dict.fromkeys(CONTRASTIVE[:2], (3, 4)) | {"logit_scale": ()},
+    "difference_loss": dict.fromkeys(DIFFERENCE[:4], (3, 4)) | {"average_vector": (4,)},
+}
+VALID["dive_loss"] = VALID["contrastive_loss"] | {
+    "reference_image_features": (2, 4),
+    "reference_text_features": (2, 4),
+    "image_teacher": (2, 4),
+    "text_teacher": (2, 4),
+    "average_vector": (4,),
+}
+
+
+def bad_inputs():
+    """Function, argument, the name that the error has to give, and what is wrong with the argument."""
+    for name, shapes in VALID.items():
+        # Shapes are compared with the first matrix of a batch, so a wrong first one is wrong in itself.
+        for argument, shape in shapes.items():
+            # dive_loss passes its reference features on under the names of difference_loss.
+            named = argument.removeprefix("reference_")
+            if argument == "average_vector":
+                wrong_shapes = [(), (3,), (1, 4), (0,)]
+            elif argument == "logit_scale":
+                continue
+            elif argument.endswith("image_features"):
+                wrong_shapes = [(), (4,), (3, 4, 1), (0, 4), (3, 0)]
+            else:
+                wrong_shapes = [(), (4,), (5, 4), (1, 4), (*shape, 1), (shape[0], 3), (shape[0], 1), shape[::-1]]
+            for wrong in wrong_shapes:
+                yield name, argument, named, {"size": wrong}
+            if argument != "average_vector":
+                yield name, argument, named, {"size": shape, "dtype": torch.int64}
+            if len(shape) == 2 and not argument.endswith("image_features"):
+                yield name, argument, named, {"size": shape, "device": "meta"}
+
+
+@pytest.mark.parametrize(("name", "argument", "named", "wrong"), bad_inputs())
+def test_error_names_the_argument(name, argument, named, wrong):
+    inputs = {key: torch.ones(shape) for key, shape in VALID[name].items()}
+    getattr(naive, name)(**inputs)
+    with pytest.raises(ValueError, match=rf"^(reference_)?{named}: expected "):
+        getattr(naive, name)(**inputs | {argument: torch.ones(**wrong)})
+
+
+# Invariances ------------------------------------------------------------------------------------------------
+
+
+sizes = {"B": st.integers(1, 9), "D": st.integers(1, 20), "seed": st.integers(0, 2**32 - 1)}
+
+
+def losses(inputs, **options):
+    """Of one batch in float64: every value by name, the contrastive loss among them."""
+    tensors = to_tensors(inputs)
+    values = naive.difference_loss(**select(tensors, DIFFERENCE), **options)._asdict()
+    return values | {"contrastive_loss": naive.contrastive_loss(**select(tensors, CONTRASTIVE))}
+
+
+def assert_same(actual, expected):
+    for key in expected:
+        torch.testing.assert_close(actual[key], expected[key], rtol=1e-10, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@given(**sizes)
+@settings(max_examples=30, deadline=None)
+def test_order_of_pairs_does_not_matter(B, D, seed):
+    inputs = make_inputs(drifted_pairs, B, D, seed)
+    order = np.random.default_rng(seed).permutation(B)
+    permuted = {key: array[order] if array.ndim == 2 else array for key, array in inputs.items()}
+    assert_same(losses(permuted), losses(inputs))
+
+
+@given(**sizes)
+@settings(max_examples=30, deadline=None)
+def test_length_of_features_does_not_matter(B, D, seed):
+    inputs = make_inputs(drifted_pairs, B, D, seed)
+    random = np.random.default_rng(seed)
+    scaled = {
+        key: array * 10 ** random.uniform(-5, 5, (B, 1)) if key.endswith("features") else array
+        for key, array in inputs.items()
+    }
+    assert_same(losses(scaled), losses(inputs))
+
+
+@given(**sizes)
+@settings(max_examples=30, deadline=None)
+def test_images_and_texts_play_the_same_part(B, D, seed):
+    inputs = make_inputs(drifted_pairs, B, D, seed)
+    swapped = {
+        key: inputs[key.replace("image", "TEXT").replace("text", "image").replace("TEXT", "text")] for key in inputs
+    }
+    actual, expected = losses(swapped), losses(inputs)
+    expected["image_norm"], expected["text_norm"] = expected["text_norm"], expected["image_norm"]
+    assert_same(actual, expected)
+
+
+@given(**sizes, dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]))
+@settings(max_examples=40, deadline=None)
+def test_a_model_that_has_not_moved_has_no_difference_loss(B, D, seed, dtype):
+    inputs = make_inputs(random_pairs, B, D, seed)
+    image, text = (torch.tensor(inputs[key]).to(dtype) for key in CONTRASTIVE[:2])
+    result = naive.difference_loss(image, text, naive.unit(image), naive.unit(text), torch.zeros(D))
+    for key, value in result._asdict().items():
+        assert not value.any(), key

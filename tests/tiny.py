@@ -1,0 +1,92 @@
+"""Small models and data sets that tests build for themselves: real open_clip models, real files."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+CLIP: dict[str, Any] = {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}
+QUICKGELU = CLIP | {"quick_gelu": True}
+
+
+def write_model(folder: Path, config: dict[str, Any] = CLIP, seed: int = 0) -> str:
+    """An open_clip ``local-dir`` model with random weights; returns its ``model.name``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"size": 32}}))
+    torch.manual_seed(seed)
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return f"local-dir:{folder}"
+
+
+def jpeg(seed: int, size: tuple[int, int] = (40, 36), kind: str = "JPEG") -> bytes:
+    """A smooth random picture."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    content = io.BytesIO()
+    coarse.resize(size, Image.Resampling.BICUBIC).save(content, kind)
+    return content.getvalue()
+
+
+def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
+    """A webdataset tar: ``{key: {suffix: content}}``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for key, parts in samples.items():
+            for suffix, content in parts.items():
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_target(folder: Path, count: int = 24, classes: int = 5) -> dict[str, Any]:
+    """A labelled webdataset; returns its ``data.target`` section."""
+    samples = {f"{i:04d}": {"jpg": jpeg(i), "cls": str(i % classes).encode()} for i in range(count)}
+    write_tar(folder / "shard-00000.tar", samples)
+    (folder / "classes.txt").write_text("".join(f"class number {i}\n" for i in range(classes)))
+    (folder / "templates.txt").write_text("a photo of a {}\na rather blurry picture of the {}.\n")
+    return {
+        "format": "webdataset",
+        "path": str(folder),
+        "class_names": str(folder / "classes.txt"),
+        "templates": str(folder / "templates.txt"),
+        "batch_size": 8,
+        "workers": 0,
+    }
+
+
+def write_reference(folder: Path, count: int = 24) -> dict[str, Any]:
+    """A captioned webdataset; returns its ``data.reference`` section."""
+    samples = {
+        f"{i:04d}": {"jpg": jpeg(1000 + i), "txt": f"caption {i}{' and so on' * (i % 5)}".encode()} for i in range(count)
+    }
+    write_tar(folder / "shard-00000.tar", samples)
+    return {"format": "webdataset", "path": str(folder), "batch_size": 8, "workers": 0}
+
+
+def write_config(folder: Path, **train: Any) -> dict[str, Any]:
+    """A whole config over the above, for ``Config.model_validate`` or a file."""
+    return {
+        "model": {"name": write_model(folder / "model")},
+        "data": {"target": write_target(folder / "target"), "reference": write_reference(folder / "reference")},
+        "train": {
+            "output": str(folder / "run"),
+            "epochs": 1,
+            "precision": "fp32",
+            "warmup_steps": 1,
+            "learning_rate": 1e-3,
+            "log_every": 1,
+        }
+        | train,
+        "deepspeed": {"zero_optimization": {"stage": 2}, "gradient_clipping": 0.0},
+    }

@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# Builds .venv with the project and its extras in it. A second call returns at once and needs no network.
+# What cannot be had is named in one line, with what it costs, and the rest goes on.
+set -euo pipefail
+cd -P "$(dirname "$0")/.."
+
+venv=.venv
+stamp=$venv/installed
+log=build/install.log
+ffcv_packages="libopencv-dev libturbojpeg0-dev pkg-config"
+notes=()
+
+say() { echo "dive_fast: $*"; }
+die() {
+    say "$*" >&2
+    exit 1
+}
+note() {
+    say "$*"
+    notes+=("$*")
+}
+
+has_ffcv_libraries() { pkg-config --exists opencv4 libturbojpeg 2>/dev/null; }
+
+# The probe is part of the key so that installing the libraries by hand is enough for the next call to try again;
+# the folder is, because an editable installation points at it.
+key() {
+    {
+        cat pyproject.toml constraints.txt tools/install.sh
+        echo "$PWD"
+        if has_ffcv_libraries; then echo "FFCV's libraries"; fi
+    } | sha256sum
+}
+
+if [ -x $venv/bin/python ] && [ -f $stamp ] && [ "$(head -n 1 $stamp)" = "$(key)" ]; then
+    tail -n +2 $stamp | while read -r line; do say "$line"; done
+    exit 0
+fi
+
+mkdir -p build
+: >$log
+
+apt_updated=
+apt_install() {
+    local sudo=()
+    command -v apt-get >/dev/null || return 1
+    if [ "$(id -u)" != 0 ]; then
+        sudo -n true 2>/dev/null || return 1
+        sudo=(sudo -n)
+    fi
+    say "asking apt for $*"
+    if [ -z "$apt_updated" ]; then
+        apt_updated=1
+        "${sudo[@]}" apt-get update >>$log 2>&1 || true
+    fi
+    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -y --no-install-recommends -o DPkg::Lock::Timeout=300 "$@" >>$log 2>&1
+}
+
+# Asks the interpreter itself: a version manager puts names on PATH that do not run.
+is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-}" python3.12 python3.11 python3; do
+        if [ -n "$candidate" ] && is_recent "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    return 1
+}
+has_compiler() { command -v c++ >/dev/null; }
+has_headers() { [ -f "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ]; }
+can_make_venv() { "$python" -c 'import ensurepip, venv' 2>/dev/null; }
+# The scripts of a venv name its folder: in a copied or moved checkout they are useless.
+has_venv() { is_recent $venv/bin/python && grep -qsF "$PWD/$venv/" $venv/bin/pip; }
+
+if has_venv; then
+    python=$venv/bin/python
+elif ! python=$(find_python); then
+    for package in python3.12 python3.11 python3; do
+        if apt_install $package; then break; fi
+    done
+    python=$(find_python) || die "Python 3.11 or newer is needed: install it, or name it as PYTHON=/path/to/python"
+fi
+
+debian_python=$("$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
+packages=()
+has_compiler || packages+=(g++)
+has_headers || packages+=("$debian_python-dev")
+has_venv || can_make_venv || packages+=("$debian_python-venv")
+if [ ${#packages[@]} -gt 0 ]; then apt_install "${packages[@]}" || true; fi
+if ! has_compiler || ! has_headers; then
+    note "torch.compile, Triton and DeepSpeed's CPU optimizer unavailable: install g++ $debian_python-dev"
+fi
+# shellcheck disable=SC2086
+has_ffcv_libraries || apt_install $ffcv_packages || true
+
+if ! has_venv; then
+    can_make_venv || die "Python's venv module is missing: install $debian_python-venv"
+    "$python" -m venv --clear $venv
+fi
+
+pip_install() {
+    $venv/bin/python -m pip install --constraint constraints.txt "$@" >>$log 2>&1
+}
+project() { pip_install --build-constraint constraints.txt --editable ".[$1]"; }
+
+say "installing into $venv (several GB, a few minutes; log in $log)"
+if ! { pip_install pip setuptools && project test; }; then
+    tail -n 20 $log >&2
+    die "the installation failed: see $log"
+fi
+# An extra counts once its module imports: a package can install and still lack a shared library.
+extra() { project "$1" && $venv/bin/python -c "import $2" >>$log 2>&1; }
+
+extra triton triton ||
+    note "Triton kernels unavailable, losses run in plain PyTorch: no package for this machine, see $log"
+extra dali nvidia.dali ||
+    note "DALI loader unavailable, the plain and FFCV loaders remain: no package for this machine, see $log"
+if ! extra ffcv ffcv; then
+    if has_ffcv_libraries; then
+        note "FFCV loader unavailable, the plain and DALI loaders remain: it did not build, see $log"
+    else
+        note "FFCV loader unavailable, the plain and DALI loaders remain: install $ffcv_packages"
+    fi
+fi
+
+{
+    key
+    if [ ${#notes[@]} -gt 0 ]; then printf '%s\n' "${notes[@]}"; fi
+} >$stamp
