@@ -1,5 +1,5 @@
 # `make demo` and `make test` are all a fresh machine needs: both install first.
-python := .venv/bin/python
+bin := .venv/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all format clean
@@ -16,7 +16,7 @@ install:
 	@bash tools/install.sh
 
 demo: install
-	$(python) launch/demo.py
+	$(bin)/python launch/demo.py
 
 # The tests use no network: nothing may wait for a hub that cannot be reached.
 test test-all: export HF_HUB_OFFLINE := 1
@@ -25,16 +25,16 @@ test: selection := -m "not slow"
 test test-all: install
 	@failed=; \
 	check() { name=$$1; shift; "$$@" || failed="$$failed $$name"; }; \
-	check lint $(python) -m ruff check .; \
-	check format $(python) -m ruff format --check .; \
-	check types $(python) -m mypy; \
-	check imports .venv/bin/lint-imports --no-logo; \
+	check lint $(bin)/ruff check .; \
+	check format $(bin)/ruff format --check .; \
+	check types $(bin)/mypy; \
+	check imports $(bin)/lint-imports --no-logo; \
 	test -z "$$failed" || echo "failed before the tests:$$failed"; \
-	$(python) -m pytest $(selection) --cov --cov-report=term:skip-covered && test -z "$$failed"
+	$(bin)/pytest $(selection) --cov --cov-report=term:skip-covered && test -z "$$failed"
 
 format: install
-	$(python) -m ruff format .
-	$(python) -m ruff check --fix .
+	$(bin)/ruff format .
+	$(bin)/ruff check --fix .
 
 clean:
 	rm -rf build dist *.egg-info .coverage .coverage.* .hypothesis .benchmarks .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

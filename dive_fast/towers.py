@@ -105,12 +105,15 @@ class Towers(nn.Module):
         """A state dict of this module, as open_clip's ``load_state_dict`` of the original model wants it."""
         exported = {}
         for name, tensor in state.items():
-            plain = name.removeprefix("text.")
-            name = name if name in self._layout else plain
-            exported[name] = tensor.reshape(()) if name in ("logit_scale", "logit_bias") else tensor
+            scalar = name in ("logit_scale", "logit_bias")
+            exported[self.exported_name(name)] = tensor.reshape(()) if scalar else tensor
         missing = sorted(self._layout.symmetric_difference(exported))
         assert not missing, f"exported names differ from open_clip's: {missing[:5]}"
         return exported
+
+    def exported_name(self, name: str) -> str:
+        """What open_clip's original model calls a parameter of this module."""
+        return name if name in self._layout else name.removeprefix("text.")
 
 
 def create(config: ModelConfig) -> Towers:

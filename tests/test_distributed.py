@@ -49,7 +49,8 @@ def test_results_come_back_in_rank_order():
 
 
 def test_function_may_initialise_from_the_environment():
-    assert run_ranks(2, initialise_from_environment, init=False) == [((0, 2), [0, 0, 2, 2]), ((1, 2), [1, 1, 2, 2])]
+    results = run_ranks(2, initialise_from_environment, init=False)
+    assert results == [((0, 2), [0, 0, 2, 2]), ((1, 2), [1, 1, 2, 2])]
 
 
 def test_error_of_a_rank_carries_its_traceback_and_comes_first():

@@ -21,7 +21,9 @@ QUICKGELU = CLIP | {"quick_gelu": True}
 def write_model(folder: Path, config: dict[str, Any] = CLIP, seed: int = 0) -> str:
     """An open_clip ``local-dir`` model with random weights; returns its ``model.name``."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"size": 32}}))
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": {"size": 32}})
+    )
     torch.manual_seed(seed)
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
@@ -68,7 +70,8 @@ def write_target(folder: Path, count: int = 24, classes: int = 5) -> dict[str, A
 def write_reference(folder: Path, count: int = 24) -> dict[str, Any]:
     """A captioned webdataset; returns its ``data.reference`` section."""
     samples = {
-        f"{i:04d}": {"jpg": jpeg(1000 + i), "txt": f"caption {i}{' and so on' * (i % 5)}".encode()} for i in range(count)
+        f"{i:04d}": {"jpg": jpeg(1000 + i), "txt": f"caption {i}{' and so on' * (i % 5)}".encode()}
+        for i in range(count)
     }
     write_tar(folder / "shard-00000.tar", samples)
     return {"format": "webdataset", "path": str(folder), "batch_size": 8, "workers": 0}

@@ -114,15 +114,14 @@ fi
 # An extra counts once its module imports: a package can install and still lack a shared library.
 extra() { project "$1" && $venv/bin/python -c "import $2" >>$log 2>&1; }
 
-extra triton triton ||
-    note "Triton kernels unavailable, losses run in plain PyTorch: no package for this machine, see $log"
-extra dali nvidia.dali ||
-    note "DALI loader unavailable, the plain and FFCV loaders remain: no package for this machine, see $log"
+failed="could not be installed, see $log; rm $stamp to try again"
+extra triton triton || note "Triton kernels unavailable, losses run in plain PyTorch: triton $failed"
+extra dali nvidia.dali || note "DALI loader unavailable: nvidia-dali $failed"
 if ! extra ffcv ffcv; then
     if has_ffcv_libraries; then
-        note "FFCV loader unavailable, the plain and DALI loaders remain: it did not build, see $log"
+        note "FFCV loader unavailable: ffcv $failed"
     else
-        note "FFCV loader unavailable, the plain and DALI loaders remain: install $ffcv_packages"
+        note "FFCV loader unavailable: install $ffcv_packages"
     fi
 fi
 

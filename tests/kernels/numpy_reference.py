@@ -30,7 +30,7 @@ class Evaluated(NamedTuple):
 
 
 def unit(features):
-    return np.stack([row / max(_norm(row), CLAMP) for row in features])
+    return features / np.maximum(_norms(features), CLAMP)[:, None]
 
 
 def contrastive_loss(image_features, text_features, logit_scale, *, rounding=0.0):
@@ -40,10 +40,9 @@ def contrastive_loss(image_features, text_features, logit_scale, *, rounding=0.0
     """
     image, text = unit(image_features), unit(text_features)
     B, s = len(image), float(np.squeeze(logit_scale))
-    cosine = np.array([[float(np.dot(f, g)) for g in text] for f in image])
-    loss, dcosine, dscale = 0.0, np.zeros((B, B)), 0.0
-    # mass: what the softmax terms of dcosine add up to before they cancel against the labels'
-    mass = np.full((B, B), 0.0)
+    cosine = image @ text.T
+    loss, dscale, dcosine = 0.0, 0.0, np.zeros((B, B))
+    mass = np.zeros((B, B))  # the softmax terms alone: what cancels against the labels' in dcosine
     for i in range(B):
         for of_pair in ((i, slice(None)), (slice(None), i)):  # all texts for image i, all images for text i
             cosines = cosine[of_pair]
@@ -54,8 +53,7 @@ def contrastive_loss(image_features, text_features, logit_scale, *, rounding=0.0
             loss += (log_sum - s * cosines[i]) / (2 * B)
             dcosine[of_pair] += s * error / (2 * B)
             dscale += np.dot(error, cosines) / (2 * B)
-    dimage = np.stack([sum(dcosine[i, k] * text[k] for k in range(B)) for i in range(B)])
-    dtext = np.stack([sum(dcosine[i, k] * image[i] for i in range(B)) for k in range(B)])
+    dimage, dtext = dcosine @ text, dcosine.T @ image
 
     # A logit is off by s, a softmax by twice that and its own rounding, relative; the label's 1 by neither.
     softmax_error = rounding * (1 + 4 * s)
@@ -88,7 +86,7 @@ def difference_loss(
     mean_gradient=True,
     rounding=0.0,
 ):
-    """Eq. 4-8, pair by pair.
+    """Eq. 4-8.
 
     With c = mean_j (u_j + v_j) / 2, m = decay m_prev + (1 - decay) c, and L the average loss::
 
@@ -97,8 +95,8 @@ def difference_loss(
     """
     image, text = unit(image_features), unit(text_features)
     B = len(image)
-    u = [image[j] - image_teacher[j] for j in range(B)]  # (4)
-    v = [text[j] - text_teacher[j] for j in range(B)]  # (5)
+    u = image - image_teacher  # (4)
+    v = text - text_teacher  # (5)
     center = sum((u[j] + v[j]) / 2 for j in range(B)) / B
     m = decay * average_vector + (1 - decay) * center  # (6)
     average_loss = sum(_square(u[j] - m) + _square(v[j] - m) for j in range(B)) / B  # (7)
@@ -108,18 +106,15 @@ def difference_loss(
         "average_vector": m,
         "average_loss": average_loss,
         "pairwise_loss": pairwise_loss,
-        "image_norm": sum(_norm(row) for row in u) / B,
-        "text_norm": sum(_norm(row) for row in v) / B,
+        "image_norm": sum(_norms(u)) / B,
+        "text_norm": sum(_norms(v)) / B,
     }
 
     dm = -4 * average_weight * (center - m) if mean_gradient else np.zeros_like(m)
     through_m = (1 - decay) / (2 * B) * dm
-    dimage = np.empty_like(image)
-    dtext = np.empty_like(text)
-    for j in range(B):
-        dpair = 2 / B * pairwise_weight * (u[j] - v[j])
-        dimage[j] = 2 / B * average_weight * (u[j] - m) + through_m + dpair
-        dtext[j] = 2 / B * average_weight * (v[j] - m) + through_m - dpair
+    dpair = 2 / B * pairwise_weight * (u - v)
+    dimage = 2 / B * average_weight * (u - m) + through_m + dpair
+    dtext = 2 / B * average_weight * (v - m) + through_m - dpair
     gradients = {
         "image_features": _unit_backward(image_features, dimage),
         "text_features": _unit_backward(text_features, dtext),
@@ -128,20 +123,17 @@ def difference_loss(
         "average_vector": decay * dm,
     }
 
-    # Norms of errors, row by row: of u and v (their unit vectors' first of all), of m, of what is squared.
-    u_error = np.array([rounding * (_norm(image[j]) + _norm(u[j])) for j in range(B)])
-    v_error = np.array([rounding * (_norm(text[j]) + _norm(v[j])) for j in range(B)])
-    center_error = (u_error + v_error).mean() / 2 + rounding * _norm(center)
-    m_error = decay * rounding * _norm(average_vector) + (1 - decay) * center_error + rounding * _norm(m)
-    to_m_u = np.array([_norm(u[j] - m) for j in range(B)])
-    to_m_v = np.array([_norm(v[j] - m) for j in range(B)])
-    pair = np.array([_norm(u[j] - v[j]) for j in range(B)])
-    to_m_u_error = u_error + m_error + rounding * to_m_u
-    to_m_v_error = v_error + m_error + rounding * to_m_v
-    pair_error = u_error + v_error + rounding * pair
-    average_bound = _mean_square_bound(to_m_u, to_m_u_error, rounding)
-    average_bound += _mean_square_bound(to_m_v, to_m_v_error, rounding)
-    pairwise_bound = _mean_square_bound(pair, pair_error, rounding)
+    # Lengths of errors: of each u and v (their unit vectors' first of all), of m, and of what is squared.
+    u_error = rounding * (_norms(image) + _norms(u))
+    v_error = rounding * (_norms(text) + _norms(v))
+    center_error = (u_error + v_error).mean() / 2 + rounding * _norms(center)
+    m_error = (1 - decay) * center_error + rounding * (decay * _norms(average_vector) + _norms(m))
+    u_to_m_error = u_error + m_error + rounding * _norms(u - m)
+    v_to_m_error = v_error + m_error + rounding * _norms(v - m)
+    pair_error = u_error + v_error + rounding * _norms(u - v)
+    average_bound = _mean_square_bound(u - m, u_to_m_error, rounding)
+    average_bound += _mean_square_bound(v - m, v_to_m_error, rounding)
+    pairwise_bound = _mean_square_bound(u - v, pair_error, rounding)
     value_bounds = {
         "loss": average_weight * average_bound + pairwise_weight * pairwise_bound + rounding * values["loss"],
         "average_vector": m_error,
@@ -150,16 +142,15 @@ def difference_loss(
         "image_norm": u_error.mean() + rounding * values["image_norm"],
         "text_norm": v_error.mean() + rounding * values["text_norm"],
     }
-    dm_error = 4 * average_weight * (center_error + m_error) + rounding * _norm(dm)
-    dimage_error = 2 / B * (average_weight * to_m_u_error + pairwise_weight * pair_error)
-    dtext_error = 2 / B * (average_weight * to_m_v_error + pairwise_weight * pair_error)
-    dimage_error += (1 - decay) / (2 * B) * dm_error
-    dtext_error += (1 - decay) / (2 * B) * dm_error
+    dm_error = 4 * average_weight * (center_error + m_error) + rounding * _norms(dm)
+    through_m_error = (1 - decay) / (2 * B) * dm_error
+    dimage_error = 2 / B * (average_weight * u_to_m_error + pairwise_weight * pair_error) + through_m_error
+    dtext_error = 2 / B * (average_weight * v_to_m_error + pairwise_weight * pair_error) + through_m_error
     gradient_bounds = {
         "image_features": _unit_backward_bound(image_features, dimage, dimage_error, rounding),
         "text_features": _unit_backward_bound(text_features, dtext, dtext_error, rounding),
-        "image_teacher": dimage_error[:, None] + rounding * abs(dimage),
-        "text_teacher": dtext_error[:, None] + rounding * abs(dtext),
+        "image_teacher": (dimage_error + rounding * _norms(dimage))[:, None],
+        "text_teacher": (dtext_error + rounding * _norms(dtext))[:, None],
         "average_vector": decay * dm_error,
     }
     return Evaluated(values, gradients, value_bounds, gradient_bounds)
@@ -208,34 +199,33 @@ def dive_loss(
 def _unit_backward(features, dz):
     """For z = x / |x|: dx = (dz - z (z . dz)) / |x|. Below the clamp z = x / 1e-12, which is linear in x."""
     dx = np.empty_like(features)
-    for j, (x, dz_j) in enumerate(zip(features, dz)):
-        norm = _norm(x)
+    for j, norm in enumerate(_norms(features)):
         if norm < CLAMP:
-            dx[j] = dz_j / CLAMP
+            dx[j] = dz[j] / CLAMP
         else:
-            dx[j] = (dz_j - x / norm * np.dot(x / norm, dz_j)) / norm
+            z = features[j] / norm
+            dx[j] = (dz[j] - z * np.dot(z, dz[j])) / norm
     return dx
 
 
 def _unit_backward_bound(features, dz, dz_error, rounding):
-    norms = np.array([max(_norm(x), CLAMP) for x in features])
-    dz_norms = np.array([_norm(dz_j) for dz_j in dz])
-    return ((2 * dz_error + 3 * rounding * dz_norms) / norms)[:, None]
+    return ((2 * dz_error + 3 * rounding * _norms(dz)) / np.maximum(_norms(features), CLAMP))[:, None]
 
 
-def _mean_square_bound(norms, errors, rounding):
-    """Of mean_j |a_j|^2; to second order in the error of a, as a may well be zero."""
+def _mean_square_bound(rows, errors, rounding):
+    """Of mean_j |row_j|^2; to second order in the errors, as the rows may well be zero."""
+    norms = _norms(rows)
     return np.mean(2 * norms * errors + errors**2 + rounding * norms**2)
 
 
 def _log_sum_exp(logits):
     highest = logits.max()
-    return highest + math.log(sum(math.exp(logit - highest) for logit in logits))
+    return highest + math.log(np.exp(logits - highest).sum())
 
 
-def _norm(vector):
-    return math.sqrt(_square(vector))
+def _norms(rows):
+    return np.sqrt((rows * rows).sum(-1))
 
 
 def _square(vector):
-    return float(np.dot(vector, vector))
+    return np.dot(vector, vector)

@@ -1,0 +1,341 @@
+"""Every fast path of the step against the paper taken literally.
+
+The oracle: one process, one joint graph, the frozen model run online, all 77 tokens, fp32, open_clip's own model
+and nothing of the engine. Student and teacher differ and the average vector is not zero, so no term vanishes.
+"""
+
+import copy
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from distributed import run_ranks
+from torch import Tensor
+
+from dive_fast import checkpoint, objective, teacher
+from dive_fast.config import Config, ConfigError, ModelConfig
+from dive_fast.data.batch import ReferenceBatch, TargetBatch
+from dive_fast.data.prompts import pack
+from dive_fast.engine import Engine, LossScale, deepspeed_section, learning_rate_schedule
+from dive_fast.ranks import join
+from dive_fast.towers import create, tokenizer_of
+
+TARGET, REFERENCE, WIDTH = 8, 12, 24
+WEIGHT, DECAY = 1000.0, 0.9
+FP16_SCALE = 4.0
+PROMPTS = [
+    "a photo of a dog",
+    "a cat",
+    "a dog",
+    "a cat",
+    "a photo of a dog",
+    "two birds in a tree",
+    "a cat",
+    "a cat",
+]
+CAPTIONS = [f"picture number {i} of {'many many ' * (i % 3)}things" for i in range(REFERENCE - 1)] + ["a cat"]
+
+STAGES = {1: (0, 2), 2: (0, 1, 2, 3)}
+"""ZeRO stages tried on so many ranks."""
+PATHS = list(itertools.product(["sequential", "joint"], [None, 3]))
+"""(schedule, micro-batch size); 3 does not divide a rank's share, and makes more pieces than distinct prompts."""
+
+
+def batches(folder: Path) -> dict[str, Tensor]:
+    """Pixels and tokens of one target and one reference batch, over all ranks."""
+    tokenizer = tokenizer_of(ModelConfig(name=f"local-dir:{folder}"))
+    generator = torch.Generator().manual_seed(7)
+    return {
+        "target_images": torch.randn(TARGET, 3, 32, 32, generator=generator),
+        "target_tokens": tokenizer(PROMPTS),
+        "reference_images": torch.randn(REFERENCE, 3, 32, 32, generator=generator),
+        "reference_tokens": tokenizer(CAPTIONS),
+        "average_vector": 0.05 * torch.randn(WIDTH, generator=generator),
+    }
+
+
+def moved(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The student's weights: the teacher's, a little off."""
+    generator = torch.Generator().manual_seed(3)
+    return {name: value + 0.02 * torch.randn(value.shape, generator=generator) for name, value in state.items()}
+
+
+def oracle(folder: Path, name: str = "dive") -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Parameter gradients and losses as the paper writes them."""
+    frozen = open_clip.create_model(f"local-dir:{folder}").eval()
+    student = copy.deepcopy(frozen)
+    student.load_state_dict(moved(frozen.state_dict()))
+    data = batches(folder)
+
+    def embed(model: Any, half: str) -> tuple[Tensor, Tensor]:
+        return (
+            F.normalize(model.encode_image(data[f"{half}_images"]), dim=-1),
+            F.normalize(model.encode_text(data[f"{half}_tokens"]), dim=-1),
+        )
+
+    f, g = embed(student, "target")
+    logits = student.logit_scale.exp() * f @ g.T
+    labels = torch.arange(TARGET)
+    loss = contrastive = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    values = {"contrastive_loss": contrastive}
+    if name == "dive":
+        with torch.no_grad():
+            f_pre, g_pre = embed(frozen, "reference")
+        f_ft, g_ft = embed(student, "reference")
+        u, v = f_ft - f_pre, g_ft - g_pre
+        m = DECAY * data["average_vector"] + (1 - DECAY) * (u + v).mean(0) / 2
+        avl = sum((u[j] - m) @ (u[j] - m) + (v[j] - m) @ (v[j] - m) for j in range(REFERENCE)) / REFERENCE
+        pvl = sum((u[j] - v[j]) @ (u[j] - v[j]) for j in range(REFERENCE)) / REFERENCE
+        loss = contrastive + WEIGHT * (avl + pvl)
+        values |= {"average_loss": avl, "pairwise_loss": pvl, "average_norm": m.norm()}
+        values |= {"image_norm": u.norm(dim=1).mean(), "text_norm": v.norm(dim=1).mean()}
+    loss.backward()
+    gradients = {name: p.grad for name, p in student.named_parameters()}
+    return gradients, {name: value.item() for name, value in (values | {"loss": loss}).items()}
+
+
+def config(
+    folder: Path, stage: int, schedule: str, micro: int | None, precision: str = "fp32", name: str = "dive"
+) -> Config:
+    data = {"format": "webdataset", "path": "-", "workers": 0}
+    tree = {
+        "model": {"name": f"local-dir:{folder}"},
+        "data": {
+            "target": data | {"batch_size": TARGET, "class_names": "-"},
+            "reference": data | {"batch_size": REFERENCE},
+        },
+        "objective": {"name": name, "weight": WEIGHT, "decay": DECAY},
+        "train": {
+            "schedule": schedule,
+            "micro_batch_size": micro,
+            "precision": precision,
+            "learning_rate": 1e-3,
+            "warmup_steps": 5,
+        },
+        "deepspeed": {"zero_optimization": {"stage": stage}},
+    }
+    return Config.model_validate_json(json.dumps(tree))
+
+
+class Stage:
+    """What every case on one rank starts from: student, teacher and this rank's share of the oracle's batches."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.ranks = folder, join()
+        model = ModelConfig(name=f"local-dir:{folder}")
+        self.student = create(model)
+        self.teacher = teacher.OnlineTeacher(copy.deepcopy(self.student), self.ranks)
+        # The oracle draws its noise in the order of open_clip's names.
+        own = self.student.state_dict()
+        noisy = moved(open_clip.create_model(model.name).state_dict())
+        self.student.load_state_dict({n: noisy[self.student.exported_name(n)].reshape(own[n].shape) for n in own})
+        data = batches(folder)
+        self.average_vector = data["average_vector"]
+        first, second = (list(self.ranks.share(count)) for count in (TARGET, REFERENCE))
+        self.target = TargetBatch(
+            images=data["target_images"][first],
+            text=pack(data["target_tokens"][first], "argmax"),
+            labels=torch.zeros(len(first), dtype=torch.long),
+            sample=torch.tensor(first),
+            keys=(),
+        )
+        self.reference = ReferenceBatch(
+            images=data["reference_images"][second],
+            text=pack(data["reference_tokens"][second], "argmax"),
+            sample=torch.tensor(second),
+            view=torch.zeros(len(second), dtype=torch.long),
+            keys=(),
+        )
+
+    def engine(self, zero: int, schedule: str = "sequential", micro: int | None = None, **options: Any) -> Engine:
+        settings = config(self.folder, zero, schedule, micro, **options)
+        goal = objective.create(settings.objective, WIDTH)
+        if isinstance(goal, objective.Dive):
+            goal.average_vector.copy_(self.average_vector)
+        engine = Engine(settings, copy.deepcopy(self.student), goal, self.ranks, total_steps=10)
+        if engine.scale.dynamic:
+            # A model this far from its teacher overflows at the scale a run starts with.
+            engine.scale.value = FP16_SCALE
+        return engine
+
+    def accumulate(self, engine: Engine) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Gradients (full, unscaled, under open_clip's names) and metrics of one step."""
+        from deepspeed.utils import safe_get_full_grad
+
+        metrics = engine.accumulate(self.target, self.reference, self.teacher(self.reference))
+        scale = engine.scale.value
+        found = {name: safe_get_full_grad(p).clone() / scale for name, p in engine.towers.named_parameters()}
+        return engine.towers.export(found), {name: float(value) for name, value in metrics.items()}
+
+
+def run_paths(folder: Path, stages: tuple[int, ...]) -> dict[Any, Any]:
+    """On one rank: gradients, metrics and average vector of every path through the step, and more cases."""
+    stage = Stage(folder)
+    results: dict[Any, Any] = {}
+    for zero, (schedule, micro) in itertools.product(stages, PATHS):
+        engine = stage.engine(zero, schedule, micro)
+        results[zero, schedule, micro] = *stage.accumulate(engine), engine.objective.average_vector
+        engine.deepspeed.destroy()
+    results["flyp"] = stage.accumulate(stage.engine(stages[-1], name="flyp"))
+    for zero in stages:
+        results["fp16", zero] = stage.accumulate(stage.engine(zero, precision="fp16"))
+        results["bf16", zero] = stage.accumulate(stage.engine(zero, precision="bf16"))
+        results["overflow", zero] = overflow(stage, zero)
+    return results
+
+
+def overflow(stage: Stage, zero: int) -> dict[str, Any]:
+    """A step whose gradient is not finite on one rank alone, between two good ones."""
+    engine = stage.engine(zero, precision="fp16")
+    frozen = stage.teacher(stage.reference)
+
+    def weights() -> dict[str, Tensor]:
+        return checkpoint.full_state(engine)
+
+    engine.step(stage.target, stage.reference, frozen)
+    before, vector = weights(), engine.objective.average_vector.clone()
+    bad = stage.target
+    if stage.ranks.rank == stage.ranks.world_size - 1:
+        bad = dataclasses.replace(bad, images=bad.images * math.inf)
+    engine.accumulate(bad, stage.reference, frozen)
+    applied, scale = engine.update(), engine.scale.value
+    after = weights()
+    engine.step(stage.target, stage.reference, frozen)
+    last = weights()
+    return {
+        "applied": applied,
+        "unchanged": all(torch.equal(before[name], after[name]) for name in before),
+        "scale": scale,
+        "moved_on": stage.ranks.rank > 0 or any(not torch.equal(after[name], last[name]) for name in last),
+        "finite": bool(torch.isfinite(vector).all() and torch.isfinite(engine.objective.average_vector).all()),
+        "learning_rate": engine.learning_rate,
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny.write_model(path)
+    return path
+
+
+@pytest.fixture(scope="module", params=list(STAGES))
+def by_rank(folder: Path, request: pytest.FixtureRequest) -> list[dict[Any, Any]]:
+    """Results of each rank, with one rank and with two."""
+    return run_ranks(request.param, run_paths, folder, STAGES[request.param], init=False, timeout=300)
+
+
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        error = (found[name].reshape(gradient.shape) - gradient).norm() / gradient.norm()
+        assert error < tolerance, f"{name}: relative error {error:.1e}"
+
+
+def test_every_path_gives_the_papers_gradients(folder: Path, by_rank: list[dict[Any, Any]]) -> None:
+    expected, losses = oracle(folder)
+    for zero, path in itertools.product(STAGES[len(by_rank)], PATHS):
+        for results in by_rank:
+            gradients, metrics, average_vector = results[zero, *path]
+            assert_same_gradients(gradients, expected, 1e-5)
+            for name, value in losses.items():
+                assert metrics[name] == pytest.approx(value, rel=1e-4), (zero, path, name)
+            # Equal to the last bit, or the ranks' averages would drift apart over a run.
+            assert torch.equal(average_vector, by_rank[0][zero, *path][2])
+
+
+def test_flyp_gives_the_contrastive_gradient_alone(folder: Path, by_rank: list[dict[Any, Any]]) -> None:
+    expected, losses = oracle(folder, "flyp")
+    gradients, metrics = by_rank[0]["flyp"]
+    assert_same_gradients(gradients, expected, 1e-5)
+    assert metrics["loss"] == pytest.approx(losses["loss"], rel=1e-4)
+    assert "average_loss" not in metrics
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.02), ("bf16", 0.15)])
+def test_autocast_stays_near_fp32(
+    folder: Path, by_rank: list[dict[Any, Any]], precision: str, tolerance: float
+) -> None:
+    expected, _ = oracle(folder)
+    wanted = torch.cat([gradient.flatten() for gradient in expected.values()])
+    for zero in STAGES[len(by_rank)]:
+        gradients, _ = by_rank[0][precision, zero]
+        found = torch.cat([gradients[name].flatten() for name in expected])
+        error = float((found - wanted).norm() / wanted.norm())
+        # Not fp32 either: then autocast would not be on.
+        assert 1e-5 < error < tolerance, f"{precision}, ZeRO {zero}: {error:.1e}"
+
+
+def test_a_gradient_that_overflows_on_one_rank_skips_the_step_on_all(by_rank: list[dict[Any, Any]]) -> None:
+    for zero in STAGES[len(by_rank)]:
+        for results in by_rank:
+            case = results["overflow", zero]
+            assert not case["applied"], zero
+            assert case["unchanged"]
+            assert case["moved_on"]
+            assert case["finite"]
+            assert case["scale"] == FP16_SCALE / 2
+            # Two steps of warm-up were taken, not three.
+            assert case["learning_rate"] == pytest.approx(1e-3 * 3 / 5)
+
+
+def test_loss_scale_halves_on_overflow_and_doubles_after_a_good_while() -> None:
+    scale = LossScale.of("fp16")
+    first = scale.value
+    scale.update(applied=False)
+    assert scale.value == first / 2
+    for _ in range(1999):
+        scale.update(applied=True)
+    assert scale.value == first / 2
+    scale.update(applied=True)
+    assert scale.value == first
+    for _ in range(40):
+        scale.update(applied=False)
+    assert scale.value == 1.0
+    assert LossScale.of("fp32") == LossScale(1.0, dynamic=False)
+
+
+def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine_to_zero() -> None:
+    factor = learning_rate_schedule(warmup_steps=4, total_steps=12)
+    assert [factor(step) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert factor(8) == pytest.approx(0.5)
+    assert factor(12) == pytest.approx(0)
+    assert factor(6) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    # A run shorter than its warm-up, and one without.
+    assert learning_rate_schedule(500, 10)(9) == pytest.approx(10 / 500)
+    assert learning_rate_schedule(0, 10)(0) == 1
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"train_batch_size": 3}, r"deepspeed\.train_batch_size = 3 contradicts 8"),
+        ({"gradient_accumulation_steps": 2}, r"deepspeed\.gradient_accumulation_steps = 2 contradicts 1"),
+        ({"optimizer": {"type": "Adam"}}, r"deepspeed\.optimizer has its home in train\.learning_rate"),
+        ({"fp16": {"enabled": True}}, r"deepspeed\.fp16 has its home in train\.precision"),
+        ({"scheduler": {"type": "WarmupLR"}}, r"deepspeed\.scheduler has its home in train\.warmup_steps"),
+    ],
+)
+def test_a_deepspeed_key_that_contradicts_the_config_is_an_error(
+    folder: Path, section: dict[str, Any], message: str
+) -> None:
+    tree = config(folder, 2, "sequential", None).model_dump()
+    with pytest.raises(ConfigError, match=message):
+        deepspeed_section(Config.model_validate_json(json.dumps(tree | {"deepspeed": section})), world_size=2)
+
+
+def test_a_batch_that_cannot_be_dealt_out_is_an_error(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.target\.batch_size = 8 is not divisible by 3 ranks"):
+        deepspeed_section(config(folder, 2, "sequential", None), world_size=3)
+
+
+def test_deepspeed_does_not_clip_unless_told_to(folder: Path) -> None:
+    assert deepspeed_section(config(folder, 2, "sequential", None), world_size=2)["gradient_clipping"] == 0
