@@ -17,6 +17,9 @@ COMPLETE = "complete"
 written before its last barrier, so it can name a checkpoint that lacks a rank's part."""
 
 
+STATE = "dive_fast"
+
+
 def save(engine: Engine, folder: Path, step: int, keep: int) -> Path:
     """Writes a checkpoint after ``step`` updates and removes all but the newest ``keep``; all ranks call it."""
     tag = f"step{step:08d}"
@@ -26,7 +29,8 @@ def save(engine: Engine, folder: Path, step: int, keep: int) -> Path:
         "loss_scale": vars(engine.scale),
         "skipped_steps": engine.skipped_steps,
     }
-    engine.deepspeed.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+    # Under a key of its own: DeepSpeed keeps names such as `skipped_steps` for itself and hides them from us.
+    engine.deepspeed.save_checkpoint(str(folder), tag=tag, client_state={STATE: state}, save_latest=False)
     engine.ranks.barrier()
     if engine.ranks.first:
         (folder / tag / COMPLETE).touch()
@@ -63,10 +67,11 @@ def load(engine: Engine, checkpoint: Path) -> int:
     path, state = engine.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if path is None:
         raise ConfigError(f"{checkpoint}: DeepSpeed cannot load this checkpoint with {engine.ranks.world_size} ranks")
-    engine.objective.load_state_dict(state["objective"])
-    engine.scale = LossScale(**state["loss_scale"])
-    engine.skipped_steps = state["skipped_steps"]
-    return int(state["step"])
+    own = state[STATE]
+    engine.objective.load_state_dict(own["objective"])
+    engine.scale = LossScale(**own["loss_scale"])
+    engine.skipped_steps = own["skipped_steps"]
+    return int(own["step"])
 
 
 def export(engine: Engine, path: Path) -> None:

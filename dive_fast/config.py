@@ -6,10 +6,9 @@ from it (``python -m dive_fast.config``).
 
 import difflib
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -17,7 +16,8 @@ from pydantic_core import ErrorDetails
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ConfigError(ValueError):
@@ -105,7 +105,7 @@ class ObjectiveConfig(Section):
     """`dive`: contrastive + weight * (AVL + PVL). `flyp`: contrastive loss alone."""
     weight: NonNegativeFloat = 1000.0
     """lambda of Eq. 9."""
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    decay: Decay = 0.99
     """Decay of the average vector, Eq. 6."""
     average_weight: NonNegativeFloat = 1.0
     """Weight of the average vector loss (AVL, Eq. 7) inside lambda's bracket; 0 leaves PVL alone."""
@@ -135,7 +135,8 @@ class TrainConfig(Section):
     """Passes over the target set."""
     max_steps: Positive | None = None
     """Stops here if the epochs have not ended before; the schedule then ends here too."""
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of the order of samples, the crops and the prompts; all of them repeat exactly with it."""
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Autocast precision of the towers; weights and losses stay in fp32. fp16 scales the loss dynamically. bf16 is
     too coarse for difference vectors of 1e-3 (see docs/precision.md) and warns."""
@@ -148,11 +149,15 @@ class TrainConfig(Section):
     learning_rate: NonNegativeFloat = 1e-5
     """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.1
+    """Of AdamW."""
     decay_all_parameters: bool = True
     """Decay every parameter, as FLYP and the paper do; false spares biases, gains and logit_scale."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Of AdamW."""
+    epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
+    """Of AdamW."""
     warmup_steps: NonNegative = 500
+    """Steps in which the learning rate rises linearly to its peak."""
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: Positive | None = None
@@ -228,13 +233,15 @@ def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -
     """
     path = find(name, folder)
     try:
-        tree = json.loads(path.read_text(), object_pairs_hook=_unique_keys)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_Object)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read it: {error}") from error
+    except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from error
-    except _DuplicateKeyError as error:
-        raise ConfigError(f"{path}: key {error} stands twice in one object; keep one") from error
-    if not isinstance(tree, dict):
+    if not isinstance(tree, _Object):
         raise ConfigError(f"{path}: expected a JSON object with sections {', '.join(Config.model_fields)}")
+    if (place := _twice(tree)) is not None:
+        raise ConfigError(f"{path}: key {place} stands twice in one object; keep one")
     for override in overrides:
         _override(tree, override)
     try:
@@ -260,17 +267,21 @@ def find(name: str, folder: Path | None = None) -> Path:
     raise ConfigError(f"--config {name}: no such file{hint}")
 
 
-class _DuplicateKeyError(ValueError):
-    pass
+class _Object(dict[str, Any]):
+    """A JSON object that remembers a key which stood in it twice."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        keys = [key for key, _ in pairs]
+        self.twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in tree:
-            raise _DuplicateKeyError(key)
-        tree[key] = value
-    return tree
+def _twice(tree: _Object) -> str | None:
+    """The place of a key that stands twice in one object."""
+    if tree.twice is not None:
+        return tree.twice
+    below = ((key, _twice(value)) for key, value in tree.items() if isinstance(value, _Object))
+    return next((f"{key}.{place}" for key, place in below if place is not None), None)
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -307,9 +318,15 @@ def _explain(error: ValidationError) -> str:
 
 
 def _place(mistake: ErrorDetails) -> str:
-    # The branches of a union stand in the location too, as type names; they are no keys of the file.
-    branches = re.compile(r"int|float|str|bool|constrained-.*|.*[\[(].*")
-    return ".".join(str(key) for key in mistake["loc"] if not branches.fullmatch(str(key)))
+    keys: list[str] = []
+    holder: Any = Config
+    for key in mistake["loc"]:
+        # Below a plain value pydantic names the branches of a union; they are no keys of the file.
+        if holder is None and isinstance(key, str):
+            break
+        keys.append(str(key))
+        holder = _inside(holder, key)
+    return ".".join(keys)
 
 
 def _plain(message: str) -> str:
@@ -317,13 +334,19 @@ def _plain(message: str) -> str:
 
 
 def _section_at(location: tuple[int | str, ...]) -> dict[str, FieldInfo]:
-    section: Any = Config
+    holder: Any = Config
     for key in location:
-        if isinstance(section, type) and issubclass(section, Section):
-            # Under `sets` the key is the user's own name, and the section stays.
-            field = section.model_fields.get(str(key))
-            section = (field and _section_type(field.annotation)) or section
-    return dict(section.model_fields)
+        holder = _inside(holder, key)
+    return dict(holder.model_fields)
+
+
+def _inside(holder: Any, key: int | str) -> Any:
+    """What the config has at a key: a section, the type of a dict of sections, or None for a plain value."""
+    if get_origin(holder) is dict:
+        return get_args(holder)[1]  # the key is a name that the user chose
+    field = getattr(holder, "model_fields", {}).get(key)
+    annotation = None if field is None else field.annotation
+    return annotation if get_origin(annotation) is dict else _section_type(annotation)
 
 
 def _section_type(annotation: Any) -> type[Section] | None:
@@ -344,12 +367,16 @@ def reference() -> str:
     lines += ["Any value can be overridden on the command line: `train.epochs=1`.", ""]
     for name, section in _sections(Config, ""):
         documentation = " ".join((section.__doc__ or "").split())
-        lines += [f"## {name or 'Sections'}", "", documentation, "", "| key | type | default | |", "|---|---|---|---|"]
+        heading = f"`{name}`" if name else "Sections"
+        lines += [f"## {heading}", "", documentation, "", "| key | type | default | |", "|---|---|---|---|"]
         for key, field in section.model_fields.items():
             nested = _section_type(field.annotation)
-            default = "required" if field.is_required() else "" if nested else f"`{_json(field.default)}`"
+            whole = isinstance(field.default, Section)  # a section with a default for each of its keys
+            default = "required" if field.is_required() else "" if whole else f"`{json.dumps(field.default)}`"
             text = " ".join((field.description or (nested.__doc__ if nested else "") or "").split())
-            lines.append(f"| `{key}` | {_type_name(field)} | {default} | {text} |")
+            cells = (f"`{key}`", _type_name(field), default, text)
+            row = " | ".join(cell.replace("|", r"\|") for cell in cells)
+            lines.append(f"| {row} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -364,21 +391,25 @@ def _sections(section: type[Section], place: str) -> Iterator[tuple[str, type[Se
 
 
 def _type_name(field: FieldInfo) -> str:
-    if _section_type(field.annotation) is not None:
-        return "section"
-    words = re.findall(r"Literal\[[^]]*\]|\b(?:int|float|str|bool|dict|tuple|NoneType|None)\b", str(field.annotation))
-    names = dict.fromkeys(
-        word.removeprefix("Literal[").rstrip("]").replace("'", "`") if word.startswith("Literal") else word
-        for word in words
-        if word not in ("None", "NoneType")
-    )
-    return {"tuple": "pair of numbers", "float": "number", "int": "integer", "str": "string"}.get(
-        next(iter(names)), ", ".join(names)
-    )
+    return " or ".join(_type_names(field.annotation))
 
 
-def _json(value: Any) -> str:
-    return "none" if value is None else json.dumps(value)
+def _type_names(annotation: Any) -> list[str]:
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is dict:
+        return ["section for each name" if _section_type(annotation) else "object"]
+    if origin is tuple:
+        return ["pair of numbers"]
+    if origin is Literal:
+        return [f"`{value}`" for value in parts]
+    if origin is Annotated:
+        return _type_names(parts[0])
+    if parts:
+        return [name for part in parts for name in _type_names(part)]
+    if _section_type(annotation):
+        return ["section"]
+    names = {int: "integer", float: "number", str: "string", bool: "`true` or `false`", type(None): "`null`"}
+    return [names[annotation]]
 
 
 if __name__ == "__main__":

@@ -111,6 +111,12 @@ class Towers(nn.Module):
         assert not missing, f"exported names differ from open_clip's: {missing[:5]}"
         return exported
 
+    def load_exported(self, state: dict[str, Tensor]) -> "Towers":
+        """Takes weights as :meth:`export` gives them; returns itself."""
+        own = self.state_dict()
+        self.load_state_dict({name: state[self.exported_name(name)].reshape(own[name].shape) for name in own})
+        return self
+
     def exported_name(self, name: str) -> str:
         """What open_clip's original model calls a parameter of this module."""
         return name if name in self._layout else name.removeprefix("text.")

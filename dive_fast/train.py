@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from dive_fast import checkpoint, objective
@@ -22,7 +23,7 @@ from dive_fast.data.order import Order
 from dive_fast.data.plain import ReferenceSamples, TargetSamples, training_batches
 from dive_fast.data.prompts import PromptTable, read_class_names, read_templates
 from dive_fast.data.source import Source, open_csv, open_folder, open_webdataset
-from dive_fast.engine import Engine
+from dive_fast.engine import AUTOCAST, Engine
 from dive_fast.evaluate.zero_shot import evaluate, open_set
 from dive_fast.objective import Pairs
 from dive_fast.ranks import Ranks
@@ -78,9 +79,9 @@ def train(config: Config, folder: Path, ranks: Ranks) -> dict[str, float]:
             checkpoint.save(engine, folder / "checkpoints", step + 1, options.keep_checkpoints)
     if len(steps) > 0:
         checkpoint.save(engine, folder / "checkpoints", run.total_steps, options.keep_checkpoints)
-    checkpoint.export(engine, folder / "model.safetensors")
-    tokenizer = tokenizer_of(config.model)
-    accuracies = evaluate(engine.towers, tokenizer, config.evaluate, ranks)
+    exported = folder / "model.safetensors"
+    checkpoint.export(engine, exported)
+    accuracies = evaluate(_tuned(config, exported, ranks), tokenizer_of(config.model), config.evaluate, ranks)
     return metrics.close({f"accuracy/{name}": value for name, value in accuracies.items()})
 
 
@@ -252,6 +253,13 @@ def _frozen_copy(config: Config, towers: Towers) -> Towers:
     frozen = create(config.model)
     frozen.load_state_dict(towers.state_dict())
     return frozen
+
+
+def _tuned(config: Config, exported: Path, ranks: Ranks) -> Towers:
+    """The exported model, whole on every rank: under ZeRO-3 the student's own towers run only inside DeepSpeed."""
+    tuned = create(config.model).load_exported(load_file(exported)).to(ranks.device).eval()
+    tuned.autocast = AUTOCAST[config.train.precision]
+    return tuned
 
 
 def _width(towers: Towers) -> int:

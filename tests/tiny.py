@@ -93,3 +93,7 @@ def write_config(folder: Path, **train: Any) -> dict[str, Any]:
         | train,
         "deepspeed": {"zero_optimization": {"stage": 2}, "gradient_clipping": 0.0},
     }
+
+
+EVALUATION = ("format", "path", "class_names", "templates")
+"""The keys of a ``data.target`` section that an evaluation set has too."""

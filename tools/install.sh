@@ -7,7 +7,7 @@ cd -P "$(dirname "$0")/.."
 venv=.venv
 stamp=$venv/installed
 log=build/install.log
-ffcv_packages="libopencv-dev libturbojpeg0-dev pkg-config"
+ffcv_packages=(libopencv-dev libturbojpeg0-dev pkg-config)
 notes=()
 
 say() { echo "dive_fast: $*"; }
@@ -93,8 +93,7 @@ if [ ${#packages[@]} -gt 0 ]; then apt_install "${packages[@]}" || true; fi
 if ! has_compiler || ! has_headers; then
     note "torch.compile, Triton and DeepSpeed's CPU optimizer unavailable: install g++ $debian_python-dev"
 fi
-# shellcheck disable=SC2086
-has_ffcv_libraries || apt_install $ffcv_packages || true
+has_ffcv_libraries || apt_install "${ffcv_packages[@]}" || true
 
 if ! has_venv; then
     can_make_venv || die "Python's venv module is missing: install $debian_python-venv"
@@ -121,7 +120,7 @@ if ! extra ffcv ffcv; then
     if has_ffcv_libraries; then
         note "FFCV loader unavailable: ffcv $failed"
     else
-        note "FFCV loader unavailable: install $ffcv_packages"
+        note "FFCV loader unavailable: install ${ffcv_packages[*]}"
     fi
 fi
 

@@ -46,8 +46,9 @@ class _Samples(Dataset[Item], Generic[Batch]):
             try:
                 return self.item(self.source.image(sample), epoch, sample)
             except DataError as error:
+                last = error
                 logger.warning("%s; the next sample takes its place", error)
-        raise DataError(f"{MAX_REPLACEMENTS} samples in a row cannot be decoded; the last was {sample}")
+        raise DataError(f"{MAX_REPLACEMENTS} samples in a row are unusable; the last: {last}")
 
     def item(self, image: Image.Image, epoch: int, sample: int) -> Item:
         raise NotImplementedError
@@ -136,7 +137,9 @@ class EvaluationSamples(_Samples[tuple[Tensor, Tensor]]):
         return torch.stack([item.image for item in items]), torch.tensor([item.label for item in items])
 
 
-def training_batches(samples: _Samples[Batch], order: Order, steps: range, workers: int, pin: bool) -> Iterator[Batch]:
+def training_batches(
+    samples: _Samples[Batch], order: Order, steps: range, workers: int, pin: bool
+) -> Iterator[Batch]:
     """This rank's batches of the given steps of a run, loaded ahead by worker processes.
 
     Args:
@@ -146,7 +149,9 @@ def training_batches(samples: _Samples[Batch], order: Order, steps: range, worke
     return _load(samples, _places(order, steps), workers, pin)
 
 
-def batches_of(samples: _Samples[Batch], places: list[tuple[int, int]], batch_size: int, workers: int) -> Iterator[Batch]:
+def batches_of(
+    samples: _Samples[Batch], places: list[tuple[int, int]], batch_size: int, workers: int
+) -> Iterator[Batch]:
     """The given (epoch, sample) places in order, batch by batch; the last batch may be smaller."""
     chunks = [places[first : first + batch_size] for first in range(0, len(places), batch_size)]
     return _load(samples, chunks, workers, pin=False)
@@ -170,7 +175,15 @@ def _load(
         pin_memory=pin,
         **options,
     )
-    return iter(loader)
+    return _errors_in_one_line(iter(loader))
+
+
+def _errors_in_one_line(batches: Iterator[Batch]) -> Iterator[Batch]:
+    try:
+        yield from batches
+    except DataError as error:
+        # What a worker raises arrives with its whole traceback for a message.
+        raise DataError(str(error).strip().rpartition(f"{DataError.__name__}: ")[2]) from error
 
 
 def _one_thread(worker: int) -> None:

@@ -1,7 +1,6 @@
 """Class names and templates -> prompts; texts -> tokens, each distinct one once."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Literal
 
 import open_clip
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dive_fast.data.batch import Text
-from dive_fast.data.source import DataError, Sample, Source
+from dive_fast.data.source import DataError, Sample, Source, locate
 from dive_fast.data.views import Draw, stream
 
 Tokenizer = Callable[[list[str]], Tensor]
@@ -49,7 +48,9 @@ def read_templates(name: str) -> tuple[Template, ...]:
 class PromptTable:
     """Every prompt of a target set, tokenised once."""
 
-    def __init__(self, source: Source, class_names: Sequence[str], templates: Sequence[Template], tokenizer: Tokenizer):
+    def __init__(
+        self, source: Source, class_names: Sequence[str], templates: Sequence[Template], tokenizer: Tokenizer
+    ):
         """Takes the samples' own texts where they have any (CSV), else class names x templates.
 
         Raises:
@@ -101,10 +102,12 @@ class _Filled:
 
 def _lines(name: str, what: str) -> Sequence[str]:
     try:
-        lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines()]
+        text = locate(name).read_text(encoding="utf-8-sig").rstrip()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{name}: cannot read {what}: {error}") from error
-    lines = [line for line in lines if line]
+    lines = [line.strip() for line in text.splitlines()]
     if not lines:
         raise DataError(f"{name}: expected {what}, one a line; the file is empty")
+    if "" in lines:  # dropped, it would shift the labels of all names behind it
+        raise DataError(f"{name}: expected {what}, one a line; line {lines.index('') + 1} is empty")
     return lines

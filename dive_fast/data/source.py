@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import braceexpand
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
 
@@ -64,7 +64,7 @@ class Source:
                 file.seek(sample.offset)
                 image = Image.open(io.BytesIO(file.read(sample.size)))
                 image.load()
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"{sample.path}: sample {sample.key}: cannot decode the image: {error}") from error
         return image
 
@@ -76,20 +76,44 @@ class Source:
         return digest.hexdigest()
 
 
-def open_folder(path: str) -> Source:
-    """One folder a class, sorted by name, images anywhere below it.
+def locate(path: str) -> Path:
+    """A path of the config as one of the file system: ``demo:target`` lies in the embedded demo, made when missing.
 
     Raises:
-        DataError: the folder is missing or holds no images.
+        DataError: the demo has no such part.
     """
-    root = Path(path)
-    folders = sorted(entry for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
-    samples = [
-        Sample(str(file.relative_to(root)), file, size=file.stat().st_size, label=label)
-        for label, folder in enumerate(folders)
-        for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES
-    ]
+    if not path.startswith("demo:"):
+        return Path(path)
+    from dive_fast.demo.world import resolve  # the demo is no part of the engine: only when asked for
+
+    try:
+        return resolve(path)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
+def open_folder(path: str) -> Source:
+    """One folder a class, sorted by name, images anywhere below it; hidden folders are none.
+
+    Raises:
+        DataError: the folder is missing or holds no images, or one of its folders holds none: whether that is a
+            class decides the label of all behind it.
+    """
+    root = locate(path)
+    samples: list[Sample] = []
+    folders: list[Path] = []
+    try:
+        if root.is_dir():
+            folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        for label, folder in enumerate(folders):
+            files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES]
+            if not files:
+                raise DataError(f"{folder}: no image below, but it would be class {label}; remove it")
+            samples += [
+                Sample(str(file.relative_to(root)), file, size=file.stat().st_size, label=label) for file in files
+            ]
+    except OSError as error:
+        raise DataError(f"{path}: cannot list its images: {error}") from error
     if not samples:
         raise DataError(f"{path}: expected one folder a class with images below, found none")
     return Source(samples, tuple(folder.name for folder in folders))
@@ -141,15 +165,20 @@ def open_csv(path: str, image_root: str | None, *, group: bool) -> Source:
     file = Path(path)
     root = Path(image_root) if image_root is not None else file.parent
     try:
-        with file.open(newline="", encoding="utf-8") as lines:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
             reader = csv.DictReader(lines, delimiter="\t")
             missing = {"title", "filepath"} - set(reader.fieldnames or ())
             if missing:
-                raise DataError(f"{path}: no column {' and '.join(sorted(missing))} in its tab-separated first line")
+                raise DataError(
+                    f"{path}: no column {' and '.join(sorted(missing))} in its tab-separated first line"
+                )
             # One string for equal titles: FLYP's files repeat each prompt once an image.
             titles: dict[str, str] = {}
-            rows = [(row["filepath"] or "", titles.setdefault(row["title"] or "", row["title"] or "")) for row in reader]
-    except (OSError, UnicodeDecodeError) as error:
+            rows = [
+                (row["filepath"] or "", titles.setdefault(row["title"] or "", row["title"] or ""))
+                for row in reader
+            ]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot read it: {error}") from error
     if group:
         grouped: dict[str, list[str]] = {}
@@ -166,12 +195,20 @@ def open_csv(path: str, image_root: str | None, *, group: bool) -> Source:
 
 
 def _tars(path: str) -> list[Path]:
-    root = Path(path)
-    names = [str(root / "*.tar")] if root.is_dir() else list(braceexpand.braceexpand(path))
+    root = locate(path)
+    if root.is_dir():
+        tars = sorted(root.glob("*.tar"))
+        if not tars:
+            raise DataError(f"{path}: no tar there")
+        return tars
+    try:
+        names = list(braceexpand.braceexpand(path))
+    except ValueError as error:
+        raise DataError(f"{path}: not a brace range: {error}") from error
     tars = [Path(found) for name in names for found in (sorted(glob.glob(name)) or [name])]
     for tar in tars:
         if not tar.is_file():
-            raise DataError(f"{path}: no tar there" + (f" ({tar} does not exist)" if not root.is_dir() else ""))
+            raise DataError(f"{path}: no tar there ({tar} does not exist)")
     return tars
 
 
@@ -186,6 +223,10 @@ def _tar_samples(tar: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
                     stem, _, suffix = name.partition(".")
                     key = f"{folder}/{stem}".lstrip("/")
                     parts.setdefault(key, {})[f".{suffix.lower()}"] = (member.offset_data, member.size)
+            end = members.offset
+        # tarfile takes a header that it cannot read for the end, which is a block of zeros.
+        if _read(tar, end, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise DataError(f"{tar}: not a whole tar: it breaks off at byte {end}")
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"{tar}: not a whole tar: {error}") from error
     yield from parts.items()

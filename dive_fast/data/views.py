@@ -91,7 +91,9 @@ class Preprocess:
         """Reads it off an open_clip image tower (``model.visual``)."""
         config = PreprocessCfg(**visual.preprocess_cfg)  # type: ignore[attr-defined]
         height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
-        return cls((height, width), tuple(config.mean), tuple(config.std), config.interpolation, config.resize_mode)
+        return cls(
+            (height, width), tuple(config.mean), tuple(config.std), config.interpolation, config.resize_mode
+        )
 
     def train(self, image: Image.Image, crop: Crop) -> Tensor:
         """``(3, H, W)`` fp32: the crop, resized, as RGB, normalised, in open_clip's order of operations."""

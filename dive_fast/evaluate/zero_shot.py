@@ -39,14 +39,10 @@ def accuracy(
         batch_size: images encoded at once on each rank.
     """
     count = len(samples.source)
-    # Under ZeRO-3 every rank must run the tower equally often: short shares are filled up with their last sample.
-    share = [min(ranks.rank + step * ranks.world_size, count - 1) for step in range(-(-count // ranks.world_size))]
-    real = max(0, -(-(count - ranks.rank) // ranks.world_size))
-    correct: list[Tensor] = []
-    for images, labels in batches_of(samples, [(0, sample) for sample in share], batch_size, workers):
+    right = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    for images, labels in batches_of(samples, [(0, sample) for sample in ranks.share(count)], batch_size, workers):
         logits = unit(towers.encode_image(images.to(ranks.device))) @ weights.T
-        correct.append(logits.argmax(1) == labels.to(ranks.device))
-    right = torch.cat(correct)[:real].sum().double()
+        right += (logits.argmax(1) == labels.to(ranks.device)).sum()
     if ranks.group is not None:
         dist.all_reduce(right, group=ranks.group)
     return float(right) / count
@@ -68,13 +64,10 @@ def open_set(config: EvaluationSet) -> tuple[Source, tuple[str, ...], tuple[Temp
 
 def evaluate(towers: Towers, tokenizer: Tokenizer, config: EvaluateConfig, ranks: Ranks) -> dict[str, float]:
     """Zero-shot accuracy on every set of the config: name -> share in [0, 1]."""
-    training = towers.training
-    towers.eval()
     results = {}
     for name, evaluation in config.sets.items():
         source, class_names, templates = open_set(evaluation)
         weights = classifier(towers, tokenizer, class_names, templates)
         samples = EvaluationSamples(source, towers.preprocess)
         results[name] = accuracy(towers, weights, samples, ranks, config.batch_size, config.workers)
-    towers.train(training)
     return results

@@ -41,7 +41,7 @@ def contrastive_loss(image_features, text_features, logit_scale, *, rounding=0.0
     image, text = unit(image_features), unit(text_features)
     B, s = len(image), float(np.squeeze(logit_scale))
     cosine = image @ text.T
-    loss, dscale, dcosine = 0.0, 0.0, np.zeros((B, B))
+    losses, dscale, dcosine = [], 0.0, np.zeros((B, B))
     mass = np.zeros((B, B))  # the softmax terms alone: what cancels against the labels' in dcosine
     for i in range(B):
         for of_pair in ((i, slice(None)), (slice(None), i)):  # all texts for image i, all images for text i
@@ -50,9 +50,10 @@ def contrastive_loss(image_features, text_features, logit_scale, *, rounding=0.0
             error = np.exp(s * cosines - log_sum)
             mass[of_pair] += error / (2 * B)
             error[i] -= 1.0
-            loss += (log_sum - s * cosines[i]) / (2 * B)
+            losses.append(log_sum - s * cosines[i])
             dcosine[of_pair] += s * error / (2 * B)
             dscale += np.dot(error, cosines) / (2 * B)
+    loss = math.fsum(losses) / (2 * B)
     dimage, dtext = dcosine @ text, dcosine.T @ image
 
     # A logit is off by s, a softmax by twice that and its own rounding, relative; the label's 1 by neither.

@@ -20,7 +20,7 @@ OPERATION = 8
 
 CONTRASTIVE = ("image_features", "text_features", "logit_scale")
 DIFFERENCE = ("image_features", "text_features", "image_teacher", "text_teacher", "average_vector")
-# Each option at its usual value, switched off, and at one that no other formula would give by chance.
+# Weights at their default, switched off one by one, and where nothing agrees by chance.
 DIFFERENCE_OPTIONS = [
     {"decay": decay, "average_weight": average, "pairwise_weight": pairwise, "mean_gradient": mean_gradient}
     for (average, pairwise), decay, mean_gradient in itertools.product(
@@ -320,7 +320,7 @@ class TestPrecision:
     def test_difference_loss(self, features, teacher, kind):
         for pairs, width in self.SHAPES:
             inputs = select(make_inputs(kind, pairs, width), DIFFERENCE)
-            for options in DIFFERENCE_OPTIONS[0], DIFFERENCE_OPTIONS[-1]:
+            for options in {}, {"decay": 0.5, "pairwise_weight": 2.5, "mean_gradient": False}:
                 self.check("difference_loss", inputs, features, teacher, **options)
 
     def test_dive_loss(self, features, teacher, kind):
@@ -337,66 +337,56 @@ class TestPrecision:
 
 
 def test_float64_features_keep_their_precision_beside_a_float32_teacher():
-    tensors = to_tensors(
-        select(make_inputs(drifted_pairs, 7, 16), DIFFERENCE),
-        dtypes=dict.fromkeys(("image_teacher", "text_teacher", "average_vector"), torch.float32),
-    )
-    values, _ = evaluate("difference_loss", tensors)
-    assert {value.dtype for value in values.values()} == {torch.float64}
+    inputs = select(make_inputs(drifted_pairs, 7, 16), DIFFERENCE)
+    dtypes = dict.fromkeys(("image_teacher", "text_teacher", "average_vector"), torch.float32)
+    assert_equals_numpy("difference_loss", to_tensors(inputs, torch.float64, dtypes))
 
 
 # Ranks
 
 
-RANK_SHAPES = [(1, 1), (1, 5), (2, 3), (5, 16)]  # pairs on each rank, width
 RANK_CASES = [
-    ("contrastive_loss", {}),
-    ("difference_loss", {"decay": 0.5, "average_weight": 0.3, "pairwise_weight": 2.5}),
-    ("difference_loss", {"decay": 0.5, "mean_gradient": False}),
-    ("dive_loss", {"weight": 2.5, "decay": 0.9}),
-]
-# World sizes by the ranks that make them up. The pair leaves rank 0 out: ranks count from its first member.
-RANK_GROUPS = {1: [2], 2: [1, 2], 3: [0, 1, 2]}
-
-
-def global_inputs(name, world_size, pairs, width):
-    if name == "dive_loss":
-        return make_dive_inputs(drifted_pairs, world_size * pairs, world_size * (pairs + 1), width)
-    return select(
-        make_inputs(drifted_pairs, world_size * pairs, width), CONTRASTIVE if "con" in name else DIFFERENCE
+    pytest.param(name, options, pairs, width, dtype, id=f"{name}-{pairs}x{width}-{dtype}".replace("torch.", ""))
+    for (name, options), (pairs, width), dtype in itertools.product(
+        [
+            ("contrastive_loss", {}),
+            ("difference_loss", {"decay": 0.5, "average_weight": 0.3, "pairwise_weight": 2.5}),
+            ("difference_loss", {"decay": 0.5, "mean_gradient": False}),
+            ("dive_loss", {"weight": 2.5, "decay": 0.9, "mean_gradient": False}),
+        ],
+        [(1, 1), (1, 5), (2, 3), (5, 16)],  # pairs are those of one rank
+        [torch.float64, torch.float32],
     )
+]
+# The ranks of each group, by its size. The pair leaves out rank 0, so that a rank's place in it is another one.
+GROUPS = {1: [2], 2: [1, 2], 3: [0, 1, 2]}
+SHARED = ("logit_scale", "average_vector")  # all ranks hold the same; everything else has rows of pairs
 
 
-def own_rows(name, array, rank, world_size):
-    """The rank's share of what is split over ranks, which is all but the scale and the average."""
-    return array if name in ("logit_scale", "average_vector") else np.split(array, world_size)[rank]
+def global_inputs(name, pairs, width):
+    if name == "dive_loss":
+        return make_dive_inputs(drifted_pairs, pairs, 2 * pairs, width)
+    names = {"contrastive_loss": CONTRASTIVE, "difference_loss": DIFFERENCE}[name]
+    return select(make_inputs(drifted_pairs, pairs, width), names)
 
 
 def evaluate_on_rank():
-    """On each rank, for every case that it takes part in: values and gradients."""
+    """Values and gradients of this rank, of every case and every group that it is in."""
     results = {}
-    for world_size, members in RANK_GROUPS.items():
+    for world_size, members in GROUPS.items():
         group = dist.new_group(members)
         if dist.get_rank() not in members:
             continue
-        for case, ((name, options), (pairs, width), dtype) in enumerate(rank_cases()):
-            rank = dist.get_rank(group)
-            inputs = {
-                key: own_rows(key, array, rank, world_size)
-                for key, array in global_inputs(name, world_size, pairs, width).items()
-            }
-            tensors = to_tensors(inputs, dtype)
+        for case, parameters in enumerate(RANK_CASES):
+            name, options, pairs, width, dtype = parameters.values
+            inputs = global_inputs(name, world_size * pairs, width)
+            for key in inputs.keys() - set(SHARED):
+                inputs[key] = np.split(inputs[key], world_size)[dist.get_rank(group)]
+            # Column by column in memory: what is gathered has to be made contiguous.
+            inputs = {key: np.array(array, order="F") for key, array in inputs.items()}
+            tensors = {key: torch.from_numpy(array).to(dtype).requires_grad_() for key, array in inputs.items()}
             results[world_size, case] = evaluate(name, tensors, **options, group=group)
-            # Features need not lie in memory row by row.
-            transposed = {key: t.detach().mT.clone().mT if t.ndim == 2 else t for key, t in tensors.items()}
-            result = getattr(naive, name)(**transposed, **options, group=group)
-            loss = result if name == "contrastive_loss" else result.loss
-            torch.testing.assert_close(loss.detach(), results[world_size, case][0]["loss"])
     return results
-
-
-def rank_cases():
-    return list(itertools.product(RANK_CASES, RANK_SHAPES, [torch.float64, torch.float32]))
 
 
 @pytest.fixture(scope="module")
@@ -404,36 +394,34 @@ def ranks():
     return run_ranks(3, evaluate_on_rank)
 
 
-@pytest.mark.parametrize("case", range(len(rank_cases())))
-@pytest.mark.parametrize("world_size", RANK_GROUPS)
+@pytest.mark.parametrize("world_size", GROUPS)
 class TestRanks:
+    @pytest.mark.parametrize("case", range(len(RANK_CASES)))
     def test_values_are_the_same_bit_for_bit(self, ranks, world_size, case):
-        first, *others = [ranks[rank][world_size, case][0] for rank in RANK_GROUPS[world_size]]
+        first, *others = [ranks[rank][world_size, case][0] for rank in GROUPS[world_size]]
         for other in others:
             for key in first:
                 assert torch.equal(other[key], first[key]), key
 
-    def test_one_process_gives_the_same(self, ranks, world_size, case):
-        (name, options), (pairs, width), dtype = rank_cases()[case]
-        rounding = OPERATION * torch.finfo(dtype).eps
-        inputs = global_inputs(name, world_size, pairs, width)
-        tensors = to_tensors(inputs, dtype)
+    @pytest.mark.parametrize(("name", "options", "pairs", "width", "dtype"), RANK_CASES)
+    def test_one_process_gives_the_same(self, ranks, world_size, name, options, pairs, width, dtype):
+        tensors = to_tensors(global_inputs(name, world_size * pairs, width), dtype)
         values, gradients = evaluate(name, tensors, **options)
-        exact = {key: tensor.detach().double().numpy() for key, tensor in tensors.items()}
-        bounds = getattr(numpy_reference, name)(**exact, **options, rounding=rounding)
-        results = [ranks[rank][world_size, case] for rank in RANK_GROUPS[world_size]]
-        for key in values:
-            assert_within(results[0][0][key], values[key].double().numpy(), bounds.value_bounds[key], key)
+        bounds = getattr(numpy_reference, name)(
+            **{key: tensor.detach().double().numpy() for key, tensor in tensors.items()},
+            **options,
+            rounding=OPERATION * torch.finfo(dtype).eps,
+        )
+        case = [parameters.values for parameters in RANK_CASES].index((name, options, pairs, width, dtype))
+        on_ranks = [ranks[rank][world_size, case] for rank in GROUPS[world_size]]
+        for key, value in values.items():
+            assert_within(on_ranks[0][0][key], value.double().numpy(), bounds.value_bounds[key], key)
         for key, gradient in gradients.items():
-            on_ranks = [of_rank[key] for _, of_rank in results]
-            if key in ("logit_scale", "average_vector"):
-                # One tensor, which all ranks hold: averaged over them, as a parameter's gradient is.
-                actual, expected = torch.stack(on_ranks).mean(0), gradient
-            else:
-                # Averaging divides by the number of ranks what each parameter gets through these rows.
-                actual, expected = torch.cat(on_ranks), world_size * gradient
-            bound = world_size * bounds.gradient_bounds[key]
-            assert_within(actual, expected.double().numpy(), bound, f"gradient of {key}")
+            parts = [gradients_of_rank[key] for _, gradients_of_rank in on_ranks]
+            # A parameter's gradient is averaged over ranks. What comes through a rank's rows is there once and
+            # so has to be too large by the number of ranks; what all ranks hold is averaged as it is.
+            actual = torch.stack(parts).mean(0) if key in SHARED else torch.cat(parts) / world_size
+            assert_within(actual, gradient.double().numpy(), bounds.gradient_bounds[key], f"gradient of {key}")
 
 
 # Bad input
@@ -457,7 +445,7 @@ def bad_inputs():
     for name, shapes in VALID.items():
         # Shapes are compared with the first matrix of a batch, so a wrong first one is wrong in itself.
         for argument, shape in shapes.items():
-            # dive_loss passes its reference features on under the names of difference_loss.
+            # dive_loss may pass its reference features on under the names of difference_loss.
             named = argument.removeprefix("reference_")
             if argument == "average_vector":
                 wrong_shapes = [(), (3,), (1, 4), (0,)]
@@ -489,10 +477,10 @@ def test_error_names_the_argument(name, argument, named, wrong):
 sizes = {"pairs": st.integers(1, 9), "width": st.integers(1, 20), "seed": st.integers(0, 2**32 - 1)}
 
 
-def losses(inputs, **options):
+def losses(inputs):
     """Of one batch in float64: every value by name, the contrastive loss among them."""
     tensors = to_tensors(inputs)
-    values = naive.difference_loss(**select(tensors, DIFFERENCE), **options)._asdict()
+    values = naive.difference_loss(**select(tensors, DIFFERENCE))._asdict()
     return values | {"contrastive_loss": naive.contrastive_loss(**select(tensors, CONTRASTIVE))}
 
 

@@ -1,0 +1,114 @@
+"""The demo's comparison: pre-trained, FLYP and DiVE by accuracy and geometry, as table, JSON and picture.
+
+What it is evidence for: that the engine's road is open end to end, and that in a small world the loss does what the
+paper says of it. What it is not: a measurement of DiVE on CLIP and natural images, or of speed.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dive_fast.config import Config
+from dive_fast.data.plain import ReferenceSamples, batches_of
+from dive_fast.data.source import open_webdataset
+from dive_fast.evaluate.geometry import rsa
+from dive_fast.evaluate.zero_shot import evaluate
+from dive_fast.ranks import Ranks
+from dive_fast.towers import Towers, create, tokenizer_of, unit
+
+Report = dict[str, dict[str, float]]
+MEASURES = {
+    "id": "ID: held-out target",
+    "ood": "OOD: other styles",
+    "zs": "zero-shot: never tuned on",
+    "rsa": "RSA: geometry kept",
+}
+LABELS = {"pretrained": "pre-trained", "flyp": "FLYP", "dive": "DiVE"}
+COLOURS = {"pretrained": "#9aa0a6", "flyp": "#d98c3f", "dive": "#2f6fb0"}
+
+
+def compare(config: Config, models: dict[str, Path | None]) -> Report:
+    """Measures models on the config's evaluation sets and the held-out reference pairs.
+
+    Args:
+        models: name -> exported weights; None stands for the pre-trained model, which must be the first.
+
+    Returns:
+        Name -> ``id``, ``ood``, ``zs`` (the mean over the sets named ``zs_*``), ``rsa`` to the first, and each
+        zero-shot set under its own name; accuracies are shares in [0, 1].
+    """
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    tokenizer = tokenizer_of(config.model)
+    report: Report = {}
+    before: Tensor | None = None
+    for name, weights in models.items():
+        towers = create(config.model).eval()
+        if weights is not None:
+            towers.load_exported(load_file(weights))
+        accuracies = evaluate(towers, tokenizer, config.evaluate, ranks)
+        embeddings = _embed(towers, config)
+        before = embeddings if before is None else before
+        zero_shot = {key: value for key, value in accuracies.items() if key.startswith("zs_")}
+        report[name] = {
+            "id": accuracies["id"],
+            "ood": accuracies["ood"],
+            "zs": sum(zero_shot.values()) / len(zero_shot),
+            "rsa": rsa(before, embeddings),
+            **zero_shot,
+        }
+    return report
+
+
+@torch.no_grad()
+def _embed(towers: Towers, config: Config) -> Tensor:
+    """``(2 N, D)`` unit rows: images, then captions, of the reference pairs that no run trains on."""
+    source = open_webdataset("demo:reference_heldout", ".txt")
+    samples = ReferenceSamples(source, tokenizer_of(config.model), towers.preprocess, towers.pooled_at, seed=0)
+    places = [(0, sample) for sample in range(len(source))]
+    pairs = [towers.encode_pairs(batch.images, batch.text) for batch in batches_of(samples, places, 256, workers=0)]
+    return torch.cat([unit(torch.cat(half)) for half in zip(*pairs, strict=True)])
+
+
+def table(report: Report) -> str:
+    """The report as lines of text: accuracies in percent."""
+    columns = list(next(iter(report.values())))
+    rows = [["", *columns]]
+    for name, values in report.items():
+        cells = [f"{v:.3f}" if column == "rsa" else f"{100 * v:.1f}" for column, v in values.items()]
+        rows.append([LABELS.get(name, name), *cells])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def draw(report: Report, path: Path) -> None:
+    """Draws the report as a PNG: a panel for each measure, a bar for each model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(MEASURES), figsize=(11, 3.4), layout="constrained")
+    for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
+        for position, (name, values) in enumerate(report.items()):
+            value = values[measure] if measure == "rsa" else 100 * values[measure]
+            axis.bar(position, value, width=0.7, color=COLOURS[name])
+            text = f"{value:.3f}" if measure == "rsa" else f"{value:.1f} %"
+            axis.annotate(text, (position, value), (0, 2), textcoords="offset points", ha="center", fontsize=9)
+        axis.set_title(title, fontsize=10)
+        axis.set_ylim(0, 1.12 if measure == "rsa" else 112)
+        axis.set_xticks(range(len(report)), [LABELS[name] for name in report], fontsize=9)
+        axis.set_yticks([])
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    figure.suptitle("dive_fast demo: a small CLIP in a small generated world", fontsize=11)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def write(report: Report, folder: Path) -> None:
+    """Writes ``report.json`` and ``report.png``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    draw(report, folder / "report.png")

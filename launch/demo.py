@@ -1,0 +1,52 @@
+"""The embedded demo: fine-tunes a small CLIP by FLYP and by DiVE on two CPU ranks, and compares them."""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def main() -> int:
+    """Two runs of launch/train.py under DeepSpeed's launcher, then the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    started = time.perf_counter()
+
+    from dive_fast.config import load
+    from dive_fast.demo import report, world
+
+    print(f"world: {world.prepare()}", flush=True)
+    models: dict[str, Path | None] = {"pretrained": None}
+    for method in ("flyp", "dive"):
+        folder = options.output / method
+        print(f"\n{method}: launch/train.py --config demo.json on 2 CPU ranks, ZeRO-2", flush=True)
+        failed = _train(folder, f"objective.name={method}", f"train.seed={options.seed}")
+        if failed:
+            return failed
+        models[method] = folder / "model.safetensors"
+    result = report.compare(load(str(HERE / "configs/demo.json")), models)
+    report.write(result, options.output)
+    print(f"\n{report.table(result)}\n")
+    print(f"{options.output}/report.json, {options.output}/report.png")
+    print(f"{time.perf_counter() - started:.0f} s")
+    return 0
+
+
+def _train(folder: Path, *overrides: str) -> int:
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [str(launcher), "--num_accelerators", "2", str(HERE / "train.py"), "--config", "demo.json"]
+    command += [f"train.output={folder}", "train.resume=never", *overrides]
+    # The launcher finds its Python on the path.
+    path = f"{launcher.parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""The loop from config to exported model: resumed, cached, on one rank and on two, at every ZeRO stage."""
+
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import tiny
+import torch
+from distributed import run_ranks
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dive_fast import checkpoint, train
+from dive_fast.config import Config, ConfigError
+from dive_fast.ranks import Ranks, join
+
+STAGES = (0, 1, 2, 3)
+STEPS = 6
+
+
+class Killed(Exception):
+    """Stands for whatever ends a run before its end."""
+
+
+def load(tree: dict[str, Any], **train_options: Any) -> Config:
+    return Config.model_validate_json(json.dumps(tree | {"train": tree["train"] | train_options}))
+
+
+def run(tree: dict[str, Any], output: Path, ranks: Ranks, kill_at: int | None = None, **options: Any) -> Any:
+    """Trains; ``kill_at`` ends the run after that many steps, without a word to anyone."""
+    config = load(tree, output=str(output), **options)
+    log = train.Metrics.log
+
+    def log_until(self: train.Metrics, step: int, *values: Any) -> None:
+        log(self, step, *values)
+        if step == kill_at:
+            raise Killed
+
+    train.Metrics.log = log_until  # type: ignore[method-assign]
+    try:
+        return train.train(config, output, ranks)
+    finally:
+        train.Metrics.log = log  # type: ignore[method-assign]
+
+
+def run_cases(folder: Path) -> dict[str, Any]:
+    """On one of two ranks: whole runs at each ZeRO stage, one of each killed and continued."""
+    ranks = join()
+    tree = json.loads((folder / "config.json").read_text())
+    results: dict[str, Any] = {}
+    for stage in STAGES:
+        tree["deepspeed"]["zero_optimization"]["stage"] = stage
+        results[f"whole{stage}"] = run(tree, folder / f"whole{stage}", ranks)
+        resumed = folder / f"resumed{stage}"
+        with pytest.raises(Killed):
+            run(tree, resumed, ranks, kill_at=5, checkpoint_every=2)
+        ranks.barrier()
+        results[f"resumed{stage}"] = run(tree, resumed, ranks, checkpoint_every=2)
+    tree["teacher"] = {"mode": "online"}
+    results["online"] = run(tree, folder / "online", ranks, schedule="joint", micro_batch_size=3)
+    return results
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("run")
+    tree = tiny.write_config(path, epochs=2, learning_rate=1e-4)
+    # The teacher's rounding counts for nothing then, even in the first step of Adam.
+    tree["objective"] = {"weight": 1.0}
+    tree["data"]["reference"]["batch_size"] = 4
+    tree["evaluate"] = {"sets": {"seen": {k: tree["data"]["target"][k] for k in tiny.EVALUATION}}, "workers": 0}
+    (path / "config.json").write_text(json.dumps(tree))
+    return path
+
+
+@pytest.fixture(scope="module")
+def by_rank(folder: Path) -> list[dict[str, Any]]:
+    return run_ranks(2, run_cases, folder, init=False, timeout=400)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_run_continues_to_the_same_weights(by_rank: list[Any], folder: Path, stage: int) -> None:
+    whole, resumed = weights(folder / f"whole{stage}"), weights(folder / f"resumed{stage}")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    # Its metrics too: one line a step, in order, with the same losses.
+    losses = [[line["loss"] for line in lines(folder / f"{run}{stage}") if "loss" in line] for run in ("whole", "resumed")]
+    assert len(losses[0]) == STEPS
+    assert losses[0] == losses[1]
+
+
+def test_every_zero_stage_trains_alike(by_rank: list[Any], folder: Path) -> None:
+    expected = weights(folder / "whole0")
+    start = open_clip.create_model(f"local-dir:{folder}/model").state_dict()
+    for stage in STAGES[1:]:
+        found = weights(folder / f"whole{stage}")
+        for name, value in expected.items():
+            # A key's bias has no gradient in exact arithmetic, and Adam makes whole steps of its rounding.
+            if not name.endswith("in_proj_bias"):
+                moved = (value - start[name]).norm()
+                assert (found[name] - value).norm() < 0.05 * moved, (stage, name)
+
+
+def test_an_online_teacher_and_a_joint_schedule_in_pieces_train_alike(by_rank: list[Any], folder: Path) -> None:
+    for cached, online in zip(lines(folder / "whole3"), lines(folder / "online"), strict=True):
+        if "loss" in cached:
+            assert online["contrastive_loss"] == pytest.approx(cached["contrastive_loss"], rel=1e-3)
+            # The average vector is next to nothing at the first step: it holds the rounding of either teacher.
+            if cached["step"] > 1:
+                assert online["image_norm"] == pytest.approx(cached["image_norm"], rel=2e-2)
+
+
+def test_the_exported_model_is_open_clips(by_rank: list[Any], folder: Path) -> None:
+    tiny_config = Path(str(folder / "model"))
+    model = open_clip.create_model(f"local-dir:{tiny_config}", load_weights=False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    open_clip.load_checkpoint(model, str(folder / "whole2/model.safetensors"))
+    after = model.state_dict()
+    assert after["logit_scale"].shape == ()
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+
+
+def test_metrics_and_provenance_are_written(by_rank: list[Any], folder: Path) -> None:
+    written = lines(folder / "whole1")
+    assert [line["step"] for line in written] == [1, 2, 3, 4, 5, 6, 6]
+    assert {"loss", "image_norm", "text_norm", "logit_scale", "learning_rate", "images_per_second"} <= written[0].keys()
+    # At first the student is the teacher, and later it is not.
+    assert written[0]["image_norm"] < train.NOISE_FLOOR["fp32"] < written[3]["image_norm"]
+    assert 0 <= written[-1]["accuracy/seen"] <= 1
+    assert by_rank[0]["whole1"]["accuracy/seen"] == by_rank[1]["whole1"]["accuracy/seen"] == written[-1]["accuracy/seen"]
+    provenance = json.loads((folder / "whole1/config.json").read_text())
+    assert provenance["config"]["train"]["weight_decay"] == 0.1
+    assert provenance["versions"]["torch"] == version("torch")
+    assert provenance["ranks"] == 2
+
+
+def test_only_the_newest_checkpoints_stay(by_rank: list[Any], folder: Path) -> None:
+    kept = checkpoint.whole_checkpoints(folder / "resumed2/checkpoints")
+    assert [path.name for path in kept] == ["step00000004", "step00000006"]
+
+
+def alone(tmp_path: Path, **options: Any) -> tuple[dict[str, Any], Path]:
+    tree = tiny.write_config(tmp_path, max_steps=2, **options)
+    return tree, tmp_path / "run"
+
+
+def run_alone(tree: dict[str, Any], output: Path) -> Any:
+    return run_ranks(1, _run_alone, tree, output, init=False)[0]
+
+
+def _run_alone(tree: dict[str, Any], output: Path) -> Any:
+    try:
+        return run(tree, output, join())
+    except ConfigError as error:
+        return str(error)
+
+
+def test_a_cache_of_other_data_or_another_model_is_refused(tmp_path: Path) -> None:
+    tree, output = alone(tmp_path)
+    run_alone(tree, output)
+    shutil.rmtree(tmp_path / "reference")
+    tree["data"]["reference"] = tiny.write_reference(tmp_path / "reference", count=25)
+    tree["model"]["name"] = tiny.write_model(tmp_path / "other", seed=1)
+    message = run_alone(tree, output)
+    assert "teacher cache" in message
+    assert all(f"{field}: the cache has" in message for field in ("data", "model", "weights"))
+    assert "views" not in message
+
+
+def test_a_cache_whose_rows_are_wrong_is_found_at_the_first_step(tmp_path: Path) -> None:
+    tree, output = alone(tmp_path)
+    run_alone(tree, output)
+    rows = np.load(output / "teacher/text.npy")
+    np.save(output / "teacher/text.npy", rows[::-1])
+    shutil.rmtree(output / "checkpoints")
+    assert "mean |v| before the first update is" in run_alone(tree, output)
+
+
+def test_a_named_checkpoint_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no whole checkpoint there"):
+        checkpoint.find(str(tmp_path), tmp_path)
+    (tmp_path / "step00000003").mkdir()
+    assert checkpoint.find("auto", tmp_path) is None
+    (tmp_path / "step00000003" / checkpoint.COMPLETE).touch()
+    assert checkpoint.find("auto", tmp_path) == tmp_path / "step00000003"
+    assert checkpoint.find("never", tmp_path) is None
+
+
+def test_deepspeeds_monitor_gets_the_metrics(tmp_path: Path) -> None:
+    tree, output = alone(tmp_path)
+    tree["deepspeed"]["tensorboard"] = {"enabled": True, "output_path": str(tmp_path / "board"), "job_name": "run"}
+    run_alone(tree, output)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next((tmp_path / "board").rglob("events*")).parent))
+    events.Reload()
+    assert {"train/loss", "train/image_norm"} <= set(events.Tags()["scalars"])
