@@ -66,7 +66,9 @@ def load(engine: Engine, checkpoint: Path) -> int:
     """Continues from a checkpoint; returns the number of updates it had."""
     path, state = engine.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if path is None:
-        raise ConfigError(f"{checkpoint}: DeepSpeed cannot load this checkpoint with {engine.ranks.world_size} ranks")
+        raise ConfigError(
+            f"{checkpoint}: DeepSpeed cannot load this checkpoint with {engine.ranks.world_size} ranks"
+        )
     own = state[STATE]
     engine.objective.load_state_dict(own["objective"])
     engine.scale = LossScale(**own["loss_scale"])

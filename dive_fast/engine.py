@@ -154,9 +154,7 @@ class Engine:
         """Of the next update."""
         return float(self.deepspeed.get_lr()[0])
 
-    def _halves(
-        self, target: TargetBatch, reference: ReferenceBatch | None, teacher: Pairs | None
-    ) -> list[_Half]:
+    def _halves(self, target: TargetBatch, reference: ReferenceBatch | None, teacher: Pairs | None) -> list[_Half]:
         objective, group = self.objective, self.ranks.group
 
         def target_loss(pairs: Pairs, scale: Tensor) -> Loss:
@@ -164,7 +162,9 @@ class Engine:
 
         if not isinstance(objective, Dive):
             return [_Half(target.images, target.text, target_loss)]
-        assert reference is not None and teacher is not None, "this objective needs a reference batch and its teacher"
+        assert reference is not None and teacher is not None, (
+            "this objective needs a reference batch and its teacher"
+        )
 
         def reference_loss(pairs: Pairs, scale: Tensor) -> Loss:
             return objective.reference(pairs, teacher, group)
@@ -198,7 +198,9 @@ class Engine:
         images = half.images.split(self.micro_batch_size)
         texts = _deal(half.text.tokens, pieces)
         with torch.no_grad():
-            passes = [self.deepspeed(image, text, half.text.length) for image, text in zip(images, texts, strict=True)]
+            passes = [
+                self.deepspeed(image, text, half.text.length) for image, text in zip(images, texts, strict=True)
+            ]
         # Embedding gradients at |u| = 3e-3 underflow fp16, so they stay in fp32 until the loss scale is applied.
         image_leaf = torch.cat([features.image for features in passes]).float().requires_grad_()
         text_leaf = torch.cat([features.text for features in passes]).float().requires_grad_()
@@ -237,7 +239,7 @@ class Engine:
 
 
 def learning_rate_schedule(warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """Factor on the peak learning rate at each step: linear warm-up, then cosine to 0, as FLYP and open_clip do."""
+    """Factor on the peak learning rate at each step: linear warm-up, then cosine to 0, as in open_clip."""
 
     def factor(step: int) -> float:
         if step < warmup_steps:

@@ -82,7 +82,9 @@ class CachedTeacher:
         return Pairs(*(torch.from_numpy(rows).to(device, non_blocking=True) for rows in (image, text)))
 
 
-def fingerprint(towers: Towers, model: dict[str, Any], samples: ReferenceSamples, text_length: int | None) -> Fingerprint:
+def fingerprint(
+    towers: Towers, model: dict[str, Any], samples: ReferenceSamples, text_length: int | None
+) -> Fingerprint:
     """What a cache depends on; two runs may share one exactly when theirs are equal.
 
     Args:
@@ -135,8 +137,8 @@ def write_cache(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         width = _width(embed, samples, ranks)
-        for name, rows in (("image", num_samples * num_views), ("text", num_samples)):
-            np.lib.format.open_memmap(partial / f"{name}.npy", "w+", np.float32, (rows, width)).flush()
+        for name, count in (("image", num_samples * num_views), ("text", num_samples)):
+            np.lib.format.open_memmap(partial / f"{name}.npy", "w+", np.float32, (count, width)).flush()
     ranks.barrier()
     image = np.lib.format.open_memmap(partial / "image.npy", "r+")
     text = np.lib.format.open_memmap(partial / "text.npy", "r+")

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from dive_fast.kernels.naive import unit
 
 __all__ = ["Features", "Towers", "create", "tokenizer_of", "unit"]
 
+BRING_WEIGHTS = ("hf-hub:", "local-dir:")
 LOGIT_SCALE_MAX = 100.0
 """CLIP clamps the logit scale here: its logarithm at ln 100."""
 
@@ -37,11 +39,13 @@ class Towers(nn.Module):
     """Both towers and the logit scale of an open_clip model, under the names of open_clip's CustomTextCLIP.
 
     ``logit_scale`` (and a SigLIP's ``logit_bias``) has shape ``(1,)``, since DeepSpeed refuses parameters without
-    dimensions; :meth:`export` gives it back as open_clip has it. The bias plays no part in a softmax loss and stays
-    as it is.
+    dimensions; :meth:`export` gives it back as open_clip has it. The bias plays no part in a softmax loss and
+    stays as it is.
     """
 
-    def __init__(self, model: nn.Module, layout: frozenset[str] | None = None) -> None:
+    _causal_mask: Tensor | None
+
+    def __init__(self, model: Any, layout: frozenset[str] | None = None) -> None:
         """Takes the towers over from ``model``.
 
         Args:
@@ -53,10 +57,14 @@ class Towers(nn.Module):
         self.text: Any = model.text
         self.logit_scale = nn.Parameter(model.logit_scale.detach().reshape(1).clone())
         bias = getattr(model, "logit_bias", None)
-        self.logit_bias = None if bias is None else nn.Parameter(bias.detach().reshape(1).clone(), requires_grad=False)
+        self.logit_bias = (
+            None if bias is None else nn.Parameter(bias.detach().reshape(1).clone(), requires_grad=False)
+        )
         self._layout = layout or frozenset(model.state_dict())
+        self._scalar = model.logit_scale.shape
         self.pooled_at: PooledAt = _pooled_at(self.text)
-        self._causal_mask: Tensor | None = getattr(self.text, "attn_mask", None)
+        # The tower's own mask is replaced by a part of it at each call; a buffer moves to the device with the model.
+        self.register_buffer("_causal_mask", getattr(self.text, "attn_mask", None), persistent=False)
         self.preprocess = Preprocess.of(self.visual)
         self.autocast: torch.dtype | None = None
         """Precision of both towers' matrix products; None: fp32."""
@@ -84,7 +92,7 @@ class Towers(nn.Module):
             tokens = tokens[:, :length]
             context = tokens.shape[1]
             # open_clip adds its whole mask to the attention scores whatever the length of the text.
-            self.text.attn_mask = self._causal_mask[:context, :context].to(tokens.device)
+            self.text.attn_mask = self._causal_mask[:context, :context]
         with self._precision(tokens.device):
             features: Tensor = self.text(tokens)
         return features
@@ -95,7 +103,7 @@ class Towers(nn.Module):
         return features.image, features.text[text.index]
 
     def scale(self) -> Tensor:
-        """``(1,)``: the logit scale, clamped here since an in-place clamp would be undone by DeepSpeed's master."""
+        """``(1,)``: the logit scale, clamped here: DeepSpeed's master would undo a clamp in place."""
         return self.logit_scale.exp().clamp(max=LOGIT_SCALE_MAX)
 
     def _precision(self, device: torch.device) -> torch.autocast:
@@ -106,7 +114,7 @@ class Towers(nn.Module):
         exported = {}
         for name, tensor in state.items():
             scalar = name in ("logit_scale", "logit_bias")
-            exported[self.exported_name(name)] = tensor.reshape(()) if scalar else tensor
+            exported[self.exported_name(name)] = tensor.reshape(self._scalar) if scalar else tensor
         missing = sorted(self._layout.symmetric_difference(exported))
         assert not missing, f"exported names differ from open_clip's: {missing[:5]}"
         return exported
@@ -129,13 +137,17 @@ def create(config: ModelConfig) -> Towers:
         ConfigError: no such model or weights; says which part of ``model`` to change.
     """
     name = _name(config)
-    if ":" not in name and name not in open_clip.list_models():
+    brings_weights = name.startswith(BRING_WEIGHTS)
+    if not brings_weights and name not in open_clip.list_models():
         raise ConfigError(f"model.name: open_clip has no model {name}; see open_clip.list_models()")
+    random = config.pretrained is None and not brings_weights
     try:
-        with _without_warnings_about_random_weights(config):
-            model = open_clip.create_model(name, config.pretrained, precision="fp32", force_custom_text=True)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise ConfigError(f"model: cannot load {config.name} ({config.pretrained}): {_first_line(error)}") from error
+        with _without_warnings_about_random_weights() if random else contextlib.nullcontext():
+            model = open_clip.create_model(
+                name, config.pretrained, precision="fp32", force_custom_text=True, require_pretrained=not random
+            )
+    except Exception as error:  # torch, safetensors, pickle and transformers each have errors of their own
+        raise ConfigError(f"model: cannot load {config.name} ({config.pretrained}): {_one_line(error)}") from error
     if hasattr(model, "text_decoder"):
         raise ConfigError(f"model.name: {config.name} has a text decoder; only two-tower models can be tuned")
     return Towers(model, _original_names(name, frozenset(model.state_dict())))
@@ -152,8 +164,8 @@ def tokenizer_of(config: ModelConfig, text_length: int | None = None) -> Tokeniz
     """
     try:
         tokenizer: Tokenizer = open_clip.get_tokenizer(_name(config), context_length=text_length)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise ConfigError(f"model.name: cannot load the tokenizer of {config.name}: {_first_line(error)}") from error
+    except Exception as error:  # as above
+        raise ConfigError(f"model.name: cannot load the tokenizer of {config.name}: {_one_line(error)}") from error
     return tokenizer
 
 
@@ -184,19 +196,18 @@ def _original_names(name: str, custom: frozenset[str]) -> frozenset[str]:
 
 
 @contextlib.contextmanager
-def _without_warnings_about_random_weights(config: ModelConfig) -> Iterator[None]:
+def _without_warnings_about_random_weights() -> Iterator[None]:
     """A model asked for without weights (``pretrained: null``) is random on purpose."""
     logger, level = logging.getLogger(), logging.getLogger().level
-    if config.pretrained is None:
-        logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         logger.setLevel(level)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _one_line(error: Exception) -> str:
+    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
 
 
 def save(state: dict[str, Tensor], path: Path) -> None:

@@ -1,6 +1,7 @@
 """The loop: batches in, steps, metrics, checkpoints, and at the end a model that open_clip loads."""
 
 import json
+import logging
 import platform
 import subprocess
 import time
@@ -25,9 +26,10 @@ from dive_fast.data.prompts import PromptTable, read_class_names, read_templates
 from dive_fast.data.source import Source, open_csv, open_folder, open_webdataset
 from dive_fast.engine import AUTOCAST, Engine
 from dive_fast.evaluate.zero_shot import evaluate, open_set
-from dive_fast.objective import Pairs
 from dive_fast.ranks import Ranks
 from dive_fast.towers import Towers, create, tokenizer_of
+
+logger = logging.getLogger(__name__)
 
 NOISE_FLOOR = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
 """Largest mean |u| and |v| allowed before the first update, where the tuned model is the frozen one and only the
@@ -103,7 +105,9 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
 
     data = config.data.target
     names = source.class_names if data.class_names is None else read_class_names(data.class_names)
-    prompts = PromptTable(source, names, read_templates(data.templates), tokenizer_of(config.model, data.text_length))
+    prompts = PromptTable(
+        source, names, read_templates(data.templates), tokenizer_of(config.model, data.text_length)
+    )
     target_samples = TargetSamples(source, prompts, towers.preprocess, towers.pooled_at, seed)
     target_order = Order(len(source), data.batch_size, ranks.rank, ranks.world_size, seed)
     total_steps = target_order.steps_per_epoch * config.train.epochs
@@ -121,6 +125,11 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         # Another stream than the target's, or both sets would be shuffled alike.
         reference_order = Order(len(reference), pairs.batch_size, ranks.rank, ranks.world_size, seed + 1)
         teacher = _teacher(config, folder, towers, reference_samples, ranks)
+        if config.train.precision == "bf16" and ranks.first:
+            logger.warning(
+                "train.precision = bf16 drowns difference vectors of 1e-3 in rounding: at |u| = 3e-3 the gradient of "
+                "AVL + PVL has cosine 0.66 to that of fp32, in fp16 0.99; prefer fp16"
+            )
     if ranks.first:
         folder.mkdir(parents=True, exist_ok=True)
         _write_provenance(config, folder, ranks)
@@ -140,7 +149,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
 
 
 class Metrics:
-    """Progress bar, metrics.jsonl and DeepSpeed's monitor, on the first rank; reads the device only when logging."""
+    """Progress bar, metrics.jsonl and DeepSpeed's monitor on the first rank; reads the device only to log."""
 
     def __init__(self, run: Run, first_step: int) -> None:
         self._run, self._first_step = run, first_step
@@ -176,7 +185,9 @@ class Metrics:
             self._last["loss_scale"] = engine.scale.value
         self._since, self._since_step = now, step
         shown = {"loss": "loss", "u": "image_norm", "v": "text_norm", "img/s": "images_per_second"}
-        self._bar.set_postfix({short: f"{self._last[name]:.3g}" for short, name in shown.items() if name in self._last})
+        self._bar.set_postfix(
+            {short: f"{self._last[name]:.3g}" for short, name in shown.items() if name in self._last}
+        )
         self._write(step, self._last)
 
     def close(self, results: dict[str, float]) -> dict[str, float]:
@@ -199,7 +210,9 @@ class Metrics:
 
     def _images_per_step(self) -> int:
         data = self._run.config.data
-        reference = data.reference.batch_size if data.reference is not None and self._run.reference is not None else 0
+        reference = (
+            data.reference.batch_size if data.reference is not None and self._run.reference is not None else 0
+        )
         return data.target.batch_size + reference
 
 
@@ -207,10 +220,10 @@ def _batches(run: Run, steps: range) -> Iterator[tuple[TargetBatch, ReferenceBat
     pin = run.ranks.device.type == "cuda"
     data = run.config.data
     targets = training_batches(run.target, run.target_order, steps, data.target.workers, pin)
-    references: Iterator[ReferenceBatch | None] = repeat(None)
-    if run.reference is not None and run.reference_order is not None and data.reference is not None:
-        references = training_batches(run.reference, run.reference_order, steps, data.reference.workers, pin)
-    return zip(targets, references, strict=False)
+    if run.reference is None or run.reference_order is None or data.reference is None:
+        return zip(targets, repeat(None), strict=False)
+    references = training_batches(run.reference, run.reference_order, steps, data.reference.workers, pin)
+    return zip(targets, references, strict=True)
 
 
 def _open_target(config: TargetConfig) -> Source:
@@ -272,7 +285,9 @@ def _check_text_length(config: Config, towers: Towers) -> None:
     for half in ("target", "reference"):
         data = getattr(config.data, half)
         if data is not None and data.text_length is not None and towers.pooled_at is None:
-            raise ConfigError(f"data.{half}.text_length: the text tower of {config.model.name} needs its whole context")
+            raise ConfigError(
+                f"data.{half}.text_length: the text tower of {config.model.name} needs its whole context"
+            )
 
 
 def _check_noise_floor(values: dict[str, torch.Tensor], config: Config) -> None:

@@ -35,7 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         return _complain(error)
     if ranks.first:
-        print(f"{folder}/model.safetensors", *(f"{name}={value:.4g}" for name, value in results.items()), sep="\n  ")
+        print(
+            f"{folder}/model.safetensors", *(f"{name}={value:.4g}" for name, value in results.items()), sep="\n  "
+        )
     return 0
 
 

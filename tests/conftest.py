@@ -3,3 +3,23 @@
 The folders of tests are not packages on purpose: pytest would put the top of the repository on the path, and
 its ``kernels`` would hide Hugging Face's package of that name.
 """
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anything imports Hugging Face's hub, which reads it once: no test may wait for a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real pictures."""
+    folder = Path(os.environ.get("DIVE_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not (folder / "imagenet_samples" / "imagenet_samples.tar").is_file():
+        pytest.skip(f"no real images in {folder}: set DIVE_TEST_DATA")
+    return folder

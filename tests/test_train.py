@@ -23,7 +23,7 @@ STAGES = (0, 1, 2, 3)
 STEPS = 6
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for whatever ends a run before its end."""
 
 
@@ -39,7 +39,7 @@ def run(tree: dict[str, Any], output: Path, ranks: Ranks, kill_at: int | None = 
     def log_until(self: train.Metrics, step: int, *values: Any) -> None:
         log(self, step, *values)
         if step == kill_at:
-            raise Killed
+            raise KilledError
 
     train.Metrics.log = log_until  # type: ignore[method-assign]
     try:
@@ -57,7 +57,7 @@ def run_cases(folder: Path) -> dict[str, Any]:
         tree["deepspeed"]["zero_optimization"]["stage"] = stage
         results[f"whole{stage}"] = run(tree, folder / f"whole{stage}", ranks)
         resumed = folder / f"resumed{stage}"
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             run(tree, resumed, ranks, kill_at=5, checkpoint_every=2)
         ranks.barrier()
         results[f"resumed{stage}"] = run(tree, resumed, ranks, checkpoint_every=2)
@@ -96,7 +96,10 @@ def test_a_killed_run_continues_to_the_same_weights(by_rank: list[Any], folder: 
     whole, resumed = weights(folder / f"whole{stage}"), weights(folder / f"resumed{stage}")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     # Its metrics too: one line a step, in order, with the same losses.
-    losses = [[line["loss"] for line in lines(folder / f"{run}{stage}") if "loss" in line] for run in ("whole", "resumed")]
+    losses = [
+        [line["loss"] for line in lines(folder / f"{run}{stage}") if "loss" in line]
+        for run in ("whole", "resumed")
+    ]
     assert len(losses[0]) == STEPS
     assert losses[0] == losses[1]
 
@@ -135,11 +138,17 @@ def test_the_exported_model_is_open_clips(by_rank: list[Any], folder: Path) -> N
 def test_metrics_and_provenance_are_written(by_rank: list[Any], folder: Path) -> None:
     written = lines(folder / "whole1")
     assert [line["step"] for line in written] == [1, 2, 3, 4, 5, 6, 6]
-    assert {"loss", "image_norm", "text_norm", "logit_scale", "learning_rate", "images_per_second"} <= written[0].keys()
+    assert {"loss", "image_norm", "text_norm", "logit_scale", "learning_rate", "images_per_second"} <= written[
+        0
+    ].keys()
     # At first the student is the teacher, and later it is not.
     assert written[0]["image_norm"] < train.NOISE_FLOOR["fp32"] < written[3]["image_norm"]
     assert 0 <= written[-1]["accuracy/seen"] <= 1
-    assert by_rank[0]["whole1"]["accuracy/seen"] == by_rank[1]["whole1"]["accuracy/seen"] == written[-1]["accuracy/seen"]
+    assert (
+        by_rank[0]["whole1"]["accuracy/seen"]
+        == by_rank[1]["whole1"]["accuracy/seen"]
+        == written[-1]["accuracy/seen"]
+    )
     provenance = json.loads((folder / "whole1/config.json").read_text())
     assert provenance["config"]["train"]["weight_decay"] == 0.1
     assert provenance["versions"]["torch"] == version("torch")

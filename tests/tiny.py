@@ -11,6 +11,11 @@ import open_clip
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
@@ -18,16 +23,53 @@ CLIP: dict[str, Any] = {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}
 QUICKGELU = CLIP | {"quick_gelu": True}
 
 
-def write_model(folder: Path, config: dict[str, Any] = CLIP, seed: int = 0) -> str:
+def write_model(
+    folder: Path, config: dict[str, Any] = CLIP, seed: int = 0, preprocess: dict[str, Any] | None = None
+) -> str:
     """An open_clip ``local-dir`` model with random weights; returns its ``model.name``."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": config, "preprocess_cfg": {"size": 32}})
+        json.dumps({"model_cfg": config, "preprocess_cfg": preprocess or {"size": 32}})
     )
     torch.manual_seed(seed)
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     return f"local-dir:{folder}"
+
+
+def reduced(name: str) -> dict[str, Any]:
+    """open_clip's own config of a model, as it is but for the sizes."""
+    config: dict[str, Any] = open_clip.get_model_config(name)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    if "timm_model_name" in vision:
+        vision |= {"timm_model_name": "test_vit", "image_size": 160}
+        config["embed_dim"] = 64
+    else:
+        vision |= {"image_size": 2 * vision["patch_size"], "layers": 2, "width": 2 * vision.get("head_width", 64)}
+        config["embed_dim"] = 24
+    text |= {"layers": 2, "width": 32, "heads": 2}
+    if "multimodal_cfg" in config:
+        vision |= {"attn_pooler_heads": 2}
+        config["multimodal_cfg"] |= {"layers": 1, "width": 24, "heads": 2, "attn_pooler_heads": 2}
+    if "hf_tokenizer_name" in text:
+        text["vocab_size"] = len(VOCABULARY)
+    return config
+
+
+VOCABULARY = {
+    word: row for row, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *"a the photo of cat dog".split()])
+}
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A Hugging Face tokenizer of a few words that ends a text with ``</s>``."""
+    tokenizer = Tokenizer(WordLevel(VOCABULARY, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", VOCABULARY["</s>"])])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.save_pretrained(folder)
 
 
 def jpeg(seed: int, size: tuple[int, int] = (40, 36), kind: str = "JPEG") -> bytes:

@@ -55,7 +55,7 @@ class ReferenceBatch:
     """``(B, 3, H, W)`` fp32, normalised as the model wants them."""
     text: Text
     sample: Tensor
-    """``(B,)`` int64 on the CPU: the index of each pair in its data set; with ``view`` it addresses the teacher."""
+    """``(B,)`` int64 on the CPU: each pair's index in its data set; with ``view`` it addresses the teacher."""
     view: Tensor
     """``(B,)`` int64 on the CPU: which of the pair's fixed views this is."""
     keys: tuple[str, ...]

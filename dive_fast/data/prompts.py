@@ -45,6 +45,20 @@ def read_templates(name: str) -> tuple[Template, ...]:
     return tuple(_Filled(line) for line in lines)
 
 
+def check_labels(source: Source, class_names: Sequence[str]) -> None:
+    """Holds every label to the class names.
+
+    Raises:
+        DataError: a label without a class name.
+    """
+    for sample in source.samples:
+        if not 0 <= sample.label < len(class_names):
+            raise DataError(
+                f"{sample.path}: sample {sample.key} has label {sample.label}, "
+                f"but there are {len(class_names)} class names"
+            )
+
+
 class PromptTable:
     """Every prompt of a target set, tokenised once."""
 
@@ -62,12 +76,7 @@ class PromptTable:
             prompts = list(dict.fromkeys(text for sample in source.samples for text in sample.texts))
             self._titles = {title: row for row, title in enumerate(prompts)}
         else:
-            for sample in source.samples:
-                if not 0 <= sample.label < len(class_names):
-                    raise DataError(
-                        f"{sample.path}: sample {sample.key} has label {sample.label}, "
-                        f"but there are {len(class_names)} class names"
-                    )
+            check_labels(source, class_names)
             prompts = [template(name) for name in class_names for template in templates]
         # int32: ImageNet's 80,000 prompts of 77 tokens are 25 MB, in every worker.
         self._tokens = torch.cat([tokenizer(prompts[i : i + 1024]).int() for i in range(0, len(prompts), 1024)])

@@ -77,7 +77,7 @@ class Source:
 
 
 def locate(path: str) -> Path:
-    """A path of the config as one of the file system: ``demo:target`` lies in the embedded demo, made when missing.
+    """A path of the config on the file system: ``demo:target`` lies in the embedded demo, made when missing.
 
     Raises:
         DataError: the demo has no such part.
@@ -104,7 +104,9 @@ def open_folder(path: str) -> Source:
     folders: list[Path] = []
     try:
         if root.is_dir():
-            folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+            folders = sorted(
+                entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+            )
         for label, folder in enumerate(folders):
             files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES]
             if not files:

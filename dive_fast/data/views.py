@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import functional as TF  # noqa: N812
+from torchvision.transforms import functional as TF
 
 
 class Draw(IntEnum):
@@ -85,6 +85,8 @@ class Preprocess:
     std: tuple[float, ...]
     interpolation: str
     resize_mode: str
+    fill_color: int = 0
+    """Of the borders that resize mode `longest` adds."""
 
     @classmethod
     def of(cls, visual: object) -> "Preprocess":
@@ -92,7 +94,12 @@ class Preprocess:
         config = PreprocessCfg(**visual.preprocess_cfg)  # type: ignore[attr-defined]
         height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
         return cls(
-            (height, width), tuple(config.mean), tuple(config.std), config.interpolation, config.resize_mode
+            (height, width),
+            tuple(config.mean),
+            tuple(config.std),
+            config.interpolation,
+            config.resize_mode,
+            config.fill_color,
         )
 
     def train(self, image: Image.Image, crop: Crop) -> Tensor:
@@ -111,6 +118,7 @@ class Preprocess:
             std=self.std,
             interpolation=self.interpolation,
             resize_mode=self.resize_mode,
+            fill_color=self.fill_color,
         )
         transformed: Tensor = image_transform_v2(config, is_train=False)(image)
         return transformed

@@ -1,7 +1,7 @@
 """The demo's comparison: pre-trained, FLYP and DiVE by accuracy and geometry, as table, JSON and picture.
 
-What it is evidence for: that the engine's road is open end to end, and that in a small world the loss does what the
-paper says of it. What it is not: a measurement of DiVE on CLIP and natural images, or of speed.
+What it is evidence for: that the engine's road is open end to end, and that in a small world the loss does what
+the paper says of it. What it is not: a measurement of DiVE on CLIP and natural images, or of speed.
 """
 
 import json
@@ -68,7 +68,9 @@ def _embed(towers: Towers, config: Config) -> Tensor:
     source = open_webdataset("demo:reference_heldout", ".txt")
     samples = ReferenceSamples(source, tokenizer_of(config.model), towers.preprocess, towers.pooled_at, seed=0)
     places = [(0, sample) for sample in range(len(source))]
-    pairs = [towers.encode_pairs(batch.images, batch.text) for batch in batches_of(samples, places, 256, workers=0)]
+    pairs = [
+        towers.encode_pairs(batch.images, batch.text) for batch in batches_of(samples, places, 256, workers=0)
+    ]
     return torch.cat([unit(torch.cat(half)) for half in zip(*pairs, strict=True)])
 
 

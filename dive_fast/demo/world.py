@@ -29,6 +29,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +59,7 @@ SPLITS: tuple[str, ...] = tuple(NUM_SAMPLES)
 # ---------------------------------------------------------------------------- vocabulary
 
 Points = NDArray[np.float64]  # (n, 2), shapes live in the unit disc, y down
-Pixels = NDArray[np.float32]  # (h, w) or (h, w, 3), 0..1
+Pixels = NDArray[np.floating[Any]]  # (h, w) or (h, w, 3), 0..1
 
 # Exact name -> the loose name most captions use instead. These are the target classes.
 FAMILY: dict[str, str] = {
@@ -169,7 +170,8 @@ class Facts:
 @dataclass(frozen=True)
 class Sample:
     """One picture: `image` is RGB, IMAGE_SIZE square; `label` is -1 in captioned splits, whose `text`
-    is a caption; elsewhere `text` is the class name."""
+    is a caption; elsewhere `text` is the class name.
+    """
 
     image: Image.Image
     text: str
@@ -201,7 +203,8 @@ TASKS: dict[str, Task] = {
 
 def sample(split: str, index: int) -> Sample:
     """Sample `index` (any non-negative int) of a split. A name outside SPLITS, such as "pretrain",
-    is a stream of captioned pictures of its own."""
+    is a stream of captioned pictures of its own.
+    """
     rng = sample_rng(split, index)
     facts = draw_facts(split, rng)
     image = render(facts, rng)
@@ -267,7 +270,8 @@ def _noun(shape: str, rng: np.random.Generator) -> str:
 
 def vocabulary() -> list[str]:
     """Every word that captions, class names and templates can hold, sorted."""
-    words: set[str] = set("a an the bright dark close nice single on over in front of shape thing object round".split())
+    common = "a an the bright dark close nice single on over in front of shape thing object round"
+    words = set(common.split())
     for text in (*SHAPES, *FAMILY.values(), *COLOURS, *TEXTURES, *TEXTURES.values(), *BACKDROPS):
         words.update(text.split())
     for phrases in STYLES.values():
@@ -334,7 +338,7 @@ def _contours(shape: str) -> tuple[tuple[Points, int], ...]:
         "hexagram": lambda: _star(6, 0.55),
         "octagram": lambda: _star(8, 0.62),
         "ellipse": lambda: _arc(0, 360) * [1, 0.62],
-        "semicircle": lambda: _arc(180, 360) + [0, 0.45],
+        "semicircle": lambda: _arc(180, 360) + np.array([0, 0.45]),
         "stadium": lambda: np.concatenate([_arc(-90, 90, 0.5, (0.5, 0)), _arc(90, 270, 0.5, (-0.5, 0))]),
         "lens": lambda: np.concatenate([_arc(217, 323, 1.25, (0, 0.75)), _arc(37, 143, 1.25, (0, -0.75))]),
         "circle": lambda: _arc(0, 360, 0.9),

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from dive_fast.config import EvaluateConfig, EvaluationSet
 from dive_fast.data.plain import EvaluationSamples, batches_of
-from dive_fast.data.prompts import Template, Tokenizer, pack, read_class_names, read_templates
-from dive_fast.data.source import DataError, Source, open_folder, open_webdataset
+from dive_fast.data.prompts import Template, Tokenizer, check_labels, pack, read_class_names, read_templates
+from dive_fast.data.source import Source, open_folder, open_webdataset
 from dive_fast.ranks import Ranks
 from dive_fast.towers import Towers, unit
 
@@ -56,9 +56,7 @@ def open_set(config: EvaluationSet) -> tuple[Source, tuple[str, ...], tuple[Temp
     """
     source = open_folder(config.path) if config.format == "folder" else open_webdataset(config.path, ".cls")
     names = read_class_names(config.class_names) if config.class_names is not None else source.class_names
-    largest = max(sample.label for sample in source.samples)
-    if largest >= len(names):
-        raise DataError(f"{config.path}: label {largest} has no name: there are {len(names)} class names")
+    check_labels(source, names)
     return source, names, read_templates(config.templates)
 
 

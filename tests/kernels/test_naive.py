@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
-from dive_fast.kernels import naive
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from dive_fast.kernels import naive
 
 BATCH_SIZES = (1, 2, 3, 7, 64, 70)
 WIDTHS = (1, 3, 16, 130)

@@ -1,0 +1,65 @@
+"""Which samples each rank takes at each step."""
+
+import numpy as np
+import pytest
+
+from dive_fast.data.order import Order
+from dive_fast.data.source import DataError
+
+
+def epoch_of(order: Order, epoch: int) -> list[int]:
+    steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+    places = [order.at(step) for step in steps]
+    assert {found for found, _ in places} == {epoch}
+    return [int(sample) for _, samples in places for sample in samples]
+
+
+@pytest.mark.parametrize(("count", "batch"), [(24, 8), (25, 8), (31, 8), (8, 8), (9, 1), (1000, 7)])
+def test_an_epoch_takes_no_sample_twice_and_drops_less_than_a_batch(count: int, batch: int) -> None:
+    order = Order(count, batch, seed=3)
+    assert order.steps_per_epoch == count // batch
+    for epoch in range(4):
+        samples = epoch_of(order, epoch)
+        assert len(samples) == len(set(samples)) == count // batch * batch
+        assert set(samples) <= set(range(count))
+        if count % batch == 0:
+            assert sorted(samples) == list(range(count))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("count", [24, 31])
+def test_shares_laid_end_to_end_are_the_batch_of_one_rank_alone(world_size: int, count: int) -> None:
+    alone = Order(count, 8, seed=5)
+    ranks = [Order(count, 8, rank, world_size, seed=5) for rank in range(world_size)]
+    assert {order.steps_per_epoch for order in ranks} == {alone.steps_per_epoch}
+    for step in range(3 * alone.steps_per_epoch):
+        epoch, batch = alone.at(step)
+        shares = [order.at(step) for order in ranks]
+        assert {found for found, _ in shares} == {epoch}
+        assert [len(share) for _, share in shares] == [8 // world_size] * world_size
+        assert np.concatenate([share for _, share in shares]).tolist() == batch.tolist()
+
+
+def test_every_epoch_and_every_seed_shuffles_anew() -> None:
+    epochs = {tuple(epoch_of(Order(24, 8, seed=seed), epoch)) for seed in range(5) for epoch in range(5)}
+    assert len(epochs) == 25
+    assert tuple(range(24)) not in epochs
+
+
+def test_samples_dropped_by_one_epoch_are_taken_by_another() -> None:
+    taken = {sample for epoch in range(20) for sample in epoch_of(Order(15, 8), epoch)}
+    assert taken == set(range(15))
+
+
+def test_an_order_is_a_pure_function_of_seed_and_step() -> None:
+    steps = range(30)
+    forwards = [Order(31, 8, seed=2).at(step)[1].tolist() for step in steps]
+    backwards = [Order(31, 8, seed=2).at(step)[1].tolist() for step in reversed(steps)]
+    assert forwards == backwards[::-1]
+
+
+def test_a_batch_that_cannot_be_dealt_out_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"^batch_size 8 is not divisible by the 3 ranks$"):
+        Order(24, 8, 0, 3)
+    with pytest.raises(DataError, match=r"^batch_size 8 exceeds the 7 samples of the data set$"):
+        Order(7, 8)

@@ -1,0 +1,192 @@
+"""Class names and templates -> prompts; token rows -> the distinct texts of a batch."""
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from torch import Tensor
+
+from dive_fast.data.prompts import PromptTable, pack, read_class_names, read_templates
+from dive_fast.data.source import DataError, Sample, Source
+
+NAMES = ("cat", "dog", "sea lion")
+TEMPLATES = ("a photo of a {}.", "the {}", "{}", "{} and {}, again", "no {} {{}} 5")
+
+
+class Letters:
+    """A tokenizer that can be read back."""
+
+    def __init__(self) -> None:
+        self.longest_call = 0
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        self.longest_call = max(self.longest_call, len(texts))
+        return torch.tensor([[ord(letter) for letter in text.ljust(64, "\0")[:64]] for text in texts])
+
+
+def read(tokens: Tensor) -> str:
+    return "".join(chr(int(token)) for token in tokens).rstrip("\0")
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def labelled(*labels: int) -> Source:
+    return Source([Sample(f"k{i}", Path("a.tar"), label=label) for i, label in enumerate(labels)])
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> PromptTable:
+    templates = read_templates(write(tmp_path / "templates.txt", "\n".join(TEMPLATES)))
+    return PromptTable(labelled(0, 1, 2), NAMES, templates, Letters())
+
+
+# Names and templates
+
+
+def test_imagenet_has_the_thousand_names_and_eighty_templates_of_open_clip() -> None:
+    names, templates = read_class_names("imagenet"), read_templates("imagenet")
+    assert (len(names), len(set(names)), len(templates)) == (1000, 998, 80)
+    assert names == tuple(open_clip.IMAGENET_CLASSNAMES)
+    assert [template("cat") for template in templates] == [of("cat") for of in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    assert [template("cat") for template in read_templates("simple")] == [
+        of("cat") for of in open_clip.SIMPLE_IMAGENET_TEMPLATES
+    ]
+
+
+def test_names_and_templates_are_read_one_a_line(tmp_path: Path) -> None:
+    names = write(tmp_path / "names.txt", "\ufeffcat\r\n  sea lion \r\ngröße\r\n\r\n\n")
+    assert read_class_names(names) == ("cat", "sea lion", "größe")
+    templates = read_templates(write(tmp_path / "templates.txt", "the {}\n{}: a {}\n"))
+    assert [template("dog {}") for template in templates] == ["the dog {}", "dog {}: a dog {}"]
+
+
+def test_a_template_may_be_given_itself() -> None:
+    (template,) = read_templates("a {} in {{}}")
+    assert template("dog") == "a dog in {dog}"
+
+
+def test_an_empty_line_among_names_is_an_error_since_it_would_shift_the_labels(tmp_path: Path) -> None:
+    for text, line in {"cat\n\ndog\n": 2, "\ncat\n": 1, "cat\ndog\n \t\nhen": 3}.items():
+        path = write(tmp_path / "names.txt", text)
+        with pytest.raises(DataError, match=rf"^{path}: expected class names, one a line; line {line} is empty$"):
+            read_class_names(path)
+
+
+def test_names_and_templates_that_cannot_be_used_are_an_error_that_names_the_file(tmp_path: Path) -> None:
+    missing, empty = str(tmp_path / "missing.txt"), write(tmp_path / "empty.txt", " \n")
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe")
+    plain = write(tmp_path / "plain.txt", "a {}\na photo\n")
+    for path in (missing, str(binary), str(tmp_path)):
+        with pytest.raises(DataError, match=rf"^{path}: cannot read class names: [^\n]+$"):
+            read_class_names(path)
+        with pytest.raises(DataError, match=rf"^{path}: cannot read templates: [^\n]+$"):
+            read_templates(path)
+    with pytest.raises(DataError, match=rf"^{empty}: expected class names, one a line; the file is empty$"):
+        read_class_names(empty)
+    with pytest.raises(DataError, match=rf"^{plain}: template 'a photo' has no {{}} for the class name$"):
+        read_templates(plain)
+
+
+# Drawing
+
+
+def test_a_prompt_is_a_pure_function_of_seed_sample_and_epoch(table: PromptTable) -> None:
+    samples = labelled(0, 1, 2).samples
+    places = [
+        (sample, index, seed, epoch)
+        for sample in samples
+        for index in (0, 9)
+        for seed in (0, 1)
+        for epoch in range(9)
+    ]
+    prompts = {place: read(table.draw(*place)) for place in places}
+    for place in random.Random(0).sample(places, len(places)):
+        torch.rand(3)
+        assert read(table.draw(*place)) == prompts[place]
+    for index, seed in [(0, 0), (9, 0), (0, 1)]:
+        assert len({prompts[samples[0], index, seed, epoch] for epoch in range(9)}) > 1  # changes with the epoch
+    drawn = {
+        (index, seed): tuple(prompts[samples[0], index, seed, epoch] for epoch in range(9))
+        for index in (0, 9)
+        for seed in (0, 1)
+    }
+    assert len(set(drawn.values())) == 4  # and with sample and seed
+
+
+def test_prompts_are_drawn_uniformly_over_the_templates_of_the_samples_class(table: PromptTable) -> None:
+    for label, name in enumerate(NAMES):
+        sample = Sample("k", Path("a"), label=label)
+        drawn = Counter(read(table.draw(sample, index, 0, epoch)) for index in range(100) for epoch in range(10))
+        assert drawn.keys() == {template.replace("{}", name) for template in TEMPLATES}
+        expected = 1000 / len(TEMPLATES)
+        chi_square = sum((count - expected) ** 2 / expected for count in drawn.values())
+        assert chi_square < 18.5  # exceeded once in 1000 times by 4 degrees of freedom
+
+
+def test_titles_of_one_file_are_its_prompts(tmp_path: Path) -> None:
+    cat = Sample("a.jpg", Path("a.jpg"), texts=("a cat", "the cat", "a cat"))
+    dog = Sample("b.jpg", Path("b.jpg"), texts=("a dog",))
+    tokenizer = Letters()
+    table = PromptTable(Source([cat, dog]), (), (), tokenizer)
+    drawn = Counter(read(table.draw(cat, 0, 0, epoch)) for epoch in range(900))
+    assert drawn.keys() == {"a cat", "the cat"}
+    assert 540 < drawn["a cat"] < 660  # a title that stands twice is drawn twice as often
+    assert {read(table.draw(dog, 1, 0, epoch)) for epoch in range(20)} == {"a dog"}
+    assert tokenizer.longest_call == 3  # each distinct title was tokenised once
+
+
+def test_a_big_table_is_tokenised_in_pieces_and_kept_small() -> None:
+    tokenizer = Letters()
+    table = PromptTable(labelled(999), read_class_names("imagenet"), read_templates("simple"), tokenizer)
+    assert tokenizer.longest_call <= 1024
+    tokens = table.draw(Sample("k", Path("a"), label=999), 0, 0, 0)
+    assert tokens.dtype == torch.int32
+    assert "toilet paper" in read(tokens)
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_label_without_a_class_name_is_an_error_that_names_the_sample(label: int) -> None:
+    with pytest.raises(DataError, match=rf"^a\.tar: sample k1 has label {label}, but there are 3 class names$"):
+        PromptTable(labelled(0, label), NAMES, read_templates("simple"), Letters())
+
+
+# Packing
+
+ROWS = torch.tensor(
+    [
+        [7, 3, 9, 0, 0, 0],
+        [7, 9, 0, 0, 0, 0],
+        [7, 3, 9, 0, 0, 0],
+        [7, 4, 5, 9, 0, 0],
+        [7, 9, 0, 0, 0, 0],
+    ],
+    dtype=torch.int32,
+)
+
+
+def test_pack_keeps_each_distinct_row_once_and_an_index_that_restores_the_batch() -> None:
+    text = pack(ROWS, "argmax")
+    assert text.tokens.shape == (3, 6)
+    assert text.tokens.dtype == text.index.dtype == torch.int64
+    assert torch.equal(text.tokens[text.index], ROWS.long())
+    assert len(pack(ROWS[:1], "argmax").tokens) == 1
+
+
+def test_the_length_of_a_batch_reaches_to_where_its_longest_text_is_read() -> None:
+    assert pack(ROWS, "argmax").length == 4
+    assert pack(ROWS, 9).length == 4
+    # An end that is no largest token, followed by others; the first one counts, as in open_clip.
+    assert pack(torch.tensor([[7, 2, 5, 2], [2, 7, 7, 7]]), 2).length == 2
+    # A text without an end is read at its first token, whatever its length.
+    assert pack(torch.tensor([[7, 3, 3], [7, 4, 4]]), 9).length == 1
+    # Of a text cut to the context, nothing is left to trim.
+    assert pack(torch.tensor([[7, 3, 9], [7, 9, 0]]), "argmax").length == 3
+    # A tower that needs the whole context.
+    assert pack(ROWS, None).length == 6

@@ -1,0 +1,372 @@
+"""Image folders, webdataset tars and CSV files as sequences of samples."""
+
+import io
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import tiny
+from PIL import Image
+
+from dive_fast.data.source import DataError, Source, open_csv, open_folder, open_webdataset
+
+CAPTIONED = {f"{i:03d}": {"jpg": tiny.jpeg(i), "txt": f"caption {i}".encode()} for i in range(6)}
+
+
+def content(source: Source, index: int) -> bytes:
+    sample = source.samples[index]
+    return sample.path.read_bytes()[sample.offset :][: sample.size if sample.size >= 0 else None]
+
+
+def write(path: Path, data: bytes | str = b"") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+def assert_same_picture(found: Image.Image, data: bytes) -> None:
+    expected = Image.open(io.BytesIO(data))
+    assert (found.mode, found.size) == (expected.mode, expected.size)
+    assert found.tobytes() == expected.tobytes()
+
+
+# Image folder
+
+
+def test_a_folder_has_a_class_for_each_folder_in_order_of_names(tmp_path: Path) -> None:
+    files = {
+        "b/2.JPG": tiny.jpeg(2),
+        "b/deeper/down/1.png": tiny.jpeg(1, kind="PNG"),
+        "a/z.jpeg": tiny.jpeg(3),
+        "ä b/x.gif": tiny.jpeg(4, kind="GIF"),
+    }
+    for name, data in files.items():
+        write(tmp_path / name, data)
+    write(tmp_path / "a" / "notes.txt")
+    write(tmp_path / "readme.jpg", tiny.jpeg(5))
+    write(tmp_path / ".thumbnails" / "x.jpg", tiny.jpeg(6))
+    source = open_folder(str(tmp_path))
+    assert source.class_names == ("a", "b", "ä b")
+    assert [(sample.key, sample.label) for sample in source.samples] == [
+        ("a/z.jpeg", 0),
+        ("b/2.JPG", 1),
+        ("b/deeper/down/1.png", 1),
+        ("ä b/x.gif", 2),
+    ]
+    for index, sample in enumerate(source.samples):
+        assert content(source, index) == files[sample.key]
+        assert_same_picture(source.image(index), files[sample.key])
+
+
+def test_a_class_folder_without_images_is_an_error_since_it_would_shift_the_labels(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "1.jpg", tiny.jpeg(0))
+    write(tmp_path / "b" / "list.txt")
+    write(tmp_path / "c" / "1.jpg", tiny.jpeg(0))
+    with pytest.raises(DataError, match=rf"^{tmp_path}/b: no image below, but it would be class 1; remove it$"):
+        open_folder(str(tmp_path))
+
+
+def test_a_folder_that_is_missing_or_empty_or_a_file_is_an_error(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing", tmp_path, write(tmp_path / "file")):
+        with pytest.raises(
+            DataError, match=rf"^{path}: expected one folder a class with images below, found none$"
+        ):
+            open_folder(str(path))
+
+
+def test_a_link_to_a_missing_image_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=rf"^{tmp_path}: cannot list its images: .*a/gone\.jpg"):
+        open_folder(str(tmp_path))
+
+
+# Webdataset
+
+
+def test_a_webdataset_is_named_by_tar_brace_range_glob_or_folder(tmp_path: Path) -> None:
+    for shard in range(12):
+        samples = {f"{shard:02d}{i}": {"jpg": tiny.jpeg(9), "cls": b" 7\n"} for i in range(2)}
+        tiny.write_tar(tmp_path / f"{shard:05d}.tar", samples)
+    write(tmp_path / "00000_stats.json")
+
+    def keys(path: str) -> list[str]:
+        return [sample.key for sample in open_webdataset(path, ".cls").samples]
+
+    def of(shards: range) -> list[str]:
+        return [f"{shard:05d}.tar/{shard:02d}{i}" for shard in shards for i in range(2)]
+
+    assert keys(f"{tmp_path}/00003.tar") == of(range(3, 4))
+    assert keys(f"{tmp_path}/{{00002..00010}}.tar") == of(range(2, 11))
+    assert keys(f"{tmp_path}/0000[12].tar") == of(range(1, 3))
+    assert keys(f"{tmp_path}/000{{0?,11}}.tar") == of(range(10)) + of(range(11, 12))
+    assert keys(str(tmp_path)) == of(range(12))
+    assert {sample.label for sample in open_webdataset(str(tmp_path), ".cls").samples} == {7}
+
+
+def test_a_folder_of_tars_may_have_a_name_that_looks_like_a_glob(tmp_path: Path) -> None:
+    tiny.write_tar(tmp_path / "v[2]" / "a.tar", CAPTIONED)
+    assert len(open_webdataset(str(tmp_path / "v[2]"), ".txt")) == 6
+
+
+def test_samples_without_image_or_text_are_skipped_and_counted(tmp_path: Path) -> None:
+    samples = {
+        "a": {"jpg": tiny.jpeg(0), "txt": b"one"},
+        "b": {"jpg": tiny.jpeg(1), "json": b"{}"},
+        "c": {"txt": b"no picture"},
+        "d": {"jpg": tiny.jpeg(2)},
+        "e": {"png": tiny.jpeg(3, kind="PNG"), "txt": b"  two\n", "json": b"{}"},
+    }
+    source = open_webdataset(str(tiny.write_tar(tmp_path / "a.tar", samples)), ".txt")
+    assert [(sample.key, sample.texts) for sample in source.samples] == [
+        ("a.tar/a", ("one",)),
+        ("a.tar/e", ("two",)),
+    ]
+    assert source.skipped == {"no .txt": 2, "no image": 1}
+
+
+def test_suffixes_may_be_upper_case_and_names_nested_dotted_and_in_any_order(tmp_path: Path) -> None:
+    members = {
+        "./train/n01/0.1/x.JPG": tiny.jpeg(0),
+        "./train/n02/x.jpeg": tiny.jpeg(1),
+        "./train/n02/x.TXT": "größe".encode(),
+        "./train/n01/0.1/x.Txt": b"far from its image",
+        "y.seg.png": tiny.jpeg(2, kind="PNG"),
+        "y.webp": tiny.jpeg(3, kind="WEBP"),
+        "y.txt": b"",
+    }
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        folder = tarfile.TarInfo("./train.jpg")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    source = open_webdataset(str(tmp_path / "a.tar"), ".txt")
+    assert [(sample.key, sample.texts) for sample in source.samples] == [
+        ("a.tar/./train/n01/0.1/x", ("far from its image",)),
+        ("a.tar/./train/n02/x", ("größe",)),
+        ("a.tar/y", ("",)),
+    ]
+    assert source.skipped == {}
+    for index, name in enumerate(["./train/n01/0.1/x.JPG", "./train/n02/x.jpeg", "y.webp"]):
+        assert content(source, index) == members[name]
+        assert_same_picture(source.image(index), members[name])
+
+
+def test_names_too_long_for_a_plain_header_are_read_whatever_the_dialect(tmp_path: Path) -> None:
+    name = "/".join(["deep" * 20] * 3) + "/picture"
+    for dialect in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(tmp_path / "a.tar", "w", format=dialect) as tar:
+            for suffix, data in {"jpg": tiny.jpeg(0), "txt": b"caption"}.items():
+                member = tarfile.TarInfo(f"{name}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+        source = open_webdataset(str(tmp_path / "a.tar"), ".txt")
+        assert source.samples[0].key == f"a.tar/{name}"
+        assert content(source, 0) == tiny.jpeg(0)
+
+
+def test_a_tar_cut_off_anywhere_is_an_error_that_names_it(tmp_path: Path) -> None:
+    path = tiny.write_tar(tmp_path / "a.tar", {key: {"jpg": b"x" * 700, "txt": b"y"} for key in "abc"})
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        end = tar.getmembers()[-1].offset_data + 512
+    for size in range(0, end + 1, 128):
+        path.write_bytes(whole[:size])
+        with pytest.raises(DataError, match=rf"^{path}: not a whole tar: "):
+            open_webdataset(str(path), ".txt")
+    # Of the zeros that fill up the last record, one block is enough.
+    path.write_bytes(whole[: end + 512])
+    assert len(open_webdataset(str(path), ".txt")) == 3
+
+
+def test_a_tar_with_a_broken_header_in_the_middle_is_an_error_and_not_a_shorter_tar(tmp_path: Path) -> None:
+    path = tiny.write_tar(tmp_path / "a.tar", CAPTIONED)
+    with tarfile.open(path) as tar:
+        header = tar.getmembers()[6].offset
+    data = bytearray(path.read_bytes())
+    data[header + 150] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=rf"^{path}: not a whole tar: it breaks off at byte {header}$"):
+        open_webdataset(str(tmp_path), ".txt")
+
+
+@pytest.mark.parametrize("data", [b"", b"not a tar", tiny.jpeg(0) * 3, b"\x1f\x8b\x08\x00" + bytes(600)])
+def test_a_file_that_is_no_tar_is_an_error_that_names_it(tmp_path: Path, data: bytes) -> None:
+    tiny.write_tar(tmp_path / "a.tar", CAPTIONED)
+    path = write(tmp_path / "b.tar", data)
+    with pytest.raises(DataError, match=rf"^{path}: not a whole tar: "):
+        open_webdataset(str(tmp_path), ".txt")
+
+
+def test_an_empty_tar_adds_nothing_and_alone_is_an_error(tmp_path: Path) -> None:
+    empty = tiny.write_tar(tmp_path / "a.tar", {})
+    with pytest.raises(DataError, match=rf"^{empty}: no sample has both an image and a \.txt file$"):
+        open_webdataset(str(empty), ".txt")
+    tiny.write_tar(tmp_path / "b.tar", CAPTIONED)
+    assert len(open_webdataset(str(tmp_path), ".txt")) == 6
+
+
+@pytest.mark.parametrize("label", [b"cat", b"1.5", b"", b"\xff"])
+def test_a_label_that_is_no_integer_is_an_error_that_names_the_sample(tmp_path: Path, label: bytes) -> None:
+    samples = {"a": {"jpg": tiny.jpeg(0), "cls": b"3"}, "b": {"jpg": tiny.jpeg(0), "cls": label}}
+    path = tiny.write_tar(tmp_path / "a.tar", samples)
+    with pytest.raises(DataError, match=rf"^{path}: b\.cls: .*$"):
+        open_webdataset(str(path), ".cls")
+
+
+def test_tars_that_are_not_there_are_an_error(tmp_path: Path) -> None:
+    tiny.write_tar(tmp_path / "0.tar", CAPTIONED)
+    (tmp_path / "empty").mkdir()
+    for name, message in {
+        "1.tar": rf"^{tmp_path}/1.tar: no tar there \({tmp_path}/1.tar does not exist\)$",
+        "{0..1}.tar": rf"^{tmp_path}/{{0..1}}.tar: no tar there \({tmp_path}/1.tar does not exist\)$",
+        "*.tra": rf"^{tmp_path}/\*.tra: no tar there ",
+        "empty": rf"^{tmp_path}/empty: no tar there$",
+        "{0..1.tar": rf"^{tmp_path}/{{0..1.tar: not a brace range: ",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            open_webdataset(f"{tmp_path}/{name}", ".txt")
+
+
+# CSV
+
+
+def write_csv(folder: Path, *rows: str, first: str = "title\tfilepath", name: str = "list.csv") -> str:
+    return str(write(folder / name, "".join(f"{row}\n" for row in (first, *rows))))
+
+
+def test_rows_of_one_file_are_its_prompts_where_they_are_grouped(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / "images" / f"{name}.jpg", tiny.jpeg(ord(name)))
+    rows = "a photo of a cat\timages/b.jpg", "a dog\timages/a.jpg", "a cat\timages/b.jpg", "a cat\timages/b.jpg"
+    source = open_csv(write_csv(tmp_path, *rows), None, group=True)
+    assert [(sample.key, sample.texts, sample.label) for sample in source.samples] == [
+        ("images/b.jpg", ("a photo of a cat", "a cat", "a cat"), -1),
+        ("images/a.jpg", ("a dog",), -1),
+    ]
+    assert content(source, 0) == tiny.jpeg(ord("b"))
+    assert_same_picture(source.image(0), tiny.jpeg(ord("b")))
+
+
+def test_every_row_is_a_pair_where_they_are_not_grouped(tmp_path: Path) -> None:
+    write(tmp_path / "a.jpg", tiny.jpeg(0))
+    source = open_csv(write_csv(tmp_path, "one\ta.jpg", "two\ta.jpg", "one\ta.jpg"), None, group=False)
+    assert [(sample.key, sample.texts) for sample in source.samples] == [
+        ("a.jpg#0", ("one",)),
+        ("a.jpg#1", ("two",)),
+        ("a.jpg#2", ("one",)),
+    ]
+
+
+def test_relative_paths_start_at_image_root_and_absolute_ones_stay(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    write(there / "a.jpg", tiny.jpeg(0))
+    absolute = write(tmp_path / "else" / "b.jpg", tiny.jpeg(1))
+    source = open_csv(write_csv(here, "one\ta.jpg", f"two\t{absolute}"), str(there), group=True)
+    assert [sample.path for sample in source.samples] == [there / "a.jpg", absolute]
+    assert_same_picture(source.image(1), tiny.jpeg(1))
+
+
+def test_titles_may_hold_quotes_tabs_line_breaks_and_any_letter(tmp_path: Path) -> None:
+    write(tmp_path / "größe 猫.jpg", tiny.jpeg(0))
+    rows = (
+        'größe 猫.jpg\t7\tit\'s a "cat"',
+        'größe 猫.jpg\t7\t"a ""quoted"" title,\twith a tab"',
+        'größe 猫.jpg\t7\t"two\nlines"',
+        "größe 猫.jpg\t7\t猫, 猫",
+        "größe 猫.jpg",
+    )
+    # As pandas writes it; a spreadsheet puts a byte order mark first.
+    for mark in ("", "\ufeff"):
+        path = write_csv(tmp_path, *rows, first=f"{mark}filepath\tid\ttitle")
+        (sample,) = open_csv(path, None, group=True).samples
+        assert sample.texts == ('it\'s a "cat"', 'a "quoted" title,\twith a tab', "two\nlines", "猫, 猫", "")
+
+
+def test_windows_line_ends_are_no_part_of_a_path(tmp_path: Path) -> None:
+    write(tmp_path / "a.jpg", tiny.jpeg(0))
+    path = write(tmp_path / "list.csv", b"title\tfilepath\r\none\ta.jpg\r\n")
+    assert [sample.path for sample in open_csv(str(path), None, group=True).samples] == [tmp_path / "a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("first", "missing"),
+    [
+        ("filepath\tcaption", "no column title in its"),
+        ("title\tpath", "no column filepath in its"),
+        ("title,filepath", "no column filepath and title in its"),
+    ],
+)
+def test_a_missing_column_is_an_error_that_names_it(tmp_path: Path, first: str, missing: str) -> None:
+    path = write_csv(tmp_path, "one\ta.jpg", first=first)
+    with pytest.raises(DataError, match=rf"^{path}: {missing} tab-separated first line$"):
+        open_csv(path, None, group=True)
+
+
+def test_a_csv_that_cannot_be_used_is_an_error_that_names_it(tmp_path: Path) -> None:
+    for path, message in {
+        str(tmp_path / "missing.csv"): "cannot read it: .*No such file",
+        str(tmp_path): "cannot read it: .*directory",
+        write_csv(tmp_path, name="empty.csv"): "no rows below its first line",
+        str(write(tmp_path / "nothing.csv")): "no column filepath and title",
+        str(write(tmp_path / "latin.csv", b"title\tfilepath\n\xe4\ta.jpg\n")): "cannot read it: 'utf-8' codec",
+        write_csv(tmp_path, "x" * 200_000 + "\ta.jpg", name="long.csv"): "cannot read it: field larger",
+        write_csv(tmp_path, "one\tb.jpg", name="b.csv"): rf"{tmp_path}/b\.jpg does not exist; set image_root to",
+    }.items():
+        with pytest.raises(DataError, match=rf"^{path}: {message}[^\n]*$"):
+            open_csv(path, None, group=False)
+
+
+# Images and digest
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
+@pytest.mark.parametrize("where", ["cut", "noise", "empty"])
+def test_an_image_that_cannot_be_decoded_is_an_error_that_names_file_and_sample(
+    tmp_path: Path, kind: str, where: str
+) -> None:
+    whole = tiny.jpeg(0, kind=kind)
+    data = {"cut": whole[: len(whole) // 2], "noise": b"<html>404</html>" * 9, "empty": b""}[where]
+    path = tiny.write_tar(tmp_path / "a.tar", {"k": {"jpg": data, "txt": b"x"}})
+    source = open_webdataset(str(path), ".txt")
+    with pytest.raises(DataError, match=rf"^{path}: sample a\.tar/k: cannot decode the image: [^\n]+$"):
+        source.image(0)
+
+
+def test_an_image_that_has_gone_is_an_error_too(tmp_path: Path) -> None:
+    path = write(tmp_path / "a" / "1.jpg", tiny.jpeg(0))
+    source = open_folder(str(tmp_path))
+    path.unlink()
+    with pytest.raises(DataError, match=rf"^{path}: sample a/1\.jpg: .*No such file"):
+        source.image(0)
+
+
+def test_the_digest_changes_with_names_texts_sizes_and_order_and_with_nothing_else(tmp_path: Path) -> None:
+    def digest(samples: dict[str, dict[str, bytes]], name: str = "a.tar") -> str:
+        shutil.rmtree(tmp_path / "set", ignore_errors=True)
+        tiny.write_tar(tmp_path / "set" / name, samples)
+        return open_webdataset(str(tmp_path / "set"), ".txt").digest()
+
+    original = digest(CAPTIONED)
+    assert digest(CAPTIONED) == original
+    first = CAPTIONED["000"]
+    for changed in (
+        CAPTIONED | {"000": first | {"txt": b"another"}},
+        CAPTIONED | {"000": first | {"jpg": first["jpg"] + b"\0"}},
+        {key: parts for key, parts in CAPTIONED.items() if key != "003"},
+        {("007" if key == "003" else key): parts for key, parts in CAPTIONED.items()},
+        dict(reversed(CAPTIONED.items())),
+        CAPTIONED | {"006": first},
+    ):
+        assert digest(changed) != original
+    assert digest(CAPTIONED, "b.tar") != original
+    # Where the data lies, and what it is not trained on, does not count.
+    digest(CAPTIONED)
+    os.rename(tmp_path / "set", tmp_path / "moved")
+    assert open_webdataset(str(tmp_path / "moved"), ".txt").digest() == original
+    assert digest({key: parts | {"json": b"{}"} for key, parts in CAPTIONED.items()}) == original

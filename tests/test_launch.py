@@ -1,0 +1,77 @@
+"""The scripts as a user runs them: exit codes, one-line errors, and both ways to start."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+def call(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path}
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo.json", "train.epoch=3"], "unknown key train.epoch; did you mean epochs?"),
+        (["demo.json", "train.epochs=many"], 'train.epochs = "many": input should be a valid integer'),
+        (["dem.json"], "--config dem.json: no such file"),
+        (["demo.json", "epochs"], "expected section.key=value"),
+    ],
+)
+def test_a_typo_ends_with_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+    result = call(sys.executable, "launch/train.py", "--config", *arguments)
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert result.stdout == ""
+
+
+def test_a_missing_data_set_ends_with_one_line_before_a_model_is_built(tmp_path: Path) -> None:
+    arguments = [f"data.target.path={tmp_path}/nowhere", f"train.output={tmp_path}/run"]
+    result = call(sys.executable, "launch/train.py", "--config", "vitb16_flyp", *arguments)
+    assert result.returncode == 2
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == [f"error: {tmp_path}/nowhere: expected one folder a class with images below, found none"]
+    assert "Traceback" not in result.stderr
+
+
+def test_one_rank_without_a_launcher_and_two_with_deepspeeds(tmp_path: Path) -> None:
+    tree = tiny.write_config(tmp_path, max_steps=2)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(tree))
+    for name, launcher in (("one", [sys.executable]), ("two", ["deepspeed", "--num_accelerators", "2"])):
+        run = tmp_path / name
+        result = call(*launcher, str(ROOT / "launch/train.py"), "--config", str(config), f"train.output={run}")
+        assert result.returncode == 0, result.stderr
+        assert f"{run}/model.safetensors" in result.stdout
+        assert json.loads((run / "config.json").read_text())["ranks"] == (1 if name == "one" else 2)
+        model = open_clip.create_model(tree["model"]["name"], load_weights=False)
+        open_clip.load_checkpoint(model, str(run / "model.safetensors"))
+    metrics = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert metrics[0][0]["contrastive_loss"] == pytest.approx(metrics[1][0]["contrastive_loss"], rel=1e-5)
+
+
+def test_the_launcher_passes_exit_code_2_on(tmp_path: Path) -> None:
+    result = call(
+        "deepspeed", "--num_accelerators", "2", "launch/train.py", "--config", "demo.json", "modle.name=x"
+    )
+    assert result.returncode == 2
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "unknown key modle; did you mean model?" in errors[0]

@@ -1,0 +1,86 @@
+"""Objectives: the kernels' losses put together, and the average vector that one of them carries."""
+
+import torch
+from torch import Tensor
+
+from dive_fast import objective
+from dive_fast.config import ObjectiveConfig
+from dive_fast.kernels import naive
+from dive_fast.objective import Dive, Flyp, Pairs
+
+WIDTH = 6
+
+
+def pairs(seed: int, count: int = 5) -> Pairs:
+    generator = torch.Generator().manual_seed(seed)
+    return Pairs(*torch.randn(2, count, WIDTH, generator=generator))
+
+
+def teacher(seed: int, count: int = 5) -> Pairs:
+    return Pairs(*(naive.unit(rows) for rows in pairs(seed, count)))
+
+
+SCALE = torch.tensor([20.0])
+
+
+def test_flyp_is_the_contrastive_loss_and_needs_no_reference() -> None:
+    goal = objective.create(ObjectiveConfig(name="flyp"), WIDTH)
+    assert isinstance(goal, Flyp)
+    assert not goal.needs_reference
+    assert torch.equal(goal.target(pairs(0), SCALE).loss, naive.contrastive_loss(*pairs(0), SCALE))
+    assert not list(goal.state_dict())
+
+
+def test_dive_weighs_the_difference_loss_and_moves_its_average_vector() -> None:
+    config = ObjectiveConfig(weight=30.0, decay=0.5, average_weight=2.0, pairwise_weight=3.0, mean_gradient=False)
+    goal = objective.create(config, WIDTH)
+    assert isinstance(goal, Dive)
+    vector: Tensor = torch.zeros(WIDTH)
+    for step in range(3):
+        expected = naive.difference_loss(
+            *pairs(step),
+            *teacher(9),
+            vector,
+            decay=0.5,
+            average_weight=2.0,
+            pairwise_weight=3.0,
+            mean_gradient=False,
+        )
+        result = goal.reference(pairs(step), teacher(9))
+        assert torch.equal(result.loss, 30 * expected.loss)
+        assert torch.equal(result.metrics["pairwise_loss"], expected.pairwise_loss)
+        vector = expected.average_vector
+        assert torch.equal(goal.average_vector, vector)
+    assert torch.equal(goal.state_dict()["average_vector"], vector)
+
+
+def test_joint_is_the_sum_of_the_halves() -> None:
+    apart, together = (objective.create(ObjectiveConfig(), WIDTH) for _ in range(2))
+    assert isinstance(apart, Dive)
+    assert isinstance(together, Dive)
+    first, second = apart.target(pairs(0), SCALE), apart.reference(pairs(1, 7), teacher(2, 7))
+    joint = together.joint(pairs(0), SCALE, pairs(1, 7), teacher(2, 7))
+    assert torch.equal(joint.loss, first.loss + second.loss)
+    assert joint.metrics == first.metrics | second.metrics
+    assert torch.equal(apart.average_vector, together.average_vector)
+
+
+def test_a_batch_with_a_nan_does_not_poison_the_average_vector() -> None:
+    goal = objective.create(ObjectiveConfig(), WIDTH)
+    assert isinstance(goal, Dive)
+    goal.reference(pairs(0), teacher(1))
+    before = goal.average_vector.clone()
+    bad = pairs(2)
+    bad.image[0, 0] = torch.nan
+    assert goal.reference(bad, teacher(1)).loss.isnan()
+    assert torch.equal(goal.average_vector, before)
+
+
+def test_metrics_carry_no_gradient() -> None:
+    goal = objective.create(ObjectiveConfig(), WIDTH)
+    assert isinstance(goal, Dive)
+    features = Pairs(*(rows.requires_grad_() for rows in pairs(0)))
+    result = goal.joint(features, SCALE.clone().requires_grad_(), features, teacher(1))
+    assert result.loss.requires_grad
+    assert not any(value.requires_grad for value in result.metrics.values())
+    assert not goal.average_vector.requires_grad

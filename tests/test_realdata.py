@@ -1,0 +1,66 @@
+"""A run over real JPEGs: ImageNet photos as target, captioned COCO photos as reference."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from distributed import run_ranks
+
+from dive_fast import train
+from dive_fast.config import Config
+from dive_fast.ranks import join
+
+
+def run(tree: dict[str, Any], folder: Path) -> dict[str, float]:
+    return train.train(Config.model_validate_json(json.dumps(tree)), folder, join())
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_run_over_real_photos_stays_finite_and_starts_at_the_noise_floor(
+    real_data: Path, tmp_path: Path, precision: str
+) -> None:
+    # ViT-B-16's shape, narrower and shallower, on smaller pictures.
+    vision = {"image_size": 64, "layers": 3, "width": 96, "head_width": 32, "patch_size": 16}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 3}
+    name = tiny.write_model(tmp_path / "model", {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text})
+    workers = {"workers": 1}
+    tree = {
+        "model": {"name": name},
+        "data": {
+            "target": {
+                "format": "webdataset",
+                "path": str(real_data / "imagenet_samples/imagenet_samples.tar"),
+                "class_names": "imagenet",
+                "templates": "imagenet",
+                "batch_size": 16,
+                **workers,
+            },
+            "reference": {
+                "format": "webdataset",
+                "path": str(real_data / "captions/coco_captions_*.tar"),
+                "batch_size": 16,
+                **workers,
+            },
+        },
+        "train": {
+            "max_steps": 4,
+            "warmup_steps": 2,
+            "learning_rate": 1e-4,
+            "precision": precision,
+            "log_every": 1,
+        },
+        "deepspeed": {"zero_optimization": {"stage": 2}},
+    }
+    run_ranks(2, run, tree, tmp_path / "run", init=False, timeout=240)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(abs(value) < float("inf") for line in lines for value in line.values())
+    assert 0 < lines[0]["image_norm"] < train.NOISE_FLOOR[precision]
+    assert 0 < lines[0]["text_norm"] < train.NOISE_FLOOR[precision]
+    if precision == "fp32":
+        assert lines[-1]["image_norm"] > 10 * lines[0]["image_norm"]
+    assert os.path.getsize(tmp_path / "run/model.safetensors") > 1e6

@@ -1,0 +1,427 @@
+"""open_clip's models as two towers: the same features, and weights that open_clip takes back."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import TextTransformer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dive_fast.config import ConfigError, ModelConfig
+from dive_fast.data.prompts import pack
+from dive_fast.data.views import Preprocess
+from dive_fast.kernels import naive
+from dive_fast.towers import Towers, _pooled_at, create, save, tokenizer_of, unit
+
+OPENAI_AND_LAION = ["ViT-B-32-quickgelu", "ViT-B-16", "ViT-L-14", "ViT-L-14-quickgelu", "ViT-B-32"]
+EOS, SIGLIP = "ViT-H-14-worldwide", "ViT-B-16-SigLIP"
+MODELS = [*OPENAI_AND_LAION, EOS, SIGLIP]
+TEXTS = ["a cat", "the photo of a dog", "a cat", "dog", "the photo of a dog", "a photo of the cat of the dog"]
+SIGLIP_PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """Folders of reduced models by name; open_clip knows each as ``small-<name>`` too."""
+    root = tmp_path_factory.mktemp("models")
+    folders = {name: root / name for name in MODELS}
+    for seed, (name, folder) in enumerate(folders.items()):
+        config = tiny.reduced(name)
+        if "hf_tokenizer_name" in config["text_cfg"]:
+            tiny.write_tokenizer(folder)
+            config["text_cfg"]["hf_tokenizer_name"] = str(folder)
+        tiny.write_model(folder, config, seed, SIGLIP_PREPROCESS if name == SIGLIP else None)
+        (root / f"small-{name}.json").write_text(json.dumps(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [*open_clip.factory._MODEL_CONFIG_PATHS])
+        patch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
+        open_clip.add_model_config(root)
+        yield folders
+
+
+def config_of(folder: Path) -> ModelConfig:
+    return ModelConfig(name=f"local-dir:{folder}")
+
+
+def images_for(towers: Towers, count: int = 6) -> Tensor:
+    return torch.randn(count, 3, *towers.preprocess.size, generator=torch.Generator().manual_seed(1))
+
+
+def towers_with(folder: Path, text: dict[str, Any], **model: Any) -> Towers:
+    """A reduced ViT-B-32 with a text tower of another kind."""
+    config = tiny.reduced("ViT-B-32")
+    config["text_cfg"] |= text
+    return create(ModelConfig(name=tiny.write_model(folder, config | model)))
+
+
+def tokens_seen(towers: Towers, tokens: Tensor, length: int) -> int:
+    """How many tokens of each text the tower is given."""
+    seen = []
+    hook = towers.text.token_embedding.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    with torch.no_grad():
+        towers.encode_text(tokens, length)
+    hook.remove()
+    return int(seen[0])
+
+
+# Features
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_features_are_open_clips(models: dict[str, Path], name: str) -> None:
+    config = config_of(models[name])
+    towers, model = create(config).eval(), open_clip.create_model(config.name).eval()
+    images, tokens = images_for(towers), tokenizer_of(config)(TEXTS)
+    with torch.no_grad():
+        assert torch.equal(towers.encode_image(images), model.encode_image(images))
+        assert torch.equal(towers.encode_text(tokens), model.encode_text(tokens))
+    assert torch.equal(towers.scale(), model.logit_scale.exp().reshape(1))
+    assert all(parameter.dtype == torch.float32 for parameter in towers.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_step_of_adamw_moves_every_weight(models: dict[str, Path], name: str) -> None:
+    config = config_of(models[name])
+    towers = create(config)
+    before = {name: parameter.detach().clone() for name, parameter in towers.named_parameters()}
+    optimizer = torch.optim.AdamW(towers.parameters(), lr=1e-2, weight_decay=0.0)
+    text = pack(tokenizer_of(config)(TEXTS), towers.pooled_at)
+    image_features, text_features = towers.encode_pairs(images_for(towers), text)
+    naive.contrastive_loss(image_features, text_features, towers.scale()).backward()
+    optimizer.step()
+    unmoved = {name for name, parameter in towers.named_parameters() if torch.equal(parameter, before[name])}
+    # A SigLIP's bias has no part in a softmax loss.
+    assert unmoved == ({"logit_bias"} if name == SIGLIP else set())
+
+
+def test_a_siglip_is_preprocessed_as_its_config_says(models: dict[str, Path]) -> None:
+    towers = create(config_of(models[SIGLIP]))
+    assert towers.preprocess == Preprocess((160, 160), (0.5,) * 3, (0.5,) * 3, "bicubic", "squash")
+    assert towers.logit_bias is not None
+    assert towers.logit_bias.shape == (1,)
+    assert not towers.logit_bias.requires_grad
+    assert towers.logit_bias.item() == -10
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", SIGLIP])
+def test_pairs_with_equal_texts_have_the_features_of_each_encoded_by_itself(
+    models: dict[str, Path], name: str
+) -> None:
+    config = config_of(models[name])
+    towers = create(config).double()
+    tokens = tokenizer_of(config)(TEXTS)
+    text = pack(tokens, towers.pooled_at)
+    assert len(text.tokens) == 4
+    with torch.no_grad():
+        image_features, text_features = towers.encode_pairs(images_for(towers).double(), text)
+        alone = torch.cat([towers.encode_text(row[None]) for row in tokens])
+        assert torch.allclose(text_features, alone, rtol=1e-12, atol=1e-14)
+        assert torch.equal(image_features, towers.encode_image(images_for(towers).double()))
+
+
+# Trimming
+
+
+@pytest.mark.parametrize(
+    ("name", "pooled_at"), [("ViT-B-32-quickgelu", "argmax"), ("ViT-L-14", "argmax"), (EOS, 2)]
+)
+def test_trimming_is_exact_where_a_causal_tower_is_read_at_the_end_of_the_text(
+    models: dict[str, Path], name: str, pooled_at: Any
+) -> None:
+    config = config_of(models[name])
+    towers, model = create(config).double(), open_clip.create_model(config.name).double()
+    assert towers.pooled_at == pooled_at
+    tokens = tokenizer_of(config)(TEXTS)
+    length = pack(tokens, towers.pooled_at).length
+    assert length < 15
+    assert tokens_seen(towers, tokens, length) == length
+    # In fp64, since sums over 77 and over 15 keys round differently.
+    gradients = {}
+    for key, features in {
+        "trimmed": lambda: towers.encode_text(tokens, length),
+        "whole": lambda: towers.encode_text(tokens),
+        "trimmed again": lambda: towers.encode_text(tokens, length),
+    }.items():
+        towers.zero_grad()
+        found = features()
+        assert torch.allclose(found, model.encode_text(tokens), rtol=1e-12, atol=1e-14), key
+        found.square().sum().backward()
+        gradients[key] = {name: p.grad.clone() for name, p in towers.text.named_parameters()}
+    for name, gradient in gradients["whole"].items():
+        for key in ("trimmed", "trimmed again"):
+            assert torch.allclose(gradients[key][name], gradient, rtol=1e-10, atol=1e-13), (key, name)
+    # One token less, and the longest text is another.
+    with torch.no_grad():
+        assert not torch.allclose(towers.encode_text(tokens, length - 1), model.encode_text(tokens), rtol=1e-3)
+
+
+def test_trimming_reaches_to_the_end_of_a_text_that_fills_the_context(models: dict[str, Path]) -> None:
+    config = config_of(models["ViT-B-32"])
+    tokens = tokenizer_of(config)(["a cat", "cat " * 100])
+    assert pack(tokens, "argmax").length == 77
+    towers = create(config)
+    assert tokens_seen(towers, tokens, 77) == 77
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"pool_type": "last"},
+        {"pool_type": "first"},
+        {"no_causal_mask": True},
+        {"embed_cls": True},
+        {"no_causal_mask": True, "pool_type": "last"},
+    ],
+)
+def test_nothing_is_trimmed_where_that_would_change_the_feature(tmp_path: Path, text: dict[str, Any]) -> None:
+    towers = towers_with(tmp_path, text, custom_text=True).double()
+    assert towers.pooled_at is None
+    tokens = open_clip.get_tokenizer("ViT-B-32")(TEXTS)
+    assert pack(tokens, towers.pooled_at).length == 77
+    assert tokens_seen(towers, tokens, 12) == 77
+    model = open_clip.create_model(f"local-dir:{tmp_path}").double()
+    with torch.no_grad():
+        assert torch.equal(towers.encode_text(tokens, 12), model.encode_text(tokens))
+
+
+def test_a_tower_that_masks_its_padding_is_not_trimmed(models: dict[str, Path]) -> None:
+    # Such towers have no causal mask in open_clip today; the feature must not hang on that.
+    tower = TextTransformer(no_causal_mask=True, use_pad_mask=True, width=32, heads=2, layers=1)
+    assert _pooled_at(tower) is None
+    tower.attn_mask = torch.zeros(77, 77)
+    assert _pooled_at(tower) is None
+    tower.use_pad_mask = False
+    assert _pooled_at(tower) == "argmax"
+
+
+def test_a_siglip_gets_its_whole_context(models: dict[str, Path]) -> None:
+    config = config_of(models[SIGLIP])
+    towers, tokens = create(config), tokenizer_of(config)(TEXTS)
+    assert towers.pooled_at is None
+    assert tokens.shape == (6, 64)
+    assert tokens_seen(towers, tokens, 5) == 64
+
+
+# Scale, normalisation, precision
+
+
+def test_the_logit_scale_is_clamped_at_100_in_the_forward_and_has_no_gradient_above(
+    models: dict[str, Path],
+) -> None:
+    towers = create(config_of(models["ViT-B-32"]))
+    assert towers.logit_scale.shape == (1,)
+    for value, scale, gradient in [(50.0, 50.0, 50.0), (99.9, 99.9, 99.9), (101.0, 100.0, 0.0), (1e4, 100.0, 0.0)]:
+        towers.logit_scale.data.fill_(value).log_()
+        towers.zero_grad()
+        found = towers.scale()
+        found.sum().backward()
+        assert found.shape == (1,)
+        assert found.item() == pytest.approx(scale)
+        assert towers.logit_scale.grad is not None
+        assert towers.logit_scale.grad.item() == pytest.approx(gradient)
+        assert towers.logit_scale.exp().item() == pytest.approx(value)  # the parameter itself stays
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_unit_normalises_in_fp32_or_better(dtype: torch.dtype) -> None:
+    features = torch.randn(20, 512, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    rows = unit(features)
+    assert rows.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    expected = features.double() / features.double().norm(dim=1, keepdim=True)
+    assert torch.allclose(rows.double(), expected, rtol=0, atol=1e-15 if dtype == torch.float64 else 1e-7)
+    assert torch.equal(unit(torch.zeros(1, 3)), torch.zeros(1, 3))
+
+
+def test_autocast_changes_the_features_and_not_the_weights_and_its_absence_means_fp32(
+    models: dict[str, Path],
+) -> None:
+    config = config_of(models["ViT-B-32"])
+    towers, frozen = create(config).eval(), create(config).eval()
+    images, tokens = images_for(towers), tokenizer_of(config)(TEXTS)
+    with torch.no_grad():
+        expected = frozen(images, tokens, 12)
+        for dtype, tolerance in [(torch.float16, 5e-3), (torch.bfloat16, 4e-2)]:
+            towers.autocast = dtype
+            # As a teacher in fp32 runs beside a student under autocast.
+            with torch.autocast("cpu", dtype):
+                beside = frozen(images, tokens, 12)
+            found = towers(images, tokens, 12)
+            for own, other, reference in zip(found[:2], beside[:2], expected[:2], strict=True):
+                assert own.dtype == dtype
+                assert other.dtype == torch.float32
+                assert torch.equal(other, reference)
+                error = (unit(own) - unit(reference)).norm(dim=1).max()
+                assert 1e-6 < error < tolerance
+            assert found.logit_scale.dtype == torch.float32
+        towers.autocast = None
+        assert torch.equal(towers(images, tokens, 12).image, expected.image)
+    assert {parameter.dtype for parameter in towers.parameters()} == {torch.float32}
+
+
+# Weights out and in
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_exported_weights_load_in_open_clip_and_give_the_same_features(
+    models: dict[str, Path], name: str, tmp_path: Path
+) -> None:
+    towers = create(config_of(models[name])).eval()
+    with torch.no_grad():
+        for parameter in towers.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    path = tmp_path / "model.safetensors"
+    save(towers.export(towers.state_dict()), path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
+
+    model = open_clip.create_model(f"small-{name}", pretrained=str(path)).eval()
+    # To the names and shapes of open_clip's own class, which load_state_dict takes as they are.
+    assert {key: value.shape for key, value in load_file(path).items()} == {
+        key: value.shape for key, value in model.state_dict().items()
+    }
+    assert type(model).__name__ == ("CustomTextCLIP" if name == SIGLIP else "CLIP")
+    images, tokens = images_for(towers), tokenizer_of(config_of(models[name]))(TEXTS)
+    with torch.no_grad():
+        assert torch.equal(model.encode_image(images), towers.encode_image(images))
+        assert torch.equal(model.encode_text(tokens), towers.encode_text(tokens))
+    assert torch.equal(model.logit_scale.reshape(1), towers.logit_scale)
+    if name == SIGLIP:
+        assert torch.equal(model.logit_bias.reshape(1), towers.logit_bias)
+
+    # And back again: as the weights of a named model, and into towers that are there already.
+    for again in (
+        create(ModelConfig(name=f"small-{name}", pretrained=str(path))),
+        create(config_of(models[name])).load_exported(load_file(path)),
+    ):
+        for key, value in again.state_dict().items():
+            assert torch.equal(value, towers.state_dict()[key]), key
+
+
+def test_a_logit_scale_that_has_a_dimension_in_open_clip_keeps_it(tmp_path: Path) -> None:
+    towers = towers_with(tmp_path, {}, nonscalar_logit_scale=True)
+    model = open_clip.create_model(f"local-dir:{tmp_path}")
+    model.load_state_dict(towers.export(towers.state_dict()))
+    assert model.logit_scale.shape == (1,)
+
+
+def test_a_model_asked_for_without_weights_is_random_and_does_not_warn(
+    models: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = (create(ModelConfig(name="small-ViT-B-32")) for _ in range(2))
+    assert not torch.equal(first.visual.proj, second.visual.proj)
+    assert caplog.records == []
+
+
+# Mistakes
+
+
+def error_of(config: ModelConfig, make: Any = create) -> str:
+    with pytest.raises(ConfigError) as caught:
+        make(config)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 500
+    return message
+
+
+def broken_model(folder: Path, config: Any = None, **weights: bytes) -> ModelConfig:
+    folder.mkdir()
+    text = config if isinstance(config, str) else json.dumps({"model_cfg": tiny.CLIP | (config or {})})
+    (folder / "open_clip_config.json").write_text(text)
+    for name, content in weights.items():
+        (folder / f"open_clip_{name.replace('_', '.')}").write_bytes(content)
+    return config_of(folder)
+
+
+def test_a_model_that_open_clip_does_not_know_is_an_error() -> None:
+    assert error_of(ModelConfig(name="ViT-B-33")).startswith("model.name: open_clip has no model ViT-B-33; see ")
+    assert error_of(ModelConfig(name="s3:ViT-B-32")).startswith("model.name: open_clip has no model s3:ViT-B-32; ")
+
+
+def test_weights_that_are_not_there_are_an_error(models: dict[str, Path], tmp_path: Path) -> None:
+    message = error_of(ModelConfig(name="small-ViT-B-32", pretrained=str(tmp_path / "missing.pt")))
+    assert message.startswith(f"model: cannot load small-ViT-B-32 ({tmp_path}/missing.pt): ")
+    assert message.endswith("is not a known tag or valid file path")
+    # A tag that would be downloaded, without a network.
+    message = error_of(ModelConfig(name="ViT-B-32-quickgelu", pretrained="openai"))
+    assert message.startswith(
+        "model: cannot load ViT-B-32-quickgelu (openai): Failed to download weights for tag "
+    )
+    message = error_of(ModelConfig(name="hf-hub:nobody/nothing"))
+    assert message.startswith("model: cannot load hf-hub:nobody/nothing (None): ")
+    assert error_of(config_of(tmp_path / "nowhere")).endswith(f"not found: {tmp_path}/nowhere")
+    # Not silently a random model: a folder brings its weights.
+    message = error_of(broken_model(tmp_path / "weightless"))
+    assert "could not be loaded" in message
+
+
+def test_weights_and_configs_that_cannot_be_read_are_an_error(models: dict[str, Path], tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    save_file({"x": torch.ones(1)}, other)
+    for number, config in enumerate(
+        [
+            broken_model(tmp_path / "a", model_safetensors=b"not safe"),
+            broken_model(tmp_path / "b", pytorch_model_bin=b"not a pickle"),
+            broken_model(tmp_path / "c", "{"),
+            broken_model(tmp_path / "d", "{}"),
+            broken_model(tmp_path / "e", {"depth": 3}),
+            broken_model(tmp_path / "f", json.dumps({"model_cfg": {"embed_dim": 3}})),
+            broken_model(tmp_path / "g", {"vision_cfg": {"timm_model_name": "nosuch"}}),
+            ModelConfig(name="small-ViT-B-32", pretrained=str(other)),
+        ]
+    ):
+        message = error_of(config)
+        assert message.startswith(f"model: cannot load {config.name} ({config.pretrained}): "), number
+        assert not message.endswith(": "), number
+
+
+def test_a_model_with_a_text_decoder_is_refused(tmp_path: Path) -> None:
+    name = tiny.write_model(tmp_path, tiny.reduced("coca_ViT-B-32"))
+    message = error_of(ModelConfig(name=name))
+    assert message == f"model.name: {name} has a text decoder; only two-tower models can be tuned"
+
+
+# Tokenizers
+
+
+def test_a_tokenizer_is_the_models_own_and_cuts_to_the_length_asked_for(models: dict[str, Path]) -> None:
+    own = tokenizer_of(config_of(models["ViT-B-32"]))
+    assert torch.equal(own(TEXTS), open_clip.tokenize(TEXTS))
+    short = tokenizer_of(config_of(models["ViT-B-32"]), text_length=6)
+    assert short(TEXTS).shape == (6, 6)
+    # Cut texts end with the end-of-text token, so that they can be read there.
+    assert set(short(TEXTS).amax(1).tolist()) == {49407}
+    words = tokenizer_of(config_of(models[SIGLIP]), text_length=5)(["A cat!", "the photo of a dog"])
+    ids = tiny.VOCABULARY
+    assert words.tolist() == [
+        [ids["a"], ids["cat"], ids["</s>"], ids["<pad>"], ids["<pad>"]],
+        [ids["the"], ids["photo"], ids["of"], ids["a"], ids["</s>"]],
+    ]
+
+
+def test_a_tokenizer_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    broken = broken_model(tmp_path / "a", {"text_cfg": {"hf_tokenizer_name": "nobody/nothing"}})
+    for config in (
+        ModelConfig(name="ViT-B-16-SigLIP"),
+        ModelConfig(name="hf-hub:nobody/nothing"),
+        config_of(tmp_path / "nowhere"),
+        broken,
+        broken_model(tmp_path / "b", "{"),
+    ):
+        message = error_of(config, tokenizer_of)
+        assert message.startswith(f"model.name: cannot load the tokenizer of {config.name}: ")
+
+
+def test_features_of_a_short_context_are_those_of_the_texts_cut_to_it(models: dict[str, Path]) -> None:
+    config = config_of(models["ViT-B-32"])
+    towers = create(config).double()
+    tokens = tokenizer_of(config, text_length=5)(TEXTS)
+    with torch.no_grad():
+        padded = F.pad(tokens, (0, 72))
+        assert torch.allclose(towers.encode_text(tokens), towers.encode_text(padded), rtol=1e-12, atol=1e-14)
