@@ -63,7 +63,7 @@ class Towers(nn.Module):
         self._layout = layout or frozenset(model.state_dict())
         self._scalar = model.logit_scale.shape
         self.pooled_at: PooledAt = _pooled_at(self.text)
-        # The tower's own mask is replaced by a part of it at each call; a buffer moves to the device with the model.
+        # Each call puts a part of it in the place of the tower's own mask; a buffer moves with the model.
         self.register_buffer("_causal_mask", getattr(self.text, "attn_mask", None), persistent=False)
         self.preprocess = Preprocess.of(self.visual)
         self.autocast: torch.dtype | None = None

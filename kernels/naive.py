@@ -61,12 +61,15 @@ def contrastive_loss(
         The loss of the global batch, ``()``.
 
     Raises:
-        ValueError: features are not two non-empty matrices of one shape.
+        ValueError: features are not two non-empty matrices of one shape and dtype, or the scale not one number.
     """
     _check_pairs(image_features=image_features, text_features=text_features)
+    _check_scale(logit_scale)
     image = gather_rows(unit(image_features), group)
     text = gather_rows(unit(text_features), group)
-    logits = logit_scale.to(image.dtype) * (image @ text.T)
+    # Under a caller's autocast the product would fall to half precision while everything still says fp32.
+    with torch.autocast(image.device.type, enabled=False):
+        logits = logit_scale.to(image.dtype) * (image @ text.T)
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
@@ -111,9 +114,7 @@ def difference_loss(
         image_teacher=image_teacher,
         text_teacher=text_teacher,
     )
-    if average_vector.shape != image_features.shape[1:]:
-        expected, actual = tuple(image_features.shape[1:]), tuple(average_vector.shape)
-        raise ValueError(f"average_vector: expected shape {expected}, got {actual}")
+    _check_average_vector(average_vector, image_features)
     image, text = unit(image_features), unit(text_features)
     u = gather_rows(image - image_teacher.to(image.dtype), group)
     v = gather_rows(text - text_teacher.to(text.dtype), group)
@@ -148,6 +149,9 @@ def dive_loss(
 
     Arguments, shapes and errors are those of the two functions; ``weight`` is the paper's lambda.
     """
+    _check_pairs(
+        reference_image_features=reference_image_features, reference_text_features=reference_text_features
+    )
     contrastive = contrastive_loss(image_features, text_features, logit_scale, group=group)
     difference = difference_loss(
         reference_image_features,
@@ -199,5 +203,25 @@ def _check_pairs(**matrices: Tensor) -> None:
             raise ValueError(f"{name}: expected shape {expected} as {first} has, got {actual}")
         if not matrix.is_floating_point():
             raise ValueError(f"{name}: expected a floating-point dtype, got {matrix.dtype}")
+        if name.endswith("features") and matrix.dtype != reference.dtype:
+            raise ValueError(f"{name}: expected dtype {reference.dtype} as {first} has, got {matrix.dtype}")
         if matrix.device != reference.device:
             raise ValueError(f"{name}: expected device {reference.device} as {first} has, got {matrix.device}")
+
+
+def _check_scale(logit_scale: Tensor) -> None:
+    if logit_scale.shape not in ((), (1,)):
+        raise ValueError(f"logit_scale: expected shape () or (1,), got {tuple(logit_scale.shape)}")
+
+
+def _check_average_vector(average_vector: Tensor, image_features: Tensor) -> None:
+    expected, actual = tuple(image_features.shape[1:]), tuple(average_vector.shape)
+    if expected != actual:
+        raise ValueError(f"average_vector: expected shape {expected}, got {actual}")
+    if not average_vector.is_floating_point():
+        raise ValueError(f"average_vector: expected a floating-point dtype, got {average_vector.dtype}")
+    if average_vector.device != image_features.device:
+        device = image_features.device
+        raise ValueError(
+            f"average_vector: expected device {device} as image_features has, got {average_vector.device}"
+        )

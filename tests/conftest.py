@@ -8,10 +8,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 # Before anything imports Hugging Face's hub, which reads it once: no test may wait for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Tiny tensors: on a busy machine, threads mostly wait for one another.
+torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).parents[1]
 

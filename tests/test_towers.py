@@ -153,10 +153,10 @@ def test_trimming_is_exact_where_a_causal_tower_is_read_at_the_end_of_the_text(
         found = features()
         assert torch.allclose(found, model.encode_text(tokens), rtol=1e-12, atol=1e-14), key
         found.square().sum().backward()
-        gradients[key] = {name: p.grad.clone() for name, p in towers.text.named_parameters()}
-    for name, gradient in gradients["whole"].items():
+        gradients[key] = {parameter: value.grad.clone() for parameter, value in towers.text.named_parameters()}
+    for parameter, gradient in gradients["whole"].items():
         for key in ("trimmed", "trimmed again"):
-            assert torch.allclose(gradients[key][name], gradient, rtol=1e-10, atol=1e-13), (key, name)
+            assert torch.allclose(gradients[key][parameter], gradient, rtol=1e-10, atol=1e-13), (key, parameter)
     # One token less, and the longest text is another.
     with torch.no_grad():
         assert not torch.allclose(towers.encode_text(tokens, length - 1), model.encode_text(tokens), rtol=1e-3)
@@ -191,7 +191,7 @@ def test_nothing_is_trimmed_where_that_would_change_the_feature(tmp_path: Path, 
         assert torch.equal(towers.encode_text(tokens, 12), model.encode_text(tokens))
 
 
-def test_a_tower_that_masks_its_padding_is_not_trimmed(models: dict[str, Path]) -> None:
+def test_a_tower_that_masks_its_padding_is_not_trimmed() -> None:
     # Such towers have no causal mask in open_clip today; the feature must not hang on that.
     tower = TextTransformer(no_causal_mask=True, use_pad_mask=True, width=32, heads=2, layers=1)
     assert _pooled_at(tower) is None

@@ -56,9 +56,8 @@ def reduced(name: str) -> dict[str, Any]:
     return config
 
 
-VOCABULARY = {
-    word: row for row, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *"a the photo of cat dog".split()])
-}
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "the", "photo", "of", "cat", "dog"]
+VOCABULARY = {word: row for row, word in enumerate(WORDS)}
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -24,7 +24,7 @@ def read_class_names(name: str) -> tuple[str, ...]:
     """``imagenet`` (open_clip's), or a text file with one name a line.
 
     Raises:
-        DataError: no such file, or an empty one.
+        DataError: no such file, or an empty one, or one with an empty line among the names.
     """
     return tuple(open_clip.IMAGENET_CLASSNAMES) if name == "imagenet" else tuple(_lines(name, "class names"))
 

@@ -425,6 +425,14 @@ class TestRanks:
             assert_within(actual, gradient.double().numpy(), bounds.gradient_bounds[key], f"gradient of {key}")
 
 
+def test_autocast_does_not_reach_the_logits():
+    inputs = to_tensors(make_inputs(drifted_pairs, 16, 32, 0))
+    arguments = {key: value.float() for key, value in select(inputs, CONTRASTIVE).items()}
+    expected = naive.contrastive_loss(**arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(naive.contrastive_loss(**arguments), expected)
+
+
 # Bad input
 
 
@@ -442,33 +450,33 @@ VALID["dive_loss"] = VALID["contrastive_loss"] | {
 
 
 def bad_inputs():
-    """Function, argument, the name that the error has to give, and what is wrong with the argument."""
+    """Function, argument, and what is wrong with the argument."""
     for name, shapes in VALID.items():
         # Shapes are compared with the first matrix of a batch, so a wrong first one is wrong in itself.
         for argument, shape in shapes.items():
-            # dive_loss may pass its reference features on under the names of difference_loss.
-            named = argument.removeprefix("reference_")
             if argument == "average_vector":
                 wrong_shapes = [(), (3,), (1, 4), (0,)]
             elif argument == "logit_scale":
-                continue
+                wrong_shapes = [(3,), (0,), (1, 1)]
             elif argument.endswith("image_features"):
                 wrong_shapes = [(), (4,), (3, 4, 1), (0, 4), (3, 0)]
             else:
                 wrong_shapes = [(), (4,), (5, 4), (1, 4), (*shape, 1), (shape[0], 3), (shape[0], 1), shape[::-1]]
             for wrong in wrong_shapes:
-                yield name, argument, named, {"size": wrong}
-            if argument != "average_vector":
-                yield name, argument, named, {"size": shape, "dtype": torch.int64}
-            if len(shape) == 2 and not argument.endswith("image_features"):
-                yield name, argument, named, {"size": shape, "device": "meta"}
+                yield name, argument, {"size": wrong}
+            if argument != "logit_scale":
+                yield name, argument, {"size": shape, "dtype": torch.int64}
+            if argument.endswith("text_features"):
+                yield name, argument, {"size": shape, "dtype": torch.float64}
+            if argument != "logit_scale" and not argument.endswith("image_features"):
+                yield name, argument, {"size": shape, "device": "meta"}
 
 
-@pytest.mark.parametrize(("name", "argument", "named", "wrong"), bad_inputs())
-def test_error_names_the_argument(name, argument, named, wrong):
+@pytest.mark.parametrize(("name", "argument", "wrong"), bad_inputs())
+def test_error_names_the_argument(name, argument, wrong):
     inputs = {key: torch.ones(shape) for key, shape in VALID[name].items()}
     getattr(naive, name)(**inputs)
-    with pytest.raises(ValueError, match=rf"^(reference_)?{named}: expected "):
+    with pytest.raises(ValueError, match=rf"^{argument}: expected "):
         getattr(naive, name)(**inputs | {argument: torch.ones(**wrong)})
 
 
