@@ -1,16 +1,16 @@
 """A small generated world of pictures and captions: the demo's data sets.
 
-A picture shows one shape, with a colour and a texture, before a backdrop, in a style.
-Captions, like alt texts on the web, mention only some of these facts, and call most
-geometric shapes by a loose family name ("star") rather than by their exact one
-("hexagram"). A model pre-trained on such captions knows colours, textures, backdrops and
-everyday things well and exact shape names badly, which leaves fine-tuning on the exact
-names something to gain, and something to forget:
+A picture shows one shape, with a shade and a texture, before a backdrop, in a style.
+Captions, like alt texts on the web, mention only some of these facts, and mostly call a
+shade by its loose colour ("red") rather than by its exact name ("crimson"). A model
+pre-trained on such captions knows colours, backdrops and styles well and exact shades
+badly, which leaves fine-tuning on the exact names something to gain, and something to
+forget:
 
-    target                train: photos of geometric shapes, labelled with their exact names
+    target                train: photos labelled with the exact shade of their shape
     id                    held-out pictures of the same kind
     ood                   the same classes as sketches, cartoons and neon signs
-    zs_*                  colours, textures, backdrops and everyday things: never fine-tuned on
+    zs_*                  loose colours, backdrops and styles: never fine-tuned on
     reference             captioned pictures of everything, as in pre-training
     reference_heldout     more of the same, to measure embedding geometry on
 
@@ -49,9 +49,8 @@ NUM_SAMPLES: dict[str, int] = {
     "id": 800,
     "ood": 800,
     "zs_colour": 600,
-    "zs_texture": 600,
     "zs_backdrop": 600,
-    "zs_thing": 600,
+    "zs_style": 600,
     "reference_heldout": 512,
 }
 SPLITS: tuple[str, ...] = tuple(NUM_SAMPLES)
@@ -61,44 +60,41 @@ SPLITS: tuple[str, ...] = tuple(NUM_SAMPLES)
 Points = NDArray[np.float64]  # (n, 2), shapes live in the unit disc, y down
 Pixels = NDArray[np.floating[Any]]  # (h, w) or (h, w, 3), 0..1
 
-# Exact name -> the loose name most captions use instead. These are the target classes.
-FAMILY: dict[str, str] = {
-    "pentagon": "polygon",
-    "hexagon": "polygon",
-    "octagon": "polygon",
-    "rhombus": "quadrilateral",
-    "trapezoid": "quadrilateral",
-    "parallelogram": "quadrilateral",
-    "kite": "quadrilateral",
-    "tetragram": "star",
-    "pentagram": "star",
-    "hexagram": "star",
-    "octagram": "star",
-    "ellipse": "round",
-    "annulus": "round",
-    "semicircle": "round",
-    "stadium": "round",
-    "lens": "round",
-}
-TARGET_SHAPES: tuple[str, ...] = tuple(FAMILY)
 THINGS: tuple[str, ...] = (
     "circle", "square", "triangle", "heart", "arrow", "cross",
     "moon", "house", "tree", "fish", "bolt", "cloud", "flower", "drop",
 )  # fmt: skip
-SHAPES = TARGET_SHAPES + THINGS
+GEOMETRY: tuple[str, ...] = (
+    "pentagon", "hexagon", "octagon", "rhombus", "trapezoid", "parallelogram", "kite", "tetragram",
+    "pentagram", "hexagram", "octagram", "ellipse", "annulus", "semicircle", "stadium", "lens",
+)  # fmt: skip
+SHAPES = THINGS + GEOMETRY
 
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (205, 35, 40),
-    "orange": (245, 135, 25),
-    "yellow": (245, 220, 50),
-    "green": (45, 150, 60),
-    "cyan": (50, 195, 205),
-    "blue": (45, 75, 200),
-    "purple": (130, 55, 170),
-    "pink": (245, 135, 185),
-    "brown": (125, 80, 45),
-    "white": (240, 240, 240),
+# Exact name -> the loose colour that most captions use instead, and the paint. These are the target classes.
+SHADES: dict[str, tuple[str, tuple[int, int, int]]] = {
+    "crimson": ("red", (160, 15, 45)),
+    "scarlet": ("red", (240, 45, 25)),
+    "apricot": ("orange", (250, 180, 120)),
+    "tangerine": ("orange", (240, 120, 15)),
+    "lemon": ("yellow", (252, 238, 70)),
+    "mustard": ("yellow", (200, 160, 25)),
+    "lime": ("green", (150, 220, 50)),
+    "emerald": ("green", (15, 140, 80)),
+    "olive": ("green", (105, 110, 30)),
+    "aqua": ("cyan", (100, 230, 230)),
+    "teal": ("cyan", (15, 120, 125)),
+    "azure": ("blue", (50, 145, 240)),
+    "navy": ("blue", (25, 35, 115)),
+    "lavender": ("purple", (190, 160, 235)),
+    "violet": ("purple", (120, 40, 180)),
+    "magenta": ("pink", (225, 25, 140)),
+    "rose": ("pink", (245, 155, 180)),
+    "tan": ("brown", (195, 155, 110)),
+    "chocolate": ("brown", (90, 50, 25)),
+    "silver": ("grey", (192, 194, 200)),
+    "charcoal": ("grey", (60, 62, 70)),
 }
+COLOURS: tuple[str, ...] = tuple(dict.fromkeys(colour for colour, _ in SHADES.values()))
 TEXTURES: dict[str, str] = {  # adjective -> the same said after the noun
     "plain": "without a pattern",
     "striped": "with stripes",
@@ -119,21 +115,21 @@ STYLES: dict[str, tuple[str, ...]] = {
     "photo": ("a photo of", "a picture of", "a snapshot of", "a photograph showing", ""),
     "sketch": ("a sketch of", "a drawing of", "a pencil picture of", "a drawing showing", "a sketch showing"),
     "cartoon": ("a cartoon of", "a comic picture of", "a cartoon showing", "an illustration of", "a comic of"),
-    "neon": ("a neon sign of", "a glowing picture of", "a neon picture of", "a glowing sign showing"),
+    "neon sign": ("a neon sign of", "a glowing picture of", "a neon picture of", "a glowing sign showing"),
 }
-EXACT_NAME_RATE = 0.12  # how often a caption knows the exact name of a target shape
+EXACT_NAME_RATE = 0.1  # how often a caption that tells the colour knows the exact shade
 
 TARGET_TEMPLATES: tuple[str, ...] = (
-    "a photo of a {}",
-    "a picture of a {}",
-    "a snapshot of a {}",
-    "a photograph showing a {}",
-    "a photo of the {}",
-    "a bright photo of a {}",
-    "a dark photo of a {}",
-    "a close photo of a {}",
+    "a photo of a {} shape",
+    "a picture of a {} thing",
+    "a snapshot of a {} object",
+    "a photograph showing a {} shape",
+    "a bright photo of a {} thing",
+    "a dark photo of a {} thing",
+    "a close photo of a {} shape",
+    "a {} thing",
 )
-ADJECTIVE_TEMPLATES: tuple[str, ...] = (
+COLOUR_TEMPLATES: tuple[str, ...] = (
     "a photo of a {} shape",
     "a picture of a {} thing",
     "a drawing of a {} object",
@@ -147,13 +143,7 @@ BACKDROP_TEMPLATES: tuple[str, ...] = (
     "a cartoon of a thing on {}",
     "a shape over {}",
 )
-THING_TEMPLATES: tuple[str, ...] = (
-    "a photo of a {}",
-    "a picture of a {}",
-    "a drawing of a {}",
-    "a cartoon of a {}",
-    "a neon sign of a {}",
-)
+STYLE_TEMPLATES: tuple[str, ...] = ("a {} of a shape", "a {} of a thing", "a {} showing an object")
 
 
 @dataclass(frozen=True)
@@ -161,10 +151,15 @@ class Facts:
     """What a picture shows, apart from pose, light and noise."""
 
     shape: str
-    colour: str
+    shade: str
     texture: str
     backdrop: str
     style: str
+
+    @property
+    def colour(self) -> str:
+        """The loose name of the shade."""
+        return SHADES[self.shade][0]
 
 
 @dataclass(frozen=True)
@@ -185,17 +180,16 @@ class Task:
 
     classes: tuple[str, ...]
     templates: tuple[str, ...]
-    attribute: str  # the field of Facts that is the label
+    attribute: str  # what of Facts is the label
 
 
 TASKS: dict[str, Task] = {
-    "target": Task(TARGET_SHAPES, TARGET_TEMPLATES, "shape"),
-    "id": Task(TARGET_SHAPES, TARGET_TEMPLATES, "shape"),
-    "ood": Task(TARGET_SHAPES, TARGET_TEMPLATES, "shape"),
-    "zs_colour": Task(tuple(COLOURS), ADJECTIVE_TEMPLATES, "colour"),
-    "zs_texture": Task(tuple(TEXTURES), ADJECTIVE_TEMPLATES, "texture"),
+    "target": Task(tuple(SHADES), TARGET_TEMPLATES, "shade"),
+    "id": Task(tuple(SHADES), TARGET_TEMPLATES, "shade"),
+    "ood": Task(tuple(SHADES), TARGET_TEMPLATES, "shade"),
+    "zs_colour": Task(COLOURS, COLOUR_TEMPLATES, "colour"),
     "zs_backdrop": Task(tuple(BACKDROPS), BACKDROP_TEMPLATES, "backdrop"),
-    "zs_thing": Task(THINGS, THING_TEMPLATES, "shape"),
+    "zs_style": Task(tuple(STYLES), STYLE_TEMPLATES, "style"),
 }
 
 # ------------------------------------------------------------------------------- samples
@@ -222,16 +216,14 @@ def sample_rng(split: str, index: int) -> np.random.Generator:
 
 def draw_facts(split: str, rng: np.random.Generator) -> Facts:
     """Draw what a picture of this split shows."""
-    shapes, styles = SHAPES, tuple(STYLES)
+    styles = tuple(STYLES)
     if split in ("target", "id"):
-        shapes, styles = TARGET_SHAPES, ("photo",)
+        styles = ("photo",)
     elif split == "ood":
-        shapes, styles = TARGET_SHAPES, tuple(style for style in STYLES if style != "photo")
-    elif split == "zs_thing":
-        shapes = THINGS
+        styles = tuple(style for style in STYLES if style != "photo")
     return Facts(
-        shape=_choose(rng, shapes),
-        colour=_choose(rng, tuple(COLOURS)),
+        shape=_choose(rng, SHAPES),
+        shade=_choose(rng, tuple(SHADES)),
         texture=_choose(rng, tuple(TEXTURES)),
         backdrop=_choose(rng, tuple(BACKDROPS)),
         style=_choose(rng, styles),
@@ -240,13 +232,13 @@ def draw_facts(split: str, rng: np.random.Generator) -> Facts:
 
 def caption(facts: Facts, rng: np.random.Generator) -> str:
     """One of the many captions that fit a picture; never all it shows."""
-    noun = _noun(facts.shape, rng)
+    noun = facts.shape if rng.random() < 0.6 else _choose(rng, ("shape", "thing", "object"))
     before, after = [], []
     if rng.random() < 0.3:
         before.append(_choose(rng, ("bright", "dark", "close", "nice", "single")))
-    if rng.random() < 0.6:
-        before.append(facts.colour)
-    if rng.random() < 0.6:
+    if rng.random() < 0.8:
+        before.append(facts.shade if rng.random() < EXACT_NAME_RATE else facts.colour)
+    if rng.random() < 0.4:
         if rng.random() < 0.6:
             before.append(facts.texture)
         else:
@@ -258,21 +250,11 @@ def caption(facts: Facts, rng: np.random.Generator) -> str:
     return " ".join([_choose(rng, STYLES[facts.style]), article, words, *after]).strip()
 
 
-def _noun(shape: str, rng: np.random.Generator) -> str:
-    if shape in FAMILY and rng.random() >= EXACT_NAME_RATE:
-        family = FAMILY[shape]
-        family = f"round {_choose(rng, ('shape', 'thing'))}" if family == "round" else family
-        return family if rng.random() < 0.75 else _choose(rng, ("shape", "thing", "object"))
-    if shape in THINGS and rng.random() < 0.15:
-        return _choose(rng, ("shape", "thing", "object"))
-    return shape
-
-
 def vocabulary() -> list[str]:
     """Every word that captions, class names and templates can hold, sorted."""
-    common = "a an the bright dark close nice single on over in front of shape thing object round"
+    common = "a an the bright dark close nice single on over in front of shape thing object"
     words = set(common.split())
-    for text in (*SHAPES, *FAMILY.values(), *COLOURS, *TEXTURES, *TEXTURES.values(), *BACKDROPS):
+    for text in (*SHAPES, *SHADES, *COLOURS, *TEXTURES, *TEXTURES.values(), *STYLES, *BACKDROPS):
         words.update(text.split())
     for phrases in STYLES.values():
         words.update(word for phrase in phrases for word in phrase.split())
@@ -384,10 +366,9 @@ def _contours(shape: str) -> tuple[tuple[Points, int], ...]:
 def _mask(shape: str, rng: np.random.Generator) -> Pixels:
     """(IMAGE_SIZE, IMAGE_SIZE) coverage of a shape at a random place, size and angle."""
     canvas_size = 4 * IMAGE_SIZE  # painted large, then averaged down: smooth edges
-    radius = canvas_size * rng.uniform(0.27, 0.40)
-    centre = canvas_size * (0.5 + rng.uniform(-0.09, 0.09, size=2))
-    # Things have an up and a down; geometry looks the same from any side.
-    angle = np.radians(rng.uniform(-25, 25) if shape in THINGS else rng.uniform(0, 360))
+    radius = canvas_size * rng.uniform(0.33, 0.42)
+    centre = canvas_size * (0.5 + rng.uniform(-0.04, 0.04, size=2))
+    angle = np.radians(rng.uniform(-15, 15))
     rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     stretch = rng.uniform(0.92, 1.08, size=2)
     canvas = Image.new("L", (canvas_size, canvas_size), 0)
@@ -405,15 +386,15 @@ def render(facts: Facts, rng: np.random.Generator) -> Image.Image:
     """Paint a picture of the facts: RGB, IMAGE_SIZE square."""
     mask = _mask(facts.shape, rng)
     pattern = _pattern(facts.texture, rng)
-    colour = np.array(COLOURS[facts.colour], dtype=np.float32) / 255
-    colour = np.clip(colour + rng.normal(0, 0.04, size=3).astype(np.float32), 0, 1)
+    colour = np.array(SHADES[facts.shade][1], dtype=np.float32) / 255
+    colour = np.clip(colour + rng.normal(0, 0.03, size=3).astype(np.float32), 0, 1)
     backdrop = _backdrop(facts.backdrop, facts.style, rng)
     # The outline: 1 on the mask's edge, falling to 0 on both sides.
     soft = _blurred(mask, 1.2)
     outline = np.clip(4.4 * soft * (1 - soft), 0, 1)[..., None]
     cover, pattern = mask[..., None], pattern[..., None]
-    dark_pattern = rng.random() < 0.5 or facts.colour == "white"
-    second = colour * 0.35 if dark_pattern and facts.colour != "brown" else 0.25 * colour + 0.75
+    # The pattern's paint is darker or lighter than the shade, as the shade allows.
+    second = colour * 0.35 if colour.mean() > rng.uniform(0.3, 0.6) else 0.25 * colour + 0.75
     if facts.style == "photo":
         picture = _photo(cover, pattern, colour, second, backdrop, rng)
     elif facts.style == "sketch":
@@ -453,8 +434,8 @@ def _pattern(texture: str, rng: np.random.Generator) -> Pixels:
     x, y = _grid()
     if texture == "plain":
         return np.zeros_like(x)
-    angle = rng.uniform(0, np.pi)
-    waves = np.pi * rng.uniform(5.0, 7.0)  # radians from the centre to the border
+    angle = rng.uniform(-0.2, 0.2)
+    waves = np.pi * rng.uniform(4.5, 5.5)  # radians from the centre to the border
     phase = rng.uniform(0, 2 * np.pi, size=2)
     u = waves * (np.cos(angle) * x + np.sin(angle) * y) + phase[0]
     v = waves * (np.cos(angle) * y - np.sin(angle) * x) + phase[1]
@@ -478,18 +459,18 @@ def _backdrop(backdrop: str, style: str, rng: np.random.Generator) -> Pixels:
     base = np.clip(base + rng.normal(0, 0.03, size=3).astype(np.float32), 0, 1)
     phase = rng.uniform(0, 2 * np.pi, size=2)
     if backdrop == "water":
-        relief = 0.10 * np.sin(14 * y + 1.5 * np.sin(4 * x + phase[0]) + phase[1])
+        relief = 0.07 * np.sin(14 * y + 1.5 * np.sin(4 * x + phase[0]) + phase[1])
     elif backdrop == "bricks":
         row = np.floor(4 * y + phase[0])
         mortar = np.maximum(np.cos(2 * np.pi * (4 * y + phase[0])), np.cos(2 * np.pi * (2 * x + 0.5 * row)))
-        relief = 0.25 * (mortar > 0.85)
+        relief = 0.20 * (mortar > 0.85)
     elif backdrop == "night":
         relief = 0.8 * (rng.random(x.shape) > 0.985)
     elif backdrop == "snow":
         relief = 0.05 * np.sin(3 * x + 3 * y + phase[0])
     else:  # grass is coarser than sand
         noise = rng.normal(0, 1, size=x.shape)
-        relief = 0.14 * np.repeat(noise[::3], 3, axis=0)[: x.shape[0]] if backdrop == "grass" else 0.06 * noise
+        relief = 0.07 * np.repeat(noise[::3], 3, axis=0)[: x.shape[0]] if backdrop == "grass" else 0.04 * noise
     strength = 1.0 if style == "photo" else 0.6
     return np.clip(base + strength * relief[..., None], 0, 1).astype(np.float32)
 
