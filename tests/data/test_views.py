@@ -63,6 +63,13 @@ def test_each_purpose_has_random_numbers_of_its_own() -> None:
     assert stream(0, Draw.PROMPT, 3).random() != stream(1, Draw.CROP, 3).random()
 
 
+def test_the_crops_of_a_seed_stay_what_they_are() -> None:
+    # A teacher's cache holds embeddings of such crops: other ones would no longer be its images.
+    assert random_crop((300, 400), 0, 0, 0) == Crop(3, 7, 293, 386)
+    assert random_crop((300, 400), 0, 1, 2, (0.1, 0.5)) == Crop(87, 84, 146, 179)
+    assert random_crop((480, 360), 2**62, 3_000_000, 99) == Crop(2, 3, 469, 352)
+
+
 @pytest.mark.parametrize("scale", [TRAIN_SCALE, (0.08, 1.0)])
 @pytest.mark.parametrize("size", ODD_SIZES)
 def test_crops_lie_within_images_of_odd_sizes(size: tuple[int, int], scale: tuple[float, float]) -> None:

@@ -17,12 +17,12 @@ from dive_fast.demo import world
 
 CAPTIONED = ("reference", "reference_heldout")
 EXPECTED_TEXTS = [
-    "rhombus",
-    "stadium",
-    "plain",
-    "a glowing picture of a plain thing on bricks",
+    "aqua",
+    "rose",
+    "water",
+    "a neon sign of a brown plain semicircle over bricks",
 ]
-EXPECTED_BRIGHTNESS = [120.61, 59.7, 194.92, 36.09]
+EXPECTED_BRIGHTNESS = [109.11, 63.4, 166.28, 32.33]
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_version_is_bumped_with_the_generator() -> None:
 
     Brightness is compared loosely, as floating point differs a little between machines.
     """
-    drawn = [world.sample(split, 7) for split in ("target", "ood", "zs_texture", "reference")]
+    drawn = [world.sample(split, 7) for split in ("target", "ood", "zs_backdrop", "reference")]
     assert world.WORLD_VERSION == "1"
     assert [sample.text for sample in drawn] == EXPECTED_TEXTS
     brightness = [float(np.asarray(sample.image).mean()) for sample in drawn]
@@ -93,12 +93,13 @@ def test_out_of_distribution_means_other_styles_of_the_same_classes() -> None:
 def test_zero_shot_classes_are_not_fine_tuned_on() -> None:
     for split, task in world.TASKS.items():
         if split.startswith("zs_"):
-            assert not set(task.classes) & set(world.TARGET_SHAPES)
+            assert not set(task.classes) & set(world.SHADES)
 
 
 def test_reference_shows_everything_and_never_tells_a_label() -> None:
     drawn = [world.sample("reference", index) for index in range(400)]
     assert {sample.facts.shape for sample in drawn} == set(world.SHAPES)
+    assert {sample.facts.shade for sample in drawn} == set(world.SHADES)
     assert {sample.facts.style for sample in drawn} == set(world.STYLES)
     assert all(sample.label == -1 for sample in drawn)
 
@@ -161,7 +162,7 @@ def test_resolve(tmp_path: Path, small_world: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("DIVE_FAST_CACHE", str(tmp_path))
     root = tmp_path / f"demo-{world.WORLD_VERSION}"
     assert world.resolve("demo:target") == root / "target"
-    assert world.resolve("demo:target/classes.txt").read_text().splitlines() == list(world.TARGET_SHAPES)
+    assert world.resolve("demo:target/classes.txt").read_text().splitlines() == list(world.SHADES)
 
 
 @pytest.mark.parametrize("path", ["demo:nonsense", "demo:", "target", "other:target"])
@@ -189,8 +190,8 @@ def test_tokenizer_marks_the_end_with_the_highest_id(tokenizer: Any) -> None:
     inner = tokenizer.tokenizer
     assert inner.pad_token_id == 0
     assert inner.eos_token_id == len(inner) - 1 == max(inner.get_vocab().values())
-    ids = tokenizer(["a photo of a HEXAGRAM", "a photo of a gramophone"])
-    assert ids[0].tolist()[5] == inner.convert_tokens_to_ids("hexagram")
+    ids = tokenizer(["a photo of a CRIMSON", "a photo of a gramophone"])
+    assert ids[0].tolist()[5] == inner.convert_tokens_to_ids("crimson")
     assert ids[0].argmax() == 6
     assert ids[0, 7:].sum() == 0
     assert inner.unk_token_id in ids[1]
@@ -210,7 +211,7 @@ def test_tokenizer_knows_every_word_and_cuts_nothing(tokenizer: Any) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("split", "least"), [("id", 2.0), ("ood", 2.0), ("zs_colour", 4.0), ("zs_texture", 3.0), ("zs_backdrop", 3.0)]
+    ("split", "least"), [("id", 3.0), ("ood", 3.0), ("zs_colour", 4.0), ("zs_backdrop", 4.0), ("zs_style", 2.5)]
 )
 def test_model_has_learned_its_world(split: str, least: float, tokenizer: Any) -> None:
     """Accuracy on a part of the set is at least `least` times chance."""

@@ -38,7 +38,9 @@ def test_rsa_keeps_its_digits_where_all_embeddings_are_near_one_another() -> Non
     before = unit(cone + 1e-2 * rows(60, 32, 1))
     after = unit(before + 1e-3 * rows(60, 32, 2))
     assert rsa(before, after) == pytest.approx(reference(before, after), abs=1e-9)
-    assert rsa(before.float(), after.float()) == pytest.approx(reference(before.float(), after.float()), abs=1e-4)
+    # Embeddings come in fp32, sums are kept in fp64.
+    rounded = before.float(), after.float()
+    assert rsa(*rounded) == pytest.approx(rsa(*(rows.double() for rows in rounded)), abs=1e-13)
 
 
 def test_before_and_after_may_differ_in_width() -> None:

@@ -110,11 +110,13 @@ def test_the_classifier_is_open_clips(tmp_path: Path, config: dict[str, Any], te
     towers, tokenizer = create(ModelConfig(name=name)).double(), tokenizer_of(ModelConfig(name=name))
     model: Any = open_clip.create_model(name).double()
     prompts = read_templates(templates)
-    expected = open_clip.build_zero_shot_classifier(model, tokenizer, NAMES, prompts).T
-    found = classifier(towers, tokenizer, NAMES, prompts)
-    assert found.shape == (4, 24)
-    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
-    assert not found.requires_grad
+    # A template that stands twice counts twice, though its prompt is encoded once.
+    for own in (prompts, (*prompts, str.lower, prompts[0], str.upper)):
+        expected = open_clip.build_zero_shot_classifier(model, tokenizer, NAMES, own).T
+        found = classifier(towers, tokenizer, NAMES, own)
+        assert found.shape == (4, 24)
+        assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+        assert not found.requires_grad
 
 
 @pytest.mark.parametrize("workers", [0, 1])
