@@ -2,10 +2,13 @@
 
 import os
 import socket
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,13 @@ class Ranks:
     def first(self) -> bool:
         """Whether this rank talks and writes for all."""
         return self.rank == 0
+
+    def progress(self, total: int, description: str, unit: str, done: int = 0) -> "tqdm[Any]":
+        """A progress bar on the first rank; a line every half minute where no one is watching."""
+        quiet = 0.1 if sys.stderr.isatty() else 30
+        return tqdm(
+            total=total, initial=done, desc=description, unit=unit, mininterval=quiet, disable=not self.first
+        )
 
     def barrier(self) -> None:
         """Waits until every rank has come here."""

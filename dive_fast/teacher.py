@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from dive_fast.config import ConfigError
 from dive_fast.data.batch import ReferenceBatch
@@ -145,7 +144,7 @@ def write_cache(
     share = ranks.share(num_samples)
     places = [(view, sample) for view in range(num_views) for sample in share]
     rows = np.array([sample * num_views + view for view, sample in places], dtype=np.int64)
-    progress = tqdm(total=len(places), desc="teacher cache", unit="pair", disable=not ranks.first)
+    progress = ranks.progress(len(places), "teacher cache", "pair")
     done = 0
     for batch in batches_of(samples, places, batch_size, workers):
         embeddings = embed(batch.to(ranks.device))

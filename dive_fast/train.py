@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 from dive_fast import checkpoint, objective
 from dive_fast import teacher as teachers
@@ -160,9 +159,7 @@ class Metrics:
             self._path = run.folder / "metrics.jsonl"
             kept = [line for line in self._lines() if json.loads(line)["step"] <= first_step]
             self._path.write_text("".join(f"{line}\n" for line in kept))
-        self._bar = tqdm(
-            total=run.total_steps, initial=first_step, desc="train", unit="step", disable=not self._enabled
-        )
+        self._bar = run.ranks.progress(run.total_steps, "train", "step", done=first_step)
 
     def log(self, step: int, values: dict[str, torch.Tensor], learning_rate: float) -> None:
         """Takes the metrics of one step; every ``train.log_every`` steps they are read and written."""
@@ -185,9 +182,8 @@ class Metrics:
             self._last["loss_scale"] = engine.scale.value
         self._since, self._since_step = now, step
         shown = {"loss": "loss", "u": "image_norm", "v": "text_norm", "img/s": "images_per_second"}
-        self._bar.set_postfix(
-            {short: f"{self._last[name]:.3g}" for short, name in shown.items() if name in self._last}
-        )
+        values_shown = {short: f"{self._last[name]:.3g}" for short, name in shown.items() if name in self._last}
+        self._bar.set_postfix(values_shown, refresh=False)
         self._write(step, self._last)
 
     def close(self, results: dict[str, float]) -> dict[str, float]:
@@ -284,7 +280,14 @@ def _width(towers: Towers) -> int:
 def _check_text_length(config: Config, towers: Towers) -> None:
     for half in ("target", "reference"):
         data = getattr(config.data, half)
-        if data is not None and data.text_length is not None and towers.pooled_at is None:
+        if data is None or data.text_length is None:
+            continue
+        context = int(getattr(towers.text, "context_length", data.text_length))
+        if data.text_length > context:
+            raise ConfigError(
+                f"data.{half}.text_length = {data.text_length} exceeds the model's context of {context}"
+            )
+        if towers.pooled_at is None:
             raise ConfigError(
                 f"data.{half}.text_length: the text tower of {config.model.name} needs its whole context"
             )
