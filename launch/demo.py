@@ -32,7 +32,7 @@ def main() -> int:
         models[method] = folder / "model.safetensors"
     result = report.compare(load(str(HERE / "configs/demo.json")), models)
     report.write(result, options.output)
-    print(f"\n{report.table(result)}\n")
+    print(f"\n{report.table(result)}\n\n{report.EVIDENCE}\n")
     print(f"{options.output}/report.json, {options.output}/report.png")
     print(f"{time.perf_counter() - started:.0f} s")
     return 0

@@ -1,8 +1,4 @@
-"""The demo's comparison: pre-trained, FLYP and DiVE by accuracy and geometry, as table, JSON and picture.
-
-What it is evidence for: that the engine's road is open end to end, and that in a small world the loss does what
-the paper says of it. What it is not: a measurement of DiVE on CLIP and natural images, or of speed.
-"""
+"""The demo's comparison: pre-trained, FLYP and DiVE by accuracy and geometry, as table, JSON and picture."""
 
 import json
 from pathlib import Path
@@ -18,6 +14,11 @@ from dive_fast.evaluate.geometry import rsa
 from dive_fast.evaluate.zero_shot import evaluate
 from dive_fast.ranks import Ranks
 from dive_fast.towers import Towers, create, tokenizer_of, unit
+
+EVIDENCE = """\
+Evidence that the road from config to exported model is open, and that in a small generated world DiVE keeps what
+FLYP forgets at the same steps and learning rate. Lambda is this world's (1): embeddings move further here than
+CLIP's, whose is 1000. No evidence about CLIP on natural images, nor about speed."""
 
 Report = dict[str, dict[str, float]]
 MEASURES = {
