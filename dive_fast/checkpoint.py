@@ -79,7 +79,7 @@ def load(engine: Engine, checkpoint: Path) -> int:
 def export(engine: Engine, path: Path) -> None:
     """Writes the weights as open_clip has them: ``open_clip.create_model(name, pretrained=path)``.
 
-    Raises nothing of its own; all ranks call it, the first one writes.
+    All ranks call it; the first one writes.
     """
     state = full_state(engine)
     if engine.ranks.first:

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dive_fast.config import ConfigError
 from dive_fast.data.batch import ReferenceBatch
@@ -171,8 +170,3 @@ def _width(embed: OnlineTeacher, samples: ReferenceSamples, ranks: Ranks) -> int
 def is_cache(folder: Path) -> bool:
     """Whether a whole cache is there."""
     return (folder / FINGERPRINT).is_file()
-
-
-def read_rows(folder: Path) -> tuple[Tensor, Tensor]:
-    """All embeddings of a cache, ``(samples * views, D)`` and ``(samples, D)``, for studies."""
-    return torch.from_numpy(np.load(folder / "image.npy")), torch.from_numpy(np.load(folder / "text.npy"))

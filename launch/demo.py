@@ -39,8 +39,11 @@ def main() -> int:
 
 
 def _train(folder: Path, *overrides: str) -> int:
+    from dive_fast.ranks import free_port
+
     launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "--num_accelerators", "2", str(HERE / "train.py"), "--config", "demo.json"]
+    command = [str(launcher), "--num_accelerators", "2", "--master_port", str(free_port())]
+    command += [str(HERE / "train.py"), "--config", "demo.json"]
     command += [f"train.output={folder}", "train.resume=never", *overrides]
     # The launcher finds its Python on the path.
     path = f"{launcher.parent}{os.pathsep}{os.environ.get('PATH', '')}"

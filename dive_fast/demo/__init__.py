@@ -1,1 +1,1 @@
-"""The embedded demo: a small generated world, the small CLIP pre-trained on it, and the comparison that it ends in."""
+"""The embedded demo: a small generated world, the CLIP pre-trained on it, and the comparison it ends in."""
