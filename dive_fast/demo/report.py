@@ -18,7 +18,7 @@ from dive_fast.towers import Towers, create, tokenizer_of, unit
 EVIDENCE = """\
 Evidence that the road from config to exported model is open, and that in a small generated world DiVE keeps what
 FLYP forgets at the same steps and learning rate. Learning rate, lambda and epochs were chosen on these same sets:
-the rate for FLYP's best ID; lambda is 1 here, where embeddings move further than CLIP's, whose lambda is 1000.
+the rate for FLYP's best ID; lambda is 0.1 here, where embeddings move further than CLIP's, whose lambda is 1000.
 No evidence about CLIP on natural images, nor about speed."""
 
 Report = dict[str, dict[str, float]]
