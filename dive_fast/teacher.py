@@ -6,7 +6,6 @@ Either way in fp32: a difference vector of 1e-3 is lost in a half-precision teac
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -112,7 +111,7 @@ def weights_digest(towers: Towers) -> str:
 
 def write_cache(
     folder: Path,
-    make_towers: Callable[[], Towers],
+    towers: Towers,
     samples: ReferenceSamples,
     print_of_cache: Fingerprint,
     ranks: Ranks,
@@ -123,18 +122,18 @@ def write_cache(
 
     Args:
         folder: its parent is on a file system that all ranks share.
-        make_towers: builds the frozen model.
+        towers: the frozen model, a copy of its own.
         print_of_cache: what :func:`fingerprint` gave.
         batch_size: pairs embedded at once on each rank.
         workers: loader processes on each rank.
     """
     partial = folder.with_name(f".{folder.name}.partial")
-    embed = OnlineTeacher(make_towers(), ranks)
+    embed = OnlineTeacher(towers, ranks)
     num_samples, num_views = len(samples.source), samples.num_views
     if ranks.first:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        width = _width(embed, samples, ranks)
+        width = embed.towers.width
         for name, count in (("image", num_samples * num_views), ("text", num_samples)):
             np.lib.format.open_memmap(partial / f"{name}.npy", "w+", np.float32, (count, width)).flush()
     ranks.barrier()
@@ -160,11 +159,6 @@ def write_cache(
         (partial / FINGERPRINT).write_text(json.dumps(print_of_cache, indent=2) + "\n")
         partial.rename(folder)
     ranks.barrier()
-
-
-def _width(embed: OnlineTeacher, samples: ReferenceSamples, ranks: Ranks) -> int:
-    first = next(batches_of(samples, [(0, 0)], 1, workers=0))
-    return int(embed(first.to(ranks.device)).image.shape[1])
 
 
 def is_cache(folder: Path) -> bool:

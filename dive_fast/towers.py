@@ -102,6 +102,13 @@ class Towers(nn.Module):
         features = self(images, text.tokens, text.length)
         return features.image, features.text[text.index]
 
+    @property
+    def width(self) -> int:
+        """D, the embedding width, by encoding an empty text."""
+        context = int(getattr(self.text, "context_length", 77))
+        with torch.no_grad():
+            return int(self.encode_text(self.logit_scale.new_zeros(1, context, dtype=torch.long)).shape[1])
+
     def scale(self) -> Tensor:
         """``(1,)``: the logit scale, clamped here: DeepSpeed's master would undo a clamp in place."""
         return self.logit_scale.exp().clamp(max=LOGIT_SCALE_MAX)

@@ -1,5 +1,6 @@
 """The loop: batches in, steps, metrics, checkpoints, and at the end a model that open_clip loads."""
 
+import copy
 import json
 import logging
 import platform
@@ -112,7 +113,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     total_steps = target_order.steps_per_epoch * config.train.epochs
     total_steps = min(total_steps, config.train.max_steps or total_steps)
 
-    goal = objective.create(config.objective, _width(towers))
+    goal = objective.create(config.objective, towers.width)
     reference_samples = reference_order = teacher = None
     if goal.needs_reference:
         assert reference is not None and config.data.reference is not None
@@ -151,7 +152,7 @@ class Metrics:
     """Progress bar, metrics.jsonl and DeepSpeed's monitor on the first rank; reads the device only to log."""
 
     def __init__(self, run: Run, first_step: int) -> None:
-        self._run, self._first_step = run, first_step
+        self._run = run
         self._enabled = run.ranks.first
         self._last: dict[str, float] = {}
         self._since, self._since_step = time.perf_counter(), first_step
@@ -240,7 +241,7 @@ def _teacher(
     config: Config, folder: Path, towers: Towers, samples: ReferenceSamples, ranks: Ranks
 ) -> teachers.Teacher:
     if config.teacher.mode == "online":
-        return teachers.OnlineTeacher(_frozen_copy(config, towers), ranks)
+        return teachers.OnlineTeacher(copy.deepcopy(towers), ranks)
     assert config.data.reference is not None
     path = Path(config.teacher.path) if config.teacher.path is not None else folder / "teacher"
     model = config.model.model_dump()
@@ -248,7 +249,7 @@ def _teacher(
     if not teachers.is_cache(path):
         teachers.write_cache(
             path,
-            lambda: _frozen_copy(config, towers),
+            copy.deepcopy(towers),
             samples,
             wanted,
             ranks,
@@ -258,23 +259,11 @@ def _teacher(
     return teachers.CachedTeacher(path, wanted)
 
 
-def _frozen_copy(config: Config, towers: Towers) -> Towers:
-    frozen = create(config.model)
-    frozen.load_state_dict(towers.state_dict())
-    return frozen
-
-
 def _tuned(config: Config, exported: Path, ranks: Ranks) -> Towers:
     """The exported model, whole on every rank: under ZeRO-3 the student's own towers run only inside DeepSpeed."""
     tuned = create(config.model).load_exported(load_file(exported)).to(ranks.device).eval()
     tuned.autocast = AUTOCAST[config.train.precision]
     return tuned
-
-
-def _width(towers: Towers) -> int:
-    with torch.no_grad():
-        context = int(getattr(towers.text, "context_length", 77))
-        return int(towers.encode_text(torch.zeros(1, context, dtype=torch.long)).shape[1])
 
 
 def _check_text_length(config: Config, towers: Towers) -> None:

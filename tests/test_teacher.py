@@ -48,7 +48,7 @@ def print_of(folder: Path, views: Any = VIEWS) -> teacher.Fingerprint:
 
 def write(folder: Path, cache: Path, ranks: Ranks = ALONE, views: Any = VIEWS) -> None:
     fingerprint = print_of(folder, views)
-    teacher.write_cache(cache, lambda: model(folder), samples(folder, views), fingerprint, ranks, 4, workers=0)
+    teacher.write_cache(cache, model(folder), samples(folder, views), fingerprint, ranks, 4, workers=0)
 
 
 def rows_of(cache: Path) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,6 @@ def test_an_unfinished_cache_is_not_taken_for_one(
 
     with monkeypatch.context() as patch:
         patch.setattr(teacher, "batches_of", interrupted)
-        patch.setattr(teacher, "_width", lambda *_: 24)
         with pytest.raises(KeyboardInterrupt):
             write(folder, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
