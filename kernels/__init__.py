@@ -1,10 +1,13 @@
-"""The losses of DiVE, on tensors alone: this package imports torch and nothing of the engine.
+"""The losses of DiVE, on tensors alone: this package imports torch and triton and nothing of the engine.
 
 Shapes: ``B`` pairs on this rank, ``D`` embedding width. Every function takes *un-normalised* features,
 normalises them itself in fp32 (fp64 stays fp64) and returns fp32 (fp64) scalars.
+
+``naive`` has the same functions in plain PyTorch: the truth that the Triton kernels are held to.
 """
 
 from dive_fast.kernels import naive
-from dive_fast.kernels.naive import DifferenceLoss, DiveLoss, contrastive_loss, difference_loss, dive_loss
+from dive_fast.kernels.losses import contrastive_loss, difference_loss, dive_loss
+from dive_fast.kernels.naive import DifferenceLoss, DiveLoss
 
 __all__ = ["DifferenceLoss", "DiveLoss", "contrastive_loss", "difference_loss", "dive_loss", "naive"]

@@ -15,6 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from dive_fast.kernels.checks import check_average_vector, check_pairs, check_same_kind, check_scale
+
 
 class DifferenceLoss(NamedTuple):
     """What :func:`difference_loss` returns; ``loss`` is ``()`` and carries the gradient, the rest does not."""
@@ -63,8 +65,8 @@ def contrastive_loss(
     Raises:
         ValueError: features are not two non-empty matrices of one shape and dtype, or the scale not one number.
     """
-    _check_pairs(image_features=image_features, text_features=text_features)
-    _check_scale(logit_scale)
+    check_pairs(image_features=image_features, text_features=text_features)
+    check_scale(logit_scale, image_features)
     image = gather_rows(unit(image_features), group)
     text = gather_rows(unit(text_features), group)
     # Under a caller's autocast the product would fall to half precision while everything still says fp32.
@@ -108,13 +110,13 @@ def difference_loss(
     Raises:
         ValueError: features or teachers are not non-empty matrices of one shape, or the vector not ``(D,)``.
     """
-    _check_pairs(
+    check_pairs(
         image_features=image_features,
         text_features=text_features,
         image_teacher=image_teacher,
         text_teacher=text_teacher,
     )
-    _check_average_vector(average_vector, image_features)
+    check_average_vector(average_vector, image_features)
     image, text = unit(image_features), unit(text_features)
     u = gather_rows(image - image_teacher.to(image.dtype), group)
     v = gather_rows(text - text_teacher.to(text.dtype), group)
@@ -149,9 +151,8 @@ def dive_loss(
 
     Arguments, shapes and errors are those of the two functions; ``weight`` is the paper's lambda.
     """
-    _check_pairs(
-        reference_image_features=reference_image_features, reference_text_features=reference_text_features
-    )
+    check_pairs(reference_image_features=reference_image_features, reference_text_features=reference_text_features)
+    check_same_kind(image_features, reference_image_features)
     contrastive = contrastive_loss(image_features, text_features, logit_scale, group=group)
     difference = difference_loss(
         reference_image_features,
@@ -191,37 +192,3 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return ctx.world_size * gradient[ctx.first : ctx.first + ctx.count], None
-
-
-def _check_pairs(**matrices: Tensor) -> None:
-    (first, reference), *_ = matrices.items()
-    if reference.ndim != 2 or 0 in reference.shape:
-        raise ValueError(f"{first}: expected a non-empty (B, D) matrix, got shape {tuple(reference.shape)}")
-    for name, matrix in matrices.items():
-        if matrix.shape != reference.shape:
-            expected, actual = tuple(reference.shape), tuple(matrix.shape)
-            raise ValueError(f"{name}: expected shape {expected} as {first} has, got {actual}")
-        if not matrix.is_floating_point():
-            raise ValueError(f"{name}: expected a floating-point dtype, got {matrix.dtype}")
-        if name.endswith("features") and matrix.dtype != reference.dtype:
-            raise ValueError(f"{name}: expected dtype {reference.dtype} as {first} has, got {matrix.dtype}")
-        if matrix.device != reference.device:
-            raise ValueError(f"{name}: expected device {reference.device} as {first} has, got {matrix.device}")
-
-
-def _check_scale(logit_scale: Tensor) -> None:
-    if logit_scale.shape not in ((), (1,)):
-        raise ValueError(f"logit_scale: expected shape () or (1,), got {tuple(logit_scale.shape)}")
-
-
-def _check_average_vector(average_vector: Tensor, image_features: Tensor) -> None:
-    expected, actual = tuple(image_features.shape[1:]), tuple(average_vector.shape)
-    if expected != actual:
-        raise ValueError(f"average_vector: expected shape {expected}, got {actual}")
-    if not average_vector.is_floating_point():
-        raise ValueError(f"average_vector: expected a floating-point dtype, got {average_vector.dtype}")
-    if average_vector.device != image_features.device:
-        device = image_features.device
-        raise ValueError(
-            f"average_vector: expected device {device} as image_features has, got {average_vector.device}"
-        )

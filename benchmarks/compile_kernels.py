@@ -1,0 +1,201 @@
+"""Compile every kernel variant that the dispatcher can pick, for a GPU that need not be there; say what it uses.
+
+    python benchmarks/compile_kernels.py                   # for sm_90, table in benchmarks/results/kernels_sm90.md
+    python benchmarks/compile_kernels.py --capability 80 90 100 --output build
+
+The real host code runs on tensors without memory while its launches are recorded, so that what is compiled is what
+would be launched. Spilled registers or too much shared memory end the command with an error, and no table.
+"""
+
+import argparse
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import unittest.mock
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from dive_fast.kernels import blocks, contrastive, difference, dive
+
+# Bytes of shared memory for one program, by compute capability (CUDA programming guide, technical specifications).
+SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
+RESULTS = Path(__file__).parent / "results"
+
+# Each power of two that rows are padded to, with rows of whole 16-byte words and without.
+WIDTHS = (16, 70, 300, 512, 768, 770, 1270, 1280)
+BATCHES = (1, 256, 4096)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Variant(NamedTuple):
+    """One compilation: the kernel, its argument types, constants and alignment, and the compiler's options."""
+
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[str, ...]
+    options: tuple[tuple[str, int], ...]
+
+
+KERNELS = {
+    name: kernel
+    for module in (contrastive, difference, dive)
+    for name, kernel in vars(module).items()
+    if name.endswith("_kernel")
+}
+TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+
+
+def variants() -> list[Variant]:
+    """Every distinct launch over batches, widths, dtypes and options."""
+    found: dict[Variant, None] = {}
+
+    def record(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+        options |= blocks.COMPILER_OPTIONS
+        found[_variant(kernel, arguments, options)] = None
+
+    with unittest.mock.patch.object(blocks, "launch", record):
+        for rows, width, dtype in itertools.product(BATCHES, WIDTHS, DTYPES):
+            _launch_all(rows, width, dtype)
+    return list(found)
+
+
+def _launch_all(rows: int, width: int, dtype: torch.dtype) -> None:
+    """All three losses, forward and backward."""
+
+    def features() -> torch.Tensor:
+        return torch.empty(rows, width, dtype=dtype, device="meta")
+
+    image, text, scale = features(), features(), torch.empty((), device="meta")
+    teacher, average_vector = features().float(), torch.empty(width, device="meta")
+    upstream = torch.empty((), device="meta")
+    reference = image, text, teacher, teacher
+    _, packed, factors, lse, slope = contrastive.launch_forward(image, text, scale, "")
+    saved = packed, factors, lse, slope
+    contrastive.launch_backward(upstream, scale, *saved, rows, 0, width)
+    for mean_gradient in (True, False):
+        options = 0.99, 1.0, 1.0, mean_gradient
+        _, _, average = difference.launch_forward(*reference, average_vector, *options, "")
+        difference.launch_backward(upstream, *reference, average, *options)
+        dive.launch_forward(image, text, scale, *reference, average_vector, 1000.0, *options, "")
+        dive.launch_backward(upstream, scale, *saved, *reference, average, rows, 0, width, 1000.0, *options)
+
+
+def _variant(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Variant:
+    """What Triton's own launcher would specialise on."""
+    signature, aligned = {}, []
+    for parameter, argument in zip(kernel.params, arguments, strict=False):
+        name = parameter.name
+        if isinstance(argument, torch.Tensor):
+            signature[name] = TYPES[argument.dtype]
+            if not parameter.do_not_specialize_on_alignment:
+                aligned.append(name)
+        else:
+            signature[name] = "i32"
+            if not parameter.do_not_specialize and argument % 16 == 0:
+                aligned.append(name)
+    compiler = {
+        name: options.pop(name)
+        for name in ("num_warps", "num_stages", *blocks.COMPILER_OPTIONS)
+        if name in options
+    }
+    signature |= dict.fromkeys(options, "constexpr")
+    return Variant(
+        kernel.__name__, tuple(signature.items()), tuple(options.items()), tuple(aligned), tuple(compiler.items())
+    )
+
+
+def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
+    """Registers, spilled bytes and shared memory of one variant."""
+    kernel = KERNELS[variant.kernel]
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(variant.signature),
+        constexprs={(names.index(name),): value for name, value in variant.constants},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(variant.options))
+    row: dict[str, Any] = {"kernel": variant.kernel}
+    row["dtype"] = next(dtype[1:] for name, dtype in variant.signature if name in ("packed", "image"))
+    row |= {name: str(value).removeprefix("triton.language.") for name, value in variant.constants}
+    row |= {"aligned": len(variant.aligned), "num_warps": compiled.metadata.num_warps}
+    return row | {"shared": compiled.metadata.shared} | _registers(compiled.asm["ptx"])
+
+
+def _registers(ptx: str) -> dict[str, int]:
+    """By the assembler that Triton brings."""
+    (target,) = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assembler = get_ptxas(int(re.findall(r"\d+", target)[0])).path
+    with tempfile.TemporaryDirectory() as scratch:
+        source, cubin = Path(scratch, "kernel.ptx"), Path(scratch, "kernel.cubin")
+        source.write_text(ptx)
+        command = [assembler, "-v", f"--gpu-name={target}", source, "-o", cubin]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    (registers,) = re.findall(r"Used (\d+) registers", log)
+    (stores,) = re.findall(r"(\d+) bytes spill stores", log)
+    (loads,) = re.findall(r"(\d+) bytes spill loads", log)
+    return {"registers": int(registers), "spilled_bytes": int(stores) + int(loads)}
+
+
+def faults(rows: list[dict[str, Any]], capability: int) -> list[str]:
+    """What must not be: spilled registers, more shared memory than there is."""
+    found = [f"{row['spilled_bytes']} bytes spilled: {row}" for row in rows if row["spilled_bytes"]]
+    limit = SHARED_MEMORY[capability]
+    return found + [f"shared memory above {limit}: {row}" for row in rows if row["shared"] > limit]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The heaviest variant of each kernel and dtype, as Markdown."""
+    heaviest: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        heaviest.setdefault((row["kernel"], row["dtype"]), []).append(row)
+    lines = [
+        "| kernel | dtype | variants | registers | spilled bytes | shared memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (kernel, dtype), group in sorted(heaviest.items()):
+        worst = [max(row[name] for row in group) for name in ("registers", "spilled_bytes", "shared")]
+        lines.append(f"| {kernel} | {dtype} | {len(group)} | " + " | ".join(map(str, worst)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Compiles, then writes and prints the tables; 1 where a variant spills or does not fit."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--capability", type=int, nargs="+", default=[90], choices=sorted(SHARED_MEMORY))
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the tables")
+    arguments = parser.parse_args()
+    if blocks.INTERPRETED:
+        parser.error("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
+    todo = variants()
+    failed = False
+    for capability in arguments.capability:
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            rows = list(pool.map(compile_variant, todo, itertools.repeat(capability), chunksize=4))
+        if found := faults(rows, capability):
+            print("\n".join(found), file=sys.stderr)
+            failed = True
+            continue
+        text = (
+            f"# Kernels on sm_{capability}\n\nThe most that any variant uses, compiled without a GPU by "
+            f"`benchmarks/compile_kernels.py` with Triton {triton.__version__}.\n\n{table(rows)}\n"
+        )
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / f"kernels_sm{capability}.md").write_text(text)
+        print(text)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""Options of the suite, and its table at the end of a run.
+
+This folder is no package on purpose: pytest would put the top of the repository on the path, and its ``kernels``
+would hide Hugging Face's package of that name.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from report import Report
+
+REPORT = pytest.StashKey[Report]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("dive_fast benchmarks")
+    group.addoption("--dtype", choices=["float16", "bfloat16", "float32"], default="float16", help="of features")
+    group.addoption("--results", type=Path, help="folder for the JSON file (benchmarks/README.md has the default)")
+
+
+@pytest.fixture(scope="session")
+def report(request: pytest.FixtureRequest) -> Report:
+    options = request.config.option
+    created = Report(getattr(options, "dtype", "float16"), getattr(options, "results", None))
+    return request.config.stash.setdefault(REPORT, created)
+
+
+@pytest.fixture(scope="session")
+def dtype(report: Report) -> torch.dtype:
+    return getattr(torch, report.dtype)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if (report := config.stash.get(REPORT, None)) and report.entries:
+        terminalreporter.write_line(f"\n{report.table()}\n\n{report.path}")

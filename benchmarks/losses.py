@@ -1,0 +1,159 @@
+"""What is compared: the cases, their inputs, and every way to write the losses as one kind of function."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dive_fast.kernels import contrastive_loss, difference_loss, dive_loss, naive
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+
+LOGIT_SCALE = 100.0  # where CLIP's training ends: its clamp
+WEIGHT = 1000.0  # lambda of the difference loss
+DECAY = 0.99
+FEATURE_NORM = 10.0  # about that of CLIP's towers
+CONE, PAIR = (
+    0.5,
+    0.15,
+)  # shares common to all rows and to a pair: as in CLIP, cosines are about 0.2, a pair's 0.1 more
+DIFFERENCE_NORM = 3e-3  # |u| and |v| in fine-tuning: far below what half precision resolves in a unit vector
+
+
+class Inputs(NamedTuple):
+    """One step's inputs, in the order of ``dive_loss``; features and the scale want gradients."""
+
+    image_features: Tensor
+    text_features: Tensor
+    logit_scale: Tensor
+    reference_image_features: Tensor
+    reference_text_features: Tensor
+    image_teacher: Tensor
+    text_teacher: Tensor
+    average_vector: Tensor
+
+
+class Case(NamedTuple):
+    """One figure: an operation, forward and backward, on B target and as many reference pairs of width D."""
+
+    operation: str
+    batch: int
+    width: int
+    competitor: str
+
+    def __str__(self) -> str:
+        return f"{self.operation}-{self.batch}x{self.width}-{self.competitor}"
+
+
+Loss = Callable[[Inputs, str], tuple[Tensor, Tensor | None]]
+
+_CONTRASTIVE, _DIFFERENCE = Inputs._fields[:3], Inputs._fields[3:5]
+LEAVES = {"joint": _CONTRASTIVE + _DIFFERENCE, "contrastive": _CONTRASTIVE, "difference": _DIFFERENCE}
+
+
+def make_inputs(batch: int, width: int, dtype: torch.dtype, seed: int = 0) -> Inputs:
+    """Features in ``dtype`` with CLIP's norms and cosines, a teacher about ``DIFFERENCE_NORM`` away, in fp32."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    noise = torch.randn(6, batch, width, device=DEVICE, generator=generator)
+    image, text, reference_image, reference_text, *drifts = noise
+    cone = CONE * torch.randn(width, device=DEVICE, generator=generator)
+    features = (image + cone, text + PAIR * image + cone, reference_image + cone, reference_text + cone)
+    leaves = [(FEATURE_NORM * naive.unit(rows)).to(dtype) for rows in features]
+    teachers = [naive.unit(x) + DIFFERENCE_NORM * naive.unit(drift) for x, drift in zip(leaves[2:], drifts)]
+    average_vector = DIFFERENCE_NORM / 3 * naive.unit(torch.randn(width, device=DEVICE, generator=generator))
+    leaves.insert(2, torch.full((1,), LOGIT_SCALE, device=DEVICE))
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    return Inputs._make([*leaves, *(naive.unit(teacher) for teacher in teachers), average_vector])
+
+
+def loss_scale(batch: int, dtype: torch.dtype) -> Tensor:
+    """What the loss is multiplied by: in fp16 about where GradScaler settles, as a logit's gradient is ~ 1 / B."""
+    return torch.tensor(128.0 * batch if dtype == torch.float16 else 1.0, device=DEVICE)
+
+
+def eager_contrastive(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    """The contrastive loss as FLYP and open_clip train it: two matrices of logits, two cross-entropies."""
+    # autocast normalises in fp32 on CUDA; on the CPU it has to be told.
+    image_features = F.normalize(image_features.float(), dim=-1)
+    text_features = F.normalize(text_features.float(), dim=-1)
+    logits_per_image = logit_scale * image_features @ text_features.T
+    logits_per_text = logit_scale * text_features @ image_features.T
+    labels = torch.arange(len(logits_per_image), device=logits_per_image.device)
+    return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
+
+
+def eager_difference(
+    image_features: Tensor,
+    text_features: Tensor,
+    image_teacher: Tensor,
+    text_teacher: Tensor,
+    average_vector: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Average and pairwise vector loss, and the new average vector, straight from DiVE's Eq. 4-8."""
+    u = F.normalize(image_features.float(), dim=-1) - image_teacher
+    v = F.normalize(text_features.float(), dim=-1) - text_teacher
+    m = DECAY * average_vector + (1 - DECAY) * ((u + v) / 2).mean(dim=0)
+    average_loss = ((u - m) ** 2).sum(dim=1).mean() + ((v - m) ** 2).sum(dim=1).mean()
+    pairwise_loss = ((u - v) ** 2).sum(dim=1).mean()
+    return average_loss + pairwise_loss, m.detach()
+
+
+def eager(inputs: Inputs, operation: str) -> tuple[Tensor, Tensor | None]:
+    """Both under autocast in the features' dtype, as open_clip trains."""
+    dtype = inputs.image_features.dtype
+    with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+        if operation == "contrastive":
+            return eager_contrastive(*inputs[:3]), None
+        difference, average_vector = eager_difference(*inputs[3:])
+        if operation == "difference":
+            return difference, average_vector
+        return eager_contrastive(*inputs[:3]) + WEIGHT * difference, average_vector
+
+
+def ours(inputs: Inputs, operation: str, backend: str) -> tuple[Tensor, Tensor | None]:
+    """The project's own functions."""
+    if operation == "contrastive":
+        return contrastive_loss(*inputs[:3], backend=backend), None
+    if operation == "difference":
+        difference = difference_loss(*inputs[3:], decay=DECAY, backend=backend)
+        return difference.loss, difference.average_vector
+    joint = dive_loss(*inputs, weight=WEIGHT, decay=DECAY, backend=backend)
+    return joint.loss, joint.average_vector
+
+
+def ours_apart(inputs: Inputs, operation: str) -> tuple[Tensor, Tensor | None]:
+    """The joint objective out of the two Triton losses."""
+    contrastive, _ = ours(inputs, "contrastive", "triton")
+    difference, average_vector = ours(inputs, "difference", "triton")
+    return contrastive + WEIGHT * difference, average_vector
+
+
+COMPETITORS: dict[str, Loss] = {
+    "eager": eager,
+    "compiled": torch.compile(eager, dynamic=False),
+    "naive": partial(ours, backend="torch"),
+    "triton": partial(ours, backend="triton"),
+    "triton_apart": ours_apart,
+}
+
+_SIZES = product((256, 512, 2048, 8192, 32768), (512, 768)) if DEVICE.type == "cuda" else [(33, 48)]
+CASES = [
+    Case(operation, batch, width, competitor)
+    for (batch, width), operation, competitor in product(_SIZES, LEAVES, COMPETITORS)
+    if competitor != "triton_apart" or operation == "joint"
+]
+
+
+def step(loss: Loss, inputs: Inputs, operation: str, scale: Tensor) -> dict[str, Tensor]:
+    """Forward and backward: the loss, the average vector if it has one, and ``scale`` times the gradients."""
+    value, average_vector = loss(inputs, operation)
+    names = LEAVES[operation]
+    outputs = {"loss": value.detach()} | ({} if average_vector is None else {"average_vector": average_vector})
+    gradients = torch.autograd.grad(value, [getattr(inputs, name) for name in names], scale)
+    return outputs | {f"gradient of {name}": gradient for name, gradient in zip(names, gradients)}

@@ -1,0 +1,101 @@
+"""The figures of one run: a JSON file, complete or under another name, and a table of ratios."""
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from losses import CASES, COMPETITORS, DEVICE, INTERPRETED, LEAVES, Case
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+class Report:
+    """Every case of a run with its outcome: ``measured``, ``out of memory`` or ``failed``; figures if measured."""
+
+    def __init__(self, dtype: str, folder: Path | None = None) -> None:
+        self.dtype, self.folder = dtype, folder
+        self.entries: list[dict[str, Any]] = []
+        self.device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+
+    def begin(self, case: Case) -> dict[str, Any]:
+        """A case counts as failed until its figures are in."""
+        self.entries.append({**case._asdict(), "outcome": "failed"})
+        return self.entries[-1]
+
+    @property
+    def path(self) -> Path:
+        """Figures of a GPU belong to ``results`` once every case has been tried; all others stay in ``build``."""
+        complete = DEVICE.type == "cuda" and len(self.entries) == len(CASES)
+        folder = self.folder or REPOSITORY / ("benchmarks/results" if complete else "build/benchmarks")
+        slug = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
+        return folder / f"{slug}-losses{'' if self.dtype == 'float16' else '-' + self.dtype}.json"
+
+    def write(self) -> None:
+        """Leave all that is known so far."""
+        about = {
+            "device": self.device,
+            "interpreted": INTERPRETED,
+            "dtype": self.dtype,
+            "torch": torch.__version__,
+            "triton": _triton_version(),
+            "commit": _commit(),
+            "complete": len(self.entries) == len(CASES),
+        }
+        write_json(self.path, {**about, "cases": self.entries})
+
+    def table(self) -> str:
+        """Markdown: eager's own time and extra memory, then time / eager, memory / eager (largest error)."""
+        lines = [f"| {self.dtype} | " + " | ".join(COMPETITORS) + " |", "|---" * (1 + len(COMPETITORS)) + "|"]
+        rows: dict[tuple[str, int, int], dict[str, dict[str, Any]]] = {}
+        for entry in self.entries:
+            key = entry["operation"], entry["batch"], entry["width"]
+            rows.setdefault(key, {})[entry["competitor"]] = entry
+        for key in sorted(rows, key=lambda key: (list(LEAVES).index(key[0]), *key[1:])):
+            row, peer = rows[key], rows[key].get("eager", {})
+            cells = [_cell(row[name], peer) if name in row else "" for name in COMPETITORS]
+            lines.append(f"| {key[0]} {key[1]} x {key[2]} | " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+
+def _cell(entry: dict[str, Any], eager: dict[str, Any]) -> str:
+    if entry["outcome"] != "measured":
+        return str(entry["outcome"])
+    error = f"({max(entry['errors'].values()):.0e})"
+    if entry is eager or eager.get("outcome") != "measured":
+        return f"{1e3 * entry['seconds']:.3f} ms, {entry['peak_extra_bytes'] / 2**20:.2f} MiB {error}"
+    time, memory = (entry[name] / eager[name] for name in ("seconds", "peak_extra_bytes"))
+    return f"{time:.2f}x, {memory:.3f}x {error}"
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all: nobody finds half a file under the final name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
+        try:
+            json.dump(content, file, indent=1)
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def _triton_version() -> str | None:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

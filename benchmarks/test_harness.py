@@ -1,0 +1,119 @@
+"""The suite's promises: wrong results have no figures, memory is counted exactly, files are whole."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import losses
+import pytest
+import report as report_module
+import test_losses
+import torch
+import verify
+from losses import CASES, COMPETITORS, DEVICE, LEAVES, Case, Inputs
+from measure import peak_extra_bytes
+from report import REPOSITORY, Report, write_json
+
+from dive_fast.kernels import naive
+
+BATCH, WIDTH = 33, 48
+NO_BENCHMARK: Any = None  # for cases that must end before they are timed
+
+
+@pytest.mark.parametrize("operation", LEAVES)
+def test_truth_in_chunks_is_naive(operation: str) -> None:
+    inputs = verify.in_float64(losses.make_inputs(BATCH, WIDTH, torch.float16))
+    scale = torch.tensor(3.0, device=DEVICE, dtype=torch.float64)
+
+    def in_one(inputs: Inputs, operation: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if operation == "contrastive":
+            return naive.contrastive_loss(*inputs[:3]), None
+        part = naive.difference_loss(*inputs[3:]) if operation == "difference" else naive.dive_loss(*inputs)
+        return part.loss, part.average_vector
+
+    expected = losses.step(in_one, inputs, operation, scale)
+    actual = verify.evaluate(inputs, operation, scale, rows=7)
+    assert max(verify.relative_errors(actual, expected).values()) < 1e-12
+
+
+def with_factor_on_gradient(loss: losses.Loss, name: str, factor: float) -> losses.Loss:
+    def wrong(inputs: Inputs, operation: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        passed = getattr(inputs, name) * 1
+        passed.register_hook(lambda gradient: gradient * factor)
+        return loss(inputs._replace(**{name: passed}), operation)
+
+    return wrong
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+@pytest.mark.parametrize("name", ["text_features", "reference_image_features", "logit_scale"])
+@pytest.mark.parametrize(("competitor", "dtype"), [("naive", "float16"), ("eager", "float32")])
+def test_wrong_gradient_is_refused_by_name(
+    competitor: str, dtype: str, name: str, factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(COMPETITORS, competitor, with_factor_on_gradient(COMPETITORS[competitor], name, factor))
+    case, report = Case("joint", BATCH, WIDTH, competitor), Report(dtype, tmp_path)
+    with pytest.raises(AssertionError, match=f"{competitor}: gradient of {name} "):
+        test_losses.test_loss(case, getattr(torch, dtype), report, NO_BENCHMARK)
+    (entry,) = json.loads(report.path.read_text())["cases"]
+    assert entry == {**case._asdict(), "outcome": "failed"}
+    assert "| failed |" in report.table()
+
+
+def test_out_of_memory_is_an_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(inputs: Inputs, operation: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setitem(COMPETITORS, "eager", too_large)
+    report = Report("float16", tmp_path)
+    with pytest.raises(pytest.skip.Exception, match="out of memory"):
+        test_losses.test_loss(Case("joint", BATCH, WIDTH, "eager"), torch.float16, report, NO_BENCHMARK)
+    assert [entry["outcome"] for entry in report.entries] == ["out of memory"]
+
+
+def test_memory_at_the_peak_is_counted_exactly() -> None:
+    matrix = torch.ones(256, 256, device=DEVICE)
+    assert peak_extra_bytes(lambda: matrix + matrix) == matrix.nbytes
+    assert peak_extra_bytes(lambda: ((matrix + matrix) + matrix) + matrix) == 2 * matrix.nbytes
+    assert peak_extra_bytes(lambda: matrix.T) == 0
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "results.json"
+    write_json(path, {"cases": [1]})
+    with pytest.raises(TypeError):
+        write_json(path, {"cases": [2], "not for JSON": object()})
+    assert json.loads(path.read_text()) == {"cases": [1]}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_only_a_complete_run_on_a_gpu_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device, entries, folder in [
+        ("cuda", CASES, "benchmarks/results"),
+        ("cuda", CASES[1:], "build/benchmarks"),
+        ("cpu", CASES, "build/benchmarks"),
+    ]:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+        monkeypatch.setattr(report_module, "DEVICE", torch.device(device))
+        report = Report("float16")
+        for case in entries:
+            report.begin(case)
+        name = "nvidia-h200" if device == "cuda" else "cpu"
+        assert report.path == REPOSITORY / folder / f"{name}-losses.json"
+
+
+def test_a_tiny_run_ends_in_a_table(tmp_path: Path) -> None:
+    # -P keeps the top of the repository, and so its `kernels`, off the path.
+    command = [sys.executable, "-P", "-m", "pytest", "benchmarks/test_losses.py", "-k", "not compiled"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command += ["--results", str(tmp_path), "-p", "no:cacheprovider"]
+    run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert f"| joint {BATCH} x {WIDTH} | " in run.stdout
+    content = json.loads((tmp_path / "cpu-losses.json").read_text())
+    assert content["interpreted"]
+    assert {entry["outcome"] for entry in content["cases"]} == {"measured"}
+    assert {entry["competitor"] for entry in content["cases"]} == COMPETITORS.keys() - {"compiled"}

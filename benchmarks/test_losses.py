@@ -1,0 +1,31 @@
+"""The suite: every case checked, then timed and its memory measured (README.md says what is compared)."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from losses import CASES, DEVICE, INTERPRETED, Case
+from measure import measure
+from pytest_benchmark.fixture import BenchmarkFixture
+from report import Report
+from verify import expected
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_loss(case: Case, dtype: torch.dtype, report: Report, benchmark: BenchmarkFixture) -> None:
+    if case.competitor.startswith("triton") and not (
+        find_spec("triton") and (INTERPRETED or DEVICE.type == "cuda")
+    ):
+        pytest.skip("needs Triton and a GPU, or TRITON_INTERPRET=1")
+    entry = report.begin(case)
+    expected(case.operation, case.batch, case.width, dtype)  # here, lest its memory be charged to the competitor
+    try:
+        entry |= measure(case, dtype, benchmark)
+    except torch.OutOfMemoryError:
+        entry["outcome"] = "out of memory"
+    finally:
+        report.write()
+    if entry["outcome"] == "out of memory":
+        # Out of the handler: the exception's frames hold the tensors.
+        torch.cuda.empty_cache()
+        pytest.skip("out of memory")

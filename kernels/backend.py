@@ -1,0 +1,60 @@
+"""Which way a loss is computed: the Triton kernels, or the plain PyTorch of ``naive``."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+try:
+    from dive_fast.kernels import blocks
+except ModuleNotFoundError as error:
+    if error.name != "triton":
+        raise
+    blocks = None  # type: ignore[assignment]
+
+Backend = Literal["auto", "triton", "torch"]
+
+
+def uses_triton(backend: Backend, features: Tensor, constants: dict[str, Tensor] | None = None) -> bool:
+    """Whether to run the Triton kernels on these features.
+
+    "auto" takes them where they can run, which is on CUDA, or anywhere under ``TRITON_INTERPRET=1``.
+
+    Args:
+        constants: tensors by argument name that the kernels give no gradient to.
+
+    Raises:
+        ValueError: the backend is unknown, or it is "triton" and the kernels cannot run; the message says why.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
+    if backend == "torch":
+        return False
+    obstacle = _obstacle(features, constants or {})
+    if obstacle is not None and backend == "triton":
+        raise ValueError(f'backend: "triton" cannot run: {obstacle}; use "auto" or "torch"')
+    return obstacle is None
+
+
+def _obstacle(features: Tensor, constants: dict[str, Tensor]) -> str | None:
+    if blocks is None:
+        return "the package triton is not installed"
+    if not blocks.INTERPRETED:
+        if features.device.type != "cuda":
+            return f"features are on {features.device.type}, not on CUDA, and TRITON_INTERPRET=1 is not set"
+        if features.dtype == torch.float64:
+            return "features are fp64, which only the interpreter (TRITON_INTERPRET=1) computes"
+        if not _has_tensor_cores(features.device):
+            return f"{features.device} is older than compute capability 8.0"
+    if features.shape[1] > blocks.MAX_WIDTH:
+        return f"embeddings of {features.shape[1]} elements are wider than {blocks.MAX_WIDTH}"
+    if torch.is_grad_enabled():
+        for name, tensor in constants.items():
+            if tensor.requires_grad:
+                return f"{name} requires a gradient, which the kernels do not compute"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _has_tensor_cores(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)

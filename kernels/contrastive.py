@@ -1,0 +1,806 @@
+"""The contrastive loss in Triton: no B x B matrix, and fp32's accuracy from half precision's matrix units.
+
+For N pairs, z_i and t_i the unit rows of image and text i, and l_ij = s z_i.t_j::
+
+    R_i = log sum_j exp l_ij        C_j = log sum_i exp l_ij
+    L   = 1/(2N) sum_i [ (R_i - l_ii) + (C_i - l_ii) ]
+
+**Rows are packed first**: x^_i = x_i / 2^e with norm in [1, 2), in the features' own dtype, hence exact, and
+padded with zeros to whole tiles. With the factor f_i = 2^e / |x_i| in (1/2, 1], z_i = f_i x^_i. Products of
+half-precision rows are exact and accumulate in fp32, so l_ij = s f_i f_j (x^_i . y^_j) never sees a rounded unit
+vector.
+
+**The label stands apart.** With R'_i the log-sum-exp over j != i and d = R'_i - l_ii, the row's loss is
+softplus(d) and its label's error 1 - p_ii = sigmoid(d): both keep their accuracy when the model is sure, where
+R_i - l_ii cancels.
+
+**Gradients.** With p_ij = exp(l_ij - R_i), q_ij = exp(l_ij - C_j) and a_i = (1 - p_ii) + (1 - q_ii)::
+
+    dL/dz_i = s/(2N) [ sum_{j != i} (p_ij + q_ij) t_j - a_i t_i ]
+    dL/dx_i = (dz_i - z_i (z_i . dz_i)) / |x_i|          (dz_i / 1e-12 for |x_i| < 1e-12, as F.normalize)
+    dL/ds   = 1/(2N) sum_i [ sum_{j != i} p_ij (l_ij - l_ii) / s  +  the same of q over its columns ]
+
+z_i . dz_i follows from the logits alone, since z_i . t_j = l_ij / s. Texts are treated alike with p and q
+exchanged.
+
+Over ranks each one gathers all rows, does the work of its own rows against all columns, and gathers R and C.
+
+Two ways to the gradient. *Fused*: one launch; each program owns some rows and a slice of the width, and computes
+its logits anew. *Chunked*: logits once per side, the weights p + q of a few rows at a time stored in two halves
+(high and low bits), the sums over j left to cuBLAS. The former saves launches, the latter work.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dive_fast.kernels import blocks, ranks
+
+# Rows and columns of the packed matrices are padded to these.
+TILE, DEPTH = 128, 64
+# Weights lie in [0, 2]; times this they use fp16's whole range, 2^-39 being the smallest difference kept.
+_WEIGHT_SCALE = tl.constexpr(2.0**14)
+
+# Fewer programs than this leave parts of a large GPU idle.
+_PROGRAMS = 128
+# Rows that the last program of the statistics takes at a time.
+FINISH_ROWS = 256
+
+# Up to so many logits per side the gradient is fused.
+FUSED_LOGITS = 2048 * 2048
+# Weights of the chunked gradient that exist at one time.
+CHUNK_LOGITS = 2**24
+
+
+class Tile(NamedTuple):
+    """Constants of a kernel that walks over tiles of logits."""
+
+    ROWS: int
+    COLUMNS: int
+    DEPTH: int
+    num_warps: int
+    num_stages: int
+
+
+class Shape(NamedTuple):
+    """Of one call: B rows of this rank, from row ``first`` of N over all ranks; D columns; padded sizes."""
+
+    rows: int
+    total: int
+    first: int
+    width: int
+    total_padded: int
+    width_padded: int
+    dtype: torch.dtype
+
+    @property
+    def is_half(self) -> bool:
+        return self.dtype in (torch.float16, torch.bfloat16)
+
+    @property
+    def is_large(self) -> bool:
+        return self.rows * self.total > FUSED_LOGITS
+
+    @property
+    def acc(self) -> Any:
+        return tl.float64 if self.dtype == torch.float64 else tl.float32
+
+
+def shape_of(image: Tensor, group: str) -> Shape:
+    """Sizes from this rank's features."""
+    rows, width = image.shape
+    total, first = rows * ranks.world_size(group), rows * ranks.rank(group)
+    # The last rank's last tile of rows may reach beyond the last tile of columns.
+    total_padded = blocks.round_up(total - rows + blocks.round_up(rows, TILE), TILE)
+    return Shape(rows, total, first, width, total_padded, blocks.round_up(width, DEPTH), image.dtype)
+
+
+# Pack
+
+
+@triton.jit
+def pack_block(
+    pid,
+    image,
+    text,
+    packed,  # (2, N_padded, D_padded): x^
+    rows,  # (5, N_padded): factors of images and texts, 1/|x| of images and texts, z_i . t_i
+    tickets,  # (2,)
+    N,
+    N_padded,
+    D,
+    D_padded,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    N_padded = N_padded.to(tl.int64)
+    row = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    source = row[:, None] * D + column[None, :]
+    target = row[:, None] * D_padded + column[None, :]
+    inside = (row < N)[:, None] & (column < D)[None, :]
+    padded = (row >= 0)[:, None] & (column < D_padded)[None, :]
+    x = tl.load(image + source, mask=inside, other=0.0).to(ACC)
+    y = tl.load(text + source, mask=inside, other=0.0).to(ACC)
+    x, x_factor, x_inverse = _scaled(x)
+    y, y_factor, y_inverse = _scaled(y)
+    tl.store(packed + target, x.to(packed.dtype.element_ty), mask=padded)
+    tl.store(packed + N_padded * D_padded + target, y.to(packed.dtype.element_ty), mask=padded)
+    tl.store(rows + row, x_factor)
+    tl.store(rows + N_padded + row, y_factor)
+    tl.store(rows + 2 * N_padded + row, x_inverse)
+    tl.store(rows + 3 * N_padded + row, y_inverse)
+    tl.store(rows + 4 * N_padded + row, tl.sum(x * y, axis=1) * (x_factor * y_factor))
+    if pid == 0:
+        tl.store(tickets + tl.arange(0, 2), tl.zeros([2], tl.int32))
+
+
+@triton.jit
+def _scaled(x):
+    """x^ with norm in [1, 2), the factor that makes it the unit row, and 1 / max(|x|, 1e-12)."""
+    norm = blocks.norms(x)
+    power = blocks.power_of_two(norm)
+    power = tl.where(norm < blocks.CLAMP, tl.full(norm.shape, blocks.CLAMPED_POWER, norm.dtype), power)
+    length = blocks.clamped(norm)
+    # A norm that overflows leaves zeros, as in F.normalize: power is infinite, and a factor of 1 keeps them.
+    factor = tl.where(power == float("inf"), tl.full(norm.shape, 1.0, norm.dtype), blocks.divide(power, length))
+    one = tl.full(norm.shape, 1.0, norm.dtype)
+    return x * blocks.divide(one, power)[:, None], factor, blocks.divide(one, length)
+
+
+# Statistics and loss
+
+
+@triton.jit
+def statistics_block(
+    pid,
+    packed,
+    rows,
+    logit_scale,
+    partials,  # (3, 2, num_splits, B): highest logit, sum of exponentials, their sum weighted by cosines
+    B,
+    N,
+    first,
+    N_padded,
+    D_padded,
+    num_splits,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    N_padded = N_padded.to(tl.int64)
+    side = pid % 2
+    split = (pid // 2) % num_splits
+    row0 = pid // (2 * num_splits) * ROWS
+    row = row0 + tl.arange(0, ROWS)
+    stride = D_padded.to(tl.int64)
+    left = packed + (side * N_padded + first + row0) * D_padded
+    right = packed + (1 - side) * N_padded * D_padded
+    row_factor = tl.load(rows + side * N_padded + first + row)
+    positive = tl.load(rows + 4 * N_padded + first + row)
+    s = tl.load(logit_scale).to(ACC)
+
+    highest = tl.full([ROWS], float("-inf"), ACC)
+    total = tl.zeros([ROWS], ACC)
+    weighted = tl.zeros([ROWS], ACC)
+    span = tl.cdiv(tl.cdiv(N, COLUMNS), num_splits) * COLUMNS
+    for column0 in range(split * span, tl.minimum((split + 1) * span, N), COLUMNS):
+        column = column0 + tl.arange(0, COLUMNS)
+        column_factor = tl.load(rows + (1 - side) * N_padded + column)
+        product = blocks.products(left, right + column0 * stride, D_padded, ROWS, COLUMNS, DEPTH, ACC)
+        cosine = product * row_factor[:, None] * column_factor[None, :]
+        negative = (column < N)[None, :] & (column[None, :] != first + row[:, None])
+        logit = tl.where(negative, cosine * s, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(logit, axis=1))
+        # A row without a negative so far has no highest logit to subtract.
+        shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        mass = tl.exp(logit - shift[:, None])
+        old = tl.exp(highest - shift)
+        total = total * old + tl.sum(mass, axis=1)
+        weighted = weighted * old + tl.sum(mass * (cosine - positive[:, None]), axis=1)
+        highest = new_highest
+
+    place = partials + (side * num_splits + split).to(tl.int64) * B + row
+    size = 2 * num_splits.to(tl.int64) * B
+    tl.store(place, highest, mask=row < B)
+    tl.store(place + size, total, mask=row < B)
+    tl.store(place + 2 * size, weighted, mask=row < B)
+
+
+@triton.jit
+def finish_contrastive(
+    partials,
+    rows,
+    logit_scale,
+    statistics,  # (4, B): R, C, a, loss of the pair
+    slope,  # (): dL/ds of this rank's rows
+    B,
+    first,
+    N_padded,
+    num_splits,
+    ROWS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Loss of this rank's rows, from all programs' partial sums, in an order that does not vary."""
+    N_padded = N_padded.to(tl.int64)
+    s = tl.load(logit_scale).to(ACC)
+    size = 2 * num_splits.to(tl.int64) * B
+    losses = tl.zeros([ROWS], ACC)
+    slopes = tl.zeros([ROWS], ACC)
+    for row0 in range(0, B, ROWS):
+        row = row0 + tl.arange(0, ROWS)
+        inside = row < B
+        positive = tl.load(rows + 4 * N_padded + first + row, mask=inside, other=0.0)
+        pair_loss = tl.zeros([ROWS], ACC)
+        complement = tl.zeros([ROWS], ACC)
+        for side in tl.static_range(2):
+            highest = tl.full([ROWS], float("-inf"), ACC)
+            total = tl.zeros([ROWS], ACC)
+            weighted = tl.zeros([ROWS], ACC)
+            for split in range(0, num_splits):
+                # From the cache that all programs share: this one's own may hold what was there before.
+                place = partials + (side * num_splits + split) * B.to(tl.int64) + row
+                part = tl.load(place, mask=inside, other=float("-inf"), cache_modifier=".cg")
+                new_highest = tl.maximum(highest, part)
+                shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+                old = tl.exp(highest - shift)
+                new = tl.exp(part - shift)
+                total = total * old + new * tl.load(place + size, mask=inside, other=0.0, cache_modifier=".cg")
+                weighted = weighted * old + new * tl.load(
+                    place + 2 * size, mask=inside, other=0.0, cache_modifier=".cg"
+                )
+                highest = new_highest
+            margin = highest + tl.log(total) - s * positive
+            margin = tl.where(total == 0.0, float("-inf"), margin)
+            softplus = tl.where(margin > 0, margin, 0.0) + blocks.log1p(tl.exp(-tl.abs(margin)))
+            softplus = tl.where(margin == margin, softplus, margin)  # a comparison would drop a NaN
+            error = 1.0 / (1.0 + tl.exp(-margin))
+            pair_loss += softplus
+            complement += error
+            slopes += tl.where(inside & (total != 0.0), error * weighted / total, 0.0)
+            tl.store(statistics + side * B.to(tl.int64) + row, s * positive + softplus, mask=inside)
+        losses += tl.where(inside, pair_loss, 0.0)
+        tl.store(statistics + 2 * B.to(tl.int64) + row, complement, mask=inside)
+        tl.store(statistics + 3 * B.to(tl.int64) + row, pair_loss, mask=inside)
+    count = 2.0 * B.to(ACC)
+    tl.store(slope, tl.sum(slopes, axis=0) / count)
+    return tl.sum(losses, axis=0) / count
+
+
+# Gradient, fused
+
+
+@triton.jit
+def _weights(
+    product,
+    row,
+    column,
+    side,
+    rows,
+    lse,
+    s,
+    N,
+    first,
+    N_padded,
+):
+    """p + q of a tile, 0 at labels and beyond the edge, and the cosines."""
+    factor = tl.load(rows + side * N_padded + first + row)[:, None]
+    factor = factor * tl.load(rows + (1 - side) * N_padded + column)[None, :]
+    cosine = product * factor
+    # Rows beyond this rank's last are other ranks' or padding: computed, never stored.
+    own = tl.load(lse + side.to(tl.int64) * N + first + row, mask=first + row < N, other=0.0)
+    other = tl.load(lse + (1 - side).to(tl.int64) * N + column, mask=column < N, other=0.0)
+    negative = (column < N)[None, :] & (column[None, :] != first + row[:, None]) & (first + row < N)[:, None]
+    logit = cosine * s
+    weight = tl.exp(logit - own[:, None]) + tl.exp(logit - other[None, :])
+    return tl.where(negative, weight, 0.0), cosine
+
+
+@triton.jit
+def gradient_block(
+    pid,
+    packed,
+    rows,
+    logit_scale,
+    lse,  # (4, N): R, C, a, loss of the pair
+    upstream,
+    slope,  # (): dL/ds of this rank's rows
+    image_gradient,  # (B, D)
+    text_gradient,
+    scale_gradient,  # ()
+    B,
+    N,
+    first,
+    N_padded,
+    D,
+    D_padded,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SLICE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    N_padded = N_padded.to(tl.int64)
+    num_slices = tl.cdiv(D, SLICE)
+    side = pid % 2
+    slice0 = (pid // 2) % num_slices * SLICE
+    row0 = pid // (2 * num_slices) * ROWS
+    row = row0 + tl.arange(0, ROWS)
+    depth = slice0 + tl.arange(0, SLICE)
+    stride = D_padded.to(tl.int64)
+    left = packed + (side * N_padded + first + row0) * D_padded
+    right = packed + (1 - side) * N_padded * D_padded
+    s = tl.load(logit_scale).to(ACC)
+
+    acc = tl.zeros([ROWS, SLICE], ACC)
+    along = tl.zeros([ROWS], ACC)
+    offset = tl.arange(0, COLUMNS)
+    p_slice = right + offset[:, None] * D_padded + depth[None, :]
+    for column0 in range(0, N, COLUMNS):
+        column = column0 + offset
+        product = blocks.products(left, right + column0 * stride, D_padded, ROWS, COLUMNS, DEPTH, ACC)
+        weight, cosine = _weights(product, row, column, side, rows, lse, s, N, first, N_padded)
+        along += tl.sum(weight * cosine, axis=1)
+        scaled = weight * (tl.load(rows + (1 - side) * N_padded + column)[None, :] * _WEIGHT_SCALE)
+        block = tl.load(p_slice + column0 * stride, mask=(depth < D_padded)[None, :], other=0.0)
+        acc = blocks.split_dot(scaled, block, acc)
+
+    inside = (depth < D)[None, :] & (row < B)[:, None]
+    place = row.to(tl.int64)[:, None] * D_padded + depth[None, :]
+    own = tl.load(left - row0 * stride + place, mask=inside, other=0.0).to(ACC)
+    partner = tl.load(right + first * stride + place, mask=inside, other=0.0).to(ACC)
+    own_factor = tl.load(rows + side * N_padded + first + row)
+    partner_factor = tl.load(rows + (1 - side) * N_padded + first + row)
+    inverse = tl.load(rows + (2 + side) * N_padded + first + row)
+    positive = tl.load(rows + 4 * N_padded + first + row)
+    complement = tl.load(lse + 2 * N.to(tl.int64) + first + row, mask=row < B, other=0.0)
+    gradient = acc * (1.0 / _WEIGHT_SCALE) - partner * (partner_factor * complement)[:, None]
+    along = along - complement * positive
+    # Below the clamp z is linear in x and nothing is projected out.
+    along = tl.where(inverse < 1.0 / blocks.CLAMP, along, 0.0)
+    gradient = gradient - own * (own_factor * along)[:, None]
+    gradient = gradient * (inverse * (tl.load(upstream).to(ACC) * s / (2.0 * B.to(ACC))))[:, None]
+    place = row.to(tl.int64)[:, None] * D + depth[None, :]
+    gradient = blocks.rounded(gradient, image_gradient.dtype.element_ty)
+    if pid == 0:
+        scale = tl.load(upstream).to(ACC) * tl.load(slope)
+        tl.store(scale_gradient, blocks.rounded(scale, scale_gradient.dtype.element_ty))
+    if side == 0:
+        tl.store(image_gradient + place, gradient, mask=inside)
+    else:
+        tl.store(text_gradient + place, gradient, mask=inside)
+
+
+# Gradient, chunked
+
+
+@triton.jit(do_not_specialize=["side", "chunk0", "N", "first"], do_not_specialize_on_alignment=["logit_scale"])
+def weights_kernel(
+    packed,
+    rows,
+    logit_scale,
+    lse,
+    halves,  # (2, chunk, columns): high and low bits, or (1, chunk, columns) where one dtype holds all
+    side,
+    chunk0,
+    chunk,
+    columns,
+    N,
+    first,
+    N_padded,
+    D_padded,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The weights of texts (side 0: of images) in the gradients of rows ``chunk0 ...``, zeros beyond the edge."""
+    pid = tl.program_id(0)
+    N_padded = N_padded.to(tl.int64)
+    # Rows vary fastest: neighbours share a tile of columns.
+    num_row_blocks = chunk // ROWS
+    place0 = pid % num_row_blocks * ROWS
+    column0 = pid // num_row_blocks * COLUMNS
+    row = chunk0 + place0 + tl.arange(0, ROWS)
+    column = column0 + tl.arange(0, COLUMNS)
+    left = packed + (side * N_padded + first + chunk0 + place0) * D_padded
+    right = packed + ((1 - side) * N_padded + column0) * D_padded
+    product = blocks.products(left, right, D_padded, ROWS, COLUMNS, DEPTH, ACC)
+    s = tl.load(logit_scale).to(ACC)
+    weight, _ = _weights(product, row, column, side, rows, lse, s, N, first, N_padded)
+    weight *= tl.load(rows + (1 - side) * N_padded + column)[None, :] * _WEIGHT_SCALE
+    place = (place0 + tl.arange(0, ROWS)).to(tl.int64)[:, None] * columns + column[None, :]
+    high = weight.to(halves.dtype.element_ty)
+    tl.store(halves + place, high)
+    if halves.dtype.element_ty.primitive_bitwidth == 16:
+        low = (weight - high.to(ACC)).to(halves.dtype.element_ty)
+        tl.store(halves + chunk.to(tl.int64) * columns + place, low)
+
+
+@triton.jit(
+    do_not_specialize=["side", "chunk0", "B", "N", "first"],
+    do_not_specialize_on_alignment=["logit_scale", "upstream"],
+)
+def finish_gradient_kernel(
+    sums,  # (chunk, D_padded): sum over j of weights times x^_j
+    packed,
+    rows,
+    logit_scale,
+    lse,
+    upstream,
+    gradient,  # (B, D)
+    side,
+    chunk0,
+    B,
+    N,
+    first,
+    N_padded,
+    D,
+    D_padded,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """From the sum over texts to the gradient of un-normalised image rows, or the other way round."""
+    N_padded = N_padded.to(tl.int64)
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = chunk0 + place
+    depth = tl.arange(0, WIDTH)
+    inside = (row < B)[:, None] & (depth < D)[None, :]
+    offset = (first + row).to(tl.int64)[:, None] * D_padded + depth[None, :]
+    far = N_padded * D_padded
+    acc = tl.load(sums + place.to(tl.int64)[:, None] * D_padded + depth[None, :], mask=inside, other=0.0)
+    own = tl.load(packed + side * far + offset, mask=inside, other=0.0).to(ACC)
+    partner = tl.load(packed + (1 - side) * far + offset, mask=inside, other=0.0).to(ACC)
+    own *= tl.load(rows + side * N_padded + first + row)[:, None]
+    partner *= tl.load(rows + (1 - side) * N_padded + first + row)[:, None]
+    inverse = tl.load(rows + (2 + side) * N_padded + first + row)
+    complement = tl.load(lse + 2 * N.to(tl.int64) + first + row, mask=row < B, other=0.0)
+    s = tl.load(logit_scale).to(ACC)
+    result = acc * (1.0 / _WEIGHT_SCALE) - partner * complement[:, None]
+    along = tl.where(inverse < 1.0 / blocks.CLAMP, tl.sum(own * result, axis=1), 0.0)
+    result = (result - own * along[:, None]) * inverse[:, None]
+    result *= tl.load(upstream).to(ACC) * s / (2.0 * B.to(ACC))
+    result = blocks.rounded(result, gradient.dtype.element_ty)
+    tl.store(gradient + row.to(tl.int64)[:, None] * D + depth[None, :], result, mask=inside)
+
+
+# Launches
+
+
+@triton.jit(do_not_specialize=["N"])
+def pack_kernel(
+    image,
+    text,
+    packed,
+    rows,
+    tickets,
+    N,
+    N_padded,
+    D,
+    D_padded,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    pack_block(pid, image, text, packed, rows, tickets, N, N_padded, D, D_padded, ROWS, WIDTH, ACC)
+
+
+@triton.jit(do_not_specialize=["B", "N", "first", "num_splits"], do_not_specialize_on_alignment=["logit_scale"])
+def statistics_kernel(
+    packed,
+    rows,
+    logit_scale,
+    partials,
+    statistics,
+    slope,
+    loss,
+    tickets,
+    B,
+    N,
+    first,
+    N_padded,
+    D_padded,
+    num_splits,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    FINISH_ROWS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    statistics_block(
+        pid, packed, rows, logit_scale, partials, B, N, first, N_padded, D_padded, num_splits, ROWS, COLUMNS,
+        DEPTH, ACC,
+    )  # fmt: skip
+    if blocks.is_last(tickets, tl.num_programs(0)):
+        value = finish_contrastive(
+            partials, rows, logit_scale, statistics, slope, B, first, N_padded, num_splits, FINISH_ROWS, ACC
+        )
+        tl.store(loss, value)
+
+
+@triton.jit(do_not_specialize=["B", "N", "first"], do_not_specialize_on_alignment=["logit_scale", "upstream"])
+def gradient_kernel(
+    packed,
+    rows,
+    logit_scale,
+    lse,
+    upstream,
+    slope,
+    image_gradient,
+    text_gradient,
+    scale_gradient,
+    B,
+    N,
+    first,
+    N_padded,
+    D,
+    D_padded,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SLICE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    gradient_block(
+        pid, packed, rows, logit_scale, lse, upstream, slope, image_gradient, text_gradient, scale_gradient, B, N,
+        first, N_padded, D, D_padded, ROWS, COLUMNS, DEPTH, SLICE, ACC,
+    )  # fmt: skip
+
+
+# Host
+
+
+class Buffers(NamedTuple):
+    """What a call allocates; the backward needs ``packed``, ``rows``, ``lse`` and ``slope``."""
+
+    packed: Tensor  # (2, N_padded, D_padded)
+    rows: Tensor  # (5, N_padded)
+    tickets: Tensor  # (2,)
+    partials: Tensor  # (3, 2, num_splits, B)
+    statistics: Tensor  # (4, B)
+    slope: Tensor  # ()
+    loss: Tensor  # ()
+
+
+def buffers(shape: Shape, device: torch.device) -> Buffers:
+    """Outputs and scratch of the forward, unwritten."""
+    acc = torch.float64 if shape.dtype == torch.float64 else torch.float32
+
+    def empty(*size: int, dtype: torch.dtype = acc) -> Tensor:
+        return blocks.empty(*size, dtype=dtype, device=device)
+
+    return Buffers(
+        empty(2, shape.total_padded, shape.width_padded, dtype=shape.dtype),
+        empty(5, shape.total_padded),
+        empty(2, dtype=torch.int32),
+        empty(3, 2, num_splits(shape), shape.rows),
+        empty(4, shape.rows),
+        empty(),
+        empty(),
+    )
+
+
+def tile(shape: Shape) -> Tile:
+    """Tiles of the statistics and of the chunked weights."""
+    if shape.is_half:
+        return Tile(128, 128, 64, num_warps=8, num_stages=4) if shape.is_large else Tile(64, 64, 64, 4, 3)
+    return Tile(128, 64, 32, num_warps=8, num_stages=3) if shape.is_large else Tile(64, 64, 32, 4, 3)
+
+
+def gradient_tile(shape: Shape) -> tuple[Tile, int]:
+    """Tile of the fused gradient, and how much of the width one program owns."""
+    rows = 32 if 2 * triton.cdiv(shape.rows, 64) * triton.cdiv(shape.width, 128) < _PROGRAMS else 64
+    if shape.is_half:
+        return Tile(rows, 64, 64, num_warps=4, num_stages=3), 128
+    return Tile(rows, 32, 32, num_warps=4, num_stages=2), 64
+
+
+def num_splits(shape: Shape) -> int:
+    """Into how many parts the columns of a row are cut, so that a small batch keeps the whole GPU busy."""
+    row_blocks, column_blocks = (triton.cdiv(count, tile(shape).ROWS) for count in (shape.rows, shape.total))
+    return max(1, min(column_blocks, _PROGRAMS // (2 * row_blocks)))
+
+
+def statistics_programs(shape: Shape) -> int:
+    """Programs of :func:`statistics_block`."""
+    return 2 * num_splits(shape) * triton.cdiv(shape.rows, tile(shape).ROWS)
+
+
+def gradient_programs(shape: Shape) -> int:
+    """Programs of :func:`gradient_block`."""
+    tile, width = gradient_tile(shape)
+    return 2 * triton.cdiv(shape.rows, tile.ROWS) * triton.cdiv(shape.width, width)
+
+
+def gather_statistics(statistics: Tensor, group: str) -> Tensor:
+    """Statistics of the pairs of all ranks, ``(4, B) -> (4, N)``."""
+    gathered = ranks.gather(statistics, group)
+    return statistics if len(gathered) == 1 else gathered.transpose(0, 1).reshape(len(statistics), -1)
+
+
+def loss_of(lse: Tensor) -> Tensor:
+    """The global loss from the statistics of all ranks: the same on each, bit for bit."""
+    return lse[3].mean() / 2
+
+
+def launch_forward(
+    image: Tensor, text: Tensor, logit_scale: Tensor, group: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, and what its backward needs: packed rows, their factors, statistics of all pairs, dL/ds."""
+    shape = shape_of(image, group)
+    image, text = (ranks.gather(blocks.dense(features), group).flatten(0, 1) for features in (image, text))
+    made = buffers(shape, image.device)
+    row_block = blocks.row_block(shape.width_padded)
+    blocks.launch(
+        pack_kernel,
+        shape.total_padded // row_block["ROWS"],
+        image,
+        text,
+        *made[:3],
+        shape.total,
+        shape.total_padded,
+        shape.width,
+        shape.width_padded,
+        **row_block,
+        ACC=shape.acc,
+    )
+    blocks.launch(
+        statistics_kernel,
+        statistics_programs(shape),
+        *(
+            made.packed,
+            made.rows,
+            logit_scale,
+            made.partials,
+            made.statistics,
+            made.slope,
+            made.loss,
+            made.tickets,
+        ),
+        *(shape.rows, shape.total, shape.first, shape.total_padded, shape.width_padded, num_splits(shape)),
+        **tile(shape)._asdict(),
+        FINISH_ROWS=FINISH_ROWS,
+        ACC=shape.acc,
+    )
+    lse = gather_statistics(made.statistics, group)
+    loss = made.loss if lse is made.statistics else loss_of(lse)
+    return loss, made.packed, made.rows, lse, made.slope
+
+
+forward = torch.library.custom_op("dive_fast::contrastive_loss", launch_forward, mutates_args=())
+
+
+@forward.register_fake
+def _(image: Tensor, text: Tensor, logit_scale: Tensor, group: str) -> tuple[Tensor, ...]:
+    shape = shape_of(image, group)
+    made = buffers(shape, image.device)
+    return made.loss, made.packed, made.rows, made.rows.new_empty(4, shape.total), made.slope
+
+
+def launch_backward(
+    upstream: Tensor,
+    logit_scale: Tensor,
+    packed: Tensor,
+    rows: Tensor,
+    lse: Tensor,
+    slope: Tensor,
+    count: int,
+    first: int,
+    width: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of both feature matrices, ``(count, width)`` each, and of the scale."""
+    shape = saved_shape(packed, lse, count, first, width)
+    if shape.is_large:
+        return chunked_gradient(upstream, logit_scale, packed, rows, lse, slope, shape)
+    image, text, scale = gradients(shape, logit_scale)
+    tile, slice_width = gradient_tile(shape)
+    blocks.launch(
+        gradient_kernel,
+        gradient_programs(shape),
+        *(packed, rows, logit_scale, lse, upstream, slope, image, text, scale),
+        *(shape.rows, shape.total, shape.first, shape.total_padded, shape.width, shape.width_padded),
+        **tile._asdict(),
+        SLICE=slice_width,
+        ACC=shape.acc,
+    )
+    return image, text, scale
+
+
+backward = torch.library.custom_op("dive_fast::contrastive_loss_backward", launch_backward, mutates_args=())
+
+
+@backward.register_fake
+def _(
+    upstream: Tensor,
+    logit_scale: Tensor,
+    packed: Tensor,
+    rows: Tensor,
+    lse: Tensor,
+    slope: Tensor,
+    count: int,
+    first: int,
+    width: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return gradients(saved_shape(packed, lse, count, first, width), logit_scale)
+
+
+def gradients(shape: Shape, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Unwritten gradients of features and scale."""
+    device = logit_scale.device
+    image, text = (blocks.empty(shape.rows, shape.width, dtype=shape.dtype, device=device) for _ in range(2))
+    return image, text, blocks.empty(*logit_scale.shape, dtype=logit_scale.dtype, device=device)
+
+
+def chunked_gradient(
+    upstream: Tensor, logit_scale: Tensor, packed: Tensor, rows: Tensor, lse: Tensor, slope: Tensor, shape: Shape
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients where the logits are too many to compute anew for every slice of the width."""
+    image, text, scale = gradients(shape, logit_scale)
+    columns = blocks.round_up(shape.total, TILE)
+    chunk = min(max(CHUNK_LOGITS // columns // TILE, 1) * TILE, blocks.round_up(shape.rows, TILE))
+    halves = blocks.empty(2 if shape.is_half else 1, chunk, columns, dtype=shape.dtype, device=packed.device)
+    constants = tile(shape)
+    row_block = blocks.row_block(shape.width_padded)
+    sizes = shape.total, shape.first, shape.total_padded
+    for side, gradient in enumerate((image, text)):
+        for start in range(0, shape.rows, chunk):
+            blocks.launch(
+                weights_kernel,
+                chunk // constants.ROWS * (columns // constants.COLUMNS),
+                *(packed, rows, logit_scale, lse, halves, side, start, chunk, columns),
+                *(*sizes, shape.width_padded),
+                **constants._asdict(),
+                ACC=shape.acc,
+            )
+            sums = _matmul(halves, packed[1 - side, :columns])
+            blocks.launch(
+                finish_gradient_kernel,
+                triton.cdiv(min(chunk, shape.rows - start), row_block["ROWS"]),
+                *(sums, packed, rows, logit_scale, lse, upstream, gradient, side, start, shape.rows),
+                *(*sizes, shape.width, shape.width_padded),
+                **row_block,
+                ACC=shape.acc,
+            )
+    scale.copy_(upstream * slope)
+    return image, text, scale
+
+
+def _matmul(halves: Tensor, right: Tensor) -> Tensor:
+    """``sum(halves) @ right`` by the library, accumulated in fp32 (fp64)."""
+    if len(halves) == 1:
+        return halves[0] @ right
+    if right.device.type != "cuda":
+        return (halves[0].float() + halves[1].float()) @ right.float()
+    high = torch.mm(halves[0], right, out_dtype=torch.float32)
+    return torch.addmm(high, halves[1], right, out_dtype=torch.float32)
+
+
+def saved_shape(packed: Tensor, lse: Tensor, count: int, first: int, width: int) -> Shape:
+    """Sizes of the call that saved these tensors."""
+    return Shape(count, lse.shape[1], first, width, packed.shape[1], packed.shape[2], packed.dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    image, _, logit_scale, group = inputs
+    _, *saved = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*saved)
+    ctx.save_for_backward(logit_scale, *saved)
+    shape = shape_of(image, group)
+    ctx.sizes = shape.rows, shape.first, shape.width
+
+
+def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None]:
+    return *backward(upstream, *ctx.saved_tensors, *ctx.sizes), None
+
+
+forward.register_autograd(_backward, setup_context=_setup_context)

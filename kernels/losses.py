@@ -1,0 +1,170 @@
+"""The losses as users call them: check the input, choose the backend, name the results."""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from dive_fast.kernels import backend as backends
+from dive_fast.kernels import checks, naive, ranks
+from dive_fast.kernels.backend import Backend
+from dive_fast.kernels.naive import DifferenceLoss, DiveLoss
+
+if backends.blocks is not None:
+    # Importing registers the custom ops, before anything is traced.
+    from dive_fast.kernels import contrastive, difference, dive
+
+
+def contrastive_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Symmetric contrastive loss, Eq. 1: the mean over pairs of image-to-text and text-to-image cross-entropy.
+
+    ::
+
+        l_ij = logit_scale * unit(image_i) . unit(text_j)
+        loss = 1/(2B) sum_i [ log sum_j exp l_ij + log sum_j exp l_ji - 2 l_ii ]
+
+    Extra memory is linear in B with the Triton kernels, and 4 B^2 bytes several times over with plain PyTorch.
+
+    Args:
+        image_features, text_features: ``(B, D)``, un-normalised; row i of each belongs to the same pair.
+        logit_scale: ``()`` or ``(1,)``, the scale ``1 / tau`` itself, not its logarithm.
+        group: ranks whose pairs form one batch (equal ``B`` on each); None is this rank alone.
+        backend: "triton", "torch", or "auto": triton where it can run (see :mod:`dive_fast.kernels.backend`).
+
+    Returns:
+        The loss of the global batch, ``()``, fp32 (fp64 for fp64 features).
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, or the backend cannot run.
+    """
+    checks.check_pairs(image_features=image_features, text_features=text_features)
+    checks.check_scale(logit_scale, image_features)
+    if not backends.uses_triton(backend, image_features):
+        return naive.contrastive_loss(image_features, text_features, logit_scale, group=group)
+    loss, *_ = contrastive.forward(image_features, text_features, logit_scale, ranks.name_of(group))
+    return loss
+
+
+def difference_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    image_teacher: Tensor,
+    text_teacher: Tensor,
+    average_vector: Tensor,
+    *,
+    decay: float = 0.99,
+    average_weight: float = 1.0,
+    pairwise_weight: float = 1.0,
+    mean_gradient: bool = True,
+    group: dist.ProcessGroup | None = None,
+    backend: Backend = "auto",
+) -> DifferenceLoss:
+    """Average and pairwise vector loss, Eq. 4-8, of the difference vectors u (images) and v (texts).
+
+    ::
+
+        u = unit(image_features) - image_teacher        v = unit(text_features) - text_teacher
+        m = decay * average_vector + (1 - decay) * mean_j (u_j + v_j) / 2
+        loss = average_weight * mean_j(|u_j - m|^2 + |v_j - m|^2) + pairwise_weight * mean_j |u_j - v_j|^2
+
+    Args:
+        image_features, text_features: ``(B, D)``, un-normalised features of the model being tuned.
+        image_teacher, text_teacher: ``(B, D)``, unit rows of the frozen model for the same pairs.
+        average_vector: ``(D,)``, m of the previous step; zeros before the first.
+        mean_gradient: whether this batch's share of m carries gradient, as Eq. 6-7 read literally.
+        group: ranks whose pairs form one batch (equal ``B`` on each); None is this rank alone.
+        backend: as for :func:`contrastive_loss`; only "torch" gives gradients to teachers and average vector.
+
+    Returns:
+        Global values: loss, the updated average vector ``(D,)``, both parts unweighted, and mean |u|, |v|. Nothing
+        waits for the device.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, or the backend cannot run.
+    """
+    checks.check_pairs(
+        image_features=image_features,
+        text_features=text_features,
+        image_teacher=image_teacher,
+        text_teacher=text_teacher,
+    )
+    checks.check_average_vector(average_vector, image_features)
+    constants = {"image_teacher": image_teacher, "text_teacher": text_teacher, "average_vector": average_vector}
+    options: dict[str, Any] = {
+        "decay": decay,
+        "average_weight": average_weight,
+        "pairwise_weight": pairwise_weight,
+        "mean_gradient": mean_gradient,
+    }
+    if not backends.uses_triton(backend, image_features, constants):
+        return naive.difference_loss(image_features, text_features, **constants, **options, group=group)
+    dtype = backends.blocks.computing_dtype(image_features)
+    loss, parts, average = difference.forward(
+        image_features,
+        text_features,
+        *(tensor.to(dtype) for tensor in constants.values()),
+        **options,
+        group=ranks.name_of(group),
+    )
+    return DifferenceLoss(loss, average[0], *parts.unbind())
+
+
+def dive_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    reference_image_features: Tensor,
+    reference_text_features: Tensor,
+    image_teacher: Tensor,
+    text_teacher: Tensor,
+    average_vector: Tensor,
+    *,
+    weight: float = 1000.0,
+    decay: float = 0.99,
+    average_weight: float = 1.0,
+    pairwise_weight: float = 1.0,
+    mean_gradient: bool = True,
+    group: dist.ProcessGroup | None = None,
+    backend: Backend = "auto",
+) -> DiveLoss:
+    """The whole objective, Eq. 9: ``contrastive_loss(target) + weight * difference_loss(reference)``.
+
+    Arguments, shapes and errors are those of the two functions; ``weight`` is the paper's lambda. The two batches
+    may differ in size. The Triton kernels take three launches, backward included, where the two apart take six.
+    """
+    checks.check_pairs(image_features=image_features, text_features=text_features)
+    checks.check_scale(logit_scale, image_features)
+    checks.check_pairs(
+        reference_image_features=reference_image_features,
+        reference_text_features=reference_text_features,
+        image_teacher=image_teacher,
+        text_teacher=text_teacher,
+    )
+    checks.check_same_kind(image_features, reference_image_features)
+    checks.check_average_vector(average_vector, reference_image_features)
+    features = image_features, text_features, logit_scale, reference_image_features, reference_text_features
+    constants = {"image_teacher": image_teacher, "text_teacher": text_teacher, "average_vector": average_vector}
+    options: dict[str, Any] = {
+        "weight": weight,
+        "decay": decay,
+        "average_weight": average_weight,
+        "pairwise_weight": pairwise_weight,
+        "mean_gradient": mean_gradient,
+    }
+    if not backends.uses_triton(backend, image_features, constants):
+        return naive.dive_loss(*features, **constants, **options, group=group)
+    dtype = backends.blocks.computing_dtype(image_features)
+    loss, contrastive_part, *_, parts, average = dive.forward(
+        *features,
+        *(tensor.to(dtype) for tensor in constants.values()),
+        **options,
+        group=ranks.name_of(group),
+    )
+    return DiveLoss(loss, contrastive_part, average[0], *parts.unbind())

@@ -1,0 +1,29 @@
+"""Process groups by name, which is how a custom op takes them; the empty name is this rank alone."""
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+
+def name_of(group: dist.ProcessGroup | None) -> str:
+    """The name that the other functions take."""
+    return "" if group is None else group.group_name
+
+
+def world_size(name: str) -> int:
+    """Number of ranks."""
+    return dist.get_world_size(_resolve_process_group(name)) if name else 1
+
+
+def rank(name: str) -> int:
+    """This rank's number within the group."""
+    return dist.get_rank(_resolve_process_group(name)) if name else 0
+
+
+def gather(tensor: Tensor, name: str) -> Tensor:
+    """Tensors of all ranks, stacked in rank order: ``(...) -> (W, ...)``."""
+    if world_size(name) == 1:
+        return tensor.unsqueeze(0)
+    gathered = tensor.new_empty(world_size(name), *tensor.shape)
+    dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=_resolve_process_group(name))
+    return gathered

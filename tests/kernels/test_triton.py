@@ -1,0 +1,606 @@
+"""The Triton kernels, held to float64 beside plain PyTorch, which may err half as much.
+
+Without a GPU they run under Triton's interpreter. What it cannot show, an access out of bounds or a dependence of
+one program on another, is made visible here: NaN beyond every buffer, scratch memory full of NaN, and programs run
+in a random order.
+"""
+
+import itertools
+
+import numpy as np
+import numpy_reference
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from inputs import (
+    CONTRASTIVE,
+    DIFFERENCE,
+    KINDS,
+    drifted_pairs,
+    evaluate,
+    make_dive_inputs,
+    make_inputs,
+    opposed_pairs,
+    outlying_pairs,
+    random_pairs,
+    select,
+    sure_pairs,
+    to_tensors,
+    vanishing_pairs,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dive_fast.kernels as kernels
+from dive_fast.kernels import backend, blocks, contrastive, difference, dive, naive
+
+LOSSES = ("contrastive_loss", "difference_loss", "dive_loss")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and not blocks.INTERPRETED, reason="needs a GPU, or TRITON_INTERPRET=1 before the start"
+)
+
+
+@pytest.fixture(params=["fused", "chunked"])
+def path(request, monkeypatch):
+    """Both ways to the contrastive gradient, at any size; chunks of one tile of rows."""
+    if request.param == "chunked":
+        monkeypatch.setattr(contrastive, "FUSED_LOGITS", 0)
+        monkeypatch.setattr(contrastive, "CHUNK_LOGITS", 1)
+    return request.param
+
+
+# Inputs and comparison
+
+
+def inputs_of(name, kind, pairs, width, seed=0, scale=1 / 0.07):
+    """What the loss of this name takes; the reference batch of the joint one has another size."""
+    if name == "dive_loss":
+        inputs = make_dive_inputs(kind, pairs, pairs // 2 + 1, width, seed)
+    else:
+        inputs = make_inputs(kind, pairs, width, seed)
+        inputs = select(inputs, CONTRASTIVE if name == "contrastive_loss" else DIFFERENCE)
+    return inputs | {"logit_scale": np.array(scale)} if "logit_scale" in inputs else inputs
+
+
+def tensors_of(inputs, dtype):
+    """Leaves on the device; teachers, average vector and scale in the dtype that losses are computed in."""
+    computed_in = torch.float64 if dtype == torch.float64 else torch.float32
+    limit = torch.finfo(dtype).max / 2
+    inputs = {key: np.clip(array, -limit, limit) for key, array in inputs.items()}
+    dtypes = {key: computed_in for key in inputs if not key.endswith("features")}
+    tensors = to_tensors(inputs, dtype, dtypes)
+    tensors = {key: tensor.detach().to(DEVICE) for key, tensor in tensors.items()}
+    return {
+        key: tensor.requires_grad_(key in dtypes.keys() & {"logit_scale"} or key not in dtypes)
+        for key, tensor in tensors.items()
+    }
+
+
+def run(name, tensors, **options):
+    """Values and gradients on the CPU, leaves untouched."""
+    leaves = {key: tensor.detach().clone().requires_grad_(tensor.requires_grad) for key, tensor in tensors.items()}
+    values, gradients = evaluate(getattr(kernels, name), leaves, **options)
+    gradients = {key: gradients[key] for key, tensor in tensors.items() if tensor.requires_grad}
+    return {key: v.cpu() for key, v in values.items()}, {key: g.cpu() for key, g in gradients.items()}
+
+
+def assert_at_most_twice_the_error(name, inputs, dtype, **options):
+    """Per tensor: the error's norm is at most twice plain PyTorch's, and one rounding of each operation."""
+    tensors = tensors_of(inputs, dtype)
+    computed_in = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = getattr(numpy_reference, name)(
+        **{key: tensor.detach().double().cpu().numpy() for key, tensor in tensors.items()},
+        **options,
+        rounding=torch.finfo(computed_in).eps,
+    )
+    ours, plain = (run(name, tensors, **options, backend=backend) for backend in ("triton", "torch"))
+    exact = (expected.values, expected.gradients), (expected.value_bounds, expected.gradient_bounds)
+    for ours_, plain_, exact_, bounds in zip(ours, plain, *exact):
+        assert ours_.keys() == plain_.keys()
+        for key, actual in ours_.items():
+            assert actual.dtype == plain_[key].dtype, key
+            assert actual.shape == plain_[key].shape, key
+            error, allowed = (_norm(value.double().numpy() - exact_[key]) for value in (actual, plain_[key]))
+            rounding = _norm(np.broadcast_to(bounds[key], exact_[key].shape))
+            assert error <= 2 * allowed + rounding, f"{key}: off by {error}, PyTorch by {allowed}, {rounding=}"
+
+
+def _norm(array):
+    return np.linalg.norm(np.ravel(array))
+
+
+# Against float64
+
+
+OPTIONS = {
+    "contrastive_loss": [{}],
+    "difference_loss": [{}, {"decay": 0.5, "average_weight": 0.3, "pairwise_weight": 2.5, "mean_gradient": False}],
+    "dive_loss": [{"decay": 0.9}, {"weight": 2.5, "average_weight": 0.0, "mean_gradient": False}],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, sure_pairs])
+@pytest.mark.parametrize("name", LOSSES)
+def test_error_is_at_most_twice_plain_pytorchs(name, kind, dtype):
+    if dtype == torch.float16 and kind == vanishing_pairs:
+        pytest.skip(
+            "in fp16 a row below the clamp is a row of zeros, and its gradient, dz / 1e-12, is out of range"
+        )
+    for (pairs, width), scale, options in zip(
+        [(1, 16), (2, 17), (7, 130), (33, 48), (70, 130)],
+        itertools.cycle([1 / 0.07, 100.0]),
+        itertools.cycle(OPTIONS[name]),
+    ):
+        assert_at_most_twice_the_error(name, inputs_of(name, kind, pairs, width, scale=scale), dtype, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [drifted_pairs, outlying_pairs, opposed_pairs, sure_pairs])
+def test_chunked_gradient(kind, dtype, monkeypatch):
+    monkeypatch.setattr(contrastive, "FUSED_LOGITS", 0)
+    monkeypatch.setattr(contrastive, "CHUNK_LOGITS", 1)
+    for (pairs, width), scale in zip([(1, 16), (70, 33), (150, 130)], (100.0, 1 / 0.07, 100.0)):
+        inputs = inputs_of("contrastive_loss", kind, pairs, width, scale=scale)
+        assert_at_most_twice_the_error("contrastive_loss", inputs, dtype)
+    assert_at_most_twice_the_error("dive_loss", inputs_of("dive_loss", kind, 70, 48), dtype)
+
+
+@pytest.mark.parametrize("width", [512, 640, 768, 1023, 1280])
+def test_widths_of_real_models(width):
+    for name, dtype in zip(LOSSES, (torch.float16, torch.float32, torch.bfloat16)):
+        assert_at_most_twice_the_error(name, inputs_of(name, drifted_pairs, 40, width), dtype)
+
+
+@given(
+    name=st.sampled_from(LOSSES),
+    pairs=st.integers(1, 140),
+    width=st.integers(1, 200),
+    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from([drifted_pairs, outlying_pairs, sure_pairs]),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_shape(name, pairs, width, dtype, kind, seed):
+    assert_at_most_twice_the_error(name, inputs_of(name, kind, pairs, width, seed), dtype)
+
+
+def test_scale_100_with_cosines_from_minus_1_to_1_stays_finite(path):
+    values, gradients = run(
+        "contrastive_loss",
+        tensors_of(inputs_of("contrastive_loss", opposed_pairs, 70, 16, scale=100.0), torch.float16),
+        backend="triton",
+    )
+    assert values["loss"] > 5
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+@pytest.mark.skipif(not blocks.INTERPRETED, reason="fp64 runs under the interpreter only")
+@pytest.mark.parametrize("mean_gradient", [True, False])
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradcheck(name, mean_gradient, path):
+    options = {} if name == "contrastive_loss" else {"decay": 0.5, "mean_gradient": mean_gradient}
+    tensors = tensors_of(inputs_of(name, random_pairs, 5, 9, scale=3.0), torch.float64)
+    if name == "dive_loss":
+        options["weight"] = 2.0
+    leaves = [key for key, tensor in tensors.items() if tensor.requires_grad]
+
+    def loss(*arguments):
+        arguments = tensors | dict(zip(leaves, arguments))
+        if not mean_gradient and "average_vector" in arguments:
+            # With decay 1 the average is what is passed in: a constant, as the gradient takes it to be.
+            m = getattr(naive, name)(**tensors, **options).average_vector
+            arguments["average_vector"] = m.detach()
+            result = getattr(kernels, name)(**arguments, **options | {"decay": 1.0}, backend="triton")
+        else:
+            result = getattr(kernels, name)(**arguments, **options, backend="triton")
+        return result if name == "contrastive_loss" else result.loss
+
+    assert torch.autograd.gradcheck(loss, [tensors[key] for key in leaves])
+
+
+def test_upstream_gradient_is_applied_before_rounding():
+    """At |u| = 3e-3 a quarter of the gradients underflow fp16 unless the loss scale comes first."""
+    tensors = tensors_of(inputs_of("difference_loss", drifted_pairs, 512, 512), torch.float16)
+    tensors["image_features"], tensors["text_features"] = (
+        (10 * tensors[f"{half}_teacher"] + 0.03 * torch.randn(512, 512) / 512**0.5).half().requires_grad_()
+        for half in ("image", "text")
+    )
+    result = kernels.difference_loss(**tensors, backend="triton")
+    (scaled,) = torch.autograd.grad(result.loss * 2.0**16, tensors["image_features"], retain_graph=True)
+    (plain,) = torch.autograd.grad(result.loss, tensors["image_features"])
+    assert (plain == 0).float().mean() > 0.2
+    assert (scaled == 0).float().mean() < 0.01
+
+
+# Memory
+
+
+class Guarded:
+    """In place of ``blocks.empty``: buffers full of NaN, between bands of NaN that must survive."""
+
+    BAND = 512  # elements; a multiple of 16 bytes
+
+    def __init__(self):
+        self.buffers = []
+
+    def __call__(self, *shape, dtype, device):
+        count = int(np.prod(shape))
+        poison = 0x7F7F7F7F if dtype == torch.int32 else float("nan")
+        buffer = torch.full((count + 2 * self.BAND,), poison, dtype=dtype, device=device)
+        self.buffers.append((buffer, count))
+        return buffer[self.BAND : self.BAND + count].view(shape)
+
+    def surround(self, tensor):
+        """A copy of an input between bands."""
+        inside = self(*tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        inside.copy_(tensor)
+        return inside
+
+    def assert_intact(self):
+        for buffer, count in self.buffers:
+            for band in buffer[: self.BAND], buffer[self.BAND + count :]:
+                assert (band == 0x7F7F7F7F).all() if buffer.dtype == torch.int32 else band.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("pairs", "width"), [(1, 1), (31, 65), (64, 64), (65, 130), (128, 63), (129, 257)])
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_beyond_a_buffer_is_read_or_written(name, pairs, width, dtype, path, monkeypatch):
+    tensors = tensors_of(inputs_of(name, drifted_pairs, pairs, width), dtype)
+    expected = run(name, tensors, backend="triton")
+    guard = Guarded()
+    monkeypatch.setattr(blocks, "empty", guard)
+    guarded = {
+        key: guard.surround(tensor.detach()).requires_grad_(tensor.requires_grad)
+        for key, tensor in tensors.items()
+    }
+    values, gradients = evaluate(getattr(kernels, name), guarded, backend="triton")
+    guard.assert_intact()
+    for key, value in expected[0].items():
+        assert torch.equal(values[key].cpu(), value), key
+    for key, gradient in expected[1].items():
+        assert torch.equal(gradients[key].cpu(), gradient), key
+
+
+def test_any_layout_of_the_inputs(path):
+    tensors = tensors_of(inputs_of("dive_loss", drifted_pairs, 20, 33), torch.float16)
+    expected = run("dive_loss", tensors, backend="triton")
+    strange = {}
+    for position, (key, tensor) in enumerate(tensors.items()):
+        if tensor.ndim == 2:
+            # Column by column in memory, every other column, and off by one element from any alignment.
+            layouts = (
+                tensor.detach().T.contiguous().T,
+                tensor.detach().repeat_interleave(2, dim=1)[:, ::2],
+                torch.cat([tensor.new_zeros(1), tensor.detach().flatten()])[1:].view(tensor.shape),
+            )
+            strange[key] = layouts[position % 3].requires_grad_(tensor.requires_grad)
+        else:
+            strange[key] = tensor
+    values, gradients = evaluate(kernels.dive_loss, strange, backend="triton")
+    for key, value in expected[0].items():
+        assert torch.equal(values[key].cpu(), value), key
+    for key, gradient in expected[1].items():
+        assert torch.equal(gradients[key].cpu(), gradient), key
+
+
+# Determinism and launches
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_runs_agree_bit_for_bit(name, path):
+    tensors = tensors_of(inputs_of(name, drifted_pairs, 150, 40), torch.float16)
+    first, second = (run(name, tensors, backend="triton") for _ in range(2))
+    for one, other in zip(first, second):
+        for key in one:
+            assert torch.equal(one[key], other[key]), key
+
+
+@pytest.mark.skipif(not blocks.INTERPRETED, reason="on a GPU the order is its own affair")
+@pytest.mark.parametrize("name", LOSSES)
+def test_order_of_programs_does_not_matter(name, path, monkeypatch):
+    """A program that needs another's result, or adds to it, gives something else when the order changes."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    tensors = tensors_of(inputs_of(name, drifted_pairs, 150, 40), torch.float32)
+    expected = run(name, tensors, backend="triton")
+    random = np.random.default_rng(0)
+    set_grid_idx, permutations = interpreter_builder.set_grid_idx, {}
+
+    def shuffled(x, y, z):
+        if x == 0:
+            permutations["now"] = random.permutation(interpreter_builder.grid_dim[0])
+        set_grid_idx(int(permutations["now"][x]), y, z)
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", shuffled)
+    actual = run(name, tensors, backend="triton")
+    assert any(list(order) != sorted(order) for order in permutations.values())
+    for one, other in zip(expected, actual):
+        for key in one:
+            assert torch.equal(one[key], other[key]), key
+
+
+class _Operations(TorchDispatchMode):
+    """Collects operators that may launch something: all but views and allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if not function.is_view and "empty" not in str(function) and "detach" not in str(function):
+            self.names.append(str(function))
+        return result
+
+
+def count_launches(monkeypatch, call):
+    """Triton launches, and operators of PyTorch that are launches too."""
+    launches, launch = [], blocks.launch
+    monkeypatch.setattr(
+        blocks,
+        "launch",
+        lambda kernel, *rest, **options: (launches.append(kernel), launch(kernel, *rest, **options)),
+    )
+    with _Operations() as operations:
+        result = call()
+    monkeypatch.setattr(blocks, "launch", launch)
+    return len(launches), operations.names, result
+
+
+def test_launches(monkeypatch):
+    """Two forward and one backward for each loss; three in all for both at once."""
+    tensors = tensors_of(inputs_of("dive_loss", drifted_pairs, 20, 48), torch.float16)
+    image, text, scale, *reference, average_vector = (tensor.detach() for tensor in tensors.values())
+    options, upstream = (0.99, 1.0, 1.0, True), torch.ones((), device=DEVICE)
+
+    def check(expected, call):
+        launches, operations, result = count_launches(monkeypatch, call)
+        assert (launches, operations) == (expected, [])
+        return result
+
+    _, *saved = check(2, lambda: contrastive.launch_forward(image, text, scale, ""))
+    check(1, lambda: contrastive.launch_backward(upstream, scale, *saved, 20, 0, 48))
+    _, _, average = check(2, lambda: difference.launch_forward(*reference, average_vector, *options, ""))
+    check(1, lambda: difference.launch_backward(upstream, *reference, average, *options))
+    made = check(2, lambda: dive.launch_forward(image, text, scale, *reference, average_vector, 1e3, *options, ""))
+    saved = made[2:6]
+    check(1, lambda: dive.launch_backward(upstream, scale, *saved, *reference, average, 20, 0, 48, 1e3, *options))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_without_gradient_only_the_forward_is_launched(name, monkeypatch):
+    tensors = tensors_of(inputs_of(name, drifted_pairs, 20, 48), torch.float16)
+    with torch.no_grad():
+        launches, _, result = count_launches(
+            monkeypatch, lambda: getattr(kernels, name)(**tensors, backend="triton")
+        )
+    assert launches == 2
+    loss = result if name == "contrastive_loss" else result.loss
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_backward_twice(name, path):
+    tensors = tensors_of(inputs_of(name, drifted_pairs, 20, 48), torch.float32)
+    result = getattr(kernels, name)(**tensors, backend="triton")
+    loss = result if name == "contrastive_loss" else result.loss
+    first, second = (
+        torch.autograd.grad(loss, next(iter(tensors.values())), retain_graph=True)[0] for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["difference_loss", "dive_loss"])
+def test_only_the_loss_carries_gradient(name):
+    tensors = tensors_of(inputs_of(name, random_pairs, 3, 4), torch.float32)
+    result = getattr(kernels, name)(**tensors, backend="triton")._asdict()
+    assert [key for key, value in result.items() if value.requires_grad] == ["loss"]
+
+
+# Not a number
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_is_not_finite_is_not_hidden(name, dtype, value, path):
+    """The step is skipped by looking at gradients, so a bad feature has to reach loss and gradients."""
+    for argument in [key for key in inputs_of(name, random_pairs, 2, 3) if key.endswith("features")]:
+        tensors = tensors_of(inputs_of(name, random_pairs, 70, 20), dtype)
+        tensors[argument].detach()[5, 7] = value
+        values, gradients = run(name, tensors, backend="triton")
+        assert not values["loss"].isfinite(), argument
+        assert not gradients[argument].isfinite().all(), argument
+
+
+# Ranks
+
+
+RANK_CASES = [
+    (name, pairs, width, dtype, path)
+    for (name, path), (pairs, width), dtype in itertools.product(
+        [
+            *itertools.product(("contrastive_loss", "dive_loss"), ("fused", "chunked")),
+            ("difference_loss", "fused"),
+        ],
+        [(1, 5), (5, 16), (70, 20)],  # pairs are those of one rank
+        [torch.float64 if blocks.INTERPRETED else torch.float32, torch.float16],
+    )
+]
+RANK_OPTIONS = {"contrastive_loss": {}, "difference_loss": {"decay": 0.5}, "dive_loss": {"weight": 2.5}}
+SHARED = ("logit_scale", "average_vector")
+
+
+def rank_inputs(name, pairs, width):
+    """Of all ranks; the reference batch has as many pairs as the target batch, so that both can be shared out."""
+    return (
+        inputs_of(name, drifted_pairs, pairs, width)
+        if name != "dive_loss"
+        else make_dive_inputs(drifted_pairs, pairs, pairs, width)
+    )
+
+
+def evaluate_on_rank():
+    """Values and gradients of this rank, case by case."""
+    results = []
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    group = dist.group.WORLD
+    for name, pairs, width, dtype, path in RANK_CASES:
+        if path == "chunked":
+            contrastive.FUSED_LOGITS, contrastive.CHUNK_LOGITS = 0, 1
+        else:
+            contrastive.FUSED_LOGITS = 2048 * 2048
+        inputs = rank_inputs(name, world_size * pairs, width)
+        for key in inputs.keys() - set(SHARED):
+            inputs[key] = np.split(inputs[key], world_size)[rank]
+        results.append(run(name, tensors_of(inputs, dtype), group=group, backend="triton", **RANK_OPTIONS[name]))
+    return results
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks(world_size):
+    """Values are the same on all, bit for bit, and averaging over ranks gives the gradient of one process."""
+    if DEVICE == "cuda" and world_size > torch.cuda.device_count():
+        pytest.skip("needs a GPU per rank")
+    on_ranks = run_ranks(world_size, evaluate_on_rank, timeout=300.0)
+    for case, (name, pairs, width, dtype, _) in enumerate(RANK_CASES):
+        tensors = tensors_of(rank_inputs(name, world_size * pairs, width), dtype)
+        values, gradients = run(name, tensors, backend="torch", **RANK_OPTIONS[name])
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3}[dtype]
+        for key, value in values.items():
+            first, *others = (results[case][0][key] for results in on_ranks)
+            assert all(torch.equal(first, other) for other in others), key
+            assert _norm(first - value) <= min(tolerance, 1e-5) * _norm(value), (name, key)
+        for key, gradient in gradients.items():
+            parts = [results[case][1][key].double() for results in on_ranks]
+            actual = torch.stack(parts).mean(0) if key in SHARED else torch.cat(parts) / world_size
+            assert _norm(actual - gradient) <= tolerance * _norm(gradient) + 1e-7, (name, key, pairs, width, dtype)
+
+
+# PyTorch's compiler
+
+
+def operators():
+    """Every custom op with arguments."""
+    tensors = tensors_of(inputs_of("dive_loss", drifted_pairs, 5, 16), torch.float32)
+    image, text, scale, reference_image, reference_text, *teacher, average_vector = tensors.values()
+    reference = reference_image, reference_text, *teacher
+    options, upstream = (0.9, 1.0, 2.0, True), torch.tensor(3.0, device=DEVICE)
+    with torch.no_grad():
+        _, *saved = contrastive.launch_forward(image, text, scale, "")
+        _, _, average = difference.launch_forward(*reference, average_vector, *options, "")
+    sizes = 5, 0, 16
+    frozen = [tensor.detach() for tensor in reference]
+    return {
+        "contrastive": (contrastive.forward, (image, text, scale, "")),
+        "contrastive_backward": (contrastive.backward, (upstream, scale.detach(), *saved, *sizes)),
+        "difference": (difference.forward, (*reference, average_vector, *options, "")),
+        "difference_backward": (difference.backward, (upstream, *frozen, average, *options)),
+        "dive": (dive.forward, (image, text, scale, *reference, average_vector, 10.0, *options, "")),
+        "dive_backward": (
+            dive.backward,
+            (upstream, scale.detach(), *saved, *frozen, average, *sizes, 10.0, *options),
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["contrastive", "contrastive_backward", "difference", "difference_backward", "dive", "dive_backward"],
+)
+def test_opcheck(name):
+    operator, arguments = operators()[name]
+    torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_step_is_one_graph(compiler):
+    """Towers, losses and the average vector's update without a break, with the same result."""
+    torch._dynamo.reset()
+    tensors = tensors_of(inputs_of("dive_loss", drifted_pairs, 12, 16), torch.float32)
+    tower = torch.nn.Linear(16, 16, device=DEVICE)
+
+    def step(image_features, reference_image_features, average_vector, **others):
+        result = kernels.dive_loss(
+            image_features=tower(image_features),
+            reference_image_features=tower(reference_image_features),
+            average_vector=average_vector,
+            **others,
+            backend="triton",
+        )
+        apart = kernels.contrastive_loss(
+            tower(image_features), others["text_features"], others["logit_scale"], backend="triton"
+        )
+        return result.loss + apart, result.average_vector * 1.0, result.image_norm
+
+    expected = step(**tensors)
+    expected_gradient = torch.autograd.grad(expected[0], tower.weight)[0]
+    actual = torch.compile(step, fullgraph=True, backend=compiler)(**tensors)
+    actual_gradient = torch.autograd.grad(actual[0], tower.weight)[0]
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(actual_gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_fake_tensors(name):
+    """Shapes and dtypes without memory, as the prediction of peak memory needs them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    real = tensors_of(inputs_of(name, drifted_pairs, 5, 16), torch.float16)
+    values, gradients = run(name, real, backend="triton")
+    with FakeTensorMode() as mode:
+        fake = {
+            key: mode.from_tensor(tensor.detach()).requires_grad_(tensor.requires_grad)
+            for key, tensor in real.items()
+        }
+        fake_values, fake_gradients = evaluate(getattr(kernels, name), fake, backend="triton")
+    for one, other in (values, fake_values), (gradients, fake_gradients):
+        for key, tensor in one.items():
+            assert (tensor.shape, tensor.dtype) == (other[key].shape, other[key].dtype), key
+
+
+# Backends and bad input
+
+
+def test_auto_is_triton_where_it_runs(monkeypatch):
+    features = torch.ones(2, 3, device=DEVICE)
+    assert backend.uses_triton("auto", features)
+    assert not backend.uses_triton("torch", features)
+    monkeypatch.setattr(blocks, "INTERPRETED", False)
+    assert not backend.uses_triton("auto", features.cpu())
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "message"),
+    [
+        ("no GPU", "features are on cpu, not on CUDA, and TRITON_INTERPRET=1 is not set"),
+        ("no Triton", "the package triton is not installed"),
+        ("width", "embeddings of 2049 elements are wider than 2048"),
+        ("teacher", "text_teacher requires a gradient, which the kernels do not compute"),
+    ],
+)
+def test_triton_where_it_cannot_run(obstacle, message, monkeypatch):
+    width = 2049 if obstacle == "width" else 4
+    arguments = {key: torch.ones(3, width) for key in DIFFERENCE[:4]} | {"average_vector": torch.ones(width)}
+    if obstacle == "no GPU":
+        monkeypatch.setattr(blocks, "INTERPRETED", False)
+    elif obstacle == "no Triton":
+        monkeypatch.setattr(backend, "blocks", None)
+    elif obstacle == "teacher":
+        arguments["text_teacher"].requires_grad_()
+    with pytest.raises(ValueError, match=f'^backend: "triton" cannot run: {message}; use "auto" or "torch"$'):
+        kernels.difference_loss(**arguments, backend="triton")
+    expected = naive.difference_loss(**arguments)
+    assert torch.equal(kernels.difference_loss(**arguments).loss, expected.loss)
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match=r"^backend: expected one of auto, triton, torch, got 'cuda'$"):
+        kernels.contrastive_loss(torch.ones(2, 3), torch.ones(2, 3), torch.ones(()), backend="cuda")
