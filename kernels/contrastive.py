@@ -624,7 +624,7 @@ def gradient_programs(shape: Shape) -> int:
 def gather_statistics(statistics: Tensor, group: str) -> Tensor:
     """Statistics of the pairs of all ranks, ``(4, B) -> (4, N)``."""
     gathered = ranks.gather(statistics, group)
-    return statistics if len(gathered) == 1 else gathered.transpose(0, 1).reshape(len(statistics), -1)
+    return statistics if len(gathered) == 1 else gathered.transpose(0, 1).flatten(1).contiguous()
 
 
 def loss_of(lse: Tensor) -> Tensor:
@@ -799,7 +799,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.sizes = shape.rows, shape.first, shape.width
 
 
-def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None]:
+def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if upstream is None:
+        return (None,) * 4
     return *backward(upstream, *ctx.saved_tensors, *ctx.sizes), None
 
 

@@ -29,8 +29,11 @@ from torch import Tensor
 
 from dive_fast.kernels import blocks, ranks
 
-# Programs of the row kernels at most: each reads the sums of all.
+# Programs of the row kernels at most: enough to fill a GPU, few since each reads the sums of all.
 _PROGRAMS = tl.constexpr(128)
+_PROGRAMS_OF_SMALL_BATCH = 64
+_SMALL_BATCH = 4096
+_NUM_WARPS = 8
 
 
 class Options(NamedTuple):
@@ -66,7 +69,8 @@ class Shape(NamedTuple):
     @property
     def programs(self) -> int:
         """Programs of each of the three kernels."""
-        return min(triton.cdiv(self.rows, blocks.row_block(self.width)["ROWS"]), _PROGRAMS.value)
+        most = _PROGRAMS_OF_SMALL_BATCH if self.rows <= _SMALL_BATCH else _PROGRAMS.value
+        return min(triton.cdiv(self.rows, blocks.row_block(self.width)["ROWS"]), most)
 
 
 def shape_of(image: Tensor, group: str) -> Shape:
@@ -148,10 +152,11 @@ def values_block(
     GROWTH: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    PARTS: tl.constexpr = 8192 // WIDTH
     column = tl.arange(0, WIDTH)
     center = tl.zeros([WIDTH], ACC)
-    for part in range(0, num_sums):
-        center += tl.load(sums + tl.cast(part, tl.int64) * D + column, mask=column < D, other=0.0)
+    for part in range(0, num_sums, PARTS):
+        center += tl.sum(_load_rows(sums, part, num_sums, D, PARTS, WIDTH), axis=0)
     center = center / N.to(ACC)
     m = tl.load(previous + column, mask=column < D, other=0.0) * DECAY + center * GROWTH
     if pid == 0:
@@ -390,7 +395,7 @@ def launch_forward(
     shape = shape_of(image, group)
     made = buffers(shape, image)
     inputs = [blocks.dense(tensor) for tensor in (image, text, image_teacher, text_teacher)]
-    constants = {**blocks.row_block(shape.width), "ACC": shape.acc}
+    constants = {**blocks.row_block(shape.width), "ACC": shape.acc, "num_warps": _NUM_WARPS}
     tickets = blocks.empty(2, dtype=torch.int32, device=image.device)
     blocks.launch(sums_kernel, shape.programs, *inputs, made.sums, tickets, shape.rows, shape.width, **constants)
     sums = gather_sums(made.sums, group)
@@ -477,6 +482,7 @@ def gradient(
         **gradient_constants(weight, options),
         **blocks.row_block(shape.width),
         ACC=shape.acc,
+        num_warps=_NUM_WARPS,
     )
     return made
 
@@ -500,7 +506,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.options = options
 
 
-def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if upstream is None:
+        return (None,) * 10
     return *backward(upstream, *ctx.saved_tensors, *ctx.options), *([None] * 8)
 
 

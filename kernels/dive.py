@@ -263,7 +263,7 @@ def launch_forward(
     if ranks.world_size(group) > 1:
         # One message: the statistics of the pairs, and the parts of the difference loss behind them.
         message = ranks.gather(torch.cat([lse.flatten(), parts]), group)
-        lse = message[:, :-4].unflatten(1, lse.shape).transpose(0, 1).flatten(1)
+        lse = message[:, :-4].unflatten(1, lse.shape).transpose(0, 1).flatten(1).contiguous()
         parts = message[:, -4:].mean(0)
         target_loss = contrastive.loss_of(lse)
         loss = target_loss + weight * difference.loss_of(parts, options)
@@ -377,7 +377,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.constants = shape.rows, shape.first, shape.width, *options
 
 
-def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if upstream is None:
+        return (None,) * 14
     return *backward(upstream, *ctx.saved_tensors, *ctx.constants), *([None] * 9)
 
 

@@ -24,6 +24,6 @@ def gather(tensor: Tensor, name: str) -> Tensor:
     """Tensors of all ranks, stacked in rank order: ``(...) -> (W, ...)``."""
     if world_size(name) == 1:
         return tensor.unsqueeze(0)
-    gathered = tensor.new_empty(world_size(name), *tensor.shape)
+    gathered = tensor.new_empty(world_size(name) * len(tensor), *tensor.shape[1:])
     dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=_resolve_process_group(name))
-    return gathered
+    return gathered.unflatten(0, (-1, len(tensor)))

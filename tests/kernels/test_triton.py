@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dive_fast.kernels as kernels
 from dive_fast.kernels import backend, blocks, contrastive, difference, dive, naive
 
+DIVE = (*CONTRASTIVE, "reference_image_features", "reference_text_features", *DIFFERENCE[2:])
 LOSSES = ("contrastive_loss", "difference_loss", "dive_loss")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -189,16 +190,13 @@ def test_gradcheck(name, mean_gradient, path):
     if name == "dive_loss":
         options["weight"] = 2.0
     leaves = [key for key, tensor in tensors.items() if tensor.requires_grad]
+    if name != "contrastive_loss" and not mean_gradient:
+        # With decay 1 the average is what is passed in: a constant, as the gradient is to take it.
+        tensors["average_vector"] = getattr(naive, name)(**tensors, **options).average_vector
+        options["decay"] = 1.0
 
     def loss(*arguments):
-        arguments = tensors | dict(zip(leaves, arguments))
-        if not mean_gradient and "average_vector" in arguments:
-            # With decay 1 the average is what is passed in: a constant, as the gradient takes it to be.
-            m = getattr(naive, name)(**tensors, **options).average_vector
-            arguments["average_vector"] = m.detach()
-            result = getattr(kernels, name)(**arguments, **options | {"decay": 1.0}, backend="triton")
-        else:
-            result = getattr(kernels, name)(**arguments, **options, backend="triton")
+        result = getattr(kernels, name)(**tensors | dict(zip(leaves, arguments)), **options, backend="triton")
         return result if name == "contrastive_loss" else result.loss
 
     assert torch.autograd.gradcheck(loss, [tensors[key] for key in leaves])
@@ -211,6 +209,7 @@ def test_upstream_gradient_is_applied_before_rounding():
         (10 * tensors[f"{half}_teacher"] + 0.03 * torch.randn(512, 512) / 512**0.5).half().requires_grad_()
         for half in ("image", "text")
     )
+    tensors["average_vector"].zero_()
     result = kernels.difference_loss(**tensors, backend="triton")
     (scaled,) = torch.autograd.grad(result.loss * 2.0**16, tensors["image_features"], retain_graph=True)
     (plain,) = torch.autograd.grad(result.loss, tensors["image_features"])
@@ -341,23 +340,18 @@ class _Operations(TorchDispatchMode):
 
 
 def count_launches(monkeypatch, call):
-    """Triton launches, and operators of PyTorch that are launches too."""
-    launches, launch = [], blocks.launch
-    monkeypatch.setattr(
-        blocks,
-        "launch",
-        lambda kernel, *rest, **options: (launches.append(kernel), launch(kernel, *rest, **options)),
-    )
-    with _Operations() as operations:
+    """Triton launches, not executed, and operators of PyTorch that are launches too."""
+    launches = []
+    with monkeypatch.context() as patch, _Operations() as operations:
+        patch.setattr(blocks, "launch", lambda kernel, *_, **__: launches.append(kernel))
         result = call()
-    monkeypatch.setattr(blocks, "launch", launch)
     return len(launches), operations.names, result
 
 
 def test_launches(monkeypatch):
     """Two forward and one backward for each loss; three in all for both at once."""
     tensors = tensors_of(inputs_of("dive_loss", drifted_pairs, 20, 48), torch.float16)
-    image, text, scale, *reference, average_vector = (tensor.detach() for tensor in tensors.values())
+    image, text, scale, *reference, average_vector = (tensors[key].detach() for key in DIVE)
     options, upstream = (0.99, 1.0, 1.0, True), torch.ones((), device=DEVICE)
 
     def check(expected, call):
@@ -477,7 +471,7 @@ def test_ranks(world_size):
         for key, value in values.items():
             first, *others = (results[case][0][key] for results in on_ranks)
             assert all(torch.equal(first, other) for other in others), key
-            assert _norm(first - value) <= min(tolerance, 1e-5) * _norm(value), (name, key)
+            assert _norm(first - value) <= min(tolerance, 1e-5) * _norm(value) + 1e-7, (name, key)
         for key, gradient in gradients.items():
             parts = [results[case][1][key].double() for results in on_ranks]
             actual = torch.stack(parts).mean(0) if key in SHARED else torch.cat(parts) / world_size
@@ -490,8 +484,7 @@ def test_ranks(world_size):
 def operators():
     """Every custom op with arguments."""
     tensors = tensors_of(inputs_of("dive_loss", drifted_pairs, 5, 16), torch.float32)
-    image, text, scale, reference_image, reference_text, *teacher, average_vector = tensors.values()
-    reference = reference_image, reference_text, *teacher
+    image, text, scale, *reference, average_vector = (tensors[key] for key in DIVE)
     options, upstream = (0.9, 1.0, 2.0, True), torch.tensor(3.0, device=DEVICE)
     with torch.no_grad():
         _, *saved = contrastive.launch_forward(image, text, scale, "")
@@ -555,11 +548,11 @@ def test_fake_tensors(name):
 
     real = tensors_of(inputs_of(name, drifted_pairs, 5, 16), torch.float16)
     values, gradients = run(name, real, backend="triton")
-    with FakeTensorMode() as mode:
-        fake = {
-            key: mode.from_tensor(tensor.detach()).requires_grad_(tensor.requires_grad)
-            for key, tensor in real.items()
-        }
+    mode = FakeTensorMode()
+    fake = {
+        key: mode.from_tensor(tensor.detach()).requires_grad_(tensor.requires_grad) for key, tensor in real.items()
+    }
+    with mode:
         fake_values, fake_gradients = evaluate(getattr(kernels, name), fake, backend="triton")
     for one, other in (values, fake_values), (gradients, fake_gradients):
         for key, tensor in one.items():
