@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parent / "results"
 
 # Each power of two that rows are padded to, with rows of whole 16-byte words and without.
 WIDTHS = (16, 70, 300, 512, 768, 770, 1270, 1280)
-BATCHES = (1, 256, 4096)
+BATCHES = (1, 256, 2048, 4096)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 

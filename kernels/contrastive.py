@@ -2,19 +2,20 @@
 
 For N pairs, z_i and t_i the unit rows of image and text i, and l_ij = s z_i.t_j::
 
-    R_i = log sum_j exp l_ij        C_j = log sum_i exp l_ij
-    L   = 1/(2N) sum_i [ (R_i - l_ii) + (C_i - l_ii) ]
+    r_i = log sum_j exp(l_ij - l_ii)        c_j = log sum_i exp(l_ij - l_jj)
+    L   = 1/(2N) sum_i (r_i + c_i)
 
 **Rows are packed first**: x^_i = x_i / 2^e with norm in [1, 2), in the features' own dtype, hence exact, and
 padded with zeros to whole tiles. With the factor f_i = 2^e / |x_i| in (1/2, 1], z_i = f_i x^_i. Products of
 half-precision rows are exact and accumulate in fp32, so l_ij = s f_i f_j (x^_i . y^_j) never sees a rounded unit
 vector.
 
-**The label stands apart.** With R'_i the log-sum-exp over j != i and d = R'_i - l_ii, the row's loss is
-softplus(d) and its label's error 1 - p_ii = sigmoid(d): both keep their accuracy when the model is sure, where
-R_i - l_ii cancels.
+**The label stands apart.** Logits are taken relative to the label's, l_ij - l_ii = s (z_i.t_j - z_i.t_i), so that
+s magnifies a difference and no large number's rounding. With d their log-sum-exp over j != i, the row's loss is
+r_i = softplus(d) and its label's error 1 - p_ii = sigmoid(d): accurate also when the model is sure, where two
+logarithms cancel. r_i is kept as the highest logit, label included, and the rest, for the same reason.
 
-**Gradients.** With p_ij = exp(l_ij - R_i), q_ij = exp(l_ij - C_j) and a_i = (1 - p_ii) + (1 - q_ii)::
+**Gradients.** With p_ij = exp(l_ij - l_ii - r_i), q_ij = exp(l_ij - l_jj - c_j), a_i = (1 - p_ii) + (1 - q_ii)::
 
     dL/dz_i = s/(2N) [ sum_{j != i} (p_ij + q_ij) t_j - a_i t_i ]
     dL/dx_i = (dz_i - z_i (z_i . dz_i)) / |x_i|          (dz_i / 1e-12 for |x_i| < 1e-12, as F.normalize)
@@ -23,7 +24,7 @@ R_i - l_ii cancels.
 z_i . dz_i follows from the logits alone, since z_i . t_j = l_ij / s. Texts are treated alike with p and q
 exchanged.
 
-Over ranks each one gathers all rows, does the work of its own rows against all columns, and gathers R and C.
+Over ranks each one gathers all rows, does the work of its own rows against all columns, and gathers r and c.
 
 Two ways to the gradient. *Fused*: one launch; each program owns some rows and a slice of the width, and computes
 its logits anew. *Chunked*: logits once per side, the weights p + q of a few rows at a time stored in two halves
@@ -146,9 +147,9 @@ def _scaled(x):
     power = blocks.power_of_two(norm)
     power = tl.where(norm < blocks.CLAMP, tl.full(norm.shape, blocks.CLAMPED_POWER, norm.dtype), power)
     length = blocks.clamped(norm)
-    # A norm that overflows leaves zeros, as in F.normalize: power is infinite, and a factor of 1 keeps them.
-    factor = tl.where(power == float("inf"), tl.full(norm.shape, 1.0, norm.dtype), blocks.divide(power, length))
     one = tl.full(norm.shape, 1.0, norm.dtype)
+    # A norm that overflows leaves zeros, as in F.normalize: power is infinite, and a factor of 1 keeps them.
+    factor = tl.where(power == float("inf"), one, blocks.divide(power, length))
     return x * blocks.divide(one, power)[:, None], factor, blocks.divide(one, length)
 
 
@@ -161,7 +162,7 @@ def statistics_block(
     packed,
     rows,
     logit_scale,
-    partials,  # (3, 2, num_splits, B): highest logit, sum of exponentials, their sum weighted by cosines
+    partials,  # (3, 2, num_splits, B): highest l_ij - l_ii, sum of exponentials, sum weighted by cosines
     B,
     N,
     first,
@@ -193,16 +194,17 @@ def statistics_block(
         column = column0 + tl.arange(0, COLUMNS)
         column_factor = tl.load(rows + (1 - side) * N_padded + column)
         product = blocks.products(left, right + column0 * stride, D_padded, ROWS, COLUMNS, DEPTH, ACC)
-        cosine = product * row_factor[:, None] * column_factor[None, :]
+        # How far above the label's each cosine is: what is large and common is gone before s magnifies it.
+        above = product * (row_factor[:, None] * column_factor[None, :]) - positive[:, None]
         negative = (column < N)[None, :] & (column[None, :] != first + row[:, None])
-        logit = tl.where(negative, cosine * s, float("-inf"))
+        logit = tl.where(negative, above * s, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(logit, axis=1))
         # A row without a negative so far has no highest logit to subtract.
         shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
         mass = tl.exp(logit - shift[:, None])
         old = tl.exp(highest - shift)
         total = total * old + tl.sum(mass, axis=1)
-        weighted = weighted * old + tl.sum(mass * (cosine - positive[:, None]), axis=1)
+        weighted = weighted * old + tl.sum(mass * above, axis=1)
         highest = new_highest
 
     place = partials + (side * num_splits + split).to(tl.int64) * B + row
@@ -215,28 +217,20 @@ def statistics_block(
 @triton.jit
 def finish_contrastive(
     partials,
-    rows,
-    logit_scale,
-    statistics,  # (4, B): R, C, a, loss of the pair
+    statistics,  # (5, B): highest logits of images and of texts, rest of their losses, a
     slope,  # (): dL/ds of this rank's rows
     B,
-    first,
-    N_padded,
     num_splits,
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Loss of this rank's rows, from all programs' partial sums, in an order that does not vary."""
-    N_padded = N_padded.to(tl.int64)
-    s = tl.load(logit_scale).to(ACC)
     size = 2 * num_splits.to(tl.int64) * B
     losses = tl.zeros([ROWS], ACC)
     slopes = tl.zeros([ROWS], ACC)
     for row0 in range(0, B, ROWS):
         row = row0 + tl.arange(0, ROWS)
         inside = row < B
-        positive = tl.load(rows + 4 * N_padded + first + row, mask=inside, other=0.0)
-        pair_loss = tl.zeros([ROWS], ACC)
         complement = tl.zeros([ROWS], ACC)
         for side in tl.static_range(2):
             highest = tl.full([ROWS], float("-inf"), ACC)
@@ -255,18 +249,18 @@ def finish_contrastive(
                     place + 2 * size, mask=inside, other=0.0, cache_modifier=".cg"
                 )
                 highest = new_highest
-            margin = highest + tl.log(total) - s * positive
-            margin = tl.where(total == 0.0, float("-inf"), margin)
-            softplus = tl.where(margin > 0, margin, 0.0) + blocks.log1p(tl.exp(-tl.abs(margin)))
-            softplus = tl.where(margin == margin, softplus, margin)  # a comparison would drop a NaN
+            top = tl.where(highest < 0, 0.0, highest)  # a comparison that lets a NaN through
+            mass = total * tl.exp(highest - top)
+            # The highest of all, label included, is worth 1 and stays out of what log1p is given.
+            rest = blocks.log1p(tl.where(top == 0.0, mass, mass - 1.0 + tl.exp(-top)))
+            margin = tl.where(total == 0.0, float("-inf"), highest + tl.log(total))
             error = 1.0 / (1.0 + tl.exp(-margin))
-            pair_loss += softplus
             complement += error
+            losses += tl.where(inside, top + rest, 0.0)
             slopes += tl.where(inside & (total != 0.0), error * weighted / total, 0.0)
-            tl.store(statistics + side * B.to(tl.int64) + row, s * positive + softplus, mask=inside)
-        losses += tl.where(inside, pair_loss, 0.0)
-        tl.store(statistics + 2 * B.to(tl.int64) + row, complement, mask=inside)
-        tl.store(statistics + 3 * B.to(tl.int64) + row, pair_loss, mask=inside)
+            tl.store(statistics + side * B.to(tl.int64) + row, top, mask=inside)
+            tl.store(statistics + (2 + side) * B.to(tl.int64) + row, rest, mask=inside)
+        tl.store(statistics + 4 * B.to(tl.int64) + row, complement, mask=inside)
     count = 2.0 * B.to(ACC)
     tl.store(slope, tl.sum(slopes, axis=0) / count)
     return tl.sum(losses, axis=0) / count
@@ -282,7 +276,7 @@ def _weights(
     column,
     side,
     rows,
-    lse,
+    statistics,
     s,
     N,
     first,
@@ -292,12 +286,20 @@ def _weights(
     factor = tl.load(rows + side * N_padded + first + row)[:, None]
     factor = factor * tl.load(rows + (1 - side) * N_padded + column)[None, :]
     cosine = product * factor
+    own = first + row
+    stride = N.to(tl.int64)
+    p_own = statistics + side * stride + own
+    p_other = statistics + (1 - side) * stride + column
+    own_top = tl.load(p_own, mask=own < N, other=0.0)
+    own_rest = tl.load(p_own + 2 * stride, mask=own < N, other=0.0)
+    other_top = tl.load(p_other, mask=column < N, other=0.0)
+    other_rest = tl.load(p_other + 2 * stride, mask=column < N, other=0.0)
+    above_own = cosine - tl.load(rows + 4 * N_padded + own)[:, None]
+    above_other = cosine - tl.load(rows + 4 * N_padded + column)[None, :]
+    weight = tl.exp(above_own * s - own_top[:, None] - own_rest[:, None])
+    weight += tl.exp(above_other * s - other_top[None, :] - other_rest[None, :])
     # Rows beyond this rank's last are other ranks' or padding: computed, never stored.
-    own = tl.load(lse + side.to(tl.int64) * N + first + row, mask=first + row < N, other=0.0)
-    other = tl.load(lse + (1 - side).to(tl.int64) * N + column, mask=column < N, other=0.0)
-    negative = (column < N)[None, :] & (column[None, :] != first + row[:, None]) & (first + row < N)[:, None]
-    logit = cosine * s
-    weight = tl.exp(logit - own[:, None]) + tl.exp(logit - other[None, :])
+    negative = (column < N)[None, :] & (column[None, :] != own[:, None]) & (own < N)[:, None]
     return tl.where(negative, weight, 0.0), cosine
 
 
@@ -307,7 +309,7 @@ def gradient_block(
     packed,
     rows,
     logit_scale,
-    lse,  # (4, N): R, C, a, loss of the pair
+    statistics,  # (5, N): highest logits of images and of texts, rest of their losses, a
     upstream,
     slope,  # (): dL/ds of this rank's rows
     image_gradient,  # (B, D)
@@ -344,7 +346,7 @@ def gradient_block(
     for column0 in range(0, N, COLUMNS):
         column = column0 + offset
         product = blocks.products(left, right + column0 * stride, D_padded, ROWS, COLUMNS, DEPTH, ACC)
-        weight, cosine = _weights(product, row, column, side, rows, lse, s, N, first, N_padded)
+        weight, cosine = _weights(product, row, column, side, rows, statistics, s, N, first, N_padded)
         along += tl.sum(weight * cosine, axis=1)
         scaled = weight * (tl.load(rows + (1 - side) * N_padded + column)[None, :] * _WEIGHT_SCALE)
         block = tl.load(p_slice + column0 * stride, mask=(depth < D_padded)[None, :], other=0.0)
@@ -358,7 +360,7 @@ def gradient_block(
     partner_factor = tl.load(rows + (1 - side) * N_padded + first + row)
     inverse = tl.load(rows + (2 + side) * N_padded + first + row)
     positive = tl.load(rows + 4 * N_padded + first + row)
-    complement = tl.load(lse + 2 * N.to(tl.int64) + first + row, mask=row < B, other=0.0)
+    complement = tl.load(statistics + 4 * N.to(tl.int64) + first + row, mask=row < B, other=0.0)
     gradient = acc * (1.0 / _WEIGHT_SCALE) - partner * (partner_factor * complement)[:, None]
     along = along - complement * positive
     # Below the clamp z is linear in x and nothing is projected out.
@@ -384,7 +386,7 @@ def weights_kernel(
     packed,
     rows,
     logit_scale,
-    lse,
+    statistics,
     halves,  # (2, chunk, columns): high and low bits, or (1, chunk, columns) where one dtype holds all
     side,
     chunk0,
@@ -412,7 +414,7 @@ def weights_kernel(
     right = packed + ((1 - side) * N_padded + column0) * D_padded
     product = blocks.products(left, right, D_padded, ROWS, COLUMNS, DEPTH, ACC)
     s = tl.load(logit_scale).to(ACC)
-    weight, _ = _weights(product, row, column, side, rows, lse, s, N, first, N_padded)
+    weight, _ = _weights(product, row, column, side, rows, statistics, s, N, first, N_padded)
     weight *= tl.load(rows + (1 - side) * N_padded + column)[None, :] * _WEIGHT_SCALE
     place = (place0 + tl.arange(0, ROWS)).to(tl.int64)[:, None] * columns + column[None, :]
     high = weight.to(halves.dtype.element_ty)
@@ -431,7 +433,7 @@ def finish_gradient_kernel(
     packed,
     rows,
     logit_scale,
-    lse,
+    statistics,
     upstream,
     gradient,  # (B, D)
     side,
@@ -460,7 +462,7 @@ def finish_gradient_kernel(
     own *= tl.load(rows + side * N_padded + first + row)[:, None]
     partner *= tl.load(rows + (1 - side) * N_padded + first + row)[:, None]
     inverse = tl.load(rows + (2 + side) * N_padded + first + row)
-    complement = tl.load(lse + 2 * N.to(tl.int64) + first + row, mask=row < B, other=0.0)
+    complement = tl.load(statistics + 4 * N.to(tl.int64) + first + row, mask=row < B, other=0.0)
     s = tl.load(logit_scale).to(ACC)
     result = acc * (1.0 / _WEIGHT_SCALE) - partner * complement[:, None]
     along = tl.where(inverse < 1.0 / blocks.CLAMP, tl.sum(own * result, axis=1), 0.0)
@@ -520,9 +522,7 @@ def statistics_kernel(
         DEPTH, ACC,
     )  # fmt: skip
     if blocks.is_last(tickets, tl.num_programs(0)):
-        value = finish_contrastive(
-            partials, rows, logit_scale, statistics, slope, B, first, N_padded, num_splits, FINISH_ROWS, ACC
-        )
+        value = finish_contrastive(partials, statistics, slope, B, num_splits, FINISH_ROWS, ACC)
         tl.store(loss, value)
 
 
@@ -531,7 +531,7 @@ def gradient_kernel(
     packed,
     rows,
     logit_scale,
-    lse,
+    statistics,
     upstream,
     slope,
     image_gradient,
@@ -551,8 +551,8 @@ def gradient_kernel(
 ):
     pid = tl.program_id(0)
     gradient_block(
-        pid, packed, rows, logit_scale, lse, upstream, slope, image_gradient, text_gradient, scale_gradient, B, N,
-        first, N_padded, D, D_padded, ROWS, COLUMNS, DEPTH, SLICE, ACC,
+        pid, packed, rows, logit_scale, statistics, upstream, slope, image_gradient, text_gradient, scale_gradient,
+        B, N, first, N_padded, D, D_padded, ROWS, COLUMNS, DEPTH, SLICE, ACC,
     )  # fmt: skip
 
 
@@ -560,13 +560,13 @@ def gradient_kernel(
 
 
 class Buffers(NamedTuple):
-    """What a call allocates; the backward needs ``packed``, ``rows``, ``lse`` and ``slope``."""
+    """What a call allocates; the backward needs ``packed``, ``rows``, ``statistics`` and ``slope``."""
 
     packed: Tensor  # (2, N_padded, D_padded)
     rows: Tensor  # (5, N_padded)
     tickets: Tensor  # (2,)
     partials: Tensor  # (3, 2, num_splits, B)
-    statistics: Tensor  # (4, B)
+    statistics: Tensor  # (5, B)
     slope: Tensor  # ()
     loss: Tensor  # ()
 
@@ -583,7 +583,7 @@ def buffers(shape: Shape, device: torch.device) -> Buffers:
         empty(5, shape.total_padded),
         empty(2, dtype=torch.int32),
         empty(3, 2, num_splits(shape), shape.rows),
-        empty(4, shape.rows),
+        empty(5, shape.rows),
         empty(),
         empty(),
     )
@@ -597,11 +597,16 @@ def tile(shape: Shape) -> Tile:
 
 
 def gradient_tile(shape: Shape) -> tuple[Tile, int]:
-    """Tile of the fused gradient, and how much of the width one program owns."""
-    rows = 32 if 2 * triton.cdiv(shape.rows, 64) * triton.cdiv(shape.width, 128) < _PROGRAMS else 64
+    """Tile of the fused gradient, and how much of the width one program owns.
+
+    Logits have to come out as they did for the statistics, bit for bit: where one text holds all of an image's
+    probability, the errors of its logit and of the log-sum-exp cancel. So both use matrix instructions of one
+    kind, those of 64 rows on Hopper.
+    """
+    few = 2 * triton.cdiv(shape.rows, 64) * triton.cdiv(shape.width, 128) < _PROGRAMS
     if shape.is_half:
-        return Tile(rows, 64, 64, num_warps=4, num_stages=3), 128
-    return Tile(rows, 32, 32, num_warps=4, num_stages=2), 64
+        return Tile(64, 64, 64, num_warps=8, num_stages=3), 64 if few else 128
+    return Tile(64, 64, 32, num_warps=8, num_stages=2), 64
 
 
 def num_splits(shape: Shape) -> int:
@@ -622,14 +627,14 @@ def gradient_programs(shape: Shape) -> int:
 
 
 def gather_statistics(statistics: Tensor, group: str) -> Tensor:
-    """Statistics of the pairs of all ranks, ``(4, B) -> (4, N)``."""
+    """Statistics of the pairs of all ranks, ``(5, B) -> (5, N)``."""
     gathered = ranks.gather(statistics, group)
     return statistics if len(gathered) == 1 else gathered.transpose(0, 1).flatten(1).contiguous()
 
 
-def loss_of(lse: Tensor) -> Tensor:
+def loss_of(statistics: Tensor) -> Tensor:
     """The global loss from the statistics of all ranks: the same on each, bit for bit."""
-    return lse[3].mean() / 2
+    return statistics[:4].sum(0).mean() / 2
 
 
 def launch_forward(
@@ -671,9 +676,9 @@ def launch_forward(
         FINISH_ROWS=FINISH_ROWS,
         ACC=shape.acc,
     )
-    lse = gather_statistics(made.statistics, group)
-    loss = made.loss if lse is made.statistics else loss_of(lse)
-    return loss, made.packed, made.rows, lse, made.slope
+    statistics = gather_statistics(made.statistics, group)
+    loss = made.loss if statistics is made.statistics else loss_of(statistics)
+    return loss, made.packed, made.rows, statistics, made.slope
 
 
 forward = torch.library.custom_op("dive_fast::contrastive_loss", launch_forward, mutates_args=())
@@ -683,7 +688,7 @@ forward = torch.library.custom_op("dive_fast::contrastive_loss", launch_forward,
 def _(image: Tensor, text: Tensor, logit_scale: Tensor, group: str) -> tuple[Tensor, ...]:
     shape = shape_of(image, group)
     made = buffers(shape, image.device)
-    return made.loss, made.packed, made.rows, made.rows.new_empty(4, shape.total), made.slope
+    return made.loss, made.packed, made.rows, made.rows.new_empty(5, shape.total), made.slope
 
 
 def launch_backward(
@@ -691,22 +696,22 @@ def launch_backward(
     logit_scale: Tensor,
     packed: Tensor,
     rows: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     slope: Tensor,
     count: int,
     first: int,
     width: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of both feature matrices, ``(count, width)`` each, and of the scale."""
-    shape = saved_shape(packed, lse, count, first, width)
+    shape = saved_shape(packed, statistics, count, first, width)
     if shape.is_large:
-        return chunked_gradient(upstream, logit_scale, packed, rows, lse, slope, shape)
+        return chunked_gradient(upstream, logit_scale, packed, rows, statistics, slope, shape)
     image, text, scale = gradients(shape, logit_scale)
     tile, slice_width = gradient_tile(shape)
     blocks.launch(
         gradient_kernel,
         gradient_programs(shape),
-        *(packed, rows, logit_scale, lse, upstream, slope, image, text, scale),
+        *(packed, rows, logit_scale, statistics, upstream, slope, image, text, scale),
         *(shape.rows, shape.total, shape.first, shape.total_padded, shape.width, shape.width_padded),
         **tile._asdict(),
         SLICE=slice_width,
@@ -724,13 +729,13 @@ def _(
     logit_scale: Tensor,
     packed: Tensor,
     rows: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     slope: Tensor,
     count: int,
     first: int,
     width: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return gradients(saved_shape(packed, lse, count, first, width), logit_scale)
+    return gradients(saved_shape(packed, statistics, count, first, width), logit_scale)
 
 
 def gradients(shape: Shape, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -741,7 +746,13 @@ def gradients(shape: Shape, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def chunked_gradient(
-    upstream: Tensor, logit_scale: Tensor, packed: Tensor, rows: Tensor, lse: Tensor, slope: Tensor, shape: Shape
+    upstream: Tensor,
+    logit_scale: Tensor,
+    packed: Tensor,
+    rows: Tensor,
+    statistics: Tensor,
+    slope: Tensor,
+    shape: Shape,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients where the logits are too many to compute anew for every slice of the width."""
     image, text, scale = gradients(shape, logit_scale)
@@ -756,7 +767,7 @@ def chunked_gradient(
             blocks.launch(
                 weights_kernel,
                 chunk // constants.ROWS * (columns // constants.COLUMNS),
-                *(packed, rows, logit_scale, lse, halves, side, start, chunk, columns),
+                *(packed, rows, logit_scale, statistics, halves, side, start, chunk, columns),
                 *(*sizes, shape.width_padded),
                 **constants._asdict(),
                 ACC=shape.acc,
@@ -765,7 +776,7 @@ def chunked_gradient(
             blocks.launch(
                 finish_gradient_kernel,
                 triton.cdiv(min(chunk, shape.rows - start), row_block["ROWS"]),
-                *(sums, packed, rows, logit_scale, lse, upstream, gradient, side, start, shape.rows),
+                *(sums, packed, rows, logit_scale, statistics, upstream, gradient, side, start, shape.rows),
                 *(*sizes, shape.width, shape.width_padded),
                 **row_block,
                 ACC=shape.acc,
@@ -784,9 +795,9 @@ def _matmul(halves: Tensor, right: Tensor) -> Tensor:
     return torch.addmm(high, halves[1], right, out_dtype=torch.float32)
 
 
-def saved_shape(packed: Tensor, lse: Tensor, count: int, first: int, width: int) -> Shape:
+def saved_shape(packed: Tensor, statistics: Tensor, count: int, first: int, width: int) -> Shape:
     """Sizes of the call that saved these tensors."""
-    return Shape(count, lse.shape[1], first, width, packed.shape[1], packed.shape[2], packed.dtype)
+    return Shape(count, statistics.shape[1], first, width, packed.shape[1], packed.shape[2], packed.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -127,9 +127,7 @@ def dive_values_kernel(
             reference_D, num_sums, REFERENCE_ROWS, REFERENCE_WIDTH, DECAY, GROWTH, ACC,
         )  # fmt: skip
     if blocks.is_last(tickets, tl.num_programs(0)):
-        target = finish_contrastive(
-            partials, rows, logit_scale, statistics, slope, B, first, N_padded, num_splits, FINISH_ROWS, ACC
-        )
+        target = finish_contrastive(partials, statistics, slope, B, num_splits, FINISH_ROWS, ACC)
         reference = finish_difference(
             reference_partials, parts, reference_rows, values_programs, AVERAGE_WEIGHT, PAIRWISE_WEIGHT, ACC
         )
@@ -145,7 +143,7 @@ def dive_gradient_kernel(
     packed,
     rows,
     logit_scale,
-    lse,
+    statistics,
     upstream,
     slope,
     image_gradient,
@@ -182,8 +180,8 @@ def dive_gradient_kernel(
     pid = tl.program_id(0)
     if pid < contrastive_programs:
         gradient_block(
-            pid, packed, rows, logit_scale, lse, upstream, slope, image_gradient, text_gradient, scale_gradient, B,
-            N, first, N_padded, D, D_padded, ROWS, COLUMNS, DEPTH, SLICE, ACC,
+            pid, packed, rows, logit_scale, statistics, upstream, slope, image_gradient, text_gradient,
+            scale_gradient, B, N, first, N_padded, D, D_padded, ROWS, COLUMNS, DEPTH, SLICE, ACC,
         )  # fmt: skip
     else:
         difference_gradient_block(
@@ -259,15 +257,15 @@ def launch_forward(
         ACC=target.acc,
     )
     loss, target_loss = reference_made.loss, made.loss
-    lse, parts = made.statistics, reference_made.parts
+    statistics, parts = made.statistics, reference_made.parts
     if ranks.world_size(group) > 1:
         # One message: the statistics of the pairs, and the parts of the difference loss behind them.
-        message = ranks.gather(torch.cat([lse.flatten(), parts]), group)
-        lse = message[:, :-4].unflatten(1, lse.shape).transpose(0, 1).flatten(1).contiguous()
+        message = ranks.gather(torch.cat([statistics.flatten(), parts]), group)
+        statistics = message[:, :-4].unflatten(1, statistics.shape).transpose(0, 1).flatten(1).contiguous()
         parts = message[:, -4:].mean(0)
-        target_loss = contrastive.loss_of(lse)
+        target_loss = contrastive.loss_of(statistics)
         loss = target_loss + weight * difference.loss_of(parts, options)
-    return loss, target_loss, made.packed, made.rows, lse, made.slope, parts, reference_made.average
+    return loss, target_loss, made.packed, made.rows, statistics, made.slope, parts, reference_made.average
 
 
 forward = torch.library.custom_op("dive_fast::dive_loss", launch_forward, mutates_args=())
@@ -283,8 +281,8 @@ def _(
         contrastive.buffers(target, image.device),
         difference.buffers(reference, reference_image),
     )
-    lse = made.rows.new_empty(4, target.total)
-    saved = made.packed, made.rows, lse, made.slope
+    statistics = made.rows.new_empty(5, target.total)
+    saved = made.packed, made.rows, statistics, made.slope
     return reference_made.loss, made.loss, *saved, reference_made.parts, reference_made.average
 
 
@@ -293,7 +291,7 @@ def launch_backward(
     logit_scale: Tensor,
     packed: Tensor,
     rows: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     slope: Tensor,
     reference_image: Tensor,
     reference_text: Tensor,
@@ -311,12 +309,14 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of both target matrices, the scale, and both reference matrices."""
     options = Options(decay, average_weight, pairwise_weight, mean_gradient)
-    shape = contrastive.saved_shape(packed, lse, count, first, width)
-    saved = packed, rows, logit_scale, lse
+    shape = contrastive.saved_shape(packed, statistics, count, first, width)
+    saved = packed, rows, logit_scale, statistics
     inputs = [blocks.dense(tensor) for tensor in (reference_image, reference_text, image_teacher, text_teacher)]
     inputs.append(average)
     if shape.is_large:
-        target_gradients = contrastive.chunked_gradient(upstream, logit_scale, packed, rows, lse, slope, shape)
+        target_gradients = contrastive.chunked_gradient(
+            upstream, logit_scale, packed, rows, statistics, slope, shape
+        )
         return *target_gradients, *difference.gradient(upstream, weight, *inputs, options)
     target_gradients = contrastive.gradients(shape, logit_scale)
     reference_gradients = difference.gradients(reference_image)
@@ -347,7 +347,7 @@ def _(
     logit_scale: Tensor,
     packed: Tensor,
     rows: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     slope: Tensor,
     reference_image: Tensor,
     reference_text: Tensor,
@@ -359,7 +359,7 @@ def _(
     width: int,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    shape = contrastive.saved_shape(packed, lse, count, first, width)
+    shape = contrastive.saved_shape(packed, statistics, count, first, width)
     return *contrastive.gradients(shape, logit_scale), *difference.gradients(reference_image)
 
 
@@ -368,10 +368,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         inputs
     )
     _, *others = output
-    _, packed, rows, lse, slope, _, average = others
+    _, packed, rows, statistics, slope, _, average = others
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*others)
-    ctx.save_for_backward(logit_scale, packed, rows, lse, slope, *reference, average)
+    ctx.save_for_backward(logit_scale, packed, rows, statistics, slope, *reference, average)
     shape = contrastive.shape_of(image, group)
     options = weight, decay, average_weight, pairwise_weight, mean_gradient
     ctx.constants = shape.rows, shape.first, shape.width, *options

@@ -14,6 +14,10 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# Without a GPU the Triton kernels run under the interpreter, which has to be said before they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Tiny tensors: on a busy machine, threads mostly wait for one another.
 torch.set_num_threads(1)
 

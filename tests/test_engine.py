@@ -9,6 +9,8 @@ import dataclasses
 import itertools
 import json
 import math
+import os
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
@@ -227,10 +229,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=list(STAGES))
+@pytest.fixture(
+    scope="module", params=itertools.product(STAGES, ["triton", "torch"]), ids=lambda case: f"{case[0]}-{case[1]}"
+)
 def by_rank(folder: Path, request: pytest.FixtureRequest) -> list[dict[Any, Any]]:
-    """Results of each rank, with one rank and with two."""
-    return run_ranks(request.param, run_paths, folder, STAGES[request.param], init=False, timeout=300)
+    """Results of each rank, with one rank and with two, by the Triton kernels and by plain PyTorch."""
+    world_size, backend = request.param
+    with unittest.mock.patch.dict(os.environ, TRITON_INTERPRET=str(int(backend == "triton"))):
+        return run_ranks(world_size, run_paths, folder, STAGES[world_size], init=False, timeout=300)
 
 
 def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
