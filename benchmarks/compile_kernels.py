@@ -32,7 +32,7 @@ SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 RESULTS = Path(__file__).parent / "results"
 
 # Each power of two that rows are padded to, with rows of whole 16-byte words and without.
-WIDTHS = (16, 70, 300, 512, 768, 770, 1270, 1280)
+WIDTHS = (70, 512, 768, 770, 1270, 1280)
 BATCHES = (1, 256, 2048, 4096)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

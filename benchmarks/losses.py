@@ -1,6 +1,7 @@
 """What is compared: the cases, their inputs, and every way to write the losses as one kind of function."""
 
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -10,19 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dive_fast.kernels import contrastive_loss, difference_loss, dive_loss, naive
+from dive_fast.kernels import contrastive, contrastive_loss, difference_loss, dive_loss, naive
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+
+FUSED_LOGITS = contrastive.FUSED_LOGITS
 
 LOGIT_SCALE = 100.0  # where CLIP's training ends: its clamp
 WEIGHT = 1000.0  # lambda of the difference loss
 DECAY = 0.99
 FEATURE_NORM = 10.0  # about that of CLIP's towers
-CONE, PAIR = (
-    0.5,
-    0.15,
-)  # shares common to all rows and to a pair: as in CLIP, cosines are about 0.2, a pair's 0.1 more
+# Shares common to all rows and to a pair: as in CLIP, cosines are about 0.2, a pair's 0.1 more.
+CONE, PAIR = 0.5, 0.15
 DIFFERENCE_NORM = 3e-3  # |u| and |v| in fine-tuning: far below what half precision resolves in a unit vector
 
 
@@ -127,26 +128,42 @@ def ours(inputs: Inputs, operation: str, backend: str) -> tuple[Tensor, Tensor |
     return joint.loss, joint.average_vector
 
 
+def ours_one_way(inputs: Inputs, operation: str, fused: bool) -> tuple[Tensor, Tensor | None]:
+    """The contrastive loss with its gradient forced one way, to see from which size on the other is faster."""
+    contrastive.FUSED_LOGITS = sys.maxsize if fused else 0
+    return ours(inputs, operation, "triton")
+
+
+def ours_by_size(inputs: Inputs, operation: str) -> tuple[Tensor, Tensor | None]:
+    """The Triton losses as they choose for themselves."""
+    contrastive.FUSED_LOGITS = FUSED_LOGITS
+    return ours(inputs, operation, "triton")
+
+
 def ours_apart(inputs: Inputs, operation: str) -> tuple[Tensor, Tensor | None]:
     """The joint objective out of the two Triton losses."""
-    contrastive, _ = ours(inputs, "contrastive", "triton")
-    difference, average_vector = ours(inputs, "difference", "triton")
-    return contrastive + WEIGHT * difference, average_vector
+    target, _ = ours_by_size(inputs, "contrastive")
+    reference, average_vector = ours_by_size(inputs, "difference")
+    return target + WEIGHT * reference, average_vector
 
 
 COMPETITORS: dict[str, Loss] = {
     "eager": eager,
     "compiled": torch.compile(eager, dynamic=False),
     "naive": partial(ours, backend="torch"),
-    "triton": partial(ours, backend="triton"),
+    "triton": ours_by_size,
     "triton_apart": ours_apart,
+    "triton_fused": partial(ours_one_way, fused=True),
+    "triton_chunked": partial(ours_one_way, fused=False),
 }
+# Those that say something of one operation only.
+_OPERATION = {"triton_apart": "joint", "triton_fused": "contrastive", "triton_chunked": "contrastive"}
 
 _SIZES = product((256, 512, 2048, 8192, 32768), (512, 768)) if DEVICE.type == "cuda" else [(33, 48)]
 CASES = [
     Case(operation, batch, width, competitor)
     for (batch, width), operation, competitor in product(_SIZES, LEAVES, COMPETITORS)
-    if competitor != "triton_apart" or operation == "joint"
+    if _OPERATION.get(competitor, operation) == operation
 ]
 
 

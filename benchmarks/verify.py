@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dive_fast.kernels import naive
 
-OURS = ("naive", "triton", "triton_apart")
+OURS = ("naive", "triton", "triton_apart", "triton_fused", "triton_chunked")
 
 
 def evaluate(inputs: Inputs, operation: str, scale: Tensor, rows: int = 8192) -> dict[str, Tensor]:

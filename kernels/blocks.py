@@ -31,7 +31,7 @@ COMPILER_OPTIONS = {"enable_fp_fusion": True}
 
 def row_block(width: int) -> dict[str, int]:
     """Block shape of a kernel that works on whole rows of ``width``."""
-    block = max(256, triton.next_power_of_2(width))
+    block = max(512, triton.next_power_of_2(width))
     return {"ROWS": min(16, _ELEMENTS // block), "WIDTH": block}
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dive_fast import objective
 from dive_fast.config import ObjectiveConfig
-from dive_fast.kernels import naive
+from dive_fast.kernels import contrastive_loss, difference_loss, naive
 from dive_fast.objective import Dive, Flyp, Pairs
 
 WIDTH = 6
@@ -27,7 +27,7 @@ def test_flyp_is_the_contrastive_loss_and_needs_no_reference() -> None:
     goal = objective.create(ObjectiveConfig(name="flyp"), WIDTH)
     assert isinstance(goal, Flyp)
     assert not goal.needs_reference
-    assert torch.equal(goal.target(pairs(0), SCALE).loss, naive.contrastive_loss(*pairs(0), SCALE))
+    assert torch.equal(goal.target(pairs(0), SCALE).loss, contrastive_loss(*pairs(0), SCALE))
     assert not list(goal.state_dict())
 
 
@@ -37,7 +37,7 @@ def test_dive_weighs_the_difference_loss_and_moves_its_average_vector() -> None:
     assert isinstance(goal, Dive)
     vector: Tensor = torch.zeros(WIDTH)
     for step in range(3):
-        expected = naive.difference_loss(
+        expected = difference_loss(
             *pairs(step),
             *teacher(9),
             vector,

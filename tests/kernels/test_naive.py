@@ -25,6 +25,7 @@ from inputs import (
     vanishing_pairs,
 )
 
+import dive_fast.kernels as kernels
 from dive_fast.kernels import naive
 
 BATCH_SIZES = (1, 2, 3, 7, 64, 70)
@@ -363,20 +364,23 @@ def bad_inputs():
                 wrong_shapes = [(), (4,), (5, 4), (1, 4), (*shape, 1), (shape[0], 3), (shape[0], 1), shape[::-1]]
             for wrong in wrong_shapes:
                 yield name, argument, {"size": wrong}
-            if argument != "logit_scale":
-                yield name, argument, {"size": shape, "dtype": torch.int64}
+            yield name, argument, {"size": shape, "dtype": torch.int64}
             if argument.endswith("text_features"):
                 yield name, argument, {"size": shape, "dtype": torch.float64}
-            if argument != "logit_scale" and not argument.endswith("image_features"):
+            if argument == "reference_image_features":
+                yield name, argument, {"size": shape, "dtype": torch.float64}
+            if argument != "image_features":
                 yield name, argument, {"size": shape, "device": "meta"}
 
 
 @pytest.mark.parametrize(("name", "argument", "wrong"), bad_inputs())
 def test_error_names_the_argument(name, argument, wrong):
     inputs = {key: torch.ones(shape) for key, shape in VALID[name].items()}
-    getattr(naive, name)(**inputs)
-    with pytest.raises(ValueError, match=rf"^{argument}: expected "):
-        getattr(naive, name)(**inputs | {argument: torch.ones(**wrong)})
+    bad = inputs | {argument: torch.ones(**wrong)}
+    for function in getattr(naive, name), getattr(kernels, name):
+        function(**inputs)
+        with pytest.raises(ValueError, match=rf"^{argument}: expected "):
+            function(**bad)
 
 
 # Invariances

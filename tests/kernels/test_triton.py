@@ -398,6 +398,26 @@ def test_backward_twice(name):
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("pairs", [8192, 65_536])
+def test_extra_memory_is_linear_in_the_batch(pairs, monkeypatch):
+    """All that a step allocates, at sizes whose B x B matrix would fill a GPU; on tensors without memory."""
+    allocated = []
+
+    def empty(*shape, dtype, device):
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        allocated.append(tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(blocks, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(blocks, "empty", empty)
+    features = torch.empty(pairs, 768, dtype=torch.float16, device="meta")
+    scale = torch.empty((), device="meta")
+    _, *saved = contrastive.launch_forward(features, features, scale, "")
+    contrastive.launch_backward(scale, scale, *saved, pairs, 0, 768)
+    # Packed rows and gradients, the chunk of weights, and vectors: nothing that grows faster than B.
+    assert sum(allocated) < 4.1 * features.nbytes + 4 * contrastive.CHUNK_LOGITS + 256 * pairs
+
+
 @pytest.mark.parametrize("name", ["difference_loss", "dive_loss"])
 def test_only_the_loss_carries_gradient(name):
     tensors = tensors_of(inputs_of(name, random_pairs, 3, 4), torch.float32)
