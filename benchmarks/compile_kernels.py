@@ -4,7 +4,8 @@
     python benchmarks/compile_kernels.py --capability 80 90 100 --output build
 
 The real host code runs on tensors without memory while its launches are recorded, so that what is compiled is what
-would be launched. Spilled registers or too much shared memory end the command with an error, and no table.
+would be launched. Too much shared memory, or on Hopper a spilled register, ends the command with an error and no
+table.
 """
 
 import argparse
@@ -149,10 +150,12 @@ def _registers(ptx: str) -> dict[str, int]:
 
 
 def faults(rows: list[dict[str, Any]], capability: int) -> list[str]:
-    """What must not be: spilled registers, more shared memory than there is."""
-    found = [f"{row['spilled_bytes']} bytes spilled: {row}" for row in rows if row["spilled_bytes"]]
+    """What must not be: more shared memory than there is; on Hopper, which the tiles are chosen for, a spill."""
     limit = SHARED_MEMORY[capability]
-    return found + [f"shared memory above {limit}: {row}" for row in rows if row["shared"] > limit]
+    found = [f"shared memory above {limit}: {row}" for row in rows if row["shared"] > limit]
+    if capability == 90:
+        found += [f"{row['spilled_bytes']} bytes spilled: {row}" for row in rows if row["spilled_bytes"]]
+    return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:

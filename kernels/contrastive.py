@@ -593,7 +593,7 @@ def tile(shape: Shape) -> Tile:
     """Tiles of the statistics and of the chunked weights."""
     if shape.is_half:
         return Tile(128, 128, 64, num_warps=8, num_stages=4) if shape.is_large else Tile(64, 64, 64, 4, 3)
-    return Tile(128, 64, 32, num_warps=8, num_stages=3) if shape.is_large else Tile(64, 64, 32, 4, 3)
+    return Tile(128, 64, 32, num_warps=8, num_stages=3) if shape.is_large else Tile(64, 32, 32, 4, 3)
 
 
 def gradient_tile(shape: Shape) -> tuple[Tile, int]:
@@ -606,12 +606,13 @@ def gradient_tile(shape: Shape) -> tuple[Tile, int]:
     few = 2 * triton.cdiv(shape.rows, 64) * triton.cdiv(shape.width, 128) < _PROGRAMS
     if shape.is_half:
         return Tile(64, 64, 64, num_warps=8, num_stages=3), 64 if few else 128
-    return Tile(64, 64, 32, num_warps=8, num_stages=2), 64
+    return Tile(64, 32, 32, num_warps=8, num_stages=2), 64
 
 
 def num_splits(shape: Shape) -> int:
     """Into how many parts the columns of a row are cut, so that a small batch keeps the whole GPU busy."""
-    row_blocks, column_blocks = (triton.cdiv(count, tile(shape).ROWS) for count in (shape.rows, shape.total))
+    row_blocks = triton.cdiv(shape.rows, tile(shape).ROWS)
+    column_blocks = triton.cdiv(shape.total, tile(shape).COLUMNS)
     return max(1, min(column_blocks, _PROGRAMS // (2 * row_blocks)))
 
 
