@@ -52,8 +52,9 @@ FINISH_ROWS = 256
 
 # Up to so many logits per side the gradient is fused.
 FUSED_LOGITS = 2048 * 2048
-# Weights of the chunked gradient that exist at one time.
-CHUNK_LOGITS = 2**24
+# Weights of the chunked gradient that exist at one time; rows at least, or a product is too flat to fill a GPU.
+CHUNK_LOGITS = 2**22
+CHUNK_ROWS = 512
 
 
 class Tile(NamedTuple):
@@ -758,7 +759,8 @@ def chunked_gradient(
     """Gradients where the logits are too many to compute anew for every slice of the width."""
     image, text, scale = gradients(shape, logit_scale)
     columns = blocks.round_up(shape.total, TILE)
-    chunk = min(max(CHUNK_LOGITS // columns // TILE, 1) * TILE, blocks.round_up(shape.rows, TILE))
+    chunk = max(CHUNK_LOGITS // columns // TILE * TILE, CHUNK_ROWS)
+    chunk = min(chunk, blocks.round_up(shape.rows, TILE))
     halves = blocks.empty(2 if shape.is_half else 1, chunk, columns, dtype=shape.dtype, device=packed.device)
     constants = tile(shape)
     row_block = blocks.row_block(shape.width_padded)

@@ -2,7 +2,7 @@
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed import distributed_c10d
 
 
 def name_of(group: dist.ProcessGroup | None) -> str:
@@ -12,12 +12,12 @@ def name_of(group: dist.ProcessGroup | None) -> str:
 
 def world_size(name: str) -> int:
     """Number of ranks."""
-    return dist.get_world_size(_resolve_process_group(name)) if name else 1
+    return dist.get_world_size(_group(name)) if name else 1
 
 
 def rank(name: str) -> int:
     """This rank's number within the group."""
-    return dist.get_rank(_resolve_process_group(name)) if name else 0
+    return dist.get_rank(_group(name)) if name else 0
 
 
 def gather(tensor: Tensor, name: str) -> Tensor:
@@ -25,5 +25,10 @@ def gather(tensor: Tensor, name: str) -> Tensor:
     if world_size(name) == 1:
         return tensor.unsqueeze(0)
     gathered = tensor.new_empty(world_size(name) * len(tensor), *tensor.shape[1:])
-    dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=_resolve_process_group(name))
+    dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=_group(name))
     return gathered.unflatten(0, (-1, len(tensor)))
+
+
+def _group(name: str) -> dist.ProcessGroup:
+    # Private, and what PyTorch's own functional collectives resolve their groups with.
+    return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type, attr-defined]
