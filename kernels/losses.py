@@ -141,13 +141,13 @@ def dive_loss(
     """
     checks.check_pairs(image_features=image_features, text_features=text_features)
     checks.check_scale(logit_scale, image_features)
+    checks.check_same_kind(image_features, reference_image_features)
     checks.check_pairs(
         reference_image_features=reference_image_features,
         reference_text_features=reference_text_features,
         image_teacher=image_teacher,
         text_teacher=text_teacher,
     )
-    checks.check_same_kind(image_features, reference_image_features)
     checks.check_average_vector(average_vector, reference_image_features)
     features = image_features, text_features, logit_scale, reference_image_features, reference_text_features
     constants = {"image_teacher": image_teacher, "text_teacher": text_teacher, "average_vector": average_vector}

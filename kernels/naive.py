@@ -151,8 +151,9 @@ def dive_loss(
 
     Arguments, shapes and errors are those of the two functions; ``weight`` is the paper's lambda.
     """
-    check_pairs(reference_image_features=reference_image_features, reference_text_features=reference_text_features)
+    check_pairs(image_features=image_features, text_features=text_features)
     check_same_kind(image_features, reference_image_features)
+    check_pairs(reference_image_features=reference_image_features, reference_text_features=reference_text_features)
     contrastive = contrastive_loss(image_features, text_features, logit_scale, group=group)
     difference = difference_loss(
         reference_image_features,
