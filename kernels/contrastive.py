@@ -226,6 +226,7 @@ def finish_contrastive(
     ACC: tl.constexpr,
 ):
     """Loss of this rank's rows, from all programs' partial sums, in an order that does not vary."""
+    SPLITS: tl.constexpr = 8
     size = 2 * num_splits.to(tl.int64) * B
     losses = tl.zeros([ROWS], ACC)
     slopes = tl.zeros([ROWS], ACC)
@@ -237,18 +238,21 @@ def finish_contrastive(
             highest = tl.full([ROWS], float("-inf"), ACC)
             total = tl.zeros([ROWS], ACC)
             weighted = tl.zeros([ROWS], ACC)
-            for split in range(0, num_splits):
+            # Several splits at a time: one by one, a single program would wait for memory as often.
+            for split0 in range(0, num_splits, SPLITS):
+                split = split0 + tl.arange(0, SPLITS)
                 # From the cache that all programs share: this one's own may hold what was there before.
-                place = partials + (side * num_splits + split) * B.to(tl.int64) + row
-                part = tl.load(place, mask=inside, other=float("-inf"), cache_modifier=".cg")
-                new_highest = tl.maximum(highest, part)
+                place = partials + (side * num_splits + split)[:, None] * B.to(tl.int64) + row[None, :]
+                there = (split < num_splits)[:, None] & inside[None, :]
+                part = tl.load(place, mask=there, other=float("-inf"), cache_modifier=".cg")
+                sums = tl.load(place + size, mask=there, other=0.0, cache_modifier=".cg")
+                weights = tl.load(place + 2 * size, mask=there, other=0.0, cache_modifier=".cg")
+                new_highest = tl.maximum(highest, tl.max(part, axis=0))
                 shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
                 old = tl.exp(highest - shift)
-                new = tl.exp(part - shift)
-                total = total * old + new * tl.load(place + size, mask=inside, other=0.0, cache_modifier=".cg")
-                weighted = weighted * old + new * tl.load(
-                    place + 2 * size, mask=inside, other=0.0, cache_modifier=".cg"
-                )
+                new = tl.exp(part - shift[None, :])
+                total = total * old + tl.sum(new * sums, axis=0)
+                weighted = weighted * old + tl.sum(new * weights, axis=0)
                 highest = new_highest
             top = tl.where(highest < 0, 0.0, highest)  # a comparison that lets a NaN through
             mass = total * tl.exp(highest - top)

@@ -152,7 +152,7 @@ def values_block(
     GROWTH: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    PARTS: tl.constexpr = 8192 // WIDTH
+    PARTS: tl.constexpr = 16384 // WIDTH
     column = tl.arange(0, WIDTH)
     center = tl.zeros([WIDTH], ACC)
     for part in range(0, num_sums, PARTS):
