@@ -22,6 +22,8 @@ demo: install
 test test-all: export HF_HUB_OFFLINE := 1
 test test-all: export TOKENIZERS_PARALLELISM := false
 test: selection := -m "not slow"
+# Coverage would trace every operation of the Triton interpreter, and take several times as long.
+test test-all: interpreted := tests/kernels
 test test-all: install
 	@failed=; \
 	check() { name=$$1; shift; "$$@" || failed="$$failed $$name"; }; \
@@ -29,8 +31,10 @@ test test-all: install
 	check format $(bin)/ruff format --check .; \
 	check types $(bin)/mypy; \
 	check imports $(bin)/lint-imports --no-logo; \
-	test -z "$$failed" || echo "failed before the tests:$$failed"; \
-	$(bin)/pytest $(selection) --cov --cov-report=term:skip-covered && test -z "$$failed"
+	check kernels $(bin)/pytest $(selection) $(interpreted); \
+	$(bin)/pytest $(selection) $(addprefix --ignore=,$(interpreted)) --cov --cov-report=term:skip-covered \
+		|| failed="$$failed tests"; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 format: install
 	$(bin)/ruff format .

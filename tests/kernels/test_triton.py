@@ -131,6 +131,14 @@ def _norm(array):
 # Against float64
 
 
+def half_of(*axes):
+    """All combinations, every other one marked slow: each pair of values still meets in `make test`."""
+    for places in itertools.product(*(range(len(axis)) for axis in axes)):
+        values = [axis[place] for axis, place in zip(axes, places)]
+        name = "-".join(getattr(value, "__name__", str(value)) for value in values)
+        yield pytest.param(*values, id=name, marks=[pytest.mark.slow] if sum(places) % 2 else [])
+
+
 OPTIONS = {
     "contrastive_loss": [{}],
     "difference_loss": [{}, {"decay": 0.5, "average_weight": 0.3, "pairwise_weight": 2.5, "mean_gradient": False}],
@@ -138,9 +146,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", [*KINDS, sure_pairs])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(("name", "kind", "dtype"), half_of(LOSSES, [*KINDS, sure_pairs], DTYPES))
 def test_error_is_at_most_twice_plain_pytorchs(name, kind, dtype):
     if dtype == torch.float16 and kind == vanishing_pairs:
         pytest.skip(
@@ -154,9 +160,10 @@ def test_error_is_at_most_twice_plain_pytorchs(name, kind, dtype):
         assert_at_most_twice_the_error(name, inputs_of(name, kind, pairs, width, scale=scale), dtype, **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", [drifted_pairs, outlying_pairs, opposed_pairs, sure_pairs])
-@pytest.mark.parametrize("path", ["serial", "chunked"])
+@pytest.mark.parametrize(
+    ("path", "kind", "dtype"),
+    half_of(["serial", "chunked"], [drifted_pairs, outlying_pairs, opposed_pairs, sure_pairs], DTYPES),
+)
 def test_other_ways_to_the_gradient(path, kind, dtype, monkeypatch):
     take_path(path, monkeypatch.setattr)
     for (pairs, width), scale in zip([(1, 16), (150, 130)], (1 / 0.07, 100.0)):
@@ -197,6 +204,7 @@ def test_scale_100_with_cosines_from_minus_1_to_1_stays_finite(path, monkeypatch
 
 
 @pytest.mark.skipif(not blocks.INTERPRETED, reason="fp64 runs under the interpreter only")
+@pytest.mark.parametrize("name", LOSSES)
 def test_gradcheck(name):
     tensors = tensors_of(inputs_of(name, random_pairs, 3, 3, scale=3.0), torch.float64)
     leaves = [key for key, tensor in tensors.items() if tensor.requires_grad]
