@@ -11,6 +11,7 @@ import numpy as np
 import numpy_reference
 import pytest
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 from distributed import run_ranks
 from hypothesis import HealthCheck, given, settings
@@ -571,7 +572,9 @@ def test_compiled_step_is_one_graph(compiler):
 
     expected = step(**tensors)
     expected_gradient = torch.autograd.grad(expected[0], tower.weight)[0]
-    actual = torch.compile(step, fullgraph=True, backend=compiler)(**tensors)
+    # Inductor's cache does not notice that an op has come to return other shapes.
+    with torch._inductor.config.patch(force_disable_caches=True):
+        actual = torch.compile(step, fullgraph=True, backend=compiler)(**tensors)
     actual_gradient = torch.autograd.grad(actual[0], tower.weight)[0]
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(actual_gradient, expected_gradient)
