@@ -410,7 +410,7 @@ def weights_kernel(
     pid = tl.program_id(0)
     N_padded = N_padded.to(tl.int64)
     # Rows vary fastest: neighbours share a tile of columns.
-    num_row_blocks = chunk // ROWS
+    num_row_blocks = tl.num_programs(0) // (columns // COLUMNS)
     place0 = pid % num_row_blocks * ROWS
     column0 = pid // num_row_blocks * COLUMNS
     row = chunk0 + place0 + tl.arange(0, ROWS)
@@ -771,18 +771,19 @@ def chunked_gradient(
     sizes = shape.total, shape.first, shape.total_padded
     for side, gradient in enumerate((image, text)):
         for start in range(0, shape.rows, chunk):
+            count = min(chunk, shape.rows - start)  # the packed rows end with the last tile of them
             blocks.launch(
                 weights_kernel,
-                chunk // constants.ROWS * (columns // constants.COLUMNS),
+                triton.cdiv(count, constants.ROWS) * (columns // constants.COLUMNS),
                 *(packed, rows, logit_scale, statistics, halves, side, start, chunk, columns),
                 *(*sizes, shape.width_padded),
                 **constants._asdict(),
                 ACC=shape.acc,
             )
-            sums = _matmul(halves, packed[1 - side, :columns])
+            sums = _matmul(halves[:, :count], packed[1 - side, :columns])
             blocks.launch(
                 finish_gradient_kernel,
-                triton.cdiv(min(chunk, shape.rows - start), row_block["ROWS"]),
+                triton.cdiv(count, row_block["ROWS"]),
                 *(sums, packed, rows, logit_scale, statistics, upstream, gradient, side, start, shape.rows),
                 *(*sizes, shape.width, shape.width_padded),
                 **row_block,
