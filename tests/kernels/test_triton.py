@@ -5,7 +5,9 @@ one program on another, is made visible here: NaN beyond every buffer, scratch m
 in a random order.
 """
 
+import contextlib
 import itertools
+import unittest.mock
 
 import numpy as np
 import numpy_reference
@@ -289,6 +291,51 @@ def test_nothing_beyond_a_buffer_is_read_or_written(name, pairs, width, dtype, m
         assert torch.equal(gradients[key].cpu(), gradient), key
 
 
+@contextlib.contextmanager
+def checked_addresses():
+    """Under the interpreter, fails a load or store outside the tensors of its launch, its value used or not."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    ranges, launch = [], blocks.launch
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def recorded(kernel, programs, *arguments, **options):
+        tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+        ranges[:] = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors]
+        launch(kernel, programs, *arguments, **options)
+
+    def check(pointers, mask):
+        addresses = np.broadcast_to(pointers.data, mask.data.shape)[mask.data.astype(bool)]
+        known = np.zeros(addresses.shape, bool)
+        for begin, end in ranges:
+            known |= (addresses >= begin) & (addresses < end)
+        assert known.all(), "an address beyond every tensor of the launch"
+
+    def checked_load(pointers, mask, *rest):
+        check(pointers, mask)
+        return load(pointers, mask, *rest)
+
+    def checked_store(pointers, value, mask, *rest):
+        check(pointers, mask)
+        return store(pointers, value, mask, *rest)
+
+    with (
+        unittest.mock.patch.object(blocks, "launch", recorded),
+        unittest.mock.patch.object(builder, "create_masked_load", checked_load),
+        unittest.mock.patch.object(builder, "create_masked_store", checked_store),
+    ):
+        yield
+
+
+@pytest.mark.skipif(not blocks.INTERPRETED, reason="addresses are seen by the interpreter only")
+@pytest.mark.parametrize(("pairs", "width"), [(1, 1), (65, 130), (260, 16)])
+def test_no_address_lies_outside_the_tensors(name, pairs, width, monkeypatch):
+    """Also where what is read there is thrown away; chunks of two tiles, the last of them not full."""
+    monkeypatch.setattr(contrastive, "CHUNK_ROWS", 2 * contrastive.TILE)
+    with checked_addresses():
+        run(name, tensors_of(inputs_of(name, drifted_pairs, pairs, width), torch.float16), backend="triton")
+
+
 def test_any_layout_of_the_inputs():
     tensors = tensors_of(inputs_of("dive_loss", drifted_pairs, 20, 33), torch.float16)
     expected = run("dive_loss", tensors, backend="triton")
@@ -491,7 +538,10 @@ def evaluate_on_rank():
         inputs = rank_inputs(name, world_size * pairs, width)
         for key in inputs.keys() - set(SHARED):
             inputs[key] = np.split(inputs[key], world_size)[rank]
-        results.append(run(name, tensors_of(inputs, dtype), group=group, backend="triton", **RANK_OPTIONS[name]))
+        with checked_addresses() if blocks.INTERPRETED else contextlib.nullcontext():
+            results.append(
+                run(name, tensors_of(inputs, dtype), group=group, backend="triton", **RANK_OPTIONS[name])
+            )
     return results
 
 
