@@ -32,7 +32,7 @@ COMPILER_OPTIONS = {"enable_fp_fusion": True}
 def row_block(width: int) -> dict[str, int]:
     """Block shape of a kernel that works on whole rows of ``width``."""
     block = max(512, triton.next_power_of_2(width))
-    return {"ROWS": min(16, _ELEMENTS // block), "WIDTH": block}
+    return {"ROWS": _ELEMENTS // block, "WIDTH": block}
 
 
 def round_up(count: int, multiple: int) -> int:
@@ -40,9 +40,14 @@ def round_up(count: int, multiple: int) -> int:
     return math.ceil(count / multiple) * multiple
 
 
-def computing_dtype(features: Tensor) -> torch.dtype:
-    """The dtype that losses of these features are computed and returned in."""
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
+def computing_dtype(features: torch.dtype) -> torch.dtype:
+    """The dtype that losses of features of this dtype are computed and returned in."""
+    return torch.float64 if features == torch.float64 else torch.float32
+
+
+def acc(features: torch.dtype) -> Any:
+    """The same, as the kernels' ``ACC``."""
+    return tl.float64 if features == torch.float64 else tl.float32
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -104,7 +109,7 @@ def power_of_two(x):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for x in [0, 1], accurate near 0: what 1 + x rounds away divides out again."""
+    """log(1 + x) for x >= 0, accurate near 0: what 1 + x rounds away divides out again."""
     y = 1.0 + x
     return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
 

@@ -86,10 +86,6 @@ class Shape(NamedTuple):
     def is_large(self) -> bool:
         return self.rows * self.total > FUSED_LOGITS
 
-    @property
-    def acc(self) -> Any:
-        return tl.float64 if self.dtype == torch.float64 else tl.float32
-
 
 def shape_of(image: Tensor, group: str) -> Shape:
     """Sizes from this rank's features."""
@@ -110,7 +106,7 @@ def pack_block(
     text,
     packed,  # (2, N_padded, D_padded): x^
     rows,  # (5, N_padded): factors of images and texts, 1/|x| of images and texts, z_i . t_i
-    tickets,  # (2,)
+    ticket,  # (): programs of the next launch that are done
     N,
     N_padded,
     D,
@@ -138,7 +134,7 @@ def pack_block(
     tl.store(rows + 3 * N_padded + row, y_inverse)
     tl.store(rows + 4 * N_padded + row, tl.sum(x * y, axis=1) * (x_factor * y_factor))
     if pid == 0:
-        tl.store(tickets + tl.arange(0, 2), tl.zeros([2], tl.int32))
+        tl.store(ticket, 0)
 
 
 @triton.jit
@@ -486,7 +482,7 @@ def pack_kernel(
     text,
     packed,
     rows,
-    tickets,
+    ticket,
     N,
     N_padded,
     D,
@@ -496,7 +492,7 @@ def pack_kernel(
     ACC: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    pack_block(pid, image, text, packed, rows, tickets, N, N_padded, D, D_padded, ROWS, WIDTH, ACC)
+    pack_block(pid, image, text, packed, rows, ticket, N, N_padded, D, D_padded, ROWS, WIDTH, ACC)
 
 
 @triton.jit(do_not_specialize=["B", "N", "first", "num_splits"], do_not_specialize_on_alignment=["logit_scale"])
@@ -508,7 +504,7 @@ def statistics_kernel(
     statistics,
     slope,
     loss,
-    tickets,
+    ticket,
     B,
     N,
     first,
@@ -526,7 +522,7 @@ def statistics_kernel(
         pid, packed, rows, logit_scale, partials, B, N, first, N_padded, D_padded, num_splits, ROWS, COLUMNS,
         DEPTH, ACC,
     )  # fmt: skip
-    if blocks.is_last(tickets, tl.num_programs(0)):
+    if blocks.is_last(ticket, tl.num_programs(0)):
         value = finish_contrastive(partials, statistics, slope, B, num_splits, FINISH_ROWS, ACC)
         tl.store(loss, value)
 
@@ -569,7 +565,7 @@ class Buffers(NamedTuple):
 
     packed: Tensor  # (2, N_padded, D_padded)
     rows: Tensor  # (5, N_padded)
-    tickets: Tensor  # (2,)
+    ticket: Tensor  # ()
     partials: Tensor  # (3, 2, num_splits, B)
     statistics: Tensor  # (5, B)
     slope: Tensor  # ()
@@ -578,15 +574,15 @@ class Buffers(NamedTuple):
 
 def buffers(shape: Shape, device: torch.device) -> Buffers:
     """Outputs and scratch of the forward, unwritten."""
-    acc = torch.float64 if shape.dtype == torch.float64 else torch.float32
+    computing = blocks.computing_dtype(shape.dtype)
 
-    def empty(*size: int, dtype: torch.dtype = acc) -> Tensor:
+    def empty(*size: int, dtype: torch.dtype = computing) -> Tensor:
         return blocks.empty(*size, dtype=dtype, device=device)
 
     return Buffers(
         empty(2, shape.total_padded, shape.width_padded, dtype=shape.dtype),
         empty(5, shape.total_padded),
-        empty(2, dtype=torch.int32),
+        empty(dtype=torch.int32),
         empty(3, 2, num_splits(shape), shape.rows),
         empty(5, shape.rows),
         empty(),
@@ -662,7 +658,7 @@ def launch_forward(
         shape.width,
         shape.width_padded,
         **row_block,
-        ACC=shape.acc,
+        ACC=blocks.acc(shape.dtype),
     )
     blocks.launch(
         statistics_kernel,
@@ -675,12 +671,12 @@ def launch_forward(
             made.statistics,
             made.slope,
             made.loss,
-            made.tickets,
+            made.ticket,
         ),
         *(shape.rows, shape.total, shape.first, shape.total_padded, shape.width_padded, num_splits(shape)),
         **tile(shape)._asdict(),
         FINISH_ROWS=FINISH_ROWS,
-        ACC=shape.acc,
+        ACC=blocks.acc(shape.dtype),
     )
     statistics = gather_statistics(made.statistics, group)
     loss = made.loss if statistics is made.statistics else loss_of(statistics)
@@ -721,7 +717,7 @@ def launch_backward(
         *(shape.rows, shape.total, shape.first, shape.total_padded, shape.width, shape.width_padded),
         **tile._asdict(),
         SLICE=slice_width,
-        ACC=shape.acc,
+        ACC=blocks.acc(shape.dtype),
     )
     return image, text, scale
 
@@ -778,7 +774,7 @@ def chunked_gradient(
                 *(packed, rows, logit_scale, statistics, halves, side, start, chunk, columns),
                 *(*sizes, shape.width_padded),
                 **constants._asdict(),
-                ACC=shape.acc,
+                ACC=blocks.acc(shape.dtype),
             )
             sums = _matmul(halves[:, :count], packed[1 - side, :columns])
             blocks.launch(
@@ -787,7 +783,7 @@ def chunked_gradient(
                 *(sums, packed, rows, logit_scale, statistics, upstream, gradient, side, start, shape.rows),
                 *(*sizes, shape.width, shape.width_padded),
                 **row_block,
-                ACC=shape.acc,
+                ACC=blocks.acc(shape.dtype),
             )
     scale.copy_(upstream * slope)
     return image, text, scale

@@ -63,10 +63,6 @@ class Shape(NamedTuple):
     dtype: torch.dtype
 
     @property
-    def acc(self) -> Any:
-        return tl.float64 if self.dtype == torch.float64 else tl.float32
-
-    @property
     def programs(self) -> int:
         """Programs of each of the three kernels."""
         most = _PROGRAMS_OF_SMALL_BATCH if self.rows <= _SMALL_BATCH else _PROGRAMS.value
@@ -273,7 +269,7 @@ def sums_kernel(
     image_teacher,
     text_teacher,
     sums,
-    tickets,  # (2,)
+    ticket,  # (): programs of the next launch that are done
     B,
     D,
     ROWS: tl.constexpr,
@@ -283,7 +279,7 @@ def sums_kernel(
     pid = tl.program_id(0)
     sums_block(pid, tl.num_programs(0), image, text, image_teacher, text_teacher, sums, B, D, ROWS, WIDTH, ACC)
     if pid == 0:
-        tl.store(tickets + tl.arange(0, 2), tl.zeros([2], tl.int32))
+        tl.store(ticket, 0)
 
 
 @triton.jit(do_not_specialize=["B", "N", "num_sums"])
@@ -298,7 +294,7 @@ def values_kernel(
     partials,
     parts,
     loss,
-    tickets,
+    ticket,
     B,
     N,
     D,
@@ -316,7 +312,7 @@ def values_kernel(
         tl.program_id(0), programs, image, text, image_teacher, text_teacher, previous, sums, average, partials,
         B, N, D, num_sums, ROWS, WIDTH, DECAY, GROWTH, ACC,
     )  # fmt: skip
-    if blocks.is_last(tickets, programs):
+    if blocks.is_last(ticket, programs):
         value = finish_difference(partials, parts, B, programs, AVERAGE_WEIGHT, PAIRWISE_WEIGHT, ACC)
         tl.store(loss, value)
 
@@ -363,7 +359,7 @@ class Buffers(NamedTuple):
 
 def buffers(shape: Shape, image: Tensor) -> Buffers:
     """Outputs and scratch of the forward, unwritten."""
-    dtype = blocks.computing_dtype(image)
+    dtype = blocks.computing_dtype(image.dtype)
     sizes = (shape.programs, shape.width), (2, shape.width), (4, shape.programs), (4,), ()
     return Buffers(*(blocks.empty(*size, dtype=dtype, device=image.device) for size in sizes))
 
@@ -395,9 +391,9 @@ def launch_forward(
     shape = shape_of(image, group)
     made = buffers(shape, image)
     inputs = [blocks.dense(tensor) for tensor in (image, text, image_teacher, text_teacher)]
-    constants = {**blocks.row_block(shape.width), "ACC": shape.acc, "num_warps": _NUM_WARPS}
-    tickets = blocks.empty(2, dtype=torch.int32, device=image.device)
-    blocks.launch(sums_kernel, shape.programs, *inputs, made.sums, tickets, shape.rows, shape.width, **constants)
+    constants = {**blocks.row_block(shape.width), "ACC": blocks.acc(shape.dtype), "num_warps": _NUM_WARPS}
+    ticket = blocks.empty(dtype=torch.int32, device=image.device)
+    blocks.launch(sums_kernel, shape.programs, *inputs, made.sums, ticket, shape.rows, shape.width, **constants)
     sums = gather_sums(made.sums, group)
     blocks.launch(
         values_kernel,
@@ -410,7 +406,7 @@ def launch_forward(
             made.partials,
             made.parts,
             made.loss,
-            tickets,
+            ticket,
         ),
         *(shape.rows, shape.total, shape.width, len(sums)),
         **options.constants(),
@@ -481,7 +477,7 @@ def gradient(
         *(*inputs, average, upstream, *made, shape.rows, shape.width),
         **gradient_constants(weight, options),
         **blocks.row_block(shape.width),
-        ACC=shape.acc,
+        ACC=blocks.acc(shape.dtype),
         num_warps=_NUM_WARPS,
     )
     return made

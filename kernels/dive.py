@@ -34,7 +34,7 @@ def dive_rows_kernel(
     text,
     packed,
     rows,
-    tickets,
+    ticket,
     reference_image,
     reference_text,
     image_teacher,
@@ -55,7 +55,7 @@ def dive_rows_kernel(
 ):
     pid = tl.program_id(0)
     if pid < pack_programs:
-        pack_block(pid, image, text, packed, rows, tickets, N, N_padded, D, D_padded, ROWS, WIDTH, ACC)
+        pack_block(pid, image, text, packed, rows, ticket, N, N_padded, D, D_padded, ROWS, WIDTH, ACC)
     else:
         sums_block(
             pid - pack_programs, tl.num_programs(0) - pack_programs, reference_image, reference_text,
@@ -88,7 +88,7 @@ def dive_values_kernel(
     parts,
     loss,
     contrastive_loss,
-    tickets,
+    ticket,
     statistics_programs,
     B,
     N,
@@ -126,7 +126,7 @@ def dive_values_kernel(
             text_teacher, previous, sums, average, reference_partials, reference_rows, reference_total,
             reference_D, num_sums, REFERENCE_ROWS, REFERENCE_WIDTH, DECAY, GROWTH, ACC,
         )  # fmt: skip
-    if blocks.is_last(tickets, tl.num_programs(0)):
+    if blocks.is_last(ticket, tl.num_programs(0)):
         target = finish_contrastive(partials, statistics, slope, B, num_splits, FINISH_ROWS, ACC)
         reference = finish_difference(
             reference_partials, parts, reference_rows, values_programs, AVERAGE_WEIGHT, PAIRWISE_WEIGHT, ACC
@@ -226,11 +226,11 @@ def launch_forward(
     blocks.launch(
         dive_rows_kernel,
         pack_programs + reference.programs,
-        *(image, text, made.packed, made.rows, made.tickets, *inputs, reference_made.sums, pack_programs),
+        *(image, text, made.packed, made.rows, made.ticket, *inputs, reference_made.sums, pack_programs),
         *(target.total, target.total_padded, target.width, target.width_padded, reference.rows, reference.width),
         **pack_block,
         **_reference_block(reference.width),
-        ACC=target.acc,
+        ACC=blocks.acc(target.dtype),
     )
     sums = difference.gather_sums(reference_made.sums, group)
     num_splits, statistics_programs = contrastive.num_splits(target), contrastive.statistics_programs(target)
@@ -246,7 +246,7 @@ def launch_forward(
             reference_made.partials,
             reference_made.parts,
         ),
-        *(reference_made.loss, made.loss, made.tickets, statistics_programs),
+        *(reference_made.loss, made.loss, made.ticket, statistics_programs),
         *(target.rows, target.total, target.first, target.total_padded, target.width_padded, num_splits),
         *(reference.rows, reference.total, reference.width, len(sums)),
         **contrastive.tile(target)._asdict(),
@@ -254,7 +254,7 @@ def launch_forward(
         **_reference_block(reference.width),
         **options.constants(),
         WEIGHT=float(weight),
-        ACC=target.acc,
+        ACC=blocks.acc(target.dtype),
     )
     loss, target_loss = reference_made.loss, made.loss
     statistics, parts = made.statistics, reference_made.parts
@@ -333,7 +333,7 @@ def launch_backward(
         SLICE=slice_width,
         **_reference_block(reference.width),
         **difference.gradient_constants(weight, options),
-        ACC=shape.acc,
+        ACC=blocks.acc(shape.dtype),
     )
     return *target_gradients, *reference_gradients
 

@@ -105,7 +105,7 @@ def difference_loss(
     }
     if not backends.uses_triton(backend, image_features, constants):
         return naive.difference_loss(image_features, text_features, **constants, **options, group=group)
-    dtype = backends.blocks.computing_dtype(image_features)
+    dtype = backends.blocks.computing_dtype(image_features.dtype)
     loss, parts, average = difference.forward(
         image_features,
         text_features,
@@ -160,7 +160,7 @@ def dive_loss(
     }
     if not backends.uses_triton(backend, image_features, constants):
         return naive.dive_loss(*features, **constants, **options, group=group)
-    dtype = backends.blocks.computing_dtype(image_features)
+    dtype = backends.blocks.computing_dtype(image_features.dtype)
     loss, contrastive_part, *_, parts, average = dive.forward(
         *features,
         *(tensor.to(dtype) for tensor in constants.values()),
