@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+Loader = Literal["plain", "dali", "ffcv"]
+Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -42,25 +44,32 @@ class ModelConfig(Section):
 class TargetConfig(Section):
     """The labelled data set to fine-tune on. Paths beginning with `demo:` lie in the embedded demo."""
 
-    format: Literal["folder", "webdataset", "csv"]
+    format: Literal["folder", "webdataset", "csv", "prepared"]
     """`folder`: one folder a class, as torchvision's ImageFolder. `webdataset`: tars of image + `.cls`. `csv`:
-    tab-separated with columns `title` and `filepath`, as FLYP has it: rows of one file are its prompts."""
+    tab-separated with columns `title` and `filepath`, as FLYP has it: rows of one file are its prompts.
+    `prepared`: what `launch/prepare.py` made of any of them."""
     path: str
-    """Root folder, tar (a brace range such as `{00000..00012}.tar`, a glob or a folder of tars), or CSV file."""
+    """Root folder, tar (a brace range such as `{00000..00012}.tar`, a glob or a folder of tars), CSV file, or
+    the prepared folder."""
     image_root: str | None = None
     """`csv` only: the folder that relative file paths start from; default: the CSV file's own."""
     class_names: str | None = None
     """`imagenet`, or a text file with one class name a line in label order. `folder` defaults to its folders'
-    names. Not used with `csv`."""
+    names, `prepared` to those it was prepared with. Not used with `csv`."""
     templates: str = "imagenet"
     """`imagenet` (open_clip's 80), `simple` (open_clip's 7), a text file with one template a line, or one
     template; `{}` stands for the class name. One is drawn for each sample and epoch."""
-    loader: Literal["plain"] = "plain"
-    """`plain`: PIL in torch DataLoader workers."""
+    loader: Loader = "plain"
+    """What decodes the images. `plain`: PIL, in processes. `dali`: DALI, on the GPU if there is one. `ffcv`:
+    threads over FFCV's memory-mapped file, made by `launch/prepare.py --container beton`. Samples, order, crops
+    and texts are the same."""
     batch_size: Positive = 512
     """B, over all ranks."""
     workers: NonNegative = 4
-    """Loader processes on each rank; 0 loads in the training process."""
+    """On each rank: decoding processes (`plain`) or threads (`dali`, `ffcv`); 0 decodes in the training
+    process."""
+    hw_decoder_load: Share = 0.65
+    """`dali` on a GPU: the share of JPEGs that its hardware decoder takes; the best depends on `workers`."""
     text_length: Positive | None = None
     """Context length of the prompts; longer ones are cut. Default: the model's, trimmed to each batch's longest
     prompt where that is exact."""
@@ -69,19 +78,24 @@ class TargetConfig(Section):
 class ReferenceConfig(Section):
     """Image-caption pairs that resemble the pre-training data; they keep the geometry of the embeddings."""
 
-    format: Literal["webdataset", "csv"]
+    format: Literal["webdataset", "csv", "prepared"]
     """`webdataset`: tars of image + `.txt`. `csv`: tab-separated with columns `title` and `filepath`; every row
-    is a pair."""
+    is a pair. `prepared`: what `launch/prepare.py` made of either."""
     path: str
-    """Tar (a brace range, a glob or a folder of tars), or CSV file."""
+    """Tar (a brace range, a glob or a folder of tars), CSV file, or the prepared folder."""
     image_root: str | None = None
     """`csv` only: the folder that relative file paths start from; default: the CSV file's own."""
-    loader: Literal["plain"] = "plain"
-    """`plain`: PIL in torch DataLoader workers."""
+    loader: Loader = "plain"
+    """What decodes the images. `plain`: PIL, in processes. `dali`: DALI, on the GPU if there is one. `ffcv`:
+    threads over FFCV's memory-mapped file, made by `launch/prepare.py --container beton`. Samples, order, crops
+    and texts are the same."""
     batch_size: Positive = 512
     """B', over all ranks."""
     workers: NonNegative = 4
-    """Loader processes on each rank; 0 loads in the training process."""
+    """On each rank: decoding processes (`plain`) or threads (`dali`, `ffcv`); 0 decodes in the training
+    process."""
+    hw_decoder_load: Share = 0.65
+    """`dali` on a GPU: the share of JPEGs that its hardware decoder takes; the best depends on `workers`."""
     text_length: Positive | None = None
     """Context length of the captions; longer ones are cut. Default: the model's, trimmed to each batch's longest
     caption where that is exact."""
@@ -172,7 +186,7 @@ class TrainConfig(Section):
 class EvaluationSet(Section):
     """A labelled image set that zero-shot accuracy is measured on."""
 
-    format: Literal["folder", "webdataset"]
+    format: Literal["folder", "webdataset", "prepared"]
     """As in `data.target`."""
     path: str
     """As in `data.target`."""
@@ -212,8 +226,15 @@ class Config(Section):
         if self.objective.name == "dive" and reference is None:
             raise ValueError("data.reference: objective.name = dive needs a reference set; name one")
         for place, section in (("data.target", self.data.target), ("data.reference", reference)):
-            if section is not None and section.image_root is not None and section.format != "csv":
+            if section is None:
+                continue
+            if section.image_root is not None and section.format != "csv":
                 raise ValueError(f"{place}.image_root: only csv data has one; remove it")
+            if section.loader == "ffcv" and section.format != "prepared":
+                raise ValueError(
+                    f"{place}.loader = ffcv reads prepared sets alone: make one by python launch/prepare.py "
+                    f"--container beton, then {place}.format=prepared"
+                )
         if self.data.target.format == "webdataset" and self.data.target.class_names is None:
             raise ValueError("data.target.class_names: webdataset data needs imagenet or a text file of names")
         for name, evaluation in self.evaluate.sets.items():

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 
 from dive_fast.config import ConfigError
 from dive_fast.data.batch import ReferenceBatch
-from dive_fast.data.plain import ReferenceSamples, batches_of
+from dive_fast.data.loader import Options, batches_of
+from dive_fast.data.samples import ReferenceSamples
 from dive_fast.objective import Pairs
 from dive_fast.ranks import Ranks
 from dive_fast.towers import Towers, unit
 
-FORMAT = 1
+FORMAT = 2
 FINGERPRINT = "fingerprint.json"
 Fingerprint = dict[str, Any]
 
@@ -28,12 +29,17 @@ Fingerprint = dict[str, Any]
 class Teacher(Protocol):
     """Gives a reference batch its frozen embeddings."""
 
+    runs_ahead: bool
+    """Whether it only looks them up, which a thread may do before the step that needs them."""
+
     def __call__(self, batch: ReferenceBatch) -> Pairs:
         """Unit rows ``(B, D)`` fp32 of both halves of each pair, on the batch's device."""
 
 
 class OnlineTeacher:
     """A frozen copy of the pre-trained model, run at every step."""
+
+    runs_ahead = False
 
     def __init__(self, towers: Towers, ranks: Ranks) -> None:
         """Takes the towers over; they must be a copy of their own."""
@@ -49,6 +55,8 @@ class OnlineTeacher:
 
 class CachedTeacher:
     """Embeddings read by sample and view from the files that :func:`write_cache` made."""
+
+    runs_ahead = True
 
     def __init__(self, folder: Path, fingerprint: Fingerprint) -> None:
         """Opens a cache.
@@ -80,13 +88,14 @@ class CachedTeacher:
 
 
 def fingerprint(
-    towers: Towers, model: dict[str, Any], samples: ReferenceSamples, text_length: int | None
+    towers: Towers, model: dict[str, Any], samples: ReferenceSamples, text_length: int | None, options: Options
 ) -> Fingerprint:
     """What a cache depends on; two runs may share one exactly when theirs are equal.
 
     Args:
         model: the config's ``model`` section.
         text_length: context length of the captions, if not the model's.
+        options: loaders differ in the last bits of the pixels, and DALI between CPU and GPU.
     """
     return {
         "format": FORMAT,
@@ -97,6 +106,7 @@ def fingerprint(
         "views": samples.num_views,
         "crops": None if samples.views == "eval" else samples.seed,
         "text_length": text_length,
+        "loader": f"dali on {options.device.type}" if options.loader == "dali" else options.loader,
     }
 
 
@@ -116,7 +126,7 @@ def write_cache(
     print_of_cache: Fingerprint,
     ranks: Ranks,
     batch_size: int,
-    workers: int,
+    options: Options,
 ) -> None:
     """Embeds the whole reference set, every rank its share, into ``folder``: whole, or not there at all.
 
@@ -125,7 +135,7 @@ def write_cache(
         towers: the frozen model, a copy of its own.
         print_of_cache: what :func:`fingerprint` gave.
         batch_size: pairs embedded at once on each rank.
-        workers: loader processes on each rank.
+        options: of the loader; the one that training has.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     embed = OnlineTeacher(towers, ranks)
@@ -144,7 +154,7 @@ def write_cache(
     rows = np.array([sample * num_views + view for view, sample in places], dtype=np.int64)
     progress = ranks.progress(len(places), "teacher cache", "pair")
     done = 0
-    for batch in batches_of(samples, places, batch_size, workers):
+    for batch in batches_of(samples, places, batch_size, options):
         embeddings = embed(batch.to(ranks.device))
         own = rows[done : done + len(batch.sample)]
         image[own] = embeddings.image.cpu().numpy()

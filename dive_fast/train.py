@@ -6,8 +6,8 @@ import logging
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import repeat
 from pathlib import Path
@@ -19,11 +19,13 @@ from safetensors.torch import load_file
 from dive_fast import checkpoint, objective
 from dive_fast import teacher as teachers
 from dive_fast.config import Config, ConfigError, ReferenceConfig, TargetConfig
+from dive_fast.data.ahead import Ahead
 from dive_fast.data.batch import ReferenceBatch, TargetBatch
+from dive_fast.data.loader import Options, training_batches
 from dive_fast.data.order import Order
-from dive_fast.data.plain import ReferenceSamples, TargetSamples, training_batches
 from dive_fast.data.prompts import PromptTable, read_class_names, read_templates
-from dive_fast.data.source import Source, open_csv, open_folder, open_webdataset
+from dive_fast.data.samples import ReferenceSamples, TargetSamples
+from dive_fast.data.sets import open_reference, open_target
 from dive_fast.engine import AUTOCAST, Engine
 from dive_fast.evaluate.zero_shot import evaluate, open_set
 from dive_fast.ranks import Ranks
@@ -64,21 +66,21 @@ def train(config: Config, folder: Path, ranks: Ranks) -> dict[str, float]:
     engine, options = run.engine, config.train
     found = checkpoint.find(options.resume, folder / "checkpoints")
     first_step = checkpoint.load(engine, found) if found is not None else 0
-    metrics = Metrics(run, first_step)
     steps = range(first_step, run.total_steps)
-    for step, (target, reference) in zip(steps, _batches(run, steps), strict=True):
-        target = target.to(ranks.device)
-        teacher = None
-        if reference is not None and run.teacher is not None:
-            reference = reference.to(ranks.device)
-            teacher = run.teacher(reference)
-        learning_rate = engine.learning_rate
-        values = engine.step(target, reference, teacher)
-        if step == 0:
-            _check_noise_floor(values, config)
-        metrics.log(step + 1, values, learning_rate)
-        if options.checkpoint_every and (step + 1) % options.checkpoint_every == 0 and step + 1 < run.total_steps:
-            checkpoint.save(engine, folder / "checkpoints", step + 1, options.keep_checkpoints)
+    batches = _batches(run, steps)
+    metrics = Metrics(run, first_step, batches)
+    with closing(batches):
+        for step, (target, reference, teacher) in zip(steps, batches, strict=True):
+            if reference is not None and teacher is None and run.teacher is not None:
+                teacher = run.teacher(reference)
+            learning_rate = engine.learning_rate
+            values = engine.step(target, reference, teacher)
+            if step == 0:
+                _check_noise_floor(values, config)
+            metrics.log(step + 1, values, learning_rate)
+            is_last = step + 1 == run.total_steps
+            if options.checkpoint_every and (step + 1) % options.checkpoint_every == 0 and not is_last:
+                checkpoint.save(engine, folder / "checkpoints", step + 1, options.keep_checkpoints)
     if len(steps) > 0:
         checkpoint.save(engine, folder / "checkpoints", run.total_steps, options.keep_checkpoints)
     exported = folder / "model.safetensors"
@@ -95,8 +97,12 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     """
     seed = config.train.seed
     # Before any model is built: a typo in a path should not cost minutes.
-    source = _open_target(config.data.target)
-    reference = None if config.data.reference is None else _open_reference(config.data.reference)
+    source = open_target(config.data.target)
+    reference = None if config.data.reference is None else open_reference(config.data.reference)
+    if ranks.first:
+        source.report_skipped("data.target")
+        if reference is not None:
+            reference.report_skipped("data.reference")
     for evaluation in config.evaluate.sets.values():
         open_set(evaluation)
     torch.manual_seed(seed)
@@ -151,11 +157,11 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
 class Metrics:
     """Progress bar, metrics.jsonl and DeepSpeed's monitor on the first rank; reads the device only to log."""
 
-    def __init__(self, run: Run, first_step: int) -> None:
-        self._run = run
+    def __init__(self, run: Run, first_step: int, batches: "Batches") -> None:
+        self._run, self._batches = run, batches
         self._enabled = run.ranks.first
         self._last: dict[str, float] = {}
-        self._since, self._since_step = time.perf_counter(), first_step
+        self._since, self._since_step, self._since_waited = time.perf_counter(), first_step, 0.0
         if self._enabled:
             self._path = run.folder / "metrics.jsonl"
             kept = [line for line in self._lines() if json.loads(line)["step"] <= first_step]
@@ -176,13 +182,21 @@ class Metrics:
         self._last |= {
             "learning_rate": learning_rate,
             "images_per_second": images / (now - self._since),
+            # Of the loop's time, on this rank, what it spent waiting for a batch: 0 where the loaders keep up.
+            "data_wait": (self._batches.waited - self._since_waited) / (now - self._since),
             "epoch": step / self._run.target_order.steps_per_epoch,
             "skipped_steps": engine.skipped_steps,
         }
         if engine.scale.dynamic:
             self._last["loss_scale"] = engine.scale.value
-        self._since, self._since_step = now, step
-        shown = {"loss": "loss", "u": "image_norm", "v": "text_norm", "img/s": "images_per_second"}
+        self._since, self._since_step, self._since_waited = now, step, self._batches.waited
+        shown = {
+            "loss": "loss",
+            "u": "image_norm",
+            "v": "text_norm",
+            "img/s": "images_per_second",
+            "wait": "data_wait",
+        }
         values_shown = {short: f"{self._last[name]:.3g}" for short, name in shown.items() if name in self._last}
         self._bar.set_postfix(values_shown, refresh=False)
         self._write(step, self._last)
@@ -213,28 +227,42 @@ class Metrics:
         return data.target.batch_size + reference
 
 
-def _batches(run: Run, steps: range) -> Iterator[tuple[TargetBatch, ReferenceBatch | None]]:
-    pin = run.ranks.device.type == "cuda"
-    data = run.config.data
-    targets = training_batches(run.target, run.target_order, steps, data.target.workers, pin)
-    if run.reference is None or run.reference_order is None or data.reference is None:
-        return zip(targets, repeat(None), strict=False)
-    references = training_batches(run.reference, run.reference_order, steps, data.reference.workers, pin)
-    return zip(targets, references, strict=True)
+Loaded = tuple[TargetBatch, ReferenceBatch | None]
+Ready = tuple[TargetBatch, ReferenceBatch | None, objective.Pairs | None]
+Batches = Ahead[Loaded, Ready]
 
 
-def _open_target(config: TargetConfig) -> Source:
-    if config.format == "folder":
-        return open_folder(config.path)
-    if config.format == "csv":
-        return open_csv(config.path, config.image_root, group=True)
-    return open_webdataset(config.path, ".cls")
+def _batches(run: Run, steps: range) -> Batches:
+    """The batches of the given steps on this rank's device, with the rows of a teacher who only looks them up."""
+    data, device = run.config.data, run.ranks.device
+    targets = training_batches(run.target, run.target_order, steps, _options(run.config, data.target, run.ranks))
+    loaded: zip[Loaded] = zip(targets, repeat(None), strict=False)
+    if run.reference is not None and run.reference_order is not None and data.reference is not None:
+        options = _options(run.config, data.reference, run.ranks)
+        loaded = zip(targets, training_batches(run.reference, run.reference_order, steps, options), strict=True)
+
+    def ready(batches: Loaded) -> Ready:
+        target, reference = batches
+        if reference is None:
+            return target.to(device), None, None
+        reference = reference.to(device)
+        rows = run.teacher(reference) if run.teacher is not None and run.teacher.runs_ahead else None
+        return target.to(device), reference, rows
+
+    return Ahead(loaded, ready, device)
 
 
-def _open_reference(config: ReferenceConfig) -> Source:
-    if config.format == "csv":
-        return open_csv(config.path, config.image_root, group=False)
-    return open_webdataset(config.path, ".txt")
+def _options(config: Config, data: TargetConfig | ReferenceConfig, ranks: Ranks) -> Options:
+    """How the training batches of a half are loaded."""
+    # Autocast would round the images to fp16 at once. Not for an online teacher, who sees them in fp32.
+    rounds = config.train.precision == "fp16" and config.teacher.mode == "cache" and ranks.device.type == "cuda"
+    return Options(
+        data.loader,
+        data.workers,
+        ranks.device,
+        torch.float16 if rounds else torch.float32,
+        hw_decoder_load=data.hw_decoder_load,
+    )
 
 
 def _teacher(
@@ -245,7 +273,9 @@ def _teacher(
     assert config.data.reference is not None
     path = Path(config.teacher.path) if config.teacher.path is not None else folder / "teacher"
     model = config.model.model_dump()
-    wanted = teachers.fingerprint(towers, model, samples, config.data.reference.text_length)
+    # In fp32, whatever the images of training are.
+    options = replace(_options(config, config.data.reference, ranks), dtype=torch.float32)
+    wanted = teachers.fingerprint(towers, model, samples, config.data.reference.text_length, options)
     if not teachers.is_cache(path):
         teachers.write_cache(
             path,
@@ -254,7 +284,7 @@ def _teacher(
             wanted,
             ranks,
             config.teacher.batch_size,
-            config.data.reference.workers,
+            options,
         )
     return teachers.CachedTeacher(path, wanted)
 

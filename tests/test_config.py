@@ -266,7 +266,10 @@ def test_any_slip_in_any_key_is_told_with_the_key_that_was_meant(small: Path, ty
         ("train=5", "train = 5: input should be an object"),
         ("data.target=a", 'data.target = "a": input should be an object'),
         ("evaluate.sets.val=a", 'evaluate.sets.val = "a": input should be an object'),
-        ("evaluate.sets.str.format=csv", "evaluate.sets.str.format = \"csv\": input should be 'folder' or 'webda"),
+        (
+            "evaluate.sets.str.format=csv",
+            "evaluate.sets.str.format = \"csv\": input should be 'folder', 'webdataset' or 'prepared'",
+        ),
         ("deepspeed=[]", "deepspeed = []: input should be an object"),
         ("objective.mean_gradient=1", "objective.mean_gradient = 1: input should be a valid boolean"),
         ('train.betas=[0.9, "x"]', 'train.betas.1 = "x": input should be a valid number'),
@@ -370,7 +373,7 @@ def test_the_reference_documents_every_key_in_a_table_of_four_columns() -> None:
 @pytest.mark.parametrize(
     ("key", "kind", "default"),
     [
-        ("format", "`folder` or `webdataset` or `csv`", "required"),
+        ("format", "`folder` or `webdataset` or `csv` or `prepared`", "required"),
         ("batch_size", "integer", "`512`"),
         ("views", "`eval` or integer", '`"eval"`'),
         ("pretrained", "string or `null`", "`null`"),

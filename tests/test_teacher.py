@@ -15,7 +15,8 @@ from torch import Tensor
 from dive_fast import teacher
 from dive_fast.config import ConfigError, ModelConfig
 from dive_fast.data.batch import ReferenceBatch
-from dive_fast.data.plain import ReferenceSamples, batches_of
+from dive_fast.data.loader import Options, batches_of
+from dive_fast.data.samples import ReferenceSamples
 from dive_fast.data.source import open_webdataset
 from dive_fast.ranks import Ranks, join
 from dive_fast.towers import Towers, create, tokenizer_of
@@ -43,12 +44,12 @@ def samples(folder: Path, views: Any = VIEWS) -> ReferenceSamples:
 
 
 def print_of(folder: Path, views: Any = VIEWS) -> teacher.Fingerprint:
-    return teacher.fingerprint(model(folder), {"name": "tiny"}, samples(folder, views), None)
+    return teacher.fingerprint(model(folder), {"name": "tiny"}, samples(folder, views), None, Options())
 
 
 def write(folder: Path, cache: Path, ranks: Ranks = ALONE, views: Any = VIEWS) -> None:
     fingerprint = print_of(folder, views)
-    teacher.write_cache(cache, model(folder), samples(folder, views), fingerprint, ranks, 4, workers=0)
+    teacher.write_cache(cache, model(folder), samples(folder, views), fingerprint, ranks, 4, Options())
 
 
 def rows_of(cache: Path) -> tuple[Tensor, Tensor]:
@@ -65,7 +66,7 @@ def test_cached_rows_are_the_online_ones_in_any_order_and_view(folder: Path, tmp
     online = teacher.OnlineTeacher(model(folder), ALONE)
     # Epoch e shows view e modulo three; samples come shuffled, and one twice.
     places = [(2, 7), (0, 3), (4, 10), (1, 0), (5, 7), (2, 7)]
-    (batch,) = batches_of(samples(folder), places, 16, workers=0)
+    (batch,) = batches_of(samples(folder), places, 16, Options())
     assert batch.view.tolist() == [2, 0, 1, 1, 2, 2]
     for found, expected in zip(cached(batch), online(batch), strict=True):
         assert found.dtype == torch.float32
@@ -86,7 +87,7 @@ def test_two_ranks_write_the_rows_of_one(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "field", ["format", "model", "weights", "data", "preprocess", "views", "crops", "text_length"]
+    "field", ["format", "model", "weights", "data", "preprocess", "views", "crops", "text_length", "loader"]
 )
 def test_a_cache_that_differs_in_any_field_is_refused_by_name(folder: Path, tmp_path: Path, field: str) -> None:
     write(folder, tmp_path / "cache")
@@ -128,7 +129,7 @@ def test_the_online_teacher_stays_frozen_and_in_fp32(folder: Path) -> None:
     towers = model(folder)
     towers.autocast = torch.bfloat16
     online = teacher.OnlineTeacher(towers, ALONE)
-    (batch,) = batches_of(samples(folder), [(0, 0), (0, 1)], 2, workers=0)
+    (batch,) = batches_of(samples(folder), [(0, 0), (0, 1)], 2, Options())
     with torch.autocast("cpu", torch.bfloat16):
         image, text = online(batch)
     assert not image.requires_grad

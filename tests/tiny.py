@@ -17,6 +17,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from dive_fast.data.views import Crop, Preprocess
+
 VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 CLIP: dict[str, Any] = {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}
@@ -54,6 +56,11 @@ def reduced(name: str) -> dict[str, Any]:
     if "hf_tokenizer_name" in text:
         text["vocab_size"] = len(VOCABULARY)
     return config
+
+
+def shown(preprocess: Preprocess, image: Image.Image, crop: Crop | None = None) -> torch.Tensor:
+    """The view of an image, ``(3, H, W)``, as the plain loader makes it."""
+    return preprocess.tensor(preprocess.cut(image, crop))
 
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "the", "photo", "of", "cat", "dog"]

@@ -29,7 +29,7 @@ class TargetBatch:
     """Labelled images with the prompts drawn for them; ``B`` is this rank's share of the batch."""
 
     images: Tensor
-    """``(B, 3, H, W)`` fp32, normalised as the model wants them."""
+    """``(B, 3, H, W)`` fp32 or fp16, normalised as the model wants them."""
     text: Text
     labels: Tensor
     """``(B,)`` int64; -1 where the data has prompts but no classes."""
@@ -52,7 +52,7 @@ class ReferenceBatch:
     """Image-caption pairs; ``B`` is this rank's share of the batch."""
 
     images: Tensor
-    """``(B, 3, H, W)`` fp32, normalised as the model wants them."""
+    """``(B, 3, H, W)`` fp32 or fp16, normalised as the model wants them."""
     text: Text
     sample: Tensor
     """``(B,)`` int64 on the CPU: each pair's index in its data set; with ``view`` it addresses the teacher."""
@@ -66,6 +66,22 @@ class ReferenceBatch:
 
     def pin_memory(self) -> "ReferenceBatch":
         return replace(self, images=self.images.pin_memory(), text=self.text.pin())
+
+
+@dataclass(frozen=True)
+class EvaluationBatch:
+    """Labelled images in the evaluation view."""
+
+    images: Tensor
+    """``(B, 3, H, W)``, normalised as the model wants them."""
+    labels: Tensor
+    """``(B,)`` int64."""
+
+    def to(self, device: torch.device) -> "EvaluationBatch":
+        return replace(self, images=_copy(self.images, device), labels=_copy(self.labels, device))
+
+    def pin_memory(self) -> "EvaluationBatch":
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 
 def _copy(tensor: Tensor, device: torch.device) -> Tensor:

@@ -8,13 +8,21 @@ import csv
 import glob
 import hashlib
 import io
+import logging
 import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import braceexpand
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
 
@@ -39,18 +47,44 @@ class Sample:
     texts: tuple[str, ...] = ()
 
 
+class Skipped(NamedTuple):
+    """A sample that was left out."""
+
+    key: str
+    reason: str
+
+
 @dataclass(frozen=True)
 class Source:
     """A data set as a sequence of samples."""
 
     samples: Sequence[Sample]
     class_names: tuple[str, ...] = ()
-    """Of an image folder: its folders' names. Else empty."""
-    skipped: dict[str, int] = field(default_factory=dict)
-    """Why how many samples were left out, e.g. ``{"no .txt": 3}``."""
+    """Of an image folder: its folders' names; of a prepared set: those it was prepared with. Else empty."""
+    skipped: Sequence[Skipped] = ()
+    content: str = ""
+    """A hash of all that the samples hold, where it is known without reading them: of a prepared set."""
+    sizes: NDArray[np.int32] | None = None
+    """``(N, 2)``: height and width of every image, known to be a whole JPEG; of a prepared set."""
+    tokens: Tensor | None = None
+    """``(N, context)``: every sample's first text, tokenised; of a set prepared with a tokenizer."""
+    beton: Path | None = None
+    """FFCV's file with all the images, row by row; of a set prepared for that loader."""
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def read(self, index: int) -> bytes:
+        """The bytes of one image file.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+        sample = self.samples[index]
+        try:
+            return _read(sample.path, sample.offset, sample.size)
+        except OSError as error:
+            raise DataError(f"{sample.path}: sample {sample.key}: cannot read the image: {error}") from error
 
     def image(self, index: int) -> Image.Image:
         """Decodes one image.
@@ -60,20 +94,59 @@ class Source:
         """
         sample = self.samples[index]
         try:
-            with sample.path.open("rb") as file:
-                file.seek(sample.offset)
-                image = Image.open(io.BytesIO(file.read(sample.size)))
-                image.load()
-        except (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return decode(self.read(index))
+        except UNDECODABLE as error:
             raise DataError(f"{sample.path}: sample {sample.key}: cannot decode the image: {error}") from error
-        return image
 
     def digest(self) -> str:
-        """A hash of what the samples are: names, texts and sizes, in order, wherever they lie."""
+        """A hash of what the samples are, in order, wherever they lie.
+
+        Of a prepared set: of its content. Else of names, texts and sizes.
+        """
+        if self.content:
+            return self.content
         digest = hashlib.sha256()
         for sample in self.samples:
             digest.update(repr((sample.key, sample.size, sample.texts)).encode())
         return digest.hexdigest()
+
+    def report_skipped(self, name: str) -> None:
+        """Says how many samples were left out of the set called ``name``, and why."""
+        for reason, count in Counter(reason for _, reason in self.skipped).most_common():
+            first = next(key for key, other in self.skipped if other == reason)
+            logger.warning("%s: %d samples left out: %s (the first: %s)", name, count, reason, first)
+
+
+UNDECODABLE = (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What PIL raises for bytes that are no image."""
+
+
+def decode(data: bytes) -> Image.Image:
+    """The (first) picture of an image file.
+
+    Raises:
+        UNDECODABLE: the bytes are no whole image.
+    """
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    return image
+
+
+def why_unusual(image: Image.Image, data: bytes) -> str:
+    """Why not every loader decodes a file as PIL does; empty: they do.
+
+    Args:
+        image: the file as PIL opened it, decoded or not.
+        data: its bytes.
+    """
+    if image.format != "JPEG":
+        return image.format or "decoded"
+    if image.mode not in ("RGB", "L"):
+        return f"{image.mode} JPEG"
+    if image.mode == "RGB" and image.info.get("adobe_transform") == 0:
+        return "RGB JPEG without YCbCr"
+    # Behind the end some cameras write a few more bytes.
+    return "" if b"\xff\xd9" in data[-64:] else "JPEG without end"
 
 
 def locate(path: str) -> Path:
@@ -121,24 +194,32 @@ def open_folder(path: str) -> Source:
     return Source(samples, tuple(folder.name for folder in folders))
 
 
-def open_webdataset(path: str, text: str) -> Source:
+def open_webdataset(path: str, text: str, *, strict: bool = True) -> Source:
     """Webdataset tars: files of one name but for the suffix are one sample.
+
+    Samples without an image or a text, whose text is not UTF-8, or whose name is taken, are skipped.
 
     Args:
         path: a tar, a brace range, a glob, or a folder of tars.
         text: the suffix that a sample needs beside its image, ``.cls`` (its label) or ``.txt`` (its caption).
+        strict: whether a broken tar or label is an error; else what is whole is taken and the rest skipped.
 
     Raises:
         DataError: no tar there, one that is broken, or none with a whole sample.
     """
     samples: list[Sample] = []
-    skipped: dict[str, int] = {}
+    skipped: list[Skipped] = []
     for tar in _tars(path):
-        for stem, parts in _tar_samples(tar):
+        members = _tar_samples(tar)
+        skipped += [Skipped(f"{tar.name}/{name}", "its name is taken") for name in members.duplicates]
+        if members.broken is not None:
+            if strict:
+                raise DataError(f"{tar}: not a whole tar: {members.broken}")
+            skipped.append(Skipped(tar.name, "the tar is not whole"))
+        for stem, parts in members.samples.items():
             image = next((part for suffix, part in parts.items() if suffix in IMAGE_SUFFIXES), None)
             if image is None or text not in parts:
-                reason = "no image" if image is None else f"no {text}"
-                skipped[reason] = skipped.get(reason, 0) + 1
+                skipped.append(Skipped(f"{tar.name}/{stem}", "no image" if image is None else f"no {text}"))
                 continue
             offset, size = image
             value = _read(tar, *parts[text])
@@ -146,7 +227,11 @@ def open_webdataset(path: str, text: str) -> Source:
                 content = value.decode().strip()
                 label, texts = (int(content), ()) if text == ".cls" else (-1, (content,))
             except ValueError as error:
-                raise DataError(f"{tar}: {stem}{text}: {error}") from error
+                if strict and text == ".cls":
+                    raise DataError(f"{tar}: {stem}{text}: {error}") from error
+                reason = "its label is no integer" if text == ".cls" else "its caption is not UTF-8"
+                skipped.append(Skipped(f"{tar.name}/{stem}", reason))
+                continue
             samples.append(Sample(f"{tar.name}/{stem}", tar, offset, size, label, texts))
     if not samples:
         raise DataError(f"{path}: no sample has both an image and a {text} file")
@@ -214,24 +299,41 @@ def _tars(path: str) -> list[Path]:
     return tars
 
 
-def _tar_samples(tar: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """Name and ``{suffix: (offset, size)}`` of each sample of a tar, in its order."""
-    parts: dict[str, dict[str, tuple[int, int]]] = {}
+class _Members(NamedTuple):
+    """What a tar holds."""
+
+    samples: dict[str, dict[str, tuple[int, int]]]
+    """Name and ``{suffix: (offset, size)}`` of each sample, in the tar's order."""
+    duplicates: list[str]
+    """Files that another one of the same name comes before."""
+    broken: str | None
+    """Why the tar is not whole, if it is not; what comes before is in ``samples``."""
+
+
+def _tar_samples(tar: Path) -> _Members:
+    found = _Members({}, [], None)
     try:
         with tarfile.open(tar, "r:") as members:
+            file_size = tar.stat().st_size
             for member in members:
-                if member.isfile():
-                    folder, _, name = member.name.rpartition("/")
-                    stem, _, suffix = name.partition(".")
-                    key = f"{folder}/{stem}".lstrip("/")
-                    parts.setdefault(key, {})[f".{suffix.lower()}"] = (member.offset_data, member.size)
+                if not member.isfile():
+                    continue
+                if member.offset_data + member.size > file_size:
+                    return found._replace(broken=f"it breaks off inside {member.name}")
+                folder, _, name = member.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                parts = found.samples.setdefault(f"{folder}/{stem}".lstrip("/"), {})
+                if f".{suffix.lower()}" in parts:
+                    found.duplicates.append(member.name)
+                else:
+                    parts[f".{suffix.lower()}"] = (member.offset_data, member.size)
             end = members.offset
         # tarfile takes a header that it cannot read for the end, which is a block of zeros.
         if _read(tar, end, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise DataError(f"{tar}: not a whole tar: it breaks off at byte {end}")
+            return found._replace(broken=f"it breaks off at byte {end}")
     except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{tar}: not a whole tar: {error}") from error
-    yield from parts.items()
+        return found._replace(broken=str(error))
+    return found
 
 
 def _read(file: Path, offset: int, size: int) -> bytes:

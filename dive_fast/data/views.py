@@ -6,12 +6,15 @@ Random numbers are counter-based (Philox): what a sample gets depends on no othe
 import math
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import Compose
 from torchvision.transforms import functional as TF
 
 
@@ -36,6 +39,19 @@ class Crop:
     left: int
     height: int
     width: int
+
+
+@dataclass(frozen=True)
+class View:
+    """What of an image becomes a model's input, for loaders that decode by themselves.
+
+    First ``crop`` is cut out, then ``region`` of it is resized to the model's size.
+    """
+
+    crop: Crop
+    region: tuple[float, float, float, float]
+    """(top, left, bottom, right) in pixels of the crop. The filter sees the pixels beyond it, as it does where
+    an image is resized whole and then cropped."""
 
 
 TRAIN_SCALE = (0.9, 1.0)
@@ -102,16 +118,30 @@ class Preprocess:
             config.fill_color,
         )
 
-    def train(self, image: Image.Image, crop: Crop) -> Tensor:
-        """``(3, H, W)`` fp32: the crop, resized, as RGB, normalised, in open_clip's order of operations."""
+    @property
+    def resampling(self) -> Image.Resampling:
+        """The filter; always with antialiasing."""
+        return Image.Resampling.BILINEAR if self.interpolation == "bilinear" else Image.Resampling.BICUBIC
+
+    def cut(self, image: Image.Image, crop: Crop | None) -> Image.Image:
+        """The RGB image in the model's size that is left of an image, in open_clip's order of operations.
+
+        Args:
+            crop: resized to the model's size; None takes the evaluation view.
+        """
+        if crop is None:
+            return self._evaluation(image)
         image = image.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
-        resample = Image.Resampling.BILINEAR if self.interpolation == "bilinear" else Image.Resampling.BICUBIC
-        image = image.resize(self.size[::-1], resample).convert("RGB")
+        return image.resize(self.size[::-1], self.resampling).convert("RGB")
+
+    def tensor(self, image: Image.Image) -> Tensor:
+        """``(3, H, W)`` fp32: what :meth:`cut` left, normalised."""
         normalised: Tensor = TF.normalize(TF.to_tensor(image), self.mean, self.std)
         return normalised
 
-    def eval(self, image: Image.Image) -> Tensor:
-        """``(3, H, W)`` fp32: open_clip's own evaluation transform."""
+    @cached_property
+    def _evaluation(self) -> Compose:
+        """open_clip's own evaluation transform, without the last two operations: to tensor, normalise."""
         config = PreprocessCfg(
             size=self.size,
             mean=self.mean,
@@ -120,5 +150,53 @@ class Preprocess:
             resize_mode=self.resize_mode,
             fill_color=self.fill_color,
         )
-        transformed: Tensor = image_transform_v2(config, is_train=False)(image)
-        return transformed
+        return Compose(image_transform_v2(config, is_train=False).transforms[:-2])
+
+    def train_view(self, crop: Crop) -> View:
+        """The view that :meth:`cut` takes with a crop."""
+        return View(crop, (0.0, 0.0, float(crop.height), float(crop.width)))
+
+    def eval_view(self, size: tuple[int, int]) -> View:
+        """The view that :meth:`cut` takes without one, of an image of ``size`` (height, width).
+
+        Resizing the whole image and cropping its centre is resizing the part of it that ends up in the centre.
+
+        Raises:
+            ValueError: resize mode `longest` adds borders, which no view describes.
+        """
+        height, width = size
+        whole = Crop(0, 0, height, width)
+        if self.resize_mode == "squash":
+            return self.train_view(whole)
+        if self.resize_mode != "shortest":
+            raise ValueError(f"resize_mode {self.resize_mode} has no view")
+        resized = self._shortest(size)
+        top, left = (round((long - short) / 2) for long, short in zip(resized, self.size, strict=True))
+        vertical, horizontal = height / resized[0], width / resized[1]
+        bottom, right = top + self.size[0], left + self.size[1]
+        return View(whole, (top * vertical, left * horizontal, bottom * vertical, right * horizontal))
+
+    def _shortest(self, size: tuple[int, int]) -> tuple[int, int]:
+        """What open_clip resizes an image to before it crops the centre."""
+        height, width = size
+        wanted_height, wanted_width = self.size
+        if wanted_height == wanted_width:  # torchvision's Resize: the longer side is cut to whole pixels
+            if width <= height:
+                return int(wanted_height * height / width), wanted_width
+            return wanted_height, int(wanted_width * width / height)
+        ratio = min(height / wanted_height, width / wanted_width)  # ResizeKeepRatio: rounded
+        return round(height / ratio), round(width / ratio)
+
+
+def normalise(pixels: Tensor, preprocess: Preprocess, dtype: torch.dtype, channels_last: bool = False) -> Tensor:
+    """``(B, H, W, 3)`` uint8 -> ``(B, 3, H, W)`` normalised, on the device that they are on.
+
+    In fp32 operation by operation as torchvision does; then rounded to ``dtype``.
+    """
+    shape = (3, 1, 1)
+    mean, std = (
+        torch.tensor(values, device=pixels.device).view(shape) for values in (preprocess.mean, preprocess.std)
+    )
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
+    return images.div_(255).sub_(mean).div_(std).to(dtype)

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dive_fast.config import Config
-from dive_fast.data.plain import ReferenceSamples, batches_of
+from dive_fast.data.loader import Options, batches_of
+from dive_fast.data.samples import ReferenceSamples
 from dive_fast.data.source import open_webdataset
 from dive_fast.evaluate.geometry import rsa
 from dive_fast.evaluate.zero_shot import evaluate
@@ -71,7 +72,7 @@ def _embed(towers: Towers, config: Config) -> Tensor:
     samples = ReferenceSamples(source, tokenizer_of(config.model), towers.preprocess, towers.pooled_at, seed=0)
     places = [(0, sample) for sample in range(len(source))]
     pairs = [
-        towers.encode_pairs(batch.images, batch.text) for batch in batches_of(samples, places, 256, workers=0)
+        towers.encode_pairs(batch.images, batch.text) for batch in batches_of(samples, places, 256, Options())
     ]
     return torch.cat([unit(torch.cat(half)) for half in zip(*pairs, strict=True)])
 

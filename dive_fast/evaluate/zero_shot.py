@@ -7,9 +7,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dive_fast.config import EvaluateConfig, EvaluationSet
-from dive_fast.data.plain import EvaluationSamples, batches_of
+from dive_fast.data.loader import Options, batches_of
 from dive_fast.data.prompts import Template, Tokenizer, check_labels, pack, read_class_names, read_templates
-from dive_fast.data.source import Source, open_folder, open_webdataset
+from dive_fast.data.samples import EvaluationSamples
+from dive_fast.data.sets import open_target
+from dive_fast.data.source import Source
 from dive_fast.ranks import Ranks
 from dive_fast.towers import Towers, unit
 
@@ -40,9 +42,11 @@ def accuracy(
     """
     count = len(samples.source)
     right = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    for images, labels in batches_of(samples, [(0, sample) for sample in ranks.share(count)], batch_size, workers):
-        logits = unit(towers.encode_image(images.to(ranks.device))) @ weights.T
-        right += (logits.argmax(1) == labels.to(ranks.device)).sum()
+    places = [(0, sample) for sample in ranks.share(count)]
+    for batch in batches_of(samples, places, batch_size, Options(workers=workers, device=ranks.device)):
+        batch = batch.to(ranks.device)
+        logits = unit(towers.encode_image(batch.images)) @ weights.T
+        right += (logits.argmax(1) == batch.labels).sum()
     if ranks.group is not None:
         dist.all_reduce(right, group=ranks.group)
     return float(right) / count
@@ -54,7 +58,7 @@ def open_set(config: EvaluationSet) -> tuple[Source, tuple[str, ...], tuple[Temp
     Raises:
         DataError: something of it is missing, or a label has no class name.
     """
-    source = open_folder(config.path) if config.format == "folder" else open_webdataset(config.path, ".cls")
+    source = open_target(config)
     names = read_class_names(config.class_names) if config.class_names is not None else source.class_names
     check_labels(source, names)
     return source, names, read_templates(config.templates)

@@ -16,16 +16,10 @@ import torch
 from PIL import Image, ImageOps
 
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
+from dive_fast.data.loader import Options, batches_of, training_batches
 from dive_fast.data.order import Order
-from dive_fast.data.plain import (
-    MAX_REPLACEMENTS,
-    EvaluationSamples,
-    ReferenceSamples,
-    TargetSamples,
-    batches_of,
-    training_batches,
-)
 from dive_fast.data.prompts import PromptTable, pack, read_templates
+from dive_fast.data.samples import MAX_REPLACEMENTS, EvaluationSamples, ReferenceSamples, TargetSamples
 from dive_fast.data.source import DataError, Source, open_csv, open_webdataset
 from dive_fast.data.views import Preprocess, random_crop
 
@@ -92,7 +86,7 @@ def test_a_target_batch_holds_fresh_crops_and_prompts_for_each_epoch(shards: Pat
     samples = targets(shards, tokenizer)
     order = Order(COUNT, BATCH, seed=SEED)
     steps = range(2 * order.steps_per_epoch)
-    for step, batch in zip(steps, training_batches(samples, order, steps, workers=0, pin=False), strict=True):
+    for step, batch in zip(steps, training_batches(samples, order, steps, Options()), strict=True):
         epoch, expected = order.at(step)
         assert batch.sample.tolist() == expected.tolist()
         assert batch.keys == tuple(f"{sample // 10}.tar/{sample:03d}" for sample in expected)
@@ -101,7 +95,7 @@ def test_a_target_batch_holds_fresh_crops_and_prompts_for_each_epoch(shards: Pat
         for row, sample in enumerate(expected.tolist()):
             image = samples.source.image(sample)
             crop = random_crop((image.height, image.width), SEED, sample, epoch)
-            assert torch.equal(batch.images[row], PREPROCESS.train(image, crop))
+            assert torch.equal(batch.images[row], tiny.shown(PREPROCESS, image, crop))
             tokens = samples.prompts.draw(samples.source.samples[sample], sample, SEED, epoch)
             assert torch.equal(batch.text.tokens[batch.text.index[row]], tokens.long())
             prompts = {template(NAMES[sample % 5]) for template in TEMPLATES}
@@ -111,10 +105,10 @@ def test_a_target_batch_holds_fresh_crops_and_prompts_for_each_epoch(shards: Pat
 def test_a_reference_batch_holds_the_eval_view_and_the_caption(shards: Path, tokenizer: Any) -> None:
     samples = references(shards, tokenizer)
     order = Order(COUNT, BATCH, seed=SEED)
-    for batch in training_batches(samples, order, range(order.steps_per_epoch + 1), workers=0, pin=False):
+    for batch in training_batches(samples, order, range(order.steps_per_epoch + 1), Options()):
         assert batch.view.tolist() == [0] * BATCH
         for row, sample in enumerate(batch.sample.tolist()):
-            assert torch.equal(batch.images[row], PREPROCESS.eval(samples.source.image(sample)))
+            assert torch.equal(batch.images[row], tiny.shown(PREPROCESS, samples.source.image(sample)))
             assert batch.keys[row] == samples.source.samples[sample].key
         captions = [samples.source.samples[sample].texts[0] for sample in batch.sample.tolist()]
         assert_equal(batch.text, pack(tokenizer(captions), "argmax"))
@@ -124,25 +118,25 @@ def test_k_views_are_k_fixed_crops_taken_in_turn_by_epoch(shards: Path, tokenize
     samples = references(shards, tokenizer, views=3)
     assert samples.num_views == 3
     places = [(epoch, 5) for epoch in range(7)]
-    (batch,) = batches_of(samples, places, batch_size=7, workers=0)
+    (batch,) = batches_of(samples, places, 7, Options())
     assert batch.view.tolist() == [0, 1, 2, 0, 1, 2, 0]
     image = samples.source.image(5)
     for row, view in enumerate(batch.view.tolist()):
         crop = random_crop((image.height, image.width), SEED, 5, view)
-        assert torch.equal(batch.images[row], PREPROCESS.train(image, crop))
+        assert torch.equal(batch.images[row], tiny.shown(PREPROCESS, image, crop))
     assert len({tuple(row.flatten().tolist()) for row in batch.images}) == 3
     assert references(shards, tokenizer).num_views == 1
 
 
 def test_evaluation_batches_hold_the_eval_view_and_the_label_and_the_last_is_what_is_left(shards: Path) -> None:
     samples = evaluations(open_webdataset(str(shards), ".cls"))
-    batches = list(batches_of(samples, [(0, sample) for sample in range(10)], batch_size=4, workers=0))
-    assert [len(images) for images, _ in batches] == [4, 4, 2]
-    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    batches = list(batches_of(samples, [(0, sample) for sample in range(10)], 4, Options()))
+    assert [len(batch.images) for batch in batches] == [4, 4, 2]
+    images, labels = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "labels"))
     assert labels.tolist() == [sample % 5 for sample in range(10)]
     for row in range(10):
-        assert torch.equal(images[row], PREPROCESS.eval(samples.source.image(row)))
-    assert list(batches_of(samples, [], batch_size=4, workers=0)) == []
+        assert torch.equal(images[row], tiny.shown(PREPROCESS, samples.source.image(row)))
+    assert list(batches_of(samples, [], 4, Options())) == []
 
 
 def test_rows_of_a_csv_come_with_one_of_their_titles_and_no_label(tmp_path: Path, tokenizer: Any) -> None:
@@ -150,7 +144,7 @@ def test_rows_of_a_csv_come_with_one_of_their_titles_and_no_label(tmp_path: Path
     (tmp_path / "list.csv").write_text("title\tfilepath\na cat\ta.jpg\nthe cat\ta.jpg\n")
     source = open_csv(str(tmp_path / "list.csv"), None, group=True)
     samples = TargetSamples(source, PromptTable(source, (), (), tokenizer), PREPROCESS, "argmax", SEED)
-    (batch,) = batches_of(samples, [(epoch, 0) for epoch in range(20)], batch_size=20, workers=0)
+    (batch,) = batches_of(samples, [(epoch, 0) for epoch in range(20)], 20, Options())
     assert torch.equal(batch.text.tokens.sort(0)[0], tokenizer(["a cat", "the cat"]).sort(0)[0])
     assert batch.labels.tolist() == [-1] * 20
 
@@ -177,10 +171,10 @@ def test_a_batch_moved_to_a_device_is_the_same_batch() -> None:
 def test_batches_are_the_same_whatever_the_number_of_workers(shards: Path, tokenizer: Any, make: Any) -> None:
     order = Order(COUNT, BATCH, seed=SEED)
     steps = range(order.steps_per_epoch + 2)
-    expected = list(training_batches(make(shards, tokenizer), order, steps, workers=0, pin=False))
+    expected = list(training_batches(make(shards, tokenizer), order, steps, Options()))
     assert len(expected) == len(steps)
     for workers in (1, 2):
-        found = list(training_batches(make(shards, tokenizer), order, steps, workers, pin=False))
+        found = list(training_batches(make(shards, tokenizer), order, steps, Options(workers=workers)))
         for one, other in zip(found, expected, strict=True):
             assert_equal(one, other)
 
@@ -191,8 +185,8 @@ def test_a_run_resumed_at_any_step_goes_on_with_the_same_batches(
     shards: Path, tokenizer: Any, make: Any, first: int
 ) -> None:
     order = Order(COUNT, BATCH, seed=SEED)
-    whole = list(training_batches(make(shards, tokenizer), order, range(13), workers=0, pin=False))
-    rest = list(training_batches(make(shards, tokenizer), order, range(first, 13), workers=0, pin=False))
+    whole = list(training_batches(make(shards, tokenizer), order, range(13), Options()))
+    rest = list(training_batches(make(shards, tokenizer), order, range(first, 13), Options()))
     for one, other in zip(rest, whole[first:], strict=True):
         assert_equal(one, other)
 
@@ -203,7 +197,7 @@ def test_shares_of_the_ranks_laid_end_to_end_are_the_batch_of_one(shards: Path, 
 
     def batches(rank: int, world_size: int) -> list[Any]:
         order = Order(COUNT, BATCH, rank, world_size, SEED)
-        return list(training_batches(samples, order, range(7), workers=0, pin=False))
+        return list(training_batches(samples, order, range(7), Options()))
 
     for whole, *shares in zip(batches(0, 1), batches(0, 2), batches(1, 2), strict=True):
         assert torch.equal(torch.cat([share.images for share in shares]), whole.images)
@@ -232,10 +226,10 @@ def test_an_image_that_cannot_be_decoded_gives_way_to_the_next_with_a_warning(
 ) -> None:
     samples = evaluations(broken(tmp_path, {1, 2, 5}, 6, how))
     with caplog.at_level(logging.WARNING):
-        ((images, labels),) = batches_of(samples, [(0, sample) for sample in range(6)], batch_size=6, workers=0)
-    assert labels.tolist() == [0, 3, 3, 3, 4, 0]  # behind the last comes the first
-    for row, label in enumerate(labels.tolist()):
-        assert torch.equal(images[row], PREPROCESS.eval(samples.source.image(label)))
+        (batch,) = batches_of(samples, [(0, sample) for sample in range(6)], 6, Options())
+    assert batch.labels.tolist() == [0, 3, 3, 3, 4, 0]  # behind the last comes the first
+    for row, label in enumerate(batch.labels.tolist()):
+        assert torch.equal(batch.images[row], tiny.shown(PREPROCESS, samples.source.image(label)))
     told = [record.getMessage() for record in caplog.records]
     assert [message.split(": ")[1] for message in told] == [f"sample a.tar/{i:03d}" for i in (1, 2, 2, 5)]
     for message in told:
@@ -247,8 +241,8 @@ def test_the_replacement_comes_with_its_own_text_label_and_index(tmp_path: Path,
     source = broken(tmp_path, {1}, 4)
     prompts = PromptTable(source, NAMES, TEMPLATES, tokenizer)
     samples = TargetSamples(source, prompts, PREPROCESS, "argmax", SEED)
-    (batch,) = batches_of(samples, [(0, 1)], batch_size=1, workers=0)
-    (expected,) = batches_of(samples, [(0, 2)], batch_size=1, workers=0)
+    (batch,) = batches_of(samples, [(0, 1)], 1, Options())
+    (expected,) = batches_of(samples, [(0, 2)], 1, Options())
     assert_equal(batch, expected)
     assert batch.keys == ("a.tar/002",)
 
@@ -261,7 +255,7 @@ def assert_sixteen_are_too_many(folder: Path, count: int, workers: int) -> None:
         r"cannot decode the image: [^\n]+$"
     )
     with pytest.raises(DataError, match=message):
-        list(batches_of(samples, [(0, 2)], batch_size=1, workers=workers))
+        list(batches_of(samples, [(0, 2)], 1, Options(workers=workers)))
 
 
 @pytest.mark.parametrize("count", [3, MAX_REPLACEMENTS + 4])
@@ -278,8 +272,8 @@ def test_an_error_in_a_worker_is_told_in_one_line_too(tmp_path: Path, monkeypatc
 
 def test_fifteen_bad_images_in_a_row_are_none(tmp_path: Path) -> None:
     samples = evaluations(broken(tmp_path, set(range(2, 2 + MAX_REPLACEMENTS - 1)), MAX_REPLACEMENTS + 4))
-    ((_, labels),) = batches_of(samples, [(0, 2)], batch_size=1, workers=0)
-    assert labels.tolist() == [2 + MAX_REPLACEMENTS - 1]
+    (batch,) = batches_of(samples, [(0, 2)], 1, Options())
+    assert batch.labels.tolist() == [2 + MAX_REPLACEMENTS - 1]
 
 
 # What pictures on the web are like
@@ -313,13 +307,13 @@ def test_every_kind_of_picture_makes_a_training_and_an_evaluation_view(tmp_path:
     assert len(source) == len(kinds)
     transform = open_clip.image_transform(24, is_train=False, mean=PREPROCESS.mean, std=PREPROCESS.std)
     places = [(0, sample) for sample in range(len(source))]
-    ((images, _),) = batches_of(evaluations(source), places, batch_size=len(places), workers=0)
-    for view, (key, data) in zip(images, kinds.items(), strict=True):
+    (batch,) = batches_of(evaluations(source), places, len(places), Options())
+    for view, (key, data) in zip(batch.images, kinds.items(), strict=True):
         assert torch.equal(view, transform(Image.open(io.BytesIO(data)))), key
         assert view.std() > 0.1, key
         image = Image.open(io.BytesIO(data))
         crop = random_crop((image.height, image.width), 0, 0, 0)
-        assert PREPROCESS.train(image, crop).shape == (3, 24, 24), key
+        assert tiny.shown(PREPROCESS, image, crop).shape == (3, 24, 24), key
 
 
 # Real pictures
@@ -333,12 +327,12 @@ def photos(real_data: Path) -> Source:
 @pytest.mark.realdata
 def test_real_photos_one_of_each_class_are_found_and_decoded(photos: Source, tokenizer: Any) -> None:
     assert [sample.label for sample in photos.samples] == list(range(1000))
-    assert photos.skipped == {}
+    assert photos.skipped == []
     preprocess = Preprocess((224, 224), PREPROCESS.mean, PREPROCESS.std, "bicubic", "shortest")
     prompts = PromptTable(photos, open_clip.IMAGENET_CLASSNAMES, TEMPLATES, tokenizer)
     samples = TargetSamples(photos, prompts, preprocess, "argmax", SEED)
     order = Order(1000, 16, seed=SEED)
-    for batch in training_batches(samples, order, range(2), workers=0, pin=False):
+    for batch in training_batches(samples, order, range(2), Options()):
         assert torch.equal(batch.labels, batch.sample)  # none was replaced
         assert bool((batch.images.flatten(1).std(1) > 0.1).all())
         assert 5 < batch.text.length < 30
@@ -355,9 +349,9 @@ def test_real_oddities_look_as_they_do_to_open_clip(photos: Source, real_data: P
     for key, what in oddities.items():
         index = by_key[key]
         image = photos.image(index)
-        ((images, labels),) = batches_of(samples, [(0, index)], batch_size=1, workers=0)
-        assert labels.tolist() == [index]
-        assert torch.equal(images[0], transform(image)), (key, what)
+        (batch,) = batches_of(samples, [(0, index)], 1, Options())
+        assert batch.labels.tolist() == [index]
+        assert torch.equal(batch.images[0], transform(image)), (key, what)
         if found := re.search(r"(\d+)x(\d+)", what):
             assert image.size == (int(found[1]), int(found[2]))
             seen["size"] += 1
@@ -368,6 +362,6 @@ def test_real_oddities_look_as_they_do_to_open_clip(photos: Source, real_data: P
             # open_clip does not turn a picture as its EXIF says, and models were trained so.
             assert image.getexif()[0x0112] == int(found[1])
             upright = ImageOps.exif_transpose(image)
-            assert torch.equal(images[0], transform(upright)) == (int(found[1]) == 0)
+            assert torch.equal(batch.images[0], transform(upright)) == (int(found[1]) == 0)
             seen["orientation"] += 1
     assert seen == {"grey": 23, "orientation": 3, "size": 12}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import pytest
+import tiny
 import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
@@ -142,7 +143,7 @@ def test_the_train_view_is_torchvisions_resized_crop_and_then_rgb(mode: str, int
             antialias=True,
         )
         expected = TF.normalize(TF.to_tensor(expected.convert("RGB")), MEAN, STD)
-        found = preprocess(size, interpolation=interpolation).train(image, crop)
+        found = tiny.shown(preprocess(size, interpolation=interpolation), image, crop)
         assert found.dtype == torch.float32
         assert torch.equal(found, expected)
 
@@ -153,7 +154,7 @@ def test_the_train_view_is_open_clips_when_both_take_the_same_crop(monkeypatch: 
     same = staticmethod(lambda *_: (crop.top, crop.left, crop.height, crop.width))
     monkeypatch.setattr(RandomResizedCrop, "get_params", same)
     expected = open_clip.image_transform(48, is_train=True, mean=MEAN, std=STD)(image)
-    assert torch.equal(preprocess((48, 48)).train(image, crop), expected)
+    assert torch.equal(tiny.shown(preprocess((48, 48)), image, crop), expected)
 
 
 @pytest.mark.parametrize("size", [224, 336, 384])
@@ -162,14 +163,14 @@ def test_the_eval_view_is_open_clips_for_odd_images(size: int, shape: tuple[int,
     image = picture(*shape)
     expected = open_clip.image_transform(size, is_train=False, mean=MEAN, std=STD)(image)
     assert expected.shape == (3, size, size)
-    assert torch.equal(preprocess((size, size)).eval(image), expected)
+    assert torch.equal(tiny.shown(preprocess((size, size)), image), expected)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_eval_view_is_open_clips_for_every_kind_of_pixel(mode: str) -> None:
     image = picture(61, 83, mode)
     expected = open_clip.image_transform(48, is_train=False, mean=MEAN, std=STD)(image)
-    assert torch.equal(preprocess((48, 48)).eval(image), expected)
+    assert torch.equal(tiny.shown(preprocess((48, 48)), image), expected)
 
 
 @pytest.mark.parametrize("size", [(48, 48), (48, 36), (30, 60)])
@@ -189,7 +190,7 @@ def test_the_eval_view_follows_the_models_preprocess_config(
     image = picture(61, 83)
     visual = SimpleNamespace(preprocess_cfg={"size": size, "mean": MEAN, "std": STD} | options)
     expected = open_clip.image_transform(size, is_train=False, mean=MEAN, std=STD, **options)(image)
-    found = Preprocess.of(visual).eval(image)
+    found = tiny.shown(Preprocess.of(visual), image)
     assert torch.equal(found, expected)
 
 

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dive_fast.config import EvaluateConfig, EvaluationSet, ModelConfig
-from dive_fast.data.plain import EvaluationSamples
 from dive_fast.data.prompts import read_templates
+from dive_fast.data.samples import EvaluationSamples
 from dive_fast.data.source import DataError, open_webdataset
 from dive_fast.data.views import Preprocess
 from dive_fast.evaluate.zero_shot import accuracy, classifier, evaluate, open_set

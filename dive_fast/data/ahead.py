@@ -1,0 +1,106 @@
+"""Batches made ready while the step before them runs."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+Item = TypeVar("Item")
+Ready = TypeVar("Ready")
+
+
+class Ahead(Iterator[Ready], Generic[Item, Ready]):
+    """Takes items from a loader and makes them ready on a thread and a CUDA stream of its own.
+
+    The consumer's stream waits for the copies, the consumer does not: no host synchronisation.
+    """
+
+    def __init__(
+        self, items: Iterator[Item], prepare: Callable[[Item], Ready], device: torch.device, depth: int = 2
+    ) -> None:
+        """Starts at once.
+
+        Args:
+            prepare: e.g. copies an item to the device and looks up what belongs to it; runs on the thread.
+            depth: items that wait ready at most.
+        """
+        self.waited = 0.0
+        """Seconds that the consumer has spent waiting for items."""
+        self._items, self._prepare, self._device = items, prepare, device
+        self._ready: queue.Queue[tuple[Ready | None, Any, BaseException | None]] = queue.Queue(depth)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="data", daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> Ready:
+        """The next item, ready.
+
+        Raises:
+            BaseException: whatever the loader or ``prepare`` raised.
+        """
+        begin = time.perf_counter()
+        ready, copied, error = self._ready.get()
+        self.waited += time.perf_counter() - begin
+        if error is not None:
+            self._ready.put((None, None, error))  # for whoever asks again
+            raise error
+        assert ready is not None
+        if copied is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(copied)
+            for tensor in _tensors(ready):
+                if tensor.is_cuda:
+                    tensor.record_stream(stream)
+        return ready
+
+    def close(self) -> None:
+        """Stops the thread and lets the loader's workers go."""
+        self._closed.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get(timeout=0.05)
+            except queue.Empty:
+                continue
+        self._items = iter(())
+
+    def _run(self) -> None:
+        try:
+            if self._device.type == "cuda":
+                with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)) as _:
+                    self._fill(torch.cuda.current_stream(self._device))
+            else:
+                self._fill(None)
+            self._put(None, None, StopIteration())
+        except BaseException as error:  # raised where the item is asked for
+            self._put(None, None, error)
+
+    def _fill(self, stream: Any) -> None:
+        for item in self._items:
+            ready = self._prepare(item)
+            self._put(ready, None if stream is None else stream.record_event(), None)
+            if self._closed.is_set():
+                return
+
+    def _put(self, *entry: Any) -> None:
+        while not self._closed.is_set():
+            try:
+                self._ready.put(entry, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+
+def _tensors(item: Any) -> Iterator[Tensor]:
+    if isinstance(item, Tensor):
+        yield item
+    elif is_dataclass(item):
+        for field in fields(item):
+            yield from _tensors(getattr(item, field.name))
+    elif isinstance(item, tuple | list):
+        for part in item:
+            yield from _tensors(part)

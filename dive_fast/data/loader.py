@@ -1,0 +1,68 @@
+"""The contract of all loaders: places in, batches out.
+
+A place is (epoch, sample). Which places a step has is :mod:`dive_fast.data.order`'s; their crops and texts are
+:mod:`dive_fast.data.samples`'. A loader only decodes: whichever it is, a step has the same samples with the same
+crops and texts, in the same order, whatever the number of workers, and a resumed run goes on as it would have.
+"""
+
+import importlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from dive_fast.data.order import Order
+from dive_fast.data.samples import Batch, Place, Samples
+
+Name = Literal["plain", "dali", "ffcv"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How batches are loaded; none of it changes what is in them, but for the rounding of ``dtype``."""
+
+    loader: Name = "plain"
+    workers: int = 0
+    """`plain`: processes that decode. `dali` and `ffcv`: threads that decode. 0: the calling thread does all."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where batches are wanted. Images of `plain` stay on the CPU, in page-locked memory if this is a GPU."""
+    dtype: torch.dtype = torch.float32
+    """Of the images: float32 or float16."""
+    channels_last: bool = False
+    """Images in NHWC memory; their shape is ``(B, 3, H, W)`` either way."""
+    hw_decoder_load: float = 0.65
+    """`dali` on a GPU: the share of JPEGs that its hardware decoder takes."""
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """The same as ``channels_last``, in torch's words."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
+def load(samples: Samples[Batch], batches: Iterable[list[Place]], options: Options) -> Iterator[Batch]:
+    """The batches of these places, in order.
+
+    Raises:
+        DataError: the loader is not installed, or cannot read this data; the message says what to do.
+    """
+    # Only the one that is asked for: dali and ffcv are optional.
+    module = importlib.import_module(f"dive_fast.data.{options.loader}")
+    loaded: Iterator[Batch] = module.load(samples, batches, options)
+    return loaded
+
+
+def training_batches(samples: Samples[Batch], order: Order, steps: range, options: Options) -> Iterator[Batch]:
+    """This rank's batches of the given steps of a run, epochs apart or not."""
+    return load(samples, _places(order, steps), options)
+
+
+def batches_of(samples: Samples[Batch], places: list[Place], batch_size: int, options: Options) -> Iterator[Batch]:
+    """The given places in order, batch by batch; the last batch may be smaller."""
+    return load(samples, [places[i : i + batch_size] for i in range(0, len(places), batch_size)], options)
+
+
+def _places(order: Order, steps: range) -> Iterator[list[Place]]:
+    for step in steps:
+        epoch, samples = order.at(step)
+        yield [(epoch, sample) for sample in samples.tolist()]

@@ -1,0 +1,405 @@
+"""Raw data set -> prepared set: every image decoded once, what is broken left out, what is large made smaller.
+
+A JPEG that every loader reads, and that is small enough, keeps its bytes. All others become JPEGs. Shards are
+made in parallel from fixed ranges of samples, each under a temporary name until it is whole; after a kill the same
+command goes on with the shards that are missing, and ends with the same bytes as if nothing had happened.
+"""
+
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from safetensors.torch import load_file, save
+from tqdm import tqdm
+
+from dive_fast.data import prepared
+from dive_fast.data.prepared import File, Index, Manifest, Row
+from dive_fast.data.prompts import Tokenizer
+from dive_fast.data.source import UNDECODABLE, DataError, Skipped, Source, decode, why_unusual
+
+PARTS = ".parts"
+STATE = "state.json"
+LARGEST_SIDE = 65_500
+"""Pixels a JPEG may have on a side."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the prepared set is to be; a set made with other options is another set."""
+
+    container: Literal["tar", "beton"] = "tar"
+    max_side: int | None = 512
+    """Images whose shorter side is longer are resized so that it is this long; None: none are."""
+    min_side: int = 8
+    """Images whose shorter side is shorter are left out."""
+    quality: int = 95
+    """Of the JPEGs that are encoded anew."""
+    shard_samples: int = 2000
+    """Samples of the raw set that a shard is made from."""
+    tokenizer: str | None = None
+    """open_clip model whose tokens of the texts are stored."""
+
+
+class UnusableError(Exception):
+    """A sample that is left out; the message is the reason, in words that many samples share."""
+
+
+class RawSample(NamedTuple):
+    """One sample of a raw set."""
+
+    key: str
+    image: bytes | Image.Image
+    label: int
+    texts: tuple[str, ...]
+
+
+class Raw(ABC):
+    """A raw data set."""
+
+    class_names: tuple[str, ...] = ()
+    skipped: Sequence[Skipped] = ()
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def key(self, index: int) -> str:
+        """The name of a sample."""
+
+    @abstractmethod
+    def read(self, index: int) -> RawSample:
+        """One sample.
+
+        Raises:
+            UnusableError: it cannot be read.
+        """
+
+    @abstractmethod
+    def digest(self) -> str:
+        """A hash of what the set is, as far as it is known without reading all of it."""
+
+
+class RawSource(Raw):
+    """A folder, CSV file or webdataset."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.class_names, self.skipped = source.class_names, source.skipped
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def key(self, index: int) -> str:
+        return self._source.samples[index].key
+
+    def read(self, index: int) -> RawSample:
+        sample = self._source.samples[index]
+        try:
+            return RawSample(sample.key, self._source.read(index), sample.label, sample.texts)
+        except DataError as error:
+            raise UnusableError("cannot be read") from error
+
+    def digest(self) -> str:
+        return self._source.digest()
+
+
+class RawDataset(Raw):
+    """A data set of torchvision or WILDS: ``dataset[i]`` is (picture, label, ...)."""
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        self._dataset, self._name = dataset, name
+        self.class_names = tuple(getattr(dataset, "classes", ()))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def key(self, index: int) -> str:
+        return f"{self._name}/{index}"
+
+    def read(self, index: int) -> RawSample:
+        try:
+            image, label, *_ = self._dataset[index]
+        except UNDECODABLE as error:
+            raise UnusableError(_why(error)) from error
+        if not isinstance(image, Image.Image):
+            raise UnusableError(f"not a picture but {type(image).__name__}")
+        return RawSample(self.key(index), image, int(label), ())
+
+    def digest(self) -> str:
+        return f"{self._name}: {len(self)}"
+
+
+class Converted(NamedTuple):
+    """An image as every loader can read it."""
+
+    jpeg: bytes
+    height: int
+    width: int
+    reason: str
+    """Why it was encoded anew; empty: it was not."""
+
+
+def convert(image: bytes | Image.Image, options: Options) -> Converted:
+    """A JPEG of an image, its own bytes if they will do.
+
+    Raises:
+        UnusableError: it cannot be decoded, is too small, or too large for a JPEG.
+    """
+    data, picture = (b"", image) if isinstance(image, Image.Image) else (image, _decoded(image))
+    width, height = picture.size
+    shorter, longer = sorted((width, height))
+    if shorter < options.min_side:
+        raise UnusableError(f"a side shorter than {options.min_side} pixels")
+    scale = 1.0 if options.max_side is None else min(1.0, options.max_side / shorter)
+    if longer * scale > LARGEST_SIDE:
+        raise UnusableError(f"a side longer than {LARGEST_SIDE} pixels")
+    reason = why_unusual(picture, data)
+    if scale == 1.0 and not reason:
+        return Converted(data, height, width, "")
+    picture = _rgb(picture)
+    if scale < 1.0:
+        reason = "larger"
+        width, height = max(1, round(width * scale)), max(1, round(height * scale))
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=options.quality)
+    return Converted(content.getvalue(), height, width, reason)
+
+
+def prepare(raw: Raw, output: Path, options: Options, workers: int) -> Manifest:
+    """Makes a prepared set, or what of it is still missing.
+
+    Args:
+        output: the set's folder.
+        workers: processes.
+
+    Raises:
+        DataError: the folder holds something else, no sample is usable, or the disk is full.
+    """
+    if (output / prepared.MANIFEST).is_file():
+        manifest = prepared.read_manifest(output)
+        _same(manifest.options, _state(raw, options), output)
+        return manifest
+    parts = output / PARTS
+    try:
+        _claim(parts, _state(raw, options), output)
+        shards = list(_shards(len(raw), options.shard_samples))
+        missing = [shard for shard in shards if not (parts / f"{shard.name}.json").is_file()]
+        _make(missing, raw, output, options, workers, sum(len(shard.samples) for shard in shards))
+        return _finish(shards, raw, output, options)
+    except OSError as error:
+        raise DataError(f"{output}: {error}; what is done stays: run the same command again") from error
+
+
+class _Shard(NamedTuple):
+    name: str
+    samples: range
+
+
+def _shards(count: int, size: int) -> Iterator[_Shard]:
+    for number, first in enumerate(range(0, count, size)):
+        yield _Shard(f"{number:06d}", range(first, min(first + size, count)))
+
+
+def _state(raw: Raw, options: Options) -> dict[str, Any]:
+    return asdict(options) | {"source": raw.digest()}
+
+
+def _claim(parts: Path, state: dict[str, Any], output: Path) -> None:
+    """Starts a set in its folder, or goes on with the same one."""
+    if (parts / STATE).is_file():
+        _same(json.loads((parts / STATE).read_text()), state, output)
+        return
+    if output.is_dir() and any(entry.name != PARTS for entry in output.iterdir()):
+        raise DataError(f"{output}: holds something else; name an empty folder or a new one")
+    parts.mkdir(parents=True, exist_ok=True)
+    _write(parts / STATE, json.dumps(state).encode())
+
+
+def _same(found: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
+    different = [name for name in wanted if found.get(name) != wanted[name]]
+    if different:
+        names = ", ".join(f"{name} {found.get(name)!r}, not {wanted[name]!r}" for name in different)
+        raise DataError(f"{output}: holds a set prepared otherwise ({names}); remove it or name another folder")
+
+
+# In the workers
+
+_work: tuple[Raw, Path, Options, Tokenizer | None]
+
+
+def _start(raw: Raw, output: Path, options: Options) -> None:
+    global _work
+    tokenizer = None
+    if options.tokenizer is not None:
+        import open_clip
+
+        tokenizer = open_clip.get_tokenizer(options.tokenizer)
+    _work = raw, output, options, tokenizer
+
+
+def _make(shards: Sequence[_Shard], raw: Raw, output: Path, options: Options, workers: int, total: int) -> None:
+    done = total - sum(len(shard.samples) for shard in shards)
+    progress = tqdm(total=total, initial=done, desc="prepare", unit="image")
+    try:
+        with ProcessPoolExecutor(max(1, workers), initializer=_start, initargs=(raw, output, options)) as pool:
+            futures: dict[Future[None], _Shard] = {pool.submit(_make_shard, shard): shard for shard in shards}
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    progress.update(len(futures[future].samples))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    except BrokenProcessPool as error:
+        raise OSError("a worker was killed, perhaps for its memory") from error
+    finally:
+        progress.close()
+
+
+def _make_shard(shard: _Shard) -> None:
+    raw, output, options, tokenizer = _work
+    name, partial = f"{shard.name}.tar", output / f"{shard.name}.tar.partial"
+    rows: list[Row] = []
+    skipped: list[Skipped] = []
+    converted: Counter[str] = Counter()
+    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number in shard.samples:
+            try:
+                sample = raw.read(number)
+                image = convert(sample.image, options)
+            except UnusableError as reason:
+                skipped.append(Skipped(raw.key(number), str(reason)))
+                continue
+            if image.reason:
+                converted[image.reason] += 1
+            offset = _add(tar, f"{number:09d}.jpg", image.jpeg)
+            if sample.label >= 0:
+                _add(tar, f"{number:09d}.cls", str(sample.label).encode())
+            if sample.texts:
+                _add(tar, f"{number:09d}.txt", sample.texts[0].encode())
+            digest = hashlib.blake2b(image.jpeg, digest_size=prepared.HASH_BYTES).digest()
+            tokens = tokenizer(list(sample.texts[:1]))[0] if tokenizer is not None and sample.texts else None
+            rows.append(
+                Row(
+                    *(sample.key, 0, offset, len(image.jpeg), image.height, image.width),
+                    *(sample.label, sample.texts, digest, tokens),
+                )
+            )
+        members = tar.getmembers()
+    file = File(name, len(rows), partial.stat().st_size, prepared.file_hash(partial))
+    _write(output / f"{shard.name}.idx", _dali_index(members))
+    partial.rename(output / name)
+    if rows:
+        _write(output / PARTS / f"{shard.name}.safetensors", save(prepared.index_of(rows)))
+    # Written last: with it the shard is done.
+    note = {"file": asdict(file), "skipped": [entry._asdict() for entry in skipped], "converted": converted}
+    _write(output / PARTS / f"{shard.name}.json", json.dumps(note).encode())
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Adds a file; returns where its content begins. No time or owner: the same set has the same bytes."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    offset = tar.offset + tarfile.BLOCKSIZE
+    tar.addfile(member, io.BytesIO(data))
+    return offset
+
+
+def _dali_index(members: Sequence[tarfile.TarInfo]) -> bytes:
+    """What DALI's ``fn.readers.webdataset`` wants to know of a tar, as its ``wds2idx`` writes it."""
+    samples: dict[str, list[str]] = {}
+    for member in members:
+        stem, _, suffix = member.name.partition(".")
+        samples.setdefault(stem, []).append(f"{suffix} {member.offset_data} {member.size} {member.name}")
+    return "\n".join([f"v1.2 {len(samples)}", *(" ".join(parts) for parts in samples.values())]).encode()
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(data)
+    partial.rename(path)
+
+
+def _decoded(data: bytes) -> Image.Image:
+    try:
+        return decode(data)
+    except UNDECODABLE as error:
+        raise UnusableError(_why(error)) from error
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    return "too many pixels" if isinstance(error, Image.DecompressionBombError) else "a broken image"
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """As open_clip converts: transparency is dropped. 16 bits keep their upper 8, where PIL would cut at 255."""
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image).astype(np.int64) >> 8
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+# At the end
+
+
+def _finish(shards: Sequence[_Shard], raw: Raw, output: Path, options: Options) -> Manifest:
+    parts = output / PARTS
+    notes = [json.loads((parts / f"{shard.name}.json").read_text()) for shard in shards]
+    used = [(shard, note) for shard, note in zip(shards, notes, strict=True) if note["file"]["samples"]]
+    skipped = list(raw.skipped) + [Skipped(**entry) for note in notes for entry in note["skipped"]]
+    if not used:
+        reasons = Counter(reason for _, reason in skipped).most_common()
+        raise DataError(f"{output}: no sample is usable: {', '.join(f'{count} {why}' for why, count in reasons)}")
+    index = prepared.joined([load_file(parts / f"{shard.name}.safetensors") for shard, _ in used])
+    files = [File(**note["file"]) for _, note in used]
+    if options.container == "beton":
+        files, index = _to_beton(files, index, output)
+    _write(output / prepared.INDEX, save(index))
+    prepared.write_skipped(output / prepared.SKIPPED, skipped)
+    manifest = Manifest(
+        format=prepared.FORMAT,
+        samples=len(index["offset"]),
+        content=prepared.content_of(index),
+        files=files,
+        class_names=list(raw.class_names),
+        skipped=dict(Counter(reason for _, reason in skipped)),
+        converted=dict(sum((Counter(note["converted"]) for note in notes), Counter[str]())),
+        options=_state(raw, options),
+    )
+    prepared.write_manifest(output, manifest)
+    kept = {file.name for file in files}
+    for shard in shards:
+        if f"{shard.name}.tar" not in kept:
+            for suffix in ("tar", "idx"):
+                (output / f"{shard.name}.{suffix}").unlink(missing_ok=True)
+    shutil.rmtree(parts)
+    return manifest
+
+
+def _to_beton(files: Sequence[File], index: Index, output: Path) -> tuple[list[File], Index]:
+    from dive_fast.data.beton import write_beton
+
+    path = output / prepared.BETON
+    partial = path.with_name(f"{prepared.BETON}.partial")
+    samples = prepared.PreparedSamples(index, [output / file.name for file in files])
+    sizes = np.stack([index["height"].numpy(), index["width"].numpy()], axis=1)
+    source = Source(samples, sizes=sizes, tokens=index.get("tokens"))
+    index = index | write_beton(partial, source)
+    file = File(prepared.BETON, len(source), partial.stat().st_size, prepared.file_hash(partial))
+    partial.rename(path)
+    return [file], index

@@ -1,0 +1,63 @@
+"""Work done ahead by worker processes, batch by batch and in order."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dive_fast.data.samples import Place
+from dive_fast.data.source import DataError
+
+Made = TypeVar("Made")
+
+
+def in_workers(
+    make: Callable[[list[Place]], Made], batches: Iterable[list[Place]], workers: int, pin: bool = False
+) -> Iterator[Made]:
+    """``make`` of each batch, in order, by torch's DataLoader.
+
+    Args:
+        make: may be sent to another process.
+        workers: processes; 0 makes each batch here, when it is asked for.
+        pin: put what comes out into page-locked memory, for asynchronous copies to a GPU.
+
+    Raises:
+        DataError: as ``make`` raised it, in one line.
+    """
+    options: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _one_thread} if workers else {}
+    loader: DataLoader[Any] = DataLoader(
+        _Made(make),
+        sampler=batches,  # type: ignore[arg-type]
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        pin_memory=pin,
+        **options,
+    )
+    return _errors_in_one_line(iter(loader))
+
+
+class _Made(Dataset[Made], Generic[Made]):
+    def __init__(self, make: Callable[[list[Place]], Made]) -> None:
+        self.make = make
+
+    def __getitem__(self, places: list[Place]) -> Made:  # type: ignore[override]
+        return self.make(places)
+
+
+def _as_it_is(made: Made) -> Made:
+    return made
+
+
+def _errors_in_one_line(batches: Iterator[Made]) -> Iterator[Made]:
+    try:
+        yield from batches
+    except DataError as error:
+        # What a worker raises arrives with its whole traceback for a message.
+        raise DataError(str(error).strip().rpartition(f"{DataError.__name__}: ")[2]) from error
+
+
+def _one_thread(worker: int) -> None:
+    # The workers are the parallelism; more threads in each only get in one another's way.
+    torch.set_num_threads(1)

@@ -1,0 +1,115 @@
+"""Prepares a data set: ``python launch/prepare.py --format folder --input imagenet/train --output imagenet-ready``."""
+
+import argparse
+import inspect
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parses, calls, and turns a user's mistake into one line and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument(
+        "--format",
+        choices=["folder", "csv", "webdataset", "torchvision", "wilds"],
+        help="of the raw set: one folder a class; FLYP's tab-separated title and filepath; tars (img2dataset's too); "
+        "a data set of torchvision or WILDS",
+    )
+    parser.add_argument("--input", help="folder, CSV file, tars, or root folder of the torchvision or WILDS set")
+    parser.add_argument("--name", help="torchvision: the class, e.g. Flowers102; wilds: the data set, e.g. fmow")
+    parser.add_argument("--split", default="train", help="torchvision and wilds: which part")
+    parser.add_argument("--text", choices=["cls", "txt"], default="cls", help="webdataset: labels or captions")
+    parser.add_argument(
+        "--pairs", action="store_true", help="csv: every row is a pair of its own (a reference set)"
+    )
+    parser.add_argument("--image-root", help="csv: where relative file paths start, if not at the CSV file")
+    parser.add_argument("--output", help="the prepared set's folder; killed, the same command goes on")
+    parser.add_argument("--container", choices=["tar", "beton"], default="tar", help="beton: for loader ffcv")
+    parser.add_argument("--max-side", type=int, default=512, help="longest shorter side in pixels; 0 resizes none")
+    parser.add_argument("--min-side", type=int, default=8, help="images with a shorter side are left out")
+    parser.add_argument("--quality", type=int, default=95, help="of JPEGs that are encoded anew")
+    parser.add_argument("--shard-samples", type=int, default=2000, help="samples a shard is made from")
+    parser.add_argument("--tokenizer", help="open_clip model whose tokens of the captions are stored")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    parser.add_argument("--verify", metavar="FOLDER", help="only hold a prepared set to its hashes")
+    options = parser.parse_args(arguments)
+    if options.verify is None and not (options.format and options.input and options.output):
+        parser.error("--format, --input and --output are needed, or --verify")
+    if (
+        options.quality not in range(1, 101)
+        or options.max_side < 0
+        or min(options.min_side, options.shard_samples) < 1
+    ):
+        parser.error("--quality is 1 to 100, --max-side at least 0, --min-side and --shard-samples at least 1")
+
+    from dive_fast.data import prepare
+    from dive_fast.data.prepared import verify
+    from dive_fast.data.source import DataError
+
+    try:
+        if options.verify is not None:
+            manifest = verify(options.verify)
+        else:
+            wanted = prepare.Options(
+                options.container,
+                options.max_side or None,
+                options.min_side,
+                options.quality,
+                options.shard_samples,
+                options.tokenizer,
+            )
+            manifest = prepare.prepare(_raw(options), Path(options.output), wanted, options.workers)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.verify or options.output}: {manifest.samples} samples in {len(manifest.files)} files")
+    for reason, count in sorted(manifest.converted.items()):
+        print(f"  encoded anew: {count} ({reason})")
+    for reason, count in sorted(manifest.skipped.items()):
+        print(f"  left out: {count} ({reason})")
+    return 0
+
+
+def _raw(options: argparse.Namespace) -> Any:
+    """The raw set that the options name."""
+    from dive_fast.data.prepare import RawDataset, RawSource
+    from dive_fast.data.source import DataError, open_csv, open_folder, open_webdataset
+
+    if options.format == "folder":
+        return RawSource(open_folder(options.input))
+    if options.format == "csv":
+        return RawSource(open_csv(options.input, options.image_root, group=not options.pairs))
+    if options.format == "webdataset":
+        return RawSource(open_webdataset(options.input, f".{options.text}", strict=False))
+    if options.name is None:
+        raise DataError(f"--format {options.format} needs --name")
+    name = f"{options.name}/{options.split}"
+    try:
+        if options.format == "torchvision":
+            return RawDataset(_torchvision(options), name)
+        from wilds import get_dataset
+
+        dataset = get_dataset(options.name, root_dir=options.input, download=False)
+        return RawDataset(dataset.get_subset(options.split), name)
+    except ModuleNotFoundError as error:
+        raise DataError(f"--format wilds: {error}; pip install wilds") from error
+    except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+        raise DataError(f"--format {options.format} --name {options.name}: {error}") from error
+
+
+def _torchvision(options: argparse.Namespace) -> Any:
+    from torchvision import datasets
+
+    kind = getattr(datasets, options.name, None)
+    if not inspect.isclass(kind):
+        raise ValueError("torchvision has no such data set")
+    known = inspect.signature(kind).parameters
+    if "split" in known:
+        return kind(options.input, split=options.split)
+    return kind(options.input, train=options.split == "train") if "train" in known else kind(options.input)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
