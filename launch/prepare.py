@@ -1,4 +1,4 @@
-"""Prepares a data set: ``python launch/prepare.py --format folder --input imagenet/train --output imagenet-ready``."""
+"""Prepares a data set: ``python launch/prepare.py --format folder --input imagenet/train --output ready``."""
 
 import argparse
 import inspect
@@ -14,8 +14,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--format",
         choices=["folder", "csv", "webdataset", "torchvision", "wilds"],
-        help="of the raw set: one folder a class; FLYP's tab-separated title and filepath; tars (img2dataset's too); "
-        "a data set of torchvision or WILDS",
+        help="of the raw set: one folder a class; FLYP's tab-separated title and filepath; tars (img2dataset's "
+        "too); a data set of torchvision or WILDS",
     )
     parser.add_argument("--input", help="folder, CSV file, tars, or root folder of the torchvision or WILDS set")
     parser.add_argument("--name", help="torchvision: the class, e.g. Flowers102; wilds: the data set, e.g. fmow")
@@ -102,9 +102,9 @@ def _raw(options: argparse.Namespace) -> Any:
 def _torchvision(options: argparse.Namespace) -> Any:
     from torchvision import datasets
 
-    kind = getattr(datasets, options.name, None)
-    if not inspect.isclass(kind):
+    if not inspect.isclass(getattr(datasets, options.name, None)):
         raise ValueError("torchvision has no such data set")
+    kind: Any = getattr(datasets, options.name)
     known = inspect.signature(kind).parameters
     if "split" in known:
         return kind(options.input, split=options.split)

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from dive_fast import checkpoint, train
 from dive_fast.config import Config, ConfigError
+from dive_fast.data import prepare
+from dive_fast.data.source import open_webdataset
 from dive_fast.ranks import Ranks, join
 
 STAGES = (0, 1, 2, 3)
@@ -61,6 +63,12 @@ def run_cases(folder: Path) -> dict[str, Any]:
             run(tree, resumed, ranks, kill_at=5, checkpoint_every=2)
         ranks.barrier()
         results[f"resumed{stage}"] = run(tree, resumed, ranks, checkpoint_every=2)
+    prepared = json.loads((folder / "prepared.json").read_text())
+    results["fast"] = run(prepared, folder / "fast", ranks)
+    with pytest.raises(KilledError):
+        run(prepared, folder / "resumed-fast", ranks, kill_at=3, checkpoint_every=2)
+    ranks.barrier()
+    run(prepared, folder / "resumed-fast", ranks)
     tree["teacher"] = {"mode": "online"}
     results["online"] = run(tree, folder / "online", ranks, schedule="joint", micro_batch_size=3)
     return results
@@ -75,6 +83,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree["data"]["reference"]["batch_size"] = 4
     tree["evaluate"] = {"sets": {"seen": {k: tree["data"]["target"][k] for k in tiny.EVALUATION}}, "workers": 0}
     (path / "config.json").write_text(json.dumps(tree))
+    for half, text, loader in (("target", ".cls", "dali"), ("reference", ".txt", "ffcv")):
+        raw = open_webdataset(tree["data"][half]["path"], text)
+        prepare.prepare(prepare.RawSource(raw), path / f"{half}-beton", prepare.Options("beton"), workers=1)
+        tree["data"][half] |= {"format": "prepared", "path": str(path / f"{half}-beton"), "loader": loader}
+    (path / "prepared.json").write_text(json.dumps(tree))
     return path
 
 
@@ -123,6 +136,17 @@ def test_an_online_teacher_and_a_joint_schedule_in_pieces_train_alike(by_rank: l
             # The average vector is next to nothing at the first step: it holds the rounding of either teacher.
             if cached["step"] > 1:
                 assert online["image_norm"] == pytest.approx(cached["image_norm"], rel=2e-2)
+
+
+def test_the_fast_loaders_train_alike_and_continue_to_the_same_weights(by_rank: list[Any], folder: Path) -> None:
+    for plain, fast in zip(lines(folder / "whole0"), lines(folder / "fast"), strict=True):
+        if "loss" in plain:
+            assert fast["contrastive_loss"] == pytest.approx(plain["contrastive_loss"], rel=1e-3)
+            assert 0 <= fast["data_wait"] <= 1
+    # Teacher and student have seen the same pixels, or the first difference vectors would be longer.
+    assert lines(folder / "fast")[0]["image_norm"] < train.NOISE_FLOOR["fp32"]
+    whole, resumed = weights(folder / "fast"), weights(folder / "resumed-fast")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_the_exported_model_is_open_clips(by_rank: list[Any], folder: Path) -> None:

@@ -12,7 +12,7 @@ import shutil
 import tarfile
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -22,11 +22,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from safetensors.torch import load_file, save
+from torch import Tensor
 from tqdm import tqdm
 
 from dive_fast.data import prepared
 from dive_fast.data.prepared import File, Index, Manifest, Row
-from dive_fast.data.prompts import Tokenizer
 from dive_fast.data.source import UNDECODABLE, DataError, Skipped, Source, decode, why_unusual
 
 PARTS = ".parts"
@@ -237,7 +237,7 @@ def _same(found: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
 
 # In the workers
 
-_work: tuple[Raw, Path, Options, Tokenizer | None]
+_work: tuple[Raw, Path, Options, Callable[[list[str]], Tensor] | None]
 
 
 def _start(raw: Raw, output: Path, options: Options) -> None:
@@ -275,6 +275,7 @@ def _make_shard(shard: _Shard) -> None:
     rows: list[Row] = []
     skipped: list[Skipped] = []
     converted: Counter[str] = Counter()
+    index: list[str] = []
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number in shard.samples:
             try:
@@ -285,22 +286,29 @@ def _make_shard(shard: _Shard) -> None:
                 continue
             if image.reason:
                 converted[image.reason] += 1
-            offset = _add(tar, f"{number:09d}.jpg", image.jpeg)
+            parts = {"jpg": image.jpeg}
             if sample.label >= 0:
-                _add(tar, f"{number:09d}.cls", str(sample.label).encode())
+                parts["cls"] = str(sample.label).encode()
             if sample.texts:
-                _add(tar, f"{number:09d}.txt", sample.texts[0].encode())
+                parts["txt"] = sample.texts[0].encode()
+            offsets = [_add(tar, f"{number:09d}.{suffix}", data) for suffix, data in parts.items()]
+            # As DALI's `wds2idx` would write it, for DALI's own `fn.readers.webdataset`.
+            index.append(
+                " ".join(
+                    f"{suffix} {offset} {len(data)} {number:09d}.{suffix}"
+                    for (suffix, data), offset in zip(parts.items(), offsets, strict=True)
+                )
+            )
             digest = hashlib.blake2b(image.jpeg, digest_size=prepared.HASH_BYTES).digest()
             tokens = tokenizer(list(sample.texts[:1]))[0] if tokenizer is not None and sample.texts else None
             rows.append(
                 Row(
-                    *(sample.key, 0, offset, len(image.jpeg), image.height, image.width),
+                    *(sample.key, 0, offsets[0], len(image.jpeg), image.height, image.width),
                     *(sample.label, sample.texts, digest, tokens),
                 )
             )
-        members = tar.getmembers()
     file = File(name, len(rows), partial.stat().st_size, prepared.file_hash(partial))
-    _write(output / f"{shard.name}.idx", _dali_index(members))
+    _write(output / f"{shard.name}.idx", "\n".join([f"v1.2 {len(index)}", *index]).encode())
     partial.rename(output / name)
     if rows:
         _write(output / PARTS / f"{shard.name}.safetensors", save(prepared.index_of(rows)))
@@ -316,15 +324,6 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     offset = tar.offset + tarfile.BLOCKSIZE
     tar.addfile(member, io.BytesIO(data))
     return offset
-
-
-def _dali_index(members: Sequence[tarfile.TarInfo]) -> bytes:
-    """What DALI's ``fn.readers.webdataset`` wants to know of a tar, as its ``wds2idx`` writes it."""
-    samples: dict[str, list[str]] = {}
-    for member in members:
-        stem, _, suffix = member.name.partition(".")
-        samples.setdefault(stem, []).append(f"{suffix} {member.offset_data} {member.size} {member.name}")
-    return "\n".join([f"v1.2 {len(samples)}", *(" ".join(parts) for parts in samples.values())]).encode()
 
 
 def _write(path: Path, data: bytes) -> None:

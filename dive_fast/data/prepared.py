@@ -234,9 +234,7 @@ def verify(path: str) -> Manifest:
         except OSError as error:
             raise DataError(f"{folder / file.name}: cannot read it: {error}") from error
         if found != file.sha256:
-            raise DataError(
-                f"{folder / file.name} was changed since it was prepared: copy or prepare the set anew"
-            )
+            raise DataError(f"{folder / file.name}: changed since it was prepared; copy or prepare the set anew")
     return manifest
 
 

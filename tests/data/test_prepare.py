@@ -1,0 +1,474 @@
+"""Preparing: what is kept, converted and left out, and that a kill, a full disk or another option lose nothing."""
+
+import dataclasses
+import io
+import json
+import os
+import random
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from dive_fast.data import prepared
+from dive_fast.data.beton import write_beton
+from dive_fast.data.prepare import Options, RawSource, UnusableError, convert, prepare
+from dive_fast.data.prepared import open_prepared, verify
+from dive_fast.data.source import DataError, open_csv, open_folder, open_webdataset
+
+REPOSITORY = Path(__file__).parents[2]
+SMALL = Options(shard_samples=4, max_side=64)
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    return content.getvalue()
+
+
+def picture(height: int = 60, width: int = 80, mode: str = "RGB") -> Image.Image:
+    y, x = np.linspace(0, 8, height)[:, None], np.linspace(0, 9, width)
+    waves = np.stack([127 + 90 * np.sin(x + c) + 30 * np.cos(y - c) for c in range(3)], -1)
+    return Image.fromarray(waves.clip(0, 255).astype(np.uint8)).convert(mode)
+
+
+def decoded(data: bytes) -> np.ndarray[Any, Any]:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def write_set(path: Path, count: int = 22) -> Path:
+    """A tar of captioned and labelled pictures."""
+    samples = {
+        f"{i:03d}": {
+            "jpg": tiny.jpeg(i, size=(40 + i, 36)),
+            "cls": str(i % 5).encode(),
+            "txt": f"caption {i}".encode(),
+        }
+        for i in range(count)
+    }
+    return tiny.write_tar(path, samples)
+
+
+def make(
+    tar: Path, output: Path, options: Options = SMALL, text: str = ".cls", workers: int = 1
+) -> prepared.Manifest:
+    return prepare(RawSource(open_webdataset(str(tar), text, strict=False)), output, options, workers)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def launch(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "launch" / "prepare.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+# One image
+
+
+def test_a_jpeg_that_will_do_keeps_its_bytes() -> None:
+    for image in (picture(), picture(mode="L")):
+        for options in ({}, {"progressive": True}, {"quality": 30}):
+            data = encoded(image, **options)
+            assert convert(data, Options()) == (data, 60, 80, "")
+    data = encoded(picture(600, 700))
+    assert convert(data, Options(max_side=None)) == (data, 600, 700, "")
+    assert convert(data, Options(max_side=600)) == (data, 600, 700, "")
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "reason"),
+    [
+        ("CMYK", "JPEG", "CMYK JPEG"),
+        ("RGB", "PNG", "PNG"),
+        ("RGBA", "PNG", "PNG"),
+        ("P", "GIF", "GIF"),
+        ("P", "PNG", "PNG"),
+        ("1", "BMP", "BMP"),
+        ("RGB", "WEBP", "WEBP"),
+    ],
+)
+def test_what_is_no_plain_jpeg_becomes_one_that_looks_alike(mode: str, kind: str, reason: str) -> None:
+    data = encoded(picture(mode=mode), kind)
+    found = convert(data, Options())
+    assert (found.height, found.width, found.reason) == (60, 80, reason)
+    image = Image.open(io.BytesIO(found.jpeg))
+    assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (80, 60))
+    if mode not in ("1", "P"):  # whose dots no JPEG keeps
+        assert np.abs(decoded(found.jpeg).astype(int) - decoded(data)).mean() < 2
+
+
+def test_sixteen_bits_keep_their_upper_eight() -> None:
+    grey = np.asarray(picture(mode="L"))
+    deep = Image.fromarray(grey.astype(np.uint16) * 256 + 77)
+    assert np.abs(decoded(convert(encoded(deep, "PNG"), Options()).jpeg)[..., 0].astype(int) - grey).mean() < 2
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((128, 80), (102, 64)), ((65, 3000), (64, 2954)), ((640, 640), (64, 64))]
+)
+def test_a_large_image_is_made_smaller_by_its_shorter_side(
+    size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    found = convert(encoded(picture(*size), quality=95), SMALL)
+    assert (found.height, found.width, found.reason) == (*expected, "larger")
+    wanted = np.asarray(picture(*size).resize(expected[::-1], Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(decoded(found.jpeg) - wanted).mean() < 2
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"<html>404</html>", "not an image"),
+        (b"", "not an image"),
+        (encoded(picture())[:900], "a broken image"),
+        (encoded(picture(), "PNG")[:900], "a broken image"),
+        (encoded(picture(7, 500)), "a side shorter than 8 pixels"),
+        (encoded(picture(1, 1), "GIF"), "a side shorter than 8 pixels"),
+    ],
+)
+def test_what_is_no_picture_is_left_out_with_a_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(UnusableError, match=f"^{reason}$"):
+        convert(data, Options())
+
+
+# A set
+
+
+def test_a_corpus_of_all_that_can_be_wrong(tmp_path: Path) -> None:
+    good = encoded(picture())
+    tiny.write_tar(
+        tmp_path / "0.tar",
+        {
+            "good": {"jpg": good, "txt": "schön".encode()},
+            "grüße/日本": {"jpg": good, "txt": b"non-ASCII name"},
+            "cut": {"jpg": good[:900], "txt": b"x"},
+            "html": {"jpg": b"<html>", "txt": b"x"},
+            "gif": {"jpg": encoded(picture(mode="P"), "GIF"), "txt": b"a GIF called jpg"},
+            "cmyk": {"jpg": encoded(picture(mode="CMYK")), "txt": b"x"},
+            "pixel": {"png": encoded(picture(1, 1), "PNG"), "txt": b"x"},
+            "captionless": {"jpg": good},
+            "latin": {"jpg": good, "txt": "größe".encode("latin-1")},
+            "imageless": {"txt": b"x", "json": b"{}"},
+        },
+    )
+    with tarfile.open(tmp_path / "0.tar", "a") as tar:
+        member = tarfile.TarInfo("good.jpg")
+        member.size = len(good)
+        tar.addfile(member, io.BytesIO(good))
+    whole = write_set(tmp_path / "1.tar", 10).read_bytes()
+    (tmp_path / "1.tar").write_bytes(whole[: len(whole) // 2])
+    tiny.write_tar(tmp_path / "2.tar", {})
+    (tmp_path / "3.tar").write_bytes(b"")
+
+    manifest = make(tmp_path, tmp_path / "set", text=".txt")
+    source = open_prepared(str(tmp_path / "set"), ".txt")
+    keys = [sample.key for sample in source.samples]
+    assert keys[:4] == ["0.tar/good", "0.tar/grüße/日本", "0.tar/gif", "0.tar/cmyk"]
+    assert keys[4:] == [f"1.tar/{i:03d}" for i in range(len(keys) - 4)]
+    assert 2 <= len(keys) - 4 < 10
+    assert source.samples[0].texts == ("schön",)
+    told = [json.loads(line) for line in (tmp_path / "set/skipped.jsonl").read_text().splitlines()]
+    reasons = {entry["key"]: entry["reason"] for entry in told}
+    assert reasons == reasons | {
+        "0.tar/good.jpg": "its name is taken",
+        "0.tar/captionless": "no .txt",
+        "0.tar/imageless": "no image",
+        "0.tar/latin": "its caption is not UTF-8",
+        "0.tar/cut": "a broken image",
+        "0.tar/html": "not an image",
+        "0.tar/pixel": "a side shorter than 8 pixels",
+        "1.tar": "the tar is not whole",
+        "3.tar": "the tar is not whole",
+    }
+    assert manifest.skipped == Counter(entry["reason"] for entry in told)
+    assert manifest.converted == {"GIF": 1, "CMYK JPEG": 1}
+    assert manifest.samples == len(keys)
+    for index in range(len(source)):
+        assert source.image(index).format == "JPEG"
+
+
+def test_shards_containers_and_workers_change_no_content(tmp_path: Path) -> None:
+    tar = write_set(tmp_path / "a.tar")
+    made = {
+        "one": make(tar, tmp_path / "one"),
+        "two": make(tar, tmp_path / "two", workers=2),
+        "large": make(tar, tmp_path / "large", dataclasses.replace(SMALL, shard_samples=100)),
+        "beton": make(tar, tmp_path / "beton", dataclasses.replace(SMALL, container="beton")),
+    }
+    assert len({manifest.content for manifest in made.values()}) == 1
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    assert [len(manifest.files) for manifest in made.values()] == [6, 6, 1, 1]
+    assert sorted(files(tmp_path / "beton")) == [
+        "data.beton",
+        "index.safetensors",
+        "manifest.json",
+        "skipped.jsonl",
+    ]
+    raw = open_webdataset(str(tar), ".cls")
+    for name in made:
+        source = open_prepared(str(tmp_path / name), ".cls")
+        assert source.digest() == made["one"].content
+        assert [source.read(i) for i in range(22)] == [raw.read(i) for i in range(22)]
+    # Of another label, text or pixel it is another set.
+    assert make(tar, tmp_path / "texts", text=".txt").content != made["one"].content
+    assert make(write_set(tmp_path / "b.tar", 21), tmp_path / "less").content != made["one"].content
+
+
+def test_every_format_is_prepared_with_its_texts_and_class_names(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "folder" / name).mkdir(parents=True)
+        (tmp_path / "folder" / name / "a.jpg").write_bytes(tiny.jpeg(len(name)))
+    source = RawSource(open_folder(str(tmp_path / "folder")))
+    assert prepare(source, tmp_path / "one", SMALL, 1).class_names == ["cat", "dog"]
+    opened = open_prepared(str(tmp_path / "one"), ".cls")
+    assert (opened.class_names, [sample.label for sample in opened.samples]) == (("cat", "dog"), [0, 1])
+    with pytest.raises(DataError, match="prepared without captions"):
+        open_prepared(str(tmp_path / "one"), ".txt")
+
+    rows = ["title\tfilepath", "a cat\tcat/a.jpg", "the cat\tcat/a.jpg", "a dog\tdog/a.jpg"]
+    (tmp_path / "folder" / "list.csv").write_text("\n".join(rows))
+    for group, texts in (
+        (True, [("a cat", "the cat"), ("a dog",)]),
+        (False, [("a cat",), ("the cat",), ("a dog",)]),
+    ):
+        csv = open_csv(str(tmp_path / "folder/list.csv"), None, group=group)
+        prepare(RawSource(csv), tmp_path / f"csv{group}", SMALL, 1)
+        opened = open_prepared(str(tmp_path / f"csv{group}"), ".txt")
+        assert [sample.texts for sample in opened.samples] == texts
+
+
+def test_tokens_are_those_of_the_tokenizer(tmp_path: Path) -> None:
+    make(
+        write_set(tmp_path / "a.tar", 6),
+        tmp_path / "set",
+        dataclasses.replace(SMALL, tokenizer="ViT-B-32"),
+        ".txt",
+    )
+    tokens = open_prepared(str(tmp_path / "set"), ".txt").tokens
+    assert tokens is not None
+    expected = open_clip.get_tokenizer("ViT-B-32")([f"caption {i}" for i in range(6)])
+    assert torch.equal(tokens.long(), expected)
+
+
+def test_dali_reads_the_tars_by_their_index_files(tmp_path: Path) -> None:
+    from nvidia.dali import Pipeline, fn
+
+    make(write_set(tmp_path / "a.tar"), tmp_path / "set", text=".txt")
+    tars = sorted(map(str, (tmp_path / "set").glob("*.tar")))
+    for tar in tars:
+        written = Path(tar).with_suffix(".idx").read_text()
+        subprocess.run([str(Path(sys.executable).with_name("wds2idx")), tar, f"{tar}.idx"], check=True)
+        assert written.split() == Path(f"{tar}.idx").read_text().split()
+    pipeline = Pipeline(batch_size=22, num_threads=1, device_id=None)
+    with pipeline:
+        pipeline.set_outputs(
+            *fn.readers.webdataset(
+                paths=tars, index_paths=[tar.replace(".tar", ".idx") for tar in tars], ext=["jpg", "txt"]
+            )
+        )
+    pipeline.build()
+    images, texts = pipeline.run()
+    source = open_prepared(str(tmp_path / "set"), ".txt")
+    for index in range(22):
+        assert bytes(images.at(index)) == source.read(index)
+        assert bytes(texts.at(index)).decode() == source.samples[index].texts[0]
+
+
+def test_ffcv_itself_reads_the_beton(tmp_path: Path) -> None:
+    """Its own reader and, compiled, its own fields."""
+    from ffcv.fields import IntField, NDArrayField, RGBImageField
+    from ffcv.loader import Loader
+    from ffcv.reader import Reader
+
+    options = dataclasses.replace(SMALL, container="beton", tokenizer="ViT-B-32")
+    make(write_set(tmp_path / "a.tar"), tmp_path / "set", options, ".txt")
+    source = open_prepared(str(tmp_path / "set"), ".txt")
+    path = tmp_path / "with_teacher.beton"
+    teacher = np.random.default_rng(0).normal(size=(22, 5)).astype(np.float32)
+    write_beton(path, source, {"image_teacher": teacher})
+    assert source.beton is not None
+    kinds = [RGBImageField, IntField, IntField, NDArrayField, NDArrayField]
+    assert [type(field) for field in Reader(str(path)).handlers.values()] == kinds
+    assert list(Reader(str(source.beton)).handlers) == ["image", "label", "index", "tokens"]
+    loader = Loader(str(path), batch_size=22, num_workers=1, pipelines={"image": None}, drop_last=False)
+    ((label, index, found, tokens),) = loader
+    assert source.tokens is not None
+    assert label.flatten().tolist() == [-1] * 22
+    assert index.flatten().tolist() == list(range(22))
+    assert torch.equal(tokens, source.tokens)
+    assert torch.equal(found, torch.from_numpy(teacher))
+    with pytest.raises(DataError, match="image_teacher: 21 rows for 22 samples"):
+        write_beton(path, source, {"image_teacher": teacher[1:]})
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize("container", ["tar", pytest.param("beton", marks=pytest.mark.slow)])
+def test_a_set_killed_at_any_moment_is_finished_by_the_same_command(tmp_path: Path, container: str) -> None:
+    command = ["--format", "webdataset", "--input", str(write_set(tmp_path / "a.tar", 300))]
+    command += ["--shard-samples", "10", "--max-side", "30", "--workers", "2", "--container", container]
+    assert launch(*command, "--output", str(tmp_path / "whole")).returncode == 0
+    output = tmp_path / "set"
+    for shards in (1, random.Random(container).randrange(2, 30)):
+        process = subprocess.Popen(
+            [sys.executable, str(REPOSITORY / "launch/prepare.py"), *command, "--output", str(output)],
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        while process.poll() is None and len(list(output.glob("*.tar"))) < shards:
+            time.sleep(0.001)
+        assert process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (output / "manifest.json").exists()
+    assert launch(*command, "--output", str(output)).returncode == 0
+    assert files(output) == files(tmp_path / "whole")
+
+
+def test_a_disk_that_is_full_leaves_no_half_file_and_loses_nothing(tmp_path: Path) -> None:
+    tar = write_set(tmp_path / "a.tar", 40)
+    command = ["--format", "webdataset", "--input", str(tar), "--output", str(tmp_path / "set"), "--workers", "1"]
+    command += ["--shard-samples", "10"]
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    full = launch(*command, preexec_fn=limit)
+    assert full.returncode == 2
+    assert "run the same command again" in full.stderr.splitlines()[-1]
+    assert "Traceback" not in full.stderr
+    assert not list((tmp_path / "set").glob("*.tar"))
+    assert launch(*command).returncode == 0
+    assert open_prepared(str(tmp_path / "set"), ".cls").samples[39].label == 39 % 5
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+    tar = write_set(tmp_path / "a.tar", 6)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    with pytest.raises(DataError, match="holds something else"):
+        make(tar, tmp_path / "mine")
+    assert files(tmp_path / "mine") == {"thesis.tex": b"precious"}
+    first = make(tar, tmp_path / "set")
+    before = files(tmp_path / "set")
+    assert make(tar, tmp_path / "set") == first  # nothing left to do
+    with pytest.raises(DataError, match=r"prepared otherwise .*quality 95, not 50"):
+        make(tar, tmp_path / "set", dataclasses.replace(SMALL, quality=50))
+    with pytest.raises(DataError, match=r"prepared otherwise .*source"):
+        make(write_set(tmp_path / "b.tar", 7), tmp_path / "set")
+    assert files(tmp_path / "set") == before
+
+
+def test_a_set_without_a_usable_sample_is_an_error_that_says_why(tmp_path: Path) -> None:
+    tar = tiny.write_tar(tmp_path / "a.tar", {f"{i}": {"jpg": b"<html>", "cls": b"0"} for i in range(3)})
+    with pytest.raises(DataError, match="no sample is usable: 3 not an image"):
+        make(tar, tmp_path / "set")
+    assert not (tmp_path / "set/manifest.json").exists()
+
+
+def test_a_damaged_set_is_refused(tmp_path: Path) -> None:
+    make(write_set(tmp_path / "a.tar"), tmp_path / "set")
+    folder = tmp_path / "set"
+    assert verify(str(folder)).samples == 22
+    tar = folder / "000002.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
+    with pytest.raises(DataError, match=r"000002.tar: changed since"):
+        verify(str(folder))
+    assert launch("--verify", str(folder)).returncode == 2
+    for data, message in ((whole[:-512], "has .* bytes"), (None, "is missing")):
+        tar.unlink()
+        if data is not None:
+            tar.write_bytes(data)
+        with pytest.raises(DataError, match=f"000002.tar {message}"):
+            open_prepared(str(folder), ".cls")
+    tar.write_bytes(whole)
+    index = (folder / "index.safetensors").read_bytes()
+    (folder / "index.safetensors").write_bytes(index[:100])
+    with pytest.raises(DataError, match=r"index.safetensors: cannot read it"):
+        open_prepared(str(folder), ".cls")
+    (folder / "index.safetensors").write_bytes(index)
+    manifest = (folder / "manifest.json").read_text()
+    for text, message in (
+        ("{", "cannot read it"),
+        ('{"format": 99}', "not of format 1"),
+        (None, "no prepared set"),
+    ):
+        (folder / "manifest.json").unlink()
+        if text is not None:
+            (folder / "manifest.json").write_text(text)
+        with pytest.raises(DataError, match=message):
+            open_prepared(str(folder), ".cls")
+    (folder / "manifest.json").write_text(manifest)
+    assert len(open_prepared(str(folder), ".cls")) == 22
+
+
+# The command
+
+
+def test_the_command_prepares_data_sets_of_torchvision(tmp_path: Path) -> None:
+    for label in ("negative", "positive"):
+        folder = tmp_path / "rendered-sst2" / "test" / label
+        folder.mkdir(parents=True)
+        for i in range(2):
+            (folder / f"{i}.png").write_bytes(encoded(picture(40, 50 + i), "PNG"))
+    command = ["--format", "torchvision", "--name", "RenderedSST2", "--split", "test", "--input", str(tmp_path)]
+    done = launch(*command, "--output", str(tmp_path / "set"))
+    assert done.returncode == 0, done.stderr
+    assert "4 samples in 1 files\n  encoded anew: 4 (decoded)" in done.stdout
+    source = open_prepared(str(tmp_path / "set"), ".cls")
+    assert (source.class_names, [sample.label for sample in source.samples]) == (
+        ("negative", "positive"),
+        [0, 0, 1, 1],
+    )
+    assert source.samples[3].key == "RenderedSST2/test/3"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "folder", "--input", "nowhere", "--output", "x"], "nowhere: expected one folder a class"),
+        (["--format", "torchvision", "--input", ".", "--output", "x"], "--format torchvision needs --name"),
+        (["--format", "torchvision", "--name", "CIFAR", "--input", ".", "--output", "x"], "has no such data set"),
+        (
+            ["--format", "torchvision", "--name", "CIFAR10", "--input", ".", "--output", "x"],
+            "not found or corrupted",
+        ),
+        (["--format", "folder", "--input", "x"], "--format, --input and --output are needed"),
+        (["--format", "folder", "--input", "x", "--output", "y", "--quality", "0"], "--quality is 1 to 100"),
+        (["--verify", "nowhere"], "nowhere: no prepared set there"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main = runpy.run_path(str(REPOSITORY / "launch" / "prepare.py"))["main"]
+    try:
+        code = main(arguments)
+    except SystemExit as ended:  # argparse
+        code = ended.code
+    assert code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
