@@ -33,8 +33,7 @@ class Report:
         """Figures of a GPU belong to ``results`` once every case has been tried; all others stay in ``build``."""
         complete = DEVICE.type == "cuda" and len(self.entries) == len(CASES)
         folder = self.folder or REPOSITORY / ("benchmarks/results" if complete else "build/benchmarks")
-        slug = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
-        return folder / f"{slug}-losses{'' if self.dtype == 'float16' else '-' + self.dtype}.json"
+        return folder / f"{slug(self.device)}-losses{'' if self.dtype == 'float16' else '-' + self.dtype}.json"
 
     def write(self) -> None:
         """Leave all that is known so far."""
@@ -44,7 +43,7 @@ class Report:
             "dtype": self.dtype,
             "torch": torch.__version__,
             "triton": _triton_version(),
-            "commit": _commit(),
+            "commit": commit(),
             "complete": len(self.entries) == len(CASES),
         }
         write_json(self.path, {**about, "cases": self.entries})
@@ -93,7 +92,13 @@ def _triton_version() -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def slug(device: str) -> str:
+    """The name of a device as file names have it."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def commit() -> str | None:
+    """Of this checkout, marked where it has changes."""
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
         return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()

@@ -45,11 +45,10 @@ def load(samples: Samples[Batch], batches: Iterable[list[Place]], options: Optio
         import nvidia.dali  # noqa: F401
     except ImportError as error:
         raise DataError(f"DALI cannot be imported ({error}): pip install nvidia-dali-cuda130") from error
-    return _load(samples, batches, options)
+    return _load(samples, in_workers(_Read(samples), batches, min(READERS, options.workers)), options)
 
 
-def _load(samples: Samples[Batch], batches: Iterable[list[Place]], options: Options) -> Iterator[Batch]:
-    read = in_workers(_Read(samples), batches, min(READERS, options.workers))
+def _load(samples: Samples[Batch], read: Iterator["_Encoded[Batch]"], options: Options) -> Iterator[Batch]:
     first = next(read, None)
     if first is None:
         return

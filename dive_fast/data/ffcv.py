@@ -36,16 +36,16 @@ def load(samples: Samples[Batch], batches: Iterable[list[Place]], options: Optio
         raise DataError("loader ffcv needs a set prepared for it: python launch/prepare.py --container beton ...")
     if samples.preprocess.resize_mode == "longest":
         raise DataError("loader ffcv adds no borders, as resize_mode longest wants them: use loader plain")
-    return _load(samples, batches, options)
+    # One process draws crops and texts ahead; a thread would take the interpreter's lock from the training loop.
+    plans = in_workers(_Plan(samples), batches, min(1, options.workers))
+    return _load(samples, plans, options)
 
 
-def _load(samples: Samples[Batch], batches: Iterable[list[Place]], options: Options) -> Iterator[Batch]:
+def _load(samples: Samples[Batch], plans: Iterator["_Planned[Batch]"], options: Options) -> Iterator[Batch]:
     file = Beton(samples.source)
     height, width = samples.preprocess.size
     bilinear = samples.preprocess.resampling == Image.Resampling.BILINEAR
     pin = options.device.type == "cuda"
-    # One process draws crops and texts ahead; a thread would take the interpreter's lock from the training loop.
-    plans = in_workers(_Plan(samples), batches, min(1, options.workers))
     with ThreadPoolExecutor(max(1, options.workers), "ffcv") as threads:
         for plan in plans:
             pixels = torch.empty((len(plan.places), height, width, 3), dtype=torch.uint8, pin_memory=pin)

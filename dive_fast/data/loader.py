@@ -41,7 +41,7 @@ class Options:
 
 
 def load(samples: Samples[Batch], batches: Iterable[list[Place]], options: Options) -> Iterator[Batch]:
-    """The batches of these places, in order.
+    """The batches of these places, in order. Worker processes start at once, where this is called.
 
     Raises:
         DataError: the loader is not installed, or cannot read this data; the message says what to do.

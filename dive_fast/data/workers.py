@@ -15,7 +15,9 @@ Made = TypeVar("Made")
 def in_workers(
     make: Callable[[list[Place]], Made], batches: Iterable[list[Place]], workers: int, pin: bool = False
 ) -> Iterator[Made]:
-    """``make`` of each batch, in order, by torch's DataLoader.
+    """``make`` of each batch, in order, by torch's DataLoader, whose processes start at once.
+
+    Call it before other threads run: a process forked beside them may find their locks taken for ever.
 
     Args:
         make: may be sent to another process.

@@ -1,0 +1,262 @@
+"""Images a second and CPU seconds of every loader on the same real JPEGs, and how far their pixels are from PIL's.
+
+``python benchmarks/loaders.py`` (README.md says what is compared)
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import psutil
+import torch
+from PIL import Image
+from report import REPOSITORY, commit, slug, write_json
+from torch.utils.data import DataLoader, Dataset
+
+from dive_fast.data import prepare
+from dive_fast.data.ahead import Ahead
+from dive_fast.data.loader import Options, batches_of, training_batches
+from dive_fast.data.order import Order
+from dive_fast.data.prepared import open_prepared
+from dive_fast.data.prompts import PromptTable, read_templates
+from dive_fast.data.samples import EvaluationSamples, TargetSamples
+from dive_fast.data.source import Source, open_folder, open_webdataset
+from dive_fast.data.views import Preprocess
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+DATA = Path(os.environ.get("DIVE_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+PREPROCESS = Preprocess(
+    (224, 224), open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, "bicubic", "shortest"
+)
+LOADERS = ("flyp", "plain", "dali", "ffcv")
+STEP_TFLOP = {"ViT-B/16": 114.0 / 1024, "ViT-L/14": 0.52}
+"""Of one image of a DiVE step, half of them target, half reference, forward and backward, text included."""
+TFLOP_PER_SECOND = 430
+"""Of an H200 in fp16: 44 % of its 989 peak. An assumption, until it is measured."""
+ODD_SIZES = ((1, 500), (500, 1), (31, 33), (5000, 40))
+
+
+class FlypDataset(Dataset[Any]):
+    """Files, captions tokenised one by one, torchvision's transforms: as FLYP reads its CSV."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+        self.transform = open_clip.image_transform(224, is_train=True, mean=PREPROCESS.mean, std=PREPROCESS.std)
+        self.tokenizer = open_clip.get_tokenizer("ViT-B-16")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.transform(Image.open(self.files[index])), self.tokenizer([f"a photo of thing {index}."])[0]
+
+
+def batches(loader: str, source: Source, files: list[Path], batch_size: int, workers: int) -> Iterator[Any]:
+    """Endless training batches on the device, made ready ahead as in training."""
+    if loader == "flyp":
+        shuffled = DataLoader(
+            FlypDataset(files),
+            batch_size,
+            shuffle=True,
+            num_workers=workers,
+            pin_memory=DEVICE.type == "cuda",
+            drop_last=True,
+            persistent_workers=True,
+        )
+
+        first = iter(shuffled)  # its workers start here, before other threads run
+
+        def epochs() -> Iterator[Any]:
+            yield from first
+            while True:
+                yield from shuffled
+
+        return Ahead(epochs(), lambda pair: [part.to(DEVICE, non_blocking=True) for part in pair], DEVICE)
+    prompts = PromptTable(
+        source,
+        [f"thing {i}" for i in range(1000)],
+        read_templates("simple"),
+        open_clip.get_tokenizer("ViT-B-16"),
+    )
+    samples = TargetSamples(source, prompts, PREPROCESS, "argmax", 0)
+    dtype = torch.float16 if DEVICE.type == "cuda" else torch.float32
+    options = Options(loader, workers, DEVICE, dtype)  # type: ignore[arg-type]
+    loaded = training_batches(samples, Order(len(source), batch_size), range(10**9), options)
+    return Ahead(loaded, lambda batch: batch.to(DEVICE), DEVICE)
+
+
+def cpu_seconds() -> float:
+    """Of this process, its threads and its workers, so far."""
+    process = psutil.Process()
+    times = [one.cpu_times() for one in [process, *process.children(recursive=True)]]
+    return sum(one.user + one.system for one in times)
+
+
+def measure(ahead: Iterator[Any], num_batches: int, batch_size: int) -> tuple[float, float]:
+    """Images a second and CPU seconds per 1,000 images, once all queues are full and in motion."""
+    for _ in islice(ahead, 4):
+        pass
+    begin, cpu = time.perf_counter(), cpu_seconds()
+    for _ in islice(ahead, num_batches):
+        pass
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    seconds, images = time.perf_counter() - begin, num_batches * batch_size
+    return images / seconds, 1000 * (cpu_seconds() - cpu) / images
+
+
+def pixels(source: Source, folder: Path) -> list[dict[str, Any]]:
+    """Mean and largest difference from PIL, of 255: each loader, both views, photos and odd sizes."""
+    odd = folder / "odd"
+    odd.mkdir()
+    for height, width in ODD_SIZES:
+        y, x = np.mgrid[:height, :width]
+        waves = np.stack([127 + 90 * np.sin(x / 7 + c) + 30 * np.cos(y / 5 - c) for c in range(3)], -1)
+        noise = np.random.default_rng(0).normal(0, 6, waves.shape)
+        image = Image.fromarray((waves + noise).clip(0, 255).astype(np.uint8))
+        (odd / "0").mkdir(exist_ok=True)
+        image.save(odd / "0" / f"{height}x{width}.jpg", quality=92)
+    options = prepare.Options("beton", max_side=None, min_side=1)
+    prepare.prepare(prepare.RawSource(open_folder(str(odd))), folder / "odd-ready", options, 1)
+    rows = []
+    for name, set_ in (("photos", source), ("odd sizes", open_prepared(str(folder / "odd-ready"), ".cls"))):
+        prompts = PromptTable(set_, ["thing"] * 1000, read_templates("a {}"), open_clip.get_tokenizer("ViT-B-16"))
+        kinds = {
+            "train": TargetSamples(set_, prompts, PREPROCESS, "argmax", 0),
+            "eval": EvaluationSamples(set_, PREPROCESS),
+        }
+        for view, samples in kinds.items():
+            places = [(0, sample) for sample in range(min(len(set_), 250))]
+            expected = shown(samples, places, "plain")
+            for loader in ("dali", "ffcv"):
+                rows.append(
+                    {
+                        "images": name,
+                        "view": view,
+                        "loader": loader,
+                        **apart(shown(samples, places, loader), expected),
+                    }
+                )
+            if view == "train" and name == "photos":
+                own = ffcv_itself(set_, samples, places)
+                rows.append({"images": name, "view": view, "loader": "ffcv's own decoder", **apart(own, expected)})
+    return rows
+
+
+def shown(samples: Any, places: list[tuple[int, int]], loader: Any) -> torch.Tensor:
+    """The pixels of these places, ``(N, 3, 224, 224)``, of 255."""
+    found = [batch.images.cpu() for batch in batches_of(samples, places, 50, Options(loader, 0, DEVICE))]
+    std, mean = (torch.tensor(value).view(3, 1, 1) for value in (PREPROCESS.std, PREPROCESS.mean))
+    return (torch.cat(found) * std + mean) * 255
+
+
+def apart(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
+    """Over all images the mean difference, the worst image's mean, the worst pixel."""
+    by_image = (found - expected).abs()
+    return {
+        "mean": float(by_image.mean()),
+        "worst_image": float(by_image.mean((1, 2, 3)).max()),
+        "worst_pixel": float(by_image.max()),
+    }
+
+
+def ffcv_itself(source: Source, samples: Any, places: list[tuple[int, int]]) -> torch.Tensor:
+    """The same crops by the functions that FFCV's decoders call: fast cosine transform, INTER_AREA."""
+    from ffcv.libffcv import imdecode, resize_crop
+
+    shown = []
+    assert source.sizes is not None
+    for place in places:
+        data = np.frombuffer(source.read(place[1]), np.uint8)
+        height, width = source.sizes[place[1]].tolist()
+        image = np.zeros((height, width, 3), np.uint8)
+        imdecode(data, image, height, width, height, width, 0, 0, 1, 1, False, False)
+        crop = samples.view(place, (height, width)).crop
+        resized = np.zeros((224, 224, 3), np.uint8)
+        resize_crop(image, crop.top, crop.top + crop.height, crop.left, crop.left + crop.width, resized)
+        shown.append(torch.from_numpy(resized).permute(2, 0, 1).float())
+    return torch.stack(shown)
+
+
+def tables(figures: dict[str, dict[str, float]], rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    peer = figures["flyp"]
+    lines = [
+        "| loader | images/s | / flyp | CPU s per 1,000 | / flyp | "
+        + " | ".join(f"cores for {name}" for name in STEP_TFLOP)
+        + " |",
+        "|---" * (5 + len(STEP_TFLOP)) + "|",
+    ]
+    for loader, found in figures.items():
+        cores = [TFLOP_PER_SECOND / tflop * found["cpu_seconds"] / 1000 for tflop in STEP_TFLOP.values()]
+        lines.append(
+            f"| {loader} | {found['images_per_second']:.0f} "
+            f"| {found['images_per_second'] / peer['images_per_second']:.2f} "
+            f"| {found['cpu_seconds']:.2f} | {found['cpu_seconds'] / peer['cpu_seconds']:.2f} | "
+            + " | ".join(f"{count:.0f}" for count in cores)
+            + " |"
+        )
+    lines += ["", "| images | view | loader | mean | worst image | worst pixel |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        lines.append(
+            f"| {row['images']} | {row['view']} | {row['loader']} "
+            f"| {row['mean']:.3f} | {row['worst_image']:.3f} | {row['worst_pixel']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--data", default=str(DATA / "imagenet_samples/imagenet_samples.tar"), help="labelled tars"
+    )
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batches", type=int, default=16, help="a round of each loader")
+    parser.add_argument("--rounds", type=int, default=3, help="of all loaders in turn; the median counts")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--results", type=Path, help="folder for the JSON file")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        raw = open_webdataset(options.data, ".cls")
+        wanted = prepare.Options("beton", max_side=None, min_side=1)
+        prepare.prepare(prepare.RawSource(raw), folder / "ready", wanted, options.workers)
+        source = open_prepared(str(folder / "ready"), ".cls")
+        files = [folder / f"{index}.jpg" for index in range(len(source))]
+        for index, file in enumerate(files):
+            file.write_bytes(source.read(index))
+        measured: dict[str, list[tuple[float, float]]] = {loader: [] for loader in LOADERS}
+        for _ in range(options.rounds):
+            for loader in LOADERS:
+                ahead: Any = batches(loader, source, files, options.batch_size, options.workers)
+                measured[loader].append(measure(ahead, options.batches, options.batch_size))
+                ahead.close()
+        figures = {
+            loader: dict(
+                zip(
+                    ("images_per_second", "cpu_seconds"),
+                    map(statistics.median, zip(*rounds, strict=True)),
+                    strict=True,
+                )
+            )
+            for loader, rounds in measured.items()
+        }
+        rows = pixels(source, folder)
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    path = (options.results or REPOSITORY / "build/benchmarks") / f"{slug(device)}-loaders.json"
+    about = {"device": device, "workers": options.workers, "commit": commit()}
+    write_json(path, {**about, "loaders": figures, "pixels": rows})
+    print(f"\n{tables(figures, rows)}\n\n{path}")
+
+
+if __name__ == "__main__":
+    main()
