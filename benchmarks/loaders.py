@@ -113,6 +113,16 @@ def measure(ahead: Iterator[Any], num_batches: int, batch_size: int) -> tuple[fl
     return images / seconds, 1000 * (cpu_seconds() - cpu) / images
 
 
+def medians(rounds: list[tuple[float, float]], peer: list[tuple[float, float]]) -> dict[str, float]:
+    """Of all rounds; ratios are taken within each, since the machine's speed is not the same in all."""
+    figures = {}
+    for place, name in enumerate(("images_per_second", "cpu_seconds")):
+        figures[name] = statistics.median(found[place] for found in rounds)
+        ratios = [found[place] / other[place] for found, other in zip(rounds, peer, strict=True)]
+        figures[f"{name}_ratio"] = statistics.median(ratios)
+    return figures
+
+
 def pixels(source: Source, folder: Path) -> list[dict[str, Any]]:
     """Mean and largest difference from PIL, of 255: each loader, both views, photos and odd sizes."""
     odd = folder / "odd"
@@ -188,7 +198,6 @@ def ffcv_itself(source: Source, samples: Any, places: list[tuple[int, int]]) -> 
 
 def tables(figures: dict[str, dict[str, float]], rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    peer = figures["flyp"]
     lines = [
         "| loader | images/s | / flyp | CPU s per 1,000 | / flyp | "
         + " | ".join(f"cores for {name}" for name in STEP_TFLOP)
@@ -199,8 +208,8 @@ def tables(figures: dict[str, dict[str, float]], rows: list[dict[str, Any]]) -> 
         cores = [TFLOP_PER_SECOND / tflop * found["cpu_seconds"] / 1000 for tflop in STEP_TFLOP.values()]
         lines.append(
             f"| {loader} | {found['images_per_second']:.0f} "
-            f"| {found['images_per_second'] / peer['images_per_second']:.2f} "
-            f"| {found['cpu_seconds']:.2f} | {found['cpu_seconds'] / peer['cpu_seconds']:.2f} | "
+            f"| {found['images_per_second_ratio']:.2f} "
+            f"| {found['cpu_seconds']:.2f} | {found['cpu_seconds_ratio']:.2f} | "
             + " | ".join(f"{count:.0f}" for count in cores)
             + " |"
         )
@@ -221,7 +230,7 @@ def main() -> None:
     )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--batches", type=int, default=16, help="a round of each loader")
-    parser.add_argument("--rounds", type=int, default=3, help="of all loaders in turn; the median counts")
+    parser.add_argument("--rounds", type=int, default=7, help="of all loaders in turn; the median counts")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--results", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
@@ -240,19 +249,11 @@ def main() -> None:
                 ahead: Any = batches(loader, source, files, options.batch_size, options.workers)
                 measured[loader].append(measure(ahead, options.batches, options.batch_size))
                 ahead.close()
-        figures = {
-            loader: dict(
-                zip(
-                    ("images_per_second", "cpu_seconds"),
-                    map(statistics.median, zip(*rounds, strict=True)),
-                    strict=True,
-                )
-            )
-            for loader, rounds in measured.items()
-        }
+        figures = {loader: medians(rounds, measured["flyp"]) for loader, rounds in measured.items()}
         rows = pixels(source, folder)
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
-    path = (options.results or REPOSITORY / "build/benchmarks") / f"{slug(device)}-loaders.json"
+    default = REPOSITORY / ("benchmarks/results" if DEVICE.type == "cuda" else "build/benchmarks")
+    path = (options.results or default) / f"{slug(device)}-loaders.json"
     about = {"device": device, "workers": options.workers, "commit": commit()}
     write_json(path, {**about, "loaders": figures, "pixels": rows})
     print(f"\n{tables(figures, rows)}\n\n{path}")

@@ -306,6 +306,10 @@ def test_any_slip_in_any_key_is_told_with_the_key_that_was_meant(small: Path, ty
             "data.target.class_names: webdataset data needs imagenet or a text file",
         ),
         (
+            "data.reference.loader=ffcv",
+            "data.reference.loader = ffcv reads prepared sets alone: make one by python launch/prepare.py",
+        ),
+        (
             'evaluate.sets.val={"format": "webdataset", "path": "x"}',
             "evaluate.sets.val.class_names: webdataset data needs a text file of names",
         ),

@@ -1,7 +1,11 @@
 """A run over real JPEGs: ImageNet photos as target, captioned COCO photos as reference."""
 
+import io
 import json
 import os
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +69,23 @@ def test_a_run_over_real_photos_stays_finite_and_starts_at_the_noise_floor(
     if precision == "fp32":
         assert lines[-1]["image_norm"] > 10 * lines[0]["image_norm"]
     assert os.path.getsize(tmp_path / "run/model.safetensors") > 1e6
+
+
+@pytest.mark.realdata
+def test_the_benchmark_of_the_loaders_ends_in_tables(real_data: Path, tmp_path: Path) -> None:
+    tar = real_data / "captions" / "coco_captions_train.tar"
+    labelled = tmp_path / "labelled.tar"
+    with tarfile.open(tar) as source, tarfile.open(labelled, "w") as target:
+        for member in [member for member in source if member.name.endswith(".jpg")][:24]:
+            target.addfile(member, source.extractfile(member))
+            label = tarfile.TarInfo(member.name.replace(".jpg", ".cls"))
+            label.size = 1
+            target.addfile(label, io.BytesIO(b"0"))
+    command = [sys.executable, "benchmarks/loaders.py", "--data", str(labelled), "--results", str(tmp_path)]
+    command += ["--batch-size", "8", "--batches", "2", "--rounds", "1", "--workers", "1"]
+    run = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "| ffcv's own decoder | " in run.stdout
+    content = json.loads((tmp_path / "cpu-loaders.json").read_text())
+    assert list(content["loaders"]) == ["flyp", "plain", "dali", "ffcv"]
+    assert all(found["cpu_seconds"] > 0 for found in content["loaders"].values())

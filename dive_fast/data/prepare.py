@@ -165,7 +165,7 @@ def convert(image: bytes | Image.Image, options: Options) -> Converted:
     scale = 1.0 if options.max_side is None else min(1.0, options.max_side / shorter)
     if longer * scale > LARGEST_SIDE:
         raise UnusableError(f"a side longer than {LARGEST_SIDE} pixels")
-    reason = why_unusual(picture, data)
+    reason = why_unusual(picture, data) if data else "decoded"
     if scale == 1.0 and not reason:
         return Converted(data, height, width, "")
     picture = _rgb(picture)

@@ -140,7 +140,7 @@ def why_unusual(image: Image.Image, data: bytes) -> str:
         data: its bytes.
     """
     if image.format != "JPEG":
-        return image.format or "decoded"
+        return str(image.format)
     if image.mode not in ("RGB", "L"):
         return f"{image.mode} JPEG"
     if image.mode == "RGB" and image.info.get("adobe_transform") == 0:

@@ -370,3 +370,52 @@ def test_the_digest_changes_with_names_texts_sizes_and_order_and_with_nothing_el
     os.rename(tmp_path / "set", tmp_path / "moved")
     assert open_webdataset(str(tmp_path / "moved"), ".txt").digest() == original
     assert digest({key: parts | {"json": b"{}"} for key, parts in CAPTIONED.items()}) == original
+
+
+# What is left out
+
+
+def test_a_name_that_is_taken_keeps_the_first_and_texts_that_are_no_utf8_are_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tar = tiny.write_tar(
+        tmp_path / "a.tar",
+        {"a": {"jpg": tiny.jpeg(0), "txt": b"one"}, "b": {"jpg": tiny.jpeg(1), "txt": "größe".encode("latin-1")}},
+    )
+    with tarfile.open(tar, "a") as members:
+        for name, data in {"a.jpg": tiny.jpeg(2), "a.txt": b"two"}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            members.addfile(member, io.BytesIO(data))
+    source = open_webdataset(str(tar), ".txt")
+    assert [sample.texts for sample in source.samples] == [("one",)]
+    assert content(source, 0) == tiny.jpeg(0)
+    assert source.skipped == [
+        ("a.tar/a.jpg", "its name is taken"),
+        ("a.tar/a.txt", "its name is taken"),
+        ("a.tar/b", "its caption is not UTF-8"),
+    ]
+    source.report_skipped("data.reference")
+    assert caplog.messages == [
+        "data.reference: 2 samples left out: its name is taken (the first: a.tar/a.jpg)",
+        "data.reference: 1 samples left out: its caption is not UTF-8 (the first: a.tar/b)",
+    ]
+
+
+def test_what_is_whole_of_a_broken_tar_is_taken_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = tiny.write_tar(tmp_path / "a.tar", {key: {"jpg": b"x" * 700, "cls": b"1"} for key in "abc"})
+    labels = tiny.write_tar(tmp_path / "b.tar", {"d": {"jpg": b"x", "cls": b"cat"}})
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        ends = {member.name: member.offset_data + member.size for member in tar.getmembers()}
+    for size in (0, 100, ends["a.cls"], ends["b.jpg"] - 1, ends["b.cls"], ends["c.cls"]):
+        path.write_bytes(whole[:size])
+        expected = [key for key in "abc" if ends[f"{key}.cls"] <= size]
+        if not expected:
+            with pytest.raises(DataError, match="no sample has both"):
+                open_webdataset(str(path), ".cls", strict=False)
+            continue
+        source = open_webdataset(f"{tmp_path}/[ab].tar", ".cls", strict=False)
+        assert [sample.key for sample in source.samples] == [f"a.tar/{key}" for key in expected]
+        assert ("a.tar", "the tar is not whole") in source.skipped
+        assert (f"{labels.name}/d", "its label is no integer") in source.skipped

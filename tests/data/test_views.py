@@ -16,7 +16,17 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from dive_fast.data.views import ASPECT_RATIO, TRAIN_SCALE, Crop, Draw, Preprocess, random_crop, stream
+from dive_fast.data.resample import resize
+from dive_fast.data.views import (
+    ASPECT_RATIO,
+    TRAIN_SCALE,
+    Crop,
+    Draw,
+    Preprocess,
+    normalise,
+    random_crop,
+    stream,
+)
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 ODD_SIZES = [(1, 500), (500, 1), (31, 33), (5000, 40), (40, 5000), (1, 1), (2, 3), (375, 500)]
@@ -198,3 +208,69 @@ def test_a_size_may_be_one_number_or_two() -> None:
     config = {"mean": list(MEAN), "std": list(STD), "interpolation": "bicubic", "resize_mode": "shortest"}
     for size, expected in [(48, (48, 48)), ([48, 36], (48, 36)), ((48, 36), (48, 36))]:
         assert Preprocess.of(SimpleNamespace(preprocess_cfg=config | {"size": size})) == preprocess(expected)
+
+
+# Views of loaders that decode by themselves
+
+
+def smooth(height: int, width: int) -> Image.Image:
+    """No noise: since PIL 13 the order of its passes depends on the size, and so do the 8 bits in between."""
+    return picture(5, 6).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("size", [(48, 48), (48, 64)])
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
+def test_the_region_of_a_crop_resized_is_what_open_clip_shows(size: tuple[int, int], resize_mode: str) -> None:
+    """PIL's ``box`` is such a region."""
+    wanted = preprocess(size, resize_mode=resize_mode)
+    rng = np.random.default_rng(0)
+    sizes = [(1, 500), (500, 1), (31, 33), (2, 3), (48, 48), *map(tuple, rng.integers(20, 300, (40, 2)).tolist())]
+    for height, width in sizes:
+        image = smooth(height, width)
+        for crop in (None, random_crop((height, width), 0, height, width)):
+            view = wanted.eval_view((height, width)) if crop is None else wanted.train_view(crop)
+            part = image.crop(
+                (view.crop.left, view.crop.top, view.crop.left + view.crop.width, view.crop.top + view.crop.height)
+            )
+            top, left, bottom, right = view.region
+            found = part.resize(size[::-1], Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+            expected = np.asarray(wanted.cut(image, crop)).astype(int)
+            assert np.abs(np.asarray(found) - expected).max() <= 2, (height, width, crop)
+
+
+def test_borders_are_no_view() -> None:
+    with pytest.raises(ValueError, match="resize_mode longest has no view"):
+        preprocess((48, 48), resize_mode="longest").eval_view((60, 80))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_pixels_are_normalised_as_by_torchvision(dtype: torch.dtype, channels_last: bool) -> None:
+    images = [picture(48, 48), picture(48, 48).rotate(90)]
+    wanted = preprocess((48, 48))
+    expected = torch.stack([wanted.tensor(image) for image in images]).to(dtype)
+    pixels = torch.stack([torch.from_numpy(np.asarray(image).copy()) for image in images])
+    found = normalise(pixels, wanted, dtype, channels_last)
+    assert torch.equal(found, expected)
+    assert found.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@pytest.mark.parametrize("bilinear", [False, True])
+def test_the_compiled_resize_is_pils(bilinear: bool) -> None:
+    """To the last bit, but for tall images, whose columns PIL 13 resizes first."""
+    resample = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
+    rng = np.random.default_rng(1)
+    sizes = [(1, 500), (500, 1), (40, 3000), (3000, 40), (48, 64), (48, 100), (100, 64), (2, 2)]
+    for height, width in [*sizes, *rng.integers(1, 400, (60, 2)).tolist()]:
+        image = picture(height, width)
+        whole = (0.0, 0.0, float(height), float(width))
+        # In eighths of a pixel: PIL's box is in single precision.
+        part = (height // 2 / 8, width // 3 / 8, height - height // 4 / 8, width - width // 5 / 8)
+        for top, left, bottom, right in (whole, part):
+            found = np.empty((48, 64, 3), np.uint8)
+            resize(np.asarray(image), np.array((top, left, bottom, right)), found, bilinear)
+            expected = np.asarray(image.resize((64, 48), resample, box=(left, top, right, bottom))).astype(int)
+            if height <= 48 or width > 2 * height:
+                assert np.array_equal(found, expected), (height, width)
+            else:
+                assert np.abs(found - expected).mean() < 4, (height, width)  # pictures of pure noise
