@@ -168,13 +168,17 @@ def convert(image: bytes | Image.Image, options: Options) -> Converted:
     reason = why_unusual(picture, data) if data else "decoded"
     if scale == 1.0 and not reason:
         return Converted(data, height, width, "")
-    picture = _rgb(picture)
     if scale < 1.0:
         reason = "larger"
-        width, height = max(1, round(width * scale)), max(1, round(height * scale))
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        width, height = round(width * scale), round(height * scale)
     content = io.BytesIO()
-    picture.save(content, "JPEG", quality=options.quality)
+    try:
+        picture = _rgb(picture)
+        if scale < 1.0:
+            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        picture.save(content, "JPEG", quality=options.quality)
+    except UNDECODABLE as error:
+        raise UnusableError(f"{picture.mode} pixels become no JPEG") from error
     return Converted(content.getvalue(), height, width, reason)
 
 
@@ -191,6 +195,7 @@ def prepare(raw: Raw, output: Path, options: Options, workers: int) -> Manifest:
     if (output / prepared.MANIFEST).is_file():
         manifest = prepared.read_manifest(output)
         _same(manifest.options, _state(raw, options), output)
+        _tidy(output, manifest)
         return manifest
     parts = output / PARTS
     try:
@@ -381,13 +386,17 @@ def _finish(shards: Sequence[_Shard], raw: Raw, output: Path, options: Options) 
         options=_state(raw, options),
     )
     prepared.write_manifest(output, manifest)
-    kept = {file.name for file in files}
-    for shard in shards:
-        if f"{shard.name}.tar" not in kept:
-            for suffix in ("tar", "idx"):
-                (output / f"{shard.name}.{suffix}").unlink(missing_ok=True)
-    shutil.rmtree(parts)
+    _tidy(output, manifest)
     return manifest
+
+
+def _tidy(output: Path, manifest: Manifest) -> None:
+    """Removes what a whole set has no more use for: notes, and tars that are empty or have gone into a beton."""
+    kept = {Path(file.name).stem for file in manifest.files}
+    for path in [*output.glob("*.tar"), *output.glob("*.idx")]:
+        if path.stem not in kept:
+            path.unlink()
+    shutil.rmtree(output / PARTS, ignore_errors=True)
 
 
 def _to_beton(files: Sequence[File], index: Index, output: Path) -> tuple[list[File], Index]:

@@ -90,7 +90,7 @@ def index_of(rows: Sequence[Row]) -> Index:
     hashes = np.frombuffer(b"".join(row.hash for row in rows), np.uint8).reshape(-1, HASH_BYTES)
     index["hash"] = torch.from_numpy(hashes.copy())
     index |= _strings("key", [row.key.encode() for row in rows])
-    index |= _strings("text", ["\0".join(row.texts).encode() for row in rows])
+    index |= _strings("text", ["\0".join(text.replace("\0", " ") for text in row.texts).encode() for row in rows])
     if rows and rows[0].tokens is not None:
         index["tokens"] = torch.stack([row.tokens for row in rows if row.tokens is not None]).int()
     return index

@@ -372,6 +372,14 @@ def test_where_dali_gives_up_pil_goes_on(
 # What cannot be
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sixteen_bad_images_in_a_row_end_a_run_in_one_line_with_dali_too(tmp_path: Path, workers: int) -> None:
+    tar = tiny.write_tar(tmp_path / "a.tar", {f"{i:02d}": {"jpg": b"<html>", "cls": b"0"} for i in range(20)})
+    samples = EvaluationSamples(open_webdataset(str(tar), ".cls"), PREPROCESS)
+    with pytest.raises(DataError, match=r"^16 samples in a row are unusable; the last: .*a.tar/15: [^\n]*$"):
+        list(batches_of(samples, [(0, 0)], 1, Options("dali", workers)))
+
+
 @pytest.mark.parametrize(("loader", "module"), [("dali", "nvidia.dali"), ("ffcv", "ffcv.fields")])
 def test_a_loader_that_is_not_installed_says_how_to_install_it(
     labelled: Source, monkeypatch: pytest.MonkeyPatch, loader: Any, module: str

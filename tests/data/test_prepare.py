@@ -139,6 +139,7 @@ def test_a_large_image_is_made_smaller_by_its_shorter_side(
         (encoded(picture(), "PNG")[:900], "a broken image"),
         (encoded(picture(7, 500)), "a side shorter than 8 pixels"),
         (encoded(picture(1, 1), "GIF"), "a side shorter than 8 pixels"),
+        (Image.new("La", (20, 20)), "La pixels become no JPEG"),
     ],
 )
 def test_what_is_no_picture_is_left_out_with_a_reason(data: bytes, reason: str) -> None:
@@ -368,7 +369,11 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> Non
     assert files(tmp_path / "mine") == {"thesis.tex": b"precious"}
     first = make(tar, tmp_path / "set")
     before = files(tmp_path / "set")
-    assert make(tar, tmp_path / "set") == first  # nothing left to do
+    # Nothing left to do, but what a kill just after the manifest would leave.
+    (tmp_path / "set" / ".parts").mkdir()
+    (tmp_path / "set" / "000009.tar").touch()
+    assert make(tar, tmp_path / "set") == first
+    assert files(tmp_path / "set") == before
     with pytest.raises(DataError, match=r"prepared otherwise .*quality 95, not 50"):
         make(tar, tmp_path / "set", dataclasses.replace(SMALL, quality=50))
     with pytest.raises(DataError, match=r"prepared otherwise .*source"):
