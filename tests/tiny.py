@@ -99,6 +99,22 @@ def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
     return path
 
 
+def write_shards(folder: Path, count: int, shard: int = 10) -> Path:
+    """Tars of pictures of different sizes, labelled by fives and captioned."""
+    samples = {
+        f"{i:03d}": {
+            "jpg": jpeg(i, size=(40 + i, 36)),
+            "cls": str(i % 5).encode(),
+            "txt": f"caption {i % 7}{' and so on' * (i % 3)}".encode(),
+        }
+        for i in range(count)
+    }
+    keys = list(samples)
+    for number, first in enumerate(range(0, count, shard)):
+        write_tar(folder / f"{number}.tar", {key: samples[key] for key in keys[first : first + shard]})
+    return folder
+
+
 def write_target(folder: Path, count: int = 24, classes: int = 5) -> dict[str, Any]:
     """A labelled webdataset; returns its ``data.target`` section."""
     samples = {f"{i:04d}": {"jpg": jpeg(i), "cls": str(i % classes).encode()} for i in range(count)}

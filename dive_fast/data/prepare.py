@@ -28,6 +28,7 @@ from tqdm import tqdm
 from dive_fast.data import prepared
 from dive_fast.data.prepared import File, Index, Manifest, Row
 from dive_fast.data.source import UNDECODABLE, DataError, Skipped, Source, decode, why_unusual
+from dive_fast.data.workers import forking
 
 PARTS = ".parts"
 STATE = "state.json"
@@ -260,7 +261,8 @@ def _make(shards: Sequence[_Shard], raw: Raw, output: Path, options: Options, wo
     progress = tqdm(total=total, initial=done, desc="prepare", unit="image")
     try:
         with ProcessPoolExecutor(max(1, workers), initializer=_start, initargs=(raw, output, options)) as pool:
-            futures: dict[Future[None], _Shard] = {pool.submit(_make_shard, shard): shard for shard in shards}
+            with forking():
+                futures: dict[Future[None], _Shard] = {pool.submit(_make_shard, shard): shard for shard in shards}
             try:
                 for future in as_completed(futures):
                     future.result()

@@ -1,5 +1,7 @@
 """From a config's words to a data set."""
 
+from typing import Any
+
 from dive_fast.config import EvaluationSet, ReferenceConfig, TargetConfig
 from dive_fast.data.prepared import open_prepared
 from dive_fast.data.source import Source, open_csv, open_folder, open_webdataset
@@ -11,15 +13,7 @@ def open_target(config: TargetConfig | EvaluationSet) -> Source:
     Raises:
         DataError: they are not there, or not as the format says.
     """
-    if config.format == "folder":
-        return open_folder(config.path)
-    if config.format == "csv":
-        return open_csv(config.path, config.image_root, group=True)
-    return (
-        open_webdataset(config.path, ".cls")
-        if config.format == "webdataset"
-        else open_prepared(config.path, ".cls")
-    )
+    return _open(config, ".cls")
 
 
 def open_reference(config: ReferenceConfig) -> Source:
@@ -28,10 +22,12 @@ def open_reference(config: ReferenceConfig) -> Source:
     Raises:
         DataError: they are not there, or not as the format says.
     """
+    return _open(config, ".txt")
+
+
+def _open(config: Any, text: str) -> Source:
+    if config.format == "folder":
+        return open_folder(config.path)
     if config.format == "csv":
-        return open_csv(config.path, config.image_root, group=False)
-    return (
-        open_webdataset(config.path, ".txt")
-        if config.format == "webdataset"
-        else open_prepared(config.path, ".txt")
-    )
+        return open_csv(config.path, config.image_root, group=text == ".cls")
+    return (open_webdataset if config.format == "webdataset" else open_prepared)(config.path, text)

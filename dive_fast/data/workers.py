@@ -1,19 +1,21 @@
 """Work done ahead by worker processes, batch by batch and in order."""
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dive_fast.data.samples import Place
 from dive_fast.data.source import DataError
 
+Work = TypeVar("Work")
 Made = TypeVar("Made")
 
 
 def in_workers(
-    make: Callable[[list[Place]], Made], batches: Iterable[list[Place]], workers: int, pin: bool = False
+    make: Callable[[Work], Made], batches: Iterable[Work], workers: int, pin: bool = False
 ) -> Iterator[Made]:
     """``make`` of each batch, in order, by torch's DataLoader, whose processes start at once.
 
@@ -37,15 +39,31 @@ def in_workers(
         pin_memory=pin,
         **options,
     )
-    return _errors_in_one_line(iter(loader))
+    with forking():
+        batches_made = iter(loader)
+    return _errors_in_one_line(batches_made)
 
 
-class _Made(Dataset[Made], Generic[Made]):
-    def __init__(self, make: Callable[[list[Place]], Made]) -> None:
+@contextmanager
+def forking() -> Iterator[None]:
+    """Processes started inside leave alone what is garbage here.
+
+    Else one that collects it may shut down a DALI pipeline of this process, and wait for ever for threads that it
+    has not inherited.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+class _Made(Dataset[Made], Generic[Work, Made]):
+    def __init__(self, make: Callable[[Work], Made]) -> None:
         self.make = make
 
-    def __getitem__(self, places: list[Place]) -> Made:  # type: ignore[override]
-        return self.make(places)
+    def __getitem__(self, batch: Work) -> Made:  # type: ignore[override]
+        return self.make(batch)
 
 
 def _as_it_is(made: Made) -> Made:

@@ -1,6 +1,7 @@
 """The fast loaders against the plain one, on real files: the same samples, texts and order, and close pixels."""
 
 import dataclasses
+import gc
 import io
 import logging
 import sys
@@ -22,6 +23,7 @@ from dive_fast.data.prompts import PromptTable, read_templates
 from dive_fast.data.samples import EvaluationSamples, ReferenceSamples, TargetSamples
 from dive_fast.data.source import DataError, Source, open_folder, open_webdataset
 from dive_fast.data.views import Preprocess
+from dive_fast.data.workers import in_workers
 
 PREPROCESS = Preprocess((24, 24), (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), "bicubic", "shortest")
 COUNT, BATCH, SEED = 22, 4, 3
@@ -51,20 +53,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tars of captioned and labelled pictures of different sizes."""
-    folder = tmp_path_factory.mktemp("raw")
-    samples = {
-        f"{i:03d}": {
-            "jpg": jpeg(picture(40 + i, 36 + 3 * i)),
-            "cls": str(i % 5).encode(),
-            "txt": f"caption {i % 7}{' and so on' * (i % 3)}".encode(),
-        }
-        for i in range(COUNT)
-    }
-    keys = list(samples)
-    for shard, first in enumerate(range(0, COUNT, 10)):
-        tiny.write_tar(folder / f"{shard}.tar", {key: samples[key] for key in keys[first : first + 10]})
-    return folder
+    return tiny.write_shards(tmp_path_factory.mktemp("raw"), COUNT)
 
 
 def prepared(raw: Path, output: Path, text: str, **options: Any) -> Source:
@@ -367,6 +356,27 @@ def test_where_dali_gives_up_pil_goes_on(
     assert difference(torch.cat([batch.images for batch in batches]), expected).max() < TOLERANCE
     assert sum("DALI gave up" in message for message in caplog.messages) == 1
     assert sum("a.tar/09: cannot decode" in message for message in caplog.messages) == 2  # by plain, and here
+
+
+def _collect_garbage(places: Any) -> int:
+    return gc.collect()
+
+
+def test_workers_do_not_shut_down_the_pipelines_of_their_parent() -> None:
+    """They would wait for ever for its threads, which they have not inherited."""
+    from nvidia.dali import Pipeline, types
+
+    gc.disable()
+    try:
+        pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None)
+        with pipeline:
+            pipeline.set_outputs(types.Constant(1))
+        pipeline.run()
+        pipeline.cycle = pipeline
+        del pipeline
+        assert len(list(in_workers(_collect_garbage, [0], workers=1))) == 1
+    finally:
+        gc.enable()
 
 
 # What cannot be

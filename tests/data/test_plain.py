@@ -36,20 +36,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    samples = {
-        f"{i:03d}": {
-            "jpg": tiny.jpeg(i, size=(40 + i, 36)),
-            "cls": str(i % 5).encode(),
-            "txt": f"caption {i % 7}{' and so on' * (i % 3)}".encode(),
-        }
-        for i in range(COUNT)
-    }
-    keys = list(samples)
-    for shard, first in enumerate(range(0, COUNT, 10)):
-        part = {key: samples[key] for key in keys[first : first + 10]}
-        tiny.write_tar(folder / f"{shard}.tar", part)
-    return folder
+    return tiny.write_shards(tmp_path_factory.mktemp("shards"), COUNT)
 
 
 def targets(shards: Path, tokenizer: Any) -> TargetSamples:

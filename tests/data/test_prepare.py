@@ -51,15 +51,7 @@ def decoded(data: bytes) -> np.ndarray[Any, Any]:
 
 def write_set(path: Path, count: int = 22) -> Path:
     """A tar of captioned and labelled pictures."""
-    samples = {
-        f"{i:03d}": {
-            "jpg": tiny.jpeg(i, size=(40 + i, 36)),
-            "cls": str(i % 5).encode(),
-            "txt": f"caption {i}".encode(),
-        }
-        for i in range(count)
-    }
-    return tiny.write_tar(path, samples)
+    return (tiny.write_shards(path.with_suffix(""), count, shard=count) / "0.tar").rename(path)
 
 
 def make(
@@ -260,10 +252,10 @@ def test_tokens_are_those_of_the_tokenizer(tmp_path: Path) -> None:
         dataclasses.replace(SMALL, tokenizer="ViT-B-32"),
         ".txt",
     )
-    tokens = open_prepared(str(tmp_path / "set"), ".txt").tokens
-    assert tokens is not None
-    expected = open_clip.get_tokenizer("ViT-B-32")([f"caption {i}" for i in range(6)])
-    assert torch.equal(tokens.long(), expected)
+    source = open_prepared(str(tmp_path / "set"), ".txt")
+    assert source.tokens is not None
+    expected = open_clip.get_tokenizer("ViT-B-32")([sample.texts[0] for sample in source.samples])
+    assert torch.equal(source.tokens.long(), expected)
 
 
 def test_dali_reads_the_tars_by_their_index_files(tmp_path: Path) -> None:
