@@ -138,6 +138,12 @@ class TeacherConfig(Section):
     """Folder of the cache; default: `teacher` in the run folder. Name one to share a cache between runs."""
     batch_size: Positive = 256
     """Pairs embedded at once on each rank while the cache is written."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """What the cache stores; half the disk in `float16`, whose rounding lengthens difference vectors."""
+    audit: NonNegative = 64
+    """Pairs of the cache that are embedded again and compared before training; 0: none."""
+    verify: bool = True
+    """Hold each block of the cache to its checksum when it is first read."""
 
 
 class TrainConfig(Section):

@@ -1,13 +1,12 @@
 """The loop: batches in, steps, metrics, checkpoints, and at the end a model that open_clip loads."""
 
-import copy
 import json
 import logging
 import platform
 import subprocess
 import time
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from itertools import repeat
 from pathlib import Path
@@ -17,11 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from dive_fast import checkpoint, objective
-from dive_fast import teacher as teachers
-from dive_fast.config import Config, ConfigError, ReferenceConfig, TargetConfig
+from dive_fast.config import Config, ConfigError
 from dive_fast.data.ahead import Ahead
 from dive_fast.data.batch import ReferenceBatch, TargetBatch
-from dive_fast.data.loader import Options, training_batches
+from dive_fast.data.loader import training_batches
 from dive_fast.data.order import Order
 from dive_fast.data.prompts import PromptTable, read_class_names, read_templates
 from dive_fast.data.samples import ReferenceSamples, TargetSamples
@@ -29,6 +27,8 @@ from dive_fast.data.sets import open_reference, open_target
 from dive_fast.engine import AUTOCAST, Engine
 from dive_fast.evaluate.zero_shot import evaluate, open_set
 from dive_fast.ranks import Ranks
+from dive_fast.teacher.build import loader_options, open_teacher, reference_samples
+from dive_fast.teacher.teachers import Teacher
 from dive_fast.towers import Towers, create, tokenizer_of
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Run:
     target_order: Order
     reference: ReferenceSamples | None
     reference_order: Order | None
-    teacher: teachers.Teacher | None
+    teacher: Teacher | None
     total_steps: int
 
 
@@ -120,17 +120,15 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     total_steps = min(total_steps, config.train.max_steps or total_steps)
 
     goal = objective.create(config.objective, towers.width)
-    reference_samples = reference_order = teacher = None
+    pairs = reference_order = teacher = None
     if goal.needs_reference:
         assert reference is not None and config.data.reference is not None
-        pairs = config.data.reference
-        tokenizer = tokenizer_of(config.model, pairs.text_length)
-        reference_samples = ReferenceSamples(
-            reference, tokenizer, towers.preprocess, towers.pooled_at, seed, pairs.views
-        )
+        pairs = reference_samples(config, reference, towers)
         # Another stream than the target's, or both sets would be shuffled alike.
-        reference_order = Order(len(reference), pairs.batch_size, ranks.rank, ranks.world_size, seed + 1)
-        teacher = _teacher(config, folder, towers, reference_samples, ranks)
+        reference_order = Order(
+            len(reference), config.data.reference.batch_size, ranks.rank, ranks.world_size, seed + 1
+        )
+        teacher = open_teacher(config, folder, towers, pairs, ranks)
         if config.train.precision == "bf16" and ranks.first:
             logger.warning(
                 "train.precision = bf16 drowns difference vectors of 1e-3 in rounding: at |u| = 3e-3 the gradient "
@@ -147,7 +145,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         engine,
         target_samples,
         target_order,
-        reference_samples,
+        pairs,
         reference_order,
         teacher,
         total_steps,
@@ -235,10 +233,12 @@ Batches = Ahead[Loaded, Ready]
 def _batches(run: Run, steps: range) -> Batches:
     """The batches of the given steps on this rank's device, with the rows of a teacher who only looks them up."""
     data, device = run.config.data, run.ranks.device
-    targets = training_batches(run.target, run.target_order, steps, _options(run.config, data.target, run.ranks))
+    targets = training_batches(
+        run.target, run.target_order, steps, loader_options(run.config, data.target, run.ranks)
+    )
     loaded: zip[Loaded] = zip(targets, repeat(None), strict=False)
     if run.reference is not None and run.reference_order is not None and data.reference is not None:
-        options = _options(run.config, data.reference, run.ranks)
+        options = loader_options(run.config, data.reference, run.ranks)
         loaded = zip(targets, training_batches(run.reference, run.reference_order, steps, options), strict=True)
 
     def ready(batches: Loaded) -> Ready:
@@ -250,43 +250,6 @@ def _batches(run: Run, steps: range) -> Batches:
         return target.to(device), reference, rows
 
     return Ahead(loaded, ready, device)
-
-
-def _options(config: Config, data: TargetConfig | ReferenceConfig, ranks: Ranks) -> Options:
-    """How the training batches of a half are loaded."""
-    # Autocast would round the images to fp16 at once. Not for an online teacher, who sees them in fp32.
-    rounds = config.train.precision == "fp16" and config.teacher.mode == "cache" and ranks.device.type == "cuda"
-    return Options(
-        data.loader,
-        data.workers,
-        ranks.device,
-        torch.float16 if rounds else torch.float32,
-        hw_decoder_load=data.hw_decoder_load,
-    )
-
-
-def _teacher(
-    config: Config, folder: Path, towers: Towers, samples: ReferenceSamples, ranks: Ranks
-) -> teachers.Teacher:
-    if config.teacher.mode == "online":
-        return teachers.OnlineTeacher(copy.deepcopy(towers), ranks)
-    assert config.data.reference is not None
-    path = Path(config.teacher.path) if config.teacher.path is not None else folder / "teacher"
-    model = config.model.model_dump()
-    # In fp32, whatever the images of training are.
-    options = replace(_options(config, config.data.reference, ranks), dtype=torch.float32)
-    wanted = teachers.fingerprint(towers, model, samples, config.data.reference.text_length, options)
-    if not teachers.is_cache(path):
-        teachers.write_cache(
-            path,
-            copy.deepcopy(towers),
-            samples,
-            wanted,
-            ranks,
-            config.teacher.batch_size,
-            options,
-        )
-    return teachers.CachedTeacher(path, wanted)
 
 
 def _tuned(config: Config, exported: Path, ranks: Ranks) -> Towers:

@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from distributed import run_ranks
 from torch import Tensor
 
-from dive_fast import checkpoint, objective, teacher
+from dive_fast import checkpoint, objective
 from dive_fast.config import Config, ConfigError, ModelConfig
 from dive_fast.data.batch import ReferenceBatch, TargetBatch
 from dive_fast.data.prompts import pack
 from dive_fast.engine import Engine, LossScale, deepspeed_section, learning_rate_schedule
 from dive_fast.ranks import join
+from dive_fast.teacher.teachers import OnlineTeacher
 from dive_fast.towers import create, tokenizer_of
 
 TARGET, REFERENCE, WIDTH = 8, 12, 24
@@ -134,7 +135,7 @@ class Stage:
         self.folder, self.ranks = folder, join()
         model = ModelConfig(name=f"local-dir:{folder}")
         self.student = create(model)
-        self.teacher = teacher.OnlineTeacher(copy.deepcopy(self.student), self.ranks)
+        self.teacher = OnlineTeacher(copy.deepcopy(self.student), self.ranks)
         # The oracle draws its noise in the order of open_clip's names.
         own = self.student.state_dict()
         noisy = moved(open_clip.create_model(model.name).state_dict())

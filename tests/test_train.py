@@ -212,13 +212,21 @@ def test_a_cache_of_other_data_or_another_model_is_refused(tmp_path: Path) -> No
     assert "views" not in message
 
 
-def test_a_cache_whose_rows_are_wrong_is_found_at_the_first_step(tmp_path: Path) -> None:
+def test_a_cache_whose_rows_are_wrong_is_found_before_the_first_update(tmp_path: Path) -> None:
     tree, output = alone(tmp_path)
     run_alone(tree, output)
+    audited = json.loads((output / "audit.json").read_text())
+    assert audited["pairs"] == 24
+    assert 0 <= audited["image_max"] < 1e-5
     rows = np.load(output / "teacher/text.npy")
     np.save(output / "teacher/text.npy", rows[::-1])
     shutil.rmtree(output / "checkpoints")
-    assert "mean |v| before the first update is" in run_alone(tree, output)
+    for options, message in (
+        ({}, "text.npy: rows 0 to 23 have changed since they were written"),
+        ({"verify": False}, "Most likely the captions or the tokenizer are others"),
+        ({"verify": False, "audit": 0}, "mean |v| before the first update is"),
+    ):
+        assert message in run_alone(tree | {"teacher": options}, output)
 
 
 def test_a_named_checkpoint_that_is_not_whole_is_refused(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ class Draw(IntEnum):
     CROP = 0
     PROMPT = 1
     ORDER = 2
+    AUDIT = 3
 
 
 def stream(seed: int, purpose: Draw, first: int, second: int = 0) -> np.random.Generator:

@@ -1,0 +1,93 @@
+"""A random part of a teacher cache, embedded again and compared: is it this model's, of this data?"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from dive_fast.data.loader import Options, batches_of
+from dive_fast.data.samples import Place, ReferenceSamples
+from dive_fast.data.views import Draw, stream
+from dive_fast.objective import Pairs
+from dive_fast.ranks import Ranks
+from dive_fast.teacher.store import REBUILD, CacheError, write_json
+from dive_fast.teacher.teachers import CachedTeacher, OnlineTeacher
+from dive_fast.towers import Towers
+
+TOLERANCE = {"float32": 1e-4, "float16": 1e-3}
+"""Longest difference of two unit rows that rounding may make: of fp32 arithmetic in another order, of storage."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Lengths of the differences between cached and fresh unit rows: the noise floor of difference vectors."""
+
+    pairs: int
+    image_mean: float
+    image_max: float
+    text_mean: float
+    text_max: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.pairs} pairs embedded again: image rows differ by {self.image_mean:.1e} on average, "
+            f"{self.image_max:.1e} at most, text rows by {self.text_mean:.1e} and {self.text_max:.1e}"
+        )
+
+
+def audit(
+    teacher: CachedTeacher,
+    towers: Towers,
+    samples: ReferenceSamples,
+    ranks: Ranks,
+    batch_size: int,
+    options: Options,
+    pairs: int,
+) -> Audit:
+    """Embeds some pairs again, drawn by the run's seed, and holds the cache to them.
+
+    Args:
+        towers: the frozen model, a copy of its own.
+        pairs: how many, at most all.
+
+    Raises:
+        CacheError: rows differ by more than rounding; says by how much, and what is most likely the cause.
+    """
+    layout = teacher.store.layout
+    draws = stream(samples.seed, Draw.AUDIT, 0)
+    count = min(pairs, layout.samples * layout.views)
+    chosen = draws.choice(layout.samples * layout.views, count, replace=False).tolist()
+    places: list[Place] = [divmod(row, layout.samples) for row in chosen]
+    online = OnlineTeacher(towers, ranks)
+    lengths = []
+    for batch in batches_of(samples, places, batch_size, options):
+        batch = batch.to(ranks.device)
+        lengths.append(_lengths(teacher(batch), online(batch)))
+    both = torch.cat(lengths) if lengths else torch.zeros(1, 2)
+    (image_mean, text_mean), (image_max, text_max) = both.mean(0).tolist(), both.amax(0).tolist()
+    found = Audit(count, image_mean, image_max, text_mean, text_max)
+    tolerance = TOLERANCE[layout.dtype]
+    if not (image_max <= tolerance and text_max <= tolerance):
+        raise CacheError(
+            f"teacher cache {teacher.store.folder}: {found}; rounding explains {tolerance:.0e}. "
+            f"Most likely {_cause(image_max > tolerance, text_max > tolerance)}; {REBUILD}"
+        )
+    return found
+
+
+def write_audit(path: Path, found: Audit) -> None:
+    """Saves what was found, as JSON."""
+    write_json(path, asdict(found))
+
+
+def _lengths(cached: Pairs, fresh: Pairs) -> torch.Tensor:
+    """``(B, 2)``: of the differences of images and of texts."""
+    return torch.stack([(one - other).norm(dim=1).cpu() for one, other in zip(cached, fresh, strict=True)], dim=1)
+
+
+def _cause(images_differ: bool, texts_differ: bool) -> str:
+    if images_differ and texts_differ:
+        return "the weights or the order of the samples are others than when it was written"
+    if images_differ:
+        return "the image files or their decoder are others than when it was written"
+    return "the captions or the tokenizer are others than when it was written"

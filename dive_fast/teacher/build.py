@@ -1,0 +1,104 @@
+"""From a config to its teacher: the reference samples as training sees them, their cache opened or written."""
+
+import copy
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dive_fast.config import Config, ReferenceConfig, TargetConfig
+from dive_fast.data.loader import Options
+from dive_fast.data.samples import ReferenceSamples
+from dive_fast.data.source import Source
+from dive_fast.ranks import Ranks
+from dive_fast.teacher import store
+from dive_fast.teacher.audit import Audit, audit, write_audit
+from dive_fast.teacher.fingerprint import fingerprint
+from dive_fast.teacher.teachers import CachedTeacher, OnlineTeacher, Teacher
+from dive_fast.teacher.write import remove, write_cache
+from dive_fast.towers import Towers, tokenizer_of
+
+logger = logging.getLogger(__name__)
+
+
+def reference_samples(config: Config, source: Source, towers: Towers) -> ReferenceSamples:
+    """The samples of ``data.reference``.
+
+    Args:
+        source: what ``data.reference`` names.
+    """
+    data = config.data.reference
+    assert data is not None
+    tokenizer = tokenizer_of(config.model, data.text_length)
+    return ReferenceSamples(source, tokenizer, towers.preprocess, towers.pooled_at, config.train.seed, data.views)
+
+
+def loader_options(config: Config, data: TargetConfig | ReferenceConfig, ranks: Ranks) -> Options:
+    """How the training batches of a half are loaded."""
+    # Autocast would round the images to fp16 at once. Not for an online teacher, who sees them in fp32.
+    rounds = config.train.precision == "fp16" and config.teacher.mode == "cache" and ranks.device.type == "cuda"
+    return Options(
+        data.loader,
+        data.workers,
+        ranks.device,
+        torch.float16 if rounds else torch.float32,
+        hw_decoder_load=data.hw_decoder_load,
+    )
+
+
+def open_teacher(config: Config, folder: Path, towers: Towers, samples: ReferenceSamples, ranks: Ranks) -> Teacher:
+    """The teacher of a run, its cache written where there is none, and audited.
+
+    Args:
+        folder: the run's.
+        towers: the frozen model; copied.
+
+    Raises:
+        CacheError: the cache is of something else, damaged, or fails its audit.
+    """
+    if config.teacher.mode == "online":
+        return OnlineTeacher(copy.deepcopy(towers), ranks)
+    path = cache_folder(config, folder)
+    if not store.is_there(path) and ranks.first:
+        logger.warning("no teacher cache in %s: the reference set is embedded first, once", path)
+    teacher, found = open_cache(config, path, towers, samples, ranks)
+    if ranks.first and found is not None:
+        logger.info("teacher cache: %s", found)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_audit(folder / "audit.json", found)
+    return teacher
+
+
+def open_cache(
+    config: Config, path: Path, towers: Towers, samples: ReferenceSamples, ranks: Ranks, rebuild: bool = False
+) -> tuple[CachedTeacher, Audit | None]:
+    """The cache of a config, written where there is none; and its audit, unless ``teacher.audit`` is 0.
+
+    Args:
+        rebuild: remove what is there and write it anew.
+
+    Raises:
+        CacheError: the cache is of something else, damaged, or fails its audit.
+    """
+    data, options = config.data.reference, config.teacher
+    assert data is not None
+    # In fp32, whatever the images of training are.
+    loading = replace(loader_options(config, data, ranks), dtype=torch.float32)
+    wanted = fingerprint(towers, config.model.model_dump(), samples, data.text_length, loading, options.dtype)
+    if rebuild:
+        if ranks.first:
+            remove(path)
+        ranks.barrier()
+    if not store.is_there(path):
+        write_cache(path, copy.deepcopy(towers), samples, wanted, ranks, options.batch_size, loading)
+    teacher = CachedTeacher(path, wanted, options.verify)
+    if options.audit == 0:
+        return teacher, None
+    sizes = options.batch_size, loading, options.audit
+    return teacher, audit(teacher, copy.deepcopy(towers), samples, ranks, *sizes)
+
+
+def cache_folder(config: Config, folder: Path) -> Path:
+    """Where the cache of a run lies."""
+    return Path(config.teacher.path) if config.teacher.path is not None else folder / "teacher"

@@ -1,0 +1,265 @@
+"""The files of a teacher cache: rows of both towers in blocks, each block with a checksum.
+
+``image.npy`` is ``(views * N, D)``, view by view: the row of a sample is ``view * N + sample``. ``text.npy`` is
+``(N, D)``. A block is BLOCK consecutive samples of one view, their captions with the first view.
+
+While a cache is written it has another name. Each rank notes every block it has written in a journal of its own,
+after the rows are on the disk; after a kill the blocks that no journal names are written, by however many ranks.
+"""
+
+import json
+import math
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dive_fast.config import ConfigError
+
+FORMAT = 3
+BLOCK = 1024
+MANIFEST, CHECKSUMS = "cache.json", "checksums.npy"
+HALVES = ("image", "text")
+REBUILD = "rebuild it by launch/cache.py --config CONFIG --rebuild"
+_RECORD = struct.Struct("<QIII")
+"""Of a journal: block, checksums of its image rows and text rows, checksum of the record so far."""
+
+
+class CacheError(ConfigError):
+    """A teacher cache that cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of a cache."""
+
+    samples: int
+    views: int
+    width: int
+    dtype: str
+    """``float32`` or ``float16``."""
+
+    @property
+    def blocks_per_view(self) -> int:
+        return math.ceil(self.samples / BLOCK)
+
+    @property
+    def blocks(self) -> range:
+        """All blocks, the first view's before the second's."""
+        return range(self.views * self.blocks_per_view)
+
+    def place(self, block: int) -> tuple[int, range]:
+        """The view and the samples of a block."""
+        view, number = divmod(block, self.blocks_per_view)
+        return view, range(number * BLOCK, min((number + 1) * BLOCK, self.samples))
+
+    def shape(self, half: str) -> tuple[int, int]:
+        """Of the array of a half."""
+        return (self.samples * (self.views if half == "image" else 1), self.width)
+
+    def rows(self, half: str, block: int) -> range:
+        """The rows of a block in the array of a half; a later view has no texts."""
+        view, samples = self.place(block)
+        if half == "text":
+            return samples if view == 0 else range(0)
+        first = view * self.samples + samples.start
+        return range(first, first + len(samples))
+
+
+def partial_name(folder: Path) -> Path:
+    """What a cache is called until it is whole."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def is_there(folder: Path) -> bool:
+    """Whether something was begun or finished under this name."""
+    return (folder / MANIFEST).is_file()
+
+
+def create(folder: Path, layout: Layout, fingerprint: dict[str, Any]) -> None:
+    """Makes the files of a cache, all their space taken, no row written.
+
+    Raises:
+        OSError: the disk has not the space.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for half in HALVES:
+        shape, dtype = layout.shape(half), np.dtype(layout.dtype)
+        with (folder / f"{half}.npy").open("wb") as file:
+            header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.flush()
+            # Now rather than in hours: a full disk, met through a memory map, kills the process.
+            os.posix_fallocate(file.fileno(), 0, file.tell() + shape[0] * shape[1] * dtype.itemsize)
+    # Last: with it there is something to go on with.
+    write_json(folder / MANIFEST, {"format": FORMAT, "layout": asdict(layout), "fingerprint": fingerprint})
+
+
+def read_manifest(folder: Path) -> tuple[Layout, dict[str, Any]]:
+    """Layout and fingerprint of a cache, whole or not.
+
+    Raises:
+        CacheError: they cannot be read.
+    """
+    try:
+        found = json.loads((folder / MANIFEST).read_text())
+        if found["format"] != FORMAT:
+            raise CacheError(f"{folder}: a teacher cache of format {found['format']}, this version has {FORMAT}")
+        return Layout(**found["layout"]), found["fingerprint"]
+    except CacheError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CacheError(f"{folder / MANIFEST}: cannot read it: {error}") from error
+
+
+class Writer:
+    """Writes blocks of a cache that was created, as one of the ranks."""
+
+    def __init__(self, folder: Path, layout: Layout, rank: int) -> None:
+        self._layout = layout
+        self._files = {half: (folder / f"{half}.npy").open("r+b") for half in HALVES}
+        self._starts = {half: _data_start(file) for half, file in self._files.items()}
+        self._journal = (folder / f"journal-{rank}").open("ab")
+        torn = self._journal.tell() % _RECORD.size
+        if torn:  # of a record that a kill cut off
+            self._journal.truncate(self._journal.tell() - torn)
+
+    def write(self, block: int, rows: dict[str, NDArray[Any]]) -> None:
+        """Writes the rows of a block, ``{half: (n, D)}``, and notes that they are there.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        checksums = []
+        for half in HALVES:
+            own = np.ascontiguousarray(rows[half], self._layout.dtype)
+            place = self._layout.rows(half, block)
+            assert own.shape == (len(place), self._layout.width)
+            data = own.tobytes()
+            checksums.append(zlib.crc32(data))
+            stride = self._layout.width * own.itemsize
+            _write_at(self._files[half], data, self._starts[half] + place.start * stride)
+        for file in self._files.values():
+            os.fdatasync(file.fileno())
+        head = struct.pack("<QII", block, *checksums)
+        self._journal.write(head + struct.pack("<I", zlib.crc32(head)))
+        self._journal.flush()
+        os.fdatasync(self._journal.fileno())
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in (*self._files.values(), self._journal):
+            file.close()
+
+
+def done(folder: Path) -> dict[int, tuple[int, int]]:
+    """The blocks that any rank has written, with the checksums of their halves."""
+    found: dict[int, tuple[int, int]] = {}
+    for journal in sorted(folder.glob("journal-*")):
+        data = journal.read_bytes()
+        for start in range(0, len(data) - _RECORD.size + 1, _RECORD.size):
+            block, image, text, own = _RECORD.unpack_from(data, start)
+            if own == zlib.crc32(data[start : start + _RECORD.size - 4]):
+                found[block] = image, text
+    return found
+
+
+def finish(partial: Path, folder: Path, layout: Layout) -> None:
+    """Gives a cache whose blocks are all written its checksums and its name."""
+    found = done(partial)
+    assert set(found) == set(layout.blocks), "not all blocks are written"
+    checksums = np.array([found[block] for block in layout.blocks], np.uint32).reshape(-1, len(HALVES))
+    with (partial / CHECKSUMS).open("wb") as file:
+        np.save(file, checksums)
+    for journal in partial.glob("journal-*"):
+        journal.unlink()
+    partial.rename(folder)
+
+
+class Store:
+    """A whole cache, memory-mapped."""
+
+    def __init__(self, folder: Path, verify: bool = True) -> None:
+        """Opens it.
+
+        Args:
+            verify: hold each block to its checksum when a row of it is first read.
+
+        Raises:
+            CacheError: a file is missing, cut off or not as the manifest says.
+        """
+        self.folder, self._verify = folder, verify
+        self.layout, self.fingerprint = read_manifest(folder)
+        try:
+            self._rows = {half: np.load(folder / f"{half}.npy", mmap_mode="r") for half in HALVES}
+            self._checksums = np.load(folder / CHECKSUMS)
+        except (OSError, ValueError, EOFError) as error:
+            raise CacheError(f"teacher cache {folder}: a file of it is damaged: {error}") from error
+        shapes = {half: (rows.shape, rows.dtype.name) for half, rows in self._rows.items()}
+        if shapes != {half: (self.layout.shape(half), self.layout.dtype) for half in HALVES} or len(
+            self._checksums
+        ) != len(self.layout.blocks):
+            raise CacheError(f"teacher cache {folder}: its arrays are not those of its {MANIFEST}")
+        self._verified = np.zeros((len(self.layout.blocks), len(HALVES)), bool)
+
+    def read(self, half: str, sample: NDArray[np.int64], view: NDArray[np.int64], out: NDArray[Any]) -> None:
+        """Copies the rows of samples in their views, ``(B,)`` each, into ``out``, ``(B, D)``.
+
+        Raises:
+            CacheError: bytes of their blocks have changed since they were written.
+        """
+        view = view if half == "image" else np.zeros_like(view)
+        if self._verify:
+            for block in self._unread(half, view * self.layout.blocks_per_view + sample // BLOCK):
+                self._check(half, block)
+        np.take(self._rows[half], view * self.layout.samples + sample, axis=0, out=out)
+
+    def check_all(self) -> None:
+        """Holds every block to its checksum.
+
+        Raises:
+            CacheError: bytes have changed since they were written.
+        """
+        for half in HALVES:
+            for block in self.layout.blocks:
+                self._check(half, block)
+
+    def _unread(self, half: str, blocks: NDArray[np.int64]) -> Iterator[int]:
+        verified = self._verified[:, HALVES.index(half)]
+        yield from np.unique(blocks[~verified[blocks]]).tolist()
+
+    def _check(self, half: str, block: int) -> None:
+        rows = self.layout.rows(half, block)
+        place = HALVES.index(half)
+        if zlib.crc32(self._rows[half][rows.start : rows.stop]) != self._checksums[block, place]:
+            raise CacheError(
+                f"{self.folder / half}.npy: rows {rows.start} to {rows.stop - 1} have changed since they were "
+                f"written, by the disk or a copy; {REBUILD}"
+            )
+        self._verified[block, place] = True
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(path)
+
+
+def _data_start(file: BinaryIO) -> int:
+    assert np.lib.format.read_magic(file) == (1, 0)
+    np.lib.format.read_array_header_1_0(file)
+    return file.tell()
+
+
+def _write_at(file: BinaryIO, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(file.fileno(), view, offset)
+        view, offset = view[written:], offset + written
