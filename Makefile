@@ -31,7 +31,7 @@ test test-all: install
 	check format $(bin)/ruff format --check .; \
 	check types $(bin)/mypy; \
 	check imports $(bin)/lint-imports --no-logo; \
-	check kernels $(bin)/pytest $(selection) $(interpreted); \
+	check kernels $(bin)/pytest $(selection) $(interpreted) -n logical --maxprocesses 4; \
 	$(bin)/pytest $(selection) $(addprefix --ignore=,$(interpreted)) --cov --cov-report=term:skip-covered \
 		|| failed="$$failed tests"; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }

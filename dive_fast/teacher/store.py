@@ -218,7 +218,10 @@ class Store:
         if self._verify:
             for block in self._unread(half, view * self.layout.blocks_per_view + sample // BLOCK):
                 self._check(half, block)
-        np.take(self._rows[half], view * self.layout.samples + sample, axis=0, out=out)
+        rows = view * self.layout.samples + sample
+        assert len(rows) == 0 or 0 <= rows.min() <= rows.max() < len(self._rows[half])
+        # With mode "raise" numpy would gather into memory of its own, and copy from there.
+        np.take(self._rows[half], rows, axis=0, out=out, mode="clip")
 
     def check_all(self) -> None:
         """Holds every block to its checksum.
