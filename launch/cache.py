@@ -3,29 +3,23 @@
 Killed, the same command goes on where it stopped.
 """
 
-import argparse
 import logging
-import os
 import sys
-from pathlib import Path
 
-CONFIGS = Path(__file__).parent / "configs"
+import command
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parses, calls, and turns a user's mistake into one line and exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True, help="a path, or a name in launch/configs")
+    parser = command.parser(__doc__, "teacher.dtype=float16")
     parser.add_argument("--rebuild", action="store_true", help="remove the cache that is there, and write it anew")
-    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. teacher.dtype=float16")
     options = parser.parse_intermixed_args(arguments)
 
     # Only pydantic so far: a typo is told at once.
     from dive_fast.config import ConfigError, load
 
     try:
-        config = load(options.config, options.overrides, CONFIGS)
+        config = load(options.config, options.overrides, command.CONFIGS)
         if config.data.reference is None:
             raise ConfigError("data.reference: a teacher cache is of a reference set; name one")
         from dive_fast.data.sets import open_reference
@@ -35,28 +29,22 @@ def main(arguments: list[str] | None = None) -> int:
         from dive_fast.teacher.audit import write_audit
         from dive_fast.towers import create
     except ConfigError as error:
-        return _complain(error)
+        return command.complain(error)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     ranks = join()
-    path = build.cache_folder(config, Path(config.train.output or f"runs/{Path(options.config).stem}"))
+    path = build.cache_folder(config, command.run_folder(config.train.output, options.config))
     try:
         source = open_reference(config.data.reference)
         towers = create(config.model)
         samples = build.reference_samples(config, source, towers)
         _, found = build.open_cache(config, path, towers, samples, ranks, options.rebuild)
     except (ConfigError, DataError) as error:
-        return _complain(error)
+        return command.complain(error)
     if ranks.first:
         print(f"{path}: {len(source)} pairs" + (f"; {found}" if found is not None else ""))
         if found is not None:
             write_audit(path / "audit.json", found)
     return 0
-
-
-def _complain(error: Exception) -> int:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -71,8 +71,9 @@ class Ahead(Iterator[Ready], Generic[Item, Ready]):
     def _run(self) -> None:
         try:
             if self._device.type == "cuda":
-                with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)) as _:
-                    self._fill(torch.cuda.current_stream(self._device))
+                stream = torch.cuda.Stream(self._device)
+                with torch.cuda.device(self._device), torch.cuda.stream(stream):
+                    self._fill(stream)
             else:
                 self._fill(None)
             self._put(None, None, StopIteration())

@@ -137,8 +137,7 @@ class _Read:
                 return data, self.samples.view(place, (image.height, image.width))
             cut = self.samples.cut(place, image)
         except UNDECODABLE as error:
-            sample = source.samples[place[1]]
-            raise DataError(f"{sample.path}: sample {sample.key}: cannot decode the image: {error}") from error
+            raise source.samples[place[1]].unusable(f"cannot decode the image: {error}") from error
         content = io.BytesIO()
         cut.save(content, "BMP")
         return content.getvalue(), preprocess.train_view(Crop(0, 0, cut.height, cut.width))

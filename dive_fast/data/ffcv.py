@@ -96,14 +96,11 @@ class Beton:
         self._path = source.beton
         self._source = source
         try:
-            images = Reader(str(self._path)).metadata["f0"]
+            count = int(Reader(str(self._path)).num_samples)
         except Exception as error:  # whatever its parser stumbles over
             raise DataError(f"{self._path}: not a file of FFCV: {error}; prepare the set anew") from error
-        if len(images) != len(source):
-            raise DataError(
-                f"{self._path}: {len(images)} samples, its index has {len(source)}; prepare the set anew"
-            )
-        self._offsets = images["data_ptr"]
+        if count != len(source):
+            raise DataError(f"{self._path}: {count} samples, its index has {len(source)}; prepare the set anew")
         self._bytes: NDArray[np.uint8] = np.memmap(self._path, np.uint8, "r")
 
     def decode(self, place: Place, view: View, pixels: NDArray[np.uint8], bilinear: bool) -> None:
@@ -117,11 +114,10 @@ class Beton:
         from dive_fast.data.resample import resize
 
         sample = self._source.samples[place[1]]
-        offset = int(self._offsets[place[1]])
-        encoded = self._bytes[offset : offset + sample.size]
+        encoded = self._bytes[sample.offset : sample.offset + sample.size]
         image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
         if image is None:
-            raise DataError(f"{self._path}: sample {sample.key}: cannot decode the image: the file is damaged")
+            raise sample.unusable("cannot decode the image: the file is damaged")
         crop = view.crop
         part = image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
         resize(part, np.array(view.region), pixels, bilinear)

@@ -8,21 +8,19 @@ crops and texts, in the same order, whatever the number of workers, and a resume
 import importlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
+from dive_fast.config import Loader
 from dive_fast.data.order import Order
 from dive_fast.data.samples import Batch, Place, Samples
-
-Name = Literal["plain", "dali", "ffcv"]
 
 
 @dataclass(frozen=True)
 class Options:
     """How batches are loaded; none of it changes what is in them, but for the rounding of ``dtype``."""
 
-    loader: Name = "plain"
+    loader: Loader = "plain"
     workers: int = 0
     """`plain`: processes that decode. `dali` and `ffcv`: threads that decode. 0: the calling thread does all."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

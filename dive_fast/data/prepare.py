@@ -29,6 +29,7 @@ from dive_fast.data import prepared
 from dive_fast.data.prepared import File, Index, Manifest, Row
 from dive_fast.data.source import UNDECODABLE, DataError, Skipped, Source, decode, why_unusual
 from dive_fast.data.workers import forking
+from dive_fast.files import write_whole
 
 PARTS = ".parts"
 STATE = "state.json"
@@ -60,7 +61,6 @@ class UnusableError(Exception):
 class RawSample(NamedTuple):
     """One sample of a raw set."""
 
-    key: str
     image: bytes | Image.Image
     label: int
     texts: tuple[str, ...]
@@ -108,7 +108,7 @@ class RawSource(Raw):
     def read(self, index: int) -> RawSample:
         sample = self._source.samples[index]
         try:
-            return RawSample(sample.key, self._source.read(index), sample.label, sample.texts)
+            return RawSample(self._source.read(index), sample.label, sample.texts)
         except DataError as error:
             raise UnusableError("cannot be read") from error
 
@@ -136,7 +136,7 @@ class RawDataset(Raw):
             raise UnusableError(_why(error)) from error
         if not isinstance(image, Image.Image):
             raise UnusableError(f"not a picture but {type(image).__name__}")
-        return RawSample(self.key(index), image, int(label), ())
+        return RawSample(image, int(label), ())
 
     def digest(self) -> str:
         return f"{self._name}: {len(self)}"
@@ -231,7 +231,7 @@ def _claim(parts: Path, state: dict[str, Any], output: Path) -> None:
     if output.is_dir() and any(entry.name != PARTS for entry in output.iterdir()):
         raise DataError(f"{output}: holds something else; name an empty folder or a new one")
     parts.mkdir(parents=True, exist_ok=True)
-    _write(parts / STATE, json.dumps(state).encode())
+    write_whole(parts / STATE, json.dumps(state).encode())
 
 
 def _same(found: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
@@ -310,18 +310,18 @@ def _make_shard(shard: _Shard) -> None:
             tokens = tokenizer(list(sample.texts[:1]))[0] if tokenizer is not None and sample.texts else None
             rows.append(
                 Row(
-                    *(sample.key, 0, offsets[0], len(image.jpeg), image.height, image.width),
+                    *(raw.key(number), 0, offsets[0], len(image.jpeg), image.height, image.width),
                     *(sample.label, sample.texts, digest, tokens),
                 )
             )
     file = File(name, len(rows), partial.stat().st_size, prepared.file_hash(partial))
-    _write(output / f"{shard.name}.idx", "\n".join([f"v1.2 {len(index)}", *index]).encode())
+    write_whole(output / f"{shard.name}.idx", "\n".join([f"v1.2 {len(index)}", *index]).encode())
     partial.rename(output / name)
     if rows:
-        _write(output / PARTS / f"{shard.name}.safetensors", save(prepared.index_of(rows)))
+        write_whole(output / PARTS / f"{shard.name}.safetensors", save(prepared.index_of(rows)))
     # Written last: with it the shard is done.
     note = {"file": asdict(file), "skipped": [entry._asdict() for entry in skipped], "converted": converted}
-    _write(output / PARTS / f"{shard.name}.json", json.dumps(note).encode())
+    write_whole(output / PARTS / f"{shard.name}.json", json.dumps(note).encode())
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
@@ -331,12 +331,6 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     offset = tar.offset + tarfile.BLOCKSIZE
     tar.addfile(member, io.BytesIO(data))
     return offset
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(data)
-    partial.rename(path)
 
 
 def _decoded(data: bytes) -> Image.Image:
@@ -375,7 +369,7 @@ def _finish(shards: Sequence[_Shard], raw: Raw, output: Path, options: Options) 
     files = [File(**note["file"]) for _, note in used]
     if options.container == "beton":
         files, index = _to_beton(files, index, output)
-    _write(output / prepared.INDEX, save(index))
+    write_whole(output / prepared.INDEX, save(index))
     prepared.write_skipped(output / prepared.SKIPPED, skipped)
     manifest = Manifest(
         format=prepared.FORMAT,

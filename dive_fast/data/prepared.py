@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dive_fast.data.source import DataError, Sample, Skipped, Source, locate
+from dive_fast.files import write_whole
 
 FORMAT = 1
 MANIFEST, INDEX, SKIPPED, BETON = "manifest.json", "index.safetensors", "skipped.jsonl", "data.beton"
@@ -141,9 +142,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest, which makes the set whole, or nothing."""
-    partial = folder / f"{MANIFEST}.partial"
-    partial.write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n")
-    partial.rename(folder / MANIFEST)
+    text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n"
+    write_whole(folder / MANIFEST, text.encode())
 
 
 def open_prepared(path: str, text: str) -> Source:
@@ -247,7 +247,7 @@ def file_hash(path: Path) -> str:
 def write_skipped(path: Path, skipped: Iterable[Skipped]) -> None:
     """One JSON object a line."""
     lines = (json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in skipped)
-    path.write_text("".join(lines), encoding="utf-8")
+    write_whole(path, "".join(lines).encode())
 
 
 def _strings(name: str, values: Sequence[bytes]) -> Index:

@@ -51,9 +51,8 @@ class Samples(ABC, Generic[Batch]):
         try:
             return self.preprocess.cut(image, self.crop(place, (image.height, image.width)))
         except ValueError as error:
-            sample = self.source.samples[place[1]]
-            size = f"{image.width} x {image.height}"
-            raise DataError(f"{sample.path}: sample {sample.key}: cannot resize {size} pixels: {error}") from error
+            why = f"cannot resize {image.width} x {image.height} pixels: {error}"
+            raise self.source.samples[place[1]].unusable(why) from error
 
     def usable(self, place: Place, read: Callable[[Place], Found]) -> tuple[Place, Found]:
         """What ``read`` finds at a place; where that sample is broken, at the next one that is not.

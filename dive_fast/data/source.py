@@ -46,6 +46,10 @@ class Sample:
     label: int = -1
     texts: tuple[str, ...] = ()
 
+    def unusable(self, why: str) -> DataError:
+        """The error that says what is wrong with this sample's image."""
+        return DataError(f"{self.path}: sample {self.key}: {why}")
+
 
 class Skipped(NamedTuple):
     """A sample that was left out."""
@@ -84,7 +88,7 @@ class Source:
         try:
             return _read(sample.path, sample.offset, sample.size)
         except OSError as error:
-            raise DataError(f"{sample.path}: sample {sample.key}: cannot read the image: {error}") from error
+            raise sample.unusable(f"cannot read the image: {error}") from error
 
     def image(self, index: int) -> Image.Image:
         """Decodes one image.
@@ -92,11 +96,10 @@ class Source:
         Raises:
             DataError: the bytes are no whole image.
         """
-        sample = self.samples[index]
         try:
             return decode(self.read(index))
         except UNDECODABLE as error:
-            raise DataError(f"{sample.path}: sample {sample.key}: cannot decode the image: {error}") from error
+            raise self.samples[index].unusable(f"cannot decode the image: {error}") from error
 
     def digest(self) -> str:
         """A hash of what the samples are, in order, wherever they lie.

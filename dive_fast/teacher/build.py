@@ -90,13 +90,14 @@ def open_cache(
         if ranks.first:
             remove(path)
         ranks.barrier()
+    frozen = copy.deepcopy(towers)
     if not store.is_there(path):
-        write_cache(path, copy.deepcopy(towers), samples, wanted, ranks, options.batch_size, loading)
+        write_cache(path, frozen, samples, wanted, ranks, options.batch_size, loading)
     teacher = CachedTeacher(path, wanted, options.verify)
     if options.audit == 0:
         return teacher, None
     sizes = options.batch_size, loading, options.audit
-    return teacher, audit(teacher, copy.deepcopy(towers), samples, ranks, *sizes)
+    return teacher, audit(teacher, frozen, samples, ranks, *sizes)
 
 
 def cache_folder(config: Config, folder: Path) -> Path:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dive_fast.config import ConfigError
+from dive_fast.files import write_whole
 
 FORMAT = 3
 BLOCK = 1024
@@ -250,9 +251,7 @@ class Store:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _data_start(file: BinaryIO) -> int:

@@ -2,14 +2,15 @@
 
 import shutil
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dive_fast.data.ahead import Ahead
 from dive_fast.data.loader import Options, load
 from dive_fast.data.samples import Place, ReferenceSamples
+from dive_fast.objective import Pairs
 from dive_fast.ranks import Ranks
 from dive_fast.teacher import store
 from dive_fast.teacher.fingerprint import Fingerprint, differences
@@ -39,26 +40,24 @@ def write_cache(
     Raises:
         CacheError: something else was begun under this name, or the disk is full.
     """
+    partial = store.partial_name(folder)
+    embed = OnlineTeacher(towers, ranks)
+    layout = Layout(len(samples.source), samples.num_views, embed.towers.width, fingerprint["dtype"])
     try:
-        _write(folder, towers, samples, fingerprint, ranks, batch_size, options)
+        todo = _begin(partial, layout, fingerprint, ranks)
+        _write_blocks(partial, layout, todo, embed, samples, ranks, batch_size, options)
+        ranks.barrier()
+        if ranks.first:
+            store.finish(partial, folder, layout)
+        ranks.barrier()
     except OSError as error:
         raise CacheError(
             f"teacher cache {folder}: {error}; what is written stays: run the same command again"
         ) from error
 
 
-def _write(
-    folder: Path,
-    towers: Towers,
-    samples: ReferenceSamples,
-    fingerprint: Fingerprint,
-    ranks: Ranks,
-    batch_size: int,
-    options: Options,
-) -> None:
-    partial = store.partial_name(folder)
-    embed = OnlineTeacher(towers, ranks)
-    layout = Layout(len(samples.source), samples.num_views, embed.towers.width, fingerprint["dtype"])
+def _begin(partial: Path, layout: Layout, fingerprint: Fingerprint, ranks: Ranks) -> list[int]:
+    """Creates the files where none are; returns this rank's share of the blocks that are not written yet."""
     if store.is_there(partial):
         _, found = store.read_manifest(partial)
         if different := differences(found, fingerprint):
@@ -70,12 +69,7 @@ def _write(
     ranks.barrier()
     finished = store.done(partial)
     ranks.barrier()  # before any rank writes more
-    todo = [block for block in layout.blocks if block not in finished][ranks.rank :: ranks.world_size]
-    _write_blocks(partial, layout, todo, embed, samples, ranks, batch_size, options)
-    ranks.barrier()
-    if ranks.first:
-        store.finish(partial, folder, layout)
-    ranks.barrier()
+    return [block for block in layout.blocks if block not in finished][ranks.rank :: ranks.world_size]
 
 
 def remove(folder: Path) -> None:
@@ -96,22 +90,20 @@ def _write_blocks(
     options: Options,
 ) -> None:
     # Batches end where blocks do: whatever was there before, the same pairs go together, and give the same bits.
-    batches = [batch for block in todo for batch in _batches(layout, block, batch_size)]
-    ahead = Ahead(load(samples, batches, options), lambda batch: batch.to(ranks.device), ranks.device)
+    batches = {block: list(_batches(layout, block, batch_size)) for block in todo}
+    in_order = list(chain.from_iterable(batches.values()))
+    ahead = Ahead(load(samples, in_order, options), lambda batch: batch.to(ranks.device), ranks.device)
     writer = store.Writer(partial, layout, ranks.rank)
-    progress = ranks.progress(sum(map(len, batches)), "teacher cache", "pair")
+    progress = ranks.progress(sum(map(len, in_order)), "teacher cache", "pair")
     try:
         for block in todo:
-            images, texts = [], []
-            for _ in _batches(layout, block, batch_size):
-                embeddings = embed(next(ahead))
-                images.append(embeddings.image.cpu())
-                texts.append(embeddings.text.cpu())
-                progress.update(len(images[-1]))
-            rows = {"image": torch.cat(images).numpy(), "text": torch.cat(texts).numpy()}
-            if layout.place(block)[0] > 0:  # the captions are there since the first view
-                rows["text"] = np.empty((0, layout.width), np.float32)
-            writer.write(block, rows)
+            embeddings = []
+            for _ in batches[block]:
+                embeddings.append(Pairs(*(rows.cpu() for rows in embed(next(ahead)))))
+                progress.update(len(embeddings[-1].image))
+            image, text = (torch.cat(rows).numpy() for rows in zip(*embeddings, strict=True))
+            # The captions are there since the first view.
+            writer.write(block, {"image": image, "text": text[: len(layout.rows("text", block))]})
     finally:
         ahead.close()
         writer.close()

@@ -190,7 +190,7 @@ def test_widths_of_real_models(width):
     kind=st.sampled_from([drifted_pairs, outlying_pairs, sure_pairs]),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_shape(name, pairs, width, dtype, kind, seed):
     assert_at_most_twice_the_error(name, inputs_of(name, kind, pairs, width, seed), dtype)
 
