@@ -142,6 +142,10 @@ class TeacherConfig(Section):
     """What the cache stores; half the disk in `float16`, whose rounding lengthens difference vectors."""
     audit: NonNegative = 64
     """Pairs of the cache that are embedded again and compared before training; 0: none."""
+    tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Longest difference of a cached unit row from a fresh one that the audit lets pass; default: 1e-4 for
+    `float32`, 1e-3 for `float16`. Raise it knowingly, for embeddings computed in half precision elsewhere: it is
+    noise on every difference vector."""
     verify: bool = True
     """Hold each block of the cache to its checksum when it is first read."""
 

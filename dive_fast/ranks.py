@@ -3,6 +3,8 @@
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +42,25 @@ class Ranks:
         """Waits until every rank has come here."""
         if self.world_size > 1:
             dist.barrier()
+
+    @contextmanager
+    def together(self, *errors: type[Exception]) -> Iterator[None]:
+        """Where one rank fails by one of these errors, all raise it behind the block, which has no collective."""
+        failure: Exception | None = None
+        try:
+            yield
+        except errors as error:
+            failure = error
+        failures: list[Exception | None] = [failure] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(failures, failure)
+        if (first := next(filter(None, failures), None)) is not None:
+            raise first
+
+    def say(self, line: str) -> None:
+        """Prints a line, once, that breaks no progress bar."""
+        if self.first:
+            tqdm.write(line)
 
     def share(self, count: int) -> range:
         """This rank's contiguous part of ``count`` things; parts differ by at most one."""

@@ -27,6 +27,7 @@ from dive_fast.data.sets import open_reference, open_target
 from dive_fast.engine import AUTOCAST, Engine
 from dive_fast.evaluate.zero_shot import evaluate, open_set
 from dive_fast.ranks import Ranks
+from dive_fast.teacher.audit import allowed
 from dive_fast.teacher.build import loader_options, open_teacher, reference_samples
 from dive_fast.teacher.teachers import Teacher
 from dive_fast.towers import Towers, create, tokenizer_of
@@ -276,7 +277,10 @@ def _check_text_length(config: Config, towers: Towers) -> None:
 
 
 def _check_noise_floor(values: dict[str, torch.Tensor], config: Config) -> None:
-    bound = NOISE_FLOOR[config.train.precision]
+    bound, teacher = NOISE_FLOOR[config.train.precision], config.teacher
+    if teacher.mode == "cache":
+        # What the audit lets pass is there too.
+        bound = max(bound, allowed(teacher.dtype, teacher.tolerance))
     for name, symbol in (("image_norm", "|u|"), ("text_norm", "|v|")):
         if name in values and float(values[name]) > bound:
             raise ConfigError(

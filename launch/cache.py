@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         from dive_fast.teacher.audit import write_audit
         from dive_fast.towers import create
     except ConfigError as error:
-        return command.complain(error)
+        return command.complain(error, options)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     ranks = join()
     path = build.cache_folder(config, command.run_folder(config.train.output, options.config))
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         samples = build.reference_samples(config, source, towers)
         _, found = build.open_cache(config, path, towers, samples, ranks, options.rebuild)
     except (ConfigError, DataError) as error:
-        return command.complain(error)
+        return command.complain(error, options)
     if ranks.first:
         print(f"{path}: {len(source)} pairs" + (f"; {found}" if found is not None else ""))
         if found is not None:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -26,8 +27,22 @@ def run_folder(output: str | None, config: str) -> Path:
     return Path(output or f"runs/{Path(config).stem}")
 
 
-def complain(error: Exception) -> int:
-    """Tells a user's mistake in one line, on the first rank; returns the exit code."""
+def complain(error: Exception, options: argparse.Namespace) -> int:
+    """Tells a user's mistake in one line, on the first rank; returns the exit code.
+
+    Args:
+        options: what the user gave: a command that mends it repeats them.
+    """
+    from dive_fast.teacher.store import StaleCacheError
+
+    mend = f": {_rebuild(options)}" if isinstance(error, StaleCacheError) else ""
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{mend}", file=sys.stderr)
     return 2
+
+
+def _rebuild(options: argparse.Namespace) -> str:
+    """The command that writes the teacher cache of a config anew."""
+    adopt = getattr(options, "adopt", None)
+    words = ["--config", options.config, "--rebuild", *(["--adopt", str(adopt)] if adopt else [])]
+    return f"deepspeed launch/cache.py {shlex.join(words + options.overrides)}"

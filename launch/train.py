@@ -20,14 +20,14 @@ def main(arguments: list[str] | None = None) -> int:
         from dive_fast.ranks import join
         from dive_fast.train import train
     except ConfigError as error:
-        return command.complain(error)
+        return command.complain(error, options)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     ranks = join()
     folder = command.run_folder(config.train.output, options.config)
     try:
         results = train(config, folder, ranks)
     except (ConfigError, DataError) as error:
-        return command.complain(error)
+        return command.complain(error, options)
     if ranks.first:
         print(
             f"{folder}/model.safetensors", *(f"{name}={value:.4g}" for name, value in results.items()), sep="\n  "

@@ -10,6 +10,8 @@ import open_clip
 import pytest
 import tiny
 
+from dive_fast.teacher.store import CacheError, StaleCacheError
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -57,6 +59,7 @@ def test_one_rank_without_a_launcher_and_two_with_deepspeeds(tmp_path: Path) -> 
         result = call(*launcher, str(ROOT / "launch/train.py"), "--config", str(config), f"train.output={run}")
         assert result.returncode == 0, result.stderr
         assert f"{run}/model.safetensors" in result.stdout
+        assert result.stdout.count(f"teacher cache {run}/teacher: 24 pairs embedded again: image rows differ") == 1
         assert json.loads((run / "config.json").read_text())["ranks"] == (1 if name == "one" else 2)
         model = open_clip.create_model(tree["model"]["name"], load_weights=False)
         open_clip.load_checkpoint(model, str(run / "model.safetensors"))
@@ -90,8 +93,33 @@ def test_a_cache_is_written_once_refused_where_it_differs_and_rebuilt_when_asked
     assert refused.returncode == 2
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
     assert "views: the cache has 1, this run 2" in line
-    assert "--rebuild" in line
+    mend = f"--config {config} --rebuild train.output={tmp_path}/run data.reference.views=2"
+    assert line.endswith(f"or rebuild it: deepspeed launch/cache.py {mend}")
     assert (tmp_path / "run/teacher/image.npy").stat().st_mtime_ns == before.st_mtime_ns
     rebuilt = call(sys.executable, *command, "data.reference.views=2", "--rebuild", "teacher.audit=0")
     assert rebuilt.returncode == 0, rebuilt.stderr
     assert (tmp_path / "run/teacher/image.npy").stat().st_size > 1.9 * before.st_size
+
+
+def test_a_stale_cache_is_told_with_the_command_that_mends_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    monkeypatch.delenv("RANK", raising=False)
+    import command
+
+    parser = command.parser(None, "")
+    words = ["--config", "my config.json", "train.epochs=1", 'data.target.path="a b"']
+    stale = StaleCacheError("teacher cache x: changed; rebuild it")
+    assert command.complain(stale, parser.parse_intermixed_args(words)) == 2
+    again = "deepspeed launch/cache.py --config 'my config.json' --rebuild"
+    overrides = """train.epochs=1 'data.target.path="a b"'"""
+    assert capsys.readouterr().err == f"error: {stale}: {again} {overrides}\n"
+    parser.add_argument("--adopt")
+    command.complain(stale, parser.parse_intermixed_args([*words, "--adopt", "there"]))
+    assert capsys.readouterr().err == f"error: {stale}: {again} --adopt there {overrides}\n"
+    command.complain(CacheError("missing"), parser.parse_intermixed_args(words))
+    assert capsys.readouterr().err == "error: missing\n"
+    monkeypatch.setenv("RANK", "1")
+    command.complain(stale, parser.parse_intermixed_args(words))
+    assert capsys.readouterr().err == ""

@@ -229,6 +229,24 @@ def test_a_cache_whose_rows_are_wrong_is_found_before_the_first_update(tmp_path:
         assert message in run_alone(tree | {"teacher": options}, output)
 
 
+def test_what_the_audit_lets_pass_is_no_noise(tmp_path: Path) -> None:
+    tree = tiny.write_config(tmp_path)
+
+    def check(length: float, **teacher: Any) -> None:
+        values = {"image_norm": torch.tensor(0.0), "text_norm": torch.tensor(length)}
+        train._check_noise_floor(values, Config.model_validate(tree | {"teacher": teacher}))
+
+    for allowed, refused, teacher in (
+        (9e-5, 2e-4, {}),
+        (9e-4, 2e-3, {"dtype": "float16"}),
+        (9e-3, 2e-2, {"dtype": "float16", "tolerance": 1e-2}),
+        (9e-5, 2e-4, {"mode": "online", "tolerance": 1e-2}),
+    ):
+        check(allowed, **teacher)
+        with pytest.raises(ConfigError, match=r"mean \|v\| before the first update"):
+            check(refused, **teacher)
+
+
 def test_a_named_checkpoint_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no whole checkpoint there"):
         checkpoint.find(str(tmp_path), tmp_path)

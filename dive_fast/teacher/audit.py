@@ -10,12 +10,17 @@ from dive_fast.data.samples import Place, ReferenceSamples
 from dive_fast.data.views import Draw, stream
 from dive_fast.objective import Pairs
 from dive_fast.ranks import Ranks
-from dive_fast.teacher.store import REBUILD, CacheError, write_json
+from dive_fast.teacher.store import StaleCacheError, write_json
 from dive_fast.teacher.teachers import CachedTeacher, OnlineTeacher
 from dive_fast.towers import Towers
 
 TOLERANCE = {"float32": 1e-4, "float16": 1e-3}
 """Longest difference of two unit rows that rounding may make: of fp32 arithmetic in another order, of storage."""
+
+
+def allowed(dtype: str, tolerance: float | None) -> float:
+    """What ``teacher.tolerance`` stands for in a cache of this dtype."""
+    return TOLERANCE[dtype] if tolerance is None else tolerance
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,10 @@ class Audit:
             f"{self.image_max:.1e} at most, text rows by {self.text_mean:.1e} and {self.text_max:.1e}"
         )
 
+    def within(self, tolerance: float) -> bool:
+        """Whether no row differs by more; one that is not a number does."""
+        return self.image_max <= tolerance and self.text_max <= tolerance
+
 
 def audit(
     teacher: CachedTeacher,
@@ -43,16 +52,38 @@ def audit(
     batch_size: int,
     options: Options,
     pairs: int,
+    tolerance: float | None = None,
 ) -> Audit:
     """Embeds some pairs again, drawn by the run's seed, and holds the cache to them.
 
     Args:
         towers: the frozen model, a copy of its own.
         pairs: how many, at most all.
+        tolerance: longest difference of two unit rows; None: what rounding explains.
 
     Raises:
-        CacheError: rows differ by more than rounding; says by how much, and what is most likely the cause.
+        StaleCacheError: rows differ by more; says by how much, and what is most likely the cause.
     """
+    found = compare(teacher, towers, samples, ranks, batch_size, options, pairs)
+    limit = allowed(teacher.store.layout.dtype, tolerance)
+    if not found.within(limit):
+        raise StaleCacheError(
+            f"teacher cache {teacher.store.folder}: {found}; teacher.tolerance allows {limit:.0e}. "
+            f"Most likely {_cause(found.image_max > limit, found.text_max > limit)}; rebuild it"
+        )
+    return found
+
+
+def compare(
+    teacher: CachedTeacher,
+    towers: Towers,
+    samples: ReferenceSamples,
+    ranks: Ranks,
+    batch_size: int,
+    options: Options,
+    pairs: int,
+) -> Audit:
+    """Embeds some pairs again, as `audit` does, and judges nothing."""
     layout = teacher.store.layout
     draws = stream(samples.seed, Draw.AUDIT, 0)
     count = min(pairs, layout.samples * layout.views)
@@ -65,14 +96,7 @@ def audit(
         lengths.append(_lengths(teacher(batch), online(batch)))
     both = torch.cat(lengths) if lengths else torch.zeros(1, 2)
     (image_mean, text_mean), (image_max, text_max) = both.mean(0).tolist(), both.amax(0).tolist()
-    found = Audit(count, image_mean, image_max, text_mean, text_max)
-    tolerance = TOLERANCE[layout.dtype]
-    if not (image_max <= tolerance and text_max <= tolerance):
-        raise CacheError(
-            f"teacher cache {teacher.store.folder}: {found}; rounding explains {tolerance:.0e}. "
-            f"Most likely {_cause(image_max > tolerance, text_max > tolerance)}; {REBUILD}"
-        )
-    return found
+    return Audit(count, image_mean, image_max, text_mean, text_max)
 
 
 def write_audit(path: Path, found: Audit) -> None:

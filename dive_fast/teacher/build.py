@@ -64,7 +64,7 @@ def open_teacher(config: Config, folder: Path, towers: Towers, samples: Referenc
         logger.warning("no teacher cache in %s: the reference set is embedded first, once", path)
     teacher, found = open_cache(config, path, towers, samples, ranks)
     if ranks.first and found is not None:
-        logger.info("teacher cache: %s", found)
+        ranks.say(f"teacher cache {path}: {found}")
         folder.mkdir(parents=True, exist_ok=True)
         write_audit(folder / "audit.json", found)
     return teacher
@@ -97,7 +97,7 @@ def open_cache(
     if options.audit == 0:
         return teacher, None
     sizes = options.batch_size, loading, options.audit
-    return teacher, audit(teacher, frozen, samples, ranks, *sizes)
+    return teacher, audit(teacher, frozen, samples, ranks, *sizes, options.tolerance)
 
 
 def cache_folder(config: Config, folder: Path) -> Path:

@@ -10,12 +10,13 @@ after the rows are on the disk; after a kill the blocks that no journal names ar
 import json
 import math
 import os
+import shutil
 import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,13 +28,18 @@ FORMAT = 3
 BLOCK = 1024
 MANIFEST, CHECKSUMS = "cache.json", "checksums.npy"
 HALVES = ("image", "text")
-REBUILD = "rebuild it by launch/cache.py --config CONFIG --rebuild"
+COMPUTED = "computed"
+"""Origin of a cache that this project has embedded; of one made from foreign files: where they lay."""
 _RECORD = struct.Struct("<QIII")
 """Of a journal: block, checksums of its image rows and text rows, checksum of the record so far."""
 
 
 class CacheError(ConfigError):
     """A teacher cache that cannot be used; the message says why and what to do."""
+
+
+class StaleCacheError(CacheError):
+    """One that is to be written anew. The message ends in "rebuild it", to which a script adds its command."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,19 @@ def is_there(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def create(folder: Path, layout: Layout, fingerprint: dict[str, Any]) -> None:
+class Manifest(NamedTuple):
+    """What a cache is, whole or not."""
+
+    layout: Layout
+    fingerprint: dict[str, Any]
+    origin: str
+
+
+def create(folder: Path, layout: Layout, fingerprint: dict[str, Any], origin: str = COMPUTED) -> None:
     """Makes the files of a cache, all their space taken, no row written.
+
+    Args:
+        origin: where its rows come from. No part of the fingerprint: equal rows serve alike.
 
     Raises:
         OSError: the disk has not the space.
@@ -99,24 +116,27 @@ def create(folder: Path, layout: Layout, fingerprint: dict[str, Any]) -> None:
             # Now rather than in hours: a full disk, met through a memory map, kills the process.
             os.posix_fallocate(file.fileno(), 0, file.tell() + shape[0] * shape[1] * dtype.itemsize)
     # Last: with it there is something to go on with.
-    write_json(folder / MANIFEST, {"format": FORMAT, "layout": asdict(layout), "fingerprint": fingerprint})
+    manifest = {"format": FORMAT, "origin": origin, "layout": asdict(layout), "fingerprint": fingerprint}
+    write_json(folder / MANIFEST, manifest)
 
 
-def read_manifest(folder: Path) -> tuple[Layout, dict[str, Any]]:
-    """Layout and fingerprint of a cache, whole or not.
+def read_manifest(folder: Path) -> Manifest:
+    """What the cache of a folder is, whole or not.
 
     Raises:
-        CacheError: they cannot be read.
+        StaleCacheError: it cannot be read.
     """
     try:
         found = json.loads((folder / MANIFEST).read_text())
         if found["format"] != FORMAT:
-            raise CacheError(f"{folder}: a teacher cache of format {found['format']}, this version has {FORMAT}")
-        return Layout(**found["layout"]), found["fingerprint"]
+            raise StaleCacheError(
+                f"{folder}: a teacher cache of format {found['format']}, this version has {FORMAT}; rebuild it"
+            )
+        return Manifest(Layout(**found["layout"]), found["fingerprint"], found.get("origin", COMPUTED))
     except CacheError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"{folder / MANIFEST}: cannot read it: {error}") from error
+        raise StaleCacheError(f"{folder / MANIFEST}: cannot read it: {error}; rebuild it") from error
 
 
 class Writer:
@@ -173,6 +193,12 @@ def done(folder: Path) -> dict[int, tuple[int, int]]:
 
 def finish(partial: Path, folder: Path, layout: Layout) -> None:
     """Gives a cache whose blocks are all written its checksums and its name."""
+    seal(partial, layout)
+    partial.rename(folder)
+
+
+def seal(partial: Path, layout: Layout) -> None:
+    """Gives a cache whose blocks are all written its checksums: it can be read under the name it has."""
     found = done(partial)
     assert set(found) == set(layout.blocks), "not all blocks are written"
     checksums = np.array([found[block] for block in layout.blocks], np.uint32).reshape(-1, len(HALVES))
@@ -180,6 +206,12 @@ def finish(partial: Path, folder: Path, layout: Layout) -> None:
         np.save(file, checksums)
     for journal in partial.glob("journal-*"):
         journal.unlink()
+
+
+def replace(partial: Path, folder: Path) -> None:
+    """Gives a sealed cache its name, in the place of one that had it."""
+    if is_there(folder):
+        shutil.rmtree(folder)
     partial.rename(folder)
 
 
@@ -193,27 +225,31 @@ class Store:
             verify: hold each block to its checksum when a row of it is first read.
 
         Raises:
-            CacheError: a file is missing, cut off or not as the manifest says.
+            StaleCacheError: a file is missing, cut off or not as the manifest says.
         """
         self.folder, self._verify = folder, verify
-        self.layout, self.fingerprint = read_manifest(folder)
+        self.layout, self.fingerprint, self.origin = read_manifest(folder)
         try:
             self._rows = {half: np.load(folder / f"{half}.npy", mmap_mode="r") for half in HALVES}
             self._checksums = np.load(folder / CHECKSUMS)
         except (OSError, ValueError, EOFError) as error:
-            raise CacheError(f"teacher cache {folder}: a file of it is damaged: {error}") from error
+            raise StaleCacheError(
+                f"teacher cache {folder}: a file of it is damaged: {error}; rebuild it"
+            ) from error
         shapes = {half: (rows.shape, rows.dtype.name) for half, rows in self._rows.items()}
         if shapes != {half: (self.layout.shape(half), self.layout.dtype) for half in HALVES} or len(
             self._checksums
         ) != len(self.layout.blocks):
-            raise CacheError(f"teacher cache {folder}: its arrays are not those of its {MANIFEST}")
+            raise StaleCacheError(
+                f"teacher cache {folder}: its arrays are not those of its {MANIFEST}; rebuild it"
+            )
         self._verified = np.zeros((len(self.layout.blocks), len(HALVES)), bool)
 
     def read(self, half: str, sample: NDArray[np.int64], view: NDArray[np.int64], out: NDArray[Any]) -> None:
         """Copies the rows of samples in their views, ``(B,)`` each, into ``out``, ``(B, D)``.
 
         Raises:
-            CacheError: bytes of their blocks have changed since they were written.
+            StaleCacheError: bytes of their blocks have changed since they were written.
         """
         view = view if half == "image" else np.zeros_like(view)
         if self._verify:
@@ -224,11 +260,15 @@ class Store:
         # With mode "raise" numpy would gather into memory of its own, and copy from there.
         np.take(self._rows[half], rows, axis=0, out=out, mode="clip")
 
+    def rows(self, half: str) -> NDArray[Any]:
+        """All rows of a half, ``(views * N, D)`` or ``(N, D)``, memory-mapped and held to no checksum."""
+        return self._rows[half]
+
     def check_all(self) -> None:
         """Holds every block to its checksum.
 
         Raises:
-            CacheError: bytes have changed since they were written.
+            StaleCacheError: bytes have changed since they were written.
         """
         for half in HALVES:
             for block in self.layout.blocks:
@@ -242,9 +282,9 @@ class Store:
         rows = self.layout.rows(half, block)
         place = HALVES.index(half)
         if zlib.crc32(self._rows[half][rows.start : rows.stop]) != self._checksums[block, place]:
-            raise CacheError(
+            raise StaleCacheError(
                 f"{self.folder / half}.npy: rows {rows.start} to {rows.stop - 1} have changed since they were "
-                f"written, by the disk or a copy; {REBUILD}"
+                "written, by the disk or a copy; rebuild it"
             )
         self._verified[block, place] = True
 

@@ -12,7 +12,7 @@ from dive_fast.data.batch import ReferenceBatch
 from dive_fast.objective import Pairs
 from dive_fast.ranks import Ranks
 from dive_fast.teacher.fingerprint import Fingerprint, differences
-from dive_fast.teacher.store import HALVES, REBUILD, CacheError, Store
+from dive_fast.teacher.store import HALVES, StaleCacheError, Store
 from dive_fast.towers import Towers, unit
 
 
@@ -55,20 +55,20 @@ class CachedTeacher:
             verify: hold each block of it to its checksum when it is first read.
 
         Raises:
-            CacheError: it was made from something else, names every field that differs; or it is damaged.
+            StaleCacheError: it was made from something else, names every field that differs; or it is damaged.
         """
         self.store = Store(folder, verify)
         if different := differences(self.store.fingerprint, fingerprint):
-            raise CacheError(
+            raise StaleCacheError(
                 f"teacher cache {folder} was made from something else ({'; '.join(different)}); "
-                f"{REBUILD}, or set teacher.path to another folder"
+                "set teacher.path to another folder, or rebuild it"
             )
 
     def __call__(self, batch: ReferenceBatch) -> Pairs:
         """Reads the batch's rows.
 
         Raises:
-            CacheError: bytes of them have changed since they were written.
+            StaleCacheError: bytes of them have changed since they were written.
         """
         device = batch.images.device
         sample, view = batch.sample.numpy(), batch.view.numpy()

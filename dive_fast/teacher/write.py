@@ -14,7 +14,7 @@ from dive_fast.objective import Pairs
 from dive_fast.ranks import Ranks
 from dive_fast.teacher import store
 from dive_fast.teacher.fingerprint import Fingerprint, differences
-from dive_fast.teacher.store import REBUILD, CacheError, Layout
+from dive_fast.teacher.store import CacheError, Layout, StaleCacheError
 from dive_fast.teacher.teachers import OnlineTeacher
 from dive_fast.towers import Towers
 
@@ -44,7 +44,7 @@ def write_cache(
     embed = OnlineTeacher(towers, ranks)
     layout = Layout(len(samples.source), samples.num_views, embed.towers.width, fingerprint["dtype"])
     try:
-        todo = _begin(partial, layout, fingerprint, ranks)
+        todo = begin(partial, layout, fingerprint, store.COMPUTED, ranks)
         _write_blocks(partial, layout, todo, embed, samples, ranks, batch_size, options)
         ranks.barrier()
         if ranks.first:
@@ -56,16 +56,24 @@ def write_cache(
         ) from error
 
 
-def _begin(partial: Path, layout: Layout, fingerprint: Fingerprint, ranks: Ranks) -> list[int]:
-    """Creates the files where none are; returns this rank's share of the blocks that are not written yet."""
+def begin(partial: Path, layout: Layout, fingerprint: Fingerprint, origin: str, ranks: Ranks) -> list[int]:
+    """Creates the files where none are; returns this rank's share of the blocks that are not written yet.
+
+    Args:
+        origin: where the rows come from; a cache has only one.
+
+    Raises:
+        StaleCacheError: something else was begun under this name.
+        OSError: the disk has not the space.
+    """
     if store.is_there(partial):
-        _, found = store.read_manifest(partial)
-        if different := differences(found, fingerprint):
-            raise CacheError(
-                f"{partial} was begun as the cache of something else ({'; '.join(different)}); {REBUILD}"
+        _, found, found_origin = store.read_manifest(partial)
+        if different := differences(found | {"origin": found_origin}, fingerprint | {"origin": origin}):
+            raise StaleCacheError(
+                f"{partial} was begun as the cache of something else ({'; '.join(different)}); rebuild it"
             )
     elif ranks.first:
-        store.create(partial, layout, fingerprint)
+        store.create(partial, layout, fingerprint, origin)
     ranks.barrier()
     finished = store.done(partial)
     ranks.barrier()  # before any rank writes more

@@ -20,7 +20,7 @@ from dive_fast.ranks import Ranks, join
 from dive_fast.teacher import store, write
 from dive_fast.teacher.audit import audit
 from dive_fast.teacher.fingerprint import Fingerprint, fingerprint
-from dive_fast.teacher.store import CacheError
+from dive_fast.teacher.store import CacheError, StaleCacheError
 from dive_fast.teacher.teachers import CachedTeacher, OnlineTeacher
 from dive_fast.towers import Towers, create, tokenizer_of
 
@@ -124,8 +124,8 @@ FIELDS += ["data"]
 def test_a_cache_that_differs_in_any_field_is_refused_by_name(folder: Path, tmp_path: Path, field: str) -> None:
     wanted = make(folder, tmp_path / "cache").store.fingerprint
     assert set(wanted) == set(FIELDS)
-    message = f"{field}: the cache has .* this run 'other'.*launch/cache.py --config CONFIG --rebuild"
-    with pytest.raises(CacheError, match=message) as error:
+    message = f"{field}: the cache has .* this run 'other'.*rebuild it$"
+    with pytest.raises(StaleCacheError, match=message) as error:
         CachedTeacher(tmp_path / "cache", wanted | {field: "other"})
     others = wanted.keys() - {field}
     assert not any(f"{other}: the cache has" in str(error.value) for other in others)
@@ -249,8 +249,10 @@ def test_an_audit_refuses_rows_of_something_else_and_says_of_what(
         rows = np.load(tmp_path / "cache" / f"{half}.npy")
         np.save(tmp_path / "cache" / f"{half}.npy", np.roll(rows, 1, axis=0))
     cached = CachedTeacher(tmp_path / "cache", wanted, verify=False)
-    with pytest.raises(CacheError, match=f"rounding explains 1e-04. Most likely {cause} .*--rebuild"):
+    message = f"teacher.tolerance allows 1e-04. Most likely {cause} .*; rebuild it$"
+    with pytest.raises(StaleCacheError, match=message):
         audit(cached, model(folder), samples(folder), ALONE, 4, Options(), 8)
+    assert audit(cached, model(folder), samples(folder), ALONE, 4, Options(), 8, tolerance=2.0).pairs == 8
     # With checksums it does not come to that.
     with pytest.raises(CacheError, match="have changed since they were written"):
         audit(CachedTeacher(tmp_path / "cache", wanted), model(folder), samples(folder), ALONE, 4, Options(), 64)
