@@ -1,10 +1,21 @@
 """Files that are whole or not there."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_whole(path: Path, data: bytes) -> None:
     """Writes a file under another name, and gives it its own when it is whole."""
+    with whole_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """The same for what is written piece by piece."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(data)
+    with partial.open("wb") as file:
+        yield file
     partial.replace(path)

@@ -1,10 +1,12 @@
 """Writes the teacher cache of a config: ``deepspeed launch/cache.py --config vitl14_dive.json [key=value ...]``.
 
-Killed, the same command goes on where it stopped.
+Killed, the same command goes on where it stopped. ``--adopt`` makes the cache of embeddings that clip-retrieval
+has computed, ``--export`` writes it as clip-retrieval would have.
 """
 
 import logging
 import sys
+from pathlib import Path
 
 import command
 
@@ -13,7 +15,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Parses, calls, and turns a user's mistake into one line and exit code 2."""
     parser = command.parser(__doc__, "teacher.dtype=float16")
     parser.add_argument("--rebuild", action="store_true", help="remove the cache that is there, and write it anew")
+    parser.add_argument(
+        "--adopt",
+        type=Path,
+        metavar="FOLDER",
+        help="of clip-retrieval inference: take its embeddings, and embed only the audit's pairs",
+    )
+    parser.add_argument(
+        "--export", type=Path, metavar="FOLDER", help="write the cache that is there as clip-retrieval's files"
+    )
     options = parser.parse_intermixed_args(arguments)
+    if options.export and (options.adopt or options.rebuild):
+        parser.error("--export writes no cache: leave out --adopt and --rebuild")
 
     # Only pydantic so far: a typo is told at once.
     from dive_fast.config import ConfigError, load
@@ -25,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         from dive_fast.data.sets import open_reference
         from dive_fast.data.source import DataError
         from dive_fast.ranks import join
-        from dive_fast.teacher import build
+        from dive_fast.teacher import build, retrieval
         from dive_fast.teacher.audit import write_audit
         from dive_fast.towers import create
     except ConfigError as error:
@@ -34,14 +47,27 @@ def main(arguments: list[str] | None = None) -> int:
     ranks = join()
     path = build.cache_folder(config, command.run_folder(config.train.output, options.config))
     try:
+        if options.adopt or options.export:
+            retrieval.check(config, options.adopt is not None)
+        embeddings = retrieval.Embeddings(options.adopt, config.teacher.dtype) if options.adopt else None
         source = open_reference(config.data.reference)
         towers = create(config.model)
         samples = build.reference_samples(config, source, towers)
-        _, found = build.open_cache(config, path, towers, samples, ranks, options.rebuild)
+        told = f"{path}: {len(source)} pairs"
+        if options.export:
+            if ranks.first:
+                parts = build.export_cache(config, path, towers, samples, ranks, options.export)
+                print(f"{options.export}: {len(source)} pairs, partitions: {parts}")
+            return 0
+        if embeddings is None:
+            _, found = build.open_cache(config, path, towers, samples, ranks, options.rebuild)
+        else:
+            found = build.adopt_cache(config, path, towers, samples, ranks, embeddings, options.rebuild)
+            told += f" of {options.adopt}, where {len(embeddings) - len(source)} more are not needed"
     except (ConfigError, DataError) as error:
         return command.complain(error, options)
     if ranks.first:
-        print(f"{path}: {len(source)} pairs" + (f"; {found}" if found is not None else ""))
+        print(told + (f"; {found}" if found is not None else ""))
         if found is not None:
             write_audit(path / "audit.json", found)
     return 0

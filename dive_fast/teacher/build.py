@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from dive_fast.data.loader import Options
 from dive_fast.data.samples import ReferenceSamples
 from dive_fast.data.source import Source
 from dive_fast.ranks import Ranks
-from dive_fast.teacher import store
-from dive_fast.teacher.audit import Audit, audit, write_audit
-from dive_fast.teacher.fingerprint import fingerprint
+from dive_fast.teacher import retrieval, store
+from dive_fast.teacher.audit import Audit, allowed, audit, compare, write_audit
+from dive_fast.teacher.fingerprint import Fingerprint, fingerprint
+from dive_fast.teacher.store import CacheError
 from dive_fast.teacher.teachers import CachedTeacher, OnlineTeacher, Teacher
 from dive_fast.teacher.write import remove, write_cache
 from dive_fast.towers import Towers, tokenizer_of
@@ -81,11 +83,8 @@ def open_cache(
     Raises:
         CacheError: the cache is of something else, damaged, or fails its audit.
     """
-    data, options = config.data.reference, config.teacher
-    assert data is not None
-    # In fp32, whatever the images of training are.
-    loading = replace(loader_options(config, data, ranks), dtype=torch.float32)
-    wanted = fingerprint(towers, config.model.model_dump(), samples, data.text_length, loading, options.dtype)
+    options = config.teacher
+    wanted, loading = _wanted(config, towers, samples, ranks)
     if rebuild:
         if ranks.first:
             remove(path)
@@ -98,6 +97,85 @@ def open_cache(
         return teacher, None
     sizes = options.batch_size, loading, options.audit
     return teacher, audit(teacher, frozen, samples, ranks, *sizes, options.tolerance)
+
+
+def adopt_cache(
+    config: Config,
+    path: Path,
+    towers: Towers,
+    samples: ReferenceSamples,
+    ranks: Ranks,
+    embeddings: retrieval.Embeddings,
+    rebuild: bool = False,
+) -> Audit:
+    """Makes the cache of a config of embeddings from elsewhere; it gets its name once it has passed its audit.
+
+    Args:
+        rebuild: put it in the place of the cache that is there.
+
+    Raises:
+        CacheError: there is a cache, the embeddings are not those of the samples, or fail the audit.
+    """
+    if store.is_there(path) and not rebuild:
+        raise CacheError(f"{path}: a teacher cache is there; add --rebuild to replace it, or set teacher.path")
+    options, partial = config.teacher, store.partial_name(path)
+    wanted, loading = _wanted(config, towers, samples, ranks)
+    layout = store.Layout(len(samples.source), samples.num_views, towers.width, options.dtype)
+    limit = allowed(options.dtype, options.tolerance)
+    with ranks.together(CacheError):
+        if ranks.first:
+            _remove_adopted(partial, rebuild)
+    try:
+        retrieval.adopt(embeddings, partial, layout, samples.source, wanted, ranks)
+        with ranks.together(CacheError):
+            teacher, sizes = CachedTeacher(partial, wanted), (options.batch_size, loading, options.audit)
+            found = compare(teacher, copy.deepcopy(towers), samples, ranks, *sizes)
+            if not found.within(limit):
+                raise CacheError(
+                    f"{embeddings.folder}: {found}; teacher.tolerance allows {limit:.0e}, nothing is adopted. "
+                    "Most likely other weights (quickgelu or not?), another preprocessing, or embeddings computed "
+                    "in half precision: only then raise teacher.tolerance, else write the cache without --adopt"
+                )
+    except CacheError:
+        if ranks.first:
+            _remove_adopted(partial)
+        raise
+    if ranks.first:
+        store.replace(partial, path)
+    ranks.barrier()
+    return found
+
+
+def _remove_adopted(partial: Path, computed_too: bool = False) -> None:
+    """Removes what was adopted but not audited: the files it came from may be others the next time."""
+    if store.is_there(partial) and (computed_too or store.read_manifest(partial).origin != store.COMPUTED):
+        shutil.rmtree(partial)
+
+
+def export_cache(
+    config: Config, path: Path, towers: Towers, samples: ReferenceSamples, ranks: Ranks, folder: Path
+) -> int:
+    """Writes the cache of a config as clip-retrieval's files; returns the number of partitions.
+
+    Raises:
+        CacheError: there is no cache, it is of something else or damaged, or the files cannot be written.
+    """
+    if not store.is_there(path):
+        raise CacheError(f"{path}: no teacher cache to export; the same command without --export writes it")
+    wanted, _ = _wanted(config, towers, samples, ranks)
+    return retrieval.export(CachedTeacher(path, wanted).store, samples.source, folder)
+
+
+def _wanted(
+    config: Config, towers: Towers, samples: ReferenceSamples, ranks: Ranks
+) -> tuple[Fingerprint, Options]:
+    """What the cache of a config has to be, and how its samples are loaded."""
+    data = config.data.reference
+    assert data is not None
+    # In fp32, whatever the images of training are.
+    loading = replace(loader_options(config, data, ranks), dtype=torch.float32)
+    model = config.model.model_dump()
+    return fingerprint(towers, model, samples, data.text_length, loading, config.teacher.dtype), loading
 
 
 def cache_folder(config: Config, folder: Path) -> Path:
