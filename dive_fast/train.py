@@ -38,6 +38,11 @@ NOISE_FLOOR = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
 """Largest mean |u| and |v| allowed before the first update, where the tuned model is the frozen one and only the
 rounding of the forward pass is left (measured: 1.2e-3 in fp16, 9.1e-3 in bf16): more means a wrong cache."""
 
+DIFFERENCE_VECTORS = {"image_norm": "|u|", "text_norm": "|v|"}
+DROWNED = 1 / 3
+"""Share of rounding in a difference vector, above which its gradient is no longer that of fp32: at a third the
+cosine is 0.97 in fp16 (docs/precision.md)."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -161,10 +166,12 @@ class Metrics:
         self._enabled = run.ranks.first
         self._last: dict[str, float] = {}
         self._since, self._since_step, self._since_waited = time.perf_counter(), first_step, 0.0
+        self._floor: dict[str, float] = {}
         if self._enabled:
             self._path = run.folder / "metrics.jsonl"
             kept = [line for line in self._lines() if json.loads(line)["step"] <= first_step]
             self._path.write_text("".join(f"{line}\n" for line in kept))
+            self._floor = json.loads(kept[0]) if kept else {}
         self._bar = run.ranks.progress(run.total_steps, "train", "step", done=first_step)
 
     def log(self, step: int, values: dict[str, torch.Tensor], learning_rate: float) -> None:
@@ -199,6 +206,10 @@ class Metrics:
         values_shown = {short: f"{self._last[name]:.3g}" for short, name in shown.items() if name in self._last}
         self._bar.set_postfix(values_shown, refresh=False)
         self._write(step, self._last)
+        if step == 1:
+            self._floor = self._last
+        elif step > self._run.config.train.warmup_steps:
+            self._warn_of_noise()
 
     def close(self, results: dict[str, float]) -> dict[str, float]:
         """Writes results of the whole run; returns them with the last step's metrics."""
@@ -206,6 +217,21 @@ class Metrics:
         if self._enabled and results:
             self._write(self._run.total_steps, results)
         return self._last | results
+
+    def _warn_of_noise(self) -> None:
+        """Once: says so if rounding, which is all there was before the first update, drowns difference vectors."""
+        floor, self._floor = self._floor, {}
+        for name, symbol in DIFFERENCE_VECTORS.items():
+            if name in floor and floor[name] > DROWNED * self._last[name]:
+                logger.warning(
+                    "mean %s is %.1e after the warm-up, of which rounding in %s alone makes %.1e: above a third "
+                    "the gradient of AVL + PVL points elsewhere than in fp32 (docs/precision.md); fp16 rounds an "
+                    "eighth of what bf16 does, fp32 next to nothing",
+                    symbol,
+                    self._last[name],
+                    self._run.config.train.precision,
+                    floor[name],
+                )
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         with self._path.open("a") as lines:
@@ -281,7 +307,7 @@ def _check_noise_floor(values: dict[str, torch.Tensor], config: Config) -> None:
     if teacher.mode == "cache":
         # What the audit lets pass is there too.
         bound = max(bound, allowed(teacher.dtype, teacher.tolerance))
-    for name, symbol in (("image_norm", "|u|"), ("text_norm", "|v|")):
+    for name, symbol in DIFFERENCE_VECTORS.items():
         if name in values and float(values[name]) > bound:
             raise ConfigError(
                 f"mean {symbol} before the first update is {float(values[name]):.2e}, above {bound:.0e} for "

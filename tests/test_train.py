@@ -229,6 +229,40 @@ def test_a_cache_whose_rows_are_wrong_is_found_before_the_first_update(tmp_path:
         assert message in run_alone(tree | {"teacher": options}, output)
 
 
+def _warned(tree: dict[str, Any], output: Path) -> list[list[str]]:
+    """What is said of noise: by a run in bf16 that hardly moves, by the same killed early, and by one in fp32."""
+    ranks, found = join(), []
+    still = {"learning_rate": 1e-7, "warmup_steps": 2, "log_every": 1, "max_steps": 4, "precision": "bf16"}
+
+    def warnings_of(name: str, **options: Any) -> None:
+        messages: list[str] = []
+        warning = train.logger.warning
+        train.logger.warning = lambda text, *values: messages.append(text % values)  # type: ignore[method-assign]
+        try:
+            run(tree, output / name, ranks, **still | options)
+        except KilledError:
+            pass
+        finally:
+            train.logger.warning = warning  # type: ignore[method-assign]
+        found.append([message for message in messages if "after the warm-up" in message])
+
+    warnings_of("bf16")
+    warnings_of("killed", kill_at=2, checkpoint_every=1)
+    warnings_of("killed")
+    warnings_of("fp32", precision="fp32", learning_rate=1e-3)
+    return found
+
+
+def test_rounding_that_drowns_difference_vectors_is_told_once(tmp_path: Path) -> None:
+    tree, output = alone(tmp_path)
+    (whole, killed, resumed, fp32) = run_ranks(1, _warned, tree, output, init=False)[0]
+    assert len(whole) == 2
+    assert whole[0].startswith("mean |u| is ")
+    assert "rounding in bf16 alone makes" in whole[0]
+    assert whole[1].startswith("mean |v| is ")
+    assert (killed, resumed, fp32) == ([], whole, [])
+
+
 def test_what_the_audit_lets_pass_is_no_noise(tmp_path: Path) -> None:
     tree = tiny.write_config(tmp_path)
 

@@ -9,6 +9,7 @@ after the rows are on the disk; after a kill the blocks that no journal names ar
 
 import json
 import math
+import mmap
 import os
 import shutil
 import struct
@@ -231,6 +232,10 @@ class Store:
         self.layout, self.fingerprint, self.origin = read_manifest(folder)
         try:
             self._rows = {half: np.load(folder / f"{half}.npy", mmap_mode="r") for half in HALVES}
+            for rows in self._rows.values():
+                if rows.size:
+                    # Rows are read in random order: else each would bring 128 KiB of neighbours from the disk.
+                    rows._mmap.madvise(mmap.MADV_RANDOM)
             self._checksums = np.load(folder / CHECKSUMS)
         except (OSError, ValueError, EOFError) as error:
             raise StaleCacheError(
@@ -257,12 +262,23 @@ class Store:
                 self._check(half, block)
         rows = view * self.layout.samples + sample
         assert len(rows) == 0 or 0 <= rows.min() <= rows.max() < len(self._rows[half])
+        self._ask_for(half, rows)
         # With mode "raise" numpy would gather into memory of its own, and copy from there.
         np.take(self._rows[half], rows, axis=0, out=out, mode="clip")
 
+    def _ask_for(self, half: str, rows: NDArray[np.int64]) -> None:
+        """Has the disk read rows side by side; one after the other each would wait for the one before."""
+        memory = self._rows[half]
+        stride, first = memory.strides[0], memory.offset % mmap.PAGESIZE
+        for row in rows.tolist():
+            begin = first + row * stride
+            start = begin - begin % mmap.PAGESIZE
+            memory._mmap.madvise(mmap.MADV_WILLNEED, start, begin + stride - start)
+
     def rows(self, half: str) -> NDArray[Any]:
         """All rows of a half, ``(views * N, D)`` or ``(N, D)``, memory-mapped and held to no checksum."""
-        return self._rows[half]
+        # Another map than that of random reading: who asks for all of them reads in order.
+        return np.load(self.folder / f"{half}.npy", mmap_mode="r")
 
     def check_all(self) -> None:
         """Holds every block to its checksum.
@@ -280,8 +296,10 @@ class Store:
 
     def _check(self, half: str, block: int) -> None:
         rows = self.layout.rows(half, block)
-        place = HALVES.index(half)
-        if zlib.crc32(self._rows[half][rows.start : rows.stop]) != self._checksums[block, place]:
+        place, memory = HALVES.index(half), self._rows[half]
+        start = memory.offset + rows.start * memory.strides[0]
+        data = np.fromfile(memory.filename, np.uint8, len(rows) * memory.strides[0], offset=start)
+        if zlib.crc32(data.data) != self._checksums[block, place]:
             raise StaleCacheError(
                 f"{self.folder / half}.npy: rows {rows.start} to {rows.stop - 1} have changed since they were "
                 "written, by the disk or a copy; rebuild it"

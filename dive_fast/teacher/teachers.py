@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from dive_fast.data.batch import ReferenceBatch
 from dive_fast.objective import Pairs
@@ -36,11 +37,19 @@ class OnlineTeacher:
         self.towers = towers.to(ranks.device).eval().requires_grad_(False)
         self.towers.autocast = None
 
-    @torch.no_grad()
     def __call__(self, batch: ReferenceBatch) -> Pairs:
         """Embeds the batch."""
-        image, text = self.towers.encode_pairs(batch.images, batch.text)
-        return Pairs(unit(image), unit(text))
+        return Pairs(self.image(batch), self.text(batch))
+
+    @torch.no_grad()
+    def image(self, batch: ReferenceBatch) -> Tensor:
+        """Unit rows ``(B, D)`` fp32 of its images."""
+        return unit(self.towers.encode_image(batch.images))
+
+    @torch.no_grad()
+    def text(self, batch: ReferenceBatch) -> Tensor:
+        """Unit rows ``(B, D)`` fp32 of its captions."""
+        return unit(self.towers.encode_text(batch.text.tokens, batch.text.length))[batch.text.index]
 
 
 class CachedTeacher:

@@ -6,11 +6,11 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dive_fast.data.ahead import Ahead
 from dive_fast.data.loader import Options, load
 from dive_fast.data.samples import Place, ReferenceSamples
-from dive_fast.objective import Pairs
 from dive_fast.ranks import Ranks
 from dive_fast.teacher import store
 from dive_fast.teacher.fingerprint import Fingerprint, differences
@@ -105,13 +105,15 @@ def _write_blocks(
     progress = ranks.progress(sum(map(len, in_order)), "teacher cache", "pair")
     try:
         for block in todo:
-            embeddings = []
+            rows: dict[str, list[Tensor]] = {half: [] for half in store.HALVES}
             for _ in batches[block]:
-                embeddings.append(Pairs(*(rows.cpu() for rows in embed(next(ahead)))))
-                progress.update(len(embeddings[-1].image))
-            image, text = (torch.cat(rows).numpy() for rows in zip(*embeddings, strict=True))
-            # The captions are there since the first view.
-            writer.write(block, {"image": image, "text": text[: len(layout.rows("text", block))]})
+                batch = next(ahead)
+                rows["image"].append(embed.image(batch).cpu())
+                if layout.rows("text", block):  # else they are there since the first view
+                    rows["text"].append(embed.text(batch).cpu())
+                progress.update(len(rows["image"][-1]))
+            nothing = torch.empty(0, layout.width)
+            writer.write(block, {half: torch.cat([nothing, *own]).numpy() for half, own in rows.items()})
     finally:
         ahead.close()
         writer.close()

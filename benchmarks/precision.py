@@ -1,0 +1,381 @@
+"""What rounding leaves of difference vectors: ``python benchmarks/precision.py``.
+
+Two real towers are moved away from their weights until the embeddings of reference pairs have moved by |u|. Then,
+for each way to compute them: how far its embeddings are from fp32's, and how far the gradient of AVL + PVL with
+respect to all parameters points from fp32's. Cases that the results file has already are not run again.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from report import REPOSITORY, commit, slug, write_json
+from rounding import REMEDIES, computing
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from dive_fast.config import ModelConfig
+from dive_fast.data.batch import ReferenceBatch
+from dive_fast.data.loader import Options, batches_of
+from dive_fast.data.samples import ReferenceSamples
+from dive_fast.data.source import Sample, Source, open_webdataset
+from dive_fast.kernels import naive
+from dive_fast.objective import Pairs
+from dive_fast.towers import Towers, create, tokenizer_of, unit
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+DATA = Path(os.environ.get("DIVE_TEST_DATA", REPOSITORY.parent / "shared/data"))
+PIECE = 64 if DEVICE.type == "cuda" else 16
+"""Pairs that go through the towers at once."""
+WEIGHT, LOSS_SCALE = 1000.0, 2.0**16
+"""Lambda, and the loss scale that fp16 begins with; halved when a gradient overflows, as in training."""
+TUNING_STEPS, TUNING_RATE = 8, 1e-5
+NOISE_PAIRS = 32
+NORMS = (1e-3, 3e-3, 1e-2, 3e-2)
+Gradient = list[Tensor]
+
+
+class Case(NamedTuple):
+    """One gradient, compared with that of fp32."""
+
+    model: str
+    change: str
+    """Of the weights: ``random``, or ``trained``, by a few steps of contrastive fine-tuning."""
+    norm: float
+    """|u|, mean over pairs, that the change is scaled to."""
+    batch: int
+    """B', reference pairs."""
+    precision: str
+    remedy: str = "none"
+    teacher: str = "fp32"
+    """``fp32``; ``fp16 cache``: its rows rounded to fp16; ``matched``: computed as the student computes."""
+    average: str = "settled"
+    """m before the step: ``settled``, the batch's own mean, or ``start``, zero."""
+
+
+def grid(models: Sequence[str], whole: bool) -> list[Case]:
+    """What is compared, the most telling first; not ``whole``: what two CPU cores do in two hours."""
+    first, *larger = models
+    hard, small = NORMS[:2], NORMS[1:2]
+    half, rounded = ("fp16", "bf16"), ("fp16", "bf16", "tf32")
+
+    def cases(
+        model: str,
+        change: str,
+        norms: Sequence[float],
+        batch: int,
+        ways: Sequence[str],
+        remedies: Sequence[str] = ("none",),
+    ) -> list[Case]:
+        product = itertools.product([change], norms, [batch], ways, remedies)
+        return [Case(model, *values) for values in product]
+
+    def others(model: str) -> list[Case]:
+        around = cases(model, "trained", small, 32, half)
+        changes = {"average": "start"}, {"teacher": "matched"}, {"teacher": "fp16 cache"}
+        return [case._replace(**change) for change in changes for case in around]
+
+    if whole:
+        chosen = []
+        for model in models:
+            for change, batch in itertools.product(("trained", "random"), (32, 128, 512)):
+                chosen += cases(model, change, NORMS, batch, rounded)
+            chosen += cases(model, "trained", hard, 32, half, REMEDIES[1:]) + others(model)
+        return chosen
+    chosen = cases(first, "trained", hard, 32, rounded) + cases(first, "trained", NORMS[2:], 32, half)
+    chosen += cases(first, "trained", small, 32, half, REMEDIES[1:]) + others(first)
+    chosen += cases(first, "trained", hard[:1], 32, half[:1], REMEDIES[-2:])
+    chosen += cases(first, "random", small, 32, rounded)
+    for model in larger:
+        chosen += cases(model, "trained", small, 16, rounded)
+    return chosen + cases(first, "trained", small, 128, half) + cases(first, "trained", small, 512, half)
+
+
+class Subject:
+    """A model, its pairs, and the ways its weights change."""
+
+    def __init__(self, name: str, pretrained: str | None, tuned: Path | None) -> None:
+        torch.manual_seed(0)
+        self.config, self._tuned = ModelConfig(name=name, pretrained=pretrained), tuned
+        self.towers = create(self.config).to(DEVICE).eval()
+        self._frozen = [parameter.detach().clone() for parameter in self.parameters]
+        captions = [open_webdataset(str(tar), ".txt") for tar in sorted((DATA / "captions").glob("*.tar"))]
+        classes = open_webdataset(str(DATA / "imagenet_samples"), ".txt")
+        # Class names stand in for captions where COCO's photos end.
+        pairs = [sample for source in (*captions, classes) for sample in source.samples]
+        self._pairs, self._target = self._samples(pairs), self._samples(classes.samples)
+        self._directions: dict[str, Gradient] = {}
+        self._scales: dict[tuple[str, float], float] = {}
+        self.loss_scale = LOSS_SCALE
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """All that is tuned; the logit scale has no part in AVL and PVL."""
+        return [p for name, p in self.towers.named_parameters() if not name.startswith("logit")]
+
+    def pairs(self, count: int) -> list[ReferenceBatch]:
+        """The first pairs, in pieces."""
+        return _batches(self._pairs, range(count), PIECE)
+
+    def move(self, change: str, norm: float) -> None:
+        """Scales a change of the weights so that |u|, in fp32, is ``norm``; 0 restores the weights."""
+        if norm == 0:
+            return self._shift(None, 0.0)
+        if change not in self._directions:
+            self._directions[change] = self._random() if change == "random" else self._trained()
+        direction = self._directions[change]
+        if (change, norm) not in self._scales:
+            self._scales[change, norm] = self._scale_of(direction, norm)
+        self._shift(direction, self._scales[change, norm])
+
+    def _scale_of(self, direction: Gradient, norm: float) -> float:
+        pieces = self.pairs(NOISE_PAIRS)
+        self._shift(None, 0.0)
+        frozen = embed(self.towers, pieces)
+        scale, wanted = 1e-2, norm
+        for _ in range(12):
+            self._shift(direction, scale)
+            found = _lengths(embed(self.towers, pieces), frozen)[0]
+            if abs(found / wanted - 1) < 0.03:
+                break
+            # |u| is nearly proportional to the change; a step too large lands where it is not.
+            scale *= min(max(wanted / found, 0.05), 20.0)
+        return scale
+
+    @torch.no_grad()
+    def _shift(self, direction: Gradient | None, scale: float) -> None:
+        for index, (parameter, frozen) in enumerate(zip(self.parameters, self._frozen, strict=True)):
+            parameter.copy_(frozen if direction is None else frozen + scale * direction[index])
+
+    def _random(self) -> Gradient:
+        generator = torch.Generator(DEVICE).manual_seed(1)
+        noise = [torch.randn(frozen.shape, generator=generator, device=DEVICE) for frozen in self._frozen]
+        return [frozen.square().mean().sqrt() * one for frozen, one in zip(self._frozen, noise, strict=True)]
+
+    def _trained(self) -> Gradient:
+        """From the frozen weights to tuned ones: those given, else a few contrastive steps on photos and names."""
+        self._shift(None, 0.0)
+        if self._tuned is not None:
+            self.towers.load_exported(load_file(self._tuned, device=str(DEVICE)))
+        else:
+            optimizer = torch.optim.AdamW(self.parameters, TUNING_RATE, weight_decay=0.1)
+            rows = torch.randperm(1000, generator=torch.Generator().manual_seed(2)).tolist()
+            for step in range(TUNING_STEPS):
+                (batch,) = _batches(self._target, rows[step * PIECE : (step + 1) * PIECE], PIECE)
+                image, text = self.towers.encode_pairs(batch.images, batch.text)
+                optimizer.zero_grad()
+                naive.contrastive_loss(image, text, self.towers.scale().detach()).backward()
+                optimizer.step()
+            optimizer.zero_grad()
+        tuned = [parameter.detach().clone() for parameter in self.parameters]
+        self._shift(None, 0.0)
+        return [after - before for after, before in zip(tuned, self._frozen, strict=True)]
+
+    def _samples(self, samples: Sequence[Sample]) -> ReferenceSamples:
+        source, tokenizer = Source(samples), tokenizer_of(self.config)
+        return ReferenceSamples(source, tokenizer, self.towers.preprocess, self.towers.pooled_at, 0)
+
+
+def _batches(samples: ReferenceSamples, rows: Sequence[int], size: int) -> list[ReferenceBatch]:
+    places = [(0, row) for row in rows]
+    return [batch.to(DEVICE) for batch in batches_of(samples, places, size, Options(workers=0))]
+
+
+@torch.no_grad()
+def features(towers: Towers, pieces: Sequence[ReferenceBatch]) -> Pairs:
+    """Of all pairs, un-normalised, in fp32."""
+    found = [towers.encode_pairs(piece.images, piece.text) for piece in pieces]
+    return Pairs(*(torch.cat(half).float() for half in zip(*found, strict=True)))
+
+
+def embed(towers: Towers, pieces: Sequence[ReferenceBatch]) -> Pairs:
+    """Unit rows of all pairs."""
+    return Pairs(*map(unit, features(towers, pieces)))
+
+
+def parameter_gradient(
+    subject: Subject, pieces: Sequence[ReferenceBatch], teacher: Pairs, average: Tensor
+) -> tuple[float, Gradient]:
+    """AVL + PVL and its gradient, as the engine's micro-batches and its loss scaling find it.
+
+    Args:
+        average: m before the step.
+    """
+    leaves = Pairs(*(half.requires_grad_() for half in features(subject.towers, pieces)))
+    loss = naive.difference_loss(*leaves, *teacher, average).loss
+    upstream = torch.autograd.grad(WEIGHT * loss, leaves)
+    sizes = [len(piece.images) for piece in pieces]
+    while True:
+        total = [torch.zeros_like(parameter) for parameter in subject.parameters]
+        scale = subject.loss_scale if subject.towers.autocast is torch.float16 else 1.0
+        for piece, *rows in zip(pieces, *(half.split(sizes) for half in upstream), strict=True):
+            found = subject.towers.encode_pairs(piece.images, piece.text)
+            surrogate = sum((half.float() * row).sum() for half, row in zip(found, rows, strict=True))
+            torch._foreach_add_(total, torch.autograd.grad(scale * surrogate, subject.parameters))
+        if all(torch.isfinite(gradient).all() for gradient in total):
+            torch._foreach_mul_(total, 1 / (scale * WEIGHT))
+            return loss.item(), total
+        subject.loss_scale /= 2
+
+
+class Truth(NamedTuple):
+    """What fp32 finds, with an fp32 teacher."""
+
+    frozen: Pairs
+    moved: Pairs
+    average: Tensor
+    loss: float
+    gradient: Gradient
+
+
+def true_gradient(subject: Subject, case: Case) -> Truth:
+    """Of the weights, pairs and m of a case."""
+    pieces = subject.pairs(case.batch)
+    with computing(subject.towers, "fp32"):
+        subject.move(case.change, 0.0)
+        frozen = embed(subject.towers, pieces)
+        subject.move(case.change, case.norm)
+        moved = embed(subject.towers, pieces)
+        differences = [after - before for after, before in zip(moved, frozen, strict=True)]
+        average = torch.stack(differences).mean((0, 1)) * (case.average == "settled")
+        loss, gradient = parameter_gradient(subject, pieces, frozen, average)
+    return Truth(frozen, moved, average, loss, gradient)
+
+
+def compare(subject: Subject, case: Case, truth: Truth) -> dict[str, float]:
+    """The figures of one case."""
+    pieces, teacher = subject.pairs(case.batch), truth.frozen
+    if case.teacher == "matched":
+        subject.move(case.change, 0.0)
+        with computing(subject.towers, case.precision, case.remedy):
+            teacher = embed(subject.towers, pieces)
+    elif case.teacher == "fp16 cache":
+        teacher = Pairs(*(half.half().float() for half in teacher))
+    subject.move(case.change, case.norm)
+    with computing(subject.towers, case.precision, case.remedy):
+        moved = embed(subject.towers, pieces)
+        loss, gradient = parameter_gradient(subject, pieces, teacher, truth.average)
+    u, v = (after - before for after, before in zip(truth.moved, truth.frozen, strict=True))
+    image_noise, text_noise = _lengths(moved, truth.moved)
+    cosine, norm_ratio = _compared(gradient, truth.gradient)
+    return {
+        "u": u.norm(dim=1).mean().item(),
+        "v": v.norm(dim=1).mean().item(),
+        "u_spread": (u - u.mean(0)).norm(dim=1).mean().item(),
+        "image_noise": image_noise,
+        "text_noise": text_noise,
+        "cosine": cosine,
+        "norm_ratio": norm_ratio,
+        "loss_ratio": loss / truth.loss,
+    }
+
+
+def noise_floor(subject: Subject) -> list[dict[str, Any]]:
+    """|u| and |v| that rounding alone makes at the frozen weights, of every way to compute."""
+    subject.move("random", 0.0)
+    pieces, found = subject.pairs(NOISE_PAIRS), []
+    with computing(subject.towers, "fp32"):
+        exact = embed(subject.towers, pieces)
+    for precision, remedy in (("tf32", "none"), *itertools.product(("fp16", "bf16"), REMEDIES)):
+        with computing(subject.towers, precision, remedy):
+            image, text = _lengths(embed(subject.towers, pieces), exact)
+        found.append({"precision": precision, "remedy": remedy, "image_noise": image, "text_noise": text})
+    return found
+
+
+def _lengths(one: Pairs, other: Pairs) -> tuple[float, float]:
+    """Mean length of the differences of images and of texts."""
+    image, text = ((a - b).norm(dim=1).mean().item() for a, b in zip(one, other, strict=True))
+    return image, text
+
+
+def _compared(gradient: Gradient, truth: Gradient) -> tuple[float, float]:
+    """Cosine, and ratio of the norms."""
+    dot = own = true = 0.0
+    for one, other in zip(gradient, truth, strict=True):
+        dot += (one * other).sum().item()
+        own += one.square().sum().item()
+        true += other.square().sum().item()
+    return dot / (own * true) ** 0.5, (own / true) ** 0.5
+
+
+class Results:
+    """The file of figures: about the run, the noise of each model, and every case."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        found = json.loads(path.read_text()) if path.exists() else {}
+        self.noise: dict[str, list[dict[str, Any]]] = found.get("noise", {})
+        self.cases: list[dict[str, Any]] = found.get("cases", [])
+
+    def has(self, case: Case) -> bool:
+        """Whether it has been run."""
+        return any(entry.items() >= case._asdict().items() for entry in self.cases)
+
+    def write(self) -> None:
+        """Leaves all that is known so far."""
+        device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+        about = {"device": device, "torch": torch.__version__, "commit": commit()}
+        write_json(self.path, {**about, "noise": self.noise, "cases": self.cases})
+
+    def tables(self) -> str:
+        """Markdown."""
+        lines = ["| model | precision | in fp32 | noise of u | of v |", "|---|---|---|---|---|"]
+        for model, rows in self.noise.items():
+            for row in rows:
+                noise = f"{row['image_noise']:.1e} | {row['text_noise']:.1e}"
+                lines.append(f"| {model} | {row['precision']} | {row['remedy']} | {noise} |")
+        figures = ("image_noise", "text_noise", "u_spread", "cosine", "norm_ratio", "loss_ratio")
+        lines += ["", "| " + " | ".join((*Case._fields, *figures)) + " |"]
+        lines.append("|---" * (len(Case._fields) + len(figures)) + "|")
+        for entry in self.cases:
+            cells = [f"{entry[name]:g}" if name == "norm" else str(entry[name]) for name in Case._fields]
+            cells += [f"{entry[name]:.3g}" for name in figures]
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+
+def main() -> None:
+    """Parses, runs what is missing, prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["ViT-B-32", "ViT-B-16", "ViT-L-14"])
+    parser.add_argument("--pretrained", help="open_clip's tag, such as openai; default: random weights")
+    parser.add_argument(
+        "--tuned", type=Path, help="a fine-tuned model.safetensors: the trained change of the weights"
+    )
+    parser.add_argument("--whole", action="store_true", default=DEVICE.type == "cuda", help="as on a GPU")
+    parser.add_argument("--results", type=Path, help="file; default: results/<device>-precision.json")
+    options = parser.parse_args()
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    results = Results(options.results or REPOSITORY / f"benchmarks/results/{slug(name)}-precision.json")
+    cases = [case for case in grid(options.models, options.whole) if not results.has(case)]
+    progress = tqdm(total=len(cases), unit="case")
+    # Neighbours share weights, pairs and m, and so the gradient of fp32.
+    for model, of_model in itertools.groupby(cases, lambda case: case.model):
+        subject = Subject(model, options.pretrained, options.tuned)
+        if model not in results.noise:
+            results.noise[model] = noise_floor(subject)
+        for _, group in itertools.groupby(
+            of_model, lambda case: (case.change, case.norm, case.batch, case.average)
+        ):
+            truth = None
+            for case in group:
+                truth = truth or true_gradient(subject, case)
+                begin = time.perf_counter()
+                figures = compare(subject, case, truth)
+                results.cases.append({**case._asdict(), **figures, "seconds": time.perf_counter() - begin})
+                results.write()
+                progress.update()
+    progress.close()
+    print(results.tables())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""What precision leaves of a whole fine-tuning: ``python benchmarks/precision_training.py``.
+
+The demo's DiVE run, from the same weights on the same batches, in each precision of its towers and for each
+lambda: difference vectors, accuracies and RSA at its end.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from report import REPOSITORY, commit, slug, write_json
+from rounding import products
+
+from dive_fast.config import load
+from dive_fast.demo import report, world
+from dive_fast.ranks import join
+from dive_fast.train import train
+
+CONFIGS = REPOSITORY / "launch/configs"
+
+
+def main() -> None:
+    """Trains, compares, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "fp16", "bf16"])
+    parser.add_argument("--weights", nargs="+", type=float, default=[0.1, 10.0, 1000.0], help="lambda")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "build/precision", help="of the runs")
+    parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks/results")
+    options = parser.parse_args()
+    ranks = join()
+    world.prepare()
+    rows = []
+    for seed in options.seeds:
+        for weight in options.weights:
+            for precision in options.precisions:
+                name = f"{precision}, lambda {weight:g}, seed {seed}"
+                folder = options.output / name
+                overrides = [f"objective.weight={weight}", f"train.precision={precision}", f"train.seed={seed}"]
+                config = load("demo.json", overrides, CONFIGS)
+                with products(precision, ranks.device):
+                    train(config, folder, ranks)
+                lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+                lines = [line for line in lines if "image_norm" in line]
+                found = report.compare(config, {"pretrained": None, name: folder / "model.safetensors"})[name]
+                figures = {"precision": precision, "weight": weight, "seed": seed, "floor": lines[0]["image_norm"]}
+                rows.append(
+                    figures | {"u": lines[-1]["image_norm"]} | {key: found[key] for key in report.MEASURES}
+                )
+    device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "CPU"
+    path = options.results / f"{slug(device)}-precision-training.json"
+    write_json(path, {"device": device, "torch": torch.__version__, "commit": commit(), "runs": rows})
+    print("| lambda | precision | seed | floor | mean u | ID | OOD | ZS | RSA |\n" + "|---" * 9 + "|")
+    for row in rows:
+        figures = " | ".join(f"{100 * row[key]:.1f}" for key in ("id", "ood", "zs"))
+        norms = f"{row['floor']:.1e} | {row['u']:.1e}"
+        print(
+            f"| {row['weight']:g} | {row['precision']} | {row['seed']} | {norms} | {figures} | {row['rsa']:.3f} |"
+        )
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
