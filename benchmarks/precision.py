@@ -39,6 +39,9 @@ WEIGHT, LOSS_SCALE = 1000.0, 2.0**16
 TUNING_STEPS, TUNING_RATE = 8, 1e-5
 NOISE_PAIRS = 32
 NORMS = (1e-3, 3e-3, 1e-2, 3e-2)
+FIGURES = ("u", "v", "u_spread", "image_noise", "text_noise", "cosine", "norm_ratio", "loss_ratio")
+"""Of a case: |u|, |v| and how far u are from their mean; how far embeddings are from fp32's; the gradient against
+fp32's; AVL + PVL over fp32's."""
 Gradient = list[Tensor]
 
 
@@ -93,9 +96,12 @@ def grid(models: Sequence[str], whole: bool) -> list[Case]:
     chosen += cases(first, "trained", small, 32, half, REMEDIES[1:]) + others(first)
     chosen += cases(first, "trained", hard[:1], 32, half[:1], REMEDIES[-2:])
     chosen += cases(first, "random", small, 32, rounded)
+    matched = cases(first, "random", small, 32, half) + cases(first, "trained", [1e-3, 1e-2], 32, half)
+    chosen += [case._replace(teacher="matched") for case in matched]
+    chosen += cases(first, "trained", small, 128, half)
     for model in larger:
-        chosen += cases(model, "trained", small, 16, rounded)
-    return chosen + cases(first, "trained", small, 128, half) + cases(first, "trained", small, 512, half)
+        chosen += cases(model, "trained", small, 16, half)
+    return chosen + cases(first, "trained", small, 512, half)
 
 
 class Subject:
@@ -110,7 +116,7 @@ class Subject:
         classes = open_webdataset(str(DATA / "imagenet_samples"), ".txt")
         # Class names stand in for captions where COCO's photos end.
         pairs = [sample for source in (*captions, classes) for sample in source.samples]
-        self._pairs, self._target = self._samples(pairs), self._samples(classes.samples)
+        self.reference, self._target = self._samples(pairs), self._samples(classes.samples)
         self._directions: dict[str, Gradient] = {}
         self._scales: dict[tuple[str, float], float] = {}
         self.loss_scale = LOSS_SCALE
@@ -122,7 +128,7 @@ class Subject:
 
     def pairs(self, count: int) -> list[ReferenceBatch]:
         """The first pairs, in pieces."""
-        return _batches(self._pairs, range(count), PIECE)
+        return batches(self.reference, range(count), PIECE)
 
     def move(self, change: str, norm: float) -> None:
         """Scales a change of the weights so that |u|, in fp32, is ``norm``; 0 restores the weights."""
@@ -168,7 +174,7 @@ class Subject:
             optimizer = torch.optim.AdamW(self.parameters, TUNING_RATE, weight_decay=0.1)
             rows = torch.randperm(1000, generator=torch.Generator().manual_seed(2)).tolist()
             for step in range(TUNING_STEPS):
-                (batch,) = _batches(self._target, rows[step * PIECE : (step + 1) * PIECE], PIECE)
+                (batch,) = batches(self._target, rows[step * PIECE : (step + 1) * PIECE], PIECE)
                 image, text = self.towers.encode_pairs(batch.images, batch.text)
                 optimizer.zero_grad()
                 naive.contrastive_loss(image, text, self.towers.scale().detach()).backward()
@@ -183,7 +189,7 @@ class Subject:
         return ReferenceSamples(source, tokenizer, self.towers.preprocess, self.towers.pooled_at, 0)
 
 
-def _batches(samples: ReferenceSamples, rows: Sequence[int], size: int) -> list[ReferenceBatch]:
+def batches(samples: ReferenceSamples, rows: Sequence[int], size: int) -> list[ReferenceBatch]:
     places = [(0, row) for row in rows]
     return [batch.to(DEVICE) for batch in batches_of(samples, places, size, Options(workers=0))]
 
@@ -332,12 +338,11 @@ class Results:
             for row in rows:
                 noise = f"{row['image_noise']:.1e} | {row['text_noise']:.1e}"
                 lines.append(f"| {model} | {row['precision']} | {row['remedy']} | {noise} |")
-        figures = ("image_noise", "text_noise", "u_spread", "cosine", "norm_ratio", "loss_ratio")
-        lines += ["", "| " + " | ".join((*Case._fields, *figures)) + " |"]
-        lines.append("|---" * (len(Case._fields) + len(figures)) + "|")
+        lines += ["", "| " + " | ".join((*Case._fields, *FIGURES)) + " |"]
+        lines.append("|---" * (len(Case._fields) + len(FIGURES)) + "|")
         for entry in self.cases:
             cells = [f"{entry[name]:g}" if name == "norm" else str(entry[name]) for name in Case._fields]
-            cells += [f"{entry[name]:.3g}" for name in figures]
+            cells += [f"{entry[name]:.3g}" for name in FIGURES]
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
 

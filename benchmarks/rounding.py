@@ -106,7 +106,7 @@ class _Tf32Products(TorchDispatchMode):
         # A bias is added in fp32.
         factors = slice(1, None) if op.overloadpacket in (aten.addmm, aten.baddbmm) else slice(None)
         args = list(args)
-        args[factors] = [_rounded_to_tf32(arg) if isinstance(arg, Tensor) else arg for arg in args[factors]]
+        args[factors] = [rounded_to_tf32(arg) if isinstance(arg, Tensor) else arg for arg in args[factors]]
         return op(*args, **kwargs or {})
 
 
@@ -114,7 +114,7 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
-def _rounded_to_tf32(tensor: Tensor) -> Tensor:
+def rounded_to_tf32(tensor: Tensor) -> Tensor:
     """To the nearest number of ten bits behind the point; ties away from zero, as the hardware converts."""
     if tensor.dtype != torch.float32:
         return tensor

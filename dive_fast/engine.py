@@ -22,6 +22,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
+from dive_fast.blocks import compile_blocks, recompute_blocks
 from dive_fast.config import Config, ConfigError
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.objective import Dive, Flyp, Loss, Pairs
@@ -90,6 +91,10 @@ class Engine:
         self.towers.autocast = AUTOCAST[train.precision]
         if self.micro_batch_size is not None and any(_is_random(module) for module in towers.modules()):
             raise ConfigError("train.micro_batch_size: this model drops features at random; remove it")
+        if train.activation_checkpointing != "off":
+            recompute_blocks(self.towers, selective=train.activation_checkpointing == "selective")
+        if train.compile:
+            compile_blocks(self.towers)
         self.objective = objective.to(ranks.device)
         self.scale = LossScale.of(train.precision)
         section = deepspeed_section(config, ranks.world_size)
@@ -272,6 +277,11 @@ def deepspeed_section(config: Config, world_size: int) -> dict[str, Any]:
         value = section.get(key)
         if value is not None and not (isinstance(value, dict) and value.get("enabled") is False):
             raise ConfigError(f"deepspeed.{key} has its home in {home}: set it there and remove it here")
+    if config.train.compile and section.get("zero_optimization", {}).get("stage", 0) == 3:
+        raise ConfigError(
+            "train.compile: ZeRO-3 brings each block's parameters by hooks that cannot be compiled; turn it off, "
+            "or take deepspeed.zero_optimization.stage = 2"
+        )
     batch_size = config.data.target.batch_size
     filled = {
         "train_batch_size": batch_size,

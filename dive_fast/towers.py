@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,8 @@ class Towers(nn.Module):
         self.preprocess = Preprocess.of(self.visual)
         self.autocast: torch.dtype | None = None
         """Precision of both towers' matrix products; None: fp32."""
+        self.text_multiple = 1
+        """Trimmed texts have so many tokens or a multiple."""
 
     def forward(self, images: Tensor, tokens: Tensor, length: int) -> Features:
         """Encodes images and distinct texts.
@@ -89,7 +92,8 @@ class Towers(nn.Module):
     def encode_text(self, tokens: Tensor, length: int | None = None) -> Tensor:
         """``(U, context) -> (U, D)``, un-normalised; trimmed to ``length`` where that is exact."""
         if self.pooled_at is not None and self._causal_mask is not None:
-            tokens = tokens[:, :length]
+            if length is not None:
+                tokens = tokens[:, : math.ceil(length / self.text_multiple) * self.text_multiple]
             context = tokens.shape[1]
             # open_clip adds its whole mask to the attention scores whatever the length of the text.
             self.text.attn_mask = self._causal_mask[:context, :context]

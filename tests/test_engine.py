@@ -50,6 +50,8 @@ STAGES = {1: (0, 2), 2: (0, 1, 2, 3)}
 """ZeRO stages tried on so many ranks."""
 PATHS = list(itertools.product(["sequential", "joint"], [None, 3]))
 """(schedule, micro-batch size); 3 does not divide a rank's share, and makes more pieces than distinct prompts."""
+RECOMPUTED_IN = (3, None)
+"""Micro-batch size with full and with selective checkpointing."""
 
 
 def batches(folder: Path) -> dict[str, Tensor]:
@@ -106,7 +108,13 @@ def oracle(folder: Path, name: str = "dive") -> tuple[dict[str, Tensor], dict[st
 
 
 def config(
-    folder: Path, stage: int, schedule: str, micro: int | None, precision: str = "fp32", name: str = "dive"
+    folder: Path,
+    stage: int,
+    schedule: str,
+    micro: int | None,
+    precision: str = "fp32",
+    name: str = "dive",
+    **train_options: Any,
 ) -> Config:
     data = {"format": "webdataset", "path": "-", "workers": 0}
     tree = {
@@ -122,6 +130,7 @@ def config(
             "precision": precision,
             "learning_rate": 1e-3,
             "warmup_steps": 5,
+            **train_options,
         },
         "deepspeed": {"zero_optimization": {"stage": stage}},
     }
@@ -191,6 +200,9 @@ def run_paths(folder: Path, stages: tuple[int, ...]) -> dict[Any, Any]:
     for zero in stages:
         results["fp16", zero] = stage.accumulate(stage.engine(zero, precision="fp16"))
         results["bf16", zero] = stage.accumulate(stage.engine(zero, precision="bf16"))
+        for micro, mode in zip(RECOMPUTED_IN, ("full", "selective"), strict=True):
+            engine = stage.engine(zero, micro=micro, activation_checkpointing=mode)
+            results[mode, zero] = *stage.accumulate(engine), engine.objective.average_vector
         results["overflow", zero] = overflow(stage, zero)
     return results
 
@@ -257,6 +269,14 @@ def test_every_path_gives_the_papers_gradients(folder: Path, by_rank: list[dict[
                 assert metrics[name] == pytest.approx(value, rel=1e-4), (zero, path, name)
             # Equal to the last bit, or the ranks' averages would drift apart over a run.
             assert torch.equal(average_vector, by_rank[0][zero, *path][2])
+
+
+def test_recomputed_blocks_give_the_papers_gradients(folder: Path, by_rank: list[dict[Any, Any]]) -> None:
+    expected, losses = oracle(folder)
+    for zero, mode in itertools.product(STAGES[len(by_rank)], ("full", "selective")):
+        gradients, metrics, _ = by_rank[0][mode, zero]
+        assert_same_gradients(gradients, expected, 1e-5)
+        assert metrics["loss"] == pytest.approx(losses["loss"], rel=1e-4), (zero, mode)
 
 
 def test_flyp_gives_the_contrastive_gradient_alone(folder: Path, by_rank: list[dict[Any, Any]]) -> None:

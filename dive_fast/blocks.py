@@ -1,0 +1,90 @@
+"""The towers' transformer blocks: compiled one by one, or run again in the backward to save memory."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from dive_fast.config import ConfigError
+from dive_fast.towers import Towers
+
+TEXT_MULTIPLE = 8
+"""Compiled text towers take texts of so many tokens or a multiple: else every length would be compiled anew, and
+matrices whose sides are no multiples of 8 miss the fast paths of tensor cores."""
+
+BACKEND = "inductor"
+aten = torch.ops.aten
+_PRODUCTS = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def compile_blocks(towers: Towers) -> None:
+    """Compiles the blocks of both towers; all blocks of a tower share their code.
+
+    A batch has as many distinct texts as it happens to have, so the text tower's sizes stay open in its code.
+
+    Raises:
+        ConfigError: a tower has no blocks.
+    """
+    for block in blocks_of(towers.visual, "train.compile"):
+        block.compile(backend=BACKEND, dynamic=False)
+    for block in blocks_of(towers.text, "train.compile"):
+        block.compile(backend=BACKEND, dynamic=True)
+    towers.text_multiple = TEXT_MULTIPLE
+
+
+def recompute_blocks(towers: Towers, selective: bool) -> None:
+    """Makes the blocks of both towers keep only what enters them, and run again in the backward.
+
+    Args:
+        selective: keep the results of matrix products and attention too; only what lies between runs again.
+
+    Raises:
+        ConfigError: a tower has no blocks.
+    """
+    for tower in (towers.visual, towers.text):
+        for block in blocks_of(tower, "train.activation_checkpointing"):
+            block.forward = partial(_recomputed, block.forward, selective)
+
+
+def blocks_of(tower: nn.Module, key: str) -> list[nn.Module]:
+    """The layers of a tower that are built alike and hold most of its parameters, the embedding of words aside.
+
+    Raises:
+        ConfigError: there are none; names the ``key`` of the config that asks for them.
+    """
+
+    def size(module: nn.Module) -> int:
+        words = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+        return sum(parameter.numel() for parameter in module.parameters() if id(parameter) not in words)
+
+    stacks = [module for module in tower.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    alike = [stack for stack in stacks if len({type(block) for block in stack}) == 1]
+    largest = max(alike, key=size, default=None)
+    if largest is None or 2 * size(largest) < size(tower):
+        raise ConfigError(f"{key}: {type(tower).__name__} is no stack of equal blocks; leave it off")
+    return list(largest)
+
+
+def _recomputed(forward: Callable[..., Any], selective: bool, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    if not selective:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    contexts = partial(create_selective_checkpoint_contexts, _policy)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,148 @@
+"""Compiled and recomputed blocks: the same gradients, less memory, no more compilations than kinds of blocks."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from distributed import run_ranks
+from test_engine import Stage, assert_same_gradients, config, oracle
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import RobertaConfig, RobertaModel
+
+from dive_fast import blocks
+from dive_fast.blocks import TEXT_MULTIPLE, blocks_of, compile_blocks, recompute_blocks
+from dive_fast.config import Config, ConfigError, ModelConfig
+from dive_fast.engine import deepspeed_section
+from dive_fast.towers import Towers, create
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny.write_model(path)
+    return path
+
+
+@pytest.fixture
+def towers(folder: Path) -> Towers:
+    return create(ModelConfig(name=f"local-dir:{folder}"))
+
+
+def compiled(folder: Path, backend: str) -> dict[Any, Any]:
+    """On one rank: gradients of the step with compiled blocks, and how often code was compiled on the way."""
+    from torch._dynamo.utils import counters
+
+    blocks.BACKEND = backend
+    stage, results = Stage(folder), {}
+    for zero, micro in ((0, None), (2, 3)):
+        results[zero] = stage.accumulate(stage.engine(zero, micro=micro, compile=True))
+    before = counters["stats"]["unique_graphs"]
+    towers = copy.deepcopy(stage.student)
+    compile_blocks(towers)
+    lengths = torch.randint(3, 78, (20, 2), generator=torch.Generator().manual_seed(0)).tolist()
+    for length, count in lengths:
+        tokens = torch.randint(1, 1000, (count, 77))
+        tokens[:, length - 1 :] = 49407
+        assert torch.allclose(
+            towers.encode_text(tokens, length), stage.student.encode_text(tokens, length), atol=1e-5
+        )
+    results["graphs"] = counters["stats"]["unique_graphs"] - before
+    return results
+
+
+# What is traced is the same, but inductor takes minutes on a small machine.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_blocks_give_the_papers_gradients_and_compile_a_few_times_only(
+    folder: Path, backend: str
+) -> None:
+    (results,) = run_ranks(1, compiled, folder, backend, init=False, timeout=500)
+    expected, losses = oracle(folder)
+    for zero in (0, 2):
+        gradients, metrics = results[zero]
+        assert_same_gradients(gradients, expected, 1e-5)
+        assert metrics["loss"] == pytest.approx(losses["loss"], rel=1e-4)
+    # Twenty shapes: one code for them all, and one where a size happens to be 1 or 8.
+    assert results["graphs"] <= 3
+
+
+def test_compiled_towers_take_texts_in_multiples(towers: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(towers.text, "forward", lambda tokens: seen.append(tokens.shape[1]) or torch.zeros(1))
+    tokens = torch.zeros(1, 77, dtype=torch.long)
+    towers.text_multiple = TEXT_MULTIPLE
+    for length in (1, 8, 9, 76, None):
+        towers.encode_text(tokens, length)
+    assert seen == [8, 8, 16, 77, 77]
+
+
+class Saved(TorchDispatchMode):
+    """Counts the products that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.products += "mm" in str(op)
+        return op(*args, **kwargs or {})
+
+
+def step(towers: Towers) -> tuple[int, int, dict[str, Tensor]]:
+    """Bytes saved for the backward, products run, gradients."""
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(5, 3, 32, 32, generator=generator)
+    tokens = torch.randint(1, 1000, (4, 77), generator=generator)
+    tokens[:, -1] = 49407
+    with Saved() as counted, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        features = towers(images, tokens, 77)
+        loss = features.image.square().sum() + features.text.square().sum()
+    with counted:
+        loss.backward()
+    gradients = {name: p.grad for name, p in towers.named_parameters() if p.grad is not None}
+    return sum(saved.values()), counted.products, gradients
+
+
+def test_recomputed_blocks_save_less_and_selective_ones_run_no_product_twice(towers: Towers) -> None:
+    plain_bytes, plain_products, expected = step(copy.deepcopy(towers))
+    figures = {}
+    for selective in (False, True):
+        other = copy.deepcopy(towers)
+        recompute_blocks(other, selective)
+        saved, products, gradients = step(other)
+        assert_same_gradients(gradients, expected, 1e-6)
+        figures[selective] = saved, products
+    assert figures[False][0] < 0.5 * plain_bytes
+    assert figures[False][1] > 1.2 * plain_products
+    assert figures[True][1] == plain_products
+
+
+def test_blocks_are_found_in_any_transformer(towers: Towers, tmp_path: Path) -> None:
+    assert blocks_of(towers.visual, "x") == list(towers.visual.transformer.resblocks)
+    siglip = create(ModelConfig(name=tiny.write_model(tmp_path / "siglip", tiny.reduced("ViT-B-16-SigLIP"))))
+    assert blocks_of(siglip.visual, "x") == list(siglip.visual.trunk.blocks)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3}
+    roberta = RobertaModel(RobertaConfig(vocab_size=1000, **sizes))
+    assert blocks_of(roberta, "x") == list(roberta.encoder.layer)
+    with pytest.raises(ConfigError, match=r"train\.compile: Linear is no stack of equal blocks; leave it off"):
+        blocks_of(nn.Linear(3, 3), "train.compile")
+
+
+def test_what_cannot_be_combined_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.compile: ZeRO-3"):
+        deepspeed_section(config(folder, 3, "sequential", None, compile=True), 1)
+    tree = config(folder, 2, "sequential", None).model_dump()
+    tree["train"] |= {"compile": True, "activation_checkpointing": "selective"}
+    with pytest.raises(ValueError, match=r"train\.activation_checkpointing = selective: train.compile chooses"):
+        Config.model_validate_json(json.dumps(tree))
