@@ -207,6 +207,8 @@ def _largest_micro_batch(
     pairs = max(half.batch_size for half in halves) // planned.ranks
     activations = max(planned.parts.get("activations", 0), 1)
     room = max(gpu.memory - (planned.peak_memory_bytes - activations), 1)
+    if planned.ranks == 1 and sum(planned.parts.get(part, 0) for part in ("weights", "optimizer")) > gpu.memory:
+        return None
     largest = _power_of_two_below(pairs)
     expected = min(_power_of_two_below(pairs * room // activations), largest)
 

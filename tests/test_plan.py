@@ -28,28 +28,27 @@ from dive_fast.towers import create
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "launch/configs"
-TARGET, REFERENCE, CONTEXT, WIDTH = 24, 16, 40, 64
+TARGET, REFERENCE, CONTEXT, WIDTH = 16, 12, 40, 64
 SMALL = {
     "embed_dim": WIDTH,
-    "vision_cfg": {"image_size": 64, "layers": 3, "width": 128, "head_width": 64, "patch_size": 8},
-    "text_cfg": {"context_length": CONTEXT, "vocab_size": 500, "width": 128, "heads": 2, "layers": 3},
+    "vision_cfg": {"image_size": 64, "layers": 2, "width": 128, "head_width": 64, "patch_size": 8},
+    "text_cfg": {"context_length": CONTEXT, "vocab_size": 500, "width": 128, "heads": 2, "layers": 2},
 }
 
-CASES: dict[str, dict[str, Any]] = {
-    "flyp": {"objective.name": "flyp"},
+Case = dict[str, Any]
+QUICK: dict[str, Case] = {
     "sequential": {},
+    "flyp, fp16": {"objective.name": "flyp", "train.precision": "fp16", "data.target.text_length": 10},
+    "micro-batches": {"train.micro_batch_size": 3, "zero": 0},
+}
+SLOW: dict[str, Case] = {
+    "flyp": {"objective.name": "flyp"},
     "joint": {"train.schedule": "joint", "zero": 1},
-    "micro-batches": {"train.micro_batch_size": 5, "zero": 0},
-    "micro-batches, ZeRO-2": {"train.micro_batch_size": 3},
+    "micro-batches, ZeRO-2": {"train.micro_batch_size": 5},
     "fp16": {"train.precision": "fp16", "zero": 1},
     "bf16, joint": {"train.precision": "bf16", "train.schedule": "joint"},
-    "fp16, micro-batches": {"train.precision": "fp16", "train.micro_batch_size": 4},
+    "bf16, micro-batches": {"train.precision": "bf16", "train.micro_batch_size": 7, "zero": 1},
     "short texts": {"data.target.text_length": 10, "data.reference.text_length": 20},
-    "short texts, flyp, fp16": {
-        "data.target.text_length": 10,
-        "objective.name": "flyp",
-        "train.precision": "fp16",
-    },
     "ZeRO-3": {"zero": 3},
 }
 
@@ -79,22 +78,24 @@ def small_config(folder: Path, **overrides: Any) -> Config:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Sums what lives anew after each operation that allocates; shares nothing with dive_fast.memory."""
+    """Sums all that lives anew where there may be a new peak; shares nothing with dive_fast.memory."""
 
     def __init__(self) -> None:
         super().__init__()
         self.storages: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
-        self.peak = 0
+        self.peak = self.at_most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        before = len(self.storages)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
                 storage = tensor.untyped_storage()
-                self.storages[storage.data_ptr()] = storage
-        if len(self.storages) != before:
-            self.peak = max(self.peak, sum(storage.nbytes() for storage in self.storages.values()))
+                if self.storages.get(storage.data_ptr()) is not storage:
+                    self.storages[storage.data_ptr()] = storage
+                    self.at_most += storage.nbytes()
+        if self.at_most > self.peak:
+            self.at_most = sum(storage.nbytes() for storage in self.storages.values())
+            self.peak = max(self.peak, self.at_most)
         return result
 
 
@@ -130,6 +131,8 @@ def real_step(config: Config) -> tuple[int, int, int]:
         with live:
             towers = create(config.model)
             engine = Engine(config, towers, objective.create(config.objective, WIDTH), ranks, total_steps=9)
+            # What it starts with overflows, and a step that is skipped allocates no moments.
+            engine.scale.value = 1.0
             parameters = sum(getattr(p, "ds_numel", p.numel()) for p in towers.parameters())
             waiting = [batches(), batches()]
             engine.step(*waiting[0])
@@ -141,22 +144,12 @@ def real_step(config: Config) -> tuple[int, int, int]:
     return live.peak, counter.get_total_flops(), parameters
 
 
-def real_steps(folder: Path) -> dict[str, tuple[int, int, int]]:
-    return {name: real_step(small_config(folder, **case)) for name, case in CASES.items()}
+def real_steps(folder: Path, cases: dict[str, Case]) -> dict[str, tuple[int, int, int]]:
+    return {name: real_step(small_config(folder, **case)) for name, case in cases.items()}
 
 
-def small_plans(folder: Path) -> dict[Any, Plan]:
-    """Plans of every case, over ranks, and with all micro-batches run."""
-    plans: dict[Any, Plan] = {name: plan(small_config(folder, **case)) for name, case in CASES.items()}
-    for zero in (1, 2, 3):
-        for ranks in (1, 2, 8):
-            plans[zero, ranks] = plan(small_config(folder, zero=zero), ranks)
-    with unittest.mock.patch.object(_Sampled, "ENOUGH", 99):
-        for name in CASES:
-            if "micro" in name:
-                plans["all", name] = plan(small_config(folder, **CASES[name]))
-    plans["last"] = plan(small_config(folder))
-    return plans
+def small_plans(folder: Path, cases: dict[str, Case], ranks: int = 1) -> dict[str, Plan]:
+    return {name: plan(small_config(folder, **case), ranks) for name, case in cases.items()}
 
 
 @pytest.fixture(scope="module")
@@ -166,49 +159,51 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def planned(folder: Path) -> dict[Any, Plan]:
-    return run_ranks(1, small_plans, folder, init=False, timeout=300)[0]
+@pytest.mark.parametrize("cases", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["quick", "slow"])
+def test_memory_and_flop_are_those_of_a_real_step(folder: Path, cases: dict[str, Case]) -> None:
+    with unittest.mock.patch.dict(os.environ, TRITON_INTERPRET="0"):
+        real = run_ranks(1, real_steps, folder, cases, init=False, timeout=500)[0]
+    planned = run_ranks(1, small_plans, folder, cases, init=False, timeout=300)[0]
+    for name in cases:
+        peak, flop, parameters = real[name]
+        assert planned[name].parameters == parameters
+        assert planned[name].peak_memory_bytes == pytest.approx(peak, rel=0.01), name
+        # The CPU computes one matrix of logits and differentiates it: three products of B x B x D.
+        plain_loss = 6 * TARGET**2 * WIDTH
+        assert planned[name].flop_of("target") + planned[name].flop_of("reference") == flop - plain_loss
 
 
-@pytest.fixture(scope="module")
-def real(folder: Path) -> dict[str, tuple[int, int, int]]:
-    return run_ranks(1, real_steps, folder, init=False, timeout=300)[0]
+ZERO: dict[str, Case] = {str(stage): {"zero": stage} for stage in (1, 2, 3)}
+PIECES: Case = {"train.micro_batch_size": 2}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_memory_and_flop_are_those_of_a_real_step(
-    name: str, planned: dict[Any, Plan], real: dict[str, tuple[int, int, int]]
-) -> None:
-    peak, flop, parameters = real[name]
-    assert planned[name].parameters == parameters
-    assert planned[name].peak_memory_bytes == pytest.approx(peak, rel=0.1)
-    # The CPU computes one matrix of logits and differentiates it: three products of B x B x D.
-    plain_loss = 6 * TARGET**2 * WIDTH
-    assert planned[name].flop_of("target") + planned[name].flop_of("reference") == flop - plain_loss
+def plans_over_ranks(folder: Path) -> dict[str, Plan]:
+    """ZeRO over four ranks, and one rank before and after it; micro-batches, some of them run and all."""
+    plans = {
+        "one": plan(small_config(folder)),
+        **small_plans(folder, ZERO, ranks=4),
+        "one again": plan(small_config(folder)),
+        "some": plan(small_config(folder, **PIECES)),
+    }
+    with unittest.mock.patch.object(_Sampled, "ENOUGH", 99):
+        return plans | {"all": plan(small_config(folder, **PIECES))}
 
 
-def test_micro_batches_that_are_alike_need_not_all_be_run(planned: dict[Any, Plan]) -> None:
-    for name in CASES:
-        if "micro" in name:
-            assert planned[name].flop == planned["all", name].flop
-            assert planned[name].parts == pytest.approx(planned["all", name].parts, rel=0.02)
-
-
-def test_zero_shares_its_state_among_the_ranks(planned: dict[Any, Plan]) -> None:
-    bucket = 4 * 50000
-    for zero, ranks in ((zero, ranks) for zero in (1, 2, 3) for ranks in (2, 8)):
-        one, many = planned[zero, 1], planned[zero, ranks]
-        state = 4 * one.parameters
-        assert many.parts["optimizer"] == pytest.approx(3 * state / ranks, rel=0.03)
-        assert many.parts["weights"] == pytest.approx(state / ranks if zero == 3 else state, rel=0.03)
-        held = state if zero == 1 else state / ranks
-        assert many.parts["gradients"] <= held + 3 * bucket, (zero, ranks)
+def test_zero_shares_its_state_among_the_ranks_and_like_micro_batches_need_not_all_be_run(folder: Path) -> None:
+    plans = run_ranks(1, plans_over_ranks, folder, init=False, timeout=300)[0]
+    one, state = plans["one"], 4 * plans["one"].parameters
+    assert one.parts["optimizer"] == pytest.approx(3 * state, rel=0.03)
+    # Buckets, and gradients on their way through them.
+    passing = 10**6
+    for zero in ZERO:
+        many = plans[zero]
+        assert many.parts["optimizer"] == pytest.approx(3 * state / 4, rel=0.03)
+        assert many.parts["weights"] == pytest.approx(state / 4 if zero == "3" else state, rel=0.03)
+        assert many.parts["gradients"] <= (state if zero == "1" else state / 4) + passing, zero
         assert many.flop_per_step == pytest.approx(one.flop_per_step, rel=1e-3)
-
-
-def test_a_plan_leaves_nothing_behind_for_the_next(planned: dict[Any, Plan]) -> None:
-    assert planned["last"] == planned["sequential"]
+    assert plans["one again"] == one
+    assert plans["some"].flop == plans["all"].flop
+    assert plans["some"].parts == pytest.approx(plans["all"].parts, rel=0.02)
 
 
 def shipped_plans(wanted: dict[str, tuple[str, list[str]]]) -> dict[str, Plan]:
@@ -268,8 +263,9 @@ def advice_for(folder: Path, gpus: list[int]) -> list[Any]:
     return [base.peak_memory_bytes, *found]
 
 
+@pytest.mark.slow
 def test_advice_is_the_cheapest_change_that_fits_and_is_planned(folder: Path) -> None:
-    sizes = [10**9, 70 * 10**6, 30 * 10**6, 10**6]
+    sizes = [10**9, 60 * 10**6, 28 * 10**6, 10**6]
     peak, enough, less, little, none = run_ranks(1, advice_for, folder, sizes, init=False, timeout=300)[0]
     assert sizes[0] > peak > sizes[1]
     assert enough == {}
@@ -316,8 +312,16 @@ def test_the_command_plans_the_demo_for_two_ranks_and_writes_nothing(tmp_path: P
     [
         (["demo", "train.epoch=3"], "unknown key train.epoch; did you mean epochs?"),
         (["demo", "--ranks", "3"], "data.target.batch_size = 128 is not divisible by 3 ranks"),
-        (["demo", "model.name=hf-hub:nobody/nothing"], "model: cannot load hf-hub:nobody/nothing"),
-        (["demo", "data.target.text_length=99"], "data.target.text_length = 99 exceeds the model's context of"),
+        pytest.param(
+            ["demo", "model.name=hf-hub:nobody/nothing"],
+            "model: cannot load hf-hub:nobody/nothing",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["demo", "data.target.text_length=99"],
+            "data.target.text_length = 99 exceeds the model's context of",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_mistake_ends_with_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
