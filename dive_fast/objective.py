@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dive_fast.config import ObjectiveConfig
 from dive_fast.kernels import contrastive_loss, difference_loss, dive_loss
+from dive_fast.kernels.backend import Backend
 
 Group = dist.ProcessGroup | None
 
@@ -34,10 +35,12 @@ class Flyp(nn.Module):
     """Contrastive fine-tuning: Eq. 1 on the target batch and nothing else."""
 
     needs_reference = False
+    backend: Backend = "auto"
+    """Of the loss kernels."""
 
     def target(self, features: Pairs, logit_scale: Tensor, group: Group = None) -> Loss:
         """Loss of the target half."""
-        loss = contrastive_loss(*features, logit_scale, group=group)
+        loss = contrastive_loss(*features, logit_scale, group=group, backend=self.backend)
         return Loss(loss, {"contrastive_loss": loss.detach(), "logit_scale": logit_scale.detach().squeeze()})
 
 
@@ -70,7 +73,9 @@ class Dive(Flyp):
 
     def reference(self, features: Pairs, teacher: Pairs, group: Group = None) -> Loss:
         """Loss of the reference half, lambda included; moves the average vector."""
-        result = difference_loss(*features, *teacher, self.average_vector, group=group, **self._options)
+        result = difference_loss(
+            *features, *teacher, self.average_vector, group=group, backend=self.backend, **self._options
+        )
         self._move(result.average_vector)
         return Loss(self.weight * result.loss, _difference_metrics(result))
 
@@ -86,6 +91,7 @@ class Dive(Flyp):
             self.average_vector,
             weight=self.weight,
             group=group,
+            backend=self.backend,
             **self._options,
         )
         self._move(result.average_vector)

@@ -141,8 +141,11 @@ class Towers(nn.Module):
         return name if name in self._layout else name.removeprefix("text.")
 
 
-def create(config: ModelConfig) -> Towers:
+def create(config: ModelConfig, weights: bool = True) -> Towers:
     """Builds the model with its pre-trained weights, in fp32, on the CPU.
+
+    Args:
+        weights: false builds it at random, where its shapes alone matter, and loads nothing.
 
     Raises:
         ConfigError: no such model or weights; says which part of ``model`` to change.
@@ -151,11 +154,18 @@ def create(config: ModelConfig) -> Towers:
     brings_weights = name.startswith(BRING_WEIGHTS)
     if not brings_weights and name not in open_clip.list_models():
         raise ConfigError(f"model.name: open_clip has no model {name}; see open_clip.list_models()")
-    random = config.pretrained is None and not brings_weights
+    random = not weights or (config.pretrained is None and not brings_weights)
+    pretrained = config.pretrained if weights else None
     try:
         with _without_warnings_about_random_weights() if random else contextlib.nullcontext():
             model = open_clip.create_model(
-                name, config.pretrained, precision="fp32", force_custom_text=True, require_pretrained=not random
+                name,
+                pretrained,
+                precision="fp32",
+                force_custom_text=True,
+                require_pretrained=not random,
+                load_weights=weights,
+                pretrained_text=weights,
             )
     except Exception as error:  # torch, safetensors, pickle and transformers each have errors of their own
         raise ConfigError(f"model: cannot load {config.name} ({config.pretrained}): {_one_line(error)}") from error

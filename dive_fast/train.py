@@ -113,7 +113,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         open_set(evaluation)
     torch.manual_seed(seed)
     towers = create(config.model)
-    _check_text_length(config, towers)
+    check_text_length(config, towers)
 
     data = config.data.target
     names = source.class_names if data.class_names is None else read_class_names(data.class_names)
@@ -286,7 +286,12 @@ def _tuned(config: Config, exported: Path, ranks: Ranks) -> Towers:
     return tuned
 
 
-def _check_text_length(config: Config, towers: Towers) -> None:
+def check_text_length(config: Config, towers: Towers) -> None:
+    """Holds ``text_length`` to what the text tower can take.
+
+    Raises:
+        ConfigError: it is longer than the model's context, or the tower cannot do with less.
+    """
     for half in ("target", "reference"):
         data = getattr(config.data, half)
         if data is None or data.text_length is None:

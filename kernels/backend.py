@@ -4,6 +4,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 try:
     from dive_fast.kernels import blocks
@@ -18,7 +19,8 @@ Backend = Literal["auto", "triton", "torch"]
 def uses_triton(backend: Backend, features: Tensor, constants: dict[str, Tensor] | None = None) -> bool:
     """Whether to run the Triton kernels on these features.
 
-    "auto" takes them where they can run, which is on CUDA, or anywhere under ``TRITON_INTERPRET=1``.
+    "auto" takes them where they can run, which is on CUDA, or anywhere under ``TRITON_INTERPRET=1``. "triton" also
+    takes fake tensors of any device: shapes and memory of the kernels, planned without a GPU.
 
     Args:
         constants: tensors by argument name that the kernels give no gradient to.
@@ -30,16 +32,17 @@ def uses_triton(backend: Backend, features: Tensor, constants: dict[str, Tensor]
         raise ValueError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
     if backend == "torch":
         return False
-    obstacle = _obstacle(features, constants or {})
+    planned = backend == "triton" and isinstance(features, FakeTensor)
+    obstacle = _obstacle(features, constants or {}, planned)
     if obstacle is not None and backend == "triton":
         raise ValueError(f'backend: "triton" cannot run: {obstacle}; use "auto" or "torch"')
     return obstacle is None
 
 
-def _obstacle(features: Tensor, constants: dict[str, Tensor]) -> str | None:
+def _obstacle(features: Tensor, constants: dict[str, Tensor], planned: bool) -> str | None:
     if blocks is None:
         return "the package triton is not installed"
-    if not blocks.INTERPRETED:
+    if not blocks.INTERPRETED and not planned:
         if features.device.type != "cuda":
             return f"features are on {features.device.type}, not on CUDA, and TRITON_INTERPRET=1 is not set"
         if features.dtype == torch.float64:

@@ -1,21 +1,43 @@
-"""Fine-tunes CLIP: ``deepspeed launch/train.py --config vitl14_dive.json [section.key=value ...]``."""
+"""Fine-tunes CLIP: ``deepspeed launch/train.py --config vitl14_dive.json [section.key=value ...]``.
 
+With ``--dry-run`` it prints what the run will need, and ends: no GPU, data, weights or network.
+"""
+
+import argparse
+import json
 import logging
+import os
 import sys
+import warnings
+from typing import TYPE_CHECKING
 
 import command
+
+if TYPE_CHECKING:
+    from dive_fast.config import Config
+
+DEVICES = ("h100", "h200", "a100")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parses, calls, and turns a user's mistake into one line and exit code 2."""
     parser = command.parser(__doc__, "train.epochs=1")
+    planning = parser.add_argument_group("planning")
+    planning.add_argument("--dry-run", action="store_true", help="print FLOP, memory and time of a step, and end")
+    planning.add_argument("--json", action="store_true", help="of the plan, one object on the last line")
+    planning.add_argument("--ranks", type=_count, help="GPUs planned for; default: WORLD_SIZE, else 1")
+    planning.add_argument("--device", choices=DEVICES, help="plan for this GPU alone")
     options = parser.parse_intermixed_args(arguments)
+    if not options.dry_run and (options.json or options.ranks or options.device):
+        parser.error("--json, --ranks and --device go with --dry-run")
 
     # Only pydantic so far: a typo is told at once.
     from dive_fast.config import ConfigError, load
 
     try:
         config = load(options.config, options.overrides, command.CONFIGS)
+        if options.dry_run:
+            return dry_run(config, options)
         from dive_fast.data.source import DataError
         from dive_fast.ranks import join
         from dive_fast.train import train
@@ -33,6 +55,36 @@ def main(arguments: list[str] | None = None) -> int:
             f"{folder}/model.safetensors", *(f"{name}={value:.4g}" for name, value in results.items()), sep="\n  "
         )
     return 0
+
+
+def dry_run(config: "Config", options: argparse.Namespace) -> int:
+    """Prints the plan of a config, on the first rank.
+
+    Raises:
+        ConfigError: as :func:`dive_fast.plan.plan`.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    ranks = options.ranks or _count(os.environ.get("WORLD_SIZE", "1"))
+    # Before torch and Hugging Face are imported: neither a GPU nor the network is asked.
+    os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+    from dive_fast.plan import advise, as_json, plan, table
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    gpus = [options.device] if options.device else DEVICES
+    planned = plan(config, ranks)
+    advice = advise(config, planned, gpus)
+    print(table(planned, gpus, advice))
+    if options.json:
+        print(json.dumps(as_json(planned, gpus, advice)))
+    return 0
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 1 on")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+DEPTH = 1
+"""Items ready or in the making, beside the one that the consumer works on: each takes memory of the device."""
+
 Item = TypeVar("Item")
 Ready = TypeVar("Ready")
 
@@ -21,18 +24,19 @@ class Ahead(Iterator[Ready], Generic[Item, Ready]):
     """
 
     def __init__(
-        self, items: Iterator[Item], prepare: Callable[[Item], Ready], device: torch.device, depth: int = 2
+        self, items: Iterator[Item], prepare: Callable[[Item], Ready], device: torch.device, depth: int = DEPTH
     ) -> None:
         """Starts at once.
 
         Args:
             prepare: e.g. copies an item to the device and looks up what belongs to it; runs on the thread.
-            depth: items that wait ready at most.
+            depth: items ready or in the making at most.
         """
         self.waited = 0.0
         """Seconds that the consumer has spent waiting for items."""
         self._items, self._prepare, self._device = items, prepare, device
         self._ready: queue.Queue[tuple[Ready | None, Any, BaseException | None]] = queue.Queue(depth)
+        self._room = threading.Semaphore(depth)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="data", daemon=True)
         self._thread.start()
@@ -45,6 +49,7 @@ class Ahead(Iterator[Ready], Generic[Item, Ready]):
         """
         begin = time.perf_counter()
         ready, copied, error = self._ready.get()
+        self._room.release()
         self.waited += time.perf_counter() - begin
         if error is not None:
             self._ready.put((None, None, error))  # for whoever asks again
@@ -82,8 +87,12 @@ class Ahead(Iterator[Ready], Generic[Item, Ready]):
 
     def _fill(self, stream: Any) -> None:
         for item in self._items:
+            while not self._room.acquire(timeout=0.1):
+                if self._closed.is_set():
+                    return
             ready = self._prepare(item)
             self._put(ready, None if stream is None else stream.record_event(), None)
+            del ready
             if self._closed.is_set():
                 return
 

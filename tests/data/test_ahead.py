@@ -51,12 +51,22 @@ def test_an_error_is_raised_where_the_item_is_asked_for(where: str) -> None:
 
 def test_no_more_is_made_ready_than_asked_and_an_early_end_stops_the_thread() -> None:
     made = []
-    ahead = Ahead(iter(range(1000)), made.append, CPU, depth=2)  # type: ignore[func-returns-value]
+
+    def ready(item: int) -> int:
+        made.append(item)
+        return item
+
+    ahead = Ahead(iter(range(1000)), ready, CPU, depth=2)
     deadline = time.monotonic() + 10
+    while len(made) < 2 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert made == [0, 1]
+    next(ahead)
     while len(made) < 3 and time.monotonic() < deadline:
         time.sleep(0.001)
     time.sleep(0.05)
-    assert made == [0, 1, 2]  # two wait, one is in hand
+    assert made == [0, 1, 2]
     ahead.close()
     assert not ahead._thread.is_alive()
     assert len(made) <= 4

@@ -1,0 +1,155 @@
+"""What a computation holds and does: bytes of live storages by part, floating-point operations by stage.
+
+Works on real tensors and on fake ones, which have shapes and no memory.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from dive_fast.kernels import ranks
+
+Part = Literal["weights", "gradients", "optimizer", "teacher", "batches", "activations", "loss"]
+Stage = Literal["target", "reference", "teacher", "loss"]
+
+
+class Work(NamedTuple):
+    """What floating-point operations are counted under."""
+
+    stage: Stage
+    is_half: bool
+    """Whether a matrix unit does them on 16-bit operands."""
+
+
+@dataclass
+class _Storage:
+    bytes: int
+    part: Part
+
+
+class Tracker(TorchDispatchMode):
+    """Counts while it is entered; a multiply-add is two operations, as in torch's FlopCounterMode.
+
+    Scratch memory inside one operation is not seen, nor what an allocator rounds up and fragments.
+    """
+
+    def __init__(self) -> None:
+        """Starts empty: what was allocated before is counted from its first use on."""
+        super().__init__()
+        self.part: Part = "activations"
+        """Of what is allocated next; while autograd runs, what it differentiates decides."""
+        self.stage: Stage = "target"
+        """Of the operations that come next, but for the loss kernels'."""
+        self.flop: Counter[Work] = Counter()
+        self.live: Counter[Part] = Counter()
+        """Bytes."""
+        self.peak: Counter[Part] = Counter()
+        """``live`` at the moment when its sum was largest."""
+        self._storages: dict[int, _Storage] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and _is_unknown(args[0]):
+            # Whoever reads a value wants to know whether something overflowed: 0 says no.
+            return 0.0 if args[0].is_floating_point() else 0
+        result = func(*args, **(kwargs or {}))
+        self._count(func, args, kwargs or {}, result)
+        part = self._part_of(func)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+                self._see(tensor.untyped_storage(), part)
+        return result
+
+    @contextmanager
+    def within(self, part: Part) -> Iterator[None]:
+        """What is allocated inside belongs to ``part``."""
+        before, self.part = self.part, part
+        try:
+            yield
+        finally:
+            self.part = before
+
+    def assign(self, tensors: Iterable[Tensor | None], part: Part) -> None:
+        """Says after the event what tensors are."""
+        for tensor in tensors:
+            storage = None if tensor is None else self._storages.get(tensor.untyped_storage()._cdata)
+            if storage is not None:
+                self.live[storage.part] -= storage.bytes
+                self.live[part] += storage.bytes
+                storage.part = part
+
+    def reset(self) -> None:
+        """Forgets the peak and the operations; what lives, lives on."""
+        self.flop.clear()
+        self.peak = self.live.copy()
+
+    def _part_of(self, func: Any) -> Part:
+        if _is_loss_kernel(func):
+            return "loss"
+        if torch._C._current_graph_task_id() < 0:
+            return self.part
+        node = torch._C._current_autograd_node()
+        is_leaf = node is None or node.name() == "torch::autograd::AccumulateGrad"
+        return "gradients" if is_leaf else "activations"
+
+    def _see(self, storage: torch.UntypedStorage, part: Part) -> None:
+        key = storage._cdata
+        if key in self._storages:
+            return
+        size = storage.nbytes()
+        self._storages[key] = _Storage(size, part)
+        self.live[part] += size
+        weakref.finalize(storage, self._free, key)
+        if self.live.total() > self.peak.total():
+            self.peak = self.live.copy()
+
+    def _free(self, key: int) -> None:
+        storage = self._storages.pop(key)
+        self.live[storage.part] -= storage.bytes
+
+    def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        stage: Stage
+        if _is_loss_kernel(func):
+            stage, flop = "loss", _loss_flop(func, args)
+        elif (formula := flop_registry.get(func._overloadpacket)) is not None:
+            stage, flop = self.stage, formula(*args, **kwargs, out_val=result)
+        else:
+            return
+        operand = next(argument for argument in args if isinstance(argument, Tensor) and argument.ndim > 1)
+        self.flop[Work(stage, operand.element_size() == 2)] += flop
+
+
+def _is_unknown(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) and tensor.constant is None
+
+
+def _is_loss_kernel(func: Any) -> bool:
+    return func.namespace == "dive_fast"
+
+
+def _loss_flop(func: Any, args: tuple[Any, ...]) -> int:
+    """Of the contrastive kernels: logits for either side; backward again, and the sums of gradients with them.
+
+    The difference loss has no matrix product, and counts for nothing as element-wise operations do elsewhere.
+    """
+    named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
+    if "logit_scale" not in named:
+        return 0
+    if "statistics" in named:
+        rows, width, products = named["count"], named["width"], 4
+        columns = named["statistics"].shape[1]
+    else:
+        (rows, width), products = named["image"].shape, 2
+        columns = rows * ranks.world_size(named["group"])
+    return int(2 * products * rows * columns * width)

@@ -1,0 +1,552 @@
+"""What a run will need, before it is started: FLOP, memory of a GPU by part, time of a step. No GPU, no data.
+
+The engine itself runs one step on fake tensors, which have shapes and no memory: towers, losses, schedule,
+micro-batches, DeepSpeed and its ZeRO buffers are the real ones, on the first of as many ranks as are planned for.
+What differs from a GPU is put in its place: autocast computes layer norms in fp32 as on CUDA, the losses are the
+Triton kernels', and attention stores its output and log-sum-exp, as the kernels of CUDA do and the CPU's, and no
+matrix of probabilities.
+
+Conventions: a multiply-add is two FLOP; element-wise operations count for none. Peak memory is what the tensors of
+the steady state take, batches waiting on the GPU included. A CUDA context, workspaces of cuBLAS and NCCL, and what
+an allocator rounds up and fragments come on top (see :data:`GPUS`). Every prompt of a batch is taken to be
+distinct and as long as ``text_length``, or the model's context.
+"""
+
+import contextlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, get_args
+from unittest import mock
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_map
+
+from dive_fast import objective
+from dive_fast.config import Config, ConfigError, ReferenceConfig, TargetConfig
+from dive_fast.data.ahead import DEPTH
+from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
+from dive_fast.engine import Engine
+from dive_fast.kernels import backend
+from dive_fast.memory import Part, Stage, Tracker, Work
+from dive_fast.objective import Dive, Flyp, Loss, Pairs
+from dive_fast.ranks import Ranks
+from dive_fast.teacher.build import loader_options
+from dive_fast.teacher.teachers import OnlineTeacher
+from dive_fast.towers import Features, Towers, create
+from dive_fast.train import check_text_length
+
+EFFICIENCY = 0.45
+"""Share of a GPU's peak arithmetic that a step is taken to reach. An assumption, not a measurement: large models
+are usually trained at 0.4 to 0.5 of the dense 16-bit peak, memory-bound operations take the rest of the time."""
+
+
+class Gpu(NamedTuple):
+    """A GPU as its data sheet has it."""
+
+    memory: int
+    """Bytes."""
+    half: float
+    """Dense 16-bit FLOP/s of the matrix units."""
+    single: float
+    """fp32 FLOP/s, without matrix units."""
+
+
+GPUS = {
+    "h100": Gpu(80 * 10**9, 989e12, 67e12),
+    "h200": Gpu(141 * 10**9, 989e12, 67e12),
+    "a100": Gpu(80 * 10**9, 312e12, 19.5e12),
+}
+"""Memory is what the name says, in decimal bytes. There is some 6 % more (an H100 of 80 GB has 79.6 GiB = 85.5e9
+bytes), which is left to the CUDA context, workspaces and fragmentation."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one step needs."""
+
+    parameters: int
+    ranks: int
+    flop: dict[Work, int]
+    """Of one rank, by stage and precision."""
+    parts: dict[Part, int]
+    """Bytes on one GPU at the moment of the peak."""
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Of one GPU."""
+        return sum(self.parts.values())
+
+    @property
+    def flop_per_step(self) -> int:
+        """On all ranks."""
+        return self.ranks * sum(self.flop.values())
+
+    def flop_of(self, stage: Stage) -> int:
+        """On all ranks."""
+        return self.ranks * sum(flop for work, flop in self.flop.items() if work.stage == stage)
+
+    def step_seconds(self, gpu: Gpu) -> float:
+        """At :data:`EFFICIENCY` of the GPU's peak, communication and update left out."""
+        peaks = {True: gpu.half, False: gpu.single}
+        return sum(flop / peaks[work.is_half] for work, flop in self.flop.items()) / EFFICIENCY
+
+    def fits(self, gpu: Gpu) -> bool:
+        """Whether the peak is within the GPU's memory."""
+        return self.peak_memory_bytes <= gpu.memory
+
+
+def plan(config: Config, ranks: int = 1) -> Plan:
+    """Runs one step of a config on fake tensors. A process that has joined a process group cannot plan.
+
+    Raises:
+        ConfigError: the config contradicts itself, its batches cannot be dealt out to ``ranks``, the model's
+            architecture cannot be had, or it offloads to the CPU, which is not planned.
+    """
+    zero = config.deepspeed.get("zero_optimization", {})
+    for key in ("offload_optimizer", "offload_param"):
+        if zero.get(key, {}).get("device", "none") != "none":
+            raise ConfigError(f"deepspeed.zero_optimization.{key}: offloading cannot be planned; remove it")
+    tracker = Tracker()
+    with _pretended(ranks) as first, _fakes(), tracker:
+        return _Rehearsal(config, first, tracker).run()
+
+
+class Advice(NamedTuple):
+    """Changes of a config, and what they lead to."""
+
+    overrides: tuple[str, ...]
+    """As on the command line."""
+    plan: Plan
+
+    def as_json(self, gpu: Gpu) -> dict[str, Any]:
+        """What to add to the command line, and the figures it leads to on this GPU."""
+        return {
+            "overrides": list(self.overrides),
+            "peak_memory_bytes": self.plan.peak_memory_bytes,
+            "flop_per_step": self.plan.flop_per_step,
+            "step_seconds": self.plan.step_seconds(gpu),
+        }
+
+
+def advise(config: Config, planned: Plan, gpus: Sequence[str]) -> dict[str, Advice | None]:
+    """What makes a config fit the GPUs that it does not fit, found by planning it: the least extra work first.
+
+    First changes that cost no FLOP, each alone (``train.schedule=sequential``, ``teacher.mode=cache``, higher ZeRO
+    stages); then all of them with micro-batches, the largest power of two that fits; last, texts of 32 tokens on
+    top, which cuts what is longer. A change whose best case is known to be too little is passed over.
+
+    Args:
+        planned: the config's own plan.
+        gpus: names in :data:`GPUS`.
+
+    Returns:
+        By the name of each GPU that the plan does not fit; None if nothing that is tried does.
+    """
+    tried: dict[tuple[str, ...], Plan] = {}
+
+    def attempt(*overrides: str) -> Plan:
+        if overrides not in tried:
+            tried[overrides] = plan(_changed(config, overrides), planned.ranks)
+        return tried[overrides]
+
+    return {name: _advice(config, GPUS[name], planned, attempt) for name in gpus if not planned.fits(GPUS[name])}
+
+
+def _advice(config: Config, gpu: Gpu, planned: Plan, attempt: Callable[..., Plan]) -> Advice | None:
+    free = list(_free_changes(config, planned))
+    for override, saved_at_most in free:
+        if planned.peak_memory_bytes - saved_at_most > gpu.memory:
+            continue
+        found = attempt(override)
+        if found.fits(gpu):
+            return Advice((override,), found)
+    together = [override for override, _ in free]
+    for changes in (together, [*together, *_shorter_texts(config)]):
+        advice = _largest_micro_batch(config, gpu, planned, changes, attempt)
+        if advice is not None:
+            return advice
+    return None
+
+
+def _free_changes(config: Config, planned: Plan) -> Iterator[tuple[str, int]]:
+    """Overrides that change no FLOP for the worse, with the most bytes that each can save."""
+    parts = planned.parts
+    is_dive = config.objective.name == "dive"
+    if is_dive and config.train.schedule == "joint":
+        yield "train.schedule=sequential", parts.get("activations", 0) + parts.get("loss", 0)
+    if is_dive and config.teacher.mode == "online":
+        yield "teacher.mode=cache", parts.get("teacher", 0) + parts.get("activations", 0)
+    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    state = sum(parts.get(part, 0) for part in ("weights", "gradients", "optimizer"))
+    if planned.ranks > 1:
+        yield from (
+            (f"deepspeed.zero_optimization.stage={higher}", state) for higher in (1, 2, 3) if higher > stage
+        )
+
+
+def _shorter_texts(config: Config) -> list[str]:
+    halves = {"target": config.data.target, "reference": config.data.reference}
+    return [f"data.{half}.text_length=32" for half, data in halves.items() if data is not None]
+
+
+def _largest_micro_batch(
+    config: Config, gpu: Gpu, planned: Plan, overrides: list[str], attempt: Callable[..., Plan]
+) -> Advice | None:
+    """The largest power of two that fits, tried from the one that activations in proportion lead to expect."""
+    halves = [half for half in (config.data.target, config.data.reference) if half is not None]
+    pairs = max(half.batch_size for half in halves) // planned.ranks
+    activations = max(planned.parts.get("activations", 0), 1)
+    room = max(gpu.memory - (planned.peak_memory_bytes - activations), 1)
+    if planned.ranks == 1 and sum(planned.parts.get(part, 0) for part in ("weights", "optimizer")) > gpu.memory:
+        return None
+    largest = _power_of_two_below(pairs)
+    expected = min(_power_of_two_below(pairs * room // activations), largest)
+
+    def of(size: int) -> Advice:
+        changes = (*overrides, f"train.micro_batch_size={size}")
+        return Advice(changes, attempt(*changes))
+
+    size, found = expected, of(expected)
+    while size > 1 and not found.plan.fits(gpu):
+        size //= 2
+        found = of(size)
+    if not found.plan.fits(gpu):
+        return None
+    while size == expected < largest and (larger := of(2 * size)).plan.fits(gpu):
+        size, expected, found = 2 * size, 2 * expected, larger
+    return found
+
+
+def as_json(planned: Plan, gpus: Sequence[str], advice: dict[str, Advice | None]) -> dict[str, Any]:
+    """The plan as plain values: FLOP are of all ranks unless named otherwise, bytes of one GPU."""
+    return {
+        "parameters": planned.parameters,
+        "ranks": planned.ranks,
+        "flop_per_step": planned.flop_per_step,
+        "flop_per_step_per_gpu": planned.flop_per_step // planned.ranks,
+        "flop": {stage: planned.flop_of(stage) for stage in get_args(Stage)},
+        "peak_memory_bytes": planned.peak_memory_bytes,
+        "parts": {part: planned.parts.get(part, 0) for part in get_args(Part)},
+        "efficiency": EFFICIENCY,
+        "step_seconds": {name: planned.step_seconds(GPUS[name]) for name in gpus},
+        "fits": {name: planned.fits(GPUS[name]) for name in gpus},
+        "advice": {name: None if found is None else found.as_json(GPUS[name]) for name, found in advice.items()},
+    }
+
+
+def table(planned: Plan, gpus: Sequence[str], advice: dict[str, Advice | None]) -> str:
+    """The plan for people."""
+    ranks = planned.ranks
+    lines = [f"parameters       {planned.parameters:,}", f"FLOP per step    {_tera(planned.flop_per_step)}"]
+    if ranks > 1:
+        lines[-1] += f" on {ranks} GPUs, {_tera(planned.flop_per_step // ranks)} on each"
+    names: dict[Stage, str] = {
+        "target": "target half",
+        "reference": "reference half",
+        "teacher": "online teacher",
+        "loss": "loss",
+    }
+    lines += [f"  {names[stage]:<16} {_tera(flop)}" for stage in names if (flop := planned.flop_of(stage))]
+    lines.append(f"peak memory      {_gib(planned.peak_memory_bytes)} on each GPU")
+    lines += [f"  {part:<16} {_gib(planned.parts[part])}" for part in get_args(Part) if planned.parts.get(part)]
+    lines.append(f"step at {EFFICIENCY:.0%} of peak arithmetic")
+    for name in gpus:
+        lines.append(f"  {name:<16} {planned.step_seconds(GPUS[name]):8.3f} s   {_verdict(planned, name, advice)}")
+    return "\n".join(lines)
+
+
+def _verdict(planned: Plan, name: str, advice: dict[str, Advice | None]) -> str:
+    gpu = GPUS[name]
+    if planned.fits(gpu):
+        return "fits"
+    found = advice[name]
+    if found is None:
+        return "does not fit, nor does any change that was tried; use more GPUs"
+    seconds = found.plan.step_seconds(gpu)
+    figures = f"{_gib(found.plan.peak_memory_bytes).strip()}, {seconds:.3f} s"
+    return f"does not fit; {figures} with {' '.join(found.overrides)}"
+
+
+def _tera(flop: int) -> str:
+    return f"{flop / 1e12:8.2f} TFLOP" if flop >= 1e10 else f"{flop / 1e9:8.2f} GFLOP"
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:8.2f} GiB" if count >= 2**26 else f"{count / 2**20:8.2f} MiB"
+
+
+def _power_of_two_below(count: int) -> int:
+    """The largest power of two below ``count``, 1 at least."""
+    return int(2 ** max((count - 1).bit_length() - 1, 0))
+
+
+class _Rehearsal:
+    """One rank of a run, its step and its batches."""
+
+    def __init__(self, config: Config, ranks: Ranks, tracker: Tracker) -> None:
+        self.config, self.ranks, self.tracker = config, ranks, tracker
+        with tracker.within("weights"):
+            towers = create(config.model, weights=False)
+        check_text_length(config, towers)
+        self.towers = towers
+        self.width = towers.width
+        self.parameters = sum(parameter.numel() for parameter in towers.parameters())
+        goal = objective.create(config.objective, self.width)
+        if backend.blocks is not None and self.width <= backend.blocks.MAX_WIDTH:
+            goal.backend = "triton"
+        self.online = None
+        if isinstance(goal, Dive) and config.teacher.mode == "online":
+            with tracker.within("teacher"):
+                self.online = OnlineTeacher(create(config.model, weights=False), ranks)
+        self.engine = _Engine(config, towers, goal, ranks, tracker)
+
+    def run(self) -> Plan:
+        config, tracker = self.config, self.tracker
+        target, reference = config.data.target, config.data.reference if self._needs_reference else None
+        # The first update allocates the optimizer's state, whatever the batch.
+        self._step(*self._batches(target, reference, pairs=1), updating="optimizer")
+        tracker.reset()
+        batches = [self._batches(target, reference) for _ in range(1 + DEPTH)]
+        self._step(*batches[0])
+        flop = dict(tracker.flop)
+        if config.train.schedule == "joint" and reference is not None:
+            flop = _split_by_pairs(flop, target.batch_size, reference.batch_size)
+        return Plan(self.parameters, self.ranks.world_size, flop, dict(+tracker.peak))
+
+    @property
+    def _needs_reference(self) -> bool:
+        return isinstance(self.engine.objective, Dive)
+
+    def _step(
+        self,
+        target: TargetBatch,
+        reference: ReferenceBatch | None,
+        teacher: Pairs | None,
+        updating: Part = "gradients",
+    ) -> None:
+        tracker = self.tracker
+        if self.online is not None and reference is not None:
+            tracker.stage = "teacher"
+            with tracker.within("activations"):
+                teacher = self.online(reference)
+        with tracker.within("loss"):
+            self.engine.accumulate(target, reference, teacher)
+        with tracker.within(updating):
+            self.engine.update()
+
+    def _batches(
+        self, target: TargetConfig, reference: ReferenceConfig | None, pairs: int | None = None
+    ) -> tuple[TargetBatch, ReferenceBatch | None, Pairs | None]:
+        """This rank's batches as they lie on the GPU; of ``pairs`` pairs, if given."""
+        with self.tracker.within("batches"):
+            return (
+                TargetBatch(*self._pairs(target, pairs), torch.empty(0), torch.empty(0), ()),
+                None if reference is None else self._reference(reference, pairs),
+                None if reference is None or self.online is not None else self._teacher(reference, pairs),
+            )
+
+    def _reference(self, data: ReferenceConfig, pairs: int | None) -> ReferenceBatch:
+        return ReferenceBatch(*self._pairs(data, pairs), torch.empty(0), torch.empty(0), ())
+
+    def _teacher(self, data: ReferenceConfig, pairs: int | None) -> Pairs:
+        count = pairs or data.batch_size // self.ranks.world_size
+        return Pairs(torch.empty(count, self.width), torch.empty(count, self.width))
+
+    def _pairs(self, data: TargetConfig | ReferenceConfig, pairs: int | None) -> tuple[Tensor, Text]:
+        count = pairs or data.batch_size // self.ranks.world_size
+        on_gpu = Ranks(0, self.ranks.world_size, torch.device("cuda"))
+        dtype = loader_options(self.config, data, on_gpu).dtype
+        images = torch.empty(count, 3, *self.towers.preprocess.size, dtype=dtype)
+        length = data.text_length or int(getattr(self.towers.text, "context_length", 77))
+        tokens = torch.zeros(count, length, dtype=torch.long)
+        return images, Text(tokens, torch.zeros(count, dtype=torch.long), length)
+
+
+class _Engine(Engine):
+    """The engine, telling the tracker where it is."""
+
+    def __init__(self, config: Config, towers: Towers, goal: Flyp | Dive, ranks: Ranks, tracker: Tracker) -> None:
+        self.tracker = tracker
+        for parameter in towers.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(
+                    lambda tuned: tracker.assign([tuned.grad], "gradients")
+                )
+        with tracker.within("optimizer"):
+            super().__init__(config, towers, goal, ranks, total_steps=1)
+        held = [getattr(parameter, "ds_tensor", parameter) for parameter in towers.parameters()]
+        tracker.assign([*held, *towers.buffers()], "weights")
+        if self.deepspeed.zero_optimization_stage() == 3:
+            zero = self.deepspeed.optimizer
+            # Allocated once and for all.
+            buckets = [bucket.buffer for bucket in zero.ipg_buckets.values()]
+            tracker.assign([zero.grad_partitions_flat_buffer, *buckets], "gradients")
+
+    def accumulate(
+        self, target: TargetBatch, reference: ReferenceBatch | None = None, teacher: Pairs | None = None
+    ) -> dict[str, Tensor]:
+        whole = self.deepspeed
+        stages: list[Stage] = ["target", "reference"]
+        self._stages = iter(stages)
+        self.deepspeed = _Sampled(whole, self.tracker)
+        try:
+            return super().accumulate(target, reference, teacher)
+        finally:
+            self.deepspeed = whole
+
+    def _backward(self, half: Any, last: bool) -> Loss:
+        self.tracker.stage = next(self._stages)
+        return super()._backward(half, last)
+
+    def _unscale(self) -> bool:
+        super()._unscale()
+        # The tracker's answer to every question is 0, and here 0 would skip the step.
+        return True
+
+
+class _Sampled:
+    """DeepSpeed's engine for one step, of whose micro-batches only some are run.
+
+    Those of a half are alike: the first ones, the last one and the one that reduces are run, the others' FLOP are
+    taken from them.
+    """
+
+    ENOUGH = 1
+    """Forwards without gradient, of those that are alike."""
+
+    def __init__(self, engine: Any, tracker: Tracker) -> None:
+        self._engine, self._tracker = engine, tracker
+        self._boundary = False
+        self._runs: Counter[Any] = Counter()
+        self._shapes: dict[Any, list[Tensor]] = {}
+        self._flop: dict[Any, Counter[Work]] = {}
+        self._alike: Any = None
+        self._is_run = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        self._boundary = is_boundary
+        self._engine.set_gradient_accumulation_boundary(is_boundary)
+
+    def __call__(self, images: Tensor, tokens: Tensor, length: int) -> Features:
+        with_gradient = torch.is_grad_enabled()
+        self._alike = self._tracker.stage, len(images), len(tokens), with_gradient
+        self._runs[self._alike] += 1
+        # The second backward is the first to find gradients already there.
+        self._is_run = self._runs[self._alike] <= self.ENOUGH + with_gradient or (with_gradient and self._boundary)
+        if not self._is_run:
+            self._tracker.flop.update(self._flop["forward", self._alike])
+            like = self._shapes[self._alike]
+            return Features(
+                *(torch.empty_like(tensor, device="cpu", requires_grad=with_gradient) for tensor in like)
+            )
+        with self._counted("forward"), self._tracker.within("activations"):
+            features: Features = self._engine(images, tokens, length)
+        self._shapes[self._alike] = [torch.empty_like(tensor, device="meta") for tensor in features]
+        return features
+
+    def backward(self, loss: Tensor) -> None:
+        if not self._is_run:
+            self._tracker.flop.update(self._flop["backward", self._alike])
+            loss.backward()
+            return
+        with self._counted("backward"), self._tracker.within("gradients"):
+            self._engine.backward(loss)
+
+    @contextlib.contextmanager
+    def _counted(self, direction: str) -> Iterator[None]:
+        before = self._tracker.flop.copy()
+        yield
+        self._flop[direction, self._alike] = self._tracker.flop - before
+
+
+class _CudaCasts(TorchFunctionMode):
+    """What autocast computes in fp32 on CUDA and leaves in half precision on the CPU, as far as towers use it."""
+
+    _IN_FP32 = frozenset({F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, F.log_softmax})
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in self._IN_FP32 and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map(_in_fp32, (args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+
+def _in_fp32(argument: Any) -> Any:
+    is_half = isinstance(argument, Tensor) and argument.dtype in (torch.float16, torch.bfloat16)
+    return argument.float() if is_half else argument
+
+
+def _changed(config: Config, overrides: Iterable[str]) -> Config:
+    """The config with overrides of keys that exist or may be added, given as on the command line."""
+    tree = config.model_dump(mode="json")
+    for override in overrides:
+        place, _, text = override.partition("=")
+        *sections, key = place.split(".")
+        section = tree
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[key] = json.loads(text) if text.isdecimal() else text
+    return Config.model_validate_json(json.dumps(tree))
+
+
+@contextlib.contextmanager
+def _fakes() -> Iterator[None]:
+    """Tensors without memory, and what cannot deal with them out of the way."""
+    with contextlib.ExitStack() as stack:
+        # Fake parameters refuse `Module.to`; everything is where it belongs.
+        stack.enter_context(mock.patch.object(nn.Module, "_apply", lambda module, *_, **__: module))
+        # ZeRO-3 puts its own in this place, for good.
+        stack.enter_context(mock.patch.object(F, "linear", F.linear))
+        for module in ("partition_parameters", "partitioned_param_coordinator", "stage3"):
+            # The other ranks have nothing to say, and these compare numbers with theirs.
+            name = f"deepspeed.runtime.zero.{module}.assert_ints_same_as_other_ranks"
+            stack.enter_context(mock.patch(name, return_value=None))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(_CudaCasts())
+        yield
+
+
+@contextlib.contextmanager
+def _pretended(ranks: int) -> Iterator[Ranks]:
+    """The first of so many ranks, of which there is no other: their collectives do nothing."""
+    assert not dist.is_initialized(), "planned in a process of its own"
+    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    with mock.patch.dict(os.environ, {name: str(value) for name, value in place.items()} | address):
+        dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        try:
+            deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
+            yield Ranks(0, ranks, torch.device("cpu"))
+        finally:
+            dist.destroy_process_group()
+            # DeepSpeed keeps them for the life of the process, which may plan for another number of ranks.
+            deepspeed.comm.comm.cdb = None
+            deepspeed.utils.groups._WORLD_GROUP = None
+            deepspeed.utils.groups.mesh_device = None
+
+
+def _split_by_pairs(flop: dict[Work, int], target: int, reference: int) -> dict[Work, int]:
+    """FLOP of a joint graph, where a pair of either half costs the same, dealt out to the halves."""
+    split: Counter[Work] = Counter()
+    for work, count in flop.items():
+        if work.stage == "target":
+            share = count * reference // (target + reference)
+            split[work._replace(stage="reference")] += share
+            count -= share
+        split[work] += count
+    return dict(split)

@@ -1,0 +1,350 @@
+"""The plan of a run against the run: a real step under a tracker of its own, FLOP by torch and by hand."""
+
+import json
+import os
+import subprocess
+import sys
+import unittest.mock
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from distributed import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from dive_fast import objective
+from dive_fast.config import Config, load
+from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
+from dive_fast.engine import Engine
+from dive_fast.plan import GPUS, Plan, _Sampled, advise, plan
+from dive_fast.ranks import join
+from dive_fast.towers import create
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "launch/configs"
+TARGET, REFERENCE, CONTEXT, WIDTH = 16, 12, 40, 64
+SMALL = {
+    "embed_dim": WIDTH,
+    "vision_cfg": {"image_size": 64, "layers": 2, "width": 128, "head_width": 64, "patch_size": 8},
+    "text_cfg": {"context_length": CONTEXT, "vocab_size": 500, "width": 128, "heads": 2, "layers": 2},
+}
+
+Case = dict[str, Any]
+QUICK: dict[str, Case] = {
+    "sequential": {},
+    "flyp, fp16": {"objective.name": "flyp", "train.precision": "fp16", "data.target.text_length": 10},
+    "micro-batches": {"train.micro_batch_size": 3, "zero": 0},
+}
+SLOW: dict[str, Case] = {
+    "flyp": {"objective.name": "flyp"},
+    "joint": {"train.schedule": "joint", "zero": 1},
+    "micro-batches, ZeRO-2": {"train.micro_batch_size": 5},
+    "fp16": {"train.precision": "fp16", "zero": 1},
+    "bf16, joint": {"train.precision": "bf16", "train.schedule": "joint"},
+    "bf16, micro-batches": {"train.precision": "bf16", "train.micro_batch_size": 7, "zero": 1},
+    "short texts": {"data.target.text_length": 10, "data.reference.text_length": 20},
+    "ZeRO-3": {"zero": 3},
+}
+
+
+def small_config(folder: Path, **overrides: Any) -> Config:
+    """A config over the small model; ``zero`` is the stage, whose buckets are as small as the model."""
+    zero = {"stage": overrides.pop("zero", 2), "reduce_bucket_size": 50000}
+    data = {"format": "webdataset", "path": "-"}
+    tree: dict[str, Any] = {
+        "model": {"name": f"local-dir:{folder}"},
+        "data": {
+            "target": data | {"batch_size": TARGET, "class_names": "-"},
+            "reference": data | {"batch_size": REFERENCE},
+        },
+        "objective": {},
+        "teacher": {},
+        "train": {"precision": "fp32"},
+        "deepspeed": {"zero_optimization": zero},
+    }
+    for place, value in overrides.items():
+        *sections, key = place.split(".")
+        section = tree
+        for name in sections:
+            section = section[name]
+        section[key] = value
+    return Config.model_validate_json(json.dumps(tree))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Sums all that lives anew where there may be a new peak; shares nothing with dive_fast.memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
+        self.peak = self.at_most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                if self.storages.get(storage.data_ptr()) is not storage:
+                    self.storages[storage.data_ptr()] = storage
+                    self.at_most += storage.nbytes()
+        if self.at_most > self.peak:
+            self.at_most = sum(storage.nbytes() for storage in self.storages.values())
+            self.peak = max(self.peak, self.at_most)
+        return result
+
+
+def layer_norm_as_on_cuda(layer_norm: Any) -> Any:
+    def in_fp32(x: torch.Tensor, *args: Any) -> torch.Tensor:
+        return layer_norm(x.float() if torch.is_autocast_enabled("cpu") else x, *args)
+
+    return in_fp32
+
+
+def real_step(config: Config) -> tuple[int, int, int]:
+    """Peak bytes, FLOP and parameters of a real step on real tensors, after one that makes optimizer state."""
+    ranks = join()
+    data, dive = config.data, config.objective.name == "dive"
+    dtype = torch.float16 if config.train.precision == "fp16" else torch.float32
+
+    def pairs(section: Any) -> tuple[torch.Tensor, Text]:
+        count, length = section.batch_size, section.text_length or CONTEXT
+        tokens = torch.randint(1, 499, (count, length))
+        return torch.randn(count, 3, 64, 64).to(dtype), Text(tokens, torch.arange(count), length)
+
+    def batches() -> Any:
+        target = TargetBatch(*pairs(data.target), torch.empty(0), torch.empty(0), ())
+        if not dive:
+            return target, None, None
+        reference = ReferenceBatch(*pairs(data.reference), torch.empty(0), torch.empty(0), ())
+        unit = [F.normalize(torch.randn(REFERENCE, WIDTH), dim=-1) for _ in range(2)]
+        return target, reference, objective.Pairs(*unit)
+
+    live = LiveBytes()
+    casts = layer_norm_as_on_cuda(F.layer_norm)
+    with unittest.mock.patch.object(F, "layer_norm", casts), unittest.mock.patch.object(F, "linear", F.linear):
+        with live:
+            towers = create(config.model)
+            engine = Engine(config, towers, objective.create(config.objective, WIDTH), ranks, total_steps=9)
+            # What it starts with overflows, and a step that is skipped allocates no moments.
+            engine.scale.value = 1.0
+            parameters = sum(getattr(p, "ds_numel", p.numel()) for p in towers.parameters())
+            waiting = [batches(), batches()]
+            engine.step(*waiting[0])
+            live.peak = 0
+            engine.step(*waiting[0])
+        with FlopCounterMode(display=False) as counter:
+            engine.step(*waiting[1])
+    engine.deepspeed.destroy()
+    return live.peak, counter.get_total_flops(), parameters
+
+
+def real_steps(folder: Path, cases: dict[str, Case]) -> dict[str, tuple[int, int, int]]:
+    return {name: real_step(small_config(folder, **case)) for name, case in cases.items()}
+
+
+def small_plans(folder: Path, cases: dict[str, Case], ranks: int = 1) -> dict[str, Plan]:
+    return {name: plan(small_config(folder, **case), ranks) for name, case in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny.write_model(path, SMALL, preprocess={"size": 64})
+    return path
+
+
+@pytest.mark.parametrize("cases", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["quick", "slow"])
+def test_memory_and_flop_are_those_of_a_real_step(folder: Path, cases: dict[str, Case]) -> None:
+    with unittest.mock.patch.dict(os.environ, TRITON_INTERPRET="0"):
+        real = run_ranks(1, real_steps, folder, cases, init=False, timeout=500)[0]
+    planned = run_ranks(1, small_plans, folder, cases, init=False, timeout=300)[0]
+    for name in cases:
+        peak, flop, parameters = real[name]
+        assert planned[name].parameters == parameters
+        assert planned[name].peak_memory_bytes == pytest.approx(peak, rel=0.01), name
+        # The CPU computes one matrix of logits and differentiates it: three products of B x B x D.
+        plain_loss = 6 * TARGET**2 * WIDTH
+        assert planned[name].flop_of("target") + planned[name].flop_of("reference") == flop - plain_loss
+
+
+ZERO: dict[str, Case] = {str(stage): {"zero": stage} for stage in (1, 2, 3)}
+PIECES: Case = {"train.micro_batch_size": 2}
+
+
+def plans_over_ranks(folder: Path) -> dict[str, Plan]:
+    """ZeRO over four ranks, and one rank before and after it; micro-batches, some of them run and all."""
+    plans = {
+        "one": plan(small_config(folder)),
+        **small_plans(folder, ZERO, ranks=4),
+        "one again": plan(small_config(folder)),
+        "some": plan(small_config(folder, **PIECES)),
+    }
+    with unittest.mock.patch.object(_Sampled, "ENOUGH", 99):
+        return plans | {"all": plan(small_config(folder, **PIECES))}
+
+
+def test_zero_shares_its_state_among_the_ranks_and_like_micro_batches_need_not_all_be_run(folder: Path) -> None:
+    plans = run_ranks(1, plans_over_ranks, folder, init=False, timeout=300)[0]
+    one, state = plans["one"], 4 * plans["one"].parameters
+    assert one.parts["optimizer"] == pytest.approx(3 * state, rel=0.03)
+    # Buckets, and gradients on their way through them.
+    passing = 10**6
+    for zero in ZERO:
+        many = plans[zero]
+        assert many.parts["optimizer"] == pytest.approx(3 * state / 4, rel=0.03)
+        assert many.parts["weights"] == pytest.approx(state / 4 if zero == "3" else state, rel=0.03)
+        assert many.parts["gradients"] <= (state if zero == "1" else state / 4) + passing, zero
+        assert many.flop_per_step == pytest.approx(one.flop_per_step, rel=1e-3)
+    assert plans["one again"] == one
+    assert plans["some"].flop == plans["all"].flop
+    assert plans["some"].parts == pytest.approx(plans["all"].parts, rel=0.02)
+
+
+def shipped_plans(wanted: dict[str, tuple[str, list[str]]]) -> dict[str, Plan]:
+    return {name: plan(load(config, overrides, CONFIGS)) for name, (config, overrides) in wanted.items()}
+
+
+def texts(target: int, reference: int | None = None) -> list[str]:
+    lengths = [f"data.target.text_length={target}"]
+    return lengths if reference is None else [*lengths, f"data.reference.text_length={reference}"]
+
+
+def transformer_flop(tokens: int, width: int, layers: int) -> int:
+    """Forward and backward of one sequence; attention's backward computes its scores again, as its kernels do."""
+    return layers * (3 * 2 * 12 * tokens * width**2 + (2 + 5) * 2 * tokens**2 * width)
+
+
+def test_vit_b16_costs_what_its_formula_says_and_dive_needs_hardly_more_memory_than_flyp() -> None:
+    flyp, dive = "vitb16_flyp", "vitb16_dive"
+    wanted = {flyp: (flyp, texts(32)), dive: (dive, texts(32, 32))}
+    plans = run_ranks(1, shipped_plans, wanted, init=False, timeout=300)[0]
+    patches = 2 * 2 * 196 * 768 * 3 * 16**2
+    by_hand = 512 * (transformer_flop(197, 768, 12) + transformer_flop(32, 512, 12) + patches)
+    assert plans[flyp].flop_of("target") == pytest.approx(by_hand, rel=0.02)
+    assert plans[flyp].flop_of("reference") == 0
+    assert plans[dive].flop_of("reference") == plans[dive].flop_of("target") == plans[flyp].flop_of("target")
+    assert plans[flyp].parameters == 149_620_737
+    assert plans[dive].peak_memory_bytes <= 1.02 * plans[flyp].peak_memory_bytes
+
+
+@pytest.mark.slow
+def test_vit_l14_and_the_step_as_published() -> None:
+    large = ["data.target.batch_size=256"]
+    wanted = {
+        "flyp": ("vitl14_dive", [*large, *texts(32), "objective.name=flyp"]),
+        "dive": ("vitl14_dive", [*large, *texts(32, 32)]),
+        "short": ("vitb16_dive", texts(16, 32)),
+        "published": ("vitb16_dive", ["train.precision=fp32", "train.schedule=joint", "teacher.mode=online"]),
+    }
+    plans = run_ranks(1, shipped_plans, wanted, init=False, timeout=600)[0]
+    assert plans["dive"].peak_memory_bytes <= 1.03 * plans["flyp"].peak_memory_bytes
+    assert plans["published"].flop_per_step == pytest.approx(147.8e12, rel=1e-3)
+    assert plans["published"].flop_of("teacher") == pytest.approx(plans["published"].flop_per_step / 7, rel=0.01)
+    assert plans["published"].parts["teacher"] == pytest.approx(plans["published"].parts["weights"], rel=0.01)
+    assert plans["short"].flop_per_step <= 0.80 * plans["published"].flop_per_step
+    assert plans["published"].step_seconds(GPUS["h200"]) > 10 * plans["short"].step_seconds(GPUS["h200"])
+
+
+def advice_for(folder: Path, gpus: list[int]) -> list[Any]:
+    """Advice for GPUs of so many bytes, on the small model."""
+    joint = small_config(folder, **{"train.schedule": "joint"})
+    base = plan(joint)
+    found = []
+    for memory in gpus:
+        named = {"small": GPUS["h100"]._replace(memory=memory)}
+        with unittest.mock.patch.dict(GPUS, named):
+            found.append(advise(joint, base, ["small"]))
+    return [base.peak_memory_bytes, *found]
+
+
+@pytest.mark.slow
+def test_advice_is_the_cheapest_change_that_fits_and_is_planned(folder: Path) -> None:
+    sizes = [10**9, 60 * 10**6, 28 * 10**6, 10**6]
+    peak, enough, less, little, none = run_ranks(1, advice_for, folder, sizes, init=False, timeout=300)[0]
+    assert sizes[0] > peak > sizes[1]
+    assert enough == {}
+    assert less["small"].overrides == ("train.schedule=sequential",)
+    assert less["small"].plan.peak_memory_bytes <= sizes[1]
+    first, last = little["small"].overrides
+    assert first == "train.schedule=sequential"
+    assert last.startswith("train.micro_batch_size=")
+    assert little["small"].plan.peak_memory_bytes <= sizes[2]
+    assert none == {"small": None}
+
+
+def dry_run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    # A proxy that nobody answers: whoever asks the network fails.
+    environment = os.environ | {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
+    command = [sys.executable, str(ROOT / "launch/train.py"), "--dry-run", "--config", *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def planned_json(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert result.returncode == 0, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    assert all(isinstance(found[key], int) for key in ("parameters", "flop_per_step", "peak_memory_bytes"))
+    assert sum(found["parts"].values()) == found["peak_memory_bytes"]
+    assert sum(found["flop"].values()) == found["flop_per_step"]
+    return found
+
+
+def test_the_command_plans_the_demo_for_two_ranks_and_writes_nothing(tmp_path: Path) -> None:
+    result = dry_run("demo", "--ranks", "2", "--json", "train.epochs=1", cwd=tmp_path)
+    found = planned_json(result)
+    assert found["ranks"] == 2
+    assert found["flop_per_step"] == 2 * found["flop_per_step_per_gpu"]
+    assert found["fits"] == dict.fromkeys(GPUS, True)
+    assert found["step_seconds"]["a100"] > found["step_seconds"]["h100"] > 0
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "train.epoch=3"], "unknown key train.epoch; did you mean epochs?"),
+        (["demo", "--ranks", "3"], "data.target.batch_size = 128 is not divisible by 3 ranks"),
+        pytest.param(
+            ["demo", "model.name=hf-hub:nobody/nothing"],
+            "model: cannot load hf-hub:nobody/nothing",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["demo", "data.target.text_length=99"],
+            "data.target.text_length = 99 exceeds the model's context of",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_mistake_ends_with_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+    result = dry_run(*arguments)
+    assert result.returncode == 2
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_the_command_plans_the_shipped_configs_without_their_data(tmp_path: Path) -> None:
+    small = planned_json(dry_run("vitb16_flyp", "--device", "h200", "--json", cwd=tmp_path))
+    assert small["fits"] == {"h200": True}
+    assert small["advice"] == {}
+    large = planned_json(dry_run("vitl14_dive", "--device", "a100", "--json", cwd=tmp_path))
+    assert large["parameters"] == 427_616_513
+    assert large["fits"] == {"a100": False}
+    advice = large["advice"]["a100"]
+    assert advice["overrides"][0].startswith("train.micro_batch_size=")
+    followed = planned_json(
+        dry_run("vitl14_dive", "--device", "a100", "--json", *advice["overrides"], cwd=tmp_path)
+    )
+    assert followed["fits"] == {"a100": True}
+    assert followed["peak_memory_bytes"] == advice["peak_memory_bytes"]
