@@ -25,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "fp16", "bf16"])
     parser.add_argument("--weights", nargs="+", type=float, default=[0.1, 10.0, 1000.0], help="lambda")
+    parser.add_argument("--learning-rate", type=float, help="default: the demo's")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--output", type=Path, default=REPOSITORY / "build/precision", help="of the runs")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks/results")
@@ -38,6 +39,8 @@ def main() -> None:
                 name = f"{precision}, lambda {weight:g}, seed {seed}"
                 folder = options.output / name
                 overrides = [f"objective.weight={weight}", f"train.precision={precision}", f"train.seed={seed}"]
+                if options.learning_rate is not None:
+                    overrides.append(f"train.learning_rate={options.learning_rate}")
                 config = load("demo.json", overrides, CONFIGS)
                 with products(precision, ranks.device):
                     train(config, folder, ranks)

@@ -18,6 +18,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, NamedTuple, get_args
 from unittest import mock
 
@@ -27,7 +28,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_map
 
@@ -472,17 +472,16 @@ class _Sampled:
         self._flop[direction, self._alike] = self._tracker.flop - before
 
 
-class _CudaCasts(TorchFunctionMode):
-    """What autocast computes in fp32 on CUDA and leaves in half precision on the CPU, as far as towers use it."""
+def _as_on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that autocast computes in fp32 on CUDA, and on the CPU in half precision."""
 
-    _IN_FP32 = frozenset({F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, F.log_softmax})
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in self._IN_FP32 and torch.is_autocast_enabled("cpu"):
+    @wraps(function)
+    def in_fp32(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map(_in_fp32, (args, kwargs))
-        return func(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
+
+    return in_fp32
 
 
 def _in_fp32(argument: Any) -> Any:
@@ -516,7 +515,9 @@ def _fakes() -> Iterator[None]:
             name = f"deepspeed.runtime.zero.{module}.assert_ints_same_as_other_ranks"
             stack.enter_context(mock.patch(name, return_value=None))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(_CudaCasts())
+        # Replaced, since a TorchFunctionMode does not see what a backward runs again.
+        for home, function in ((F, "layer_norm"), (F, "group_norm"), (F, "softmax"), (torch, "softmax")):
+            stack.enter_context(mock.patch.object(home, function, _as_on_cuda(getattr(home, function))))
         yield
 
 
