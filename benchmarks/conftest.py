@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from report import Report
+from step_report import StepReport
 
 REPORT = pytest.StashKey[Report]()
+STEP_REPORT = pytest.StashKey[StepReport]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dive_fast benchmarks")
     group.addoption("--dtype", choices=["float16", "bfloat16", "float32"], default="float16", help="of features")
     group.addoption("--results", type=Path, help="folder for the JSON file (benchmarks/README.md has the default)")
+    group.addoption("--minutes", type=float, default=9, help="for steps: no case is begun that may end later")
+    group.addoption("--zero", type=int, help="for steps: DeepSpeed's ZeRO stage")
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +35,26 @@ def dtype(report: Report) -> torch.dtype:
     return getattr(torch, report.dtype)
 
 
+@pytest.fixture(scope="session")
+def zero(request: pytest.FixtureRequest) -> int:
+    from steps import ZERO  # not above: it brings DeepSpeed, which losses do without
+
+    given = request.config.option.zero
+    return ZERO if given is None else given
+
+
+@pytest.fixture(scope="session")
+def step_report(request: pytest.FixtureRequest, zero: int) -> StepReport:
+    from steps import CASES
+
+    options = request.config.option
+    created = StepReport(CASES, {"zero": zero}, options.minutes, options.results)
+    return request.config.stash.setdefault(STEP_REPORT, created)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if (report := config.stash.get(REPORT, None)) and report.entries:
         terminalreporter.write_line(f"\n{report.table()}\n\n{report.path}")
+    if step_report := config.stash.get(STEP_REPORT, None):
+        terminalreporter.write_line(f"\n{step_report.table()}\n\n{step_report.path}")

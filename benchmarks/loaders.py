@@ -17,9 +17,10 @@ import numpy as np
 import open_clip
 import psutil
 import torch
+from peers.flyp import FlypDataset
 from PIL import Image
 from report import REPOSITORY, commit, slug, write_json
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from dive_fast.data import prepare
 from dive_fast.data.ahead import Ahead
@@ -42,21 +43,6 @@ STEP_TFLOP = {"ViT-B/16": 114.0 / 1024, "ViT-L/14": 0.52}
 TFLOP_PER_SECOND = 430
 """Of an H200 in fp16: 44 % of its 989 peak. An assumption, until it is measured."""
 ODD_SIZES = ((1, 500), (500, 1), (31, 33), (5000, 40))
-
-
-class FlypDataset(Dataset[Any]):
-    """Files, captions tokenised one by one, torchvision's transforms: as FLYP reads its CSV."""
-
-    def __init__(self, files: list[Path]) -> None:
-        self.files = files
-        self.transform = open_clip.image_transform(224, is_train=True, mean=PREPROCESS.mean, std=PREPROCESS.std)
-        self.tokenizer = open_clip.get_tokenizer("ViT-B-16")
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.transform(Image.open(self.files[index])), self.tokenizer([f"a photo of thing {index}."])[0]
 
 
 def batches(loader: str, source: Source, files: list[Path], batch_size: int, workers: int) -> Iterator[Any]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from peers import dive_published, flyp
 from torch import Tensor
 
 from dive_fast.kernels import contrastive, contrastive_loss, difference_loss, dive_loss, naive
@@ -83,10 +84,7 @@ def eager_contrastive(image_features: Tensor, text_features: Tensor, logit_scale
     # autocast normalises in fp32 on CUDA; on the CPU it has to be told.
     image_features = F.normalize(image_features.float(), dim=-1)
     text_features = F.normalize(text_features.float(), dim=-1)
-    logits_per_image = logit_scale * image_features @ text_features.T
-    logits_per_text = logit_scale * text_features @ image_features.T
-    labels = torch.arange(len(logits_per_image), device=logits_per_image.device)
-    return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
+    return flyp.contrastive_loss(image_features, text_features, logit_scale)
 
 
 def eager_difference(
@@ -97,11 +95,12 @@ def eager_difference(
     average_vector: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Average and pairwise vector loss, and the new average vector, straight from DiVE's Eq. 4-8."""
-    u = F.normalize(image_features.float(), dim=-1) - image_teacher
-    v = F.normalize(text_features.float(), dim=-1) - text_teacher
-    m = DECAY * average_vector + (1 - DECAY) * ((u + v) / 2).mean(dim=0)
-    average_loss = ((u - m) ** 2).sum(dim=1).mean() + ((v - m) ** 2).sum(dim=1).mean()
-    pairwise_loss = ((u - v) ** 2).sum(dim=1).mean()
+    image_features = F.normalize(image_features.float(), dim=-1)
+    text_features = F.normalize(text_features.float(), dim=-1)
+    teachers = image_teacher, text_teacher
+    average_loss, pairwise_loss, m = dive_published.difference_losses(
+        image_features, text_features, *teachers, average_vector, DECAY
+    )
     return average_loss + pairwise_loss, m.detach()
 
 

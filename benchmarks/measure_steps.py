@@ -1,0 +1,87 @@
+"""Time, memory and arithmetic of one competitor's step."""
+
+import math
+import timeit
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from losses import DEVICE
+from measure import peak_extra_bytes
+from pytest_benchmark.fixture import BenchmarkFixture
+from steps import Case, Running, make_inputs, running, teacher_rows
+from torch.utils.flop_counter import FlopCounterMode
+
+SECONDS_PER_FIGURE = 5.0 if DEVICE.type == "cuda" else 0.5
+MIN_ROUNDS, MAX_ROUNDS = 3, 20
+MAX_SKIPPED_STEPS = 16
+IMAGENET = 1_281_167
+PEAK_TFLOPS = {"H100 80GB HBM3": 989, "H200": 989}
+"""Dense fp16 with fp32 sums, from NVIDIA's data sheets; the yardstick of MFU for fp32 too."""
+
+
+def measure(case: Case, zero: int, benchmark: BenchmarkFixture) -> dict[str, Any]:
+    """Outcome and figures of a case (README.md says what they are).
+
+    Raises:
+        AssertionError: the loss is not a number, or gradients overflow at any loss scale.
+        torch.OutOfMemoryError: the competitor needs more than the device has.
+    """
+    # Here, lest their memory be charged to the first competitor.
+    make_inputs(case.model, case.batch)
+    teacher_rows(case.model, case.batch)
+    with ExitStack() as stack:
+        begun: list[Running] = []
+
+        def begin() -> None:
+            begun.append(stack.enter_context(running(case, zero)))
+            settle(begun[0])
+            # The optimizer's state comes with the first update, and stays.
+            begun[0].step()
+
+        peak_bytes = peak_extra_bytes(begin)
+        step = begun[0].step
+        with FlopCounterMode(display=False) as counter:
+            loss = step()["loss"]
+        assert math.isfinite(loss), f"{case}: loss is {float(loss)}"
+
+        def synchronised() -> None:
+            step()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+
+        rounds = int(SECONDS_PER_FIGURE / timeit.timeit(synchronised, number=1))
+        benchmark.group = f"{case.model}, B = {case.batch}"
+        benchmark.pedantic(synchronised, rounds=min(MAX_ROUNDS, max(MIN_ROUNDS, rounds)))
+    if benchmark.stats is None:  # --benchmark-disable
+        return {"outcome": "not timed"}
+    seconds, flop = benchmark.stats.stats.median, counter.get_total_flops()
+    peak = peak_flops()
+    images = case.batch * (1 if case.competitor.startswith("flyp") else 2)
+    return {
+        "outcome": "measured",
+        "seconds": seconds,
+        "peak_bytes": peak_bytes,
+        "flop": flop,
+        "mfu": flop / seconds / peak if peak else None,
+        "images_per_second": images / seconds,
+        "minutes_per_epoch": IMAGENET / case.batch * seconds / 60,
+    }
+
+
+def settle(begun: Running) -> None:
+    """Steps until one is not skipped for an overflow of the loss scale."""
+    for _ in range(MAX_SKIPPED_STEPS):
+        before = begun.loss_scale()
+        begun.step()
+        if begun.loss_scale() >= before:
+            return
+    raise AssertionError(f"gradients overflow at a loss scale of {begun.loss_scale()}")
+
+
+def peak_flops() -> float | None:
+    """FLOP/s that this device is rated at, if known."""
+    if DEVICE.type != "cuda":
+        return None
+    device = torch.cuda.get_device_name()
+    return next((1e12 * tflops for name, tflops in PEAK_TFLOPS.items() if name in device), None)

@@ -1,0 +1,117 @@
+"""DiVE as published with the engine's levers, each a flag: what each of them brings alone."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dive_fast import kernels
+from dive_fast.data.batch import Text
+from dive_fast.data.prompts import pack
+from dive_fast.towers import Towers, unit
+from peers.dive_published import difference_losses
+from peers.flyp import Flyp, contrastive_loss
+
+Rows = tuple[Tensor, Tensor]
+"""``(B', D)`` of images and of texts."""
+
+
+class Levers(NamedTuple):
+    """What the engine does otherwise than the paper describes; none changes the gradients."""
+
+    half_precision: bool = False
+    """fp16 autocast of the tuned towers, with loss scaling. The teacher stays in fp32, as in the engine."""
+    sequential: bool = False
+    """Backward of the target half before the forward of the reference half."""
+    cached_teacher: bool = False
+    """The frozen embeddings are given."""
+    trimmed_text: bool = False
+    """Texts are cut to the longest of the batch."""
+    distinct_texts: bool = False
+    """Each distinct text of the batch is encoded once."""
+    fused_losses: bool = False
+    """The losses by the Triton kernels."""
+
+    def prepare(self, tokens: Tensor) -> Text:
+        """Token rows ``(B, context)`` as the step wants them; a loader does this, ahead of the step."""
+        text = pack(tokens, "argmax")
+        length = text.length if self.trimmed_text else tokens.shape[1]
+        if self.distinct_texts:
+            return Text(text.tokens, text.index, length)
+        return Text(tokens, torch.arange(len(tokens), device=tokens.device), length)
+
+
+class DiveWithLevers(Flyp):
+    """The published step with levers; with every one of them it does what the engine does."""
+
+    def __init__(
+        self,
+        model: Towers,
+        teacher: Towers | Rows,
+        levers: Levers,
+        *,
+        weight: float = 1000.0,
+        decay: float = 0.99,
+        **recipe: Any,
+    ) -> None:
+        """Takes over towers on their device.
+
+        Args:
+            teacher: a copy of them; with ``cached_teacher`` the unit rows of every reference batch to come.
+            recipe: what :class:`Flyp` takes.
+        """
+        super().__init__(model, **recipe)
+        model.autocast = torch.float16 if levers.half_precision else None
+        self.teacher = teacher.eval().requires_grad_(False) if isinstance(teacher, Towers) else teacher
+        self.levers, self.weight, self.decay = levers, weight, decay
+        self.average_vector = model.logit_scale.detach().new_zeros(model.visual.output_dim)
+        self.scaler = torch.amp.GradScaler(model.logit_scale.device.type, enabled=levers.half_precision)
+
+    def step(
+        self, target_images: Tensor, target_text: Text, reference_images: Tensor, reference_text: Text
+    ) -> dict[str, Tensor]:
+        """One update; texts are those of :meth:`Levers.prepare`."""
+        self.optimizer.zero_grad()
+        frozen = self.frozen_rows(reference_images, reference_text)
+        target = partial(self.target_loss, target_images, target_text)
+        reference = partial(self.reference_loss, reference_images, reference_text, frozen)
+        halves = [target, reference] if self.levers.sequential else [lambda: target() + reference()]
+        total = torch.zeros_like(self.average_vector[0])
+        for half in halves:
+            loss = half()
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.finish()
+        return {"loss": total}
+
+    @torch.no_grad()
+    def frozen_rows(self, images: Tensor, text: Text) -> Rows:
+        """Unit rows of the reference batch by the frozen model."""
+        if not isinstance(self.teacher, Towers):
+            return self.teacher
+        image, text_features = self.teacher.encode_pairs(images, text)
+        return unit(image), unit(text_features)
+
+    def target_loss(self, images: Tensor, text: Text) -> Tensor:
+        """The contrastive loss."""
+        features, scale = self.model.encode_pairs(images, text), self.model.logit_scale.exp()
+        if self.levers.fused_losses:
+            return kernels.contrastive_loss(*features, scale, backend="triton")
+        return contrastive_loss(*map(unit, features), scale)
+
+    def reference_loss(self, images: Tensor, text: Text, frozen: Rows) -> Tensor:
+        """The weighted difference losses; moves the average vector."""
+        features = self.model.encode_pairs(images, text)
+        if self.levers.fused_losses:
+            fused = kernels.difference_loss(
+                *features, *frozen, self.average_vector, decay=self.decay, backend="triton"
+            )
+            self.average_vector = fused.average_vector
+            return self.weight * fused.loss
+        tuned = map(unit, features)
+        average, pairwise, average_vector = difference_losses(*tuned, *frozen, self.average_vector, self.decay)
+        self.average_vector = average_vector.detach()
+        return self.weight * (average + pairwise)

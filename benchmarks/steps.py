@@ -1,0 +1,212 @@
+"""Time, memory and arithmetic of a training step, against FLYP's and DiVE's as published.
+
+``python benchmarks/steps.py --minutes 9`` measures, writes and draws; ``--draw RESULTS`` only draws
+(README.md says what is compared).
+"""
+
+import argparse
+import copy
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import open_clip
+import pytest
+import torch
+from losses import DEVICE
+from peers.dive_published import DivePublished
+from peers.flyp import Flyp
+from peers.levers import DiveWithLevers, Levers
+from report import REPOSITORY
+from step_report import RESULTS, draw, results_path
+from torch import Tensor
+
+from dive_fast import objective
+from dive_fast.config import Config
+from dive_fast.data.batch import ReferenceBatch, TargetBatch
+from dive_fast.engine import Engine
+from dive_fast.ranks import join
+from dive_fast.towers import Towers, unit
+
+HERE = Path(__file__).parent
+SHIPPED = REPOSITORY / "launch/configs/vitb16_dive.json"
+# CPUs compute fp16 many times slower than fp32, and ZeRO's buckets are larger than a tiny model.
+PRECISION, ZERO = ("fp16", 1) if DEVICE.type == "cuda" else ("fp32", 0)
+NEEDS_GPU = ("half_precision", "fused_losses")
+TOTAL_STEPS = 25_020  # ten epochs of ImageNet at B = 512
+CAPTION_TOKENS = 8, 30  # start and end included
+TEACHER_PIECE = 64  # pairs embedded at once for the cached rows
+
+ENDS = ("flyp_published", "dive_fast", "dive_published", "flyp_fast")
+COMPETITORS = ("flyp_published", "dive_published", *Levers._fields, "flyp_fast", "dive_fast")
+
+
+class Case(NamedTuple):
+    """One figure: steps of B target pairs, and of as many reference pairs where there is DiVE."""
+
+    model: str
+    batch: int
+    competitor: str
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.batch}-{self.competitor}"
+
+
+class Inputs(NamedTuple):
+    """A step's batches on the device; rows of tokens have the whole context."""
+
+    target_images: Tensor
+    target_tokens: Tensor
+    reference_images: Tensor
+    reference_tokens: Tensor
+
+
+class Running(NamedTuple):
+    """A competitor, ready to go."""
+
+    step: Callable[[], dict[str, Tensor]]
+    loss_scale: Callable[[], float]
+    """Falls where a step is skipped for an overflow."""
+
+
+def cases() -> list[Case]:
+    """The most telling first: time may not suffice for all."""
+    if DEVICE.type != "cuda":
+        return [Case("ViT-tiny", 8, competitor) for competitor in COMPETITORS]
+    # DiVE as published needs more memory at B = 512 than one GPU has: its levers are measured at half of it.
+    parts = [
+        ("ViT-B-16", 512, ENDS),
+        ("ViT-B-16", 256, ENDS),
+        ("ViT-B-16", 256, Levers._fields),
+        ("ViT-L-14", 256, ENDS),
+        ("ViT-B-16", 512, Levers._fields),
+    ]
+    return [Case(model, batch, competitor) for model, batch, names in parts for competitor in names]
+
+
+CASES = cases()
+
+
+@contextmanager
+def running(case: Case, zero: int) -> Iterator[Running]:
+    """A competitor's step on the same batch again and again.
+
+    Args:
+        zero: DeepSpeed's ZeRO stage, for the engine.
+    """
+
+    def without_scale() -> float:
+        return 1.0
+
+    inputs = make_inputs(case.model, case.batch)
+    model = copy.deepcopy(random_model(case.model)).to(DEVICE)
+    recipe = {"total_steps": TOTAL_STEPS}
+    if case.competitor == "flyp_published":
+        yield Running(partial(Flyp(model, **recipe).step, *inputs), without_scale)
+    elif case.competitor == "dive_published":
+        peer = DivePublished(model, copy.deepcopy(model), **recipe)
+        yield Running(partial(peer.step, *inputs), without_scale)
+    elif case.competitor in Levers._fields:
+        levers = Levers(**{case.competitor: True})
+        rows = teacher_rows(case.model, case.batch)
+        teacher = rows if levers.cached_teacher else Towers(copy.deepcopy(model))
+        texts = [levers.prepare(tokens) for tokens in (inputs.target_tokens, inputs.reference_tokens)]
+        lever = DiveWithLevers(Towers(model), teacher, levers, **recipe)
+        step = partial(lever.step, inputs.target_images, texts[0], inputs.reference_images, texts[1])
+        yield Running(step, lever.scaler.get_scale)
+    else:
+        engine, batches = make_engine(case, model, inputs, zero)
+        try:
+            yield Running(partial(engine.step, *batches), lambda: engine.scale.value)
+        finally:
+            engine.deepspeed.destroy()
+
+
+def make_engine(case: Case, model: Any, inputs: Inputs, zero: int) -> tuple[Engine, tuple[Any, ...]]:
+    """The project's engine, and what its step is called with."""
+    section = json.loads(SHIPPED.read_text())["deepspeed"]
+    section["zero_optimization"]["stage"] = zero
+    data = {"format": "webdataset", "path": "-", "batch_size": case.batch}
+    tree = {
+        "model": {"name": case.model},
+        "data": {"target": data | {"class_names": "imagenet"}, "reference": data},
+        "objective": {"name": case.competitor.removesuffix("_fast")},
+        "train": {"precision": PRECISION},
+        "deepspeed": section,
+    }
+    config = Config.model_validate_json(json.dumps(tree))
+    towers = Towers(model)
+    goal = objective.create(config.objective, towers.width)
+    engine = Engine(config, towers, goal, join(), TOTAL_STEPS)
+    prepare = Levers(trimmed_text=True, distinct_texts=True).prepare
+    nothing = torch.zeros(case.batch, dtype=torch.long)
+    target = TargetBatch(inputs.target_images, prepare(inputs.target_tokens), nothing, nothing, ())
+    if not goal.needs_reference:
+        return engine, (target,)
+    text = prepare(inputs.reference_tokens)
+    reference = ReferenceBatch(inputs.reference_images, text, nothing, nothing, ())
+    return engine, (target, reference, objective.Pairs(*teacher_rows(case.model, case.batch)))
+
+
+# Cases of one size follow one another.
+@lru_cache(maxsize=1)
+def random_model(name: str) -> Any:
+    """An open_clip model with random weights, on the CPU; the same for every competitor."""
+    if name not in open_clip.list_models():
+        open_clip.add_model_config(HERE / "models")
+    torch.manual_seed(0)
+    return open_clip.create_model(name, force_custom_text=True)
+
+
+@lru_cache(maxsize=1)
+def make_inputs(model: str, batch: int) -> Inputs:
+    """Noise for images; ImageNet's prompts as FLYP draws them; captions as long as those of the web."""
+    generator, draws = torch.Generator(DEVICE).manual_seed(0), random.Random(0)
+    size = random_model(model).visual.image_size
+    images = torch.randn(2, batch, 3, *size, device=DEVICE, generator=generator)
+    tokenizer = open_clip.get_tokenizer(model)
+    names, templates = open_clip.IMAGENET_CLASSNAMES, open_clip.OPENAI_IMAGENET_TEMPLATES
+    prompts = tokenizer([draws.choice(templates)(draws.choice(names)) for _ in range(batch)])
+    words = " ".join(names).split()
+    captions = tokenizer([" ".join(draws.choices(words, k=CAPTION_TOKENS[1])) for _ in range(batch)])
+    for row in captions:
+        length = draws.randint(*CAPTION_TOKENS)
+        row[length - 1] = row.max()  # the end of a text has the largest id
+        row[length:] = 0
+    return Inputs(images[0], prompts.to(DEVICE), images[1], captions.to(DEVICE))
+
+
+@lru_cache(maxsize=1)
+@torch.no_grad()
+def teacher_rows(model: str, batch: int) -> tuple[Tensor, Tensor]:
+    """The reference batch by the frozen model in fp32, as a teacher cache has it."""
+    inputs, frozen = make_inputs(model, batch), copy.deepcopy(random_model(model)).to(DEVICE).eval()
+    images = [frozen.encode_image(part) for part in inputs.reference_images.split(TEACHER_PIECE)]
+    texts = [frozen.encode_text(part) for part in inputs.reference_tokens.split(TEACHER_PIECE)]
+    return unit(torch.cat(images)), unit(torch.cat(texts))
+
+
+def main() -> int:
+    """Measures by way of pytest, and draws what it wrote."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=9, help="no case is begun that may end later")
+    parser.add_argument("--zero", type=int, default=ZERO, help="DeepSpeed's ZeRO stage")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON file and its picture")
+    parser.add_argument("--draw", type=Path, metavar="RESULTS", help="only draw these results")
+    options = parser.parse_args()
+    if options.draw:
+        print(draw(options.draw))
+        return 0
+    arguments = ["--minutes", options.minutes, "--zero", options.zero, "--results", options.results]
+    code = pytest.main([str(HERE / "test_steps.py"), *map(str, arguments)])
+    print(draw(results_path(options.results)))
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""The opponents do what they are said to do: their gradients are those of the project's plain formulas."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import steps
+import torch
+from losses import DEVICE, INTERPRETED
+from peers.dive_published import DivePublished
+from peers.flyp import Flyp, cosine_with_warmup
+from peers.levers import DiveWithLevers, Levers
+from steps import Inputs
+from torch import Tensor
+
+from dive_fast.engine import learning_rate_schedule
+from dive_fast.kernels import naive
+from dive_fast.towers import Towers, unit
+
+BATCH = 6
+WEIGHT, DECAY = 1000.0, 0.9
+# Nothing moves but the average vector: a first update by AdamW is the gradient's sign, rounding included.
+STILL: dict[str, Any] = {"total_steps": 10, "learning_rate": 0.0}
+Gradients = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Any:
+    return copy.deepcopy(steps.random_model("ViT-tiny")).to(DEVICE)
+
+
+@pytest.fixture(scope="module")
+def student(teacher: Any) -> Any:
+    """The teacher, a little off."""
+    moved = copy.deepcopy(teacher)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    return moved
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Inputs]:
+    """Two steps' worth; equal texts stand in the first."""
+    whole = steps.make_inputs("ViT-tiny", 2 * BATCH)
+    first, second = (Inputs(*parts) for parts in zip(*(tensor.split(BATCH) for tensor in whole)))
+    first.target_tokens[1] = first.target_tokens[0]
+    first.reference_tokens[3] = first.reference_tokens[2]
+    return [first, second]
+
+
+def gradients(model: Any) -> Gradients:
+    return {name: parameter.grad.reshape(-1).clone() for name, parameter in model.named_parameters()}
+
+
+def error(found: Gradients, expected: Gradients) -> float:
+    """The worst parameter's, relative to its norm."""
+    assert found.keys() == expected.keys()
+    return max(float((found[name] - value).norm() / value.norm()) for name, value in expected.items())
+
+
+def by_steps(step: Callable[..., Any], model: Any, batches: list[Any]) -> list[Gradients]:
+    found = []
+    for batch in batches:
+        step(*batch)
+        found.append(gradients(model))
+    return found
+
+
+def features(towers: Towers, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    return towers.encode_image(images), towers.encode_text(tokens)
+
+
+def published(student: Any, teacher: Any, batches: list[Inputs]) -> list[Gradients]:
+    model = copy.deepcopy(student)
+    peer = DivePublished(model, copy.deepcopy(teacher), weight=WEIGHT, decay=DECAY, **STILL)
+    return by_steps(peer.step, model, batches)
+
+
+def test_flyp_has_the_gradient_of_the_contrastive_loss(student: Any, batches: list[Inputs]) -> None:
+    model, towers = copy.deepcopy(student), Towers(copy.deepcopy(student))
+    found = by_steps(Flyp(model, **STILL).step, model, batches)
+    for batch, gradient in zip(batches, found, strict=True):
+        towers.zero_grad()
+        loss = naive.contrastive_loss(*features(towers, *batch[:2]), towers.scale())
+        loss.backward()
+        assert error(gradient, gradients(towers)) < 1e-5
+
+
+def test_dive_has_the_papers_gradient_and_carries_the_average_vector(
+    student: Any, teacher: Any, batches: list[Inputs]
+) -> None:
+    towers, frozen = Towers(copy.deepcopy(student)), Towers(copy.deepcopy(teacher)).eval()
+    average_vector = torch.zeros(towers.width, device=DEVICE)
+    for batch, gradient in zip(batches, published(student, teacher, batches), strict=True):
+        with torch.no_grad():
+            rows = map(unit, features(frozen, *batch[2:]))
+        towers.zero_grad()
+        target, reference = features(towers, *batch[:2]), features(towers, *batch[2:])
+        result = naive.dive_loss(
+            *target, towers.scale(), *reference, *rows, average_vector, weight=WEIGHT, decay=DECAY
+        )
+        result.loss.backward()
+        average_vector = result.average_vector
+        assert error(gradient, gradients(towers)) < 1e-5
+
+
+@pytest.mark.parametrize("lever", [*Levers._fields, "all but half precision"])
+def test_no_lever_changes_the_gradient(lever: str, student: Any, teacher: Any, batches: list[Inputs]) -> None:
+    levers = Levers(**{lever: True}) if lever in Levers._fields else Levers(False, *[True] * 5)
+    if levers.fused_losses and not INTERPRETED and DEVICE.type != "cuda":
+        pytest.skip("needs Triton and a GPU, or TRITON_INTERPRET=1")
+    if levers.cached_teacher:  # it has the rows of one batch
+        batches = [batches[0]] * 2
+    frozen: Any = Towers(copy.deepcopy(teacher))
+    if levers.cached_teacher:
+        with torch.no_grad():
+            frozen = tuple(map(unit, features(frozen, *batches[0][2:])))
+    towers = Towers(copy.deepcopy(student))
+    peer = DiveWithLevers(towers, frozen, levers, weight=WEIGHT, decay=DECAY, **STILL)
+    if levers.half_precision:
+        # A model this far from its teacher overflows at the scale a run starts with.
+        peer.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=4.0)
+    prepared = [
+        [tensor if tensor.is_floating_point() else levers.prepare(tensor) for tensor in batch] for batch in batches
+    ]
+    found = by_steps(peer.step, towers, prepared)
+    for ours, expected in zip(found, published(student, teacher, batches), strict=True):
+        if levers.half_precision:
+            whole = [torch.cat(list(part.values())) for part in (ours, expected)]
+            # Not fp32 either: then autocast would not be on.
+            assert 1e-5 < (whole[0] - whole[1]).norm() / whole[1].norm() < 0.02
+        else:
+            assert error(ours, expected) < 1e-5
+
+
+def test_text_is_prepared_as_the_levers_say(batches: list[Inputs]) -> None:
+    tokens = batches[0].target_tokens
+    longest = int(tokens.argmax(1).max()) + 1
+    for trimmed, distinct in [(False, False), (True, False), (False, True), (True, True)]:
+        text = Levers(trimmed_text=trimmed, distinct_texts=distinct).prepare(tokens)
+        assert text.length == (longest if trimmed else 77)
+        assert len(text.tokens) == (BATCH - 1 if distinct else BATCH)
+        assert torch.equal(text.tokens[text.index], tokens)
+
+
+def test_an_update_is_adamws_and_the_learning_rate_the_engines(student: Any, batches: list[Inputs]) -> None:
+    model = copy.deepcopy(student)
+    peer = Flyp(model, total_steps=10, learning_rate=1e-3, weight_decay=0.1, warmup_steps=4)
+    peer.step(*batches[0])
+    rate, decay = 1e-3 / 4, 0.1
+    for before, after in zip(student.parameters(), model.parameters(), strict=True):
+        # The first update of Adam divides each gradient by its own size.
+        update = after.grad / (after.grad.abs() + 1e-8)
+        torch.testing.assert_close(after, before * (1 - rate * decay) - rate * update, rtol=1e-5, atol=1e-6)
+    ours, engines = cosine_with_warmup(4, 10), learning_rate_schedule(4, 10)
+    assert [ours(step) for step in range(12)] == [engines(step) for step in range(12)]

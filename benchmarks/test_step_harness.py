@@ -1,0 +1,114 @@
+"""The suite of steps keeps its promises: every case has an outcome, in time or not, and ratios are of one run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import measure_steps
+import pytest
+import test_steps
+import torch
+from report import REPOSITORY
+from step_report import NAMES, StepReport, draw
+from steps import COMPETITORS, NEEDS_GPU, Case, Running
+
+CASES = [Case("ViT-tiny", 8, competitor) for competitor in COMPETITORS]
+FIGURES = {"mfu": None, "flop": 2e9, "images_per_second": 8.0, "minutes_per_epoch": 30.0}
+NO_BENCHMARK: Any = None  # for cases that end before they are timed
+
+
+def measured(seconds: float, mebibytes: int) -> dict[str, Any]:
+    return {"outcome": "measured", "seconds": seconds, "peak_bytes": mebibytes * 2**20, **FIGURES}
+
+
+def report(folder: Path, minutes: float = 9) -> StepReport:
+    return StepReport(CASES, {"zero": 0}, minutes, folder)
+
+
+def outcomes(path: Path) -> dict[str, str]:
+    return {entry["competitor"]: entry["outcome"] for entry in json.loads(path.read_text())["cases"]}
+
+
+def test_every_case_has_an_outcome_from_the_first_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(case: Case, *_: Any) -> dict[str, Any]:
+        if case.competitor == "sequential":
+            raise torch.OutOfMemoryError
+        assert case.competitor != "cached_teacher", "a wrong loss"
+        return measured(1.0, 10)
+
+    monkeypatch.setattr(test_steps, "measure", measure)
+    found, by_name = report(tmp_path), {case.competitor: case for case in CASES}
+    expected = dict.fromkeys(COMPETITORS, "not reached")
+    for name, ends, outcome in [
+        ("flyp_published", None, "measured"),
+        ("sequential", pytest.skip.Exception, "out of memory"),
+        ("cached_teacher", AssertionError, "failed"),
+    ]:
+        if ends is None:
+            test_steps.test_step(by_name[name], 0, found, NO_BENCHMARK)
+        else:
+            with pytest.raises(ends):
+                test_steps.test_step(by_name[name], 0, found, NO_BENCHMARK)
+        expected[name] = outcome
+        assert outcomes(found.path) == expected
+        assert f"{NAMES[name].strip()} | {outcome if ends else '1.00 s | 1.00x'} |" in found.table()
+
+
+def test_no_case_is_begun_that_may_end_too_late(tmp_path: Path) -> None:
+    found = report(tmp_path, minutes=1)
+    found.record(CASES[0], measured(1.0, 10), seconds=50)
+    assert found.has_time()
+    found.record(CASES[1], measured(1.0, 10), seconds=70)
+    assert not found.has_time()
+    with pytest.raises(pytest.skip.Exception, match="not reached"):
+        test_steps.test_step(CASES[2], 0, found, NO_BENCHMARK)
+
+
+def test_ratios_are_to_flyp_as_published_of_the_same_size(tmp_path: Path) -> None:
+    larger = Case("ViT-tiny", 16, "dive_fast")
+    found = StepReport([*CASES, larger], {}, 9, tmp_path)
+    found.record(CASES[0], measured(2.0, 40))
+    found.record(CASES[1], measured(3.0, 100))
+    found.record(larger, measured(8.0, 80))
+    peer, dive, *_, alone = json.loads(found.path.read_text())["cases"]
+    assert (peer["time_ratio"], peer["memory_ratio"]) == (1, 1)
+    assert (dive["time_ratio"], dive["memory_ratio"]) == (1.5, 2.5)
+    assert "time_ratio" not in alone
+    assert "| DiVE as published | 3.00 s | 1.50x | 100 MiB | 2.50x | 0.002 |" in found.table()
+
+
+def test_a_picture_is_drawn_of_any_outcomes(tmp_path: Path) -> None:
+    found = report(tmp_path)
+    found.record(CASES[0], {"outcome": "out of memory"})
+    found.record(CASES[1], measured(3.0, 100))
+    assert draw(found.path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_skipped_steps_are_not_measured() -> None:
+    scales, taken = iter([8.0, 4.0, 4.0, 2.0, 2.0, 2.0]), []
+    measure_steps.settle(Running(lambda: taken.append(1), lambda: next(scales)))
+    assert len(taken) == 3
+    falling = iter(range(100, 0, -1))
+    with pytest.raises(AssertionError, match="overflow"):
+        measure_steps.settle(Running(dict, lambda: next(falling)))
+
+
+def test_a_tiny_run_ends_in_figures_and_a_picture(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/steps.py", "--results", str(tmp_path)]
+    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert outcomes(tmp_path / "cpu-steps.json") == {
+        name: "needs a GPU" if name in NEEDS_GPU else "measured" for name in COMPETITORS
+    }
+    entries = {e["competitor"]: e for e in json.loads((tmp_path / "cpu-steps.json").read_text())["cases"]}
+    # Arithmetic and memory are the same from run to run, wall time is not.
+    assert entries["trimmed_text"]["flop"] < entries["dive_published"]["flop"]
+    assert entries["cached_teacher"]["flop"] < entries["dive_published"]["flop"]
+    assert entries["sequential"]["flop"] == entries["dive_published"]["flop"]
+    assert entries["sequential"]["peak_bytes"] < entries["dive_published"]["peak_bytes"]
+    assert entries["dive_fast"]["flop"] < entries["dive_published"]["flop"]
+    assert (tmp_path / "cpu-steps.png").is_file()

@@ -1,0 +1,34 @@
+"""The suite of steps: every case timed, its memory and arithmetic measured (README.md says what is compared)."""
+
+import gc
+import time
+
+import pytest
+import torch
+from losses import DEVICE
+from measure_steps import measure
+from pytest_benchmark.fixture import BenchmarkFixture
+from step_report import StepReport
+from steps import CASES, NEEDS_GPU, Case
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_step(case: Case, zero: int, step_report: StepReport, benchmark: BenchmarkFixture) -> None:
+    if not step_report.has_time():
+        pytest.skip("not reached in the time given")
+    if case.competitor in NEEDS_GPU and DEVICE.type != "cuda":
+        step_report.record(case, {"outcome": "needs a GPU"})
+        pytest.skip("needs a GPU")
+    begun, figures = time.monotonic(), {"outcome": "failed"}
+    step_report.record(case, figures)  # unless more is said of it, even where the process ends
+    try:
+        figures = measure(case, zero, benchmark)
+    except torch.OutOfMemoryError:
+        figures = {"outcome": "out of memory"}
+    finally:
+        step_report.record(case, figures, time.monotonic() - begun)
+    # Out of the handler: the exception's frames hold the tensors.
+    gc.collect()
+    torch.cuda.empty_cache()
+    if figures["outcome"] == "out of memory":
+        pytest.skip("out of memory")
