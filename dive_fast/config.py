@@ -163,7 +163,7 @@ class TrainConfig(Section):
     """Of the order of samples, the crops and the prompts; all of them repeat exactly with it."""
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Autocast precision of the towers; weights and losses stay in fp32. fp16 scales the loss dynamically. bf16 is
-    too coarse for difference vectors of 1e-3 (README, Precision) and warns."""
+    too coarse for difference vectors of 1e-3 (docs/precision.md) and warns."""
     schedule: Literal["sequential", "joint"] = "sequential"
     """`sequential`: backward of the target half before the forward of the reference half, least memory. `joint`:
     both halves in one forward and backward. The gradients are the same."""
