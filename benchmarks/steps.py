@@ -11,6 +11,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from torch import Tensor
 from dive_fast import objective
 from dive_fast.config import Config
 from dive_fast.data.batch import ReferenceBatch, TargetBatch
-from dive_fast.engine import Engine
+from dive_fast.engine import Engine, StepBatches
 from dive_fast.ranks import join
 from dive_fast.towers import Towers, unit
 
@@ -122,13 +123,13 @@ def running(case: Case, zero: int) -> Iterator[Running]:
     else:
         engine, batches = make_engine(case, model, inputs, zero)
         try:
-            yield Running(partial(engine.step, *batches), lambda: engine.scale.value)
+            yield Running(lambda: engine.step(replace(batches)), lambda: engine.scale.value)
         finally:
             engine.deepspeed.destroy()
 
 
-def make_engine(case: Case, model: Any, inputs: Inputs, zero: int) -> tuple[Engine, tuple[Any, ...]]:
-    """The project's engine, and what its step is called with."""
+def make_engine(case: Case, model: Any, inputs: Inputs, zero: int) -> tuple[Engine, StepBatches]:
+    """The project's engine, and the batches of every step."""
     section = json.loads(SHIPPED.read_text())["deepspeed"]
     section["zero_optimization"]["stage"] = zero
     data = {"format": "webdataset", "path": "-", "batch_size": case.batch}
@@ -147,10 +148,10 @@ def make_engine(case: Case, model: Any, inputs: Inputs, zero: int) -> tuple[Engi
     nothing = torch.zeros(case.batch, dtype=torch.long)
     target = TargetBatch(inputs.target_images, prepare(inputs.target_tokens), nothing, nothing, ())
     if not goal.needs_reference:
-        return engine, (target,)
+        return engine, StepBatches(target)
     text = prepare(inputs.reference_tokens)
     reference = ReferenceBatch(inputs.reference_images, text, nothing, nothing, ())
-    return engine, (target, reference, objective.Pairs(*teacher_rows(case.model, case.batch)))
+    return engine, StepBatches(target, reference, objective.Pairs(*teacher_rows(case.model, case.batch)))
 
 
 # Cases of one size follow one another.

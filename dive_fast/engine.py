@@ -14,7 +14,7 @@ batch.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from dive_fast.blocks import compile_blocks, recompute_blocks
+from dive_fast.blocks import compile_blocks, lighten, recompute_blocks
 from dive_fast.config import Config, ConfigError
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.objective import Dive, Flyp, Loss, Pairs
@@ -31,6 +31,9 @@ from dive_fast.towers import Features, Towers
 
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
 
+BUCKET = 50_000_000
+"""Elements that ZeRO reduces and gathers at once, unless told otherwise. DeepSpeed's default is ten times as many,
+1.9 GiB of each GPU, and more than these models have parameters."""
 INITIAL_SCALE, MIN_SCALE, GROWTH_INTERVAL = 2.0**16, 1.0, 2000
 
 
@@ -62,6 +65,24 @@ class LossScale:
             self.value *= 2
 
 
+@dataclass
+class StepBatches:
+    """This rank's batches of one step, on its device, until the step takes them."""
+
+    target: TargetBatch | None
+    reference: ReferenceBatch | None = None
+    """None where the objective has no reference half."""
+    teacher: Pairs | None = None
+    """Unit embeddings of the reference batch by the frozen model, ``(B', D)`` each."""
+
+    def take(self) -> tuple[TargetBatch, ReferenceBatch | None, Pairs | None]:
+        """Hands them over: whoever takes them can let go of their memory."""
+        assert self.target is not None, "a step takes its batches once"
+        taken = self.target, self.reference, self.teacher
+        self.target = self.reference = self.teacher = None
+        return taken
+
+
 @dataclass(frozen=True)
 class _Half:
     """One forward and backward: pairs, and the loss of their features."""
@@ -69,6 +90,8 @@ class _Half:
     images: Tensor
     text: Text
     loss: Callable[[Pairs, Tensor], Loss]
+    last: bool
+    """Whether DeepSpeed may reduce what has accumulated by its end."""
 
 
 class Engine:
@@ -91,6 +114,7 @@ class Engine:
         self.towers.autocast = AUTOCAST[train.precision]
         if self.micro_batch_size is not None and any(_is_random(module) for module in towers.modules()):
             raise ConfigError("train.micro_batch_size: this model drops features at random; remove it")
+        lighten(self.towers)
         if train.activation_checkpointing != "off":
             recompute_blocks(self.towers, selective=train.activation_checkpointing == "selective")
         if train.compile:
@@ -109,31 +133,25 @@ class Engine:
         self._partitioned = self.deepspeed.zero_optimization_stage() > 0
         self.skipped_steps = 0
 
-    def step(
-        self, target: TargetBatch, reference: ReferenceBatch | None = None, teacher: Pairs | None = None
-    ) -> dict[str, Tensor]:
-        """One update from one target batch and, where the objective needs it, one reference batch.
+    def step(self, batches: StepBatches) -> dict[str, Tensor]:
+        """One update.
 
         Args:
-            target, reference: this rank's batches, on its device.
-            teacher: unit embeddings of the reference batch by the frozen model, ``(B', D)`` each.
+            batches: taken: the engine lets go of each batch once its half is done.
 
         Returns:
             What to log, global over ranks, ``()`` each on the device: the losses, |u|, |v|, the logit scale.
         """
-        metrics = self.accumulate(target, reference, teacher)
+        metrics = self.accumulate(batches)
         self.update()
         return metrics
 
-    def accumulate(
-        self, target: TargetBatch, reference: ReferenceBatch | None = None, teacher: Pairs | None = None
-    ) -> dict[str, Tensor]:
-        """The gradients of a step, without its update; arguments and result of :meth:`step`."""
+    def accumulate(self, batches: StepBatches) -> dict[str, Tensor]:
+        """The gradients of a step, without its update; argument and result of :meth:`step`."""
         metrics: dict[str, Tensor] = {}
         total = torch.zeros((), device=self.ranks.device)
-        halves = self._halves(target, reference, teacher)
-        for position, half in enumerate(halves, start=1):
-            loss = self._backward(half, last=position == len(halves))
+        for half in self._halves(batches):
+            loss = self._backward(half)
             total = total + loss.loss
             metrics |= loss.metrics
         return {"loss": total} | metrics
@@ -159,14 +177,16 @@ class Engine:
         """Of the next update."""
         return float(self.deepspeed.get_lr()[0])
 
-    def _halves(self, target: TargetBatch, reference: ReferenceBatch | None, teacher: Pairs | None) -> list[_Half]:
+    def _halves(self, batches: StepBatches) -> Iterator[_Half]:
         objective, group = self.objective, self.ranks.group
+        target, reference, teacher = batches.take()
 
         def target_loss(pairs: Pairs, scale: Tensor) -> Loss:
             return objective.target(pairs, scale, group)
 
         if not isinstance(objective, Dive):
-            return [_Half(target.images, target.text, target_loss)]
+            yield _Half(target.images, target.text, target_loss, last=True)
+            return
         assert reference is not None and teacher is not None, (
             "this objective needs a reference batch and its teacher"
         )
@@ -179,25 +199,27 @@ class Engine:
             return objective.joint(first, scale, second, teacher, group)
 
         if self.schedule == "sequential":
-            return [
-                _Half(target.images, target.text, target_loss),
-                _Half(reference.images, reference.text, reference_loss),
-            ]
+            yield _Half(target.images, target.text, target_loss, last=False)
+            # The reference half is the peak: the target's gradients are there too, its images need not be.
+            del target
+            yield _Half(reference.images, reference.text, reference_loss, last=True)
+            return
         sizes = [len(target.images), len(reference.images)]
-        images = torch.cat([target.images, reference.images])
-        return [_Half(images, _join(target.text, reference.text), joint_loss)]
+        images, text = torch.cat([target.images, reference.images]), _join(target.text, reference.text)
+        del target, reference
+        yield _Half(images, text, joint_loss, last=True)
 
-    def _backward(self, half: _Half, last: bool) -> Loss:
-        """Forward and backward of one half; ``last``: DeepSpeed may then reduce what has accumulated."""
+    def _backward(self, half: _Half) -> Loss:
+        """Forward and backward of one half."""
         if self.micro_batch_size is not None and self.micro_batch_size < len(half.images):
-            return self._backward_in_pieces(half, last)
-        self.deepspeed.set_gradient_accumulation_boundary(last)
+            return self._backward_in_pieces(half)
+        self.deepspeed.set_gradient_accumulation_boundary(half.last)
         features: Features = self.deepspeed(half.images, half.text.tokens, half.text.length)
         loss = half.loss(Pairs(features.image, features.text[half.text.index]), features.logit_scale)
         self._deepspeed_backward(loss.loss)
         return Loss(loss.loss.detach(), loss.metrics)
 
-    def _backward_in_pieces(self, half: _Half, last: bool) -> Loss:
+    def _backward_in_pieces(self, half: _Half) -> Loss:
         assert self.micro_batch_size is not None
         pieces = math.ceil(len(half.images) / self.micro_batch_size)
         images = half.images.split(self.micro_batch_size)
@@ -220,7 +242,7 @@ class Engine:
         text_gradients = gradients[1].split([len(text) for text in texts])
         for piece in range(pieces):
             final = piece == pieces - 1
-            self.deepspeed.set_gradient_accumulation_boundary(last and final)
+            self.deepspeed.set_gradient_accumulation_boundary(half.last and final)
             features = self.deepspeed(images[piece], texts[piece], half.text.length)
             # Its gradient is the loss's own; the logit scale enters every piece but counts once.
             surrogate = (features.image.float() * image_gradients[piece]).sum()
@@ -291,6 +313,10 @@ def deepspeed_section(config: Config, world_size: int) -> dict[str, Any]:
     for key, value in filled.items():
         if section.setdefault(key, value) != value:
             raise ConfigError(f"deepspeed.{key} = {section[key]} contradicts {value}, which the config implies")
+    if isinstance(zero := section.get("zero_optimization"), dict):
+        section["zero_optimization"] = (
+            dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size"), BUCKET) | zero
+        )
     # DeepSpeed clips at 1.0 unless told otherwise; the paper does not clip.
     section.setdefault("gradient_clipping", 0.0)
     return section

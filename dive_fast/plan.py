@@ -35,7 +35,7 @@ from dive_fast import objective
 from dive_fast.config import Config, ConfigError, ReferenceConfig, TargetConfig
 from dive_fast.data.ahead import DEPTH
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
-from dive_fast.engine import Engine
+from dive_fast.engine import Engine, StepBatches
 from dive_fast.kernels import backend
 from dive_fast.memory import Part, Stage, Tracker, Work
 from dive_fast.objective import Dive, Flyp, Loss, Pairs
@@ -314,10 +314,10 @@ class _Rehearsal:
         config, tracker = self.config, self.tracker
         target, reference = config.data.target, config.data.reference if self._needs_reference else None
         # The first update allocates the optimizer's state, whatever the batch.
-        self._step(*self._batches(target, reference, pairs=1), updating="optimizer")
+        self._step(self._batches(target, reference, pairs=1), updating="optimizer")
         tracker.reset()
         batches = [self._batches(target, reference) for _ in range(1 + DEPTH)]
-        self._step(*batches[0])
+        self._step(batches[0])
         flop = dict(tracker.flop)
         if config.train.schedule == "joint" and reference is not None:
             flop = _split_by_pairs(flop, target.batch_size, reference.batch_size)
@@ -327,29 +327,23 @@ class _Rehearsal:
     def _needs_reference(self) -> bool:
         return isinstance(self.engine.objective, Dive)
 
-    def _step(
-        self,
-        target: TargetBatch,
-        reference: ReferenceBatch | None,
-        teacher: Pairs | None,
-        updating: Part = "gradients",
-    ) -> None:
+    def _step(self, batches: StepBatches, updating: Part = "gradients") -> None:
         tracker = self.tracker
-        if self.online is not None and reference is not None:
+        if self.online is not None and batches.reference is not None:
             tracker.stage = "teacher"
             with tracker.within("activations"):
-                teacher = self.online(reference)
+                batches.teacher = self.online(batches.reference)
         with tracker.within("loss"):
-            self.engine.accumulate(target, reference, teacher)
+            self.engine.accumulate(batches)
         with tracker.within(updating):
             self.engine.update()
 
     def _batches(
         self, target: TargetConfig, reference: ReferenceConfig | None, pairs: int | None = None
-    ) -> tuple[TargetBatch, ReferenceBatch | None, Pairs | None]:
+    ) -> StepBatches:
         """This rank's batches as they lie on the GPU; of ``pairs`` pairs, if given."""
         with self.tracker.within("batches"):
-            return (
+            return StepBatches(
                 TargetBatch(*self._pairs(target, pairs), torch.empty(0), torch.empty(0), ()),
                 None if reference is None else self._reference(reference, pairs),
                 None if reference is None or self.online is not None else self._teacher(reference, pairs),
@@ -392,21 +386,19 @@ class _Engine(Engine):
             buckets = [bucket.buffer for bucket in zero.ipg_buckets.values()]
             tracker.assign([zero.grad_partitions_flat_buffer, *buckets], "gradients")
 
-    def accumulate(
-        self, target: TargetBatch, reference: ReferenceBatch | None = None, teacher: Pairs | None = None
-    ) -> dict[str, Tensor]:
+    def accumulate(self, batches: StepBatches) -> dict[str, Tensor]:
         whole = self.deepspeed
         stages: list[Stage] = ["target", "reference"]
         self._stages = iter(stages)
         self.deepspeed = _Sampled(whole, self.tracker)
         try:
-            return super().accumulate(target, reference, teacher)
+            return super().accumulate(batches)
         finally:
             self.deepspeed = whole
 
-    def _backward(self, half: Any, last: bool) -> Loss:
+    def _backward(self, half: Any) -> Loss:
         self.tracker.stage = next(self._stages)
-        return super()._backward(half, last)
+        return super()._backward(half)
 
     def _unscale(self) -> bool:
         super()._unscale()

@@ -24,7 +24,7 @@ from dive_fast.data.order import Order
 from dive_fast.data.prompts import PromptTable, read_class_names, read_templates
 from dive_fast.data.samples import ReferenceSamples, TargetSamples
 from dive_fast.data.sets import open_reference, open_target
-from dive_fast.engine import AUTOCAST, Engine
+from dive_fast.engine import AUTOCAST, Engine, StepBatches
 from dive_fast.evaluate.zero_shot import evaluate, open_set
 from dive_fast.ranks import Ranks
 from dive_fast.teacher.audit import allowed
@@ -73,14 +73,14 @@ def train(config: Config, folder: Path, ranks: Ranks) -> dict[str, float]:
     found = checkpoint.find(options.resume, folder / "checkpoints")
     first_step = checkpoint.load(engine, found) if found is not None else 0
     steps = range(first_step, run.total_steps)
-    batches = _batches(run, steps)
-    metrics = Metrics(run, first_step, batches)
-    with closing(batches):
-        for step, (target, reference, teacher) in zip(steps, batches, strict=True):
-            if reference is not None and teacher is None and run.teacher is not None:
-                teacher = run.teacher(reference)
+    ahead = _batches(run, steps)
+    metrics = Metrics(run, first_step, ahead)
+    with closing(ahead):
+        for step, batches in zip(steps, ahead, strict=True):
+            if batches.reference is not None and batches.teacher is None and run.teacher is not None:
+                batches.teacher = run.teacher(batches.reference)
             learning_rate = engine.learning_rate
-            values = engine.step(target, reference, teacher)
+            values = engine.step(batches)
             if step == 0:
                 _check_noise_floor(values, config)
             metrics.log(step + 1, values, learning_rate)
@@ -253,8 +253,7 @@ class Metrics:
 
 
 Loaded = tuple[TargetBatch, ReferenceBatch | None]
-Ready = tuple[TargetBatch, ReferenceBatch | None, objective.Pairs | None]
-Batches = Ahead[Loaded, Ready]
+Batches = Ahead[Loaded, StepBatches]
 
 
 def _batches(run: Run, steps: range) -> Batches:
@@ -268,13 +267,13 @@ def _batches(run: Run, steps: range) -> Batches:
         options = loader_options(run.config, data.reference, run.ranks)
         loaded = zip(targets, training_batches(run.reference, run.reference_order, steps, options), strict=True)
 
-    def ready(batches: Loaded) -> Ready:
+    def ready(batches: Loaded) -> StepBatches:
         target, reference = batches
         if reference is None:
-            return target.to(device), None, None
+            return StepBatches(target.to(device))
         reference = reference.to(device)
         rows = run.teacher(reference) if run.teacher is not None and run.teacher.runs_ahead else None
-        return target.to(device), reference, rows
+        return StepBatches(target.to(device), reference, rows)
 
     return Ahead(loaded, ready, device)
 

@@ -9,13 +9,14 @@ import pytest
 import tiny
 import torch
 from distributed import run_ranks
+from open_clip.transformer import QuickGELU
 from test_engine import Stage, assert_same_gradients, config, oracle
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import RobertaConfig, RobertaModel
 
 from dive_fast import blocks
-from dive_fast.blocks import TEXT_MULTIPLE, blocks_of, compile_blocks, recompute_blocks
+from dive_fast.blocks import TEXT_MULTIPLE, LightQuickGELU, blocks_of, compile_blocks, lighten, recompute_blocks
 from dive_fast.config import Config, ConfigError, ModelConfig
 from dive_fast.engine import deepspeed_section
 from dive_fast.towers import Towers, create
@@ -126,6 +127,38 @@ def test_recomputed_blocks_save_less_and_selective_ones_run_no_product_twice(tow
     assert figures[False][0] < 0.5 * plain_bytes
     assert figures[False][1] > 1.2 * plain_products
     assert figures[True][1] == plain_products
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_quickgelu_keeps_its_input_alone_and_gives_open_clips_bits(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(50, 70, generator=generator)).to(dtype).requires_grad_()
+    upstream = torch.randn(50, 70, generator=generator).to(dtype)
+    found, saved = {}, {}
+    for activation in (QuickGELU(), LightQuickGELU()):
+        kept: set[int] = set()
+
+        def pack(tensor: Tensor, kept: set[int] = kept) -> Tensor:
+            kept.add(tensor.data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = activation(x)
+        found[activation] = result, *torch.autograd.grad(result, x, upstream)
+        saved[activation] = len(kept)
+    theirs, ours = found.values()
+    assert all(map(torch.equal, theirs, ours))
+    assert list(saved.values()) == [2, 1]
+
+
+def test_every_quickgelu_of_the_towers_is_light(tmp_path: Path) -> None:
+    towers = create(ModelConfig(name=tiny.write_model(tmp_path, tiny.QUICKGELU)))
+    names = list(towers.state_dict())
+    assert sum(isinstance(module, QuickGELU) for module in towers.modules()) == 4
+    lighten(towers)
+    assert not any(isinstance(module, QuickGELU) for module in towers.modules())
+    assert sum(isinstance(module, LightQuickGELU) for module in towers.modules()) == 4
+    assert list(towers.state_dict()) == names
 
 
 def test_blocks_are_found_in_any_transformer(towers: Towers, tmp_path: Path) -> None:

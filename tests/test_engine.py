@@ -26,7 +26,7 @@ from dive_fast import checkpoint, objective
 from dive_fast.config import Config, ConfigError, ModelConfig
 from dive_fast.data.batch import ReferenceBatch, TargetBatch
 from dive_fast.data.prompts import pack
-from dive_fast.engine import Engine, LossScale, deepspeed_section, learning_rate_schedule
+from dive_fast.engine import BUCKET, Engine, LossScale, StepBatches, deepspeed_section, learning_rate_schedule
 from dive_fast.ranks import join
 from dive_fast.teacher.teachers import OnlineTeacher
 from dive_fast.towers import create, tokenizer_of
@@ -182,7 +182,7 @@ class Stage:
         """Gradients (full, unscaled, under open_clip's names) and metrics of one step."""
         from deepspeed.utils import safe_get_full_grad
 
-        metrics = engine.accumulate(self.target, self.reference, self.teacher(self.reference))
+        metrics = engine.accumulate(StepBatches(self.target, self.reference, self.teacher(self.reference)))
         scale = engine.scale.value
         found = {name: safe_get_full_grad(p).clone() / scale for name, p in engine.towers.named_parameters()}
         return engine.towers.export(found), {name: float(value) for name, value in metrics.items()}
@@ -215,15 +215,15 @@ def overflow(stage: Stage, zero: int) -> dict[str, Any]:
     def weights() -> dict[str, Tensor]:
         return checkpoint.full_state(engine)
 
-    engine.step(stage.target, stage.reference, frozen)
+    engine.step(StepBatches(stage.target, stage.reference, frozen))
     before, vector = weights(), engine.objective.average_vector.clone()
     bad = stage.target
     if stage.ranks.rank == stage.ranks.world_size - 1:
         bad = dataclasses.replace(bad, images=bad.images * math.inf)
-    engine.accumulate(bad, stage.reference, frozen)
+    engine.accumulate(StepBatches(bad, stage.reference, frozen))
     applied, scale = engine.update(), engine.scale.value
     after = weights()
-    engine.step(stage.target, stage.reference, frozen)
+    engine.step(StepBatches(stage.target, stage.reference, frozen))
     last = weights()
     return {
         "applied": applied,
@@ -366,3 +366,12 @@ def test_a_batch_that_cannot_be_dealt_out_is_an_error(folder: Path) -> None:
 
 def test_deepspeed_does_not_clip_unless_told_to(folder: Path) -> None:
     assert deepspeed_section(config(folder, 2, "sequential", None), world_size=2)["gradient_clipping"] == 0
+
+
+def test_buckets_are_of_the_models_size_unless_told_otherwise(folder: Path) -> None:
+    settings = config(folder, 2, "sequential", None)
+    zero = deepspeed_section(settings, world_size=2)["zero_optimization"]
+    assert zero == {"stage": 2, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+    settings.deepspeed["zero_optimization"]["reduce_bucket_size"] = 7
+    assert deepspeed_section(settings, world_size=2)["zero_optimization"]["reduce_bucket_size"] == 7
+    assert "allgather_bucket_size" not in settings.deepspeed["zero_optimization"]

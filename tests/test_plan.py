@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dive_fast import objective
 from dive_fast.config import Config, load
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
-from dive_fast.engine import Engine
+from dive_fast.engine import Engine, StepBatches
 from dive_fast.plan import GPUS, Plan, _Sampled, advise, plan
 from dive_fast.ranks import join
 from dive_fast.towers import create
@@ -120,10 +120,10 @@ def real_step(config: Config) -> tuple[int, int, int]:
     def batches() -> Any:
         target = TargetBatch(*pairs(data.target), torch.empty(0), torch.empty(0), ())
         if not dive:
-            return target, None, None
+            return StepBatches(target)
         reference = ReferenceBatch(*pairs(data.reference), torch.empty(0), torch.empty(0), ())
         unit = [F.normalize(torch.randn(REFERENCE, WIDTH), dim=-1) for _ in range(2)]
-        return target, reference, objective.Pairs(*unit)
+        return StepBatches(target, reference, objective.Pairs(*unit))
 
     live = LiveBytes()
     casts = layer_norm_as_on_cuda(F.layer_norm)
@@ -134,12 +134,12 @@ def real_step(config: Config) -> tuple[int, int, int]:
             # What it starts with overflows, and a step that is skipped allocates no moments.
             engine.scale.value = 1.0
             parameters = sum(getattr(p, "ds_numel", p.numel()) for p in towers.parameters())
+            engine.step(batches())
             waiting = [batches(), batches()]
-            engine.step(*waiting[0])
             live.peak = 0
-            engine.step(*waiting[0])
+            engine.step(waiting[0])
         with FlopCounterMode(display=False) as counter:
-            engine.step(*waiting[1])
+            engine.step(waiting[1])
     engine.deepspeed.destroy()
     return live.peak, counter.get_total_flops(), parameters
 
