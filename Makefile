@@ -7,7 +7,7 @@ bin := .venv/bin
 help:
 	@echo "make demo      fine-tune the embedded small model, install first if needed"
 	@echo "make test      lint, types, import contracts and the quick tests, install first if needed"
-	@echo "make test-all  the same with the slow tests"
+	@echo "make test-all  the same with the slow tests, and coverage"
 	@echo "make install   only the installation into .venv"
 	@echo "make format    apply ruff's format and its safe fixes"
 	@echo "make clean     remove caches and build files; .venv and runs stay"
@@ -22,6 +22,7 @@ demo: install
 test test-all: export HF_HUB_OFFLINE := 1
 test test-all: export TOKENIZERS_PARALLELISM := false
 test: selection := -m "not slow"
+test-all: coverage := --cov --cov-report=term:skip-covered
 # Coverage would trace every operation of the Triton interpreter, and take several times as long.
 test test-all: interpreted := tests/kernels
 test test-all: install
@@ -32,8 +33,7 @@ test test-all: install
 	check types $(bin)/mypy; \
 	check imports $(bin)/lint-imports --no-logo; \
 	check kernels $(bin)/pytest $(selection) $(interpreted) -n logical --maxprocesses 4; \
-	$(bin)/pytest $(selection) $(addprefix --ignore=,$(interpreted)) --cov --cov-report=term:skip-covered \
-		|| failed="$$failed tests"; \
+	check tests $(bin)/pytest $(selection) $(addprefix --ignore=,$(interpreted)) $(coverage); \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 format: install
