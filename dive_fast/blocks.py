@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from dive_fast.config import ConfigError
 from dive_fast.towers import Towers
@@ -17,17 +17,6 @@ TEXT_MULTIPLE = 8
 matrices whose sides are no multiples of 8 miss the fast paths of tensor cores."""
 
 BACKEND = "inductor"
-aten = torch.ops.aten
-_PRODUCTS = {
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
-    aten.baddbmm.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-}
 
 
 def lighten(towers: Towers) -> None:
@@ -57,7 +46,7 @@ class _LightQuickGELU(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         (x,) = ctx.saved_tensors
         sigmoid = torch.sigmoid(1.702 * x)
-        return gradient * sigmoid + 1.702 * aten.sigmoid_backward(gradient * x, sigmoid)
+        return gradient * sigmoid + 1.702 * torch.ops.aten.sigmoid_backward(gradient * x, sigmoid)
 
 
 def compile_blocks(towers: Towers) -> None:
@@ -75,18 +64,15 @@ def compile_blocks(towers: Towers) -> None:
     towers.text_multiple = TEXT_MULTIPLE
 
 
-def recompute_blocks(towers: Towers, selective: bool) -> None:
+def recompute_blocks(towers: Towers) -> None:
     """Makes the blocks of both towers keep only what enters them, and run again in the backward.
-
-    Args:
-        selective: keep the results of matrix products and attention too; only what lies between runs again.
 
     Raises:
         ConfigError: a tower has no blocks.
     """
     for tower in (towers.visual, towers.text):
         for block in blocks_of(tower, "train.activation_checkpointing"):
-            block.forward = partial(_recomputed, block.forward, selective)
+            block.forward = partial(_recomputed, block.forward)
 
 
 def blocks_of(tower: nn.Module, key: str) -> list[nn.Module]:
@@ -108,14 +94,7 @@ def blocks_of(tower: nn.Module, key: str) -> list[nn.Module]:
     return list(largest)
 
 
-def _recomputed(forward: Callable[..., Any], selective: bool, *args: Any, **kwargs: Any) -> Any:
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    if not selective:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-    contexts = partial(create_selective_checkpoint_contexts, _policy)
-    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
-
-
-def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

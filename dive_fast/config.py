@@ -170,9 +170,8 @@ class TrainConfig(Section):
     micro_batch_size: Positive | None = None
     """Pairs that a rank puts through the towers at once, by cached embedding gradients: the memory of a small
     batch, the gradients of the whole. Default: the whole batch."""
-    activation_checkpointing: Literal["off", "full", "selective"] = "off"
-    """Memory for time. `full`: transformer blocks keep only what enters them, and run again in the backward.
-    `selective`: they also keep the results of matrix products and attention, and only the rest runs again."""
+    activation_checkpointing: Literal["off", "full"] = "off"
+    """Memory for time. `full`: transformer blocks keep only what enters them, and run again in the backward."""
     compile: bool = False
     """torch.compile of the towers' transformer blocks. The first steps take minutes; not with ZeRO-3."""
     learning_rate: NonNegativeFloat = 1e-5
@@ -250,11 +249,6 @@ class Config(Section):
                     f"{place}.loader = ffcv reads prepared sets alone: make one by python launch/prepare.py "
                     f"--container beton, then {place}.format=prepared"
                 )
-        if self.train.compile and self.train.activation_checkpointing == "selective":
-            raise ValueError(
-                "train.activation_checkpointing = selective: train.compile chooses by itself what to keep; turn "
-                "either off, or take full"
-            )
         if self.data.target.format == "webdataset" and self.data.target.class_names is None:
             raise ValueError("data.target.class_names: webdataset data needs imagenet or a text file of names")
         for name, evaluation in self.evaluate.sets.items():

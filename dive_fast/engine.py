@@ -116,7 +116,7 @@ class Engine:
             raise ConfigError("train.micro_batch_size: this model drops features at random; remove it")
         lighten(self.towers)
         if train.activation_checkpointing != "off":
-            recompute_blocks(self.towers, selective=train.activation_checkpointing == "selective")
+            recompute_blocks(self.towers)
         if train.compile:
             compile_blocks(self.towers)
         self.objective = objective.to(ranks.device)
