@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from report import REPOSITORY, commit, slug, write_json
+from report import REPOSITORY, commit, device_name, slug, write_json
 
 from dive_fast.data.batch import ReferenceBatch, Text
 from dive_fast.teacher import store
@@ -81,7 +81,7 @@ def main() -> None:
             seconds[f"from disk, {checked}"] = measure(teacher, options.batch_size, options.batches // 10 or 1, 1)
             measure(teacher, options.batch_size, options.batches, 2)
             seconds[f"from memory, {checked}"] = measure(teacher, options.batch_size, options.batches, 3)
-    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    device = device_name()
     print(
         f"{layout.samples} pairs of {layout.width}, {options.gib:g} GiB, batches of {options.batch_size}, {device}"
     )

@@ -19,7 +19,7 @@ import psutil
 import torch
 from peers.flyp import FlypDataset
 from PIL import Image
-from report import REPOSITORY, commit, slug, write_json
+from report import REPOSITORY, commit, device_name, slug, write_json
 from torch.utils.data import DataLoader
 
 from dive_fast.data import prepare
@@ -237,7 +237,7 @@ def main() -> None:
                 ahead.close()
         figures = {loader: medians(rounds, measured["flyp"]) for loader, rounds in measured.items()}
         rows = pixels(source, folder)
-    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    device = device_name()
     default = REPOSITORY / ("benchmarks/results" if DEVICE.type == "cuda" else "build/benchmarks")
     path = (options.results or default) / f"{slug(device)}-loaders.json"
     about = {"device": device, "workers": options.workers, "commit": commit()}

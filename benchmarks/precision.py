@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from report import REPOSITORY, commit, slug, write_json
+from report import REPOSITORY, commit, device_name, slug, write_json
 from rounding import REMEDIES, computing
 from safetensors.torch import load_file
 from torch import Tensor
@@ -327,8 +327,7 @@ class Results:
 
     def write(self) -> None:
         """Leaves all that is known so far."""
-        device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
-        about = {"device": device, "torch": torch.__version__, "commit": commit()}
+        about = {"device": device_name(), "torch": torch.__version__, "commit": commit()}
         write_json(self.path, {**about, "noise": self.noise, "cases": self.cases})
 
     def tables(self) -> str:
@@ -358,8 +357,7 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", default=DEVICE.type == "cuda", help="as on a GPU")
     parser.add_argument("--results", type=Path, help="file; default: results/<device>-precision.json")
     options = parser.parse_args()
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
-    results = Results(options.results or REPOSITORY / f"benchmarks/results/{slug(name)}-precision.json")
+    results = Results(options.results or REPOSITORY / f"benchmarks/results/{slug(device_name())}-precision.json")
     cases = [case for case in grid(options.models, options.whole) if not results.has(case)]
     progress = tqdm(total=len(cases), unit="case")
     # Neighbours share weights, pairs and m, and so the gradient of fp32.

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import torch
-from report import REPOSITORY, commit, slug, write_json
+from report import REPOSITORY, commit, device_name, slug, write_json
 from rounding import products
 
 from dive_fast.config import load
@@ -51,7 +51,7 @@ def main() -> None:
                 rows.append(
                     figures | {"u": lines[-1]["image_norm"]} | {key: found[key] for key in report.MEASURES}
                 )
-    device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "CPU"
+    device = device_name()
     path = options.results / f"{slug(device)}-precision-training.json"
     write_json(path, {"device": device, "torch": torch.__version__, "commit": commit(), "runs": rows})
     print("| lambda | precision | seed | floor | mean u | ID | OOD | ZS | RSA |\n" + "|---" * 9 + "|")

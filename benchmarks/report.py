@@ -21,7 +21,7 @@ class Report:
     def __init__(self, dtype: str, folder: Path | None = None) -> None:
         self.dtype, self.folder = dtype, folder
         self.entries: list[dict[str, Any]] = []
-        self.device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+        self.device = device_name()
 
     def begin(self, case: Case) -> dict[str, Any]:
         """A case counts as failed until its figures are in."""
@@ -90,6 +90,11 @@ def _triton_version() -> str | None:
         return version("triton")
     except PackageNotFoundError:
         return None
+
+
+def device_name() -> str:
+    """As results have it."""
+    return torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
 
 
 def slug(device: str) -> str:

@@ -7,9 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from losses import DEVICE
-from report import REPOSITORY, commit, slug, write_json
+from report import REPOSITORY, commit, device_name, slug, write_json
 
 RESULTS = REPOSITORY / ("benchmarks/results" if DEVICE.type == "cuda" else "build/benchmarks")
 PEER = "flyp_published"
@@ -92,11 +91,6 @@ class StepReport:
                 f"| {entry['minutes_per_epoch']:.1f} |"
             )
         return "\n".join(lines)
-
-
-def device_name() -> str:
-    """As results have it."""
-    return torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
 
 
 def results_path(folder: Path) -> Path:

@@ -21,7 +21,7 @@ import pytest
 import torch
 from losses import DEVICE
 from peers.dive_published import DivePublished
-from peers.flyp import Flyp
+from peers.flyp import Flyp, Inputs
 from peers.levers import DiveWithLevers, Levers
 from report import REPOSITORY
 from step_report import RESULTS, draw, results_path
@@ -56,15 +56,6 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.model}-{self.batch}-{self.competitor}"
-
-
-class Inputs(NamedTuple):
-    """A step's batches on the device; rows of tokens have the whole context."""
-
-    target_images: Tensor
-    target_tokens: Tensor
-    reference_images: Tensor
-    reference_tokens: Tensor
 
 
 class Running(NamedTuple):
@@ -108,18 +99,16 @@ def running(case: Case, zero: int) -> Iterator[Running]:
     model = copy.deepcopy(random_model(case.model)).to(DEVICE)
     recipe = {"total_steps": TOTAL_STEPS}
     if case.competitor == "flyp_published":
-        yield Running(partial(Flyp(model, **recipe).step, *inputs), without_scale)
+        yield Running(partial(Flyp(model, **recipe).step, inputs), without_scale)
     elif case.competitor == "dive_published":
         peer = DivePublished(model, copy.deepcopy(model), **recipe)
-        yield Running(partial(peer.step, *inputs), without_scale)
+        yield Running(partial(peer.step, inputs), without_scale)
     elif case.competitor in Levers._fields:
         levers = Levers(**{case.competitor: True})
         rows = teacher_rows(case.model, case.batch)
         teacher = rows if levers.cached_teacher else Towers(copy.deepcopy(model))
-        texts = [levers.prepare(tokens) for tokens in (inputs.target_tokens, inputs.reference_tokens)]
         lever = DiveWithLevers(Towers(model), teacher, levers, **recipe)
-        step = partial(lever.step, inputs.target_images, texts[0], inputs.reference_images, texts[1])
-        yield Running(step, lever.scaler.get_scale)
+        yield Running(partial(lever.step, levers.prepare(inputs)), lever.scaler.get_scale)
     else:
         engine, batches = make_engine(case, model, inputs, zero)
         try:
@@ -144,13 +133,12 @@ def make_engine(case: Case, model: Any, inputs: Inputs, zero: int) -> tuple[Engi
     towers = Towers(model)
     goal = objective.create(config.objective, towers.width)
     engine = Engine(config, towers, goal, join(), TOTAL_STEPS)
-    prepare = Levers(trimmed_text=True, distinct_texts=True).prepare
+    prepared = Levers(trimmed_text=True, distinct_texts=True).prepare(inputs)
     nothing = torch.zeros(case.batch, dtype=torch.long)
-    target = TargetBatch(inputs.target_images, prepare(inputs.target_tokens), nothing, nothing, ())
+    target = TargetBatch(prepared.target_images, prepared.target_text, nothing, nothing, ())
     if not goal.needs_reference:
         return engine, StepBatches(target)
-    text = prepare(inputs.reference_tokens)
-    reference = ReferenceBatch(inputs.reference_images, text, nothing, nothing, ())
+    reference = ReferenceBatch(prepared.reference_images, prepared.reference_text, nothing, nothing, ())
     return engine, StepBatches(target, reference, objective.Pairs(*teacher_rows(case.model, case.batch)))
 
 

@@ -9,9 +9,8 @@ import steps
 import torch
 from losses import DEVICE, INTERPRETED
 from peers.dive_published import DivePublished
-from peers.flyp import Flyp, cosine_with_warmup
+from peers.flyp import Flyp, Inputs, cosine_with_warmup
 from peers.levers import DiveWithLevers, Levers
-from steps import Inputs
 from torch import Tensor
 
 from dive_fast.engine import learning_rate_schedule
@@ -64,7 +63,7 @@ def error(found: Gradients, expected: Gradients) -> float:
 def by_steps(step: Callable[..., Any], model: Any, batches: list[Any]) -> list[Gradients]:
     found = []
     for batch in batches:
-        step(*batch)
+        step(batch)
         found.append(gradients(model))
     return found
 
@@ -123,10 +122,7 @@ def test_no_lever_changes_the_gradient(lever: str, student: Any, teacher: Any, b
     if levers.half_precision:
         # A model this far from its teacher overflows at the scale a run starts with.
         peer.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=4.0)
-    prepared = [
-        [tensor if tensor.is_floating_point() else levers.prepare(tensor) for tensor in batch] for batch in batches
-    ]
-    found = by_steps(peer.step, towers, prepared)
+    found = by_steps(peer.step, towers, [levers.prepare(batch) for batch in batches])
     for ours, expected in zip(found, published(student, teacher, batches), strict=True):
         if levers.half_precision:
             whole = [torch.cat(list(part.values())) for part in (ours, expected)]
@@ -140,7 +136,7 @@ def test_text_is_prepared_as_the_levers_say(batches: list[Inputs]) -> None:
     tokens = batches[0].target_tokens
     longest = int(tokens.argmax(1).max()) + 1
     for trimmed, distinct in [(False, False), (True, False), (False, True), (True, True)]:
-        text = Levers(trimmed_text=trimmed, distinct_texts=distinct).prepare(tokens)
+        text = Levers(trimmed_text=trimmed, distinct_texts=distinct).text(tokens)
         assert text.length == (longest if trimmed else 77)
         assert len(text.tokens) == (BATCH - 1 if distinct else BATCH)
         assert torch.equal(text.tokens[text.index], tokens)
@@ -149,7 +145,7 @@ def test_text_is_prepared_as_the_levers_say(batches: list[Inputs]) -> None:
 def test_an_update_is_adamws_and_the_learning_rate_the_engines(student: Any, batches: list[Inputs]) -> None:
     model = copy.deepcopy(student)
     peer = Flyp(model, total_steps=10, learning_rate=1e-3, weight_decay=0.1, warmup_steps=4)
-    peer.step(*batches[0])
+    peer.step(batches[0])
     rate, decay = 1e-3 / 4, 0.1
     for before, after in zip(student.parameters(), model.parameters(), strict=True):
         # The first update of Adam divides each gradient by its own size.

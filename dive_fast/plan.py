@@ -8,8 +8,8 @@ matrix of probabilities.
 
 Conventions: a multiply-add is two FLOP; element-wise operations count for none. Peak memory is what the tensors of
 the steady state take, batches waiting on the GPU included. A CUDA context, workspaces of cuBLAS and NCCL, and what
-an allocator rounds up and fragments come on top (see :data:`GPUS`). Every prompt of a batch is taken to be
-distinct and as long as ``text_length``, or the model's context.
+an allocator rounds up and fragments come on top (see :mod:`dive_fast.gpus`). Every prompt of a batch is taken to
+be distinct and as long as ``text_length``, or the model's context.
 """
 
 import contextlib
@@ -36,6 +36,7 @@ from dive_fast.config import Config, ConfigError, ReferenceConfig, TargetConfig
 from dive_fast.data.ahead import DEPTH
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.engine import Engine, StepBatches
+from dive_fast.gpus import GPUS, Gpu
 from dive_fast.kernels import backend
 from dive_fast.memory import Part, Stage, Tracker, Work
 from dive_fast.objective import Dive, Flyp, Loss, Pairs
@@ -48,26 +49,6 @@ from dive_fast.train import check_text_length
 EFFICIENCY = 0.45
 """Share of a GPU's peak arithmetic that a step is taken to reach. An assumption, not a measurement: large models
 are usually trained at 0.4 to 0.5 of the dense 16-bit peak, memory-bound operations take the rest of the time."""
-
-
-class Gpu(NamedTuple):
-    """A GPU as its data sheet has it."""
-
-    memory: int
-    """Bytes."""
-    half: float
-    """Dense 16-bit FLOP/s of the matrix units."""
-    single: float
-    """fp32 FLOP/s, without matrix units."""
-
-
-GPUS = {
-    "h100": Gpu(80 * 10**9, 989e12, 67e12),
-    "h200": Gpu(141 * 10**9, 989e12, 67e12),
-    "a100": Gpu(80 * 10**9, 312e12, 19.5e12),
-}
-"""Memory is what the name says, in decimal bytes. There is some 6 % more (an H100 of 80 GB has 79.6 GiB = 85.5e9
-bytes), which is left to the CUDA context, workspaces and fragmentation."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +128,7 @@ def advise(config: Config, planned: Plan, gpus: Sequence[str]) -> dict[str, Advi
 
     Args:
         planned: the config's own plan.
-        gpus: names in :data:`GPUS`.
+        gpus: names in :data:`dive_fast.gpus.GPUS`.
 
     Returns:
         By the name of each GPU that the plan does not fit; None if nothing that is tried does.

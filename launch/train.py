@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import command
 
+from dive_fast.gpus import GPUS
+
 if TYPE_CHECKING:
     from dive_fast.config import Config
-
-DEVICES = ("h100", "h200", "a100")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     planning.add_argument("--dry-run", action="store_true", help="print FLOP, memory and time of a step, and end")
     planning.add_argument("--json", action="store_true", help="of the plan, one object on the last line")
     planning.add_argument("--ranks", type=_count, help="GPUs planned for; default: WORLD_SIZE, else 1")
-    planning.add_argument("--device", choices=DEVICES, help="plan for this GPU alone")
+    planning.add_argument("--device", choices=GPUS, help="plan for this GPU alone")
     options = parser.parse_intermixed_args(arguments)
     if not options.dry_run and (options.json or options.ranks or options.device):
         parser.error("--json, --ranks and --device go with --dry-run")
@@ -72,7 +72,7 @@ def dry_run(config: "Config", options: argparse.Namespace) -> int:
     from dive_fast.plan import advise, as_json, plan, table
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    gpus = [options.device] if options.device else DEVICES
+    gpus = [options.device] if options.device else list(GPUS)
     planned = plan(config, ranks)
     advice = advise(config, planned, gpus)
     print(table(planned, gpus, advice))

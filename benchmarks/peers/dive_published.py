@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peers.flyp import Flyp, contrastive_loss
+from peers.flyp import Flyp, Inputs, contrastive_loss
 
 
 class DivePublished(Flyp):
@@ -24,20 +24,14 @@ class DivePublished(Flyp):
         self.weight, self.decay = weight, decay
         self.average_vector = self.model.logit_scale.new_zeros(self.model.visual.output_dim).detach()
 
-    def losses(
-        self,
-        target_images: Tensor,
-        target_tokens: Tensor,
-        reference_images: Tensor,
-        reference_tokens: Tensor,
-    ) -> dict[str, Tensor]:
+    def losses(self, inputs: Inputs) -> dict[str, Tensor]:
         """Eq. 9; moves the average vector."""
         # First, while no graph takes memory yet.
         with torch.no_grad():
-            frozen = embed(self.teacher, reference_images, reference_tokens)
-        target = embed(self.model, target_images, target_tokens)
+            frozen = embed(self.teacher, inputs.reference_images, inputs.reference_tokens)
+        target = embed(self.model, inputs.target_images, inputs.target_tokens)
         contrastive = contrastive_loss(*target, self.model.logit_scale.exp())
-        tuned = embed(self.model, reference_images, reference_tokens)
+        tuned = embed(self.model, inputs.reference_images, inputs.reference_tokens)
         average, pairwise, average_vector = difference_losses(*tuned, *frozen, self.average_vector, self.decay)
         self.average_vector = average_vector.detach()
         loss = contrastive + self.weight * (average + pairwise)

@@ -13,7 +13,7 @@ An honest opponent: it does what the recipe says, and nothing else that costs ti
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
@@ -21,6 +21,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+
+
+class Inputs(NamedTuple):
+    """Batches on the device: images ``(B, 3, H, W)``, tokens ``(B, 77)`` int64. FLYP takes the target's."""
+
+    target_images: Tensor
+    target_tokens: Tensor
+    reference_images: Tensor
+    reference_tokens: Tensor
 
 
 class Flyp:
@@ -43,38 +52,18 @@ class Flyp:
         schedule = cosine_with_warmup(warmup_steps, total_steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
 
-    def step(
-        self,
-        target_images: Tensor,
-        target_tokens: Tensor,
-        reference_images: Tensor,
-        reference_tokens: Tensor,
-    ) -> dict[str, Tensor]:
-        """One update.
-
-        Args:
-            target_images, target_tokens: ``(B, 3, H, W)``; ``(B, 77)`` int64.
-            reference_images, reference_tokens: likewise; FLYP has no use for them.
-
-        Returns:
-            The losses, ``()`` each on the device.
-        """
+    def step(self, inputs: Inputs) -> dict[str, Tensor]:
+        """One update; returns the losses, ``()`` each on the device."""
         self.optimizer.zero_grad()
-        losses = self.losses(target_images, target_tokens, reference_images, reference_tokens)
+        losses = self.losses(inputs)
         losses["loss"].backward()
         self.optimizer.step()
         self.finish()
         return {name: value.detach() for name, value in losses.items()}
 
-    def losses(
-        self,
-        target_images: Tensor,
-        target_tokens: Tensor,
-        reference_images: Tensor,
-        reference_tokens: Tensor,
-    ) -> dict[str, Tensor]:
+    def losses(self, inputs: Inputs) -> dict[str, Tensor]:
         """``loss`` with its graph, and what it is made of."""
-        return {"loss": contrastive_loss(*self.model(target_images, target_tokens))}
+        return {"loss": contrastive_loss(*self.model(inputs.target_images, inputs.target_tokens))}
 
     def finish(self) -> None:
         """What follows an update."""

@@ -11,10 +11,19 @@ from dive_fast.data.batch import Text
 from dive_fast.data.prompts import pack
 from dive_fast.towers import Towers, unit
 from peers.dive_published import difference_losses
-from peers.flyp import Flyp, contrastive_loss
+from peers.flyp import Flyp, Inputs, contrastive_loss
 
 Rows = tuple[Tensor, Tensor]
 """``(B', D)`` of images and of texts."""
+
+
+class Prepared(NamedTuple):
+    """A step's batches with their texts as :meth:`Levers.text` makes them."""
+
+    target_images: Tensor
+    target_text: Text
+    reference_images: Tensor
+    reference_text: Text
 
 
 class Levers(NamedTuple):
@@ -33,8 +42,13 @@ class Levers(NamedTuple):
     fused_losses: bool = False
     """The losses by the Triton kernels."""
 
-    def prepare(self, tokens: Tensor) -> Text:
-        """Token rows ``(B, context)`` as the step wants them; a loader does this, ahead of the step."""
+    def prepare(self, inputs: Inputs) -> Prepared:
+        """What the step wants; a loader does this, ahead of it."""
+        target, reference = (self.text(tokens) for tokens in (inputs.target_tokens, inputs.reference_tokens))
+        return Prepared(inputs.target_images, target, inputs.reference_images, reference)
+
+    def text(self, tokens: Tensor) -> Text:
+        """Of token rows ``(B, context)``."""
         text = pack(tokens, "argmax")
         length = text.length if self.trimmed_text else tokens.shape[1]
         if self.distinct_texts:
@@ -68,14 +82,12 @@ class DiveWithLevers(Flyp):
         self.average_vector = model.logit_scale.detach().new_zeros(model.visual.output_dim)
         self.scaler = torch.amp.GradScaler(model.logit_scale.device.type, enabled=levers.half_precision)
 
-    def step(
-        self, target_images: Tensor, target_text: Text, reference_images: Tensor, reference_text: Text
-    ) -> dict[str, Tensor]:
-        """One update; texts are those of :meth:`Levers.prepare`."""
+    def step(self, inputs: Prepared) -> dict[str, Tensor]:  # type: ignore[override]
+        """One update."""
         self.optimizer.zero_grad()
-        frozen = self.frozen_rows(reference_images, reference_text)
-        target = partial(self.target_loss, target_images, target_text)
-        reference = partial(self.reference_loss, reference_images, reference_text, frozen)
+        frozen = self.frozen_rows(inputs.reference_images, inputs.reference_text)
+        target = partial(self.target_loss, inputs.target_images, inputs.target_text)
+        reference = partial(self.reference_loss, inputs.reference_images, inputs.reference_text, frozen)
         halves = [target, reference] if self.levers.sequential else [lambda: target() + reference()]
         total = torch.zeros_like(self.average_vector[0])
         for half in halves:

@@ -52,38 +52,13 @@ def audit(
     batch_size: int,
     options: Options,
     pairs: int,
-    tolerance: float | None = None,
 ) -> Audit:
-    """Embeds some pairs again, drawn by the run's seed, and holds the cache to them.
+    """Embeds some pairs again, drawn by the run's seed, and compares the cache's rows with them.
 
     Args:
         towers: the frozen model, a copy of its own.
         pairs: how many, at most all.
-        tolerance: longest difference of two unit rows; None: what rounding explains.
-
-    Raises:
-        StaleCacheError: rows differ by more; says by how much, and what is most likely the cause.
     """
-    found = compare(teacher, towers, samples, ranks, batch_size, options, pairs)
-    limit = allowed(teacher.store.layout.dtype, tolerance)
-    if not found.within(limit):
-        raise StaleCacheError(
-            f"teacher cache {teacher.store.folder}: {found}; teacher.tolerance allows {limit:.0e}. "
-            f"Most likely {_cause(found.image_max > limit, found.text_max > limit)}; rebuild it"
-        )
-    return found
-
-
-def compare(
-    teacher: CachedTeacher,
-    towers: Towers,
-    samples: ReferenceSamples,
-    ranks: Ranks,
-    batch_size: int,
-    options: Options,
-    pairs: int,
-) -> Audit:
-    """Embeds some pairs again, as `audit` does, and judges nothing."""
     layout = teacher.store.layout
     draws = stream(samples.seed, Draw.AUDIT, 0)
     count = min(pairs, layout.samples * layout.views)
@@ -97,6 +72,23 @@ def compare(
     both = torch.cat(lengths) if lengths else torch.zeros(1, 2)
     (image_mean, text_mean), (image_max, text_max) = both.mean(0).tolist(), both.amax(0).tolist()
     return Audit(count, image_mean, image_max, text_mean, text_max)
+
+
+def judge(found: Audit, teacher: CachedTeacher, tolerance: float | None = None) -> None:
+    """Holds a cache to its audit.
+
+    Args:
+        tolerance: longest difference of two unit rows; None: what rounding explains.
+
+    Raises:
+        StaleCacheError: rows differ by more; says by how much, and what is most likely the cause.
+    """
+    limit = allowed(teacher.store.layout.dtype, tolerance)
+    if not found.within(limit):
+        raise StaleCacheError(
+            f"teacher cache {teacher.store.folder}: {found}; teacher.tolerance allows {limit:.0e}. "
+            f"Most likely {_cause(found.image_max > limit, found.text_max > limit)}; rebuild it"
+        )
 
 
 def write_audit(path: Path, found: Audit) -> None:

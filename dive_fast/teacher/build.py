@@ -14,7 +14,7 @@ from dive_fast.data.samples import ReferenceSamples
 from dive_fast.data.source import Source
 from dive_fast.ranks import Ranks
 from dive_fast.teacher import retrieval, store
-from dive_fast.teacher.audit import Audit, allowed, audit, compare, write_audit
+from dive_fast.teacher.audit import Audit, allowed, audit, judge, write_audit
 from dive_fast.teacher.fingerprint import Fingerprint, fingerprint
 from dive_fast.teacher.store import CacheError
 from dive_fast.teacher.teachers import CachedTeacher, OnlineTeacher, Teacher
@@ -95,8 +95,9 @@ def open_cache(
     teacher = CachedTeacher(path, wanted, options.verify)
     if options.audit == 0:
         return teacher, None
-    sizes = options.batch_size, loading, options.audit
-    return teacher, audit(teacher, frozen, samples, ranks, *sizes, options.tolerance)
+    found = audit(teacher, frozen, samples, ranks, options.batch_size, loading, options.audit)
+    judge(found, teacher, options.tolerance)
+    return teacher, found
 
 
 def adopt_cache(
@@ -128,8 +129,8 @@ def adopt_cache(
     try:
         retrieval.adopt(embeddings, partial, layout, samples.source, wanted, ranks)
         with ranks.together(CacheError):
-            teacher, sizes = CachedTeacher(partial, wanted), (options.batch_size, loading, options.audit)
-            found = compare(teacher, copy.deepcopy(towers), samples, ranks, *sizes)
+            sizes = options.batch_size, loading, options.audit
+            found = audit(CachedTeacher(partial, wanted), copy.deepcopy(towers), samples, ranks, *sizes)
             if not found.within(limit):
                 raise CacheError(
                     f"{embeddings.folder}: {found}; teacher.tolerance allows {limit:.0e}, nothing is adopted. "

@@ -18,7 +18,7 @@ from dive_fast.data.samples import ReferenceSamples
 from dive_fast.data.source import open_webdataset
 from dive_fast.ranks import Ranks, join
 from dive_fast.teacher import store, write
-from dive_fast.teacher.audit import audit
+from dive_fast.teacher.audit import audit, judge
 from dive_fast.teacher.fingerprint import Fingerprint, fingerprint
 from dive_fast.teacher.store import CacheError, StaleCacheError
 from dive_fast.teacher.teachers import CachedTeacher, OnlineTeacher
@@ -251,8 +251,10 @@ def test_an_audit_refuses_rows_of_something_else_and_says_of_what(
     cached = CachedTeacher(tmp_path / "cache", wanted, verify=False)
     message = f"teacher.tolerance allows 1e-04. Most likely {cause} .*; rebuild it$"
     with pytest.raises(StaleCacheError, match=message):
-        audit(cached, model(folder), samples(folder), ALONE, 4, Options(), 8)
-    assert audit(cached, model(folder), samples(folder), ALONE, 4, Options(), 8, tolerance=2.0).pairs == 8
+        judge(audit(cached, model(folder), samples(folder), ALONE, 4, Options(), 8), cached)
+    found = audit(cached, model(folder), samples(folder), ALONE, 4, Options(), 8)
+    judge(found, cached, tolerance=2.0)
+    assert found.pairs == 8
     # With checksums it does not come to that.
     with pytest.raises(CacheError, match="have changed since they were written"):
         audit(CachedTeacher(tmp_path / "cache", wanted), model(folder), samples(folder), ALONE, 4, Options(), 64)

@@ -1,0 +1,23 @@
+"""GPUs as their data sheets have them."""
+
+from typing import NamedTuple
+
+
+class Gpu(NamedTuple):
+    """What a plan and a benchmark hold a step to."""
+
+    memory: int
+    """Bytes."""
+    half: float
+    """Dense 16-bit FLOP/s of the matrix units, with fp32 sums."""
+    single: float
+    """fp32 FLOP/s, without matrix units."""
+
+
+GPUS = {
+    "h100": Gpu(80 * 10**9, 989e12, 67e12),
+    "h200": Gpu(141 * 10**9, 989e12, 67e12),
+    "a100": Gpu(80 * 10**9, 312e12, 19.5e12),
+}
+"""SXM modules. Memory is what the name says, in decimal bytes. There is some 6 % more (an H100 of 80 GB has
+85.5e9 bytes, 79.6 GiB), which is left to the CUDA context, workspaces and fragmentation."""
