@@ -112,7 +112,7 @@ def running(case: Case, zero: int) -> Iterator[Running]:
     else:
         engine, batches = make_engine(case, model, inputs, zero)
         try:
-            yield Running(lambda: engine.step(replace(batches)), lambda: engine.scale.value)
+            yield Running(lambda: engine.step(replace(batches)), lambda: float(engine.scale.value))
         finally:
             engine.deepspeed.destroy()
 

@@ -13,9 +13,9 @@ from peers.flyp import Flyp, Inputs, cosine_with_warmup
 from peers.levers import DiveWithLevers, Levers
 from torch import Tensor
 
-from dive_fast.engine import learning_rate_schedule
 from dive_fast.kernels import naive
 from dive_fast.towers import Towers, unit
+from dive_fast.update import learning_rate_schedule
 
 BATCH = 6
 WEIGHT, DECAY = 1000.0, 0.9

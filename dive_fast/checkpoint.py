@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dive_fast import towers
 from dive_fast.config import ConfigError
-from dive_fast.engine import Engine, LossScale
+from dive_fast.engine import Engine
 
 COMPLETE = "complete"
 """A file that stands in a checkpoint's folder once every rank has written its part. DeepSpeed's own `latest` is
@@ -26,10 +26,9 @@ def save(engine: Engine, folder: Path, step: int, keep: int) -> Path:
     state = {
         "step": step,
         "objective": engine.objective.state_dict(),
-        "loss_scale": vars(engine.scale),
-        "skipped_steps": engine.skipped_steps,
+        "loss_scale": engine.scale.state_dict(),
     }
-    # Under a key of its own: DeepSpeed keeps names such as `skipped_steps` for itself and hides them from us.
+    # Under a key of its own: DeepSpeed keeps some names for itself and hides them from us.
     engine.deepspeed.save_checkpoint(str(folder), tag=tag, client_state={STATE: state}, save_latest=False)
     engine.ranks.barrier()
     if engine.ranks.first:
@@ -71,8 +70,7 @@ def load(engine: Engine, checkpoint: Path) -> int:
         )
     own = state[STATE]
     engine.objective.load_state_dict(own["objective"])
-    engine.scale = LossScale(**own["loss_scale"])
-    engine.skipped_steps = own["skipped_steps"]
+    engine.scale.load_state_dict(own["loss_scale"])
     return int(own["step"])
 
 

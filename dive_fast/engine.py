@@ -28,41 +28,21 @@ from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.objective import Dive, Flyp, Loss, Pairs
 from dive_fast.ranks import Ranks
 from dive_fast.towers import Features, Towers
+from dive_fast.update import (
+    DeepSpeedUpdate,
+    DeviceUpdate,
+    LossScale,
+    learning_rate_schedule,
+    make_optimizer,
+    offloads,
+    runs_on_device,
+)
 
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
 
 BUCKET = 50_000_000
 """Elements that ZeRO reduces and gathers at once, unless told otherwise. DeepSpeed's default is ten times as many,
 1.9 GiB of each GPU, and more than these models have parameters."""
-INITIAL_SCALE, MIN_SCALE, GROWTH_INTERVAL = 2.0**16, 1.0, 2000
-
-
-@dataclass
-class LossScale:
-    """Dynamic loss scaling: halved when a gradient overflows, doubled after 2000 steps without.
-
-    The scale lives here and not in DeepSpeed, whose autocast mode lets each rank decide on its own partition
-    whether to skip a step, so that ranks part ways; and it casts gradients to half precision on the wire.
-    """
-
-    value: float = 1.0
-    dynamic: bool = False
-    good_steps: int = 0
-
-    @classmethod
-    def of(cls, precision: str) -> "LossScale":
-        """fp16 needs scaling; bf16 and fp32 have the range."""
-        return cls(INITIAL_SCALE, dynamic=True) if precision == "fp16" else cls()
-
-    def update(self, applied: bool) -> None:
-        """Takes note of whether the step was applied or skipped for a non-finite gradient."""
-        if not self.dynamic:
-            return
-        self.good_steps = self.good_steps + 1 if applied else 0
-        if not applied:
-            self.value = max(self.value / 2, MIN_SCALE)
-        elif self.good_steps % GROWTH_INTERVAL == 0:
-            self.value *= 2
 
 
 @dataclass
@@ -120,9 +100,11 @@ class Engine:
         if train.compile:
             compile_blocks(self.towers)
         self.objective = objective.to(ranks.device)
-        self.scale = LossScale.of(train.precision)
         section = deepspeed_section(config, ranks.world_size)
-        optimizer = _optimizer(config, towers, section)
+        clipping, on_device = section["gradient_clipping"], runs_on_device(section)
+        if on_device:
+            _leave_the_norm_to_us(section)
+        optimizer = make_optimizer(train, towers, offloads(section))
         schedule = learning_rate_schedule(train.warmup_steps, total_steps)
         self.deepspeed, *_ = deepspeed.initialize(
             model=self.towers,
@@ -130,8 +112,12 @@ class Engine:
             lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
             config=section,
         )
-        self._partitioned = self.deepspeed.zero_optimization_stage() > 0
-        self.skipped_steps = 0
+        self.scale = LossScale(train.precision, ranks.device if on_device else torch.device("cpu"))
+        self._update = (
+            DeviceUpdate(self.deepspeed, optimizer, self.scale, clipping)
+            if on_device
+            else DeepSpeedUpdate(self.deepspeed, self.scale)
+        )
 
     def step(self, batches: StepBatches) -> dict[str, Tensor]:
         """One update.
@@ -140,11 +126,12 @@ class Engine:
             batches: taken: the engine lets go of each batch once its half is done.
 
         Returns:
-            What to log, global over ranks, ``()`` each on the device: the losses, |u|, |v|, the logit scale.
+            What to log, global over ranks, ``()`` each on the device: the losses, |u|, |v|, the logit scale, the
+            gradient's norm, and after the update the loss scale and the number of steps skipped so far.
         """
         metrics = self.accumulate(batches)
-        self.update()
-        return metrics
+        norm = self.update()
+        return metrics | {"gradient_norm": norm} | self.scale.metrics()
 
     def accumulate(self, batches: StepBatches) -> dict[str, Tensor]:
         """The gradients of a step, without its update; argument and result of :meth:`step`."""
@@ -156,21 +143,9 @@ class Engine:
             metrics |= loss.metrics
         return {"loss": total} | metrics
 
-    def update(self) -> bool:
-        """Applies the accumulated gradients, unless they are not finite on some rank; returns whether it did."""
-        if self._partitioned:
-            self.deepspeed.step()
-            # DeepSpeed skips on every rank alike, since it looks at the norm over all partitions.
-            applied = bool(self.deepspeed.was_step_applied())
-        else:
-            applied = self._unscale()
-            if applied:
-                self.deepspeed.step()
-            else:
-                self.deepspeed.zero_grad()
-        self.scale.update(applied)
-        self.skipped_steps += not applied
-        return applied
+    def update(self) -> Tensor:
+        """Applies the gradients, unless they are not finite on some rank; returns their norm, ``()``."""
+        return self._update.apply()
 
     @property
     def learning_rate(self) -> float:
@@ -216,7 +191,7 @@ class Engine:
         self.deepspeed.set_gradient_accumulation_boundary(half.last)
         features: Features = self.deepspeed(half.images, half.text.tokens, half.text.length)
         loss = half.loss(Pairs(features.image, features.text[half.text.index]), features.logit_scale)
-        self._deepspeed_backward(loss.loss)
+        self._update.backward(loss.loss)
         return Loss(loss.loss.detach(), loss.metrics)
 
     def _backward_in_pieces(self, half: _Half) -> Loss:
@@ -233,8 +208,8 @@ class Engine:
         text_leaf = torch.cat([features.text for features in passes]).float().requires_grad_()
         scale_leaf = passes[0].logit_scale.detach().requires_grad_()
         del passes
-        rows = _rows_of(len(half.text.tokens), [len(text) for text in texts])
-        pairs = Pairs(image_leaf, text_leaf[rows.to(text_leaf.device)][half.text.index])
+        rows = _rows_of(len(half.text.tokens), [len(text) for text in texts], text_leaf.device)
+        pairs = Pairs(image_leaf, text_leaf[rows][half.text.index])
         loss = half.loss(pairs, scale_leaf)
         leaves = (image_leaf, text_leaf, scale_leaf)
         gradients = torch.autograd.grad(loss.loss, leaves, allow_unused=True, materialize_grads=True)
@@ -248,33 +223,8 @@ class Engine:
             surrogate = (features.image.float() * image_gradients[piece]).sum()
             surrogate = surrogate + (features.text.float() * text_gradients[piece]).sum()
             surrogate = surrogate + (features.logit_scale * gradients[2] * final).sum()
-            self._deepspeed_backward(surrogate)
+            self._update.backward(surrogate)
         return Loss(loss.loss.detach(), loss.metrics)
-
-    def _deepspeed_backward(self, loss: Tensor) -> None:
-        if self._partitioned:
-            self.deepspeed.optimizer.override_loss_scale(self.scale.value)
-            self.deepspeed.backward(loss)
-        else:
-            self.deepspeed.backward(loss * self.scale.value)
-
-    def _unscale(self) -> bool:
-        """Without ZeRO: divides the reduced gradients by the loss scale; returns whether they are finite."""
-        gradients = [parameter.grad for parameter in self.towers.parameters() if parameter.grad is not None]
-        torch._foreach_mul_(gradients, 1 / self.scale.value)
-        return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
-
-
-def learning_rate_schedule(warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """Factor on the peak learning rate at each step: linear warm-up, then cosine to 0, as in open_clip."""
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-    return factor
 
 
 def deepspeed_section(config: Config, world_size: int) -> dict[str, Any]:
@@ -319,23 +269,15 @@ def deepspeed_section(config: Config, world_size: int) -> dict[str, Any]:
         )
     # DeepSpeed clips at 1.0 unless told otherwise; the paper does not clip.
     section.setdefault("gradient_clipping", 0.0)
+    # Else it waits for the device twice a step, to tell a throughput that the metrics have.
+    section.setdefault("timers", {"throughput": {"enabled": False}})
     return section
 
 
-def _optimizer(config: Config, towers: Towers, section: dict[str, Any]) -> torch.optim.Optimizer:
-    train = config.train
-    tuned = [parameter for parameter in towers.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in tuned if train.decay_all_parameters or parameter.ndim > 1]
-    spared = [parameter for parameter in tuned if not train.decay_all_parameters and parameter.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    options: dict[str, Any] = {"lr": train.learning_rate, "betas": train.betas, "eps": train.epsilon}
-    groups = [group for group in groups if group["params"]]
-    offload = section.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    if offload != "none":
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)  # type: ignore[no-any-return]
-    return torch.optim.AdamW(groups, fused=True, **options)
+def _leave_the_norm_to_us(section: dict[str, Any]) -> None:
+    section["gradient_clipping"] = 0.0
+    if section.get("zero_optimization", {}).get("stage", 0) > 0:
+        section["zero_optimization"]["compute_grad_norm"] = False
 
 
 def _is_random(module: torch.nn.Module) -> bool:
@@ -358,8 +300,8 @@ def _deal(tokens: Tensor, pieces: int) -> list[Tensor]:
     return [part if len(part) else tokens[:1] for part in tokens.tensor_split(pieces)]
 
 
-def _rows_of(count: int, sizes: list[int]) -> Tensor:
+def _rows_of(count: int, sizes: list[int], device: torch.device) -> Tensor:
     """Where each of ``count`` rows stands in the parts of :func:`_deal` laid end to end, fillers left out."""
-    real = torch.arange(count).tensor_split(len(sizes))
+    real = torch.arange(count, device=device).tensor_split(len(sizes))
     starts = [sum(sizes[:part]) for part in range(len(sizes))]
-    return torch.cat([torch.arange(len(rows)) + start for rows, start in zip(real, starts, strict=True)])
+    return torch.cat([rows - rows[:1] + start for rows, start in zip(real, starts, strict=True)])

@@ -61,8 +61,8 @@ class Tracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and _is_unknown(args[0]):
-            # Whoever reads a value wants to know whether something overflowed: 0 says no.
-            return 0.0 if args[0].is_floating_point() else 0
+            # A norm or a loss scale of 1 is as good as any; whether something overflowed, 0 says no.
+            return 1.0 if args[0].is_floating_point() else 0
         result = func(*args, **(kwargs or {}))
         self._count(func, args, kwargs or {}, result)
         part = self._part_of(func)

@@ -41,10 +41,10 @@ from dive_fast.kernels import backend
 from dive_fast.memory import Part, Stage, Tracker, Work
 from dive_fast.objective import Dive, Flyp, Loss, Pairs
 from dive_fast.ranks import Ranks
+from dive_fast.run import check_text_length
 from dive_fast.teacher.build import loader_options
 from dive_fast.teacher.teachers import OnlineTeacher
 from dive_fast.towers import Features, Towers, create
-from dive_fast.train import check_text_length
 
 EFFICIENCY = 0.45
 """Share of a GPU's peak arithmetic that a step is taken to reach. An assumption, not a measurement: large models
@@ -380,11 +380,6 @@ class _Engine(Engine):
     def _backward(self, half: Any) -> Loss:
         self.tracker.stage = next(self._stages)
         return super()._backward(half)
-
-    def _unscale(self) -> bool:
-        super()._unscale()
-        # The tracker's answer to every question is 0, and here 0 would skip the step.
-        return True
 
 
 class _Sampled:

@@ -132,7 +132,7 @@ def real_step(config: Config) -> tuple[int, int, int]:
             towers = create(config.model)
             engine = Engine(config, towers, objective.create(config.objective, WIDTH), ranks, total_steps=9)
             # What it starts with overflows, and a step that is skipped allocates no moments.
-            engine.scale.value = 1.0
+            engine.scale.value.fill_(1.0)
             parameters = sum(getattr(p, "ds_numel", p.numel()) for p in towers.parameters())
             engine.step(batches())
             waiting = [batches(), batches()]

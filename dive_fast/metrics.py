@@ -1,0 +1,157 @@
+"""What a run tells while it goes: progress bar, ``metrics.jsonl``, DeepSpeed's monitor."""
+
+import json
+import logging
+import time
+from collections import deque
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dive_fast.run import Batches, Run
+
+logger = logging.getLogger(__name__)
+
+DIFFERENCE_VECTORS = {"image_norm": "|u|", "text_norm": "|v|"}
+DROWNED = 1 / 3
+"""Share of rounding in a difference vector, above which its gradient is no longer that of fp32: at a third the
+cosine is 0.97 in fp16 (docs/precision.md)."""
+SHOWN = {"loss": "loss", "u": "image_norm", "v": "text_norm", "img/s": "images_per_second", "wait": "data_wait"}
+"""Names on the progress bar."""
+
+
+class Metrics:
+    """Written by the first rank, known to all; the loop never waits for the device's numbers."""
+
+    def __init__(self, run: Run, first_step: int, batches: Batches) -> None:
+        """Begins a run, or goes on with it: lines of steps that will be done again are removed."""
+        self._run, self._batches, self._options = run, batches, run.config.train
+        self._enabled = run.ranks.first
+        self._last: dict[str, float] = {}
+        self._underway: deque[_Line] = deque()
+        self._since, self._since_step, self._since_waited = time.perf_counter(), first_step, 0.0
+        self._floor: dict[str, float] = {}
+        if self._enabled:
+            self._path = run.folder / "metrics.jsonl"
+            kept = [line for line in self._lines() if json.loads(line)["step"] <= first_step]
+            self._path.write_text("".join(f"{line}\n" for line in kept))
+            self._floor = json.loads(kept[0]) if kept else {}
+        self._bar = run.ranks.progress(run.total_steps, "train", "step", done=first_step)
+
+    def log(self, step: int, values: dict[str, Tensor], learning_rate: float) -> None:
+        """Takes the metrics of one step; those of every ``train.log_every`` steps are written once they are here.
+
+        Args:
+            values: ``()`` each, on the device.
+        """
+        self._bar.update()
+        if step % self._options.log_every == 0 or step in (1, self._run.total_steps):
+            self._underway.append(_Line(step, Reading(values), self._of_the_loop(step, learning_rate)))
+        while self._underway and self._underway[0].reading.is_here():
+            self._take(self._underway.popleft())
+
+    def flush(self) -> None:
+        """Writes what is under way."""
+        while self._underway:
+            self._take(self._underway.popleft())
+
+    def close(self, results: dict[str, float]) -> dict[str, float]:
+        """Writes results of the whole run; returns them with the last step's metrics."""
+        self.flush()
+        self._bar.close()
+        if self._enabled and results:
+            self._write(self._run.total_steps, results)
+        return self._last | results
+
+    def _of_the_loop(self, step: int, learning_rate: float) -> dict[str, float]:
+        """What the host knows."""
+        now = time.perf_counter()
+        images = (step - self._since_step) * self._run.images_per_step
+        found = {
+            "learning_rate": learning_rate,
+            "images_per_second": images / (now - self._since),
+            # Of the loop's time, on this rank, what it spent waiting for a batch: 0 where the loaders keep up.
+            "data_wait": (self._batches.waited - self._since_waited) / (now - self._since),
+            "epoch": step / self._run.target_order.steps_per_epoch,
+        }
+        self._since, self._since_step, self._since_waited = now, step, self._batches.waited
+        return found
+
+    def _take(self, line: "_Line") -> None:
+        step, self._last = line.step, line.reading.numbers() | line.of_the_loop
+        if not self._enabled:
+            return
+        shown = {short: f"{self._last[name]:.3g}" for short, name in SHOWN.items() if name in self._last}
+        self._bar.set_postfix(shown, refresh=False)
+        self._write(step, self._last)
+        if step == 1:
+            self._floor = self._last
+        elif step > self._options.warmup_steps:
+            self._warn_of_noise()
+
+    def _warn_of_noise(self) -> None:
+        """Once: says so if rounding, which is all there was before the first update, drowns difference vectors."""
+        floor, self._floor = self._floor, {}
+        for name, symbol in DIFFERENCE_VECTORS.items():
+            if name in floor and floor[name] > DROWNED * self._last[name]:
+                logger.warning(
+                    "mean %s is %.1e after the warm-up, of which rounding in %s alone makes %.1e: above a third "
+                    "the gradient of AVL + PVL points elsewhere than in fp32 (docs/precision.md); fp16 rounds an "
+                    "eighth of what bf16 does, fp32 next to nothing",
+                    symbol,
+                    self._last[name],
+                    self._options.precision,
+                    floor[name],
+                )
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        with self._path.open("a") as lines:
+            lines.write(json.dumps({"step": step} | values) + "\n")
+        monitor = self._run.engine.deepspeed.monitor
+        if monitor.enabled:
+            pairs = step * self._run.config.data.target.batch_size
+            monitor.write_events([(f"train/{name}", value, pairs) for name, value in values.items()])
+
+    def _lines(self) -> list[str]:
+        return self._path.read_text().splitlines() if self._path.exists() else []
+
+
+class Reading:
+    """Numbers of the device on their way to the host, which does not wait for them."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        """Sets them off; what happens to the tensors afterwards does not reach the numbers.
+
+        Args:
+            values: ``()`` each, all on one device or on the CPU.
+        """
+        self._names = list(values)
+        device = next((value.device for value in values.values() if value.is_cuda), torch.device("cpu"))
+        wide = [value.detach().to(device, torch.float64, non_blocking=True) for value in values.values()]
+        found = torch.stack(wide)
+        self._copied: Any = None
+        if device.type == "cuda":
+            pinned = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+            found = pinned.copy_(found, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        self._found = found
+
+    def is_here(self) -> bool:
+        """Whether they have arrived."""
+        return self._copied is None or bool(self._copied.query())
+
+    def numbers(self) -> dict[str, float]:
+        """Waits for them."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return dict(zip(self._names, self._found.tolist(), strict=True))
+
+
+class _Line(NamedTuple):
+    """Of metrics.jsonl, to be."""
+
+    step: int
+    reading: Reading
+    of_the_loop: dict[str, float]

@@ -1,0 +1,169 @@
+"""The update that follows the backward: loss scale, gradient norm, clipping, AdamW and its learning rate.
+
+With ZeRO 0 to 2 none of it asks the device for a number, so the host runs ahead and the GPU never waits for it:
+PyTorch's fused AdamW divides each gradient by ``grad_scale`` and leaves weights and moments alone where
+``found_inf`` is 1, and both are tensors. DeepSpeed's own update reads the gradient's norm at every step; ZeRO-3
+and optimizers on the CPU need it.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dive_fast.config import TrainConfig
+from dive_fast.towers import Towers
+
+INITIAL_SCALE, MIN_SCALE, GROWTH_INTERVAL = 2.0**16, 1.0, 2000
+
+
+class LossScale:
+    """Dynamic loss scaling: halved when a gradient overflows, doubled after 2000 steps without.
+
+    The scale lives here and not in DeepSpeed, whose autocast mode lets each rank decide on its own partition
+    whether to skip a step, so that ranks part ways; and it casts gradients to half precision on the wire.
+    """
+
+    def __init__(self, precision: str, device: torch.device) -> None:
+        """fp16 needs scaling; bf16 and fp32 have the range."""
+        self.dynamic = precision == "fp16"
+        self.value = torch.full((), INITIAL_SCALE if self.dynamic else 1.0, device=device)
+        self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
+        self.skipped_steps = torch.zeros((), dtype=torch.int32, device=device)
+
+    def update(self, overflow: Tensor) -> None:
+        """Takes note of a step.
+
+        Args:
+            overflow: ``()`` fp32, 1 where it was skipped for a gradient that is not finite, else 0.
+        """
+        self.skipped_steps += overflow.int()
+        if self.dynamic:
+            torch._amp_update_scale_(self.value, self.good_steps, overflow, 2.0, 0.5, GROWTH_INTERVAL)
+            self.value.clamp_(min=MIN_SCALE)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """As they are now, whatever follows."""
+        found = {"skipped_steps": self.skipped_steps.clone()}
+        return found | ({"loss_scale": self.value.clone()} if self.dynamic else {})
+
+    def state_dict(self) -> dict[str, float]:
+        """Plain numbers."""
+        return {name: getattr(self, name).item() for name in ("value", "good_steps", "skipped_steps")}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Goes on from there."""
+        for name, number in state.items():
+            getattr(self, name).fill_(number)
+
+
+class DeviceUpdate:
+    """ZeRO 0 to 2 with torch's fused AdamW: nothing is read by the host."""
+
+    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, scale: LossScale, clipping: float) -> None:
+        """Takes the parts that the update needs.
+
+        Args:
+            engine: DeepSpeed's, told neither of a loss scale nor of clipping.
+            clipping: largest norm of the gradient; 0 for none.
+        """
+        self._engine, self._optimizer, self.scale, self._clipping = engine, optimizer, scale, clipping
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds to the gradients."""
+        self._engine.backward(loss * self.scale.value)
+
+    def apply(self) -> Tensor:
+        """Updates weights, unless the gradient is not finite on some rank; returns its norm, ``()``."""
+        scaled_norm = self._scaled_norm()
+        overflow = (~torch.isfinite(scaled_norm)).float()
+        norm = scaled_norm / self.scale.value
+        divisor = self.scale.value
+        if self._clipping > 0:
+            divisor = divisor * ((norm + 1e-6) / self._clipping).clamp(min=1.0)
+        optimizer: Any = self._optimizer
+        optimizer.grad_scale, optimizer.found_inf = divisor, overflow
+        self._engine.step()
+        self.scale.update(overflow)
+        return norm
+
+    def _scaled_norm(self) -> Tensor:
+        """Of the whole gradient, which ZeRO 1 and 2 have reduced into one part for each rank."""
+        if self._engine.zero_optimization_stage() == 0:
+            gradients = (p.grad for p in self._engine.module.parameters() if p.grad is not None)
+            return torch.nn.utils.get_total_norm(gradients)
+        parts = [part for group in self._engine.optimizer.averaged_gradients.values() for part in group]
+        square = torch.nn.utils.get_total_norm(parts).to(self.scale.value.device).square()
+        if dist.get_world_size() > 1:
+            dist.all_reduce(square)
+        return square.sqrt()
+
+
+class DeepSpeedUpdate:
+    """ZeRO-3, or an optimizer on the CPU: DeepSpeed scales, clips and skips; the host waits for the norm."""
+
+    def __init__(self, engine: Any, scale: LossScale) -> None:
+        """Takes the parts that the update needs.
+
+        Args:
+            scale: on the CPU, where DeepSpeed wants it.
+        """
+        self._engine, self.scale = engine, scale
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds to the gradients."""
+        self._engine.optimizer.override_loss_scale(self.scale.value.item())
+        self._engine.backward(loss)
+
+    def apply(self) -> Tensor:
+        """Updates weights, unless the gradient is not finite on some rank; returns its norm, ``()``."""
+        self._engine.step()
+        # DeepSpeed skips on every rank alike, since it looks at the norm over all partitions.
+        applied = self._engine.was_step_applied()
+        if not applied:
+            # The learning rate is a function of the step, skipped or not.
+            self._engine.lr_scheduler.step()
+        self.scale.update(torch.tensor(float(not applied)))
+        return torch.as_tensor(self._engine.get_global_grad_norm())
+
+
+def runs_on_device(section: dict[str, Any]) -> bool:
+    """Whether :class:`DeviceUpdate` does for this ``deepspeed`` section."""
+    zero = section.get("zero_optimization", {})
+    return bool(zero.get("stage", 0) < 3 and not offloads(section))
+
+
+def offloads(section: dict[str, Any]) -> bool:
+    """Whether the optimizer runs on the CPU."""
+    offload = section.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return bool(offload.get("device", "none") != "none")
+
+
+def make_optimizer(train: TrainConfig, towers: Towers, on_cpu: bool) -> torch.optim.Optimizer:
+    """AdamW on all that is tuned."""
+    tuned = [parameter for parameter in towers.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in tuned if train.decay_all_parameters or parameter.ndim > 1]
+    spared = [parameter for parameter in tuned if not train.decay_all_parameters and parameter.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    options: dict[str, Any] = {"lr": train.learning_rate, "betas": train.betas, "eps": train.epsilon}
+    groups = [group for group in groups if group["params"]]
+    if on_cpu:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)  # type: ignore[no-any-return]
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def learning_rate_schedule(warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """Factor on the peak learning rate at each step: linear warm-up, then cosine to 0, as in open_clip."""
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return factor
