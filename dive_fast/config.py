@@ -188,6 +188,8 @@ class TrainConfig(Section):
     """Steps in which the learning rate rises linearly to its peak."""
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
+    trace_steps: NonNegative = 0
+    """Steps, after ten others, of which the run leaves a trace by torch's profiler in its folder."""
     checkpoint_every: Positive | None = None
     """Steps between checkpoints; one is always written at the end."""
     keep_checkpoints: Positive = 2

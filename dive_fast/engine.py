@@ -28,6 +28,7 @@ from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.objective import Dive, Flyp, Loss, Pairs
 from dive_fast.ranks import Ranks
 from dive_fast.towers import Features, Towers
+from dive_fast.trace import span
 from dive_fast.update import (
     DeepSpeedUpdate,
     DeviceUpdate,
@@ -67,6 +68,7 @@ class StepBatches:
 class _Half:
     """One forward and backward: pairs, and the loss of their features."""
 
+    name: str
     images: Tensor
     text: Text
     loss: Callable[[Pairs, Tensor], Loss]
@@ -138,14 +140,16 @@ class Engine:
         metrics: dict[str, Tensor] = {}
         total = torch.zeros((), device=self.ranks.device)
         for half in self._halves(batches):
-            loss = self._backward(half)
+            with span(half.name):
+                loss = self._backward(half)
             total = total + loss.loss
             metrics |= loss.metrics
         return {"loss": total} | metrics
 
     def update(self) -> Tensor:
         """Applies the gradients, unless they are not finite on some rank; returns their norm, ``()``."""
-        return self._update.apply()
+        with span("optimizer"):
+            return self._update.apply()
 
     @property
     def learning_rate(self) -> float:
@@ -160,7 +164,7 @@ class Engine:
             return objective.target(pairs, scale, group)
 
         if not isinstance(objective, Dive):
-            yield _Half(target.images, target.text, target_loss, last=True)
+            yield _Half("target", target.images, target.text, target_loss, last=True)
             return
         assert reference is not None and teacher is not None, (
             "this objective needs a reference batch and its teacher"
@@ -174,15 +178,15 @@ class Engine:
             return objective.joint(first, scale, second, teacher, group)
 
         if self.schedule == "sequential":
-            yield _Half(target.images, target.text, target_loss, last=False)
+            yield _Half("target", target.images, target.text, target_loss, last=False)
             # The reference half is the peak: the target's gradients are there too, its images need not be.
             del target
-            yield _Half(reference.images, reference.text, reference_loss, last=True)
+            yield _Half("reference", reference.images, reference.text, reference_loss, last=True)
             return
         sizes = [len(target.images), len(reference.images)]
         images, text = torch.cat([target.images, reference.images]), _join(target.text, reference.text)
         del target, reference
-        yield _Half(images, text, joint_loss, last=True)
+        yield _Half("joint", images, text, joint_loss, last=True)
 
     def _backward(self, half: _Half) -> Loss:
         """Forward and backward of one half."""
@@ -190,8 +194,10 @@ class Engine:
             return self._backward_in_pieces(half)
         self.deepspeed.set_gradient_accumulation_boundary(half.last)
         features: Features = self.deepspeed(half.images, half.text.tokens, half.text.length)
-        loss = half.loss(Pairs(features.image, features.text[half.text.index]), features.logit_scale)
-        self._update.backward(loss.loss)
+        pairs = Pairs(features.image, features.text[half.text.index])
+        with span("loss"):
+            loss = half.loss(pairs, features.logit_scale)
+        self.deepspeed.backward(self._update.scaled(loss.loss))
         return Loss(loss.loss.detach(), loss.metrics)
 
     def _backward_in_pieces(self, half: _Half) -> Loss:
@@ -210,9 +216,10 @@ class Engine:
         del passes
         rows = _rows_of(len(half.text.tokens), [len(text) for text in texts], text_leaf.device)
         pairs = Pairs(image_leaf, text_leaf[rows][half.text.index])
-        loss = half.loss(pairs, scale_leaf)
         leaves = (image_leaf, text_leaf, scale_leaf)
-        gradients = torch.autograd.grad(loss.loss, leaves, allow_unused=True, materialize_grads=True)
+        with span("loss"):
+            loss = half.loss(pairs, scale_leaf)
+            gradients = torch.autograd.grad(loss.loss, leaves, allow_unused=True, materialize_grads=True)
         image_gradients = gradients[0].split(self.micro_batch_size)
         text_gradients = gradients[1].split([len(text) for text in texts])
         for piece in range(pieces):
@@ -223,7 +230,7 @@ class Engine:
             surrogate = (features.image.float() * image_gradients[piece]).sum()
             surrogate = surrogate + (features.text.float() * text_gradients[piece]).sum()
             surrogate = surrogate + (features.logit_scale * gradients[2] * final).sum()
-            self._update.backward(surrogate)
+            self.deepspeed.backward(self._update.scaled(surrogate))
         return Loss(loss.loss.detach(), loss.metrics)
 
 

@@ -15,6 +15,7 @@ from dive_fast.ranks import Ranks
 from dive_fast.run import batches, build
 from dive_fast.teacher.audit import allowed
 from dive_fast.towers import Towers, create, tokenizer_of
+from dive_fast.trace import span, tracing
 
 NOISE_FLOOR = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
 """Largest mean |u| and |v| allowed before the first update, where the tuned model is the frozen one and only the
@@ -36,15 +37,17 @@ def train(config: Config, folder: Path, ranks: Ranks) -> dict[str, float]:
     steps = range(first_step, run.total_steps)
     ahead = batches(run, steps)
     metrics = Metrics(run, first_step, ahead)
-    with closing(ahead):
+    with closing(ahead), tracing(options.trace_steps, folder / "trace.json.gz", ranks) as traced:
         for step, given in zip(steps, ahead, strict=True):
             if given.reference is not None and given.teacher is None and run.teacher is not None:
-                given.teacher = run.teacher(given.reference)
+                with span("teacher"):
+                    given.teacher = run.teacher(given.reference)
             learning_rate = engine.learning_rate
             values = engine.step(given)
             if step == 0:
                 _check_noise_floor(values, config)
             metrics.log(step + 1, values, learning_rate)
+            traced()
             is_last = step + 1 == run.total_steps
             if options.checkpoint_every and (step + 1) % options.checkpoint_every == 0 and not is_last:
                 metrics.flush()

@@ -72,9 +72,9 @@ class DeviceUpdate:
         """
         self._engine, self._optimizer, self.scale, self._clipping = engine, optimizer, scale, clipping
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds to the gradients."""
-        self._engine.backward(loss * self.scale.value)
+    def scaled(self, loss: Tensor) -> Tensor:
+        """What to differentiate in the place of a loss."""
+        return loss * self.scale.value
 
     def apply(self) -> Tensor:
         """Updates weights, unless the gradient is not finite on some rank; returns its norm, ``()``."""
@@ -113,10 +113,10 @@ class DeepSpeedUpdate:
         """
         self._engine, self.scale = engine, scale
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds to the gradients."""
+    def scaled(self, loss: Tensor) -> Tensor:
+        """What to differentiate in the place of a loss: DeepSpeed, told of the scale, multiplies by it itself."""
         self._engine.optimizer.override_loss_scale(self.scale.value.item())
-        self._engine.backward(loss)
+        return loss
 
     def apply(self) -> Tensor:
         """Updates weights, unless the gradient is not finite on some rank; returns its norm, ``()``."""

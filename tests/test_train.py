@@ -1,7 +1,13 @@
 """The loop from config to exported model: resumed, cached, on one rank and on two, at every ZeRO stage."""
 
+import contextlib
+import gzip
+import io
 import json
+import re
 import shutil
+import unittest.mock
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,11 +21,12 @@ from distributed import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dive_fast import checkpoint, train
+from dive_fast import checkpoint, metrics, trace, train
 from dive_fast.config import Config, ConfigError
 from dive_fast.data import prepare
 from dive_fast.data.source import open_webdataset
 from dive_fast.ranks import Ranks, join
+from dive_fast.trace import RANGES, SETTLING, WARMING
 
 STAGES = (0, 1, 2, 3)
 STEPS = 6
@@ -236,14 +243,14 @@ def _warned(tree: dict[str, Any], output: Path) -> list[list[str]]:
 
     def warnings_of(name: str, **options: Any) -> None:
         messages: list[str] = []
-        warning = train.logger.warning
-        train.logger.warning = lambda text, *values: messages.append(text % values)  # type: ignore[method-assign]
+        warning = metrics.logger.warning
+        metrics.logger.warning = lambda text, *values: messages.append(text % values)  # type: ignore[method-assign]
         try:
             run(tree, output / name, ranks, **still | options)
         except KilledError:
             pass
         finally:
-            train.logger.warning = warning  # type: ignore[method-assign]
+            metrics.logger.warning = warning  # type: ignore[method-assign]
         found.append([message for message in messages if "after the warm-up" in message])
 
     warnings_of("bf16")
@@ -261,6 +268,38 @@ def test_rounding_that_drowns_difference_vectors_is_told_once(tmp_path: Path) ->
     assert "rounding in bf16 alone makes" in whole[0]
     assert whole[1].startswith("mean |v| is ")
     assert (killed, resumed, fp32) == ([], whole, [])
+
+
+def _traced(tree: dict[str, Any], output: Path) -> tuple[Counter[str], str, list[str]]:
+    """Ranges in the trace of three steps, what is said of them, and what of a run too short to be traced."""
+    ranks = join()
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        run(tree, output, ranks, epochs=20, max_steps=SETTLING + WARMING + 3, trace_steps=3)
+    events = json.loads(gzip.decompress((output / "trace.json.gz").read_bytes()))["traceEvents"]
+    ranges = Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
+    with unittest.mock.patch.object(trace.logger, "warning") as warned:
+        run(tree, output.with_name("short"), ranks, epochs=20, max_steps=SETTLING, trace_steps=3)
+    assert not output.with_name("short").joinpath("trace.json.gz").exists()
+    return ranges, said.getvalue(), [call.args[0] % call.args[1:] for call in warned.call_args_list]
+
+
+def test_a_trace_has_the_parts_of_a_step(tmp_path: Path) -> None:
+    tree, output = alone(tmp_path)
+    tree["teacher"] = {"mode": "online"}
+    ((ranges, said, warned),) = run_ranks(1, _traced, tree, output, init=False)
+    # A step that is traced ends with the wait for the next one's batch.
+    assert {name: ranges[name] for name in RANGES} == {
+        "load": 3,
+        "teacher": 3,
+        "target": 3,
+        "reference": 3,
+        "joint": 0,
+        "loss": 6,
+        "optimizer": 3,
+    }
+    assert f"{output}/trace.json.gz: trace of 3 steps" in said
+    assert re.search(r"^  target +\d+\.\d\d$", said, re.MULTILINE)
+    assert warned == [f"no trace: the run is shorter than {SETTLING + WARMING + 1} steps"]
 
 
 def test_what_the_audit_lets_pass_is_no_noise(tmp_path: Path) -> None:

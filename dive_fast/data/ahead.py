@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 DEPTH = 1
 """Items ready or in the making, beside the one that the consumer works on: each takes memory of the device."""
@@ -48,7 +49,8 @@ class Ahead(Iterator[Ready], Generic[Item, Ready]):
             BaseException: whatever the loader or ``prepare`` raised.
         """
         begin = time.perf_counter()
-        ready, copied, error = self._ready.get()
+        with record_function("load"):
+            ready, copied, error = self._ready.get()
         self._room.release()
         self.waited += time.perf_counter() - begin
         if error is not None:
