@@ -419,6 +419,29 @@ def test_a_steady_step_reads_nothing_of_the_device(by_rank: list[dict[Any, Any]]
                 assert set(found.values()) == {""}, (key, found)
 
 
+def steady_on_a_gpu(folder: Path) -> None:
+    """Steps in which CUDA itself refuses whatever the host would have to wait for."""
+    stage = Stage(folder)
+    target, reference = stage.target.to(stage.ranks.device), stage.reference.to(stage.ranks.device)
+    frozen = stage.teacher(reference)
+    for zero, how in itertools.product((0, 1, 2), STEADY):
+        engine = stage.engine(zero, **how)
+        for _ in range(2):
+            engine.step(StepBatches(target, reference, frozen))
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with unittest.mock.patch.object(torch.cuda, "synchronize", side_effect=AssertionError("waits")):
+                Reading(engine.step(StepBatches(target, reference, frozen)))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_steady_step_never_waits_for_a_gpu(folder: Path) -> None:
+    run_ranks(1, steady_on_a_gpu, folder, init=False, timeout=300)
+
+
 def test_loss_scale_halves_on_overflow_and_doubles_after_a_good_while() -> None:
     scale, good, bad = LossScale("fp16", torch.device("cpu")), torch.tensor(0.0), torch.tensor(1.0)
     first = scale.value.item()

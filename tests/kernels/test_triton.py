@@ -207,6 +207,34 @@ def test_scale_100_with_cosines_from_minus_1_to_1_stays_finite(path, monkeypatch
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_a_captured_graph_replays_on_new_inputs(name):
+    """Forward and backward of a loss ask the device for nothing: CUDA captures them, and replays the same bits."""
+    first, second = (tensors_of(inputs_of(name, random_pairs, 130, 64, seed), torch.float16) for seed in (1, 2))
+    leaves = {key: tensor.detach().clone().requires_grad_(tensor.requires_grad) for key, tensor in first.items()}
+    sought = [tensor for tensor in leaves.values() if tensor.requires_grad]
+
+    def step():
+        result = getattr(kernels, name)(**leaves, backend="triton")
+        return torch.autograd.grad(result if isinstance(result, torch.Tensor) else result.loss, sought)
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for inputs in (second, first):
+        with torch.no_grad():
+            for key, leaf in leaves.items():
+                leaf.copy_(inputs[key])
+        graph.replay()
+        replayed = [gradient.clone() for gradient in captured]
+        assert all(torch.equal(one, other) for one, other in zip(replayed, step(), strict=True))
+
+
 @pytest.mark.skipif(not blocks.INTERPRETED, reason="fp64 runs under the interpreter only")
 @pytest.mark.parametrize("name", [*LOSSES[:2], pytest.param(LOSSES[2], marks=SLOW)])
 def test_gradcheck(name):
@@ -230,7 +258,9 @@ def test_upstream_gradient_is_applied_before_rounding():
     """At |u| = 3e-3 a quarter of the gradients underflow fp16 unless the loss scale comes first."""
     tensors = tensors_of(inputs_of("difference_loss", drifted_pairs, 512, 512), torch.float16)
     tensors["image_features"], tensors["text_features"] = (
-        (10 * tensors[f"{half}_teacher"] + 0.03 * torch.randn(512, 512) / 512**0.5).half().requires_grad_()
+        (10 * tensors[f"{half}_teacher"] + 0.03 * torch.randn(512, 512, device=DEVICE) / 512**0.5)
+        .half()
+        .requires_grad_()
         for half in ("image", "text")
     )
     tensors["average_vector"].zero_()
