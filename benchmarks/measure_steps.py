@@ -13,14 +13,12 @@ from report import device_name
 from steps import Case, Running, make_inputs, running, teacher_rows
 from torch.utils.flop_counter import FlopCounterMode
 
-from dive_fast.gpus import GPUS
+from dive_fast.gpus import GPUS, sold_as
 
 SECONDS_PER_FIGURE = 5.0 if DEVICE.type == "cuda" else 0.5
 MIN_ROUNDS, MAX_ROUNDS = 3, 20
 MAX_SKIPPED_STEPS = 16
 IMAGENET = 1_281_167
-SOLD_AS = {"H100 80GB HBM3": "h100", "H200": "h200", "A100-SXM4-80GB": "a100"}
-"""What a driver's name for a GPU contains, and the GPU; other models are rated otherwise."""
 
 
 def measure(case: Case, zero: int, benchmark: BenchmarkFixture) -> dict[str, Any]:
@@ -84,4 +82,5 @@ def settle(begun: Running) -> None:
 
 def peak_flops() -> float | None:
     """16-bit FLOP/s that this device is rated at, if known: the yardstick of MFU for fp32 too."""
-    return next((GPUS[gpu].half for name, gpu in SOLD_AS.items() if name in device_name()), None)
+    gpu = sold_as(device_name())
+    return None if gpu is None else GPUS[gpu].half

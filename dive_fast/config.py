@@ -164,9 +164,10 @@ class TrainConfig(Section):
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Autocast precision of the towers; weights and losses stay in fp32. fp16 scales the loss dynamically. bf16 is
     too coarse for difference vectors of 1e-3 (docs/precision.md) and warns."""
-    schedule: Literal["sequential", "joint"] = "sequential"
+    schedule: Literal["sequential", "joint", "auto"] = "sequential"
     """`sequential`: backward of the target half before the forward of the reference half, least memory. `joint`:
-    both halves in one forward and backward. The gradients are the same."""
+    both halves in one forward and backward. The gradients are the same. `auto`: whichever is predicted to be
+    faster on this GPU among those that fit (docs/performance.md)."""
     micro_batch_size: Positive | None = None
     """Pairs that a rank puts through the towers at once, by cached embedding gradients: the memory of a small
     batch, the gradients of the whole. Default: the whole batch."""

@@ -21,3 +21,10 @@ GPUS = {
 }
 """SXM modules. Memory is what the name says, in decimal bytes. There is some 6 % more (an H100 of 80 GB has
 85.5e9 bytes, 79.6 GiB), which is left to the CUDA context, workspaces and fragmentation."""
+
+_SOLD_AS = {"H100 80GB HBM3": "h100", "H200": "h200", "A100-SXM4-80GB": "a100"}
+
+
+def sold_as(name: str) -> str | None:
+    """The name in :data:`GPUS` of a GPU, by what its driver calls it; None for other models, rated otherwise."""
+    return next((gpu for part, gpu in _SOLD_AS.items() if part in name), None)

@@ -1,4 +1,4 @@
-"""What a computation holds and does: bytes of live storages by part, floating-point operations by stage.
+"""What a computation holds and does: bytes of live storages by part, operations by stage.
 
 Works on real tensors and on fake ones, which have shapes and no memory.
 """
@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from dive_fast.kernels import ranks
 
+_SILENT = {getattr(torch.ops.aten, name) for name in ("_unsafe_view", "empty", "empty_like", "empty_strided")}
 Part = Literal["weights", "gradients", "optimizer", "teacher", "batches", "activations", "loss"]
 Stage = Literal["target", "reference", "teacher", "loss"]
 
@@ -51,6 +52,8 @@ class Tracker(TorchDispatchMode):
         self.stage: Stage = "target"
         """Of the operations that come next, but for the loss kernels'."""
         self.flop: Counter[Work] = Counter()
+        self.launches = 0
+        """Operations that run something on the device, for which its host has to send it off."""
         self.live: Counter[Part] = Counter()
         """Bytes."""
         self.peak: Counter[Part] = Counter()
@@ -64,6 +67,7 @@ class Tracker(TorchDispatchMode):
             # A norm or a loss scale of 1 is as good as any; whether something overflowed, 0 says no.
             return 1.0 if args[0].is_floating_point() else 0
         result = func(*args, **(kwargs or {}))
+        self.launches += _launches(func)
         self._count(func, args, kwargs or {}, result)
         part = self._part_of(func)
         for tensor in tree_leaves(result):
@@ -92,6 +96,7 @@ class Tracker(TorchDispatchMode):
     def reset(self) -> None:
         """Forgets the peak and the operations; what lives, lives on."""
         self.flop.clear()
+        self.launches = 0
         self.peak = self.live.copy()
 
     def _part_of(self, func: Any) -> Part:
@@ -132,6 +137,11 @@ class Tracker(TorchDispatchMode):
 
 def _is_unknown(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor) and tensor.constant is None
+
+
+def _launches(func: Any) -> bool:
+    """Whether an operation runs something on the device; it is counted as one kernel, which some are not."""
+    return func.namespace in ("aten", "dive_fast") and not func.is_view and func._overloadpacket not in _SILENT
 
 
 def _is_loss_kernel(func: Any) -> bool:

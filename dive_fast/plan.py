@@ -50,6 +50,10 @@ EFFICIENCY = 0.45
 """Share of a GPU's peak arithmetic that a step is taken to reach. An assumption, not a measurement: large models
 are usually trained at 0.4 to 0.5 of the dense 16-bit peak, memory-bound operations take the rest of the time."""
 
+LAUNCH_SECONDS = 1e-5
+"""Of the host, for one operation of an eager step with autograd and autocast. An assumption too; it decides where
+a GPU has so few pairs that it waits for its host."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -59,6 +63,8 @@ class Plan:
     ranks: int
     flop: dict[Work, int]
     """Of one rank, by stage and precision."""
+    launches: int
+    """Operations that the host of one rank sends to its GPU."""
     parts: dict[Part, int]
     """Bytes on one GPU at the moment of the peak."""
 
@@ -77,9 +83,10 @@ class Plan:
         return self.ranks * sum(flop for work, flop in self.flop.items() if work.stage == stage)
 
     def step_seconds(self, gpu: Gpu) -> float:
-        """At :data:`EFFICIENCY` of the GPU's peak, communication and update left out."""
+        """At :data:`EFFICIENCY` of the GPU's peak, or what its host needs if that is more; no communication."""
         peaks = {True: gpu.half, False: gpu.single}
-        return sum(flop / peaks[work.is_half] for work, flop in self.flop.items()) / EFFICIENCY
+        arithmetic = sum(flop / peaks[work.is_half] for work, flop in self.flop.items()) / EFFICIENCY
+        return max(arithmetic, self.launches * LAUNCH_SECONDS)
 
     def fits(self, gpu: Gpu) -> bool:
         """Whether the peak is within the GPU's memory."""
@@ -218,6 +225,7 @@ def as_json(planned: Plan, gpus: Sequence[str], advice: dict[str, Advice | None]
         "flop": {stage: planned.flop_of(stage) for stage in get_args(Stage)},
         "peak_memory_bytes": planned.peak_memory_bytes,
         "parts": {part: planned.parts.get(part, 0) for part in get_args(Part)},
+        "launches": planned.launches,
         "efficiency": EFFICIENCY,
         "step_seconds": {name: planned.step_seconds(GPUS[name]) for name in gpus},
         "fits": {name: planned.fits(GPUS[name]) for name in gpus},
@@ -299,10 +307,10 @@ class _Rehearsal:
         tracker.reset()
         batches = [self._batches(target, reference) for _ in range(1 + DEPTH)]
         self._step(batches[0])
-        flop = dict(tracker.flop)
+        flop, launches = dict(tracker.flop), tracker.launches
         if config.train.schedule == "joint" and reference is not None:
             flop = _split_by_pairs(flop, target.batch_size, reference.batch_size)
-        return Plan(self.parameters, self.ranks.world_size, flop, dict(+tracker.peak))
+        return Plan(self.parameters, self.ranks.world_size, flop, launches, dict(+tracker.peak))
 
     @property
     def _needs_reference(self) -> bool:
@@ -385,8 +393,8 @@ class _Engine(Engine):
 class _Sampled:
     """DeepSpeed's engine for one step, of whose micro-batches only some are run.
 
-    Those of a half are alike: the first ones, the last one and the one that reduces are run, the others' FLOP are
-    taken from them.
+    Those of a half are alike: the first ones, the last one and the one that reduces are run, the others' work
+    is taken from them.
     """
 
     ENOUGH = 1
@@ -397,7 +405,7 @@ class _Sampled:
         self._boundary = False
         self._runs: Counter[Any] = Counter()
         self._shapes: dict[Any, list[Tensor]] = {}
-        self._flop: dict[Any, Counter[Work]] = {}
+        self._done: dict[Any, tuple[Counter[Work], int]] = {}
         self._alike: Any = None
         self._is_run = True
 
@@ -415,7 +423,7 @@ class _Sampled:
         # The second backward is the first to find gradients already there.
         self._is_run = self._runs[self._alike] <= self.ENOUGH + with_gradient or (with_gradient and self._boundary)
         if not self._is_run:
-            self._tracker.flop.update(self._flop["forward", self._alike])
+            self._repeat("forward")
             like = self._shapes[self._alike]
             return Features(
                 *(torch.empty_like(tensor, device="cpu", requires_grad=with_gradient) for tensor in like)
@@ -427,7 +435,7 @@ class _Sampled:
 
     def backward(self, loss: Tensor) -> None:
         if not self._is_run:
-            self._tracker.flop.update(self._flop["backward", self._alike])
+            self._repeat("backward")
             loss.backward()
             return
         with self._counted("backward"), self._tracker.within("gradients"):
@@ -435,9 +443,14 @@ class _Sampled:
 
     @contextlib.contextmanager
     def _counted(self, direction: str) -> Iterator[None]:
-        before = self._tracker.flop.copy()
+        flop, launches = self._tracker.flop.copy(), self._tracker.launches
         yield
-        self._flop[direction, self._alike] = self._tracker.flop - before
+        self._done[direction, self._alike] = self._tracker.flop - flop, self._tracker.launches - launches
+
+    def _repeat(self, direction: str) -> None:
+        flop, launches = self._done[direction, self._alike]
+        self._tracker.flop.update(flop)
+        self._tracker.launches += launches
 
 
 def _as_on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:

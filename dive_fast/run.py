@@ -24,6 +24,7 @@ from dive_fast.data.sets import open_reference, open_target
 from dive_fast.engine import Engine, StepBatches
 from dive_fast.evaluate.zero_shot import open_set
 from dive_fast.ranks import Ranks
+from dive_fast.schedule import resolve
 from dive_fast.teacher.build import loader_options, open_teacher, reference_samples
 from dive_fast.teacher.teachers import Teacher
 from dive_fast.towers import Towers, create, tokenizer_of
@@ -60,6 +61,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     Raises:
         ConfigError, DataError: the user's to mend; the message says how.
     """
+    config = resolve(config, ranks)
     seed = config.train.seed
     # Before any model is built: a typo in a path should not cost minutes.
     source = open_target(config.data.target)

@@ -70,9 +70,13 @@ def dry_run(config: "Config", options: argparse.Namespace) -> int:
     os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
     from dive_fast.plan import advise, as_json, plan, table
+    from dive_fast.schedule import choose, with_schedule
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     gpus = [options.device] if options.device else list(GPUS)
+    if config.train.schedule == "auto":
+        config = with_schedule(config, choose(config, ranks, gpus[0]))
+        print(f"schedule         {config.train.schedule}, predicted to be the better one on an {gpus[0]}")
     planned = plan(config, ranks)
     advice = advise(config, planned, gpus)
     print(table(planned, gpus, advice))
