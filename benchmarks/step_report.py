@@ -21,8 +21,11 @@ NAMES = {
     "trimmed_text": "  + trimmed text",
     "distinct_texts": "  + distinct texts",
     "fused_losses": "  + fused losses",
+    "compiled_blocks": "  + compiled blocks",
     "flyp_fast": "FLYP, dive_fast",
     "dive_fast": "DiVE, dive_fast",
+    "flyp_fast_compiled": "FLYP, dive_fast, compiled",
+    "dive_fast_compiled": "DiVE, dive_fast, compiled",
 }
 
 
@@ -150,14 +153,14 @@ def _bars(axis: Any, entries: list[dict[str, Any]], name: str, ratio: str, text:
     axis.set_yticks(places, [NAMES[entry["competitor"]] for entry in entries])
     for label in axis.get_yticklabels():
         label.set_horizontalalignment("left")
-    axis.tick_params(axis="y", length=0, pad=130)
+    axis.tick_params(axis="y", length=0, pad=160)
     axis.set_xlim(0, 1.3 * max([*values, 1e-9]))
     axis.set_xticks([])
     axis.spines[["top", "right", "bottom"]].set_visible(False)
 
 
 def _colour(competitor: str) -> str:
-    if competitor.endswith("_fast"):
+    if "_fast" in competitor:
         return "#1b7f4c"
     return "#6b7280" if competitor.endswith("_published") else "#a7c7e7"
 

@@ -38,13 +38,14 @@ HERE = Path(__file__).parent
 SHIPPED = REPOSITORY / "launch/configs/vitb16_dive.json"
 # CPUs compute fp16 many times slower than fp32, and ZeRO's buckets are larger than a tiny model.
 PRECISION, ZERO = ("fp16", 1) if DEVICE.type == "cuda" else ("fp32", 0)
-NEEDS_GPU = ("half_precision", "fused_losses")
+COMPILED = ("flyp_fast_compiled", "dive_fast_compiled")
+NEEDS_GPU = ("half_precision", "fused_losses", "compiled_blocks", *COMPILED)
 TOTAL_STEPS = 25_020  # ten epochs of ImageNet at B = 512
 CAPTION_TOKENS = 8, 30  # start and end included
 TEACHER_PIECE = 64  # pairs embedded at once for the cached rows
 
 ENDS = ("flyp_published", "dive_fast", "dive_published", "flyp_fast")
-COMPETITORS = ("flyp_published", "dive_published", *Levers._fields, "flyp_fast", "dive_fast")
+COMPETITORS = ("flyp_published", "dive_published", *Levers._fields, "flyp_fast", "dive_fast", *COMPILED)
 
 
 class Case(NamedTuple):
@@ -72,10 +73,10 @@ def cases() -> list[Case]:
         return [Case("ViT-tiny", 8, competitor) for competitor in COMPETITORS]
     # DiVE as published needs more memory at B = 512 than one GPU has: its levers are measured at half of it.
     parts = [
-        ("ViT-B-16", 512, ENDS),
+        ("ViT-B-16", 512, (*ENDS, *COMPILED)),
         ("ViT-B-16", 256, ENDS),
         ("ViT-B-16", 256, Levers._fields),
-        ("ViT-L-14", 256, ENDS),
+        ("ViT-L-14", 256, (*ENDS, *COMPILED)),
         ("ViT-B-16", 512, Levers._fields),
     ]
     return [Case(model, batch, competitor) for model, batch, names in parts for competitor in names]
@@ -125,8 +126,8 @@ def make_engine(case: Case, model: Any, inputs: Inputs, zero: int) -> tuple[Engi
     tree = {
         "model": {"name": case.model},
         "data": {"target": data | {"class_names": "imagenet"}, "reference": data},
-        "objective": {"name": case.competitor.removesuffix("_fast")},
-        "train": {"precision": PRECISION},
+        "objective": {"name": case.competitor.split("_fast")[0]},
+        "train": {"precision": PRECISION, "compile": case.competitor in COMPILED},
         "deepspeed": section,
     }
     config = Config.model_validate_json(json.dumps(tree))

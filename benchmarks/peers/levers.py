@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dive_fast import kernels
+from dive_fast.blocks import compile_blocks
 from dive_fast.data.batch import Text
 from dive_fast.data.prompts import pack
 from dive_fast.towers import Towers, unit
@@ -41,6 +42,8 @@ class Levers(NamedTuple):
     """Each distinct text of the batch is encoded once."""
     fused_losses: bool = False
     """The losses by the Triton kernels."""
+    compiled_blocks: bool = False
+    """The tuned towers' blocks by torch.compile."""
 
     def prepare(self, inputs: Inputs) -> Prepared:
         """What the step wants; a loader does this, ahead of it."""
@@ -77,6 +80,8 @@ class DiveWithLevers(Flyp):
         """
         super().__init__(model, **recipe)
         model.autocast = torch.float16 if levers.half_precision else None
+        if levers.compiled_blocks:
+            compile_blocks(model)
         self.teacher = teacher.eval().requires_grad_(False) if isinstance(teacher, Towers) else teacher
         self.levers, self.weight, self.decay = levers, weight, decay
         self.average_vector = model.logit_scale.detach().new_zeros(model.visual.output_dim)
