@@ -15,13 +15,23 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from dive_fast.kernels import ranks
 
 _SILENT = {getattr(torch.ops.aten, name) for name in ("_unsafe_view", "empty", "empty_like", "empty_strided")}
 Part = Literal["weights", "gradients", "optimizer", "teacher", "batches", "activations", "loss"]
 Stage = Literal["target", "reference", "teacher", "loss"]
+
+
+def _native_attention_flop(query: Any, key: Any, value: Any, width: int, *_: Any, **__: Any) -> int:
+    batch, length, _ = query
+    return int(2 * batch * length * (4 * width**2 + 2 * length * width))
+
+
+MISSED_FLOP = {torch.ops.aten._native_multi_head_attention: _native_attention_flop}
+"""What torch's registry lacks: nn.MultiheadAttention without gradient in evaluation, such as an online teacher's."""
+_FLOP = flop_registry | {op: shape_wrapper(formula) for op, formula in MISSED_FLOP.items()}
 
 
 class Work(NamedTuple):
@@ -127,7 +137,7 @@ class Tracker(TorchDispatchMode):
         stage: Stage
         if _is_loss_kernel(func):
             stage, flop = "loss", _loss_flop(func, args)
-        elif (formula := flop_registry.get(func._overloadpacket)) is not None:
+        elif (formula := _FLOP.get(func._overloadpacket)) is not None:
             stage, flop = self.stage, formula(*args, **kwargs, out_val=result)
         else:
             return
