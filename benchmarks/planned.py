@@ -1,6 +1,6 @@
 """Where the memory and the arithmetic of a step go, lever by lever, by plan: ``python benchmarks/planned.py``.
 
-No GPU: the engine's own step runs on fake tensors (``dive_fast/plan.py``). Writes ``results/planned.json``, and draws.
+No GPU: the engine's own step runs on fake tensors (``dive_fast/plan.py``). Writes results/planned.json, and draws.
 """
 
 import os

@@ -1,11 +1,13 @@
 """The towers' transformer blocks: light on memory, compiled one by one, or run again in the backward."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from open_clip.transformer import QuickGELU
+from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +19,7 @@ TEXT_MULTIPLE = 8
 matrices whose sides are no multiples of 8 miss the fast paths of tensor cores."""
 
 BACKEND = "inductor"
+CHECKPOINTING = "train.activation_checkpointing"
 
 
 def lighten(towers: Towers) -> None:
@@ -71,8 +74,46 @@ def recompute_blocks(towers: Towers) -> None:
         ConfigError: a tower has no blocks.
     """
     for tower in (towers.visual, towers.text):
-        for block in blocks_of(tower, "train.activation_checkpointing"):
+        for block in blocks_of(tower, CHECKPOINTING):
             block.forward = partial(_recomputed, block.forward)
+
+
+def recompute_activations(towers: Towers) -> None:
+    """Has the MLP of each block keep what enters its activation alone, and compute the rest in the backward again.
+
+    Raises:
+        ConfigError: a tower has no blocks, or blocks with another kind of MLP.
+    """
+    for tower in (towers.visual, towers.text):
+        for block in blocks_of(tower, CHECKPOINTING):
+            mlp: Any = getattr(block, "mlp", None)
+            if not _is_plain_mlp(mlp):
+                raise ConfigError(
+                    f"{CHECKPOINTING} = selective: the blocks of {type(tower).__name__} have no MLP of two linear "
+                    "layers; take full, or leave it off"
+                )
+            block.mlp = LightMlp(mlp)
+
+
+class LightMlp(nn.Sequential):
+    """An MLP under its own names that keeps for the backward what enters its activation, and not what leaves it.
+
+    The backward runs again what lies between the two products: PyTorch ends this second run at the last tensor
+    that it asks for, which enters the second product. Under ZeRO-3 that product runs again too, since DeepSpeed's
+    keeps its operands only when it is done.
+    """
+
+    def __init__(self, mlp: nn.Module) -> None:
+        """Takes the layers over from ``mlp``, in the order in which it holds them."""
+        super().__init__(OrderedDict(mlp.named_children()))
+        self._second = max(place for place, layer in enumerate(self) if isinstance(layer, nn.Linear))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the MLP's own."""
+        first, *others = self
+        hidden = first(x)
+        result: Tensor = _recomputed(partial(_through, others[: self._second]), hidden)
+        return _through(others[self._second :], result)
 
 
 def blocks_of(tower: nn.Module, key: str) -> list[nn.Module]:
@@ -92,6 +133,20 @@ def blocks_of(tower: nn.Module, key: str) -> list[nn.Module]:
     if largest is None or 2 * size(largest) < size(tower):
         raise ConfigError(f"{key}: {type(tower).__name__} is no stack of equal blocks; leave it off")
     return list(largest)
+
+
+def _is_plain_mlp(mlp: nn.Module | None) -> bool:
+    """Whether it is two linear layers with others between, run in the order in which it holds them."""
+    if not (isinstance(mlp, nn.Sequential) or type(mlp) is Mlp):
+        return False
+    is_linear = [isinstance(layer, nn.Linear) for layer in mlp.children()]
+    return sum(is_linear) == 2 and is_linear[0] and not is_linear[1]
+
+
+def _through(layers: list[nn.Module], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
 
 
 def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -171,8 +171,10 @@ class TrainConfig(Section):
     micro_batch_size: Positive | None = None
     """Pairs that a rank puts through the towers at once, by cached embedding gradients: the memory of a small
     batch, the gradients of the whole. Default: the whole batch."""
-    activation_checkpointing: Literal["off", "full"] = "off"
-    """Memory for time. `full`: transformer blocks keep only what enters them, and run again in the backward."""
+    activation_checkpointing: Literal["off", "selective", "full"] = "off"
+    """Memory for time. `selective`: the activation of each MLP is computed again in the backward, and no matrix
+    product but, with ZeRO-3, the one behind it. `full`: transformer blocks keep only what enters them, and run
+    again in the backward."""
     compile: bool = False
     """torch.compile of the towers' transformer blocks. The first steps take minutes; not with ZeRO-3."""
     learning_rate: NonNegativeFloat = 1e-5

@@ -22,7 +22,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from dive_fast.blocks import compile_blocks, lighten, recompute_blocks
+from dive_fast.blocks import compile_blocks, lighten, recompute_activations, recompute_blocks
 from dive_fast.config import Config, ConfigError
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.objective import Dive, Flyp, Loss, Pairs
@@ -97,8 +97,10 @@ class Engine:
         if self.micro_batch_size is not None and any(_is_random(module) for module in towers.modules()):
             raise ConfigError("train.micro_batch_size: this model drops features at random; remove it")
         lighten(self.towers)
-        if train.activation_checkpointing != "off":
+        if train.activation_checkpointing == "full":
             recompute_blocks(self.towers)
+        elif train.activation_checkpointing == "selective":
+            recompute_activations(self.towers)
         if train.compile:
             compile_blocks(self.towers)
         self.objective = objective.to(ranks.device)

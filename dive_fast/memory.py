@@ -30,7 +30,7 @@ def _native_attention_flop(query: Any, key: Any, value: Any, width: int, *_: Any
 
 
 MISSED_FLOP = {torch.ops.aten._native_multi_head_attention: _native_attention_flop}
-"""What torch's registry lacks: nn.MultiheadAttention without gradient in evaluation, such as an online teacher's."""
+"""What torch's registry lacks: nn.MultiheadAttention without gradient in evaluation, as in an online teacher."""
 _FLOP = flop_registry | {op: shape_wrapper(formula) for op, formula in MISSED_FLOP.items()}
 
 

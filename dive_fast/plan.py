@@ -32,6 +32,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_map
 
 from dive_fast import objective
+from dive_fast.blocks import CHECKPOINTING, recompute_activations, recompute_blocks
 from dive_fast.config import Config, ConfigError, ReferenceConfig, TargetConfig
 from dive_fast.data.ahead import DEPTH
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
@@ -130,8 +131,10 @@ def advise(config: Config, planned: Plan, gpus: Sequence[str]) -> dict[str, Advi
     """What makes a config fit the GPUs that it does not fit, found by planning it: the least extra work first.
 
     First changes that cost no FLOP, each alone (``train.schedule=sequential``, ``teacher.mode=cache``, higher ZeRO
-    stages); then all of them with micro-batches, the largest power of two that fits; last, texts of 32 tokens on
-    top, which cuts what is longer. A change whose best case is known to be too little is passed over.
+    stages, ``train.activation_checkpointing=selective``, which costs some under ZeRO-3), then all at once. Then
+    ``full`` in the place of ``selective``, at most another forward; then neither, but micro-batches, a whole
+    forward, of the largest power of two that fits; last, texts of 32 tokens on top, which cuts what is longer. A
+    change whose best case is known to be too little is passed over.
 
     Args:
         planned: the config's own plan.
@@ -147,20 +150,32 @@ def advise(config: Config, planned: Plan, gpus: Sequence[str]) -> dict[str, Advi
             tried[overrides] = plan(_changed(config, overrides), planned.ranks)
         return tried[overrides]
 
-    return {name: _advice(config, GPUS[name], planned, attempt) for name in gpus if not planned.fits(GPUS[name])}
+    unfit = [name for name in gpus if not planned.fits(GPUS[name])]
+    recomputed = _lighter_checkpointing(config) if unfit else []
+    return {name: _advice(config, GPUS[name], planned, recomputed, attempt) for name in unfit}
 
 
-def _advice(config: Config, gpu: Gpu, planned: Plan, attempt: Callable[..., Plan]) -> Advice | None:
-    free = list(_free_changes(config, planned))
-    for override, saved_at_most in free:
-        if planned.peak_memory_bytes - saved_at_most > gpu.memory:
-            continue
-        found = attempt(override)
-        if found.fits(gpu):
-            return Advice((override,), found)
-    together = [override for override, _ in free]
-    for changes in (together, [*together, *_shorter_texts(config)]):
-        advice = _largest_micro_batch(config, gpu, planned, changes, attempt)
+def _advice(
+    config: Config, gpu: Gpu, planned: Plan, recomputed: list[str], attempt: Callable[..., Plan]
+) -> Advice | None:
+    def fitting(changes: Sequence[str], saved_at_most: int) -> Advice | None:
+        if not changes or planned.peak_memory_bytes - saved_at_most > gpu.memory:
+            return None
+        found = attempt(*changes)
+        return Advice(tuple(changes), found) if found.fits(gpu) else None
+
+    activations = planned.parts.get("activations", 0)
+    free = dict(_free_changes(config, planned))
+    # What it lets go of is as large as what it keeps in its place.
+    selective = {f"{CHECKPOINTING}=selective": activations // 2} if "selective" in recomputed else {}
+    full = {f"{CHECKPOINTING}=full": activations} if "full" in recomputed else {}
+    alone = [{change: saved} for change, saved in (free | selective).items()]
+    for changes in (*alone, free, free | selective, free | full):
+        advice = fitting(_latest(changes), sum(changes.values()))
+        if advice is not None:
+            return advice
+    for overrides in (_latest(free), [*_latest(free), *_shorter_texts(config)]):
+        advice = _largest_micro_batch(config, gpu, planned, overrides, attempt)
         if advice is not None:
             return advice
     return None
@@ -180,6 +195,28 @@ def _free_changes(config: Config, planned: Plan) -> Iterator[tuple[str, int]]:
         yield from (
             (f"deepspeed.zero_optimization.stage={higher}", state) for higher in (1, 2, 3) if higher > stage
         )
+
+
+def _lighter_checkpointing(config: Config) -> list[str]:
+    """Values of ``train.activation_checkpointing`` that keep less than the config's and that its towers allow."""
+    kinds = {"selective": recompute_activations, "full": recompute_blocks}
+    present = config.train.activation_checkpointing
+    allowed: list[str] = []
+    if present == "full":
+        return allowed
+    with _fakes():
+        towers = create(config.model, weights=False)
+        for kind, recompute in kinds.items():
+            if kind != present:
+                with contextlib.suppress(ConfigError):
+                    recompute(towers)
+                    allowed.append(kind)
+    return allowed
+
+
+def _latest(overrides: Iterable[str]) -> list[str]:
+    """Without those that a later one of the same key makes void."""
+    return list({override.partition("=")[0]: override for override in overrides}.values())
 
 
 def _shorter_texts(config: Config) -> list[str]:

@@ -15,7 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import RobertaConfig, RobertaModel
 
 from dive_fast import blocks
-from dive_fast.blocks import TEXT_MULTIPLE, LightQuickGELU, blocks_of, compile_blocks, lighten, recompute_blocks
+from dive_fast.blocks import (
+    TEXT_MULTIPLE,
+    LightMlp,
+    LightQuickGELU,
+    blocks_of,
+    compile_blocks,
+    lighten,
+    recompute_activations,
+    recompute_blocks,
+)
 from dive_fast.config import ConfigError, ModelConfig
 from dive_fast.engine import deepspeed_section
 from dive_fast.towers import Towers, create
@@ -38,9 +47,11 @@ def compiled(folder: Path, backend: str) -> dict[Any, Any]:
     from torch._dynamo.utils import counters
 
     blocks.BACKEND = backend
-    stage, results = Stage(folder), {}
-    for zero, micro in ((0, None), (2, 3)):
-        results[zero] = stage.accumulate(stage.engine(zero, micro=micro, compile=True))
+    stage = Stage(folder)
+    results: dict[Any, Any] = {}
+    for zero, micro, checkpointing in ((0, None, "off"), (2, 3, "off"), (2, None, "full"), (2, 3, "selective")):
+        engine = stage.engine(zero, micro=micro, compile=True, activation_checkpointing=checkpointing)
+        results[zero, checkpointing] = stage.accumulate(engine)
     before = counters["stats"]["unique_graphs"]
     towers = copy.deepcopy(stage.student)
     compile_blocks(towers)
@@ -62,12 +73,12 @@ def test_compiled_blocks_give_the_papers_gradients_and_compile_a_few_times_only(
 ) -> None:
     (results,) = run_ranks(1, compiled, folder, backend, init=False, timeout=500)
     expected, losses = oracle(folder)
-    for zero in (0, 2):
-        gradients, metrics = results[zero]
+    graphs = results.pop("graphs")
+    for gradients, metrics in results.values():
         assert_same_gradients(gradients, expected, 1e-5)
         assert metrics["loss"] == pytest.approx(losses["loss"], rel=1e-4)
     # Twenty shapes: one code for them all, and one where a size happens to be 1 or 8.
-    assert results["graphs"] <= 3
+    assert graphs <= 3
 
 
 def test_compiled_towers_take_texts_in_multiples(towers: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,11 +113,12 @@ def step(towers: Towers) -> tuple[int, int, dict[str, Tensor]]:
         return tensor
 
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(5, 3, 32, 32, generator=generator)
-    tokens = torch.randint(1, 1000, (4, 77), generator=generator)
-    tokens[:, -1] = 49407
+    images = torch.randn(5, 3, *towers.preprocess.size, generator=generator)
+    words, context = towers.text.vocab_size, towers.text.context_length
+    tokens = torch.randint(1, words - 1, (4, context), generator=generator)
+    tokens[:, -1] = words - 1
     with Saved() as counted, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        features = towers(images, tokens, 77)
+        features = towers(images, tokens, context)
         loss = features.image.square().sum() + features.text.square().sum()
     with counted:
         loss.backward()
@@ -121,6 +133,41 @@ def test_recomputed_blocks_save_less_and_run_twice(towers: Towers) -> None:
     assert_same_gradients(gradients, expected, 1e-6)
     assert saved < 0.5 * plain_bytes
     assert products > 1.2 * plain_products
+
+
+CUSTOM = tiny.CLIP | {"vision_cfg": tiny.VISION | {"scale_fc": True}}
+"""With a layer norm inside the MLP."""
+
+
+@pytest.mark.parametrize("model", [tiny.QUICKGELU, CUSTOM, tiny.reduced("ViT-B-16-SigLIP")])
+@pytest.mark.parametrize("autocast", [None, torch.float16])
+def test_recomputed_activations_save_less_and_run_no_product_twice(
+    tmp_path: Path, model: dict[str, Any], autocast: torch.dtype | None
+) -> None:
+    towers = create(ModelConfig(name=tiny.write_model(tmp_path, model)))
+    towers.autocast = autocast
+    lighten(towers)
+    names = list(towers.state_dict())
+    plain_bytes, plain_products, expected = step(copy.deepcopy(towers))
+    recompute_activations(towers)
+    assert list(towers.state_dict()) == names
+    saved, products, gradients = step(towers)
+    assert products == plain_products
+    assert saved < 0.85 * plain_bytes
+    assert gradients.keys() == expected.keys()
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
+
+
+def test_a_light_mlp_runs_every_layer() -> None:
+    mlp = nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 3), nn.Tanh())
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(LightMlp(mlp)(x), mlp(x))
+
+
+def test_blocks_without_a_plain_mlp_are_refused(towers: Towers) -> None:
+    towers.text.transformer.resblocks[1].mlp = nn.Sequential(nn.Linear(32, 32), nn.GELU())
+    with pytest.raises(ConfigError, match=r"selective: the blocks of TextTransformer have no MLP of two linear"):
+        recompute_activations(towers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -40,6 +40,7 @@ QUICK: dict[str, Case] = {
     "sequential": {},
     "flyp, fp16": {"objective.name": "flyp", "train.precision": "fp16", "data.target.text_length": 10},
     "micro-batches": {"train.micro_batch_size": 3, "zero": 0},
+    "selective": {"train.activation_checkpointing": "selective"},
 }
 SLOW: dict[str, Case] = {
     "flyp": {"objective.name": "flyp"},
@@ -50,6 +51,8 @@ SLOW: dict[str, Case] = {
     "bf16, micro-batches": {"train.precision": "bf16", "train.micro_batch_size": 7, "zero": 1},
     "short texts": {"data.target.text_length": 10, "data.reference.text_length": 20},
     "ZeRO-3": {"zero": 3},
+    "bf16, selective": {"train.precision": "bf16", "train.activation_checkpointing": "selective", "zero": 1},
+    "full": {"train.activation_checkpointing": "full"},
 }
 
 
@@ -251,31 +254,62 @@ def test_vit_l14_and_the_step_as_published() -> None:
     assert plans["published"].step_seconds(GPUS["h200"]) > 10 * plans["short"].step_seconds(GPUS["h200"])
 
 
-def advice_for(folder: Path, gpus: list[int]) -> list[Any]:
-    """Advice for GPUs of so many bytes, on the small model."""
-    joint = small_config(folder, **{"train.schedule": "joint"})
-    base = plan(joint)
-    found = []
-    for memory in gpus:
-        named = {"small": GPUS["h100"]._replace(memory=memory)}
-        with unittest.mock.patch.dict(GPUS, named):
-            found.append(advise(joint, base, ["small"]))
-    return [base.peak_memory_bytes, *found]
+JOINT: Case = {"train.schedule": "joint"}
+RESNET = SMALL | {"vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16}}
+"""Without blocks that could be run again."""
+
+
+def advice_for(folder: Path, case: Case, ranks: int, memories: list[int]) -> list[Any]:
+    """A config's plan, and advice for GPUs of so many bytes."""
+    config = small_config(folder, **case)
+    base = plan(config, ranks)
+    found: list[Any] = [base]
+    for memory in memories:
+        with unittest.mock.patch.dict(GPUS, {"small": GPUS["h100"]._replace(memory=memory)}):
+            advice = advise(config, base, ["small"])
+            found.append(advice["small"] if advice else "fits")
+    return found
+
+
+def advice_for_all(wanted: list[tuple[Path, Case, int, list[int]]]) -> list[list[Any]]:
+    return [advice_for(*arguments) for arguments in wanted]
 
 
 @pytest.mark.slow
-def test_advice_is_the_cheapest_change_that_fits_and_is_planned(folder: Path) -> None:
-    sizes = [10**9, 60 * 10**6, 28 * 10**6, 10**6]
-    peak, enough, less, little, none = run_ranks(1, advice_for, folder, sizes, init=False, timeout=300)[0]
-    assert sizes[0] > peak > sizes[1]
-    assert enough == {}
-    assert less["small"].overrides == ("train.schedule=sequential",)
-    assert less["small"].plan.peak_memory_bytes <= sizes[1]
-    first, last = little["small"].overrides
-    assert first == "train.schedule=sequential"
-    assert last.startswith("train.micro_batch_size=")
-    assert little["small"].plan.peak_memory_bytes <= sizes[2]
-    assert none == {"small": None}
+def test_advice_is_the_cheapest_change_that_fits_and_is_planned(folder: Path, tmp_path: Path) -> None:
+    tiny.write_model(tmp_path, RESNET, preprocess={"size": 64})
+    selective, full = (f"train.activation_checkpointing={kind}" for kind in ("selective", "full"))
+    sequential = "train.schedule=sequential"
+    memories = [size * 10**6 for size in (1000, 60, 50, 40, 28, 1)]
+    wanted = [
+        (folder, JOINT, 1, memories),
+        (folder, {}, 1, [50 * 10**6]),
+        (folder, {"train.activation_checkpointing": "full"}, 1, [33 * 10**6]),
+        (folder, {"zero": 0}, 4, [16 * 10**6]),
+        (tmp_path, {}, 1, [55 * 10**6]),
+    ]
+    joint, plain, recomputed, ranks, resnet = run_ranks(1, advice_for_all, wanted, init=False, timeout=500)[0]
+    base, enough, *changed, none = joint
+    assert memories[0] > base.peak_memory_bytes > memories[1]
+    assert enough == "fits"
+    assert [advice.overrides for advice in changed] == [
+        (sequential,),
+        (sequential, selective),
+        (sequential, full),
+        (sequential, "train.micro_batch_size=1"),
+    ]
+    for advice, memory in zip(changed, memories[1:], strict=False):
+        assert advice.plan.peak_memory_bytes <= memory
+    # A matrix product more costs more.
+    flop = [advice.plan.flop_per_step for advice in changed]
+    assert base.flop_per_step == flop[0] == flop[1] < flop[2] < flop[3]
+    assert none is None
+    assert plain[1].overrides == (selective,)
+    assert ranks[1].overrides == ("deepspeed.zero_optimization.stage=3", full)
+    # What is on already and what the towers refuse is not tried.
+    for _, advice in (recomputed, resnet):
+        (override,) = advice.overrides
+        assert override.startswith("train.micro_batch_size=")
 
 
 def dry_run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -342,7 +376,7 @@ def test_the_command_plans_the_shipped_configs_without_their_data(tmp_path: Path
     assert large["parameters"] == 427_616_513
     assert large["fits"] == {"a100": False}
     advice = large["advice"]["a100"]
-    assert advice["overrides"][0].startswith("train.micro_batch_size=")
+    assert advice["overrides"] == ["train.activation_checkpointing=full"]
     followed = planned_json(
         dry_run("vitl14_dive", "--device", "a100", "--json", *advice["overrides"], cwd=tmp_path)
     )
