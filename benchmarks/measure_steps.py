@@ -30,8 +30,8 @@ def measure(case: Case, zero: int, benchmark: BenchmarkFixture) -> dict[str, Any
         torch.OutOfMemoryError: the competitor needs more than the device has.
     """
     # Here, lest their memory be charged to the first competitor.
-    make_inputs(case.model, case.batch)
-    teacher_rows(case.model, case.batch)
+    make_inputs(*case.sizes)
+    teacher_rows(*case.sizes)
     with ExitStack() as stack:
         begun: list[Running] = []
 
@@ -59,7 +59,7 @@ def measure(case: Case, zero: int, benchmark: BenchmarkFixture) -> dict[str, Any
         return {"outcome": "not timed"}
     seconds, flop = benchmark.stats.stats.median, counter.get_total_flops()
     peak = peak_flops()
-    images = case.batch * (1 if case.competitor.startswith("flyp") else 2)
+    images = case.batch if case.competitor.startswith("flyp") else sum(case.sizes[1:])
     return {
         "outcome": "measured",
         "seconds": seconds,

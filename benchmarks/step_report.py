@@ -82,7 +82,7 @@ class StepReport:
             "|---" * 10 + "|",
         ]
         for entry in self.entries.values():
-            head = f"| {entry['model']}, {entry['batch']} | {NAMES[entry['competitor']].strip()} | "
+            head = f"| {entry['model']}, {entry['batch']} | {_name(entry).strip()} | "
             if entry["outcome"] != "measured":
                 lines.append(f"{head}{entry['outcome']} |" + " |" * 7)
                 continue
@@ -150,13 +150,18 @@ def _bars(axis: Any, entries: list[dict[str, Any]], name: str, ratio: str, text:
             color="black" if known else "#888888",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
         )
-    axis.set_yticks(places, [NAMES[entry["competitor"]] for entry in entries])
+    axis.set_yticks(places, [_name(entry) for entry in entries])
     for label in axis.get_yticklabels():
         label.set_horizontalalignment("left")
     axis.tick_params(axis="y", length=0, pad=160)
     axis.set_xlim(0, 1.3 * max([*values, 1e-9]))
     axis.set_xticks([])
     axis.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def _name(entry: dict[str, Any]) -> str:
+    ending = f", B' = {entry['reference_batch']}" if entry.get("reference_batch") else ""
+    return NAMES[entry["competitor"]] + ending
 
 
 def _colour(competitor: str) -> str:

@@ -54,9 +54,17 @@ class Case(NamedTuple):
     model: str
     batch: int
     competitor: str
+    reference_batch: int | None = None
+    """B', where it is not B."""
 
     def __str__(self) -> str:
-        return f"{self.model}-{self.batch}-{self.competitor}"
+        ending = "" if self.reference_batch is None else f"-{self.reference_batch}"
+        return f"{self.model}-{self.batch}-{self.competitor}{ending}"
+
+    @property
+    def sizes(self) -> tuple[str, int, int]:
+        """Model, B and B'."""
+        return self.model, self.batch, self.reference_batch or self.batch
 
 
 class Running(NamedTuple):
@@ -70,7 +78,7 @@ class Running(NamedTuple):
 def cases() -> list[Case]:
     """The most telling first: time may not suffice for all."""
     if DEVICE.type != "cuda":
-        return [Case("ViT-tiny", 8, competitor) for competitor in COMPETITORS]
+        return [*(Case("ViT-tiny", 8, name) for name in COMPETITORS), Case("ViT-tiny", 8, "dive_fast", 4)]
     # DiVE as published needs more memory at B = 512 than one GPU has: its levers are measured at half of it.
     parts = [
         ("ViT-B-16", 512, (*ENDS, *COMPILED)),
@@ -79,7 +87,10 @@ def cases() -> list[Case]:
         ("ViT-L-14", 256, (*ENDS, *COMPILED)),
         ("ViT-B-16", 512, Levers._fields),
     ]
-    return [Case(model, batch, competitor) for model, batch, names in parts for competitor in names]
+    compared = (Case(model, batch, name) for model, batch, names in parts for name in names)
+    fewer = (Case("ViT-B-16", 512, "dive_fast", reference_batch) for reference_batch in (256, 128, 64))
+    scaled = (Case("ViT-B-16", batch, "dive_fast") for batch in (128, 64, 1024))
+    return [*compared, *fewer, *scaled]
 
 
 CASES = cases()
@@ -96,7 +107,7 @@ def running(case: Case, zero: int) -> Iterator[Running]:
     def without_scale() -> float:
         return 1.0
 
-    inputs = make_inputs(case.model, case.batch)
+    inputs = make_inputs(*case.sizes)
     model = copy.deepcopy(random_model(case.model)).to(DEVICE)
     recipe = {"total_steps": TOTAL_STEPS}
     if case.competitor == "flyp_published":
@@ -106,7 +117,7 @@ def running(case: Case, zero: int) -> Iterator[Running]:
         yield Running(partial(peer.step, inputs), without_scale)
     elif case.competitor in Levers._fields:
         levers = Levers(**{case.competitor: True})
-        rows = teacher_rows(case.model, case.batch)
+        rows = teacher_rows(*case.sizes)
         teacher = rows if levers.cached_teacher else Towers(copy.deepcopy(model))
         lever = DiveWithLevers(Towers(model), teacher, levers, **recipe)
         yield Running(partial(lever.step, levers.prepare(inputs)), lever.scaler.get_scale)
@@ -122,10 +133,14 @@ def make_engine(case: Case, model: Any, inputs: Inputs, zero: int) -> tuple[Engi
     """The project's engine, and the batches of every step."""
     section = json.loads(SHIPPED.read_text())["deepspeed"]
     section["zero_optimization"]["stage"] = zero
-    data = {"format": "webdataset", "path": "-", "batch_size": case.batch}
+    _, batch, reference_batch = case.sizes
+    data = {"format": "webdataset", "path": "-"}
     tree = {
         "model": {"name": case.model},
-        "data": {"target": data | {"class_names": "imagenet"}, "reference": data},
+        "data": {
+            "target": data | {"batch_size": batch, "class_names": "imagenet"},
+            "reference": data | {"batch_size": reference_batch},
+        },
         "objective": {"name": case.competitor.split("_fast")[0]},
         "train": {"precision": PRECISION, "compile": case.competitor in COMPILED},
         "deepspeed": section,
@@ -135,12 +150,12 @@ def make_engine(case: Case, model: Any, inputs: Inputs, zero: int) -> tuple[Engi
     goal = objective.create(config.objective, towers.width)
     engine = Engine(config, towers, goal, join(), TOTAL_STEPS)
     prepared = Levers(trimmed_text=True, distinct_texts=True).prepare(inputs)
-    nothing = torch.zeros(case.batch, dtype=torch.long)
+    nothing = torch.zeros(0, dtype=torch.long)  # the step reads neither labels nor samples
     target = TargetBatch(prepared.target_images, prepared.target_text, nothing, nothing, ())
     if not goal.needs_reference:
         return engine, StepBatches(target)
     reference = ReferenceBatch(prepared.reference_images, prepared.reference_text, nothing, nothing, ())
-    return engine, StepBatches(target, reference, objective.Pairs(*teacher_rows(case.model, case.batch)))
+    return engine, StepBatches(target, reference, objective.Pairs(*teacher_rows(*case.sizes)))
 
 
 # Cases of one size follow one another.
@@ -154,16 +169,18 @@ def random_model(name: str) -> Any:
 
 
 @lru_cache(maxsize=1)
-def make_inputs(model: str, batch: int) -> Inputs:
+def make_inputs(model: str, batch: int, reference_batch: int) -> Inputs:
     """Noise for images; ImageNet's prompts as FLYP draws them; captions as long as those of the web."""
     generator, draws = torch.Generator(DEVICE).manual_seed(0), random.Random(0)
     size = random_model(model).visual.image_size
-    images = torch.randn(2, batch, 3, *size, device=DEVICE, generator=generator)
+    images = [
+        torch.randn(count, 3, *size, device=DEVICE, generator=generator) for count in (batch, reference_batch)
+    ]
     tokenizer = open_clip.get_tokenizer(model)
     names, templates = open_clip.IMAGENET_CLASSNAMES, open_clip.OPENAI_IMAGENET_TEMPLATES
     prompts = tokenizer([draws.choice(templates)(draws.choice(names)) for _ in range(batch)])
     words = " ".join(names).split()
-    captions = tokenizer([" ".join(draws.choices(words, k=CAPTION_TOKENS[1])) for _ in range(batch)])
+    captions = tokenizer([" ".join(draws.choices(words, k=CAPTION_TOKENS[1])) for _ in range(reference_batch)])
     for row in captions:
         length = draws.randint(*CAPTION_TOKENS)
         row[length - 1] = row.max()  # the end of a text has the largest id
@@ -173,9 +190,10 @@ def make_inputs(model: str, batch: int) -> Inputs:
 
 @lru_cache(maxsize=1)
 @torch.no_grad()
-def teacher_rows(model: str, batch: int) -> tuple[Tensor, Tensor]:
+def teacher_rows(model: str, batch: int, reference_batch: int) -> tuple[Tensor, Tensor]:
     """The reference batch by the frozen model in fp32, as a teacher cache has it."""
-    inputs, frozen = make_inputs(model, batch), copy.deepcopy(random_model(model)).to(DEVICE).eval()
+    inputs = make_inputs(model, batch, reference_batch)
+    frozen = copy.deepcopy(random_model(model)).to(DEVICE).eval()
     images = [frozen.encode_image(part) for part in inputs.reference_images.split(TEACHER_PIECE)]
     texts = [frozen.encode_text(part) for part in inputs.reference_tokens.split(TEACHER_PIECE)]
     return unit(torch.cat(images)), unit(torch.cat(texts))

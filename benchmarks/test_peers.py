@@ -44,7 +44,7 @@ def student(teacher: Any) -> Any:
 @pytest.fixture(scope="module")
 def batches() -> list[Inputs]:
     """Two steps' worth; equal texts stand in the first."""
-    whole = steps.make_inputs("ViT-tiny", 2 * BATCH)
+    whole = steps.make_inputs("ViT-tiny", 2 * BATCH, 2 * BATCH)
     first, second = (Inputs(*parts) for parts in zip(*(tensor.split(BATCH) for tensor in whole)))
     first.target_tokens[1] = first.target_tokens[0]
     first.reference_tokens[3] = first.reference_tokens[2]

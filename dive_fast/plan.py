@@ -47,9 +47,10 @@ from dive_fast.teacher.build import loader_options
 from dive_fast.teacher.teachers import OnlineTeacher
 from dive_fast.towers import Features, Towers, create
 
-EFFICIENCY = 0.45
-"""Share of a GPU's peak arithmetic that a step is taken to reach. An assumption, not a measurement: large models
-are usually trained at 0.4 to 0.5 of the dense 16-bit peak, memory-bound operations take the rest of the time."""
+EFFICIENCY, SINGLE_EFFICIENCY = 0.45, 0.75
+"""Shares of a GPU's peak arithmetic that a step is taken to reach, in 16 bits and in fp32. Assumptions, not
+measurements: large models are usually trained at 0.4 to 0.5 of the dense 16-bit peak, memory-bound operations take
+the rest of the time; in fp32, without matrix units, products take nearly all of it."""
 
 LAUNCH_SECONDS = 1e-5
 """Of the host, for one operation of an eager step with autograd and autocast. An assumption too; it decides where
@@ -84,9 +85,9 @@ class Plan:
         return self.ranks * sum(flop for work, flop in self.flop.items() if work.stage == stage)
 
     def step_seconds(self, gpu: Gpu) -> float:
-        """At :data:`EFFICIENCY` of the GPU's peak, or what its host needs if that is more; no communication."""
-        peaks = {True: gpu.half, False: gpu.single}
-        arithmetic = sum(flop / peaks[work.is_half] for work, flop in self.flop.items()) / EFFICIENCY
+        """By :data:`EFFICIENCY`, or what the host needs if that is more; communication left out."""
+        rates = {True: EFFICIENCY * gpu.half, False: SINGLE_EFFICIENCY * gpu.single}
+        arithmetic = sum(flop / rates[work.is_half] for work, flop in self.flop.items())
         return max(arithmetic, self.launches * LAUNCH_SECONDS)
 
     def fits(self, gpu: Gpu) -> bool:
@@ -285,7 +286,7 @@ def table(planned: Plan, gpus: Sequence[str], advice: dict[str, Advice | None]) 
     lines += [f"  {names[stage]:<16} {_tera(flop)}" for stage in names if (flop := planned.flop_of(stage))]
     lines.append(f"peak memory      {_gib(planned.peak_memory_bytes)} on each GPU")
     lines += [f"  {part:<16} {_gib(planned.parts[part])}" for part in get_args(Part) if planned.parts.get(part)]
-    lines.append(f"step at {EFFICIENCY:.0%} of peak arithmetic")
+    lines.append(f"step at {EFFICIENCY:.0%} of peak arithmetic, {SINGLE_EFFICIENCY:.0%} in fp32")
     for name in gpus:
         lines.append(f"  {name:<16} {planned.step_seconds(GPUS[name]):8.3f} s   {_verdict(planned, name, advice)}")
     return "\n".join(lines)
