@@ -1,7 +1,8 @@
 """What precision leaves of a whole fine-tuning: ``python benchmarks/precision_training.py``.
 
-The demo's DiVE run, from the same weights on the same batches, in each precision of its towers and for each
-lambda: difference vectors, accuracies and RSA at its end.
+A DiVE run from the same weights on the same batches in each precision of its towers and for each lambda:
+difference vectors, accuracies and RSA at its end. Of the demo, or of a small CLIP on real pictures
+(``--world cifar``).
 """
 
 import argparse
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from report import REPOSITORY, commit, device_name, slug, write_json
 from rounding import products
+from study import runs
 
 from dive_fast.config import load
 from dive_fast.demo import report, world
@@ -18,41 +20,60 @@ from dive_fast.ranks import join
 from dive_fast.train import train
 
 CONFIGS = REPOSITORY / "launch/configs"
+STUDY = REPOSITORY / "build/study"
+
+
+def demo(_: argparse.Namespace) -> tuple[str, str]:
+    """The config of the demo, and the pairs that its geometry is measured on."""
+    world.prepare()
+    return "demo.json", "demo:reference_heldout"
+
+
+def cifar(options: argparse.Namespace) -> tuple[str, str]:
+    """The same of CIFAR-10, with a fifth of its pictures; the small CLIP is pre-trained where there is none."""
+    config = runs.prepare(STUDY, epochs=options.pretraining_epochs, target=10_000, tested=2_000)
+    return str(config), str(STUDY / "data" / runs.HELDOUT)
+
+
+WORLDS = {"demo": demo, "cifar": cifar}
 
 
 def main() -> None:
     """Trains, compares, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--world", choices=WORLDS, default="demo")
+    parser.add_argument("--pretraining-epochs", type=int, default=12, help="of the small CLIP, on CIFAR-100")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "fp16", "bf16"])
     parser.add_argument("--weights", nargs="+", type=float, default=[0.1, 10.0, 1000.0], help="lambda")
-    parser.add_argument("--learning-rate", type=float, help="default: the demo's")
+    parser.add_argument("--learning-rate", type=float, help="default: the config's")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--output", type=Path, default=REPOSITORY / "build/precision", help="of the runs")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks/results")
     options = parser.parse_args()
     ranks = join()
-    world.prepare()
+    config_path, heldout = WORLDS[options.world](options)
     rows = []
     for seed in options.seeds:
         for weight in options.weights:
             for precision in options.precisions:
                 name = f"{precision}, lambda {weight:g}, seed {seed}"
-                folder = options.output / name
+                folder = options.output / options.world / name
                 overrides = [f"objective.weight={weight}", f"train.precision={precision}", f"train.seed={seed}"]
                 if options.learning_rate is not None:
                     overrides.append(f"train.learning_rate={options.learning_rate}")
-                config = load("demo.json", overrides, CONFIGS)
+                config = load(config_path, overrides, CONFIGS)
                 with products(precision, ranks.device):
                     train(config, folder, ranks)
                 lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
                 lines = [line for line in lines if "image_norm" in line]
-                found = report.compare(config, {"pretrained": None, name: folder / "model.safetensors"})[name]
+                models = {"pretrained": None, name: folder / "model.safetensors"}
+                found = report.compare(config, models, heldout)[name]
                 figures = {"precision": precision, "weight": weight, "seed": seed, "floor": lines[0]["image_norm"]}
                 rows.append(
                     figures | {"u": lines[-1]["image_norm"]} | {key: found[key] for key in report.MEASURES}
                 )
-    device = device_name()
-    path = options.results / f"{slug(device)}-precision-training.json"
+    device, ending = device_name(), "" if options.world == "demo" else f"-{options.world}"
+    path = options.results / f"{slug(device)}-precision-training{ending}.json"
     write_json(path, {"device": device, "torch": torch.__version__, "commit": commit(), "runs": rows})
     print("| lambda | precision | seed | floor | mean u | ID | OOD | ZS | RSA |\n" + "|---" * 9 + "|")
     for row in rows:

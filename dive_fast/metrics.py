@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections import deque
 from typing import Any, NamedTuple
@@ -36,7 +37,8 @@ class Metrics:
             self._path = run.folder / "metrics.jsonl"
             kept = [line for line in self._lines() if json.loads(line)["step"] <= first_step]
             self._path.write_text("".join(f"{line}\n" for line in kept))
-            self._floor = json.loads(kept[0]) if kept else {}
+            first = json.loads(kept[0]) if kept else {}
+            self._floor = {name: value for name, value in first.items() if value is not None}
         self._bar = run.ranks.progress(run.total_steps, "train", "step", done=first_step)
 
     def log(self, step: int, values: dict[str, Tensor], learning_rate: float) -> None:
@@ -106,8 +108,10 @@ class Metrics:
                 )
 
     def _write(self, step: int, values: dict[str, float]) -> None:
+        # JSON has no infinity, which is the norm of a gradient that overflowed.
+        numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self._path.open("a") as lines:
-            lines.write(json.dumps({"step": step} | values) + "\n")
+            lines.write(json.dumps({"step": step} | numbers) + "\n")
         monitor = self._run.engine.deepspeed.monitor
         if monitor.enabled:
             pairs = step * self._run.config.data.target.batch_size

@@ -9,6 +9,7 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,12 @@ CONTEXT = 20
 MEAN_AND_STD = 0.5
 
 
-def write_tokenizer(folder: Path) -> int:
-    """A word-level tokenizer over the world's words; returns the size of its vocabulary.
+def write_tokenizer(folder: Path, vocabulary: Iterable[str], context: int) -> int:
+    """A word-level tokenizer; returns the size of its vocabulary, marks included.
 
     The end of text has the highest id, since that is where open_clip reads a causal text tower.
     """
-    words = ["<pad>", "<unk>", "<start>", *sorted(set(world.vocabulary())), "<end>"]
+    words = ["<pad>", "<unk>", "<start>", *sorted(set(vocabulary)), "<end>"]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -49,7 +50,7 @@ def write_tokenizer(folder: Path) -> int:
         "eos_token": "<end>",
         "pad_token": "<pad>",
         "unk_token": "<unk>",
-        "model_max_length": CONTEXT,
+        "model_max_length": context,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     return len(words)
@@ -96,15 +97,25 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return (pixels * gain - MEAN_AND_STD) / MEAN_AND_STD
 
 
-def train(folder: Path, *, num_images: int, steps: int, batch_size: int, learning_rate: float, seed: int) -> Any:
-    """Trains the model of ``folder``'s config with the contrastive loss; returns it."""
-    # Matrices this small gain nothing from a second thread, and the sums stay the same on any machine.
-    torch.set_num_threads(1)
+def fit(
+    folder: Path,
+    images: Tensor,
+    caption: Callable[[int, np.random.Generator], str],
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+) -> Any:
+    """Trains the model of ``folder``'s config from nothing with the contrastive loss; returns it.
+
+    Args:
+        images: ``(N, 3, H, W)`` uint8.
+        caption: of the image in a row; drawn anew whenever it is used.
+    """
     torch.manual_seed(seed)
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     started = time.perf_counter()
-    images, facts = pretraining_set(num_images, processes=len(os.sched_getaffinity(0)))
-    print(f"{num_images} pictures drawn in {time.perf_counter() - started:.0f} s", flush=True)
     model: Any = open_clip.create_model(f"local-dir:{folder}", load_weights=False, force_custom_text=True).train()
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -115,9 +126,9 @@ def train(folder: Path, *, num_images: int, steps: int, batch_size: int, learnin
     order = torch.empty(0, dtype=torch.long)
     for step in range(steps):
         if len(order) < batch_size:
-            order = torch.randperm(num_images, generator=generator)
+            order = torch.randperm(len(images), generator=generator)
         rows, order = order[:batch_size], order[batch_size:]
-        captions = [world.caption(facts[row], rng) for row in rows.tolist()]
+        captions = [caption(row, rng) for row in rows.tolist()]
         rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * rate
@@ -130,6 +141,12 @@ def train(folder: Path, *, num_images: int, steps: int, batch_size: int, learnin
         if (step + 1) % 100 == 0:
             print(f"step {step + 1}  loss {loss.item():.3f}  {time.perf_counter() - started:.0f} s", flush=True)
     return model.eval()
+
+
+def save(model: Any, folder: Path) -> None:
+    """Writes the weights beside the config, under open_clip's own names: the text tower's have no prefix."""
+    state = {name.removeprefix("text."): value.contiguous() for name, value in model.state_dict().items()}
+    save_file(state, folder / "open_clip_model.safetensors")
 
 
 @torch.no_grad()
@@ -160,18 +177,22 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.out.parent) as name:
         folder = Path(name)
-        write_config(folder, write_tokenizer(folder))
-        model = train(
+        write_config(folder, write_tokenizer(folder, world.vocabulary(), CONTEXT))
+        started = time.perf_counter()
+        images, facts = pretraining_set(options.images, processes=len(os.sched_getaffinity(0)))
+        print(f"{options.images} pictures drawn in {time.perf_counter() - started:.0f} s", flush=True)
+        # Matrices this small gain nothing from a second thread, and the sums stay the same on any machine.
+        torch.set_num_threads(1)
+        model = fit(
             folder,
-            num_images=options.images,
+            images,
+            lambda row, rng: world.caption(facts[row], rng),
             steps=options.steps,
             batch_size=options.batch_size,
             learning_rate=options.learning_rate,
             seed=options.seed,
         )
-        # open_clip's own names, where the text tower's parameters have no prefix.
-        state = {name.removeprefix("text."): value.contiguous() for name, value in model.state_dict().items()}
-        save_file(state, folder / "open_clip_model.safetensors")
+        save(model, folder)
         options.out.mkdir(exist_ok=True)
         for file in folder.iterdir():
             file.chmod(0o644)

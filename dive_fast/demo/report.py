@@ -33,14 +33,15 @@ LABELS = {"pretrained": "pre-trained", "flyp": "FLYP", "dive": "DiVE"}
 COLOURS = {"pretrained": "#9aa0a6", "flyp": "#d98c3f", "dive": "#2f6fb0"}
 
 
-def compare(config: Config, models: dict[str, Path | None]) -> Report:
-    """Measures models on the config's evaluation sets and the held-out reference pairs.
+def compare(config: Config, models: dict[str, Path | None], heldout: str = "demo:reference_heldout") -> Report:
+    """Measures models on the config's evaluation sets and on held-out pairs.
 
     Args:
         models: name -> exported weights; None stands for the pre-trained model, which must be the first.
+        heldout: webdataset of the pairs whose geometry is measured.
 
     Returns:
-        Name -> ``id``, ``ood``, ``zs`` (the mean over the sets named ``zs_*``), ``rsa`` to the first, and each
+        Name -> ``id``, ``ood``, ``zs`` (the mean over the sets named ``zs*``), ``rsa`` to the first, and each
         zero-shot set under its own name; accuracies are shares in [0, 1].
     """
     ranks = Ranks(0, 1, torch.device("cpu"))
@@ -52,9 +53,9 @@ def compare(config: Config, models: dict[str, Path | None]) -> Report:
         if weights is not None:
             towers.load_exported(load_file(weights))
         accuracies = evaluate(towers, tokenizer, config.evaluate, ranks)
-        embeddings = _embed(towers, config)
+        embeddings = _embed(towers, config, heldout)
         before = embeddings if before is None else before
-        zero_shot = {key: value for key, value in accuracies.items() if key.startswith("zs_")}
+        zero_shot = {key: value for key, value in accuracies.items() if key.startswith("zs")}
         report[name] = {
             "id": accuracies["id"],
             "ood": accuracies["ood"],
@@ -66,9 +67,9 @@ def compare(config: Config, models: dict[str, Path | None]) -> Report:
 
 
 @torch.no_grad()
-def _embed(towers: Towers, config: Config) -> Tensor:
-    """``(2 N, D)`` unit rows: images, then captions, of the reference pairs that no run trains on."""
-    source = open_webdataset("demo:reference_heldout", ".txt")
+def _embed(towers: Towers, config: Config, heldout: str) -> Tensor:
+    """``(2 N, D)`` unit rows: images, then captions, of pairs that no run trains on."""
+    source = open_webdataset(heldout, ".txt")
     samples = ReferenceSamples(source, tokenizer_of(config.model), towers.preprocess, towers.pooled_at, seed=0)
     places = [(0, sample) for sample in range(len(source))]
     pairs = [

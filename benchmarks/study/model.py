@@ -1,0 +1,84 @@
+"""A small CLIP, trained from nothing on CIFAR-100: ``python -m study.model`` in ``benchmarks``."""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dive_fast.demo import pretrain
+from study import sets
+
+CONTEXT = 16
+SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "small": ({"patch_size": 8, "width": 160, "layers": 4}, {"width": 96, "heads": 3, "layers": 2}),
+    "large": ({"patch_size": 4, "width": 192, "layers": 8}, {"width": 128, "heads": 4, "layers": 4}),
+}
+"""Shapes of the image and the text tower: for two CPU cores, and for a GPU."""
+
+
+def write_shape(folder: Path, size: str) -> None:
+    """Config and tokenizer, as open_clip reads them from a ``local-dir``."""
+    words = pretrain.write_tokenizer(folder, sets.vocabulary(), CONTEXT)
+    vision, text = SIZES[size]
+    config = {
+        "model_cfg": {
+            "embed_dim": 64,
+            "vision_cfg": {"image_size": 32, "head_width": 32, **vision},
+            "text_cfg": {"context_length": CONTEXT, "vocab_size": words, "hf_tokenizer_name": "cifar", **text},
+        },
+        "preprocess_cfg": {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def train(folder: Path, size: str, *, epochs: int, batch_size: int, learning_rate: float, seed: int = 0) -> None:
+    """Pre-trains on all of CIFAR-100's train split and writes the model to ``folder``, whole."""
+    fine, coarse = (sets.load("cifar100/cifar100.npz", "train", kind) for kind in ("labels", "coarse_labels"))
+    images = torch.from_numpy(fine.images).permute(0, 3, 1, 2).contiguous()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+        place = Path(name)
+        write_shape(place, size)
+        model = pretrain.fit(
+            place,
+            images,
+            lambda row, random: sets.caption(
+                fine.names[fine.labels[row]], coarse.names[coarse.labels[row]], random
+            ),
+            steps=epochs * len(images) // batch_size,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=seed,
+        )
+        pretrain.save(model, place)
+        folder.mkdir(exist_ok=True)
+        for file in place.iterdir():
+            file.replace(folder / file.name)
+
+
+def main() -> None:
+    """Parses and trains."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    options = parser.parse_args()
+    begun = time.perf_counter()
+    train(
+        options.output,
+        options.size,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+    )
+    print(f"{options.output}: {time.perf_counter() - begun:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
