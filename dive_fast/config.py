@@ -115,12 +115,18 @@ class DataConfig(Section):
 class ObjectiveConfig(Section):
     """What is minimised."""
 
-    name: Literal["dive", "flyp"] = "dive"
-    """`dive`: contrastive + weight * (AVL + PVL). `flyp`: contrastive loss alone."""
-    weight: NonNegativeFloat = 1000.0
-    """lambda of Eq. 9."""
+    name: Literal["dive", "avl", "pvl", "cosine", "snd", "flyp_replay", "flyp"] = "dive"
+    """`dive`: contrastive loss + weight * (AVL + PVL), Eq. 9. `avl`, `pvl`: with one of the two. `cosine`: with
+    cosines in the place of difference vectors, Eq. 10-11. `snd`: contrastive + weight * mean squared length of the
+    images' difference vectors, Eq. 12-13. `flyp_replay`: contrastive + weight * contrastive of the reference
+    batch. `flyp`: contrastive loss alone, Eq. 1."""
+    weight: NonNegativeFloat | None = None
+    """Of the reference batch's loss. Default: the paper's, 1000 (lambda of Eq. 9), but 1 for `snd` and
+    `flyp_replay`."""
     decay: Decay = 0.99
-    """Decay of the average vector, Eq. 6."""
+    """Decay of the average vector, Eq. 6, or of the average cosine."""
+    average_start: Literal[0, 1] = 0
+    """Of `cosine`: its average before the first step. 0 as Eq. 6 has it; 1 is what cosines begin at."""
     average_weight: NonNegativeFloat = 1.0
     """Weight of the average vector loss (AVL, Eq. 7) inside lambda's bracket; 0 leaves PVL alone."""
     pairwise_weight: NonNegativeFloat = 1.0
@@ -242,8 +248,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_together(self) -> "Config":
         reference = self.data.reference
-        if self.objective.name == "dive" and reference is None:
-            raise ValueError("data.reference: objective.name = dive needs a reference set; name one")
+        if self.objective.name != "flyp" and reference is None:
+            raise ValueError(
+                f"data.reference: objective.name = {self.objective.name} needs a reference set; name one"
+            )
         for place, section in (("data.target", self.data.target), ("data.reference", reference)):
             if section is None:
                 continue

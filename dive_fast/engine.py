@@ -25,7 +25,7 @@ from torch import Tensor
 from dive_fast.blocks import compile_blocks, lighten, recompute_activations, recompute_blocks
 from dive_fast.config import Config, ConfigError
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
-from dive_fast.objective import Dive, Flyp, Loss, Pairs
+from dive_fast.objective import Loss, Objective, Pairs
 from dive_fast.ranks import Ranks
 from dive_fast.towers import Features, Towers
 from dive_fast.trace import span
@@ -80,7 +80,7 @@ class Engine:
     """Towers and objective on DeepSpeed."""
 
     def __init__(
-        self, config: Config, towers: Towers, objective: Flyp | Dive, ranks: Ranks, total_steps: int
+        self, config: Config, towers: Towers, objective: Objective, ranks: Ranks, total_steps: int
     ) -> None:
         """Hands the towers to DeepSpeed.
 
@@ -165,15 +165,14 @@ class Engine:
         def target_loss(pairs: Pairs, scale: Tensor) -> Loss:
             return objective.target(pairs, scale, group)
 
-        if not isinstance(objective, Dive):
+        if not objective.needs_reference:
             yield _Half("target", target.images, target.text, target_loss, last=True)
             return
-        assert reference is not None and teacher is not None, (
-            "this objective needs a reference batch and its teacher"
-        )
+        assert reference is not None, "this objective needs a reference batch"
+        assert teacher is not None or not objective.needs_teacher, "this objective needs a teacher"
 
         def reference_loss(pairs: Pairs, scale: Tensor) -> Loss:
-            return objective.reference(pairs, teacher, group)
+            return objective.reference(pairs, scale, teacher, group)
 
         def joint_loss(pairs: Pairs, scale: Tensor) -> Loss:
             first, second = (Pairs(*halves) for halves in zip(*(half.split(sizes) for half in pairs), strict=True))

@@ -40,7 +40,7 @@ from dive_fast.engine import Engine, StepBatches
 from dive_fast.gpus import GPUS, Gpu
 from dive_fast.kernels import backend
 from dive_fast.memory import Part, Stage, Tracker, Work
-from dive_fast.objective import Dive, Flyp, Loss, Pairs
+from dive_fast.objective import Loss, Objective, Pairs
 from dive_fast.ranks import Ranks
 from dive_fast.run import check_text_length
 from dive_fast.teacher.build import loader_options
@@ -185,10 +185,11 @@ def _advice(
 def _free_changes(config: Config, planned: Plan) -> Iterator[tuple[str, int]]:
     """Overrides that change no FLOP for the worse, with the most bytes that each can save."""
     parts = planned.parts
-    is_dive = config.objective.name == "dive"
-    if is_dive and config.train.schedule == "joint":
+    has_reference = config.objective.name != "flyp"
+    has_teacher = has_reference and config.objective.name != "flyp_replay"
+    if has_reference and config.train.schedule == "joint":
         yield "train.schedule=sequential", parts.get("activations", 0) + parts.get("loss", 0)
-    if is_dive and config.teacher.mode == "online":
+    if has_teacher and config.teacher.mode == "online":
         yield "teacher.mode=cache", parts.get("teacher", 0) + parts.get("activations", 0)
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
     state = sum(parts.get(part, 0) for part in ("weights", "gradients", "optimizer"))
@@ -332,7 +333,7 @@ class _Rehearsal:
         if backend.blocks is not None and self.width <= backend.blocks.MAX_WIDTH:
             goal.backend = "triton"
         self.online = None
-        if isinstance(goal, Dive) and config.teacher.mode == "online":
+        if goal.needs_teacher and config.teacher.mode == "online":
             with tracker.within("teacher"):
                 self.online = OnlineTeacher(create(config.model, weights=False), ranks)
         self.engine = _Engine(config, towers, goal, ranks, tracker)
@@ -352,7 +353,12 @@ class _Rehearsal:
 
     @property
     def _needs_reference(self) -> bool:
-        return isinstance(self.engine.objective, Dive)
+        return self.engine.objective.needs_reference
+
+    @property
+    def _is_taught(self) -> bool:
+        """Whether the teacher's rows come with the batches."""
+        return self.engine.objective.needs_teacher and self.online is None
 
     def _step(self, batches: StepBatches, updating: Part = "gradients") -> None:
         tracker = self.tracker
@@ -373,7 +379,7 @@ class _Rehearsal:
             return StepBatches(
                 TargetBatch(*self._pairs(target, pairs), torch.empty(0), torch.empty(0), ()),
                 None if reference is None else self._reference(reference, pairs),
-                None if reference is None or self.online is not None else self._teacher(reference, pairs),
+                self._teacher(reference, pairs) if reference is not None and self._is_taught else None,
             )
 
     def _reference(self, data: ReferenceConfig, pairs: int | None) -> ReferenceBatch:
@@ -396,7 +402,7 @@ class _Rehearsal:
 class _Engine(Engine):
     """The engine, telling the tracker where it is."""
 
-    def __init__(self, config: Config, towers: Towers, goal: Flyp | Dive, ranks: Ranks, tracker: Tracker) -> None:
+    def __init__(self, config: Config, towers: Towers, goal: Objective, ranks: Ranks, tracker: Tracker) -> None:
         self.tracker = tracker
         for parameter in towers.parameters():
             if parameter.requires_grad:

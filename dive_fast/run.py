@@ -95,7 +95,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         reference_order = Order(
             len(reference), config.data.reference.batch_size, ranks.rank, ranks.world_size, seed + 1
         )
-        teacher = open_teacher(config, folder, towers, pairs, ranks)
+        if goal.needs_teacher:
+            teacher = open_teacher(config, folder, towers, pairs, ranks)
         if config.train.precision == "bf16" and ranks.first:
             logger.warning(
                 "train.precision = bf16 drowns difference vectors of 1e-3 in rounding: at |u| = 3e-3 the gradient "

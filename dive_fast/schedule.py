@@ -45,7 +45,7 @@ def choose(config: Config, ranks: int, gpu: str) -> str:
     """
     from dive_fast.plan import plan
 
-    if config.objective.name != "dive":
+    if config.objective.name == "flyp":
         return "sequential"
     sequential, joint = (plan(with_schedule(config, name), ranks) for name in ("sequential", "joint"))
     is_faster = joint.step_seconds(GPUS[gpu]) < WORTH * sequential.step_seconds(GPUS[gpu])

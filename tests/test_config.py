@@ -85,6 +85,7 @@ PAPER: dict[str, dict[str, Any]] = {
     "vitb16_dive": IMAGENET,
     "vitl14_dive": IMAGENET | {"batches": (512, 256)},
     "vitb16_flyp": IMAGENET | {"batches": (512, None)},
+    **{f"vitb16_{name}": IMAGENET for name in ("flyp_replay", "snd", "cosine", "avl", "pvl")},
     "iwildcam_dive": WILDS,
     "fmow_dive": WILDS,
 }
@@ -118,9 +119,10 @@ def test_a_shipped_config_has_the_papers_hyper_parameters(name: str) -> None:
     assert config.deepspeed["gradient_clipping"] == 0
     # The paper's "pre-trained" rows are OpenAI's weights, which need quick GELU.
     assert (config.model.pretrained, config.model.name.endswith("-quickgelu")) == ("openai", True)
-    assert config.objective.name == name.rpartition("_")[2]
     objective = config.objective
-    assert (objective.weight, objective.decay, objective.mean_gradient) == (1000, 0.99, True)
+    assert objective.name == name.partition("_")[2]
+    weight = {"flyp": None, "snd": 1, "flyp_replay": 1}.get(objective.name, 1000)
+    assert (objective.weight, objective.decay, objective.mean_gradient) == (weight, 0.99, True)
     assert (objective.average_weight, objective.pairwise_weight) == (1, 1)
 
 

@@ -39,6 +39,7 @@ from dive_fast.update import LossScale, learning_rate_schedule
 aten = torch.ops.aten
 TARGET, REFERENCE, WIDTH = 8, 12, 24
 WEIGHT, DECAY = 1000.0, 0.9
+AVERAGE_COSINE = 0.8
 FP16_SCALE = 4.0
 PROMPTS = [
     "a photo of a dog",
@@ -60,6 +61,8 @@ RECOMPUTED = ("selective", "full")
 """Kinds of activation checkpointing."""
 
 
+METHODS = ("flyp", "flyp_replay", "snd", "cosine", "avl", "pvl")
+"""All but DiVE itself."""
 CLIPPED = [("fp32", 0.0), ("fp32", 0.5), ("fp16", 0.5)]
 """(precision, largest norm of the gradient)."""
 STEADY: list[dict[str, Any]] = [{}, {"precision": "fp16"}, {"micro": 3}, {"schedule": "joint"}, {"clipping": 1.0}]
@@ -99,24 +102,49 @@ def oracle(folder: Path, name: str = "dive") -> tuple[dict[str, Tensor], dict[st
         )
 
     f, g = embed(student, "target")
-    logits = student.logit_scale.exp() * f @ g.T
-    labels = torch.arange(TARGET)
-    loss = contrastive = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    loss = contrastive = contrastive_as_written(f, g, student.logit_scale.exp())
     values = {"contrastive_loss": contrastive}
-    if name == "dive":
+    if name != "flyp":
         with torch.no_grad():
-            f_pre, g_pre = embed(frozen, "reference")
-        f_ft, g_ft = embed(student, "reference")
-        u, v = f_ft - f_pre, g_ft - g_pre
-        m = DECAY * data["average_vector"] + (1 - DECAY) * (u + v).mean(0) / 2
-        avl = sum((u[j] - m) @ (u[j] - m) + (v[j] - m) @ (v[j] - m) for j in range(REFERENCE)) / REFERENCE
-        pvl = sum((u[j] - v[j]) @ (u[j] - v[j]) for j in range(REFERENCE)) / REFERENCE
-        loss = contrastive + WEIGHT * (avl + pvl)
-        values |= {"average_loss": avl, "pairwise_loss": pvl, "average_norm": m.norm()}
-        values |= {"image_norm": u.norm(dim=1).mean(), "text_norm": v.norm(dim=1).mean()}
+            frozen_pairs = embed(frozen, "reference")
+        pairs = embed(student, "reference")
+        average_vector = data["average_vector"]
+        term, found = reference_as_written(name, pairs, frozen_pairs, student.logit_scale.exp(), average_vector)
+        loss, values = contrastive + WEIGHT * term, values | found
     loss.backward()
     gradients = {name: p.grad for name, p in student.named_parameters()}
     return gradients, {name: value.item() for name, value in (values | {"loss": loss}).items()}
+
+
+def contrastive_as_written(f: Tensor, g: Tensor, scale: Tensor) -> Tensor:
+    logits, labels = scale * f @ g.T, torch.arange(len(f))
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def reference_as_written(
+    name: str, pairs: tuple[Tensor, Tensor], frozen: tuple[Tensor, Tensor], scale: Tensor, average_vector: Tensor
+) -> tuple[Any, dict[str, Any]]:
+    """The reference batch's loss, and what is logged of it."""
+    (f_ft, g_ft), (f_pre, g_pre) = pairs, frozen
+    if name == "flyp_replay":
+        replay = contrastive_as_written(f_ft, g_ft, scale)
+        return replay, {"replay_loss": replay}
+    if name == "cosine":
+        u, v = F.cosine_similarity(f_ft, f_pre), F.cosine_similarity(g_ft, g_pre)
+        m = DECAY * AVERAGE_COSINE + (1 - DECAY) * (u + v).mean() / 2
+        avl, pvl = ((u - m) ** 2 + (v - m) ** 2).mean(), ((u - v) ** 2).mean()
+        values = {"average_loss": avl, "pairwise_loss": pvl, "average_cosine": m}
+        return avl + pvl, values | {"image_cosine": u.mean(), "text_cosine": v.mean()}
+    u, v = f_ft - f_pre, g_ft - g_pre
+    if name == "snd":
+        distillation = sum(u[j] @ u[j] for j in range(REFERENCE)) / REFERENCE
+        return distillation, {"distillation_loss": distillation, "image_norm": u.norm(dim=1).mean()}
+    m = DECAY * average_vector + (1 - DECAY) * (u + v).mean(0) / 2
+    avl = sum((u[j] - m) @ (u[j] - m) + (v[j] - m) @ (v[j] - m) for j in range(REFERENCE)) / REFERENCE
+    pvl = sum((u[j] - v[j]) @ (u[j] - v[j]) for j in range(REFERENCE)) / REFERENCE
+    values = {"average_loss": avl, "pairwise_loss": pvl, "average_norm": m.norm()}
+    values |= {"image_norm": u.norm(dim=1).mean(), "text_norm": v.norm(dim=1).mean()}
+    return (name != "pvl") * avl + (name != "avl") * pvl, values
 
 
 def config(
@@ -185,6 +213,8 @@ class Stage:
         goal = objective.create(settings.objective, WIDTH)
         if isinstance(goal, objective.Dive):
             goal.average_vector.copy_(self.average_vector)
+        if isinstance(goal, objective.Cosine):
+            goal.average_cosine.fill_(AVERAGE_COSINE)
         engine = Engine(settings, copy.deepcopy(self.student), goal, self.ranks, total_steps=10)
         if engine.scale.dynamic:
             # A model this far from its teacher overflows at the scale a run starts with.
@@ -209,7 +239,8 @@ def run_paths(folder: Path, stages: tuple[int, ...]) -> dict[Any, Any]:
         engine = stage.engine(zero, schedule, micro)
         results[zero, schedule, micro] = *stage.accumulate(engine), engine.objective.average_vector
         engine.deepspeed.destroy()
-    results["flyp"] = stage.accumulate(stage.engine(stages[-1], name="flyp"))
+    for name, (schedule, micro) in itertools.product(METHODS, PATHS[::3]):
+        results[name, schedule, micro] = stage.accumulate(stage.engine(stages[-1], schedule, micro, name=name))
     for zero in stages:
         results["fp16", zero] = stage.accumulate(stage.engine(zero, precision="fp16"))
         results["bf16", zero] = stage.accumulate(stage.engine(zero, precision="bf16"))
@@ -362,12 +393,15 @@ def test_recomputed_blocks_give_the_papers_gradients(folder: Path, by_rank: list
         assert metrics["loss"] == pytest.approx(losses["loss"], rel=1e-4), (zero, mode)
 
 
-def test_flyp_gives_the_contrastive_gradient_alone(folder: Path, by_rank: list[dict[Any, Any]]) -> None:
-    expected, losses = oracle(folder, "flyp")
-    gradients, metrics = by_rank[0]["flyp"]
-    assert_same_gradients(gradients, expected, 1e-5)
-    assert metrics["loss"] == pytest.approx(losses["loss"], rel=1e-4)
-    assert "average_loss" not in metrics
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_gives_the_papers_gradients(folder: Path, by_rank: list[dict[Any, Any]], name: str) -> None:
+    expected, losses = oracle(folder, name)
+    for path, results in itertools.product(PATHS[::3], by_rank):
+        gradients, metrics = results[name, *path]
+        assert_same_gradients(gradients, expected, 1e-5)
+        for key, value in losses.items():
+            assert metrics[key] == pytest.approx(value, rel=1e-4), (path, key)
+        assert metrics.keys() - losses.keys() <= {"logit_scale"}
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.02), ("bf16", 0.15)])

@@ -46,7 +46,7 @@ def test_dive_weighs_the_difference_loss_and_moves_its_average_vector() -> None:
             pairwise_weight=3.0,
             mean_gradient=False,
         )
-        result = goal.reference(pairs(step), teacher(9))
+        result = goal.reference(pairs(step), SCALE, teacher(9))
         assert torch.equal(result.loss, 30 * expected.loss)
         assert torch.equal(result.metrics["pairwise_loss"], expected.pairwise_loss)
         vector = expected.average_vector
@@ -58,7 +58,7 @@ def test_joint_is_the_sum_of_the_halves() -> None:
     apart, together = (objective.create(ObjectiveConfig(), WIDTH) for _ in range(2))
     assert isinstance(apart, Dive)
     assert isinstance(together, Dive)
-    first, second = apart.target(pairs(0), SCALE), apart.reference(pairs(1, 7), teacher(2, 7))
+    first, second = apart.target(pairs(0), SCALE), apart.reference(pairs(1, 7), SCALE, teacher(2, 7))
     joint = together.joint(pairs(0), SCALE, pairs(1, 7), teacher(2, 7))
     assert torch.equal(joint.loss, first.loss + second.loss)
     assert joint.metrics == first.metrics | second.metrics
@@ -68,11 +68,11 @@ def test_joint_is_the_sum_of_the_halves() -> None:
 def test_a_batch_with_a_nan_does_not_poison_the_average_vector() -> None:
     goal = objective.create(ObjectiveConfig(), WIDTH)
     assert isinstance(goal, Dive)
-    goal.reference(pairs(0), teacher(1))
+    goal.reference(pairs(0), SCALE, teacher(1))
     before = goal.average_vector.clone()
     bad = pairs(2)
     bad.image[0, 0] = torch.nan
-    assert goal.reference(bad, teacher(1)).loss.isnan()
+    assert goal.reference(bad, SCALE, teacher(1)).loss.isnan()
     assert torch.equal(goal.average_vector, before)
 
 
