@@ -1,0 +1,48 @@
+"""Weight ensembles of a run with its pre-trained model: ``python launch/ensemble.py --config vitb16_dive.json``.
+
+Alpha is chosen on ID validation, which is the config's first evaluation set unless ``--choose-on`` names another.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+import command
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parses, calls, and turns a user's mistake into one line and exit code 2."""
+    parser = command.parser(__doc__, "train.output=runs/mine")
+    parser.add_argument("--weights", type=Path, help="fine-tuned ones; default: the run's model.safetensors")
+    parser.add_argument("--choose-on", metavar="SET", help="evaluation set that alpha is chosen on")
+    parser.add_argument("--output", type=Path, help="folder; default: the run's")
+    options = parser.parse_intermixed_args(arguments)
+
+    # Only pydantic so far: a typo is told at once.
+    from dive_fast.config import ConfigError, load
+
+    try:
+        config = load(options.config, options.overrides, command.CONFIGS)
+        from dive_fast.data.source import DataError
+        from dive_fast.evaluate import ensemble
+        from dive_fast.ranks import join
+    except ConfigError as error:
+        return command.complain(error, options)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    ranks = join()
+    run = command.run_folder(config.train.output, options.config)
+    folder = options.output or run
+    try:
+        weights = options.weights or run / "model.safetensors"
+        report, state = ensemble.ensemble(config, weights, ranks, chosen_on=options.choose_on)
+    except (ConfigError, DataError) as error:
+        return command.complain(error, options)
+    if ranks.first:
+        ensemble.write(report, state, folder)
+        print(ensemble.table(report))
+        print(f"{folder}/ensemble.safetensors: alpha = {report['alpha']:g}, chosen on {report['chosen_on']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

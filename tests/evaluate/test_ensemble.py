@@ -1,0 +1,120 @@
+"""Ensembles lie on the line between two models, ends included, and the best on ID validation is kept."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dive_fast import towers
+from dive_fast.config import Config, ConfigError
+from dive_fast.evaluate import ensemble
+from dive_fast.evaluate.zero_shot import evaluate
+from dive_fast.ranks import Ranks
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A config with two evaluation sets, and a tuned model in its run folder."""
+    folder = tmp_path_factory.mktemp("ensemble")
+    written = tiny.write_config(folder)
+    seen = {key: written["data"]["target"][key] for key in tiny.EVALUATION}
+    other = tiny.write_target(folder / "other")
+    written["evaluate"] = {
+        "sets": {"seen": seen, "other": {key: other[key] for key in tiny.EVALUATION}},
+        "workers": 0,
+    }
+    model = towers.create(Config.model_validate_json(json.dumps(written)).model)
+    torch.manual_seed(0)
+    moved = {name: value + 0.05 * torch.randn(value.shape) for name, value in model.state_dict().items()}
+    (folder / "run").mkdir()
+    towers.save(model.export(moved), folder / "run/model.safetensors")
+    (folder / "config.json").write_text(json.dumps(written))
+    return written
+
+
+def ends(tree: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    model = towers.create(Config.model_validate_json(json.dumps(tree)).model)
+    return model.export(model.state_dict()), load_file(f"{tree['train']['output']}/model.safetensors")
+
+
+def test_an_ensemble_is_on_the_line_and_its_ends_are_the_models(tree: dict[str, Any]) -> None:
+    pretrained, tuned = ends(tree)
+    for alpha, end in ((0.0, pretrained), (1.0, tuned)):
+        found = ensemble.interpolate(pretrained, tuned, alpha)
+        assert all(torch.equal(found[name], end[name]) for name in tuned)
+    middle = ensemble.interpolate(pretrained, tuned, 0.3)
+    for name, after in tuned.items():
+        expected = 0.7 * pretrained[name].double() + 0.3 * after.double()
+        torch.testing.assert_close(middle[name].double(), expected, rtol=1e-6, atol=1e-6)
+    counted = ensemble.interpolate({"n": torch.tensor(3)}, {"n": torch.tensor(5)}, 0.5)
+    assert counted["n"] == 5
+
+
+def test_every_alpha_is_measured_and_the_best_on_validation_is_kept(tree: dict[str, Any]) -> None:
+    config = Config.model_validate_json(json.dumps(tree))
+    weights = Path(tree["train"]["output"]) / "model.safetensors"
+    report, state = ensemble.ensemble(config, weights, ALONE, chosen_on="other", alphas=(0.2, 0.5, 0.8))
+    rows = report["accuracies"]
+    assert [row["alpha"] for row in rows] == [0, 0.2, 0.5, 0.8, 1]
+    pretrained, tuned = ends(tree)
+    tokenizer = towers.tokenizer_of(config.model)
+    for row in rows:
+        model = towers.create(config.model).eval()
+        model.load_exported(ensemble.interpolate(pretrained, tuned, row["alpha"]))
+        assert evaluate(model, tokenizer, config.evaluate, ALONE) == {key: row[key] for key in ("seen", "other")}
+    best = max(row["other"] for row in rows[1:-1])
+    assert report["alpha"] == next(row["alpha"] for row in rows[1:-1] if row["other"] == best)
+    wanted = ensemble.interpolate(pretrained, tuned, report["alpha"])
+    assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+    assert report["chosen_on"] == "other"
+
+
+def test_what_cannot_be_an_ensemble_is_told(tree: dict[str, Any], tmp_path: Path) -> None:
+    config = Config.model_validate_json(json.dumps(tree))
+    weights = Path(tree["train"]["output"]) / "model.safetensors"
+    with pytest.raises(ConfigError, match=r"evaluate\.sets has no id; it has seen, other"):
+        ensemble.ensemble(config, weights, ALONE, chosen_on="id")
+    none = Config.model_validate_json(json.dumps(tree | {"evaluate": {}}))
+    with pytest.raises(ConfigError, match=r"evaluate\.sets: alpha is chosen on one of them"):
+        ensemble.ensemble(none, weights, ALONE)
+    (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ConfigError, match="cannot be read as safetensors"):
+        ensemble.ensemble(config, tmp_path / "broken.safetensors", ALONE)
+    towers.save({"some": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ConfigError, match="not the weights of local-dir:"):
+        ensemble.ensemble(config, tmp_path / "other.safetensors", ALONE)
+
+
+def test_the_command_leaves_a_model_a_report_and_a_picture(tree: dict[str, Any], tmp_path: Path) -> None:
+    run = Path(tree["train"]["output"])
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "launch/ensemble.py", "--config", str(run.parent / "config.json"), *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    done = call("--output", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out/ensemble.json").read_text())
+    assert f"alpha = {report['alpha']:g}, chosen on seen" in done.stdout
+    assert len(report["accuracies"]) == 11
+    assert (tmp_path / "out/ensemble.png").read_bytes().startswith(b"\x89PNG")
+    model = open_clip.create_model(tree["model"]["name"], load_weights=False)
+    open_clip.load_checkpoint(model, str(tmp_path / "out/ensemble.safetensors"))
+    wanted = ensemble.interpolate(*ends(tree), report["alpha"])
+    assert all(torch.equal(model.state_dict()[name], wanted[name]) for name in wanted)
+    refused = call("--weights", str(tmp_path / "nowhere.safetensors"))
+    assert refused.returncode == 2
+    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert "nowhere.safetensors: cannot be read as safetensors" in line
+    assert "Traceback" not in refused.stderr
