@@ -2,12 +2,13 @@
 bin := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all format clean
+.PHONY: help install demo test test-all gpu-check format clean
 
 help:
 	@echo "make demo      fine-tune the embedded small model, install first if needed"
 	@echo "make test      lint, types, import contracts and the quick tests, install first if needed"
 	@echo "make test-all  the same with the slow tests, and coverage"
+	@echo "make gpu-check all that is claimed of a GPU, measured on this one in nine minutes"
 	@echo "make install   only the installation into .venv"
 	@echo "make format    apply ruff's format and its safe fixes"
 	@echo "make clean     remove caches and build files; .venv and runs stay"
@@ -35,6 +36,9 @@ test test-all: install
 	check kernels $(bin)/pytest $(selection) $(interpreted) -n logical --maxprocesses 4; \
 	check tests $(bin)/pytest $(selection) $(addprefix --ignore=,$(interpreted)) $(coverage); \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+gpu-check: install
+	$(bin)/python benchmarks/gpu_check.py
 
 format: install
 	$(bin)/ruff format .

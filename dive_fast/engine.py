@@ -37,6 +37,7 @@ from dive_fast.update import (
     make_optimizer,
     offloads,
     runs_on_device,
+    zero_of,
 )
 
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
@@ -257,7 +258,7 @@ def deepspeed_section(config: Config, world_size: int) -> dict[str, Any]:
         value = section.get(key)
         if value is not None and not (isinstance(value, dict) and value.get("enabled") is False):
             raise ConfigError(f"deepspeed.{key} has its home in {home}: set it there and remove it here")
-    if config.train.compile and section.get("zero_optimization", {}).get("stage", 0) == 3:
+    if config.train.compile and zero_of(section).get("stage", 0) == 3:
         raise ConfigError(
             "train.compile: ZeRO-3 brings each block's parameters by hooks that cannot be compiled; turn it off, "
             "or take deepspeed.zero_optimization.stage = 2"
@@ -284,7 +285,7 @@ def deepspeed_section(config: Config, world_size: int) -> dict[str, Any]:
 
 def _leave_the_norm_to_us(section: dict[str, Any]) -> None:
     section["gradient_clipping"] = 0.0
-    if section.get("zero_optimization", {}).get("stage", 0) > 0:
+    if zero_of(section).get("stage", 0) > 0:
         section["zero_optimization"]["compute_grad_norm"] = False
 
 

@@ -66,10 +66,8 @@ class Objective(nn.Module):
         group: Group = None,
     ) -> Loss:
         """Both losses."""
-        first, second = (
-            self.target(target, logit_scale, group),
-            self.reference(reference, logit_scale, teacher, group),
-        )
+        first = self.target(target, logit_scale, group)
+        second = self.reference(reference, logit_scale, teacher, group)
         return Loss(first.loss + second.loss, first.metrics | second.metrics)
 
 
@@ -85,7 +83,7 @@ class FlypReplay(Objective):
     needs_teacher = False
 
     def __init__(self, weight: float) -> None:
-        """Starts."""
+        """Takes the weight of the reference batch's loss."""
         super().__init__()
         self.weight = weight
 
@@ -99,7 +97,7 @@ class Snd(Objective):
     """Distillation of the image tower's features: weight times mean |u|^2 (Eq. 12, 13)."""
 
     def __init__(self, weight: float) -> None:
-        """Starts."""
+        """Takes lambda of Eq. 13."""
         super().__init__()
         self.weight = weight
 
@@ -108,10 +106,8 @@ class Snd(Objective):
         assert teacher is not None
         square = (unit(features.image) - teacher.image).square().sum(1)
         loss = over_ranks(square.mean(), group)
-        metrics = {
-            "distillation_loss": loss.detach(),
-            "image_norm": over_ranks(square.detach().sqrt().mean(), group),
-        }
+        norm = over_ranks(square.detach().sqrt().mean(), group)
+        metrics = {"distillation_loss": loss.detach(), "image_norm": norm}
         # Captions have no part in it; a tower without gradient in one of two backwards would confuse ZeRO.
         return Loss(self.weight * (loss + 0.0 * features.text.float().sum()), metrics)
 
@@ -183,7 +179,7 @@ class Cosine(Objective):
     average_cosine: Tensor
 
     def __init__(self, *, weight: float, decay: float, start: float, mean_gradient: bool) -> None:
-        """Starts.
+        """Takes lambda of Eq. 9 and the decay of Eq. 6.
 
         Args:
             start: the average before the first step: 0 as Eq. 6 has it; 1, what cosines are before fine-tuning.

@@ -132,14 +132,19 @@ class DeepSpeedUpdate:
 
 def runs_on_device(section: dict[str, Any]) -> bool:
     """Whether :class:`DeviceUpdate` does for this ``deepspeed`` section."""
-    zero = section.get("zero_optimization", {})
-    return bool(zero.get("stage", 0) < 3 and not offloads(section))
+    return zero_of(section).get("stage", 0) < 3 and not offloads(section)
 
 
 def offloads(section: dict[str, Any]) -> bool:
     """Whether the optimizer runs on the CPU."""
-    offload = section.get("zero_optimization", {}).get("offload_optimizer") or {}
+    offload = zero_of(section).get("offload_optimizer") or {}
     return bool(offload.get("device", "none") != "none")
+
+
+def zero_of(section: dict[str, Any]) -> dict[str, Any]:
+    """Its ``zero_optimization``; empty where there is none, or what DeepSpeed will refuse."""
+    zero = section.get("zero_optimization")
+    return zero if isinstance(zero, dict) else {}
 
 
 def make_optimizer(train: TrainConfig, towers: Towers, on_cpu: bool) -> torch.optim.Optimizer:

@@ -1,0 +1,163 @@
+"""All that is claimed of a GPU, checked on one in nine minutes: ``make gpu-check``.
+
+Parts run one after the other, each in a process of its own with a limit of its own, the most telling first. What
+one of them found is kept when it ends, whatever becomes of the next: results/<device>-gpu-check.json is written
+after each. ``--rehearse`` runs every part as small as it goes, without a GPU, and leaves its files in ``build``.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from losses import DEVICE
+from report import REPOSITORY, commit, device_name, slug, write_json
+
+PYTHON = sys.executable
+# Not `python -m pytest`: the folder `kernels` of the working directory would hide Hugging Face's package.
+PYTEST = (str(Path(sys.executable).with_name("pytest")), "-q", "-p", "no:cacheprovider")
+TAIL = 1500
+"""Characters of a part's output that are kept."""
+
+
+class Part(NamedTuple):
+    """One thing to be checked."""
+
+    name: str
+    command: Sequence[str]
+    rehearsal: Sequence[str]
+    """The same, small, on a CPU."""
+    seconds: int
+    """Its limit on a GPU."""
+
+
+def parts(results: Path) -> list[Part]:
+    """The most telling first; figures of each go to ``results``."""
+    folder = ("--results", str(results))
+    kernels, engine = "tests/kernels/test_triton.py", "tests/test_engine.py"
+    steps, precision = "benchmarks/steps.py", "benchmarks/precision.py"
+    cache, loaders, losses = "benchmarks/cache.py", "benchmarks/loaders.py", "benchmarks/test_losses.py"
+    gpu_precision = ("--results", str(results / f"{slug(device_name())}-precision.json"))
+
+    def zero(stage: int) -> Part:
+        """One of ZeRO's stages, whose figures stand beside those of stage 1 in ``steps``."""
+        options = ("--zero", str(stage), "--results", str(results / f"zero-{stage}"))
+        case = "256-dive_fast" if DEVICE.type == "cuda" else "8-dive_fast"
+        command = (*PYTEST, "benchmarks/test_steps.py", "-k", f"{case} and not compiled", *options)
+        return Part(f"ZeRO {stage}", command, command, 30)
+
+    return [
+        Part("kernels", (*PYTEST, kernels, "-x"), (*PYTEST, kernels, "-k", "upstream_gradient"), 90),
+        Part("steps", (PYTHON, steps, "--minutes", "3.5", *folder), (PYTHON, steps, *folder), 240),
+        Part("no waiting", (*PYTEST, engine, "-k", "never_waits"), (*PYTEST, engine, "-k", "never_waits"), 45),
+        Part("losses", (*PYTEST, losses, *folder), (*PYTEST, losses, "-k", "naive", *folder), 60),
+        zero(0),
+        zero(2),
+        zero(3),
+        Part(
+            "cache",
+            (PYTHON, cache, "--gib", "2", *folder),
+            (PYTHON, cache, "--gib", "0.1", "--batches", "20", *folder),
+            30,
+        ),
+        Part(
+            "precision",
+            (PYTHON, precision, "--models", "ViT-B-16", *gpu_precision),
+            (PYTHON, precision, "--models", "demo", *gpu_precision),
+            60,
+        ),
+        Part("loaders", (PYTHON, loaders, *folder), (PYTHON, loaders, "--help"), 60),
+    ]
+
+
+def run(part: Part, command: Sequence[str], seconds: float) -> dict[str, Any]:
+    """Outcome (``passed``, ``failed`` or ``out of time``), seconds taken and the end of what it said."""
+    begun = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        said, _ = process.communicate(timeout=seconds)
+        outcome = "passed" if process.returncode == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        # Its ranks and workers too.
+        os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+        outcome = "out of time"
+    taken = round(time.monotonic() - begun, 1)
+    return {"part": part.name, "outcome": outcome, "seconds": taken, "command": list(command), "end": said[-TAIL:]}
+
+
+def step_ratios(file: Path) -> dict[str, dict[str, float]]:
+    """DiVE in this engine against FLYP, by model, at the largest batch where both were measured.
+
+    Args:
+        file: what ``steps.py`` wrote.
+
+    Returns:
+        ``dive_over_flyp_peer_time``: over FLYP as published. ``dive_over_flyp_memory``: over this engine's FLYP.
+    """
+    if not file.exists():
+        return {}
+    cases = [case for case in json.loads(file.read_text())["cases"] if case["outcome"] == "measured"]
+    found: dict[str, dict[str, float]] = {}
+    for case in sorted(cases, key=lambda case: case["batch"]):
+        if case["competitor"] != "dive_fast" or case.get("reference_batch"):
+            continue
+        same = {c["competitor"]: c for c in cases if (c["model"], c["batch"]) == (case["model"], case["batch"])}
+        ratios = {}
+        if "flyp_published" in same:
+            ratios["dive_over_flyp_peer_time"] = case["seconds"] / same["flyp_published"]["seconds"]
+        if "flyp_fast" in same:
+            ratios["dive_over_flyp_memory"] = case["peak_bytes"] / same["flyp_fast"]["peak_bytes"]
+        if ratios:
+            found[case["model"]] = {"batch": case["batch"]} | ratios
+    return found
+
+
+def main() -> int:
+    """Runs what time allows; 1 where a part failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=9, help="parts that would end later are left out")
+    parser.add_argument("--rehearse", action="store_true", help="every part as small as it goes, on a CPU too")
+    options = parser.parse_args()
+    if DEVICE.type != "cuda" and not options.rehearse:
+        parser.error("no GPU here; --rehearse does without")
+    results = REPOSITORY / ("build/rehearsal" if options.rehearse else "benchmarks/results")
+    results.mkdir(parents=True, exist_ok=True)
+    ends, outcomes = time.monotonic() + 60 * options.minutes, []
+    for part in parts(results):
+        left = ends - time.monotonic()
+        if left < 5:
+            outcomes.append({"part": part.name, "outcome": "not reached"})
+        else:
+            command = part.rehearsal if options.rehearse else part.command
+            outcomes.append(run(part, command, left if options.rehearse else min(left, part.seconds)))
+        last = outcomes[-1]
+        print(f"{last['part']:<12} {last['outcome']:<12} {last.get('seconds', 0):6.1f} s", flush=True)
+        write_json(
+            results / f"{slug(device_name())}-gpu-check.json",
+            {
+                "device": device_name(),
+                "commit": commit(),
+                "step": step_ratios(results / f"{slug(device_name())}-steps.json"),
+                "parts": outcomes,
+            },
+        )
+    return int(any(outcome["outcome"] == "failed" for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
