@@ -97,7 +97,15 @@ def run(part: Part, command: Sequence[str], seconds: float) -> dict[str, Any]:
         said, _ = process.communicate()
         outcome = "out of time"
     taken = round(time.monotonic() - begun, 1)
-    return {"part": part.name, "outcome": outcome, "seconds": taken, "command": list(command), "end": said[-TAIL:]}
+    told = {"command": _without_paths(" ".join(command)), "end": _without_paths(said[-TAIL:])}
+    return {"part": part.name, "outcome": outcome, "seconds": taken, **told}
+
+
+def _without_paths(text: str) -> str:
+    """Results are committed: where this machine has the repository and Python is nobody's business."""
+    for path in (REPOSITORY, Path(sys.executable).parent):
+        text = text.replace(f"{path}/", "")
+    return text
 
 
 def step_ratios(file: Path) -> dict[str, dict[str, float]]:

@@ -22,6 +22,8 @@ def test_a_part_passes_fails_or_is_killed_with_all_its_children(tmp_path: Path) 
     assert failed["outcome"] == "failed"
     assert failed["end"].endswith("x\n")
     assert len(failed["end"]) == gpu_check.TAIL
+    path = gpu_check.REPOSITORY / "benchmarks"
+    assert run(part, python(f"print('{path}')"), 30)["end"] == "benchmarks\n"
     child = f"import time, pathlib; time.sleep(3); pathlib.Path('{tmp_path}/late').touch()"
     hung = run(part, python(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"), 1)
     assert hung["outcome"] == "out of time"
