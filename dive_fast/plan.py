@@ -46,6 +46,7 @@ from dive_fast.run import check_text_length
 from dive_fast.teacher.build import loader_options
 from dive_fast.teacher.teachers import OnlineTeacher
 from dive_fast.towers import Features, Towers, create
+from dive_fast.update import zero_of
 
 EFFICIENCY, SINGLE_EFFICIENCY = 0.45, 0.75
 """Shares of a GPU's peak arithmetic that a step is taken to reach, in 16 bits and in fp32. Assumptions, not
@@ -102,7 +103,7 @@ def plan(config: Config, ranks: int = 1) -> Plan:
         ConfigError: the config contradicts itself, its batches cannot be dealt out to ``ranks``, the model's
             architecture cannot be had, or it offloads to the CPU, which is not planned.
     """
-    zero = config.deepspeed.get("zero_optimization", {})
+    zero = zero_of(config.deepspeed)
     for key in ("offload_optimizer", "offload_param"):
         if zero.get(key, {}).get("device", "none") != "none":
             raise ConfigError(f"deepspeed.zero_optimization.{key}: offloading cannot be planned; remove it")
@@ -191,7 +192,7 @@ def _free_changes(config: Config, planned: Plan) -> Iterator[tuple[str, int]]:
         yield "train.schedule=sequential", parts.get("activations", 0) + parts.get("loss", 0)
     if has_teacher and config.teacher.mode == "online":
         yield "teacher.mode=cache", parts.get("teacher", 0) + parts.get("activations", 0)
-    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    stage = zero_of(config.deepspeed).get("stage", 0)
     state = sum(parts.get(part, 0) for part in ("weights", "gradients", "optimizer"))
     if planned.ranks > 1:
         yield from (
