@@ -8,6 +8,7 @@ difference vectors, accuracies and RSA at its end. Of the demo, or of a small CL
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from report import REPOSITORY, commit, device_name, slug, write_json
@@ -52,7 +53,8 @@ def main() -> None:
     options = parser.parse_args()
     ranks = join()
     config_path, heldout = WORLDS[options.world](options)
-    rows = []
+    models: dict[str, Path | None] = {"pretrained": None}
+    rows: dict[str, dict[str, Any]] = {}
     for seed in options.seeds:
         for weight in options.weights:
             for precision in options.precisions:
@@ -66,17 +68,19 @@ def main() -> None:
                     train(config, folder, ranks)
                 lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
                 lines = [line for line in lines if "image_norm" in line]
-                models = {"pretrained": None, name: folder / "model.safetensors"}
-                found = report.compare(config, models, heldout)[name]
-                figures = {"precision": precision, "weight": weight, "seed": seed, "floor": lines[0]["image_norm"]}
-                rows.append(
-                    figures | {"u": lines[-1]["image_norm"]} | {key: found[key] for key in report.MEASURES}
-                )
+                models[name] = folder / "model.safetensors"
+                figures = {"precision": precision, "weight": weight, "seed": seed}
+                rows[name] = figures | {"floor": lines[0]["image_norm"], "u": lines[-1]["image_norm"]}
+    found = report.compare(load(config_path, [], CONFIGS), models, heldout)
+    for name, row in rows.items():
+        row |= {key: found[name][key] for key in report.MEASURES}
     device, ending = device_name(), "" if options.world == "demo" else f"-{options.world}"
     path = options.results / f"{slug(device)}-precision-training{ending}.json"
-    write_json(path, {"device": device, "torch": torch.__version__, "commit": commit(), "runs": rows})
+    write_json(
+        path, {"device": device, "torch": torch.__version__, "commit": commit(), "runs": list(rows.values())}
+    )
     print("| lambda | precision | seed | floor | mean u | ID | OOD | ZS | RSA |\n" + "|---" * 9 + "|")
-    for row in rows:
+    for row in rows.values():
         figures = " | ".join(f"{100 * row[key]:.1f}" for key in ("id", "ood", "zs"))
         norms = f"{row['floor']:.1e} | {row['u']:.1e}"
         print(

@@ -57,7 +57,7 @@ def test_reference_and_zero_shot_set_share_no_class(data: Path) -> None:
     for row in range(0, 5000, 501):
         assert kept.names[kept.labels[row]] == test.names[test.labels[rows[row]]]
         assert np.array_equal(kept.images[row], test.images[rows[row]])
-    coarse = sets.load("cifar100/cifar100.npz", "test", "coarse_labels").names
+    coarse = sets.names("cifar100/cifar100.npz", "coarse")
     samples = open_webdataset(str(data / "reference"), ".txt").samples
     said = [text for sample in samples for text in sample.texts]
     allowed = [*(test.names[one] for one in reference), *coarse]
@@ -92,11 +92,9 @@ def test_the_tokenizer_knows_every_word(tmp_path: Path) -> None:
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path}")
     unknown = tokenizer(["zyzzyva"])[0, 1]
     random = np.random.default_rng(0)
-    fine, coarse = (sets.load("cifar100/cifar100.npz", "test", kind).names for kind in ("labels", "coarse_labels"))
+    fine, coarse = (sets.names("cifar100/cifar100.npz", kind) for kind in ("class", "coarse"))
     texts = [sets.caption(one, coarse[place // 5], random) for place, one in enumerate(fine) for _ in range(5)]
-    texts += [
-        form.format(name) for form in sets.TEMPLATES for name in sets.load("cifar10/cifar10.npz", "test").names
-    ]
+    texts += [form.format(name) for form in sets.TEMPLATES for name in sets.names("cifar10/cifar10.npz")]
     tokens = tokenizer(texts)
     assert not (tokens == unknown).any()
     # The end of text is there: nothing was cut.

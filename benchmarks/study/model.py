@@ -37,7 +37,8 @@ def write_shape(folder: Path, size: str) -> None:
 
 def train(folder: Path, size: str, *, epochs: int, batch_size: int, learning_rate: float, seed: int = 0) -> None:
     """Pre-trains on all of CIFAR-100's train split and writes the model to ``folder``, whole."""
-    fine, coarse = (sets.load("cifar100/cifar100.npz", "train", kind) for kind in ("labels", "coarse_labels"))
+    fine = sets.load("cifar100/cifar100.npz", "train")
+    coarse = sets.superclasses("cifar100/cifar100.npz", "train")
     images = torch.from_numpy(fine.images).permute(0, 3, 1, 2).contiguous()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
@@ -46,9 +47,7 @@ def train(folder: Path, size: str, *, epochs: int, batch_size: int, learning_rat
         model = pretrain.fit(
             place,
             images,
-            lambda row, random: sets.caption(
-                fine.names[fine.labels[row]], coarse.names[coarse.labels[row]], random
-            ),
+            lambda row, random: sets.caption(fine.names[fine.labels[row]], coarse[row], random),
             steps=epochs * len(images) // batch_size,
             batch_size=batch_size,
             learning_rate=learning_rate,

@@ -63,19 +63,30 @@ class Pictures(NamedTuple):
     names: tuple[str, ...]
 
 
-def load(file: str, split: str, labels: str = "labels") -> Pictures:
+def names(file: str, kind: str = "class") -> tuple[str, ...]:
+    """Of the classes of an ``.npz`` file, or of its superclasses, kind ``coarse``."""
+    with np.load(DATA / file) as arrays:
+        return tuple(str(name).replace("_", " ").lower() for name in arrays[f"{kind}_names"])
+
+
+def superclasses(file: str, split: str) -> list[str]:
+    """The name of each picture's."""
+    with np.load(DATA / file) as arrays:
+        labels = arrays[f"{split}_coarse_labels"].tolist()
+    known = names(file, "coarse")
+    return [known[label] for label in labels]
+
+
+def load(file: str, split: str) -> Pictures:
     """Reads a split of one of the ``.npz`` files, whose pictures are tiles of larger JPEGs.
 
     Args:
         file: below :data:`DATA`.
-        labels: ``labels`` or ``coarse_labels``.
     """
     with np.load(DATA / file) as arrays:
-        found = arrays[f"{split}_{labels}"]
-        names = arrays["class_names" if labels == "labels" else labels.replace("labels", "names")]
-        names = tuple(str(name).replace("_", " ").lower() for name in names)
+        found = arrays[f"{split}_labels"]
         if f"{split}_images" in arrays.files:
-            return Pictures(arrays[f"{split}_images"], found, names)
+            return Pictures(arrays[f"{split}_images"], found, names(file))
         tile, offsets = int(arrays["tile"]), arrays[f"{split}_offsets"]
         sheets = arrays[f"{split}_jpeg"]
     pieces = []
@@ -83,7 +94,7 @@ def load(file: str, split: str, labels: str = "labels") -> Pictures:
         sheet = np.asarray(Image.open(io.BytesIO(sheets[first:last].tobytes())).convert("RGB"))
         rows, columns = sheet.shape[0] // tile, sheet.shape[1] // tile
         pieces.append(sheet.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2).reshape(-1, tile, tile, 3))
-    return Pictures(np.concatenate(pieces)[: len(found)], found, names)
+    return Pictures(np.concatenate(pieces)[: len(found)], found, names(file))
 
 
 def cut(pictures: Pictures, first: int, last: int) -> Pictures:
@@ -130,13 +141,11 @@ def caption(fine: str, coarse: str, random: np.random.Generator) -> str:
 
 def vocabulary() -> set[str]:
     """All words of names and templates."""
-    names = (
-        *load("cifar10/cifar10.npz", "test").names,
-        *load("cifar100/cifar100.npz", "test").names,
-        *load("cifar100/cifar100.npz", "test", "coarse_labels").names,
+    classes = (
+        names("cifar10/cifar10.npz") + names("cifar100/cifar100.npz") + names("cifar100/cifar100.npz", "coarse")
     )
     forms = (*TEMPLATES, *COARSE_TEMPLATES, *BOTH_TEMPLATES)
-    return {word for text in (*names, *(form.replace("{}", "") for form in forms)) for word in text.split()}
+    return {word for text in (*classes, *(form.replace("{}", "") for form in forms)) for word in text.split()}
 
 
 def write(folder: Path, target: int = 50_000, reference: int = 25_000, tested: int = 5_000) -> Path:
@@ -152,8 +161,6 @@ def write(folder: Path, target: int = 50_000, reference: int = 25_000, tested: i
         return folder
     ten, hundred = (load(f"cifar{n}/cifar{n}.npz", "train") for n in (10, 100))
     ten_test, hundred_test = (load(f"cifar{n}/cifar{n}.npz", "test") for n in (10, 100))
-    coarse = load("cifar100/cifar100.npz", "train", "coarse_labels")
-    coarse_test = load("cifar100/cifar100.npz", "test", "coarse_labels")
     reference_classes, zero_shot_classes = halves(hundred)
     labelled = {
         "target": cut(ten, 0, target),
@@ -168,15 +175,15 @@ def write(folder: Path, target: int = 50_000, reference: int = 25_000, tested: i
         (place / "classes.txt").write_text("".join(f"{one}\n" for one in pictures.names))
         (place / "templates.txt").write_text("".join(f"{one}\n" for one in TEMPLATES))
     kept = np.flatnonzero(np.isin(hundred.labels, reference_classes))
-    _write_captioned(folder / "reference", hundred, coarse, kept[:reference])
-    _write_captioned(folder / "heldout", hundred_test, coarse_test, np.arange(min(1000, tested)))
+    _write_captioned(folder / "reference", hundred, "train", kept[:reference])
+    _write_captioned(folder / "heldout", hundred_test, "test", np.arange(min(1000, tested)))
     mark.touch()
     return folder
 
 
-def _write_captioned(folder: Path, fine: Pictures, coarse: Pictures, rows: NDArray[np.int64]) -> None:
-    random = np.random.default_rng(0)
-    said = [caption(fine.names[fine.labels[row]], coarse.names[coarse.labels[row]], random) for row in rows]
+def _write_captioned(folder: Path, fine: Pictures, split: str, rows: NDArray[np.int64]) -> None:
+    random, coarse = np.random.default_rng(0), superclasses("cifar100/cifar100.npz", split)
+    said = [caption(fine.names[fine.labels[row]], coarse[row], random) for row in rows]
     _write_tars(folder, fine.images[rows], ".txt", said)
 
 
