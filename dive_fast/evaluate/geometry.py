@@ -1,7 +1,7 @@
 """How far fine-tuning has moved the geometry of the embeddings, as numbers.
 
-Embeddings are unit rows; ``before`` and ``after`` are of the same samples in the same order. Sums are kept in fp64,
-over blocks of rows: memory grows with N, never with N squared.
+Embeddings are unit rows; ``before`` and ``after`` are of the same samples in the same order. Sums are kept in
+fp64, over blocks of rows: memory grows with N, never with N squared.
 """
 
 import math
@@ -17,8 +17,8 @@ UNIFORMITY_SCALE = 2.0
 """t of the uniformity, as Wang & Isola (2020) have it."""
 QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
 """Of the lengths of difference vectors."""
-ROUNDING = 1e-24
-"""Variance of embeddings, or of their distances, that fp32 rounding alone explains: there is no geometry in it."""
+ROUNDING = 1e-13
+"""Squared distance of unit rows that fp32 rounding alone explains: what is no further apart has no geometry."""
 
 
 class GeometryError(ValueError):
@@ -49,7 +49,7 @@ def compare(before: Pairs, after: Pairs, block: int = 1024) -> dict[str, float]:
     for pairs in (before, after):
         _check_counts("images and captions", len(pairs.image), len(pairs.text))
     both = torch.cat(before), torch.cat(after)
-    halves = {"": both, "_image": (before.image, after.image), "_text": (before.text, after.text)}
+    halves = {"_image": (before.image, after.image), "_text": (before.text, after.text), "": both}
     found = {f"rsa{half}": rsa(*rows, block, name=f"rsa{half}") for half, rows in halves.items()}
     found |= {f"cka{half}": cka(*rows, block, name=f"cka{half}") for half, rows in halves.items()}
     return found | describe(after, block) | difference_statistics(differences(before, after))
@@ -89,7 +89,7 @@ def rsa(before: Tensor, after: Tensor, block: int = 1024, *, name: str = "rsa") 
     """
     _check_rows(name, before, after)
     # Correlation does not change when a constant is taken off; the mean one keeps the sums well conditioned.
-    shifts = [_mean_similarity(rows) for rows in (before, after)]
+    shifts = [_mean_similarity(rows, block) for rows in (before, after)]
     sums = torch.zeros(5, dtype=torch.float64, device=before.device)
     for similarities in _similarities((before, after), block):
         x, y = (found - shift for found, shift in zip(similarities, shifts, strict=True))
@@ -97,7 +97,7 @@ def rsa(before: Tensor, after: Tensor, block: int = 1024, *, name: str = "rsa") 
     x_mean, y_mean, xx, yy, xy = (sums / _num_pairs(len(before))).tolist()
     spreads = {"before": xx - x_mean**2, "after": yy - y_mean**2}
     for when, spread in spreads.items():
-        if spread <= ROUNDING:
+        if spread <= ROUNDING**2:
             raise GeometryError(
                 f"{name}: {when} fine-tuning all embeddings are equally far from one another; "
                 "a correlation needs distances that differ"
@@ -218,12 +218,13 @@ def cosines_to(direction: Tensor, rows: Tensor) -> Tensor:
 
 
 def _similarities(sets: Sequence[Tensor], block: int) -> Iterator[list[Tensor]]:
-    """Dot products of the pairs i < j of rows, the same ones in each set, flat in fp64, tile by tile."""
+    """Cosines of the pairs i < j of rows, the same ones in each set, flat in fp64, tile by tile."""
     count = len(sets[0])
     for first in range(0, count, block):
-        left = [rows[first : first + block].double() for rows in sets]
+        left = [_directions(rows[first : first + block]) for rows in sets]
         for second in range(first, count, block):
-            tiles = [own @ rows[second : second + block].double().T for own, rows in zip(left, sets, strict=True)]
+            right = [_directions(rows[second : second + block]) for rows in sets]
+            tiles = [one @ other.T for one, other in zip(left, right, strict=True)]
             if second == first:
                 above = torch.ones_like(tiles[0], dtype=torch.bool).triu(1)
                 yield [tile[above] for tile in tiles]
@@ -231,10 +232,17 @@ def _similarities(sets: Sequence[Tensor], block: int) -> Iterator[list[Tensor]]:
                 yield [tile.flatten() for tile in tiles]
 
 
-def _mean_similarity(rows: Tensor) -> Tensor:
-    total, count = rows.sum(0, dtype=torch.float64), len(rows)
-    squares = torch.linalg.vector_norm(rows, dtype=torch.float64).square()
-    return (total @ total - squares) / (count * (count - 1))
+def _mean_similarity(rows: Tensor, block: int) -> Tensor:
+    """Of all pairs, but for rounding."""
+    parts = [_directions(part).sum(0) for part in rows.split(block)]
+    total, count = torch.stack(parts).sum(0), len(rows)
+    return (total @ total - count) / (count * (count - 1))
+
+
+def _directions(rows: Tensor) -> Tensor:
+    """Unit rows in fp64: in fp32 their lengths are off by more than embeddings in a narrow cone are apart."""
+    wide = rows.double()
+    return wide / wide.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def _mean_square(rows: Tensor) -> float:

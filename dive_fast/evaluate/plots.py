@@ -52,7 +52,6 @@ def rsa(before: Pairs, after: Pairs, metrics: Mapping[str, float], path: Path) -
         ("rsa_text", "captions", before.text, after.text),
         ("rsa", "both pooled", torch.cat(before), torch.cat(after)),
     )
-    cells: Any = None
     for axis, (score, title, *rows) in zip(figure.subplots(1, 3), halves, strict=True):
         kept = spread(len(rows[0]), SHOWN_ROWS)
         x, y = (_distances(half[kept]) for half in rows)
@@ -69,7 +68,7 @@ def rsa(before: Pairs, after: Pairs, metrics: Mapping[str, float], path: Path) -
         axis.set_title(f"{title}: RSA = {metrics[score]:.3f}", fontsize=11)
         axis.set_xlabel("cosine distance before fine-tuning")
         _plain(axis)
-        bar = figure.colorbar(cells, ax=axis, pad=0.02)
+        bar = figure.colorbar(cells, cax=axis.inset_axes((1.02, 0, 0.04, 1)))
         bar.ax.tick_params(labelsize=8)
     bar.set_label("pairs of embeddings")
     figure.axes[0].set_ylabel("cosine distance after fine-tuning")
@@ -164,8 +163,10 @@ def course(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
                     steps, values = zip(*points, strict=True)
                     told = legend if kind == "similarity" else legend + where
                     axis.plot(steps, values, style, color=colour, markersize=5, linewidth=1.5, label=told)
-        if kind != "similarity":
-            axis.set_yscale("log")
+        if kind == "length":
+            axis.set_yscale("log")  # m is far shorter than the vectors that it is the mean of
+        if kind == "loss":
+            axis.set_ylim(bottom=0)
         axis.set_xlabel("step")
         axis.set_ylabel(label)
         axis.legend(frameon=False, fontsize=8)
@@ -178,8 +179,10 @@ _SOURCES = {"": ("-", ", reference batch"), GEOMETRY: ("o--", ", measured pairs"
 
 
 def _course_of(lines: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
-    """Steps and values of a metric, from the first update on: before it difference vectors are rounding."""
+    """Steps and values of a metric; of difference vectors from the first update on: before, they are rounding."""
     known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    if name.removeprefix(GEOMETRY).startswith("rsa"):
+        return known
     return [(step, value) for step, value in known if step > 1 and value > 0]
 
 
