@@ -184,7 +184,7 @@ def difference_statistics(found: Differences) -> dict[str, float]:
     """Lengths of u, v and m, both losses of the paper, and how equal the vectors are; see docs/geometry.md."""
     m, average_norm = found.average, float(found.average.norm())
     lengths = {name: lengths_of(rows) for name, rows in (("image", found.image), ("text", found.text))}
-    statistics = {}
+    statistics: dict[str, float] = {}
     for name, values in lengths.items():
         statistics |= {f"{name}_norm": float(values.mean()), f"{name}_norm_std": float(values.std(correction=0))}
         statistics |= {f"{name}_norm_{key}": float(values.quantile(share)) for key, share in QUANTILES.items()}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GREY, BLUE, ORANGE, GREEN = "#9aa0a6", "#2f6fb0", "#d98c3f", "#1b7f4c"
-OTHERS = ("#7b5ea7", "#b5485d", "#4a9ba8", "#8a7a3d", "#3d3d3d")
+OTHERS = ("#7b5ea7", "#b5485d", "#4a9ba8", "#8a7a3d", "#3d3d3d", "#d67fb0", "#6fae5a")
 PRETRAINED = "pretrained"
 METHODS = {
     PRETRAINED: ("pre-trained", GREY),
@@ -30,6 +30,8 @@ METHODS = {
     "cosine": ("Cosine", OTHERS[2]),
     "avl": ("AVL", OTHERS[3]),
     "pvl": ("PVL", OTHERS[4]),
+    "vanilla_ft": ("vanilla FT", OTHERS[5]),
+    "lp_ft": ("LP-FT", OTHERS[6]),
 }
 """Name in the config -> name and colour in pictures."""
 SHOWN_ROWS = 1200
