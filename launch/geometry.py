@@ -22,8 +22,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--format", choices=("webdataset", "csv", "prepared"), help="of --pairs; default: guessed")
     parser.add_argument("--image-root", help="of --pairs, csv only: where relative file paths start")
+    # Time grows with the square: a reference set of millions would never end.
     parser.add_argument(
-        "--limit", type=_count, metavar="N", help="pairs, spread evenly over the set; default: all"
+        "--limit",
+        type=_count,
+        metavar="N",
+        default=10_000,
+        help="pairs, spread over the set; default: %(default)s",
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: the run's")
     options = parser.parse_intermixed_args(arguments)

@@ -23,6 +23,8 @@ class Embedded(NamedTuple):
 
     before: Pairs
     after: Pairs
+    num_available: int
+    """Pairs that the set has; fewer may have been embedded."""
 
 
 def embed_both(
@@ -59,7 +61,7 @@ def embed_both(
         if state is not None:
             model.load_exported(state)
         found.append(embed(model, samples, ranks, config.evaluate.batch_size, config.evaluate.workers, limit))
-    return Embedded(*found)
+    return Embedded(found[0], found[1], len(samples.source))
 
 
 def measure(embedded: Embedded, about: dict[str, str]) -> dict[str, Any]:
@@ -72,11 +74,12 @@ def measure(embedded: Embedded, about: dict[str, str]) -> dict[str, Any]:
         DataError: the pairs are too few, or their embeddings have no geometry.
     """
     try:
-        metrics = compare(*embedded)
+        metrics = compare(embedded.before, embedded.after)
         own = describe(embedded.before)
     except GeometryError as error:
         raise DataError(f"{about['pairs']}: {error}") from error
-    return {**about, "num_pairs": len(embedded.before.image), "metrics": metrics, "metrics_before": own}
+    counts = {"num_pairs": len(embedded.before.image), "num_available": embedded.num_available}
+    return {**about, **counts, "metrics": metrics, "metrics_before": own}
 
 
 def write(report: dict[str, Any], embedded: Embedded, folder: Path, training: Path | None = None) -> list[Path]:
@@ -114,7 +117,8 @@ def table(report: dict[str, Any]) -> str:
         *((name, *(f"{found[half + key]:.3g}" for half in ("image", "text"))) for key, name in _LENGTHS.items()),
     )
     others = _columns(*((name, f"{found[key]:.3g}") for key, name in _SHARED.items()))
-    head = f"{report['num_pairs']} pairs of {report['pairs']}: {report['before']} -> {report['after']}"
+    counts = f"{report['num_pairs']} of {report['num_available']} pairs"
+    head = f"{counts} of {report['pairs']}: {report['before']} -> {report['after']}"
     return "\n\n".join([head, similarity, models, f"{lengths}\n{others}"])
 
 

@@ -67,7 +67,7 @@ def rsa(before: Pairs, after: Pairs, metrics: Mapping[str, float], path: Path) -
         axis.set_yticks(axis.get_xticks())
         axis.set_xlim(*extent[:2])
         axis.set_ylim(*extent[2:])
-        axis.set_title(f"{title}: RSA = {metrics[score]:.3f}", fontsize=11)
+        axis.set_title(f"{title}: RSA = {metrics[score]:.4f}", fontsize=11)
         axis.set_xlabel("cosine distance before fine-tuning")
         _plain(axis)
         bar = figure.colorbar(cells, cax=axis.inset_axes((1.02, 0, 0.04, 1)))
@@ -117,6 +117,8 @@ def differences(before: Pairs, after: Pairs, path: Path) -> None:
     cosines.set_xlabel("cosine to m; 1: all vectors point the same way")
     cosines.set_ylabel("pairs")
     cosines.set_title("directions", fontsize=11)
+    for axis in (lengths, cosines):
+        axis.set_ylim(top=1.2 * axis.get_ylim()[1])  # room for the legend
     figure.suptitle("Difference vectors: embedding after - before fine-tuning", fontsize=12)
     for axis in (plane, lengths, cosines):
         _plain(axis)

@@ -161,15 +161,18 @@ def test_each_side_is_embedded_by_its_own_weights(folder: Path) -> None:
     own = embed(model, open_pairs(config, data, model), ALONE, 4)
     assert torch.equal(own.image, both.before.image)
     about = {"model": "tiny", "before": "pre-trained", "after": str(tuned), "pairs": data.path}
+    assert both.num_available == swapped.num_available == 24
     report = movement.measure(both, about)
     assert report == {
         **about,
         "num_pairs": 24,
-        "metrics": compare(*both),
+        "num_available": 24,
+        "metrics": compare(both.before, both.after),
         "metrics_before": describe(both.before),
     }
     assert 0 < report["metrics"]["rsa"] < 1
-    some = movement.Embedded(*(Pairs(half.image[:2], half.text[:2]) for half in both))
+    first, second = (Pairs(half.image[:2], half.text[:2]) for half in both[:2])
+    some = movement.Embedded(first, second, 24)
     with pytest.raises(DataError, match=rf"^{data.path}: images and captions: .* at least 3, got 2 and 2$"):
         movement.measure(some, about)
 
@@ -187,6 +190,7 @@ def test_the_command_leaves_a_table_a_report_and_pictures(folder: Path, tmp_path
     assert done.returncode == 0, done.stderr
     report = json.loads((output / "geometry.json").read_text())
     assert report["num_pairs"] == 9 - 1
+    assert report["num_available"] == COUNT
     assert report["before"] == "pre-trained"
     (row,) = [line for line in done.stdout.splitlines() if line.startswith("RSA")]
     assert row.split()[1:] == [f"{report['metrics'][f'rsa{half}']:.4f}" for half in ("_image", "_text", "")]
