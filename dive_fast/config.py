@@ -237,11 +237,27 @@ class EvaluationSet(Section):
     """As in `data.target`; the prompts of a class are averaged."""
 
 
+class GeometryConfig(Section):
+    """Captioned images on which the tuned embeddings are compared with the pre-trained ones."""
+
+    format: Literal["webdataset", "csv", "prepared"]
+    """As in `data.reference`."""
+    path: str
+    """As in `data.reference`. Best of a set that is not trained on: the paper takes Flickr8K."""
+    image_root: str | None = None
+    """As in `data.reference`."""
+    pairs: Positive = 2000
+    """How many, spread evenly over the set; the time of comparing them grows with their square."""
+
+
 class EvaluateConfig(Section):
     """What the tuned model is measured on, when training has ended and on the way."""
 
     sets: dict[str, EvaluationSet] = {}
     """Name -> data set; accuracies go to the metrics as `accuracy/<name>`."""
+    geometry: GeometryConfig | None = None
+    """Pairs on which RSA, CKA and difference vectors are measured too (docs/geometry.md); the metrics have them as
+    `geometry/<name>`."""
     every_steps: Positive | None = None
     """Steps between evaluations on the way; default: none."""
     every_epochs: Positive | None = None
