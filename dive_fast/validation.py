@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from dive_fast import checkpoint
 from dive_fast.checkpoint import MODEL
 from dive_fast.config import EvaluateConfig, GeometryConfig, ReferenceConfig
+from dive_fast.data.samples import ReferenceSamples
 from dive_fast.engine import AUTOCAST
 from dive_fast.evaluate import head as heads
 from dive_fast.evaluate.geometry import GeometryError, compare
@@ -35,8 +36,9 @@ class Validation:
             self._every = options.every_epochs * run.target_order.steps_per_epoch
         during = list(options.sets) if options.during is None else options.during
         self._during = options.model_copy(update={"sets": {name: options.sets[name] for name in during}})
-        self._frozen: Pairs | None = None
-        """Of the pre-trained model, once geometry is measured."""
+        self._tokenizer = tokenizer_of(run.config.model)
+        self._pairs: tuple[ReferenceSamples, Pairs] | None = None
+        """Those that geometry is measured on, and what the pre-trained model makes of them; once it has been."""
         self._best: float | None = None
         self._best_step = self._since_best = 0
 
@@ -119,20 +121,22 @@ class Validation:
             towers = create(config.model, weights=False).load_exported(load_file(folder / MODEL))
             towers = towers.to(ranks.device).eval()
             towers.autocast = AUTOCAST[config.train.precision]
-            accuracies = evaluate(towers, tokenizer_of(config.model), options, ranks, head)
+            accuracies = evaluate(towers, self._tokenizer, options, ranks, head)
             moved = {} if options.geometry is None else self._geometry(towers, options.geometry)
         found = {f"accuracy/{name}": value for name, value in accuracies.items()}
         return found | {f"geometry/{name}": value for name, value in moved.items()}
 
     def _geometry(self, towers: Towers, options: GeometryConfig) -> dict[str, float]:
         config, ranks, batch_size = self._run.config, self._run.ranks, self._options.batch_size
-        data = ReferenceConfig(format=options.format, path=options.path, image_root=options.image_root)
-        if self._frozen is None:
+        if self._pairs is None:
             frozen = create(config.model).to(ranks.device)
-            self._frozen = embed(frozen, open_pairs(config, data, frozen), ranks, batch_size, limit=options.pairs)
-        pairs = embed(towers, open_pairs(config, data, towers), ranks, batch_size, limit=options.pairs)
+            data = ReferenceConfig(format=options.format, path=options.path, image_root=options.image_root)
+            samples = open_pairs(config, data, frozen)
+            self._pairs = samples, embed(frozen, samples, ranks, batch_size, limit=options.pairs)
+        samples, before = self._pairs
+        after = embed(towers, samples, ranks, batch_size, limit=options.pairs)
         try:
-            return compare(self._frozen, pairs)
+            return compare(before, after)
         except GeometryError as error:
             # Embeddings that have collapsed are for the user to see, and no reason to lose the run.
             ranks.say(f"geometry: {error}")
