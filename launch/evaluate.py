@@ -1,8 +1,7 @@
-"""Measures a model on image sets: a run's, ``python launch/evaluate.py --config vitb16_dive.json``, or any of open_clip's.
+"""Measures a model on image sets: a run's, ``python launch/evaluate.py --config vitb16_dive.json``, or any other.
 
-``python launch/evaluate.py --model ViT-B-16-quickgelu --pretrained openai --suite imagenet_ood --root /data/{dataset}``
-
-On several GPUs: ``deepspeed launch/evaluate.py ...``. Rows and tables go to ``results.*`` in the output folder.
+``python launch/evaluate.py --model ViT-B-16-quickgelu --pretrained openai --suite imagenet_ood --root /data``
+measures one of open_clip's. On several GPUs: ``deepspeed launch/evaluate.py ...``. See docs/evaluation.md.
 """
 
 import argparse
@@ -115,9 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a checkpoint: .safetensors, what open_clip loads, or <run>/checkpoints/step<number>; `pretrained` "
         "measures a config's model as it was before; default: with --config the run's model.safetensors",
     )
-    which.add_argument(
-        "--head", type=Path, help="default: head.safetensors beside the weights; `none`: prompts only"
-    )
+    which.add_argument("--head", type=Path, help="default: head.safetensors beside the weights; `none`: prompts")
     which.add_argument("--precision", choices=("fp16", "bf16", "fp32"), help="default: the config's, else fp32")
     data = parser.add_argument_group("data")
     data.add_argument("--suite", nargs="+", action="extend", metavar="NAME", help="suites of known data sets")
@@ -130,9 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, help="loader processes on each rank")
     parser.add_argument("--output", type=Path, help="folder; default: the run's, else runs/evaluate")
     parser.add_argument("--label", help="what tables call the model; default: the run's name, or the model's")
-    parser.add_argument(
-        "--classifiers", type=Path, help="folder for embeddings of prompts; default: in the output"
-    )
+    parser.add_argument("--classifiers", type=Path, help="folder of prompts' embeddings; default: in the output")
     parser.add_argument("--again", action="store_true", help="measure what the results have already, too")
     return parser
 
@@ -158,9 +153,7 @@ def _weights(options: argparse.Namespace, config: "Config | None") -> Path | Non
         return named
     found = _run(options, config) / "model.safetensors"
     if not found.is_file():
-        raise ConfigError(
-            f"{found} is missing: train the config first, or name --weights FILE or --weights pretrained"
-        )
+        raise ConfigError(f"{found} is missing: train first, or give --weights FILE or --weights pretrained")
     return found
 
 
