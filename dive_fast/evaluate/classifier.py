@@ -49,7 +49,7 @@ class Classifier(NamedTuple):
         classes = torch.tensor([row for rows in self.members for row in rows], device=device)
         label = torch.tensor([i for i, rows in enumerate(self.members) for _ in rows], device=device)
         best = logits.new_full((len(logits), len(self.members)), -torch.inf)
-        return best.index_reduce_(1, label, logits[:, classes], "amax")
+        return best.scatter_reduce_(1, label.expand(len(logits), -1), logits[:, classes], "amax")
 
 
 @torch.no_grad()

@@ -112,16 +112,13 @@ def torchvision(root: Path, folder: str, kind: str, names: str | None = None, **
     """A data set as torchvision's class of that name reads it.
 
     Args:
-        folder: what the class looks for below its root; ``root`` may be that folder itself.
+        folder: what the class looks for below its root; ``root`` may be on the way down to it.
         kind: the class.
         names: whose class names stand for those of the class, which may have none.
     """
-    depth = len(Path(folder).parts)
-    above = root
-    if not (root / folder).is_dir():
-        above = root.resolve().parents[depth - 1]
-        if root.resolve() != (above / folder):
-            return None
+    above = _above(root, folder)
+    if above is None:
+        return None
     import torchvision.datasets
 
     try:
@@ -199,6 +196,16 @@ def class_folders(
         place = [label_of.get(name, -1) for name in source.class_names]
         samples = [replace(sample, label=place[sample.label]) for sample in source.samples]
         return Source([sample for sample in samples if sample.label >= 0]), _names(names, plain_names(kept))
+    return None
+
+
+def _above(root: Path, folder: str) -> Path | None:
+    """What ``folder`` lies in, where ``root`` is that, or some way down to it."""
+    root, parts = root.resolve(), Path(folder).parts
+    for depth in range(len(parts) + 1):
+        passed = root.parts[len(root.parts) - depth :] == parts[:depth]
+        if passed and root.joinpath(*parts[depth:]).is_dir():
+            return root.parents[depth - 1] if depth else root
     return None
 
 

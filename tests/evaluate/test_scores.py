@@ -43,11 +43,11 @@ def test_scores_are_those_that_are_counted_class_by_class(count: int, classes: i
         assert list(found) == list(by_hand(*drawn))
 
 
-def test_scores_are_those_of_torchmetrics_and_scikit_learn() -> None:
+def test_scores_are_those_of_scikit_learn_as_wilds_calls_it() -> None:
     metrics = pytest.importorskip("sklearn.metrics")
     label, predicted, in_top5 = draw(500, 20, 5)
     found = scores(Predictions(*map(torch.from_numpy, (label, predicted, in_top5))))
-    occurring = np.unique(label)  # as WILDS calls it
+    occurring = np.unique(label)
     f1 = metrics.f1_score(label, predicted, average="macro", labels=occurring)
     assert found["macro_f1"] == pytest.approx(f1, abs=1e-12)
     recall = metrics.recall_score(label, predicted, average="macro", labels=occurring)
