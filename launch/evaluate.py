@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
             config.model if config is not None else ModelConfig(name=options.model, pretrained=options.pretrained)
         )
         defaults = config.evaluate if config is not None else EvaluateConfig()
+        weights = _weights(options, config)
         from dive_fast import towers
         from dive_fast.data.source import DataError
         from dive_fast.engine import AUTOCAST
@@ -61,12 +62,11 @@ def main(arguments: list[str] | None = None) -> int:
         } or defaults.sets
         if not sets:
             raise ConfigError("evaluate.sets names no set; name some there, or by --suite and --root")
-        weights = _weights(options, config)
-        head_file = _head(options, weights)
     except ConfigError as error:
         return command.complain(error, options)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     ranks = join()
+    head_file = _head(options, weights)
     precision = options.precision or (config.train.precision if config is not None else "fp32")
     folder = options.output or _folder(options, config)
     how = measure.Options(

@@ -104,7 +104,7 @@ def measure_all(
         if ranks.group is not None:
             dist.broadcast_object_list(known, src=0, group=ranks.group)
         if known[0] is not None:
-            row = known[0] | described | {"value": known[0][str(described["metric"])]}
+            row = known[0] | about | described | {"value": known[0][str(described["metric"])]}
             ranks.say(f"{name}: {_figure(row)} (measured before)")
         else:
             started = time.monotonic()

@@ -86,5 +86,5 @@ def test_recalls_are_those_of_a_loop_over_all_pairs_on_any_number_of_ranks(folde
 
 def test_an_image_without_a_caption_is_an_error(tmp_path: Path) -> None:
     tiny.write_tar(tmp_path / "set/0.tar", {"a": {"jpg": tiny.jpeg(0), "txt": b" \n"}})
-    with pytest.raises(DataError, match="sample 0.tar/a: it has no caption"):
+    with pytest.raises(DataError, match=r"sample 0.tar/a: it has no caption"):
         opened(tmp_path)
