@@ -105,6 +105,26 @@ def _fmow(root: Path, split: str) -> Labelled | None:
     return None
 
 
+def _wilds_set(
+    title: str, open_split: Callable[[Path, str], Labelled | None], split: str, role: Role | None, metric: Metric
+) -> Known:
+    if open_split is _iwildcam:
+        name, folder, tables, classes = "iwildcam", "iwildcam_v2.0", "metadata.csv, categories.csv, train/", 182
+    else:
+        name, folder, classes = "fmow", "fmow_v1.1", 62
+        tables = "rgb_metadata.csv, country_code_mapping.csv, images/"
+    return Known(
+        title,
+        partial(open_split, split=split),
+        f"{folder} as WILDS has it ({tables})",
+        role,
+        metric,
+        (name, folder, "wilds"),
+        name,
+        (classes,),
+    )
+
+
 def _captions(root: Path, name: str) -> Captioned | None:
     return layouts.karpathy(root, name) or layouts.webdataset_captions(root)
 
@@ -299,40 +319,12 @@ KNOWN: dict[str, Known] = {
         _ways(("UCF101", ("UCF-101-midframes",)), {}),
         (101,),
     ),
-    **{
-        f"iwildcam_{name}": Known(
-            f"iWildCam {title}",
-            partial(_iwildcam, split=split),
-            "iwildcam_v2.0 as WILDS has it (metadata.csv, categories.csv, train/)",
-            role,
-            "macro_f1",
-            ("iwildcam", "iwildcam_v2.0", "wilds"),
-            "iwildcam",
-            (182,),
-        )
-        for name, title, split, role in (
-            ("id_val", "ID val.", "id_val", None),
-            ("id", "ID", "id_test", "id"),
-            ("ood", "OOD", "test", "ood"),
-        )
-    },
-    **{
-        f"fmow_{name}": Known(
-            f"FMoW {title}",
-            partial(_fmow, split=split),
-            "fmow_v1.1 as WILDS has it (rgb_metadata.csv, country_code_mapping.csv, images/)",
-            role,
-            metric,
-            ("fmow", "fmow_v1.1", "wilds"),
-            "fmow",
-            (62,),
-        )
-        for name, title, split, role, metric in (
-            ("id_val", "ID val.", "id_val", None, "top1"),
-            ("id", "ID", "id_test", "id", "top1"),
-            ("ood", "OOD", "test", "ood", "worst_region"),
-        )
-    },
+    "iwildcam_id_val": _wilds_set("iWildCam ID val.", _iwildcam, "id_val", None, "macro_f1"),
+    "iwildcam_id": _wilds_set("iWildCam ID", _iwildcam, "id_test", "id", "macro_f1"),
+    "iwildcam_ood": _wilds_set("iWildCam OOD", _iwildcam, "test", "ood", "macro_f1"),
+    "fmow_id_val": _wilds_set("FMoW ID val.", _fmow, "id_val", None, "top1"),
+    "fmow_id": _wilds_set("FMoW ID", _fmow, "id_test", "id", "top1"),
+    "fmow_ood": _wilds_set("FMoW OOD", _fmow, "test", "ood", "worst_region"),
     **{
         name: Known(
             title,
@@ -449,7 +441,7 @@ def _with_prompts(
         templates_of(templates) if templates is not None else found.templates or templates_of(known.templates)
     )
     found = replace(found, class_names=names, templates=prompts)
-    check_labels(found.source, names if found.members is None else found.members)
+    check_labels(found.source, names if found.members is None else tuple(map(str, found.members)))
     return found
 
 
