@@ -106,7 +106,7 @@ def _fmow(root: Path, split: str) -> Labelled | None:
 
 
 def _wilds_set(
-    title: str, open_split: Callable[[Path, str], Labelled | None], split: str, role: Role | None, metric: Metric
+    title: str, open_split: Callable[..., Labelled | None], split: str, role: Role | None, metric: Metric
 ) -> Known:
     if open_split is _iwildcam:
         name, folder, tables, classes = "iwildcam", "iwildcam_v2.0", "metadata.csv, categories.csv, train/", 182

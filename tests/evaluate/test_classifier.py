@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-import torch.distributed as dist
-from distributed import run_ranks
 from torch import Tensor
 
 from dive_fast.config import ConfigError, ModelConfig
@@ -61,22 +59,6 @@ def test_a_classifier_is_written_once_and_read_by_all_that_decides_it(name: str,
     towers, tokenizer = built(name)
     with pytest.raises(ConfigError, match=f"{file.name}: cannot read the classifier: .*; remove the file"):
         cached_classifier(towers, tokenizer, NAMES, simple, ALONE, tmp_path)
-
-
-def on_each_rank(name: str, folder: Path) -> list[Tensor]:
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    towers, tokenizer = built(name)
-    simple = read_templates("simple")
-    wanted = (NAMES, NAMES[:1], NAMES)
-    return [cached_classifier(towers, tokenizer, names, simple, ranks, folder) for names in wanted]
-
-
-def test_ranks_share_the_classes_and_all_have_the_same_rows(name: str, tmp_path: Path) -> None:
-    towers, tokenizer = built(name)
-    alone = classifier(towers, tokenizer, NAMES, read_templates("simple"))
-    for found in run_ranks(2, on_each_rank, name, tmp_path):
-        assert all(torch.equal(rows, alone[: len(rows)]) for rows in found)
-        assert [len(rows) for rows in found] == [5, 1, 5]
 
 
 def test_the_logit_of_a_label_is_the_largest_of_its_classes() -> None:

@@ -1,4 +1,4 @@
-"""Retrieval against a loop over all pairs, and the same on any number of ranks."""
+"""Retrieval against a loop over all pairs."""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +7,6 @@ import open_clip
 import pytest
 import tiny
 import torch
-import torch.distributed as dist
-from distributed import run_ranks
 
 from dive_fast.config import EvaluationSet, ModelConfig
 from dive_fast.data.source import DataError
@@ -40,10 +38,10 @@ def opened(root: Path) -> Captioned:
     return found
 
 
-def recalls(root: Path, ranks: Ranks, batch_size: int = 4) -> dict[str, float]:
+def recalls(root: Path, batch_size: int) -> dict[str, float]:
     config = ModelConfig(name=f"local-dir:{root / 'model'}")
     towers, tokenizer = create(config).eval(), tokenizer_of(config)
-    found = measure(towers, tokenizer, opened(root), ranks, batch_size=batch_size, workers=0)
+    found = measure(towers, tokenizer, opened(root), ALONE, batch_size=batch_size, workers=0)
     assert (found.classifier, found.samples) == ("captions", COUNT)
     return found.scores
 
@@ -72,16 +70,11 @@ def by_hand(root: Path) -> dict[str, float]:
     return found
 
 
-def on_each_rank(root: Path) -> dict[str, float]:
-    return recalls(root, Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu")))
-
-
-def test_recalls_are_those_of_a_loop_over_all_pairs_on_any_number_of_ranks(folder: Path) -> None:
+def test_recalls_are_those_of_a_loop_over_all_pairs(folder: Path) -> None:
     expected = by_hand(folder)
     assert 0 < expected["image_to_text_r5"] < 1
     for batch_size in (4, 100):
-        assert recalls(folder, ALONE, batch_size) == expected
-    assert all(found == recalls(folder, ALONE) for found in run_ranks(2, on_each_rank, folder))
+        assert recalls(folder, batch_size) == expected
 
 
 def test_an_image_without_a_caption_is_an_error(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from dive_fast.data.samples import EvaluationSamples
 from dive_fast.data.source import DataError, open_webdataset
 from dive_fast.data.views import Preprocess
 from dive_fast.evaluate import imagenet
+from dive_fast.evaluate.classifier import cached_classifier
 from dive_fast.evaluate.head import Head
 from dive_fast.evaluate.labelled import CountedSamples
 from dive_fast.evaluate.zero_shot import accuracy, classifier, evaluate, measure, open_evaluation, open_set
@@ -70,6 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         colours(root, count)
     tiny.write_model(root / "model")
     tiny.write_target(root / "tars", count=13)
+    tiny.write_shards(root / "pairs", count=9)
     for i in range(11):
         path = root / "images" / f"kind {i % 4}" / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +105,27 @@ def on_each_rank(root: Path) -> dict[Any, Any]:
         for count, batch_size in itertools.product(COUNTS, [2, 100])
     }
     results["sets"] = evaluate_sets(root, ranks)
+    results["figures"] = figures(root, ranks)
+    # More ranks than classes; and once more, from the disk.
+    towers, tokenizer = towers_of(root)
+    for case in range(3):
+        names = NAMES[:1] if case == 1 else NAMES[:3]
+        weight = cached_classifier(towers, tokenizer, names, read_templates("simple"), ranks, root / "kept")
+        results[f"classifier {case}"] = weight
     return results
+
+
+def figures(root: Path, ranks: Ranks) -> list[dict[str, float]]:
+    """Every figure of a classified set, of one with fewer images than ranks, and of retrieval."""
+    towers, tokenizer = towers_of(root)
+    classes = {"class_names": str(root / "tars/classes.txt"), "templates": "simple"}
+    pairs = EvaluationSet(format="webdataset", path=str(root / "pairs"), task="retrieval")
+    tars = EvaluationSet(format="webdataset", path=str(root / "tars"), **classes)
+    single = EvaluationSet(format="webdataset", path=str(root / "1.tar"), **classes)
+    return [
+        measure(towers, tokenizer, open_evaluation(data), ranks, batch_size=4, workers=0).scores
+        for data in (tars, single, pairs)
+    ]
 
 
 @pytest.mark.parametrize("templates", ["simple", "{}", "a photo of a {}."])
@@ -140,6 +162,12 @@ def test_accuracy_is_the_same_on_two_ranks_whatever_their_shares(folder: Path) -
     }
     for results in run_ranks(2, on_each_rank, folder):
         assert results.pop("sets") == evaluate_sets(folder, ALONE)
+        assert results.pop("figures") == figures(folder, ALONE)
+        towers, tokenizer = towers_of(folder)
+        weight = classifier(towers, tokenizer, NAMES[:3], read_templates("simple"))
+        for case in range(3):
+            found = results.pop(f"classifier {case}")
+            assert torch.equal(found, weight[:1] if case == 1 else weight)
         assert results == alone
 
 
