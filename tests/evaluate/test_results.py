@@ -89,6 +89,9 @@ def test_what_has_been_measured_is_measured_again_only_when_something_changed(
     tiny.write_target(tmp_path / "set", count=23)
     assert measured(counted, tree, out)[1] == 23
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    # Every measurement once, whatever else was measured under its label.
+    assert len({(row["label"], row["set"], row["key"]) for row in rows}) == len(rows)
+    assert {row["precision"] for row in rows if row["label"] == "mine"} == {"fp32", "bf16"}
     with (out / "results.csv").open(newline="") as lines:
         table = list(csv.DictReader(lines))
     assert [float(row["value"]) for row in table] == [row["value"] for row in rows]
