@@ -329,6 +329,26 @@ def test_any_slip_in_any_key_is_told_with_the_key_that_was_meant(small: Path, ty
             'evaluate.sets.val={"format": "webdataset", "path": "x"}',
             "evaluate.sets.val.class_names: webdataset data needs a text file of names",
         ),
+        (
+            'evaluate.sets.val={"dataset": "food101", "path": "x", "format": "folder"}',
+            "evaluate.sets.val.format: the layout of a known dataset is found; remove it",
+        ),
+        (
+            'evaluate.sets.val={"dataset": "flickr8k", "path": "x", "task": "retrieval"}',
+            "evaluate.sets.val.task: a known dataset has its own; remove it",
+        ),
+        (
+            'evaluate.sets.val={"format": "folder", "path": "x", "task": "retrieval"}',
+            "evaluate.sets.val.task: folders have no captions for retrieval",
+        ),
+        (
+            'evaluate.sets.val={"format": "folder", "path": "x", "metric": "text_to_image_r5"}',
+            "evaluate.sets.val.metric: text_to_image_r5 is none of classification",
+        ),
+        (
+            'evaluate.sets.val={"format": "folder", "path": "x", "metric": "worst_region"}',
+            "evaluate.sets.val.metric: only a known dataset has regions",
+        ),
     ],
 )
 def test_a_bad_value_is_told_with_its_place_and_what_is_expected(
