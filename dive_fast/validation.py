@@ -114,8 +114,8 @@ class Validation:
         config, ranks = self._run.config, self._run.ranks
         if not options.sets and options.geometry is None:
             return {}
-        path = folder / heads.FILE
-        head = heads.load(path) if path.is_file() else None
+        path = heads.beside(folder / MODEL)
+        head = None if path is None else heads.load(path)
         # A run draws the same random numbers whether it is evaluated on the way or not.
         with torch.random.fork_rng(devices=[]):
             towers = create(config.model, weights=False).load_exported(load_file(folder / MODEL))

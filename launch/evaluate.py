@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a checkpoint: .safetensors, what open_clip loads, or <run>/checkpoints/step<number>; `pretrained` "
         "measures a config's model as it was before; default: with --config the run's model.safetensors",
     )
-    which.add_argument("--head", type=Path, help="default: head.safetensors beside the weights; `none`: prompts")
+    which.add_argument("--head", type=Path, help="default: the one beside the weights; `none`: prompts")
     which.add_argument("--precision", choices=("fp16", "bf16", "fp32"), help="default: the config's, else fp32")
     data = parser.add_argument_group("data")
     data.add_argument("--suite", nargs="+", action="extend", metavar="NAME", help="suites of known data sets")
@@ -158,12 +158,11 @@ def _weights(options: argparse.Namespace, config: "Config | None") -> Path | Non
 
 
 def _head(options: argparse.Namespace, weights: Path | None) -> Path | None:
-    from dive_fast.evaluate.head import FILE
+    from dive_fast.evaluate.head import beside
 
     if options.head is not None:
         return None if options.head == Path("none") else Path(options.head)
-    beside = None if weights is None or weights.is_dir() else weights.parent / FILE
-    return beside if beside is not None and beside.is_file() else None
+    return None if weights is None or weights.is_dir() else beside(weights)
 
 
 def _label(options: argparse.Namespace, model: "ModelConfig", weights: Path | None) -> str:

@@ -131,8 +131,7 @@ def test_a_shipped_config_has_the_papers_hyper_parameters(name: str) -> None:
     assert (objective.weight, objective.decay, objective.mean_gradient) == (weight, 0.99, True)
     assert (objective.average_weight, objective.pairwise_weight) == (1, 1)
     # Early stopping on ID validation: the best epoch is kept.
-    if config.evaluate.sets:
-        assert (config.evaluate.every_epochs, config.evaluate.select) == (1, next(iter(config.evaluate.sets)))
+    assert (config.evaluate.every_epochs, config.evaluate.select) == (1, next(iter(config.evaluate.sets)))
 
 
 # Overrides

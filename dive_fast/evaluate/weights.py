@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dive_fast.config import ConfigError, ModelConfig
-from dive_fast.towers import Towers, read_weights
+from dive_fast.towers import HEAD, Towers, read_weights
 
 
 def load_into(towers: Towers, model: ModelConfig, path: Path) -> Towers:
@@ -28,11 +28,21 @@ def load_into(towers: Towers, model: ModelConfig, path: Path) -> Towers:
     if path.is_dir():
         state = _deepspeed_state(path)
         try:
-            towers.load_state_dict(state)
+            towers.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith(HEAD)})
         except RuntimeError as error:
             raise ConfigError(f"{path}: not the weights of {model.name}: {_first_line(error)}") from error
         return towers
     return towers.load_exported(read_weights(model, path))
+
+
+def exported(towers: Towers, model: ModelConfig, path: Path) -> dict[str, Tensor]:
+    """A checkpoint's weights under open_clip's names; the towers have them too, afterwards.
+
+    Args:
+        model, path: as for :func:`load_into`, and so are the errors.
+    """
+    state = load_into(towers, model, path).state_dict()
+    return {name: tensor.clone() for name, tensor in towers.export(state).items()}
 
 
 def _deepspeed_state(folder: Path) -> dict[str, Tensor]:
