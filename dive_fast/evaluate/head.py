@@ -35,7 +35,7 @@ def save(head: Head, path: Path) -> None:
 
 
 def path_beside(weights: Path) -> Path:
-    """Where the head of exported weights stands: :data:`FILE` beside ``model.safetensors``, else a name of theirs."""
+    """The file for the head of exported weights: :data:`FILE` for ``model.safetensors``, else named after them."""
     return weights.with_name(FILE if weights.name == "model.safetensors" else f"{weights.stem}_{FILE}")
 
 
