@@ -87,7 +87,7 @@ def load(engine: Engine, checkpoint: Path) -> tuple[int, dict[str, Any]]:
 def export(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -> None:
     """Writes the weights as open_clip has them, ``open_clip.create_model(name, pretrained=folder/MODEL)``.
 
-    All ranks call it; the first one writes. A trained head goes into a file beside them.
+    All ranks call it; the first one writes. A trained head goes into a file beside them; another run's is removed.
 
     Args:
         class_names: of the head's rows.
@@ -96,10 +96,24 @@ def export(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -> Non
     if engine.ranks.first:
         folder.mkdir(parents=True, exist_ok=True)
         towers.save(engine.towers.export(state), folder / MODEL)
-        if engine.towers.head is not None:
+        if engine.towers.head is None:
+            (folder / heads.FILE).unlink(missing_ok=True)
+        else:
             head = Head(state["head.weight"], state["head.bias"], tuple(class_names))
             heads.save(head, folder / heads.FILE)
     engine.ranks.barrier()
+
+
+def copy_export(source: Path, folder: Path) -> None:
+    """Puts what :func:`export` left in one folder into the place of what it left in another."""
+    for name in (MODEL, heads.FILE):
+        if (source / name).is_file():
+            partial = folder / f".{name}.partial"
+            shutil.copyfile(source / name, partial)
+            partial.replace(folder / name)
+        else:
+            # Another run's: it would classify in the place of prompts.
+            (folder / name).unlink(missing_ok=True)
 
 
 def full_state(engine: Engine) -> dict[str, Tensor]:

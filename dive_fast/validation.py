@@ -89,9 +89,7 @@ class Validation:
         else:
             chosen = {"best_step": float(self._best_step)}
             if run.ranks.first:
-                for file in (run.folder / BEST).iterdir():
-                    shutil.copyfile(file, run.folder / f".{file.name}.partial")
-                    (run.folder / f".{file.name}.partial").replace(run.folder / file.name)
+                checkpoint.copy_export(run.folder / BEST, run.folder)
             run.ranks.barrier()
         return self._measure(run.folder, self._options) | chosen
 

@@ -24,6 +24,7 @@ from dive_fast.ranks import Ranks, join
 from dive_fast.towers import create
 
 EPOCHS, STEPS = 3, 9
+CLASSES = tuple(f"class number {i}" for i in range(5))
 
 
 class KilledError(Exception):
@@ -58,6 +59,10 @@ def cases(folder: Path) -> dict[str, Any]:
     ranks, results = join(), {}
     tree = json.loads((folder / "config.json").read_text())
     selecting = changed(tree, evaluate={"every_epochs": 1, "select": "seen"})
+    for name in ("never", "selected"):
+        (folder / name).mkdir(exist_ok=True)
+        # Of another run: it would classify in the place of prompts.
+        heads.save(heads.Head(torch.zeros(5, 24), torch.zeros(5), CLASSES), folder / name / heads.FILE)
     results["never"] = run(tree, folder / "never", ranks)
     results["selected"] = run(selecting, folder / "selected", ranks)
     # Where each evaluation on the way is written down before the checkpoint of its step.
@@ -136,6 +141,7 @@ def test_a_run_ends_with_its_best_weights(by_rank: list[Any], folder: Path) -> N
     assert last["accuracy/seen"] == best["accuracy/seen"]
     assert same(weights(folder / "selected"), weights(folder / "selected/best"))
     assert not (folder / "selected/latest").exists()
+    assert not any((folder / name / heads.FILE).exists() for name in ("never", "selected"))
     for results in by_rank:
         assert results["selected"]["best_step"] == best["step"]
         assert results["selected"]["accuracy/seen"] == best["accuracy/seen"]
@@ -172,7 +178,7 @@ def test_a_trained_head_stands_beside_the_weights_and_classifies(
     by_rank: list[Any], folder: Path, name: str
 ) -> None:
     head = heads.load(folder / name / heads.FILE)
-    assert head.class_names == tuple(f"class number {i}" for i in range(5))
+    assert head.class_names == CLASSES
     assert head.weight.shape == (5, 24)
     start, tuned = weights(folder / f"{name}-begun"), weights(folder / name)
     moved = {key for key, value in start.items() if not torch.equal(value, tuned[key])}
