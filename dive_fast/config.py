@@ -109,20 +109,36 @@ class DataConfig(Section):
 
     target: TargetConfig
     reference: ReferenceConfig | None = None
-    """Needed by every objective but `flyp`."""
+    """Needed by every objective but `flyp`, `vanilla_ft` and `lp_ft`."""
+
+
+WITHOUT_REFERENCE = ("flyp", "vanilla_ft", "lp_ft")
+WITH_HEAD = ("vanilla_ft", "lp_ft")
 
 
 class ObjectiveConfig(Section):
     """What is minimised."""
 
-    name: Literal["dive", "avl", "pvl", "cosine", "snd", "flyp_replay", "flyp"] = "dive"
+    name: Literal["dive", "avl", "pvl", "cosine", "snd", "flyp_replay", "flyp", "vanilla_ft", "lp_ft"] = "dive"
     """`dive`: contrastive loss + weight * (AVL + PVL), Eq. 9. `avl`, `pvl`: with one of the two. `cosine`: with
     cosines in the place of difference vectors, Eq. 10-11. `snd`: contrastive + weight * mean squared length of the
     images' difference vectors, Eq. 12-13. `flyp_replay`: contrastive + weight * contrastive of the reference
-    batch. `flyp`: contrastive loss alone, Eq. 1."""
+    batch. `flyp`: contrastive loss alone, Eq. 1. `vanilla_ft`: cross-entropy of a linear head on the image tower,
+    without texts. `lp_ft`: the same from a head that was trained first, the tower frozen (linear probing)."""
     weight: NonNegativeFloat | None = None
     """Of the reference batch's loss. Default: the paper's, 1000 (lambda of Eq. 9), but 1 for `snd` and
     `flyp_replay`."""
+    reference_every: Positive = 1
+    """k: only every k-th step has a reference batch, which then counts k times as much, and moves the average as k
+    steps would. The expected gradient stays; its noise grows."""
+    head_start: Literal["zero_shot", "random"] = "zero_shot"
+    """Of `vanilla_ft` and `lp_ft`: what the head begins as. `zero_shot`: the unit embeddings of the class prompts,
+    times the logit scale. `random`: PyTorch's start of a linear layer."""
+    probe_epochs: Positive = 10
+    """Of `lp_ft`: passes of the head over the target set before the tower is tuned. Images are embedded once, in
+    their evaluation view."""
+    probe_learning_rate: NonNegativeFloat = 1e-3
+    """Of `lp_ft`: peak learning rate of these passes; no warm-up, cosine decay to zero, `train.weight_decay`."""
     decay: Decay = 0.99
     """Decay of the average vector, Eq. 6, or of the average cosine."""
     average_start: Literal[0, 1] = 0
@@ -248,9 +264,13 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_together(self) -> "Config":
         reference = self.data.reference
-        if self.objective.name != "flyp" and reference is None:
+        name = self.objective.name
+        if name not in WITHOUT_REFERENCE and reference is None:
+            raise ValueError(f"data.reference: objective.name = {name} needs a reference set; name one")
+        if name in WITH_HEAD and self.data.target.format == "csv":
             raise ValueError(
-                f"data.reference: objective.name = {self.objective.name} needs a reference set; name one"
+                f"data.target.format = csv has prompts and no classes, which objective.name = {name} needs; "
+                "take folder, webdataset or prepared"
             )
         for place, section in (("data.target", self.data.target), ("data.reference", reference)):
             if section is None:
@@ -264,9 +284,9 @@ class Config(Section):
                 )
         if self.data.target.format == "webdataset" and self.data.target.class_names is None:
             raise ValueError("data.target.class_names: webdataset data needs imagenet or a text file of names")
-        for name, evaluation in self.evaluate.sets.items():
+        for key, evaluation in self.evaluate.sets.items():
             if evaluation.format == "webdataset" and evaluation.class_names is None:
-                raise ValueError(f"evaluate.sets.{name}.class_names: webdataset data needs a text file of names")
+                raise ValueError(f"evaluate.sets.{key}.class_names: webdataset data needs a text file of names")
         return self
 
 

@@ -14,8 +14,8 @@ batch.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
@@ -25,7 +25,7 @@ from torch import Tensor
 from dive_fast.blocks import compile_blocks, lighten, recompute_activations, recompute_blocks
 from dive_fast.config import Config, ConfigError
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
-from dive_fast.objective import Loss, Objective, Pairs
+from dive_fast.objective import Loss, Objective, Outputs, Pairs
 from dive_fast.ranks import Ranks
 from dive_fast.towers import Features, Towers
 from dive_fast.trace import span
@@ -42,6 +42,9 @@ from dive_fast.update import (
 
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
 
+PER_ROW = ("image", "text", "logits")
+"""Of the towers' features: those with a row for each pair or text, to be cut into micro-batches."""
+
 BUCKET = 50_000_000
 """Elements that ZeRO reduces and gathers at once, unless told otherwise. DeepSpeed's default is ten times as many,
 1.9 GiB of each GPU, and more than these models have parameters."""
@@ -53,7 +56,7 @@ class StepBatches:
 
     target: TargetBatch | None
     reference: ReferenceBatch | None = None
-    """None where the objective has no reference half."""
+    """None where the objective has no reference half, or not at this step."""
     teacher: Pairs | None = None
     """Unit embeddings of the reference batch by the frozen model, ``(B', D)`` each."""
 
@@ -71,8 +74,9 @@ class _Half:
 
     name: str
     images: Tensor
-    text: Text
-    loss: Callable[[Pairs, Tensor], Loss]
+    text: Text | None
+    """None leaves the text tower out."""
+    loss: Callable[[Outputs], Loss]
     last: bool
     """Whether DeepSpeed may reduce what has accumulated by its end."""
 
@@ -97,6 +101,9 @@ class Engine:
         self.towers.autocast = AUTOCAST[train.precision]
         if self.micro_batch_size is not None and any(_is_random(module) for module in towers.modules()):
             raise ConfigError("train.micro_batch_size: this model drops features at random; remove it")
+        if not (objective.target_has_texts or (objective.needs_reference and objective.reference_has_texts)):
+            self.towers.text.requires_grad_(False)
+            self.towers.logit_scale.requires_grad_(False)
         lighten(self.towers)
         if train.activation_checkpointing == "full":
             recompute_blocks(self.towers)
@@ -162,76 +169,89 @@ class Engine:
     def _halves(self, batches: StepBatches) -> Iterator[_Half]:
         objective, group = self.objective, self.ranks.group
         target, reference, teacher = batches.take()
+        target_text = target.text if objective.target_has_texts else None
+        reference_text = None if reference is None or not objective.reference_has_texts else reference.text
+        labels = target.labels
 
-        def target_loss(pairs: Pairs, scale: Tensor) -> Loss:
-            return objective.target(pairs, scale, group)
+        def target_loss(outputs: Outputs) -> Loss:
+            return objective.target(outputs, labels, group)
 
-        if not objective.needs_reference:
-            yield _Half("target", target.images, target.text, target_loss, last=True)
+        def reference_loss(outputs: Outputs) -> Loss:
+            return objective.reference(outputs, teacher, group)
+
+        def joint_loss(outputs: Outputs) -> Loss:
+            first, second = _split(outputs, sizes, [target_text is not None, reference_text is not None])
+            return objective.joint(first, labels, second, teacher, group)
+
+        first = _Half("target", target.images, target_text, target_loss, last=False)
+        if reference is None:
+            yield replace(first, last=True)
             return
-        assert reference is not None, "this objective needs a reference batch"
         assert teacher is not None or not objective.needs_teacher, "this objective needs a teacher"
-
-        def reference_loss(pairs: Pairs, scale: Tensor) -> Loss:
-            return objective.reference(pairs, scale, teacher, group)
-
-        def joint_loss(pairs: Pairs, scale: Tensor) -> Loss:
-            first, second = (Pairs(*halves) for halves in zip(*(half.split(sizes) for half in pairs), strict=True))
-            return objective.joint(first, scale, second, teacher, group)
-
-        if self.schedule == "sequential":
-            yield _Half("target", target.images, target.text, target_loss, last=False)
-            # The reference half is the peak: the target's gradients are there too, its images need not be.
-            del target
-            yield _Half("reference", reference.images, reference.text, reference_loss, last=True)
-            return
+        second = _Half("reference", reference.images, reference_text, reference_loss, last=True)
         sizes = [len(target.images), len(reference.images)]
-        images, text = torch.cat([target.images, reference.images]), _join(target.text, reference.text)
         del target, reference
-        yield _Half("joint", images, text, joint_loss, last=True)
+        if self.schedule == "joint":
+            text = _join(first.text, second.text)
+            half = _Half("joint", torch.cat([first.images, second.images]), text, joint_loss, last=True)
+            del first, second
+            yield half
+            return
+        if second.text is None and first.text is not None:
+            # The last backward is the one that ZeRO reduces by: it has to go through both towers.
+            first, second = replace(second, last=False), replace(first, last=True)
+        yield first
+        # The second half is the peak: the gradients of the first are there too, its images need not be.
+        del first
+        yield second
 
     def _backward(self, half: _Half) -> Loss:
         """Forward and backward of one half."""
         if self.micro_batch_size is not None and self.micro_batch_size < len(half.images):
             return self._backward_in_pieces(half)
         self.deepspeed.set_gradient_accumulation_boundary(half.last)
-        features: Features = self.deepspeed(half.images, half.text.tokens, half.text.length)
-        pairs = Pairs(features.image, features.text[half.text.index])
+        features = self._forward(half.images, None if half.text is None else half.text.tokens, half)
         with span("loss"):
-            loss = half.loss(pairs, features.logit_scale)
+            loss = half.loss(_by_pair(features, half.text))
         self.deepspeed.backward(self._update.scaled(loss.loss))
         return Loss(loss.loss.detach(), loss.metrics)
+
+    def _forward(self, images: Tensor, tokens: Tensor | None, half: _Half) -> Features:
+        features: Features = self.deepspeed(images, tokens, None if half.text is None else half.text.length)
+        return features
 
     def _backward_in_pieces(self, half: _Half) -> Loss:
         assert self.micro_batch_size is not None
         pieces = math.ceil(len(half.images) / self.micro_batch_size)
         images = half.images.split(self.micro_batch_size)
-        texts = _deal(half.text.tokens, pieces)
+        texts: Sequence[Tensor | None] = [None] * pieces
+        if half.text is not None:
+            texts = _deal(half.text.tokens, pieces)
         with torch.no_grad():
-            passes = [
-                self.deepspeed(image, text, half.text.length) for image, text in zip(images, texts, strict=True)
-            ]
+            passes = [self._forward(image, text, half) for image, text in zip(images, texts, strict=True)]
         # Embedding gradients at |u| = 3e-3 underflow fp16, so they stay in fp32 until the loss scale is applied.
-        image_leaf = torch.cat([features.image for features in passes]).float().requires_grad_()
-        text_leaf = torch.cat([features.text for features in passes]).float().requires_grad_()
-        scale_leaf = passes[0].logit_scale.detach().requires_grad_()
+        image, text, logits = (_leaf([getattr(found, name) for found in passes]) for name in PER_ROW)
+        assert image is not None
+        leaves = Features(image, text, passes[0].logit_scale.detach().requires_grad_(), logits)
         del passes
-        rows = _rows_of(len(half.text.tokens), [len(text) for text in texts], text_leaf.device)
-        pairs = Pairs(image_leaf, text_leaf[rows][half.text.index])
-        leaves = (image_leaf, text_leaf, scale_leaf)
+        features = leaves
+        if half.text is not None and text is not None:
+            rows = _rows_of(len(half.text.tokens), _lengths(texts), text.device)
+            features = leaves._replace(text=text[rows])
         with span("loss"):
-            loss = half.loss(pairs, scale_leaf)
-            gradients = torch.autograd.grad(loss.loss, leaves, allow_unused=True, materialize_grads=True)
-        image_gradients = gradients[0].split(self.micro_batch_size)
-        text_gradients = gradients[1].split([len(text) for text in texts])
-        for piece in range(pieces):
+            loss = half.loss(_by_pair(features, half.text))
+            gradients = _gradients(loss.loss, leaves)
+        sizes = _lengths(images), _lengths(texts), _lengths(images)
+        shares = [_in_parts(getattr(gradients, name), size) for name, size in zip(PER_ROW, sizes, strict=True)]
+        for piece, (image, tokens, *share) in enumerate(zip(images, texts, *shares, strict=True)):
             final = piece == pieces - 1
             self.deepspeed.set_gradient_accumulation_boundary(half.last and final)
-            features = self.deepspeed(images[piece], texts[piece], half.text.length)
+            features = self._forward(image, tokens, half)
             # Its gradient is the loss's own; the logit scale enters every piece but counts once.
-            surrogate = (features.image.float() * image_gradients[piece]).sum()
-            surrogate = surrogate + (features.text.float() * text_gradients[piece]).sum()
-            surrogate = surrogate + (features.logit_scale * gradients[2] * final).sum()
+            surrogate = (features.logit_scale * gradients.logit_scale * final).sum()
+            for name, gradient in zip(PER_ROW, share, strict=True):
+                if gradient is not None:
+                    surrogate = surrogate + (getattr(features, name).float() * gradient).sum()
             self.deepspeed.backward(self._update.scaled(surrogate))
         return Loss(loss.loss.detach(), loss.metrics)
 
@@ -295,8 +315,49 @@ def _is_random(module: torch.nn.Module) -> bool:
     return type(module).__name__ == "PatchDropout" and getattr(module, "prob", 0.0) > 0
 
 
-def _join(first: Text, second: Text) -> Text:
+def _by_pair(features: Features, text: Text | None) -> Outputs:
+    """The towers' features with a row for each pair."""
+    rows = None if text is None or features.text is None else features.text[text.index]
+    return Outputs(features.image, rows, features.logit_scale, features.logits)
+
+
+def _split(joint: Outputs, sizes: list[int], has_texts: list[bool]) -> tuple[Outputs, Outputs]:
+    """Both halves of what was made of both at once."""
+    images, logits = joint.image.split(sizes), _in_parts(joint.logits, sizes)
+    with_texts = [size * has for size, has in zip(sizes, has_texts, strict=True)]
+    texts = _in_parts(joint.text, with_texts)
+    first, second = (
+        Outputs(image, text if count else None, joint.logit_scale, logit)
+        for image, text, count, logit in zip(images, texts, with_texts, logits, strict=True)
+    )
+    return first, second
+
+
+def _leaf(passes: list[Tensor | None]) -> Tensor | None:
+    """What the passes made, end to end in fp32, to be differentiated by."""
+    rows = [found for found in passes if found is not None]
+    return torch.cat(rows).float().requires_grad_() if rows else None
+
+
+def _gradients(loss: Tensor, leaves: Features) -> Features:
+    """Of a loss, by those leaves that there are."""
+    there = [leaf for leaf in leaves if leaf is not None]
+    found = iter(torch.autograd.grad(loss, there, allow_unused=True, materialize_grads=True))
+    return Features._make(None if leaf is None else next(found) for leaf in leaves)
+
+
+def _lengths(parts: Sequence[Tensor | None]) -> list[int]:
+    return [0 if part is None else len(part) for part in parts]
+
+
+def _in_parts(rows: Tensor | None, sizes: list[int]) -> Sequence[Tensor | None]:
+    return [None] * len(sizes) if rows is None else rows.split(sizes)
+
+
+def _join(first: Text | None, second: Text | None) -> Text | None:
     """Both halves' texts as one; their contexts may differ, and zero pads behind the end of a text."""
+    if first is None or second is None:
+        return second if first is None else first
     context = max(first.tokens.shape[1], second.tokens.shape[1])
     pad = torch.nn.functional.pad
     tokens = [pad(text.tokens, (0, context - text.tokens.shape[1])) for text in (first, second)]

@@ -36,6 +36,8 @@ from dive_fast.blocks import CHECKPOINTING, recompute_activations, recompute_blo
 from dive_fast.config import Config, ConfigError, ReferenceConfig, TargetConfig
 from dive_fast.data.ahead import DEPTH
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
+from dive_fast.data.prompts import read_class_names
+from dive_fast.data.source import DataError
 from dive_fast.engine import Engine, StepBatches
 from dive_fast.gpus import GPUS, Gpu
 from dive_fast.kernels import backend
@@ -186,11 +188,10 @@ def _advice(
 def _free_changes(config: Config, planned: Plan) -> Iterator[tuple[str, int]]:
     """Overrides that change no FLOP for the worse, with the most bytes that each can save."""
     parts = planned.parts
-    has_reference = config.objective.name != "flyp"
-    has_teacher = has_reference and config.objective.name != "flyp_replay"
-    if has_reference and config.train.schedule == "joint":
+    kind = objective.KINDS[config.objective.name]
+    if kind.needs_reference and config.train.schedule == "joint":
         yield "train.schedule=sequential", parts.get("activations", 0) + parts.get("loss", 0)
-    if has_teacher and config.teacher.mode == "online":
+    if kind.needs_teacher and config.teacher.mode == "online":
         yield "teacher.mode=cache", parts.get("teacher", 0) + parts.get("activations", 0)
     stage = zero_of(config.deepspeed).get("stage", 0)
     state = sum(parts.get(part, 0) for part in ("weights", "gradients", "optimizer"))
@@ -331,6 +332,9 @@ class _Rehearsal:
         self.width = towers.width
         self.parameters = sum(parameter.numel() for parameter in towers.parameters())
         goal = objective.create(config.objective, self.width)
+        if goal.needs_head:
+            with tracker.within("weights"):
+                towers.head = nn.Linear(self.width, _num_classes(config.data.target))
         if backend.blocks is not None and self.width <= backend.blocks.MAX_WIDTH:
             goal.backend = "triton"
         self.online = None
@@ -350,6 +354,13 @@ class _Rehearsal:
         flop, launches = dict(tracker.flop), tracker.launches
         if config.train.schedule == "joint" and reference is not None:
             flop = _split_by_pairs(flop, target.batch_size, reference.batch_size)
+        every = config.objective.reference_every
+        if every > 1 and reference is not None:
+            before, before_launches = tracker.flop.copy(), tracker.launches
+            self._step(self._batches(target, None))
+            without = tracker.flop - before
+            flop = {work: (flop.get(work, 0) + (every - 1) * without[work]) // every for work in flop}
+            launches = (launches + (every - 1) * (tracker.launches - before_launches)) // every
         return Plan(self.parameters, self.ranks.world_size, flop, launches, dict(+tracker.peak))
 
     @property
@@ -378,10 +389,14 @@ class _Rehearsal:
         """This rank's batches as they lie on the GPU; of ``pairs`` pairs, if given."""
         with self.tracker.within("batches"):
             return StepBatches(
-                TargetBatch(*self._pairs(target, pairs), torch.empty(0), torch.empty(0), ()),
+                self._target(target, pairs),
                 None if reference is None else self._reference(reference, pairs),
                 self._teacher(reference, pairs) if reference is not None and self._is_taught else None,
             )
+
+    def _target(self, data: TargetConfig, pairs: int | None) -> TargetBatch:
+        images, text = self._pairs(data, pairs)
+        return TargetBatch(images, text, torch.zeros(len(images), dtype=torch.long), torch.empty(0), ())
 
     def _reference(self, data: ReferenceConfig, pairs: int | None) -> ReferenceBatch:
         return ReferenceBatch(*self._pairs(data, pairs), torch.empty(0), torch.empty(0), ())
@@ -422,8 +437,6 @@ class _Engine(Engine):
 
     def accumulate(self, batches: StepBatches) -> dict[str, Tensor]:
         whole = self.deepspeed
-        stages: list[Stage] = ["target", "reference"]
-        self._stages = iter(stages)
         self.deepspeed = _Sampled(whole, self.tracker)
         try:
             return super().accumulate(batches)
@@ -431,7 +444,7 @@ class _Engine(Engine):
             self.deepspeed = whole
 
     def _backward(self, half: Any) -> Loss:
-        self.tracker.stage = next(self._stages)
+        self.tracker.stage = "reference" if half.name == "reference" else "target"
         return super()._backward(half)
 
 
@@ -449,7 +462,7 @@ class _Sampled:
         self._engine, self._tracker = engine, tracker
         self._boundary = False
         self._runs: Counter[Any] = Counter()
-        self._shapes: dict[Any, list[Tensor]] = {}
+        self._shapes: dict[Any, list[Tensor | None]] = {}
         self._done: dict[Any, tuple[Counter[Work], int]] = {}
         self._alike: Any = None
         self._is_run = True
@@ -461,21 +474,25 @@ class _Sampled:
         self._boundary = is_boundary
         self._engine.set_gradient_accumulation_boundary(is_boundary)
 
-    def __call__(self, images: Tensor, tokens: Tensor, length: int) -> Features:
+    def __call__(self, images: Tensor, tokens: Tensor | None, length: int | None) -> Features:
         with_gradient = torch.is_grad_enabled()
-        self._alike = self._tracker.stage, len(images), len(tokens), with_gradient
+        self._alike = self._tracker.stage, len(images), 0 if tokens is None else len(tokens), with_gradient
         self._runs[self._alike] += 1
         # The second backward is the first to find gradients already there.
         self._is_run = self._runs[self._alike] <= self.ENOUGH + with_gradient or (with_gradient and self._boundary)
         if not self._is_run:
             self._repeat("forward")
             like = self._shapes[self._alike]
-            return Features(
-                *(torch.empty_like(tensor, device="cpu", requires_grad=with_gradient) for tensor in like)
+            found = (
+                tensor if tensor is None else torch.empty_like(tensor, device="cpu", requires_grad=with_gradient)
+                for tensor in like
             )
+            return Features._make(found)
         with self._counted("forward"), self._tracker.within("activations"):
             features: Features = self._engine(images, tokens, length)
-        self._shapes[self._alike] = [torch.empty_like(tensor, device="meta") for tensor in features]
+        self._shapes[self._alike] = [
+            None if tensor is None else torch.empty_like(tensor, device="meta") for tensor in features
+        ]
         return features
 
     def backward(self, loss: Tensor) -> None:
@@ -565,6 +582,13 @@ def _pretended(ranks: int) -> Iterator[Ranks]:
             deepspeed.comm.comm.cdb = None
             deepspeed.utils.groups._WORLD_GROUP = None
             deepspeed.utils.groups.mesh_device = None
+
+
+def _num_classes(target: TargetConfig) -> int:
+    """Of the target set, or ImageNet's where no file of names says how many: a head is a thousandth of a model."""
+    with contextlib.suppress(DataError):
+        return len(read_class_names(target.class_names or "imagenet"))
+    return len(read_class_names("imagenet"))
 
 
 def _split_by_pairs(flop: dict[Work, int], target: int, reference: int) -> dict[Work, int]:

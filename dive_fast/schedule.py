@@ -43,9 +43,10 @@ def choose(config: Config, ranks: int, gpu: str) -> str:
     Raises:
         ConfigError: the config cannot be planned.
     """
+    from dive_fast.objective import KINDS
     from dive_fast.plan import plan
 
-    if config.objective.name == "flyp":
+    if not KINDS[config.objective.name].needs_reference:
         return "sequential"
     sequential, joint = (plan(with_schedule(config, name), ranks) for name in ("sequential", "joint"))
     is_faster = joint.step_seconds(GPUS[gpu]) < WORTH * sequential.step_seconds(GPUS[gpu])

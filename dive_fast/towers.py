@@ -21,6 +21,8 @@ from dive_fast.kernels.naive import unit
 __all__ = ["Features", "Towers", "create", "tokenizer_of", "unit"]
 
 BRING_WEIGHTS = ("hf-hub:", "local-dir:")
+HEAD = "head."
+"""What the names of the head's parameters begin with."""
 LOGIT_SCALE_MAX = 100.0
 """CLIP clamps the logit scale here: its logarithm at ln 100."""
 
@@ -30,10 +32,12 @@ class Features(NamedTuple):
 
     image: Tensor
     """``(B, D)``"""
-    text: Tensor
-    """``(U, D)``, a row for each distinct text; ``text[index]`` has a row for each pair."""
+    text: Tensor | None
+    """``(U, D)``, a row for each distinct text; ``text[index]`` has a row for each pair. None without texts."""
     logit_scale: Tensor
     """``(1,)``: s = 1 / tau itself, at most 100."""
+    logits: Tensor | None = None
+    """``(B, C)``, of the classification head on unit image features; None without one."""
 
 
 class Towers(nn.Module):
@@ -71,17 +75,22 @@ class Towers(nn.Module):
         """Precision of both towers' matrix products; None: fp32."""
         self.text_multiple = 1
         """Trimmed texts have so many tokens or a multiple."""
+        self.head: nn.Linear | None = None
+        """Classifies unit image features, where an objective trains such a head; no part of the exported model."""
 
-    def forward(self, images: Tensor, tokens: Tensor, length: int) -> Features:
+    def forward(self, images: Tensor, tokens: Tensor | None = None, length: int | None = None) -> Features:
         """Encodes images and distinct texts.
 
         Args:
             images: ``(B, 3, H, W)``.
-            tokens: ``(U, context)`` int64.
+            tokens: ``(U, context)`` int64; None leaves the text tower out.
             length: tokens of the longest text. A causal tower that reads its feature at the end of the text gets
                 only these, which is exact; any other tower gets all.
         """
-        return Features(self.encode_image(images), self.encode_text(tokens, length), self.scale())
+        image = self.encode_image(images)
+        text = None if tokens is None else self.encode_text(tokens, length)
+        logits = None if self.head is None else self.head(unit(image))
+        return Features(image, text, self.scale(), logits)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W) -> (B, D)``, un-normalised."""
@@ -103,7 +112,8 @@ class Towers(nn.Module):
 
     def encode_pairs(self, images: Tensor, text: Text) -> tuple[Tensor, Tensor]:
         """Features of both halves of each pair, ``(B, D)`` each, un-normalised."""
-        features = self(images, text.tokens, text.length)
+        features: Features = self(images, text.tokens, text.length)
+        assert features.text is not None
         return features.image, features.text[text.index]
 
     @property
@@ -124,6 +134,8 @@ class Towers(nn.Module):
         """A state dict of this module, as open_clip's ``load_state_dict`` of the original model wants it."""
         exported = {}
         for name, tensor in state.items():
+            if name.startswith(HEAD):
+                continue
             scalar = name in ("logit_scale", "logit_bias")
             exported[self.exported_name(name)] = tensor.reshape(self._scalar) if scalar else tensor
         missing = sorted(self._layout.symmetric_difference(exported))
@@ -132,8 +144,12 @@ class Towers(nn.Module):
 
     def load_exported(self, state: dict[str, Tensor]) -> "Towers":
         """Takes weights as :meth:`export` gives them; returns itself."""
-        own = self.state_dict()
-        self.load_state_dict({name: state[self.exported_name(name)].reshape(own[name].shape) for name in own})
+        own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(HEAD)}
+        taken = {name: state[self.exported_name(name)].reshape(tensor.shape) for name, tensor in own.items()}
+        # What was exported lacks a head's parameters and no others.
+        missing, unexpected = self.load_state_dict(taken, strict=False)
+        assert not unexpected
+        assert all(name.startswith(HEAD) for name in missing)
         return self
 
     def exported_name(self, name: str) -> str:

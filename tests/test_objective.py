@@ -6,7 +6,7 @@ from torch import Tensor
 from dive_fast import objective
 from dive_fast.config import ObjectiveConfig
 from dive_fast.kernels import contrastive_loss, difference_loss, naive
-from dive_fast.objective import Dive, Flyp, Pairs
+from dive_fast.objective import Dive, Flyp, Outputs, Pairs
 
 WIDTH = 6
 
@@ -21,13 +21,18 @@ def teacher(seed: int, count: int = 5) -> Pairs:
 
 
 SCALE = torch.tensor([20.0])
+LABELS = torch.zeros(5, dtype=torch.long)
+
+
+def outputs(seed: int, count: int = 5) -> Outputs:
+    return Outputs(*pairs(seed, count), SCALE)
 
 
 def test_flyp_is_the_contrastive_loss_and_needs_no_reference() -> None:
     goal = objective.create(ObjectiveConfig(name="flyp"), WIDTH)
     assert isinstance(goal, Flyp)
     assert not goal.needs_reference
-    assert torch.equal(goal.target(pairs(0), SCALE).loss, contrastive_loss(*pairs(0), SCALE))
+    assert torch.equal(goal.target(outputs(0), LABELS).loss, contrastive_loss(*pairs(0), SCALE))
     assert not list(goal.state_dict())
 
 
@@ -46,7 +51,7 @@ def test_dive_weighs_the_difference_loss_and_moves_its_average_vector() -> None:
             pairwise_weight=3.0,
             mean_gradient=False,
         )
-        result = goal.reference(pairs(step), SCALE, teacher(9))
+        result = goal.reference(outputs(step), teacher(9))
         assert torch.equal(result.loss, 30 * expected.loss)
         assert torch.equal(result.metrics["pairwise_loss"], expected.pairwise_loss)
         vector = expected.average_vector
@@ -58,8 +63,8 @@ def test_joint_is_the_sum_of_the_halves() -> None:
     apart, together = (objective.create(ObjectiveConfig(), WIDTH) for _ in range(2))
     assert isinstance(apart, Dive)
     assert isinstance(together, Dive)
-    first, second = apart.target(pairs(0), SCALE), apart.reference(pairs(1, 7), SCALE, teacher(2, 7))
-    joint = together.joint(pairs(0), SCALE, pairs(1, 7), teacher(2, 7))
+    first, second = apart.target(outputs(0), LABELS), apart.reference(outputs(1, 7), teacher(2, 7))
+    joint = together.joint(outputs(0), LABELS, outputs(1, 7), teacher(2, 7))
     assert torch.equal(joint.loss, first.loss + second.loss)
     assert joint.metrics == first.metrics | second.metrics
     assert torch.equal(apart.average_vector, together.average_vector)
@@ -68,19 +73,19 @@ def test_joint_is_the_sum_of_the_halves() -> None:
 def test_a_batch_with_a_nan_does_not_poison_the_average_vector() -> None:
     goal = objective.create(ObjectiveConfig(), WIDTH)
     assert isinstance(goal, Dive)
-    goal.reference(pairs(0), SCALE, teacher(1))
+    goal.reference(outputs(0), teacher(1))
     before = goal.average_vector.clone()
-    bad = pairs(2)
+    bad = outputs(2)
     bad.image[0, 0] = torch.nan
-    assert goal.reference(bad, SCALE, teacher(1)).loss.isnan()
+    assert goal.reference(bad, teacher(1)).loss.isnan()
     assert torch.equal(goal.average_vector, before)
 
 
 def test_metrics_carry_no_gradient() -> None:
     goal = objective.create(ObjectiveConfig(), WIDTH)
     assert isinstance(goal, Dive)
-    features = Pairs(*(rows.requires_grad_() for rows in pairs(0)))
-    result = goal.joint(features, SCALE.clone().requires_grad_(), features, teacher(1))
+    features = Outputs(*(rows.requires_grad_() for rows in pairs(0)), SCALE.clone().requires_grad_())
+    result = goal.joint(features, LABELS, features, teacher(1))
     assert result.loss.requires_grad
     assert not any(value.requires_grad for value in result.metrics.values())
     assert not goal.average_vector.requires_grad

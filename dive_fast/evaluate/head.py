@@ -1,0 +1,57 @@
+"""A trained classification head: a linear layer over unit image features, in a file beside the weights."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dive_fast.config import ConfigError
+
+FILE = "head.safetensors"
+"""Its name in a run folder."""
+
+
+class Head(NamedTuple):
+    """Logits are ``unit(image_features) @ weight.T + bias``."""
+
+    weight: Tensor
+    """``(C, D)`` fp32."""
+    bias: Tensor
+    """``(C,)`` fp32."""
+    class_names: tuple[str, ...]
+    """C names, in the order of the rows."""
+
+
+def save(head: Head, path: Path) -> None:
+    """Writes a head as safetensors with its class names as metadata, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    tensors = {name: getattr(head, name).detach().float().cpu().contiguous() for name in ("weight", "bias")}
+    save_file(tensors, temporary, {"class_names": json.dumps(list(head.class_names), ensure_ascii=False)})
+    temporary.replace(path)
+
+
+def load(path: Path) -> Head:
+    """Reads what :func:`save` wrote.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no head.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            names = json.loads((file.metadata() or {}).get("class_names", "null"))
+    except Exception as error:  # safetensors has an error of its own for each way to be broken
+        raise ConfigError(f"{path}: cannot be read as a head in safetensors: {error}") from error
+    weight, bias = tensors.get("weight"), tensors.get("bias")
+    if weight is None or bias is None or not isinstance(names, list):
+        raise ConfigError(f"{path}: no head: expected tensors weight and bias, and class_names in its metadata")
+    rows = (*weight.shape[:1], *bias.shape, len(names))
+    if weight.ndim != 2 or bias.ndim != 1 or len(set(rows)) != 1:
+        raise ConfigError(
+            f"{path}: no head: weight {tuple(weight.shape)}, bias {tuple(bias.shape)} and {len(names)} class names"
+        )
+    return Head(weight.to(torch.float32), bias.to(torch.float32), tuple(names))
