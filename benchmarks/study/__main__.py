@@ -12,7 +12,7 @@ from report import REPOSITORY
 from dive_fast.config import ConfigError
 from dive_fast.ranks import join
 from study import results
-from study.plan import plan
+from study.plan import SEEDS, plan
 from study.runs import SIZES, Run, Study
 
 FOLDER = REPOSITORY / "build/study"
@@ -61,7 +61,8 @@ def work(study: Study, path: Path, minutes: float | None = None, *, dry: bool = 
         first = {"method": "pretrained", "world": run.world, "model": study.digests[run.world]}
         if not results.has(rows, first):
             results.append(path, study.pretrained_row(run))
-        keep = study.folder / "weights" / f"{run.world}-{run.method}.safetensors" if run.seed == 1 else None
+        # What is run again with other seeds is what was chosen.
+        keep = study.folder / "weights" if run.seed == SEEDS[1] else None
         row = study.measure(run, keep)
         results.append(path, row)
         print(f"{row['seconds']:.0f} s, {len(left) - 1} left: {row}", flush=True)

@@ -69,7 +69,11 @@ def plan(rows: Rows, study: Study) -> list[Run]:
 def grids(world: str, methods: Iterable[str]) -> list[Run]:
     """The methods' grids at seed 0, a learning rate after the other."""
     cases = itertools.product(LEARNING_RATES, methods)
-    return [Run(world, method, weight, rate) for rate, method in cases for weight in WEIGHTS[method]]
+    return [
+        Run(world, method, None if weight is None else float(weight), rate)
+        for rate, method in cases
+        for weight in WEIGHTS[method]
+    ]
 
 
 def other_seeds(rows: Rows, world: str, methods: Iterable[str]) -> list[Run]:

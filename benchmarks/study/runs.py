@@ -1,5 +1,6 @@
 """Fine-tuning runs through the engine, as users start it: what defines one, its config, and what is measured."""
 
+import hashlib
 import json
 import shutil
 import time
@@ -174,7 +175,7 @@ class Study:
         """Trains and measures; returns the run's line of the results.
 
         Args:
-            keep: where the tuned weights are left, if anywhere.
+            keep: folder that the tuned weights are left in, if any, under a hash of the run's key.
         """
         config, begun = self.config(run), time.perf_counter()
         place = self.folder / "run"
@@ -185,8 +186,8 @@ class Study:
         after = self._embed(config, tuned)
         lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
         if keep is not None:
-            keep.parent.mkdir(parents=True, exist_ok=True)
-            (place / "model.safetensors").replace(keep)
+            keep.mkdir(parents=True, exist_ok=True)
+            (place / "model.safetensors").replace(keep / f"{named(self.key(run))}.safetensors")
         shutil.rmtree(place)
         return (
             self.key(run)
@@ -221,6 +222,12 @@ class Study:
             given = batch.to(self.ranks.device)
             pairs.append(towers.encode_pairs(given.images, given.text))
         return torch.cat([unit(torch.cat(half)) for half in zip(*pairs, strict=True)]).cpu()
+
+
+def named(key: dict[str, Any]) -> str:
+    """A file name for what a run left: its world, its method and a hash of the rest."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{key['world']}-{key['method']}-{key['seed']}-{digest}"
 
 
 def _accuracies(found: dict[str, float]) -> dict[str, float]:
