@@ -11,7 +11,7 @@ from report import REPOSITORY
 
 from dive_fast.config import ConfigError
 from dive_fast.ranks import join
-from study import results
+from study import report, results
 from study.plan import SEEDS, plan
 from study.runs import SIZES, Run, Study
 
@@ -19,15 +19,19 @@ FOLDER = REPOSITORY / "build/study"
 
 
 def main() -> None:
-    """Parses and does one of the two."""
+    """Parses and does one of the three."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of data, models and runs")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks/results")
     parser.add_argument("--minutes", type=float, help="start no run after so many")
-    parser.add_argument("what", choices=["run", "plan"])
+    parser.add_argument("what", choices=["run", "plan", "report"])
     options = parser.parse_args()
     path = options.results / f"study-{options.size}.jsonl"
+    if options.what == "report":
+        rows = [row for row in results.read(path) if row["size"] == options.size]
+        print(report.write(rows, options.size, options.results).read_text())
+        return
     study = Study(options.folder, options.size, join())
     study.prepare()
     work(study, path, options.minutes, dry=options.what == "plan")
