@@ -29,7 +29,7 @@ def main() -> None:
     options = parser.parse_args()
     path = options.results / f"study-{options.size}.jsonl"
     if options.what == "report":
-        rows = [row for row in results.read(path) if row["size"] == options.size]
+        rows = results.latest(results.read(path))
         print(report.write(rows, options.size, options.results).read_text())
         return
     study = Study(options.folder, options.size, join())
@@ -46,9 +46,11 @@ def work(study: Study, path: Path, minutes: float | None = None, *, dry: bool = 
     """
     begun, impossible = time.perf_counter(), set[Run]()
     while minutes is None or time.perf_counter() - begun < 60 * minutes:
-        rows = [row for row in results.read(path) if row["size"] == study.name]
+        rows = [row for row in results.read(path) if row["model"] == study.digests.get(row["world"])]
         left = [
-            run for run in plan(rows, study) if run not in impossible and not results.has(rows, study.key(run))
+            run
+            for run in plan(rows, study.size)
+            if run not in impossible and not results.has(rows, study.key(run))
         ]
         if dry:
             print("\n".join(map(str, left)), f"{len(left)} runs left", sep="\n")

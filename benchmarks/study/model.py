@@ -26,9 +26,13 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """Shapes of the image and the text tower: for two CPU cores, and for a GPU."""
 
 
-def write_shape(folder: Path, size: str) -> None:
-    """Config and tokenizer, as open_clip reads them from a ``local-dir``."""
-    words = pretrain.write_tokenizer(folder, sets.vocabulary(), CONTEXT)
+def write_shape(folder: Path, size: str, vocabulary: Iterable[str] | None = None) -> None:
+    """Config and tokenizer, as open_clip reads them from a ``local-dir``.
+
+    Args:
+        vocabulary: words that the tokenizer knows; default: those of CIFAR's names and of the templates.
+    """
+    words = pretrain.write_tokenizer(folder, sets.vocabulary() if vocabulary is None else vocabulary, CONTEXT)
     vision, text = SIZES[size]
     config = {
         "model_cfg": {

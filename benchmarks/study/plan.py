@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from study.runs import Run, Study
+from study.runs import Run, Size
 
 SEEDS = (0, 1, 2)
 LEARNING_RATES = (1e-3, 3e-4, 3e-3)
@@ -41,27 +41,26 @@ MARGIN = 0.01
 Rows = Sequence[dict[str, Any]]
 
 
-def plan(rows: Rows, study: Study) -> list[Run]:
+def plan(rows: Rows, size: Size) -> list[Run]:
     """All runs that can be named with what is known, in order; more can be once the grids are through.
 
     Args:
-        rows: results so far, of this study's size.
+        rows: results so far, of this size and the same pre-trained models.
     """
-    runs: list[Run] = []
-    for methods in (MAIN, ABLATIONS):
-        runs += grids("cifar10", methods)
-        runs += other_seeds(rows, "cifar10", methods)
     dive = chosen(rows, "cifar10", "dive", "equal")
-    if dive is not None:
-        for seed in SEEDS[:1]:
-            runs += sweeps(replace(dive, seed=seed), study)
+
+    def table(world: str, methods: Iterable[str]) -> list[Run]:
+        return grids(world, methods) + other_seeds(rows, world, methods)
+
+    runs = table("cifar10", MAIN)
+    runs += [] if dive is None else sweeps(dive, size)
+    runs += table("cifar10", HEADS) + table("cifar10", ABLATIONS)
+    runs += table("pacs", MAIN)
     runs += curves(rows, "cifar10")
-    runs += grids("cifar10", HEADS) + other_seeds(rows, "cifar10", HEADS)
-    runs += grids("pacs", MAIN) + other_seeds(rows, "pacs", MAIN)
+    runs += table("pacs", HEADS) + table("pacs", ABLATIONS)
     if dive is not None:
         for seed in SEEDS[1:]:
-            runs += sweeps(replace(dive, seed=seed), study)
-    runs += grids("pacs", (*ABLATIONS, *HEADS)) + other_seeds(rows, "pacs", (*ABLATIONS, *HEADS))
+            runs += sweeps(replace(dive, seed=seed), size)
     runs += [Run("cifar10", "cosine_literal", weight, LEARNING_RATES[0]) for weight in (1.0, 10.0)]
     return list(dict.fromkeys(runs))
 
@@ -85,16 +84,16 @@ def other_seeds(rows: Rows, world: str, methods: Iterable[str]) -> list[Run]:
     return found
 
 
-def sweeps(dive: Run, study: Study) -> list[Run]:
+def sweeps(dive: Run, size: Size) -> list[Run]:
     """One thing about DiVE's chosen setting after another."""
-    batch = study.size.batch_size
+    batch = size.batch_size
     runs = [dive]
     runs += [replace(dive, reference_batch=batch // part) for part in (2, 4, 8)]
     runs += [replace(dive, every=every) for every in EVERY]
     runs += [replace(dive, decay=decay) for decay in DECAYS]
     # Table 6 is of AVL alone.
     runs += [replace(dive, method="avl", decay=decay) for decay in (0.99, *DECAYS)]
-    runs += [replace(dive, reference=size) for size in study.size.references]
+    runs += [replace(dive, reference=count) for count in size.references]
     return runs
 
 

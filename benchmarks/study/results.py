@@ -17,6 +17,12 @@ def read(path: Path) -> list[Row]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
+def latest(rows: list[Row]) -> list[Row]:
+    """Those that start from the same weights as the last run of their world."""
+    model = {row["world"]: row["model"] for row in rows}
+    return [row for row in rows if row["model"] == model[row["world"]]]
+
+
 def append(path: Path, row: Row) -> None:
     """Adds a line, behind whole lines, and waits until it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
