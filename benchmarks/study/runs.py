@@ -60,7 +60,7 @@ class Size:
 
 SIZES = {
     "small": Size("small", 12, 10_000, 64, {"cifar10": 1, "pacs": 10}, 2000, 250, (500, 2500), "fp32", 0),
-    "full": Size("small", 12, 50_000, 256, {"cifar10": 2, "pacs": 40}, 5000, 1000, (500, 2500), "fp16", 4),
+    "full": Size("small", 12, 50_000, 256, {"cifar10": 1, "pacs": 60}, 5000, 1000, (500, 2500), "fp16", 4),
 }
 """``small``: a run takes a minute on one core. ``full``: the same on a GPU, with all pictures."""
 REFERENCE = 25_000
