@@ -1,6 +1,7 @@
 """Saving and resuming a run, and exporting its model to open_clip."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from dive_fast import towers
 from dive_fast.config import ConfigError
 from dive_fast.engine import Engine
+from dive_fast.evaluate import head as heads
+from dive_fast.evaluate.head import Head
 
 COMPLETE = "complete"
 """A file that stands in a checkpoint's folder once every rank has written its part. DeepSpeed's own `latest` is
@@ -18,15 +21,22 @@ written before its last barrier, so it can name a checkpoint that lacks a rank's
 
 
 STATE = "dive_fast"
+MODEL = "model.safetensors"
+"""Exported weights, in the folder of a run."""
 
 
-def save(engine: Engine, folder: Path, step: int, keep: int) -> Path:
-    """Writes a checkpoint after ``step`` updates and removes all but the newest ``keep``; all ranks call it."""
+def save(engine: Engine, folder: Path, step: int, keep: int, validation: dict[str, Any]) -> Path:
+    """Writes a checkpoint after ``step`` updates and removes all but the newest ``keep``; all ranks call it.
+
+    Args:
+        validation: what evaluations so far have found, for :func:`load` to give back.
+    """
     tag = f"step{step:08d}"
     state = {
         "step": step,
         "objective": engine.objective.state_dict(),
         "loss_scale": engine.scale.state_dict(),
+        "validation": validation,
     }
     # Under a key of its own: DeepSpeed keeps some names for itself and hides them from us.
     engine.deepspeed.save_checkpoint(str(folder), tag=tag, client_state={STATE: state}, save_latest=False)
@@ -61,8 +71,8 @@ def find(resume: str, folder: Path) -> Path | None:
     return Path(resume)
 
 
-def load(engine: Engine, checkpoint: Path) -> int:
-    """Continues from a checkpoint; returns the number of updates it had."""
+def load(engine: Engine, checkpoint: Path) -> tuple[int, dict[str, Any]]:
+    """Continues from a checkpoint; returns the number of updates it had, and what evaluations had found."""
     path, state = engine.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if path is None:
         raise ConfigError(
@@ -71,17 +81,24 @@ def load(engine: Engine, checkpoint: Path) -> int:
     own = state[STATE]
     engine.objective.load_state_dict(own["objective"])
     engine.scale.load_state_dict(own["loss_scale"])
-    return int(own["step"])
+    return int(own["step"]), own["validation"]
 
 
-def export(engine: Engine, path: Path) -> None:
-    """Writes the weights as open_clip has them: ``open_clip.create_model(name, pretrained=path)``.
+def export(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -> None:
+    """Writes the weights as open_clip has them, ``open_clip.create_model(name, pretrained=folder/MODEL)``.
 
-    All ranks call it; the first one writes.
+    All ranks call it; the first one writes. A trained head goes into a file beside them.
+
+    Args:
+        class_names: of the head's rows.
     """
     state = full_state(engine)
     if engine.ranks.first:
-        towers.save(engine.towers.export(state), path)
+        folder.mkdir(parents=True, exist_ok=True)
+        towers.save(engine.towers.export(state), folder / MODEL)
+        if engine.towers.head is not None:
+            head = Head(state["head.weight"], state["head.bias"], tuple(class_names))
+            heads.save(head, folder / heads.FILE)
     engine.ranks.barrier()
 
 

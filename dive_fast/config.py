@@ -238,10 +238,21 @@ class EvaluationSet(Section):
 
 
 class EvaluateConfig(Section):
-    """What the tuned model is measured on when training has ended."""
+    """What the tuned model is measured on, when training has ended and on the way."""
 
     sets: dict[str, EvaluationSet] = {}
     """Name -> data set; accuracies go to the metrics as `accuracy/<name>`."""
+    every_steps: Positive | None = None
+    """Steps between evaluations on the way; default: none."""
+    every_epochs: Positive | None = None
+    """The same in epochs."""
+    during: list[str] | None = None
+    """The sets measured on the way; default: all."""
+    select: str | None = None
+    """The set, ID validation, whose accuracy chooses: the run ends with the weights of its best evaluation on the
+    way. Default: it ends with the last."""
+    patience: Positive | None = None
+    """Evaluations on the way without a better accuracy on `select`, after which training ends (early stopping)."""
     batch_size: Positive = 256
     """Images encoded at once on each rank."""
     workers: NonNegative = 4
@@ -260,6 +271,25 @@ class Config(Section):
     deepspeed: dict[str, Any] = {}
     """Passed to DeepSpeed as it stands. Batch sizes, optimizer, scheduler and precision have their home above:
     the engine fills DeepSpeed's keys from there, and a contradiction is an error."""
+
+    @model_validator(mode="after")
+    def _check_evaluation(self) -> "Config":
+        options = self.evaluate
+        names = [("evaluate.during", name) for name in options.during or ()]
+        names += [("evaluate.select", options.select)] if options.select is not None else []
+        for place, name in names:
+            if name not in options.sets:
+                raise ValueError(f"{place}: evaluate.sets has no {name}{_nearest(name, list(options.sets))}")
+        if options.every_steps is not None and options.every_epochs is not None:
+            raise ValueError("evaluate.every_steps and every_epochs: name one of them")
+        on_the_way = options.every_steps is not None or options.every_epochs is not None
+        if not on_the_way and (options.during is not None or options.select is not None):
+            raise ValueError("evaluate.during and evaluate.select need every_steps or every_epochs")
+        if options.select is not None and options.during is not None and options.select not in options.during:
+            raise ValueError(f"evaluate.during: add {options.select}, which evaluate.select chooses by")
+        if options.patience is not None and options.select is None:
+            raise ValueError("evaluate.patience needs evaluate.select: the set that has to grow better")
+        return self
 
     @model_validator(mode="after")
     def _check_together(self) -> "Config":

@@ -5,6 +5,8 @@ import logging
 import math
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +31,7 @@ class Metrics:
         """Begins a run, or goes on with it: lines of steps that will be done again are removed."""
         self._run, self._batches, self._options = run, batches, run.config.train
         self._enabled = run.ranks.first
+        self._newest: dict[str, Tensor] = {}
         self._last: dict[str, float] = {}
         self._underway: deque[_Line] = deque()
         self._since, self._since_step, self._since_waited = time.perf_counter(), first_step, 0.0
@@ -48,22 +51,35 @@ class Metrics:
             values: ``()`` each, on the device.
         """
         self._bar.update()
+        # Those of the reference half are of the last step that had one.
+        self._newest |= values
         if step % self._options.log_every == 0 or step in (1, self._run.total_steps):
-            self._underway.append(_Line(step, Reading(values), self._of_the_loop(step, learning_rate)))
+            self._underway.append(_Line(step, Reading(self._newest), self._of_the_loop(step, learning_rate)))
         while self._underway and self._underway[0].reading.is_here():
             self._take(self._underway.popleft())
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes numbers that the host has, after those of the steps before them."""
+        self.flush()
+        if self._enabled and values:
+            self._write(step, values)
+
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """What happens meanwhile is no step: its time does not count against images per second."""
+        begun = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begun
 
     def flush(self) -> None:
         """Writes what is under way."""
         while self._underway:
             self._take(self._underway.popleft())
 
-    def close(self, results: dict[str, float]) -> dict[str, float]:
-        """Writes results of the whole run; returns them with the last step's metrics."""
-        self.flush()
+    def close(self, step: int, results: dict[str, float]) -> dict[str, float]:
+        """Writes results of the whole run, which has ended after ``step``; returns them with its last metrics."""
+        self.write(step, results)
         self._bar.close()
-        if self._enabled and results:
-            self._write(self._run.total_steps, results)
         return self._last | results
 
     def _of_the_loop(self, step: int, learning_rate: float) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 
@@ -65,6 +66,23 @@ class Ranks:
     def share(self, count: int) -> range:
         """This rank's contiguous part of ``count`` things; parts differ by at most one."""
         return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
+
+    def gather(self, rows: Tensor, count: int) -> Tensor:
+        """The rows of all ranks end to end, on each of them.
+
+        Args:
+            rows: this rank's, one for each of its :meth:`share` of ``count`` things.
+        """
+        if self.world_size == 1:
+            return rows
+        # Collectives want equal shapes, and shares differ by a row.
+        largest = -(-count // self.world_size)
+        padded = rows.new_zeros(largest, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(parts, padded)
+        sizes = (len(Ranks(rank, self.world_size, self.device).share(count)) for rank in range(self.world_size))
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
 def join() -> Ranks:

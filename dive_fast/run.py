@@ -4,15 +4,15 @@ import json
 import logging
 import platform
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dive_fast import objective
+from dive_fast import checkpoint, objective
 from dive_fast.config import Config, ConfigError
 from dive_fast.data.ahead import Ahead
 from dive_fast.data.batch import ReferenceBatch, TargetBatch
@@ -23,6 +23,7 @@ from dive_fast.data.samples import ReferenceSamples, TargetSamples
 from dive_fast.data.sets import open_reference, open_target
 from dive_fast.engine import Engine, StepBatches
 from dive_fast.evaluate.zero_shot import open_set
+from dive_fast.probe import make_head
 from dive_fast.ranks import Ranks
 from dive_fast.schedule import resolve
 from dive_fast.teacher.build import loader_options, open_teacher, reference_samples
@@ -46,6 +47,10 @@ class Run:
     reference_order: Order | None
     teacher: Teacher | None
     total_steps: int
+    class_names: tuple[str, ...]
+    """Of the target set; empty where it has prompts and no classes."""
+    checkpoint: Path | None
+    """Where the run goes on from; None: from its start."""
 
     @property
     def images_per_step(self) -> int:
@@ -78,15 +83,17 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
 
     data = config.data.target
     names = source.class_names if data.class_names is None else read_class_names(data.class_names)
-    prompts = PromptTable(
-        source, names, read_templates(data.templates), tokenizer_of(config.model, data.text_length)
-    )
+    templates = read_templates(data.templates)
+    prompts = PromptTable(source, names, templates, tokenizer_of(config.model, data.text_length))
     target_samples = TargetSamples(source, prompts, towers.preprocess, towers.pooled_at, seed)
     target_order = Order(len(source), data.batch_size, ranks.rank, ranks.world_size, seed)
     total_steps = target_order.steps_per_epoch * config.train.epochs
     total_steps = min(total_steps, config.train.max_steps or total_steps)
 
+    found = checkpoint.find(config.train.resume, folder / "checkpoints")
     goal = objective.create(config.objective, towers.width)
+    if goal.needs_head:
+        towers.head = make_head(config, towers, source, names, ranks, is_trained=found is not None)
     pairs = reference_order = teacher = None
     if goal.needs_reference:
         assert reference is not None and config.data.reference is not None
@@ -117,6 +124,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         reference_order,
         teacher,
         total_steps,
+        names,
+        found,
     )
 
 
@@ -126,14 +135,19 @@ Batches = Ahead[Loaded, StepBatches]
 
 def batches(run: Run, steps: range) -> Batches:
     """The batches of the given steps on this rank's device, with the rows of a teacher who only looks them up."""
-    data, device = run.config.data, run.ranks.device
+    data, device, every = run.config.data, run.ranks.device, run.config.objective.reference_every
     targets = training_batches(
         run.target, run.target_order, steps, loader_options(run.config, data.target, run.ranks)
     )
-    loaded: zip[Loaded] = zip(targets, repeat(None), strict=False)
+    references: Iterator[ReferenceBatch] = iter(())
     if run.reference is not None and run.reference_order is not None and data.reference is not None:
         options = loader_options(run.config, data.reference, run.ranks)
-        loaded = zip(targets, training_batches(run.reference, run.reference_order, steps, options), strict=True)
+        with_reference = range(-(-steps.start // every), -(-steps.stop // every))
+        references = training_batches(run.reference, run.reference_order, with_reference, options)
+
+    def load() -> Iterator[Loaded]:
+        for step, target in zip(steps, targets, strict=True):
+            yield target, next(references) if run.reference is not None and step % every == 0 else None
 
     def ready(batches: Loaded) -> StepBatches:
         target, reference = batches
@@ -143,7 +157,7 @@ def batches(run: Run, steps: range) -> Batches:
         rows = run.teacher(reference) if run.teacher is not None and run.teacher.runs_ahead else None
         return StepBatches(target.to(device), reference, rows)
 
-    return Ahead(loaded, ready, device)
+    return Ahead(load(), ready, device)
 
 
 def check_text_length(config: Config, towers: Towers) -> None:

@@ -4,18 +4,15 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from dive_fast import checkpoint
 from dive_fast.config import Config, ConfigError
-from dive_fast.engine import AUTOCAST
-from dive_fast.evaluate.zero_shot import evaluate
 from dive_fast.metrics import DIFFERENCE_VECTORS, Metrics
 from dive_fast.ranks import Ranks
 from dive_fast.run import batches, build
 from dive_fast.teacher.audit import allowed
-from dive_fast.towers import Towers, create, tokenizer_of
 from dive_fast.trace import span, tracing
+from dive_fast.validation import Validation
 
 NOISE_FLOOR = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
 """Largest mean |u| and |v| allowed before the first update, where the tuned model is the frozen one and only the
@@ -25,47 +22,43 @@ rounding of the forward pass is left (measured: 1.2e-3 in fp16, 9.1e-3 in bf16):
 def train(config: Config, folder: Path, ranks: Ranks) -> dict[str, float]:
     """Runs a config from its newest checkpoint, or its start, to its end; returns the final metrics.
 
-    Leaves ``metrics.jsonl``, ``config.json``, ``checkpoints/`` and ``model.safetensors`` in ``folder``.
+    Leaves ``metrics.jsonl``, ``config.json``, ``checkpoints/`` and ``model.safetensors`` in ``folder``: the last
+    weights, or the best ones where ``evaluate.select`` says on what. A trained head stands beside them.
 
     Raises:
         ConfigError, DataError: the user's to mend; the message says how.
     """
     run = build(config, folder, ranks)
-    engine, options = run.engine, config.train
-    found = checkpoint.find(options.resume, folder / "checkpoints")
-    first_step = checkpoint.load(engine, found) if found is not None else 0
-    steps = range(first_step, run.total_steps)
+    engine, options, checkpoints = run.engine, config.train, folder / "checkpoints"
+    validation, step = Validation(run), 0
+    if run.checkpoint is not None:
+        step, found = checkpoint.load(engine, run.checkpoint)
+        validation.load_state_dict(found)
+    steps = range(step, step if validation.is_over else run.total_steps)
     ahead = batches(run, steps)
-    metrics = Metrics(run, first_step, ahead)
+    metrics = Metrics(run, step, ahead)
     with closing(ahead), tracing(options.trace_steps, folder / "trace.json.gz", ranks) as traced:
-        for step, given in zip(steps, ahead, strict=True):
+        for given in ahead:
             if given.reference is not None and given.teacher is None and run.teacher is not None:
                 with span("teacher"):
                     given.teacher = run.teacher(given.reference)
             learning_rate = engine.learning_rate
             values = engine.step(given)
-            if step == 0:
+            step += 1
+            if step == 1:
                 _check_noise_floor(values, config)
-            metrics.log(step + 1, values, learning_rate)
+            metrics.log(step, values, learning_rate)
             traced()
-            is_last = step + 1 == run.total_steps
-            if options.checkpoint_every and (step + 1) % options.checkpoint_every == 0 and not is_last:
+            if validation.is_due(step):
+                with metrics.standing_still():
+                    metrics.write(step, validation.evaluate(step))
+            is_last = step == run.total_steps or validation.is_over
+            if is_last or (options.checkpoint_every and step % options.checkpoint_every == 0):
                 metrics.flush()
-                checkpoint.save(engine, folder / "checkpoints", step + 1, options.keep_checkpoints)
-    metrics.flush()
-    if len(steps) > 0:
-        checkpoint.save(engine, folder / "checkpoints", run.total_steps, options.keep_checkpoints)
-    exported = folder / "model.safetensors"
-    checkpoint.export(engine, exported)
-    accuracies = evaluate(_tuned(config, exported, ranks), tokenizer_of(config.model), config.evaluate, ranks)
-    return metrics.close({f"accuracy/{name}": value for name, value in accuracies.items()})
-
-
-def _tuned(config: Config, exported: Path, ranks: Ranks) -> Towers:
-    """The exported model, whole on every rank: under ZeRO-3 the student's own towers run only inside DeepSpeed."""
-    tuned = create(config.model).load_exported(load_file(exported)).to(ranks.device).eval()
-    tuned.autocast = AUTOCAST[config.train.precision]
-    return tuned
+                checkpoint.save(engine, checkpoints, step, options.keep_checkpoints, validation.state_dict())
+            if is_last:
+                break
+    return metrics.close(step, validation.finish())
 
 
 def _check_noise_floor(values: dict[str, torch.Tensor], config: Config) -> None:

@@ -5,16 +5,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from dive_fast.config import Config
-from dive_fast.data.loader import Options, batches_of
-from dive_fast.data.samples import ReferenceSamples
-from dive_fast.data.source import open_webdataset
 from dive_fast.evaluate.geometry import rsa
+from dive_fast.evaluate.pairs import describe_pairs, embed, open_pairs
+from dive_fast.evaluate.plots import METHODS
 from dive_fast.evaluate.zero_shot import evaluate
+from dive_fast.objective import Pairs
 from dive_fast.ranks import Ranks
-from dive_fast.towers import Towers, create, tokenizer_of, unit
+from dive_fast.towers import create, tokenizer_of
 
 EVIDENCE = """\
 Evidence that the road from config to exported model is open, and that in a small generated world DiVE keeps what
@@ -29,8 +28,6 @@ MEASURES = {
     "zs": "zero-shot: never tuned on",
     "rsa": "RSA: geometry kept",
 }
-LABELS = {"pretrained": "pre-trained", "flyp": "FLYP", "dive": "DiVE"}
-COLOURS = {"pretrained": "#9aa0a6", "flyp": "#d98c3f", "dive": "#2f6fb0"}
 
 
 def compare(config: Config, models: dict[str, Path | None], heldout: str = "demo:reference_heldout") -> Report:
@@ -47,35 +44,24 @@ def compare(config: Config, models: dict[str, Path | None], heldout: str = "demo
     ranks = Ranks(0, 1, torch.device("cpu"))
     tokenizer = tokenizer_of(config.model)
     report: Report = {}
-    before: Tensor | None = None
+    before: Pairs | None = None
+    heldout_pairs = describe_pairs(config, heldout, "webdataset")
     for name, weights in models.items():
         towers = create(config.model).eval()
         if weights is not None:
             towers.load_exported(load_file(weights))
         accuracies = evaluate(towers, tokenizer, config.evaluate, ranks)
-        embeddings = _embed(towers, config, heldout)
+        embeddings = embed(towers, open_pairs(config, heldout_pairs, towers), ranks, 256)
         before = embeddings if before is None else before
         zero_shot = {key: value for key, value in accuracies.items() if key.startswith("zs")}
         report[name] = {
             "id": accuracies["id"],
             "ood": accuracies["ood"],
             "zs": sum(zero_shot.values()) / len(zero_shot),
-            "rsa": rsa(before, embeddings),
+            "rsa": rsa(torch.cat(before), torch.cat(embeddings)),
             **zero_shot,
         }
     return report
-
-
-@torch.no_grad()
-def _embed(towers: Towers, config: Config, heldout: str) -> Tensor:
-    """``(2 N, D)`` unit rows: images, then captions, of pairs that no run trains on."""
-    source = open_webdataset(heldout, ".txt")
-    samples = ReferenceSamples(source, tokenizer_of(config.model), towers.preprocess, towers.pooled_at, seed=0)
-    places = [(0, sample) for sample in range(len(source))]
-    pairs = [
-        towers.encode_pairs(batch.images, batch.text) for batch in batches_of(samples, places, 256, Options())
-    ]
-    return torch.cat([unit(torch.cat(half)) for half in zip(*pairs, strict=True)])
 
 
 def table(report: Report) -> str:
@@ -84,7 +70,7 @@ def table(report: Report) -> str:
     rows = [["", *columns]]
     for name, values in report.items():
         cells = [f"{v:.3f}" if column == "rsa" else f"{100 * v:.1f}" for column, v in values.items()]
-        rows.append([LABELS.get(name, name), *cells])
+        rows.append([_look(name)[0], *cells])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
@@ -100,17 +86,22 @@ def draw(report: Report, path: Path) -> None:
     for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
         for position, (name, values) in enumerate(report.items()):
             value = values[measure] if measure == "rsa" else 100 * values[measure]
-            axis.bar(position, value, width=0.7, color=COLOURS[name])
+            axis.bar(position, value, width=0.7, color=_look(name)[1])
             text = f"{value:.3f}" if measure == "rsa" else f"{value:.1f} %"
             axis.annotate(text, (position, value), (0, 2), textcoords="offset points", ha="center", fontsize=9)
         axis.set_title(title, fontsize=10)
         axis.set_ylim(0, 1.12 if measure == "rsa" else 112)
-        axis.set_xticks(range(len(report)), [LABELS[name] for name in report], fontsize=9)
+        axis.set_xticks(range(len(report)), [_look(name)[0] for name in report], fontsize=9)
         axis.set_yticks([])
         axis.spines[["top", "right", "left"]].set_visible(False)
     figure.suptitle("dive_fast demo: a small CLIP in a small generated world", fontsize=11)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _look(name: str) -> tuple[str, str]:
+    """Name and colour of a model in tables and pictures."""
+    return METHODS.get(name, (name, "#3d3d3d"))
 
 
 def write(report: Report, folder: Path) -> None:

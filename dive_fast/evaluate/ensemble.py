@@ -12,6 +12,7 @@ from torch import Tensor
 from dive_fast import towers
 from dive_fast.config import Config, ConfigError
 from dive_fast.engine import AUTOCAST
+from dive_fast.evaluate import plots
 from dive_fast.evaluate.zero_shot import evaluate
 from dive_fast.files import write_whole
 from dive_fast.ranks import Ranks
@@ -60,7 +61,7 @@ def ensemble(
     if chosen_on not in names:
         raise ConfigError(f"evaluate.sets has no {chosen_on}; it has {', '.join(names)}")
     model = towers.create(config.model)
-    pretrained, tuned = model.export(model.state_dict()), _load(weights)
+    pretrained, tuned = model.export(model.state_dict()), load_weights(weights)
     pretrained = {name: tensor.clone() for name, tensor in pretrained.items()}
     if shapes(pretrained) != shapes(tuned):
         raise ConfigError(f"{weights}: not the weights of {config.model.name}")
@@ -90,7 +91,7 @@ def write(report: dict[str, Any], state: State, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     towers.save(state, folder / "ensemble.safetensors")
     write_whole(folder / "ensemble.json", (json.dumps(report, indent=2) + "\n").encode())
-    draw(report, folder / "ensemble.png")
+    plots.ensemble(report, folder / "ensemble.png")
 
 
 def table(report: dict[str, Any]) -> str:
@@ -103,29 +104,12 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(report: dict[str, Any], path: Path) -> None:
-    """Each set's accuracy over that of the set alpha was chosen on, from one end to the other."""
-    from matplotlib.figure import Figure
+def load_weights(weights: Path) -> State:
+    """A model's weights as open_clip has them.
 
-    rows, chosen_on = report["accuracies"], report["chosen_on"]
-    others = [name for name in rows[0] if name not in ("alpha", chosen_on)] or [chosen_on]
-    figure = Figure(figsize=(4.2 * len(others), 3.6), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(others), squeeze=False)[0], others, strict=True):
-        across, up = ([100 * row[key] for row in rows] for key in (chosen_on, name))
-        axis.plot(across, up, "o-", color="#2f6fb0", markersize=4)
-        for place, word, colour in ((0, "pre-trained", "#9aa0a6"), (-1, "fine-tuned", "#d98c3f")):
-            axis.plot(across[place], up[place], "o", color=colour, markersize=9, label=word)
-        best = next(i for i, row in enumerate(rows) if row["alpha"] == report["alpha"])
-        label = f"alpha = {report['alpha']:g}"
-        axis.plot(across[best], up[best], "*", color="#1b7f4c", markersize=14, label=label)
-        axis.set_xlabel(f"{chosen_on}, %")
-        axis.set_ylabel(f"{name}, %")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
-
-
-def _load(weights: Path) -> State:
+    Raises:
+        ConfigError: no such file, or none of weights.
+    """
     try:
         return load_file(weights)
     except Exception as error:  # safetensors has an error of its own for each way to be broken

@@ -12,6 +12,7 @@ from dive_fast.data.prompts import Template, Tokenizer, check_labels, pack, read
 from dive_fast.data.samples import EvaluationSamples
 from dive_fast.data.sets import open_target
 from dive_fast.data.source import Source
+from dive_fast.evaluate.head import Head
 from dive_fast.ranks import Ranks
 from dive_fast.towers import Towers, unit
 
@@ -32,7 +33,13 @@ def classifier(
 
 @torch.no_grad()
 def accuracy(
-    towers: Towers, weights: Tensor, samples: EvaluationSamples, ranks: Ranks, batch_size: int, workers: int
+    towers: Towers,
+    weights: Tensor,
+    samples: EvaluationSamples,
+    ranks: Ranks,
+    batch_size: int,
+    workers: int,
+    bias: Tensor | float = 0.0,
 ) -> float:
     """Share of images whose nearest class is theirs, over all ranks.
 
@@ -45,7 +52,7 @@ def accuracy(
     places = [(0, sample) for sample in ranks.share(count)]
     for batch in batches_of(samples, places, batch_size, Options(workers=workers, device=ranks.device)):
         batch = batch.to(ranks.device)
-        logits = unit(towers.encode_image(batch.images)) @ weights.T
+        logits = unit(towers.encode_image(batch.images)) @ weights.T + bias
         right += (logits.argmax(1) == batch.labels).sum()
     if ranks.group is not None:
         dist.all_reduce(right, group=ranks.group)
@@ -64,12 +71,23 @@ def open_set(config: EvaluationSet) -> tuple[Source, tuple[str, ...], tuple[Temp
     return source, names, read_templates(config.templates)
 
 
-def evaluate(towers: Towers, tokenizer: Tokenizer, config: EvaluateConfig, ranks: Ranks) -> dict[str, float]:
-    """Zero-shot accuracy on every set of the config: name -> share in [0, 1]."""
+def evaluate(
+    towers: Towers, tokenizer: Tokenizer, config: EvaluateConfig, ranks: Ranks, head: Head | None = None
+) -> dict[str, float]:
+    """Accuracy on every set of the config: name -> share in [0, 1].
+
+    Args:
+        head: classifies the sets whose classes it has, in the place of prompts.
+    """
     results = {}
     for name, evaluation in config.sets.items():
         source, class_names, templates = open_set(evaluation)
-        weights = classifier(towers, tokenizer, class_names, templates)
         samples = EvaluationSamples(source, towers.preprocess)
-        results[name] = accuracy(towers, weights, samples, ranks, config.batch_size, config.workers)
+        bias: Tensor | float = 0.0
+        if head is not None and set(class_names) <= set(head.class_names):
+            rows = [head.class_names.index(one) for one in class_names]
+            weights, bias = head.weight[rows].to(ranks.device), head.bias[rows].to(ranks.device)
+        else:
+            weights = classifier(towers, tokenizer, class_names, templates)
+        results[name] = accuracy(towers, weights, samples, ranks, config.batch_size, config.workers, bias)
     return results

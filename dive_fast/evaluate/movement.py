@@ -1,0 +1,151 @@
+"""From one checkpoint to another: how far the geometry has moved on given pairs, as JSON, table and pictures."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dive_fast import towers
+from dive_fast.config import Config, ConfigError, ReferenceConfig
+from dive_fast.data.source import DataError
+from dive_fast.evaluate import plots
+from dive_fast.evaluate.ensemble import load_weights, shapes
+from dive_fast.evaluate.geometry import GeometryError, compare, describe
+from dive_fast.evaluate.pairs import embed, open_pairs
+from dive_fast.files import write_whole
+from dive_fast.objective import Pairs
+from dive_fast.ranks import Ranks
+
+PRETRAINED = "pre-trained"
+
+
+class Embedded(NamedTuple):
+    """The same pairs, embedded by two models."""
+
+    before: Pairs
+    after: Pairs
+    num_available: int
+    """Pairs that the set has; fewer may have been embedded."""
+
+
+def embed_both(
+    config: Config,
+    before: Path | None,
+    after: Path,
+    data: ReferenceConfig,
+    ranks: Ranks,
+    limit: int | None = None,
+) -> Embedded:
+    """Embeds pairs by two checkpoints of the config's model; all ranks call it.
+
+    Args:
+        before: exported weights; None: the pre-trained model.
+        after: exported weights, a run's ``model.safetensors``.
+        limit: of pairs, spread evenly over the set; default: all.
+
+    Raises:
+        ConfigError: the weights are not there, or not those of the model.
+        DataError: the pairs cannot be read.
+    """
+    model = towers.create(config.model)
+    samples = open_pairs(config, data, model)
+    if ranks.first:
+        samples.source.report_skipped(data.path)
+    # Before anything is embedded: a typo in a path should not cost minutes.
+    states = [None if path is None else load_weights(path) for path in (before, after)]
+    for path, state in zip((before, after), states, strict=True):
+        if state is not None and shapes(state) != shapes(model.export(model.state_dict())):
+            raise ConfigError(f"{path}: not the weights of {config.model.name}")
+    model = model.to(ranks.device)
+    found = []
+    for state in states:
+        if state is not None:
+            model.load_exported(state)
+        found.append(embed(model, samples, ranks, config.evaluate.batch_size, config.evaluate.workers, limit))
+    return Embedded(found[0], found[1], len(samples.source))
+
+
+def measure(embedded: Embedded, about: dict[str, str]) -> dict[str, Any]:
+    """The report of two models on the same pairs.
+
+    Args:
+        about: ``model``, ``before``, ``after``, ``pairs``: what is compared, and on what.
+
+    Raises:
+        DataError: the pairs are too few, or their embeddings have no geometry.
+    """
+    try:
+        metrics = compare(embedded.before, embedded.after)
+        own = describe(embedded.before)
+    except GeometryError as error:
+        raise DataError(f"{about['pairs']}: {error}") from error
+    counts = {"num_pairs": len(embedded.before.image), "num_available": embedded.num_available}
+    return {**about, **counts, "metrics": metrics, "metrics_before": own}
+
+
+def write(report: dict[str, Any], embedded: Embedded, folder: Path, training: Path | None = None) -> list[Path]:
+    """Leaves ``geometry.json`` and pictures; returns what was written.
+
+    Args:
+        training: the run's ``metrics.jsonl``: its course is drawn too, where it tells of difference vectors.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / name for name in ("geometry.json", "geometry_rsa.png", "geometry_differences.png")]
+    write_whole(files[0], (json.dumps(report, indent=2) + "\n").encode())
+    plots.rsa(embedded.before, embedded.after, report["metrics"], files[1])
+    plots.differences(embedded.before, embedded.after, files[2])
+    if training is not None and training.is_file():
+        lines = [json.loads(line) for line in training.read_text().splitlines()]
+        if plots.has_course(lines):
+            files.append(folder / "geometry_course.png")
+            plots.course(lines, files[-1])
+    return files
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as lines of text."""
+    found, own = report["metrics"], report["metrics_before"]
+    similarity = _columns(
+        ("1: unchanged", "images", "captions", "pooled"),
+        *((name, *(f"{found[key + half]:.4f}" for half in _HALVES)) for key, name in _SIMILARITIES.items()),
+    )
+    models = _columns(
+        ("each model", "before", "after"),
+        *((name, f"{own[key]:.4f}", f"{found[key]:.4f}") for key, name in _DESCRIPTIONS.items()),
+    )
+    lengths = _columns(
+        ("difference vectors", "images u", "captions v"),
+        *((name, *(f"{found[half + key]:.3g}" for half in ("image", "text"))) for key, name in _LENGTHS.items()),
+    )
+    others = _columns(*((name, f"{found[key]:.3g}") for key, name in _SHARED.items()))
+    counts = f"{report['num_pairs']} of {report['num_available']} pairs"
+    head = f"{counts} of {report['pairs']}: {report['before']} -> {report['after']}"
+    return "\n\n".join([head, similarity, models, f"{lengths}\n{others}"])
+
+
+_HALVES = ("_image", "_text", "")
+_SIMILARITIES = {"rsa": "RSA", "cka": "linear CKA"}
+_DESCRIPTIONS = {
+    "alignment": "alignment",
+    "uniformity_image": "uniformity, images",
+    "uniformity_text": "uniformity, captions",
+    "modality_gap": "modality gap",
+}
+_LENGTHS = {
+    "_norm": "mean length",
+    "_norm_std": "standard deviation",
+    "_norm_q05": "5 % are below",
+    "_norm_q50": "median",
+    "_norm_q95": "95 % are below",
+    "_cosine_to_average": "mean cosine to m",
+}
+_SHARED = {
+    "average_norm": "|m|",
+    "pair_cosine": "mean cosine of u to v",
+    "average_loss": "AVL",
+    "pairwise_loss": "PVL",
+    "equality": "equality",
+}
+
+
+def _columns(*rows: tuple[str, ...]) -> str:
+    return "\n".join(f"{first:<24}" + "".join(f"{cell:>12}" for cell in others) for first, *others in rows)

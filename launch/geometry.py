@@ -1,0 +1,81 @@
+"""How far a run has moved the geometry of its model: ``python launch/geometry.py --config vitb16_dive.json``.
+
+Embeds image-caption pairs by the pre-trained model and by the fine-tuned one, and compares them: RSA, CKA,
+alignment, uniformity, modality gap, difference vectors. Leaves geometry.json and pictures.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import command
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parses, calls, and turns a user's mistake into one line and exit code 2."""
+    parser = command.parser(__doc__, "train.output=runs/mine")
+    parser.add_argument("--before", type=Path, metavar="WEIGHTS", help="default: the config's pre-trained model")
+    parser.add_argument("--after", type=Path, metavar="WEIGHTS", help="default: the run's model.safetensors")
+    parser.add_argument(
+        "--pairs", metavar="SET", help="captioned tars, CSV or prepared set; default: data.reference"
+    )
+    parser.add_argument("--format", choices=("webdataset", "csv", "prepared"), help="of --pairs; default: guessed")
+    parser.add_argument("--image-root", help="of --pairs, csv only: where relative file paths start")
+    # Time grows with the square: a reference set of millions would never end.
+    parser.add_argument(
+        "--limit",
+        type=_count,
+        metavar="N",
+        default=10_000,
+        help="pairs, spread over the set; default: %(default)s",
+    )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: the run's")
+    options = parser.parse_intermixed_args(arguments)
+
+    # Only pydantic so far: a typo is told at once.
+    from dive_fast.config import ConfigError, load
+
+    try:
+        config = load(options.config, options.overrides, command.CONFIGS)
+        from dive_fast.data.source import DataError
+        from dive_fast.evaluate import movement
+        from dive_fast.evaluate.pairs import describe_pairs
+        from dive_fast.ranks import join
+
+        data = describe_pairs(config, options.pairs, options.format, options.image_root)
+    except ConfigError as error:
+        return command.complain(error, options)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    ranks = join()
+    run = command.run_folder(config.train.output, options.config)
+    after = options.after or run / "model.safetensors"
+    try:
+        embedded = movement.embed_both(config, options.before, after, data, ranks, options.limit)
+        if not ranks.first:
+            return 0
+        about = {
+            "model": config.model.name,
+            "before": str(options.before or movement.PRETRAINED),
+            "after": str(after),
+            "pairs": data.path,
+        }
+        report = movement.measure(embedded, about)
+    except (ConfigError, DataError) as error:
+        return command.complain(error, options)
+    # The run's course is that of its own weights.
+    training = run / "metrics.jsonl" if options.after is None else None
+    print(movement.table(report) + "\n")
+    for file in movement.write(report, embedded, options.output or run, training):
+        print(file)
+    return 0
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 3:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 3 on")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

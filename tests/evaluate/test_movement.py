@@ -1,0 +1,273 @@
+"""From two checkpoints and some pairs to numbers and pictures: each pair once, by the right model."""
+
+import io
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+from PIL import Image
+from torch import Tensor
+
+from dive_fast import towers
+from dive_fast.config import Config, ConfigError
+from dive_fast.data.source import DataError
+from dive_fast.evaluate import movement, plots
+from dive_fast.evaluate.geometry import compare, describe
+from dive_fast.evaluate.pairs import describe_pairs, embed, open_pairs, spread
+from dive_fast.objective import Pairs
+from dive_fast.ranks import Ranks
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+ROOT = Path(__file__).parents[2]
+COUNT, BROKEN = 11, 4
+SHARES = [(2, None), (100, None), (3, 5)]
+"""Batch sizes and limits."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config, a tuned model in its run folder, and pairs of which one has a broken image."""
+    root = tmp_path_factory.mktemp("movement")
+    tree = tiny.write_config(root)
+    tree["evaluate"] = {"batch_size": 4, "workers": 0}
+    model = towers.create(Config.model_validate_json(json.dumps(tree)).model)
+    torch.manual_seed(0)
+    moved = {name: value + 0.05 * torch.randn(value.shape) for name, value in model.state_dict().items()}
+    (root / "run").mkdir()
+    towers.save(model.export(moved), root / "run/model.safetensors")
+    (root / "config.json").write_text(json.dumps(tree))
+    samples = {
+        f"{i:02d}": {"jpg": tiny.jpeg(i), "txt": f"caption {i}{' and so on' * (i % 3)}".encode()}
+        for i in range(COUNT)
+    }
+    samples[f"{BROKEN:02d}"]["jpg"] = samples[f"{BROKEN:02d}"]["jpg"][:200]
+    tiny.write_tar(root / "pairs/0.tar", samples)
+    return root
+
+
+def config_of(folder: Path) -> Config:
+    return Config.model_validate_json((folder / "config.json").read_text())
+
+
+def embedded(folder: Path, ranks: Ranks, batch_size: int, limit: int | None) -> Pairs:
+    config = config_of(folder)
+    model = towers.create(config.model)
+    samples = open_pairs(config, describe_pairs(config, str(folder / "pairs")), model)
+    return embed(model, samples, ranks, batch_size, limit=limit)
+
+
+def by_open_clip(folder: Path, chosen: list[int]) -> Pairs:
+    """The same without any of the engine, pair by pair."""
+    name = config_of(folder).model.name
+    model: Any = open_clip.create_model(name).eval()
+    tokenizer, transform = open_clip.get_tokenizer(name), open_clip.image_transform(32, is_train=False)
+    images = torch.stack([transform(Image.open(io.BytesIO(tiny.jpeg(i)))) for i in chosen])
+    captions = tokenizer([f"caption {i}{' and so on' * (i % 3)}" for i in chosen])
+    with torch.no_grad():
+        return Pairs(model.encode_image(images, normalize=True), model.encode_text(captions, normalize=True))
+
+
+def on_each_rank(folder: Path) -> list[tuple[Tensor, Tensor]]:
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    return [tuple(embedded(folder, ranks, *share)) for share in [*SHARES, (4, 1)]]  # type: ignore[misc]
+
+
+def test_every_pair_is_embedded_once_and_in_order_whatever_the_ranks(folder: Path) -> None:
+    # The fifth pair's image is broken; of 5 out of 11 evenly spread, it is one.
+    chosen = {None: [i for i in range(COUNT) if i != BROKEN], 5: [0, 2, 6, 8], 1: [0]}
+    assert spread(COUNT, 5) == [0, 2, 4, 6, 8]
+    # With two ranks and one pair one rank has none.
+    for results in (
+        [[tuple(embedded(folder, ALONE, *share)) for share in SHARES]],
+        run_ranks(2, on_each_rank, folder),
+    ):
+        for on_rank in results:
+            for (_, limit), found in zip([*SHARES, (4, 1)], on_rank, strict=False):
+                for half, expected in zip(found, by_open_clip(folder, chosen[limit]), strict=True):
+                    assert half.dtype == torch.float32
+                    torch.testing.assert_close(half, expected, rtol=0, atol=2e-6)
+
+
+def test_pairs_are_spread_evenly() -> None:
+    assert spread(10, None) == spread(10, 10) == spread(10, 99) == list(range(10))
+    assert spread(10, 3) == [0, 3, 6]
+    for count, limit in itertools.product((1, 7, 100), (1, 3, 7)):
+        places = spread(count, limit)
+        assert len(set(places)) == len(places) == min(count, limit)
+        assert max(places) < count
+    assert spread(0, 5) == []
+
+
+def test_embedding_is_in_fp32_and_leaves_the_towers_as_they_were(folder: Path) -> None:
+    config = config_of(folder)
+    model = towers.create(config.model).train()
+    samples = open_pairs(config, describe_pairs(config), model)
+    exact = embed(model, samples, ALONE, 8)
+    model.autocast = torch.bfloat16
+    again = embed(model, samples, ALONE, 8)
+    assert torch.equal(exact.image, again.image)
+    assert torch.equal(exact.text, again.text)
+    assert model.autocast == torch.bfloat16
+    assert model.training
+    assert not exact.image.requires_grad
+
+
+def test_pairs_may_be_of_any_format_and_are_seen_in_the_evaluation_view(folder: Path, tmp_path: Path) -> None:
+    config = config_of(folder)
+    assert config.data.reference is not None
+    assert describe_pairs(config) is config.data.reference
+    csv = tmp_path / "pairs.csv"
+    csv.write_text("title\tfilepath\n" + "".join(f"caption {i}\t{i}.jpg\n" for i in range(3)))
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        (tmp_path / f"images/{i}.jpg").write_bytes(tiny.jpeg(i))
+    model = towers.create(config.model)
+    listed = describe_pairs(config, str(csv), image_root=str(tmp_path / "images"))
+    assert listed.format == "csv"
+    found = embed(model, open_pairs(config, listed, model), ALONE, 8)
+    torch.testing.assert_close(found.image, by_open_clip(folder, [0, 1, 2]).image, rtol=0, atol=2e-6)
+    (tmp_path / "manifest.json").touch()
+    assert describe_pairs(config, str(tmp_path)).format == "prepared"
+    assert describe_pairs(config, "there/{0..9}.tar").format == "webdataset"
+    assert describe_pairs(config, str(csv), "webdataset").format == "webdataset"
+    crops = config.data.reference.model_copy(update={"views": 3})
+    assert open_pairs(config, crops, model).views == "eval"
+    with pytest.raises(ConfigError, match="--image-root: only csv data has one"):
+        describe_pairs(config, "there", "webdataset", "images")
+    with pytest.raises(ConfigError, match="they tell of the set that --pairs names"):
+        describe_pairs(config, None, "csv")
+    flyp = config.model_copy(update={"data": config.data.model_copy(update={"reference": None})})
+    with pytest.raises(ConfigError, match=r"data\.reference: the config has no pairs .* --pairs"):
+        describe_pairs(flyp)
+
+
+def test_each_side_is_embedded_by_its_own_weights(folder: Path) -> None:
+    config, tuned = config_of(folder), folder / "run/model.safetensors"
+    data = describe_pairs(config)
+    both = movement.embed_both(config, None, tuned, data, ALONE)
+    swapped = movement.embed_both(config, tuned, tuned, data, ALONE, limit=7)
+    assert torch.equal(swapped.before.image, swapped.after.image)
+    torch.testing.assert_close(swapped.before.text, both.after.text[spread(24, 7)], rtol=0, atol=2e-6)
+    model = towers.create(config.model)
+    own = embed(model, open_pairs(config, data, model), ALONE, 4)
+    assert torch.equal(own.image, both.before.image)
+    about = {"model": "tiny", "before": "pre-trained", "after": str(tuned), "pairs": data.path}
+    assert both.num_available == swapped.num_available == 24
+    report = movement.measure(both, about)
+    assert report == {
+        **about,
+        "num_pairs": 24,
+        "num_available": 24,
+        "metrics": compare(both.before, both.after),
+        "metrics_before": describe(both.before),
+    }
+    assert 0 < report["metrics"]["rsa"] < 1
+    first, second = (Pairs(half.image[:2], half.text[:2]) for half in both[:2])
+    some = movement.Embedded(first, second, 24)
+    with pytest.raises(DataError, match=rf"^{data.path}: images and captions: .* at least 3, got 2 and 2$"):
+        movement.measure(some, about)
+
+
+def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launch/geometry.py", "--config", str(folder / "config.json"), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_command_leaves_a_table_a_report_and_pictures(folder: Path, tmp_path: Path) -> None:
+    lines = [{"step": step, "image_norm": 0.1 * step, "rsa": None} for step in (1, 2, 3)]
+    (folder / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    output = tmp_path / "out"
+    done = call(folder, "--pairs", str(folder / "pairs"), "--limit", "9", "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((output / "geometry.json").read_text())
+    assert report["num_pairs"] == 9 - 1
+    assert report["num_available"] == COUNT
+    assert report["before"] == "pre-trained"
+    (row,) = [line for line in done.stdout.splitlines() if line.startswith("RSA")]
+    assert row.split()[1:] == [f"{report['metrics'][f'rsa{half}']:.4f}" for half in ("_image", "_text", "")]
+    pictures = sorted(path.name for path in output.glob("*.png"))
+    assert pictures == ["geometry_course.png", "geometry_differences.png", "geometry_rsa.png"]
+    assert all(str(output / name) in done.stdout for name in pictures)
+    assert not list(output.glob("*.partial"))
+
+
+def test_the_command_tells_a_mistake_in_one_line(folder: Path, tmp_path: Path) -> None:
+    refused = call(folder, "--after", str(tmp_path / "nowhere.safetensors"))
+    assert refused.returncode == 2
+    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert "nowhere.safetensors: cannot be read as safetensors" in line
+    assert "Traceback" not in refused.stderr
+
+
+def test_weights_of_another_model_are_refused(folder: Path, tmp_path: Path) -> None:
+    config = config_of(folder)
+    towers.save({"some": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ConfigError, match=r"other\.safetensors: not the weights of local-dir:"):
+        movement.embed_both(config, None, tmp_path / "other.safetensors", describe_pairs(config), ALONE)
+
+
+# Pictures
+
+
+def size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        assert len(set(picture.convert("L").getdata())) > 10
+        return picture.size
+
+
+def test_pictures_of_models_that_have_not_moved_and_of_few_pairs_are_drawn(folder: Path, tmp_path: Path) -> None:
+    model = embedded(folder, ALONE, 4, 3)
+    plots.differences(model, model, tmp_path / "a.png")
+    plots.rsa(model, model, compare(model, model), tmp_path / "b.png")
+    assert size(tmp_path / "a.png")[0] > 1000
+    assert size(tmp_path / "b.png")[0] > 1000
+
+
+def test_the_main_axes_are_those_of_most_squared_length_about_zero() -> None:
+    rows = torch.zeros(40, 5)
+    rows[:, 3] = -2.0  # all share it: it is the first axis, though nothing varies along it
+    rows[:, 1] = torch.linspace(-1, 1.5, 40)
+    rows[::2, 0] = 0.1
+    axes, shares = plots._main_axes(rows)
+    assert axes[:, 0].abs().argmax() == 3
+    assert axes[:, 1].abs().argmax() == 1
+    # No axis has most rows on its negative side.
+    assert bool(((rows.double() @ axes).mean(0) > 0).all())
+    squares = rows.double().square().sum()
+    assert shares == pytest.approx([float((rows.double() @ axis).square().sum() / squares) for axis in axes.T])
+
+
+def test_a_course_has_what_the_metrics_have(tmp_path: Path) -> None:
+    plain = [{"step": step, "loss": 1.0, "image_norm": None} for step in range(5)]
+    assert not plots.has_course(plain)
+    batches = [{"step": step, "image_norm": 0.1 * step, "text_norm": 0.0} for step in (1, 10, 20)]
+    plots.course(batches, tmp_path / "one.png")
+    measured = [{"step": 10 * k, "geometry/rsa": 1 - 0.1 * k, "geometry/average_loss": 1e-6 * k} for k in range(3)]
+    plots.course(batches + measured, tmp_path / "three.png")
+    assert size(tmp_path / "three.png")[0] > 2 * size(tmp_path / "one.png")[0]
+    # Before the first update difference vectors are rounding; RSA is 1.
+    assert not plots.has_course(batches[:1])
+    assert plots._course_of(batches, "image_norm") == [(10, 1.0), (20, 2.0)]
+    assert plots._course_of(measured, "geometry/rsa")[0] == (0, 1)
+
+
+def test_methods_are_drawn_with_and_without_rsa_and_seeds(tmp_path: Path) -> None:
+    rows = [
+        {"method": "pretrained", "id": 0.6, "ood": 0.5, "zs": 0.7},
+        {"method": "flyp", "id": 0.8, "ood": 0.5, "zs": 0.4},
+        *({"method": "dive", "id": 0.8 + 0.01 * k, "ood": 0.6, "zs": 0.6} for k in range(3)),
+        *({"method": f"own {k}", "id": 0.7, "ood": 0.5, "zs": 0.5} for k in range(7)),
+    ]
+    plots.tradeoff(rows, tmp_path / "two.png")
+    plots.tradeoff([row | {"rsa": 0.9} for row in rows], tmp_path / "three.png", "a title")
+    assert size(tmp_path / "three.png")[0] > size(tmp_path / "two.png")[0]
