@@ -53,10 +53,11 @@ def plan(rows: Rows, size: Size) -> list[Run]:
         return grids(world, methods) + other_seeds(rows, world, methods)
 
     runs = table("cifar10", MAIN)
-    runs += [] if dive is None else sweeps(dive, size)
-    runs += table("cifar10", HEADS) + table("cifar10", ABLATIONS)
-    runs += table("pacs", MAIN)
+    runs += table("cifar10", HEADS)
     runs += curves(rows, "cifar10")
+    runs += [] if dive is None else sweeps(dive, size)
+    runs += table("pacs", MAIN)
+    runs += table("cifar10", ABLATIONS)
     runs += table("pacs", HEADS) + table("pacs", ABLATIONS)
     if dive is not None:
         for seed in SEEDS[1:]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dive_fast.evaluate import plots
 from dive_fast.files import write_whole
 from study import sets
 from study.plan import ABLATIONS, HEADS, MAIN, MARGIN, SEEDS, chosen, run_of
@@ -15,31 +16,8 @@ from study.runs import REFERENCE, SIZES, Run
 
 Row = dict[str, Any]
 METHODS = ("flyp", "flyp_replay", "snd", "dive", *ABLATIONS, *HEADS)
-LABELS = {
-    "pretrained": "pre-trained",
-    "flyp": "FLYP",
-    "flyp_replay": "FLYP + replay",
-    "snd": "SnD",
-    "dive": "DiVE",
-    "avl": "AVL alone",
-    "pvl": "PVL alone",
-    "cosine": "Cosine, m from 1",
-    "cosine_literal": "Cosine, m from 0",
-    "vanilla_ft": "vanilla FT",
-    "lp_ft": "LP-FT",
-}
-COLOURS = {
-    "pretrained": "#5f6368",
-    "flyp": "#d98c3f",
-    "flyp_replay": "#8a5fb0",
-    "snd": "#1b7f4c",
-    "dive": "#2f6fb0",
-    "avl": "#6fa8dc",
-    "pvl": "#27a0a0",
-    "cosine": "#b8488f",
-    "vanilla_ft": "#a08a5b",
-    "lp_ft": "#c05a4a",
-}
+LABELS = {name: label for name, (label, _) in plots.METHODS.items()} | {"cosine": "Cosine, m from 1"}
+COLOURS = {name: colour for name, (_, colour) in plots.METHODS.items()}
 WORLDS = {"cifar10": "CIFAR-10", "pacs": "PACS photo"}
 RULES = {
     "equal": f"Largest weight that costs at most {100 * MARGIN:g} point of FLYP's ID validation",
@@ -256,13 +234,13 @@ def draw_curves(rows: Sequence[Row], world: str, path: Path) -> None:
         for method in METHODS:
             if method in HEADS:
                 continue
-            best = chosen(rows, world, method, "best")
             found = plain_runs(rows, world, method)
-            if best is None or not found:
+            if not found:
                 continue
             points = [(100 * in_domain(row), factor * of(row)) for row in found]
             axis.plot(*zip(*points, strict=True), "o", color=COLOURS[method], markersize=3.5, alpha=0.35)
-            line = [row for row in found if row["learning_rate"] == best.learning_rate]
+            best = max(found, key=lambda row: row["validation"])
+            line = [row for row in found if row["learning_rate"] == best["learning_rate"]]
             line.sort(key=lambda row: row["weight"] or 0)
             points = [(100 * in_domain(row), factor * of(row)) for row in line]
             axis.plot(*zip(*points, strict=True), "o-", color=COLOURS[method], markersize=6, label=LABELS[method])

@@ -13,13 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dive_fast.config import Config, load
-from dive_fast.data.loader import Options, batches_of
-from dive_fast.data.samples import ReferenceSamples
-from dive_fast.data.source import open_webdataset
 from dive_fast.evaluate.geometry import rsa
+from dive_fast.evaluate.pairs import describe_pairs, embed, open_pairs
 from dive_fast.evaluate.zero_shot import evaluate
 from dive_fast.ranks import Ranks
-from dive_fast.towers import Towers, create, tokenizer_of, unit
+from dive_fast.towers import Towers, create, tokenizer_of
 from dive_fast.train import train
 from study import model, sets
 
@@ -210,18 +208,11 @@ class Study:
             self._before[world] = self._embed(config, create(config.model).eval())
         return self._before[world]
 
-    @torch.no_grad()
     def _embed(self, config: Config, towers: Towers) -> Tensor:
         """``(2 N, D)`` unit rows: images, then captions, of pairs that no run trains on."""
+        described = describe_pairs(config, str(self.data / HELDOUT), "webdataset")
         towers = towers.to(self.ranks.device)
-        source = open_webdataset(str(self.data / HELDOUT), ".txt")
-        samples = ReferenceSamples(source, tokenizer_of(config.model), towers.preprocess, towers.pooled_at, seed=0)
-        places = [(0, sample) for sample in range(len(source))]
-        pairs = []
-        for batch in batches_of(samples, places, 256, Options()):
-            given = batch.to(self.ranks.device)
-            pairs.append(towers.encode_pairs(given.images, given.text))
-        return torch.cat([unit(torch.cat(half)) for half in zip(*pairs, strict=True)]).cpu()
+        return torch.cat(embed(towers, open_pairs(config, described, towers), self.ranks, 256))
 
 
 def named(key: dict[str, Any]) -> str:
