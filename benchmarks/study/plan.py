@@ -36,6 +36,8 @@ FURTHER_WEIGHTS = {"dive": (0.1, 0.3, 3, 30, 1000), "flyp_replay": (0.1, 10, 30)
 """For the curves of ID and ZS over the weight, at the method's best learning rate."""
 DECAYS = (0.0, 0.5, 0.9)
 EVERY = (2, 4, 8)
+HEAVY, GENTLE = 1000.0, (3e-4, 1e-4, 3e-5)
+"""The paper's lambda at learning rates towards its own: how short difference vectors become."""
 MARGIN = 0.01
 
 Rows = Sequence[dict[str, Any]]
@@ -56,6 +58,7 @@ def plan(rows: Rows, size: Size) -> list[Run]:
     runs += table("cifar10", HEADS)
     runs += curves(rows, "cifar10")
     runs += [] if dive is None else sweeps(dive, size)
+    runs += [Run("cifar10", "dive", HEAVY, rate) for rate in GENTLE]
     runs += table("pacs", MAIN)
     runs += table("cifar10", ABLATIONS)
     runs += table("pacs", HEADS) + table("pacs", ABLATIONS)

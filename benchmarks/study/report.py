@@ -1,6 +1,7 @@
 """Tables and charts of a study, from its file of results alone."""
 
 import statistics
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -147,41 +148,76 @@ def plain_runs(rows: Iterable[Row], world: str, method: str) -> list[Row]:
     return [row for row in found if _is_plain(run_of(row))]
 
 
+def sweeps(dive: Run, batch_size: int) -> dict[str, dict[str, Run]]:
+    """One thing about DiVE's setting after another: what is swept -> its values as words -> the run at seed 0."""
+    alone = replace(dive, method="avl")
+    decays = (0.0, 0.5, 0.9, 0.99)
+    smaller = {f"B/{part}": replace(dive, reference_batch=batch_size // part) for part in (2, 4, 8)}
+    return {
+        "reference batch B'": {"B": dive} | smaller,
+        "a reference batch at every k-th step, weight x k, decay ^ k": {
+            f"k = {every}": replace(dive, every=every) for every in (1, 2, 4, 8)
+        },
+        "alpha, DiVE": {f"{decay:g}": replace(dive, decay=decay) for decay in decays},
+        "alpha, AVL alone": {f"{decay:g}": replace(alone, decay=decay) for decay in decays},
+        "pairs in the reference set": {
+            f"{count:,}": replace(dive, reference=count) for count in (500, 2500, REFERENCE)
+        },
+    }
+
+
 def sweep_tables(rows: Sequence[Row], batch_size: int) -> list[str]:
-    """One thing about DiVE's chosen setting after another."""
+    """The sweeps in Markdown."""
     run = chosen(rows, "cifar10", "dive", "equal")
-    if run is None:
-        return []
-    alone = replace(run, method="avl")
-    parts: list[tuple[str, list[tuple[str, Run]]]] = [
-        (
-            "reference batch B'",
-            [("B", run)] + [(f"B/{part}", replace(run, reference_batch=batch_size // part)) for part in (2, 4, 8)],
-        ),
-        (
-            "a reference batch at every k-th step, k times the weight, decay a^k",
-            [(f"k = {every}", replace(run, every=every)) for every in (1, 2, 4, 8)],
-        ),
-        ("alpha, DiVE", [(f"{decay:g}", replace(run, decay=decay)) for decay in (0.0, 0.5, 0.9, 0.99)]),
-        ("alpha, AVL alone", [(f"{decay:g}", replace(alone, decay=decay)) for decay in (0.0, 0.5, 0.9, 0.99)]),
-        (
-            "size of the reference set",
-            [(f"{size:,}", replace(run, reference=size)) for size in sorted({500, 2500, REFERENCE})],
-        ),
-    ]
-    lines = []
-    for title, cases in parts:
+    lines: list[str] = []
+    for title, cases in {} if run is None else sweeps(run, batch_size).items():
         lines += ["", f"| {title} | seeds | ID | OOD | ZS | Tiny | RSA | mean u, v, m | s |", "|---" * 9 + "|"]
-        for name, case in cases:
+        for name, case in cases.items():
             found = over_seeds(rows, case)
             if not found:
                 continue
             cells = [figure(found, of).percent() for of in (_of("id"), ood, _of("zs"), _of("tiny"))]
             norms = ", ".join(f"{figure(found, _of(symbol)).mean:.1e}" for symbol in "uvm")
             seconds = figure(found, _of("seconds")).mean
-            shape = figure(found, _of("rsa")).plain(".4f")
+            shape = figure(found, _of("rsa")).plain()
             lines.append(f"| {name} | {len(found)} | {' | '.join(cells)} | {shape} | {norms} | {seconds:.0f} |")
     return lines
+
+
+def draw_sweeps(rows: Sequence[Row], batch_size: int, path: Path) -> bool:
+    """ID and zero-shot accuracy over what is swept; whether there was anything to draw."""
+    from matplotlib.figure import Figure as Canvas
+
+    run = chosen(rows, "cifar10", "dive", "equal")
+    if run is None:
+        return False
+    swept = sweeps(run, batch_size)
+    canvas = Canvas(figsize=(3.1 * len(swept), 3.6), layout="constrained")
+    looks = {"ID": (in_domain, "#3d3d3d", "s--"), "zero-shot, both sets": (zero_shot, COLOURS["dive"], "o-")}
+    for axis, (title, cases) in zip(canvas.subplots(1, len(swept), sharey=True), swept.items(), strict=True):
+        known = {name: found for name, case in cases.items() if (found := over_seeds(rows, case))}
+        for label, (of, colour, line) in looks.items():
+            figures = [figure(found, of) for found in known.values()]
+            means, deviations = [100 * one.mean for one in figures], [100 * one.deviation for one in figures]
+            places = [list(cases).index(name) for name in known]
+            axis.errorbar(places, means, deviations, fmt=line, color=colour, markersize=5, capsize=2, label=label)
+        axis.set_xticks(range(len(cases)), list(cases), fontsize=8)
+        axis.set_title(textwrap.fill(title, 34), fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", alpha=0.25)
+    canvas.axes[0].set_ylabel("accuracy, %")
+    canvas.axes[0].legend(frameon=False, fontsize=8)
+    canvas.savefig(path, dpi=130)
+    return True
+
+
+def compared(rows: Sequence[Row], world: str, rule: str) -> list[Row]:
+    """The pre-trained model and each method's runs at the setting that a rule picks, over all seeds."""
+    found = [row for row in rows if (row["world"], row["method"]) == (world, "pretrained")]
+    for method in METHODS:
+        if (run := chosen(rows, world, method, rule)) is not None:
+            found += over_seeds(rows, run)
+    return [row | {"ood": ood(row), "zs": zero_shot(row)} for row in found]
 
 
 def norm_table(rows: Sequence[Row]) -> list[str]:
@@ -208,15 +244,27 @@ def write(rows: Sequence[Row], size: str, folder: Path) -> Path:
             table = main_table(rows, world, rule)
             if len(table) > 3:
                 lines += ["", f"## {title}. {meaning}", "", *table]
-        lines += ["", f"## {title}. Zero-shot accuracy at equal ID, seed 0", "", *level_table(rows, world)]
+        name = f"study-{size}-{world}-methods.png"
+        methods = compared(rows, world, "equal")
+        if any(row["method"] != "pretrained" for row in methods):
+            plots.tradeoff(
+                methods, folder / name, f"{title}, {RULES['equal'].lower()}; zero-shot: mean of both sets"
+            )
+            lines += ["", f"![Methods: ID, OOD, zero-shot accuracy and RSA]({name})"]
+        table = level_table(rows, world)
+        if table:
+            lines += ["", f"## {title}. Zero-shot accuracy (mean of both sets) at equal ID, seed 0", "", *table]
         name = f"study-{size}-{world}-curves.png"
         draw_curves(rows, world, folder / name)
-        lines += ["", f"![ID against zero-shot accuracy]({name})"]
-    lines += ["", "## Sweeps: DiVE at equal ID on CIFAR-10", *sweep_tables(rows, SIZES[size].batch_size)]
+        lines += ["", f"![ID against zero-shot accuracy and RSA]({name})"]
+    lines += ["", "## Sweeps: DiVE on CIFAR-10", *sweep_tables(rows, SIZES[size].batch_size)]
+    name = f"study-{size}-sweeps.png"
+    if draw_sweeps(rows, SIZES[size].batch_size, folder / name):
+        lines += ["", f"![Accuracy over what is swept]({name})"]
     lines += ["", "## Lengths of difference vectors, DiVE on CIFAR-10, seed 0", "", *norm_table(rows)]
     name = f"study-{size}-norms.png"
-    draw_norms(rows, folder / name)
-    lines += ["", f"![Lengths of difference vectors along runs]({name})"]
+    if draw_norms(rows, folder / name):
+        lines += ["", f"![Lengths of difference vectors along runs]({name})"]
     write_whole(path, ("\n".join(lines) + "\n").encode())
     return path
 
@@ -266,20 +314,20 @@ def draw_curves(rows: Sequence[Row], world: str, path: Path) -> None:
     canvas.savefig(path, dpi=130)
 
 
-def draw_norms(rows: Sequence[Row], path: Path) -> None:
-    """Mean |u|, |v| and |m| along DiVE's runs of one learning rate, a line for each lambda."""
+def draw_norms(rows: Sequence[Row], path: Path) -> bool:
+    """Mean |u|, |v| and |m| along DiVE's runs of one learning rate, a line for each lambda; whether there are."""
     from matplotlib.figure import Figure as Canvas
 
     best = chosen(rows, "cifar10", "dive", "best")
     if best is None:
-        return
+        return False
     found = [row for row in plain_runs(rows, "cifar10", "dive") if row["learning_rate"] == best.learning_rate]
     found.sort(key=lambda row: row["weight"])
     canvas = Canvas(figsize=(11.5, 3.8), layout="constrained")
     titles = {"u": "mean |u|, images", "v": "mean |v|, captions", "m": "|m|"}
     for axis, (symbol, title) in zip(canvas.subplots(1, 3, sharey=True), titles.items(), strict=True):
         for place, row in enumerate(found):
-            points = [(point["step"], point[symbol]) for point in row["course"] if point.get(symbol)]
+            points = [(point["step"], point[symbol]) for point in row["course"] if point["step"] > 1]
             shade = 0.25 + 0.7 * place / max(1, len(found) - 1)
             axis.plot(*zip(*points, strict=True), color=(0.1, 0.3, 0.6, shade), label=f"{row['weight']:g}")
             axis.annotate(f"{row['weight']:g}", points[-1], (3, -3), textcoords="offset points", fontsize=7)
@@ -294,6 +342,7 @@ def draw_norms(rows: Sequence[Row], path: Path) -> None:
         fontsize=10,
     )
     canvas.savefig(path, dpi=130)
+    return True
 
 
 def _of(name: str) -> Callable[[Row], float]:
