@@ -247,9 +247,7 @@ def write(rows: Sequence[Row], size: str, folder: Path) -> Path:
         name = f"study-{size}-{world}-methods.png"
         methods = compared(rows, world, "equal")
         if any(row["method"] != "pretrained" for row in methods):
-            plots.tradeoff(
-                methods, folder / name, f"{title}, {RULES['equal'].lower()}; zero-shot: mean of both sets"
-            )
+            plots.tradeoff(methods, folder / name, f"{title}: {RULES['equal'][0].lower()}{RULES['equal'][1:]}")
             lines += ["", f"![Methods: ID, OOD, zero-shot accuracy and RSA]({name})"]
         table = level_table(rows, world)
         if table:
