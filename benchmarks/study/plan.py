@@ -56,10 +56,11 @@ def plan(rows: Rows, size: Size) -> list[Run]:
 
     runs = table("cifar10", MAIN)
     runs += table("cifar10", HEADS)
-    runs += curves(rows, "cifar10")
+    runs += curves(rows, ["dive"])
     runs += [] if dive is None else sweeps(dive, size)
-    runs += [Run("cifar10", "dive", HEAVY, rate) for rate in GENTLE]
     runs += table("pacs", MAIN)
+    runs += curves(rows, FURTHER_WEIGHTS)
+    runs += [Run("cifar10", "dive", HEAVY, rate) for rate in GENTLE]
     runs += table("cifar10", ABLATIONS)
     runs += table("pacs", HEADS) + table("pacs", ABLATIONS)
     if dive is not None:
@@ -101,13 +102,13 @@ def sweeps(dive: Run, size: Size) -> list[Run]:
     return runs
 
 
-def curves(rows: Rows, world: str) -> list[Run]:
-    """Further weights at each method's best learning rate."""
+def curves(rows: Rows, methods: Iterable[str]) -> list[Run]:
+    """Further weights on CIFAR-10 at each method's best learning rate."""
     found = []
-    for method, weights in FURTHER_WEIGHTS.items():
-        best = chosen(rows, world, method, "best")
+    for method in methods:
+        best = chosen(rows, "cifar10", method, "best")
         if best is not None:
-            found += [replace(best, weight=float(weight)) for weight in weights]
+            found += [replace(best, weight=float(weight)) for weight in FURTHER_WEIGHTS[method]]
     return found
 
 
