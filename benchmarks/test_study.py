@@ -18,12 +18,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from study import model, report, results, runs, sets
-from study.plan import LEARNING_RATES, MARGIN, SEEDS, WEIGHTS, chosen, grids, plan
-from study.runs import SIZES, Run
+from study.plan import LEARNING_RATES, MARGIN, SEEDS, WEIGHTS, chosen, grids, plan, sweeps
+from study.runs import SIZES, Run, Study
 
 from dive_fast.config import load
 from dive_fast.data.source import open_webdataset
 from dive_fast.evaluate.zero_shot import open_set
+from dive_fast.ranks import Ranks
 
 REAL = [
     pytest.mark.realdata,
@@ -242,6 +243,23 @@ def test_a_plan_worked_off_has_every_method_with_every_seed_and_ends() -> None:
     assert dive is not None
     for change in ({"every": 8}, {"reference_batch": 8}, {"decay": 0.0}, {"reference": 500}):
         assert {replace(dive, seed=seed, **change) for seed in SEEDS} <= set(known)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_run_of_a_plan_is_a_config_of_the_engine(size: str, tmp_path: Path) -> None:
+    study = Study(tmp_path, size, Ranks(0, 1, torch.device("cpu")))
+    study.digests = dict.fromkeys(report.WORLDS, "0123456789abcdef")
+    dive = Run("cifar10", "dive", 10.0, 1e-3)
+    known = [*plan([], SIZES[size]), *sweeps(dive, SIZES[size])]
+    assert {run.method for run in known} == {*WEIGHTS, "cosine_literal"}
+    for run in known:
+        config = study.config(run)
+        assert config.objective.weight == run.weight
+        assert config.objective.reference_every == run.every
+        assert config.data.reference is not None
+        assert config.data.reference.batch_size == run.reference_batch or run.reference_batch is None
+        assert list(config.evaluate.sets) == list(sets.evaluated(run.world))
+        assert ("pacs" in config.model.name) == (run.world == "pacs")
 
 
 def runs_worlds() -> tuple[str, ...]:
