@@ -303,11 +303,15 @@ def test_a_report_is_made_of_what_there_is(tmp_path: Path) -> None:
     run = chosen(rows, "cifar10", "dive", "equal")
     assert run is not None
     rows += [row_of(replace(run, seed=1), 0.5, id=0.7) | {"course": course}]
+    text = report.write(rows, "small", tmp_path).read_text()
+    assert "| k = 1 | 2 |" in text
     rows += [row_of(replace(run, every=4), 0.5) | {"course": course}]
     text = report.write(rows, "small", tmp_path).read_text()
     mean = (run_id(rows, run) + 0.7) / 2
     line = next(line for line in text.splitlines() if line.startswith("| DiVE |"))
     assert f"| {100 * mean:.1f} ± " in line
+    # What is compared has the same seeds.
+    assert "| k = 1 | 1 |" in text
     assert "| k = 4 | 1 |" in text
     assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".png"}
 

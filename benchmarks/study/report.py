@@ -12,7 +12,7 @@ import numpy as np
 from dive_fast.evaluate import plots
 from dive_fast.files import write_whole
 from study import sets
-from study.plan import ABLATIONS, HEADS, MAIN, MARGIN, SEEDS, chosen, run_of
+from study.plan import ABLATIONS, HEADS, MAIN, MARGIN, SEEDS, chosen, grids, run_of
 from study.runs import REFERENCE, SIZES, Run
 
 Row = dict[str, Any]
@@ -110,7 +110,7 @@ def at_level(points: Iterable[tuple[float, float]], level: float) -> float | Non
 
 
 def level_table(rows: Sequence[Row], world: str) -> list[str]:
-    """Zero-shot accuracy, mean of both sets, and RSA at equal ID accuracy, from all runs of seed 0."""
+    """Zero-shot accuracy, mean of both sets, and RSA at equal ID accuracy, from the grid's runs."""
     flyp = [row for row in rows if (row["world"], row["method"], row["seed"]) == (world, "flyp", 0)]
     if not flyp:
         return []
@@ -120,8 +120,10 @@ def level_table(rows: Sequence[Row], world: str) -> list[str]:
     for method in METHODS:
         if method in HEADS:
             continue  # their ID is that of another classifier
-        found = plain_runs(rows, world, method)
-        if not found:
+        # The same grid for every method: who has more runs finds a better one.
+        grid = set(grids(world, [method]))
+        found = [row for row in plain_runs(rows, world, method) if run_of(row) in grid]
+        if len(found) < len(grid):
             continue
         levels = [reached - less for less in LEVELS]
         kept = [at_level([(in_domain(row), zero_shot(row)) for row in found], level) for level in levels]
@@ -172,16 +174,21 @@ def sweep_tables(rows: Sequence[Row], batch_size: int) -> list[str]:
     lines: list[str] = []
     for title, cases in {} if run is None else sweeps(run, batch_size).items():
         lines += ["", f"| {title} | seeds | ID | OOD | ZS | Tiny | RSA | mean u, v, m | s |", "|---" * 9 + "|"]
-        for name, case in cases.items():
-            found = over_seeds(rows, case)
-            if not found:
-                continue
+        for name, found in with_equal_seeds(rows, cases).items():
             cells = [figure(found, of).percent() for of in (_of("id"), ood, _of("zs"), _of("tiny"))]
             norms = ", ".join(f"{figure(found, _of(symbol)).mean:.1e}" for symbol in "uvm")
             seconds = figure(found, _of("seconds")).mean
             shape = figure(found, _of("rsa")).plain()
             lines.append(f"| {name} | {len(found)} | {' | '.join(cells)} | {shape} | {norms} | {seconds:.0f} |")
     return lines
+
+
+def with_equal_seeds(rows: Sequence[Row], cases: dict[str, Run]) -> dict[str, list[Row]]:
+    """Results of the cases that have any, over the seeds that all of these have."""
+    known = {name: found for name, case in cases.items() if (found := over_seeds(rows, case))}
+    seeds = [{row["seed"] for row in found} for found in known.values()]
+    common = set[int]().union(*seeds[:1]).intersection(*seeds)
+    return {name: [row for row in found if row["seed"] in common] for name, found in known.items()}
 
 
 def draw_sweeps(rows: Sequence[Row], batch_size: int, path: Path) -> bool:
@@ -195,7 +202,7 @@ def draw_sweeps(rows: Sequence[Row], batch_size: int, path: Path) -> bool:
     canvas = Canvas(figsize=(3.1 * len(swept), 3.6), layout="constrained")
     looks = {"ID": (in_domain, "#3d3d3d", "s--"), "zero-shot, both sets": (zero_shot, COLOURS["dive"], "o-")}
     for axis, (title, cases) in zip(canvas.subplots(1, len(swept), sharey=True), swept.items(), strict=True):
-        known = {name: found for name, case in cases.items() if (found := over_seeds(rows, case))}
+        known = with_equal_seeds(rows, cases)
         for label, (of, colour, line) in looks.items():
             figures = [figure(found, of) for found in known.values()]
             means, deviations = [100 * one.mean for one in figures], [100 * one.deviation for one in figures]
@@ -251,7 +258,12 @@ def write(rows: Sequence[Row], size: str, folder: Path) -> Path:
             lines += ["", f"![Methods: ID, OOD, zero-shot accuracy and RSA]({name})"]
         table = level_table(rows, world)
         if table:
-            lines += ["", f"## {title}. Zero-shot accuracy (mean of both sets) at equal ID, seed 0", "", *table]
+            lines += [
+                "",
+                f"## {title}. Zero-shot accuracy (mean of both sets) at equal ID, from the grid",
+                "",
+                *table,
+            ]
         name = f"study-{size}-{world}-curves.png"
         draw_curves(rows, world, folder / name)
         lines += ["", f"![ID against zero-shot accuracy and RSA]({name})"]
