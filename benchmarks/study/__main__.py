@@ -67,8 +67,8 @@ def work(study: Study, path: Path, minutes: float | None = None, *, dry: bool = 
         first = {"method": "pretrained", "world": run.world, "model": study.digests[run.world]}
         if not results.has(rows, first):
             results.append(path, study.pretrained_row(run))
-        # What is run again with other seeds is what was chosen.
-        keep = study.folder / "weights" if run.seed == SEEDS[1] else None
+        # What is run again with other seeds, and is no sweep, is what was chosen.
+        keep = study.folder / "weights" if run.seed == SEEDS[1] and run.is_plain() else None
         row = study.measure(run, keep)
         results.append(path, row)
         print(f"{row['seconds']:.0f} s, {len(left) - 1} left: {row}", flush=True)

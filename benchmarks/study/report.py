@@ -147,7 +147,7 @@ def zero_shot(row: Row) -> float:
 def plain_runs(rows: Iterable[Row], world: str, method: str) -> list[Row]:
     """Runs of seed 0 that differ from the default in weight and learning rate alone."""
     found = [row for row in rows if (row["world"], row["method"], row["seed"]) == (world, method, 0)]
-    return [row for row in found if _is_plain(run_of(row))]
+    return [row for row in found if run_of(row).is_plain()]
 
 
 def sweeps(dive: Run, batch_size: int) -> dict[str, dict[str, Run]]:
@@ -357,7 +357,3 @@ def draw_norms(rows: Sequence[Row], path: Path) -> bool:
 
 def _of(name: str) -> Callable[[Row], float]:
     return lambda row: float(row[name])
-
-
-def _is_plain(run: Run) -> bool:
-    return run == Run(run.world, run.method, run.weight, run.learning_rate, run.seed)

@@ -83,6 +83,10 @@ class Run:
     reference: int = REFERENCE
     """Pairs of the reference set."""
 
+    def is_plain(self) -> bool:
+        """Whether all but method, weight, learning rate and seed is as it is by default."""
+        return self == Run(self.world, self.method, self.weight, self.learning_rate, self.seed)
+
     def key(self, size: str, digest: str) -> dict[str, Any]:
         """As its line of the results says it."""
         return {"size": size, "model": digest} | asdict(self)
