@@ -140,6 +140,15 @@ def test_pacs_is_trained_on_photos_and_tested_on_others(data: Path) -> None:
     cuts = sorted(sets.PHOTOS.values())
     assert all(one[1] <= other[0] for one, other in itertools.pairwise(cuts))
     assert cuts[-1][1] == len(photos.images)
+    parts = sets.labelled_sets("pacs", 12, 7, 3)
+    whole = np.bincount(photos.labels) / len(photos.labels)
+    seen = {one.tobytes() for one in parts["target"].images}
+    for name in sets.PHOTOS:
+        shares = np.bincount(parts[name].labels, minlength=7) / len(parts[name].labels)
+        assert np.abs(shares - whole).max() < 0.06
+        if name != "target":
+            # Two photos of PACS may be the same file.
+            assert np.mean([one.tobytes() in seen for one in parts[name].images]) < 0.02
     for name in ("target", *sets.evaluated("pacs")):
         assert len(open_webdataset(str(data / "pacs" / name), ".cls")) > 0
         said = (data / "pacs" / name / "classes.txt").read_text().split("\n")

@@ -68,7 +68,7 @@ PACS, CIFAR10, CIFAR100 = "pacs32/pacs32.npz", "cifar10/cifar10.npz", "cifar100/
 TINY = "zeroshot/tinyimagenet_val.npz"
 DOMAINS = ("art_painting", "cartoon", "sketch")
 PHOTOS = {"target": (0, 1000), "validation": (1000, 1300), "id": (1300, 1670)}
-"""Of PACS, in order: they are shuffled."""
+"""Of PACS, shuffled: its file begins with equally many of each class and ends with persons."""
 IN_PACS = frozenset({"elephant", "house", "boy", "girl"})
 """Classes of CIFAR-100's zero-shot half that PACS has, or a kind of (person)."""
 DECISIONS = Path(__file__).with_name("tinyimagenet.tsv")
@@ -120,6 +120,12 @@ def load(file: str, split: str) -> Pictures:
 def cut(pictures: Pictures, first: int, last: int) -> Pictures:
     """Some of them, in order."""
     return pictures._replace(images=pictures.images[first:last], labels=pictures.labels[first:last])
+
+
+def shuffled(pictures: Pictures, seed: int = 0) -> Pictures:
+    """All of them in another order, always the same."""
+    order = np.random.default_rng(seed).permutation(len(pictures.images))
+    return pictures._replace(images=pictures.images[order], labels=pictures.labels[order])
 
 
 def of_classes(pictures: Pictures, classes: Sequence[int]) -> Pictures:
@@ -211,7 +217,7 @@ def labelled_sets(world: str, target: int, tested: int, corruptions: int) -> dic
     zero_shot = [label for label in halves(hundred)[1] if hundred.names[label] not in taken]
     away = {"zs": cut(of_classes(hundred, zero_shot), 0, tested), "tiny": cut(tiny(taken), 0, tested)}
     if world == "pacs":
-        photos = load(PACS, "photo")
+        photos = shuffled(load(PACS, "photo"))
         near = {name: cut(photos, *places) for name, places in PHOTOS.items()}
         return near | {domain: cut(load(PACS, domain), 0, tested // 4) for domain in DOMAINS} | away
     test = load(CIFAR10, "test")
