@@ -15,6 +15,19 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 Loader = Literal["plain", "dali", "ffcv"]
+Metric = Literal[
+    "top1",
+    "top5",
+    "mean_class_recall",
+    "macro_f1",
+    "worst_region",
+    "image_to_text_r1",
+    "image_to_text_r5",
+    "image_to_text_r10",
+    "text_to_image_r1",
+    "text_to_image_r5",
+    "text_to_image_r10",
+]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -225,23 +238,51 @@ class TrainConfig(Section):
 
 
 class EvaluationSet(Section):
-    """A labelled image set that zero-shot accuracy is measured on."""
+    """An image set that the model is measured on: the user's, by `format`, or a known one, by `dataset`."""
 
-    format: Literal["folder", "webdataset", "prepared"]
-    """As in `data.target`."""
+    format: Literal["folder", "webdataset", "prepared"] | None = None
+    """As in `data.target`. Not used with `dataset`, whose layout is found."""
     path: str
-    """As in `data.target`."""
+    """As in `data.target`. With `dataset`: its folder, or one above; `{dataset}` stands for its name."""
+    dataset: str | None = None
+    """A known data set, e.g. `imagenet-r` or `food101` (docs/evaluation.md): its layout, label map, class names,
+    templates and metric."""
+    task: Literal["classification", "retrieval"] = "classification"
+    """`retrieval`: each image's own captions are to be found among all, and the other way; `webdataset` with one
+    caption a line in `.txt`, `prepared` with captions, or a `dataset` of captions."""
     class_names: str | None = None
-    """As in `data.target`."""
-    templates: str = "imagenet"
-    """As in `data.target`; the prompts of a class are averaged."""
+    """As in `data.target`, or the name of a known data set. Default with `dataset`: its own."""
+    templates: str | None = None
+    """As in `data.target`, or the name of a known data set; the prompts of a class are averaged. Default:
+    `imagenet`, or with `dataset` its own."""
+    metric: Metric | None = None
+    """What is reported of it in one number. Default: `top1`, for retrieval `image_to_text_r1`, or with `dataset`
+    its own."""
+    role: Literal["id", "ood", "zero_shot"] | None = None
+    """Which average of the results table it enters. Default: none, or with `dataset` its own."""
+
+
+class GeometryConfig(Section):
+    """Captioned images on which the tuned embeddings are compared with the pre-trained ones."""
+
+    format: Literal["webdataset", "csv", "prepared"]
+    """As in `data.reference`."""
+    path: str
+    """As in `data.reference`. Best of a set that is not trained on: the paper takes Flickr8K."""
+    image_root: str | None = None
+    """As in `data.reference`."""
+    pairs: Positive = 2000
+    """How many, spread evenly over the set; the time of comparing them grows with their square."""
 
 
 class EvaluateConfig(Section):
     """What the tuned model is measured on, when training has ended and on the way."""
 
     sets: dict[str, EvaluationSet] = {}
-    """Name -> data set; accuracies go to the metrics as `accuracy/<name>`."""
+    """Name -> data set; its `metric` goes to the metrics as `accuracy/<name>`."""
+    geometry: GeometryConfig | None = None
+    """Pairs on which RSA, CKA and difference vectors are measured too (docs/geometry.md); the metrics have them as
+    `geometry/<name>`."""
     every_steps: Positive | None = None
     """Steps between evaluations on the way; default: none."""
     every_epochs: Positive | None = None
@@ -279,7 +320,7 @@ class Config(Section):
         names += [("evaluate.select", options.select)] if options.select is not None else []
         for place, name in names:
             if name not in options.sets:
-                raise ValueError(f"{place}: evaluate.sets has no {name}{_nearest(name, list(options.sets))}")
+                raise ValueError(f"{place}: evaluate.sets has no {name}{nearest(name, list(options.sets))}")
         if options.every_steps is not None and options.every_epochs is not None:
             raise ValueError("evaluate.every_steps and every_epochs: name one of them")
         on_the_way = options.every_steps is not None or options.every_epochs is not None
@@ -315,9 +356,26 @@ class Config(Section):
         if self.data.target.format == "webdataset" and self.data.target.class_names is None:
             raise ValueError("data.target.class_names: webdataset data needs imagenet or a text file of names")
         for key, evaluation in self.evaluate.sets.items():
-            if evaluation.format == "webdataset" and evaluation.class_names is None:
-                raise ValueError(f"evaluate.sets.{key}.class_names: webdataset data needs a text file of names")
+            _check_evaluation_set(f"evaluate.sets.{key}", evaluation)
         return self
+
+
+def _check_evaluation_set(place: str, evaluation: EvaluationSet) -> None:
+    known, task, metric = evaluation.dataset is not None, evaluation.task, evaluation.metric
+    if known and evaluation.format is not None:
+        raise ValueError(f"{place}.format: the layout of a known dataset is found; remove it")
+    if not known and evaluation.format is None:
+        raise ValueError(f"{place}.format is missing; or name a known data set as {place}.dataset")
+    if known and task == "retrieval":
+        raise ValueError(f"{place}.task: a known dataset has its own; remove it")
+    if not known and task == "retrieval" and evaluation.format == "folder":
+        raise ValueError(f"{place}.task: folders have no captions for retrieval; take webdataset or prepared")
+    if evaluation.format == "webdataset" and task == "classification" and evaluation.class_names is None:
+        raise ValueError(f"{place}.class_names: webdataset data needs a text file of names")
+    if metric is not None and not known and ("_to_" in metric) != (task == "retrieval"):
+        raise ValueError(f"{place}.metric: {metric} is none of {task}")
+    if metric == "worst_region" and not known:
+        raise ValueError(f"{place}.metric: only a known dataset has regions")
 
 
 def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -> Config:
@@ -361,7 +419,7 @@ def find(name: str, folder: Path | None = None) -> Path:
         if candidate.is_file():
             return candidate
     known = sorted(path.stem for path in folder.glob("*.json")) if folder is not None else []
-    hint = f"; shipped configs: {', '.join(known)}{_nearest(Path(name).stem, known)}" if known else ""
+    hint = f"; shipped configs: {', '.join(known)}{nearest(Path(name).stem, known)}" if known else ""
     raise ConfigError(f"--config {name}: no such file{hint}")
 
 
@@ -407,7 +465,7 @@ def _explain(error: ValidationError) -> str:
     alternatives = [_plain(mistake["msg"]) for mistake in mistakes if _place(mistake) == place]
     if first["type"] == "extra_forbidden":
         valid = list(_section_at(first["loc"][:-1]))
-        return f"unknown key {place}{_nearest(str(first['loc'][-1]), valid)} (valid: {', '.join(valid)})"
+        return f"unknown key {place}{nearest(str(first['loc'][-1]), valid)} (valid: {', '.join(valid)})"
     if first["type"] == "missing":
         return f"{place} is missing"
     if first["type"] == "value_error":
@@ -453,7 +511,8 @@ def _section_type(annotation: Any) -> type[Section] | None:
     return next((found for part in get_args(annotation) if (found := _section_type(part))), None)
 
 
-def _nearest(word: str, words: Sequence[str]) -> str:
+def nearest(word: str, words: Sequence[str]) -> str:
+    """The end of a message that names the nearest of some words, if one is near."""
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 

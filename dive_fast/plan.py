@@ -330,11 +330,11 @@ class _Rehearsal:
         check_text_length(config, towers)
         self.towers = towers
         self.width = towers.width
-        self.parameters = sum(parameter.numel() for parameter in towers.parameters())
         goal = objective.create(config.objective, self.width)
         if goal.needs_head:
             with tracker.within("weights"):
                 towers.head = nn.Linear(self.width, _num_classes(config.data.target))
+        self.parameters = sum(parameter.numel() for parameter in towers.parameters())
         if backend.blocks is not None and self.width <= backend.blocks.MAX_WIDTH:
             goal.backend = "triton"
         self.online = None

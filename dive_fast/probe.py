@@ -71,8 +71,7 @@ def embed(
     towers: Towers, samples: EvaluationSamples, ranks: Ranks, batch_size: int, options: Options
 ) -> tuple[Tensor, Tensor]:
     """Unit features of a labelled set, ``(N, D)``, and its labels, ``(N,)``; all of them on every rank."""
-    count = len(samples.source)
-    share = ranks.share(count)
+    share = ranks.share(len(samples.source))
     places = [(0, sample) for sample in share]
     rows, labels = [], []
     with ranks.progress(len(share), "embed the target set", "image") as bar:
@@ -81,7 +80,7 @@ def embed(
             rows.append(unit(towers.encode_image(batch.images)))
             labels.append(batch.labels)
             bar.update(len(batch.labels))
-    return ranks.gather(torch.cat(rows), count), ranks.gather(torch.cat(labels), count)
+    return ranks.gather(torch.cat(rows)), ranks.gather(torch.cat(labels))
 
 
 def probe(

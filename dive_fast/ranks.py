@@ -67,21 +67,18 @@ class Ranks:
         """This rank's contiguous part of ``count`` things; parts differ by at most one."""
         return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
-    def gather(self, rows: Tensor, count: int) -> Tensor:
-        """The rows of all ranks end to end, on each of them.
-
-        Args:
-            rows: this rank's, one for each of its :meth:`share` of ``count`` things.
-        """
-        if self.world_size == 1:
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks in rank order, on each of them; each may bring its own number."""
+        if self.group is None:
             return rows
-        # Collectives want equal shapes, and shares differ by a row.
-        largest = -(-count // self.world_size)
-        padded = rows.new_zeros(largest, *rows.shape[1:])
+        counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(self.world_size)]
+        dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device), group=self.group)
+        sizes = [int(count) for count in counts]
+        # Collectives want equal shapes.
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
         padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
-        dist.all_gather(parts, padded)
-        sizes = (len(Ranks(rank, self.world_size, self.device).share(count)) for rank in range(self.world_size))
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 

@@ -77,6 +77,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
             reference.report_skipped("data.reference")
     for evaluation in config.evaluate.sets.values():
         open_set(evaluation)
+    if config.evaluate.geometry is not None:
+        open_reference(config.evaluate.geometry)
     torch.manual_seed(seed)
     towers = create(config.model)
     check_text_length(config, towers)

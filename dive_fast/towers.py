@@ -190,6 +190,27 @@ def create(config: ModelConfig, weights: bool = True) -> Towers:
     return Towers(model, _original_names(name, frozenset(model.state_dict())))
 
 
+def read_weights(config: ModelConfig, path: Path) -> dict[str, Tensor]:
+    """A checkpoint that open_clip's ``load_checkpoint`` reads, as :meth:`Towers.load_exported` wants it.
+
+    Raises:
+        ConfigError: it cannot be read without executing what is in it, or is not of this model.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such checkpoint")
+    try:
+        with _without_warnings_about_random_weights():
+            model = open_clip.create_model(
+                _name(config), None, precision="fp32", load_weights=False, pretrained_text=False
+            )
+        open_clip.load_checkpoint(model, str(path))
+    except Exception as error:  # as above
+        why = _one_line(error).replace("\n", " ")
+        raise ConfigError(f"{path}: not weights of {config.name} that open_clip can load: {why}") from error
+    state: dict[str, Tensor] = model.state_dict()
+    return state
+
+
 def tokenizer_of(config: ModelConfig, text_length: int | None = None) -> Tokenizer:
     """The model's own tokenizer: texts -> ``(len, context)`` int64.
 

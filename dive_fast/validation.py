@@ -9,13 +9,16 @@ from safetensors.torch import load_file
 
 from dive_fast import checkpoint
 from dive_fast.checkpoint import MODEL
-from dive_fast.config import Config, EvaluateConfig
+from dive_fast.config import EvaluateConfig, GeometryConfig, ReferenceConfig
+from dive_fast.data.samples import ReferenceSamples
 from dive_fast.engine import AUTOCAST
 from dive_fast.evaluate import head as heads
+from dive_fast.evaluate.geometry import GeometryError, compare
+from dive_fast.evaluate.pairs import embed, open_pairs
 from dive_fast.evaluate.zero_shot import evaluate
-from dive_fast.ranks import Ranks
+from dive_fast.objective import Pairs
 from dive_fast.run import Run
-from dive_fast.towers import create, tokenizer_of
+from dive_fast.towers import Towers, create, tokenizer_of
 
 BEST, LATEST = "best", "latest"
 """Folders in the run's: weights that are the best so far on ``evaluate.select``, and those being evaluated."""
@@ -33,6 +36,9 @@ class Validation:
             self._every = options.every_epochs * run.target_order.steps_per_epoch
         during = list(options.sets) if options.during is None else options.during
         self._during = options.model_copy(update={"sets": {name: options.sets[name] for name in during}})
+        self._tokenizer = tokenizer_of(run.config.model)
+        self._pairs: tuple[ReferenceSamples, Pairs] | None = None
+        """Those that geometry is measured on, and what the pre-trained model makes of them; once it has been."""
         self._best: float | None = None
         self._best_step = self._since_best = 0
 
@@ -54,11 +60,10 @@ class Validation:
         """
         run, folder = self._run, self._run.folder / LATEST
         checkpoint.export(run.engine, folder, run.class_names)
-        accuracies = measure(run.config, folder, self._during, run.ranks)
+        found = self._measure(folder, self._during)
         run.ranks.barrier()
-        found = {f"accuracy/{name}": value for name, value in accuracies.items()}
         if self._options.select is not None:
-            accuracy = accuracies[self._options.select]
+            accuracy = found[f"accuracy/{self._options.select}"]
             is_best = self._best is None or accuracy > self._best
             self._since_best = 0 if is_best else self._since_best + 1
             if is_best:
@@ -88,8 +93,7 @@ class Validation:
                     shutil.copyfile(file, run.folder / f".{file.name}.partial")
                     (run.folder / f".{file.name}.partial").replace(run.folder / file.name)
             run.ranks.barrier()
-        accuracies = measure(run.config, run.folder, run.config.evaluate, run.ranks)
-        return {f"accuracy/{name}": value for name, value in accuracies.items()} | chosen
+        return self._measure(run.folder, self._options) | chosen
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
@@ -102,19 +106,38 @@ class Validation:
             return
         self._best, self._best_step, self._since_best = (state[key] for key in ("best", "best_step", "since_best"))
 
+    def _measure(self, folder: Path, options: EvaluateConfig) -> dict[str, float]:
+        """Accuracy on each set, and how the geometry has moved.
 
-def measure(config: Config, folder: Path, sets: EvaluateConfig, ranks: Ranks) -> dict[str, float]:
-    """Accuracies of exported weights, by set.
+        Exported weights are loaded whole on every rank: under ZeRO-3 the student's run only inside DeepSpeed.
+        """
+        config, ranks = self._run.config, self._run.ranks
+        if not options.sets and options.geometry is None:
+            return {}
+        path = heads.beside(folder / MODEL)
+        head = None if path is None else heads.load(path)
+        # A run draws the same random numbers whether it is evaluated on the way or not.
+        with torch.random.fork_rng(devices=[]):
+            towers = create(config.model, weights=False).load_exported(load_file(folder / MODEL))
+            towers = towers.to(ranks.device).eval()
+            towers.autocast = AUTOCAST[config.train.precision]
+            accuracies = evaluate(towers, self._tokenizer, options, ranks, head)
+            moved = {} if options.geometry is None else self._geometry(towers, options.geometry)
+        found = {f"accuracy/{name}": value for name, value in accuracies.items()}
+        return found | {f"geometry/{name}": value for name, value in moved.items()}
 
-    They are loaded whole on every rank: under ZeRO-3 the student's own towers run only inside DeepSpeed.
-    """
-    if not sets.sets:
-        return {}
-    # A run draws the same random numbers whether it is evaluated on the way or not.
-    with torch.random.fork_rng(devices=[]):
-        towers = create(config.model, weights=False)
-    towers = towers.load_exported(load_file(folder / MODEL)).to(ranks.device).eval()
-    towers.autocast = AUTOCAST[config.train.precision]
-    path = folder / heads.FILE
-    head = heads.load(path) if path.is_file() else None
-    return evaluate(towers, tokenizer_of(config.model), sets, ranks, head)
+    def _geometry(self, towers: Towers, options: GeometryConfig) -> dict[str, float]:
+        config, ranks, batch_size = self._run.config, self._run.ranks, self._options.batch_size
+        if self._pairs is None:
+            frozen = create(config.model).to(ranks.device)
+            data = ReferenceConfig(format=options.format, path=options.path, image_root=options.image_root)
+            samples = open_pairs(config, data, frozen)
+            self._pairs = samples, embed(frozen, samples, ranks, batch_size, limit=options.pairs)
+        samples, before = self._pairs
+        after = embed(towers, samples, ranks, batch_size, limit=options.pairs)
+        try:
+            return compare(before, after)
+        except GeometryError as error:
+            # Embeddings that have collapsed are for the user to see, and no reason to lose the run.
+            ranks.say(f"geometry: {error}")
+            return {}

@@ -9,14 +9,15 @@ from pathlib import Path
 CONFIGS = Path(__file__).parent / "configs"
 
 
-def parser(description: str | None, example: str) -> argparse.ArgumentParser:
+def parser(description: str | None, example: str, required: bool = True) -> argparse.ArgumentParser:
     """Takes a config and overrides of it.
 
     Args:
         example: of an override.
+        required: whether the command needs a config.
     """
     made = argparse.ArgumentParser(description=description)
-    made.add_argument("--config", required=True, help="a path, or a name in launch/configs")
+    made.add_argument("--config", required=required, help="a path, or a name in launch/configs")
     made.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
     made.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"e.g. {example}")
     return made

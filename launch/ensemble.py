@@ -34,13 +34,14 @@ def main(arguments: list[str] | None = None) -> int:
     folder = options.output or run
     try:
         weights = options.weights or run / "model.safetensors"
-        report, state = ensemble.ensemble(config, weights, ranks, chosen_on=options.choose_on)
+        found = ensemble.ensemble(config, weights, ranks, chosen_on=options.choose_on)
     except (ConfigError, DataError) as error:
         return command.complain(error, options)
     if ranks.first:
-        ensemble.write(report, state, folder)
+        ensemble.write(found, folder)
+        report = found.report
         print(ensemble.table(report))
-        print(f"{folder}/ensemble.safetensors: alpha = {report['alpha']:g}, chosen on {report['chosen_on']}")
+        print(f"{folder / ensemble.WEIGHTS}: alpha = {report['alpha']:g}, chosen on {report['chosen_on']}")
     return 0
 
 

@@ -32,6 +32,12 @@ def write(folder: Path, content: Any = SMALL) -> Path:
     return path
 
 
+def evaluated(**options: Any) -> str:
+    """An override that asks for evaluation on the way."""
+    sets = {"val": {"format": "folder", "path": "x"}}
+    return f"evaluate={json.dumps({'sets': sets, 'every_steps': 2, 'select': 'val', 'patience': 1} | options)}"
+
+
 def complaint(path: Path, *overrides: str) -> str:
     """The error of loading, without the path that it begins with."""
     with pytest.raises(ConfigError) as caught:
@@ -84,7 +90,7 @@ WILDS = {"learning_rate": 3e-5, "weight_decay": 0.2, "epochs": 20, "batches": (2
 PAPER: dict[str, dict[str, Any]] = {
     "vitb16_dive": IMAGENET,
     "vitl14_dive": IMAGENET | {"batches": (512, 256)},
-    "vitb16_flyp": IMAGENET | {"batches": (512, None)},
+    **{f"vitb16_{name}": IMAGENET | {"batches": (512, None)} for name in ("vanilla_ft", "lp_ft", "flyp")},
     **{f"vitb16_{name}": IMAGENET for name in ("flyp_replay", "snd", "cosine", "avl", "pvl")},
     "iwildcam_dive": WILDS,
     "fmow_dive": WILDS,
@@ -121,9 +127,11 @@ def test_a_shipped_config_has_the_papers_hyper_parameters(name: str) -> None:
     assert (config.model.pretrained, config.model.name.endswith("-quickgelu")) == ("openai", True)
     objective = config.objective
     assert objective.name == name.partition("_")[2]
-    weight = {"flyp": None, "snd": 1, "flyp_replay": 1}.get(objective.name, 1000)
+    weight = {"snd": 1, "flyp_replay": 1}.get(objective.name, None if data.reference is None else 1000)
     assert (objective.weight, objective.decay, objective.mean_gradient) == (weight, 0.99, True)
     assert (objective.average_weight, objective.pairwise_weight) == (1, 1)
+    # Early stopping on ID validation: the best epoch is kept.
+    assert (config.evaluate.every_epochs, config.evaluate.select) == (1, next(iter(config.evaluate.sets)))
 
 
 # Overrides
@@ -311,9 +319,34 @@ def test_any_slip_in_any_key_is_told_with_the_key_that_was_meant(small: Path, ty
             "data.reference.loader=ffcv",
             "data.reference.loader = ffcv reads prepared sets alone: make one by python launch/prepare.py",
         ),
+        ('evaluate={"every_steps": 2, "select": "val"}', "evaluate.select: evaluate.sets has no val"),
+        (evaluated(every_epochs=1), "evaluate.every_steps and every_epochs: name one"),
+        (evaluated(every_steps=None), "evaluate.during and evaluate.select need every_steps or every_epochs"),
+        (evaluated(during=[]), "evaluate.during: add val, which evaluate.select chooses by"),
+        (evaluated(select=None), "evaluate.patience needs evaluate.select"),
         (
             'evaluate.sets.val={"format": "webdataset", "path": "x"}',
             "evaluate.sets.val.class_names: webdataset data needs a text file of names",
+        ),
+        (
+            'evaluate.sets.val={"dataset": "food101", "path": "x", "format": "folder"}',
+            "evaluate.sets.val.format: the layout of a known dataset is found; remove it",
+        ),
+        (
+            'evaluate.sets.val={"dataset": "flickr8k", "path": "x", "task": "retrieval"}',
+            "evaluate.sets.val.task: a known dataset has its own; remove it",
+        ),
+        (
+            'evaluate.sets.val={"format": "folder", "path": "x", "task": "retrieval"}',
+            "evaluate.sets.val.task: folders have no captions for retrieval",
+        ),
+        (
+            'evaluate.sets.val={"format": "folder", "path": "x", "metric": "text_to_image_r5"}',
+            "evaluate.sets.val.metric: text_to_image_r5 is none of classification",
+        ),
+        (
+            'evaluate.sets.val={"format": "folder", "path": "x", "metric": "worst_region"}',
+            "evaluate.sets.val.metric: only a known dataset has regions",
         ),
     ],
 )
@@ -326,7 +359,18 @@ def test_a_bad_value_is_told_with_its_place_and_what_is_expected(
 def test_image_root_goes_with_csv_and_flyp_with_no_reference(tmp_path: Path) -> None:
     load(str(write(tmp_path)), ["data.target.format=csv", "data.target.image_root=x"])
     load(str(write(tmp_path)), ["data.reference.format=csv", "data.reference.image_root=x"])
-    load(str(write(tmp_path)), ["objective.name=flyp", "data.reference=null"])
+    for name in ("flyp", "vanilla_ft", "lp_ft"):
+        load(str(write(tmp_path)), [f"objective.name={name}", "data.reference=null"])
+
+
+def test_a_head_needs_classes_which_csv_has_not(tmp_path: Path) -> None:
+    message = complaint(write(tmp_path), "data.target.format=csv", "objective.name=lp_ft")
+    assert message.startswith("data.target.format = csv has prompts and no classes, which objective.name = lp_ft")
+
+
+def test_evaluation_on_the_way_can_be_asked_for(tmp_path: Path) -> None:
+    config = load(str(write(tmp_path)), [evaluated()])
+    assert (config.evaluate.every_steps, config.evaluate.select, config.evaluate.patience) == (2, "val", 1)
 
 
 @pytest.mark.parametrize(

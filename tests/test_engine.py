@@ -389,9 +389,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(
-    scope="module", params=itertools.product(STAGES, ["triton", "torch"]), ids=lambda case: f"{case[0]}-{case[1]}"
-)
+PAIRWISE = [(1, "triton"), (2, "torch")]
+"""Numbers of ranks and backends of the losses that the quick tests try; the others are slow."""
+
+
+def both(world_size: int, backend: str) -> Any:
+    """A parameter of :func:`by_rank`."""
+    marks = () if (world_size, backend) in PAIRWISE else pytest.mark.slow
+    return pytest.param((world_size, backend), id=f"{world_size}-{backend}", marks=marks)
+
+
+@pytest.fixture(scope="module", params=[both(*case) for case in itertools.product(STAGES, ["triton", "torch"])])
 def by_rank(folder: Path, request: pytest.FixtureRequest) -> list[dict[Any, Any]]:
     """Results of each rank, with one rank and with two, by the Triton kernels and by plain PyTorch."""
     world_size, backend = request.param

@@ -9,6 +9,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import tiny
 import torch
@@ -53,6 +54,9 @@ SLOW: dict[str, Case] = {
     "ZeRO-3": {"zero": 3},
     "bf16, selective": {"train.precision": "bf16", "train.activation_checkpointing": "selective", "zero": 1},
     "full": {"train.activation_checkpointing": "full"},
+    "vanilla fine-tuning": {"objective.name": "vanilla_ft"},
+    "SnD": {"objective.name": "snd"},
+    "SnD, joint, micro-batches": {"objective.name": "snd", "train.schedule": "joint", "train.micro_batch_size": 5},
 }
 
 
@@ -112,7 +116,7 @@ def layer_norm_as_on_cuda(layer_norm: Any) -> Any:
 def real_step(config: Config) -> tuple[int, int, int]:
     """Peak bytes, FLOP and parameters of a real step on real tensors, after one that makes optimizer state."""
     ranks = join()
-    data, dive = config.data, config.objective.name == "dive"
+    data, goal = config.data, objective.create(config.objective, WIDTH)
     dtype = torch.float16 if config.train.precision == "fp16" else torch.float32
 
     def pairs(section: Any) -> tuple[torch.Tensor, Text]:
@@ -121,8 +125,9 @@ def real_step(config: Config) -> tuple[int, int, int]:
         return torch.randn(count, 3, 64, 64).to(dtype), Text(tokens, torch.arange(count), length)
 
     def batches() -> Any:
-        target = TargetBatch(*pairs(data.target), torch.empty(0), torch.empty(0), ())
-        if not dive:
+        labels = torch.zeros(TARGET, dtype=torch.long)
+        target = TargetBatch(*pairs(data.target), labels, torch.empty(0), ())
+        if not goal.needs_reference:
             return StepBatches(target)
         reference = ReferenceBatch(*pairs(data.reference), torch.empty(0), torch.empty(0), ())
         unit = [F.normalize(torch.randn(REFERENCE, WIDTH), dim=-1) for _ in range(2)]
@@ -133,7 +138,9 @@ def real_step(config: Config) -> tuple[int, int, int]:
     with unittest.mock.patch.object(F, "layer_norm", casts), unittest.mock.patch.object(F, "linear", F.linear):
         with live:
             towers = create(config.model)
-            engine = Engine(config, towers, objective.create(config.objective, WIDTH), ranks, total_steps=9)
+            if goal.needs_head:
+                towers.head = torch.nn.Linear(WIDTH, len(open_clip.IMAGENET_CLASSNAMES))
+            engine = Engine(config, towers, goal, ranks, total_steps=9)
             # What it starts with overflows, and a step that is skipped allocates no moments.
             engine.scale.value.fill_(1.0)
             parameters = sum(getattr(p, "ds_numel", p.numel()) for p in towers.parameters())
@@ -172,8 +179,20 @@ def test_memory_and_flop_are_those_of_a_real_step(folder: Path, cases: dict[str,
         assert planned[name].parameters == parameters
         assert planned[name].peak_memory_bytes == pytest.approx(peak, rel=0.01), name
         # The CPU computes one matrix of logits and differentiates it: three products of B x B x D.
-        plain_loss = 6 * TARGET**2 * WIDTH
+        plain_loss = 0 if "vanilla" in name else 6 * TARGET**2 * WIDTH
         assert planned[name].flop_of("target") + planned[name].flop_of("reference") == flop - plain_loss
+
+
+def test_a_step_costs_what_steps_with_and_without_a_reference_cost_on_average(folder: Path) -> None:
+    cases: dict[str, Case] = {
+        "always": {},
+        "never": {"objective.name": "flyp"},
+        "seldom": {"objective.reference_every": 4},
+    }
+    found = run_ranks(1, small_plans, folder, cases, init=False, timeout=300)[0]
+    flop = {name: one.flop_per_step for name, one in found.items()}
+    assert flop["seldom"] == pytest.approx((flop["always"] + 3 * flop["never"]) / 4, rel=1e-6)
+    assert found["seldom"].peak_memory_bytes == found["always"].peak_memory_bytes
 
 
 ZERO: dict[str, Case] = {str(stage): {"zero": stage} for stage in (1, 2, 3)}

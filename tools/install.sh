@@ -116,6 +116,7 @@ extra() { project "$1" && $venv/bin/python -c "import $2" >>$log 2>&1; }
 failed="could not be installed, see $log; rm $stamp to try again"
 extra triton triton || note "Triton kernels unavailable, losses run in plain PyTorch: triton $failed"
 extra dali nvidia.dali || note "DALI loader unavailable: nvidia-dali $failed"
+extra evaluation clip_benchmark || note "Known data sets have no class names and templates: clip-benchmark $failed"
 if ! extra ffcv ffcv; then
     if has_ffcv_libraries; then
         note "FFCV loader unavailable: ffcv $failed"

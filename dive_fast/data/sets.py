@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dive_fast.config import EvaluationSet, ReferenceConfig, TargetConfig
+from dive_fast.config import EvaluationSet, GeometryConfig, ReferenceConfig, TargetConfig
 from dive_fast.data.prepared import open_prepared
 from dive_fast.data.source import Source, open_csv, open_folder, open_webdataset
 
@@ -16,8 +16,8 @@ def open_target(config: TargetConfig | EvaluationSet) -> Source:
     return _open(config, ".cls")
 
 
-def open_reference(config: ReferenceConfig) -> Source:
-    """The captioned images of ``data.reference``.
+def open_reference(config: ReferenceConfig | GeometryConfig) -> Source:
+    """The captioned images of ``data.reference`` or of ``evaluate.geometry``.
 
     Raises:
         DataError: they are not there, or not as the format says.

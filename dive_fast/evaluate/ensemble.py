@@ -3,22 +3,38 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dive_fast import towers
 from dive_fast.config import Config, ConfigError
+from dive_fast.data.prompts import Tokenizer, read_templates
 from dive_fast.engine import AUTOCAST
+from dive_fast.evaluate import head as heads
 from dive_fast.evaluate import plots
-from dive_fast.evaluate.zero_shot import evaluate
+from dive_fast.evaluate.head import Head
+from dive_fast.evaluate.weights import exported
+from dive_fast.evaluate.zero_shot import classifier, evaluate
 from dive_fast.files import write_whole
 from dive_fast.ranks import Ranks
 
+WEIGHTS = "ensemble.safetensors"
 ALPHAS = tuple(step / 10 for step in range(1, 10))
 State = dict[str, Tensor]
+
+
+class Ensemble(NamedTuple):
+    """The best mixture, and what all were worth."""
+
+    report: dict[str, Any]
+    """``alpha``, the best one on ``chosen_on``, the smaller where two are equal; ``accuracies``, a row for each
+    alpha, 0 and 1 included: shares in [0, 1] by set."""
+    weights: State
+    """Under open_clip's names."""
+    head: Head | None
+    """Where the run has trained one."""
 
 
 def interpolate(pretrained: State, tuned: State, alpha: float) -> State:
@@ -40,16 +56,14 @@ def ensemble(
     *,
     chosen_on: str | None = None,
     alphas: Sequence[float] = ALPHAS,
-) -> tuple[dict[str, Any], State]:
+) -> Ensemble:
     """Measures ensembles and both their ends on the config's evaluation sets; all ranks call it.
 
-    Args:
-        weights: a run's ``model.safetensors``.
-        chosen_on: the evaluation set of ID validation; default: the first.
+    A head that was trained with the weights is mixed with the one that class prompts make.
 
-    Returns:
-        The report: ``alpha``, the best one on that set, the smaller where two are equal; ``chosen_on``;
-        ``accuracies``, shares in [0, 1] by set for each alpha, 0 and 1 included. And the weights at ``alpha``.
+    Args:
+        weights: a checkpoint as :func:`dive_fast.evaluate.weights.load_into` takes it.
+        chosen_on: the evaluation set of ID validation; default: the first.
 
     Raises:
         ConfigError: there is no evaluation set, none of that name, or the weights are not those of the model.
@@ -61,11 +75,11 @@ def ensemble(
     if chosen_on not in names:
         raise ConfigError(f"evaluate.sets has no {chosen_on}; it has {', '.join(names)}")
     model = towers.create(config.model)
-    pretrained, tuned = model.export(model.state_dict()), load_weights(weights)
-    pretrained = {name: tensor.clone() for name, tensor in pretrained.items()}
-    if shapes(pretrained) != shapes(tuned):
-        raise ConfigError(f"{weights}: not the weights of {config.model.name}")
     tokenizer = towers.tokenizer_of(config.model)
+    pretrained = {name: tensor.clone() for name, tensor in model.export(model.state_dict()).items()}
+    trained = None if weights.is_dir() or (path := heads.beside(weights)) is None else heads.load(path)
+    start = None if trained is None else _of_prompts(model.eval(), tokenizer, trained.class_names, config)
+    tuned = exported(model, config.model, weights)
     model = model.to(ranks.device).eval()
     model.autocast = AUTOCAST[config.train.precision]
     points = sorted({0.0, *alphas, 1.0})
@@ -73,25 +87,36 @@ def ensemble(
     with ranks.progress(len(points), "ensembles", "model") as bar:
         for alpha in points:
             model.load_exported(interpolate(pretrained, tuned, alpha))
-            rows.append({"alpha": alpha} | evaluate(model, tokenizer, config.evaluate, ranks))
+            head = _mixed(start, trained, alpha)
+            rows.append({"alpha": alpha} | evaluate(model, tokenizer, config.evaluate, ranks, head))
             bar.update()
     inner = [row for row in rows if row["alpha"] in alphas]
     best = max(inner, key=lambda row: (row[chosen_on], -row["alpha"]))["alpha"]
     report = {"alpha": best, "chosen_on": chosen_on, "accuracies": rows}
-    return report, interpolate(pretrained, tuned, best)
+    return Ensemble(report, interpolate(pretrained, tuned, best), _mixed(start, trained, best))
 
 
-def shapes(state: State) -> dict[str, torch.Size]:
-    """By name."""
-    return {name: tensor.shape for name, tensor in state.items()}
+def _of_prompts(model: towers.Towers, tokenizer: Tokenizer, names: Sequence[str], config: Config) -> Head:
+    """The head that the target's prompts make: what :mod:`dive_fast.probe` starts from."""
+    unit = classifier(model, tokenizer, names, read_templates(config.data.target.templates))
+    return Head(unit * model.scale().detach(), torch.zeros(len(names)), tuple(names))
 
 
-def write(report: dict[str, Any], state: State, folder: Path) -> None:
-    """Leaves ``ensemble.safetensors``, which open_clip loads, ``ensemble.json`` and its picture."""
+def _mixed(start: Head | None, trained: Head | None, alpha: float) -> Head | None:
+    if start is None or trained is None:
+        return None
+    first, last = ({"weight": head.weight, "bias": head.bias} for head in (start, trained))
+    return Head(**interpolate(first, last, alpha), class_names=trained.class_names)
+
+
+def write(found: Ensemble, folder: Path) -> None:
+    """Leaves :data:`WEIGHTS`, for open_clip to load, any mixed head, ``ensemble.json`` and its picture."""
     folder.mkdir(parents=True, exist_ok=True)
-    towers.save(state, folder / "ensemble.safetensors")
-    write_whole(folder / "ensemble.json", (json.dumps(report, indent=2) + "\n").encode())
-    plots.ensemble(report, folder / "ensemble.png")
+    towers.save(found.weights, folder / WEIGHTS)
+    if found.head is not None:
+        heads.save(found.head, heads.path_beside(folder / WEIGHTS))
+    write_whole(folder / "ensemble.json", (json.dumps(found.report, indent=2) + "\n").encode())
+    plots.ensemble(found.report, folder / "ensemble.png")
 
 
 def table(report: dict[str, Any]) -> str:
@@ -102,15 +127,3 @@ def table(report: dict[str, Any]) -> str:
         cells = "  ".join(f"{100 * row[name]:{len(name)}.1f}" for name in names)
         lines.append(f"{row['alpha']:5.2f}  {cells}" + ("  <" if row["alpha"] == report["alpha"] else ""))
     return "\n".join(lines)
-
-
-def load_weights(weights: Path) -> State:
-    """A model's weights as open_clip has them.
-
-    Raises:
-        ConfigError: no such file, or none of weights.
-    """
-    try:
-        return load_file(weights)
-    except Exception as error:  # safetensors has an error of its own for each way to be broken
-        raise ConfigError(f"{weights}: cannot be read as safetensors: {error}") from error

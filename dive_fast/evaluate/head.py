@@ -34,6 +34,17 @@ def save(head: Head, path: Path) -> None:
     temporary.replace(path)
 
 
+def path_beside(weights: Path) -> Path:
+    """The file for the head of exported weights: :data:`FILE` for ``model.safetensors``, else named after them."""
+    return weights.with_name(FILE if weights.name == "model.safetensors" else f"{weights.stem}_{FILE}")
+
+
+def beside(weights: Path) -> Path | None:
+    """The head that was trained or mixed with exported weights; None where there is none."""
+    found = path_beside(weights)
+    return found if found.is_file() else None
+
+
 def load(path: Path) -> Head:
     """Reads what :func:`save` wrote.
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dive_fast import towers
-from dive_fast.config import Config, ConfigError, ReferenceConfig
+from dive_fast.config import Config, ReferenceConfig
 from dive_fast.data.source import DataError
 from dive_fast.evaluate import plots
-from dive_fast.evaluate.ensemble import load_weights, shapes
 from dive_fast.evaluate.geometry import GeometryError, compare, describe
 from dive_fast.evaluate.pairs import embed, open_pairs
+from dive_fast.evaluate.weights import exported
 from dive_fast.files import write_whole
 from dive_fast.objective import Pairs
 from dive_fast.ranks import Ranks
@@ -38,8 +38,8 @@ def embed_both(
     """Embeds pairs by two checkpoints of the config's model; all ranks call it.
 
     Args:
-        before: exported weights; None: the pre-trained model.
-        after: exported weights, a run's ``model.safetensors``.
+        before: a checkpoint as :func:`dive_fast.evaluate.weights.load_into` takes it; None: the pre-trained model.
+        after: another.
         limit: of pairs, spread evenly over the set; default: all.
 
     Raises:
@@ -51,15 +51,12 @@ def embed_both(
     if ranks.first:
         samples.source.report_skipped(data.path)
     # Before anything is embedded: a typo in a path should not cost minutes.
-    states = [None if path is None else load_weights(path) for path in (before, after)]
-    for path, state in zip((before, after), states, strict=True):
-        if state is not None and shapes(state) != shapes(model.export(model.state_dict())):
-            raise ConfigError(f"{path}: not the weights of {config.model.name}")
+    pretrained = {name: tensor.clone() for name, tensor in model.export(model.state_dict()).items()}
+    states = [pretrained if path is None else exported(model, config.model, path) for path in (before, after)]
     model = model.to(ranks.device)
     found = []
     for state in states:
-        if state is not None:
-            model.load_exported(state)
+        model.load_exported(state)
         found.append(embed(model, samples, ranks, config.evaluate.batch_size, config.evaluate.workers, limit))
     return Embedded(found[0], found[1], len(samples.source))
 

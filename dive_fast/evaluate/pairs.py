@@ -5,8 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from dive_fast.config import Config, ConfigError, ReferenceConfig
 from dive_fast.data.loader import Options, batches_of
@@ -99,7 +97,7 @@ def embed(
                 images.append(unit(image)[kept])
                 texts.append(unit(text)[kept])
                 bar.update(len(wanted))
-    return Pairs(*(_of_all_ranks(torch.cat(half), ranks) for half in (images, texts)))
+    return Pairs(*(ranks.gather(torch.cat(half)) for half in (images, texts)))
 
 
 def spread(count: int, limit: int | None) -> list[int]:
@@ -119,20 +117,6 @@ def _in_fp32(towers: Towers) -> Iterator[None]:
     finally:
         towers.train(training)
         towers.autocast = autocast
-
-
-def _of_all_ranks(rows: Tensor, ranks: Ranks) -> Tensor:
-    """Rows of all ranks in rank order, each rank with its own number of them."""
-    if ranks.group is None:
-        return rows
-    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(ranks.world_size)]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device), group=ranks.group)
-    longest = max(int(count) for count in counts)
-    padded = rows.new_zeros(longest, rows.shape[1])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded, group=ranks.group)
-    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
 
 def _format_at(path: str) -> str:

@@ -1,45 +1,147 @@
-"""Zero-shot classification: class prompts make the classifier, the nearest class wins (Eq. 2-3)."""
+"""Classification of image sets by class prompts or a trained head, and what it is worth in figures."""
 
-from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dive_fast.config import EvaluateConfig, EvaluationSet
+from dive_fast.config import ConfigError, EvaluateConfig, EvaluationSet, Metric
 from dive_fast.data.loader import Options, batches_of
-from dive_fast.data.prompts import Template, Tokenizer, check_labels, pack, read_class_names, read_templates
+from dive_fast.data.prepared import open_prepared
+from dive_fast.data.prompts import Template, Tokenizer, check_labels
 from dive_fast.data.samples import EvaluationSamples
 from dive_fast.data.sets import open_target
-from dive_fast.data.source import Source
-from dive_fast.evaluate.head import Head
+from dive_fast.data.source import DataError, Source, open_webdataset
+from dive_fast.evaluate import head as heads
+from dive_fast.evaluate import layouts, retrieval
+from dive_fast.evaluate.classifier import Classifier, cached_classifier, classifier, of_head
+from dive_fast.evaluate.labelled import Captioned, CountedSamples, Labelled, progress
+from dive_fast.evaluate.names import class_names_of, templates_of
+from dive_fast.evaluate.scores import Predictions, scores
+from dive_fast.evaluate.suites import find, open_known
 from dive_fast.ranks import Ranks
 from dive_fast.towers import Towers, unit
 
-
-@torch.no_grad()
-def classifier(
-    towers: Towers, tokenizer: Tokenizer, class_names: Sequence[str], templates: Sequence[Template]
-) -> Tensor:
-    """``(C, D)`` unit rows: the mean of each class's unit prompt embeddings, normalised, as in CLIP."""
-    device = next(towers.parameters()).device
-    rows = []
-    for name in class_names:
-        text = pack(tokenizer([template(name) for template in templates]), towers.pooled_at).to(device)
-        embeddings = unit(towers.encode_text(text.tokens, text.length))[text.index]
-        rows.append(unit(embeddings.mean(0)))
-    return torch.stack(rows)
+__all__ = ["Measured", "accuracy", "classifier", "evaluate", "measure", "open_evaluation", "open_set", "predict"]
 
 
-@torch.no_grad()
-def accuracy(
+class Measured(NamedTuple):
+    """What was found on one set."""
+
+    scores: dict[str, float]
+    """Shares in [0, 1], by the names of :func:`dive_fast.evaluate.scores.scores` or of retrieval."""
+    classifier: Literal["prompts", "head", "captions"]
+    samples: int
+
+
+def open_evaluation(config: EvaluationSet) -> Labelled | Captioned:
+    """What an evaluation set stands for.
+
+    Raises:
+        ConfigError: no such known data set.
+        DataError: something of it is missing, or a label has no class name.
+    """
+    if config.dataset is not None:
+        return open_known(config.dataset, config.path, config.class_names, config.templates)
+    if config.task == "retrieval":
+        found = (open_webdataset if config.format == "webdataset" else open_prepared)(config.path, ".txt")
+        return Captioned(layouts.split_captions(found), str(config.format))
+    source = open_target(config)
+    names = class_names_of(config.class_names) if config.class_names is not None else source.class_names
+    check_labels(source, names)
+    return Labelled(source, names, templates_of(config.templates or "imagenet"), layout=str(config.format))
+
+
+def open_set(config: EvaluationSet) -> tuple[Source, tuple[str, ...], tuple[Template, ...]]:
+    """Samples, class names and templates of an evaluation set; of retrieval, the samples alone.
+
+    Raises:
+        ConfigError, DataError: as :func:`open_evaluation`.
+    """
+    found = open_evaluation(config)
+    if isinstance(found, Captioned):
+        return found.source, (), ()
+    return found.source, found.class_names, found.templates
+
+
+def metric_of(config: EvaluationSet) -> Metric:
+    """What is reported of a set in one number."""
+    if config.metric is not None:
+        return config.metric
+    if config.dataset is not None:
+        return find(config.dataset).metric
+    return "top1" if config.task == "classification" else "image_to_text_r1"
+
+
+def classifier_for(
     towers: Towers,
-    weights: Tensor,
+    tokenizer: Tokenizer,
+    data: Labelled,
+    ranks: Ranks,
+    head: heads.Head | None = None,
+    cache: Path | None = None,
+) -> Classifier:
+    """The head where it has all of the set's classes, else the prompts; all ranks call it.
+
+    Raises:
+        ConfigError: the head is of another width, or ambiguous.
+    """
+    rows = None if head is None else of_head(head, data.class_names)
+    if rows is None:
+        weight = cached_classifier(towers, tokenizer, data.class_names, data.templates, ranks, cache)
+        return Classifier("prompts", weight, None, data.members)
+    weight, bias = rows
+    if weight.shape[1] != towers.width:
+        raise ConfigError(f"the head is for features of width {weight.shape[1]}, the model's have {towers.width}")
+    return Classifier("head", weight.to(ranks.device), bias.to(ranks.device), data.members)
+
+
+@torch.no_grad()
+def predict(
+    towers: Towers,
+    classes: Classifier,
     samples: EvaluationSamples,
     ranks: Ranks,
     batch_size: int,
     workers: int,
-    bias: Tensor | float = 0.0,
+    name: str = "",
+) -> Predictions:
+    """Predictions for every image, each exactly once over all ranks, which all call it and all get them.
+
+    Args:
+        batch_size: images encoded at once on each rank.
+        name: of the set, for the progress bar; empty: none is shown.
+
+    Raises:
+        DataError: an image is broken, or the features are no finite numbers.
+    """
+    places = [(0, sample) for sample in ranks.share(len(samples.source))]
+    # A column for each of the set's images, which is zero on all ranks but one: their sum has them all in order.
+    found = torch.zeros(3, len(samples.source), dtype=torch.int64, device=ranks.device)
+    at = places[0][1] if places else 0
+    finite = torch.ones((), dtype=torch.bool, device=ranks.device)
+    with ranks.together(DataError), progress(ranks, len(places), name, "image") as bar:
+        for batch in batches_of(samples, places, batch_size, Options(workers=workers, device=ranks.device)):
+            batch = batch.to(ranks.device)
+            logits = classes.logits(unit(towers.encode_image(batch.images)))
+            predicted, top = logits.argmax(1), logits.topk(min(5, logits.shape[1]), dim=1).indices
+            labels = batch.labels
+            in_top = (top == labels[:, None]).any(1) | (predicted == labels)
+            found[:, at : at + len(labels)] = torch.stack([labels, predicted, in_top.long()])
+            finite &= logits.isfinite().all()
+            at += len(labels)
+            bar.update(len(labels))
+        if not bool(finite):
+            raise DataError(f"{name or 'the set'}: the logits are not finite: the weights are broken, or overflow")
+    if ranks.group is not None:
+        dist.all_reduce(found, group=ranks.group)
+    return Predictions(*found.cpu())
+
+
+def accuracy(
+    towers: Towers, weights: Tensor, samples: EvaluationSamples, ranks: Ranks, batch_size: int, workers: int
 ) -> float:
     """Share of images whose nearest class is theirs, over all ranks.
 
@@ -47,47 +149,55 @@ def accuracy(
         weights: what :func:`classifier` gave.
         batch_size: images encoded at once on each rank.
     """
-    count = len(samples.source)
-    right = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    places = [(0, sample) for sample in ranks.share(count)]
-    for batch in batches_of(samples, places, batch_size, Options(workers=workers, device=ranks.device)):
-        batch = batch.to(ranks.device)
-        logits = unit(towers.encode_image(batch.images)) @ weights.T + bias
-        right += (logits.argmax(1) == batch.labels).sum()
-    if ranks.group is not None:
-        dist.all_reduce(right, group=ranks.group)
-    return float(right) / count
+    found = predict(towers, Classifier("prompts", weights), samples, ranks, batch_size, workers)
+    return scores(found)["top1"]
 
 
-def open_set(config: EvaluationSet) -> tuple[Source, tuple[str, ...], tuple[Template, ...]]:
-    """Samples, class names and templates of an evaluation set.
+def measure(
+    towers: Towers,
+    tokenizer: Tokenizer,
+    data: Labelled | Captioned,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+    workers: int,
+    head: heads.Head | None = None,
+    cache: Path | None = None,
+    name: str = "",
+) -> Measured:
+    """Every figure of one set; all ranks call it and all get them.
+
+    Args:
+        head: classifies the sets whose classes it has; prompts classify the others.
+        cache: folder of the prompts' embeddings; None: they are computed anew.
+        name: for the progress bar; empty: none is shown.
 
     Raises:
-        DataError: something of it is missing, or a label has no class name.
+        ConfigError, DataError: the user's to mend; the message says how.
     """
-    source = open_target(config)
-    names = read_class_names(config.class_names) if config.class_names is not None else source.class_names
-    check_labels(source, names)
-    return source, names, read_templates(config.templates)
+    if isinstance(data, Captioned):
+        options = Options(workers=workers, device=ranks.device)
+        recalls = retrieval.recalls(towers, tokenizer, data, ranks, batch_size, options, name)
+        return Measured(recalls, "captions", len(data.source))
+    classes = classifier_for(towers, tokenizer, data, ranks, head, cache)
+    samples = CountedSamples(data.source, towers.preprocess, data.border)
+    found = predict(towers, classes, samples, ranks, batch_size, workers, name)
+    return Measured(scores(found, data.regions), classes.kind, len(samples.source))
 
 
 def evaluate(
-    towers: Towers, tokenizer: Tokenizer, config: EvaluateConfig, ranks: Ranks, head: Head | None = None
+    towers: Towers, tokenizer: Tokenizer, config: EvaluateConfig, ranks: Ranks, head: heads.Head | None = None
 ) -> dict[str, float]:
-    """Accuracy on every set of the config: name -> share in [0, 1].
+    """Each set of the config in one number, its ``metric``, by default top-1: name -> share in [0, 1].
 
     Args:
-        head: classifies the sets whose classes it has, in the place of prompts.
+        head: a trained one, for the sets whose classes it has.
     """
     results = {}
     for name, evaluation in config.sets.items():
-        source, class_names, templates = open_set(evaluation)
-        samples = EvaluationSamples(source, towers.preprocess)
-        bias: Tensor | float = 0.0
-        if head is not None and set(class_names) <= set(head.class_names):
-            rows = [head.class_names.index(one) for one in class_names]
-            weights, bias = head.weight[rows].to(ranks.device), head.bias[rows].to(ranks.device)
-        else:
-            weights = classifier(towers, tokenizer, class_names, templates)
-        results[name] = accuracy(towers, weights, samples, ranks, config.batch_size, config.workers, bias)
+        data = open_evaluation(evaluation)
+        found = measure(
+            towers, tokenizer, data, ranks, batch_size=config.batch_size, workers=config.workers, head=head
+        )
+        results[name] = found.scores[metric_of(evaluation)]
     return results

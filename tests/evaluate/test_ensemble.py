@@ -1,6 +1,7 @@
 """Ensembles lie on the line between two models, ends included, and the best on ID validation is kept."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from dive_fast import towers
 from dive_fast.config import Config, ConfigError
+from dive_fast.data.prompts import read_templates
 from dive_fast.evaluate import ensemble
-from dive_fast.evaluate.zero_shot import evaluate
+from dive_fast.evaluate import head as heads
+from dive_fast.evaluate.zero_shot import classifier, evaluate
 from dive_fast.ranks import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -64,7 +67,8 @@ def test_an_ensemble_is_on_the_line_and_its_ends_are_the_models(tree: dict[str, 
 def test_every_alpha_is_measured_and_the_best_on_validation_is_kept(tree: dict[str, Any]) -> None:
     config = Config.model_validate_json(json.dumps(tree))
     weights = Path(tree["train"]["output"]) / "model.safetensors"
-    report, state = ensemble.ensemble(config, weights, ALONE, chosen_on="other", alphas=(0.2, 0.5, 0.8))
+    report, state, head = ensemble.ensemble(config, weights, ALONE, chosen_on="other", alphas=(0.2, 0.5, 0.8))
+    assert head is None
     rows = report["accuracies"]
     assert [row["alpha"] for row in rows] == [0, 0.2, 0.5, 0.8, 1]
     pretrained, tuned = ends(tree)
@@ -80,6 +84,30 @@ def test_every_alpha_is_measured_and_the_best_on_validation_is_kept(tree: dict[s
     assert report["chosen_on"] == "other"
 
 
+def test_a_trained_head_is_mixed_with_that_of_the_prompts(tree: dict[str, Any], tmp_path: Path) -> None:
+    config = Config.model_validate_json(json.dumps(tree))
+    run, names = Path(tree["train"]["output"]), tuple(f"class number {i}" for i in range(5))
+    for file in run.iterdir():
+        shutil.copy(file, tmp_path)
+    trained = heads.Head(torch.randn(5, 24), torch.randn(5), names)
+    heads.save(trained, tmp_path / "head.safetensors")
+    found = ensemble.ensemble(config, tmp_path / "model.safetensors", ALONE, alphas=(0.4,))
+    model, tokenizer = towers.create(config.model).eval(), towers.tokenizer_of(config.model)
+    # At 0 the head of the prompts decides as the prompts do; at 1 the trained one.
+    first, _, last = found.report["accuracies"]
+    assert {"alpha": 0.0} | evaluate(model, tokenizer, config.evaluate, ALONE) == first
+    start = classifier(model, tokenizer, names, read_templates(config.data.target.templates)) * model.scale()
+    model.load_exported(load_file(run / "model.safetensors"))
+    assert {"alpha": 1.0} | evaluate(model, tokenizer, config.evaluate, ALONE, trained) == last
+    ensemble.write(found, tmp_path / "out")
+    mixed = heads.load(tmp_path / "out/ensemble_head.safetensors")
+    assert mixed.class_names == names
+    torch.testing.assert_close(mixed.weight, 0.6 * start.detach() + 0.4 * trained.weight)
+    torch.testing.assert_close(mixed.bias, 0.4 * trained.bias)
+    assert heads.beside(tmp_path / "out/ensemble.safetensors") == tmp_path / "out/ensemble_head.safetensors"
+    assert heads.beside(tmp_path / "out/model.safetensors") is None
+
+
 def test_what_cannot_be_an_ensemble_is_told(tree: dict[str, Any], tmp_path: Path) -> None:
     config = Config.model_validate_json(json.dumps(tree))
     weights = Path(tree["train"]["output"]) / "model.safetensors"
@@ -89,10 +117,10 @@ def test_what_cannot_be_an_ensemble_is_told(tree: dict[str, Any], tmp_path: Path
     with pytest.raises(ConfigError, match=r"evaluate\.sets: alpha is chosen on one of them"):
         ensemble.ensemble(none, weights, ALONE)
     (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(ConfigError, match="cannot be read as safetensors"):
+    with pytest.raises(ConfigError, match=r"broken\.safetensors: not weights of local-dir:"):
         ensemble.ensemble(config, tmp_path / "broken.safetensors", ALONE)
     towers.save({"some": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ConfigError, match="not the weights of local-dir:"):
+    with pytest.raises(ConfigError, match=r"other\.safetensors: not weights of local-dir:"):
         ensemble.ensemble(config, tmp_path / "other.safetensors", ALONE)
 
 
@@ -116,5 +144,5 @@ def test_the_command_leaves_a_model_a_report_and_a_picture(tree: dict[str, Any],
     refused = call("--weights", str(tmp_path / "nowhere.safetensors"))
     assert refused.returncode == 2
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
-    assert "nowhere.safetensors: cannot be read as safetensors" in line
+    assert "nowhere.safetensors: no such checkpoint" in line
     assert "Traceback" not in refused.stderr

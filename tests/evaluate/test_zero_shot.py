@@ -15,14 +15,18 @@ from distributed import run_ranks
 from PIL import Image
 from torch import Tensor, nn
 
-from dive_fast.config import EvaluateConfig, EvaluationSet, ModelConfig
+from dive_fast.config import ConfigError, EvaluateConfig, EvaluationSet, ModelConfig
 from dive_fast.data.prompts import read_templates
 from dive_fast.data.samples import EvaluationSamples
 from dive_fast.data.source import DataError, open_webdataset
 from dive_fast.data.views import Preprocess
-from dive_fast.evaluate.zero_shot import accuracy, classifier, evaluate, open_set
+from dive_fast.evaluate import imagenet
+from dive_fast.evaluate.classifier import cached_classifier
+from dive_fast.evaluate.head import Head
+from dive_fast.evaluate.labelled import CountedSamples
+from dive_fast.evaluate.zero_shot import accuracy, classifier, evaluate, measure, open_evaluation, open_set
 from dive_fast.ranks import Ranks
-from dive_fast.towers import Towers, create, tokenizer_of
+from dive_fast.towers import Towers, create, tokenizer_of, unit
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 COLOURS = ["red", "lime", "blue"]
@@ -67,6 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         colours(root, count)
     tiny.write_model(root / "model")
     tiny.write_target(root / "tars", count=13)
+    tiny.write_shards(root / "pairs", count=9)
     for i in range(11):
         path = root / "images" / f"kind {i % 4}" / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +105,27 @@ def on_each_rank(root: Path) -> dict[Any, Any]:
         for count, batch_size in itertools.product(COUNTS, [2, 100])
     }
     results["sets"] = evaluate_sets(root, ranks)
+    results["figures"] = figures(root, ranks)
+    # More ranks than classes; and once more, from the disk.
+    towers, tokenizer = towers_of(root)
+    for case in range(3):
+        names = NAMES[:1] if case == 1 else NAMES[:3]
+        weight = cached_classifier(towers, tokenizer, names, read_templates("simple"), ranks, root / "kept")
+        results[f"classifier {case}"] = weight
     return results
+
+
+def figures(root: Path, ranks: Ranks) -> list[dict[str, float]]:
+    """Every figure of a classified set, of one with fewer images than ranks, and of retrieval."""
+    towers, tokenizer = towers_of(root)
+    classes = {"class_names": str(root / "tars/classes.txt"), "templates": "simple"}
+    pairs = EvaluationSet(format="webdataset", path=str(root / "pairs"), task="retrieval")
+    tars = EvaluationSet(format="webdataset", path=str(root / "tars"), **classes)
+    single = EvaluationSet(format="webdataset", path=str(root / "1.tar"), **classes)
+    return [
+        measure(towers, tokenizer, open_evaluation(data), ranks, batch_size=4, workers=0).scores
+        for data in (tars, single, pairs)
+    ]
 
 
 @pytest.mark.parametrize("templates", ["simple", "{}", "a photo of a {}."])
@@ -137,6 +162,12 @@ def test_accuracy_is_the_same_on_two_ranks_whatever_their_shares(folder: Path) -
     }
     for results in run_ranks(2, on_each_rank, folder):
         assert results.pop("sets") == evaluate_sets(folder, ALONE)
+        assert results.pop("figures") == figures(folder, ALONE)
+        towers, tokenizer = towers_of(folder)
+        weight = classifier(towers, tokenizer, NAMES[:3], read_templates("simple"))
+        for case in range(3):
+            found = results.pop(f"classifier {case}")
+            assert torch.equal(found, weight[:1] if case == 1 else weight)
         assert results == alone
 
 
@@ -160,6 +191,97 @@ def test_every_set_is_measured_with_its_own_names_and_templates(folder: Path) ->
             source
         )
     assert evaluate_sets(folder, ALONE) == expected
+
+
+def test_known_layouts_and_all_figures_are_open_clips_to_the_last_sample(folder: Path, tmp_path: Path) -> None:
+    """A plain loop with open_clip's own model, transform and classifier, over ImageNet-R's layout."""
+    name = f"local-dir:{folder / 'model'}"
+    wnids = imagenet.synsets("r")
+    for label, wnid in enumerate(wnids):
+        for copy in range(1 + label % 2):
+            path = tmp_path / "imagenet-r" / wnid / f"{copy}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(tiny.jpeg(7 * label + copy, size=(50 + label % 9, 40)))
+    model: Any = open_clip.create_model(name).eval()
+    tokenizer = tokenizer_of(ModelConfig(name=name))
+    transform = open_clip.image_transform(32, is_train=False)
+    own_names = [open_clip.IMAGENET_CLASSNAMES[imagenet.synsets().index(wnid)] for wnid in wnids]
+    prompts = open_clip.SIMPLE_IMAGENET_TEMPLATES
+    weights = open_clip.build_zero_shot_classifier(model, tokenizer, own_names, prompts)
+    labels, nearest, fifth = [], [], 0
+    for path in sorted((tmp_path / "imagenet-r").rglob("*.jpg")):
+        with torch.no_grad():
+            features = model.encode_image(transform(Image.open(path))[None], normalize=True)
+        logits = (100 * features @ weights)[0]
+        labels.append(wnids.index(path.parent.name))
+        nearest.append(int(logits.argmax()))
+        fifth += labels[-1] in logits.topk(5).indices
+    towers, tokenizer = towers_of(folder)
+    data = open_evaluation(EvaluationSet(dataset="imagenet-r", path=str(tmp_path), templates="simple"))
+    found = measure(towers, tokenizer, data, ALONE, batch_size=16, workers=0)
+    assert (found.samples, found.classifier) == (300, "prompts")
+    assert found.scores["top1"] == sum(a == b for a, b in zip(labels, nearest, strict=True)) / 300
+    assert found.scores["top5"] == fifth / 300
+    assert 0 < found.scores["top1"] < found.scores["top5"] < 1
+    hits = [sum(a == b == own for a, b in zip(labels, nearest, strict=True)) for own in range(200)]
+    recalls = [hit / labels.count(own) for own, hit in enumerate(hits)]
+    assert found.scores["mean_class_recall"] == pytest.approx(sum(recalls) / 200)
+
+
+def test_a_head_classifies_the_sets_whose_classes_it_has(folder: Path) -> None:
+    towers, tokenizer = towers_of(folder)
+    torch.manual_seed(0)
+    # More classes than the set, in another order.
+    names = ("kind 3", "another", "kind 0", "kind 2", "kind 1")
+    head = Head(torch.randn(5, 24), torch.randn(5), names)
+    config = EvaluateConfig.model_validate_json(json.dumps({"sets": sets(folder), "batch_size": 3, "workers": 0}))
+    found = evaluate(towers, tokenizer, config, ALONE, head)
+    by_prompts = evaluate(towers, tokenizer, config, ALONE)
+    assert found["tars"] == by_prompts["tars"]
+    source, _, _ = open_set(config.sets["images"])
+    with torch.no_grad():
+        images = torch.stack([tiny.shown(towers.preprocess, source.image(i)) for i in range(len(source))])
+        logits = unit(towers.encode_image(images)) @ head.weight.T + head.bias
+    chosen = [names[row] for row in (logits - torch.tensor([0, torch.inf, 0, 0, 0])).argmax(1).tolist()]
+    right = sum(name == f"kind {sample.label}" for name, sample in zip(chosen, source.samples, strict=True))
+    assert found["images"] == right / len(source)
+    data = open_evaluation(config.sets["images"])
+    assert measure(towers, tokenizer, data, ALONE, batch_size=3, workers=0, head=head).classifier == "head"
+    wide = Head(torch.randn(5, 7), torch.randn(5), names)
+    with pytest.raises(ConfigError, match="the head is for features of width 7, the model's have 24"):
+        evaluate(towers, tokenizer, config, ALONE, wide)
+
+
+def test_a_broken_image_is_an_error_and_no_other_is_counted_in_its_place(tmp_path: Path) -> None:
+    samples = {f"{i}": {"jpg": tiny.jpeg(i) if i != 2 else b"no picture", "cls": b"0"} for i in range(4)}
+    source = open_webdataset(str(tiny.write_tar(tmp_path / "a.tar", samples)), ".cls")
+    eye: Any = Eye()
+    preprocess = Preprocess((8, 8), (0.0,) * 3, (1.0,) * 3, "bicubic", "squash")
+    with pytest.raises(DataError, match=r"sample a.tar/2: cannot decode the image"):
+        accuracy(eye, torch.eye(3), CountedSamples(source, preprocess), ALONE, 2, 0)
+
+
+def test_features_that_overflow_are_an_error(folder: Path) -> None:
+    with pytest.raises(DataError, match="the logits are not finite"):
+        colours_with(folder, torch.eye(3) * torch.inf)
+
+
+def colours_with(folder: Path, weights: Tensor) -> float:
+    preprocess = Preprocess((8, 8), (0.0,) * 3, (1.0,) * 3, "bicubic", "squash")
+    samples = CountedSamples(open_webdataset(str(folder / "3.tar"), ".cls"), preprocess)
+    eye: Any = Eye()
+    return accuracy(eye, weights, samples, ALONE, 2, 0)
+
+
+def test_a_set_is_reported_by_its_metric(folder: Path) -> None:
+    towers, tokenizer = towers_of(folder)
+    wanted = sets(folder)["images"]
+    config = {name: wanted | {"metric": name} for name in ("top1", "top5", "mean_class_recall", "macro_f1")}
+    tree = EvaluateConfig.model_validate_json(json.dumps({"sets": config, "workers": 0}))
+    found = evaluate(towers, tokenizer, tree, ALONE)
+    data = open_evaluation(tree.sets["top1"])
+    assert found == measure(towers, tokenizer, data, ALONE, batch_size=256, workers=0).scores
+    assert found["top5"] == 1  # of four classes
 
 
 def test_a_label_without_a_name_is_an_error_that_names_the_sample(folder: Path, tmp_path: Path) -> None:

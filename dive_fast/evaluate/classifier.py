@@ -1,0 +1,170 @@
+"""The rows that image features are compared with: class prompts (Eq. 2-3), kept on disk, or a trained head."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dive_fast.config import ConfigError
+from dive_fast.data.prompts import Template, Tokenizer, pack
+from dive_fast.evaluate.head import Head
+from dive_fast.ranks import Ranks
+from dive_fast.towers import Towers, unit
+
+_PROBE = ("a photo of a cat.", "Größe: 10 µm, naïve café 東京", "", "word " * 100)
+Members = tuple[tuple[int, ...], ...]
+"""For each label, the classes that stand for it."""
+
+
+class Classifier(NamedTuple):
+    """Logits of labels: the largest over the classes that stand for each."""
+
+    kind: Literal["prompts", "head"]
+    weight: Tensor
+    """``(C, D)``: of prompts, unit rows."""
+    bias: Tensor | None = None
+    """``(C,)``"""
+    members: Members | None = None
+    """None: class i stands for label i."""
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.weight) if self.members is None else len(self.members)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """``(B, D)`` unit rows -> ``(B, num_labels)``."""
+        logits = features @ self.weight.T
+        if self.bias is not None:
+            logits = logits + self.bias
+        if self.members is None:
+            return logits
+        device = logits.device
+        classes = torch.tensor([row for rows in self.members for row in rows], device=device)
+        label = torch.tensor([i for i, rows in enumerate(self.members) for _ in rows], device=device)
+        best = logits.new_full((len(logits), len(self.members)), -torch.inf)
+        return best.scatter_reduce_(1, label.expand(len(logits), -1), logits[:, classes], "amax")
+
+
+@torch.no_grad()
+def classifier(
+    towers: Towers,
+    tokenizer: Tokenizer,
+    class_names: Sequence[str],
+    templates: Sequence[Template],
+    ranks: Ranks | None = None,
+) -> Tensor:
+    """``(C, D)`` unit rows: the mean of each class's unit prompt embeddings, normalised, as in CLIP.
+
+    Args:
+        ranks: share the classes among them, all of which call it; None: this one encodes all.
+    """
+    device = next(towers.parameters()).device
+    own = range(len(class_names)) if ranks is None else ranks.share(len(class_names))
+    weights = torch.zeros(len(class_names), towers.width, device=device, dtype=towers.logit_scale.dtype)
+    for row in own:
+        tokens = tokenizer([template(class_names[row]) for template in templates])
+        text = pack(tokens, towers.pooled_at).to(device)
+        embeddings = unit(towers.encode_text(text.tokens, text.length))[text.index]
+        weights[row] = unit(embeddings.mean(0))
+    if ranks is not None and ranks.group is not None:
+        dist.all_reduce(weights, group=ranks.group)  # every row is zero on all ranks but one
+    return weights
+
+
+def cached_classifier(
+    towers: Towers,
+    tokenizer: Tokenizer,
+    class_names: Sequence[str],
+    templates: Sequence[Template],
+    ranks: Ranks,
+    folder: Path | None,
+) -> Tensor:
+    """What :func:`classifier` gives, from ``folder`` if it has been computed before; all ranks call it.
+
+    A file is found again by all that decides its rows: the text tower's weights, the tokenizer, every prompt, and
+    the precision and kind of device. None: nothing is kept.
+
+    Raises:
+        ConfigError: the file is there and cannot be read.
+    """
+    if folder is None:
+        return classifier(towers, tokenizer, class_names, templates, ranks)
+    key = _key(towers, tokenizer, class_names, templates, ranks.device)
+    path = folder / f"{key[:32]}.safetensors"
+    known = [path.is_file()]
+    if ranks.group is not None:
+        dist.broadcast_object_list(known, src=0, group=ranks.group)
+    if known[0]:
+        return _read(path, key).to(ranks.device)
+    weights = classifier(towers, tokenizer, class_names, templates, ranks)
+    if ranks.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        about = {"key": key, "class_names": json.dumps(list(class_names), ensure_ascii=False)}
+        save_file({"weight": weights.cpu().contiguous()}, partial, about)
+        partial.replace(path)
+    ranks.barrier()
+    return weights
+
+
+def of_head(head: Head, class_names: Sequence[str]) -> tuple[Tensor, Tensor] | None:
+    """The head's rows and biases for these classes; None where it lacks one of them.
+
+    Raises:
+        ConfigError: a class has a name that two of the head have.
+    """
+    if tuple(class_names) == head.class_names:
+        return head.weight, head.bias
+    rows = {name: row for row, name in enumerate(head.class_names)}
+    if any(name not in rows for name in class_names):
+        return None
+    twice = [name for name in class_names if head.class_names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"the head has two classes called {twice[0]!r}; train it on names that differ")
+    chosen = [rows[name] for name in class_names]
+    return head.weight[chosen], head.bias[chosen]
+
+
+def digest_of(*parts: Any) -> str:
+    """A hash of things that have one ``repr``."""
+    return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()
+
+
+def prompts_digest(class_names: Sequence[str], templates: Sequence[Template]) -> str:
+    """A hash of every prompt, class by class."""
+    return digest_of([[template(name) for template in templates] for name in class_names])
+
+
+def _key(
+    towers: Towers,
+    tokenizer: Tokenizer,
+    class_names: Sequence[str],
+    templates: Sequence[Template],
+    device: torch.device,
+) -> str:
+    digest = hashlib.sha256(f"{towers.autocast} {device.type}".encode())
+    for name, tensor in sorted(towers.text.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    digest.update(tokenizer(list(_PROBE)).numpy().tobytes())
+    digest.update(prompts_digest(class_names, templates).encode())
+    return digest.hexdigest()
+
+
+def _read(path: Path, key: str) -> Tensor:
+    try:
+        with safe_open(path, "pt") as file:
+            found = (file.metadata() or {}).get("key")
+            weight: Tensor = file.get_tensor("weight")
+    except Exception as error:  # safetensors has an error of its own for each way to be broken
+        raise ConfigError(f"{path}: cannot read the classifier: {error}; remove the file") from error
+    if found != key:
+        raise ConfigError(f"{path}: not the classifier that its name says; remove the file")
+    return weight

@@ -1,0 +1,177 @@
+"""What was measured: a row for each model and set in ``results.jsonl``, from which the tables are made."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dive_fast.data.source import DataError
+from dive_fast.evaluate.suites import IMAGENET_OOD, KNOWN, SUITES, ZERO_SHOT_10
+from dive_fast.files import write_whole
+
+Row = dict[str, Any]
+FILE = "results.jsonl"
+FIRST = ("label", "set", "title", "role", "metric", "value")
+
+
+class Results:
+    """The rows of a folder; whatever is added is on the disk when the call returns."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads the rows that are there.
+
+        Raises:
+            DataError: the file cannot be read, or a line of it is no row.
+        """
+        self.folder = folder
+        self.rows: list[Row] = []
+        path = folder / FILE
+        if not path.is_file():
+            return
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot read it: {error}") from error
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                if not set(FIRST) <= set(row):
+                    raise ValueError(f"a row needs {', '.join(FIRST)}")
+            except (ValueError, TypeError) as error:
+                raise DataError(f"{path}: line {number} is no result: {error}; remove it") from error
+            self.rows.append(row)
+
+    def known(self, key: str, label: str, name: str) -> Row | None:
+        """The row of the same measurement, if it has been made, under this label and name."""
+        same = (row for row in reversed(self.rows) if row.get("key") == key)
+        return next((row | {"label": label, "set": name} for row in same), None)
+
+    def add(self, row: Row) -> None:
+        """Adds a row, in the place of the one of the same label, set and measurement, and writes all files."""
+        same = ("label", "set", "key")
+        self.rows = [other for other in self.rows if any(other.get(name) != row.get(name) for name in same)]
+        self.rows.append(row)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
+        write_whole(self.folder / FILE, lines.encode())
+        write_whole(self.folder / "results.csv", as_csv(self.rows).encode())
+        write_whole(self.folder / "results.md", as_markdown(self.rows).encode())
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """A line for each row; figures as shares."""
+    names = list(dict.fromkeys([*FIRST, *(name for row in rows for name in row)]))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """The paper's tables 2, 3 and 4, retrieval, and the sets that none of them has; in percent.
+
+    A line is one model at one precision. Where the same label stands for several, each says which. An average
+    over a part of its sets says so.
+    """
+    lines = _lines(rows)
+    imagenet = [("imagenet1k", "ImageNet (ID)"), *((name, KNOWN[name].title) for name in IMAGENET_OOD)]
+    zero_shot = [(name, KNOWN[name].title) for name in ZERO_SHOT_10]
+    wilds = [(name, KNOWN[name].title) for name in SUITES["wilds"]]
+    parts = [
+        _table("ImageNet and its shifts", lines, imagenet, {"OOD avg.": IMAGENET_OOD}),
+        _table("Zero-shot", lines, zero_shot, {"ZS avg.": ZERO_SHOT_10}),
+        _table(
+            "iWildCam (macro F1) and FMoW (accuracy; OOD of the worst region)",
+            lines,
+            wilds,
+            {"ZS avg.": ZERO_SHOT_10},
+        ),
+        _retrieval(lines),
+        _others(lines, {name for name, _ in (*imagenet, *zero_shot, *wilds)}),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+Lines = dict[str, dict[str, Row]]
+"""For each model, its newest row for each set: that of a known data set by its name."""
+
+
+def _lines(rows: Sequence[Row]) -> Lines:
+    variants: dict[str, list[tuple[str, str]]] = {}
+    for row in rows:
+        variant = str(row.get("weights_digest", "")), str(row.get("precision", ""))
+        if variant not in variants.setdefault(row["label"], []):
+            variants[row["label"]].append(variant)
+    lines: Lines = {}
+    for row in rows:
+        digest, precision = str(row.get("weights_digest", "")), str(row.get("precision", ""))
+        several = len(variants[row["label"]]) > 1
+        line = f"{row['label']} ({digest[:8]}, {precision})" if several else row["label"]
+        lines.setdefault(line, {})[row.get("dataset") or row["set"]] = row
+    return lines
+
+
+def _table(
+    title: str, lines: Lines, columns: Sequence[tuple[str, str]], averages: dict[str, Sequence[str]]
+) -> str:
+    sets = [name for name, _ in columns]
+    shown = {line: rows for line, rows in lines.items() if any(name in rows for name in sets)}
+    if not shown:
+        return ""
+    cells = [["Method", *(column for _, column in columns), *averages]]
+    for line, rows in shown.items():
+        own = [_percent(rows[name]["value"]) if name in rows else "" for name in sets]
+        means = [_mean([rows[name]["value"] for name in wanted if name in rows], len(wanted))
+                 for wanted in averages.values()]  # fmt: skip
+        cells.append([line, *own, *means])
+    return _markdown(title, cells)
+
+
+def _retrieval(lines: Lines) -> str:
+    ways = [(way, k) for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+    head = [f"{'image to text' if way[0] == 'i' else 'text to image'} R@{k}" for way, k in ways]
+    cells = [["Method", "Set", *head]]
+    for line, rows in lines.items():
+        for row in rows.values():
+            if "image_to_text_r1" in row:
+                cells.append([line, row["title"], *(_percent(row[f"{way}_r{k}"]) for way, k in ways)])
+    return _markdown("Retrieval", cells) if len(cells) > 1 else ""
+
+
+def _others(lines: Lines, tabled: set[str]) -> str:
+    """The user's own sets, with their averages by role."""
+    own = {
+        name: row["title"]
+        for rows in lines.values()
+        for name, row in rows.items()
+        if name not in tabled and "image_to_text_r1" not in row
+    }
+    if not own:
+        return ""
+    roles = {"id": "ID avg.", "ood": "OOD avg.", "zero_shot": "ZS avg."}
+    members = {
+        column: [name for name in own if any(rows.get(name, {}).get("role") == role for rows in lines.values())]
+        for role, column in roles.items()
+    }
+    averages: dict[str, Sequence[str]] = {column: names for column, names in members.items() if names}
+    return _table("Other sets", lines, list(own.items()), averages)
+
+
+def _markdown(title: str, cells: list[list[str]]) -> str:
+    head, *body = [[cell.replace("|", r"\|") for cell in row] for row in cells]
+    rows = [head, ["---", *("---:" for _ in head[1:])], *body]
+    return f"## {title}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _mean(shares: Sequence[float], wanted: int) -> str:
+    if not shares:
+        return ""
+    part = "" if len(shares) == wanted else f" ({len(shares)} of {wanted})"
+    return _percent(sum(shares) / len(shares)) + part

@@ -1,0 +1,183 @@
+"""Measures a model on image sets: a run's, ``python launch/evaluate.py --config vitb16_dive.json``, or any other.
+
+``python launch/evaluate.py --model ViT-B-16-quickgelu --pretrained openai --suite imagenet_ood --root /data``
+measures one of open_clip's. On several GPUs: ``deepspeed launch/evaluate.py ...``. See docs/evaluation.md.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import command
+
+if TYPE_CHECKING:
+    from dive_fast.config import Config, ModelConfig
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parses, calls, and turns a user's mistake into one line and exit code 2."""
+    parser = _parser()
+    options = parser.parse_intermixed_args(arguments)
+    if (options.config is None) == (options.model is None):
+        parser.error("name a run by --config, or a model by --model")
+    if options.model is not None and options.overrides:
+        parser.error(f"{options.overrides[0]}: overrides go with --config")
+    if options.config is not None and options.pretrained is not None:
+        parser.error("--pretrained goes with --model; the config names its own")
+    wanted = [*(options.suite or []), *(options.datasets or [])]
+    if wanted and options.root is None:
+        parser.error("--suite and --datasets need --root, e.g. --root /data/{dataset}")
+    if not wanted and (options.config is None or options.root is not None):
+        parser.error("name what to measure on by --suite or --datasets")
+
+    # Only pydantic so far: a typo is told at once.
+    from dive_fast.config import ConfigError, EvaluateConfig, EvaluationSet, ModelConfig, load
+
+    try:
+        config = load(options.config, options.overrides, command.CONFIGS) if options.config is not None else None
+        model = (
+            config.model if config is not None else ModelConfig(name=options.model, pretrained=options.pretrained)
+        )
+        defaults = config.evaluate if config is not None else EvaluateConfig()
+        weights = _weights(options, config)
+        from dive_fast import towers
+        from dive_fast.data.source import DataError
+        from dive_fast.engine import AUTOCAST
+        from dive_fast.evaluate import head as heads
+        from dive_fast.evaluate import measure, suites
+        from dive_fast.evaluate.results import Results, as_markdown
+        from dive_fast.evaluate.weights import load_into
+        from dive_fast.ranks import join
+
+        sets: dict[str, EvaluationSet] = {
+            name: EvaluationSet(
+                path=options.root,
+                dataset=name,
+                class_names=options.class_names,
+                templates=options.templates,
+            )
+            for name in suites.expand(wanted)
+        } or defaults.sets
+        if not sets:
+            raise ConfigError("evaluate.sets names no set; name some there, or by --suite and --root")
+    except ConfigError as error:
+        return command.complain(error, options)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    ranks = join()
+    head_file = _head(options, weights)
+    precision = options.precision or (config.train.precision if config is not None else "fp32")
+    folder = options.output or _folder(options, config)
+    how = measure.Options(
+        options.label or _label(options, model, weights),
+        precision,
+        options.batch_size or defaults.batch_size,
+        defaults.workers if options.workers is None else options.workers,
+        options.classifiers or folder / "classifiers",
+        options.again,
+    )
+    try:
+        with ranks.together(ConfigError, DataError):
+            results = Results(folder)
+            opened = measure.open_all(sets, ranks, options.skip_missing)
+            built = towers.create(model, weights=weights is None)
+            if weights is not None:
+                load_into(built, model, weights)
+            head = heads.load(head_file) if head_file is not None else None
+            tokenizer = towers.tokenizer_of(model)
+        built = built.to(ranks.device).eval()
+        built.autocast = AUTOCAST[precision]
+        about = {
+            "model": model.name,
+            "pretrained": model.pretrained,
+            "weights": None if weights is None else str(weights),
+            "head": None if head_file is None else str(head_file),
+        }
+        rows = measure.measure_all(built, tokenizer, sets, opened, ranks, results, how, about, head)
+    except (ConfigError, DataError) as error:
+        return command.complain(error, options)
+    if ranks.first:
+        print(as_markdown(rows), end="")
+        print(f"\n{folder}/results.jsonl, results.csv, results.md")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command.parser(__doc__, "evaluate.batch_size=64", required=False)
+    which = parser.add_argument_group("model")
+    which.add_argument("--model", help="open_clip's name of one, instead of a config")
+    which.add_argument("--pretrained", help="open_clip's tag, or a file, with --model")
+    which.add_argument(
+        "--weights",
+        type=Path,
+        help="a checkpoint: .safetensors, what open_clip loads, or <run>/checkpoints/step<number>; `pretrained` "
+        "measures a config's model as it was before; default: with --config the run's model.safetensors",
+    )
+    which.add_argument("--head", type=Path, help="default: the one beside the weights; `none`: prompts")
+    which.add_argument("--precision", choices=("fp16", "bf16", "fp32"), help="default: the config's, else fp32")
+    data = parser.add_argument_group("data")
+    data.add_argument("--suite", nargs="+", action="extend", metavar="NAME", help="suites of known data sets")
+    data.add_argument("--datasets", nargs="+", action="extend", metavar="NAME", help="known data sets")
+    data.add_argument("--root", help="where they lie: a folder with all of them, or e.g. /data/{dataset}")
+    data.add_argument("--class-names", help="for all of them: a text file, or a data set's name")
+    data.add_argument("--templates", help="for all of them: a text file, one template, or a data set's name")
+    data.add_argument("--skip-missing", action="store_true", help="leave out the sets that are not there")
+    parser.add_argument("--batch-size", type=_count, help="images encoded at once on each rank")
+    parser.add_argument("--workers", type=int, help="loader processes on each rank")
+    parser.add_argument("--output", type=Path, help="folder; default: the run's, else runs/evaluate")
+    parser.add_argument("--label", help="what tables call the model; default: the run's name, or the model's")
+    parser.add_argument("--classifiers", type=Path, help="folder of prompts' embeddings; default: in the output")
+    parser.add_argument("--again", action="store_true", help="measure what the results have already, too")
+    return parser
+
+
+def _run(options: argparse.Namespace, config: "Config") -> Path:
+    return command.run_folder(config.train.output, options.config)
+
+
+def _folder(options: argparse.Namespace, config: "Config | None") -> Path:
+    return Path("runs/evaluate") if config is None else _run(options, config)
+
+
+def _weights(options: argparse.Namespace, config: "Config | None") -> Path | None:
+    """The checkpoint that is measured; None: the model as it comes."""
+    from dive_fast.config import ConfigError
+
+    if options.weights == Path("pretrained"):
+        return None
+    if options.weights is not None or config is None:
+        named: Path | None = options.weights
+        if named is not None and not named.exists():
+            raise ConfigError(f"--weights {named}: no such file or folder")
+        return named
+    found = _run(options, config) / "model.safetensors"
+    if not found.is_file():
+        raise ConfigError(f"{found} is missing: train first, or give --weights FILE or --weights pretrained")
+    return found
+
+
+def _head(options: argparse.Namespace, weights: Path | None) -> Path | None:
+    from dive_fast.evaluate.head import beside
+
+    if options.head is not None:
+        return None if options.head == Path("none") else Path(options.head)
+    return None if weights is None or weights.is_dir() else beside(weights)
+
+
+def _label(options: argparse.Namespace, model: "ModelConfig", weights: Path | None) -> str:
+    if weights is not None:
+        return (
+            weights.parent.name if weights.name == "model.safetensors" else f"{weights.parent.name}/{weights.name}"
+        )
+    return model.name if model.pretrained is None else f"{model.name}/{model.pretrained}"
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 1 on")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

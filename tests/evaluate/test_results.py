@@ -1,0 +1,146 @@
+"""What has been measured is not measured again, and the tables are the paper's."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from dive_fast.config import EvaluateConfig, ModelConfig
+from dive_fast.data.source import DataError
+from dive_fast.evaluate.head import Head
+from dive_fast.evaluate.measure import Options, measure_all, open_all
+from dive_fast.evaluate.results import Results, as_markdown
+from dive_fast.evaluate.suites import IMAGENET_OOD, SUITES, ZERO_SHOT_10, find
+from dive_fast.ranks import Ranks
+from dive_fast.towers import Towers, create, tokenizer_of
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    return ModelConfig(name=tiny.write_model(tmp_path_factory.mktemp("model")))
+
+
+class Counted:
+    """A tokenizer and a model whose images are counted as they are encoded."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        self.towers: Towers = create(model).eval()
+        self.tokenizer = tokenizer_of(model)
+        self.images = 0
+        self.towers.visual.register_forward_hook(self._count)
+
+    def _count(self, tower: Any, arguments: tuple[torch.Tensor, ...], result: torch.Tensor) -> None:
+        self.images += len(arguments[0])
+
+
+def measured(
+    counted: Counted, tree: dict[str, Any], folder: Path, head: Head | None = None, **changed: Any
+) -> tuple[list[dict[str, Any]], int]:
+    """The rows, and how many images were encoded for them."""
+    config = EvaluateConfig.model_validate_json(json.dumps({"sets": tree}))
+    options = Options(**({"label": "mine", "precision": "fp32", "batch_size": 5, "workers": 0} | changed))
+    before = counted.images
+    opened = open_all(config.sets, ALONE)
+    rows = measure_all(
+        counted.towers, counted.tokenizer, config.sets, opened, ALONE, Results(folder), options, {}, head
+    )
+    return rows, counted.images - before
+
+
+def test_what_has_been_measured_is_measured_again_only_when_something_changed(
+    model: ModelConfig, tmp_path: Path
+) -> None:
+    counted = Counted(model)
+    target = tiny.write_target(tmp_path / "set")
+    tree = {"seen": {key: target[key] for key in tiny.EVALUATION}}
+    out = tmp_path / "out"
+    first, images = measured(counted, tree, out)
+    assert images == 24
+    again, images = measured(counted, tree, out)
+    assert (images, again) == (0, first)
+    # Another metric, label, name or batch size is no other measurement.
+    tree["more"] = tree["seen"] | {"metric": "macro_f1", "role": "ood"}
+    rows, images = measured(counted, tree, out, label="again", batch_size=7)
+    assert images == 0
+    assert [(row["label"], row["set"], row["value"]) for row in rows] == [
+        ("again", "seen", first[0]["top1"]),
+        ("again", "more", first[0]["macro_f1"]),
+    ]
+    assert measured(counted, tree, out, again=True)[1] == 48
+    del tree["more"]
+    for changed in ({"templates": "simple"}, {"class_names": str(tmp_path / "set/others.txt")}):
+        (tmp_path / "set/others.txt").write_text("".join(f"other {i}\n" for i in range(5)))
+        assert measured(counted, {"seen": tree["seen"] | changed}, out)[1] == 24
+    assert measured(counted, tree, out, precision="bf16")[1] == 24
+    head = Head(torch.randn(5, 24), torch.zeros(5), tuple(f"class number {i}" for i in range(5)))
+    rows, images = measured(counted, tree, out, head)
+    assert (rows[0]["classifier"], images) == ("head", 24)
+    assert measured(counted, tree, out, head)[1] == 0
+    assert measured(counted, tree, out, head._replace(bias=torch.ones(5)))[1] == 24
+    with torch.no_grad():
+        counted.towers.logit_scale.add_(1)
+    assert measured(counted, tree, out)[1] == 24
+    tiny.write_target(tmp_path / "set", count=23)
+    assert measured(counted, tree, out)[1] == 23
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    # Every measurement once, whatever else was measured under its label.
+    assert len({(row["label"], row["set"], row["key"]) for row in rows}) == len(rows)
+    assert {row["precision"] for row in rows if row["label"] == "mine"} == {"fp32", "bf16"}
+    with (out / "results.csv").open(newline="") as lines:
+        table = list(csv.DictReader(lines))
+    assert [float(row["value"]) for row in table] == [row["value"] for row in rows]
+    assert (out / "results.md").read_text() == as_markdown(rows)
+    (out / "results.jsonl").write_text('{"label": "x"}\n')
+    with pytest.raises(DataError, match=r"results.jsonl: line 1 is no result: a row needs label, set"):
+        Results(out)
+
+
+def row(label: str, name: str, value: float, **more: Any) -> dict[str, Any]:
+    known = find(name)
+    found = {"label": label, "set": name, "dataset": name, "title": known.title, "role": known.role}
+    return found | {"metric": known.metric, "value": value, "weights_digest": label} | more
+
+
+def test_tables_are_the_papers_with_averages_of_what_is_whole() -> None:
+    # Table 2, DiVE; Table 3, DiVE: their averages as printed.
+    ood = dict(zip(IMAGENET_OOD, (0.738, 0.773, 0.549, 0.529, 0.569), strict=True))
+    zero_shot = dict(
+        zip(ZERO_SHOT_10, (0.884, 0.66, 0.843, 0.647, 0.47, 0.221, 0.555, 0.884, 0.514, 0.689), strict=True)
+    )
+    wilds = dict(zip(SUITES["wilds"], (0.531, 0.372, 0.699, 0.423), strict=True))
+    rows = [row("DiVE", name, value) for name, value in ({"imagenet1k": 0.825} | ood | zero_shot | wilds).items()]
+    rows += [row("half", name, 0.5) for name in ("imagenet-r", "imagenet-a")]
+    text = as_markdown(rows)
+    assert (
+        "| Method | ImageNet (ID) | ImageNet-V2 | ImageNet-R | ImageNet-A | ImageNet-Sketch | ObjectNet "
+        "| OOD avg. |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        "| DiVE | 82.5 | 73.8 | 77.3 | 54.9 | 52.9 | 56.9 | 63.2 |\n"
+        "| half |  |  | 50.0 | 50.0 |  |  | 50.0 (2 of 5) |\n"
+    ) in text
+    assert (
+        "| Method | Caltech | Flowers | Food | SUN | DTD | Aircraft | Cars | Pets | EuroSAT | UCF | ZS avg. |"
+    ) in text
+    assert "| DiVE | 88.4 | 66.0 | 84.3 | 64.7 | 47.0 | 22.1 | 55.5 | 88.4 | 51.4 | 68.9 | 63.7 |" in text
+    assert "| Method | iWildCam ID | iWildCam OOD | FMoW ID | FMoW OOD | ZS avg. |" in text
+    assert "| DiVE | 53.1 | 37.2 | 69.9 | 42.3 | 63.7 |" in text
+
+
+def test_other_weights_under_one_label_get_a_line_of_their_own() -> None:
+    rows = [
+        row("run", "imagenet1k", 0.1, weights_digest="a" * 64, precision="fp32"),
+        row("run", "imagenet-r", 0.2, weights_digest="b" * 64, precision="fp32"),
+        row("run", "imagenet-r", 0.3, weights_digest="b" * 64, precision="fp16"),
+        row("other", "imagenet1k", 0.4),
+    ]
+    text = as_markdown(rows)
+    assert "| run (aaaaaaaa, fp32) | 10.0 |  |  |" in text
+    assert "| run (bbbbbbbb, fp32) |  |  | 20.0 |" in text
+    assert "| run (bbbbbbbb, fp16) |  |  | 30.0 |" in text
+    assert "| other | 40.0 |" in text

@@ -1,0 +1,227 @@
+"""Evaluation on the way, the best weights, early stopping, trained heads, reference batches at every k-th step."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scipy.optimize
+import tiny
+import torch
+import torch.nn.functional as F
+from distributed import run_ranks
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dive_fast import probe, train
+from dive_fast.config import Config
+from dive_fast.data.loader import Options
+from dive_fast.data.samples import EvaluationSamples
+from dive_fast.data.sets import open_target
+from dive_fast.evaluate import head as heads
+from dive_fast.ranks import Ranks, join
+from dive_fast.towers import create
+
+EPOCHS, STEPS = 3, 9
+
+
+class KilledError(Exception):
+    """Stands for whatever ends a run before its end."""
+
+
+def run(tree: dict[str, Any], output: Path, ranks: Ranks, kill_at: int | None = None) -> Any:
+    """Trains; ``kill_at`` ends the run in its so-manieth evaluation on the way."""
+    measure, count = train.Validation.evaluate, 0
+
+    def evaluate(self: train.Validation, step: int) -> dict[str, float]:
+        nonlocal count
+        count += 1
+        found = measure(self, step)
+        if count == kill_at:
+            raise KilledError
+        return found
+
+    train.Validation.evaluate = evaluate  # type: ignore[method-assign]
+    try:
+        return train.train(Config.model_validate_json(json.dumps(tree)), output, ranks)
+    finally:
+        train.Validation.evaluate = measure  # type: ignore[method-assign]
+
+
+def changed(tree: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
+    return tree | {name: tree.get(name, {}) | section for name, section in sections.items()}
+
+
+def cases(folder: Path) -> dict[str, Any]:
+    """On one of two ranks."""
+    ranks, results = join(), {}
+    tree = json.loads((folder / "config.json").read_text())
+    selecting = changed(tree, evaluate={"every_epochs": 1, "select": "seen"})
+    results["never"] = run(tree, folder / "never", ranks)
+    results["selected"] = run(selecting, folder / "selected", ranks)
+    # Where each evaluation on the way is written down before the checkpoint of its step.
+    killed = changed(selecting, train={"checkpoint_every": 3})
+    with pytest.raises(KilledError):
+        run(killed, folder / "killed", ranks, kill_at=2)
+    ranks.barrier()
+    results["killed"] = run(killed, folder / "killed", ranks)
+    tree["deepspeed"]["zero_optimization"]["stage"] = 1
+    # Weights that stay as they are never grow better.
+    selecting = changed(tree, evaluate={"every_epochs": 1, "select": "seen"})
+    still = changed(selecting, train={"learning_rate": 0.0, "weight_decay": 0.0}, evaluate={"patience": 1})
+    results["stopped"] = run(still, folder / "stopped", ranks)
+    results["stopped again"] = run(still, folder / "stopped", ranks)
+    seldom = changed(tree, objective={"reference_every": 4}, train={"checkpoint_every": 5})
+    results["seldom"] = run(seldom, folder / "seldom", ranks)
+    for name in ("vanilla_ft", "lp_ft"):
+        alone = changed(selecting, objective={"name": name, "probe_epochs": 60, "probe_learning_rate": 0.05})
+        alone["data"] = {"target": tree["data"]["target"]}
+        results[name] = run(alone, folder / name, ranks)
+        held = changed(alone, train={"learning_rate": 0.0, "weight_decay": 0.0, "max_steps": 1})
+        results[f"{name} begun"] = run(held, folder / f"{name}-begun", ranks)
+    return results
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("validation")
+    tree = tiny.write_config(path, epochs=EPOCHS, learning_rate=3e-3)
+    tree["objective"] = {"weight": 1.0}
+    tree["data"]["reference"]["batch_size"] = 4
+    tree["evaluate"] = {
+        "sets": {"seen": {key: tree["data"]["target"][key] for key in tiny.EVALUATION}},
+        "geometry": {"format": "webdataset", "path": tree["data"]["reference"]["path"], "pairs": 7},
+        "workers": 0,
+    }
+    tree["deepspeed"]["zero_optimization"]["stage"] = 3
+    (path / "config.json").write_text(json.dumps(tree))
+    return path
+
+
+@pytest.fixture(scope="module")
+def by_rank(folder: Path) -> list[dict[str, Any]]:
+    return run_ranks(2, cases, folder, init=False, timeout=400)
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    return load_file(path / "model.safetensors")
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def lines(path: Path, key: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if key in line]
+
+
+def test_evaluation_on_the_way_changes_nothing_and_is_in_the_metrics(by_rank: list[Any], folder: Path) -> None:
+    losses = [[line["loss"] for line in lines(folder / name, "loss")] for name in ("never", "selected")]
+    assert len(losses[0]) == STEPS
+    assert losses[0] == losses[1]
+    evaluated = lines(folder / "selected", "accuracy/seen")
+    assert [line["step"] for line in evaluated] == [3, 6, 9, 9]
+    assert all(0 < line["geometry/rsa"] <= 1 for line in evaluated)
+    assert evaluated[0]["geometry/image_norm"] > 0
+    assert len(lines(folder / "never", "accuracy/seen")) == 1
+
+
+def test_a_run_ends_with_its_best_weights(by_rank: list[Any], folder: Path) -> None:
+    *on_the_way, last = lines(folder / "selected", "accuracy/seen")
+    best = max(on_the_way, key=lambda line: (line["accuracy/seen"], -line["step"]))
+    assert {line["accuracy/seen"] for line in on_the_way} != {best["accuracy/seen"]}
+    assert last["best_step"] == best["step"]
+    assert last["accuracy/seen"] == best["accuracy/seen"]
+    assert same(weights(folder / "selected"), weights(folder / "selected/best"))
+    assert not (folder / "selected/latest").exists()
+    for results in by_rank:
+        assert results["selected"]["best_step"] == best["step"]
+        assert results["selected"]["accuracy/seen"] == best["accuracy/seen"]
+        assert results["selected"]["geometry/rsa"] == pytest.approx(last["geometry/rsa"], rel=1e-6)
+
+
+def test_a_killed_run_chooses_the_same_weights(by_rank: list[Any], folder: Path) -> None:
+    assert same(weights(folder / "selected"), weights(folder / "killed"))
+    whole, killed = (lines(folder / name, "accuracy/seen") for name in ("selected", "killed"))
+    assert [line["step"] for line in killed] == [line["step"] for line in whole]
+    assert [line["accuracy/seen"] for line in killed] == [line["accuracy/seen"] for line in whole]
+
+
+def test_a_run_that_grows_no_better_stops_and_stays_stopped(by_rank: list[Any], folder: Path) -> None:
+    # The first evaluation is the best, the second brings nothing.
+    assert [line["step"] for line in lines(folder / "stopped", "accuracy/seen")] == [3, 6, 6, 6]
+    assert lines(folder / "stopped", "loss")[-1]["step"] == 6
+    assert by_rank[0]["stopped"]["accuracy/seen"] == by_rank[0]["stopped again"]["accuracy/seen"]
+
+
+def test_reference_batches_come_at_every_kth_step(by_rank: list[Any], folder: Path) -> None:
+    found = lines(folder / "seldom", "loss")
+    assert len(found) == STEPS
+    # What is written of the reference half is of the last step that had one.
+    courses = [line["pairwise_loss"] for line in found]
+    assert [courses[at] == courses[at - 1] for at in range(1, STEPS)] == [at % 4 != 0 for at in range(1, STEPS)]
+    for at, line in enumerate(found):
+        weighed = 4 * (line["average_loss"] + line["pairwise_loss"]) * (at % 4 == 0)
+        assert line["loss"] == pytest.approx(line["contrastive_loss"] + weighed, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vanilla_ft", "lp_ft"])
+def test_a_trained_head_stands_beside_the_weights_and_classifies(
+    by_rank: list[Any], folder: Path, name: str
+) -> None:
+    head = heads.load(folder / name / heads.FILE)
+    assert head.class_names == tuple(f"class number {i}" for i in range(5))
+    assert head.weight.shape == (5, 24)
+    start, tuned = weights(folder / f"{name}-begun"), weights(folder / name)
+    moved = {key for key, value in start.items() if not torch.equal(value, tuned[key])}
+    assert moved
+    assert all(key.startswith("visual.") for key in moved)
+    # Pictures of one class have nothing in common but their label, which a head on top can learn by heart.
+    assert by_rank[0][name]["accuracy/seen"] == max(
+        line["accuracy/seen"] for line in lines(folder / name, "accuracy/seen")
+    )
+
+
+def test_lp_ft_first_trains_the_head_alone(by_rank: list[Any], folder: Path) -> None:
+    begun = {name: heads.load(folder / f"{name}-begun" / heads.FILE) for name in ("vanilla_ft", "lp_ft")}
+    pretrained = load_file(folder / "model/open_clip_model.safetensors")
+    for name in begun:
+        assert same(weights(folder / f"{name}-begun"), pretrained)
+    # From prompts: unit rows times the logit scale, no bias.
+    norms = begun["vanilla_ft"].weight.norm(dim=1)
+    assert torch.allclose(norms, pretrained["logit_scale"].exp().expand(5))
+    assert not begun["vanilla_ft"].bias.any()
+    assert not torch.equal(begun["lp_ft"].weight, begun["vanilla_ft"].weight)
+    # By the pictures it was trained on, as they are seen in evaluation.
+    config = Config.model_validate_json((folder / "config.json").read_text())
+    towers, source = create(config.model), open_target(config.data.target)
+    samples = EvaluationSamples(source, towers.preprocess)
+    rows, labels = probe.embed(towers.eval(), samples, Ranks(0, 1, torch.device("cpu")), 8, Options())
+    losses = {name: float(F.cross_entropy(rows @ one.weight.T + one.bias, labels)) for name, one in begun.items()}
+    assert losses["lp_ft"] < 0.9 * losses["vanilla_ft"]
+
+
+def test_a_probe_finds_the_head_of_least_cross_entropy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = F.normalize(torch.randn(60, 6, generator=generator))
+    labels = torch.randint(0, 3, (60,), generator=generator)
+    options: dict[str, Any] = {"epochs": 200, "learning_rate": 0.1, "batch_size": 20, "seed": 3}
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    first, again = (torch.nn.Linear(6, 3) for _ in range(2))
+    again.load_state_dict(first.state_dict())
+    loss = probe.probe(first, rows, labels, ranks, weight_decay=0.0, **options)
+
+    def cross_entropy(flat: Any) -> float:
+        weight, bias = torch.tensor(flat).split([18, 3])
+        return float(F.cross_entropy(rows.double() @ weight.reshape(3, 6).T + bias, labels))
+
+    least = scipy.optimize.minimize(cross_entropy, [0.0] * 21).fun
+    assert least < 0.95 * math.log(3)
+    found = F.cross_entropy(first(rows), labels).item()
+    assert found == pytest.approx(least, rel=2e-3)
+    assert loss == pytest.approx(found, rel=2e-2)
+    # The same again with the same seed.
+    probe.probe(again, rows, labels, ranks, weight_decay=0.0, **options)
+    assert torch.equal(first.weight, again.weight)
