@@ -21,7 +21,7 @@ from study import model, report, results, runs, sets
 from study.plan import LEARNING_RATES, MARGIN, SEEDS, WEIGHTS, chosen, grids, plan, sweeps
 from study.runs import SIZES, Run, Study
 
-from dive_fast.config import load
+from dive_fast.config import EvaluationSet, load
 from dive_fast.data.source import open_webdataset
 from dive_fast.evaluate.zero_shot import open_set
 from dive_fast.ranks import Ranks
@@ -90,8 +90,7 @@ def test_reference_and_zero_shot_set_share_no_class(data: Path) -> None:
 def test_the_engine_reads_every_set(data: Path) -> None:
     tree = runs.tree(data, data / "no-model")
     for name, count in {"validation": 7, "id": 7, "ood": 3 * len(sets.CORRUPTIONS), "zs": 7}.items():
-        settings: Any = type("Set", (), tree["evaluate"]["sets"][name])
-        source, names, templates = open_set(settings)
+        source, names, templates = open_set(EvaluationSet.model_validate(tree["evaluate"]["sets"][name]))
         assert len(source) == count
         assert len(names) == (50 if name == "zs" else 10)
         assert len(templates) == len(sets.TEMPLATES)
