@@ -1,29 +1,48 @@
-"""The study's data are what they are said to be: the right pictures, and no class on both sides."""
+"""The study's data are what they are said to be: the right pictures, and no class on both sides. Its plan chooses
+on ID validation alone, and its results survive a kill.
+"""
 
 import importlib.util
 import itertools
 import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import open_clip
 import pytest
-from study import model, runs, sets
+import torch
+from safetensors.torch import load_file
+from study import model, report, results, runs, sets
+from study.plan import LEARNING_RATES, MARGIN, SEEDS, WEIGHTS, chosen, grids, plan, sweeps
+from study.runs import SIZES, Run, Study
 
-from dive_fast.config import load
+from dive_fast.config import EvaluationSet, load
 from dive_fast.data.source import open_webdataset
 from dive_fast.evaluate.zero_shot import open_set
+from dive_fast.ranks import Ranks
 
-pytestmark = [
+REAL = [
     pytest.mark.realdata,
     pytest.mark.skipif(not (sets.DATA / "cifar10").is_dir(), reason=f"no real images in {sets.DATA}"),
 ]
 
 
+def real(test: Any) -> Any:
+    """Marks a test that needs the pictures."""
+    for mark in REAL:
+        test = mark(test)
+    return test
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sets.write(tmp_path_factory.mktemp("study") / "data", target=12, reference=30, tested=7)
+    folder = tmp_path_factory.mktemp("study") / "data"
+    return sets.write(folder, 12, 30, 7, corruptions=3, references=(10,), worlds=("cifar10", "pacs"))
 
 
 def given() -> Any:
@@ -36,6 +55,7 @@ def given() -> Any:
     return module
 
 
+@real
 @pytest.mark.parametrize(
     ("file", "split"), [("cifar100/cifar100.npz", "test"), ("cifar10/cifar10_test1k_lossless.npz", "test")]
 )
@@ -47,6 +67,7 @@ def test_pictures_are_those_of_the_files_own_loader(file: str, split: str) -> No
     assert found.names == tuple(name.replace("_", " ").lower() for name in names)
 
 
+@real
 def test_reference_and_zero_shot_set_share_no_class(data: Path) -> None:
     test = sets.load("cifar100/cifar100.npz", "test")
     reference, zero_shot = sets.halves(test)
@@ -65,17 +86,18 @@ def test_reference_and_zero_shot_set_share_no_class(data: Path) -> None:
     assert all(any(name in text for name in allowed) for text in said)
 
 
+@real
 def test_the_engine_reads_every_set(data: Path) -> None:
     tree = runs.tree(data, data / "no-model")
-    for name, count in {"validation": 7, "id": 7, "ood": 7 * len(sets.CORRUPTIONS), "zs": 7}.items():
-        settings: Any = type("Set", (), tree["evaluate"]["sets"][name])
-        source, names, templates = open_set(settings)
+    for name, count in {"validation": 7, "id": 7, "ood": 3 * len(sets.CORRUPTIONS), "zs": 7}.items():
+        source, names, templates = open_set(EvaluationSet.model_validate(tree["evaluate"]["sets"][name]))
         assert len(source) == count
         assert len(names) == (50 if name == "zs" else 10)
         assert len(templates) == len(sets.TEMPLATES)
     assert len(open_webdataset(str(data / "target"), ".cls")) == 12
 
 
+@real
 def test_corruptions_change_pictures_the_same_way_again() -> None:
     pictures = sets.cut(sets.load("cifar10/cifar10.npz", "test"), 0, 3)
     once, again = sets.corrupted(pictures), sets.corrupted(pictures)
@@ -87,6 +109,7 @@ def test_corruptions_change_pictures_the_same_way_again() -> None:
     assert all(np.abs(part.astype(float) - pictures.images).mean() < 70 for part in parts)
 
 
+@real
 def test_the_tokenizer_knows_every_word(tmp_path: Path) -> None:
     model.write_shape(tmp_path, "small")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path}")
@@ -101,9 +124,242 @@ def test_the_tokenizer_knows_every_word(tmp_path: Path) -> None:
     assert (tokens.max(1).values == tokens.max()).all()
 
 
+@real
 def test_a_config_of_the_study_is_one(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "cifar10.json"
     path.write_text(json.dumps(runs.tree(data, tmp_path / "model")))
     config = load(str(path), ["objective.weight=3"], tmp_path)
     assert set(config.evaluate.sets) == set(runs.EVALUATED)
     assert config.objective.weight == 3
+
+
+@real
+def test_pacs_is_trained_on_photos_and_tested_on_others(data: Path) -> None:
+    photos = sets.load(sets.PACS, "photo")
+    cuts = sorted(sets.PHOTOS.values())
+    assert all(one[1] <= other[0] for one, other in itertools.pairwise(cuts))
+    assert cuts[-1][1] == len(photos.images)
+    parts = sets.labelled_sets("pacs", 12, 7, 3)
+    whole = np.bincount(photos.labels) / len(photos.labels)
+    seen = {one.tobytes() for one in parts["target"].images}
+    for name in sets.PHOTOS:
+        shares = np.bincount(parts[name].labels, minlength=7) / len(parts[name].labels)
+        assert np.abs(shares - whole).max() < 0.06
+        if name != "target":
+            # Two photos of PACS may be the same file.
+            assert np.mean([one.tobytes() in seen for one in parts[name].images]) < 0.02
+    for name in ("target", *sets.evaluated("pacs")):
+        assert len(open_webdataset(str(data / "pacs" / name), ".cls")) > 0
+        said = (data / "pacs" / name / "classes.txt").read_text().split("\n")
+        assert not sets.IN_PACS & set(said) or name not in ("zs", "tiny")
+
+
+@real
+def test_tiny_imagenet_has_no_class_that_training_has(data: Path) -> None:
+    del data
+    decided = sets.decisions()
+    with np.load(sets.DATA / sets.TINY) as arrays:
+        assert [one.wnid for one in decided] == arrays["wnids"].tolist()
+        assert [one.name for one in decided] == arrays["class_names"].tolist()
+    hundred = sets.load(sets.CIFAR100, "test")
+    reference, zero_shot = ({hundred.names[label] for label in half} for half in sets.halves(hundred))
+    trained = {"CIFAR-10": set(sets.names(sets.CIFAR10)), "reference": reference}
+    for one in decided:
+        assert not (one.collides_with and one.read_as)
+        assert not one.read_as or one.read_as in zero_shot
+        if one.collides_with:
+            where, name = one.collides_with.split(": ")
+            assert name in trained[where]
+        else:
+            # What is called by a trained class's name collides with it.
+            assert one.name.lower() not in trained["CIFAR-10"] | reference
+    found = sets.tiny()
+    names = {one.read_as for one in decided if one.read_as}
+    assert set(found.names) == names
+    assert len(found.images) == 40 * sum(bool(one.read_as) for one in decided)
+    pictures = sets.load(sets.TINY, "test")
+    rows = [row for row, label in enumerate(pictures.labels) if decided[label].read_as]
+    for place in range(0, len(rows), 97):
+        assert np.array_equal(found.images[place], pictures.images[rows[place]])
+        assert found.names[found.labels[place]] == decided[pictures.labels[rows[place]]].read_as
+
+
+def test_more_words_leave_the_old_ones_as_they_were(tmp_path: Path) -> None:
+    made, more = tmp_path / "made", tmp_path / "more"
+    made.mkdir()
+    model.write_shape(made, "small", {"cat", "dog", "photo"})
+    clip = open_clip.create_model(f"local-dir:{made}", load_weights=False, force_custom_text=True).eval()
+    model.pretrain.save(clip, made)
+    model.with_words(made, more, ["sea otter", "cat"])
+    other = open_clip.create_model(f"local-dir:{more}", force_custom_text=True).eval()
+    old, new = (open_clip.get_tokenizer(f"local-dir:{folder}") for folder in (made, more))
+    texts = ["photo dog", "cat cat photo"]
+    assert not torch.equal(old(texts), new(texts))
+    with torch.no_grad():
+        assert torch.equal(clip.encode_text(old(texts)), other.encode_text(new(texts)))
+        otter = other.encode_text(new(["otter", "sea", "elsewhere"]))
+    assert not torch.equal(otter[0], otter[1])
+    assert not torch.equal(otter[0], otter[2])
+    assert model.digest(made) != model.digest(more)
+
+
+def row_of(run: Run, validation: float, **figures: float) -> dict[str, Any]:
+    measured = {name: 0.5 for name in ("id", "ood", "zs", "tiny", "rsa")} | {"seconds": 1.0, "course": []}
+    norms = {} if run.method == "flyp" else {"u": 1e-3, "v": 1e-3, "m": 1e-4}
+    return run.key("small", "digest") | measured | norms | {"validation": validation} | figures
+
+
+def grid_rows(method: str, score: Any) -> list[dict[str, Any]]:
+    return [row_of(run, score(run), id=score(run)) for run in grids("cifar10", [method])]
+
+
+def test_what_is_chosen_is_chosen_on_validation() -> None:
+    rates = {rate: 0.5 - 0.05 * place for place, rate in enumerate(LEARNING_RATES)}
+    rows = grid_rows("flyp", lambda run: rates[run.learning_rate])
+    light, middle, heavy = map(float, WEIGHTS["dive"])  # type: ignore[arg-type]
+    lost = {light: -0.02, middle: MARGIN, heavy: 2 * MARGIN}
+    rows += grid_rows("dive", lambda run: round(rates[run.learning_rate] - lost[run.weight], 6))
+    assert chosen(rows, "cifar10", "flyp", "equal") == Run("cifar10", "flyp", None, LEARNING_RATES[0])
+    assert chosen(rows, "cifar10", "dive", "best") == Run("cifar10", "dive", light, LEARNING_RATES[0])
+    assert chosen(rows, "cifar10", "dive", "equal") == Run("cifar10", "dive", middle, LEARNING_RATES[0])
+    # Whatever a run does elsewhere, or with another seed or option, has no part in it.
+    tempting = Run("cifar10", "dive", heavy, LEARNING_RATES[1])
+    rows += [row_of(replace(tempting, seed=1), 0.9), row_of(replace(tempting, every=2), 0.9)]
+    rows[-3] |= {"id": 1.0, "zs": 1.0}
+    assert chosen(rows, "cifar10", "dive", "equal") == Run("cifar10", "dive", middle, LEARNING_RATES[0])
+    assert chosen(rows[:-3], "cifar10", "dive", "best") is None
+    assert chosen(rows, "cifar10", "snd", "best") is None
+
+
+def test_a_plan_worked_off_has_every_method_with_every_seed_and_ends() -> None:
+    rows: list[dict[str, Any]] = []
+    for _ in range(1000):
+        known = [runs.Run(**{name: row[name] for name in Run.__dataclass_fields__}) for row in rows]
+        left = [run for run in plan(rows, SIZES["small"]) if run not in known]
+        if not left:
+            break
+        # Runs may come in any order, as long as the first one comes first.
+        rows += [row_of(run, 0.5 - (run.weight or 0) * 1e-5) for run in left[:7]]
+    assert not left
+    assert len(set(known)) == len(known)
+    for world in runs_worlds():
+        for method in WEIGHTS:
+            run = chosen(rows, world, method, "equal")
+            assert run is not None
+            assert {replace(run, seed=seed) for seed in SEEDS} <= set(known)
+    dive = chosen(rows, "cifar10", "dive", "equal")
+    assert dive is not None
+    for change in ({"every": 8}, {"reference_batch": 8}, {"decay": 0.0}, {"reference": 500}):
+        assert {replace(dive, seed=seed, **change) for seed in SEEDS} <= set(known)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_run_of_a_plan_is_a_config_of_the_engine(size: str, tmp_path: Path) -> None:
+    study = Study(tmp_path, size, Ranks(0, 1, torch.device("cpu")))
+    study.digests = dict.fromkeys(report.WORLDS, "0123456789abcdef")
+    dive = Run("cifar10", "dive", 10.0, 1e-3)
+    known = [*plan([], SIZES[size]), *sweeps(dive, SIZES[size])]
+    assert {run.method for run in known} == {*WEIGHTS, "cosine_literal"}
+    for run in known[::3]:
+        config = study.config(run)
+        assert config.objective.weight == run.weight
+        assert config.objective.reference_every == run.every
+        assert config.data.reference is not None
+        assert config.data.reference.batch_size == run.reference_batch or run.reference_batch is None
+        assert list(config.evaluate.sets) == list(sets.evaluated(run.world))
+        assert ("pacs" in config.model.name) == (run.world == "pacs")
+
+
+def runs_worlds() -> tuple[str, ...]:
+    return tuple(report.WORLDS)
+
+
+def test_results_outlive_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    first, second = row_of(Run("cifar10", "flyp", None, 1e-3), 0.5), row_of(Run("pacs", "snd", 3.0, 1e-3), 0.4)
+    results.append(path, first)
+    with path.open("a") as file:
+        file.write(json.dumps(second)[:40])
+    assert results.read(path) == [first]
+    results.append(path, second)
+    assert results.read(path) == [first, second]
+    assert results.has([first], Run("cifar10", "flyp", None, 1e-3).key("small", "digest"))
+    for other in (Run("cifar10", "flyp", None, 1e-3, seed=1), Run("cifar10", "flyp", 1.0, 1e-3)):
+        assert not results.has([first], other.key("small", "digest"))
+    assert not results.has([first], Run("cifar10", "flyp", None, 1e-3).key("small", "another"))
+    assert results.latest([first, second, first | {"model": "new"}]) == [second, first | {"model": "new"}]
+
+
+def test_accuracies_are_compared_at_equal_id() -> None:
+    points = [(0.5, 0.4), (0.6, 0.3), (0.55, 0.2), (0.4, 0.1)]
+    assert report.front(points) == [(0.5, 0.4), (0.6, 0.3)]
+    assert report.at_level(points, 0.55) == pytest.approx(0.35)
+    assert report.at_level(points, 0.3) == 0.4
+    assert report.at_level(points, 0.61) is None
+    found = report.figure([{"id": 0.4}, {"id": 0.5}, {"id": 0.6}], lambda row: float(row["id"]))
+    assert found.percent() == "50.0 ± 10.0"
+
+
+def test_a_report_is_made_of_what_there_is(tmp_path: Path) -> None:
+    start = row_of(Run("cifar10", "pretrained", None, 1e-3), 0.2)
+    rows = [start, *grid_rows("flyp", lambda run: 0.5)]
+    report.write(rows, "small", tmp_path)
+    course = [{"step": step, "u": 1e-3, "v": 1e-3, "m": 1e-4} for step in (1, 5)]
+    for method in ("dive", "snd"):
+        rows += grid_rows(method, lambda run: 0.5 + run.weight * 1e-4)
+    rows = [row | {"course": course} for row in rows]
+    run = chosen(rows, "cifar10", "dive", "equal")
+    assert run is not None
+    rows += [row_of(replace(run, seed=1), 0.5, id=0.7) | {"course": course}]
+    text = report.write(rows, "small", tmp_path).read_text()
+    assert "| k = 1 | 2 |" in text
+    rows += [row_of(replace(run, every=4), 0.5) | {"course": course}]
+    text = report.write(rows, "small", tmp_path).read_text()
+    mean = (run_id(rows, run) + 0.7) / 2
+    line = next(line for line in text.splitlines() if line.startswith("| DiVE |"))
+    assert f"| {100 * mean:.1f} ± " in line
+    # What is compared has the same seeds.
+    assert "| k = 1 | 1 |" in text
+    assert "| k = 4 | 1 |" in text
+    assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".png"}
+
+
+def run_id(rows: list[dict[str, Any]], run: Run) -> float:
+    return float(next(row["id"] for row in rows if results.has([row], run.key("small", "digest"))))
+
+
+ONCE = """
+import sys
+from pathlib import Path
+from dive_fast.ranks import join
+from study import results, runs
+from study.runs import Run, Size, Study
+
+size = Size("small", 0, 64, 16, {"cifar10": 1, "pacs": 1}, 40, 5, (16, 32), "fp32", 0, 1)
+runs.SIZES["test"], runs.REFERENCE = size, 48
+study = Study(Path(sys.argv[1]), "test", join())
+study.prepare(("cifar10",))
+for method, weight, every in [("flyp", None, 1), ("dive", 10.0, 2), ("flyp", None, 1)][int(sys.argv[2]) :]:
+    run = Run("cifar10", method, weight, 1e-3, every=every, reference=48)
+    results.append(Path(sys.argv[1], "found"), study.measure(run, Path(sys.argv[1], "weights")))
+"""
+
+
+@real
+@pytest.mark.slow
+def test_a_run_is_the_same_alone_and_after_another(tmp_path: Path) -> None:
+    path = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+    for skipped in ("0", "2"):
+        command = [sys.executable, "-c", ONCE, str(tmp_path), skipped]
+        subprocess.run(command, env=environment, check=True, timeout=300)
+    first, dive, again, alone = results.read(tmp_path / "found")
+    del first["seconds"], again["seconds"], alone["seconds"]
+    assert first == again == alone
+    assert set(sets.evaluated("cifar10")) <= set(first)
+    assert 0 < first["rsa"] < 1
+    assert dive["course"][0]["step"] == 1
+    assert dive["u"] > 0
+    assert len(list((tmp_path / "weights").iterdir())) == 2
+    weights = load_file(next((tmp_path / "weights").glob("*flyp*")))
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())

@@ -1,18 +1,24 @@
 """A small CLIP, trained from nothing on CIFAR-100: ``python -m study.model`` in ``benchmarks``."""
 
 import argparse
+import hashlib
 import json
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from dive_fast.demo import pretrain
 from study import sets
 
 CONTEXT = 16
+WEIGHTS, EMBEDDING = "open_clip_model.safetensors", "token_embedding.weight"
+INITIAL_STD = 0.02
+"""Of word embeddings, as open_clip begins them."""
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "small": ({"patch_size": 8, "width": 160, "layers": 4}, {"width": 96, "heads": 3, "layers": 2}),
     "large": ({"patch_size": 4, "width": 192, "layers": 8}, {"width": 128, "heads": 4, "layers": 4}),
@@ -20,9 +26,13 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """Shapes of the image and the text tower: for two CPU cores, and for a GPU."""
 
 
-def write_shape(folder: Path, size: str) -> None:
-    """Config and tokenizer, as open_clip reads them from a ``local-dir``."""
-    words = pretrain.write_tokenizer(folder, sets.vocabulary(), CONTEXT)
+def write_shape(folder: Path, size: str, vocabulary: Iterable[str] | None = None) -> None:
+    """Config and tokenizer, as open_clip reads them from a ``local-dir``.
+
+    Args:
+        vocabulary: words that the tokenizer knows; default: those of CIFAR's names and of the templates.
+    """
+    words = pretrain.write_tokenizer(folder, sets.vocabulary() if vocabulary is None else vocabulary, CONTEXT)
     vision, text = SIZES[size]
     config = {
         "model_cfg": {
@@ -57,6 +67,39 @@ def train(folder: Path, size: str, *, epochs: int, batch_size: int, learning_rat
         folder.mkdir(exist_ok=True)
         for file in place.iterdir():
             file.replace(folder / file.name)
+
+
+def with_words(pretrained: Path, folder: Path, words: Iterable[str], seed: int = 0) -> None:
+    """Writes the model with more words to its tokenizer; their embeddings are random, as of words never seen.
+
+    Args:
+        words: names; those that the tokenizer has stay what they are.
+    """
+    weights = load_file(pretrained / WEIGHTS)
+    vocabulary = json.loads((pretrained / "tokenizer.json").read_text())["model"]["vocab"]
+    config = json.loads((pretrained / "open_clip_config.json").read_text())
+    marks = {word for word in vocabulary if word.startswith("<")}
+    known = set(vocabulary) - marks | {word for name in words for word in name.split()}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+        place = Path(name)
+        config["model_cfg"]["text_cfg"]["vocab_size"] = pretrain.write_tokenizer(place, known, CONTEXT)
+        after = json.loads((place / "tokenizer.json").read_text())["model"]["vocab"]
+        old = weights[EMBEDDING]
+        new = INITIAL_STD * torch.randn(len(after), old.shape[1], generator=torch.Generator().manual_seed(seed))
+        for word, row in vocabulary.items():
+            new[after[word]] = old[row]
+        weights[EMBEDDING] = new
+        (place / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file(weights, place / WEIGHTS)
+        folder.mkdir(exist_ok=True)
+        for file in place.iterdir():
+            file.replace(folder / file.name)
+
+
+def digest(folder: Path) -> str:
+    """What a pre-trained model is known by: a hash of its weights."""
+    return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:16]
 
 
 def main() -> None:

@@ -1,14 +1,247 @@
-"""Configs of fine-tuning on CIFAR-10, through the engine as users run it."""
+"""Fine-tuning runs through the engine, as users start it: what defines one, its config, and what is measured."""
 
+import hashlib
 import json
+import shutil
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dive_fast.config import Config, load
+from dive_fast.evaluate.geometry import rsa
+from dive_fast.evaluate.pairs import describe_pairs, embed, open_pairs
+from dive_fast.evaluate.zero_shot import evaluate
+from dive_fast.ranks import Ranks
+from dive_fast.towers import Towers, create, tokenizer_of
+from dive_fast.train import train
 from study import model, sets
 
 EVALUATED = ("validation", "id", "ood", "zs")
 HELDOUT = "heldout"
 """Of the sets: the geometry of the embeddings is measured on it."""
+NORMS = {"u": "image_norm", "v": "text_norm", "m": "average_norm"}
+COURSE = 9
+"""Points at most of the lengths of difference vectors over a run."""
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    # Eq. 6 starts the average at 0. Cosines begin at 1, and short runs are over before it has come there.
+    "cosine": {"name": "cosine", "average_start": 1},
+    "cosine_literal": {"name": "cosine", "average_start": 0},
+}
+"""Methods whose ``objective`` is more than their name."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a study is."""
+
+    shape: str
+    """Of :data:`study.model.SIZES`."""
+    pretraining_epochs: int
+    target: int
+    """Pictures of CIFAR-10."""
+    batch_size: int
+    epochs: dict[str, int]
+    """By world; the runs of a world all have the same steps."""
+    tested: int
+    corruptions: int
+    references: tuple[int, ...]
+    """Sizes of reference sets, beside the whole one."""
+    precision: str
+    workers: int
+    warmup_steps: int = 15
+
+
+SIZES = {
+    "small": Size("small", 12, 10_000, 64, {"cifar10": 1, "pacs": 10}, 2000, 250, (500, 2500), "fp32", 0),
+    "full": Size("small", 12, 50_000, 256, {"cifar10": 1, "pacs": 60}, 5000, 1000, (500, 2500), "fp16", 4),
+}
+"""``small``: a run takes a minute on one core. ``full``: the same on a GPU, with all pictures."""
+REFERENCE = 25_000
+"""Pairs of the whole reference set: of 50 of CIFAR-100's classes."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What defines a run, beside the size of its study and the pre-trained weights."""
+
+    world: str
+    method: str
+    weight: float | None
+    """Of the reference's loss; None: the method has none."""
+    learning_rate: float
+    seed: int = 0
+    decay: float = 0.99
+    reference_batch: int | None = None
+    """B'; None: B."""
+    every: int = 1
+    """A reference batch comes with every so many-th step."""
+    reference: int = REFERENCE
+    """Pairs of the reference set."""
+
+    def is_plain(self) -> bool:
+        """Whether all but method, weight, learning rate and seed is as it is by default."""
+        return self == Run(self.world, self.method, self.weight, self.learning_rate, self.seed)
+
+    def key(self, size: str, digest: str) -> dict[str, Any]:
+        """As its line of the results says it."""
+        return {"size": size, "model": digest} | asdict(self)
+
+
+class Study:
+    """Data, pre-trained models and runs of one size, in a folder; made where they are missing."""
+
+    def __init__(self, folder: Path, size: str, ranks: Ranks) -> None:
+        self.folder, self.name, self.size, self.ranks = folder, size, SIZES[size], ranks
+        self.digests: dict[str, str] = {}
+        self._before: dict[str, Tensor] = {}
+
+    def prepare(self, worlds: tuple[str, ...] = ("cifar10", "pacs")) -> None:
+        """Writes the data and pre-trains."""
+        size = self.size
+        sets.write(
+            self.data,
+            size.target,
+            REFERENCE,
+            size.tested,
+            corruptions=size.corruptions,
+            references=size.references,
+            worlds=worlds,
+        )
+        pretrained = self.folder / f"model-{size.shape}-{size.pretraining_epochs}"
+        if not pretrained.exists():
+            model.train(pretrained, size.shape, epochs=size.pretraining_epochs, batch_size=256, learning_rate=1e-3)
+        for world in worlds:
+            place = self.pretrained(world)
+            if not place.exists():
+                model.with_words(pretrained, place, sets.names(sets.PACS))
+            self.digests[world] = model.digest(place)
+
+    @property
+    def data(self) -> Path:
+        """All sets."""
+        return self.folder / f"data-{self.name}"
+
+    def pretrained(self, world: str) -> Path:
+        """The model that a world's runs start from."""
+        return self.folder / f"model-{self.size.shape}-{self.size.pretraining_epochs}{'-pacs' * (world == 'pacs')}"
+
+    def key(self, run: Run) -> dict[str, Any]:
+        """What the run's line of the results is found by."""
+        return run.key(self.name, self.digests[run.world])
+
+    def config(self, run: Run) -> Config:
+        """The run's config.
+
+        Raises:
+            ConfigError: this engine has no such method or option.
+        """
+        size, data, pretrained = self.size, self.data, self.pretrained(run.world)
+        place = data if run.world == "cifar10" else data / run.world
+        evaluated = sets.evaluated(run.world)
+        settings = tree(data, pretrained, place, evaluated)
+        objective = dict(OBJECTIVES.get(run.method, {"name": run.method})) | {"decay": run.decay}
+        if run.weight is not None:
+            objective["weight"] = run.weight
+        if run.every != 1:
+            objective["reference_every"] = run.every
+        settings["objective"] = objective
+        whole = run.reference == REFERENCE
+        reference = "reference" if whole else f"reference-{run.reference}"
+        settings["data"]["target"] |= {"batch_size": size.batch_size, "workers": size.workers}
+        settings["data"]["reference"] |= {
+            "path": str(data / reference),
+            "batch_size": run.reference_batch or size.batch_size,
+            "workers": size.workers,
+        }
+        settings["teacher"]["path"] = str(data / f"teacher-{self.digests[run.world][:8]}-{reference}")
+        settings["train"] |= {
+            "epochs": size.epochs[run.world],
+            "learning_rate": run.learning_rate,
+            "warmup_steps": size.warmup_steps,
+            "precision": size.precision,
+            "seed": run.seed,
+            "log_every": 5,
+            "resume": "never",
+        }
+        settings["evaluate"]["workers"] = size.workers
+        path = self.folder / "run.json"
+        path.write_text(json.dumps(settings, indent=2) + "\n")
+        return load(str(path))
+
+    def measure(self, run: Run, keep: Path | None = None) -> dict[str, Any]:
+        """Trains and measures; returns the run's line of the results.
+
+        Args:
+            keep: folder that the tuned weights are left in, if any, under a hash of the run's key.
+        """
+        config, begun = self.config(run), time.perf_counter()
+        place = self.folder / "run"
+        shutil.rmtree(place, ignore_errors=True)
+        found = train(config, place, self.ranks)
+        seconds = time.perf_counter() - begun
+        tuned = create(config.model).load_exported(load_file(place / "model.safetensors")).eval()
+        after = self._embed(config, tuned)
+        lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+        if keep is not None:
+            keep.mkdir(parents=True, exist_ok=True)
+            (place / "model.safetensors").replace(keep / f"{named(self.key(run))}.safetensors")
+        shutil.rmtree(place)
+        return (
+            self.key(run)
+            | _accuracies(found)
+            | {"rsa": rsa(self._pretrained_embeddings(run.world, config), after)}
+            | {symbol: found[name] for symbol, name in NORMS.items() if name in found}
+            | {"course": course(lines), "seconds": round(seconds, 1)}
+        )
+
+    def pretrained_row(self, run: Run) -> dict[str, Any]:
+        """The line of the model that all runs of a world start from: no run, so no method either."""
+        config = self.config(run)
+        towers = create(config.model).to(self.ranks.device).eval()
+        found = evaluate(towers, tokenizer_of(config.model), config.evaluate, self.ranks)
+        accuracies = {f"accuracy/{name}": value for name, value in found.items()}
+        return self.key(run) | {"method": "pretrained"} | _accuracies(accuracies) | {"rsa": 1.0}
+
+    def _pretrained_embeddings(self, world: str, config: Config) -> Tensor:
+        if world not in self._before:
+            self._before[world] = self._embed(config, create(config.model).eval())
+        return self._before[world]
+
+    def _embed(self, config: Config, towers: Towers) -> Tensor:
+        """``(2 N, D)`` unit rows: images, then captions, of pairs that no run trains on."""
+        described = describe_pairs(config, str(self.data / HELDOUT), "webdataset")
+        towers = towers.to(self.ranks.device)
+        return torch.cat(embed(towers, open_pairs(config, described, towers), self.ranks, 256))
+
+
+def named(key: dict[str, Any]) -> str:
+    """A file name for what a run left: its world, its method and a hash of the rest."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{key['world']}-{key['method']}-{key['seed']}-{digest}"
+
+
+def _accuracies(found: dict[str, float]) -> dict[str, float]:
+    mark = "accuracy/"
+    return {name.removeprefix(mark): value for name, value in found.items() if name.startswith(mark)}
+
+
+def course(lines: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Lengths of the difference vectors along a run: some lines of ``metrics.jsonl``, first and last included."""
+    lines = [line for line in lines if any(name in line for name in NORMS.values())]
+    if not lines:
+        return []
+    places = sorted({round(i * (len(lines) - 1) / (COURSE - 1)) for i in range(COURSE)})
+    found = []
+    for place in places:
+        line = lines[place]
+        norms = {symbol: line[name] for symbol, name in NORMS.items() if line.get(name) is not None}
+        found.append({"step": line["step"]} | {symbol: float(f"{value:.4g}") for symbol, value in norms.items()})
+    return found
 
 
 def prepare(folder: Path, size: str = "small", epochs: int = 12, **counts: int) -> Path:
@@ -27,11 +260,21 @@ def prepare(folder: Path, size: str = "small", epochs: int = 12, **counts: int) 
     return path
 
 
-def tree(data: Path, pretrained: Path) -> dict[str, Any]:
-    """A DiVE config; learning rate and lambda are to be chosen."""
+def tree(
+    data: Path,
+    pretrained: Path,
+    labelled_sets: Path | None = None,
+    evaluated: tuple[str, ...] | list[str] = EVALUATED,
+) -> dict[str, Any]:
+    """A DiVE config; learning rate and lambda are to be chosen.
+
+    Args:
+        labelled_sets: folder of the world's labelled sets; default: ``data``.
+        evaluated: names of those that the tuned model is measured on.
+    """
 
     def labelled(name: str) -> dict[str, Any]:
-        place = data / name
+        place = (labelled_sets or data) / name
         names = {"class_names": f"{place}/classes.txt", "templates": f"{place}/templates.txt"}
         return {"format": "webdataset", "path": str(place), **names}
 
@@ -55,6 +298,6 @@ def tree(data: Path, pretrained: Path) -> dict[str, Any]:
             "warmup_steps": 15,
             "precision": "fp32",
         },
-        "evaluate": {"sets": {name: labelled(name) for name in EVALUATED}, "workers": 0},
+        "evaluate": {"sets": {name: labelled(name) for name in evaluated}, "workers": 0},
         "deepspeed": {"zero_optimization": {"stage": 0}},
     }

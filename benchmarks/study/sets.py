@@ -1,18 +1,30 @@
 """Real pictures of 32 x 32, as the engine reads them, and which classes play which part.
 
+CIFAR-10:
+
 =============  ==========================================  =============================================
 target         CIFAR-10, train                             what is learned
-id             CIFAR-10, test, first half: validation      second half (``id``): what is reported
+validation     CIFAR-10, test, first half                  what settings are chosen on
+id             CIFAR-10, test, second half                 what is reported
 ood            pictures of ``id``, corrupted               by transforms of torchvision
 reference      CIFAR-100, train, every other class         captioned, replayed
 zs             CIFAR-100, test, all other classes          never seen in fine-tuning
+tiny           Tiny-ImageNet, some classes                 the same, from another source of pictures
 heldout        CIFAR-100, test, all classes                captioned: the geometry is measured on it
 pre-training   CIFAR-100, train, all classes               captions from fine and coarse names
 =============  ==========================================  =============================================
 
-The reference and the zero-shot set share no class: what replay keeps of its own classes counts for nothing.
+PACS: target, validation and id are photos; art, cartoon and sketch are ``ood``; the rest is the same, but for the
+classes of ``zs`` and ``tiny`` that PACS has, which are left out.
+
+The reference and a zero-shot set share no class: what replay keeps of its own classes counts for nothing.
+Classes of Tiny-ImageNet were decided one by one (``tinyimagenet.tsv``): out is what CIFAR-10 or the reference has,
+kinds of it and, in doubt, what is near it. Of the others the small model can read those that CIFAR-100's zero-shot
+half has a name for: words that pre-training never saw are noise to it, before fine-tuning and after. No picture of
+``heldout`` is trained on in fine-tuning or pre-training; its classes are those of the reference and others.
 """
 
+import csv
 import io
 import itertools
 import os
@@ -51,7 +63,15 @@ CORRUPTIONS: tuple[v2.Transform, ...] = (
 )
 """Each is applied to every picture of ``ood``."""
 CORRUPTED = 1000
-"""Pictures of ``id`` that are."""
+"""Pictures of ``id`` that are, at most."""
+PACS, CIFAR10, CIFAR100 = "pacs32/pacs32.npz", "cifar10/cifar10.npz", "cifar100/cifar100.npz"
+TINY = "zeroshot/tinyimagenet_val.npz"
+DOMAINS = ("art_painting", "cartoon", "sketch")
+PHOTOS = {"target": (0, 1000), "validation": (1000, 1300), "id": (1300, 1670)}
+"""Of PACS, shuffled: its file begins with equally many of each class and ends with persons."""
+IN_PACS = frozenset({"elephant", "house", "boy", "girl"})
+"""Classes of CIFAR-100's zero-shot half that PACS has, or a kind of (person)."""
+DECISIONS = Path(__file__).with_name("tinyimagenet.tsv")
 
 
 class Pictures(NamedTuple):
@@ -102,6 +122,12 @@ def cut(pictures: Pictures, first: int, last: int) -> Pictures:
     return pictures._replace(images=pictures.images[first:last], labels=pictures.labels[first:last])
 
 
+def shuffled(pictures: Pictures, seed: int = 0) -> Pictures:
+    """All of them in another order, always the same."""
+    order = np.random.default_rng(seed).permutation(len(pictures.images))
+    return pictures._replace(images=pictures.images[order], labels=pictures.labels[order])
+
+
 def of_classes(pictures: Pictures, classes: Sequence[int]) -> Pictures:
     """Those of some classes, numbered anew."""
     place = {old: new for new, old in enumerate(classes)}
@@ -141,44 +167,112 @@ def caption(fine: str, coarse: str, random: np.random.Generator) -> str:
 
 def vocabulary() -> set[str]:
     """All words of names and templates."""
-    classes = (
-        names("cifar10/cifar10.npz") + names("cifar100/cifar100.npz") + names("cifar100/cifar100.npz", "coarse")
-    )
+    classes = names(CIFAR10) + names(CIFAR100) + names(CIFAR100, "coarse")
     forms = (*TEMPLATES, *COARSE_TEMPLATES, *BOTH_TEMPLATES)
     return {word for text in (*classes, *(form.replace("{}", "") for form in forms)) for word in text.split()}
 
 
-def write(folder: Path, target: int = 50_000, reference: int = 25_000, tested: int = 5_000) -> Path:
-    """Writes every set as webdataset tars below ``folder``, unless they are there.
+def evaluated(world: str) -> tuple[str, ...]:
+    """Names of the labelled sets that a world's runs are measured on."""
+    shifted = DOMAINS if world == "pacs" else ("ood",)
+    return ("validation", "id", *shifted, "zs", "tiny")
+
+
+class Decision(NamedTuple):
+    """What is to become of a class of Tiny-ImageNet."""
+
+    wnid: str
+    name: str
+    collides_with: str
+    """A class of CIFAR-10 or of the reference, or nothing."""
+    read_as: str
+    """The class of CIFAR-100's zero-shot half that it is a kind of, or nothing."""
+
+
+def decisions() -> list[Decision]:
+    """One for each class, in the order of the labels."""
+    with DECISIONS.open(encoding="utf-8", newline="") as lines:
+        rows = list(csv.reader(lines, delimiter="\t"))
+    return [Decision(*("" if cell == "-" else cell for cell in row)) for row in rows[1:]]
+
+
+def tiny(without: frozenset[str] = frozenset()) -> Pictures:
+    """Tiny-ImageNet's pictures of classes that no training has, under names that the small model can read.
+
+    Args:
+        without: names to leave out.
+    """
+    found = load(TINY, "test")
+    said = [decision.read_as for decision in decisions()]
+    known = tuple(sorted(set(said) - {""} - without))
+    kept = np.array([row for row, label in enumerate(found.labels) if said[label] in known])
+    labels = np.array([known.index(said[label]) for label in found.labels[kept]], dtype=np.int64)
+    return Pictures(found.images[kept], labels, known)
+
+
+def labelled_sets(world: str, target: int, tested: int, corruptions: int) -> dict[str, Pictures]:
+    """Every labelled set of a world, ``cifar10`` or ``pacs``, by name; arguments as :func:`write` takes them."""
+    hundred = load(CIFAR100, "test")
+    taken = IN_PACS if world == "pacs" else frozenset[str]()
+    zero_shot = [label for label in halves(hundred)[1] if hundred.names[label] not in taken]
+    away = {"zs": cut(of_classes(hundred, zero_shot), 0, tested), "tiny": cut(tiny(taken), 0, tested)}
+    if world == "pacs":
+        photos = shuffled(load(PACS, "photo"))
+        near = {name: cut(photos, *places) for name, places in PHOTOS.items()}
+        return near | {domain: cut(load(PACS, domain), 0, tested // 4) for domain in DOMAINS} | away
+    test = load(CIFAR10, "test")
+    near = {
+        "target": cut(load(CIFAR10, "train"), 0, target),
+        "validation": cut(test, 0, min(5000, tested)),
+        "id": cut(test, 5000, 5000 + min(5000, tested)),
+        "ood": corrupted(cut(test, 5000, 5000 + min(corruptions, tested))),
+    }
+    return near | away
+
+
+def write(
+    folder: Path,
+    target: int = 50_000,
+    reference: int = 25_000,
+    tested: int = 5_000,
+    *,
+    corruptions: int = CORRUPTED,
+    references: Sequence[int] = (),
+    worlds: Sequence[str] = ("cifar10",),
+) -> Path:
+    """Writes every set as webdataset tars below ``folder``, unless they are there; PACS's below ``pacs``.
 
     Args:
         target: pictures of the target set at most.
         reference: pairs of the reference set at most.
         tested: pictures at most of each set that is evaluated on.
+        corruptions: pictures that are corrupted, each in every way.
+        references: sizes of further reference sets, ``reference-<size>``: the first so many pairs.
     """
-    mark = folder / f"whole-{target}-{reference}-{tested}"
-    if mark.exists():
-        return folder
-    ten, hundred = (load(f"cifar{n}/cifar{n}.npz", "train") for n in (10, 100))
-    ten_test, hundred_test = (load(f"cifar{n}/cifar{n}.npz", "test") for n in (10, 100))
-    reference_classes, zero_shot_classes = halves(hundred)
-    labelled = {
-        "target": cut(ten, 0, target),
-        "validation": cut(ten_test, 0, min(5000, tested)),
-        "id": cut(ten_test, 5000, 5000 + min(5000, tested)),
-        "ood": corrupted(cut(ten_test, 5000, 5000 + min(CORRUPTED, tested))),
-        "zs": cut(of_classes(hundred_test, zero_shot_classes), 0, tested),
-    }
-    for name, pictures in labelled.items():
-        place = folder / name
-        _write_tars(place, pictures.images, ".cls", [str(label) for label in pictures.labels])
-        (place / "classes.txt").write_text("".join(f"{one}\n" for one in pictures.names))
-        (place / "templates.txt").write_text("".join(f"{one}\n" for one in TEMPLATES))
-    kept = np.flatnonzero(np.isin(hundred.labels, reference_classes))
-    _write_captioned(folder / "reference", hundred, "train", kept[:reference])
-    _write_captioned(folder / "heldout", hundred_test, "test", np.arange(min(1000, tested)))
-    mark.touch()
+    counts = [target, reference, tested, *([] if corruptions == CORRUPTED else [corruptions])]
+    for world in worlds:
+        words = ["whole", *counts, *references, *([] if world == "cifar10" else [world])]
+        mark = folder / "-".join(map(str, words))
+        if mark.exists():
+            continue
+        place = folder if world == "cifar10" else folder / world
+        for name, pictures in labelled_sets(world, target, tested, corruptions).items():
+            _write_tars(place / name, pictures.images, ".cls", [str(label) for label in pictures.labels])
+            (place / name / "classes.txt").write_text("".join(f"{one}\n" for one in pictures.names))
+            (place / name / "templates.txt").write_text("".join(f"{one}\n" for one in TEMPLATES))
+        if world == "cifar10":
+            _write_pairs(folder, reference, references, tested)
+        mark.touch()
     return folder
+
+
+def _write_pairs(folder: Path, reference: int, references: Sequence[int], tested: int) -> None:
+    train = load(CIFAR100, "train")
+    kept = np.flatnonzero(np.isin(train.labels, halves(train)[0]))
+    _write_captioned(folder / "reference", train, "train", kept[:reference])
+    for size in references:
+        _write_captioned(folder / f"reference-{size}", train, "train", kept[:size])
+    _write_captioned(folder / "heldout", load(CIFAR100, "test"), "test", np.arange(min(1000, tested)))
 
 
 def _write_captioned(folder: Path, fine: Pictures, split: str, rows: NDArray[np.int64]) -> None:

@@ -1,0 +1,78 @@
+"""The study: ``python -m study run``, then ``python -m study report``, in ``benchmarks``.
+
+``run`` works off the plan, one line of results for each run; killed and started again, it goes on where it was.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from report import REPOSITORY
+
+from dive_fast.config import ConfigError
+from dive_fast.ranks import join
+from study import report, results
+from study.plan import SEEDS, plan
+from study.runs import SIZES, Run, Study
+
+FOLDER = REPOSITORY / "build/study"
+
+
+def main() -> None:
+    """Parses and does one of the three."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of data, models and runs")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks/results")
+    parser.add_argument("--minutes", type=float, help="start no run after so many")
+    parser.add_argument("what", choices=["run", "plan", "report"])
+    options = parser.parse_args()
+    path = options.results / f"study-{options.size}.jsonl"
+    if options.what == "report":
+        rows = results.latest(results.read(path))
+        print(report.write(rows, options.size, options.results).read_text())
+        return
+    study = Study(options.folder, options.size, join())
+    study.prepare()
+    work(study, path, options.minutes, dry=options.what == "plan")
+
+
+def work(study: Study, path: Path, minutes: float | None = None, *, dry: bool = False) -> None:
+    """Works off the plan.
+
+    Args:
+        path: of the results.
+        dry: only say what is left.
+    """
+    begun, impossible = time.perf_counter(), set[Run]()
+    while minutes is None or time.perf_counter() - begun < 60 * minutes:
+        rows = [row for row in results.read(path) if row["model"] == study.digests.get(row["world"])]
+        left = [
+            run
+            for run in plan(rows, study.size)
+            if run not in impossible and not results.has(rows, study.key(run))
+        ]
+        if dry:
+            print("\n".join(map(str, left)), f"{len(left)} runs left", sep="\n")
+            return
+        if not left:
+            return
+        run = left[0]
+        try:
+            study.config(run)
+        except ConfigError as error:
+            impossible.add(run)
+            print(f"left out: {run}: {error}", flush=True)
+            continue
+        first = {"method": "pretrained", "world": run.world, "model": study.digests[run.world]}
+        if not results.has(rows, first):
+            results.append(path, study.pretrained_row(run))
+        # What is run again with other seeds, and is no sweep, is what was chosen.
+        keep = study.folder / "weights" if run.seed == SEEDS[1] and run.is_plain() else None
+        row = study.measure(run, keep)
+        results.append(path, row)
+        print(f"{row['seconds']:.0f} s, {len(left) - 1} left: {row}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Which runs a study makes, the most telling first; what is chosen is chosen on ID validation.
+
+Every method has the same grid: three learning rates and three weights of the reference's loss, at seed 0. Two
+settings of it are chosen, and run with the other seeds:
+
+* ``best``: the highest ID validation accuracy, as in the paper. It favours small weights, which protect little.
+* ``equal``: the largest weight whose ID validation, at its best learning rate, is within :data:`MARGIN` of FLYP's
+  best: what a method keeps without giving up ID accuracy.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from study.runs import Run, Size
+
+SEEDS = (0, 1, 2)
+LEARNING_RATES = (1e-3, 3e-4, 3e-3)
+WEIGHTS: dict[str, tuple[float | None, ...]] = {
+    "flyp": (None,),
+    "dive": (1, 10, 100),
+    "flyp_replay": (0.3, 1, 3),
+    "snd": (1, 10, 100),
+    "avl": (1, 10, 100),
+    "pvl": (1, 10, 100),
+    "cosine": (1, 10, 100),
+    "vanilla_ft": (None,),
+    "lp_ft": (None,),
+}
+"""Of the grid, the most telling methods first."""
+MAIN = ("flyp", "dive", "flyp_replay", "snd")
+ABLATIONS = ("avl", "pvl", "cosine")
+HEADS = ("vanilla_ft", "lp_ft")
+FURTHER_WEIGHTS = {"dive": (0.1, 0.3, 3, 30, 1000), "flyp_replay": (0.1, 10, 30), "snd": (3, 30, 300)}
+"""For the curves of ID and ZS over the weight, at the method's best learning rate."""
+DECAYS = (0.0, 0.5, 0.9)
+EVERY = (2, 4, 8)
+HEAVY, GENTLE = 1000.0, (3e-4, 1e-4, 3e-5)
+"""The paper's lambda at learning rates towards its own: how short difference vectors become."""
+MARGIN = 0.01
+
+Rows = Sequence[dict[str, Any]]
+
+
+def plan(rows: Rows, size: Size) -> list[Run]:
+    """All runs that can be named with what is known, in order; more can be once the grids are through.
+
+    Args:
+        rows: results so far, of this size and the same pre-trained models.
+    """
+    dive = chosen(rows, "cifar10", "dive", "equal")
+
+    def table(world: str, methods: Iterable[str]) -> list[Run]:
+        return grids(world, methods) + other_seeds(rows, world, methods)
+
+    runs = table("cifar10", MAIN)
+    runs += table("cifar10", HEADS)
+    runs += curves(rows, ["dive"])
+    runs += [] if dive is None else sweeps(dive, size)
+    runs += table("pacs", MAIN)
+    runs += curves(rows, FURTHER_WEIGHTS)
+    runs += [Run("cifar10", "dive", HEAVY, rate) for rate in GENTLE]
+    runs += table("cifar10", ABLATIONS)
+    runs += table("pacs", HEADS) + table("pacs", ABLATIONS)
+    if dive is not None:
+        for seed in SEEDS[1:]:
+            runs += sweeps(replace(dive, seed=seed), size)
+    runs += [Run("cifar10", "cosine_literal", weight, LEARNING_RATES[0]) for weight in (1.0, 10.0)]
+    return list(dict.fromkeys(runs))
+
+
+def grids(world: str, methods: Iterable[str]) -> list[Run]:
+    """The methods' grids at seed 0, a learning rate after the other."""
+    cases = itertools.product(LEARNING_RATES, methods)
+    return [
+        Run(world, method, None if weight is None else float(weight), rate)
+        for rate, method in cases
+        for weight in WEIGHTS[method]
+    ]
+
+
+def other_seeds(rows: Rows, world: str, methods: Iterable[str]) -> list[Run]:
+    """What is chosen of the grids, again with the other seeds: first what is compared at equal ID."""
+    found = []
+    for rule in ("equal", "best"):
+        settings = [setting for method in methods if (setting := chosen(rows, world, method, rule)) is not None]
+        found += [replace(setting, seed=seed) for seed in SEEDS[1:] for setting in settings]
+    return found
+
+
+def sweeps(dive: Run, size: Size) -> list[Run]:
+    """One thing about DiVE's chosen setting after another."""
+    batch = size.batch_size
+    runs = [dive]
+    runs += [replace(dive, reference_batch=batch // part) for part in (2, 4, 8)]
+    runs += [replace(dive, every=every) for every in EVERY]
+    runs += [replace(dive, decay=decay) for decay in DECAYS]
+    # Table 6 is of AVL alone.
+    runs += [replace(dive, method="avl", decay=decay) for decay in (0.99, *DECAYS)]
+    runs += [replace(dive, reference=count) for count in size.references]
+    return runs
+
+
+def curves(rows: Rows, methods: Iterable[str]) -> list[Run]:
+    """Further weights on CIFAR-10 at each method's best learning rate."""
+    found = []
+    for method in methods:
+        best = chosen(rows, "cifar10", method, "best")
+        if best is not None:
+            found += [replace(best, weight=float(weight)) for weight in FURTHER_WEIGHTS[method]]
+    return found
+
+
+def chosen(rows: Rows, world: str, method: str, rule: str) -> Run | None:
+    """The grid's run that a rule picks; None until the method's grid, and for ``equal`` FLYP's, is through.
+
+    Args:
+        rule: ``best`` or ``equal``, as above. Where no weight is within the margin, ``equal`` is ``best``.
+    """
+    scores = validated(rows, world, method)
+    if scores is None:
+        return None
+    best = max(scores, key=lambda run: scores[run])
+    if rule == "best" or best.weight is None:
+        return best
+    flyp = validated(rows, world, "flyp")
+    if flyp is None:
+        return None
+    enough = [run for run in scores if scores[run] >= max(flyp.values()) - MARGIN]
+    return max(enough, key=lambda run: (run.weight or 0, scores[run]), default=best)
+
+
+def validated(rows: Rows, world: str, method: str) -> dict[Run, float] | None:
+    """ID validation accuracy of each run of a method's grid; None until all are there."""
+    known = {run_of(row): row["validation"] for row in rows if (row["world"], row["method"]) == (world, method)}
+    runs = grids(world, [method])
+    return {run: known[run] for run in runs} if all(run in known for run in runs) else None
+
+
+def run_of(row: dict[str, Any]) -> Run:
+    """The run that a line of the results is of."""
+    return Run(**{field: row[field] for field in Run.__dataclass_fields__})

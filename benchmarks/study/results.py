@@ -1,0 +1,41 @@
+"""The file of results: one JSON line for each finished run; the last line of a run counts."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def read(path: Path) -> list[Row]:
+    """All lines but a last one that a kill cut off."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def latest(rows: list[Row]) -> list[Row]:
+    """Those that start from the same weights as the last run of their world."""
+    model = {row["world"]: row["model"] for row in rows}
+    return [row for row in rows if row["model"] == model[row["world"]]]
+
+
+def append(path: Path, row: Row) -> None:
+    """Adds a line, behind whole lines, and waits until it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write((json.dumps(row) + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def has(rows: list[Row], key: Row) -> bool:
+    """Whether a run's line is there."""
+    return any(all(row.get(name) == value for name, value in key.items()) for row in rows)
