@@ -166,6 +166,14 @@ class Engine:
         """Of the next update."""
         return float(self.deepspeed.get_lr()[0])
 
+    def at_step(self, step: int) -> None:
+        """Sets the learning rate to that of a run which has made so many steps."""
+        schedule = self.deepspeed.lr_scheduler
+        rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        schedule.last_epoch, schedule._last_lr = step, rates
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
     def _halves(self, batches: StepBatches) -> Iterator[_Half]:
         objective, group = self.objective, self.ranks.group
         target, reference, teacher = batches.take()

@@ -320,14 +320,22 @@ def test_what_the_audit_lets_pass_is_no_noise(tmp_path: Path) -> None:
             check(refused, **teacher)
 
 
-def test_a_named_checkpoint_that_is_not_whole_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no whole checkpoint there"):
-        checkpoint.find(str(tmp_path), tmp_path)
-    (tmp_path / "step00000003").mkdir()
-    assert checkpoint.find("auto", tmp_path) is None
-    (tmp_path / "step00000003" / checkpoint.COMPLETE).touch()
-    assert checkpoint.find("auto", tmp_path) == tmp_path / "step00000003"
+def test_a_named_checkpoint_that_is_not_whole_is_refused(by_rank: list[Any], folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "resumed2/checkpoints", tmp_path, dirs_exist_ok=True)
+    older, newest = (tmp_path / f"step0000000{step}" for step in (4, 6))
+    assert checkpoint.find("auto", tmp_path) == newest
     assert checkpoint.find("never", tmp_path) is None
+    with (newest / "rank00001.safetensors").open("ab") as file:
+        file.truncate(1000)
+    assert checkpoint.find("auto", tmp_path) == older
+    with pytest.raises(
+        ConfigError, match=r"no whole checkpoint there \(rank00001\.safetensors is not there in its"
+    ):
+        checkpoint.find(str(newest), tmp_path)
+    (older / "manifest.json").unlink()
+    assert checkpoint.find("auto", tmp_path) is None
+    with pytest.raises(ConfigError, match=r"no whole checkpoint there \(no file manifest\.json\)"):
+        checkpoint.find(str(older), tmp_path)
 
 
 def test_deepspeeds_monitor_gets_the_metrics(tmp_path: Path) -> None:
