@@ -582,7 +582,7 @@ def test_deepspeed_does_not_clip_unless_told_to(folder: Path) -> None:
 def test_buckets_are_of_the_models_size_unless_told_otherwise(folder: Path) -> None:
     settings = config(folder, 2, "sequential", None)
     zero = deepspeed_section(settings, world_size=2)["zero_optimization"]
-    assert zero == {"stage": 2, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+    assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (BUCKET, BUCKET)
     settings.deepspeed["zero_optimization"]["reduce_bucket_size"] = 7
     assert deepspeed_section(settings, world_size=2)["zero_optimization"]["reduce_bucket_size"] == 7
     assert "allgather_bucket_size" not in settings.deepspeed["zero_optimization"]

@@ -24,7 +24,7 @@ def run(tree: dict[str, Any], folder: Path) -> dict[str, float]:
 
 
 @pytest.mark.realdata
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "fp16"])
 def test_a_run_over_real_photos_stays_finite_and_starts_at_the_noise_floor(
     real_data: Path, tmp_path: Path, precision: str
 ) -> None:
