@@ -1,82 +1,72 @@
-"""Saving and resuming a run, and exporting its model to open_clip.
+"""Checkpoints: what is in them, whether one is whole, and going on from it.
 
-A checkpoint is a folder of safetensors and JSON, and fits any number of ranks and any ZeRO stage:
+A checkpoint is a folder of safetensors and JSON. It fits any number of ranks and any ZeRO stage, and reading it
+executes nothing:
 
-===========================  ================================================================================
-``rank<number>.safetensors``   weights and moments of the parameters that this rank has written; its random state
-``trainer.json``             what is no tensor: steps, updates, loss scale, evaluations so far
-``manifest.json``            each file's size and SHA-256; written last
-===========================  ================================================================================
+=============================  ==========================================================================
+``rank<number>.safetensors``   weights and moments of the parameters that this rank wrote; its random state
+``trainer.json``               what is no tensor: steps, updates, loss scale, evaluations so far
+``manifest.json``              each file's size and SHA-256; written last
+=============================  ==========================================================================
 
-It is written beside, under another name, and renamed when it is whole: a folder called ``step<number>`` is whole, or
-has been damaged since, which its manifest tells.
+:mod:`dive_fast.saver` writes it beside, under another name, and renames it when it is whole: a folder called
+``step<number>`` is whole, or has been damaged since, which its manifest tells.
 """
 
 import hashlib
 import json
-import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dive_fast import state, towers
+from dive_fast import state
 from dive_fast.config import ConfigError
 from dive_fast.engine import Engine
-from dive_fast.evaluate import head as heads
-from dive_fast.evaluate.head import Head
+from dive_fast.export import full_state
+from dive_fast.ranks import Ranks
 from dive_fast.state import MOMENTS, Trained
 
 FORMAT = 1
+FOLDER = "checkpoints"
+"""Of all checkpoints, in the folder of a run."""
 MANIFEST, TRAINER = "manifest.json", "trainer.json"
-MODEL = "model.safetensors"
-"""Exported weights, in the folder of a run."""
 WEIGHTS, FIXED, OBJECTIVE, RANDOM = "weights", "fixed", "objective", "random"
 """What the names of a checkpoint's tensors begin with: tuned weights, untuned ones and buffers, the objective's
 state, the random generators'."""
 
 
-def save(engine: Engine, folder: Path, step: int, keep: int, validation: dict[str, Any]) -> Path:
-    """Writes a checkpoint after ``step`` updates and removes all but the newest ``keep``; all ranks call it.
+class DamagedError(ConfigError):
+    """A checkpoint is not what its manifest says."""
+
+
+def tensors(engine: Engine) -> dict[str, Tensor]:
+    """What this rank writes, copied to the CPU; all ranks call it.
+
+    Tuned parameters are dealt out to the ranks in turn, so that all write about as much.
+    """
+    found = dict(_tensors(engine))
+    if engine.ranks.device.type == "cuda":
+        torch.cuda.synchronize(engine.ranks.device)
+    return found
+
+
+def trainer(engine: Engine, step: int, validation: dict[str, Any]) -> dict[str, Any]:
+    """What is no tensor, for ``trainer.json``.
 
     Args:
         validation: what evaluations so far have found, for :func:`load` to give back.
     """
-    ranks = engine.ranks
-    path = folder / f"step{step:08d}"
-    partial = path.with_name(f".{path.name}.partial")
-    if ranks.first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    ranks.barrier()
-    tensors = dict(_tensors(engine))
-    save_file(tensors, partial / _file(ranks.rank))
-    if ranks.first:
-        trainer = {
-            "step": step,
-            "updates": state.updates_of(engine),
-            "loss_scale": engine.scale.state_dict(),
-            "validation": validation,
-        }
-        (partial / TRAINER).write_text(json.dumps(trainer, indent=2) + "\n")
-    ranks.barrier()
-    if ranks.first:
-        files = {file.name: _fingerprint(file) for file in sorted(partial.iterdir())}
-        manifest = {"format": FORMAT, "ranks": ranks.world_size, "files": files}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        shutil.rmtree(path, ignore_errors=True)
-        partial.replace(path)
-        for old in whole_checkpoints(folder)[:-keep]:
-            # First no longer whole, then gone: a kill in between leaves nothing that looks usable.
-            (old / MANIFEST).unlink()
-            shutil.rmtree(old)
-    ranks.barrier()
-    return path
+    return {
+        "step": step,
+        "updates": state.updates_of(engine),
+        "loss_scale": engine.scale.state_dict(),
+        "validation": validation,
+    }
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
@@ -84,68 +74,199 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step*") if _missing(path) is None)
 
 
-def find(resume: str, folder: Path) -> Path | None:
-    """The checkpoint that ``train.resume`` stands for, or None to start anew.
+def find(resume: str, folder: Path, ranks: Ranks) -> Path | None:
+    """The checkpoint that ``train.resume`` stands for, read through and whole; None to start anew.
+
+    All ranks call it. A damaged one is passed over by ``auto``, and said to be.
 
     Raises:
-        ConfigError: a named checkpoint is not there or not whole.
+        ConfigError: a named checkpoint is not there or not whole; all that ``auto`` finds are damaged.
     """
     if resume == "never":
         return None
     if resume == "auto":
-        return next(reversed(whole_checkpoints(folder)), None)
-    if (missing := _missing(Path(resume))) is not None:
-        raise ConfigError(f"train.resume = {resume}: no whole checkpoint there ({missing})")
-    return Path(resume)
+        damaged: list[DamagedError] = []
+        for path in reversed(whole_checkpoints(folder)):
+            try:
+                verify(path, ranks)
+            except DamagedError as error:
+                ranks.say(f"passed over: {error}")
+                damaged.append(error)
+            else:
+                return path
+        if damaged:
+            raise ConfigError(f"no checkpoint in {folder} is as it was written ({damaged[0]}); remove them all")
+        return None
+    path = Path(resume)
+    with ranks.together(ConfigError):
+        if (missing := _missing(path)) is not None:
+            raise ConfigError(f"train.resume = {resume}: no whole checkpoint there ({missing})")
+    verify(path, ranks)
+    return path
+
+
+def verify(checkpoint: Path, ranks: Ranks) -> None:
+    """Holds each file to the manifest's checksum; all ranks call it, each reads its share.
+
+    Raises:
+        DamagedError: a file is another.
+    """
+    with ranks.together(DamagedError):
+        files = read_manifest(checkpoint)["files"]
+        for name in sorted(files)[ranks.rank :: ranks.world_size]:
+            try:
+                found = fingerprint(checkpoint / name)
+            except OSError as error:
+                raise DamagedError(f"{checkpoint / name}: {error.strerror}") from error
+            if found != files[name]:
+                raise DamagedError(f"{checkpoint / name}: changed since it was written; remove {checkpoint}")
 
 
 def load(engine: Engine, checkpoint: Path) -> tuple[int, dict[str, Any]]:
-    """Continues from a checkpoint; returns the number of steps it had, and what evaluations had found.
+    """Goes on from a checkpoint; returns the number of steps it had, and what evaluations had found.
 
     All ranks call it. They may be another number of ranks, at another ZeRO stage, than those that wrote it.
 
+    Args:
+        checkpoint: as :func:`find` found it.
+
     Raises:
-        ConfigError: a file is not what the manifest says, or the checkpoint is of another model.
+        ConfigError: the checkpoint is of another model, or other parameters are tuned.
     """
     ranks = engine.ranks
     with ranks.together(ConfigError):
-        manifest = _read_manifest(checkpoint)
-        files = list(manifest["files"])
-        # Each file once over all ranks: reading is what takes the time.
-        for name in files[ranks.rank :: ranks.world_size]:
-            if _fingerprint(checkpoint / name) != manifest["files"][name]:
-                raise ConfigError(f"{checkpoint / name}: changed since it was written; remove {checkpoint}")
-    trainer = json.loads((checkpoint / TRAINER).read_text())
-    tensors = _Tensors(checkpoint, [name for name in files if name != TRAINER])
-    with ranks.together(ConfigError):
-        wanted = {f"{WEIGHTS}/{name}": state.shape_of(parameter) for name, parameter in state.tuned(engine)}
-        found = {name: tensors.shape(name) for name in tensors.names(WEIGHTS)}
-        if {name: tuple(shape) for name, shape in wanted.items()} != found:
-            raise ConfigError(f"{checkpoint}: of another model, or other parameters are tuned; start a new run")
+        numbers, stored = read_trainer(checkpoint), Tensors(checkpoint)
+        wanted = {name: tuple(state.shape_of(parameter)) for name, parameter in state.tuned(engine)}
+        for kind in (WEIGHTS, *MOMENTS):
+            _same_parameters(checkpoint, wanted, stored.shapes(kind))
+        own = engine.towers.state_dict(keep_vars=True)
+        fixed = {name: tuple(state.shape_of(tensor)) for name, tensor in own.items() if name not in wanted}
+        _same_parameters(checkpoint, fixed, stored.shapes(FIXED))
+        average = {name: tuple(tensor.shape) for name, tensor in engine.objective.state_dict().items()}
+        if stored.shapes(OBJECTIVE) != average:
+            raise ConfigError(f"{checkpoint}: of another objective; start a new run, or set train.output")
 
     def read(name: str) -> Trained:
-        moments = {key: tensors.read(f"{key}/{name}", ranks.device) for key in MOMENTS}
-        return Trained(name, tensors.read(f"{WEIGHTS}/{name}", ranks.device), moments)
+        moments = {key: stored.read(key, name, ranks.device) for key in MOMENTS}
+        return Trained(name, stored.read(WEIGHTS, name, ranks.device), moments)
 
-    state.put(engine, read, trainer["updates"])
-    own = engine.towers.state_dict(keep_vars=True)
-    for name in tensors.names(FIXED):
-        _fix(own[name.partition("/")[2]], tensors.read(name, ranks.device))
-    engine.objective.load_state_dict(
-        {name.partition("/")[2]: tensors.read(name, ranks.device) for name in tensors.names(OBJECTIVE)}
-    )
+    state.put(engine, read, numbers["updates"])
+    for name in fixed:
+        _fix(own[name], stored.read(FIXED, name, ranks.device))
+    engine.objective.load_state_dict({name: stored.read(OBJECTIVE, name, ranks.device) for name in average})
     # Ranks that were not there when it was written keep what their seed gave them.
-    if tensors.has(name := f"{RANDOM}/cpu/{ranks.rank}"):
-        torch.set_rng_state(tensors.read(name, torch.device("cpu")))
-    if ranks.device.type == "cuda" and tensors.has(name := f"{RANDOM}/cuda/{ranks.rank}"):
-        torch.cuda.set_rng_state(tensors.read(name, torch.device("cpu")), ranks.device)
-    engine.scale.load_state_dict(trainer["loss_scale"])
-    engine.at_step(trainer["step"])
-    return int(trainer["step"]), trainer["validation"]
+    on_cpu, random = torch.device("cpu"), stored.shapes(RANDOM)
+    if (name := f"cpu/{ranks.rank}") in random:
+        torch.set_rng_state(stored.read(RANDOM, name, on_cpu))
+    if ranks.device.type == "cuda" and (name := f"cuda/{ranks.rank}") in random:
+        torch.cuda.set_rng_state(stored.read(RANDOM, name, on_cpu), ranks.device)
+    engine.scale.load_state_dict(numbers["loss_scale"])
+    engine.at_step(numbers["step"])
+    return int(numbers["step"]), numbers["validation"]
+
+
+class Tensors:
+    """The tensors of a checkpoint, whichever file they lie in."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        """Opens all files.
+
+        Raises:
+            DamagedError: one cannot be read.
+        """
+        self._file_of: dict[str, Any] = {}
+        for name in sorted(read_manifest(checkpoint)["files"]):
+            if name == TRAINER:
+                continue
+            try:
+                file = safe_open(checkpoint / name, "pt")
+            except (OSError, SafetensorError) as error:
+                raise DamagedError(f"{checkpoint / name}: no safetensors: {error}") from error
+            self._file_of |= dict.fromkeys(file.keys(), file)
+
+    def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
+        """Of all tensors of a kind, by their names without it."""
+        names = (name for name in self._file_of if name.startswith(f"{kind}/"))
+        return {
+            name.removeprefix(f"{kind}/"): tuple(self._file_of[name].get_slice(name).get_shape()) for name in names
+        }
+
+    def read(self, kind: str, name: str, device: torch.device) -> Tensor:
+        """One tensor."""
+        tensor: Tensor = self._file_of[f"{kind}/{name}"].get_tensor(f"{kind}/{name}")
+        return tensor.to(device)
+
+
+def read_manifest(checkpoint: Path) -> Mapping[str, Any]:
+    """The manifest, held to its form: it may come from anywhere.
+
+    Raises:
+        DamagedError: it is none.
+    """
+    path = checkpoint / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        assert manifest["format"] == FORMAT
+        # Plain names: nothing outside the folder is opened.
+        assert all(_is_plain(name) for name in manifest["files"])
+        assert all(
+            type(file["bytes"]) is int and type(file["sha256"]) is str for file in manifest["files"].values()
+        )
+        assert TRAINER in manifest["files"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+        raise DamagedError(f"{path}: no manifest of a checkpoint of format {FORMAT}") from error
+    return manifest  # type: ignore[no-any-return]
+
+
+def read_trainer(checkpoint: Path) -> Mapping[str, Any]:
+    """``trainer.json``, held to its form.
+
+    Raises:
+        DamagedError: it is none.
+    """
+    path = checkpoint / TRAINER
+    try:
+        numbers = json.loads(path.read_text(encoding="utf-8"))
+        assert type(numbers["step"]) is int
+        assert type(numbers["updates"]) is int
+        assert all(type(value) in (int, float) for value in numbers["loss_scale"].values())
+        assert isinstance(numbers["validation"], dict)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+        raise DamagedError(f"{path}: not the numbers of a checkpoint of format {FORMAT}") from error
+    return numbers  # type: ignore[no-any-return]
+
+
+def fingerprint(file: Path) -> dict[str, Any]:
+    """Size and SHA-256."""
+    with file.open("rb") as content:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of steps in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step"))
+
+
+def _is_plain(name: str) -> bool:
+    return Path(name).name == name and name.isprintable()
+
+
+def _missing(checkpoint: Path) -> str | None:
+    """What a folder lacks of a whole checkpoint; None: nothing."""
+    if not (checkpoint / MANIFEST).is_file():
+        return f"no file {MANIFEST}"
+    try:
+        files = read_manifest(checkpoint)["files"]
+    except ConfigError as error:
+        return str(error)
+    for name, file in files.items():
+        path = checkpoint / name
+        if path.is_symlink() or not path.is_file() or path.stat().st_size != file["bytes"]:
+            return f"{name} is not there in its full size"
+    return None
 
 
 def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """What this rank writes; all ranks go through it."""
     ranks = engine.ranks
     for place, found in enumerate(state.gathered(engine)):
         if place % ranks.world_size == ranks.rank:
@@ -154,7 +275,7 @@ def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
                 yield f"{key}/{found.name}", _on_cpu(moment)
     tuned = {name for name, _ in state.tuned(engine)}
     for name, tensor in full_state(engine, without=tuned).items():
-        yield f"{FIXED}/{name}", tensor
+        yield f"{FIXED}/{name}", tensor.clone()
     if ranks.first:
         for name, tensor in engine.objective.state_dict().items():
             yield f"{OBJECTIVE}/{name}", _on_cpu(tensor)
@@ -163,67 +284,22 @@ def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
         yield f"{RANDOM}/cuda/{ranks.rank}", torch.cuda.get_rng_state(ranks.device)
 
 
-class _Tensors:
-    """The tensors of a checkpoint, whichever file they lie in."""
-
-    def __init__(self, folder: Path, files: Sequence[str]) -> None:
-        opened = [safe_open(folder / name, "pt") for name in files]
-        self._file_of = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - no mapping
-
-    def names(self, kind: str) -> list[str]:
-        return sorted(name for name in self._file_of if name.startswith(f"{kind}/"))
-
-    def has(self, name: str) -> bool:
-        return name in self._file_of
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file_of[name].get_slice(name).get_shape())
-
-    def read(self, name: str, device: torch.device) -> Tensor:
-        tensor: Tensor = self._file_of[name].get_tensor(name)
-        return tensor.to(device)
-
-
-def _file(rank: int) -> str:
-    return f"rank{rank:05d}.safetensors"
-
-
 def _on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    """A copy, under way: page-locked memory, so that the host need not wait for each."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor.detach(), non_blocking=True)
 
 
-def _fingerprint(file: Path) -> dict[str, Any]:
-    with file.open("rb") as content:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
-
-
-def _read_manifest(checkpoint: Path) -> Mapping[str, Any]:
-    """The manifest, held to its form: it may come from anywhere."""
-    path = checkpoint / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        assert manifest["format"] == FORMAT
-        assert all(Path(name).name == name for name in manifest["files"])
-        assert all(isinstance(file["bytes"], int) and file["sha256"] for file in manifest["files"].values())
-        assert TRAINER in manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise ConfigError(f"{path}: no manifest of a checkpoint of format {FORMAT}") from error
-    return manifest  # type: ignore[no-any-return]
-
-
-def _missing(checkpoint: Path) -> str | None:
-    """What a folder lacks of a whole checkpoint; None: nothing."""
-    if not (checkpoint / MANIFEST).is_file():
-        return f"no file {MANIFEST}"
-    try:
-        files = _read_manifest(checkpoint)["files"]
-    except ConfigError as error:
-        return str(error)
-    for name, file in files.items():
-        path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != file["bytes"]:
-            return f"{name} is not there in its full size"
-    return None
+def _same_parameters(
+    checkpoint: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> None:
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            here, there = wanted.get(name, "not there"), found.get(name, "not there")
+            raise ConfigError(
+                f"{checkpoint}: of another model, or other parameters are tuned: {name} is {here} here and "
+                f"{there} in the checkpoint; start a new run, or set train.output"
+            )
 
 
 def _fix(tensor: Any, value: Tensor) -> None:
@@ -232,53 +308,3 @@ def _fix(tensor: Any, value: Tensor) -> None:
         if not hasattr(tensor, "ds_id") or torch.distributed.get_rank() == 0:
             with torch.no_grad():
                 tensor.copy_(value)
-
-
-def export(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -> None:
-    """Writes the weights as open_clip has them, ``open_clip.create_model(name, pretrained=folder/MODEL)``.
-
-    All ranks call it; the first one writes. A trained head goes into a file beside them; another run's is removed.
-
-    Args:
-        class_names: of the head's rows.
-    """
-    weights = full_state(engine)
-    if engine.ranks.first:
-        folder.mkdir(parents=True, exist_ok=True)
-        towers.save(engine.towers.export(weights), folder / MODEL)
-        if engine.towers.head is None:
-            (folder / heads.FILE).unlink(missing_ok=True)
-        else:
-            head = Head(weights["head.weight"], weights["head.bias"], tuple(class_names))
-            heads.save(head, folder / heads.FILE)
-    engine.ranks.barrier()
-
-
-def copy_export(source: Path, folder: Path) -> None:
-    """Puts what :func:`export` left in one folder into the place of what it left in another."""
-    for name in (MODEL, heads.FILE):
-        if (source / name).is_file():
-            partial = folder / f".{name}.partial"
-            shutil.copyfile(source / name, partial)
-            partial.replace(folder / name)
-        else:
-            # Another run's: it would classify in the place of prompts.
-            (folder / name).unlink(missing_ok=True)
-
-
-def full_state(engine: Engine, without: Collection[str] = ()) -> dict[str, Tensor]:
-    """All weights and buffers, weights in fp32, on the CPU of the first rank; empty elsewhere. All ranks call it.
-
-    Args:
-        without: names to leave out.
-    """
-    found: dict[str, Any] = {}
-    parameters = dict(engine.towers.named_parameters())
-    for name, tensor in engine.towers.state_dict(keep_vars=True).items():
-        if name in without:
-            continue
-        own = [parameters[name]] if hasattr(parameters.get(name), "ds_id") else []
-        with deepspeed.zero.GatheredParameters(own, enabled=bool(own)), torch.no_grad():
-            if engine.ranks.first:
-                found[name] = tensor.detach().float().cpu().clone() if tensor.is_floating_point() else tensor.cpu()
-    return found

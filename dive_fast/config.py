@@ -229,12 +229,24 @@ class TrainConfig(Section):
     trace_steps: NonNegative = 0
     """Steps, after ten others, of which the run leaves a trace by torch's profiler in its folder."""
     checkpoint_every: Positive | None = None
-    """Steps between checkpoints; one is always written at the end."""
-    keep_checkpoints: Positive = 2
+    """Steps between checkpoints. One is always written before an evaluation, when the run is asked to stop, and at
+    the end."""
+    keep_last: Positive = 2
     """How many of the newest checkpoints stay."""
+    keep_best: bool = False
+    """The checkpoint of the step that is best on `evaluate.select` stays too, to go on training from."""
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """Where a checkpoint cannot be written (a full disk, say): `continue` warns and tries again when the next one is
+    due; `stop` ends the run. Older checkpoints are as they were. The last one must be written."""
     resume: str = "auto"
     """`auto`: continue from the run folder's newest whole checkpoint, if any. `never`: start anew. Else a
-    checkpoint's folder."""
+    checkpoint's folder. The number of ranks and the ZeRO stage may be others than those of the checkpoint."""
+    nonfinite_limit: Positive = 20
+    """The run stops after so many steps in a row whose loss or gradient is not finite, and writes down their
+    samples. Such steps are skipped. That fp16's loss scale has overflowed is no such step."""
+    rank_timeout: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 600.0
+    """Seconds without a step after which all ranks end with an error that names the one they wait for. A rank that
+    has died is noticed within 60, or within this if it is less. Evaluations and the start are not timed."""
 
 
 class EvaluationSet(Section):
@@ -326,6 +338,8 @@ class Config(Section):
         on_the_way = options.every_steps is not None or options.every_epochs is not None
         if not on_the_way and (options.during is not None or options.select is not None):
             raise ValueError("evaluate.during and evaluate.select need every_steps or every_epochs")
+        if self.train.keep_best and options.select is None:
+            raise ValueError("train.keep_best needs evaluate.select, which says on what")
         if options.select is not None and options.during is not None and options.select not in options.during:
             raise ValueError(f"evaluate.during: add {options.select}, which evaluate.select chooses by")
         if options.patience is not None and options.select is None:

@@ -142,7 +142,7 @@ class Engine:
             gradient's norm, and after the update the loss scale and the number of steps skipped so far.
         """
         metrics = self.accumulate(batches)
-        norm = self.update()
+        norm = self.update(metrics["loss"])
         return metrics | {"gradient_norm": norm} | self.scale.metrics()
 
     def accumulate(self, batches: StepBatches) -> dict[str, Tensor]:
@@ -156,10 +156,10 @@ class Engine:
             metrics |= loss.metrics
         return {"loss": total} | metrics
 
-    def update(self) -> Tensor:
-        """Applies the gradients, unless they are not finite on some rank; returns their norm, ``()``."""
+    def update(self, loss: Tensor) -> Tensor:
+        """Applies the gradients, unless they or ``loss`` are not finite on some rank; returns their norm, ``()``."""
         with span("optimizer"):
-            return self._update.apply()
+            return self._update.apply(loss)
 
     @property
     def learning_rate(self) -> float:

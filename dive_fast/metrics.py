@@ -6,12 +6,13 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dive_fast.files import write_whole
 from dive_fast.run import Batches, Run
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,8 @@ class Metrics:
         self._floor: dict[str, float] = {}
         if self._enabled:
             self._path = run.folder / "metrics.jsonl"
-            kept = [line for line in self._lines() if json.loads(line)["step"] <= first_step]
-            self._path.write_text("".join(f"{line}\n" for line in kept))
+            kept = self._lines_up_to(first_step)
+            write_whole(self._path, "".join(f"{line}\n" for line in kept).encode())
             first = json.loads(kept[0]) if kept else {}
             self._floor = {name: value for name, value in first.items() if value is not None}
         self._bar = run.ranks.progress(run.total_steps, "train", "step", done=first_step)
@@ -133,8 +134,15 @@ class Metrics:
             pairs = step * self._run.config.data.target.batch_size
             monitor.write_events([(f"train/{name}", value, pairs) for name, value in values.items()])
 
-    def _lines(self) -> list[str]:
-        return self._path.read_text().splitlines() if self._path.exists() else []
+    def _lines_up_to(self, last_step: int) -> list[str]:
+        """Of the run so far; a line that a kill has cut off is none, and an evaluation that is made again is left out."""
+        kept = []
+        for line in self._path.read_text().splitlines() if self._path.exists() else []:
+            with suppress(ValueError, LookupError, TypeError):
+                values = json.loads(line)
+                if values["step"] < last_step or (values["step"] == last_step and "loss" in values):
+                    kept.append(line)
+        return kept
 
 
 class Reading:

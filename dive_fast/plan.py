@@ -379,9 +379,9 @@ class _Rehearsal:
             with tracker.within("activations"):
                 batches.teacher = self.online(batches.reference)
         with tracker.within("loss"):
-            self.engine.accumulate(batches)
+            loss = self.engine.accumulate(batches)["loss"]
         with tracker.within(updating):
-            self.engine.update()
+            self.engine.update(loss)
 
     def _batches(
         self, target: TargetConfig, reference: ReferenceConfig | None, pairs: int | None = None

@@ -92,7 +92,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     total_steps = target_order.steps_per_epoch * config.train.epochs
     total_steps = min(total_steps, config.train.max_steps or total_steps)
 
-    found = checkpoint.find(config.train.resume, folder / "checkpoints")
+    found = checkpoint.find(config.train.resume, folder / checkpoint.FOLDER, ranks)
     goal = objective.create(config.objective, towers.width)
     if goal.needs_head:
         towers.head = make_head(config, towers, source, names, ranks, is_trained=found is not None)

@@ -6,17 +6,26 @@ from pathlib import Path
 import torch
 
 from dive_fast import checkpoint
+from dive_fast.checkpoint import FOLDER
 from dive_fast.config import Config, ConfigError
+from dive_fast.consensus import Consensus
 from dive_fast.metrics import DIFFERENCE_VECTORS, Metrics
+from dive_fast.nonfinite import NonFinite
 from dive_fast.ranks import Ranks
-from dive_fast.run import batches, build
+from dive_fast.run import Run, batches, build
+from dive_fast.saver import Saver
 from dive_fast.teacher.audit import allowed
 from dive_fast.trace import span, tracing
 from dive_fast.validation import Validation
+from dive_fast.watch import LostError, Watch
 
 NOISE_FLOOR = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
 """Largest mean |u| and |v| allowed before the first update, where the tuned model is the frozen one and only the
 rounding of the forward pass is left (measured: 1.2e-3 in fp16, 9.1e-3 in bf16): more means a wrong cache."""
+
+
+class Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """The run was asked to stop, has been saved, and goes on when it is started again."""
 
 
 def train(config: Config, folder: Path, ranks: Ranks) -> dict[str, float]:
@@ -27,18 +36,51 @@ def train(config: Config, folder: Path, ranks: Ranks) -> dict[str, float]:
 
     Raises:
         ConfigError, DataError: the user's to mend; the message says how.
+        Stopped: a signal asked for it.
+        SaveError: the last checkpoint, or with ``train.on_save_error = stop`` any, could not be written.
+        NonFiniteError: ``train.nonfinite_limit`` was reached.
+        LostError: another rank failed, died or hangs; or the process is left with :data:`dive_fast.watch.LOST`.
     """
-    run = build(config, folder, ranks)
-    engine, options, checkpoints = run.engine, config.train, folder / "checkpoints"
+    with Watch(ranks, config.train.rank_timeout) as watch:
+        try:
+            run = build(config, folder, ranks)
+            return _loop(run, watch)
+        except RuntimeError as error:
+            # Of a collective that one rank did not come to torch knows no more than that.
+            if (lost := watch.explain()) is not None:
+                raise LostError(lost) from error
+            raise
+
+
+def _loop(run: Run, watch: Watch) -> dict[str, float]:
+    engine, options, folder = run.engine, run.config.train, run.folder
     validation, step = Validation(run), 0
     if run.checkpoint is not None:
         step, found = checkpoint.load(engine, run.checkpoint)
         validation.load_state_dict(found)
-    steps = range(step, step if validation.is_over else run.total_steps)
-    ahead = batches(run, steps)
+    saver, consensus = Saver(engine, folder / FOLDER, options), Consensus(run.ranks)
+    nonfinite = NonFinite(options.nonfinite_limit, folder, run.ranks)
+    ahead = batches(run, range(step, step if validation.is_over else run.total_steps))
     metrics = Metrics(run, step, ahead)
-    with closing(ahead), tracing(options.trace_steps, folder / "trace.json.gz", ranks) as traced:
-        for given in ahead:
+
+    def evaluate() -> None:
+        watch.at(step, "evaluation")
+        with metrics.standing_still():
+            metrics.write(step, validation.evaluate(step))
+
+    with (
+        watch.taking_requests(),
+        closing(ahead),
+        tracing(options.trace_steps, folder / "trace.json.gz", run.ranks) as traced,
+    ):
+        if step and not validation.is_over and validation.is_due(step):
+            # The checkpoint was written before it.
+            evaluate()
+        while step < run.total_steps and not validation.is_over:
+            watch.at(step + 1, "data")
+            given = next(ahead)
+            watch.at(step + 1, "step")
+            nonfinite.before(step + 1, given)
             if given.reference is not None and given.teacher is None and run.teacher is not None:
                 with span("teacher"):
                     given.teacher = run.teacher(given.reference)
@@ -46,18 +88,32 @@ def train(config: Config, folder: Path, ranks: Ranks) -> dict[str, float]:
             values = engine.step(given)
             step += 1
             if step == 1:
-                _check_noise_floor(values, config)
+                _check_noise_floor(values, run.config)
+            nonfinite.after(step, engine.scale.nonfinite_in_row)
             metrics.log(step, values, learning_rate)
             traced()
-            if validation.is_due(step):
-                with metrics.standing_still():
-                    metrics.write(step, validation.evaluate(step))
-            is_last = step == run.total_steps or validation.is_over
-            if is_last or (options.checkpoint_every and step % options.checkpoint_every == 0):
+            own = saver.votes()
+            agreed = consensus(own._replace(stop=watch.requested is not None, nonfinite=nonfinite.reached))
+            saver.heard(agreed)
+            if agreed.nonfinite:
+                saver.finish()
+                raise nonfinite.error()
+            is_due, every = validation.is_due(step), options.checkpoint_every
+            # An evaluation may be left at any moment, since what it starts from is whole.
+            must_be_whole = is_due or agreed.stop or step == run.total_steps
+            if must_be_whole or (every is not None and step % every == 0):
+                watch.at(step, "checkpoint")
                 metrics.flush()
-                checkpoint.save(engine, checkpoints, step, options.keep_checkpoints, validation.state_dict())
-            if is_last:
-                break
+                saver.save(step, validation.state_dict())
+            if must_be_whole:
+                saver.finish(must=not is_due)
+            if agreed.stop and step < run.total_steps:
+                consensus.settle()
+                raise Stopped(f"{watch.requested}: saved after step {step} of {run.total_steps}")
+            if is_due:
+                evaluate()
+        consensus.settle()
+    watch.at(step, "end")
     return metrics.close(step, validation.finish())
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from dive_fast import checkpoint
-from dive_fast.checkpoint import MODEL
+
+from dive_fast.export import MODEL, copy_model, write_model
 from dive_fast.config import EvaluateConfig, GeometryConfig, ReferenceConfig
 from dive_fast.data.samples import ReferenceSamples
 from dive_fast.engine import AUTOCAST
@@ -59,7 +59,7 @@ class Validation:
             What to log.
         """
         run, folder = self._run, self._run.folder / LATEST
-        checkpoint.export(run.engine, folder, run.class_names)
+        write_model(run.engine, folder, run.class_names)
         found = self._measure(folder, self._during)
         run.ranks.barrier()
         if self._options.select is not None:
@@ -85,11 +85,11 @@ class Validation:
         """
         run, chosen = self._run, {}
         if self._best is None:
-            checkpoint.export(run.engine, run.folder, run.class_names)
+            write_model(run.engine, run.folder, run.class_names)
         else:
             chosen = {"best_step": float(self._best_step)}
             if run.ranks.first:
-                checkpoint.copy_export(run.folder / BEST, run.folder)
+                copy_model(run.folder / BEST, run.folder)
             run.ranks.barrier()
         return self._measure(run.folder, self._options) | chosen
 

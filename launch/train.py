@@ -39,8 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.dry_run:
             return dry_run(config, options)
         from dive_fast.data.source import DataError
+        from dive_fast.nonfinite import NonFiniteError
         from dive_fast.ranks import join
-        from dive_fast.train import train
+        from dive_fast.saver import SaveError
+        from dive_fast.train import Stopped, train
+        from dive_fast.watch import LOST, STOPPED, LostError
     except ConfigError as error:
         return command.complain(error, options)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -50,6 +53,18 @@ def main(arguments: list[str] | None = None) -> int:
         results = train(config, folder, ranks)
     except (ConfigError, DataError) as error:
         return command.complain(error, options)
+    except Stopped as stopped:
+        if ranks.first:
+            print(f"{stopped}; start again to go on", file=sys.stderr)
+        return STOPPED
+    except (SaveError, NonFiniteError) as error:
+        command.complain(error, options)
+        return 1
+    except LostError as error:
+        print(
+            f"rank {ranks.rank}: error: {error}; start again to go on from the newest checkpoint", file=sys.stderr
+        )
+        return LOST
     if ranks.first:
         print(
             f"{folder}/model.safetensors", *(f"{name}={value:.4g}" for name, value in results.items()), sep="\n  "

@@ -25,11 +25,12 @@ from distributed import run_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dive_fast import checkpoint, objective
+from dive_fast import objective
 from dive_fast.config import Config, ConfigError, ModelConfig
 from dive_fast.data.batch import ReferenceBatch, TargetBatch
 from dive_fast.data.prompts import pack
 from dive_fast.engine import BUCKET, Engine, StepBatches, deepspeed_section
+from dive_fast.export import full_state
 from dive_fast.metrics import Reading
 from dive_fast.ranks import join
 from dive_fast.teacher.teachers import OnlineTeacher
@@ -294,7 +295,7 @@ def overflow(stage: Stage, zero: int) -> dict[str, Any]:
     frozen = stage.teacher(stage.reference)
 
     def weights() -> dict[str, Tensor]:
-        return checkpoint.full_state(engine)
+        return full_state(engine)
 
     engine.step(StepBatches(stage.target, stage.reference, frozen))
     before, vector = weights(), engine.objective.average_vector.clone()
@@ -326,9 +327,9 @@ def clipped(stage: Stage, zero: int, precision: str, clipping: float) -> tuple[d
         weight_decay=0.0,
         warmup_steps=0,
     )
-    before = checkpoint.full_state(engine)
+    before = full_state(engine)
     metrics = engine.step(StepBatches(stage.target, stage.reference, stage.teacher(stage.reference)))
-    after = checkpoint.full_state(engine)
+    after = full_state(engine)
     moved = engine.towers.export({n: after[n] - before[n] for n in after}) if stage.ranks.first else {}
     return moved, float(metrics["gradient_norm"])
 
@@ -520,23 +521,24 @@ def test_a_steady_step_never_waits_for_a_gpu(folder: Path) -> None:
 
 def test_loss_scale_halves_on_overflow_and_doubles_after_a_good_while() -> None:
     scale, good, bad = LossScale("fp16", torch.device("cpu")), torch.tensor(0.0), torch.tensor(1.0)
+    finite = torch.tensor(True)
     first = scale.value.item()
-    scale.update(bad)
+    scale.update(bad, finite)
     assert scale.value == first / 2
     for _ in range(1999):
-        scale.update(good)
+        scale.update(good, finite)
     assert scale.value == first / 2
     resumed = LossScale("fp16", torch.device("cpu"))
     resumed.load_state_dict(scale.state_dict())
     for each in (scale, resumed):
-        each.update(good)
+        each.update(good, finite)
         assert each.value == first
         for _ in range(40):
-            each.update(bad)
+            each.update(bad, finite)
         assert each.value == 1.0
         assert each.skipped_steps == 41
     fixed = LossScale("fp32", torch.device("cpu"))
-    fixed.update(bad)
+    fixed.update(bad, finite)
     assert fixed.value == 1.0
     assert "loss_scale" not in fixed.metrics()
 

@@ -323,19 +323,28 @@ def test_what_the_audit_lets_pass_is_no_noise(tmp_path: Path) -> None:
 def test_a_named_checkpoint_that_is_not_whole_is_refused(by_rank: list[Any], folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "resumed2/checkpoints", tmp_path, dirs_exist_ok=True)
     older, newest = (tmp_path / f"step0000000{step}" for step in (4, 6))
-    assert checkpoint.find("auto", tmp_path) == newest
-    assert checkpoint.find("never", tmp_path) is None
-    with (newest / "rank00001.safetensors").open("ab") as file:
+    alone = Ranks(0, 1, torch.device("cpu"))
+
+    def refused(path: Path, reason: str) -> None:
+        with pytest.raises(ConfigError, match=re.escape(f"no whole checkpoint there ({reason}")):
+            checkpoint.find(str(path), tmp_path, alone)
+
+    assert checkpoint.find("auto", tmp_path, alone) == newest
+    assert checkpoint.find("never", tmp_path, alone) is None
+    with (newest / "rank00001.safetensors").open("r+b") as file:
         file.truncate(1000)
-    assert checkpoint.find("auto", tmp_path) == older
-    with pytest.raises(
-        ConfigError, match=r"no whole checkpoint there \(rank00001\.safetensors is not there in its"
-    ):
-        checkpoint.find(str(newest), tmp_path)
+    assert checkpoint.find("auto", tmp_path, alone) == older
+    refused(newest, "rank00001.safetensors is not there in its full size")
+    content = bytearray((older / "rank00000.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (older / "rank00000.safetensors").write_bytes(content)
+    with pytest.raises(ConfigError, match="changed since it was written"):
+        checkpoint.find(str(older), tmp_path, alone)
+    with pytest.raises(ConfigError, match="no checkpoint in .* is as it was written"):
+        checkpoint.find("auto", tmp_path, alone)
     (older / "manifest.json").unlink()
-    assert checkpoint.find("auto", tmp_path) is None
-    with pytest.raises(ConfigError, match=r"no whole checkpoint there \(no file manifest\.json\)"):
-        checkpoint.find(str(older), tmp_path)
+    assert checkpoint.find("auto", tmp_path, alone) is None
+    refused(older, "no file manifest.json")
 
 
 def test_deepspeeds_monitor_gets_the_metrics(tmp_path: Path) -> None:

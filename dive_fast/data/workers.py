@@ -1,6 +1,7 @@
 """Work done ahead by worker processes, batch by batch and in order."""
 
 import gc
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
@@ -29,7 +30,7 @@ def in_workers(
     Raises:
         DataError: as ``make`` raised it, in one line.
     """
-    options: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _one_thread} if workers else {}
+    options: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _settle_in} if workers else {}
     loader: DataLoader[Any] = DataLoader(
         _Made(make),
         sampler=batches,  # type: ignore[arg-type]
@@ -78,6 +79,10 @@ def _errors_in_one_line(batches: Iterator[Made]) -> Iterator[Made]:
         raise DataError(str(error).strip().rpartition(f"{DataError.__name__}: ")[2]) from error
 
 
-def _one_thread(worker: int) -> None:
+def _settle_in(worker: int) -> None:
     # The workers are the parallelism; more threads in each only get in one another's way.
     torch.set_num_threads(1)
+    # Launchers and Slurm send signals to all processes of a run at once: the training process has then a last
+    # checkpoint to make, and would lose its batches. Workers end when it does.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,68 @@
+"""The trained model out of the engine, as open_clip has it."""
+
+import shutil
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from dive_fast import towers
+from dive_fast.engine import Engine
+from dive_fast.evaluate import head as heads
+from dive_fast.evaluate.head import Head
+
+MODEL = "model.safetensors"
+"""Exported weights, in the folder of a run."""
+
+
+def write_model(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -> None:
+    """Writes the weights as open_clip has them, ``open_clip.create_model(name, pretrained=folder/MODEL)``.
+
+    All ranks call it; the first one writes. A trained head goes into a file beside them; another run's is removed.
+
+    Args:
+        class_names: of the head's rows.
+    """
+    weights = full_state(engine)
+    if engine.ranks.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        towers.save(engine.towers.export(weights), folder / MODEL)
+        if engine.towers.head is None:
+            (folder / heads.FILE).unlink(missing_ok=True)
+        else:
+            head = Head(weights["head.weight"], weights["head.bias"], tuple(class_names))
+            heads.save(head, folder / heads.FILE)
+    engine.ranks.barrier()
+
+
+def copy_model(source: Path, folder: Path) -> None:
+    """Puts what :func:`write_model` left in one folder into the place of what it left in another."""
+    for name in (MODEL, heads.FILE):
+        if (source / name).is_file():
+            partial = folder / f".{name}.partial"
+            shutil.copyfile(source / name, partial)
+            partial.replace(folder / name)
+        else:
+            # Another run's: it would classify in the place of prompts.
+            (folder / name).unlink(missing_ok=True)
+
+
+def full_state(engine: Engine, without: Collection[str] = ()) -> dict[str, Tensor]:
+    """All weights and buffers, weights in fp32, on the CPU of the first rank; empty elsewhere. All ranks call it.
+
+    Args:
+        without: names to leave out.
+    """
+    found: dict[str, Any] = {}
+    parameters = dict(engine.towers.named_parameters())
+    for name, tensor in engine.towers.state_dict(keep_vars=True).items():
+        if name in without:
+            continue
+        own = [parameters[name]] if hasattr(parameters.get(name), "ds_id") else []
+        with deepspeed.zero.GatheredParameters(own, enabled=bool(own)), torch.no_grad():
+            if engine.ranks.first:
+                found[name] = tensor.detach().float().cpu().clone() if tensor.is_floating_point() else tensor.cpu()
+    return found

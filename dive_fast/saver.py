@@ -1,0 +1,259 @@
+"""Writing checkpoints while the run goes on.
+
+The loop copies the state to the host and goes on; a thread of each rank writes its file. Once all ranks have voted
+theirs written (:mod:`dive_fast.consensus`), a thread of the first one writes the manifest, gives the folder its name,
+moves ``latest`` to it, and removes old checkpoints. Whatever fails before that leaves the older ones as they were.
+"""
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dive_fast import checkpoint
+from dive_fast.checkpoint import FORMAT, MANIFEST, TRAINER, fingerprint, whole_checkpoints
+from dive_fast.config import TrainConfig
+from dive_fast.consensus import Votes
+from dive_fast.engine import Engine
+from dive_fast.files import write_whole
+
+LATEST = "latest"
+"""A file beside the checkpoints with the name of the newest."""
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; the message is one line, and older checkpoints are as they were."""
+
+
+class Saver:
+    """One save is under way at most; every rank knows of the same."""
+
+    def __init__(self, engine: Engine, folder: Path, options: TrainConfig) -> None:
+        """Saves nothing yet.
+
+        Args:
+            folder: of the checkpoints, which all ranks share.
+        """
+        self._engine, self._folder, self._options = engine, folder, options
+        self._number = 0
+        self._underway: _Save | None = None
+        if engine.ranks.first:
+            # Of runs that were killed while they wrote.
+            for left_behind in (*folder.glob(".step*.partial"), *folder.glob(".step*.replaced")):
+                shutil.rmtree(left_behind, ignore_errors=True)
+
+    def save(self, step: int, validation: dict[str, Any]) -> None:
+        """Copies the state after ``step`` steps and begins to write it; all ranks call it.
+
+        Args:
+            validation: as :func:`dive_fast.checkpoint.trainer` has it.
+
+        Raises:
+            SaveError: this or the former save failed, and ``train.on_save_error`` is ``stop``.
+        """
+        self.finish()
+        engine, path = self._engine, self._folder / f"step{step:08d}"
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            with engine.ranks.together(SaveError), _as_save_error(partial, engine.ranks.rank):
+                if engine.ranks.first:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    partial.mkdir(parents=True)
+        except SaveError as error:
+            self._failed(error)
+            return
+        self._number += 1
+        numbers = checkpoint.trainer(engine, step, validation)
+        self._underway = _Save(
+            self._number,
+            path,
+            partial,
+            engine.ranks.rank,
+            checkpoint.tensors(engine),
+            numbers if engine.ranks.first else None,
+        )
+        self._underway.write()
+
+    def votes(self) -> Votes:
+        """Of this rank, on the save under way."""
+        if (save := self._underway) is None:
+            return Votes(unwritten=-self._number, committed=self._number)
+        return Votes(
+            failed=save.number if save.error is not None else 0,
+            unwritten=-save.number if save.is_written else 1 - save.number,
+            committed=save.number if save.is_committed else 0,
+        )
+
+    def heard(self, agreed: Votes) -> None:
+        """Goes on with the save under way as all ranks have agreed.
+
+        Raises:
+            SaveError: it failed, and ``train.on_save_error`` is ``stop``.
+        """
+        save = self._underway
+        if save is None:
+            return
+        if agreed.failed == save.number:
+            self.finish()
+        elif agreed.committed == save.number:
+            self._underway = None
+        elif -agreed.unwritten == save.number and self._engine.ranks.first and not save.is_being_committed:
+            save.commit(self._retained(save))
+
+    def finish(self, *, must: bool = False) -> None:
+        """Waits until what is under way is whole under its name; all ranks call it.
+
+        Args:
+            must: a failure is raised whatever ``train.on_save_error`` says.
+
+        Raises:
+            SaveError: it failed.
+        """
+        if (save := self._underway) is None:
+            return
+        self._underway, ranks = None, self._engine.ranks
+        try:
+            with ranks.together(SaveError), _as_save_error(save.partial, ranks.rank):
+                save.join()
+            with ranks.together(SaveError), _as_save_error(save.partial, ranks.rank):
+                if ranks.first and not save.is_committed:
+                    save.commit(self._retained(save))
+                    save.join()
+        except SaveError as error:
+            if ranks.first:
+                shutil.rmtree(save.partial, ignore_errors=True)
+            self._failed(error, must)
+
+    def _failed(self, error: SaveError, must: bool = False) -> None:
+        if must or self._options.on_save_error == "stop":
+            raise error
+        self._engine.ranks.say(f"warning: {error}; the run goes on from memory, as train.on_save_error says")
+
+    def _retained(self, save: "_Save") -> Callable[[list[Path]], list[Path]]:
+        """Which of all whole checkpoints stay."""
+        options = self._options
+        best = save.numbers["validation"]["best_step"] if options.keep_best and save.numbers is not None else None
+
+        def retained(whole: list[Path]) -> list[Path]:
+            # Later ones are of a run that this one, told not to resume, has taken the place of.
+            own = [path for path in whole if path <= save.path]
+            return own[-options.keep_last :] + [path for path in own if checkpoint.step_of(path) == best]
+
+        return retained
+
+
+class _Save:
+    """One checkpoint on its way to the disk."""
+
+    def __init__(
+        self,
+        number: int,
+        path: Path,
+        partial: Path,
+        rank: int,
+        tensors: dict[str, Tensor],
+        numbers: dict[str, Any] | None,
+    ) -> None:
+        self.number, self.path, self.partial, self.numbers = number, path, partial, numbers
+        self.is_written = self.is_committed = self.is_being_committed = False
+        self.error: Exception | None = None
+        self._rank, self._tensors = rank, tensors
+        self._thread: threading.Thread | None = None
+
+    def write(self) -> None:
+        """Starts with this rank's file."""
+        self._start(self._write)
+
+    def commit(self, retained: Callable[[list[Path]], list[Path]]) -> None:
+        """Starts to make the checkpoint whole, when all ranks' files are there; then removes what is not retained."""
+        self.is_being_committed = True
+        self._start(lambda: self._commit(retained))
+
+    def join(self) -> None:
+        """Waits for what was started.
+
+        Raises:
+            Exception: whatever went wrong in it.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        if self.error is not None:
+            raise self.error
+
+    def _start(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:
+                self.error = error
+
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _write(self) -> None:
+        file = self.partial / f"rank{self._rank:05d}.safetensors"
+        save_file(self._tensors, file)
+        self._tensors = {}
+        files = {file.name: file}
+        if self.numbers is not None:
+            files[TRAINER] = self.partial / TRAINER
+            files[TRAINER].write_text(json.dumps(self.numbers, indent=2) + "\n")
+        for path in files.values():
+            _to_disk(path)
+        # For the first rank, who puts them into the manifest.
+        found = {name: fingerprint(path) for name, path in files.items()}
+        (self.partial / f"rank{self._rank:05d}.json").write_text(json.dumps(found))
+        self.is_written = True
+
+    def _commit(self, retained: Callable[[list[Path]], list[Path]]) -> None:
+        files: dict[str, Any] = {}
+        notes = sorted(self.partial.glob("rank*.json"))
+        for note in notes:
+            files |= json.loads(note.read_text())
+            note.unlink()
+        manifest = {"format": FORMAT, "ranks": len(notes), "files": files}
+        (self.partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        _to_disk(self.partial / MANIFEST)
+        _to_disk(self.partial)
+        replaced = self.path.with_name(f".{self.path.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if self.path.exists():
+            self.path.replace(replaced)
+        self.partial.replace(self.path)
+        shutil.rmtree(replaced, ignore_errors=True)
+        write_whole(self.path.with_name(LATEST), f"{self.path.name}\n".encode())
+        _to_disk(self.path.parent)
+        whole = whole_checkpoints(self.path.parent)
+        for old in set(whole) - set(retained(whole)):
+            _remove(old)
+        self.is_committed = True
+
+
+def _remove(old: Path) -> None:
+    # First no longer whole, then gone: a kill in between leaves nothing that looks usable.
+    (old / MANIFEST).unlink()
+    shutil.rmtree(old)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _as_save_error(path: Path, rank: int) -> Iterator[None]:
+    """Whatever goes wrong inside is a :class:`SaveError` that names the rank."""
+    try:
+        yield
+    except Exception as error:
+        raise SaveError(f"rank {rank} cannot write checkpoint {path}: {error}") from error

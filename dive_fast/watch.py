@@ -1,0 +1,291 @@
+"""A thread that watches over the loop: requests to stop, lost ranks, ranks that hang, data that does not come.
+
+Each rank tells the others through the store of the process group, once a second, that it lives and where it is. So a
+rank knows why a collective fails, or never ends, which the collective itself does not. It cannot be interrupted
+either: where one never ends, the process is left at once, with exit code :data:`LOST`. Nothing is lost by that which
+was not yet whole.
+"""
+
+import faulthandler
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Literal, NamedTuple
+
+import psutil
+import torch.distributed as dist
+from tqdm import tqdm
+
+from dive_fast.ranks import Ranks
+
+STOPPED, LOST = 75, 76
+"""Exit codes. The run was saved and left because it was asked to be: start it again, it goes on. Another rank failed,
+died or hangs: start it again, it goes on from its newest checkpoint."""
+REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+Phase = Literal["start", "data", "step", "checkpoint", "evaluation", "end"]
+DOING: dict[Phase, str] = {
+    "start": "starting",
+    "data": "waiting for the batch of",
+    "step": "in",
+    "checkpoint": "saving after",
+    "evaluation": "evaluating after",
+    "end": "ending after",
+}
+ORDER = tuple(DOING)
+TIMED = ("data", "step")
+"""Phases that a rank must get through within the timeout; the others take what they take."""
+BEAT, SILENCE, STALL, GRACE = 1.0, 60.0, 30.0, 3.0
+"""Seconds: between signs of life; without one until a rank counts as dead; of waiting for a batch until it is said;
+that a rank has to end by itself, with a better message, once another one's failure is known."""
+
+
+class LostError(RuntimeError):
+    """Another rank failed, died or hangs; the message names it and its step, in one line."""
+
+
+class _Seen(NamedTuple):
+    """What is known of a rank, and since when by this rank's clock."""
+
+    sign: dict[str, Any]
+    since: float
+
+
+class Watch:
+    """Over one rank's loop, as a context manager; every rank has one."""
+
+    def __init__(self, ranks: Ranks, timeout: float) -> None:
+        """Does nothing before it is entered.
+
+        Args:
+            timeout: seconds, ``train.rank_timeout``.
+        """
+        self._ranks, self._timeout = ranks, timeout
+        self._beat = min(BEAT, timeout / 4)
+        self._silence = min(SILENCE, timeout)
+        self._step, self._phase, self._since = 0, ORDER[0], time.monotonic()
+        self._requested: str | None = None
+        self._requested_by = 0
+        self._fault: str | None = None
+        self._verdict: str | None = None
+        self._suspicious = False
+        self._closed = threading.Event()
+        self._judged = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._seen: dict[int, _Seen] = {}
+        self._moved = self._answered = time.monotonic()
+        self._stalls = 0
+        self._signals: int | None = None
+        self._ancestors = _launcher()
+
+    def __enter__(self) -> "Watch":
+        """Starts the threads; all ranks enter together."""
+        targets: list[Callable[[], None]] = [self._judge]
+        if self._ranks.world_size > 1:
+            self._store = dist.PrefixStore("watch", _own_connection())
+            self._say_where()
+            self._ranks.barrier()
+            targets.append(self._talk)
+        for target in targets:
+            thread = threading.Thread(target=target, name="watch", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Tells the other ranks how this one has ended."""
+        if error is not None and not isinstance(error, LostError):
+            self._fault = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        self._closed.set()
+        for thread in self._threads:
+            thread.join(timeout=2 * self._beat)
+
+    def at(self, step: int, phase: Phase) -> None:
+        """The loop says where it is, ``step`` being the one it is at, or has done."""
+        self._step, self._phase, self._since, self._stalls = step, phase, time.monotonic(), 0
+
+    @property
+    def requested(self) -> str | None:
+        """Why the run is to be saved and left: the name of a signal to any rank, say; None: it is not."""
+        return self._requested
+
+    @contextmanager
+    def taking_requests(self) -> Iterator[None]:
+        """Signals inside ask for a stop at the next step, which the loop obeys; a second Ctrl-C ends at once.
+
+        Outside they do what they do elsewhere: there is nothing to save.
+        """
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        # The interpreter writes to it at once, though its main thread be inside a collective.
+        former_pipe = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        former = {number: signal.signal(number, lambda *_: None) for number in REQUESTS}
+        self._signals = reading
+        try:
+            yield
+        finally:
+            self._signals = None
+            for number, handler in former.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(former_pipe)
+
+    def explain(self) -> str | None:
+        """Which rank is to blame for a collective that has failed here, if any; waits some seconds to find out."""
+        if self._ranks.world_size == 1:
+            return None
+        self._suspicious = True
+        self._judged.wait(timeout=8 * self._beat)
+        return self._verdict
+
+    def _talk(self) -> None:
+        """Signs of life out and in; a thread of its own, since a store behind a broken network blocks."""
+        others = [rank for rank in range(self._ranks.world_size) if rank != self._ranks.rank]
+        while True:
+            last = self._closed.is_set()
+            try:
+                self._say_where()
+                if last:
+                    return
+                signs = self._store.multi_get([str(rank) for rank in others])
+                if self._requested is not None:
+                    self._store.set("stop", self._requested)
+                elif self._store.check(["stop"]):
+                    self._requested = self._store.get("stop").decode()
+            except RuntimeError:
+                # DistNetworkError and its like; how long there has been no answer is judged below.
+                if last:
+                    return
+            else:
+                now = self._answered = time.monotonic()
+                for rank, sign in zip(others, map(json.loads, signs), strict=True):
+                    if rank not in self._seen or self._seen[rank].sign["count"] != sign["count"]:
+                        self._seen[rank] = _Seen(sign, now)
+            self._closed.wait(self._beat)
+
+    def _say_where(self) -> None:
+        sign = {
+            "count": time.monotonic_ns(),
+            "host": socket.gethostname(),
+            "step": self._step,
+            "phase": self._phase,
+            "for": time.monotonic() - self._since,
+            "fault": self._fault,
+            "closed": self._closed.is_set(),
+        }
+        self._store.set(str(self._ranks.rank), json.dumps(sign))
+
+    def _judge(self) -> None:
+        """Looks, beat for beat, at all that may be amiss."""
+        found: str | None = None
+        while not self._closed.is_set():
+            self._take_signals()
+            self._look_for_the_launcher()
+            if self._requested is not None and self._phase == "evaluation":
+                # What an evaluation starts from has been saved, and it may take long.
+                self._leave(f"{self._requested}: left during the evaluation after step {self._step}", STOPPED)
+            self._report_stall()
+            if self._ranks.world_size > 1 and (found := self._lost()) is not None:
+                break
+        if found is None:
+            return
+        self._verdict = found
+        self._judged.set()
+        if not self._closed.wait(GRACE):
+            self._leave(f"error: {found}", LOST)
+
+    def _take_signals(self) -> None:
+        """Waits for a beat, or until a signal comes."""
+        if self._signals is None:
+            self._closed.wait(self._beat)
+            return
+        ready, _, _ = select.select([self._signals], [], [], self._beat)
+        for number in os.read(self._signals, 64) if ready else b"":
+            if number not in REQUESTS:
+                continue
+            if number == self._requested_by == signal.SIGINT:
+                self._leave("interrupted again: left without saving", 130)
+            self._request(signal.Signals(number).name, number)
+
+    def _request(self, reason: str, number: int = 0) -> None:
+        if self._requested is None:
+            tqdm.write(f"{reason}: rank {self._ranks.rank} asks to save and stop", file=sys.stderr)
+            self._requested, self._requested_by = reason, number
+
+    def _look_for_the_launcher(self) -> None:
+        # A launcher that was killed, or a terminal with it, has sent no signal.
+        if self._signals is not None and self._requested is None and self._ancestors != _launcher():
+            self._request("the launcher has gone")
+
+    def _report_stall(self) -> None:
+        waited = time.monotonic() - self._since
+        if self._phase == "data" and waited > STALL * 2**self._stalls:
+            self._stalls += 1
+            tqdm.write(
+                f"rank {self._ranks.rank} has waited {waited:.0f} s for the batch of step {self._step}: the loader, or "
+                "the storage that it reads, gives none",
+                file=sys.stderr,
+            )
+
+    def _lost(self) -> str | None:
+        """Whom this run has lost, and where; None: no one."""
+        now = time.monotonic()
+        silence = 5 * self._beat if self._suspicious else self._silence
+        if now - self._answered > silence:
+            return f"rank 0, which all ranks talk through, has not answered for {now - self._answered:.0f} s"
+        for rank, (sign, since) in self._seen.items():
+            where = f"rank {rank} on {sign['host']}"
+            if sign["fault"] is not None:
+                return f"{where} failed {_place(sign)}: {sign['fault']}"
+            if now - since > silence and not sign["closed"]:
+                return f"{where} has not been heard of for {now - since:.0f} s; it was {_place(sign)}"
+        if self._phase not in TIMED or now - self._since < self._timeout:
+            return None
+        # No step is made here: whoever is behind all others keeps them waiting.
+        places = {rank: (sign["step"], ORDER.index(sign["phase"])) for rank, (sign, _) in self._seen.items()}
+        own = self._step, ORDER.index(self._phase)
+        first = min([own, *places.values()])
+        if first == own:
+            # The place of what hangs, which no other rank can tell.
+            faulthandler.dump_traceback(all_threads=True)
+        if ORDER[first[1]] not in TIMED:
+            return None
+        behind = [rank for rank, place in {**places, self._ranks.rank: own}.items() if place == first]
+        named = "all ranks" if len(behind) > len(places) else "rank " + ", ".join(map(str, sorted(behind)))
+        place = _place({"step": first[0], "phase": ORDER[first[1]]})
+        return f"no step for {now - self._since:.0f} s (train.rank_timeout): {named} {place}"
+
+    def _leave(self, line: str, code: int) -> None:
+        """Ends the process though its main thread is inside a collective."""
+        tqdm.write(f"rank {self._ranks.rank}: {line}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _place(sign: dict[str, Any]) -> str:
+    phase: Phase = sign["phase"]
+    return DOING[phase] if phase == "start" else f"{DOING[phase]} step {sign['step']}"
+
+
+def _own_connection() -> Any:
+    """To the store of the process group: a client blocks while another thread waits on it."""
+    store = dist.distributed_c10d._get_default_store()
+    return store.clone() if hasattr(store, "clone") else store
+
+
+def _launcher() -> tuple[int, ...]:
+    """The processes whose end means that this one should end: torchrun, or DeepSpeed's launcher and its parent."""
+    parent = os.getppid()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return (parent,)
+    with suppress(psutil.Error):
+        process = psutil.Process(parent)
+        if "deepspeed.launcher.launch" in process.cmdline():
+            return parent, process.ppid()
+    return ()

@@ -1,0 +1,290 @@
+"""Runs of ``launch/train.py`` as processes of their own, to be hurt by real signals at exact places.
+
+Python's fork server imports the engine once, so that a run of two ranks starts in a second; each rank is a process
+like any other, with its own signals, files, sockets and exit code.
+"""
+
+import contextlib
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import tiny
+from safetensors.torch import load_file
+
+from dive_fast import watch
+from dive_fast.ranks import free_port
+
+REPOSITORY = Path(__file__).parents[2]
+STEPS = 6
+WAIT = 90.0
+"""Seconds that a job may take, on a busy machine."""
+
+
+class At(NamedTuple):
+    """Something that happens to a rank at a place in its run."""
+
+    place: str
+    """``<phase> <step>`` of :meth:`dive_fast.watch.Watch.at`; else a function, ``module:name``."""
+    what: str
+    """The name of a signal to the rank itself, or of a function in :data:`HAPPENINGS`."""
+    rank: int | None = None
+    """None: all ranks."""
+    call: int = 1
+    """Of a function: before its call of this number, from 1."""
+    until: int | None = None
+    """Of a function: at each call up to this number."""
+
+
+@dataclass
+class Outcome:
+    """How all ranks of a job ended."""
+
+    codes: list[int]
+    said: str
+    """On standard output and error, by all of them."""
+    seconds: float
+
+
+class Job:
+    """One run folder, whose run is started, hurt, and started again."""
+
+    def __init__(self, folder: Path, tree: dict[str, Any]) -> None:
+        """Writes the config.
+
+        Args:
+            tree: the config; its output is moved to ``folder``.
+        """
+        folder.mkdir(parents=True)
+        self.folder, self.run = folder, folder / "run"
+        tree = tree | {"train": tree["train"] | {"output": str(self.run)}}
+        (folder / "config.json").write_text(json.dumps(tree))
+        self._processes: list[BaseProcess] = []
+        self._logs: list[Path] = []
+        self._begun = 0.0
+
+    def start(self, *happenings: At, ranks: int = 2, overrides: tuple[str, ...] = ()) -> "Job":
+        """Starts all ranks."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["dive_fast.train", "dive_fast.data.dali", "jobs"])
+        port, self._begun = free_port(), time.monotonic()
+        self._logs = [self.folder / f"rank{rank}.log" for rank in range(ranks)]
+        self._processes = []
+        for rank, log in enumerate(self._logs):
+            environment = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            arguments = ["--config", str(self.folder / "config.json"), *overrides]
+            own = [at for at in happenings if at.rank in (None, rank)]
+            process = context.Process(target=_run_rank, args=(environment, arguments, log, own))
+            process.start()
+            self._processes.append(process)
+        return self
+
+    def kill(self, rank: int, number: signal.Signals) -> None:
+        """Sends a rank a signal from outside."""
+        pid = self._processes[rank].pid
+        assert pid is not None
+        os.kill(pid, number)
+
+    def kill_all_of(self, rank: int, number: signal.Signals) -> None:
+        """Sends it to a rank's own processes too, as launchers and Slurm do."""
+        process = psutil.Process(self._processes[rank].pid)
+        for each in [*process.children(recursive=True), process]:
+            each.send_signal(number)
+
+    def wait(self, ranks: tuple[int, ...] | None = None, seconds: float = WAIT) -> Outcome:
+        """Waits for some ranks to end, all by default; kills the rest.
+
+        Raises:
+            TimeoutError: they did not end in time; holds what they said.
+        """
+        deadline = time.monotonic() + seconds
+        waited_for = [process for rank, process in enumerate(self._processes) if ranks is None or rank in ranks]
+        for process in waited_for:
+            process.join(max(0.0, deadline - time.monotonic()))
+        took = time.monotonic() - self._begun
+        late = [process.pid for process in waited_for if process.exitcode is None]
+        for process in self._processes:
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+        said = "".join(log.read_text(errors="replace") for log in self._logs)
+        if late:
+            raise TimeoutError(said)
+        return Outcome([process.exitcode or 0 for process in self._processes], said, took)
+
+    def go(self, *happenings: At, ranks: int = 2, overrides: tuple[str, ...] = ()) -> Outcome:
+        """Starts and waits."""
+        return self.start(*happenings, ranks=ranks, overrides=overrides).wait()
+
+    def until_step(self, step: int) -> None:
+        """Waits for the metrics of a step."""
+        deadline = time.monotonic() + WAIT
+        while not any(line.get("step", 0) >= step for line in self.metrics()):
+            assert time.monotonic() < deadline, "no such step"
+            time.sleep(0.02)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The whole lines of ``metrics.jsonl``."""
+        path = self.run / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def checkpoints(self) -> list[Path]:
+        """Under their final names, oldest first."""
+        return sorted((self.run / "checkpoints").glob("step*"))
+
+    def result(self) -> tuple[dict[str, Any], list[float]]:
+        """The exported weights, and the losses along the run."""
+        return load_file(self.run / "model.safetensors"), [
+            line["loss"] for line in self.metrics() if "loss" in line
+        ]
+
+
+def config(folder: Path) -> dict[str, Any]:
+    """A small run of :data:`STEPS` steps on real parts."""
+    tree = tiny.write_config(folder, epochs=2, learning_rate=1e-4, checkpoint_every=2, keep_last=2)
+    tree["objective"] = {"weight": 1.0}
+    tree["data"]["reference"]["batch_size"] = 4
+    return tree
+
+
+def _run_rank(environment: dict[str, str], arguments: list[str], log: Path, happenings: list[At]) -> None:
+    """One rank, as the launcher would start it."""
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update(environment)
+    sys.path.insert(0, str(REPOSITORY / "launch"))
+    import torch
+    import train
+
+    torch.set_num_threads(1)
+    for happening in happenings:
+        _arrange(happening)
+    code = train.main(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # As a process ends that is not multiprocessing's, whose exit waits for other things.
+    os._exit(code)
+
+
+def _arrange(at: At) -> None:
+    """Puts a happening in its place."""
+    if ":" not in at.place:
+        phase, number = at.place.split()
+
+        def reached(of: Any, step: int, reached_phase: str, *rest: Any) -> bool:
+            return (step, reached_phase) == (int(number), phase)
+
+        _wrap("dive_fast.watch:Watch.at", at.what, reached)
+        return
+    calls = iter(range(1, 1_000_000))
+
+    def due(*arguments: Any, **named: Any) -> bool:
+        return at.call <= next(calls) <= (at.until or at.call)
+
+    _wrap(at.place, at.what, due)
+
+
+def _wrap(place: str, what: str, when: Callable[..., bool]) -> None:
+    module, _, name = place.partition(":")
+    holder: Any = importlib.import_module(module)
+    *path, last = name.split(".")
+    for part in path:
+        holder = getattr(holder, part)
+    function = getattr(holder, last)
+
+    @functools.wraps(function)
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        if not when(*arguments, **named):
+            return function(*arguments, **named)
+        if what in HAPPENINGS:
+            with HAPPENINGS[what](*arguments):
+                return function(*arguments, **named)
+        os.kill(os.getpid(), signal.Signals[what])
+        return function(*arguments, **named)
+
+    setattr(holder, last, wrapped)
+
+
+@contextlib.contextmanager
+def _hang(*arguments: Any) -> Iterator[None]:
+    while True:
+        time.sleep(1)
+    yield
+
+
+@contextlib.contextmanager
+def _linger(*arguments: Any) -> Iterator[None]:
+    time.sleep(3)
+    yield
+
+
+@contextlib.contextmanager
+def _impatient(*arguments: Any) -> Iterator[None]:
+    """A batch is missed after a second."""
+    watch.STALL = 1.0
+    yield
+
+
+@contextlib.contextmanager
+def _fail(*arguments: Any) -> Iterator[None]:
+    raise ZeroDivisionError("a bug of one rank")
+    yield
+
+
+@contextlib.contextmanager
+def _disk_full(*arguments: Any) -> Iterator[None]:
+    """No file may grow beyond what metrics and manifests need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def _nan_pictures(engine: Any, batches: Any) -> Iterator[None]:
+    batches.target.images.fill_(float("nan"))
+    yield
+
+
+@contextlib.contextmanager
+def _overflow(engine: Any, batches: Any) -> Iterator[None]:
+    """A loss scale that fp32, in which this machine computes gradients, cannot hold either."""
+    engine.scale.value.fill_(2.0**127)
+    yield
+
+
+HAPPENINGS: dict[str, Callable[..., Any]] = {
+    "hangs": _hang,
+    "lingers": _linger,
+    "impatient": _impatient,
+    "fails": _fail,
+    "disk full": _disk_full,
+    "nan pictures": _nan_pictures,
+    "overflow": _overflow,
+}
+"""What can happen to a rank beside signals; each is given the arguments of the function that it happens to."""
