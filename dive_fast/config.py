@@ -236,7 +236,7 @@ class TrainConfig(Section):
     keep_best: bool = False
     """The checkpoint of the step that is best on `evaluate.select` stays too, to go on training from."""
     on_save_error: Literal["continue", "stop"] = "continue"
-    """Where a checkpoint cannot be written (a full disk, say): `continue` warns and tries again when the next one is
+    """Where a checkpoint cannot be written (a full disk, say): `continue` warns and tries again when the next is
     due; `stop` ends the run. Older checkpoints are as they were. The last one must be written."""
     resume: str = "auto"
     """`auto`: continue from the run folder's newest whole checkpoint, if any. `never`: start anew. Else a

@@ -157,7 +157,7 @@ class Engine:
         return {"loss": total} | metrics
 
     def update(self, loss: Tensor) -> Tensor:
-        """Applies the gradients, unless they or ``loss`` are not finite on some rank; returns their norm, ``()``."""
+        """Applies the gradients, unless they or ``loss`` are not finite on some rank; returns their norm."""
         with span("optimizer"):
             return self._update.apply(loss)
 

@@ -135,7 +135,7 @@ class Metrics:
             monitor.write_events([(f"train/{name}", value, pairs) for name, value in values.items()])
 
     def _lines_up_to(self, last_step: int) -> list[str]:
-        """Of the run so far; a line that a kill has cut off is none, and an evaluation that is made again is left out."""
+        """Of the run so far, but for a line that a kill cut off and an evaluation that is made again."""
         kept = []
         for line in self._path.read_text().splitlines() if self._path.exists() else []:
             with suppress(ValueError, LookupError, TypeError):

@@ -17,7 +17,7 @@ BEHIND = 64
 
 
 class NonFiniteError(RuntimeError):
-    """``train.nonfinite_limit`` steps in a row were skipped; the message is one line and names the samples' file."""
+    """``train.nonfinite_limit`` steps in a row were skipped; the message is one line and says whose samples."""
 
 
 class NonFinite:
@@ -72,7 +72,7 @@ class NonFinite:
         path.parent.mkdir(exist_ok=True)
         write_whole(path, (json.dumps(steps, indent=2) + "\n").encode())
         return NonFiniteError(
-            f"the loss or gradient was not finite in {self._limit} steps in a row, the last being {steps[-1]['step']}; "
-            f"their samples are in {path.parent}. Weights are as before these steps: look at the samples, lower "
+            f"the loss or gradient was not finite in {self._limit} steps in a row, the last being "
+            f"{steps[-1]['step']}; their samples are in {path.parent}. Weights are as before these steps: look at the samples, lower "
             "train.learning_rate or objective.weight, and start again to go on from the newest checkpoint"
         )

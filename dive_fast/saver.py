@@ -1,8 +1,8 @@
 """Writing checkpoints while the run goes on.
 
 The loop copies the state to the host and goes on; a thread of each rank writes its file. Once all ranks have voted
-theirs written (:mod:`dive_fast.consensus`), a thread of the first one writes the manifest, gives the folder its name,
-moves ``latest`` to it, and removes old checkpoints. Whatever fails before that leaves the older ones as they were.
+theirs written (:mod:`dive_fast.consensus`), a thread of the first one writes the manifest, gives the folder its
+name, moves ``latest`` to it, and removes old checkpoints. Whatever fails before that leaves older ones as they were.
 """
 
 import json
@@ -172,7 +172,7 @@ class _Save:
         self._start(self._write)
 
     def commit(self, retained: Callable[[list[Path]], list[Path]]) -> None:
-        """Starts to make the checkpoint whole, when all ranks' files are there; then removes what is not retained."""
+        """Starts to make it whole, once all ranks' files are there, and to remove what is not retained."""
         self.is_being_committed = True
         self._start(lambda: self._commit(retained))
 

@@ -25,9 +25,9 @@ COUNTS = ("good_steps", "skipped_steps", "nonfinite_steps", "nonfinite_in_row")
 class LossScale:
     """Dynamic loss scaling, and which steps are skipped; all on the device.
 
-    A step is skipped on every rank where the loss or the gradient of one is not finite. With fp16, a finite loss and
-    room below, that is the scale's doing: it is halved, and doubled after 2000 steps without. Else it is nothing that
-    a smaller scale mends, and counts as ``nonfinite``.
+    A step is skipped on every rank where the loss or the gradient of one is not finite. With fp16, a finite loss
+    and room below, that is the scale's doing: it is halved, and doubled after 2000 steps without. Else it is nothing
+    that a smaller scale mends, and counts as ``nonfinite``.
 
     The scale lives here and not in DeepSpeed, whose autocast mode lets each rank decide on its own partition
     whether to skip a step, so that ranks part ways; and it casts gradients to half precision on the wire.
@@ -97,7 +97,7 @@ class DeviceUpdate:
         return loss * self.scale.value
 
     def apply(self, loss: Tensor) -> Tensor:
-        """Updates weights, unless loss or gradient is not finite on some rank; returns the gradient's norm, ``()``.
+        """Updates weights, unless loss or gradient is not finite on some rank; returns the latter's norm, ``()``.
 
         Args:
             loss: ``()``, of this rank.

@@ -1,9 +1,8 @@
 """A thread that watches over the loop: requests to stop, lost ranks, ranks that hang, data that does not come.
 
-Each rank tells the others through the store of the process group, once a second, that it lives and where it is. So a
-rank knows why a collective fails, or never ends, which the collective itself does not. It cannot be interrupted
-either: where one never ends, the process is left at once, with exit code :data:`LOST`. Nothing is lost by that which
-was not yet whole.
+Each rank tells the others through the store of the process group, once a second, that it lives and where it is. So
+a rank knows why a collective fails, or never ends, which the collective itself does not. It cannot be interrupted
+either: where one never ends, the process is left at once, with exit code :data:`LOST`. What is whole by then stays.
 """
 
 import faulthandler
@@ -26,8 +25,8 @@ from tqdm import tqdm
 from dive_fast.ranks import Ranks
 
 STOPPED, LOST = 75, 76
-"""Exit codes. The run was saved and left because it was asked to be: start it again, it goes on. Another rank failed,
-died or hangs: start it again, it goes on from its newest checkpoint."""
+"""Exit codes. The run was saved and left because it was asked to be: start it again, it goes on. Another rank
+failed, died or hangs: start it again, it goes on from its newest checkpoint."""
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 Phase = Literal["start", "data", "step", "checkpoint", "evaluation", "end"]
 DOING: dict[Phase, str] = {
@@ -42,8 +41,8 @@ ORDER = tuple(DOING)
 TIMED = ("data", "step")
 """Phases that a rank must get through within the timeout; the others take what they take."""
 BEAT, SILENCE, STALL, GRACE = 1.0, 60.0, 30.0, 3.0
-"""Seconds: between signs of life; without one until a rank counts as dead; of waiting for a batch until it is said;
-that a rank has to end by itself, with a better message, once another one's failure is known."""
+"""Seconds: between signs of life; without one until a rank counts as dead; of waiting for a batch until it is
+said; that a rank has to end by itself, with a better message, once another one's failure is known."""
 
 
 class LostError(RuntimeError):
@@ -227,8 +226,8 @@ class Watch:
         if self._phase == "data" and waited > STALL * 2**self._stalls:
             self._stalls += 1
             tqdm.write(
-                f"rank {self._ranks.rank} has waited {waited:.0f} s for the batch of step {self._step}: the loader, or "
-                "the storage that it reads, gives none",
+                f"rank {self._ranks.rank} has waited {waited:.0f} s for the batch of step {self._step}: the loader, "
+                "or the storage that it reads, gives none",
                 file=sys.stderr,
             )
 

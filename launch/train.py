@@ -53,6 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
         results = train(config, folder, ranks)
     except (ConfigError, DataError) as error:
         return command.complain(error, options)
+    except KeyboardInterrupt:
+        # Before the first step, or after the last: there was nothing to save.
+        return 130
     except Stopped as stopped:
         if ranks.first:
             print(f"{stopped}; start again to go on", file=sys.stderr)

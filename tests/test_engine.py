@@ -519,6 +519,28 @@ def test_a_steady_step_never_waits_for_a_gpu(folder: Path) -> None:
     run_ranks(1, steady_on_a_gpu, folder, init=False, timeout=300)
 
 
+def test_what_a_smaller_scale_cannot_mend_is_no_overflow() -> None:
+    skipped, applied = torch.tensor(1.0), torch.tensor(0.0)
+    finite, nonfinite = torch.tensor(True), torch.tensor(False)
+    scale = LossScale("fp16", torch.device("cpu"))
+    first = scale.value.item()
+    for loss, found in ((nonfinite, (1, 1)), (nonfinite, (2, 2)), (finite, (2, 0)), (nonfinite, (3, 1))):
+        before = scale.value.item()
+        scale.update(skipped, loss)
+        assert (scale.nonfinite_steps, scale.nonfinite_in_row) == found
+        # Only the finite loss's gradient overflowed for the scale's sake.
+        assert scale.value == (before / 2 if loss is finite else before)
+    scale.update(applied, finite)
+    assert (scale.nonfinite_steps, scale.nonfinite_in_row, scale.skipped_steps) == (3, 0, 4)
+    scale.value.fill_(1.0)
+    scale.update(skipped, finite)
+    assert (scale.nonfinite_in_row, scale.value) == (1, 1.0)
+    assert first == 2.0**16
+    plain = LossScale("fp32", torch.device("cpu"))
+    plain.update(skipped, finite)
+    assert (plain.nonfinite_in_row, plain.skipped_steps) == (1, 1)
+
+
 def test_loss_scale_halves_on_overflow_and_doubles_after_a_good_while() -> None:
     scale, good, bad = LossScale("fp16", torch.device("cpu")), torch.tensor(0.0), torch.tensor(1.0)
     finite = torch.tensor(True)

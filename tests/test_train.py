@@ -340,7 +340,7 @@ def test_a_named_checkpoint_that_is_not_whole_is_refused(by_rank: list[Any], fol
     (older / "rank00000.safetensors").write_bytes(content)
     with pytest.raises(ConfigError, match="changed since it was written"):
         checkpoint.find(str(older), tmp_path, alone)
-    with pytest.raises(ConfigError, match="no checkpoint in .* is as it was written"):
+    with pytest.raises(ConfigError, match=r"no checkpoint in .* is as it was written"):
         checkpoint.find("auto", tmp_path, alone)
     (older / "manifest.json").unlink()
     assert checkpoint.find("auto", tmp_path, alone) is None

@@ -1,4 +1,4 @@
-"""A model with the weights of any checkpoint: this engine's, open_clip's, or a DeepSpeed checkpoint of a run."""
+"""A model with the weights of any checkpoint: this engine's, open_clip's, or DeepSpeed's."""
 
 import os
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dive_fast.checkpoint import FIXED, MANIFEST, WEIGHTS, Tensors
 from dive_fast.config import ConfigError, ModelConfig
 from dive_fast.towers import HEAD, Towers, read_weights
 
@@ -18,15 +19,16 @@ def load_into(towers: Towers, model: ModelConfig, path: Path) -> Towers:
 
     Args:
         model: what the towers were made from.
-        path: ``model.safetensors`` of a run; what open_clip's ``load_checkpoint`` reads; or a folder that
-            DeepSpeed wrote, ``<run>/checkpoints/step<number>``, of any ZeRO stage and number of ranks.
+        path: ``model.safetensors`` of a run; a checkpoint of it, ``<run>/checkpoints/step<number>``; what
+            open_clip's ``load_checkpoint`` reads; or a folder that DeepSpeed's ``save_checkpoint`` wrote, of any
+            ZeRO stage and number of ranks.
 
     Raises:
         ConfigError: it cannot be read, or does not fit the model. Nothing in it is executed: files that hold more
             than tensors and plain values are refused.
     """
     if path.is_dir():
-        state = _deepspeed_state(path)
+        state = _state(path) if (path / MANIFEST).exists() else _deepspeed_state(path)
         try:
             towers.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith(HEAD)})
         except RuntimeError as error:
@@ -45,12 +47,19 @@ def exported(towers: Towers, model: ModelConfig, path: Path) -> dict[str, Tensor
     return {name: tensor.clone() for name, tensor in towers.export(state).items()}
 
 
+def _state(checkpoint: Path) -> dict[str, Tensor]:
+    """All weights and buffers of a checkpoint of a run, under the names of :class:`Towers`."""
+    stored, on_cpu = Tensors(checkpoint), torch.device("cpu")
+    kinds = {name: kind for kind in (WEIGHTS, FIXED) for name in stored.shapes(kind)}
+    return {name: stored.read(kind, name, on_cpu) for name, kind in kinds.items()}
+
+
 def _deepspeed_state(folder: Path) -> dict[str, Tensor]:
     """All weights in fp32, under the names of :class:`Towers`."""
     partitioned = any(folder.glob("zero_pp_rank_*_model_states.pt"))
     whole = folder / "mp_rank_00_model_states.pt"
     if not partitioned and not whole.is_file():
-        raise ConfigError(f"{folder}: no DeepSpeed checkpoint there: expected <run>/checkpoints/step<number>")
+        raise ConfigError(f"{folder}: no checkpoint there: expected <run>/checkpoints/step<number>")
     try:
         if not partitioned:  # below ZeRO-3 every rank has all weights, and the first wrote them, in fp32
             state: dict[str, Tensor] = torch.load(whole, map_location="cpu", weights_only=True)["module"]

@@ -72,7 +72,7 @@ def test_what_is_no_checkpoint_is_told_and_executes_nothing(tmp_path: Path) -> N
     towers.save({"some": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ConfigError, match=r"other.safetensors: not weights of local-dir:"):
         loaded(model, tmp_path / "other.safetensors")
-    with pytest.raises(ConfigError, match="no DeepSpeed checkpoint there: expected <run>/checkpoints/step"):
+    with pytest.raises(ConfigError, match="no checkpoint there: expected <run>/checkpoints/step"):
         loaded(model, tmp_path)
     done = tmp_path / "done"
     torch.save({"module": Harmful(done)}, tmp_path / "mp_rank_00_model_states.pt")
@@ -90,16 +90,22 @@ def test_what_is_no_checkpoint_is_told_and_executes_nothing(tmp_path: Path) -> N
 
 
 def run(trees: list[dict[str, Any]]) -> None:
-    from dive_fast import train
+    from dive_fast import saver, train
     from dive_fast.ranks import join
 
-    ranks = join()
+    ranks, save = join(), saver.Saver.save
+
+    def save_twice(self: saver.Saver, step: int, validation: dict[str, Any]) -> None:
+        save(self, step, validation)
+        self._engine.deepspeed.save_checkpoint(str(self._folder.with_name("deepspeed")), tag=f"step{step}")
+
+    saver.Saver.save = save_twice  # type: ignore[method-assign]
     for tree in trees:
         train.train(Config.model_validate_json(json.dumps(tree)), Path(tree["train"]["output"]), ranks)
 
 
 @pytest.mark.slow
-def test_a_runs_deepspeed_checkpoints_hold_the_weights_that_it_exported(tmp_path: Path) -> None:
+def test_checkpoints_of_a_run_hold_the_weights_that_it_exported(tmp_path: Path) -> None:
     trees = []
     for stage in (0, 2, 3):
         tree = tiny.write_config(tmp_path / str(stage), max_steps=2)
@@ -108,4 +114,5 @@ def test_a_runs_deepspeed_checkpoints_hold_the_weights_that_it_exported(tmp_path
     run_ranks(2, run, trees, init=False, timeout=240)
     for tree in trees:
         folder, model = Path(tree["train"]["output"]), ModelConfig(name=tree["model"]["name"])
-        assert_equal(loaded(model, folder / "checkpoints/step00000002"), load_file(folder / "model.safetensors"))
+        for checkpoint in ("checkpoints/step00000002", "deepspeed/step2"):
+            assert_equal(loaded(model, folder / checkpoint), load_file(folder / "model.safetensors"))

@@ -98,11 +98,14 @@ class Job:
             self._processes.append(process)
         return self
 
-    def kill(self, rank: int, number: signal.Signals) -> None:
-        """Sends a rank a signal from outside."""
-        pid = self._processes[rank].pid
-        assert pid is not None
-        os.kill(pid, number)
+    def kill(self, rank: int, number: signal.Signals) -> bool:
+        """Sends a rank a signal from outside; returns whether it was still there."""
+        process = self._processes[rank]
+        if process.exitcode is not None:
+            return False
+        assert process.pid is not None
+        os.kill(process.pid, number)
+        return True
 
     def kill_all_of(self, rank: int, number: signal.Signals) -> None:
         """Sends it to a rank's own processes too, as launchers and Slurm do."""
