@@ -1,7 +1,7 @@
 """The whole state of training, one parameter at a time: the same whatever the ranks and the ZeRO stage.
 
 DeepSpeed's own checkpoints hold each rank's partition as a pickle, so they fit one number of ranks and one stage.
-Here each parameter's weights and moments are whole tensors, gathered and dealt out by DeepSpeed's public accessors.
+Here each parameter's weights and moments are whole tensors, gathered and dealt out by DeepSpeed's accessors.
 """
 
 from collections.abc import Callable, Iterator

@@ -26,8 +26,8 @@ class LossScale:
     """Dynamic loss scaling, and which steps are skipped; all on the device.
 
     A step is skipped on every rank where the loss or the gradient of one is not finite. With fp16, a finite loss
-    and room below, that is the scale's doing: it is halved, and doubled after 2000 steps without. Else it is nothing
-    that a smaller scale mends, and counts as ``nonfinite``.
+    and room below, that is the scale's doing: it is halved, and doubled after 2000 steps without. Else no smaller
+    scale would mend it, and it counts as ``nonfinite``.
 
     The scale lives here and not in DeepSpeed, whose autocast mode lets each rank decide on its own partition
     whether to skip a step, so that ranks part ways; and it casts gradients to half precision on the wire.

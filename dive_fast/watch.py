@@ -2,7 +2,7 @@
 
 Each rank tells the others through the store of the process group, once a second, that it lives and where it is. So
 a rank knows why a collective fails, or never ends, which the collective itself does not. It cannot be interrupted
-either: where one never ends, the process is left at once, with exit code :data:`LOST`. What is whole by then stays.
+either: where one never ends, the process is left at once, with exit code :data:`LOST`. What is whole stays.
 """
 
 import faulthandler
@@ -226,8 +226,8 @@ class Watch:
         if self._phase == "data" and waited > STALL * 2**self._stalls:
             self._stalls += 1
             tqdm.write(
-                f"rank {self._ranks.rank} has waited {waited:.0f} s for the batch of step {self._step}: the loader, "
-                "or the storage that it reads, gives none",
+                f"rank {self._ranks.rank} has waited {waited:.0f} s for the batch of step {self._step}: the "
+                "loader, or the storage that it reads, gives none",
                 file=sys.stderr,
             )
 

@@ -178,6 +178,8 @@ def _run_rank(environment: dict[str, str], arguments: list[str], log: Path, happ
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
+    # As in a process that is not the fork server's.
+    multiprocessing.set_start_method("fork", force=True)
     sys.path.insert(0, str(REPOSITORY / "launch"))
     import torch
     import train

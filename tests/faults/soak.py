@@ -1,7 +1,7 @@
 """Kills a run at random, starts it again, until it ends; compares it with one that was left alone; and again.
 
-``python tests/faults/soak.py --hours 12``. Each round draws a variant of the run, then for each start a signal, whom
-it is sent to and when. It stops at the first difference, and leaves that round's folder.
+``python tests/faults/soak.py --hours 12``. Each round draws a variant of the run, then for each start a signal,
+whom it is sent to and when. It stops at the first difference, and leaves that round's folder.
 """
 
 import argparse
