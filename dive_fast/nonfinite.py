@@ -73,7 +73,7 @@ class NonFinite:
         write_whole(path, (json.dumps(steps, indent=2) + "\n").encode())
         return NonFiniteError(
             f"the loss or gradient was not finite in {self._limit} steps in a row, the last being "
-            f"{steps[-1]['step']}; their samples are in {path.parent}. Weights are as before these steps: look at the "
-            "samples, lower train.learning_rate or objective.weight, and start again to go on from the newest "
+            f"{steps[-1]['step']}; their samples are in {path.parent}. Weights are as before these steps: look at "
+            "the samples, lower train.learning_rate or objective.weight, and start again to go on from the newest "
             "checkpoint"
         )

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,7 +79,7 @@ class Job:
     def start(self, *happenings: At, ranks: int = 2, overrides: tuple[str, ...] = ()) -> "Job":
         """Starts all ranks."""
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["dive_fast.train", "dive_fast.data.dali", "jobs"])
+        _start_server()
         port, self._begun = free_port(), time.monotonic()
         self._logs = [self.folder / f"rank{rank}.log" for rank in range(ranks)]
         self._processes = []
@@ -168,6 +169,16 @@ def config(folder: Path) -> dict[str, Any]:
     tree["objective"] = {"weight": 1.0}
     tree["data"]["reference"]["batch_size"] = 4
     return tree
+
+
+@functools.cache
+def _start_server() -> None:
+    multiprocessing.set_forkserver_preload(["jobs", "dive_fast.train", "dive_fast.data.dali"])
+    # The kernels have tests of their own; interpreted, they would take most of the time of these.
+    interpreted = os.environ.pop("TRITON_INTERPRET", None)
+    forkserver.ensure_running()
+    if interpreted is not None:
+        os.environ["TRITON_INTERPRET"] = interpreted
 
 
 def _run_rank(environment: dict[str, str], arguments: list[str], log: Path, happenings: list[At]) -> None:
