@@ -16,9 +16,9 @@ import torch
 from report import REPOSITORY, commit, device_name, slug, write_json
 from steps import Case, make_engine, make_inputs, random_model
 
+from dive_fast.checkpoint.saver import Saver
 from dive_fast.config import TrainConfig
-from dive_fast.consensus import Votes
-from dive_fast.saver import Saver
+from dive_fast.guard.consensus import Votes
 
 STEPS_ALONE = 3
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from dive_fast import checkpoint, objective
+from dive_fast import objective
+from dive_fast.checkpoint import format as checkpoint
 from dive_fast.config import Config, ConfigError
 from dive_fast.data.ahead import Ahead
 from dive_fast.data.batch import ReferenceBatch, TargetBatch

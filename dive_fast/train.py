@@ -5,19 +5,18 @@ from pathlib import Path
 
 import torch
 
-from dive_fast import checkpoint
-from dive_fast.checkpoint import FOLDER
+from dive_fast.checkpoint import format as checkpoint
+from dive_fast.checkpoint.saver import Saver
 from dive_fast.config import Config, ConfigError
-from dive_fast.consensus import Consensus
+from dive_fast.guard.consensus import Consensus
+from dive_fast.guard.nonfinite import NonFinite
+from dive_fast.guard.watch import LostError, Watch
 from dive_fast.metrics import DIFFERENCE_VECTORS, Metrics
-from dive_fast.nonfinite import NonFinite
 from dive_fast.ranks import Ranks
 from dive_fast.run import Run, batches, build
-from dive_fast.saver import Saver
 from dive_fast.teacher.audit import allowed
 from dive_fast.trace import span, tracing
 from dive_fast.validation import Validation
-from dive_fast.watch import LostError, Watch
 
 NOISE_FLOOR = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
 """Largest mean |u| and |v| allowed before the first update, where the tuned model is the frozen one and only the
@@ -39,7 +38,7 @@ def train(config: Config, folder: Path, ranks: Ranks) -> dict[str, float]:
         Stopped: a signal asked for it.
         SaveError: the last checkpoint, or with ``train.on_save_error = stop`` any, could not be written.
         NonFiniteError: ``train.nonfinite_limit`` was reached.
-        LostError: another rank failed, died or hangs; or the process is left with :data:`dive_fast.watch.LOST`.
+        LostError: another rank failed, died or hangs; or the process is left with exit code ``LOST``.
     """
     with Watch(ranks, config.train.rank_timeout) as watch:
         try:
@@ -58,7 +57,7 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
     if run.checkpoint is not None:
         step, found = checkpoint.load(engine, run.checkpoint)
         validation.load_state_dict(found)
-    saver, consensus = Saver(engine, folder / FOLDER, options), Consensus(run.ranks)
+    saver, consensus = Saver(engine, folder / checkpoint.FOLDER, options), Consensus(run.ranks)
     nonfinite = NonFinite(options.nonfinite_limit, folder, run.ranks)
     ahead = batches(run, range(step, step if validation.is_over else run.total_steps))
     metrics = Metrics(run, step, ahead)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from dive_fast.checkpoint.export import MODEL, copy_model, write_model
 from dive_fast.config import EvaluateConfig, GeometryConfig, ReferenceConfig
 from dive_fast.data.samples import ReferenceSamples
 from dive_fast.engine import AUTOCAST
@@ -14,7 +15,6 @@ from dive_fast.evaluate import head as heads
 from dive_fast.evaluate.geometry import GeometryError, compare
 from dive_fast.evaluate.pairs import embed, open_pairs
 from dive_fast.evaluate.zero_shot import evaluate
-from dive_fast.export import MODEL, copy_model, write_model
 from dive_fast.objective import Pairs
 from dive_fast.run import Run
 from dive_fast.towers import Towers, create, tokenizer_of

@@ -38,12 +38,12 @@ def main(arguments: list[str] | None = None) -> int:
         config = load(options.config, options.overrides, command.CONFIGS)
         if options.dry_run:
             return dry_run(config, options)
+        from dive_fast.checkpoint.saver import SaveError
         from dive_fast.data.source import DataError
-        from dive_fast.nonfinite import NonFiniteError
+        from dive_fast.guard.nonfinite import NonFiniteError
+        from dive_fast.guard.watch import LOST, STOPPED, LostError
         from dive_fast.ranks import join
-        from dive_fast.saver import SaveError
         from dive_fast.train import Stopped, train
-        from dive_fast.watch import LOST, STOPPED, LostError
     except ConfigError as error:
         return command.complain(error, options)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

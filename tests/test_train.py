@@ -21,7 +21,8 @@ from distributed import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dive_fast import checkpoint, metrics, trace, train
+from dive_fast import metrics, trace, train
+from dive_fast.checkpoint import format as checkpoint
 from dive_fast.config import Config, ConfigError
 from dive_fast.data import prepare
 from dive_fast.data.source import open_webdataset

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dive_fast.checkpoint import FIXED, MANIFEST, WEIGHTS, Tensors
+from dive_fast.checkpoint.format import FIXED, MANIFEST, WEIGHTS, Tensors
 from dive_fast.config import ConfigError, ModelConfig
 from dive_fast.towers import HEAD, Towers, read_weights
 

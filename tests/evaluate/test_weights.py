@@ -90,7 +90,8 @@ def test_what_is_no_checkpoint_is_told_and_executes_nothing(tmp_path: Path) -> N
 
 
 def run(trees: list[dict[str, Any]]) -> None:
-    from dive_fast import saver, train
+    from dive_fast import train
+    from dive_fast.checkpoint import saver
     from dive_fast.ranks import join
 
     ranks, save = join(), saver.Saver.save

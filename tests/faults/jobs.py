@@ -25,7 +25,7 @@ import psutil
 import tiny
 from safetensors.torch import load_file
 
-from dive_fast import watch
+from dive_fast.guard import watch
 from dive_fast.ranks import free_port
 
 REPOSITORY = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ class At(NamedTuple):
     """Something that happens to a rank at a place in its run."""
 
     place: str
-    """``<phase> <step>`` of :meth:`dive_fast.watch.Watch.at`; else a function, ``module:name``."""
+    """``<phase> <step>`` of :meth:`dive_fast.guard.watch.Watch.at`; else a function, ``module:name``."""
     what: str
     """The name of a signal to the rank itself, or of a function in :data:`HAPPENINGS`."""
     rank: int | None = None
@@ -213,7 +213,7 @@ def _arrange(at: At) -> None:
         def reached(of: Any, step: int, reached_phase: str, *rest: Any) -> bool:
             return (step, reached_phase) == (int(number), phase)
 
-        _wrap("dive_fast.watch:Watch.at", at.what, reached)
+        _wrap("dive_fast.guard.watch:Watch.at", at.what, reached)
         return
     calls = iter(range(1, 1_000_000))
 

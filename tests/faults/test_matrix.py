@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from dive_fast.data import prepare
 from dive_fast.data.source import open_webdataset
-from dive_fast.watch import LOST, STOPPED
+from dive_fast.guard.watch import LOST, STOPPED
 
 SAME = "bit for bit the weights and losses of a run without it"
 SAVED = f"all ranks save and exit {STOPPED}; started again: {SAME}"
@@ -32,7 +32,7 @@ KILLED = -signal.SIGKILL
 LATE = At("step 6", "SIGKILL")
 """The checkpoint of step 2 is whole then: that of step 4 waits for it. It may be whole itself."""
 STEP = "dive_fast.engine:Engine.step"
-WRITE = "dive_fast.saver:_Save._write"
+WRITE = "dive_fast.checkpoint.saver:_Save._write"
 
 
 class Fault(NamedTuple):
@@ -155,7 +155,7 @@ def _(case: Case) -> None:
 
 @fault("`kill -9` before a checkpoint has its name", AGAIN, quick=True)
 def _(case: Case) -> None:
-    ended(case.job.go(At("dive_fast.saver:_Save._commit", "SIGKILL", rank=0, call=2)), KILLED, LOST)
+    ended(case.job.go(At("dive_fast.checkpoint.saver:_Save._commit", "SIGKILL", rank=0, call=2)), KILLED, LOST)
     assert [path.name for path in case.job.checkpoints()] == ["step00000002"]
     case.same()
     assert not list((case.job.run / "checkpoints").glob(".*"))
@@ -163,14 +163,14 @@ def _(case: Case) -> None:
 
 @fault("`kill -9` in the middle of a checkpoint's file", AGAIN)
 def _(case: Case) -> None:
-    ended(case.job.go(At("dive_fast.saver:_to_disk", "SIGKILL", rank=1, call=2)), LOST, KILLED)
+    ended(case.job.go(At("dive_fast.checkpoint.saver:_to_disk", "SIGKILL", rank=1, call=2)), LOST, KILLED)
     case.same()
 
 
 @fault("`kill -9` while an old checkpoint is removed", AGAIN)
 def _(case: Case) -> None:
     options = ("train.keep_last=1",)
-    removing = At("dive_fast.saver:_remove", "SIGKILL", rank=0)
+    removing = At("dive_fast.checkpoint.saver:_remove", "SIGKILL", rank=0)
     ended(case.job.go(removing, overrides=options), KILLED, LOST)
     case.same(*options)
 

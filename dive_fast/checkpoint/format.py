@@ -9,8 +9,8 @@ executes nothing:
 ``manifest.json``              each file's size and SHA-256; written last
 =============================  ==========================================================================
 
-:mod:`dive_fast.saver` writes it beside, under another name, and renames it when it is whole: a folder called
-``step<number>`` is whole, or has been damaged since, which its manifest tells.
+:mod:`dive_fast.checkpoint.saver` writes it beside, under another name, and renames it when it is whole: a folder
+called ``step<number>`` is whole, or has been damaged since, which its manifest tells.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dive_fast import state
+from dive_fast.checkpoint import state
+from dive_fast.checkpoint.export import full_state
+from dive_fast.checkpoint.state import MOMENTS, Trained
 from dive_fast.config import ConfigError
 from dive_fast.engine import Engine
-from dive_fast.export import full_state
 from dive_fast.ranks import Ranks
-from dive_fast.state import MOMENTS, Trained
 
 FORMAT = 1
 FOLDER = "checkpoints"

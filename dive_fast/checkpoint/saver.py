@@ -1,8 +1,8 @@
 """Writing checkpoints while the run goes on.
 
 The loop copies the state to the host and goes on; a thread of each rank writes its file. Once all ranks have voted
-theirs written (:mod:`dive_fast.consensus`), a thread of the first one writes the manifest, gives the folder its
-name, moves ``latest`` to it, and removes old checkpoints. What fails before that leaves older ones as they were.
+theirs written (:mod:`dive_fast.guard.consensus`), a thread of the first one writes the manifest, gives the folder
+its name, moves ``latest`` to it, and removes old checkpoints. What fails before that leaves older ones as they were.
 """
 
 import json
@@ -17,12 +17,20 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dive_fast import checkpoint
-from dive_fast.checkpoint import FORMAT, MANIFEST, TRAINER, fingerprint, whole_checkpoints
+from dive_fast.checkpoint.format import (
+    FORMAT,
+    MANIFEST,
+    TRAINER,
+    fingerprint,
+    step_of,
+    tensors,
+    trainer,
+    whole_checkpoints,
+)
 from dive_fast.config import TrainConfig
-from dive_fast.consensus import Votes
 from dive_fast.engine import Engine
 from dive_fast.files import write_whole
+from dive_fast.guard.consensus import Votes
 
 LATEST = "latest"
 """A file beside the checkpoints with the name of the newest."""
@@ -53,7 +61,7 @@ class Saver:
         """Copies the state after ``step`` steps and begins to write it; all ranks call it.
 
         Args:
-            validation: as :func:`dive_fast.checkpoint.trainer` has it.
+            validation: as :func:`dive_fast.checkpoint.format.trainer` has it.
 
         Raises:
             SaveError: this or the former save failed, and ``train.on_save_error`` is ``stop``.
@@ -70,13 +78,13 @@ class Saver:
             self._failed(error)
             return
         self._number += 1
-        numbers = checkpoint.trainer(engine, step, validation)
+        numbers = trainer(engine, step, validation)
         self._underway = _Save(
             self._number,
             path,
             partial,
             engine.ranks.rank,
-            checkpoint.tensors(engine),
+            tensors(engine),
             numbers if engine.ranks.first else None,
         )
         self._underway.write()
@@ -144,7 +152,7 @@ class Saver:
         def retained(whole: list[Path]) -> list[Path]:
             # Later ones are of a run that this one, told not to resume, has taken the place of.
             own = [path for path in whole if path <= save.path]
-            return own[-options.keep_last :] + [path for path in own if checkpoint.step_of(path) == best]
+            return own[-options.keep_last :] + [path for path in own if step_of(path) == best]
 
         return retained
 

@@ -1,0 +1,1 @@
+"""What keeps a long run from being lost or silently wrong."""
