@@ -2,7 +2,7 @@
 
 The loop copies the state to the host and goes on; a thread of each rank writes its file. Once all ranks have voted
 theirs written (:mod:`dive_fast.guard.consensus`), a thread of the first one writes the manifest, gives the folder
-its name, moves ``latest`` to it, and removes old checkpoints. What fails before that leaves older ones as they were.
+its name, moves ``latest`` to it, and removes old checkpoints. What fails before that leaves older ones alone.
 """
 
 import json

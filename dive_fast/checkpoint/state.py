@@ -75,7 +75,7 @@ def put(engine: Engine, read: Callable[[str], Trained], updates: int) -> None:
                 state[key].copy_(moment)
 
 
-def tuned(engine: Engine) -> Iterator[tuple[str, nn.Parameter]]:
+def tuned(engine: Engine) -> Iterator[tuple[str, Any]]:
     """Parameters that are trained, by name."""
     return ((name, p) for name, p in engine.towers.named_parameters() if p.requires_grad)
 

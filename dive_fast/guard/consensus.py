@@ -31,7 +31,7 @@ class Consensus:
 
     def __init__(self, ranks: Ranks) -> None:
         """All ranks make one together."""
-        self._group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
+        self._group: Any = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
         self._underway: tuple[torch.Tensor, Any] | None = None
 
     def __call__(self, votes: Votes) -> Votes:

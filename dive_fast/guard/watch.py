@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Literal, NamedTuple
 
 import psutil
-import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from tqdm import tqdm
 
 from dive_fast.ranks import Ranks
@@ -87,7 +87,7 @@ class Watch:
         """Starts the threads; all ranks enter together."""
         targets: list[Callable[[], None]] = [self._judge]
         if self._ranks.world_size > 1:
-            self._store = dist.PrefixStore("watch", _own_connection())
+            self._store = c10d.PrefixStore("watch", _own_connection())
             self._say_where()
             self._ranks.barrier()
             targets.append(self._talk)
@@ -274,7 +274,7 @@ def _place(sign: dict[str, Any]) -> str:
 
 def _own_connection() -> Any:
     """To the store of the process group: a client blocks while another thread waits on it."""
-    store = dist.distributed_c10d._get_default_store()
+    store = c10d._get_default_store()
     return store.clone() if hasattr(store, "clone") else store
 
 

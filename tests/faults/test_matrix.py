@@ -149,7 +149,7 @@ def _(case: Case) -> None:
 
 @fault("`kill -9` while the teacher cache is written", AGAIN)
 def _(case: Case) -> None:
-    ended(case.job.go(At("dive_fast.teacher.store:Writer.write", "SIGKILL", call=2)), KILLED, KILLED)
+    ended(case.job.go(At("dive_fast.teacher.store:Writer.write", "SIGKILL")), KILLED, KILLED)
     case.same()
 
 
