@@ -108,7 +108,9 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
                 saver.finish(must=not is_due)
             if agreed.stop and step < run.total_steps:
                 consensus.settle()
-                raise Stopped(f"{watch.requested}: saved after step {step} of {run.total_steps}")
+                raise Stopped(
+                    f"{watch.requested or 'asked to stop'}: saved after step {step} of {run.total_steps}"
+                )
             if is_due:
                 evaluate()
         consensus.settle()

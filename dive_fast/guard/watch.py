@@ -80,11 +80,14 @@ class Watch:
         self._seen: dict[int, _Seen] = {}
         self._moved = self._answered = time.monotonic()
         self._stalls = 0
-        self._signals: int | None = None
+        self._taking = False
+        self._told = threading.Event()
         self._ancestors = _launcher()
 
     def __enter__(self) -> "Watch":
         """Starts the threads; all ranks enter together."""
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
         targets: list[Callable[[], None]] = [self._judge]
         if self._ranks.world_size > 1:
             self._store = c10d.PrefixStore("watch", _own_connection())
@@ -104,6 +107,9 @@ class Watch:
         self._closed.set()
         for thread in self._threads:
             thread.join(timeout=2 * self._beat)
+        if not any(thread.is_alive() for thread in self._threads):
+            os.close(self._reading)
+            os.close(self._writing)
 
     def at(self, step: int, phase: Phase) -> None:
         """The loop says where it is, ``step`` being the one it is at, or has done."""
@@ -120,16 +126,14 @@ class Watch:
 
         Outside they do what they do elsewhere: there is nothing to save.
         """
-        reading, writing = os.pipe()
-        os.set_blocking(writing, False)
         # The interpreter writes to it at once, though its main thread be inside a collective.
-        former_pipe = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        former_pipe = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         former = {number: signal.signal(number, lambda *_: None) for number in REQUESTS}
-        self._signals = reading
+        self._taking = True
         try:
             yield
         finally:
-            self._signals = None
+            self._taking = False
             for number, handler in former.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(former_pipe)
@@ -154,6 +158,7 @@ class Watch:
                 signs = self._store.multi_get([str(rank) for rank in others])
                 if self._requested is not None:
                     self._store.set("stop", self._requested)
+                    self._told.set()
                 elif self._store.check(["stop"]):
                     self._requested = self._store.get("stop").decode()
             except RuntimeError:
@@ -186,7 +191,9 @@ class Watch:
             self._take_signals()
             self._look_for_the_launcher()
             if self._requested is not None and self._phase == "evaluation":
-                # What an evaluation starts from has been saved, and it may take long.
+                # What an evaluation starts from has been saved, and it may take long. The others leave theirs too.
+                if self._ranks.world_size > 1:
+                    self._told.wait(2 * self._beat)
                 self._leave(f"{self._requested}: left during the evaluation after step {self._step}", STOPPED)
             self._report_stall()
             if self._ranks.world_size > 1 and (found := self._lost()) is not None:
@@ -200,11 +207,8 @@ class Watch:
 
     def _take_signals(self) -> None:
         """Waits for a beat, or until a signal comes."""
-        if self._signals is None:
-            self._closed.wait(self._beat)
-            return
-        ready, _, _ = select.select([self._signals], [], [], self._beat)
-        for number in os.read(self._signals, 64) if ready else b"":
+        ready, _, _ = select.select([self._reading], [], [], self._beat)
+        for number in os.read(self._reading, 64) if ready else b"":
             if number not in REQUESTS:
                 continue
             if number == self._requested_by == signal.SIGINT:
@@ -218,7 +222,7 @@ class Watch:
 
     def _look_for_the_launcher(self) -> None:
         # A launcher that was killed, or a terminal with it, has sent no signal.
-        if self._signals is not None and self._requested is None and self._ancestors != _launcher():
+        if self._taking and self._requested is None and self._ancestors != _launcher():
             self._request("the launcher has gone")
 
     def _report_stall(self) -> None:
