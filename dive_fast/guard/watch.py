@@ -105,6 +105,7 @@ class Watch:
         if error is not None and not isinstance(error, LostError):
             self._fault = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         self._closed.set()
+        os.write(self._writing, bytes(1))
         for thread in self._threads:
             thread.join(timeout=2 * self._beat)
         if not any(thread.is_alive() for thread in self._threads):
