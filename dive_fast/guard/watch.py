@@ -6,6 +6,7 @@ either: where one never ends, the process is left at once, with exit code :data:
 """
 
 import faulthandler
+import itertools
 import json
 import os
 import select
@@ -43,6 +44,10 @@ TIMED = ("data", "step")
 BEAT, SILENCE, STALL, GRACE = 1.0, 60.0, 30.0, 3.0
 """Seconds: between signs of life; without one until a rank counts as dead; of waiting for a batch until it is
 said; that a rank has to end by itself, with a better message, once another one's failure is known."""
+
+
+NUMBERS = itertools.count()
+"""Of the runs of this process group: what was said in one is not of the next."""
 
 
 class LostError(RuntimeError):
@@ -90,7 +95,7 @@ class Watch:
         os.set_blocking(self._writing, False)
         targets: list[Callable[[], None]] = [self._judge]
         if self._ranks.world_size > 1:
-            self._store = c10d.PrefixStore("watch", _own_connection())
+            self._store = c10d.PrefixStore(f"watch/{next(NUMBERS)}", _own_connection())
             self._say_where()
             self._ranks.barrier()
             targets.append(self._talk)
@@ -179,7 +184,6 @@ class Watch:
             "host": socket.gethostname(),
             "step": self._step,
             "phase": self._phase,
-            "for": time.monotonic() - self._since,
             "fault": self._fault,
             "closed": self._closed.is_set(),
         }
