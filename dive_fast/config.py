@@ -44,7 +44,9 @@ class ConfigError(UserError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelConfig(Section):
@@ -506,9 +508,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     for depth, key in enumerate(keys[:-1], start=1):
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
-            raise ConfigError(
-                f"override {_short(override)}: {'.'.join(keys[:depth])} is a value, not a section"
-            )
+            raise ConfigError(f"override {_short(override)}: {'.'.join(keys[:depth])} is a value, not a section")
     tree[keys[-1]] = value
 
 

@@ -1,4 +1,4 @@
-"""Reading what somebody else may have made: nothing in it is executed, and no name in it leads out of its folder."""
+"""Reading what somebody else may have made: nothing in it is executed, no name in it leads out of its folder."""
 
 import json
 import math
@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 from unittest import mock
 
 import numpy as np
-from numpy.typing import NDArray
 
 LARGEST_TEXT = 2**30
 """Bytes of a text file, COCO's captions included. What is larger is something else."""
@@ -85,7 +84,7 @@ def below(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def map_array(path: Path) -> NDArray[Any]:
+def map_array(path: Path) -> "np.memmap[Any, Any]":
     """A ``.npy`` file, memory-mapped: what its header says it has, the file has.
 
     Raises:

@@ -90,8 +90,7 @@ class Manifest:
 def index_of(rows: Sequence[Row]) -> Index:
     """The index of some samples."""
     index = {
-        name: torch.tensor([getattr(row, name) for row in rows], dtype=dtype)
-        for name, dtype in _COLUMNS.items()
+        name: torch.tensor([getattr(row, name) for row in rows], dtype=dtype) for name, dtype in _COLUMNS.items()
     }
     hashes = np.frombuffer(b"".join(row.hash for row in rows), np.uint8).reshape(-1, HASH_BYTES)
     index["hash"] = torch.from_numpy(hashes.copy())
@@ -174,11 +173,7 @@ def open_prepared(path: str, text: str) -> Source:
     """
     folder = locate(path)
     manifest = read_manifest(folder)
-    for file in manifest.files:
-        found = (folder / file.name).stat().st_size if (folder / file.name).is_file() else None
-        if found != file.bytes:
-            state = "is missing" if found is None else f"has {found} bytes"
-            raise DataError(f"{folder / file.name} {state}, {MANIFEST} says {file.bytes}: copy the set anew")
+    _check_files(folder, manifest)
     index = _read_index(folder, manifest)
     has_texts = len(index["texts"]) > 0
     if not has_texts and (text == ".txt" or bool((index["label"] < 0).any())):
@@ -192,6 +187,14 @@ def open_prepared(path: str, text: str) -> Source:
         tokens=index.get("tokens"),
         beton=beton,
     )
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    for file in manifest.files:
+        found = (folder / file.name).stat().st_size if (folder / file.name).is_file() else None
+        if found != file.bytes:
+            state = "is missing" if found is None else f"has {found} bytes"
+            raise DataError(f"{folder / file.name} {state}, {MANIFEST} says {file.bytes}: copy the set anew")
 
 
 def _read_index(folder: Path, manifest: Manifest) -> Index:
@@ -289,11 +292,11 @@ class PreparedSamples(Sequence[Sample]):
         try:
             return self._index[f"{name}s"][start : ends[row]].tobytes().decode()
         except UnicodeDecodeError as error:
-            raise DataError(f"{self._files[0].parent / INDEX}: {name} of row {row}: {error}; copy it anew") from error
+            raise DataError(f"{self._files[0].parent / INDEX}: {name} of row {row}: {error}") from error
 
 
 def verify(path: str) -> Manifest:
-    """Reads every file of a prepared set and holds it to the hash in the manifest.
+    """Reads every file of a prepared set and holds it to the hash in the manifest, and the index to its contents.
 
     Raises:
         DataError: a file is missing, or was changed since.
@@ -302,11 +305,14 @@ def verify(path: str) -> Manifest:
     manifest = read_manifest(folder)
     for file in manifest.files:
         try:
+            if not (folder / file.name).is_file():
+                raise FileNotFoundError("no such file")
             found = file_hash(folder / file.name)
         except OSError as error:
             raise DataError(f"{folder / file.name}: cannot read it: {error}") from error
         if found != file.sha256:
             raise DataError(f"{folder / file.name}: changed since it was prepared; copy or prepare the set anew")
+    _read_index(folder, manifest)
     return manifest
 
 

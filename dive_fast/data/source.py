@@ -394,7 +394,7 @@ class _Header(tarfile.TarInfo):
         """
         header = super().frombuf(*arguments, **options)
         if not 0 <= header.size <= (LONGEST_NAME if header.type in _NAMES else 2**62):
-            raise tarfile.InvalidHeaderError(f"{header.size} bytes in a member of type {header.type!r}")
+            raise tarfile.HeaderError(f"{header.size} bytes in a member of type {header.type!r}")
         return header
 
 
