@@ -295,7 +295,7 @@ def open_csv(path: str, image_root: str | None, *, group: bool) -> Source:
                 (row["filepath"] or "", titles.setdefault(row["title"] or "", row["title"] or ""))
                 for row in reader
             ]
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot read it: {error}") from error
     if (row := next((row for row, (name, _) in enumerate(rows) if "\0" in name or not name), None)) is not None:
         raise DataError(f"{path}: row {row + 1} names no file: {rows[row][0]!r}")

@@ -152,6 +152,8 @@ def _layout(found: dict[str, Any]) -> Layout:
     # Of a type, not an instance: true is a number to Python.
     if any(type(size) is not int or not 1 <= size < 2**40 for size in sizes) or len(found) != 4:
         raise ValueError("layout: expected samples, views, width and dtype, the first three from 1 on")
+    if found["samples"] * found["views"] >= 2**50:
+        raise ValueError("layout: more rows than any disk holds")
     if found.get("dtype") not in ("float32", "float16"):
         raise ValueError("layout.dtype: expected float32 or float16")
     return Layout(**found)
@@ -261,7 +263,7 @@ class Store:
         self.folder, self._verify = folder, verify
         self.layout, self.fingerprint, self.origin = read_manifest(folder)
         try:
-            self._rows = {half: map_array(inside(folder, f"{half}.npy")) for half in HALVES}
+            self._rows: dict[str, Any] = {half: map_array(inside(folder, f"{half}.npy")) for half in HALVES}
             for rows in self._rows.values():
                 if rows.size:
                     # Rows are read in random order: else each would bring 128 KiB of neighbours from the disk.
