@@ -148,11 +148,12 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _layout(found: dict[str, Any]) -> Layout:
-    sizes = [found.get(name) for name in ("samples", "views", "width")]
+    least = {"samples": 0, "views": 1, "width": 1}
     # Of a type, not an instance: true is a number to Python.
-    if any(type(size) is not int or not 1 <= size < 2**40 for size in sizes) or len(found) != 4:
-        raise ValueError("layout: expected samples, views, width and dtype, the first three from 1 on")
-    if found["samples"] * found["views"] >= 2**50:
+    sizes = [(found.get(name), one) for name, one in least.items()]
+    if len(found) != 4 or any(type(size) is not int or size < one for size, one in sizes):
+        raise ValueError("layout: expected samples, views, width and dtype, the first three as counts")
+    if max(found["samples"], 1) * found["views"] * found["width"] >= 2**60:
         raise ValueError("layout: more rows than any disk holds")
     if found.get("dtype") not in ("float32", "float16"):
         raise ValueError("layout.dtype: expected float32 or float16")
