@@ -6,6 +6,7 @@ from it (``python -m dive_fast.config``).
 
 import difflib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -13,6 +14,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
+
+from dive_fast.errors import UserError
+from dive_fast.untrusted import read_text
 
 Loader = Literal["plain", "dali", "ffcv"]
 Metric = Literal[
@@ -29,18 +33,20 @@ Metric = Literal[
     "text_to_image_r10",
 ]
 Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**63)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A user's mistake in a config file or override; the message is one line and says what to do."""
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelConfig(Section):
@@ -326,6 +332,15 @@ class Config(Section):
     the engine fills DeepSpeed's keys from there, and a contradiction is an error."""
 
     @model_validator(mode="after")
+    def _check_deepspeed(self) -> "Config":
+        for key, value in self.deepspeed.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except ValueError as error:
+                raise ValueError(f"deepspeed.{key}: a number of it is not finite; DeepSpeed takes none") from error
+        return self
+
+    @model_validator(mode="after")
     def _check_evaluation(self) -> "Config":
         options = self.evaluate
         names = [("evaluate.during", name) for name in options.during or ()]
@@ -403,7 +418,8 @@ def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -
     """
     path = find(name, folder)
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_Object)
+        tree = _parsed(read_text(path))
+        _check_values(tree)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read it: {error}") from error
     except ValueError as error:
@@ -440,33 +456,73 @@ def find(name: str, folder: Path | None = None) -> Path:
 class _Object(dict[str, Any]):
     """A JSON object that remembers a key which stood in it twice."""
 
+    twice: str | None = None
+
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
-        keys = [key for key, _ in pairs]
-        self.twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
+        if len(self) < len(pairs):
+            self.twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
 
 
-def _twice(tree: _Object) -> str | None:
+def _parsed(text: str) -> Any:
+    """Of JSON; what is not finite is left for the key that it stands at to refuse."""
+    try:
+        return json.loads(text, object_pairs_hook=_Object)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+
+
+def _twice(tree: Any) -> str | None:
     """The place of a key that stands twice in one object."""
-    if tree.twice is not None:
+    if isinstance(tree, _Object) and tree.twice is not None:
         return tree.twice
-    below = ((key, _twice(value)) for key, value in tree.items() if isinstance(value, _Object))
+    held = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    below = ((key, _twice(value)) for key, value in held)
     return next((f"{key}.{place}" for key, place in below if place is not None), None)
+
+
+DEEPEST = 64
+"""Objects and lists in one another; a config needs five, DeepSpeed's section a few more."""
+_TOO_DEEP = f"nested more than {DEEPEST} deep; no section goes that far"
+
+
+def _check_values(value: Any, depth: int = 0) -> None:
+    """Holds a tree to what a config can mean, wherever its values go.
+
+    Raises:
+        ValueError: a text is no Unicode or has a zero byte, which no path can hold; or it is nested too deeply.
+    """
+    if isinstance(value, str):
+        if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(f"{_short(value)} holds a zero byte, or bytes that are no UTF-8")
+    elif isinstance(value, dict | list):
+        if depth >= DEEPEST:
+            raise ValueError(_TOO_DEEP)
+        for held in [*value, *value.values()] if isinstance(value, dict) else value:
+            _check_values(held, depth + 1)
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
     place, separator, text = override.partition("=")
     keys = place.split(".")
     if not separator or not all(keys):
-        raise ConfigError(f"override {override!r}: expected section.key=value, e.g. train.epochs=1")
+        raise ConfigError(f"override {_short(override)}: expected section.key=value, e.g. train.epochs=1")
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
+        value = _parsed(text)
+    except ValueError:
         value = text
+    try:
+        if len(keys) > DEEPEST:
+            raise ValueError(_TOO_DEEP)
+        _check_values([*keys, value])
+    except ValueError as error:
+        raise ConfigError(f"override {_short(override)}: {error}") from error
+    if (twice := _twice(value)) is not None:
+        raise ConfigError(f"override {_short(override)}: key {twice} stands twice in one object; keep one")
     for depth, key in enumerate(keys[:-1], start=1):
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
-            raise ConfigError(f"override {override!r}: {'.'.join(keys[:depth])} is a value, not a section")
+            raise ConfigError(f"override {_short(override)}: {'.'.join(keys[:depth])} is a value, not a section")
     tree[keys[-1]] = value
 
 
@@ -484,7 +540,7 @@ def _explain(error: ValidationError) -> str:
         return f"{place} is missing"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
-    return f"{place} = {json.dumps(first['input'], default=str)}: {' or '.join(alternatives)}"
+    return f"{place} = {_cut(json.dumps(first['input'], default=str))}: {' or '.join(alternatives)}"
 
 
 def _place(mistake: ErrorDetails) -> str:
@@ -497,6 +553,14 @@ def _place(mistake: ErrorDetails) -> str:
         keys.append(str(key))
         holder = _inside(holder, key)
     return ".".join(keys)
+
+
+def _short(text: str) -> str:
+    return _cut(repr(text))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:150]} ... {text[-45:]}"
 
 
 def _plain(message: str) -> str:

@@ -16,6 +16,12 @@ def write_whole(path: Path, data: bytes) -> None:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """The same for what is written piece by piece."""
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
+    with new_file(partial) as file:
         yield file
     partial.replace(path)
+
+
+def new_file(path: Path) -> BinaryIO:
+    """A file in the place of whatever had its name. A link, in a folder from elsewhere, is not written through."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")

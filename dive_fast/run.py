@@ -24,6 +24,7 @@ from dive_fast.data.samples import ReferenceSamples, TargetSamples
 from dive_fast.data.sets import open_reference, open_target
 from dive_fast.engine import Engine, StepBatches
 from dive_fast.evaluate.zero_shot import open_set
+from dive_fast.files import write_whole
 from dive_fast.probe import make_head
 from dive_fast.ranks import Ranks
 from dive_fast.schedule import resolve
@@ -193,7 +194,7 @@ def _write_provenance(config: Config, folder: Path, ranks: Ranks) -> None:
         "ranks": ranks.world_size,
         "commit": _commit(),
     }
-    (folder / "config.json").write_text(json.dumps(provenance, indent=2) + "\n")
+    write_whole(folder / "config.json", (json.dumps(provenance, indent=2) + "\n").encode())
 
 
 def _commit() -> str | None:

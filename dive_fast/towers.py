@@ -16,7 +16,9 @@ from dive_fast.config import ConfigError, ModelConfig
 from dive_fast.data.batch import Text
 from dive_fast.data.prompts import PooledAt, Tokenizer
 from dive_fast.data.views import Preprocess
+from dive_fast.files import new_file
 from dive_fast.kernels.naive import unit
+from dive_fast.untrusted import nothing_executed
 
 __all__ = ["Features", "Towers", "create", "tokenizer_of", "unit"]
 
@@ -173,7 +175,7 @@ def create(config: ModelConfig, weights: bool = True) -> Towers:
     random = not weights or (config.pretrained is None and not brings_weights)
     pretrained = config.pretrained if weights else None
     try:
-        with _without_warnings_about_random_weights() if random else contextlib.nullcontext():
+        with nothing_executed(), _without_warnings_about_random_weights() if random else contextlib.nullcontext():
             model = open_clip.create_model(
                 name,
                 pretrained,
@@ -199,13 +201,13 @@ def read_weights(config: ModelConfig, path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such checkpoint")
     try:
-        with _without_warnings_about_random_weights():
+        with nothing_executed(), _without_warnings_about_random_weights():
             model = open_clip.create_model(
                 _name(config), None, precision="fp32", load_weights=False, pretrained_text=False
             )
-        open_clip.load_checkpoint(model, str(path))
+            open_clip.load_checkpoint(model, str(path))
     except Exception as error:  # as above
-        why = _one_line(error).replace("\n", " ")
+        why = _one_line(error)
         raise ConfigError(f"{path}: not weights of {config.name} that open_clip can load: {why}") from error
     state: dict[str, Tensor] = model.state_dict()
     return state
@@ -221,7 +223,8 @@ def tokenizer_of(config: ModelConfig, text_length: int | None = None) -> Tokeniz
         ConfigError: the tokenizer cannot be loaded.
     """
     try:
-        tokenizer: Tokenizer = open_clip.get_tokenizer(_name(config), context_length=text_length)
+        with nothing_executed():
+            tokenizer: Tokenizer = open_clip.get_tokenizer(_name(config), context_length=text_length)
     except Exception as error:  # as above
         raise ConfigError(f"model.name: cannot load the tokenizer of {config.name}: {_one_line(error)}") from error
     return tokenizer
@@ -273,5 +276,6 @@ def save(state: dict[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     temporary = path.with_name(f".{path.name}.partial")
+    new_file(temporary).close()
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
     temporary.replace(path)

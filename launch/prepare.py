@@ -76,6 +76,7 @@ def _raw(options: argparse.Namespace) -> Any:
     """The raw set that the options name."""
     from dive_fast.data.prepare import RawDataset, RawSource
     from dive_fast.data.source import DataError, open_csv, open_folder, open_webdataset
+    from dive_fast.untrusted import nothing_executed
 
     if options.format == "folder":
         return RawSource(open_folder(options.input))
@@ -91,7 +92,8 @@ def _raw(options: argparse.Namespace) -> Any:
             return RawDataset(_torchvision(options), name)
         from wilds import get_dataset
 
-        dataset = get_dataset(options.name, root_dir=options.input, download=False)
+        with nothing_executed():
+            dataset = get_dataset(options.name, root_dir=options.input, download=False)
         return RawDataset(dataset.get_subset(options.split), name)
     except ModuleNotFoundError as error:
         raise DataError(f"--format wilds: {error}; pip install wilds") from error
@@ -100,10 +102,15 @@ def _raw(options: argparse.Namespace) -> Any:
 
 
 def _torchvision(options: argparse.Namespace) -> Any:
+    from PIL import EpsImagePlugin
     from torchvision import datasets
 
     if not inspect.isclass(getattr(datasets, options.name, None)):
         raise ValueError("torchvision has no such data set")
+    if options.name.startswith("LSUN"):
+        raise ValueError("torchvision reads it by a pickle that lies beside the data; prepare it as a folder")
+    # Its own loader would give PostScript that is called .jpg to Ghostscript, a program.
+    EpsImagePlugin.gs_binary = False
     kind: Any = getattr(datasets, options.name)
     known = inspect.signature(kind).parameters
     if "split" in known:

@@ -14,7 +14,6 @@ called ``step<number>`` is whole, or has been damaged since, which its manifest 
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from dive_fast.checkpoint.state import MOMENTS, Trained
 from dive_fast.config import ConfigError
 from dive_fast.engine import Engine
 from dive_fast.ranks import Ranks
+from dive_fast.untrusted import inside, read_json
 
 FORMAT = 1
 FOLDER = "checkpoints"
@@ -179,8 +179,8 @@ class Tensors:
             if name == TRAINER:
                 continue
             try:
-                file = safe_open(checkpoint / name, "pt")
-            except (OSError, SafetensorError) as error:
+                file = safe_open(inside(checkpoint, name), "pt")
+            except (OSError, ValueError, SafetensorError) as error:
                 raise DamagedError(f"{checkpoint / name}: no safetensors: {error}") from error
             self._file_of |= dict.fromkeys(file.keys(), file)
 
@@ -205,7 +205,7 @@ def read_manifest(checkpoint: Path) -> Mapping[str, Any]:
     """
     path = checkpoint / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         assert manifest["format"] == FORMAT
         # Plain names: nothing outside the folder is opened.
         assert all(_is_plain(name) for name in manifest["files"])
@@ -213,7 +213,7 @@ def read_manifest(checkpoint: Path) -> Mapping[str, Any]:
             type(file["bytes"]) is int and type(file["sha256"]) is str for file in manifest["files"].values()
         )
         assert TRAINER in manifest["files"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise DamagedError(f"{path}: no manifest of a checkpoint of format {FORMAT}") from error
     return manifest  # type: ignore[no-any-return]
 
@@ -226,12 +226,12 @@ def read_trainer(checkpoint: Path) -> Mapping[str, Any]:
     """
     path = checkpoint / TRAINER
     try:
-        numbers = json.loads(path.read_text(encoding="utf-8"))
+        numbers = read_json(path)
         assert type(numbers["step"]) is int
         assert type(numbers["updates"]) is int
         assert all(type(value) in (int, float) for value in numbers["loss_scale"].values())
         assert isinstance(numbers["validation"], dict)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise DamagedError(f"{path}: not the numbers of a checkpoint of format {FORMAT}") from error
     return numbers  # type: ignore[no-any-return]
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from dive_fast.data import plain
 from dive_fast.data.loader import Options
 from dive_fast.data.samples import Batch, Place, Samples
-from dive_fast.data.source import UNDECODABLE, DataError, why_unusual
+from dive_fast.data.source import UNDECODABLE, DataError, opened, why_unusual
 from dive_fast.data.views import Crop, Preprocess, View
 from dive_fast.data.workers import in_workers
 
@@ -132,7 +132,7 @@ class _Read:
         if has_view and source.sizes is not None:
             return data, self.samples.view(place, tuple(source.sizes[place[1]].tolist()))
         try:
-            image = Image.open(io.BytesIO(data))
+            image = opened(data)
             if has_view and not why_unusual(image, data):
                 return data, self.samples.view(place, (image.height, image.width))
             cut = self.samples.cut(place, image)

@@ -6,6 +6,7 @@ resize as PIL does, in code that needs no lock of the interpreter. FFCV's ``Load
 order is no pure function of the epoch, and it cannot begin at a step.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -115,9 +116,17 @@ class Beton:
 
         sample = self._source.samples[place[1]]
         encoded = self._bytes[sample.offset : sample.offset + sample.size]
-        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+        image = None
+        # Of the formats that cv2 knows a prepared set has one.
+        if bytes(encoded[:2]) == b"\xff\xd8":
+            with contextlib.suppress(cv2.error):
+                image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
         if image is None:
             raise sample.unusable("cannot decode the image: the file is damaged")
+        sizes = self._source.sizes
+        # The view was drawn for this size; of another one it would show something else.
+        if sizes is not None and image.shape[:2] != tuple(sizes[place[1]].tolist()):
+            raise sample.unusable(f"its size is {image.shape[:2]}, the index says {sizes[place[1]].tolist()}")
         crop = view.crop
         part = image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
         resize(part, np.array(view.region), pixels, bilinear)

@@ -30,6 +30,7 @@ from dive_fast.data.prepared import File, Index, Manifest, Row
 from dive_fast.data.source import UNDECODABLE, DataError, Skipped, Source, decode, why_unusual
 from dive_fast.data.workers import forking
 from dive_fast.files import write_whole
+from dive_fast.untrusted import nothing_executed, read_json
 
 PARTS = ".parts"
 STATE = "state.json"
@@ -191,7 +192,8 @@ def prepare(raw: Raw, output: Path, options: Options, workers: int) -> Manifest:
         workers: processes.
 
     Raises:
-        DataError: the folder holds something else, no sample is usable, or the disk is full.
+        DataError: the folder holds something else, no sample is usable, the tokenizer cannot be loaded, or the
+            disk is full.
     """
     if (output / prepared.MANIFEST).is_file():
         manifest = prepared.read_manifest(output)
@@ -199,6 +201,8 @@ def prepare(raw: Raw, output: Path, options: Options, workers: int) -> Manifest:
         _tidy(output, manifest)
         return manifest
     parts = output / PARTS
+    if options.tokenizer is not None:
+        _tokenizer(options.tokenizer)
     try:
         _claim(parts, _state(raw, options), output)
         shards = list(_shards(len(raw), options.shard_samples))
@@ -226,7 +230,13 @@ def _state(raw: Raw, options: Options) -> dict[str, Any]:
 def _claim(parts: Path, state: dict[str, Any], output: Path) -> None:
     """Starts a set in its folder, or goes on with the same one."""
     if (parts / STATE).is_file():
-        _same(json.loads((parts / STATE).read_text()), state, output)
+        try:
+            found = read_json(parts / STATE)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{parts / STATE}: cannot read it: {error}; remove {output}, and begin anew"
+            ) from error
+        _same(found, state, output)
         return
     if output.is_dir() and any(entry.name != PARTS for entry in output.iterdir()):
         raise DataError(f"{output}: holds something else; name an empty folder or a new one")
@@ -234,7 +244,9 @@ def _claim(parts: Path, state: dict[str, Any], output: Path) -> None:
     write_whole(parts / STATE, json.dumps(state).encode())
 
 
-def _same(found: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
+def _same(found: Any, wanted: dict[str, Any], output: Path) -> None:
+    if not isinstance(found, dict):
+        raise DataError(f"{output}: holds something else; remove it or name another folder")
     different = [name for name in wanted if found.get(name) != wanted[name]]
     if different:
         names = ", ".join(f"{name} {found.get(name)!r}, not {wanted[name]!r}" for name in different)
@@ -248,12 +260,19 @@ _work: tuple[Raw, Path, Options, Callable[[list[str]], Tensor] | None]
 
 def _start(raw: Raw, output: Path, options: Options) -> None:
     global _work
-    tokenizer = None
-    if options.tokenizer is not None:
-        import open_clip
-
-        tokenizer = open_clip.get_tokenizer(options.tokenizer)
+    tokenizer = None if options.tokenizer is None else _tokenizer(options.tokenizer)
     _work = raw, output, options, tokenizer
+
+
+def _tokenizer(name: str) -> Callable[[list[str]], Tensor]:
+    import open_clip
+
+    try:
+        with nothing_executed():
+            tokenizer: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(name)
+    except Exception as error:  # transformers has errors of many kinds
+        raise DataError(f"--tokenizer {name}: cannot load it: {error}") from error
+    return tokenizer
 
 
 def _make(shards: Sequence[_Shard], raw: Raw, output: Path, options: Options, workers: int, total: int) -> None:
@@ -283,7 +302,8 @@ def _make_shard(shard: _Shard) -> None:
     skipped: list[Skipped] = []
     converted: Counter[str] = Counter()
     index: list[str] = []
-    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+    partial.unlink(missing_ok=True)
+    with tarfile.open(partial, "x", format=tarfile.USTAR_FORMAT) as tar:
         for number in shard.samples:
             try:
                 sample = raw.read(number)
@@ -359,13 +379,13 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def _finish(shards: Sequence[_Shard], raw: Raw, output: Path, options: Options) -> Manifest:
     parts = output / PARTS
-    notes = [json.loads((parts / f"{shard.name}.json").read_text()) for shard in shards]
+    notes = [_note(parts / f"{shard.name}.json", shard) for shard in shards]
     used = [(shard, note) for shard, note in zip(shards, notes, strict=True) if note["file"]["samples"]]
     skipped = list(raw.skipped) + [Skipped(**entry) for note in notes for entry in note["skipped"]]
     if not used:
         reasons = Counter(reason for _, reason in skipped).most_common()
         raise DataError(f"{output}: no sample is usable: {', '.join(f'{count} {why}' for why, count in reasons)}")
-    index = prepared.joined([load_file(parts / f"{shard.name}.safetensors") for shard, _ in used])
+    index = prepared.joined([_part(parts / f"{shard.name}.safetensors") for shard, _ in used])
     files = [File(**note["file"]) for _, note in used]
     if options.container == "beton":
         files, index = _to_beton(files, index, output)
@@ -384,6 +404,31 @@ def _finish(shards: Sequence[_Shard], raw: Raw, output: Path, options: Options) 
     prepared.write_manifest(output, manifest)
     _tidy(output, manifest)
     return manifest
+
+
+def _note(path: Path, shard: _Shard) -> dict[str, Any]:
+    """What :func:`_make_shard` has left about a shard; another process may have been the last to write it."""
+    try:
+        found = read_json(path)
+        file, entries = File(**found["file"]), [Skipped(**entry) for entry in found["skipped"]]
+        counts = [file.samples, file.bytes, *found["converted"].values()]
+        words = [file.name, file.sha256, *(word for entry in entries for word in entry)]
+        if not all(type(count) is int for count in counts) or not all(type(word) is str for word in words):
+            raise TypeError("a number or a text is something else")
+        if file.name != f"{shard.name}.tar":
+            raise ValueError(f"it is of {file.name}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not the note of a shard: {error}; remove it and run the same command") from error
+    note: dict[str, Any] = found
+    return note
+
+
+def _part(path: Path) -> Index:
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises an error of its own, of no common class
+        note = path.with_suffix(".json")
+        raise DataError(f"{path}: cannot read it: {error}; remove {note} and run the same command") from error
 
 
 def _tidy(output: Path, manifest: Manifest) -> None:

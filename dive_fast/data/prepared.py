@@ -15,11 +15,13 @@ from typing import Any, overload
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dive_fast.data.source import DataError, Sample, Skipped, Source, locate
 from dive_fast.files import write_whole
+from dive_fast.untrusted import inside, parse_json, read_text
 
 FORMAT = 1
 MANIFEST, INDEX, SKIPPED, BETON = "manifest.json", "index.safetensors", "skipped.jsonl", "data.beton"
@@ -28,6 +30,16 @@ Index = dict[str, Tensor]
 """One row a sample: ``file``, ``offset``, ``size``, ``height``, ``width``, ``label``, ``hash (N, 16)``, optionally
 ``tokens (N, context)``; ``keys`` and ``texts`` are UTF-8, those of all samples one after the other, their ends in
 ``key_ends`` and ``text_ends``. Several texts of a sample are separated by a zero byte."""
+
+
+_COLUMNS = {
+    "file": torch.int32,
+    "offset": torch.int64,
+    "size": torch.int64,
+    "height": torch.int32,
+    "width": torch.int32,
+    "label": torch.int64,
+}
 
 
 @dataclass(frozen=True)
@@ -78,15 +90,7 @@ class Manifest:
 def index_of(rows: Sequence[Row]) -> Index:
     """The index of some samples."""
     index = {
-        name: torch.tensor([getattr(row, name) for row in rows], dtype=dtype)
-        for name, dtype in (
-            ("file", torch.int32),
-            ("offset", torch.int64),
-            ("size", torch.int64),
-            ("height", torch.int32),
-            ("width", torch.int32),
-            ("label", torch.int64),
-        )
+        name: torch.tensor([getattr(row, name) for row in rows], dtype=dtype) for name, dtype in _COLUMNS.items()
     }
     hashes = np.frombuffer(b"".join(row.hash for row in rows), np.uint8).reshape(-1, HASH_BYTES)
     index["hash"] = torch.from_numpy(hashes.copy())
@@ -123,21 +127,33 @@ def read_manifest(folder: Path) -> Manifest:
     """Reads the manifest of a prepared set.
 
     Raises:
-        DataError: there is none, or of another version.
+        DataError: there is none, or of another version, or a file that it names lies elsewhere.
     """
+    path = folder / MANIFEST
     try:
-        found = json.loads((folder / MANIFEST).read_text())
+        text = read_text(path)
+        found = parse_json(text)
     except FileNotFoundError:
         raise DataError(
             f"{folder}: no prepared set there (no {MANIFEST}); make one by python launch/prepare.py"
         ) from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder / MANIFEST}: cannot read it: {error}") from error
+        raise DataError(f"{path}: cannot read it: {error}; copy the set anew") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise DataError(
-            f"{folder / MANIFEST}: not of format {FORMAT}; prepare the set anew: python launch/prepare.py"
-        )
-    return Manifest(**found | {"files": [File(**file) for file in found["files"]]})
+        raise DataError(f"{path}: not of format {FORMAT}; prepare the set anew: python launch/prepare.py")
+    try:
+        manifest = TypeAdapter(Manifest).validate_json(text, strict=True)
+        if manifest.samples < 1:
+            raise ValueError("samples: a set has at least one")
+        for file in manifest.files:
+            inside(folder, file.name)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise DataError(f"{path}: {place}: {first['msg']}; copy the set anew") from error
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; copy the set anew") from error
+    return manifest
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -157,29 +173,85 @@ def open_prepared(path: str, text: str) -> Source:
     """
     folder = locate(path)
     manifest = read_manifest(folder)
-    for file in manifest.files:
-        found = (folder / file.name).stat().st_size if (folder / file.name).is_file() else None
-        if found != file.bytes:
-            state = "is missing" if found is None else f"has {found} bytes"
-            raise DataError(f"{folder / file.name} {state}, {MANIFEST} says {file.bytes}: copy the set anew")
-    try:
-        index = load_file(folder / INDEX)
-    except Exception as error:  # safetensors raises an error of its own, of no common class
-        raise DataError(f"{folder / INDEX}: cannot read it: {error}; copy the set anew") from error
-    if len(index["offset"]) != manifest.samples:
-        raise DataError(f"{folder / INDEX}: {len(index['offset'])} samples, {MANIFEST} says {manifest.samples}")
+    _check_files(folder, manifest)
+    index = _read_index(folder, manifest)
     has_texts = len(index["texts"]) > 0
     if not has_texts and (text == ".txt" or bool((index["label"] < 0).any())):
         raise DataError(f"{path}: was prepared without {'captions' if text == '.txt' else 'labels'}")
-    beton = folder / BETON
+    beton = folder / BETON if any(file.name == BETON for file in manifest.files) else None
     return Source(
         PreparedSamples(index, [folder / file.name for file in manifest.files]),
         tuple(manifest.class_names),
         content=manifest.content,
         sizes=torch.stack([index["height"], index["width"]], dim=1).numpy(),
         tokens=index.get("tokens"),
-        beton=beton if beton.is_file() else None,
+        beton=beton,
     )
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    for file in manifest.files:
+        found = (folder / file.name).stat().st_size if (folder / file.name).is_file() else None
+        if found != file.bytes:
+            state = "is missing" if found is None else f"has {found} bytes"
+            raise DataError(f"{folder / file.name} {state}, {MANIFEST} says {file.bytes}: copy the set anew")
+
+
+def _read_index(folder: Path, manifest: Manifest) -> Index:
+    path = folder / INDEX
+    try:
+        index = load_file(inside(folder, INDEX))
+    except Exception as error:  # safetensors raises an error of its own, of no common class
+        raise DataError(f"{path}: cannot read it: {error}; copy the set anew") from error
+    try:
+        _check_index(index, manifest)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; copy the set anew") from error
+    return index
+
+
+def _check_index(index: Index, manifest: Manifest) -> None:
+    """Holds an index to its manifest.
+
+    Raises:
+        ValueError: a column is missing or of another shape or type, or a row points to where nothing is; or it is
+            another index than the manifest was written with.
+    """
+    count = manifest.samples
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        name: (dtype, (count,))
+        for name, dtype in (_COLUMNS | dict.fromkeys(("key_ends", "text_ends"), torch.int64)).items()
+    }
+    shapes["hash"] = (torch.uint8, (count, HASH_BYTES))
+    shapes |= {name: (torch.uint8, index[name].shape[:1]) for name in ("keys", "texts") if name in index}
+    for name in ("keys", "texts", *shapes):
+        if name not in index:
+            raise ValueError(f"{name} is missing")
+        found = index[name]
+        if (found.dtype, found.shape) != shapes[name]:
+            raise ValueError(
+                f"{name}: {found.dtype} {tuple(found.shape)}, {MANIFEST} wants {shapes[name][0]} {shapes[name][1]}"
+            )
+    tokens = index.get("tokens")
+    if tokens is not None and (tokens.dtype != torch.int32 or tokens.ndim != 2 or len(tokens) != count):
+        raise ValueError(f"tokens: {tokens.dtype} {tuple(tokens.shape)} of {count} samples")
+    ranges = {"file": (0, len(manifest.files) - 1), "offset": (0, None), "size": (1, None)}
+    ranges |= {"height": (1, None), "width": (1, None)}
+    for name, (least, most) in ranges.items():
+        if int(index[name].min()) < least or (most is not None and int(index[name].max()) > most):
+            raise ValueError(f"{name}: a value that no sample can have")
+    sizes = torch.tensor([file.bytes for file in manifest.files])
+    # In this order: a sum of two large numbers would begin again below zero.
+    if bool((index["size"] > sizes[index["file"].long()] - index["offset"]).any()):
+        raise ValueError("a sample lies behind the end of its file")
+    for name in ("key", "text"):
+        ends = index[f"{name}_ends"]
+        if int(ends[0]) < 0 or bool((ends.diff() < 0).any()) or int(ends[-1]) != len(index[f"{name}s"]):
+            raise ValueError(f"{name}_ends: not the ends of one text after the other")
+    if tokens is not None and tokens.numel() and int(tokens.min()) < 0:
+        raise ValueError("tokens: a number below zero")
+    if content_of(index) != manifest.content:
+        raise ValueError(f"labels, texts or hashes are not those of {MANIFEST}")
 
 
 class PreparedSamples(Sequence[Sample]):
@@ -217,11 +289,14 @@ class PreparedSamples(Sequence[Sample]):
     def _string(self, name: str, row: int) -> str:
         ends: NDArray[np.int64] = self._index[f"{name}_ends"]
         start = ends[row - 1] if row else 0
-        return self._index[f"{name}s"][start : ends[row]].tobytes().decode()
+        try:
+            return self._index[f"{name}s"][start : ends[row]].tobytes().decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self._files[0].parent / INDEX}: {name} of row {row}: {error}") from error
 
 
 def verify(path: str) -> Manifest:
-    """Reads every file of a prepared set and holds it to the hash in the manifest.
+    """Reads every file of a prepared set and holds it to the hash in the manifest, and the index to its contents.
 
     Raises:
         DataError: a file is missing, or was changed since.
@@ -230,11 +305,14 @@ def verify(path: str) -> Manifest:
     manifest = read_manifest(folder)
     for file in manifest.files:
         try:
+            if not (folder / file.name).is_file():
+                raise FileNotFoundError("no such file")
             found = file_hash(folder / file.name)
         except OSError as error:
             raise DataError(f"{folder / file.name}: cannot read it: {error}") from error
         if found != file.sha256:
             raise DataError(f"{folder / file.name}: changed since it was prepared; copy or prepare the set anew")
+    _read_index(folder, manifest)
     return manifest
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from dive_fast.data.batch import Text
 from dive_fast.data.source import DataError, Sample, Source, locate
 from dive_fast.data.views import Draw, stream
+from dive_fast.untrusted import read_text
 
 Tokenizer = Callable[[list[str]], Tensor]
 """Texts -> ``(len, context)`` int64."""
@@ -111,8 +112,8 @@ class _Filled:
 
 def _lines(name: str, what: str) -> Sequence[str]:
     try:
-        text = locate(name).read_text(encoding="utf-8-sig").rstrip()
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(locate(name), "utf-8-sig").rstrip()
+    except (OSError, ValueError) as error:
         raise DataError(f"{name}: cannot read {what}: {error}") from error
     lines = [line.strip() for line in text.splitlines()]
     if not lines:

@@ -9,12 +9,14 @@ import glob
 import hashlib
 import io
 import logging
+import stat
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import braceexpand
 import numpy as np
@@ -22,12 +24,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dive_fast.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "MPO", "AVIF", "TIFF", "JPEG2000", "PPM", "DIB", "ICO", "TGA")
+"""What a file may be, whatever its suffix says. PIL knows more, and gives PostScript to Ghostscript, a program."""
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data that cannot be used; the message names the file and says what was expected."""
 
 
@@ -87,7 +93,7 @@ class Source:
         sample = self.samples[index]
         try:
             return _read(sample.path, sample.offset, sample.size)
-        except OSError as error:
+        except (OSError, ValueError, OverflowError, MemoryError) as error:  # the latter of places no file has
             raise sample.unusable(f"cannot read the image: {error}") from error
 
     def image(self, index: int) -> Image.Image:
@@ -130,9 +136,20 @@ def decode(data: bytes) -> Image.Image:
     Raises:
         UNDECODABLE: the bytes are no whole image.
     """
-    image = Image.open(io.BytesIO(data))
+    image = opened(data)
     image.load()
     return image
+
+
+def opened(data: bytes) -> Image.Image:
+    """The same, not yet decoded."""
+    return Image.open(io.BytesIO(data), formats=_formats())
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def why_unusual(image: Image.Image, data: bytes) -> str:
@@ -187,9 +204,12 @@ def open_folder(path: str) -> Source:
             files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES]
             if not files:
                 raise DataError(f"{folder}: no image below, but it would be class {label}; remove it")
-            samples += [
-                Sample(str(file.relative_to(root)), file, size=file.stat().st_size, label=label) for file in files
-            ]
+            for file in files:
+                about = file.stat()
+                if not stat.S_ISREG(about.st_mode):
+                    # A pipe would be waited for, for ever.
+                    raise DataError(f"{file}: called like an image, but no regular file; remove or rename it")
+                samples.append(Sample(str(file.relative_to(root)), file, size=about.st_size, label=label))
     except OSError as error:
         raise DataError(f"{path}: cannot list its images: {error}") from error
     if not samples:
@@ -225,10 +245,10 @@ def open_webdataset(path: str, text: str, *, strict: bool = True) -> Source:
                 skipped.append(Skipped(f"{tar.name}/{stem}", "no image" if image is None else f"no {text}"))
                 continue
             offset, size = image
-            value = _read(tar, *parts[text])
             try:
+                value = _read(tar, *parts[text])
                 content = value.decode().strip()
-                label, texts = (int(content), ()) if text == ".cls" else (-1, (content,))
+                label, texts = (_label(content), ()) if text == ".cls" else (-1, (content,))
             except ValueError as error:
                 if strict and text == ".cls":
                     raise DataError(f"{tar}: {stem}{text}: {error}") from error
@@ -239,6 +259,13 @@ def open_webdataset(path: str, text: str, *, strict: bool = True) -> Source:
     if not samples:
         raise DataError(f"{path}: no sample has both an image and a {text} file")
     return Source(samples, skipped=skipped)
+
+
+def _label(text: str) -> int:
+    label = int(text)
+    if not -(2**63) <= label < 2**63:
+        raise ValueError(f"{text[:40]} is no label: it has more than 64 bits")
+    return label
 
 
 def open_csv(path: str, image_root: str | None, *, group: bool) -> Source:
@@ -270,6 +297,8 @@ def open_csv(path: str, image_root: str | None, *, group: bool) -> Source:
             ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot read it: {error}") from error
+    if (row := next((row for row, (name, _) in enumerate(rows) if "\0" in name or not name), None)) is not None:
+        raise DataError(f"{path}: row {row + 1} names no file: {rows[row][0]!r}")
     if group:
         grouped: dict[str, list[str]] = {}
         for name, title in rows:
@@ -302,6 +331,14 @@ def _tars(path: str) -> list[Path]:
     return tars
 
 
+LONGEST_NAME = 2**20
+"""Bytes of a header that holds nothing but a member's name and the like, and is read into memory."""
+_NAMES = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
+
+
 class _Members(NamedTuple):
     """What a tar holds."""
 
@@ -316,9 +353,13 @@ class _Members(NamedTuple):
 def _tar_samples(tar: Path) -> _Members:
     found = _Members({}, [], None)
     try:
-        with tarfile.open(tar, "r:") as members:
-            file_size = tar.stat().st_size
+        with tarfile.open(tar, "r:", tarinfo=_Header) as members:
+            file_size, end = tar.stat().st_size, 0
             for member in members:
+                if member.size < 0 or members.offset <= end:
+                    # By extended headers too: what goes back would be read again, for ever.
+                    return found._replace(broken=f"the size of {member.name} is {member.size}")
+                end = members.offset
                 if not member.isfile():
                     continue
                 if member.offset_data + member.size > file_size:
@@ -336,7 +377,25 @@ def _tar_samples(tar: Path) -> _Members:
             return found._replace(broken=f"it breaks off at byte {end}")
     except (OSError, tarfile.TarError) as error:
         return found._replace(broken=str(error))
+    except (ValueError, ArithmeticError, LookupError, MemoryError, RecursionError) as error:
+        return found._replace(broken=f"a header cannot be read: {error or type(error).__name__}")
     return found
+
+
+class _Header(tarfile.TarInfo):
+    """Of a member. tarfile believes any size, and goes where it leads."""
+
+    @classmethod
+    def frombuf(cls, *arguments: Any, **options: Any) -> Self:
+        """Parses one.
+
+        Raises:
+            tarfile.HeaderError: it is none, or has a size that nothing has.
+        """
+        header = super().frombuf(*arguments, **options)
+        if not 0 <= header.size <= (LONGEST_NAME if header.type in _NAMES else 2**62):
+            raise tarfile.HeaderError(f"{header.size} bytes in a member of type {header.type!r}")
+        return header
 
 
 def _read(file: Path, offset: int, size: int) -> bytes:

@@ -15,6 +15,7 @@ from torch import Tensor
 from dive_fast.config import ConfigError
 from dive_fast.data.prompts import Template, Tokenizer, pack
 from dive_fast.evaluate.head import Head
+from dive_fast.files import new_file
 from dive_fast.ranks import Ranks
 from dive_fast.towers import Towers, unit
 
@@ -102,11 +103,12 @@ def cached_classifier(
     if ranks.group is not None:
         dist.broadcast_object_list(known, src=0, group=ranks.group)
     if known[0]:
-        return _read(path, key).to(ranks.device)
+        return _read(path, key, len(class_names), towers.width).to(ranks.device)
     weights = classifier(towers, tokenizer, class_names, templates, ranks)
     if ranks.first:
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
+        new_file(partial).close()
         about = {"key": key, "class_names": json.dumps(list(class_names), ensure_ascii=False)}
         save_file({"weight": weights.cpu().contiguous()}, partial, about)
         partial.replace(path)
@@ -158,13 +160,13 @@ def _key(
     return digest.hexdigest()
 
 
-def _read(path: Path, key: str) -> Tensor:
+def _read(path: Path, key: str, num_classes: int, width: int) -> Tensor:
     try:
         with safe_open(path, "pt") as file:
             found = (file.metadata() or {}).get("key")
             weight: Tensor = file.get_tensor("weight")
     except Exception as error:  # safetensors has an error of its own for each way to be broken
         raise ConfigError(f"{path}: cannot read the classifier: {error}; remove the file") from error
-    if found != key:
+    if found != key or weight.shape != (num_classes, width) or not weight.is_floating_point():
         raise ConfigError(f"{path}: not the classifier that its name says; remove the file")
     return weight

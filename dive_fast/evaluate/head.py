@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dive_fast.config import ConfigError
+from dive_fast.files import new_file
+from dive_fast.untrusted import parse_json
 
 FILE = "head.safetensors"
 """Its name in a run folder."""
@@ -29,6 +31,7 @@ class Head(NamedTuple):
 def save(head: Head, path: Path) -> None:
     """Writes a head as safetensors with its class names as metadata, whole or not at all."""
     temporary = path.with_name(f".{path.name}.partial")
+    new_file(temporary).close()
     tensors = {name: getattr(head, name).detach().float().cpu().contiguous() for name in ("weight", "bias")}
     save_file(tensors, temporary, {"class_names": json.dumps(list(head.class_names), ensure_ascii=False)})
     temporary.replace(path)
@@ -54,11 +57,15 @@ def load(path: Path) -> Head:
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            names = json.loads((file.metadata() or {}).get("class_names", "null"))
+            names = parse_json((file.metadata() or {}).get("class_names", "null"))
     except Exception as error:  # safetensors has an error of its own for each way to be broken
-        raise ConfigError(f"{path}: cannot be read as a head in safetensors: {error}") from error
+        raise ConfigError(
+            f"{path}: cannot be read as a head in safetensors: {error}; copy it again, or train it anew"
+        ) from error
     weight, bias = tensors.get("weight"), tensors.get("bias")
-    if weight is None or bias is None or not isinstance(names, list):
+    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    are_numbers = all(tensor is not None and tensor.is_floating_point() for tensor in (weight, bias))
+    if weight is None or bias is None or not are_names or not are_numbers:
         raise ConfigError(f"{path}: no head: expected tensors weight and bias, and class_names in its metadata")
     rows = (*weight.shape[:1], *bias.shape, len(names))
     if weight.ndim != 2 or bias.ndim != 1 or len(set(rows)) != 1:

@@ -3,7 +3,6 @@
 The lists of classes are timm's, which open_clip brings; ObjectNet's map comes with every copy of it.
 """
 
-import json
 from dataclasses import replace
 from functools import cache
 from importlib import resources
@@ -12,6 +11,7 @@ from typing import Any
 
 from dive_fast.data.source import DataError, Source, open_folder
 from dive_fast.evaluate.classifier import Members
+from dive_fast.untrusted import parse_json, read_text
 
 OBJECTNET_BORDER = 2
 """Pixels; its README asks that the red edge be cut off."""
@@ -77,8 +77,8 @@ def open_objectnet(images: Path, mappings: Path) -> tuple[Source, Members, tuple
     maps: dict[str, Any] = {}
     for file in MAPPINGS:
         try:
-            text = (mappings / file).read_text(encoding="utf-8")
-            maps[file] = json.loads(text) if file.endswith(".json") else text.splitlines()
+            text = read_text(mappings / file)
+            maps[file] = parse_json(text) if file.endswith(".json") else text.splitlines()
         except (OSError, ValueError) as error:
             raise DataError(
                 f"{mappings / file}: cannot read ObjectNet's map to ImageNet: {error}; every copy has mappings/"
@@ -92,7 +92,7 @@ def open_objectnet(images: Path, mappings: Path) -> tuple[Source, Members, tuple
             folder_of[name]: (name, tuple(class_of[label.strip()] for label in joined.split(";")))
             for name, joined in name_to_imagenet.items()
         }
-    except (KeyError, ValueError, AttributeError) as error:
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
         raise DataError(f"{mappings}: ObjectNet's map does not fit together: {error!r} is not found") from error
     wanted = sorted(by_folder)
     missing = [folder for folder in wanted if not (images / folder).is_dir()]

@@ -4,7 +4,6 @@ A layout is given a folder and returns None where nothing there looks like it. W
 an error: nothing else must be taken for the data set that someone meant to have.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from dive_fast.data.source import IMAGE_SUFFIXES, DataError, Sample, Source, open_folder, open_webdataset
 from dive_fast.evaluate.labelled import Captioned, plain_names
 from dive_fast.evaluate.names import class_names_of, read_lines
+from dive_fast.untrusted import below, read_json
 
 Named = tuple[Source, tuple[str, ...]]
 """Images, and the names of their labels."""
@@ -62,7 +62,9 @@ def karpathy(root: Path, name: str) -> Captioned | None:
             for entry in tree["annotations"]:
                 file = files[entry["image_id"]]
                 captions.setdefault(_first_of(root, f"val2014/{file}", file), []).append(entry["caption"])
-        except (KeyError, TypeError) as error:
+            if not all(isinstance(caption, str) for own in captions.values() for caption in own):
+                raise TypeError("a caption as text")
+        except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{annotations}: not COCO's captions: {error!r} is not found") from error
     else:
         return None
@@ -97,14 +99,14 @@ def coop(root: Path, split: str, images: Sequence[str]) -> Named | None:
     try:
         entries = [(str(path), int(label), str(name)) for path, label, name in tree["test"]]
         everyone = {int(label): str(name) for part in tree.values() for _, label, name in part}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(f"{file}: expected [file, label, class name] under test: {error!r}") from error
     if not entries or sorted(everyone) != list(range(len(everyone))):
         raise DataError(f"{file}: no test image, or labels that do not count from 0")
-    base = next((root / folder for folder in images if (root / folder / entries[0][0]).is_file()), None)
+    base = next((root / folder for folder in images if _below(root / folder, entries[0][0]).is_file()), None)
     if base is None:
         raise DataError(f"{root}: {entries[0][0]} of {split} is in none of {', '.join(images) or '.'}")
-    samples = [Sample(path, base / path, label=label) for path, label, _ in entries]
+    samples = [Sample(path, _below(base, path), label=label) for path, label, _ in entries]
     return _present(samples), plain_names([everyone[label] for label in range(len(everyone))])
 
 
@@ -153,7 +155,7 @@ def aircraft(root: Path) -> Named | None:
                 image, _, name = line.partition(" ")
                 if name not in label_of:
                     raise DataError(f"{data / 'variants.txt'}: no variant {name!r}, which image {image} has")
-                samples.append(Sample(image, data / f"images/{image}.jpg", label=label_of[name]))
+                samples.append(Sample(image, _below(data, f"images/{image}.jpg"), label=label_of[name]))
             return _present(samples), names
     return None
 
@@ -171,7 +173,9 @@ def pets(root: Path) -> Named | None:
             breeds = {label: image.rpartition("_")[0] for image, label in labels.items()}
             if sorted(breeds) != list(range(len(breeds))):
                 raise DataError(f"{listed}: its classes do not count from 1")
-            samples = [Sample(image, data / f"images/{image}.jpg", label=label) for image, label in labels.items()]
+            samples = [
+                Sample(image, _below(data, f"images/{image}.jpg"), label=label) for image, label in labels.items()
+            ]
             names = [" ".join(word.title() for word in breeds[label].split("_")) for label in sorted(breeds)]
             return _present(samples), tuple(names)
     return None
@@ -257,11 +261,19 @@ def _present(samples: list[Sample]) -> Source:
 
 
 def _first_of(root: Path, *files: str) -> Path:
-    return next((root / file for file in files if (root / file).is_file()), root / files[0])
+    places = [_below(root, file) for file in files]
+    return next((place for place in places if place.is_file()), places[0])
+
+
+def _below(root: Path, file: str) -> Path:
+    try:
+        return below(root, file)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{root}: a list there names a file elsewhere: {error}; get the data set anew") from error
 
 
 def _json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: cannot read it: {error}") from error

@@ -1,6 +1,7 @@
 """From one checkpoint to another: how far the geometry has moved on given pairs, as JSON, table and pictures."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from dive_fast.evaluate.weights import exported
 from dive_fast.files import write_whole
 from dive_fast.objective import Pairs
 from dive_fast.ranks import Ranks
+from dive_fast.untrusted import parse_json, read_text
+
+logger = logging.getLogger(__name__)
 
 PRETRAINED = "pre-trained"
 
@@ -91,8 +95,14 @@ def write(report: dict[str, Any], embedded: Embedded, folder: Path, training: Pa
     plots.rsa(embedded.before, embedded.after, report["metrics"], files[1])
     plots.differences(embedded.before, embedded.after, files[2])
     if training is not None and training.is_file():
-        lines = [json.loads(line) for line in training.read_text().splitlines()]
-        if plots.has_course(lines):
+        try:
+            lines = [parse_json(line) for line in read_text(training).splitlines()]
+            drawn = plots.has_course(lines)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            # All else is measured and written.
+            logger.warning("%s: its course is not drawn: a line is none of metrics: %s", training, error)
+            return files
+        if drawn:
             files.append(folder / "geometry_course.png")
             plots.course(lines, files[-1])
     return files

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from dive_fast.data.prompts import Template, read_class_names, read_templates
 from dive_fast.data.source import DataError
+from dive_fast.untrusted import read_text
 
 _VIEWS = ("satellite", "aerial")
 _PLACES = ("asia", "africa", "the americas", "europe", "oceania")
@@ -90,8 +91,8 @@ def read_lines(path: Path) -> tuple[str, ...]:
         DataError: it cannot be read, or is empty.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path, "utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot read it: {error}") from error
     found = tuple(line.strip() for line in lines if line.strip())
     if not found:

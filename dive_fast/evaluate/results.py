@@ -10,6 +10,7 @@ from typing import Any
 from dive_fast.data.source import DataError
 from dive_fast.evaluate.suites import IMAGENET_OOD, KNOWN, SUITES, ZERO_SHOT_10
 from dive_fast.files import write_whole
+from dive_fast.untrusted import parse_json, read_text
 
 Row = dict[str, Any]
 FILE = "results.jsonl"
@@ -31,15 +32,19 @@ class Results:
         if not path.is_file():
             return
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = read_text(path).splitlines()
+        except (OSError, ValueError) as error:
             raise DataError(f"{path}: cannot read it: {error}") from error
         for number, line in enumerate(lines, start=1):
             try:
-                row = json.loads(line)
-                if not set(FIRST) <= set(row):
+                row = parse_json(line)
+                if not isinstance(row, dict) or not set(FIRST) <= set(row):
                     raise ValueError(f"a row needs {', '.join(FIRST)}")
-            except (ValueError, TypeError) as error:
+                if type(row["value"]) not in (int, float) or not all(
+                    isinstance(row[name], str) for name in ("label", "set", "title")
+                ):
+                    raise ValueError("its value is no number, or its label, set or title no text")
+            except ValueError as error:
                 raise DataError(f"{path}: line {number} is no result: {error}; remove it") from error
             self.rows.append(row)
 

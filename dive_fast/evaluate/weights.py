@@ -1,6 +1,5 @@
 """A model with the weights of any checkpoint: this engine's, open_clip's, or DeepSpeed's."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 from dive_fast.checkpoint.format import FIXED, MANIFEST, WEIGHTS, Tensors
 from dive_fast.config import ConfigError, ModelConfig
 from dive_fast.towers import HEAD, Towers, read_weights
+from dive_fast.untrusted import nothing_executed
 
 
 def load_into(towers: Towers, model: ModelConfig, path: Path) -> Towers:
@@ -31,7 +31,7 @@ def load_into(towers: Towers, model: ModelConfig, path: Path) -> Towers:
         state = _state(path) if (path / MANIFEST).exists() else _deepspeed_state(path)
         try:
             towers.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith(HEAD)})
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError, TypeError) as error:  # the latter of what is no table of tensors
             raise ConfigError(f"{path}: not the weights of {model.name}: {_first_line(error)}") from error
         return towers
     return towers.load_exported(read_weights(model, path))
@@ -62,7 +62,8 @@ def _deepspeed_state(folder: Path) -> dict[str, Tensor]:
         raise ConfigError(f"{folder}: no checkpoint there: expected <run>/checkpoints/step<number>")
     try:
         if not partitioned:  # below ZeRO-3 every rank has all weights, and the first wrote them, in fp32
-            state: dict[str, Tensor] = torch.load(whole, map_location="cpu", weights_only=True)["module"]
+            with nothing_executed():
+                state: dict[str, Tensor] = torch.load(whole, map_location="cpu", weights_only=True)["module"]
             return state
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -82,18 +83,9 @@ def _nothing_but_data() -> Iterator[None]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
     classes: list[Any] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-    try:
-        with torch.serialization.safe_globals(classes):
-            yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+    with nothing_executed(), torch.serialization.safe_globals(classes):
+        yield
 
 
 def _first_line(error: Exception) -> str:

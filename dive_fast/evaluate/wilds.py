@@ -10,6 +10,7 @@ import torch
 
 from dive_fast.data.source import DataError, Sample, Source
 from dive_fast.evaluate.scores import Regions
+from dive_fast.untrusted import below
 
 Row = dict[str, str]
 
@@ -25,7 +26,8 @@ def open_iwildcam(root: Path, split: str) -> tuple[Source, tuple[str, ...]]:
     """
     rows = [row for row in _read(root / "metadata.csv", "split", "y", "filename") if row["split"] == split]
     samples = [
-        Sample(row["filename"], root / "train" / row["filename"], label=_number(root, row["y"])) for row in rows
+        Sample(row["filename"], _below(root / "train", row["filename"]), label=_number(root, row["y"]))
+        for row in rows
     ]
     return _source(root, samples, split), _species(root)
 
@@ -87,9 +89,20 @@ def _read(path: Path, *columns: str) -> list[Row]:
             missing = set(columns) - set(reader.fieldnames or ())
             if missing:
                 raise DataError(f"{path}: no column {', '.join(sorted(missing))}")
-            return list(reader)
+            rows = list(reader)
+            short = next((number for number, row in enumerate(rows) if any(row[c] is None for c in columns)), None)
+            if short is not None:
+                raise DataError(f"{path}: row {short + 1} has too few columns; get the data set anew")
+            return rows
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot read it: {error}") from error
+
+
+def _below(folder: Path, file: str) -> Path:
+    try:
+        return below(folder, file)
+    except ValueError as error:
+        raise DataError(f"{folder}: the table names a file elsewhere: {error}; get the data set anew") from error
 
 
 def _number(root: Path, text: str) -> int:

@@ -28,6 +28,7 @@ from dive_fast.teacher import store
 from dive_fast.teacher.fingerprint import Fingerprint
 from dive_fast.teacher.store import HALVES, CacheError, Layout, Store
 from dive_fast.teacher.write import begin
+from dive_fast.untrusted import map_array
 
 FILES = {"image": ("img_emb", "npy"), "text": ("text_emb", "npy"), "metadata": ("metadata", "parquet")}
 """Name (of the folder too) and suffix of each kind of file."""
@@ -342,8 +343,8 @@ def _open(paths: dict[str, Path], dtype: str) -> Partition:
 
 def _map(path: Path, dtype: str) -> NDArray[Any]:
     try:
-        rows = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError) as error:
+        rows = map_array(path)
+    except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
     if rows.ndim != 2 or rows.dtype.name not in ("float16", "float32"):
         raise CacheError(

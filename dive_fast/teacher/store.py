@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dive_fast.config import ConfigError
-from dive_fast.files import write_whole
+from dive_fast.files import new_file, write_whole
+from dive_fast.untrusted import inside, map_array, read_json
 
 FORMAT = 3
 BLOCK = 1024
@@ -110,7 +111,7 @@ def create(folder: Path, layout: Layout, fingerprint: dict[str, Any], origin: st
     folder.mkdir(parents=True, exist_ok=True)
     for half in HALVES:
         shape, dtype = layout.shape(half), np.dtype(layout.dtype)
-        with (folder / f"{half}.npy").open("wb") as file:
+        with new_file(folder / f"{half}.npy") as file:
             header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             file.flush()
@@ -128,26 +129,56 @@ def read_manifest(folder: Path) -> Manifest:
         StaleCacheError: it cannot be read.
     """
     try:
-        found = json.loads((folder / MANIFEST).read_text())
-        if found["format"] != FORMAT:
+        found = read_json(inside(folder, MANIFEST))
+        if not isinstance(found, dict):
+            raise ValueError("expected a JSON object")
+        if (kind := found.get("format")) != FORMAT:
             raise StaleCacheError(
-                f"{folder}: a teacher cache of format {found['format']}, this version has {FORMAT}; rebuild it"
+                f"{folder}: a teacher cache of format {str(kind)[:40]}, this version has {FORMAT}; rebuild it"
             )
-        return Manifest(Layout(**found["layout"]), found["fingerprint"], found.get("origin", COMPUTED))
+        layout, fingerprint, origin = (found.get(key) for key in ("layout", "fingerprint", "origin"))
+        origin = COMPUTED if origin is None else origin
+        if not isinstance(fingerprint, dict) or not isinstance(origin, str) or not isinstance(layout, dict):
+            raise ValueError("expected layout and fingerprint as objects, origin as text")
+        return Manifest(_layout(layout), fingerprint, origin)
     except CacheError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise StaleCacheError(f"{folder / MANIFEST}: cannot read it: {error}; rebuild it") from error
+
+
+def _layout(found: dict[str, Any]) -> Layout:
+    least = {"samples": 0, "views": 1, "width": 1}
+    # Of a type, not an instance: true is a number to Python.
+    sizes = [(found.get(name), one) for name, one in least.items()]
+    if len(found) != 4 or any(type(size) is not int or size < one for size, one in sizes):
+        raise ValueError("layout: expected samples, views, width and dtype, the first three as counts")
+    if max(found["samples"], 1) * found["views"] * found["width"] >= 2**60:
+        raise ValueError("layout: more rows than any disk holds")
+    if found.get("dtype") not in ("float32", "float16"):
+        raise ValueError("layout.dtype: expected float32 or float16")
+    return Layout(**found)
 
 
 class Writer:
     """Writes blocks of a cache that was created, as one of the ranks."""
 
     def __init__(self, folder: Path, layout: Layout, rank: int) -> None:
+        """Opens the files.
+
+        Raises:
+            StaleCacheError: one is not as :func:`create` made it, or is a link to elsewhere.
+            OSError: one cannot be opened.
+        """
         self._layout = layout
-        self._files = {half: (folder / f"{half}.npy").open("r+b") for half in HALVES}
-        self._starts = {half: _data_start(file) for half, file in self._files.items()}
-        self._journal = (folder / f"journal-{rank}").open("ab")
+        try:
+            self._files = {half: inside(folder, f"{half}.npy").open("r+b") for half in HALVES}
+            self._starts = {
+                half: _data_start(file, layout.shape(half), layout.dtype) for half, file in self._files.items()
+            }
+            self._journal = inside(folder, f"journal-{rank}").open("ab")
+        except ValueError as error:
+            raise StaleCacheError(f"{folder}: {error}; rebuild it") from error
         torn = self._journal.tell() % _RECORD.size
         if torn:  # of a record that a kill cut off
             self._journal.truncate(self._journal.tell() - torn)
@@ -184,6 +215,8 @@ def done(folder: Path) -> dict[int, tuple[int, int]]:
     """The blocks that any rank has written, with the checksums of their halves."""
     found: dict[int, tuple[int, int]] = {}
     for journal in sorted(folder.glob("journal-*")):
+        if not journal.is_file():
+            continue
         data = journal.read_bytes()
         for start in range(0, len(data) - _RECORD.size + 1, _RECORD.size):
             block, image, text, own = _RECORD.unpack_from(data, start)
@@ -201,9 +234,9 @@ def finish(partial: Path, folder: Path, layout: Layout) -> None:
 def seal(partial: Path, layout: Layout) -> None:
     """Gives a cache whose blocks are all written its checksums: it can be read under the name it has."""
     found = done(partial)
-    assert set(found) == set(layout.blocks), "not all blocks are written"
+    assert found.keys() >= set(layout.blocks), "not all blocks are written"
     checksums = np.array([found[block] for block in layout.blocks], np.uint32).reshape(-1, len(HALVES))
-    with (partial / CHECKSUMS).open("wb") as file:
+    with new_file(partial / CHECKSUMS) as file:
         np.save(file, checksums)
     for journal in partial.glob("journal-*"):
         journal.unlink()
@@ -231,20 +264,20 @@ class Store:
         self.folder, self._verify = folder, verify
         self.layout, self.fingerprint, self.origin = read_manifest(folder)
         try:
-            self._rows = {half: np.load(folder / f"{half}.npy", mmap_mode="r") for half in HALVES}
+            self._rows: dict[str, Any] = {half: map_array(inside(folder, f"{half}.npy")) for half in HALVES}
             for rows in self._rows.values():
                 if rows.size:
                     # Rows are read in random order: else each would bring 128 KiB of neighbours from the disk.
                     rows._mmap.madvise(mmap.MADV_RANDOM)
-            self._checksums = np.load(folder / CHECKSUMS)
-        except (OSError, ValueError, EOFError) as error:
+            self._checksums = map_array(inside(folder, CHECKSUMS))
+        except (OSError, ValueError) as error:
             raise StaleCacheError(
                 f"teacher cache {folder}: a file of it is damaged: {error}; rebuild it"
             ) from error
-        shapes = {half: (rows.shape, rows.dtype.name) for half, rows in self._rows.items()}
-        if shapes != {half: (self.layout.shape(half), self.layout.dtype) for half in HALVES} or len(
-            self._checksums
-        ) != len(self.layout.blocks):
+        expected: dict[str, Any] = {half: (self.layout.shape(half), self.layout.dtype) for half in HALVES}
+        expected["checksums"] = ((len(self.layout.blocks), len(HALVES)), "uint32")
+        arrays = self._rows | {"checksums": self._checksums}
+        if {name: (rows.shape, rows.dtype.name) for name, rows in arrays.items()} != expected:
             raise StaleCacheError(
                 f"teacher cache {folder}: its arrays are not those of its {MANIFEST}; rebuild it"
             )
@@ -312,8 +345,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def _data_start(file: BinaryIO) -> int:
-    assert np.lib.format.read_magic(file) == (1, 0)
+def _data_start(file: BinaryIO, shape: tuple[int, int], dtype: str) -> int:
+    rows = map_array(Path(file.name))
+    if (rows.shape, rows.dtype.name) != (shape, dtype):
+        raise ValueError(f"{file.name} is not the array of {MANIFEST}")
+    np.lib.format.read_magic(file)
     np.lib.format.read_array_header_1_0(file)
     return file.tell()
 

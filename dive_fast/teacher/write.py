@@ -67,11 +67,13 @@ def begin(partial: Path, layout: Layout, fingerprint: Fingerprint, origin: str, 
         OSError: the disk has not the space.
     """
     if store.is_there(partial):
-        _, found, found_origin = store.read_manifest(partial)
+        found_layout, found, found_origin = store.read_manifest(partial)
         if different := differences(found | {"origin": found_origin}, fingerprint | {"origin": origin}):
             raise StaleCacheError(
                 f"{partial} was begun as the cache of something else ({'; '.join(different)}); rebuild it"
             )
+        if found_layout != layout:
+            raise StaleCacheError(f"{partial}: {found_layout} was begun there, not {layout}; rebuild it")
     elif ranks.first:
         store.create(partial, layout, fingerprint, origin)
     ranks.barrier()
