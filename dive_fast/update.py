@@ -19,6 +19,7 @@ from dive_fast.towers import Towers
 
 INITIAL_SCALE, MIN_SCALE, GROWTH_INTERVAL = 2.0**16, 1.0, 2000
 COUNTS = ("good_steps", "skipped_steps", "nonfinite_steps", "nonfinite_in_row")
+STATE = ("value", *COUNTS)
 """Of :class:`LossScale`."""
 
 
@@ -72,7 +73,7 @@ class LossScale:
 
     def state_dict(self) -> dict[str, float]:
         """Plain numbers."""
-        return {name: getattr(self, name).item() for name in ("value", *COUNTS)}
+        return {name: getattr(self, name).item() for name in STATE}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Goes on from there."""

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import struct
+import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -20,8 +21,11 @@ import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from dive_fast import towers
+from dive_fast.checkpoint import format as checkpoint
+from dive_fast.checkpoint.state import MOMENTS
 from dive_fast.config import Config, ConfigError, ModelConfig, load
 from dive_fast.data.prepare import Options, RawSource, prepare
 from dive_fast.data.prepared import open_prepared, verify
@@ -460,6 +464,70 @@ def test_weights_with_bytes_changed(model: Path, data: st.DataObject) -> None:
     built = towers.create(config, weights=False)
     read = lambda: load_into(built, config, path.parent if "/" in name else path)  # noqa: E731
     with_file(model / "files", name, changed_bytes, read)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of one checkpoint, of a model with two parameters."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    path = folder / "step00000002"
+    path.mkdir()
+    kinds = (checkpoint.WEIGHTS, *MOMENTS)
+    rows = {f"{kind}/{name}": torch.rand(3, 2) for kind in kinds for name in "ab"}
+    save_file(rows, path / "rank00000.safetensors")
+    scale = LossScale("fp16", torch.device("cpu")).state_dict()
+    chosen = {"best": 0.5, "best_step": 2, "since_best": 0}
+    numbers = {"step": 2, "updates": 2, "loss_scale": scale, "validation": chosen}
+    (path / checkpoint.TRAINER).write_text(json.dumps(numbers))
+    seal(path)
+    return folder
+
+
+def seal(path: Path) -> None:
+    """Writes the manifest of what is there, as a stranger would who has changed something."""
+    files = sorted(file for file in path.iterdir() if file.name != checkpoint.MANIFEST)
+    found = {file.name: checkpoint.fingerprint(file) for file in files}
+    manifest = {"format": checkpoint.FORMAT, "ranks": 1, "files": found}
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+
+
+def read_checkpoint(folder: Path) -> None:
+    found = checkpoint.find("auto", folder, ALONE)
+    if found is not None:
+        checkpoint.read_trainer(found)
+        stored = checkpoint.Tensors(found)
+        for kind in (checkpoint.WEIGHTS, *MOMENTS, checkpoint.RANDOM):
+            for name in stored.shapes(kind):
+                stored.read(kind, name, torch.device("cpu"))
+
+
+@fuzzed(150)
+@given(data=st.data(), sealed=st.booleans())
+def test_a_checkpoint_with_bytes_changed(checkpoints: Path, data: st.DataObject, sealed: bool) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        path = shutil.copytree(checkpoints, Path(name) / "checkpoints") / "step00000002"
+        file = data.draw(st.sampled_from(sorted(path.iterdir())))
+        file.write_bytes(data.draw(damaged(file.read_bytes())))
+        if sealed and file.name != checkpoint.MANIFEST:
+            seal(path)
+        held(lambda: read_checkpoint(path.parent), path.parent)
+
+
+@fuzzed(150)
+@given(data=st.data(), kind=st.sampled_from([checkpoint.MANIFEST, checkpoint.TRAINER]))
+def test_a_checkpoints_json_that_was_right_once(checkpoints: Path, data: st.DataObject, kind: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        path = shutil.copytree(checkpoints, Path(name) / "checkpoints") / "step00000002"
+        text = data.draw(changed([json.loads((path / kind).read_text())]))
+        (path / kind).write_bytes(text.encode(errors="surrogatepass"))
+        if kind == checkpoint.TRAINER:
+            seal(path)
+        held(lambda: read_checkpoint(path.parent), path.parent)
+
+
+def test_the_checkpoint_is_found_where_nothing_is_changed(checkpoints: Path) -> None:
+    assert checkpoint.find("auto", checkpoints, ALONE) == checkpoints / "step00000002"
+    read_checkpoint(checkpoints)
 
 
 def with_header(whole: bytes, text: str) -> bytes:

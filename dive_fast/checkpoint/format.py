@@ -15,7 +15,9 @@ called ``step<number>`` is whole, or has been damaged since, which its manifest 
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import deepspeed
@@ -30,6 +32,7 @@ from dive_fast.config import ConfigError
 from dive_fast.engine import Engine
 from dive_fast.ranks import Ranks
 from dive_fast.untrusted import inside, read_json
+from dive_fast.update import COUNTS, STATE
 
 FORMAT = 1
 FOLDER = "checkpoints"
@@ -204,17 +207,13 @@ def read_manifest(checkpoint: Path) -> Mapping[str, Any]:
         DamagedError: it is none.
     """
     path = checkpoint / MANIFEST
-    try:
+    with _held_to_its_form(path):
         manifest = read_json(path)
-        assert manifest["format"] == FORMAT
+        files = manifest["files"]
+        _must(manifest["format"] == FORMAT and TRAINER in files)
         # Plain names: nothing outside the folder is opened.
-        assert all(_is_plain(name) for name in manifest["files"])
-        assert all(
-            type(file["bytes"]) is int and type(file["sha256"]) is str for file in manifest["files"].values()
-        )
-        assert TRAINER in manifest["files"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
-        raise DamagedError(f"{path}: no manifest of a checkpoint of format {FORMAT}") from error
+        _must(all(Path(name).name == name and name.isprintable() for name in files))
+        _must(all(type(file["bytes"]) is int and type(file["sha256"]) is str for file in files.values()))
     return manifest  # type: ignore[no-any-return]
 
 
@@ -225,15 +224,29 @@ def read_trainer(checkpoint: Path) -> Mapping[str, Any]:
         DamagedError: it is none.
     """
     path = checkpoint / TRAINER
-    try:
+    with _held_to_its_form(path):
         numbers = read_json(path)
-        assert type(numbers["step"]) is int
-        assert type(numbers["updates"]) is int
-        assert all(type(value) in (int, float) for value in numbers["loss_scale"].values())
-        assert isinstance(numbers["validation"], dict)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
-        raise DamagedError(f"{path}: not the numbers of a checkpoint of format {FORMAT}") from error
+        scale, validation = numbers["loss_scale"], numbers["validation"]
+        _must(scale.keys() == set(STATE) and validation.keys() == {"best", "best_step", "since_best"})
+        _must(type(scale["value"]) is float and type(validation["best"]) in (float, NoneType))
+        counts = [numbers["step"], numbers["updates"], validation["best_step"], validation["since_best"]]
+        counts += [scale[name] for name in COUNTS]
+        _must(all(type(count) is int and 0 <= count < 2**31 for count in counts))
     return numbers  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _held_to_its_form(path: Path) -> Iterator[None]:
+    """Whatever is missing, or of another type, in a JSON file."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{path}: not as checkpoints of format {FORMAT} have it") from error
+
+
+def _must(holds: bool) -> None:
+    if not holds:
+        raise ValueError("of another form")
 
 
 def fingerprint(file: Path) -> dict[str, Any]:
@@ -245,10 +258,6 @@ def fingerprint(file: Path) -> dict[str, Any]:
 def step_of(checkpoint: Path) -> int:
     """The number of steps in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step"))
-
-
-def _is_plain(name: str) -> bool:
-    return Path(name).name == name and name.isprintable()
 
 
 def _missing(checkpoint: Path) -> str | None:
