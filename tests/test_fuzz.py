@@ -38,6 +38,7 @@ from dive_fast.evaluate.weights import load_into
 from dive_fast.ranks import Ranks
 from dive_fast.teacher import retrieval, store, write
 from dive_fast.teacher.teachers import CachedTeacher
+from dive_fast.update import LossScale
 
 CONFIGS = Path(__file__).parents[1] / "launch" / "configs"
 SHIPPED = [json.loads(path.read_text()) for path in sorted(CONFIGS.glob("*.json"))]
