@@ -168,14 +168,13 @@ class Watch:
                 elif self._store.check(["stop"]):
                     self._requested = self._store.get("stop").decode()
             except RuntimeError:
-                # DistNetworkError and its like; how long there has been no answer is judged below.
-                if last:
-                    return
-            else:
-                now = self._answered = time.monotonic()
-                for rank, sign in zip(others, map(json.loads, signs), strict=True):
-                    if rank not in self._seen or self._seen[rank].sign["count"] != sign["count"]:
-                        self._seen[rank] = _Seen(sign, now)
+                # The connection is gone for good, and torch prints a page at each use of it. That there is no answer
+                # any more is for the other thread to judge.
+                return
+            now = self._answered = time.monotonic()
+            for rank, sign in zip(others, map(json.loads, signs), strict=True):
+                if rank not in self._seen or self._seen[rank].sign["count"] != sign["count"]:
+                    self._seen[rank] = _Seen(sign, now)
             self._closed.wait(self._beat)
 
     def _say_where(self) -> None:
