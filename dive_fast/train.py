@@ -99,13 +99,13 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
                 raise nonfinite.error()
             is_due, every = validation.is_due(step), options.checkpoint_every
             # An evaluation may be left at any moment, since what it starts from is whole.
-            must_be_whole = is_due or agreed.stop or step == run.total_steps
-            if must_be_whole or (every is not None and step % every == 0):
+            is_leaving = bool(agreed.stop) or step == run.total_steps
+            if is_due or is_leaving or (every is not None and step % every == 0):
                 watch.at(step, "checkpoint")
                 metrics.flush()
-                saver.save(step, validation.state_dict())
-            if must_be_whole:
-                saver.finish(must=not is_due)
+                saver.save(step, validation.state_dict(), must=is_leaving)
+            if is_due or is_leaving:
+                saver.finish(must=is_leaving)
             if agreed.stop and step < run.total_steps:
                 consensus.settle()
                 raise Stopped(

@@ -57,14 +57,15 @@ class Saver:
             for left_behind in (*folder.glob(".step*.partial"), *folder.glob(".step*.replaced")):
                 shutil.rmtree(left_behind, ignore_errors=True)
 
-    def save(self, step: int, validation: dict[str, Any]) -> None:
+    def save(self, step: int, validation: dict[str, Any], *, must: bool = False) -> None:
         """Copies the state after ``step`` steps and begins to write it; all ranks call it.
 
         Args:
             validation: as :func:`dive_fast.checkpoint.format.trainer` has it.
+            must: a failure is raised whatever ``train.on_save_error`` says.
 
         Raises:
-            SaveError: this or the former save failed, and ``train.on_save_error`` is ``stop``.
+            SaveError: it could not be begun, or the former save failed.
         """
         self.finish()
         engine, path = self._engine, self._folder / f"step{step:08d}"
@@ -75,7 +76,7 @@ class Saver:
                     shutil.rmtree(partial, ignore_errors=True)
                     partial.mkdir(parents=True)
         except SaveError as error:
-            self._failed(error)
+            self._failed(error, must)
             return
         self._number += 1
         numbers = trainer(engine, step, validation)
@@ -119,7 +120,7 @@ class Saver:
         """Waits until what is under way is whole under its name; all ranks call it.
 
         Args:
-            must: a failure is raised whatever ``train.on_save_error`` says.
+            must: as for :meth:`save`.
 
         Raises:
             SaveError: it failed.
@@ -139,7 +140,7 @@ class Saver:
                 shutil.rmtree(save.partial, ignore_errors=True)
             self._failed(error, must)
 
-    def _failed(self, error: SaveError, must: bool = False) -> None:
+    def _failed(self, error: SaveError, must: bool) -> None:
         if must or self._options.on_save_error == "stop":
             raise error
         self._engine.ranks.say(f"warning: {error}; the run goes on from memory, as train.on_save_error says")
