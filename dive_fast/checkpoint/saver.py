@@ -36,7 +36,7 @@ LATEST = "latest"
 """A file beside the checkpoints with the name of the newest."""
 
 
-class SaveError(RuntimeError):
+class SaveError(Exception):
     """A checkpoint could not be written; the message is one line, and older checkpoints are as they were."""
 
 

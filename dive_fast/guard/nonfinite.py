@@ -16,7 +16,7 @@ BEHIND = 64
 """Steps that the device's numbers may be late by; the samples of so many more are remembered."""
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(Exception):
     """``train.nonfinite_limit`` steps in a row were skipped; the message is one line and says whose samples."""
 
 

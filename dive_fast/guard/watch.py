@@ -50,7 +50,7 @@ NUMBERS = itertools.count()
 """Of the runs of this process group: what was said in one is not of the next."""
 
 
-class LostError(RuntimeError):
+class LostError(Exception):
     """Another rank failed, died or hangs; the message names it and its step, in one line."""
 
 
@@ -168,8 +168,8 @@ class Watch:
                 elif self._store.check(["stop"]):
                     self._requested = self._store.get("stop").decode()
             except RuntimeError:
-                # The connection is gone for good, and torch prints a page at each use of it. That there is no answer
-                # any more is for the other thread to judge.
+                # The connection is gone for good, and torch prints a page at each use of it. That there is no
+                # answer any more is for the other thread to judge.
                 return
             now = self._answered = time.monotonic()
             for rank, sign in zip(others, map(json.loads, signs), strict=True):
