@@ -173,13 +173,12 @@ def sweep_tables(rows: Sequence[Row], batch_size: int) -> list[str]:
     run = chosen(rows, "cifar10", "dive", "equal")
     lines: list[str] = []
     for title, cases in {} if run is None else sweeps(run, batch_size).items():
-        lines += ["", f"| {title} | seeds | ID | OOD | ZS | Tiny | RSA | mean u, v, m | s |", "|---" * 9 + "|"]
+        lines += ["", f"| {title} | seeds | ID | OOD | ZS | Tiny | RSA | mean u, v, m |", "|---" * 8 + "|"]
         for name, found in with_equal_seeds(rows, cases).items():
             cells = [figure(found, of).percent() for of in (_of("id"), ood, _of("zs"), _of("tiny"))]
             norms = ", ".join(f"{figure(found, _of(symbol)).mean:.1e}" for symbol in "uvm")
-            seconds = figure(found, _of("seconds")).mean
             shape = figure(found, _of("rsa")).plain()
-            lines.append(f"| {name} | {len(found)} | {' | '.join(cells)} | {shape} | {norms} | {seconds:.0f} |")
+            lines.append(f"| {name} | {len(found)} | {' | '.join(cells)} | {shape} | {norms} |")
     return lines
 
 
