@@ -506,11 +506,11 @@ def _(case: Case) -> None:
 @fault("NaN in one rank's batch, ZeRO 0 and 2, and a kill after", f"counted; {AGAIN}")
 def _(case: Case) -> None:
     for stage in (0, 2):
-        options = (f"deepspeed.zero_optimization.stage={stage}",)
+        options = (f"deepspeed.zero_optimization.stage={stage}", "train.checkpoint_every=1")
         ended(case.job.go(At(STEP, "nan pictures", rank=0, call=3), overrides=options), 0, 0)
         weights, losses = case.job.result()
         shutil.rmtree(case.job.run / "checkpoints")
-        happenings = At(STEP, "nan pictures", rank=0, call=3), At("step 6", "SIGKILL")
+        happenings = At(STEP, "nan pictures", rank=0, call=3), LATE
         ended(case.job.go(*happenings, overrides=options), KILLED, KILLED)
         ended(case.job.go(overrides=options), 0, 0)
         assert _columns(case, "nonfinite_steps") == [0, 0, 1, 1, 1, 1]
@@ -536,7 +536,9 @@ def _(case: Case) -> None:
 def _(case: Case) -> None:
     ended(case.job.go(At(STEP, "overflow", call=3), overrides=("train.precision=fp16",)), 0, 0)
     assert _columns(case, "nonfinite_steps") == [0] * STEPS
-    assert _columns(case, "skipped_steps")[1:3] == [0, 1]
+    # From its start of 2^16 it overflows of itself too.
+    before, after = _columns(case, "skipped_steps")[1:3]
+    assert after == before + 1
     assert _columns(case, "loss_scale")[2] == 2.0**126
 
 
