@@ -28,9 +28,7 @@ class Host:
         Args:
             options: of :class:`subprocess.Popen`.
         """
-        return subprocess.Popen(
-            [*_enter(self.pid), *command], text=True, stdin=subprocess.DEVNULL, **options
-        )
+        return subprocess.Popen([*_enter(self.pid), *command], text=True, stdin=subprocess.DEVNULL, **options)
 
     def processes(self) -> list[str]:
         """The command lines of what runs on the host, its first process aside."""
@@ -40,9 +38,10 @@ class Host:
             if entry.name != "1" and _is_alive(entry)
         ]
 
-    def kill(self, name: str, pattern: str) -> None:
-        """Sends a signal, such as ``KILL``, to what runs on the host with the pattern in its command line."""
-        _run(*_enter(self.pid), "pkill", f"-{name}", "--full", "--", pattern)
+    def kill(self) -> None:
+        """Ends what runs on the host, its first process aside."""
+        # Fails where nothing does.
+        subprocess.run([*_enter(self.pid), "sh", "-c", "kill -KILL -1"], capture_output=True, check=False)
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,8 @@ _UNSHARE = ("unshare", "--fork", "--pid", "--mount-proc", "--net", "--uts")
 @contextmanager
 def _first_process() -> Iterator[int]:
     """The first process of new namespaces; it waits for its input to end, which it does however this one ends."""
-    with subprocess.Popen([*_UNSHARE, "sh", "-c", "echo; exec cat"], stdin=-1, stdout=-1) as unshare:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([*_UNSHARE, "sh", "-c", "echo; exec cat"], **pipes) as unshare:
         assert unshare.stdout is not None
         assert unshare.stdout.readline() == b"\n", "no namespaces"
         pid = int(Path(f"/proc/{unshare.pid}/task/{unshare.pid}/children").read_text())
