@@ -136,8 +136,9 @@ def _interface(local_ranks: int) -> str | None:
         return next((name for name in addresses if any(own == entry.address for entry in addresses[name])), None)
     if 0 < local_ranks < int(os.environ["WORLD_SIZE"]):
         raise ValueError(
-            f"MASTER_ADDR = {master} is {address[0]} on {socket.gethostname()}, which other machines cannot reach: "
-            "name an address of the network between them (deepspeed --master_addr), or set GLOO_SOCKET_IFNAME"
+            f"MASTER_ADDR = {master} is {address[0]} on {socket.gethostname()}, which other machines cannot "
+            "reach: name an address of the network between them (deepspeed --master_addr), or set "
+            "GLOO_SOCKET_IFNAME"
         )
     return None
 

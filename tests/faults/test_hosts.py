@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 MASTER = "10.77.0.1"
-STEPS, CUT_AFTER = 30, 10
+STEPS, CUT_AFTER = 18, 6
 CLOCKS = {"images_per_second", "data_wait"}
 SILENCE = {"DEEPSPEED_TIMEOUT": "1"}
 """Minutes that a collective waits for a host of which nothing is heard."""
 SILENCE_SECONDS = 60.0
-BUSY_SECONDS = 180.0
+BUSY_SECONDS = 240.0
 """That start and end of Python, torch and DeepSpeed may take on a busy machine."""
 
 pytestmark = pytest.mark.slow
@@ -49,7 +49,7 @@ def net() -> Iterator[Hosts]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hosts")
-    tree = tiny.write_config(folder, epochs=10, max_steps=STEPS, checkpoint_every=4)
+    tree = tiny.write_config(folder, epochs=6, max_steps=STEPS, checkpoint_every=4)
     (folder / "config.json").write_text(json.dumps(tree))
     (folder / "hosts").write_text("host0 slots=1\nhost1 slots=1\n")
     return folder
@@ -64,7 +64,7 @@ def whole(net: Hosts, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cut(net: Hosts, folder: Path) -> Iterator[Cut]:
+def cut(net: Hosts, folder: Path) -> Cut:
     """A run whose hosts lose each other midway without being told; afterwards they are joined again."""
     with _train_on_both(net, folder, "cut", **SILENCE) as started:
         until = time.monotonic() + BUSY_SECONDS
@@ -73,9 +73,11 @@ def cut(net: Hosts, folder: Path) -> Iterator[Cut]:
             assert not any(process.poll() for process in started), _output(folder, "cut")
             time.sleep(0.005)
         net.cut()
-        exit_codes = _exit_codes(started, SILENCE_SECONDS + BUSY_SECONDS)
+        try:
+            exit_codes = _exit_codes(started, SILENCE_SECONDS + BUSY_SECONDS)
+        finally:
+            net.restore()
         left = [host.processes() for host in net.hosts]
-    net.restore()
     return Cut(exit_codes, left, _metrics(folder / "cut"))
 
 
