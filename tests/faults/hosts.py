@@ -32,11 +32,8 @@ class Host:
 
     def processes(self) -> list[str]:
         """The command lines of what runs on the host, its first process aside."""
-        return [
-            (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            for entry in Path(f"/proc/{self.pid}/root/proc").glob("[0-9]*")
-            if entry.name != "1" and _is_alive(entry)
-        ]
+        found = (_command_line(entry) for entry in Path(f"/proc/{self.pid}/root/proc").glob("[0-9]*"))
+        return [line for line in found if line is not None]
 
     def kill(self) -> None:
         """Ends what runs on the host, its first process aside."""
@@ -55,14 +52,9 @@ class Hosts:
         """From now on packets between hosts vanish; as with a dead switch, no host is told."""
         _run(*_enter(self.switch, "--net"), "ip", "link", "set", "switch", "down")
 
-    def unplug(self, host: Host) -> None:
-        """Takes the cable out: this host sees its link go."""
-        _run(*_enter(self.switch, "--net"), "ip", "link", "set", host.name, "down")
-
     def restore(self) -> None:
         """Packets pass again."""
-        for name in ("switch", *NAMES):
-            _run(*_enter(self.switch, "--net"), "ip", "link", "set", name, "up")
+        _run(*_enter(self.switch, "--net"), "ip", "link", "set", "switch", "up")
 
 
 def why_not() -> str | None:
@@ -134,9 +126,12 @@ def _run(*command: str) -> None:
     subprocess.run(command, check=True, timeout=60)
 
 
-def _is_alive(entry: Path) -> bool:
+def _command_line(entry: Path) -> str | None:
+    """Of a process by its folder in ``/proc``; None where it has ended, or is the first one."""
     try:
         # The name, in brackets, may hold anything.
-        return (entry / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+        line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
     except OSError:
-        return False
+        return None
+    return None if entry.name == "1" or state in "ZX" else line

@@ -21,7 +21,7 @@ MASTER = "10.77.0.1"
 STEPS, CUT_AFTER = 18, 6
 CLOCKS = {"images_per_second", "data_wait"}
 SILENCE = {"DEEPSPEED_TIMEOUT": "1"}
-"""Minutes that a collective waits for a host of which nothing is heard."""
+"""The limit, in minutes and the environment, on how long a collective waits for a host that says nothing."""
 SILENCE_SECONDS = 60.0
 BUSY_SECONDS = 240.0
 """That start and end of Python, torch and DeepSpeed may take on a busy machine."""
@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(net: Hosts, folder: Path) -> Path:
     """The run of two ranks on one host."""
-    with _train(net.hosts[:1], folder, "whole", ["--num_accelerators=2"]) as started:
+    with _train(net.hosts[:1], folder, "whole", [["--num_accelerators=2"]]) as started:
         assert _exit_codes(started) == [0], _output(folder, "whole")
     return folder / "whole"
 
@@ -128,10 +128,16 @@ def test_a_master_whose_own_name_is_loopback_says_so_at_once(net: Hosts) -> None
 
 @contextmanager
 def _train(
-    hosts: Sequence[Host], folder: Path, name: str, *options: list[str], **environment: str
+    hosts: Sequence[Host], folder: Path, name: str, options: list[list[str]], *overrides: str, **environment: str
 ) -> Iterator[list["subprocess.Popen[str]"]]:
     """Starts a run, with options for each host's launcher; what is left of it ends with the block."""
-    arguments = ["launch/train.py", "--config", str(folder / "config.json"), f"train.output={folder / name}"]
+    arguments = [
+        "launch/train.py",
+        "--config",
+        str(folder / "config.json"),
+        f"train.output={folder / name}",
+        *overrides,
+    ]
     started = []
     try:
         for host, own in zip(hosts, options, strict=True):
@@ -157,14 +163,14 @@ def _train(
 
 @contextmanager
 def _train_on_both(
-    net: Hosts, folder: Path, name: str, **environment: str
+    net: Hosts, folder: Path, name: str, *overrides: str, **environment: str
 ) -> Iterator[list["subprocess.Popen[str]"]]:
     """As an administrator does who has no ssh between hosts: the launcher is started on each of them."""
     options = [
         [f"--hostfile={folder / 'hosts'}", "--no_ssh", f"--node_rank={number}", f"--master_addr={MASTER}"]
         for number in range(len(net.hosts))
     ]
-    with _train(net.hosts, folder, name, *options, **environment) as started:
+    with _train(net.hosts, folder, name, options, *overrides, **environment) as started:
         yield started
 
 
