@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 MASTER = "10.77.0.1"
-STEPS, CUT_AFTER = 18, 6
+STEPS, CUT_AFTER = 36, 6
 CLOCKS = {"images_per_second", "data_wait"}
 SILENCE = {"DEEPSPEED_TIMEOUT": "1"}
 """The limit, in minutes and the environment, on how long a collective waits for a host that says nothing."""
@@ -49,7 +49,7 @@ def net() -> Iterator[Hosts]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hosts")
-    tree = tiny.write_config(folder, epochs=6, max_steps=STEPS, checkpoint_every=4)
+    tree = tiny.write_config(folder, epochs=12, max_steps=STEPS, checkpoint_every=4)
     (folder / "config.json").write_text(json.dumps(tree))
     (folder / "hosts").write_text("host0 slots=1\nhost1 slots=1\n")
     return folder
