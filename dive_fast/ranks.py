@@ -1,5 +1,6 @@
 """The ranks of a run: their process group and this one's device."""
 
+import ipaddress
 import os
 import socket
 import sys
@@ -8,10 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
+
+from dive_fast.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,9 @@ def join() -> Ranks:
     """Joins the process group that the launcher (deepspeed, torchrun, Slurm) announces; alone without one.
 
     CUDA runs on NCCL, the CPU on gloo with the machine's cores divided among its ranks.
+
+    Raises:
+        UserError: other machines cannot reach this one by ``MASTER_ADDR``.
     """
     import deepspeed
 
@@ -100,19 +107,50 @@ def join() -> Ranks:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or _local_size())
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
         # Else DeepSpeed compiles a shared-memory collective at start, for up to 90 s; gloo does its work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)
+    # With GPUs too: what ranks agree on beside their steps goes over gloo.
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := _interface(local_ranks)):
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (local_ranks or _ranks_here())))
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
-def _local_size() -> int:
-    # DeepSpeed's launcher does not always say how many ranks this machine has; on one machine it is all of them.
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def _interface(local_ranks: int) -> str | None:
+    """The network interface on the way to ``MASTER_ADDR``; None to leave the choice to gloo.
+
+    Gloo's own choice is the one that the machine's name stands for: on many systems loopback, at which ranks on
+    other machines find nobody, or a rank of their own.
+    """
+    master = os.environ["MASTER_ADDR"]
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(master, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # sends nothing, but binds to the address that packets would come from
+            own = probe.getsockname()[0]
+    except OSError:
+        return None  # the process group will say it better
+    if not ipaddress.ip_address(own).is_loopback:
+        addresses = psutil.net_if_addrs()
+        return next((name for name in addresses if any(own == entry.address for entry in addresses[name])), None)
+    if 0 < local_ranks < int(os.environ["WORLD_SIZE"]):
+        raise UserError(
+            f"MASTER_ADDR = {master} is {address[0]} on {socket.gethostname()}, which other machines cannot "
+            "reach: name an address of the network between them (deepspeed --master_addr), or set "
+            "GLOO_SOCKET_IFNAME"
+        )
+    return None
+
+
+def _ranks_here() -> int:
+    """How many ranks run on this machine, for launchers that do not say so."""
+    names = [""] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return names.count(socket.gethostname())
 
 
 def free_port() -> int:

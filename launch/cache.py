@@ -30,21 +30,22 @@ def main(arguments: list[str] | None = None) -> int:
 
     # Only pydantic so far: a typo is told at once.
     from dive_fast.config import ConfigError, load
+    from dive_fast.errors import UserError
 
     try:
         config = load(options.config, options.overrides, command.CONFIGS)
         if config.data.reference is None:
             raise ConfigError("data.reference: a teacher cache is of a reference set; name one")
         from dive_fast.data.sets import open_reference
-        from dive_fast.data.source import DataError
         from dive_fast.ranks import join
         from dive_fast.teacher import build, retrieval
         from dive_fast.teacher.audit import write_audit
         from dive_fast.towers import create
-    except ConfigError as error:
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        ranks = join()
+    except UserError as error:
         return command.complain(error, options)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    ranks = join()
     path = build.cache_folder(config, command.run_folder(config.train.output, options.config))
     try:
         if options.adopt or options.export:
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             found = build.adopt_cache(config, path, towers, samples, ranks, embeddings, options.rebuild)
             told += f" of {options.adopt}, where {len(embeddings) - len(source)} more are not needed"
-    except (ConfigError, DataError) as error:
+    except UserError as error:
         return command.complain(error, options)
     if ranks.first:
         print(told + (f"; {found}" if found is not None else ""))

@@ -19,23 +19,24 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
 
     # Only pydantic so far: a typo is told at once.
-    from dive_fast.config import ConfigError, load
+    from dive_fast.config import load
+    from dive_fast.errors import UserError
 
     try:
         config = load(options.config, options.overrides, command.CONFIGS)
-        from dive_fast.data.source import DataError
         from dive_fast.evaluate import ensemble
         from dive_fast.ranks import join
-    except ConfigError as error:
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        ranks = join()
+    except UserError as error:
         return command.complain(error, options)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    ranks = join()
     run = command.run_folder(config.train.output, options.config)
     folder = options.output or run
     try:
         weights = options.weights or run / "model.safetensors"
         found = ensemble.ensemble(config, weights, ranks, chosen_on=options.choose_on)
-    except (ConfigError, DataError) as error:
+    except UserError as error:
         return command.complain(error, options)
     if ranks.first:
         ensemble.write(found, folder)

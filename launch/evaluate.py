@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     # Only pydantic so far: a typo is told at once.
     from dive_fast.config import ConfigError, EvaluateConfig, EvaluationSet, ModelConfig, load
+    from dive_fast.errors import UserError
 
     try:
         config = load(options.config, options.overrides, command.CONFIGS) if options.config is not None else None
@@ -43,7 +44,6 @@ def main(arguments: list[str] | None = None) -> int:
         defaults = config.evaluate if config is not None else EvaluateConfig()
         weights = _weights(options, config)
         from dive_fast import towers
-        from dive_fast.data.source import DataError
         from dive_fast.engine import AUTOCAST
         from dive_fast.evaluate import head as heads
         from dive_fast.evaluate import measure, suites
@@ -62,10 +62,11 @@ def main(arguments: list[str] | None = None) -> int:
         } or defaults.sets
         if not sets:
             raise ConfigError("evaluate.sets names no set; name some there, or by --suite and --root")
-    except ConfigError as error:
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        ranks = join()
+    except UserError as error:
         return command.complain(error, options)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    ranks = join()
     head_file = _head(options, weights)
     precision = options.precision or (config.train.precision if config is not None else "fp32")
     folder = options.output or _folder(options, config)
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.again,
     )
     try:
-        with ranks.together(ConfigError, DataError):
+        with ranks.together(UserError):
             results = Results(folder)
             opened = measure.open_all(sets, ranks, options.skip_missing)
             built = towers.create(model, weights=weights is None)
@@ -95,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
             "head": None if head_file is None else str(head_file),
         }
         rows = measure.measure_all(built, tokenizer, sets, opened, ranks, results, how, about, head)
-    except (ConfigError, DataError) as error:
+    except UserError as error:
         return command.complain(error, options)
     if ranks.first:
         print(as_markdown(rows), end="")

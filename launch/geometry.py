@@ -34,20 +34,21 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
 
     # Only pydantic so far: a typo is told at once.
-    from dive_fast.config import ConfigError, load
+    from dive_fast.config import load
+    from dive_fast.errors import UserError
 
     try:
         config = load(options.config, options.overrides, command.CONFIGS)
-        from dive_fast.data.source import DataError
         from dive_fast.evaluate import movement
         from dive_fast.evaluate.pairs import describe_pairs
         from dive_fast.ranks import join
 
         data = describe_pairs(config, options.pairs, options.format, options.image_root)
-    except ConfigError as error:
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        ranks = join()
+    except UserError as error:
         return command.complain(error, options)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    ranks = join()
     run = command.run_folder(config.train.output, options.config)
     after = options.after or run / "model.safetensors"
     try:
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
             "pairs": data.path,
         }
         report = movement.measure(embedded, about)
-    except (ConfigError, DataError) as error:
+    except UserError as error:
         return command.complain(error, options)
     # The run's course is that of its own weights.
     training = run / "metrics.jsonl" if options.after is None else None

@@ -32,26 +32,27 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--json, --ranks and --device go with --dry-run")
 
     # Only pydantic so far: a typo is told at once.
-    from dive_fast.config import ConfigError, load
+    from dive_fast.config import load
+    from dive_fast.errors import UserError
 
     try:
         config = load(options.config, options.overrides, command.CONFIGS)
         if options.dry_run:
             return dry_run(config, options)
         from dive_fast.checkpoint.saver import SaveError
-        from dive_fast.data.source import DataError
         from dive_fast.guard.nonfinite import NonFiniteError
         from dive_fast.guard.watch import LOST, STOPPED, LostError
         from dive_fast.ranks import join
         from dive_fast.train import Stopped, train
-    except ConfigError as error:
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        ranks = join()
+    except UserError as error:
         return command.complain(error, options)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    ranks = join()
     folder = command.run_folder(config.train.output, options.config)
     try:
         results = train(config, folder, ranks)
-    except (ConfigError, DataError) as error:
+    except UserError as error:
         return command.complain(error, options)
     except KeyboardInterrupt:
         # Before the first step, or after the last: there was nothing to save.
