@@ -165,9 +165,10 @@ class Job:
 
 def config(folder: Path) -> dict[str, Any]:
     """A small run of :data:`STEPS` steps on real parts."""
-    tree = tiny.write_config(folder, epochs=2, learning_rate=1e-4, checkpoint_every=2, keep_last=2)
+    tree = tiny.write_config(folder, epochs=3, learning_rate=1e-4, checkpoint_every=2, keep_last=2)
     tree["objective"] = {"weight": 1.0}
-    tree["data"]["reference"]["batch_size"] = 4
+    # For one, two and three ranks.
+    tree["data"]["target"]["batch_size"], tree["data"]["reference"]["batch_size"] = 12, 6
     return tree
 
 

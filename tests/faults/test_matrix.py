@@ -25,7 +25,8 @@ from dive_fast.data import prepare
 from dive_fast.data.source import open_webdataset
 from dive_fast.guard.watch import LOST, STOPPED
 
-SAME = "bit for bit the weights and losses of a run without it"
+SAME = "the same bits"
+"""Weights and losses of a run that nothing happened to."""
 SAVED = f"all ranks save and exit {STOPPED}; started again: {SAME}"
 AGAIN = f"started again: {SAME}"
 KILLED = -signal.SIGKILL
@@ -463,11 +464,11 @@ def nearly(case: Case, ranks: int, *overrides: str) -> None:
             assert (weights[name] - value).norm() < 0.05 * (value - start[name]).norm(), name
 
 
-for ranks, stage in ((1, 2), (4, 2), (2, 0), (2, 3), (1, 3)):
+for ranks, stage in ((1, 2), (3, 2), (2, 0), (2, 3), (1, 3)):
 
     @fault(
         f"a run on 2 ranks with ZeRO-2 goes on with {ranks} and ZeRO-{stage}",
-        "the losses of a run without it to 1e-4, its weights but for rounding",
+        "the same losses to 1e-4, the same weights but for rounding",
         quick=(ranks, stage) == (1, 3),
     )
     def _(case: Case, ranks: int = ranks, stage: int = stage) -> None:
@@ -475,11 +476,11 @@ for ranks, stage in ((1, 2), (4, 2), (2, 0), (2, 3), (1, 3)):
         nearly(case, ranks, f"deepspeed.zero_optimization.stage={stage}")
 
 
-@fault("one run on 2 ranks, then 1, then 4, a kill between", "the losses of a run without it to 1e-4")
+@fault("one run on 2 ranks, then 1, then 3, a kill between", "the same losses to 1e-4")
 def _(case: Case) -> None:
     ended(case.job.go(LATE), KILLED, KILLED)
     ended(case.job.go(LATE, ranks=1), KILLED)
-    nearly(case, 4)
+    nearly(case, 3)
 
 
 # Numbers.
@@ -527,7 +528,7 @@ def _(case: Case) -> None:
     ended(outcome, 1, 1, says="was not finite in 3 steps in a row, the last being 4")
     kept = json.loads((case.job.run / "nonfinite/rank00001.json").read_text())
     assert [step["step"] for step in kept] == [2, 3, 4]
-    assert all(len(step["target"]) == 4 for step in kept)
+    assert all(len(step["target"]) == 6 for step in kept)
     assert all(re.fullmatch(r".*\d{4}", key) for step in kept for key in step["target"])
     assert [path.name for path in case.job.checkpoints()] == ["step00000002", "step00000004"]
 
@@ -588,8 +589,9 @@ def table() -> str:
 def test_the_table_of_faults_is_up_to_date() -> None:
     assert len(FAULTS) >= 40
     path = REPOSITORY / "docs/reliability.md"
-    before, _, rest = path.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
+    text = path.read_text()
+    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+    expected = before + BEGIN + table() + END + after
     if "DIVE_WRITE_TABLE" in os.environ:
-        path.write_text(before + BEGIN + table() + END + after)
-    assert rest.startswith(table()), "make it anew: DIVE_WRITE_TABLE=1 pytest tests/faults -k table"
+        path.write_text(expected)
+    assert path.read_text() == expected, "make it anew: DIVE_WRITE_TABLE=1 pytest tests/faults -k table"
