@@ -62,7 +62,7 @@ def main() -> int:
             starts += 1
             job.start(ranks=ranks, overrides=overrides)
             # At times before the run can end, at times after.
-            time.sleep(draw.uniform(1.0, 1.5 * outcome.seconds))
+            time.sleep(draw.uniform(0.5, outcome.seconds))
             number, rank = draw.choice(SIGNALS), draw.randrange(ranks)
             sent = job.kill(rank, number)
             # A rank that is frozen is for the others to notice; it does not end by itself.
