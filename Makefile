@@ -34,7 +34,7 @@ test test-all: install
 	check types $(bin)/mypy; \
 	check imports $(bin)/lint-imports --no-logo; \
 	check kernels $(bin)/pytest $(selection) $(interpreted) -n logical --maxprocesses 4; \
-	check tests $(bin)/pytest $(selection) $(addprefix --ignore=,$(interpreted)) $(coverage); \
+	check tests $(bin)/pytest $(selection) $(addprefix --ignore=,$(interpreted)) $(coverage) -n 2 --dist loadfile; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 gpu-check: install

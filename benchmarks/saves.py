@@ -57,7 +57,7 @@ def main() -> None:
         for number in range(1, options.rounds + 1):
             alone = statistics.median(timed(step) for _ in range(STEPS_ALONE))
             begun = time.perf_counter()
-            held = timed(lambda number=number: saver.save(2 * number, numbers))  # type: ignore[misc]
+            held = timed(lambda number=number: saver.save(2 * number, numbers, {}))  # type: ignore[misc]
             beside = []
             agreed = Votes()
             while agreed.committed < 2 * number - 1:
@@ -65,7 +65,7 @@ def main() -> None:
                 agreed = saver.votes()
                 saver.heard(agreed)
             whole = time.perf_counter() - begun
-            saver.save(2 * number + 1, numbers)
+            saver.save(2 * number + 1, numbers, {})
             waited = held + timed(saver.finish)
             deepspeed = timed(lambda: engine.deepspeed.save_checkpoint(str(folder / "deepspeed"), tag="one"))
             size = sum(file.stat().st_size for file in next((folder / "ours").glob("step*")).iterdir())

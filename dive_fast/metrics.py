@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -28,11 +28,21 @@ SHOWN = {"loss": "loss", "u": "image_norm", "v": "text_norm", "img/s": "images_p
 class Metrics:
     """Written by the first rank, known to all; the loop never waits for the device's numbers."""
 
-    def __init__(self, run: Run, first_step: int, batches: Batches) -> None:
-        """Begins a run, or goes on with it: lines of steps that will be done again are removed."""
+    def __init__(
+        self, run: Run, first_step: int, batches: Batches, newest: Mapping[str, float | None] | None = None
+    ) -> None:
+        """Begins a run, or goes on with it: lines of steps that will be done again are removed.
+
+        Args:
+            newest: as :meth:`state_dict` had them after ``first_step`` steps.
+        """
         self._run, self._batches, self._options = run, batches, run.config.train
         self._enabled = run.ranks.first
-        self._newest: dict[str, Tensor] = {}
+        device = run.ranks.device
+        self._newest = {
+            name: torch.tensor(math.nan if value is None else value, dtype=torch.float64, device=device)
+            for name, value in (newest or {}).items()
+        }
         self._last: dict[str, float] = {}
         self._underway: deque[_Line] = deque()
         self._since, self._since_step, self._since_waited = time.perf_counter(), first_step, 0.0
@@ -71,6 +81,12 @@ class Metrics:
         begun = time.perf_counter()
         yield
         self._since += time.perf_counter() - begun
+
+    def state_dict(self) -> dict[str, float | None]:
+        """The newest of each, which those of the reference half may remain for some steps."""
+        self.flush()
+        numbers = Reading(self._newest).numbers()
+        return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
     def flush(self) -> None:
         """Writes what is under way."""

@@ -53,14 +53,15 @@ def train(config: Config, folder: Path, ranks: Ranks) -> dict[str, float]:
 
 def _loop(run: Run, watch: Watch) -> dict[str, float]:
     engine, options, folder = run.engine, run.config.train, run.folder
-    validation, step = Validation(run), 0
+    validation, step, newest = Validation(run), 0, {}
     if run.checkpoint is not None:
-        step, found = checkpoint.load(engine, run.checkpoint)
-        validation.load_state_dict(found)
+        found = checkpoint.load(engine, run.checkpoint)
+        step, newest = found["step"], found["metrics"]
+        validation.load_state_dict(found["validation"])
     saver, consensus = Saver(engine, folder / checkpoint.FOLDER, options), Consensus(run.ranks)
     nonfinite = NonFinite(options.nonfinite_limit, folder, run.ranks)
     ahead = batches(run, range(step, step if validation.is_over else run.total_steps))
-    metrics = Metrics(run, step, ahead)
+    metrics = Metrics(run, step, ahead, newest)
 
     def evaluate() -> None:
         watch.at(step, "evaluation")
@@ -102,8 +103,7 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
             is_leaving = bool(agreed.stop) or step == run.total_steps
             if is_due or is_leaving or (every is not None and step % every == 0):
                 watch.at(step, "checkpoint")
-                metrics.flush()
-                saver.save(step, validation.state_dict(), must=is_leaving)
+                saver.save(step, validation.state_dict(), metrics.state_dict(), must=is_leaving)
             if is_due or is_leaving:
                 saver.finish(must=is_leaving)
             if agreed.stop and step < run.total_steps:

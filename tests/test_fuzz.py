@@ -478,7 +478,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(rows, path / "rank00000.safetensors")
     scale = LossScale("fp16", torch.device("cpu")).state_dict()
     chosen = {"best": 0.5, "best_step": 2, "since_best": 0}
-    numbers = {"step": 2, "updates": 2, "loss_scale": scale, "validation": chosen}
+    numbers = {"step": 2, "updates": 2, "loss_scale": scale, "validation": chosen, "metrics": {"loss": 0.5}}
     (path / checkpoint.TRAINER).write_text(json.dumps(numbers))
     seal(path)
     return folder

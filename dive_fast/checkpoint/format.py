@@ -58,17 +58,19 @@ def tensors(engine: Engine) -> dict[str, Tensor]:
     return found
 
 
-def trainer(engine: Engine, step: int, validation: dict[str, Any]) -> dict[str, Any]:
+def trainer(engine: Engine, step: int, validation: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
     """What is no tensor, for ``trainer.json``.
 
     Args:
         validation: what evaluations so far have found, for :func:`load` to give back.
+        metrics: the newest ones, likewise.
     """
     return {
         "step": step,
         "updates": state.updates_of(engine),
         "loss_scale": engine.scale.state_dict(),
         "validation": validation,
+        "metrics": metrics,
     }
 
 
@@ -125,8 +127,8 @@ def verify(checkpoint: Path, ranks: Ranks) -> None:
                 raise DamagedError(f"{checkpoint / name}: changed since it was written; remove {checkpoint}")
 
 
-def load(engine: Engine, checkpoint: Path) -> tuple[int, dict[str, Any]]:
-    """Goes on from a checkpoint; returns the number of steps it had, and what evaluations had found.
+def load(engine: Engine, checkpoint: Path) -> Mapping[str, Any]:
+    """Goes on from a checkpoint; returns what :func:`trainer` has put into it, its ``step`` for one.
 
     All ranks call it. They may be another number of ranks, at another ZeRO stage, than those that wrote it.
 
@@ -165,7 +167,7 @@ def load(engine: Engine, checkpoint: Path) -> tuple[int, dict[str, Any]]:
         torch.cuda.set_rng_state(stored.read(RANDOM, name, on_cpu), ranks.device)
     engine.scale.load_state_dict(numbers["loss_scale"])
     engine.at_step(numbers["step"])
-    return int(numbers["step"]), numbers["validation"]
+    return numbers
 
 
 class Tensors:
@@ -231,6 +233,7 @@ def read_trainer(checkpoint: Path) -> Mapping[str, Any]:
         _must(type(scale["value"]) is float and type(validation["best"]) in (float, NoneType))
         counts = [numbers["step"], numbers["updates"], validation["best_step"], validation["since_best"]]
         counts += [scale[name] for name in COUNTS]
+        _must(all(type(value) in (float, NoneType) for value in numbers["metrics"].values()))
         _must(all(type(count) is int and 0 <= count < 2**31 for count in counts))
     return numbers  # type: ignore[no-any-return]
 

@@ -57,11 +57,11 @@ class Saver:
             for left_behind in (*folder.glob(".step*.partial"), *folder.glob(".step*.replaced")):
                 shutil.rmtree(left_behind, ignore_errors=True)
 
-    def save(self, step: int, validation: dict[str, Any], *, must: bool = False) -> None:
+    def save(self, step: int, validation: dict[str, Any], metrics: dict[str, Any], *, must: bool = False) -> None:
         """Copies the state after ``step`` steps and begins to write it; all ranks call it.
 
         Args:
-            validation: as :func:`dive_fast.checkpoint.format.trainer` has it.
+            validation, metrics: as :func:`dive_fast.checkpoint.format.trainer` has them.
             must: a failure is raised whatever ``train.on_save_error`` says.
 
         Raises:
@@ -79,7 +79,7 @@ class Saver:
             self._failed(error, must)
             return
         self._number += 1
-        numbers = trainer(engine, step, validation)
+        numbers = trainer(engine, step, validation, metrics)
         self._underway = _Save(
             self._number,
             path,

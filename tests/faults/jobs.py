@@ -30,6 +30,7 @@ from dive_fast.ranks import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 6
+CLOCKS = ("images_per_second", "data_wait")
 WAIT = 90.0
 """Seconds that a job may take, on a busy machine."""
 
@@ -156,11 +157,10 @@ class Job:
         """Under their final names, oldest first."""
         return sorted((self.run / "checkpoints").glob("step*"))
 
-    def result(self) -> tuple[dict[str, Any], list[float]]:
-        """The exported weights, and the losses along the run."""
-        return load_file(self.run / "model.safetensors"), [
-            line["loss"] for line in self.metrics() if "loss" in line
-        ]
+    def result(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The exported weights, and all metrics along the run but what clocks say."""
+        lines = [{name: line[name] for name in line if name not in CLOCKS} for line in self.metrics()]
+        return load_file(self.run / "model.safetensors"), lines
 
 
 def config(folder: Path) -> dict[str, Any]:

@@ -74,8 +74,8 @@ def main() -> int:
             hurt[number.name] += 1
             known = {0, STOPPED, LOST, 1, 130, -number, -signal.SIGKILL}
             assert set(ended.codes) <= known, ended.said
-        (weights, losses), (expected, expected_losses) = job.result(), alone.result()
-        same = losses == expected_losses and all(torch.equal(weights[name], expected[name]) for name in expected)
+        (weights, lines), (expected, expected_lines) = job.result(), alone.result()
+        same = lines == expected_lines and all(torch.equal(weights[name], expected[name]) for name in expected)
         rounds += 1
         print(
             f"round {rounds}: {ranks} ranks, {' '.join(overrides)}: {starts} starts,",

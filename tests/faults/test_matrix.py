@@ -26,7 +26,7 @@ from dive_fast.data.source import open_webdataset
 from dive_fast.guard.watch import LOST, STOPPED
 
 SAME = "the same bits"
-"""Weights and losses of a run that nothing happened to."""
+"""Weights and metrics of a run that nothing happened to."""
 SAVED = f"all ranks save and exit {STOPPED}; started again: {SAME}"
 AGAIN = f"started again: {SAME}"
 KILLED = -signal.SIGKILL
@@ -53,8 +53,8 @@ class Material(NamedTuple):
     """The config."""
     prepared: dict[str, str]
     """The folder of each half's set for the fast loaders."""
-    whole: Callable[[tuple[str, ...], int], tuple[dict[str, torch.Tensor], list[float]]]
-    """Weights and losses of a run that nothing happens to, by its overrides and number of ranks."""
+    whole: Callable[[tuple[str, ...], int], tuple[dict[str, torch.Tensor], list[dict[str, Any]]]]
+    """Weights and metrics of a run that nothing happens to, by its overrides and number of ranks."""
 
 
 class Case:
@@ -68,9 +68,9 @@ class Case:
         """Starts the job again, and holds its end to that of a run that was never hurt."""
         ended = self.job.go(overrides=overrides, ranks=ranks)
         assert ended.codes == [0] * ranks, ended.said
-        (weights, losses), (expected, expected_losses) = self.job.result(), self.material.whole(overrides, ranks)
-        assert len(losses) == STEPS
-        assert losses == expected_losses
+        (weights, lines), (expected, expected_lines) = self.job.result(), self.material.whole(overrides, ranks)
+        assert len([line for line in lines if "loss" in line]) == STEPS
+        assert lines == expected_lines
         assert [name for name in expected if not torch.equal(weights[name], expected[name])] == []
 
 
@@ -115,7 +115,6 @@ for variant, chosen in {
     "fp16": ("train.precision=fp16",),
     "activation checkpointing": ("train.activation_checkpointing=full",),
     "LP-FT": ("objective.name=lp_ft", "objective.weight=null"),
-    "a reference batch at every second step": ("objective.reference_every=2",),
     "loader processes": ("data.target.workers=1", "data.reference.workers=1"),
 }.items():
     fault(f"`kill -9` of both ranks, {variant}", AGAIN, quick=variant == "fp16")(
@@ -134,6 +133,15 @@ def _(case: Case) -> None:
         ),
         case,
     )
+
+
+@fault("`kill -9` of both ranks, between two steps with a reference batch", AGAIN, quick=True)
+def _(case: Case) -> None:
+    options = ("objective.reference_every=2", "train.checkpoint_every=1", "train.keep_last=9")
+    ended(case.job.go(LATE, overrides=options), KILLED, KILLED)
+    for later in case.job.checkpoints()[3:]:
+        shutil.rmtree(later)
+    case.same(*options)
 
 
 @fault("`kill -9` of a run on one rank", AGAIN)
@@ -453,10 +461,9 @@ def nearly(case: Case, ranks: int, *overrides: str) -> None:
     """Ends where a run that was never hurt ends, but for the rounding of sums in another order."""
     outcome = case.job.go(ranks=ranks, overrides=overrides)
     assert outcome.codes == [0] * ranks, outcome.said
-    losses = case.job.result()[1]
-    weights = load_file(case.job.run / "model.safetensors")
-    expected, expected_losses = case.material.whole((), 2)
-    assert losses == pytest.approx(expected_losses, rel=1e-4)
+    (weights, lines), (expected, expected_lines) = case.job.result(), case.material.whole((), 2)
+    losses = [[line["loss"] for line in each] for each in (lines, expected_lines)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     start = load_file(Path(case.tree["model"]["name"].removeprefix("local-dir:")) / "open_clip_model.safetensors")
     for name, value in expected.items():
         # A key's bias has no gradient in exact arithmetic, and Adam makes whole steps of its rounding.
@@ -509,14 +516,14 @@ def _(case: Case) -> None:
     for stage in (0, 2):
         options = (f"deepspeed.zero_optimization.stage={stage}", "train.checkpoint_every=1")
         ended(case.job.go(At(STEP, "nan pictures", rank=0, call=3), overrides=options), 0, 0)
-        weights, losses = case.job.result()
+        weights, lines = case.job.result()
         shutil.rmtree(case.job.run / "checkpoints")
         happenings = At(STEP, "nan pictures", rank=0, call=3), LATE
         ended(case.job.go(*happenings, overrides=options), KILLED, KILLED)
         ended(case.job.go(overrides=options), 0, 0)
         assert _columns(case, "nonfinite_steps") == [0, 0, 1, 1, 1, 1]
-        again, losses_again = case.job.result()
-        assert losses == losses_again
+        again, lines_again = case.job.result()
+        assert lines == lines_again
         assert all(torch.equal(weights[name], again[name]) for name in weights)
         shutil.rmtree(case.job.run)
 
