@@ -64,7 +64,8 @@ def cases(folder: Path) -> dict[str, Any]:
         # Of another run: it would classify in the place of prompts.
         heads.save(heads.Head(torch.zeros(5, 24), torch.zeros(5), CLASSES), folder / name / heads.FILE)
     results["never"] = run(tree, folder / "never", ranks)
-    results["selected"] = run(selecting, folder / "selected", ranks)
+    keeping = changed(selecting, train={"checkpoint_every": 1, "keep_last": 1, "keep_best": True})
+    results["selected"] = run(keeping, folder / "selected", ranks)
     # Where each evaluation on the way is written down before the checkpoint of its step.
     killed = changed(selecting, train={"checkpoint_every": 3})
     with pytest.raises(KilledError):
@@ -146,6 +147,15 @@ def test_a_run_ends_with_its_best_weights(by_rank: list[Any], folder: Path) -> N
         assert results["selected"]["best_step"] == best["step"]
         assert results["selected"]["accuracy/seen"] == best["accuracy/seen"]
         assert results["selected"]["geometry/rsa"] == pytest.approx(last["geometry/rsa"], rel=1e-6)
+
+
+def test_the_best_steps_checkpoint_stays_beside_the_newest(by_rank: list[Any], folder: Path) -> None:
+    measured = lines(folder / "selected", "accuracy/seen")
+    # The last checkpoint was written, and older ones removed, before the last evaluation.
+    before_last = max(line["step"] for line in measured if line["step"] < STEPS)
+    best = next(line["best_step"] for line in measured if line["step"] == before_last)
+    kept = sorted((folder / "selected/checkpoints").glob("step*"))
+    assert [path.name for path in kept] == [f"step{step:08d}" for step in sorted({int(best), STEPS})]
 
 
 def test_a_killed_run_chooses_the_same_weights(by_rank: list[Any], folder: Path) -> None:

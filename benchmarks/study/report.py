@@ -12,7 +12,7 @@ import numpy as np
 from dive_fast.evaluate import plots
 from dive_fast.files import write_whole
 from study import sets
-from study.plan import ABLATIONS, HEADS, MAIN, MARGIN, SEEDS, chosen, grids, run_of
+from study.plan import ABLATIONS, HEADS, LEARNING_RATES, MAIN, MARGIN, SEEDS, chosen, grids, run_of
 from study.runs import REFERENCE, SIZES, Run
 
 Row = dict[str, Any]
@@ -291,7 +291,8 @@ def draw_curves(rows: Sequence[Row], world: str, path: Path) -> None:
         for method in METHODS:
             if method in HEADS:
                 continue
-            found = plain_runs(rows, world, method)
+            # Those at gentler rates are there for the lengths of difference vectors, and learn little.
+            found = [row for row in plain_runs(rows, world, method) if row["learning_rate"] in LEARNING_RATES]
             if not found:
                 continue
             points = [(100 * in_domain(row), factor * of(row)) for row in found]

@@ -245,7 +245,8 @@ def _(case: Case) -> None:
     job.kill(1, signal.SIGTERM)
     begun = time.monotonic()
     ended(job.wait(), STOPPED, STOPPED, says="left during the evaluation after step 3")
-    assert time.monotonic() - begun < 10
+    # Else it would be the other rank's silence that ends it, after a minute.
+    assert time.monotonic() - begun < 45
     case.same(*options)
     assert [line["step"] for line in case.job.metrics() if "accuracy/seen" in line] == [3, 6, 6]
 
