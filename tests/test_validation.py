@@ -59,10 +59,11 @@ def cases(folder: Path) -> dict[str, Any]:
     ranks, results = join(), {}
     tree = json.loads((folder / "config.json").read_text())
     selecting = changed(tree, evaluate={"every_epochs": 1, "select": "seen"})
-    for name in ("never", "selected"):
-        (folder / name).mkdir(exist_ok=True)
-        # Of another run: it would classify in the place of prompts.
-        heads.save(heads.Head(torch.zeros(5, 24), torch.zeros(5), CLASSES), folder / name / heads.FILE)
+    if ranks.first:
+        for name in ("never", "selected"):
+            (folder / name).mkdir()
+            # Of another run: it would classify in the place of prompts.
+            heads.save(heads.Head(torch.zeros(5, 24), torch.zeros(5), CLASSES), folder / name / heads.FILE)
     results["never"] = run(tree, folder / "never", ranks)
     keeping = changed(selecting, train={"checkpoint_every": 1, "keep_last": 1, "keep_best": True})
     results["selected"] = run(keeping, folder / "selected", ranks)
