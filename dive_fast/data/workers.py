@@ -1,7 +1,9 @@
 """Work done ahead by worker processes, batch by batch and in order."""
 
 import gc
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
@@ -83,6 +85,15 @@ def _settle_in(worker: int) -> None:
     # The workers are the parallelism; more threads in each only get in one another's way.
     torch.set_num_threads(1)
     # Launchers and Slurm send signals to all processes of a run at once: the training process has then a last
-    # checkpoint to make, and would lose its batches. Workers end when it does.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    # checkpoint to make, and would lose its batches. Workers end when it does, or says so.
+    for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_told, args=(os.getppid(),), name="end", daemon=True).start()
+
+
+def _end_when_told(parent: int) -> None:
+    """Waits for the SIGTERM of the parent; ignores that of others."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        continue
+    os._exit(0)

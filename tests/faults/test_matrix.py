@@ -272,11 +272,11 @@ def _(case: Case) -> None:
 # Ranks that are lost.
 
 
-def lost(happening: At, codes: tuple[int, int], says: str, case: Case, seconds: float = 30) -> None:
-    outcome = case.job.go(happening, overrides=("train.rank_timeout=6",))
+def lost(happening: At, codes: tuple[int, int], says: str, case: Case, seconds: float = 60) -> None:
+    outcome = case.job.go(happening, overrides=("train.rank_timeout=15",))
     ended(outcome, *codes, says=says)
     assert outcome.seconds < seconds, outcome.said
-    case.same("train.rank_timeout=6")
+    case.same("train.rank_timeout=15")
 
 
 for dead, codes in ((1, (LOST, KILLED)), (0, (KILLED, LOST))):
@@ -294,10 +294,10 @@ def _(case: Case) -> None:
 
 @fault("a rank is frozen (SIGSTOP)", f"the other names it and exits {LOST}; {AGAIN}")
 def _(case: Case) -> None:
-    job = case.job.start(At("step 4", "SIGSTOP", rank=1), overrides=("train.rank_timeout=6",))
-    outcome = job.wait(ranks=(0,), seconds=40)
+    job = case.job.start(At("step 4", "SIGSTOP", rank=1), overrides=("train.rank_timeout=15",))
+    outcome = job.wait(ranks=(0,), seconds=60)
     ended(outcome, LOST, KILLED, says="rank 1")
-    case.same("train.rank_timeout=6")
+    case.same("train.rank_timeout=15")
 
 
 @fault("a bug raises on one rank", f"the other names it with the error and exits {LOST}; {AGAIN}")
