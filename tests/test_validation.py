@@ -167,7 +167,7 @@ def test_a_killed_run_chooses_the_same_weights(by_rank: list[Any], folder: Path)
 
 
 def test_a_run_that_grows_no_better_stops_and_stays_stopped(by_rank: list[Any], folder: Path) -> None:
-    # The first evaluation is the best, the second brings nothing; started again it is made again, in its own place.
+    # The first evaluation is the best, the second brings nothing; started again it is made anew, in its place.
     assert [line["step"] for line in lines(folder / "stopped", "accuracy/seen")] == [3, 6, 6]
     assert lines(folder / "stopped", "loss")[-1]["step"] == 6
     assert by_rank[0]["stopped"]["accuracy/seen"] == by_rank[0]["stopped again"]["accuracy/seen"]
