@@ -45,10 +45,10 @@ def zero(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="session")
 def step_report(request: pytest.FixtureRequest, zero: int) -> StepReport:
-    from steps import CASES
+    from steps import CASES, PRECISION
 
     options = request.config.option
-    created = StepReport(CASES, {"zero": zero}, options.minutes, options.results)
+    created = StepReport(CASES, {"zero": zero, "precision": PRECISION}, options.minutes, options.results)
     return request.config.stash.setdefault(STEP_REPORT, created)
 
 

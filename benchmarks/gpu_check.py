@@ -2,17 +2,21 @@
 
 Parts run one after the other, each in a process of its own with a limit of its own, the most telling first. What
 one of them found is kept when it ends, whatever becomes of the next: results/<device>-gpu-check.json is written
-after each. ``--rehearse`` runs every part as small as it goes, without a GPU, and leaves its files in ``build``.
+after each, and keeps what earlier calls found of parts that this one does not come to. ``--only`` names parts.
+``--rehearse`` runs every part as small as it goes, without a GPU, and leaves its files in ``build``.
 """
 
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +28,11 @@ PYTHON = sys.executable
 PYTEST = (str(Path(sys.executable).with_name("pytest")), "-q", "-p", "no:cacheprovider")
 TAIL = 1500
 """Characters of a part's output that are kept."""
+OTHERS = ("compiled", "bf16", "joint")
+"""Variants of the engine's step that are not measured for each stage of ZeRO."""
+SANITIZER = "compute-sanitizer"
+SANITIZED = "other_ways_to_the_gradient or runs_agree"
+"""Tests of kernels, small, that launch all of them."""
 
 
 class Part(NamedTuple):
@@ -35,6 +44,8 @@ class Part(NamedTuple):
     """The same, small, on a CPU."""
     seconds: int
     """Its limit on a GPU."""
+    folder: Path = REPOSITORY
+    """Where it runs."""
 
 
 def parts(results: Path) -> list[Part]:
@@ -43,14 +54,27 @@ def parts(results: Path) -> list[Part]:
     kernels, engine = "tests/kernels/test_triton.py", "tests/test_engine.py"
     steps, precision = "benchmarks/steps.py", "benchmarks/precision.py"
     cache, loaders, losses = "benchmarks/cache.py", "benchmarks/loaders.py", "benchmarks/test_losses.py"
+    saves, study = "benchmarks/saves.py", ("-m", "study", "run", "--size", "full", "--settings", "small")
     gpu_precision = ("--results", str(results / f"{slug(device_name())}-precision.json"))
 
     def zero(stage: int) -> Part:
         """One of ZeRO's stages, whose figures stand beside those of stage 1 in ``steps``."""
         options = ("--zero", str(stage), "--results", str(results / f"zero-{stage}"))
         case = "256-dive_fast" if DEVICE.type == "cuda" else "8-dive_fast"
-        command = (*PYTEST, "benchmarks/test_steps.py", "-k", f"{case} and not compiled", *options)
+        command = (
+            *PYTEST,
+            "benchmarks/test_steps.py",
+            "-k",
+            f"{case} and not {' and not '.join(OTHERS)}",
+            *options,
+        )
         return Part(f"ZeRO {stage}", command, command, 30)
+
+    def sanitized(tool: str) -> Part:
+        """Reads and writes outside of tensors, or races in shared memory, as the driver sees them."""
+        tests = (*PYTEST, kernels, "-k", SANITIZED)
+        command = (sanitizer(), "--tool", tool, "--target-processes", "all", "--error-exitcode", "9", *tests)
+        return Part(tool, command, (*tests, "--collect-only"), 120)
 
     return [
         Part("kernels", (*PYTEST, kernels, "-x"), (*PYTEST, kernels, "-k", "upstream_gradient"), 90),
@@ -72,16 +96,45 @@ def parts(results: Path) -> list[Part]:
             (PYTHON, precision, "--models", "demo", *gpu_precision),
             60,
         ),
+        Part(
+            "saves",
+            (PYTHON, saves, "--model", "ViT-L-14", "--batch", "64", *folder),
+            (PYTHON, saves, "--model", "ViT-tiny", "--rounds", "1", *folder),
+            60,
+        ),
         Part("loaders", (PYTHON, loaders, *folder), (PYTHON, loaders, "--help"), 60),
+        sanitized("memcheck"),
+        sanitized("racecheck"),
+        Part(
+            "study",
+            (PYTHON, *study, "--minutes", "8", *folder),
+            (PYTHON, *study, "--help"),
+            540,
+            REPOSITORY / "benchmarks",
+        ),
     ]
 
 
+def sanitizer() -> str:
+    """CUDA's, or that of the package nvidia-cuda-sanitizer-api; its name where there is neither."""
+    packaged = Path(sysconfig.get_path("platlib")).glob(f"nvidia/*/bin/{SANITIZER}")
+    return shutil.which(SANITIZER) or next((str(path) for path in packaged), SANITIZER)
+
+
 def run(part: Part, command: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Outcome (``passed``, ``failed`` or ``out of time``), seconds taken and the end of what it said."""
+    """How a part ended, after how many seconds, and the last that it said.
+
+    It has ``passed``, ``failed``, is ``out of time``, or its program is ``not installed``.
+    """
     begun = time.monotonic()
+    if not shutil.which(command[0]):
+        return {"part": part.name, "outcome": "not installed", "command": Path(command[0]).name}
+    # Of memory that PyTorch keeps for itself no tool sees where a tensor ends.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if SANITIZER in command[0] else {}
     process = subprocess.Popen(
         command,
-        cwd=REPOSITORY,
+        cwd=part.folder,
+        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -139,32 +192,38 @@ def main() -> int:
     """Runs what time allows; 1 where a part failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=9, help="parts that would end later are left out")
+    names = [part.name for part in parts(Path())]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
     parser.add_argument("--rehearse", action="store_true", help="every part as small as it goes, on a CPU too")
     options = parser.parse_args()
     if DEVICE.type != "cuda" and not options.rehearse:
         parser.error("no GPU here; --rehearse does without")
     results = REPOSITORY / ("build/rehearsal" if options.rehearse else "benchmarks/results")
     results.mkdir(parents=True, exist_ok=True)
-    ends, outcomes = time.monotonic() + 60 * options.minutes, []
+    path = results / f"{slug(device_name())}-gpu-check.json"
+    outcomes = {name: {"part": name, "outcome": "not reached"} for name in names}
+    if path.exists():
+        outcomes |= {found["part"]: found for found in json.loads(path.read_text())["parts"]}
+    ends, failed = time.monotonic() + 60 * options.minutes, False
     for part in parts(results):
         left = ends - time.monotonic()
-        if left < 5:
-            outcomes.append({"part": part.name, "outcome": "not reached"})
-        else:
-            command = part.rehearsal if options.rehearse else part.command
-            outcomes.append(run(part, command, left if options.rehearse else min(left, part.seconds)))
-        last = outcomes[-1]
-        print(f"{last['part']:<12} {last['outcome']:<12} {last.get('seconds', 0):6.1f} s", flush=True)
+        if part.name not in options.only or left < 5:
+            continue
+        command = part.rehearsal if options.rehearse else part.command
+        found = run(part, command, left if options.rehearse else min(left, part.seconds))
+        outcomes[part.name] = found | {"commit": commit()}
+        failed |= found["outcome"] == "failed"
+        print(f"{part.name:<12} {found['outcome']:<14} {found.get('seconds', 0):6.1f} s", flush=True)
         write_json(
-            results / f"{slug(device_name())}-gpu-check.json",
+            path,
             {
                 "device": device_name(),
-                "commit": commit(),
+                "versions": {name: version(name) for name in ("torch", "triton", "deepspeed", "open_clip_torch")},
                 "step": step_ratios(results / f"{slug(device_name())}-steps.json"),
-                "parts": outcomes,
+                "parts": [outcomes[name] for name in names],
             },
         )
-    return int(any(outcome["outcome"] == "failed" for outcome in outcomes))
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """Where the memory and the arithmetic of a step go, lever by lever, by plan: ``python benchmarks/planned.py``.
 
 No GPU: the engine's own step runs on fake tensors (``dive_fast/plan.py``). Writes results/planned.json, and draws.
+With ``--against RESULTS``, a file of ``steps.py``, plans the engine's cases that were measured, and compares.
 """
 
+import argparse
+import json
 import os
 import warnings
 from pathlib import Path
@@ -12,6 +15,7 @@ os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE=
 warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
 
 from report import REPOSITORY, commit, write_json  # noqa: E402
+from steps import COMPILED, ENGINES, Case, engine_config  # noqa: E402
 
 from dive_fast.config import load  # noqa: E402
 from dive_fast.gpus import GPUS  # noqa: E402
@@ -82,8 +86,41 @@ def draw(steps: list[dict[str, Any]], picture: Path) -> None:
     figure.savefig(picture, dpi=110)
 
 
+def against(results: Path) -> str:
+    """Markdown: peak memory and FLOP that were measured, over those planned; batches count on neither side.
+
+    Blocks that are compiled are planned as they are without, so they are left out.
+
+    Args:
+        results: of ``steps.py``.
+    """
+    measured = json.loads(results.read_text())
+    lines = ["| model, B | step | planned | measured | / planned | FLOP / planned |", "|---" * 6 + "|"]
+    for entry in measured["cases"]:
+        if entry["outcome"] != "measured" or entry["competitor"] not in set(ENGINES) - set(COMPILED):
+            continue
+        case = Case(*(entry[name] for name in Case._fields))
+        planned = plan(engine_config(case, measured["precision"], measured["zero"]))
+        peak = planned.peak_memory_bytes - planned.parts["batches"]
+        gib, ratio, flop = peak / 2**30, entry["peak_bytes"] / peak, entry["flop"] / planned.flop_per_step
+        name = (
+            case.competitor if case.reference_batch is None else f"{case.competitor}, B' = {case.reference_batch}"
+        )
+        lines.append(
+            f"| {case.model}, {case.batch} | `{name}` | {gib:.2f} GiB | {entry['peak_bytes'] / 2**30:.2f} GiB "
+            f"| {ratio:.2f} | {flop:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Plans, writes, draws."""
+    """Plans, writes, draws; or compares."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--against", type=Path, metavar="RESULTS", help="of steps.py")
+    options = parser.parse_args()
+    if options.against:
+        print(against(options.against))
+        return
     steps = figures()
     write_json(RESULTS, {"config": CONFIG, "gpu": GPU, "commit": commit(), "steps": steps})
     draw(steps, RESULTS.with_suffix(".png"))

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import ceiling
 import torch
 from losses import CASES, COMPETITORS, DEVICE, INTERPRETED, LEAVES, Case
 
@@ -22,11 +23,19 @@ class Report:
         self.dtype, self.folder = dtype, folder
         self.entries: list[dict[str, Any]] = []
         self.device = device_name()
+        self.ceiling = ceiling.measure(getattr(torch, dtype))
 
     def begin(self, case: Case) -> dict[str, Any]:
         """A case counts as failed until its figures are in."""
         self.entries.append({**case._asdict(), "outcome": "failed"})
         return self.entries[-1]
+
+    def measured(self, case: Case, figures: dict[str, Any]) -> None:
+        """Takes the figures of the case begun last."""
+        self.entries[-1] |= figures
+        if "seconds" in figures:
+            least = self.ceiling.seconds(case, getattr(torch, self.dtype))
+            self.entries[-1]["share_of_ceiling"] = least / figures["seconds"]
 
     @property
     def path(self) -> Path:
@@ -44,12 +53,13 @@ class Report:
             "torch": torch.__version__,
             "triton": _triton_version(),
             "commit": commit(),
+            "ceiling": self.ceiling._asdict(),
             "complete": len(self.entries) == len(CASES),
         }
         write_json(self.path, {**about, "cases": self.entries})
 
     def table(self) -> str:
-        """Markdown: eager's own time and extra memory, then time / eager, memory / eager (largest error)."""
+        """Markdown: eager's time and extra memory, then ratios to them; largest error, share of the ceiling."""
         lines = [f"| {self.dtype} | " + " | ".join(COMPETITORS) + " |", "|---" * (1 + len(COMPETITORS)) + "|"]
         rows: dict[tuple[str, int, int], dict[str, dict[str, Any]]] = {}
         for entry in self.entries:
@@ -65,7 +75,7 @@ class Report:
 def _cell(entry: dict[str, Any], eager: dict[str, Any]) -> str:
     if entry["outcome"] != "measured":
         return str(entry["outcome"])
-    error = f"({max(entry['errors'].values()):.0e})"
+    error = f"({max(entry['errors'].values()):.0e}, {100 * entry['share_of_ceiling']:.2g} %)"
     if entry is eager or eager.get("outcome") != "measured":
         return f"{1e3 * entry['seconds']:.3f} ms, {entry['peak_extra_bytes'] / 2**20:.2f} MiB {error}"
     time, memory = (entry[name] / eager[name] for name in ("seconds", "peak_extra_bytes"))

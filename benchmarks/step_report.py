@@ -26,6 +26,8 @@ NAMES = {
     "dive_fast": "DiVE, dive_fast",
     "flyp_fast_compiled": "FLYP, dive_fast, compiled",
     "dive_fast_compiled": "DiVE, dive_fast, compiled",
+    "dive_fast_bf16": "DiVE, dive_fast, bf16",
+    "dive_fast_joint": "DiVE, dive_fast, joint graph",
 }
 
 

@@ -34,18 +34,22 @@ from dive_fast.engine import Engine, StepBatches
 from dive_fast.ranks import join
 from dive_fast.towers import Towers, unit
 
-HERE = Path(__file__).parent
+open_clip.add_model_config(Path(__file__).with_name("models"))
 SHIPPED = REPOSITORY / "launch/configs/vitb16_dive.json"
 # CPUs compute fp16 many times slower than fp32, and ZeRO's buckets are larger than a tiny model.
 PRECISION, ZERO = ("fp16", 1) if DEVICE.type == "cuda" else ("fp32", 0)
 COMPILED = ("flyp_fast_compiled", "dive_fast_compiled")
-NEEDS_GPU = ("half_precision", "fused_losses", "compiled_blocks", *COMPILED)
+BF16, JOINT = "dive_fast_bf16", "dive_fast_joint"
+ENGINES = ("flyp_fast", "dive_fast", *COMPILED, BF16, JOINT)
+"""Competitors that are the project's engine."""
+NEEDS_GPU = ("half_precision", "fused_losses", "compiled_blocks", *COMPILED, BF16)
 TOTAL_STEPS = 25_020  # ten epochs of ImageNet at B = 512
 CAPTION_TOKENS = 8, 30  # start and end included
+PROMPT_TOKENS = 17  # of the longest of 512 that are drawn
 TEACHER_PIECE = 64  # pairs embedded at once for the cached rows
 
 ENDS = ("flyp_published", "dive_fast", "dive_published", "flyp_fast")
-COMPETITORS = ("flyp_published", "dive_published", *Levers._fields, "flyp_fast", "dive_fast", *COMPILED)
+COMPETITORS = ("flyp_published", "dive_published", *Levers._fields, *ENGINES)
 
 
 class Case(NamedTuple):
@@ -85,6 +89,7 @@ def cases() -> list[Case]:
         ("ViT-B-16", 256, ENDS),
         ("ViT-B-16", 256, Levers._fields),
         ("ViT-L-14", 256, (*ENDS, *COMPILED)),
+        ("ViT-B-16", 256, (BF16, JOINT)),
         ("ViT-B-16", 512, Levers._fields),
     ]
     compared = (Case(model, batch, name) for model, batch, names in parts for name in names)
@@ -131,21 +136,7 @@ def running(case: Case, zero: int) -> Iterator[Running]:
 
 def make_engine(case: Case, model: Any, inputs: Inputs, zero: int) -> tuple[Engine, StepBatches]:
     """The project's engine, and the batches of every step."""
-    section = json.loads(SHIPPED.read_text())["deepspeed"]
-    section["zero_optimization"]["stage"] = zero
-    _, batch, reference_batch = case.sizes
-    data = {"format": "webdataset", "path": "-"}
-    tree = {
-        "model": {"name": case.model},
-        "data": {
-            "target": data | {"batch_size": batch, "class_names": "imagenet"},
-            "reference": data | {"batch_size": reference_batch},
-        },
-        "objective": {"name": case.competitor.split("_fast")[0]},
-        "train": {"precision": PRECISION, "compile": case.competitor in COMPILED},
-        "deepspeed": section,
-    }
-    config = Config.model_validate_json(json.dumps(tree))
+    config = engine_config(case, PRECISION, zero)
     towers = Towers(model)
     goal = objective.create(config.objective, towers.width)
     engine = Engine(config, towers, goal, join(), TOTAL_STEPS)
@@ -158,12 +149,38 @@ def make_engine(case: Case, model: Any, inputs: Inputs, zero: int) -> tuple[Engi
     return engine, StepBatches(target, reference, objective.Pairs(*teacher_rows(*case.sizes)))
 
 
+def engine_config(case: Case, precision: str, zero: int) -> Config:
+    """The shipped config with the case's sizes and its competitor's options.
+
+    Args:
+        precision: of all competitors but those that are there for another.
+    """
+    section = json.loads(SHIPPED.read_text())["deepspeed"]
+    section["zero_optimization"]["stage"] = zero
+    _, batch, reference_batch = case.sizes
+    data = {"format": "webdataset", "path": "-"}
+    train = {
+        "precision": "bf16" if case.competitor == BF16 else precision,
+        "compile": case.competitor in COMPILED,
+        "schedule": "joint" if case.competitor == JOINT else "sequential",
+    }
+    tree = {
+        "model": {"name": case.model},
+        "data": {
+            "target": data | {"batch_size": batch, "class_names": "imagenet", "text_length": PROMPT_TOKENS},
+            "reference": data | {"batch_size": reference_batch, "text_length": CAPTION_TOKENS[1]},
+        },
+        "objective": {"name": case.competitor.split("_fast")[0]},
+        "train": train,
+        "deepspeed": section,
+    }
+    return Config.model_validate_json(json.dumps(tree))
+
+
 # Cases of one size follow one another.
 @lru_cache(maxsize=1)
 def random_model(name: str) -> Any:
     """An open_clip model with random weights, on the CPU; the same for every competitor."""
-    if name not in open_clip.list_models():
-        open_clip.add_model_config(HERE / "models")
     torch.manual_seed(0)
     return open_clip.create_model(name, force_custom_text=True)
 
@@ -211,7 +228,7 @@ def main() -> int:
         print(draw(options.draw))
         return 0
     arguments = ["--minutes", options.minutes, "--zero", options.zero, "--results", options.results]
-    code = pytest.main([str(HERE / "test_steps.py"), *map(str, arguments)])
+    code = pytest.main([str(Path(__file__).with_name("test_steps.py")), *map(str, arguments)])
     print(draw(results_path(options.results)))
     return int(code)
 

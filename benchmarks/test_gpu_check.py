@@ -8,7 +8,7 @@ from typing import Any
 
 import gpu_check
 import pytest
-from gpu_check import Part, parts, run, step_ratios
+from gpu_check import SANITIZER, Part, parts, run, step_ratios
 
 
 def python(code: str) -> tuple[str, ...]:
@@ -57,5 +57,27 @@ def test_its_parts_are_commands_that_exist_and_fit(tmp_path: Path) -> None:
     assert len({part.name for part in found}) == len(found)
     for part in found:
         for command in (part.command, part.rehearsal):
-            assert Path(command[0]).exists(), part.name
-            assert any((gpu_check.REPOSITORY / word).is_file() for word in command[1:]), part.name
+            assert Path(command[0]).exists() or SANITIZER in command[0], part.name
+            places = [part.folder / word for word in command[1:]]
+            assert any(place.is_file() or (place / "__main__.py").is_file() for place in places), part.name
+
+
+def test_a_tool_that_is_not_there_is_an_outcome() -> None:
+    missing = run(Part("memcheck", (), (), 1), ("/nowhere/compute-sanitizer", "pytest"), 30)
+    assert missing == {"part": "memcheck", "outcome": "not installed", "command": SANITIZER}
+
+
+def test_what_an_earlier_call_found_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def only(name: str, code: str, minutes: str = "9") -> tuple[int, dict[str, str]]:
+        found = [Part(name, python(code), python(code), 30) for name in ("one", "two", "three")]
+        monkeypatch.setattr(gpu_check, "parts", lambda _: found)
+        arguments = ["gpu_check.py", "--rehearse", "--minutes", minutes, *(["--only", name] if name else [])]
+        monkeypatch.setattr(sys, "argv", arguments)
+        ended = gpu_check.main()
+        written = json.loads(next((tmp_path / "build/rehearsal").glob("*-gpu-check.json")).read_text())
+        return ended, {part["part"]: part["outcome"] for part in written["parts"]}
+
+    monkeypatch.setattr(gpu_check, "REPOSITORY", tmp_path)
+    assert only("two", "1") == (0, {"one": "not reached", "two": "passed", "three": "not reached"})
+    assert only("three", "1 / 0") == (1, {"one": "not reached", "two": "passed", "three": "failed"})
+    assert only("one", "1") == (0, {"one": "passed", "two": "passed", "three": "failed"})

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ceiling
 import losses
 import pytest
 import report as report_module
 import test_losses
 import torch
 import verify
+from ceiling import Ceiling
 from losses import CASES, COMPETITORS, DEVICE, LEAVES, Case, Inputs
 from measure import peak_extra_bytes
 from report import REPOSITORY, Report, write_json
@@ -74,6 +76,24 @@ def test_out_of_memory_is_an_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [entry["outcome"] for entry in report.entries] == ["out of memory"]
 
 
+def test_the_ceiling_is_that_of_the_least_work() -> None:
+    half, full = torch.float16, torch.float32
+    slow_products, slow_memory = Ceiling(1.0, 1e12), Ceiling(1e12, 1.0)
+    contrastive, difference, joint = (
+        Case(operation, 4, 8, "triton") for operation in ("contrastive", "difference", "joint")
+    )
+    matrix = 4 * 8
+    assert slow_products.seconds(contrastive, half) == slow_products.seconds(joint, half) == 6 * 4 * matrix
+    # Two matrices read, two gradients written; teachers are fp32.
+    assert slow_memory.seconds(contrastive, half) == 4 * 2 * matrix
+    assert slow_memory.seconds(difference, half) == (4 * 2 + 2 * 4) * matrix
+    assert slow_memory.seconds(joint, full) == (8 * 4 + 2 * 4) * matrix
+    assert slow_products.seconds(difference, half) < 1e-8
+    found = ceiling.measure(full)
+    assert 1e8 < found.flop_per_second < 1e16
+    assert 1e8 < found.bytes_per_second < 1e14
+
+
 def test_memory_at_the_peak_is_counted_exactly() -> None:
     matrix = torch.ones(256, 256, device=DEVICE)
     assert peak_extra_bytes(lambda: matrix + matrix) == matrix.nbytes
@@ -118,4 +138,5 @@ def test_a_tiny_run_ends_in_a_table(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "cpu-losses.json").read_text())
     assert content["interpreted"]
     assert {entry["outcome"] for entry in content["cases"]} == {"measured"}
+    assert all(0 < entry["share_of_ceiling"] < 1 for entry in content["cases"])
     assert {entry["competitor"] for entry in content["cases"]} == COMPETITORS.keys() - {"compiled"}

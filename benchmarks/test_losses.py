@@ -20,7 +20,7 @@ def test_loss(case: Case, dtype: torch.dtype, report: Report, benchmark: Benchma
     entry = report.begin(case)
     expected(case.operation, case.batch, case.width, dtype)  # here, lest its memory be charged to the competitor
     try:
-        entry |= measure(case, dtype, benchmark)
+        report.measured(case, measure(case, dtype, benchmark))
     except torch.OutOfMemoryError:
         entry["outcome"] = "out of memory"
     finally:

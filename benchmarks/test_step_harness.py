@@ -114,3 +114,17 @@ def test_a_tiny_run_ends_in_figures_and_a_picture(tmp_path: Path) -> None:
     assert entries["sequential"]["peak_bytes"] < entries["dive_published"]["peak_bytes"]
     assert entries["dive_fast"]["flop"] < entries["dive_published"]["flop"]
     assert (tmp_path / "cpu-steps.png").is_file()
+    # What was planned without a step is what the step took.
+    command = [sys.executable, "benchmarks/planned.py", "--against", str(tmp_path / "cpu-steps.json")]
+    run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = [line.split(" | ") for line in run.stdout.splitlines() if line.startswith("| ViT-tiny")]
+    assert [row[1].strip("`") for row in rows] == [
+        "flyp_fast",
+        "dive_fast",
+        "dive_fast_joint",
+        "dive_fast, B' = 4",
+    ]
+    for *_, memory, flop in rows:
+        assert float(memory) == pytest.approx(1, abs=0.02)
+        assert float(flop.strip(" |")) == pytest.approx(1, abs=0.02)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from study import model, report, results, runs, sets
-from study.plan import LEARNING_RATES, MARGIN, SEEDS, WEIGHTS, chosen, grids, plan, sweeps
+from study.plan import LEARNING_RATES, MARGIN, SEEDS, WEIGHTS, chosen, grids, plan, settled, sweeps
 from study.runs import SIZES, Run, Study
 
 from dive_fast.config import EvaluationSet, load
@@ -253,6 +253,19 @@ def test_a_plan_worked_off_has_every_method_with_every_seed_and_ends() -> None:
         assert {replace(dive, seed=seed, **change) for seed in SEEDS} <= set(known)
 
 
+def test_settings_of_another_size_are_taken_over_a_seed_after_the_other() -> None:
+    rows = grid_rows("flyp", lambda run: 0.5) + grid_rows("dive", lambda run: 0.5 + run.learning_rate)
+    # PACS has no grid, and the other methods none on CIFAR-10.
+    found = settled(rows, ["cifar10", "pacs"])
+    dive = chosen(rows, "cifar10", "dive", "equal")
+    assert dive is not None
+    assert dive.learning_rate == max(LEARNING_RATES)
+    assert [run.method for run in found] == ["flyp", "dive"] * len(SEEDS)
+    assert [run.seed for run in found] == [seed for seed in SEEDS for _ in range(2)]
+    assert found[1] == dive
+    assert settled(rows, ["pacs"]) == []
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_every_run_of_a_plan_is_a_config_of_the_engine(size: str, tmp_path: Path) -> None:
     study = Study(tmp_path, size, Ranks(0, 1, torch.device("cpu")))
@@ -322,6 +335,17 @@ def test_a_report_is_made_of_what_there_is(tmp_path: Path) -> None:
     assert "| k = 1 | 1 |" in text
     assert "| k = 4 | 1 |" in text
     assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".png"}
+
+
+def test_a_report_of_settings_from_elsewhere_compares_methods_and_no_more(tmp_path: Path) -> None:
+    grid = grid_rows("flyp", lambda run: 0.5) + grid_rows("dive", lambda run: 0.5)
+    rows = [row_of(run, 0.6, id=0.65) for run in settled(grid, ["cifar10"])]
+    text = report.write(rows, "full", tmp_path, grid).read_text()
+    assert [line.split(" | ")[3] for line in text.splitlines() if line.startswith(("| FLYP |", "| DiVE |"))] == [
+        "3"
+    ] * 2
+    assert "Sweeps" not in text
+    assert {path.name for path in tmp_path.iterdir()} == {"study-full.md", "study-full-cifar10-methods.png"}
 
 
 def run_id(rows: list[dict[str, Any]], run: Run) -> float:

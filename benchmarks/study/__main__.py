@@ -1,10 +1,12 @@
 """The study: ``python -m study run``, then ``python -m study report``, in ``benchmarks``.
 
 ``run`` works off the plan, one line of results for each run; killed and started again, it goes on where it was.
+With ``--settings small`` the plan is what the grid of that size has chosen, in the place of a grid of its own.
 """
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from report import REPOSITORY
@@ -12,7 +14,7 @@ from report import REPOSITORY
 from dive_fast.config import ConfigError
 from dive_fast.ranks import join
 from study import report, results
-from study.plan import SEEDS, plan
+from study.plan import SEEDS, Rows, plan, settled
 from study.runs import SIZES, Run, Study
 
 FOLDER = REPOSITORY / "build/study"
@@ -24,34 +26,49 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of data, models and runs")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks/results")
+    parser.add_argument("--settings", choices=SIZES, help="take those that the grid of this size has chosen")
+    parser.add_argument("--worlds", nargs="+", choices=report.WORLDS, default=list(report.WORLDS))
     parser.add_argument("--minutes", type=float, help="start no run after so many")
     parser.add_argument("what", choices=["run", "plan", "report"])
     options = parser.parse_args()
     path = options.results / f"study-{options.size}.jsonl"
+    grid = None
+    if options.settings is not None:
+        grid = results.latest(results.read(REPOSITORY / f"benchmarks/results/study-{options.settings}.jsonl"))
     if options.what == "report":
         rows = results.latest(results.read(path))
-        print(report.write(rows, options.size, options.results).read_text())
+        print(report.write(rows, options.size, options.results, grid).read_text())
         return
     study = Study(options.folder, options.size, join())
-    study.prepare()
-    work(study, path, options.minutes, dry=options.what == "plan")
+    study.prepare(tuple(options.worlds))
+
+    def planned(rows: Rows) -> list[Run]:
+        if grid is not None:
+            return settled(grid, options.worlds)
+        return [run for run in plan(rows, study.size) if run.world in options.worlds]
+
+    work(study, path, planned, options.minutes, dry=options.what == "plan")
 
 
-def work(study: Study, path: Path, minutes: float | None = None, *, dry: bool = False) -> None:
-    """Works off the plan.
+def work(
+    study: Study,
+    path: Path,
+    planned: Callable[[Rows], list[Run]],
+    minutes: float | None = None,
+    *,
+    dry: bool = False,
+) -> None:
+    """Works off a plan.
 
     Args:
         path: of the results.
+        planned: which runs, from the results so far.
         dry: only say what is left.
     """
     begun, impossible = time.perf_counter(), set[Run]()
     while minutes is None or time.perf_counter() - begun < 60 * minutes:
         rows = [row for row in results.read(path) if row["model"] == study.digests.get(row["world"])]
-        left = [
-            run
-            for run in plan(rows, study.size)
-            if run not in impossible and not results.has(rows, study.key(run))
-        ]
+        left = [run for run in planned(rows) if run not in impossible and not results.has(rows, study.key(run))]
         if dry:
             print("\n".join(map(str, left)), f"{len(left)} runs left", sep="\n")
             return

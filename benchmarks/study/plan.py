@@ -70,6 +70,18 @@ def plan(rows: Rows, size: Size) -> list[Run]:
     return list(dict.fromkeys(runs))
 
 
+def settled(rows: Rows, worlds: Sequence[str]) -> list[Run]:
+    """What another size's grid has chosen by ``equal``: every method, a seed after the other; no grid of its own.
+
+    Args:
+        rows: results of that size.
+    """
+    settings = [
+        setting for world in worlds for method in WEIGHTS if (setting := chosen(rows, world, method, "equal"))
+    ]
+    return [replace(setting, seed=seed) for seed in SEEDS for setting in settings]
+
+
 def grids(world: str, methods: Iterable[str]) -> list[Run]:
     """The methods' grids at seed 0, a learning rate after the other."""
     cases = itertools.product(LEARNING_RATES, methods)

@@ -62,8 +62,12 @@ def over_seeds(rows: Iterable[Row], run: Run) -> list[Row]:
     return [row for row in rows if row["method"] == run.method and run_of(row) in wanted]
 
 
-def main_table(rows: Sequence[Row], world: str, rule: str) -> list[str]:
-    """Methods at the setting that a rule picks, in Markdown."""
+def main_table(rows: Sequence[Row], world: str, rule: str, grid: Sequence[Row]) -> list[str]:
+    """Methods at the setting that a rule picks, in Markdown.
+
+    Args:
+        grid: the rows that it picks from.
+    """
     lines = [
         "| method | weight | learning rate | seeds | validation | ID | OOD | ZS | Tiny | RSA | mean u, v |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -75,10 +79,10 @@ def main_table(rows: Sequence[Row], world: str, rule: str) -> list[str]:
             ]
             lines.append(f"| pre-trained | | | | {' | '.join(cells)} | 1 | |")
     for method in METHODS:
-        run = chosen(rows, world, method, rule)
-        if run is None:
+        run = chosen(grid, world, method, rule)
+        found = over_seeds(rows, run) if run is not None else []
+        if run is None or not found:
             continue
-        found = over_seeds(rows, run)
         cells = [
             LABELS[method],
             "" if run.weight is None else f"{run.weight:g}",
@@ -217,11 +221,11 @@ def draw_sweeps(rows: Sequence[Row], batch_size: int, path: Path) -> bool:
     return True
 
 
-def compared(rows: Sequence[Row], world: str, rule: str) -> list[Row]:
-    """The pre-trained model and each method's runs at the setting that a rule picks, over all seeds."""
+def compared(rows: Sequence[Row], world: str, rule: str, grid: Sequence[Row]) -> list[Row]:
+    """The pre-trained model and each method's runs at the setting that a rule picks from a grid."""
     found = [row for row in rows if (row["world"], row["method"]) == (world, "pretrained")]
     for method in METHODS:
-        if (run := chosen(rows, world, method, rule)) is not None:
+        if (run := chosen(grid, world, method, rule)) is not None:
             found += over_seeds(rows, run)
     return [row | {"ood": ood(row), "zs": zero_shot(row)} for row in found]
 
@@ -239,22 +243,29 @@ def norm_table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def write(rows: Sequence[Row], size: str, folder: Path) -> Path:
-    """Writes ``study-<size>.md`` and its charts; returns the former."""
+def write(rows: Sequence[Row], size: str, folder: Path, grid: Sequence[Row] | None = None) -> Path:
+    """Writes ``study-<size>.md`` and its charts; returns the former.
+
+    Args:
+        grid: of another size, where the rows have the settings that it chose: then methods are compared, no more.
+    """
     path = folder / f"study-{size}.md"
     lines = [f"# The study, {size}: figures", "", "Made by `python -m study report` from the lines beside it."]
     for world, title in WORLDS.items():
         if not any(row["world"] == world for row in rows):
             continue
         for rule, meaning in RULES.items():
-            table = main_table(rows, world, rule)
-            if len(table) > 3:
+            table = main_table(rows, world, rule, rows if grid is None else grid)
+            # Settings from elsewhere are those of one rule.
+            if len(table) > 3 and (grid is None or rule == "equal"):
                 lines += ["", f"## {title}. {meaning}", "", *table]
         name = f"study-{size}-{world}-methods.png"
-        methods = compared(rows, world, "equal")
+        methods = compared(rows, world, "equal", rows if grid is None else grid)
         if any(row["method"] != "pretrained" for row in methods):
             plots.tradeoff(methods, folder / name, f"{title}: {RULES['equal'][0].lower()}{RULES['equal'][1:]}")
             lines += ["", f"![Methods: ID, OOD, zero-shot accuracy and RSA]({name})"]
+        if grid is not None:
+            continue
         table = level_table(rows, world)
         if table:
             lines += [
@@ -266,7 +277,14 @@ def write(rows: Sequence[Row], size: str, folder: Path) -> Path:
         name = f"study-{size}-{world}-curves.png"
         draw_curves(rows, world, folder / name)
         lines += ["", f"![ID against zero-shot accuracy and RSA]({name})"]
-    lines += ["", "## Sweeps: DiVE on CIFAR-10", *sweep_tables(rows, SIZES[size].batch_size)]
+    if grid is None:
+        lines += _about_dive(rows, size, folder)
+    write_whole(path, ("\n".join(lines) + "\n").encode())
+    return path
+
+
+def _about_dive(rows: Sequence[Row], size: str, folder: Path) -> list[str]:
+    lines = ["", "## Sweeps: DiVE on CIFAR-10", *sweep_tables(rows, SIZES[size].batch_size)]
     name = f"study-{size}-sweeps.png"
     if draw_sweeps(rows, SIZES[size].batch_size, folder / name):
         lines += ["", f"![Accuracy over what is swept]({name})"]
@@ -274,8 +292,7 @@ def write(rows: Sequence[Row], size: str, folder: Path) -> Path:
     name = f"study-{size}-norms.png"
     if draw_norms(rows, folder / name):
         lines += ["", f"![Lengths of difference vectors along runs]({name})"]
-    write_whole(path, ("\n".join(lines) + "\n").encode())
-    return path
+    return lines
 
 
 def draw_curves(rows: Sequence[Row], world: str, path: Path) -> None:
