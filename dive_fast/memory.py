@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, shape_wrapper
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from dive_fast.kernels import ranks
 
@@ -29,8 +29,21 @@ def _native_attention_flop(query: Any, key: Any, value: Any, width: int, *_: Any
     return int(2 * batch * length * (4 * width**2 + 2 * length * width))
 
 
-MISSED_FLOP = {torch.ops.aten._native_multi_head_attention: _native_attention_flop}
-"""What torch's registry lacks: nn.MultiheadAttention without gradient in evaluation, as in an online teacher."""
+def _cpu_attention_flop(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _cpu_attention_backward_flop(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(gradient, query, key, value))
+
+
+MISSED_FLOP = {
+    torch.ops.aten._native_multi_head_attention: _native_attention_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward_flop,
+}
+"""What torch's registry lacks: nn.MultiheadAttention without gradient in evaluation, as in an online teacher; in
+PyTorch 2.11 also attention on the CPU, where steps are planned."""
 _FLOP = flop_registry | {op: shape_wrapper(formula) for op, formula in MISSED_FLOP.items()}
 
 

@@ -97,10 +97,11 @@ def join() -> Ranks:
     import deepspeed
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    alone: dict[str, Any] = {}
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(free_port()))
+        # Not by the environment: a process that is started from this one would take it for a launcher's.
+        alone = {"init_method": f"tcp://127.0.0.1:{free_port()}", "rank": 0, "world_size": 1}
+        os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed asks for
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
         device = torch.device("cuda", local_rank)
@@ -109,12 +110,12 @@ def join() -> Ranks:
         device = torch.device("cpu")
         # Else DeepSpeed compiles a shared-memory collective at start, for up to 90 s; gloo does its work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)
+    local_ranks = 1 if alone else int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)
     # With GPUs too: what ranks agree on beside their steps goes over gloo.
-    if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := _interface(local_ranks)):
+    if not alone and "GLOO_SOCKET_IFNAME" not in os.environ and (interface := _interface(local_ranks)):
         os.environ["GLOO_SOCKET_IFNAME"] = interface
     backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, **alone)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (local_ranks or _ranks_here())))
     return Ranks(dist.get_rank(), dist.get_world_size(), device)

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -51,6 +53,24 @@ def test_results_come_back_in_rank_order():
 def test_function_may_initialise_from_the_environment():
     results = run_ranks(2, initialise_from_environment, init=False)
     assert results == [((0, 2), [0, 0, 2, 2]), ((1, 2), [1, 1, 2, 2])]
+
+
+START_ANOTHER = """
+import subprocess, sys
+from dive_fast.ranks import join
+print(join())
+if sys.argv[1:]:
+    sys.exit(subprocess.run([sys.executable, "-c", sys.argv[1]]).returncode)
+"""
+
+
+def test_a_process_that_is_alone_may_start_another(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    command = [sys.executable, "-P", "-c", START_ANOTHER, START_ANOTHER]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("Ranks(rank=0, world_size=1, ") == 2
 
 
 def test_error_of_a_rank_carries_its_traceback_and_comes_first():

@@ -23,6 +23,7 @@ from dive_fast import objective
 from dive_fast.config import Config, load
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.engine import Engine, StepBatches
+from dive_fast.memory import MISSED_FLOP
 from dive_fast.plan import GPUS, LAUNCH_SECONDS, Plan, _Sampled, advise, plan
 from dive_fast.ranks import join
 from dive_fast.towers import create
@@ -148,7 +149,7 @@ def real_step(config: Config) -> tuple[int, int, int]:
             waiting = [batches(), batches()]
             live.peak = 0
             engine.step(waiting[0])
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=MISSED_FLOP) as counter:
             engine.step(waiting[1])
     engine.deepspeed.destroy()
     return live.peak, counter.get_total_flops(), parameters
