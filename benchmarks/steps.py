@@ -36,8 +36,10 @@ from dive_fast.towers import Towers, unit
 
 open_clip.add_model_config(Path(__file__).with_name("models"))
 SHIPPED = REPOSITORY / "launch/configs/vitb16_dive.json"
-# CPUs compute fp16 many times slower than fp32, and ZeRO's buckets are larger than a tiny model.
-PRECISION, ZERO = ("fp16", 1) if DEVICE.type == "cuda" else ("fp32", 0)
+# CPUs compute fp16 many times slower than fp32.
+PRECISION = "fp16" if DEVICE.type == "cuda" else "fp32"
+ZERO = 0
+"""What the shipped config's ``auto`` is on one rank."""
 COMPILED = ("flyp_fast_compiled", "dive_fast_compiled")
 BF16, JOINT = "dive_fast_bf16", "dive_fast_joint"
 ENGINES = ("flyp_fast", "dive_fast", *COMPILED, BF16, JOINT)

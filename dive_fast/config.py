@@ -329,7 +329,9 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     deepspeed: dict[str, Any] = {}
     """Passed to DeepSpeed as it stands. Batch sizes, optimizer, scheduler and precision have their home above:
-    the engine fills DeepSpeed's keys from there, and a contradiction is an error."""
+    the engine fills DeepSpeed's keys from there, and a contradiction is an error. One value is ours:
+    `zero_optimization.stage` may be `"auto"`, which is 1, or 0 where one
+    rank has nothing to share."""
 
     @model_validator(mode="after")
     def _check_deepspeed(self) -> "Config":

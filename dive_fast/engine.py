@@ -124,6 +124,9 @@ class Engine:
             lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
             config=section,
         )
+        if ranks.world_size == 1 and zero_of(section).get("stage", 0) == 0:
+            # DeepSpeed would copy all gradients into one tensor and back, to average them over this one rank.
+            self.deepspeed.enable_backward_allreduce = False
         self.scale = LossScale(train.precision, ranks.device if on_device else torch.device("cpu"))
         self._update = (
             DeviceUpdate(self.deepspeed, optimizer, self.scale, clipping)
@@ -300,10 +303,13 @@ def deepspeed_section(config: Config, world_size: int) -> dict[str, Any]:
     for key, value in filled.items():
         if section.setdefault(key, value) != value:
             raise ConfigError(f"deepspeed.{key} = {section[key]} contradicts {value}, which the config implies")
-    if isinstance(zero := section.get("zero_optimization"), dict):
-        section["zero_optimization"] = (
-            dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size"), BUCKET) | zero
-        )
+    if zero := zero_of(section):
+        buckets = {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+        section["zero_optimization"] = buckets | zero
+        if zero.get("stage") == "auto":
+            # One rank has nothing to share out: ZeRO would only copy weights and gradients.
+            stage = 0 if world_size == 1 and not offloads(section) else 1
+            section["zero_optimization"]["stage"] = stage
     # DeepSpeed clips at 1.0 unless told otherwise; the paper does not clip.
     section.setdefault("gradient_clipping", 0.0)
     # Else it waits for the device twice a step, to tell a throughput that the metrics have.

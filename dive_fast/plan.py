@@ -38,7 +38,7 @@ from dive_fast.data.ahead import DEPTH
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.data.prompts import read_class_names
 from dive_fast.data.source import DataError
-from dive_fast.engine import Engine, StepBatches
+from dive_fast.engine import Engine, StepBatches, deepspeed_section
 from dive_fast.gpus import GPUS, Gpu
 from dive_fast.kernels import backend
 from dive_fast.memory import Part, Stage, Tracker, Work
@@ -193,7 +193,7 @@ def _free_changes(config: Config, planned: Plan) -> Iterator[tuple[str, int]]:
         yield "train.schedule=sequential", parts.get("activations", 0) + parts.get("loss", 0)
     if kind.needs_teacher and config.teacher.mode == "online":
         yield "teacher.mode=cache", parts.get("teacher", 0) + parts.get("activations", 0)
-    stage = zero_of(config.deepspeed).get("stage", 0)
+    stage = zero_of(deepspeed_section(config, planned.ranks)).get("stage", 0)
     state = sum(parts.get(part, 0) for part in ("weights", "gradients", "optimizer"))
     if planned.ranks > 1:
         yield from (

@@ -286,6 +286,8 @@ def run_paths(folder: Path, stages: tuple[int, ...]) -> dict[Any, Any]:
         # The interpreter computes Triton's kernels in NumPy, and so reads everything.
         if os.environ["TRITON_INTERPRET"] == "0" and zero < 3:
             results["read", zero] = {str(how): read_by_step(stage, zero, **how) for how in STEADY}
+    if stage.ranks.world_size == 1:
+        results["sent alone"] = {str(how): sent_by_step(stage, **how) for how in STEADY}
     return results
 
 
@@ -382,6 +384,26 @@ def read_by_step(stage: Stage, zero: int, **options: Any) -> str:
         return str(error)
     assert line.numbers()["loss"] == float(values["loss"])
     return ""
+
+
+class Sent(TorchDispatchMode):
+    """Names of the collectives called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace == "c10d":
+            self.names.append(str(op))
+        return op(*args, **kwargs or {})
+
+
+def sent_by_step(stage: Stage, **options: Any) -> list[str]:
+    engine = stage.engine(0, **options)
+    with Sent() as sent:
+        engine.step(StepBatches(stage.target, stage.reference, stage.teacher(stage.reference)))
+    return sent.names
 
 
 @pytest.fixture(scope="module")
@@ -498,6 +520,11 @@ def test_a_steady_step_reads_nothing_of_the_device(by_rank: list[dict[Any, Any]]
                 assert set(found.values()) == {""}, (key, found)
 
 
+def test_a_rank_that_is_alone_sends_nothing_to_itself(by_rank: list[dict[Any, Any]]) -> None:
+    if len(by_rank) == 1:
+        assert not any(by_rank[0]["sent alone"].values()), by_rank[0]["sent alone"]
+
+
 def steady_on_a_gpu(folder: Path) -> None:
     """Steps in which CUDA itself refuses whatever the host would have to wait for."""
     stage = Stage(folder)
@@ -612,3 +639,13 @@ def test_buckets_are_of_the_models_size_unless_told_otherwise(folder: Path) -> N
     settings.deepspeed["zero_optimization"]["reduce_bucket_size"] = 7
     assert deepspeed_section(settings, world_size=2)["zero_optimization"]["reduce_bucket_size"] == 7
     assert "allgather_bucket_size" not in settings.deepspeed["zero_optimization"]
+
+
+def test_a_stage_left_to_the_engine_shares_out_what_there_is_to_share(folder: Path) -> None:
+    settings = config(folder, 2, "sequential", None)
+    zero = settings.deepspeed["zero_optimization"]
+    zero["stage"] = "auto"
+    assert [deepspeed_section(settings, ranks)["zero_optimization"]["stage"] for ranks in (1, 2)] == [0, 1]
+    zero["offload_optimizer"] = {"device": "cpu"}  # of which DeepSpeed knows nothing without ZeRO
+    assert deepspeed_section(settings, 1)["zero_optimization"]["stage"] == 1
+    assert zero["stage"] == "auto"
