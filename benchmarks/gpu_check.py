@@ -28,8 +28,6 @@ PYTHON = sys.executable
 PYTEST = (str(Path(sys.executable).with_name("pytest")), "-q", "-p", "no:cacheprovider")
 TAIL = 1500
 """Characters of a part's output that are kept."""
-OTHERS = ("compiled", "bf16", "joint")
-"""Variants of the engine's step that are not measured for each stage of ZeRO."""
 SANITIZER = "compute-sanitizer"
 SANITIZED = "other_ways_to_the_gradient or runs_agree"
 """Tests of kernels, small, that launch all of them."""
@@ -54,21 +52,9 @@ def parts(results: Path) -> list[Part]:
     kernels, engine = "tests/kernels/test_triton.py", "tests/test_engine.py"
     steps, precision = "benchmarks/steps.py", "benchmarks/precision.py"
     cache, loaders, losses = "benchmarks/cache.py", "benchmarks/loaders.py", "benchmarks/test_losses.py"
-    saves, study = "benchmarks/saves.py", ("-m", "study", "run", "--size", "full", "--settings", "small")
+    saves, zero = "benchmarks/saves.py", "benchmarks/zero.py"
+    study = ("-m", "study", "run", "--size", "full", "--settings", "small")
     gpu_precision = ("--results", str(results / f"{slug(device_name())}-precision.json"))
-
-    def zero(stage: int) -> Part:
-        """One of ZeRO's stages, whose figures stand beside those without it in ``steps``."""
-        options = ("--zero", str(stage), "--results", str(results / f"zero-{stage}"))
-        case = "256-dive_fast" if DEVICE.type == "cuda" else "8-dive_fast"
-        command = (
-            *PYTEST,
-            "benchmarks/test_steps.py",
-            "-k",
-            f"{case} and not {' and not '.join(OTHERS)}",
-            *options,
-        )
-        return Part(f"ZeRO {stage}", command, command, 30)
 
     def sanitized(tool: str) -> Part:
         """Reads and writes outside of tensors, or races in shared memory, as the driver sees them."""
@@ -81,9 +67,12 @@ def parts(results: Path) -> list[Part]:
         Part("steps", (PYTHON, steps, "--minutes", "3.5", *folder), (PYTHON, steps, *folder), 240),
         Part("no waiting", (*PYTEST, engine, "-k", "never_waits"), (*PYTEST, engine, "-k", "never_waits"), 45),
         Part("losses", (*PYTEST, losses, *folder), (*PYTEST, losses, "-k", "naive", *folder), 60),
-        zero(1),
-        zero(2),
-        zero(3),
+        Part(
+            "ZeRO",
+            (PYTHON, zero, "--model", "ViT-B-16", "--batch", "256", *folder),
+            (PYTHON, zero, "--model", "ViT-tiny", "--rounds", "2", *folder),
+            60,
+        ),
         Part(
             "cache",
             (PYTHON, cache, "--gib", "2", *folder),

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import time
 import timeit
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,15 @@ def num_sets(inputs: Inputs) -> int:
         return 2
     cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
     return 1 + 2 * cache // sum(x.nbytes for x in inputs)
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds, the device's work included."""
+    begun = time.perf_counter()
+    work()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
 
 
 def peak_extra_bytes(call: Callable[[], Any]) -> int:

@@ -9,10 +9,9 @@ import dataclasses
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
+from measure import timed
 from report import REPOSITORY, commit, device_name, slug, write_json
 from steps import Case, make_engine, make_inputs, random_model
 
@@ -21,15 +20,6 @@ from dive_fast.config import TrainConfig
 from dive_fast.guard.consensus import Votes
 
 STEPS_ALONE = 3
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Seconds, the device's work included."""
-    begun = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
 
 
 def main() -> None:

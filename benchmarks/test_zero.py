@@ -1,0 +1,38 @@
+"""The benchmark of ZeRO's stages has figures of each, and of the same step in plain PyTorch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from report import REPOSITORY
+from steps import Case
+from zero import PLAIN, STEPS, make_step
+
+
+def test_every_step_is_the_same_step() -> None:
+    losses = {name: make_step(Case("ViT-tiny", 8, "dive_fast"), stage)()["loss"] for name, stage in STEPS.items()}
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss.cpu(), losses[PLAIN].cpu(), rtol=1e-5, atol=0, msg=name)
+
+
+def test_a_tiny_run_ends_in_figures(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/zero.py", "--model", "ViT-tiny", "--rounds", "1"]
+    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    run = subprocess.run(
+        [*command, "--results", str(tmp_path)],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = json.loads((tmp_path / "cpu-zero.json").read_text())
+    (times,), peaks = found["rounds"], found["peak_bytes"]
+    assert times.keys() == peaks.keys() == STEPS.keys()
+    assert min(times.values()) > 0
+    # A stage keeps a copy of the weights, and room for what it would send.
+    assert peaks["no ZeRO"] < peaks["ZeRO 1"]

@@ -1,0 +1,76 @@
+"""What ZeRO costs a rank that is alone: ``python benchmarks/zero.py --model ViT-B-32 --batch 8``.
+
+DiVE's step in plain PyTorch with every lever of the engine, by the engine without ZeRO, and at its stages, on one
+batch. They take turns, so that ratios are of one run.
+"""
+
+import argparse
+import copy
+import dataclasses
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from losses import DEVICE
+from measure import peak_extra_bytes, timed
+from peers.levers import DiveWithLevers, Levers
+from report import REPOSITORY, commit, device_name, slug, write_json
+from steps import TOTAL_STEPS, Case, make_engine, make_inputs, random_model, teacher_rows
+
+from dive_fast.towers import Towers
+
+PLAIN = "plain PyTorch"
+STEPS = {PLAIN: None, "no ZeRO": 0, "ZeRO 1": 1, "ZeRO 2": 2, "ZeRO 3": 3}
+"""Each step's stage."""
+FIRST_STEPS = 16 if DEVICE.type == "cuda" else 3
+"""Steps before the first that counts: fp16 skips some for an overflow, and optimizers allocate."""
+
+
+def make_step(case: Case, stage: int | None) -> Callable[[], Any]:
+    """A step of its own model, ready to go."""
+    model, inputs = copy.deepcopy(random_model(case.model)).to(DEVICE), make_inputs(*case.sizes)
+    if stage is not None:
+        engine, batches = make_engine(case, model, inputs, stage)
+        return lambda: engine.step(dataclasses.replace(batches))
+    on_gpu = DEVICE.type == "cuda"
+    levers = Levers(half_precision=on_gpu, sequential=True, cached_teacher=True, trimmed_text=True)
+    levers = levers._replace(distinct_texts=True, fused_losses=on_gpu)
+    plain = DiveWithLevers(Towers(model), teacher_rows(*case.sizes), levers, total_steps=TOTAL_STEPS)
+    return partial(plain.step, levers.prepare(inputs))
+
+
+def main() -> None:
+    """Parses, measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="ViT-B-32")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--results", type=Path, default=REPOSITORY / "build/benchmarks")
+    options = parser.parse_args()
+    case = Case(options.model, options.batch, "dive_fast")
+    # Here, lest their memory be charged to the first.
+    make_inputs(*case.sizes)
+    teacher_rows(*case.sizes)
+    steps: dict[str, Callable[[], Any]] = {}
+
+    def begin(name: str) -> None:
+        steps[name] = make_step(case, STEPS[name])
+        for _ in range(FIRST_STEPS):
+            steps[name]()
+
+    peaks = {name: peak_extra_bytes(partial(begin, name)) for name in STEPS}
+    rounds = [{name: timed(step) for name, step in steps.items()} for _ in range(options.rounds)]
+    print("| step | time | over plain PyTorch | peak memory |\n|---|---|---|---|")
+    for name, peak in peaks.items():
+        seconds = statistics.median(each[name] for each in rounds)
+        ratio = statistics.median(each[name] / each[PLAIN] for each in rounds)
+        print(f"| {name} | {1e3 * seconds:.0f} ms | {ratio:.2f} | {peak / 2**30:.2f} GiB |", flush=True)
+    found = {"device": device_name(), "commit": commit(), "case": case._asdict()}
+    found |= {"peak_bytes": peaks, "rounds": rounds}
+    write_json(options.results / f"{slug(device_name())}-zero.json", found)
+
+
+if __name__ == "__main__":
+    main()
