@@ -9,6 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,26 @@ DATA = Path(os.environ.get("DIVE_TEST_DATA", REPOSITORY.parent / "shared" / "dat
 PREPROCESS = Preprocess(
     (224, 224), open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, "bicubic", "shortest"
 )
-LOADERS = ("flyp", "plain", "dali", "ffcv")
+ALWAYS, OPTIONAL = ("flyp", "plain"), {"dali": "nvidia.dali", "ffcv": "ffcv"}
+"""Loaders, and the packages that those need which are not always installed."""
 STEP_TFLOP = {"ViT-B/16": 114.0 / 1024, "ViT-L/14": 0.52}
 """Of one image of a DiVE step, half of them target, half reference, forward and backward, text included."""
 TFLOP_PER_SECOND = 430
 """Of an H200 in fp16: 44 % of its 989 peak. An assumption, until it is measured."""
 ODD_SIZES = ((1, 500), (500, 1), (31, 33), (5000, 40))
+
+
+def installed() -> list[str]:
+    """The optional loaders that there are."""
+    return [loader for loader, package in OPTIONAL.items() if find_module(package)]
+
+
+def find_module(package: str) -> bool:
+    """Whether a package, perhaps within another, can be imported."""
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def batches(loader: str, source: Source, files: list[Path], batch_size: int, workers: int) -> Iterator[Any]:
@@ -132,7 +147,7 @@ def pixels(source: Source, folder: Path) -> list[dict[str, Any]]:
         for view, samples in kinds.items():
             places = [(0, sample) for sample in range(min(len(set_), 250))]
             expected = shown(samples, places, "plain")
-            for loader in ("dali", "ffcv"):
+            for loader in installed():
                 rows.append(
                     {
                         "images": name,
@@ -141,7 +156,7 @@ def pixels(source: Source, folder: Path) -> list[dict[str, Any]]:
                         **apart(shown(samples, places, loader), expected),
                     }
                 )
-            if view == "train" and name == "photos":
+            if view == "train" and name == "photos" and "ffcv" in installed():
                 own = ffcv_itself(set_, samples, places)
                 rows.append({"images": name, "view": view, "loader": "ffcv's own decoder", **apart(own, expected)})
     return rows
@@ -220,6 +235,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--results", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
+    device = device_name()
+    default = REPOSITORY / ("benchmarks/results" if DEVICE.type == "cuda" else "build/benchmarks")
+    path = (options.results or default) / f"{slug(device)}-loaders.json"
+    about = {"device": device, "workers": options.workers, "commit": commit()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         raw = open_webdataset(options.data, ".cls")
@@ -229,18 +248,16 @@ def main() -> None:
         files = [folder / f"{index}.jpg" for index in range(len(source))]
         for index, file in enumerate(files):
             file.write_bytes(source.read(index))
-        measured: dict[str, list[tuple[float, float]]] = {loader: [] for loader in LOADERS}
+        measured: dict[str, list[tuple[float, float]]] = {loader: [] for loader in (*ALWAYS, *installed())}
+        print(f"not installed: {sorted(OPTIONAL.keys() - set(installed()))}")
         for _ in range(options.rounds):
-            for loader in LOADERS:
+            for loader in measured:
                 ahead: Any = batches(loader, source, files, options.batch_size, options.workers)
                 measured[loader].append(measure(ahead, options.batches, options.batch_size))
                 ahead.close()
-        figures = {loader: medians(rounds, measured["flyp"]) for loader, rounds in measured.items()}
+            figures = {loader: medians(rounds, measured["flyp"]) for loader, rounds in measured.items()}
+            write_json(path, {**about, "loaders": figures, "pixels": []})
         rows = pixels(source, folder)
-    device = device_name()
-    default = REPOSITORY / ("benchmarks/results" if DEVICE.type == "cuda" else "build/benchmarks")
-    path = (options.results or default) / f"{slug(device)}-loaders.json"
-    about = {"device": device, "workers": options.workers, "commit": commit()}
     write_json(path, {**about, "loaders": figures, "pixels": rows})
     print(f"\n{tables(figures, rows)}\n\n{path}")
 

@@ -158,11 +158,15 @@ COMPETITORS: dict[str, Loss] = {
 # Those that say something of one operation only.
 _OPERATION = {"triton_apart": "joint", "triton_fused": "contrastive", "triton_chunked": "contrastive"}
 
-_SIZES = product((256, 512, 2048, 8192, 32768), (512, 768)) if DEVICE.type == "cuda" else [(33, 48)]
+# The most telling first, and what is compiled for each size last: time may not suffice for all.
+_FIRST = [(512, 512), (32768, 768)]
+_SIZES = [*_FIRST, *(set(product((256, 512, 2048, 8192, 32768), (512, 768))) - set(_FIRST))]
+_PARTS = (_SIZES[:2], _SIZES[2:]) if DEVICE.type == "cuda" else ([(33, 48)],)
 CASES = [
     Case(operation, batch, width, competitor)
-    for (batch, width), operation, competitor in product(_SIZES, LEAVES, COMPETITORS)
-    if _OPERATION.get(competitor, operation) == operation
+    for part, slow in product(_PARTS, (False, True))
+    for (batch, width), operation, competitor in product(sorted(part), LEAVES, COMPETITORS)
+    if _OPERATION.get(competitor, operation) == operation and (competitor == "compiled") == slow
 ]
 
 

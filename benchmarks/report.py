@@ -40,9 +40,11 @@ class Report:
     @property
     def path(self) -> Path:
         """Figures of a GPU belong to ``results`` once every case has been tried; all others stay in ``build``."""
-        complete = DEVICE.type == "cuda" and len(self.entries) == len(CASES)
-        folder = self.folder or REPOSITORY / ("benchmarks/results" if complete else "build/benchmarks")
-        return folder / f"{slug(self.device)}-losses{'' if self.dtype == 'float16' else '-' + self.dtype}.json"
+        on_gpu, complete = DEVICE.type == "cuda", len(self.entries) == len(CASES)
+        folder = self.folder or REPOSITORY / ("benchmarks/results" if on_gpu and complete else "build/benchmarks")
+        name = f"{slug(self.device)}-losses{'' if self.dtype == 'float16' else '-' + self.dtype}"
+        # A part must not take the place of a whole.
+        return folder / f"{name}{'-part' if on_gpu and not complete else ''}.json"
 
     def write(self) -> None:
         """Leave all that is known so far."""
@@ -57,6 +59,8 @@ class Report:
             "complete": len(self.entries) == len(CASES),
         }
         write_json(self.path, {**about, "cases": self.entries})
+        if about["complete"]:
+            self.path.with_stem(f"{self.path.stem}-part").unlink(missing_ok=True)
 
     def table(self) -> str:
         """Markdown: eager's time and extra memory, then ratios to them; largest error, share of the ceiling."""

@@ -71,13 +71,13 @@ def main() -> None:
                 }
             )
             print({name: round(value, 3) for name, value in rounds[-1].items()}, flush=True)
+            found = {"device": device_name(), "commit": commit(), "case": case._asdict(), "rounds": rounds}
+            write_json(options.results / f"{slug(device_name())}-saves.json", found)
     medians = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
     ratio = statistics.median(
         (each["held"] + each["extra_of_steps_beside"]) / each["deepspeed"] for each in rounds
     )
     print(medians, f"cost to the loop over that of DeepSpeed's save: {ratio:.2f}")
-    found = {"device": device_name(), "commit": commit(), "case": case._asdict(), "rounds": rounds}
-    write_json(options.results / f"{slug(device_name())}-saves.json", found)
 
 
 if __name__ == "__main__":

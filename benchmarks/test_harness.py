@@ -121,8 +121,9 @@ def test_only_a_complete_run_on_a_gpu_is_a_result(monkeypatch: pytest.MonkeyPatc
         report = Report("float16")
         for case in entries:
             report.begin(case)
-        name = "nvidia-h200" if device == "cuda" else "cpu"
-        assert report.path == REPOSITORY / folder / f"{name}-losses.json"
+        name = "nvidia-h200-losses" if device == "cuda" else "cpu-losses"
+        name += "-part" if device == "cuda" and len(entries) < len(CASES) else ""
+        assert report.path == REPOSITORY / folder / f"{name}.json"
 
 
 def test_a_tiny_run_ends_in_a_table(tmp_path: Path) -> None:

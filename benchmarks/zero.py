@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from losses import DEVICE
 from measure import peak_extra_bytes, timed
 from peers.levers import DiveWithLevers, Levers
@@ -32,13 +33,32 @@ def make_step(case: Case, stage: int | None) -> Callable[[], Any]:
     """A step of its own model, ready to go."""
     model, inputs = copy.deepcopy(random_model(case.model)).to(DEVICE), make_inputs(*case.sizes)
     if stage is not None:
+        linear = F.linear
         engine, batches = make_engine(case, model, inputs, stage)
-        return lambda: engine.step(dataclasses.replace(batches))
+        return with_linear(lambda: engine.step(dataclasses.replace(batches)), linear)
     on_gpu = DEVICE.type == "cuda"
     levers = Levers(half_precision=on_gpu, sequential=True, cached_teacher=True, trimmed_text=True)
     levers = levers._replace(distinct_texts=True, fused_losses=on_gpu)
     plain = DiveWithLevers(Towers(model), teacher_rows(*case.sizes), levers, total_steps=TOTAL_STEPS)
     return partial(plain.step, levers.prepare(inputs))
+
+
+def with_linear(step: Callable[[], Any], others: Any) -> Callable[[], Any]:
+    """A step made last, with the linear layer it was made for: ZeRO-3 replaces that of the whole process.
+
+    Args:
+        others: the layer that is left behind for other steps.
+    """
+    own, F.linear = F.linear, others
+
+    def alone() -> Any:
+        F.linear = own
+        try:
+            return step()
+        finally:
+            F.linear = others
+
+    return alone
 
 
 def main() -> None:

@@ -129,8 +129,16 @@ class Towers(nn.Module):
         """``(1,)``: the logit scale, clamped here: DeepSpeed's master would undo a clamp in place."""
         return self.logit_scale.exp().clamp(max=LOGIT_SCALE_MAX)
 
-    def _precision(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
+    @contextlib.contextmanager
+    def _precision(self, device: torch.device) -> Iterator[None]:
+        # In fp32 cuDNN's convolutions have TF32 by default, fp16's ten bits, which a teacher must not have.
+        tf32 = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = tf32 and self.autocast is not None
+        try:
+            with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+                yield
+        finally:
+            torch.backends.cudnn.allow_tf32 = tf32
 
     def export(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state dict of this module, as open_clip's ``load_state_dict`` of the original model wants it."""

@@ -268,6 +268,17 @@ def test_autocast_changes_the_features_and_not_the_weights_and_its_absence_means
 # Weights out and in
 
 
+def test_fp32_is_not_tf32_in_the_convolutions_of_a_gpu(models: dict[str, Path]) -> None:
+    towers = create(config_of(next(iter(models.values()))))
+    seen: list[bool] = []
+    towers.visual.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    for autocast in (None, torch.bfloat16):
+        towers.autocast = autocast
+        towers.encode_image(images_for(towers))
+        assert torch.backends.cudnn.allow_tf32  # PyTorch's default, and others' choice
+    assert seen == [False, True]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_exported_weights_load_in_open_clip_and_give_the_same_features(
     models: dict[str, Path], name: str, tmp_path: Path

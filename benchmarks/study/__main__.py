@@ -22,6 +22,7 @@ FOLDER = REPOSITORY / "build/study"
 
 def main() -> None:
     """Parses and does one of the three."""
+    begun = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of data, models and runs")
     parser.add_argument("--size", choices=SIZES, default="small")
@@ -47,7 +48,7 @@ def main() -> None:
             return settled(grid, options.worlds)
         return [run for run in plan(rows, study.size) if run.world in options.worlds]
 
-    work(study, path, planned, options.minutes, dry=options.what == "plan")
+    work(study, path, planned, options.minutes, begun, dry=options.what == "plan")
 
 
 def work(
@@ -55,6 +56,7 @@ def work(
     path: Path,
     planned: Callable[[Rows], list[Run]],
     minutes: float | None = None,
+    begun: float = 0.0,
     *,
     dry: bool = False,
 ) -> None:
@@ -63,9 +65,10 @@ def work(
     Args:
         path: of the results.
         planned: which runs, from the results so far.
+        begun: when the minutes began, by ``time.perf_counter``.
         dry: only say what is left.
     """
-    begun, impossible = time.perf_counter(), set[Run]()
+    impossible = set[Run]()
     while minutes is None or time.perf_counter() - begun < 60 * minutes:
         rows = [row for row in results.read(path) if row["model"] == study.digests.get(row["world"])]
         left = [run for run in planned(rows) if run not in impossible and not results.has(rows, study.key(run))]

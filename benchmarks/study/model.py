@@ -62,6 +62,7 @@ def train(folder: Path, size: str, *, epochs: int, batch_size: int, learning_rat
             batch_size=batch_size,
             learning_rate=learning_rate,
             seed=seed,
+            device="cuda" if torch.cuda.is_available() else "cpu",
         )
         pretrain.save(model, place)
         folder.mkdir(exist_ok=True)

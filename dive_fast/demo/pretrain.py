@@ -106,8 +106,9 @@ def fit(
     batch_size: int,
     learning_rate: float,
     seed: int,
+    device: str = "cpu",
 ) -> Any:
-    """Trains the model of ``folder``'s config from nothing with the contrastive loss; returns it.
+    """Trains the model of ``folder``'s config from nothing with the contrastive loss; returns it, on the CPU.
 
     Args:
         images: ``(N, 3, H, W)`` uint8.
@@ -116,7 +117,8 @@ def fit(
     torch.manual_seed(seed)
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     started = time.perf_counter()
-    model: Any = open_clip.create_model(f"local-dir:{folder}", load_weights=False, force_custom_text=True).train()
+    model: Any = open_clip.create_model(f"local-dir:{folder}", load_weights=False, force_custom_text=True)
+    model.to(device).train()
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     decayed = [p for p in model.parameters() if p.ndim > 1]
     spared = [p for p in model.parameters() if p.ndim <= 1]
@@ -132,7 +134,7 @@ def fit(
         rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * rate
-        features = model(augment(images[rows], generator), tokenizer(captions))
+        features = model(augment(images[rows], generator).to(device), tokenizer(captions).to(device))
         loss = contrastive_loss(features[0], features[1], model.logit_scale.exp().clamp(max=100))
         optimizer.zero_grad()
         loss.backward()
@@ -140,7 +142,7 @@ def fit(
         optimizer.step()
         if (step + 1) % 100 == 0:
             print(f"step {step + 1}  loss {loss.item():.3f}  {time.perf_counter() - started:.0f} s", flush=True)
-    return model.eval()
+    return model.cpu().eval()
 
 
 def save(model: Any, folder: Path) -> None:
