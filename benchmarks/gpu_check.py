@@ -28,6 +28,8 @@ PYTHON = sys.executable
 PYTEST = (str(Path(sys.executable).with_name("pytest")), "-q", "-p", "no:cacheprovider")
 TAIL = 1500
 """Characters of a part's output that are kept."""
+SHORTEST = 30
+"""Seconds: with less left no part is begun, or less than its own limit."""
 SANITIZER = "compute-sanitizer"
 SANITIZED = "other_ways_to_the_gradient or runs_agree"
 """Tests of kernels, small, that launch all of them."""
@@ -64,7 +66,7 @@ def parts(results: Path) -> list[Part]:
 
     return [
         Part("kernels", (*PYTEST, kernels, "-n", "8"), (*PYTEST, kernels, "-k", "upstream_gradient"), 200),
-        Part("steps", (PYTHON, steps, "--minutes", "3.5", *folder), (PYTHON, steps, *folder), 240),
+        Part("steps", (PYTHON, steps, "--minutes", "3", *folder), (PYTHON, steps, *folder), 240),
         Part("no waiting", (*PYTEST, engine, "-k", "never_waits"), (*PYTEST, engine, "-k", "never_waits"), 45),
         Part("losses", (*PYTEST, losses, *folder), (*PYTEST, losses, "-k", "naive", *folder), 120),
         Part(
@@ -199,7 +201,7 @@ def main() -> int:
     ends, failed = time.monotonic() + 60 * options.minutes, False
     for part in parts(results):
         left = ends - time.monotonic()
-        if part.name not in options.only or left < 5:
+        if part.name not in options.only or left < min(part.seconds, SHORTEST):
             continue
         command = part.rehearsal if options.rehearse else part.command
         found = run(part, command, left if options.rehearse else min(left, part.seconds))

@@ -250,7 +250,7 @@ class TrainConfig(Section):
     nonfinite_limit: Positive = 20
     """The run stops after so many steps in a row whose loss or gradient is not finite, and writes down their
     samples. Such steps are skipped. That fp16's loss scale has overflowed is no such step."""
-    rank_timeout: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 600.0
+    rank_timeout: Annotated[float, Field(ge=1, le=3600)] = 600.0
     """Seconds without a step after which all ranks end with an error that names the one they wait for. A rank that
     has died is noticed within 60, or within this if it is less. Evaluations and the start are not timed."""
 

@@ -14,6 +14,10 @@ class UserError(ValueError):
         super().__init__(one_line(message))
 
 
+class SharedError(Exception):
+    """Ends all ranks of a run after the same step: none has to be told that another has failed."""
+
+
 def one_line(text: str) -> str:
     """Text that a terminal shows as it stands, in one line of bounded length."""
     line = "".join(map(_shown, " ".join(text.split())))

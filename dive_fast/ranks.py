@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import psutil
@@ -16,6 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dive_fast.errors import UserError
+
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+"""Until a process group gives a collective up. A run finds out far sooner whom it has lost (``guard/watch.py``);
+what is not timed there, the last shards of a cache or a long evaluation, may keep ranks waiting for longer than
+ten minutes, the usual limit."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,13 @@ class Ranks:
             dist.all_gather_object(failures, failure)
         if (first := next(filter(None, failures), None)) is not None:
             raise first
+
+    def as_first(self, found: Any) -> Any:
+        """What the first rank has found, on all: file systems do not show the same to all machines at once."""
+        values = [found]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def say(self, line: str) -> None:
         """Prints a line, once, that breaks no progress bar."""
@@ -115,7 +128,9 @@ def join() -> Ranks:
     if not alone and "GLOO_SOCKET_IFNAME" not in os.environ and (interface := _interface(local_ranks)):
         os.environ["GLOO_SOCKET_IFNAME"] = interface
     backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, **alone)
+    deepspeed.init_distributed(
+        dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT, **alone
+    )
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (local_ranks or _ranks_here())))
     return Ranks(dist.get_rank(), dist.get_world_size(), device)

@@ -8,6 +8,7 @@ import torch
 from dive_fast.checkpoint import format as checkpoint
 from dive_fast.checkpoint.saver import Saver
 from dive_fast.config import Config, ConfigError
+from dive_fast.errors import SharedError
 from dive_fast.guard.consensus import Consensus
 from dive_fast.guard.nonfinite import NonFinite
 from dive_fast.guard.watch import LostError, Watch
@@ -23,7 +24,7 @@ NOISE_FLOOR = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
 rounding of the forward pass is left (measured: 1.2e-3 in fp16, 9.1e-3 in bf16): more means a wrong cache."""
 
 
-class Stopped(Exception):  # noqa: N818 - nothing went wrong
+class Stopped(SharedError):  # noqa: N818 - nothing went wrong
     """The run was asked to stop, has been saved, and goes on when it is started again."""
 
 

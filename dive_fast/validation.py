@@ -98,7 +98,8 @@ class Validation:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from there, if the best weights are still where they were left."""
-        if state["best"] is not None and not (self._run.folder / BEST / MODEL).is_file():
+        is_there = self._run.ranks.as_first((self._run.folder / BEST / MODEL).is_file())
+        if state["best"] is not None and not is_there:
             self._run.ranks.say(f"{self._run.folder / BEST}: the best weights are gone; they are chosen anew")
             return
         self._best, self._best_step, self._since_best = (state[key] for key in ("best", "best_step", "since_best"))

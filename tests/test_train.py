@@ -344,8 +344,22 @@ def test_a_named_checkpoint_that_is_not_whole_is_refused(by_rank: list[Any], fol
     with pytest.raises(ConfigError, match=r"no checkpoint in .* is as it was written"):
         checkpoint.find("auto", tmp_path, alone)
     (older / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match=r"no checkpoint in .* \(.*rank00001.* in its full size\); remove"):
+        checkpoint.find("auto", tmp_path, alone)
+    shutil.rmtree(newest)
     assert checkpoint.find("auto", tmp_path, alone) is None
     refused(older, "no file manifest.json")
+
+
+def test_a_copy_that_a_user_has_put_beside_checkpoints_is_none_of_them(
+    by_rank: list[Any], folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "resumed2/checkpoints", tmp_path, dirs_exist_ok=True)
+    newest = checkpoint.whole_checkpoints(tmp_path)[-1]
+    for name in (f"{newest.name}.keep", f"{newest.name}0", "steps"):
+        shutil.copytree(newest, tmp_path / name)
+    assert checkpoint.whole_checkpoints(tmp_path)[-1] == newest
+    assert checkpoint.find("auto", tmp_path, Ranks(0, 1, torch.device("cpu"))) == newest
 
 
 def test_deepspeeds_monitor_gets_the_metrics(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ called ``step<number>`` is whole, or has been damaged since, which its manifest 
 """
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,7 @@ from dive_fast.update import COUNTS, STATE
 FORMAT = 1
 FOLDER = "checkpoints"
 """Of all checkpoints, in the folder of a run."""
+NAME = re.compile(r"step\d{8}")
 MANIFEST, TRAINER = "manifest.json", "trainer.json"
 WEIGHTS, FIXED, OBJECTIVE, RANDOM = "weights", "fixed", "objective", "random"
 """What the names of a checkpoint's tensors begin with: tuned weights, untuned ones and buffers, the objective's
@@ -76,7 +78,14 @@ def trainer(engine: Engine, step: int, validation: dict[str, Any], metrics: dict
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints whose files are all there in their full size, oldest first."""
-    return sorted(path for path in folder.glob("step*") if _missing(path) is None)
+    return [path for path in _written(folder) if _missing(path) is None]
+
+
+def _written(folder: Path) -> list[Path]:
+    """Checkpoints that were whole once, oldest first; one that is being removed loses its manifest first."""
+    return sorted(
+        path for path in folder.glob("step*") if NAME.fullmatch(path.name) and (path / MANIFEST).is_file()
+    )
 
 
 def find(resume: str, folder: Path, ranks: Ranks) -> Path | None:
@@ -91,8 +100,11 @@ def find(resume: str, folder: Path, ranks: Ranks) -> Path | None:
         return None
     if resume == "auto":
         damaged: list[DamagedError] = []
-        for path in reversed(whole_checkpoints(folder)):
+        candidates = [(path, _missing(path)) for path in _written(folder)] if ranks.first else []
+        for path, missing in reversed(ranks.as_first(candidates)):
             try:
+                if missing is not None:
+                    raise DamagedError(f"{path}: {missing}")
                 verify(path, ranks)
             except DamagedError as error:
                 ranks.say(f"passed over: {error}")
@@ -270,7 +282,7 @@ def _missing(checkpoint: Path) -> str | None:
     try:
         files = read_manifest(checkpoint)["files"]
     except ConfigError as error:
-        return str(error)
+        return str(error).removeprefix(f"{checkpoint}/")
     for name, file in files.items():
         path = checkpoint / name
         if path.is_symlink() or not path.is_file() or path.stat().st_size != file["bytes"]:

@@ -29,14 +29,16 @@ from dive_fast.checkpoint.format import (
 )
 from dive_fast.config import TrainConfig
 from dive_fast.engine import Engine
+from dive_fast.errors import SharedError
 from dive_fast.files import write_whole
 from dive_fast.guard.consensus import Votes
+from dive_fast.ranks import Ranks
 
 LATEST = "latest"
 """A file beside the checkpoints with the name of the newest."""
 
 
-class SaveError(Exception):
+class SaveError(SharedError):
     """A checkpoint could not be written; the message is one line, and older checkpoints are as they were."""
 
 
@@ -84,7 +86,7 @@ class Saver:
             self._number,
             path,
             partial,
-            engine.ranks.rank,
+            engine.ranks,
             tensors(engine),
             numbers if engine.ranks.first else None,
         )
@@ -166,14 +168,14 @@ class _Save:
         number: int,
         path: Path,
         partial: Path,
-        rank: int,
+        ranks: Ranks,
         tensors: dict[str, Tensor],
         numbers: dict[str, Any] | None,
     ) -> None:
         self.number, self.path, self.partial, self.numbers = number, path, partial, numbers
         self.is_written = self.is_committed = self.is_being_committed = False
         self.error: Exception | None = None
-        self._rank, self._tensors = rank, tensors
+        self._ranks, self._tensors = ranks, tensors
         self._thread: threading.Thread | None = None
 
     def write(self) -> None:
@@ -207,7 +209,8 @@ class _Save:
         self._thread.start()
 
     def _write(self) -> None:
-        file = self.partial / f"rank{self._rank:05d}.safetensors"
+        name = _of_rank(self._ranks.rank)
+        file = self.partial / f"{name}.safetensors"
         save_file(self._tensors, file)
         self._tensors = {}
         files = {file.name: file}
@@ -218,16 +221,17 @@ class _Save:
             _to_disk(path)
         # For the first rank, who puts them into the manifest.
         found = {name: fingerprint(path) for name, path in files.items()}
-        (self.partial / f"rank{self._rank:05d}.json").write_text(json.dumps(found))
+        (self.partial / f"{name}.json").write_text(json.dumps(found))
         self.is_written = True
 
     def _commit(self, retained: Callable[[list[Path]], list[Path]]) -> None:
         files: dict[str, Any] = {}
-        notes = sorted(self.partial.glob("rank*.json"))
-        for note in notes:
+        world_size = self._ranks.world_size
+        # By name: a listing of a shared folder may be older than what other machines have written.
+        for note in [self.partial / f"{_of_rank(rank)}.json" for rank in range(world_size)]:
             files |= json.loads(note.read_text())
             note.unlink()
-        manifest = {"format": FORMAT, "ranks": len(notes), "files": files}
+        manifest = {"format": FORMAT, "ranks": world_size, "files": files}
         (self.partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         _to_disk(self.partial / MANIFEST)
         _to_disk(self.partial)
@@ -236,19 +240,24 @@ class _Save:
         if self.path.exists():
             self.path.replace(replaced)
         self.partial.replace(self.path)
+        _to_disk(self.path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
         write_whole(self.path.with_name(LATEST), f"{self.path.name}\n".encode())
-        _to_disk(self.path.parent)
         whole = whole_checkpoints(self.path.parent)
         for old in set(whole) - set(retained(whole)):
             _remove(old)
         self.is_committed = True
 
 
+def _of_rank(rank: int) -> str:
+    return f"rank{rank:05d}"
+
+
 def _remove(old: Path) -> None:
-    # First no longer whole, then gone: a kill in between leaves nothing that looks usable.
-    (old / MANIFEST).unlink()
-    shutil.rmtree(old)
+    # First no longer whole, then gone: a kill in between leaves nothing that looks usable. Somebody who still reads
+    # it, on a network's file system, is no reason to call a save failed.
+    (old / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _to_disk(path: Path) -> None:

@@ -40,6 +40,8 @@ def in_workers(
         collate_fn=_as_it_is,
         num_workers=workers,
         pin_memory=pin,
+        # Else it draws from the random state that a resumed run has been given back.
+        generator=torch.Generator(),
         **options,
     )
     with forking():

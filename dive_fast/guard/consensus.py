@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from dive_fast.ranks import Ranks
+from dive_fast.ranks import COLLECTIVE_TIMEOUT, Ranks
 
 
 class Votes(NamedTuple):
@@ -31,7 +31,9 @@ class Consensus:
 
     def __init__(self, ranks: Ranks) -> None:
         """All ranks make one together."""
-        self._group: Any = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
+        self._group: Any = None
+        if ranks.world_size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
         self._underway: tuple[torch.Tensor, Any] | None = None
 
     def __call__(self, votes: Votes) -> Votes:

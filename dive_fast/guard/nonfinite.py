@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from dive_fast.engine import StepBatches
+from dive_fast.errors import SharedError
 from dive_fast.files import write_whole
 from dive_fast.metrics import Reading
 from dive_fast.ranks import Ranks
@@ -16,7 +17,7 @@ BEHIND = 64
 """Steps that the device's numbers may be late by; the samples of so many more are remembered."""
 
 
-class NonFiniteError(Exception):
+class NonFiniteError(SharedError):
     """``train.nonfinite_limit`` steps in a row were skipped; the message is one line and says whose samples."""
 
 

@@ -23,6 +23,7 @@ import psutil
 import torch.distributed.distributed_c10d as c10d
 from tqdm import tqdm
 
+from dive_fast.errors import SharedError
 from dive_fast.ranks import Ranks
 
 STOPPED, LOST = 75, 76
@@ -75,7 +76,6 @@ class Watch:
         self._silence = min(SILENCE, timeout)
         self._step, self._phase, self._since = 0, ORDER[0], time.monotonic()
         self._requested: str | None = None
-        self._requested_by = 0
         self._fault: str | None = None
         self._verdict: str | None = None
         self._suspicious = False
@@ -107,7 +107,7 @@ class Watch:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Tells the other ranks how this one has ended."""
-        if error is not None and not isinstance(error, LostError):
+        if error is not None and not isinstance(error, (LostError, SharedError)):
             self._fault = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         self._closed.set()
         os.write(self._writing, bytes(1))
@@ -198,6 +198,8 @@ class Watch:
                 # What an evaluation starts from has been saved, and it may take long. The others leave theirs too.
                 if self._ranks.world_size > 1:
                     self._told.wait(2 * self._beat)
+                if self._phase != "evaluation":
+                    continue  # over meanwhile: the loop obeys
                 self._leave(f"{self._requested}: left during the evaluation after step {self._step}", STOPPED)
             self._report_stall()
             if self._ranks.world_size > 1 and (found := self._lost()) is not None:
@@ -215,14 +217,14 @@ class Watch:
         for number in os.read(self._reading, 64) if ready else b"":
             if number not in REQUESTS:
                 continue
-            if number == self._requested_by == signal.SIGINT:
+            if number == signal.SIGINT and self._requested is not None:
                 self._leave("interrupted again: left without saving", 130)
-            self._request(signal.Signals(number).name, number)
+            self._request(signal.Signals(number).name)
 
-    def _request(self, reason: str, number: int = 0) -> None:
+    def _request(self, reason: str) -> None:
         if self._requested is None:
-            tqdm.write(f"{reason}: rank {self._ranks.rank} asks to save and stop", file=sys.stderr)
-            self._requested, self._requested_by = reason, number
+            self._requested = reason
+            _tell(f"{reason}: rank {self._ranks.rank} asks to save and stop")
 
     def _look_for_the_launcher(self) -> None:
         # A launcher that was killed, or a terminal with it, has sent no signal.
@@ -233,10 +235,9 @@ class Watch:
         waited = time.monotonic() - self._since
         if self._phase == "data" and waited > STALL * 2**self._stalls:
             self._stalls += 1
-            tqdm.write(
+            _tell(
                 f"rank {self._ranks.rank} has waited {waited:.0f} s for the batch of step {self._step}: the "
-                "loader, or the storage that it reads, gives none",
-                file=sys.stderr,
+                "loader, or the storage that it reads, gives none"
             )
 
     def _lost(self) -> str | None:
@@ -245,7 +246,8 @@ class Watch:
         silence = 5 * self._beat if self._suspicious else self._silence
         if now - self._answered > silence:
             return f"rank 0, which all ranks talk through, has not answered for {now - self._answered:.0f} s"
-        for rank, (sign, since) in self._seen.items():
+        seen = dict(self._seen)  # the other thread adds to it
+        for rank, (sign, since) in seen.items():
             where = f"rank {rank} on {sign['host']}"
             if sign["fault"] is not None:
                 return f"{where} failed {_place(sign)}: {sign['fault']}"
@@ -254,7 +256,7 @@ class Watch:
         if self._phase not in TIMED or now - self._since < self._timeout:
             return None
         # No step is made here: whoever is behind all others keeps them waiting.
-        places = {rank: (sign["step"], ORDER.index(sign["phase"])) for rank, (sign, _) in self._seen.items()}
+        places = {rank: (sign["step"], ORDER.index(sign["phase"])) for rank, (sign, _) in seen.items()}
         own = self._step, ORDER.index(self._phase)
         first = min([own, *places.values()])
         if first == own:
@@ -269,10 +271,19 @@ class Watch:
 
     def _leave(self, line: str, code: int) -> None:
         """Ends the process though its main thread is inside a collective."""
-        tqdm.write(f"rank {self._ranks.rank}: {line}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            _tell(f"rank {self._ranks.rank}: {line}")
+            with suppress(OSError, ValueError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+        finally:
+            os._exit(code)
+
+
+def _tell(line: str) -> None:
+    """On standard error, whose reader may have gone: Ctrl-C ends ``tee`` too."""
+    with suppress(OSError, ValueError):
+        tqdm.write(line, file=sys.stderr)
 
 
 def _place(sign: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@
 """
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -417,14 +418,19 @@ def _link(checkpoint: Path) -> None:
     file.symlink_to(outside)
 
 
+PASSED_OVER = "passed over: "
 for what, hurt, said in (
-    ("is cut short", _cut, ""),
-    ("has one bit flipped", _flip, "passed over: "),
+    ("is cut short", _cut, PASSED_OVER),
+    ("has one bit flipped", _flip, PASSED_OVER),
     ("has lost its manifest", lambda path: (path / "manifest.json").unlink(), ""),
-    ("has a manifest of garbage", lambda path: (path / "manifest.json").write_bytes(b"\xff{[[" * 100), ""),
-    ("has lost `trainer.json`", lambda path: (path / "trainer.json").unlink(), ""),
-    ("has a manifest that points outside", _manifest(lambda m: m["files"].update({"../../x": {}})), ""),
-    ("is a link to a file outside", _link, ""),
+    (
+        "has a manifest of garbage",
+        lambda path: (path / "manifest.json").write_bytes(b"\xff{[[" * 100),
+        PASSED_OVER,
+    ),
+    ("has lost `trainer.json`", lambda path: (path / "trainer.json").unlink(), PASSED_OVER),
+    ("has a manifest that points outside", _manifest(lambda m: m["files"].update({"../../x": {}})), PASSED_OVER),
+    ("is a link to a file outside", _link, PASSED_OVER),
 ):
     fault(f"the newest checkpoint {what}", f"goes on from the one before: {SAME}", quick="flipped" in what)(
         functools.partial(damaged, hurt, said)
@@ -435,8 +441,8 @@ for what, hurt, said in (
 def _(case: Case) -> None:
     ended(case.job.go(LATE), KILLED, KILLED)
     found = case.job.checkpoints()
-    for each in found:
-        _flip(each)
+    for each, hurt in zip(found, itertools.cycle((_cut, _flip))):
+        hurt(each)
     ended(case.job.go(), 2, 2, says="as it was written")
     assert case.job.checkpoints() == found
 
