@@ -254,8 +254,8 @@ def _of_rank(rank: int) -> str:
 
 
 def _remove(old: Path) -> None:
-    # First no longer whole, then gone: a kill in between leaves nothing that looks usable. Somebody who still reads
-    # it, on a network's file system, is no reason to call a save failed.
+    # First no longer whole, then gone: a kill in between leaves nothing that looks usable. Somebody who still
+    # reads it, on a network's file system, is no reason to call a save failed.
     (old / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(old, ignore_errors=True)
 
