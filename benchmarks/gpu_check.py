@@ -67,7 +67,7 @@ def parts(results: Path) -> list[Part]:
     return [
         Part("kernels", (*PYTEST, kernels, "-n", "8"), (*PYTEST, kernels, "-k", "upstream_gradient"), 200),
         Part("steps", (PYTHON, steps, "--minutes", "3", *folder), (PYTHON, steps, *folder), 240),
-        Part("no waiting", (*PYTEST, engine, "-k", "never_waits"), (*PYTEST, engine, "-k", "never_waits"), 45),
+        Part("no waiting", (*PYTEST, engine, "-k", "never_waits"), (*PYTEST, engine, "-k", "never_waits"), 90),
         Part("losses", (*PYTEST, losses, *folder), (*PYTEST, losses, "-k", "naive", *folder), 120),
         Part(
             "ZeRO",

@@ -55,6 +55,12 @@ def measure(case: Case, dtype: torch.dtype, benchmark: BenchmarkFixture) -> dict
     return {"outcome": "measured", "seconds": benchmark.stats.stats.median, **figures}
 
 
+def ran_out(error: RuntimeError) -> bool:
+    """Whether it is of memory: PyTorch's own error, or that of a library that allocates beside it."""
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "alloc_failed" in said
+
+
 def num_sets(inputs: Inputs) -> int:
     """How many sets of inputs fill the L2 cache twice."""
     if DEVICE.type != "cuda":

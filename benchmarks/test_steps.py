@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 from losses import DEVICE
+from measure import ran_out
 from measure_steps import measure
 from pytest_benchmark.fixture import BenchmarkFixture
 from step_report import StepReport
@@ -23,7 +24,9 @@ def test_step(case: Case, zero: int, step_report: StepReport, benchmark: Benchma
     step_report.record(case, figures)  # unless more is said of it, even where the process ends
     try:
         figures = measure(case, zero, benchmark)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
         figures = {"outcome": "out of memory"}
     finally:
         step_report.record(case, figures, time.monotonic() - begun)

@@ -99,7 +99,9 @@ class Engine:
         self.ranks, self.schedule, self.micro_batch_size = ranks, train.schedule, train.micro_batch_size
         self.towers = towers.to(ranks.device).train()
         self.towers.autocast = AUTOCAST[train.precision]
-        if self.micro_batch_size is not None and any(_is_random(module) for module in towers.modules()):
+        self.is_random = any(_is_random(module) for module in towers.modules())
+        """Whether the same weights make other features of the same batch each time."""
+        if self.micro_batch_size is not None and self.is_random:
             raise ConfigError("train.micro_batch_size: this model drops features at random; remove it")
         if not (objective.target_has_texts or (objective.needs_reference and objective.reference_has_texts)):
             self.towers.text.requires_grad_(False)

@@ -1,8 +1,10 @@
 """What a run tells while it goes: progress bar, ``metrics.jsonl``, DeepSpeed's monitor."""
 
+import errno
 import json
 import logging
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -23,6 +25,10 @@ DROWNED = 1 / 3
 cosine is 0.97 in fp16 (docs/precision.md)."""
 SHOWN = {"loss": "loss", "u": "image_norm", "v": "text_norm", "img/s": "images_per_second", "wait": "data_wait"}
 """Names on the progress bar."""
+
+
+class MetricsError(Exception):
+    """Lines could not be written, which the first rank alone knows of; the message is one line."""
 
 
 class Metrics:
@@ -47,6 +53,7 @@ class Metrics:
         self._underway: deque[_Line] = deque()
         self._since, self._since_step, self._since_waited = time.perf_counter(), first_step, 0.0
         self._floor: dict[str, float] = {}
+        self._unwritten = ""
         if self._enabled:
             self._path = run.folder / "metrics.jsonl"
             kept = self._lines_up_to(first_step)
@@ -70,7 +77,11 @@ class Metrics:
             self._take(self._underway.popleft())
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes numbers that the host has, after those of the steps before them."""
+        """Writes numbers that the host has, after those of the steps before them.
+
+        Raises:
+            MetricsError: they cannot be written, and ``train.on_save_error`` is ``stop``.
+        """
         self.flush()
         if self._enabled and values:
             self._write(step, values)
@@ -94,8 +105,14 @@ class Metrics:
             self._take(self._underway.popleft())
 
     def close(self, step: int, results: dict[str, float]) -> dict[str, float]:
-        """Writes results of the whole run, which has ended after ``step``; returns them with its last metrics."""
+        """Writes results of the whole run, which has ended after ``step``; returns them with its last metrics.
+
+        Raises:
+            MetricsError: some line could not be written.
+        """
         self.write(step, results)
+        if self._unwritten:
+            self._append()
         self._bar.close()
         return self._last | results
 
@@ -120,6 +137,8 @@ class Metrics:
         shown = {short: f"{self._last[name]:.3g}" for short, name in SHOWN.items() if name in self._last}
         self._bar.set_postfix(shown, refresh=False)
         self._write(step, self._last)
+        if self._run.engine.is_random:
+            return  # a floor of what is dropped, and not of rounding
         if step == 1:
             self._floor = self._last
         elif step > self._options.warmup_steps:
@@ -143,12 +162,32 @@ class Metrics:
     def _write(self, step: int, values: dict[str, float]) -> None:
         # JSON has no infinity, which is the norm of a gradient that overflowed.
         numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with self._path.open("a") as lines:
-            lines.write(json.dumps({"step": step} | numbers) + "\n")
+        is_first_failure = not self._unwritten
+        self._unwritten += json.dumps({"step": step} | numbers) + "\n"
+        try:
+            self._append()
+        except MetricsError as error:
+            if self._options.on_save_error == "stop":
+                raise
+            if is_first_failure:
+                self._run.ranks.say(f"warning: {error}; its lines wait, as train.on_save_error says")
         monitor = self._run.engine.deepspeed.monitor
         if monitor.enabled:
             pairs = step * self._run.config.data.target.batch_size
             monitor.write_events([(f"train/{name}", value, pairs) for name, value in values.items()])
+
+    def _append(self) -> None:
+        """Writes the lines that are there, and loses none if that fails."""
+        lines = self._unwritten.encode()
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                # A disk that fills up takes what it can.
+                if (written := file.write(lines)) < len(lines):
+                    file.truncate(file.tell() - written)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise MetricsError(f"cannot write {self._path}: {error}") from error
+        self._unwritten = ""
 
     def _lines_up_to(self, last_step: int) -> list[str]:
         """Of the run so far, but for a line that a kill cut off and an evaluation that is made again."""

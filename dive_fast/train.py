@@ -39,6 +39,7 @@ def train(config: Config, folder: Path, ranks: Ranks) -> dict[str, float]:
         Stopped: a signal asked for it.
         SaveError: the last checkpoint, or with ``train.on_save_error = stop`` any, could not be written.
         NonFiniteError: ``train.nonfinite_limit`` was reached.
+        MetricsError: ``metrics.jsonl`` could not be written to the end, or with ``on_save_error = stop`` at once.
         LostError: another rank failed, died or hangs; or the process is left with exit code ``LOST``.
     """
     with Watch(ranks, config.train.rank_timeout) as watch:
@@ -64,8 +65,8 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
     ahead = batches(run, range(step, step if validation.is_over else run.total_steps))
     metrics = Metrics(run, step, ahead, newest)
 
-    def evaluate() -> None:
-        watch.at(step, "evaluation")
+    def evaluate(is_saved: bool) -> None:
+        watch.at(step, "evaluation", is_saved=is_saved)
         with metrics.standing_still():
             metrics.write(step, validation.evaluate(step))
 
@@ -76,7 +77,7 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
     ):
         if step and not validation.is_over and validation.is_due(step):
             # The checkpoint was written before it.
-            evaluate()
+            evaluate(is_saved=True)
         while step < run.total_steps and not validation.is_over:
             watch.at(step + 1, "data")
             given = next(ahead)
@@ -88,7 +89,7 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
             learning_rate = engine.learning_rate
             values = engine.step(given)
             step += 1
-            if step == 1:
+            if step == 1 and not engine.is_random:
                 _check_noise_floor(values, run.config)
             nonfinite.after(step, engine.scale.nonfinite_in_row)
             metrics.log(step, values, learning_rate)
@@ -113,7 +114,7 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
                     f"{watch.requested or 'asked to stop'}: saved after step {step} of {run.total_steps}"
                 )
             if is_due:
-                evaluate()
+                evaluate(is_saved=saver.newest == step)
         consensus.settle()
     watch.at(step, "end")
     return metrics.close(step, validation.finish())

@@ -4,7 +4,10 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -40,6 +43,45 @@ def complain(error: Exception, options: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {error}{mend}", file=sys.stderr)
     return 2
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Whatever is inside does not end because nobody reads what it prints.
+
+    Ctrl-C ends ``tee`` as it ends the run, which then still has to save; a disk fills up under a log.
+    """
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Unheard(sys.stdout), _Unheard(sys.stderr)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+        for stream in streams:
+            try:
+                stream.flush()
+            except OSError:
+                # Python would try again at its end, and exit with a code of its own.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class _Unheard:
+    """A stream but for errors of writing to it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
 
 
 def _rebuild(options: argparse.Namespace) -> str:

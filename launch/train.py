@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dive_fast.config import Config
 
 
+@command.unheard()
 def main(arguments: list[str] | None = None) -> int:
     """Parses, calls, and turns a user's mistake into one line and exit code 2."""
     parser = command.parser(__doc__, "train.epochs=1")
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         from dive_fast.checkpoint.saver import SaveError
         from dive_fast.guard.nonfinite import NonFiniteError
         from dive_fast.guard.watch import LOST, STOPPED, LostError
+        from dive_fast.metrics import MetricsError
         from dive_fast.ranks import join
         from dive_fast.train import Stopped, train
 
@@ -61,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         if ranks.first:
             print(f"{stopped}; start again to go on", file=sys.stderr)
         return STOPPED
-    except (SaveError, NonFiniteError) as error:
+    except (SaveError, NonFiniteError, MetricsError) as error:
         command.complain(error, options)
         return 1
     except LostError as error:

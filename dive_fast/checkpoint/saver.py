@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,11 @@ class Saver:
         self._engine, self._folder, self._options = engine, folder, options
         self._number = 0
         self._underway: _Save | None = None
+        self.newest: int | None = None
+        """The step of the checkpoint that was last made whole here."""
         if engine.ranks.first:
             # Of runs that were killed while they wrote.
-            for left_behind in (*folder.glob(".step*.partial"), *folder.glob(".step*.replaced")):
+            for left_behind in folder.glob(".step*.*"):
                 shutil.rmtree(left_behind, ignore_errors=True)
 
     def save(self, step: int, validation: dict[str, Any], metrics: dict[str, Any], *, must: bool = False) -> None:
@@ -114,7 +116,7 @@ class Saver:
         if agreed.failed == save.number:
             self.finish()
         elif agreed.committed == save.number:
-            self._underway = None
+            self._underway, self.newest = None, step_of(save.path)
         elif -agreed.unwritten == save.number and self._engine.ranks.first and not save.is_being_committed:
             save.commit(self._retained(save))
 
@@ -137,6 +139,7 @@ class Saver:
                 if ranks.first and not save.is_committed:
                     save.commit(self._retained(save))
                     save.join()
+            self.newest = step_of(save.path)
         except SaveError as error:
             if ranks.first:
                 shutil.rmtree(save.partial, ignore_errors=True)
@@ -254,10 +257,12 @@ def _of_rank(rank: int) -> str:
 
 
 def _remove(old: Path) -> None:
-    # First no longer whole, then gone: a kill in between leaves nothing that looks usable. Somebody who still
-    # reads it, on a network's file system, is no reason to call a save failed.
-    (old / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(old, ignore_errors=True)
+    # First out of sight, then gone: a kill in between leaves nothing that looks usable, and the next run removes
+    # the rest. Somebody who still reads it, on a network's file system, is no reason to call a save failed.
+    removed = old.with_name(f".{old.name}.removed")
+    with suppress(OSError):
+        old.replace(removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def _to_disk(path: Path) -> None:

@@ -42,9 +42,14 @@ DOING: dict[Phase, str] = {
 ORDER = tuple(DOING)
 TIMED = ("data", "step")
 """Phases that a rank must get through within the timeout; the others take what they take."""
+STALLED: dict[Phase, str] = {
+    "data": "the batch of step {}: the loader, or the storage that it reads, gives none",
+    "checkpoint": "the checkpoint of step {}, or that before it: some rank's storage takes none",
+}
+"""What a rank may wait for too long."""
 BEAT, SILENCE, STALL, GRACE = 1.0, 60.0, 30.0, 3.0
-"""Seconds: between signs of life; without one until a rank counts as dead; of waiting for a batch until it is
-said; that a rank has to end by itself, with a better message, once another one's failure is known."""
+"""Seconds: between signs of life; without one until a rank counts as dead; of waiting until it is said; that a
+rank has to end by itself, with a better message, once another one's failure is known."""
 
 
 NUMBERS = itertools.count()
@@ -85,6 +90,7 @@ class Watch:
         self._seen: dict[int, _Seen] = {}
         self._moved = self._answered = time.monotonic()
         self._stalls = 0
+        self._is_saved = False
         self._taking = False
         self._told = threading.Event()
         self._ancestors = _launcher()
@@ -117,9 +123,14 @@ class Watch:
             os.close(self._reading)
             os.close(self._writing)
 
-    def at(self, step: int, phase: Phase) -> None:
-        """The loop says where it is, ``step`` being the one it is at, or has done."""
+    def at(self, step: int, phase: Phase, *, is_saved: bool = False) -> None:
+        """The loop says where it is, ``step`` being the one it is at, or has done.
+
+        Args:
+            is_saved: nothing is lost if the run is left here, at any moment.
+        """
         self._step, self._phase, self._since, self._stalls = step, phase, time.monotonic(), 0
+        self._is_saved = is_saved
 
     @property
     def requested(self) -> str | None:
@@ -194,11 +205,11 @@ class Watch:
         while not self._closed.is_set():
             self._take_signals()
             self._look_for_the_launcher()
-            if self._requested is not None and self._phase == "evaluation":
-                # What an evaluation starts from has been saved, and it may take long. The others leave theirs too.
+            if self._requested is not None and self._is_saved:
+                # An evaluation may take long. The others leave theirs too.
                 if self._ranks.world_size > 1:
                     self._told.wait(2 * self._beat)
-                if self._phase != "evaluation":
+                if not self._is_saved:
                     continue  # over meanwhile: the loop obeys
                 self._leave(f"{self._requested}: left during the evaluation after step {self._step}", STOPPED)
             self._report_stall()
@@ -232,13 +243,10 @@ class Watch:
             self._request("the launcher has gone")
 
     def _report_stall(self) -> None:
-        waited = time.monotonic() - self._since
-        if self._phase == "data" and waited > STALL * 2**self._stalls:
+        waited, missed = time.monotonic() - self._since, STALLED.get(self._phase)
+        if missed is not None and waited > STALL * 2**self._stalls:
             self._stalls += 1
-            _tell(
-                f"rank {self._ranks.rank} has waited {waited:.0f} s for the batch of step {self._step}: the "
-                "loader, or the storage that it reads, gives none"
-            )
+            _tell(f"rank {self._ranks.rank} has waited {waited:.0f} s for {missed.format(self._step)}")
 
     def _lost(self) -> str | None:
         """Whom this run has lost, and where; None: no one."""

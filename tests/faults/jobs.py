@@ -211,7 +211,7 @@ def _arrange(at: At) -> None:
     if ":" not in at.place:
         phase, number = at.place.split()
 
-        def reached(of: Any, step: int, reached_phase: str, *rest: Any) -> bool:
+        def reached(of: Any, step: int, reached_phase: str, **named: Any) -> bool:
             return (step, reached_phase) == (int(number), phase)
 
         _wrap("dive_fast.guard.watch:Watch.at", at.what, reached)
@@ -259,8 +259,24 @@ def _linger(*arguments: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _linger_long(*arguments: Any) -> Iterator[None]:
+    time.sleep(watch.GRACE + 3)
+    yield
+
+
+@contextlib.contextmanager
+def _unheard(*arguments: Any) -> Iterator[None]:
+    """What reads the output has ended."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 1)
+    os.dup2(writing, 2)
+    yield
+
+
+@contextlib.contextmanager
 def _impatient(*arguments: Any) -> Iterator[None]:
-    """A batch is missed after a second."""
+    """A batch or a save is missed after a second."""
     watch.STALL = 1.0
     yield
 
@@ -271,11 +287,19 @@ def _fail(*arguments: Any) -> Iterator[None]:
     yield
 
 
-@contextlib.contextmanager
-def _disk_full(*arguments: Any) -> Iterator[None]:
+def _disk_full(*arguments: Any) -> contextlib.AbstractContextManager[None]:
     """No file may grow beyond what metrics and manifests need."""
+    return _files_up_to(100_000)
+
+
+def _ten_bytes_left(metrics: Any) -> contextlib.AbstractContextManager[None]:
+    return _files_up_to((metrics._run.folder / "metrics.jsonl").stat().st_size + 10)
+
+
+@contextlib.contextmanager
+def _files_up_to(size: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
         yield
     finally:
@@ -298,9 +322,12 @@ def _overflow(engine: Any, batches: Any) -> Iterator[None]:
 HAPPENINGS: dict[str, Callable[..., Any]] = {
     "hangs": _hang,
     "lingers": _linger,
+    "lingers long": _linger_long,
+    "unheard": _unheard,
     "impatient": _impatient,
     "fails": _fail,
     "disk full": _disk_full,
+    "ten bytes left": _ten_bytes_left,
     "nan pictures": _nan_pictures,
     "overflow": _overflow,
 }

@@ -54,6 +54,8 @@ class Material(NamedTuple):
     """The config."""
     prepared: dict[str, str]
     """The folder of each half's set for the fast loaders."""
+    dropping: str
+    """A model that drops patches at random."""
     whole: Callable[[tuple[str, ...], int], tuple[dict[str, torch.Tensor], list[dict[str, Any]]]]
     """Weights and metrics of a run that nothing happens to, by its overrides and number of ranks."""
 
@@ -134,6 +136,11 @@ def _(case: Case) -> None:
         ),
         case,
     )
+
+
+@fault("`kill -9` of both ranks, a model that drops patches at random", AGAIN)
+def _(case: Case) -> None:
+    killed_in_the_middle((f"model.name={case.material.dropping}",), case)
 
 
 @fault("`kill -9` of both ranks, between two steps with a reference batch", AGAIN, quick=True)
@@ -252,6 +259,36 @@ def _(case: Case) -> None:
     assert [line["step"] for line in case.job.metrics() if "accuracy/seen" in line] == [3, 6, 6]
 
 
+@fault(
+    "SIGTERM during an evaluation whose checkpoint could not be written",
+    "the evaluation ends first; " + SAVED,
+)
+def _(case: Case) -> None:
+    measured = {key: case.tree["data"]["target"][key] for key in tiny.EVALUATION}
+    options = ("evaluate.every_steps=3", f"evaluate.sets={json.dumps({'seen': measured})}", "evaluate.workers=0")
+    outcome = case.job.go(
+        At(WRITE, "disk full", rank=1, call=2),
+        At("evaluation 3", "SIGTERM", rank=1),
+        At("dive_fast.validation:evaluate", "lingers"),
+        overrides=options,
+    )
+    ended(outcome, STOPPED, STOPPED, says="saved after step 4")
+    case.same(*options)
+
+
+@fault("Ctrl-C that ends the reader of the output too, `| tee log`", SAVED, quick=True)
+def _(case: Case) -> None:
+    ended(case.job.go(At("step 2", "unheard"), At("step 3", "SIGINT")), STOPPED, STOPPED)
+    case.same()
+
+
+@fault("a request to stop, and a rank that is slow to end", f"it ends by {STOPPED} too; {AGAIN}")
+def _(case: Case) -> None:
+    slow = At("dive_fast.data.ahead:Ahead.close", "lingers long", rank=1)
+    ended(case.job.go(At("step 3", "SIGTERM", rank=0), slow), STOPPED, STOPPED, says="saved after step")
+    case.same()
+
+
 @fault("SIGTERM before the first step", f"exits by the signal; {AGAIN}")
 def _(case: Case) -> None:
     ended(case.job.go(At("dive_fast.run:Engine", "SIGTERM")), -signal.SIGTERM, -signal.SIGTERM)
@@ -265,6 +302,18 @@ def _(case: Case) -> None:
     for _ in range(2):
         for rank in range(2):
             job.kill(rank, signal.SIGINT)
+        time.sleep(2)
+    ended(job.wait(), 130, 130, says="left without saving")
+    case.same()
+
+
+@fault("SIGTERM to a run that hangs, then Ctrl-C", f"exits 130 at once; {AGAIN}")
+def _(case: Case) -> None:
+    job = case.job.start(At(STEP, "hangs", call=4))
+    job.until_step(3)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        for rank in range(2):
+            job.kill(rank, number)
         time.sleep(2)
     ended(job.wait(), 130, 130, says="left without saving")
     case.same()
@@ -342,6 +391,32 @@ def _(case: Case) -> None:
 def _(case: Case) -> None:
     ended(case.job.go(At(WRITE, "disk full", rank=1)), 0, 0, says="rank 1 cannot write checkpoint")
     assert [path.name for path in case.job.checkpoints()] == ["step00000004", "step00000006"]
+    case.same()
+
+
+@fault("a disk that hangs for a while at a checkpoint", "said after 30 s, and the run goes on: " + SAME)
+def _(case: Case) -> None:
+    # Steps go on meanwhile, until the next checkpoint is due.
+    outcome = case.job.go(At(WRITE, "lingers", rank=1), At("dive_fast.train:build", "impatient"))
+    ended(outcome, 0, 0, says="s for the checkpoint of step 4, or that before it")
+    case.same()
+
+
+@fault("the disk is full at lines of `metrics.jsonl`", "warned of, and they wait: " + SAME, quick=True)
+def _(case: Case) -> None:
+    full = At("dive_fast.metrics:Metrics._append", "ten bytes left", rank=0, call=3, until=4)
+    outcome = case.job.go(full)
+    ended(outcome, 0, 0, says="its lines wait")
+    assert outcome.said.count("its lines wait") == 1
+    case.same()
+
+
+@fault("the disk is full at the last line of `metrics.jsonl`", f"exit 1; {AGAIN}")
+def _(case: Case) -> None:
+    full = At("dive_fast.metrics:Metrics._append", "ten bytes left", rank=0, call=6, until=9)
+    outcome = case.job.go(full)
+    ended(outcome, 1, outcome.codes[1], says="cannot write")
+    assert outcome.codes[1] in (0, LOST)
     case.same()
 
 
@@ -573,6 +648,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
         raw = prepare.RawSource(open_webdataset(tree["data"][half]["path"], text))
         prepare.prepare(raw, folder / f"{half}-beton", prepare.Options("beton"), workers=1)
         prepared[half] = str(folder / f"{half}-beton")
+    vision = tiny.VISION | {"patch_dropout": 0.5}
+    dropping = tiny.write_model(folder / "dropping", tiny.CLIP | {"vision_cfg": vision})
 
     @functools.cache
     def whole(overrides: tuple[str, ...], ranks: int) -> Any:
@@ -580,7 +657,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
         ended(job.go(ranks=ranks, overrides=overrides), *[0] * ranks)
         return job.result()
 
-    return Material(tree, prepared, whole)
+    return Material(tree, prepared, dropping, whole)
 
 
 CASES = [pytest.param(each, id=each.name, marks=() if each.quick else pytest.mark.slow) for each in FAULTS]
