@@ -1,6 +1,8 @@
 """Run a function on several ranks, each a process of its own, from within a test."""
 
 import faulthandler
+import functools
+import multiprocessing
 import os
 import pickle
 import socket
@@ -10,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +23,25 @@ import torch.multiprocessing
 # How long the other ranks may live on once one has failed: enough for them to report errors of their own, and
 # the test need not sit out the timeout with a rank that waits in a collective for one that is gone.
 GRACE_SECONDS = 3.0
+
+
+PRELOADED = (
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.original_muon",  # which compiles, and so imports inductor, at a run's start
+    "dive_fast.data.dali",
+    "dive_fast.train",
+    "transformers",
+)
+
+
+@functools.cache
+def context() -> BaseContext:
+    """Starts processes that have imported the engine: without a GPU they are forked from one that has."""
+    if torch.cuda.is_available():
+        # CUDA does not survive a fork, and to ask for a GPU may have begun it.
+        return torch.multiprocessing.get_context("spawn")
+    multiprocessing.set_forkserver_preload(list(PRELOADED))
+    return multiprocessing.get_context("forkserver")
 
 
 class _Outcome(NamedTuple):
@@ -33,12 +55,12 @@ def run_ranks(
 ) -> list[Any]:
     """Call ``function(*args)`` on ``world_size`` new processes; return what each call returned, in rank order.
 
-    A process takes seconds to start: let one call work through many cases, and make it a fixture of module
+    A process takes a second to start: let one call work through many cases, and make it a fixture of module
     scope. ``function`` and ``args`` are pickled, so the function has to stand at the top level of its module.
     What it returns is pickled by value: a tensor outlives the process it was made in.
 
-    On every rank torch has one thread, and RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and
-    MASTER_PORT are set before the function's module is imported.
+    On every rank torch has one thread, and the environment is the caller's, with RANK, LOCAL_RANK, WORLD_SIZE,
+    LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
     Args:
         init: whether to make a gloo process group around the call (it meets over a file, so that two test
@@ -51,12 +73,14 @@ def run_ranks(
     """
     # multiprocessing's own pickler would pass tensors as shared memory, which goes when its process does.
     task = pickle.dumps((function, args))
-    context = torch.multiprocessing.get_context("spawn")
     deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         folder, port = Path(name), _free_port()
         processes = [
-            context.Process(target=_run_rank, args=(rank, world_size, task, init, deadline, port, folder))
+            context().Process(  # type: ignore[attr-defined]
+                target=_run_rank,
+                args=(rank, world_size, task, init, deadline, port, folder, dict(os.environ)),
+            )
             for rank in range(world_size)
         ]
         stopped = []
@@ -118,12 +142,21 @@ def _free_port() -> int:
 
 
 def _run_rank(
-    rank: int, world_size: int, task: bytes, init: bool, deadline: float, port: int, folder: Path
+    rank: int,
+    world_size: int,
+    task: bytes,
+    init: bool,
+    deadline: float,
+    port: int,
+    folder: Path,
+    environment: dict[str, str],
 ) -> None:
     # faulthandler needs no Python to run: it ends a rank that hangs in a collective, or whose test was killed.
     stacks = (folder / f"{rank}.stacks").open("w")
     faulthandler.dump_traceback_later(max(deadline - time.monotonic(), 0.01), exit=True, file=stacks)
+    os.environ.clear()
     os.environ.update(
+        environment,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),

@@ -26,6 +26,7 @@ from dive_fast.checkpoint import format as checkpoint
 from dive_fast.config import Config, ConfigError
 from dive_fast.data import prepare
 from dive_fast.data.source import open_webdataset
+from dive_fast.objective import Objective
 from dive_fast.ranks import Ranks, join
 from dive_fast.trace import RANGES, SETTLING, WARMING
 
@@ -63,6 +64,8 @@ def run_cases(folder: Path) -> dict[str, Any]:
     ranks = join()
     tree = json.loads((folder / "config.json").read_text())
     results: dict[str, Any] = {}
+    # Interpreted, the kernels would take most of the time: they are in one run, and PyTorch in all others.
+    Objective.backend = "torch"
     for stage in STAGES:
         tree["deepspeed"]["zero_optimization"]["stage"] = stage
         results[f"whole{stage}"] = run(tree, folder / f"whole{stage}", ranks)
@@ -77,6 +80,7 @@ def run_cases(folder: Path) -> dict[str, Any]:
         run(prepared, folder / "resumed-fast", ranks, kill_at=3, checkpoint_every=2)
     ranks.barrier()
     run(prepared, folder / "resumed-fast", ranks)
+    Objective.backend = "triton"
     tree["teacher"] = {"mode": "online"}
     results["online"] = run(tree, folder / "online", ranks, schedule="joint", micro_batch_size=3)
     return results

@@ -20,6 +20,7 @@ from dive_fast.data.loader import Options
 from dive_fast.data.samples import EvaluationSamples
 from dive_fast.data.sets import open_target
 from dive_fast.evaluate import head as heads
+from dive_fast.objective import Objective
 from dive_fast.ranks import Ranks, join
 from dive_fast.towers import create
 
@@ -57,6 +58,7 @@ def changed(tree: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
 def cases(folder: Path) -> dict[str, Any]:
     """On one of two ranks."""
     ranks, results = join(), {}
+    Objective.backend = "torch"  # interpreted, the kernels would take most of the time
     tree = json.loads((folder / "config.json").read_text())
     selecting = changed(tree, evaluate={"every_epochs": 1, "select": "seen"})
     if ranks.first:

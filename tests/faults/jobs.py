@@ -1,7 +1,7 @@
 """Runs of ``launch/train.py`` as processes of their own, to be hurt by real signals at exact places.
 
-Python's fork server imports the engine once, so that a run of two ranks starts in a second; each rank is a process
-like any other, with its own signals, files, sockets and exit code.
+They are forked from a process that has imported the engine, so that a run of two ranks starts in a second; each
+rank is a process like any other, with its own signals, files, sockets and exit code.
 """
 
 import contextlib
@@ -16,16 +16,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 import tiny
+from distributed import context
 from safetensors.torch import load_file
 
 from dive_fast.guard import watch
+from dive_fast.objective import Objective
 from dive_fast.ranks import free_port
 
 REPOSITORY = Path(__file__).parents[2]
@@ -79,8 +80,6 @@ class Job:
 
     def start(self, *happenings: At, ranks: int = 2, overrides: tuple[str, ...] = ()) -> "Job":
         """Starts all ranks."""
-        context = multiprocessing.get_context("forkserver")
-        _start_server()
         port, self._begun = free_port(), time.monotonic()
         self._logs = [self.folder / f"rank{rank}.log" for rank in range(ranks)]
         self._processes = []
@@ -95,7 +94,7 @@ class Job:
             }
             arguments = ["--config", str(self.folder / "config.json"), *overrides]
             own = [at for at in happenings if at.rank in (None, rank)]
-            process = context.Process(target=_run_rank, args=(environment, arguments, log, own))
+            process = context().Process(target=_run_rank, args=(environment, arguments, log, own))
             process.start()
             self._processes.append(process)
         return self
@@ -172,16 +171,6 @@ def config(folder: Path) -> dict[str, Any]:
     return tree
 
 
-@functools.cache
-def _start_server() -> None:
-    multiprocessing.set_forkserver_preload(["jobs", "dive_fast.train", "dive_fast.data.dali"])
-    # The kernels have tests of their own; interpreted, they would take most of the time of these.
-    interpreted = os.environ.pop("TRITON_INTERPRET", None)
-    forkserver.ensure_running()
-    if interpreted is not None:
-        os.environ["TRITON_INTERPRET"] = interpreted
-
-
 def _run_rank(environment: dict[str, str], arguments: list[str], log: Path, happenings: list[At]) -> None:
     """One rank, as the launcher would start it."""
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -197,6 +186,8 @@ def _run_rank(environment: dict[str, str], arguments: list[str], log: Path, happ
     import train
 
     torch.set_num_threads(1)
+    # The kernels have tests of their own; interpreted, they would take most of the time of these.
+    Objective.backend = "torch"
     for happening in happenings:
         _arrange(happening)
     code = train.main(arguments)
