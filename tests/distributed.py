@@ -1,11 +1,13 @@
-"""Run a function on several ranks, each a process of its own, from within a test."""
+"""Run a function on several ranks, or a script, each in processes of their own, from within a test."""
 
 import faulthandler
 import functools
 import multiprocessing
 import os
 import pickle
+import runpy
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -95,6 +97,52 @@ def run_ranks(
                     process.kill()  # not SIGTERM: DeepSpeed handles that one, and a hung rank never gets to it
                     process.join()
         return _values(folder, [process.exitcode for process in processes], stopped)
+
+
+def run_script(
+    *command: str, cwd: Path, environment: dict[str, str] | None = None, timeout: float = 120.0
+) -> subprocess.CompletedProcess[str]:
+    """As ``python command``, without the seconds that it takes to import the engine.
+
+    Raises:
+        TimeoutError: it did not end in time.
+    """
+    with tempfile.TemporaryDirectory(prefix="script-") as name:
+        logs = [Path(name) / stream for stream in ("stdout", "stderr")]
+        process = context().Process(  # type: ignore[attr-defined]
+            target=_run_script, args=(command, cwd, os.environ | (environment or {}), logs)
+        )
+        process.start()
+        process.join(timeout)
+        if late := process.exitcode is None:
+            process.kill()
+            process.join()
+        stdout, stderr = (log.read_text() if log.exists() else "" for log in logs)
+    if late:
+        raise TimeoutError(stdout + stderr)
+    return subprocess.CompletedProcess(command, process.exitcode, stdout, stderr)
+
+
+def _run_script(command: tuple[str, ...], cwd: Path, environment: dict[str, str], logs: list[Path]) -> None:
+    for number, log in enumerate(logs, 1):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.argv, sys.path[0] = list(command), str(Path(command[0]).parent.resolve())
+    code = 0
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # As a process ends that is not multiprocessing's, whose exit waits for other things.
+    os._exit(code)
 
 
 def _wait(processes: list[Any], deadline: float) -> None:

@@ -9,18 +9,25 @@ from pathlib import Path
 import open_clip
 import pytest
 import tiny
+from distributed import run_script
 
 from dive_fast.teacher.store import CacheError, StaleCacheError
 
 ROOT = Path(__file__).parent.parent
 
 
-def call(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def call(*command: str) -> subprocess.CompletedProcess[str]:
+    """A command as a shell starts it."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path}
     return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
+
+
+def call_alone(*command: str) -> subprocess.CompletedProcess[str]:
+    """A script without a launcher."""
+    return run_script(*command, cwd=ROOT, environment={"DS_ACCELERATOR": "cpu"})
 
 
 @pytest.mark.parametrize(
@@ -43,7 +50,7 @@ def test_a_typo_ends_with_one_line_and_exit_code_2(arguments: list[str], message
 
 def test_a_missing_data_set_ends_with_one_line_before_a_model_is_built(tmp_path: Path) -> None:
     arguments = [f"data.target.path={tmp_path}/nowhere", f"train.output={tmp_path}/run"]
-    result = call(sys.executable, "launch/train.py", "--config", "vitb16_flyp", *arguments)
+    result = call_alone("launch/train.py", "--config", "vitb16_flyp", *arguments)
     assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert errors == [f"error: {tmp_path}/nowhere: expected one folder a class with images below, found none"]
@@ -54,13 +61,15 @@ def test_one_rank_without_a_launcher_and_two_with_deepspeeds(tmp_path: Path) -> 
     tree = tiny.write_config(tmp_path, max_steps=2)
     config = tmp_path / "config.json"
     config.write_text(json.dumps(tree))
-    for name, launcher in (("one", [sys.executable]), ("two", ["deepspeed", "--num_accelerators", "2"])):
+    for name in ("one", "two"):
         run = tmp_path / name
-        result = call(*launcher, str(ROOT / "launch/train.py"), "--config", str(config), f"train.output={run}")
+        command = str(ROOT / "launch/train.py"), "--config", str(config), f"train.output={run}"
+        alone = name == "one"
+        result = call_alone(*command) if alone else call("deepspeed", "--num_accelerators", "2", *command)
         assert result.returncode == 0, result.stderr
         assert f"{run}/model.safetensors" in result.stdout
         assert result.stdout.count(f"teacher cache {run}/teacher: 24 pairs embedded again: image rows differ") == 1
-        assert json.loads((run / "config.json").read_text())["ranks"] == (1 if name == "one" else 2)
+        assert json.loads((run / "config.json").read_text())["ranks"] == (1 if alone else 2)
         model = open_clip.create_model(tree["model"]["name"], load_weights=False)
         open_clip.load_checkpoint(model, str(run / "model.safetensors"))
     metrics = [
@@ -89,14 +98,14 @@ def test_a_cache_is_written_once_refused_where_it_differs_and_rebuilt_when_asked
     assert f"{tmp_path}/run/teacher: 24 pairs; 24 pairs embedded again: image rows differ by " in first.stdout
     assert json.loads((tmp_path / "run/teacher/audit.json").read_text())["pairs"] == 24
     before = (tmp_path / "run/teacher/image.npy").stat()
-    refused = call(sys.executable, *command, "data.reference.views=2")
+    refused = call_alone(*command, "data.reference.views=2")
     assert refused.returncode == 2
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
     assert "views: the cache has 1, this run 2" in line
     mend = f"--config {config} --rebuild train.output={tmp_path}/run data.reference.views=2"
     assert line.endswith(f"or rebuild it: deepspeed launch/cache.py {mend}")
     assert (tmp_path / "run/teacher/image.npy").stat().st_mtime_ns == before.st_mtime_ns
-    rebuilt = call(sys.executable, *command, "data.reference.views=2", "--rebuild", "teacher.audit=0")
+    rebuilt = call_alone(*command, "data.reference.views=2", "--rebuild", "teacher.audit=0")
     assert rebuilt.returncode == 0, rebuilt.stderr
     assert (tmp_path / "run/teacher/image.npy").stat().st_size > 1.9 * before.st_size
 

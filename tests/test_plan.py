@@ -1,9 +1,7 @@
 """The plan of a run against the run: a real step under a tracker of its own, FLOP by torch and by hand."""
 
 import json
-import os
 import subprocess
-import sys
 import unittest.mock
 import weakref
 from pathlib import Path
@@ -14,7 +12,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from distributed import run_ranks
+from distributed import run_ranks, run_script
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -334,11 +332,9 @@ def test_advice_is_the_cheapest_change_that_fits_and_is_planned(folder: Path, tm
 
 def dry_run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     # A proxy that nobody answers: whoever asks the network fails.
-    environment = os.environ | {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
-    command = [sys.executable, str(ROOT / "launch/train.py"), "--dry-run", "--config", *arguments]
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    environment = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
+    command = [str(ROOT / "launch/train.py"), "--dry-run", "--config", *arguments]
+    return run_script(*command, cwd=cwd, environment=environment)
 
 
 def planned_json(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:

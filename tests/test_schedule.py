@@ -2,6 +2,7 @@
 
 import unittest.mock
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -10,8 +11,9 @@ from distributed import run_ranks
 from test_plan import SMALL, small_config
 
 from dive_fast import gpus, plan, schedule
-from dive_fast.config import ConfigError
+from dive_fast.config import Config, ConfigError
 from dive_fast.gpus import GPUS, sold_as
+from dive_fast.plan import Plan
 from dive_fast.ranks import Ranks
 
 
@@ -22,10 +24,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def remembering(planning: Any) -> Any:
+    """A plan takes seconds."""
+    known: dict[tuple[str, int], Plan] = {}
+
+    def planned(config: Config, ranks: int) -> Plan:
+        key = config.model_dump_json(), ranks
+        if key not in known:
+            known[key] = planning(config, ranks)
+        return known[key]
+
+    return planned
+
+
 def choices(folder: Path) -> dict[str, str]:
     config = small_config(folder, **{"train.schedule": "auto"})
+    plan.plan = remembering(plan.plan)  # in this process alone
     needs = {
-        name: plan.plan(schedule.with_schedule(config, name)).peak_memory_bytes for name in ("sequential", "joint")
+        name: plan.plan(schedule.with_schedule(config, name), 1).peak_memory_bytes
+        for name in ("sequential", "joint")
     }
     assert needs["sequential"] < needs["joint"]
     found = {"waits for its host": schedule.choose(config, 1, "h200")}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from distributed import run_script
 
 from dive_fast import towers
 from dive_fast.config import Config
@@ -19,10 +20,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def call(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable] if ranks == 1 else ["deepspeed", "--num_accelerators", str(ranks)]
+    script = str(ROOT / "launch/evaluate.py")
+    if ranks == 1:
+        return run_script(script, *arguments, cwd=ROOT, environment={"DS_ACCELERATOR": "cpu"})
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path}
-    command = [*launcher, str(ROOT / "launch/evaluate.py"), *arguments]
+    command = ["deepspeed", "--num_accelerators", str(ranks), script, *arguments]
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )

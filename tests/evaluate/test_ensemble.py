@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import open_clip
 import pytest
 import tiny
 import torch
+from distributed import run_script
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -128,8 +128,8 @@ def test_the_command_leaves_a_model_a_report_and_a_picture(tree: dict[str, Any],
     run = Path(tree["train"]["output"])
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "launch/ensemble.py", "--config", str(run.parent / "config.json"), *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        config = str(run.parent / "config.json")
+        return run_script("launch/ensemble.py", "--config", config, *arguments, cwd=ROOT)
 
     done = call("--output", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ import io
 import itertools
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-from distributed import run_ranks
+from distributed import run_ranks, run_script
 from PIL import Image
 from torch import Tensor
 
@@ -178,8 +177,7 @@ def test_each_side_is_embedded_by_its_own_weights(folder: Path) -> None:
 
 
 def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launch/geometry.py", "--config", str(folder / "config.json"), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return run_script("launch/geometry.py", "--config", str(folder / "config.json"), *arguments, cwd=ROOT)
 
 
 def test_the_command_leaves_a_table_a_report_and_pictures(folder: Path, tmp_path: Path) -> None:

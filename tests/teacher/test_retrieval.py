@@ -14,7 +14,7 @@ import pyarrow
 import pytest
 import tiny
 import torch
-from distributed import run_ranks
+from distributed import run_ranks, run_script
 from numpy.typing import NDArray
 from pyarrow import parquet
 
@@ -507,11 +507,8 @@ def test_the_command_adopts_and_exports(tree: dict[str, Any], rows: Rows, tmp_pa
     write(tmp_path / "foreign", shuffled(rows, 5), "float16", parts=2)
 
     def call(*options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "launch/cache.py", "--config", str(path), *options]
-        environment = os.environ | {"DS_ACCELERATOR": "cpu"}
-        return subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
+        environment = {"DS_ACCELERATOR": "cpu"}
+        return run_script("launch/cache.py", "--config", str(path), *options, cwd=ROOT, environment=environment)
 
     adopted = call("--adopt", str(tmp_path / "foreign"))
     assert adopted.returncode == 0, adopted.stderr
