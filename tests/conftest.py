@@ -7,6 +7,7 @@ its ``kernels`` would hide Hugging Face's package of that name.
 import os
 from pathlib import Path
 
+import interpreted
 import pytest
 import torch
 
@@ -17,6 +18,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Without a GPU the Triton kernels run under the interpreter, which has to be said before they are imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+interpreted.quicken()
 
 # Tiny tensors: on a busy machine, threads mostly wait for one another.
 torch.set_num_threads(1)

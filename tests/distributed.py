@@ -18,6 +18,7 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import interpreted
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -132,6 +133,7 @@ def _run_script(command: tuple[str, ...], cwd: Path, environment: dict[str, str]
     os.chdir(cwd)
     sys.argv, sys.path[0] = list(command), str(Path(command[0]).parent.resolve())
     code = 0
+    interpreted.quicken()
     try:
         runpy.run_path(command[0], run_name="__main__")
     except SystemExit as ended:
@@ -214,6 +216,7 @@ def _run_rank(
     )
     torch.set_num_threads(1)
     try:
+        interpreted.quicken()
         function, args = pickle.loads(task)
         if init:
             store = f"file://{folder / 'store'}"
