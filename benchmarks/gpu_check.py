@@ -185,7 +185,9 @@ def step_ratios(file: Path) -> dict[str, dict[str, float]]:
 def main() -> int:
     """Runs what time allows; 1 where a part that was begun has not passed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=9, help="parts that would end later are left out")
+    parser.add_argument(
+        "--minutes", type=float, default=9, help="with less than 30 s left no part is begun; the last is cut off"
+    )
     names = [part.name for part in parts(Path())]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
     parser.add_argument("--rehearse", action="store_true", help="every part as small as it goes, on a CPU too")

@@ -20,6 +20,7 @@ import psutil
 import torch
 from peers.flyp import FlypDataset
 from PIL import Image
+from real_data import DATA
 from report import REPOSITORY, commit, device_name, slug, write_json
 from torch.utils.data import DataLoader
 
@@ -34,7 +35,6 @@ from dive_fast.data.source import Source, open_folder, open_webdataset
 from dive_fast.data.views import Preprocess
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-DATA = Path(os.environ.get("DIVE_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
 PREPROCESS = Preprocess(
     (224, 224), open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, "bicubic", "shortest"
 )

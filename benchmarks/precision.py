@@ -8,13 +8,13 @@ respect to all parameters points from fp32's. Cases that the results file has al
 import argparse
 import itertools
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from real_data import DATA
 from report import REPOSITORY, commit, device_name, slug, write_json
 from rounding import REMEDIES, computing
 from safetensors.torch import load_file
@@ -31,7 +31,6 @@ from dive_fast.objective import Pairs
 from dive_fast.towers import Towers, create, tokenizer_of, unit
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-DATA = Path(os.environ.get("DIVE_TEST_DATA", REPOSITORY.parent / "shared/data"))
 PIECE = 64 if DEVICE.type == "cuda" else 16
 """Pairs that go through the towers at once."""
 WEIGHT, LOSS_SCALE = 1000.0, 2.0**16

@@ -269,10 +269,10 @@ class EvaluationSet(Section):
     """`retrieval`: each image's own captions are to be found among all, and the other way; `webdataset` with one
     caption a line in `.txt`, `prepared` with captions, or a `dataset` of captions."""
     class_names: str | None = None
-    """As in `data.target`, or the name of a known data set. Default with `dataset`: its own."""
+    """As in `data.target`, or `caltech101`, `eurosat`, `flowers` or `pets`. Default with `dataset`: its own."""
     templates: str | None = None
-    """As in `data.target`, or the name of a known data set; the prompts of a class are averaged. Default:
-    `imagenet`, or with `dataset` its own."""
+    """As in `data.target`, or one of the ten zero-shot sets (docs/evaluation.md), `iwildcam` or `fmow`, for its
+    own; the prompts of a class are averaged. Default: `imagenet`, or with `dataset` its own."""
     metric: Metric | None = None
     """What is reported of it in one number. Default: `top1`, for retrieval `image_to_text_r1`, or with `dataset`
     its own."""

@@ -25,6 +25,7 @@ from torch import Tensor
 from dive_fast.blocks import compile_blocks, lighten, recompute_activations, recompute_blocks
 from dive_fast.config import Config, ConfigError
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
+from dive_fast.deepspeed_section import deepspeed_section
 from dive_fast.objective import Loss, Objective, Outputs, Pairs
 from dive_fast.ranks import Ranks
 from dive_fast.towers import Features, Towers
@@ -44,10 +45,6 @@ AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
 
 PER_ROW = ("image", "text", "logits")
 """Of the towers' features: those with a row for each pair or text, to be cut into micro-batches."""
-
-BUCKET = 50_000_000
-"""Elements that ZeRO reduces and gathers at once, unless told otherwise. DeepSpeed's default is ten times as many,
-1.9 GiB of each GPU, and more than these models have parameters."""
 
 
 @dataclass
@@ -93,7 +90,7 @@ class Engine:
             total_steps: updates in the whole run, for the learning rate's schedule.
 
         Raises:
-            ConfigError: the ``deepspeed`` section contradicts the rest, or DeepSpeed refuses it.
+            ConfigError: as :func:`deepspeed_section`.
         """
         train = config.train
         self.ranks, self.schedule, self.micro_batch_size = ranks, train.schedule, train.micro_batch_size
@@ -267,56 +264,6 @@ class Engine:
                     surrogate = surrogate + (getattr(features, name).float() * gradient).sum()
             self.deepspeed.backward(self._update.scaled(surrogate))
         return Loss(loss.loss.detach(), loss.metrics)
-
-
-def deepspeed_section(config: Config, world_size: int) -> dict[str, Any]:
-    """The ``deepspeed`` section with the keys filled in that have their home elsewhere in the config.
-
-    Raises:
-        ConfigError: the section contradicts the rest of the config, or a batch cannot be dealt out to the ranks.
-    """
-    section = dict(config.deepspeed)
-    for half in ("target", "reference"):
-        data = getattr(config.data, half)
-        if data is not None and data.batch_size % world_size:
-            raise ConfigError(f"data.{half}.batch_size = {data.batch_size} is not divisible by {world_size} ranks")
-    homes = {
-        "optimizer": "train.learning_rate, train.weight_decay, train.betas",
-        "scheduler": "train.warmup_steps, train.epochs",
-        "fp16": "train.precision",
-        "bf16": "train.precision",
-        "torch_autocast": "train.precision",
-    }
-    for key, home in homes.items():
-        value = section.get(key)
-        if value is not None and not (isinstance(value, dict) and value.get("enabled") is False):
-            raise ConfigError(f"deepspeed.{key} has its home in {home}: set it there and remove it here")
-    if config.train.compile and zero_of(section).get("stage", 0) == 3:
-        raise ConfigError(
-            "train.compile: ZeRO-3 brings each block's parameters by hooks that cannot be compiled; turn it off, "
-            "or take deepspeed.zero_optimization.stage = 2"
-        )
-    batch_size = config.data.target.batch_size
-    filled = {
-        "train_batch_size": batch_size,
-        "train_micro_batch_size_per_gpu": batch_size // world_size,
-        "gradient_accumulation_steps": 1,
-    }
-    for key, value in filled.items():
-        if section.setdefault(key, value) != value:
-            raise ConfigError(f"deepspeed.{key} = {section[key]} contradicts {value}, which the config implies")
-    if zero := zero_of(section):
-        buckets = {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
-        section["zero_optimization"] = buckets | zero
-        if zero.get("stage") == "auto":
-            # One rank has nothing to share out: ZeRO would only copy weights and gradients.
-            stage = 0 if world_size == 1 and not offloads(section) else 1
-            section["zero_optimization"]["stage"] = stage
-    # DeepSpeed clips at 1.0 unless told otherwise; the paper does not clip.
-    section.setdefault("gradient_clipping", 0.0)
-    # Else it waits for the device twice a step, to tell a throughput that the metrics have.
-    section.setdefault("timers", {"throughput": {"enabled": False}})
-    return section
 
 
 def _leave_the_norm_to_us(section: dict[str, Any]) -> None:

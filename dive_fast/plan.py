@@ -38,7 +38,8 @@ from dive_fast.data.ahead import DEPTH
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.data.prompts import read_class_names
 from dive_fast.data.source import DataError
-from dive_fast.engine import Engine, StepBatches, deepspeed_section
+from dive_fast.deepspeed_section import deepspeed_section
+from dive_fast.engine import Engine, StepBatches
 from dive_fast.gpus import GPUS, Gpu
 from dive_fast.kernels import backend
 from dive_fast.memory import Part, Stage, Tracker, Work

@@ -22,6 +22,7 @@ from dive_fast.data.order import Order
 from dive_fast.data.prompts import PromptTable, read_class_names, read_templates
 from dive_fast.data.samples import ReferenceSamples, TargetSamples
 from dive_fast.data.sets import open_reference, open_target
+from dive_fast.deepspeed_section import check_deepspeed
 from dive_fast.engine import Engine, StepBatches
 from dive_fast.evaluate.zero_shot import open_set
 from dive_fast.files import write_whole
@@ -68,6 +69,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     Raises:
         ConfigError, DataError: the user's to mend; the message says how.
     """
+    check_deepspeed(config, ranks.world_size)
     config = resolve(config, ranks)
     seed = config.train.seed
     # Before any model is built: a typo in a path should not cost minutes.

@@ -21,7 +21,7 @@ from dive_fast.validation import Validation
 
 NOISE_FLOOR = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
 """Largest mean |u| and |v| allowed before the first update, where the tuned model is the frozen one and only the
-rounding of the forward pass is left (measured: 1.2e-3 in fp16, 9.1e-3 in bf16): more means a wrong cache."""
+rounding of the forward pass is left (docs/precision.md has what was measured): more means a wrong cache."""
 
 
 class Stopped(SharedError):  # noqa: N818 - nothing went wrong

@@ -125,14 +125,15 @@ class Validation:
         return found | {f"geometry/{name}": value for name, value in moved.items()}
 
     def _geometry(self, towers: Towers, options: GeometryConfig) -> dict[str, float]:
-        config, ranks, batch_size = self._run.config, self._run.ranks, self._options.batch_size
+        config, ranks = self._run.config, self._run.ranks
+        batch_size, workers = self._options.batch_size, self._options.workers
         if self._pairs is None:
             frozen = create(config.model).to(ranks.device)
             data = ReferenceConfig(format=options.format, path=options.path, image_root=options.image_root)
             samples = open_pairs(config, data, frozen)
-            self._pairs = samples, embed(frozen, samples, ranks, batch_size, limit=options.pairs)
+            self._pairs = samples, embed(frozen, samples, ranks, batch_size, workers, options.pairs)
         samples, before = self._pairs
-        after = embed(towers, samples, ranks, batch_size, limit=options.pairs)
+        after = embed(towers, samples, ranks, batch_size, workers, options.pairs)
         try:
             return compare(before, after)
         except GeometryError as error:

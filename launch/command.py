@@ -4,7 +4,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,17 @@ def parser(description: str | None, example: str, required: bool = True) -> argp
     made.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
     made.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"e.g. {example}")
     return made
+
+
+def count(least: int) -> Callable[[str], int]:
+    """The type of an option that is a number from ``least`` on."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a number from {least} on")
+        return int(text)
+
+    return read
 
 
 def run_folder(output: str | None, config: str) -> Path:

@@ -29,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = [*(options.suite or []), *(options.datasets or [])]
     if wanted and options.root is None:
         parser.error("--suite and --datasets need --root, e.g. --root /data/{dataset}")
+    if not wanted and (options.class_names or options.templates):
+        parser.error("--class-names and --templates go with --suite or --datasets")
     if not wanted and (options.config is None or options.root is not None):
         parser.error("name what to measure on by --suite or --datasets")
 
@@ -121,10 +123,10 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--suite", nargs="+", action="extend", metavar="NAME", help="suites of known data sets")
     data.add_argument("--datasets", nargs="+", action="extend", metavar="NAME", help="known data sets")
     data.add_argument("--root", help="where they lie: a folder with all of them, or e.g. /data/{dataset}")
-    data.add_argument("--class-names", help="for all of them: a text file, or a data set's name")
-    data.add_argument("--templates", help="for all of them: a text file, one template, or a data set's name")
+    data.add_argument("--class-names", help="for all of them: a text file, or e.g. flowers")
+    data.add_argument("--templates", help="for all of them: a text file, one template, or e.g. food101")
     data.add_argument("--skip-missing", action="store_true", help="leave out the sets that are not there")
-    parser.add_argument("--batch-size", type=_count, help="images encoded at once on each rank")
+    parser.add_argument("--batch-size", type=command.count(1), help="images encoded at once on each rank")
     parser.add_argument("--workers", type=int, help="loader processes on each rank")
     parser.add_argument("--output", type=Path, help="folder; default: the run's, else runs/evaluate")
     parser.add_argument("--label", help="what tables call the model; default: the run's name, or the model's")
@@ -172,12 +174,6 @@ def _label(options: argparse.Namespace, model: "ModelConfig", weights: Path | No
             weights.parent.name if weights.name == "model.safetensors" else f"{weights.parent.name}/{weights.name}"
         )
     return model.name if model.pretrained is None else f"{model.name}/{model.pretrained}"
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 1 on")
-    return int(text)
 
 
 if __name__ == "__main__":

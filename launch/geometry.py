@@ -4,7 +4,6 @@ Embeds image-caption pairs by the pre-trained model and by the fine-tuned one, a
 alignment, uniformity, modality gap, difference vectors. Leaves geometry.json and pictures.
 """
 
-import argparse
 import logging
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Time grows with the square: a reference set of millions would never end.
     parser.add_argument(
         "--limit",
-        type=_count,
+        type=command.count(3),
         metavar="N",
         default=10_000,
         help="pairs, spread over the set; default: %(default)s",
@@ -70,12 +69,6 @@ def main(arguments: list[str] | None = None) -> int:
     for file in movement.write(report, embedded, options.output or run, training):
         print(file)
     return 0
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 3:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 3 on")
-    return int(text)
 
 
 if __name__ == "__main__":

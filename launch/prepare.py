@@ -96,7 +96,7 @@ def _raw(options: argparse.Namespace) -> Any:
             dataset = get_dataset(options.name, root_dir=options.input, download=False)
         return RawDataset(dataset.get_subset(options.split), name)
     except ModuleNotFoundError as error:
-        raise DataError(f"--format wilds: {error}; pip install wilds") from error
+        raise DataError(f"--format {options.format}: {error}; pip install {error.name}") from error
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
         raise DataError(f"--format {options.format} --name {options.name}: {error}") from error
 

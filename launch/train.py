@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     planning = parser.add_argument_group("planning")
     planning.add_argument("--dry-run", action="store_true", help="print FLOP, memory and time of a step, and end")
     planning.add_argument("--json", action="store_true", help="of the plan, one object on the last line")
-    planning.add_argument("--ranks", type=_count, help="GPUs planned for; default: WORLD_SIZE, else 1")
+    planning.add_argument("--ranks", type=command.count(1), help="GPUs planned for; default: WORLD_SIZE, else 1")
     planning.add_argument("--device", choices=GPUS, help="plan for this GPU alone")
     options = parser.parse_intermixed_args(arguments)
     if not options.dry_run and (options.json or options.ranks or options.device):
@@ -86,7 +86,7 @@ def dry_run(config: "Config", options: argparse.Namespace) -> int:
     """
     if os.environ.get("RANK", "0") != "0":
         return 0
-    ranks = options.ranks or _count(os.environ.get("WORLD_SIZE", "1"))
+    ranks = options.ranks or command.count(1)(os.environ.get("WORLD_SIZE", "1"))
     # Before torch and Hugging Face are imported: neither a GPU nor the network is asked.
     os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
@@ -104,12 +104,6 @@ def dry_run(config: "Config", options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(as_json(planned, gpus, advice)))
     return 0
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 1 on")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from dive_fast.blocks import (
     recompute_blocks,
 )
 from dive_fast.config import ConfigError, ModelConfig
-from dive_fast.engine import deepspeed_section
+from dive_fast.deepspeed_section import deepspeed_section
 from dive_fast.towers import Towers, create
 
 

@@ -29,7 +29,8 @@ from dive_fast.checkpoint.export import full_state
 from dive_fast.config import Config, ConfigError, ModelConfig
 from dive_fast.data.batch import ReferenceBatch, TargetBatch
 from dive_fast.data.prompts import pack
-from dive_fast.engine import BUCKET, Engine, StepBatches, deepspeed_section
+from dive_fast.deepspeed_section import BUCKET, deepspeed_section
+from dive_fast.engine import Engine, StepBatches
 from dive_fast.metrics import Reading
 from dive_fast.ranks import join
 from dive_fast.teacher.teachers import OnlineTeacher

@@ -57,6 +57,21 @@ def test_a_missing_data_set_ends_with_one_line_before_a_model_is_built(tmp_path:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("deepspeed.zero_optimization.stgae=1", "deepspeed: stgae, in DeepSpeedZeroConfig: Extra inputs are"),
+        ("deepspeed.zero_optimizaton.stage=1", "unknown key deepspeed.zero_optimizaton; did you mean zero_optim"),
+    ],
+)
+def test_what_deepspeed_would_refuse_late_or_pass_over_is_told_at_once(override: str, message: str) -> None:
+    result = call_alone("launch/train.py", "--config", "demo", override)
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "Traceback" not in result.stderr
+
+
 def test_one_rank_without_a_launcher_and_two_with_deepspeeds(tmp_path: Path) -> None:
     tree = tiny.write_config(tmp_path, max_steps=2)
     config = tmp_path / "config.json"

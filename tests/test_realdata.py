@@ -16,10 +16,12 @@ from distributed import run_ranks
 
 from dive_fast import train
 from dive_fast.config import Config
+from dive_fast.objective import Objective
 from dive_fast.ranks import join
 
 
 def run(tree: dict[str, Any], folder: Path) -> dict[str, float]:
+    Objective.backend = "torch"  # interpreted, the kernels would take most of the time
     return train.train(Config.model_validate_json(json.dumps(tree)), folder, join())
 
 

@@ -26,7 +26,7 @@ from dive_fast.data.prepare import Options, RawSource, prepare
 from dive_fast.data.prepared import MANIFEST, open_prepared, verify
 from dive_fast.data.prompts import read_class_names
 from dive_fast.data.source import DataError, decode, open_csv, open_folder, open_webdataset
-from dive_fast.engine import deepspeed_section
+from dive_fast.deepspeed_section import deepspeed_section
 from dive_fast.errors import LONGEST
 from dive_fast.evaluate import head as heads
 from dive_fast.evaluate import imagenet, layouts, results, wilds

@@ -27,7 +27,6 @@ half has a name for: words that pre-training never saw are noise to it, before f
 import csv
 import io
 import itertools
-import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,9 +36,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from real_data import DATA
 from torchvision.transforms import v2
 
-DATA = Path(os.environ.get("DIVE_TEST_DATA", Path(__file__).parents[3] / "shared/data"))
 SHARD = 5000
 
 TEMPLATES = (

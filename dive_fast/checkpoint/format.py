@@ -82,7 +82,7 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 
 def _written(folder: Path) -> list[Path]:
-    """Checkpoints that were whole once, oldest first; one that is being removed loses its manifest first."""
+    """Checkpoints that were whole once, oldest first; one that is being removed has another name."""
     return sorted(
         path for path in folder.glob("step*") if NAME.fullmatch(path.name) and (path / MANIFEST).is_file()
     )

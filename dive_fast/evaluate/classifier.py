@@ -13,13 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dive_fast.config import ConfigError
-from dive_fast.data.prompts import Template, Tokenizer, pack
+from dive_fast.data.prompts import TELLING, Template, Tokenizer, pack
 from dive_fast.evaluate.head import Head
 from dive_fast.files import new_file
 from dive_fast.ranks import Ranks
 from dive_fast.towers import Towers, unit
 
-_PROBE = ("a photo of a cat.", "Größe: 10 µm, naïve café 東京", "", "word " * 100)
 Members = tuple[tuple[int, ...], ...]
 """For each label, the classes that stand for it."""
 
@@ -155,7 +154,7 @@ def _key(
     for name, tensor in sorted(towers.text.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    digest.update(tokenizer(list(_PROBE)).numpy().tobytes())
+    digest.update(tokenizer(list(TELLING)).numpy().tobytes())
     digest.update(prompts_digest(class_names, templates).encode())
     return digest.hexdigest()
 

@@ -92,6 +92,7 @@ class Watch:
         self._stalls = 0
         self._is_saved = False
         self._taking = False
+        self._is_asked = False
         self._told = threading.Event()
         self._ancestors = _launcher()
 
@@ -228,8 +229,10 @@ class Watch:
         for number in os.read(self._reading, 64) if ready else b"":
             if number not in REQUESTS:
                 continue
-            if number == signal.SIGINT and self._requested is not None:
+            # One Ctrl-C may reach the ranks one after the other: what another one has heard does not count.
+            if number == signal.SIGINT and self._is_asked:
                 self._leave("interrupted again: left without saving", 130)
+            self._is_asked = True
             self._request(signal.Signals(number).name)
 
     def _request(self, reason: str) -> None:

@@ -7,12 +7,11 @@ from typing import Any
 from PIL import features
 
 from dive_fast.data.loader import Options
+from dive_fast.data.prompts import TELLING
 from dive_fast.data.samples import ReferenceSamples
 from dive_fast.towers import Towers
 
 Fingerprint = dict[str, Any]
-
-_PROBE = ("a photo of a cat.", "Größe: 10 µm, naïve café 東京", "", "word " * 100)
 
 
 def fingerprint(
@@ -35,7 +34,7 @@ def fingerprint(
     return {
         "model": model,
         "weights": weights_digest(towers),
-        "tokenizer": hashlib.sha256(samples.tokenizer(list(_PROBE)).numpy().tobytes()).hexdigest(),
+        "tokenizer": hashlib.sha256(samples.tokenizer(list(TELLING)).numpy().tobytes()).hexdigest(),
         "preprocess": repr(towers.preprocess),
         "views": samples.num_views,
         "crops": None if samples.views == "eval" else samples.seed,
@@ -72,6 +71,7 @@ def _decoder(options: Options) -> str:
         import cv2
 
         return f"ffcv, cv2 {cv2.__version__}"
+    assert options.loader == "dali", options.loader
     import nvidia.dali
 
     return f"dali {nvidia.dali.__version__} on {options.device.type}"

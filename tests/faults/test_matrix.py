@@ -282,6 +282,13 @@ def _(case: Case) -> None:
     case.same()
 
 
+@fault("Ctrl-C that reaches one rank when the other's has made it save already", SAVED)
+def _(case: Case) -> None:
+    late = At(WRITE, "SIGINT", rank=1, call=2)
+    ended(case.job.go(At("step 3", "SIGINT", rank=0), late), STOPPED, STOPPED, says="saved after step")
+    case.same()
+
+
 @fault("a request to stop, and a rank that is slow to end", f"it ends by {STOPPED} too; {AGAIN}")
 def _(case: Case) -> None:
     slow = At("dive_fast.data.ahead:Ahead.close", "lingers long", rank=1)

@@ -310,7 +310,12 @@ class Guarded:
 
 @pytest.mark.parametrize(
     ("pairs", "width", "dtype"),
-    [(1, 1, torch.float32), (64, 64, torch.float16), (65, 130, torch.float16), (129, 63, torch.float32)],
+    [
+        (1, 1, torch.float32),
+        pytest.param(64, 64, torch.float16, marks=SLOW),
+        (65, 130, torch.float16),
+        (129, 63, torch.float32),
+    ],
 )
 def test_nothing_beyond_a_buffer_is_read_or_written(name, pairs, width, dtype, monkeypatch):
     tensors = tensors_of(inputs_of(name, drifted_pairs, pairs, width), dtype)

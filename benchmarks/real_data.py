@@ -1,0 +1,6 @@
+"""Where real images lie (README.md, "Data")."""
+
+import os
+from pathlib import Path
+
+DATA = Path(os.environ.get("DIVE_TEST_DATA", Path(__file__).parents[2] / "shared/data"))
