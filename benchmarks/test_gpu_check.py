@@ -68,8 +68,8 @@ def test_a_tool_that_is_not_there_is_an_outcome() -> None:
 
 
 def test_what_an_earlier_call_found_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def only(name: str, code: str, minutes: str = "9") -> tuple[int, dict[str, str]]:
-        found = [Part(name, python(code), python(code), 30) for name in ("one", "two", "three")]
+    def only(name: str, code: str, minutes: str = "9", limit: int = 30) -> tuple[int, dict[str, str]]:
+        found = [Part(name, python(code), python(code), limit) for name in ("one", "two", "three")]
         monkeypatch.setattr(gpu_check, "parts", lambda _: found)
         arguments = ["gpu_check.py", "--rehearse", "--minutes", minutes, *(["--only", name] if name else [])]
         monkeypatch.setattr(sys, "argv", arguments)
@@ -80,4 +80,10 @@ def test_what_an_earlier_call_found_is_kept(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(gpu_check, "REPOSITORY", tmp_path)
     assert only("two", "1") == (0, {"one": "not reached", "two": "passed", "three": "not reached"})
     assert only("three", "1 / 0") == (1, {"one": "not reached", "two": "passed", "three": "failed"})
-    assert only("one", "1") == (0, {"one": "passed", "two": "passed", "three": "failed"})
+    now = {"one": "passed", "two": "passed", "three": "failed"}
+    assert only("one", "1") == (0, now)
+    # Too late to begin, and too short to end.
+    slow = "import time; time.sleep(9)"
+    assert only("two", "1 / 0", minutes="0.4") == (0, now)
+    assert only("two", slow, minutes="0.05", limit=1) == (1, now)
+    assert only("three", slow, minutes="0.05", limit=1) == (1, now | {"three": "out of time"})

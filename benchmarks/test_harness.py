@@ -126,9 +126,30 @@ def test_only_a_complete_run_on_a_gpu_is_a_result(monkeypatch: pytest.MonkeyPatc
         assert report.path == REPOSITORY / folder / f"{name}.json"
 
 
+def test_a_complete_run_takes_the_place_of_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(report_module, "DEVICE", torch.device("cuda"))
+    report = Report("float16", tmp_path)
+    report.begin(CASES[0])
+    report.write()
+    assert [path.name for path in tmp_path.iterdir()] == ["nvidia-h200-losses-part.json"]
+    for case in CASES[1:]:
+        report.begin(case)
+    report.write()
+    assert [path.name for path in tmp_path.iterdir()] == ["nvidia-h200-losses.json"]
+
+
 def test_a_tiny_run_ends_in_a_table(tmp_path: Path) -> None:
     # -P keeps the top of the repository, and so its `kernels`, off the path.
-    command = [sys.executable, "-P", "-m", "pytest", "benchmarks/test_losses.py", "-k", "not difference and not compiled"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pytest",
+        "benchmarks/test_losses.py",
+        "-k",
+        "not difference and not compiled",
+    ]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     # A worker of xdist times nothing; what it starts is none.
     environment.pop("PYTEST_XDIST_WORKER", None)

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from report import REPOSITORY
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_tiny_run_ends_in_figures(tmp_path: Path) -> None:

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from report import REPOSITORY
 from steps import Case
 from zero import PLAIN, STEPS, make_step
+
+pytestmark = pytest.mark.slow
 
 
 def test_every_step_is_the_same_step() -> None:
