@@ -104,6 +104,15 @@ class Metrics:
         while self._underway:
             self._take(self._underway.popleft())
 
+    def write_waiting(self) -> None:
+        """Writes lines that could not be written before: a checkpoint without them would lose them.
+
+        Raises:
+            MetricsError: they still cannot be.
+        """
+        if self._unwritten:
+            self._append()
+
     def close(self, step: int, results: dict[str, float]) -> dict[str, float]:
         """Writes results of the whole run, which has ended after ``step``; returns them with its last metrics.
 
@@ -111,8 +120,7 @@ class Metrics:
             MetricsError: some line could not be written.
         """
         self.write(step, results)
-        if self._unwritten:
-            self._append()
+        self.write_waiting()
         self._bar.close()
         return self._last | results
 

@@ -105,7 +105,8 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
             is_leaving = bool(agreed.stop) or step == run.total_steps
             if is_due or is_leaving or (every is not None and step % every == 0):
                 watch.at(step, "checkpoint")
-                saver.save(step, validation.state_dict(), metrics.state_dict(), must=is_leaving)
+                states = validation.state_dict(), metrics.state_dict()
+                saver.save(step, *states, first=metrics.write_waiting, must=is_leaving)
             if is_due or is_leaving:
                 saver.finish(must=is_leaving)
             if agreed.stop and step < run.total_steps:

@@ -61,11 +61,20 @@ class Saver:
             for left_behind in folder.glob(".step*.*"):
                 shutil.rmtree(left_behind, ignore_errors=True)
 
-    def save(self, step: int, validation: dict[str, Any], metrics: dict[str, Any], *, must: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        validation: dict[str, Any],
+        metrics: dict[str, Any],
+        *,
+        first: Callable[[], None] = lambda: None,
+        must: bool = False,
+    ) -> None:
         """Copies the state after ``step`` steps and begins to write it; all ranks call it.
 
         Args:
             validation, metrics: as :func:`dive_fast.checkpoint.format.trainer` has them.
+            first: what the first rank has to write before; the save fails with it.
             must: a failure is raised whatever ``train.on_save_error`` says.
 
         Raises:
@@ -77,6 +86,7 @@ class Saver:
         try:
             with engine.ranks.together(SaveError), _as_save_error(partial, engine.ranks.rank):
                 if engine.ranks.first:
+                    first()
                     shutil.rmtree(partial, ignore_errors=True)
                     partial.mkdir(parents=True)
         except SaveError as error:
