@@ -277,7 +277,7 @@ def _(case: Case) -> None:
     case.same(*options)
 
 
-@fault("Ctrl-C that ends the reader of the output too, `| tee log`", SAVED, quick=True)
+@fault("Ctrl-C that ends the reader of the output too (`tee`)", SAVED, quick=True)
 def _(case: Case) -> None:
     ended(case.job.go(At("step 2", "unheard"), At("step 3", "SIGINT")), STOPPED, STOPPED)
     case.same()
