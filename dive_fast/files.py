@@ -15,10 +15,22 @@ def write_whole(path: Path, data: bytes) -> None:
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """The same for what is written piece by piece."""
-    partial = path.with_name(f"{path.name}.partial")
-    with new_file(partial) as file:
+    with whole_path(path) as partial, partial.open("wb") as file:
         yield file
-    partial.replace(path)
+
+
+@contextmanager
+def whole_path(path: Path) -> Iterator[Path]:
+    """The same for a library that opens its file by name: gives it that other name."""
+    # In front: some libraries choose the format by the ending.
+    partial = path.with_name(f".partial-{path.name}")
+    new_file(partial).close()
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def new_file(path: Path) -> BinaryIO:

@@ -16,7 +16,7 @@ from dive_fast.config import ConfigError, ModelConfig
 from dive_fast.data.batch import Text
 from dive_fast.data.prompts import PooledAt, Tokenizer
 from dive_fast.data.views import Preprocess
-from dive_fast.files import new_file
+from dive_fast.files import whole_path
 from dive_fast.kernels.naive import unit
 from dive_fast.untrusted import nothing_executed
 
@@ -283,7 +283,5 @@ def save(state: dict[str, Tensor], path: Path) -> None:
     """Writes weights as safetensors, whole or not at all."""
     from safetensors.torch import save_file
 
-    temporary = path.with_name(f".{path.name}.partial")
-    new_file(temporary).close()
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
-    temporary.replace(path)
+    with whole_path(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)

@@ -9,6 +9,7 @@ from typing import Any
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+from dive_fast.files import whole_path
 from dive_fast.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -39,9 +40,8 @@ def tracing(steps: int, path: Path, ranks: Ranks) -> Iterator[Callable[[], None]
         return
 
     def write(found: Any) -> None:
-        partial = path.with_name(f"partial-{path.name}")
-        found.export_chrome_trace(str(partial))
-        partial.replace(path)
+        with whole_path(path) as partial:
+            found.export_chrome_trace(str(partial))
         ranks.say(f"{path}: trace of {steps} steps (ui.perfetto.dev opens it); ms a step\n{summary(found, steps)}")
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ranks.device.type == "cuda" else [])]

@@ -45,7 +45,7 @@ def read_templates(name: str) -> tuple[Template, ...]:
     for line in lines:
         if "{}" not in line:
             raise DataError(f"{name}: template {line!r} has no {{}} for the class name")
-    return tuple(_Filled(line) for line in lines)
+    return tuple(Filled(line) for line in lines)
 
 
 def check_labels(source: Source, class_names: Sequence[str]) -> None:
@@ -102,8 +102,8 @@ def pack(tokens: Tensor, pooled_at: PooledAt) -> Text:
     return Text(distinct, index, length)
 
 
-class _Filled:
-    """A template of a text file; a class, since worker processes may need to receive it."""
+class Filled:
+    """A template by its text, ``{}`` for the name; a class, since worker processes may need to receive it."""
 
     def __init__(self, template: str) -> None:
         self.template = template

@@ -15,7 +15,7 @@ from torch import Tensor
 from dive_fast.config import ConfigError
 from dive_fast.data.prompts import TELLING, Template, Tokenizer, pack
 from dive_fast.evaluate.head import Head
-from dive_fast.files import new_file
+from dive_fast.files import whole_path
 from dive_fast.ranks import Ranks
 from dive_fast.towers import Towers, unit
 
@@ -106,11 +106,9 @@ def cached_classifier(
     weights = classifier(towers, tokenizer, class_names, templates, ranks)
     if ranks.first:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        new_file(partial).close()
         about = {"key": key, "class_names": json.dumps(list(class_names), ensure_ascii=False)}
-        save_file({"weight": weights.cpu().contiguous()}, partial, about)
-        partial.replace(path)
+        with whole_path(path) as partial:
+            save_file({"weight": weights.cpu().contiguous()}, partial, about)
     ranks.barrier()
     return weights
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dive_fast.config import ConfigError
-from dive_fast.files import new_file
+from dive_fast.files import whole_path
 from dive_fast.untrusted import parse_json
 
 FILE = "head.safetensors"
@@ -30,11 +30,10 @@ class Head(NamedTuple):
 
 def save(head: Head, path: Path) -> None:
     """Writes a head as safetensors with its class names as metadata, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    new_file(temporary).close()
     tensors = {name: getattr(head, name).detach().float().cpu().contiguous() for name in ("weight", "bias")}
-    save_file(tensors, temporary, {"class_names": json.dumps(list(head.class_names), ensure_ascii=False)})
-    temporary.replace(path)
+    about = {"class_names": json.dumps(list(head.class_names), ensure_ascii=False)}
+    with whole_path(path) as partial:
+        save_file(tensors, partial, about)
 
 
 def path_beside(weights: Path) -> Path:

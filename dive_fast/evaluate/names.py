@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from dive_fast.data.prompts import Template, read_class_names, read_templates
+from dive_fast.data.prompts import Filled, Template, read_class_names, read_templates
 from dive_fast.data.source import DataError
 from dive_fast.untrusted import read_text
 
@@ -53,7 +53,7 @@ def templates_of(name: str) -> tuple[Template, ...]:
     if name == "imagenet1k":
         return read_templates("imagenet")
     lines = OWN.get(name) or (_clip_benchmark("templates", name) if name in CLIP_BENCHMARK else None)
-    return read_templates(name) if lines is None else tuple(Filled(line) for line in lines)
+    return read_templates(name) if lines is None else tuple(Worded(line) for line in lines)
 
 
 def class_names_of(name: str) -> tuple[str, ...]:
@@ -71,17 +71,17 @@ def class_names_of(name: str) -> tuple[str, ...]:
     return names[1:] if name == "caltech101" else names
 
 
-class Filled:
-    """A template: ``{}`` or CLIP-benchmark's ``{c}`` is the name, ``<a>`` the article and the name as words."""
+class Worded(Filled):
+    """A template of a known data set: ``{c}`` is the name too, as in CLIP-benchmark, ``<a>`` adds an article."""
 
     def __init__(self, template: str) -> None:
-        self.template = template.replace("{c}", "{}")
+        super().__init__(template.replace("{c}", "{}"))
 
     def __call__(self, class_name: str) -> str:
         if "<a>" in self.template:
             words = class_name.replace("_", " ")
             return self.template.replace("<a>", f"{'an' if words[:1] in set('aeiou') else 'a'} {words}")
-        return self.template.replace("{}", class_name)
+        return super().__call__(class_name)
 
 
 def read_lines(path: Path) -> tuple[str, ...]:

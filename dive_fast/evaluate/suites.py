@@ -11,7 +11,7 @@ from dive_fast.data.prompts import check_labels
 from dive_fast.data.source import DataError, locate
 from dive_fast.evaluate import imagenet, layouts, wilds
 from dive_fast.evaluate.labelled import Captioned, Labelled
-from dive_fast.evaluate.names import Filled, class_names_of, templates_of
+from dive_fast.evaluate.names import Worded, class_names_of, templates_of
 
 Role = Literal["id", "ood", "zero_shot"]
 
@@ -40,7 +40,7 @@ def _tars(root: Path) -> Labelled | None:
     if found is None:
         return None
     source, names, templates = found
-    return Labelled(source, names, tuple(Filled(line) for line in templates), layout="webdataset")
+    return Labelled(source, names, tuple(Worded(line) for line in templates), layout="webdataset")
 
 
 def _simple(root: Path, ways: dict[str, layouts.Layout]) -> Labelled | None:

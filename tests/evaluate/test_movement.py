@@ -195,7 +195,7 @@ def test_the_command_leaves_a_table_a_report_and_pictures(folder: Path, tmp_path
     pictures = sorted(path.name for path in output.glob("*.png"))
     assert pictures == ["geometry_course.png", "geometry_differences.png", "geometry_rsa.png"]
     assert all(str(output / name) in done.stdout for name in pictures)
-    assert not list(output.glob("*.partial"))
+    assert not list(output.glob(".*"))
 
 
 def test_the_command_tells_a_mistake_in_one_line(folder: Path, tmp_path: Path) -> None:
