@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import psutil
 import tiny
-from distributed import context
+from distributed import begin, context
 from safetensors.torch import load_file
 
 from dive_fast.guard import watch
@@ -179,6 +179,7 @@ def _run_rank(environment: dict[str, str], arguments: list[str], log: Path, happ
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
+    begin()
     # As in a process that is not the fork server's.
     multiprocessing.set_start_method("fork", force=True)
     sys.path.insert(0, str(REPOSITORY / "launch"))
