@@ -34,3 +34,8 @@ def quicken() -> None:
         return launch(self, *arguments, **named)
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_afresh
+
+
+def pytest_configure() -> None:
+    """As a plugin, for what a test starts: ``pytest -p interpreted``, with this folder on the path."""
+    quicken()

@@ -100,8 +100,9 @@ if ! has_venv; then
     "$python" -m venv --clear $venv
 fi
 
+# Python compiles what is imported; to compile all of it beforehand takes a minute more.
 pip_install() {
-    $venv/bin/python -m pip install --constraint constraints.txt "$@" >>$log 2>&1
+    $venv/bin/python -m pip install --no-compile --constraint constraints.txt "$@" >>$log 2>&1
 }
 project() { pip_install --build-constraint constraints.txt --editable ".[$1]"; }
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from dive_fast.data import prepared
 from dive_fast.data.prepared import File, Index, Manifest, Row
 from dive_fast.data.source import UNDECODABLE, DataError, Skipped, Source, decode, why_unusual
-from dive_fast.data.workers import forking
+from dive_fast.data.workers import FORK, forking
 from dive_fast.files import write_whole
 from dive_fast.untrusted import nothing_executed, read_json
 
@@ -279,7 +279,7 @@ def _make(shards: Sequence[_Shard], raw: Raw, output: Path, options: Options, wo
     done = total - sum(len(shard.samples) for shard in shards)
     progress = tqdm(total=total, initial=done, desc="prepare", unit="image")
     try:
-        with ProcessPoolExecutor(max(1, workers), initializer=_start, initargs=(raw, output, options)) as pool:
+        with ProcessPoolExecutor(max(1, workers), FORK, _start, (raw, output, options)) as pool:
             with forking():
                 futures: dict[Future[None], _Shard] = {pool.submit(_make_shard, shard): shard for shard in shards}
             try:

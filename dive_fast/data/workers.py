@@ -1,6 +1,7 @@
 """Work done ahead by worker processes, batch by batch and in order."""
 
 import gc
+import multiprocessing
 import os
 import signal
 import threading
@@ -15,6 +16,8 @@ from dive_fast.data.source import DataError
 
 Work = TypeVar("Work")
 Made = TypeVar("Made")
+FORK = multiprocessing.get_context("fork")
+"""Named, as Python 3.14 no longer takes it by itself: any other would send each process all that it is to know."""
 
 
 def in_workers(
@@ -25,14 +28,16 @@ def in_workers(
     Call it before other threads run: a process forked beside them may find their locks taken for ever.
 
     Args:
-        make: may be sent to another process.
+        make: called in other processes, with what it had here when they were started.
         workers: processes; 0 makes each batch here, when it is asked for.
         pin: put what comes out into page-locked memory, for asynchronous copies to a GPU.
 
     Raises:
         DataError: as ``make`` raised it, in one line.
     """
-    options: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _settle_in} if workers else {}
+    options: dict[str, Any] = {}
+    if workers:
+        options = {"prefetch_factor": 4, "worker_init_fn": _settle_in, "multiprocessing_context": FORK}
     loader: DataLoader[Any] = DataLoader(
         _Made(make),
         sampler=batches,  # type: ignore[arg-type]

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import importlib
 import json
-import multiprocessing
 import os
 import resource
 import signal
@@ -180,8 +179,6 @@ def _run_rank(environment: dict[str, str], arguments: list[str], log: Path, happ
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
     begin()
-    # As in a process that is not the fork server's.
-    multiprocessing.set_start_method("fork", force=True)
     sys.path.insert(0, str(REPOSITORY / "launch"))
     import torch
     import train

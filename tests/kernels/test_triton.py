@@ -651,7 +651,7 @@ def test_opcheck(name):
     torch.library.opcheck(operator, arguments)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_step_is_one_graph(compiler):
     """Towers, losses and the average vector's update without a break, with the same result."""
     torch._dynamo.reset()
