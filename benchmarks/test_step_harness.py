@@ -95,29 +95,44 @@ def test_skipped_steps_are_not_measured() -> None:
         measure_steps.settle(Running(dict, lambda: next(falling)))
 
 
-def test_a_tiny_run_ends_in_figures_and_a_picture(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/steps.py", "--results", str(tmp_path)]
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of its results."""
+    folder = tmp_path_factory.mktemp("tiny")
+    call("benchmarks/steps.py", "--results", str(folder))
+    return folder
+
+
+def call(*command: str) -> str:
+    """What a script printed."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     # A worker of xdist times nothing; what it starts is none.
     environment.pop("PYTEST_XDIST_WORKER", None)
-    run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, *command], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert outcomes(tmp_path / "cpu-steps.json") == {
+    return run.stdout
+
+
+def test_a_tiny_run_ends_in_figures_and_a_picture(tiny_run: Path) -> None:
+    assert outcomes(tiny_run / "cpu-steps.json") == {
         name: "needs a GPU" if name in NEEDS_GPU else "measured" for name in COMPETITORS
     }
-    entries = {e["competitor"]: e for e in json.loads((tmp_path / "cpu-steps.json").read_text())["cases"]}
+    entries = {e["competitor"]: e for e in json.loads((tiny_run / "cpu-steps.json").read_text())["cases"]}
     # Arithmetic and memory are the same from run to run, wall time is not.
     assert entries["trimmed_text"]["flop"] < entries["dive_published"]["flop"]
     assert entries["cached_teacher"]["flop"] < entries["dive_published"]["flop"]
     assert entries["sequential"]["flop"] == entries["dive_published"]["flop"]
     assert entries["sequential"]["peak_bytes"] < entries["dive_published"]["peak_bytes"]
     assert entries["dive_fast"]["flop"] < entries["dive_published"]["flop"]
-    assert (tmp_path / "cpu-steps.png").is_file()
-    # What was planned without a step is what the step took.
-    command = [sys.executable, "benchmarks/planned.py", "--against", str(tmp_path / "cpu-steps.json")]
-    run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    rows = [line.split(" | ") for line in run.stdout.splitlines() if line.startswith("| ViT-tiny")]
+    assert (tiny_run / "cpu-steps.png").is_file()
+
+
+@pytest.mark.slow  # tests/test_plan.py holds plans to steps too
+def test_what_was_planned_without_a_step_is_what_the_step_took(tiny_run: Path) -> None:
+    printed = call("benchmarks/planned.py", "--against", str(tiny_run / "cpu-steps.json"))
+    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ViT-tiny")]
     assert [row[1].strip("`") for row in rows] == [
         "flyp_fast",
         "dive_fast",

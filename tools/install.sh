@@ -100,7 +100,7 @@ if ! has_venv; then
     "$python" -m venv --clear $venv
 fi
 
-# Python compiles what is imported; to compile all of it beforehand takes a minute more.
+# Compiled at the end, by all cores: pip uses one.
 pip_install() {
     $venv/bin/python -m pip install --no-compile --constraint constraints.txt "$@" >>$log 2>&1
 }
@@ -125,6 +125,9 @@ if ! extra ffcv ffcv; then
         note "FFCV loader unavailable: install ${ffcv_packages[*]}"
     fi
 fi
+
+# Some packages hold tests in other languages than this Python's.
+$venv/bin/python -m compileall -q -j 0 $venv/lib >>$log 2>&1 || true
 
 {
     key
