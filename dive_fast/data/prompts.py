@@ -103,7 +103,7 @@ def pack(tokens: Tensor, pooled_at: PooledAt) -> Text:
 
 
 class Filled:
-    """A template by its text, ``{}`` for the name; a class, since worker processes may need to receive it."""
+    """A template by its text, ``{}`` for the name."""
 
     def __init__(self, template: str) -> None:
         self.template = template
