@@ -276,6 +276,10 @@ class EvaluationSet(Section):
     metric: Metric | None = None
     """What is reported of it in one number. Default: `top1`, for retrieval `image_to_text_r1`, or with `dataset`
     its own."""
+    on_skipped: Literal["error", "report"] = "error"
+    """Samples that cannot be measured: without an image, label or caption, or with an image that cannot be decoded.
+    `error`: the set is refused. `report`: figures are of the others, and logs, tables and results say how many are
+    left out. Not used with `dataset`, which is measured whole."""
     role: Literal["id", "ood", "zero_shot"] | None = None
     """Which average of the results table it enters. Default: none, or with `dataset` its own."""
 
@@ -397,6 +401,8 @@ def _check_evaluation_set(place: str, evaluation: EvaluationSet) -> None:
         raise ValueError(f"{place}.format: the layout of a known dataset is found; remove it")
     if not known and evaluation.format is None:
         raise ValueError(f"{place}.format is missing; or name a known data set as {place}.dataset")
+    if known and evaluation.on_skipped != "error":
+        raise ValueError(f"{place}.on_skipped: a known dataset is measured whole; remove it")
     if known and task == "retrieval":
         raise ValueError(f"{place}.task: a known dataset has its own; remove it")
     if not known and task == "retrieval" and evaluation.format == "folder":

@@ -8,11 +8,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from open_clip import IMAGENET_CLASSNAMES
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dive_fast.config import ConfigError
+from dive_fast.data.classes import repeated, synsets
 from dive_fast.data.prompts import TELLING, Template, Tokenizer, pack
 from dive_fast.evaluate.head import Head
 from dive_fast.files import whole_path
@@ -113,22 +115,45 @@ def cached_classifier(
     return weights
 
 
-def of_head(head: Head, class_names: Sequence[str]) -> tuple[Tensor, Tensor] | None:
-    """The head's rows and biases for these classes; None where it lacks one of them.
+class HeadRows(NamedTuple):
+    """A head's rows for the classes of a data set, in the data set's order."""
+
+    weight: Tensor
+    """``(C, D)``"""
+    bias: Tensor
+    """``(C,)``"""
+    joined_by: Literal["position", "number", "name"]
+    """How they were found: all rows in their order, by ImageNet's numbering, or by class name."""
+
+
+def of_head(
+    head: Head, class_names: Sequence[str], imagenet_rows: Sequence[int] | None = None
+) -> HeadRows | None:
+    """The head's rows for these classes; None where it lacks one of them.
+
+    Args:
+        imagenet_rows: for each class, which of ImageNet's 1000 it is. A head of all 1000 is then read by number: its
+            names, open_clip's, have two classes called "missile".
 
     Raises:
-        ConfigError: a class has a name that two of the head have.
+        ConfigError: two classes of the head, or of the data set, share a name that is needed to find a row.
     """
+    if imagenet_rows is not None and head.class_names in (tuple(IMAGENET_CLASSNAMES), synsets()):
+        chosen = list(imagenet_rows)
+        return HeadRows(head.weight[chosen], head.bias[chosen], "number")
     if tuple(class_names) == head.class_names:
-        return head.weight, head.bias
+        return HeadRows(head.weight, head.bias, "position")
     rows = {name: row for row, name in enumerate(head.class_names)}
     if any(name not in rows for name in class_names):
         return None
-    twice = [name for name in class_names if head.class_names.count(name) > 1]
-    if twice:
-        raise ConfigError(f"the head has two classes called {twice[0]!r}; train it on names that differ")
+    for owner, names in (("head", head.class_names), ("data set", class_names)):
+        if twice := [name for name in repeated(names) if name in class_names]:
+            raise ConfigError(
+                f"the {owner} has two classes called {twice[0]!r}, so rows of the head cannot be found by name; "
+                "train it on names that differ, or leave it out by --head none"
+            )
     chosen = [rows[name] for name in class_names]
-    return head.weight[chosen], head.bias[chosen]
+    return HeadRows(head.weight[chosen], head.bias[chosen], "name")
 
 
 def digest_of(*parts: Any) -> str:

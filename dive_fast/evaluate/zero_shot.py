@@ -1,5 +1,7 @@
 """Classification of image sets by class prompts or a trained head, and what it is worth in figures."""
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -10,19 +12,22 @@ from torch import Tensor
 from dive_fast.config import ConfigError, EvaluateConfig, EvaluationSet, Metric
 from dive_fast.data.loader import Options, batches_of
 from dive_fast.data.prepared import open_prepared
-from dive_fast.data.prompts import Template, Tokenizer, check_labels
+from dive_fast.data.classes import imagenet_rows, join_names, remarks
+from dive_fast.data.prompts import Template, Tokenizer
 from dive_fast.data.samples import EvaluationSamples
 from dive_fast.data.sets import open_target
 from dive_fast.data.source import DataError, Source, open_webdataset
 from dive_fast.evaluate import head as heads
 from dive_fast.evaluate import layouts, retrieval
 from dive_fast.evaluate.classifier import Classifier, cached_classifier, classifier, of_head
-from dive_fast.evaluate.labelled import Captioned, CountedSamples, Labelled, progress
+from dive_fast.evaluate.labelled import BROKEN, Captioned, CountedSamples, Labelled, progress
 from dive_fast.evaluate.names import class_names_of, templates_of
 from dive_fast.evaluate.scores import Predictions, scores
 from dive_fast.evaluate.suites import find, open_known
 from dive_fast.ranks import Ranks
 from dive_fast.towers import Towers, unit
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Measured", "accuracy", "classifier", "evaluate", "measure", "open_evaluation", "open_set", "predict"]
 
@@ -34,6 +39,9 @@ class Measured(NamedTuple):
     """Shares in [0, 1], by the names of :func:`dive_fast.evaluate.scores.scores` or of retrieval."""
     classifier: Literal["prompts", "head", "captions"]
     samples: int
+    """How many the figures are of."""
+    left_out: int = 0
+    """How many more the set has, which could not be read."""
 
 
 def open_evaluation(config: EvaluationSet) -> Labelled | Captioned:
@@ -45,13 +53,37 @@ def open_evaluation(config: EvaluationSet) -> Labelled | Captioned:
     """
     if config.dataset is not None:
         return open_known(config.dataset, config.path, config.class_names, config.templates)
+    reports = config.on_skipped == "report"
     if config.task == "retrieval":
-        found = (open_webdataset if config.format == "webdataset" else open_prepared)(config.path, ".txt")
-        return Captioned(layouts.split_captions(found), str(config.format))
+        source = (open_webdataset if config.format == "webdataset" else open_prepared)(config.path, ".txt")
+        _refuse_skipped(source, config)
+        found = layouts.captioned(source, str(config.format))
+        return replace(found, reports_skipped=reports, remarks=(*_skipped_remarks(source), *found.remarks))
     source = open_target(config)
-    names = class_names_of(config.class_names) if config.class_names is not None else source.class_names
-    check_labels(source, names)
-    return Labelled(source, names, templates_of(config.templates or "imagenet"), layout=str(config.format))
+    _refuse_skipped(source, config)
+    given = config.class_names
+    names = join_names(source, None if given is None else class_names_of(given), given or config.path)
+    return Labelled(
+        source,
+        names,
+        templates_of(config.templates or "imagenet"),
+        layout=str(config.format),
+        imagenet_rows=imagenet_rows(source.class_names),
+        remarks=(*_skipped_remarks(source), *remarks(names, source.class_names, given)),
+        reports_skipped=reports,
+    )
+
+
+def _refuse_skipped(source: Source, config: EvaluationSet) -> None:
+    if source.skipped and config.on_skipped == "error":
+        raise DataError(
+            f"{config.path}: {layouts.skipped_in_words(source.skipped)}; repair or remove them, or accept figures "
+            "without them by on_skipped=report in this set of evaluate.sets"
+        )
+
+
+def _skipped_remarks(source: Source) -> list[str]:
+    return [layouts.skipped_in_words(source.skipped)] if source.skipped else []
 
 
 def open_set(config: EvaluationSet) -> tuple[Source, tuple[str, ...], tuple[Template, ...]]:
@@ -88,11 +120,11 @@ def classifier_for(
     Raises:
         ConfigError: the head is of another width, or ambiguous.
     """
-    rows = None if head is None else of_head(head, data.class_names)
+    rows = None if head is None else of_head(head, data.class_names, data.imagenet_rows)
     if rows is None:
         weight = cached_classifier(towers, tokenizer, data.class_names, data.templates, ranks, cache)
         return Classifier("prompts", weight, None, data.members)
-    weight, bias = rows
+    weight, bias, _ = rows
     if weight.shape[1] != towers.width:
         raise ConfigError(f"the head is for features of width {weight.shape[1]}, the model's have {towers.width}")
     return Classifier("head", weight.to(ranks.device), bias.to(ranks.device), data.members)
@@ -177,12 +209,19 @@ def measure(
     """
     if isinstance(data, Captioned):
         options = Options(workers=workers, device=ranks.device)
-        recalls = retrieval.recalls(towers, tokenizer, data, ranks, batch_size, options, name)
-        return Measured(recalls, "captions", len(data.source))
+        recalls, broken = retrieval.recalls(towers, tokenizer, data, ranks, batch_size, options, name)
+        return Measured(recalls, "captions", len(data.source) - broken, len(data.source.skipped) + broken)
     classes = classifier_for(towers, tokenizer, data, ranks, head, cache)
-    samples = CountedSamples(data.source, towers.preprocess, data.border)
+    samples = CountedSamples(data.source, towers.preprocess, data.border, data.reports_skipped)
     found = predict(towers, classes, samples, ranks, batch_size, workers, name)
-    return Measured(scores(found, data.regions), classes.kind, len(samples.source))
+    kept, regions = found.label != BROKEN, data.regions
+    count = int(kept.sum())
+    if count == 0:
+        raise DataError(f"{name or 'the set'}: none of its {len(kept)} images can be read")
+    if count < len(kept):
+        found = Predictions(*(column[kept] for column in found))
+        regions = None if regions is None else regions._replace(of_sample=regions.of_sample[kept])
+    return Measured(scores(found, regions), classes.kind, count, len(data.source.skipped) + len(kept) - count)
 
 
 def evaluate(
@@ -200,4 +239,6 @@ def evaluate(
             towers, tokenizer, data, ranks, batch_size=config.batch_size, workers=config.workers, head=head
         )
         results[name] = found.scores[metric_of(evaluation)]
+        if found.left_out and ranks.first:
+            logger.warning("%s: its figure is of %d samples; %d are left out", name, found.samples, found.left_out)
     return results
