@@ -277,9 +277,9 @@ class EvaluationSet(Section):
     """What is reported of it in one number. Default: `top1`, for retrieval `image_to_text_r1`, or with `dataset`
     its own."""
     on_skipped: Literal["error", "report"] = "error"
-    """Samples that cannot be measured: without an image, label or caption, or with an image that cannot be decoded.
-    `error`: the set is refused. `report`: figures are of the others, and logs, tables and results say how many are
-    left out. Not used with `dataset`, which is measured whole."""
+    """Samples that cannot be measured: without an image, label or caption, or with an image that cannot be
+    decoded. `error`: the set is refused. `report`: figures are of the others, and logs, tables and results say how
+    many are left out. Not used with `dataset`, which is measured whole."""
     role: Literal["id", "ood", "zero_shot"] | None = None
     """Which average of the results table it enters. Default: none, or with `dataset` its own."""
 

@@ -17,9 +17,10 @@ from dive_fast.checkpoint import format as checkpoint
 from dive_fast.config import Config, ConfigError
 from dive_fast.data.ahead import Ahead
 from dive_fast.data.batch import ReferenceBatch, TargetBatch
+from dive_fast.data.classes import remarks, target_names
 from dive_fast.data.loader import training_batches
 from dive_fast.data.order import Order
-from dive_fast.data.prompts import PromptTable, read_class_names, read_templates
+from dive_fast.data.prompts import PromptTable, read_templates
 from dive_fast.data.samples import ReferenceSamples, TargetSamples
 from dive_fast.data.sets import open_reference, open_target
 from dive_fast.deepspeed_section import check_deepspeed
@@ -88,7 +89,10 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     check_text_length(config, towers)
 
     data = config.data.target
-    names = source.class_names if data.class_names is None else read_class_names(data.class_names)
+    names = target_names(source, data.class_names)
+    if not source.samples[0].texts:
+        for remark in remarks(names, source.class_names, data.class_names):
+            ranks.say(f"data.target: {remark}")
     templates = read_templates(data.templates)
     prompts = PromptTable(source, names, templates, tokenizer_of(config.model, data.text_length))
     target_samples = TargetSamples(source, prompts, towers.preprocess, towers.pooled_at, seed)

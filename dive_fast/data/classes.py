@@ -8,7 +8,7 @@ from importlib import resources
 
 import open_clip
 
-from dive_fast.data.prompts import check_labels
+from dive_fast.data.prompts import check_labels, read_class_names
 from dive_fast.data.source import DataError, Source
 
 SHOWN = 3
@@ -35,7 +35,7 @@ def are_numbers(names: Sequence[str]) -> bool:
 
 
 def imagenet_rows(folders: Sequence[str]) -> tuple[int, ...] | None:
-    """The numbers, from 0 to 999, of the ImageNet classes that these WordNet ids name; None if one names no class."""
+    """The numbers (0 to 999) of the ImageNet classes with these WordNet ids; None if one is of no class."""
     row_of = {wnid: row for row, wnid in enumerate(synsets())}
     rows = tuple(row_of.get(folder, -1) for folder in folders)
     return rows if rows and min(rows) >= 0 else None
@@ -44,9 +44,10 @@ def imagenet_rows(folders: Sequence[str]) -> tuple[int, ...] | None:
 def join_names(source: Source, names: Sequence[str] | None, given: str) -> tuple[str, ...]:
     """The class name of each label of a data set.
 
-    A data set whose classes have names of their own (folders, mostly) is joined by key where there is one: WordNet ids
-    with ImageNet's names by id, equal words by word, whole numbers by their order as numbers. Otherwise name i belongs
-    to class i, and there must be as many names as classes. A data set without names of its own is joined by label.
+    A data set whose classes have names of their own (folders, mostly) is joined by key where there is one: WordNet
+    ids with ImageNet's names by id, equal words by word, whole numbers by their order as numbers. Otherwise name i
+    belongs to class i, and there must be as many names as classes. Where classes have no names of their own, names
+    are joined by label.
 
     Args:
         names: in the order of the user's list; None: the data set's own, as they are.
@@ -69,6 +70,21 @@ def join_names(source: Source, names: Sequence[str] | None, given: str) -> tuple
         names = joined
     check_labels(source, names)
     return names
+
+
+def target_names(source: Source, given: str | None) -> tuple[str, ...]:
+    """The class names of a data set that is trained on; where it has prompts of its own, as they are listed.
+
+    Args:
+        given: the config's ``class_names``.
+
+    Raises:
+        DataError: as :func:`join_names`, or the list cannot be read.
+    """
+    if given is None:
+        return source.class_names
+    names = read_class_names(given)
+    return names if any(sample.texts for sample in source.samples) else join_names(source, names, given)
 
 
 def pairing(folders: Sequence[str], names: Sequence[str]) -> str:
@@ -94,7 +110,7 @@ def remark_on_repeated(names: Sequence[str]) -> list[str]:
     name, labels = next(iter(twice.items()))
     return [
         f"{len(twice)} class names belong to several classes, e.g. {name!r} to classes "
-        f"{' and '.join(map(str, labels))}: prompts cannot tell these apart, and only the first of them is predicted"
+        f"{' and '.join(map(str, labels))}: prompts cannot tell them apart, and only the first is predicted"
     ]
 
 
@@ -109,12 +125,12 @@ def remarks(names: Sequence[str], folders: Sequence[str] = (), given: str | None
     found = remark_on_repeated(names)
     if are_wordnet_ids(names):
         found.append(
-            f"the classes are called by WordNet id, and prompts say {names[0]!r}: class_names=imagenet gives the names"
+            f"the classes are called by WordNet id, and prompts say {names[0]!r}: class_names=imagenet names them"
         )
     elif are_numbers(names):
-        found.append(f"the classes are called by number, and prompts say {names[0]!r}: class_names gives them names")
+        found.append(f"the classes are called by number, and prompts say {names[0]!r}: class_names names them")
     elif given is None and (name := next((name for name in names if "_" in name), None)) is not None:
-        found.append(f"prompts keep the underscores of class names such as {name!r}: class_names gives other names")
+        found.append(f"prompts keep the underscores of class names such as {name!r}: class_names gives others")
     if given is not None and folders and tuple(folders) != tuple(names):
         found.append(f"class names of {given}: {pairing(folders, names)}")
     return found
@@ -161,8 +177,8 @@ def _by_position(folders: Sequence[str], names: tuple[str, ...], given: str) -> 
     for at, folder in enumerate(folders):
         if (other := listed.get(_word(folder), at)) != at:
             raise DataError(
-                f"{given}: class {folder!r} is number {at}, whose name there is {names[at]!r}, but {names[other]!r} is "
-                f"number {other}: list the names in the order of the sorted folders"
+                f"{given}: class {folder!r} is number {at}, whose name there is {names[at]!r}, but "
+                f"{names[other]!r} is number {other}: list the names in the order of the sorted folders"
             )
     return names
 

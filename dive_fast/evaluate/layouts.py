@@ -13,6 +13,7 @@ from typing import Any
 from dive_fast.data.classes import repeated
 from dive_fast.data.prompts import read_class_names
 from dive_fast.data.source import IMAGE_SUFFIXES, DataError, Sample, Skipped, Source, open_folder, open_webdataset
+from dive_fast.evaluate.interim import image_ids
 from dive_fast.evaluate.labelled import Captioned, plain_names
 from dive_fast.evaluate.names import class_names_of, read_lines
 from dive_fast.untrusted import below, read_json
@@ -48,7 +49,7 @@ def webdataset_captions(root: Path) -> Captioned | None:
         return None
     source = open_webdataset(str(tars), ".txt")
     _all_there(source, tars)
-    return captioned(source, "webdataset")
+    return Captioned(split_captions(source), "webdataset")
 
 
 def karpathy(root: Path, name: str) -> Captioned | None:
@@ -75,7 +76,9 @@ def karpathy(root: Path, name: str) -> Captioned | None:
                 captions.setdefault(_first_of(root, f"val2014/{file}", file), []).append(entry["caption"])
             if left := files.keys() - {entry["image_id"] for entry in tree["annotations"]}:
                 first = files[min(left, key=str)]
-                raise DataError(f"{annotations}: {len(left)} images have no caption, e.g. {first}; get the file again")
+                raise DataError(
+                    f"{annotations}: {len(left)} images have no caption, e.g. {first}; get the file again"
+                )
             if not all(isinstance(caption, str) for own in captions.values() for caption in own):
                 raise TypeError("a caption as text")
         except (KeyError, TypeError, AttributeError) as error:
@@ -86,11 +89,13 @@ def karpathy(root: Path, name: str) -> Captioned | None:
     if blank is not None:
         raise DataError(f"{lines if lines.is_file() else annotations}: a caption of {blank.name} is empty")
     samples = [Sample(path.name, path, texts=tuple(own)) for path, own in captions.items()]
-    return captioned(present(samples), "karpathy")
+    return Captioned(present(samples), "karpathy")
 
 
 def captioned(source: Source, layout: str) -> Captioned:
-    """Images with their captions, the lines of their texts; samples with equal images are one image.
+    """A user's images with their captions, the lines of their texts; samples with equal images are one image.
+
+    Known sets are measured as they are published.
 
     Raises:
         DataError: a sample has no caption, or its bytes cannot be read.
@@ -98,7 +103,7 @@ def captioned(source: Source, layout: str) -> Captioned:
     source = split_captions(source)
     texts: dict[int, list[str]] = {}
     first: dict[int, int] = {}
-    for at, image in enumerate(source.image_ids().tolist()):
+    for at, image in enumerate(image_ids(source)):
         first.setdefault(image, at)
         texts.setdefault(image, []).extend(source.samples[at].texts)
     if len(first) == len(source):

@@ -28,8 +28,8 @@ def recalls(
     """``image_to_text_r1``, ``_r5``, ``_r10``: the share of images with one of their captions among the first K;
     ``text_to_image_...``: the share of captions with their image among them. All ranks call it.
 
-    Each distinct caption is encoded once, so that equal captions of two images tie exactly. Of answers that tie, the
-    earlier ones of the set come first, as where CLIP-benchmark takes the K largest.
+    Each distinct caption is encoded once, so that equal captions of two images tie exactly. Of answers that tie,
+    the earlier ones of the set come first, as where CLIP-benchmark takes the K largest.
 
     Returns:
         The shares, and how many images were left out with their captions, because they could not be read.
@@ -75,9 +75,7 @@ def recalls(
     image_rows = torch.arange(len(images), device=ranks.device)
     found = {
         "image_to_text": _places(images, sentences, text_of, image_rows, image_of, batch_size, ranks),
-        "text_to_image": _places(
-            sentences[text_of], images, image_rows, image_of, image_rows, batch_size, ranks
-        ),
+        "text_to_image": _places(sentences[text_of], images, image_rows, image_of, image_rows, batch_size, ranks),
     }
     return {
         f"{way}_r{cut_off}": share
@@ -112,7 +110,9 @@ def _places(
         similarity = (queries[part] @ rows.T)[:, row_of]
         right = query_image[part, None] == answer_image[None]
         best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        first_best = order.expand_as(right).masked_fill(~right | (similarity < best), len(order)).amin(1, keepdim=True)
+        first_best = (
+            order.expand_as(right).masked_fill(~right | (similarity < best), len(order)).amin(1, keepdim=True)
+        )
         ahead = (similarity > best) | ((similarity == best) & (order < first_best))
         places[part] = (ahead & ~right).sum(1)
     if ranks.group is not None:

@@ -57,13 +57,13 @@ def _simple(root: Path, ways: dict[str, layouts.Layout]) -> Labelled | None:
 
 
 def _imagenet_tars(root: Path, subset: str = "") -> Labelled | None:
-    """CLIP-benchmark's tars of ImageNet or one of its shifts, whose labels count the classes as the folders would."""
+    """CLIP-benchmark's tars of ImageNet or one of its shifts; their labels count the classes as folders would."""
     found = _tars(root)
     return None if found is None else replace(found, imagenet_rows=_checked_rows(found.class_names, subset))
 
 
 def _checked_rows(names: tuple[str, ...], subset: str) -> tuple[int, ...] | None:
-    """ImageNet's numbers of a subset's classes, if the names are in that order; some names have changed over time."""
+    """ImageNet's numbers of a subset's classes, if the names are in that order; a few have changed over time."""
     rows, thousand = imagenet.classes_of(subset), class_names_of("imagenet1k")
     equal = sum(name == thousand[row] for name, row in zip(names, rows, strict=False))
     return rows if len(names) == len(rows) and equal >= MIN_EQUAL_NAMES * len(rows) else None
@@ -468,7 +468,7 @@ def _with_prompts(
         said = remarks(names, folders, class_names)
     if class_names is None and (are_wordnet_ids(names) or are_numbers(names)):
         raise DataError(
-            f"{folder}: its classes are called by number, e.g. {names[0]}, which makes no prompt; give their names by "
+            f"{folder}: its classes are called by number, e.g. {names[0]}, which makes no prompt; name them by "
             "class_names (--class-names), in the order of these numbers"
         )
     prompts = (

@@ -1,6 +1,7 @@
 """Classification of image sets by class prompts or a trained head, and what it is worth in figures."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -10,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dive_fast.config import ConfigError, EvaluateConfig, EvaluationSet, Metric
+from dive_fast.data.classes import imagenet_rows, join_names, remarks
 from dive_fast.data.loader import Options, batches_of
 from dive_fast.data.prepared import open_prepared
-from dive_fast.data.classes import imagenet_rows, join_names, remarks
 from dive_fast.data.prompts import Template, Tokenizer
 from dive_fast.data.samples import EvaluationSamples
 from dive_fast.data.sets import open_target
@@ -29,7 +30,22 @@ from dive_fast.towers import Towers, unit
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Measured", "accuracy", "classifier", "evaluate", "measure", "open_evaluation", "open_set", "predict"]
+__all__ = [
+    "Measured",
+    "Opened",
+    "accuracy",
+    "classifier",
+    "evaluate",
+    "measure",
+    "measure_sets",
+    "open_evaluation",
+    "open_set",
+    "open_sets",
+    "predict",
+]
+
+Opened = dict[str, Labelled | Captioned]
+"""Sets by the name that the config gives them."""
 
 
 class Measured(NamedTuple):
@@ -224,6 +240,53 @@ def measure(
     return Measured(scores(found, regions), classes.kind, count, len(data.source.skipped) + len(kept) - count)
 
 
+def open_sets(sets: Mapping[str, EvaluationSet], ranks: Ranks) -> Opened:
+    """Opens evaluation sets and says what a user should know of them.
+
+    Raises:
+        ConfigError, DataError: as :func:`open_evaluation`.
+    """
+    opened = {}
+    for name, config in sets.items():
+        opened[name] = open_evaluation(config)
+        for remark in opened[name].remarks:
+            ranks.say(f"{name}: {remark}")
+    return opened
+
+
+def measure_sets(
+    towers: Towers,
+    tokenizer: Tokenizer,
+    config: EvaluateConfig,
+    opened: Opened,
+    ranks: Ranks,
+    head: heads.Head | None = None,
+) -> dict[str, Measured]:
+    """Every figure of each opened set; all ranks call it and all get them.
+
+    Args:
+        head: a trained one, for the sets whose classes it has.
+    """
+    return {
+        name: measure(
+            towers, tokenizer, data, ranks, batch_size=config.batch_size, workers=config.workers, head=head
+        )
+        for name, data in opened.items()
+    }
+
+
+def values(measured: Mapping[str, Measured], sets: Mapping[str, EvaluationSet]) -> dict[str, float]:
+    """Each set in one number, its metric: name -> share in [0, 1]."""
+    return {name: found.scores[metric_of(sets[name])] for name, found in measured.items()}
+
+
+def report_left_out(measured: Mapping[str, Measured], ranks: Ranks) -> None:
+    """One line for each set of which samples were left out."""
+    for name, found in measured.items():
+        if found.left_out and ranks.first:
+            logger.warning("%s: figures are of %d samples, %d are left out", name, found.samples, found.left_out)
+
+
 def evaluate(
     towers: Towers, tokenizer: Tokenizer, config: EvaluateConfig, ranks: Ranks, head: heads.Head | None = None
 ) -> dict[str, float]:
@@ -232,13 +295,7 @@ def evaluate(
     Args:
         head: a trained one, for the sets whose classes it has.
     """
-    results = {}
-    for name, evaluation in config.sets.items():
-        data = open_evaluation(evaluation)
-        found = measure(
-            towers, tokenizer, data, ranks, batch_size=config.batch_size, workers=config.workers, head=head
-        )
-        results[name] = found.scores[metric_of(evaluation)]
-        if found.left_out and ranks.first:
-            logger.warning("%s: its figure is of %d samples; %d are left out", name, found.samples, found.left_out)
-    return results
+    opened = {name: open_evaluation(evaluation) for name, evaluation in config.sets.items()}
+    measured = measure_sets(towers, tokenizer, config, opened, ranks, head)
+    report_left_out(measured, ranks)
+    return values(measured, config.sets)
