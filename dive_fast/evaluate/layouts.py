@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dive_fast.data.source import IMAGE_SUFFIXES, DataError, Sample, Source, open_folder, open_webdataset
+from dive_fast.data.pictures import IMAGE_SUFFIXES
+from dive_fast.data.source import DataError, Sample, Source, open_folder, open_webdataset
 from dive_fast.evaluate.labelled import Captioned, plain_names
 from dive_fast.evaluate.names import class_names_of, read_lines
 from dive_fast.untrusted import below, read_json
