@@ -96,7 +96,9 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     templates = read_templates(data.templates)
     prompts = PromptTable(source, names, templates, tokenizer_of(config.model, data.text_length))
     target_samples = TargetSamples(source, prompts, towers.preprocess, towers.pooled_at, seed)
-    target_order = Order(len(source), data.batch_size, ranks.rank, ranks.world_size, seed)
+    target_order = Order(
+        len(source), data.batch_size, ranks.rank, ranks.world_size, seed, "data.target.batch_size"
+    )
     total_steps = target_order.steps_per_epoch * config.train.epochs
     total_steps = min(total_steps, config.train.max_steps or total_steps)
 
@@ -110,7 +112,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         pairs = reference_samples(config, reference, towers)
         # Another stream than the target's, or both sets would be shuffled alike.
         reference_order = Order(
-            len(reference), config.data.reference.batch_size, ranks.rank, ranks.world_size, seed + 1
+            *(len(reference), config.data.reference.batch_size, ranks.rank, ranks.world_size, seed + 1),
+            place="data.reference.batch_size",
         )
         if goal.needs_teacher:
             teacher = open_teacher(config, folder, towers, pairs, ranks)

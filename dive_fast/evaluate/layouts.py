@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dive_fast.data.classes import repeated
+from dive_fast.data.pictures import IMAGE_SUFFIXES
 from dive_fast.data.prompts import read_class_names
-from dive_fast.data.source import IMAGE_SUFFIXES, DataError, Sample, Skipped, Source, open_folder, open_webdataset
-from dive_fast.evaluate.interim import image_ids
+from dive_fast.data.source import DataError, Sample, Skipped, Source, open_folder, open_webdataset, some
 from dive_fast.evaluate.labelled import Captioned, plain_names
 from dive_fast.evaluate.names import class_names_of, read_lines
 from dive_fast.untrusted import below, read_json
@@ -103,13 +103,14 @@ def captioned(source: Source, layout: str) -> Captioned:
     source = split_captions(source)
     texts: dict[int, list[str]] = {}
     first: dict[int, int] = {}
-    for at, image in enumerate(image_ids(source)):
+    for at, image in enumerate(source.image_ids().tolist()):
         first.setdefault(image, at)
         texts.setdefault(image, []).extend(source.samples[at].texts)
     if len(first) == len(source):
         return Captioned(source, layout)
     samples = [replace(source.samples[at], texts=tuple(texts[image])) for image, at in first.items()]
-    merged = replace(source, samples=samples, sizes=None, beton=None)
+    hashes = None if source.hashes is None else source.hashes[list(first.values())]
+    merged = replace(source, samples=samples, hashes=hashes, sizes=None, beton=None)
     return Captioned(
         merged, layout, (f"{len(source)} samples are {len(first)} distinct images, each with all its captions",)
     )
@@ -315,6 +316,16 @@ def complete(source: Source, path: Path) -> Source:
     if source.skipped:
         raise DataError(f"{path}: {skipped_in_words(source.skipped)}; get the data set again, or remove these")
     return source
+
+
+def remarks_on_files(source: Source) -> list[str]:
+    """What a user should know of samples and files that a set does not hold, a line each."""
+    found = [skipped_in_words(source.skipped)] if source.skipped else []
+    found += [f"{len(source.ignored)} files ignored: {some(source.ignored)}"] if source.ignored else []
+    if source.prepared_without:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in source.prepared_without.items())
+        found.append(f"was prepared without these samples: {reasons} (skipped.jsonl)")
+    return found
 
 
 def skipped_in_words(skipped: Sequence[Skipped]) -> str:

@@ -13,7 +13,6 @@ from dive_fast.errors import UserError
 from dive_fast.evaluate.classifier import HeadRows, of_head
 from dive_fast.evaluate.head import Head
 from dive_fast.evaluate.identity import of_model, prompts_digest
-from dive_fast.evaluate.interim import content, modified
 from dive_fast.evaluate.labelled import Captioned, Labelled
 from dive_fast.evaluate.results import Results, Row
 from dive_fast.evaluate.suites import canonical, find
@@ -160,8 +159,8 @@ def _set_identity(data: Labelled | Captioned, head: HeadRows | None) -> Identity
     """
     about: Identity = {
         "data": {
-            "content": content(data.source),
-            "modified": modified(data.source),
+            "content": data.source.digest(),
+            "modified": data.source.modified(),
             "samples": len(data.source),
             "layout": data.layout,
             "on_skipped": "report" if data.reports_skipped else "error",

@@ -13,11 +13,10 @@ from torch import Tensor
 from dive_fast.config import ConfigError, EvaluateConfig, EvaluationSet, Metric
 from dive_fast.data.classes import imagenet_rows, join_names, remarks
 from dive_fast.data.loader import Options, batches_of
-from dive_fast.data.prepared import open_prepared
 from dive_fast.data.prompts import Template, Tokenizer
 from dive_fast.data.samples import EvaluationSamples
-from dive_fast.data.sets import open_target
-from dive_fast.data.source import DataError, Source, open_webdataset
+from dive_fast.data.sets import open_captioned, open_target
+from dive_fast.data.source import DataError, Source
 from dive_fast.evaluate import head as heads
 from dive_fast.evaluate import layouts, retrieval
 from dive_fast.evaluate.classifier import Classifier, cached_classifier, classifier, of_head
@@ -60,23 +59,28 @@ class Measured(NamedTuple):
     """How many more the set has, which could not be read."""
 
 
-def open_evaluation(config: EvaluationSet) -> Labelled | Captioned:
+def open_evaluation(config: EvaluationSet, place: str = "") -> Labelled | Captioned:
     """What an evaluation set stands for.
+
+    Args:
+        place: the section of the config, for messages.
 
     Raises:
         ConfigError: no such known data set.
-        DataError: something of it is missing, or a label has no class name.
+        DataError: something of it is missing, a label has no class name, or samples cannot be measured and the set
+            is to be measured whole.
     """
     if config.dataset is not None:
         return open_known(config.dataset, config.path, config.class_names, config.templates)
     reports = config.on_skipped == "report"
     if config.task == "retrieval":
-        source = (open_webdataset if config.format == "webdataset" else open_prepared)(config.path, ".txt")
-        _refuse_skipped(source, config)
+        source = open_captioned(config, place)
+        _refuse_skipped(source, config, place)
         found = layouts.captioned(source, str(config.format))
-        return replace(found, reports_skipped=reports, remarks=(*_skipped_remarks(source), *found.remarks))
-    source = open_target(config)
-    _refuse_skipped(source, config)
+        said = (*layouts.remarks_on_files(source), *found.remarks)
+        return replace(found, reports_skipped=reports, remarks=said)
+    source = open_target(config, place)
+    _refuse_skipped(source, config, place)
     given = config.class_names
     names = join_names(source, None if given is None else class_names_of(given), given or config.path)
     return Labelled(
@@ -85,21 +89,17 @@ def open_evaluation(config: EvaluationSet) -> Labelled | Captioned:
         templates_of(config.templates or "imagenet"),
         layout=str(config.format),
         imagenet_rows=imagenet_rows(source.class_names),
-        remarks=(*_skipped_remarks(source), *remarks(names, source.class_names, given)),
+        remarks=(*layouts.remarks_on_files(source), *remarks(names, source.class_names, given)),
         reports_skipped=reports,
     )
 
 
-def _refuse_skipped(source: Source, config: EvaluationSet) -> None:
+def _refuse_skipped(source: Source, config: EvaluationSet, place: str) -> None:
     if source.skipped and config.on_skipped == "error":
         raise DataError(
             f"{config.path}: {layouts.skipped_in_words(source.skipped)}; repair or remove them, or accept figures "
-            "without them by on_skipped=report in this set of evaluate.sets"
+            f"without them by {place or 'evaluate.sets.<name>'}.on_skipped=report"
         )
-
-
-def _skipped_remarks(source: Source) -> list[str]:
-    return [layouts.skipped_in_words(source.skipped)] if source.skipped else []
 
 
 def open_set(config: EvaluationSet) -> tuple[Source, tuple[str, ...], tuple[Template, ...]]:
@@ -248,7 +248,7 @@ def open_sets(sets: Mapping[str, EvaluationSet], ranks: Ranks) -> Opened:
     """
     opened = {}
     for name, config in sets.items():
-        opened[name] = open_evaluation(config)
+        opened[name] = open_evaluation(config, f"evaluate.sets.{name}")
         for remark in opened[name].remarks:
             ranks.say(f"{name}: {remark}")
     return opened
@@ -295,7 +295,9 @@ def evaluate(
     Args:
         head: a trained one, for the sets whose classes it has.
     """
-    opened = {name: open_evaluation(evaluation) for name, evaluation in config.sets.items()}
+    opened = {
+        name: open_evaluation(evaluation, f"evaluate.sets.{name}") for name, evaluation in config.sets.items()
+    }
     measured = measure_sets(towers, tokenizer, config, opened, ranks, head)
     report_left_out(measured, ranks)
     return values(measured, config.sets)
