@@ -75,6 +75,13 @@ class Ranks:
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def collect(self, value: Any) -> list[Any]:
+        """A value of every rank, in rank order, on all of them; all ranks call it."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def say(self, line: str) -> None:
         """Prints a line, once, that breaks no progress bar."""
         if self.first:
