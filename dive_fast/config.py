@@ -57,7 +57,20 @@ class ModelConfig(Section):
     small model shipped with the project."""
     pretrained: str | None = None
     """open_clip's pretrained tag (`openai`) or a checkpoint file. Not used with `hf-hub:`, `local-dir:` and
-    `demo`, which bring their weights."""
+    `demo`, which bring their weights. Beside a file, `open_clip_config.json` says how its images are preprocessed,
+    and of which architecture it is; every run exports one."""
+    random: bool = False
+    """Start from random weights, on purpose: the same ones in every command and run. Otherwise a model without
+    `pretrained` is an error."""
+    logit_scale_max: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Upper bound of the logit scale s = 1 / tau. open_clip and OpenAI's CLIP bound it at 100; FLYP and the paper
+    do not (null). The loss sees min(s, bound); above the bound only gradients that lower s are let through."""
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> "ModelConfig":
+        if self.random and self.pretrained is not None:
+            raise ValueError("random = true starts from random weights, pretrained names others; keep one")
+        return self
 
 
 class TargetConfig(Section):

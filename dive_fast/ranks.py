@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from dive_fast import precision
 from dive_fast.errors import UserError
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
@@ -116,6 +117,7 @@ def join() -> Ranks:
     """
     import deepspeed
 
+    precision.configure()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     alone: dict[str, Any] = {}
     if "RANK" not in os.environ:

@@ -152,6 +152,7 @@ class Validation:
         with torch.random.fork_rng(devices=[]):
             towers = create(config.model, weights=False).load_exported(load_file(folder / MODEL))
             towers = towers.to(ranks.device).eval()
+            towers.preprocess = self._run.engine.towers.preprocess
             towers.autocast = AUTOCAST[config.train.precision]
             accuracies = evaluate(towers, self._tokenizer, options, ranks, head)
             moved = {} if options.geometry is None else self._geometry(towers, options.geometry)
