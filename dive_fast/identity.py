@@ -50,8 +50,12 @@ class Difference(NamedTuple):
     current: Any
     """None where the current identity has no such key."""
 
+    def shown(self) -> tuple[str, str]:
+        """The stored and the current value, short enough for a message."""
+        return shown(self.stored, self.current)
+
     def __str__(self) -> str:
-        stored, current = shown(self.stored, self.current)
+        stored, current = self.shown()
         return f"{self.key}: {stored} there, {current} here"
 
 

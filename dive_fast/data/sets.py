@@ -32,6 +32,18 @@ def open_reference(config: ReferenceConfig | GeometryConfig, place: str = "") ->
     return _open(config, ".txt", place or section)
 
 
+def open_captioned(config: EvaluationSet, place: str = "") -> Source:
+    """The captioned images of a set of ``evaluate.sets`` with ``task = retrieval``.
+
+    Args:
+        place: the section of the config, for messages.
+
+    Raises:
+        DataError: they are not there, or not as the format says.
+    """
+    return _open(config, ".txt", place)
+
+
 def _open(config: Any, text: str, place: str) -> Source:
     try:
         if config.format == "folder":
