@@ -57,7 +57,20 @@ class ModelConfig(Section):
     small model shipped with the project."""
     pretrained: str | None = None
     """open_clip's pretrained tag (`openai`) or a checkpoint file. Not used with `hf-hub:`, `local-dir:` and
-    `demo`, which bring their weights."""
+    `demo`, which bring their weights. Beside a file, `open_clip_config.json` says how its images are preprocessed,
+    and of which architecture it is; every run exports one."""
+    random: bool = False
+    """Start from random weights, on purpose: the same ones in every command and run. Otherwise a model without
+    `pretrained` is an error."""
+    logit_scale_max: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Upper bound of the logit scale s = 1 / tau. open_clip and OpenAI's CLIP bound it at 100; FLYP and the paper
+    do not (null). The loss sees min(s, bound); above the bound only gradients that lower s are let through."""
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> "ModelConfig":
+        if self.random and self.pretrained is not None:
+            raise ValueError("random = true starts from random weights, pretrained names others; keep one")
+        return self
 
 
 class TargetConfig(Section):
@@ -276,6 +289,10 @@ class EvaluationSet(Section):
     metric: Metric | None = None
     """What is reported of it in one number. Default: `top1`, for retrieval `image_to_text_r1`, or with `dataset`
     its own."""
+    on_skipped: Literal["error", "report"] = "error"
+    """Samples that cannot be measured: without an image, label or caption, or with an image that cannot be
+    decoded. `error`: the set is refused. `report`: figures are of the others, and logs, tables and results say how
+    many are left out. Not used with `dataset`, which is measured whole."""
     role: Literal["id", "ood", "zero_shot"] | None = None
     """Which average of the results table it enters. Default: none, or with `dataset` its own."""
 
@@ -397,6 +414,8 @@ def _check_evaluation_set(place: str, evaluation: EvaluationSet) -> None:
         raise ValueError(f"{place}.format: the layout of a known dataset is found; remove it")
     if not known and evaluation.format is None:
         raise ValueError(f"{place}.format is missing; or name a known data set as {place}.dataset")
+    if known and evaluation.on_skipped != "error":
+        raise ValueError(f"{place}.on_skipped: a known dataset is measured whole; remove it")
     if known and task == "retrieval":
         raise ValueError(f"{place}.task: a known dataset has its own; remove it")
     if not known and task == "retrieval" and evaluation.format == "folder":

@@ -216,7 +216,8 @@ def test_an_unknown_key_is_told_with_its_place_and_the_nearest_valid_one(
 def test_an_unknown_key_is_told_before_the_missing_one_that_it_stands_for(tmp_path: Path) -> None:
     tree = {"model": {"nmae": "x"}, "data": SMALL["data"]}
     assert (
-        complaint(write(tmp_path, tree)) == "unknown key model.nmae; did you mean name? (valid: name, pretrained)"
+        complaint(write(tmp_path, tree))
+        == "unknown key model.nmae; did you mean name? (valid: name, pretrained, random, logit_scale_max)"
     )
 
 

@@ -131,7 +131,10 @@ def test_a_large_image_is_made_smaller_by_its_shorter_side(
         (encoded(picture(), "PNG")[:900], "a broken image"),
         (encoded(picture(7, 500)), "a side shorter than 8 pixels"),
         (encoded(picture(1, 1), "GIF"), "a side shorter than 8 pixels"),
-        (Image.new("La", (20, 20)), "La pixels become no JPEG"),
+        (
+            encoded(Image.fromarray(np.full((20, 20), 1e5, np.float32)), "TIFF"),
+            "32-bit pixels without a known white",
+        ),
     ],
 )
 def test_what_is_no_picture_is_left_out_with_a_reason(data: bytes, reason: str) -> None:
@@ -178,7 +181,7 @@ def test_a_corpus_of_all_that_can_be_wrong(tmp_path: Path) -> None:
     told = [json.loads(line) for line in (tmp_path / "set/skipped.jsonl").read_text().splitlines()]
     reasons = {entry["key"]: entry["reason"] for entry in told}
     assert reasons == reasons | {
-        "0.tar/good.jpg": "its name is taken",
+        "0.tar/good": "its name is taken",
         "0.tar/captionless": "no .txt",
         "0.tar/imageless": "no image",
         "0.tar/latin": "its caption is not UTF-8",
@@ -443,7 +446,7 @@ def test_the_command_prepares_data_sets_of_torchvision(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--format", "folder", "--input", "nowhere", "--output", "x"], "nowhere: expected one folder a class"),
+        (["--format", "folder", "--input", "nowhere", "--output", "x"], "nowhere: no such folder"),
         (["--format", "torchvision", "--input", ".", "--output", "x"], "--format torchvision needs --name"),
         (["--format", "torchvision", "--name", "CIFAR", "--input", ".", "--output", "x"], "has no such data set"),
         (
