@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import logging
+import multiprocessing
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,12 +17,14 @@ import torch
 from distributed import run_ranks
 from safetensors.torch import load_file
 
+from dive_fast import run as run_module
 from dive_fast import run_identity, train
 from dive_fast.checkpoint import format as checkpoint
 from dive_fast.checkpoint import lineage, saver
 from dive_fast.config import Config
 from dive_fast.errors import UserError
 from dive_fast.evaluate import head as heads
+from dive_fast.locks import folder_lock
 from dive_fast.objective import Objective
 from dive_fast.ranks import Ranks, join
 from dive_fast.update import INITIAL_SCALE, LossScale
@@ -510,3 +514,93 @@ def test_loss_scale_of_another_precision_is_not_taken_over() -> None:
     plain.load_state_dict(other.state_dict())
     assert again.value == 1024
     assert plain.value == 1
+
+
+# Ranks that are started by hand, and runs in one folder
+
+
+def _ranks_that_differ(folder: Path) -> dict[str, str]:
+    ranks = join()
+    Objective.backend = "torch"
+    tree = json.loads((folder / "config.json").read_text())
+    found = {}
+    for name, overrides in UNLIKE_RANKS.items():
+        told = [(key, str(folder / value) if "path" in key else value) for key, value in overrides]
+        run = Folder(ranks, tree, folder / "run")
+        found[name] = run.start(*(() if ranks.first else told))
+    folder_of_rank = folder if ranks.first else folder / "unlike"
+    try:
+        run_module.SHARED_SECONDS = 0.0
+        run_module.check_shared(_locked_folder(folder_of_rank), ranks)
+    except UserError as error:
+        found["folder"] = str(error)
+    return found
+
+
+def _locked_folder(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / ".lock").write_text(str(folder))
+    return folder
+
+
+UNLIKE_RANKS: dict[str, list[tuple[str, Any]]] = {
+    "train.learning_rate": [("train.learning_rate", 0.5)],
+    "train.seed": [("train.seed", 5), ("train.keep_last", 7)],
+    "train.max_steps": [("train.max_steps", 9)],
+    "train.checkpoint_every": [("train.checkpoint_every", 1)],
+    "objective.weight": [("objective.weight", 100)],
+    "data.target.content": [("data.target.path", "reordered")],
+    "data.target.content of more": [("data.target.path", "more")],
+    "": [("data.target.path", "moved"), ("data.target.workers", 1)],
+}
+"""What rank 1 is told otherwise than rank 0, and the key that both name; the last is no difference."""
+
+
+def test_ranks_that_differ_name_rank_and_key(tmp_path: Path) -> None:
+    tree = flyp(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    shutil.copytree(tmp_path / "target", tmp_path / "moved")
+    tiny.write_target(tmp_path / "more", count=40)
+    samples = {f"{i:04d}": {"jpg": tiny.jpeg(i), "cls": str(i % 5).encode()} for i in reversed(range(24))}
+    tiny.write_tar(tmp_path / "reordered/shard-00000.tar", samples)
+    first, second = run_ranks(2, _ranks_that_differ, tmp_path, init=False, timeout=200)
+    for name in UNLIKE_RANKS:
+        if name:
+            assert f"rank 1 differs from rank 0 in {name.split()[0]}: " in first[name], first[name]
+            assert first[name] == second[name]
+    assert "train.seed: 5, not 0 (and in 1 more: train.keep_last)" in first["train.seed"]
+    assert "error" not in first[""]
+    assert "rank 1 on " in first["folder"]
+    assert "has to be a folder that all machines share" in first["folder"]
+
+
+def _hold(folder: Path, connection: Any) -> None:
+    with folder_lock(folder, "run folder"):
+        connection.send(os.getpid())
+        connection.recv()
+
+
+def _second_run(folder: Path) -> tuple[str, str, bool, int]:
+    Objective.backend = "torch"
+    run = Folder(join(), json.loads((folder / "config.json").read_text()), folder / "run")
+    first = run.start()
+    before = run.contents()
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    holder = context.Process(target=_hold, args=(run.path, theirs))
+    holder.start()
+    pid = ours.recv()
+    second = run.start(("train.learning_rate", 0.5), ("train.resume", "never"))
+    unchanged = run.contents() == before
+    ours.send("end")
+    holder.join()
+    return first, second, unchanged, pid
+
+
+def test_second_run_in_a_folder_is_refused_and_touches_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(flyp(tmp_path)))
+    ((first, second, unchanged, pid),) = run_ranks(1, _second_run, tmp_path, init=False)
+    assert "error" not in first
+    assert f"is in use by process {pid} on " in second
+    assert "train.output" in second
+    assert unchanged

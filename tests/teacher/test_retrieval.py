@@ -390,7 +390,7 @@ def test_what_a_killed_run_has_adopted_is_not_trusted_and_what_one_has_embedded_
         with pytest.raises(KeyboardInterrupt):
             adopt(tree, towers, wrong, cache)
     assert len(store.done(store.partial_name(cache))) == 2
-    with pytest.raises(StaleCacheError, match=r"origin: the cache has 'adopted from .*', this run 'computed'"):
+    with pytest.raises(StaleCacheError, match=r'origin: the cache has "adopted from .*, this run "computed"'):
         build.open_cache(config(tree), cache, *opened(tree, towers), ALONE)
     wrong.rename(tmp_path / "c")
     right.rename(wrong)
@@ -488,7 +488,7 @@ def test_only_a_whole_cache_of_the_config_is_exported(
     with pytest.raises(CacheError, match="no teacher cache to export"):
         build.export_cache(config(tree), cache, *opened(tree, towers), ALONE, folder)
     build.open_cache(config(tree), cache, *opened(tree, towers), ALONE)
-    with pytest.raises(StaleCacheError, match="dtype: the cache has 'float32', this run 'float16'"):
+    with pytest.raises(StaleCacheError, match='dtype: the cache has "float32", this run "float16"'):
         build.export_cache(config(tree, dtype="float16"), cache, *opened(tree, towers), ALONE, folder)
     data = bytearray((cache / "text.npy").read_bytes())
     data[-1] ^= 1
