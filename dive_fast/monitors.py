@@ -33,7 +33,7 @@ def forget_after(monitor: Any, last: int) -> None:
             write_whole(path, "".join(line for line in lines if _is_kept(line, last)).encode())
     board = getattr(monitor, "tb_monitor", None)
     if board is not None and board.enabled and getattr(board, "summary_writer", None) is not None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 
         # As SummaryWriter's purge_step does, which DeepSpeed does not pass on.
         writer = board.summary_writer._get_file_writer()

@@ -132,6 +132,8 @@ def cases(folder: Path) -> dict[str, Any]:
     tree = json.loads((folder / "config.json").read_text())
     run = Folder(ranks, tree, folder / "run")
     found: dict[str, Any] = {"first": run.start()}
+    files = [path for path in run.path.rglob("*") if path.is_file()]
+    found["modes"] = {str(path.relative_to(run.path)): path.stat().st_mode & 0o777 for path in files}
     whole = run.contents()
     found["again"], found["same"] = (
         run.start(),
@@ -166,7 +168,27 @@ def cases(folder: Path) -> dict[str, Any]:
     found["by path, resumed"] = killed.start(longer)
     found["never"] = {name: _never(run.copy(f"never {name}"), kill) for name, kill in KILLS.items()}
     found["old"] = _old_format(run.copy("old"))
+    found["monitors"] = _monitored(Folder(ranks, tree, folder / "monitored"))
+    few = [("train.warmup_steps", 500), ("data.target.batch_size", 1), ("train.max_steps", 1)]
+    found["few"] = Folder(ranks, tree, folder / "few").start(*few)
     return found
+
+
+def _monitored(folder: Folder) -> tuple[list[str], list[int], list[int]]:
+    """Files outside the usual ones; steps in the CSV and the TensorBoard file of a run killed and resumed."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    on: list[tuple[str, Any]] = [
+        (f"deepspeed.{name}", {"enabled": True}) for name in ("tensorboard", "csv_monitor")
+    ]
+    folder.start(*on, ("train.checkpoint_every", 1), kill_at=3)
+    shutil.rmtree(max((folder.path / "checkpoints").glob("step*")))
+    folder.start(*on)
+    (csv,) = (folder.path / "csv_monitor").glob("train_loss.csv")
+    rows = [line.split(",")[0] for line in csv.read_text().splitlines()]
+    events = EventAccumulator(str(folder.path / "tensorboard"))
+    events.Reload()
+    return rows[:1], [int(row) for row in rows[1:]], [event.step for event in events.Scalars("train/loss")]
 
 
 @contextlib.contextmanager
@@ -334,6 +356,24 @@ def test_keys_that_a_resume_ignores_exist() -> None:
     for pattern in patterns:
         if not pattern.startswith(own):
             assert any(run_identity.matches(key, [pattern]) for key in keys), pattern
+
+
+def test_files_of_a_run_have_the_umasks_mode(found: dict[str, Any]) -> None:
+    os.umask(mask := os.umask(0))
+    assert {name: mode for name, mode in found["modes"].items() if mode != 0o666 & ~mask} == {}
+    assert "model.safetensors" in found["modes"]
+
+
+def test_monitors_write_each_step_once_in_the_run_folder(found: dict[str, Any]) -> None:
+    _, rows, events = found["monitors"]
+    assert rows == events == [4 * step for step in (1, 2, 3)]
+
+
+def test_settings_that_train_next_to_nothing_are_reported(found: dict[str, Any]) -> None:
+    said = found["few"]
+    assert "train.warmup_steps = 500 of the 1 steps of this run: the learning rate only rises, to 2e-07" in said
+    assert "set train.warmup_steps=1 " in said
+    assert "data.target.batch_size = 1: the contrastive loss of a single pair is 0" in said
 
 
 def test_head_of_other_class_names_is_refused(tmp_path: Path) -> None:

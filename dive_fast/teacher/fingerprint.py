@@ -30,6 +30,7 @@ def fingerprint(
         options: of the loader: loaders differ in the last bits of the pixels, and DALI between CPU and GPU.
         dtype: that the rows are stored in; they are computed in fp32.
     """
+    switches = precision.state()
     return {
         **identity.model_identity(towers),
         "tokenizer": hashlib.sha256(samples.tokenizer(list(TELLING)).numpy().tobytes()).hexdigest(),
@@ -39,7 +40,7 @@ def fingerprint(
         "loader": decoder(options),
         "dtype": dtype,
         "data": samples.source.digest(),
-        "precision": precision.state(),
+        "tf32": options.device.type == "cuda" and (switches["matmul_tf32"] or switches["cudnn_tf32"]),
     }
 
 

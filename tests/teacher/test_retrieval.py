@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ import pyarrow
 import pytest
 import tiny
 import torch
-from distributed import run_ranks, run_script
+from distributed import context, run_ranks, run_script
 from numpy.typing import NDArray
 from pyarrow import parquet
 
@@ -521,3 +523,33 @@ def test_the_command_adopts_and_exports(tree: dict[str, Any], rows: Rows, tmp_pa
     assert exported.returncode == 0, exported.stderr
     assert f"{tmp_path}/exported: {COUNT} pairs, partitions: 1" in exported.stdout
     assert np.array_equal(np.load(tmp_path / "exported/text_emb/text_emb_0.npy"), rows.text.astype(np.float16))
+
+
+def _open_shared(tree: dict[str, Any], cache: Path) -> tuple[int, float]:
+    """How many pairs this process has embedded for the cache, and the audit of what it has opened."""
+    own = config(tree)
+    assert own.data.reference is not None
+    towers = create(own.model)
+    samples = build.reference_samples(own, open_reference(own.data.reference), towers)
+    written: list[None] = []
+    write_block = store.Writer.write
+
+    def write_slowly(*arguments: Any) -> None:
+        time.sleep(0.3)
+        written.append(write_block(*arguments))
+
+    store.Writer.write = write_slowly  # type: ignore[method-assign]
+    _, audit = build.open_cache(own, cache, towers, samples, ALONE)
+    assert audit is not None
+    return len(written), audit.image_max
+
+
+def test_runs_that_share_a_fresh_cache_wait_for_the_one_that_writes_it(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    with futures.ProcessPoolExecutor(3, context()) as pool:
+        found = [pool.submit(_open_shared, tree, tmp_path / "shared") for _ in range(3)]
+        results = [one.result(timeout=100) for one in found]
+    assert sorted(written > 0 for written, _ in results) == [False, False, True]
+    assert all(image_max < 1e-5 for _, image_max in results)
+    assert not list(tmp_path.glob(".shared.*"))

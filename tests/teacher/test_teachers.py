@@ -12,7 +12,6 @@ import torch
 from distributed import run_ranks
 from torch import Tensor
 
-from dive_fast import precision
 from dive_fast.config import ModelConfig
 from dive_fast.data.loader import Options, batches_of
 from dive_fast.data.samples import ReferenceSamples
@@ -32,7 +31,6 @@ COUNT, VIEWS = 11, 3
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("teacher")
-    precision.configure()  # as in the ranks that write caches too
     tiny.write_model(path / "model")
     tiny.write_reference(path / "reference", COUNT)
     return path
@@ -119,7 +117,7 @@ def test_half_the_disk_costs_half_precision(folder: Path, tmp_path: Path) -> Non
 # What it was made from
 
 FIELDS = ["architecture", "weights", "tokenizer", "preprocess", "views", "crops", "text_length", "loader", "dtype"]
-FIELDS += ["data", "precision"]
+FIELDS += ["data", "tf32"]
 
 
 @pytest.mark.parametrize("field", FIELDS)
