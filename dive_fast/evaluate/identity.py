@@ -17,6 +17,9 @@ from dive_fast.data.prompts import TELLING, Template, Tokenizer
 from dive_fast.identity import Identity, digest, model_identity, versions
 from dive_fast.towers import Towers
 
+NOTED = ("training", "image_mean", "image_std")
+"""Attributes of modules that decide nothing, or notes of what the preprocessing holds."""
+
 
 def of_model(towers: Towers, tokenizer: Tokenizer, model: ModelConfig, device: torch.device) -> Identity:
     """What decides a model's features, with the precision and the kind of device that they are computed in.
@@ -76,7 +79,7 @@ def structure(module: nn.Module) -> str:
     """
     parts = []
     for name, part in module.named_modules():
-        plain = {key: _plain(value) for key, value in vars(part).items() if key[:1] != "_" and key != "training"}
+        plain = {key: _plain(value) for key, value in vars(part).items() if key[:1] != "_" and key not in NOTED}
         kept = {key: value for key, value in sorted(plain.items()) if value is not None}
         parts.append([name, _called(type(part)), part.extra_repr(), kept])
     return digest(parts)
