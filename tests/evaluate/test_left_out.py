@@ -134,7 +134,7 @@ def test_rows_tables_and_logs_say_how_many_were_left_out(
     config = EvaluateConfig.model_validate_json(json.dumps({"sets": tree, "workers": 0}))
     for _ in range(2):
         opened, options = open_all(config.sets, ALONE), Options("run", "fp32", 4, 0)
-        rows = measure_all(*(towers, tokenizer, config.sets, opened, ALONE, Results(tmp_path), options, {}, model))
+        rows = measure_all(*(towers, tokenizer, config.sets, opened, ALONE, Results(tmp_path), options, {}))
         assert [(row["samples"], row["left_out"]) for row in rows] == [(GOOD, BROKEN + LOST)] * 2
         out = capsys.readouterr().out
         assert f"mine: {LOST} samples are left out: no image" in out

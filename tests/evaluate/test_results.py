@@ -33,7 +33,6 @@ class Counted:
     """A tokenizer and a model whose images are counted as they are encoded."""
 
     def __init__(self, model: ModelConfig) -> None:
-        self.model = model
         self.towers: Towers = create(model).eval()
         self.tokenizer = tokenizer_of(model)
         self.images = 0
@@ -60,7 +59,6 @@ def measured(
         Results(folder),
         options,
         {},
-        counted.model,
         head,
     )
     return rows, counted.images - before
