@@ -29,7 +29,7 @@ from dive_fast.data.samples import ReferenceSamples, TargetSamples
 from dive_fast.data.sets import open_reference, open_target
 from dive_fast.deepspeed_section import check_deepspeed
 from dive_fast.engine import Engine, StepBatches
-from dive_fast.evaluate.zero_shot import open_set
+from dive_fast.evaluate.zero_shot import open_sets
 from dive_fast.files import write_whole
 from dive_fast.identity import Identity, model_identity, versions
 from dive_fast.probe import make_head
@@ -98,8 +98,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         source.report_skipped("data.target")
         if reference is not None:
             reference.report_skipped("data.reference")
-    for evaluation in config.evaluate.sets.values():
-        open_set(evaluation)
+    open_sets(config.evaluate.sets, ranks)
     if config.evaluate.geometry is not None:
         open_reference(config.evaluate.geometry)
     torch.manual_seed(seed)
