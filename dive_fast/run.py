@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dive_fast import objective
+from dive_fast import objective, steadiness
 from dive_fast.checkpoint import format as checkpoint
 from dive_fast.config import Config, ConfigError
 from dive_fast.data.ahead import Ahead
@@ -86,6 +86,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     torch.manual_seed(seed)
     towers = create(config.model)
     check_text_length(config, towers)
+    steadiness.prepare(config, towers, ranks)
 
     data = config.data.target
     names = source.class_names if data.class_names is None else read_class_names(data.class_names)
