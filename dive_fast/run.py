@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dive_fast import locks, objective
+from dive_fast import locks, objective, steadiness
 from dive_fast.checkpoint import format as checkpoint
 from dive_fast.checkpoint import lineage
 from dive_fast.checkpoint.format import RunRecord
@@ -104,6 +104,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     torch.manual_seed(seed)
     towers = create(config.model)
     check_text_length(config, towers)
+    steadiness.prepare(config, towers, ranks)
 
     data = config.data.target
     names = target_names(source, data.class_names)

@@ -157,10 +157,16 @@ def _check_noise_floor(values: dict[str, torch.Tensor], config: Config) -> None:
     if teacher.mode == "cache":
         # What the audit lets pass is there too.
         bound = max(bound, allowed(teacher.dtype, teacher.tolerance))
+    precise = "" if config.train.precision == "fp32" else "; or rounding is that large: train.precision = fp32"
+    why = (
+        f"the teacher's embeddings are not this model's; remove the teacher cache to have it made anew{precise}"
+        if teacher.mode == "cache"
+        # The teacher is this model itself, and steady: only rounding is left.
+        else f"this model's rounding drowns difference vectors{precise.replace('; or rounding is that large:', '; take')}"
+    )
     for name, symbol in DIFFERENCE_VECTORS.items():
         if name in values and float(values[name]) > bound:
             raise ConfigError(
                 f"mean {symbol} before the first update is {float(values[name]):.2e}, above {bound:.0e} for "
-                f"{config.train.precision}: the teacher's embeddings are not this model's; "
-                "remove the teacher cache to have it made anew"
+                f"{config.train.precision}: {why}"
             )
