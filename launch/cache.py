@@ -11,6 +11,7 @@ from pathlib import Path
 import command
 
 
+@command.guarded
 def main(arguments: list[str] | None = None) -> int:
     """Parses, calls, and turns a user's mistake into one line and exit code 2."""
     parser = command.parser(__doc__, "teacher.dtype=float16")
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         from dive_fast.towers import create
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        ranks = join()
+        ranks = join(config.train.rank_timeout)
     except UserError as error:
         return command.complain(error, options)
     path = build.cache_folder(config, command.run_folder(config.train.output, options.config))
@@ -59,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             if ranks.first:
                 parts = build.export_cache(config, path, towers, samples, ranks, options.export)
                 print(f"{options.export}: {len(source)} pairs, partitions: {parts}")
+            ranks.leave()
             return 0
         if embeddings is None:
             _, found = build.open_cache(config, path, towers, samples, ranks, options.rebuild)
@@ -71,6 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(told + (f"; {found}" if found is not None else ""))
         if found is not None:
             write_audit(path / "audit.json", found)
+    ranks.leave()
     return 0
 
 
