@@ -188,27 +188,32 @@ def check_disk(config: Config, folder: Path, towers: Towers, pairs: int) -> None
     Raises:
         ConfigError: not even the teacher cache, one checkpoint and the exported model fit.
     """
+    if any(folder.glob("checkpoints/step*")):
+        return  # it resumes: most of it is there
+    options, path = config.train, config.teacher.path
     weights = sum(parameter.numel() * 4 for parameter in towers.parameters())
     checkpoint = 3 * weights  # with AdamW's moments
-    cache = 0
-    if _writes_cache(config) and config.data.reference is not None:
-        row = towers.width * (2 if config.teacher.dtype == "float16" else 4)
-        cache = pairs * row * (1 + config.data.reference.views)
-    least = {folder: checkpoint + weights}
-    place = folder if config.teacher.path is None else Path(config.teacher.path).parent
-    if not (place / "teacher" if config.teacher.path is None else Path(config.teacher.path)).exists():
-        least[place] = least.get(place, 0) + cache
-    for path, size in least.items():
-        free = shutil.disk_usage(path if path.exists() else _existing(path)).free
+    # By disk: folders of one disk share what is free there.
+    least = {_existing(folder).stat().st_dev: (folder, checkpoint + weights)}
+    if _writes_cache(config) and not (folder / "teacher" if path is None else Path(path)).exists():
+        assert config.data.reference is not None
+        views = config.data.reference.views
+        rows = pairs * (1 + (views if isinstance(views, int) else 1))
+        where = folder if path is None else Path(path).parent
+        disk = _existing(where).stat().st_dev
+        there = least.get(disk, (where, 0))[1]
+        least[disk] = where, there + rows * towers.width * (2 if config.teacher.dtype == "float16" else 4)
+    for where, size in least.values():
+        free = shutil.disk_usage(_existing(where)).free
         if size > free:
             raise ConfigError(
-                f"{path}: {_size(free)} are free on this disk, the run needs at least {_size(size)} (teacher "
+                f"{where}: {_size(free)} are free on this disk, the run needs at least {_size(size)} (teacher "
                 "cache and one checkpoint): free some, or name another disk by train.output and teacher.path"
             )
     # The next one is written before the oldest is removed.
-    kept = (config.train.keep_last + 1 + config.train.keep_best) * checkpoint + 2 * weights
+    kept = (options.keep_last + 1 + options.keep_best) * checkpoint + 2 * weights
     free = shutil.disk_usage(_existing(folder)).free
-    if kept > free and not any(folder.glob("checkpoints/step*")):
+    if kept > free:
         logger.warning(
             "%s: %s are free on this disk, the checkpoints of this run take up to %s (train.keep_last)",
             *(folder, _size(free), _size(kept)),

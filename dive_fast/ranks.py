@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from dive_fast import precision
 from dive_fast.errors import UserError
 from dive_fast.waiting import tell, waiting
 
@@ -96,6 +97,13 @@ class Ranks:
             with self._waiting():
                 dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    def collect(self, value: Any) -> list[Any]:
+        """A value of every rank, in rank order, on all of them; all ranks call it."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def say(self, line: str) -> None:
         """Prints a line, once, that breaks no progress bar."""
@@ -193,6 +201,7 @@ def join(timeout: float = START_TIMEOUT) -> Ranks:
     _refuse_uuids()
     import deepspeed
 
+    precision.configure()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     alone: dict[str, Any] = {}
     if launch is None:

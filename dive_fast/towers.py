@@ -1,9 +1,11 @@
 """An open_clip model as two towers: images and texts -> features; text trimmed and encoded once per prompt."""
 
 import contextlib
+import difflib
 import logging
 import math
 import textwrap
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,19 +16,31 @@ from torch import Tensor, nn
 
 from dive_fast.config import ConfigError, ModelConfig
 from dive_fast.data.batch import Text
-from dive_fast.data.prompts import PooledAt, Tokenizer
+from dive_fast.data.prompts import PooledAt, Tokenizer, quick_bpe
 from dive_fast.data.views import Preprocess
 from dive_fast.files import whole_path
 from dive_fast.kernels.naive import unit
+from dive_fast.model_files import (
+    DESCRIPTION,
+    PREPROCESS_KEYS,
+    check_architecture,
+    interpolated,
+    kind_of,
+    read_description,
+    shapes_of,
+    tell,
+    write_description,
+    written_out,
+)
+from dive_fast.precision import full_fp32
 from dive_fast.untrusted import nothing_executed
 
 __all__ = ["Features", "Towers", "create", "tokenizer_of", "unit"]
 
-BRING_WEIGHTS = ("hf-hub:", "local-dir:")
+LOCAL = "local-dir:"
+BRING_WEIGHTS = ("hf-hub:", LOCAL)
 HEAD = "head."
 """What the names of the head's parameters begin with."""
-LOGIT_SCALE_MAX = 100.0
-"""CLIP clamps the logit scale here: its logarithm at ln 100."""
 
 
 class Features(NamedTuple):
@@ -37,7 +51,7 @@ class Features(NamedTuple):
     text: Tensor | None
     """``(U, D)``, a row for each distinct text; ``text[index]`` has a row for each pair. None without texts."""
     logit_scale: Tensor
-    """``(1,)``: s = 1 / tau itself, at most 100."""
+    """``(1,)``: s = 1 / tau itself, at most ``model.logit_scale_max``."""
     logits: Tensor | None = None
     """``(B, C)``, of the classification head on unit image features; None without one."""
 
@@ -73,6 +87,11 @@ class Towers(nn.Module):
         # Each call puts a part of it in the place of the tower's own mask; a buffer moves with the model.
         self.register_buffer("_causal_mask", getattr(self.text, "attn_mask", None), persistent=False)
         self.preprocess = Preprocess.of(self.visual)
+        self.config: ModelConfig | None = None
+        self.model_cfg: dict[str, Any] | None = None
+        """What :func:`create` was given, and open_clip's architecture; None for towers made by hand."""
+        self.logit_scale_max: float | None = None
+        """Upper bound of the logit scale; None: no bound."""
         self.autocast: torch.dtype | None = None
         """Precision of both towers' matrix products; None: fp32."""
         self.text_multiple = 1
@@ -126,19 +145,23 @@ class Towers(nn.Module):
             return int(self.encode_text(self.logit_scale.new_zeros(1, context, dtype=torch.long)).shape[1])
 
     def scale(self) -> Tensor:
-        """``(1,)``: the logit scale, clamped here: DeepSpeed's master would undo a clamp in place."""
-        return self.logit_scale.exp().clamp(max=LOGIT_SCALE_MAX)
+        """``(1,)``: the logit scale, bounded by ``logit_scale_max`` where that is set.
+
+        The bound is applied here and not to the parameter: DeepSpeed's master copy would undo a clamp in place.
+        """
+        if self.logit_scale_max is None:
+            return self.logit_scale.exp()
+        bounded: Tensor = _BoundedExp.apply(self.logit_scale, self.logit_scale_max)  # type: ignore[no-untyped-call]
+        return bounded
 
     @contextlib.contextmanager
     def _precision(self, device: torch.device) -> Iterator[None]:
-        # In fp32 cuDNN's convolutions have TF32 by default, fp16's ten bits, which a teacher must not have.
-        tf32 = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = tf32 and self.autocast is not None
-        try:
-            with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-                yield
-        finally:
-            torch.backends.cudnn.allow_tf32 = tf32
+        # TF32 has fp16's ten bits, which a teacher in fp32 must not have.
+        with (
+            full_fp32(self.autocast is None),
+            torch.autocast(device.type, self.autocast, enabled=self.autocast is not None),
+        ):
+            yield
 
     def export(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state dict of this module, as open_clip's ``load_state_dict`` of the original model wants it."""
@@ -167,37 +190,186 @@ class Towers(nn.Module):
         return name if name in self._layout else name.removeprefix("text.")
 
 
+class _BoundedExp(torch.autograd.Function):
+    """``min(exp(x), bound)``, with gradient ``exp(x)`` up to the bound and at it.
+
+    Above the bound the gradient is the bound where a descent lowers x, and 0 where it raises it further: a model
+    that starts there, or one step too far, comes back. "Above" is judged by logarithms: in fp32 exp(ln 100) is
+    100.0000076 > 100, so a comparison of exponentials freezes every model that starts at ln 100.
+
+    Each call judges by itself: above the bound, and only there, two halves or ranks whose gradients have unlike
+    signs move x down a little faster than their sum would.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:  # type: ignore[override]
+        scale = x.exp().clamp(max=bound)
+        ctx.save_for_backward(scale, x > max(math.log(bound), _fp32_log(bound)))
+        return scale
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        scale, is_above = ctx.saved_tensors
+        return torch.where(is_above & (gradient < 0), torch.zeros_like(gradient), gradient * scale), None
+
+
+def _fp32_log(bound: float) -> float:
+    """The logarithm as a parameter in fp32 holds it."""
+    return float(torch.tensor(math.log(bound), dtype=torch.float32))
+
+
 def create(config: ModelConfig, weights: bool = True) -> Towers:
     """Builds the model with its pre-trained weights, in fp32, on the CPU.
 
+    Images are preprocessed as the weights want it, with weights or without: as the pretrained tag says, or the
+    ``open_clip_config.json`` of the folder or next to the file; otherwise by open_clip's default, which is
+    reported.
+
     Args:
-        weights: false builds it at random, where its shapes alone matter, and loads nothing.
+        weights: false builds it at random, where others are loaded into it or its shapes alone matter.
 
     Raises:
         ConfigError: no such model or weights; says which part of ``model`` to change.
     """
+    check(config, weights)
     name = _name(config)
-    brings_weights = name.startswith(BRING_WEIGHTS)
-    if not brings_weights and name not in open_clip.list_models():
-        raise ConfigError(f"model.name: open_clip has no model {name}; see open_clip.list_models()")
-    random = not weights or (config.pretrained is None and not brings_weights)
-    pretrained = config.pretrained if weights else None
+    loads = weights and not config.random
+    pretrained = config.pretrained if loads else None
+    preprocess_cfg, is_described = _preprocess_cfg(config, name)
+    path = None if config.pretrained is None else Path(config.pretrained)
     try:
-        with nothing_executed(), _without_warnings_about_random_weights() if random else contextlib.nullcontext():
+        with (
+            nothing_executed(),
+            contextlib.nullcontext() if loads else _without_warnings_about_random_weights(),
+            _random_weights() if config.random else contextlib.nullcontext(),
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings("ignore", "QuickGELU mismatch")  # said below, with what to do
             model = open_clip.create_model(
                 name,
                 pretrained,
                 precision="fp32",
                 force_custom_text=True,
-                require_pretrained=not random,
-                load_weights=weights,
-                pretrained_text=weights,
+                force_preprocess_cfg=preprocess_cfg,
+                require_pretrained=loads,
+                load_weights=loads,
+                pretrained_text=loads,
             )
     except Exception as error:  # torch, safetensors, pickle and transformers each have errors of their own
-        raise ConfigError(f"model: cannot load {config.name} ({config.pretrained}): {_one_line(error)}") from error
+        kind = kind_of(path) if path is not None and path.is_file() else None
+        why = _one_line(error) if kind is None else f"it is {kind}"
+        raise ConfigError(f"model: cannot load {config.name} ({config.pretrained}): {why}") from error
     if hasattr(model, "text_decoder"):
         raise ConfigError(f"model.name: {config.name} has a text decoder; only two-tower models can be tuned")
-    return Towers(model, _original_names(name, frozenset(model.state_dict())))
+    towers = Towers(model, _original_names(name, frozenset(model.state_dict())))
+    towers.logit_scale_max = config.logit_scale_max
+    towers.config, towers.model_cfg = config, open_clip.get_model_config(name)
+    if loads:
+        _tell_about_weights(config, name, towers, is_described)
+    return towers
+
+
+def check(config: ModelConfig, weights: bool = True) -> None:
+    """Looks at names alone, before anything is loaded.
+
+    Args:
+        weights: whether the model's own weights are wanted.
+
+    Raises:
+        ConfigError: no such model, or no such weights; names what comes nearest.
+    """
+    name, pretrained = _name(config), config.pretrained
+    if name.startswith(BRING_WEIGHTS):
+        if pretrained is not None:
+            raise ConfigError(
+                f"model.pretrained: {config.name} brings its own weights; remove it, or name a model of open_clip"
+            )
+        if name.startswith(LOCAL):
+            _check_folder(config, Path(name.removeprefix(LOCAL)), weights and not config.random)
+        return
+    models = open_clip.list_models()
+    if name not in models:
+        by_lower_case = {model.lower(): model for model in models}
+        word = name.replace("/", "-").lower()
+        close = difflib.get_close_matches(word, list(by_lower_case), n=1, cutoff=0.5)
+        near = f"; did you mean {by_lower_case[close[0]]}?" if close else "; see open_clip.list_models()"
+        raise ConfigError(f"model.name: open_clip has no model {name}{near}")
+    if not weights or config.random:
+        return
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    valid = f"open_clip has no weights of {name}"
+    if tags:
+        valid = f"the tags of {name} are {textwrap.shorten(', '.join(tags), 200, placeholder=' ...')}"
+    if pretrained is None:
+        raise ConfigError(
+            f"model.pretrained is missing: name a tag or a file of weights ({valid}); model.random = true "
+            "starts from random weights"
+        )
+    if not open_clip.is_pretrained_cfg(name, pretrained) and not Path(pretrained).is_file():
+        raise ConfigError(
+            f"model: cannot load {config.name} ({pretrained}): {pretrained} is no known tag or valid file path: "
+            + valid
+        )
+
+
+def _check_folder(config: ModelConfig, folder: Path, weights: bool) -> None:
+    if not folder.is_dir():
+        raise ConfigError(f"model: cannot load {config.name} (None): folder not found: {folder}")
+    if not (folder / DESCRIPTION).is_file():
+        raise ConfigError(
+            f"model: cannot load {config.name} (None): no {DESCRIPTION} in it, which says what the weights are of"
+        )
+    if weights and not any(
+        file for pattern in ("*.safetensors", "*.bin", "*.pth") for file in folder.glob(pattern)
+    ):
+        raise ConfigError(
+            f"model: cannot load {config.name} (None): weights could not be loaded: the folder has no file of "
+            "them, such as model.safetensors; model.random = true starts from random weights"
+        )
+
+
+def _preprocess_cfg(config: ModelConfig, name: str) -> tuple[dict[str, Any] | None, bool]:
+    """The preprocessing to force on open_clip, if any, and whether a tag, a folder or a file's folder says it."""
+    if name.startswith(BRING_WEIGHTS) or config.pretrained is None:
+        return None, name.startswith(BRING_WEIGHTS)
+    if tag := open_clip.get_pretrained_cfg(name, config.pretrained):
+        return {key: tag[key] for key in PREPROCESS_KEYS if tag.get(key) is not None}, True
+    path = Path(config.pretrained)
+    described = read_description(path.parent) if path.is_file() else None
+    if described is None:
+        return None, False
+    check_architecture(described, name, open_clip.get_model_config(name))
+    return dict(described.preprocess_cfg), True
+
+
+def _tell_about_weights(config: ModelConfig, name: str, towers: Towers, is_described: bool) -> None:
+    if not is_described:
+        tell(
+            f"{config.pretrained}: no {DESCRIPTION} next to it, so images are preprocessed by open_clip's default "
+            f"({written_out(towers.preprocess)})"
+        )
+    if config.pretrained is None or name.startswith(BRING_WEIGHTS):
+        return
+    tag = open_clip.get_pretrained_cfg(name, config.pretrained)
+    if not tag:
+        if said := interpolated(shapes_of(Path(config.pretrained)), towers.export(towers.state_dict())):
+            tell(f"{config.pretrained}: {said}")
+        return
+    ours, theirs = bool((towers.model_cfg or {}).get("quick_gelu")), bool(tag.get("quick_gelu"))
+    if ours != theirs:
+        other = f"{name}-quickgelu" if theirs else name.removesuffix("-quickgelu")
+        tell(
+            f"model.name: {name} computes {'with' if ours else 'without'} QuickGELU, the weights "
+            f"{config.pretrained} were trained {'with' if theirs else 'without'} it; take model.name = {other}"
+        )
+
+
+@contextlib.contextmanager
+def _random_weights() -> Iterator[None]:
+    """The same random weights in every command, run and rank; the process's own random numbers are left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def read_weights(config: ModelConfig, path: Path) -> dict[str, Tensor]:
@@ -215,9 +387,12 @@ def read_weights(config: ModelConfig, path: Path) -> dict[str, Tensor]:
             )
             open_clip.load_checkpoint(model, str(path))
     except Exception as error:  # as above
-        why = _one_line(error)
+        kind = kind_of(path)
+        why = _one_line(error) if kind is None else f"it is {kind}"
         raise ConfigError(f"{path}: not weights of {config.name} that open_clip can load: {why}") from error
     state: dict[str, Tensor] = model.state_dict()
+    if said := interpolated(shapes_of(path), state):
+        tell(f"{path}: {said}")
     return state
 
 
@@ -235,10 +410,12 @@ def tokenizer_of(config: ModelConfig, text_length: int | None = None) -> Tokeniz
             tokenizer: Tokenizer = open_clip.get_tokenizer(_name(config), context_length=text_length)
     except Exception as error:  # as above
         raise ConfigError(f"model.name: cannot load the tokenizer of {config.name}: {_one_line(error)}") from error
-    return tokenizer
+    return quick_bpe(tokenizer)  # type: ignore[no-any-return]
 
 
 def _name(config: ModelConfig) -> str:
+    if config.name.startswith(LOCAL + "~"):
+        return LOCAL + str(Path(config.name.removeprefix(LOCAL)).expanduser())
     if config.name != "demo":
         return config.name
     from dive_fast.demo.world import MODEL_DIR  # the demo is no part of the engine: only when asked for
@@ -276,7 +453,27 @@ def _without_warnings_about_random_weights() -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
-    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+    """What an error says, in one line, without advice to execute what a file holds."""
+    text = str(error)
+    for advice in ("Weights only load failed. ", "Re-running `torch.load`", "(1) Re-running", "(1) In PyTorch"):
+        head, found, _ = text.partition(advice)
+        if found and head.strip():
+            text = head
+    text = textwrap.shorten(text, 300, placeholder=" ...") or type(error).__name__
+    words = ("Failed to download", "Failed initial config", "LocalEntryNotFound", "offline", "connection")
+    if any(word in str(error) for word in words):
+        text += "; without a network, download the file elsewhere and name it as model.pretrained"
+    return text
+
+
+def describe(towers: Towers, folder: Path) -> None:
+    """Writes ``open_clip_config.json``, and a tokenizer of Hugging Face's, into the folder of exported weights."""
+    if towers.config is None or towers.model_cfg is None:
+        (folder / DESCRIPTION).unlink(missing_ok=True)
+        return
+    has_tokenizer = bool((towers.model_cfg.get("text_cfg") or {}).get("hf_tokenizer_name"))
+    tokenizer = tokenizer_of(towers.config) if has_tokenizer else None
+    write_description(folder, towers.model_cfg, towers.preprocess, tokenizer)
 
 
 def save(state: dict[str, Tensor], path: Path) -> None:

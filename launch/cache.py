@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         if config.data.reference is None:
             raise ConfigError("data.reference: a teacher cache is of a reference set; name one")
         from dive_fast.data.sets import open_reference
+        from dive_fast.preflight import check_environment
         from dive_fast.ranks import join
         from dive_fast.teacher import build, retrieval
         from dive_fast.teacher.audit import write_audit
@@ -49,6 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
         return command.complain(error, options)
     path = build.cache_folder(config, command.run_folder(config.train.output, options.config))
     try:
+        if not options.export:
+            check_environment(config, path.parent, ranks)
         if options.adopt or options.export:
             retrieval.check(config, options.adopt is not None)
         embeddings = retrieval.Embeddings(options.adopt, config.teacher.dtype) if options.adopt else None

@@ -13,7 +13,9 @@ import sys
 import tempfile
 import time
 import traceback
+import unittest.mock
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -29,22 +31,17 @@ import torch.multiprocessing
 GRACE_SECONDS = 3.0
 
 
-PRELOADED = (
-    "deepspeed",
-    "deepspeed.runtime.zero.muon.original_muon",  # which compiles, and so imports inductor, at a run's start
-    "dive_fast.data.dali",
-    "dive_fast.train",
-    "transformers",
-)
-
-
 @functools.cache
 def context() -> BaseContext:
     """Starts processes that have imported the engine: without a GPU they are forked from one that has."""
     if torch.cuda.is_available():
         # CUDA does not survive a fork, and to ask for a GPU may have begun it.
         return torch.multiprocessing.get_context("spawn")
-    multiprocessing.set_forkserver_preload(list(PRELOADED))
+    multiprocessing.set_forkserver_preload(["preload"])
+    # It is started with the path of a new process, and passes over in silence what it does not find there.
+    path = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    with unittest.mock.patch.dict(os.environ, PYTHONPATH=path):
+        forkserver.ensure_running()
     return multiprocessing.get_context("forkserver")
 
 

@@ -53,7 +53,7 @@ def test_a_missing_data_set_ends_with_one_line_before_a_model_is_built(tmp_path:
     result = call_alone("launch/train.py", "--config", "vitb16_flyp", *arguments)
     assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert errors == [f"error: {tmp_path}/nowhere: expected one folder a class with images below, found none"]
+    assert errors == [f"error: data.target: {tmp_path}/nowhere: no such folder"]
     assert "Traceback" not in result.stderr
 
 

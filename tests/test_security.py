@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 
 from dive_fast import towers
 from dive_fast.config import ConfigError, ModelConfig, load
+from dive_fast.data.pictures import decode
 from dive_fast.data.prepare import Options, RawSource, prepare
 from dive_fast.data.prepared import MANIFEST, open_prepared, verify
 from dive_fast.data.prompts import read_class_names
-from dive_fast.data.source import DataError, decode, open_csv, open_folder, open_webdataset
+from dive_fast.data.source import DataError, open_csv, open_folder, open_webdataset
 from dive_fast.deepspeed_section import deepspeed_section
 from dive_fast.errors import LONGEST
 from dive_fast.evaluate import head as heads

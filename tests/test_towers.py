@@ -1,6 +1,7 @@
 """open_clip's models as two towers: the same features, and weights that open_clip takes back."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from open_clip.transformer import TextTransformer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dive_fast import precision
 from dive_fast.config import ConfigError, ModelConfig
 from dive_fast.data.prompts import pack
 from dive_fast.data.views import Preprocess
@@ -212,21 +214,51 @@ def test_a_siglip_gets_its_whole_context(models: dict[str, Path]) -> None:
 # Scale, normalisation, precision
 
 
-def test_the_logit_scale_is_clamped_at_100_in_the_forward_and_has_no_gradient_above(
-    models: dict[str, Path],
-) -> None:
-    towers = create(config_of(models["ViT-B-32"]))
+LN_100 = 4.605170249938965
+"""What the released RN50x4 and ViT-L-14 hold: fp32's ln 100, whose exponential is above 100."""
+
+
+@pytest.mark.parametrize("bound", [None, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logit_scale_and_its_gradient(models: dict[str, Path], bound: float | None, dtype: torch.dtype) -> None:
+    config = config_of(models["ViT-B-32"]).model_copy(update={"logit_scale_max": bound})
+    towers = create(config).to(dtype)
     assert towers.logit_scale.shape == (1,)
-    for value, scale, gradient in [(50.0, 50.0, 50.0), (99.9, 99.9, 99.9), (101.0, 100.0, 0.0), (1e4, 100.0, 0.0)]:
-        towers.logit_scale.data.fill_(value).log_()
-        towers.zero_grad()
-        found = towers.scale()
-        found.sum().backward()
-        assert found.shape == (1,)
-        assert found.item() == pytest.approx(scale)
-        assert towers.logit_scale.grad is not None
-        assert towers.logit_scale.grad.item() == pytest.approx(gradient)
-        assert towers.logit_scale.exp().item() == pytest.approx(value)  # the parameter itself stays
+    for value in (math.log(50.0), math.log(99.9), math.log(100.0), LN_100, math.log(101.0), math.log(1e4)):
+        for pushes_up in (True, False):
+            towers.logit_scale.data.fill_(value)
+            towers.zero_grad()
+            found = towers.scale()
+            (-found if pushes_up else found).sum().backward()
+            free = math.exp(towers.logit_scale.item())
+            wanted = free if bound is None else min(free, bound)
+            assert found.shape == (1,)
+            assert found.item() == pytest.approx(wanted, rel=1e-6)
+            assert bound is None or found.item() <= bound
+            is_above = bound is not None and free > bound * (1 + 1e-6)
+            gradient = 0.0 if is_above and pushes_up else wanted
+            assert towers.logit_scale.grad is not None
+            assert abs(towers.logit_scale.grad.item()) == pytest.approx(gradient, rel=1e-6)
+            assert towers.logit_scale.item() == pytest.approx(value)  # the parameter itself stays
+
+
+@pytest.mark.parametrize("bound", [None, 100.0])
+def test_logit_scale_that_starts_at_ln_100_trains_without_decay(
+    models: dict[str, Path], bound: float | None
+) -> None:
+    towers = create(config_of(models["ViT-B-32"]).model_copy(update={"logit_scale_max": bound}))
+    optimizer = torch.optim.AdamW([towers.logit_scale], lr=1e-3, weight_decay=0.0)
+    for start, target, lasts in [(LN_100, 90.0, 0.999), (math.log(101.0), 90.0, 0.999), (LN_100, 1e3, 1.001)]:
+        towers.logit_scale.data.fill_(start)
+        for _ in range(4):
+            optimizer.zero_grad()
+            (towers.scale() - target).square().sum().backward()
+            optimizer.step()
+        # Down from the bound and from above it; up only where there is none, or by the step that was under way.
+        moved = towers.logit_scale.exp().item() / math.exp(start)
+        assert moved < lasts if lasts < 1 else moved > lasts or bound is not None, (start, target)
+        assert moved != 1.0
+        optimizer.state.clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -268,15 +300,44 @@ def test_autocast_changes_the_features_and_not_the_weights_and_its_absence_means
 # Weights out and in
 
 
-def test_fp32_is_not_tf32_in_the_convolutions_of_a_gpu(models: dict[str, Path]) -> None:
+@pytest.fixture
+def switches() -> Iterator[None]:
+    """Puts PyTorch's defaults back, which other tests may rely on."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+@pytest.mark.usefixtures("switches")
+@pytest.mark.parametrize("name", ["matmul", "cudnn"])
+def test_fp32_towers_use_no_tf32_on_a_gpu(models: dict[str, Path], name: str) -> None:
+    backend = torch.backends.cuda.matmul if name == "matmul" else torch.backends.cudnn
     towers = create(config_of(next(iter(models.values()))))
     seen: list[bool] = []
-    towers.visual.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
-    for autocast in (None, torch.bfloat16):
-        towers.autocast = autocast
-        towers.encode_image(images_for(towers))
-        assert torch.backends.cudnn.allow_tf32  # PyTorch's default, and others' choice
-    assert seen == [False, True]
+    towers.visual.register_forward_hook(lambda *_: seen.append(backend.allow_tf32))
+    for chosen in (True, False):
+        backend.allow_tf32 = chosen
+        for autocast in (None, torch.bfloat16):
+            towers.autocast = autocast
+            towers.encode_image(images_for(towers))
+            assert backend.allow_tf32 is chosen  # others' choice outside of the towers
+    assert seen == [False, True, False, False]
+
+
+@pytest.mark.usefixtures("switches")
+def test_precision_is_configured_whatever_was_chosen_before() -> None:
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    assert all(precision.state().values())
+    precision.configure()
+    assert precision.state() == dict.fromkeys(precision.state(), False)
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()
+    json.dumps(precision.state())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -321,11 +382,22 @@ def test_a_logit_scale_that_has_a_dimension_in_open_clip_keeps_it(tmp_path: Path
     assert model.logit_scale.shape == (1,)
 
 
-def test_a_model_asked_for_without_weights_is_random_and_does_not_warn(
+def test_random_model_is_the_same_one_every_time_and_does_not_warn(
     models: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    first, second = (create(ModelConfig(name="small-ViT-B-32")) for _ in range(2))
-    assert not torch.equal(first.visual.proj, second.visual.proj)
+    torch.manual_seed(1)
+    drawn = torch.rand(1)
+    for config in (
+        ModelConfig(name="small-ViT-B-32", random=True),
+        config_of(models["ViT-B-32"]).model_copy(update={"random": True}),
+    ):
+        torch.manual_seed(1)
+        first = create(config)
+        assert torch.equal(torch.rand(1), drawn)  # others' random numbers stay as they are
+        torch.manual_seed(2)
+        second = create(config)
+        assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
+        assert not torch.equal(first.visual.proj, create(config_of(models["ViT-B-32"])).visual.proj)
     assert caplog.records == []
 
 
@@ -351,19 +423,46 @@ def broken_model(folder: Path, config: Any = None, **weights: bytes) -> ModelCon
 
 
 def test_a_model_that_open_clip_does_not_know_is_an_error() -> None:
-    assert error_of(ModelConfig(name="ViT-B-33")).startswith("model.name: open_clip has no model ViT-B-33; see ")
-    assert error_of(ModelConfig(name="s3:ViT-B-32")).startswith("model.name: open_clip has no model s3:ViT-B-32; ")
+    for name, near in [
+        ("ViT-B/16", "; did you mean ViT-B-16?"),
+        ("ViT-L/14@336px", "; did you mean ViT-L-14-336?"),
+        ("vit-b-32", "; did you mean ViT-B-32?"),
+        ("openai", "; see open_clip.list_models()"),
+        ("s3:ViT-B-32", "; did you mean ViT-B-32?"),
+    ]:
+        for weights in (True, False):
+            message = error_of(ModelConfig(name=name), lambda config, weights=weights: create(config, weights))
+            assert message == f"model.name: open_clip has no model {name}{near}"
+
+
+def test_pretrained_that_is_missing_or_superfluous_is_an_error(models: dict[str, Path], tmp_path: Path) -> None:
+    message = error_of(ModelConfig(name="ViT-B-16-quickgelu"))
+    assert message.startswith(
+        "model.pretrained is missing: name a tag or a file of weights (the tags of ViT-B-16-"
+    )
+    assert "openai" in message
+    assert message.endswith("); model.random = true starts from random weights")
+    assert "(open_clip has no weights of small-ViT-B-32)" in error_of(ModelConfig(name="small-ViT-B-32"))
+    assert "the tags of ViT-B-32-quickgelu are openai, " in error_of(
+        ModelConfig(name="ViT-B-32-quickgelu", pretrained="open-ai")
+    )
+    for name in (config_of(models["ViT-B-32"]).name, "demo"):
+        message = error_of(ModelConfig(name=name, pretrained="openai"))
+        assert message.startswith(f"model.pretrained: {name} brings its own weights; remove it")
+    with pytest.raises(ValueError, match=r"random = true starts from random weights, pretrained names others"):
+        ModelConfig(name="ViT-B-32", pretrained="openai", random=True)
 
 
 def test_weights_that_are_not_there_are_an_error(models: dict[str, Path], tmp_path: Path) -> None:
     message = error_of(ModelConfig(name="small-ViT-B-32", pretrained=str(tmp_path / "missing.pt")))
     assert message.startswith(f"model: cannot load small-ViT-B-32 ({tmp_path}/missing.pt): ")
-    assert message.endswith("is not a known tag or valid file path")
+    assert "missing.pt is no known tag or valid file path: open_clip has no weights of small-ViT" in message
     # A tag that would be downloaded, without a network.
     message = error_of(ModelConfig(name="ViT-B-32-quickgelu", pretrained="openai"))
     assert message.startswith(
         "model: cannot load ViT-B-32-quickgelu (openai): Failed to download weights for tag "
     )
+    assert message.endswith("; without a network, download the file elsewhere and name it as model.pretrained")
     message = error_of(ModelConfig(name="hf-hub:nobody/nothing"))
     assert message.startswith("model: cannot load hf-hub:nobody/nothing (None): ")
     assert error_of(config_of(tmp_path / "nowhere")).endswith(f"not found: {tmp_path}/nowhere")

@@ -218,7 +218,8 @@ def test_a_cache_of_other_data_or_another_model_is_refused(tmp_path: Path) -> No
     shutil.rmtree(tmp_path / "reference")
     tree["data"]["reference"] = tiny.write_reference(tmp_path / "reference", count=25)
     tree["model"]["name"] = tiny.write_model(tmp_path / "other", seed=1)
-    message = run_alone(tree, output)
+    tree["teacher"] = {"path": str(output / "teacher")}
+    message = run_alone(tree, tmp_path / "other run")
     assert "teacher cache" in message
     assert all(f"{field}: the cache has" in message for field in ("data", "model", "weights"))
     assert "views" not in message

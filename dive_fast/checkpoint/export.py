@@ -13,15 +13,20 @@ from dive_fast import towers
 from dive_fast.engine import Engine
 from dive_fast.evaluate import head as heads
 from dive_fast.evaluate.head import Head
+from dive_fast.model_files import DESCRIPTION
 
 MODEL = "model.safetensors"
 """Exported weights, in the folder of a run."""
+SELECTED = "selected.json"
+"""Step and accuracy of a run's best weights, next to them."""
 
 
 def write_model(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -> None:
-    """Writes the weights as open_clip has them, ``open_clip.create_model(name, pretrained=folder/MODEL)``.
+    """Writes the weights as open_clip has them, and what they are, so that ``local-dir:<folder>`` is the model.
 
-    All ranks call it; the first one writes. A trained head goes into a file beside them; another run's is removed.
+    All ranks call it; the first one writes: the weights, ``open_clip_config.json`` with architecture and
+    preprocessing, and a tokenizer of Hugging Face's where the model has one. A trained head goes into a file next
+    to them; another run's is removed.
 
     Args:
         class_names: of the head's rows.
@@ -29,6 +34,8 @@ def write_model(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -
     weights = full_state(engine)
     if engine.ranks.first:
         folder.mkdir(parents=True, exist_ok=True)
+        # First: weights of this run next to the description of another would be preprocessed as that one says.
+        towers.describe(engine.towers, folder)
         towers.save(engine.towers.export(weights), folder / MODEL)
         if engine.towers.head is None:
             (folder / heads.FILE).unlink(missing_ok=True)
@@ -40,13 +47,15 @@ def write_model(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -
 
 def copy_model(source: Path, folder: Path) -> None:
     """Puts what :func:`write_model` left in one folder into the place of what it left in another."""
-    for name in (MODEL, heads.FILE):
-        if (source / name).is_file():
+    left = {file.name for file in source.iterdir() if file.is_file() and file.name != SELECTED}
+    # The weights last, as they are written. Of another run's files, a head would classify instead of prompts, and
+    # a description would decide how images are preprocessed.
+    for name in sorted(left | {heads.FILE, DESCRIPTION}, key=lambda name: name == MODEL):
+        if name in left:
             partial = folder / f".{name}.partial"
             shutil.copyfile(source / name, partial)
             partial.replace(folder / name)
         else:
-            # Another run's: it would classify in the place of prompts.
             (folder / name).unlink(missing_ok=True)
 
 

@@ -27,7 +27,7 @@ ORPHANED = 1.0
 """Seconds after which a process notices that its parent has gone."""
 
 
-class _ReportingQueue(Queue):  # type: ignore[type-arg] - not generic at run time
+class _ReportingQueue(Queue):  # type: ignore[type-arg]
     """A queue whose reader gets an error in the place of what could not be sent.
 
     The thread that sends would print the error and drop the batch: the reader would wait for it for ever.

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,23 @@ from typing import Any
 from dive_fast.data.source import DataError
 from dive_fast.evaluate.suites import IMAGENET_OOD, KNOWN, SUITES, ZERO_SHOT_10
 from dive_fast.files import write_whole
+from dive_fast.locks import file_lock
 from dive_fast.untrusted import parse_json, read_text
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 FILE = "results.jsonl"
+LOCK = ".results.lock"
+"""Not the folder's own lock, which a run that is being trained there holds."""
 FIRST = ("label", "set", "title", "role", "metric", "value")
 
 
 class Results:
-    """The rows of a folder; whatever is added is on the disk when the call returns."""
+    """The rows of a folder; whatever is added is on the disk when the call returns.
+
+    Several processes may add to one folder: each takes its lock, reads what is there, and writes all of it.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Reads the rows that are there.
@@ -27,49 +36,73 @@ class Results:
             DataError: the file cannot be read, or a line of it is no row.
         """
         self.folder = folder
-        self.rows: list[Row] = []
-        path = folder / FILE
-        if not path.is_file():
-            return
-        try:
-            lines = read_text(path).splitlines()
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot read it: {error}") from error
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = parse_json(line)
-                if not isinstance(row, dict) or not set(FIRST) <= set(row):
-                    raise ValueError(f"a row needs {', '.join(FIRST)}")
-                if type(row["value"]) not in (int, float) or not all(
-                    isinstance(row[name], str) for name in ("label", "set", "title")
-                ):
-                    raise ValueError("its value is no number, or its label, set or title no text")
-            except ValueError as error:
-                raise DataError(f"{path}: line {number} is no result: {error}; remove it") from error
-            self.rows.append(row)
+        self.rows = _read(folder / FILE)
 
     def known(self, key: str, label: str, name: str) -> Row | None:
         """The row of the same measurement, if it has been made, under this label and name."""
         same = (row for row in reversed(self.rows) if row.get("key") == key)
         return next((row | {"label": label, "set": name} for row in same), None)
 
+    def last(self, label: str, name: str) -> Row | None:
+        """The newest row of a label and set."""
+        same = (row for row in reversed(self.rows) if (row["label"], row["set"]) == (label, name))
+        return next(same, None)
+
     def add(self, row: Row) -> None:
-        """Adds a row, in the place of the one of the same label, set and measurement, and writes all files."""
+        """Adds a row, in the place of the one of the same label, set and measurement, and writes all files.
+
+        Raises:
+            DataError: what another process or person has written there since cannot be read.
+            UserError: the folder cannot be written.
+        """
         same = ("label", "set", "key")
-        self.rows = [other for other in self.rows if any(other.get(name) != row.get(name) for name in same)]
-        self.rows.append(row)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
-        write_whole(self.folder / FILE, lines.encode())
-        write_whole(self.folder / "results.csv", as_csv(self.rows).encode())
-        write_whole(self.folder / "results.md", as_markdown(self.rows).encode())
+        with file_lock(self.folder / LOCK, f"results folder {self.folder}", wait=True):
+            rows = _read(self.folder / FILE)
+            self.rows = [other for other in rows if any(other.get(name) != row.get(name) for name in same)]
+            self.rows.append(row)
+            lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+            try:
+                write_whole(self.folder / FILE, lines.encode())
+                write_whole(self.folder / "results.csv", as_csv(self.rows).encode())
+                write_whole(self.folder / "results.md", as_markdown(self.rows).encode())
+            except OSError as error:
+                raise DataError(f"{self.folder}: cannot write the results: {error}") from error
+
+
+def _read(path: Path) -> list[Row]:
+    rows: list[Row] = []
+    try:
+        text = read_text(path)
+    except FileNotFoundError:
+        return rows
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot read it: {error}") from error
+    lines = text.splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = parse_json(line)
+            if not isinstance(row, dict) or not set(FIRST) <= set(row):
+                raise ValueError(f"a row needs {', '.join(FIRST)}")
+            if type(row["value"]) not in (int, float) or not all(
+                isinstance(row[name], str) for name in ("label", "set", "title")
+            ):
+                raise ValueError("its value is no number, or its label, set or title no text")
+        except ValueError as error:
+            if number == len(lines) and not text.endswith("\n"):
+                logger.warning("%s: its last line breaks off, and is left out: %s", path, line[:60])
+                break
+            raise DataError(f"{path}: line {number} is no result: {error}; remove it") from error
+        rows.append(row)
+    return rows
 
 
 def as_csv(rows: Sequence[Row]) -> str:
     """A line for each row; figures as shares."""
-    names = list(dict.fromkeys([*FIRST, *(name for row in rows for name in row)]))
+    names = [
+        name for name in dict.fromkeys([*FIRST, *(name for row in rows for name in row)]) if name != "identity"
+    ]
     text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer = csv.DictWriter(text, names, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -10,12 +10,23 @@ from torch import Tensor
 
 from dive_fast.checkpoint.format import FIXED, MANIFEST, WEIGHTS, Tensors
 from dive_fast.config import ConfigError, ModelConfig
+from dive_fast.model_files import (
+    DESCRIPTION,
+    applied,
+    check_architecture,
+    read_description,
+    tell,
+    written_out,
+)
 from dive_fast.towers import HEAD, Towers, read_weights
 from dive_fast.untrusted import nothing_executed
 
 
 def load_into(towers: Towers, model: ModelConfig, path: Path) -> Towers:
     """Puts a checkpoint's weights into the towers; returns them.
+
+    Images are preprocessed as the ``open_clip_config.json`` next to the file says, and otherwise as before, which
+    is reported.
 
     Args:
         model: what the towers were made from.
@@ -28,23 +39,57 @@ def load_into(towers: Towers, model: ModelConfig, path: Path) -> Towers:
             than tensors and plain values are refused.
     """
     if path.is_dir():
-        state = _state(path) if (path / MANIFEST).exists() else _deepspeed_state(path)
+        is_ours = (path / MANIFEST).exists()
+        _check_beside(towers, model, path.parent.parent if is_ours else path)
+        state = _state(path) if is_ours else _deepspeed_state(path)
         try:
             towers.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith(HEAD)})
         except (RuntimeError, AttributeError, TypeError) as error:  # the latter of what is no table of tensors
             raise ConfigError(f"{path}: not the weights of {model.name}: {_first_line(error)}") from error
         return towers
-    return towers.load_exported(read_weights(model, path))
+    is_described = _check_beside(towers, model, path.parent)
+    towers.load_exported(read_weights(model, path))
+    if not is_described:
+        tell(
+            f"{path}: no {DESCRIPTION} next to it, so images are preprocessed as for model.name = {model.name} "
+            f"({written_out(towers.preprocess)})"
+        )
+    return towers
 
 
 def exported(towers: Towers, model: ModelConfig, path: Path) -> dict[str, Tensor]:
     """A checkpoint's weights under open_clip's names; the towers have them too, afterwards.
 
     Args:
-        model, path: as for :func:`load_into`, and so are the errors.
+        model, path: as for :func:`load_into`.
+
+    Raises:
+        ConfigError: as there, or the weights want other images than the towers did: no set of images is right for
+            both.
     """
+    before = towers.preprocess
     state = load_into(towers, model, path).state_dict()
+    if towers.preprocess != before:
+        raise ConfigError(
+            f"{path}: trained on images with {written_out(towers.preprocess)}, {model.name} has "
+            f"{written_out(before)}: the two cannot be compared on the same images; name the run's own model"
+        )
     return {name: tensor.clone() for name, tensor in towers.export(state).items()}
+
+
+def _check_beside(towers: Towers, model: ModelConfig, folder: Path) -> bool:
+    """Takes the preprocessing that is written in a folder; returns whether it is there.
+
+    Raises:
+        ConfigError: the folder's weights are of another architecture.
+    """
+    described = read_description(folder)
+    if described is None:
+        return False
+    if towers.model_cfg is not None:
+        check_architecture(described, model.name, towers.model_cfg)
+    towers.preprocess = applied(towers.preprocess, described.preprocess_cfg)
+    return True
 
 
 def _state(checkpoint: Path) -> dict[str, Tensor]:
@@ -59,7 +104,9 @@ def _deepspeed_state(folder: Path) -> dict[str, Tensor]:
     partitioned = any(folder.glob("zero_pp_rank_*_model_states.pt"))
     whole = folder / "mp_rank_00_model_states.pt"
     if not partitioned and not whole.is_file():
-        raise ConfigError(f"{folder}: no checkpoint there: expected <run>/checkpoints/step<number>")
+        raise ConfigError(
+            f"{folder}: no checkpoint there: expected <run>/checkpoints/step<number>, or the file of the weights"
+        )
     try:
         if not partitioned:  # below ZeRO-3 every rank has all weights, and the first wrote them, in fp32
             with nothing_executed():

@@ -76,11 +76,9 @@ def test_the_logit_of_a_label_is_the_largest_of_its_classes() -> None:
 
 def test_a_head_classifies_only_what_it_has_all_classes_of() -> None:
     head = Head(torch.arange(8.0).reshape(4, 2), torch.arange(4.0), ("a", "b", "c", "b"))
-    weight, bias = of_head(head, ("c", "a")) or (None, None)
-    assert weight is not None
-    assert weight.tolist() == [[4, 5], [0, 1]]
-    assert bias is not None
-    assert bias.tolist() == [2, 0]
+    found = of_head(head, ("c", "a"))
+    assert found is not None
+    assert (found.weight.tolist(), found.bias.tolist(), found.joined_by) == ([[4, 5], [0, 1]], [2, 0], "name")
     assert of_head(head, ("a", "d")) is None
     whole = of_head(head, head.class_names)
     assert whole is not None

@@ -144,5 +144,5 @@ def test_the_command_leaves_a_model_a_report_and_a_picture(tree: dict[str, Any],
     refused = call("--weights", str(tmp_path / "nowhere.safetensors"))
     assert refused.returncode == 2
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
-    assert "nowhere.safetensors: no such checkpoint" in line
+    assert "nowhere.safetensors: no such file or folder" in line
     assert "Traceback" not in refused.stderr

@@ -30,6 +30,7 @@ class Counted:
     """A tokenizer and a model whose images are counted as they are encoded."""
 
     def __init__(self, model: ModelConfig) -> None:
+        self.model = model
         self.towers: Towers = create(model).eval()
         self.tokenizer = tokenizer_of(model)
         self.images = 0
@@ -48,7 +49,16 @@ def measured(
     before = counted.images
     opened = open_all(config.sets, ALONE)
     rows = measure_all(
-        counted.towers, counted.tokenizer, config.sets, opened, ALONE, Results(folder), options, {}, head
+        counted.towers,
+        counted.tokenizer,
+        config.sets,
+        opened,
+        ALONE,
+        Results(folder),
+        options,
+        {},
+        counted.model,
+        head,
     )
     return rows, counted.images - before
 

@@ -96,8 +96,8 @@ def run(trees: list[dict[str, Any]]) -> None:
 
     ranks, save = join(), saver.Saver.save
 
-    def save_twice(self: saver.Saver, step: int, validation: dict[str, Any]) -> None:
-        save(self, step, validation)
+    def save_twice(self: saver.Saver, step: int, *args: Any, **kwargs: Any) -> None:
+        save(self, step, *args, **kwargs)
         self._engine.deepspeed.save_checkpoint(str(self._folder.with_name("deepspeed")), tag=f"step{step}")
 
     saver.Saver.save = save_twice  # type: ignore[method-assign]
