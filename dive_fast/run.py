@@ -123,7 +123,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     goal = objective.create(config.objective, towers.width)
     used = resolved(config, folder, towers, ranks)
     needed = reference if goal.needs_reference else None
-    identity = of_run(used, model_identity(towers, config.model), source, names, templates, needed, ranks)
+    identity = of_run(used, model_identity(towers), source, names, templates, needed, ranks)
     require_equal(ranks, identity)
     found, record = _begin_or_resume(config, folder, identity, total_steps, ranks)
     if ranks.first:

@@ -423,21 +423,6 @@ def _name(config: ModelConfig) -> str:
     return f"local-dir:{MODEL_DIR}"
 
 
-def architecture(config: ModelConfig) -> dict[str, Any]:
-    """open_clip's configuration of a model's towers, wherever it lies; empty where open_clip knows none.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    try:
-        found = open_clip.get_model_config(_name(config))
-    except Exception as error:  # of the file, of JSON, of the hub's client
-        raise ConfigError(
-            f"model.name: cannot read the configuration of {config.name}: {_one_line(error)}"
-        ) from error
-    return dict(found or {})
-
-
 def _pooled_at(text: Any) -> PooledAt:
     """Where the feature is read, if what stands behind it cannot change it; else None."""
     causal = getattr(text, "attn_mask", None) is not None

@@ -304,7 +304,7 @@ def read_manifest(checkpoint: Path) -> Mapping[str, Any]:
     if written_by != FORMAT:
         raise FormatError(
             f"{checkpoint}: a checkpoint of format {written_by}, not {FORMAT} as now: finish that run with "
-            "the version that began it, set train.output to another folder, or train.resume=never to train again here"
+            "the version that began it, set train.output to another folder, or set train.resume=never to train again"
         )
     with _held_to_its_form(path):
         files = manifest["files"]

@@ -25,7 +25,7 @@ def of_model(towers: Towers, tokenizer: Tokenizer, model: ModelConfig, device: t
         model: the section that the towers were built from.
     """
     return {
-        "model": model_identity(towers, model)
+        "model": model_identity(towers)
         | {
             "structure": [structure(towers.visual), structure(towers.text)],
             "pooled_at": towers.pooled_at,
