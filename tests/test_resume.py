@@ -168,10 +168,24 @@ def cases(folder: Path) -> dict[str, Any]:
     found["by path, resumed"] = killed.start(longer)
     found["never"] = {name: _never(run.copy(f"never {name}"), kill) for name, kill in KILLS.items()}
     found["old"] = _old_format(run.copy("old"))
+    found["link"] = _on_another_disk(Folder(ranks, tree, folder / "linked"), folder / "disk")
     found["monitors"] = _monitored(Folder(ranks, tree, folder / "monitored"))
     few = [("train.warmup_steps", 500), ("data.target.batch_size", 1), ("train.max_steps", 1)]
     found["few"] = Folder(ranks, tree, folder / "few").start(*few)
     return found
+
+
+def _on_another_disk(folder: Folder, disk: Path) -> tuple[str, str, list[str], bool]:
+    """A run whose checkpoints lie behind a link, resumed, and then trained again."""
+    disk.mkdir()
+    folder.path.mkdir()
+    (folder.path / "checkpoints").symlink_to(disk)
+    rotating = ("train.checkpoint_every", 1), ("train.keep_last", 1)
+    folder.start(*rotating, kill_at=STEPS)
+    resumed = folder.start(*rotating)
+    again = folder.start(("train.resume", "never"), *rotating)
+    kept = sorted(path.name for path in disk.iterdir())
+    return resumed, again, kept, (folder.path / "checkpoints").is_symlink()
 
 
 def _monitored(folder: Folder) -> tuple[list[str], list[int], list[int]]:
@@ -367,6 +381,14 @@ def test_files_of_a_run_have_the_umasks_mode(found: dict[str, Any]) -> None:
 def test_monitors_write_each_step_once_in_the_run_folder(found: dict[str, Any]) -> None:
     _, rows, events = found["monitors"]
     assert rows == events == [4 * step for step in (1, 2, 3)]
+
+
+def test_checkpoints_behind_a_link_rotate_and_resume_there(found: dict[str, Any]) -> None:
+    resumed, again, kept, is_link = found["link"]
+    assert "continues after step " in resumed
+    assert "error" not in again
+    assert kept == ["latest", "run.json", "step00000003"]
+    assert is_link
 
 
 def test_settings_that_train_next_to_nothing_are_reported(found: dict[str, Any]) -> None:
