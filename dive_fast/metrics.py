@@ -70,7 +70,7 @@ class Metrics:
             first = json.loads(kept[0]) if kept else {}
             if first.get("step") == 1:
                 self._floor = {name: value for name, value in first.items() if value is not None}
-            if first_step and run.engine.deepspeed.monitor.enabled:
+            if run.engine.deepspeed.monitor.enabled:
                 forget_after(run.engine.deepspeed.monitor, first_step * run.config.data.target.batch_size)
         self._bar = run.ranks.progress(run.total_steps, "train", "step", done=first_step)
 

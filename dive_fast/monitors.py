@@ -31,6 +31,7 @@ def forget_after(monitor: Any, last: int) -> None:
         for path in Path(csv.output_path, csv.job_name).glob("*.csv"):
             lines = path.read_text().splitlines(keepends=True)
             write_whole(path, "".join(line for line in lines if _is_kept(line, last)).encode())
+            csv.filenames.append(path.stem)  # it has its header already
     board = getattr(monitor, "tb_monitor", None)
     if board is not None and board.enabled and getattr(board, "summary_writer", None) is not None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]

@@ -29,6 +29,8 @@ LEFT_BY_RUNS = (
     "nonfinite",
     "trace.json.gz",
     "config.json",
+    "tensorboard",
+    "csv_monitor",
 )
 """Names in a run folder of what belongs to one run. Teacher cache and evaluations have identities of their own."""
 
