@@ -125,6 +125,20 @@ def test_folder_that_may_not_be_read_is_an_error(tmp_path: Path) -> None:
         open_folder(str(tmp_path))
 
 
+def test_a_path_one_level_too_high_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("photo/cat", "photo/dog", "sketch/cat"):
+        write(tmp_path / name / "1.jpg")
+    open_folder(str(tmp_path))
+    assert (
+        "all images lie in folders below those of the classes (photo/cat/1.jpg); the classes are photo, sketch"
+        in (caplog.text)
+    )
+    caplog.clear()
+    write(tmp_path / "photo/2.jpg")
+    open_folder(str(tmp_path))
+    assert not caplog.messages
+
+
 # Tars: files, how many samples they are, how many are lost, and a reason told
 
 WEBDATASET: dict[str, tuple[dict[str, bytes | str], int, int, str]] = {
