@@ -11,11 +11,11 @@ half-precision rows are exact and accumulate in fp32, so l_ij = s f_i f_j (x^_i 
 vector.
 
 **The label stands apart.** Logits are taken relative to the label's, l_ij - l_ii = s (z_i.t_j - z_i.t_i), so that
-s magnifies a difference and no large number's rounding. Both cosines come from the same matrix product: tensor cores
-cut sums off where other arithmetic rounds them, and a label summed elsewhere would leave that bias in each
-difference. With d their log-sum-exp over j != i, the row's loss is r_i = softplus(d) and its label's error
-1 - p_ii = sigmoid(d): accurate also when the model is sure, where two logarithms cancel. r_i is kept as the highest
-logit, label included, and the rest, for the same reason.
+s magnifies a difference and no large number's rounding. Both cosines come from the same matrix product: tensor
+cores cut sums off where other arithmetic rounds them, and a label summed elsewhere leaves that bias in each
+difference. With d their log-sum-exp over j != i, the row's loss is r_i = softplus(d) and its label's error is
+1 - p_ii = sigmoid(d): accurate also when the model is sure, where two logarithms cancel. r_i is kept as the
+highest logit, label included, and the rest, for the same reason.
 
 **Gradients.** With p_ij = exp(l_ij - l_ii - r_i), q_ij = exp(l_ij - l_jj - c_j), a_i = (1 - p_ii) + (1 - q_ii)::
 

@@ -14,18 +14,23 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def full_fp32(device: torch.device) -> Iterator[None]:
-    """Computes fp32 products in fp32, without autocast; restores PyTorch's switches afterwards, errors included."""
+    """Computes fp32 products in fp32, without autocast; restores PyTorch's switches, also after an error."""
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     saved = [backend.fp32_precision for backend in backends]
     try:
         general = torch.get_float32_matmul_precision()
     except RuntimeError:  # set by PyTorch's older and newer functions to different values
         general = None
-    with torch.autocast(device.type, enabled=False):
+    without_autocast = (
+        torch.autocast(device.type, enabled=False)
+        if torch.amp.is_autocast_available(device.type)
+        else contextlib.nullcontext()
+    )
+    with without_autocast:
         if general == "highest" and set(saved) <= {"none", "ieee"}:
             yield
             return
-        # The older function first, since it sets both: PyTorch refuses products where the two contradict each other.
+        # The older function first, since it sets both: PyTorch refuses products where the two contradict.
         torch.set_float32_matmul_precision("highest")
         for backend in backends:
             backend.fp32_precision = "ieee"

@@ -288,8 +288,8 @@ def open_folder(path: str) -> Source:
         raise DataError(f"{path}: cannot list its images: {error}") from error
     if all(sample.key.count("/") > 1 for sample in samples):
         logger.warning(
-            "%s: all images lie in folders below those of the classes (%s); the classes are %s: name a folder below "
-            "if it is to be its folders",
+            "%s: all images lie in folders below those of the classes (%s); the classes are %s: name a folder "
+            "below to make its folders the classes",
             *(path, samples[0].key, ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")),
         )
     return Source(samples, tuple(names), skipped=skipped, ignored=ignored)
