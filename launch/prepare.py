@@ -137,9 +137,9 @@ def _torchvision(options: argparse.Namespace) -> Any:
     from dive_fast.data.source import DataError
     from dive_fast.untrusted import nothing_executed
 
-    kind: Any = getattr(datasets, options.name, None)
-    if not inspect.isclass(kind):
+    if not inspect.isclass(getattr(datasets, options.name, None)):
         raise DataError("torchvision has no such data set")
+    kind: Any = getattr(datasets, options.name)
     if options.name.startswith("LSUN"):
         raise DataError("torchvision reads it by a pickle that lies beside the data; prepare it as a folder")
     # Its own loader would give PostScript that is called .jpg to Ghostscript, a program.
