@@ -113,7 +113,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     if not source.samples[0].texts:
         for remark in remarks(names, source.class_names, data.class_names):
             ranks.say(f"data.target: {remark}")
-    templates = read_templates(data.templates)
+    templates = read_templates(data.templates, "data.target.templates")
     prompts = PromptTable(source, names, templates, tokenizer_of(config.model, data.text_length))
     target_samples = TargetSamples(source, prompts, towers.preprocess, towers.pooled_at, seed)
     target_order = Order(

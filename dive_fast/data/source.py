@@ -212,12 +212,15 @@ class Source:
 
     def report_skipped(self, name: str) -> None:
         """Logs how many samples were left out of the set called ``name``, and why."""
-        for entries, what in ((self.skipped, "samples left out"), (self.ignored, "files ignored")):
+        for entries, what, done in ((self.skipped, "sample", "left out"), (self.ignored, "file", "ignored")):
             first: dict[str, str] = {}
             for key, reason in entries:
                 first.setdefault(reason, key)
             for reason, count in Counter(reason for _, reason in entries).most_common():
-                logger.warning("%s: %d %s: %s (the first: %s)", name, count, what, reason, first[reason])
+                many = "" if count == 1 else "s"
+                logger.warning(
+                    "%s: %d %s%s %s: %s (the first: %s)", name, count, what, many, done, reason, first[reason]
+                )
         if self.prepared_without:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.prepared_without.items())
             logger.warning("%s: prepared without these samples: %s (skipped.jsonl)", name, reasons)

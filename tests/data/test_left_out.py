@@ -68,7 +68,7 @@ def test_folder_count_told_is_count_lost(tmp_path: Path, case: str, caplog: pyte
     source = open_folder(str(tmp_path))
     assert (len(source) + len(source.skipped), len(source.skipped)) == (1 + count, lost)
     source.report_skipped("data.target")
-    told = [message for message in caplog.messages if "samples left out" in message]
+    told = [message for message in caplog.messages if " left out: " in message]
     assert sum(int(message.split()[1]) for message in told) == lost
     assert not reason or any(reason in message for message in told)
     # What is neither a sample nor beside one is told as well.
@@ -175,7 +175,7 @@ def test_webdataset_count_told_is_count_lost(tmp_path: Path, case: str, caplog: 
     source = open_webdataset(str(tmp_path), ".txt")
     assert (len(source) + len(source.skipped), len(source.skipped)) == (1 + count, lost), source.skipped
     source.report_skipped("data.reference")
-    told = [message for message in caplog.messages if "samples left out" in message]
+    told = [message for message in caplog.messages if " left out: " in message]
     assert sum(int(message.split()[1]) for message in told) == lost
     assert not reason or any(reason in message for message in told), told
     for index in range(len(source)):
