@@ -78,6 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with the shards that are missing", file=sys.stderr)
+        return 130
     folder = options.verify or options.output
     print(f"{folder}: {manifest.samples} samples in {len(manifest.files)} files{state}")
     for reason, count in sorted(manifest.converted.items()):

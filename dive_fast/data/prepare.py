@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import shutil
+import signal
 import tarfile
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -450,6 +451,8 @@ _work: tuple[Raw, Path, Options, str, Callable[[list[str]], Tensor] | None]
 
 def _start(raw: Raw, output: Path, options: Options, identity: str) -> None:
     global _work
+    # Ctrl-C reaches all processes of a terminal; a shard that is begun is finished.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     tokenizer = None if options.tokenizer is None else _tokenizer(options.tokenizer)
     _work = raw, output, options, identity, tokenizer
 

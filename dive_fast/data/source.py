@@ -577,6 +577,8 @@ def _tars_in(root: Path, path: str, skipped: list[Skipped], ignored: list[Skippe
             elif name.endswith(".tar"):
                 if _is_hidden(entry.name):
                     ignored.append(Skipped(readable(entry.name), HIDDEN))
+                elif not entry.is_file():  # a pipe would be waited for, for ever
+                    raise DataError(f"{entry.path}: called like a tar, but no regular file; remove or rename it")
                 else:
                     tars.append(root / entry.name)
             elif name.endswith(COMPRESSED):
@@ -651,6 +653,8 @@ def _csv_rows(file: Path, path: str) -> list[_Row]:
     titles: dict[str, str] = {}
     number, line = 0, 1
     try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise DataError(f"{path}: cannot read it: a {'directory' if file.is_dir() else 'pipe or device'}")
         with file.open(newline="", encoding="utf-8-sig") as lines:
             reader = csv.reader(lines, delimiter="\t", strict=True)
             header = next(reader, [])

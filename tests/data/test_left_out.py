@@ -223,6 +223,24 @@ def test_labels_are_decimal_digits(tmp_path: Path, label: str) -> None:
     assert open_webdataset(str(path), ".cls").samples[0].label == 7
 
 
+@pytest.mark.timeout(60)
+def test_pipes_are_waited_for_by_no_reader(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    for name in ("list.csv", "0.tar", "cat/model.bin", "cat/a.heic"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=r"list\.csv: cannot read it: a pipe or device$"):
+        open_csv(str(tmp_path / "list.csv"), None, group=False)
+    for path, message in (
+        (tmp_path, "called like a tar, but no regular file"),
+        (tmp_path / "0.tar", "no tar there"),
+    ):
+        with pytest.raises(DataError, match=rf"0\.tar.*{message}|{message}.*0\.tar"):
+            open_webdataset(str(path), ".txt")
+    write(tmp_path / "cat/1.jpg")
+    source = open_folder(str(tmp_path))
+    assert (len(source), len(source.skipped), len(source.ignored)) == (1, 1, 1)
+
+
 # CSV
 
 
