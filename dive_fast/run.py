@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dive_fast import locks, objective
+from dive_fast import locks, objective, steadiness
 from dive_fast.checkpoint import format as checkpoint
 from dive_fast.checkpoint import lineage
 from dive_fast.checkpoint.format import RunRecord
@@ -32,6 +32,7 @@ from dive_fast.engine import Engine, StepBatches
 from dive_fast.evaluate.zero_shot import open_sets
 from dive_fast.files import write_whole
 from dive_fast.identity import Identity, model_identity, versions
+from dive_fast.preflight import check_sizes
 from dive_fast.probe import make_head
 from dive_fast.ranks import Ranks
 from dive_fast.run_identity import (
@@ -104,6 +105,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     torch.manual_seed(seed)
     towers = create(config.model)
     check_text_length(config, towers)
+    check_sizes(config, folder, towers, 0 if reference is None else len(reference), ranks)
+    steadiness.prepare(config, towers, ranks)
 
     data = config.data.target
     names = target_names(source, data.class_names)

@@ -10,6 +10,7 @@ from pathlib import Path
 import command
 
 
+@command.guarded
 def main(arguments: list[str] | None = None) -> int:
     """Parses, calls, and turns a user's mistake into one line and exit code 2."""
     parser = command.parser(__doc__, "train.output=runs/mine")
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         report = found.report
         print(ensemble.table(report))
         print(f"{folder / ensemble.WEIGHTS}: alpha = {report['alpha']:g}, chosen on {report['chosen_on']}")
+    ranks.leave()
     return 0
 
 

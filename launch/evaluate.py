@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dive_fast.config import Config, ModelConfig
 
 
+@command.guarded
 def main(arguments: list[str] | None = None) -> int:
     """Parses, calls, and turns a user's mistake into one line and exit code 2."""
     parser = _parser()
@@ -106,6 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     if ranks.first:
         print(as_markdown(rows), end="")
         print(f"\n{folder}/results.jsonl, results.csv, results.md")
+    ranks.leave()
     return 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import command
 
 
+@command.guarded
 def main(arguments: list[str] | None = None) -> int:
     """Parses, calls, and turns a user's mistake into one line and exit code 2."""
     parser = command.parser(__doc__, "train.output=runs/mine")
@@ -79,6 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(movement.table(report) + "\n")
     for file in movement.write(report, embedded, options.output or run, training):
         print(file)
+    ranks.leave()
     return 0
 
 
