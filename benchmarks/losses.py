@@ -19,7 +19,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED el
 
 FUSED_LOGITS = contrastive.FUSED_LOGITS
 
-LOGIT_SCALE = 100.0  # where CLIP's training ends: its clamp
+LOGIT_SCALE = 100.0  # where CLIP's pre-training ends, which clamps it there
 WEIGHT = 1000.0  # lambda of the difference loss
 DECAY = 0.99
 FEATURE_NORM = 10.0  # about that of CLIP's towers

@@ -15,6 +15,7 @@ from measure import timed
 from report import REPOSITORY, commit, device_name, slug, write_json
 from steps import Case, make_engine, make_inputs, random_model
 
+from dive_fast.checkpoint.format import RunRecord
 from dive_fast.checkpoint.saver import Saver
 from dive_fast.config import TrainConfig
 from dive_fast.guard.consensus import Votes
@@ -43,7 +44,8 @@ def main() -> None:
     rounds = []
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        saver, numbers = Saver(engine, folder / "ours", TrainConfig(keep_last=1)), {"best_step": 0}
+        saver = Saver(engine, folder / "ours", TrainConfig(keep_last=1), RunRecord("saves"))
+        numbers = {"best": None, "best_step": 0, "since_best": 0, "select": None}
         for number in range(1, options.rounds + 1):
             alone = statistics.median(timed(step) for _ in range(STEPS_ALONE))
             begun = time.perf_counter()

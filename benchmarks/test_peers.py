@@ -158,3 +158,12 @@ def test_an_update_is_adamws_and_the_learning_rate_the_engines(student: Any, bat
         torch.testing.assert_close(after, before * (1 - rate * decay) - rate * update, rtol=1e-5, atol=1e-6)
     ours, engines = cosine_with_warmup(4, 10), learning_rate_schedule(4, 10)
     assert [ours(step) for step in range(12)] == [engines(step) for step in range(12)]
+
+
+def test_flyp_does_not_bound_the_logit_scale(student: Any, batches: list[Inputs]) -> None:
+    model = copy.deepcopy(student)
+    peer = Flyp(model, **STILL)
+    with torch.no_grad():
+        model.logit_scale.fill_(5.0)  # 148
+    peer.step(batches[0])
+    assert model.logit_scale.item() == 5.0

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from losses import (
     DECAY,
-    DEVICE,
     DIFFERENCE_NORM,
     LEAVES,
     LOGIT_SCALE,
@@ -23,8 +22,6 @@ from torch import Tensor
 
 from dive_fast.kernels import naive
 
-TRUNCATES = DEVICE.type == "cuda"
-"""Whether products are those of tensor cores."""
 OURS = ("naive", "triton", "triton_apart", "triton_fused", "triton_chunked")
 
 
@@ -87,8 +84,6 @@ def tolerances(outputs: dict[str, Tensor], truth: dict[str, Tensor], case: Case)
     A few numbers are few draws, and naive may be right by luck. They may be off by one rounding of what they are
     computed from, which is larger: logits; the cosines of unit vectors; those vectors' entries; differences.
 
-    Tensor cores cut off the fp32 sum of a logit after every 16 products, where plain PyTorch in fp32 rounds it.
-
     Eager and compiled code in half precision also round every logit, which moves a softmax by as much, relative:
     nothing they compute is better than that.
     """
@@ -102,8 +97,6 @@ def tolerances(outputs: dict[str, Tensor], truth: dict[str, Tensor], case: Case)
     for name, output in outputs.items():
         largest = truth[name].abs().max().item()
         allowed[name] = torch.finfo(output.dtype).eps / 2 * operands.get(name, largest) / largest
-        if TRUNCATES and name == "loss" and dtype.itemsize == 2 and case.operation != "difference":
-            allowed[name] += LOGIT_SCALE * case.width / 16 * 2**-24 / largest
         if case.competitor not in OURS:
             allowed[name] = max(allowed[name], LOGIT_SCALE * torch.finfo(dtype).eps / 2)
     return allowed

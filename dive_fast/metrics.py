@@ -35,12 +35,18 @@ class Metrics:
     """Written by the first rank, known to all; the loop never waits for the device's numbers."""
 
     def __init__(
-        self, run: Run, first_step: int, batches: Batches, newest: Mapping[str, float | None] | None = None
+        self,
+        run: Run,
+        first_step: int,
+        batches: Batches,
+        newest: Mapping[str, float | None] | None = None,
+        evaluation: Mapping[str, float | None] | None = None,
     ) -> None:
-        """Begins a run, or goes on with it: lines of steps that will be done again are removed.
+        """Starts or resumes a run: lines of steps and evaluations that will be made again are removed.
 
         Args:
             newest: as :meth:`state_dict` had them after ``first_step`` steps.
+            evaluation: after ``first_step`` steps, if it was made and will not be made again.
         """
         self._run, self._batches, self._options = run, batches, run.config.train
         self._enabled = run.ranks.first
@@ -57,9 +63,12 @@ class Metrics:
         if self._enabled:
             self._path = run.folder / "metrics.jsonl"
             kept = self._lines_up_to(first_step)
+            if evaluation is not None:
+                kept.append(json.dumps({"step": first_step} | dict(evaluation)))
             write_whole(self._path, "".join(f"{line}\n" for line in kept).encode())
             first = json.loads(kept[0]) if kept else {}
-            self._floor = {name: value for name, value in first.items() if value is not None}
+            if first.get("step") == 1:
+                self._floor = {name: value for name, value in first.items() if value is not None}
         self._bar = run.ranks.progress(run.total_steps, "train", "step", done=first_step)
 
     def log(self, step: int, values: dict[str, Tensor], learning_rate: float) -> None:
@@ -198,7 +207,7 @@ class Metrics:
         self._unwritten = ""
 
     def _lines_up_to(self, last_step: int) -> list[str]:
-        """Of the run so far, but for a line that a kill cut off and an evaluation that is made again."""
+        """Of the run so far, without a line that a kill cut off and results of the last step's weights."""
         kept = []
         for line in self._path.read_text().splitlines() if self._path.exists() else []:
             with suppress(ValueError, LookupError, TypeError):

@@ -44,7 +44,7 @@ def make_head(
     towers.autocast = AUTOCAST[train.precision]
     if options.head_start == "zero_shot":
         templates = read_templates(data.templates)
-        weight = classifier(towers, tokenizer_of(config.model), class_names, templates)
+        weight = classifier(towers, tokenizer_of(config.model), class_names, templates, ranks)
         with torch.no_grad():
             head.weight.copy_(weight * towers.scale())
             head.bias.zero_()

@@ -3,7 +3,9 @@
 import json
 import logging
 import platform
+import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -12,22 +14,36 @@ from typing import Any
 
 import torch
 
-from dive_fast import objective, steadiness
+from dive_fast import locks, objective, steadiness
 from dive_fast.checkpoint import format as checkpoint
+from dive_fast.checkpoint import lineage
+from dive_fast.checkpoint.format import RunRecord
 from dive_fast.config import Config, ConfigError
 from dive_fast.data.ahead import Ahead
 from dive_fast.data.batch import ReferenceBatch, TargetBatch
+from dive_fast.data.classes import remarks, target_names
 from dive_fast.data.loader import training_batches
 from dive_fast.data.order import Order
-from dive_fast.data.prompts import PromptTable, read_class_names, read_templates
+from dive_fast.data.prompts import PromptTable, read_templates
 from dive_fast.data.samples import ReferenceSamples, TargetSamples
 from dive_fast.data.sets import open_reference, open_target
 from dive_fast.deepspeed_section import check_deepspeed
 from dive_fast.engine import Engine, StepBatches
-from dive_fast.evaluate.zero_shot import open_set
+from dive_fast.evaluate.zero_shot import open_sets
 from dive_fast.files import write_whole
+from dive_fast.identity import Identity, model_identity, versions
+from dive_fast.preflight import check_sizes
 from dive_fast.probe import make_head
 from dive_fast.ranks import Ranks
+from dive_fast.run_identity import (
+    RANKS_MAY_DIFFER,
+    check_resumable,
+    of_config,
+    of_run,
+    report_resumed,
+    require_equal,
+    resolved,
+)
 from dive_fast.schedule import resolve
 from dive_fast.teacher.build import loader_options, open_teacher, reference_samples
 from dive_fast.teacher.teachers import Teacher
@@ -53,7 +69,9 @@ class Run:
     class_names: tuple[str, ...]
     """Of the target set; empty where it has prompts and no classes."""
     checkpoint: Path | None
-    """Where the run goes on from; None: from its start."""
+    """The checkpoint that the run resumes from; None: it starts."""
+    record: RunRecord
+    """What its own checkpoints say of it."""
 
     @property
     def images_per_step(self) -> int:
@@ -69,6 +87,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     Raises:
         ConfigError, DataError: the user's to mend; the message says how.
     """
+    # Before anything that ranks do together: other settings would have them wait for one another.
+    require_equal(ranks, of_config(config, RANKS_MAY_DIFFER) | {"run folder": str(folder)})
     check_deepspeed(config, ranks.world_size)
     config = resolve(config, ranks)
     seed = config.train.seed
@@ -79,26 +99,37 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         source.report_skipped("data.target")
         if reference is not None:
             reference.report_skipped("data.reference")
-    for evaluation in config.evaluate.sets.values():
-        open_set(evaluation)
+    open_sets(config.evaluate.sets, ranks)
     if config.evaluate.geometry is not None:
         open_reference(config.evaluate.geometry)
     torch.manual_seed(seed)
     towers = create(config.model)
     check_text_length(config, towers)
+    check_sizes(config, folder, towers, 0 if reference is None else len(reference), ranks)
     steadiness.prepare(config, towers, ranks)
 
     data = config.data.target
-    names = source.class_names if data.class_names is None else read_class_names(data.class_names)
+    names = target_names(source, data.class_names)
+    if not source.samples[0].texts:
+        for remark in remarks(names, source.class_names, data.class_names):
+            ranks.say(f"data.target: {remark}")
     templates = read_templates(data.templates)
     prompts = PromptTable(source, names, templates, tokenizer_of(config.model, data.text_length))
     target_samples = TargetSamples(source, prompts, towers.preprocess, towers.pooled_at, seed)
-    target_order = Order(len(source), data.batch_size, ranks.rank, ranks.world_size, seed)
+    target_order = Order(
+        len(source), data.batch_size, ranks.rank, ranks.world_size, seed, "data.target.batch_size"
+    )
     total_steps = target_order.steps_per_epoch * config.train.epochs
     total_steps = min(total_steps, config.train.max_steps or total_steps)
 
-    found = checkpoint.find(config.train.resume, folder / checkpoint.FOLDER, ranks)
     goal = objective.create(config.objective, towers.width)
+    used = resolved(config, folder, towers, ranks)
+    needed = reference if goal.needs_reference else None
+    identity = of_run(used, model_identity(towers), source, names, templates, needed, ranks)
+    require_equal(ranks, identity)
+    found, record = _begin_or_resume(config, folder, identity, total_steps, ranks)
+    if ranks.first:
+        _write_provenance(used, folder, ranks, identity, total_steps)
     if goal.needs_head:
         towers.head = make_head(config, towers, source, names, ranks, is_trained=found is not None)
     pairs = reference_order = teacher = None
@@ -107,7 +138,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         pairs = reference_samples(config, reference, towers)
         # Another stream than the target's, or both sets would be shuffled alike.
         reference_order = Order(
-            len(reference), config.data.reference.batch_size, ranks.rank, ranks.world_size, seed + 1
+            *(len(reference), config.data.reference.batch_size, ranks.rank, ranks.world_size, seed + 1),
+            place="data.reference.batch_size",
         )
         if goal.needs_teacher:
             teacher = open_teacher(config, folder, towers, pairs, ranks)
@@ -116,9 +148,6 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
                 "train.precision = bf16 drowns difference vectors of 1e-3 in rounding: at |u| = 3e-3 the gradient "
                 "of AVL + PVL has cosine 0.45 to that of fp32, in fp16 0.97 (docs/precision.md); prefer fp16"
             )
-    if ranks.first:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_provenance(config, folder, ranks)
     engine = Engine(config, towers, goal, ranks, total_steps)
     return Run(
         config,
@@ -133,6 +162,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         total_steps,
         names,
         found,
+        record,
     )
 
 
@@ -188,11 +218,80 @@ def check_text_length(config: Config, towers: Towers) -> None:
             )
 
 
-def _write_provenance(config: Config, folder: Path, ranks: Ranks) -> None:
-    packages = ("dive_fast", "torch", "open_clip_torch", "deepspeed", "numpy")
+SHARED_SECONDS = 60.0
+"""Until a file that one machine has written has to be seen by all others."""
+
+
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """Validates that all ranks see the run folder that the first one has locked; all ranks call it.
+
+    Raises:
+        ConfigError: a rank sees another folder, or none.
+    """
+    path = folder / locks.FILE
+    written = ranks.as_first(path.read_text() if ranks.first else None)
+    deadline = time.monotonic() + SHARED_SECONDS
+    with ranks.together(ConfigError):
+        while not path.is_file() or path.read_text() != written:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"rank {ranks.rank} on {socket.gethostname()} does not see what rank 0 writes to {folder}: "
+                    "train.output has to be a folder that all machines share"
+                )
+            time.sleep(0.5)
+
+
+def _begin_or_resume(
+    config: Config, folder: Path, identity: Identity, total_steps: int, ranks: Ranks
+) -> tuple[Path | None, RunRecord]:
+    """The checkpoint that a run resumes from, validated to be this run's, and what its own ones will say of it."""
+    checkpoints, resume = folder / checkpoint.FOLDER, config.train.resume
+    found = checkpoint.find(resume, checkpoints, ranks)
+    with ranks.together(ConfigError):
+        if found is not None and ranks.first:
+            numbers = checkpoint.read_trainer(found)
+            differing = check_resumable(found, checkpoint.read_identity(found), identity)
+            if numbers["step"] > total_steps:
+                raise ConfigError(
+                    f"{found} is after step {numbers['step']}, beyond the {total_steps} of this config: raise "
+                    "train.epochs or train.max_steps, set train.output to another folder, or train.resume=never "
+                    "to train again here"
+                )
+            totals = numbers["total_steps"], total_steps
+            report_resumed(differing, found, numbers["step"], config, totals)
+    with ranks.together(ConfigError):
+        present = _lineage(folder, checkpoints, resume, found) if ranks.first else None
+    present = ranks.as_first(present)
+    start = None if present.start is None else Path(present.start)
+    return found, RunRecord(present.run, total_steps, identity, start)
+
+
+def _lineage(folder: Path, checkpoints: Path, resume: str, found: Path | None) -> lineage.Lineage:
+    """The run that the folder's checkpoints will belong to, on the first rank."""
+    present = None if resume == "never" else lineage.read(checkpoints)
+    try:
+        if found is None:
+            if present is None:
+                return lineage.begin(folder, checkpoints)
+        else:
+            run = checkpoint.read_trainer(found)["run"]
+            if resume != "auto":
+                is_own = present is not None and (run == present.run or present.start == str(found.resolve()))
+                return lineage.begin(folder, checkpoints, found, keep=is_own)
+            if present is None:
+                return lineage.resume(checkpoints, run)
+        assert present is not None
+        return present if present.is_begun else lineage.complete(folder, checkpoints, present)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot put away what an older run has left: {error}") from error
+
+
+def _write_provenance(config: Config, folder: Path, ranks: Ranks, identity: Identity, total_steps: int) -> None:
     provenance: dict[str, Any] = {
         "config": config.model_dump(),
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        "steps": total_steps,
+        "identity": identity,
+        "versions": {"dive_fast": metadata.version("dive_fast")} | versions(),
         "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else platform.processor() or "cpu",
         "ranks": ranks.world_size,
         "commit": _commit(),

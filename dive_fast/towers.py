@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dive_fast.config import ConfigError, ModelConfig
 from dive_fast.data.batch import Text
-from dive_fast.data.prompts import PooledAt, Tokenizer
+from dive_fast.data.prompts import PooledAt, Tokenizer, quick_bpe
 from dive_fast.data.views import Preprocess
 from dive_fast.files import whole_path
 from dive_fast.kernels.naive import unit
@@ -425,7 +425,7 @@ def tokenizer_of(config: ModelConfig, text_length: int | None = None) -> Tokeniz
             tokenizer: Tokenizer = open_clip.get_tokenizer(_name(config), context_length=text_length)
     except Exception as error:  # as above
         raise ConfigError(f"model.name: cannot load the tokenizer of {config.name}: {_one_line(error)}") from error
-    return tokenizer
+    return quick_bpe(tokenizer)  # type: ignore[no-any-return]
 
 
 def _name(config: ModelConfig) -> str:

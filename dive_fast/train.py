@@ -1,5 +1,7 @@
 """The loop: batches in, steps, metrics, checkpoints, and at the end a model that open_clip loads."""
 
+import logging
+import math
 from contextlib import closing
 from pathlib import Path
 
@@ -8,16 +10,20 @@ import torch
 from dive_fast.checkpoint import format as checkpoint
 from dive_fast.checkpoint.saver import Saver
 from dive_fast.config import Config, ConfigError
-from dive_fast.errors import SharedError
+from dive_fast.errors import SharedError, machine_error
 from dive_fast.guard.consensus import Consensus
 from dive_fast.guard.nonfinite import NonFinite
-from dive_fast.guard.watch import LostError, Watch
+from dive_fast.guard.watch import Watch
+from dive_fast.locks import folder_lock
 from dive_fast.metrics import DIFFERENCE_VECTORS, Metrics
+from dive_fast.preflight import check_environment
 from dive_fast.ranks import Ranks
-from dive_fast.run import Run, batches, build
+from dive_fast.run import Run, batches, build, check_shared
 from dive_fast.teacher.audit import allowed
 from dive_fast.trace import span, tracing
 from dive_fast.validation import Validation
+
+logger = logging.getLogger(__name__)
 
 NOISE_FLOOR = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
 """Largest mean |u| and |v| allowed before the first update, where the tuned model is the frozen one and only the
@@ -40,48 +46,80 @@ def train(config: Config, folder: Path, ranks: Ranks) -> dict[str, float]:
         SaveError: the last checkpoint, or with ``train.on_save_error = stop`` any, could not be written.
         NonFiniteError: ``train.nonfinite_limit`` was reached.
         MetricsError: ``metrics.jsonl`` could not be written to the end, or with ``on_save_error = stop`` at once.
+        MachineError: memory, disk, open files, loader processes or devices failed.
+        StalledError: no batch came for ``train.rank_timeout`` seconds, outside of the loop.
+        LockedError: another process uses the folder.
         LostError: another rank failed, died or hangs; or the process is left with exit code ``LOST``.
     """
-    with Watch(ranks, config.train.rank_timeout) as watch:
+    with Watch(ranks, config.train.rank_timeout) as watch, watch.taking_requests():
         try:
-            run = build(config, folder, ranks)
-            return _loop(run, watch)
-        except RuntimeError as error:
+            check_environment(config, folder, ranks)
+            with folder_lock(folder, "run folder", ranks=ranks, remedy="set train.output to another folder"):
+                check_shared(folder, ranks)
+                return _loop(build(config, folder, ranks), watch)
+        except (OSError, RuntimeError, MemoryError) as error:
+            # First what is this rank's own: a rank that is merely late must not be blamed for it.
+            if (found := machine_error(error)) is not None:
+                raise found from error
             # Of a collective that one rank did not come to torch knows no more than that.
-            if (lost := watch.explain()) is not None:
-                raise LostError(lost) from error
+            if isinstance(error, RuntimeError) and (lost := watch.explain()) is not None:
+                raise lost from error
             raise
 
 
 def _loop(run: Run, watch: Watch) -> dict[str, float]:
     engine, options, folder = run.engine, run.config.train, run.folder
-    validation, step, newest = Validation(run), 0, {}
+    checkpoints, ranks = folder / checkpoint.FOLDER, run.ranks
+    validation, step, newest, evaluation = Validation(run), 0, {}, None
     if run.checkpoint is not None:
         found = checkpoint.load(engine, run.checkpoint)
         step, newest = found["step"], found["metrics"]
-        validation.load_state_dict(found["validation"])
-    saver, consensus = Saver(engine, folder / checkpoint.FOLDER, options), Consensus(run.ranks)
-    nonfinite = NonFinite(options.nonfinite_limit, folder, run.ranks)
+        with ranks.together(ConfigError):
+            evaluation = checkpoint.read_evaluation(run.checkpoint) if ranks.first else None
+        evaluation = ranks.as_first(evaluation)
+        validation.load_state_dict(found["validation"] if evaluation is None else evaluation.validation, step)
+        is_complete = step == run.total_steps or validation.is_over
+        so_far, why = f"step {step} of {run.total_steps}", ", evaluate.patience ran out" * validation.is_over
+        ranks.say(
+            f"already complete: {so_far}{why}; exports the model again; train.resume=never trains again"
+            if is_complete
+            else f"continues after {so_far}, from {run.checkpoint}"
+        )
+    saver, consensus = Saver(engine, checkpoints, options, run.record), Consensus(ranks)
+    nonfinite = NonFinite(options.nonfinite_limit, folder, ranks)
     ahead = batches(run, range(step, step if validation.is_over else run.total_steps))
-    metrics = Metrics(run, step, ahead, newest)
+    metrics = Metrics(run, step, ahead, newest, None if evaluation is None else evaluation.metrics)
 
-    def evaluate(is_saved: bool) -> None:
-        watch.at(step, "evaluation", is_saved=is_saved)
+    def evaluate(saved: Path | None) -> None:
+        watch.at(step, "evaluation", is_saved=saved is not None)
         with metrics.standing_still():
-            metrics.write(step, validation.evaluate(step))
+            found = validation.evaluate(step)
+            metrics.write(step, found)
+            if saved is not None and saved.parent == checkpoints and ranks.first:
+                _note_evaluation(saved, validation, found)
 
+    begun = step
     with (
-        watch.taking_requests(),
         closing(ahead),
         tracing(options.trace_steps, folder / "trace.json.gz", run.ranks) as traced,
     ):
-        if step and not validation.is_over and validation.is_due(step):
+        if step and evaluation is None and not validation.is_over and validation.is_due(step):
             # The checkpoint was written before it.
-            evaluate(is_saved=True)
+            evaluate(run.checkpoint)
         while step < run.total_steps and not validation.is_over:
-            watch.at(step + 1, "data")
+            watch.at(step + 1, "data", is_saved=step == begun)
+            if watch.leaves(step + 1, ahead.wait):
+                watch.at(step, "checkpoint")
+                consensus.settle()
+                saver.save(
+                    step, validation.state_dict(), metrics.state_dict(), first=metrics.write_waiting, must=True
+                )
+                saver.finish(must=True)
+                raise Stopped(
+                    f"{watch.requested}: saved after step {step} of {run.total_steps}, no batch has come"
+                )
             given = next(ahead)
-            watch.at(step + 1, "step")
+            watch.at(step + 1, "step", is_saved=step == begun)
             nonfinite.before(step + 1, given)
             if given.reference is not None and given.teacher is None and run.teacher is not None:
                 with span("teacher"):
@@ -115,10 +153,20 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
                     f"{watch.requested or 'asked to stop'}: saved after step {step} of {run.total_steps}"
                 )
             if is_due:
-                evaluate(is_saved=saver.newest == step)
+                evaluate(checkpoint.path_of(checkpoints, step) if saver.newest == step else None)
         consensus.settle()
-    watch.at(step, "end")
+    watch.at(step, "end", is_saved=True)
     return metrics.close(step, validation.finish())
+
+
+def _note_evaluation(saved: Path, validation: Validation, found: dict[str, float]) -> None:
+    """Adds an evaluation to the checkpoint of its weights, on the first rank."""
+    numbers = {name: value if math.isfinite(value) else None for name, value in found.items()}
+    try:
+        checkpoint.write_evaluation(saved, checkpoint.Evaluation(validation.state_dict(), numbers))
+    except OSError as error:
+        # A run that resumes here with the same settings makes it again.
+        logger.warning("cannot add the evaluation to %s: %s", saved, error)
 
 
 def _check_noise_floor(values: dict[str, torch.Tensor], config: Config) -> None:

@@ -1,5 +1,6 @@
 """Evaluation on the way: accuracies while a run trains, its best weights, and when it has trained enough."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from dive_fast.checkpoint.export import MODEL, copy_model, write_model
+from dive_fast.checkpoint.export import MODEL, SELECTED, copy_model, write_model
 from dive_fast.config import EvaluateConfig, GeometryConfig, ReferenceConfig
 from dive_fast.data.samples import ReferenceSamples
 from dive_fast.engine import AUTOCAST
@@ -15,9 +16,12 @@ from dive_fast.evaluate import head as heads
 from dive_fast.evaluate.geometry import GeometryError, compare
 from dive_fast.evaluate.pairs import embed, open_pairs
 from dive_fast.evaluate.zero_shot import evaluate
+from dive_fast.files import write_whole
+from dive_fast.identity import digest
 from dive_fast.objective import Pairs
 from dive_fast.run import Run
 from dive_fast.towers import Towers, create, tokenizer_of
+from dive_fast.untrusted import read_json
 
 BEST, LATEST = "best", "latest"
 """Folders in the run's: weights that are the best so far on ``evaluate.select``, and those being evaluated."""
@@ -27,7 +31,7 @@ class Validation:
     """What ``evaluate`` asks for; every rank finds the same accuracies, and so decides alike."""
 
     def __init__(self, run: Run) -> None:
-        """Begins with no evaluation made."""
+        """Starts without any evaluation."""
         options = run.config.evaluate
         self._run, self._options = run, options
         self._every = options.every_steps
@@ -38,6 +42,8 @@ class Validation:
         self._tokenizer = tokenizer_of(run.config.model)
         self._pairs: tuple[ReferenceSamples, Pairs] | None = None
         """Those that geometry is measured on, and what the pre-trained model makes of them; once it has been."""
+        self._select = None if options.select is None else digest(options.sets[options.select].model_dump())
+        """What accuracies are compared on; those of another set are not comparable."""
         self._best: float | None = None
         self._best_step = self._since_best = 0
 
@@ -63,11 +69,13 @@ class Validation:
         run.ranks.barrier()
         if self._options.select is not None:
             accuracy = found[f"accuracy/{self._options.select}"]
-            is_best = self._best is None or accuracy > self._best
+            # The same step again is the same weights: a kill came between them and the note of them.
+            is_best = self._best is None or accuracy > self._best or step == self._best_step
             self._since_best = 0 if is_best else self._since_best + 1
             if is_best:
                 self._best, self._best_step = accuracy, step
                 if run.ranks.first:
+                    write_whole(folder / SELECTED, json.dumps({"step": step, "value": accuracy}).encode())
                     shutil.rmtree(run.folder / BEST, ignore_errors=True)
                     folder.rename(run.folder / BEST)
             found["best_step"] = self._best_step
@@ -83,24 +91,48 @@ class Validation:
             What to log.
         """
         run, chosen = self._run, {}
-        if self._best is None:
-            write_model(run.engine, run.folder, run.class_names)
-        else:
-            chosen = {"best_step": float(self._best_step)}
+        # The folder's own step: after a resume from an older checkpoint it may be a later one.
+        found = run.ranks.as_first(_selected(run.folder / BEST)) if self._best is not None else None
+        if found is not None:
+            chosen = {"best_step": float(found[0])}
             if run.ranks.first:
                 copy_model(run.folder / BEST, run.folder)
             run.ranks.barrier()
+        else:
+            if self._best is not None:
+                run.ranks.say(f"warning: {run.folder / BEST} is gone; the last weights are exported instead")
+            write_model(run.engine, run.folder, run.class_names)
         return self._measure(run.folder, self._options) | chosen
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
-        return {"best": self._best, "best_step": self._best_step, "since_best": self._since_best}
+        """Plain numbers, and what they were measured on."""
+        return {
+            "best": self._best,
+            "best_step": self._best_step,
+            "since_best": self._since_best,
+            "select": self._select,
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there, if the best weights are still where they were left."""
-        is_there = self._run.ranks.as_first((self._run.folder / BEST / MODEL).is_file())
-        if state["best"] is not None and not is_there:
-            self._run.ranks.say(f"{self._run.folder / BEST}: the best weights are gone; they are chosen anew")
+    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+        """Resumes after ``step`` steps, if the best weights are where they were left and still comparable."""
+        ranks, best = self._run.ranks, self._run.folder / BEST
+        found = ranks.as_first(_selected(best))
+        if self._select is None or (state["best"] is None and (found is None or found[0] != step)):
+            return
+        if state["select"] != self._select:
+            ranks.say(f"evaluate.select: measured otherwise before step {step}; the best weights are chosen again")
+            return
+        if found is None:
+            ranks.say(f"{best}: the best weights are gone; they are chosen again")
+            return
+        if found[0] == step and (state["best"] is None or found[1] > state["best"]):
+            # A kill came between them and the note of them.
+            state = state | {"best": found[1], "best_step": step, "since_best": 0}
+        elif found != (state["best_step"], state["best"]) and found[0] <= step:
+            ranks.say(
+                f"{best}: of step {found[0]}, not {state['best_step']} as the checkpoint has it; the best weights "
+                "are chosen again"
+            )
             return
         self._best, self._best_step, self._since_best = (state[key] for key in ("best", "best_step", "since_best"))
 
@@ -141,3 +173,13 @@ class Validation:
             # Embeddings that have collapsed are for the user to see, and no reason to lose the run.
             ranks.say(f"geometry: {error}")
             return {}
+
+
+def _selected(folder: Path) -> tuple[int, float] | None:
+    """Step and accuracy of the best weights; None where there are none, or it is unknown of which step."""
+    try:
+        found = read_json(folder / SELECTED)
+        step, value = int(found["step"]), float(found["value"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return (step, value) if (folder / MODEL).is_file() else None

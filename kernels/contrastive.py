@@ -11,9 +11,11 @@ half-precision rows are exact and accumulate in fp32, so l_ij = s f_i f_j (x^_i 
 vector.
 
 **The label stands apart.** Logits are taken relative to the label's, l_ij - l_ii = s (z_i.t_j - z_i.t_i), so that
-s magnifies a difference and no large number's rounding. With d their log-sum-exp over j != i, the row's loss is
-r_i = softplus(d) and its label's error 1 - p_ii = sigmoid(d): accurate also when the model is sure, where two
-logarithms cancel. r_i is kept as the highest logit, label included, and the rest, for the same reason.
+s magnifies a difference and no large number's rounding. Both cosines come from the same matrix product: tensor
+cores cut sums off where other arithmetic rounds them, and a label summed elsewhere leaves that bias in each
+difference. With d their log-sum-exp over j != i, the row's loss is r_i = softplus(d) and its label's error is
+1 - p_ii = sigmoid(d): accurate also when the model is sure, where two logarithms cancel. r_i is kept as the
+highest logit, label included, and the rest, for the same reason.
 
 **Gradients.** With p_ij = exp(l_ij - l_ii - r_i), q_ij = exp(l_ij - l_jj - c_j), a_i = (1 - p_ii) + (1 - q_ii)::
 
@@ -37,8 +39,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dive_fast.kernels import blocks, ranks
+from dive_fast.kernels.precision import full_fp32
 
 # Rows and columns of the packed matrices are padded to these.
 TILE, DEPTH = 128, 64
@@ -105,7 +109,7 @@ def pack_block(
     image,
     text,
     packed,  # (2, N_padded, D_padded): x^
-    rows,  # (5, N_padded): factors of images and texts, 1/|x| of images and texts, z_i . t_i
+    rows,  # (4, N_padded): factors of images and texts, 1/|x| of images and texts
     ticket,  # (): programs of the next launch that are done
     N,
     N_padded,
@@ -132,7 +136,6 @@ def pack_block(
     tl.store(rows + N_padded + row, y_factor)
     tl.store(rows + 2 * N_padded + row, x_inverse)
     tl.store(rows + 3 * N_padded + row, y_inverse)
-    tl.store(rows + 4 * N_padded + row, tl.sum(x * y, axis=1) * (x_factor * y_factor))
     if pid == 0:
         tl.store(ticket, 0)
 
@@ -160,6 +163,7 @@ def statistics_block(
     rows,
     logit_scale,
     partials,  # (3, 2, num_splits, B): highest l_ij - l_ii, sum of exponentials, sum weighted by cosines
+    statistics,  # (7, B), of which this writes the last two rows: the labels' cosines
     B,
     N,
     first,
@@ -180,8 +184,18 @@ def statistics_block(
     left = packed + (side * N_padded + first + row0) * D_padded
     right = packed + (1 - side) * N_padded * D_padded
     row_factor = tl.load(rows + side * N_padded + first + row)
-    positive = tl.load(rows + 4 * N_padded + first + row)
     s = tl.load(logit_scale).to(ACC)
+
+    # The labels' cosines are the diagonal of a product like those below, so that equal logits differ by nothing.
+    positive = tl.zeros([ROWS], ACC)
+    for offset in range(0, ROWS, COLUMNS):
+        label = first + row0 + offset
+        product = blocks.products(left, right + label * stride, D_padded, ROWS, COLUMNS, DEPTH, ACC)
+        is_label = offset + tl.arange(0, COLUMNS)[None, :] == tl.arange(0, ROWS)[:, None]
+        positive += tl.sum(tl.where(is_label, product, 0.0), axis=1)
+    positive *= row_factor * tl.load(rows + (1 - side) * N_padded + first + row)
+    if split == 0:
+        tl.store(statistics + (5 + side) * B.to(tl.int64) + row, positive, mask=row < B)
 
     highest = tl.full([ROWS], float("-inf"), ACC)
     total = tl.zeros([ROWS], ACC)
@@ -214,7 +228,7 @@ def statistics_block(
 @triton.jit
 def finish_contrastive(
     partials,
-    statistics,  # (5, B): highest logits of images and of texts, rest of their losses, a
+    statistics,  # (7, B), of which this writes the first five rows
     slope,  # (): dL/ds of this rank's rows
     B,
     num_splits,
@@ -295,8 +309,10 @@ def _weights(
     own_rest = tl.load(p_own + 2 * stride, mask=own < N, other=0.0)
     other_top = tl.load(p_other, mask=column < N, other=0.0)
     other_rest = tl.load(p_other + 2 * stride, mask=column < N, other=0.0)
-    above_own = cosine - tl.load(rows + 4 * N_padded + own)[:, None]
-    above_other = cosine - tl.load(rows + 4 * N_padded + column)[None, :]
+    # Both labels from this side's product, as the cosines are.
+    positive = statistics + (5 + side) * stride
+    above_own = cosine - tl.load(positive + own, mask=own < N, other=0.0)[:, None]
+    above_other = cosine - tl.load(positive + column, mask=column < N, other=0.0)[None, :]
     weight = tl.exp(above_own * s - own_top[:, None] - own_rest[:, None])
     weight += tl.exp(above_other * s - other_top[None, :] - other_rest[None, :])
     # Rows beyond this rank's last are other ranks' or padding: computed, never stored.
@@ -310,7 +326,7 @@ def gradient_block(
     packed,
     rows,
     logit_scale,
-    statistics,  # (5, N): highest logits of images and of texts, rest of their losses, a
+    statistics,  # (7, N)
     upstream,
     slope,  # (): dL/ds of this rank's rows
     image_gradient,  # (B, D)
@@ -360,8 +376,9 @@ def gradient_block(
     own_factor = tl.load(rows + side * N_padded + first + row)
     partner_factor = tl.load(rows + (1 - side) * N_padded + first + row)
     inverse = tl.load(rows + (2 + side) * N_padded + first + row)
-    positive = tl.load(rows + 4 * N_padded + first + row)
-    complement = tl.load(statistics + 4 * N.to(tl.int64) + first + row, mask=row < B, other=0.0)
+    pairs = statistics + first + row
+    complement = tl.load(pairs + 4 * N.to(tl.int64), mask=row < B, other=0.0)
+    positive = tl.load(pairs + (5 + side) * N.to(tl.int64), mask=row < B, other=0.0)
     gradient = acc * (1.0 / _WEIGHT_SCALE) - partner * (partner_factor * complement)[:, None]
     along = along - complement * positive
     # Below the clamp z is linear in x and nothing is projected out.
@@ -519,8 +536,8 @@ def statistics_kernel(
 ):
     pid = tl.program_id(0)
     statistics_block(
-        pid, packed, rows, logit_scale, partials, B, N, first, N_padded, D_padded, num_splits, ROWS, COLUMNS,
-        DEPTH, ACC,
+        pid, packed, rows, logit_scale, partials, statistics, B, N, first, N_padded, D_padded, num_splits, ROWS,
+        COLUMNS, DEPTH, ACC,
     )  # fmt: skip
     if blocks.is_last(ticket, tl.num_programs(0)):
         value = finish_contrastive(partials, statistics, slope, B, num_splits, FINISH_ROWS, ACC)
@@ -564,10 +581,10 @@ class Buffers(NamedTuple):
     """What a call allocates; the backward needs ``packed``, ``rows``, ``statistics`` and ``slope``."""
 
     packed: Tensor  # (2, N_padded, D_padded)
-    rows: Tensor  # (5, N_padded)
+    rows: Tensor  # (4, N_padded)
     ticket: Tensor  # ()
     partials: Tensor  # (3, 2, num_splits, B)
-    statistics: Tensor  # (5, B)
+    statistics: Tensor  # (7, B): highest logits of images and of texts, rest of their losses, a, z_i . t_i twice
     slope: Tensor  # ()
     loss: Tensor  # ()
 
@@ -581,10 +598,10 @@ def buffers(shape: Shape, device: torch.device) -> Buffers:
 
     return Buffers(
         empty(2, shape.total_padded, shape.width_padded, dtype=shape.dtype),
-        empty(5, shape.total_padded),
+        empty(4, shape.total_padded),
         empty(dtype=torch.int32),
         empty(3, 2, num_splits(shape), shape.rows),
-        empty(5, shape.rows),
+        empty(7, shape.rows),
         empty(),
         empty(),
     )
@@ -629,7 +646,7 @@ def gradient_programs(shape: Shape) -> int:
 
 
 def gather_statistics(statistics: Tensor, group: str) -> Tensor:
-    """Statistics of the pairs of all ranks, ``(5, B) -> (5, N)``."""
+    """Statistics of the pairs of all ranks, ``(7, B) -> (7, N)``."""
     gathered = ranks.gather(statistics, group)
     return statistics if len(gathered) == 1 else gathered.transpose(0, 1).flatten(1).contiguous()
 
@@ -690,7 +707,7 @@ forward = torch.library.custom_op("dive_fast::contrastive_loss", launch_forward,
 def _(image: Tensor, text: Tensor, logit_scale: Tensor, group: str) -> tuple[Tensor, ...]:
     shape = shape_of(image, group)
     made = buffers(shape, image.device)
-    return made.loss, made.packed, made.rows, made.rows.new_empty(5, shape.total), made.slope
+    return made.loss, made.packed, made.rows, made.rows.new_empty(7, shape.total), made.slope
 
 
 def launch_backward(
@@ -791,12 +808,13 @@ def chunked_gradient(
 
 def _matmul(halves: Tensor, right: Tensor) -> Tensor:
     """``sum(halves) @ right`` by the library, accumulated in fp32 (fp64)."""
-    if len(halves) == 1:
-        return halves[0] @ right
-    if right.device.type != "cuda":
-        return (halves[0].float() + halves[1].float()) @ right.float()
-    high = torch.mm(halves[0], right, out_dtype=torch.float32)
-    return torch.addmm(high, halves[1], right, out_dtype=torch.float32)
+    with full_fp32(right.device):
+        if len(halves) == 1:
+            return halves[0] @ right
+        if right.device.type == "cpu" and not isinstance(right, FakeTensor):
+            return (halves[0].float() + halves[1].float()) @ right.float()
+        high = torch.mm(halves[0], right, out_dtype=torch.float32)
+        return torch.addmm(high, halves[1], right, out_dtype=torch.float32)
 
 
 def saved_shape(packed: Tensor, statistics: Tensor, count: int, first: int, width: int) -> Shape:

@@ -117,8 +117,8 @@ def dive_values_kernel(
     values_programs = tl.num_programs(0) - statistics_programs
     if pid < statistics_programs:
         statistics_block(
-            pid, packed, rows, logit_scale, partials, B, N, first, N_padded, D_padded, num_splits, ROWS, COLUMNS,
-            DEPTH, ACC,
+            pid, packed, rows, logit_scale, partials, statistics, B, N, first, N_padded, D_padded, num_splits,
+            ROWS, COLUMNS, DEPTH, ACC,
         )  # fmt: skip
     else:
         values_block(
@@ -281,7 +281,7 @@ def _(
         contrastive.buffers(target, image.device),
         difference.buffers(reference, reference_image),
     )
-    statistics = made.rows.new_empty(5, target.total)
+    statistics = made.rows.new_empty(7, target.total)
     saved = made.packed, made.rows, statistics, made.slope
     return reference_made.loss, made.loss, *saved, reference_made.parts, reference_made.average
 

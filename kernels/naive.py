@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dive_fast.kernels.checks import check_average_vector, check_pairs, check_same_kind, check_scale
+from dive_fast.kernels.precision import product
 
 
 class DifferenceLoss(NamedTuple):
@@ -69,9 +70,8 @@ def contrastive_loss(
     check_scale(logit_scale, image_features)
     image = gather_rows(unit(image_features), group)
     text = gather_rows(unit(text_features), group)
-    # Under a caller's autocast the product would fall to half precision while everything still says fp32.
-    with torch.autocast(image.device.type, enabled=False):
-        logits = logit_scale.to(image.dtype) * (image @ text.T)
+    # Under a caller's autocast or with TF32 allowed, ``@`` would lose digits while everything still says fp32.
+    logits = logit_scale.to(image.dtype) * product(image, text)
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dive_fast.config import Config, ModelConfig
 
 
+@command.guarded
 def main(arguments: list[str] | None = None) -> int:
     """Parses, calls, and turns a user's mistake into one line and exit code 2."""
     parser = _parser()
@@ -49,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         from dive_fast.engine import AUTOCAST
         from dive_fast.evaluate import head as heads
         from dive_fast.evaluate import measure, suites
+        from dive_fast.evaluate.inputs import check_output
         from dive_fast.evaluate.results import Results, as_markdown
         from dive_fast.evaluate.weights import load_into
         from dive_fast.ranks import join
@@ -62,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
             for name in suites.expand(wanted)
         } or defaults.sets
+        towers.check(model, weights=weights is None)
         if not sets:
             raise ConfigError("evaluate.sets names no set; name some there, or by --suite and --root")
 
@@ -83,11 +86,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with ranks.together(UserError):
             results = Results(folder)
+            check_output(folder)
+            head = heads.load(head_file) if head_file is not None else None
             opened = measure.open_all(sets, ranks, options.skip_missing)
             built = towers.create(model, weights=weights is None)
             if weights is not None:
                 load_into(built, model, weights)
-            head = heads.load(head_file) if head_file is not None else None
             tokenizer = towers.tokenizer_of(model)
         built = built.to(ranks.device).eval()
         built.autocast = AUTOCAST[precision]
@@ -103,6 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     if ranks.first:
         print(as_markdown(rows), end="")
         print(f"\n{folder}/results.jsonl, results.csv, results.md")
+    ranks.leave()
     return 0
 
 
@@ -146,18 +151,19 @@ def _folder(options: argparse.Namespace, config: "Config | None") -> Path:
 def _weights(options: argparse.Namespace, config: "Config | None") -> Path | None:
     """The checkpoint that is measured; None: the model as it comes."""
     from dive_fast.config import ConfigError
+    from dive_fast.evaluate.inputs import find_weights
 
     if options.weights == Path("pretrained"):
         return None
-    if options.weights is not None or config is None:
-        named: Path | None = options.weights
-        if named is not None and not named.exists():
-            raise ConfigError(f"--weights {named}: no such file or folder")
-        return named
-    found = _run(options, config) / "model.safetensors"
-    if not found.is_file():
-        raise ConfigError(f"{found} is missing: train first, or give --weights FILE or --weights pretrained")
-    return found
+    if options.weights is None and config is None:
+        return None
+    run = _folder(options, config)
+    try:
+        return find_weights(options.weights, "--weights", run)
+    except ConfigError as error:
+        if options.weights is not None:
+            raise
+        raise ConfigError(f"{error}; --weights pretrained measures the model before training") from None
 
 
 def _head(options: argparse.Namespace, weights: Path | None) -> Path | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import command
 
 
+@command.guarded
 def main(arguments: list[str] | None = None) -> int:
     """Parses, calls, and turns a user's mistake into one line and exit code 2."""
     parser = command.parser(__doc__, "train.output=runs/mine")
@@ -38,18 +39,29 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         config = load(options.config, options.overrides, command.CONFIGS)
+        from dive_fast import towers
         from dive_fast.evaluate import movement
+        from dive_fast.evaluate.inputs import check_output, find_weights
         from dive_fast.evaluate.pairs import describe_pairs
         from dive_fast.ranks import join
 
         data = describe_pairs(config, options.pairs, options.format, options.image_root)
+        run = command.run_folder(config.train.output, options.config)
+        after = find_weights(options.after, "--after", run)
+        if options.before is not None:
+            find_weights(options.before, "--before", run)
+        check_output(options.output or run)
+        towers.check(config.model, weights=options.before is None)
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         ranks = join()
     except UserError as error:
         return command.complain(error, options)
-    run = command.run_folder(config.train.output, options.config)
-    after = options.after or run / "model.safetensors"
+    if options.pairs is None:
+        ranks.say(
+            "pairs: data.reference, on which training holds embeddings in place; pairs that it has not seen tell "
+            "more: name some by --pairs (docs/geometry.md)"
+        )
     try:
         embedded = movement.embed_both(config, options.before, after, data, ranks, options.limit)
         if not ranks.first:
@@ -68,6 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(movement.table(report) + "\n")
     for file in movement.write(report, embedded, options.output or run, training):
         print(file)
+    ranks.leave()
     return 0
 
 

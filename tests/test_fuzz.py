@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from dive_fast import towers
 from dive_fast.checkpoint import format as checkpoint
+from dive_fast.checkpoint import lineage
 from dive_fast.checkpoint.state import MOMENTS
 from dive_fast.config import Config, ConfigError, ModelConfig, load
 from dive_fast.data.prepare import Options, RawSource, prepare
@@ -467,6 +468,12 @@ def test_weights_with_bytes_changed(model: Path, data: st.DataObject) -> None:
     with_file(model / "files", name, changed_bytes, read)
 
 
+CHECKPOINT_JSON = (
+    *(checkpoint.MANIFEST, checkpoint.TRAINER, checkpoint.IDENTITY, checkpoint.EVALUATION),
+    lineage.FILE,
+)
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of one checkpoint, of a model with two parameters."""
@@ -477,16 +484,21 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = {f"{kind}/{name}": torch.rand(3, 2) for kind in kinds for name in "ab"}
     save_file(rows, path / "rank00000.safetensors")
     scale = LossScale("fp16", torch.device("cpu")).state_dict()
-    chosen = {"best": 0.5, "best_step": 2, "since_best": 0}
-    numbers = {"step": 2, "updates": 2, "loss_scale": scale, "validation": chosen, "metrics": {"loss": 0.5}}
+    chosen = {"best": 0.5, "best_step": 2, "since_best": 0, "select": "a set"}
+    numbers: dict[str, Any] = {"run": "a run", "total_steps": 3, "step": 2, "updates": 2, "loss_scale": scale}
+    numbers |= {"validation": chosen, "metrics": {"loss": 0.5}}
     (path / checkpoint.TRAINER).write_text(json.dumps(numbers))
+    (path / checkpoint.IDENTITY).write_text(json.dumps({"train": {"seed": 0}}))
     seal(path)
+    checkpoint.write_evaluation(path, checkpoint.Evaluation(chosen, {"accuracy/a set": 0.5}))
+    (folder / lineage.FILE).write_text(json.dumps(lineage.Lineage("a run")._asdict()))
     return folder
 
 
 def seal(path: Path) -> None:
     """Writes the manifest of what is there, as a stranger would who has changed something."""
-    files = sorted(file for file in path.iterdir() if file.name != checkpoint.MANIFEST)
+    unlisted = (checkpoint.MANIFEST, checkpoint.EVALUATION)
+    files = sorted(file for file in path.iterdir() if file.name not in unlisted)
     found = {file.name: checkpoint.fingerprint(file) for file in files}
     manifest = {"format": checkpoint.FORMAT, "ranks": 1, "files": found}
     (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
@@ -496,6 +508,8 @@ def read_checkpoint(folder: Path) -> None:
     found = checkpoint.find("auto", folder, ALONE)
     if found is not None:
         checkpoint.read_trainer(found)
+        checkpoint.read_identity(found)
+        checkpoint.read_evaluation(found)
         stored = checkpoint.Tensors(found)
         for kind in (checkpoint.WEIGHTS, *MOMENTS, checkpoint.RANDOM):
             for name in stored.shapes(kind):
@@ -515,13 +529,14 @@ def test_a_checkpoint_with_bytes_changed(checkpoints: Path, data: st.DataObject,
 
 
 @fuzzed(150)
-@given(data=st.data(), kind=st.sampled_from([checkpoint.MANIFEST, checkpoint.TRAINER]))
+@given(data=st.data(), kind=st.sampled_from(CHECKPOINT_JSON))
 def test_a_checkpoints_json_that_was_right_once(checkpoints: Path, data: st.DataObject, kind: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         path = shutil.copytree(checkpoints, Path(name) / "checkpoints") / "step00000002"
-        text = data.draw(changed([json.loads((path / kind).read_text())]))
-        (path / kind).write_bytes(text.encode(errors="surrogatepass"))
-        if kind == checkpoint.TRAINER:
+        file = path.parent / kind if kind == lineage.FILE else path / kind
+        text = data.draw(changed([json.loads(file.read_text())]))
+        file.write_bytes(text.encode(errors="surrogatepass"))
+        if kind in (checkpoint.TRAINER, checkpoint.IDENTITY):
             seal(path)
         held(lambda: read_checkpoint(path.parent), path.parent)
 

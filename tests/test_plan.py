@@ -242,8 +242,8 @@ def transformer_flop(tokens: int, width: int, layers: int) -> int:
 
 
 def test_vit_b16_costs_what_its_formula_says_and_dive_needs_hardly_more_memory_than_flyp() -> None:
-    flyp, dive = "vitb16_flyp", "vitb16_dive"
-    wanted = {flyp: (flyp, texts(32)), dive: (dive, texts(32, 32))}
+    flyp, dive, wilds = "vitb16_flyp", "vitb16_dive", "iwildcam_flyp"
+    wanted = {flyp: (flyp, texts(32)), dive: (dive, texts(32, 32)), wilds: (wilds, texts(32))}
     plans = run_ranks(1, shipped_plans, wanted, init=False, timeout=300)[0]
     patches = 2 * 2 * 196 * 768 * 3 * 16**2
     by_hand = 512 * (transformer_flop(197, 768, 12) + transformer_flop(32, 512, 12) + patches)
@@ -252,6 +252,14 @@ def test_vit_b16_costs_what_its_formula_says_and_dive_needs_hardly_more_memory_t
     assert plans[dive].flop_of("reference") == plans[dive].flop_of("target") == plans[flyp].flop_of("target")
     assert plans[flyp].parameters == 149_620_737
     assert plans[dive].peak_memory_bytes <= 1.02 * plans[flyp].peak_memory_bytes
+    assert plans[wilds].flop_of("target") == plans[flyp].flop_of("target") / 2
+
+
+@pytest.mark.slow
+def test_every_shipped_config_can_be_planned() -> None:
+    wanted: dict[str, tuple[str, list[str]]] = {path.stem: (path.stem, []) for path in CONFIGS.glob("*.json")}
+    plans = run_ranks(1, shipped_plans, wanted, init=False, timeout=600)[0]
+    assert all(one.flop_of("target") > 0 for one in plans.values())
 
 
 @pytest.mark.slow

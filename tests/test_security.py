@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 
 from dive_fast import towers
 from dive_fast.config import ConfigError, ModelConfig, load
+from dive_fast.data.pictures import decode
 from dive_fast.data.prepare import Options, RawSource, prepare
 from dive_fast.data.prepared import MANIFEST, open_prepared, verify
 from dive_fast.data.prompts import read_class_names
-from dive_fast.data.source import DataError, decode, open_csv, open_folder, open_webdataset
+from dive_fast.data.source import DataError, open_csv, open_folder, open_webdataset
 from dive_fast.deepspeed_section import deepspeed_section
 from dive_fast.errors import LONGEST
 from dive_fast.evaluate import head as heads
@@ -627,7 +628,7 @@ def test_a_pipe_is_waited_for_by_nobody(world: Path) -> None:
 def test_a_csv_that_names_no_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(tiny.jpeg(0))
     (tmp_path / "a.csv").write_text("title\tfilepath\none\ta.jpg\ntwo\t\n")
-    refused(lambda: open_csv(str(tmp_path / "a.csv"), None, group=False), "row 2 names no file: ''")
+    refused(lambda: open_csv(str(tmp_path / "a.csv"), None, group=False), "row 2 (line 3) names no file: ''")
 
 
 # What would be shown

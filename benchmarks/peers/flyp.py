@@ -5,7 +5,8 @@ An honest opponent: it does what the recipe says, and nothing else that costs ti
 - Precision is PyTorch's default, which FLYP leaves alone: TF32 off in matrix products, on in the one convolution.
 - Texts are neither trimmed nor de-duplicated; both matrices of logits are materialised; autograd differentiates
   ``F.normalize``.
-- AdamW is torch's default (`foreach` on a GPU); every parameter decays; gradients are not clipped.
+- AdamW is torch's default (`foreach` on a GPU); every parameter decays; neither gradients nor the logit scale are
+  clipped.
 - Gradients are freed before a step, not zeroed. A step never waits for the device: losses come back as tensors.
 - ``DataParallel`` over one device calls the model and nothing more, so there is none.
 """
@@ -68,8 +69,6 @@ class Flyp:
     def finish(self) -> None:
         """What follows an update."""
         self.schedule.step()
-        with torch.no_grad():
-            self.model.logit_scale.clamp_(max=math.log(100))
 
 
 def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:

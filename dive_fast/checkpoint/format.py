@@ -5,8 +5,10 @@ executes nothing:
 
 =============================  ==========================================================================
 ``rank<number>.safetensors``   weights and moments of the parameters that this rank wrote; its random state
-``trainer.json``               what is no tensor: steps, updates, loss scale, evaluations so far
+``trainer.json``               what is no tensor: steps, updates, loss scale, evaluations so far, the run
+``identity.json``              what decides the result of the run (:mod:`dive_fast.run_identity`)
 ``manifest.json``              each file's size and SHA-256; written last
+``evaluation.json``            outcome of an evaluation of these weights, added once it is there
 =============================  ==========================================================================
 
 :mod:`dive_fast.checkpoint.saver` writes it beside, under another name, and renames it when it is whole: a folder
@@ -14,32 +16,37 @@ called ``step<number>`` is whole, or has been damaged since, which its manifest 
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dive_fast.checkpoint import state
+from dive_fast.checkpoint import lineage, state
 from dive_fast.checkpoint.export import full_state
 from dive_fast.checkpoint.state import MOMENTS, Trained
 from dive_fast.config import ConfigError
 from dive_fast.engine import Engine
+from dive_fast.files import write_whole
+from dive_fast.identity import Identity
 from dive_fast.ranks import Ranks
 from dive_fast.untrusted import inside, read_json
 from dive_fast.update import COUNTS, STATE
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = "checkpoints"
 """Of all checkpoints, in the folder of a run."""
 NAME = re.compile(r"step\d{8}")
-MANIFEST, TRAINER = "manifest.json", "trainer.json"
+MANIFEST, TRAINER, IDENTITY = "manifest.json", "trainer.json", "identity.json"
+EVALUATION = "evaluation.json"
+"""Not in the manifest, since it is written after the checkpoint."""
 WEIGHTS, FIXED, OBJECTIVE, RANDOM = "weights", "fixed", "objective", "random"
 """What the names of a checkpoint's tensors begin with: tuned weights, untuned ones and buffers, the objective's
 state, the random generators'."""
@@ -47,6 +54,10 @@ state, the random generators'."""
 
 class DamagedError(ConfigError):
     """A checkpoint is not what its manifest says."""
+
+
+class FormatError(ConfigError):
+    """A checkpoint of another version of this project, which does not say what decides its run."""
 
 
 def tensors(engine: Engine) -> dict[str, Tensor]:
@@ -60,14 +71,31 @@ def tensors(engine: Engine) -> dict[str, Tensor]:
     return found
 
 
-def trainer(engine: Engine, step: int, validation: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
+class RunRecord(NamedTuple):
+    """What a checkpoint says of the run that wrote it."""
+
+    run: str
+    """Id of the run (:mod:`dive_fast.checkpoint.lineage`)."""
+    total_steps: int = 0
+    """Of the whole run, which the learning rate's schedule ends with."""
+    identity: Identity = {}  # noqa: RUF012 - never changed
+    start: Path | None = None
+    """The checkpoint that the run began from, which stays."""
+
+
+def trainer(
+    engine: Engine, step: int, validation: dict[str, Any], metrics: dict[str, Any], record: RunRecord
+) -> dict[str, Any]:
     """What is no tensor, for ``trainer.json``.
 
     Args:
         validation: what evaluations so far have found, for :func:`load` to give back.
         metrics: the newest ones, likewise.
+        record: of the run.
     """
     return {
+        "run": record.run,
+        "total_steps": record.total_steps,
         "step": step,
         "updates": state.updates_of(engine),
         "loss_scale": engine.scale.state_dict(),
@@ -77,11 +105,24 @@ def trainer(engine: Engine, step: int, validation: dict[str, Any], metrics: dict
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints whose files are all there in their full size, oldest first."""
-    return [path for path in _written(folder) if _missing(path) is None]
+    """Checkpoints whose files are all there in their full size, oldest first.
+
+    Raises:
+        FormatError: one has another format.
+    """
+    return [path for path in written_checkpoints(folder) if is_whole(path)]
 
 
-def _written(folder: Path) -> list[Path]:
+def is_whole(checkpoint: Path) -> bool:
+    """Whether all files of a checkpoint are there in their full size.
+
+    Raises:
+        FormatError: it has another format.
+    """
+    return _missing(checkpoint) is None
+
+
+def written_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints that were whole once, oldest first; one that is being removed has another name."""
     return sorted(
         path for path in folder.glob("step*") if NAME.fullmatch(path.name) and (path / MANIFEST).is_file()
@@ -89,37 +130,72 @@ def _written(folder: Path) -> list[Path]:
 
 
 def find(resume: str, folder: Path, ranks: Ranks) -> Path | None:
-    """The checkpoint that ``train.resume`` stands for, read through and whole; None to start anew.
+    """The checkpoint that ``train.resume`` stands for, read through and whole; None to start from the beginning.
 
-    All ranks call it. A damaged one is passed over by ``auto``, and said to be.
+    All ranks call it. ``auto`` considers the checkpoints of the folder's present run alone
+    (:mod:`dive_fast.checkpoint.lineage`), passes over a damaged one and reports it.
 
     Raises:
-        ConfigError: a named checkpoint is not there or not whole; all that ``auto`` finds are damaged.
+        ConfigError: a named checkpoint is not there or not whole; all that ``auto`` finds are damaged; or it has
+            another format.
     """
     if resume == "never":
         return None
-    if resume == "auto":
-        damaged: list[DamagedError] = []
-        candidates = [(path, _missing(path)) for path in _written(folder)] if ranks.first else []
-        for path, missing in reversed(ranks.as_first(candidates)):
-            try:
-                if missing is not None:
-                    raise DamagedError(f"{path}: {missing}")
-                verify(path, ranks)
-            except DamagedError as error:
-                ranks.say(f"passed over: {error}")
-                damaged.append(error)
-            else:
-                return path
-        if damaged:
-            raise ConfigError(f"no checkpoint in {folder} is as it was written ({damaged[0]}); remove them all")
-        return None
-    path = Path(resume)
+    if resume != "auto":
+        return _named(Path(resume), f"train.resume = {resume}", ranks)
+    damaged: list[DamagedError] = []
+    candidates: list[tuple[Path, str | None]] = []
+    start = None
+    with ranks.together(ConfigError):
+        if ranks.first:
+            present = lineage.read(folder)
+            candidates = _of_run(written_checkpoints(folder), present)
+            start = None if present is None else present.start
+    candidates, start = ranks.as_first((candidates, start))
+    for path, missing in reversed(candidates):
+        try:
+            if missing is not None:
+                raise DamagedError(f"{path}: {missing}")
+            verify(path, ranks)
+        except DamagedError as error:
+            ranks.say(f"passed over: {error}")
+            damaged.append(error)
+        else:
+            return path
+    if damaged:
+        raise ConfigError(
+            f"all checkpoints in {folder} are damaged ({damaged[0]}); train.resume=never trains from the beginning"
+        )
+    if start is not None:
+        return _named(Path(start), f"{folder}: the run began from {start}", ranks)
+    return None
+
+
+def _named(path: Path, what: str, ranks: Ranks) -> Path:
     with ranks.together(ConfigError):
         if (missing := _missing(path)) is not None:
-            raise ConfigError(f"train.resume = {resume}: no whole checkpoint there ({missing})")
+            raise ConfigError(f"{what}: no whole checkpoint there ({missing})")
     verify(path, ranks)
     return path
+
+
+def _of_run(paths: list[Path], present: lineage.Lineage | None) -> list[tuple[Path, str | None]]:
+    """Those of the present run with what each lacks; a damaged one that does not say whose it is may be."""
+    found: list[tuple[Path, str | None, str | None]] = []
+    for path in paths:
+        run = None
+        try:
+            if (missing := _missing(path)) is None:
+                run = read_trainer(path)["run"]
+        except DamagedError as error:
+            missing = str(error)
+        except FormatError:
+            if present is None:
+                raise
+            continue  # of an older run, which the present one takes the place of
+        found.append((path, missing, run))
+    own = present.run if present is not None else next((run for *_, run in reversed(found) if run), None)
+    return [(path, missing) for path, missing, run in found if run in (own, None)]
 
 
 def verify(checkpoint: Path, ranks: Ranks) -> None:
@@ -193,7 +269,7 @@ class Tensors:
         """
         self._file_of: dict[str, Any] = {}
         for name in sorted(read_manifest(checkpoint)["files"]):
-            if name == TRAINER:
+            if name in (TRAINER, IDENTITY):
                 continue
             try:
                 file = safe_open(inside(checkpoint, name), "pt")
@@ -223,8 +299,16 @@ def read_manifest(checkpoint: Path) -> Mapping[str, Any]:
     path = checkpoint / MANIFEST
     with _held_to_its_form(path):
         manifest = read_json(path)
+        written_by = manifest["format"]
+        _must(type(written_by) is int)
+    if written_by != FORMAT:
+        raise FormatError(
+            f"{checkpoint}: a checkpoint of format {written_by}, not {FORMAT} as now: finish that run with "
+            "the version that began it, set train.output to another folder, or train.resume=never to train again"
+        )
+    with _held_to_its_form(path):
         files = manifest["files"]
-        _must(manifest["format"] == FORMAT and TRAINER in files)
+        _must(TRAINER in files and IDENTITY in files)
         # Plain names: nothing outside the folder is opened.
         _must(all(Path(name).name == name and name.isprintable() for name in files))
         _must(all(type(file["bytes"]) is int and type(file["sha256"]) is str for file in files.values()))
@@ -241,13 +325,69 @@ def read_trainer(checkpoint: Path) -> Mapping[str, Any]:
     with _held_to_its_form(path):
         numbers = read_json(path)
         scale, validation = numbers["loss_scale"], numbers["validation"]
-        _must(scale.keys() == set(STATE) and validation.keys() == {"best", "best_step", "since_best"})
-        _must(type(scale["value"]) is float and type(validation["best"]) in (float, NoneType))
-        counts = [numbers["step"], numbers["updates"], validation["best_step"], validation["since_best"]]
+        _must(scale.keys() == {*STATE, "dynamic"} and type(scale["value"]) is float)
+        _must(type(scale["dynamic"]) is bool and type(numbers["run"]) is str)
+        _check_validation(validation)
+        counts = [numbers["step"], numbers["updates"], numbers["total_steps"]]
         counts += [scale[name] for name in COUNTS]
         _must(all(type(value) in (float, NoneType) for value in numbers["metrics"].values()))
         _must(all(type(count) is int and 0 <= count < 2**31 for count in counts))
     return numbers  # type: ignore[no-any-return]
+
+
+def read_identity(checkpoint: Path) -> Identity:
+    """What decides the result of a checkpoint's run.
+
+    Raises:
+        DamagedError: it cannot be read.
+    """
+    path = checkpoint / IDENTITY
+    with _held_to_its_form(path):
+        found = read_json(path)
+        _must(isinstance(found, dict))
+    return found  # type: ignore[no-any-return]
+
+
+class Evaluation(NamedTuple):
+    """An evaluation of the weights of a checkpoint, after which the run has not made another step."""
+
+    validation: dict[str, Any]
+    """As :func:`trainer` has it, this evaluation included."""
+    metrics: dict[str, float | None]
+    """What it has found, for ``metrics.jsonl``."""
+
+
+def write_evaluation(checkpoint: Path, evaluation: Evaluation) -> None:
+    """Adds an evaluation to a checkpoint of the same step, so that it counts whatever the run is resumed with.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_whole(checkpoint / EVALUATION, (json.dumps(evaluation._asdict(), indent=2) + "\n").encode())
+
+
+def read_evaluation(checkpoint: Path) -> Evaluation | None:
+    """What :func:`write_evaluation` has added; None: nothing.
+
+    Raises:
+        DamagedError: it is not as it was written.
+    """
+    path = checkpoint / EVALUATION
+    if not path.exists():
+        return None
+    with _held_to_its_form(path):
+        found = read_json(path)
+        validation, metrics = found["validation"], found["metrics"]
+        _check_validation(validation)
+        _must(all(type(value) in (float, int, NoneType) for value in metrics.values()))
+    return Evaluation(validation, metrics)
+
+
+def _check_validation(found: Mapping[str, Any]) -> None:
+    _must(found.keys() == {"best", "best_step", "since_best", "select"})
+    _must(type(found["best"]) in (float, NoneType) and type(found["select"]) in (str, NoneType))
+    counts = found["best_step"], found["since_best"]
+    _must(all(type(count) is int and 0 <= count < 2**31 for count in counts))
 
 
 @contextmanager
@@ -270,6 +410,22 @@ def fingerprint(file: Path) -> dict[str, Any]:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
 
 
+def run_of(checkpoint: Path) -> str | None:
+    """The id of the run that wrote a checkpoint; empty for another format; None: it is too damaged to say."""
+    try:
+        read_manifest(checkpoint)
+        return str(read_trainer(checkpoint)["run"])
+    except FormatError:
+        return ""
+    except DamagedError:
+        return None
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """The checkpoint after so many steps, in a folder of checkpoints."""
+    return folder / f"step{step:08d}"
+
+
 def step_of(checkpoint: Path) -> int:
     """The number of steps in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step"))
@@ -281,7 +437,7 @@ def _missing(checkpoint: Path) -> str | None:
         return f"no file {MANIFEST}"
     try:
         files = read_manifest(checkpoint)["files"]
-    except ConfigError as error:
+    except DamagedError as error:
         return str(error).removeprefix(f"{checkpoint}/")
     for name, file in files.items():
         path = checkpoint / name

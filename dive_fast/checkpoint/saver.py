@@ -19,19 +19,26 @@ from torch import Tensor
 
 from dive_fast.checkpoint.format import (
     FORMAT,
+    IDENTITY,
     MANIFEST,
     TRAINER,
+    RunRecord,
     fingerprint,
+    is_whole,
+    path_of,
+    run_of,
     step_of,
     tensors,
     trainer,
-    whole_checkpoints,
+    written_checkpoints,
 )
+from dive_fast.checkpoint.lineage import remove_replaced
 from dive_fast.config import TrainConfig
 from dive_fast.engine import Engine
 from dive_fast.errors import SharedError
 from dive_fast.files import write_whole
 from dive_fast.guard.consensus import Votes
+from dive_fast.identity import Identity
 from dive_fast.ranks import Ranks
 
 LATEST = "latest"
@@ -45,13 +52,14 @@ class SaveError(SharedError):
 class Saver:
     """One save is under way at most; every rank knows of the same."""
 
-    def __init__(self, engine: Engine, folder: Path, options: TrainConfig) -> None:
+    def __init__(self, engine: Engine, folder: Path, options: TrainConfig, record: RunRecord) -> None:
         """Saves nothing yet.
 
         Args:
-            folder: of the checkpoints, which all ranks share.
+            folder: of the checkpoints, which all ranks share; it lies in the run folder.
+            record: of the run.
         """
-        self._engine, self._folder, self._options = engine, folder, options
+        self._engine, self._folder, self._options, self._record = engine, folder, options, record
         self._number = 0
         self._underway: _Save | None = None
         self.newest: int | None = None
@@ -81,7 +89,7 @@ class Saver:
             SaveError: it could not be begun, or the former save failed.
         """
         self.finish()
-        engine, path = self._engine, self._folder / f"step{step:08d}"
+        engine, path = self._engine, path_of(self._folder, step)
         partial = path.with_name(f".{path.name}.partial")
         try:
             with engine.ranks.together(SaveError), _as_save_error(partial, engine.ranks.rank):
@@ -93,7 +101,7 @@ class Saver:
             self._failed(error, must)
             return
         self._number += 1
-        numbers = trainer(engine, step, validation, metrics)
+        numbers = trainer(engine, step, validation, metrics, self._record)
         self._underway = _Save(
             self._number,
             path,
@@ -101,6 +109,7 @@ class Saver:
             engine.ranks,
             tensors(engine),
             numbers if engine.ranks.first else None,
+            self._record.identity,
         )
         self._underway.write()
 
@@ -128,7 +137,7 @@ class Saver:
         elif agreed.committed == save.number:
             self._underway, self.newest = None, step_of(save.path)
         elif -agreed.unwritten == save.number and self._engine.ranks.first and not save.is_being_committed:
-            save.commit(self._retained(save))
+            save.commit(self._removed(save))
 
     def finish(self, *, must: bool = False) -> None:
         """Waits until what is under way is whole under its name; all ranks call it.
@@ -147,7 +156,7 @@ class Saver:
                 save.join()
             with ranks.together(SaveError), _as_save_error(save.partial, ranks.rank):
                 if ranks.first and not save.is_committed:
-                    save.commit(self._retained(save))
+                    save.commit(self._removed(save))
                     save.join()
             self.newest = step_of(save.path)
         except SaveError as error:
@@ -160,17 +169,21 @@ class Saver:
             raise error
         self._engine.ranks.say(f"warning: {error}; the run goes on from memory, as train.on_save_error says")
 
-    def _retained(self, save: "_Save") -> Callable[[list[Path]], list[Path]]:
-        """Which of all whole checkpoints stay."""
+    def _removed(self, save: "_Save") -> Callable[[list[Path]], list[Path]]:
+        """Which of all checkpoints go, once this save is whole."""
         options = self._options
         best = save.numbers["validation"]["best_step"] if options.keep_best and save.numbers is not None else None
 
-        def retained(whole: list[Path]) -> list[Path]:
-            # Later ones are of a run that this one, told not to resume, has taken the place of.
-            own = [path for path in whole if path <= save.path]
-            return own[-options.keep_last :] + [path for path in own if step_of(path) == best]
+        def removed(written: list[Path]) -> list[Path]:
+            # Those of an older run, which this one has taken the place of; of its own the damaged ones.
+            runs = {path: run_of(path) for path in written}
+            own = [path for path in written if runs[path] == self._record.run and path <= save.path]
+            own = [path for path in own if is_whole(path)]
+            kept = own[-options.keep_last :] + [path for path in own if step_of(path) == best]
+            kept += [path for path in written if path.resolve() == self._record.start]
+            return [path for path in written if path not in kept and runs[path] is not None]
 
-        return retained
+        return removed
 
 
 class _Save:
@@ -184,21 +197,22 @@ class _Save:
         ranks: Ranks,
         tensors: dict[str, Tensor],
         numbers: dict[str, Any] | None,
+        identity: Identity,
     ) -> None:
         self.number, self.path, self.partial, self.numbers = number, path, partial, numbers
         self.is_written = self.is_committed = self.is_being_committed = False
         self.error: Exception | None = None
-        self._ranks, self._tensors = ranks, tensors
+        self._ranks, self._tensors, self._identity = ranks, tensors, identity
         self._thread: threading.Thread | None = None
 
     def write(self) -> None:
         """Starts with this rank's file."""
         self._start(self._write)
 
-    def commit(self, retained: Callable[[list[Path]], list[Path]]) -> None:
-        """Starts to make it whole, once all ranks' files are there, and to remove what is not retained."""
+    def commit(self, removed: Callable[[list[Path]], list[Path]]) -> None:
+        """Starts to make it whole, once all ranks' files are there, and to remove what is to go."""
         self.is_being_committed = True
-        self._start(lambda: self._commit(retained))
+        self._start(lambda: self._commit(removed))
 
     def join(self) -> None:
         """Waits for what was started.
@@ -230,6 +244,8 @@ class _Save:
         if self.numbers is not None:
             files[TRAINER] = self.partial / TRAINER
             files[TRAINER].write_text(json.dumps(self.numbers, indent=2) + "\n")
+            files[IDENTITY] = self.partial / IDENTITY
+            files[IDENTITY].write_text(json.dumps(self._identity, indent=2) + "\n")
         for path in files.values():
             _to_disk(path)
         # For the first rank, who puts them into the manifest.
@@ -237,7 +253,7 @@ class _Save:
         (self.partial / f"{name}.json").write_text(json.dumps(found))
         self.is_written = True
 
-    def _commit(self, retained: Callable[[list[Path]], list[Path]]) -> None:
+    def _commit(self, removed: Callable[[list[Path]], list[Path]]) -> None:
         files: dict[str, Any] = {}
         world_size = self._ranks.world_size
         # By name: a listing of a shared folder may be older than what other machines have written.
@@ -256,9 +272,9 @@ class _Save:
         _to_disk(self.path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
         write_whole(self.path.with_name(LATEST), f"{self.path.name}\n".encode())
-        whole = whole_checkpoints(self.path.parent)
-        for old in set(whole) - set(retained(whole)):
+        for old in removed(written_checkpoints(self.path.parent)):
             _remove(old)
+        remove_replaced(self.path.parent.parent)
         self.is_committed = True
 
 

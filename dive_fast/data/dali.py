@@ -22,8 +22,9 @@ from torch import Tensor
 
 from dive_fast.data import plain
 from dive_fast.data.loader import Options
+from dive_fast.data.pictures import UNDECODABLE, decode, opened, why_undecodable, why_unusual
 from dive_fast.data.samples import Batch, Place, Samples
-from dive_fast.data.source import UNDECODABLE, DataError, opened, why_unusual
+from dive_fast.data.source import DataError
 from dive_fast.data.views import Crop, Preprocess, View
 from dive_fast.data.workers import in_workers
 
@@ -135,9 +136,11 @@ class _Read:
             image = opened(data)
             if has_view and not why_unusual(image, data):
                 return data, self.samples.view(place, (image.height, image.width))
-            cut = self.samples.cut(place, image)
+            cut = self.samples.cut(place, decode(data))
         except UNDECODABLE as error:
-            raise source.samples[place[1]].unusable(f"cannot decode the image: {error}") from error
+            raise source.samples[place[1]].unusable(
+                f"cannot decode the image: {why_undecodable(error)}"
+            ) from error
         content = io.BytesIO()
         cut.save(content, "BMP")
         return content.getvalue(), preprocess.train_view(Crop(0, 0, cut.height, cut.width))

@@ -2,12 +2,14 @@
 
 A JPEG that every loader reads, and that is small enough, keeps its bytes. All others become JPEGs. Shards are
 made in parallel from fixed ranges of samples, each under a temporary name until it is whole; after a kill the same
-command goes on with the shards that are missing, and ends with the same bytes as if nothing had happened.
+command goes on with the shards that are missing, and ends with the same bytes as if nothing had happened. The
+set is opened by its reader before the manifest is written, which makes it whole.
 """
 
 import hashlib
 import io
 import json
+import logging
 import shutil
 import tarfile
 from abc import ABC, abstractmethod
@@ -15,22 +17,39 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib import metadata
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
-from dive_fast.data import prepared
+from dive_fast import locks
+from dive_fast.data import content, prepared
+from dive_fast.data.content import Piece
+from dive_fast.data.pictures import (
+    UNDECODABLE,
+    UnknownWhiteError,
+    decode,
+    eight_bits,
+    opened,
+    why_unusual,
+)
 from dive_fast.data.prepared import File, Index, Manifest, Row
-from dive_fast.data.source import UNDECODABLE, DataError, Skipped, Source, decode, why_unusual
+from dive_fast.data.prompts import quick_bpe
+from dive_fast.data.source import DataError, Skipped, Source, readable
 from dive_fast.data.workers import FORK, forking
 from dive_fast.files import write_whole
 from dive_fast.untrusted import nothing_executed, read_json
+
+logger = logging.getLogger(__name__)
 
 PARTS = ".parts"
 STATE = "state.json"
@@ -92,6 +111,17 @@ class Raw(ABC):
     def digest(self) -> str:
         """A hash of what the set is, as far as it is known without reading all of it."""
 
+    @abstractmethod
+    def modified(self) -> str:
+        """A hash of when its files were last modified; empty: it is not known which they are."""
+
+    def check(self) -> None:  # noqa: B027 - most sets have nothing to look at
+        """Looks at what can be known before anything is decoded.
+
+        Raises:
+            DataError: the set can never become a prepared one.
+        """
+
 
 class RawSource(Raw):
     """A folder, CSV file or webdataset."""
@@ -116,31 +146,143 @@ class RawSource(Raw):
     def digest(self) -> str:
         return self._source.digest()
 
+    def modified(self) -> str:
+        return self._source.modified()
+
 
 class RawDataset(Raw):
-    """A data set of torchvision or WILDS: ``dataset[i]`` is (picture, label, ...)."""
+    """A data set of torchvision or WILDS: ``dataset[i]`` is (picture, label, ...).
+
+    Its class is somebody else's: whatever it raises becomes a DataError that names its type.
+    """
 
     def __init__(self, dataset: Any, name: str) -> None:
+        """Takes an opened data set.
+
+        Raises:
+            DataError: its class names are not names.
+        """
         self._dataset, self._name = dataset, name
-        self.class_names = tuple(getattr(dataset, "classes", ()))
+        self.class_names = _class_names(getattr(dataset, "classes", ()), name)
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return self._count
+
+    @cached_property
+    def _count(self) -> int:
+        try:
+            return len(self._dataset)
+        except Exception as error:
+            raise self._foreign(error) from error
 
     def key(self, index: int) -> str:
         return f"{self._name}/{index}"
 
+    def check(self) -> None:
+        if not len(self):
+            raise DataError(f"{self._name}: it holds no sample")
+        with suppress(UnusableError):  # one of many
+            self.read(0)
+
     def read(self, index: int) -> RawSample:
         try:
-            image, label, *_ = self._dataset[index]
+            item = self._dataset[index]
         except UNDECODABLE as error:
+            if isinstance(error, NotImplementedError):
+                raise self._foreign(error) from error
             raise UnusableError(_why(error)) from error
+        except Exception as error:
+            raise self._foreign(error) from error
+        if not isinstance(item, tuple) or len(item) < 2:
+            raise DataError(f"{self.key(index)}: expected a picture and its label, found {type(item).__name__}")
+        image, label, *_ = item
         if not isinstance(image, Image.Image):
             raise UnusableError(f"not a picture but {type(image).__name__}")
-        return RawSample(image, int(label), ())
+        return RawSample(image, self._label(label, index), ())
+
+    def _label(self, label: Any, index: int) -> int:
+        try:
+            if isinstance(label, str | float) or label is None:
+                raise TypeError
+            number = int(label)  # also of NumPy and torch
+        except (TypeError, ValueError, RuntimeError):
+            raise DataError(
+                f"{self.key(index)}: its label is {type(label).__name__}, not the number of a class; only sets "
+                "for classification are prepared so; captions come by --format csv"
+            ) from None
+        if self.class_names and not 0 <= number < len(self.class_names):
+            raise DataError(
+                f"{self.key(index)}: has label {number}, but there are {len(self.class_names)} class names"
+            )
+        return number
 
     def digest(self) -> str:
-        return f"{self._name}: {len(self)}"
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        """Of what the object holds (files, arrays, labels), and of the pixels of some samples."""
+        digest = hashlib.sha256(f"{self._name}: {len(self)}: {self.class_names}".encode())
+        root = str(getattr(self._dataset, "root", ""))
+        for _, value in sorted(vars(self._dataset).items()):
+            if isinstance(value, np.ndarray | Tensor) and value.dtype != object:
+                digest.update(np.ascontiguousarray(value).tobytes())
+            elif isinstance(value, list | tuple):
+                # Wherever the files lie.
+                digest.update(repr(value).replace(root, "").encode("utf-8", "surrogateescape"))
+        for part in content.digest_of(Piece(path, 0, -1) for path in self._files):
+            digest.update(part)
+        for index in range(0, len(self), max(1, len(self) // 64)):
+            try:
+                sample = self.read(index)
+                assert isinstance(sample.image, Image.Image)
+                digest.update(f"{sample.image.size} {sample.image.mode} {sample.label}".encode())
+                digest.update(sample.image.tobytes())
+            except UnusableError as reason:
+                digest.update(str(reason).encode())
+        return digest.hexdigest()
+
+    def modified(self) -> str:
+        return content.modified(self._files) if self._files else ""
+
+    @cached_property
+    def _files(self) -> list[Path]:
+        """The files that the object's lists name, as those of most classes of torchvision do."""
+        found: list[Path] = []
+        for _, value in sorted(vars(self._dataset).items()):
+            for entry in value if isinstance(value, list | tuple) else ():
+                path = entry[0] if isinstance(entry, tuple) and entry else entry
+                if isinstance(path, str | Path) and (text := str(path)) and len(text) < 4096 and "\0" not in text:
+                    found.append(Path(path))
+        found = list(dict.fromkeys(found))
+        states = content.in_threads(content.stat, found)
+        return [
+            path for path, about in zip(found, states, strict=True) if about is not None and S_ISREG(about.st_mode)
+        ]
+
+    def _foreign(self, error: Exception) -> DataError:
+        return DataError(f"{self._name}: {type(error).__name__}: {error}")
+
+
+def _class_names(names: Any, of: str) -> tuple[str, ...]:
+    """As strings: of synonyms, as ImageNet has them, the first.
+
+    Raises:
+        DataError: one is something else, or not UTF-8.
+    """
+    if not isinstance(names, list | tuple | np.ndarray):
+        return ()
+    found: list[str] = []
+    for name in names:
+        first = name[0] if isinstance(name, list | tuple) and name else name
+        if not isinstance(first, str | int | np.integer):
+            raise DataError(f"{of}: class {len(found)} has {type(name).__name__} for a name; expected a string")
+        if readable(str(first)) != str(first):
+            raise DataError(
+                f"{of}: the name of class {len(found)}, {readable(str(first))}, is not UTF-8; rename it"
+            )
+        found.append(str(first))
+    return tuple(found)
 
 
 class Converted(NamedTuple):
@@ -159,7 +301,7 @@ def convert(image: bytes | Image.Image, options: Options) -> Converted:
     Raises:
         UnusableError: it cannot be decoded, is too small, or too large for a JPEG.
     """
-    data, picture = (b"", image) if isinstance(image, Image.Image) else (image, _decoded(image))
+    data, picture, reason = _decoded(image)
     width, height = picture.size
     shorter, longer = sorted((width, height))
     if shorter < options.min_side:
@@ -167,7 +309,6 @@ def convert(image: bytes | Image.Image, options: Options) -> Converted:
     scale = 1.0 if options.max_side is None else min(1.0, options.max_side / shorter)
     if longer * scale > LARGEST_SIDE:
         raise UnusableError(f"a side longer than {LARGEST_SIDE} pixels")
-    reason = why_unusual(picture, data) if data else "decoded"
     if scale == 1.0 and not reason:
         return Converted(data, height, width, "")
     if scale < 1.0:
@@ -175,7 +316,7 @@ def convert(image: bytes | Image.Image, options: Options) -> Converted:
         width, height = round(width * scale), round(height * scale)
     content = io.BytesIO()
     try:
-        picture = _rgb(picture)
+        picture = picture.convert("RGB")
         if scale < 1.0:
             picture = picture.resize((width, height), Image.Resampling.BICUBIC)
         picture.save(content, "JPEG", quality=options.quality)
@@ -192,23 +333,37 @@ def prepare(raw: Raw, output: Path, options: Options, workers: int) -> Manifest:
         workers: processes.
 
     Raises:
-        DataError: the folder holds something else, no sample is usable, the tokenizer cannot be loaded, or the
-            disk is full.
+        DataError: the folder holds something else, no sample is usable, the tokenizer cannot be loaded, the disk
+            is full, or what was written does not read back.
+        LockedError: another process prepares a set there.
     """
+    raw.check()
+    if options.tokenizer is not None:
+        _tokenizer(options.tokenizer)
+    wanted = asdict(options) | {"source": raw.digest()}
+    with locks.folder_lock(output, "prepared set"):
+        return _prepare(raw, output, options, wanted, workers)
+
+
+def _prepare(raw: Raw, output: Path, options: Options, wanted: dict[str, Any], workers: int) -> Manifest:
     if (output / prepared.MANIFEST).is_file():
         manifest = prepared.read_manifest(output)
-        _same(manifest.options, _state(raw, options), output)
+        _same(manifest.options, wanted, output)
+        if manifest.options.get("source_modified") != raw.modified():
+            logger.warning(
+                "%s: is prepared already; the files of its source were modified or copied since, though what was "
+                "looked at is the same. Remove the folder to prepare it again",
+                output,
+            )
         _tidy(output, manifest)
         return manifest
     parts = output / PARTS
-    if options.tokenizer is not None:
-        _tokenizer(options.tokenizer)
     try:
-        _claim(parts, _state(raw, options), output)
+        identity = _claim(parts, wanted, options, raw, output)
         shards = list(_shards(len(raw), options.shard_samples))
-        missing = [shard for shard in shards if not (parts / f"{shard.name}.json").is_file()]
-        _make(missing, raw, output, options, workers, sum(len(shard.samples) for shard in shards))
-        return _finish(shards, raw, output, options)
+        missing = [shard for shard in shards if not _is_made(parts / f"{shard.name}.json", identity)]
+        _make(missing, raw, output, options, identity, workers, sum(len(shard.samples) for shard in shards))
+        return _finish(shards, raw, output, options, wanted)
     except OSError as error:
         raise DataError(f"{output}: {error}; what is done stays: run the same command again") from error
 
@@ -223,12 +378,19 @@ def _shards(count: int, size: int) -> Iterator[_Shard]:
         yield _Shard(f"{number:06d}", range(first, min(first + size, count)))
 
 
-def _state(raw: Raw, options: Options) -> dict[str, Any]:
-    return asdict(options) | {"source": raw.digest()}
+def _versions(options: Options) -> dict[str, str | None]:
+    """Of what decides the bytes of a shard beside its samples and the options."""
+    found = {
+        "pillow": metadata.version("pillow"),
+        "jpeg": features.version("libjpeg_turbo") or features.version("jpg"),
+    }
+    return found | ({} if options.tokenizer is None else {"open_clip": metadata.version("open_clip_torch")})
 
 
-def _claim(parts: Path, state: dict[str, Any], output: Path) -> None:
-    """Starts a set in its folder, or goes on with the same one."""
+def _claim(parts: Path, wanted: dict[str, Any], options: Options, raw: Raw, output: Path) -> str:
+    """Starts a set in its folder, or goes on with the same one; returns what its shards are known by."""
+    state = wanted | {"source_modified": raw.modified(), "versions": _versions(options)}
+    identity = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
     if (parts / STATE).is_file():
         try:
             found = read_json(parts / STATE)
@@ -236,12 +398,27 @@ def _claim(parts: Path, state: dict[str, Any], output: Path) -> None:
             raise DataError(
                 f"{parts / STATE}: cannot read it: {error}; remove {output}, and begin anew"
             ) from error
-        _same(found, state, output)
-        return
-    if output.is_dir() and any(entry.name != PARTS for entry in output.iterdir()):
+        _same(found, wanted, output)
+        if found == state:
+            return identity
+        changed = [name for name in ("source_modified", "versions") if found.get(name) != state[name]]
+        logger.warning(
+            "%s: %s changed since it was begun; all its shards are made again", output, ", ".join(changed)
+        )
+    elif output.is_dir() and any(entry.name not in (PARTS, locks.FILE) for entry in output.iterdir()):
         raise DataError(f"{output}: holds something else; name an empty folder or a new one")
     parts.mkdir(parents=True, exist_ok=True)
     write_whole(parts / STATE, json.dumps(state).encode())
+    return identity
+
+
+def _is_made(note: Path, identity: str) -> bool:
+    """Whether a shard was made from these samples, by these options and packages."""
+    try:
+        found = read_json(note)
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("identity") == identity
 
 
 def _same(found: Any, wanted: dict[str, Any], output: Path) -> None:
@@ -255,13 +432,13 @@ def _same(found: Any, wanted: dict[str, Any], output: Path) -> None:
 
 # In the workers
 
-_work: tuple[Raw, Path, Options, Callable[[list[str]], Tensor] | None]
+_work: tuple[Raw, Path, Options, str, Callable[[list[str]], Tensor] | None]
 
 
-def _start(raw: Raw, output: Path, options: Options) -> None:
+def _start(raw: Raw, output: Path, options: Options, identity: str) -> None:
     global _work
     tokenizer = None if options.tokenizer is None else _tokenizer(options.tokenizer)
-    _work = raw, output, options, tokenizer
+    _work = raw, output, options, identity, tokenizer
 
 
 def _tokenizer(name: str) -> Callable[[list[str]], Tensor]:
@@ -272,14 +449,22 @@ def _tokenizer(name: str) -> Callable[[list[str]], Tensor]:
             tokenizer: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(name)
     except Exception as error:  # transformers has errors of many kinds
         raise DataError(f"--tokenizer {name}: cannot load it: {error}") from error
-    return tokenizer
+    return quick_bpe(tokenizer)
 
 
-def _make(shards: Sequence[_Shard], raw: Raw, output: Path, options: Options, workers: int, total: int) -> None:
+def _make(
+    shards: Sequence[_Shard],
+    raw: Raw,
+    output: Path,
+    options: Options,
+    identity: str,
+    workers: int,
+    total: int,
+) -> None:
     done = total - sum(len(shard.samples) for shard in shards)
     progress = tqdm(total=total, initial=done, desc="prepare", unit="image")
     try:
-        with ProcessPoolExecutor(max(1, workers), FORK, _start, (raw, output, options)) as pool:
+        with ProcessPoolExecutor(max(1, workers), FORK, _start, (raw, output, options, identity)) as pool:
             with forking():
                 futures: dict[Future[None], _Shard] = {pool.submit(_make_shard, shard): shard for shard in shards}
             try:
@@ -296,7 +481,7 @@ def _make(shards: Sequence[_Shard], raw: Raw, output: Path, options: Options, wo
 
 
 def _make_shard(shard: _Shard) -> None:
-    raw, output, options, tokenizer = _work
+    raw, output, options, identity, tokenizer = _work
     name, partial = f"{shard.name}.tar", output / f"{shard.name}.tar.partial"
     rows: list[Row] = []
     skipped: list[Skipped] = []
@@ -326,7 +511,7 @@ def _make_shard(shard: _Shard) -> None:
                     for (suffix, data), offset in zip(parts.items(), offsets, strict=True)
                 )
             )
-            digest = hashlib.blake2b(image.jpeg, digest_size=prepared.HASH_BYTES).digest()
+            digest = content.image_hash(image.jpeg)
             tokens = tokenizer(list(sample.texts[:1]))[0] if tokenizer is not None and sample.texts else None
             rows.append(
                 Row(
@@ -340,7 +525,12 @@ def _make_shard(shard: _Shard) -> None:
     if rows:
         write_whole(output / PARTS / f"{shard.name}.safetensors", save(prepared.index_of(rows)))
     # Written last: with it the shard is done.
-    note = {"file": asdict(file), "skipped": [entry._asdict() for entry in skipped], "converted": converted}
+    note = {
+        "identity": identity,
+        "file": asdict(file),
+        "skipped": [entry._asdict() for entry in skipped],
+        "converted": converted,
+    }
     write_whole(output / PARTS / f"{shard.name}.json", json.dumps(note).encode())
 
 
@@ -353,9 +543,12 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     return offset
 
 
-def _decoded(data: bytes) -> Image.Image:
+def _decoded(image: bytes | Image.Image) -> tuple[bytes, Image.Image, str]:
+    """The file's bytes, if there is one; the picture as RGB or grey; why not every loader decodes the file."""
     try:
-        return decode(data)
+        if isinstance(image, Image.Image):
+            return b"", eight_bits(image), "decoded"
+        return image, decode(image), why_unusual(opened(image), image)
     except UNDECODABLE as error:
         raise UnusableError(_why(error)) from error
 
@@ -363,21 +556,19 @@ def _decoded(data: bytes) -> Image.Image:
 def _why(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image"
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return "cannot be read"
+    if isinstance(error, UnknownWhiteError):
+        return "32-bit pixels without a known white"
     return "too many pixels" if isinstance(error, Image.DecompressionBombError) else "a broken image"
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """As open_clip converts: transparency is dropped. 16 bits keep their upper 8, where PIL would cut at 255."""
-    if image.mode.startswith("I"):
-        pixels = np.asarray(image).astype(np.int64) >> 8
-        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
 
 
 # At the end
 
 
-def _finish(shards: Sequence[_Shard], raw: Raw, output: Path, options: Options) -> Manifest:
+def _finish(
+    shards: Sequence[_Shard], raw: Raw, output: Path, options: Options, wanted: dict[str, Any]
+) -> Manifest:
     parts = output / PARTS
     notes = [_note(parts / f"{shard.name}.json", shard) for shard in shards]
     used = [(shard, note) for shard, note in zip(shards, notes, strict=True) if note["file"]["samples"]]
@@ -399,8 +590,12 @@ def _finish(shards: Sequence[_Shard], raw: Raw, output: Path, options: Options) 
         class_names=list(raw.class_names),
         skipped=dict(Counter(reason for _, reason in skipped)),
         converted=dict(sum((Counter(note["converted"]) for note in notes), Counter[str]())),
-        options=_state(raw, options),
+        options=wanted | {"source_modified": raw.modified()},
     )
+    try:
+        prepared.check_written(output, manifest)
+    except DataError as error:
+        raise DataError(f"{error} (what was just written does not read back: the disk may be failing)") from error
     prepared.write_manifest(output, manifest)
     _tidy(output, manifest)
     return manifest

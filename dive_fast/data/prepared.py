@@ -19,13 +19,14 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dive_fast.data.source import DataError, Sample, Skipped, Source, locate
+from dive_fast.data.content import HASH_BYTES, image_hash
+from dive_fast.data.pictures import UNDECODABLE, decode
+from dive_fast.data.source import EMPTY_CAPTION, DataError, Sample, Skipped, Source, locate
 from dive_fast.files import write_whole
 from dive_fast.untrusted import inside, parse_json, read_text
 
 FORMAT = 1
 MANIFEST, INDEX, SKIPPED, BETON = "manifest.json", "index.safetensors", "skipped.jsonl", "data.beton"
-HASH_BYTES = 16
 Index = dict[str, Tensor]
 """One row a sample: ``file``, ``offset``, ``size``, ``height``, ``width``, ``label``, ``hash (N, 16)``, optionally
 ``tokens (N, context)``; ``keys`` and ``texts`` are UTF-8, those of all samples one after the other, their ends in
@@ -142,17 +143,32 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise DataError(f"{path}: not of format {FORMAT}; prepare the set anew: python launch/prepare.py")
     try:
-        manifest = TypeAdapter(Manifest).validate_json(text, strict=True)
-        if manifest.samples < 1:
-            raise ValueError("samples: a set has at least one")
+        manifest = _manifest(text)
         for file in manifest.files:
             inside(folder, file.name)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; copy the set anew") from error
+    return manifest
+
+
+def _manifest(text: str) -> Manifest:
+    """What the text of a manifest says.
+
+    Raises:
+        ValueError: a value is missing, or of another type.
+    """
+    found = parse_json(text)
+    if isinstance(names := found.get("class_names"), list):
+        # A preparation of torchvision's ImageNet once wrote all synonyms.
+        found["class_names"] = [name[0] if isinstance(name, list) and name else name for name in names]
+    try:
+        manifest = TypeAdapter(Manifest).validate_json(json.dumps(found), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise DataError(f"{path}: {place}: {first['msg']}; copy the set anew") from error
-    except ValueError as error:
-        raise DataError(f"{path}: {error}; copy the set anew") from error
+        raise ValueError(f"{place}: {first['msg']}") from error
+    if manifest.samples < 1:
+        raise ValueError("samples: a set has at least one")
     return manifest
 
 
@@ -173,20 +189,89 @@ def open_prepared(path: str, text: str) -> Source:
     """
     folder = locate(path)
     manifest = read_manifest(folder)
+    return _opened(folder, manifest, path, text)
+
+
+def _opened(folder: Path, manifest: Manifest, path: str, text: str) -> Source:
     _check_files(folder, manifest)
     index = _read_index(folder, manifest)
     has_texts = len(index["texts"]) > 0
-    if not has_texts and (text == ".txt" or bool((index["label"] < 0).any())):
+    is_unlabelled = index["label"] < 0
+    if not has_texts and (text == ".txt" or bool(is_unlabelled.any())):
         raise DataError(f"{path}: was prepared without {'captions' if text == '.txt' else 'labels'}")
     beton = folder / BETON if any(file.name == BETON for file in manifest.files) else None
+    skipped: list[Skipped] = []
+    content = manifest.content
+    blank = _blank(index) & (is_unlabelled | (text == ".txt"))
+    if bool(blank.any()):
+        # Written before empty captions were left out.
+        if beton is not None:
+            raise DataError(f"{path}: {int(blank.sum())} of its captions are empty; prepare the set again")
+        everything = PreparedSamples(index, [folder / file.name for file in manifest.files])
+        skipped = [Skipped(everything[row].key, EMPTY_CAPTION) for row in blank.nonzero()[:, 0].tolist()]
+        index = _rows_of(index, (~blank).nonzero()[:, 0])
+        content = content_of(index)
+        if not len(index["label"]):
+            raise DataError(f"{path}: all its captions are empty")
     return Source(
         PreparedSamples(index, [folder / file.name for file in manifest.files]),
         tuple(manifest.class_names),
-        content=manifest.content,
+        skipped=skipped,
+        prepared_without=manifest.skipped,
+        content=content,
+        hashes=index["hash"].numpy(),
+        files=[folder / name for name in (MANIFEST, INDEX, *(file.name for file in manifest.files))],
         sizes=torch.stack([index["height"], index["width"]], dim=1).numpy(),
         tokens=index.get("tokens"),
         beton=beton,
     )
+
+
+def check_written(folder: Path, manifest: Manifest) -> None:
+    """Opens a set whose manifest is not written yet, and some of its images, as its readers will.
+
+    Raises:
+        DataError: it cannot be read back.
+    """
+    try:
+        again = _manifest(json.dumps(asdict(manifest), ensure_ascii=False).encode().decode())
+    except ValueError as error:
+        raise DataError(f"{folder / MANIFEST}: {error}") from error
+    source = _opened(folder, again, str(folder), ".cls")
+    assert source.hashes is not None
+    assert source.sizes is not None
+    for row in range(0, len(source), max(1, len(source) // 64)):
+        data = source.read(row)
+        try:
+            image = decode(data)
+        except UNDECODABLE as error:
+            raise source.samples[row].unusable(f"cannot decode the image: {error}") from error
+        if image_hash(data) != source.hashes[row].tobytes() or image.size[::-1] != tuple(
+            source.sizes[row].tolist()
+        ):
+            raise source.samples[row].unusable("its bytes or size are not those of the index")
+
+
+def _blank(index: Index) -> Tensor:
+    """``(N,)`` bool: the samples whose texts are nothing but spaces."""
+    ends = index["text_ends"]
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    # A text is blank where no byte of it is more than a space.
+    letters = torch.cat([ends.new_zeros(1), (index["texts"] > 32).long().cumsum(0)])
+    return letters[ends] == letters[starts]
+
+
+def _rows_of(index: Index, rows: Tensor) -> Index:
+    """The index of some of its samples."""
+    chosen = {
+        name: tensor[rows]
+        for name, tensor in index.items()
+        if tensor.ndim and not name.startswith(("key", "text"))
+    }
+    for name in ("key", "text"):
+        ends, values = index[f"{name}_ends"].tolist(), index[f"{name}s"].numpy().tobytes()
+        chosen |= _strings(name, [values[ends[row - 1] if row else 0 : ends[row]] for row in rows.tolist()])
+    return chosen
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
@@ -283,7 +368,7 @@ class PreparedSamples(Sequence[Sample]):
             int(index["offset"][row]),
             int(index["size"][row]),
             int(index["label"][row]),
-            tuple(texts.split("\0")) if len(index["texts"]) else (),
+            tuple(text for text in texts.split("\0") if text.strip()) if len(index["texts"]) else (),
         )
 
     def _string(self, name: str, row: int) -> str:

@@ -4,30 +4,52 @@ from typing import Any
 
 from dive_fast.config import EvaluationSet, GeometryConfig, ReferenceConfig, TargetConfig
 from dive_fast.data.prepared import open_prepared
-from dive_fast.data.source import Source, open_csv, open_folder, open_webdataset
+from dive_fast.data.source import DataError, Source, open_csv, open_folder, open_webdataset
 
 
-def open_target(config: TargetConfig | EvaluationSet) -> Source:
+def open_target(config: TargetConfig | EvaluationSet, place: str = "") -> Source:
     """The labelled images of ``data.target`` or of a set of ``evaluate.sets``.
 
+    Args:
+        place: the section of the config, for messages; default: ``data.target`` for one.
+
     Raises:
         DataError: they are not there, or not as the format says.
     """
-    return _open(config, ".cls")
+    return _open(config, ".cls", place or ("data.target" if isinstance(config, TargetConfig) else ""))
 
 
-def open_reference(config: ReferenceConfig | GeometryConfig) -> Source:
+def open_reference(config: ReferenceConfig | GeometryConfig, place: str = "") -> Source:
     """The captioned images of ``data.reference`` or of ``evaluate.geometry``.
 
+    Args:
+        place: the section of the config, for messages; default: as above.
+
     Raises:
         DataError: they are not there, or not as the format says.
     """
-    return _open(config, ".txt")
+    section = "data.reference" if isinstance(config, ReferenceConfig) else "evaluate.geometry"
+    return _open(config, ".txt", place or section)
 
 
-def _open(config: Any, text: str) -> Source:
-    if config.format == "folder":
-        return open_folder(config.path)
-    if config.format == "csv":
-        return open_csv(config.path, config.image_root, group=text == ".cls")
-    return (open_webdataset if config.format == "webdataset" else open_prepared)(config.path, text)
+def open_captioned(config: EvaluationSet, place: str = "") -> Source:
+    """The captioned images of a set of ``evaluate.sets`` with ``task = retrieval``.
+
+    Args:
+        place: the section of the config, for messages.
+
+    Raises:
+        DataError: they are not there, or not as the format says.
+    """
+    return _open(config, ".txt", place)
+
+
+def _open(config: Any, text: str, place: str) -> Source:
+    try:
+        if config.format == "folder":
+            return open_folder(config.path)
+        if config.format == "csv":
+            return open_csv(config.path, config.image_root, group=text == ".cls")
+        return (open_webdataset if config.format == "webdataset" else open_prepared)(config.path, text)
+    except DataError as error:
+        raise DataError(f"{place}: {error}" if place else str(error)) from error

@@ -1,21 +1,26 @@
 """The rows that image features are compared with: class prompts (Eq. 2-3), kept on disk, or a trained head."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from open_clip import IMAGENET_CLASSNAMES
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dive_fast.config import ConfigError
-from dive_fast.data.prompts import TELLING, Template, Tokenizer, pack
+from dive_fast.data.classes import repeated, synsets
+from dive_fast.data.prompts import Template, Tokenizer, pack
+from dive_fast.errors import UserError
 from dive_fast.evaluate.head import Head
+from dive_fast.evaluate.identity import of_classifier
 from dive_fast.files import whole_path
+from dive_fast.identity import digest
+from dive_fast.locks import folder_lock
 from dive_fast.ranks import Ranks
 from dive_fast.towers import Towers, unit
 
@@ -88,73 +93,68 @@ def cached_classifier(
 ) -> Tensor:
     """What :func:`classifier` gives, from ``folder`` if it has been computed before; all ranks call it.
 
-    A file is found again by all that decides its rows: the text tower's weights, the tokenizer, every prompt, and
-    the precision and kind of device. None: nothing is kept.
+    A file is found again by all that decides its rows (:func:`dive_fast.evaluate.identity.of_classifier`): the
+    text tower, the tokenizer, every prompt, the precision and the kind of device. None: nothing is kept.
 
     Raises:
         ConfigError: the file is there and cannot be read.
+        UserError: the folder cannot be written.
     """
     if folder is None:
         return classifier(towers, tokenizer, class_names, templates, ranks)
-    key = _key(towers, tokenizer, class_names, templates, ranks.device)
+    key = digest(of_classifier(towers, tokenizer, class_names, templates, ranks.device)) if ranks.first else ""
+    key = ranks.as_first(key)
     path = folder / f"{key[:32]}.safetensors"
-    known = [path.is_file()]
-    if ranks.group is not None:
-        dist.broadcast_object_list(known, src=0, group=ranks.group)
-    if known[0]:
+    if ranks.as_first(path.is_file()):
         return _read(path, key, len(class_names), towers.width).to(ranks.device)
     weights = classifier(towers, tokenizer, class_names, templates, ranks)
-    if ranks.first:
-        folder.mkdir(parents=True, exist_ok=True)
-        about = {"key": key, "class_names": json.dumps(list(class_names), ensure_ascii=False)}
-        with whole_path(path) as partial:
-            save_file({"weight": weights.cpu().contiguous()}, partial, about)
-    ranks.barrier()
+    # Another process may write the same file at the same time.
+    with ranks.together(UserError):
+        if ranks.first:
+            with folder_lock(folder, "folder of classifiers", wait=True):
+                about = {"key": key, "class_names": json.dumps(list(class_names))}
+                with whole_path(path) as partial:
+                    save_file({"weight": weights.cpu().contiguous()}, partial, about)
     return weights
 
 
-def of_head(head: Head, class_names: Sequence[str]) -> tuple[Tensor, Tensor] | None:
-    """The head's rows and biases for these classes; None where it lacks one of them.
+class HeadRows(NamedTuple):
+    """A head's rows for the classes of a data set, in the data set's order."""
+
+    weight: Tensor
+    """``(C, D)``"""
+    bias: Tensor
+    """``(C,)``"""
+    joined_by: Literal["position", "number", "name"]
+    """How they were found: all rows in their order, by ImageNet's numbering, or by class name."""
+
+
+def of_head(head: Head, class_names: Sequence[str], imagenet_rows: Sequence[int] | None = None) -> HeadRows | None:
+    """The head's rows for these classes; None where it lacks one of them.
+
+    Args:
+        imagenet_rows: for each class, which of ImageNet's 1000 it is. A head of all 1000 is then read by number:
+            its names, open_clip's, have two classes called "missile".
 
     Raises:
-        ConfigError: a class has a name that two of the head have.
+        ConfigError: two classes of the head, or of the data set, share a name that is needed to find a row.
     """
+    if imagenet_rows is not None and head.class_names in (tuple(IMAGENET_CLASSNAMES), synsets()):
+        chosen = list(imagenet_rows)
+        return HeadRows(head.weight[chosen], head.bias[chosen], "number")
     if tuple(class_names) == head.class_names:
-        return head.weight, head.bias
+        return HeadRows(head.weight, head.bias, "position")
     rows = {name: row for row, name in enumerate(head.class_names)}
     if any(name not in rows for name in class_names):
         return None
-    twice = [name for name in class_names if head.class_names.count(name) > 1]
-    if twice:
-        raise ConfigError(f"the head has two classes called {twice[0]!r}; train it on names that differ")
+    for owner, names in (("head", head.class_names), ("data set", class_names)):
+        if twice := [name for name in repeated(names) if name in class_names]:
+            raise ConfigError(
+                f"the {owner} has two classes called {twice[0]!r}, so rows of the head cannot be found by name; "
+                "train it on names that differ, or leave it out by --head none"
+            )
     chosen = [rows[name] for name in class_names]
-    return head.weight[chosen], head.bias[chosen]
-
-
-def digest_of(*parts: Any) -> str:
-    """A hash of things that have one ``repr``."""
-    return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()
-
-
-def prompts_digest(class_names: Sequence[str], templates: Sequence[Template]) -> str:
-    """A hash of every prompt, class by class."""
-    return digest_of([[template(name) for template in templates] for name in class_names])
-
-
-def _key(
-    towers: Towers,
-    tokenizer: Tokenizer,
-    class_names: Sequence[str],
-    templates: Sequence[Template],
-    device: torch.device,
-) -> str:
-    digest = hashlib.sha256(f"{towers.autocast} {device.type}".encode())
-    for name, tensor in sorted(towers.text.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    digest.update(tokenizer(list(TELLING)).numpy().tobytes())
-    digest.update(prompts_digest(class_names, templates).encode())
-    return digest.hexdigest()
+    return HeadRows(head.weight[chosen], head.bias[chosen], "name")
 
 
 def _read(path: Path, key: str, num_classes: int, width: int) -> Tensor:

@@ -9,15 +9,27 @@ import torch
 from torch import Tensor
 
 from dive_fast import towers
-from dive_fast.config import Config, ConfigError
-from dive_fast.data.prompts import Tokenizer, read_templates
+from dive_fast.config import Config, ConfigError, nearest
+from dive_fast.data.prompts import Template, Tokenizer, read_templates
 from dive_fast.engine import AUTOCAST
+from dive_fast.errors import UserError
 from dive_fast.evaluate import head as heads
 from dive_fast.evaluate import plots
 from dive_fast.evaluate.head import Head
+from dive_fast.evaluate.results import LOCK
 from dive_fast.evaluate.weights import exported
-from dive_fast.evaluate.zero_shot import classifier, evaluate
+from dive_fast.evaluate.zero_shot import (
+    Measured,
+    classifier,
+    measure_sets,
+    metric_of,
+    open_sets,
+    report_left_out,
+    values,
+)
 from dive_fast.files import write_whole
+from dive_fast.locks import file_lock
+from dive_fast.model_files import DESCRIPTION
 from dive_fast.ranks import Ranks
 
 WEIGHTS = "ensemble.safetensors"
@@ -30,11 +42,14 @@ class Ensemble(NamedTuple):
 
     report: dict[str, Any]
     """``alpha``, the best one on ``chosen_on``, the smaller where two are equal; ``accuracies``, a row for each
-    alpha, 0 and 1 included: shares in [0, 1] by set."""
+    alpha, 0 and 1 included: shares in [0, 1] by set, of its ``metrics``; ``left_out``: samples that could not be
+    read, by set."""
     weights: State
     """Under open_clip's names."""
     head: Head | None
     """Where the run has trained one."""
+    model: towers.Towers
+    """Says how images are preprocessed."""
 
 
 def interpolate(pretrained: State, tuned: State, alpha: float) -> State:
@@ -67,39 +82,64 @@ def ensemble(
 
     Raises:
         ConfigError: there is no evaluation set, none of that name, or the weights are not those of the model.
+        DataError: a set cannot be opened or measured.
     """
     names = list(config.evaluate.sets)
     if not names:
         raise ConfigError("evaluate.sets: alpha is chosen on one of them; name the ID validation set")
     chosen_on = chosen_on or names[0]
     if chosen_on not in names:
-        raise ConfigError(f"evaluate.sets has no {chosen_on}; it has {', '.join(names)}")
-    model = towers.create(config.model)
-    tokenizer = towers.tokenizer_of(config.model)
-    pretrained = {name: tensor.clone() for name, tensor in model.export(model.state_dict()).items()}
-    trained = None if weights.is_dir() or (path := heads.beside(weights)) is None else heads.load(path)
-    start = None if trained is None else _of_prompts(model.eval(), tokenizer, trained.class_names, config)
-    tuned = exported(model, config.model, weights)
+        raise ConfigError(
+            f"evaluate.sets has no {chosen_on}{nearest(chosen_on, names)}; it has {', '.join(names)}"
+        )
+    with ranks.together(UserError):
+        # What a typo may be in comes before what takes minutes.
+        opened = open_sets(config.evaluate.sets, ranks)
+        trained = None if weights.is_dir() or (path := heads.beside(weights)) is None else heads.load(path)
+        templates = () if trained is None else read_templates(config.data.target.templates)
+        model = towers.create(config.model)
+        tokenizer = towers.tokenizer_of(config.model)
+        pretrained = {name: tensor.clone() for name, tensor in model.export(model.state_dict()).items()}
+        tuned = exported(model, config.model, weights)
     model = model.to(ranks.device).eval()
+    start = None
+    if trained is not None:
+        # In fp32, as at the start of training. 80,000 prompts take a CPU many minutes: the device, and all ranks.
+        start = _of_prompts(model.load_exported(pretrained), tokenizer, trained.class_names, templates, ranks)
     model.autocast = AUTOCAST[config.train.precision]
     points = sorted({0.0, *alphas, 1.0})
-    rows = []
+    rows: list[dict[str, float]] = []
+    measured: dict[str, Measured] = {}
     with ranks.progress(len(points), "ensembles", "model") as bar:
         for alpha in points:
             model.load_exported(interpolate(pretrained, tuned, alpha))
             head = _mixed(start, trained, alpha)
-            rows.append({"alpha": alpha} | evaluate(model, tokenizer, config.evaluate, ranks, head))
+            measured = measure_sets(model, tokenizer, config.evaluate, opened, ranks, head)
+            rows.append({"alpha": alpha} | values(measured, config.evaluate.sets))
             bar.update()
+    report_left_out(measured, ranks)
     inner = [row for row in rows if row["alpha"] in alphas]
     best = max(inner, key=lambda row: (row[chosen_on], -row["alpha"]))["alpha"]
-    report = {"alpha": best, "chosen_on": chosen_on, "accuracies": rows}
-    return Ensemble(report, interpolate(pretrained, tuned, best), _mixed(start, trained, best))
+    report = {
+        "alpha": best,
+        "chosen_on": chosen_on,
+        "metrics": {name: metric_of(evaluation) for name, evaluation in config.evaluate.sets.items()},
+        "left_out": {name: found.left_out for name, found in measured.items() if found.left_out},
+        "accuracies": rows,
+    }
+    return Ensemble(report, interpolate(pretrained, tuned, best), _mixed(start, trained, best), model)
 
 
-def _of_prompts(model: towers.Towers, tokenizer: Tokenizer, names: Sequence[str], config: Config) -> Head:
-    """The head that the target's prompts make: what :mod:`dive_fast.probe` starts from."""
-    unit = classifier(model, tokenizer, names, read_templates(config.data.target.templates))
-    return Head(unit * model.scale().detach(), torch.zeros(len(names)), tuple(names))
+def _of_prompts(
+    model: towers.Towers,
+    tokenizer: Tokenizer,
+    names: Sequence[str],
+    templates: Sequence[Template],
+    ranks: Ranks,
+) -> Head:
+    """The head that the target's prompts make, on the CPU: what :mod:`dive_fast.probe` starts from."""
+    unit = classifier(model, tokenizer, names, templates, ranks)
+    return Head((unit * model.scale().detach()).cpu(), torch.zeros(len(names)), tuple(names))
 
 
 def _mixed(start: Head | None, trained: Head | None, alpha: float) -> Head | None:
@@ -111,19 +151,26 @@ def _mixed(start: Head | None, trained: Head | None, alpha: float) -> Head | Non
 
 def write(found: Ensemble, folder: Path) -> None:
     """Leaves :data:`WEIGHTS`, for open_clip to load, any mixed head, ``ensemble.json`` and its picture."""
-    folder.mkdir(parents=True, exist_ok=True)
-    towers.save(found.weights, folder / WEIGHTS)
-    if found.head is not None:
-        heads.save(found.head, heads.path_beside(folder / WEIGHTS))
-    write_whole(folder / "ensemble.json", (json.dumps(found.report, indent=2) + "\n").encode())
-    plots.ensemble(found.report, folder / "ensemble.png")
+    with file_lock(folder / LOCK, f"results folder {folder}", wait=True):
+        towers.save(found.weights, folder / WEIGHTS)
+        if not (folder / DESCRIPTION).exists():
+            towers.describe(found.model, folder)
+        path = heads.path_beside(folder / WEIGHTS)
+        if found.head is None:
+            path.unlink(missing_ok=True)  # another ensemble's: it would classify in the place of prompts
+        else:
+            heads.save(found.head, path)
+        write_whole(folder / "ensemble.json", (json.dumps(found.report, indent=2) + "\n").encode())
+        plots.ensemble(found.report, folder / "ensemble.png")
 
 
 def table(report: dict[str, Any]) -> str:
-    """Accuracies in percent, a line for each alpha."""
+    """Figures in percent, a line for each alpha; a set's metric stands by its name where it is not top-1."""
     names = [name for name in report["accuracies"][0] if name != "alpha"]
-    lines = ["alpha  " + "  ".join(names)]
+    metrics = report.get("metrics", {})
+    shown = {name: name if metrics.get(name, "top1") == "top1" else f"{name} ({metrics[name]})" for name in names}
+    lines = ["alpha  " + "  ".join(shown.values())]
     for row in report["accuracies"]:
-        cells = "  ".join(f"{100 * row[name]:{len(name)}.1f}" for name in names)
+        cells = "  ".join(f"{100 * row[name]:{len(shown[name])}.1f}" for name in names)
         lines.append(f"{row['alpha']:5.2f}  {cells}" + ("  <" if row["alpha"] == report["alpha"] else ""))
     return "\n".join(lines)

@@ -4,31 +4,24 @@ The lists of classes are timm's, which open_clip brings; ObjectNet's map comes w
 """
 
 from dataclasses import replace
-from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from dive_fast.data.classes import repeated, synsets
 from dive_fast.data.source import DataError, Source, open_folder
 from dive_fast.evaluate.classifier import Members
+from dive_fast.evaluate.layouts import complete
 from dive_fast.untrusted import parse_json, read_text
 
 OBJECTNET_BORDER = 2
 """Pixels; its README asks that the red edge be cut off."""
+__all__ = ["classes_of", "open_numbered_folders", "open_objectnet", "open_wnid_folders", "synsets"]
 MAPPINGS = (
     "folder_to_objectnet_label.json",
     "objectnet_to_imagenet_1k.json",
     "pytorch_to_imagenet_2012_id.json",
     "imagenet_to_label_2012_v2",
 )
-
-
-@cache
-def synsets(subset: str = "") -> tuple[str, ...]:
-    """WordNet ids in the order of the labels: all 1000, or the 200 of ``r`` or ``a``."""
-    file = f"imagenet_{subset}_synsets.txt" if subset else "imagenet_synsets.txt"
-    text = resources.files("timm.data").joinpath("_info", file).read_text(encoding="utf-8")
-    return tuple(sorted(text.split()))
 
 
 def classes_of(subset: str) -> tuple[int, ...]:
@@ -47,7 +40,7 @@ def open_wnid_folders(path: Path, subset: str = "") -> Source:
     found = _folders(path)
     _hold_to(path, found, wanted, f"{len(wanted)} folders named by WordNet id")
     # Both are sorted, so a folder's place is its label.
-    return open_folder(str(path))
+    return complete(open_folder(str(path)), path)
 
 
 def open_numbered_folders(path: Path) -> Source:
@@ -58,7 +51,7 @@ def open_numbered_folders(path: Path) -> Source:
     """
     found = _folders(path)
     _hold_to(path, found, tuple(str(label) for label in range(1000)), "folders 0 to 999")
-    source = open_folder(str(path))
+    source = complete(open_folder(str(path)), path)
     return _relabelled(source, [int(name) for name in source.class_names])
 
 
@@ -86,8 +79,13 @@ def open_objectnet(images: Path, mappings: Path) -> tuple[Source, Members, tuple
     folder_to_name, name_to_imagenet, own_ids, labels = (maps[file] for file in MAPPINGS)
     try:
         class_of_id = {int(own): int(row) for row, own in own_ids.items()}
-        class_of = {label.strip(): class_of_id[row] for row, label in enumerate(labels) if label.strip()}
+        named = [(label.strip(), class_of_id[row]) for row, label in enumerate(labels) if label.strip()]
+        # Two classes are called "crane"; ObjectNet has neither.
+        twice = repeated([name for name, _ in named])
+        class_of = {name: row for name, row in named if name not in twice}
         folder_of = {name: folder for folder, name in folder_to_name.items()}
+        if len(folder_of) < len(folder_to_name):
+            raise KeyError(f"one folder for {next(iter(repeated(list(folder_to_name.values()))))!r}")
         by_folder = {
             folder_of[name]: (name, tuple(class_of[label.strip()] for label in joined.split(";")))
             for name, joined in name_to_imagenet.items()
@@ -98,7 +96,7 @@ def open_objectnet(images: Path, mappings: Path) -> tuple[Source, Members, tuple
     missing = [folder for folder in wanted if not (images / folder).is_dir()]
     if missing:
         raise DataError(f"{images}: {len(missing)} of {len(wanted)} class folders are missing, e.g. {missing[0]}")
-    source = open_folder(str(images))
+    source = complete(open_folder(str(images)), images)
     place = {folder: label for label, folder in enumerate(wanted)}
     source = _relabelled(source, [place.get(folder, -1) for folder in source.class_names])
     return source, tuple(by_folder[folder][1] for folder in wanted), tuple(by_folder[f][0].lower() for f in wanted)

@@ -3,27 +3,26 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 from dive_fast.config import EvaluationSet
 from dive_fast.data.prompts import Tokenizer
 from dive_fast.data.source import DataError
-from dive_fast.evaluate.classifier import digest_of, of_head, prompts_digest
+from dive_fast.errors import UserError
+from dive_fast.evaluate.classifier import HeadRows, of_head
 from dive_fast.evaluate.head import Head
+from dive_fast.evaluate.identity import of_model, prompts_digest
 from dive_fast.evaluate.labelled import Captioned, Labelled
 from dive_fast.evaluate.results import Results, Row
 from dive_fast.evaluate.suites import canonical, find
-from dive_fast.evaluate.zero_shot import measure, metric_of, open_evaluation
+from dive_fast.evaluate.zero_shot import Opened, measure, metric_of, open_sets
+from dive_fast.identity import Identity, differences, digest
 from dive_fast.ranks import Ranks
-from dive_fast.teacher.fingerprint import weights_digest
 from dive_fast.towers import Towers
 
-Opened = dict[str, Labelled | Captioned]
+SHOWN_VERSIONS = ("dive_fast", "torch", "open_clip_torch")
+"""Packages whose version a row names."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def open_all(sets: Mapping[str, EvaluationSet], ranks: Ranks, skip_missing: bool
     opened: Opened = {}
     for name, config in sets.items():
         try:
-            opened[name] = open_evaluation(config)
+            opened |= open_sets({name: config}, ranks)
         except DataError as error:
             if not skip_missing:
                 raise
@@ -82,33 +81,23 @@ def measure_all(
     Raises:
         ConfigError, DataError: the user's to mend; rows until then are kept.
     """
-    digest = weights_digest(towers)
-    common = about | {
-        "label": options.label,
-        "precision": options.precision,
-        "weights_digest": digest,
-        "ranks": ranks.world_size,
-        "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu",
-        "versions": {name: metadata.version(name) for name in ("dive_fast", "torch", "open_clip_torch")},
-    }
+    described = {name: _describe(name, sets[name], data, head) for name, data in opened.items()}
+    with ranks.together(UserError):
+        common = of_model(towers, tokenizer, ranks.device) if ranks.first else {}
+        found = _identities(common, opened, options, head) if ranks.first else {}
+    identities: dict[str, Identity] = ranks.as_first(found)
     rows: list[Row] = []
     for name, data in opened.items():
-        described = _describe(name, sets[name], data, head)
-        head_digest = _head_digest(head) if described["classifier"] == "head" else ""
-        # The prompts decide nothing where a head classifies.
-        prompts = "" if head_digest else described["prompts_digest"]
-        key = digest_of(
-            digest, head_digest, prompts, described["data_digest"], options.precision, towers.preprocess
-        )
-        known = [None if options.again else results.known(key, options.label, name)]
-        if ranks.group is not None:
-            dist.broadcast_object_list(known, src=0, group=ranks.group)
-        if known[0] is not None:
-            row = known[0] | about | described | {"value": known[0][str(described["metric"])]}
+        identity = identities[name]
+        about_set = described[name] | {"prompts_digest": identity["classes"].get("prompts", "")}
+        key = digest(identity)
+        before = ranks.as_first(results.known(key, options.label, name) if ranks.first else None)
+        if before is not None and not options.again:
+            row = before | about | about_set | {"value": before[str(about_set["metric"])]}
             ranks.say(f"{name}: {_figure(row)} (measured before)")
         else:
             started = time.monotonic()
-            found = measure(
+            measured = measure(
                 towers,
                 tokenizer,
                 data,
@@ -119,14 +108,79 @@ def measure_all(
                 cache=options.classifiers,
                 name=name,
             )
-            seconds = round(time.monotonic() - started, 2)
-            value = found.scores[str(described["metric"])]
-            row = common | described | {"value": value} | found.scores | {"seconds": seconds, "key": key}
-            ranks.say(f"{name}: {_figure(row)}")
+            row = about | {
+                "label": options.label,
+                "precision": options.precision,
+                "weights_digest": identity["model"]["weights"],
+                "data_digest": identity["data"]["content"],
+                "ranks": ranks.world_size,
+                "device": identity["device"],
+                "versions": {part: identity["versions"][part] for part in SHOWN_VERSIONS},
+            }
+            row |= about_set | {"value": measured.scores[str(about_set["metric"])]} | measured.scores
+            row |= {
+                "samples": measured.samples,
+                "left_out": measured.left_out,
+                "seconds": round(time.monotonic() - started, 2),
+                "key": key,
+                "identity": identity,
+            }
+            ranks.say(f"{name}: {_figure(row)}{_why_again(results.last(options.label, name), identity)}")
         rows.append(row)
-        if ranks.first:
-            results.add(row)
+        with ranks.together(UserError):
+            if ranks.first:
+                results.add(row)
     return rows
+
+
+def _identities(common: Identity, opened: Opened, options: Options, head: Head | None) -> dict[str, Identity]:
+    """What decides the figures of each set.
+
+    Args:
+        common: of the model.
+    """
+    common = common | {"precision": common["precision"] | {"named": options.precision}}
+    found = {}
+    for name, data in opened.items():
+        rows = None
+        if head is not None and isinstance(data, Labelled):
+            rows = of_head(head, data.class_names, data.imagenet_rows)
+        found[name] = common | _set_identity(data, rows)
+    return found
+
+
+def _set_identity(data: Labelled | Captioned, head: HeadRows | None) -> Identity:
+    """What decides the figures of a set, beside the model.
+
+    Args:
+        head: its rows for the set's classes; None where prompts classify.
+    """
+    about: Identity = {
+        "data": {
+            "content": data.source.digest(),
+            "modified": data.source.modified(),
+            "samples": len(data.source),
+            "layout": data.layout,
+            "on_skipped": "report" if data.reports_skipped else "error",
+        }
+    }
+    if isinstance(data, Captioned):
+        return about | {"task": "retrieval", "classes": {}, "captions": digest(data.captions())}
+    regions = None
+    if data.regions is not None:
+        regions = digest([data.regions.of_sample.tolist(), data.regions.names, data.regions.left_out])
+    about["data"] |= {
+        "labels": digest([sample.label for sample in data.source.samples]),
+        "border": data.border,
+        "regions": regions,
+    }
+    classes: Identity = {"names": digest(data.class_names), "members": digest(data.members)}
+    if head is None:
+        classes |= {"classifier": "prompts", "prompts": prompts_digest(data.class_names, data.templates)}
+    else:
+        # Prompts decide nothing where a head classifies.
+        classes |= {"classifier": "head", "rows": digest([head.weight.tolist(), head.bias.tolist()])}
+    return about | {"task": "classification", "classes": classes}
 
 
 def _describe(name: str, config: EvaluationSet, data: Labelled | Captioned, head: Head | None) -> dict[str, Any]:
@@ -139,27 +193,30 @@ def _describe(name: str, config: EvaluationSet, data: Labelled | Captioned, head
         "metric": metric_of(config),
         "path": config.path,
         "layout": data.layout,
-        "samples": len(data.source),
     }
-    samples = data.source.samples
-    content = data.source.content or digest_of([(s.key, s.size, s.label, s.texts) for s in samples])
     if isinstance(data, Captioned):
-        return found | {"classifier": "captions", "prompts_digest": "", "data_digest": content}
-    regions = None if data.regions is None else (data.regions.of_sample.tolist(), data.regions.names)
-    by_head = head is not None and of_head(head, data.class_names) is not None
-    return found | {
-        "classes": len(data.class_names if data.members is None else data.members),
-        "classifier": "head" if by_head else "prompts",
-        "templates": len(data.templates),
-        "prompts_digest": prompts_digest(data.class_names, data.templates),
-        "data_digest": digest_of(content, data.members, data.border, regions),
-    }
+        return found | {"classifier": "captions", "captions": sum(len(own) for own in data.captions())}
+    found |= {"classes": data.num_labels, "templates": len(data.templates)}
+    rows = None if head is None else of_head(head, data.class_names, data.imagenet_rows)
+    if head is None or rows is None:
+        return found | {"classifier": "prompts"}
+    by = f"{len(rows.weight)} of {len(head.bias)} rows, by {rows.joined_by}"
+    return found | {"classifier": "head", "head_rows": by}
 
 
-def _head_digest(head: Head | None) -> str:
-    assert head is not None
-    return digest_of(head.weight.tolist(), head.bias.tolist(), head.class_names)
+def _why_again(last: Row | None, identity: Identity) -> str:
+    """What has changed since the same set was measured under the same label."""
+    if last is None or not isinstance(last.get("identity"), dict):
+        return ""
+    # Most values are hashes, which say nothing.
+    changed = ", ".join(difference.key for difference in differences(last["identity"], identity))
+    return f" (measured again: {changed} changed)" if changed else ""
 
 
 def _figure(row: Row) -> str:
-    return f"{row['metric']} {100 * row['value']:.2f} % of {row['samples']} samples"
+    figure = f"{row['metric']} {100 * row['value']:.2f} % of {row['samples']} samples"
+    if row.get("left_out"):
+        figure += f", {row['left_out']} left out"
+    if row["classifier"] == "head":
+        figure += f", by the head ({row['head_rows']})"
+    return figure

@@ -7,12 +7,16 @@ from typing import Any, NamedTuple
 
 from dive_fast import towers
 from dive_fast.config import Config, ReferenceConfig
+from dive_fast.data.sets import open_reference
 from dive_fast.data.source import DataError
+from dive_fast.errors import UserError
 from dive_fast.evaluate import plots
 from dive_fast.evaluate.geometry import GeometryError, compare, describe
-from dive_fast.evaluate.pairs import embed, open_pairs
+from dive_fast.evaluate.pairs import embed, open_pairs, spread
+from dive_fast.evaluate.results import LOCK
 from dive_fast.evaluate.weights import exported
 from dive_fast.files import write_whole
+from dive_fast.locks import file_lock
 from dive_fast.objective import Pairs
 from dive_fast.ranks import Ranks
 from dive_fast.untrusted import parse_json, read_text
@@ -29,6 +33,10 @@ class Embedded(NamedTuple):
     after: Pairs
     num_available: int
     """Pairs that the set has; fewer may have been embedded."""
+    num_undecodable: int = 0
+    """Of those that were to be embedded: left out, because the image cannot be decoded."""
+    num_skipped: int = 0
+    """Samples of the set that are not pairs, for lack of an image or a caption."""
 
 
 def embed_both(
@@ -50,19 +58,28 @@ def embed_both(
         ConfigError: the weights are not there, or not those of the model.
         DataError: the pairs cannot be read.
     """
-    model = towers.create(config.model)
-    samples = open_pairs(config, data, model)
-    if ranks.first:
-        samples.source.report_skipped(data.path)
-    # Before anything is embedded: a typo in a path should not cost minutes.
-    pretrained = {name: tensor.clone() for name, tensor in model.export(model.state_dict()).items()}
-    states = [pretrained if path is None else exported(model, config.model, path) for path in (before, after)]
+    with ranks.together(UserError):
+        # Before a model is built and anything is embedded: a typo in a path should not cost minutes.
+        source = open_reference(data)
+        if ranks.first:
+            source.report_skipped(data.path)
+        model = towers.create(config.model, weights=before is None)
+        samples = open_pairs(config, data, model, source)
+        pretrained = {name: tensor.clone() for name, tensor in model.export(model.state_dict()).items()}
+        states = [pretrained if path is None else exported(model, config.model, path) for path in (before, after)]
     model = model.to(ranks.device)
     found = []
     for state in states:
         model.load_exported(state)
         found.append(embed(model, samples, ranks, config.evaluate.batch_size, config.evaluate.workers, limit))
-    return Embedded(found[0], found[1], len(samples.source))
+    first, second = (len(pairs.image) for pairs in found)
+    if first != second:
+        raise DataError(
+            f"{data.path}: {first} pairs could be read for the model before, {second} for the one after: files "
+            "change or cannot be reached; measure again"
+        )
+    undecodable = len(spread(len(source), limit)) - first
+    return Embedded(found[0], found[1], len(source), undecodable, len(source.skipped))
 
 
 def measure(embedded: Embedded, about: dict[str, str]) -> dict[str, Any]:
@@ -79,7 +96,12 @@ def measure(embedded: Embedded, about: dict[str, str]) -> dict[str, Any]:
         own = describe(embedded.before)
     except GeometryError as error:
         raise DataError(f"{about['pairs']}: {error}") from error
-    counts = {"num_pairs": len(embedded.before.image), "num_available": embedded.num_available}
+    counts = {
+        "num_pairs": len(embedded.before.image),
+        "num_available": embedded.num_available,
+        "num_undecodable": embedded.num_undecodable,
+        "num_skipped": embedded.num_skipped,
+    }
     return {**about, **counts, "metrics": metrics, "metrics_before": own}
 
 
@@ -89,23 +111,23 @@ def write(report: dict[str, Any], embedded: Embedded, folder: Path, training: Pa
     Args:
         training: the run's ``metrics.jsonl``: its course is drawn too, where it tells of difference vectors.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / name for name in ("geometry.json", "geometry_rsa.png", "geometry_differences.png")]
-    write_whole(files[0], (json.dumps(report, indent=2) + "\n").encode())
-    plots.rsa(embedded.before, embedded.after, report["metrics"], files[1])
-    plots.differences(embedded.before, embedded.after, files[2])
-    if training is not None and training.is_file():
-        try:
-            lines = [parse_json(line) for line in read_text(training).splitlines()]
-            drawn = plots.has_course(lines)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            # All else is measured and written.
-            logger.warning("%s: its course is not drawn: a line is none of metrics: %s", training, error)
-            return files
-        if drawn:
-            files.append(folder / "geometry_course.png")
-            plots.course(lines, files[-1])
-    return files
+    with file_lock(folder / LOCK, f"results folder {folder}", wait=True):
+        files = [folder / name for name in ("geometry.json", "geometry_rsa.png", "geometry_differences.png")]
+        write_whole(files[0], (json.dumps(report, indent=2) + "\n").encode())
+        plots.rsa(embedded.before, embedded.after, report["metrics"], files[1])
+        plots.differences(embedded.before, embedded.after, files[2])
+        if training is not None and training.is_file():
+            try:
+                lines = [parse_json(line) for line in read_text(training).splitlines()]
+                drawn = plots.has_course(lines)
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+                # All else is measured and written.
+                logger.warning("%s: its course is not drawn: a line is none of metrics: %s", training, error)
+                return files
+            if drawn:
+                files.append(folder / "geometry_course.png")
+                plots.course(lines, files[-1])
+        return files
 
 
 def table(report: dict[str, Any]) -> str:
@@ -125,6 +147,12 @@ def table(report: dict[str, Any]) -> str:
     )
     others = _columns(*((name, f"{found[key]:.3g}") for key, name in _SHARED.items()))
     counts = f"{report['num_pairs']} of {report['num_available']} pairs"
+    left = [
+        f"{report[key]} {what}"
+        for key, what in (("num_undecodable", "undecodable"), ("num_skipped", "without image or caption"))
+        if report.get(key)
+    ]
+    counts += f" (left out: {', '.join(left)})" if left else ""
     head = f"{counts} of {report['pairs']}: {report['before']} -> {report['after']}"
     return "\n\n".join([head, similarity, models, f"{lengths}\n{others}"])
 

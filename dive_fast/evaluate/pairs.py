@@ -11,7 +11,7 @@ from dive_fast.data.loader import Options, batches_of
 from dive_fast.data.prepared import MANIFEST
 from dive_fast.data.samples import Place, ReferenceSamples
 from dive_fast.data.sets import open_reference
-from dive_fast.data.source import DataError
+from dive_fast.data.source import DataError, Source
 from dive_fast.objective import Pairs
 from dive_fast.ranks import Ranks
 from dive_fast.towers import Towers, tokenizer_of, unit
@@ -44,14 +44,20 @@ def describe_pairs(
     return ReferenceConfig.model_validate(given)
 
 
-def open_pairs(config: Config, data: ReferenceConfig, towers: Towers) -> ReferenceSamples:
+def open_pairs(
+    config: Config, data: ReferenceConfig, towers: Towers, source: Source | None = None
+) -> ReferenceSamples:
     """The samples of a captioned set, in the evaluation view.
+
+    Args:
+        source: the set, if it has been opened.
 
     Raises:
         DataError: the set is not there, or not as its format says.
     """
     tokenizer = tokenizer_of(config.model, data.text_length)
-    return ReferenceSamples(open_reference(data), tokenizer, towers.preprocess, towers.pooled_at, seed=0)
+    source = open_reference(data) if source is None else source
+    return ReferenceSamples(source, tokenizer, towers.preprocess, towers.pooled_at, seed=0)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,23 @@ from typing import Any
 from dive_fast.data.source import DataError
 from dive_fast.evaluate.suites import IMAGENET_OOD, KNOWN, SUITES, ZERO_SHOT_10
 from dive_fast.files import write_whole
+from dive_fast.locks import file_lock
 from dive_fast.untrusted import parse_json, read_text
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 FILE = "results.jsonl"
+LOCK = ".results.lock"
+"""Not the folder's own lock, which a run that is being trained there holds."""
 FIRST = ("label", "set", "title", "role", "metric", "value")
 
 
 class Results:
-    """The rows of a folder; whatever is added is on the disk when the call returns."""
+    """The rows of a folder; whatever is added is on the disk when the call returns.
+
+    Several processes may add to one folder: each takes its lock, reads what is there, and writes all of it.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Reads the rows that are there.
@@ -27,49 +36,73 @@ class Results:
             DataError: the file cannot be read, or a line of it is no row.
         """
         self.folder = folder
-        self.rows: list[Row] = []
-        path = folder / FILE
-        if not path.is_file():
-            return
-        try:
-            lines = read_text(path).splitlines()
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot read it: {error}") from error
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = parse_json(line)
-                if not isinstance(row, dict) or not set(FIRST) <= set(row):
-                    raise ValueError(f"a row needs {', '.join(FIRST)}")
-                if type(row["value"]) not in (int, float) or not all(
-                    isinstance(row[name], str) for name in ("label", "set", "title")
-                ):
-                    raise ValueError("its value is no number, or its label, set or title no text")
-            except ValueError as error:
-                raise DataError(f"{path}: line {number} is no result: {error}; remove it") from error
-            self.rows.append(row)
+        self.rows = _read(folder / FILE)
 
     def known(self, key: str, label: str, name: str) -> Row | None:
         """The row of the same measurement, if it has been made, under this label and name."""
         same = (row for row in reversed(self.rows) if row.get("key") == key)
         return next((row | {"label": label, "set": name} for row in same), None)
 
+    def last(self, label: str, name: str) -> Row | None:
+        """The newest row of a label and set."""
+        same = (row for row in reversed(self.rows) if (row["label"], row["set"]) == (label, name))
+        return next(same, None)
+
     def add(self, row: Row) -> None:
-        """Adds a row, in the place of the one of the same label, set and measurement, and writes all files."""
+        """Adds a row, in the place of the one of the same label, set and measurement, and writes all files.
+
+        Raises:
+            DataError: what another process or person has written there since cannot be read.
+            UserError: the folder cannot be written.
+        """
         same = ("label", "set", "key")
-        self.rows = [other for other in self.rows if any(other.get(name) != row.get(name) for name in same)]
-        self.rows.append(row)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
-        write_whole(self.folder / FILE, lines.encode())
-        write_whole(self.folder / "results.csv", as_csv(self.rows).encode())
-        write_whole(self.folder / "results.md", as_markdown(self.rows).encode())
+        with file_lock(self.folder / LOCK, f"results folder {self.folder}", wait=True):
+            rows = _read(self.folder / FILE)
+            self.rows = [other for other in rows if any(other.get(name) != row.get(name) for name in same)]
+            self.rows.append(row)
+            lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+            try:
+                write_whole(self.folder / FILE, lines.encode())
+                write_whole(self.folder / "results.csv", as_csv(self.rows).encode())
+                write_whole(self.folder / "results.md", as_markdown(self.rows).encode())
+            except OSError as error:
+                raise DataError(f"{self.folder}: cannot write the results: {error}") from error
+
+
+def _read(path: Path) -> list[Row]:
+    rows: list[Row] = []
+    try:
+        text = read_text(path)
+    except FileNotFoundError:
+        return rows
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot read it: {error}") from error
+    lines = text.splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = parse_json(line)
+            if not isinstance(row, dict) or not set(FIRST) <= set(row):
+                raise ValueError(f"a row needs {', '.join(FIRST)}")
+            if type(row["value"]) not in (int, float) or not all(
+                isinstance(row[name], str) for name in ("label", "set", "title")
+            ):
+                raise ValueError("its value is no number, or its label, set or title no text")
+        except ValueError as error:
+            if number == len(lines) and not text.endswith("\n"):
+                logger.warning("%s: its last line breaks off, and is left out: %s", path, line[:60])
+                break
+            raise DataError(f"{path}: line {number} is no result: {error}; remove it") from error
+        rows.append(row)
+    return rows
 
 
 def as_csv(rows: Sequence[Row]) -> str:
     """A line for each row; figures as shares."""
-    names = list(dict.fromkeys([*FIRST, *(name for row in rows for name in row)]))
+    names = [
+        name for name in dict.fromkeys([*FIRST, *(name for row in rows for name in row)]) if name != "identity"
+    ]
     text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer = csv.DictWriter(text, names, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
@@ -101,7 +134,14 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 
 Lines = dict[str, dict[str, Row]]
-"""For each model, its newest row for each set: that of a known data set by its name."""
+"""For each model, its newest row for each column: a known data set by its metric, or a set of the user's."""
+METRICS = {
+    "top5": "top-5",
+    "mean_class_recall": "mean class recall",
+    "macro_f1": "macro F1",
+    "worst_region": "worst region",
+}
+"""In the head of a column; top-1 is left unsaid."""
 
 
 def _lines(rows: Sequence[Row]) -> Lines:
@@ -114,9 +154,35 @@ def _lines(rows: Sequence[Row]) -> Lines:
     for row in rows:
         digest, precision = str(row.get("weights_digest", "")), str(row.get("precision", ""))
         several = len(variants[row["label"]]) > 1
-        line = f"{row['label']} ({digest[:8]}, {precision})" if several else row["label"]
-        lines.setdefault(line, {})[row.get("dataset") or row["set"]] = row
+        line = lines.setdefault(f"{row['label']} ({digest[:8]}, {precision})" if several else row["label"], {})
+        column = _known_column(row)
+        if column is None:
+            line[_own_column(row)] = row
+            continue
+        other = line.get(column)
+        if other is None or other["set"] == row["set"]:
+            line[column] = row
+        elif row["set"] == column:
+            line[_own_column(other)], line[column] = other, row
+        else:  # the same data set from two folders: neither may hide the other
+            line[_own_column(row)] = row
     return lines
+
+
+def _known_column(row: Row) -> str | None:
+    """The data set to whose column in the tables a row belongs; None: it has another metric, or is the user's."""
+    known = KNOWN.get(str(row.get("dataset")))
+    return str(row["dataset"]) if known is not None and known.metric == row["metric"] else None
+
+
+def _own_column(row: Row) -> str:
+    return f"{row['set']}\0{row['metric']}\0{row.get('dataset')}"
+
+
+def _title(column: str, row: Row) -> str:
+    notes = [str(row["set"])] if row.get("dataset") and column not in KNOWN else []
+    notes += [METRICS[row["metric"]]] if row["metric"] in METRICS else []
+    return str(row["title"]) + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _table(
@@ -128,7 +194,7 @@ def _table(
         return ""
     cells = [["Method", *(column for _, column in columns), *averages]]
     for line, rows in shown.items():
-        own = [_percent(rows[name]["value"]) if name in rows else "" for name in sets]
+        own = [_cell(rows[name], "value") if name in rows else "" for name in sets]
         means = [_mean([rows[name]["value"] for name in wanted if name in rows], len(wanted))
                  for wanted in averages.values()]  # fmt: skip
         cells.append([line, *own, *means])
@@ -140,16 +206,17 @@ def _retrieval(lines: Lines) -> str:
     head = [f"{'image to text' if way[0] == 'i' else 'text to image'} R@{k}" for way, k in ways]
     cells = [["Method", "Set", *head]]
     for line, rows in lines.items():
-        for row in rows.values():
+        for column, row in rows.items():
             if "image_to_text_r1" in row:
-                cells.append([line, row["title"], *(_percent(row[f"{way}_r{k}"]) for way, k in ways)])
+                figures = [_percent(row[f"{way}_r{k}"]) for way, k in ways]
+                cells.append([line, _title(column, row) + _left_out(row), *figures])
     return _markdown("Retrieval", cells) if len(cells) > 1 else ""
 
 
 def _others(lines: Lines, tabled: set[str]) -> str:
     """The user's own sets, with their averages by role."""
     own = {
-        name: row["title"]
+        name: _title(name, row)
         for rows in lines.values()
         for name, row in rows.items()
         if name not in tabled and "image_to_text_r1" not in row
@@ -166,9 +233,18 @@ def _others(lines: Lines, tabled: set[str]) -> str:
 
 
 def _markdown(title: str, cells: list[list[str]]) -> str:
-    head, *body = [[cell.replace("|", r"\|") for cell in row] for row in cells]
+    head, *body = [[" ".join(cell.split()).replace("|", r"\|") for cell in row] for row in cells]
     rows = [head, ["---", *("---:" for _ in head[1:])], *body]
     return f"## {title}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _cell(row: Row, name: str) -> str:
+    return _percent(row[name]) + _left_out(row)
+
+
+def _left_out(row: Row) -> str:
+    """How many samples the row's figures are without."""
+    return f" ({row['left_out']} left out)" if row.get("left_out") else ""
 
 
 def _percent(share: float) -> str:

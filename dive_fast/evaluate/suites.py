@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from dive_fast.config import ConfigError, Metric, nearest
+from dive_fast.data.classes import are_numbers, are_wordnet_ids, join_names, remark_on_repeated, remarks
 from dive_fast.data.prompts import check_labels
 from dive_fast.data.source import DataError, locate
 from dive_fast.evaluate import imagenet, layouts, wilds
@@ -14,6 +15,8 @@ from dive_fast.evaluate.labelled import Captioned, Labelled
 from dive_fast.evaluate.names import Worded, class_names_of, templates_of
 
 Role = Literal["id", "ood", "zero_shot"]
+MIN_EQUAL_NAMES = 0.9
+"""Share of class names that must be open_clip's for tars to count as ImageNet's classes in their usual order."""
 
 
 @dataclass(frozen=True)
@@ -53,26 +56,40 @@ def _simple(root: Path, ways: dict[str, layouts.Layout]) -> Labelled | None:
     return None
 
 
+def _imagenet_tars(root: Path, subset: str = "") -> Labelled | None:
+    """CLIP-benchmark's tars of ImageNet or one of its shifts; their labels count the classes as folders would."""
+    found = _tars(root)
+    return None if found is None else replace(found, imagenet_rows=_checked_rows(found.class_names, subset))
+
+
+def _checked_rows(names: tuple[str, ...], subset: str) -> tuple[int, ...] | None:
+    """ImageNet's numbers of a subset's classes, if the names are in that order; a few have changed over time."""
+    rows, thousand = imagenet.classes_of(subset), class_names_of("imagenet1k")
+    equal = sum(name == thousand[row] for name, row in zip(names, rows, strict=False))
+    return rows if len(names) == len(rows) and equal >= MIN_EQUAL_NAMES * len(rows) else None
+
+
 def _wnids(root: Path, subset: str, inside: tuple[str, ...]) -> Labelled | None:
-    if (found := _tars(root)) is not None:
+    if (found := _imagenet_tars(root, subset)) is not None:
         return found
     folder = next((root / name for name in (*inside, "") if _has_folder(root / name, "n")), None)
     if folder is None:
         return None
     names = class_names_of("imagenet1k")
     source = imagenet.open_wnid_folders(folder, subset)
-    chosen = tuple(names[row] for row in imagenet.classes_of(subset))
-    return Labelled(source, chosen, (), layout="folders")
+    rows = imagenet.classes_of(subset)
+    return Labelled(source, tuple(names[row] for row in rows), (), layout="folders", imagenet_rows=rows)
 
 
 def _imagenet_v2(root: Path) -> Labelled | None:
-    if (found := _tars(root)) is not None:
+    if (found := _imagenet_tars(root)) is not None:
         return found
     inside = ("ImageNetV2-matched-frequency", "imagenetv2-matched-frequency-format-val", "test", "")
     folder = next((root / name for name in inside if _has_folder(root / name, "0123456789")), None)
     if folder is None:
         return None
-    return Labelled(imagenet.open_numbered_folders(folder), class_names_of("imagenet1k"), (), layout="folders")
+    source, names = imagenet.open_numbered_folders(folder), class_names_of("imagenet1k")
+    return Labelled(source, names, (), layout="folders", imagenet_rows=imagenet.classes_of(""))
 
 
 def _objectnet(root: Path) -> Labelled | None:
@@ -85,8 +102,15 @@ def _objectnet(root: Path) -> Labelled | None:
             )
             source, members, _ = imagenet.open_objectnet(base / "images", mapping or base / "mappings")
             names = class_names_of("imagenet1k")
-            border = imagenet.OBJECTNET_BORDER
-            return Labelled(source, names, (), members=members, border=border, layout="folders")
+            return Labelled(
+                source,
+                names,
+                (),
+                members=members,
+                border=imagenet.OBJECTNET_BORDER,
+                layout="folders",
+                imagenet_rows=imagenet.classes_of(""),
+            )
     return None
 
 
@@ -429,20 +453,29 @@ def open_known(
 def _with_prompts(
     found: Labelled, known: Known, class_names: str | None, templates: str | None, folder: Path
 ) -> Labelled:
-    labels = len(found.class_names if found.members is None else found.members)
+    labels = found.num_labels
     if labels not in known.classes:
         raise DataError(f"{folder}: {known.title} has {known.classes[0]} classes, but {labels} lie there")
-    names = found.class_names if class_names is None else class_names_of(class_names)
-    if class_names is not None and len(names) != len(found.class_names):
+    names, said = found.class_names, remark_on_repeated(found.class_names)
+    if class_names is not None:
+        names, folders = class_names_of(class_names), found.source.class_names
+        if are_wordnet_ids(folders):
+            names = join_names(found.source, names, class_names)
+        if len(names) != len(found.class_names):
+            raise DataError(
+                f"{class_names}: {len(names)} class names, but {folder} has {len(found.class_names)} classes"
+            )
+        said = remarks(names, folders, class_names)
+    if class_names is None and (are_wordnet_ids(names) or are_numbers(names)):
         raise DataError(
-            f"{class_names}: {len(names)} class names, but {folder} has {len(found.class_names)} classes"
+            f"{folder}: its classes are called by number, e.g. {names[0]}, which makes no prompt; name them by "
+            "class_names (--class-names), in the order of these numbers"
         )
     prompts = (
         templates_of(templates) if templates is not None else found.templates or templates_of(known.templates)
     )
-    found = replace(found, class_names=names, templates=prompts)
     check_labels(found.source, names if found.members is None else tuple(map(str, found.members)))
-    return found
+    return replace(found, class_names=names, templates=prompts, remarks=tuple(said))
 
 
 def _folders(place: str, name: str, known: Known) -> list[Path]:

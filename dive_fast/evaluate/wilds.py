@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dive_fast.data.source import DataError, Sample, Source
+from dive_fast.evaluate.layouts import present
 from dive_fast.evaluate.scores import Regions
 from dive_fast.untrusted import below
 
@@ -44,6 +45,8 @@ def open_fmow(root: Path, split: str) -> tuple[Source, tuple[str, ...], Regions]
     rows = _read(root / "rgb_metadata.csv", "split", "timestamp", "category", "country_code")
     countries = _read(root / "country_code_mapping.csv", "alpha-3", "region")
     region_of = {row["alpha-3"]: row["region"] for row in countries}
+    if len(region_of) < len(countries):
+        raise DataError(f"{root / 'country_code_mapping.csv'}: a country is listed twice; get the data set again")
     names = tuple(sorted({row["category"] for row in rows}))
     label_of = {name: label for label, name in enumerate(names)}
     regions: list[str] = []
@@ -66,9 +69,12 @@ def open_fmow(root: Path, split: str) -> tuple[Source, tuple[str, ...], Regions]
 def _species(root: Path) -> tuple[str, ...]:
     for file, column in (("labels.csv", "english"), ("categories.csv", "name")):
         if (root / file).is_file():
-            named = {_number(root, row["y"]): row[column].lower() for row in _read(root / file, "y", column)}
-            kept = [named[label] for label in sorted(named) if label < 99999]  # 99999: of no image
-            return tuple(kept)
+            rows = _read(root / file, "y", column)
+            named = {_number(root, row["y"]): row[column].lower() for row in rows}
+            kept = [label for label in sorted(named) if label < 99999]  # 99999: of no image
+            if len(named) < len(rows) or kept != list(range(len(kept))):
+                raise DataError(f"{root / file}: its column y does not count the species from 0, each once")
+            return tuple(named[label] for label in kept)
     raise DataError(
         f"{root}: no class names: neither labels.csv (y, english) nor categories.csv (y, name) is there"
     )
@@ -77,22 +83,21 @@ def _species(root: Path) -> tuple[str, ...]:
 def _source(root: Path, samples: list[Sample], split: str) -> Source:
     if not samples:
         raise DataError(f"{root}: no image is of split {split}")
-    if not samples[0].path.is_file():
-        raise DataError(f"{samples[0].path} is missing: unpack the whole data set")
-    return Source(samples)
+    return present(samples)
 
 
 def _read(path: Path, *columns: str) -> list[Row]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as lines:
-            reader = csv.DictReader(lines)
+            reader = csv.DictReader(lines, strict=True)
             missing = set(columns) - set(reader.fieldnames or ())
             if missing:
                 raise DataError(f"{path}: no column {', '.join(sorted(missing))}")
             rows = list(reader)
-            short = next((number for number, row in enumerate(rows) if any(row[c] is None for c in columns)), None)
-            if short is not None:
-                raise DataError(f"{path}: row {short + 1} has too few columns; get the data set anew")
+            for number, row in enumerate(rows, start=1):
+                if any(row[column] is None for column in columns) or len(row) > len(reader.fieldnames or ()):
+                    few = "many" if len(row) > len(reader.fieldnames or ()) else "few"
+                    raise DataError(f"{path}: row {number} has too {few} columns; get the data set anew")
             return rows
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot read it: {error}") from error

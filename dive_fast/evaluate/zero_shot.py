@@ -1,5 +1,8 @@
 """Classification of image sets by class prompts or a trained head, and what it is worth in figures."""
 
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -8,23 +11,40 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dive_fast.config import ConfigError, EvaluateConfig, EvaluationSet, Metric
+from dive_fast.data.classes import imagenet_rows, join_names, remarks
 from dive_fast.data.loader import Options, batches_of
-from dive_fast.data.prepared import open_prepared
-from dive_fast.data.prompts import Template, Tokenizer, check_labels
+from dive_fast.data.prompts import Template, Tokenizer
 from dive_fast.data.samples import EvaluationSamples
-from dive_fast.data.sets import open_target
-from dive_fast.data.source import DataError, Source, open_webdataset
+from dive_fast.data.sets import open_captioned, open_target
+from dive_fast.data.source import DataError, Source
 from dive_fast.evaluate import head as heads
 from dive_fast.evaluate import layouts, retrieval
 from dive_fast.evaluate.classifier import Classifier, cached_classifier, classifier, of_head
-from dive_fast.evaluate.labelled import Captioned, CountedSamples, Labelled, progress
+from dive_fast.evaluate.labelled import BROKEN, Captioned, CountedSamples, Labelled, progress
 from dive_fast.evaluate.names import class_names_of, templates_of
 from dive_fast.evaluate.scores import Predictions, scores
 from dive_fast.evaluate.suites import find, open_known
 from dive_fast.ranks import Ranks
 from dive_fast.towers import Towers, unit
 
-__all__ = ["Measured", "accuracy", "classifier", "evaluate", "measure", "open_evaluation", "open_set", "predict"]
+logger = logging.getLogger(__name__)
+
+__all__ = [
+    "Measured",
+    "Opened",
+    "accuracy",
+    "classifier",
+    "evaluate",
+    "measure",
+    "measure_sets",
+    "open_evaluation",
+    "open_set",
+    "open_sets",
+    "predict",
+]
+
+Opened = dict[str, Labelled | Captioned]
+"""Sets by the name that the config gives them."""
 
 
 class Measured(NamedTuple):
@@ -34,24 +54,52 @@ class Measured(NamedTuple):
     """Shares in [0, 1], by the names of :func:`dive_fast.evaluate.scores.scores` or of retrieval."""
     classifier: Literal["prompts", "head", "captions"]
     samples: int
+    """How many the figures are of."""
+    left_out: int = 0
+    """How many more the set has, which could not be read."""
 
 
-def open_evaluation(config: EvaluationSet) -> Labelled | Captioned:
+def open_evaluation(config: EvaluationSet, place: str = "") -> Labelled | Captioned:
     """What an evaluation set stands for.
+
+    Args:
+        place: the section of the config, for messages.
 
     Raises:
         ConfigError: no such known data set.
-        DataError: something of it is missing, or a label has no class name.
+        DataError: something of it is missing, a label has no class name, or samples cannot be measured and the set
+            is to be measured whole.
     """
     if config.dataset is not None:
         return open_known(config.dataset, config.path, config.class_names, config.templates)
+    reports = config.on_skipped == "report"
     if config.task == "retrieval":
-        found = (open_webdataset if config.format == "webdataset" else open_prepared)(config.path, ".txt")
-        return Captioned(layouts.split_captions(found), str(config.format))
-    source = open_target(config)
-    names = class_names_of(config.class_names) if config.class_names is not None else source.class_names
-    check_labels(source, names)
-    return Labelled(source, names, templates_of(config.templates or "imagenet"), layout=str(config.format))
+        source = open_captioned(config, place)
+        _refuse_skipped(source, config, place)
+        found = layouts.captioned(source, str(config.format))
+        said = (*layouts.remarks_on_files(source), *found.remarks)
+        return replace(found, reports_skipped=reports, remarks=said)
+    source = open_target(config, place)
+    _refuse_skipped(source, config, place)
+    given = config.class_names
+    names = join_names(source, None if given is None else class_names_of(given), given or config.path)
+    return Labelled(
+        source,
+        names,
+        templates_of(config.templates or "imagenet"),
+        layout=str(config.format),
+        imagenet_rows=imagenet_rows(source.class_names),
+        remarks=(*layouts.remarks_on_files(source), *remarks(names, source.class_names, given)),
+        reports_skipped=reports,
+    )
+
+
+def _refuse_skipped(source: Source, config: EvaluationSet, place: str) -> None:
+    if source.skipped and config.on_skipped == "error":
+        raise DataError(
+            f"{config.path}: {layouts.skipped_in_words(source.skipped)}; repair or remove them, or accept figures "
+            f"without them by {place or 'evaluate.sets.<name>'}.on_skipped=report"
+        )
 
 
 def open_set(config: EvaluationSet) -> tuple[Source, tuple[str, ...], tuple[Template, ...]]:
@@ -88,11 +136,11 @@ def classifier_for(
     Raises:
         ConfigError: the head is of another width, or ambiguous.
     """
-    rows = None if head is None else of_head(head, data.class_names)
+    rows = None if head is None else of_head(head, data.class_names, data.imagenet_rows)
     if rows is None:
         weight = cached_classifier(towers, tokenizer, data.class_names, data.templates, ranks, cache)
         return Classifier("prompts", weight, None, data.members)
-    weight, bias = rows
+    weight, bias, _ = rows
     if weight.shape[1] != towers.width:
         raise ConfigError(f"the head is for features of width {weight.shape[1]}, the model's have {towers.width}")
     return Classifier("head", weight.to(ranks.device), bias.to(ranks.device), data.members)
@@ -177,12 +225,66 @@ def measure(
     """
     if isinstance(data, Captioned):
         options = Options(workers=workers, device=ranks.device)
-        recalls = retrieval.recalls(towers, tokenizer, data, ranks, batch_size, options, name)
-        return Measured(recalls, "captions", len(data.source))
+        recalls, count, broken = retrieval.recalls(towers, tokenizer, data, ranks, batch_size, options, name)
+        return Measured(recalls, "captions", count, len(data.source.skipped) + broken)
     classes = classifier_for(towers, tokenizer, data, ranks, head, cache)
-    samples = CountedSamples(data.source, towers.preprocess, data.border)
+    samples = CountedSamples(data.source, towers.preprocess, data.border, data.reports_skipped)
     found = predict(towers, classes, samples, ranks, batch_size, workers, name)
-    return Measured(scores(found, data.regions), classes.kind, len(samples.source))
+    kept, regions = found.label != BROKEN, data.regions
+    count = int(kept.sum())
+    if count == 0:
+        raise DataError(f"{name or 'the set'}: none of its {len(kept)} images can be read")
+    if count < len(kept):
+        found = Predictions(*(column[kept] for column in found))
+        regions = None if regions is None else regions._replace(of_sample=regions.of_sample[kept])
+    return Measured(scores(found, regions), classes.kind, count, len(data.source.skipped) + len(kept) - count)
+
+
+def open_sets(sets: Mapping[str, EvaluationSet], ranks: Ranks) -> Opened:
+    """Opens evaluation sets and says what a user should know of them.
+
+    Raises:
+        ConfigError, DataError: as :func:`open_evaluation`.
+    """
+    opened = {}
+    for name, config in sets.items():
+        opened[name] = open_evaluation(config, f"evaluate.sets.{name}")
+        for remark in opened[name].remarks:
+            ranks.say(f"{name}: {remark}")
+    return opened
+
+
+def measure_sets(
+    towers: Towers,
+    tokenizer: Tokenizer,
+    config: EvaluateConfig,
+    opened: Opened,
+    ranks: Ranks,
+    head: heads.Head | None = None,
+) -> dict[str, Measured]:
+    """Every figure of each opened set; all ranks call it and all get them.
+
+    Args:
+        head: a trained one, for the sets whose classes it has.
+    """
+    return {
+        name: measure(
+            towers, tokenizer, data, ranks, batch_size=config.batch_size, workers=config.workers, head=head
+        )
+        for name, data in opened.items()
+    }
+
+
+def values(measured: Mapping[str, Measured], sets: Mapping[str, EvaluationSet]) -> dict[str, float]:
+    """Each set in one number, its metric: name -> share in [0, 1]."""
+    return {name: found.scores[metric_of(sets[name])] for name, found in measured.items()}
+
+
+def report_left_out(measured: Mapping[str, Measured], ranks: Ranks) -> None:
+    """One line for each set of which samples were left out."""
+    for name, found in measured.items():
+        if found.left_out and ranks.first:
+            logger.warning("%s: figures are of %d samples, %d are left out", name, found.samples, found.left_out)
 
 
 def evaluate(
@@ -193,11 +295,9 @@ def evaluate(
     Args:
         head: a trained one, for the sets whose classes it has.
     """
-    results = {}
-    for name, evaluation in config.sets.items():
-        data = open_evaluation(evaluation)
-        found = measure(
-            towers, tokenizer, data, ranks, batch_size=config.batch_size, workers=config.workers, head=head
-        )
-        results[name] = found.scores[metric_of(evaluation)]
-    return results
+    opened = {
+        name: open_evaluation(evaluation, f"evaluate.sets.{name}") for name, evaluation in config.sets.items()
+    }
+    measured = measure_sets(towers, tokenizer, config, opened, ranks, head)
+    report_left_out(measured, ranks)
+    return values(measured, config.sets)

@@ -39,7 +39,7 @@ def fingerprint(
         "views": samples.num_views,
         "crops": None if samples.views == "eval" else samples.seed,
         "text_length": text_length,
-        "loader": _decoder(options),
+        "loader": decoder(options),
         "dtype": dtype,
         "data": samples.source.digest(),
     }
@@ -63,7 +63,7 @@ def weights_digest(towers: Towers) -> str:
     return digest.hexdigest()
 
 
-def _decoder(options: Options) -> str:
+def decoder(options: Options) -> str:
     """The loader, with the versions of what decodes and resizes its images."""
     if options.loader == "plain":
         return f"plain, pillow {metadata.version('pillow')}, libjpeg-turbo {features.version('libjpeg_turbo')}"

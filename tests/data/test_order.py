@@ -61,5 +61,7 @@ def test_an_order_is_a_pure_function_of_seed_and_step() -> None:
 def test_a_batch_that_cannot_be_dealt_out_is_an_error() -> None:
     with pytest.raises(DataError, match=r"^batch_size 8 is not divisible by the 3 ranks$"):
         Order(24, 8, 0, 3)
-    with pytest.raises(DataError, match=r"^batch_size 8 exceeds the 7 samples of the data set$"):
+    with pytest.raises(
+        DataError, match=r"^batch_size 8 exceeds the 7 samples of the data set; set it to at most 7$"
+    ):
         Order(7, 8)

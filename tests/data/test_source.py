@@ -28,6 +28,8 @@ def write(path: Path, data: bytes | str = b"") -> Path:
 
 def assert_same_picture(found: Image.Image, data: bytes) -> None:
     expected = Image.open(io.BytesIO(data))
+    if expected.mode != "L":
+        expected = expected.convert("RGB")
     assert (found.mode, found.size) == (expected.mode, expected.size)
     assert found.tobytes() == expected.tobytes()
 
@@ -69,10 +71,22 @@ def test_a_class_folder_without_images_is_an_error_since_it_would_shift_the_labe
 
 
 def test_a_folder_that_is_missing_or_empty_or_a_file_is_an_error(tmp_path: Path) -> None:
-    for path in (tmp_path / "missing", tmp_path, write(tmp_path / "file")):
-        with pytest.raises(
-            DataError, match=rf"^{path}: expected one folder a class with images below, found none$"
-        ):
+    file, loose = write(tmp_path / "file"), write(tmp_path / "loose/1.jpg", tiny.jpeg(0)).parent
+    (tmp_path / "empty").mkdir()
+    tiny.write_tar(tmp_path / "tars/0.tar", {})
+    write(tmp_path / "ready/manifest.json")
+    for split in ("train", "val"):
+        write(tmp_path / "above" / split / "cat/1.jpg", tiny.jpeg(0))
+    for path, message in {
+        tmp_path / "missing": "no such folder",
+        file: "expected one folder a class with images below, found a file",
+        tmp_path / "empty": "expected one folder a class with images below, found none",
+        loose: "expected .* found none; images lie there in no folder of a class",
+        tmp_path / "tars": "expected .* found none; it holds tars: use format webdataset",
+        tmp_path / "ready": "expected .* found none; it looks prepared: use format prepared",
+        tmp_path / "above": "train, val are splits of a data set and no classes; name one of them",
+    }.items():
+        with pytest.raises(DataError, match=rf"^{path}: {message}$"):
             open_folder(str(path))
 
 
@@ -135,7 +149,7 @@ def test_suffixes_may_be_upper_case_and_names_nested_dotted_and_in_any_order(tmp
         "./train/n01/0.1/x.Txt": b"far from its image",
         "y.seg.png": tiny.jpeg(2, kind="PNG"),
         "y.webp": tiny.jpeg(3, kind="WEBP"),
-        "y.txt": b"",
+        "y.txt": b"half an eye",
     }
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         folder = tarfile.TarInfo("./train.jpg")
@@ -149,9 +163,9 @@ def test_suffixes_may_be_upper_case_and_names_nested_dotted_and_in_any_order(tmp
     assert [(sample.key, sample.texts) for sample in source.samples] == [
         ("a.tar/./train/n01/0.1/x", ("far from its image",)),
         ("a.tar/./train/n02/x", ("größe",)),
-        ("a.tar/y", ("",)),
+        ("a.tar/y", ("half an eye",)),
     ]
-    assert source.skipped == []
+    assert (source.skipped, source.ignored) == ([], [])
     for index, name in enumerate(["./train/n01/0.1/x.JPG", "./train/n02/x.jpeg", "y.webp"]):
         assert content(source, index) == members[name]
         assert_same_picture(source.image(index), members[name])
@@ -279,13 +293,12 @@ def test_titles_may_hold_quotes_tabs_line_breaks_and_any_letter(tmp_path: Path) 
         'größe 猫.jpg\t7\t"a ""quoted"" title,\twith a tab"',
         'größe 猫.jpg\t7\t"two\nlines"',
         "größe 猫.jpg\t7\t猫, 猫",
-        "größe 猫.jpg",
     )
     # As pandas writes it; a spreadsheet puts a byte order mark first.
     for mark in ("", "\ufeff"):
         path = write_csv(tmp_path, *rows, first=f"{mark}filepath\tid\ttitle")
         (sample,) = open_csv(path, None, group=True).samples
-        assert sample.texts == ('it\'s a "cat"', 'a "quoted" title,\twith a tab', "two\nlines", "猫, 猫", "")
+        assert sample.texts == ('it\'s a "cat"', 'a "quoted" title,\twith a tab', "two\nlines", "猫, 猫")
 
 
 def test_windows_line_ends_are_no_part_of_a_path(tmp_path: Path) -> None:
@@ -391,13 +404,12 @@ def test_a_name_that_is_taken_keeps_the_first_and_texts_that_are_no_utf8_are_ski
     assert [sample.texts for sample in source.samples] == [("one",)]
     assert content(source, 0) == tiny.jpeg(0)
     assert source.skipped == [
-        ("a.tar/a.jpg", "its name is taken"),
-        ("a.tar/a.txt", "its name is taken"),
+        ("a.tar/a", "its name is taken"),
         ("a.tar/b", "its caption is not UTF-8"),
     ]
     source.report_skipped("data.reference")
     assert caplog.messages == [
-        "data.reference: 2 samples left out: its name is taken (the first: a.tar/a.jpg)",
+        "data.reference: 1 samples left out: its name is taken (the first: a.tar/a)",
         "data.reference: 1 samples left out: its caption is not UTF-8 (the first: a.tar/b)",
     ]
 

@@ -84,7 +84,10 @@ def test_a_run_is_measured_with_its_head_once_and_the_same_on_two_ranks(
         ("other", "prompts", "run"),
     ]
     assert "| run | " in done.stdout
-    assert f"seen: top1 {100 * rows[0]['top1']:.2f} % of 24 samples\n" in done.stdout
+    assert (
+        f"seen: top1 {100 * rows[0]['top1']:.2f} % of 24 samples, by the head (5 of 5 rows, by position)\n"
+        in done.stdout
+    )
     again = call("--config", config)
     assert again.stdout.count("(measured before)") == 2
     assert rows_of(run) == rows

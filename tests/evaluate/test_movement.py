@@ -166,6 +166,8 @@ def test_each_side_is_embedded_by_its_own_weights(folder: Path) -> None:
         **about,
         "num_pairs": 24,
         "num_available": 24,
+        "num_undecodable": 0,
+        "num_skipped": 0,
         "metrics": compare(both.before, both.after),
         "metrics_before": describe(both.before),
     }
@@ -202,7 +204,7 @@ def test_the_command_tells_a_mistake_in_one_line(folder: Path, tmp_path: Path) -
     refused = call(folder, "--after", str(tmp_path / "nowhere.safetensors"))
     assert refused.returncode == 2
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
-    assert "nowhere.safetensors: no such checkpoint" in line
+    assert "nowhere.safetensors: no such file or folder" in line
     assert "Traceback" not in refused.stderr
 
 

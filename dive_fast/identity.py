@@ -1,0 +1,141 @@
+"""Whether stored results belong to the present settings: what decides a result, as a tree of JSON values.
+
+Run folders, teacher caches, results of evaluations and prepared sets build an :data:`Identity`, store it, and
+compare it before they use stored files. An identity holds contents (weights, pixels, texts) as digests and never
+paths: moved data is the same data, other data at the same path is not.
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from dive_fast.towers import Towers
+
+Identity = dict[str, Any]
+"""JSON values, nested by section."""
+
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "deepspeed", "numpy", "pillow", "transformers", "timm")
+"""Packages whose version may change the last bits of a result."""
+SHOWN = 60
+"""Characters of a value in a message; digests are cut to :data:`SHOWN_DIGEST`."""
+SHOWN_DIGEST = 12
+
+
+def digest(identity: Any) -> str:
+    """SHA-256 of a JSON value; equal exactly where the values are.
+
+    Raises:
+        ValueError: a number is not finite.
+        TypeError: a value is not JSON.
+    """
+    text = json.dumps(identity, sort_keys=True, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Difference(NamedTuple):
+    """A value that two identities do not share."""
+
+    key: str
+    """Its place, dotted: ``train.seed``."""
+    stored: Any
+    """None where the stored identity has no such key."""
+    current: Any
+    """None where the current identity has no such key."""
+
+    def shown(self) -> tuple[str, str]:
+        """The stored and the current value, short enough for a message."""
+        return shown(self.stored, self.current)
+
+    def __str__(self) -> str:
+        stored, current = self.shown()
+        return f"{self.key}: {stored} there, {current} here"
+
+
+def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[Difference]:
+    """All values that differ, in the order of the current identity. Lists and plain values are compared whole.
+
+    Args:
+        stored: of the results that are there, as JSON gave it back.
+        current: of the present settings.
+    """
+    return list(_differences(json.loads(json.dumps(stored)), json.loads(json.dumps(current)), ""))
+
+
+def _differences(stored: Any, current: Any, place: str) -> Iterator[Difference]:
+    if isinstance(stored, dict) and isinstance(current, dict):
+        for key in [*current, *(key for key in stored if key not in current)]:
+            yield from _differences(stored.get(key), current.get(key), f"{place}.{key}".lstrip("."))
+    elif type(stored) is not type(current) or stored != current:
+        yield Difference(place, stored, current)
+
+
+def shown(one: Any, other: Any) -> tuple[str, str]:
+    """Two values that differ, for a message: short, and cut where they differ."""
+    if isinstance(one, list) and isinstance(other, list):
+        return _shown_lists(one, other)
+    texts = [_text(value) for value in (one, other)]
+    if all(len(text) <= SHOWN for text in texts):
+        return texts[0], texts[1]
+    start = next((at for at, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    start = max(0, start - SHOWN // 3)
+    first, second = (
+        f"{'... ' if start else ''}{text[start : start + SHOWN]}{' ...' if len(text) > start + SHOWN else ''}"
+        for text in texts
+    )
+    return first, second
+
+
+def _shown_lists(one: Sequence[Any], other: Sequence[Any]) -> tuple[str, str]:
+    if len(one) != len(other):
+        return f"{len(one)} entries", str(len(other))
+    at = next(at for at, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
+    first, second = shown(one[at], other[at])
+    return f"entry {at} is {first}", second
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef"):
+        return value[:SHOWN_DIGEST]
+    return "nothing" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def model_identity(towers: "Towers") -> Identity:
+    """What decides a model's features: its architecture, its view of images, its tokenizer and its weights.
+
+    Args:
+        towers: as :func:`dive_fast.towers.create` built them; a head is left out.
+    """
+    return {
+        "architecture": towers.model_cfg,
+        "preprocess": repr(towers.preprocess),
+        "weights": weights_digest(towers),
+    }
+
+
+def weights_digest(towers: "Towers") -> str:
+    """A hash of all weights, bit for bit, names included; of a head's not."""
+    from dive_fast.towers import HEAD
+
+    found = hashlib.sha256()
+    for name, tensor in sorted(towers.state_dict().items()):
+        if not name.startswith(HEAD):
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            found.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the installed :data:`PACKAGES`."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

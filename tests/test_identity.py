@@ -1,0 +1,77 @@
+"""Identities: equal exactly where what decides a result is, differences named by key with both values."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from dive_fast import identity
+from dive_fast.config import ModelConfig
+from dive_fast.identity import Difference, differences, digest, model_identity
+from dive_fast.towers import create
+
+
+@pytest.mark.parametrize(
+    ("stored", "current", "expected"),
+    [
+        ({"a": {"b": 1}}, {"a": {"b": 1}}, []),
+        ({"a": (1, 2)}, {"a": [1, 2]}, []),
+        ({"train": {"seed": 0}}, {"train": {"seed": 7}}, ["train.seed: 0 there, 7 here"]),
+        ({"a": 1}, {"a": 1.0}, ["a: 1 there, 1.0 here"]),
+        ({"a": True}, {"a": 1}, ["a: true there, 1 here"]),
+        ({}, {"a": 0}, ["a: nothing there, 0 here"]),
+        ({"a": 0}, {}, ["a: 0 there, nothing here"]),
+        ({"a": {"b": 1}}, {"a": 2}, ['a: {"b": 1} there, 2 here']),
+        ({"a": "0" * 64}, {"a": "f" * 64}, [f"a: {'0' * 12} there, {'f' * 12} here"]),
+        ({"n": ["grass", "sky"]}, {"n": ["sky", "grass"]}, ['n: entry 0 is "grass" there, "sky" here']),
+        ({"n": ["grass"]}, {"n": ["grass", "sky"]}, ["n: 1 entries there, 2 here"]),
+    ],
+)
+def test_differences_name_key_and_both_values(
+    stored: dict[str, Any], current: dict[str, Any], expected: list[str]
+) -> None:
+    assert [str(found) for found in differences(stored, current)] == expected
+    assert (digest(stored) == digest(current)) == (not expected)
+
+
+def test_long_values_are_cut_where_they_differ() -> None:
+    one, other = "a" * 500 + "b" + "c" * 500, "a" * 500 + "d" + "c" * 500
+    message = str(Difference("key", one, other))
+    assert len(message) < 200
+    assert "ab" in message
+    assert "ad" in message
+
+
+def test_digest_does_not_depend_on_key_order() -> None:
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1}) != digest({"a": 1, "b": [2, 2]})
+    with pytest.raises(ValueError, match="Out of range"):
+        digest({"a": float("nan")})
+
+
+def test_model_identity_changes_with_each_part(tmp_path: Path) -> None:
+    def of(folder: str, **changed: Any) -> identity.Identity:
+        config = ModelConfig(name=tiny.write_model(tmp_path / folder, **changed))
+        return json.loads(json.dumps(model_identity(create(config))))  # type: ignore[no-any-return]
+
+    base = of("base")
+    assert of("moved") == base
+    for name, changed in {
+        "weights": {"seed": 1},
+        "preprocess": {"preprocess": {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}},
+        "architecture": {"config": tiny.QUICKGELU},
+    }.items():
+        found = of(name, **changed)
+        assert {key for key in base if base[key] != found[key]} == {name}
+
+
+def test_weights_digest_leaves_out_a_head(tmp_path: Path) -> None:
+    towers = create(ModelConfig(name=tiny.write_model(tmp_path)))
+    before = identity.weights_digest(towers)
+    towers.head = torch.nn.Linear(24, 3)
+    assert identity.weights_digest(towers) == before
+    with torch.no_grad():
+        towers.logit_scale += 1e-6
+    assert identity.weights_digest(towers) != before
