@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, get_args
 from unittest import mock
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -558,11 +559,29 @@ def _fakes() -> Iterator[None]:
             # The other ranks have nothing to say, and these compare numbers with theirs.
             name = f"deepspeed.runtime.zero.{module}.assert_ints_same_as_other_ranks"
             stack.enter_context(mock.patch(name, return_value=None))
+        # timm reads its rates of drop path from one on the CPU, and fakes have no numbers.
+        stack.enter_context(mock.patch.object(torch, "linspace", _readable(torch.linspace)))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         # Replaced, since a TorchFunctionMode does not see what a backward runs again.
         for home, function in ((F, "layer_norm"), (F, "group_norm"), (F, "softmax"), (torch, "softmax")):
             stack.enter_context(mock.patch.object(home, function, _as_on_cuda(getattr(home, function))))
         yield
+
+
+class _Rates(np.ndarray[Any, Any]):
+    """Numbers with what timm asks of a tensor of them."""
+
+    def split(self, sizes: Sequence[int]) -> list[Any]:
+        return np.split(self, np.cumsum(sizes)[:-1])
+
+
+def _readable(linspace: Callable[..., Tensor]) -> Callable[..., Any]:
+    def call(start: Any, end: Any, steps: Any, **kwargs: Any) -> Any:
+        if kwargs.get("device") != "cpu":
+            return linspace(start, end, steps, **kwargs)
+        return np.linspace(start, end, steps, dtype=np.float32).view(_Rates)
+
+    return call
 
 
 @contextlib.contextmanager
