@@ -1,5 +1,6 @@
 """GPUs as their data sheets have them."""
 
+import re
 from typing import NamedTuple
 
 
@@ -25,6 +26,16 @@ GPUS = {
 _SOLD_AS = {"H100 80GB HBM3": "h100", "H200": "h200", "A100-SXM4-80GB": "a100"}
 
 
-def sold_as(name: str) -> str | None:
-    """The name in :data:`GPUS` of a GPU, by what its driver calls it; None for other models, rated otherwise."""
-    return next((gpu for part, gpu in _SOLD_AS.items() if part in name), None)
+def sold_as(name: str, memory: int | None = None) -> str | None:
+    """The name in :data:`GPUS` of a whole GPU, by what its driver calls it; None for others, rated otherwise.
+
+    Args:
+        memory: bytes that the device has, if known. A slice of a GPU (MIG) may bear the name of the whole.
+    """
+    # By whole words: a GH200 is not an H200.
+    found = next(
+        (gpu for part, gpu in _SOLD_AS.items() if re.search(rf"(?<!\w){re.escape(part)}(?!\w)", name)), None
+    )
+    if found is None or "MIG" in name or (memory is not None and memory < 0.9 * GPUS[found].memory):
+        return None
+    return found

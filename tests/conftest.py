@@ -7,6 +7,11 @@ its ``kernels`` would hide Hugging Face's package of that name.
 import os
 from pathlib import Path
 
+# Before torch asks for a GPU: ranks of tests run on the CPU, on a machine with GPUs too. DIVE_TEST_GPU=1, which
+# `make gpu-check` sets, leaves them to the tests of kernels and engine.
+if "DIVE_TEST_GPU" not in os.environ:
+    os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")
+
 import interpreted
 import pytest
 import torch

@@ -369,7 +369,7 @@ def test_the_command_plans_the_demo_for_two_ranks_and_writes_nothing(tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo", "train.epoch=3"], "unknown key train.epoch; did you mean epochs?"),
+        (["demo", "train.epoch=3"], "unknown key train.epoch; did you mean train.epochs?"),
         (["demo", "--ranks", "3"], "data.target.batch_size = 128 is not divisible by 3 ranks"),
         pytest.param(
             ["demo", "model.name=hf-hub:nobody/nothing"],
