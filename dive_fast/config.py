@@ -6,12 +6,13 @@ from it (``python -m dive_fast.config``).
 
 import difflib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -39,6 +40,18 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
+def _expanded(path: str) -> str:
+    """With a home folder for ``~`` at the beginning, also behind ``local-dir:``."""
+    scheme = "local-dir:" if path.startswith("local-dir:") else ""
+    rest = path.removeprefix(scheme)
+    # A template may begin with ~, and has {} in it.
+    return path if not rest.startswith("~") or "{}" in rest else scheme + os.path.expanduser(rest)
+
+
+PathText = Annotated[str, AfterValidator(_expanded)]
+"""A path, or a name where one is taken too; ``~`` stands for the home folder."""
+
+
 class ConfigError(UserError):
     """A user's mistake in a config file or override; the message is one line and says what to do."""
 
@@ -52,10 +65,10 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which two-tower open_clip model is tuned."""
 
-    name: str
+    name: PathText
     """open_clip model name (`ViT-B-16-quickgelu`), `hf-hub:owner/repo`, `local-dir:folder`, or `demo`, the
     small model shipped with the project."""
-    pretrained: str | None = None
+    pretrained: PathText | None = None
     """open_clip's pretrained tag (`openai`) or a checkpoint file. Not used with `hf-hub:`, `local-dir:` and
     `demo`, which bring their weights. Beside a file, `open_clip_config.json` says how its images are preprocessed,
     and of which architecture it is; every run exports one."""
@@ -80,15 +93,15 @@ class TargetConfig(Section):
     """`folder`: one folder a class, as torchvision's ImageFolder. `webdataset`: tars of image + `.cls`. `csv`:
     tab-separated with columns `title` and `filepath`, as FLYP has it: rows of one file are its prompts.
     `prepared`: what `launch/prepare.py` made of any of them."""
-    path: str
+    path: PathText
     """Root folder, tar (a brace range such as `{00000..00012}.tar`, a glob or a folder of tars), CSV file, or
     the prepared folder."""
-    image_root: str | None = None
+    image_root: PathText | None = None
     """`csv` only: the folder that relative file paths start from; default: the CSV file's own."""
-    class_names: str | None = None
+    class_names: PathText | None = None
     """`imagenet`, or a text file with one class name a line in label order. `folder` defaults to its folders'
     names, `prepared` to those it was prepared with. Not used with `csv`."""
-    templates: str = "imagenet"
+    templates: PathText = "imagenet"
     """`imagenet` (open_clip's 80), `simple` (open_clip's 7), a text file with one template a line, or one
     template; `{}` stands for the class name. One is drawn for each sample and epoch."""
     loader: Loader = "plain"
@@ -113,9 +126,9 @@ class ReferenceConfig(Section):
     format: Literal["webdataset", "csv", "prepared"]
     """`webdataset`: tars of image + `.txt`. `csv`: tab-separated with columns `title` and `filepath`; every row
     is a pair. `prepared`: what `launch/prepare.py` made of either."""
-    path: str
+    path: PathText
     """Tar (a brace range, a glob or a folder of tars), CSV file, or the prepared folder."""
-    image_root: str | None = None
+    image_root: PathText | None = None
     """`csv` only: the folder that relative file paths start from; default: the CSV file's own."""
     loader: Loader = "plain"
     """What decodes the images. `plain`: PIL, in processes. `dali`: DALI, on the GPU if there is one. `ffcv`:
@@ -188,7 +201,7 @@ class TeacherConfig(Section):
 
     mode: Literal["cache", "online"] = "cache"
     """`cache`: the reference set is embedded once, before training. `online`: at every step, by a frozen copy."""
-    path: str | None = None
+    path: PathText | None = None
     """Folder of the cache; default: `teacher` in the run folder. Name one to share a cache between runs."""
     batch_size: Positive = 256
     """Pairs embedded at once on each rank while the cache is written."""
@@ -207,7 +220,7 @@ class TeacherConfig(Section):
 class TrainConfig(Section):
     """How it is trained. The optimizer is AdamW with linear warm-up and cosine decay to zero."""
 
-    output: str | None = None
+    output: PathText | None = None
     """Run folder; default: `runs/` and the config's name."""
     epochs: Positive = 10
     """Passes over the target set."""
@@ -257,7 +270,7 @@ class TrainConfig(Section):
     on_save_error: Literal["continue", "stop"] = "continue"
     """Where a checkpoint cannot be written (a full disk, say): `continue` warns and tries again when the next is
     due; `stop` ends the run. Older checkpoints are as they were. The last one must be written."""
-    resume: str = "auto"
+    resume: PathText = "auto"
     """`auto`: continue from the run folder's newest whole checkpoint, if any. `never`: start anew. Else a
     checkpoint's folder. The number of ranks and the ZeRO stage may be others than those of the checkpoint."""
     nonfinite_limit: Positive = 20
@@ -273,7 +286,7 @@ class EvaluationSet(Section):
 
     format: Literal["folder", "webdataset", "prepared"] | None = None
     """As in `data.target`. Not used with `dataset`, whose layout is found."""
-    path: str
+    path: PathText
     """As in `data.target`. With `dataset`: its folder, or one above; `{dataset}` stands for its name."""
     dataset: str | None = None
     """A known data set, e.g. `imagenet-r` or `food101` (docs/evaluation.md): its layout, label map, class names,
@@ -281,9 +294,9 @@ class EvaluationSet(Section):
     task: Literal["classification", "retrieval"] = "classification"
     """`retrieval`: each image's own captions are to be found among all, and the other way; `webdataset` with one
     caption a line in `.txt`, `prepared` with captions, or a `dataset` of captions."""
-    class_names: str | None = None
+    class_names: PathText | None = None
     """As in `data.target`, or `caltech101`, `eurosat`, `flowers` or `pets`. Default with `dataset`: its own."""
-    templates: str | None = None
+    templates: PathText | None = None
     """As in `data.target`, or one of the ten zero-shot sets (docs/evaluation.md), `iwildcam` or `fmow`, for its
     own; the prompts of a class are averaged. Default: `imagenet`, or with `dataset` its own."""
     metric: Metric | None = None
@@ -302,9 +315,9 @@ class GeometryConfig(Section):
 
     format: Literal["webdataset", "csv", "prepared"]
     """As in `data.reference`."""
-    path: str
+    path: PathText
     """As in `data.reference`. Best of a set that is not trained on: the paper takes Flickr8K."""
-    image_root: str | None = None
+    image_root: PathText | None = None
     """As in `data.reference`."""
     pairs: Positive = 2000
     """How many, spread evenly over the set; the time of comparing them grows with their square."""

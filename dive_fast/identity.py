@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from dive_fast.config import ModelConfig
-
 if TYPE_CHECKING:
     from dive_fast.towers import Towers
 
@@ -107,17 +105,14 @@ def _text(value: Any) -> str:
     return "nothing" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def model_identity(towers: "Towers", config: ModelConfig) -> Identity:
+def model_identity(towers: "Towers") -> Identity:
     """What decides a model's features: its architecture, its view of images, its tokenizer and its weights.
 
     Args:
         towers: as :func:`dive_fast.towers.create` built them; a head is left out.
-        config: the ``model`` section they were built from.
     """
-    from dive_fast.towers import architecture
-
     return {
-        "architecture": architecture(config),
+        "architecture": towers.model_cfg,
         "preprocess": repr(towers.preprocess),
         "weights": weights_digest(towers),
     }

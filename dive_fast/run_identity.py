@@ -12,8 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from dive_fast import precision
 from dive_fast.config import Config, ConfigError
 from dive_fast.data.prompts import TELLING, Template
 from dive_fast.data.source import Source
@@ -155,15 +154,7 @@ def of_run(
         half = found["data"]["reference"]
         half["content"] = reference.digest()
         half["decoder"] = decoder(loader_options(config, config.data.reference, ranks))
-    return found | {"precision": precision_switches(), "versions": versions(), "ranks": ranks.world_size}
-
-
-def precision_switches() -> dict[str, bool]:
-    """PyTorch's process-wide switches that decide the bits of products."""
-    return {
-        "matmul_tf32": torch.backends.cuda.matmul.allow_tf32,
-        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
-    }
+    return found | {"precision": precision.state(), "versions": versions(), "ranks": ranks.world_size}
 
 
 def require_equal(ranks: Ranks, identity: Identity) -> None:

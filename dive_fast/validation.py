@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from dive_fast.checkpoint.export import MODEL, copy_model, write_model
+from dive_fast.checkpoint.export import MODEL, SELECTED, copy_model, write_model
 from dive_fast.config import EvaluateConfig, GeometryConfig, ReferenceConfig
 from dive_fast.data.samples import ReferenceSamples
 from dive_fast.engine import AUTOCAST
@@ -25,8 +25,6 @@ from dive_fast.untrusted import read_json
 
 BEST, LATEST = "best", "latest"
 """Folders in the run's: weights that are the best so far on ``evaluate.select``, and those being evaluated."""
-SELECTED = "selected.json"
-"""In :data:`BEST`: step and accuracy of its weights."""
 
 
 class Validation:

@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--input", help="folder, CSV file, tars, or root folder of the torchvision or WILDS set")
     parser.add_argument("--name", help="torchvision: the class, e.g. Flowers102; wilds: the data set, e.g. fmow")
-    parser.add_argument("--split", default="train", help="torchvision and wilds: which part")
+    parser.add_argument("--split", help="torchvision and wilds: which part, if not train")
     parser.add_argument("--text", choices=["cls", "txt"], default="cls", help="webdataset: labels or captions")
     parser.add_argument(
         "--pairs", action="store_true", help="csv: every row is a pair of its own (a reference set)"
@@ -43,10 +43,21 @@ def main(arguments: list[str] | None = None) -> int:
         or min(options.min_side, options.shard_samples) < 1
     ):
         parser.error("--quality is 1 to 100, --max-side at least 0, --min-side and --shard-samples at least 1")
+    for option, value, formats in (
+        ("--pairs", options.pairs, ("csv",)),
+        ("--image-root", options.image_root, ("csv",)),
+        ("--name", options.name, ("torchvision", "wilds")),
+        ("--split", options.split, ("torchvision", "wilds")),
+    ):
+        if value and options.verify is None and options.format not in formats:
+            parser.error(f"{option} is for --format {' and '.join(formats)}; remove it")
+    for option in ("input", "output", "image_root", "verify"):
+        if getattr(options, option) is not None:
+            setattr(options, option, os.path.expanduser(getattr(options, option)))
 
     from dive_fast.data import prepare
     from dive_fast.data.prepared import verify
-    from dive_fast.data.source import DataError
+    from dive_fast.errors import UserError
 
     try:
         if options.verify is not None:
@@ -61,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
                 options.tokenizer,
             )
             manifest = prepare.prepare(_raw(options), Path(options.output), wanted, options.workers)
-    except DataError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{options.verify or options.output}: {manifest.samples} samples in {len(manifest.files)} files")
@@ -76,7 +87,6 @@ def _raw(options: argparse.Namespace) -> Any:
     """The raw set that the options name."""
     from dive_fast.data.prepare import RawDataset, RawSource
     from dive_fast.data.source import DataError, open_csv, open_folder, open_webdataset
-    from dive_fast.untrusted import nothing_executed
 
     if options.format == "folder":
         return RawSource(open_folder(options.input))
@@ -86,36 +96,58 @@ def _raw(options: argparse.Namespace) -> Any:
         return RawSource(open_webdataset(options.input, f".{options.text}", strict=False))
     if options.name is None:
         raise DataError(f"--format {options.format} needs --name")
-    name = f"{options.name}/{options.split}"
     try:
-        if options.format == "torchvision":
-            return RawDataset(_torchvision(options), name)
-        from wilds import get_dataset
-
-        with nothing_executed():
-            dataset = get_dataset(options.name, root_dir=options.input, download=False)
-        return RawDataset(dataset.get_subset(options.split), name)
+        # Whatever is raised: the classes are somebody else's.
+        dataset = _torchvision(options) if options.format == "torchvision" else _wilds(options)
+    except DataError as error:
+        raise DataError(f"--format {options.format} --name {options.name}: {error}") from error
     except ModuleNotFoundError as error:
         raise DataError(f"--format {options.format}: {error}; pip install {error.name}") from error
-    except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
-        raise DataError(f"--format {options.format} --name {options.name}: {error}") from error
+    except Exception as error:
+        raise DataError(
+            f"--format {options.format} --name {options.name}: {type(error).__name__}: {error}"
+        ) from error
+    return RawDataset(dataset, f"{options.name}/{options.split or 'train'}")
+
+
+def _wilds(options: argparse.Namespace) -> Any:
+    from wilds import get_dataset
+
+    from dive_fast.untrusted import nothing_executed
+
+    with nothing_executed():
+        dataset = get_dataset(options.name, root_dir=options.input, download=False)
+    return dataset.get_subset(options.split or "train")
 
 
 def _torchvision(options: argparse.Namespace) -> Any:
     from PIL import EpsImagePlugin
     from torchvision import datasets
 
-    if not inspect.isclass(getattr(datasets, options.name, None)):
-        raise ValueError("torchvision has no such data set")
+    from dive_fast.data.source import DataError
+    from dive_fast.untrusted import nothing_executed
+
+    kind: Any = getattr(datasets, options.name, None)
+    if not inspect.isclass(kind):
+        raise DataError("torchvision has no such data set")
     if options.name.startswith("LSUN"):
-        raise ValueError("torchvision reads it by a pickle that lies beside the data; prepare it as a folder")
+        raise DataError("torchvision reads it by a pickle that lies beside the data; prepare it as a folder")
     # Its own loader would give PostScript that is called .jpg to Ghostscript, a program.
     EpsImagePlugin.gs_binary = False
-    kind: Any = getattr(datasets, options.name)
     known = inspect.signature(kind).parameters
-    if "split" in known:
-        return kind(options.input, split=options.split)
-    return kind(options.input, train=options.split == "train") if "train" in known else kind(options.input)
+    if next(iter(known), None) != "root":
+        raise DataError("it is not read from a folder")
+    # Some download by default.
+    chosen: dict[str, Any] = {"download": False} if "download" in known else {}
+    part = next((name for name in ("split", "image_set", "train") if name in known), None)
+    if part is None and options.split is not None:
+        raise DataError("it has no parts; remove --split")
+    if part == "train" and options.split not in (None, "train", "test"):
+        raise DataError(f"--split {options.split}: it has train and test")
+    if part is not None:
+        chosen[part] = (options.split or "train") == "train" if part == "train" else options.split or "train"
+    with nothing_executed():
+        return kind(options.input, **chosen)
 
 
 if __name__ == "__main__":

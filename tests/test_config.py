@@ -469,3 +469,32 @@ def test_the_reference_documents_every_key_in_a_table_of_four_columns() -> None:
 )
 def test_the_reference_says_what_a_value_may_be_in_the_words_of_json(key: str, kind: str, default: str) -> None:
     assert f"| `{key}` | {kind} | {default} | " in reference()
+
+
+def test_the_home_folder_may_be_called_by_its_sign_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by the type of the field, so that a new path cannot be forgotten."""
+    from dive_fast.config import Config, Section
+
+    monkeypatch.setenv("HOME", "/home/someone")
+    paths = {"path", "image_root", "class_names", "templates", "output", "resume", "pretrained"}
+    seen = 0
+    for section in Section.__subclasses__():
+        for name, field in section.model_fields.items():
+            if name in paths or "path" in name or "folder" in name:
+                seen += 1
+                assert "PathText" in str(section.__annotations__[name]) or any(
+                    "_expanded" in str(part) for part in (field.metadata, field.annotation)
+                ), f"{section.__name__}.{name}"
+    assert seen >= 15
+    tree = {
+        "model": {"name": "local-dir:~/model"},
+        "data": {"target": {"format": "csv", "path": "~/a.csv", "image_root": "~", "templates": "~{}~/x"}},
+        "objective": {"name": "flyp"},
+        "train": {"output": "~/runs/a", "resume": "auto"},
+    }
+    config = Config.model_validate(tree)
+    assert config.model.name == "local-dir:/home/someone/model"
+    assert config.data.target.path == "/home/someone/a.csv"
+    assert config.data.target.image_root == "/home/someone"
+    assert config.data.target.templates == "~{}~/x"
+    assert (config.train.output, config.train.resume) == ("/home/someone/runs/a", "auto")

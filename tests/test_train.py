@@ -206,6 +206,7 @@ def run_alone(tree: dict[str, Any], output: Path) -> Any:
 
 
 def _run_alone(tree: dict[str, Any], output: Path) -> Any:
+    Objective.backend = "torch"
     try:
         return run(tree, output, join())
     except ConfigError as error:
@@ -245,6 +246,7 @@ def test_a_cache_whose_rows_are_wrong_is_found_before_the_first_update(tmp_path:
 def _warned(tree: dict[str, Any], output: Path) -> list[list[str]]:
     """What is said of noise: by a run in bf16 that hardly moves, by the same killed early, and by one in fp32."""
     ranks, found = join(), []
+    Objective.backend = "torch"
     still = {"learning_rate": 1e-7, "warmup_steps": 2, "log_every": 1, "max_steps": 4, "precision": "bf16"}
 
     def warnings_of(name: str, **options: Any) -> None:
@@ -279,6 +281,7 @@ def test_rounding_that_drowns_difference_vectors_is_told_once(tmp_path: Path) ->
 def _traced(tree: dict[str, Any], output: Path) -> tuple[Counter[str], str, list[str]]:
     """Ranges in the trace of three steps, what is said of them, and what of a run too short to be traced."""
     ranks = join()
+    Objective.backend = "torch"
     with contextlib.redirect_stdout(io.StringIO()) as said:
         run(tree, output, ranks, epochs=20, max_steps=SETTLING + WARMING + 3, trace_steps=3)
     events = json.loads(gzip.decompress((output / "trace.json.gz").read_bytes()))["traceEvents"]

@@ -17,6 +17,8 @@ from dive_fast.model_files import DESCRIPTION
 
 MODEL = "model.safetensors"
 """Exported weights, in the folder of a run."""
+SELECTED = "selected.json"
+"""Step and accuracy of a run's best weights, next to them."""
 
 
 def write_model(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -> None:
@@ -45,7 +47,7 @@ def write_model(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -
 
 def copy_model(source: Path, folder: Path) -> None:
     """Puts what :func:`write_model` left in one folder into the place of what it left in another."""
-    left = {file.name for file in source.iterdir() if file.is_file()}
+    left = {file.name for file in source.iterdir() if file.is_file() and file.name != SELECTED}
     # The weights last, as they are written. Of another run's files, a head would classify instead of prompts, and
     # a description would decide how images are preprocessed.
     for name in sorted(left | {heads.FILE, DESCRIPTION}, key=lambda name: name == MODEL):

@@ -36,6 +36,7 @@ class Trained(NamedTuple):
 
 def gathered(engine: Engine) -> Iterator[Trained]:
     """Every tuned parameter in turn; all ranks go through all of them."""
+    _link_moments(engine)
     for name, parameter in tuned(engine):
         if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
             weights = safe_get_full_fp32_param(parameter)
@@ -91,6 +92,18 @@ def _moment(engine: Engine, parameter: nn.Parameter, key: str) -> Tensor:
     if flat and not zero.optimizer.state.get(flat[0]):
         return torch.zeros(shape_of(parameter), device=engine.ranks.device)
     return safe_get_full_optimizer_state(parameter, key).reshape(shape_of(parameter))
+
+
+def _link_moments(engine: Engine) -> None:
+    """Lets DeepSpeed's accessors find the moments of every parameter group.
+
+    ZeRO 1 and 2 link them once, after the first step of the first group, when a second group has none yet.
+    """
+    zero = engine.deepspeed.optimizer
+    flats = getattr(zero, "single_partition_of_fp32_groups", ())
+    if len(flats) > 1 and all(zero.optimizer.state.get(flat) for flat in flats):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _prepare(engine: Engine, updates: int) -> None:

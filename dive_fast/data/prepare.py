@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
+from dive_fast import locks
 from dive_fast.data import content, prepared
 from dive_fast.data.content import Piece
 from dive_fast.data.pictures import (
@@ -51,7 +52,6 @@ from dive_fast.untrusted import nothing_executed, read_json
 logger = logging.getLogger(__name__)
 
 PARTS = ".parts"
-LOCK = ".lock"
 STATE = "state.json"
 LARGEST_SIDE = 65_500
 """Pixels a JPEG may have on a side."""
@@ -335,9 +335,17 @@ def prepare(raw: Raw, output: Path, options: Options, workers: int) -> Manifest:
     Raises:
         DataError: the folder holds something else, no sample is usable, the tokenizer cannot be loaded, the disk
             is full, or what was written does not read back.
+        LockedError: another process prepares a set there.
     """
     raw.check()
+    if options.tokenizer is not None:
+        _tokenizer(options.tokenizer)
     wanted = asdict(options) | {"source": raw.digest()}
+    with locks.folder_lock(output, "prepared set"):
+        return _prepare(raw, output, options, wanted, workers)
+
+
+def _prepare(raw: Raw, output: Path, options: Options, wanted: dict[str, Any], workers: int) -> Manifest:
     if (output / prepared.MANIFEST).is_file():
         manifest = prepared.read_manifest(output)
         _same(manifest.options, wanted, output)
@@ -350,8 +358,6 @@ def prepare(raw: Raw, output: Path, options: Options, workers: int) -> Manifest:
         _tidy(output, manifest)
         return manifest
     parts = output / PARTS
-    if options.tokenizer is not None:
-        _tokenizer(options.tokenizer)
     try:
         identity = _claim(parts, wanted, options, raw, output)
         shards = list(_shards(len(raw), options.shard_samples))
@@ -399,7 +405,7 @@ def _claim(parts: Path, wanted: dict[str, Any], options: Options, raw: Raw, outp
         logger.warning(
             "%s: %s changed since it was begun; all its shards are made again", output, ", ".join(changed)
         )
-    elif output.is_dir() and any(entry.name not in (PARTS, LOCK) for entry in output.iterdir()):
+    elif output.is_dir() and any(entry.name not in (PARTS, locks.FILE) for entry in output.iterdir()):
         raise DataError(f"{output}: holds something else; name an empty folder or a new one")
     parts.mkdir(parents=True, exist_ok=True)
     write_whole(parts / STATE, json.dumps(state).encode())

@@ -34,9 +34,10 @@ def read_class_names(name: str) -> tuple[str, ...]:
     """
     if name == "imagenet":
         return tuple(open_clip.IMAGENET_CLASSNAMES)
-    lines = _lines(name, "class names")
-    if lines[0][0] in "[{":
-        return _json_names(name, "\n".join(lines))
+    text = _text(name, "class names")
+    if text.lstrip()[:1] in ("[", "{"):
+        return _json_names(name, text)
+    lines = _lines(name, text, "class names")
     first = [re.match(r"(n[0-9]{8}|[0-9]+)[\s:,;]", line) for line in lines]
     if all(first):
         starts = [found[1] for found in first if found]
@@ -74,7 +75,7 @@ def read_templates(name: str) -> tuple[Template, ...]:
         raise DataError(
             f"{name}: no such file of templates; a template itself has {{}} in the place of the class name"
         )
-    lines = [name] if "{}" in name else _lines(name, "templates")
+    lines = [name] if "{}" in name else _lines(name, _text(name, "templates"), "templates")
     for line in lines:
         if "{}" not in line:
             raise DataError(f"{name}: template {line!r} has no {{}} for the class name")
@@ -206,11 +207,14 @@ class Filled:
         return self.template.replace("{}", class_name)
 
 
-def _lines(name: str, what: str) -> Sequence[str]:
+def _text(name: str, what: str) -> str:
     try:
-        text = read_text(locate(name), "utf-8-sig").rstrip()
+        return read_text(locate(name), "utf-8-sig").rstrip()
     except (OSError, ValueError) as error:
         raise DataError(f"{name}: cannot read {what}: {error}") from error
+
+
+def _lines(name: str, text: str, what: str) -> Sequence[str]:
     lines = [line.strip() for line in text.splitlines()]
     if not lines:
         raise DataError(f"{name}: expected {what}, one a line; the file is empty")

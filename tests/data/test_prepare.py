@@ -25,9 +25,11 @@ from PIL import Image
 
 from dive_fast.data import prepared
 from dive_fast.data.beton import write_beton
-from dive_fast.data.prepare import Options, RawSource, UnusableError, convert, prepare
+from dive_fast.data.prepare import Options, RawDataset, RawSource, UnusableError, convert, prepare
 from dive_fast.data.prepared import open_prepared, verify
 from dive_fast.data.source import DataError, open_csv, open_folder, open_webdataset
+from dive_fast.data.workers import FORK
+from dive_fast.locks import Lock, LockedError
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = Options(shard_samples=4, max_side=64)
@@ -394,7 +396,7 @@ def test_a_damaged_set_is_refused(tmp_path: Path) -> None:
     tar.write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
     with pytest.raises(DataError, match=r"000002.tar: changed since"):
         verify(str(folder))
-    assert launch("--verify", str(folder)).returncode == 2
+    assert load_main()(["--verify", str(folder)]) == 2
     for data, message in ((whole[:-512], "has .* bytes"), (None, "is missing")):
         tar.unlink()
         if data is not None:
@@ -425,16 +427,15 @@ def test_a_damaged_set_is_refused(tmp_path: Path) -> None:
 # The command
 
 
-def test_the_command_prepares_data_sets_of_torchvision(tmp_path: Path) -> None:
+def test_the_command_prepares_data_sets_of_torchvision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for label in ("negative", "positive"):
         folder = tmp_path / "rendered-sst2" / "test" / label
         folder.mkdir(parents=True)
         for i in range(2):
             (folder / f"{i}.png").write_bytes(encoded(picture(40, 50 + i), "PNG"))
     command = ["--format", "torchvision", "--name", "RenderedSST2", "--split", "test", "--input", str(tmp_path)]
-    done = launch(*command, "--output", str(tmp_path / "set"))
-    assert done.returncode == 0, done.stderr
-    assert "4 samples in 1 files\n  encoded anew: 4 (decoded)" in done.stdout
+    assert load_main()([*command, "--output", str(tmp_path / "set"), "--workers", "1"]) == 0
+    assert "4 samples in 1 files\n  encoded anew: 4 (decoded)" in capsys.readouterr().out
     source = open_prepared(str(tmp_path / "set"), ".cls")
     assert (source.class_names, [sample.label for sample in source.samples]) == (
         ("negative", "positive"),
@@ -474,3 +475,418 @@ def test_a_mistake_is_told_in_one_line(
     assert code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+# Writers and their readers
+
+
+def load_main() -> Any:
+    return runpy.run_path(str(REPOSITORY / "launch" / "prepare.py"))["main"]
+
+
+def one_line_of(main: Any, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The message of a command that refuses."""
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    line = err.rstrip("\n").splitlines()[-1]
+    assert "Traceback" not in err
+    assert line.startswith("error: "), err
+    assert not out
+    return line
+
+
+def test_every_class_of_torchvision_ends_in_one_line_on_an_empty_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import inspect
+    import socket
+
+    from torchvision import datasets
+
+    def no_network(*_: Any, **__: Any) -> None:
+        raise AssertionError("it asks the network")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    main = load_main()
+    names = [name for name in dir(datasets) if inspect.isclass(getattr(datasets, name))]
+    assert len(names) > 60
+    for name in names:
+        empty = tmp_path / name
+        empty.mkdir()
+        command = [
+            "--format",
+            "torchvision",
+            "--name",
+            name,
+            "--input",
+            str(empty),
+            "--output",
+            str(tmp_path / "x"),
+        ]
+        line = one_line_of(main, command, capsys)
+        assert name in line
+        assert "network" not in line, line
+        assert not (tmp_path / "x").exists()
+
+
+class Foreign:
+    """A data set of somebody else's."""
+
+    classes: Any = ("cat", "dog")
+
+    def __init__(self, item: Any, count: int = 3) -> None:
+        self.item, self.count = item, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        if isinstance(self.item, Exception):
+            raise self.item
+        return self.item
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ((picture(), ["a caption"]), "x/0: its label is list, not the number of a class; .*--format csv"),
+        ((picture(), {"boxes": []}), "its label is dict"),
+        ((picture(), "cat"), "its label is str"),
+        ((picture(), 1.5), "its label is float"),
+        ((picture(), torch.zeros(40)), "its label is Tensor"),
+        ((picture(), 2), "has label 2, but there are 2 class names"),
+        ((picture(), -1), "has label -1, but"),
+        (picture(), "expected a picture and its label, found Image"),
+        ((picture(),), "expected a picture and its label, found tuple"),
+        (KeyError("label"), "^x: KeyError: 'label'$"),
+        (NotImplementedError(), "^x: NotImplementedError"),
+        (ZeroDivisionError("oh"), "^x: ZeroDivisionError: oh$"),
+    ],
+)
+def test_items_that_can_never_be_samples_are_told_before_anything_is_written(
+    tmp_path: Path, item: Any, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        prepare(RawDataset(Foreign(item), "x"), tmp_path / "set", SMALL, 1)
+    assert not (tmp_path / "set").exists()
+
+
+def test_items_without_a_picture_are_left_out_and_labels_of_numpy_and_torch_taken(tmp_path: Path) -> None:
+    class Mixed(Foreign):
+        def __getitem__(self, index: int) -> Any:
+            labels = (0, np.int64(1), torch.tensor(1), np.array(0), 0, 0)
+            if index == 4:
+                raise FileNotFoundError("gone.jpg")
+            return (np.zeros(3) if index == 5 else picture(), labels[index])
+
+    made = prepare(RawDataset(Mixed(None, 6), "x"), tmp_path / "set", SMALL, 1)
+    assert made.skipped == {"cannot be read": 1, "not a picture but ndarray": 1}
+    assert [s.label for s in open_prepared(str(tmp_path / "set"), ".cls").samples] == [0, 1, 1, 0]
+    with pytest.raises(DataError, match=r"^x: it holds no sample$"):
+        prepare(RawDataset(Foreign(None, 0), "x"), tmp_path / "other", SMALL, 1)
+
+
+@pytest.mark.parametrize(
+    ("classes", "names"),
+    [
+        ([("tench", "Tinca tinca"), ("tabby", "tabby cat")], ["tench", "tabby"]),
+        ([3, np.int64(4)], ["3", "4"]),
+        (["naïve", "猫"], ["naïve", "猫"]),
+        ({"cat": 0}, []),
+        (None, []),
+        ([None, "dog"], "class 0 has NoneType for a name"),
+        ([(), "dog"], "class 0 has tuple for a name"),
+        (["cat", b"do\xe9g".decode("utf-8", "surrogateescape")], r"the name of class 1, do\\xe9g, is not UTF-8"),
+    ],
+)
+def test_class_names_are_strings_that_the_reader_takes_or_refused_at_once(
+    tmp_path: Path, classes: Any, names: Any
+) -> None:
+    dataset = Foreign((picture(), 1))
+    dataset.classes = classes
+    if isinstance(names, str):
+        with pytest.raises(DataError, match=names):
+            RawDataset(dataset, "x")
+        return
+    prepare(RawDataset(dataset, "x"), tmp_path / "set", SMALL, 1)
+    assert list(open_prepared(str(tmp_path / "set"), ".cls").class_names) == names
+
+
+def test_torchvisions_imagenet_is_a_set_that_opens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    classes = {"n02099601": ("golden retriever",), "n02123045": ("tabby", "tabby cat")}
+    for wnid in classes:
+        (tmp_path / "in/val" / wnid).mkdir(parents=True)
+        (tmp_path / "in/val" / wnid / "0.JPEG").write_bytes(tiny.jpeg(0))
+    torch.save((classes, list(classes)), tmp_path / "in/meta.bin")
+    command = ["--format", "torchvision", "--name", "ImageNet", "--split", "val", "--input", str(tmp_path / "in")]
+    assert load_main()([*command, "--output", str(tmp_path / "set"), "--workers", "1"]) == 0
+    capsys.readouterr()
+    assert verify(str(tmp_path / "set")).class_names == ["golden retriever", "tabby"]
+    # Sets that were written with all synonyms open too.
+    manifest = json.loads((tmp_path / "set/manifest.json").read_text())
+    manifest["class_names"] = [["golden retriever"], ["tabby", "tabby cat"]]
+    (tmp_path / "set/manifest.json").write_text(json.dumps(manifest))
+    assert open_prepared(str(tmp_path / "set"), ".cls").class_names == ("golden retriever", "tabby")
+
+
+def test_oddest_names_and_texts_are_read_back(tmp_path: Path) -> None:
+    """Keys that are no UTF-8, in files, tars and skipped.jsonl; captions with every character."""
+    latin = b"caf\xe9\n\x1b[2J".decode("utf-8", "surrogateescape")
+    caption = "\ufeffnaïve 猫 \x00 \x1b[2J 👩\u200d🚀 \u202e"
+    tiny.write_tar(
+        tmp_path / f"{latin}.tar",
+        {
+            latin: {"jpg": tiny.jpeg(0), "txt": caption.encode()},
+            f"{latin}broken": {"jpg": b"<html>", "txt": b"x"},
+            "blank": {"jpg": tiny.jpeg(0), "txt": b"\n"},
+        },
+    )
+    for shape in (latin, f"{latin}broken"):
+        (tmp_path / "folder/cat").mkdir(parents=True, exist_ok=True)
+        data = tiny.jpeg(0) if shape == latin else b"<html>"
+        (tmp_path / f"folder/cat/{shape}.jpg").write_bytes(data)
+    opened = {
+        "tar": open_webdataset(str(tmp_path / f"{latin}.tar"), ".txt"),
+        "folder": open_folder(str(tmp_path / "folder")),
+    }
+    for name, raw in opened.items():
+        ready = tmp_path / f"{name}_ready"
+        made = prepare(RawSource(raw), ready, SMALL, 1)
+        source = open_prepared(str(ready), ".txt" if name == "tar" else ".cls")
+        assert source.samples[0].key == raw.samples[0].key
+        assert "caf\\xe9" in source.samples[0].key
+        told = [json.loads(line) for line in (ready / "skipped.jsonl").read_text().splitlines()]
+        assert Counter(entry["reason"] for entry in told) == made.skipped == source.prepared_without
+        assert source.digest()
+    (caption_read,) = open_prepared(str(tmp_path / "tar_ready"), ".txt").samples[0].texts
+    assert caption_read == caption.removeprefix("\ufeff").replace("\0", " ").strip()
+
+
+def test_what_does_not_read_back_is_never_called_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tar = write_set(tmp_path / "a.tar", 6)
+    write = prepared.index_of
+
+    def failing(rows: Any) -> Any:
+        index = write(rows)
+        index["offset"] += 1
+        return index
+
+    with monkeypatch.context() as disk:
+        disk.setattr(prepared, "index_of", failing)
+        with pytest.raises(DataError, match=r"0\.tar.*just written does not read back"):
+            make(tar, tmp_path / "set")
+    assert not (tmp_path / "set/manifest.json").exists()
+
+
+def test_files_have_the_mode_of_the_umask(tmp_path: Path) -> None:
+    tar = write_set(tmp_path / "a.tar", 6)
+    before = os.umask(0o027)
+    try:
+        make(tar, tmp_path / "set")
+        make(tar, tmp_path / "beton", dataclasses.replace(SMALL, container="beton"))
+    finally:
+        os.umask(before)
+    for path in [*(tmp_path / "set").iterdir(), *(tmp_path / "beton").iterdir()]:
+        assert path.stat().st_mode & 0o777 == 0o640, path
+
+
+def test_two_processes_do_not_prepare_one_folder(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    ours, theirs = FORK.Pipe()
+
+    def hold() -> None:
+        lock = Lock(tmp_path / "set/.lock", "x")
+        theirs.send(lock.acquire())
+        theirs.recv()
+
+    holder = FORK.Process(target=hold)
+    holder.start()
+    try:
+        assert ours.recv() is None
+        with pytest.raises(
+            LockedError, match=rf"^prepared set {tmp_path}/set is in use by process {holder.pid} on"
+        ):
+            make(write_set(tmp_path / "a.tar", 6), tmp_path / "set")
+    finally:
+        ours.send(None)
+        holder.join()
+    assert make(tmp_path / "a.tar", tmp_path / "set").samples == 6
+
+
+# What was made before
+
+
+def interrupted(tar: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes all shards and no manifest, as a kill at the end would."""
+
+    def end(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr("dive_fast.data.prepare._finish", end)
+        with pytest.raises(KeyboardInterrupt):
+            make(tar, output)
+
+
+def test_shards_of_bytes_changed_since_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tar = write_set(tmp_path / "a.tar", 6)
+    with tarfile.open(tar) as members:
+        at = [member.offset_data for member in members if member.name.endswith("cls")]
+    expected = tmp_path / "expected"
+    interrupted(tar, tmp_path / "same", monkeypatch)
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "same").glob("*.tar")}
+    assert make(tar, tmp_path / "same") == make(tar, expected)
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "same").glob("*.tar")} == times
+    assert not caplog.messages
+    # The same bytes, written again: nothing tells them from others of the same size, but by reading all.
+    interrupted(tar, tmp_path / "copied", monkeypatch)
+    os.utime(tar, ns=(1, 1))
+    made = make(tar, tmp_path / "copied")
+    assert "source_modified changed since it was begun; all its shards are made again" in caplog.text
+    assert made.content == prepared.read_manifest(expected).content
+    # Another label, and another encoder.
+    interrupted(tar, tmp_path / "changed", monkeypatch)
+    data = bytearray(tar.read_bytes())
+    data[at[1] : at[1] + 1] = b"4"
+    tar.write_bytes(data)
+    with pytest.raises(DataError, match=r"changed: holds a set prepared otherwise \(source "):
+        make(tar, tmp_path / "changed")
+    interrupted(tar, tmp_path / "versions", monkeypatch)
+    monkeypatch.setattr("dive_fast.data.prepare._versions", lambda _: {"pillow": "1"})
+    make(tar, tmp_path / "versions")
+    assert "versions changed since it was begun; all its shards are made again" in caplog.text
+
+
+def test_shard_of_another_set_or_a_damaged_note_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tar = write_set(tmp_path / "a.tar", 6)
+    for number, damage in enumerate(("{", "[]", '{"identity": "another"}')):
+        output = tmp_path / f"{number}"
+        interrupted(tar, output, monkeypatch)
+        (output / ".parts/000001.json").write_text(damage)
+        assert make(tar, output) == make(tar, tmp_path / "whole")
+
+
+def test_a_set_that_is_done_tells_that_its_source_was_modified(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tar = write_set(tmp_path / "a.tar", 6)
+    first = make(tar, tmp_path / "set")
+    assert make(tar, tmp_path / "set") == first
+    assert not caplog.messages
+    os.utime(tar, ns=(1, 1))
+    assert make(tar, tmp_path / "set") == first
+    assert "is prepared already; the files of its source were modified or copied since" in caplog.text
+
+
+def test_data_sets_of_torchvision_are_known_by_files_labels_and_pixels(tmp_path: Path) -> None:
+    class Listed(Foreign):
+        def __init__(self, root: Path) -> None:
+            self.root = str(root)
+            self.samples = [(str(root / f"{i}.bmp"), i % 2) for i in range(3)]
+
+        def __len__(self) -> int:
+            return len(self.samples)
+
+        def __getitem__(self, index: int) -> Any:
+            path, label = self.samples[index]
+            return Image.open(path), label
+
+    def listed(folder: Path, red: int = 0, label: int = 0) -> Any:
+        folder.mkdir(exist_ok=True)
+        for i in range(3):
+            Image.new("RGB", (40, 40), (i + red, 0, 0)).save(folder / f"{i}.bmp")
+        dataset = Listed(folder)
+        dataset.samples[0] = dataset.samples[0][0], label
+        return RawDataset(dataset, "x")
+
+    original = listed(tmp_path / "a")
+    digest, modified = original.digest(), original.modified()
+    assert listed(tmp_path / "b").digest() == digest
+    assert modified
+    assert listed(tmp_path / "b").modified() != modified
+    assert len({digest, listed(tmp_path / "c", red=1).digest(), listed(tmp_path / "d", label=1).digest()}) == 3
+
+
+# Prepared sets, opened
+
+
+def test_bytes_changed_in_a_prepared_set_are_told_by_its_digest(tmp_path: Path) -> None:
+    make(write_set(tmp_path / "a.tar"), tmp_path / "set")
+    source = open_prepared(str(tmp_path / "set"), ".cls")
+    before = source.modified()
+    assert source.image_ids().tolist() == list(range(22))
+    tar = tmp_path / "set/000002.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
+    changed = open_prepared(str(tmp_path / "set"), ".cls")
+    assert changed.modified() != before
+    with pytest.raises(DataError, match=r"sample a\.tar/008: changed since it was prepared; copy or prepare"):
+        changed.digest()
+
+
+def test_pairs_of_one_image_have_one_id_raw_and_prepared(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(tiny.jpeg(ord(name), kind="PNG"))
+    rows = ["title\tfilepath", *(f"caption {i}\t{'ab'[i % 2]}.png" for i in range(6))]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    raw = open_csv(str(tmp_path / "list.csv"), None, group=False)
+    prepare(RawSource(raw), tmp_path / "set", SMALL, 1)
+    for source in (raw, open_prepared(str(tmp_path / "set"), ".txt")):
+        assert source.image_ids().tolist() == [0, 1, 0, 1, 0, 1]
+
+
+def test_empty_captions_of_sets_prepared_before_are_left_out(tmp_path: Path) -> None:
+    tar = write_set(tmp_path / "a.tar", 6)
+    raw = open_webdataset(str(tar), ".txt")
+    texts = ("one", "", "three", " \t", "five", "six")
+    blank = [dataclasses.replace(s, texts=(text,)) for s, text in zip(raw.samples, texts, strict=True)]
+    prepare(RawSource(dataclasses.replace(raw, samples=blank)), tmp_path / "set", SMALL, 1)
+    source = open_prepared(str(tmp_path / "set"), ".txt")
+    assert [s.texts for s in source.samples] == [("one",), ("three",), ("five",), ("six",)]
+    assert [key for key, _ in source.skipped] == ["a.tar/001", "a.tar/003"]
+    assert [source.read(i) for i in range(4)] == [raw.read(i) for i in (0, 2, 4, 5)]
+    assert source.digest() != prepared.read_manifest(tmp_path / "set").content
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "folder", "--pairs"], "--pairs is for --format csv; remove it"),
+        (["--format", "webdataset", "--image-root", "x"], "--image-root is for --format csv; remove it"),
+        (["--format", "csv", "--name", "x"], "--name is for --format torchvision and wilds; remove it"),
+        (["--format", "folder", "--split", "val"], "--split is for --format torchvision and wilds; remove it"),
+        (["--format", "torchvision", "--name", "CIFAR10", "--split", "val"], "--split val: it has train and test"),
+        (["--format", "torchvision", "--name", "Caltech101", "--split", "val"], "it has no parts; remove --split"),
+        (["--format", "torchvision", "--name", "FakeData"], "it is not read from a folder"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = load_main()([*arguments, "--input", str(tmp_path), "--output", str(tmp_path / "x")])
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_home_folder_may_be_called_by_its_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in/cat").mkdir(parents=True)
+    (tmp_path / "in/cat/1.jpg").write_bytes(tiny.jpeg(0))
+    assert load_main()(["--format", "folder", "--input", "~/in", "--output", "~/out", "--workers", "1"]) == 0
+    assert load_main()(["--verify", "~/out"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    capsys.readouterr()

@@ -3,13 +3,14 @@
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
 import torch
 from torch import Tensor
 
-from dive_fast.data.prompts import PromptTable, pack, read_class_names, read_templates
+from dive_fast.data.prompts import PromptTable, pack, quick_bpe, read_class_names, read_templates
 from dive_fast.data.source import DataError, Sample, Source
 
 NAMES = ("cat", "dog", "sea lion")
@@ -191,3 +192,81 @@ def test_the_length_of_a_batch_reaches_to_where_its_longest_text_is_read() -> No
     assert pack(torch.tensor([[7, 3, 9], [7, 9, 0]]), "argmax").length == 3
     # A tower that needs the whole context.
     assert pack(ROWS, None).length == 6
+
+
+# Files of names
+
+
+def test_names_may_be_a_json_list(tmp_path: Path) -> None:
+    path = write(tmp_path / "names.json", '[\n "cat",\n "sea lion",\n\n "größe"\n]\n')
+    assert read_class_names(path) == ("cat", "sea lion", "größe")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('["cat", "dog"', "begins like JSON, and is none: .*; expected one class name a line"),
+        ("[cat]\n[dog]\n", "begins like JSON, and is none"),
+        ('{"0": "cat"}', "expected a JSON list of class names, in label order, or one name a line"),
+        ('[["n01440764", "tench"]]', "expected a JSON list of class names"),
+        ('["cat", ""]', "expected a JSON list of class names"),
+        ("[]", "expected a JSON list of class names"),
+        (
+            "0: cat\n1: dog\n",
+            r"each line begins with its number, which would be part of the class name \('0: cat'\)",
+        ),
+        ("1 cat\n2 dog\n", "each line begins with its number"),
+        ("n01440764 tench, Tinca tinca\nn01443537 goldfish\n", "each line begins with a WordNet id"),
+    ],
+)
+def test_lines_that_are_more_than_names_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path / "names.txt", text)
+    with pytest.raises(DataError, match=f"^{path}: {message}"):
+        read_class_names(path)
+
+
+def test_names_that_begin_with_a_number_are_names(tmp_path: Path) -> None:
+    for names in (("7 up", "4 runner"), ("0 - zero", "one"), ("n01440764", "n01443537")):
+        assert read_class_names(write(tmp_path / "names.txt", "\n".join(names))) == names
+
+
+def test_a_template_without_its_braces_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        DataError, match=r"^a photo: no such file of templates; a template itself has \{\} in the place"
+    ):
+        read_templates("a photo")
+
+
+# Texts without spaces
+
+
+def test_long_words_have_the_tokens_of_open_clip() -> None:
+    original, quick = open_clip.SimpleTokenizer(), quick_bpe(open_clip.SimpleTokenizer())
+    assert quick_bpe(quick).bpe is quick.bpe
+    draw = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["a" * count for count in (63, 64, 65, 200, 401)]
+    words += ["".join(draw.choices(letters, k=draw.randrange(60, 400))) for _ in range(40)]
+    words += ["".join(draw.choices("aehnt", k=draw.randrange(60, 300))) for _ in range(40)]
+    words += ["the" * 50, "ab" * 99, "größe" * 40, "猫" * 60, "日本語の文章" * 20, "!" * 300, "?!" * 90, "7" * 99]
+    words += ["https://example.com/" + "x" * 100, "Donaudampfschifffahrt" * 9, "👩\u200d🚀" * 30, "&amp;" * 40]
+    texts = [*words, " ".join(words[:9]), "a photo of a cat", "", " \n"]
+    for text in texts:
+        assert quick.encode(text) == original.encode(text), text
+    assert torch.equal(quick(texts), original(texts))
+
+
+def test_a_text_of_a_hundred_thousand_letters_is_tokenised_in_few_steps() -> None:
+    tokenizer = quick_bpe(open_clip.SimpleTokenizer())
+    looked_up = 0
+
+    class Counted(dict[Any, Any]):
+        def get(self, *arguments: Any) -> Any:
+            nonlocal looked_up
+            looked_up += 1
+            return super().get(*arguments)
+
+    tokenizer.bpe._ranks = Counted(tokenizer.bpe_ranks)
+    assert tokenizer(["".join(random.Random(0).choices("etaoin", k=100_000))]).shape == (1, 77)
+    assert looked_up < 3 * 100_000

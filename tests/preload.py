@@ -1,0 +1,22 @@
+"""What the process that ranks and scripts are forked from imports and prepares, once for all of them."""
+
+import importlib
+import os
+
+import tokens
+
+PRELOADED = (
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.original_muon",  # which compiles, and so imports inductor, at a run's start
+    "dive_fast.data.dali",
+    "dive_fast.train",
+    "transformers",
+)
+
+# Only this process is to look for modules in this folder, and no other that is started from those forked of it.
+_, _, others = os.environ.pop("PYTHONPATH", "").partition(os.pathsep)
+if others:
+    os.environ["PYTHONPATH"] = others
+for name in PRELOADED:
+    importlib.import_module(name)
+tokens.keep()

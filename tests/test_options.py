@@ -1,0 +1,655 @@
+"""Every value of every enumerated option in a run of two steps with a checkpoint and a resume, pairwise.
+
+Options and values are those of the config's schema: one that is added has to be listed here before this passes.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import shutil
+import traceback
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from distributed import run_ranks
+from safetensors.torch import load_file
+
+from dive_fast import config as configuration
+from dive_fast import objective, train, update
+from dive_fast.config import WITH_HEAD, WITHOUT_REFERENCE, Config, ConfigError, ObjectiveConfig
+from dive_fast.data import prepare
+from dive_fast.data.source import open_webdataset
+from dive_fast.demo.pretrain import write_tokenizer
+from dive_fast.ranks import Ranks, join
+
+Value = Any
+Row = Mapping[str, Value]
+"""Dotted key -> value."""
+
+RANKS, STAGE, REFERENCE, SETS = "ranks", "deepspeed.zero_optimization.stage", "data.reference", "evaluate.sets"
+SEEN, OTHER = ["seen"], ["other"]
+
+VALUES: dict[str, tuple[Value, ...]] = {
+    "model.name": ("clip", "siglip", "dropping"),
+    "model.logit_scale_max": (None, 10.0),
+    "data.target.templates": ("simple", "a photo of a {}"),
+    "data.target.workers": (0, 1),
+    "data.target.text_length": (None, 8),
+    "data.reference.workers": (0, 1),
+    "data.reference.text_length": (None, 8),
+    "data.reference.views": ("eval", 2),
+    "objective.weight": (None, 1.0),
+    "objective.reference_every": (1, 2),
+    "objective.average_weight": (1.0, 0.0),
+    "objective.pairwise_weight": (1.0, 0.0),
+    "teacher.path": (None, "shared"),
+    "teacher.audit": (64, 0),
+    "teacher.tolerance": (None, 1e-2),
+    "train.max_steps": (None, 2),
+    "train.micro_batch_size": (None, 3),
+    "train.warmup_steps": (0, 1),
+    "train.trace_steps": (0, 1),
+    "train.resume": ("auto", "never", "path"),
+    "evaluate.every_steps": (None, 1),
+    "evaluate.every_epochs": (None, 1),
+    "evaluate.during": (None, SEEN, OTHER),
+    "evaluate.select": (None, "seen"),
+    "evaluate.patience": (None, 1),
+    "evaluate.workers": (0, 1),
+}
+"""Of options that the schema does not enumerate; the values that take another way through the code."""
+
+CONSTANT = {
+    # Where things lie: what they are is `format`'s.
+    "data.target.path",
+    "data.target.image_root",
+    "data.target.class_names",
+    "data.reference.path",
+    "data.reference.image_root",
+    "evaluate.sets.<name>.path",
+    "evaluate.sets.<name>.class_names",
+    "evaluate.sets.<name>.templates",
+    "evaluate.geometry.path",
+    "evaluate.geometry.image_root",
+    "model.pretrained",
+    "train.output",
+    # Numbers, of which any takes the same way.
+    "data.target.batch_size",
+    "data.reference.batch_size",
+    "objective.decay",
+    "objective.probe_epochs",
+    "objective.probe_learning_rate",
+    "teacher.batch_size",
+    "train.epochs",
+    "train.seed",
+    "train.learning_rate",
+    "train.weight_decay",
+    "train.betas",
+    "train.epsilon",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "train.nonfinite_limit",
+    "train.rank_timeout",
+    "evaluate.geometry.pairs",
+    "evaluate.batch_size",
+    # Of a GPU.
+    "data.target.hw_decoder_load",
+    "data.reference.hw_decoder_load",
+    # What is reported, which tests/evaluate has; it reaches no weights.
+    "evaluate.sets.<name>.dataset",
+    "evaluate.sets.<name>.metric",
+    "evaluate.sets.<name>.role",
+    # Minutes on a CPU: test_compiled_blocks_resume has it.
+    "train.compile",
+}
+
+BESIDE: dict[str, tuple[Value, ...]] = {
+    RANKS: (1, 2),
+    STAGE: (0, 1, 2, 3, "auto"),
+    REFERENCE: ("given", "none"),
+    SETS: ("given", "none"),
+    "evaluate.geometry": ("given", "none"),
+}
+"""What is no single value of the config."""
+
+
+class Invalid(NamedTuple):
+    """Values that do not go together."""
+
+    values: dict[str, tuple[Value, ...]]
+    says: str
+    """A part of the error."""
+
+
+NAMES = get_args(ObjectiveConfig.model_fields["name"].annotation)
+NEED_REFERENCE = tuple(name for name in NAMES if name not in WITHOUT_REFERENCE)
+RAW = ("folder", "webdataset", "csv")
+NEVER: dict[str, tuple[Value, ...]] = {"evaluate.every_steps": (None,), "evaluate.every_epochs": (None,)}
+
+INVALID = [
+    Invalid({"objective.name": NEED_REFERENCE, REFERENCE: ("none",)}, "needs a reference set"),
+    Invalid({"objective.name": WITH_HEAD, "data.target.format": ("csv",)}, "csv has prompts and no classes"),
+    Invalid({"data.target.loader": ("ffcv",), "data.target.format": RAW}, "reads prepared sets alone"),
+    Invalid(
+        {"data.reference.loader": ("ffcv",), "data.reference.format": RAW[1:], REFERENCE: ("given",)},
+        "reads prepared sets alone",
+    ),
+    Invalid({"model.name": ("dropping",), "train.micro_batch_size": (3,)}, "train.micro_batch_size"),
+    Invalid({"evaluate.select": ("seen",), SETS: ("none",)}, "evaluate.sets has no seen"),
+    Invalid({"evaluate.during": (SEEN, OTHER), SETS: ("none",)}, "evaluate.sets has no"),
+    Invalid({"evaluate.every_steps": (1,), "evaluate.every_epochs": (1,)}, "name one of them"),
+    Invalid({"evaluate.select": ("seen",)} | NEVER, "need every_steps or every_epochs"),
+    Invalid({"evaluate.during": (SEEN, OTHER)} | NEVER, "need every_steps or every_epochs"),
+    Invalid({"evaluate.during": (OTHER,), "evaluate.select": ("seen",)}, "evaluate.during: add seen"),
+    Invalid({"train.keep_best": (True,), "evaluate.select": (None,)}, "train.keep_best needs evaluate.select"),
+    Invalid({"evaluate.patience": (1,), "evaluate.select": (None,)}, "evaluate.patience needs evaluate.select"),
+    Invalid(
+        {
+            "evaluate.sets.<name>.task": ("retrieval",),
+            "evaluate.sets.<name>.format": ("folder",),
+            SETS: ("given",),
+        },
+        "folders have no captions",
+    ),
+    Invalid({"train.compile": (True,), STAGE: (3,)}, "train.compile: ZeRO-3"),
+]
+"""All that is refused; whatever else is combined has to run."""
+
+SIGLIP = {"model.name": "siglip", "model.random": False, RANKS: 2}
+FIRST: list[Row] = [
+    # Two groups of parameters, of which DeepSpeed steps one after the other; a bias that is never trained.
+    SIGLIP | {STAGE: 1, "train.decay_all_parameters": False},
+    SIGLIP | {STAGE: 2, "train.decay_all_parameters": False},
+    # Blocks that ZeRO-3 fetches once more in the backward, beside a tower that has none.
+    SIGLIP
+    | {STAGE: 3, "train.activation_checkpointing": "full", "objective.name": "snd"}
+    | {"train.micro_batch_size": 3},
+    {STAGE: 3, RANKS: 2, "train.activation_checkpointing": "full", "objective.name": "vanilla_ft"},
+    SIGLIP | {STAGE: 0, "objective.name": "flyp_replay"},
+]
+"""More than two values that are to stand together, tried before all others, and so in the quick tests."""
+
+
+def leaves() -> dict[str, Any]:
+    """Each key of the config that holds a value: its annotation."""
+    found = {}
+    for place, section in configuration._sections(Config, ""):
+        for key, field in section.model_fields.items():
+            if configuration._section_type(field.annotation) is None and (place or key != "deepspeed"):
+                found[f"{place}.{key}".lstrip(".")] = field.annotation
+    return found
+
+
+def enumerated(annotation: Any) -> tuple[Value, ...] | None:
+    """All values of an annotation; None where it has others than words, flags and null."""
+    if annotation is bool:
+        return (True, False)
+    if annotation is type(None):
+        return (None,)
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return parts
+    if origin in (Union, types.UnionType):
+        of_parts = [enumerated(part) for part in parts]
+        return None if None in of_parts else tuple(itertools.chain(*of_parts))  # type: ignore[arg-type]
+    return None
+
+
+@functools.cache
+def axes() -> dict[str, tuple[Value, ...]]:
+    """What is combined: option -> values."""
+    found: dict[str, tuple[Value, ...]] = dict(BESIDE)
+    for key, annotation in leaves().items():
+        values = enumerated(annotation)
+        if key in CONSTANT:
+            continue
+        if values is not None and key.startswith("evaluate.sets"):
+            values = tuple(value for value in values if value is not None)  # the schema's "as dataset has it"
+        found[key] = VALUES.get(key, ()) if values is None else values
+    return found
+
+
+def test_every_option_has_its_values_here() -> None:
+    known = leaves()
+    missing = [key for key, values in axes().items() if not values]
+    assert not missing, f"name the values of {missing} in VALUES, or put them into CONSTANT with the reason"
+    open_keys = {key for key, annotation in known.items() if enumerated(annotation) is None}
+    assert VALUES.keys() <= open_keys, "the schema has the values of these itself"
+    assert known.keys() >= CONSTANT
+    assert not CONSTANT & VALUES.keys()
+    for one in INVALID:
+        for key, values in one.values.items():
+            assert key == "train.compile" or all(value in axes()[key] for value in values), key
+
+
+# Rows
+
+
+class Table:
+    """All values of all options under one numbering: which may stand together, and which have."""
+
+    def __init__(self) -> None:
+        """Nothing has stood together."""
+        options = axes()
+        self.values = [(key, value) for key in options for value in options[key]]
+        self.of_key: dict[str, list[int]] = {key: [] for key in options}
+        for number, (key, _) in enumerate(self.values):
+            self.of_key[key].append(number)
+        key_of = np.array([list(options).index(key) for key, _ in self.values])
+        self.uncovered = key_of[:, None] != key_of[None]
+        self.rules = [
+            [{self.number(key, value) for value in values} for key, values in one.values.items()]
+            for one in INVALID
+            if one.values.keys() <= options.keys()
+        ]
+        self.tie = np.random.default_rng(0)
+        """Where several cover as many, not always the first: more triples stand together then."""
+        self.parts = [self._may_stand(keys) for keys in connected(options)]
+        """For each group of options that rules connect, all that may stand together: a row for each choice."""
+
+    def number(self, key: str, value: Value) -> int:
+        return next(n for n in self.of_key[key] if self.values[n] == (key, value))
+
+    def allowed(self, row: set[int]) -> bool:
+        return not any(all(row & values for values in rule) for rule in self.rules)
+
+    def _may_stand(self, keys: list[str]) -> Any:
+        return np.array(
+            [row for row in itertools.product(*(self.of_key[key] for key in keys)) if self.allowed(set(row))]
+        )
+
+    def completed(self, *start: int) -> list[int] | None:
+        """A row with such values, and of the others those that cover the most; None where all such are refused."""
+        row: list[int] = []
+        fixed = {self.values[number][0]: number for number in start}
+        # Those with a choice left come last, so that they go with what is there.
+        for choices in sorted(self.parts, key=lambda choices: len(choices[0]) == 1):
+            for at, number in enumerate(choices[0]):
+                if (wanted := fixed.get(self.values[number][0])) is not None:
+                    choices = choices[choices[:, at] == wanted]
+                    if not len(choices):
+                        return None
+            beside = [*row, *(number for number in start if number not in row)]
+            gain = self.uncovered[choices][:, :, beside].sum((1, 2))
+            gain += self.uncovered[choices[:, :, None], choices[:, None]].sum((1, 2)) // 2
+            row += choices[(gain + self.tie.random(len(gain))).argmax()].tolist()
+        return row
+
+    def take(self, row: list[int]) -> None:
+        self.uncovered[np.ix_(row, row)] = False
+
+
+def connected(options: Mapping[str, Any]) -> list[list[str]]:
+    """The options in groups: no rule is about two of them."""
+    group = {key: {key} for key in options}
+    for one in INVALID:
+        merged = set().union(*(group.get(key, set()) for key in one.values))
+        for key in merged:
+            group[key] = merged
+    found = []
+    for key in options:
+        if (keys := [other for other in options if other in group[key]]) not in found:
+            found.append(keys)
+    return found
+
+
+@functools.cache
+def rows() -> tuple[list[dict[str, Value]], int]:
+    """Rows in which any two values stand together that may, and how many of them have every single value."""
+    table, found = Table(), []
+
+    def take(*start: int) -> None:
+        if (row := table.completed(*start)) is not None:
+            table.take(row)
+            found.append({key: value for key, value in (table.values[number] for number in sorted(row))})
+
+    for first in FIRST:
+        take(*(table.number(key, value) for key, value in first.items()))
+    for number, (key, value) in enumerate(table.values):
+        if not any(row[key] == value for row in found):
+            take(number)
+    quick = len(found)
+    for one, other in np.argwhere(np.triu(table.uncovered)).tolist():
+        if table.uncovered[one, other]:
+            take(one, other)
+    return found, quick
+
+
+def test_rows_have_every_value_and_any_two_that_may_stand_together() -> None:
+    found, quick = rows()
+    table = Table()
+    for row in found:
+        numbers = [table.number(key, value) for key, value in row.items()]
+        assert len(numbers) == len(axes())
+        assert table.allowed(set(numbers))
+        table.take(numbers)
+    for one, other in np.argwhere(np.triu(table.uncovered)).tolist():
+        assert table.completed(one, other) is None, (table.values[one], table.values[other])
+    for key, value in table.values:
+        assert any(row[key] == value for row in found[:quick]), (key, value)
+
+
+# Configs
+
+
+def write_material(folder: Path) -> None:
+    """Every model and data set that rows name."""
+    words = ["a", "photo", "of", "class", "number", "caption", "and", "so", "on"] + [str(i) for i in range(24)]
+    (folder / "tokenizer").mkdir()
+    vocabulary = write_tokenizer(folder / "tokenizer", words, context=12)
+    text = tiny.TEXT | {"context_length": 12, "vocab_size": vocabulary, "hf_tokenizer_name": "own"}
+    own = tiny.CLIP | {"text_cfg": text}
+    changes: dict[str, dict[str, Any]] = {
+        "clip": {},
+        "siglip": {"custom_text": True, "init_logit_bias": -10},
+        "dropping": {"vision_cfg": tiny.VISION | {"patch_dropout": 0.5}},
+    }
+    for name, change in changes.items():
+        shutil.copytree(folder / "tokenizer", folder / name)
+        tiny.write_model(folder / name, own | change)
+    for half, write, text_of in (
+        ("target", tiny.write_target, ".cls"),
+        ("reference", tiny.write_reference, ".txt"),
+    ):
+        section = write(folder / half, count=16)
+        source = open_webdataset(section["path"], text_of)
+        prepare.prepare(
+            prepare.RawSource(source), folder / f"{half}-prepared", prepare.Options("beton"), workers=1
+        )
+        lines = ["title\tfilepath"]
+        for index, sample in enumerate(source.samples):
+            path = folder / f"{half}-folder" / f"class {sample.label}" / f"{index}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(tiny.jpeg(index + 1000 * (half == "reference")))
+            lines.append(f"caption {index}\t{path}")
+        (folder / f"{half}.csv").write_text("\n".join(lines) + "\n")
+
+
+def data_of(folder: Path, half: str, kind: str) -> dict[str, Any]:
+    """Format, path and class names of a half in one of its forms."""
+    names = {"class_names": str(folder / "target/classes.txt")} if half == "target" else {}
+    path = {
+        "webdataset": folder / half,
+        "folder": folder / f"{half}-folder",
+        "csv": folder / f"{half}.csv",
+        "prepared": folder / f"{half}-prepared",
+    }[kind]
+    return {"format": kind, "path": str(path)} | (names if kind in ("webdataset", "prepared") else {})
+
+
+def tree_of(folder: Path, output: Path, row: Row) -> dict[str, Any]:
+    """The config of a row; what the row leaves open is as small as can be."""
+    row = dict(row)
+    for key, values in axes().items():
+        row.setdefault(key, values[0] if key not in DEFAULTS else DEFAULTS[key])
+    tree: dict[str, Any] = {"deepspeed": {"zero_optimization": {}}, "data": {"reference": {}}}
+    for key, value in row.items():
+        if key in BESIDE and key != STAGE:
+            continue
+        if key.startswith("evaluate.sets") or key.startswith("evaluate.geometry"):
+            continue
+        *path, last = key.split(".")
+        section = tree
+        for part in path:
+            section = section.setdefault(part, {})
+        section[last] = value
+    tree["model"]["name"] = f"local-dir:{folder / row['model.name']}"
+    for half in ("target", "reference"):
+        tree["data"][half] |= data_of(folder, half, row[f"data.{half}.format"]) | {"batch_size": 8}
+    if row[REFERENCE] == "none":
+        tree["data"]["reference"] = None
+    if row["teacher.path"] is not None:
+        tree["teacher"]["path"] = str(output.parent / "teacher")
+    tree["objective"] |= {"probe_epochs": 1}
+    tree["train"] |= {
+        "output": str(output),
+        "epochs": 1,
+        "learning_rate": 1e-3,
+        "log_every": 1,
+        "checkpoint_every": 1,
+        "resume": "auto",
+    }
+    tree["evaluate"]["sets"] = {}
+    if row[SETS] == "given":
+        seen = {
+            key.removeprefix("evaluate.sets.<name>."): value
+            for key, value in row.items()
+            if "<name>" in key and key not in CONSTANT
+        }
+        half = "reference" if seen["task"] == "retrieval" else "target"
+        other = data_of(folder, "target", "webdataset") | {"templates": "a photo of a {}"}
+        tree["evaluate"]["sets"] = {
+            "seen": seen | data_of(folder, half, seen["format"]) | {"templates": "a photo of a {}"},
+            "other": other,
+        }
+        if seen["task"] == "retrieval":
+            tree["evaluate"]["sets"]["seen"].pop("class_names", None)
+    tree["evaluate"]["geometry"] = None
+    if row["evaluate.geometry"] == "given":
+        tree["evaluate"]["geometry"] = data_of(folder, "reference", row["evaluate.geometry.format"]) | {"pairs": 5}
+    return tree
+
+
+DEFAULTS: dict[str, Value] = {
+    "data.target.format": "webdataset",
+    "model.random": False,
+    "train.precision": "fp32",
+    "train.keep_best": False,
+    "evaluate.sets.<name>.format": "webdataset",
+    "evaluate.geometry": "none",
+}
+"""Of options whose first value is not the plainest."""
+
+
+# Runs
+
+
+@contextlib.contextmanager
+def left_after_one_step(run: Path, copy: Path, ranks: Ranks) -> Iterator[None]:
+    """Copies the run folder as a kill after the first step's checkpoint would leave it."""
+    save = train.Saver.save
+
+    def saved(self: Any, step: int, *states: Any, **options: Any) -> None:
+        save(self, step, *states, **options)
+        if step == 1:
+            self.finish()
+            ranks.barrier()
+            if ranks.first:
+                shutil.copytree(run, copy)
+            ranks.barrier()
+
+    train.Saver.save = saved  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        train.Saver.save = save  # type: ignore[method-assign]
+
+
+def run_row(folder: Path, name: str, row: Row, ranks: Ranks) -> str:
+    """Runs it whole, and again from its first checkpoint on; returns what is wrong, or nothing."""
+    place = folder / "runs" / name
+    whole, again = place / "whole", place / "again"
+    tree = tree_of(folder, whole, row)
+    with left_after_one_step(whole, again, ranks):
+        train.train(Config.model_validate_json(json.dumps(tree)), whole, ranks)
+    resume = row.get("train.resume", "auto")
+    if resume == "path":
+        resume = str(again / "checkpoints/step00000001")
+        again = place / "from-path"
+    ranks.barrier()
+    resumed = tree | {"train": tree["train"] | {"output": str(again), "resume": resume}}
+    train.train(Config.model_validate_json(json.dumps(resumed)), again, ranks)
+    ranks.barrier()
+    if not ranks.first:
+        return ""
+    return differences(whole, again, folder, row)
+
+
+def differences(whole: Path, again: Path, folder: Path, row: Row) -> str:
+    """What a resumed run has left that one without a break has not."""
+    last = "checkpoints/step00000002"
+    for pattern in ("model.safetensors", "head.safetensors", f"{last}/*.safetensors"):
+        files = sorted(whole.glob(pattern))
+        if [file.relative_to(whole) for file in files] != [
+            f.relative_to(again) for f in sorted(again.glob(pattern))
+        ]:
+            return f"other files {pattern}"
+        for file in files:
+            expected, found = load_file(file), load_file(again / file.relative_to(whole))
+            wrong = [key for key in expected if not torch.equal(expected[key], found[key])]
+            if wrong or expected.keys() != found.keys():
+                return f"{file.relative_to(whole)}: {len(wrong)} of {len(expected)} differ, as {wrong[:3]}"
+    begun = load_file(folder / row.get("model.name", "clip") / "open_clip_model.safetensors")
+    tuned = load_file(whole / "model.safetensors")
+    if all(torch.equal(begun[key], tuned[key]) for key in begun):
+        return "nothing was trained"
+    if (
+        "logit_bias" in begun
+        and not row["model.random"]
+        and not torch.equal(begun["logit_bias"], tuned["logit_bias"])
+    ):
+        return "logit_bias was trained"
+    is_anew = row.get("train.resume") == "never"
+    steps = [lines(run, 1 if is_anew else 2) for run in (whole, again)]
+    return "" if steps[0] == steps[1] else f"metrics: {steps[1]} for {steps[0]}"
+
+
+def lines(folder: Path, first: int) -> list[dict[str, Any]]:
+    """Of metrics.jsonl, from a step on, without what clocks say."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    clocks = ("images_per_second", "data_wait")
+    return [{k: v for k, v in line.items() if k not in clocks} for line in found if line["step"] >= first]
+
+
+def run_rows(folder: Path, chunk: Sequence[tuple[str, Row]]) -> dict[str, str]:
+    """On one rank: what is wrong with each row, up to one that raises: the ranks may have parted then."""
+    ranks = join()
+    objective.Objective.backend = "torch"  # the kernels have tests of their own
+    # From 2^16 a model of so few weights would skip both steps, and have nothing to resume.
+    update.INITIAL_SCALE = 4.0
+    found = {}
+    for name, row in chunk:
+        try:
+            found[name] = run_row(folder, name, row, ranks)
+        except Exception:
+            found[name] = traceback.format_exc()
+            break
+        if ranks.first:
+            shutil.rmtree(folder / "runs" / name)
+    return found
+
+
+CHUNK = 6
+"""Rows that share the processes of their ranks."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("options")
+    write_material(path)
+    return path
+
+
+@functools.cache
+def chunks() -> dict[str, list[tuple[str, Row]]]:
+    """Name of a row -> the rows that run with it, on as many ranks; quick and slow ones apart."""
+    found, quick = rows()
+    named = [(f"{number:02d}", row) for number, row in enumerate(found)]
+    parts: dict[str, list[tuple[str, Row]]] = {}
+    for some in (named[:quick], named[quick:]):
+        for world_size in BESIDE[RANKS]:
+            own = [(name, row) for name, row in some if row[RANKS] == world_size]
+            for at in range(0, len(own), CHUNK):
+                parts |= dict.fromkeys((name for name, _ in own[at : at + CHUNK]), own[at : at + CHUNK])
+    return parts
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> dict[str, str]:
+    """Of the rows that have run."""
+    return {}
+
+
+def named_rows() -> list[Any]:
+    found, quick = rows()
+    return [
+        pytest.param(f"{number:02d}", id=f"{number:02d}", marks=() if number < quick else pytest.mark.slow)
+        for number in range(len(found))
+    ]
+
+
+@pytest.mark.parametrize("name", named_rows())
+def test_a_resumed_run_ends_with_the_same_bits(name: str, folder: Path, outcomes: dict[str, str]) -> None:
+    chunk = chunks()[name]
+    number = [other for other, _ in chunk].index(name)
+    if name not in outcomes:
+        # Where a row before it has failed it has not run yet.
+        first = next((at for at, (other, _) in enumerate(chunk) if other not in outcomes), number)
+        for found in run_ranks(dict(chunk)[name][RANKS], run_rows, folder, chunk[first:], init=False, timeout=500):
+            outcomes.update({other: wrong for other, wrong in found.items() if wrong or other not in outcomes})
+    assert outcomes[name] == "", f"{outcomes[name]}\n{json.dumps(dict(chunk)[name], indent=1)}"
+
+
+# What is refused
+
+
+def refusals(folder: Path) -> list[str]:
+    """What is said to each of :data:`INVALID`, each value of its first option once."""
+    ranks, said = join(), []
+    for number, one in enumerate(INVALID):
+        for row in refused_rows(one):
+            tree = tree_of(folder, folder / f"refused-{number}", row)
+            (folder / "refused.json").write_text(json.dumps(tree))
+            try:
+                train.train(configuration.load(str(folder / "refused.json")), folder / f"refused-{number}", ranks)
+                said.append(f"nothing: {row}")
+            except ConfigError as error:
+                said.append(str(error))
+            except Exception as error:
+                said.append(f"{type(error).__name__}, {row}\n{error}")
+    return said
+
+
+def refused_rows(one: Invalid) -> list[Row]:
+    """Each combination, among values that are refused for nothing else."""
+    found = []
+    for values in itertools.product(*one.values.values()):
+        row = dict(zip(one.values, values))
+        # What the other rules want there to be.
+        if row.get("evaluate.select") == "seen" and not row.keys() & NEVER.keys():
+            row["evaluate.every_steps"] = 1
+        if row.get("evaluate.during") is not None and not row.keys() & NEVER.keys():
+            row["evaluate.every_steps"] = 1
+        found.append(row)
+    return found
+
+
+def test_what_does_not_go_together_is_refused_in_a_line(folder: Path) -> None:
+    (said,) = run_ranks(1, refusals, folder, init=False)
+    expected = [one.says for one in INVALID for _ in refused_rows(one)]
+    assert len(said) == len(expected)
+    for line, part in zip(said, expected, strict=True):
+        assert part in line
+        assert "\n" not in line
+
+
+COMPILED: list[Row] = [
+    {"train.schedule": "joint", "train.activation_checkpointing": "selective", STAGE: 2, RANKS: 2},
+    {"train.micro_batch_size": 3, "train.activation_checkpointing": "full", STAGE: 0, RANKS: 1},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", COMPILED)
+def test_compiled_blocks_resume(row: Row, folder: Path) -> None:
+    compiled = row | {"train.compile": True}
+    for found in run_ranks(row[RANKS], run_rows, folder, [("compiled", compiled)], init=False, timeout=550):
+        assert found == {"compiled": ""}
