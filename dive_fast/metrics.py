@@ -67,7 +67,8 @@ class Metrics:
                 kept.append(json.dumps({"step": first_step} | dict(evaluation)))
             write_whole(self._path, "".join(f"{line}\n" for line in kept).encode())
             first = json.loads(kept[0]) if kept else {}
-            self._floor = {name: value for name, value in first.items() if value is not None}
+            if first.get("step") == 1:
+                self._floor = {name: value for name, value in first.items() if value is not None}
         self._bar = run.ranks.progress(run.total_steps, "train", "step", done=first_step)
 
     def log(self, step: int, values: dict[str, Tensor], learning_rate: float) -> None:

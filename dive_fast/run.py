@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dive_fast import locks, objective
+from dive_fast import locks, objective, steadiness
 from dive_fast.checkpoint import format as checkpoint
 from dive_fast.checkpoint import lineage
 from dive_fast.checkpoint.format import RunRecord
@@ -29,9 +29,10 @@ from dive_fast.data.samples import ReferenceSamples, TargetSamples
 from dive_fast.data.sets import open_reference, open_target
 from dive_fast.deepspeed_section import check_deepspeed
 from dive_fast.engine import Engine, StepBatches
-from dive_fast.evaluate.zero_shot import open_set
+from dive_fast.evaluate.zero_shot import open_sets
 from dive_fast.files import write_whole
 from dive_fast.identity import Identity, model_identity, versions
+from dive_fast.preflight import check_sizes
 from dive_fast.probe import make_head
 from dive_fast.ranks import Ranks
 from dive_fast.run_identity import (
@@ -98,13 +99,14 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         source.report_skipped("data.target")
         if reference is not None:
             reference.report_skipped("data.reference")
-    for evaluation in config.evaluate.sets.values():
-        open_set(evaluation)
+    open_sets(config.evaluate.sets, ranks)
     if config.evaluate.geometry is not None:
         open_reference(config.evaluate.geometry)
     torch.manual_seed(seed)
     towers = create(config.model)
     check_text_length(config, towers)
+    check_sizes(config, folder, towers, 0 if reference is None else len(reference), ranks)
+    steadiness.prepare(config, towers, ranks)
 
     data = config.data.target
     names = target_names(source, data.class_names)

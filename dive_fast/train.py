@@ -10,12 +10,13 @@ import torch
 from dive_fast.checkpoint import format as checkpoint
 from dive_fast.checkpoint.saver import Saver
 from dive_fast.config import Config, ConfigError
-from dive_fast.errors import SharedError
+from dive_fast.errors import SharedError, machine_error
 from dive_fast.guard.consensus import Consensus
 from dive_fast.guard.nonfinite import NonFinite
-from dive_fast.guard.watch import LostError, Watch
+from dive_fast.guard.watch import Watch
 from dive_fast.locks import folder_lock
 from dive_fast.metrics import DIFFERENCE_VECTORS, Metrics
+from dive_fast.preflight import check_environment
 from dive_fast.ranks import Ranks
 from dive_fast.run import Run, batches, build, check_shared
 from dive_fast.teacher.audit import allowed
@@ -45,18 +46,24 @@ def train(config: Config, folder: Path, ranks: Ranks) -> dict[str, float]:
         SaveError: the last checkpoint, or with ``train.on_save_error = stop`` any, could not be written.
         NonFiniteError: ``train.nonfinite_limit`` was reached.
         MetricsError: ``metrics.jsonl`` could not be written to the end, or with ``on_save_error = stop`` at once.
+        MachineError: memory, disk, open files, loader processes or devices failed.
+        StalledError: no batch came for ``train.rank_timeout`` seconds, outside of the loop.
         LockedError: another process uses the folder.
         LostError: another rank failed, died or hangs; or the process is left with exit code ``LOST``.
     """
-    with Watch(ranks, config.train.rank_timeout) as watch:
+    with Watch(ranks, config.train.rank_timeout) as watch, watch.taking_requests():
         try:
+            check_environment(config, folder, ranks)
             with folder_lock(folder, "run folder", ranks=ranks, remedy="set train.output to another folder"):
                 check_shared(folder, ranks)
                 return _loop(build(config, folder, ranks), watch)
-        except RuntimeError as error:
+        except (OSError, RuntimeError, MemoryError) as error:
+            # First what is this rank's own: a rank that is merely late must not be blamed for it.
+            if (found := machine_error(error)) is not None:
+                raise found from error
             # Of a collective that one rank did not come to torch knows no more than that.
-            if (lost := watch.explain()) is not None:
-                raise LostError(lost) from error
+            if isinstance(error, RuntimeError) and (lost := watch.explain()) is not None:
+                raise lost from error
             raise
 
 
@@ -91,8 +98,8 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
             if saved is not None and saved.parent == checkpoints and ranks.first:
                 _note_evaluation(saved, validation, found)
 
+    begun = step
     with (
-        watch.taking_requests(),
         closing(ahead),
         tracing(options.trace_steps, folder / "trace.json.gz", run.ranks) as traced,
     ):
@@ -100,9 +107,19 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
             # The checkpoint was written before it.
             evaluate(run.checkpoint)
         while step < run.total_steps and not validation.is_over:
-            watch.at(step + 1, "data")
+            watch.at(step + 1, "data", is_saved=step == begun)
+            if watch.leaves(step + 1, ahead.wait):
+                watch.at(step, "checkpoint")
+                consensus.settle()
+                saver.save(
+                    step, validation.state_dict(), metrics.state_dict(), first=metrics.write_waiting, must=True
+                )
+                saver.finish(must=True)
+                raise Stopped(
+                    f"{watch.requested}: saved after step {step} of {run.total_steps}, no batch has come"
+                )
             given = next(ahead)
-            watch.at(step + 1, "step")
+            watch.at(step + 1, "step", is_saved=step == begun)
             nonfinite.before(step + 1, given)
             if given.reference is not None and given.teacher is None and run.teacher is not None:
                 with span("teacher"):
@@ -138,7 +155,7 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
             if is_due:
                 evaluate(checkpoint.path_of(checkpoints, step) if saver.newest == step else None)
         consensus.settle()
-    watch.at(step, "end")
+    watch.at(step, "end", is_saved=True)
     return metrics.close(step, validation.finish())
 
 
@@ -157,10 +174,16 @@ def _check_noise_floor(values: dict[str, torch.Tensor], config: Config) -> None:
     if teacher.mode == "cache":
         # What the audit lets pass is there too.
         bound = max(bound, allowed(teacher.dtype, teacher.tolerance))
+    precise = "" if config.train.precision == "fp32" else "; or rounding is that large: train.precision = fp32"
+    why = (
+        f"the teacher's embeddings are not this model's; remove the teacher cache to have it made anew{precise}"
+        if teacher.mode == "cache"
+        # The teacher is this model itself, and steady: only rounding is left.
+        else f"this model's rounding drowns difference vectors{precise.replace('; or rounding is that large:', '; take')}"
+    )
     for name, symbol in DIFFERENCE_VECTORS.items():
         if name in values and float(values[name]) > bound:
             raise ConfigError(
                 f"mean {symbol} before the first update is {float(values[name]):.2e}, above {bound:.0e} for "
-                f"{config.train.precision}: the teacher's embeddings are not this model's; "
-                "remove the teacher cache to have it made anew"
+                f"{config.train.precision}: {why}"
             )

@@ -11,6 +11,7 @@ from pathlib import Path
 import command
 
 
+@command.guarded
 def main(arguments: list[str] | None = None) -> int:
     """Parses, calls, and turns a user's mistake into one line and exit code 2."""
     parser = command.parser(__doc__, "teacher.dtype=float16")
@@ -37,17 +38,20 @@ def main(arguments: list[str] | None = None) -> int:
         if config.data.reference is None:
             raise ConfigError("data.reference: a teacher cache is of a reference set; name one")
         from dive_fast.data.sets import open_reference
+        from dive_fast.preflight import check_environment
         from dive_fast.ranks import join
         from dive_fast.teacher import build, retrieval
         from dive_fast.teacher.audit import write_audit
         from dive_fast.towers import create
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        ranks = join()
+        ranks = join(config.train.rank_timeout)
     except UserError as error:
         return command.complain(error, options)
     path = build.cache_folder(config, command.run_folder(config.train.output, options.config))
     try:
+        if not options.export:
+            check_environment(config, path.parent, ranks)
         if options.adopt or options.export:
             retrieval.check(config, options.adopt is not None)
         embeddings = retrieval.Embeddings(options.adopt, config.teacher.dtype) if options.adopt else None
@@ -59,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
             if ranks.first:
                 parts = build.export_cache(config, path, towers, samples, ranks, options.export)
                 print(f"{options.export}: {len(source)} pairs, partitions: {parts}")
+            ranks.leave()
             return 0
         if embeddings is None:
             _, found = build.open_cache(config, path, towers, samples, ranks, options.rebuild)
@@ -71,6 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(told + (f"; {found}" if found is not None else ""))
         if found is not None:
             write_audit(path / "audit.json", found)
+    ranks.leave()
     return 0
 
 

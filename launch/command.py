@@ -1,6 +1,7 @@
 """What the commands share that take a config: their arguments, the run folder, how a user's mistake is told."""
 
 import argparse
+import functools
 import os
 import shlex
 import sys
@@ -54,6 +55,35 @@ def complain(error: Exception, options: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {error}{mend}", file=sys.stderr)
     return 2
+
+
+def guarded(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorates the function of a command: errors of the machine become one line, bugs keep their traceback.
+
+    Exit codes: 1 for what memory, disk or a device does; 76 where no batch comes; 130 for Ctrl-C.
+    """
+
+    @functools.wraps(main)
+    def guarded_main(arguments: list[str] | None = None) -> int:
+        with unheard():
+            try:
+                return main(arguments)
+            except KeyboardInterrupt:
+                return 130
+            except Exception as error:
+                from dive_fast.errors import StalledError, machine_error
+
+                if (found := error if isinstance(error, StalledError) else machine_error(error)) is None:
+                    raise
+                print(f"{_own_name()}error: {found}", file=sys.stderr)
+                return 76 if isinstance(error, StalledError) else 1
+
+    return guarded_main
+
+
+def _own_name() -> str:
+    """For a line that any rank may print; nothing where there is only one."""
+    return f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
 
 
 @contextmanager

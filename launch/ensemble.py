@@ -10,6 +10,7 @@ from pathlib import Path
 import command
 
 
+@command.guarded
 def main(arguments: list[str] | None = None) -> int:
     """Parses, calls, and turns a user's mistake into one line and exit code 2."""
     parser = command.parser(__doc__, "train.output=runs/mine")
@@ -24,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         config = load(options.config, options.overrides, command.CONFIGS)
+        from dive_fast import towers
         from dive_fast.evaluate import ensemble
         from dive_fast.evaluate.inputs import check_output, find_weights
         from dive_fast.ranks import join
@@ -32,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         weights = find_weights(options.weights, "--weights", run)
         folder = options.output or run
         check_output(folder)
+        towers.check(config.model)
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         ranks = join()
@@ -46,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         report = found.report
         print(ensemble.table(report))
         print(f"{folder / ensemble.WEIGHTS}: alpha = {report['alpha']:g}, chosen on {report['chosen_on']}")
+    ranks.leave()
     return 0
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dive_fast.config import Config, ModelConfig
 
 
+@command.guarded
 def main(arguments: list[str] | None = None) -> int:
     """Parses, calls, and turns a user's mistake into one line and exit code 2."""
     parser = _parser()
@@ -63,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
             for name in suites.expand(wanted)
         } or defaults.sets
+        towers.check(model, weights=weights is None)
         if not sets:
             raise ConfigError("evaluate.sets names no set; name some there, or by --suite and --root")
 
@@ -99,12 +101,13 @@ def main(arguments: list[str] | None = None) -> int:
             "weights": None if weights is None else str(weights),
             "head": None if head_file is None else str(head_file),
         }
-        rows = measure.measure_all(built, tokenizer, sets, opened, ranks, results, how, about, model, head)
+        rows = measure.measure_all(built, tokenizer, sets, opened, ranks, results, how, about, head)
     except UserError as error:
         return command.complain(error, options)
     if ranks.first:
         print(as_markdown(rows), end="")
         print(f"\n{folder}/results.jsonl, results.csv, results.md")
+    ranks.leave()
     return 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import command
 
 
+@command.guarded
 def main(arguments: list[str] | None = None) -> int:
     """Parses, calls, and turns a user's mistake into one line and exit code 2."""
     parser = command.parser(__doc__, "train.output=runs/mine")
@@ -38,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         config = load(options.config, options.overrides, command.CONFIGS)
+        from dive_fast import towers
         from dive_fast.evaluate import movement
         from dive_fast.evaluate.inputs import check_output, find_weights
         from dive_fast.evaluate.pairs import describe_pairs
@@ -49,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.before is not None:
             find_weights(options.before, "--before", run)
         check_output(options.output or run)
+        towers.check(config.model, weights=options.before is None)
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         ranks = join()
@@ -77,6 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(movement.table(report) + "\n")
     for file in movement.write(report, embedded, options.output or run, training):
         print(file)
+    ranks.leave()
     return 0
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dive_fast.config import Config
 
 
-@command.unheard()
+@command.guarded
 def main(arguments: list[str] | None = None) -> int:
     """Parses, calls, and turns a user's mistake into one line and exit code 2."""
     parser = command.parser(__doc__, "train.epochs=1")
@@ -42,13 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
             return dry_run(config, options)
         from dive_fast.checkpoint.saver import SaveError
         from dive_fast.guard.nonfinite import NonFiniteError
-        from dive_fast.guard.watch import LOST, STOPPED, LostError
+        from dive_fast.guard.watch import STOPPED, LostError
         from dive_fast.metrics import MetricsError
         from dive_fast.ranks import join
         from dive_fast.train import Stopped, train
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        ranks = join()
+        ranks = join(config.train.rank_timeout)
     except UserError as error:
         return command.complain(error, options)
     folder = command.run_folder(config.train.output, options.config)
@@ -56,9 +56,6 @@ def main(arguments: list[str] | None = None) -> int:
         results = train(config, folder, ranks)
     except UserError as error:
         return command.complain(error, options)
-    except KeyboardInterrupt:
-        # Before the first step, or after the last: there was nothing to save.
-        return 130
     except Stopped as stopped:
         if ranks.first:
             print(f"{stopped}; start again to go on", file=sys.stderr)
@@ -70,11 +67,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(
             f"rank {ranks.rank}: error: {error}; start again to go on from the newest checkpoint", file=sys.stderr
         )
-        return LOST
+        return error.code
     if ranks.first:
         print(
             f"{folder}/model.safetensors", *(f"{name}={value:.4g}" for name, value in results.items()), sep="\n  "
         )
+    ranks.leave()
     return 0
 
 
@@ -83,10 +81,17 @@ def dry_run(config: "Config", options: argparse.Namespace) -> int:
 
     Raises:
         ConfigError: as :func:`dive_fast.plan.plan`.
+        UserError: ``WORLD_SIZE`` is not a number.
     """
-    if os.environ.get("RANK", "0") != "0":
+    from dive_fast.errors import UserError
+
+    if (rank := os.environ.get("RANK", "0")) != "0":
+        print(f"--dry-run: RANK = {rank} is set, and only rank 0 prints the plan; unset RANK", file=sys.stderr)
         return 0
-    ranks = options.ranks or command.count(1)(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        ranks = options.ranks or command.count(1)(os.environ.get("WORLD_SIZE", "1"))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"WORLD_SIZE = {error}; unset it, or give --ranks") from error
     # Before torch and Hugging Face are imported: neither a GPU nor the network is asked.
     os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")

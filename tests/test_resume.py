@@ -23,6 +23,7 @@ from dive_fast.errors import UserError
 from dive_fast.evaluate import head as heads
 from dive_fast.objective import Objective
 from dive_fast.ranks import Ranks, join
+from dive_fast.update import INITIAL_SCALE, LossScale
 
 STEPS = 3
 
@@ -218,13 +219,18 @@ def _old_format(folder: Folder) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("resume")
+    (path / "config.json").write_text(json.dumps(flyp(path)))
+    return path
+
+
+def flyp(path: Path) -> dict[str, Any]:
+    """A config of three quick steps."""
     tree = tiny.write_config(path, max_steps=STEPS, epochs=9, learning_rate=1e-4)
     tree["objective"] = {"name": "flyp"}
     del tree["data"]["reference"]
     tree["data"]["target"]["batch_size"] = 4
     tree["deepspeed"]["zero_optimization"]["stage"] = 0
-    (path / "config.json").write_text(json.dumps(tree))
-    return path
+    return tree
 
 
 @pytest.fixture(scope="module")
@@ -351,3 +357,156 @@ def test_unreadable_run_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / lineage.FILE).write_text("[]")
     with pytest.raises(UserError, match=r"run.json: cannot read which run .*; remove it to resume"):
         checkpoint.find("auto", tmp_path, Ranks(0, 1, torch.device("cpu")))
+
+
+ACCURACIES = {1: 0.4, 2: 0.5, 3: 0.45, 4: 0.6, 5: 0.9, 6: 0.8, 7: 0.3, 8: 0.7}
+"""Of the weights after so many steps, as the tests have it."""
+
+
+@contextlib.contextmanager
+def _decided(accuracies: dict[int, float]) -> Iterator[None]:
+    """Accuracies are those decided here, whatever the weights are."""
+    evaluate, measure, steps = train.Validation.evaluate, train.Validation._measure, [0]
+
+    def evaluate_at(self: train.Validation, step: int) -> dict[str, float]:
+        steps[0] = step
+        return evaluate(self, step)
+
+    def measured(self: train.Validation, folder: Path, options: Any) -> dict[str, float]:
+        chosen = folder.parent / "run/best/selected.json" if folder.name == "run" else None
+        step = json.loads(chosen.read_text())["step"] if chosen is not None and chosen.exists() else steps[0]
+        return {f"accuracy/{name}": accuracies[step] for name in options.sets}
+
+    train.Validation.evaluate, train.Validation._measure = evaluate_at, measured  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        train.Validation.evaluate, train.Validation._measure = evaluate, measure  # type: ignore[method-assign]
+
+
+def validation_cases(folder: Path) -> dict[str, Any]:
+    ranks = join()
+    Objective.backend = "torch"
+    tree = json.loads((folder / "config.json").read_text())
+    own = {key: tree["data"]["target"][key] for key in tiny.EVALUATION}
+    tree["evaluate"] = {
+        "sets": {"seen": own, "other": own | {"templates": "simple"}},
+        "select": "seen",
+        "every_steps": 2,
+        "workers": 0,
+    }
+    tree["train"] |= {"max_steps": 5, "keep_last": 9}
+    found: dict[str, Any] = {}
+
+    def state(run: Folder, said: str) -> tuple[str, list[int], int, bool]:
+        """What is said, steps with an accuracy, the best step, whether the run's weights are the best ones."""
+        lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+        evaluated = [line for line in lines if "accuracy/seen" in line]
+        weights = [load_file(path / "model.safetensors") for path in (run.path, run.path / "best")]
+        is_best = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        return said, [line["step"] for line in evaluated], evaluated[-1]["best_step"], is_best
+
+    def new(name: str) -> Folder:
+        (folder / name).mkdir()
+        return Folder(ranks, tree, folder / name / "run")
+
+    def copy(run: Folder, name: str) -> Folder:
+        shutil.copytree(run.path, folder / name / "run")
+        return Folder(ranks, tree, folder / name / "run")
+
+    longer = [("train.max_steps", 8), ("evaluate.every_steps", 3)]
+    with _decided(ACCURACIES):
+        whole = new("whole")
+        found["whole"] = state(whole, whole.start())
+        for name, options in {
+            "longer": [],
+            "gone": [],
+            "other": [("evaluate.select", "other")],
+            "damaged": [],
+        }.items():
+            run = copy(whole, name)
+            if name == "gone":
+                shutil.rmtree(run.path / "best")
+            if name == "damaged":
+                (run.path / "checkpoints/step00000005/rank00000.safetensors").write_bytes(b"")
+            found[name] = state(run, run.start(*longer, *options))
+        for name in ("noted", "kept"):
+            run = new(name)
+            with _raises_in(checkpoint, "write_evaluation", call=2, after=name == "kept"):
+                run.start()
+            found[name] = state(run, run.start(("evaluate.every_steps", 3), ("train.max_steps", 7)))
+        run = new("patient")
+        losing = {step: 1.0 - step / 10 for step in ACCURACIES}
+        with _decided(losing):
+            patience = ("evaluate.every_steps", 1)
+            found["patience"] = [
+                state(run, run.start(patience, ("evaluate.patience", number))) for number in (1, 1, 3)
+            ]
+    return found
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("validated")
+    (path / "config.json").write_text(json.dumps(flyp(path)))
+    return run_ranks(1, validation_cases, path, init=False, timeout=300)[0]
+
+
+def test_last_evaluation_counts_whatever_the_run_is_resumed_with(validated: dict[str, Any]) -> None:
+    assert validated["whole"][1:] == ([2, 4, 5, 5], 5, True)
+    said, steps, best, is_best = validated["longer"]
+    assert "continues after step 5 of 8" in said
+    assert (steps, best, is_best) == ([2, 4, 5, 6, 8, 8], 5, True)
+
+
+@pytest.mark.parametrize("name", ["noted", "kept"])
+def test_kill_around_the_note_of_an_evaluation_keeps_the_best(validated: dict[str, Any], name: str) -> None:
+    """After step 4, which is no step of an evaluation in the run that resumes."""
+    _, steps, best, is_best = validated[name]
+    assert (best, is_best) == (6, True)
+    assert steps == ([2, 6, 7, 7] if name == "noted" else [2, 4, 6, 7, 7])
+
+
+def test_best_weights_that_are_gone_are_reported(validated: dict[str, Any]) -> None:
+    said, _, best, is_best = validated["gone"]
+    assert "best: the best weights are gone; they are chosen again" in said
+    assert (best, is_best) == (6, True)
+
+
+def test_accuracies_of_another_set_are_not_compared(validated: dict[str, Any]) -> None:
+    said, _, best, _ = validated["other"]
+    assert "evaluate.select: measured otherwise before step 5" in said
+    assert best == 6
+
+
+def test_best_weights_of_a_later_step_stay_the_best(validated: dict[str, Any]) -> None:
+    """The checkpoint of step 5 is damaged: step 4 is resumed from, and steps 6 and 8 are evaluated."""
+    said, steps, _, is_best = validated["damaged"]
+    assert "passed over: " in said
+    assert steps == [2, 4, 6, 8, 8]
+    assert is_best
+
+
+def test_patience_raised_after_it_ran_out_continues(validated: dict[str, Any]) -> None:
+    (_, first, *_), (again, second, *_), (raised, third, best, is_best) = validated["patience"]
+    assert first == second == [1, 2, 2]
+    assert "already complete: step 2 of 5, evaluate.patience ran out" in again
+    assert "continues after step 2 of 5" in raised
+    assert third == [1, 2, 3, 4, 4]
+    assert (best, is_best) == (1, True)
+
+
+def test_loss_scale_of_another_precision_is_not_taken_over() -> None:
+    cpu = torch.device("cpu")
+    scale = LossScale("bf16", cpu)
+    scale.skipped_steps += 3
+    other = LossScale("fp16", cpu)
+    other.load_state_dict(scale.state_dict())
+    assert other.value == INITIAL_SCALE
+    assert other.skipped_steps == 3
+    other.value.fill_(1024.0)
+    again, plain = LossScale("fp16", cpu), LossScale("fp32", cpu)
+    again.load_state_dict(other.state_dict())
+    plain.load_state_dict(other.state_dict())
+    assert again.value == 1024
+    assert plain.value == 1

@@ -304,7 +304,7 @@ def read_manifest(checkpoint: Path) -> Mapping[str, Any]:
     if written_by != FORMAT:
         raise FormatError(
             f"{checkpoint}: a checkpoint of format {written_by}, not {FORMAT} as now: finish that run with "
-            "the version that began it, set train.output to another folder, or set train.resume=never to train again"
+            "the version that began it, set train.output to another folder, or train.resume=never to train again"
         )
     with _held_to_its_form(path):
         files = manifest["files"]
@@ -325,7 +325,8 @@ def read_trainer(checkpoint: Path) -> Mapping[str, Any]:
     with _held_to_its_form(path):
         numbers = read_json(path)
         scale, validation = numbers["loss_scale"], numbers["validation"]
-        _must(scale.keys() == set(STATE) and type(scale["value"]) is float and type(numbers["run"]) is str)
+        _must(scale.keys() == {*STATE, "dynamic"} and type(scale["value"]) is float)
+        _must(type(scale["dynamic"]) is bool and type(numbers["run"]) is str)
         _check_validation(validation)
         counts = [numbers["step"], numbers["updates"], numbers["total_steps"]]
         counts += [scale[name] for name in COUNTS]

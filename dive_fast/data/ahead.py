@@ -11,11 +11,20 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from dive_fast.errors import StalledError
+from dive_fast.waiting import EVERY, own_name, tell
+
 DEPTH = 1
 """Items ready or in the making, beside the one that the consumer works on: each takes memory of the device."""
+CLOSING = 5.0
+"""Seconds that an early end waits for a loader that may never answer; its thread ends with the process."""
+
+GIVES_NONE = "the loader, or the storage that it reads, gives none"
 
 Item = TypeVar("Item")
 Ready = TypeVar("Ready")
+_Entry = tuple[Ready | None, Any, BaseException | None]
+"""An item, the event behind its copies, or what was raised in its place."""
 
 
 class Ahead(Iterator[Ready], Generic[Item, Ready]):
@@ -25,18 +34,27 @@ class Ahead(Iterator[Ready], Generic[Item, Ready]):
     """
 
     def __init__(
-        self, items: Iterator[Item], prepare: Callable[[Item], Ready], device: torch.device, depth: int = DEPTH
+        self,
+        items: Iterator[Item],
+        prepare: Callable[[Item], Ready],
+        device: torch.device,
+        depth: int = DEPTH,
+        limit: float | None = None,
     ) -> None:
         """Starts at once.
 
         Args:
             prepare: e.g. copies an item to the device and looks up what belongs to it; runs on the thread.
             depth: items ready or in the making at most.
+            limit: seconds until the consumer gives up waiting for an item, and says so on the way; None: somebody
+                else watches over it.
         """
         self.waited = 0.0
         """Seconds that the consumer has spent waiting for items."""
         self._items, self._prepare, self._device = items, prepare, device
-        self._ready: queue.Queue[tuple[Ready | None, Any, BaseException | None]] = queue.Queue(depth)
+        self._limit = limit
+        self._ready: queue.Queue[_Entry[Ready]] = queue.Queue(depth)
+        self._taken: _Entry[Ready] | None = None
         self._room = threading.Semaphore(depth)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="data", daemon=True)
@@ -46,16 +64,23 @@ class Ahead(Iterator[Ready], Generic[Item, Ready]):
         """The next item, ready.
 
         Raises:
+            StalledError: none has come within the limit.
             BaseException: whatever the loader or ``prepare`` raised.
         """
-        begin = time.perf_counter()
-        with record_function("load"):
-            ready, copied, error = self._ready.get()
-        self._room.release()
-        self.waited += time.perf_counter() - begin
+        told, every = 0.0, min(EVERY, self._limit or EVERY)
+        while not self.wait(every):
+            told += every
+            if self._limit is None:
+                continue
+            if told >= self._limit:
+                raise StalledError(f"no batch for {told:.0f} s: {GIVES_NONE}")
+            tell(f"{own_name()} has waited {told:.0f} s for a batch: {GIVES_NONE}")
+        assert self._taken is not None
+        ready, copied, error = self._taken
         if error is not None:
-            self._ready.put((None, None, error))  # for whoever asks again
-            raise error
+            raise error  # and again, for whoever asks again
+        self._taken = None
+        self._room.release()
         assert ready is not None
         if copied is not None:
             stream = torch.cuda.current_stream(self._device)
@@ -65,10 +90,24 @@ class Ahead(Iterator[Ready], Generic[Item, Ready]):
                     tensor.record_stream(stream)
         return ready
 
+    def wait(self, seconds: float) -> bool:
+        """Waits so long at most; returns whether the next item, or an error in its place, is there."""
+        if self._taken is None:
+            begin = time.perf_counter()
+            try:
+                with record_function("load"):
+                    self._taken = self._ready.get(timeout=seconds)
+            except queue.Empty:
+                return False
+            finally:
+                self.waited += time.perf_counter() - begin
+        return True
+
     def close(self) -> None:
         """Stops the thread and lets the loader's workers go."""
         self._closed.set()
-        while self._thread.is_alive():
+        deadline = time.monotonic() + CLOSING
+        while self._thread.is_alive() and time.monotonic() < deadline:
             try:
                 self._ready.get(timeout=0.05)
             except queue.Empty:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dive_fast.config import Loader
+from dive_fast.data.ahead import Ahead
 from dive_fast.data.order import Order
 from dive_fast.data.samples import Batch, Place, Samples
 
@@ -31,6 +32,9 @@ class Options:
     """Images in NHWC memory; their shape is ``(B, 3, H, W)`` either way."""
     hw_decoder_load: float = 0.65
     """`dali` on a GPU: the share of JPEGs that its hardware decoder takes."""
+
+    timeout: float = 600.0
+    """Seconds without a batch until :func:`batches_of` gives up."""
 
     @property
     def layout(self) -> torch.memory_format:
@@ -56,8 +60,22 @@ def training_batches(samples: Samples[Batch], order: Order, steps: range, option
 
 
 def batches_of(samples: Samples[Batch], places: list[Place], batch_size: int, options: Options) -> Iterator[Batch]:
-    """The given places in order, batch by batch; the last batch may be smaller."""
-    return load(samples, [places[i : i + batch_size] for i in range(0, len(places), batch_size)], options)
+    """The given places in order, batch by batch; the last batch may be smaller.
+
+    Raises:
+        StalledError: no batch has come for ``options.timeout`` seconds; a line says so every half minute before.
+    """
+    loaded = load(samples, [places[i : i + batch_size] for i in range(0, len(places), batch_size)], options)
+    # On the CPU: whoever takes a batch moves it.
+    ahead = Ahead(loaded, _as_it_is, torch.device("cpu"), limit=options.timeout)
+    try:
+        yield from ahead
+    finally:
+        ahead.close()
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 def _places(order: Order, steps: range) -> Iterator[list[Place]]:

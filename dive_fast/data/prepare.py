@@ -338,6 +338,8 @@ def prepare(raw: Raw, output: Path, options: Options, workers: int) -> Manifest:
         LockedError: another process prepares a set there.
     """
     raw.check()
+    if options.tokenizer is not None:
+        _tokenizer(options.tokenizer)
     wanted = asdict(options) | {"source": raw.digest()}
     with locks.folder_lock(output, "prepared set"):
         return _prepare(raw, output, options, wanted, workers)
@@ -356,8 +358,6 @@ def _prepare(raw: Raw, output: Path, options: Options, wanted: dict[str, Any], w
         _tidy(output, manifest)
         return manifest
     parts = output / PARTS
-    if options.tokenizer is not None:
-        _tokenizer(options.tokenizer)
     try:
         identity = _claim(parts, wanted, options, raw, output)
         shards = list(_shards(len(raw), options.shard_samples))

@@ -21,14 +21,15 @@ from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch.distributed.distributed_c10d as c10d
-from tqdm import tqdm
 
-from dive_fast.errors import SharedError
+from dive_fast.errors import SharedError, machine_error
 from dive_fast.ranks import Ranks
+from dive_fast.waiting import tell
 
 STOPPED, LOST = 75, 76
 """Exit codes. The run was saved and left because it was asked to be: start it again, it goes on. Another rank
 failed, died or hangs: start it again, it goes on from its newest checkpoint."""
+AGAIN = "restart the same command to resume"
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 Phase = Literal["start", "data", "step", "checkpoint", "evaluation", "end"]
 DOING: dict[Phase, str] = {
@@ -44,13 +45,16 @@ TIMED = ("data", "step")
 """Phases that a rank must get through within the timeout; the others take what they take."""
 STALLED: dict[Phase, str] = {
     "data": "the batch of step {}: the loader, or the storage that it reads, gives none",
+    "step": "the end of step {}",
     "checkpoint": "the checkpoint of step {}, or that before it: some rank's storage takes none",
 }
 """What a rank may wait for too long."""
 BEAT, SILENCE, STALL, GRACE = 1.0, 60.0, 30.0, 3.0
 """Seconds: between signs of life; without one until a rank counts as dead; of waiting until it is said; that a
 rank has to end by itself, with a better message, once another one's failure is known."""
-
+HURRY, PATIENCE = 2.0, 20.0
+"""Seconds, once a run is asked to stop: of waiting for a batch until ranks agree to save without it; of no step
+until a rank is left without saving. Steps that take longer get three times what the longest took."""
 
 NUMBERS = itertools.count()
 """Of the runs of this process group: what was said in one is not of the next."""
@@ -58,6 +62,11 @@ NUMBERS = itertools.count()
 
 class LostError(Exception):
     """Another rank failed, died or hangs; the message names it and its step, in one line."""
+
+    def __init__(self, message: str, code: int = LOST) -> None:
+        """Keeps the exit code: 1 where the same command would fail in the same way again."""
+        super().__init__(message)
+        self.code = code
 
 
 class _Seen(NamedTuple):
@@ -90,7 +99,11 @@ class Watch:
         self._seen: dict[int, _Seen] = {}
         self._moved = self._answered = time.monotonic()
         self._stalls = 0
-        self._is_saved = False
+        self._is_saved = True  # there is nothing to lose yet
+        self._longest = 0.0
+        self._asked_at: float | None = None
+        self._code = LOST
+        self._is_hopeless = self._has_left = False
         self._taking = False
         self._is_asked = False
         self._told = threading.Event()
@@ -115,7 +128,14 @@ class Watch:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Tells the other ranks how this one has ended."""
         if error is not None and not isinstance(error, (LostError, SharedError)):
-            self._fault = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            meaning = machine_error(error) if isinstance(error, Exception) else None
+            self._fault = (
+                f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                if meaning is None
+                else str(meaning)
+            )
+            # A scheduler need not start again what cannot fit.
+            self._is_hopeless = meaning is not None
         self._closed.set()
         os.write(self._writing, bytes(1))
         for thread in self._threads:
@@ -130,7 +150,10 @@ class Watch:
         Args:
             is_saved: nothing is lost if the run is left here, at any moment.
         """
-        self._step, self._phase, self._since, self._stalls = step, phase, time.monotonic(), 0
+        now = time.monotonic()
+        if self._phase in TIMED:
+            self._longest = max(self._longest, now - self._since)
+        self._step, self._phase, self._since, self._stalls = step, phase, now, 0
         self._is_saved = is_saved
 
     @property
@@ -140,9 +163,10 @@ class Watch:
 
     @contextmanager
     def taking_requests(self) -> Iterator[None]:
-        """Signals inside ask for a stop at the next step, which the loop obeys; a second Ctrl-C ends at once.
+        """Signals inside ask for a stop, which the loop obeys at its next step; a second Ctrl-C ends at once.
 
-        Outside they do what they do elsewhere: there is nothing to save.
+        Where there is nothing to lose (before the first step, during an evaluation whose checkpoint is there), and
+        where no step ends any more, the process is left at once, whatever its main thread waits in.
         """
         # The interpreter writes to it at once, though its main thread be inside a collective.
         former_pipe = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
@@ -156,13 +180,47 @@ class Watch:
                 signal.signal(number, handler)
             signal.set_wakeup_fd(former_pipe)
 
-    def explain(self) -> str | None:
+    def leaves(self, step: int, wait: Callable[[float], bool]) -> bool:
+        """Waits for the batch of a step. True: none comes while the run is asked to stop, so it is left before it.
+
+        Alike on all ranks: one that has promised to leave before a step makes it only if another one has begun it,
+        which therefore never promised. If all have promised, all leave.
+
+        Args:
+            wait: waits for so many seconds at most; returns whether the batch is there.
+        """
+        if wait(self._beat):
+            return False
+        begun, promised = time.monotonic(), False
+        while True:
+            if wait(self._beat / 4):
+                if not promised or self._has_begun(step):
+                    return False
+                time.sleep(self._beat / 4)
+            if self._requested is None or time.monotonic() - begun < HURRY:
+                continue
+            if self._ranks.world_size == 1:
+                return True
+            names = [f"leaves/{step}/{rank}" for rank in range(self._ranks.world_size)]
+            with suppress(RuntimeError):  # the other thread judges that the store does not answer
+                if not promised:
+                    self._store.set(names[self._ranks.rank], "")
+                    promised = True
+                if self._store.check(names):
+                    return True
+
+    def _has_begun(self, step: int) -> bool:
+        """Whether another rank is in this step, or behind it."""
+        signs = [seen.sign for seen in dict(self._seen).values()]
+        return any((sign["step"], ORDER.index(sign["phase"])) >= (step, ORDER.index("step")) for sign in signs)
+
+    def explain(self) -> LostError | None:
         """Which rank is to blame for a collective that has failed here, if any; waits some seconds to find out."""
         if self._ranks.world_size == 1:
             return None
         self._suspicious = True
         self._judged.wait(timeout=8 * self._beat)
-        return self._verdict
+        return None if self._verdict is None else LostError(self._verdict, self._code)
 
     def _talk(self) -> None:
         """Signs of life out and in; a thread of its own, since a store behind a broken network blocks."""
@@ -178,7 +236,7 @@ class Watch:
                     self._store.set("stop", self._requested)
                     self._told.set()
                 elif self._store.check(["stop"]):
-                    self._requested = self._store.get("stop").decode()
+                    self._requested, self._asked_at = self._store.get("stop").decode(), time.monotonic()
             except RuntimeError:
                 # The connection is gone for good, and torch prints a page at each use of it. That there is no
                 # answer any more is for the other thread to judge.
@@ -196,6 +254,8 @@ class Watch:
             "step": self._step,
             "phase": self._phase,
             "fault": self._fault,
+            "hopeless": self._is_hopeless,
+            "left": self._has_left,
             "closed": self._closed.is_set(),
         }
         self._store.set(str(self._ranks.rank), json.dumps(sign))
@@ -207,21 +267,34 @@ class Watch:
             self._take_signals()
             self._look_for_the_launcher()
             if self._requested is not None and self._is_saved:
-                # An evaluation may take long. The others leave theirs too.
+                # An evaluation may take long, and so may the start. The others leave theirs too.
                 if self._ranks.world_size > 1:
                     self._told.wait(2 * self._beat)
                 if not self._is_saved:
                     continue  # over meanwhile: the loop obeys
-                self._leave(f"{self._requested}: left during the evaluation after step {self._step}", STOPPED)
+                self._leave(f"{self._requested}: left while {self._own_place()}; {AGAIN}", STOPPED)
+            if self._is_stuck():
+                line = f"{self._requested}: left without saving, since no step ends: {self._own_place()}; {AGAIN}"
+                self._leave(line, STOPPED)
             self._report_stall()
-            if self._ranks.world_size > 1 and (found := self._lost()) is not None:
+            if (found := self._lost()) is not None:
                 break
         if found is None:
             return
         self._verdict = found
         self._judged.set()
         if not self._closed.wait(GRACE):
-            self._leave(f"error: {found}", LOST)
+            self._leave(f"error: {found}", self._code)
+
+    def _is_stuck(self) -> bool:
+        """Whether the run is asked to stop and makes no step after which it could."""
+        if self._asked_at is None or self._phase not in TIMED:
+            return False
+        patience = max(PATIENCE, 3 * self._longest)
+        return time.monotonic() - max(self._asked_at, self._since) > patience
+
+    def _own_place(self) -> str:
+        return _place({"step": self._step, "phase": self._phase})
 
     def _take_signals(self) -> None:
         """Waits for a beat, or until a signal comes."""
@@ -237,8 +310,8 @@ class Watch:
 
     def _request(self, reason: str) -> None:
         if self._requested is None:
-            self._requested = reason
-            _tell(f"{reason}: rank {self._ranks.rank} asks to save and stop")
+            self._requested, self._asked_at = reason, time.monotonic()
+            tell(f"{reason}: rank {self._ranks.rank} asks to save and stop")
 
     def _look_for_the_launcher(self) -> None:
         # A launcher that was killed, or a terminal with it, has sent no signal.
@@ -247,20 +320,40 @@ class Watch:
 
     def _report_stall(self) -> None:
         waited, missed = time.monotonic() - self._since, STALLED.get(self._phase)
-        if missed is not None and waited > STALL * 2**self._stalls:
-            self._stalls += 1
-            _tell(f"rank {self._ranks.rank} has waited {waited:.0f} s for {missed.format(self._step)}")
+        if missed is None or waited <= STALL * 2**self._stalls:
+            return
+        self._stalls += 1
+        said = missed.format(self._step)
+        if self._phase == "step" and (behind := self._behind()):
+            said += f"; behind it: {behind}"
+        tell(f"rank {self._ranks.rank} has waited {waited:.0f} s for {said}")
+
+    def _behind(self) -> str:
+        """The ranks that have not come to this step yet, and where they are."""
+        own = self._step, ORDER.index("step")
+        signs = {rank: seen.sign for rank, seen in dict(self._seen).items()}
+        late = [rank for rank, sign in signs.items() if (sign["step"], ORDER.index(sign["phase"])) < own]
+        return ", ".join(f"rank {rank} {_place(signs[rank])}" for rank in late)
 
     def _lost(self) -> str | None:
         """Whom this run has lost, and where; None: no one."""
         now = time.monotonic()
+        if self._ranks.world_size == 1:
+            if self._phase not in TIMED or now - self._since < self._timeout:
+                return None
+            faulthandler.dump_traceback(all_threads=True)
+            return f"no step for {now - self._since:.0f} s (train.rank_timeout): {self._own_place()}"
         silence = 5 * self._beat if self._suspicious else self._silence
         if now - self._answered > silence:
             return f"rank 0, which all ranks talk through, has not answered for {now - self._answered:.0f} s"
         seen = dict(self._seen)  # the other thread adds to it
         for rank, (sign, since) in seen.items():
             where = f"rank {rank} on {sign['host']}"
+            if sign["left"]:
+                self._code = STOPPED
+                return f"{where} was asked to stop, and has left {_place(sign)}"
             if sign["fault"] is not None:
+                self._code = 1 if sign["hopeless"] else LOST
                 return f"{where} failed {_place(sign)}: {sign['fault']}"
             if now - since > silence and not sign["closed"]:
                 return f"{where} has not been heard of for {now - since:.0f} s; it was {_place(sign)}"
@@ -282,19 +375,17 @@ class Watch:
 
     def _leave(self, line: str, code: int) -> None:
         """Ends the process though its main thread is inside a collective."""
+        if code == STOPPED and self._ranks.world_size > 1:
+            # Else the others would take this rank for one that has died.
+            self._has_left = True
+            time.sleep(1.5 * self._beat)
         try:
-            _tell(f"rank {self._ranks.rank}: {line}")
+            tell(f"rank {self._ranks.rank}: {line}")
             with suppress(OSError, ValueError):
                 sys.stdout.flush()
                 sys.stderr.flush()
         finally:
             os._exit(code)
-
-
-def _tell(line: str) -> None:
-    """On standard error, whose reader may have gone: Ctrl-C ends ``tee`` too."""
-    with suppress(OSError, ValueError):
-        tqdm.write(line, file=sys.stderr)
 
 
 def _place(sign: dict[str, Any]) -> str:

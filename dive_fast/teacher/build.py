@@ -46,6 +46,7 @@ def loader_options(config: Config, data: TargetConfig | ReferenceConfig, ranks: 
         ranks.device,
         torch.float16 if rounds else torch.float32,
         hw_decoder_load=data.hw_decoder_load,
+        timeout=config.train.rank_timeout,
     )
 
 

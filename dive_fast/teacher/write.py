@@ -102,7 +102,8 @@ def _write_blocks(
     # Batches end where blocks do: whatever was there before, the same pairs go together, and give the same bits.
     batches = {block: list(_batches(layout, block, batch_size)) for block in todo}
     in_order = list(chain.from_iterable(batches.values()))
-    ahead = Ahead(load(samples, in_order, options), lambda batch: batch.to(ranks.device), ranks.device)
+    loaded = load(samples, in_order, options)
+    ahead = Ahead(loaded, lambda batch: batch.to(ranks.device), ranks.device, limit=options.timeout)
     writer = store.Writer(partial, layout, ranks.rank)
     progress = ranks.progress(sum(map(len, in_order)), "teacher cache", "pair")
     try:

@@ -77,23 +77,33 @@ class Job:
         self._logs: list[Path] = []
         self._begun = 0.0
 
-    def start(self, *happenings: At, ranks: int = 2, overrides: tuple[str, ...] = ()) -> "Job":
-        """Starts all ranks."""
+    def start(
+        self,
+        *happenings: At,
+        ranks: int = 2,
+        overrides: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
+    ) -> "Job":
+        """Starts all ranks.
+
+        Args:
+            environment: beside what a launcher sets. OMP_NUM_THREADS: torch threads, default 1.
+        """
         port, self._begun = free_port(), time.monotonic()
         self._logs = [self.folder / f"rank{rank}.log" for rank in range(ranks)]
         self._processes = []
         for rank, log in enumerate(self._logs):
-            environment = {
+            variables = {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(ranks),
                 "LOCAL_WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
-            }
+            } | (environment or {})
             arguments = ["--config", str(self.folder / "config.json"), *overrides]
             own = [at for at in happenings if at.rank in (None, rank)]
-            process = context().Process(target=_run_rank, args=(environment, arguments, log, own))
+            process = context().Process(target=_run_rank, args=(variables, arguments, log, own))
             process.start()
             self._processes.append(process)
         return self
@@ -134,9 +144,16 @@ class Job:
             raise TimeoutError(said)
         return Outcome([process.exitcode or 0 for process in self._processes], said, took)
 
-    def go(self, *happenings: At, ranks: int = 2, overrides: tuple[str, ...] = ()) -> Outcome:
-        """Starts and waits."""
-        return self.start(*happenings, ranks=ranks, overrides=overrides).wait()
+    def end(self) -> None:
+        """Kills what is left of it."""
+        for process in self._processes:
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+
+    def go(self, *happenings: At, **options: Any) -> Outcome:
+        """Starts, with the options of :meth:`start`, and waits."""
+        return self.start(*happenings, **options).wait()
 
     def until_step(self, step: int) -> None:
         """Waits for the metrics of a step."""
@@ -183,7 +200,7 @@ def _run_rank(environment: dict[str, str], arguments: list[str], log: Path, happ
     import torch
     import train
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
     # The kernels have tests of their own; interpreted, they would take most of the time of these.
     Objective.backend = "torch"
     for happening in happenings:
@@ -276,6 +293,22 @@ def _fail(*arguments: Any) -> Iterator[None]:
     yield
 
 
+@contextlib.contextmanager
+def _out_of_memory(*arguments: Any) -> Iterator[None]:
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee documentation")
+    yield
+
+
+@contextlib.contextmanager
+def _cuda_error(*arguments: Any) -> Iterator[None]:
+    import torch
+
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+    yield
+
+
 def _disk_full(*arguments: Any) -> contextlib.AbstractContextManager[None]:
     """No file may grow beyond what metrics and manifests need."""
     return _files_up_to(100_000)
@@ -315,6 +348,8 @@ HAPPENINGS: dict[str, Callable[..., Any]] = {
     "unheard": _unheard,
     "impatient": _impatient,
     "fails": _fail,
+    "out of memory": _out_of_memory,
+    "CUDA error": _cuda_error,
     "disk full": _disk_full,
     "ten bytes left": _ten_bytes_left,
     "nan pictures": _nan_pictures,

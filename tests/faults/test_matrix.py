@@ -242,6 +242,87 @@ def _(case: Case) -> None:
     case.same(*options)
 
 
+def asked_in_a_group(ranks: int, threads: int, case: Case) -> None:
+    """As ``timeout`` does it: all processes of the group are told, a rank's loader processes before the rank."""
+    options = ("data.target.workers=1", "data.reference.workers=1")
+    job = case.job.start(
+        At("dive_fast.engine:Engine.step", "lingers", call=3, until=4),
+        ranks=ranks,
+        overrides=options,
+        environment={"OMP_NUM_THREADS": str(threads)},
+    )
+    job.until_step(2)
+    for rank in range(ranks):
+        job.kill_all_of(rank, signal.SIGTERM)
+    ended(job.wait(), *[STOPPED] * ranks, says="saved after step")
+    assert case.job.checkpoints()[-1].name >= "step00000003"
+
+
+for ranks, threads in ((1, 2), (1, 4), (2, 4)):
+    told = f"SIGTERM to all processes of a run on {ranks} rank{'s' * (ranks > 1)}, {threads} threads in each"
+    fault(told, f"all ranks save and exit {STOPPED}", quick=(ranks, threads) == (1, 4))(
+        functools.partial(asked_in_a_group, ranks, threads)
+    )
+
+NO_BATCH = At("dive_fast.data.plain:_Decode.__call__", "hangs", call=4)
+"""In a loader process, which makes some batches ahead: none comes for step 4."""
+
+
+def asked_while_no_batch_comes(ranks: int, case: Case) -> None:
+    options = ("data.target.workers=1", "data.reference.workers=1")
+    job = case.job.start(NO_BATCH, ranks=ranks, overrides=options)
+    job.until_step(2)
+    begun = time.monotonic()
+    job.kill(ranks - 1, signal.SIGTERM)
+    ended(job.wait(), *[STOPPED] * ranks, says="saved after step 3 of 6, no batch has come")
+    assert time.monotonic() - begun < 30
+    assert case.job.checkpoints()[-1].name == "step00000003"
+    case.same(*options, ranks=ranks)
+
+
+for ranks in (1, 2):
+    fault(
+        f"SIGTERM while a loader process hangs, {ranks} rank{'s' * (ranks > 1)}",
+        f"within seconds {SAVED}",
+        quick=ranks == 2,
+    )(functools.partial(asked_while_no_batch_comes, ranks))
+
+
+@fault(
+    "SIGTERM while one rank gets no batch, and the other is in the step",
+    f"all ranks exit {STOPPED}, saying that nothing is saved; {AGAIN}",
+)
+def _(case: Case) -> None:
+    options = ("train.checkpoint_every=1",)
+    job = case.job.start(At("dive_fast.data.ahead:Ahead.wait", "hangs", rank=1, call=4), overrides=options)
+    job.until_step(2)
+    job.kill(0, signal.SIGTERM)
+    ended(job.wait(), STOPPED, STOPPED, says="left without saving, since no step ends")
+    case.same(*options)
+
+
+def asked_at_the_start(place: str, case: Case) -> None:
+    job = case.job.start(At(place, "hangs", rank=0))
+    deadline = time.monotonic() + 60
+    while not (job.folder / "run").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    begun = time.monotonic()
+    job.kill(1, signal.SIGTERM)
+    ended(job.wait(), STOPPED, STOPPED, says="SIGTERM: left while starting; restart the same command to resume")
+    assert time.monotonic() - begun < 20
+    case.same()
+
+
+for what, place in (
+    ("the teacher cache is written", "dive_fast.teacher.store:Writer.write"),
+    ("the teacher cache is audited", "dive_fast.teacher.build:audit"),
+):
+    fault(f"SIGTERM while {what}", f"all ranks exit {STOPPED} within seconds; {AGAIN}", quick=True)(
+        functools.partial(asked_at_the_start, place)
+    )
+
+
 @fault("SIGTERM during an evaluation", f"all ranks exit {STOPPED} within seconds; {AGAIN}", quick=True)
 def _(case: Case) -> None:
     measured = {key: case.tree["data"]["target"][key] for key in tiny.EVALUATION}
@@ -252,7 +333,7 @@ def _(case: Case) -> None:
     time.sleep(1)
     job.kill(1, signal.SIGTERM)
     begun = time.monotonic()
-    ended(job.wait(), STOPPED, STOPPED, says="left during the evaluation after step 3")
+    ended(job.wait(), STOPPED, STOPPED, says="SIGTERM: left while evaluating after step 3")
     # Else it would be the other rank's silence that ends it, after a minute.
     assert time.monotonic() - begun < 45
     case.same(*options)
@@ -297,9 +378,9 @@ def _(case: Case) -> None:
     case.same()
 
 
-@fault("SIGTERM before the first step", f"exits by the signal; {AGAIN}")
+@fault("SIGTERM before the first step", f"all ranks exit {STOPPED}; {AGAIN}")
 def _(case: Case) -> None:
-    ended(case.job.go(At("dive_fast.run:Engine", "SIGTERM")), -signal.SIGTERM, -signal.SIGTERM)
+    ended(case.job.go(At("dive_fast.run:Engine", "SIGTERM")), STOPPED, STOPPED, says="SIGTERM: left while")
     case.same()
 
 
@@ -346,7 +427,7 @@ for dead, codes in ((1, (LOST, KILLED)), (0, (KILLED, LOST))):
 @fault("a rank hangs in a step", f"all name it and its step within the timeout, exit {LOST}; {AGAIN}")
 def _(case: Case) -> None:
     # The other one's step does not end either: it waits for this one's gradients.
-    hanging = At("dive_fast.data.ahead:Ahead.__next__", "hangs", rank=1, call=4)
+    hanging = At("dive_fast.data.ahead:Ahead.wait", "hangs", rank=1, call=4)
     lost(hanging, (LOST, LOST), "rank 1 waiting for the batch of step 4", case)
 
 
@@ -356,6 +437,23 @@ def _(case: Case) -> None:
     outcome = job.wait(ranks=(0,), seconds=60)
     ended(outcome, LOST, KILLED, says="rank 1")
     case.same("train.rank_timeout=15")
+
+
+for what, says in (("out of memory", "CUDA out of memory"), ("CUDA error", "an illegal memory access")):
+
+    @fault(
+        f"{what} on one rank, while the other is silent",
+        "told at once for what it is; both exit 1: a scheduler need not start again what cannot fit",
+        quick=what == "out of memory",
+    )
+    def _(case: Case, what: str = what, says: str = says) -> None:
+        # The other one is late, and must not be taken for the cause.
+        silent = At("dive_fast.data.ahead:Ahead.wait", "lingers long", rank=0, call=4)
+        outcome = case.job.go(At(STEP, what, rank=1, call=4), silent, overrides=("train.rank_timeout=15",))
+        ended(outcome, 1, 1, says=f"failed in step 4: {'CUDA error: ' * (what != 'out of memory')}{says}")
+        assert "rank 0 on" not in outcome.said
+        hint = "--dry-run predicts the memory" if what == "out of memory" else "rank 1: error: CUDA error"
+        assert hint in outcome.said
 
 
 @fault("a bug raises on one rank", f"the other names it with the error and exits {LOST}; {AGAIN}")
@@ -385,7 +483,7 @@ def _(case: Case) -> None:
 @fault("no batch comes for a while", "said after 30 s, and the run goes on: " + SAME)
 def _(case: Case) -> None:
     outcome = case.job.go(
-        At("dive_fast.data.ahead:Ahead.__next__", "lingers", rank=1, call=3),
+        At("dive_fast.data.ahead:Ahead.wait", "lingers", rank=1, call=3),
         At("dive_fast.train:build", "impatient"),
     )
     ended(outcome, 0, 0, says="rank 1 has waited")
@@ -673,7 +771,11 @@ CASES = [pytest.param(each, id=each.name, marks=() if each.quick else pytest.mar
 
 @pytest.mark.parametrize("row", CASES)
 def test_fault(row: Fault, material: Material, tmp_path: Path) -> None:
-    row.do(Case(tmp_path / "job", material))
+    case = Case(tmp_path / "job", material)
+    try:
+        row.do(case)
+    finally:
+        case.job.end()
 
 
 BEGIN, END = "<!-- faults -->\n", "<!-- end of faults -->"
