@@ -44,7 +44,6 @@ from dive_fast.data.pictures import (
     why_unusual,
 )
 from dive_fast.data.prepared import File, Index, Manifest, Row
-from dive_fast.data.prompts import quick_bpe
 from dive_fast.data.source import DataError, Skipped, Source, readable
 from dive_fast.data.workers import FORK, forking
 from dive_fast.files import write_whole
@@ -458,7 +457,9 @@ def _start(raw: Raw, output: Path, options: Options, identity: str) -> None:
 
 
 def _tokenizer(name: str) -> Callable[[list[str]], Tensor]:
-    import open_clip
+    import open_clip  # takes seconds, and most sets need no tokens
+
+    from dive_fast.data.prompts import quick_bpe
 
     try:
         with nothing_executed():
