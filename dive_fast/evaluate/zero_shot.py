@@ -1,7 +1,7 @@
 """Classification of image sets by class prompts or a trained head, and what it is worth in figures."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -260,6 +260,24 @@ def open_sets(sets: Mapping[str, EvaluationSet], ranks: Ranks) -> Opened:
         for remark in opened[name].remarks:
             ranks.say(f"{name}: {remark}")
     return opened
+
+
+def remarks_on_missing_classes(opened: Opened, target: Sequence[str]) -> list[str]:
+    """A line for each set with some of the classes that are trained on, but not all: fewer compete there.
+
+    Args:
+        target: the class names of the set that is trained on.
+    """
+    found = []
+    for name, data in opened.items():
+        is_own = bool(data.remedy)  # known sets have the classes that they are known for
+        if is_own and isinstance(data, Labelled) and set(data.class_names) < set(target):
+            missing = next(own for own in target if own not in data.class_names)
+            found.append(
+                f"evaluate.sets.{name} has {len(set(data.class_names))} of the {len(set(target))} classes of "
+                f"data.target: {missing!r}, for one, competes for no image there"
+            )
+    return found
 
 
 def measure_sets(
