@@ -32,6 +32,7 @@ from dive_fast.engine import Engine, StepBatches
 from dive_fast.evaluate.zero_shot import open_sets, remarks_on_missing_classes
 from dive_fast.files import write_whole
 from dive_fast.identity import Identity, model_identity, versions
+from dive_fast.monitors import in_run_folder
 from dive_fast.preflight import check_sizes
 from dive_fast.probe import make_head
 from dive_fast.ranks import Ranks
@@ -89,6 +90,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     """
     # Before anything that ranks do together: other settings would have them wait for one another.
     require_equal(ranks, of_config(config, RANKS_MAY_DIFFER) | {"run folder": str(folder)})
+    config = in_run_folder(config, folder)
     check_deepspeed(config, ranks.world_size)
     config = resolve(config, ranks)
     seed = config.train.seed
@@ -115,7 +117,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
             ranks.say(f"data.target: {remark}")
         for remark in remarks_on_missing_classes(opened, names):
             ranks.say(remark)
-    templates = read_templates(data.templates)
+    templates = read_templates(data.templates, "data.target.templates")
     prompts = PromptTable(source, names, templates, tokenizer_of(config.model, data.text_length))
     target_samples = TargetSamples(source, prompts, towers.preprocess, towers.pooled_at, seed)
     target_order = Order(
@@ -132,6 +134,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     found, record = _begin_or_resume(config, folder, identity, total_steps, ranks)
     if ranks.first:
         _write_provenance(used, folder, ranks, identity, total_steps)
+        _warn_of_schedule(config, goal, total_steps)
     if goal.needs_head:
         towers.head = make_head(config, towers, source, names, ranks, is_trained=found is not None)
     pairs = reference_order = teacher = None
@@ -197,6 +200,32 @@ def batches(run: Run, steps: range) -> Batches:
         return StepBatches(target.to(device), reference, rows)
 
     return Ahead(load(), ready, device)
+
+
+LONG_WARMUP = 0.2
+"""Share of a run's steps above which a warm-up is reported."""
+
+
+def _warn_of_schedule(config: Config, goal: objective.Objective, total_steps: int) -> None:
+    """Reports settings that train next to nothing."""
+    train, warmup = config.train, config.train.warmup_steps
+    if warmup > LONG_WARMUP * total_steps and warmup > 1:
+        reached = min(1.0, total_steps / warmup) * train.learning_rate
+        logger.warning(
+            "train.warmup_steps = %d of the %d steps of this run: the learning rate %s; set train.warmup_steps=%d "
+            "for a tenth of the run",
+            warmup,
+            total_steps,
+            f"only rises, to {reached:.2g} of {train.learning_rate:.2g}"
+            if warmup >= total_steps
+            else f"rises for {warmup / total_steps:.0%} of it",
+            max(1, total_steps // 10),
+        )
+    if config.data.target.batch_size == 1 and not goal.needs_head:
+        logger.warning(
+            "data.target.batch_size = 1: the contrastive loss of a single pair is 0, so nothing is learned from "
+            "the target set; raise it"
+        )
 
 
 def check_text_length(config: Config, towers: Towers) -> None:

@@ -35,7 +35,7 @@ def call_alone(*command: str, ranks: int = 0) -> subprocess.CompletedProcess[str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo.json", "train.epoch=3"], "unknown key train.epoch; did you mean epochs?"),
+        (["demo.json", "train.epoch=3"], "unknown key train.epoch; did you mean train.epochs?"),
         (["demo.json", "train.epochs=many"], 'train.epochs = "many": input should be a valid integer'),
         (["dem.json"], "--config dem.json: no such file"),
         (["demo.json", "epochs"], "expected section.key=value"),
@@ -63,7 +63,10 @@ def test_a_missing_data_set_ends_with_one_line_before_a_model_is_built(tmp_path:
     ("override", "message"),
     [
         ("deepspeed.zero_optimization.stgae=1", "deepspeed: stgae, in DeepSpeedZeroConfig: Extra inputs are"),
-        ("deepspeed.zero_optimizaton.stage=1", "unknown key deepspeed.zero_optimizaton; did you mean zero_optim"),
+        (
+            "deepspeed.zero_optimizaton.stage=1",
+            "unknown key deepspeed.zero_optimizaton; did you mean deepspeed.zero_optim",
+        ),
     ],
 )
 def test_what_deepspeed_would_refuse_late_or_pass_over_is_told_at_once(override: str, message: str) -> None:

@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import logging
+import multiprocessing
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,12 +17,14 @@ import torch
 from distributed import run_ranks
 from safetensors.torch import load_file
 
+from dive_fast import run as run_module
 from dive_fast import run_identity, train
 from dive_fast.checkpoint import format as checkpoint
 from dive_fast.checkpoint import lineage, saver
 from dive_fast.config import Config
 from dive_fast.errors import UserError
 from dive_fast.evaluate import head as heads
+from dive_fast.locks import folder_lock
 from dive_fast.objective import Objective
 from dive_fast.ranks import Ranks, join
 from dive_fast.update import INITIAL_SCALE, LossScale
@@ -128,6 +132,8 @@ def cases(folder: Path) -> dict[str, Any]:
     tree = json.loads((folder / "config.json").read_text())
     run = Folder(ranks, tree, folder / "run")
     found: dict[str, Any] = {"first": run.start()}
+    files = [path for path in run.path.rglob("*") if path.is_file()]
+    found["modes"] = {str(path.relative_to(run.path)): path.stat().st_mode & 0o777 for path in files}
     whole = run.contents()
     found["again"], found["same"] = (
         run.start(),
@@ -162,7 +168,27 @@ def cases(folder: Path) -> dict[str, Any]:
     found["by path, resumed"] = killed.start(longer)
     found["never"] = {name: _never(run.copy(f"never {name}"), kill) for name, kill in KILLS.items()}
     found["old"] = _old_format(run.copy("old"))
+    found["monitors"] = _monitored(Folder(ranks, tree, folder / "monitored"))
+    few = [("train.warmup_steps", 500), ("data.target.batch_size", 1), ("train.max_steps", 1)]
+    found["few"] = Folder(ranks, tree, folder / "few").start(*few)
     return found
+
+
+def _monitored(folder: Folder) -> tuple[list[str], list[int], list[int]]:
+    """Files outside the usual ones; steps in the CSV and the TensorBoard file of a run killed and resumed."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    on: list[tuple[str, Any]] = [
+        (f"deepspeed.{name}", {"enabled": True}) for name in ("tensorboard", "csv_monitor")
+    ]
+    folder.start(*on, ("train.checkpoint_every", 1), kill_at=3)
+    shutil.rmtree(max((folder.path / "checkpoints").glob("step*")))
+    folder.start(*on)
+    (csv,) = (folder.path / "csv_monitor").glob("train_loss.csv")
+    rows = [line.split(",")[0] for line in csv.read_text().splitlines()]
+    events = EventAccumulator(str(folder.path / "tensorboard"))
+    events.Reload()
+    return rows[:1], [int(row) for row in rows[1:]], [event.step for event in events.Scalars("train/loss")]
 
 
 @contextlib.contextmanager
@@ -330,6 +356,24 @@ def test_keys_that_a_resume_ignores_exist() -> None:
     for pattern in patterns:
         if not pattern.startswith(own):
             assert any(run_identity.matches(key, [pattern]) for key in keys), pattern
+
+
+def test_files_of_a_run_have_the_umasks_mode(found: dict[str, Any]) -> None:
+    os.umask(mask := os.umask(0))
+    assert {name: mode for name, mode in found["modes"].items() if mode != 0o666 & ~mask} == {}
+    assert "model.safetensors" in found["modes"]
+
+
+def test_monitors_write_each_step_once_in_the_run_folder(found: dict[str, Any]) -> None:
+    _, rows, events = found["monitors"]
+    assert rows == events == [4 * step for step in (1, 2, 3)]
+
+
+def test_settings_that_train_next_to_nothing_are_reported(found: dict[str, Any]) -> None:
+    said = found["few"]
+    assert "train.warmup_steps = 500 of the 1 steps of this run: the learning rate only rises, to 2e-07" in said
+    assert "set train.warmup_steps=1 " in said
+    assert "data.target.batch_size = 1: the contrastive loss of a single pair is 0" in said
 
 
 def test_head_of_other_class_names_is_refused(tmp_path: Path) -> None:
@@ -510,3 +554,93 @@ def test_loss_scale_of_another_precision_is_not_taken_over() -> None:
     plain.load_state_dict(other.state_dict())
     assert again.value == 1024
     assert plain.value == 1
+
+
+# Ranks that are started by hand, and runs in one folder
+
+
+def _ranks_that_differ(folder: Path) -> dict[str, str]:
+    ranks = join()
+    Objective.backend = "torch"
+    tree = json.loads((folder / "config.json").read_text())
+    found = {}
+    for name, overrides in UNLIKE_RANKS.items():
+        told = [(key, str(folder / value) if "path" in key else value) for key, value in overrides]
+        run = Folder(ranks, tree, folder / "run")
+        found[name] = run.start(*(() if ranks.first else told))
+    folder_of_rank = folder if ranks.first else folder / "unlike"
+    try:
+        run_module.SHARED_SECONDS = 0.0
+        run_module.check_shared(_locked_folder(folder_of_rank), ranks)
+    except UserError as error:
+        found["folder"] = str(error)
+    return found
+
+
+def _locked_folder(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / ".lock").write_text(str(folder))
+    return folder
+
+
+UNLIKE_RANKS: dict[str, list[tuple[str, Any]]] = {
+    "train.learning_rate": [("train.learning_rate", 0.5)],
+    "train.seed": [("train.seed", 5), ("train.keep_last", 7)],
+    "train.max_steps": [("train.max_steps", 9)],
+    "train.checkpoint_every": [("train.checkpoint_every", 1)],
+    "objective.weight": [("objective.weight", 100)],
+    "data.target.content": [("data.target.path", "reordered")],
+    "data.target.content of more": [("data.target.path", "more")],
+    "": [("data.target.path", "moved"), ("data.target.workers", 1)],
+}
+"""What rank 1 is told otherwise than rank 0, and the key that both name; the last is no difference."""
+
+
+def test_ranks_that_differ_name_rank_and_key(tmp_path: Path) -> None:
+    tree = flyp(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    shutil.copytree(tmp_path / "target", tmp_path / "moved")
+    tiny.write_target(tmp_path / "more", count=40)
+    samples = {f"{i:04d}": {"jpg": tiny.jpeg(i), "cls": str(i % 5).encode()} for i in reversed(range(24))}
+    tiny.write_tar(tmp_path / "reordered/shard-00000.tar", samples)
+    first, second = run_ranks(2, _ranks_that_differ, tmp_path, init=False, timeout=200)
+    for name in UNLIKE_RANKS:
+        if name:
+            assert f"rank 1 differs from rank 0 in {name.split()[0]}: " in first[name], first[name]
+            assert first[name] == second[name]
+    assert "train.seed: 5, not 0 (and in 1 more: train.keep_last)" in first["train.seed"]
+    assert "error" not in first[""]
+    assert "rank 1 on " in first["folder"]
+    assert "has to be a folder that all machines share" in first["folder"]
+
+
+def _hold(folder: Path, connection: Any) -> None:
+    with folder_lock(folder, "run folder"):
+        connection.send(os.getpid())
+        connection.recv()
+
+
+def _second_run(folder: Path) -> tuple[str, str, bool, int]:
+    Objective.backend = "torch"
+    run = Folder(join(), json.loads((folder / "config.json").read_text()), folder / "run")
+    first = run.start()
+    before = run.contents()
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    holder = context.Process(target=_hold, args=(run.path, theirs))
+    holder.start()
+    pid = ours.recv()
+    second = run.start(("train.learning_rate", 0.5), ("train.resume", "never"))
+    unchanged = run.contents() == before
+    ours.send("end")
+    holder.join()
+    return first, second, unchanged, pid
+
+
+def test_second_run_in_a_folder_is_refused_and_touches_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(flyp(tmp_path)))
+    ((first, second, unchanged, pid),) = run_ranks(1, _second_run, tmp_path, init=False)
+    assert "error" not in first
+    assert f"is in use by process {pid} on " in second
+    assert "train.output" in second
+    assert unchanged

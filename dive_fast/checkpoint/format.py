@@ -65,10 +65,7 @@ def tensors(engine: Engine) -> dict[str, Tensor]:
 
     Tuned parameters are dealt out to the ranks in turn, so that all write about as much.
     """
-    found = dict(_tensors(engine))
-    if engine.ranks.device.type == "cuda":
-        torch.cuda.synchronize(engine.ranks.device)
-    return found
+    return dict(_tensors(engine))
 
 
 class RunRecord(NamedTuple):
@@ -465,9 +462,8 @@ def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
-    """A copy, under way: page-locked memory, so that the host need not wait for each."""
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return copy.copy_(tensor.detach(), non_blocking=True)
+    """A copy in pageable memory: page-locked memory is faster to copy to, but torch never gives it back."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
 
 
 def _same_parameters(
