@@ -61,6 +61,21 @@ def roberta(folder: Path) -> ModelConfig:
     return ModelConfig(name=tiny.write_model(folder, tree))
 
 
+def siglip(folder: Path) -> ModelConfig:
+    """With a bias of the logits, and a tokenizer of a few words."""
+    tiny.write_tokenizer(folder)
+    text = tiny.TEXT | {"context_length": 16, "vocab_size": len(tiny.VOCABULARY), "hf_tokenizer_name": str(folder)}
+    text |= {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}
+    tree = {
+        "embed_dim": 24,
+        "vision_cfg": tiny.VISION,
+        "text_cfg": text,
+        "custom_text": True,
+        "init_logit_bias": -10,
+    }
+    return ModelConfig(name=tiny.write_model(folder, tree))
+
+
 @pytest.mark.parametrize("kind", STEADY)
 def test_drop_path_and_batch_norm_are_settled(tmp_path: Path, kind: str) -> None:
     towers = create(model_with(tmp_path, STEADY[kind], no_causal_mask=kind.startswith("text"))).train()
@@ -215,9 +230,16 @@ def test_runs_of_unusual_towers(tmp_path: Path) -> None:
         "resnet": model_with(tmp_path / "resnet", RESNET),
         "convnext": model_with(tmp_path / "convnext", CONVNEXT),
         "roberta": roberta(tmp_path / "roberta"),
+        "siglip": siglip(tmp_path / "siglip"),
     }
     trees = {}
-    for kind, micro in (("resnet", 3), ("convnext", None), ("roberta", None), ("roberta", 3)):
+    for kind, micro in (
+        ("resnet", 3),
+        ("convnext", None),
+        ("roberta", None),
+        ("siglip", 3),
+        ("roberta", 3),
+    ):
         tree = tiny.write_config(tmp_path / f"{kind}-{micro}", max_steps=2, micro_batch_size=micro)
         tree["model"] = {"name": models[kind].name}
         if kind == "convnext":
@@ -243,7 +265,9 @@ def test_runs_of_unusual_towers(tmp_path: Path) -> None:
             assert torch.equal(theirs.encode_text(tokens), ours.encode_text(tokens))
         before = create(models[kind]).state_dict()
         assert any(not torch.equal(value, ours.state_dict()[name]) for name, value in before.items())
-        statistics = [name for name in before if "running_" in name]
+        # A SigLIP's bias has no part in a softmax loss.
+        statistics = [name for name in before if "running_" in name or name == "logit_bias"]
+        assert bool(statistics) == (kind in ("resnet", "siglip"))
         assert all(torch.equal(before[name], ours.state_dict()[name]) for name in statistics)
 
 
