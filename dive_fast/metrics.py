@@ -126,7 +126,11 @@ class Metrics:
             self._append()
 
     def close(self, step: int, results: dict[str, float]) -> dict[str, float]:
-        """Writes results of the whole run, which has ended after ``step``; returns them with its last metrics.
+        """Writes results of the whole run, which has ended after ``step``; returns what belongs to its weights.
+
+        Returns:
+            ``weights_step``, the step that the exported weights are of; the results; and the metrics of the last
+            step, if the weights are of that one.
 
         Raises:
             MetricsError: some line could not be written.
@@ -134,7 +138,9 @@ class Metrics:
         self.write(step, results)
         self.write_waiting()
         self._bar.close()
-        return self._last | results
+        weights_step = int(results.get("best_step", step))
+        # Losses of the last step say nothing of the weights of another.
+        return {"weights_step": weights_step} | (self._last if weights_step == step else {}) | results
 
     def _of_the_loop(self, step: int, learning_rate: float) -> dict[str, float]:
         """What the host knows."""

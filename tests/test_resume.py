@@ -24,6 +24,7 @@ from dive_fast.checkpoint import lineage, saver
 from dive_fast.config import Config
 from dive_fast.errors import UserError
 from dive_fast.evaluate import head as heads
+from dive_fast.identity import Identity
 from dive_fast.locks import folder_lock
 from dive_fast.objective import Objective
 from dive_fast.ranks import Ranks, join
@@ -140,7 +141,6 @@ def cases(folder: Path) -> dict[str, Any]:
         {name: content == whole[name] for name, content in run.contents().items() if name != "config.json"},
     )
     before = run.contents()
-    found["refused"] = {key: run.start((key, value)) for key, value in REFUSED.items()}
     found["files"] = {kind: run.start(other_files(folder, kind)) for kind in OTHER_FILES}
     found["several"] = run.start(("train.learning_rate", 0.5), ("train.seed", 7), ("train.epochs", 9))
     found["fewer"] = run.start(("train.max_steps", 2))
@@ -168,10 +168,24 @@ def cases(folder: Path) -> dict[str, Any]:
     found["by path, resumed"] = killed.start(longer)
     found["never"] = {name: _never(run.copy(f"never {name}"), kill) for name, kill in KILLS.items()}
     found["old"] = _old_format(run.copy("old"))
+    found["link"] = _on_another_disk(Folder(ranks, tree, folder / "linked"), folder / "disk")
     found["monitors"] = _monitored(Folder(ranks, tree, folder / "monitored"))
     few = [("train.warmup_steps", 500), ("data.target.batch_size", 1), ("train.max_steps", 1)]
     found["few"] = Folder(ranks, tree, folder / "few").start(*few)
     return found
+
+
+def _on_another_disk(folder: Folder, disk: Path) -> tuple[str, str, list[str], bool]:
+    """A run whose checkpoints lie behind a link, resumed, and then trained again."""
+    disk.mkdir()
+    folder.path.mkdir()
+    (folder.path / "checkpoints").symlink_to(disk)
+    rotating = ("train.checkpoint_every", 1), ("train.keep_last", 1)
+    folder.start(*rotating, kill_at=STEPS)
+    resumed = folder.start(*rotating)
+    again = folder.start(("train.resume", "never"), *rotating)
+    kept = sorted(path.name for path in disk.iterdir())
+    return resumed, again, kept, (folder.path / "checkpoints").is_symlink()
 
 
 def _monitored(folder: Folder) -> tuple[list[str], list[int], list[int]]:
@@ -215,11 +229,9 @@ KILLS: dict[str, Callable[[], Any]] = {
     "before the id": lambda: _raises_in(lineage, "write_whole"),
     "after the id": lambda: _raises_in(lineage, "write_whole", after=True),
     "while old files are moved": lambda: _raises_in(Path, "rename", call=2),
-    "before the id is complete": lambda: _raises_in(lineage, "write_whole", call=2),
     "in the first step": lambda: _raises_in(train.Metrics, "log"),
     # In the thread that writes, which ends there; the run itself then ends after its third step.
     "before the first checkpoint has its name": lambda: _raises_in(saver._Save, "_commit", always=True),
-    "before older checkpoints go": lambda: _raises_in(saver, "written_checkpoints", always=True),
     "while older checkpoints go": lambda: _raises_in(saver, "_remove", after=True, always=True),
 }
 
@@ -261,7 +273,7 @@ def flyp(path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> dict[str, Any]:
-    return run_ranks(1, cases, folder, init=False, timeout=300)[0]
+    return run_ranks(1, cases, folder, init=False, timeout=600)[0]
 
 
 def test_finished_run_is_reported_complete_and_stays_as_it_is(found: dict[str, Any]) -> None:
@@ -271,13 +283,32 @@ def test_finished_run_is_reported_complete_and_stays_as_it_is(found: dict[str, A
     assert all(found["same"].values()), found["same"]
 
 
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return flyp(tmp_path_factory.mktemp("tree"))
+
+
+def of(tree: dict[str, Any], *overrides: tuple[str, Any]) -> Identity:
+    return run_identity.of_config(Config.model_validate_json(json.dumps(changed(tree, *overrides))))
+
+
 @pytest.mark.parametrize("key", REFUSED)
-def test_changed_key_is_refused_with_both_values(found: dict[str, Any], key: str) -> None:
-    message = found["refused"][key]
-    assert f"belongs to a run with other settings ({key}" in message or f"; {key}" in message, message
+def test_changed_key_is_refused_with_both_values(tree: dict[str, Any], key: str) -> None:
+    with pytest.raises(UserError, match=f"belongs to a run with other settings .*{key}: ") as error:
+        run_identity.check_resumable(Path("a"), of(tree), of(tree, (key, REFUSED[key])))
+    message = str(error.value)
     assert f"{json.dumps(REFUSED[key])} here" in message or "entry" in message
     assert "train.output" in message
     assert "train.resume=never" in message
+
+
+def test_keys_without_a_result_are_not_compared(tree: dict[str, Any]) -> None:
+    others = [("train.log_every", 9), ("train.output", "b"), ("data.target.workers", 3), ("train.keep_last", 7)]
+    others += [("train.rank_timeout", 9.0), ("deepspeed.tensorboard", {"enabled": True})]
+    assert of(tree) == of(tree, *others)
+    longer = [("train.epochs", 11), ("deepspeed.zero_optimization.stage", 1)]
+    found = run_identity.check_resumable(Path("a"), of(tree), of(tree, *longer))
+    assert [one.key for one in found] == ["train.epochs", "deepspeed.zero_optimization.stage"]
 
 
 @pytest.mark.parametrize(("kind", "key"), OTHER_FILES.items())
@@ -367,6 +398,14 @@ def test_files_of_a_run_have_the_umasks_mode(found: dict[str, Any]) -> None:
 def test_monitors_write_each_step_once_in_the_run_folder(found: dict[str, Any]) -> None:
     _, rows, events = found["monitors"]
     assert rows == events == [4 * step for step in (1, 2, 3)]
+
+
+def test_checkpoints_behind_a_link_rotate_and_resume_there(found: dict[str, Any]) -> None:
+    resumed, again, kept, is_link = found["link"]
+    assert "continues after step " in resumed
+    assert "error" not in again
+    assert kept == ["latest", "run.json", "step00000003"]
+    assert is_link
 
 
 def test_settings_that_train_next_to_nothing_are_reported(found: dict[str, Any]) -> None:
@@ -493,7 +532,7 @@ def validation_cases(folder: Path) -> dict[str, Any]:
 def validated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("validated")
     (path / "config.json").write_text(json.dumps(flyp(path)))
-    return run_ranks(1, validation_cases, path, init=False, timeout=300)[0]
+    return run_ranks(1, validation_cases, path, init=False, timeout=600)[0]
 
 
 def test_last_evaluation_counts_whatever_the_run_is_resumed_with(validated: dict[str, Any]) -> None:
@@ -603,7 +642,7 @@ def test_ranks_that_differ_name_rank_and_key(tmp_path: Path) -> None:
     tiny.write_target(tmp_path / "more", count=40)
     samples = {f"{i:04d}": {"jpg": tiny.jpeg(i), "cls": str(i % 5).encode()} for i in reversed(range(24))}
     tiny.write_tar(tmp_path / "reordered/shard-00000.tar", samples)
-    first, second = run_ranks(2, _ranks_that_differ, tmp_path, init=False, timeout=200)
+    first, second = run_ranks(2, _ranks_that_differ, tmp_path, init=False, timeout=400)
     for name in UNLIKE_RANKS:
         if name:
             assert f"rank 1 differs from rank 0 in {name.split()[0]}: " in first[name], first[name]
