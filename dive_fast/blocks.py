@@ -67,6 +67,21 @@ def compile_blocks(towers: Towers) -> None:
     towers.text_multiple = TEXT_MULTIPLE
 
 
+def check_blocks(towers: Towers, checkpointing: str, compiled: bool) -> None:
+    """Looks at the towers' blocks alone, before anything expensive is done.
+
+    Raises:
+        ConfigError: a tower has no blocks of the kind that the config asks for.
+    """
+    for tower in (towers.visual, towers.text):
+        if compiled:
+            blocks_of(tower, "train.compile")
+        if checkpointing != "off":
+            for block in blocks_of(tower, CHECKPOINTING):
+                if checkpointing == "selective":
+                    _mlp_of(block, tower)
+
+
 def recompute_blocks(towers: Towers) -> None:
     """Makes the blocks of both towers keep only what enters them, and run again in the backward.
 
@@ -86,13 +101,7 @@ def recompute_activations(towers: Towers) -> None:
     """
     for tower in (towers.visual, towers.text):
         for block in blocks_of(tower, CHECKPOINTING):
-            mlp: Any = getattr(block, "mlp", None)
-            if not _is_plain_mlp(mlp):
-                raise ConfigError(
-                    f"{CHECKPOINTING} = selective: the blocks of {type(tower).__name__} have no MLP of two linear "
-                    "layers; take full, or leave it off"
-                )
-            block.mlp = LightMlp(mlp)
+            block.mlp = LightMlp(_mlp_of(block, tower))
 
 
 class LightMlp(nn.Sequential):
@@ -133,6 +142,16 @@ def blocks_of(tower: nn.Module, key: str) -> list[nn.Module]:
     if largest is None or 2 * size(largest) < size(tower):
         raise ConfigError(f"{key}: {type(tower).__name__} is no stack of equal blocks; leave it off")
     return list(largest)
+
+
+def _mlp_of(block: nn.Module, tower: nn.Module) -> nn.Module:
+    mlp = getattr(block, "mlp", None)
+    if not isinstance(mlp, nn.Module) or not _is_plain_mlp(mlp):
+        raise ConfigError(
+            f"{CHECKPOINTING} = selective: the blocks of {type(tower).__name__} have no MLP of two linear "
+            "layers; take full, or leave it off"
+        )
+    return mlp
 
 
 def _is_plain_mlp(mlp: nn.Module | None) -> bool:

@@ -22,8 +22,9 @@ import deepspeed
 import torch
 from torch import Tensor
 
+from dive_fast import steadiness
 from dive_fast.blocks import compile_blocks, lighten, recompute_activations, recompute_blocks
-from dive_fast.config import Config, ConfigError
+from dive_fast.config import Config
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.deepspeed_section import deepspeed_section
 from dive_fast.objective import Loss, Objective, Outputs, Pairs
@@ -96,10 +97,11 @@ class Engine:
         self.ranks, self.schedule, self.micro_batch_size = ranks, train.schedule, train.micro_batch_size
         self.towers = towers.to(ranks.device).train()
         self.towers.autocast = AUTOCAST[train.precision]
-        self.is_random = any(_is_random(module) for module in towers.modules())
+        steadiness.settle(self.towers)
+        found: steadiness.Steadiness = self.towers.steadiness or steadiness.by_modules(self.towers)
+        steadiness.check(config, found)
+        self.is_random = found.is_random
         """Whether the same weights make other features of the same batch each time."""
-        if self.micro_batch_size is not None and self.is_random:
-            raise ConfigError("train.micro_batch_size: this model drops features at random; remove it")
         if not (objective.target_has_texts or (objective.needs_reference and objective.reference_has_texts)):
             self.towers.text.requires_grad_(False)
             self.towers.logit_scale.requires_grad_(False)
@@ -149,6 +151,10 @@ class Engine:
 
     def accumulate(self, batches: StepBatches) -> dict[str, Tensor]:
         """The gradients of a step, without its update; argument and result of :meth:`step`."""
+        # ZeRO-3 adds to the gradients of the step before where a step's first backward does not reach a parameter,
+        # as the text tower's by the images of SnD.
+        if (partition := getattr(self.deepspeed.optimizer, "grad_partitions_flat_buffer", None)) is not None:
+            partition.zero_()
         metrics: dict[str, Tensor] = {}
         total = torch.zeros((), device=self.ranks.device)
         for half in self._halves(batches):
@@ -270,12 +276,6 @@ def _leave_the_norm_to_us(section: dict[str, Any]) -> None:
     section["gradient_clipping"] = 0.0
     if zero_of(section).get("stage", 0) > 0:
         section["zero_optimization"]["compute_grad_norm"] = False
-
-
-def _is_random(module: torch.nn.Module) -> bool:
-    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
-        return module.p > 0
-    return type(module).__name__ == "PatchDropout" and getattr(module, "prob", 0.0) > 0
 
 
 def _by_pair(features: Features, text: Text | None) -> Outputs:

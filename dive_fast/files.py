@@ -21,12 +21,15 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def whole_path(path: Path) -> Iterator[Path]:
-    """The same for a library that opens its file by name: gives it that other name."""
+    """The same for a library that opens its file by name: gives it that other name. The mode is the umask's."""
     # In front: some libraries choose the format by the ending.
     partial = path.with_name(f".partial-{path.name}")
     new_file(partial).close()
+    mode = partial.stat().st_mode
     try:
         yield partial
+        # Some libraries put a private file in its place: others could not read what a run has made.
+        partial.chmod(mode)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dive_fast.files import write_whole
+from dive_fast.monitors import forget_after
 from dive_fast.run import Batches, Run
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,10 @@ class Metrics:
                 kept.append(json.dumps({"step": first_step} | dict(evaluation)))
             write_whole(self._path, "".join(f"{line}\n" for line in kept).encode())
             first = json.loads(kept[0]) if kept else {}
-            self._floor = {name: value for name, value in first.items() if value is not None}
+            if first.get("step") == 1:
+                self._floor = {name: value for name, value in first.items() if value is not None}
+            if first_step and run.engine.deepspeed.monitor.enabled:
+                forget_after(run.engine.deepspeed.monitor, first_step * run.config.data.target.batch_size)
         self._bar = run.ranks.progress(run.total_steps, "train", "step", done=first_step)
 
     def log(self, step: int, values: dict[str, Tensor], learning_rate: float) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dive_fast import locks, objective
+from dive_fast import locks, objective, steadiness
 from dive_fast.checkpoint import format as checkpoint
 from dive_fast.checkpoint import lineage
 from dive_fast.checkpoint.format import RunRecord
@@ -29,9 +29,10 @@ from dive_fast.data.samples import ReferenceSamples, TargetSamples
 from dive_fast.data.sets import open_reference, open_target
 from dive_fast.deepspeed_section import check_deepspeed
 from dive_fast.engine import Engine, StepBatches
-from dive_fast.evaluate.zero_shot import open_set
+from dive_fast.evaluate.zero_shot import open_sets
 from dive_fast.files import write_whole
 from dive_fast.identity import Identity, model_identity, versions
+from dive_fast.monitors import in_run_folder
 from dive_fast.preflight import check_sizes
 from dive_fast.probe import make_head
 from dive_fast.ranks import Ranks
@@ -89,6 +90,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     """
     # Before anything that ranks do together: other settings would have them wait for one another.
     require_equal(ranks, of_config(config, RANKS_MAY_DIFFER) | {"run folder": str(folder)})
+    config = in_run_folder(config, folder)
     check_deepspeed(config, ranks.world_size)
     config = resolve(config, ranks)
     seed = config.train.seed
@@ -99,21 +101,21 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         source.report_skipped("data.target")
         if reference is not None:
             reference.report_skipped("data.reference")
-    for evaluation in config.evaluate.sets.values():
-        open_set(evaluation)
+    open_sets(config.evaluate.sets, ranks)
     if config.evaluate.geometry is not None:
         open_reference(config.evaluate.geometry)
     torch.manual_seed(seed)
     towers = create(config.model)
     check_text_length(config, towers)
     check_sizes(config, folder, towers, 0 if reference is None else len(reference), ranks)
+    steadiness.prepare(config, towers, ranks)
 
     data = config.data.target
     names = target_names(source, data.class_names)
     if not source.samples[0].texts:
         for remark in remarks(names, source.class_names, data.class_names):
             ranks.say(f"data.target: {remark}")
-    templates = read_templates(data.templates)
+    templates = read_templates(data.templates, "data.target.templates")
     prompts = PromptTable(source, names, templates, tokenizer_of(config.model, data.text_length))
     target_samples = TargetSamples(source, prompts, towers.preprocess, towers.pooled_at, seed)
     target_order = Order(
@@ -130,6 +132,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     found, record = _begin_or_resume(config, folder, identity, total_steps, ranks)
     if ranks.first:
         _write_provenance(used, folder, ranks, identity, total_steps)
+        _warn_of_schedule(config, goal, total_steps)
     if goal.needs_head:
         towers.head = make_head(config, towers, source, names, ranks, is_trained=found is not None)
     pairs = reference_order = teacher = None
@@ -195,6 +198,32 @@ def batches(run: Run, steps: range) -> Batches:
         return StepBatches(target.to(device), reference, rows)
 
     return Ahead(load(), ready, device)
+
+
+LONG_WARMUP = 0.2
+"""Share of a run's steps above which a warm-up is reported."""
+
+
+def _warn_of_schedule(config: Config, goal: objective.Objective, total_steps: int) -> None:
+    """Reports settings that train next to nothing."""
+    train, warmup = config.train, config.train.warmup_steps
+    if warmup > LONG_WARMUP * total_steps and warmup > 1:
+        reached = min(1.0, total_steps / warmup) * train.learning_rate
+        logger.warning(
+            "train.warmup_steps = %d of the %d steps of this run: the learning rate %s; set train.warmup_steps=%d "
+            "for a tenth of the run",
+            warmup,
+            total_steps,
+            f"only rises, to {reached:.2g} of {train.learning_rate:.2g}"
+            if warmup >= total_steps
+            else f"rises for {warmup / total_steps:.0%} of it",
+            max(1, total_steps // 10),
+        )
+    if config.data.target.batch_size == 1 and not goal.needs_head:
+        logger.warning(
+            "data.target.batch_size = 1: the contrastive loss of a single pair is 0, so nothing is learned from "
+            "the target set; raise it"
+        )
 
 
 def check_text_length(config: Config, towers: Towers) -> None:

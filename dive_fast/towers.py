@@ -90,6 +90,9 @@ class Towers(nn.Module):
         self.config: ModelConfig | None = None
         self.model_cfg: dict[str, Any] | None = None
         """What :func:`create` was given, and open_clip's architecture; None for towers made by hand."""
+        self.steadiness: Any = None
+        """What :mod:`dive_fast.steadiness` has measured; None before."""
+        self.is_settled = False
         self.logit_scale_max: float | None = None
         """Upper bound of the logit scale; None: no bound."""
         self.autocast: torch.dtype | None = None
@@ -98,6 +101,18 @@ class Towers(nn.Module):
         """Trimmed texts have so many tokens or a multiple."""
         self.head: nn.Linear | None = None
         """Classifies unit image features, where an objective trains such a head; no part of the exported model."""
+
+    def train(self, mode: bool = True) -> "Towers":
+        """As any module's, but BatchNorm keeps its running statistics, and is the same function of each sample.
+
+        With the batch's statistics a feature would depend on the other samples: neither could a batch be cut into
+        pieces, nor would the tuned model begin as the frozen one. Scales and shifts are tuned.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     def forward(self, images: Tensor, tokens: Tensor | None = None, length: int | None = None) -> Features:
         """Encodes images and distinct texts.

@@ -174,10 +174,18 @@ def _check_noise_floor(values: dict[str, torch.Tensor], config: Config) -> None:
     if teacher.mode == "cache":
         # What the audit lets pass is there too.
         bound = max(bound, allowed(teacher.dtype, teacher.tolerance))
+    is_fp32 = config.train.precision == "fp32"
+    why = (
+        "the teacher's embeddings are not this model's; remove the teacher cache to have it made anew"
+        + ("" if is_fp32 else ", or take train.precision = fp32 if rounding is that large")
+        if teacher.mode == "cache"
+        # The teacher is this model itself, and steady: only rounding is left.
+        else "it is rounding alone, which drowns difference vectors"
+        + ("" if is_fp32 else "; take train.precision = fp32")
+    )
     for name, symbol in DIFFERENCE_VECTORS.items():
         if name in values and float(values[name]) > bound:
             raise ConfigError(
                 f"mean {symbol} before the first update is {float(values[name]):.2e}, above {bound:.0e} for "
-                f"{config.train.precision}: the teacher's embeddings are not this model's; "
-                "remove the teacher cache to have it made anew"
+                f"{config.train.precision}: {why}"
             )

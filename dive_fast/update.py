@@ -20,7 +20,7 @@ from dive_fast.towers import Towers
 INITIAL_SCALE, MIN_SCALE, GROWTH_INTERVAL = 2.0**16, 1.0, 2000
 COUNTS = ("good_steps", "skipped_steps", "nonfinite_steps", "nonfinite_in_row")
 STATE = ("value", *COUNTS)
-"""Of :class:`LossScale`."""
+"""Of :class:`LossScale`; the first two belong to a precision, the others count steps of the run."""
 
 
 class LossScale:
@@ -73,12 +73,13 @@ class LossScale:
 
     def state_dict(self) -> dict[str, float]:
         """Plain numbers."""
-        return {name: getattr(self, name).item() for name in STATE}
+        return {name: getattr(self, name).item() for name in STATE} | {"dynamic": self.dynamic}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Goes on from there."""
-        for name, number in state.items():
-            getattr(self, name).fill_(number)
+        """Resumes from there; the scale of a run without scaling, or for one, stays the initial one."""
+        names = STATE if state["dynamic"] == self.dynamic else STATE[2:]
+        for name in names:
+            getattr(self, name).fill_(state[name])
 
 
 class DeviceUpdate:

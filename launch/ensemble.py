@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         config = load(options.config, options.overrides, command.CONFIGS)
+        from dive_fast import towers
         from dive_fast.evaluate import ensemble
         from dive_fast.evaluate.inputs import check_output, find_weights
         from dive_fast.ranks import join
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         weights = find_weights(options.weights, "--weights", run)
         folder = options.output or run
         check_output(folder)
+        towers.check(config.model)
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         ranks = join()

@@ -64,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
             for name in suites.expand(wanted)
         } or defaults.sets
+        towers.check(model, weights=weights is None)
         if not sets:
             raise ConfigError("evaluate.sets names no set; name some there, or by --suite and --root")
 
@@ -84,8 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         with ranks.together(UserError):
-            results = Results(folder)
             check_output(folder)
+            results = Results(folder)
             head = heads.load(head_file) if head_file is not None else None
             opened = measure.open_all(sets, ranks, options.skip_missing)
             built = towers.create(model, weights=weights is None)
@@ -100,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
             "weights": None if weights is None else str(weights),
             "head": None if head_file is None else str(head_file),
         }
-        rows = measure.measure_all(built, tokenizer, sets, opened, ranks, results, how, about, model, head)
+        rows = measure.measure_all(built, tokenizer, sets, opened, ranks, results, how, about, head)
     except UserError as error:
         return command.complain(error, options)
     if ranks.first:

@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         config = load(options.config, options.overrides, command.CONFIGS)
+        from dive_fast import towers
         from dive_fast.evaluate import movement
         from dive_fast.evaluate.inputs import check_output, find_weights
         from dive_fast.evaluate.pairs import describe_pairs
@@ -50,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.before is not None:
             find_weights(options.before, "--before", run)
         check_output(options.output or run)
+        towers.check(config.model, weights=options.before is None)
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         ranks = join()

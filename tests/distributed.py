@@ -106,27 +106,49 @@ def run_ranks(
 
 
 def run_script(
-    *command: str, cwd: Path, environment: dict[str, str] | None = None, timeout: float = 120.0
+    *command: str, cwd: Path, environment: dict[str, str] | None = None, timeout: float = 120.0, ranks: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """As ``python command``, without the seconds that it takes to import the engine.
+
+    Args:
+        ranks: on how many to run it, each told of the others as a launcher does; 0: without a launcher.
+
+    Returns:
+        The exit code of the first rank that failed, or 0; what all have said, in rank order.
 
     Raises:
         TimeoutError: it did not end in time.
     """
+    port, deadline = _free_port(), time.monotonic() + timeout
     with tempfile.TemporaryDirectory(prefix="script-") as name:
-        logs = [Path(name) / stream for stream in ("stdout", "stderr")]
-        process = context().Process(  # type: ignore[attr-defined]
-            target=_run_script, args=(command, cwd, os.environ | (environment or {}), logs)
-        )
-        process.start()
-        process.join(timeout)
-        if late := process.exitcode is None:
+        processes, logs = [], []
+        for rank in range(max(ranks, 1)):
+            own = [Path(name) / f"{rank}.{stream}" for stream in ("stdout", "stderr")]
+            told = os.environ | (_told(rank, ranks, port) if ranks else {}) | (environment or {})
+            process = context().Process(target=_run_script, args=(command, cwd, told, own))  # type: ignore[attr-defined]
+            process.start()
+            processes.append(process)
+            logs.append(own)
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        late = [process for process in processes if process.exitcode is None]
+        for process in late:
             process.kill()
             process.join()
-        stdout, stderr = (log.read_text() if log.exists() else "" for log in logs)
+        stdout, stderr = ("".join(log.read_text() for log in both if log.exists()) for both in zip(*logs))
     if late:
         raise TimeoutError(stdout + stderr)
-    return subprocess.CompletedProcess(command, process.exitcode, stdout, stderr)
+    code = next((process.exitcode for process in processes if process.exitcode), 0)
+    return subprocess.CompletedProcess(command, code, stdout, stderr)
+
+
+def _told(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What a launcher puts into the environment of a rank."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    return {name: str(number) for name, number in numbers.items()} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def _run_script(command: tuple[str, ...], cwd: Path, environment: dict[str, str], logs: list[Path]) -> None:
@@ -210,15 +232,7 @@ def _run_rank(
     stacks = (folder / f"{rank}.stacks").open("w")
     faulthandler.dump_traceback_later(max(deadline - time.monotonic(), 0.01), exit=True, file=stacks)
     os.environ.clear()
-    os.environ.update(
-        environment,
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    os.environ.update(environment | _told(rank, world_size, port))
     torch.set_num_threads(1)
     try:
         begin()

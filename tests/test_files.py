@@ -1,5 +1,6 @@
 """Files that are whole or not there: an error on the way leaves what was there, and nothing else."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -23,3 +24,11 @@ def test_a_library_is_given_a_name_with_the_same_ending(tmp_path: Path) -> None:
         partial.write_bytes(b"new")
         assert not (tmp_path / "trace.json.gz").exists()
     assert (tmp_path / "trace.json.gz").read_bytes() == b"new"
+
+
+def test_private_file_of_a_library_gets_the_umasks_mode(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    with whole_path(tmp_path / "file") as partial:
+        partial.unlink()
+        os.close(os.open(partial, os.O_CREAT | os.O_WRONLY, 0o600))
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -9,25 +9,27 @@ from pathlib import Path
 import open_clip
 import pytest
 import tiny
+import torch
 from distributed import run_script
+from safetensors.torch import load_file
 
 from dive_fast.teacher.store import CacheError, StaleCacheError
 
 ROOT = Path(__file__).parent.parent
 
 
-def call(*command: str) -> subprocess.CompletedProcess[str]:
+def call(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A command as a shell starts it."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path}
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path} | environment
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
 
 
-def call_alone(*command: str) -> subprocess.CompletedProcess[str]:
-    """A script without a launcher."""
-    return run_script(*command, cwd=ROOT, environment={"DS_ACCELERATOR": "cpu"})
+def call_alone(*command: str, ranks: int = 0) -> subprocess.CompletedProcess[str]:
+    """A script without a launcher, or on ranks of its own."""
+    return run_script(*command, cwd=ROOT, environment={"DS_ACCELERATOR": "cpu"}, ranks=ranks)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,7 @@ def call_alone(*command: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_a_typo_ends_with_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
-    result = call(sys.executable, "launch/train.py", "--config", *arguments)
+    result = call_alone("launch/train.py", "--config", *arguments)
     assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("error: ")
@@ -75,21 +77,29 @@ def test_what_deepspeed_would_refuse_late_or_pass_over_is_told_at_once(override:
     assert "Traceback" not in result.stderr
 
 
-def test_one_rank_without_a_launcher_and_two_with_deepspeeds(tmp_path: Path) -> None:
+def test_one_rank_without_a_launcher_to_the_same_bits_and_two_with_deepspeeds(tmp_path: Path) -> None:
     tree = tiny.write_config(tmp_path, max_steps=2)
     config = tmp_path / "config.json"
     config.write_text(json.dumps(tree))
-    for name in ("one", "two"):
+    for name in ("one", "one, optimized", "two"):
         run = tmp_path / name
         command = str(ROOT / "launch/train.py"), "--config", str(config), f"train.output={run}"
-        alone = name == "one"
-        result = call_alone(*command) if alone else call("deepspeed", "--num_accelerators", "2", *command)
+        alone = name != "two"
+        if name == "one":
+            result = call_alone(*command)
+        elif alone:
+            # Without asserts, and with another seed for Python's hashes.
+            result = call(sys.executable, "-O", *command, PYTHONHASHSEED="1")
+        else:
+            result = call("deepspeed", "--num_accelerators", "2", *command)
         assert result.returncode == 0, result.stderr
         assert f"{run}/model.safetensors" in result.stdout
         assert result.stdout.count(f"teacher cache {run}/teacher: 24 pairs embedded again: image rows differ") == 1
         assert json.loads((run / "config.json").read_text())["ranks"] == (1 if alone else 2)
         model = open_clip.create_model(tree["model"]["name"], load_weights=False)
         open_clip.load_checkpoint(model, str(run / "model.safetensors"))
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "one, optimized")]
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
     metrics = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")
@@ -111,7 +121,7 @@ def test_a_cache_is_written_once_refused_where_it_differs_and_rebuilt_when_asked
     config = tmp_path / "config.json"
     config.write_text(json.dumps(tiny.write_config(tmp_path, max_steps=1)))
     command = [str(ROOT / "launch/cache.py"), "--config", str(config), f"train.output={tmp_path}/run"]
-    first = call("deepspeed", "--num_accelerators", "2", *command)
+    first = call_alone(*command, ranks=2)
     assert first.returncode == 0, first.stderr
     assert f"{tmp_path}/run/teacher: 24 pairs; 24 pairs embedded again: image rows differ by " in first.stdout
     assert json.loads((tmp_path / "run/teacher/audit.json").read_text())["pairs"] == 24

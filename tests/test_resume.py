@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import logging
+import multiprocessing
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,14 +17,17 @@ import torch
 from distributed import run_ranks
 from safetensors.torch import load_file
 
+from dive_fast import run as run_module
 from dive_fast import run_identity, train
 from dive_fast.checkpoint import format as checkpoint
 from dive_fast.checkpoint import lineage, saver
 from dive_fast.config import Config
 from dive_fast.errors import UserError
 from dive_fast.evaluate import head as heads
+from dive_fast.locks import folder_lock
 from dive_fast.objective import Objective
 from dive_fast.ranks import Ranks, join
+from dive_fast.update import INITIAL_SCALE, LossScale
 
 STEPS = 3
 
@@ -127,6 +132,8 @@ def cases(folder: Path) -> dict[str, Any]:
     tree = json.loads((folder / "config.json").read_text())
     run = Folder(ranks, tree, folder / "run")
     found: dict[str, Any] = {"first": run.start()}
+    files = [path for path in run.path.rglob("*") if path.is_file()]
+    found["modes"] = {str(path.relative_to(run.path)): path.stat().st_mode & 0o777 for path in files}
     whole = run.contents()
     found["again"], found["same"] = (
         run.start(),
@@ -161,7 +168,27 @@ def cases(folder: Path) -> dict[str, Any]:
     found["by path, resumed"] = killed.start(longer)
     found["never"] = {name: _never(run.copy(f"never {name}"), kill) for name, kill in KILLS.items()}
     found["old"] = _old_format(run.copy("old"))
+    found["monitors"] = _monitored(Folder(ranks, tree, folder / "monitored"))
+    few = [("train.warmup_steps", 500), ("data.target.batch_size", 1), ("train.max_steps", 1)]
+    found["few"] = Folder(ranks, tree, folder / "few").start(*few)
     return found
+
+
+def _monitored(folder: Folder) -> tuple[list[str], list[int], list[int]]:
+    """Files outside the usual ones; steps in the CSV and the TensorBoard file of a run killed and resumed."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    on: list[tuple[str, Any]] = [
+        (f"deepspeed.{name}", {"enabled": True}) for name in ("tensorboard", "csv_monitor")
+    ]
+    folder.start(*on, ("train.checkpoint_every", 1), kill_at=3)
+    shutil.rmtree(max((folder.path / "checkpoints").glob("step*")))
+    folder.start(*on)
+    (csv,) = (folder.path / "csv_monitor").glob("train_loss.csv")
+    rows = [line.split(",")[0] for line in csv.read_text().splitlines()]
+    events = EventAccumulator(str(folder.path / "tensorboard"))
+    events.Reload()
+    return rows[:1], [int(row) for row in rows[1:]], [event.step for event in events.Scalars("train/loss")]
 
 
 @contextlib.contextmanager
@@ -218,13 +245,18 @@ def _old_format(folder: Folder) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("resume")
+    (path / "config.json").write_text(json.dumps(flyp(path)))
+    return path
+
+
+def flyp(path: Path) -> dict[str, Any]:
+    """A config of three quick steps."""
     tree = tiny.write_config(path, max_steps=STEPS, epochs=9, learning_rate=1e-4)
     tree["objective"] = {"name": "flyp"}
     del tree["data"]["reference"]
     tree["data"]["target"]["batch_size"] = 4
     tree["deepspeed"]["zero_optimization"]["stage"] = 0
-    (path / "config.json").write_text(json.dumps(tree))
-    return path
+    return tree
 
 
 @pytest.fixture(scope="module")
@@ -326,6 +358,24 @@ def test_keys_that_a_resume_ignores_exist() -> None:
             assert any(run_identity.matches(key, [pattern]) for key in keys), pattern
 
 
+def test_files_of_a_run_have_the_umasks_mode(found: dict[str, Any]) -> None:
+    os.umask(mask := os.umask(0))
+    assert {name: mode for name, mode in found["modes"].items() if mode != 0o666 & ~mask} == {}
+    assert "model.safetensors" in found["modes"]
+
+
+def test_monitors_write_each_step_once_in_the_run_folder(found: dict[str, Any]) -> None:
+    _, rows, events = found["monitors"]
+    assert rows == events == [4 * step for step in (1, 2, 3)]
+
+
+def test_settings_that_train_next_to_nothing_are_reported(found: dict[str, Any]) -> None:
+    said = found["few"]
+    assert "train.warmup_steps = 500 of the 1 steps of this run: the learning rate only rises, to 2e-07" in said
+    assert "set train.warmup_steps=1 " in said
+    assert "data.target.batch_size = 1: the contrastive loss of a single pair is 0" in said
+
+
 def test_head_of_other_class_names_is_refused(tmp_path: Path) -> None:
     said, names = run_ranks(1, _renamed_class, tmp_path, init=False)[0]
     assert 'data.target.class_names: entry 0 is "grass" there, "sea" here' in said
@@ -351,3 +401,246 @@ def test_unreadable_run_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / lineage.FILE).write_text("[]")
     with pytest.raises(UserError, match=r"run.json: cannot read which run .*; remove it to resume"):
         checkpoint.find("auto", tmp_path, Ranks(0, 1, torch.device("cpu")))
+
+
+ACCURACIES = {1: 0.4, 2: 0.5, 3: 0.45, 4: 0.6, 5: 0.9, 6: 0.8, 7: 0.3, 8: 0.7}
+"""Of the weights after so many steps, as the tests have it."""
+
+
+@contextlib.contextmanager
+def _decided(accuracies: dict[int, float]) -> Iterator[None]:
+    """Accuracies are those decided here, whatever the weights are."""
+    evaluate, measure, steps = train.Validation.evaluate, train.Validation._measure, [0]
+
+    def evaluate_at(self: train.Validation, step: int) -> dict[str, float]:
+        steps[0] = step
+        return evaluate(self, step)
+
+    def measured(self: train.Validation, folder: Path, options: Any) -> dict[str, float]:
+        chosen = folder.parent / "run/best/selected.json" if folder.name == "run" else None
+        step = json.loads(chosen.read_text())["step"] if chosen is not None and chosen.exists() else steps[0]
+        return {f"accuracy/{name}": accuracies[step] for name in options.sets}
+
+    train.Validation.evaluate, train.Validation._measure = evaluate_at, measured  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        train.Validation.evaluate, train.Validation._measure = evaluate, measure  # type: ignore[method-assign]
+
+
+def validation_cases(folder: Path) -> dict[str, Any]:
+    ranks = join()
+    Objective.backend = "torch"
+    tree = json.loads((folder / "config.json").read_text())
+    own = {key: tree["data"]["target"][key] for key in tiny.EVALUATION}
+    tree["evaluate"] = {
+        "sets": {"seen": own, "other": own | {"templates": "simple"}},
+        "select": "seen",
+        "every_steps": 2,
+        "workers": 0,
+    }
+    tree["train"] |= {"max_steps": 5, "keep_last": 9}
+    found: dict[str, Any] = {}
+
+    def state(run: Folder, said: str) -> tuple[str, list[int], int, bool]:
+        """What is said, steps with an accuracy, the best step, whether the run's weights are the best ones."""
+        lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+        evaluated = [line for line in lines if "accuracy/seen" in line]
+        weights = [load_file(path / "model.safetensors") for path in (run.path, run.path / "best")]
+        is_best = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        return said, [line["step"] for line in evaluated], evaluated[-1]["best_step"], is_best
+
+    def new(name: str) -> Folder:
+        (folder / name).mkdir()
+        return Folder(ranks, tree, folder / name / "run")
+
+    def copy(run: Folder, name: str) -> Folder:
+        shutil.copytree(run.path, folder / name / "run")
+        return Folder(ranks, tree, folder / name / "run")
+
+    longer = [("train.max_steps", 8), ("evaluate.every_steps", 3)]
+    with _decided(ACCURACIES):
+        whole = new("whole")
+        found["whole"] = state(whole, whole.start())
+        for name, options in {
+            "longer": [],
+            "gone": [],
+            "other": [("evaluate.select", "other")],
+            "damaged": [],
+        }.items():
+            run = copy(whole, name)
+            if name == "gone":
+                shutil.rmtree(run.path / "best")
+            if name == "damaged":
+                (run.path / "checkpoints/step00000005/rank00000.safetensors").write_bytes(b"")
+            found[name] = state(run, run.start(*longer, *options))
+        for name in ("noted", "kept"):
+            run = new(name)
+            with _raises_in(checkpoint, "write_evaluation", call=2, after=name == "kept"):
+                run.start()
+            found[name] = state(run, run.start(("evaluate.every_steps", 3), ("train.max_steps", 7)))
+        run = new("patient")
+        losing = {step: 1.0 - step / 10 for step in ACCURACIES}
+        with _decided(losing):
+            patience = ("evaluate.every_steps", 1)
+            found["patience"] = [
+                state(run, run.start(patience, ("evaluate.patience", number))) for number in (1, 1, 3)
+            ]
+    return found
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("validated")
+    (path / "config.json").write_text(json.dumps(flyp(path)))
+    return run_ranks(1, validation_cases, path, init=False, timeout=300)[0]
+
+
+def test_last_evaluation_counts_whatever_the_run_is_resumed_with(validated: dict[str, Any]) -> None:
+    assert validated["whole"][1:] == ([2, 4, 5, 5], 5, True)
+    said, steps, best, is_best = validated["longer"]
+    assert "continues after step 5 of 8" in said
+    assert (steps, best, is_best) == ([2, 4, 5, 6, 8, 8], 5, True)
+
+
+@pytest.mark.parametrize("name", ["noted", "kept"])
+def test_kill_around_the_note_of_an_evaluation_keeps_the_best(validated: dict[str, Any], name: str) -> None:
+    """After step 4, which is no step of an evaluation in the run that resumes."""
+    _, steps, best, is_best = validated[name]
+    assert (best, is_best) == (6, True)
+    assert steps == ([2, 6, 7, 7] if name == "noted" else [2, 4, 6, 7, 7])
+
+
+def test_best_weights_that_are_gone_are_reported(validated: dict[str, Any]) -> None:
+    said, _, best, is_best = validated["gone"]
+    assert "best: the best weights are gone; they are chosen again" in said
+    assert (best, is_best) == (6, True)
+
+
+def test_accuracies_of_another_set_are_not_compared(validated: dict[str, Any]) -> None:
+    said, _, best, _ = validated["other"]
+    assert "evaluate.select: measured otherwise before step 5" in said
+    assert best == 6
+
+
+def test_best_weights_of_a_later_step_stay_the_best(validated: dict[str, Any]) -> None:
+    """The checkpoint of step 5 is damaged: step 4 is resumed from, and steps 6 and 8 are evaluated."""
+    said, steps, _, is_best = validated["damaged"]
+    assert "passed over: " in said
+    assert steps == [2, 4, 6, 8, 8]
+    assert is_best
+
+
+def test_patience_raised_after_it_ran_out_continues(validated: dict[str, Any]) -> None:
+    (_, first, *_), (again, second, *_), (raised, third, best, is_best) = validated["patience"]
+    assert first == second == [1, 2, 2]
+    assert "already complete: step 2 of 5, evaluate.patience ran out" in again
+    assert "continues after step 2 of 5" in raised
+    assert third == [1, 2, 3, 4, 4]
+    assert (best, is_best) == (1, True)
+
+
+def test_loss_scale_of_another_precision_is_not_taken_over() -> None:
+    cpu = torch.device("cpu")
+    scale = LossScale("bf16", cpu)
+    scale.skipped_steps += 3
+    other = LossScale("fp16", cpu)
+    other.load_state_dict(scale.state_dict())
+    assert other.value == INITIAL_SCALE
+    assert other.skipped_steps == 3
+    other.value.fill_(1024.0)
+    again, plain = LossScale("fp16", cpu), LossScale("fp32", cpu)
+    again.load_state_dict(other.state_dict())
+    plain.load_state_dict(other.state_dict())
+    assert again.value == 1024
+    assert plain.value == 1
+
+
+# Ranks that are started by hand, and runs in one folder
+
+
+def _ranks_that_differ(folder: Path) -> dict[str, str]:
+    ranks = join()
+    Objective.backend = "torch"
+    tree = json.loads((folder / "config.json").read_text())
+    found = {}
+    for name, overrides in UNLIKE_RANKS.items():
+        told = [(key, str(folder / value) if "path" in key else value) for key, value in overrides]
+        run = Folder(ranks, tree, folder / "run")
+        found[name] = run.start(*(() if ranks.first else told))
+    folder_of_rank = folder if ranks.first else folder / "unlike"
+    try:
+        run_module.SHARED_SECONDS = 0.0
+        run_module.check_shared(_locked_folder(folder_of_rank), ranks)
+    except UserError as error:
+        found["folder"] = str(error)
+    return found
+
+
+def _locked_folder(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / ".lock").write_text(str(folder))
+    return folder
+
+
+UNLIKE_RANKS: dict[str, list[tuple[str, Any]]] = {
+    "train.learning_rate": [("train.learning_rate", 0.5)],
+    "train.seed": [("train.seed", 5), ("train.keep_last", 7)],
+    "train.max_steps": [("train.max_steps", 9)],
+    "train.checkpoint_every": [("train.checkpoint_every", 1)],
+    "objective.weight": [("objective.weight", 100)],
+    "data.target.content": [("data.target.path", "reordered")],
+    "data.target.content of more": [("data.target.path", "more")],
+    "": [("data.target.path", "moved"), ("data.target.workers", 1)],
+}
+"""What rank 1 is told otherwise than rank 0, and the key that both name; the last is no difference."""
+
+
+def test_ranks_that_differ_name_rank_and_key(tmp_path: Path) -> None:
+    tree = flyp(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    shutil.copytree(tmp_path / "target", tmp_path / "moved")
+    tiny.write_target(tmp_path / "more", count=40)
+    samples = {f"{i:04d}": {"jpg": tiny.jpeg(i), "cls": str(i % 5).encode()} for i in reversed(range(24))}
+    tiny.write_tar(tmp_path / "reordered/shard-00000.tar", samples)
+    first, second = run_ranks(2, _ranks_that_differ, tmp_path, init=False, timeout=200)
+    for name in UNLIKE_RANKS:
+        if name:
+            assert f"rank 1 differs from rank 0 in {name.split()[0]}: " in first[name], first[name]
+            assert first[name] == second[name]
+    assert "train.seed: 5, not 0 (and in 1 more: train.keep_last)" in first["train.seed"]
+    assert "error" not in first[""]
+    assert "rank 1 on " in first["folder"]
+    assert "has to be a folder that all machines share" in first["folder"]
+
+
+def _hold(folder: Path, connection: Any) -> None:
+    with folder_lock(folder, "run folder"):
+        connection.send(os.getpid())
+        connection.recv()
+
+
+def _second_run(folder: Path) -> tuple[str, str, bool, int]:
+    Objective.backend = "torch"
+    run = Folder(join(), json.loads((folder / "config.json").read_text()), folder / "run")
+    first = run.start()
+    before = run.contents()
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    holder = context.Process(target=_hold, args=(run.path, theirs))
+    holder.start()
+    pid = ours.recv()
+    second = run.start(("train.learning_rate", 0.5), ("train.resume", "never"))
+    unchanged = run.contents() == before
+    ours.send("end")
+    holder.join()
+    return first, second, unchanged, pid
+
+
+def test_second_run_in_a_folder_is_refused_and_touches_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(flyp(tmp_path)))
+    ((first, second, unchanged, pid),) = run_ranks(1, _second_run, tmp_path, init=False)
+    assert "error" not in first
+    assert f"is in use by process {pid} on " in second
+    assert "train.output" in second
+    assert unchanged

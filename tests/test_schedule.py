@@ -41,7 +41,7 @@ def choices(folder: Path) -> dict[str, str]:
     config = small_config(folder, **{"train.schedule": "auto"})
     plan.plan = remembering(plan.plan)  # in this process alone
     needs = {
-        name: plan.plan(schedule.with_schedule(config, name), 1).peak_memory_bytes
+        name: plan.plan(schedule.with_schedule(config, name), 1).needed_memory_bytes
         for name in ("sequential", "joint")
     }
     assert needs["sequential"] < needs["joint"]

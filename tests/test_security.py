@@ -628,7 +628,7 @@ def test_a_pipe_is_waited_for_by_nobody(world: Path) -> None:
 def test_a_csv_that_names_no_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(tiny.jpeg(0))
     (tmp_path / "a.csv").write_text("title\tfilepath\none\ta.jpg\ntwo\t\n")
-    refused(lambda: open_csv(str(tmp_path / "a.csv"), None, group=False), "row 2 names no file: ''")
+    refused(lambda: open_csv(str(tmp_path / "a.csv"), None, group=False), "row 2 (line 3) names no file: ''")
 
 
 # What would be shown

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import scipy.optimize
 import tiny
@@ -241,6 +242,40 @@ def test_lp_ft_first_trains_the_head_alone(by_rank: list[Any], folder: Path) -> 
     rows, labels = probe.embed(towers.eval(), samples, Ranks(0, 1, torch.device("cpu")), 8, Options())
     losses = {name: float(F.cross_entropy(rows @ one.weight.T + one.bias, labels)) for name, one in begun.items()}
     assert losses["lp_ft"] < 0.9 * losses["vanilla_ft"]
+
+
+def resources(folder: Path) -> tuple[list[tuple[int, int, int]], int]:
+    """Descriptors, threads and memory in MiB at each of many evaluations; processes left at the end."""
+    Objective.backend = "torch"
+    process, found = psutil.Process(), []
+    tree = json.loads((folder / "config.json").read_text())
+    tree["evaluate"] |= {"every_steps": 1, "workers": 1, "select": "seen"}
+    tree["deepspeed"]["zero_optimization"]["stage"] = 0
+    measure = train.Validation.evaluate
+
+    def evaluate(self: train.Validation, step: int) -> dict[str, float]:
+        values = measure(self, step)
+        found.append((process.num_fds(), process.num_threads(), process.memory_info().rss >> 20))
+        return values
+
+    train.Validation.evaluate = evaluate  # type: ignore[method-assign]
+    longer = changed(tree, train={"epochs": EVALUATIONS // 3, "keep_last": 1})
+    train.train(Config.model_validate_json(json.dumps(longer)), folder / "resources", join())
+    _, left = psutil.wait_procs(process.children(recursive=True), timeout=10)
+    return found, len(left)
+
+
+EVALUATIONS = 18
+
+
+def test_evaluations_leave_nothing_open_and_nothing_running(folder: Path) -> None:
+    ((found, left),) = run_ranks(1, resources, folder, init=False, timeout=200)
+    assert left == 0
+    assert len(found) == EVALUATIONS
+    # What one evaluation left behind would be there ten times: a descriptor, a thread, a model of 7 MiB.
+    early, late = (list(zip(*part)) for part in (found[2:8], found[-6:]))
+    for name, before, after, spare in zip(("descriptors", "threads", "MiB"), early, late, (4, 3, 35)):
+        assert max(after) <= max(before) + spare, f"{name}: {before}, then {after}"
 
 
 def test_a_probe_finds_the_head_of_least_cross_entropy() -> None:

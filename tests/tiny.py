@@ -34,7 +34,7 @@ def write_model(
         json.dumps({"model_cfg": config, "preprocess_cfg": preprocess or {"size": 32}})
     )
     torch.manual_seed(seed)
-    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     return f"local-dir:{folder}"
 

@@ -65,10 +65,7 @@ def tensors(engine: Engine) -> dict[str, Tensor]:
 
     Tuned parameters are dealt out to the ranks in turn, so that all write about as much.
     """
-    found = dict(_tensors(engine))
-    if engine.ranks.device.type == "cuda":
-        torch.cuda.synchronize(engine.ranks.device)
-    return found
+    return dict(_tensors(engine))
 
 
 class RunRecord(NamedTuple):
@@ -304,7 +301,7 @@ def read_manifest(checkpoint: Path) -> Mapping[str, Any]:
     if written_by != FORMAT:
         raise FormatError(
             f"{checkpoint}: a checkpoint of format {written_by}, not {FORMAT} as now: finish that run with "
-            "the version that began it, set train.output to another folder, or set train.resume=never to train again"
+            "the version that began it, set train.output to another folder, or train.resume=never to train again"
         )
     with _held_to_its_form(path):
         files = manifest["files"]
@@ -325,7 +322,8 @@ def read_trainer(checkpoint: Path) -> Mapping[str, Any]:
     with _held_to_its_form(path):
         numbers = read_json(path)
         scale, validation = numbers["loss_scale"], numbers["validation"]
-        _must(scale.keys() == set(STATE) and type(scale["value"]) is float and type(numbers["run"]) is str)
+        _must(scale.keys() == {*STATE, "dynamic"} and type(scale["value"]) is float)
+        _must(type(scale["dynamic"]) is bool and type(numbers["run"]) is str)
         _check_validation(validation)
         counts = [numbers["step"], numbers["updates"], numbers["total_steps"]]
         counts += [scale[name] for name in COUNTS]
@@ -464,9 +462,8 @@ def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
-    """A copy, under way: page-locked memory, so that the host need not wait for each."""
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return copy.copy_(tensor.detach(), non_blocking=True)
+    """A copy in pageable memory: page-locked memory is faster to copy to, but torch never gives it back."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
 
 
 def _same_parameters(

@@ -36,7 +36,7 @@ from dive_fast.checkpoint.lineage import remove_replaced
 from dive_fast.config import TrainConfig
 from dive_fast.engine import Engine
 from dive_fast.errors import SharedError
-from dive_fast.files import write_whole
+from dive_fast.files import whole_path, write_whole
 from dive_fast.guard.consensus import Votes
 from dive_fast.identity import Identity
 from dive_fast.ranks import Ranks
@@ -238,7 +238,8 @@ class _Save:
     def _write(self) -> None:
         name = _of_rank(self._ranks.rank)
         file = self.partial / f"{name}.safetensors"
-        save_file(self._tensors, file)
+        with whole_path(file) as partial:
+            save_file(self._tensors, partial)
         self._tensors = {}
         files = {file.name: file}
         if self.numbers is not None:

@@ -212,12 +212,15 @@ class Source:
 
     def report_skipped(self, name: str) -> None:
         """Logs how many samples were left out of the set called ``name``, and why."""
-        for entries, what in ((self.skipped, "samples left out"), (self.ignored, "files ignored")):
+        for entries, what, done in ((self.skipped, "sample", "left out"), (self.ignored, "file", "ignored")):
             first: dict[str, str] = {}
             for key, reason in entries:
                 first.setdefault(reason, key)
             for reason, count in Counter(reason for _, reason in entries).most_common():
-                logger.warning("%s: %d %s: %s (the first: %s)", name, count, what, reason, first[reason])
+                many = "" if count == 1 else "s"
+                logger.warning(
+                    "%s: %d %s%s %s: %s (the first: %s)", name, count, what, many, done, reason, first[reason]
+                )
         if self.prepared_without:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.prepared_without.items())
             logger.warning("%s: prepared without these samples: %s (skipped.jsonl)", name, reasons)
@@ -286,6 +289,12 @@ def open_folder(path: str) -> Source:
             samples += [Sample(readable(key), file, size=about.st_size, label=label) for key, file, about in files]
     except OSError as error:
         raise DataError(f"{path}: cannot list its images: {error}") from error
+    if all(sample.key.count("/") > 1 for sample in samples):
+        logger.warning(
+            "%s: all images lie in folders below those of the classes (%s); the classes are %s: name a folder "
+            "below to make its folders the classes",
+            *(path, samples[0].key, ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")),
+        )
     return Source(samples, tuple(names), skipped=skipped, ignored=ignored)
 
 

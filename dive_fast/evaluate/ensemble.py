@@ -16,6 +16,7 @@ from dive_fast.errors import UserError
 from dive_fast.evaluate import head as heads
 from dive_fast.evaluate import plots
 from dive_fast.evaluate.head import Head
+from dive_fast.evaluate.results import LOCK
 from dive_fast.evaluate.weights import exported
 from dive_fast.evaluate.zero_shot import (
     Measured,
@@ -27,6 +28,8 @@ from dive_fast.evaluate.zero_shot import (
     values,
 )
 from dive_fast.files import write_whole
+from dive_fast.locks import file_lock
+from dive_fast.model_files import DESCRIPTION
 from dive_fast.ranks import Ranks
 
 WEIGHTS = "ensemble.safetensors"
@@ -45,6 +48,8 @@ class Ensemble(NamedTuple):
     """Under open_clip's names."""
     head: Head | None
     """Where the run has trained one."""
+    model: towers.Towers
+    """Says how images are preprocessed."""
 
 
 def interpolate(pretrained: State, tuned: State, alpha: float) -> State:
@@ -122,7 +127,7 @@ def ensemble(
         "left_out": {name: found.left_out for name, found in measured.items() if found.left_out},
         "accuracies": rows,
     }
-    return Ensemble(report, interpolate(pretrained, tuned, best), _mixed(start, trained, best))
+    return Ensemble(report, interpolate(pretrained, tuned, best), _mixed(start, trained, best), model)
 
 
 def _of_prompts(
@@ -146,12 +151,17 @@ def _mixed(start: Head | None, trained: Head | None, alpha: float) -> Head | Non
 
 def write(found: Ensemble, folder: Path) -> None:
     """Leaves :data:`WEIGHTS`, for open_clip to load, any mixed head, ``ensemble.json`` and its picture."""
-    folder.mkdir(parents=True, exist_ok=True)
-    towers.save(found.weights, folder / WEIGHTS)
-    if found.head is not None:
-        heads.save(found.head, heads.path_beside(folder / WEIGHTS))
-    write_whole(folder / "ensemble.json", (json.dumps(found.report, indent=2) + "\n").encode())
-    plots.ensemble(found.report, folder / "ensemble.png")
+    with file_lock(folder / LOCK, f"results folder {folder}", wait=True):
+        towers.save(found.weights, folder / WEIGHTS)
+        if not (folder / DESCRIPTION).exists():
+            towers.describe(found.model, folder)
+        path = heads.path_beside(folder / WEIGHTS)
+        if found.head is None:
+            path.unlink(missing_ok=True)  # another ensemble's: it would classify in the place of prompts
+        else:
+            heads.save(found.head, path)
+        write_whole(folder / "ensemble.json", (json.dumps(found.report, indent=2) + "\n").encode())
+        plots.ensemble(found.report, folder / "ensemble.png")
 
 
 def table(report: dict[str, Any]) -> str:

@@ -12,18 +12,17 @@ import torch
 from PIL import features
 from torch import nn
 
-from dive_fast.config import ModelConfig
+from dive_fast import precision
 from dive_fast.data.prompts import TELLING, Template, Tokenizer
 from dive_fast.identity import Identity, digest, model_identity, versions
 from dive_fast.towers import Towers
 
+NOTED = ("training", "image_mean", "image_std")
+"""Attributes of modules that decide nothing, or notes of what the preprocessing holds."""
 
-def of_model(towers: Towers, tokenizer: Tokenizer, model: ModelConfig, device: torch.device) -> Identity:
-    """What decides a model's features, with the precision and the kind of device that they are computed in.
 
-    Args:
-        model: the section that the towers were built from.
-    """
+def of_model(towers: Towers, tokenizer: Tokenizer, device: torch.device) -> Identity:
+    """What decides a model's features, with the precision and the kind of device that they are computed in."""
     return {
         "model": model_identity(towers)
         | {
@@ -76,7 +75,7 @@ def structure(module: nn.Module) -> str:
     """
     parts = []
     for name, part in module.named_modules():
-        plain = {key: _plain(value) for key, value in vars(part).items() if key[:1] != "_" and key != "training"}
+        plain = {key: _plain(value) for key, value in vars(part).items() if key[:1] != "_" and key not in NOTED}
         kept = {key: value for key, value in sorted(plain.items()) if value is not None}
         parts.append([name, _called(type(part)), part.extra_repr(), kept])
     return digest(parts)
@@ -102,12 +101,7 @@ def _tokens(tokenizer: Tokenizer) -> str:
 
 
 def _precision(towers: Towers) -> Identity:
-    return {"autocast": "fp32" if towers.autocast is None else str(towers.autocast)} | _flags()
-
-
-def _flags() -> Identity:
-    matmul = torch.backends.cuda.matmul
-    return {"matmul_tf32": matmul.allow_tf32, "cudnn_tf32": torch.backends.cudnn.allow_tf32}
+    return {"autocast": "fp32" if towers.autocast is None else str(towers.autocast)} | precision.state()
 
 
 def _device(device: torch.device) -> str:

@@ -61,6 +61,8 @@ class Captioned:
     """As of :class:`Labelled`."""
     reports_skipped: bool = False
     """As of :class:`Labelled`."""
+    num_samples: tuple[int, ...] = ()
+    """How many samples of the set each image stands for; empty: one each."""
 
     def captions(self) -> list[tuple[str, ...]]:
         """Of each image."""

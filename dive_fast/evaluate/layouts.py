@@ -103,7 +103,9 @@ def captioned(source: Source, layout: str) -> Captioned:
     source = split_captions(source)
     texts: dict[int, list[str]] = {}
     first: dict[int, int] = {}
-    for at, image in enumerate(source.image_ids().tolist()):
+    images = source.image_ids().tolist()
+    counts = Counter(images)
+    for at, image in enumerate(images):
         first.setdefault(image, at)
         texts.setdefault(image, []).extend(source.samples[at].texts)
     if len(first) == len(source):
@@ -111,9 +113,8 @@ def captioned(source: Source, layout: str) -> Captioned:
     samples = [replace(source.samples[at], texts=tuple(texts[image])) for image, at in first.items()]
     hashes = None if source.hashes is None else source.hashes[list(first.values())]
     merged = replace(source, samples=samples, hashes=hashes, sizes=None, beton=None)
-    return Captioned(
-        merged, layout, (f"{len(source)} samples are {len(first)} distinct images, each with all its captions",)
-    )
+    remark = f"{len(source)} samples are {len(first)} distinct images, each with all its captions"
+    return Captioned(merged, layout, (remark,), num_samples=tuple(counts[image] for image in first))
 
 
 def split_captions(source: Source) -> Source:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dive_fast.config import EvaluationSet, ModelConfig
+from dive_fast.config import EvaluationSet
 from dive_fast.data.prompts import Tokenizer
 from dive_fast.data.source import DataError
 from dive_fast.errors import UserError
@@ -71,21 +71,19 @@ def measure_all(
     results: Results,
     options: Options,
     about: Row,
-    model: ModelConfig,
     head: Head | None = None,
 ) -> list[Row]:
     """Measures each opened set and adds its row; all ranks call it and get the rows.
 
     Args:
         about: what rows say of the model beside what is found out here.
-        model: the section that the towers were built from.
 
     Raises:
         ConfigError, DataError: the user's to mend; rows until then are kept.
     """
     described = {name: _describe(name, sets[name], data, head) for name, data in opened.items()}
     with ranks.together(UserError):
-        common = of_model(towers, tokenizer, model, ranks.device) if ranks.first else {}
+        common = of_model(towers, tokenizer, ranks.device) if ranks.first else {}
         found = _identities(common, opened, options, head) if ranks.first else {}
     identities: dict[str, Identity] = ranks.as_first(found)
     rows: list[Row] = []

@@ -13,8 +13,10 @@ from dive_fast.errors import UserError
 from dive_fast.evaluate import plots
 from dive_fast.evaluate.geometry import GeometryError, compare, describe
 from dive_fast.evaluate.pairs import embed, open_pairs, spread
+from dive_fast.evaluate.results import LOCK
 from dive_fast.evaluate.weights import exported
 from dive_fast.files import write_whole
+from dive_fast.locks import file_lock
 from dive_fast.objective import Pairs
 from dive_fast.ranks import Ranks
 from dive_fast.untrusted import parse_json, read_text
@@ -109,23 +111,23 @@ def write(report: dict[str, Any], embedded: Embedded, folder: Path, training: Pa
     Args:
         training: the run's ``metrics.jsonl``: its course is drawn too, where it tells of difference vectors.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / name for name in ("geometry.json", "geometry_rsa.png", "geometry_differences.png")]
-    write_whole(files[0], (json.dumps(report, indent=2) + "\n").encode())
-    plots.rsa(embedded.before, embedded.after, report["metrics"], files[1])
-    plots.differences(embedded.before, embedded.after, files[2])
-    if training is not None and training.is_file():
-        try:
-            lines = [parse_json(line) for line in read_text(training).splitlines()]
-            drawn = plots.has_course(lines)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            # All else is measured and written.
-            logger.warning("%s: its course is not drawn: a line is none of metrics: %s", training, error)
-            return files
-        if drawn:
-            files.append(folder / "geometry_course.png")
-            plots.course(lines, files[-1])
-    return files
+    with file_lock(folder / LOCK, f"results folder {folder}", wait=True):
+        files = [folder / name for name in ("geometry.json", "geometry_rsa.png", "geometry_differences.png")]
+        write_whole(files[0], (json.dumps(report, indent=2) + "\n").encode())
+        plots.rsa(embedded.before, embedded.after, report["metrics"], files[1])
+        plots.differences(embedded.before, embedded.after, files[2])
+        if training is not None and training.is_file():
+            try:
+                lines = [parse_json(line) for line in read_text(training).splitlines()]
+                drawn = plots.has_course(lines)
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+                # All else is measured and written.
+                logger.warning("%s: its course is not drawn: a line is none of metrics: %s", training, error)
+                return files
+            if drawn:
+                files.append(folder / "geometry_course.png")
+                plots.course(lines, files[-1])
+        return files
 
 
 def table(report: dict[str, Any]) -> str:

@@ -134,7 +134,14 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 
 Lines = dict[str, dict[str, Row]]
-"""For each model, its newest row for each set: that of a known data set by its name."""
+"""For each model, its newest row for each column: a known data set by its metric, or a set of the user's."""
+METRICS = {
+    "top5": "top-5",
+    "mean_class_recall": "mean class recall",
+    "macro_f1": "macro F1",
+    "worst_region": "worst region",
+}
+"""In the head of a column; top-1 is left unsaid."""
 
 
 def _lines(rows: Sequence[Row]) -> Lines:
@@ -147,9 +154,35 @@ def _lines(rows: Sequence[Row]) -> Lines:
     for row in rows:
         digest, precision = str(row.get("weights_digest", "")), str(row.get("precision", ""))
         several = len(variants[row["label"]]) > 1
-        line = f"{row['label']} ({digest[:8]}, {precision})" if several else row["label"]
-        lines.setdefault(line, {})[row.get("dataset") or row["set"]] = row
+        line = lines.setdefault(f"{row['label']} ({digest[:8]}, {precision})" if several else row["label"], {})
+        column = _known_column(row)
+        if column is None:
+            line[_own_column(row)] = row
+            continue
+        other = line.get(column)
+        if other is None or other["set"] == row["set"]:
+            line[column] = row
+        elif row["set"] == column:
+            line[_own_column(other)], line[column] = other, row
+        else:  # the same data set from two folders: neither may hide the other
+            line[_own_column(row)] = row
     return lines
+
+
+def _known_column(row: Row) -> str | None:
+    """The data set to whose column in the tables a row belongs; None: it has another metric, or is the user's."""
+    known = KNOWN.get(str(row.get("dataset")))
+    return str(row["dataset"]) if known is not None and known.metric == row["metric"] else None
+
+
+def _own_column(row: Row) -> str:
+    return f"{row['set']}\0{row['metric']}\0{row.get('dataset')}"
+
+
+def _title(column: str, row: Row) -> str:
+    notes = [str(row["set"])] if row.get("dataset") and column not in KNOWN else []
+    notes += [METRICS[row["metric"]]] if row["metric"] in METRICS else []
+    return str(row["title"]) + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _table(
@@ -161,7 +194,7 @@ def _table(
         return ""
     cells = [["Method", *(column for _, column in columns), *averages]]
     for line, rows in shown.items():
-        own = [_percent(rows[name]["value"]) if name in rows else "" for name in sets]
+        own = [_cell(rows[name], "value") if name in rows else "" for name in sets]
         means = [_mean([rows[name]["value"] for name in wanted if name in rows], len(wanted))
                  for wanted in averages.values()]  # fmt: skip
         cells.append([line, *own, *means])
@@ -173,16 +206,17 @@ def _retrieval(lines: Lines) -> str:
     head = [f"{'image to text' if way[0] == 'i' else 'text to image'} R@{k}" for way, k in ways]
     cells = [["Method", "Set", *head]]
     for line, rows in lines.items():
-        for row in rows.values():
+        for column, row in rows.items():
             if "image_to_text_r1" in row:
-                cells.append([line, row["title"], *(_percent(row[f"{way}_r{k}"]) for way, k in ways)])
+                figures = [_percent(row[f"{way}_r{k}"]) for way, k in ways]
+                cells.append([line, _title(column, row) + _left_out(row), *figures])
     return _markdown("Retrieval", cells) if len(cells) > 1 else ""
 
 
 def _others(lines: Lines, tabled: set[str]) -> str:
     """The user's own sets, with their averages by role."""
     own = {
-        name: row["title"]
+        name: _title(name, row)
         for rows in lines.values()
         for name, row in rows.items()
         if name not in tabled and "image_to_text_r1" not in row
@@ -199,9 +233,18 @@ def _others(lines: Lines, tabled: set[str]) -> str:
 
 
 def _markdown(title: str, cells: list[list[str]]) -> str:
-    head, *body = [[cell.replace("|", r"\|") for cell in row] for row in cells]
+    head, *body = [[" ".join(cell.split()).replace("|", r"\|") for cell in row] for row in cells]
     rows = [head, ["---", *("---:" for _ in head[1:])], *body]
     return f"## {title}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _cell(row: Row, name: str) -> str:
+    return _percent(row[name]) + _left_out(row)
+
+
+def _left_out(row: Row) -> str:
+    """How many samples the row's figures are without."""
+    return f" ({row['left_out']} left out)" if row.get("left_out") else ""
 
 
 def _percent(share: float) -> str:

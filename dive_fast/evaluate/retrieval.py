@@ -24,7 +24,7 @@ def recalls(
     batch_size: int,
     options: Options,
     name: str = "",
-) -> tuple[dict[str, float], int]:
+) -> tuple[dict[str, float], int, int]:
     """``image_to_text_r1``, ``_r5``, ``_r10``: the share of images with one of their captions among the first K;
     ``text_to_image_...``: the share of captions with their image among them. All ranks call it.
 
@@ -32,7 +32,8 @@ def recalls(
     the earlier ones of the set come first, as where CLIP-benchmark takes the K largest.
 
     Returns:
-        The shares, and how many images were left out with their captions, because they could not be read.
+        The shares; how many images they are of; and how many samples were left out, because their images could not
+        be read.
 
     Raises:
         DataError: an image is broken, and the set is to be measured whole.
@@ -77,11 +78,14 @@ def recalls(
         "image_to_text": _places(images, sentences, text_of, image_rows, image_of, batch_size, ranks),
         "text_to_image": _places(sentences[text_of], images, image_rows, image_of, image_rows, batch_size, ranks),
     }
-    return {
+    counts = data.num_samples or (1,) * len(broken)
+    left_out = sum(count for count, is_broken in zip(counts, broken.tolist(), strict=True) if is_broken)
+    shares = {
         f"{way}_r{cut_off}": share
         for way, places in found.items()
         for cut_off, share in zip(CUT_OFFS, recall_at(places, CUT_OFFS), strict=True)
-    }, len(broken) - len(kept)
+    }
+    return shares, len(kept), left_out
 
 
 def _places(

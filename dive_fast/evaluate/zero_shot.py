@@ -225,8 +225,8 @@ def measure(
     """
     if isinstance(data, Captioned):
         options = Options(workers=workers, device=ranks.device)
-        recalls, broken = retrieval.recalls(towers, tokenizer, data, ranks, batch_size, options, name)
-        return Measured(recalls, "captions", len(data.source) - broken, len(data.source.skipped) + broken)
+        recalls, count, broken = retrieval.recalls(towers, tokenizer, data, ranks, batch_size, options, name)
+        return Measured(recalls, "captions", count, len(data.source.skipped) + broken)
     classes = classifier_for(towers, tokenizer, data, ranks, head, cache)
     samples = CountedSamples(data.source, towers.preprocess, data.border, data.reports_skipped)
     found = predict(towers, classes, samples, ranks, batch_size, workers, name)

@@ -3,6 +3,7 @@
 import copy
 import logging
 import shutil
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from dive_fast.config import Config, ReferenceConfig, TargetConfig
 from dive_fast.data.loader import Options
 from dive_fast.data.samples import ReferenceSamples
 from dive_fast.data.source import Source
+from dive_fast.locks import file_lock
 from dive_fast.ranks import Ranks
 from dive_fast.teacher import retrieval, store
 from dive_fast.teacher.audit import Audit, allowed, audit, judge, write_audit
@@ -86,14 +88,23 @@ def open_cache(
     """
     options = config.teacher
     wanted, loading = _wanted(config, towers, samples, ranks)
-    if rebuild:
-        if ranks.first:
-            remove(path)
-        ranks.barrier()
     frozen = copy.deepcopy(towers)
-    if not store.is_there(path):
-        write_cache(path, frozen, samples, wanted, ranks, options.batch_size, loading)
+    if rebuild or not ranks.as_first(store.is_there(path)):
+        with _locked(path, ranks):
+            if rebuild:
+                if ranks.first:
+                    remove(path)
+                ranks.barrier()
+            # Another run may have written it meanwhile.
+            if not ranks.as_first(store.is_there(path)):
+                write_cache(path, frozen, samples, wanted, ranks, options.batch_size, loading)
     teacher = CachedTeacher(path, wanted, options.verify)
+    if ranks.first and teacher.store.modified not in ("", samples.source.modified()):
+        logger.warning(
+            "teacher cache %s: the files of data.reference have other modification times than when it was "
+            "written, but the same contents as far as their digest reads them; the cache is used",
+            path,
+        )
     if options.audit == 0:
         return teacher, None
     found = audit(teacher, frozen, samples, ranks, options.batch_size, loading, options.audit)
@@ -120,6 +131,19 @@ def adopt_cache(
     """
     if store.is_there(path) and not rebuild:
         raise CacheError(f"{path}: a teacher cache is there; add --rebuild to replace it, or set teacher.path")
+    with _locked(path, ranks):
+        return _adopt(config, path, towers, samples, ranks, embeddings, rebuild)
+
+
+def _adopt(
+    config: Config,
+    path: Path,
+    towers: Towers,
+    samples: ReferenceSamples,
+    ranks: Ranks,
+    embeddings: retrieval.Embeddings,
+    rebuild: bool,
+) -> Audit:
     options, partial = config.teacher, store.partial_name(path)
     wanted, loading = _wanted(config, towers, samples, ranks)
     layout = store.Layout(len(samples.source), samples.num_views, towers.width, options.dtype)
@@ -176,8 +200,12 @@ def _wanted(
     assert data is not None
     # In fp32, whatever the images of training are.
     loading = replace(loader_options(config, data, ranks), dtype=torch.float32)
-    model = config.model.model_dump()
-    return fingerprint(towers, model, samples, data.text_length, loading, config.teacher.dtype), loading
+    return fingerprint(towers, samples, data.text_length, loading, config.teacher.dtype), loading
+
+
+def _locked(path: Path, ranks: Ranks) -> AbstractContextManager[None]:
+    """Keeps other processes from writing, replacing or removing a cache; whoever comes second waits."""
+    return file_lock(path.with_name(f".{path.name}.lock"), f"teacher cache {path}", wait=True, ranks=ranks)
 
 
 def cache_folder(config: Config, folder: Path) -> Path:

@@ -221,7 +221,9 @@ def adopt(
         embeddings.check_width(layout.width)
         rows = embeddings.find(source)
     try:
-        todo = begin(partial, layout, fingerprint, f"adopted from {embeddings.folder.resolve()}", ranks)
+        todo = begin(
+            partial, layout, fingerprint, f"adopted from {embeddings.folder.resolve()}", ranks, source.modified()
+        )
         with ranks.together(CacheError, OSError):
             _copy(embeddings, rows, partial, layout, todo, ranks)
         if ranks.first:

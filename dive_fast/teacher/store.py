@@ -26,7 +26,7 @@ from dive_fast.config import ConfigError
 from dive_fast.files import new_file, write_whole
 from dive_fast.untrusted import inside, map_array, read_json
 
-FORMAT = 3
+FORMAT = 4
 BLOCK = 1024
 MANIFEST, CHECKSUMS = "cache.json", "checksums.npy"
 HALVES = ("image", "text")
@@ -97,13 +97,18 @@ class Manifest(NamedTuple):
     layout: Layout
     fingerprint: dict[str, Any]
     origin: str
+    modified: str = ""
+    """A hash of modification times of the reference set; empty: not noted."""
 
 
-def create(folder: Path, layout: Layout, fingerprint: dict[str, Any], origin: str = COMPUTED) -> None:
+def create(
+    folder: Path, layout: Layout, fingerprint: dict[str, Any], origin: str = COMPUTED, modified: str = ""
+) -> None:
     """Makes the files of a cache, all their space taken, no row written.
 
     Args:
         origin: where its rows come from. No part of the fingerprint: equal rows serve alike.
+        modified: when the files of the reference set were, as its ``Source.modified()`` has it.
 
     Raises:
         OSError: the disk has not the space.
@@ -118,7 +123,8 @@ def create(folder: Path, layout: Layout, fingerprint: dict[str, Any], origin: st
             # Now rather than in hours: a full disk, met through a memory map, kills the process.
             os.posix_fallocate(file.fileno(), 0, file.tell() + shape[0] * shape[1] * dtype.itemsize)
     # Last: with it there is something to go on with.
-    manifest = {"format": FORMAT, "origin": origin, "layout": asdict(layout), "fingerprint": fingerprint}
+    about = {"format": FORMAT, "origin": origin, "modified": modified}
+    manifest = about | {"layout": asdict(layout), "fingerprint": fingerprint}
     write_json(folder / MANIFEST, manifest)
 
 
@@ -137,10 +143,12 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{folder}: a teacher cache of format {str(kind)[:40]}, this version has {FORMAT}; rebuild it"
             )
         layout, fingerprint, origin = (found.get(key) for key in ("layout", "fingerprint", "origin"))
-        origin = COMPUTED if origin is None else origin
-        if not isinstance(fingerprint, dict) or not isinstance(origin, str) or not isinstance(layout, dict):
-            raise ValueError("expected layout and fingerprint as objects, origin as text")
-        return Manifest(_layout(layout), fingerprint, origin)
+        origin, modified = COMPUTED if origin is None else origin, found.get("modified", "")
+        if not isinstance(fingerprint, dict) or not isinstance(layout, dict):
+            raise ValueError("expected layout and fingerprint as objects")
+        if not isinstance(origin, str) or not isinstance(modified, str):
+            raise ValueError("expected origin and modified as text")
+        return Manifest(_layout(layout), fingerprint, origin, modified)
     except CacheError:
         raise
     except (OSError, ValueError) as error:
@@ -262,7 +270,7 @@ class Store:
             StaleCacheError: a file is missing, cut off or not as the manifest says.
         """
         self.folder, self._verify = folder, verify
-        self.layout, self.fingerprint, self.origin = read_manifest(folder)
+        self.layout, self.fingerprint, self.origin, self.modified = read_manifest(folder)
         try:
             self._rows: dict[str, Any] = {half: map_array(inside(folder, f"{half}.npy")) for half in HALVES}
             for rows in self._rows.values():

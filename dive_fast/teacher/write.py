@@ -44,7 +44,7 @@ def write_cache(
     embed = OnlineTeacher(towers, ranks)
     layout = Layout(len(samples.source), samples.num_views, embed.towers.width, fingerprint["dtype"])
     try:
-        todo = begin(partial, layout, fingerprint, store.COMPUTED, ranks)
+        todo = begin(partial, layout, fingerprint, store.COMPUTED, ranks, samples.source.modified())
         _write_blocks(partial, layout, todo, embed, samples, ranks, batch_size, options)
         ranks.barrier()
         if ranks.first:
@@ -56,18 +56,21 @@ def write_cache(
         ) from error
 
 
-def begin(partial: Path, layout: Layout, fingerprint: Fingerprint, origin: str, ranks: Ranks) -> list[int]:
+def begin(
+    partial: Path, layout: Layout, fingerprint: Fingerprint, origin: str, ranks: Ranks, modified: str = ""
+) -> list[int]:
     """Creates the files where none are; returns this rank's share of the blocks that are not written yet.
 
     Args:
         origin: where the rows come from; a cache has only one.
+        modified: as for :func:`dive_fast.teacher.store.create`.
 
     Raises:
         StaleCacheError: something else was begun under this name.
         OSError: the disk has not the space.
     """
     if store.is_there(partial):
-        found_layout, found, found_origin = store.read_manifest(partial)
+        found_layout, found, found_origin, _ = store.read_manifest(partial)
         if different := differences(found | {"origin": found_origin}, fingerprint | {"origin": origin}):
             raise StaleCacheError(
                 f"{partial} was begun as the cache of something else ({'; '.join(different)}); rebuild it"
@@ -75,7 +78,7 @@ def begin(partial: Path, layout: Layout, fingerprint: Fingerprint, origin: str, 
         if found_layout != layout:
             raise StaleCacheError(f"{partial}: {found_layout} was begun there, not {layout}; rebuild it")
     elif ranks.first:
-        store.create(partial, layout, fingerprint, origin)
+        store.create(partial, layout, fingerprint, origin, modified)
     ranks.barrier()
     finished = store.done(partial)
     ranks.barrier()  # before any rank writes more

@@ -752,7 +752,7 @@ def test_shards_of_bytes_changed_since_are_made_again(
     data = bytearray(tar.read_bytes())
     data[at[1] : at[1] + 1] = b"4"
     tar.write_bytes(data)
-    with pytest.raises(DataError, match=r"changed: holds a set prepared otherwise \(source "):
+    with pytest.raises(DataError, match=r"changed: holds a set prepared otherwise \(its source is another one"):
         make(tar, tmp_path / "changed")
     interrupted(tar, tmp_path / "versions", monkeypatch)
     monkeypatch.setattr("dive_fast.data.prepare._versions", lambda _: {"pillow": "1"})

@@ -9,11 +9,13 @@ import tiny
 import torch
 
 from dive_fast.config import EvaluationSet, ModelConfig
-from dive_fast.data.source import DataError
+from dive_fast.data.prepare import Options as PrepareOptions
+from dive_fast.data.prepare import RawSource, prepare
+from dive_fast.data.source import DataError, open_webdataset
 from dive_fast.evaluate.labelled import Captioned
 from dive_fast.evaluate.zero_shot import measure, open_evaluation
 from dive_fast.ranks import Ranks
-from dive_fast.towers import create, tokenizer_of
+from dive_fast.towers import Towers, create, tokenizer_of
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 COUNT = 23
@@ -38,9 +40,13 @@ def opened(root: Path) -> Captioned:
     return found
 
 
-def recalls(root: Path, batch_size: int) -> dict[str, float]:
+def model_of(root: Path) -> tuple[Towers, Any]:
     config = ModelConfig(name=f"local-dir:{root / 'model'}")
-    towers, tokenizer = create(config).eval(), tokenizer_of(config)
+    return create(config).eval(), tokenizer_of(config)
+
+
+def recalls(root: Path, batch_size: int) -> dict[str, float]:
+    towers, tokenizer = model_of(root)
     found = measure(towers, tokenizer, opened(root), ALONE, batch_size=batch_size, workers=0)
     assert (found.classifier, found.samples) == ("captions", COUNT)
     return found.scores
@@ -79,5 +85,45 @@ def test_recalls_are_those_of_a_loop_over_all_pairs(folder: Path) -> None:
 
 def test_an_image_without_a_caption_is_an_error(tmp_path: Path) -> None:
     tiny.write_tar(tmp_path / "set/0.tar", {"a": {"jpg": tiny.jpeg(0), "txt": b" \n"}})
-    with pytest.raises(DataError, match=r"sample 0.tar/a: it has no caption"):
+    with pytest.raises(DataError, match=r"1 its caption is empty; the first: 0.tar/a"):
         opened(tmp_path)
+
+
+def test_pairs_and_groups_of_the_same_captions_have_the_same_figures(folder: Path, tmp_path: Path) -> None:
+    """Three captions an image, as three samples or as one; raw and prepared."""
+    texts = {i: [f"picture {i % 3} {word}" for word in ("here", "there", "everywhere")] for i in range(7)}
+    grouped = {f"{i}": {"jpg": tiny.jpeg(i), "txt": "\n".join(own).encode()} for i, own in texts.items()}
+    pairs = {
+        f"{i}-{k}": {"jpg": tiny.jpeg(i), "txt": own[k].encode()} for k in range(3) for i, own in texts.items()
+    }
+    for name, samples in (("grouped", grouped), ("pairs", pairs)):
+        tar = tiny.write_tar(tmp_path / name / "0.tar", samples)
+        source = RawSource(open_webdataset(str(tar), ".txt"))
+        prepare(source, tmp_path / f"{name} ready", PrepareOptions(), 1)
+    found = {}
+    towers, tokenizer = model_of(folder)
+    for name in ("grouped", "pairs", "grouped ready", "pairs ready"):
+        kind = "prepared" if "ready" in name else "webdataset"
+        config = EvaluationSet(format=kind, path=str(tmp_path / name), task="retrieval")  # type: ignore[arg-type]
+        data = open_evaluation(config)
+        assert isinstance(data, Captioned)
+        assert [sorted(own) for own in data.captions()] == [sorted(own) for own in texts.values()]
+        assert data.remarks == (
+            ("21 samples are 7 distinct images, each with all its captions",) if "pairs" in name else ()
+        )
+        measured = measure(towers, tokenizer, data, ALONE, batch_size=4, workers=0)
+        assert measured.samples == 7
+        found[name] = measured.scores
+    assert found["pairs"] == found["grouped"]
+    assert found["pairs ready"] == found["grouped ready"] == found["grouped"]
+
+
+def test_answers_that_tie_come_in_the_order_of_the_set(folder: Path, tmp_path: Path) -> None:
+    """As where the K largest are taken: half of two images with one caption find it, not none, nor both."""
+    samples = {f"{i}": {"jpg": tiny.jpeg(i), "txt": b"a man"} for i in range(4)}
+    tiny.write_tar(tmp_path / "set/0.tar", samples)
+    towers, tokenizer = model_of(folder)
+    for batch_size in (1, 3, 100):
+        found = measure(towers, tokenizer, opened(tmp_path), ALONE, batch_size=batch_size, workers=0).scores
+        assert found["image_to_text_r1"] == found["text_to_image_r1"] == 1 / 4
+        assert found["image_to_text_r5"] == 1

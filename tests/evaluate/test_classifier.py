@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from open_clip import IMAGENET_CLASSNAMES
 from torch import Tensor
 
 from dive_fast.config import ConfigError, ModelConfig
 from dive_fast.data.prompts import read_templates
+from dive_fast.evaluate import imagenet
 from dive_fast.evaluate.classifier import Classifier, cached_classifier, classifier, of_head
 from dive_fast.evaluate.head import Head
 from dive_fast.ranks import Ranks
@@ -46,6 +48,11 @@ def test_a_classifier_is_written_once_and_read_by_all_that_decides_it(name: str,
     assert torch.equal(cached_classifier(towers, refuse, NAMES, simple, ALONE, tmp_path), first)
     assert list(tmp_path.iterdir()) == [file]
     assert cached_classifier(towers, tokenizer, NAMES[:4], simple, ALONE, tmp_path).shape == (4, 24)
+    # The same weights with another activation, as a tag may have it.
+    gelu = towers.text.transformer.resblocks[0].mlp.gelu
+    towers.text.transformer.resblocks[0].mlp.gelu = torch.nn.SiLU()
+    assert not torch.equal(cached_classifier(towers, tokenizer, NAMES, simple, ALONE, tmp_path), first)
+    towers.text.transformer.resblocks[0].mlp.gelu = gelu
     cached_classifier(towers, tokenizer, NAMES, simple[:2], ALONE, tmp_path)
     towers.autocast = torch.bfloat16
     cached_classifier(towers, tokenizer, NAMES, simple, ALONE, tmp_path)
@@ -53,7 +60,7 @@ def test_a_classifier_is_written_once_and_read_by_all_that_decides_it(name: str,
     with torch.no_grad():
         towers.text.text_projection.add_(0.1)
     assert not torch.equal(cached_classifier(towers, tokenizer, NAMES, simple, ALONE, tmp_path), first)
-    assert len(list(tmp_path.iterdir())) == 5
+    assert len(list(tmp_path.iterdir())) == 6
     assert cached_classifier(towers, tokenizer, NAMES, simple, ALONE, None).shape == (5, 24)
     file.write_bytes(b"no tensors")
     towers, tokenizer = built(name)
@@ -83,5 +90,23 @@ def test_a_head_classifies_only_what_it_has_all_classes_of() -> None:
     whole = of_head(head, head.class_names)
     assert whole is not None
     assert torch.equal(whole[0], head.weight)
-    with pytest.raises(ConfigError, match="two classes called 'b'"):
+    with pytest.raises(ConfigError, match=r"the head has two classes called 'b'.*--head none"):
         of_head(head, ("a", "b"))
+    with pytest.raises(ConfigError, match="the data set has two classes called 'a'"):
+        of_head(head, ("a", "c", "a"))
+
+
+@pytest.mark.parametrize("subset", ["", "r", "a"])
+@pytest.mark.parametrize("names", [tuple(IMAGENET_CLASSNAMES), imagenet.synsets()], ids=["names", "ids"])
+def test_a_head_of_imagenet_is_read_by_number(subset: str, names: tuple[str, ...]) -> None:
+    """Two classes are called "missile": by name a row cannot be found, or is the wrong one."""
+    head = Head(torch.arange(2000.0).reshape(1000, 2), torch.arange(1000.0), names)
+    rows = imagenet.classes_of(subset)
+    found = of_head(head, tuple(IMAGENET_CLASSNAMES[row] for row in rows), rows)
+    assert found is not None
+    assert found.joined_by == "number"
+    assert found.bias.tolist() == list(rows)
+    assert found.weight[:, 0].tolist() == [2 * row for row in rows]
+    if subset == "r" and names == tuple(IMAGENET_CLASSNAMES):
+        with pytest.raises(ConfigError, match="the head has two classes called 'missile'"):
+            of_head(head, tuple(IMAGENET_CLASSNAMES[row] for row in rows))

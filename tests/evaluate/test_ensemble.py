@@ -3,14 +3,17 @@
 import json
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import open_clip
 import pytest
 import tiny
 import torch
-from distributed import run_script
+import torch.distributed as dist
+from distributed import run_ranks, run_script
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -67,7 +70,7 @@ def test_an_ensemble_is_on_the_line_and_its_ends_are_the_models(tree: dict[str, 
 def test_every_alpha_is_measured_and_the_best_on_validation_is_kept(tree: dict[str, Any]) -> None:
     config = Config.model_validate_json(json.dumps(tree))
     weights = Path(tree["train"]["output"]) / "model.safetensors"
-    report, state, head = ensemble.ensemble(config, weights, ALONE, chosen_on="other", alphas=(0.2, 0.5, 0.8))
+    report, state, head, _ = ensemble.ensemble(config, weights, ALONE, chosen_on="other", alphas=(0.2, 0.5, 0.8))
     assert head is None
     rows = report["accuracies"]
     assert [row["alpha"] for row in rows] == [0, 0.2, 0.5, 0.8, 1]
@@ -146,3 +149,59 @@ def test_the_command_leaves_a_model_a_report_and_a_picture(tree: dict[str, Any],
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
     assert "nowhere.safetensors: no such file or folder" in line
     assert "Traceback" not in refused.stderr
+
+
+def encodes_its_share(tree: dict[str, Any], run: Path) -> int:
+    """How many classes this rank encodes the prompts of for the head that training began with."""
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    counted = []
+    encode = towers.Towers.encode_text
+
+    def count(self: towers.Towers, tokens: Tensor, length: int | None = None) -> Tensor:
+        counted.append(next(self.parameters()).device)
+        return encode(self, tokens, length)
+
+    config = Config.model_validate_json(json.dumps(tree))
+    stopped = mock.patch.object(ensemble, "interpolate", side_effect=StoppedError)
+    with mock.patch.object(towers.Towers, "encode_text", count), stopped, suppress(StoppedError):
+        ensemble.ensemble(config, run / "model.safetensors", ranks)
+    return len(counted)
+
+
+class StoppedError(Exception):
+    """Ends an ensemble before it measures anything."""
+
+
+def test_class_prompts_are_shared_by_the_ranks_and_encoded_on_their_device(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, names = Path(tree["train"]["output"]), tuple(f"class number {i}" for i in range(5))
+    for file in run.iterdir():
+        shutil.copy(file, tmp_path)
+    heads.save(heads.Head(torch.randn(5, 24), torch.randn(5), names), tmp_path / "head.safetensors")
+    # One more each: the width is found by encoding a text.
+    shares = run_ranks(2, encodes_its_share, tree, tmp_path)
+    assert sorted(shares) == [2 + 1, 3 + 1]
+    seen = []
+
+    def spy(model: towers.Towers, *_: Any) -> None:
+        seen.append((next(model.parameters()).device.type, model.autocast))
+        raise StoppedError
+
+    monkeypatch.setattr(ensemble, "classifier", spy)
+    monkeypatch.setattr(towers.Towers, "load_exported", lambda model, _: model)  # into no memory
+    config = Config.model_validate_json(json.dumps(tree | {"train": tree["train"] | {"precision": "bf16"}}))
+    with pytest.raises(StoppedError):
+        ensemble.ensemble(config, tmp_path / "model.safetensors", Ranks(0, 1, torch.device("meta")))
+    assert seen == [("meta", None)]
+
+
+def test_an_ensemble_without_a_head_leaves_none_of_another(tree: dict[str, Any], tmp_path: Path) -> None:
+    config = Config.model_validate_json(json.dumps(tree))
+    weights = Path(tree["train"]["output"]) / "model.safetensors"
+    found = ensemble.ensemble(config, weights, ALONE, alphas=(0.4,))
+    (tmp_path / "ensemble_head.safetensors").write_bytes(b"of another run")
+    ensemble.write(found, tmp_path)
+    assert heads.beside(tmp_path / "ensemble.safetensors") is None
+    # The folder says how images are preprocessed: open_clip reads it with the weights.
+    assert json.loads((tmp_path / "open_clip_config.json").read_text())["preprocess_cfg"]["size"] == [32, 32]

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from distributed import context
 
 from dive_fast.config import EvaluateConfig, ModelConfig
+from dive_fast.data.prompts import read_templates
 from dive_fast.data.source import DataError
+from dive_fast.evaluate.classifier import cached_classifier
 from dive_fast.evaluate.head import Head
 from dive_fast.evaluate.measure import Options, measure_all, open_all
 from dive_fast.evaluate.results import Results, as_markdown
@@ -30,7 +33,6 @@ class Counted:
     """A tokenizer and a model whose images are counted as they are encoded."""
 
     def __init__(self, model: ModelConfig) -> None:
-        self.model = model
         self.towers: Towers = create(model).eval()
         self.tokenizer = tokenizer_of(model)
         self.images = 0
@@ -57,7 +59,6 @@ def measured(
         Results(folder),
         options,
         {},
-        counted.model,
         head,
     )
     return rows, counted.images - before
@@ -154,3 +155,88 @@ def test_other_weights_under_one_label_get_a_line_of_their_own() -> None:
     assert "| run (bbbbbbbb, fp32) |  |  | 20.0 |" in text
     assert "| run (bbbbbbbb, fp16) |  |  | 30.0 |" in text
     assert "| other | 40.0 |" in text
+
+
+def test_no_row_hides_another_in_a_table() -> None:
+    rows = [
+        row("run", "imagenet-r", 0.1),
+        # The user's own sets, one of a known name; the same data set from elsewhere, and by another metric.
+        row("run", "imagenet-r", 0.2) | {"dataset": None, "title": "imagenet-r"},
+        row("run", "imagenet-r", 0.3) | {"set": "copy"},
+        row("run", "imagenet-r", 0.4) | {"metric": "macro_f1"},
+        row("run", "imagenet-r", 0.5) | {"set": "mine", "dataset": None, "title": "mine\n| all"},
+    ]
+    for order in (rows, rows[::-1]):
+        text = as_markdown(order)
+        assert "| run |  |  | 10.0 |  |  |  | 10.0 (1 of 5) |" in text
+        head, _, figures = text[text.index("## Other sets") :].splitlines()[2:5]
+        cells = dict(zip(head.split(" | "), figures.split(" | "), strict=True))
+        assert {name.strip("| "): cell.strip("| ") for name, cell in cells.items()} == {
+            "Method": "run",
+            "imagenet-r": "20.0",
+            "ImageNet-R (copy)": "30.0",
+            "ImageNet-R (imagenet-r, macro F1)": "40.0",
+            r"mine \| all": "50.0",
+            "OOD avg.": "35.0",
+        }
+
+
+def add(folder: Path, process: int, count: int) -> None:
+    """What an evaluation does with its rows."""
+    results = Results(folder)
+    for number in range(count):
+        found = {"label": f"model {process}", "set": f"set {number}", "title": "t", "role": None}
+        results.add(found | {"metric": "top1", "value": 0.5, "key": f"{process} {number}"})
+
+
+def test_two_evaluations_with_one_output_lose_nothing(tmp_path: Path) -> None:
+    processes = [context().Process(target=add, args=(tmp_path, process, 6)) for process in range(2)]  # type: ignore[attr-defined]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    rows = Results(tmp_path).rows
+    assert sorted(row["key"] for row in rows) == sorted(f"{p} {n}" for p in range(2) for n in range(6))
+    with (tmp_path / "results.csv").open(newline="") as lines:
+        assert len(list(csv.DictReader(lines))) == 12
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.csv", "results.jsonl", "results.md"]
+
+
+def test_a_torn_last_line_is_left_out_and_any_other_is_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    add(tmp_path, 0, 3)
+    whole = (tmp_path / "results.jsonl").read_text()
+    (tmp_path / "results.jsonl").write_text(whole[:-20])
+    results = Results(tmp_path)
+    assert [row["set"] for row in results.rows] == ["set 0", "set 1"]
+    assert "results.jsonl: its last line breaks off, and is left out" in caplog.text
+    results.add(results.rows[0] | {"set": "more"})
+    assert [row["set"] for row in Results(tmp_path).rows] == ["set 0", "set 1", "more"]
+    lines = whole.splitlines()
+    (tmp_path / "results.jsonl").write_text("\n".join([lines[0][:-5], *lines[1:]]) + "\n")
+    with pytest.raises(DataError, match="line 1 is no result"):
+        Results(tmp_path)
+
+
+def write_classifier(name: str, folder: Path, process: int) -> Any:
+    model = ModelConfig(name=name)
+    towers, names = create(model).eval(), [f"thing {i}" for i in range(30)]
+    found = [cached_classifier(towers, tokenizer_of(model), names[:count], read_templates("{}"), ALONE, folder)
+             for count in (10, 20)]  # fmt: skip
+    assert process in (0, 1)
+    return [rows.shape for rows in found]
+
+
+def test_two_processes_write_one_folder_of_classifiers(model: ModelConfig, tmp_path: Path) -> None:
+    arguments = [(model.name, tmp_path, process) for process in range(2)]
+    processes = [context().Process(target=write_classifier, args=own) for own in arguments]  # type: ignore[attr-defined]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".safetensors"]
+    write_classifier(model.name, tmp_path, 0)  # all of them can be read

@@ -226,6 +226,14 @@ def test_known_layouts_and_all_figures_are_open_clips_to_the_last_sample(folder:
     hits = [sum(a == b == own for a, b in zip(labels, nearest, strict=True)) for own in range(200)]
     recalls = [hit / labels.count(own) for own, hit in enumerate(hits)]
     assert found.scores["mean_class_recall"] == pytest.approx(sum(recalls) / 200)
+    # A head of the thousand, two of which have one name: as a run of vanilla_ft leaves it.
+    thousand = tuple(open_clip.IMAGENET_CLASSNAMES)
+    weight = torch.zeros(1000, 24)
+    weight[list(imagenet.classes_of("r"))] = classifier(towers, tokenizer, own_names, prompts)
+    by_head = measure(
+        *(towers, tokenizer, data, ALONE), batch_size=16, workers=0, head=Head(weight, torch.zeros(1000), thousand)
+    )
+    assert by_head == found._replace(classifier="head")
 
 
 def test_a_head_classifies_the_sets_whose_classes_it_has(folder: Path) -> None:

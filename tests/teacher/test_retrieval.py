@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ import pyarrow
 import pytest
 import tiny
 import torch
-from distributed import run_ranks, run_script
+from distributed import context, run_ranks, run_script
 from numpy.typing import NDArray
 from pyarrow import parquet
 
@@ -390,7 +392,7 @@ def test_what_a_killed_run_has_adopted_is_not_trusted_and_what_one_has_embedded_
         with pytest.raises(KeyboardInterrupt):
             adopt(tree, towers, wrong, cache)
     assert len(store.done(store.partial_name(cache))) == 2
-    with pytest.raises(StaleCacheError, match=r"origin: the cache has 'adopted from .*', this run 'computed'"):
+    with pytest.raises(StaleCacheError, match=r'origin: the cache has "adopted from .*, this run "computed"'):
         build.open_cache(config(tree), cache, *opened(tree, towers), ALONE)
     wrong.rename(tmp_path / "c")
     right.rename(wrong)
@@ -488,7 +490,7 @@ def test_only_a_whole_cache_of_the_config_is_exported(
     with pytest.raises(CacheError, match="no teacher cache to export"):
         build.export_cache(config(tree), cache, *opened(tree, towers), ALONE, folder)
     build.open_cache(config(tree), cache, *opened(tree, towers), ALONE)
-    with pytest.raises(StaleCacheError, match="dtype: the cache has 'float32', this run 'float16'"):
+    with pytest.raises(StaleCacheError, match='dtype: the cache has "float32", this run "float16"'):
         build.export_cache(config(tree, dtype="float16"), cache, *opened(tree, towers), ALONE, folder)
     data = bytearray((cache / "text.npy").read_bytes())
     data[-1] ^= 1
@@ -521,3 +523,33 @@ def test_the_command_adopts_and_exports(tree: dict[str, Any], rows: Rows, tmp_pa
     assert exported.returncode == 0, exported.stderr
     assert f"{tmp_path}/exported: {COUNT} pairs, partitions: 1" in exported.stdout
     assert np.array_equal(np.load(tmp_path / "exported/text_emb/text_emb_0.npy"), rows.text.astype(np.float16))
+
+
+def _open_shared(tree: dict[str, Any], cache: Path) -> tuple[int, float]:
+    """How many pairs this process has embedded for the cache, and the audit of what it has opened."""
+    own = config(tree)
+    assert own.data.reference is not None
+    towers = create(own.model)
+    samples = build.reference_samples(own, open_reference(own.data.reference), towers)
+    written: list[None] = []
+    write_block = store.Writer.write
+
+    def write_slowly(*arguments: Any) -> None:
+        time.sleep(0.3)
+        written.append(write_block(*arguments))
+
+    store.Writer.write = write_slowly  # type: ignore[method-assign]
+    _, audit = build.open_cache(own, cache, towers, samples, ALONE)
+    assert audit is not None
+    return len(written), audit.image_max
+
+
+def test_runs_that_share_a_fresh_cache_wait_for_the_one_that_writes_it(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    with futures.ProcessPoolExecutor(3, context()) as pool:
+        found = [pool.submit(_open_shared, tree, tmp_path / "shared") for _ in range(3)]
+        results = [one.result(timeout=100) for one in found]
+    assert sorted(written > 0 for written, _ in results) == [False, False, True]
+    assert all(image_max < 1e-5 for _, image_max in results)
+    assert not list(tmp_path.glob(".shared.*"))

@@ -181,6 +181,6 @@ def test_another_format_or_another_shape_is_refused(tmp_path: Path) -> None:
     (folder / "cache.json").write_text(manifest.replace('"samples": 10', '"samples": 9'))
     with pytest.raises(CacheError, match="its arrays are not those"):
         Store(folder)
-    (folder / "cache.json").write_text(manifest.replace('"format": 3', '"format": 2'))
-    with pytest.raises(CacheError, match="of format 2, this version has 3"):
+    (folder / "cache.json").write_text(manifest.replace('"format": 4', '"format": 2'))
+    with pytest.raises(CacheError, match="of format 2, this version has 4"):
         Store(folder)

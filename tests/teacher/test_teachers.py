@@ -47,7 +47,7 @@ def samples(folder: Path, views: Any = VIEWS) -> ReferenceSamples:
 
 
 def print_of(folder: Path, views: Any = VIEWS) -> Fingerprint:
-    return fingerprint(model(folder), {"name": "tiny"}, samples(folder, views), None, Options())
+    return fingerprint(model(folder), samples(folder, views), None, Options())
 
 
 def make(folder: Path, cache: Path, ranks: Ranks = ALONE, views: Any = VIEWS) -> CachedTeacher:
@@ -104,7 +104,7 @@ def test_the_smallest_reference_sets_have_a_cache(folder: Path, tmp_path: Path, 
 
 
 def test_half_the_disk_costs_half_precision(folder: Path, tmp_path: Path) -> None:
-    wanted = fingerprint(model(folder), {}, samples(folder), None, Options(), "float16")
+    wanted = fingerprint(model(folder), samples(folder), None, Options(), "float16")
     write.write_cache(tmp_path / "cache", model(folder), samples(folder), wanted, ALONE, 3, Options())
     cached = CachedTeacher(tmp_path / "cache", wanted)
     (batch,) = batches_of(samples(folder), [(0, sample) for sample in range(COUNT)], 16, Options())
@@ -116,15 +116,15 @@ def test_half_the_disk_costs_half_precision(folder: Path, tmp_path: Path) -> Non
 
 # What it was made from
 
-FIELDS = ["model", "weights", "tokenizer", "preprocess", "views", "crops", "text_length", "loader", "dtype"]
-FIELDS += ["data"]
+FIELDS = ["architecture", "weights", "tokenizer", "preprocess", "views", "crops", "text_length", "loader", "dtype"]
+FIELDS += ["data", "tf32"]
 
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_cache_that_differs_in_any_field_is_refused_by_name(folder: Path, tmp_path: Path, field: str) -> None:
     wanted = make(folder, tmp_path / "cache").store.fingerprint
     assert set(wanted) == set(FIELDS)
-    message = f"{field}: the cache has .* this run 'other'.*rebuild it$"
+    message = f'{field}: the cache has .* this run "other".*rebuild it$'
     with pytest.raises(StaleCacheError, match=message) as error:
         CachedTeacher(tmp_path / "cache", wanted | {field: "other"})
     others = wanted.keys() - {field}
@@ -140,14 +140,14 @@ def test_the_fingerprint_follows_what_it_names(folder: Path, tmp_path: Path) -> 
     towers = model(folder)
     with torch.no_grad():
         towers.logit_scale += 1e-6
-    assert changed(fingerprint(towers, {"name": "tiny"}, samples(folder), None, Options())) == {"weights"}
+    assert changed(fingerprint(towers, samples(folder), None, Options())) == {"weights"}
     assert changed(print_of(folder, "eval")) == {"views", "crops"}
     other = samples(folder)
     other.tokenizer = lambda texts: torch.zeros(len(texts), 77, dtype=torch.long)
-    assert changed(fingerprint(model(folder), {"name": "tiny"}, other, None, Options())) == {"tokenizer"}
+    assert changed(fingerprint(model(folder), other, None, Options())) == {"tokenizer"}
     for loader in ("dali", "ffcv"):
         options = Options(loader)  # type: ignore[arg-type]
-        assert changed(fingerprint(model(folder), {"name": "tiny"}, samples(folder), None, options)) == {"loader"}
+        assert changed(fingerprint(model(folder), samples(folder), None, options)) == {"loader"}
 
 
 # Interrupted
@@ -212,7 +212,7 @@ def test_what_was_begun_as_another_cache_is_neither_continued_nor_removed(folder
     partial = store.partial_name(tmp_path / "cache")
     store.create(partial, store.Layout(COUNT, VIEWS, 24, "float32"), print_of(folder) | {"weights": "other"})
     with pytest.raises(
-        CacheError, match=r"was begun as the cache of something else \(weights: the cache has 'other'"
+        CacheError, match=r'was begun as the cache of something else \(weights: the cache has "other"'
     ):
         make(folder, tmp_path / "cache")
     assert store.is_there(partial)

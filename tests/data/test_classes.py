@@ -1,0 +1,108 @@
+"""Class names belong to the classes that they are meant for, or are an error: by id, number, word or position."""
+
+from pathlib import Path
+
+import open_clip
+import pytest
+import tiny
+
+from dive_fast.config import EvaluationSet
+from dive_fast.data.classes import join_names, remarks, synsets
+from dive_fast.data.prepare import Options, RawSource, prepare
+from dive_fast.data.source import DataError, Sample, Source, open_folder
+from dive_fast.evaluate.zero_shot import open_evaluation
+
+IMAGENET = tuple(open_clip.IMAGENET_CLASSNAMES)
+WNIDS = ("n02099601", "n02123045", "n04086273")
+NUMBERS = tuple(str(number) for number in range(12))
+
+
+def folders(*names: str) -> Source:
+    """A set with one sample in each class."""
+    samples = [Sample(f"{name}/0.jpg", Path(name), label=label) for label, name in enumerate(names)]
+    return Source(samples, tuple(names))
+
+
+def test_wordnet_ids_are_joined_by_id() -> None:
+    assert join_names(folders(*WNIDS), IMAGENET, "imagenet") == ("Golden Retriever", "tabby cat", "revolver")
+    assert join_names(folders(*synsets()), IMAGENET, "imagenet") == IMAGENET
+    assert join_names(folders(*WNIDS), ("a", "b", "c"), "names.txt") == ("a", "b", "c")
+    with pytest.raises(DataError, match="imagenet: n99999999 is not a class of ImageNet's 1000"):
+        join_names(folders(*WNIDS, "n99999999"), IMAGENET, "imagenet")
+
+
+@pytest.mark.parametrize("order", [NUMBERS, tuple(sorted(NUMBERS))], ids=["as numbers", "as text"])
+@pytest.mark.parametrize("start", [0, 1])
+def test_numbers_are_joined_by_number_however_they_were_sorted(order: tuple[str, ...], start: int) -> None:
+    own = tuple(str(int(number) + start) for number in order)
+    names = [f"name {number}" for number in range(12)]
+    assert join_names(folders(*own), names, "f") == tuple(f"name {int(number) - start}" for number in own)
+
+
+def test_equal_words_are_joined_in_whichever_order_they_are_listed() -> None:
+    source = folders("Polar_bear", "cat", "dog")
+    assert join_names(source, ("dog", "polar bear", "cat"), "f") == ("polar bear", "cat", "dog")
+    # A folder that is called by one of ImageNet's names is that class.
+    assert join_names(folders("goldfish", "tench"), IMAGENET, "imagenet") == ("goldfish", "tench")
+
+
+@pytest.mark.parametrize(
+    ("own", "names", "message"),
+    [
+        (
+            WNIDS,
+            ("a", "b"),
+            r"f: 2 class names, but the data set has 3 classes \(n02099601, n02123045, n04086273\)",
+        ),
+        (WNIDS, ("a", "b", "c", "d"), "f: 4 class names, but the data set has 3 classes"),
+        (("cat", "dog"), IMAGENET, "f: 1000 class names, but the data set has 2 classes"),
+        (("cat", "dog"), ("dog", "cat", "owl"), "f: 3 class names, but the data set has 2 classes"),
+        (("bird", "cat", "dog"), ("dog", "cat", "owl"), "class 'dog' is number 2, whose name there is 'owl'"),
+        (("0", "1", "2"), ("a", "b"), r"f: 2 class names, but the data set has 3 classes"),
+        (("1", "01"), ("a", "b"), "called by one number"),
+        (tuple(f"thing {i:03d}" for i in range(1000)), IMAGENET, "which name is whose cannot be known"),
+    ],
+)
+def test_names_that_do_not_fit_are_an_error_that_shows_both(
+    own: tuple[str, ...], names: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        join_names(folders(*own), names, "f")
+
+
+def test_names_that_make_odd_prompts_are_remarked_on() -> None:
+    assert remarks(("cat", "dog"), ("cat", "dog")) == []
+    assert remarks(("a", "b", "c", "d"), ("w", "x", "y", "z"), "f") == [
+        "class names of f: w = a, x = b, ..., z = d"
+    ]
+    for names, given, said in (
+        (("cat", "dog", "cat"), None, "1 class names belong to several classes, e.g. 'cat' to classes 0 and 2"),
+        (IMAGENET, "imagenet", "2 class names belong to several classes, e.g. 'missile' to classes 657 and 744"),
+        (WNIDS, None, "called by WordNet id, and prompts say 'n02099601': class_names=imagenet names them"),
+        (NUMBERS, None, "called by number, and prompts say '0'"),
+        (("cat", "polar_bear"), None, "underscores of class names such as 'polar_bear'"),
+    ):
+        (line,) = remarks(names, names, given)
+        assert said in line
+
+
+def test_every_format_with_names_of_its_own_joins_them(tmp_path: Path) -> None:
+    for number in (0, 1, 2, 10):
+        path = tmp_path / f"set/{number}/a.jpg"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(tiny.jpeg(number))
+    prepare(RawSource(open_folder(str(tmp_path / "set"))), tmp_path / "ready", Options(), 1)
+    (tmp_path / "names.txt").write_text("none\none\ntwo\nten\n")
+    (tmp_path / "short.txt").write_text("none\none\ntwo\n")
+    for kind, path in (("folder", "set"), ("prepared", "ready")):
+        config = EvaluationSet(
+            format=kind,  # type: ignore[arg-type]
+            path=str(tmp_path / path),
+            class_names=str(tmp_path / "names.txt"),
+        )
+        found = open_evaluation(config)
+        pairs = {sample.key.split("/")[0]: found.class_names[sample.label] for sample in found.source.samples}  # type: ignore[union-attr]
+        assert pairs == {"0": "none", "1": "one", "2": "two", "10": "ten"}
+        short = config.model_copy(update={"class_names": str(tmp_path / "short.txt")})
+        with pytest.raises(DataError, match="3 class names, but the data set has 4 classes"):
+            open_evaluation(short)
