@@ -220,7 +220,8 @@ def statistics_block(
     place = partials + (side * num_splits + split).to(tl.int64) * B + row
     size = 2 * num_splits.to(tl.int64) * B
     tl.store(place, highest, mask=row < B)
-    tl.store(place + size, total, mask=row < B)
+    # An infinite scale leaves a sure row no negative at all: s - s makes it NaN, and is 0 otherwise.
+    tl.store(place + size, total + (s - s), mask=row < B)
     tl.store(place + 2 * size, weighted, mask=row < B)
 
 
