@@ -30,8 +30,10 @@ if not torch.cuda.is_available():
 
 interpreted.quicken()
 
-# Tiny tensors: on a busy machine, threads mostly wait for one another.
+# Tiny tensors: on a busy machine, threads mostly wait for one another. In what tests start too: sums of more
+# threads have other bits, and a run that is alone would take all cores.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.hookimpl(tryfirst=True)
