@@ -121,10 +121,10 @@ def run(part: Part, command: Sequence[str], seconds: float) -> dict[str, Any]:
     if not shutil.which(command[0]):
         return {"part": part.name, "outcome": "not installed", "command": Path(command[0]).name}
     # FLYP as published fills an H100 to the brim, where scattered free pieces would be out of memory.
-    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "DIVE_TEST_GPU": "1"}
     if SANITIZER in command[0]:
         # Of memory that PyTorch keeps for itself no tool sees where a tensor ends.
-        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "DIVE_TEST_GPU": "1"}
     process = subprocess.Popen(
         command,
         cwd=part.folder,

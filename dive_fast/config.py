@@ -4,6 +4,7 @@ The text under each field is its documentation: the configuration reference in d
 from it (``python -m dive_fast.config``).
 """
 
+import contextlib
 import difflib
 import json
 import os
@@ -457,7 +458,7 @@ def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -
     except OSError as error:
         raise ConfigError(f"{path}: cannot read it: {error}") from error
     except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from error
+        raise ConfigError(f"{path}: not valid JSON: {error}{_what_else(path)}") from error
     if not isinstance(tree, _Object):
         raise ConfigError(f"{path}: expected a JSON object with sections {', '.join(Config.model_fields)}")
     if (place := _twice(tree)) is not None:
@@ -467,7 +468,7 @@ def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -
     try:
         return Config.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error)}") from None
+        raise ConfigError(f"{_origin(error, path, overrides)}: {_explain(error)}") from None
 
 
 def find(name: str, folder: Path | None = None) -> Path:
@@ -560,16 +561,68 @@ def _override(tree: dict[str, Any], override: str) -> None:
     tree[keys[-1]] = value
 
 
+def _what_else(path: Path) -> str:
+    """What a file that is not JSON may be, for the end of a message."""
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return "; a config is JSON, not YAML"
+    with contextlib.suppress(OSError, ValueError):
+        for number, line in enumerate(read_text(path).splitlines(), start=1):
+            if line.lstrip().startswith(("//", "#", "/*")):
+                return f"; line {number} is a comment, which JSON does not have: remove it"
+    return ""
+
+
+def _first(error: ValidationError) -> ErrorDetails:
+    """The mistake to report: an unknown key is usually the cause of a missing one, so it comes first."""
+    mistakes = error.errors(include_url=False)
+    return next((mistake for mistake in mistakes if mistake["type"] == "extra_forbidden"), mistakes[0])
+
+
+def _origin(error: ValidationError, path: Path, overrides: Sequence[str]) -> str:
+    """Where the first mistake comes from: the last override of its key or section, or the file."""
+    place = f"{_place(_first(error))}."
+    for override in reversed(overrides):
+        key = f"{override.partition('=')[0]}."
+        if place != "." and (place.startswith(key) or key.startswith(place)):
+            return f"command line ({_short(override)})"
+    return str(path)
+
+
+SYNONYMS = {
+    "lr": "train.learning_rate",
+    "wd": "train.weight_decay",
+    "bs": "data.target.batch_size",
+    "batch_size": "data.target.batch_size",
+    "lambda": "objective.weight",
+    "warmup": "train.warmup_steps",
+    "num_workers": "data.target.workers",
+    "workers": "data.target.workers",
+    "output_dir": "train.output",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+}
+"""Keys as other projects name them."""
+
+
+def _nearest_key(place: str, valid: Sequence[str]) -> str:
+    """The end of a message that names the nearest key, with its sections."""
+    section, _, name = place.rpartition(".")
+    if name in SYNONYMS:
+        return f"; did you mean {SYNONYMS[name]}?"
+    if near := difflib.get_close_matches(name, valid, n=1, cutoff=0.5):
+        return f"; did you mean {f'{section}.' if section else ''}{near[0]}?"
+    elsewhere = [at for at, part in _sections(Config, "") if "<" not in at and name in part.model_fields]
+    return f"; did you mean {elsewhere[0]}.{name}?" if elsewhere else ""
+
+
 def _explain(error: ValidationError) -> str:
     """The first mistake in one line: the key, its place, what is expected, the nearest valid key."""
-    mistakes = error.errors(include_url=False)
-    # An unknown key is usually the cause of a missing one, so it comes first.
-    first = next((mistake for mistake in mistakes if mistake["type"] == "extra_forbidden"), mistakes[0])
+    mistakes, first = error.errors(include_url=False), _first(error)
     place = _place(first)
     alternatives = [_plain(mistake["msg"]) for mistake in mistakes if _place(mistake) == place]
     if first["type"] == "extra_forbidden":
         valid = list(_section_at(first["loc"][:-1]))
-        return f"unknown key {place}{nearest(str(first['loc'][-1]), valid)} (valid: {', '.join(valid)})"
+        return f"unknown key {place}{_nearest_key(place, valid)} (valid: {', '.join(valid)})"
     if first["type"] == "missing":
         return f"{place} is missing"
     if first["type"] == "value_error":

@@ -82,7 +82,7 @@ def check_deepspeed(config: Config, world_size: int) -> None:
     for key in section.keys() - section.asked:
         # Some keys it looks for in ways that are not seen here; what it does not look for it does not miss.
         if near := difflib.get_close_matches(key, section.asked, cutoff=0.8):
-            raise ConfigError(f"unknown key deepspeed.{key}; did you mean {near[0]}?")
+            raise ConfigError(f"unknown key deepspeed.{key}; did you mean deepspeed.{near[0]}?")
 
 
 class _Section(dict[str, Any]):

@@ -151,6 +151,10 @@ class Engine:
 
     def accumulate(self, batches: StepBatches) -> dict[str, Tensor]:
         """The gradients of a step, without its update; argument and result of :meth:`step`."""
+        # ZeRO-3 adds to the gradients of the step before where a step's first backward does not reach a parameter,
+        # as the text tower's by the images of SnD.
+        if (partition := getattr(self.deepspeed.optimizer, "grad_partitions_flat_buffer", None)) is not None:
+            partition.zero_()
         metrics: dict[str, Tensor] = {}
         total = torch.zeros((), device=self.ranks.device)
         for half in self._halves(batches):

@@ -1,5 +1,6 @@
 """GPUs as their data sheets have them."""
 
+import re
 from typing import NamedTuple
 
 
@@ -15,16 +16,26 @@ class Gpu(NamedTuple):
 
 
 GPUS = {
-    "h100": Gpu(80 * 10**9, 989e12, 67e12),
-    "h200": Gpu(141 * 10**9, 989e12, 67e12),
-    "a100": Gpu(80 * 10**9, 312e12, 19.5e12),
+    "h100": Gpu(int(79.1 * 2**30), 989e12, 67e12),
+    "h200": Gpu(int(139.7 * 2**30), 989e12, 67e12),
+    "a100": Gpu(int(79.1 * 2**30), 312e12, 19.5e12),
 }
-"""SXM modules. Memory is what the name says, in decimal bytes. There is some 6 % more (an H100 of 80 GB has
-85.5e9 bytes, 79.6 GiB), which is left to the CUDA context, workspaces and fragmentation."""
+"""SXM modules. Memory is the least total that CUDA reports for them; what the context and workspaces take of it is
+part of a plan's estimates (:mod:`dive_fast.plan`)."""
 
 _SOLD_AS = {"H100 80GB HBM3": "h100", "H200": "h200", "A100-SXM4-80GB": "a100"}
 
 
-def sold_as(name: str) -> str | None:
-    """The name in :data:`GPUS` of a GPU, by what its driver calls it; None for other models, rated otherwise."""
-    return next((gpu for part, gpu in _SOLD_AS.items() if part in name), None)
+def sold_as(name: str, memory: int | None = None) -> str | None:
+    """The name in :data:`GPUS` of a whole GPU, by what its driver calls it; None for others, rated otherwise.
+
+    Args:
+        memory: bytes that the device has, if known. A slice of a GPU (MIG) may bear the name of the whole.
+    """
+    # By whole words: a GH200 is not an H200.
+    found = next(
+        (gpu for part, gpu in _SOLD_AS.items() if re.search(rf"(?<!\w){re.escape(part)}(?!\w)", name)), None
+    )
+    if found is None or "MIG" in name or (memory is not None and memory < 0.9 * GPUS[found].memory):
+        return None
+    return found

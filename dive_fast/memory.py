@@ -17,7 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
-from dive_fast.kernels import ranks
+from dive_fast.kernels import backend, ranks
+
+if backend.blocks is not None:
+    from dive_fast.kernels import contrastive
 
 _SILENT = {getattr(torch.ops.aten, name) for name in ("_unsafe_view", "empty", "empty_like", "empty_strided")}
 Part = Literal["weights", "gradients", "optimizer", "teacher", "batches", "activations", "loss"]
@@ -44,6 +47,10 @@ MISSED_FLOP = {
 }
 """What torch's registry lacks: nn.MultiheadAttention without gradient in evaluation, as in an online teacher; in
 PyTorch 2.11 also attention on the CPU, where steps are planned."""
+_ATTENTION_BACKWARDS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    torch.ops.aten._scaled_dot_product_flash_attention_backward,
+}
 _FLOP = flop_registry | {op: shape_wrapper(formula) for op, formula in MISSED_FLOP.items()}
 
 
@@ -64,7 +71,8 @@ class _Storage:
 class Tracker(TorchDispatchMode):
     """Counts while it is entered; a multiply-add is two operations, as in torch's FlopCounterMode.
 
-    Scratch memory inside one operation is not seen, nor what an allocator rounds up and fragments.
+    Scratch memory inside one operation is only estimated, in ``workspace``; what an allocator rounds up and
+    fragments is not seen.
     """
 
     def __init__(self) -> None:
@@ -81,6 +89,8 @@ class Tracker(TorchDispatchMode):
         """Bytes."""
         self.peak: Counter[Part] = Counter()
         """``live`` at the moment when its sum was largest."""
+        self.workspace = 0
+        """Bytes of the largest scratch memory inside one operation, by :func:`_workspace`."""
         self._storages: dict[int, _Storage] = {}
 
     def __torch_dispatch__(
@@ -92,6 +102,7 @@ class Tracker(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self.launches += _launches(func)
         self._count(func, args, kwargs or {}, result)
+        self.workspace = max(self.workspace, _workspace(func, args))
         part = self._part_of(func)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":
@@ -119,7 +130,7 @@ class Tracker(TorchDispatchMode):
     def reset(self) -> None:
         """Forgets the peak and the operations; what lives, lives on."""
         self.flop.clear()
-        self.launches = 0
+        self.launches = self.workspace = 0
         self.peak = self.live.copy()
 
     def _part_of(self, func: Any) -> Part:
@@ -169,6 +180,23 @@ def _launches(func: Any) -> bool:
 
 def _is_loss_kernel(func: Any) -> bool:
     return func.namespace == "dive_fast"
+
+
+def _workspace(func: Any, args: tuple[Any, ...]) -> int:
+    """Scratch memory of one operation on CUDA, in bytes.
+
+    Flash attention's backward sums the queries' gradients of 16-bit inputs in fp32, with lengths padded to 128 and
+    head widths to 32. The loss kernels' chunked gradient holds a chunk of weights and its sums.
+    """
+    if func._overloadpacket in _ATTENTION_BACKWARDS and args[1].element_size() == 2:
+        batch, heads, length, width = args[1].shape
+        return int(4 * batch * heads * -(-length // 128) * 128 * -(-width // 32) * 32)
+    if _is_loss_kernel(func) and "backward" in func._schema.name:
+        named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
+        if "packed" in named:
+            saved = named["packed"], named["statistics"], named["count"], named["first"], named["width"]
+            return contrastive.scratch_bytes(contrastive.saved_shape(*saved))
+    return 0
 
 
 def _loss_flop(func: Any, args: tuple[Any, ...]) -> int:

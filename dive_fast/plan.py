@@ -7,9 +7,11 @@ Triton kernels', and attention stores its output and log-sum-exp, as the kernels
 matrix of probabilities.
 
 Conventions: a multiply-add is two FLOP; element-wise operations count for none. Peak memory is what the tensors of
-the steady state take, batches waiting on the GPU included. A CUDA context, workspaces of cuBLAS and NCCL, and what
-an allocator rounds up and fragments come on top (see :mod:`dive_fast.gpus`). Every prompt of a batch is taken to
-be distinct and as long as ``text_length``, or the model's context.
+the steady state take, batches waiting on the GPU included. What a GPU needs besides is estimated by arithmetic, in
+lines of its own, and counts in whether a plan fits: CUDA context and cuBLAS, NCCL's buffers, scratch memory inside
+attention and the losses, what the allocator rounds up. DALI's buffers on the GPU are left out: gigabytes, which
+depend on its threads and the images. Every prompt of a batch is taken to be distinct and as long as
+``text_length``, or the model's context.
 """
 
 import contextlib
@@ -17,12 +19,13 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 from unittest import mock
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -61,6 +64,21 @@ LAUNCH_SECONDS = 1e-5
 a GPU has so few pairs that it waits for its host."""
 
 
+Estimate = Literal["context", "nccl", "scratch", "allocator"]
+
+CONTEXT_BYTES = int(0.7 * 2**30)
+"""Of a GPU, for the CUDA context with its loaded kernels and the workspaces of cuBLAS. An estimate."""
+
+NCCL_BYTES = 2**30
+"""Of a GPU, for the buffers of one communicator. An estimate: the number of channels depends on the links."""
+
+NUM_COMMUNICATORS = 2
+"""The world's group, and DeepSpeed's copy of it."""
+
+ALLOCATOR_SHARE = 0.03
+"""Of the tensors' bytes, for what the allocator rounds up and cannot use between them. An assumption."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What one step needs."""
@@ -73,11 +91,18 @@ class Plan:
     """Operations that the host of one rank sends to its GPU."""
     parts: dict[Part, int]
     """Bytes on one GPU at the moment of the peak."""
+    estimates: dict[Estimate, int] = field(default_factory=dict)
+    """Bytes on one GPU that no tensor of the plan takes, by arithmetic."""
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Of one GPU."""
+        """The tensors of one GPU."""
         return sum(self.parts.values())
+
+    @property
+    def needed_memory_bytes(self) -> int:
+        """The tensors of one GPU, and the estimates."""
+        return self.peak_memory_bytes + sum(self.estimates.values())
 
     @property
     def flop_per_step(self) -> int:
@@ -95,8 +120,8 @@ class Plan:
         return max(arithmetic, self.launches * LAUNCH_SECONDS)
 
     def fits(self, gpu: Gpu) -> bool:
-        """Whether the peak is within the GPU's memory."""
-        return self.peak_memory_bytes <= gpu.memory
+        """Whether the peak, estimates included, is within the GPU's memory."""
+        return self.needed_memory_bytes <= gpu.memory
 
 
 def plan(config: Config, ranks: int = 1) -> Plan:
@@ -127,6 +152,7 @@ class Advice(NamedTuple):
         return {
             "overrides": list(self.overrides),
             "peak_memory_bytes": self.plan.peak_memory_bytes,
+            "needed_memory_bytes": self.plan.needed_memory_bytes,
             "flop_per_step": self.plan.flop_per_step,
             "step_seconds": self.plan.step_seconds(gpu),
         }
@@ -164,7 +190,7 @@ def _advice(
     config: Config, gpu: Gpu, planned: Plan, recomputed: list[str], attempt: Callable[..., Plan]
 ) -> Advice | None:
     def fitting(changes: Sequence[str], saved_at_most: int) -> Advice | None:
-        if not changes or planned.peak_memory_bytes - saved_at_most > gpu.memory:
+        if not changes or planned.needed_memory_bytes - saved_at_most * (1 + ALLOCATOR_SHARE) > gpu.memory:
             return None
         found = attempt(*changes)
         return Advice(tuple(changes), found) if found.fits(gpu) else None
@@ -236,7 +262,7 @@ def _largest_micro_batch(
     halves = [half for half in (config.data.target, config.data.reference) if half is not None]
     pairs = max(half.batch_size for half in halves) // planned.ranks
     activations = max(planned.parts.get("activations", 0), 1)
-    room = max(gpu.memory - (planned.peak_memory_bytes - activations), 1)
+    room = max(gpu.memory - (planned.needed_memory_bytes - activations), 1)
     if planned.ranks == 1 and sum(planned.parts.get(part, 0) for part in ("weights", "optimizer")) > gpu.memory:
         return None
     largest = _power_of_two_below(pairs)
@@ -267,6 +293,8 @@ def as_json(planned: Plan, gpus: Sequence[str], advice: dict[str, Advice | None]
         "flop": {stage: planned.flop_of(stage) for stage in get_args(Stage)},
         "peak_memory_bytes": planned.peak_memory_bytes,
         "parts": {part: planned.parts.get(part, 0) for part in get_args(Part)},
+        "needed_memory_bytes": planned.needed_memory_bytes,
+        "estimates": {name: planned.estimates.get(name, 0) for name in get_args(Estimate)},
         "launches": planned.launches,
         "efficiency": EFFICIENCY,
         "step_seconds": {name: planned.step_seconds(GPUS[name]) for name in gpus},
@@ -290,6 +318,15 @@ def table(planned: Plan, gpus: Sequence[str], advice: dict[str, Advice | None]) 
     lines += [f"  {names[stage]:<16} {_tera(flop)}" for stage in names if (flop := planned.flop_of(stage))]
     lines.append(f"peak memory      {_gib(planned.peak_memory_bytes)} on each GPU")
     lines += [f"  {part:<16} {_gib(planned.parts[part])}" for part in get_args(Part) if planned.parts.get(part)]
+    lines.append(f"with estimates   {_gib(planned.needed_memory_bytes)}, which has to fit")
+    known_as: dict[Estimate, str] = {
+        "context": "CUDA, cuBLAS",
+        "nccl": "NCCL buffers",
+        "scratch": "kernels' scratch",
+        "allocator": "allocator",
+    }
+    lines += [f"  {known_as[name]:<16} {_gib(count)}" for name, count in planned.estimates.items() if count]
+    lines.append("  left out: DALI's buffers where it decodes on the GPU")
     lines.append(f"step at {EFFICIENCY:.0%} of peak arithmetic, {SINGLE_EFFICIENCY:.0%} in fp32")
     for name in gpus:
         lines.append(f"  {name:<16} {planned.step_seconds(GPUS[name]):8.3f} s   {_verdict(planned, name, advice)}")
@@ -304,7 +341,7 @@ def _verdict(planned: Plan, name: str, advice: dict[str, Advice | None]) -> str:
     if found is None:
         return "does not fit, nor does any change that was tried; use more GPUs"
     seconds = found.plan.step_seconds(gpu)
-    figures = f"{_gib(found.plan.peak_memory_bytes).strip()}, {seconds:.3f} s"
+    figures = f"{_gib(found.plan.needed_memory_bytes).strip()}, {seconds:.3f} s"
     return f"does not fit; {figures} with {' '.join(found.overrides)}"
 
 
@@ -319,6 +356,16 @@ def _gib(count: int) -> str:
 def _power_of_two_below(count: int) -> int:
     """The largest power of two below ``count``, 1 at least."""
     return int(2 ** max((count - 1).bit_length() - 1, 0))
+
+
+def _estimates(parts: dict[Part, int], scratch: int, ranks: int) -> dict[Estimate, int]:
+    """Bytes on one GPU besides its tensors."""
+    return {
+        "context": CONTEXT_BYTES,
+        "nccl": NUM_COMMUNICATORS * NCCL_BYTES if ranks > 1 else 0,
+        "scratch": scratch,
+        "allocator": int(ALLOCATOR_SHARE * sum(parts.values())),
+    }
 
 
 class _Rehearsal:
@@ -352,7 +399,7 @@ class _Rehearsal:
         tracker.reset()
         batches = [self._batches(target, reference) for _ in range(1 + DEPTH)]
         self._step(batches[0])
-        flop, launches = dict(tracker.flop), tracker.launches
+        flop, launches, scratch = dict(tracker.flop), tracker.launches, tracker.workspace
         if config.train.schedule == "joint" and reference is not None:
             flop = _split_by_pairs(flop, target.batch_size, reference.batch_size)
         every = config.objective.reference_every
@@ -362,7 +409,8 @@ class _Rehearsal:
             without = tracker.flop - before
             flop = {work: (flop.get(work, 0) + (every - 1) * without[work]) // every for work in flop}
             launches = (launches + (every - 1) * (tracker.launches - before_launches)) // every
-        return Plan(self.parameters, self.ranks.world_size, flop, launches, dict(+tracker.peak))
+        ranks, parts = self.ranks.world_size, dict(+tracker.peak)
+        return Plan(self.parameters, ranks, flop, launches, parts, _estimates(parts, scratch, ranks))
 
     @property
     def _needs_reference(self) -> bool:
@@ -558,11 +606,29 @@ def _fakes() -> Iterator[None]:
             # The other ranks have nothing to say, and these compare numbers with theirs.
             name = f"deepspeed.runtime.zero.{module}.assert_ints_same_as_other_ranks"
             stack.enter_context(mock.patch(name, return_value=None))
+        # timm reads its rates of drop path from one on the CPU, and fakes have no numbers.
+        stack.enter_context(mock.patch.object(torch, "linspace", _readable(torch.linspace)))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         # Replaced, since a TorchFunctionMode does not see what a backward runs again.
         for home, function in ((F, "layer_norm"), (F, "group_norm"), (F, "softmax"), (torch, "softmax")):
             stack.enter_context(mock.patch.object(home, function, _as_on_cuda(getattr(home, function))))
         yield
+
+
+class _Rates(np.ndarray[Any, Any]):
+    """Numbers with what timm asks of a tensor of them."""
+
+    def split(self, sizes: Sequence[int]) -> list[Any]:
+        return np.split(self, np.cumsum(sizes)[:-1])
+
+
+def _readable(linspace: Callable[..., Tensor]) -> Callable[..., Any]:
+    def call(start: Any, end: Any, steps: Any, **kwargs: Any) -> Any:
+        if kwargs.get("device") != "cpu":
+            return linspace(start, end, steps, **kwargs)
+        return np.linspace(start, end, steps, dtype=np.float32).view(_Rates)
+
+    return call
 
 
 @contextlib.contextmanager

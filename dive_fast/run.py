@@ -29,7 +29,7 @@ from dive_fast.data.samples import ReferenceSamples, TargetSamples
 from dive_fast.data.sets import open_reference, open_target
 from dive_fast.deepspeed_section import check_deepspeed
 from dive_fast.engine import Engine, StepBatches
-from dive_fast.evaluate.zero_shot import open_sets
+from dive_fast.evaluate.zero_shot import open_sets, remarks_on_missing_classes
 from dive_fast.files import write_whole
 from dive_fast.identity import Identity, model_identity, versions
 from dive_fast.monitors import in_run_folder
@@ -101,7 +101,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         source.report_skipped("data.target")
         if reference is not None:
             reference.report_skipped("data.reference")
-    open_sets(config.evaluate.sets, ranks)
+    opened = open_sets(config.evaluate.sets, ranks)
     if config.evaluate.geometry is not None:
         open_reference(config.evaluate.geometry)
     torch.manual_seed(seed)
@@ -115,7 +115,9 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     if not source.samples[0].texts:
         for remark in remarks(names, source.class_names, data.class_names):
             ranks.say(f"data.target: {remark}")
-    templates = read_templates(data.templates)
+        for remark in remarks_on_missing_classes(opened, names):
+            ranks.say(remark)
+    templates = read_templates(data.templates, "data.target.templates")
     prompts = PromptTable(source, names, templates, tokenizer_of(config.model, data.text_length))
     target_samples = TargetSamples(source, prompts, towers.preprocess, towers.pooled_at, seed)
     target_order = Order(

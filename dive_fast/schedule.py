@@ -60,7 +60,10 @@ def with_schedule(config: Config, name: str) -> Config:
 
 def _ask(config: Config, ranks: Ranks) -> str:
     """A process of its own, in which fake tensors, fake ranks and no GPU are all there is."""
-    gpu = sold_as(torch.cuda.get_device_name()) if ranks.device.type == "cuda" else None
+    gpu = None
+    if ranks.device.type == "cuda":
+        about = torch.cuda.get_device_properties(ranks.device)
+        gpu = sold_as(about.name, about.total_memory)
     if gpu is None:
         ranks.say("train.schedule = auto: sequential, since there are no figures of this device to predict by")
         return "sequential"

@@ -174,12 +174,14 @@ def _check_noise_floor(values: dict[str, torch.Tensor], config: Config) -> None:
     if teacher.mode == "cache":
         # What the audit lets pass is there too.
         bound = max(bound, allowed(teacher.dtype, teacher.tolerance))
-    precise = "" if config.train.precision == "fp32" else "; or rounding is that large: train.precision = fp32"
+    is_fp32 = config.train.precision == "fp32"
     why = (
-        f"the teacher's embeddings are not this model's; remove the teacher cache to have it made anew{precise}"
+        "the teacher's embeddings are not this model's; remove the teacher cache to have it made anew"
+        + ("" if is_fp32 else ", or take train.precision = fp32 if rounding is that large")
         if teacher.mode == "cache"
         # The teacher is this model itself, and steady: only rounding is left.
-        else f"this model's rounding drowns difference vectors{precise.replace('; or rounding is that large:', '; take')}"
+        else "it is rounding alone, which drowns difference vectors"
+        + ("" if is_fp32 else "; take train.precision = fp32")
     )
     for name, symbol in DIFFERENCE_VECTORS.items():
         if name in values and float(values[name]) > bound:

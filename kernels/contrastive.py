@@ -39,7 +39,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from dive_fast.kernels import blocks, ranks
 from dive_fast.kernels.precision import full_fp32
@@ -221,7 +220,8 @@ def statistics_block(
     place = partials + (side * num_splits + split).to(tl.int64) * B + row
     size = 2 * num_splits.to(tl.int64) * B
     tl.store(place, highest, mask=row < B)
-    tl.store(place + size, total, mask=row < B)
+    # An infinite scale leaves a sure row no negative at all: s - s makes it NaN, and is 0 otherwise.
+    tl.store(place + size, total + (s - s), mask=row < B)
     tl.store(place + 2 * size, weighted, mask=row < B)
 
 
@@ -775,9 +775,7 @@ def chunked_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients where the logits are too many to compute anew for every slice of the width."""
     image, text, scale = gradients(shape, logit_scale)
-    columns = blocks.round_up(shape.total, TILE)
-    chunk = max(CHUNK_LOGITS // columns // TILE * TILE, CHUNK_ROWS)
-    chunk = min(chunk, blocks.round_up(shape.rows, TILE))
+    chunk, columns = _chunk(shape)
     halves = blocks.empty(2 if shape.is_half else 1, chunk, columns, dtype=shape.dtype, device=packed.device)
     constants = tile(shape)
     row_block = blocks.row_block(shape.width_padded)
@@ -806,12 +804,30 @@ def chunked_gradient(
     return image, text, scale
 
 
+def _chunk(shape: Shape) -> tuple[int, int]:
+    """Rows and columns of the weights that exist at one time."""
+    columns = blocks.round_up(shape.total, TILE)
+    chunk = max(CHUNK_LOGITS // columns // TILE * TILE, CHUNK_ROWS)
+    return min(chunk, blocks.round_up(shape.rows, TILE)), columns
+
+
+def scratch_bytes(shape: Shape) -> int:
+    """Memory that :func:`chunked_gradient` takes besides its results; 0 where the gradient is fused."""
+    if not shape.is_large:
+        return 0
+    chunk, columns = _chunk(shape)
+    weights = (2 if shape.is_half else 1) * chunk * columns * shape.dtype.itemsize
+    # The sums of the high half and, added to them, of the low one.
+    sums = (2 if shape.is_half else 1) * chunk * shape.width_padded
+    return weights + sums * blocks.computing_dtype(shape.dtype).itemsize
+
+
 def _matmul(halves: Tensor, right: Tensor) -> Tensor:
     """``sum(halves) @ right`` by the library, accumulated in fp32 (fp64)."""
     with full_fp32(right.device):
         if len(halves) == 1:
             return halves[0] @ right
-        if right.device.type == "cpu" and not isinstance(right, FakeTensor):
+        if right.device.type == "cpu":
             return (halves[0].float() + halves[1].float()) @ right.float()
         high = torch.mm(halves[0], right, out_dtype=torch.float32)
         return torch.addmm(high, halves[1], right, out_dtype=torch.float32)

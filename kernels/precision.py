@@ -15,7 +15,7 @@ from torch import Tensor
 @contextlib.contextmanager
 def full_fp32(device: torch.device) -> Iterator[None]:
     """Computes fp32 products in fp32, without autocast; restores PyTorch's switches, also after an error."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     saved = [backend.fp32_precision for backend in backends]
     try:
         general = torch.get_float32_matmul_precision()

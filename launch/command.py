@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -20,11 +20,21 @@ def parser(description: str | None, example: str, required: bool = True) -> argp
         example: of an override.
         required: whether the command needs a config.
     """
-    made = argparse.ArgumentParser(description=description)
+    made = _Parser(description=description)
     made.add_argument("--config", required=required, help="a path, or a name in launch/configs")
     made.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
     made.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"e.g. {example}")
     return made
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the configs where none is given."""
+
+    def error(self, message: str) -> NoReturn:
+        if "required: --config" in message:
+            names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
+            message += f" (shipped configs: {names}; docs/config.md describes all keys)"
+        super().error(message)
 
 
 def count(least: int) -> Callable[[str], int]:

@@ -85,8 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         with ranks.together(UserError):
-            results = Results(folder)
             check_output(folder)
+            results = Results(folder)
             head = heads.load(head_file) if head_file is not None else None
             opened = measure.open_all(sets, ranks, options.skip_missing)
             built = towers.create(model, weights=weights is None)

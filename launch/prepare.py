@@ -56,12 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
             setattr(options, option, os.path.expanduser(getattr(options, option)))
 
     from dive_fast.data import prepare
-    from dive_fast.data.prepared import verify
+    from dive_fast.data.prepared import MANIFEST, SKIPPED, verify
     from dive_fast.errors import UserError
 
     try:
         if options.verify is not None:
-            manifest = verify(options.verify)
+            manifest, state = verify(options.verify), ", as their hashes say"
         else:
             wanted = prepare.Options(
                 options.container,
@@ -71,15 +71,24 @@ def main(arguments: list[str] | None = None) -> int:
                 options.shard_samples,
                 options.tokenizer,
             )
-            manifest = prepare.prepare(_raw(options), Path(options.output), wanted, options.workers)
+            raw, output = _raw(options), Path(options.output)
+            raw.report()
+            state = ", prepared before" if (output / MANIFEST).is_file() else ""
+            manifest = prepare.prepare(raw, output, wanted, options.workers)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{options.verify or options.output}: {manifest.samples} samples in {len(manifest.files)} files")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with the shards that are missing", file=sys.stderr)
+        return 130
+    folder = options.verify or options.output
+    print(f"{folder}: {manifest.samples} samples in {len(manifest.files)} files{state}")
     for reason, count in sorted(manifest.converted.items()):
         print(f"  encoded anew: {count} ({reason})")
     for reason, count in sorted(manifest.skipped.items()):
         print(f"  left out: {count} ({reason})")
+    if manifest.skipped:
+        print(f"  each one is named in {Path(folder) / SKIPPED}")
     return 0
 
 
@@ -93,7 +102,11 @@ def _raw(options: argparse.Namespace) -> Any:
     if options.format == "csv":
         return RawSource(open_csv(options.input, options.image_root, group=not options.pairs))
     if options.format == "webdataset":
-        return RawSource(open_webdataset(options.input, f".{options.text}", strict=False))
+        try:
+            return RawSource(open_webdataset(options.input, f".{options.text}", strict=False))
+        except DataError as error:
+            hint = "; captions are read by --text txt" if "no .cls" in str(error) else ""
+            raise DataError(f"{error}{hint}") from error
     if options.name is None:
         raise DataError(f"--format {options.format} needs --name")
     try:
@@ -127,9 +140,9 @@ def _torchvision(options: argparse.Namespace) -> Any:
     from dive_fast.data.source import DataError
     from dive_fast.untrusted import nothing_executed
 
-    kind: Any = getattr(datasets, options.name, None)
-    if not inspect.isclass(kind):
+    if not inspect.isclass(getattr(datasets, options.name, None)):
         raise DataError("torchvision has no such data set")
+    kind: Any = getattr(datasets, options.name)
     if options.name.startswith("LSUN"):
         raise DataError("torchvision reads it by a pickle that lies beside the data; prepare it as a folder")
     # Its own loader would give PostScript that is called .jpg to Ghostscript, a program.

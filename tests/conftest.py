@@ -5,9 +5,18 @@ its ``kernels`` would hide Hugging Face's package of that name.
 """
 
 import os
+import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+# Before torch asks for a GPU: ranks of tests run on the CPU, on a machine with GPUs too. DIVE_TEST_GPU=1, which
+# `make gpu-check` sets, leaves them to the tests of kernels and engine.
+if "DIVE_TEST_GPU" not in os.environ:
+    os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")
 
 import interpreted
+import numpy as np
 import pytest
 import torch
 
@@ -21,8 +30,49 @@ if not torch.cuda.is_available():
 
 interpreted.quicken()
 
-# Tiny tensors: on a busy machine, threads mostly wait for one another.
+# Tiny tensors: on a busy machine, threads mostly wait for one another. In what tests start too: sums of more
+# threads have other bits, and a run that is alone would take all cores.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test draws is the same whichever tests have run before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def _state() -> dict[str, Any]:
+    """What is common to all tests of a process, and which none may leave changed."""
+    names = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "HOME",
+        "PATH",
+        "CUDA_VISIBLE_DEVICES",
+    )
+    return {
+        "folder": os.getcwd(),
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "group": torch.distributed.is_initialized(),
+        "products": torch.get_float32_matmul_precision(),
+        "environment": {name: os.environ.get(name) for name in names},
+    }
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_changed() -> Iterator[None]:
+    before = _state()
+    yield
+    assert _state() == before, "the test leaves something changed that others rely on"
+
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -46,9 +46,11 @@ def complaint(path: Path, *overrides: str) -> str:
         load(str(path), overrides)
     message = str(caught.value)
     assert "\n" not in message
-    if not message.startswith("override "):
-        assert message.startswith(f"{path}: ")
-    return message.removeprefix(f"{path}: ")
+    if message.startswith("override "):
+        return message
+    origin = f"{path}: " if message.startswith(f"{path}: ") else message[: message.index("'): ") + len("'): ")]
+    assert message.startswith(f"{path}: ") or origin.startswith("command line ('")
+    return message.removeprefix(origin)
 
 
 # Loading
@@ -225,14 +227,26 @@ def test_an_override_below_a_value_is_an_error(tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("trian.epochs=1", "unknown key trian; did you mean train? (valid: model, data, "),
-        ("train.epoch=1", "unknown key train.epoch; did you mean epochs? (valid: output, epochs, "),
-        ("data.traget.path=x", "unknown key data.traget; did you mean target? (valid: target, reference)"),
-        ("data.target.batchsize=1", "unknown key data.target.batchsize; did you mean batch_size? (valid: "),
-        ("data.reference.view=1", "unknown key data.reference.view; did you mean views? (valid: "),
-        ("evaluate.sets.val.pth=x", "unknown key evaluate.sets.val.pth; did you mean path? (valid: format, path"),
+        ("train.epoch=1", "unknown key train.epoch; did you mean train.epochs? (valid: output, epochs, "),
+        ("data.traget.path=x", "unknown key data.traget; did you mean data.target? (valid: target, reference)"),
+        (
+            "data.target.batchsize=1",
+            "unknown key data.target.batchsize; did you mean data.target.batch_size? (valid: ",
+        ),
+        ("data.reference.view=1", "unknown key data.reference.view; did you mean data.reference.views? (valid: "),
+        (
+            "evaluate.sets.val.pth=x",
+            "unknown key evaluate.sets.val.pth; did you mean evaluate.sets.val.path? (valid: format, path",
+        ),
         # Names of sets that pydantic could have given to the branch of a union.
-        ("evaluate.sets.float.pth=x", "unknown key evaluate.sets.float.pth; did you mean path? (valid: format, "),
-        ("evaluate.sets.v[2].pth=x", "unknown key evaluate.sets.v[2].pth; did you mean path? (valid: format, "),
+        (
+            "evaluate.sets.float.pth=x",
+            "unknown key evaluate.sets.float.pth; did you mean evaluate.sets.float.path? (valid: format, ",
+        ),
+        (
+            "evaluate.sets.v[2].pth=x",
+            "unknown key evaluate.sets.v[2].pth; did you mean evaluate.sets.v[2].path? (valid: format, ",
+        ),
         ("zzz(q=1", "unknown key zzz(q (valid: model, data, objective, teacher, train, evaluate, deepspeed)"),
     ],
 )
@@ -246,7 +260,7 @@ def test_an_unknown_key_is_told_before_the_missing_one_that_it_stands_for(tmp_pa
     tree = {"model": {"nmae": "x"}, "data": SMALL["data"]}
     assert (
         complaint(write(tmp_path, tree))
-        == "unknown key model.nmae; did you mean name? (valid: name, pretrained, random, logit_scale_max)"
+        == "unknown key model.nmae; did you mean model.name? (valid: name, pretrained, random, logit_scale_max)"
     )
 
 
@@ -289,7 +303,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_any_slip_in_any_key_is_told_with_the_key_that_was_meant(small: Path, typo: tuple[str, str, str]) -> None:
     place, key, slip = typo
     assert complaint(small, f"{place}{slip}=1").startswith(
-        f"unknown key {place}{slip}; did you mean {key}? (valid: "
+        f"unknown key {place}{slip}; did you mean {place}{key}? (valid: "
     )
 
 
@@ -498,3 +512,41 @@ def test_the_home_folder_may_be_called_by_its_sign_in_every_path(monkeypatch: py
     assert config.data.target.image_root == "/home/someone"
     assert config.data.target.templates == "~{}~/x"
     assert (config.train.output, config.train.resume) == ("/home/someone/runs/a", "auto")
+
+
+def test_an_error_names_where_the_key_comes_from(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    for overrides, begins in (
+        (
+            ["train.epochs=2", "train.lr=1"],
+            "command line ('train.lr=1'): unknown key train.lr; did you mean train.learn",
+        ),
+        (["train.epochs=x"], "command line ('train.epochs=x'): train.epochs = "),
+        (['train={"epochs": "x"}'], "command line ("),
+        (
+            ["warmup_steps=3"],
+            "command line ('warmup_steps=3'): unknown key warmup_steps; did you mean train.warmup_st",
+        ),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load(str(path), overrides)
+        assert str(caught.value).startswith(begins)
+    tree = json.loads(path.read_text())
+    path.write_text(json.dumps(tree | {"trian": {}}))
+    with pytest.raises(ConfigError) as caught:
+        load(str(path), ["train.epochs=2"])
+    assert str(caught.value).startswith(f"{path}: unknown key trian; did you mean train?")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.yaml", "model:\n  name: x\n", "a config is JSON, not YAML"),
+        ("a.json", '{\n  // the model\n  "model": {}\n}', "line 2 is a comment"),
+        ("a.json", '# mine\n{"model": {}}', "line 1 is a comment"),
+    ],
+)
+def test_what_a_file_is_that_is_not_json(tmp_path: Path, name: str, text: str, says: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        load(str(tmp_path / name))

@@ -35,7 +35,7 @@ def call_alone(*command: str, ranks: int = 0) -> subprocess.CompletedProcess[str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo.json", "train.epoch=3"], "unknown key train.epoch; did you mean epochs?"),
+        (["demo.json", "train.epoch=3"], "unknown key train.epoch; did you mean train.epochs?"),
         (["demo.json", "train.epochs=many"], 'train.epochs = "many": input should be a valid integer'),
         (["dem.json"], "--config dem.json: no such file"),
         (["demo.json", "epochs"], "expected section.key=value"),
@@ -63,7 +63,10 @@ def test_a_missing_data_set_ends_with_one_line_before_a_model_is_built(tmp_path:
     ("override", "message"),
     [
         ("deepspeed.zero_optimization.stgae=1", "deepspeed: stgae, in DeepSpeedZeroConfig: Extra inputs are"),
-        ("deepspeed.zero_optimizaton.stage=1", "unknown key deepspeed.zero_optimizaton; did you mean zero_optim"),
+        (
+            "deepspeed.zero_optimizaton.stage=1",
+            "unknown key deepspeed.zero_optimizaton; did you mean deepspeed.zero_optim",
+        ),
     ],
 )
 def test_what_deepspeed_would_refuse_late_or_pass_over_is_told_at_once(override: str, message: str) -> None:
@@ -157,3 +160,74 @@ def test_a_stale_cache_is_told_with_the_command_that_mends_it(
     monkeypatch.setenv("RANK", "1")
     command.complain(stale, parser.parse_intermixed_args(words))
     assert capsys.readouterr().err == ""
+
+
+HALVES = {"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "says"),
+    [
+        *((half, [], "unset") for half in HALVES),
+        ({"WORLD_SIZE": ""}, ["--dry-run"], "WORLD_SIZE = '': expected a number"),
+        ({"WORLD_SIZE": "many"}, ["--dry-run"], "WORLD_SIZE = 'many': expected a number"),
+        ({}, ['deepspeed.wandb={"enabled": true}'], "deepspeed.wandb: the package wandb is not installed"),
+        ({}, ["train.output=README.md", "objective.name=flyp"], "train.output = README.md: cannot write there"),
+    ],
+)
+def test_what_the_machine_or_a_launcher_does_wrong_is_one_line(
+    environment: dict[str, str], arguments: list[str], says: str
+) -> None:
+    command = ["launch/train.py", "--config", "demo", *arguments]
+    result = run_script(*command, cwd=ROOT, environment={"DS_ACCELERATOR": "cpu"} | environment)
+    assert result.returncode == 2, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert says in line
+    assert "Traceback" not in result.stderr
+
+
+def test_a_plan_that_another_rank_prints_is_told() -> None:
+    result = run_script("launch/train.py", "--config", "demo", "--dry-run", cwd=ROOT, environment={"RANK": "1"})
+    assert (result.returncode, result.stdout) == (0, "")
+    assert "only rank 0 prints the plan; unset RANK" in result.stderr
+
+
+def test_without_a_config_the_shipped_ones_are_named() -> None:
+    result = run_script("launch/train.py", cwd=ROOT)
+    assert result.returncode == 2
+    assert "shipped configs: demo, " in result.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_in_a_bare_environment_with_names_beyond_ascii(tmp_path: Path) -> None:
+    folder = tmp_path / "\u00fc tel" / "lauf 2"
+    folder.mkdir(parents=True)
+    tree = tiny.write_config(folder, max_steps=1)
+    names = Path(tree["data"]["target"]["class_names"])
+    names.write_text("caf\u00e9\nGr\u00f6\u00dfe\n\u732b\nna\u00efve\n\u043a\u043e\u0442\n")
+    config = folder / "config.json"
+    config.write_text(json.dumps(tree))
+    template = 'it\'s a "photo" of {} -4C outside'
+    command = ["--config", str(config), f"train.output={folder}/run", f"data.target.templates={template}"]
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "LC_ALL": "C",
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "TMPDIR": str(tmp_path / "missing"),
+        "LOCAL_RANK": "3",  # left there by another job
+    }
+    for start in (["torchrun", "--nproc_per_node", "2"], ["deepspeed", "--num_accelerators", "2"]):
+        run = subprocess.run(
+            [*start, "launch/train.py", *command, f"train.output={folder}/{start[0]}"],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+        assert (folder / start[0] / "model.safetensors").exists()
+        said = json.loads((folder / start[0] / "config.json").read_text())
+        assert said["config"]["data"]["target"]["templates"] == template

@@ -1,5 +1,6 @@
 """The plan of a run against the run: a real step under a tracker of its own, FLOP by torch and by hand."""
 
+import dataclasses
 import json
 import subprocess
 import unittest.mock
@@ -13,6 +14,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from distributed import run_ranks, run_script
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,8 +23,9 @@ from dive_fast import objective
 from dive_fast.config import Config, load
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.engine import Engine, StepBatches
-from dive_fast.memory import MISSED_FLOP
-from dive_fast.plan import GPUS, LAUNCH_SECONDS, Plan, _Sampled, advise, plan
+from dive_fast.kernels import contrastive_loss
+from dive_fast.memory import MISSED_FLOP, Tracker
+from dive_fast.plan import GPUS, LAUNCH_SECONDS, Estimate, Plan, _Sampled, advise, as_json, plan, table
 from dive_fast.ranks import join
 from dive_fast.towers import create
 
@@ -176,6 +179,10 @@ def test_memory_and_flop_are_those_of_a_real_step(folder: Path, cases: dict[str,
     for name in cases:
         peak, flop, parameters = real[name]
         assert planned[name].parameters == parameters
+        # Attention's backward sums 16-bit gradients of queries in fp32: 65 tokens padded to 128, 2 heads of 64.
+        is_half = cases[name].get("train.precision") in ("fp16", "bf16")
+        batch = cases[name].get("train.micro_batch_size", TARGET)
+        assert planned[name].estimates["scratch"] == (4 * batch * 2 * 128 * 64 if is_half else 0)
         assert planned[name].peak_memory_bytes == pytest.approx(peak, rel=0.01), name
         # The CPU computes one matrix of logits and differentiates it: three products of B x B x D.
         plain_loss = 0 if "vanilla" in name else 6 * TARGET**2 * WIDTH
@@ -218,6 +225,7 @@ def test_zero_shares_its_state_among_the_ranks_and_like_micro_batches_need_not_a
     passing = 10**6
     for zero in ZERO:
         many = plans[zero]
+        assert (one.estimates["nccl"], many.estimates["nccl"]) == (0, 2 * 2**30)
         assert many.parts["optimizer"] == pytest.approx(3 * state / 4, rel=0.03)
         assert many.parts["weights"] == pytest.approx(state / 4 if zero == "3" else state, rel=0.03)
         assert many.parts["gradients"] <= (state if zero == "1" else state / 4) + passing, zero
@@ -286,7 +294,12 @@ RESNET = SMALL | {"vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "widt
 
 
 def advice_for(folder: Path, case: Case, ranks: int, memories: list[int]) -> list[Any]:
-    """A config's plan, and advice for GPUs of so many bytes."""
+    """A config's plan, and advice for GPUs of so many bytes, estimates aside: they dwarf the small model."""
+    with unittest.mock.patch("dive_fast.plan._estimates", return_value={}):
+        return _advice_for(folder, case, ranks, memories)
+
+
+def _advice_for(folder: Path, case: Case, ranks: int, memories: list[int]) -> list[Any]:
     config = small_config(folder, **case)
     base = plan(config, ranks)
     found: list[Any] = [base]
@@ -338,6 +351,31 @@ def test_advice_is_the_cheapest_change_that_fits_and_is_planned(folder: Path, tm
         assert override.startswith("train.micro_batch_size=")
 
 
+def test_estimates_decide_whether_a_plan_fits_and_have_lines_of_their_own() -> None:
+    gpu = GPUS["h100"]
+    estimates: dict[Estimate, int] = {"context": 2**29, "nccl": 2**30, "scratch": 0, "allocator": 2**31}
+    full = Plan(1, 2, {}, 1, {"activations": gpu.memory}, estimates)
+    room = Plan(1, 2, {}, 1, {"activations": gpu.memory - 7 * 2**29}, estimates)
+    assert (full.fits(gpu), room.fits(gpu)) == (False, True)
+    assert not dataclasses.replace(room, parts={"activations": gpu.memory - 7 * 2**29 + 1}).fits(gpu)
+    told = table(room, ["h100"], {})
+    assert f"with estimates   {gpu.memory / 2**30:8.2f} GiB" in told
+    assert "NCCL buffers         1.00 GiB" in told
+    assert "scratch" not in told
+    found = as_json(room, ["h100"], {})
+    assert found["estimates"] == estimates
+    assert found["needed_memory_bytes"] == found["peak_memory_bytes"] + sum(estimates.values()) == gpu.memory
+
+
+def test_scratch_of_the_chunked_gradient_is_estimated() -> None:
+    tracker, rows = Tracker(), 2176
+    with FakeTensorMode(), tracker:
+        features = [torch.empty(rows, 512, dtype=torch.float16, requires_grad=True) for _ in range(2)]
+        contrastive_loss(*features, torch.ones(()), backend="triton").backward()
+    # 1920 rows of weights for 2176 columns in two halves, and their sums in fp32, those of the high half apart.
+    assert tracker.workspace == 2 * 1920 * rows * 2 + 2 * 1920 * 512 * 4
+
+
 def dry_run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     # A proxy that nobody answers: whoever asks the network fails.
     environment = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
@@ -350,6 +388,7 @@ def planned_json(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     assert all(isinstance(found[key], int) for key in ("parameters", "flop_per_step", "peak_memory_bytes"))
     assert sum(found["parts"].values()) == found["peak_memory_bytes"]
+    assert found["peak_memory_bytes"] + sum(found["estimates"].values()) == found["needed_memory_bytes"]
     assert sum(found["flop"].values()) == found["flop_per_step"]
     return found
 
@@ -369,7 +408,7 @@ def test_the_command_plans_the_demo_for_two_ranks_and_writes_nothing(tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo", "train.epoch=3"], "unknown key train.epoch; did you mean epochs?"),
+        (["demo", "train.epoch=3"], "unknown key train.epoch; did you mean train.epochs?"),
         (["demo", "--ranks", "3"], "data.target.batch_size = 128 is not divisible by 3 ranks"),
         pytest.param(
             ["demo", "model.name=hf-hub:nobody/nothing"],

@@ -41,7 +41,7 @@ def choices(folder: Path) -> dict[str, str]:
     config = small_config(folder, **{"train.schedule": "auto"})
     plan.plan = remembering(plan.plan)  # in this process alone
     needs = {
-        name: plan.plan(schedule.with_schedule(config, name), 1).peak_memory_bytes
+        name: plan.plan(schedule.with_schedule(config, name), 1).needed_memory_bytes
         for name in ("sequential", "joint")
     }
     assert needs["sequential"] < needs["joint"]
@@ -93,4 +93,21 @@ def test_what_cannot_be_planned_is_told(folder: Path) -> None:
 def test_gpus_are_known_by_their_drivers_names() -> None:
     assert sold_as("NVIDIA H100 80GB HBM3") == "h100"
     assert sold_as("NVIDIA H200") == "h200"
-    assert sold_as("NVIDIA H100 PCIe") is None
+    assert sold_as("NVIDIA H200", 150 * 10**9) == "h200"
+
+
+@pytest.mark.parametrize(
+    ("name", "memory"),
+    [
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GH200 144G HBM3e", None),
+        ("NVIDIA H200 MIG 1g.18gb", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", None),
+        ("NVIDIA H200", 18 * 10**9),
+        ("NVIDIA H20", None),
+    ],
+)
+def test_slices_and_namesakes_are_not_whole_gpus(name: str, memory: int | None) -> None:
+    assert sold_as(name, memory) is None

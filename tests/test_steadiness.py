@@ -1,9 +1,8 @@
-"""Towers that drop, or look at the batch: made steady, measured, or refused for the reason; same gradients in pieces."""
+"""Towers that drop, or look at the batch: made steady, measured, or refused for the reason."""
 
 import inspect
 import json
 import logging
-import unittest.mock
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,12 @@ import torch
 from distributed import run_ranks
 from test_engine import Stage, assert_same_gradients, config, oracle
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import RobertaConfig
 
 from dive_fast import objective, steadiness
 from dive_fast.config import Config, ConfigError, ModelConfig
+from dive_fast.plan import _fakes
 from dive_fast.ranks import Ranks
 from dive_fast.steadiness import Steadiness, by_modules, measure, settle
 from dive_fast.towers import Towers, create
@@ -59,6 +58,21 @@ def roberta(folder: Path) -> ModelConfig:
     ).save_pretrained(folder)
     text = {"hf_model_name": str(folder), "hf_model_pretrained": False, "hf_tokenizer_name": str(folder)}
     tree = {"embed_dim": 24, "vision_cfg": tiny.VISION, "text_cfg": text | {"context_length": 16}}
+    return ModelConfig(name=tiny.write_model(folder, tree))
+
+
+def siglip(folder: Path) -> ModelConfig:
+    """With a bias of the logits, and a tokenizer of a few words."""
+    tiny.write_tokenizer(folder)
+    text = tiny.TEXT | {"context_length": 16, "vocab_size": len(tiny.VOCABULARY), "hf_tokenizer_name": str(folder)}
+    text |= {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}
+    tree = {
+        "embed_dim": 24,
+        "vision_cfg": tiny.VISION,
+        "text_cfg": text,
+        "custom_text": True,
+        "init_logit_bias": -10,
+    }
     return ModelConfig(name=tiny.write_model(folder, tree))
 
 
@@ -216,9 +230,16 @@ def test_runs_of_unusual_towers(tmp_path: Path) -> None:
         "resnet": model_with(tmp_path / "resnet", RESNET),
         "convnext": model_with(tmp_path / "convnext", CONVNEXT),
         "roberta": roberta(tmp_path / "roberta"),
+        "siglip": siglip(tmp_path / "siglip"),
     }
     trees = {}
-    for kind, micro in (("resnet", 3), ("convnext", None), ("roberta", None), ("roberta", 3)):
+    for kind, micro in (
+        ("resnet", 3),
+        ("convnext", None),
+        ("roberta", None),
+        ("siglip", 3),
+        ("roberta", 3),
+    ):
         tree = tiny.write_config(tmp_path / f"{kind}-{micro}", max_steps=2, micro_batch_size=micro)
         tree["model"] = {"name": models[kind].name}
         if kind == "convnext":
@@ -244,12 +265,14 @@ def test_runs_of_unusual_towers(tmp_path: Path) -> None:
             assert torch.equal(theirs.encode_text(tokens), ours.encode_text(tokens))
         before = create(models[kind]).state_dict()
         assert any(not torch.equal(value, ours.state_dict()[name]) for name, value in before.items())
-        statistics = [name for name in before if "running_" in name]
+        # A SigLIP's bias has no part in a softmax loss.
+        statistics = [name for name in before if "running_" in name or name == "logit_bias"]
+        assert bool(statistics) == (kind in ("resnet", "siglip"))
         assert all(torch.equal(before[name], ours.state_dict()[name]) for name in statistics)
 
 
 SETTLED = ("DropPath", "PatchDropout", "PatchDropoutWithIndices", "Dropout", "AttentionPool2d")
-"""Modules that ask whether they are trained, and are set to 0 or found by their rate; the last one's is always 0."""
+"""Modules that ask whether they are trained, and are set to 0 or found by their rate, 0 in the last one."""
 NAMES = ["RN50", "convnext_base", "ViTamin-S", "MobileCLIP-S1", "swin_base_patch4_window7_224", "EVA02-B-16"]
 REFUSED = ["coca_ViT-B-32", "roberta-ViT-B-32"]
 
@@ -260,11 +283,7 @@ REFUSED = ["coca_ViT-B-32", "roberta-ViT-B-32"]
 def test_built_in_models_are_settled_or_refused_at_once(names: list[str]) -> None:
     refused = {}
     for name in names:
-        # Fake parameters refuse `Module.to`; everything is where it belongs.
-        with (
-            FakeTensorMode(allow_non_fake_inputs=True),
-            unittest.mock.patch.object(nn.Module, "to", lambda self, *_, **__: self),
-        ):
+        with _fakes():
             try:
                 towers = create(ModelConfig(name=name), weights=False)
             except ConfigError as error:
@@ -290,7 +309,7 @@ def test_built_in_models_are_settled_or_refused_at_once(names: list[str]) -> Non
 
 def _drops_by_rate(module: nn.Module) -> bool:
     """Attention that passes a rate of dropout on, which is 0."""
-    rates = (getattr(module, "attn_drop", None), getattr(module, "attn_drop_p", None))
+    rates = [getattr(module, name, None) for name in ("attn_drop", "attn_drop_p", "dropout")]
     values = [rate.p if isinstance(rate, nn.Dropout) else rate for rate in rates if rate is not None]
     return bool(values) and not any(values)
 

@@ -1,5 +1,6 @@
 """open_clip's models as two towers: the same features, and weights that open_clip takes back."""
 
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import TextTransformer
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -86,6 +88,49 @@ def test_features_are_open_clips(models: dict[str, Path], name: str) -> None:
         assert torch.equal(towers.encode_text(tokens), model.encode_text(tokens))
     assert torch.equal(towers.scale(), model.logit_scale.exp().reshape(1))
     assert all(parameter.dtype == torch.float32 for parameter in towers.parameters())
+
+
+VISION, TEXT = tiny.VISION, tiny.TEXT
+ODD: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "not square": (VISION | {"image_size": [32, 48]}, {}, {}),
+    "attentional pool": (VISION | {"attentional_pool": True, "attn_pooler_heads": 2}, {}, {}),
+    "average pool": (VISION | {"pool_type": "avg", "final_ln_after_pool": True}, {}, {}),
+    "no pool, sinusoidal": (VISION | {"pos_embed_type": "sin_cos_2d", "no_ln_pre": True}, {}, {}),
+    "read at eos": ({}, {"pool_type": "eos", "eos_id": 49407}, {}),
+    "short context": ({}, {"context_length": 16}, {}),
+    "long context": ({}, {"context_length": 300}, {}),
+    "biased projection": ({}, {"proj_bias": True}, {}),
+    "squashed": ({}, {}, {"mean": [0, 0, 0], "std": [1, 1, 1], "resize_mode": "squash"}),
+    "random filter": ({}, {}, {"interpolation": "random"}),
+    "with borders": (VISION | {"image_size": [48, 32]}, {}, {"resize_mode": "longest", "fill_color": 9}),
+    "other size in the description": ({}, {}, {"size": 64, "interpolation": "bilinear"}),
+    "resnet": ({"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}, {}, {}),
+    "layer scale": (VISION | {"ls_init_value": 0.1}, {"ls_init_value": 0.1}, {}),
+}
+"""(vision_cfg, text_cfg, preprocess_cfg) beside the models above."""
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_features_and_views_of_odd_models_are_open_clips(tmp_path: Path, kind: str) -> None:
+    vision, text, preprocess = ODD[kind]
+    config = {"embed_dim": 24, "vision_cfg": vision or VISION, "text_cfg": TEXT | text}
+    config["custom_text"] = "proj_bias" in text  # open_clip's other class cannot be given its own weights
+    name = tiny.write_model(tmp_path, config, 0, preprocess or None)
+    towers = create(ModelConfig(name=name)).eval()
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    tokens = tokenizer_of(ModelConfig(name=name))(TEXTS)
+    assert torch.equal(tokens, open_clip.get_tokenizer(name)(TEXTS))
+    pictures = [
+        Image.open(io.BytesIO(tiny.jpeg(seed, size=size))) for seed, size in enumerate([(60, 33), (33, 60)])
+    ]
+    images = torch.stack([tiny.shown(towers.preprocess, picture) for picture in pictures])
+    assert torch.equal(images, torch.stack([transform(picture) for picture in pictures]))
+    with torch.no_grad():
+        assert torch.equal(towers.encode_image(images), model.eval().encode_image(images))
+        assert torch.equal(towers.encode_text(tokens), model.encode_text(tokens))
+        length = pack(tokens, towers.pooled_at).length
+        trimmed = towers.encode_text(tokens, length)
+        assert torch.allclose(trimmed, model.encode_text(tokens), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -123,6 +123,8 @@ def remarks(names: Sequence[str], folders: Sequence[str] = (), given: str | None
         given: what the user calls the list of names; None: the folders' names are used.
     """
     found = remark_on_repeated(names)
+    if len(names) == 1:
+        found.append(f"there is one class alone, {names[0]!r}: whatever the model, every image is predicted as it")
     if are_wordnet_ids(names):
         found.append(
             f"the classes are called by WordNet id, and prompts say {names[0]!r}: class_names=imagenet names them"

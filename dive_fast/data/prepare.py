@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import shutil
+import signal
 import tarfile
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -43,10 +44,11 @@ from dive_fast.data.pictures import (
     why_unusual,
 )
 from dive_fast.data.prepared import File, Index, Manifest, Row
-from dive_fast.data.prompts import quick_bpe
 from dive_fast.data.source import DataError, Skipped, Source, readable
 from dive_fast.data.workers import FORK, forking
 from dive_fast.files import write_whole
+from dive_fast.identity import differences
+from dive_fast.identity import digest as digest_of
 from dive_fast.untrusted import nothing_executed, read_json
 
 logger = logging.getLogger(__name__)
@@ -115,6 +117,9 @@ class Raw(ABC):
     def modified(self) -> str:
         """A hash of when its files were last modified; empty: it is not known which they are."""
 
+    def report(self) -> None:  # noqa: B027 - what is left out while decoding, the manifest counts
+        """Logs the files that are ignored because they are no samples."""
+
     def check(self) -> None:  # noqa: B027 - most sets have nothing to look at
         """Looks at what can be known before anything is decoded.
 
@@ -132,6 +137,9 @@ class RawSource(Raw):
 
     def __len__(self) -> int:
         return len(self._source)
+
+    def report(self) -> None:
+        replace(self._source, skipped=()).report_skipped("--input")
 
     def key(self, index: int) -> str:
         return self._source.samples[index].key
@@ -390,7 +398,7 @@ def _versions(options: Options) -> dict[str, str | None]:
 def _claim(parts: Path, wanted: dict[str, Any], options: Options, raw: Raw, output: Path) -> str:
     """Starts a set in its folder, or goes on with the same one; returns what its shards are known by."""
     state = wanted | {"source_modified": raw.modified(), "versions": _versions(options)}
-    identity = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    identity = digest_of(state)
     if (parts / STATE).is_file():
         try:
             found = read_json(parts / STATE)
@@ -424,9 +432,14 @@ def _is_made(note: Path, identity: str) -> bool:
 def _same(found: Any, wanted: dict[str, Any], output: Path) -> None:
     if not isinstance(found, dict):
         raise DataError(f"{output}: holds something else; remove it or name another folder")
-    different = [name for name in wanted if found.get(name) != wanted[name]]
+    different = [entry for entry in differences(found, wanted) if entry.key in wanted]
     if different:
-        names = ", ".join(f"{name} {found.get(name)!r}, not {wanted[name]!r}" for name in different)
+        names = ", ".join(
+            f"{entry.key} {entry.stored!r}, not {entry.current!r}"
+            if entry.key != "source"
+            else "its source is another one, or was changed"
+            for entry in different
+        )
         raise DataError(f"{output}: holds a set prepared otherwise ({names}); remove it or name another folder")
 
 
@@ -437,12 +450,16 @@ _work: tuple[Raw, Path, Options, str, Callable[[list[str]], Tensor] | None]
 
 def _start(raw: Raw, output: Path, options: Options, identity: str) -> None:
     global _work
+    # Ctrl-C reaches all processes of a terminal; a shard that is begun is finished.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     tokenizer = None if options.tokenizer is None else _tokenizer(options.tokenizer)
     _work = raw, output, options, identity, tokenizer
 
 
 def _tokenizer(name: str) -> Callable[[list[str]], Tensor]:
-    import open_clip
+    import open_clip  # takes seconds, and most sets need no tokens
+
+    from dive_fast.data.prompts import quick_bpe
 
     try:
         with nothing_executed():

@@ -62,8 +62,11 @@ def _json_names(name: str, text: str) -> tuple[str, ...]:
     return tuple(own.strip() for own in names)
 
 
-def read_templates(name: str) -> tuple[Template, ...]:
+def read_templates(name: str, place: str = "") -> tuple[Template, ...]:
     """``imagenet`` or ``simple`` (open_clip's), a text file with one template a line, or one template.
+
+    Args:
+        place: the key of the config, for messages.
 
     Raises:
         DataError: no such file, or a template without ``{}``.
@@ -71,15 +74,22 @@ def read_templates(name: str) -> tuple[Template, ...]:
     if name in ("imagenet", "simple"):
         shipped = {"imagenet": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
         return tuple(shipped[name])
-    if "{}" not in name and not locate(name).exists() and not name.startswith("demo:"):
-        raise DataError(
-            f"{name}: no such file of templates; a template itself has {{}} in the place of the class name"
-        )
-    lines = [name] if "{}" in name else _lines(name, _text(name, "templates"), "templates")
-    for line in lines:
-        if "{}" not in line:
-            raise DataError(f"{name}: template {line!r} has no {{}} for the class name")
+    try:
+        lines = [name] if "{}" in name else _templates_in(name)
+        for line in lines:
+            if "{}" not in line:
+                raise DataError(f"{name}: template {line!r} has no {{}} for the class name")
+    except DataError as error:
+        raise DataError(f"{place}: {error}" if place else str(error)) from error
     return tuple(Filled(line) for line in lines)
+
+
+def _templates_in(name: str) -> Sequence[str]:
+    if not name.startswith("demo:") and not locate(name).exists():
+        raise DataError(
+            f"{name}: no such file of templates; a template itself has {{}} in place of the class name"
+        )
+    return _lines(name, _text(name, "templates"), "templates")
 
 
 def check_labels(source: Source, class_names: Sequence[str]) -> None:

@@ -212,12 +212,15 @@ class Source:
 
     def report_skipped(self, name: str) -> None:
         """Logs how many samples were left out of the set called ``name``, and why."""
-        for entries, what in ((self.skipped, "samples left out"), (self.ignored, "files ignored")):
+        for entries, what, done in ((self.skipped, "sample", "left out"), (self.ignored, "file", "ignored")):
             first: dict[str, str] = {}
             for key, reason in entries:
                 first.setdefault(reason, key)
             for reason, count in Counter(reason for _, reason in entries).most_common():
-                logger.warning("%s: %d %s: %s (the first: %s)", name, count, what, reason, first[reason])
+                many = "" if count == 1 else "s"
+                logger.warning(
+                    "%s: %d %s%s %s: %s (the first: %s)", name, count, what, many, done, reason, first[reason]
+                )
         if self.prepared_without:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.prepared_without.items())
             logger.warning("%s: prepared without these samples: %s (skipped.jsonl)", name, reasons)
@@ -286,6 +289,12 @@ def open_folder(path: str) -> Source:
             samples += [Sample(readable(key), file, size=about.st_size, label=label) for key, file, about in files]
     except OSError as error:
         raise DataError(f"{path}: cannot list its images: {error}") from error
+    if all(sample.key.count("/") > 1 for sample in samples):
+        logger.warning(
+            "%s: all images lie in folders below those of the classes (%s); the classes are %s: name a folder "
+            "below to make its folders the classes",
+            *(path, samples[0].key, ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")),
+        )
     return Source(samples, tuple(names), skipped=skipped, ignored=ignored)
 
 
@@ -568,6 +577,8 @@ def _tars_in(root: Path, path: str, skipped: list[Skipped], ignored: list[Skippe
             elif name.endswith(".tar"):
                 if _is_hidden(entry.name):
                     ignored.append(Skipped(readable(entry.name), HIDDEN))
+                elif not entry.is_file():  # a pipe would be waited for, for ever
+                    raise DataError(f"{entry.path}: called like a tar, but no regular file; remove or rename it")
                 else:
                     tars.append(root / entry.name)
             elif name.endswith(COMPRESSED):
@@ -642,6 +653,8 @@ def _csv_rows(file: Path, path: str) -> list[_Row]:
     titles: dict[str, str] = {}
     number, line = 0, 1
     try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise DataError(f"{path}: cannot read it: a {'directory' if file.is_dir() else 'pipe or device'}")
         with file.open(newline="", encoding="utf-8-sig") as lines:
             reader = csv.reader(lines, delimiter="\t", strict=True)
             header = next(reader, [])

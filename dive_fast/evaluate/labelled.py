@@ -44,6 +44,8 @@ class Labelled:
     """Lines that a user should read before its figure."""
     reports_skipped: bool = False
     """Whether the set's owner accepts that broken images are left out of its figures and counted."""
+    remedy: str = ""
+    """What to do about a broken image, for messages."""
 
     @property
     def num_labels(self) -> int:
@@ -60,6 +62,8 @@ class Captioned:
     remarks: tuple[str, ...] = ()
     """As of :class:`Labelled`."""
     reports_skipped: bool = False
+    """As of :class:`Labelled`."""
+    remedy: str = ""
     """As of :class:`Labelled`."""
     num_samples: tuple[int, ...] = ()
     """How many samples of the set each image stands for; empty: one each."""
@@ -79,16 +83,22 @@ class CountedSamples(EvaluationSamples):
     """Images in the evaluation view, each counted once: a broken one is an error, or is left out and counted."""
 
     def __init__(
-        self, source: Source, preprocess: Preprocess, border: int = 0, reports_skipped: bool = False
+        self,
+        source: Source,
+        preprocess: Preprocess,
+        border: int = 0,
+        reports_skipped: bool = False,
+        remedy: str = "",
     ) -> None:
         """Takes the images of ``source``.
 
         Args:
             border: pixels at each edge that are not part of the picture.
             reports_skipped: give a broken sample the label :data:`BROKEN`, instead of raising its error.
+            remedy: what such an error says to do.
         """
         super().__init__(source, preprocess)
-        self.border, self.reports_skipped = border, reports_skipped
+        self.border, self.reports_skipped, self.remedy = border, reports_skipped, remedy
 
     def cut(self, place: Place, image: Image.Image) -> Image.Image:
         """The evaluation view of what is inside the border."""
@@ -109,7 +119,7 @@ class CountedSamples(EvaluationSamples):
             return place, read(place)
         except DataError as error:
             if not self.reports_skipped:
-                raise
+                raise DataError(f"{error}; {self.remedy}" if self.remedy else str(error)) from error
             logger.warning("%s; it is left out", error)
             last = error
         count = len(self.source)

@@ -84,9 +84,9 @@ def _read(path: Path) -> list[Row]:
             if not isinstance(row, dict) or not set(FIRST) <= set(row):
                 raise ValueError(f"a row needs {', '.join(FIRST)}")
             if type(row["value"]) not in (int, float) or not all(
-                isinstance(row[name], str) for name in ("label", "set", "title")
+                isinstance(row[name], str) for name in ("label", "set", "title", "metric")
             ):
-                raise ValueError("its value is no number, or its label, set or title no text")
+                raise ValueError("its value is no number, or its label, set, title or metric no text")
         except ValueError as error:
             if number == len(lines) and not text.endswith("\n"):
                 logger.warning("%s: its last line breaks off, and is left out: %s", path, line[:60])

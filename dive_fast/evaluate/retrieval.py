@@ -41,7 +41,7 @@ def recalls(
     captions = data.captions()
     distinct = {text: row for row, text in enumerate(dict.fromkeys(text for own in captions for text in own))}
     texts = list(distinct)
-    samples = CountedSamples(data.source, towers.preprocess, reports_skipped=data.reports_skipped)
+    samples = CountedSamples(data.source, towers.preprocess, 0, data.reports_skipped, data.remedy)
     images = torch.zeros(len(captions), towers.width, device=ranks.device)
     sentences = torch.zeros(len(texts), towers.width, device=ranks.device)
     broken = torch.zeros(len(captions), dtype=torch.int64, device=ranks.device)

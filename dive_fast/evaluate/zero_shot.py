@@ -1,7 +1,7 @@
 """Classification of image sets by class prompts or a trained head, and what it is worth in figures."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -72,15 +72,30 @@ def open_evaluation(config: EvaluationSet, place: str = "") -> Labelled | Captio
     """
     if config.dataset is not None:
         return open_known(config.dataset, config.path, config.class_names, config.templates)
+    try:
+        return _open_own(config, f"{place or 'evaluate.sets.<name>'}.on_skipped=report")
+    except DataError as error:
+        raise DataError(f"{place}: {error}" if place else str(error)) from error
+
+
+def _open_own(config: EvaluationSet, consent: str) -> Labelled | Captioned:
+    """A set of the user's.
+
+    Args:
+        consent: the override by which its owner accepts that samples are left out.
+    """
     reports = config.on_skipped == "report"
+    remedy = f"repair or remove it, or accept figures without it by {consent}"
+    source = open_captioned(config) if config.task == "retrieval" else open_target(config)
+    if source.skipped and not reports:
+        raise DataError(
+            f"{config.path}: {layouts.skipped_in_words(source.skipped)}; repair or remove them, or accept figures "
+            f"without them by {consent}"
+        )
     if config.task == "retrieval":
-        source = open_captioned(config, place)
-        _refuse_skipped(source, config, place)
         found = layouts.captioned(source, str(config.format))
         said = (*layouts.remarks_on_files(source), *found.remarks)
-        return replace(found, reports_skipped=reports, remarks=said)
-    source = open_target(config, place)
-    _refuse_skipped(source, config, place)
+        return replace(found, reports_skipped=reports, remedy=remedy, remarks=said)
     given = config.class_names
     names = join_names(source, None if given is None else class_names_of(given), given or config.path)
     return Labelled(
@@ -91,15 +106,8 @@ def open_evaluation(config: EvaluationSet, place: str = "") -> Labelled | Captio
         imagenet_rows=imagenet_rows(source.class_names),
         remarks=(*layouts.remarks_on_files(source), *remarks(names, source.class_names, given)),
         reports_skipped=reports,
+        remedy=remedy,
     )
-
-
-def _refuse_skipped(source: Source, config: EvaluationSet, place: str) -> None:
-    if source.skipped and config.on_skipped == "error":
-        raise DataError(
-            f"{config.path}: {layouts.skipped_in_words(source.skipped)}; repair or remove them, or accept figures "
-            f"without them by {place or 'evaluate.sets.<name>'}.on_skipped=report"
-        )
 
 
 def open_set(config: EvaluationSet) -> tuple[Source, tuple[str, ...], tuple[Template, ...]]:
@@ -228,7 +236,7 @@ def measure(
         recalls, count, broken = retrieval.recalls(towers, tokenizer, data, ranks, batch_size, options, name)
         return Measured(recalls, "captions", count, len(data.source.skipped) + broken)
     classes = classifier_for(towers, tokenizer, data, ranks, head, cache)
-    samples = CountedSamples(data.source, towers.preprocess, data.border, data.reports_skipped)
+    samples = CountedSamples(data.source, towers.preprocess, data.border, data.reports_skipped, data.remedy)
     found = predict(towers, classes, samples, ranks, batch_size, workers, name)
     kept, regions = found.label != BROKEN, data.regions
     count = int(kept.sum())
@@ -252,6 +260,24 @@ def open_sets(sets: Mapping[str, EvaluationSet], ranks: Ranks) -> Opened:
         for remark in opened[name].remarks:
             ranks.say(f"{name}: {remark}")
     return opened
+
+
+def remarks_on_missing_classes(opened: Opened, target: Sequence[str]) -> list[str]:
+    """A line for each set with some of the classes that are trained on, but not all: fewer compete there.
+
+    Args:
+        target: the class names of the set that is trained on.
+    """
+    found = []
+    for name, data in opened.items():
+        is_own = bool(data.remedy)  # known sets have the classes that they are known for
+        if is_own and isinstance(data, Labelled) and set(data.class_names) < set(target):
+            missing = next(own for own in target if own not in data.class_names)
+            found.append(
+                f"evaluate.sets.{name} has {len(set(data.class_names))} of the {len(set(target))} classes of "
+                f"data.target: {missing!r}, for one, competes for no image there"
+            )
+    return found
 
 
 def measure_sets(

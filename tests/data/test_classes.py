@@ -80,6 +80,7 @@ def test_names_that_make_odd_prompts_are_remarked_on() -> None:
         (IMAGENET, "imagenet", "2 class names belong to several classes, e.g. 'missile' to classes 657 and 744"),
         (WNIDS, None, "called by WordNet id, and prompts say 'n02099601': class_names=imagenet names them"),
         (NUMBERS, None, "called by number, and prompts say '0'"),
+        (("cat",), None, "there is one class alone, 'cat'"),
         (("cat", "polar_bear"), None, "underscores of class names such as 'polar_bear'"),
     ):
         (line,) = remarks(names, names, given)

@@ -752,7 +752,7 @@ def test_shards_of_bytes_changed_since_are_made_again(
     data = bytearray(tar.read_bytes())
     data[at[1] : at[1] + 1] = b"4"
     tar.write_bytes(data)
-    with pytest.raises(DataError, match=r"changed: holds a set prepared otherwise \(source "):
+    with pytest.raises(DataError, match=r"changed: holds a set prepared otherwise \(its source is another one"):
         make(tar, tmp_path / "changed")
     interrupted(tar, tmp_path / "versions", monkeypatch)
     monkeypatch.setattr("dive_fast.data.prepare._versions", lambda _: {"pillow": "1"})
@@ -890,3 +890,19 @@ def test_the_home_folder_may_be_called_by_its_sign(
     assert load_main()(["--verify", "~/out"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
     capsys.readouterr()
+
+
+def test_an_interrupted_preparation_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    (tmp_path / "in/cat").mkdir(parents=True)
+    (tmp_path / "in/cat/1.jpg").write_bytes(tiny.jpeg(0))
+    command = ["--format", "folder", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    with monkeypatch.context() as pressed:
+        pressed.setattr("dive_fast.data.prepare._finish", interrupt)
+        assert load_main()([*command, "--workers", "1"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted; the same command goes on")
+    assert load_main()([*command, "--workers", "1"]) == 0

@@ -233,7 +233,7 @@ def test_names_that_begin_with_a_number_are_names(tmp_path: Path) -> None:
 def test_a_template_without_its_braces_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        DataError, match=r"^a photo: no such file of templates; a template itself has \{\} in the place"
+        DataError, match=r"^a photo: no such file of templates; a template itself has \{\} in place"
     ):
         read_templates("a photo")
 

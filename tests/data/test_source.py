@@ -409,8 +409,8 @@ def test_a_name_that_is_taken_keeps_the_first_and_texts_that_are_no_utf8_are_ski
     ]
     source.report_skipped("data.reference")
     assert caplog.messages == [
-        "data.reference: 1 samples left out: its name is taken (the first: a.tar/a)",
-        "data.reference: 1 samples left out: its caption is not UTF-8 (the first: a.tar/b)",
+        "data.reference: 1 sample left out: its name is taken (the first: a.tar/a)",
+        "data.reference: 1 sample left out: its caption is not UTF-8 (the first: a.tar/b)",
     ]
 
 

@@ -6,8 +6,13 @@ import subprocess
 import sys
 
 import psutil
+import pytest
 
 ABANDONED = """
+import torch
+# PyTorch starts threads of its own in each process, before any of our code runs there.
+torch.set_num_threads(4)
+torch.ones(1000, 1000).sum()
 from dive_fast.data.workers import in_workers
 batches = in_workers(str, range(1000), workers=2)
 # One of each process: both have settled in.
@@ -24,7 +29,7 @@ def test_processes_obey_the_training_process_alone_and_end_with_it() -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "4"},
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "0 1\n"
@@ -39,4 +44,42 @@ def test_processes_obey_the_training_process_alone_and_end_with_it() -> None:
     assert rest == "2\n"
     assert process.returncode == 0
     _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
+
+
+LITTLE_SHARED_MEMORY = """
+import sys
+import torch
+from dive_fast.data.workers import in_workers
+from dive_fast.errors import MachineError
+try:
+    print(len(list(in_workers(lambda number: torch.zeros(2**20), range(3), workers=1))))
+except MachineError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def test_what_does_not_fit_into_shared_memory_ends_with_the_reason() -> None:
+    mounted = "mount -t tmpfs -o size=256k tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mounted], capture_output=True, check=False).returncode:
+        pytest.skip("a file system of its own needs root, and a kernel that lets it mount")
+    command = ["unshare", "-m", "sh", "-c", f'{mounted} && exec "$@"', "sh", sys.executable, "-P", "-c"]
+    run = subprocess.run([*command, LITTLE_SHARED_MEMORY], capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 1
+    assert run.stdout == ""
+    assert "error: shared memory (/dev/shm) is full: give the container more" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_processes_end_soon_after_a_training_process_that_was_killed() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", ABANDONED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "0 1\n"
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
     assert not alive

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,19 +16,20 @@ from distributed import run_script
 from dive_fast import towers
 from dive_fast.config import Config
 from dive_fast.evaluate import head as heads
+from dive_fast.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 
 
-def call(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    script = str(ROOT / "launch/evaluate.py")
+def call(*arguments: str, ranks: int = 1, command: str = "evaluate") -> subprocess.CompletedProcess[str]:
+    script = str(ROOT / f"launch/{command}.py")
     if ranks == 1:
         return run_script(script, *arguments, cwd=ROOT, environment={"DS_ACCELERATOR": "cpu"})
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path}
-    command = ["deepspeed", "--num_accelerators", str(ranks), script, *arguments]
+    launched = ["deepspeed", "--num_accelerators", str(ranks), f"--master_port={free_port()}", script, *arguments]
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        launched, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
 
 
@@ -120,3 +122,41 @@ def test_mistakes_are_told_in_one_line(tree: dict[str, Any], tmp_path: Path) -> 
     assert "no pets found: expected CLIP-benchmark's tars (test/*.tar, classnames.txt)" in line
     (line,) = errors(call("--model", "ViT-B-16", "--datasets", "pets"))
     assert "--suite and --datasets need --root" in line
+
+
+@pytest.mark.parametrize("name", ["evaluate", "geometry", "ensemble"])
+def test_cheap_checks_come_first_and_say_the_same(tree: dict[str, Any], tmp_path: Path, name: str) -> None:
+    """The model's weights are broken: whoever says so has gone too far before looking at the paths."""
+    option = "--after" if name == "geometry" else "--weights"
+    model = tmp_path / "model"
+    shutil.copytree(Path(tree["model"]["name"].removeprefix("local-dir:")), model)
+    (model / "open_clip_model.safetensors").write_bytes(b"broken")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(tree | {"model": {"name": f"local-dir:{model}"}}))
+    run = Path(tree["train"]["output"])
+    (tmp_path / "file").touch()
+    for arguments, message in (
+        ([f"train.output={tmp_path}/none"], f"{tmp_path}/none/model.safetensors is missing: train first, or name"),
+        ([option, f"{tmp_path}/no.bin"], f"{option} {tmp_path}/no.bin: no such file or folder"),
+        (
+            ["--output", f"{tmp_path}/file/a"],
+            f"{tmp_path}/file/a: results cannot be written there: {tmp_path}/file",
+        ),
+    ):
+        (line,) = errors(call("--config", str(config), *arguments, command=name))
+        assert message in line
+    # A random model is compared with nothing.
+    random = ["model.name=ViT-S-32-alt", f"train.output={run}"]
+    if name == "evaluate":
+        random += ["--weights", "pretrained"]
+    (line,) = errors(call("--config", str(config), *random, command=name))
+    assert "model.pretrained" in line
+    assert "model.random" in line
+
+
+def test_geometry_says_that_its_pairs_are_those_of_training(tree: dict[str, Any], tmp_path: Path) -> None:
+    config = str(Path(tree["train"]["output"]).parent / "config.json")
+    done = call("--config", config, "--limit", "5", "--output", str(tmp_path), command="geometry")
+    assert done.returncode == 0, done.stderr
+    assert "pairs: data.reference, on which training holds embeddings in place" in done.stdout
+    assert json.loads((tmp_path / "geometry.json").read_text())["num_pairs"] == 5

@@ -101,6 +101,7 @@ def test_an_image_that_cannot_be_decoded_is_named_without_pythons_words(root: Pa
     with pytest.raises(DataError) as refused:
         measured(root, EvaluationSet(format="folder", path=str(tmp_path / "set"), templates="simple"))
     assert "a/broken.jpg: cannot decode the image" in str(refused.value)
+    assert str(refused.value).endswith("or accept figures without it by evaluate.sets.mine.on_skipped=report")
     assert "BytesIO" not in str(refused.value)
     (tmp_path / "set/a/good.jpg").unlink()
     only = EvaluationSet(format="folder", path=str(tmp_path / "set"), templates="simple", on_skipped="report")

@@ -453,3 +453,123 @@ def test_captions_of_flickr_coco_and_tars_are_grouped_by_image(tmp_path: Path) -
         assert isinstance(found, Captioned)
         assert found.captions() == [tuple(f"dog {i}, says {k}" for k in range(5)) for i in range(3)]
         assert io.BytesIO(found.source.read(2)).getvalue() == JPEG
+
+
+# Lists that belong together
+
+
+def test_what_belongs_together_is_joined_by_key_and_counted(tmp_path: Path) -> None:
+    """Each table once whole, then with one entry wrong: never a set that is something else."""
+    for wnid in imagenet.synsets("r"):
+        put(tmp_path / "imagenet-r" / wnid / "a.jpg")
+    (tmp_path / "imagenet-r/__MACOSX/n01443537").mkdir(parents=True)
+    with pytest.raises(DataError, match="__MACOSX is none of them"):
+        opened("imagenet-r", tmp_path)
+    shutil.rmtree(tmp_path / "imagenet-r/__MACOSX")
+    put(tmp_path / "imagenet-r/n01443537/notes.txt", b"seen")
+    assert len(opened("imagenet-r", tmp_path).source) == 200
+    # ImageNet's thousand names, where the folders are two hundred of them by id.
+    found = opened("imagenet-r", tmp_path, class_names="imagenet")
+    assert found.class_names == opened("imagenet-r", tmp_path).class_names
+    assert found.imagenet_rows == imagenet.classes_of("r")
+    put(tmp_path / "names.txt", b"cat\ndog\n")
+    with pytest.raises(DataError, match="2 class names, but the data set has 200 classes"):
+        opened("imagenet-r", tmp_path, class_names=str(tmp_path / "names.txt"))
+
+
+def test_objectnets_map_is_read_by_names_that_are_unique(tmp_path: Path) -> None:
+    root = tmp_path / "objectnet"
+    write_objectnet(root)
+    labels = (root / "mappings/imagenet_to_label_2012_v2").read_text().splitlines()
+    # "crane" is a bird and a machine: where ObjectNet does not ask for it, nothing is wrong.
+    twice = [*labels[:998], labels[997], labels[999]]
+    put(root / "mappings/imagenet_to_label_2012_v2", "\n".join(twice).encode())
+    assert len(opened("objectnet", tmp_path).source) == 113
+    twice = [*labels[:998], labels[301], labels[999]]
+    put(root / "mappings/imagenet_to_label_2012_v2", "\n".join(twice).encode())
+    with pytest.raises(DataError, match="map does not fit together"):
+        opened("objectnet", tmp_path)
+    put(root / "mappings/imagenet_to_label_2012_v2", "\n".join(labels).encode())
+    folders = json.loads((root / "mappings/folder_to_objectnet_label.json").read_text())
+    put(root / "mappings/folder_to_objectnet_label.json", json.dumps(folders | {"new": "Thing 003"}).encode())
+    with pytest.raises(DataError, match="one folder for 'Thing 003'"):
+        opened("objectnet", tmp_path)
+
+
+def test_wilds_tables_are_refused_where_names_or_rows_do_not_fit(tmp_path: Path) -> None:
+    root = tmp_path / "iwildcam_v2.0"
+    write_iwildcam(root)
+    whole = (root / "categories.csv").read_text()
+    for table in (
+        whole.replace("\n7,1007,", "\n8,1007,"),
+        whole.replace("7,1007,Genus species 7\n", ""),
+        whole + "7,1007,Another\n",
+    ):
+        (root / "categories.csv").write_text(table)
+        with pytest.raises(DataError, match="its column y does not count the species from 0, each once"):
+            opened("iwildcam_ood", tmp_path)
+    (root / "categories.csv").write_text(whole.replace("Genus species 7\n", '"Genus species 7\n'))
+    with pytest.raises(DataError, match=r"categories.csv: cannot read it|too many columns"):
+        opened("iwildcam_ood", tmp_path)
+    (root / "categories.csv").write_text(whole)
+    (root / "train/f7.jpg").unlink()
+    with pytest.raises(DataError, match=r"1 of \d+ images are missing, e.g. .*f7.jpg"):
+        opened("iwildcam_ood", tmp_path)
+
+
+def test_captions_without_images_and_images_without_captions_are_refused(tmp_path: Path) -> None:
+    images = [{"id": i, "file_name": f"{i}.jpg"} for i in range(3)]
+    own = [{"image_id": i, "caption": f"dog {i}"} for i in range(3)]
+    file = tmp_path / "mscoco_captions/coco_test_karpathy.json"
+    for i in range(3):
+        put(tmp_path / f"mscoco_captions/val2014/{i}.jpg")
+        put(tmp_path / f"flickr8k/{i}.jpg")
+    for images_, own_, message in (
+        (images, own[:2], "1 images have no caption, e.g. 2.jpg"),
+        (images[:2], own, "not COCO's captions: KeyError"),
+        ([*images, images[0]], own, "two images have one id"),
+        (images, [*own, {"image_id": 0, "caption": " "}], "a caption of 0.jpg is empty"),
+    ):
+        put(file, json.dumps({"images": images_, "annotations": own_}).encode())
+        with pytest.raises(DataError, match=message):
+            open_known("mscoco_captions", str(tmp_path))
+    # Without its head the first line would be lost.
+    put(tmp_path / "flickr8k/flickr8k_test_karpathy.txt", b"0.jpg,dog 0\n1.jpg,dog 1\n")
+    with pytest.raises(DataError, match=r"expected the first line image,caption; found '0.jpg,dog 0'"):
+        open_known("flickr8k", str(tmp_path))
+
+
+def test_names_of_tars_and_splits_are_not_shifted(tmp_path: Path) -> None:
+    write_wds(tmp_path / "caltech101", 101)
+    names = (tmp_path / "caltech101/classnames.txt").read_text().splitlines()
+    (tmp_path / "caltech101/classnames.txt").write_text("\n".join([*names[:5], "", *names[5:]]))
+    with pytest.raises(DataError, match="line 6 is empty"):
+        opened("caltech101", tmp_path)
+    write_coop(tmp_path / "eurosat", "split_zhou_EuroSAT.json", "2750", 10)
+    tree = json.loads((tmp_path / "eurosat/split_zhou_EuroSAT.json").read_text())
+    tree["train"][3][2] = "another name"
+    put(tmp_path / "eurosat/split_zhou_EuroSAT.json", json.dumps(tree).encode())
+    with pytest.raises(DataError, match="label 3 is called both 'another name' and 'some_3'"):
+        opened("eurosat", tmp_path)
+    # Class folders that are numbers make no prompts.
+    for number in range(1, 103):
+        put(tmp_path / f"flowers/test/{number}/a.jpg")
+    with pytest.raises(DataError, match=r"its classes are called by number, e.g. 1, which makes no prompt"):
+        opened("flowers", tmp_path)
+    put(tmp_path / "flowers.txt", "".join(f"flower {number}\n" for number in range(1, 103)).encode())
+    found = opened("flowers", tmp_path, class_names=str(tmp_path / "flowers.txt"))
+    assert {int(folder): found.class_names[label] for folder, label in labels(found).items()} == {
+        number: f"flower {number}" for number in range(1, 103)
+    }
+
+
+def test_tars_of_imagenet_are_counted_as_its_folders_where_their_names_say_so(tmp_path: Path) -> None:
+    write_wds(tmp_path / "imagenet-a", 200)
+    assert opened("imagenet-a", tmp_path).imagenet_rows is None  # classes called "class 7"
+    rows = imagenet.classes_of("a")
+    own = [open_clip.IMAGENET_CLASSNAMES[row] for row in rows]
+    own[5] = "an older name"
+    put(tmp_path / "imagenet-a/classnames.txt", "\n".join(own).encode())
+    assert opened("imagenet-a", tmp_path).imagenet_rows == rows
+    put(tmp_path / "imagenet-a/classnames.txt", "\n".join(sorted(own)).encode())
+    assert opened("imagenet-a", tmp_path).imagenet_rows is None

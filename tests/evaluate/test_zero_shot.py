@@ -24,7 +24,16 @@ from dive_fast.evaluate import imagenet
 from dive_fast.evaluate.classifier import cached_classifier
 from dive_fast.evaluate.head import Head
 from dive_fast.evaluate.labelled import CountedSamples
-from dive_fast.evaluate.zero_shot import accuracy, classifier, evaluate, measure, open_evaluation, open_set
+from dive_fast.evaluate.zero_shot import (
+    accuracy,
+    classifier,
+    evaluate,
+    measure,
+    open_evaluation,
+    open_set,
+    open_sets,
+    remarks_on_missing_classes,
+)
 from dive_fast.ranks import Ranks
 from dive_fast.towers import Towers, create, tokenizer_of, unit
 
@@ -226,6 +235,23 @@ def test_known_layouts_and_all_figures_are_open_clips_to_the_last_sample(folder:
     hits = [sum(a == b == own for a, b in zip(labels, nearest, strict=True)) for own in range(200)]
     recalls = [hit / labels.count(own) for own, hit in enumerate(hits)]
     assert found.scores["mean_class_recall"] == pytest.approx(sum(recalls) / 200)
+    # A head of the thousand, two of which have one name: as a run of vanilla_ft leaves it.
+    thousand = tuple(open_clip.IMAGENET_CLASSNAMES)
+    weight = torch.zeros(1000, 24)
+    weight[list(imagenet.classes_of("r"))] = classifier(towers, tokenizer, own_names, prompts)
+    by_head = measure(
+        *(towers, tokenizer, data, ALONE), batch_size=16, workers=0, head=Head(weight, torch.zeros(1000), thousand)
+    )
+    assert by_head == found._replace(classifier="head")
+
+
+def test_a_set_without_some_classes_of_the_target_is_remarked_on(folder: Path) -> None:
+    config = EvaluateConfig.model_validate_json(json.dumps({"sets": sets(folder)}))
+    opened = open_sets(config.sets, ALONE)
+    every = [f"kind {i}" for i in range(4)]
+    assert remarks_on_missing_classes(opened, every) == []
+    (line,) = remarks_on_missing_classes(opened, [*every, "kind 4"])
+    assert "evaluate.sets.images has 4 of the 5 classes of data.target: 'kind 4', for one" in line
 
 
 def test_a_head_classifies_the_sets_whose_classes_it_has(folder: Path) -> None:

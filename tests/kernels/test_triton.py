@@ -601,6 +601,25 @@ def test_what_is_not_finite_is_not_hidden(name, dtype, value):
         assert not gradients[argument].isfinite().all(), argument
 
 
+@pytest.mark.parametrize("scale", [float("inf"), float("nan")])
+@pytest.mark.parametrize("kind", [sure_pairs, opposed_pairs])
+def test_a_scale_that_is_not_finite_reaches_the_loss_and_all_gradients(kind, scale):
+    tensors = tensors_of(inputs_of("contrastive_loss", kind, 9, 20), torch.float32)
+    tensors["logit_scale"].detach().fill_(scale)
+    values, gradients = run("contrastive_loss", tensors, backend="triton")
+    assert values["loss"].isnan()
+    assert not any(gradient.isfinite().all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("path", ["fused", "chunked"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_scale_of_10000_which_nothing_bounds_is_computed_right(path, dtype, monkeypatch):
+    take_path(path, monkeypatch.setattr)
+    for kind in (opposed_pairs, sure_pairs, drifted_pairs):
+        inputs = inputs_of("contrastive_loss", kind, 33, 70, scale=1e4)
+        assert_at_most_twice_the_error("contrastive_loss", inputs, dtype)
+
+
 # Ranks
 
 

@@ -68,7 +68,7 @@ def test_folder_count_told_is_count_lost(tmp_path: Path, case: str, caplog: pyte
     source = open_folder(str(tmp_path))
     assert (len(source) + len(source.skipped), len(source.skipped)) == (1 + count, lost)
     source.report_skipped("data.target")
-    told = [message for message in caplog.messages if "samples left out" in message]
+    told = [message for message in caplog.messages if " left out: " in message]
     assert sum(int(message.split()[1]) for message in told) == lost
     assert not reason or any(reason in message for message in told)
     # What is neither a sample nor beside one is told as well.
@@ -125,6 +125,20 @@ def test_folder_that_may_not_be_read_is_an_error(tmp_path: Path) -> None:
         open_folder(str(tmp_path))
 
 
+def test_a_path_one_level_too_high_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("photo/cat", "photo/dog", "sketch/cat"):
+        write(tmp_path / name / "1.jpg")
+    open_folder(str(tmp_path))
+    assert (
+        "all images lie in folders below those of the classes (photo/cat/1.jpg); the classes are photo, sketch"
+        in (caplog.text)
+    )
+    caplog.clear()
+    write(tmp_path / "photo/2.jpg")
+    open_folder(str(tmp_path))
+    assert not caplog.messages
+
+
 # Tars: files, how many samples they are, how many are lost, and a reason told
 
 WEBDATASET: dict[str, tuple[dict[str, bytes | str], int, int, str]] = {
@@ -161,7 +175,7 @@ def test_webdataset_count_told_is_count_lost(tmp_path: Path, case: str, caplog: 
     source = open_webdataset(str(tmp_path), ".txt")
     assert (len(source) + len(source.skipped), len(source.skipped)) == (1 + count, lost), source.skipped
     source.report_skipped("data.reference")
-    told = [message for message in caplog.messages if "samples left out" in message]
+    told = [message for message in caplog.messages if " left out: " in message]
     assert sum(int(message.split()[1]) for message in told) == lost
     assert not reason or any(reason in message for message in told), told
     for index in range(len(source)):
@@ -207,6 +221,24 @@ def test_labels_are_decimal_digits(tmp_path: Path, label: str) -> None:
         open_webdataset(str(path), ".cls")
     write_tar(path, {"a.jpg": JPEG, "a.cls": b"\xef\xbb\xbf+7\r\n"})
     assert open_webdataset(str(path), ".cls").samples[0].label == 7
+
+
+@pytest.mark.timeout(60)
+def test_pipes_are_waited_for_by_no_reader(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    for name in ("list.csv", "0.tar", "cat/model.bin", "cat/a.heic"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=r"list\.csv: cannot read it: a pipe or device$"):
+        open_csv(str(tmp_path / "list.csv"), None, group=False)
+    for path, message in (
+        (tmp_path, "called like a tar, but no regular file"),
+        (tmp_path / "0.tar", "no tar there"),
+    ):
+        with pytest.raises(DataError, match=rf"0\.tar.*{message}|{message}.*0\.tar"):
+            open_webdataset(str(path), ".txt")
+    write(tmp_path / "cat/1.jpg")
+    source = open_folder(str(tmp_path))
+    assert (len(source), len(source.skipped), len(source.ignored)) == (1, 1, 1)
 
 
 # CSV

@@ -1,0 +1,44 @@
+"""One class alone trains to the end by every method without a reference set, and is remarked on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from distributed import run_ranks
+
+from dive_fast import train
+from dive_fast.config import Config
+from dive_fast.evaluate import head as heads
+from dive_fast.ranks import join
+
+METHODS = ("flyp", "vanilla_ft", "lp_ft")
+
+
+def trained(root: Path) -> dict[str, dict[str, Any]]:
+    ranks, found = join(), {}
+    for method in METHODS:
+        tree = tiny.write_config(root / "made", max_steps=2)
+        target = tree["data"]["target"]
+        del tree["data"]["reference"]
+        tree["data"]["target"] = target | tiny.write_target(root / "one", count=6, classes=1) | {"batch_size": 3}
+        tree["objective"] = {"name": method, "probe_epochs": 1}
+        tree["evaluate"] = {"sets": {"seen": {key: tree["data"]["target"][key] for key in tiny.EVALUATION}}}
+        tree["evaluate"]["workers"] = 0
+        found[method] = train.train(Config.model_validate_json(json.dumps(tree)), root / method, ranks)
+    return found
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("one_class")
+
+
+def test_one_class_alone_trains(root: Path) -> None:
+    (found,) = run_ranks(1, trained, root, init=False)
+    for method in METHODS:
+        assert found[method]["accuracy/seen"] == 1
+        assert found[method]["loss"] >= 0
+    assert found["vanilla_ft"]["loss"] == found["lp_ft"]["loss"] == 0
+    assert heads.load(root / "lp_ft/head.safetensors").class_names == ("class number 0",)

@@ -1,0 +1,201 @@
+"""What is looked at before dear work: folders, disk, compilers, packages, shared memory, open files."""
+
+import collections
+import json
+import resource
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from dive_fast import preflight
+from dive_fast.config import Config
+from dive_fast.errors import UserError, machine_error
+from dive_fast.ranks import Ranks
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+Usage = collections.namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return tiny.write_config(tmp_path_factory.mktemp("run"))
+
+
+def changed(tree: dict[str, Any], **values: Any) -> Config:
+    """The config with other values, by dotted key."""
+    copy = json.loads(json.dumps(tree))
+    for place, value in values.items():
+        *sections, key = place.split(".")
+        section = copy
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[key] = value
+    return Config.model_validate_json(json.dumps(copy))
+
+
+def refused(says: str, config: Config, folder: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        preflight.check_environment(config, folder, ALONE)
+    assert says in str(caught.value)
+
+
+def test_what_fits_passes_and_leaves_nothing_behind(tree: dict[str, Any], tmp_path: Path) -> None:
+    preflight.check_environment(changed(tree), tmp_path / "run", ALONE)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_run_folder_that_is_a_file_is_named(tree: dict[str, Any], tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("x")
+    refused(f"train.output = {tmp_path}/{place}: cannot write there", changed(tree), tmp_path / place)
+    cache = changed(tree, **{"teacher.path": str(tmp_path / place / "cache")})
+    refused("teacher.path = ", cache, tmp_path / "run")
+
+
+def test_a_folder_on_a_disk_that_takes_nothing_is_named(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(**_: Any) -> Any:
+        raise OSError(30, "Read-only file system", str(tmp_path))
+
+    monkeypatch.setattr(preflight.tempfile, "NamedTemporaryFile", full)
+    refused("the file system is read-only", changed(tree), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("key", "package"), [("wandb", "wandb"), ("comet", "comet-ml"), ("tensorboard", "tensorboard")]
+)
+def test_trackers_are_looked_for(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, package: str
+) -> None:
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    enabled = changed(tree, **{f"deepspeed.{key}": {"enabled": True}})
+    refused(f"deepspeed.{key}: the package {package} is not installed: pip install {package}", enabled, tmp_path)
+    preflight.check_trackers(changed(tree, **{f"deepspeed.{key}": {"enabled": False}}))
+
+
+@pytest.mark.parametrize(
+    ("values", "option"),
+    [
+        ({"train.compile": True}, "train.compile needs a compiler"),
+        (
+            {"deepspeed.zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            "offload_optimizer needs a compiler",
+        ),
+    ],
+)
+def test_a_compiler_is_looked_for_where_an_option_needs_it(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], option: str
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    for name in ("CXX", "CC"):
+        monkeypatch.delenv(name, raising=False)
+    preflight.check_compiler(changed(tree, **values), on_gpu=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refused(option, changed(tree, **values), tmp_path / "run")
+    preflight.check_compiler(changed(tree), on_gpu=False)
+    with pytest.raises(UserError, match=r"Triton.*gcc or clang or cc is not found"):
+        preflight.check_compiler(changed(tree), on_gpu=True)
+
+
+def test_folders_of_compiled_code_are_written_to(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").write_text("no folder")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    with pytest.raises(UserError, match=r"home/\.triton/cache: cannot write there.*set TRITON_CACHE_DIR"):
+        preflight.check_compiler(changed(tree), on_gpu=True)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    preflight.check_compiler(changed(tree), on_gpu=True)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(Path, "home", classmethod(lambda cls: (_ for _ in ()).throw(RuntimeError("no home"))))
+    preflight.check_compiler(changed(tree), on_gpu=True)
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    with pytest.raises(UserError, match="set HOME, or TRITON_CACHE_DIR"):
+        preflight.check_compiler(changed(tree), on_gpu=True)
+
+
+def test_open_files_are_raised_or_refused(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    limits, asked = (64, 4096), []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, wanted: asked.append(wanted))
+    many = changed(tree, **{"data.target.workers": 8})
+    preflight.check_open_files(many)
+    assert asked
+    assert 100 < asked[0][0] <= 4096
+    limits = (64, 64)
+    with pytest.raises(UserError, match=r"open files is 64, 8 loader workers need at least 124.*ulimit -n"):
+        preflight.check_open_files(many)
+
+
+def test_shared_memory_is_held_to_the_batches_ahead(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "SHARED_MEMORY", tmp_path)
+    workers = {"data.target.workers": 2, "data.target.batch_size": 16}
+    # 16 images of 3 x 32 x 32 fp32, 2 workers, 4 batches ahead of each.
+    needed = 16 * 3 * 32 * 32 * 4 * 2 * 4
+    for free, fits in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: Usage(2**26, 0, free))
+        preflight.check_shared_memory(changed(tree), (32, 32), ALONE)
+        if fits:
+            preflight.check_shared_memory(changed(tree, **workers), (32, 32), ALONE)
+        else:
+            with pytest.raises(UserError, match=r"loaders keep up to 1.5 MiB .* of 64.0 MiB.*--shm-size"):
+                preflight.check_shared_memory(changed(tree, **workers), (32, 32), ALONE)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**26, 0, needed))
+    # Half of the batch is each rank's, but both ranks share the memory.
+    preflight.check_shared_memory(changed(tree, **workers), (32, 32), Ranks(0, 2, torch.device("cpu")))
+
+
+def test_a_disk_that_is_too_small_is_refused_and_a_tight_one_told(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    towers: Any = SimpleNamespace(width=24, parameters=lambda: [torch.empty(2**18)])  # 1 MiB of weights
+    config = changed(tree)
+    cache = 24 * 2 * 24 * 4
+    least = 4 * 2**20 + cache
+    for free, outcome in ((least - 1, "refused"), (least, "told"), (2**30, "")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: Usage(2**40, 0, free))
+        caplog.clear()
+        if outcome == "refused":
+            with pytest.raises(UserError, match=r"the run needs at least 4.0 MiB"):
+                preflight.check_disk(config, tmp_path, towers, 24)
+        else:
+            preflight.check_disk(config, tmp_path, towers, 24)
+        assert ("train.keep_last" in caplog.text) == (outcome == "told")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(28, "No space left on device", "/x"), "/x: the disk is full"),
+        (PermissionError(13, "Permission denied", "/x"), "/x: permission denied"),
+        (FileExistsError(17, "File exists", "/x"), "/x: it is there already, and not a folder"),
+        (OSError(24, "Too many open files"), "too many open files: raise the limit (ulimit -n"),
+        (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"), "--shm-size"),
+        (RuntimeError("DataLoader worker (pid 3) is killed by signal: Bus error."), "--shm-size"),
+        (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), "memory of the machine"),
+        (RuntimeError("received 0 items of ancillary data"), "ulimit -n"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "train.activation_checkpointing"),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered\nmore"), "device-side assert"),
+        (MemoryError(), "the memory of the machine is full"),
+    ],
+)
+def test_errors_of_the_machine_are_translated(error: Exception, says: str) -> None:
+    found = machine_error(error)
+    assert found is not None
+    assert says in str(found)
+    assert "\n" not in str(found)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), FileNotFoundError(2, "x"), ValueError("memory")])
+def test_other_errors_keep_their_traceback(error: Exception) -> None:
+    assert machine_error(error) is None
