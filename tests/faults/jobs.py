@@ -24,6 +24,7 @@ import tiny
 from distributed import begin, context
 from safetensors.torch import load_file
 
+from dive_fast.data.source import DataError
 from dive_fast.guard import watch
 from dive_fast.objective import Objective
 from dive_fast.ranks import free_port
@@ -294,6 +295,12 @@ def _fail(*arguments: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _data_missing(*arguments: Any) -> Iterator[None]:
+    raise DataError("data.target: no tar there")
+    yield
+
+
+@contextlib.contextmanager
 def _out_of_memory(*arguments: Any) -> Iterator[None]:
     import torch
 
@@ -348,6 +355,7 @@ HAPPENINGS: dict[str, Callable[..., Any]] = {
     "unheard": _unheard,
     "impatient": _impatient,
     "fails": _fail,
+    "data missing": _data_missing,
     "out of memory": _out_of_memory,
     "CUDA error": _cuda_error,
     "disk full": _disk_full,

@@ -439,6 +439,30 @@ def _(case: Case) -> None:
     case.same("train.rank_timeout=15")
 
 
+@fault("all ranks are frozen for longer than `train.rank_timeout` (SIGSTOP, SIGCONT)", f"the run goes on: {SAME}")
+def _(case: Case) -> None:
+    options = ("train.rank_timeout=6",)
+    job = case.job.start(At(STEP, "lingers", call=3, until=4), overrides=options)
+    job.until_step(2)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for rank in range(2):
+            job.kill(rank, number)
+        time.sleep(9 * (number == signal.SIGSTOP))
+    ended(job.wait(), 0, 0)
+    case.same(*options)
+
+
+@fault(
+    "one rank does not have the data",
+    f"it exits 2 with the reason, the other names it and exits {LOST}",
+    quick=True,
+)
+def _(case: Case) -> None:
+    outcome = case.job.go(At("dive_fast.run:open_target", "data missing", rank=1))
+    ended(outcome, LOST, 2, says="failed starting: DataError: data.target: no tar there")
+    case.same()
+
+
 for what, says in (("out of memory", "CUDA out of memory"), ("CUDA error", "an illegal memory access")):
 
     @fault(
