@@ -28,6 +28,9 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def announce(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    # Set by join(); so it is put back at the end.
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("LOCAL_RANK")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
 

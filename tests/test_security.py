@@ -103,7 +103,7 @@ def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, ca
     """What a launch command says when it ends with exit code 2."""
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr("dive_fast.ranks.join", lambda: ALONE)
+    monkeypatch.setattr("dive_fast.ranks.join", lambda *_: ALONE)
     launch = import_module(name)
     assert launch.main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -648,7 +648,7 @@ def _(case: Case) -> None:
     found = case.job.checkpoints()
     for each, hurt in zip(found, itertools.cycle((_cut, _flip))):
         hurt(each)
-    ended(case.job.go(), 2, 2, says="as it was written")
+    ended(case.job.go(), 2, 2, says="are damaged")
     assert case.job.checkpoints() == found
 
 
