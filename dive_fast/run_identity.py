@@ -191,12 +191,18 @@ def check_resumable(checkpoint: Path, stored: Identity, current: Identity) -> li
     found = differences(stored, current)
     refused = [one for one in found if not matches(one.key, (*CONTINUES, *ROUNDING))]
     if refused:
-        listed = "; ".join(map(str, refused))
+        listed = "; ".join(map(_described, refused))
         raise ConfigError(
             f"{checkpoint} belongs to a run with other settings ({listed}): set them back to continue that run, "
             "set train.output to another folder to keep both, or train.resume=never to train again here"
         )
     return found
+
+
+def _described(one: Difference) -> str:
+    """A difference in words: a digest of data says nothing to a user."""
+    section = one.key.removesuffix(".content")
+    return f"{section}: other data, or changed since" if section != one.key else str(one)
 
 
 def report_resumed(

@@ -56,6 +56,12 @@ def complaint(path: Path, *overrides: str) -> str:
 # Loading
 
 
+def test_config_in_the_readme_is_valid() -> None:
+    text = (REPOSITORY / "README.md").read_text()
+    example = text[text.index('    {\n      "model"') :].partition("\n    }\n")[0]
+    assert Config.model_validate(json.loads(example + "\n}")).data.target.path == "photos/train"
+
+
 def test_a_config_is_found_by_path_and_by_name_with_or_without_suffix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

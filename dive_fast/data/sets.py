@@ -46,10 +46,19 @@ def open_captioned(config: EvaluationSet, place: str = "") -> Source:
 
 def _open(config: Any, text: str, place: str) -> Source:
     try:
-        if config.format == "folder":
-            return open_folder(config.path)
-        if config.format == "csv":
-            return open_csv(config.path, config.image_root, group=text == ".cls")
-        return (open_webdataset if config.format == "webdataset" else open_prepared)(config.path, text)
+        source = _source(config, text)
+        if getattr(config, "loader", None) == "ffcv" and source.beton is None:
+            raise DataError(
+                f"{config.path}: loader = ffcv needs a set prepared for it: launch/prepare.py --container beton"
+            )
     except DataError as error:
         raise DataError(f"{place}: {error}" if place else str(error)) from error
+    return source
+
+
+def _source(config: Any, text: str) -> Source:
+    if config.format == "folder":
+        return open_folder(config.path)
+    if config.format == "csv":
+        return open_csv(config.path, config.image_root, group=text == ".cls")
+    return (open_webdataset if config.format == "webdataset" else open_prepared)(config.path, text)

@@ -660,8 +660,10 @@ def _csv_rows(file: Path, path: str) -> list[_Row]:
             header = next(reader, [])
             missing = {"title", "filepath"} - set(header)
             if missing:
+                is_other = len(header) == 1 and any(mark in header[0] for mark in ",;")
+                remedy = "; separate its cells by tabs" if is_other else ""
                 raise DataError(
-                    f"{path}: no column {' and '.join(sorted(missing))} in its tab-separated first line"
+                    f"{path}: no column {' and '.join(sorted(missing))} in its tab-separated first line{remedy}"
                 )
             twice = next((name for name in ("title", "filepath") if header.count(name) > 1), None)
             if twice is not None:
@@ -691,6 +693,8 @@ def _csv_rows(file: Path, path: str) -> list[_Row]:
             f"{path}: cannot read it: {error} in row {number + 1} (line {line}); a title that begins with a quote "
             "ends with one, and quotes inside are doubled"
         ) from error
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot read it: {error}") from error
     return rows

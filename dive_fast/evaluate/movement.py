@@ -60,7 +60,7 @@ def embed_both(
     """
     with ranks.together(UserError):
         # Before a model is built and anything is embedded: a typo in a path should not cost minutes.
-        source = open_reference(data)
+        source = open_reference(data, "" if data is config.data.reference else "--pairs")
         if ranks.first:
             source.report_skipped(data.path)
         model = towers.create(config.model, weights=before is None)

@@ -15,12 +15,14 @@ import tiny
 import torch
 from PIL import Image
 
+from dive_fast.config import ReferenceConfig
 from dive_fast.data import dali, prepare, source
 from dive_fast.data.loader import Options, batches_of, training_batches
 from dive_fast.data.order import Order
 from dive_fast.data.prepared import open_prepared
 from dive_fast.data.prompts import PromptTable, read_templates
 from dive_fast.data.samples import EvaluationSamples, ReferenceSamples, TargetSamples
+from dive_fast.data.sets import open_reference
 from dive_fast.data.source import DataError, Source, open_folder, open_webdataset
 from dive_fast.data.views import Preprocess
 from dive_fast.data.workers import in_workers
@@ -406,6 +408,9 @@ def test_ffcv_says_what_it_cannot_read(raw: Path, tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="--container beton"):
         load(open_webdataset(str(raw), ".cls"))
+    section = ReferenceConfig(format="webdataset", path=str(raw), loader="ffcv")
+    with pytest.raises(DataError, match=r"^data\.reference: .*loader = ffcv needs a set prepared for it"):
+        open_reference(section)
     source = prepared(raw, tmp_path / "set", ".cls")
     assert source.beton is not None
     data = bytearray(source.beton.read_bytes())

@@ -290,7 +290,7 @@ def test_csv_of_other_tools_is_read(tmp_path: Path, text: str) -> None:
     [
         ("filepath\ttitle\na.jpg\tone\n".encode("utf-16"), "cannot read it: 'utf-8' codec"),
         ("a.jpg\tone\nb.jpg\ttwo\n", "no column filepath and title in its tab-separated first line"),
-        ("filepath,title\na.jpg,one\n", "no column filepath and title"),
+        ("filepath,title\na.jpg,one\n", "no column filepath and title .*; separate its cells by tabs"),
         ("filepath\ttitle\timage\ttitle\n", "column title is twice in its first line"),
         ("filepath\ttitle\nimg\\a.jpg\tone\n", "does not exist; .*paths are those of Windows: write / for each"),
         ("filepath\ttitle\na.jpg\t \n", "no rows below its first line: all 1 titles are empty"),
