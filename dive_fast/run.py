@@ -260,10 +260,11 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
         ConfigError: a rank sees another folder, or none.
     """
     path = folder / locks.FILE
-    written = ranks.as_first(path.read_text() if ranks.first else None)
+    written = ranks.as_first(locks.own_name() if ranks.first else None)
     deadline = time.monotonic() + SHARED_SECONDS
     with ranks.together(ConfigError):
-        while not path.is_file() or path.read_text() != written:
+        # Not on the first rank: it would lose the lock by closing the file.
+        while not ranks.first and (not path.is_file() or path.read_text() != written):
             if time.monotonic() > deadline:
                 raise ConfigError(
                     f"rank {ranks.rank} on {socket.gethostname()} does not see what rank 0 writes to {folder}: "

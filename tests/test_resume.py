@@ -412,6 +412,21 @@ def test_settings_that_train_next_to_nothing_are_reported(found: dict[str, Any])
     assert "data.target.batch_size = 1: the contrastive loss of a single pair is 0" in said
 
 
+@pytest.mark.parametrize("name", ["config.json", "open_clip_config.json", "model.safetensors", "tensorboard"])
+def test_files_that_no_run_has_written_are_never_put_away(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"model_type": "clip"}')
+    with pytest.raises(UserError, match=f"holds {name}, which no run has written"):
+        lineage.begin(tmp_path, tmp_path / "checkpoints")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_folder_of_a_run_without_its_checkpoints_begins_another(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"config": {}, "versions": {}, "device": "cpu", "commit": null}')
+    (tmp_path / "metrics.jsonl").touch()
+    lineage.begin(tmp_path, tmp_path / "checkpoints")
+    assert (tmp_path / lineage.REPLACED / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize("operation", range(1, 8))
 def test_kill_while_a_run_replaces_another_leaves_one_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: int
@@ -687,6 +702,8 @@ def test_ranks_that_differ_name_rank_and_key(tmp_path: Path) -> None:
 
 def _hold(folder: Path, connection: Any) -> None:
     with folder_lock(folder, "run folder"):
+        # As a run does: whoever closes a second descriptor of the file loses the lock.
+        run_module.check_shared(folder, Ranks(0, 1, torch.device("cpu")))
         connection.send(os.getpid())
         connection.recv()
 
