@@ -17,6 +17,10 @@ class UserError(ValueError):
         super().__init__(one_line(message))
 
 
+class LaunchError(UserError):
+    """This process was launched wrongly: the variables of a launcher, addresses, ports or devices."""
+
+
 class MachineError(Exception):
     """The machine ends a run: memory, disk, open files, processes or devices; the message is one line."""
 
