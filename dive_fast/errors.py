@@ -76,6 +76,7 @@ _OURS = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
+    errno.EFBIG: "a file becomes larger than the file system or a limit allows (ulimit -f)",
     errno.EROFS: "the file system is read-only",
     errno.EMFILE: OPEN_FILES,
     errno.ENFILE: OPEN_FILES,

@@ -209,6 +209,11 @@ LONG_WARMUP = 0.2
 def _warn_of_schedule(config: Config, goal: objective.Objective, total_steps: int) -> None:
     """Reports settings that train next to nothing."""
     train, warmup = config.train, config.train.warmup_steps
+    if train.max_steps is not None and train.max_steps > total_steps:
+        logger.warning(
+            "train.max_steps = %d, but train.epochs = %d ends the run after %d steps: raise train.epochs",
+            *(train.max_steps, train.epochs, total_steps),
+        )
     if warmup > LONG_WARMUP * total_steps and warmup > 1:
         reached = min(1.0, total_steps / warmup) * train.learning_rate
         logger.warning(

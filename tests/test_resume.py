@@ -17,8 +17,8 @@ import torch
 from distributed import run_ranks
 from safetensors.torch import load_file
 
+from dive_fast import objective, run_identity, train
 from dive_fast import run as run_module
-from dive_fast import run_identity, train
 from dive_fast.checkpoint import format as checkpoint
 from dive_fast.checkpoint import lineage, saver
 from dive_fast.config import Config
@@ -412,6 +412,15 @@ def test_settings_that_train_next_to_nothing_are_reported(found: dict[str, Any])
     assert "data.target.batch_size = 1: the contrastive loss of a single pair is 0" in said
 
 
+def test_steps_beyond_the_epochs_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = Config.model_validate(tiny.write_config(tmp_path, max_steps=40))
+    run_module._warn_of_schedule(config, objective.create(config.objective, 24), 3)
+    assert "train.max_steps = 40, but train.epochs = 1 ends the run after 3 steps" in caplog.text
+    caplog.clear()
+    run_module._warn_of_schedule(config, objective.create(config.objective, 24), 40)
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("name", ["config.json", "open_clip_config.json", "model.safetensors", "tensorboard"])
 def test_files_that_no_run_has_written_are_never_put_away(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"model_type": "clip"}')
@@ -599,7 +608,7 @@ def test_kill_around_the_note_of_an_evaluation_keeps_the_best(validated: dict[st
 
 def test_best_weights_that_are_gone_are_reported(validated: dict[str, Any]) -> None:
     said, _, best, is_best = validated["gone"]
-    assert "best: the best weights are gone; they are chosen again" in said
+    assert "best: the best weights are gone; the best weights are chosen again" in said
     assert (best, is_best) == (6, True)
 
 

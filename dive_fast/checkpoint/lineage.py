@@ -34,6 +34,9 @@ LEFT_BY_RUNS = (
 )
 """Names in a run folder of what belongs to one run. Teacher cache and evaluations have identities of their own."""
 
+PROVENANCE = ("config", "versions", "device", "commit")
+"""Keys by which a run's ``config.json`` is known from that of other tools, models of Hugging Face say."""
+
 
 class Lineage(NamedTuple):
     """The present run of a folder."""
@@ -95,7 +98,7 @@ def _is_of_a_run(folder: Path, checkpoints: Path) -> bool:
         return True
     try:
         # Where the checkpoints were removed.
-        return {"config", "versions", "device", "commit"} <= read_json(folder / "config.json").keys()
+        return set(PROVENANCE) <= read_json(folder / "config.json").keys()
     except (OSError, ValueError, AttributeError):
         return False
 
