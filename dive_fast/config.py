@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from dive_fast.errors import UserError
 from dive_fast.untrusted import read_text
@@ -42,7 +42,13 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _expanded(path: str) -> str:
-    """With a home folder for ``~`` at the beginning, also behind ``local-dir:``."""
+    """With a home folder for ``~`` at the beginning, also behind ``local-dir:``.
+
+    Raises:
+        ValueError: it is empty, as where a shell's variable is not set; it would stand for the present folder.
+    """
+    if not path.strip():
+        raise PydanticCustomError("empty", "is empty: name something, or null where the key has a default")
     scheme = "local-dir:" if path.startswith("local-dir:") else ""
     rest = path.removeprefix(scheme)
     # A template may begin with ~, and has {} in it.

@@ -1,6 +1,7 @@
 """The ``deepspeed`` section: what is filled in, what has its home elsewhere, what DeepSpeed makes of it."""
 
 import difflib
+import json
 from typing import Any
 
 import pydantic
@@ -12,6 +13,10 @@ from dive_fast.update import offloads, zero_of
 BUCKET = 50_000_000
 """Elements that ZeRO reduces and gathers at once, unless told otherwise. DeepSpeed's default is ten times as many,
 1.9 GiB of each GPU, and more than these models have parameters."""
+
+
+KINDS = {bool: "true or false", float: "a number", int: "a whole number", str: "a string"}
+"""Of values that DeepSpeed takes as they are and only fails at, or silently misreads, when it trains."""
 
 
 def deepspeed_section(config: Config, world_size: int) -> dict[str, Any]:
@@ -36,6 +41,12 @@ def deepspeed_section(config: Config, world_size: int) -> dict[str, Any]:
         value = section.get(key)
         if value is not None and not (isinstance(value, dict) and value.get("enabled") is False):
             raise ConfigError(f"deepspeed.{key} has its home in {home}: set it there and remove it here")
+    zero = section.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ConfigError(f"deepspeed.zero_optimization = {json.dumps(zero)}: expected an object")
+    stage = zero.get("stage", 0)
+    if stage != "auto" and (type(stage) is not int or stage not in range(4)):
+        raise ConfigError(f"deepspeed.zero_optimization.stage = {json.dumps(stage)}: expected auto, 0, 1, 2 or 3")
     if config.train.compile and zero_of(section).get("stage", 0) == 3:
         raise ConfigError(
             "train.compile: ZeRO-3 brings each block's parameters by hooks that cannot be compiled; turn it off, "
@@ -79,6 +90,14 @@ def check_deepspeed(config: Config, world_size: int) -> None:
         raise ConfigError(f"deepspeed: {place}, in {error.title}: {first['msg']}") from error
     except (AssertionError, DeepSpeedConfigError, TypeError, ValueError) as error:
         raise ConfigError(f"deepspeed: {error}") from error
+    for key, default in section.defaults.items():
+        kind = next((kind for kind in (bool, float, int, str) if type(default) is kind), None)
+        if key in section and kind is not None and type(section[key]) not in (kind, *([int] * (kind is float))):
+            raise ConfigError(f"deepspeed.{key} = {json.dumps(section[key])}: expected {KINDS[kind]}")
+    for key, least in (("gradient_clipping", 0), ("steps_per_print", 1)):
+        value = section.get(key)
+        if value is not None and (type(value) not in (int, float) or value < least):
+            raise ConfigError(f"deepspeed.{key} = {json.dumps(value)}: expected a number from {least} on")
     for key in section.keys() - section.asked:
         # Some keys it looks for in ways that are not seen here; what it does not look for it does not miss.
         if near := difflib.get_close_matches(key, section.asked, cutoff=0.8):
@@ -86,11 +105,12 @@ def check_deepspeed(config: Config, world_size: int) -> None:
 
 
 class _Section(dict[str, Any]):
-    """Remembers which keys it was asked for."""
+    """Remembers which keys it was asked for, and the defaults of those with one."""
 
     def __init__(self, section: dict[str, Any]) -> None:
         super().__init__(section)
         self.asked: set[str] = set()
+        self.defaults: dict[str, Any] = {}
 
     def __contains__(self, key: object) -> bool:
         self.asked.add(str(key))
@@ -102,4 +122,5 @@ class _Section(dict[str, Any]):
 
     def get(self, key: str, default: Any = None) -> Any:
         self.asked.add(key)
+        self.defaults.setdefault(key, default)
         return super().get(key, default)

@@ -17,6 +17,10 @@ class UserError(ValueError):
         super().__init__(one_line(message))
 
 
+class LaunchError(UserError):
+    """This process was launched wrongly: the variables of a launcher, addresses, ports or devices."""
+
+
 class MachineError(Exception):
     """The machine ends a run: memory, disk, open files, processes or devices; the message is one line."""
 
@@ -72,6 +76,7 @@ _OURS = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
+    errno.EFBIG: "a file becomes larger than the file system or a limit allows (ulimit -f)",
     errno.EROFS: "the file system is read-only",
     errno.EMFILE: OPEN_FILES,
     errno.ENFILE: OPEN_FILES,

@@ -1,7 +1,8 @@
 """One process at a time in a folder: a lock on a file that names its holder.
 
 They are POSIX record locks (``fcntl``), which network file systems honour too. Unlike ``flock`` they belong to the
-process alone: loader processes forked by a run that was killed do not keep its folder locked.
+process alone: loader processes forked by a run that was killed do not keep its folder locked. In return, a process
+that closes any descriptor of the file loses its lock: the holder never opens the file again, not even to read it.
 """
 
 import errno
@@ -27,6 +28,11 @@ POLL_SECONDS = 0.5
 TELL_SECONDS = 30.0
 """Seconds between lines of a process that waits for a lock."""
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def own_name() -> str:
+    """Content of a lock that this process holds."""
+    return f"process {os.getpid()} on {socket.gethostname()}\n"
 
 
 class LockedError(UserError):
@@ -77,7 +83,7 @@ class Lock:
             os.close(descriptor)
         self._descriptor = descriptor
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        os.pwrite(descriptor, own_name().encode(), 0)
         return None
 
     def release(self) -> None:

@@ -15,7 +15,8 @@ def in_run_folder(config: Config, folder: Path) -> Config:
     section = dict(config.deepspeed)
     for name in IN_FILES:
         if isinstance(options := section.get(name), dict) and options.get("enabled"):
-            section[name] = {"output_path": str(folder), "job_name": name} | options
+            named = {key: value for key, value in options.items() if value not in ("", None)}
+            section[name] = {"output_path": str(folder), "job_name": name} | named
     return config.model_copy(update={"deepspeed": section})
 
 

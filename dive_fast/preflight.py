@@ -15,11 +15,14 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+from dive_fast.checkpoint.format import FOLDER as CHECKPOINTS
+from dive_fast.checkpoint.lineage import LEFT_BY_RUNS, REPLACED
 from dive_fast.config import Config, ConfigError
 from dive_fast.data.workers import PREFETCH
 from dive_fast.errors import UserError, machine_error
 from dive_fast.objective import KINDS
 from dive_fast.ranks import Ranks
+from dive_fast.teacher import store
 from dive_fast.towers import Towers
 from dive_fast.update import offloads
 
@@ -51,6 +54,7 @@ def check_environment(config: Config, folder: Path | None, ranks: Ranks) -> None
                 check_folder(folder, "train.output")
             if _writes_cache(config) and config.teacher.path is not None:
                 check_folder(Path(config.teacher.path).parent, "teacher.path")
+                check_cache_folder(Path(config.teacher.path))
         check_trackers(config)
         check_temporary_folder()
         check_compiler(config, ranks.device.type == "cuda")
@@ -82,6 +86,40 @@ def check_folder(folder: Path, key: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable"):
             pass
+
+
+def check_inputs(config: Config, folder: Path) -> None:
+    """Checks that a run reads neither its model nor its teacher cache where it writes its own results.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    scheme, own = "local-dir:", folder.resolve()
+    model, pretrained = config.model.name, config.model.pretrained
+    read = {
+        "model.name": model.removeprefix(scheme) if model.startswith(scheme) else None,
+        "model.pretrained": pretrained if pretrained is not None and Path(pretrained).is_file() else None,
+        "teacher.path": config.teacher.path if _writes_cache(config) else None,
+    }
+    for key, named in read.items():
+        if named is None:
+            continue
+        path = Path(named).resolve()
+        if path == own or any(path.is_relative_to(own / name) for name in (*LEFT_BY_RUNS, CHECKPOINTS, REPLACED)):
+            raise ConfigError(
+                f"{key} = {named} is where the run itself writes (train.output = {folder}): set train.output to "
+                "another folder"
+            )
+
+
+def check_cache_folder(path: Path) -> None:
+    """Checks that a teacher cache is there, or can be put there.
+
+    Raises:
+        ConfigError: something else is there.
+    """
+    if path.is_dir() and not store.is_there(path) and any(path.iterdir()):
+        raise ConfigError(f"teacher.path = {path} is not empty, and not a teacher cache: name another folder")
 
 
 def check_trackers(config: Config) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dive_fast import precision
-from dive_fast.errors import UserError
+from dive_fast.errors import LaunchError
 from dive_fast.waiting import tell, waiting
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
@@ -145,7 +145,7 @@ def launched() -> Launch | None:
     """How this process was launched; None: alone.
 
     Raises:
-        UserError: variables of a launcher are incomplete, or no numbers; the message says what to do.
+        LaunchError: variables of a launcher are incomplete, or no numbers; the message says what to do.
     """
     read = os.environ.get
     if "RANK" not in os.environ:
@@ -155,7 +155,7 @@ def launched() -> Launch | None:
             (read("PMI_SIZE"), "PMI_RANK"),
         ):
             if number in os.environ and (tasks or "").isdecimal() and int(tasks or 0) > 1:
-                raise UserError(
+                raise LaunchError(
                     f"{tasks} tasks were started ({number} = {read(number)}), but RANK is not set, so each would "
                     "be a run of its own: set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as in "
                     f"docs/reliability.md, or unset {number} to run alone"
@@ -163,7 +163,7 @@ def launched() -> Launch | None:
         return None
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in names if not read(name)]:
-        raise UserError(
+        raise LaunchError(
             f"RANK is set, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not: start by "
             "deepspeed or torchrun, or unset RANK and WORLD_SIZE to run alone"
         )
@@ -171,16 +171,16 @@ def launched() -> Launch | None:
     local_rank = _number("LOCAL_RANK") if read("LOCAL_RANK") else 0
     local_ranks = _number(local) if (local := next(filter(read, ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")), None)) else 0
     if rank >= world_size:
-        raise UserError(f"RANK = {rank} is not below WORLD_SIZE = {world_size}: ranks count from 0")
+        raise LaunchError(f"RANK = {rank} is not below WORLD_SIZE = {world_size}: ranks count from 0")
     if not 0 < port < 2**16:
-        raise UserError(f"MASTER_PORT = {port}: expected a port from 1 to 65535")
+        raise LaunchError(f"MASTER_PORT = {port}: expected a port from 1 to 65535")
     return Launch(rank, world_size, local_rank, local_ranks, os.environ["MASTER_ADDR"], port)
 
 
 def _number(name: str) -> int:
     text = os.environ[name]
     if not text.isdecimal():
-        raise UserError(f"{name} = {text!r}: expected a number; a launcher sets it, or unset RANK to run alone")
+        raise LaunchError(f"{name} = {text!r}: expected a number; a launcher sets it, or unset RANK to run alone")
     return int(text)
 
 
@@ -194,7 +194,7 @@ def join(timeout: float = START_TIMEOUT) -> Ranks:
         timeout: seconds until the process ends, with exit code 76, because other ranks have not come.
 
     Raises:
-        UserError: the launcher's variables are incomplete, ``MASTER_ADDR`` or ``MASTER_PORT`` cannot be used, or
+        LaunchError: the launcher's variables are incomplete, ``MASTER_ADDR`` or ``MASTER_PORT`` cannot be used, or
             there are fewer GPUs than ranks.
     """
     launch = launched()
@@ -216,6 +216,7 @@ def join(timeout: float = START_TIMEOUT) -> Ranks:
     if device.type == "cpu":
         # Else DeepSpeed compiles a shared-memory collective at start, for up to 90 s; gloo does its work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _check_interface()
     if launch is not None:
         _resolve(launch.address, timeout)
         # With GPUs too: what ranks agree on beside their steps goes over gloo.
@@ -243,7 +244,7 @@ def _device_index(local_rank: int) -> int:
         return local_rank
     if count == 1:
         return 0  # Slurm's --gpus-per-task shows each task its own
-    raise UserError(
+    raise LaunchError(
         f"LOCAL_RANK = {local_rank}, but {count} GPUs are visible here: start at most {count} ranks on a machine "
         "(deepspeed --num_gpus, torchrun --nproc_per_node), or show each rank all GPUs of its machine"
     )
@@ -254,9 +255,19 @@ def _refuse_uuids() -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     named = [name for name in visible.split(",") if name.strip() and not name.strip().lstrip("-").isdecimal()]
     if named and _uses_cuda() and find_spec("pynvml") is not None:
-        raise UserError(
+        raise LaunchError(
             f"CUDA_VISIBLE_DEVICES = {visible}: DeepSpeed reads numbers only, not {named[0]}; set the numbers "
             "that nvidia-smi -L shows, or uninstall nvidia-ml-py and start by torchrun"
+        )
+
+
+def _check_interface() -> None:
+    """Gloo's own error is a traceback that names no variable."""
+    named, interfaces = os.environ.get("GLOO_SOCKET_IFNAME"), psutil.net_if_addrs()
+    if named and (unknown := [name for name in named.split(",") if name not in interfaces]):
+        raise LaunchError(
+            f"GLOO_SOCKET_IFNAME = {named}: there is no network interface {unknown[0]} on {socket.gethostname()}, "
+            f"only {', '.join(interfaces)}: set one of them, or unset it"
         )
 
 
@@ -273,7 +284,7 @@ def _resolve(address: str, timeout: float) -> None:
                 tell(f"MASTER_ADDR = {address} cannot be resolved ({error}): trying for {patience:.0f} s")
             told = True
             if time.monotonic() > deadline:
-                raise UserError(
+                raise LaunchError(
                     f"MASTER_ADDR = {address} cannot be resolved: {error}; name the first rank's machine or its "
                     "address, or unset RANK and WORLD_SIZE to run alone"
                 ) from error
@@ -299,17 +310,17 @@ def _rendezvous(launch: Launch | None, timeout: float) -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         text = str(error)
         if "EADDRINUSE" in text or "address already in use" in text.lower():
-            raise UserError(
+            raise LaunchError(
                 f"port {launch.port} is taken on {socket.gethostname()}, perhaps by another run: name another one "
                 "(deepspeed --master_port, torchrun --master_port, MASTER_PORT)"
             ) from error
         if "Duplicate GPU" in text:
-            raise UserError(
+            raise LaunchError(
                 "two ranks have the same GPU: start one rank for each GPU (deepspeed --num_gpus, torchrun "
                 "--nproc_per_node)"
             ) from error
         if isinstance(error, dist.DistNetworkError):
-            raise UserError(f"the first rank does not answer at {place}: {text.splitlines()[0]}") from error
+            raise LaunchError(f"the first rank does not answer at {place}: {text.splitlines()[0]}") from error
         raise
     finally:
         if former is not None:
@@ -334,7 +345,7 @@ def _interface(local_ranks: int) -> str | None:
         addresses = psutil.net_if_addrs()
         return next((name for name in addresses if any(own == entry.address for entry in addresses[name])), None)
     if 0 < local_ranks < int(os.environ["WORLD_SIZE"]):
-        raise UserError(
+        raise LaunchError(
             f"MASTER_ADDR = {master} is {address[0]} on {socket.gethostname()}, which other machines cannot "
             "reach: name an address of the network between them (deepspeed --master_addr), or set "
             "GLOO_SOCKET_IFNAME"

@@ -209,6 +209,11 @@ LONG_WARMUP = 0.2
 def _warn_of_schedule(config: Config, goal: objective.Objective, total_steps: int) -> None:
     """Reports settings that train next to nothing."""
     train, warmup = config.train, config.train.warmup_steps
+    if train.max_steps is not None and train.max_steps > total_steps:
+        logger.warning(
+            "train.max_steps = %d, but train.epochs = %d ends the run after %d steps: raise train.epochs",
+            *(train.max_steps, train.epochs, total_steps),
+        )
     if warmup > LONG_WARMUP * total_steps and warmup > 1:
         reached = min(1.0, total_steps / warmup) * train.learning_rate
         logger.warning(
@@ -260,10 +265,11 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
         ConfigError: a rank sees another folder, or none.
     """
     path = folder / locks.FILE
-    written = ranks.as_first(path.read_text() if ranks.first else None)
+    written = ranks.as_first(locks.own_name() if ranks.first else None)
     deadline = time.monotonic() + SHARED_SECONDS
     with ranks.together(ConfigError):
-        while not path.is_file() or path.read_text() != written:
+        # Not on the first rank: it would lose the lock by closing the file.
+        while not ranks.first and (not path.is_file() or path.read_text() != written):
             if time.monotonic() > deadline:
                 raise ConfigError(
                     f"rank {ranks.rank} on {socket.gethostname()} does not see what rank 0 writes to {folder}: "

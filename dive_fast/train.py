@@ -16,7 +16,7 @@ from dive_fast.guard.nonfinite import NonFinite
 from dive_fast.guard.watch import Watch
 from dive_fast.locks import folder_lock
 from dive_fast.metrics import DIFFERENCE_VECTORS, Metrics
-from dive_fast.preflight import check_environment
+from dive_fast.preflight import check_environment, check_inputs
 from dive_fast.ranks import Ranks
 from dive_fast.run import Run, batches, build, check_shared
 from dive_fast.teacher.audit import allowed
@@ -53,6 +53,8 @@ def train(config: Config, folder: Path, ranks: Ranks) -> dict[str, float]:
     """
     with Watch(ranks, config.train.rank_timeout) as watch, watch.taking_requests():
         try:
+            with ranks.together(ConfigError):
+                check_inputs(config, folder)
             check_environment(config, folder, ranks)
             with folder_lock(folder, "run folder", ranks=ranks, remedy="set train.output to another folder"):
                 check_shared(folder, ranks)

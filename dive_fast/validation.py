@@ -119,20 +119,21 @@ class Validation:
         found = ranks.as_first(_selected(best))
         if self._select is None or (state["best"] is None and (found is None or found[0] != step)):
             return
+        total = self._run.total_steps
+        outcome = "the best weights are chosen again" if step < total else "the last weights are exported instead"
         if state["select"] != self._select:
-            ranks.say(f"evaluate.select: measured otherwise before step {step}; the best weights are chosen again")
+            ranks.say(f"evaluate.select: measured otherwise before step {step}; {outcome}")
             return
         if found is None:
-            ranks.say(f"{best}: the best weights are gone; they are chosen again")
+            ranks.say(f"{best}: the best weights are gone; {outcome}")
             return
+        # A run that goes back by some steps makes better weights of a later step again.
+        comes_again = step < found[0] <= total and found[1] > (state["best"] or 0.0) and self.is_due(found[0])
         if found[0] == step and (state["best"] is None or found[1] > state["best"]):
             # A kill came between them and the note of them.
             state = state | {"best": found[1], "best_step": step, "since_best": 0}
-        elif found != (state["best_step"], state["best"]) and found[0] <= step:
-            ranks.say(
-                f"{best}: of step {found[0]}, not {state['best_step']} as the checkpoint has it; the best weights "
-                "are chosen again"
-            )
+        elif found != (state["best_step"], state["best"]) and not comes_again:
+            ranks.say(f"{best}: of step {found[0]}, not {state['best_step']} as the checkpoint has it; {outcome}")
             return
         self._best, self._best_step, self._since_best = (state[key] for key in ("best", "best_step", "since_best"))
 

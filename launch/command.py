@@ -54,7 +54,7 @@ def run_folder(output: str | None, config: str) -> Path:
 
 
 def complain(error: Exception, options: argparse.Namespace) -> int:
-    """Tells a user's mistake in one line, on the first rank; returns the exit code.
+    """Reports a user's mistake in one line, once for all ranks that share it; returns the exit code.
 
     Args:
         options: what the user gave: a command that mends it repeats them.
@@ -62,9 +62,23 @@ def complain(error: Exception, options: argparse.Namespace) -> int:
     from dive_fast.teacher.store import StaleCacheError
 
     mend = f": {_rebuild(options)}" if isinstance(error, StaleCacheError) else ""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}{mend}", file=sys.stderr)
+    if _reports(error):
+        name = "" if os.environ.get("RANK", "0") == "0" else _own_name()
+        print(f"{name}error: {error}{mend}", file=sys.stderr)
     return 2
+
+
+def _reports(error: Exception) -> bool:
+    """Whether this process reports an error: the first rank does, once ranks have met and share their errors.
+
+    Before, each machine may have an error of its own, and each rank one of how it was launched.
+    """
+    from dive_fast.errors import LaunchError
+
+    rank, distributed = os.environ.get("RANK", "0"), sys.modules.get("torch.distributed")
+    if rank == "0" or (distributed is not None and distributed.is_initialized()):
+        return rank == "0"
+    return isinstance(error, LaunchError) or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def guarded(main: Callable[..., int]) -> Callable[..., int]:

@@ -406,6 +406,11 @@ def test_a_bad_value_is_told_with_its_place_and_what_is_expected(
     assert complaint(write(tmp_path), override).startswith(message)
 
 
+@pytest.mark.parametrize("key", ["train.output", "train.resume", "teacher.path", "model.name", "data.target.path"])
+def test_an_empty_path_of_a_shells_unset_variable_is_refused(tmp_path: Path, key: str) -> None:
+    assert f'{key} = "": is empty' in complaint(write(tmp_path), f"{key}=")
+
+
 def test_image_root_goes_with_csv_and_flyp_with_no_reference(tmp_path: Path) -> None:
     load(str(write(tmp_path)), ["data.target.format=csv", "data.target.image_root=x"])
     load(str(write(tmp_path)), ["data.reference.format=csv", "data.reference.image_root=x"])

@@ -67,6 +67,14 @@ def test_a_missing_data_set_ends_with_one_line_before_a_model_is_built(tmp_path:
             "deepspeed.zero_optimizaton.stage=1",
             "unknown key deepspeed.zero_optimizaton; did you mean deepspeed.zero_optim",
         ),
+        ('deepspeed.zero_optimization.stage="3"', 'stage = "3": expected auto, 0, 1, 2 or 3'),
+        ("deepspeed.zero_optimization=3", "deepspeed.zero_optimization = 3: expected an object"),
+        ('deepspeed.gradient_clipping="1"', 'deepspeed.gradient_clipping = "1": expected a number'),
+        ("deepspeed.gradient_clipping=null", "deepspeed.gradient_clipping = null: expected a number"),
+        ("deepspeed.gradient_clipping=true", "deepspeed.gradient_clipping = true: expected a number"),
+        ("deepspeed.gradient_clipping=-1", "deepspeed.gradient_clipping = -1: expected a number from 0 on"),
+        ("deepspeed.steps_per_print=0", "deepspeed.steps_per_print = 0: expected a number from 1 on"),
+        ('deepspeed.prescale_gradients="no"', 'deepspeed.prescale_gradients = "no": expected true or false'),
     ],
 )
 def test_what_deepspeed_would_refuse_late_or_pass_over_is_told_at_once(override: str, message: str) -> None:
@@ -160,6 +168,27 @@ def test_a_stale_cache_is_told_with_the_command_that_mends_it(
     monkeypatch.setenv("RANK", "1")
     command.complain(stale, parser.parse_intermixed_args(words))
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "says"),
+    [
+        *(({"RANK": rank}, [], "RANK") for rank in ("abc", "-1", "2", " 0")),
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "x"}, [], "WORLD_SIZE = 'x'"),
+        ({"RANK": "1", "LOCAL_RANK": "1", "GLOO_SOCKET_IFNAME": "none7"}, [], "no network interface none7"),
+        ({"RANK": "1", "LOCAL_RANK": "0"}, ["train.epochs=many"], "train.epochs"),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, ["train.epochs=many"], None),
+    ],
+)
+def test_a_rank_that_the_others_do_not_hear_speaks_for_itself(
+    environment: dict[str, str], arguments: list[str], says: str | None
+) -> None:
+    launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "DS_ACCELERATOR": "cpu"}
+    command = ["launch/train.py", "--config", "demo", *arguments]
+    result = run_script(*command, cwd=ROOT, environment=launcher | environment)
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if "error: " in line]
+    assert [says in line and line.startswith("rank ") for line in lines] == [True] * (says is not None)
 
 
 HALVES = {"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}

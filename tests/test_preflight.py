@@ -57,6 +57,28 @@ def test_a_run_folder_that_is_a_file_is_named(tree: dict[str, Any], tmp_path: Pa
     refused("teacher.path = ", cache, tmp_path / "run")
 
 
+@pytest.mark.parametrize("below", ["", "best", "checkpoints/step00000001"])
+@pytest.mark.parametrize("key", ["model.name", "model.pretrained", "teacher.path"])
+def test_a_run_does_not_write_where_it_reads(tree: dict[str, Any], tmp_path: Path, key: str, below: str) -> None:
+    run = tmp_path / "run"
+    (run / below).mkdir(parents=True)
+    (run / below / "model.safetensors").touch()
+    named = {"model.name": f"local-dir:{run / below}", "model.pretrained": str(run / below / "model.safetensors")}
+    others = {"model.name": "ViT-B-32"} if key == "model.pretrained" else {}
+    config = changed(tree, **others, **{key: named.get(key, str(run / below))})
+    with pytest.raises(UserError, match=f"{key} = .* is where the run itself writes"):
+        preflight.check_inputs(config, run)
+    preflight.check_inputs(config, tmp_path / "another")
+
+
+def test_a_folder_that_is_no_teacher_cache_is_named(tree: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    config = changed(tree, **{"teacher.path": str(tmp_path / "notes")})
+    preflight.check_environment(config, tmp_path / "run", ALONE)
+    (tmp_path / "notes/mine.txt").touch()
+    refused("notes is not empty, and not a teacher cache", config, tmp_path / "run")
+
+
 def test_a_folder_on_a_disk_that_takes_nothing_is_named(
     tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,8 +17,8 @@ import torch
 from distributed import run_ranks
 from safetensors.torch import load_file
 
+from dive_fast import objective, run_identity, train
 from dive_fast import run as run_module
-from dive_fast import run_identity, train
 from dive_fast.checkpoint import format as checkpoint
 from dive_fast.checkpoint import lineage, saver
 from dive_fast.config import Config
@@ -412,6 +412,30 @@ def test_settings_that_train_next_to_nothing_are_reported(found: dict[str, Any])
     assert "data.target.batch_size = 1: the contrastive loss of a single pair is 0" in said
 
 
+def test_steps_beyond_the_epochs_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = Config.model_validate(tiny.write_config(tmp_path, max_steps=40))
+    run_module._warn_of_schedule(config, objective.create(config.objective, 24), 3)
+    assert "train.max_steps = 40, but train.epochs = 1 ends the run after 3 steps" in caplog.text
+    caplog.clear()
+    run_module._warn_of_schedule(config, objective.create(config.objective, 24), 40)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("name", ["config.json", "open_clip_config.json", "model.safetensors", "tensorboard"])
+def test_files_that_no_run_has_written_are_never_put_away(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"model_type": "clip"}')
+    with pytest.raises(UserError, match=f"holds {name}, which no run has written"):
+        lineage.begin(tmp_path, tmp_path / "checkpoints")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_folder_of_a_run_without_its_checkpoints_begins_another(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"config": {}, "versions": {}, "device": "cpu", "commit": null}')
+    (tmp_path / "metrics.jsonl").touch()
+    lineage.begin(tmp_path, tmp_path / "checkpoints")
+    assert (tmp_path / lineage.REPLACED / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize("operation", range(1, 8))
 def test_kill_while_a_run_replaces_another_leaves_one_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: int
@@ -584,7 +608,7 @@ def test_kill_around_the_note_of_an_evaluation_keeps_the_best(validated: dict[st
 
 def test_best_weights_that_are_gone_are_reported(validated: dict[str, Any]) -> None:
     said, _, best, is_best = validated["gone"]
-    assert "best: the best weights are gone; they are chosen again" in said
+    assert "best: the best weights are gone; the best weights are chosen again" in said
     assert (best, is_best) == (6, True)
 
 
@@ -687,6 +711,8 @@ def test_ranks_that_differ_name_rank_and_key(tmp_path: Path) -> None:
 
 def _hold(folder: Path, connection: Any) -> None:
     with folder_lock(folder, "run folder"):
+        # As a run does: whoever closes a second descriptor of the file loses the lock.
+        run_module.check_shared(folder, Ranks(0, 1, torch.device("cpu")))
         connection.send(os.getpid())
         connection.recv()
 

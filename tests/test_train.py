@@ -26,6 +26,7 @@ from dive_fast.checkpoint import format as checkpoint
 from dive_fast.config import Config, ConfigError
 from dive_fast.data import prepare
 from dive_fast.data.source import open_webdataset
+from dive_fast.monitors import in_run_folder
 from dive_fast.objective import Objective
 from dive_fast.ranks import Ranks, join
 from dive_fast.trace import RANGES, SETTLING, WARMING
@@ -340,6 +341,8 @@ def test_a_named_checkpoint_that_is_not_whole_is_refused(by_rank: list[Any], fol
             checkpoint.find(str(path), tmp_path, alone)
 
     assert checkpoint.find("auto", tmp_path, alone) == newest
+    refused(tmp_path, f"no file manifest.json); there is {older} to step00000006")
+    refused(tmp_path / "Auto", f"no file manifest.json); there is {older} to ")
     assert checkpoint.find("never", tmp_path, alone) is None
     with (newest / "rank00001.safetensors").open("r+b") as file:
         file.truncate(1000)
@@ -371,6 +374,14 @@ def test_a_copy_that_a_user_has_put_beside_checkpoints_is_none_of_them(
         shutil.copytree(newest, tmp_path / name)
     assert checkpoint.whole_checkpoints(tmp_path)[-1] == newest
     assert checkpoint.find("auto", tmp_path, Ranks(0, 1, torch.device("cpu"))) == newest
+
+
+@pytest.mark.parametrize("named", [{}, {"output_path": "", "job_name": ""}, {"output_path": None}])
+def test_monitors_that_name_no_place_write_into_the_run_folder(tmp_path: Path, named: dict[str, Any]) -> None:
+    tree = tiny.write_config(tmp_path)
+    tree["deepspeed"]["csv_monitor"] = {"enabled": True} | named
+    section = in_run_folder(Config.model_validate(tree), tmp_path / "run").deepspeed["csv_monitor"]
+    assert section == {"enabled": True, "output_path": str(tmp_path / "run"), "job_name": "csv_monitor"}
 
 
 def test_deepspeeds_monitor_gets_the_metrics(tmp_path: Path) -> None:

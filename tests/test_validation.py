@@ -6,6 +6,7 @@ import math
 import unittest.mock
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dive_fast import probe, train, validation
+from dive_fast.checkpoint import lineage
 from dive_fast.config import Config
 from dive_fast.data.loader import Options
 from dive_fast.data.samples import EvaluationSamples
@@ -27,6 +29,7 @@ from dive_fast.evaluate import head as heads
 from dive_fast.objective import Objective
 from dive_fast.ranks import Ranks, join
 from dive_fast.towers import Towers, create
+from dive_fast.validation import BEST, Validation
 
 EPOCHS, STEPS = 3, 9
 ACCURACIES = (0.25, 0.75, 0.5)
@@ -89,6 +92,7 @@ def cases(folder: Path) -> dict[str, Any]:
     if ranks.first:
         for name in ("never", "selected"):
             (folder / name).mkdir()
+            (folder / name / "config.json").write_text(json.dumps(dict.fromkeys(lineage.PROVENANCE)))
             # Of another run: it would classify in the place of prompts.
             heads.save(heads.Head(torch.zeros(5, 24), torch.zeros(5), CLASSES), folder / name / heads.FILE)
     results["never"] = run(tree, folder / "never", ranks)
@@ -300,3 +304,41 @@ def test_a_probe_finds_the_head_of_least_cross_entropy() -> None:
     # The same again with the same seed.
     probe.probe(again, rows, labels, ranks, weight_decay=0.0, **options)
     assert torch.equal(first.weight, again.weight)
+
+
+@pytest.mark.parametrize(
+    ("step", "kept", "resumes"),
+    [
+        (6, (3, 0.5), True),
+        (6, None, False),
+        (6, (6, 0.5), False),  # another run's, or from before the best weights were lost
+        (6, (9, 0.4), False),
+        (6, (9, 0.6), True),  # the run goes back by a step: they come again
+        (6, (15, 0.6), False),  # but not behind its end
+        (6, (8, 0.6), False),  # nor where nothing is evaluated
+        (12, (6, 0.6), False),
+        (12, None, False),
+    ],
+)
+def test_best_weights_of_another_step_count_only_where_they_come_again(
+    tmp_path: Path, step: int, kept: tuple[int, float] | None, resumes: bool
+) -> None:
+    said: list[str] = []
+    if kept is not None:
+        (tmp_path / BEST).mkdir()
+        (tmp_path / BEST / "model.safetensors").touch()
+        (tmp_path / BEST / "selected.json").write_text(json.dumps({"step": kept[0], "value": kept[1]}))
+    ranks = SimpleNamespace(as_first=lambda found: found, say=said.append)
+    options = SimpleNamespace(select="val", patience=None)
+    resumed = Validation.__new__(Validation)
+    resumed.__dict__ |= {
+        "_run": SimpleNamespace(ranks=ranks, folder=tmp_path, total_steps=12),
+        "_options": options,
+        "_every": 3,
+        "_select": "digest",
+        "_best": None,
+    }
+    resumed.load_state_dict({"best": 0.5, "best_step": 3, "since_best": 1, "select": "digest"}, step)
+    assert (resumed._best == 0.5) == resumes
+    last = "the last weights are exported instead" if step == 12 else "the best weights are chosen again"
+    assert [line.endswith(last) for line in said] == [True] * (not resumes)

@@ -171,9 +171,17 @@ def find(resume: str, folder: Path, ranks: Ranks) -> Path | None:
 def _named(path: Path, what: str, ranks: Ranks) -> Path:
     with ranks.together(ConfigError):
         if (missing := _missing(path)) is not None:
-            raise ConfigError(f"{what}: no whole checkpoint there ({missing})")
+            raise ConfigError(f"{what}: no whole checkpoint there ({missing}){_nearby(path)}")
     verify(path, ranks)
     return path
+
+
+def _nearby(path: Path) -> str:
+    """The end of a message that names checkpoints, where a path leads to a run or to the folder of them."""
+    found = [each for folder in (path, path / FOLDER, path.parent) for each in written_checkpoints(folder)]
+    if found:
+        return f"; there is {found[0] if len(found) == 1 else f'{found[0]} to {found[-1].name}'}"
+    return "; expected auto, never, or a folder such as runs/a/checkpoints/step00001000"
 
 
 def _of_run(paths: list[Path], present: lineage.Lineage | None) -> list[tuple[Path, str | None]]:
@@ -372,7 +380,7 @@ def read_evaluation(checkpoint: Path) -> Evaluation | None:
     path = checkpoint / EVALUATION
     if not path.exists():
         return None
-    with _held_to_its_form(path):
+    with _held_to_its_form(path, "; remove this file to evaluate again"):
         found = read_json(path)
         validation, metrics = found["validation"], found["metrics"]
         _check_validation(validation)
@@ -388,12 +396,12 @@ def _check_validation(found: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _held_to_its_form(path: Path) -> Iterator[None]:
+def _held_to_its_form(path: Path, remedy: str = "") -> Iterator[None]:
     """Whatever is missing, or of another type, in a JSON file."""
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{path}: not as checkpoints of format {FORMAT} have it") from error
+        raise DamagedError(f"{path}: not as checkpoints of format {FORMAT} have it{remedy}") from error
 
 
 def _must(holds: bool) -> None:

@@ -34,6 +34,9 @@ LEFT_BY_RUNS = (
 )
 """Names in a run folder of what belongs to one run. Teacher cache and evaluations have identities of their own."""
 
+PROVENANCE = ("config", "versions", "device", "commit")
+"""Keys by which a run's ``config.json`` is known from that of other tools, models of Hugging Face say."""
+
 
 class Lineage(NamedTuple):
     """The present run of a folder."""
@@ -74,10 +77,30 @@ def begin(folder: Path, checkpoints: Path, start: Path | None = None, keep: bool
     Args:
         start: the checkpoint that it begins from.
         keep: what is in the folder belongs to the new run too, as where a run goes back to a step of its own.
+
+    Raises:
+        ConfigError: the folder holds files of these names that no run has written.
     """
+    foreign = [] if keep or _is_of_a_run(folder, checkpoints) else [folder / name for name in LEFT_BY_RUNS]
+    if names := [path.name for path in foreign if path.exists()]:
+        raise ConfigError(
+            f"train.output = {folder} holds {', '.join(names)}, which no run has written and a run would replace: "
+            "name another folder, or move them away"
+        )
     found = Lineage(secrets.token_hex(8), None if start is None else str(start.resolve()), is_begun=keep)
     _write(checkpoints, found)
     return found if keep else complete(folder, checkpoints, found)
+
+
+def _is_of_a_run(folder: Path, checkpoints: Path) -> bool:
+    """Whether a run has written into a folder before, of whatever version."""
+    if (checkpoints / FILE).exists() or any(checkpoints.glob("step*")):
+        return True
+    try:
+        # Where the checkpoints were removed.
+        return set(PROVENANCE) <= read_json(folder / "config.json").keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def resume(checkpoints: Path, run: str) -> Lineage:
