@@ -2,6 +2,7 @@
 
 import heapq
 import logging
+import os
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -215,8 +216,9 @@ def warn_of_lost_names(class_names: Sequence[str], templates: Sequence[Template]
 
 @cache
 def warn_once(message: str) -> None:
-    """Warns of something once in a process, however often it is met."""
-    logger.warning(message)
+    """Warns of something once, by the first rank, however often it is met."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(message)
 
 
 def pack(tokens: Tensor, pooled_at: PooledAt) -> Text:

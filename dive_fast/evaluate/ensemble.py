@@ -146,7 +146,8 @@ def _mixed(start: Head | None, trained: Head | None, alpha: float) -> Head | Non
     if start is None or trained is None:
         return None
     first, last = ({"weight": head.weight, "bias": head.bias} for head in (start, trained))
-    return Head(**interpolate(first, last, alpha), class_names=trained.class_names)
+    mixed = interpolate(first, last, alpha)
+    return Head(mixed["weight"], mixed["bias"], trained.class_names)
 
 
 def write(found: Ensemble, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Measures a model on many sets and keeps what was found; a measurement that has been made is not made again."""
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from dive_fast.evaluate.zero_shot import Opened, measure, metric_of, open_sets
 from dive_fast.identity import Identity, differences, digest
 from dive_fast.ranks import Ranks
 from dive_fast.towers import Towers
+
+logger = logging.getLogger(__name__)
 
 SHOWN_VERSIONS = ("dive_fast", "torch", "open_clip_torch")
 """Packages whose version a row names."""
@@ -85,6 +88,11 @@ def measure_all(
     with ranks.together(UserError):
         common = of_model(towers, tokenizer, ranks.device) if ranks.first else {}
         found = _identities(common, opened, options, head) if ranks.first else {}
+        if ranks.first and head is not None and head.trained_with not in ("", common["model"]["weights"]):
+            logger.warning(
+                "%s: the head was trained with other weights than these, whose features it may not classify well",
+                options.label,
+            )
     identities: dict[str, Identity] = ranks.as_first(found)
     rows: list[Row] = []
     for name, data in opened.items():

@@ -9,10 +9,12 @@ import tiny
 from distributed import run_ranks
 
 from dive_fast import train
-from dive_fast.config import Config
+from dive_fast.config import Config, ModelConfig
 from dive_fast.evaluate import head as heads
 from dive_fast.evaluate.weights import head_of
+from dive_fast.identity import weights_digest
 from dive_fast.ranks import join
+from dive_fast.towers import create
 
 METHODS = ("flyp", "vanilla_ft", "lp_ft")
 
@@ -50,5 +52,7 @@ def test_one_class_alone_trains(root: Path) -> None:
     assert stored.class_names == exported.class_names
     assert stored.weight.equal(exported.weight)
     assert stored.bias.equal(exported.bias)
+    towers = create(ModelConfig(name=f"local-dir:{root / 'lp_ft'}"))
+    assert exported.trained_with == weights_digest(towers)
     (without,) = (root / "flyp/checkpoints").glob("step*")
     assert head_of(without) is None
