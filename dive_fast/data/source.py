@@ -116,6 +116,8 @@ class Source:
     """A hash of all that the samples hold, where it is known without reading them: of a prepared set."""
     hashes: NDArray[np.uint8] | None = None
     """``(N, 16)``: a hash of each image's bytes, where it is known without reading them: of a prepared set."""
+    first_rows: Sequence[int] = ()
+    """The first sample of each file, where it is known without going through the samples: of a prepared set."""
     files: Sequence[Path] = ()
     """All files, where they are known without going through the samples: of a prepared set."""
     sizes: NDArray[np.int32] | None = None
@@ -206,9 +208,13 @@ class Source:
         """Compares some images of a prepared set with its index; opening it compares the sizes of files alone."""
         if self.hashes is None:
             return
-        for row in range(0, len(self), max(1, len(self) // 64)):
-            if content.image_hash(self.read(row)) != self.hashes[row].tobytes():
+        rows = sorted({*range(0, len(self), max(1, len(self) // 64)), *self.first_rows})
+        for row, found in zip(rows, content.in_threads(self._image_hash, rows), strict=True):
+            if found != self.hashes[row].tobytes():
                 raise self.samples[row].unusable("changed since it was prepared; copy or prepare the set again")
+
+    def _image_hash(self, row: int) -> bytes:
+        return content.image_hash(self.read(row))
 
     def report_skipped(self, name: str) -> None:
         """Logs how many samples were left out of the set called ``name``, and why."""
