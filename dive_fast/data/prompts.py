@@ -214,6 +214,24 @@ def warn_of_lost_names(class_names: Sequence[str], templates: Sequence[Template]
             return
 
 
+def warn_of_cut_texts(texts: Sequence[str], tokenizer: Tokenizer, name: str) -> None:
+    """Warns of captions that are cut to the model's context: of up to 1024 of them, spread evenly.
+
+    Args:
+        name: of the set, for the message.
+    """
+    chosen = [texts[row] for row in range(0, len(texts), max(1, -(-len(texts) // 1024)))]
+    if not chosen:
+        return
+    tokens, longer = tokenizer(chosen), tokenizer([f"{text} and more" for text in chosen])
+    count = int((tokens == longer).all(1).sum())
+    if count:
+        warn_once(
+            f"{name}: {count} of {len(chosen)} captions looked at fill the model's context of {tokens.shape[1]} "
+            "tokens, and are cut there"
+        )
+
+
 @cache
 def warn_once(message: str) -> None:
     """Warns of something once, by the first rank, however often it is met."""

@@ -16,6 +16,7 @@ from dive_fast.data.prompts import (
     quick_bpe,
     read_class_names,
     read_templates,
+    warn_of_cut_texts,
     warn_of_lost_names,
 )
 from dive_fast.data.source import DataError, Sample, Source
@@ -334,3 +335,9 @@ def test_cut_and_equal_prompts_are_reported(caplog: pytest.LogCaptureFixture) ->
     caplog.clear()
     warn_of_lost_names(["cat", "dog"], [lambda name: f"a {name}"], tokenizer)
     assert not caplog.text
+
+
+def test_cut_captions_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    warn_of_cut_texts(["a dog", "word " * 300, "a cat"], tokenizer, "flickr")
+    assert "flickr: 1 of 3 captions looked at fill the model's context of 77 tokens" in caplog.text
