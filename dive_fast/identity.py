@@ -13,6 +13,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from dive_fast.towers import Towers
@@ -120,10 +121,15 @@ def model_identity(towers: "Towers") -> Identity:
 
 def weights_digest(towers: "Towers") -> str:
     """A hash of all weights, bit for bit, names included; of a head's not."""
+    return state_digest(towers.state_dict())
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """The hash of :func:`weights_digest`, from the towers' state."""
     from dive_fast.towers import HEAD
 
     found = hashlib.sha256()
-    for name, tensor in sorted(towers.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         if not name.startswith(HEAD):
             found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             found.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)

@@ -280,6 +280,12 @@ def create(config: ModelConfig, weights: bool = True) -> Towers:
     towers.logit_scale_max = config.logit_scale_max
     towers.config, towers.model_cfg = config, open_clip.get_model_config(name)
     if loads:
+        present = float(towers.logit_scale.detach().exp().max())
+        if config.logit_scale_max is not None and present > config.logit_scale_max * (1 + 1e-6):
+            tell(
+                f"model.logit_scale_max = {config.logit_scale_max:g} is below the model's own logit scale, "
+                f"{present:.4g}: training begins at the bound"
+            )
         _tell_about_weights(config, name, towers, is_described)
     return towers
 

@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         from dive_fast.evaluate import measure, suites
         from dive_fast.evaluate.inputs import check_output
         from dive_fast.evaluate.results import Results, as_markdown
-        from dive_fast.evaluate.weights import load_into
+        from dive_fast.evaluate.weights import head_of, load_into
         from dive_fast.ranks import join
 
         sets: dict[str, EvaluationSet] = {
@@ -73,6 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         return command.complain(error, options)
     head_file = _head(options, weights)
+    if weights is None and options.head is None and (unused := _head_of_folder(model)) is not None:
+        ranks.say(f"{model.name} has a trained head, which is not measured; --head {unused} measures it")
     precision = options.precision or (config.train.precision if config is not None else "fp32")
     folder = options.output or _folder(options, config)
     how = measure.Options(
@@ -87,7 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
         with ranks.together(UserError):
             check_output(folder)
             results = Results(folder)
-            head = heads.load(head_file) if head_file is not None else None
+            head = None
+            if head_file is not None:
+                head = head_of(head_file) if head_file.is_dir() else heads.load(head_file)
             opened = measure.open_all(sets, ranks, options.skip_missing)
             built = towers.create(model, weights=weights is None)
             if weights is not None:
@@ -99,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
             "model": model.name,
             "pretrained": model.pretrained,
             "weights": None if weights is None else str(weights),
-            "head": None if head_file is None else str(head_file),
+            "head": None if head is None else str(head_file),
         }
         rows = measure.measure_all(built, tokenizer, sets, opened, ranks, results, how, about, head)
     except UserError as error:
@@ -167,19 +171,34 @@ def _weights(options: argparse.Namespace, config: "Config | None") -> Path | Non
 
 
 def _head(options: argparse.Namespace, weights: Path | None) -> Path | None:
+    """The file of a head, or the folder of a checkpoint, which may have one; None: prompts classify."""
     from dive_fast.evaluate.head import beside
 
     if options.head is not None:
         return None if options.head == Path("none") else Path(options.head)
-    return None if weights is None or weights.is_dir() else beside(weights)
+    if weights is None or weights.is_dir():
+        return weights
+    return beside(weights)
+
+
+def _head_of_folder(model: "ModelConfig") -> Path | None:
+    """The head in the folder of a model that is a run, ``local-dir:<run>``."""
+    from dive_fast.evaluate.head import FILE
+
+    if not model.name.startswith("local-dir:"):
+        return None
+    found = Path(model.name.removeprefix("local-dir:")).expanduser() / FILE
+    return found if found.is_file() else None
 
 
 def _label(options: argparse.Namespace, model: "ModelConfig", weights: Path | None) -> str:
-    if weights is not None:
-        return (
-            weights.parent.name if weights.name == "model.safetensors" else f"{weights.parent.name}/{weights.name}"
-        )
-    return model.name if model.pretrained is None else f"{model.name}/{model.pretrained}"
+    if weights is None:
+        return model.name if model.pretrained is None else f"{model.name}/{model.pretrained}"
+    folder = weights.parent
+    run = folder.absolute().parent.name  # of a folder in a run's: its checkpoints, its best weights
+    if weights.name == "model.safetensors":
+        return f"{run}/best" if folder.name == "best" else folder.name
+    return f"{run if folder.name == 'checkpoints' else folder.name}/{weights.name}"
 
 
 if __name__ == "__main__":

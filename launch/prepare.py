@@ -55,6 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
         if getattr(options, option) is not None:
             setattr(options, option, os.path.expanduser(getattr(options, option)))
 
+    if options.verify is None and options.format == "folder":
+        inside, output = os.path.realpath(options.input), os.path.realpath(options.output)
+        if os.path.commonpath([inside, output]) == inside:
+            parser.error("--output lies in --input, where it would be a class; name another folder")
+
     from dive_fast.data import prepare
     from dive_fast.data.prepared import MANIFEST, SKIPPED, verify
     from dive_fast.errors import UserError

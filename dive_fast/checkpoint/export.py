@@ -13,6 +13,7 @@ from dive_fast import towers
 from dive_fast.engine import Engine
 from dive_fast.evaluate import head as heads
 from dive_fast.evaluate.head import Head
+from dive_fast.identity import state_digest
 from dive_fast.model_files import DESCRIPTION
 
 MODEL = "model.safetensors"
@@ -40,7 +41,7 @@ def write_model(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -
         if engine.towers.head is None:
             (folder / heads.FILE).unlink(missing_ok=True)
         else:
-            head = Head(weights["head.weight"], weights["head.bias"], tuple(class_names))
+            head = Head(weights["head.weight"], weights["head.bias"], tuple(class_names), state_digest(weights))
             heads.save(head, folder / heads.FILE)
     engine.ranks.barrier()
 

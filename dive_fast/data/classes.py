@@ -1,6 +1,8 @@
 """Class names joined to the classes of a data set: by WordNet id, by number, by name, or by checked position."""
 
+import logging
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
@@ -11,9 +13,11 @@ import open_clip
 from dive_fast.data.prompts import check_labels, read_class_names
 from dive_fast.data.source import DataError, Source
 
+logger = logging.getLogger(__name__)
+
 SHOWN = 3
 """Examples in a message."""
-_WORDNET_ID = re.compile(r"n\d{8}")
+_WORDNET_ID = re.compile(r"[nN]\d{8}")
 
 
 @cache
@@ -37,7 +41,7 @@ def are_numbers(names: Sequence[str]) -> bool:
 def imagenet_rows(folders: Sequence[str]) -> tuple[int, ...] | None:
     """The numbers (0 to 999) of the ImageNet classes with these WordNet ids; None if one is of no class."""
     row_of = {wnid: row for row, wnid in enumerate(synsets())}
-    rows = tuple(row_of.get(folder, -1) for folder in folders)
+    rows = tuple(row_of.get(folder.lower(), -1) for folder in folders)
     return rows if rows and min(rows) >= 0 else None
 
 
@@ -69,6 +73,12 @@ def join_names(source: Source, names: Sequence[str] | None, given: str) -> tuple
             joined = _by_position(folders, names, given)
         names = joined
     check_labels(source, names)
+    if not folders and len(source) and min(sample.label for sample in source.samples) == 1:
+        logger.warning(
+            "%s: no sample has label 0, which is %r; where labels are counted from 1, every image gets the name "
+            "after its own",
+            *(given, names[0]),
+        )
     return names
 
 
@@ -143,7 +153,7 @@ def _by_wordnet_id(folders: Sequence[str], names: tuple[str, ...], given: str) -
         return None
     rows = imagenet_rows(folders)
     if rows is None:
-        stranger = next(folder for folder in folders if folder not in synsets())
+        stranger = next(folder for folder in folders if folder.lower() not in synsets())
         raise DataError(f"{given}: {stranger} is not a class of ImageNet's 1000; list the names in a file")
     return tuple(names[row] for row in rows)
 
@@ -194,4 +204,9 @@ def _unequal(folders: Sequence[str], names: Sequence[str], given: str) -> str:
 
 
 def _word(name: str) -> str:
-    return " ".join(name.replace("_", " ").lower().split())
+    return " ".join(composed(name).replace("_", " ").lower().split())
+
+
+def composed(name: str) -> str:
+    """A name with each accented letter as one character: macOS writes folders' names with two."""
+    return unicodedata.normalize("NFC", name)

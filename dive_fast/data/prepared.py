@@ -220,6 +220,7 @@ def _opened(folder: Path, manifest: Manifest, path: str, text: str) -> Source:
         prepared_without=manifest.skipped,
         content=content,
         hashes=index["hash"].numpy(),
+        first_rows=np.unique(index["file"].numpy(), return_index=True)[1].tolist(),
         files=[folder / name for name in (MANIFEST, INDEX, *(file.name for file in manifest.files))],
         sizes=torch.stack([index["height"], index["width"]], dim=1).numpy(),
         tokens=index.get("tokens"),

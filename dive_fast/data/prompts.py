@@ -1,8 +1,11 @@
 """Class names and templates -> prompts; texts -> tokens, each distinct one once."""
 
 import heapq
+import logging
+import os
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Literal
 
 import open_clip
@@ -13,6 +16,8 @@ from dive_fast.data.batch import Text
 from dive_fast.data.source import DataError, Sample, Source, locate
 from dive_fast.data.views import Draw, stream
 from dive_fast.untrusted import parse_json, read_text
+
+logger = logging.getLogger(__name__)
 
 Tokenizer = Callable[[list[str]], Tensor]
 """Texts -> ``(len, context)`` int64."""
@@ -36,30 +41,62 @@ def read_class_names(name: str) -> tuple[str, ...]:
         return tuple(open_clip.IMAGENET_CLASSNAMES)
     text = _text(name, "class names")
     if text.lstrip()[:1] in ("[", "{"):
-        return _json_names(name, text)
+        return _json_list(name, text, "class name", "class names, in label order, or one name a line")
     lines = _lines(name, text, "class names")
-    first = [re.match(r"(n[0-9]{8}|[0-9]+)[\s:,;]", line) for line in lines]
-    if all(first):
-        starts = [found[1] for found in first if found]
-        are_numbers = starts in ([str(i) for i in range(len(lines))], [str(i + 1) for i in range(len(lines))])
-        if are_numbers or all(start.startswith("n") for start in starts):
-            raise DataError(
-                f"{name}: each line begins with {'its number' if are_numbers else 'a WordNet id'}, which would be "
-                f"part of the class name ({lines[0][:40]!r}); keep the names alone"
-            )
+    begins = _numbered(lines)
+    if begins is not None:
+        raise DataError(
+            f"{name}: each line begins with {begins[0]}, which would be part of the class name "
+            f"({begins[1][:40]!r}); keep the names alone"
+        )
+    _refuse_code(name, lines, "class name")
     return tuple(lines)
 
 
-def _json_names(name: str, text: str) -> tuple[str, ...]:
-    try:
-        names = parse_json(text)
-    except ValueError as error:
+_NUMBERED = re.compile(r"(n[0-9]{8}|[0-9]+)\.?[\s:,;]")
+
+
+def _numbered(lines: Sequence[str]) -> tuple[str, str] | None:
+    """What each line of a table begins with, and the first such line; None: the lines are names."""
+    for rows in (lines, lines[1:] if len(lines) > 2 else []):  # the first line of a table may be its header
+        starts = [match[1] for match in map(_NUMBERED.match, rows) if match]
+        if not rows or len(starts) < len(rows):
+            continue
+        if all(start.startswith("n") for start in starts):
+            return "a WordNet id", rows[0]
+        numbers = [int(start) for start in starts if start.isdecimal()]
+        if numbers in (list(range(len(rows))), list(range(1, len(rows) + 1))):
+            return "its number", rows[0]
+    return None
+
+
+def _refuse_code(name: str, lines: Sequence[str], what: str) -> None:
+    """Refuses lines with the marks of a programming language or of YAML, which would be part of every prompt.
+
+    Raises:
+        DataError: all lines are quoted, or items of a list, or the first one is a comment.
+    """
+    if all(re.fullmatch(r"""(["']).*\1,?""", line) for line in lines):
         raise DataError(
-            f"{name}: begins like JSON, and is none: {error}; expected one class name a line"
-        ) from error
-    if not isinstance(names, list) or not names or not all(isinstance(own, str) and own.strip() for own in names):
-        raise DataError(f"{name}: expected a JSON list of class names, in label order, or one name a line")
-    return tuple(own.strip() for own in names)
+            f"{name}: all lines are quoted, and the quotes would be part of each {what} ({lines[0][:40]!r}); "
+            "remove them, or write a JSON list"
+        )
+    if all(line.startswith("- ") for line in lines):
+        raise DataError(f"{name}: each line begins with '- ', which would be part of the {what}; remove it")
+    if lines[0].startswith("#"):
+        raise DataError(
+            f"{name}: its first line is a comment, {lines[0][:40]!r}, which would be a {what}; remove it"
+        )
+
+
+def _json_list(name: str, text: str, what: str, several: str) -> tuple[str, ...]:
+    try:
+        found = parse_json(text)
+    except ValueError as error:
+        raise DataError(f"{name}: begins like JSON, and is none: {error}; expected one {what} a line") from error
+    if not isinstance(found, list) or not found or not all(isinstance(own, str) and own.strip() for own in found):
+        raise DataError(f"{name}: expected a JSON list of {several}")
+    return tuple(own.strip() for own in found)
 
 
 def read_templates(name: str, place: str = "") -> tuple[Template, ...]:
@@ -79,6 +116,10 @@ def read_templates(name: str, place: str = "") -> tuple[Template, ...]:
         for line in lines:
             if "{}" not in line:
                 raise DataError(f"{name}: template {line!r} has no {{}} for the class name")
+            if (other := re.search(r"\{\w+\}", line)) is not None:
+                raise DataError(
+                    f"{name}: template {line!r} has {other[0]}, which nothing fills; only {{}} is filled"
+                )
     except DataError as error:
         raise DataError(f"{place}: {error}" if place else str(error)) from error
     return tuple(Filled(line) for line in lines)
@@ -89,7 +130,12 @@ def _templates_in(name: str) -> Sequence[str]:
         raise DataError(
             f"{name}: no such file of templates; a template itself has {{}} in place of the class name"
         )
-    return _lines(name, _text(name, "templates"), "templates")
+    text = _text(name, "templates")
+    if text.lstrip().startswith("["):
+        return _json_list(name, text, "template", "templates, or one a line")
+    lines = _lines(name, text, "templates")
+    _refuse_code(name, lines, "prompt")
+    return lines
 
 
 def check_labels(source: Source, class_names: Sequence[str]) -> None:
@@ -125,6 +171,7 @@ class PromptTable:
         else:
             check_labels(source, class_names)
             prompts = [template(name) for name in class_names for template in templates]
+            warn_of_lost_names(class_names, templates, tokenizer)
         # int32: ImageNet's 80,000 prompts of 77 tokens are 25 MB, in every worker.
         self._tokens = torch.cat([tokenizer(prompts[i : i + 1024]).int() for i in range(0, len(prompts), 1024)])
 
@@ -134,6 +181,62 @@ class PromptTable:
         if self._titles is not None:
             return self._tokens[self._titles[sample.texts[int(draw * len(sample.texts))]]]
         return self._tokens[sample.label * self._templates + int(draw * self._templates)]
+
+
+def warn_of_lost_names(class_names: Sequence[str], templates: Sequence[Template], tokenizer: Tokenizer) -> None:
+    """Warns of prompts that are cut, and of classes whose prompts have equal tokens, by the longest template.
+
+    Tokenizers cut a prompt to the model's context without a word, and with it the class name.
+    """
+    if not class_names or not templates:
+        return
+    template = max(templates, key=lambda own: len(own("")))
+    prompts = [template(name) for name in class_names]
+    parts = [prompts[first : first + 1024] for first in range(0, len(prompts), 1024)]
+    tokens = torch.cat([tokenizer(part) for part in parts])
+    longer = torch.cat([tokenizer([f"{prompt} and more" for prompt in part]) for part in parts])
+    is_cut = (tokens == longer).all(1)
+    if bool(is_cut.any()):
+        first = prompts[int(is_cut.int().argmax())]
+        warn_once(
+            f"{int(is_cut.sum())} of {len(prompts)} classes have a prompt that fills the model's context of "
+            f"{tokens.shape[1]} tokens, and is cut there: {first[:30]!r} ... {first[-30:]!r}; shorten the "
+            "template or the name"
+        )
+    first_with: dict[bytes, str] = {}
+    for name, row in zip(class_names, tokens.numpy(), strict=True):
+        other = first_with.setdefault(row.tobytes(), name)
+        if other != name:  # equal names have a remark of their own
+            warn_once(
+                f"classes {other[:40]!r} and {name[:40]!r} have a prompt of the same tokens: prompts cannot tell "
+                "them apart, nor perhaps others"
+            )
+            return
+
+
+def warn_of_cut_texts(texts: Sequence[str], tokenizer: Tokenizer, name: str) -> None:
+    """Warns of captions that are cut to the model's context: of up to 1024 of them, spread evenly.
+
+    Args:
+        name: of the set, for the message.
+    """
+    chosen = [texts[row] for row in range(0, len(texts), max(1, -(-len(texts) // 1024)))]
+    if not chosen:
+        return
+    tokens, longer = tokenizer(chosen), tokenizer([f"{text} and more" for text in chosen])
+    count = int((tokens == longer).all(1).sum())
+    if count:
+        warn_once(
+            f"{name}: {count} of {len(chosen)} captions looked at fill the model's context of {tokens.shape[1]} "
+            "tokens, and are cut there"
+        )
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Warns of something once, by the first rank, however often it is met."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(message)
 
 
 def pack(tokens: Tensor, pooled_at: PooledAt) -> Text:
@@ -217,6 +320,9 @@ class Filled:
         return self.template.replace("{}", class_name)
 
 
+_SEPARATORS = "[\x0b\x0c\x1c-\x1f\x85\u2028\u2029]"
+
+
 def _text(name: str, what: str) -> str:
     try:
         return read_text(locate(name), "utf-8-sig").rstrip()
@@ -225,8 +331,9 @@ def _text(name: str, what: str) -> str:
 
 
 def _lines(name: str, text: str, what: str) -> Sequence[str]:
-    lines = [line.strip() for line in text.splitlines()]
-    if not lines:
+    # str.splitlines also splits at form feeds and Unicode's separators, which other tools leave in a line.
+    lines = [re.sub(_SEPARATORS, " ", line).strip() for line in re.split(r"\r\n|\r|\n", text)]
+    if lines == [""]:
         raise DataError(f"{name}: expected {what}, one a line; the file is empty")
     if "" in lines:  # dropped, it would shift the labels of all names behind it
         raise DataError(f"{name}: expected {what}, one a line; line {lines.index('') + 1} is empty")

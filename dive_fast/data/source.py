@@ -116,6 +116,8 @@ class Source:
     """A hash of all that the samples hold, where it is known without reading them: of a prepared set."""
     hashes: NDArray[np.uint8] | None = None
     """``(N, 16)``: a hash of each image's bytes, where it is known without reading them: of a prepared set."""
+    first_rows: Sequence[int] = ()
+    """The first sample of each file, where it is known without going through the samples: of a prepared set."""
     files: Sequence[Path] = ()
     """All files, where they are known without going through the samples: of a prepared set."""
     sizes: NDArray[np.int32] | None = None
@@ -206,9 +208,13 @@ class Source:
         """Compares some images of a prepared set with its index; opening it compares the sizes of files alone."""
         if self.hashes is None:
             return
-        for row in range(0, len(self), max(1, len(self) // 64)):
-            if content.image_hash(self.read(row)) != self.hashes[row].tobytes():
+        rows = sorted({*range(0, len(self), max(1, len(self) // 64)), *self.first_rows})
+        for row, found in zip(rows, content.in_threads(self._image_hash, rows), strict=True):
+            if found != self.hashes[row].tobytes():
                 raise self.samples[row].unusable("changed since it was prepared; copy or prepare the set again")
+
+    def _image_hash(self, row: int) -> bytes:
+        return content.image_hash(self.read(row))
 
     def report_skipped(self, name: str) -> None:
         """Logs how many samples were left out of the set called ``name``, and why."""
@@ -320,6 +326,9 @@ def _class_folders(root: Path, path: str, ignored: list[Skipped]) -> list[str]:
             hint = "; images lie there in no folder of a class"
         elif suffix == ".tar":
             hint = hint or "; it holds tars: use format webdataset"
+        elif entry.is_symlink() and not os.path.exists(entry.path) and not _is_hidden(name):
+            # It may have been the folder of a class, which decides the labels of all behind it.
+            raise DataError(f"{entry.path}: a link to nothing; remove it, or bring back what it leads to")
         elif name == "manifest.json":
             hint = "; it looks prepared: use format prepared"
     if not names:
@@ -329,6 +338,7 @@ def _class_folders(root: Path, path: str, ignored: list[Skipped]) -> list[str]:
             raise DataError(
                 f"{path}: the name of class folder {readable(name)} is not UTF-8; rename it (convmv can)"
             )
+    _refuse_equal([root / name for name in names], path)
     if all(name.lower() in SPLITS for name in names) and all(
         entry.is_dir() for name in names for entry in os.scandir(root / name) if not _is_hidden(entry.name)
     ):
@@ -468,7 +478,9 @@ def _tar_samples(
             except ValueError as error:
                 if strict and text == ".cls":
                     raise DataError(f"{tar}: {key}{text}: {error}") from error
-                reason = "its label is no integer" if text == ".cls" else "its caption is not UTF-8"
+                reason = (
+                    "its label is not a whole number from 0 on" if text == ".cls" else "its caption is not UTF-8"
+                )
                 skipped.append(Skipped(f"{readable(tar.name)}/{key}", reason))
                 continue
             if texts == ("",):
@@ -544,6 +556,8 @@ def _label(text: str) -> int:
         raise ValueError(f"{text[:40]!r} is no integer")
     if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
         raise ValueError(f"{text[:40]} is no label: it has more than 64 bits")
+    if int(text) < 0:
+        raise ValueError(f"{text} is no label: classes are counted from 0")
     return int(text)
 
 
@@ -555,14 +569,27 @@ def _tars(path: str, skipped: list[Skipped], ignored: list[Skipped]) -> list[Pat
         names = list(braceexpand.braceexpand(path))
     except ValueError as error:
         raise DataError(f"{path}: not a brace range: {error}") from error
-    tars = [Path(found) for name in names for found in (sorted(glob.glob(name)) or [name])]
+    tars = [Path(found) for name in names for found in (sorted(glob.glob(name, recursive=True)) or [name])]
     for tar in tars:
         if not tar.is_file():
             raise DataError(f"{path}: no tar there ({tar} does not exist)")
-    twice = next((tar for tar, count in Counter(tars).items() if count > 1), None)
-    if twice is not None:
-        raise DataError(f"{path}: names {twice} twice, and with it all its samples")
+    _refuse_equal(tars, path)
     return tars
+
+
+def _refuse_equal(paths: Sequence[Path], path: str) -> None:
+    """Refuses two names of one tar or folder: all its samples would count twice.
+
+    Raises:
+        DataError: names both.
+    """
+    name_of: dict[str, Path] = {}
+    for own in paths:
+        real = os.path.realpath(own)
+        if (other := name_of.get(real)) is not None:
+            also = "" if other == own else f", also as {own}"
+            raise DataError(f"{path}: names {other} twice{also}, and with it all its samples")
+        name_of[real] = own
 
 
 def _tars_in(root: Path, path: str, skipped: list[Skipped], ignored: list[Skipped]) -> list[Path]:
@@ -589,6 +616,7 @@ def _tars_in(root: Path, path: str, skipped: list[Skipped], ignored: list[Skippe
         hint = f"; {compressed[0]} is compressed: unpack it to a plain .tar" if compressed else ""
         hint = hint or (f"; they may lie in {ignored[0].key}" if ignored else "")
         raise DataError(f"{path}: no tar there{hint}")
+    _refuse_equal(tars, path)
     skipped += [Skipped(name, "a compressed tar; unpack it to a plain .tar") for name in compressed]
     return tars
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dive_fast.config import ConfigError
-from dive_fast.data.classes import repeated, synsets
+from dive_fast.data.classes import composed, repeated, synsets
 from dive_fast.data.prompts import Template, Tokenizer, pack
 from dive_fast.errors import UserError
 from dive_fast.evaluate.head import Head
@@ -142,12 +142,16 @@ def of_head(head: Head, class_names: Sequence[str], imagenet_rows: Sequence[int]
     if imagenet_rows is not None and head.class_names in (tuple(IMAGENET_CLASSNAMES), synsets()):
         chosen = list(imagenet_rows)
         return HeadRows(head.weight[chosen], head.bias[chosen], "number")
-    if tuple(class_names) == head.class_names:
+    class_names, head_names = (
+        [composed(name) for name in class_names],
+        [composed(name) for name in head.class_names],
+    )
+    if class_names == head_names:
         return HeadRows(head.weight, head.bias, "position")
-    rows = {name: row for row, name in enumerate(head.class_names)}
+    rows = {name: row for row, name in enumerate(head_names)}
     if any(name not in rows for name in class_names):
         return None
-    for owner, names in (("head", head.class_names), ("data set", class_names)):
+    for owner, names in (("head", head_names), ("data set", class_names)):
         if twice := [name for name in repeated(names) if name in class_names]:
             raise ConfigError(
                 f"the {owner} has two classes called {twice[0]!r}, so rows of the head cannot be found by name; "
@@ -155,6 +159,12 @@ def of_head(head: Head, class_names: Sequence[str], imagenet_rows: Sequence[int]
             )
     chosen = [rows[name] for name in class_names]
     return HeadRows(head.weight[chosen], head.bias[chosen], "name")
+
+
+def lacked(head: Head, class_names: Sequence[str]) -> str:
+    """The first of the classes that a head has no row for."""
+    known = {composed(name) for name in head.class_names}
+    return next(name for name in class_names if composed(name) not in known)
 
 
 def _read(path: Path, key: str, num_classes: int, width: int) -> Tensor:

@@ -17,7 +17,7 @@ from dive_fast.evaluate import head as heads
 from dive_fast.evaluate import plots
 from dive_fast.evaluate.head import Head
 from dive_fast.evaluate.results import LOCK
-from dive_fast.evaluate.weights import exported
+from dive_fast.evaluate.weights import exported, head_of
 from dive_fast.evaluate.zero_shot import (
     Measured,
     classifier,
@@ -95,7 +95,7 @@ def ensemble(
     with ranks.together(UserError):
         # What a typo may be in comes before what takes minutes.
         opened = open_sets(config.evaluate.sets, ranks)
-        trained = None if weights.is_dir() or (path := heads.beside(weights)) is None else heads.load(path)
+        trained = head_of(weights)
         templates = () if trained is None else read_templates(config.data.target.templates)
         model = towers.create(config.model)
         tokenizer = towers.tokenizer_of(config.model)
@@ -146,7 +146,8 @@ def _mixed(start: Head | None, trained: Head | None, alpha: float) -> Head | Non
     if start is None or trained is None:
         return None
     first, last = ({"weight": head.weight, "bias": head.bias} for head in (start, trained))
-    return Head(**interpolate(first, last, alpha), class_names=trained.class_names)
+    mixed = interpolate(first, last, alpha)
+    return Head(mixed["weight"], mixed["bias"], trained.class_names)
 
 
 def write(found: Ensemble, folder: Path) -> None:

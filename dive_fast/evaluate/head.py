@@ -26,12 +26,15 @@ class Head(NamedTuple):
     """``(C,)`` fp32."""
     class_names: tuple[str, ...]
     """C names, in the order of the rows."""
+    trained_with: str = ""
+    """:func:`dive_fast.identity.weights_digest` of the towers whose features it classifies; empty: not known."""
 
 
 def save(head: Head, path: Path) -> None:
     """Writes a head as safetensors with its class names as metadata, whole or not at all."""
     tensors = {name: getattr(head, name).detach().float().cpu().contiguous() for name in ("weight", "bias")}
     about = {"class_names": json.dumps(list(head.class_names), ensure_ascii=False)}
+    about |= {"trained_with": head.trained_with} if head.trained_with else {}
     with whole_path(path) as partial:
         save_file(tensors, partial, about)
 
@@ -56,7 +59,8 @@ def load(path: Path) -> Head:
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            names = parse_json((file.metadata() or {}).get("class_names", "null"))
+            about = file.metadata() or {}
+            names = parse_json(about.get("class_names", "null"))
     except Exception as error:  # safetensors has an error of its own for each way to be broken
         raise ConfigError(
             f"{path}: cannot be read as a head in safetensors: {error}; copy it again, or train it anew"
@@ -71,4 +75,4 @@ def load(path: Path) -> Head:
         raise ConfigError(
             f"{path}: no head: weight {tuple(weight.shape)}, bias {tuple(bias.shape)} and {len(names)} class names"
         )
-    return Head(weight.to(torch.float32), bias.to(torch.float32), tuple(names))
+    return Head(weight.to(torch.float32), bias.to(torch.float32), tuple(names), about.get("trained_with", ""))

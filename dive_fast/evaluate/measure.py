@@ -1,5 +1,6 @@
 """Measures a model on many sets and keeps what was found; a measurement that has been made is not made again."""
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from dive_fast.config import EvaluationSet
 from dive_fast.data.prompts import Tokenizer
 from dive_fast.data.source import DataError
 from dive_fast.errors import UserError
-from dive_fast.evaluate.classifier import HeadRows, of_head
+from dive_fast.evaluate.classifier import HeadRows, lacked, of_head
 from dive_fast.evaluate.head import Head
 from dive_fast.evaluate.identity import of_model, prompts_digest
 from dive_fast.evaluate.labelled import Captioned, Labelled
@@ -20,6 +21,8 @@ from dive_fast.evaluate.zero_shot import Opened, measure, metric_of, open_sets
 from dive_fast.identity import Identity, differences, digest
 from dive_fast.ranks import Ranks
 from dive_fast.towers import Towers
+
+logger = logging.getLogger(__name__)
 
 SHOWN_VERSIONS = ("dive_fast", "torch", "open_clip_torch")
 """Packages whose version a row names."""
@@ -85,15 +88,22 @@ def measure_all(
     with ranks.together(UserError):
         common = of_model(towers, tokenizer, ranks.device) if ranks.first else {}
         found = _identities(common, opened, options, head) if ranks.first else {}
+        if ranks.first and head is not None and head.trained_with not in ("", common["model"]["weights"]):
+            logger.warning(
+                "%s: the head was trained with other weights than these, whose features it may not classify well",
+                options.label,
+            )
     identities: dict[str, Identity] = ranks.as_first(found)
     rows: list[Row] = []
     for name, data in opened.items():
         identity = identities[name]
         about_set = described[name] | {"prompts_digest": identity["classes"].get("prompts", "")}
         key = digest(identity)
-        before = ranks.as_first(results.known(key, options.label, name) if ranks.first else None)
+        metric = str(about_set["metric"])
+        before = ranks.as_first(results.known(key, options.label, name, metric) if ranks.first else None)
         if before is not None and not options.again:
-            row = before | about | about_set | {"value": before[str(about_set["metric"])]}
+            before.pop("head_lacks", None)  # it may have been measured with a head, which decided nothing
+            row = before | about | about_set | {"value": before[metric]}
             ranks.say(f"{name}: {_figure(row)} (measured before)")
         else:
             started = time.monotonic()
@@ -117,7 +127,7 @@ def measure_all(
                 "device": identity["device"],
                 "versions": {part: identity["versions"][part] for part in SHOWN_VERSIONS},
             }
-            row |= about_set | {"value": measured.scores[str(about_set["metric"])]} | measured.scores
+            row |= about_set | {"value": measured.scores[metric]} | measured.scores
             row |= {
                 "samples": measured.samples,
                 "left_out": measured.left_out,
@@ -198,8 +208,10 @@ def _describe(name: str, config: EvaluationSet, data: Labelled | Captioned, head
         return found | {"classifier": "captions", "captions": sum(len(own) for own in data.captions())}
     found |= {"classes": data.num_labels, "templates": len(data.templates)}
     rows = None if head is None else of_head(head, data.class_names, data.imagenet_rows)
-    if head is None or rows is None:
+    if head is None:
         return found | {"classifier": "prompts"}
+    if rows is None:
+        return found | {"classifier": "prompts", "head_lacks": lacked(head, data.class_names)}
     by = f"{len(rows.weight)} of {len(head.bias)} rows, by {rows.joined_by}"
     return found | {"classifier": "head", "head_rows": by}
 
@@ -219,4 +231,6 @@ def _figure(row: Row) -> str:
         figure += f", {row['left_out']} left out"
     if row["classifier"] == "head":
         figure += f", by the head ({row['head_rows']})"
+    elif "head_lacks" in row:
+        figure += f", by prompts: the head has no class {row['head_lacks']!r}"
     return figure

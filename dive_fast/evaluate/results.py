@@ -38,9 +38,12 @@ class Results:
         self.folder = folder
         self.rows = _read(folder / FILE)
 
-    def known(self, key: str, label: str, name: str) -> Row | None:
-        """The row of the same measurement, if it has been made, under this label and name."""
-        same = (row for row in reversed(self.rows) if row.get("key") == key)
+    def known(self, key: str, label: str, name: str, metric: str) -> Row | None:
+        """The row of the same measurement, if it has been made, under this label and name.
+
+        A row without the metric or the number of samples, as another version or a person may leave it, is none.
+        """
+        same = (row for row in reversed(self.rows) if row.get("key") == key and metric in row and "samples" in row)
         return next((row | {"label": label, "set": name} for row in same), None)
 
     def last(self, label: str, name: str) -> Row | None:
@@ -83,10 +86,7 @@ def _read(path: Path) -> list[Row]:
             row = parse_json(line)
             if not isinstance(row, dict) or not set(FIRST) <= set(row):
                 raise ValueError(f"a row needs {', '.join(FIRST)}")
-            if type(row["value"]) not in (int, float) or not all(
-                isinstance(row[name], str) for name in ("label", "set", "title", "metric")
-            ):
-                raise ValueError("its value is no number, or its label, set, title or metric no text")
+            _check_row(row)
         except ValueError as error:
             if number == len(lines) and not text.endswith("\n"):
                 logger.warning("%s: its last line breaks off, and is left out: %s", path, line[:60])
@@ -94,6 +94,31 @@ def _read(path: Path) -> list[Row]:
             raise DataError(f"{path}: line {number} is no result: {error}; remove it") from error
         rows.append(row)
     return rows
+
+
+def _check_row(row: Row) -> None:
+    """Validates what tables are made from.
+
+    Raises:
+        ValueError: names what is wrong.
+    """
+    if not all(isinstance(row[name], str) for name in ("label", "set", "title", "metric")):
+        raise ValueError("its label, set, title or metric is not text")
+    recalls = {f"{way}_r{k}" for way, k in WAYS}
+    if recalls & row.keys() and not recalls <= row.keys():
+        raise ValueError(f"a row of retrieval needs {', '.join(sorted(recalls))}")
+    for name in ("value", row["metric"], "top1", *METRICS, *recalls):
+        if name in row and (type(row[name]) not in (int, float) or not 0 <= row[name] <= 1):
+            raise ValueError(f"{name} is {row[name]!r}, not a share from 0 to 1")
+    if row.get(row["metric"], row["value"]) != row["value"]:
+        raise ValueError(f"its value is {row['value']}, but its {row['metric']} is {row[row['metric']]}")
+    for name in ("samples", "left_out"):
+        if name in row and (type(row[name]) is not int or row[name] < 0):
+            raise ValueError(f"{name} is {row[name]!r}, not a count")
+
+
+WAYS = [(way, k) for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+"""Directions and cut-offs of retrieval."""
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -202,13 +227,12 @@ def _table(
 
 
 def _retrieval(lines: Lines) -> str:
-    ways = [(way, k) for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
-    head = [f"{'image to text' if way[0] == 'i' else 'text to image'} R@{k}" for way, k in ways]
+    head = [f"{'image to text' if way[0] == 'i' else 'text to image'} R@{k}" for way, k in WAYS]
     cells = [["Method", "Set", *head]]
     for line, rows in lines.items():
         for column, row in rows.items():
             if "image_to_text_r1" in row:
-                figures = [_percent(row[f"{way}_r{k}"]) for way, k in ways]
+                figures = [_percent(row[f"{way}_r{k}"]) for way, k in WAYS]
                 cells.append([line, _title(column, row) + _left_out(row), *figures])
     return _markdown("Retrieval", cells) if len(cells) > 1 else ""
 

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dive_fast.data.loader import Options, batches_of
-from dive_fast.data.prompts import Tokenizer, pack
+from dive_fast.data.prompts import Tokenizer, pack, warn_of_cut_texts
 from dive_fast.data.source import DataError
 from dive_fast.evaluate.labelled import BROKEN, Captioned, CountedSamples, progress
 from dive_fast.evaluate.scores import recall_at
@@ -41,6 +41,8 @@ def recalls(
     captions = data.captions()
     distinct = {text: row for row, text in enumerate(dict.fromkeys(text for own in captions for text in own))}
     texts = list(distinct)
+    if ranks.first:
+        warn_of_cut_texts(texts, tokenizer, name or "captions")
     samples = CountedSamples(data.source, towers.preprocess, 0, data.reports_skipped, data.remedy)
     images = torch.zeros(len(captions), towers.width, device=ranks.device)
     sentences = torch.zeros(len(texts), towers.width, device=ranks.device)

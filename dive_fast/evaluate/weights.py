@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dive_fast.checkpoint.format import FIXED, MANIFEST, WEIGHTS, Tensors
+from dive_fast.checkpoint.format import FIXED, MANIFEST, WEIGHTS, Tensors, read_identity
 from dive_fast.config import ConfigError, ModelConfig
+from dive_fast.evaluate import head as heads
+from dive_fast.evaluate.head import Head
 from dive_fast.model_files import (
     DESCRIPTION,
     applied,
@@ -57,6 +59,31 @@ def load_into(towers: Towers, model: ModelConfig, path: Path) -> Towers:
     return towers
 
 
+def head_of(path: Path) -> Head | None:
+    """The head that was trained with the weights of a checkpoint; None where there is none.
+
+    Args:
+        path: as for :func:`load_into`.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    if not path.is_dir():
+        beside = heads.beside(path)
+        return None if beside is None else heads.load(beside)
+    if not (path / MANIFEST).exists():
+        return None
+    state = {name: tensor.float() for name, tensor in _state(path, HEAD).items()}
+    if not state:
+        return None
+    target = read_identity(path).get("data", {}).get("target", {})
+    names = target.get("class_names") if isinstance(target, dict) else None
+    weight, bias = state.get(f"{HEAD}weight"), state.get(f"{HEAD}bias")
+    if weight is None or bias is None or not isinstance(names, list) or len(names) != len(weight):
+        raise ConfigError(f"{path}: its head has no class names; measure by prompts: --head none")
+    return Head(weight, bias, tuple(map(str, names)))
+
+
 def exported(towers: Towers, model: ModelConfig, path: Path) -> dict[str, Tensor]:
     """A checkpoint's weights under open_clip's names; the towers have them too, afterwards.
 
@@ -92,10 +119,10 @@ def _check_beside(towers: Towers, model: ModelConfig, folder: Path) -> bool:
     return True
 
 
-def _state(checkpoint: Path) -> dict[str, Tensor]:
-    """All weights and buffers of a checkpoint of a run, under the names of :class:`Towers`."""
+def _state(checkpoint: Path, prefix: str = "") -> dict[str, Tensor]:
+    """Weights and buffers of a checkpoint of a run, under those names of :class:`Towers` with a prefix."""
     stored, on_cpu = Tensors(checkpoint), torch.device("cpu")
-    kinds = {name: kind for kind in (WEIGHTS, FIXED) for name in stored.shapes(kind)}
+    kinds = {name: kind for kind in (WEIGHTS, FIXED) for name in stored.shapes(kind) if name.startswith(prefix)}
     return {name: stored.read(kind, name, on_cpu) for name, kind in kinds.items()}
 
 

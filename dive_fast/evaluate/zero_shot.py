@@ -13,13 +13,13 @@ from torch import Tensor
 from dive_fast.config import ConfigError, EvaluateConfig, EvaluationSet, Metric
 from dive_fast.data.classes import imagenet_rows, join_names, remarks
 from dive_fast.data.loader import Options, batches_of
-from dive_fast.data.prompts import Template, Tokenizer
+from dive_fast.data.prompts import Template, Tokenizer, warn_of_lost_names, warn_once
 from dive_fast.data.samples import EvaluationSamples
 from dive_fast.data.sets import open_captioned, open_target
 from dive_fast.data.source import DataError, Source
 from dive_fast.evaluate import head as heads
 from dive_fast.evaluate import layouts, retrieval
-from dive_fast.evaluate.classifier import Classifier, cached_classifier, classifier, of_head
+from dive_fast.evaluate.classifier import Classifier, cached_classifier, classifier, lacked, of_head
 from dive_fast.evaluate.labelled import BROKEN, Captioned, CountedSamples, Labelled, progress
 from dive_fast.evaluate.names import class_names_of, templates_of
 from dive_fast.evaluate.scores import Predictions, scores
@@ -146,6 +146,14 @@ def classifier_for(
     """
     rows = None if head is None else of_head(head, data.class_names, data.imagenet_rows)
     if rows is None:
+        if head is not None and ranks.first and set(head.class_names) & set(data.class_names):
+            # Suites have sets of other classes, for which prompts are meant.
+            warn_once(
+                f"prompts classify a set of {len(data.class_names)} classes: the head has some of them, but not "
+                f"{lacked(head, data.class_names)!r}"
+            )
+        if ranks.first:
+            warn_of_lost_names(data.class_names, data.templates, tokenizer)
         weight = cached_classifier(towers, tokenizer, data.class_names, data.templates, ranks, cache)
         return Classifier("prompts", weight, None, data.members)
     weight, bias, _ = rows

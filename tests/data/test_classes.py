@@ -1,5 +1,6 @@
 """Class names belong to the classes that they are meant for, or are an error: by id, number, word or position."""
 
+import unicodedata
 from pathlib import Path
 
 import open_clip
@@ -107,3 +108,20 @@ def test_every_format_with_names_of_its_own_joins_them(tmp_path: Path) -> None:
         short = config.model_copy(update={"class_names": str(tmp_path / "short.txt")})
         with pytest.raises(DataError, match="3 class names, but the data set has 4 classes"):
             open_evaluation(short)
+
+
+def test_names_join_whichever_way_their_accents_are_written() -> None:
+    names = ["\u00e9cole", "\u00eatre"]
+    folders = tuple(sorted((unicodedata.normalize("NFD", name) for name in names), reverse=True))
+    source = Source([Sample("0", Path("0"), label=0), Sample("1", Path("1"), label=1)], folders)
+    assert join_names(source, names, "a file") == tuple(reversed(names))
+
+
+def test_upper_case_wordnet_ids_are_joined_by_id() -> None:
+    source = Source([Sample("0", Path("0"), label=0)], ("N02099601",))
+    assert join_names(source, open_clip.IMAGENET_CLASSNAMES, "imagenet") == (IMAGENET[207],)
+
+
+def test_labels_counted_from_one_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    join_names(Source([Sample("0", Path("0"), label=1)]), ["a", "b"], "a file")
+    assert "no sample has label 0, which is 'a'" in caplog.text

@@ -815,6 +815,15 @@ def test_data_sets_of_torchvision_are_known_by_files_labels_and_pixels(tmp_path:
 # Prepared sets, opened
 
 
+def test_digest_reads_an_image_of_every_file_of_a_prepared_set(tmp_path: Path) -> None:
+    make(write_set(tmp_path / "a.tar", 130), tmp_path / "set", dataclasses.replace(SMALL, shard_samples=1))
+    tar = tmp_path / "set/000003.tar"  # not among the rows that are spread over the set
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
+    with pytest.raises(DataError, match=r"sample a\.tar/003: changed since it was prepared"):
+        open_prepared(str(tmp_path / "set"), ".cls").digest()
+
+
 def test_bytes_changed_in_a_prepared_set_are_told_by_its_digest(tmp_path: Path) -> None:
     make(write_set(tmp_path / "a.tar"), tmp_path / "set")
     source = open_prepared(str(tmp_path / "set"), ".cls")
@@ -906,3 +915,19 @@ def test_an_interrupted_preparation_ends_in_one_line(
         assert load_main()([*command, "--workers", "1"]) == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted; the same command goes on")
     assert load_main()([*command, "--workers", "1"]) == 0
+
+
+def test_prepare_skips_negative_labels_before_its_work(tmp_path: Path) -> None:
+    samples = {str(row): {"jpg": encoded(picture()), "cls": str(row - 1).encode()} for row in range(3)}
+    tiny.write_tar(tmp_path / "a.tar", samples)
+    made = launch("--format", "webdataset", "--input", str(tmp_path / "a.tar"), "--output", str(tmp_path / "set"))
+    assert made.returncode == 0, made.stderr
+    assert "left out: 1 (its label is not a whole number from 0 on)" in made.stdout
+
+
+def test_prepare_refuses_an_output_that_would_be_a_class(tmp_path: Path) -> None:
+    (tmp_path / "raw/cat").mkdir(parents=True)
+    (tmp_path / "raw/cat/0.jpg").write_bytes(encoded(picture()))
+    made = launch("--format", "folder", "--input", str(tmp_path / "raw"), "--output", str(tmp_path / "raw/ready"))
+    assert made.returncode == 2
+    assert "--output lies in --input, where it would be a class" in made.stderr

@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dive_fast.data.prompts import PromptTable, pack, quick_bpe, read_class_names, read_templates
+from dive_fast.data.prompts import (
+    PromptTable,
+    pack,
+    quick_bpe,
+    read_class_names,
+    read_templates,
+    warn_of_cut_texts,
+    warn_of_lost_names,
+)
 from dive_fast.data.source import DataError, Sample, Source
 
 NAMES = ("cat", "dog", "sea lion")
@@ -270,3 +278,66 @@ def test_a_text_of_a_hundred_thousand_letters_is_tokenised_in_few_steps() -> Non
     tokenizer.bpe._ranks = Counted(tokenizer.bpe_ranks)
     assert tokenizer(["".join(random.Random(0).choices("etaoin", k=100_000))]).shape == (1, 77)
     assert looked_up < 3 * 100_000
+
+
+# Lists that other tools wrote
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\x0c", "\x85", "\x1c"])
+def test_read_class_names_splits_at_line_ends_alone(tmp_path: Path, separator: str) -> None:
+    path = tmp_path / "names.txt"
+    path.write_bytes(f"sea{separator}lion\r\ndog\r\n".encode())
+    assert read_class_names(str(path)) == ("sea lion", "dog")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,name\n0,cat\n1,dog\n", r"each line begins with its number, .* \('0,cat'\)"),
+        ("00 cat\n01 dog\n", "each line begins with its number"),
+        ("1. cat\n2. dog\n", "each line begins with its number"),
+        ("\"cat\"\n'dog'\n", "all lines are quoted"),
+        ("'cat',\n'dog',\n", "all lines are quoted"),
+        ("- cat\n- dog\n", "each line begins with '- '"),
+        ("# my classes\ncat\n", "its first line is a comment"),
+    ],
+)
+def test_read_class_names_refuses_marks_of_other_formats(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_class_names(write(tmp_path / "names.txt", text))
+
+
+def test_read_class_names_keeps_names_that_begin_with_numbers(tmp_path: Path) -> None:
+    assert read_class_names(write(tmp_path / "names.txt", "2012 BMW M3\n1994 Audi 100\n")) == (
+        "2012 BMW M3",
+        "1994 Audi 100",
+    )
+
+
+def test_read_templates_reads_a_json_list_and_refuses_what_nothing_fills(tmp_path: Path) -> None:
+    listed = read_templates(write(tmp_path / "list.txt", '["a {}.",\n "the {}."]\n'))
+    assert [template("cat") for template in listed] == ["a cat.", "the cat."]
+    with pytest.raises(DataError, match=r"has \{domain\}, which nothing fills"):
+        read_templates("a {domain} of {}")
+    with pytest.raises(DataError, match="all lines are quoted"):
+        read_templates(write(tmp_path / "code.txt", "'a bad photo of a {}.',\n'a {}.',\n"))
+
+
+def test_cut_and_equal_prompts_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    long = "a photo " * 60
+    warn_of_lost_names(["cat", "dog"], [lambda name: f"{long}{name}", lambda name: name], tokenizer)
+    assert "2 of 2 classes have a prompt that fills the model's context of 77 tokens" in caplog.text
+    assert "'cat' and 'dog' have a prompt of the same tokens" in caplog.text
+    caplog.clear()
+    warn_of_lost_names(["Jaguar", "jaguar", "dog"], [lambda name: name], tokenizer)
+    assert "'Jaguar' and 'jaguar' have a prompt of the same tokens" in caplog.text
+    caplog.clear()
+    warn_of_lost_names(["cat", "dog"], [lambda name: f"a {name}"], tokenizer)
+    assert not caplog.text
+
+
+def test_cut_captions_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    warn_of_cut_texts(["a dog", "word " * 300, "a cat"], tokenizer, "flickr")
+    assert "flickr: 1 of 3 captions looked at fill the model's context of 77 tokens" in caplog.text

@@ -430,4 +430,47 @@ def test_what_is_whole_of_a_broken_tar_is_taken_where_that_is_asked_for(tmp_path
         source = open_webdataset(f"{tmp_path}/[ab].tar", ".cls", strict=False)
         assert [sample.key for sample in source.samples] == [f"a.tar/{key}" for key in expected]
         assert ("a.tar", "the tar is not whole") in source.skipped
-        assert (f"{labels.name}/d", "its label is no integer") in source.skipped
+        assert (f"{labels.name}/d", "its label is not a whole number from 0 on") in source.skipped
+
+
+# Links, and names of one thing twice
+
+
+def test_open_folder_refuses_a_class_folder_that_is_a_broken_link(tmp_path: Path) -> None:
+    for name in ("a", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.jpg").write_bytes(tiny.jpeg(0))
+    (tmp_path / "b").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="b: a link to nothing"):
+        open_folder(str(tmp_path))
+
+
+def test_open_folder_refuses_two_names_of_one_class_folder(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "0.jpg").write_bytes(tiny.jpeg(0))
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(DataError, match=r"names .*/a twice, also as .*/b"):
+        open_folder(str(tmp_path))
+
+
+def test_open_webdataset_refuses_two_names_of_one_tar(tmp_path: Path) -> None:
+    tiny.write_shards(tmp_path, 3)
+    (tmp_path / "latest.tar").symlink_to("0.tar")
+    for path in (str(tmp_path), f"{tmp_path}/*.tar", f"{tmp_path}/{{0.tar,../{tmp_path.name}/0.tar}}"):
+        with pytest.raises(DataError, match=r"names .*0\.tar twice, also as"):
+            open_webdataset(path, ".cls")
+
+
+def test_open_webdataset_reads_all_depths_of_two_stars(tmp_path: Path) -> None:
+    for folder in ("", "a", "a/b"):
+        tiny.write_shards(tmp_path / folder, 2)
+    assert len(open_webdataset(f"{tmp_path}/**/*.tar", ".cls")) == 6
+
+
+def test_open_webdataset_refuses_or_skips_negative_labels(tmp_path: Path) -> None:
+    samples = {f"{label + 1}": {"jpg": tiny.jpeg(0), "cls": str(label).encode()} for label in (-1, 0)}
+    tar = str(tiny.write_tar(tmp_path / "0.tar", samples))
+    with pytest.raises(DataError, match="-1 is no label: classes are counted from 0"):
+        open_webdataset(tar, ".cls")
+    source = open_webdataset(tar, ".cls", strict=False)
+    assert [entry.key for entry in source.skipped] == ["0.tar/0"]

@@ -11,13 +11,14 @@ from dive_fast.evaluate import head
 
 
 def test_a_head_comes_back_as_it_was(tmp_path: Path) -> None:
-    written = head.Head(torch.randn(3, 8).half(), torch.randn(3), ("cat", "Größe", "a, b"))
+    written = head.Head(torch.randn(3, 8).half(), torch.randn(3), ("cat", "Größe", "a, b"), "a digest")
     head.save(written, tmp_path / head.FILE)
     found = head.load(tmp_path / head.FILE)
     assert found.weight.dtype == found.bias.dtype == torch.float32
     assert torch.equal(found.weight, written.weight.float())
     assert torch.equal(found.bias, written.bias)
     assert found.class_names == written.class_names
+    assert found.trained_with == written.trained_with
     assert [path.name for path in tmp_path.iterdir()] == [head.FILE]
 
 

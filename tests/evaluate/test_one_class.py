@@ -9,9 +9,12 @@ import tiny
 from distributed import run_ranks
 
 from dive_fast import train
-from dive_fast.config import Config
+from dive_fast.config import Config, ModelConfig
 from dive_fast.evaluate import head as heads
+from dive_fast.evaluate.weights import head_of
+from dive_fast.identity import weights_digest
 from dive_fast.ranks import join
+from dive_fast.towers import create
 
 METHODS = ("flyp", "vanilla_ft", "lp_ft")
 
@@ -42,3 +45,14 @@ def test_one_class_alone_trains(root: Path) -> None:
         assert found[method]["loss"] >= 0
     assert found["vanilla_ft"]["loss"] == found["lp_ft"]["loss"] == 0
     assert heads.load(root / "lp_ft/head.safetensors").class_names == ("class number 0",)
+    # Of a checkpoint too: by prompts, it would be another classifier than the run's.
+    (checkpoint,) = (root / "lp_ft/checkpoints").glob("step*")
+    exported, stored = heads.load(root / "lp_ft/head.safetensors"), head_of(checkpoint)
+    assert stored is not None
+    assert stored.class_names == exported.class_names
+    assert stored.weight.equal(exported.weight)
+    assert stored.bias.equal(exported.bias)
+    towers = create(ModelConfig(name=f"local-dir:{root / 'lp_ft'}"))
+    assert exported.trained_with == weights_digest(towers)
+    (without,) = (root / "flyp/checkpoints").glob("step*")
+    assert head_of(without) is None

@@ -220,6 +220,34 @@ def test_a_torn_last_line_is_left_out_and_any_other_is_an_error(
         Results(tmp_path)
 
 
+ROW = {"label": "a", "set": "s", "title": "S", "role": None, "metric": "top1", "value": 0.5, "top1": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"value": 50.0, "top1": 50.0}, "value is 50.0, not a share from 0 to 1"),
+        ({"value": 0.6}, "its value is 0.6, but its top1 is 0.5"),
+        ({"top1": "50 %"}, "top1 is '50 %', not a share"),
+        ({"image_to_text_r1": 0.5}, "a row of retrieval needs"),
+        ({"samples": "many"}, "samples is 'many', not a count"),
+        ({"label": 1}, "its label, set, title or metric is not text"),
+    ],
+)
+def test_results_refuse_rows_that_no_table_can_show(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    (tmp_path / "results.jsonl").write_text(json.dumps(ROW | change) + "\n")
+    with pytest.raises(DataError, match=f"line 1 is no result: {message}"):
+        Results(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["top1", "samples"])
+def test_rows_without_their_figures_are_measured_again(tmp_path: Path, missing: str) -> None:
+    row = ROW | {"key": "k", "samples": 3}
+    for present, found in ((row, True), ({name: row[name] for name in row if name != missing}, False)):
+        (tmp_path / "results.jsonl").write_text(json.dumps(present) + "\n")
+        assert (Results(tmp_path).known("k", "a", "s", "top1") is not None) is found
+
+
 def write_classifier(name: str, folder: Path, process: int) -> Any:
     model = ModelConfig(name=name)
     towers, names = create(model).eval(), [f"thing {i}" for i in range(30)]
