@@ -10,18 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from distributed import run_ranks
 
 from dive_fast import locks
 from dive_fast.errors import UserError
 from dive_fast.locks import FILE, LockedError, folder_lock
 from dive_fast.ranks import Ranks, join
+from dive_fast.run import check_shared
 
 FORK = multiprocessing.get_context("fork")
 
 
 def _hold(folder: Path, connection: Any) -> None:
-    with folder_lock(folder, "run folder"):
+    alone = Ranks(0, 1, torch.device("cpu"))
+    with folder_lock(folder, "run folder", ranks=alone):
+        # A run looks whether all ranks see its lock, and keeps it.
+        check_shared(folder, alone)
         # A loader process: it lives on for some seconds when the run is killed.
         if os.fork() == 0:
             time.sleep(5)
