@@ -28,6 +28,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def announce(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")  # join() sets it: this way it is gone afterwards
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
 
@@ -80,7 +81,6 @@ def test_a_name_that_is_not_known_is_told_at_once_and_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     announce(monkeypatch, WHOLE | {"MASTER_ADDR": "no-such-host.invalid"})
-    monkeypatch.setenv("LOCAL_RANK", "0")  # join() sets it: this way it is gone afterwards
     with pytest.raises(UserError, match=r"MASTER_ADDR = no-such-host\.invalid cannot be resolved"):
         join(timeout=0.1)
     assert "trying for 0 s" in capsys.readouterr().err
