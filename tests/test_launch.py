@@ -166,6 +166,7 @@ def test_a_stale_cache_is_told_with_the_command_that_mends_it(
     command.complain(CacheError("missing"), parser.parse_intermixed_args(words))
     assert capsys.readouterr().err == "error: missing\n"
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     command.complain(stale, parser.parse_intermixed_args(words))
     assert capsys.readouterr().err == ""
 
