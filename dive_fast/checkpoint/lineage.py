@@ -63,6 +63,8 @@ def read(checkpoints: Path) -> Lineage | None:
             raise ValueError("its values have other types")
     except FileNotFoundError:
         return None
+    except NotADirectoryError as error:
+        raise ConfigError(f"{checkpoints}: it is not a folder; remove or rename it") from error
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(
             f"{path}: cannot read which run the checkpoints belong to: {error}; remove it to resume from the "

@@ -294,7 +294,7 @@ for ranks in (1, 2):
 )
 def _(case: Case) -> None:
     options = ("train.checkpoint_every=1",)
-    job = case.job.start(At("dive_fast.data.ahead:Ahead.wait", "hangs", rank=1, call=4), overrides=options)
+    job = case.job.start(At("dive_fast.guard.watch:Watch.leaves", "hangs", rank=1, call=4), overrides=options)
     job.until_step(2)
     job.kill(0, signal.SIGTERM)
     ended(job.wait(), STOPPED, STOPPED, says="left without saving, since no step ends")
@@ -427,7 +427,7 @@ for dead, codes in ((1, (LOST, KILLED)), (0, (KILLED, LOST))):
 @fault("a rank hangs in a step", f"all name it and its step within the timeout, exit {LOST}; {AGAIN}")
 def _(case: Case) -> None:
     # The other one's step does not end either: it waits for this one's gradients.
-    hanging = At("dive_fast.data.ahead:Ahead.wait", "hangs", rank=1, call=4)
+    hanging = At("dive_fast.guard.watch:Watch.leaves", "hangs", rank=1, call=4)
     lost(hanging, (LOST, LOST), "rank 1 waiting for the batch of step 4", case)
 
 
@@ -472,7 +472,7 @@ for what, says in (("out of memory", "CUDA out of memory"), ("CUDA error", "an i
     )
     def _(case: Case, what: str = what, says: str = says) -> None:
         # The other one is late, and must not be taken for the cause.
-        silent = At("dive_fast.data.ahead:Ahead.wait", "lingers long", rank=0, call=4)
+        silent = At("dive_fast.guard.watch:Watch.leaves", "lingers long", rank=0, call=4)
         outcome = case.job.go(At(STEP, what, rank=1, call=4), silent, overrides=("train.rank_timeout=15",))
         ended(outcome, 1, 1, says=f"failed in step 4: {'CUDA error: ' * (what != 'out of memory')}{says}")
         assert "rank 0 on" not in outcome.said
@@ -486,11 +486,8 @@ def _(case: Case) -> None:
     lost(failing, (LOST, 1), "failed in step 4: ZeroDivisionError: a bug of one rank", case)
 
 
-@fault(
-    "a picture in the target's tar can no longer be read", "named, the next sample takes its place; the run ends"
-)
-def _(case: Case) -> None:
-    ended(case.job.go(LATE), KILLED, KILLED)
+def with_a_broken_picture(do: Callable[[str], None], case: Case) -> None:
+    """Calls ``do`` with the name of a picture whose bytes in the target's tar are zero meanwhile."""
     shard = Path(case.tree["data"]["target"]["path"]) / "shard-00000.tar"
     whole = shard.read_bytes()
     with tarfile.open(shard) as tar:
@@ -499,15 +496,33 @@ def _(case: Case) -> None:
     content[picture.offset_data : picture.offset_data + picture.size] = bytes(picture.size)
     try:
         shard.write_bytes(content)
-        ended(case.job.go(), 0, 0, says=f"{picture.name.removesuffix('.jpg')}: cannot decode the image")
+        do(picture.name.removesuffix(".jpg"))
     finally:
         shard.write_bytes(whole)
+
+
+@fault("a picture in the target's tar cannot be decoded", "named, the next sample takes its place; the run ends")
+def _(case: Case) -> None:
+    def start(name: str) -> None:
+        ended(case.job.go(), 0, 0, says=f"{name}: cannot decode the image")
+
+    with_a_broken_picture(start, case)
+
+
+@fault("the target's data changes between a kill and the next start", f"exit 2, says so; restored: {SAME}")
+def _(case: Case) -> None:
+    def start(name: str) -> None:
+        ended(case.job.go(), 2, 2, says="(data.target: other data, or changed since)")
+
+    ended(case.job.go(LATE), KILLED, KILLED)
+    with_a_broken_picture(start, case)
+    case.same()
 
 
 @fault("no batch comes for a while", "said after 30 s, and the run goes on: " + SAME)
 def _(case: Case) -> None:
     outcome = case.job.go(
-        At("dive_fast.data.ahead:Ahead.wait", "lingers", rank=1, call=3),
+        At("dive_fast.guard.watch:Watch.leaves", "lingers", rank=1, call=3),
         At("dive_fast.train:build", "impatient"),
     )
     ended(outcome, 0, 0, says="rank 1 has waited")
@@ -573,11 +588,11 @@ def _(case: Case) -> None:
     case.same()
 
 
-@fault("the folder of checkpoints cannot be made", "warned of at each, exit 1 at the end; mended: " + SAME)
+@fault("the folder of checkpoints cannot be made", "exit 2 before anything is trained; repaired: " + SAME)
 def _(case: Case) -> None:
     case.job.run.mkdir()
     (case.job.run / "checkpoints").write_text("in the way")
-    ended(case.job.go(), 1, 1, says="cannot write checkpoint")
+    ended(case.job.go(), 2, 2, says="checkpoints: it is not a folder; remove or rename it")
     (case.job.run / "checkpoints").unlink()
     case.same()
 
@@ -652,18 +667,23 @@ def _(case: Case) -> None:
     assert case.job.checkpoints() == found
 
 
-@fault("the checkpoint is of another model", "exit 2, names the first parameter that differs")
+@fault("the checkpoint is of another model", "exit 2, names each key that differs")
 def _(case: Case) -> None:
     ended(case.job.go(LATE), KILLED, KILLED)
     other = tiny.write_model(case.job.folder / "other", tiny.CLIP | {"embed_dim": 16})
     overrides = (f"model.name={other}", f"teacher.path={case.job.folder}/other-teacher")
-    ended(case.job.go(overrides=overrides), 2, 2, says="of another model, or other parameters are tuned")
+    ended(
+        case.job.go(overrides=overrides),
+        2,
+        2,
+        says="belongs to a run with other settings (model.architecture.embed_dim: 24 there",
+    )
 
 
-@fault("the checkpoint is of another objective", "exit 2, says so")
+@fault("the checkpoint is of another objective", "exit 2, names each key that differs")
 def _(case: Case) -> None:
     ended(case.job.go(LATE), KILLED, KILLED)
-    ended(case.job.go(overrides=("objective.name=flyp_replay",)), 2, 2, says="of another objective")
+    ended(case.job.go(overrides=("objective.name=flyp_replay",)), 2, 2, says='(objective.name: "dive" there')
 
 
 # Other ranks, other stages.
