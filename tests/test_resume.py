@@ -107,7 +107,7 @@ REFUSED: dict[str, Any] = {
 }
 """A config's keys that change the result, with another value."""
 OTHER_FILES = {
-    "target": "data.target: other data",
+    "target": "data.target",  # with "other data, or changed since"
     "classes.txt": "data.target.class_names",
     "templates.txt": "data.target.templates",
     "model": "model.weights",
