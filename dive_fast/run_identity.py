@@ -81,7 +81,7 @@ def resolved(config: Config, folder: Path, towers: Towers, ranks: Ranks) -> Conf
     halves: dict[str, Any] = {}
     for half in ("target", "reference"):
         if (section := getattr(data, half)) is not None:
-            length = section.text_length or int(getattr(towers.text, "context_length", 0)) or None
+            length = section.text_length or towers.context_length
             root = section.image_root or (str(Path(section.path).parent) if section.format == "csv" else None)
             halves[half] = section.model_copy(update={"text_length": length, "image_root": root})
     kind = KINDS[objective.name]

@@ -153,6 +153,11 @@ class Towers(nn.Module):
         return features.image, features.text[text.index]
 
     @property
+    def context_length(self) -> int | None:
+        """Tokens of the longest text that the text tower takes; None where open_clip does not say."""
+        return int(getattr(self.text, "context_length", 0)) or None
+
+    @property
     def width(self) -> int:
         """D, the embedding width, by encoding an empty text."""
         context = int(getattr(self.text, "context_length", 77))

@@ -151,6 +151,7 @@ def cases(folder: Path) -> dict[str, Any]:
     # What continues.
     moved = str(shutil.copytree(folder / "target", folder / "moved"))
     silent = [("data.target.path", moved), ("data.target.class_names", f"{moved}/classes.txt")]
+    silent += [("data.target.text_length", 77)]  # the model's own
     silent += [("train.log_every", 2), ("train.keep_last", 5), ("train.checkpoint_every", 7)]
     found["silent"] = run.start(*silent)
     found["rounding"] = run.start(("train.micro_batch_size", 3))

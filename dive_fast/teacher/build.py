@@ -200,7 +200,8 @@ def _wanted(
     assert data is not None
     # In fp32, whatever the images of training are.
     loading = replace(loader_options(config, data, ranks), dtype=torch.float32)
-    return fingerprint(towers, samples, data.text_length, loading, config.teacher.dtype), loading
+    length = data.text_length or towers.context_length
+    return fingerprint(towers, samples, length, loading, config.teacher.dtype), loading
 
 
 def _locked(path: Path, ranks: Ranks) -> AbstractContextManager[None]:

@@ -26,7 +26,7 @@ def fingerprint(
 
     Args:
         towers: the frozen model.
-        text_length: context length of the captions, if not the model's.
+        text_length: context length of the captions; None where the model does not say its own.
         options: of the loader: loaders differ in the last bits of the pixels, and DALI between CPU and GPU.
         dtype: that the rows are stored in; they are computed in fp32.
     """

@@ -12,12 +12,13 @@ import torch
 from distributed import run_ranks
 from torch import Tensor
 
-from dive_fast.config import ModelConfig
+from dive_fast.config import Config, ModelConfig
 from dive_fast.data.loader import Options, batches_of
 from dive_fast.data.samples import ReferenceSamples
+from dive_fast.data.sets import open_reference
 from dive_fast.data.source import open_webdataset
 from dive_fast.ranks import Ranks, join
-from dive_fast.teacher import store, write
+from dive_fast.teacher import build, store, write
 from dive_fast.teacher.audit import audit, judge
 from dive_fast.teacher.fingerprint import Fingerprint, fingerprint
 from dive_fast.teacher.store import CacheError, StaleCacheError
@@ -148,6 +149,18 @@ def test_the_fingerprint_follows_what_it_names(folder: Path, tmp_path: Path) -> 
     for loader in ("dali", "ffcv"):
         options = Options(loader)  # type: ignore[arg-type]
         assert changed(fingerprint(model(folder), samples(folder), None, options)) == {"loader"}
+
+
+def test_the_models_own_text_length_needs_no_other_cache(tmp_path: Path) -> None:
+    tree, lengths = tiny.write_config(tmp_path), []
+    for length in (None, 77, 20):
+        tree["data"]["reference"]["text_length"] = length
+        config = Config.model_validate(tree)
+        assert config.data.reference is not None
+        towers = create(config.model)
+        samples_of_config = build.reference_samples(config, open_reference(config.data.reference), towers)
+        lengths.append(build._wanted(config, towers, samples_of_config, ALONE)[0])
+    assert lengths[0] == lengths[1] != lengths[2]
 
 
 # Interrupted
