@@ -193,8 +193,12 @@ def test_metrics_and_provenance_are_written(by_rank: list[Any], folder: Path) ->
     assert provenance["ranks"] == 2
 
 
+def whole_checkpoints(folder: Path) -> list[Path]:
+    return [path for path in checkpoint.written_checkpoints(folder) if checkpoint.is_whole(path)]
+
+
 def test_only_the_newest_checkpoints_stay(by_rank: list[Any], folder: Path) -> None:
-    kept = checkpoint.whole_checkpoints(folder / "resumed2/checkpoints")
+    kept = whole_checkpoints(folder / "resumed2/checkpoints")
     assert [path.name for path in kept] == ["step00000004", "step00000006"]
 
 
@@ -369,10 +373,10 @@ def test_a_copy_that_a_user_has_put_beside_checkpoints_is_none_of_them(
     by_rank: list[Any], folder: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(folder / "resumed2/checkpoints", tmp_path, dirs_exist_ok=True)
-    newest = checkpoint.whole_checkpoints(tmp_path)[-1]
+    newest = whole_checkpoints(tmp_path)[-1]
     for name in (f"{newest.name}.keep", f"{newest.name}0", "steps"):
         shutil.copytree(newest, tmp_path / name)
-    assert checkpoint.whole_checkpoints(tmp_path)[-1] == newest
+    assert whole_checkpoints(tmp_path)[-1] == newest
     assert checkpoint.find("auto", tmp_path, Ranks(0, 1, torch.device("cpu"))) == newest
 
 

@@ -101,15 +101,6 @@ def trainer(
     }
 
 
-def whole_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints whose files are all there in their full size, oldest first.
-
-    Raises:
-        FormatError: one has another format.
-    """
-    return [path for path in written_checkpoints(folder) if is_whole(path)]
-
-
 def is_whole(checkpoint: Path) -> bool:
     """Whether all files of a checkpoint are there in their full size.
 
