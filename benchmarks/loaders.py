@@ -18,21 +18,21 @@ import numpy as np
 import open_clip
 import psutil
 import torch
+from loss_report import REPOSITORY, commit, device_name, slug, write_json
 from peers.flyp import FlypDataset
 from PIL import Image
 from real_data import DATA
-from report import REPOSITORY, commit, device_name, slug, write_json
 from torch.utils.data import DataLoader
 
-from dive_fast.data import prepare
-from dive_fast.data.ahead import Ahead
-from dive_fast.data.loader import Options, batches_of, training_batches
-from dive_fast.data.order import Order
-from dive_fast.data.prepared import open_prepared
+from dive_fast.data.loaders.loader import Options, batches_of, training_batches
+from dive_fast.data.prefetch import Ahead
+from dive_fast.data.prepared import write as prepare
+from dive_fast.data.prepared.format import open_prepared
 from dive_fast.data.prompts import PromptTable, read_templates
+from dive_fast.data.sampler import Order
 from dive_fast.data.samples import EvaluationSamples, TargetSamples
-from dive_fast.data.source import Source, open_folder, open_webdataset
-from dive_fast.data.views import Preprocess
+from dive_fast.data.sources.source import Source, open_folder, open_webdataset
+from dive_fast.data.transforms import Preprocess
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 PREPROCESS = Preprocess(

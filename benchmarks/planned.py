@@ -1,6 +1,6 @@
 """Where the memory and the arithmetic of a step go, lever by lever, by plan: ``python benchmarks/planned.py``.
 
-No GPU: the engine's own step runs on fake tensors (``dive_fast/plan.py``). Writes results/planned.json, and draws.
+No GPU: the engine's own step runs on fake tensors (``dive_fast/planner/plan.py``). Writes results/planned.json, and draws.
 With ``--against RESULTS``, a file of ``steps.py``, plans the engine's cases that were measured, and compares.
 """
 
@@ -14,12 +14,12 @@ from typing import Any
 os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
 warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
 
-from report import REPOSITORY, commit, write_json  # noqa: E402
+from loss_report import REPOSITORY, commit, write_json  # noqa: E402
 from steps import COMPILED, ENGINES, Case, engine_config  # noqa: E402
 
-from dive_fast.config import load  # noqa: E402
-from dive_fast.gpus import GPUS  # noqa: E402
-from dive_fast.plan import plan  # noqa: E402
+from dive_fast.config.schema import load  # noqa: E402
+from dive_fast.planner.gpu_specs import GPUS  # noqa: E402
+from dive_fast.planner.plan import plan  # noqa: E402
 
 CONFIG, GPU = "vitb16_dive.json", "h200"
 PAPER = ("train.precision=fp32", "train.schedule=joint", "teacher.mode=online")

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import REPOSITORY, commit, device_name, slug, write_json
+from loss_report import REPOSITORY, commit, device_name, slug, write_json
 from rounding import products
 from study import runs
 
-from dive_fast.config import load
-from dive_fast.demo import report, world
-from dive_fast.ranks import join
-from dive_fast.train import train
+from dive_fast.config.schema import load
+from dive_fast.data.demo import world
+from dive_fast.demo import comparison as report
+from dive_fast.distributed import join
+from dive_fast.train.loop import train
 
 CONFIGS = REPOSITORY / "launch/configs"
 STUDY = REPOSITORY / "build/study"

@@ -19,20 +19,20 @@ from typing import Any, NamedTuple
 import open_clip
 import pytest
 import torch
+from loss_report import REPOSITORY
 from losses import DEVICE
 from peers.dive_published import DivePublished
 from peers.flyp import Flyp, Inputs
 from peers.levers import DiveWithLevers, Levers
-from report import REPOSITORY
 from step_report import RESULTS, draw, results_path
 from torch import Tensor
 
-from dive_fast import objective
-from dive_fast.config import Config
+from dive_fast.config.schema import Config
 from dive_fast.data.batch import ReferenceBatch, TargetBatch
-from dive_fast.engine import Engine, StepBatches
-from dive_fast.ranks import join
-from dive_fast.towers import Towers, unit
+from dive_fast.distributed import join
+from dive_fast.engine.step import Engine, StepBatches
+from dive_fast.methods import method as objective
+from dive_fast.model.towers import Towers, unit
 
 open_clip.add_model_config(Path(__file__).with_name("models"))
 SHIPPED = REPOSITORY / "launch/configs/vitb16_dive.json"

@@ -17,14 +17,15 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file
-from study import model, report, results, runs, sets
-from study.plan import LEARNING_RATES, MARGIN, SEEDS, WEIGHTS, chosen, grids, plan, settled, sweeps
+from study import model, results, runs, sets
+from study import summary as report
+from study.experiments import LEARNING_RATES, MARGIN, SEEDS, WEIGHTS, chosen, grids, plan, settled, sweeps
 from study.runs import SIZES, Run, Study
 
-from dive_fast.config import EvaluationSet, load
-from dive_fast.data.source import open_webdataset
+from dive_fast.config.schema import EvaluationSet, load
+from dive_fast.data.sources.source import open_webdataset
+from dive_fast.distributed import Ranks
 from dive_fast.evaluate.zero_shot import open_set
-from dive_fast.ranks import Ranks
 
 REAL = [
     pytest.mark.realdata,
@@ -355,7 +356,7 @@ def run_id(rows: list[dict[str, Any]], run: Run) -> float:
 ONCE = """
 import sys
 from pathlib import Path
-from dive_fast.ranks import join
+from dive_fast.distributed import join
 from study import results, runs
 from study.runs import Run, Size, Study
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from dive_fast.towers import Towers
+    from dive_fast.model.towers import Towers
 
 Identity = dict[str, Any]
 """JSON values, nested by section."""
@@ -110,7 +110,7 @@ def model_identity(towers: "Towers") -> Identity:
     """What decides a model's features: its architecture, its view of images, its tokenizer and its weights.
 
     Args:
-        towers: as :func:`dive_fast.towers.create` built them; a head is left out.
+        towers: as :func:`dive_fast.model.towers.create` built them; a head is left out.
     """
     return {
         "architecture": towers.model_cfg,
@@ -126,7 +126,7 @@ def weights_digest(towers: "Towers") -> str:
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
     """The hash of :func:`weights_digest`, from the towers' state."""
-    from dive_fast.towers import HEAD
+    from dive_fast.model.towers import HEAD
 
     found = hashlib.sha256()
     for name, tensor in sorted(state.items()):

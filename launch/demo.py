@@ -18,8 +18,9 @@ def main() -> int:
     options = parser.parse_args()
     started = time.perf_counter()
 
-    from dive_fast.config import load
-    from dive_fast.demo import report, world
+    from dive_fast.config.schema import load
+    from dive_fast.data.demo import world
+    from dive_fast.demo import comparison as report
 
     print(f"world: {world.prepare()}", flush=True)
     models: dict[str, Path | None] = {"pretrained": None}
@@ -39,7 +40,7 @@ def main() -> int:
 
 
 def _train(folder: Path, *overrides: str) -> int:
-    from dive_fast.ranks import free_port
+    from dive_fast.distributed import free_port
 
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [str(launcher), "--num_accelerators", "2", "--master_port", str(free_port())]

@@ -60,8 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
         if os.path.commonpath([inside, output]) == inside:
             parser.error("--output lies in --input, where it would be a class; name another folder")
 
-    from dive_fast.data import prepare
-    from dive_fast.data.prepared import MANIFEST, SKIPPED, verify
+    from dive_fast.data.prepared import write as prepare
+    from dive_fast.data.prepared.format import MANIFEST, SKIPPED, verify
     from dive_fast.errors import UserError
 
     try:
@@ -99,8 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _raw(options: argparse.Namespace) -> Any:
     """The raw set that the options name."""
-    from dive_fast.data.prepare import RawDataset, RawSource
-    from dive_fast.data.source import DataError, open_csv, open_folder, open_webdataset
+    from dive_fast.data.prepared.write import RawDataset, RawSource
+    from dive_fast.data.sources.source import DataError, open_csv, open_folder, open_webdataset
 
     if options.format == "folder":
         return RawSource(open_folder(options.input))
@@ -131,7 +131,7 @@ def _raw(options: argparse.Namespace) -> Any:
 def _wilds(options: argparse.Namespace) -> Any:
     from wilds import get_dataset
 
-    from dive_fast.untrusted import nothing_executed
+    from dive_fast.io.safe_read import nothing_executed
 
     with nothing_executed():
         dataset = get_dataset(options.name, root_dir=options.input, download=False)
@@ -142,8 +142,8 @@ def _torchvision(options: argparse.Namespace) -> Any:
     from PIL import EpsImagePlugin
     from torchvision import datasets
 
-    from dive_fast.data.source import DataError
-    from dive_fast.untrusted import nothing_executed
+    from dive_fast.data.sources.source import DataError
+    from dive_fast.io.safe_read import nothing_executed
 
     if not inspect.isclass(getattr(datasets, options.name, None)):
         raise DataError("torchvision has no such data set")

@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dive_fast.config import Config, ConfigError, Section, _section_type, find, load, reference
-from dive_fast.data.sets import open_target
+from dive_fast.config.schema import Config, ConfigError, Section, _section_type, find, load, reference
+from dive_fast.data.open_dataset import open_target
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "launch" / "configs"
@@ -457,7 +457,7 @@ def test_a_file_that_is_no_config_is_told_in_one_line(tmp_path: Path, content: s
 
 def test_the_reference_in_docs_is_the_one_generated() -> None:
     written = (REPOSITORY / "docs" / "config.md").read_text(encoding="utf-8")
-    assert written == reference(), "run: python -m dive_fast.config > docs/config.md"
+    assert written == reference(), "run: python -m dive_fast.config.schema > docs/config.md"
 
 
 def test_the_reference_documents_every_key_in_a_table_of_four_columns() -> None:
@@ -498,7 +498,7 @@ def test_the_reference_says_what_a_value_may_be_in_the_words_of_json(key: str, k
 
 def test_the_home_folder_may_be_called_by_its_sign_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Found by the type of the field, so that a new path cannot be forgotten."""
-    from dive_fast.config import Config, Section
+    from dive_fast.config.schema import Config, Section
 
     monkeypatch.setenv("HOME", "/home/someone")
     paths = {"path", "image_root", "class_names", "templates", "output", "resume", "pretrained"}

@@ -24,18 +24,18 @@ from distributed import run_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dive_fast import objective
 from dive_fast.checkpoint.export import full_state
-from dive_fast.config import Config, ConfigError, ModelConfig
+from dive_fast.config.schema import Config, ConfigError, ModelConfig
 from dive_fast.data.batch import ReferenceBatch, TargetBatch
 from dive_fast.data.prompts import pack
-from dive_fast.deepspeed_section import BUCKET, deepspeed_section
-from dive_fast.engine import Engine, StepBatches
-from dive_fast.metrics import Reading
-from dive_fast.ranks import join
-from dive_fast.teacher.teachers import OnlineTeacher
-from dive_fast.towers import create, tokenizer_of
-from dive_fast.update import LossScale, learning_rate_schedule
+from dive_fast.distributed import join
+from dive_fast.engine.deepspeed_config import BUCKET, deepspeed_section
+from dive_fast.engine.step import Engine, StepBatches
+from dive_fast.engine.update import LossScale, learning_rate_schedule
+from dive_fast.methods import method as objective
+from dive_fast.model.towers import create, tokenizer_of
+from dive_fast.teacher.teacher import OnlineTeacher
+from dive_fast.train.metrics import Reading
 
 aten = torch.ops.aten
 TARGET, REFERENCE, WIDTH = 8, 12, 24

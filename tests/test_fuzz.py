@@ -23,23 +23,26 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from dive_fast import towers
-from dive_fast.checkpoint import format as checkpoint
 from dive_fast.checkpoint import lineage
-from dive_fast.checkpoint.state import MOMENTS
-from dive_fast.config import Config, ConfigError, ModelConfig, load
-from dive_fast.data.prepare import Options, RawSource, prepare
-from dive_fast.data.prepared import open_prepared, verify
+from dive_fast.checkpoint import manifest as checkpoint
+from dive_fast.checkpoint.load_weights import load_into
+from dive_fast.checkpoint.zero_state import MOMENTS
+from dive_fast.config.schema import Config, ConfigError, ModelConfig, load
+from dive_fast.data.prepared.format import open_prepared, verify
+from dive_fast.data.prepared.write import Options, RawSource, prepare
 from dive_fast.data.prompts import read_class_names, read_templates
-from dive_fast.data.source import DataError, Source, open_csv, open_webdataset
+from dive_fast.data.sources.source import DataError, Source, open_csv, open_webdataset
+from dive_fast.distributed import Ranks
+from dive_fast.engine.update import LossScale
 from dive_fast.errors import LONGEST
-from dive_fast.evaluate import head as heads
-from dive_fast.evaluate import layouts, results
-from dive_fast.evaluate.weights import load_into
-from dive_fast.ranks import Ranks
-from dive_fast.teacher import retrieval, store, write
-from dive_fast.teacher.teachers import CachedTeacher
-from dive_fast.update import LossScale
+from dive_fast.evaluate import results
+from dive_fast.evaluate.datasets import layouts
+from dive_fast.model import head as heads
+from dive_fast.model import towers
+from dive_fast.teacher import cache_files as store
+from dive_fast.teacher import clip_retrieval as retrieval
+from dive_fast.teacher import write_cache as write
+from dive_fast.teacher.teacher import CachedTeacher
 
 CONFIGS = Path(__file__).parents[1] / "launch" / "configs"
 SHIPPED = [json.loads(path.read_text()) for path in sorted(CONFIGS.glob("*.json"))]

@@ -9,9 +9,9 @@ import tiny
 import torch
 
 from dive_fast import identity
-from dive_fast.config import ModelConfig
+from dive_fast.config.schema import ModelConfig
 from dive_fast.identity import Difference, differences, digest, model_identity
-from dive_fast.towers import create
+from dive_fast.model.towers import create
 
 
 @pytest.mark.parametrize(

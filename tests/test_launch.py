@@ -13,7 +13,7 @@ import torch
 from distributed import run_script
 from safetensors.torch import load_file
 
-from dive_fast.teacher.store import CacheError, StaleCacheError
+from dive_fast.teacher.cache_files import CacheError, StaleCacheError
 
 ROOT = Path(__file__).parent.parent
 

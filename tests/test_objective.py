@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from dive_fast import objective
-from dive_fast.config import ObjectiveConfig
+from dive_fast.config.schema import ObjectiveConfig
 from dive_fast.kernels import contrastive_loss, difference_loss, naive
-from dive_fast.objective import Dive, Flyp, Outputs, Pairs
+from dive_fast.methods import method as objective
+from dive_fast.methods.method import Dive, Flyp, Outputs, Pairs
 
 WIDTH = 6
 

@@ -21,13 +21,15 @@ import torch
 from distributed import run_ranks
 from safetensors.torch import load_file
 
-from dive_fast import config as configuration
-from dive_fast import objective, train, update
-from dive_fast.config import WITH_HEAD, WITHOUT_REFERENCE, Config, ConfigError, ObjectiveConfig
-from dive_fast.data import prepare
-from dive_fast.data.source import open_webdataset
+from dive_fast.config import schema as configuration
+from dive_fast.config.schema import WITH_HEAD, WITHOUT_REFERENCE, Config, ConfigError, ObjectiveConfig
+from dive_fast.data.prepared import write as prepare
+from dive_fast.data.sources.source import open_webdataset
 from dive_fast.demo.pretrain import write_tokenizer
-from dive_fast.ranks import Ranks, join
+from dive_fast.distributed import Ranks, join
+from dive_fast.engine import update
+from dive_fast.methods import method as objective
+from dive_fast.train import loop as train
 
 Value = Any
 Row = Mapping[str, Value]

@@ -19,15 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from dive_fast import objective
-from dive_fast.config import Config, load
+from dive_fast.config.schema import Config, load
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
-from dive_fast.engine import Engine, StepBatches
+from dive_fast.distributed import join
+from dive_fast.engine.step import Engine, StepBatches
 from dive_fast.kernels import contrastive_loss
-from dive_fast.memory import MISSED_FLOP, Tracker
-from dive_fast.plan import GPUS, LAUNCH_SECONDS, Estimate, Plan, _Sampled, advise, as_json, plan, table
-from dive_fast.ranks import join
-from dive_fast.towers import create
+from dive_fast.methods import method as objective
+from dive_fast.model.towers import create
+from dive_fast.planner.memory_tracker import MISSED_FLOP, Tracker
+from dive_fast.planner.plan import GPUS, LAUNCH_SECONDS, Estimate, Plan, _Sampled, advise, as_json, plan, table
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "launch/configs"
@@ -87,7 +87,7 @@ def small_config(folder: Path, **overrides: Any) -> Config:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Sums all that lives anew where there may be a new peak; shares nothing with dive_fast.memory."""
+    """Sums all that lives anew where there may be a new peak; shares nothing with dive_fast.planner.memory_tracker."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -295,7 +295,7 @@ RESNET = SMALL | {"vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "widt
 
 def advice_for(folder: Path, case: Case, ranks: int, memories: list[int]) -> list[Any]:
     """A config's plan, and advice for GPUs of so many bytes, estimates aside: they dwarf the small model."""
-    with unittest.mock.patch("dive_fast.plan._estimates", return_value={}):
+    with unittest.mock.patch("dive_fast.planner.plan._estimates", return_value={}):
         return _advice_for(folder, case, ranks, memories)
 
 

@@ -17,18 +17,20 @@ import torch
 from distributed import run_ranks
 from safetensors.torch import load_file
 
-from dive_fast import objective, run_identity, train
-from dive_fast import run as run_module
-from dive_fast.checkpoint import format as checkpoint
 from dive_fast.checkpoint import lineage, saver
-from dive_fast.config import Config
+from dive_fast.checkpoint import manifest as checkpoint
+from dive_fast.config.schema import Config
+from dive_fast.distributed import Ranks, join
+from dive_fast.engine.update import INITIAL_SCALE, LossScale
 from dive_fast.errors import UserError
-from dive_fast.evaluate import head as heads
 from dive_fast.identity import Identity
 from dive_fast.locks import folder_lock
-from dive_fast.objective import Objective
-from dive_fast.ranks import Ranks, join
-from dive_fast.update import INITIAL_SCALE, LossScale
+from dive_fast.methods import method as objective
+from dive_fast.methods.method import Objective
+from dive_fast.model import head as heads
+from dive_fast.train import loop as train
+from dive_fast.train import run_identity
+from dive_fast.train import setup as run_module
 
 STEPS = 3
 

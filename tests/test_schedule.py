@@ -10,11 +10,13 @@ import torch
 from distributed import run_ranks
 from test_plan import SMALL, small_config
 
-from dive_fast import gpus, plan, schedule
-from dive_fast.config import Config, ConfigError
-from dive_fast.gpus import GPUS, sold_as
-from dive_fast.plan import Plan
-from dive_fast.ranks import Ranks
+from dive_fast.config.schema import Config, ConfigError
+from dive_fast.distributed import Ranks
+from dive_fast.planner import auto_schedule as schedule
+from dive_fast.planner import gpu_specs as gpus
+from dive_fast.planner import plan
+from dive_fast.planner.gpu_specs import GPUS, sold_as
+from dive_fast.planner.plan import Plan
 
 
 @pytest.fixture(scope="module")

@@ -20,22 +20,25 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from dive_fast import towers
-from dive_fast.config import ConfigError, ModelConfig, load
-from dive_fast.data.pictures import decode
-from dive_fast.data.prepare import Options, RawSource, prepare
-from dive_fast.data.prepared import MANIFEST, open_prepared, verify
+from dive_fast.checkpoint.load_weights import load_into
+from dive_fast.config.schema import ConfigError, ModelConfig, load
+from dive_fast.data.decode import decode
+from dive_fast.data.prepared.format import MANIFEST, open_prepared, verify
+from dive_fast.data.prepared.write import Options, RawSource, prepare
 from dive_fast.data.prompts import read_class_names
-from dive_fast.data.source import DataError, open_csv, open_folder, open_webdataset
-from dive_fast.deepspeed_section import deepspeed_section
+from dive_fast.data.sources.source import DataError, open_csv, open_folder, open_webdataset
+from dive_fast.distributed import Ranks
+from dive_fast.engine.deepspeed_config import deepspeed_section
 from dive_fast.errors import LONGEST
-from dive_fast.evaluate import head as heads
-from dive_fast.evaluate import imagenet, layouts, results, wilds
-from dive_fast.evaluate.weights import load_into
-from dive_fast.files import write_whole
-from dive_fast.ranks import Ranks
-from dive_fast.teacher import retrieval, store, write
-from dive_fast.teacher.store import StaleCacheError
+from dive_fast.evaluate import results
+from dive_fast.evaluate.datasets import imagenet, layouts, wilds
+from dive_fast.io.atomic_files import write_whole
+from dive_fast.model import head as heads
+from dive_fast.model import towers
+from dive_fast.teacher import cache_files as store
+from dive_fast.teacher import clip_retrieval as retrieval
+from dive_fast.teacher import write_cache as write
+from dive_fast.teacher.cache_files import StaleCacheError
 
 ROOT = Path(__file__).parents[1]
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -103,7 +106,7 @@ def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, ca
     """What a launch command says when it ends with exit code 2."""
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr("dive_fast.ranks.join", lambda *_: ALONE)
+    monkeypatch.setattr("dive_fast.distributed.join", lambda *_: ALONE)
     launch = import_module(name)
     assert launch.main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -640,7 +643,7 @@ def test_a_message_is_one_line_and_moves_no_cursor(world: Path) -> None:
     tree["layout"]["samples"] = 5
     tree["fingerprint"] = {"a\n\x1b[2Jerror: all is well": "x\u202e" * 10_000}
     path.write_text(json.dumps(tree))
-    from dive_fast.teacher.teachers import CachedTeacher
+    from dive_fast.teacher.teacher import CachedTeacher
 
     message = refused(lambda: CachedTeacher(world / "cache", {}), "or rebuild it", r"\x1b[2Jerror: all is well")
     assert message.startswith(f"teacher cache {world / 'cache'} was made from something else")

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import RobertaConfig
 
-from dive_fast import objective, steadiness
-from dive_fast.config import Config, ConfigError, ModelConfig
-from dive_fast.plan import _fakes
-from dive_fast.ranks import Ranks
-from dive_fast.steadiness import Steadiness, by_modules, measure, settle
-from dive_fast.towers import Towers, create
+from dive_fast.config.schema import Config, ConfigError, ModelConfig
+from dive_fast.distributed import Ranks
+from dive_fast.engine import feature_consistency as steadiness
+from dive_fast.engine.feature_consistency import Steadiness, by_modules, measure, settle
+from dive_fast.methods import method as objective
+from dive_fast.model.towers import Towers, create
+from dive_fast.planner.plan import _fakes
 
 RESNET: dict[str, Any] = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
 TIMM = {"image_size": 32, "timm_pool": "avg", "timm_proj": "linear"}
@@ -208,8 +209,8 @@ def test_steps_of_settled_towers_have_the_papers_gradients(tmp_path: Path) -> No
 
 def train_all(trees: list[dict[str, Any]]) -> list[Any]:
     """Whole runs in one process: their first line of metrics, or why they were refused."""
-    from dive_fast.ranks import join
-    from dive_fast.train import train
+    from dive_fast.distributed import join
+    from dive_fast.train.loop import train
 
     objective.Objective.backend = "torch"
     ranks, results = join(), []

@@ -21,15 +21,17 @@ from distributed import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dive_fast import metrics, trace, train
-from dive_fast.checkpoint import format as checkpoint
-from dive_fast.config import Config, ConfigError
-from dive_fast.data import prepare
-from dive_fast.data.source import open_webdataset
-from dive_fast.monitors import in_run_folder
-from dive_fast.objective import Objective
-from dive_fast.ranks import Ranks, join
-from dive_fast.trace import RANGES, SETTLING, WARMING
+from dive_fast.checkpoint import manifest as checkpoint
+from dive_fast.config.schema import Config, ConfigError
+from dive_fast.data.prepared import write as prepare
+from dive_fast.data.sources.source import open_webdataset
+from dive_fast.distributed import Ranks, join
+from dive_fast.engine import profiler as trace
+from dive_fast.engine.profiler import RANGES, SETTLING, WARMING
+from dive_fast.methods.method import Objective
+from dive_fast.train import loop as train
+from dive_fast.train import metrics
+from dive_fast.train.monitors import in_run_folder
 
 STAGES = (0, 1, 2, 3)
 STEPS = 6

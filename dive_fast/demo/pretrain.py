@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from torch import Tensor
 
-from dive_fast.demo import world
+from dive_fast.data.demo import world
 from dive_fast.kernels import contrastive_loss
 
 CONTEXT = 20

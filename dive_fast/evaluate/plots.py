@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dive_fast.evaluate import geometry
-from dive_fast.evaluate.pairs import spread
-from dive_fast.files import write_whole
-from dive_fast.objective import Pairs
+from dive_fast.evaluate.geometry import measures as geometry
+from dive_fast.evaluate.geometry.embed import spread
+from dive_fast.io.atomic_files import write_whole
+from dive_fast.methods.method import Pairs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -240,7 +240,7 @@ def ensemble(report: Mapping[str, Any], path: Path) -> None:
     """Each set's accuracy over that of the set alpha was chosen on, from one end to the other.
 
     Args:
-        report: as :func:`dive_fast.evaluate.ensemble.ensemble` gives it.
+        report: as :func:`dive_fast.evaluate.weight_ensemble.ensemble` gives it.
     """
     rows, chosen_on = report["accuracies"], report["chosen_on"]
     others = [name for name in rows[0] if name not in ("alpha", chosen_on)] or [chosen_on]

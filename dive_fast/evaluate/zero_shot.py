@@ -10,22 +10,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dive_fast.config import ConfigError, EvaluateConfig, EvaluationSet, Metric
+from dive_fast.config.schema import ConfigError, EvaluateConfig, EvaluationSet, Metric
 from dive_fast.data.classes import imagenet_rows, join_names, remarks
-from dive_fast.data.loader import Options, batches_of
+from dive_fast.data.loaders.loader import Options, batches_of
+from dive_fast.data.open_dataset import open_captioned, open_target
 from dive_fast.data.prompts import Template, Tokenizer, warn_of_lost_names, warn_once
 from dive_fast.data.samples import EvaluationSamples
-from dive_fast.data.sets import open_captioned, open_target
-from dive_fast.data.source import DataError, Source
-from dive_fast.evaluate import head as heads
-from dive_fast.evaluate import layouts, retrieval
+from dive_fast.data.sources.source import DataError, Source
+from dive_fast.distributed import Ranks
+from dive_fast.evaluate import retrieval
 from dive_fast.evaluate.classifier import Classifier, cached_classifier, classifier, lacked, of_head
-from dive_fast.evaluate.labelled import BROKEN, Captioned, CountedSamples, Labelled, progress
-from dive_fast.evaluate.names import class_names_of, templates_of
+from dive_fast.evaluate.datasets import layouts
+from dive_fast.evaluate.datasets.catalog import find, open_known
+from dive_fast.evaluate.datasets.class_names import class_names_of, templates_of
+from dive_fast.evaluate.datasets.evaluation_set import BROKEN, Captioned, CountedSamples, Labelled, progress
 from dive_fast.evaluate.scores import Predictions, scores
-from dive_fast.evaluate.suites import find, open_known
-from dive_fast.ranks import Ranks
-from dive_fast.towers import Towers, unit
+from dive_fast.model import head as heads
+from dive_fast.model.towers import Towers, unit
 
 logger = logging.getLogger(__name__)
 

@@ -5,12 +5,13 @@ from importlib import metadata
 
 from PIL import features
 
-from dive_fast import identity, precision
-from dive_fast.data.loader import Options
+from dive_fast import identity
+from dive_fast import numerics as precision
+from dive_fast.data.loaders.loader import Options
 from dive_fast.data.prompts import TELLING
 from dive_fast.data.samples import ReferenceSamples
 from dive_fast.identity import Identity
-from dive_fast.towers import Towers
+from dive_fast.model.towers import Towers
 
 Fingerprint = Identity
 

@@ -7,10 +7,10 @@ import open_clip
 import pytest
 import tiny
 
-from dive_fast.config import EvaluationSet
+from dive_fast.config.schema import EvaluationSet
 from dive_fast.data.classes import join_names, remarks, synsets
-from dive_fast.data.prepare import Options, RawSource, prepare
-from dive_fast.data.source import DataError, Sample, Source, open_folder
+from dive_fast.data.prepared.write import Options, RawSource, prepare
+from dive_fast.data.sources.source import DataError, Sample, Source, open_folder
 from dive_fast.evaluate.zero_shot import open_evaluation
 
 IMAGENET = tuple(open_clip.IMAGENET_CLASSNAMES)

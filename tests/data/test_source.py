@@ -10,7 +10,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from dive_fast.data.source import DataError, Source, open_csv, open_folder, open_webdataset
+from dive_fast.data.sources.source import DataError, Source, open_csv, open_folder, open_webdataset
 
 CAPTIONED = {f"{i:03d}": {"jpg": tiny.jpeg(i), "txt": f"caption {i}".encode()} for i in range(6)}
 

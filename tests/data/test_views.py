@@ -16,8 +16,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from dive_fast.data.resample import resize
-from dive_fast.data.views import (
+from dive_fast.data.loaders.pil_resize import resize
+from dive_fast.data.transforms import (
     ASPECT_RATIO,
     TRAIN_SCALE,
     Crop,

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dive_fast.config import load
-from dive_fast.demo import report, world
-from dive_fast.towers import create, save
+from dive_fast.config.schema import load
+from dive_fast.data.demo import world
+from dive_fast.demo import comparison as report
+from dive_fast.model.towers import create, save
 
 CONFIGS = Path(__file__).parents[2] / "launch/configs"
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from dive_fast.demo import world
+from dive_fast.data.demo import world
 
 CAPTIONED = ("reference", "reference_heldout")
 EXPECTED_TEXTS = [

@@ -16,14 +16,15 @@ from distributed import run_ranks, run_script
 from PIL import Image
 from torch import Tensor
 
-from dive_fast import towers
-from dive_fast.config import Config, ConfigError
-from dive_fast.data.source import DataError
-from dive_fast.evaluate import movement, plots
-from dive_fast.evaluate.geometry import compare, describe
-from dive_fast.evaluate.pairs import describe_pairs, embed, open_pairs, spread
-from dive_fast.objective import Pairs
-from dive_fast.ranks import Ranks
+from dive_fast.config.schema import Config, ConfigError
+from dive_fast.data.sources.source import DataError
+from dive_fast.distributed import Ranks
+from dive_fast.evaluate import plots
+from dive_fast.evaluate.geometry import compare as movement
+from dive_fast.evaluate.geometry.embed import describe_pairs, embed, open_pairs, spread
+from dive_fast.evaluate.geometry.measures import compare, describe
+from dive_fast.methods.method import Pairs
+from dive_fast.model import towers
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 ROOT = Path(__file__).parents[2]
