@@ -25,9 +25,10 @@ from dive_fast.config.schema import ModelConfig
 from dive_fast.data.batch import ReferenceBatch
 from dive_fast.data.loaders.loader import Options, batches_of
 from dive_fast.data.samples import ReferenceSamples
-from dive_fast.data.sources.source import Sample, Source, open_webdataset
+from dive_fast.data.sources.source import Sample, Source
+from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.kernels import naive
-from dive_fast.methods.method import Pairs
+from dive_fast.model.features import Pairs
 from dive_fast.model.towers import Towers, create, tokenizer_of, unit
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

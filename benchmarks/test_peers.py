@@ -13,7 +13,7 @@ from peers.flyp import Flyp, Inputs, cosine_with_warmup
 from peers.levers import DiveWithLevers, Levers
 from torch import Tensor
 
-from dive_fast.engine.update import learning_rate_schedule
+from dive_fast.engine.optimizer import learning_rate_schedule
 from dive_fast.kernels import naive
 from dive_fast.model import transformer_blocks as blocks
 from dive_fast.model.towers import Towers, unit

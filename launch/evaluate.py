@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import command
+import cli
 
 if TYPE_CHECKING:
     from dive_fast.config.schema import Config, ModelConfig
@@ -36,11 +36,14 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("name what to measure on by --suite or --datasets")
 
     # Only pydantic so far: a typo is told at once.
-    from dive_fast.config.schema import ConfigError, EvaluateConfig, EvaluationSet, ModelConfig, load
-    from dive_fast.errors import UserError
+    from dive_fast.config.load import load_config as load_config
+    from dive_fast.config.schema import EvaluateConfig, EvaluationSet, ModelConfig
+    from dive_fast.errors import ConfigError, UserError
 
     try:
-        config = load(options.config, options.overrides, command.CONFIGS) if options.config is not None else None
+        config = (
+            load_config(options.config, options.overrides, command.CONFIGS) if options.config is not None else None
+        )
         model = (
             config.model if config is not None else ModelConfig(name=options.model, pretrained=options.pretrained)
         )
@@ -48,13 +51,13 @@ def main(arguments: list[str] | None = None) -> int:
         weights = _weights(options, config)
         from dive_fast.checkpoint.load_weights import head_of, load_into
         from dive_fast.distributed import join
-        from dive_fast.engine.step import AUTOCAST
         from dive_fast.evaluate import evaluator as measure
         from dive_fast.evaluate.datasets import catalog as suites
         from dive_fast.evaluate.early_checks import check_output
         from dive_fast.evaluate.results import Results, as_markdown
         from dive_fast.model import head as heads
         from dive_fast.model import towers
+        from dive_fast.model.towers import AUTOCAST
 
         sets: dict[str, EvaluationSet] = {
             name: EvaluationSet(
@@ -155,7 +158,7 @@ def _folder(options: argparse.Namespace, config: "Config | None") -> Path:
 
 def _weights(options: argparse.Namespace, config: "Config | None") -> Path | None:
     """The checkpoint that is measured; None: the model as it comes."""
-    from dive_fast.config.schema import ConfigError
+    from dive_fast.errors import ConfigError
     from dive_fast.evaluate.early_checks import find_weights
 
     if options.weights == Path("pretrained"):

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import RobertaConfig
 
-from dive_fast.config.schema import Config, ConfigError, ModelConfig
+from dive_fast.config.schema import Config, ModelConfig
 from dive_fast.distributed import Ranks
 from dive_fast.engine import feature_consistency as steadiness
 from dive_fast.engine.feature_consistency import Steadiness, by_modules, measure, settle
+from dive_fast.errors import ConfigError
 from dive_fast.methods import method as objective
 from dive_fast.model.towers import Towers, create
-from dive_fast.planner.plan import _fakes
+from dive_fast.planner.simulate import fake_tensors
 
 RESNET: dict[str, Any] = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
 TIMM = {"image_size": 32, "timm_pool": "avg", "timm_proj": "linear"}
@@ -284,7 +285,7 @@ REFUSED = ["coca_ViT-B-32", "roberta-ViT-B-32"]
 def test_built_in_models_are_settled_or_refused_at_once(names: list[str]) -> None:
     refused = {}
     for name in names:
-        with _fakes():
+        with fake_tensors():
             try:
                 towers = create(ModelConfig(name=name), weights=False)
             except ConfigError as error:

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dive_fast import numerics as precision
-from dive_fast.config.schema import ConfigError, ModelConfig
+from dive_fast.config.schema import ModelConfig
 from dive_fast.data.prompts import pack
 from dive_fast.data.transforms import Preprocess
+from dive_fast.errors import ConfigError
 from dive_fast.kernels import naive
 from dive_fast.model.towers import Towers, _pooled_at, create, save, tokenizer_of, unit
 

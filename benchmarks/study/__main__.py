@@ -11,8 +11,8 @@ from pathlib import Path
 
 from loss_report import REPOSITORY
 
-from dive_fast.config.schema import ConfigError
 from dive_fast.distributed import join
+from dive_fast.errors import ConfigError
 from study import results
 from study import summary as report
 from study.experiments import SEEDS, Rows, plan, settled

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from dive_fast.config.schema import ConfigError
+from dive_fast.errors import ConfigError
 from dive_fast.io.atomic_files import write_whole
 from dive_fast.io.safe_read import read_json
 

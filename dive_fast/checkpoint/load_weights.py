@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dive_fast.checkpoint.manifest import FIXED, MANIFEST, WEIGHTS, Tensors, read_identity
-from dive_fast.config.schema import ConfigError, ModelConfig
+from dive_fast.config.schema import ModelConfig
+from dive_fast.errors import ConfigError
 from dive_fast.io.safe_read import nothing_executed
 from dive_fast.model import head as heads
 from dive_fast.model.head import Head

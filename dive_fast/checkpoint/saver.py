@@ -23,16 +23,14 @@ from dive_fast.checkpoint.manifest import (
     IDENTITY,
     MANIFEST,
     TRAINER,
-    RunRecord,
     fingerprint,
     is_whole,
     path_of,
     run_of,
     step_of,
-    tensors,
-    trainer,
     written_checkpoints,
 )
+from dive_fast.checkpoint.snapshot import RunRecord, tensors, trainer
 from dive_fast.config.schema import TrainConfig
 from dive_fast.distributed import Ranks
 from dive_fast.engine.step import Engine
@@ -81,7 +79,7 @@ class Saver:
         """Copies the state after ``step`` steps and begins to write it; all ranks call it.
 
         Args:
-            validation, metrics: as :func:`dive_fast.checkpoint.manifest.trainer` has them.
+            validation, metrics: as :func:`dive_fast.checkpoint.snapshot.trainer` has them.
             first: what the first rank has to write before; the save fails with it.
             must: a failure is raised whatever ``train.on_save_error`` says.
 

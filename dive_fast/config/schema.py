@@ -1,24 +1,16 @@
 """One JSON file in, one typed tree out; whatever is unknown or ill-typed is fatal and named.
 
 The text under each field is its documentation: the configuration reference in docs/config.md is generated
-from it (``python -m dive_fast.config.schema``).
+from it (``python -m dive_fast.config.reference``).
 """
 
-import contextlib
-import difflib
 import json
-import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import Field, model_validator
 
-from dive_fast.errors import UserError
-from dive_fast.io.safe_read import read_text
+from dive_fast.config.section import Decay, NonNegative, NonNegativeFloat, PathText, Positive, Section, Share
+from dive_fast.errors import nearest
 
 Loader = Literal["plain", "dali", "ffcv"]
 Metric = Literal[
@@ -34,39 +26,6 @@ Metric = Literal[
     "text_to_image_r5",
     "text_to_image_r10",
 ]
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0, lt=2**63)]
-NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _expanded(path: str) -> str:
-    """With a home folder for ``~`` at the beginning, also behind ``local-dir:``.
-
-    Raises:
-        ValueError: it is empty, as where a shell's variable is not set; it would stand for the present folder.
-    """
-    if not path.strip():
-        raise PydanticCustomError("empty", "is empty: name something, or null where the key has a default")
-    scheme = "local-dir:" if path.startswith("local-dir:") else ""
-    rest = path.removeprefix(scheme)
-    # A template may begin with ~, and has {} in it.
-    return path if not rest.startswith("~") or "{}" in rest else scheme + os.path.expanduser(rest)
-
-
-PathText = Annotated[str, AfterValidator(_expanded)]
-"""A path, or a name where one is taken too; ``~`` stands for the home folder."""
-
-
-class ConfigError(UserError):
-    """A user's mistake in a config file or override; the message is one line and says what to do."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class ModelConfig(Section):
@@ -333,7 +292,7 @@ class GeometryConfig(Section):
 class EvaluateConfig(Section):
     """What the tuned model is measured on, when training has ended and on the way."""
 
-    sets: dict[str, EvaluationSet] = {}
+    sets: dict[str, EvaluationSet] = Field(default={})
     """Name -> data set; its `metric` goes to the metrics as `accuracy/<name>`."""
     geometry: GeometryConfig | None = None
     """Pairs on which RSA, CKA and difference vectors are measured too (docs/geometry.md); the metrics have them as
@@ -364,7 +323,7 @@ class Config(Section):
     teacher: TeacherConfig = TeacherConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = Field(default={})
     """Passed to DeepSpeed as it stands. Batch sizes, optimizer, scheduler and precision have their home above:
     the engine fills DeepSpeed's keys from there, and a contradiction is an error. One value is ours:
     `zero_optimization.stage` may be `"auto"`, which is 1, or 0 where one
@@ -446,299 +405,3 @@ def _check_evaluation_set(place: str, evaluation: EvaluationSet) -> None:
         raise ValueError(f"{place}.metric: {metric} is none of {task}")
     if metric == "worst_region" and not known:
         raise ValueError(f"{place}.metric: only a known dataset has regions")
-
-
-def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -> Config:
-    """Reads a config by path or by its name in ``folder``, with or without ``.json``, and applies overrides.
-
-    Args:
-        overrides: ``section.key=value``; the value is JSON, or else taken as a string.
-
-    Raises:
-        ConfigError: no such file, no JSON, an unknown or ill-typed key, or keys that do not go together.
-    """
-    path = find(name, folder)
-    try:
-        tree = _parsed(read_text(path))
-        _check_values(tree)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read it: {error}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}{_what_else(path)}") from error
-    if not isinstance(tree, _Object):
-        raise ConfigError(f"{path}: expected a JSON object with sections {', '.join(Config.model_fields)}")
-    if (place := _twice(tree)) is not None:
-        raise ConfigError(f"{path}: key {place} stands twice in one object; keep one")
-    for override in overrides:
-        _override(tree, override)
-    try:
-        return Config.model_validate_json(json.dumps(tree))
-    except ValidationError as error:
-        raise ConfigError(f"{_origin(error, path, overrides)}: {_explain(error)}") from None
-
-
-def find(name: str, folder: Path | None = None) -> Path:
-    """The file that a config's name stands for: a path, else a file in ``folder``.
-
-    Raises:
-        ConfigError: none exists; names the nearest one that does.
-    """
-    candidates = [Path(name)]
-    if folder is not None:
-        candidates += [folder / name, folder / f"{name}.json"]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    known = sorted(path.stem for path in folder.glob("*.json")) if folder is not None else []
-    hint = f"; shipped configs: {', '.join(known)}{nearest(Path(name).stem, known)}" if known else ""
-    raise ConfigError(f"--config {name}: no such file{hint}")
-
-
-class _Object(dict[str, Any]):
-    """A JSON object that remembers a key which stood in it twice."""
-
-    twice: str | None = None
-
-    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
-        super().__init__(pairs)
-        if len(self) < len(pairs):
-            self.twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-
-
-def _parsed(text: str) -> Any:
-    """Of JSON; what is not finite is left for the key that it stands at to refuse."""
-    try:
-        return json.loads(text, object_pairs_hook=_Object)
-    except RecursionError:
-        raise ValueError(_TOO_DEEP) from None
-
-
-def _twice(tree: Any) -> str | None:
-    """The place of a key that stands twice in one object."""
-    if isinstance(tree, _Object) and tree.twice is not None:
-        return tree.twice
-    held = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    below = ((key, _twice(value)) for key, value in held)
-    return next((f"{key}.{place}" for key, place in below if place is not None), None)
-
-
-DEEPEST = 64
-"""Objects and lists in one another; a config needs five, DeepSpeed's section a few more."""
-_TOO_DEEP = f"nested more than {DEEPEST} deep; no section goes that far"
-
-
-def _check_values(value: Any, depth: int = 0) -> None:
-    """Holds a tree to what a config can mean, wherever its values go.
-
-    Raises:
-        ValueError: a text is no Unicode or has a zero byte, which no path can hold; or it is nested too deeply.
-    """
-    if isinstance(value, str):
-        if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-            raise ValueError(f"{_short(value)} holds a zero byte, or bytes that are no UTF-8")
-    elif isinstance(value, dict | list):
-        if depth >= DEEPEST:
-            raise ValueError(_TOO_DEEP)
-        for held in [*value, *value.values()] if isinstance(value, dict) else value:
-            _check_values(held, depth + 1)
-
-
-def _override(tree: dict[str, Any], override: str) -> None:
-    place, separator, text = override.partition("=")
-    keys = place.split(".")
-    if not separator or not all(keys):
-        raise ConfigError(f"override {_short(override)}: expected section.key=value, e.g. train.epochs=1")
-    try:
-        value = _parsed(text)
-    except ValueError:
-        value = text
-    try:
-        if len(keys) > DEEPEST:
-            raise ValueError(_TOO_DEEP)
-        _check_values([*keys, value])
-    except ValueError as error:
-        raise ConfigError(f"override {_short(override)}: {error}") from error
-    if (twice := _twice(value)) is not None:
-        raise ConfigError(f"override {_short(override)}: key {twice} stands twice in one object; keep one")
-    for depth, key in enumerate(keys[:-1], start=1):
-        tree = tree.setdefault(key, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"override {_short(override)}: {'.'.join(keys[:depth])} is a value, not a section")
-    tree[keys[-1]] = value
-
-
-def _what_else(path: Path) -> str:
-    """What a file that is not JSON may be, for the end of a message."""
-    if path.suffix.lower() in (".yaml", ".yml"):
-        return "; a config is JSON, not YAML"
-    with contextlib.suppress(OSError, ValueError):
-        for number, line in enumerate(read_text(path).splitlines(), start=1):
-            if line.lstrip().startswith(("//", "#", "/*")):
-                return f"; line {number} is a comment, which JSON does not have: remove it"
-    return ""
-
-
-def _first(error: ValidationError) -> ErrorDetails:
-    """The mistake to report: an unknown key is usually the cause of a missing one, so it comes first."""
-    mistakes = error.errors(include_url=False)
-    return next((mistake for mistake in mistakes if mistake["type"] == "extra_forbidden"), mistakes[0])
-
-
-def _origin(error: ValidationError, path: Path, overrides: Sequence[str]) -> str:
-    """Where the first mistake comes from: the last override of its key or section, or the file."""
-    place = f"{_place(_first(error))}."
-    for override in reversed(overrides):
-        key = f"{override.partition('=')[0]}."
-        if place != "." and (place.startswith(key) or key.startswith(place)):
-            return f"command line ({_short(override)})"
-    return str(path)
-
-
-SYNONYMS = {
-    "lr": "train.learning_rate",
-    "wd": "train.weight_decay",
-    "bs": "data.target.batch_size",
-    "batch_size": "data.target.batch_size",
-    "lambda": "objective.weight",
-    "warmup": "train.warmup_steps",
-    "num_workers": "data.target.workers",
-    "workers": "data.target.workers",
-    "output_dir": "train.output",
-    "fp16": "train.precision",
-    "bf16": "train.precision",
-}
-"""Keys as other projects name them."""
-
-
-def _nearest_key(place: str, valid: Sequence[str]) -> str:
-    """The end of a message that names the nearest key, with its sections."""
-    section, _, name = place.rpartition(".")
-    if name in SYNONYMS:
-        return f"; did you mean {SYNONYMS[name]}?"
-    if near := difflib.get_close_matches(name, valid, n=1, cutoff=0.5):
-        return f"; did you mean {f'{section}.' if section else ''}{near[0]}?"
-    elsewhere = [at for at, part in _sections(Config, "") if "<" not in at and name in part.model_fields]
-    return f"; did you mean {elsewhere[0]}.{name}?" if elsewhere else ""
-
-
-def _explain(error: ValidationError) -> str:
-    """The first mistake in one line: the key, its place, what is expected, the nearest valid key."""
-    mistakes, first = error.errors(include_url=False), _first(error)
-    place = _place(first)
-    alternatives = [_plain(mistake["msg"]) for mistake in mistakes if _place(mistake) == place]
-    if first["type"] == "extra_forbidden":
-        valid = list(_section_at(first["loc"][:-1]))
-        return f"unknown key {place}{_nearest_key(place, valid)} (valid: {', '.join(valid)})"
-    if first["type"] == "missing":
-        return f"{place} is missing"
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
-    return f"{place} = {_cut(json.dumps(first['input'], default=str))}: {' or '.join(alternatives)}"
-
-
-def _place(mistake: ErrorDetails) -> str:
-    keys: list[str] = []
-    holder: Any = Config
-    for key in mistake["loc"]:
-        # Below a plain value pydantic names the branches of a union; they are no keys of the file.
-        if holder is None and isinstance(key, str):
-            break
-        keys.append(str(key))
-        holder = _inside(holder, key)
-    return ".".join(keys)
-
-
-def _short(text: str) -> str:
-    return _cut(repr(text))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:150]} ... {text[-45:]}"
-
-
-def _plain(message: str) -> str:
-    return message[0].lower() + message[1:]
-
-
-def _section_at(location: tuple[int | str, ...]) -> dict[str, FieldInfo]:
-    holder: Any = Config
-    for key in location:
-        holder = _inside(holder, key)
-    return dict(holder.model_fields)
-
-
-def _inside(holder: Any, key: int | str) -> Any:
-    """What the config has at a key: a section, the type of a dict of sections, or None for a plain value."""
-    if get_origin(holder) is dict:
-        return get_args(holder)[1]  # the key is a name that the user chose
-    field = getattr(holder, "model_fields", {}).get(key)
-    annotation = None if field is None else field.annotation
-    return annotation if get_origin(annotation) is dict else _section_type(annotation)
-
-
-def _section_type(annotation: Any) -> type[Section] | None:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _section_type(part))), None)
-
-
-def nearest(word: str, words: Sequence[str]) -> str:
-    """The end of a message that names the nearest of some words, if one is near."""
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def reference() -> str:
-    """The configuration reference in Markdown, from the field documentation above."""
-    lines = ["# Configuration reference", ""]
-    lines += ["Generated by `python -m dive_fast.config.schema > docs/config.md`; do not edit.", ""]
-    lines += ["Any value can be overridden on the command line: `train.epochs=1`.", ""]
-    for name, section in _sections(Config, ""):
-        documentation = " ".join((section.__doc__ or "").split())
-        heading = f"`{name}`" if name else "Sections"
-        lines += [f"## {heading}", "", documentation, "", "| key | type | default | |", "|---|---|---|---|"]
-        for key, field in section.model_fields.items():
-            nested = _section_type(field.annotation)
-            whole = isinstance(field.default, Section)  # a section with a default for each of its keys
-            default = "required" if field.is_required() else "" if whole else f"`{json.dumps(field.default)}`"
-            text = " ".join((field.description or (nested.__doc__ if nested else "") or "").split())
-            cells = (f"`{key}`", _type_name(field), default, text)
-            row = " | ".join(cell.replace("|", r"\|") for cell in cells)
-            lines.append(f"| {row} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _sections(section: type[Section], place: str) -> Iterator[tuple[str, type[Section]]]:
-    yield place, section
-    for key, field in section.model_fields.items():
-        nested = _section_type(field.annotation)
-        if nested is not None:
-            name = f"{place}.{key}".lstrip(".")
-            yield from _sections(nested, f"{name}.<name>" if nested is EvaluationSet else name)
-
-
-def _type_name(field: FieldInfo) -> str:
-    return " or ".join(_type_names(field.annotation))
-
-
-def _type_names(annotation: Any) -> list[str]:
-    origin, parts = get_origin(annotation), get_args(annotation)
-    if origin is dict:
-        return ["section for each name" if _section_type(annotation) else "object"]
-    if origin is tuple:
-        return ["pair of numbers"]
-    if origin is Literal:
-        return [f"`{value}`" for value in parts]
-    if origin is Annotated:
-        return _type_names(parts[0])
-    if parts:
-        return [name for part in parts for name in _type_names(part)]
-    if _section_type(annotation):
-        return ["section"]
-    names = {int: "integer", float: "number", str: "string", bool: "`true` or `false`", type(None): "`null`"}
-    return [names[annotation]]
-
-
-if __name__ == "__main__":
-    print(reference(), end="")

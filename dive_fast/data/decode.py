@@ -125,3 +125,13 @@ def why_unusual(image: Image.Image, data: bytes) -> str:
         return "RGB JPEG without YCbCr"
     # Behind the end some cameras write a few more bytes.
     return "" if b"\xff\xd9" in data[-64:] else "JPEG without end"
+
+
+def undecodable_reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return "cannot be read"
+    if isinstance(error, UnknownWhiteError):
+        return "32-bit pixels without a known white"
+    return "too many pixels" if isinstance(error, Image.DecompressionBombError) else "a broken image"

@@ -3,8 +3,12 @@
 from typing import Any
 
 from dive_fast.config.schema import EvaluationSet, GeometryConfig, ReferenceConfig, TargetConfig
-from dive_fast.data.prepared.format import open_prepared
-from dive_fast.data.sources.source import DataError, Source, open_csv, open_folder, open_webdataset
+from dive_fast.data.prepared.read import open_prepared
+from dive_fast.data.sources.csv_table import open_csv
+from dive_fast.data.sources.folder import open_folder
+from dive_fast.data.sources.source import Source
+from dive_fast.data.sources.webdataset import open_webdataset
+from dive_fast.errors import DataError
 
 
 def open_target(config: TargetConfig | EvaluationSet, place: str = "") -> Source:

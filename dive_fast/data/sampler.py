@@ -6,8 +6,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from dive_fast.data.sources.source import DataError
-from dive_fast.data.transforms import Draw, stream
+from dive_fast.data.random_streams import Draw, stream
+from dive_fast.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Random numbers are counter-based (Philox): what a sample gets depends on no othe
 
 import math
 from dataclasses import dataclass
-from enum import IntEnum
 from functools import cached_property
 
 import numpy as np
@@ -17,19 +16,7 @@ from torch import Tensor
 from torchvision.transforms import Compose
 from torchvision.transforms import functional as TF
 
-
-class Draw(IntEnum):
-    """What random numbers are drawn for; each purpose has a stream of its own."""
-
-    CROP = 0
-    PROMPT = 1
-    ORDER = 2
-    AUDIT = 3
-
-
-def stream(seed: int, purpose: Draw, first: int, second: int = 0) -> np.random.Generator:
-    """The random numbers of one purpose at one point, e.g. the crop of sample ``first`` in view ``second``."""
-    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, first, second]))
+from dive_fast.data.random_streams import Draw, stream
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dive_fast.evaluate.geometry.embed import describe_pairs, embed, open_pairs
 from dive_fast.evaluate.geometry.measures import rsa
 from dive_fast.evaluate.plots import METHODS
 from dive_fast.evaluate.zero_shot import evaluate
-from dive_fast.methods.method import Pairs
+from dive_fast.model.features import Pairs
 from dive_fast.model.towers import create, tokenizer_of
 
 EVIDENCE = """\

@@ -7,8 +7,8 @@ from typing import Any
 import pydantic
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
-from dive_fast.config.schema import Config, ConfigError
-from dive_fast.engine.update import offloads, zero_of
+from dive_fast.config.schema import Config
+from dive_fast.errors import ConfigError
 
 BUCKET = 50_000_000
 """Elements that ZeRO reduces and gathers at once, unless told otherwise. DeepSpeed's default is ten times as many,
@@ -124,3 +124,20 @@ class _Section(dict[str, Any]):
         self.asked.add(key)
         self.defaults.setdefault(key, default)
         return super().get(key, default)
+
+
+def runs_on_device(section: dict[str, Any]) -> bool:
+    """Whether :class:`DeviceUpdate` does for this ``deepspeed`` section."""
+    return zero_of(section).get("stage", 0) < 3 and not offloads(section)
+
+
+def offloads(section: dict[str, Any]) -> bool:
+    """Whether the optimizer runs on the CPU."""
+    offload = zero_of(section).get("offload_optimizer") or {}
+    return bool(offload.get("device", "none") != "none")
+
+
+def zero_of(section: dict[str, Any]) -> dict[str, Any]:
+    """Its ``zero_optimization``; empty where there is none, or what DeepSpeed will refuse."""
+    zero = section.get("zero_optimization")
+    return zero if isinstance(zero, dict) else {}

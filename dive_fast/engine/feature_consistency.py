@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dive_fast.config.schema import Config, ConfigError
+from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks
-from dive_fast.methods import method as objective
+from dive_fast.errors import ConfigError
+from dive_fast.methods import registry
 from dive_fast.model.model_files import tell
 from dive_fast.model.towers import Towers
 from dive_fast.model.transformer_blocks import check_blocks
@@ -50,7 +51,7 @@ def prepare(config: Config, towers: Towers, ranks: Ranks) -> None:
     Raises:
         ConfigError: the config asks for what these towers cannot do; says which key, and why.
     """
-    kind, train = objective.KINDS[config.objective.name], config.train
+    kind, train = registry.KINDS[config.objective.name], config.train
     uses_text = kind.target_has_texts or (kind.needs_reference and kind.reference_has_texts)
     if changed := settle(towers):
         tell(f"{config.model.name}: in training, {' and '.join(changed)}: the same features as in evaluation")
@@ -72,7 +73,7 @@ def check(config: Config, found: Steadiness) -> None:
             f"train.micro_batch_size: {config.model.name} {found.reason}, so a batch in pieces has other "
             "gradients than the whole; remove it"
         )
-    if objective.KINDS[config.objective.name].needs_teacher and not (found.is_random or found.is_as_evaluated):
+    if registry.KINDS[config.objective.name].needs_teacher and not (found.is_random or found.is_as_evaluated):
         raise ConfigError(
             f"model.name: {config.model.name} {found.reason}; objective.name = {config.objective.name} compares "
             "both, so take another model, or an objective without a teacher"

@@ -26,23 +26,14 @@ from dive_fast.config.schema import Config
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.distributed import Ranks
 from dive_fast.engine import feature_consistency as steadiness
-from dive_fast.engine.deepspeed_config import deepspeed_section
+from dive_fast.engine.deepspeed_config import deepspeed_section, offloads, runs_on_device, zero_of
+from dive_fast.engine.optimizer import learning_rate_schedule, make_optimizer
 from dive_fast.engine.profiler import span
-from dive_fast.engine.update import (
-    DeepSpeedUpdate,
-    DeviceUpdate,
-    LossScale,
-    learning_rate_schedule,
-    make_optimizer,
-    offloads,
-    runs_on_device,
-    zero_of,
-)
-from dive_fast.methods.method import Loss, Objective, Outputs, Pairs
-from dive_fast.model.towers import Features, Towers
+from dive_fast.engine.update import DeepSpeedUpdate, DeviceUpdate, LossScale
+from dive_fast.methods.method import Loss, Objective
+from dive_fast.model.features import Features, Outputs, Pairs
+from dive_fast.model.towers import AUTOCAST, Towers
 from dive_fast.model.transformer_blocks import compile_blocks, lighten, recompute_activations, recompute_blocks
-
-AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
 
 PER_ROW = ("image", "text", "logits")
 """Of the towers' features: those with a row for each pair or text, to be cut into micro-batches."""

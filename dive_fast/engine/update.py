@@ -6,16 +6,11 @@ PyTorch's fused AdamW divides each gradient by ``grad_scale`` and leaves weights
 and optimizers on the CPU need it.
 """
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from dive_fast.config.schema import TrainConfig
-from dive_fast.model.towers import Towers
 
 INITIAL_SCALE, MIN_SCALE, GROWTH_INTERVAL = 2.0**16, 1.0, 2000
 COUNTS = ("good_steps", "skipped_steps", "nonfinite_steps", "nonfinite_in_row")
@@ -167,47 +162,3 @@ class DeepSpeedUpdate:
             self._engine.lr_scheduler.step()
         self.scale.update(torch.tensor(float(not applied)), nonfinite.cpu() == 0)
         return torch.as_tensor(self._engine.get_global_grad_norm())
-
-
-def runs_on_device(section: dict[str, Any]) -> bool:
-    """Whether :class:`DeviceUpdate` does for this ``deepspeed`` section."""
-    return zero_of(section).get("stage", 0) < 3 and not offloads(section)
-
-
-def offloads(section: dict[str, Any]) -> bool:
-    """Whether the optimizer runs on the CPU."""
-    offload = zero_of(section).get("offload_optimizer") or {}
-    return bool(offload.get("device", "none") != "none")
-
-
-def zero_of(section: dict[str, Any]) -> dict[str, Any]:
-    """Its ``zero_optimization``; empty where there is none, or what DeepSpeed will refuse."""
-    zero = section.get("zero_optimization")
-    return zero if isinstance(zero, dict) else {}
-
-
-def make_optimizer(train: TrainConfig, towers: Towers, on_cpu: bool) -> torch.optim.Optimizer:
-    """AdamW on all that is tuned."""
-    tuned = [parameter for parameter in towers.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in tuned if train.decay_all_parameters or parameter.ndim > 1]
-    spared = [parameter for parameter in tuned if not train.decay_all_parameters and parameter.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    options: dict[str, Any] = {"lr": train.learning_rate, "betas": train.betas, "eps": train.epsilon}
-    groups = [group for group in groups if group["params"]]
-    if on_cpu:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)  # type: ignore[no-any-return]
-    return torch.optim.AdamW(groups, fused=True, **options)
-
-
-def learning_rate_schedule(warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """Factor on the peak learning rate at each step: linear warm-up, then cosine to 0, as in open_clip."""
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-    return factor

@@ -12,11 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dive_fast.config.schema import ConfigError
 from dive_fast.data.classes import composed, repeated, synsets
 from dive_fast.data.prompts import Template, Tokenizer, pack
 from dive_fast.distributed import Ranks
-from dive_fast.errors import UserError
+from dive_fast.errors import ConfigError, UserError
 from dive_fast.evaluate.feature_identity import of_classifier
 from dive_fast.identity import digest
 from dive_fast.io.atomic_files import whole_path

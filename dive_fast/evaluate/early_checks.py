@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from dive_fast.config.schema import ConfigError
+from dive_fast.errors import ConfigError
 
 MODEL = "model.safetensors"
 """Exported weights, in the folder of a run."""

@@ -9,15 +9,15 @@ from typing import Any
 
 from dive_fast.config.schema import EvaluationSet
 from dive_fast.data.prompts import Tokenizer
-from dive_fast.data.sources.source import DataError
 from dive_fast.distributed import Ranks
-from dive_fast.errors import UserError
+from dive_fast.errors import DataError, UserError
 from dive_fast.evaluate.classifier import HeadRows, lacked, of_head
 from dive_fast.evaluate.datasets.catalog import canonical, find
 from dive_fast.evaluate.datasets.evaluation_set import Captioned, Labelled
+from dive_fast.evaluate.datasets.resolve import Opened, metric_of, open_sets
 from dive_fast.evaluate.feature_identity import of_model, prompts_digest
 from dive_fast.evaluate.results import Results, Row
-from dive_fast.evaluate.zero_shot import Opened, measure, metric_of, open_sets
+from dive_fast.evaluate.zero_shot import measure
 from dive_fast.identity import Identity, differences, digest
 from dive_fast.model.head import Head
 from dive_fast.model.towers import Towers

@@ -14,7 +14,8 @@ from torch import nn
 
 from dive_fast import numerics as precision
 from dive_fast.data.prompts import TELLING, Template, Tokenizer
-from dive_fast.identity import Identity, digest, model_identity, versions
+from dive_fast.identity import Identity, digest, versions
+from dive_fast.model.model_identity import model_identity
 from dive_fast.model.towers import Towers
 
 NOTED = ("training", "image_mean", "image_std")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dive_fast.data.sources.source import DataError
+from dive_fast.errors import DataError
 from dive_fast.evaluate.datasets.catalog import IMAGENET_OOD, KNOWN, SUITES, ZERO_SHOT_10
 from dive_fast.io.atomic_files import write_whole
 from dive_fast.io.safe_read import parse_json, read_text

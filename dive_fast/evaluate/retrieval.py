@@ -6,8 +6,8 @@ from torch import Tensor
 
 from dive_fast.data.loaders.loader import Options, batches_of
 from dive_fast.data.prompts import Tokenizer, pack, warn_of_cut_texts
-from dive_fast.data.sources.source import DataError
 from dive_fast.distributed import Ranks
+from dive_fast.errors import DataError
 from dive_fast.evaluate.datasets.evaluation_set import BROKEN, Captioned, CountedSamples, progress
 from dive_fast.evaluate.scores import recall_at
 from dive_fast.model.towers import Towers, unit

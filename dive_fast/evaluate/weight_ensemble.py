@@ -9,28 +9,22 @@ import torch
 from torch import Tensor
 
 from dive_fast.checkpoint.load_weights import exported, head_of
-from dive_fast.config.schema import Config, ConfigError, nearest
+from dive_fast.config.schema import Config
 from dive_fast.data.prompts import Template, Tokenizer, read_templates
 from dive_fast.distributed import Ranks
-from dive_fast.engine.step import AUTOCAST
-from dive_fast.errors import UserError
+from dive_fast.errors import ConfigError, UserError, nearest
 from dive_fast.evaluate import plots
+from dive_fast.evaluate.classifier import classifier
+from dive_fast.evaluate.datasets.resolve import metric_of, open_sets
 from dive_fast.evaluate.results import LOCK
-from dive_fast.evaluate.zero_shot import (
-    Measured,
-    classifier,
-    measure_sets,
-    metric_of,
-    open_sets,
-    report_left_out,
-    values,
-)
+from dive_fast.evaluate.zero_shot import Measured, measure_sets, report_left_out, values
 from dive_fast.io.atomic_files import write_whole
 from dive_fast.locks import file_lock
 from dive_fast.model import head as heads
 from dive_fast.model import towers
 from dive_fast.model.head import Head
 from dive_fast.model.model_files import DESCRIPTION
+from dive_fast.model.towers import AUTOCAST
 
 WEIGHTS = "ensemble.safetensors"
 ALPHAS = tuple(step / 10 for step in range(1, 10))

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from dive_fast.distributed import Ranks
+from dive_fast.engine.async_scalars import AsyncScalars as AsyncScalars
 from dive_fast.engine.step import StepBatches
 from dive_fast.errors import SharedError
 from dive_fast.io.atomic_files import write_whole
-from dive_fast.train.metrics import Reading
 
 BEHIND = 64
 """Steps that the device's numbers may be late by; the samples of so many more are remembered."""
@@ -33,7 +33,7 @@ class NonFinite:
         """
         self._limit, self._folder, self._ranks = limit, folder, ranks
         self._samples: deque[dict[str, Any]] = deque(maxlen=limit + BEHIND)
-        self._underway: deque[tuple[int, Reading]] = deque()
+        self._underway: deque[tuple[int, AsyncScalars]] = deque()
         self._reached: int | None = None
 
     def before(self, step: int, batches: StepBatches) -> None:
@@ -50,7 +50,7 @@ class NonFinite:
         Args:
             in_row: ``()``, how many in a row have been skipped, on the device.
         """
-        self._underway.append((step, Reading({"in_row": in_row})))
+        self._underway.append((step, AsyncScalars({"in_row": in_row})))
         late = len(self._underway) > BEHIND
         while self._underway and (late or self._underway[0][1].is_here()):
             step, reading = self._underway.popleft()

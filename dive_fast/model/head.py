@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dive_fast.config.schema import ConfigError
+from dive_fast.errors import ConfigError
 from dive_fast.io.atomic_files import whole_path
 from dive_fast.io.safe_read import parse_json
 
@@ -27,7 +27,7 @@ class Head(NamedTuple):
     class_names: tuple[str, ...]
     """C names, in the order of the rows."""
     trained_with: str = ""
-    """:func:`dive_fast.identity.weights_digest` of the towers whose features it classifies; empty: not known."""
+    """:func:`dive_fast.model.model_identity.weights_digest` of the towers whose features it classifies; empty: not known."""
 
 
 def save(head: Head, path: Path) -> None:

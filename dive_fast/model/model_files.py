@@ -20,9 +20,9 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transform import PreprocessCfg
 from safetensors import safe_open
 
-from dive_fast.config.schema import ConfigError
 from dive_fast.data.prompts import TELLING, Tokenizer
 from dive_fast.data.transforms import Preprocess
+from dive_fast.errors import ConfigError
 from dive_fast.io.atomic_files import write_whole
 from dive_fast.io.safe_read import read_json
 

@@ -8,19 +8,21 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import open_clip
 import torch
 from torch import Tensor, nn
 
-from dive_fast.config.schema import ConfigError, ModelConfig
+from dive_fast.config.schema import Config, ModelConfig
 from dive_fast.data.batch import Text
 from dive_fast.data.prompts import PooledAt, Tokenizer, quick_bpe
 from dive_fast.data.transforms import Preprocess
+from dive_fast.errors import ConfigError
 from dive_fast.io.atomic_files import whole_path
 from dive_fast.io.safe_read import nothing_executed
 from dive_fast.kernels.naive import unit
+from dive_fast.model.features import Features
 from dive_fast.model.model_files import (
     DESCRIPTION,
     PREPROCESS_KEYS,
@@ -35,25 +37,17 @@ from dive_fast.model.model_files import (
 )
 from dive_fast.numerics import full_fp32
 
+MODEL_DIR = Path(__file__).parents[1] / "demo/model"
+
+AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
+
+
 __all__ = ["Features", "Towers", "create", "tokenizer_of", "unit"]
 
 LOCAL = "local-dir:"
 BRING_WEIGHTS = ("hf-hub:", LOCAL)
 HEAD = "head."
 """What the names of the head's parameters begin with."""
-
-
-class Features(NamedTuple):
-    """What the towers make of a batch; features are un-normalised."""
-
-    image: Tensor
-    """``(B, D)``"""
-    text: Tensor | None
-    """``(U, D)``, a row for each distinct text; ``text[index]`` has a row for each pair. None without texts."""
-    logit_scale: Tensor
-    """``(1,)``: s = 1 / tau itself, at most ``model.logit_scale_max``."""
-    logits: Tensor | None = None
-    """``(B, C)``, of the classification head on unit image features; None without one."""
 
 
 class Towers(nn.Module):
@@ -444,8 +438,6 @@ def _name(config: ModelConfig) -> str:
         return LOCAL + str(Path(config.name.removeprefix(LOCAL)).expanduser())
     if config.name != "demo":
         return config.name
-    from dive_fast.data.demo.world import MODEL_DIR  # the demo is no part of the engine: only when asked for
-
     return f"local-dir:{MODEL_DIR}"
 
 
@@ -508,3 +500,24 @@ def save(state: dict[str, Tensor], path: Path) -> None:
 
     with whole_path(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
+
+
+def check_text_length(config: Config, towers: Towers) -> None:
+    """Holds ``text_length`` to what the text tower can take.
+
+    Raises:
+        ConfigError: it is longer than the model's context, or the tower cannot do with less.
+    """
+    for half in ("target", "reference"):
+        data = getattr(config.data, half)
+        if data is None or data.text_length is None:
+            continue
+        context = int(getattr(towers.text, "context_length", data.text_length))
+        if data.text_length > context:
+            raise ConfigError(
+                f"data.{half}.text_length = {data.text_length} exceeds the model's context of {context}"
+            )
+        if towers.pooled_at is None:
+            raise ConfigError(
+                f"data.{half}.text_length: the text tower of {config.model.name} needs its whole context"
+            )

@@ -11,7 +11,7 @@ from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dive_fast.config.schema import ConfigError
+from dive_fast.errors import ConfigError
 from dive_fast.model.towers import Towers
 
 TEXT_MULTIPLE = 8

@@ -11,8 +11,9 @@ import sys
 import torch
 import torch.distributed as dist
 
-from dive_fast.config.schema import Config, ConfigError
+from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks
+from dive_fast.errors import ConfigError
 from dive_fast.planner.gpu_specs import GPUS, sold_as
 
 WORTH = 0.98
@@ -43,12 +44,12 @@ def choose(config: Config, ranks: int, gpu: str) -> str:
     Raises:
         ConfigError: the config cannot be planned.
     """
-    from dive_fast.methods.method import KINDS
-    from dive_fast.planner.plan import plan
+    from dive_fast.methods.registry import KINDS
+    from dive_fast.planner.simulate import plan_run as plan_run
 
     if not KINDS[config.objective.name].needs_reference:
         return "sequential"
-    sequential, joint = (plan(with_schedule(config, name), ranks) for name in ("sequential", "joint"))
+    sequential, joint = (plan_run(with_schedule(config, name), ranks) for name in ("sequential", "joint"))
     is_faster = joint.step_seconds(GPUS[gpu]) < WORTH * sequential.step_seconds(GPUS[gpu])
     return "joint" if joint.fits(GPUS[gpu]) and is_faster else "sequential"
 

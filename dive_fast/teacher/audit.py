@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from dive_fast.data.loaders.loader import Options, batches_of
+from dive_fast.data.random_streams import Draw, stream
 from dive_fast.data.samples import Place, ReferenceSamples
-from dive_fast.data.transforms import Draw, stream
 from dive_fast.distributed import Ranks
-from dive_fast.methods.method import Pairs
+from dive_fast.model.features import Pairs
 from dive_fast.model.towers import Towers
 from dive_fast.teacher.cache_files import StaleCacheError, write_json
 from dive_fast.teacher.teacher import CachedTeacher, OnlineTeacher

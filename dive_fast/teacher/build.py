@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from dive_fast.config.schema import Config, ReferenceConfig, TargetConfig
-from dive_fast.data.loaders.loader import Options
+from dive_fast.config.schema import Config
+from dive_fast.data.loaders.loader import Options, loader_options
 from dive_fast.data.samples import ReferenceSamples
 from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
@@ -37,20 +37,6 @@ def reference_samples(config: Config, source: Source, towers: Towers) -> Referen
     assert data is not None
     tokenizer = tokenizer_of(config.model, data.text_length)
     return ReferenceSamples(source, tokenizer, towers.preprocess, towers.pooled_at, config.train.seed, data.views)
-
-
-def loader_options(config: Config, data: TargetConfig | ReferenceConfig, ranks: Ranks) -> Options:
-    """How the training batches of a half are loaded."""
-    # Autocast would round the images to fp16 at once. Not for an online teacher, who sees them in fp32.
-    rounds = config.train.precision == "fp16" and config.teacher.mode == "cache" and ranks.device.type == "cuda"
-    return Options(
-        data.loader,
-        data.workers,
-        ranks.device,
-        torch.float16 if rounds else torch.float32,
-        hw_decoder_load=data.hw_decoder_load,
-        timeout=config.train.rank_timeout,
-    )
 
 
 def open_teacher(config: Config, folder: Path, towers: Towers, samples: ReferenceSamples, ranks: Ranks) -> Teacher:

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dive_fast.config.schema import ConfigError
+from dive_fast.errors import ConfigError
 from dive_fast.io.atomic_files import new_file, write_whole
 from dive_fast.io.safe_read import inside, map_array, read_json
 

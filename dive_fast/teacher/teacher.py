@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dive_fast.data.batch import ReferenceBatch
 from dive_fast.distributed import Ranks
-from dive_fast.methods.method import Pairs
+from dive_fast.model.features import Pairs
 from dive_fast.model.towers import Towers, unit
 from dive_fast.teacher.cache_files import HALVES, StaleCacheError, Store
 from dive_fast.teacher.fingerprint import Fingerprint, differences

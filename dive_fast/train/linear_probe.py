@@ -11,16 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dive_fast.config.schema import Config
-from dive_fast.data.loaders.loader import Options, batches_of
+from dive_fast.data.loaders.loader import Options, batches_of, loader_options
 from dive_fast.data.prompts import check_labels, read_templates
 from dive_fast.data.samples import EvaluationSamples
 from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
-from dive_fast.engine.step import AUTOCAST
-from dive_fast.engine.update import learning_rate_schedule
-from dive_fast.evaluate.zero_shot import classifier
-from dive_fast.model.towers import Towers, tokenizer_of, unit
-from dive_fast.teacher.build import loader_options
+from dive_fast.engine.optimizer import learning_rate_schedule
+from dive_fast.evaluate.classifier import classifier
+from dive_fast.model.towers import AUTOCAST, Towers, tokenizer_of, unit
 
 
 def make_head(

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from dive_fast.checkpoint import manifest as checkpoint
+from dive_fast.checkpoint import resume
 from dive_fast.checkpoint.saver import Saver
-from dive_fast.config.schema import Config, ConfigError
+from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks
 from dive_fast.engine.profiler import span, tracing
-from dive_fast.errors import SharedError, machine_error
+from dive_fast.errors import ConfigError, SharedError, machine_error
 from dive_fast.fault_tolerance.consensus import Consensus
 from dive_fast.fault_tolerance.heartbeat import Watch
 from dive_fast.fault_tolerance.nonfinite import NonFinite
@@ -74,7 +75,7 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
     checkpoints, ranks = folder / checkpoint.FOLDER, run.ranks
     validation, step, newest, evaluation = Validation(run), 0, {}, None
     if run.checkpoint is not None:
-        found = checkpoint.load(engine, run.checkpoint)
+        found = resume.load_checkpoint(engine, run.checkpoint)
         step, newest = found["step"], found["metrics"]
         with ranks.together(ConfigError):
             evaluation = checkpoint.read_evaluation(run.checkpoint) if ranks.first else None

@@ -9,11 +9,12 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dive_fast.engine.async_scalars import AsyncScalars as AsyncScalars
 from dive_fast.io.atomic_files import write_whole
 from dive_fast.train.monitors import forget_after
 from dive_fast.train.setup import Batches, Run
@@ -84,7 +85,7 @@ class Metrics:
         # Those of the reference half are of the last step that had one.
         self._newest |= values
         if step % self._options.log_every == 0 or step in (1, self._run.total_steps):
-            self._underway.append(_Line(step, Reading(self._newest), self._of_the_loop(step, learning_rate)))
+            self._underway.append(_Line(step, AsyncScalars(self._newest), self._of_the_loop(step, learning_rate)))
         while self._underway and self._underway[0].reading.is_here():
             self._take(self._underway.popleft())
 
@@ -108,7 +109,7 @@ class Metrics:
     def state_dict(self) -> dict[str, float | None]:
         """The newest of each, which those of the reference half may remain for some steps."""
         self.flush()
-        numbers = Reading(self._newest).numbers()
+        numbers = AsyncScalars(self._newest).numbers()
         return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
     def flush(self) -> None:
@@ -226,41 +227,9 @@ class Metrics:
         return kept
 
 
-class Reading:
-    """Numbers of the device on their way to the host, which does not wait for them."""
-
-    def __init__(self, values: dict[str, Tensor]) -> None:
-        """Sets them off; what happens to the tensors afterwards does not reach the numbers.
-
-        Args:
-            values: ``()`` each, all on one device or on the CPU.
-        """
-        self._names = list(values)
-        device = next((value.device for value in values.values() if value.is_cuda), torch.device("cpu"))
-        wide = [value.detach().to(device, torch.float64, non_blocking=True) for value in values.values()]
-        found = torch.stack(wide)
-        self._copied: Any = None
-        if device.type == "cuda":
-            pinned = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
-            found = pinned.copy_(found, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-        self._found = found
-
-    def is_here(self) -> bool:
-        """Whether they have arrived."""
-        return self._copied is None or bool(self._copied.query())
-
-    def numbers(self) -> dict[str, float]:
-        """Waits for them."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return dict(zip(self._names, self._found.tolist(), strict=True))
-
-
 class _Line(NamedTuple):
     """Of metrics.jsonl, to be."""
 
     step: int
-    reading: Reading
+    reading: AsyncScalars
     of_the_loop: dict[str, float]

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from dive_fast.checkpoint.lineage import LEFT_BY_RUNS, REPLACED
 from dive_fast.checkpoint.manifest import FOLDER as CHECKPOINTS
-from dive_fast.config.schema import Config, ConfigError
+from dive_fast.config.schema import Config
 from dive_fast.data.workers import PREFETCH
 from dive_fast.distributed import Ranks
-from dive_fast.engine.update import offloads
-from dive_fast.errors import UserError, machine_error
-from dive_fast.methods.method import KINDS
+from dive_fast.engine.deepspeed_config import offloads
+from dive_fast.errors import ConfigError, UserError, machine_error
+from dive_fast.methods.registry import KINDS
 from dive_fast.model.towers import Towers
 from dive_fast.teacher import cache_files as store
 

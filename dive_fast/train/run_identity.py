@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from dive_fast import numerics as precision
-from dive_fast.config.schema import Config, ConfigError
+from dive_fast.config.schema import Config
+from dive_fast.data.loaders.loader import loader_options
 from dive_fast.data.prompts import TELLING, Template
 from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
 from dive_fast.engine.deepspeed_config import deepspeed_section
-from dive_fast.engine.update import learning_rate_schedule
+from dive_fast.engine.optimizer import learning_rate_schedule
+from dive_fast.errors import ConfigError
 from dive_fast.identity import Difference, Identity, differences, digest, versions
-from dive_fast.methods.method import KINDS
+from dive_fast.methods.registry import KINDS
 from dive_fast.model.towers import Towers, tokenizer_of
 from dive_fast.teacher.audit import allowed
-from dive_fast.teacher.build import cache_folder, loader_options
+from dive_fast.teacher.build import cache_folder
 from dive_fast.teacher.fingerprint import decoder
 
 logger = logging.getLogger(__name__)
@@ -133,7 +135,7 @@ def of_run(
 
     Args:
         config: as :func:`resolved` returns it.
-        model: of the pre-trained model, by :func:`dive_fast.identity.model_identity`.
+        model: of the pre-trained model, by :func:`dive_fast.model.model_identity.model_identity`.
         class_names: of the target set, in label order; empty where it has prompts and no classes.
         templates: that prompts are made of.
         reference: None where the objective has no reference batch.

@@ -1,27 +1,23 @@
 """A run: all that the loop needs, built from a config."""
 
-import json
 import logging
-import platform
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dive_fast import locks
 from dive_fast.checkpoint import lineage
 from dive_fast.checkpoint import manifest as checkpoint
-from dive_fast.checkpoint.manifest import RunRecord
-from dive_fast.config.schema import Config, ConfigError
+from dive_fast.checkpoint.resume import find_checkpoint
+from dive_fast.checkpoint.snapshot import RunRecord
+from dive_fast.config.schema import Config
 from dive_fast.data.batch import ReferenceBatch, TargetBatch
 from dive_fast.data.classes import remarks, target_names
-from dive_fast.data.loaders.loader import training_batches
+from dive_fast.data.loaders.loader import loader_options, training_batches
 from dive_fast.data.open_dataset import open_reference, open_target
 from dive_fast.data.prefetch import Ahead
 from dive_fast.data.prompts import PromptTable, read_templates
@@ -31,17 +27,20 @@ from dive_fast.distributed import Ranks
 from dive_fast.engine import feature_consistency as steadiness
 from dive_fast.engine.deepspeed_config import check_deepspeed
 from dive_fast.engine.step import Engine, StepBatches
-from dive_fast.evaluate.zero_shot import open_sets, remarks_on_missing_classes
-from dive_fast.identity import Identity, model_identity, versions
-from dive_fast.io.atomic_files import write_whole
+from dive_fast.errors import ConfigError
+from dive_fast.evaluate.datasets.resolve import open_sets, remarks_on_missing_classes
+from dive_fast.identity import Identity
 from dive_fast.methods import method as objective
-from dive_fast.model.towers import Towers, create, tokenizer_of
+from dive_fast.methods import registry
+from dive_fast.model.model_identity import model_identity
+from dive_fast.model.towers import check_text_length, create, tokenizer_of
 from dive_fast.planner.auto_schedule import resolve
-from dive_fast.teacher.build import loader_options, open_teacher, reference_samples
+from dive_fast.teacher.build import open_teacher, reference_samples
 from dive_fast.teacher.teacher import Teacher
 from dive_fast.train.linear_probe import make_head
 from dive_fast.train.monitors import in_run_folder
 from dive_fast.train.preflight import check_sizes
+from dive_fast.train.provenance import write_provenance as write_provenance
 from dive_fast.train.run_identity import (
     RANKS_MAY_DIFFER,
     check_resumable,
@@ -128,14 +127,14 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     total_steps = target_order.steps_per_epoch * config.train.epochs
     total_steps = min(total_steps, config.train.max_steps or total_steps)
 
-    goal = objective.create(config.objective, towers.width)
+    goal = registry.create(config.objective, towers.width)
     used = resolved(config, folder, towers, ranks)
     needed = reference if goal.needs_reference else None
     identity = of_run(used, model_identity(towers), source, names, templates, needed, ranks)
     require_equal(ranks, identity)
     found, record = _begin_or_resume(config, folder, identity, total_steps, ranks)
     if ranks.first:
-        _write_provenance(used, folder, ranks, identity, total_steps)
+        write_provenance(used, folder, ranks, identity, total_steps)
         _warn_of_schedule(config, goal, total_steps)
     if goal.needs_head:
         towers.head = make_head(config, towers, source, names, ranks, is_trained=found is not None)
@@ -235,27 +234,6 @@ def _warn_of_schedule(config: Config, goal: objective.Objective, total_steps: in
         )
 
 
-def check_text_length(config: Config, towers: Towers) -> None:
-    """Holds ``text_length`` to what the text tower can take.
-
-    Raises:
-        ConfigError: it is longer than the model's context, or the tower cannot do with less.
-    """
-    for half in ("target", "reference"):
-        data = getattr(config.data, half)
-        if data is None or data.text_length is None:
-            continue
-        context = int(getattr(towers.text, "context_length", data.text_length))
-        if data.text_length > context:
-            raise ConfigError(
-                f"data.{half}.text_length = {data.text_length} exceeds the model's context of {context}"
-            )
-        if towers.pooled_at is None:
-            raise ConfigError(
-                f"data.{half}.text_length: the text tower of {config.model.name} needs its whole context"
-            )
-
-
 SHARED_SECONDS = 60.0
 """Until a file that one machine has written has to be seen by all others."""
 
@@ -285,7 +263,7 @@ def _begin_or_resume(
 ) -> tuple[Path | None, RunRecord]:
     """The checkpoint that a run resumes from, validated to be this run's, and what its own ones will say of it."""
     checkpoints, resume = folder / checkpoint.FOLDER, config.train.resume
-    found = checkpoint.find(resume, checkpoints, ranks)
+    found = find_checkpoint(resume, checkpoints, ranks)
     with ranks.together(ConfigError):
         if found is not None and ranks.first:
             numbers = checkpoint.read_trainer(found)
@@ -323,24 +301,3 @@ def _lineage(folder: Path, checkpoints: Path, resume: str, found: Path | None) -
         return present if present.is_begun else lineage.complete(folder, checkpoints, present)
     except OSError as error:
         raise ConfigError(f"{folder}: cannot put away what an older run has left: {error}") from error
-
-
-def _write_provenance(config: Config, folder: Path, ranks: Ranks, identity: Identity, total_steps: int) -> None:
-    provenance: dict[str, Any] = {
-        "config": config.model_dump(),
-        "steps": total_steps,
-        "identity": identity,
-        "versions": {"dive_fast": metadata.version("dive_fast")} | versions(),
-        "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else platform.processor() or "cpu",
-        "ranks": ranks.world_size,
-        "commit": _commit(),
-    }
-    write_whole(folder / "config.json", (json.dumps(provenance, indent=2) + "\n").encode())
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -11,16 +11,15 @@ from safetensors.torch import load_file
 from dive_fast.checkpoint.export import MODEL, SELECTED, copy_model, write_model
 from dive_fast.config.schema import EvaluateConfig, GeometryConfig, ReferenceConfig
 from dive_fast.data.samples import ReferenceSamples
-from dive_fast.engine.step import AUTOCAST
 from dive_fast.evaluate.geometry.embed import embed, open_pairs
 from dive_fast.evaluate.geometry.measures import GeometryError, compare
 from dive_fast.evaluate.zero_shot import evaluate
 from dive_fast.identity import digest
 from dive_fast.io.atomic_files import write_whole
 from dive_fast.io.safe_read import read_json
-from dive_fast.methods.method import Pairs
 from dive_fast.model import head as heads
-from dive_fast.model.towers import Towers, create, tokenizer_of
+from dive_fast.model.features import Pairs
+from dive_fast.model.towers import AUTOCAST, Towers, create, tokenizer_of
 from dive_fast.train.setup import Run
 
 BEST, LATEST = "best", "latest"

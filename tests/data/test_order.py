@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dive_fast.data.sampler import Order
-from dive_fast.data.sources.source import DataError
+from dive_fast.errors import DataError
 
 
 def epoch_of(order: Order, epoch: int) -> list[int]:

@@ -25,10 +25,15 @@ from PIL import Image
 
 from dive_fast.data.prepared import format as prepared
 from dive_fast.data.prepared.beton import write_beton
-from dive_fast.data.prepared.format import open_prepared, verify
-from dive_fast.data.prepared.write import Options, RawDataset, RawSource, UnusableError, convert, prepare
-from dive_fast.data.sources.source import DataError, open_csv, open_folder, open_webdataset
+from dive_fast.data.prepared.convert import Options, convert
+from dive_fast.data.prepared.raw import RawDataset, RawSource, UnusableError
+from dive_fast.data.prepared.read import open_prepared, verify
+from dive_fast.data.prepared.write import prepare
+from dive_fast.data.sources.csv_table import open_csv
+from dive_fast.data.sources.folder import open_folder
+from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.data.workers import FORK
+from dive_fast.errors import DataError
 from dive_fast.locks import Lock, LockedError
 
 REPOSITORY = Path(__file__).parents[2]

@@ -15,7 +15,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from dive_fast.config.schema import ReferenceConfig, TargetConfig
 from dive_fast.data.decode import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES
 from dive_fast.data.open_dataset import open_reference, open_target
-from dive_fast.data.sources.source import DataError, Source, open_csv, open_folder, open_webdataset
+from dive_fast.data.sources.csv_table import open_csv
+from dive_fast.data.sources.folder import open_folder
+from dive_fast.data.sources.source import Source
+from dive_fast.data.sources.webdataset import open_webdataset
+from dive_fast.errors import DataError
 
 JPEG = tiny.jpeg(0, (12, 10))
 FORK = b"\0\5\x16\7" + bytes(30)

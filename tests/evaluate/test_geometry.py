@@ -25,7 +25,7 @@ from dive_fast.evaluate.geometry.measures import (
     uniformity,
 )
 from dive_fast.kernels import naive
-from dive_fast.methods.method import Pairs
+from dive_fast.model.features import Pairs
 from dive_fast.model.towers import unit
 
 Array = NDArray[np.float64]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dive_fast.config.schema import ConfigError
+from dive_fast.errors import ConfigError
 from dive_fast.model import head
 
 

@@ -12,8 +12,8 @@ from distributed import context
 
 from dive_fast.config.schema import EvaluateConfig, ModelConfig
 from dive_fast.data.prompts import read_templates
-from dive_fast.data.sources.source import DataError
 from dive_fast.distributed import Ranks
+from dive_fast.errors import DataError
 from dive_fast.evaluate.classifier import cached_classifier
 from dive_fast.evaluate.datasets.catalog import IMAGENET_OOD, SUITES, ZERO_SHOT_10, find
 from dive_fast.evaluate.evaluator import Options, measure_all, open_all

@@ -13,9 +13,8 @@ import tiny
 import torch
 from PIL import Image
 
-from dive_fast.config.schema import ConfigError
-from dive_fast.data.sources.source import DataError
 from dive_fast.data.transforms import Preprocess
+from dive_fast.errors import ConfigError, DataError
 from dive_fast.evaluate.datasets import catalog as suites
 from dive_fast.evaluate.datasets import class_names as names
 from dive_fast.evaluate.datasets import imagenet, wilds

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dive_fast.checkpoint.load_weights import load_into
-from dive_fast.config.schema import Config, ConfigError, ModelConfig
+from dive_fast.config.schema import Config, ModelConfig
+from dive_fast.errors import ConfigError
 from dive_fast.model import towers
 
 

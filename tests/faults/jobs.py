@@ -24,8 +24,8 @@ import tiny
 from distributed import begin, context
 from safetensors.torch import load_file
 
-from dive_fast.data.sources.source import DataError
 from dive_fast.distributed import free_port
+from dive_fast.errors import DataError
 from dive_fast.fault_tolerance import heartbeat as watch
 from dive_fast.methods.method import Objective
 

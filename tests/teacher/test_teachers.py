@@ -16,7 +16,7 @@ from dive_fast.config.schema import Config, ModelConfig
 from dive_fast.data.loaders.loader import Options, batches_of
 from dive_fast.data.open_dataset import open_reference
 from dive_fast.data.samples import ReferenceSamples
-from dive_fast.data.sources.source import open_webdataset
+from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.distributed import Ranks, join
 from dive_fast.model.towers import Towers, create, tokenizer_of
 from dive_fast.teacher import build

@@ -24,9 +24,9 @@ from dive_fast.data.decode import UNDECODABLE, decode, opened, why_undecodable, 
 from dive_fast.data.loaders import plain
 from dive_fast.data.loaders.loader import Options
 from dive_fast.data.samples import Batch, Place, Samples
-from dive_fast.data.sources.source import DataError
 from dive_fast.data.transforms import Crop, Preprocess, View
 from dive_fast.data.workers import in_workers
+from dive_fast.errors import DataError
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,10 @@ from PIL import Image
 from dive_fast.data.loaders.loader import Options
 from dive_fast.data.prepared.beton import require_ffcv
 from dive_fast.data.samples import Batch, Place, Samples
-from dive_fast.data.sources.source import DataError, Source
+from dive_fast.data.sources.source import Source
 from dive_fast.data.transforms import View, normalise
 from dive_fast.data.workers import in_workers
+from dive_fast.errors import DataError
 
 
 def load(samples: Samples[Batch], batches: Iterable[list[Place]], options: Options) -> Iterator[Batch]:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dive_fast.config.schema import Loader
+from dive_fast.config.schema import Config, Loader, ReferenceConfig, TargetConfig
 from dive_fast.data.prefetch import Ahead
 from dive_fast.data.sampler import Order
 from dive_fast.data.samples import Batch, Place, Samples
+from dive_fast.distributed import Ranks
 
 
 @dataclass(frozen=True)
@@ -82,3 +83,17 @@ def _places(order: Order, steps: range) -> Iterator[list[Place]]:
     for step in steps:
         epoch, samples = order.at(step)
         yield [(epoch, sample) for sample in samples.tolist()]
+
+
+def loader_options(config: Config, data: TargetConfig | ReferenceConfig, ranks: Ranks) -> Options:
+    """How the training batches of a half are loaded."""
+    # Autocast would round the images to fp16 at once. Not for an online teacher, who sees them in fp32.
+    rounds = config.train.precision == "fp16" and config.teacher.mode == "cache" and ranks.device.type == "cuda"
+    return Options(
+        data.loader,
+        data.workers,
+        ranks.device,
+        torch.float16 if rounds else torch.float32,
+        hw_decoder_load=data.hw_decoder_load,
+        timeout=config.train.rank_timeout,
+    )

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dive_fast.data.sources.source import DataError, Source
+from dive_fast.data.sources.source import Source
+from dive_fast.errors import DataError
 
 SMALLEST_PAGE = 2**23
 """FFCV's own; a file's pages are larger where a sample is."""

@@ -6,40 +6,37 @@ command goes on with the shards that are missing, and ends with the same bytes a
 set is opened by its reader before the manifest is written, which makes it whole.
 """
 
-import hashlib
 import io
 import json
 import logging
 import shutil
 import signal
 import tarfile
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from stat import S_ISREG
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError, features
+from PIL import features
 from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
 from dive_fast import locks
 from dive_fast.data import content_hashes as content
-from dive_fast.data.content_hashes import Piece
-from dive_fast.data.decode import UNDECODABLE, UnknownWhiteError, decode, eight_bits, opened, why_unusual
 from dive_fast.data.prepared import format as prepared
+from dive_fast.data.prepared import read
+from dive_fast.data.prepared.convert import Options, convert
 from dive_fast.data.prepared.format import File, Index, Manifest, Row
-from dive_fast.data.sources.source import DataError, Skipped, Source, readable
+from dive_fast.data.prepared.raw import Raw, UnusableError
+from dive_fast.data.sources.source import Skipped, Source
 from dive_fast.data.workers import FORK, forking
+from dive_fast.errors import DataError
 from dive_fast.identity import differences
 from dive_fast.identity import digest as digest_of
 from dive_fast.io.atomic_files import write_whole
@@ -49,282 +46,6 @@ logger = logging.getLogger(__name__)
 
 PARTS = ".parts"
 STATE = "state.json"
-LARGEST_SIDE = 65_500
-"""Pixels a JPEG may have on a side."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the prepared set is to be; a set made with other options is another set."""
-
-    container: Literal["tar", "beton"] = "tar"
-    max_side: int | None = 512
-    """Images whose shorter side is longer are resized so that it is this long; None: none are."""
-    min_side: int = 8
-    """Images whose shorter side is shorter are left out."""
-    quality: int = 95
-    """Of the JPEGs that are encoded anew."""
-    shard_samples: int = 2000
-    """Samples of the raw set that a shard is made from."""
-    tokenizer: str | None = None
-    """open_clip model whose tokens of the texts are stored."""
-
-
-class UnusableError(Exception):
-    """A sample that is left out; the message is the reason, in words that many samples share."""
-
-
-class RawSample(NamedTuple):
-    """One sample of a raw set."""
-
-    image: bytes | Image.Image
-    label: int
-    texts: tuple[str, ...]
-
-
-class Raw(ABC):
-    """A raw data set."""
-
-    class_names: tuple[str, ...] = ()
-    skipped: Sequence[Skipped] = ()
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def key(self, index: int) -> str:
-        """The name of a sample."""
-
-    @abstractmethod
-    def read(self, index: int) -> RawSample:
-        """One sample.
-
-        Raises:
-            UnusableError: it cannot be read.
-        """
-
-    @abstractmethod
-    def digest(self) -> str:
-        """A hash of what the set is, as far as it is known without reading all of it."""
-
-    @abstractmethod
-    def modified(self) -> str:
-        """A hash of when its files were last modified; empty: it is not known which they are."""
-
-    def report(self) -> None:  # noqa: B027 - what is left out while decoding, the manifest counts
-        """Logs the files that are ignored because they are no samples."""
-
-    def check(self) -> None:  # noqa: B027 - most sets have nothing to look at
-        """Looks at what can be known before anything is decoded.
-
-        Raises:
-            DataError: the set can never become a prepared one.
-        """
-
-
-class RawSource(Raw):
-    """A folder, CSV file or webdataset."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self.class_names, self.skipped = source.class_names, source.skipped
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def report(self) -> None:
-        replace(self._source, skipped=()).report_skipped("--input")
-
-    def key(self, index: int) -> str:
-        return self._source.samples[index].key
-
-    def read(self, index: int) -> RawSample:
-        sample = self._source.samples[index]
-        try:
-            return RawSample(self._source.read(index), sample.label, sample.texts)
-        except DataError as error:
-            raise UnusableError("cannot be read") from error
-
-    def digest(self) -> str:
-        return self._source.digest()
-
-    def modified(self) -> str:
-        return self._source.modified()
-
-
-class RawDataset(Raw):
-    """A data set of torchvision or WILDS: ``dataset[i]`` is (picture, label, ...).
-
-    Its class is somebody else's: whatever it raises becomes a DataError that names its type.
-    """
-
-    def __init__(self, dataset: Any, name: str) -> None:
-        """Takes an opened data set.
-
-        Raises:
-            DataError: its class names are not names.
-        """
-        self._dataset, self._name = dataset, name
-        self.class_names = _class_names(getattr(dataset, "classes", ()), name)
-
-    def __len__(self) -> int:
-        return self._count
-
-    @cached_property
-    def _count(self) -> int:
-        try:
-            return len(self._dataset)
-        except Exception as error:
-            raise self._foreign(error) from error
-
-    def key(self, index: int) -> str:
-        return f"{self._name}/{index}"
-
-    def check(self) -> None:
-        if not len(self):
-            raise DataError(f"{self._name}: it holds no sample")
-        with suppress(UnusableError):  # one of many
-            self.read(0)
-
-    def read(self, index: int) -> RawSample:
-        try:
-            item = self._dataset[index]
-        except UNDECODABLE as error:
-            if isinstance(error, NotImplementedError):
-                raise self._foreign(error) from error
-            raise UnusableError(_why(error)) from error
-        except Exception as error:
-            raise self._foreign(error) from error
-        if not isinstance(item, tuple) or len(item) < 2:
-            raise DataError(f"{self.key(index)}: expected a picture and its label, found {type(item).__name__}")
-        image, label, *_ = item
-        if not isinstance(image, Image.Image):
-            raise UnusableError(f"not a picture but {type(image).__name__}")
-        return RawSample(image, self._label(label, index), ())
-
-    def _label(self, label: Any, index: int) -> int:
-        try:
-            if isinstance(label, str | float) or label is None:
-                raise TypeError
-            number = int(label)  # also of NumPy and torch
-        except (TypeError, ValueError, RuntimeError):
-            raise DataError(
-                f"{self.key(index)}: its label is {type(label).__name__}, not the number of a class; only sets "
-                "for classification are prepared so; captions come by --format csv"
-            ) from None
-        if self.class_names and not 0 <= number < len(self.class_names):
-            raise DataError(
-                f"{self.key(index)}: has label {number}, but there are {len(self.class_names)} class names"
-            )
-        return number
-
-    def digest(self) -> str:
-        return self._digest
-
-    @cached_property
-    def _digest(self) -> str:
-        """Of what the object holds (files, arrays, labels), and of the pixels of some samples."""
-        digest = hashlib.sha256(f"{self._name}: {len(self)}: {self.class_names}".encode())
-        root = str(getattr(self._dataset, "root", ""))
-        for _, value in sorted(vars(self._dataset).items()):
-            if isinstance(value, np.ndarray | Tensor) and value.dtype != object:
-                digest.update(np.ascontiguousarray(value).tobytes())
-            elif isinstance(value, list | tuple):
-                # Wherever the files lie.
-                digest.update(repr(value).replace(root, "").encode("utf-8", "surrogateescape"))
-        for part in content.digest_of(Piece(path, 0, -1) for path in self._files):
-            digest.update(part)
-        for index in range(0, len(self), max(1, len(self) // 64)):
-            try:
-                sample = self.read(index)
-                assert isinstance(sample.image, Image.Image)
-                digest.update(f"{sample.image.size} {sample.image.mode} {sample.label}".encode())
-                digest.update(sample.image.tobytes())
-            except UnusableError as reason:
-                digest.update(str(reason).encode())
-        return digest.hexdigest()
-
-    def modified(self) -> str:
-        return content.modified(self._files) if self._files else ""
-
-    @cached_property
-    def _files(self) -> list[Path]:
-        """The files that the object's lists name, as those of most classes of torchvision do."""
-        found: list[Path] = []
-        for _, value in sorted(vars(self._dataset).items()):
-            for entry in value if isinstance(value, list | tuple) else ():
-                path = entry[0] if isinstance(entry, tuple) and entry else entry
-                if isinstance(path, str | Path) and (text := str(path)) and len(text) < 4096 and "\0" not in text:
-                    found.append(Path(path))
-        found = list(dict.fromkeys(found))
-        states = content.in_threads(content.stat, found)
-        return [
-            path for path, about in zip(found, states, strict=True) if about is not None and S_ISREG(about.st_mode)
-        ]
-
-    def _foreign(self, error: Exception) -> DataError:
-        return DataError(f"{self._name}: {type(error).__name__}: {error}")
-
-
-def _class_names(names: Any, of: str) -> tuple[str, ...]:
-    """As strings: of synonyms, as ImageNet has them, the first.
-
-    Raises:
-        DataError: one is something else, or not UTF-8.
-    """
-    if not isinstance(names, list | tuple | np.ndarray):
-        return ()
-    found: list[str] = []
-    for name in names:
-        first = name[0] if isinstance(name, list | tuple) and name else name
-        if not isinstance(first, str | int | np.integer):
-            raise DataError(f"{of}: class {len(found)} has {type(name).__name__} for a name; expected a string")
-        if readable(str(first)) != str(first):
-            raise DataError(
-                f"{of}: the name of class {len(found)}, {readable(str(first))}, is not UTF-8; rename it"
-            )
-        found.append(str(first))
-    return tuple(found)
-
-
-class Converted(NamedTuple):
-    """An image as every loader can read it."""
-
-    jpeg: bytes
-    height: int
-    width: int
-    reason: str
-    """Why it was encoded anew; empty: it was not."""
-
-
-def convert(image: bytes | Image.Image, options: Options) -> Converted:
-    """A JPEG of an image, its own bytes if they will do.
-
-    Raises:
-        UnusableError: it cannot be decoded, is too small, or too large for a JPEG.
-    """
-    data, picture, reason = _decoded(image)
-    width, height = picture.size
-    shorter, longer = sorted((width, height))
-    if shorter < options.min_side:
-        raise UnusableError(f"a side shorter than {options.min_side} pixels")
-    scale = 1.0 if options.max_side is None else min(1.0, options.max_side / shorter)
-    if longer * scale > LARGEST_SIDE:
-        raise UnusableError(f"a side longer than {LARGEST_SIDE} pixels")
-    if scale == 1.0 and not reason:
-        return Converted(data, height, width, "")
-    if scale < 1.0:
-        reason = "larger"
-        width, height = round(width * scale), round(height * scale)
-    content = io.BytesIO()
-    try:
-        picture = picture.convert("RGB")
-        if scale < 1.0:
-            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-        picture.save(content, "JPEG", quality=options.quality)
-    except UNDECODABLE as error:
-        raise UnusableError(f"{picture.mode} pixels become no JPEG") from error
-    return Converted(content.getvalue(), height, width, reason)
 
 
 def prepare(raw: Raw, output: Path, options: Options, workers: int) -> Manifest:
@@ -554,26 +275,6 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     return offset
 
 
-def _decoded(image: bytes | Image.Image) -> tuple[bytes, Image.Image, str]:
-    """The file's bytes, if there is one; the picture as RGB or grey; why not every loader decodes the file."""
-    try:
-        if isinstance(image, Image.Image):
-            return b"", eight_bits(image), "decoded"
-        return image, decode(image), why_unusual(opened(image), image)
-    except UNDECODABLE as error:
-        raise UnusableError(_why(error)) from error
-
-
-def _why(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
-    if isinstance(error, FileNotFoundError | PermissionError):
-        return "cannot be read"
-    if isinstance(error, UnknownWhiteError):
-        return "32-bit pixels without a known white"
-    return "too many pixels" if isinstance(error, Image.DecompressionBombError) else "a broken image"
-
-
 # At the end
 
 
@@ -604,7 +305,7 @@ def _finish(
         options=wanted | {"source_modified": raw.modified()},
     )
     try:
-        prepared.check_written(output, manifest)
+        read.check_written(output, manifest)
     except DataError as error:
         raise DataError(f"{error} (what was just written does not read back: the disk may be failing)") from error
     prepared.write_manifest(output, manifest)
@@ -651,7 +352,7 @@ def _to_beton(files: Sequence[File], index: Index, output: Path) -> tuple[list[F
 
     path = output / prepared.BETON
     partial = path.with_name(f"{prepared.BETON}.partial")
-    samples = prepared.PreparedSamples(index, [output / file.name for file in files])
+    samples = read.PreparedSamples(index, [output / file.name for file in files])
     sizes = np.stack([index["height"].numpy(), index["width"].numpy()], axis=1)
     source = Source(samples, sizes=sizes, tokens=index.get("tokens"))
     index = index | write_beton(partial, source)

@@ -6,17 +6,43 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from dive_fast.config.schema import ConfigError, Metric, nearest
+from dive_fast.config.schema import Metric
 from dive_fast.data.classes import are_numbers, are_wordnet_ids, join_names, remark_on_repeated, remarks
 from dive_fast.data.prompts import check_labels
-from dive_fast.data.sources.source import DataError, locate
-from dive_fast.evaluate.datasets import imagenet, layouts, wilds
-from dive_fast.evaluate.datasets.class_names import Worded, class_names_of, templates_of
+from dive_fast.data.sources.source import locate
+from dive_fast.errors import ConfigError, DataError, nearest
+from dive_fast.evaluate.datasets import layouts
+from dive_fast.evaluate.datasets.class_names import class_names_of, templates_of
 from dive_fast.evaluate.datasets.evaluation_set import Captioned, Labelled
+from dive_fast.evaluate.datasets.openers import (
+    open_caltech as open_caltech,
+)
+from dive_fast.evaluate.datasets.openers import (
+    open_caption_set as open_caption_set,
+)
+from dive_fast.evaluate.datasets.openers import (
+    open_eurosat as open_eurosat,
+)
+from dive_fast.evaluate.datasets.openers import (
+    open_fmow_split as open_fmow_split,
+)
+from dive_fast.evaluate.datasets.openers import (
+    open_imagenet_v2 as open_imagenet_v2,
+)
+from dive_fast.evaluate.datasets.openers import (
+    open_iwildcam_split as open_iwildcam_split,
+)
+from dive_fast.evaluate.datasets.openers import (
+    open_objectnet_set as open_objectnet_set,
+)
+from dive_fast.evaluate.datasets.openers import (
+    open_simple as open_simple,
+)
+from dive_fast.evaluate.datasets.openers import (
+    open_wordnet_folders as open_wordnet_folders,
+)
 
 Role = Literal["id", "ood", "zero_shot"]
-MIN_EQUAL_NAMES = 0.9
-"""Share of class names that must be open_clip's for tars to count as ImageNet's classes in their usual order."""
 
 
 @dataclass(frozen=True)
@@ -38,101 +64,10 @@ class Known:
     """How many classes it has; of more than one number, in different layouts."""
 
 
-def _tars(root: Path) -> Labelled | None:
-    found = layouts.webdataset(root)
-    if found is None:
-        return None
-    source, names, templates = found
-    return Labelled(source, names, tuple(Worded(line) for line in templates), layout="webdataset")
-
-
-def _simple(root: Path, ways: dict[str, layouts.Layout]) -> Labelled | None:
-    """The first layout that knows the folder; CLIP-benchmark's tars before all."""
-    if (found := _tars(root)) is not None:
-        return found
-    for name, layout in ways.items():
-        if (named := layout(root)) is not None:
-            return Labelled(*named, templates=(), layout=name)
-    return None
-
-
-def _imagenet_tars(root: Path, subset: str = "") -> Labelled | None:
-    """CLIP-benchmark's tars of ImageNet or one of its shifts; their labels count the classes as folders would."""
-    found = _tars(root)
-    return None if found is None else replace(found, imagenet_rows=_checked_rows(found.class_names, subset))
-
-
-def _checked_rows(names: tuple[str, ...], subset: str) -> tuple[int, ...] | None:
-    """ImageNet's numbers of a subset's classes, if the names are in that order; a few have changed over time."""
-    rows, thousand = imagenet.classes_of(subset), class_names_of("imagenet1k")
-    equal = sum(name == thousand[row] for name, row in zip(names, rows, strict=False))
-    return rows if len(names) == len(rows) and equal >= MIN_EQUAL_NAMES * len(rows) else None
-
-
-def _wnids(root: Path, subset: str, inside: tuple[str, ...]) -> Labelled | None:
-    if (found := _imagenet_tars(root, subset)) is not None:
-        return found
-    folder = next((root / name for name in (*inside, "") if _has_folder(root / name, "n")), None)
-    if folder is None:
-        return None
-    names = class_names_of("imagenet1k")
-    source = imagenet.open_wnid_folders(folder, subset)
-    rows = imagenet.classes_of(subset)
-    return Labelled(source, tuple(names[row] for row in rows), (), layout="folders", imagenet_rows=rows)
-
-
-def _imagenet_v2(root: Path) -> Labelled | None:
-    if (found := _imagenet_tars(root)) is not None:
-        return found
-    inside = ("ImageNetV2-matched-frequency", "imagenetv2-matched-frequency-format-val", "test", "")
-    folder = next((root / name for name in inside if _has_folder(root / name, "0123456789")), None)
-    if folder is None:
-        return None
-    source, names = imagenet.open_numbered_folders(folder), class_names_of("imagenet1k")
-    return Labelled(source, names, (), layout="folders", imagenet_rows=imagenet.classes_of(""))
-
-
-def _objectnet(root: Path) -> Labelled | None:
-    if (found := _tars(root)) is not None:
-        return replace(found, border=imagenet.OBJECTNET_BORDER)
-    for base in (root, root / "objectnet-1.0"):
-        if (base / "images").is_dir():
-            mapping = next(
-                (m for m in (base / "mappings", base, root) if (m / imagenet.MAPPINGS[0]).is_file()), None
-            )
-            source, members, _ = imagenet.open_objectnet(base / "images", mapping or base / "mappings")
-            names = class_names_of("imagenet1k")
-            return Labelled(
-                source,
-                names,
-                (),
-                members=members,
-                border=imagenet.OBJECTNET_BORDER,
-                layout="folders",
-                imagenet_rows=imagenet.classes_of(""),
-            )
-    return None
-
-
-def _iwildcam(root: Path, split: str) -> Labelled | None:
-    for base in (root, root / "iwildcam_v2.0"):
-        if (base / "metadata.csv").is_file():
-            return Labelled(*wilds.open_iwildcam(base, split), (), layout="wilds")
-    return None
-
-
-def _fmow(root: Path, split: str) -> Labelled | None:
-    for base in (root, root / "fmow_v1.1"):
-        if (base / "rgb_metadata.csv").is_file():
-            source, names, regions = wilds.open_fmow(base, split)
-            return Labelled(source, names, (), regions=regions, layout="wilds")
-    return None
-
-
 def _wilds_set(
     title: str, open_split: Callable[..., Labelled | None], split: str, role: Role | None, metric: Metric
 ) -> Known:
-    if open_split is _iwildcam:
+    if open_split is open_iwildcam_split:
         name, folder, tables, classes = "iwildcam", "iwildcam_v2.0", "metadata.csv, categories.csv, train/", 182
     else:
         name, folder, classes = "fmow", "fmow_v1.1", 62
@@ -149,33 +84,6 @@ def _wilds_set(
     )
 
 
-def _captions(root: Path, name: str) -> Captioned | None:
-    return layouts.karpathy(root, name) or layouts.webdataset_captions(root)
-
-
-def _has_folder(folder: Path, first: str) -> bool:
-    """Whether a folder there begins with one of these letters and a digit, as WordNet ids and numbers do."""
-    if not folder.is_dir():
-        return False
-    names = [entry.name for entry in folder.iterdir() if entry.is_dir()]
-    return any(name[:1] in first and (name[1:].isdigit() or name.isdigit()) for name in names if name)
-
-
-def _caltech(root: Path) -> layouts.Named | None:
-    for folder in ("101_ObjectCategories", "caltech101/101_ObjectCategories"):
-        if (root / folder).is_dir():
-            without = ("BACKGROUND_Google",)
-            return layouts.class_folders(root / folder, names="caltech101", without=without)
-    return None
-
-
-def _eurosat(root: Path) -> layouts.Named | None:
-    for folder in ("2750", "eurosat/2750"):
-        if (root / folder).is_dir():
-            return layouts.class_folders(root / folder, names="eurosat")
-    return None
-
-
 def _zero_shot(
     title: str,
     layout: str,
@@ -185,7 +93,7 @@ def _zero_shot(
     classes: tuple[int, ...],
 ) -> Known:
     layout = f"CLIP-benchmark's tars (test/*.tar, classnames.txt), {layout}, or one folder a class in test"
-    return Known(title, partial(_simple, ways=ways), layout, "zero_shot", "top1", aliases, templates, classes)
+    return Known(title, partial(open_simple, ways=ways), layout, "zero_shot", "top1", aliases, templates, classes)
 
 
 def _ways(
@@ -202,7 +110,7 @@ _TARS_OR = "CLIP-benchmark's tars (test/*.tar, classnames.txt) or "
 KNOWN: dict[str, Known] = {
     "imagenet1k": Known(
         "ImageNet",
-        partial(_wnids, subset="", inside=("val",)),
+        partial(open_wordnet_folders, subset="", inside=("val",)),
         f"{_TARS_OR}val/<WordNet id>/",
         "id",
         aliases=("imagenet", "imagenet-1k", "ILSVRC2012"),
@@ -210,7 +118,7 @@ KNOWN: dict[str, Known] = {
     ),
     "imagenetv2": Known(
         "ImageNet-V2",
-        _imagenet_v2,
+        open_imagenet_v2,
         f"{_TARS_OR}ImageNetV2-matched-frequency/<0 to 999>/",
         "ood",
         aliases=("imagenet-v2", "ImageNetV2", "imagenetv2-matched-frequency-format-val"),
@@ -218,7 +126,7 @@ KNOWN: dict[str, Known] = {
     ),
     "imagenet-r": Known(
         "ImageNet-R",
-        partial(_wnids, subset="r", inside=("imagenet-r", "test")),
+        partial(open_wordnet_folders, subset="r", inside=("imagenet-r", "test")),
         f"{_TARS_OR}<WordNet id>/",
         "ood",
         aliases=("imagenet_r",),
@@ -226,7 +134,7 @@ KNOWN: dict[str, Known] = {
     ),
     "imagenet-a": Known(
         "ImageNet-A",
-        partial(_wnids, subset="a", inside=("imagenet-a", "test")),
+        partial(open_wordnet_folders, subset="a", inside=("imagenet-a", "test")),
         f"{_TARS_OR}<WordNet id>/",
         "ood",
         aliases=("imagenet_a",),
@@ -234,7 +142,7 @@ KNOWN: dict[str, Known] = {
     ),
     "imagenet_sketch": Known(
         "ImageNet-Sketch",
-        partial(_wnids, subset="", inside=("sketch", "test")),
+        partial(open_wordnet_folders, subset="", inside=("sketch", "test")),
         f"{_TARS_OR}<WordNet id>/",
         "ood",
         aliases=("imagenet-sketch", "sketch"),
@@ -242,7 +150,7 @@ KNOWN: dict[str, Known] = {
     ),
     "objectnet": Known(
         "ObjectNet",
-        _objectnet,
+        open_objectnet_set,
         f"{_TARS_OR}images/<class>/ and mappings/",
         "ood",
         aliases=("objectnet-1.0",),
@@ -255,7 +163,7 @@ KNOWN: dict[str, Known] = {
         "caltech101",
         _ways(
             ("Caltech101", ("101_ObjectCategories",)),
-            {"torchvision": _caltech},
+            {"torchvision": open_caltech},
         ),
         (100, 101, 102),
     ),
@@ -330,7 +238,7 @@ KNOWN: dict[str, Known] = {
         "eurosat",
         _ways(
             ("EuroSAT", ("2750", "")),
-            {"torchvision": _eurosat},
+            {"torchvision": open_eurosat},
             names="eurosat",
         ),
         (10,),
@@ -343,20 +251,20 @@ KNOWN: dict[str, Known] = {
         _ways(("UCF101", ("UCF-101-midframes",)), {}),
         (101,),
     ),
-    "iwildcam_id_val": _wilds_set("iWildCam ID val.", _iwildcam, "id_val", None, "macro_f1"),
-    "iwildcam_id": _wilds_set("iWildCam ID", _iwildcam, "id_test", "id", "macro_f1"),
-    "iwildcam_ood": _wilds_set("iWildCam OOD", _iwildcam, "test", "ood", "macro_f1"),
-    "fmow_id_val": _wilds_set("FMoW ID val.", _fmow, "id_val", None, "top1"),
-    "fmow_id": _wilds_set("FMoW ID", _fmow, "id_test", "id", "top1"),
-    "fmow_ood": _wilds_set("FMoW OOD", _fmow, "test", "ood", "worst_region"),
+    "iwildcam_id_val": _wilds_set("iWildCam ID val.", open_iwildcam_split, "id_val", None, "macro_f1"),
+    "iwildcam_id": _wilds_set("iWildCam ID", open_iwildcam_split, "id_test", "id", "macro_f1"),
+    "iwildcam_ood": _wilds_set("iWildCam OOD", open_iwildcam_split, "test", "ood", "macro_f1"),
+    "fmow_id_val": _wilds_set("FMoW ID val.", open_fmow_split, "id_val", None, "top1"),
+    "fmow_id": _wilds_set("FMoW ID", open_fmow_split, "id_test", "id", "top1"),
+    "fmow_ood": _wilds_set("FMoW OOD", open_fmow_split, "test", "ood", "worst_region"),
     **{
         name: Known(
             title,
-            partial(_captions, name=name),
+            partial(open_caption_set, name=name),
             f"CLIP-benchmark's tars with captions, or {file} and its images",
             None,
             "image_to_text_r1",
-            (name.removesuffix("_captions"),),
+            (name.removesuffix("open_caption_set"),),
         )
         for name, title, file in (
             ("flickr8k", "Flickr8k", "flickr8k_test_karpathy.txt"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dive_fast.data.prompts import Filled, Template, read_class_names, read_templates
-from dive_fast.data.sources.source import DataError
+from dive_fast.errors import DataError
 from dive_fast.io.safe_read import read_text
 
 _VIEWS = ("satellite", "aerial")

@@ -14,9 +14,10 @@ from tqdm import tqdm
 from dive_fast.data.batch import EvaluationBatch
 from dive_fast.data.prompts import Template
 from dive_fast.data.samples import MAX_REPLACEMENTS, EvaluationSamples, Found, Place
-from dive_fast.data.sources.source import DataError, Source
+from dive_fast.data.sources.source import Source
 from dive_fast.data.transforms import Preprocess
 from dive_fast.distributed import Ranks
+from dive_fast.errors import DataError
 from dive_fast.evaluate.classifier import Members
 from dive_fast.evaluate.scores import Regions
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dive_fast.data.classes import repeated, synsets
-from dive_fast.data.sources.source import DataError, Source, open_folder
+from dive_fast.data.sources.folder import open_folder
+from dive_fast.data.sources.source import Source
+from dive_fast.errors import DataError
 from dive_fast.evaluate.classifier import Members
 from dive_fast.evaluate.datasets.layouts import complete
 from dive_fast.io.safe_read import parse_json, read_text

@@ -13,7 +13,10 @@ from typing import Any
 from dive_fast.data.classes import repeated
 from dive_fast.data.decode import IMAGE_SUFFIXES
 from dive_fast.data.prompts import read_class_names
-from dive_fast.data.sources.source import DataError, Sample, Skipped, Source, open_folder, open_webdataset, some
+from dive_fast.data.sources.folder import open_folder
+from dive_fast.data.sources.source import Sample, Skipped, Source, some
+from dive_fast.data.sources.webdataset import open_webdataset
+from dive_fast.errors import DataError
 from dive_fast.evaluate.datasets.class_names import class_names_of, read_lines
 from dive_fast.evaluate.datasets.evaluation_set import Captioned, plain_names
 from dive_fast.io.safe_read import below, read_json

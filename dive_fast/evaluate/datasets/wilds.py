@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from dive_fast.data.sources.source import DataError, Sample, Source
+from dive_fast.data.sources.source import Sample, Source
+from dive_fast.errors import DataError
 from dive_fast.evaluate.datasets.layouts import present
 from dive_fast.evaluate.scores import Regions
 from dive_fast.io.safe_read import below

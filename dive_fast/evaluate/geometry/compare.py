@@ -8,18 +8,17 @@ from typing import Any, NamedTuple
 from dive_fast.checkpoint.load_weights import exported
 from dive_fast.config.schema import Config, ReferenceConfig
 from dive_fast.data.open_dataset import open_reference
-from dive_fast.data.sources.source import DataError
 from dive_fast.distributed import Ranks
-from dive_fast.errors import UserError
-from dive_fast.evaluate import plots
+from dive_fast.errors import DataError, UserError
+from dive_fast.evaluate.geometry import figures
 from dive_fast.evaluate.geometry.embed import embed, open_pairs, spread
 from dive_fast.evaluate.geometry.measures import GeometryError, compare, describe
 from dive_fast.evaluate.results import LOCK
 from dive_fast.io.atomic_files import write_whole
 from dive_fast.io.safe_read import parse_json, read_text
 from dive_fast.locks import file_lock
-from dive_fast.methods.method import Pairs
 from dive_fast.model import towers
+from dive_fast.model.features import Pairs
 
 logger = logging.getLogger(__name__)
 
@@ -114,19 +113,19 @@ def write(report: dict[str, Any], embedded: Embedded, folder: Path, training: Pa
     with file_lock(folder / LOCK, f"results folder {folder}", wait=True):
         files = [folder / name for name in ("geometry.json", "geometry_rsa.png", "geometry_differences.png")]
         write_whole(files[0], (json.dumps(report, indent=2) + "\n").encode())
-        plots.rsa(embedded.before, embedded.after, report["metrics"], files[1])
-        plots.differences(embedded.before, embedded.after, files[2])
+        figures.draw_rsa(embedded.before, embedded.after, report["metrics"], files[1])
+        figures.draw_differences(embedded.before, embedded.after, files[2])
         if training is not None and training.is_file():
             try:
                 lines = [parse_json(line) for line in read_text(training).splitlines()]
-                drawn = plots.has_course(lines)
+                drawn = figures.has_course(lines)
             except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
                 # All else is measured and written.
                 logger.warning("%s: its course is not drawn: a line is none of metrics: %s", training, error)
                 return files
             if drawn:
                 files.append(folder / "geometry_course.png")
-                plots.course(lines, files[-1])
+                figures.draw_course(lines, files[-1])
         return files
 
 

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import torch
 
-from dive_fast.config.schema import Config, ConfigError, ReferenceConfig
+from dive_fast.config.schema import Config, ReferenceConfig
 from dive_fast.data.loaders.loader import Options, batches_of
 from dive_fast.data.open_dataset import open_reference
 from dive_fast.data.prepared.format import MANIFEST
 from dive_fast.data.samples import Place, ReferenceSamples
-from dive_fast.data.sources.source import DataError, Source
+from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
-from dive_fast.methods.method import Pairs
+from dive_fast.errors import ConfigError, DataError
+from dive_fast.model.features import Pairs
 from dive_fast.model.towers import Towers, tokenizer_of, unit
 
 

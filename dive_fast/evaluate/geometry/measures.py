@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dive_fast.methods.method import Pairs
+from dive_fast.model.features import Pairs
 
 UNIFORMITY_SCALE = 2.0
 """t of the uniformity, as Wang & Isola (2020) have it."""
