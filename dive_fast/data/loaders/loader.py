@@ -50,7 +50,7 @@ def load(samples: Samples[Batch], batches: Iterable[list[SampleKey]], options: O
         DataError: the loader is not installed, or cannot read this data; the message says what to do.
     """
     # Only the one that is asked for: dali and ffcv are optional.
-    module = importlib.import_module(f"dive_fast.data.{options.loader}")
+    module = importlib.import_module(f"dive_fast.data.loaders.{options.loader}")
     loaded: Iterator[Batch] = module.load(samples, batches, options)
     return loaded
 
