@@ -514,9 +514,11 @@ def _decided(accuracies: dict[int, float]) -> Iterator[None]:
         steps[0] = step
         return evaluate(self, step)
 
-    def measured(self: train.Validation, folder: Path, options: Any) -> dict[str, float]:
-        chosen = folder.parent / "run/best/selected.json" if folder.name == "run" else None
-        step = json.loads(chosen.read_text())["step"] if chosen is not None and chosen.exists() else steps[0]
+    def measured(self: train.Validation, options: Any, exported: Path | None) -> dict[str, float]:
+        # Only the best weights are measured from their file, at the end of the run.
+        step = steps[0]
+        if exported is not None:
+            step = json.loads((exported / "best/selected.json").read_text())["step"]
         return {f"accuracy/{name}": accuracies[step] for name in options.sets}
 
     train.Validation.evaluate, train.Validation._measure = evaluate_at, measured  # type: ignore[method-assign]
