@@ -41,9 +41,9 @@ NAME = re.compile(r"step\d{8}")
 MANIFEST, TRAINER, IDENTITY = "manifest.json", "trainer.json", "identity.json"
 EVALUATION = "evaluation.json"
 """Not in the manifest, since it is written after the checkpoint."""
-WEIGHTS, FIXED, OBJECTIVE, RANDOM = "weights", "fixed", "objective", "random"
-"""What the names of a checkpoint's tensors begin with: tuned weights, untuned ones and buffers, the objective's
-state, the random generators'."""
+WEIGHTS, FIXED, OBJECTIVE, TEACHER, RANDOM = "weights", "fixed", "objective", "teacher", "random"
+"""Prefixes of the names of a checkpoint's tensors: tuned weights, untuned ones and buffers, the method's state, the
+weights of a moving teacher, the random generators' states."""
 
 
 class DamagedError(ConfigError):

@@ -15,6 +15,7 @@ from dive_fast.checkpoint.manifest import (
     FOLDER,
     OBJECTIVE,
     RANDOM,
+    TEACHER,
     WEIGHTS,
     DamagedError,
     FormatError,
@@ -145,9 +146,10 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> Mapping[str, Any]:
         own = engine.towers.state_dict(keep_vars=True)
         fixed = {name: tuple(state.shape_of(tensor)) for name, tensor in own.items() if name not in wanted}
         _same_parameters(checkpoint, fixed, stored.shapes(FIXED))
-        average = {name: tuple(tensor.shape) for name, tensor in engine.objective.state_dict().items()}
-        if stored.shapes(OBJECTIVE) != average:
-            raise ConfigError(f"{checkpoint}: of another objective; start a new run, or set train.output")
+        teacher = {} if engine.teacher is None else dict(engine.teacher.state())
+        for kind, held in ((OBJECTIVE, engine.method.state()), (TEACHER, teacher)):
+            if stored.shapes(kind) != {name: tuple(tensor.shape) for name, tensor in held.items()}:
+                raise ConfigError(f"{checkpoint}: of another objective; start a new run, or set train.output")
 
     def read(name: str) -> Trained:
         moments = {key: stored.read(key, name, ranks.device) for key in MOMENTS}
@@ -156,7 +158,9 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> Mapping[str, Any]:
     state.put(engine, read, numbers["updates"])
     for name in fixed:
         _fix(own[name], stored.read(FIXED, name, ranks.device))
-    engine.objective.load_state_dict({name: stored.read(OBJECTIVE, name, ranks.device) for name in average})
+    for kind, held in ((OBJECTIVE, engine.method.state()), (TEACHER, teacher)):
+        for name, tensor in held.items():
+            tensor.copy_(stored.read(kind, name, ranks.device))
     # Ranks that were not there when it was written keep what their seed gave them.
     on_cpu, random = torch.device("cpu"), stored.shapes(RANDOM)
     if (name := f"cpu/{ranks.rank}") in random:
