@@ -18,7 +18,7 @@ from dive_fast.io.safe_read import read_json
 FILE = "run.json"
 REPLACED = "replaced"
 """Folder in the run folder with what an older run has left, until the new run has a checkpoint."""
-LEFT_BY_RUNS = (
+RUN_FILES = (
     "best",
     "latest",
     "metrics.jsonl",
@@ -83,7 +83,7 @@ def begin(folder: Path, checkpoints: Path, start: Path | None = None, keep: bool
     Raises:
         ConfigError: the folder holds files of these names that no run has written.
     """
-    foreign = [] if keep or _is_of_a_run(folder, checkpoints) else [folder / name for name in LEFT_BY_RUNS]
+    foreign = [] if keep or _is_of_a_run(folder, checkpoints) else [folder / name for name in RUN_FILES]
     if names := [path.name for path in foreign if path.exists()]:
         raise ConfigError(
             f"train.output = {folder} holds {', '.join(names)}, which no run has written and a run would replace: "
@@ -115,7 +115,7 @@ def resume(checkpoints: Path, run: str) -> Lineage:
 def complete(folder: Path, checkpoints: Path, found: Lineage) -> Lineage:
     """Puts what an older run has left out of the way, or what a kill in :func:`begin` has left of that."""
     aside = folder / REPLACED
-    for path in (folder / name for name in LEFT_BY_RUNS):
+    for path in (folder / name for name in RUN_FILES):
         if not path.exists() and not path.is_symlink():
             continue
         aside.mkdir(exist_ok=True)

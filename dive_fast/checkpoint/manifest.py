@@ -54,7 +54,7 @@ class FormatError(ConfigError):
     """A checkpoint of another version of this project, which does not say what decides its run."""
 
 
-def is_whole(checkpoint: Path) -> bool:
+def is_complete(checkpoint: Path) -> bool:
     """Whether all files of a checkpoint are there in their full size.
 
     Raises:
@@ -63,7 +63,7 @@ def is_whole(checkpoint: Path) -> bool:
     return missing_file(checkpoint) is None
 
 
-def written_checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints that were whole once, oldest first; one that is being removed has another name."""
     return sorted(
         path for path in folder.glob("step*") if NAME.fullmatch(path.name) and (path / MANIFEST).is_file()
@@ -216,13 +216,13 @@ def require(holds: bool) -> None:
         raise ValueError("of another form")
 
 
-def fingerprint(file: Path) -> dict[str, Any]:
+def describe_file(file: Path) -> dict[str, Any]:
     """Size and SHA-256."""
     with file.open("rb") as content:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
 
 
-def run_of(checkpoint: Path) -> str | None:
+def run_id(checkpoint: Path) -> str | None:
     """The id of the run that wrote a checkpoint; empty for another format; None: it is too damaged to say."""
     try:
         read_manifest(checkpoint)
@@ -233,12 +233,12 @@ def run_of(checkpoint: Path) -> str | None:
         return None
 
 
-def path_of(folder: Path, step: int) -> Path:
+def checkpoint_path(folder: Path, step: int) -> Path:
     """The checkpoint after so many steps, in a folder of checkpoints."""
     return folder / f"step{step:08d}"
 
 
-def step_of(checkpoint: Path) -> int:
+def step_number(checkpoint: Path) -> int:
     """The number of steps in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step"))
 

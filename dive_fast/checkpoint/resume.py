@@ -19,10 +19,10 @@ from dive_fast.checkpoint.manifest import (
     DamagedError,
     FormatError,
     Tensors,
-    fingerprint,
+    describe_file,
+    list_checkpoints,
     read_manifest,
     read_trainer,
-    written_checkpoints,
 )
 from dive_fast.checkpoint.manifest import missing_file as missing_file
 from dive_fast.checkpoint.zero_state import MOMENTS, Trained
@@ -51,7 +51,7 @@ def find_checkpoint(resume: str, folder: Path, ranks: Ranks) -> Path | None:
     with ranks.raise_on_all(ConfigError):
         if ranks.is_main:
             present = lineage.read(folder)
-            candidates = _of_run(written_checkpoints(folder), present)
+            candidates = _of_run(list_checkpoints(folder), present)
             start = None if present is None else present.start
     candidates, start = ranks.broadcast((candidates, start))
     for path, missing in reversed(candidates):
@@ -83,7 +83,7 @@ def _named(path: Path, what: str, ranks: Ranks) -> Path:
 
 def _nearby(path: Path) -> str:
     """The end of a message that names checkpoints, where a path leads to a run or to the folder of them."""
-    found = [each for folder in (path, path / FOLDER, path.parent) for each in written_checkpoints(folder)]
+    found = [each for folder in (path, path / FOLDER, path.parent) for each in list_checkpoints(folder)]
     if found:
         return f"; there is {found[0] if len(found) == 1 else f'{found[0]} to {found[-1].name}'}"
     return "; expected auto, never, or a folder such as runs/a/checkpoints/step00001000"
@@ -118,7 +118,7 @@ def verify(checkpoint: Path, ranks: Ranks) -> None:
         files = read_manifest(checkpoint)["files"]
         for name in sorted(files)[ranks.rank :: ranks.world_size]:
             try:
-                found = fingerprint(checkpoint / name)
+                found = describe_file(checkpoint / name)
             except OSError as error:
                 raise DamagedError(f"{checkpoint / name}: {error.strerror}") from error
             if found != files[name]:

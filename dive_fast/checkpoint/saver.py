@@ -23,12 +23,12 @@ from dive_fast.checkpoint.manifest import (
     IDENTITY,
     MANIFEST,
     TRAINER,
-    fingerprint,
-    is_whole,
-    path_of,
-    run_of,
-    step_of,
-    written_checkpoints,
+    checkpoint_path,
+    describe_file,
+    is_complete,
+    list_checkpoints,
+    run_id,
+    step_number,
 )
 from dive_fast.checkpoint.snapshot import RunRecord, tensors, trainer
 from dive_fast.config.schema import TrainConfig
@@ -73,30 +73,30 @@ class Saver:
         validation: dict[str, Any],
         metrics: dict[str, Any],
         *,
-        first: Callable[[], None] = lambda: None,
-        must: bool = False,
+        before_write: Callable[[], None] = lambda: None,
+        required: bool = False,
     ) -> None:
         """Copies the state after ``step`` steps and begins to write it; all ranks call it.
 
         Args:
             validation, metrics: as :func:`dive_fast.checkpoint.snapshot.trainer` has them.
-            first: what the first rank has to write before; the save fails with it.
-            must: a failure is raised whatever ``train.on_save_error`` says.
+            before_write: what the first rank has to write before; the save fails with it.
+            required: a failure is raised whatever ``train.on_save_error`` says.
 
         Raises:
             SaveError: it could not be begun, or the former save failed.
         """
         self.finish()
-        engine, path = self._engine, path_of(self._folder, step)
+        engine, path = self._engine, checkpoint_path(self._folder, step)
         partial = path.with_name(f".{path.name}.partial")
         try:
             with engine.ranks.raise_on_all(SaveError), _as_save_error(partial, engine.ranks.rank):
                 if engine.ranks.is_main:
-                    first()
+                    before_write()
                     shutil.rmtree(partial, ignore_errors=True)
                     partial.mkdir(parents=True)
         except SaveError as error:
-            self._failed(error, must)
+            self._failed(error, required)
             return
         self._number += 1
         numbers = trainer(engine, step, validation, metrics, self._record)
@@ -121,7 +121,7 @@ class Saver:
             committed=save.number if save.is_committed else 0,
         )
 
-    def heard(self, agreed: Votes) -> None:
+    def advance(self, agreed: Votes) -> None:
         """Goes on with the save under way as all ranks have agreed.
 
         Raises:
@@ -133,15 +133,15 @@ class Saver:
         if agreed.failed == save.number:
             self.finish()
         elif agreed.committed == save.number:
-            self._underway, self.newest = None, step_of(save.path)
+            self._underway, self.newest = None, step_number(save.path)
         elif -agreed.unwritten == save.number and self._engine.ranks.is_main and not save.is_being_committed:
             save.commit(self._removed(save))
 
-    def finish(self, *, must: bool = False) -> None:
+    def finish(self, *, required: bool = False) -> None:
         """Waits until what is under way is whole under its name; all ranks call it.
 
         Args:
-            must: as for :meth:`save`.
+            required: as for :meth:`save`.
 
         Raises:
             SaveError: it failed.
@@ -156,14 +156,14 @@ class Saver:
                 if ranks.is_main and not save.is_committed:
                     save.commit(self._removed(save))
                     save.join()
-            self.newest = step_of(save.path)
+            self.newest = step_number(save.path)
         except SaveError as error:
             if ranks.is_main:
                 shutil.rmtree(save.partial, ignore_errors=True)
-            self._failed(error, must)
+            self._failed(error, required)
 
-    def _failed(self, error: SaveError, must: bool) -> None:
-        if must or self._options.on_save_error == "stop":
+    def _failed(self, error: SaveError, required: bool) -> None:
+        if required or self._options.on_save_error == "stop":
             raise error
         self._engine.ranks.print(f"warning: {error}; the run goes on from memory, as train.on_save_error says")
 
@@ -174,10 +174,10 @@ class Saver:
 
         def removed(written: list[Path]) -> list[Path]:
             # Those of an older run, which this one has taken the place of; of its own the damaged ones.
-            runs = {path: run_of(path) for path in written}
+            runs = {path: run_id(path) for path in written}
             own = [path for path in written if runs[path] == self._record.run and path <= save.path]
-            own = [path for path in own if is_whole(path)]
-            kept = own[-options.keep_last :] + [path for path in own if step_of(path) == best]
+            own = [path for path in own if is_complete(path)]
+            kept = own[-options.keep_last :] + [path for path in own if step_number(path) == best]
             kept += [path for path in written if path.resolve() == self._record.start]
             return [path for path in written if path not in kept and runs[path] is not None]
 
@@ -248,7 +248,7 @@ class _Save:
         for path in files.values():
             _to_disk(path)
         # For the first rank, who puts them into the manifest.
-        found = {name: fingerprint(path) for name, path in files.items()}
+        found = {name: describe_file(path) for name, path in files.items()}
         (self.partial / f"{name}.json").write_text(json.dumps(found))
         self.is_written = True
 
@@ -271,7 +271,7 @@ class _Save:
         _to_disk(self.path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
         write_atomic(self.path.with_name(LATEST), f"{self.path.name}\n".encode())
-        for old in removed(written_checkpoints(self.path.parent)):
+        for old in removed(list_checkpoints(self.path.parent)):
             _remove(old)
         remove_replaced(self.path.parent.parent)
         self.is_committed = True

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dive_fast.data.demo import world
 from dive_fast.data.demo.drawing import render
 from dive_fast.data.demo.world import SEED, SPLITS, TASKS, Facts, caption, draw_facts
 
