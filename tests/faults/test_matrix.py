@@ -184,7 +184,7 @@ def _(case: Case) -> None:
 
 @fault("`kill -9` in the middle of a checkpoint's file", AGAIN)
 def _(case: Case) -> None:
-    ended(case.job.go(At("dive_fast.checkpoint.saver:_to_disk", "SIGKILL", rank=1, call=2)), LOST, KILLED)
+    ended(case.job.go(At("dive_fast.checkpoint.saver:_fsync", "SIGKILL", rank=1, call=2)), LOST, KILLED)
     case.same()
 
 
