@@ -36,13 +36,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("name what to measure on by --suite or --datasets")
 
     # Only pydantic so far: a typo is told at once.
-    from dive_fast.config.load import load_config as load_config
     from dive_fast.config.schema import EvaluateConfig, EvaluationSet, ModelConfig
     from dive_fast.errors import ConfigError, UserError
+    from dive_fast.methods.run_config import load_run_config
 
     try:
         config = (
-            load_config(options.config, options.overrides, cli.CONFIGS) if options.config is not None else None
+            load_run_config(options.config, options.overrides, cli.CONFIGS) if options.config is not None else None
         )
         model = (
             config.model if config is not None else ModelConfig(name=options.model, pretrained=options.pretrained)

@@ -30,8 +30,8 @@ from dive_fast.engine.step import Engine, StepBatches
 from dive_fast.errors import ConfigError
 from dive_fast.evaluate.datasets.resolve import open_sets, remarks_on_missing_classes
 from dive_fast.identity import Identity
-from dive_fast.methods import method as objective
 from dive_fast.methods import registry
+from dive_fast.methods.method import Needs
 from dive_fast.model.model_identity import model_identity
 from dive_fast.model.towers import check_text_length, create, tokenizer_of
 from dive_fast.planner.auto_schedule import resolve
@@ -127,19 +127,19 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     total_steps = target_order.steps_per_epoch * config.train.epochs
     total_steps = min(total_steps, config.train.max_steps or total_steps)
 
-    goal = registry.create(config.objective, towers.width)
+    method = registry.create(config.objective, towers.width)
     used = resolved(config, folder, towers, ranks)
-    needed = reference if goal.needs_reference else None
+    needed = reference if method.needs.reference else None
     identity = of_run(used, model_identity(towers), source, names, templates, needed, ranks)
     require_equal(ranks, identity)
     found, record = _begin_or_resume(config, folder, identity, total_steps, ranks)
     if ranks.is_main:
         write_provenance(used, folder, ranks, identity, total_steps)
-        _warn_of_schedule(config, goal, total_steps)
-    if goal.needs_head:
+        _warn_of_schedule(config, method.needs, total_steps)
+    if method.needs.head:
         towers.head = make_head(config, towers, source, names, ranks, is_trained=found is not None)
     pairs = reference_order = teacher = None
-    if goal.needs_reference:
+    if method.needs.reference:
         assert reference is not None and config.data.reference is not None
         pairs = reference_samples(config, reference, towers)
         # Another stream than the target's, or both sets would be shuffled alike.
@@ -147,14 +147,14 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
             *(len(reference), config.data.reference.batch_size, ranks.rank, ranks.world_size, seed + 1),
             place="data.reference.batch_size",
         )
-        if goal.needs_teacher:
+        if method.needs.reference_teacher:
             teacher = open_teacher(config, folder, towers, pairs, ranks)
         if config.train.precision == "bf16" and ranks.is_main:
             logger.warning(
                 "train.precision = bf16 drowns difference vectors of 1e-3 in rounding: at |u| = 3e-3 the gradient "
                 "of AVL + PVL has cosine 0.45 to that of fp32, in fp16 0.97 (docs/precision.md); prefer fp16"
             )
-    engine = Engine(config, towers, goal, ranks, total_steps)
+    engine = Engine(config, towers, method, ranks, total_steps)
     return Run(
         config,
         folder,
@@ -207,7 +207,7 @@ LONG_WARMUP = 0.2
 """Share of a run's steps above which a warm-up is reported."""
 
 
-def _warn_of_schedule(config: Config, goal: objective.Objective, total_steps: int) -> None:
+def _warn_of_schedule(config: Config, needs: Needs, total_steps: int) -> None:
     """Reports settings that train next to nothing."""
     train, warmup = config.train, config.train.warmup_steps
     if train.max_steps is not None and train.max_steps > total_steps:
@@ -227,7 +227,7 @@ def _warn_of_schedule(config: Config, goal: objective.Objective, total_steps: in
             else f"rises for {warmup / total_steps:.0%} of it",
             max(1, total_steps // 10),
         )
-    if config.data.target.batch_size == 1 and not goal.needs_head:
+    if config.data.target.batch_size == 1 and not needs.head:
         logger.warning(
             "data.target.batch_size = 1: the contrastive loss of a single pair is 0, so nothing is learned from "
             "the target set; raise it"

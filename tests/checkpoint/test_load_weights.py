@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dive_fast.checkpoint.load_weights import load_into
-from dive_fast.config.schema import Config, ModelConfig
+from dive_fast.config.schema import ModelConfig
 from dive_fast.errors import ConfigError
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import towers
 
 
@@ -127,7 +128,7 @@ def by_every_route(folder: Path) -> dict[str, Any]:
     tree["model"], tree["objective"] = model.model_dump(), {"name": "flyp"}
     target = tree["data"]["target"]
     tree["evaluate"] = {"sets": {"val": {key: target[key] for key in tiny.EVALUATION}}, "workers": 0}
-    config = Config.model_validate_json(json.dumps(tree))
+    config = RunConfig.model_validate_json(json.dumps(tree))
     run = Path(tree["train"]["output"])
     found: dict[str, Any] = {"last line": train.train(config, run, ranks)["accuracy/val"]}
     file, checkpoint = run / "model.safetensors", next((run / "checkpoints").glob("step*"))
@@ -374,7 +375,7 @@ def run(trees: list[dict[str, Any]]) -> None:
 
     saver.Saver.save = save_twice  # type: ignore[method-assign]
     for tree in trees:
-        train.train(Config.model_validate_json(json.dumps(tree)), Path(tree["train"]["output"]), ranks)
+        train.train(RunConfig.model_validate_json(json.dumps(tree)), Path(tree["train"]["output"]), ranks)
 
 
 @pytest.mark.slow

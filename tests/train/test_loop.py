@@ -33,6 +33,7 @@ from dive_fast.engine import profiler as trace
 from dive_fast.engine.profiler import RANGES, SETTLING, WARMING
 from dive_fast.errors import ConfigError
 from dive_fast.methods.method import Objective
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.train import loop as train
 from dive_fast.train import metrics
 from dive_fast.train.monitors import in_run_folder
@@ -46,7 +47,7 @@ class KilledError(Exception):
 
 
 def load(tree: dict[str, Any], **train_options: Any) -> Config:
-    return Config.model_validate_json(json.dumps(tree | {"train": tree["train"] | train_options}))
+    return RunConfig.model_validate_json(json.dumps(tree | {"train": tree["train"] | train_options}))
 
 
 def run(tree: dict[str, Any], output: Path, ranks: Ranks, kill_at: int | None = None, **options: Any) -> Any:
@@ -328,7 +329,7 @@ def test_what_the_audit_lets_pass_is_no_noise(tmp_path: Path) -> None:
 
     def check(length: float, **teacher: Any) -> None:
         values = {"image_norm": torch.tensor(0.0), "text_norm": torch.tensor(length)}
-        train._check_noise_floor(values, Config.model_validate(tree | {"teacher": teacher}))
+        train._check_noise_floor(values, RunConfig.model_validate(tree | {"teacher": teacher}))
 
     for allowed, refused, teacher in (
         (9e-5, 2e-4, {}),
@@ -390,7 +391,7 @@ def test_a_copy_that_a_user_has_put_beside_checkpoints_is_none_of_them(
 def test_monitors_that_name_no_place_write_into_the_run_folder(tmp_path: Path, named: dict[str, Any]) -> None:
     tree = tiny.write_config(tmp_path)
     tree["deepspeed"]["csv_monitor"] = {"enabled": True} | named
-    section = in_run_folder(Config.model_validate(tree), tmp_path / "run").deepspeed["csv_monitor"]
+    section = in_run_folder(RunConfig.model_validate(tree), tmp_path / "run").deepspeed["csv_monitor"]
     assert section == {"enabled": True, "output_path": str(tmp_path / "run"), "job_name": "csv_monitor"}
 
 

@@ -32,6 +32,7 @@ from dive_fast.distributed import Ranks, join
 from dive_fast.engine import update
 from dive_fast.errors import ConfigError
 from dive_fast.methods import method as objective
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.train import loop as train
 
 Value = Any
@@ -482,14 +483,14 @@ def run_row(folder: Path, name: str, row: Row, ranks: Ranks) -> str:
     whole, again = place / "whole", place / "again"
     tree = tree_of(folder, whole, row)
     with left_after_one_step(whole, again, ranks):
-        train.train(Config.model_validate_json(json.dumps(tree)), whole, ranks)
+        train.train(RunConfig.model_validate_json(json.dumps(tree)), whole, ranks)
     resume = row.get("train.resume", "auto")
     if resume == "path":
         resume = str(again / "checkpoints/step00000001")
         again = place / "from-path"
     ranks.barrier()
     resumed = tree | {"train": tree["train"] | {"output": str(again), "resume": resume}}
-    train.train(Config.model_validate_json(json.dumps(resumed)), again, ranks)
+    train.train(RunConfig.model_validate_json(json.dumps(resumed)), again, ranks)
     ranks.barrier()
     if not ranks.is_main:
         return ""
@@ -612,7 +613,9 @@ def refusals(folder: Path) -> list[str]:
             tree = tree_of(folder, folder / f"refused-{number}", row)
             (folder / "refused.json").write_text(json.dumps(tree))
             try:
-                train.train(load.load_config(str(folder / "refused.json")), folder / f"refused-{number}", ranks)
+                train.train(
+                    load.load_run_config(str(folder / "refused.json")), folder / f"refused-{number}", ranks
+                )
                 said.append(f"nothing: {row}")
             except ConfigError as error:
                 said.append(str(error))

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 
 from dive_fast.checkpoint import lineage, resume, saver
 from dive_fast.checkpoint import manifest as checkpoint
-from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks, join
 from dive_fast.engine.update import INITIAL_SCALE, LossScale
 from dive_fast.errors import UserError
@@ -27,6 +26,7 @@ from dive_fast.identity import Identity
 from dive_fast.locks import folder_lock
 from dive_fast.methods import registry
 from dive_fast.methods.method import Objective
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import head as heads
 from dive_fast.train import loop as train
 from dive_fast.train import run_identity
@@ -58,7 +58,7 @@ class Folder:
 
     def start(self, *overrides: tuple[str, Any], kill_at: int | None = None) -> str:
         """Trains; returns all that is said, an error too. ``kill_at`` ends it after so many steps."""
-        config = Config.model_validate_json(json.dumps(changed(self.tree, *overrides)))
+        config = RunConfig.model_validate_json(json.dumps(changed(self.tree, *overrides)))
         said, log = io.StringIO(), train.Metrics.log
         handler = logging.StreamHandler(said)
 
@@ -289,7 +289,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def of(tree: dict[str, Any], *overrides: tuple[str, Any]) -> Identity:
-    return run_identity.of_config(Config.model_validate_json(json.dumps(changed(tree, *overrides))))
+    return run_identity.of_config(RunConfig.model_validate_json(json.dumps(changed(tree, *overrides))))
 
 
 @pytest.mark.parametrize("key", REFUSED)
@@ -373,7 +373,7 @@ def test_checkpoint_of_an_older_version_is_refused_in_one_line(found: dict[str, 
 
 def test_keys_that_a_resume_ignores_exist() -> None:
     """A renamed key would be compared, or, worse, its old name never."""
-    tree = Config.model_validate(
+    tree = RunConfig.model_validate(
         {
             "model": {"name": "demo"},
             "data": {half: {"format": "csv", "path": "x"} for half in ("target", "reference")},
@@ -416,7 +416,7 @@ def test_settings_that_train_next_to_nothing_are_reported(found: dict[str, Any])
 
 
 def test_steps_beyond_the_epochs_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = Config.model_validate(tiny.write_config(tmp_path, max_steps=40))
+    config = RunConfig.model_validate(tiny.write_config(tmp_path, max_steps=40))
     run_module._warn_of_schedule(config, registry.create(config.objective, 24), 3)
     assert "train.max_steps = 40, but train.epochs = 1 ends the run after 3 steps" in caplog.text
     caplog.clear()

@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dive_fast.checkpoint import lineage
-from dive_fast.config.schema import Config
 from dive_fast.data.loaders.loader import Options
 from dive_fast.data.open_dataset import open_target
 from dive_fast.data.samples import EvaluationSamples
 from dive_fast.distributed import Ranks, join
 from dive_fast.methods.method import Objective
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import head as heads
 from dive_fast.model.towers import Towers, create
 from dive_fast.train import linear_probe as probe
@@ -57,7 +57,7 @@ def run(tree: dict[str, Any], output: Path, ranks: Ranks, kill_at: int | None = 
 
     train.Validation.evaluate = evaluate  # type: ignore[method-assign]
     try:
-        return train.train(Config.model_validate_json(json.dumps(tree)), output, ranks)
+        return train.train(RunConfig.model_validate_json(json.dumps(tree)), output, ranks)
     finally:
         train.Validation.evaluate = measure  # type: ignore[method-assign]
 
@@ -242,7 +242,7 @@ def test_lp_ft_first_trains_the_head_alone(by_rank: list[Any], folder: Path) -> 
     assert not begun["vanilla_ft"].bias.any()
     assert not torch.equal(begun["lp_ft"].weight, begun["vanilla_ft"].weight)
     # By the pictures it was trained on, as they are seen in evaluation.
-    config = Config.model_validate_json((folder / "config.json").read_text())
+    config = RunConfig.model_validate_json((folder / "config.json").read_text())
     towers, source = create(config.model), open_target(config.data.target)
     samples = EvaluationSamples(source, towers.preprocess)
     rows, labels = probe.embed(towers.eval(), samples, Ranks(0, 1, torch.device("cpu")), 8, Options())
@@ -266,7 +266,7 @@ def resources(folder: Path) -> tuple[list[tuple[int, int, int]], int]:
 
     train.Validation.evaluate = evaluate  # type: ignore[method-assign]
     longer = changed(tree, train={"epochs": EVALUATIONS // 3, "keep_last": 1})
-    train.train(Config.model_validate_json(json.dumps(longer)), folder / "resources", join())
+    train.train(RunConfig.model_validate_json(json.dumps(longer)), folder / "resources", join())
     _, left = psutil.wait_procs(process.children(recursive=True), timeout=10)
     return found, len(left)
 
