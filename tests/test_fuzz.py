@@ -38,7 +38,7 @@ from dive_fast.data.sources.source import Source
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.distributed import Ranks
 from dive_fast.engine.update import LossScale
-from dive_fast.errors import LONGEST, ConfigError, DataError
+from dive_fast.errors import MAX_LENGTH, ConfigError, DataError
 from dive_fast.evaluate import results
 from dive_fast.evaluate.datasets import layouts
 from dive_fast.methods.run_config import RunConfig, load_run_config
@@ -82,7 +82,7 @@ def held(read: Callable[[], Any], folder: Path) -> None:
     except (ConfigError, DataError) as error:
         message = str(error)
         assert message.isprintable(), message
-        assert 10 < len(message) <= LONGEST + 5
+        assert 10 < len(message) <= MAX_LENGTH + 5
     assert contents(folder) == before
 
 
@@ -507,7 +507,7 @@ def seal(path: Path) -> None:
     """Writes the manifest of what is there, as a stranger would who has changed something."""
     unlisted = (checkpoint.MANIFEST, checkpoint.EVALUATION)
     files = sorted(file for file in path.iterdir() if file.name not in unlisted)
-    found = {file.name: checkpoint.fingerprint(file) for file in files}
+    found = {file.name: checkpoint.describe_file(file) for file in files}
     manifest = {"format": checkpoint.FORMAT, "ranks": 1, "files": found}
     (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
 

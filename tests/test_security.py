@@ -34,7 +34,7 @@ from dive_fast.data.sources.folder import open_folder
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.distributed import Ranks
 from dive_fast.engine.deepspeed_config import deepspeed_section
-from dive_fast.errors import LONGEST, ConfigError, DataError
+from dive_fast.errors import MAX_LENGTH, ConfigError, DataError
 from dive_fast.evaluate import results
 from dive_fast.evaluate.datasets import imagenet, layouts, wilds
 from dive_fast.io.atomic_files import write_atomic
@@ -102,7 +102,7 @@ def refused(read: Callable[[], Any], *words: str) -> str:
         read()
     message = str(caught.value)
     assert message.isprintable()
-    assert len(message) <= LONGEST + 5
+    assert len(message) <= MAX_LENGTH + 5
     for word in words:
         assert word in message
     return message

@@ -49,7 +49,7 @@ def train(config: Config, folder: Path, ranks: Ranks) -> dict[str, float]:
         LockedError: another process uses the folder.
         LostError: another rank failed, died or hangs; or the process is left with exit code ``LOST``.
     """
-    with Watch(ranks, config.train.rank_timeout) as watch, watch.taking_requests():
+    with Watch(ranks, config.train.rank_timeout) as watch, watch.handling_signals():
         try:
             with ranks.raise_on_all(ConfigError):
                 check_inputs(config, folder)
@@ -62,7 +62,7 @@ def train(config: Config, folder: Path, ranks: Ranks) -> dict[str, float]:
             if (found := machine_error(error)) is not None:
                 raise found from error
             # Of a collective that one rank did not come to torch knows no more than that.
-            if isinstance(error, RuntimeError) and (lost := watch.explain()) is not None:
+            if isinstance(error, RuntimeError) and (lost := watch.find_cause()) is not None:
                 raise lost from error
             raise
 
@@ -91,7 +91,7 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
     metrics = Metrics(run, step, ahead, newest, None if evaluation is None else evaluation.metrics)
 
     def evaluate(saved: Path | None) -> None:
-        watch.at(step, "evaluation", is_saved=saved is not None)
+        watch.set_phase(step, "evaluation", is_saved=saved is not None)
         with metrics.paused():
             found = validation.evaluate(step)
             metrics.write(step, found)
@@ -107,20 +107,24 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
             # The checkpoint was written before it.
             evaluate(run.checkpoint)
         while step < run.total_steps and not validation.is_over:
-            watch.at(step + 1, "data", is_saved=step == begun)
-            if watch.leaves(step + 1, ahead.wait):
-                watch.at(step, "checkpoint")
+            watch.set_phase(step + 1, "data", is_saved=step == begun)
+            if watch.should_leave(step + 1, ahead.wait):
+                watch.set_phase(step, "checkpoint")
                 consensus.settle()
                 saver.save(
-                    step, validation.state_dict(), metrics.state_dict(), first=metrics.write_waiting, must=True
+                    step,
+                    validation.state_dict(),
+                    metrics.state_dict(),
+                    before_write=metrics.write_waiting,
+                    required=True,
                 )
-                saver.finish(must=True)
+                saver.finish(required=True)
                 raise Stopped(
-                    f"{watch.requested}: saved after step {step} of {run.total_steps}, no batch has come"
+                    f"{watch.stop_reason}: saved after step {step} of {run.total_steps}, no batch has come"
                 )
             given = next(ahead)
-            watch.at(step + 1, "step", is_saved=step == begun)
-            nonfinite.before(step + 1, given)
+            watch.set_phase(step + 1, "step", is_saved=step == begun)
+            nonfinite.record_samples(step + 1, given)
             if given.reference is not None and given.teacher is None and run.teacher is not None:
                 with span("teacher"):
                     given.teacher = run.teacher(given.reference)
@@ -129,12 +133,12 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
             step += 1
             if step == 1 and not engine.is_random:
                 engine.method.check_first_step(_first_step(values, run.config))
-            nonfinite.after(step, engine.scale.nonfinite_in_row)
+            nonfinite.record_outcome(step, engine.scale.nonfinite_in_row)
             metrics.log(step, values, learning_rate)
             traced()
             own = saver.votes()
-            agreed = consensus(own._replace(stop=watch.requested is not None, nonfinite=nonfinite.reached))
-            saver.heard(agreed)
+            agreed = consensus(own._replace(stop=watch.stop_reason is not None, nonfinite=nonfinite.limit_reached))
+            saver.advance(agreed)
             if agreed.nonfinite:
                 saver.finish()
                 raise nonfinite.error()
@@ -142,20 +146,20 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
             # An evaluation may be left at any moment, since what it starts from is whole.
             is_leaving = bool(agreed.stop) or step == run.total_steps
             if is_due or is_leaving or (every is not None and step % every == 0):
-                watch.at(step, "checkpoint")
+                watch.set_phase(step, "checkpoint")
                 states = validation.state_dict(), metrics.state_dict()
-                saver.save(step, *states, first=metrics.write_waiting, must=is_leaving)
+                saver.save(step, *states, before_write=metrics.write_waiting, required=is_leaving)
             if is_due or is_leaving:
-                saver.finish(must=is_leaving)
+                saver.finish(required=is_leaving)
             if agreed.stop and step < run.total_steps:
                 consensus.settle()
                 raise Stopped(
-                    f"{watch.requested or 'asked to stop'}: saved after step {step} of {run.total_steps}"
+                    f"{watch.stop_reason or 'asked to stop'}: saved after step {step} of {run.total_steps}"
                 )
             if is_due:
-                evaluate(checkpoint.path_of(checkpoints, step) if saver.newest == step else None)
+                evaluate(checkpoint.checkpoint_path(checkpoints, step) if saver.newest == step else None)
         consensus.settle()
-    watch.at(step, "end", is_saved=True)
+    watch.set_phase(step, "end", is_saved=True)
     return metrics.close(step, validation.finish())
 
 

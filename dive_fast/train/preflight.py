@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from dive_fast.checkpoint.lineage import LEFT_BY_RUNS, REPLACED
+from dive_fast.checkpoint.lineage import REPLACED, RUN_FILES
 from dive_fast.checkpoint.manifest import FOLDER as CHECKPOINTS
 from dive_fast.config.schema import Config
 from dive_fast.data.workers import PREFETCH
@@ -105,7 +105,7 @@ def check_inputs(config: Config, folder: Path) -> None:
         if named is None:
             continue
         path = Path(named).resolve()
-        if path == own or any(path.is_relative_to(own / name) for name in (*LEFT_BY_RUNS, CHECKPOINTS, REPLACED)):
+        if path == own or any(path.is_relative_to(own / name) for name in (*RUN_FILES, CHECKPOINTS, REPLACED)):
             raise ConfigError(
                 f"{key} = {named} is where the run itself writes (train.output = {folder}): set train.output to "
                 "another folder"

@@ -251,7 +251,7 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
         ConfigError: a rank sees another folder, or none.
     """
     path = folder / locks.FILE
-    written = ranks.broadcast(locks.rank_name() if ranks.is_main else None)
+    written = ranks.broadcast(locks.holder_name() if ranks.is_main else None)
     deadline = time.monotonic() + SHARED_SECONDS
     with ranks.raise_on_all(ConfigError):
         # Not on the first rank: it would lose the lock by closing the file.

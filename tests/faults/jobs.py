@@ -40,7 +40,7 @@ class At(NamedTuple):
     """Something that happens to a rank at a place in its run."""
 
     place: str
-    """``<phase> <step>`` of :meth:`dive_fast.fault_tolerance.heartbeat.Watch.at`; else a function, ``module:name``."""
+    """``<phase> <step>`` of :meth:`dive_fast.fault_tolerance.heartbeat.Watch.set_phase`; else a function, ``module:name``."""
     what: str
     """The name of a signal to the rank itself, or of a function in :data:`HAPPENINGS`."""
     rank: int | None = None
@@ -221,7 +221,7 @@ def _arrange(at: At) -> None:
         def reached(of: Any, step: int, reached_phase: str, **named: Any) -> bool:
             return (step, reached_phase) == (int(number), phase)
 
-        _wrap("dive_fast.fault_tolerance.heartbeat:Watch.at", at.what, reached)
+        _wrap("dive_fast.fault_tolerance.heartbeat:Watch.set_phase", at.what, reached)
         return
     calls = iter(range(1, 1_000_000))
 

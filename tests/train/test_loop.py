@@ -201,7 +201,7 @@ def test_metrics_and_provenance_are_written(by_rank: list[Any], folder: Path) ->
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    return [path for path in checkpoint.written_checkpoints(folder) if checkpoint.is_whole(path)]
+    return [path for path in checkpoint.list_checkpoints(folder) if checkpoint.is_complete(path)]
 
 
 def test_only_the_newest_checkpoints_stay(by_rank: list[Any], folder: Path) -> None:
