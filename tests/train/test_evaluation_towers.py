@@ -1,4 +1,4 @@
-"""Evaluation during training: sets are opened once, weights go through a file under ZeRO-3 alone, bits are equal."""
+"""Evaluation during a run: sets are opened once, weights go through a file under ZeRO-3 only, figures are equal."""
 
 import contextlib
 import hashlib
@@ -15,11 +15,11 @@ from distributed import run_ranks
 from safetensors.torch import load_file
 
 from dive_fast.checkpoint.export import MODEL, write_model
-from dive_fast.config.schema import Config
 from dive_fast.data import open_dataset
 from dive_fast.distributed import join
 from dive_fast.evaluate.zero_shot import Measured, measure_sets
-from dive_fast.methods.method import Objective
+from dive_fast.methods.method import Part
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import head as heads
 from dive_fast.model.head import Head
 from dive_fast.model.towers import Towers, create
@@ -78,7 +78,7 @@ def through_file(towers: EvaluationTowers, class_names: tuple[str, ...]) -> Iter
 
 
 def run(tree: dict[str, Any], output: Path) -> Outcome:
-    config = Config.model_validate_json(json.dumps(tree))
+    config = RunConfig.model_validate_json(json.dumps(tree))
     hashes: list[str] = []
     copies: list[EvaluationTowers] = []
 
@@ -106,7 +106,7 @@ def run(tree: dict[str, Any], output: Path) -> Outcome:
 
 def cases(folder: Path) -> dict[str, tuple[Outcome, Outcome]]:
     """Each case, and the same with all weights evaluated through a file in newly built towers."""
-    Objective.backend = "torch"
+    Part.backend = "torch"
     outcomes = {}
     for name, case in CASES.items():
         tree = json.loads((folder / "config.json").read_text())
