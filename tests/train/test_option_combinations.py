@@ -536,7 +536,7 @@ def lines(folder: Path, first: int) -> list[dict[str, Any]]:
 def run_rows(folder: Path, chunk: Sequence[tuple[str, Row]]) -> dict[str, str]:
     """On one rank: what is wrong with each row, up to one that raises: the ranks may have parted then."""
     ranks = join()
-    objective.Objective.backend = "torch"  # the kernels have tests of their own
+    objective.Part.backend = "torch"  # the kernels have tests of their own
     # From 2^16 a model of so few weights would skip both steps, and have nothing to resume.
     update.INITIAL_SCALE = 4.0
     found = {}

@@ -24,7 +24,7 @@ from dive_fast.data.loaders.loader import Options
 from dive_fast.data.open_dataset import open_target
 from dive_fast.data.samples import EvaluationSamples
 from dive_fast.distributed import Ranks, join
-from dive_fast.methods.method import Objective
+from dive_fast.methods.method import Part
 from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import head as heads
 from dive_fast.model.towers import Towers, create
@@ -88,7 +88,7 @@ def changed(tree: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
 def cases(folder: Path) -> dict[str, Any]:
     """On one of two ranks."""
     ranks, results = join(), {}
-    Objective.backend = "torch"  # interpreted, the kernels would take most of the time
+    Part.backend = "torch"  # interpreted, the kernels would take most of the time
     tree = json.loads((folder / "config.json").read_text())
     selecting = changed(tree, evaluate={"every_epochs": 1, "select": "seen"})
     if ranks.is_main:
@@ -252,7 +252,7 @@ def test_lp_ft_first_trains_the_head_alone(by_rank: list[Any], folder: Path) -> 
 
 def resources(folder: Path) -> tuple[list[tuple[int, int, int]], int]:
     """Descriptors, threads and memory in MiB at each of many evaluations; processes left at the end."""
-    Objective.backend = "torch"
+    Part.backend = "torch"
     process, found = psutil.Process(), []
     tree = json.loads((folder / "config.json").read_text())
     tree["evaluate"] |= {"every_steps": 1, "workers": 1, "select": "seen"}
