@@ -122,7 +122,7 @@ def by_every_route(folder: Path) -> dict[str, Any]:
     from dive_fast.methods import method as objective
     from dive_fast.train import loop as train
 
-    objective.Objective.backend = "torch"
+    objective.Part.backend = "torch"
     model, ranks = registered(folder), join()
     tree = tiny.write_config(folder / "run", max_steps=1, learning_rate=0.0, weight_decay=0.0)
     tree["model"], tree["objective"] = model.model_dump(), {"name": "flyp"}
