@@ -36,7 +36,7 @@ def write_model(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -
     if engine.ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         # First: weights of this run next to the description of another would be preprocessed as that one says.
-        towers.describe(engine.towers, folder)
+        towers.save_description(engine.towers, folder)
         towers.save(engine.towers.export(weights), folder / MODEL)
         if engine.towers.head is None:
             (folder / heads.FILE).unlink(missing_ok=True)

@@ -107,7 +107,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         open_reference(config.evaluate.geometry)
     torch.manual_seed(seed)
     towers = create(config.model)
-    check_text_length(config, towers)
+    check_text_length(config.data, towers)
     check_sizes(config, folder, towers, 0 if reference is None else len(reference), ranks)
     feature_consistency.prepare(config, towers, ranks)
 
@@ -145,7 +145,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         # Another stream than the target's, or both sets would be shuffled alike.
         reference_order = Order(
             *(len(reference), config.data.reference.batch_size, ranks.rank, ranks.world_size, seed + 1),
-            place="data.reference.batch_size",
+            key="data.reference.batch_size",
         )
         if goal.needs_teacher:
             teacher = open_teacher(config, folder, towers, pairs, ranks)

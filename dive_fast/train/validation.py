@@ -146,7 +146,7 @@ class Validation:
         config, ranks = self._run.config, self._run.ranks
         if not options.sets and options.geometry is None:
             return {}
-        path = heads.beside(folder / MODEL)
+        path = heads.find_head(folder / MODEL)
         head = None if path is None else heads.load(path)
         # A run draws the same random numbers whether it is evaluated on the way or not.
         with torch.random.fork_rng(devices=[]):
