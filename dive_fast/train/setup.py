@@ -111,7 +111,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     geometry_source = None if geometry is None else open_reference(geometry)
     torch.manual_seed(seed)
     towers = create(config.model)
-    check_text_length(config, towers)
+    check_text_length(config.data, towers)
     check_sizes(config, folder, towers, 0 if reference is None else len(reference), ranks)
     feature_consistency.prepare(config, towers, ranks)
 
@@ -149,7 +149,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         # Another stream than the target's, or both sets would be shuffled alike.
         reference_order = Order(
             *(len(reference), config.data.reference.batch_size, ranks.rank, ranks.world_size, seed + 1),
-            place="data.reference.batch_size",
+            key="data.reference.batch_size",
         )
         if method.needs.reference_teacher:
             teacher = open_teacher(config, folder, towers, pairs, ranks)
