@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from report import REPOSITORY, commit, device_name, slug, write_json
+from loss_report import REPOSITORY, commit, device_name, slug, write_json
 
 from dive_fast.data.batch import ReferenceBatch, Text
-from dive_fast.teacher import store
-from dive_fast.teacher.teachers import CachedTeacher
+from dive_fast.teacher import cache_files as store
+from dive_fast.teacher.teacher import CachedTeacher
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 STEP_SECONDS = 0.27

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from report import Report
+from loss_report import Report
 from step_report import StepReport
 
 REPORT = pytest.StashKey[Report]()

@@ -20,8 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from loss_report import REPOSITORY, commit, device_name, slug, write_json
 from losses import DEVICE
-from report import REPOSITORY, commit, device_name, slug, write_json
 
 PYTHON = sys.executable
 # Not `python -m pytest`: the folder `kernels` of the working directory would hide Hugging Face's package.

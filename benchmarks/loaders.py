@@ -18,21 +18,25 @@ import numpy as np
 import open_clip
 import psutil
 import torch
+from loss_report import REPOSITORY, commit, device_name, slug, write_json
 from peers.flyp import FlypDataset
 from PIL import Image
 from real_data import DATA
-from report import REPOSITORY, commit, device_name, slug, write_json
 from torch.utils.data import DataLoader
 
-from dive_fast.data import prepare
-from dive_fast.data.ahead import Ahead
-from dive_fast.data.loader import Options, batches_of, training_batches
-from dive_fast.data.order import Order
-from dive_fast.data.prepared import open_prepared
+from dive_fast.data.loaders.loader import Options, batches_of, training_batches
+from dive_fast.data.prefetch import Ahead
+from dive_fast.data.prepared import convert
+from dive_fast.data.prepared import write as prepare
+from dive_fast.data.prepared.raw import RawSource
+from dive_fast.data.prepared.read import open_prepared
 from dive_fast.data.prompts import PromptTable, read_templates
+from dive_fast.data.sampler import Order
 from dive_fast.data.samples import EvaluationSamples, TargetSamples
-from dive_fast.data.source import Source, open_folder, open_webdataset
-from dive_fast.data.views import Preprocess
+from dive_fast.data.sources.folder import open_folder
+from dive_fast.data.sources.source import Source
+from dive_fast.data.sources.webdataset import open_webdataset
+from dive_fast.data.transforms import Preprocess
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 PREPROCESS = Preprocess(
@@ -135,8 +139,8 @@ def pixels(source: Source, folder: Path) -> list[dict[str, Any]]:
         image = Image.fromarray((waves + noise).clip(0, 255).astype(np.uint8))
         (odd / "0").mkdir(exist_ok=True)
         image.save(odd / "0" / f"{height}x{width}.jpg", quality=92)
-    options = prepare.Options("beton", max_side=None, min_side=1)
-    prepare.prepare(prepare.RawSource(open_folder(str(odd))), folder / "odd-ready", options, 1)
+    options = convert.Options("beton", max_side=None, min_side=1)
+    prepare.prepare(RawSource(open_folder(str(odd))), folder / "odd-ready", options, 1)
     rows = []
     for name, set_ in (("photos", source), ("odd sizes", open_prepared(str(folder / "odd-ready"), ".cls"))):
         prompts = PromptTable(set_, ["thing"] * 1000, read_templates("a {}"), open_clip.get_tokenizer("ViT-B-16"))
@@ -242,8 +246,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         raw = open_webdataset(options.data, ".cls")
-        wanted = prepare.Options("beton", max_side=None, min_side=1)
-        prepare.prepare(prepare.RawSource(raw), folder / "ready", wanted, options.workers)
+        wanted = convert.Options("beton", max_side=None, min_side=1)
+        prepare.prepare(RawSource(raw), folder / "ready", wanted, options.workers)
         source = open_prepared(str(folder / "ready"), ".cls")
         files = [folder / f"{index}.jpg" for index in range(len(source))]
         for index, file in enumerate(files):

@@ -6,15 +6,15 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from loss_report import device_name
 from losses import DEVICE
-from measure import peak_extra_bytes
+from measure_losses import peak_extra_bytes
 from pytest_benchmark.fixture import BenchmarkFixture
-from report import device_name
 from steps import Case, Running, make_inputs, running, teacher_rows
 from torch.utils.flop_counter import FlopCounterMode
 
-from dive_fast.gpus import GPUS, sold_as
-from dive_fast.memory import MISSED_FLOP
+from dive_fast.planner.gpu_specs import GPUS, sold_as
+from dive_fast.planner.memory_tracker import MISSED_FLOP
 
 SECONDS_PER_FIGURE = 5.0 if DEVICE.type == "cuda" else 0.5
 MIN_ROUNDS, MAX_ROUNDS = 3, 20

@@ -1,6 +1,6 @@
 """Where the memory and the arithmetic of a step go, lever by lever, by plan: ``python benchmarks/planned.py``.
 
-No GPU: the engine's own step runs on fake tensors (``dive_fast/plan.py``). Writes results/planned.json, and draws.
+No GPU: the engine's own step runs on fake tensors (``dive_fast/planner/plan.py``). Writes results/planned.json, and draws.
 With ``--against RESULTS``, a file of ``steps.py``, plans the engine's cases that were measured, and compares.
 """
 
@@ -14,12 +14,12 @@ from typing import Any
 os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
 warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
 
-from report import REPOSITORY, commit, write_json  # noqa: E402
+from loss_report import REPOSITORY, commit, write_json  # noqa: E402
 from steps import COMPILED, ENGINES, Case, engine_config  # noqa: E402
 
-from dive_fast.config import load  # noqa: E402
-from dive_fast.gpus import GPUS  # noqa: E402
-from dive_fast.plan import plan  # noqa: E402
+from dive_fast.config.load import load_config as load_config  # noqa: E402
+from dive_fast.planner.gpu_specs import GPUS  # noqa: E402
+from dive_fast.planner.simulate import plan_run as plan_run  # noqa: E402
 
 CONFIG, GPU = "vitb16_dive.json", "h200"
 PAPER = ("train.precision=fp32", "train.schedule=joint", "teacher.mode=online")
@@ -42,7 +42,7 @@ def figures() -> list[dict[str, Any]]:
     """Of each step: peak bytes, FLOP, predicted seconds."""
     found = []
     for name, overrides in STEPS.items():
-        planned = plan(load(CONFIG, list(overrides), REPOSITORY / "launch/configs"))
+        planned = plan_run(load_config(CONFIG, list(overrides), REPOSITORY / "launch/configs"))
         found.append(
             {
                 "step": name.strip(),
@@ -100,7 +100,7 @@ def against(results: Path) -> str:
         if entry["outcome"] != "measured" or entry["competitor"] not in set(ENGINES) - set(COMPILED):
             continue
         case = Case(*(entry[name] for name in Case._fields))
-        planned = plan(engine_config(case, measured["precision"], measured["zero"]))
+        planned = plan_run(engine_config(case, measured["precision"], measured["zero"]))
         peak = planned.peak_memory_bytes - planned.parts["batches"]
         gib, ratio, flop = peak / 2**30, entry["peak_bytes"] / peak, entry["flop"] / planned.flop_per_step
         name = (

@@ -14,21 +14,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from loss_report import REPOSITORY, commit, device_name, slug, write_json
 from real_data import DATA
-from report import REPOSITORY, commit, device_name, slug, write_json
 from rounding import REMEDIES, computing
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from dive_fast.config import ModelConfig
+from dive_fast.config.schema import ModelConfig
 from dive_fast.data.batch import ReferenceBatch
-from dive_fast.data.loader import Options, batches_of
+from dive_fast.data.loaders.loader import Options, batches_of
 from dive_fast.data.samples import ReferenceSamples
-from dive_fast.data.source import Sample, Source, open_webdataset
+from dive_fast.data.sources.source import Sample, Source
+from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.kernels import naive
-from dive_fast.objective import Pairs
-from dive_fast.towers import Towers, create, tokenizer_of, unit
+from dive_fast.model.features import Pairs
+from dive_fast.model.towers import Towers, create, tokenizer_of, unit
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 PIECE = 64 if DEVICE.type == "cuda" else 16

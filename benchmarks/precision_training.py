@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import REPOSITORY, commit, device_name, slug, write_json
+from loss_report import REPOSITORY, commit, device_name, slug, write_json
 from rounding import products
 from study import runs
 
-from dive_fast.config import load
-from dive_fast.demo import report, world
-from dive_fast.ranks import join
-from dive_fast.train import train
+from dive_fast.config.load import load_config as load_config
+from dive_fast.data.demo import splits
+from dive_fast.demo import comparison as report
+from dive_fast.distributed import join
+from dive_fast.train.loop import train
 
 CONFIGS = REPOSITORY / "launch/configs"
 STUDY = REPOSITORY / "build/study"
@@ -26,7 +27,7 @@ STUDY = REPOSITORY / "build/study"
 
 def demo(_: argparse.Namespace) -> tuple[str, str]:
     """The config of the demo, and the pairs that its geometry is measured on."""
-    world.prepare()
+    splits.prepare()
     return "demo.json", "demo:reference_heldout"
 
 
@@ -63,7 +64,7 @@ def main() -> None:
                 overrides = [f"objective.weight={weight}", f"train.precision={precision}", f"train.seed={seed}"]
                 if options.learning_rate is not None:
                     overrides.append(f"train.learning_rate={options.learning_rate}")
-                config = load(config_path, overrides, CONFIGS)
+                config = load_config(config_path, overrides, CONFIGS)
                 with products(precision, ranks.device):
                     train(config, folder, ranks)
                 lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -71,7 +72,7 @@ def main() -> None:
                 models[name] = folder / "model.safetensors"
                 figures = {"precision": precision, "weight": weight, "seed": seed}
                 rows[name] = figures | {"floor": lines[0]["image_norm"], "u": lines[-1]["image_norm"]}
-    found = report.compare(load(config_path, [], CONFIGS), models, heldout)
+    found = report.compare(load_config(config_path, [], CONFIGS), models, heldout)
     for name, row in rows.items():
         row |= {key: found[name][key] for key in report.MEASURES}
     device, ending = device_name(), "" if options.world == "demo" else f"-{options.world}"

@@ -11,14 +11,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import timed
-from report import REPOSITORY, commit, device_name, slug, write_json
+from loss_report import REPOSITORY, commit, device_name, slug, write_json
+from measure_losses import timed
 from steps import Case, make_engine, make_inputs, random_model
 
-from dive_fast.checkpoint.format import RunRecord
 from dive_fast.checkpoint.saver import Saver
-from dive_fast.config import TrainConfig
-from dive_fast.guard.consensus import Votes
+from dive_fast.checkpoint.snapshot import RunRecord
+from dive_fast.config.schema import TrainConfig
+from dive_fast.fault_tolerance.consensus import Votes
 
 STEPS_ALONE = 3
 

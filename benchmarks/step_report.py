@@ -7,8 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from loss_report import REPOSITORY, commit, device_name, slug, write_json
 from losses import DEVICE
-from report import REPOSITORY, commit, device_name, slug, write_json
 
 RESULTS = REPOSITORY / ("benchmarks/results" if DEVICE.type == "cuda" else "build/benchmarks")
 PEER = "flyp_published"

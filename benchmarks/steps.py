@@ -19,20 +19,21 @@ from typing import Any, NamedTuple
 import open_clip
 import pytest
 import torch
+from loss_report import REPOSITORY
 from losses import DEVICE
 from peers.dive_published import DivePublished
 from peers.flyp import Flyp, Inputs
 from peers.levers import DiveWithLevers, Levers
-from report import REPOSITORY
 from step_report import RESULTS, draw, results_path
 from torch import Tensor
 
-from dive_fast import objective
-from dive_fast.config import Config
+from dive_fast.config.schema import Config
 from dive_fast.data.batch import ReferenceBatch, TargetBatch
-from dive_fast.engine import Engine, StepBatches
-from dive_fast.ranks import join
-from dive_fast.towers import Towers, unit
+from dive_fast.distributed import join
+from dive_fast.engine.step import Engine, StepBatches
+from dive_fast.methods import registry
+from dive_fast.model import features
+from dive_fast.model.towers import Towers, unit
 
 open_clip.add_model_config(Path(__file__).with_name("models"))
 SHIPPED = REPOSITORY / "launch/configs/vitb16_dive.json"
@@ -140,7 +141,7 @@ def make_engine(case: Case, model: Any, inputs: Inputs, zero: int) -> tuple[Engi
     """The project's engine, and the batches of every step."""
     config = engine_config(case, PRECISION, zero)
     towers = Towers(model)
-    goal = objective.create(config.objective, towers.width)
+    goal = registry.create(config.objective, towers.width)
     engine = Engine(config, towers, goal, join(), TOTAL_STEPS)
     prepared = Levers(trimmed_text=True, distinct_texts=True).prepare(inputs)
     nothing = torch.zeros(0, dtype=torch.long)  # the step reads neither labels nor samples
@@ -148,7 +149,7 @@ def make_engine(case: Case, model: Any, inputs: Inputs, zero: int) -> tuple[Engi
     if not goal.needs_reference:
         return engine, StepBatches(target)
     reference = ReferenceBatch(prepared.reference_images, prepared.reference_text, nothing, nothing, ())
-    return engine, StepBatches(target, reference, objective.Pairs(*teacher_rows(*case.sizes)))
+    return engine, StepBatches(target, reference, features.Pairs(*teacher_rows(*case.sizes)))
 
 
 def engine_config(case: Case, precision: str, zero: int) -> Config:

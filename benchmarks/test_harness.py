@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import ceiling
+import loss_report as report_module
 import losses
 import pytest
-import report as report_module
 import test_losses
 import torch
 import verify
 from ceiling import Ceiling
+from loss_report import REPOSITORY, Report, write_json
 from losses import CASES, COMPETITORS, DEVICE, LEAVES, Case, Inputs
-from measure import peak_extra_bytes
-from report import REPOSITORY, Report, write_json
+from measure_losses import peak_extra_bytes
 
 from dive_fast.kernels import naive
 

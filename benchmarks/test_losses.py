@@ -4,10 +4,10 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from loss_report import Report
 from losses import CASES, DEVICE, INTERPRETED, Case
-from measure import measure, ran_out
+from measure_losses import measure, ran_out
 from pytest_benchmark.fixture import BenchmarkFixture
-from report import Report
 from verify import expected
 
 

@@ -13,10 +13,10 @@ from peers.flyp import Flyp, Inputs, cosine_with_warmup
 from peers.levers import DiveWithLevers, Levers
 from torch import Tensor
 
-from dive_fast import blocks
+from dive_fast.engine.optimizer import learning_rate_schedule
 from dive_fast.kernels import naive
-from dive_fast.towers import Towers, unit
-from dive_fast.update import learning_rate_schedule
+from dive_fast.model import transformer_blocks as blocks
+from dive_fast.model.towers import Towers, unit
 
 BATCH = 6
 WEIGHT, DECAY = 1000.0, 0.9

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from report import REPOSITORY
+from loss_report import REPOSITORY
 
 pytestmark = pytest.mark.slow
 

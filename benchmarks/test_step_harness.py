@@ -10,7 +10,7 @@ from typing import Any
 import measure_steps
 import pytest
 import test_steps
-from report import REPOSITORY
+from loss_report import REPOSITORY
 from step_report import NAMES, StepReport, draw
 from steps import COMPETITORS, NEEDS_GPU, Case, Running
 

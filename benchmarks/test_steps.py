@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 from losses import DEVICE
-from measure import ran_out
+from measure_losses import ran_out
 from measure_steps import measure
 from pytest_benchmark.fixture import BenchmarkFixture
 from step_report import StepReport

@@ -17,14 +17,16 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file
-from study import model, report, results, runs, sets
-from study.plan import LEARNING_RATES, MARGIN, SEEDS, WEIGHTS, chosen, grids, plan, settled, sweeps
+from study import model, results, runs, sets
+from study import summary as report
+from study.experiments import LEARNING_RATES, MARGIN, SEEDS, WEIGHTS, chosen, grids, plan, settled, sweeps
 from study.runs import SIZES, Run, Study
 
-from dive_fast.config import EvaluationSet, load
-from dive_fast.data.source import open_webdataset
-from dive_fast.evaluate.zero_shot import open_set
-from dive_fast.ranks import Ranks
+from dive_fast.config.load import load_config as load_config
+from dive_fast.config.schema import EvaluationSet
+from dive_fast.data.sources.webdataset import open_webdataset
+from dive_fast.distributed import Ranks
+from dive_fast.evaluate.datasets.resolve import open_set
 
 REAL = [
     pytest.mark.realdata,
@@ -128,7 +130,7 @@ def test_the_tokenizer_knows_every_word(tmp_path: Path) -> None:
 def test_a_config_of_the_study_is_one(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "cifar10.json"
     path.write_text(json.dumps(runs.tree(data, tmp_path / "model")))
-    config = load(str(path), ["objective.weight=3"], tmp_path)
+    config = load_config(str(path), ["objective.weight=3"], tmp_path)
     assert set(config.evaluate.sets) == set(runs.EVALUATED)
     assert config.objective.weight == 3
 
@@ -355,7 +357,7 @@ def run_id(rows: list[dict[str, Any]], run: Run) -> float:
 ONCE = """
 import sys
 from pathlib import Path
-from dive_fast.ranks import join
+from dive_fast.distributed import join
 from study import results, runs
 from study.runs import Run, Size, Study
 

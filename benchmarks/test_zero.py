@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from report import REPOSITORY
+from loss_report import REPOSITORY
 from steps import Case
 from zero import PLAIN, STEPS, make_step
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
+from loss_report import REPOSITORY, commit, device_name, slug, write_json
 from losses import DEVICE
-from measure import peak_extra_bytes, timed
+from measure_losses import peak_extra_bytes, timed
 from peers.levers import DiveWithLevers, Levers
-from report import REPOSITORY, commit, device_name, slug, write_json
 from steps import TOTAL_STEPS, Case, make_engine, make_inputs, random_model, teacher_rows
 
-from dive_fast.towers import Towers
+from dive_fast.model.towers import Towers
 
 PLAIN = "plain PyTorch"
 STEPS = {PLAIN: None, "no ZeRO": 0, "ZeRO 1": 1, "ZeRO 2": 2, "ZeRO 3": 3}

@@ -1,7 +1,9 @@
 """What is told to a user."""
 
+import difflib
 import errno
 import sys
+from collections.abc import Sequence
 
 LONGEST = 4000
 """Characters of a message; the beginning names the file and the end says what to do, so the middle goes."""
@@ -114,3 +116,17 @@ def machine_error(error: BaseException) -> MachineError | None:
     if isinstance(error, MemoryError):
         return MachineError("the memory of the machine is full: use a smaller batch or fewer loader workers")
     return None
+
+
+class ConfigError(UserError):
+    """A user's mistake in a config file or override; the message is one line and says what to do."""
+
+
+def nearest(word: str, words: Sequence[str]) -> str:
+    """The end of a message that names the nearest of some words, if one is near."""
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class DataError(UserError):
+    """Data that cannot be used; the message names the file and says what was expected."""

@@ -12,11 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 if TYPE_CHECKING:
-    from dive_fast.towers import Towers
+    pass
 
 Identity = dict[str, Any]
 """JSON values, nested by section."""
@@ -104,36 +101,6 @@ def _text(value: Any) -> str:
     if isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef"):
         return value[:SHOWN_DIGEST]
     return "nothing" if value is None else json.dumps(value, ensure_ascii=False)
-
-
-def model_identity(towers: "Towers") -> Identity:
-    """What decides a model's features: its architecture, its view of images, its tokenizer and its weights.
-
-    Args:
-        towers: as :func:`dive_fast.towers.create` built them; a head is left out.
-    """
-    return {
-        "architecture": towers.model_cfg,
-        "preprocess": repr(towers.preprocess),
-        "weights": weights_digest(towers),
-    }
-
-
-def weights_digest(towers: "Towers") -> str:
-    """A hash of all weights, bit for bit, names included; of a head's not."""
-    return state_digest(towers.state_dict())
-
-
-def state_digest(state: Mapping[str, Tensor]) -> str:
-    """The hash of :func:`weights_digest`, from the towers' state."""
-    from dive_fast.towers import HEAD
-
-    found = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        if not name.startswith(HEAD):
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            found.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dive_fast.distributed import Ranks
 from dive_fast.errors import UserError
-from dive_fast.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import logging
 import sys
 from pathlib import Path
 
-import command
+import cli
 
 
 @command.guarded
@@ -30,19 +30,20 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--export writes no cache: leave out --adopt and --rebuild")
 
     # Only pydantic so far: a typo is told at once.
-    from dive_fast.config import ConfigError, load
-    from dive_fast.errors import UserError
+    from dive_fast.config.load import load_config as load_config
+    from dive_fast.errors import ConfigError, UserError
 
     try:
-        config = load(options.config, options.overrides, command.CONFIGS)
+        config = load_config(options.config, options.overrides, command.CONFIGS)
         if config.data.reference is None:
             raise ConfigError("data.reference: a teacher cache is of a reference set; name one")
-        from dive_fast.data.sets import open_reference
-        from dive_fast.preflight import check_environment
-        from dive_fast.ranks import join
-        from dive_fast.teacher import build, retrieval
+        from dive_fast.data.open_dataset import open_reference
+        from dive_fast.distributed import join
+        from dive_fast.model.towers import create
+        from dive_fast.teacher import build
+        from dive_fast.teacher import clip_retrieval as retrieval
         from dive_fast.teacher.audit import write_audit
-        from dive_fast.towers import create
+        from dive_fast.train.preflight import check_environment
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         ranks = join(config.train.rank_timeout)

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from dive_fast.data.demo import splits
+
 HERE = Path(__file__).parent
 
 
@@ -18,10 +20,10 @@ def main() -> int:
     options = parser.parse_args()
     started = time.perf_counter()
 
-    from dive_fast.config import load
-    from dive_fast.demo import report, world
+    from dive_fast.config.load import load_config as load_config
+    from dive_fast.demo import comparison as report
 
-    print(f"world: {world.prepare()}", flush=True)
+    print(f"world: {splits.prepare()}", flush=True)
     models: dict[str, Path | None] = {"pretrained": None}
     for method in ("flyp", "dive"):
         folder = options.output / method
@@ -30,7 +32,7 @@ def main() -> int:
         if failed:
             return failed
         models[method] = folder / "model.safetensors"
-    result = report.compare(load(str(HERE / "configs/demo.json")), models)
+    result = report.compare(load_config(str(HERE / "configs/demo.json")), models)
     report.write(result, options.output)
     print(f"\n{report.table(result)}\n\n{report.EVIDENCE}\n")
     print(f"{options.output}/report.json, {options.output}/report.png")
@@ -39,7 +41,7 @@ def main() -> int:
 
 
 def _train(folder: Path, *overrides: str) -> int:
-    from dive_fast.ranks import free_port
+    from dive_fast.distributed import free_port
 
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [str(launcher), "--num_accelerators", "2", "--master_port", str(free_port())]

@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-import command
+import cli
 
 
 @command.guarded
@@ -20,15 +20,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
 
     # Only pydantic so far: a typo is told at once.
-    from dive_fast.config import load
+    from dive_fast.config.load import load_config as load_config
     from dive_fast.errors import UserError
 
     try:
-        config = load(options.config, options.overrides, command.CONFIGS)
-        from dive_fast import towers
-        from dive_fast.evaluate import ensemble
-        from dive_fast.evaluate.inputs import check_output, find_weights
-        from dive_fast.ranks import join
+        config = load_config(options.config, options.overrides, command.CONFIGS)
+        from dive_fast.distributed import join
+        from dive_fast.evaluate import weight_ensemble as ensemble
+        from dive_fast.evaluate.early_checks import check_output, find_weights
+        from dive_fast.model import towers
 
         run = command.run_folder(config.train.output, options.config)
         weights = find_weights(options.weights, "--weights", run)

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import command
+import cli
 
 if TYPE_CHECKING:
-    from dive_fast.config import Config, ModelConfig
+    from dive_fast.config.schema import Config, ModelConfig
 
 
 @command.guarded
@@ -36,24 +36,28 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("name what to measure on by --suite or --datasets")
 
     # Only pydantic so far: a typo is told at once.
-    from dive_fast.config import ConfigError, EvaluateConfig, EvaluationSet, ModelConfig, load
-    from dive_fast.errors import UserError
+    from dive_fast.config.load import load_config as load_config
+    from dive_fast.config.schema import EvaluateConfig, EvaluationSet, ModelConfig
+    from dive_fast.errors import ConfigError, UserError
 
     try:
-        config = load(options.config, options.overrides, command.CONFIGS) if options.config is not None else None
+        config = (
+            load_config(options.config, options.overrides, command.CONFIGS) if options.config is not None else None
+        )
         model = (
             config.model if config is not None else ModelConfig(name=options.model, pretrained=options.pretrained)
         )
         defaults = config.evaluate if config is not None else EvaluateConfig()
         weights = _weights(options, config)
-        from dive_fast import towers
-        from dive_fast.engine import AUTOCAST
-        from dive_fast.evaluate import head as heads
-        from dive_fast.evaluate import measure, suites
-        from dive_fast.evaluate.inputs import check_output
+        from dive_fast.checkpoint.load_weights import head_of, load_into
+        from dive_fast.distributed import join
+        from dive_fast.evaluate import evaluator as measure
+        from dive_fast.evaluate.datasets import catalog as suites
+        from dive_fast.evaluate.early_checks import check_output
         from dive_fast.evaluate.results import Results, as_markdown
-        from dive_fast.evaluate.weights import head_of, load_into
-        from dive_fast.ranks import join
+        from dive_fast.model import head as heads
+        from dive_fast.model import towers
+        from dive_fast.model.towers import AUTOCAST
 
         sets: dict[str, EvaluationSet] = {
             name: EvaluationSet(
@@ -154,8 +158,8 @@ def _folder(options: argparse.Namespace, config: "Config | None") -> Path:
 
 def _weights(options: argparse.Namespace, config: "Config | None") -> Path | None:
     """The checkpoint that is measured; None: the model as it comes."""
-    from dive_fast.config import ConfigError
-    from dive_fast.evaluate.inputs import find_weights
+    from dive_fast.errors import ConfigError
+    from dive_fast.evaluate.early_checks import find_weights
 
     if options.weights == Path("pretrained"):
         return None
@@ -172,7 +176,7 @@ def _weights(options: argparse.Namespace, config: "Config | None") -> Path | Non
 
 def _head(options: argparse.Namespace, weights: Path | None) -> Path | None:
     """The file of a head, or the folder of a checkpoint, which may have one; None: prompts classify."""
-    from dive_fast.evaluate.head import beside
+    from dive_fast.model.head import beside
 
     if options.head is not None:
         return None if options.head == Path("none") else Path(options.head)
@@ -183,7 +187,7 @@ def _head(options: argparse.Namespace, weights: Path | None) -> Path | None:
 
 def _head_of_folder(model: "ModelConfig") -> Path | None:
     """The head in the folder of a model that is a run, ``local-dir:<run>``."""
-    from dive_fast.evaluate.head import FILE
+    from dive_fast.model.head import FILE
 
     if not model.name.startswith("local-dir:"):
         return None

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dive_fast.data.prepared import convert
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Parses, calls, and turns a user's mistake into one line and exit code 2."""
@@ -60,15 +62,16 @@ def main(arguments: list[str] | None = None) -> int:
         if os.path.commonpath([inside, output]) == inside:
             parser.error("--output lies in --input, where it would be a class; name another folder")
 
-    from dive_fast.data import prepare
-    from dive_fast.data.prepared import MANIFEST, SKIPPED, verify
+    from dive_fast.data.prepared import write as prepare
+    from dive_fast.data.prepared.format import MANIFEST, SKIPPED
+    from dive_fast.data.prepared.read import verify
     from dive_fast.errors import UserError
 
     try:
         if options.verify is not None:
             manifest, state = verify(options.verify), ", as their hashes say"
         else:
-            wanted = prepare.Options(
+            wanted = convert.Options(
                 options.container,
                 options.max_side or None,
                 options.min_side,
@@ -99,8 +102,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _raw(options: argparse.Namespace) -> Any:
     """The raw set that the options name."""
-    from dive_fast.data.prepare import RawDataset, RawSource
-    from dive_fast.data.source import DataError, open_csv, open_folder, open_webdataset
+    from dive_fast.data.prepared.raw import RawDataset, RawSource
+    from dive_fast.data.sources.csv_table import open_csv
+    from dive_fast.data.sources.folder import open_folder
+    from dive_fast.data.sources.webdataset import open_webdataset
+    from dive_fast.errors import DataError
 
     if options.format == "folder":
         return RawSource(open_folder(options.input))
@@ -131,7 +137,7 @@ def _raw(options: argparse.Namespace) -> Any:
 def _wilds(options: argparse.Namespace) -> Any:
     from wilds import get_dataset
 
-    from dive_fast.untrusted import nothing_executed
+    from dive_fast.io.safe_read import nothing_executed
 
     with nothing_executed():
         dataset = get_dataset(options.name, root_dir=options.input, download=False)
@@ -142,8 +148,8 @@ def _torchvision(options: argparse.Namespace) -> Any:
     from PIL import EpsImagePlugin
     from torchvision import datasets
 
-    from dive_fast.data.source import DataError
-    from dive_fast.untrusted import nothing_executed
+    from dive_fast.errors import DataError
+    from dive_fast.io.safe_read import nothing_executed
 
     if not inspect.isclass(getattr(datasets, options.name, None)):
         raise DataError("torchvision has no such data set")

@@ -11,12 +11,12 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
-import command
+import cli
 
-from dive_fast.gpus import GPUS
+from dive_fast.planner.gpu_specs import GPUS
 
 if TYPE_CHECKING:
-    from dive_fast.config import Config
+    from dive_fast.config.schema import Config
 
 
 @command.guarded
@@ -33,19 +33,19 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--json, --ranks and --device go with --dry-run")
 
     # Only pydantic so far: a typo is told at once.
-    from dive_fast.config import load
+    from dive_fast.config.load import load_config as load_config
     from dive_fast.errors import UserError
 
     try:
-        config = load(options.config, options.overrides, command.CONFIGS)
+        config = load_config(options.config, options.overrides, command.CONFIGS)
         if options.dry_run:
             return dry_run(config, options)
         from dive_fast.checkpoint.saver import SaveError
-        from dive_fast.guard.nonfinite import NonFiniteError
-        from dive_fast.guard.watch import STOPPED, LostError
-        from dive_fast.metrics import MetricsError
-        from dive_fast.ranks import join
-        from dive_fast.train import Stopped, train
+        from dive_fast.distributed import join
+        from dive_fast.fault_tolerance.heartbeat import STOPPED, LostError
+        from dive_fast.fault_tolerance.nonfinite import NonFiniteError
+        from dive_fast.train.loop import Stopped, train
+        from dive_fast.train.metrics import MetricsError
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         ranks = join(config.train.rank_timeout)
@@ -80,7 +80,7 @@ def dry_run(config: "Config", options: argparse.Namespace) -> int:
     """Prints the plan of a config, on the first rank.
 
     Raises:
-        ConfigError: as :func:`dive_fast.plan.plan`.
+        ConfigError: as :func:`dive_fast.planner.simulate.plan_run`.
         UserError: ``WORLD_SIZE`` is not a number.
     """
     from dive_fast.errors import UserError
@@ -95,17 +95,20 @@ def dry_run(config: "Config", options: argparse.Namespace) -> int:
     # Before torch and Hugging Face are imported: neither a GPU nor the network is asked.
     os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-    from dive_fast.plan import advise, as_json, plan, table
-    from dive_fast.schedule import choose, with_schedule
+    from dive_fast.planner.advice import advise
+    from dive_fast.planner.auto_schedule import choose, with_schedule
+    from dive_fast.planner.simulate import plan_run as plan_run
+    from dive_fast.planner.table import as_json
+    from dive_fast.planner.table import as_table as as_table
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     gpus = [options.device] if options.device else list(GPUS)
     if config.train.schedule == "auto":
         config = with_schedule(config, choose(config, ranks, gpus[0]))
         print(f"schedule         {config.train.schedule}, predicted to be the better one on an {gpus[0]}")
-    planned = plan(config, ranks)
+    planned = plan_run(config, ranks)
     advice = advise(config, planned, gpus)
-    print(table(planned, gpus, advice))
+    print(as_table(planned, gpus, advice))
     if options.json:
         print(json.dumps(as_json(planned, gpus, advice)))
     return 0

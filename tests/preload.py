@@ -8,8 +8,8 @@ import tokens
 PRELOADED = (
     "deepspeed",
     "deepspeed.runtime.zero.muon.original_muon",  # which compiles, and so imports inductor, at a run's start
-    "dive_fast.data.dali",
-    "dive_fast.train",
+    "dive_fast.data.loaders.dali",
+    "dive_fast.train.loop",
     "transformers",
 )
 

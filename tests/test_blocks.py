@@ -14,8 +14,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import RobertaConfig, RobertaModel
 
-from dive_fast import blocks
-from dive_fast.blocks import (
+from dive_fast.config.schema import ModelConfig
+from dive_fast.engine.deepspeed_config import deepspeed_section
+from dive_fast.errors import ConfigError
+from dive_fast.model import transformer_blocks as blocks
+from dive_fast.model.towers import Towers, create
+from dive_fast.model.transformer_blocks import (
     TEXT_MULTIPLE,
     LightMlp,
     LightQuickGELU,
@@ -25,9 +29,6 @@ from dive_fast.blocks import (
     recompute_activations,
     recompute_blocks,
 )
-from dive_fast.config import ConfigError, ModelConfig
-from dive_fast.deepspeed_section import deepspeed_section
-from dive_fast.towers import Towers, create
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def test_function_may_initialise_from_the_environment():
 
 START_ANOTHER = """
 import subprocess, sys
-from dive_fast.ranks import join
+from dive_fast.distributed import join
 print(join())
 if sys.argv[1:]:
     sys.exit(subprocess.run([sys.executable, "-c", sys.argv[1]]).returncode)

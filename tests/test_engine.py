@@ -24,18 +24,21 @@ from distributed import run_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dive_fast import objective
 from dive_fast.checkpoint.export import full_state
-from dive_fast.config import Config, ConfigError, ModelConfig
+from dive_fast.config.schema import Config, ModelConfig
 from dive_fast.data.batch import ReferenceBatch, TargetBatch
 from dive_fast.data.prompts import pack
-from dive_fast.deepspeed_section import BUCKET, deepspeed_section
-from dive_fast.engine import Engine, StepBatches
-from dive_fast.metrics import Reading
-from dive_fast.ranks import join
-from dive_fast.teacher.teachers import OnlineTeacher
-from dive_fast.towers import create, tokenizer_of
-from dive_fast.update import LossScale, learning_rate_schedule
+from dive_fast.distributed import join
+from dive_fast.engine.async_scalars import AsyncScalars as AsyncScalars
+from dive_fast.engine.deepspeed_config import BUCKET, deepspeed_section
+from dive_fast.engine.optimizer import learning_rate_schedule
+from dive_fast.engine.step import Engine, StepBatches
+from dive_fast.engine.update import LossScale
+from dive_fast.errors import ConfigError
+from dive_fast.methods import cosine, dive, registry
+from dive_fast.methods import method as objective
+from dive_fast.model.towers import create, tokenizer_of
+from dive_fast.teacher.teacher import OnlineTeacher
 
 aten = torch.ops.aten
 TARGET, REFERENCE, WIDTH = 8, 12, 24
@@ -233,10 +236,10 @@ class Stage:
 
     def engine(self, zero: int, schedule: str = "sequential", micro: int | None = None, **options: Any) -> Engine:
         settings = config(self.folder, zero, schedule, micro, **options)
-        goal = objective.create(settings.objective, WIDTH)
-        if isinstance(goal, objective.Dive):
+        goal = registry.create(settings.objective, WIDTH)
+        if isinstance(goal, dive.Dive):
             goal.average_vector.copy_(self.average_vector)
-        if isinstance(goal, objective.Cosine):
+        if isinstance(goal, cosine.Cosine):
             goal.average_cosine.fill_(AVERAGE_COSINE)
         student = copy.deepcopy(self.student)
         if goal.needs_head:
@@ -380,7 +383,7 @@ def read_by_step(stage: Stage, zero: int, **options: Any) -> str:
     try:
         with no_reading():
             values = engine.step(StepBatches(stage.target, stage.reference, frozen))
-            line = Reading(values)
+            line = AsyncScalars(values)
     except AssertionError as error:
         return str(error)
     assert line.numbers()["loss"] == float(values["loss"])
@@ -538,7 +541,7 @@ def steady_on_a_gpu(folder: Path) -> None:
         torch.cuda.set_sync_debug_mode("error")
         try:
             with unittest.mock.patch.object(torch.cuda, "synchronize", side_effect=AssertionError("waits")):
-                Reading(engine.step(StepBatches(target, reference, frozen)))
+                AsyncScalars(engine.step(StepBatches(target, reference, frozen)))
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

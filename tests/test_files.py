@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dive_fast.files import whole_file, whole_path, write_whole
+from dive_fast.io.atomic_files import whole_file, whole_path, write_whole
 
 
 def test_an_error_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:

@@ -23,23 +23,31 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from dive_fast import towers
-from dive_fast.checkpoint import format as checkpoint
-from dive_fast.checkpoint import lineage
-from dive_fast.checkpoint.state import MOMENTS
-from dive_fast.config import Config, ConfigError, ModelConfig, load
-from dive_fast.data.prepare import Options, RawSource, prepare
-from dive_fast.data.prepared import open_prepared, verify
+from dive_fast.checkpoint import lineage, resume
+from dive_fast.checkpoint import manifest as checkpoint
+from dive_fast.checkpoint.load_weights import load_into
+from dive_fast.checkpoint.zero_state import MOMENTS
+from dive_fast.config.load import load_config as load_config
+from dive_fast.config.schema import Config, ModelConfig
+from dive_fast.data.prepared.convert import Options
+from dive_fast.data.prepared.raw import RawSource
+from dive_fast.data.prepared.read import open_prepared, verify
+from dive_fast.data.prepared.write import prepare
 from dive_fast.data.prompts import read_class_names, read_templates
-from dive_fast.data.source import DataError, Source, open_csv, open_webdataset
-from dive_fast.errors import LONGEST
-from dive_fast.evaluate import head as heads
-from dive_fast.evaluate import layouts, results
-from dive_fast.evaluate.weights import load_into
-from dive_fast.ranks import Ranks
-from dive_fast.teacher import retrieval, store, write
-from dive_fast.teacher.teachers import CachedTeacher
-from dive_fast.update import LossScale
+from dive_fast.data.sources.csv_table import open_csv
+from dive_fast.data.sources.source import Source
+from dive_fast.data.sources.webdataset import open_webdataset
+from dive_fast.distributed import Ranks
+from dive_fast.engine.update import LossScale
+from dive_fast.errors import LONGEST, ConfigError, DataError
+from dive_fast.evaluate import results
+from dive_fast.evaluate.datasets import layouts
+from dive_fast.model import head as heads
+from dive_fast.model import towers
+from dive_fast.teacher import cache_files as store
+from dive_fast.teacher import clip_retrieval as retrieval
+from dive_fast.teacher import write_cache as write
+from dive_fast.teacher.teacher import CachedTeacher
 
 CONFIGS = Path(__file__).parents[1] / "launch" / "configs"
 SHIPPED = [json.loads(path.read_text()) for path in sorted(CONFIGS.glob("*.json"))]
@@ -194,7 +202,7 @@ def load_bytes(place: Path, data: bytes, *overrides: str) -> None:
     path.write_bytes(data)
 
     def read() -> None:
-        config = load(str(path), overrides)
+        config = load_config(str(path), overrides)
         # What was taken can be written down and read again.
         assert Config.model_validate_json(config.model_dump_json()) == config
 
@@ -505,7 +513,7 @@ def seal(path: Path) -> None:
 
 
 def read_checkpoint(folder: Path) -> None:
-    found = checkpoint.find("auto", folder, ALONE)
+    found = resume.find_checkpoint("auto", folder, ALONE)
     if found is not None:
         checkpoint.read_trainer(found)
         checkpoint.read_identity(found)
@@ -542,7 +550,7 @@ def test_a_checkpoints_json_that_was_right_once(checkpoints: Path, data: st.Data
 
 
 def test_the_checkpoint_is_found_where_nothing_is_changed(checkpoints: Path) -> None:
-    assert checkpoint.find("auto", checkpoints, ALONE) == checkpoints / "step00000002"
+    assert resume.find_checkpoint("auto", checkpoints, ALONE) == checkpoints / "step00000002"
     read_checkpoint(checkpoints)
 
 

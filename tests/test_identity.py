@@ -9,9 +9,10 @@ import tiny
 import torch
 
 from dive_fast import identity
-from dive_fast.config import ModelConfig
-from dive_fast.identity import Difference, differences, digest, model_identity
-from dive_fast.towers import create
+from dive_fast.config.schema import ModelConfig
+from dive_fast.identity import Difference, differences, digest
+from dive_fast.model.model_identity import model_identity, weights_digest
+from dive_fast.model.towers import create
 
 
 @pytest.mark.parametrize(
@@ -69,9 +70,9 @@ def test_model_identity_changes_with_each_part(tmp_path: Path) -> None:
 
 def test_weights_digest_leaves_out_a_head(tmp_path: Path) -> None:
     towers = create(ModelConfig(name=tiny.write_model(tmp_path)))
-    before = identity.weights_digest(towers)
+    before = weights_digest(towers)
     towers.head = torch.nn.Linear(24, 3)
-    assert identity.weights_digest(towers) == before
+    assert weights_digest(towers) == before
     with torch.no_grad():
         towers.logit_scale += 1e-6
-    assert identity.weights_digest(towers) != before
+    assert weights_digest(towers) != before

@@ -13,7 +13,7 @@ import torch
 from distributed import run_script
 from safetensors.torch import load_file
 
-from dive_fast.teacher.store import CacheError, StaleCacheError
+from dive_fast.teacher.cache_files import CacheError, StaleCacheError
 
 ROOT = Path(__file__).parent.parent
 
@@ -151,7 +151,7 @@ def test_a_stale_cache_is_told_with_the_command_that_mends_it(
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
     monkeypatch.delenv("RANK", raising=False)
-    import command
+    import cli
 
     parser = command.parser(None, "")
     words = ["--config", "my config.json", "train.epochs=1", 'data.target.path="a b"']

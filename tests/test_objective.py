@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
-from dive_fast import objective
-from dive_fast.config import ObjectiveConfig
+from dive_fast.config.schema import ObjectiveConfig
 from dive_fast.kernels import contrastive_loss, difference_loss, naive
-from dive_fast.objective import Dive, Flyp, Outputs, Pairs
+from dive_fast.methods import registry
+from dive_fast.methods.dive import Dive
+from dive_fast.methods.flyp import Flyp
+from dive_fast.model.features import Outputs, Pairs
 
 WIDTH = 6
 
@@ -29,7 +31,7 @@ def outputs(seed: int, count: int = 5) -> Outputs:
 
 
 def test_flyp_is_the_contrastive_loss_and_needs_no_reference() -> None:
-    goal = objective.create(ObjectiveConfig(name="flyp"), WIDTH)
+    goal = registry.create(ObjectiveConfig(name="flyp"), WIDTH)
     assert isinstance(goal, Flyp)
     assert not goal.needs_reference
     assert torch.equal(goal.target(outputs(0), LABELS).loss, contrastive_loss(*pairs(0), SCALE))
@@ -38,7 +40,7 @@ def test_flyp_is_the_contrastive_loss_and_needs_no_reference() -> None:
 
 def test_dive_weighs_the_difference_loss_and_moves_its_average_vector() -> None:
     config = ObjectiveConfig(weight=30.0, decay=0.5, average_weight=2.0, pairwise_weight=3.0, mean_gradient=False)
-    goal = objective.create(config, WIDTH)
+    goal = registry.create(config, WIDTH)
     assert isinstance(goal, Dive)
     vector: Tensor = torch.zeros(WIDTH)
     for step in range(3):
@@ -60,7 +62,7 @@ def test_dive_weighs_the_difference_loss_and_moves_its_average_vector() -> None:
 
 
 def test_joint_is_the_sum_of_the_halves() -> None:
-    apart, together = (objective.create(ObjectiveConfig(), WIDTH) for _ in range(2))
+    apart, together = (registry.create(ObjectiveConfig(), WIDTH) for _ in range(2))
     assert isinstance(apart, Dive)
     assert isinstance(together, Dive)
     first, second = apart.target(outputs(0), LABELS), apart.reference(outputs(1, 7), teacher(2, 7))
@@ -71,7 +73,7 @@ def test_joint_is_the_sum_of_the_halves() -> None:
 
 
 def test_a_batch_with_a_nan_does_not_poison_the_average_vector() -> None:
-    goal = objective.create(ObjectiveConfig(), WIDTH)
+    goal = registry.create(ObjectiveConfig(), WIDTH)
     assert isinstance(goal, Dive)
     goal.reference(outputs(0), teacher(1))
     before = goal.average_vector.clone()
@@ -82,7 +84,7 @@ def test_a_batch_with_a_nan_does_not_poison_the_average_vector() -> None:
 
 
 def test_metrics_carry_no_gradient() -> None:
-    goal = objective.create(ObjectiveConfig(), WIDTH)
+    goal = registry.create(ObjectiveConfig(), WIDTH)
     assert isinstance(goal, Dive)
     features = Outputs(*(rows.requires_grad_() for rows in pairs(0)), SCALE.clone().requires_grad_())
     result = goal.joint(features, LABELS, features, teacher(1))

@@ -21,13 +21,18 @@ import torch
 from distributed import run_ranks
 from safetensors.torch import load_file
 
-from dive_fast import config as configuration
-from dive_fast import objective, train, update
-from dive_fast.config import WITH_HEAD, WITHOUT_REFERENCE, Config, ConfigError, ObjectiveConfig
-from dive_fast.data import prepare
-from dive_fast.data.source import open_webdataset
+from dive_fast.config import load
+from dive_fast.config.schema import WITH_HEAD, WITHOUT_REFERENCE, Config, ObjectiveConfig
+from dive_fast.config.section import section_type, sections
+from dive_fast.data.prepared import convert, raw
+from dive_fast.data.prepared import write as prepare
+from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.demo.pretrain import write_tokenizer
-from dive_fast.ranks import Ranks, join
+from dive_fast.distributed import Ranks, join
+from dive_fast.engine import update
+from dive_fast.errors import ConfigError
+from dive_fast.methods import method as objective
+from dive_fast.train import loop as train
 
 Value = Any
 Row = Mapping[str, Value]
@@ -181,9 +186,9 @@ FIRST: list[Row] = [
 def leaves() -> dict[str, Any]:
     """Each key of the config that holds a value: its annotation."""
     found = {}
-    for place, section in configuration._sections(Config, ""):
+    for place, section in sections(Config, ""):
         for key, field in section.model_fields.items():
-            if configuration._section_type(field.annotation) is None and (place or key != "deepspeed"):
+            if section_type(field.annotation) is None and (place or key != "deepspeed"):
                 found[f"{place}.{key}".lstrip(".")] = field.annotation
     return found
 
@@ -361,9 +366,7 @@ def write_material(folder: Path) -> None:
     ):
         section = write(folder / half, count=16)
         source = open_webdataset(section["path"], text_of)
-        prepare.prepare(
-            prepare.RawSource(source), folder / f"{half}-prepared", prepare.Options("beton"), workers=1
-        )
+        prepare.prepare(raw.RawSource(source), folder / f"{half}-prepared", convert.Options("beton"), workers=1)
         lines = ["title\tfilepath"]
         for index, sample in enumerate(source.samples):
             path = folder / f"{half}-folder" / f"class {sample.label}" / f"{index}.jpg"
@@ -609,7 +612,7 @@ def refusals(folder: Path) -> list[str]:
             tree = tree_of(folder, folder / f"refused-{number}", row)
             (folder / "refused.json").write_text(json.dumps(tree))
             try:
-                train.train(configuration.load(str(folder / "refused.json")), folder / f"refused-{number}", ranks)
+                train.train(load.load_config(str(folder / "refused.json")), folder / f"refused-{number}", ranks)
                 said.append(f"nothing: {row}")
             except ConfigError as error:
                 said.append(str(error))

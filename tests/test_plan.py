@@ -19,15 +19,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from dive_fast import objective
-from dive_fast.config import Config, load
+from dive_fast.config.load import load_config as load_config
+from dive_fast.config.schema import Config
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
-from dive_fast.engine import Engine, StepBatches
+from dive_fast.distributed import join
+from dive_fast.engine.step import Engine, StepBatches
 from dive_fast.kernels import contrastive_loss
-from dive_fast.memory import MISSED_FLOP, Tracker
-from dive_fast.plan import GPUS, LAUNCH_SECONDS, Estimate, Plan, _Sampled, advise, as_json, plan, table
-from dive_fast.ranks import join
-from dive_fast.towers import create
+from dive_fast.methods import method as objective
+from dive_fast.methods import registry
+from dive_fast.model.features import Pairs
+from dive_fast.model.towers import create
+from dive_fast.planner.advice import advise
+from dive_fast.planner.gpu_specs import GPUS
+from dive_fast.planner.memory_tracker import MISSED_FLOP, Tracker
+from dive_fast.planner.plan import LAUNCH_SECONDS, Estimate, Plan
+from dive_fast.planner.simulate import _Sampled
+from dive_fast.planner.simulate import plan_run as plan_run
+from dive_fast.planner.table import as_json
+from dive_fast.planner.table import as_table as as_table
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "launch/configs"
@@ -87,7 +96,7 @@ def small_config(folder: Path, **overrides: Any) -> Config:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Sums all that lives anew where there may be a new peak; shares nothing with dive_fast.memory."""
+    """Sums all that lives anew where there may be a new peak; shares nothing with dive_fast.planner.memory_tracker."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +127,7 @@ def layer_norm_as_on_cuda(layer_norm: Any) -> Any:
 def real_step(config: Config) -> tuple[int, int, int]:
     """Peak bytes, FLOP and parameters of a real step on real tensors, after one that makes optimizer state."""
     ranks = join()
-    data, goal = config.data, objective.create(config.objective, WIDTH)
+    data, goal = config.data, registry.create(config.objective, WIDTH)
     dtype = torch.float16 if config.train.precision == "fp16" else torch.float32
 
     def pairs(section: Any) -> tuple[torch.Tensor, Text]:
@@ -133,7 +142,7 @@ def real_step(config: Config) -> tuple[int, int, int]:
             return StepBatches(target)
         reference = ReferenceBatch(*pairs(data.reference), torch.empty(0), torch.empty(0), ())
         unit = [F.normalize(torch.randn(REFERENCE, WIDTH), dim=-1) for _ in range(2)]
-        return StepBatches(target, reference, objective.Pairs(*unit))
+        return StepBatches(target, reference, Pairs(*unit))
 
     live = LiveBytes()
     casts = layer_norm_as_on_cuda(F.layer_norm)
@@ -162,7 +171,7 @@ def real_steps(folder: Path, cases: dict[str, Case]) -> dict[str, tuple[int, int
 
 
 def small_plans(folder: Path, cases: dict[str, Case], ranks: int = 1) -> dict[str, Plan]:
-    return {name: plan(small_config(folder, **case), ranks) for name, case in cases.items()}
+    return {name: plan_run(small_config(folder, **case), ranks) for name, case in cases.items()}
 
 
 @pytest.fixture(scope="module")
@@ -208,13 +217,13 @@ PIECES: Case = {"train.micro_batch_size": 2}
 def plans_over_ranks(folder: Path) -> dict[str, Plan]:
     """ZeRO over four ranks, and one rank before and after it; micro-batches, some of them run and all."""
     plans = {
-        "one": plan(small_config(folder)),
+        "one": plan_run(small_config(folder)),
         **small_plans(folder, ZERO, ranks=4),
-        "one again": plan(small_config(folder)),
-        "some": plan(small_config(folder, **PIECES)),
+        "one again": plan_run(small_config(folder)),
+        "some": plan_run(small_config(folder, **PIECES)),
     }
     with unittest.mock.patch.object(_Sampled, "ENOUGH", 99):
-        return plans | {"all": plan(small_config(folder, **PIECES))}
+        return plans | {"all": plan_run(small_config(folder, **PIECES))}
 
 
 def test_zero_shares_its_state_among_the_ranks_and_like_micro_batches_need_not_all_be_run(folder: Path) -> None:
@@ -236,7 +245,9 @@ def test_zero_shares_its_state_among_the_ranks_and_like_micro_batches_need_not_a
 
 
 def shipped_plans(wanted: dict[str, tuple[str, list[str]]]) -> dict[str, Plan]:
-    return {name: plan(load(config, overrides, CONFIGS)) for name, (config, overrides) in wanted.items()}
+    return {
+        name: plan_run(load_config(config, overrides, CONFIGS)) for name, (config, overrides) in wanted.items()
+    }
 
 
 def texts(target: int, reference: int | None = None) -> list[str]:
@@ -295,13 +306,13 @@ RESNET = SMALL | {"vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "widt
 
 def advice_for(folder: Path, case: Case, ranks: int, memories: list[int]) -> list[Any]:
     """A config's plan, and advice for GPUs of so many bytes, estimates aside: they dwarf the small model."""
-    with unittest.mock.patch("dive_fast.plan._estimates", return_value={}):
+    with unittest.mock.patch("dive_fast.planner.simulate._estimates", return_value={}):
         return _advice_for(folder, case, ranks, memories)
 
 
 def _advice_for(folder: Path, case: Case, ranks: int, memories: list[int]) -> list[Any]:
     config = small_config(folder, **case)
-    base = plan(config, ranks)
+    base = plan_run(config, ranks)
     found: list[Any] = [base]
     for memory in memories:
         with unittest.mock.patch.dict(GPUS, {"small": GPUS["h100"]._replace(memory=memory)}):
@@ -358,7 +369,7 @@ def test_estimates_decide_whether_a_plan_fits_and_have_lines_of_their_own() -> N
     room = Plan(1, 2, {}, 1, {"activations": gpu.memory - 7 * 2**29}, estimates)
     assert (full.fits(gpu), room.fits(gpu)) == (False, True)
     assert not dataclasses.replace(room, parts={"activations": gpu.memory - 7 * 2**29 + 1}).fits(gpu)
-    told = table(room, ["h100"], {})
+    told = as_table(room, ["h100"], {})
     assert f"with estimates   {gpu.memory / 2**30:8.2f} GiB" in told
     assert "NCCL buffers         1.00 GiB" in told
     assert "scratch" not in told

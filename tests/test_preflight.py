@@ -12,10 +12,10 @@ import pytest
 import tiny
 import torch
 
-from dive_fast import preflight
-from dive_fast.config import Config
+from dive_fast.config.schema import Config
+from dive_fast.distributed import Ranks
 from dive_fast.errors import UserError, machine_error
-from dive_fast.ranks import Ranks
+from dive_fast.train import preflight
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 Usage = collections.namedtuple("Usage", "total used free")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from distributed import run_ranks
 
-from dive_fast import ranks as module
+from dive_fast import distributed as module
 from dive_fast import waiting
+from dive_fast.distributed import Ranks, join, launched
 from dive_fast.errors import UserError
-from dive_fast.ranks import Ranks, join, launched
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -109,7 +109,7 @@ def run_in_this_process() -> None:
 WAITS = """
 from dive_fast import waiting
 waiting.EVERY = 0.2
-from dive_fast.ranks import join
+from dive_fast.distributed import join
 join(timeout=1)
 """
 

@@ -14,10 +14,10 @@ import pytest
 import tiny
 from distributed import run_ranks
 
-from dive_fast import train
-from dive_fast.config import Config
-from dive_fast.objective import Objective
-from dive_fast.ranks import join
+from dive_fast.config.schema import Config
+from dive_fast.distributed import join
+from dive_fast.methods.method import Objective
+from dive_fast.train import loop as train
 
 
 def run(tree: dict[str, Any], folder: Path) -> dict[str, float]:

@@ -17,18 +17,20 @@ import torch
 from distributed import run_ranks
 from safetensors.torch import load_file
 
-from dive_fast import objective, run_identity, train
-from dive_fast import run as run_module
-from dive_fast.checkpoint import format as checkpoint
-from dive_fast.checkpoint import lineage, saver
-from dive_fast.config import Config
+from dive_fast.checkpoint import lineage, resume, saver
+from dive_fast.checkpoint import manifest as checkpoint
+from dive_fast.config.schema import Config
+from dive_fast.distributed import Ranks, join
+from dive_fast.engine.update import INITIAL_SCALE, LossScale
 from dive_fast.errors import UserError
-from dive_fast.evaluate import head as heads
 from dive_fast.identity import Identity
 from dive_fast.locks import folder_lock
-from dive_fast.objective import Objective
-from dive_fast.ranks import Ranks, join
-from dive_fast.update import INITIAL_SCALE, LossScale
+from dive_fast.methods import registry
+from dive_fast.methods.method import Objective
+from dive_fast.model import head as heads
+from dive_fast.train import loop as train
+from dive_fast.train import run_identity
+from dive_fast.train import setup as run_module
 
 STEPS = 3
 
@@ -415,10 +417,10 @@ def test_settings_that_train_next_to_nothing_are_reported(found: dict[str, Any])
 
 def test_steps_beyond_the_epochs_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = Config.model_validate(tiny.write_config(tmp_path, max_steps=40))
-    run_module._warn_of_schedule(config, objective.create(config.objective, 24), 3)
+    run_module._warn_of_schedule(config, registry.create(config.objective, 24), 3)
     assert "train.max_steps = 40, but train.epochs = 1 ends the run after 3 steps" in caplog.text
     caplog.clear()
-    run_module._warn_of_schedule(config, objective.create(config.objective, 24), 40)
+    run_module._warn_of_schedule(config, registry.create(config.objective, 24), 40)
     assert caplog.text == ""
 
 
@@ -496,7 +498,7 @@ def _renamed_class(path: Path) -> tuple[str, list[str]]:
 def test_unreadable_run_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / lineage.FILE).write_text("[]")
     with pytest.raises(UserError, match=r"run.json: cannot read which run .*; remove it to resume"):
-        checkpoint.find("auto", tmp_path, Ranks(0, 1, torch.device("cpu")))
+        resume.find_checkpoint("auto", tmp_path, Ranks(0, 1, torch.device("cpu")))
 
 
 ACCURACIES = {1: 0.4, 2: 0.5, 3: 0.45, 4: 0.6, 5: 0.9, 6: 0.8, 7: 0.3, 8: 0.7}

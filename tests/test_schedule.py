@@ -10,11 +10,14 @@ import torch
 from distributed import run_ranks
 from test_plan import SMALL, small_config
 
-from dive_fast import gpus, plan, schedule
-from dive_fast.config import Config, ConfigError
-from dive_fast.gpus import GPUS, sold_as
-from dive_fast.plan import Plan
-from dive_fast.ranks import Ranks
+from dive_fast.config.schema import Config
+from dive_fast.distributed import Ranks
+from dive_fast.errors import ConfigError
+from dive_fast.planner import auto_schedule as schedule
+from dive_fast.planner import gpu_specs as gpus
+from dive_fast.planner import plan, simulate
+from dive_fast.planner.gpu_specs import GPUS, sold_as
+from dive_fast.planner.plan import Plan
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +42,9 @@ def remembering(planning: Any) -> Any:
 
 def choices(folder: Path) -> dict[str, str]:
     config = small_config(folder, **{"train.schedule": "auto"})
-    plan.plan = remembering(plan.plan)  # in this process alone
+    simulate.plan_run = remembering(simulate.plan_run)  # in this process alone
     needs = {
-        name: plan.plan(schedule.with_schedule(config, name), 1).needed_memory_bytes
+        name: simulate.plan_run(schedule.with_schedule(config, name), 1).needed_memory_bytes
         for name in ("sequential", "joint")
     }
     assert needs["sequential"] < needs["joint"]

@@ -20,22 +20,31 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from dive_fast import towers
-from dive_fast.config import ConfigError, ModelConfig, load
-from dive_fast.data.pictures import decode
-from dive_fast.data.prepare import Options, RawSource, prepare
-from dive_fast.data.prepared import MANIFEST, open_prepared, verify
+from dive_fast.checkpoint.load_weights import load_into
+from dive_fast.config.load import load_config as load_config
+from dive_fast.config.schema import ModelConfig
+from dive_fast.data.decode import decode
+from dive_fast.data.prepared.convert import Options
+from dive_fast.data.prepared.format import MANIFEST
+from dive_fast.data.prepared.raw import RawSource
+from dive_fast.data.prepared.read import open_prepared, verify
+from dive_fast.data.prepared.write import prepare
 from dive_fast.data.prompts import read_class_names
-from dive_fast.data.source import DataError, open_csv, open_folder, open_webdataset
-from dive_fast.deepspeed_section import deepspeed_section
-from dive_fast.errors import LONGEST
-from dive_fast.evaluate import head as heads
-from dive_fast.evaluate import imagenet, layouts, results, wilds
-from dive_fast.evaluate.weights import load_into
-from dive_fast.files import write_whole
-from dive_fast.ranks import Ranks
-from dive_fast.teacher import retrieval, store, write
-from dive_fast.teacher.store import StaleCacheError
+from dive_fast.data.sources.csv_table import open_csv
+from dive_fast.data.sources.folder import open_folder
+from dive_fast.data.sources.webdataset import open_webdataset
+from dive_fast.distributed import Ranks
+from dive_fast.engine.deepspeed_config import deepspeed_section
+from dive_fast.errors import LONGEST, ConfigError, DataError
+from dive_fast.evaluate import results
+from dive_fast.evaluate.datasets import imagenet, layouts, wilds
+from dive_fast.io.atomic_files import write_whole
+from dive_fast.model import head as heads
+from dive_fast.model import towers
+from dive_fast.teacher import cache_files as store
+from dive_fast.teacher import clip_retrieval as retrieval
+from dive_fast.teacher import write_cache as write
+from dive_fast.teacher.cache_files import StaleCacheError
 
 ROOT = Path(__file__).parents[1]
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -103,7 +112,7 @@ def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, ca
     """What a launch command says when it ends with exit code 2."""
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr("dive_fast.ranks.join", lambda *_: ALONE)
+    monkeypatch.setattr("dive_fast.distributed.join", lambda *_: ALONE)
     launch = import_module(name)
     assert launch.main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -216,10 +225,10 @@ def test_a_config_names_no_code(world: Path, marker: Path, monkeypatch: pytest.M
     (world / "evil.py").write_text(f"import os\nos.mkdir({str(marker)!r})\nclass Evil: pass\n")
     monkeypatch.syspath_prepend(str(world))
     path = str(world / "config.json")
-    refused(lambda: load(path, ["data.target.loader=evil"]), 'data.target.loader = "evil"')
+    refused(lambda: load_config(path, ["data.target.loader=evil"]), 'data.target.loader = "evil"')
     # DeepSpeed imports what stands there.
     section = {"torch_autocast": {"enabled": True, "lower_precision_safe_modules": ["evil.Evil"]}}
-    config = load(path, [f"deepspeed={json.dumps(section)}"])
+    config = load_config(path, [f"deepspeed={json.dumps(section)}"])
     refused(lambda: deepspeed_section(config, 1), "deepspeed.torch_autocast has its home in train.precision")
     assert "evil" not in sys.modules
 
@@ -583,9 +592,11 @@ def test_a_name_that_is_no_text_is_told_when_it_is_asked_for(world: Path) -> Non
 
 def test_json_is_not_nested_without_end(world: Path, tmp_path: Path) -> None:
     (world / "config.json").write_text(DEEP)
-    refused(lambda: load(str(world / "config.json")), f"{world}/config.json: not valid JSON: nested more than")
+    refused(
+        lambda: load_config(str(world / "config.json")), f"{world}/config.json: not valid JSON: nested more than"
+    )
     (world / "config.json").write_text('{"deepspeed": ' + "[" * 100 + "]" * 100 + "}")
-    refused(lambda: load(str(world / "config.json")), "nested more than 64 deep")
+    refused(lambda: load_config(str(world / "config.json")), "nested more than 64 deep")
     (world / "set" / MANIFEST).write_text(DEEP)
     refused(lambda: open_prepared(str(world / "set"), ".cls"), f"{MANIFEST}: cannot read it: it is nested too")
     (world / "cache/cache.json").write_text(DEEP)
@@ -610,7 +621,7 @@ def test_a_pipe_is_waited_for_by_nobody(world: Path) -> None:
 
     names = pipe(world / "names.txt")
     refused(lambda: read_class_names(str(names)), "names.txt: cannot read class names: it is no regular file")
-    refused(lambda: load(str(names)), "no such file")
+    refused(lambda: load_config(str(names)), "no such file")
     (world / "images/a").mkdir(parents=True)
     pipe(world / "images/a/1.jpg")
     refused(lambda: open_folder(str(world / "images")), "1.jpg: called like an image, but no regular file")
@@ -640,7 +651,7 @@ def test_a_message_is_one_line_and_moves_no_cursor(world: Path) -> None:
     tree["layout"]["samples"] = 5
     tree["fingerprint"] = {"a\n\x1b[2Jerror: all is well": "x\u202e" * 10_000}
     path.write_text(json.dumps(tree))
-    from dive_fast.teacher.teachers import CachedTeacher
+    from dive_fast.teacher.teacher import CachedTeacher
 
     message = refused(lambda: CachedTeacher(world / "cache", {}), "or rebuild it", r"\x1b[2Jerror: all is well")
     assert message.startswith(f"teacher cache {world / 'cache'} was made from something else")

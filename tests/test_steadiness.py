@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import RobertaConfig
 
-from dive_fast import objective, steadiness
-from dive_fast.config import Config, ConfigError, ModelConfig
-from dive_fast.plan import _fakes
-from dive_fast.ranks import Ranks
-from dive_fast.steadiness import Steadiness, by_modules, measure, settle
-from dive_fast.towers import Towers, create
+from dive_fast.config.schema import Config, ModelConfig
+from dive_fast.distributed import Ranks
+from dive_fast.engine import feature_consistency as steadiness
+from dive_fast.engine.feature_consistency import Steadiness, by_modules, measure, settle
+from dive_fast.errors import ConfigError
+from dive_fast.methods import method as objective
+from dive_fast.model.towers import Towers, create
+from dive_fast.planner.simulate import fake_tensors
 
 RESNET: dict[str, Any] = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
 TIMM = {"image_size": 32, "timm_pool": "avg", "timm_proj": "linear"}
@@ -208,8 +210,8 @@ def test_steps_of_settled_towers_have_the_papers_gradients(tmp_path: Path) -> No
 
 def train_all(trees: list[dict[str, Any]]) -> list[Any]:
     """Whole runs in one process: their first line of metrics, or why they were refused."""
-    from dive_fast.ranks import join
-    from dive_fast.train import train
+    from dive_fast.distributed import join
+    from dive_fast.train.loop import train
 
     objective.Objective.backend = "torch"
     ranks, results = join(), []
@@ -283,7 +285,7 @@ REFUSED = ["coca_ViT-B-32", "roberta-ViT-B-32"]
 def test_built_in_models_are_settled_or_refused_at_once(names: list[str]) -> None:
     refused = {}
     for name in names:
-        with _fakes():
+        with fake_tensors():
             try:
                 towers = create(ModelConfig(name=name), weights=False)
             except ConfigError as error:

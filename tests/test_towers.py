@@ -17,12 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dive_fast import precision
-from dive_fast.config import ConfigError, ModelConfig
+from dive_fast import numerics as precision
+from dive_fast.config.schema import ModelConfig
 from dive_fast.data.prompts import pack
-from dive_fast.data.views import Preprocess
+from dive_fast.data.transforms import Preprocess
+from dive_fast.errors import ConfigError
 from dive_fast.kernels import naive
-from dive_fast.towers import Towers, _pooled_at, create, save, tokenizer_of, unit
+from dive_fast.model.towers import Towers, _pooled_at, create, save, tokenizer_of, unit
 
 OPENAI_AND_LAION = ["ViT-B-32-quickgelu", "ViT-B-16", "ViT-L-14", "ViT-L-14-quickgelu", "ViT-B-32"]
 EOS, SIGLIP = "ViT-H-14-worldwide", "ViT-B-16-SigLIP"

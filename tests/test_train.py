@@ -21,15 +21,21 @@ from distributed import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dive_fast import metrics, trace, train
-from dive_fast.checkpoint import format as checkpoint
-from dive_fast.config import Config, ConfigError
-from dive_fast.data import prepare
-from dive_fast.data.source import open_webdataset
-from dive_fast.monitors import in_run_folder
-from dive_fast.objective import Objective
-from dive_fast.ranks import Ranks, join
-from dive_fast.trace import RANGES, SETTLING, WARMING
+from dive_fast.checkpoint import manifest as checkpoint
+from dive_fast.checkpoint import resume
+from dive_fast.config.schema import Config
+from dive_fast.data.prepared import convert
+from dive_fast.data.prepared import write as prepare
+from dive_fast.data.prepared.raw import RawSource
+from dive_fast.data.sources.webdataset import open_webdataset
+from dive_fast.distributed import Ranks, join
+from dive_fast.engine import profiler as trace
+from dive_fast.engine.profiler import RANGES, SETTLING, WARMING
+from dive_fast.errors import ConfigError
+from dive_fast.methods.method import Objective
+from dive_fast.train import loop as train
+from dive_fast.train import metrics
+from dive_fast.train.monitors import in_run_folder
 
 STAGES = (0, 1, 2, 3)
 STEPS = 6
@@ -99,7 +105,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "config.json").write_text(json.dumps(tree))
     for half, text, loader in (("target", ".cls", "dali"), ("reference", ".txt", "ffcv")):
         raw = open_webdataset(tree["data"][half]["path"], text)
-        prepare.prepare(prepare.RawSource(raw), path / f"{half}-beton", prepare.Options("beton"), workers=1)
+        prepare.prepare(RawSource(raw), path / f"{half}-beton", convert.Options("beton"), workers=1)
         tree["data"][half] |= {"format": "prepared", "path": str(path / f"{half}-beton"), "loader": loader}
     (path / "prepared.json").write_text(json.dumps(tree))
     return path
@@ -342,30 +348,30 @@ def test_a_named_checkpoint_that_is_not_whole_is_refused(by_rank: list[Any], fol
 
     def refused(path: Path, reason: str) -> None:
         with pytest.raises(ConfigError, match=re.escape(f"no whole checkpoint there ({reason}")):
-            checkpoint.find(str(path), tmp_path, alone)
+            resume.find_checkpoint(str(path), tmp_path, alone)
 
-    assert checkpoint.find("auto", tmp_path, alone) == newest
+    assert resume.find_checkpoint("auto", tmp_path, alone) == newest
     refused(tmp_path, f"no file manifest.json); there is {older} to step00000006")
     refused(tmp_path / "Auto", f"no file manifest.json); there is {older} to ")
-    assert checkpoint.find("never", tmp_path, alone) is None
+    assert resume.find_checkpoint("never", tmp_path, alone) is None
     with (newest / "rank00001.safetensors").open("r+b") as file:
         file.truncate(1000)
-    assert checkpoint.find("auto", tmp_path, alone) == older
+    assert resume.find_checkpoint("auto", tmp_path, alone) == older
     refused(newest, "rank00001.safetensors is not there in its full size")
     content = bytearray((older / "rank00000.safetensors").read_bytes())
     content[len(content) // 2] ^= 1
     (older / "rank00000.safetensors").write_bytes(content)
     with pytest.raises(ConfigError, match="changed since it was written"):
-        checkpoint.find(str(older), tmp_path, alone)
+        resume.find_checkpoint(str(older), tmp_path, alone)
     with pytest.raises(ConfigError, match=r"all checkpoints in .* are damaged"):
-        checkpoint.find("auto", tmp_path, alone)
+        resume.find_checkpoint("auto", tmp_path, alone)
     (older / "manifest.json").unlink()
     with pytest.raises(
         ConfigError, match=r"all checkpoints in .* \(.*rank00001.* in its full size\); train.resume=never"
     ):
-        checkpoint.find("auto", tmp_path, alone)
+        resume.find_checkpoint("auto", tmp_path, alone)
     shutil.rmtree(newest)
-    assert checkpoint.find("auto", tmp_path, alone) is None
+    assert resume.find_checkpoint("auto", tmp_path, alone) is None
     refused(older, "no file manifest.json")
 
 
@@ -377,7 +383,7 @@ def test_a_copy_that_a_user_has_put_beside_checkpoints_is_none_of_them(
     for name in (f"{newest.name}.keep", f"{newest.name}0", "steps"):
         shutil.copytree(newest, tmp_path / name)
     assert whole_checkpoints(tmp_path)[-1] == newest
-    assert checkpoint.find("auto", tmp_path, Ranks(0, 1, torch.device("cpu"))) == newest
+    assert resume.find_checkpoint("auto", tmp_path, Ranks(0, 1, torch.device("cpu"))) == newest
 
 
 @pytest.mark.parametrize("named", [{}, {"output_path": "", "job_name": ""}, {"output_path": None}])

@@ -19,17 +19,19 @@ from distributed import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dive_fast import probe, train, validation
 from dive_fast.checkpoint import lineage
-from dive_fast.config import Config
-from dive_fast.data.loader import Options
+from dive_fast.config.schema import Config
+from dive_fast.data.loaders.loader import Options
+from dive_fast.data.open_dataset import open_target
 from dive_fast.data.samples import EvaluationSamples
-from dive_fast.data.sets import open_target
-from dive_fast.evaluate import head as heads
-from dive_fast.objective import Objective
-from dive_fast.ranks import Ranks, join
-from dive_fast.towers import Towers, create
-from dive_fast.validation import BEST, Validation
+from dive_fast.distributed import Ranks, join
+from dive_fast.methods.method import Objective
+from dive_fast.model import head as heads
+from dive_fast.model.towers import Towers, create
+from dive_fast.train import linear_probe as probe
+from dive_fast.train import loop as train
+from dive_fast.train import validation
+from dive_fast.train.validation import BEST, Validation
 
 EPOCHS, STEPS = 3, 9
 ACCURACIES = (0.25, 0.75, 0.5)

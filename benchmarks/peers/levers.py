@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from dive_fast import kernels
-from dive_fast.blocks import compile_blocks
 from dive_fast.data.batch import Text
 from dive_fast.data.prompts import pack
-from dive_fast.towers import Towers, unit
+from dive_fast.model.towers import Towers, unit
+from dive_fast.model.transformer_blocks import compile_blocks
 from peers.dive_published import difference_losses
 from peers.flyp import Flyp, Inputs, contrastive_loss
 

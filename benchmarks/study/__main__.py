@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from report import REPOSITORY
+from loss_report import REPOSITORY
 
-from dive_fast.config import ConfigError
-from dive_fast.ranks import join
-from study import report, results
-from study.plan import SEEDS, Rows, plan, settled
+from dive_fast.distributed import join
+from dive_fast.errors import ConfigError
+from study import results
+from study import summary as report
+from study.experiments import SEEDS, Rows, plan, settled
 from study.runs import SIZES, Run, Study
 
 FOLDER = REPOSITORY / "build/study"

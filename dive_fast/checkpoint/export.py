@@ -9,12 +9,12 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from dive_fast import towers
-from dive_fast.engine import Engine
-from dive_fast.evaluate import head as heads
-from dive_fast.evaluate.head import Head
-from dive_fast.identity import state_digest
-from dive_fast.model_files import DESCRIPTION
+from dive_fast.engine.step import Engine
+from dive_fast.model import head as heads
+from dive_fast.model import towers
+from dive_fast.model.head import Head
+from dive_fast.model.model_files import DESCRIPTION
+from dive_fast.model.model_identity import state_digest
 
 MODEL = "model.safetensors"
 """Exported weights, in the folder of a run."""

@@ -11,9 +11,9 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from dive_fast.config import ConfigError
-from dive_fast.files import write_whole
-from dive_fast.untrusted import read_json
+from dive_fast.errors import ConfigError
+from dive_fast.io.atomic_files import write_whole
+from dive_fast.io.safe_read import read_json
 
 FILE = "run.json"
 REPLACED = "replaced"

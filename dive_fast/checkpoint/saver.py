@@ -1,7 +1,7 @@
 """Writing checkpoints while the run goes on.
 
 The loop copies the state to the host and goes on; a thread of each rank writes its file. Once all ranks have voted
-theirs written (:mod:`dive_fast.guard.consensus`), a thread of the first one writes the manifest, gives the folder
+theirs written (:mod:`dive_fast.fault_tolerance.consensus`), a thread of the first one writes the manifest, gives the folder
 its name, moves ``latest`` to it, and removes old checkpoints. What fails before that leaves older ones alone.
 """
 
@@ -17,29 +17,27 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dive_fast.checkpoint.format import (
+from dive_fast.checkpoint.lineage import remove_replaced
+from dive_fast.checkpoint.manifest import (
     FORMAT,
     IDENTITY,
     MANIFEST,
     TRAINER,
-    RunRecord,
     fingerprint,
     is_whole,
     path_of,
     run_of,
     step_of,
-    tensors,
-    trainer,
     written_checkpoints,
 )
-from dive_fast.checkpoint.lineage import remove_replaced
-from dive_fast.config import TrainConfig
-from dive_fast.engine import Engine
+from dive_fast.checkpoint.snapshot import RunRecord, tensors, trainer
+from dive_fast.config.schema import TrainConfig
+from dive_fast.distributed import Ranks
+from dive_fast.engine.step import Engine
 from dive_fast.errors import SharedError
-from dive_fast.files import whole_path, write_whole
-from dive_fast.guard.consensus import Votes
+from dive_fast.fault_tolerance.consensus import Votes
 from dive_fast.identity import Identity
-from dive_fast.ranks import Ranks
+from dive_fast.io.atomic_files import whole_path, write_whole
 
 LATEST = "latest"
 """A file beside the checkpoints with the name of the newest."""
@@ -81,7 +79,7 @@ class Saver:
         """Copies the state after ``step`` steps and begins to write it; all ranks call it.
 
         Args:
-            validation, metrics: as :func:`dive_fast.checkpoint.format.trainer` has them.
+            validation, metrics: as :func:`dive_fast.checkpoint.snapshot.trainer` has them.
             first: what the first rank has to write before; the save fails with it.
             must: a failure is raised whatever ``train.on_save_error`` says.
 

@@ -11,7 +11,8 @@ from importlib import resources
 import open_clip
 
 from dive_fast.data.prompts import check_labels, read_class_names
-from dive_fast.data.source import DataError, Source
+from dive_fast.data.sources.source import Source
+from dive_fast.errors import DataError
 
 logger = logging.getLogger(__name__)
 

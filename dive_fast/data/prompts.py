@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from dive_fast.data.batch import Text
-from dive_fast.data.source import DataError, Sample, Source, locate
-from dive_fast.data.views import Draw, stream
-from dive_fast.untrusted import parse_json, read_text
+from dive_fast.data.random_streams import Draw, stream
+from dive_fast.data.sources.source import Sample, Source, locate
+from dive_fast.errors import DataError
+from dive_fast.io.safe_read import parse_json, read_text
 
 logger = logging.getLogger(__name__)
 

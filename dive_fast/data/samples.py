@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dive_fast.data.batch import EvaluationBatch, ReferenceBatch, TargetBatch, Text
 from dive_fast.data.prompts import PooledAt, PromptTable, Tokenizer, pack
-from dive_fast.data.source import DataError, Sample, Source
-from dive_fast.data.views import Crop, Preprocess, View, random_crop
+from dive_fast.data.sources.source import Sample, Source
+from dive_fast.data.transforms import Crop, Preprocess, View, random_crop
+from dive_fast.errors import DataError
 
 logger = logging.getLogger(__name__)
 

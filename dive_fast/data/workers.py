@@ -14,8 +14,7 @@ import torch
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
-from dive_fast.data.source import DataError
-from dive_fast.errors import MachineError, machine_error
+from dive_fast.errors import DataError, MachineError, machine_error
 
 Work = TypeVar("Work")
 Made = TypeVar("Made")

@@ -23,8 +23,9 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from torch import Tensor
 
-from dive_fast.demo import world
+from dive_fast.data.demo import splits, world
 from dive_fast.kernels import contrastive_loss
+from dive_fast.model import towers
 
 CONTEXT = 20
 """Words of the longest caption, with the two marks around it."""
@@ -76,7 +77,7 @@ def write_config(folder: Path, vocabulary: int) -> None:
 
 def draw(indices: range) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], list[world.Facts]]:
     """Pictures ``(len, H, W, 3)`` of the pre-training stream, and what they show."""
-    samples = [world.sample("pretrain", index) for index in indices]
+    samples = [splits.sample("pretrain", index) for index in indices]
     return np.stack([np.asarray(sample.image) for sample in samples]), [sample.facts for sample in samples]
 
 
@@ -159,7 +160,7 @@ def zero_shot_accuracy(model: Any, folder: Path, split: str) -> float:
     for name in task.classes:
         prompts = F.normalize(model.encode_text(tokenizer([form.format(name) for form in task.templates])), dim=-1)
         rows.append(F.normalize(prompts.mean(0), dim=-1))
-    samples = [world.sample(split, index) for index in range(world.NUM_SAMPLES[split])]
+    samples = [splits.sample(split, index) for index in range(world.NUM_SAMPLES[split])]
     pixels = torch.from_numpy(np.stack([np.asarray(sample.image) for sample in samples])).permute(0, 3, 1, 2)
     features = torch.cat([model.encode_image((chunk / 255 - 0.5) / 0.5) for chunk in pixels.split(200)])
     labels = torch.tensor([sample.label for sample in samples])
@@ -169,7 +170,7 @@ def zero_shot_accuracy(model: Any, folder: Path, split: str) -> float:
 def main() -> None:
     """Parses, trains, writes the folder whole, and prints what the model can do."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=world.MODEL_DIR)
+    parser.add_argument("--out", type=Path, default=towers.MODEL_DIR)
     parser.add_argument("--images", type=int, default=24_000)
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--batch-size", type=int, default=256)

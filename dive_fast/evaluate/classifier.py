@@ -12,17 +12,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dive_fast.config import ConfigError
 from dive_fast.data.classes import composed, repeated, synsets
 from dive_fast.data.prompts import Template, Tokenizer, pack
-from dive_fast.errors import UserError
-from dive_fast.evaluate.head import Head
-from dive_fast.evaluate.identity import of_classifier
-from dive_fast.files import whole_path
+from dive_fast.distributed import Ranks
+from dive_fast.errors import ConfigError, UserError
+from dive_fast.evaluate.feature_identity import of_classifier
 from dive_fast.identity import digest
+from dive_fast.io.atomic_files import whole_path
 from dive_fast.locks import folder_lock
-from dive_fast.ranks import Ranks
-from dive_fast.towers import Towers, unit
+from dive_fast.model.head import Head
+from dive_fast.model.towers import Towers, unit
 
 Members = tuple[tuple[int, ...], ...]
 """For each label, the classes that stand for it."""
@@ -93,7 +92,7 @@ def cached_classifier(
 ) -> Tensor:
     """What :func:`classifier` gives, from ``folder`` if it has been computed before; all ranks call it.
 
-    A file is found again by all that decides its rows (:func:`dive_fast.evaluate.identity.of_classifier`): the
+    A file is found again by all that decides its rows (:func:`dive_fast.evaluate.feature_identity.of_classifier`): the
     text tower, the tokenizer, every prompt, the precision and the kind of device. None: nothing is kept.
 
     Raises:

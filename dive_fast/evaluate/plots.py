@@ -7,12 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from dive_fast.evaluate import geometry
-from dive_fast.evaluate.pairs import spread
-from dive_fast.files import write_whole
-from dive_fast.objective import Pairs
+from dive_fast.io.atomic_files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,160 +30,6 @@ METHODS = {
     "lp_ft": ("LP-FT", OTHERS[6]),
 }
 """Name in the config -> name and colour in pictures."""
-SHOWN_ROWS = 1200
-"""Embeddings of which distances are drawn: their pairs are more than a picture has pixels."""
-GEOMETRY = "geometry/"
-"""What the names of :func:`geometry.compare` begin with in ``metrics.jsonl``."""
-
-
-def rsa(before: Pairs, after: Pairs, metrics: Mapping[str, float], path: Path) -> None:
-    """Distances of the same pairs of embeddings before and after: images, captions, and both pooled.
-
-    Args:
-        metrics: scores of all embeddings, of which some are drawn: ``rsa_image``, ``rsa_text``, ``rsa``.
-    """
-    from matplotlib.ticker import MaxNLocator
-
-    figure = _figure(12, 3.9)
-    halves = (
-        ("rsa_image", "images", before.image, after.image),
-        ("rsa_text", "captions", before.text, after.text),
-        ("rsa", "both pooled", torch.cat(before), torch.cat(after)),
-    )
-    for axis, (score, title, *rows) in zip(figure.subplots(1, 3), halves, strict=True):
-        kept = spread(len(rows[0]), SHOWN_ROWS)
-        x, y = (_distances(half[kept]) for half in rows)
-        low, high = min(float(x.min()), float(y.min())), max(float(x.max()), float(y.max()))
-        room = 0.02 * (high - low)
-        extent = (low - room, high + room, low - room, high + room)
-        cells = axis.hexbin(x, y, gridsize=60, bins="log", mincnt=1, extent=extent, cmap="viridis", linewidths=0.1)
-        axis.plot(extent[:2], extent[:2], color="black", linewidth=1, linestyle="--", label="unchanged")
-        axis.set_aspect("equal")
-        axis.xaxis.set_major_locator(MaxNLocator(5))
-        axis.set_yticks(axis.get_xticks())
-        axis.set_xlim(*extent[:2])
-        axis.set_ylim(*extent[2:])
-        axis.set_title(f"{title}: RSA = {metrics[score]:.4f}", fontsize=11)
-        axis.set_xlabel("cosine distance before fine-tuning")
-        _plain(axis)
-        bar = figure.colorbar(cells, cax=axis.inset_axes((1.02, 0, 0.04, 1)))
-        bar.ax.tick_params(labelsize=8)
-    bar.set_label("pairs of embeddings")
-    figure.axes[0].set_ylabel("cosine distance after fine-tuning")
-    figure.axes[0].legend(frameon=False, fontsize=8, loc="upper left")
-    _save(figure, path)
-
-
-def differences(before: Pairs, after: Pairs, path: Path) -> None:
-    """Difference vectors of images and captions: on their two main axes, their lengths, their cosines to m."""
-    found = geometry.differences(before, after)
-    halves = (("images, u", found.image, BLUE), ("captions, v", found.text, ORANGE))
-    m = found.average
-    figure = _figure(12.5, 4.1)
-    plane, lengths, cosines = figure.subplots(1, 3)
-
-    # About zero, not about their mean: a part that all share is seen as a shift of the whole cloud.
-    axes, shares = _main_axes(torch.cat([found.image, found.text]))
-    for label, rows, colour in halves:
-        x, y = (rows.double() @ axes).T.cpu().numpy()
-        plane.plot(x, y, "o", color=colour, markersize=3, alpha=0.45, markeredgewidth=0, label=label)
-    plane.plot(0, 0, "+", color="black", markersize=12, markeredgewidth=1.5, label="no movement")
-    across, up = (m @ axes).tolist()
-    plane.plot(across, up, "*", color=GREEN, markersize=15, markeredgecolor="white", label="their mean, m")
-    plane.set_aspect("equal", adjustable="datalim")
-    for name, share, label in zip(("first", "second"), shares, (plane.set_xlabel, plane.set_ylabel), strict=True):
-        label(f"{name} main axis ({100 * share:.0f} % of squared length)")
-    plane.set_title("projection", fontsize=11)
-
-    measured = [geometry.lengths_of(rows).cpu() for _, rows, _ in halves]
-    norm = float(m.norm())
-    edges = torch.linspace(0, 1.02 * max(*(float(values.max()) for values in measured), norm, 1e-12), 41).numpy()
-    for (label, _, colour), values in zip(halves, measured, strict=True):
-        lengths.hist(values.numpy(), edges, color=colour, alpha=0.55, label=f"{label}: mean {values.mean():.2g}")
-    lengths.axvline(norm, color=GREEN, linewidth=1.5, label=f"|m| = {norm:.2g}")
-    lengths.set_xlabel("length of the difference vector")
-    lengths.set_ylabel("pairs")
-    lengths.set_title("lengths", fontsize=11)
-
-    edges = torch.linspace(-1, 1, 41).numpy()
-    for label, rows, colour in halves:
-        values = geometry.cosines_to(m, rows).cpu()
-        cosines.hist(values.numpy(), edges, color=colour, alpha=0.55, label=f"{label}: mean {values.mean():.2f}")
-    cosines.set_xticks([-1, -0.5, 0, 0.5, 1])
-    cosines.set_xlabel("cosine to m; 1: all vectors point the same way")
-    cosines.set_ylabel("pairs")
-    cosines.set_title("directions", fontsize=11)
-    for axis in (lengths, cosines):
-        axis.set_ylim(top=1.2 * axis.get_ylim()[1])  # room for the legend
-    figure.suptitle("Difference vectors: embedding after - before fine-tuning", fontsize=12)
-    for axis in (plane, lengths, cosines):
-        _plain(axis)
-        axis.legend(frameon=False, fontsize=8)
-    _save(figure, path)
-
-
-_COURSES = (
-    (
-        "length",
-        "length of difference vectors",
-        {"image_norm": ("mean |u|", BLUE), "text_norm": ("mean |v|", ORANGE), "average_norm": ("|m|", GREEN)},
-    ),
-    ("loss", "squared length", {"average_loss": ("AVL", BLUE), "pairwise_loss": ("PVL", ORANGE)}),
-    (
-        "similarity",
-        "similarity to before (1: unchanged)",
-        {"rsa_image": ("RSA, images", BLUE), "rsa_text": ("RSA, captions", ORANGE), "rsa": ("RSA, pooled", GREEN)},
-    ),
-)
-
-
-def has_course(lines: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether metrics hold anything that :func:`course` draws."""
-    return any(_course_of(lines, prefix + name) for *_, names in _COURSES for name in names for prefix in _SOURCES)
-
-
-def course(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """How difference vectors, their losses and RSA go over training.
-
-    Args:
-        lines: of a run's ``metrics.jsonl``. Curves are of its reference batches, points of pairs that are measured
-            beside them (``geometry/...``).
-    """
-    drawn = [
-        (kind, label, names)
-        for kind, label, names in _COURSES
-        if any(_course_of(lines, prefix + name) for name in names for prefix in _SOURCES)
-    ]
-    figure = _figure(4.3 * len(drawn), 3.7)
-    for axis, (kind, label, names) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
-        for name, (legend, colour) in names.items():
-            for prefix, (style, where) in _SOURCES.items():
-                points = _course_of(lines, prefix + name)
-                if points:
-                    steps, values = zip(*points, strict=True)
-                    told = legend if kind == "similarity" else legend + where
-                    axis.plot(steps, values, style, color=colour, markersize=5, linewidth=1.5, label=told)
-        if kind == "length":
-            axis.set_yscale("log")  # m is far shorter than the vectors that it is the mean of
-        if kind == "loss":
-            axis.set_ylim(bottom=0)
-        axis.set_xlabel("step")
-        axis.set_ylabel(label)
-        axis.legend(frameon=False, fontsize=8)
-        axis.grid(alpha=0.25)
-        _plain(axis)
-    _save(figure, path)
-
-
-_SOURCES = {"": ("-", ", reference batch"), GEOMETRY: ("o--", ", measured pairs")}
-
-
-def _course_of(lines: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
-    """Steps and values of a metric; of difference vectors from the first update on: before, they are rounding."""
-    known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-    if name.removeprefix(GEOMETRY).startswith("rsa"):
-        return known
-    return [(step, value) for step, value in known if step > 1 and value > 0]
 
 
 def tradeoff(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
@@ -201,7 +43,7 @@ def tradeoff(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> 
     panels = {"ood": "out of distribution, %", "zs": "zero-shot, %"}
     if all("rsa" in row for row in rows):
         panels["rsa"] = "RSA to the pre-trained model"
-    figure = _figure(3.9 * len(panels), 3.8)
+    figure = new_figure(3.9 * len(panels), 3.8)
     runs: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         runs.setdefault(row["method"], []).append(row)
@@ -229,22 +71,22 @@ def tradeoff(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> 
         axis.set_ylabel(label, labelpad=8)
         axis.margins(0.15)
         axis.grid(alpha=0.25)
-        _plain(axis)
+        style_axes(axis)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     if title:
         figure.suptitle(title, fontsize=12)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def ensemble(report: Mapping[str, Any], path: Path) -> None:
     """Each set's accuracy over that of the set alpha was chosen on, from one end to the other.
 
     Args:
-        report: as :func:`dive_fast.evaluate.ensemble.ensemble` gives it.
+        report: as :func:`dive_fast.evaluate.weight_ensemble.ensemble` gives it.
     """
     rows, chosen_on = report["accuracies"], report["chosen_on"]
     others = [name for name in rows[0] if name not in ("alpha", chosen_on)] or [chosen_on]
-    figure = _figure(4.2 * len(others), 3.6)
+    figure = new_figure(4.2 * len(others), 3.6)
     for axis, name in zip(figure.subplots(1, len(others), squeeze=False)[0], others, strict=True):
         across, up = ([100 * row[key] for row in rows] for key in (chosen_on, name))
         axis.plot(across, up, "o-", color=BLUE, markersize=4)
@@ -255,42 +97,23 @@ def ensemble(report: Mapping[str, Any], path: Path) -> None:
         axis.plot(across[best], up[best], "*", color=GREEN, markersize=14, label=label)
         axis.set_xlabel(f"{chosen_on}, %")
         axis.set_ylabel(f"{name}, %")
-        _plain(axis)
+        style_axes(axis)
         axis.legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _distances(rows: Tensor) -> Any:
-    """Cosine distances of all pairs i < j of unit rows."""
-    similarity = (rows.double() @ rows.double().T).cpu()
-    above = torch.ones_like(similarity, dtype=torch.bool).triu(1)
-    return 1 - similarity[above].numpy()
-
-
-def _main_axes(rows: Tensor) -> tuple[Tensor, list[float]]:
-    """``(D, 2)`` fp64: the two directions that hold most of the rows' squared length; and their shares of it."""
-    wide = rows.double()
-    values, vectors = torch.linalg.eigh(wide.T @ wide)
-    largest = values.clamp(min=0).flip(0)
-    total = float(largest.sum())
-    axes = vectors.flip(1)[:, :2]
-    # An axis has no sign of its own: most rows shall lie on its positive side.
-    axes = axes * torch.where((wide @ axes).mean(0) < 0, -1.0, 1.0)
-    return axes, [float(value) / total if total > 0 else 0.0 for value in largest[:2]]
-
-
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure  # a second to import, and not on every path
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _plain(axis: "Axes") -> None:
+def style_axes(axis: "Axes") -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=9)
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=130)
     write_whole(path, content.getvalue())

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dive_fast.data.source import DataError
-from dive_fast.evaluate.suites import IMAGENET_OOD, KNOWN, SUITES, ZERO_SHOT_10
-from dive_fast.files import write_whole
+from dive_fast.errors import DataError
+from dive_fast.evaluate.datasets.catalog import IMAGENET_OOD, KNOWN, SUITES, ZERO_SHOT_10
+from dive_fast.io.atomic_files import write_whole
+from dive_fast.io.safe_read import parse_json, read_text
 from dive_fast.locks import file_lock
-from dive_fast.untrusted import parse_json, read_text
 
 logger = logging.getLogger(__name__)
 

@@ -4,13 +4,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dive_fast.data.loader import Options, batches_of
+from dive_fast.data.loaders.loader import Options, batches_of
 from dive_fast.data.prompts import Tokenizer, pack, warn_of_cut_texts
-from dive_fast.data.source import DataError
-from dive_fast.evaluate.labelled import BROKEN, Captioned, CountedSamples, progress
+from dive_fast.distributed import Ranks
+from dive_fast.errors import DataError
+from dive_fast.evaluate.datasets.evaluation_set import BROKEN, Captioned, CountedSamples, progress
 from dive_fast.evaluate.scores import recall_at
-from dive_fast.ranks import Ranks
-from dive_fast.towers import Towers, unit
+from dive_fast.model.towers import Towers, unit
 
 CUT_OFFS = (1, 5, 10)
 

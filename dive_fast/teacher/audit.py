@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
-from dive_fast.data.loader import Options, batches_of
+from dive_fast.data.loaders.loader import Options, batches_of
+from dive_fast.data.random_streams import Draw, stream
 from dive_fast.data.samples import Place, ReferenceSamples
-from dive_fast.data.views import Draw, stream
-from dive_fast.objective import Pairs
-from dive_fast.ranks import Ranks
-from dive_fast.teacher.store import StaleCacheError, write_json
-from dive_fast.teacher.teachers import CachedTeacher, OnlineTeacher
-from dive_fast.towers import Towers
+from dive_fast.distributed import Ranks
+from dive_fast.model.features import Pairs
+from dive_fast.model.towers import Towers
+from dive_fast.teacher.cache_files import StaleCacheError, write_json
+from dive_fast.teacher.teacher import CachedTeacher, OnlineTeacher
 
 TOLERANCE = {"float32": 1e-4, "float16": 1e-3}
 """Longest difference of two unit rows that rounding may make: of fp32 arithmetic in another order, of storage."""

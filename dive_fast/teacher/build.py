@@ -9,19 +9,20 @@ from pathlib import Path
 
 import torch
 
-from dive_fast.config import Config, ReferenceConfig, TargetConfig
-from dive_fast.data.loader import Options
+from dive_fast.config.schema import Config
+from dive_fast.data.loaders.loader import Options, loader_options
 from dive_fast.data.samples import ReferenceSamples
-from dive_fast.data.source import Source
+from dive_fast.data.sources.source import Source
+from dive_fast.distributed import Ranks
 from dive_fast.locks import file_lock
-from dive_fast.ranks import Ranks
-from dive_fast.teacher import retrieval, store
+from dive_fast.model.towers import Towers, tokenizer_of
+from dive_fast.teacher import cache_files as store
+from dive_fast.teacher import clip_retrieval as retrieval
 from dive_fast.teacher.audit import Audit, allowed, audit, judge, write_audit
+from dive_fast.teacher.cache_files import CacheError
 from dive_fast.teacher.fingerprint import Fingerprint, fingerprint
-from dive_fast.teacher.store import CacheError
-from dive_fast.teacher.teachers import CachedTeacher, OnlineTeacher, Teacher
-from dive_fast.teacher.write import remove, write_cache
-from dive_fast.towers import Towers, tokenizer_of
+from dive_fast.teacher.teacher import CachedTeacher, OnlineTeacher, Teacher
+from dive_fast.teacher.write_cache import remove, write_cache
 
 logger = logging.getLogger(__name__)
 
@@ -36,20 +37,6 @@ def reference_samples(config: Config, source: Source, towers: Towers) -> Referen
     assert data is not None
     tokenizer = tokenizer_of(config.model, data.text_length)
     return ReferenceSamples(source, tokenizer, towers.preprocess, towers.pooled_at, config.train.seed, data.views)
-
-
-def loader_options(config: Config, data: TargetConfig | ReferenceConfig, ranks: Ranks) -> Options:
-    """How the training batches of a half are loaded."""
-    # Autocast would round the images to fp16 at once. Not for an online teacher, who sees them in fp32.
-    rounds = config.train.precision == "fp16" and config.teacher.mode == "cache" and ranks.device.type == "cuda"
-    return Options(
-        data.loader,
-        data.workers,
-        ranks.device,
-        torch.float16 if rounds else torch.float32,
-        hw_decoder_load=data.hw_decoder_load,
-        timeout=config.train.rank_timeout,
-    )
 
 
 def open_teacher(config: Config, folder: Path, towers: Towers, samples: ReferenceSamples, ranks: Ranks) -> Teacher:

@@ -5,12 +5,14 @@ from importlib import metadata
 
 from PIL import features
 
-from dive_fast import identity, precision
-from dive_fast.data.loader import Options
+from dive_fast import identity
+from dive_fast import numerics as precision
+from dive_fast.data.loaders.loader import Options
 from dive_fast.data.prompts import TELLING
 from dive_fast.data.samples import ReferenceSamples
 from dive_fast.identity import Identity
-from dive_fast.towers import Towers
+from dive_fast.model import model_identity
+from dive_fast.model.towers import Towers
 
 Fingerprint = Identity
 
@@ -32,7 +34,7 @@ def fingerprint(
     """
     switches = precision.state()
     return {
-        **identity.model_identity(towers),
+        **model_identity.model_identity(towers),
         "tokenizer": hashlib.sha256(samples.tokenizer(list(TELLING)).numpy().tobytes()).hexdigest(),
         "views": samples.num_views,
         "crops": None if samples.views == "eval" else samples.seed,

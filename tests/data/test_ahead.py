@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from dive_fast.data.ahead import Ahead, _tensors
 from dive_fast.data.batch import ReferenceBatch, Text
+from dive_fast.data.prefetch import Ahead, _tensors
 
 CPU = torch.device("cpu")
 

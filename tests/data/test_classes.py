@@ -7,11 +7,15 @@ import open_clip
 import pytest
 import tiny
 
-from dive_fast.config import EvaluationSet
+from dive_fast.config.schema import EvaluationSet
 from dive_fast.data.classes import join_names, remarks, synsets
-from dive_fast.data.prepare import Options, RawSource, prepare
-from dive_fast.data.source import DataError, Sample, Source, open_folder
-from dive_fast.evaluate.zero_shot import open_evaluation
+from dive_fast.data.prepared.convert import Options
+from dive_fast.data.prepared.raw import RawSource
+from dive_fast.data.prepared.write import prepare
+from dive_fast.data.sources.folder import open_folder
+from dive_fast.data.sources.source import Sample, Source
+from dive_fast.errors import DataError
+from dive_fast.evaluate.datasets.resolve import open_evaluation
 
 IMAGENET = tuple(open_clip.IMAGENET_CLASSNAMES)
 WNIDS = ("n02099601", "n02123045", "n04086273")

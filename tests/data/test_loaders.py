@@ -15,17 +15,24 @@ import tiny
 import torch
 from PIL import Image
 
-from dive_fast.config import ReferenceConfig
-from dive_fast.data import dali, prepare, source
-from dive_fast.data.loader import Options, batches_of, training_batches
-from dive_fast.data.order import Order
-from dive_fast.data.prepared import open_prepared
+from dive_fast.config.schema import ReferenceConfig
+from dive_fast.data.loaders import dali
+from dive_fast.data.loaders.loader import Options, batches_of, training_batches
+from dive_fast.data.open_dataset import open_reference
+from dive_fast.data.prepared import convert
+from dive_fast.data.prepared import write as prepare
+from dive_fast.data.prepared.raw import RawSource
+from dive_fast.data.prepared.read import open_prepared
 from dive_fast.data.prompts import PromptTable, read_templates
+from dive_fast.data.sampler import Order
 from dive_fast.data.samples import EvaluationSamples, ReferenceSamples, TargetSamples
-from dive_fast.data.sets import open_reference
-from dive_fast.data.source import DataError, Source, open_folder, open_webdataset
-from dive_fast.data.views import Preprocess
+from dive_fast.data.sources import source
+from dive_fast.data.sources.folder import open_folder
+from dive_fast.data.sources.source import Source
+from dive_fast.data.sources.webdataset import open_webdataset
+from dive_fast.data.transforms import Preprocess
 from dive_fast.data.workers import in_workers
+from dive_fast.errors import DataError
 
 PREPROCESS = Preprocess((24, 24), (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), "bicubic", "shortest")
 COUNT, BATCH, SEED = 22, 4, 3
@@ -59,8 +66,8 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepared(raw: Path, output: Path, text: str, **options: Any) -> Source:
-    made = prepare.Options(**{"container": "beton", "shard_samples": 8, "max_side": None} | options)
-    prepare.prepare(prepare.RawSource(open_webdataset(str(raw), text, strict=False)), output, made, workers=1)
+    made = convert.Options(**{"container": "beton", "shard_samples": 8, "max_side": None} | options)
+    prepare.prepare(RawSource(open_webdataset(str(raw), text, strict=False)), output, made, workers=1)
     return open_prepared(str(output), text)
 
 

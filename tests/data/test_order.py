@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from dive_fast.data.order import Order
-from dive_fast.data.source import DataError
+from dive_fast.data.sampler import Order
+from dive_fast.errors import DataError
 
 
 def epoch_of(order: Order, epoch: int) -> list[int]:

@@ -14,14 +14,17 @@ import tiny
 import torch
 from PIL import Image, ImageCms
 
-from dive_fast.data.loader import Options, batches_of
-from dive_fast.data.pictures import UnknownWhiteError, decode, looks_like_image
-from dive_fast.data.prepare import Options as Preparation
-from dive_fast.data.prepare import RawSource, UnusableError, convert, prepare
-from dive_fast.data.prepared import open_prepared
+from dive_fast.data.decode import UnknownWhiteError, decode, looks_like_image
+from dive_fast.data.loaders.loader import Options, batches_of
+from dive_fast.data.prepared.convert import Options as Preparation
+from dive_fast.data.prepared.convert import convert
+from dive_fast.data.prepared.raw import RawSource, UnusableError
+from dive_fast.data.prepared.read import open_prepared
+from dive_fast.data.prepared.write import prepare
 from dive_fast.data.samples import EvaluationSamples
-from dive_fast.data.source import Source, open_webdataset
-from dive_fast.data.views import Preprocess
+from dive_fast.data.sources.source import Source
+from dive_fast.data.sources.webdataset import open_webdataset
+from dive_fast.data.transforms import Preprocess
 
 VIEW = Preprocess((24, 24), (0.0,) * 3, (1.0,) * 3, "bicubic", "shortest")
 

@@ -17,12 +17,15 @@ import torch
 from PIL import Image, ImageOps
 
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
-from dive_fast.data.loader import Options, batches_of, training_batches
-from dive_fast.data.order import Order
+from dive_fast.data.loaders.loader import Options, batches_of, training_batches
 from dive_fast.data.prompts import PromptTable, pack, read_templates
+from dive_fast.data.sampler import Order
 from dive_fast.data.samples import MAX_REPLACEMENTS, EvaluationSamples, ReferenceSamples, TargetSamples
-from dive_fast.data.source import DataError, Source, open_csv, open_webdataset
-from dive_fast.data.views import Preprocess, random_crop
+from dive_fast.data.sources.csv_table import open_csv
+from dive_fast.data.sources.source import Source
+from dive_fast.data.sources.webdataset import open_webdataset
+from dive_fast.data.transforms import Preprocess, random_crop
+from dive_fast.errors import DataError
 
 PREPROCESS = Preprocess((24, 24), (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), "bicubic", "shortest")
 NAMES = [f"thing number {i}" for i in range(5)]

@@ -23,12 +23,17 @@ import tiny
 import torch
 from PIL import Image
 
-from dive_fast.data import prepared
-from dive_fast.data.beton import write_beton
-from dive_fast.data.prepare import Options, RawDataset, RawSource, UnusableError, convert, prepare
-from dive_fast.data.prepared import open_prepared, verify
-from dive_fast.data.source import DataError, open_csv, open_folder, open_webdataset
+from dive_fast.data.prepared import format as prepared
+from dive_fast.data.prepared.beton import write_beton
+from dive_fast.data.prepared.convert import Options, convert
+from dive_fast.data.prepared.raw import RawDataset, RawSource, UnusableError
+from dive_fast.data.prepared.read import open_prepared, verify
+from dive_fast.data.prepared.write import prepare
+from dive_fast.data.sources.csv_table import open_csv
+from dive_fast.data.sources.folder import open_folder
+from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.data.workers import FORK
+from dive_fast.errors import DataError
 from dive_fast.locks import Lock, LockedError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -724,7 +729,7 @@ def interrupted(tar: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         raise KeyboardInterrupt
 
     with monkeypatch.context() as killed:
-        killed.setattr("dive_fast.data.prepare._finish", end)
+        killed.setattr("dive_fast.data.prepared.write._finish", end)
         with pytest.raises(KeyboardInterrupt):
             make(tar, output)
 
@@ -755,7 +760,7 @@ def test_shards_of_bytes_changed_since_are_made_again(
     with pytest.raises(DataError, match=r"changed: holds a set prepared otherwise \(its source is another one"):
         make(tar, tmp_path / "changed")
     interrupted(tar, tmp_path / "versions", monkeypatch)
-    monkeypatch.setattr("dive_fast.data.prepare._versions", lambda _: {"pillow": "1"})
+    monkeypatch.setattr("dive_fast.data.prepared.write._versions", lambda _: {"pillow": "1"})
     make(tar, tmp_path / "versions")
     assert "versions changed since it was begun; all its shards are made again" in caplog.text
 
@@ -911,7 +916,7 @@ def test_an_interrupted_preparation_ends_in_one_line(
     (tmp_path / "in/cat/1.jpg").write_bytes(tiny.jpeg(0))
     command = ["--format", "folder", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
     with monkeypatch.context() as pressed:
-        pressed.setattr("dive_fast.data.prepare._finish", interrupt)
+        pressed.setattr("dive_fast.data.prepared.write._finish", interrupt)
         assert load_main()([*command, "--workers", "1"]) == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted; the same command goes on")
     assert load_main()([*command, "--workers", "1"]) == 0

@@ -19,7 +19,8 @@ from dive_fast.data.prompts import (
     warn_of_cut_texts,
     warn_of_lost_names,
 )
-from dive_fast.data.source import DataError, Sample, Source
+from dive_fast.data.sources.source import Sample, Source
+from dive_fast.errors import DataError
 
 NAMES = ("cat", "dog", "sea lion")
 TEMPLATES = ("a photo of a {}.", "the {}", "{}", "{} and {}, again", "no {} {{}} 5")

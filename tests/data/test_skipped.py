@@ -12,10 +12,14 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dive_fast.config import ReferenceConfig, TargetConfig
-from dive_fast.data.pictures import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES
-from dive_fast.data.sets import open_reference, open_target
-from dive_fast.data.source import DataError, Source, open_csv, open_folder, open_webdataset
+from dive_fast.config.schema import ReferenceConfig, TargetConfig
+from dive_fast.data.decode import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES
+from dive_fast.data.open_dataset import open_reference, open_target
+from dive_fast.data.sources.csv_table import open_csv
+from dive_fast.data.sources.folder import open_folder
+from dive_fast.data.sources.source import Source
+from dive_fast.data.sources.webdataset import open_webdataset
+from dive_fast.errors import DataError
 
 JPEG = tiny.jpeg(0, (12, 10))
 FORK = b"\0\5\x16\7" + bytes(30)
@@ -438,7 +442,7 @@ def write_bitmaps(root: Path) -> Path:
 def test_digest_knows_bytes_of_equal_size_wherever_the_files_lie(
     tmp_path: Path, opened: Callable[[Path], Source], whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dive_fast.data import content
+    from dive_fast.data import content_hashes as content
 
     if not whole:
         monkeypatch.setattr(content, "WHOLE", 0)
@@ -485,7 +489,7 @@ def test_modified_knows_a_rewritten_file_and_digest_survives_a_copy(
 
 
 def test_digest_of_many_probes_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dive_fast.data import content
+    from dive_fast.data import content_hashes as content
 
     monkeypatch.setattr(content, "PROBES", 3)
     root = write_bitmaps(tmp_path)

@@ -10,7 +10,11 @@ import pytest
 import tiny
 from PIL import Image
 
-from dive_fast.data.source import DataError, Source, open_csv, open_folder, open_webdataset
+from dive_fast.data.sources.csv_table import open_csv
+from dive_fast.data.sources.folder import open_folder
+from dive_fast.data.sources.source import Source
+from dive_fast.data.sources.webdataset import open_webdataset
+from dive_fast.errors import DataError
 
 CAPTIONED = {f"{i:03d}": {"jpg": tiny.jpeg(i), "txt": f"caption {i}".encode()} for i in range(6)}
 

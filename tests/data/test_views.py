@@ -16,17 +16,9 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from dive_fast.data.resample import resize
-from dive_fast.data.views import (
-    ASPECT_RATIO,
-    TRAIN_SCALE,
-    Crop,
-    Draw,
-    Preprocess,
-    normalise,
-    random_crop,
-    stream,
-)
+from dive_fast.data.loaders.pil_resize import resize
+from dive_fast.data.random_streams import Draw, stream
+from dive_fast.data.transforms import ASPECT_RATIO, TRAIN_SCALE, Crop, Preprocess, normalise, random_crop
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 ODD_SIZES = [(1, 500), (500, 1), (31, 33), (5000, 40), (40, 5000), (1, 1), (2, 3), (375, 500)]

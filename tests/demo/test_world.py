@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from dive_fast.demo import world
+from dive_fast.data.demo import splits, world
+from dive_fast.model import towers
 
 CAPTIONED = ("reference", "reference_heldout")
 EXPECTED_TEXTS = [
@@ -53,8 +54,8 @@ def test_version_is_bumped_with_the_generator() -> None:
 
     Brightness is compared loosely, as floating point differs a little between machines.
     """
-    drawn = [world.sample(split, 7) for split in ("target", "ood", "zs_backdrop", "reference")]
-    assert world.WORLD_VERSION == "2"
+    drawn = [splits.sample(split, 7) for split in ("target", "ood", "zs_backdrop", "reference")]
+    assert splits.WORLD_VERSION == "2"
     assert [sample.text for sample in drawn] == EXPECTED_TEXTS
     brightness = [float(np.asarray(sample.image).mean()) for sample in drawn]
     assert brightness == pytest.approx(EXPECTED_BRIGHTNESS, abs=0.5)
@@ -62,21 +63,21 @@ def test_version_is_bumped_with_the_generator() -> None:
 
 @pytest.mark.parametrize("split", world.SPLITS)
 def test_samples_stand_alone(split: str) -> None:
-    forwards = [world.sample(split, index) for index in (0, 1, 2)]
-    again = world.sample(split, 2)
+    forwards = [splits.sample(split, index) for index in (0, 1, 2)]
+    again = splits.sample(split, 2)
     assert forwards[2].image.tobytes() == again.image.tobytes()
     assert (forwards[2].text, forwards[2].label) == (again.text, again.label)
 
 
 def test_no_picture_is_in_two_splits() -> None:
-    pictures = [world.sample(split, index).image.tobytes() for split in world.SPLITS for index in range(20)]
+    pictures = [splits.sample(split, index).image.tobytes() for split in world.SPLITS for index in range(20)]
     assert len(set(pictures)) == len(pictures)
 
 
 @pytest.mark.parametrize("split", world.TASKS)
 def test_labels_are_the_classes_shown(split: str) -> None:
     task = world.TASKS[split]
-    drawn = [world.sample(split, index) for index in range(200)]
+    drawn = [splits.sample(split, index) for index in range(200)]
     for sample in drawn:
         assert task.classes[sample.label] == sample.text == getattr(sample.facts, task.attribute)
     assert {sample.label for sample in drawn} == set(range(len(task.classes)))
@@ -84,7 +85,7 @@ def test_labels_are_the_classes_shown(split: str) -> None:
 
 
 def test_out_of_distribution_means_other_styles_of_the_same_classes() -> None:
-    styles = {split: {world.sample(split, i).facts.style for i in range(60)} for split in ("target", "id", "ood")}
+    styles = {split: {splits.sample(split, i).facts.style for i in range(60)} for split in ("target", "id", "ood")}
     assert styles["target"] == styles["id"] == {"photo"}
     assert styles["ood"] == set(world.STYLES) - {"photo"}
     assert world.TASKS["ood"].classes == world.TASKS["target"].classes
@@ -97,7 +98,7 @@ def test_zero_shot_classes_are_not_fine_tuned_on() -> None:
 
 
 def test_reference_shows_everything_and_never_tells_a_label() -> None:
-    drawn = [world.sample("reference", index) for index in range(400)]
+    drawn = [splits.sample("reference", index) for index in range(400)]
     assert {sample.facts.shape for sample in drawn} == set(world.SHAPES)
     assert {sample.facts.shade for sample in drawn} == set(world.SHADES)
     assert {sample.facts.style for sample in drawn} == set(world.STYLES)
@@ -108,13 +109,13 @@ def test_reference_shows_everything_and_never_tells_a_label() -> None:
 
 
 def test_same_bytes_in_two_roots(tmp_path: Path, small_world: int) -> None:
-    first, second = files(world.prepare(tmp_path / "a")), files(world.prepare(tmp_path / "b"))
+    first, second = files(splits.prepare(tmp_path / "a")), files(splits.prepare(tmp_path / "b"))
     assert first == second
     assert {name.split("/")[0] for name in first} == set(world.SPLITS)
 
 
 def test_folders_hold_what_loaders_read(tmp_path: Path, small_world: int) -> None:
-    root = world.prepare(tmp_path)
+    root = splits.prepare(tmp_path)
     for split in world.SPLITS:
         contents = members(root / split)
         expected = ("jpg", "txt") if split in CAPTIONED else ("jpg", "cls", "txt")
@@ -128,13 +129,13 @@ def test_folders_hold_what_loaders_read(tmp_path: Path, small_world: int) -> Non
 
 
 def test_existing_splits_stay_and_missing_ones_come_back(tmp_path: Path, small_world: int) -> None:
-    root = world.prepare(tmp_path)
+    root = splits.prepare(tmp_path)
     (root / "id" / "mark").touch()
     shards = files(root / "ood")
     for path in (root / "ood").iterdir():
         path.unlink()
     (root / "ood").rmdir()
-    world.prepare(tmp_path)
+    splits.prepare(tmp_path)
     assert (root / "id" / "mark").exists()
     assert files(root / "ood") == shards
 
@@ -146,29 +147,29 @@ def test_failure_leaves_no_split_behind(tmp_path: Path, small_world: int, monkey
     with monkeypatch.context() as patch:
         patch.setattr(world, "_members", fail)
         with pytest.raises(OSError, match="disk full"):
-            world.prepare(tmp_path)
-    assert list((tmp_path / f"demo-{world.WORLD_VERSION}").iterdir()) == []
+            splits.prepare(tmp_path)
+    assert list((tmp_path / f"demo-{splits.WORLD_VERSION}").iterdir()) == []
 
 
 def test_several_at_once(tmp_path: Path, small_world: int) -> None:
     """Threads race for the same renames as processes do."""
     with ThreadPoolExecutor(3) as pool:
-        (folder,) = set(pool.map(world.prepare, [tmp_path] * 3))
+        (folder,) = set(pool.map(splits.prepare, [tmp_path] * 3))
     assert {path.name for path in folder.iterdir()} == set(world.SPLITS)
-    assert len(files(folder)) == len(files(world.prepare(tmp_path / "alone")))
+    assert len(files(folder)) == len(files(splits.prepare(tmp_path / "alone")))
 
 
 def test_resolve(tmp_path: Path, small_world: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIVE_FAST_CACHE", str(tmp_path))
-    root = tmp_path / f"demo-{world.WORLD_VERSION}"
-    assert world.resolve("demo:target") == root / "target"
-    assert world.resolve("demo:target/classes.txt").read_text().splitlines() == list(world.SHADES)
+    root = tmp_path / f"demo-{splits.WORLD_VERSION}"
+    assert splits.resolve("demo:target") == root / "target"
+    assert splits.resolve("demo:target/classes.txt").read_text().splitlines() == list(world.SHADES)
 
 
 @pytest.mark.parametrize("path", ["demo:nonsense", "demo:", "target", "other:target"])
 def test_resolve_names_the_splits_it_knows(path: str) -> None:
     with pytest.raises(ValueError, match="demo:reference_heldout"):
-        world.resolve(path)
+        splits.resolve(path)
 
 
 # -------------------------------------------------------------------------------- model
@@ -176,14 +177,14 @@ def test_resolve_names_the_splits_it_knows(path: str) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return open_clip.get_tokenizer(f"local-dir:{world.MODEL_DIR}")
+    return open_clip.get_tokenizer(f"local-dir:{towers.MODEL_DIR}")
 
 
 @pytest.mark.parametrize("force_custom_text", [False, True])
 def test_model_loads_in_fp32_and_is_small(force_custom_text: bool) -> None:
-    model = open_clip.create_model(f"local-dir:{world.MODEL_DIR}", force_custom_text=force_custom_text)
+    model = open_clip.create_model(f"local-dir:{towers.MODEL_DIR}", force_custom_text=force_custom_text)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert sum(path.stat().st_size for path in world.MODEL_DIR.iterdir()) < 6_000_000
+    assert sum(path.stat().st_size for path in towers.MODEL_DIR.iterdir()) < 6_000_000
 
 
 def test_tokenizer_marks_the_end_with_the_highest_id(tokenizer: Any) -> None:
@@ -215,12 +216,12 @@ def test_tokenizer_knows_every_word_and_cuts_nothing(tokenizer: Any) -> None:
 )
 def test_model_has_learned_its_world(split: str, least: float, tokenizer: Any) -> None:
     """Accuracy on a part of the set is at least `least` times chance."""
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{world.MODEL_DIR}")
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{towers.MODEL_DIR}")
     task = world.TASKS[split]
     prompts = [template.format(name) for name in task.classes for template in task.templates]
     per_prompt = F.normalize(model.eval().encode_text(tokenizer(prompts)), dim=-1)
     per_class = F.normalize(per_prompt.unflatten(0, (len(task.classes), -1)).mean(1), dim=-1)
-    drawn = [world.sample(split, index) for index in range(100)]
+    drawn = [splits.sample(split, index) for index in range(100)]
     images = torch.stack([preprocess(sample.image) for sample in drawn])
     predicted = (model.encode_image(images) @ per_class.T).argmax(1)
     accuracy = float((predicted == torch.tensor([sample.label for sample in drawn])).float().mean())

@@ -8,14 +8,17 @@ import pytest
 import tiny
 import torch
 
-from dive_fast.config import EvaluationSet, ModelConfig
-from dive_fast.data.prepare import Options as PrepareOptions
-from dive_fast.data.prepare import RawSource, prepare
-from dive_fast.data.source import DataError, open_webdataset
-from dive_fast.evaluate.labelled import Captioned
-from dive_fast.evaluate.zero_shot import measure, open_evaluation
-from dive_fast.ranks import Ranks
-from dive_fast.towers import Towers, create, tokenizer_of
+from dive_fast.config.schema import EvaluationSet, ModelConfig
+from dive_fast.data.prepared.convert import Options as PrepareOptions
+from dive_fast.data.prepared.raw import RawSource
+from dive_fast.data.prepared.write import prepare
+from dive_fast.data.sources.webdataset import open_webdataset
+from dive_fast.distributed import Ranks
+from dive_fast.errors import DataError
+from dive_fast.evaluate.datasets.evaluation_set import Captioned
+from dive_fast.evaluate.datasets.resolve import open_evaluation
+from dive_fast.evaluate.zero_shot import measure
+from dive_fast.model.towers import Towers, create, tokenizer_of
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 COUNT = 23

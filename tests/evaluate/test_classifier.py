@@ -9,13 +9,14 @@ import torch
 from open_clip import IMAGENET_CLASSNAMES
 from torch import Tensor
 
-from dive_fast.config import ConfigError, ModelConfig
+from dive_fast.config.schema import ModelConfig
 from dive_fast.data.prompts import read_templates
-from dive_fast.evaluate import imagenet
+from dive_fast.distributed import Ranks
+from dive_fast.errors import ConfigError
 from dive_fast.evaluate.classifier import Classifier, cached_classifier, classifier, of_head
-from dive_fast.evaluate.head import Head
-from dive_fast.ranks import Ranks
-from dive_fast.towers import Towers, create, tokenizer_of
+from dive_fast.evaluate.datasets import imagenet
+from dive_fast.model.head import Head
+from dive_fast.model.towers import Towers, create, tokenizer_of
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 NAMES = ("cat", "dog", "sea lion", "teapot", "yurt")

@@ -13,10 +13,10 @@ import tiny
 import torch
 from distributed import run_script
 
-from dive_fast import towers
-from dive_fast.config import Config
-from dive_fast.evaluate import head as heads
-from dive_fast.ranks import free_port
+from dive_fast.config.schema import Config
+from dive_fast.distributed import free_port
+from dive_fast.model import head as heads
+from dive_fast.model import towers
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,13 +17,15 @@ from distributed import run_ranks, run_script
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dive_fast import towers
-from dive_fast.config import Config, ConfigError
+from dive_fast.config.schema import Config
 from dive_fast.data.prompts import read_templates
-from dive_fast.evaluate import ensemble
-from dive_fast.evaluate import head as heads
-from dive_fast.evaluate.zero_shot import classifier, evaluate
-from dive_fast.ranks import Ranks
+from dive_fast.distributed import Ranks
+from dive_fast.errors import ConfigError
+from dive_fast.evaluate import weight_ensemble as ensemble
+from dive_fast.evaluate.classifier import classifier
+from dive_fast.evaluate.zero_shot import evaluate
+from dive_fast.model import head as heads
+from dive_fast.model import towers
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 ROOT = Path(__file__).parents[2]

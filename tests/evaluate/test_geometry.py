@@ -12,7 +12,7 @@ from scipy.spatial.distance import pdist
 from scipy.stats import pearsonr
 from torch import Tensor
 
-from dive_fast.evaluate.geometry import (
+from dive_fast.evaluate.geometry.measures import (
     GeometryError,
     alignment,
     cka,
@@ -25,8 +25,8 @@ from dive_fast.evaluate.geometry import (
     uniformity,
 )
 from dive_fast.kernels import naive
-from dive_fast.objective import Pairs
-from dive_fast.towers import unit
+from dive_fast.model.features import Pairs
+from dive_fast.model.towers import unit
 
 Array = NDArray[np.float64]
 
@@ -290,9 +290,9 @@ def test_compare_wants_as_many_captions_as_images() -> None:
 
 MEMORY = """
 import resource, sys, torch
-from dive_fast.evaluate.geometry import compare
-from dive_fast.objective import Pairs
-from dive_fast.towers import unit
+from dive_fast.evaluate.geometry.measures import compare
+from dive_fast.methods.method import Pairs
+from dive_fast.model.towers import unit
 torch.set_num_threads(2)
 count = int(sys.argv[1])
 before = Pairs(*(unit(torch.randn(count, 512)) for _ in range(2)))

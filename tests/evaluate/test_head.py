@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dive_fast.config import ConfigError
-from dive_fast.evaluate import head
+from dive_fast.errors import ConfigError
+from dive_fast.model import head
 
 
 def test_a_head_comes_back_as_it_was(tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 
-from dive_fast.config import Config, EvaluateConfig, EvaluationSet, ModelConfig
-from dive_fast.data.source import DataError
-from dive_fast.evaluate.measure import Options, measure_all, open_all
+from dive_fast.config.schema import Config, EvaluateConfig, EvaluationSet, ModelConfig
+from dive_fast.distributed import Ranks
+from dive_fast.errors import DataError
+from dive_fast.evaluate.datasets.resolve import open_evaluation
+from dive_fast.evaluate.evaluator import Options, measure_all, open_all
 from dive_fast.evaluate.results import Results
-from dive_fast.evaluate.zero_shot import evaluate, measure, open_evaluation
-from dive_fast.ranks import Ranks
-from dive_fast.towers import create, tokenizer_of
+from dive_fast.evaluate.zero_shot import evaluate, measure
+from dive_fast.model.towers import create, tokenizer_of
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 GOOD, BROKEN, LOST = 6, 2, 3

@@ -13,14 +13,14 @@ import tiny
 import torch
 from PIL import Image
 
-from dive_fast.config import EvaluateConfig, ModelConfig
-from dive_fast.evaluate.head import Head
-from dive_fast.evaluate.identity import structure
-from dive_fast.evaluate.measure import Options, measure_all, open_all
+from dive_fast.checkpoint.load_weights import load_into
+from dive_fast.config.schema import EvaluateConfig, ModelConfig
+from dive_fast.distributed import Ranks
+from dive_fast.evaluate.evaluator import Options, measure_all, open_all
+from dive_fast.evaluate.feature_identity import structure
 from dive_fast.evaluate.results import Results
-from dive_fast.evaluate.weights import load_into
-from dive_fast.ranks import Ranks
-from dive_fast.towers import create, tokenizer_of
+from dive_fast.model.head import Head
+from dive_fast.model.towers import create, tokenizer_of
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 COUNT = 6

@@ -16,14 +16,16 @@ from distributed import run_ranks, run_script
 from PIL import Image
 from torch import Tensor
 
-from dive_fast import towers
-from dive_fast.config import Config, ConfigError
-from dive_fast.data.source import DataError
-from dive_fast.evaluate import movement, plots
-from dive_fast.evaluate.geometry import compare, describe
-from dive_fast.evaluate.pairs import describe_pairs, embed, open_pairs, spread
-from dive_fast.objective import Pairs
-from dive_fast.ranks import Ranks
+from dive_fast.config.schema import Config
+from dive_fast.distributed import Ranks
+from dive_fast.errors import ConfigError, DataError
+from dive_fast.evaluate import plots
+from dive_fast.evaluate.geometry import compare as movement
+from dive_fast.evaluate.geometry import figures
+from dive_fast.evaluate.geometry.embed import describe_pairs, embed, open_pairs, spread
+from dive_fast.evaluate.geometry.measures import compare, describe
+from dive_fast.model import towers
+from dive_fast.model.features import Pairs
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 ROOT = Path(__file__).parents[2]
@@ -227,8 +229,8 @@ def size(path: Path) -> tuple[int, int]:
 
 def test_pictures_of_models_that_have_not_moved_and_of_few_pairs_are_drawn(folder: Path, tmp_path: Path) -> None:
     model = embedded(folder, ALONE, 4, 3)
-    plots.differences(model, model, tmp_path / "a.png")
-    plots.rsa(model, model, compare(model, model), tmp_path / "b.png")
+    figures.draw_differences(model, model, tmp_path / "a.png")
+    figures.draw_rsa(model, model, compare(model, model), tmp_path / "b.png")
     assert size(tmp_path / "a.png")[0] > 1000
     assert size(tmp_path / "b.png")[0] > 1000
 
@@ -238,7 +240,7 @@ def test_the_main_axes_are_those_of_most_squared_length_about_zero() -> None:
     rows[:, 3] = -2.0  # all share it: it is the first axis, though nothing varies along it
     rows[:, 1] = torch.linspace(-1, 1.5, 40)
     rows[::2, 0] = 0.1
-    axes, shares = plots._main_axes(rows)
+    axes, shares = figures._main_axes(rows)
     assert axes[:, 0].abs().argmax() == 3
     assert axes[:, 1].abs().argmax() == 1
     # No axis has most rows on its negative side.
@@ -249,16 +251,16 @@ def test_the_main_axes_are_those_of_most_squared_length_about_zero() -> None:
 
 def test_a_course_has_what_the_metrics_have(tmp_path: Path) -> None:
     plain = [{"step": step, "loss": 1.0, "image_norm": None} for step in range(5)]
-    assert not plots.has_course(plain)
+    assert not figures.has_course(plain)
     batches = [{"step": step, "image_norm": 0.1 * step, "text_norm": 0.0} for step in (1, 10, 20)]
-    plots.course(batches, tmp_path / "one.png")
+    figures.draw_course(batches, tmp_path / "one.png")
     measured = [{"step": 10 * k, "geometry/rsa": 1 - 0.1 * k, "geometry/average_loss": 1e-6 * k} for k in range(3)]
-    plots.course(batches + measured, tmp_path / "three.png")
+    figures.draw_course(batches + measured, tmp_path / "three.png")
     assert size(tmp_path / "three.png")[0] > 2 * size(tmp_path / "one.png")[0]
     # Before the first update difference vectors are rounding; RSA is 1.
-    assert not plots.has_course(batches[:1])
-    assert plots._course_of(batches, "image_norm") == [(10, 1.0), (20, 2.0)]
-    assert plots._course_of(measured, "geometry/rsa")[0] == (0, 1)
+    assert not figures.has_course(batches[:1])
+    assert figures._course_of(batches, "image_norm") == [(10, 1.0), (20, 2.0)]
+    assert figures._course_of(measured, "geometry/rsa")[0] == (0, 1)
 
 
 def test_methods_are_drawn_with_and_without_rsa_and_seeds(tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ import pytest
 import tiny
 from distributed import run_ranks
 
-from dive_fast import train
-from dive_fast.config import Config, ModelConfig
-from dive_fast.evaluate import head as heads
-from dive_fast.evaluate.weights import head_of
-from dive_fast.identity import weights_digest
-from dive_fast.ranks import join
-from dive_fast.towers import create
+from dive_fast.checkpoint.load_weights import head_of
+from dive_fast.config.schema import Config, ModelConfig
+from dive_fast.distributed import join
+from dive_fast.model import head as heads
+from dive_fast.model.model_identity import weights_digest
+from dive_fast.model.towers import create
+from dive_fast.train import loop as train
 
 METHODS = ("flyp", "vanilla_ft", "lp_ft")
 

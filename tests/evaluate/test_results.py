@@ -10,16 +10,16 @@ import tiny
 import torch
 from distributed import context
 
-from dive_fast.config import EvaluateConfig, ModelConfig
+from dive_fast.config.schema import EvaluateConfig, ModelConfig
 from dive_fast.data.prompts import read_templates
-from dive_fast.data.source import DataError
+from dive_fast.distributed import Ranks
+from dive_fast.errors import DataError
 from dive_fast.evaluate.classifier import cached_classifier
-from dive_fast.evaluate.head import Head
-from dive_fast.evaluate.measure import Options, measure_all, open_all
+from dive_fast.evaluate.datasets.catalog import IMAGENET_OOD, SUITES, ZERO_SHOT_10, find
+from dive_fast.evaluate.evaluator import Options, measure_all, open_all
 from dive_fast.evaluate.results import Results, as_markdown
-from dive_fast.evaluate.suites import IMAGENET_OOD, SUITES, ZERO_SHOT_10, find
-from dive_fast.ranks import Ranks
-from dive_fast.towers import Towers, create, tokenizer_of
+from dive_fast.model.head import Head
+from dive_fast.model.towers import Towers, create, tokenizer_of
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

@@ -13,13 +13,14 @@ import tiny
 import torch
 from PIL import Image
 
-from dive_fast.config import ConfigError
-from dive_fast.data.source import DataError
-from dive_fast.data.views import Preprocess
-from dive_fast.evaluate import imagenet, names, suites, wilds
-from dive_fast.evaluate.labelled import Captioned, CountedSamples, Labelled
+from dive_fast.data.transforms import Preprocess
+from dive_fast.errors import ConfigError, DataError
+from dive_fast.evaluate.datasets import catalog as suites
+from dive_fast.evaluate.datasets import class_names as names
+from dive_fast.evaluate.datasets import imagenet, wilds
+from dive_fast.evaluate.datasets.catalog import KNOWN, SUITES, open_known
+from dive_fast.evaluate.datasets.evaluation_set import Captioned, CountedSamples, Labelled
 from dive_fast.evaluate.scores import Predictions, scores
-from dive_fast.evaluate.suites import KNOWN, SUITES, open_known
 
 JPEG = tiny.jpeg(0)
 ONE = "a photo of a {}."

@@ -20,9 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dive_fast import towers
-from dive_fast.config import Config, ConfigError, ModelConfig
-from dive_fast.evaluate.weights import load_into
+from dive_fast.checkpoint.load_weights import load_into
+from dive_fast.config.schema import Config, ModelConfig
+from dive_fast.errors import ConfigError
+from dive_fast.model import towers
 
 
 def moved(model: ModelConfig) -> dict[str, Tensor]:
@@ -115,9 +116,10 @@ def registered(folder: Path) -> ModelConfig:
 
 def by_every_route(folder: Path) -> dict[str, Any]:
     """Features of a few pictures, and accuracy, by each way to name the same weights."""
-    from dive_fast import objective, train
+    from dive_fast.distributed import join
     from dive_fast.evaluate.zero_shot import evaluate
-    from dive_fast.ranks import join
+    from dive_fast.methods import method as objective
+    from dive_fast.train import loop as train
 
     objective.Objective.backend = "torch"
     model, ranks = registered(folder), join()
@@ -360,9 +362,9 @@ def test_files_of_other_tools_are_called_what_they_are(tmp_path: Path) -> None:
 
 
 def run(trees: list[dict[str, Any]]) -> None:
-    from dive_fast import train
     from dive_fast.checkpoint import saver
-    from dive_fast.ranks import join
+    from dive_fast.distributed import join
+    from dive_fast.train import loop as train
 
     ranks, save = join(), saver.Saver.save
 

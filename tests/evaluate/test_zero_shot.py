@@ -15,27 +15,20 @@ from distributed import run_ranks
 from PIL import Image
 from torch import Tensor, nn
 
-from dive_fast.config import ConfigError, EvaluateConfig, EvaluationSet, ModelConfig
+from dive_fast.config.schema import EvaluateConfig, EvaluationSet, ModelConfig
 from dive_fast.data.prompts import read_templates
 from dive_fast.data.samples import EvaluationSamples
-from dive_fast.data.source import DataError, open_webdataset
-from dive_fast.data.views import Preprocess
-from dive_fast.evaluate import imagenet
-from dive_fast.evaluate.classifier import cached_classifier
-from dive_fast.evaluate.head import Head
-from dive_fast.evaluate.labelled import CountedSamples
-from dive_fast.evaluate.zero_shot import (
-    accuracy,
-    classifier,
-    evaluate,
-    measure,
-    open_evaluation,
-    open_set,
-    open_sets,
-    remarks_on_missing_classes,
-)
-from dive_fast.ranks import Ranks
-from dive_fast.towers import Towers, create, tokenizer_of, unit
+from dive_fast.data.sources.webdataset import open_webdataset
+from dive_fast.data.transforms import Preprocess
+from dive_fast.distributed import Ranks
+from dive_fast.errors import ConfigError, DataError
+from dive_fast.evaluate.classifier import cached_classifier, classifier
+from dive_fast.evaluate.datasets import imagenet
+from dive_fast.evaluate.datasets.evaluation_set import CountedSamples
+from dive_fast.evaluate.datasets.resolve import open_evaluation, open_set, open_sets, remarks_on_missing_classes
+from dive_fast.evaluate.zero_shot import accuracy, evaluate, measure
+from dive_fast.model.head import Head
+from dive_fast.model.towers import Towers, create, tokenizer_of, unit
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 COLOURS = ["red", "lime", "blue"]

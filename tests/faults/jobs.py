@@ -24,10 +24,10 @@ import tiny
 from distributed import begin, context
 from safetensors.torch import load_file
 
-from dive_fast.data.source import DataError
-from dive_fast.guard import watch
-from dive_fast.objective import Objective
-from dive_fast.ranks import free_port
+from dive_fast.distributed import free_port
+from dive_fast.errors import DataError
+from dive_fast.fault_tolerance import heartbeat as watch
+from dive_fast.methods.method import Objective
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 6
@@ -40,7 +40,7 @@ class At(NamedTuple):
     """Something that happens to a rank at a place in its run."""
 
     place: str
-    """``<phase> <step>`` of :meth:`dive_fast.guard.watch.Watch.at`; else a function, ``module:name``."""
+    """``<phase> <step>`` of :meth:`dive_fast.fault_tolerance.heartbeat.Watch.at`; else a function, ``module:name``."""
     what: str
     """The name of a signal to the rank itself, or of a function in :data:`HAPPENINGS`."""
     rank: int | None = None
@@ -221,7 +221,7 @@ def _arrange(at: At) -> None:
         def reached(of: Any, step: int, reached_phase: str, **named: Any) -> bool:
             return (step, reached_phase) == (int(number), phase)
 
-        _wrap("dive_fast.guard.watch:Watch.at", at.what, reached)
+        _wrap("dive_fast.fault_tolerance.heartbeat:Watch.at", at.what, reached)
         return
     calls = iter(range(1, 1_000_000))
 

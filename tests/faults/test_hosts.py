@@ -16,7 +16,7 @@ import torch
 from hosts import Host, Hosts, two_hosts, why_not
 from safetensors.torch import load_file
 
-from dive_fast.guard.watch import LOST
+from dive_fast.fault_tolerance.heartbeat import LOST
 
 ROOT = Path(__file__).parents[2]
 MASTER = "10.77.0.1"
@@ -108,7 +108,7 @@ def test_the_restart_goes_on_to_the_same_weights(net: Hosts, folder: Path, whole
 
 JOIN = """
 import os, torch
-from dive_fast.ranks import join
+from dive_fast.distributed import join
 join()
 print(os.environ.get("GLOO_SOCKET_IFNAME"), torch.get_num_threads() == len(os.sched_getaffinity(0)))
 torch.distributed.barrier()

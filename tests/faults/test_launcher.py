@@ -13,8 +13,8 @@ import psutil
 import pytest
 from jobs import REPOSITORY, config
 
-from dive_fast.guard.watch import STOPPED
-from dive_fast.ranks import free_port
+from dive_fast.distributed import free_port
+from dive_fast.fault_tolerance.heartbeat import STOPPED
 
 LAUNCHER = "deepspeed.launcher.launch"
 

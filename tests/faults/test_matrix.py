@@ -22,9 +22,11 @@ import torch
 from jobs import REPOSITORY, STEPS, At, Job, Outcome, config
 from safetensors.torch import load_file
 
-from dive_fast.data import prepare
-from dive_fast.data.source import open_webdataset
-from dive_fast.guard.watch import LOST, STOPPED
+from dive_fast.data.prepared import convert
+from dive_fast.data.prepared import write as prepare
+from dive_fast.data.prepared.raw import RawSource
+from dive_fast.data.sources.webdataset import open_webdataset
+from dive_fast.fault_tolerance.heartbeat import LOST, STOPPED
 
 SAME = "the same bits"
 """Weights and metrics of a run that nothing happened to."""
@@ -34,7 +36,7 @@ KILLED = -signal.SIGKILL
 
 LATE = At("step 6", "SIGKILL")
 """The checkpoint of step 2 is whole then: that of step 4 waits for it. It may be whole itself."""
-STEP = "dive_fast.engine:Engine.step"
+STEP = "dive_fast.engine.step:Engine.step"
 WRITE = "dive_fast.checkpoint.saver:_Save._write"
 
 
@@ -168,7 +170,7 @@ def _(case: Case) -> None:
 @fault("`kill -9` while the teacher cache is written", AGAIN)
 def _(case: Case) -> None:
     # A set as small as this is written by the first rank alone.
-    ended(case.job.go(At("dive_fast.teacher.store:Writer.write", "SIGKILL")), KILLED, LOST)
+    ended(case.job.go(At("dive_fast.teacher.cache_files:Writer.write", "SIGKILL")), KILLED, LOST)
     case.same()
 
 
@@ -196,7 +198,7 @@ def _(case: Case) -> None:
 
 @fault("`kill -9` while the final model is exported", AGAIN)
 def _(case: Case) -> None:
-    ended(case.job.go(At("dive_fast.towers:save", "SIGKILL")), KILLED, LOST)
+    ended(case.job.go(At("dive_fast.model.towers:save", "SIGKILL")), KILLED, LOST)
     assert not (case.job.run / "model.safetensors").exists()
     case.same()
 
@@ -234,7 +236,7 @@ fault("SIGUSR1 to a run on one rank", SAVED)(functools.partial(asked, "SIGUSR1",
 @fault("SIGTERM to the ranks and their loader processes, from outside", SAVED)
 def _(case: Case) -> None:
     options = ("data.target.workers=1", "data.reference.workers=1")
-    job = case.job.start(At("dive_fast.engine:Engine.step", "lingers", call=3, until=4), overrides=options)
+    job = case.job.start(At("dive_fast.engine.step:Engine.step", "lingers", call=3, until=4), overrides=options)
     job.until_step(2)
     for rank in range(2):
         job.kill_all_of(rank, signal.SIGTERM)
@@ -246,7 +248,7 @@ def asked_in_a_group(ranks: int, threads: int, case: Case) -> None:
     """As ``timeout`` does it: all processes of the group are told, a rank's loader processes before the rank."""
     options = ("data.target.workers=1", "data.reference.workers=1")
     job = case.job.start(
-        At("dive_fast.engine:Engine.step", "lingers", call=3, until=4),
+        At("dive_fast.engine.step:Engine.step", "lingers", call=3, until=4),
         ranks=ranks,
         overrides=options,
         environment={"OMP_NUM_THREADS": str(threads)},
@@ -264,7 +266,7 @@ for ranks, threads in ((1, 2), (1, 4), (2, 4)):
         functools.partial(asked_in_a_group, ranks, threads)
     )
 
-NO_BATCH = At("dive_fast.data.plain:_Decode.__call__", "hangs", call=4)
+NO_BATCH = At("dive_fast.data.loaders.plain:_Decode.__call__", "hangs", call=4)
 """In a loader process, which makes some batches ahead: none comes for step 4."""
 
 
@@ -294,7 +296,9 @@ for ranks in (1, 2):
 )
 def _(case: Case) -> None:
     options = ("train.checkpoint_every=1",)
-    job = case.job.start(At("dive_fast.guard.watch:Watch.leaves", "hangs", rank=1, call=4), overrides=options)
+    job = case.job.start(
+        At("dive_fast.fault_tolerance.heartbeat:Watch.leaves", "hangs", rank=1, call=4), overrides=options
+    )
     job.until_step(2)
     job.kill(0, signal.SIGTERM)
     ended(job.wait(), STOPPED, STOPPED, says="left without saving, since no step ends")
@@ -315,7 +319,7 @@ def asked_at_the_start(place: str, case: Case) -> None:
 
 
 for what, place in (
-    ("the teacher cache is written", "dive_fast.teacher.store:Writer.write"),
+    ("the teacher cache is written", "dive_fast.teacher.cache_files:Writer.write"),
     ("the teacher cache is audited", "dive_fast.teacher.build:audit"),
 ):
     fault(f"SIGTERM while {what}", f"all ranks exit {STOPPED} within seconds; {AGAIN}", quick=True)(
@@ -327,7 +331,7 @@ for what, place in (
 def _(case: Case) -> None:
     measured = {key: case.tree["data"]["target"][key] for key in tiny.EVALUATION}
     options = ("evaluate.every_steps=3", f"evaluate.sets={json.dumps({'seen': measured})}", "evaluate.workers=0")
-    job = case.job.start(At("dive_fast.validation:evaluate", "hangs"), overrides=options)
+    job = case.job.start(At("dive_fast.train.validation:evaluate", "hangs"), overrides=options)
     while not (job.checkpoints() and job.checkpoints()[-1].name == "step00000003"):
         time.sleep(0.05)
     time.sleep(1)
@@ -350,7 +354,7 @@ def _(case: Case) -> None:
     outcome = case.job.go(
         At(WRITE, "disk full", rank=1, call=2),
         At("evaluation 3", "SIGTERM", rank=1),
-        At("dive_fast.validation:evaluate", "lingers"),
+        At("dive_fast.train.validation:evaluate", "lingers"),
         overrides=options,
     )
     ended(outcome, STOPPED, STOPPED, says="saved after step")
@@ -373,14 +377,14 @@ def _(case: Case) -> None:
 
 @fault("a request to stop, and a rank that is slow to end", f"it ends by {STOPPED} too; {AGAIN}")
 def _(case: Case) -> None:
-    slow = At("dive_fast.data.ahead:Ahead.close", "lingers long", rank=1)
+    slow = At("dive_fast.data.prefetch:Ahead.close", "lingers long", rank=1)
     ended(case.job.go(At("step 3", "SIGTERM", rank=0), slow), STOPPED, STOPPED, says="saved after step")
     case.same()
 
 
 @fault("SIGTERM before the first step", f"all ranks exit {STOPPED}; {AGAIN}")
 def _(case: Case) -> None:
-    ended(case.job.go(At("dive_fast.run:Engine", "SIGTERM")), STOPPED, STOPPED, says="SIGTERM: left while")
+    ended(case.job.go(At("dive_fast.train.setup:Engine", "SIGTERM")), STOPPED, STOPPED, says="SIGTERM: left while")
     case.same()
 
 
@@ -427,7 +431,7 @@ for dead, codes in ((1, (LOST, KILLED)), (0, (KILLED, LOST))):
 @fault("a rank hangs in a step", f"all name it and its step within the timeout, exit {LOST}; {AGAIN}")
 def _(case: Case) -> None:
     # The other one's step does not end either: it waits for this one's gradients.
-    hanging = At("dive_fast.guard.watch:Watch.leaves", "hangs", rank=1, call=4)
+    hanging = At("dive_fast.fault_tolerance.heartbeat:Watch.leaves", "hangs", rank=1, call=4)
     lost(hanging, (LOST, LOST), "rank 1 waiting for the batch of step 4", case)
 
 
@@ -458,7 +462,7 @@ def _(case: Case) -> None:
     quick=True,
 )
 def _(case: Case) -> None:
-    outcome = case.job.go(At("dive_fast.run:open_target", "data missing", rank=1))
+    outcome = case.job.go(At("dive_fast.train.setup:open_target", "data missing", rank=1))
     ended(outcome, LOST, 2, says="failed starting: DataError: data.target: no tar there")
     case.same()
 
@@ -472,7 +476,7 @@ for what, says in (("out of memory", "CUDA out of memory"), ("CUDA error", "an i
     )
     def _(case: Case, what: str = what, says: str = says) -> None:
         # The other one is late, and must not be taken for the cause.
-        silent = At("dive_fast.guard.watch:Watch.leaves", "lingers long", rank=0, call=4)
+        silent = At("dive_fast.fault_tolerance.heartbeat:Watch.leaves", "lingers long", rank=0, call=4)
         outcome = case.job.go(At(STEP, what, rank=1, call=4), silent, overrides=("train.rank_timeout=15",))
         ended(outcome, 1, 1, says=f"failed in step 4: {'CUDA error: ' * (what != 'out of memory')}{says}")
         assert "rank 0 on" not in outcome.said
@@ -522,8 +526,8 @@ def _(case: Case) -> None:
 @fault("no batch comes for a while", "said after 30 s, and the run goes on: " + SAME)
 def _(case: Case) -> None:
     outcome = case.job.go(
-        At("dive_fast.guard.watch:Watch.leaves", "lingers", rank=1, call=3),
-        At("dive_fast.train:build", "impatient"),
+        At("dive_fast.fault_tolerance.heartbeat:Watch.leaves", "lingers", rank=1, call=3),
+        At("dive_fast.train.loop:build", "impatient"),
     )
     ended(outcome, 0, 0, says="rank 1 has waited")
     case.same()
@@ -542,14 +546,14 @@ def _(case: Case) -> None:
 @fault("a disk that hangs for a while at a checkpoint", "said after 30 s, and the run goes on: " + SAME)
 def _(case: Case) -> None:
     # Steps go on meanwhile, until the next checkpoint is due.
-    outcome = case.job.go(At(WRITE, "lingers", rank=1), At("dive_fast.train:build", "impatient"))
+    outcome = case.job.go(At(WRITE, "lingers", rank=1), At("dive_fast.train.loop:build", "impatient"))
     ended(outcome, 0, 0, says="s for the checkpoint of step 4, or that before it")
     case.same()
 
 
 @fault("the disk is full at lines of `metrics.jsonl`", "warned of, and they wait: " + SAME, quick=True)
 def _(case: Case) -> None:
-    full = At("dive_fast.metrics:Metrics._append", "ten bytes left", rank=0, call=3, until=4)
+    full = At("dive_fast.train.metrics:Metrics._append", "ten bytes left", rank=0, call=3, until=4)
     outcome = case.job.go(full)
     ended(outcome, 0, 0, says="its lines wait")
     assert outcome.said.count("its lines wait") == 1
@@ -558,7 +562,7 @@ def _(case: Case) -> None:
 
 @fault("the disk is full at the last line of `metrics.jsonl`", f"exit 1; {AGAIN}")
 def _(case: Case) -> None:
-    full = At("dive_fast.metrics:Metrics._append", "ten bytes left", rank=0, call=6, until=9)
+    full = At("dive_fast.train.metrics:Metrics._append", "ten bytes left", rank=0, call=6, until=9)
     outcome = case.job.go(full)
     ended(outcome, 1, 1, says="metrics.jsonl: [Errno 28]")
     assert [path.name for path in case.job.checkpoints()] == ["step00000002", "step00000004"]
@@ -795,8 +799,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     folder = tmp_path_factory.mktemp("data")
     tree, prepared = config(folder), {}
     for half, text in (("target", ".cls"), ("reference", ".txt")):
-        raw = prepare.RawSource(open_webdataset(tree["data"][half]["path"], text))
-        prepare.prepare(raw, folder / f"{half}-beton", prepare.Options("beton"), workers=1)
+        raw = RawSource(open_webdataset(tree["data"][half]["path"], text))
+        prepare.prepare(raw, folder / f"{half}-beton", convert.Options("beton"), workers=1)
         prepared[half] = str(folder / f"{half}-beton")
     vision = tiny.VISION | {"patch_dropout": 0.5}
     dropping = tiny.write_model(folder / "dropping", tiny.CLIP | {"vision_cfg": vision})

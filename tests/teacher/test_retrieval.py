@@ -20,14 +20,16 @@ from distributed import context, run_ranks, run_script
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from dive_fast.config import Config
-from dive_fast.data.sets import open_reference
-from dive_fast.ranks import Ranks, join
-from dive_fast.teacher import build, retrieval, store
+from dive_fast.config.schema import Config
+from dive_fast.data.open_dataset import open_reference
+from dive_fast.distributed import Ranks, join
+from dive_fast.model.towers import Towers, create
+from dive_fast.teacher import build
+from dive_fast.teacher import cache_files as store
+from dive_fast.teacher import clip_retrieval as retrieval
 from dive_fast.teacher.audit import Audit
-from dive_fast.teacher.retrieval import Embeddings
-from dive_fast.teacher.store import CacheError, StaleCacheError
-from dive_fast.towers import Towers, create
+from dive_fast.teacher.cache_files import CacheError, StaleCacheError
+from dive_fast.teacher.clip_retrieval import Embeddings
 
 ROOT = Path(__file__).parents[2]
 ALONE = Ranks(0, 1, torch.device("cpu"))

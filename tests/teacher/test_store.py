@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dive_fast.teacher import store
-from dive_fast.teacher.store import CacheError, Layout, Store, Writer
+from dive_fast.teacher import cache_files as store
+from dive_fast.teacher.cache_files import CacheError, Layout, Store, Writer
 
 FINGERPRINT = {"model": "tiny"}
 

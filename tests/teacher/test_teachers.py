@@ -12,18 +12,20 @@ import torch
 from distributed import run_ranks
 from torch import Tensor
 
-from dive_fast.config import Config, ModelConfig
-from dive_fast.data.loader import Options, batches_of
+from dive_fast.config.schema import Config, ModelConfig
+from dive_fast.data.loaders.loader import Options, batches_of
+from dive_fast.data.open_dataset import open_reference
 from dive_fast.data.samples import ReferenceSamples
-from dive_fast.data.sets import open_reference
-from dive_fast.data.source import open_webdataset
-from dive_fast.ranks import Ranks, join
-from dive_fast.teacher import build, store, write
+from dive_fast.data.sources.webdataset import open_webdataset
+from dive_fast.distributed import Ranks, join
+from dive_fast.model.towers import Towers, create, tokenizer_of
+from dive_fast.teacher import build
+from dive_fast.teacher import cache_files as store
+from dive_fast.teacher import write_cache as write
 from dive_fast.teacher.audit import audit, judge
+from dive_fast.teacher.cache_files import CacheError, StaleCacheError
 from dive_fast.teacher.fingerprint import Fingerprint, fingerprint
-from dive_fast.teacher.store import CacheError, StaleCacheError
-from dive_fast.teacher.teachers import CachedTeacher, OnlineTeacher
-from dive_fast.towers import Towers, create, tokenizer_of
+from dive_fast.teacher.teacher import CachedTeacher, OnlineTeacher
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 COUNT, VIEWS = 11, 3

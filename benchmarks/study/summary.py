@@ -1,0 +1,376 @@
+"""Tables and charts of a study, from its file of results alone."""
+
+import statistics
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dive_fast.evaluate import plots
+from dive_fast.io.atomic_files import write_whole
+from study import sets
+from study.experiments import ABLATIONS, HEADS, LEARNING_RATES, MAIN, MARGIN, SEEDS, chosen, grids, run_of
+from study.runs import REFERENCE, SIZES, Run
+
+Row = dict[str, Any]
+METHODS = ("flyp", "flyp_replay", "snd", "dive", *ABLATIONS, *HEADS)
+LABELS = {name: label for name, (label, _) in plots.METHODS.items()} | {"cosine": "Cosine, m from 1"}
+COLOURS = {name: colour for name, (_, colour) in plots.METHODS.items()}
+WORLDS = {"cifar10": "CIFAR-10", "pacs": "PACS photo"}
+RULES = {
+    "equal": f"Largest weight that costs at most {100 * MARGIN:g} point of FLYP's ID validation",
+    "best": "Weight and learning rate of the best ID validation",
+}
+LEVELS = (0.0, 0.01, 0.02)
+"""ID accuracy given up against FLYP's best, at which zero-shot accuracies are compared."""
+
+
+class Figure(NamedTuple):
+    """Mean and standard deviation over seeds."""
+
+    mean: float
+    deviation: float
+    count: int
+
+    def percent(self) -> str:
+        """As a share of 100."""
+        return f"{100 * self.mean:.1f}" + (f" ± {100 * self.deviation:.1f}" if self.count > 1 else "")
+
+    def plain(self, digits: str = ".3f") -> str:
+        """As it is."""
+        return f"{self.mean:{digits}}" + (f" ± {self.deviation:{digits}}" if self.count > 1 else "")
+
+
+def figure(rows: Sequence[Row], of: Callable[[Row], float]) -> Figure:
+    """Of one measure of runs that differ in their seeds."""
+    values = [of(row) for row in rows]
+    return Figure(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
+
+
+def ood(row: Row) -> float:
+    """Accuracy under shift: the mean over domains, where there are several."""
+    shifted = sets.DOMAINS if row["world"] == "pacs" else ("ood",)
+    return statistics.fmean(row[name] for name in shifted)
+
+
+def over_seeds(rows: Iterable[Row], run: Run) -> list[Row]:
+    """Results of a run with each of the seeds that it was made with."""
+    wanted = {replace(run, seed=seed) for seed in SEEDS}
+    return [row for row in rows if row["method"] == run.method and run_of(row) in wanted]
+
+
+def main_table(rows: Sequence[Row], world: str, rule: str, grid: Sequence[Row]) -> list[str]:
+    """Methods at the setting that a rule picks, in Markdown.
+
+    Args:
+        grid: the rows that it picks from.
+    """
+    lines = [
+        "| method | weight | learning rate | seeds | validation | ID | OOD | ZS | Tiny | RSA | mean u, v |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if (row["world"], row["method"]) == (world, "pretrained"):
+            cells = [
+                f"{100 * value:.1f}" for value in (row["validation"], row["id"], ood(row), row["zs"], row["tiny"])
+            ]
+            lines.append(f"| pre-trained | | | | {' | '.join(cells)} | 1 | |")
+    for method in METHODS:
+        run = chosen(grid, world, method, rule)
+        found = over_seeds(rows, run) if run is not None else []
+        if run is None or not found:
+            continue
+        cells = [
+            LABELS[method],
+            "" if run.weight is None else f"{run.weight:g}",
+            f"{run.learning_rate:g}",
+            str(len(found)),
+            *(figure(found, of).percent() for of in (_of("validation"), _of("id"), ood, _of("zs"), _of("tiny"))),
+            figure(found, _of("rsa")).plain(),
+            ", ".join(f"{figure(found, _of(name)).mean:.1e}" for name in ("u", "v") if name in found[0]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those (ID, ZS) that no other one beats in both, by rising ID."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(set(points), reverse=True):
+        if not best or point[1] > best[-1][1]:
+            best.append(point)
+    return best[::-1]
+
+
+def at_level(points: Iterable[tuple[float, float]], level: float) -> float | None:
+    """The highest ZS on the line through the front at an ID of ``level`` or more; None where it does not reach."""
+    line = front(points)
+    if not line or level > line[-1][0]:
+        return None
+    return float(np.interp(level, [x for x, _ in line], [y for _, y in line]))
+
+
+def level_table(rows: Sequence[Row], world: str) -> list[str]:
+    """Zero-shot accuracy, mean of both sets, and RSA at equal ID accuracy, from the grid's runs."""
+    flyp = [row for row in rows if (row["world"], row["method"], row["seed"]) == (world, "flyp", 0)]
+    if not flyp:
+        return []
+    reached = max(map(in_domain, flyp))
+    heads = [f"FLYP's ID{f' - {100 * less:g}' if less else ''}" for less in LEVELS]
+    lines = [f"| method | {' | '.join(heads)} | RSA, the same |", "|---" * (len(LEVELS) + 2) + "|"]
+    for method in METHODS:
+        if method in HEADS:
+            continue  # their ID is that of another classifier
+        # The same grid for every method: who has more runs finds a better one.
+        grid = set(grids(world, [method]))
+        found = [row for row in plain_runs(rows, world, method) if run_of(row) in grid]
+        if len(found) < len(grid):
+            continue
+        levels = [reached - less for less in LEVELS]
+        kept = [at_level([(in_domain(row), zero_shot(row)) for row in found], level) for level in levels]
+        geometry = [at_level([(in_domain(row), row["rsa"]) for row in found], level) for level in levels]
+        cells = ["-" if value is None else f"{100 * value:.1f}" for value in kept]
+        shapes = ", ".join("-" if value is None else f"{value:.3f}" for value in geometry)
+        lines.append(f"| {LABELS[method]} | {' | '.join(cells)} | {shapes} |")
+    return lines
+
+
+def in_domain(row: Row) -> float:
+    """ID accuracy on validation and test pictures together: steadier than either."""
+    return (float(row["validation"]) + float(row["id"])) / 2
+
+
+def zero_shot(row: Row) -> float:
+    """Mean of both zero-shot sets."""
+    return (float(row["zs"]) + float(row["tiny"])) / 2
+
+
+def plain_runs(rows: Iterable[Row], world: str, method: str) -> list[Row]:
+    """Runs of seed 0 that differ from the default in weight and learning rate alone."""
+    found = [row for row in rows if (row["world"], row["method"], row["seed"]) == (world, method, 0)]
+    return [row for row in found if run_of(row).is_plain()]
+
+
+def sweeps(dive: Run, batch_size: int) -> dict[str, dict[str, Run]]:
+    """One thing about DiVE's setting after another: what is swept -> its values as words -> the run at seed 0."""
+    alone = replace(dive, method="avl")
+    decays = (0.0, 0.5, 0.9, 0.99)
+    smaller = {f"B/{part}": replace(dive, reference_batch=batch_size // part) for part in (2, 4, 8)}
+    return {
+        "reference batch B'": {"B": dive} | smaller,
+        "a reference batch at every k-th step, weight x k, decay ^ k": {
+            f"k = {every}": replace(dive, every=every) for every in (1, 2, 4, 8)
+        },
+        "alpha, DiVE": {f"{decay:g}": replace(dive, decay=decay) for decay in decays},
+        "alpha, AVL alone": {f"{decay:g}": replace(alone, decay=decay) for decay in decays},
+        "pairs in the reference set": {
+            f"{count:,}": replace(dive, reference=count) for count in (500, 2500, REFERENCE)
+        },
+    }
+
+
+def sweep_tables(rows: Sequence[Row], batch_size: int) -> list[str]:
+    """The sweeps in Markdown."""
+    run = chosen(rows, "cifar10", "dive", "equal")
+    lines: list[str] = []
+    for title, cases in {} if run is None else sweeps(run, batch_size).items():
+        lines += ["", f"| {title} | seeds | ID | OOD | ZS | Tiny | RSA | mean u, v, m |", "|---" * 8 + "|"]
+        for name, found in with_equal_seeds(rows, cases).items():
+            cells = [figure(found, of).percent() for of in (_of("id"), ood, _of("zs"), _of("tiny"))]
+            norms = ", ".join(f"{figure(found, _of(symbol)).mean:.1e}" for symbol in "uvm")
+            shape = figure(found, _of("rsa")).plain()
+            lines.append(f"| {name} | {len(found)} | {' | '.join(cells)} | {shape} | {norms} |")
+    return lines
+
+
+def with_equal_seeds(rows: Sequence[Row], cases: dict[str, Run]) -> dict[str, list[Row]]:
+    """Results of the cases that have any, over the seeds that all of these have."""
+    known = {name: found for name, case in cases.items() if (found := over_seeds(rows, case))}
+    seeds = [{row["seed"] for row in found} for found in known.values()]
+    common = set[int]().union(*seeds[:1]).intersection(*seeds)
+    return {name: [row for row in found if row["seed"] in common] for name, found in known.items()}
+
+
+def draw_sweeps(rows: Sequence[Row], batch_size: int, path: Path) -> bool:
+    """ID and zero-shot accuracy over what is swept; whether there was anything to draw."""
+    from matplotlib.figure import Figure as Canvas
+
+    run = chosen(rows, "cifar10", "dive", "equal")
+    if run is None:
+        return False
+    swept = sweeps(run, batch_size)
+    canvas = Canvas(figsize=(3.1 * len(swept), 3.6), layout="constrained")
+    looks = {"ID": (in_domain, "#3d3d3d", "s--"), "zero-shot, both sets": (zero_shot, COLOURS["dive"], "o-")}
+    for axis, (title, cases) in zip(canvas.subplots(1, len(swept), sharey=True), swept.items(), strict=True):
+        known = with_equal_seeds(rows, cases)
+        for label, (of, colour, line) in looks.items():
+            figures = [figure(found, of) for found in known.values()]
+            means, deviations = [100 * one.mean for one in figures], [100 * one.deviation for one in figures]
+            places = [list(cases).index(name) for name in known]
+            axis.errorbar(places, means, deviations, fmt=line, color=colour, markersize=5, capsize=2, label=label)
+        axis.set_xticks(range(len(cases)), list(cases), fontsize=8)
+        axis.set_title(textwrap.fill(title, 34), fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", alpha=0.25)
+    canvas.axes[0].set_ylabel("accuracy, %")
+    canvas.axes[0].legend(frameon=False, fontsize=8)
+    canvas.savefig(path, dpi=130)
+    return True
+
+
+def compared(rows: Sequence[Row], world: str, rule: str, grid: Sequence[Row]) -> list[Row]:
+    """The pre-trained model and each method's runs at the setting that a rule picks from a grid."""
+    found = [row for row in rows if (row["world"], row["method"]) == (world, "pretrained")]
+    for method in METHODS:
+        if (run := chosen(grid, world, method, rule)) is not None:
+            found += over_seeds(rows, run)
+    return [row | {"ood": ood(row), "zs": zero_shot(row)} for row in found]
+
+
+def norm_table(rows: Sequence[Row]) -> list[str]:
+    """Lengths of the difference vectors at the end of DiVE's runs, over weight and learning rate."""
+    found = sorted(plain_runs(rows, "cifar10", "dive"), key=lambda row: (row["learning_rate"], row["weight"]))
+    lines = ["| lambda | learning rate | mean u | mean v | m | m over u | ID | ZS | RSA |", "|---" * 9 + "|"]
+    for row in found:
+        norms = " | ".join(f"{row[symbol]:.1e}" for symbol in "uvm")
+        lines.append(
+            f"| {row['weight']:g} | {row['learning_rate']:g} | {norms} | {row['m'] / row['u']:.2f} "
+            f"| {100 * row['id']:.1f} | {100 * row['zs']:.1f} | {row['rsa']:.4f} |"
+        )
+    return lines
+
+
+def write(rows: Sequence[Row], size: str, folder: Path, grid: Sequence[Row] | None = None) -> Path:
+    """Writes ``study-<size>.md`` and its charts; returns the former.
+
+    Args:
+        grid: of another size, where the rows have the settings that it chose: then methods are compared, no more.
+    """
+    path = folder / f"study-{size}.md"
+    lines = [f"# The study, {size}: figures", "", "Made by `python -m study report` from the lines beside it."]
+    for world, title in WORLDS.items():
+        if not any(row["world"] == world for row in rows):
+            continue
+        for rule, meaning in RULES.items():
+            table = main_table(rows, world, rule, rows if grid is None else grid)
+            # Settings from elsewhere are those of one rule.
+            if len(table) > 3 and (grid is None or rule == "equal"):
+                lines += ["", f"## {title}. {meaning}", "", *table]
+        name = f"study-{size}-{world}-methods.png"
+        methods = compared(rows, world, "equal", rows if grid is None else grid)
+        if any(row["method"] != "pretrained" for row in methods):
+            plots.tradeoff(methods, folder / name, f"{title}: {RULES['equal'][0].lower()}{RULES['equal'][1:]}")
+            lines += ["", f"![Methods: ID, OOD, zero-shot accuracy and RSA]({name})"]
+        if grid is not None:
+            continue
+        table = level_table(rows, world)
+        if table:
+            lines += [
+                "",
+                f"## {title}. Zero-shot accuracy (mean of both sets) at equal ID, from the grid",
+                "",
+                *table,
+            ]
+        name = f"study-{size}-{world}-curves.png"
+        draw_curves(rows, world, folder / name)
+        lines += ["", f"![ID against zero-shot accuracy and RSA]({name})"]
+    if grid is None:
+        lines += _about_dive(rows, size, folder)
+    write_whole(path, ("\n".join(lines) + "\n").encode())
+    return path
+
+
+def _about_dive(rows: Sequence[Row], size: str, folder: Path) -> list[str]:
+    lines = ["", "## Sweeps: DiVE on CIFAR-10", *sweep_tables(rows, SIZES[size].batch_size)]
+    name = f"study-{size}-sweeps.png"
+    if draw_sweeps(rows, SIZES[size].batch_size, folder / name):
+        lines += ["", f"![Accuracy over what is swept]({name})"]
+    lines += ["", "## Lengths of difference vectors, DiVE on CIFAR-10, seed 0", "", *norm_table(rows)]
+    name = f"study-{size}-norms.png"
+    if draw_norms(rows, folder / name):
+        lines += ["", f"![Lengths of difference vectors along runs]({name})"]
+    return lines
+
+
+def draw_curves(rows: Sequence[Row], world: str, path: Path) -> None:
+    """ID against zero-shot accuracy and RSA: for each method a line over its weights at its best learning rate."""
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(11.5, 5.2), layout="constrained")
+    measures: list[tuple[str, Callable[[Row], float], float]] = [
+        ("zero-shot accuracy (mean of both sets), %", zero_shot, 100),
+        ("RSA", _of("rsa"), 1),
+    ]
+    for axis, (title, of, factor) in zip(canvas.subplots(1, 2), measures, strict=True):
+        for method in METHODS:
+            if method in HEADS:
+                continue
+            # Those at gentler rates are there for the lengths of difference vectors, and learn little.
+            found = [row for row in plain_runs(rows, world, method) if row["learning_rate"] in LEARNING_RATES]
+            if not found:
+                continue
+            points = [(100 * in_domain(row), factor * of(row)) for row in found]
+            axis.plot(*zip(*points, strict=True), "o", color=COLOURS[method], markersize=3.5, alpha=0.35)
+            best = max(found, key=lambda row: row["validation"])
+            line = [row for row in found if row["learning_rate"] == best["learning_rate"]]
+            line.sort(key=lambda row: row["weight"] or 0)
+            points = [(100 * in_domain(row), factor * of(row)) for row in line]
+            axis.plot(*zip(*points, strict=True), "o-", color=COLOURS[method], markersize=6, label=LABELS[method])
+            for row, point in zip(line, points, strict=True):
+                if row["weight"] is not None and method in MAIN:
+                    axis.annotate(f"{row['weight']:g}", point, (5, 3), textcoords="offset points", fontsize=7)
+        started = [row for row in rows if (row["world"], row["method"]) == (world, "pretrained")]
+        for row in started:
+            axis.axhline(factor * of(row), color=COLOURS["pretrained"], linewidth=1, linestyle=":")
+            axis.annotate(
+                "pre-trained", (0.01, factor * of(row)), (0, 3), xycoords=("axes fraction", "data"),
+                textcoords="offset points", fontsize=8, color=COLOURS["pretrained"],
+            )  # fmt: skip
+        axis.set_xlabel("ID accuracy (validation and test), %")
+        axis.set_ylabel(title)
+        axis.spines[["top", "right"]].set_visible(False)
+    canvas.axes[0].legend(frameon=False, fontsize=8, loc="lower left")
+    canvas.suptitle(
+        f"Fine-tuning on {WORLDS[world]}, seed 0: lines over the weight (numbers) at each method's best "
+        "learning rate; faint: the other ones",
+        fontsize=10,
+    )
+    canvas.savefig(path, dpi=130)
+
+
+def draw_norms(rows: Sequence[Row], path: Path) -> bool:
+    """Mean |u|, |v| and |m| along DiVE's runs of one learning rate, a line for each lambda; whether there are."""
+    from matplotlib.figure import Figure as Canvas
+
+    best = chosen(rows, "cifar10", "dive", "best")
+    if best is None:
+        return False
+    found = [row for row in plain_runs(rows, "cifar10", "dive") if row["learning_rate"] == best.learning_rate]
+    found.sort(key=lambda row: row["weight"])
+    canvas = Canvas(figsize=(11.5, 3.8), layout="constrained")
+    titles = {"u": "mean |u|, images", "v": "mean |v|, captions", "m": "|m|"}
+    for axis, (symbol, title) in zip(canvas.subplots(1, 3, sharey=True), titles.items(), strict=True):
+        for place, row in enumerate(found):
+            points = [(point["step"], point[symbol]) for point in row["course"] if point["step"] > 1]
+            shade = 0.25 + 0.7 * place / max(1, len(found) - 1)
+            axis.plot(*zip(*points, strict=True), color=(0.1, 0.3, 0.6, shade), label=f"{row['weight']:g}")
+            axis.annotate(f"{row['weight']:g}", points[-1], (3, -3), textcoords="offset points", fontsize=7)
+        axis.axhspan(1e-4, 1e-3, color="#d98c3f", alpha=0.12, linewidth=0)
+        axis.set_yscale("log")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
+        axis.spines[["top", "right"]].set_visible(False)
+    canvas.suptitle(
+        f"Difference vectors along DiVE runs at learning rate {best.learning_rate:g}; numbers: lambda; "
+        "band: what the paper reports for CLIP",
+        fontsize=10,
+    )
+    canvas.savefig(path, dpi=130)
+    return True
+
+
+def _of(name: str) -> Callable[[Row], float]:
+    return lambda row: float(row[name])

@@ -1,0 +1,1 @@
+"""A run's settings: schema, reading, errors in one line, reference."""

@@ -1,0 +1,102 @@
+"""The first mistake of a config in one line: its key, what is expected, the nearest valid key."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from typing import Any, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from dive_fast.config.schema import Config
+from dive_fast.config.section import section_type as section_type
+from dive_fast.config.section import sections as sections
+
+
+def first_mistake(error: ValidationError) -> ErrorDetails:
+    """The mistake to report: an unknown key is usually the cause of a missing one, so it comes first."""
+    mistakes = error.errors(include_url=False)
+    return next((mistake for mistake in mistakes if mistake["type"] == "extra_forbidden"), mistakes[0])
+
+
+SYNONYMS = {
+    "lr": "train.learning_rate",
+    "wd": "train.weight_decay",
+    "bs": "data.target.batch_size",
+    "batch_size": "data.target.batch_size",
+    "lambda": "objective.weight",
+    "warmup": "train.warmup_steps",
+    "num_workers": "data.target.workers",
+    "workers": "data.target.workers",
+    "output_dir": "train.output",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+}
+"""Keys as other projects name them."""
+
+
+def _nearest_key(place: str, valid: Sequence[str]) -> str:
+    """The end of a message that names the nearest key, with its sections."""
+    section, _, name = place.rpartition(".")
+    if name in SYNONYMS:
+        return f"; did you mean {SYNONYMS[name]}?"
+    if near := difflib.get_close_matches(name, valid, n=1, cutoff=0.5):
+        return f"; did you mean {f'{section}.' if section else ''}{near[0]}?"
+    elsewhere = [at for at, part in sections(Config, "") if "<" not in at and name in part.model_fields]
+    return f"; did you mean {elsewhere[0]}.{name}?" if elsewhere else ""
+
+
+def explain(error: ValidationError) -> str:
+    """The first mistake in one line: the key, its place, what is expected, the nearest valid key."""
+    mistakes, first = error.errors(include_url=False), first_mistake(error)
+    place = key_path(first)
+    alternatives = [_plain(mistake["msg"]) for mistake in mistakes if key_path(mistake) == place]
+    if first["type"] == "extra_forbidden":
+        valid = list(_section_at(first["loc"][:-1]))
+        return f"unknown key {place}{_nearest_key(place, valid)} (valid: {', '.join(valid)})"
+    if first["type"] == "missing":
+        return f"{place} is missing"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    return f"{place} = {_cut(json.dumps(first['input'], default=str))}: {' or '.join(alternatives)}"
+
+
+def key_path(mistake: ErrorDetails) -> str:
+    keys: list[str] = []
+    holder: Any = Config
+    for key in mistake["loc"]:
+        # Below a plain value pydantic names the branches of a union; they are no keys of the file.
+        if holder is None and isinstance(key, str):
+            break
+        keys.append(str(key))
+        holder = _inside(holder, key)
+    return ".".join(keys)
+
+
+def shorten(text: str) -> str:
+    return _cut(repr(text))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:150]} ... {text[-45:]}"
+
+
+def _plain(message: str) -> str:
+    return message[0].lower() + message[1:]
+
+
+def _section_at(location: tuple[int | str, ...]) -> dict[str, FieldInfo]:
+    holder: Any = Config
+    for key in location:
+        holder = _inside(holder, key)
+    return dict(holder.model_fields)
+
+
+def _inside(holder: Any, key: int | str) -> Any:
+    """What the config has at a key: a section, the type of a dict of sections, or None for a plain value."""
+    if get_origin(holder) is dict:
+        return get_args(holder)[1]  # the key is a name that the user chose
+    field = getattr(holder, "model_fields", {}).get(key)
+    annotation = None if field is None else field.annotation
+    return annotation if get_origin(annotation) is dict else section_type(annotation)

@@ -1,0 +1,407 @@
+"""One JSON file in, one typed tree out; whatever is unknown or ill-typed is fatal and named.
+
+The text under each field is its documentation: the configuration reference in docs/config.md is generated
+from it (``python -m dive_fast.config.reference``).
+"""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from dive_fast.config.section import Decay, NonNegative, NonNegativeFloat, PathText, Positive, Section, Share
+from dive_fast.errors import nearest
+
+Loader = Literal["plain", "dali", "ffcv"]
+Metric = Literal[
+    "top1",
+    "top5",
+    "mean_class_recall",
+    "macro_f1",
+    "worst_region",
+    "image_to_text_r1",
+    "image_to_text_r5",
+    "image_to_text_r10",
+    "text_to_image_r1",
+    "text_to_image_r5",
+    "text_to_image_r10",
+]
+
+
+class ModelConfig(Section):
+    """Which two-tower open_clip model is tuned."""
+
+    name: PathText
+    """open_clip model name (`ViT-B-16-quickgelu`), `hf-hub:owner/repo`, `local-dir:folder`, or `demo`, the
+    small model shipped with the project."""
+    pretrained: PathText | None = None
+    """open_clip's pretrained tag (`openai`) or a checkpoint file. Not used with `hf-hub:`, `local-dir:` and
+    `demo`, which bring their weights. Beside a file, `open_clip_config.json` says how its images are preprocessed,
+    and of which architecture it is; every run exports one."""
+    random: bool = False
+    """Start from random weights, on purpose: the same ones in every command and run. Otherwise a model without
+    `pretrained` is an error."""
+    logit_scale_max: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Upper bound of the logit scale s = 1 / tau. open_clip and OpenAI's CLIP bound it at 100; FLYP and the paper
+    do not (null). The loss sees min(s, bound); above the bound only gradients that lower s are let through."""
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> "ModelConfig":
+        if self.random and self.pretrained is not None:
+            raise ValueError("random = true starts from random weights, pretrained names others; keep one")
+        return self
+
+
+class TargetConfig(Section):
+    """The labelled data set to fine-tune on. Paths beginning with `demo:` lie in the embedded demo."""
+
+    format: Literal["folder", "webdataset", "csv", "prepared"]
+    """`folder`: one folder a class, as torchvision's ImageFolder. `webdataset`: tars of image + `.cls`. `csv`:
+    tab-separated with columns `title` and `filepath`, as FLYP has it: rows of one file are its prompts.
+    `prepared`: what `launch/prepare.py` made of any of them."""
+    path: PathText
+    """Root folder, tar (a brace range such as `{00000..00012}.tar`, a glob or a folder of tars), CSV file, or
+    the prepared folder."""
+    image_root: PathText | None = None
+    """`csv` only: the folder that relative file paths start from; default: the CSV file's own."""
+    class_names: PathText | None = None
+    """`imagenet`, or a text file with one class name a line in label order. `folder` defaults to its folders'
+    names, `prepared` to those it was prepared with. Not used with `csv`."""
+    templates: PathText = "imagenet"
+    """`imagenet` (open_clip's 80), `simple` (open_clip's 7), a text file with one template a line, or one
+    template; `{}` stands for the class name. One is drawn for each sample and epoch."""
+    loader: Loader = "plain"
+    """What decodes the images. `plain`: PIL, in processes. `dali`: DALI, on the GPU if there is one. `ffcv`:
+    threads over FFCV's memory-mapped file, made by `launch/prepare.py --container beton`. Samples, order, crops
+    and texts are the same."""
+    batch_size: Positive = 512
+    """B, over all ranks."""
+    workers: NonNegative = 4
+    """On each rank: decoding processes (`plain`) or threads (`dali`, `ffcv`); 0 decodes in the training
+    process."""
+    hw_decoder_load: Share = 0.65
+    """`dali` on a GPU: the share of JPEGs that its hardware decoder takes; the best depends on `workers`."""
+    text_length: Positive | None = None
+    """Context length of the prompts; longer ones are cut. Default: the model's, trimmed to each batch's longest
+    prompt where that is exact."""
+
+
+class ReferenceConfig(Section):
+    """Image-caption pairs that resemble the pre-training data; they keep the geometry of the embeddings."""
+
+    format: Literal["webdataset", "csv", "prepared"]
+    """`webdataset`: tars of image + `.txt`. `csv`: tab-separated with columns `title` and `filepath`; every row
+    is a pair. `prepared`: what `launch/prepare.py` made of either."""
+    path: PathText
+    """Tar (a brace range, a glob or a folder of tars), CSV file, or the prepared folder."""
+    image_root: PathText | None = None
+    """`csv` only: the folder that relative file paths start from; default: the CSV file's own."""
+    loader: Loader = "plain"
+    """What decodes the images. `plain`: PIL, in processes. `dali`: DALI, on the GPU if there is one. `ffcv`:
+    threads over FFCV's memory-mapped file, made by `launch/prepare.py --container beton`. Samples, order, crops
+    and texts are the same."""
+    batch_size: Positive = 512
+    """B', over all ranks."""
+    workers: NonNegative = 4
+    """On each rank: decoding processes (`plain`) or threads (`dali`, `ffcv`); 0 decodes in the training
+    process."""
+    hw_decoder_load: Share = 0.65
+    """`dali` on a GPU: the share of JPEGs that its hardware decoder takes; the best depends on `workers`."""
+    text_length: Positive | None = None
+    """Context length of the captions; longer ones are cut. Default: the model's, trimmed to each batch's longest
+    caption where that is exact."""
+    views: Literal["eval"] | Positive = "eval"
+    """`eval`: the model's evaluation view of each image. A number K: K fixed random crops of each image, taken in
+    turn epoch by epoch."""
+
+
+class DataConfig(Section):
+    """What is trained on."""
+
+    target: TargetConfig
+    reference: ReferenceConfig | None = None
+    """Needed by every objective but `flyp`, `vanilla_ft` and `lp_ft`."""
+
+
+WITHOUT_REFERENCE = ("flyp", "vanilla_ft", "lp_ft")
+WITH_HEAD = ("vanilla_ft", "lp_ft")
+
+
+class ObjectiveConfig(Section):
+    """What is minimised."""
+
+    name: Literal["dive", "avl", "pvl", "cosine", "snd", "flyp_replay", "flyp", "vanilla_ft", "lp_ft"] = "dive"
+    """`dive`: contrastive loss + weight * (AVL + PVL), Eq. 9. `avl`, `pvl`: with one of the two. `cosine`: with
+    cosines in the place of difference vectors, Eq. 10-11. `snd`: contrastive + weight * mean squared length of the
+    images' difference vectors, Eq. 12-13. `flyp_replay`: contrastive + weight * contrastive of the reference
+    batch. `flyp`: contrastive loss alone, Eq. 1. `vanilla_ft`: cross-entropy of a linear head on the image tower,
+    without texts. `lp_ft`: the same from a head that was trained first, the tower frozen (linear probing)."""
+    weight: NonNegativeFloat | None = None
+    """Of the reference batch's loss. Default: the paper's, 1000 (lambda of Eq. 9), but 1 for `snd` and
+    `flyp_replay`."""
+    reference_every: Positive = 1
+    """k: only every k-th step has a reference batch, which then counts k times as much, and moves the average as k
+    steps would. The expected gradient stays; its noise grows."""
+    head_start: Literal["zero_shot", "random"] = "zero_shot"
+    """Of `vanilla_ft` and `lp_ft`: what the head begins as. `zero_shot`: the unit embeddings of the class prompts,
+    times the logit scale. `random`: PyTorch's start of a linear layer."""
+    probe_epochs: Positive = 10
+    """Of `lp_ft`: passes of the head over the target set before the tower is tuned. Images are embedded once, in
+    their evaluation view."""
+    probe_learning_rate: NonNegativeFloat = 1e-3
+    """Of `lp_ft`: peak learning rate of these passes; no warm-up, cosine decay to zero, `train.weight_decay`."""
+    decay: Decay = 0.99
+    """Decay of the average vector, Eq. 6, or of the average cosine."""
+    average_start: Literal[0, 1] = 0
+    """Of `cosine`: its average before the first step. 0 as Eq. 6 has it; 1 is what cosines begin at."""
+    average_weight: NonNegativeFloat = 1.0
+    """Weight of the average vector loss (AVL, Eq. 7) inside lambda's bracket; 0 leaves PVL alone."""
+    pairwise_weight: NonNegativeFloat = 1.0
+    """Weight of the pairwise vector loss (PVL, Eq. 8) inside lambda's bracket; 0 leaves AVL alone."""
+    mean_gradient: bool = True
+    """Whether the batch's share of the average vector carries gradient, as Eq. 6-7 read literally."""
+
+
+class TeacherConfig(Section):
+    """Where the frozen model's embeddings of the reference batch come from; always computed in fp32."""
+
+    mode: Literal["cache", "online"] = "cache"
+    """`cache`: the reference set is embedded once, before training. `online`: at every step, by a frozen copy."""
+    path: PathText | None = None
+    """Folder of the cache; default: `teacher` in the run folder. Name one to share a cache between runs."""
+    batch_size: Positive = 256
+    """Pairs embedded at once on each rank while the cache is written."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """What the cache stores; half the disk in `float16`, whose rounding lengthens difference vectors."""
+    audit: NonNegative = 64
+    """Pairs of the cache that are embedded again and compared before training; 0: none."""
+    tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Longest difference of a cached unit row from a fresh one that the audit lets pass; default: 1e-4 for
+    `float32`, 1e-3 for `float16`. Raise it knowingly, for embeddings computed in half precision elsewhere: it is
+    noise on every difference vector."""
+    verify: bool = True
+    """Hold each block of the cache to its checksum when it is first read."""
+
+
+class TrainConfig(Section):
+    """How it is trained. The optimizer is AdamW with linear warm-up and cosine decay to zero."""
+
+    output: PathText | None = None
+    """Run folder; default: `runs/` and the config's name."""
+    epochs: Positive = 10
+    """Passes over the target set."""
+    max_steps: Positive | None = None
+    """Stops here if the epochs have not ended before; the schedule then ends here too."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of the order of samples, the crops and the prompts; all of them repeat exactly with it."""
+    precision: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Autocast precision of the towers; weights and losses stay in fp32. fp16 scales the loss dynamically. bf16 is
+    too coarse for difference vectors of 1e-3 (docs/precision.md) and warns."""
+    schedule: Literal["sequential", "joint", "auto"] = "sequential"
+    """`sequential`: backward of the target half before the forward of the reference half, least memory. `joint`:
+    both halves in one forward and backward. The gradients are the same. `auto`: whichever is predicted to be
+    faster on this GPU among those that fit (docs/performance.md)."""
+    micro_batch_size: Positive | None = None
+    """Pairs that a rank puts through the towers at once, by cached embedding gradients: the memory of a small
+    batch, the gradients of the whole. Default: the whole batch."""
+    activation_checkpointing: Literal["off", "selective", "full"] = "off"
+    """Memory for time. `selective`: the activation of each MLP is computed again in the backward, and no matrix
+    product but, with ZeRO-3, the one behind it. `full`: transformer blocks keep only what enters them, and run
+    again in the backward."""
+    compile: bool = False
+    """torch.compile of the towers' transformer blocks. The first steps take minutes; not with ZeRO-3."""
+    learning_rate: NonNegativeFloat = 1e-5
+    """Peak learning rate."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Of AdamW."""
+    decay_all_parameters: bool = True
+    """Decay every parameter, as FLYP and the paper do; false spares biases, gains and logit_scale."""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Of AdamW."""
+    epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
+    """Of AdamW."""
+    warmup_steps: NonNegative = 500
+    """Steps in which the learning rate rises linearly to its peak."""
+    log_every: Positive = 10
+    """Steps between lines of metrics.jsonl."""
+    trace_steps: NonNegative = 0
+    """Steps, after ten others, of which the run leaves a trace by torch's profiler in its folder."""
+    checkpoint_every: Positive | None = None
+    """Steps between checkpoints. One is always written before an evaluation, when the run is asked to stop, and at
+    the end."""
+    keep_last: Positive = 2
+    """How many of the newest checkpoints stay."""
+    keep_best: bool = False
+    """The checkpoint of the step that is best on `evaluate.select` stays too, to go on training from."""
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """Where a checkpoint cannot be written (a full disk, say): `continue` warns and tries again when the next is
+    due; `stop` ends the run. Older checkpoints are as they were. The last one must be written."""
+    resume: PathText = "auto"
+    """`auto`: continue from the run folder's newest whole checkpoint, if any. `never`: start anew. Else a
+    checkpoint's folder. The number of ranks and the ZeRO stage may be others than those of the checkpoint."""
+    nonfinite_limit: Positive = 20
+    """The run stops after so many steps in a row whose loss or gradient is not finite, and writes down their
+    samples. Such steps are skipped. That fp16's loss scale has overflowed is no such step."""
+    rank_timeout: Annotated[float, Field(ge=1, le=3600)] = 600.0
+    """Seconds without a step after which all ranks end with an error that names the one they wait for. A rank that
+    has died is noticed within 60, or within this if it is less. Evaluations and the start are not timed."""
+
+
+class EvaluationSet(Section):
+    """An image set that the model is measured on: the user's, by `format`, or a known one, by `dataset`."""
+
+    format: Literal["folder", "webdataset", "prepared"] | None = None
+    """As in `data.target`. Not used with `dataset`, whose layout is found."""
+    path: PathText
+    """As in `data.target`. With `dataset`: its folder, or one above; `{dataset}` stands for its name."""
+    dataset: str | None = None
+    """A known data set, e.g. `imagenet-r` or `food101` (docs/evaluation.md): its layout, label map, class names,
+    templates and metric."""
+    task: Literal["classification", "retrieval"] = "classification"
+    """`retrieval`: each image's own captions are to be found among all, and the other way; `webdataset` with one
+    caption a line in `.txt`, `prepared` with captions, or a `dataset` of captions."""
+    class_names: PathText | None = None
+    """As in `data.target`, or `caltech101`, `eurosat`, `flowers` or `pets`. Default with `dataset`: its own."""
+    templates: PathText | None = None
+    """As in `data.target`, or one of the ten zero-shot sets (docs/evaluation.md), `iwildcam` or `fmow`, for its
+    own; the prompts of a class are averaged. Default: `imagenet`, or with `dataset` its own."""
+    metric: Metric | None = None
+    """What is reported of it in one number. Default: `top1`, for retrieval `image_to_text_r1`, or with `dataset`
+    its own."""
+    on_skipped: Literal["error", "report"] = "error"
+    """Samples that cannot be measured: without an image, label or caption, or with an image that cannot be
+    decoded. `error`: the set is refused. `report`: figures are of the others, and logs, tables and results say how
+    many are left out. Not used with `dataset`, which is measured whole."""
+    role: Literal["id", "ood", "zero_shot"] | None = None
+    """Which average of the results table it enters. Default: none, or with `dataset` its own."""
+
+
+class GeometryConfig(Section):
+    """Captioned images on which the tuned embeddings are compared with the pre-trained ones."""
+
+    format: Literal["webdataset", "csv", "prepared"]
+    """As in `data.reference`."""
+    path: PathText
+    """As in `data.reference`. Best of a set that is not trained on: the paper takes Flickr8K."""
+    image_root: PathText | None = None
+    """As in `data.reference`."""
+    pairs: Positive = 2000
+    """How many, spread evenly over the set; the time of comparing them grows with their square."""
+
+
+class EvaluateConfig(Section):
+    """What the tuned model is measured on, when training has ended and on the way."""
+
+    sets: dict[str, EvaluationSet] = Field(default={})
+    """Name -> data set; its `metric` goes to the metrics as `accuracy/<name>`."""
+    geometry: GeometryConfig | None = None
+    """Pairs on which RSA, CKA and difference vectors are measured too (docs/geometry.md); the metrics have them as
+    `geometry/<name>`."""
+    every_steps: Positive | None = None
+    """Steps between evaluations on the way; default: none."""
+    every_epochs: Positive | None = None
+    """The same in epochs."""
+    during: list[str] | None = None
+    """The sets measured on the way; default: all."""
+    select: str | None = None
+    """The set, ID validation, whose accuracy chooses: the run ends with the weights of its best evaluation on the
+    way. Default: it ends with the last."""
+    patience: Positive | None = None
+    """Evaluations on the way without a better accuracy on `select`, after which training ends (early stopping)."""
+    batch_size: Positive = 256
+    """Images encoded at once on each rank."""
+    workers: NonNegative = 4
+    """Loader processes on each rank."""
+
+
+class Config(Section):
+    """The whole file."""
+
+    model: ModelConfig
+    data: DataConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    deepspeed: dict[str, Any] = Field(default={})
+    """Passed to DeepSpeed as it stands. Batch sizes, optimizer, scheduler and precision have their home above:
+    the engine fills DeepSpeed's keys from there, and a contradiction is an error. One value is ours:
+    `zero_optimization.stage` may be `"auto"`, which is 1, or 0 where one
+    rank has nothing to share."""
+
+    @model_validator(mode="after")
+    def _check_deepspeed(self) -> "Config":
+        for key, value in self.deepspeed.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except ValueError as error:
+                raise ValueError(f"deepspeed.{key}: a number of it is not finite; DeepSpeed takes none") from error
+        return self
+
+    @model_validator(mode="after")
+    def _check_evaluation(self) -> "Config":
+        options = self.evaluate
+        names = [("evaluate.during", name) for name in options.during or ()]
+        names += [("evaluate.select", options.select)] if options.select is not None else []
+        for place, name in names:
+            if name not in options.sets:
+                raise ValueError(f"{place}: evaluate.sets has no {name}{nearest(name, list(options.sets))}")
+        if options.every_steps is not None and options.every_epochs is not None:
+            raise ValueError("evaluate.every_steps and every_epochs: name one of them")
+        on_the_way = options.every_steps is not None or options.every_epochs is not None
+        if not on_the_way and (options.during is not None or options.select is not None):
+            raise ValueError("evaluate.during and evaluate.select need every_steps or every_epochs")
+        if self.train.keep_best and options.select is None:
+            raise ValueError("train.keep_best needs evaluate.select, which says on what")
+        if options.select is not None and options.during is not None and options.select not in options.during:
+            raise ValueError(f"evaluate.during: add {options.select}, which evaluate.select chooses by")
+        if options.patience is not None and options.select is None:
+            raise ValueError("evaluate.patience needs evaluate.select: the set that has to grow better")
+        return self
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "Config":
+        reference = self.data.reference
+        name = self.objective.name
+        if name not in WITHOUT_REFERENCE and reference is None:
+            raise ValueError(f"data.reference: objective.name = {name} needs a reference set; name one")
+        if name in WITH_HEAD and self.data.target.format == "csv":
+            raise ValueError(
+                f"data.target.format = csv has prompts and no classes, which objective.name = {name} needs; "
+                "take folder, webdataset or prepared"
+            )
+        for place, section in (("data.target", self.data.target), ("data.reference", reference)):
+            if section is None:
+                continue
+            if section.image_root is not None and section.format != "csv":
+                raise ValueError(f"{place}.image_root: only csv data has one; remove it")
+            if section.loader == "ffcv" and section.format != "prepared":
+                raise ValueError(
+                    f"{place}.loader = ffcv reads prepared sets alone: make one by python launch/prepare.py "
+                    f"--container beton, then {place}.format=prepared"
+                )
+        if self.data.target.format == "webdataset" and self.data.target.class_names is None:
+            raise ValueError("data.target.class_names: webdataset data needs imagenet or a text file of names")
+        for key, evaluation in self.evaluate.sets.items():
+            _check_evaluation_set(f"evaluate.sets.{key}", evaluation)
+        return self
+
+
+def _check_evaluation_set(place: str, evaluation: EvaluationSet) -> None:
+    known, task, metric = evaluation.dataset is not None, evaluation.task, evaluation.metric
+    if known and evaluation.format is not None:
+        raise ValueError(f"{place}.format: the layout of a known dataset is found; remove it")
+    if not known and evaluation.format is None:
+        raise ValueError(f"{place}.format is missing; or name a known data set as {place}.dataset")
+    if known and evaluation.on_skipped != "error":
+        raise ValueError(f"{place}.on_skipped: a known dataset is measured whole; remove it")
+    if known and task == "retrieval":
+        raise ValueError(f"{place}.task: a known dataset has its own; remove it")
+    if not known and task == "retrieval" and evaluation.format == "folder":
+        raise ValueError(f"{place}.task: folders have no captions for retrieval; take webdataset or prepared")
+    if evaluation.format == "webdataset" and task == "classification" and evaluation.class_names is None:
+        raise ValueError(f"{place}.class_names: webdataset data needs a text file of names")
+    if metric is not None and not known and ("_to_" in metric) != (task == "retrieval"):
+        raise ValueError(f"{place}.metric: {metric} is none of {task}")
+    if metric == "worst_region" and not known:
+        raise ValueError(f"{place}.metric: only a known dataset has regions")

@@ -1,0 +1,1 @@
+"""The loaders: plain PIL, DALI, FFCV; equal samples and batches."""

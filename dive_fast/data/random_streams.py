@@ -1,0 +1,19 @@
+"""Random numbers as pure functions of a seed and a position."""
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Draw(IntEnum):
+    """What random numbers are drawn for; each purpose has a stream of its own."""
+
+    CROP = 0
+    PROMPT = 1
+    ORDER = 2
+    AUDIT = 3
+
+
+def stream(seed: int, purpose: Draw, first: int, second: int = 0) -> np.random.Generator:
+    """The random numbers of one purpose at one point, e.g. the crop of sample ``first`` in view ``second``."""
+    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, first, second]))

@@ -1,0 +1,58 @@
+"""Which samples each rank takes at each step: a pure function of (seed, step)."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dive_fast.data.random_streams import Draw, stream
+from dive_fast.errors import DataError
+
+
+@dataclass(frozen=True)
+class Order:
+    """Shuffled epochs of full batches, the same number of steps on every rank.
+
+    The ranks' shares of a step, laid end to end, are the batch that one rank alone would take.
+    """
+
+    num_samples: int
+    batch_size: int
+    """Over all ranks."""
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
+    place: str = "batch_size"
+    """The key of the config that ``batch_size`` comes from, for messages."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be dealt out equally.
+
+        Raises:
+            DataError: the batch is larger than the data set, or not divisible by the number of ranks.
+        """
+        if self.batch_size % self.world_size:
+            raise DataError(f"{self.place} {self.batch_size} is not divisible by the {self.world_size} ranks")
+        if self.batch_size > self.num_samples:
+            raise DataError(
+                f"{self.place} {self.batch_size} exceeds the {self.num_samples} samples of the data set; "
+                f"set it to at most {self.num_samples}"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches in the data set; the rest of an epoch's shuffle is dropped."""
+        return self.num_samples // self.batch_size
+
+    def at(self, step: int) -> tuple[int, NDArray[np.int64]]:
+        """The epoch of a step (from 0) and this rank's samples, ``(batch_size / world_size,)``."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        share = self.batch_size // self.world_size
+        first = position * self.batch_size + self.rank * share
+        return epoch, _shuffle(self.num_samples, self.seed, epoch)[first : first + share]
+
+
+@lru_cache(maxsize=4)
+def _shuffle(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return stream(seed, Draw.ORDER, epoch).permutation(num_samples)

@@ -1,0 +1,1 @@
+"""Raw data sets: image folder, webdataset tars, CSV table."""

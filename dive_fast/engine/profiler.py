@@ -1,0 +1,67 @@
+"""A trace of some steps by torch's profiler, with named ranges for the parts of a step."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
+from dive_fast.distributed import Ranks
+from dive_fast.io.atomic_files import whole_path
+
+logger = logging.getLogger(__name__)
+
+RANGES = ("load", "teacher", "target", "reference", "joint", "loss", "optimizer")
+"""``target``, ``reference`` and ``joint`` are the forward and the backward of a half, or of both in one graph, the
+forward of its loss included; ``load`` is the wait for a batch, ``teacher`` an online teacher's forward."""
+
+SETTLING, WARMING = 8, 2
+"""Steps left alone first, in which code is compiled and memory is found; then those the profiler warms up in."""
+
+
+def span(name: str) -> Any:
+    """A context: what runs inside stands in traces under one of :data:`RANGES`."""
+    return record_function(name)
+
+
+@contextlib.contextmanager
+def tracing(steps: int, path: Path, ranks: Ranks) -> Iterator[Callable[[], None]]:
+    """Gives a function to be called after every step; traces some on the first rank, and says what it saw.
+
+    Args:
+        steps: how many; 0 for none.
+        path: of the trace, a ``.json.gz`` that Perfetto and Chrome open.
+    """
+    if steps == 0 or not ranks.first:
+        yield lambda: None
+        return
+
+    def write(found: Any) -> None:
+        with whole_path(path) as partial:
+            found.export_chrome_trace(str(partial))
+        ranks.say(f"{path}: trace of {steps} steps (ui.perfetto.dev opens it); ms a step\n{summary(found, steps)}")
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ranks.device.type == "cuda" else [])]
+    plan = schedule(wait=SETTLING, warmup=WARMING, active=steps, repeat=1)
+    with profile(activities=activities, schedule=plan, on_trace_ready=write) as profiler:
+        yield profiler.step
+    if not path.exists():
+        logger.warning("no trace: the run is shorter than %d steps", SETTLING + WARMING + 1)
+
+
+def summary(found: Any, steps: int) -> str:
+    """Of each range, on the host and on the device, which works behind it."""
+    host: dict[str, float] = {}
+    device: dict[str, float] = {}
+    for event in found.key_averages():
+        if event.key in RANGES:
+            side = host if event.device_type == DeviceType.CPU else device
+            side[event.key] = (event.cpu_time_total if side is host else event.device_time_total) / 1e3 / steps
+    lines = [f"  {'':<10}{'host':>9}" + (f"{'device':>9}" if device else "")]
+    for name in RANGES:
+        if name in host:
+            lines.append(f"  {name:<10}{host[name]:9.2f}" + (f"{device.get(name, 0.0):9.2f}" if device else ""))
+    return "\n".join(lines)

@@ -1,0 +1,331 @@
+"""One step on DeepSpeed: the backward of each half, then one update.
+
+::
+
+    step(target, reference):
+        backward(target,    objective.target)
+        backward(reference, objective.reference)
+        update()
+
+The first half's graph is gone before the second half's forward, so DiVE needs the memory of the larger half, not
+of both. With micro-batches each half is embedded without gradient, the loss is differentiated down to the
+embeddings, and the towers are run again in pieces against those gradients: exact, since the loss sees the whole
+batch.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from dive_fast.config.schema import Config
+from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
+from dive_fast.distributed import Ranks
+from dive_fast.engine import feature_consistency as steadiness
+from dive_fast.engine.deepspeed_config import deepspeed_section, offloads, runs_on_device, zero_of
+from dive_fast.engine.optimizer import learning_rate_schedule, make_optimizer
+from dive_fast.engine.profiler import span
+from dive_fast.engine.update import DeepSpeedUpdate, DeviceUpdate, LossScale
+from dive_fast.methods.method import Loss, Objective
+from dive_fast.model.features import Features, Outputs, Pairs
+from dive_fast.model.towers import AUTOCAST, Towers
+from dive_fast.model.transformer_blocks import compile_blocks, lighten, recompute_activations, recompute_blocks
+
+PER_ROW = ("image", "text", "logits")
+"""Of the towers' features: those with a row for each pair or text, to be cut into micro-batches."""
+
+
+@dataclass
+class StepBatches:
+    """This rank's batches of one step, on its device, until the step takes them."""
+
+    target: TargetBatch | None
+    reference: ReferenceBatch | None = None
+    """None where the objective has no reference half, or not at this step."""
+    teacher: Pairs | None = None
+    """Unit embeddings of the reference batch by the frozen model, ``(B', D)`` each."""
+
+    def take(self) -> tuple[TargetBatch, ReferenceBatch | None, Pairs | None]:
+        """Hands them over: whoever takes them can let go of their memory."""
+        assert self.target is not None, "a step takes its batches once"
+        taken = self.target, self.reference, self.teacher
+        self.target = self.reference = self.teacher = None
+        return taken
+
+
+@dataclass(frozen=True)
+class _Half:
+    """One forward and backward: pairs, and the loss of their features."""
+
+    name: str
+    images: Tensor
+    text: Text | None
+    """None leaves the text tower out."""
+    loss: Callable[[Outputs], Loss]
+    last: bool
+    """Whether DeepSpeed may reduce what has accumulated by its end."""
+
+
+class Engine:
+    """Towers and objective on DeepSpeed."""
+
+    def __init__(
+        self, config: Config, towers: Towers, objective: Objective, ranks: Ranks, total_steps: int
+    ) -> None:
+        """Hands the towers to DeepSpeed.
+
+        Args:
+            total_steps: updates in the whole run, for the learning rate's schedule.
+
+        Raises:
+            ConfigError: as :func:`deepspeed_section`.
+        """
+        train = config.train
+        self.ranks, self.schedule, self.micro_batch_size = ranks, train.schedule, train.micro_batch_size
+        self.towers = towers.to(ranks.device).train()
+        self.towers.autocast = AUTOCAST[train.precision]
+        steadiness.settle(self.towers)
+        found: steadiness.Steadiness = self.towers.steadiness or steadiness.by_modules(self.towers)
+        steadiness.check(config, found)
+        self.is_random = found.is_random
+        """Whether the same weights make other features of the same batch each time."""
+        if not (objective.target_has_texts or (objective.needs_reference and objective.reference_has_texts)):
+            self.towers.text.requires_grad_(False)
+            self.towers.logit_scale.requires_grad_(False)
+        lighten(self.towers)
+        if train.activation_checkpointing == "full":
+            recompute_blocks(self.towers)
+        elif train.activation_checkpointing == "selective":
+            recompute_activations(self.towers)
+        if train.compile:
+            compile_blocks(self.towers)
+        self.objective = objective.to(ranks.device)
+        section = deepspeed_section(config, ranks.world_size)
+        clipping, on_device = section["gradient_clipping"], runs_on_device(section)
+        if on_device:
+            _leave_the_norm_to_us(section)
+        optimizer = make_optimizer(train, towers, offloads(section))
+        schedule = learning_rate_schedule(train.warmup_steps, total_steps)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=self.towers,
+            optimizer=optimizer,
+            lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
+            config=section,
+        )
+        if ranks.world_size == 1 and zero_of(section).get("stage", 0) == 0:
+            # DeepSpeed would copy all gradients into one tensor and back, to average them over this one rank.
+            self.deepspeed.enable_backward_allreduce = False
+        self.scale = LossScale(train.precision, ranks.device if on_device else torch.device("cpu"))
+        self._update = (
+            DeviceUpdate(self.deepspeed, optimizer, self.scale, clipping)
+            if on_device
+            else DeepSpeedUpdate(self.deepspeed, self.scale)
+        )
+
+    def step(self, batches: StepBatches) -> dict[str, Tensor]:
+        """One update.
+
+        Args:
+            batches: taken: the engine lets go of each batch once its half is done.
+
+        Returns:
+            What to log, global over ranks, ``()`` each on the device: the losses, |u|, |v|, the logit scale, the
+            gradient's norm, and after the update the loss scale and the number of steps skipped so far.
+        """
+        metrics = self.accumulate(batches)
+        norm = self.update(metrics["loss"])
+        return metrics | {"gradient_norm": norm} | self.scale.metrics()
+
+    def accumulate(self, batches: StepBatches) -> dict[str, Tensor]:
+        """The gradients of a step, without its update; argument and result of :meth:`step`."""
+        # ZeRO-3 adds to the gradients of the step before where a step's first backward does not reach a parameter,
+        # as the text tower's by the images of SnD.
+        if (partition := getattr(self.deepspeed.optimizer, "grad_partitions_flat_buffer", None)) is not None:
+            partition.zero_()
+        metrics: dict[str, Tensor] = {}
+        total = torch.zeros((), device=self.ranks.device)
+        for half in self._halves(batches):
+            with span(half.name):
+                loss = self._backward(half)
+            total = total + loss.loss
+            metrics |= loss.metrics
+        return {"loss": total} | metrics
+
+    def update(self, loss: Tensor) -> Tensor:
+        """Applies the gradients, unless they or ``loss`` are not finite on some rank; returns their norm."""
+        with span("optimizer"):
+            return self._update.apply(loss)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update."""
+        return float(self.deepspeed.get_lr()[0])
+
+    def at_step(self, step: int) -> None:
+        """Sets the learning rate to that of a run which has made so many steps."""
+        schedule = self.deepspeed.lr_scheduler
+        rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        schedule.last_epoch, schedule._last_lr = step, rates
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def _halves(self, batches: StepBatches) -> Iterator[_Half]:
+        objective, group = self.objective, self.ranks.group
+        target, reference, teacher = batches.take()
+        target_text = target.text if objective.target_has_texts else None
+        reference_text = None if reference is None or not objective.reference_has_texts else reference.text
+        labels = target.labels
+
+        def target_loss(outputs: Outputs) -> Loss:
+            return objective.target(outputs, labels, group)
+
+        def reference_loss(outputs: Outputs) -> Loss:
+            return objective.reference(outputs, teacher, group)
+
+        def joint_loss(outputs: Outputs) -> Loss:
+            first, second = _split(outputs, sizes, [target_text is not None, reference_text is not None])
+            return objective.joint(first, labels, second, teacher, group)
+
+        first = _Half("target", target.images, target_text, target_loss, last=False)
+        if reference is None:
+            yield replace(first, last=True)
+            return
+        assert teacher is not None or not objective.needs_teacher, "this objective needs a teacher"
+        second = _Half("reference", reference.images, reference_text, reference_loss, last=True)
+        sizes = [len(target.images), len(reference.images)]
+        del target, reference
+        if self.schedule == "joint":
+            text = _join(first.text, second.text)
+            half = _Half("joint", torch.cat([first.images, second.images]), text, joint_loss, last=True)
+            del first, second
+            yield half
+            return
+        if second.text is None and first.text is not None:
+            # The last backward is the one that ZeRO reduces by: it has to go through both towers.
+            first, second = replace(second, last=False), replace(first, last=True)
+        yield first
+        # The second half is the peak: the gradients of the first are there too, its images need not be.
+        del first
+        yield second
+
+    def _backward(self, half: _Half) -> Loss:
+        """Forward and backward of one half."""
+        if self.micro_batch_size is not None and self.micro_batch_size < len(half.images):
+            return self._backward_in_pieces(half)
+        self.deepspeed.set_gradient_accumulation_boundary(half.last)
+        features = self._forward(half.images, None if half.text is None else half.text.tokens, half)
+        with span("loss"):
+            loss = half.loss(_by_pair(features, half.text))
+        self.deepspeed.backward(self._update.scaled(loss.loss))
+        return Loss(loss.loss.detach(), loss.metrics)
+
+    def _forward(self, images: Tensor, tokens: Tensor | None, half: _Half) -> Features:
+        features: Features = self.deepspeed(images, tokens, None if half.text is None else half.text.length)
+        return features
+
+    def _backward_in_pieces(self, half: _Half) -> Loss:
+        assert self.micro_batch_size is not None
+        pieces = math.ceil(len(half.images) / self.micro_batch_size)
+        images = half.images.split(self.micro_batch_size)
+        texts: Sequence[Tensor | None] = [None] * pieces
+        if half.text is not None:
+            texts = _deal(half.text.tokens, pieces)
+        with torch.no_grad():
+            passes = [self._forward(image, text, half) for image, text in zip(images, texts, strict=True)]
+        # Embedding gradients at |u| = 3e-3 underflow fp16, so they stay in fp32 until the loss scale is applied.
+        image, text, logits = (_leaf([getattr(found, name) for found in passes]) for name in PER_ROW)
+        assert image is not None
+        leaves = Features(image, text, passes[0].logit_scale.detach().requires_grad_(), logits)
+        del passes
+        features = leaves
+        if half.text is not None and text is not None:
+            rows = _rows_of(len(half.text.tokens), _lengths(texts), text.device)
+            features = leaves._replace(text=text[rows])
+        with span("loss"):
+            loss = half.loss(_by_pair(features, half.text))
+            gradients = _gradients(loss.loss, leaves)
+        sizes = _lengths(images), _lengths(texts), _lengths(images)
+        shares = [_in_parts(getattr(gradients, name), size) for name, size in zip(PER_ROW, sizes, strict=True)]
+        for piece, (image, tokens, *share) in enumerate(zip(images, texts, *shares, strict=True)):
+            final = piece == pieces - 1
+            self.deepspeed.set_gradient_accumulation_boundary(half.last and final)
+            features = self._forward(image, tokens, half)
+            # Its gradient is the loss's own; the logit scale enters every piece but counts once.
+            surrogate = (features.logit_scale * gradients.logit_scale * final).sum()
+            for name, gradient in zip(PER_ROW, share, strict=True):
+                if gradient is not None:
+                    surrogate = surrogate + (getattr(features, name).float() * gradient).sum()
+            self.deepspeed.backward(self._update.scaled(surrogate))
+        return Loss(loss.loss.detach(), loss.metrics)
+
+
+def _leave_the_norm_to_us(section: dict[str, Any]) -> None:
+    section["gradient_clipping"] = 0.0
+    if zero_of(section).get("stage", 0) > 0:
+        section["zero_optimization"]["compute_grad_norm"] = False
+
+
+def _by_pair(features: Features, text: Text | None) -> Outputs:
+    """The towers' features with a row for each pair."""
+    rows = None if text is None or features.text is None else features.text[text.index]
+    return Outputs(features.image, rows, features.logit_scale, features.logits)
+
+
+def _split(joint: Outputs, sizes: list[int], has_texts: list[bool]) -> tuple[Outputs, Outputs]:
+    """Both halves of what was made of both at once."""
+    images, logits = joint.image.split(sizes), _in_parts(joint.logits, sizes)
+    with_texts = [size * has for size, has in zip(sizes, has_texts, strict=True)]
+    texts = _in_parts(joint.text, with_texts)
+    first, second = (
+        Outputs(image, text if count else None, joint.logit_scale, logit)
+        for image, text, count, logit in zip(images, texts, with_texts, logits, strict=True)
+    )
+    return first, second
+
+
+def _leaf(passes: list[Tensor | None]) -> Tensor | None:
+    """What the passes made, end to end in fp32, to be differentiated by."""
+    rows = [found for found in passes if found is not None]
+    return torch.cat(rows).float().requires_grad_() if rows else None
+
+
+def _gradients(loss: Tensor, leaves: Features) -> Features:
+    """Of a loss, by those leaves that there are."""
+    there = [leaf for leaf in leaves if leaf is not None]
+    found = iter(torch.autograd.grad(loss, there, allow_unused=True, materialize_grads=True))
+    return Features._make(None if leaf is None else next(found) for leaf in leaves)
+
+
+def _lengths(parts: Sequence[Tensor | None]) -> list[int]:
+    return [0 if part is None else len(part) for part in parts]
+
+
+def _in_parts(rows: Tensor | None, sizes: list[int]) -> Sequence[Tensor | None]:
+    return [None] * len(sizes) if rows is None else rows.split(sizes)
+
+
+def _join(first: Text | None, second: Text | None) -> Text | None:
+    """Both halves' texts as one; their contexts may differ, and zero pads behind the end of a text."""
+    if first is None or second is None:
+        return second if first is None else first
+    context = max(first.tokens.shape[1], second.tokens.shape[1])
+    pad = torch.nn.functional.pad
+    tokens = [pad(text.tokens, (0, context - text.tokens.shape[1])) for text in (first, second)]
+    index = torch.cat([first.index, second.index + len(first.tokens)])
+    return Text(torch.cat(tokens), index, max(first.length, second.length))
+
+
+def _deal(tokens: Tensor, pieces: int) -> list[Tensor]:
+    """Rows in ``pieces`` parts, none empty: every rank must run both towers equally often under ZeRO-3."""
+    return [part if len(part) else tokens[:1] for part in tokens.tensor_split(pieces)]
+
+
+def _rows_of(count: int, sizes: list[int], device: torch.device) -> Tensor:
+    """Where each of ``count`` rows stands in the parts of :func:`_deal` laid end to end, fillers left out."""
+    real = torch.arange(count, device=device).tensor_split(len(sizes))
+    starts = [sum(sizes[:part]) for part in range(len(sizes))]
+    return torch.cat([rows - rows[:1] + start for rows, start in zip(real, starts, strict=True)])

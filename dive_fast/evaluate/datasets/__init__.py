@@ -1,0 +1,1 @@
+"""Evaluation sets: known data sets, their layouts and class names."""

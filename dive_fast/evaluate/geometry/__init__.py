@@ -1,0 +1,1 @@
+"""How far fine-tuning moved the geometry of the embeddings."""

@@ -1,0 +1,1 @@
+"""Files: complete or absent when written, nothing executed when read."""

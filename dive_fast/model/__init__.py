@@ -1,0 +1,1 @@
+"""The model: two towers, their features, a head, their weights' files."""

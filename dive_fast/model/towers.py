@@ -1,0 +1,523 @@
+"""An open_clip model as two towers: images and texts -> features; text trimmed and encoded once per prompt."""
+
+import contextlib
+import difflib
+import logging
+import math
+import textwrap
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from dive_fast.config.schema import Config, ModelConfig
+from dive_fast.data.batch import Text
+from dive_fast.data.prompts import PooledAt, Tokenizer, quick_bpe
+from dive_fast.data.transforms import Preprocess
+from dive_fast.errors import ConfigError
+from dive_fast.io.atomic_files import whole_path
+from dive_fast.io.safe_read import nothing_executed
+from dive_fast.kernels.naive import unit
+from dive_fast.model.features import Features
+from dive_fast.model.model_files import (
+    DESCRIPTION,
+    PREPROCESS_KEYS,
+    check_architecture,
+    interpolated,
+    kind_of,
+    read_description,
+    shapes_of,
+    tell,
+    write_description,
+    written_out,
+)
+from dive_fast.numerics import full_fp32
+
+MODEL_DIR = Path(__file__).parents[1] / "demo/model"
+
+AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
+
+
+__all__ = ["Features", "Towers", "create", "tokenizer_of", "unit"]
+
+LOCAL = "local-dir:"
+BRING_WEIGHTS = ("hf-hub:", LOCAL)
+HEAD = "head."
+"""What the names of the head's parameters begin with."""
+
+
+class Towers(nn.Module):
+    """Both towers and the logit scale of an open_clip model, under the names of open_clip's CustomTextCLIP.
+
+    ``logit_scale`` (and a SigLIP's ``logit_bias``) has shape ``(1,)``, since DeepSpeed refuses parameters without
+    dimensions; :meth:`export` gives it back as open_clip has it. The bias plays no part in a softmax loss and
+    stays as it is.
+    """
+
+    _causal_mask: Tensor | None
+
+    def __init__(self, model: Any, layout: frozenset[str] | None = None) -> None:
+        """Takes the towers over from ``model``.
+
+        Args:
+            model: an open_clip CustomTextCLIP (``force_custom_text=True``).
+            layout: the parameter names that :meth:`export` shall use; default: the model's own.
+        """
+        super().__init__()
+        self.visual: Any = model.visual
+        self.text: Any = model.text
+        self.logit_scale = nn.Parameter(model.logit_scale.detach().reshape(1).clone())
+        bias = getattr(model, "logit_bias", None)
+        self.logit_bias = (
+            None if bias is None else nn.Parameter(bias.detach().reshape(1).clone(), requires_grad=False)
+        )
+        self._layout = layout or frozenset(model.state_dict())
+        self._scalar = model.logit_scale.shape
+        self.pooled_at: PooledAt = _pooled_at(self.text)
+        # Each call puts a part of it in the place of the tower's own mask; a buffer moves with the model.
+        self.register_buffer("_causal_mask", getattr(self.text, "attn_mask", None), persistent=False)
+        self.preprocess = Preprocess.of(self.visual)
+        self.config: ModelConfig | None = None
+        self.model_cfg: dict[str, Any] | None = None
+        """What :func:`create` was given, and open_clip's architecture; None for towers made by hand."""
+        self.steadiness: Any = None
+        """What :mod:`dive_fast.engine.feature_consistency` has measured; None before."""
+        self.is_settled = False
+        self.logit_scale_max: float | None = None
+        """Upper bound of the logit scale; None: no bound."""
+        self.autocast: torch.dtype | None = None
+        """Precision of both towers' matrix products; None: fp32."""
+        self.text_multiple = 1
+        """Trimmed texts have so many tokens or a multiple."""
+        self.head: nn.Linear | None = None
+        """Classifies unit image features, where an objective trains such a head; no part of the exported model."""
+
+    def train(self, mode: bool = True) -> "Towers":
+        """As any module's, but BatchNorm keeps its running statistics, and is the same function of each sample.
+
+        With the batch's statistics a feature would depend on the other samples: neither could a batch be cut into
+        pieces, nor would the tuned model begin as the frozen one. Scales and shifts are tuned.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def forward(self, images: Tensor, tokens: Tensor | None = None, length: int | None = None) -> Features:
+        """Encodes images and distinct texts.
+
+        Args:
+            images: ``(B, 3, H, W)``.
+            tokens: ``(U, context)`` int64; None leaves the text tower out.
+            length: tokens of the longest text. A causal tower that reads its feature at the end of the text gets
+                only these, which is exact; any other tower gets all.
+        """
+        image = self.encode_image(images)
+        text = None if tokens is None else self.encode_text(tokens, length)
+        logits = None if self.head is None else self.head(unit(image))
+        return Features(image, text, self.scale(), logits)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W) -> (B, D)``, un-normalised."""
+        with self._precision(images.device):
+            features: Tensor = self.visual(images)
+        return features
+
+    def encode_text(self, tokens: Tensor, length: int | None = None) -> Tensor:
+        """``(U, context) -> (U, D)``, un-normalised; trimmed to ``length`` where that is exact."""
+        if self.pooled_at is not None and self._causal_mask is not None:
+            if length is not None:
+                tokens = tokens[:, : math.ceil(length / self.text_multiple) * self.text_multiple]
+            context = tokens.shape[1]
+            # open_clip adds its whole mask to the attention scores whatever the length of the text.
+            self.text.attn_mask = self._causal_mask[:context, :context]
+        with self._precision(tokens.device):
+            features: Tensor = self.text(tokens)
+        return features
+
+    def encode_pairs(self, images: Tensor, text: Text) -> tuple[Tensor, Tensor]:
+        """Features of both halves of each pair, ``(B, D)`` each, un-normalised."""
+        features: Features = self(images, text.tokens, text.length)
+        assert features.text is not None
+        return features.image, features.text[text.index]
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of the longest text that the text tower takes; None where open_clip does not say."""
+        return int(getattr(self.text, "context_length", 0)) or None
+
+    @property
+    def width(self) -> int:
+        """D, the embedding width, by encoding an empty text."""
+        context = int(getattr(self.text, "context_length", 77))
+        with torch.no_grad():
+            return int(self.encode_text(self.logit_scale.new_zeros(1, context, dtype=torch.long)).shape[1])
+
+    def scale(self) -> Tensor:
+        """``(1,)``: the logit scale, bounded by ``logit_scale_max`` where that is set.
+
+        The bound is applied here and not to the parameter: DeepSpeed's master copy would undo a clamp in place.
+        """
+        if self.logit_scale_max is None:
+            return self.logit_scale.exp()
+        bounded: Tensor = _BoundedExp.apply(self.logit_scale, self.logit_scale_max)  # type: ignore[no-untyped-call]
+        return bounded
+
+    @contextlib.contextmanager
+    def _precision(self, device: torch.device) -> Iterator[None]:
+        # TF32 has fp16's ten bits, which a teacher in fp32 must not have.
+        with (
+            full_fp32(self.autocast is None),
+            torch.autocast(device.type, self.autocast, enabled=self.autocast is not None),
+        ):
+            yield
+
+    def export(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of this module, as open_clip's ``load_state_dict`` of the original model wants it."""
+        exported = {}
+        for name, tensor in state.items():
+            if name.startswith(HEAD):
+                continue
+            scalar = name in ("logit_scale", "logit_bias")
+            exported[self.exported_name(name)] = tensor.reshape(self._scalar) if scalar else tensor
+        missing = sorted(self._layout.symmetric_difference(exported))
+        assert not missing, f"exported names differ from open_clip's: {missing[:5]}"
+        return exported
+
+    def load_exported(self, state: dict[str, Tensor]) -> "Towers":
+        """Takes weights as :meth:`export` gives them; returns itself."""
+        own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(HEAD)}
+        taken = {name: state[self.exported_name(name)].reshape(tensor.shape) for name, tensor in own.items()}
+        # What was exported lacks a head's parameters and no others.
+        missing, unexpected = self.load_state_dict(taken, strict=False)
+        assert not unexpected
+        assert all(name.startswith(HEAD) for name in missing)
+        return self
+
+    def exported_name(self, name: str) -> str:
+        """What open_clip's original model calls a parameter of this module."""
+        return name if name in self._layout else name.removeprefix("text.")
+
+
+class _BoundedExp(torch.autograd.Function):
+    """``min(exp(x), bound)``, with gradient ``exp(x)`` up to the bound and at it.
+
+    Above the bound the gradient is the bound where a descent lowers x, and 0 where it raises it further: a model
+    that starts there, or one step too far, comes back. "Above" is judged by logarithms: in fp32 exp(ln 100) is
+    100.0000076 > 100, so a comparison of exponentials freezes every model that starts at ln 100.
+
+    Each call judges by itself: above the bound, and only there, two halves or ranks whose gradients have unlike
+    signs move x down a little faster than their sum would.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:  # type: ignore[override]
+        scale = x.exp().clamp(max=bound)
+        ctx.save_for_backward(scale, x > max(math.log(bound), _fp32_log(bound)))
+        return scale
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        scale, is_above = ctx.saved_tensors
+        return torch.where(is_above & (gradient < 0), torch.zeros_like(gradient), gradient * scale), None
+
+
+def _fp32_log(bound: float) -> float:
+    """The logarithm as a parameter in fp32 holds it."""
+    return float(torch.tensor(math.log(bound), dtype=torch.float32))
+
+
+def create(config: ModelConfig, weights: bool = True) -> Towers:
+    """Builds the model with its pre-trained weights, in fp32, on the CPU.
+
+    Images are preprocessed as the weights want it, with weights or without: as the pretrained tag says, or the
+    ``open_clip_config.json`` of the folder or next to the file; otherwise by open_clip's default, which is
+    reported.
+
+    Args:
+        weights: false builds it at random, where others are loaded into it or its shapes alone matter.
+
+    Raises:
+        ConfigError: no such model or weights; says which part of ``model`` to change.
+    """
+    check(config, weights)
+    name = _name(config)
+    loads = weights and not config.random
+    pretrained = config.pretrained if loads else None
+    preprocess_cfg, is_described = _preprocess_cfg(config, name)
+    path = None if config.pretrained is None else Path(config.pretrained)
+    try:
+        with (
+            nothing_executed(),
+            contextlib.nullcontext() if loads else _without_warnings_about_random_weights(),
+            _random_weights() if config.random else contextlib.nullcontext(),
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings("ignore", "QuickGELU mismatch")  # said below, with what to do
+            model = open_clip.create_model(
+                name,
+                pretrained,
+                precision="fp32",
+                force_custom_text=True,
+                force_preprocess_cfg=preprocess_cfg,
+                require_pretrained=loads,
+                load_weights=loads,
+                pretrained_text=loads,
+            )
+    except Exception as error:  # torch, safetensors, pickle and transformers each have errors of their own
+        kind = kind_of(path) if path is not None and path.is_file() else None
+        why = _one_line(error) if kind is None else f"it is {kind}"
+        raise ConfigError(f"model: cannot load {config.name} ({config.pretrained}): {why}") from error
+    if hasattr(model, "text_decoder"):
+        raise ConfigError(f"model.name: {config.name} has a text decoder; only two-tower models can be tuned")
+    towers = Towers(model, _original_names(name, frozenset(model.state_dict())))
+    towers.logit_scale_max = config.logit_scale_max
+    towers.config, towers.model_cfg = config, open_clip.get_model_config(name)
+    if loads:
+        present = float(towers.logit_scale.detach().exp().max())
+        if config.logit_scale_max is not None and present > config.logit_scale_max * (1 + 1e-6):
+            tell(
+                f"model.logit_scale_max = {config.logit_scale_max:g} is below the model's own logit scale, "
+                f"{present:.4g}: training begins at the bound"
+            )
+        _tell_about_weights(config, name, towers, is_described)
+    return towers
+
+
+def check(config: ModelConfig, weights: bool = True) -> None:
+    """Looks at names alone, before anything is loaded.
+
+    Args:
+        weights: whether the model's own weights are wanted.
+
+    Raises:
+        ConfigError: no such model, or no such weights; names what comes nearest.
+    """
+    name, pretrained = _name(config), config.pretrained
+    if name.startswith(BRING_WEIGHTS):
+        if pretrained is not None:
+            raise ConfigError(
+                f"model.pretrained: {config.name} brings its own weights; remove it, or name a model of open_clip"
+            )
+        if name.startswith(LOCAL):
+            _check_folder(config, Path(name.removeprefix(LOCAL)), weights and not config.random)
+        return
+    models = open_clip.list_models()
+    if name not in models:
+        by_lower_case = {model.lower(): model for model in models}
+        word = name.replace("/", "-").lower()
+        close = difflib.get_close_matches(word, list(by_lower_case), n=1, cutoff=0.5)
+        near = f"; did you mean {by_lower_case[close[0]]}?" if close else "; see open_clip.list_models()"
+        raise ConfigError(f"model.name: open_clip has no model {name}{near}")
+    if not weights or config.random:
+        return
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    valid = f"open_clip has no weights of {name}"
+    if tags:
+        valid = f"the tags of {name} are {textwrap.shorten(', '.join(tags), 200, placeholder=' ...')}"
+    if pretrained is None:
+        raise ConfigError(
+            f"model.pretrained is missing: name a tag or a file of weights ({valid}); model.random = true "
+            "starts from random weights"
+        )
+    if not open_clip.is_pretrained_cfg(name, pretrained) and not Path(pretrained).is_file():
+        raise ConfigError(
+            f"model: cannot load {config.name} ({pretrained}): {pretrained} is no known tag or valid file path: "
+            + valid
+        )
+
+
+def _check_folder(config: ModelConfig, folder: Path, weights: bool) -> None:
+    if not folder.is_dir():
+        raise ConfigError(f"model: cannot load {config.name} (None): folder not found: {folder}")
+    if not (folder / DESCRIPTION).is_file():
+        raise ConfigError(
+            f"model: cannot load {config.name} (None): no {DESCRIPTION} in it, which says what the weights are of"
+        )
+    if weights and not any(
+        file for pattern in ("*.safetensors", "*.bin", "*.pth") for file in folder.glob(pattern)
+    ):
+        raise ConfigError(
+            f"model: cannot load {config.name} (None): weights could not be loaded: the folder has no file of "
+            "them, such as model.safetensors; model.random = true starts from random weights"
+        )
+
+
+def _preprocess_cfg(config: ModelConfig, name: str) -> tuple[dict[str, Any] | None, bool]:
+    """The preprocessing to force on open_clip, if any, and whether a tag, a folder or a file's folder says it."""
+    if name.startswith(BRING_WEIGHTS) or config.pretrained is None:
+        return None, name.startswith(BRING_WEIGHTS)
+    if tag := open_clip.get_pretrained_cfg(name, config.pretrained):
+        return {key: tag[key] for key in PREPROCESS_KEYS if tag.get(key) is not None}, True
+    path = Path(config.pretrained)
+    described = read_description(path.parent) if path.is_file() else None
+    if described is None:
+        return None, False
+    check_architecture(described, name, open_clip.get_model_config(name))
+    return dict(described.preprocess_cfg), True
+
+
+def _tell_about_weights(config: ModelConfig, name: str, towers: Towers, is_described: bool) -> None:
+    if not is_described:
+        tell(
+            f"{config.pretrained}: no {DESCRIPTION} next to it, so images are preprocessed by open_clip's default "
+            f"({written_out(towers.preprocess)})"
+        )
+    if config.pretrained is None or name.startswith(BRING_WEIGHTS):
+        return
+    tag = open_clip.get_pretrained_cfg(name, config.pretrained)
+    if not tag:
+        if said := interpolated(shapes_of(Path(config.pretrained)), towers.export(towers.state_dict())):
+            tell(f"{config.pretrained}: {said}")
+        return
+    ours, theirs = bool((towers.model_cfg or {}).get("quick_gelu")), bool(tag.get("quick_gelu"))
+    if ours != theirs:
+        other = f"{name}-quickgelu" if theirs else name.removesuffix("-quickgelu")
+        tell(
+            f"model.name: {name} computes {'with' if ours else 'without'} QuickGELU, the weights "
+            f"{config.pretrained} were trained {'with' if theirs else 'without'} it; take model.name = {other}"
+        )
+
+
+@contextlib.contextmanager
+def _random_weights() -> Iterator[None]:
+    """The same random weights in every command, run and rank; the process's own random numbers are left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def read_weights(config: ModelConfig, path: Path) -> dict[str, Tensor]:
+    """A checkpoint that open_clip's ``load_checkpoint`` reads, as :meth:`Towers.load_exported` wants it.
+
+    Raises:
+        ConfigError: it cannot be read without executing what is in it, or is not of this model.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such checkpoint")
+    try:
+        with nothing_executed(), _without_warnings_about_random_weights():
+            model = open_clip.create_model(
+                _name(config), None, precision="fp32", load_weights=False, pretrained_text=False
+            )
+            open_clip.load_checkpoint(model, str(path))
+    except Exception as error:  # as above
+        kind = kind_of(path)
+        why = _one_line(error) if kind is None else f"it is {kind}"
+        raise ConfigError(f"{path}: not weights of {config.name} that open_clip can load: {why}") from error
+    state: dict[str, Tensor] = model.state_dict()
+    if said := interpolated(shapes_of(path), state):
+        tell(f"{path}: {said}")
+    return state
+
+
+def tokenizer_of(config: ModelConfig, text_length: int | None = None) -> Tokenizer:
+    """The model's own tokenizer: texts -> ``(len, context)`` int64.
+
+    Args:
+        text_length: context length, if not the model's.
+
+    Raises:
+        ConfigError: the tokenizer cannot be loaded.
+    """
+    try:
+        with nothing_executed():
+            tokenizer: Tokenizer = open_clip.get_tokenizer(_name(config), context_length=text_length)
+    except Exception as error:  # as above
+        raise ConfigError(f"model.name: cannot load the tokenizer of {config.name}: {_one_line(error)}") from error
+    return quick_bpe(tokenizer)  # type: ignore[no-any-return]
+
+
+def _name(config: ModelConfig) -> str:
+    if config.name.startswith(LOCAL + "~"):
+        return LOCAL + str(Path(config.name.removeprefix(LOCAL)).expanduser())
+    if config.name != "demo":
+        return config.name
+    return f"local-dir:{MODEL_DIR}"
+
+
+def _pooled_at(text: Any) -> PooledAt:
+    """Where the feature is read, if what stands behind it cannot change it; else None."""
+    causal = getattr(text, "attn_mask", None) is not None
+    if not causal or getattr(text, "cls_emb", None) is not None or getattr(text, "use_pad_mask", False):
+        return None
+    pool: str = text.pool_type
+    return "argmax" if pool == "argmax" else int(text.eos_id) if pool == "eos" else None
+
+
+def _original_names(name: str, custom: frozenset[str]) -> frozenset[str]:
+    """The parameter names that open_clip gives this model when it is not asked for a CustomTextCLIP."""
+    config = open_clip.get_model_config(name) or {}
+    text_config = config.get("text_cfg", {})
+    if config.get("custom_text") or "hf_model_name" in text_config or "multimodal_cfg" in config:
+        return custom
+    return frozenset(key.removeprefix("text.") for key in custom)
+
+
+@contextlib.contextmanager
+def _without_warnings_about_random_weights() -> Iterator[None]:
+    """A model asked for without weights (``pretrained: null``) is random on purpose."""
+    logger, level = logging.getLogger(), logging.getLogger().level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says, in one line, without advice to execute what a file holds."""
+    text = str(error)
+    for advice in ("Weights only load failed. ", "Re-running `torch.load`", "(1) Re-running", "(1) In PyTorch"):
+        head, found, _ = text.partition(advice)
+        if found and head.strip():
+            text = head
+    text = textwrap.shorten(text, 300, placeholder=" ...") or type(error).__name__
+    words = ("Failed to download", "Failed initial config", "LocalEntryNotFound", "offline", "connection")
+    if any(word in str(error) for word in words):
+        text += "; without a network, download the file elsewhere and name it as model.pretrained"
+    return text
+
+
+def describe(towers: Towers, folder: Path) -> None:
+    """Writes ``open_clip_config.json``, and a tokenizer of Hugging Face's, into the folder of exported weights."""
+    if towers.config is None or towers.model_cfg is None:
+        (folder / DESCRIPTION).unlink(missing_ok=True)
+        return
+    has_tokenizer = bool((towers.model_cfg.get("text_cfg") or {}).get("hf_tokenizer_name"))
+    tokenizer = tokenizer_of(towers.config) if has_tokenizer else None
+    write_description(folder, towers.model_cfg, towers.preprocess, tokenizer)
+
+
+def save(state: dict[str, Tensor], path: Path) -> None:
+    """Writes weights as safetensors, whole or not at all."""
+    from safetensors.torch import save_file
+
+    with whole_path(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
+
+
+def check_text_length(config: Config, towers: Towers) -> None:
+    """Holds ``text_length`` to what the text tower can take.
+
+    Raises:
+        ConfigError: it is longer than the model's context, or the tower cannot do with less.
+    """
+    for half in ("target", "reference"):
+        data = getattr(config.data, half)
+        if data is None or data.text_length is None:
+            continue
+        context = int(getattr(towers.text, "context_length", data.text_length))
+        if data.text_length > context:
+            raise ConfigError(
+                f"data.{half}.text_length = {data.text_length} exceeds the model's context of {context}"
+            )
+        if towers.pooled_at is None:
+            raise ConfigError(
+                f"data.{half}.text_length: the text tower of {config.model.name} needs its whole context"
+            )

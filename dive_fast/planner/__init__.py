@@ -1,0 +1,1 @@
+"""Predictions of memory, FLOP and time before a run starts."""

@@ -1,0 +1,313 @@
+"""Cheap checks of the machine before dear work: each failure is one line that says what to do.
+
+What is looked at here fails otherwise after a model is loaded, or after hours of embedding: a folder that cannot
+be written, a full disk, a missing compiler or package, shared memory and open files that loader processes need.
+"""
+
+import logging
+import math
+import os
+import resource
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from dive_fast.checkpoint.lineage import LEFT_BY_RUNS, REPLACED
+from dive_fast.checkpoint.manifest import FOLDER as CHECKPOINTS
+from dive_fast.config.schema import Config
+from dive_fast.data.workers import PREFETCH
+from dive_fast.distributed import Ranks
+from dive_fast.engine.deepspeed_config import offloads
+from dive_fast.errors import ConfigError, UserError, machine_error
+from dive_fast.methods.registry import KINDS
+from dive_fast.model.towers import Towers
+from dive_fast.teacher import cache_files as store
+
+logger = logging.getLogger(__name__)
+
+SHARED_MEMORY = Path("/dev/shm")
+TRACKERS = {
+    "wandb": ("wandb", "wandb"),
+    "comet": ("comet_ml", "comet-ml"),
+    "tensorboard": ("tensorboard", "tensorboard"),
+}
+"""DeepSpeed's sections of trackers: the package that each imports, and its name for pip."""
+FILES, FILES_OF_WORKER = 100, 3
+"""Open files of a run, and what each loader process adds to them at least."""
+
+
+def check_environment(config: Config, folder: Path | None, ranks: Ranks) -> None:
+    """Checks what is known before a model is loaded; all ranks call it.
+
+    Args:
+        folder: the run's; None where nothing is written there.
+
+    Raises:
+        UserError: names the folder, package, tool or limit, and says what to do.
+    """
+    with ranks.together(UserError):
+        if ranks.first:
+            if folder is not None:
+                check_folder(folder, "train.output")
+            if _writes_cache(config) and config.teacher.path is not None:
+                check_folder(Path(config.teacher.path).parent, "teacher.path")
+                check_cache_folder(Path(config.teacher.path))
+        check_trackers(config)
+        check_temporary_folder()
+        check_compiler(config, ranks.device.type == "cuda")
+        check_open_files(config)
+
+
+def check_sizes(config: Config, folder: Path, towers: Towers, pairs: int, ranks: Ranks) -> None:
+    """Checks shared memory and disk, once it is known how large images and weights are; all ranks call it.
+
+    Args:
+        pairs: of the reference set; 0 where there is none.
+
+    Raises:
+        UserError: they do not suffice.
+    """
+    with ranks.together(UserError):
+        check_shared_memory(config, towers.preprocess.size, ranks)
+        if ranks.first:
+            check_disk(config, folder, towers, pairs)
+
+
+def check_folder(folder: Path, key: str) -> None:
+    """Makes a folder, and writes a file into it.
+
+    Raises:
+        UserError: that fails.
+    """
+    with _in_one_line(f"{key} = {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable"):
+            pass
+
+
+def check_inputs(config: Config, folder: Path) -> None:
+    """Checks that a run reads neither its model nor its teacher cache where it writes its own results.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    scheme, own = "local-dir:", folder.resolve()
+    model, pretrained = config.model.name, config.model.pretrained
+    read = {
+        "model.name": model.removeprefix(scheme) if model.startswith(scheme) else None,
+        "model.pretrained": pretrained if pretrained is not None and Path(pretrained).is_file() else None,
+        "teacher.path": config.teacher.path if _writes_cache(config) else None,
+    }
+    for key, named in read.items():
+        if named is None:
+            continue
+        path = Path(named).resolve()
+        if path == own or any(path.is_relative_to(own / name) for name in (*LEFT_BY_RUNS, CHECKPOINTS, REPLACED)):
+            raise ConfigError(
+                f"{key} = {named} is where the run itself writes (train.output = {folder}): set train.output to "
+                "another folder"
+            )
+
+
+def check_cache_folder(path: Path) -> None:
+    """Checks that a teacher cache is there, or can be put there.
+
+    Raises:
+        ConfigError: something else is there.
+    """
+    if path.is_dir() and not store.is_there(path) and any(path.iterdir()):
+        raise ConfigError(f"teacher.path = {path} is not empty, and not a teacher cache: name another folder")
+
+
+def check_trackers(config: Config) -> None:
+    """Checks that the packages of DeepSpeed's trackers are installed.
+
+    Raises:
+        ConfigError: names the package.
+    """
+    for key, (module, package) in TRACKERS.items():
+        section = config.deepspeed.get(key)
+        if isinstance(section, dict) and section.get("enabled") is True and find_spec(module) is None:
+            raise ConfigError(f"deepspeed.{key}: the package {package} is not installed: pip install {package}")
+
+
+def check_temporary_folder() -> None:
+    """Checks that temporary files can be written.
+
+    Raises:
+        UserError: no folder for them can be used.
+    """
+    named = os.environ.get("TMPDIR")
+    with _in_one_line("temporary files"):
+        tempfile.gettempdir()
+    if named and not Path(named).is_dir():
+        logger.warning("TMPDIR = %s is not a folder: %s is used", named, tempfile.gettempdir())
+
+
+def check_compiler(config: Config, on_gpu: bool) -> None:
+    """Checks for the compiler, and the folders of compiled code, that the options of a run need.
+
+    Raises:
+        ConfigError: names the option that needs it.
+    """
+    offload = offloads(config.deepspeed)
+    if offload and not _is_installed("cpu_adam"):
+        _require_compiler("deepspeed.zero_optimization.offload_optimizer", "CXX", ("c++", "g++", "clang++"))
+        default = _home("TORCH_EXTENSIONS_DIR") / ".cache/torch_extensions"
+        _require_writable("TORCH_EXTENSIONS_DIR", default)
+    if config.train.compile:
+        _require_compiler("train.compile", "CXX", ("g++", "c++", "clang++"))
+    if on_gpu:
+        # Triton compiles the launcher of each kernel by a C compiler.
+        _require_compiler("the loss kernels (Triton)", "CC", ("gcc", "clang", "cc"))
+        _require_writable("TRITON_CACHE_DIR", _home("TRITON_CACHE_DIR") / ".triton/cache")
+
+
+def check_open_files(config: Config) -> None:
+    """Raises the limit of open files as far as the system lets, and checks that loader processes can start.
+
+    Raises:
+        ConfigError: the limit is below what they need.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    workers = config.data.target.workers + (config.data.reference.workers if config.data.reference else 0)
+    workers += config.evaluate.workers if config.evaluate.sets or config.evaluate.geometry else 0
+    needed = FILES + FILES_OF_WORKER * workers
+    # A batch has some tensors, each of which is an open file until it is used.
+    wanted = needed + 8 * (PREFETCH + 1) * workers
+    if hard == resource.RLIM_INFINITY or soft < min(wanted, hard):
+        wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    if soft < needed:
+        raise ConfigError(
+            f"the limit of open files is {soft}, {workers} loader workers need at least {needed}: raise it "
+            "(ulimit -n 65536), or use fewer data.target.workers and data.reference.workers"
+        )
+
+
+def check_shared_memory(config: Config, size: tuple[int, int], ranks: Ranks) -> None:
+    """Checks that the batches which loader processes make ahead fit into ``/dev/shm``.
+
+    Args:
+        size: height and width of an image.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if not SHARED_MEMORY.is_dir():
+        return
+    halves = [half for half in (config.data.target, config.data.reference) if half is not None]
+    rounds = config.train.precision == "fp16" and config.teacher.mode == "cache" and ranks.device.type == "cuda"
+    image = 3 * math.prod(size) * (2 if rounds else 4)
+    needed = sum(
+        half.batch_size // ranks.world_size * image * half.workers * PREFETCH
+        for half in halves
+        if half.loader == "plain"
+    )
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    usage = shutil.disk_usage(SHARED_MEMORY)
+    if needed * local_ranks > usage.free:
+        raise ConfigError(
+            f"shared memory ({SHARED_MEMORY}) is too small: loaders keep up to {_size(needed * local_ranks)} "
+            f"of batches there, {_size(usage.free)} of {_size(usage.total)} are free: give the container more "
+            "(docker run --shm-size=16g, or --ipc=host), or use fewer data.target.workers and "
+            "data.reference.workers"
+        )
+
+
+def check_disk(config: Config, folder: Path, towers: Towers, pairs: int) -> None:
+    """Compares what a run will write with the free disk: an estimate, so what is merely tight is a warning.
+
+    Raises:
+        ConfigError: not even the teacher cache, one checkpoint and the exported model fit.
+    """
+    if any(folder.glob("checkpoints/step*")):
+        return  # it resumes: most of it is there
+    options, path = config.train, config.teacher.path
+    weights = sum(parameter.numel() * 4 for parameter in towers.parameters())
+    checkpoint = 3 * weights  # with AdamW's moments
+    # By disk: folders of one disk share what is free there.
+    least = {_existing(folder).stat().st_dev: (folder, checkpoint + weights)}
+    if _writes_cache(config) and not (folder / "teacher" if path is None else Path(path)).exists():
+        assert config.data.reference is not None
+        views = config.data.reference.views
+        rows = pairs * (1 + (views if isinstance(views, int) else 1))
+        where = folder if path is None else Path(path).parent
+        disk = _existing(where).stat().st_dev
+        there = least.get(disk, (where, 0))[1]
+        least[disk] = where, there + rows * towers.width * (2 if config.teacher.dtype == "float16" else 4)
+    for where, size in least.values():
+        free = shutil.disk_usage(_existing(where)).free
+        if size > free:
+            raise ConfigError(
+                f"{where}: {_size(free)} are free on this disk, the run needs at least {_size(size)} (teacher "
+                "cache and one checkpoint): free some, or name another disk by train.output and teacher.path"
+            )
+    # The next one is written before the oldest is removed.
+    kept = (options.keep_last + 1 + options.keep_best) * checkpoint + 2 * weights
+    free = shutil.disk_usage(_existing(folder)).free
+    if kept > free:
+        logger.warning(
+            "%s: %s are free on this disk, the checkpoints of this run take up to %s (train.keep_last)",
+            *(folder, _size(free), _size(kept)),
+        )
+
+
+def _writes_cache(config: Config) -> bool:
+    return KINDS[config.objective.name].needs_teacher and config.teacher.mode == "cache"
+
+
+def _is_installed(operator: str) -> bool:
+    """Whether DeepSpeed was installed with an operator compiled."""
+    from deepspeed.git_version_info import installed_ops
+
+    return bool(installed_ops.get(operator))
+
+
+def _require_compiler(option: str, variable: str, names: tuple[str, ...]) -> None:
+    named = os.environ.get(variable)
+    if not any(map(shutil.which, (named.split()[0],) if named and named.split() else names)):
+        looked_for = f"{variable} = {named}" if named else " or ".join(names)
+        raise ConfigError(
+            f"{option} needs a compiler, and {looked_for} is not found: install one (apt install build-essential)"
+        )
+
+
+def _home(variable: str) -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:
+        if variable in os.environ:
+            return Path(tempfile.gettempdir())
+        raise ConfigError(f"there is no home folder for compiled code: set HOME, or {variable}") from None
+
+
+def _require_writable(variable: str, default: Path) -> None:
+    path = Path(os.environ.get(variable) or default)
+    try:
+        check_folder(path, variable)
+    except UserError as error:
+        raise ConfigError(f"{error}; set {variable} to a folder for compiled code") from error
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above that is there."""
+    return next((each for each in (path, *path.absolute().parents) if each.exists()), Path("/"))
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+@contextmanager
+def _in_one_line(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        found = machine_error(error)
+        raise UserError(f"{what}: cannot write there: {found or error}") from error
