@@ -51,7 +51,7 @@ class Part(NamedTuple):
 def parts(results: Path) -> list[Part]:
     """The most telling first; figures of each go to ``results``."""
     folder = ("--results", str(results))
-    kernels, engine = "tests/kernels/test_triton.py", "tests/test_engine.py"
+    kernels, engine = "tests/kernels/test_triton.py", "tests/engine/test_step.py"
     steps, precision = "benchmarks/steps.py", "benchmarks/precision.py"
     cache, loaders, losses = "benchmarks/cache.py", "benchmarks/loaders.py", "benchmarks/test_losses.py"
     saves, zero = "benchmarks/saves.py", "benchmarks/zero.py"

@@ -25,7 +25,7 @@ from real_data import DATA
 from torch.utils.data import DataLoader
 
 from dive_fast.data.loaders.loader import Options, batches_of, training_batches
-from dive_fast.data.prefetch import Ahead
+from dive_fast.data.prefetch import Prefetcher
 from dive_fast.data.prepared import convert
 from dive_fast.data.prepared import write as prepare
 from dive_fast.data.prepared.raw import RawSource
@@ -84,7 +84,7 @@ def batches(loader: str, source: Source, files: list[Path], batch_size: int, wor
             while True:
                 yield from shuffled
 
-        return Ahead(epochs(), lambda pair: [part.to(DEVICE, non_blocking=True) for part in pair], DEVICE)
+        return Prefetcher(epochs(), lambda pair: [part.to(DEVICE, non_blocking=True) for part in pair], DEVICE)
     prompts = PromptTable(
         source,
         [f"thing {i}" for i in range(1000)],
@@ -95,7 +95,7 @@ def batches(loader: str, source: Source, files: list[Path], batch_size: int, wor
     dtype = torch.float16 if DEVICE.type == "cuda" else torch.float32
     options = Options(loader, workers, DEVICE, dtype)  # type: ignore[arg-type]
     loaded = training_batches(samples, Order(len(source), batch_size), range(10**9), options)
-    return Ahead(loaded, lambda batch: batch.to(DEVICE), DEVICE)
+    return Prefetcher(loaded, lambda batch: batch.to(DEVICE), DEVICE)
 
 
 def cpu_seconds() -> float:

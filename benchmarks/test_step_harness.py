@@ -129,7 +129,7 @@ def test_a_tiny_run_ends_in_figures_and_a_picture(tiny_run: Path) -> None:
     assert (tiny_run / "cpu-steps.png").is_file()
 
 
-@pytest.mark.slow  # tests/test_plan.py holds plans to steps too
+@pytest.mark.slow  # tests/planner/test_plan.py holds plans to steps too
 def test_what_was_planned_without_a_step_is_what_the_step_took(tiny_run: Path) -> None:
     printed = call("benchmarks/planned.py", "--against", str(tiny_run / "cpu-steps.json"))
     rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ViT-tiny")]

@@ -48,7 +48,7 @@ class Ranks:
         return dist.group.WORLD if self.world_size > 1 else None
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this rank talks and writes for all."""
         return self.rank == 0
 
@@ -56,7 +56,7 @@ class Ranks:
         """A progress bar on the first rank; a line every half minute where no one is watching."""
         quiet = 0.1 if sys.stderr.isatty() else 30
         return tqdm(
-            total=total, initial=done, desc=description, unit=unit, mininterval=quiet, disable=not self.first
+            total=total, initial=done, desc=description, unit=unit, mininterval=quiet, disable=not self.is_main
         )
 
     def barrier(self) -> None:
@@ -76,7 +76,7 @@ class Ranks:
         )
 
     @contextmanager
-    def together(self, *errors: type[Exception]) -> Iterator[None]:
+    def raise_on_all(self, *errors: type[Exception]) -> Iterator[None]:
         """Where one rank fails by one of these errors, all raise it behind the block, which has no collective."""
         failure: Exception | None = None
         try:
@@ -90,7 +90,7 @@ class Ranks:
         if (first := next(filter(None, failures), None)) is not None:
             raise first
 
-    def as_first(self, found: Any) -> Any:
+    def broadcast(self, found: Any) -> Any:
         """What the first rank has found, on all: file systems do not show the same to all machines at once."""
         values = [found]
         if self.world_size > 1:
@@ -105,12 +105,12 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         """Prints a line, once, that breaks no progress bar."""
-        if self.first:
+        if self.is_main:
             tqdm.write(line)
 
-    def share(self, count: int) -> range:
+    def local_range(self, count: int) -> range:
         """This rank's contiguous part of ``count`` things; parts differ by at most one."""
         return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 

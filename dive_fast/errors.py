@@ -34,7 +34,7 @@ class StalledError(Exception):
     """No batch comes for longer than the run waits; the message is one line."""
 
 
-class SharedError(Exception):
+class AllRanksError(Exception):
     """Ends all ranks of a run after the same step: none has to be told that another has failed."""
 
 

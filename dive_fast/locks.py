@@ -30,7 +30,7 @@ TELL_SECONDS = 30.0
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
-def own_name() -> str:
+def rank_name() -> str:
     """Content of a lock that this process holds."""
     return f"process {os.getpid()} on {socket.gethostname()}\n"
 
@@ -83,7 +83,7 @@ class Lock:
             os.close(descriptor)
         self._descriptor = descriptor
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, own_name().encode(), 0)
+        os.pwrite(descriptor, rank_name().encode(), 0)
         return None
 
     def release(self) -> None:
@@ -133,14 +133,14 @@ def file_lock(
         file: the lock; its folder is made where there is none.
         name: of what is locked, its path included.
     """
-    is_holder, lock = ranks is None or ranks.first, Lock(file, name)
+    is_holder, lock = ranks is None or ranks.is_main, Lock(file, name)
     begun = told = time.monotonic()
     try:
         while True:
             found: str | UserError | None = _acquire(lock, file, name) if is_holder else None
             if ranks is not None:
                 # In turns, not by one long wait: a collective gives up after a while.
-                found = ranks.as_first(found)
+                found = ranks.broadcast(found)
             if isinstance(found, UserError):
                 raise found
             if found is None:

@@ -55,6 +55,6 @@ def tell(line: str) -> None:
         sys.stderr.flush()
 
 
-def own_name() -> str:
+def rank_name() -> str:
     """``rank R``, for lines that each rank prints."""
     return f"rank {dist.get_rank() if dist.is_initialized() else 0}"

@@ -11,10 +11,10 @@ from pathlib import Path
 import cli
 
 
-@command.guarded
+@cli.guarded
 def main(arguments: list[str] | None = None) -> int:
     """Parses, calls, and turns a user's mistake into one line and exit code 2."""
-    parser = command.parser(__doc__, "teacher.dtype=float16")
+    parser = cli.parser(__doc__, "teacher.dtype=float16")
     parser.add_argument("--rebuild", action="store_true", help="remove the cache that is there, and write it anew")
     parser.add_argument(
         "--adopt",
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     from dive_fast.errors import ConfigError, UserError
 
     try:
-        config = load_config(options.config, options.overrides, command.CONFIGS)
+        config = load_config(options.config, options.overrides, cli.CONFIGS)
         if config.data.reference is None:
             raise ConfigError("data.reference: a teacher cache is of a reference set; name one")
         from dive_fast.data.open_dataset import open_reference
@@ -48,8 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         ranks = join(config.train.rank_timeout)
     except UserError as error:
-        return command.complain(error, options)
-    path = build.cache_folder(config, command.run_folder(config.train.output, options.config))
+        return cli.report_error(error, options)
+    path = build.cache_folder(config, cli.run_folder(config.train.output, options.config))
     try:
         if not options.export:
             check_environment(config, path.parent, ranks)
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         samples = build.reference_samples(config, source, towers)
         told = f"{path}: {len(source)} pairs"
         if options.export:
-            if ranks.first:
+            if ranks.is_main:
                 parts = build.export_cache(config, path, towers, samples, ranks, options.export)
                 print(f"{options.export}: {len(source)} pairs, partitions: {parts}")
             ranks.leave()
@@ -72,8 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
             found = build.adopt_cache(config, path, towers, samples, ranks, embeddings, options.rebuild)
             told += f" of {options.adopt}, where {len(embeddings) - len(source)} more are not needed"
     except UserError as error:
-        return command.complain(error, options)
-    if ranks.first:
+        return cli.report_error(error, options)
+    if ranks.is_main:
         print(told + (f"; {found}" if found is not None else ""))
         if found is not None:
             write_audit(path / "audit.json", found)

@@ -53,7 +53,7 @@ def run_folder(output: str | None, config: str) -> Path:
     return Path(output or f"runs/{Path(config).stem}")
 
 
-def complain(error: Exception, options: argparse.Namespace) -> int:
+def report_error(error: Exception, options: argparse.Namespace) -> int:
     """Reports a user's mistake in one line, once for all ranks that share it; returns the exit code.
 
     Args:
@@ -89,7 +89,7 @@ def guarded(main: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def guarded_main(arguments: list[str] | None = None) -> int:
-        with unheard():
+        with ignore_closed_output():
             try:
                 return main(arguments)
             except KeyboardInterrupt:
@@ -111,13 +111,13 @@ def _own_name() -> str:
 
 
 @contextmanager
-def unheard() -> Iterator[None]:
+def ignore_closed_output() -> Iterator[None]:
     """Whatever is inside does not end because nobody reads what it prints.
 
     Ctrl-C ends ``tee`` as it ends the run, which then still has to save; a disk fills up under a log.
     """
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Unheard(sys.stdout), _Unheard(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _ClosableOutput(sys.stdout), _ClosableOutput(sys.stderr)  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -130,7 +130,7 @@ def unheard() -> Iterator[None]:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-class _Unheard:
+class _ClosableOutput:
     """A stream but for errors of writing to it."""
 
     def __init__(self, stream: Any) -> None:

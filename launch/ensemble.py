@@ -10,10 +10,10 @@ from pathlib import Path
 import cli
 
 
-@command.guarded
+@cli.guarded
 def main(arguments: list[str] | None = None) -> int:
     """Parses, calls, and turns a user's mistake into one line and exit code 2."""
-    parser = command.parser(__doc__, "train.output=runs/mine")
+    parser = cli.parser(__doc__, "train.output=runs/mine")
     parser.add_argument("--weights", type=Path, help="fine-tuned ones; default: the run's model.safetensors")
     parser.add_argument("--choose-on", metavar="SET", help="evaluation set that alpha is chosen on")
     parser.add_argument("--output", type=Path, help="folder; default: the run's")
@@ -24,13 +24,13 @@ def main(arguments: list[str] | None = None) -> int:
     from dive_fast.errors import UserError
 
     try:
-        config = load_config(options.config, options.overrides, command.CONFIGS)
+        config = load_config(options.config, options.overrides, cli.CONFIGS)
         from dive_fast.distributed import join
         from dive_fast.evaluate import weight_ensemble as ensemble
         from dive_fast.evaluate.early_checks import check_output, find_weights
         from dive_fast.model import towers
 
-        run = command.run_folder(config.train.output, options.config)
+        run = cli.run_folder(config.train.output, options.config)
         weights = find_weights(options.weights, "--weights", run)
         folder = options.output or run
         check_output(folder)
@@ -39,12 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         ranks = join()
     except UserError as error:
-        return command.complain(error, options)
+        return cli.report_error(error, options)
     try:
         found = ensemble.ensemble(config, weights, ranks, chosen_on=options.choose_on)
     except UserError as error:
-        return command.complain(error, options)
-    if ranks.first:
+        return cli.report_error(error, options)
+    if ranks.is_main:
         ensemble.write(found, folder)
         report = found.report
         print(ensemble.table(report))

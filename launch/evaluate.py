@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dive_fast.config.schema import Config, ModelConfig
 
 
-@command.guarded
+@cli.guarded
 def main(arguments: list[str] | None = None) -> int:
     """Parses, calls, and turns a user's mistake into one line and exit code 2."""
     parser = _parser()
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         config = (
-            load_config(options.config, options.overrides, command.CONFIGS) if options.config is not None else None
+            load_config(options.config, options.overrides, cli.CONFIGS) if options.config is not None else None
         )
         model = (
             config.model if config is not None else ModelConfig(name=options.model, pretrained=options.pretrained)
@@ -75,10 +75,10 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         ranks = join()
     except UserError as error:
-        return command.complain(error, options)
+        return cli.report_error(error, options)
     head_file = _head(options, weights)
     if weights is None and options.head is None and (unused := _head_of_folder(model)) is not None:
-        ranks.say(f"{model.name} has a trained head, which is not measured; --head {unused} measures it")
+        ranks.print(f"{model.name} has a trained head, which is not measured; --head {unused} measures it")
     precision = options.precision or (config.train.precision if config is not None else "fp32")
     folder = options.output or _folder(options, config)
     how = measure.Options(
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.again,
     )
     try:
-        with ranks.together(UserError):
+        with ranks.raise_on_all(UserError):
             check_output(folder)
             results = Results(folder)
             head = None
@@ -111,8 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
         }
         rows = measure.measure_all(built, tokenizer, sets, opened, ranks, results, how, about, head)
     except UserError as error:
-        return command.complain(error, options)
-    if ranks.first:
+        return cli.report_error(error, options)
+    if ranks.is_main:
         print(as_markdown(rows), end="")
         print(f"\n{folder}/results.jsonl, results.csv, results.md")
     ranks.leave()
@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.parser(__doc__, "evaluate.batch_size=64", required=False)
+    parser = cli.parser(__doc__, "evaluate.batch_size=64", required=False)
     which = parser.add_argument_group("model")
     which.add_argument("--model", help="open_clip's name of one, instead of a config")
     which.add_argument("--pretrained", help="open_clip's tag, or a file, with --model")
@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--class-names", help="for all of them: a text file, or e.g. flowers")
     data.add_argument("--templates", help="for all of them: a text file, one template, or e.g. food101")
     data.add_argument("--skip-missing", action="store_true", help="leave out the sets that are not there")
-    parser.add_argument("--batch-size", type=command.count(1), help="images encoded at once on each rank")
+    parser.add_argument("--batch-size", type=cli.count(1), help="images encoded at once on each rank")
     parser.add_argument("--workers", type=int, help="loader processes on each rank")
     parser.add_argument("--output", type=Path, help="folder; default: the run's, else runs/evaluate")
     parser.add_argument("--label", help="what tables call the model; default: the run's name, or the model's")
@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace, config: "Config") -> Path:
-    return command.run_folder(config.train.output, options.config)
+    return cli.run_folder(config.train.output, options.config)
 
 
 def _folder(options: argparse.Namespace, config: "Config | None") -> Path:

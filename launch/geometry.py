@@ -11,10 +11,10 @@ from pathlib import Path
 import cli
 
 
-@command.guarded
+@cli.guarded
 def main(arguments: list[str] | None = None) -> int:
     """Parses, calls, and turns a user's mistake into one line and exit code 2."""
-    parser = command.parser(__doc__, "train.output=runs/mine")
+    parser = cli.parser(__doc__, "train.output=runs/mine")
     parser.add_argument("--before", type=Path, metavar="WEIGHTS", help="default: the config's pre-trained model")
     parser.add_argument("--after", type=Path, metavar="WEIGHTS", help="default: the run's model.safetensors")
     parser.add_argument(
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Time grows with the square: a reference set of millions would never end.
     parser.add_argument(
         "--limit",
-        type=command.count(3),
+        type=cli.count(3),
         metavar="N",
         default=10_000,
         help="pairs, spread over the set; default: %(default)s",
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     from dive_fast.errors import UserError
 
     try:
-        config = load_config(options.config, options.overrides, command.CONFIGS)
+        config = load_config(options.config, options.overrides, cli.CONFIGS)
         from dive_fast.distributed import join
         from dive_fast.evaluate.early_checks import check_output, find_weights
         from dive_fast.evaluate.geometry import compare as movement
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         from dive_fast.model import towers
 
         data = describe_pairs(config, options.pairs, options.format, options.image_root)
-        run = command.run_folder(config.train.output, options.config)
+        run = cli.run_folder(config.train.output, options.config)
         after = find_weights(options.after, "--after", run)
         if options.before is not None:
             find_weights(options.before, "--before", run)
@@ -56,15 +56,15 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         ranks = join()
     except UserError as error:
-        return command.complain(error, options)
+        return cli.report_error(error, options)
     if options.pairs is None:
-        ranks.say(
+        ranks.print(
             "pairs: data.reference, on which training holds embeddings in place; pairs that it has not seen tell "
             "more: name some by --pairs (docs/geometry.md)"
         )
     try:
         embedded = movement.embed_both(config, options.before, after, data, ranks, options.limit)
-        if not ranks.first:
+        if not ranks.is_main:
             return 0
         about = {
             "model": config.model.name,
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         }
         report = movement.measure(embedded, about)
     except UserError as error:
-        return command.complain(error, options)
+        return cli.report_error(error, options)
     # The run's course is that of its own weights.
     training = run / "metrics.jsonl" if options.after is None else None
     print(movement.table(report) + "\n")

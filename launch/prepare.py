@@ -137,9 +137,9 @@ def _raw(options: argparse.Namespace) -> Any:
 def _wilds(options: argparse.Namespace) -> Any:
     from wilds import get_dataset
 
-    from dive_fast.io.safe_read import nothing_executed
+    from dive_fast.io.safe_read import forbid_code_execution
 
-    with nothing_executed():
+    with forbid_code_execution():
         dataset = get_dataset(options.name, root_dir=options.input, download=False)
     return dataset.get_subset(options.split or "train")
 
@@ -149,7 +149,7 @@ def _torchvision(options: argparse.Namespace) -> Any:
     from torchvision import datasets
 
     from dive_fast.errors import DataError
-    from dive_fast.io.safe_read import nothing_executed
+    from dive_fast.io.safe_read import forbid_code_execution
 
     if not inspect.isclass(getattr(datasets, options.name, None)):
         raise DataError("torchvision has no such data set")
@@ -170,7 +170,7 @@ def _torchvision(options: argparse.Namespace) -> Any:
         raise DataError(f"--split {options.split}: it has train and test")
     if part is not None:
         chosen[part] = (options.split or "train") == "train" if part == "train" else options.split or "train"
-    with nothing_executed():
+    with forbid_code_execution():
         return kind(options.input, **chosen)
 
 

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from dive_fast.config.schema import Config
 
 
-@command.guarded
+@cli.guarded
 def main(arguments: list[str] | None = None) -> int:
     """Parses, calls, and turns a user's mistake into one line and exit code 2."""
-    parser = command.parser(__doc__, "train.epochs=1")
+    parser = cli.parser(__doc__, "train.epochs=1")
     planning = parser.add_argument_group("planning")
     planning.add_argument("--dry-run", action="store_true", help="print FLOP, memory and time of a step, and end")
     planning.add_argument("--json", action="store_true", help="of the plan, one object on the last line")
-    planning.add_argument("--ranks", type=command.count(1), help="GPUs planned for; default: WORLD_SIZE, else 1")
+    planning.add_argument("--ranks", type=cli.count(1), help="GPUs planned for; default: WORLD_SIZE, else 1")
     planning.add_argument("--device", choices=GPUS, help="plan for this GPU alone")
     options = parser.parse_intermixed_args(arguments)
     if not options.dry_run and (options.json or options.ranks or options.device):
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     from dive_fast.errors import UserError
 
     try:
-        config = load_config(options.config, options.overrides, command.CONFIGS)
+        config = load_config(options.config, options.overrides, cli.CONFIGS)
         if options.dry_run:
             return dry_run(config, options)
         from dive_fast.checkpoint.saver import SaveError
@@ -50,25 +50,25 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         ranks = join(config.train.rank_timeout)
     except UserError as error:
-        return command.complain(error, options)
-    folder = command.run_folder(config.train.output, options.config)
+        return cli.report_error(error, options)
+    folder = cli.run_folder(config.train.output, options.config)
     try:
         results = train(config, folder, ranks)
     except UserError as error:
-        return command.complain(error, options)
+        return cli.report_error(error, options)
     except Stopped as stopped:
-        if ranks.first:
+        if ranks.is_main:
             print(f"{stopped}; start again to go on", file=sys.stderr)
         return STOPPED
     except (SaveError, NonFiniteError, MetricsError) as error:
-        command.complain(error, options)
+        cli.report_error(error, options)
         return 1
     except LostError as error:
         print(
             f"rank {ranks.rank}: error: {error}; start again to go on from the newest checkpoint", file=sys.stderr
         )
         return error.code
-    if ranks.first:
+    if ranks.is_main:
         print(
             f"{folder}/model.safetensors", *(f"{name}={value:.4g}" for name, value in results.items()), sep="\n  "
         )
@@ -89,7 +89,7 @@ def dry_run(config: "Config", options: argparse.Namespace) -> int:
         print(f"--dry-run: RANK = {rank} is set, and only rank 0 prints the plan; unset RANK", file=sys.stderr)
         return 0
     try:
-        ranks = options.ranks or command.count(1)(os.environ.get("WORLD_SIZE", "1"))
+        ranks = options.ranks or cli.count(1)(os.environ.get("WORLD_SIZE", "1"))
     except argparse.ArgumentTypeError as error:
         raise UserError(f"WORLD_SIZE = {error}; unset it, or give --ranks") from error
     # Before torch and Hugging Face are imported: neither a GPU nor the network is asked.

@@ -100,7 +100,7 @@ def _on_two_ranks(folder: Path) -> list[str]:
     with folder_lock(folder / "free", "run folder", ranks=ranks):
         # One rank of two holds it for both; as another run it is refused.
         ranks.barrier()
-        if not ranks.first:
+        if not ranks.is_main:
             try:
                 with folder_lock(folder / "free", "run folder", ranks=Ranks(0, 1, ranks.device)):
                     pass

@@ -38,7 +38,7 @@ from dive_fast.engine.deepspeed_config import deepspeed_section
 from dive_fast.errors import LONGEST, ConfigError, DataError
 from dive_fast.evaluate import results
 from dive_fast.evaluate.datasets import imagenet, layouts, wilds
-from dive_fast.io.atomic_files import write_whole
+from dive_fast.io.atomic_files import write_atomic
 from dive_fast.model import head as heads
 from dive_fast.model import towers
 from dive_fast.teacher import cache_files as store
@@ -362,7 +362,7 @@ def test_an_unfinished_cache_of_other_sizes_is_not_gone_on_with(world: Path) -> 
 def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "mine").write_bytes(b"mine")
     written: dict[str, Callable[[Path], None]] = {
-        "report.json": lambda path: write_whole(path, b"{}"),
+        "report.json": lambda path: write_atomic(path, b"{}"),
         "model.safetensors": lambda path: towers.save({"x": torch.zeros(2)}, path),
         "head.safetensors": lambda path: heads.save(heads.Head(torch.zeros(1, 2), torch.zeros(1), ("a",)), path),
     }

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dive_fast.evaluate import plots
-from dive_fast.io.atomic_files import write_whole
+from dive_fast.io.atomic_files import write_atomic
 from study import sets
 from study.experiments import ABLATIONS, HEADS, LEARNING_RATES, MAIN, MARGIN, SEEDS, chosen, grids, run_of
 from study.runs import REFERENCE, SIZES, Run
@@ -279,7 +279,7 @@ def write(rows: Sequence[Row], size: str, folder: Path, grid: Sequence[Row] | No
         lines += ["", f"![ID against zero-shot accuracy and RSA]({name})"]
     if grid is None:
         lines += _about_dive(rows, size, folder)
-    write_whole(path, ("\n".join(lines) + "\n").encode())
+    write_atomic(path, ("\n".join(lines) + "\n").encode())
     return path
 
 

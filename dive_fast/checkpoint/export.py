@@ -33,7 +33,7 @@ def write_model(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -
         class_names: of the head's rows.
     """
     weights = full_state(engine)
-    if engine.ranks.first:
+    if engine.ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         # First: weights of this run next to the description of another would be preprocessed as that one says.
         towers.describe(engine.towers, folder)
@@ -73,6 +73,6 @@ def full_state(engine: Engine, without: Collection[str] = ()) -> dict[str, Tenso
             continue
         own = [parameters[name]] if hasattr(parameters.get(name), "ds_id") else []
         with deepspeed.zero.GatheredParameters(own, enabled=bool(own)), torch.no_grad():
-            if engine.ranks.first:
+            if engine.ranks.is_main:
                 found[name] = tensor.detach().float().cpu().clone() if tensor.is_floating_point() else tensor.cpu()
     return found

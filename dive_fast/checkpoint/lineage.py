@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dive_fast.errors import ConfigError
-from dive_fast.io.atomic_files import write_whole
+from dive_fast.io.atomic_files import write_atomic
 from dive_fast.io.safe_read import read_json
 
 FILE = "run.json"
@@ -136,4 +136,4 @@ def remove_replaced(folder: Path) -> None:
 
 def _write(checkpoints: Path, lineage: Lineage) -> None:
     checkpoints.mkdir(parents=True, exist_ok=True)
-    write_whole(checkpoints / FILE, (json.dumps(lineage._asdict(), indent=2) + "\n").encode())
+    write_atomic(checkpoints / FILE, (json.dumps(lineage._asdict(), indent=2) + "\n").encode())

@@ -11,7 +11,7 @@ from torch import Tensor
 from dive_fast.checkpoint.manifest import FIXED, MANIFEST, WEIGHTS, Tensors, read_identity
 from dive_fast.config.schema import ModelConfig
 from dive_fast.errors import ConfigError
-from dive_fast.io.safe_read import nothing_executed
+from dive_fast.io.safe_read import forbid_code_execution
 from dive_fast.model import head as heads
 from dive_fast.model.head import Head
 from dive_fast.model.model_files import (
@@ -137,7 +137,7 @@ def _deepspeed_state(folder: Path) -> dict[str, Tensor]:
         )
     try:
         if not partitioned:  # below ZeRO-3 every rank has all weights, and the first wrote them, in fp32
-            with nothing_executed():
+            with forbid_code_execution():
                 state: dict[str, Tensor] = torch.load(whole, map_location="cpu", weights_only=True)["module"]
             return state
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -159,7 +159,7 @@ def _nothing_but_data() -> Iterator[None]:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     classes: list[Any] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-    with nothing_executed(), torch.serialization.safe_globals(classes):
+    with forbid_code_execution(), torch.serialization.safe_globals(classes):
         yield
 
 

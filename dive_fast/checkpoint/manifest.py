@@ -31,7 +31,7 @@ from torch import Tensor
 from dive_fast.engine.update import COUNTS, STATE
 from dive_fast.errors import ConfigError
 from dive_fast.identity import Identity
-from dive_fast.io.atomic_files import write_whole
+from dive_fast.io.atomic_files import write_atomic
 from dive_fast.io.safe_read import inside, read_json
 
 FORMAT = 2
@@ -175,7 +175,7 @@ def write_evaluation(checkpoint: Path, evaluation: Evaluation) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    write_whole(checkpoint / EVALUATION, (json.dumps(evaluation._asdict(), indent=2) + "\n").encode())
+    write_atomic(checkpoint / EVALUATION, (json.dumps(evaluation._asdict(), indent=2) + "\n").encode())
 
 
 def read_evaluation(checkpoint: Path) -> Evaluation | None:

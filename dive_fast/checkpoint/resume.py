@@ -48,19 +48,19 @@ def find_checkpoint(resume: str, folder: Path, ranks: Ranks) -> Path | None:
     damaged: list[DamagedError] = []
     candidates: list[tuple[Path, str | None]] = []
     start = None
-    with ranks.together(ConfigError):
-        if ranks.first:
+    with ranks.raise_on_all(ConfigError):
+        if ranks.is_main:
             present = lineage.read(folder)
             candidates = _of_run(written_checkpoints(folder), present)
             start = None if present is None else present.start
-    candidates, start = ranks.as_first((candidates, start))
+    candidates, start = ranks.broadcast((candidates, start))
     for path, missing in reversed(candidates):
         try:
             if missing is not None:
                 raise DamagedError(f"{path}: {missing}")
             verify(path, ranks)
         except DamagedError as error:
-            ranks.say(f"passed over: {error}")
+            ranks.print(f"passed over: {error}")
             damaged.append(error)
         else:
             return path
@@ -74,7 +74,7 @@ def find_checkpoint(resume: str, folder: Path, ranks: Ranks) -> Path | None:
 
 
 def _named(path: Path, what: str, ranks: Ranks) -> Path:
-    with ranks.together(ConfigError):
+    with ranks.raise_on_all(ConfigError):
         if (missing := missing_file(path)) is not None:
             raise ConfigError(f"{what}: no whole checkpoint there ({missing}){_nearby(path)}")
     verify(path, ranks)
@@ -114,7 +114,7 @@ def verify(checkpoint: Path, ranks: Ranks) -> None:
     Raises:
         DamagedError: a file is another.
     """
-    with ranks.together(DamagedError):
+    with ranks.raise_on_all(DamagedError):
         files = read_manifest(checkpoint)["files"]
         for name in sorted(files)[ranks.rank :: ranks.world_size]:
             try:
@@ -137,7 +137,7 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> Mapping[str, Any]:
         ConfigError: the checkpoint is of another model, or other parameters are tuned.
     """
     ranks = engine.ranks
-    with ranks.together(ConfigError):
+    with ranks.raise_on_all(ConfigError):
         numbers, stored = read_trainer(checkpoint), Tensors(checkpoint)
         wanted = {name: tuple(state.shape_of(parameter)) for name, parameter in state.tuned(engine)}
         for kind in (WEIGHTS, *MOMENTS):

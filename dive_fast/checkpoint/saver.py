@@ -34,16 +34,16 @@ from dive_fast.checkpoint.snapshot import RunRecord, tensors, trainer
 from dive_fast.config.schema import TrainConfig
 from dive_fast.distributed import Ranks
 from dive_fast.engine.step import Engine
-from dive_fast.errors import SharedError
+from dive_fast.errors import AllRanksError
 from dive_fast.fault_tolerance.consensus import Votes
 from dive_fast.identity import Identity
-from dive_fast.io.atomic_files import whole_path, write_whole
+from dive_fast.io.atomic_files import atomic_path, write_atomic
 
 LATEST = "latest"
 """A file beside the checkpoints with the name of the newest."""
 
 
-class SaveError(SharedError):
+class SaveError(AllRanksError):
     """A checkpoint could not be written; the message is one line, and older checkpoints are as they were."""
 
 
@@ -62,7 +62,7 @@ class Saver:
         self._underway: _Save | None = None
         self.newest: int | None = None
         """The step of the checkpoint that was last made whole here."""
-        if engine.ranks.first:
+        if engine.ranks.is_main:
             # Of runs that were killed while they wrote.
             for left_behind in folder.glob(".step*.*"):
                 shutil.rmtree(left_behind, ignore_errors=True)
@@ -90,8 +90,8 @@ class Saver:
         engine, path = self._engine, path_of(self._folder, step)
         partial = path.with_name(f".{path.name}.partial")
         try:
-            with engine.ranks.together(SaveError), _as_save_error(partial, engine.ranks.rank):
-                if engine.ranks.first:
+            with engine.ranks.raise_on_all(SaveError), _as_save_error(partial, engine.ranks.rank):
+                if engine.ranks.is_main:
                     first()
                     shutil.rmtree(partial, ignore_errors=True)
                     partial.mkdir(parents=True)
@@ -106,7 +106,7 @@ class Saver:
             partial,
             engine.ranks,
             tensors(engine),
-            numbers if engine.ranks.first else None,
+            numbers if engine.ranks.is_main else None,
             self._record.identity,
         )
         self._underway.write()
@@ -134,7 +134,7 @@ class Saver:
             self.finish()
         elif agreed.committed == save.number:
             self._underway, self.newest = None, step_of(save.path)
-        elif -agreed.unwritten == save.number and self._engine.ranks.first and not save.is_being_committed:
+        elif -agreed.unwritten == save.number and self._engine.ranks.is_main and not save.is_being_committed:
             save.commit(self._removed(save))
 
     def finish(self, *, must: bool = False) -> None:
@@ -150,22 +150,22 @@ class Saver:
             return
         self._underway, ranks = None, self._engine.ranks
         try:
-            with ranks.together(SaveError), _as_save_error(save.partial, ranks.rank):
+            with ranks.raise_on_all(SaveError), _as_save_error(save.partial, ranks.rank):
                 save.join()
-            with ranks.together(SaveError), _as_save_error(save.partial, ranks.rank):
-                if ranks.first and not save.is_committed:
+            with ranks.raise_on_all(SaveError), _as_save_error(save.partial, ranks.rank):
+                if ranks.is_main and not save.is_committed:
                     save.commit(self._removed(save))
                     save.join()
             self.newest = step_of(save.path)
         except SaveError as error:
-            if ranks.first:
+            if ranks.is_main:
                 shutil.rmtree(save.partial, ignore_errors=True)
             self._failed(error, must)
 
     def _failed(self, error: SaveError, must: bool) -> None:
         if must or self._options.on_save_error == "stop":
             raise error
-        self._engine.ranks.say(f"warning: {error}; the run goes on from memory, as train.on_save_error says")
+        self._engine.ranks.print(f"warning: {error}; the run goes on from memory, as train.on_save_error says")
 
     def _removed(self, save: "_Save") -> Callable[[list[Path]], list[Path]]:
         """Which of all checkpoints go, once this save is whole."""
@@ -236,7 +236,7 @@ class _Save:
     def _write(self) -> None:
         name = _of_rank(self._ranks.rank)
         file = self.partial / f"{name}.safetensors"
-        with whole_path(file) as partial:
+        with atomic_path(file) as partial:
             save_file(self._tensors, partial)
         self._tensors = {}
         files = {file.name: file}
@@ -270,7 +270,7 @@ class _Save:
         self.partial.replace(self.path)
         _to_disk(self.path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-        write_whole(self.path.with_name(LATEST), f"{self.path.name}\n".encode())
+        write_atomic(self.path.with_name(LATEST), f"{self.path.name}\n".encode())
         for old in removed(written_checkpoints(self.path.parent)):
             _remove(old)
         remove_replaced(self.path.parent.parent)

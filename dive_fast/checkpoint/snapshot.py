@@ -65,7 +65,7 @@ def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     tuned = {name for name, _ in state.tuned(engine)}
     for name, tensor in full_state(engine, without=tuned).items():
         yield f"{FIXED}/{name}", tensor.clone()
-    if ranks.first:
+    if ranks.is_main:
         for name, tensor in engine.objective.state_dict().items():
             yield f"{OBJECTIVE}/{name}", _on_cpu(tensor)
     yield f"{RANDOM}/cpu/{ranks.rank}", torch.get_rng_state()

@@ -56,7 +56,7 @@ def decode(data: bytes) -> Image.Image:
     return eight_bits(image)
 
 
-def why_undecodable(error: Exception) -> str:
+def decode_error_message(error: Exception) -> str:
     """What :func:`decode` has raised, in words for a user."""
     if isinstance(error, UnidentifiedImageError):
         return "it is not an image, or of a format that is not read"
@@ -110,7 +110,7 @@ def _with_info(converted: Image.Image, image: Image.Image) -> Image.Image:
     return converted
 
 
-def why_unusual(image: Image.Image, data: bytes) -> str:
+def unsupported_reason(image: Image.Image, data: bytes) -> str:
     """Why not every loader decodes a file as PIL does; empty: they do.
 
     Args:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from dive_fast.errors import StalledError
-from dive_fast.waiting import EVERY, own_name, tell
+from dive_fast.waiting import EVERY, rank_name, tell
 
 DEPTH = 1
 """Items ready or in the making, beside the one that the consumer works on: each takes memory of the device."""
@@ -27,7 +27,7 @@ _Entry = tuple[Ready | None, Any, BaseException | None]
 """An item, the event behind its copies, or what was raised in its place."""
 
 
-class Ahead(Iterator[Ready], Generic[Item, Ready]):
+class Prefetcher(Iterator[Ready], Generic[Item, Ready]):
     """Takes items from a loader and makes them ready on a thread and a CUDA stream of its own.
 
     The consumer's stream waits for the copies, the consumer does not: no host synchronisation.
@@ -74,7 +74,7 @@ class Ahead(Iterator[Ready], Generic[Item, Ready]):
                 continue
             if told >= self._limit:
                 raise StalledError(f"no batch for {told:.0f} s: {GIVES_NONE}")
-            tell(f"{own_name()} has waited {told:.0f} s for a batch: {GIVES_NONE}")
+            tell(f"{rank_name()} has waited {told:.0f} s for a batch: {GIVES_NONE}")
         assert self._taken is not None
         ready, copied, error = self._taken
         if error is not None:

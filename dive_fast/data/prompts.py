@@ -27,7 +27,7 @@ Template = Callable[[str], str]
 PooledAt = Literal["argmax"] | int | None
 """Where a causal text tower reads its feature: at the largest token id, or at this one; tokens behind it change
 nothing. None: the tower needs the whole context."""
-TELLING = ("a photo of a cat.", "Größe: 10 µm, naïve café 東京", "", "word " * 100)
+TOKENIZER_PROBES = ("a photo of a cat.", "Größe: 10 µm, naïve café 東京", "", "word " * 100)
 """Texts by whose tokens tokenizers are told apart."""
 
 

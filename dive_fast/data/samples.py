@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch", TargetBatch, ReferenceBatch, EvaluationBatch)
 Found = TypeVar("Found")
-Place = tuple[int, int]
+SampleKey = tuple[int, int]
 """(epoch, sample): all that decides what a sample looks like, given the seed."""
 MAX_REPLACEMENTS = 16
 
@@ -31,19 +31,19 @@ class Samples(ABC, Generic[Batch]):
         self.source, self.preprocess = source, preprocess
 
     @abstractmethod
-    def crop(self, place: Place, size: tuple[int, int]) -> Crop | None:
+    def crop(self, place: SampleKey, size: tuple[int, int]) -> Crop | None:
         """The crop at a place of an image of ``size`` (height, width); None stands for the evaluation view."""
 
     @abstractmethod
-    def batch(self, places: Sequence[Place], images: Tensor) -> Batch:
+    def batch(self, places: Sequence[SampleKey], images: Tensor) -> Batch:
         """The batch of these places: their images, ``(B, 3, H, W)``, with all that goes with them."""
 
-    def view(self, place: Place, size: tuple[int, int]) -> View:
+    def view(self, place: SampleKey, size: tuple[int, int]) -> View:
         """What to cut out of an image of ``size`` (height, width), for loaders that decode by themselves."""
         crop = self.crop(place, size)
         return self.preprocess.eval_view(size) if crop is None else self.preprocess.train_view(crop)
 
-    def cut(self, place: Place, image: Image.Image) -> Image.Image:
+    def cut(self, place: SampleKey, image: Image.Image) -> Image.Image:
         """The view of an image, as RGB in the model's size: what every loader has to come close to.
 
         Raises:
@@ -55,7 +55,7 @@ class Samples(ABC, Generic[Batch]):
             why = f"cannot resize {image.width} x {image.height} pixels: {error}"
             raise self.source.samples[place[1]].unusable(why) from error
 
-    def usable(self, place: Place, read: Callable[[Place], Found]) -> tuple[Place, Found]:
+    def usable(self, place: SampleKey, read: Callable[[SampleKey], Found]) -> tuple[SampleKey, Found]:
         """What ``read`` finds at a place; where that sample is broken, at the next one that is not.
 
         Raises:
@@ -71,7 +71,7 @@ class Samples(ABC, Generic[Batch]):
                 logger.warning("%s; the next sample takes its place", error)
         raise DataError(f"{MAX_REPLACEMENTS} samples in a row are unusable; the last: {last}")
 
-    def _entries(self, places: Sequence[Place]) -> list[Sample]:
+    def _entries(self, places: Sequence[SampleKey]) -> list[Sample]:
         return [self.source.samples[sample] for _, sample in places]
 
 
@@ -84,12 +84,12 @@ class TargetSamples(Samples[TargetBatch]):
         super().__init__(source, preprocess)
         self.prompts, self.pooled_at, self.seed = prompts, pooled_at, seed
 
-    def crop(self, place: Place, size: tuple[int, int]) -> Crop:
+    def crop(self, place: SampleKey, size: tuple[int, int]) -> Crop:
         """A new one each epoch."""
         epoch, sample = place
         return random_crop(size, self.seed, sample, epoch)
 
-    def batch(self, places: Sequence[Place], images: Tensor) -> TargetBatch:
+    def batch(self, places: Sequence[SampleKey], images: Tensor) -> TargetBatch:
         """Draws the prompts of these places."""
         entries = self._entries(places)
         tokens = [
@@ -127,12 +127,12 @@ class ReferenceSamples(Samples[ReferenceBatch]):
         """Views that each sample has; they take turns epoch by epoch."""
         return 1 if self.views == "eval" else self.views
 
-    def crop(self, place: Place, size: tuple[int, int]) -> Crop | None:
+    def crop(self, place: SampleKey, size: tuple[int, int]) -> Crop | None:
         """One of the fixed crops, or the evaluation view."""
         epoch, sample = place
         return None if self.views == "eval" else random_crop(size, self.seed, sample, epoch % self.num_views)
 
-    def batch(self, places: Sequence[Place], images: Tensor) -> ReferenceBatch:
+    def batch(self, places: Sequence[SampleKey], images: Tensor) -> ReferenceBatch:
         """Tokenises the captions of these places, unless the preparation has."""
         entries = self._entries(places)
         sample = torch.tensor([sample for _, sample in places])
@@ -165,9 +165,9 @@ class ReferenceSamples(Samples[ReferenceBatch]):
 class EvaluationSamples(Samples[EvaluationBatch]):
     """Images in the evaluation view with their labels."""
 
-    def crop(self, place: Place, size: tuple[int, int]) -> None:
+    def crop(self, place: SampleKey, size: tuple[int, int]) -> None:
         """The evaluation view, always."""
 
-    def batch(self, places: Sequence[Place], images: Tensor) -> EvaluationBatch:
+    def batch(self, places: Sequence[SampleKey], images: Tensor) -> EvaluationBatch:
         """Images and labels."""
         return EvaluationBatch(images, torch.tensor([entry.label for entry in self._entries(places)]))

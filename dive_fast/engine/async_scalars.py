@@ -27,7 +27,7 @@ class AsyncScalars:
             self._copied.record()
         self._found = found
 
-    def is_here(self) -> bool:
+    def ready(self) -> bool:
         """Whether they have arrived."""
         return self._copied is None or bool(self._copied.query())
 

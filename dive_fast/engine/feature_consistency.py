@@ -30,7 +30,7 @@ RATES = ("drop_prob", "drop_path", "drop_path_rate", "p")
 
 
 @dataclass(frozen=True)
-class Steadiness:
+class FeatureConsistency:
     """What was found of a model in training."""
 
     is_random: bool = False
@@ -46,7 +46,7 @@ class Steadiness:
 def prepare(config: Config, towers: Towers, ranks: Ranks) -> None:
     """Makes the towers steady where it can, measures them, and refuses what they cannot do.
 
-    Leaves what was found in ``towers.steadiness``. The towers end on the device of ``ranks``.
+    Leaves what was found in ``towers.feature_consistency``. The towers end on the device of ``ranks``.
 
     Raises:
         ConfigError: the config asks for what these towers cannot do; says which key, and why.
@@ -56,13 +56,13 @@ def prepare(config: Config, towers: Towers, ranks: Ranks) -> None:
     if changed := settle(towers):
         tell(f"{config.model.name}: in training, {' and '.join(changed)}: the same features as in evaluation")
     check_blocks(towers, train.activation_checkpointing, train.compile)
-    found = towers.steadiness = measure(towers.to(ranks.device), uses_text)
+    found = towers.feature_consistency = measure(towers.to(ranks.device), uses_text)
     check(config, found)
     if found.is_random and kind.needs_teacher:
         tell(f"{config.model.name} {found.reason}: no noise floor is measured, and |u|, |v| have that noise too")
 
 
-def check(config: Config, found: Steadiness) -> None:
+def check(config: Config, found: FeatureConsistency) -> None:
     """Refuses what towers cannot do.
 
     Raises:
@@ -102,17 +102,17 @@ def settle(towers: nn.Module) -> list[str]:
     return changed + ([f"{norms} BatchNorms keep the statistics of pre-training"] if is_new else [])
 
 
-def by_modules(towers: nn.Module) -> Steadiness:
+def by_modules(towers: nn.Module) -> FeatureConsistency:
     """What is known of the towers by their modules, where nothing can be run."""
     dropping = Counter(filter(None, map(_drops, towers.modules())))
     if not dropping:
-        return Steadiness()
+        return FeatureConsistency()
     kinds = ", ".join(f"{kind} in {count} module{'s' * (count > 1)}" for kind, count in dropping.most_common(3))
-    return Steadiness(is_random=True, reason=f"drops features at random ({kinds})")
+    return FeatureConsistency(is_random=True, reason=f"drops features at random ({kinds})")
 
 
 @torch.no_grad()
-def measure(towers: Towers, uses_text: bool = True) -> Steadiness:
+def measure(towers: Towers, uses_text: bool = True) -> FeatureConsistency:
     """Embeds two random images and texts in training mode, again, one by one, and in evaluation mode.
 
     Args:
@@ -127,7 +127,7 @@ def measure(towers: Towers, uses_text: bool = True) -> Steadiness:
     context = int(getattr(towers.text, "context_length", 77))
     tokens = torch.randint(0, 8, (2, context), generator=generator).to(device)
     autocast, towers.autocast = towers.autocast, None
-    found = Steadiness()
+    found = FeatureConsistency()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             found = _of_tower(towers, "image", towers.visual, towers.encode_image, images)
@@ -142,7 +142,7 @@ def measure(towers: Towers, uses_text: bool = True) -> Steadiness:
 
 def _of_tower(
     towers: Towers, name: str, tower: nn.Module, encode: Callable[[Tensor], Tensor], rows: Tensor
-) -> Steadiness:
+) -> FeatureConsistency:
     towers.train()
     whole, again = encode(rows), encode(rows)
     pieces = torch.cat([encode(row) for row in rows.split(1)])
@@ -154,18 +154,18 @@ def _of_tower(
     if known.is_random or not _same(whole, again, SAME):
         kind = type(tower).__name__
         reason = known.reason or f"makes other {name} features of the same batch each time ({kind})"
-        return Steadiness(True, False, False, reason)
+        return FeatureConsistency(True, False, False, reason)
     is_per_sample, is_as_evaluated = _same(pieces, whole, SAME_IN_PIECES), _same(whole, evaluated, SAME)
     reason = ""
     if not is_per_sample:
         reason = f"makes {name} features of a sample that depend on the other samples of its batch"
     elif not is_as_evaluated:
         reason = f"makes other {name} features in training than in evaluation"
-    return Steadiness(False, is_per_sample, is_as_evaluated, reason)
+    return FeatureConsistency(False, is_per_sample, is_as_evaluated, reason)
 
 
-def _both(image: Steadiness, text: Steadiness) -> Steadiness:
-    return Steadiness(
+def _both(image: FeatureConsistency, text: FeatureConsistency) -> FeatureConsistency:
+    return FeatureConsistency(
         image.is_random or text.is_random,
         image.is_per_sample and text.is_per_sample,
         image.is_as_evaluated and text.is_as_evaluated,

@@ -10,7 +10,7 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from dive_fast.distributed import Ranks
-from dive_fast.io.atomic_files import whole_path
+from dive_fast.io.atomic_files import atomic_path
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +35,16 @@ def tracing(steps: int, path: Path, ranks: Ranks) -> Iterator[Callable[[], None]
         steps: how many; 0 for none.
         path: of the trace, a ``.json.gz`` that Perfetto and Chrome open.
     """
-    if steps == 0 or not ranks.first:
+    if steps == 0 or not ranks.is_main:
         yield lambda: None
         return
 
     def write(found: Any) -> None:
-        with whole_path(path) as partial:
+        with atomic_path(path) as partial:
             found.export_chrome_trace(str(partial))
-        ranks.say(f"{path}: trace of {steps} steps (ui.perfetto.dev opens it); ms a step\n{summary(found, steps)}")
+        ranks.print(
+            f"{path}: trace of {steps} steps (ui.perfetto.dev opens it); ms a step\n{summary(found, steps)}"
+        )
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ranks.device.type == "cuda" else [])]
     plan = schedule(wait=SETTLING, warmup=WARMING, active=steps, repeat=1)

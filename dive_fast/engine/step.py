@@ -25,7 +25,7 @@ from torch import Tensor
 from dive_fast.config.schema import Config
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.distributed import Ranks
-from dive_fast.engine import feature_consistency as steadiness
+from dive_fast.engine import feature_consistency
 from dive_fast.engine.deepspeed_config import deepspeed_section, offloads, runs_on_device, zero_of
 from dive_fast.engine.optimizer import learning_rate_schedule, make_optimizer
 from dive_fast.engine.profiler import span
@@ -33,7 +33,12 @@ from dive_fast.engine.update import DeepSpeedUpdate, DeviceUpdate, LossScale
 from dive_fast.methods.method import Loss, Objective
 from dive_fast.model.features import Features, Outputs, Pairs
 from dive_fast.model.towers import AUTOCAST, Towers
-from dive_fast.model.transformer_blocks import compile_blocks, lighten, recompute_activations, recompute_blocks
+from dive_fast.model.transformer_blocks import (
+    compile_blocks,
+    recompute_activations,
+    recompute_blocks,
+    replace_quickgelu,
+)
 
 PER_ROW = ("image", "text", "logits")
 """Of the towers' features: those with a row for each pair or text, to be cut into micro-batches."""
@@ -88,15 +93,17 @@ class Engine:
         self.ranks, self.schedule, self.micro_batch_size = ranks, train.schedule, train.micro_batch_size
         self.towers = towers.to(ranks.device).train()
         self.towers.autocast = AUTOCAST[train.precision]
-        steadiness.settle(self.towers)
-        found: steadiness.Steadiness = self.towers.steadiness or steadiness.by_modules(self.towers)
-        steadiness.check(config, found)
+        feature_consistency.settle(self.towers)
+        found: feature_consistency.FeatureConsistency = (
+            self.towers.feature_consistency or feature_consistency.by_modules(self.towers)
+        )
+        feature_consistency.check(config, found)
         self.is_random = found.is_random
         """Whether the same weights make other features of the same batch each time."""
         if not (objective.target_has_texts or (objective.needs_reference and objective.reference_has_texts)):
             self.towers.text.requires_grad_(False)
             self.towers.logit_scale.requires_grad_(False)
-        lighten(self.towers)
+        replace_quickgelu(self.towers)
         if train.activation_checkpointing == "full":
             recompute_blocks(self.towers)
         elif train.activation_checkpointing == "selective":
@@ -107,7 +114,7 @@ class Engine:
         section = deepspeed_section(config, ranks.world_size)
         clipping, on_device = section["gradient_clipping"], runs_on_device(section)
         if on_device:
-            _leave_the_norm_to_us(section)
+            _disable_deepspeed_grad_norm(section)
         optimizer = make_optimizer(train, towers, offloads(section))
         schedule = learning_rate_schedule(train.warmup_steps, total_steps)
         self.deepspeed, *_ = deepspeed.initialize(
@@ -263,7 +270,7 @@ class Engine:
         return Loss(loss.loss.detach(), loss.metrics)
 
 
-def _leave_the_norm_to_us(section: dict[str, Any]) -> None:
+def _disable_deepspeed_grad_norm(section: dict[str, Any]) -> None:
     section["gradient_clipping"] = 0.0
     if zero_of(section).get("stage", 0) > 0:
         section["zero_optimization"]["compute_grad_norm"] = False

@@ -18,7 +18,7 @@ from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, UserError
 from dive_fast.evaluate.feature_identity import of_classifier
 from dive_fast.identity import digest
-from dive_fast.io.atomic_files import whole_path
+from dive_fast.io.atomic_files import atomic_path
 from dive_fast.locks import folder_lock
 from dive_fast.model.head import Head
 from dive_fast.model.towers import Towers, unit
@@ -70,7 +70,7 @@ def classifier(
         ranks: share the classes among them, all of which call it; None: this one encodes all.
     """
     device = next(towers.parameters()).device
-    own = range(len(class_names)) if ranks is None else ranks.share(len(class_names))
+    own = range(len(class_names)) if ranks is None else ranks.local_range(len(class_names))
     weights = torch.zeros(len(class_names), towers.width, device=device, dtype=towers.logit_scale.dtype)
     for row in own:
         tokens = tokenizer([template(class_names[row]) for template in templates])
@@ -101,18 +101,18 @@ def cached_classifier(
     """
     if folder is None:
         return classifier(towers, tokenizer, class_names, templates, ranks)
-    key = digest(of_classifier(towers, tokenizer, class_names, templates, ranks.device)) if ranks.first else ""
-    key = ranks.as_first(key)
+    key = digest(of_classifier(towers, tokenizer, class_names, templates, ranks.device)) if ranks.is_main else ""
+    key = ranks.broadcast(key)
     path = folder / f"{key[:32]}.safetensors"
-    if ranks.as_first(path.is_file()):
+    if ranks.broadcast(path.is_file()):
         return _read(path, key, len(class_names), towers.width).to(ranks.device)
     weights = classifier(towers, tokenizer, class_names, templates, ranks)
     # Another process may write the same file at the same time.
-    with ranks.together(UserError):
-        if ranks.first:
+    with ranks.raise_on_all(UserError):
+        if ranks.is_main:
             with folder_lock(folder, "folder of classifiers", wait=True):
                 about = {"key": key, "class_names": json.dumps(list(class_names))}
-                with whole_path(path) as partial:
+                with atomic_path(path) as partial:
                     save_file({"weight": weights.cpu().contiguous()}, partial, about)
     return weights
 

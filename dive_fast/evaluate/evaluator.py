@@ -59,7 +59,7 @@ def open_all(sets: Mapping[str, EvaluationSet], ranks: Ranks, skip_missing: bool
         except DataError as error:
             if not skip_missing:
                 raise
-            ranks.say(f"left out: {error}")
+            ranks.print(f"left out: {error}")
     if not opened:
         raise DataError("none of the sets is there")
     return opened
@@ -85,26 +85,26 @@ def measure_all(
         ConfigError, DataError: the user's to mend; rows until then are kept.
     """
     described = {name: _describe(name, sets[name], data, head) for name, data in opened.items()}
-    with ranks.together(UserError):
-        common = of_model(towers, tokenizer, ranks.device) if ranks.first else {}
-        found = _identities(common, opened, options, head) if ranks.first else {}
-        if ranks.first and head is not None and head.trained_with not in ("", common["model"]["weights"]):
+    with ranks.raise_on_all(UserError):
+        common = of_model(towers, tokenizer, ranks.device) if ranks.is_main else {}
+        found = _identities(common, opened, options, head) if ranks.is_main else {}
+        if ranks.is_main and head is not None and head.trained_with not in ("", common["model"]["weights"]):
             logger.warning(
                 "%s: the head was trained with other weights than these, whose features it may not classify well",
                 options.label,
             )
-    identities: dict[str, Identity] = ranks.as_first(found)
+    identities: dict[str, Identity] = ranks.broadcast(found)
     rows: list[Row] = []
     for name, data in opened.items():
         identity = identities[name]
         about_set = described[name] | {"prompts_digest": identity["classes"].get("prompts", "")}
         key = digest(identity)
         metric = str(about_set["metric"])
-        before = ranks.as_first(results.known(key, options.label, name, metric) if ranks.first else None)
+        before = ranks.broadcast(results.known(key, options.label, name, metric) if ranks.is_main else None)
         if before is not None and not options.again:
             before.pop("head_lacks", None)  # it may have been measured with a head, which decided nothing
             row = before | about | about_set | {"value": before[metric]}
-            ranks.say(f"{name}: {_figure(row)} (measured before)")
+            ranks.print(f"{name}: {_figure(row)} (measured before)")
         else:
             started = time.monotonic()
             measured = measure(
@@ -135,10 +135,10 @@ def measure_all(
                 "key": key,
                 "identity": identity,
             }
-            ranks.say(f"{name}: {_figure(row)}{_why_again(results.last(options.label, name), identity)}")
+            ranks.print(f"{name}: {_figure(row)}{_why_again(results.last(options.label, name), identity)}")
         rows.append(row)
-        with ranks.together(UserError):
-            if ranks.first:
+        with ranks.raise_on_all(UserError):
+            if ranks.is_main:
                 results.add(row)
     return rows
 

@@ -13,7 +13,7 @@ from PIL import features
 from torch import nn
 
 from dive_fast import numerics as precision
-from dive_fast.data.prompts import TELLING, Template, Tokenizer
+from dive_fast.data.prompts import TOKENIZER_PROBES, Template, Tokenizer
 from dive_fast.identity import Identity, digest, versions
 from dive_fast.model.model_identity import model_identity
 from dive_fast.model.towers import Towers
@@ -98,7 +98,7 @@ def _called(thing: Any) -> str:
 
 
 def _tokens(tokenizer: Tokenizer) -> str:
-    return digest(tokenizer(list(TELLING)).tolist())
+    return digest(tokenizer(list(TOKENIZER_PROBES)).tolist())
 
 
 def _precision(towers: Towers) -> Identity:

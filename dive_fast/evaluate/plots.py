@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dive_fast.io.atomic_files import write_whole
+from dive_fast.io.atomic_files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,4 +116,4 @@ def style_axes(axis: "Axes") -> None:
 def save_figure(figure: "Figure", path: Path) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=130)
-    write_whole(path, content.getvalue())
+    write_atomic(path, content.getvalue())

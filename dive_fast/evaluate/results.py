@@ -10,7 +10,7 @@ from typing import Any
 
 from dive_fast.errors import DataError
 from dive_fast.evaluate.datasets.catalog import IMAGENET_OOD, KNOWN, SUITES, ZERO_SHOT_10
-from dive_fast.io.atomic_files import write_whole
+from dive_fast.io.atomic_files import write_atomic
 from dive_fast.io.safe_read import parse_json, read_text
 from dive_fast.locks import file_lock
 
@@ -65,9 +65,9 @@ class Results:
             self.rows.append(row)
             lines = "".join(json.dumps(row) + "\n" for row in self.rows)
             try:
-                write_whole(self.folder / FILE, lines.encode())
-                write_whole(self.folder / "results.csv", as_csv(self.rows).encode())
-                write_whole(self.folder / "results.md", as_markdown(self.rows).encode())
+                write_atomic(self.folder / FILE, lines.encode())
+                write_atomic(self.folder / "results.csv", as_csv(self.rows).encode())
+                write_atomic(self.folder / "results.md", as_markdown(self.rows).encode())
             except OSError as error:
                 raise DataError(f"{self.folder}: cannot write the results: {error}") from error
 

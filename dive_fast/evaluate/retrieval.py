@@ -8,7 +8,7 @@ from dive_fast.data.loaders.loader import Options, batches_of
 from dive_fast.data.prompts import Tokenizer, pack, warn_of_cut_texts
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
-from dive_fast.evaluate.datasets.evaluation_set import BROKEN, Captioned, CountedSamples, progress
+from dive_fast.evaluate.datasets.evaluation_set import BROKEN, Captioned, StrictSamples, progress
 from dive_fast.evaluate.scores import recall_at
 from dive_fast.model.towers import Towers, unit
 
@@ -41,16 +41,16 @@ def recalls(
     captions = data.captions()
     distinct = {text: row for row, text in enumerate(dict.fromkeys(text for own in captions for text in own))}
     texts = list(distinct)
-    if ranks.first:
+    if ranks.is_main:
         warn_of_cut_texts(texts, tokenizer, name or "captions")
-    samples = CountedSamples(data.source, towers.preprocess, 0, data.reports_skipped, data.remedy)
+    samples = StrictSamples(data.source, towers.preprocess, 0, data.reports_skipped, data.remedy)
     images = torch.zeros(len(captions), towers.width, device=ranks.device)
     sentences = torch.zeros(len(texts), towers.width, device=ranks.device)
     broken = torch.zeros(len(captions), dtype=torch.int64, device=ranks.device)
-    own_images, own_texts = ranks.share(len(images)), ranks.share(len(texts))
+    own_images, own_texts = ranks.local_range(len(images)), ranks.local_range(len(texts))
     at = own_images.start
     total = len(own_images) + len(own_texts)
-    with ranks.together(DataError), progress(ranks, total, name, "embedding") as bar:
+    with ranks.raise_on_all(DataError), progress(ranks, total, name, "embedding") as bar:
         for batch in batches_of(samples, [(0, sample) for sample in own_images], batch_size, options):
             features = unit(towers.encode_image(batch.images.to(ranks.device)))
             images[at : at + len(features)] = features
@@ -109,7 +109,7 @@ def _places(
     """
     places = torch.zeros(len(queries), dtype=torch.int64, device=ranks.device)
     order = torch.arange(len(row_of), device=ranks.device)
-    own = ranks.share(len(queries))
+    own = ranks.local_range(len(queries))
     for first in range(own.start, own.stop, block):
         part = slice(first, min(first + block, own.stop))
         # By column, so that equal answers have equal similarities whatever the matrix product's blocks.

@@ -18,7 +18,7 @@ from dive_fast.evaluate.classifier import classifier
 from dive_fast.evaluate.datasets.resolve import metric_of, open_sets
 from dive_fast.evaluate.results import LOCK
 from dive_fast.evaluate.zero_shot import Measured, measure_sets, report_left_out, values
-from dive_fast.io.atomic_files import write_whole
+from dive_fast.io.atomic_files import write_atomic
 from dive_fast.locks import file_lock
 from dive_fast.model import head as heads
 from dive_fast.model import towers
@@ -86,7 +86,7 @@ def ensemble(
         raise ConfigError(
             f"evaluate.sets has no {chosen_on}{nearest(chosen_on, names)}; it has {', '.join(names)}"
         )
-    with ranks.together(UserError):
+    with ranks.raise_on_all(UserError):
         # What a typo may be in comes before what takes minutes.
         opened = open_sets(config.evaluate.sets, ranks)
         trained = head_of(weights)
@@ -155,7 +155,7 @@ def write(found: Ensemble, folder: Path) -> None:
             path.unlink(missing_ok=True)  # another ensemble's: it would classify in the place of prompts
         else:
             heads.save(found.head, path)
-        write_whole(folder / "ensemble.json", (json.dumps(found.report, indent=2) + "\n").encode())
+        write_atomic(folder / "ensemble.json", (json.dumps(found.report, indent=2) + "\n").encode())
         plots.ensemble(found.report, folder / "ensemble.png")
 
 

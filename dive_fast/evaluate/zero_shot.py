@@ -17,7 +17,7 @@ from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError
 from dive_fast.evaluate import retrieval
 from dive_fast.evaluate.classifier import Classifier, cached_classifier, lacked, of_head
-from dive_fast.evaluate.datasets.evaluation_set import BROKEN, Captioned, CountedSamples, Labelled, progress
+from dive_fast.evaluate.datasets.evaluation_set import BROKEN, Captioned, Labelled, StrictSamples, progress
 from dive_fast.evaluate.datasets.resolve import Opened, metric_of, open_evaluation
 from dive_fast.evaluate.scores import Predictions, scores
 from dive_fast.model import head as heads
@@ -53,13 +53,13 @@ def classifier_for(
     """
     rows = None if head is None else of_head(head, data.class_names, data.imagenet_rows)
     if rows is None:
-        if head is not None and ranks.first and set(head.class_names) & set(data.class_names):
+        if head is not None and ranks.is_main and set(head.class_names) & set(data.class_names):
             # Suites have sets of other classes, for which prompts are meant.
             warn_once(
                 f"prompts classify a set of {len(data.class_names)} classes: the head has some of them, but not "
                 f"{lacked(head, data.class_names)!r}"
             )
-        if ranks.first:
+        if ranks.is_main:
             warn_of_lost_names(data.class_names, data.templates, tokenizer)
         weight = cached_classifier(towers, tokenizer, data.class_names, data.templates, ranks, cache)
         return Classifier("prompts", weight, None, data.members)
@@ -88,12 +88,12 @@ def predict(
     Raises:
         DataError: an image is broken, or the features are no finite numbers.
     """
-    places = [(0, sample) for sample in ranks.share(len(samples.source))]
+    places = [(0, sample) for sample in ranks.local_range(len(samples.source))]
     # A column for each of the set's images, which is zero on all ranks but one: their sum has them all in order.
     found = torch.zeros(3, len(samples.source), dtype=torch.int64, device=ranks.device)
     at = places[0][1] if places else 0
     finite = torch.ones((), dtype=torch.bool, device=ranks.device)
-    with ranks.together(DataError), progress(ranks, len(places), name, "image") as bar:
+    with ranks.raise_on_all(DataError), progress(ranks, len(places), name, "image") as bar:
         for batch in batches_of(samples, places, batch_size, Options(workers=workers, device=ranks.device)):
             batch = batch.to(ranks.device)
             logits = classes.logits(unit(towers.encode_image(batch.images)))
@@ -151,7 +151,7 @@ def measure(
         recalls, count, broken = retrieval.recalls(towers, tokenizer, data, ranks, batch_size, options, name)
         return Measured(recalls, "captions", count, len(data.source.skipped) + broken)
     classes = classifier_for(towers, tokenizer, data, ranks, head, cache)
-    samples = CountedSamples(data.source, towers.preprocess, data.border, data.reports_skipped, data.remedy)
+    samples = StrictSamples(data.source, towers.preprocess, data.border, data.reports_skipped, data.remedy)
     found = predict(towers, classes, samples, ranks, batch_size, workers, name)
     kept, regions = found.label != BROKEN, data.regions
     count = int(kept.sum())
@@ -192,7 +192,7 @@ def values(measured: Mapping[str, Measured], sets: Mapping[str, EvaluationSet]) 
 def report_left_out(measured: Mapping[str, Measured], ranks: Ranks) -> None:
     """One line for each set of which samples were left out."""
     for name, found in measured.items():
-        if found.left_out and ranks.first:
+        if found.left_out and ranks.is_main:
             logger.warning("%s: figures are of %d samples, %d are left out", name, found.samples, found.left_out)
 
 

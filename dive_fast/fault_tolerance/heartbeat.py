@@ -23,7 +23,7 @@ import psutil
 import torch.distributed.distributed_c10d as c10d
 
 from dive_fast.distributed import Ranks
-from dive_fast.errors import SharedError, machine_error
+from dive_fast.errors import AllRanksError, machine_error
 from dive_fast.waiting import tell
 
 STOPPED, LOST = 75, 76
@@ -113,12 +113,12 @@ class Watch:
         """Starts the threads; all ranks enter together."""
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
-        targets: list[Callable[[], None]] = [self._judge]
+        targets: list[Callable[[], None]] = [self._monitor_loop]
         if self._ranks.world_size > 1:
             self._store = c10d.PrefixStore(f"watch/{next(NUMBERS)}", _own_connection())
             self._say_where()
             self._ranks.barrier()
-            targets.append(self._talk)
+            targets.append(self._heartbeat_loop)
         for target in targets:
             thread = threading.Thread(target=target, name="watch", daemon=True)
             thread.start()
@@ -127,7 +127,7 @@ class Watch:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Tells the other ranks how this one has ended."""
-        if error is not None and not isinstance(error, (LostError, SharedError)):
+        if error is not None and not isinstance(error, (LostError, AllRanksError)):
             meaning = machine_error(error) if isinstance(error, Exception) else None
             self._fault = (
                 f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -222,7 +222,7 @@ class Watch:
         self._judged.wait(timeout=8 * self._beat)
         return None if self._verdict is None else LostError(self._verdict, self._code)
 
-    def _talk(self) -> None:
+    def _heartbeat_loop(self) -> None:
         """Signs of life out and in; a thread of its own, since a store behind a broken network blocks."""
         others = [rank for rank in range(self._ranks.world_size) if rank != self._ranks.rank]
         while True:
@@ -260,12 +260,12 @@ class Watch:
         }
         self._store.set(str(self._ranks.rank), json.dumps(sign))
 
-    def _judge(self) -> None:
+    def _monitor_loop(self) -> None:
         """Looks, beat for beat, at all that may be amiss."""
         found: str | None = None
         while not self._closed.is_set():
             self._take_signals()
-            self._look_for_the_launcher()
+            self._check_launcher()
             if self._requested is not None and self._is_saved:
                 # An evaluation may take long, and so may the start. The others leave theirs too.
                 if self._ranks.world_size > 1:
@@ -313,7 +313,7 @@ class Watch:
             self._requested, self._asked_at = reason, time.monotonic()
             tell(f"{reason}: rank {self._ranks.rank} asks to save and stop")
 
-    def _look_for_the_launcher(self) -> None:
+    def _check_launcher(self) -> None:
         # A launcher that was killed, or a terminal with it, has sent no signal.
         if self._taking and self._requested is None and self._ancestors != _launcher():
             self._request("the launcher has gone")

@@ -10,14 +10,14 @@ from torch import Tensor
 from dive_fast.distributed import Ranks
 from dive_fast.engine.async_scalars import AsyncScalars as AsyncScalars
 from dive_fast.engine.step import StepBatches
-from dive_fast.errors import SharedError
-from dive_fast.io.atomic_files import write_whole
+from dive_fast.errors import AllRanksError
+from dive_fast.io.atomic_files import write_atomic
 
 BEHIND = 64
 """Steps that the device's numbers may be late by; the samples of so many more are remembered."""
 
 
-class NonFiniteError(SharedError):
+class NonFiniteError(AllRanksError):
     """``train.nonfinite_limit`` steps in a row were skipped; the message is one line and says whose samples."""
 
 
@@ -52,7 +52,7 @@ class NonFinite:
         """
         self._underway.append((step, AsyncScalars({"in_row": in_row})))
         late = len(self._underway) > BEHIND
-        while self._underway and (late or self._underway[0][1].is_here()):
+        while self._underway and (late or self._underway[0][1].ready()):
             step, reading = self._underway.popleft()
             late = False
             if self._reached is None and reading.numbers()["in_row"] >= self._limit:
@@ -71,7 +71,7 @@ class NonFinite:
         ]
         path = self._folder / "nonfinite" / f"rank{self._ranks.rank:05d}.json"
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, (json.dumps(steps, indent=2) + "\n").encode())
+        write_atomic(path, (json.dumps(steps, indent=2) + "\n").encode())
         return NonFiniteError(
             f"the loss or gradient was not finite in {self._limit} steps in a row, the last being "
             f"{steps[-1]['step']}; their samples are in {path.parent}. Weights are as before these steps: look at "

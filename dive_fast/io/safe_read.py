@@ -105,7 +105,7 @@ def map_array(path: Path) -> "np.memmap[Any, Any]":
 
 
 @contextmanager
-def nothing_executed() -> Iterator[None]:
+def forbid_code_execution() -> Iterator[None]:
     """Inside, ``torch.load`` admits tensors and plain values alone, and transformers loads no code of a model.
 
     Whatever the library in between asks for: open_clip falls back to torch's default, DeepSpeed unpickles freely,

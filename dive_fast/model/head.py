@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dive_fast.errors import ConfigError
-from dive_fast.io.atomic_files import whole_path
+from dive_fast.io.atomic_files import atomic_path
 from dive_fast.io.safe_read import parse_json
 
 FILE = "head.safetensors"
@@ -35,7 +35,7 @@ def save(head: Head, path: Path) -> None:
     tensors = {name: getattr(head, name).detach().float().cpu().contiguous() for name in ("weight", "bias")}
     about = {"class_names": json.dumps(list(head.class_names), ensure_ascii=False)}
     about |= {"trained_with": head.trained_with} if head.trained_with else {}
-    with whole_path(path) as partial:
+    with atomic_path(path) as partial:
         save_file(tensors, partial, about)
 
 

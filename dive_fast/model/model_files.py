@@ -20,10 +20,10 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transform import PreprocessCfg
 from safetensors import safe_open
 
-from dive_fast.data.prompts import TELLING, Tokenizer
+from dive_fast.data.prompts import TOKENIZER_PROBES, Tokenizer
 from dive_fast.data.transforms import Preprocess
 from dive_fast.errors import ConfigError
-from dive_fast.io.atomic_files import write_whole
+from dive_fast.io.atomic_files import write_atomic
 from dive_fast.io.safe_read import read_json
 
 logger = logging.getLogger(__name__)
@@ -167,10 +167,10 @@ def write_description(
     text = json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {"size": preprocess.size} | chosen}, indent=2)
     if tokenizer is not None:
         _save_tokenizer(tokenizer, folder)
-    write_whole(folder / DESCRIPTION, (text + "\n").encode())
+    write_atomic(folder / DESCRIPTION, (text + "\n").encode())
     if tokenizer is not None:
         again = open_clip.get_tokenizer(f"local-dir:{folder}")
-        if not torch.equal(again(list(TELLING)), tokenizer(list(TELLING))):
+        if not torch.equal(again(list(TOKENIZER_PROBES)), tokenizer(list(TOKENIZER_PROBES))):
             tell(f"{folder}: the tokenizer saved there splits texts in another way than the model's own")
 
 

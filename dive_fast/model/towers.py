@@ -19,8 +19,8 @@ from dive_fast.data.batch import Text
 from dive_fast.data.prompts import PooledAt, Tokenizer, quick_bpe
 from dive_fast.data.transforms import Preprocess
 from dive_fast.errors import ConfigError
-from dive_fast.io.atomic_files import whole_path
-from dive_fast.io.safe_read import nothing_executed
+from dive_fast.io.atomic_files import atomic_path
+from dive_fast.io.safe_read import forbid_code_execution
 from dive_fast.kernels.naive import unit
 from dive_fast.model.features import Features
 from dive_fast.model.model_files import (
@@ -84,7 +84,7 @@ class Towers(nn.Module):
         self.config: ModelConfig | None = None
         self.model_cfg: dict[str, Any] | None = None
         """What :func:`create` was given, and open_clip's architecture; None for towers made by hand."""
-        self.steadiness: Any = None
+        self.feature_consistency: Any = None
         """What :mod:`dive_fast.engine.feature_consistency` has measured; None before."""
         self.is_settled = False
         self.logit_scale_max: float | None = None
@@ -253,7 +253,7 @@ def create(config: ModelConfig, weights: bool = True) -> Towers:
     path = None if config.pretrained is None else Path(config.pretrained)
     try:
         with (
-            nothing_executed(),
+            forbid_code_execution(),
             contextlib.nullcontext() if loads else _without_warnings_about_random_weights(),
             _random_weights() if config.random else contextlib.nullcontext(),
             warnings.catch_warnings(),
@@ -401,7 +401,7 @@ def read_weights(config: ModelConfig, path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such checkpoint")
     try:
-        with nothing_executed(), _without_warnings_about_random_weights():
+        with forbid_code_execution(), _without_warnings_about_random_weights():
             model = open_clip.create_model(
                 _name(config), None, precision="fp32", load_weights=False, pretrained_text=False
             )
@@ -426,7 +426,7 @@ def tokenizer_of(config: ModelConfig, text_length: int | None = None) -> Tokeniz
         ConfigError: the tokenizer cannot be loaded.
     """
     try:
-        with nothing_executed():
+        with forbid_code_execution():
             tokenizer: Tokenizer = open_clip.get_tokenizer(_name(config), context_length=text_length)
     except Exception as error:  # as above
         raise ConfigError(f"model.name: cannot load the tokenizer of {config.name}: {_one_line(error)}") from error
@@ -498,7 +498,7 @@ def save(state: dict[str, Tensor], path: Path) -> None:
     """Writes weights as safetensors, whole or not at all."""
     from safetensors.torch import save_file
 
-    with whole_path(path) as partial:
+    with atomic_path(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
 
 

@@ -22,15 +22,15 @@ BACKEND = "inductor"
 CHECKPOINTING = "train.activation_checkpointing"
 
 
-def lighten(towers: Towers) -> None:
+def replace_quickgelu(towers: Towers) -> None:
     """Has QuickGELU keep its input alone for the backward; open_clip's keeps its sigmoid too. Bits are equal."""
     for module in towers.modules():
         for name, child in module.named_children():
             if isinstance(child, QuickGELU):
-                setattr(module, name, LightQuickGELU())
+                setattr(module, name, SavedInputQuickGELU())
 
 
-class LightQuickGELU(nn.Module):
+class SavedInputQuickGELU(nn.Module):
     """``x * sigmoid(1.702 x)``, the activation of OpenAI's CLIP."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,10 +101,10 @@ def recompute_activations(towers: Towers) -> None:
     """
     for tower in (towers.visual, towers.text):
         for block in blocks_of(tower, CHECKPOINTING):
-            block.mlp = LightMlp(_mlp_of(block, tower))
+            block.mlp = RecomputeMLP(_mlp_of(block, tower))
 
 
-class LightMlp(nn.Sequential):
+class RecomputeMLP(nn.Sequential):
     """An MLP under its own names that keeps for the backward what enters its activation, and not what leaves it.
 
     The backward runs again what lies between the two products: PyTorch ends this second run at the last tensor

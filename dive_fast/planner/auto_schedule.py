@@ -16,7 +16,7 @@ from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError
 from dive_fast.planner.gpu_specs import GPUS, sold_as
 
-WORTH = 0.98
+MIN_SPEEDUP = 0.98
 """Joint has to be predicted to take less than this share of sequential's time: it needs more memory."""
 
 
@@ -28,8 +28,8 @@ def resolve(config: Config, ranks: Ranks) -> Config:
     """
     if config.train.schedule != "auto":
         return config
-    with ranks.together(ConfigError):
-        chosen = [_ask(config, ranks) if ranks.first else ""]
+    with ranks.raise_on_all(ConfigError):
+        chosen = [_ask(config, ranks) if ranks.is_main else ""]
     if ranks.world_size > 1:
         dist.broadcast_object_list(chosen)
     return with_schedule(config, chosen[0])
@@ -50,7 +50,7 @@ def choose(config: Config, ranks: int, gpu: str) -> str:
     if not KINDS[config.objective.name].needs_reference:
         return "sequential"
     sequential, joint = (plan_run(with_schedule(config, name), ranks) for name in ("sequential", "joint"))
-    is_faster = joint.step_seconds(GPUS[gpu]) < WORTH * sequential.step_seconds(GPUS[gpu])
+    is_faster = joint.step_seconds(GPUS[gpu]) < MIN_SPEEDUP * sequential.step_seconds(GPUS[gpu])
     return "joint" if joint.fits(GPUS[gpu]) and is_faster else "sequential"
 
 
@@ -66,10 +66,10 @@ def _ask(config: Config, ranks: Ranks) -> str:
         about = torch.cuda.get_device_properties(ranks.device)
         gpu = sold_as(about.name, about.total_memory)
     if gpu is None:
-        ranks.say("train.schedule = auto: sequential, since there are no figures of this device to predict by")
+        ranks.print("train.schedule = auto: sequential, since there are no figures of this device to predict by")
         return "sequential"
     chosen = ask(config, ranks.world_size, gpu)
-    ranks.say(f"train.schedule = auto: {chosen}")
+    ranks.print(f"train.schedule = auto: {chosen}")
     return chosen
 
 

@@ -61,8 +61,8 @@ def plan_run(config: Config, ranks: int = 1) -> Plan:
         if zero.get(key, {}).get("device", "none") != "none":
             raise ConfigError(f"deepspeed.zero_optimization.{key}: offloading cannot be planned; remove it")
     tracker = Tracker()
-    with _pretended(ranks) as first, fake_tensors(), tracker:
-        return _Rehearsal(config, first, tracker).run()
+    with _fake_process_group(ranks) as first, fake_tensors(), tracker:
+        return _SimulatedStep(config, first, tracker).run()
 
 
 def _estimates(parts: dict[Part, int], scratch: int, ranks: int) -> dict[Estimate, int]:
@@ -75,7 +75,7 @@ def _estimates(parts: dict[Part, int], scratch: int, ranks: int) -> dict[Estimat
     }
 
 
-class _Rehearsal:
+class _SimulatedStep:
     """One rank of a run, its step and its batches."""
 
     def __init__(self, config: Config, ranks: Ranks, tracker: Tracker) -> None:
@@ -326,7 +326,7 @@ def _readable(linspace: Callable[..., Tensor]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _pretended(ranks: int) -> Iterator[Ranks]:
+def _fake_process_group(ranks: int) -> Iterator[Ranks]:
     """The first of so many ranks, of which there is no other: their collectives do nothing."""
     assert not dist.is_initialized(), "planned in a process of its own"
     place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}

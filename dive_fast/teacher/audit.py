@@ -7,7 +7,7 @@ import torch
 
 from dive_fast.data.loaders.loader import Options, batches_of
 from dive_fast.data.random_streams import Draw, stream
-from dive_fast.data.samples import Place, ReferenceSamples
+from dive_fast.data.samples import ReferenceSamples, SampleKey
 from dive_fast.distributed import Ranks
 from dive_fast.model.features import Pairs
 from dive_fast.model.towers import Towers
@@ -63,7 +63,7 @@ def audit(
     draws = stream(samples.seed, Draw.AUDIT, 0)
     count = min(pairs, layout.samples * layout.views)
     chosen = draws.choice(layout.samples * layout.views, count, replace=False).tolist()
-    places: list[Place] = [divmod(row, layout.samples) for row in chosen]
+    places: list[SampleKey] = [divmod(row, layout.samples) for row in chosen]
     online = OnlineTeacher(towers, ranks)
     lengths = []
     for batch in batches_of(samples, places, batch_size, options):

@@ -52,11 +52,11 @@ def open_teacher(config: Config, folder: Path, towers: Towers, samples: Referenc
     if config.teacher.mode == "online":
         return OnlineTeacher(copy.deepcopy(towers), ranks)
     path = cache_folder(config, folder)
-    if not store.is_there(path) and ranks.first:
+    if not store.is_there(path) and ranks.is_main:
         logger.warning("no teacher cache in %s: the reference set is embedded first, once", path)
     teacher, found = open_cache(config, path, towers, samples, ranks)
-    if ranks.first and found is not None:
-        ranks.say(f"teacher cache {path}: {found}")
+    if ranks.is_main and found is not None:
+        ranks.print(f"teacher cache {path}: {found}")
         folder.mkdir(parents=True, exist_ok=True)
         write_audit(folder / "audit.json", found)
     return teacher
@@ -76,17 +76,17 @@ def open_cache(
     options = config.teacher
     wanted, loading = _wanted(config, towers, samples, ranks)
     frozen = copy.deepcopy(towers)
-    if rebuild or not ranks.as_first(store.is_there(path)):
+    if rebuild or not ranks.broadcast(store.is_there(path)):
         with _locked(path, ranks):
             if rebuild:
-                if ranks.first:
+                if ranks.is_main:
                     remove(path)
                 ranks.barrier()
             # Another run may have written it meanwhile.
-            if not ranks.as_first(store.is_there(path)):
+            if not ranks.broadcast(store.is_there(path)):
                 write_cache(path, frozen, samples, wanted, ranks, options.batch_size, loading)
     teacher = CachedTeacher(path, wanted, options.verify)
-    if ranks.first and teacher.store.modified not in ("", samples.source.modified()):
+    if ranks.is_main and teacher.store.modified not in ("", samples.source.modified()):
         logger.warning(
             "teacher cache %s: the files of data.reference have other modification times than when it was "
             "written, but the same contents as far as their digest reads them; the cache is used",
@@ -135,12 +135,12 @@ def _adopt(
     wanted, loading = _wanted(config, towers, samples, ranks)
     layout = store.Layout(len(samples.source), samples.num_views, towers.width, options.dtype)
     limit = allowed(options.dtype, options.tolerance)
-    with ranks.together(CacheError):
-        if ranks.first:
+    with ranks.raise_on_all(CacheError):
+        if ranks.is_main:
             _remove_adopted(partial, rebuild)
     try:
         retrieval.adopt(embeddings, partial, layout, samples.source, wanted, ranks)
-        with ranks.together(CacheError):
+        with ranks.raise_on_all(CacheError):
             sizes = options.batch_size, loading, options.audit
             found = audit(CachedTeacher(partial, wanted), copy.deepcopy(towers), samples, ranks, *sizes)
             if not found.within(limit):
@@ -150,10 +150,10 @@ def _adopt(
                     "in half precision: only then raise teacher.tolerance, else write the cache without --adopt"
                 )
     except CacheError:
-        if ranks.first:
+        if ranks.is_main:
             _remove_adopted(partial)
         raise
-    if ranks.first:
+    if ranks.is_main:
         store.replace(partial, path)
     ranks.barrier()
     return found

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dive_fast.errors import ConfigError
-from dive_fast.io.atomic_files import new_file, write_whole
+from dive_fast.io.atomic_files import new_file, write_atomic
 from dive_fast.io.safe_read import inside, map_array, read_json
 
 FORMAT = 4
@@ -350,7 +350,7 @@ class Store:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Whole or not at all."""
-    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _data_start(file: BinaryIO, shape: tuple[int, int], dtype: str) -> int:

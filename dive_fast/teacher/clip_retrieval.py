@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from dive_fast.config.schema import Config
 from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
-from dive_fast.io.atomic_files import whole_file
+from dive_fast.io.atomic_files import atomic_file
 from dive_fast.io.safe_read import map_array
 from dive_fast.teacher import cache_files as store
 from dive_fast.teacher.cache_files import HALVES, CacheError, Layout, Store
@@ -217,16 +217,16 @@ def adopt(
     Raises:
         CacheError: the embeddings are not those of the samples, cannot be copied, or another cache was begun.
     """
-    with ranks.together(CacheError):
+    with ranks.raise_on_all(CacheError):
         embeddings.check_width(layout.width)
         rows = embeddings.find(source)
     try:
         todo = begin(
             partial, layout, fingerprint, f"adopted from {embeddings.folder.resolve()}", ranks, source.modified()
         )
-        with ranks.together(CacheError, OSError):
+        with ranks.raise_on_all(CacheError, OSError):
             _copy(embeddings, rows, partial, layout, todo, ranks)
-        if ranks.first:
+        if ranks.is_main:
             store.seal(partial, layout)
         ranks.barrier()
     except OSError as error:
@@ -281,14 +281,14 @@ def _write_partition(cache: Store, source: Source, rows: range, folder: Path, nu
     for path in paths.values():
         path.parent.mkdir(parents=True, exist_ok=True)
     for half in HALVES:
-        with whole_file(paths[half]) as file:
+        with atomic_file(paths[half]) as file:
             np.save(file, cache.rows(half)[rows.start : rows.stop])
     samples = [source.samples[row] for row in rows]
     table = {
         "image_path": [stem(sample.key) for sample in samples],
         "caption": [sample.texts[0] for sample in samples],
     }
-    with whole_file(paths["metadata"]) as file:
+    with atomic_file(paths["metadata"]) as file:
         parquet.write_table(arrow.table(table), file)
 
 

@@ -8,7 +8,7 @@ from PIL import features
 from dive_fast import identity
 from dive_fast import numerics as precision
 from dive_fast.data.loaders.loader import Options
-from dive_fast.data.prompts import TELLING
+from dive_fast.data.prompts import TOKENIZER_PROBES
 from dive_fast.data.samples import ReferenceSamples
 from dive_fast.identity import Identity
 from dive_fast.model import model_identity
@@ -35,7 +35,7 @@ def fingerprint(
     switches = precision.state()
     return {
         **model_identity.model_identity(towers),
-        "tokenizer": hashlib.sha256(samples.tokenizer(list(TELLING)).numpy().tobytes()).hexdigest(),
+        "tokenizer": hashlib.sha256(samples.tokenizer(list(TOKENIZER_PROBES)).numpy().tobytes()).hexdigest(),
         "views": samples.num_views,
         "crops": None if samples.views == "eval" else samples.seed,
         "text_length": text_length,

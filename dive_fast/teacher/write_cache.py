@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dive_fast.data.loaders.loader import Options, load
-from dive_fast.data.prefetch import Ahead
-from dive_fast.data.samples import Place, ReferenceSamples
+from dive_fast.data.prefetch import Prefetcher
+from dive_fast.data.samples import ReferenceSamples, SampleKey
 from dive_fast.distributed import Ranks
 from dive_fast.model.towers import Towers
 from dive_fast.teacher import cache_files as store
@@ -47,7 +47,7 @@ def write_cache(
         todo = begin(partial, layout, fingerprint, store.COMPUTED, ranks, samples.source.modified())
         _write_blocks(partial, layout, todo, embed, samples, ranks, batch_size, options)
         ranks.barrier()
-        if ranks.first:
+        if ranks.is_main:
             store.finish(partial, folder, layout)
         ranks.barrier()
     except OSError as error:
@@ -77,7 +77,7 @@ def begin(
             )
         if found_layout != layout:
             raise StaleCacheError(f"{partial}: {found_layout} was begun there, not {layout}; rebuild it")
-    elif ranks.first:
+    elif ranks.is_main:
         store.create(partial, layout, fingerprint, origin, modified)
     ranks.barrier()
     finished = store.done(partial)
@@ -106,7 +106,7 @@ def _write_blocks(
     batches = {block: list(_batches(layout, block, batch_size)) for block in todo}
     in_order = list(chain.from_iterable(batches.values()))
     loaded = load(samples, in_order, options)
-    ahead = Ahead(loaded, lambda batch: batch.to(ranks.device), ranks.device, limit=options.timeout)
+    ahead = Prefetcher(loaded, lambda batch: batch.to(ranks.device), ranks.device, limit=options.timeout)
     writer = store.Writer(partial, layout, ranks.rank)
     progress = ranks.progress(sum(map(len, in_order)), "teacher cache", "pair")
     try:
@@ -126,7 +126,7 @@ def _write_blocks(
         progress.close()
 
 
-def _batches(layout: Layout, block: int, batch_size: int) -> Iterator[list[Place]]:
+def _batches(layout: Layout, block: int, batch_size: int) -> Iterator[list[SampleKey]]:
     view, samples = layout.place(block)
     for first in range(samples.start, samples.stop, batch_size):
         yield [(view, sample) for sample in range(first, min(first + batch_size, samples.stop))]

@@ -60,7 +60,7 @@ def make_head(
             batch_size=data.batch_size,
             seed=train.seed,
         )
-        ranks.say(f"linear probe: cross-entropy {loss:.3f} in the last of {options.probe_epochs} epochs")
+        ranks.print(f"linear probe: cross-entropy {loss:.3f} in the last of {options.probe_epochs} epochs")
     return head
 
 
@@ -69,7 +69,7 @@ def embed(
     towers: Towers, samples: EvaluationSamples, ranks: Ranks, batch_size: int, options: Options
 ) -> tuple[Tensor, Tensor]:
     """Unit features of a labelled set, ``(N, D)``, and its labels, ``(N,)``; all of them on every rank."""
-    share = ranks.share(len(samples.source))
+    share = ranks.local_range(len(samples.source))
     places = [(0, sample) for sample in share]
     rows, labels = [], []
     with ranks.progress(len(share), "embed the target set", "image") as bar:

@@ -13,7 +13,7 @@ from dive_fast.checkpoint.saver import Saver
 from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks
 from dive_fast.engine.profiler import span, tracing
-from dive_fast.errors import ConfigError, SharedError, machine_error
+from dive_fast.errors import AllRanksError, ConfigError, machine_error
 from dive_fast.fault_tolerance.consensus import Consensus
 from dive_fast.fault_tolerance.heartbeat import Watch
 from dive_fast.fault_tolerance.nonfinite import NonFinite
@@ -31,7 +31,7 @@ NOISE_FLOOR = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
 rounding of the forward pass is left (docs/precision.md has what was measured): more means a wrong cache."""
 
 
-class Stopped(SharedError):  # noqa: N818 - nothing went wrong
+class Stopped(AllRanksError):  # noqa: N818 - nothing went wrong
     """The run was asked to stop, has been saved, and goes on when it is started again."""
 
 
@@ -54,7 +54,7 @@ def train(config: Config, folder: Path, ranks: Ranks) -> dict[str, float]:
     """
     with Watch(ranks, config.train.rank_timeout) as watch, watch.taking_requests():
         try:
-            with ranks.together(ConfigError):
+            with ranks.raise_on_all(ConfigError):
                 check_inputs(config, folder)
             check_environment(config, folder, ranks)
             with folder_lock(folder, "run folder", ranks=ranks, remedy="set train.output to another folder"):
@@ -77,13 +77,13 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
     if run.checkpoint is not None:
         found = resume.load_checkpoint(engine, run.checkpoint)
         step, newest = found["step"], found["metrics"]
-        with ranks.together(ConfigError):
-            evaluation = checkpoint.read_evaluation(run.checkpoint) if ranks.first else None
-        evaluation = ranks.as_first(evaluation)
+        with ranks.raise_on_all(ConfigError):
+            evaluation = checkpoint.read_evaluation(run.checkpoint) if ranks.is_main else None
+        evaluation = ranks.broadcast(evaluation)
         validation.load_state_dict(found["validation"] if evaluation is None else evaluation.validation, step)
         is_complete = step == run.total_steps or validation.is_over
         so_far, why = f"step {step} of {run.total_steps}", ", evaluate.patience ran out" * validation.is_over
-        ranks.say(
+        ranks.print(
             f"already complete: {so_far}{why}; exports the model again; train.resume=never trains again"
             if is_complete
             else f"continues after {so_far}, from {run.checkpoint}"
@@ -95,10 +95,10 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
 
     def evaluate(saved: Path | None) -> None:
         watch.at(step, "evaluation", is_saved=saved is not None)
-        with metrics.standing_still():
+        with metrics.paused():
             found = validation.evaluate(step)
             metrics.write(step, found)
-            if saved is not None and saved.parent == checkpoints and ranks.first:
+            if saved is not None and saved.parent == checkpoints and ranks.is_main:
                 _note_evaluation(saved, validation, found)
 
     begun = step

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from dive_fast.engine.async_scalars import AsyncScalars as AsyncScalars
-from dive_fast.io.atomic_files import write_whole
+from dive_fast.io.atomic_files import write_atomic
 from dive_fast.train.monitors import forget_after
 from dive_fast.train.setup import Batches, Run
 
 logger = logging.getLogger(__name__)
 
 DIFFERENCE_VECTORS = {"image_norm": "|u|", "text_norm": "|v|"}
-DROWNED = 1 / 3
+MAX_NOISE_SHARE = 1 / 3
 """Share of rounding in a difference vector, above which its gradient is no longer that of fp32: at a third the
 cosine is 0.97 in fp16 (docs/precision.md)."""
 SHOWN = {"loss": "loss", "u": "image_norm", "v": "text_norm", "img/s": "images_per_second", "wait": "data_wait"}
@@ -51,7 +51,7 @@ class Metrics:
             evaluation: after ``first_step`` steps, if it was made and will not be made again.
         """
         self._run, self._batches, self._options = run, batches, run.config.train
-        self._enabled = run.ranks.first
+        self._enabled = run.ranks.is_main
         device = run.ranks.device
         self._newest = {
             name: torch.tensor(math.nan if value is None else value, dtype=torch.float64, device=device)
@@ -67,7 +67,7 @@ class Metrics:
             kept = self._lines_up_to(first_step)
             if evaluation is not None:
                 kept.append(json.dumps({"step": first_step} | dict(evaluation)))
-            write_whole(self._path, "".join(f"{line}\n" for line in kept).encode())
+            write_atomic(self._path, "".join(f"{line}\n" for line in kept).encode())
             first = json.loads(kept[0]) if kept else {}
             if first.get("step") == 1:
                 self._floor = {name: value for name, value in first.items() if value is not None}
@@ -86,7 +86,7 @@ class Metrics:
         self._newest |= values
         if step % self._options.log_every == 0 or step in (1, self._run.total_steps):
             self._underway.append(_Line(step, AsyncScalars(self._newest), self._of_the_loop(step, learning_rate)))
-        while self._underway and self._underway[0].reading.is_here():
+        while self._underway and self._underway[0].reading.ready():
             self._take(self._underway.popleft())
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -100,7 +100,7 @@ class Metrics:
             self._write(step, values)
 
     @contextmanager
-    def standing_still(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """What happens meanwhile is no step: its time does not count against images per second."""
         begun = time.perf_counter()
         yield
@@ -175,7 +175,7 @@ class Metrics:
         """Once: says so if rounding, which is all there was before the first update, drowns difference vectors."""
         floor, self._floor = self._floor, {}
         for name, symbol in DIFFERENCE_VECTORS.items():
-            if name in floor and floor[name] > DROWNED * self._last[name]:
+            if name in floor and floor[name] > MAX_NOISE_SHARE * self._last[name]:
                 logger.warning(
                     "mean %s is %.1e after the warm-up, of which rounding in %s alone makes %.1e: above a third "
                     "the gradient of AVL + PVL points elsewhere than in fp32 (docs/precision.md); fp16 rounds an "
@@ -197,7 +197,7 @@ class Metrics:
             if self._options.on_save_error == "stop":
                 raise
             if is_first_failure:
-                self._run.ranks.say(f"warning: {error}; its lines wait, as train.on_save_error says")
+                self._run.ranks.print(f"warning: {error}; its lines wait, as train.on_save_error says")
         monitor = self._run.engine.deepspeed.monitor
         if monitor.enabled:
             pairs = step * self._run.config.data.target.batch_size

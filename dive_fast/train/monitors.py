@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dive_fast.config.schema import Config
-from dive_fast.io.atomic_files import write_whole
+from dive_fast.io.atomic_files import write_atomic
 
 IN_FILES = ("tensorboard", "csv_monitor")
 
@@ -31,7 +31,7 @@ def forget_after(monitor: Any, last: int) -> None:
     if csv is not None and csv.enabled:
         for path in Path(csv.output_path, csv.job_name).glob("*.csv"):
             lines = path.read_text().splitlines(keepends=True)
-            write_whole(path, "".join(line for line in lines if _is_kept(line, last)).encode())
+            write_atomic(path, "".join(line for line in lines if _is_kept(line, last)).encode())
             csv.filenames.append(path.stem)  # it has its header already
     board = getattr(monitor, "tb_monitor", None)
     if board is not None and board.enabled and getattr(board, "summary_writer", None) is not None:

@@ -48,8 +48,8 @@ def check_environment(config: Config, folder: Path | None, ranks: Ranks) -> None
     Raises:
         UserError: names the folder, package, tool or limit, and says what to do.
     """
-    with ranks.together(UserError):
-        if ranks.first:
+    with ranks.raise_on_all(UserError):
+        if ranks.is_main:
             if folder is not None:
                 check_folder(folder, "train.output")
             if _writes_cache(config) and config.teacher.path is not None:
@@ -70,9 +70,9 @@ def check_sizes(config: Config, folder: Path, towers: Towers, pairs: int, ranks:
     Raises:
         UserError: they do not suffice.
     """
-    with ranks.together(UserError):
+    with ranks.raise_on_all(UserError):
         check_shared_memory(config, towers.preprocess.size, ranks)
-        if ranks.first:
+        if ranks.is_main:
             check_disk(config, folder, towers, pairs)
 
 

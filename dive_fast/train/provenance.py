@@ -12,7 +12,7 @@ import torch
 from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks
 from dive_fast.identity import Identity, versions
-from dive_fast.io.atomic_files import write_whole
+from dive_fast.io.atomic_files import write_atomic
 
 
 def write_provenance(config: Config, folder: Path, ranks: Ranks, identity: Identity, total_steps: int) -> None:
@@ -25,7 +25,7 @@ def write_provenance(config: Config, folder: Path, ranks: Ranks, identity: Ident
         "ranks": ranks.world_size,
         "commit": _commit(),
     }
-    write_whole(folder / "config.json", (json.dumps(provenance, indent=2) + "\n").encode())
+    write_atomic(folder / "config.json", (json.dumps(provenance, indent=2) + "\n").encode())
 
 
 def _commit() -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 from dive_fast import numerics as precision
 from dive_fast.config.schema import Config
 from dive_fast.data.loaders.loader import loader_options
-from dive_fast.data.prompts import TELLING, Template
+from dive_fast.data.prompts import TOKENIZER_PROBES, Template
 from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
 from dive_fast.engine.deepspeed_config import deepspeed_section
@@ -141,7 +141,7 @@ def of_run(
         reference: None where the objective has no reference batch.
     """
     found = of_config(config)
-    tokens = tokenizer_of(config.model)(list(TELLING)).numpy().tobytes()
+    tokens = tokenizer_of(config.model)(list(TOKENIZER_PROBES)).numpy().tobytes()
     found["model"] = model | {"tokenizer": hashlib.sha256(tokens).hexdigest()}
     half = found["data"]["target"]
     half["content"] = target.digest()

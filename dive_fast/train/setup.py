@@ -19,12 +19,12 @@ from dive_fast.data.batch import ReferenceBatch, TargetBatch
 from dive_fast.data.classes import remarks, target_names
 from dive_fast.data.loaders.loader import loader_options, training_batches
 from dive_fast.data.open_dataset import open_reference, open_target
-from dive_fast.data.prefetch import Ahead
+from dive_fast.data.prefetch import Prefetcher
 from dive_fast.data.prompts import PromptTable, read_templates
 from dive_fast.data.sampler import Order
 from dive_fast.data.samples import ReferenceSamples, TargetSamples
 from dive_fast.distributed import Ranks
-from dive_fast.engine import feature_consistency as steadiness
+from dive_fast.engine import feature_consistency
 from dive_fast.engine.deepspeed_config import check_deepspeed
 from dive_fast.engine.step import Engine, StepBatches
 from dive_fast.errors import ConfigError
@@ -98,7 +98,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     # Before any model is built: a typo in a path should not cost minutes.
     source = open_target(config.data.target)
     reference = None if config.data.reference is None else open_reference(config.data.reference)
-    if ranks.first:
+    if ranks.is_main:
         source.report_skipped("data.target")
         if reference is not None:
             reference.report_skipped("data.reference")
@@ -109,15 +109,15 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     towers = create(config.model)
     check_text_length(config, towers)
     check_sizes(config, folder, towers, 0 if reference is None else len(reference), ranks)
-    steadiness.prepare(config, towers, ranks)
+    feature_consistency.prepare(config, towers, ranks)
 
     data = config.data.target
     names = target_names(source, data.class_names)
     if not source.samples[0].texts:
         for remark in remarks(names, source.class_names, data.class_names):
-            ranks.say(f"data.target: {remark}")
+            ranks.print(f"data.target: {remark}")
         for remark in remarks_on_missing_classes(opened, names):
-            ranks.say(remark)
+            ranks.print(remark)
     templates = read_templates(data.templates, "data.target.templates")
     prompts = PromptTable(source, names, templates, tokenizer_of(config.model, data.text_length))
     target_samples = TargetSamples(source, prompts, towers.preprocess, towers.pooled_at, seed)
@@ -133,7 +133,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     identity = of_run(used, model_identity(towers), source, names, templates, needed, ranks)
     require_equal(ranks, identity)
     found, record = _begin_or_resume(config, folder, identity, total_steps, ranks)
-    if ranks.first:
+    if ranks.is_main:
         write_provenance(used, folder, ranks, identity, total_steps)
         _warn_of_schedule(config, goal, total_steps)
     if goal.needs_head:
@@ -149,7 +149,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         )
         if goal.needs_teacher:
             teacher = open_teacher(config, folder, towers, pairs, ranks)
-        if config.train.precision == "bf16" and ranks.first:
+        if config.train.precision == "bf16" and ranks.is_main:
             logger.warning(
                 "train.precision = bf16 drowns difference vectors of 1e-3 in rounding: at |u| = 3e-3 the gradient "
                 "of AVL + PVL has cosine 0.45 to that of fp32, in fp16 0.97 (docs/precision.md); prefer fp16"
@@ -173,7 +173,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
 
 
 Loaded = tuple[TargetBatch, ReferenceBatch | None]
-Batches = Ahead[Loaded, StepBatches]
+Batches = Prefetcher[Loaded, StepBatches]
 
 
 def batches(run: Run, steps: range) -> Batches:
@@ -200,7 +200,7 @@ def batches(run: Run, steps: range) -> Batches:
         rows = run.teacher(reference) if run.teacher is not None and run.teacher.runs_ahead else None
         return StepBatches(target.to(device), reference, rows)
 
-    return Ahead(load(), ready, device)
+    return Prefetcher(load(), ready, device)
 
 
 LONG_WARMUP = 0.2
@@ -245,11 +245,11 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
         ConfigError: a rank sees another folder, or none.
     """
     path = folder / locks.FILE
-    written = ranks.as_first(locks.own_name() if ranks.first else None)
+    written = ranks.broadcast(locks.rank_name() if ranks.is_main else None)
     deadline = time.monotonic() + SHARED_SECONDS
-    with ranks.together(ConfigError):
+    with ranks.raise_on_all(ConfigError):
         # Not on the first rank: it would lose the lock by closing the file.
-        while not ranks.first and (not path.is_file() or path.read_text() != written):
+        while not ranks.is_main and (not path.is_file() or path.read_text() != written):
             if time.monotonic() > deadline:
                 raise ConfigError(
                     f"rank {ranks.rank} on {socket.gethostname()} does not see what rank 0 writes to {folder}: "
@@ -264,8 +264,8 @@ def _begin_or_resume(
     """The checkpoint that a run resumes from, validated to be this run's, and what its own ones will say of it."""
     checkpoints, resume = folder / checkpoint.FOLDER, config.train.resume
     found = find_checkpoint(resume, checkpoints, ranks)
-    with ranks.together(ConfigError):
-        if found is not None and ranks.first:
+    with ranks.raise_on_all(ConfigError):
+        if found is not None and ranks.is_main:
             numbers = checkpoint.read_trainer(found)
             differing = check_resumable(found, checkpoint.read_identity(found), identity)
             if numbers["step"] > total_steps:
@@ -276,9 +276,9 @@ def _begin_or_resume(
                 )
             totals = numbers["total_steps"], total_steps
             report_resumed(differing, found, numbers["step"], config, totals)
-    with ranks.together(ConfigError):
-        present = _lineage(folder, checkpoints, resume, found) if ranks.first else None
-    present = ranks.as_first(present)
+    with ranks.raise_on_all(ConfigError):
+        present = _lineage(folder, checkpoints, resume, found) if ranks.is_main else None
+    present = ranks.broadcast(present)
     start = None if present.start is None else Path(present.start)
     return found, RunRecord(present.run, total_steps, identity, start)
 

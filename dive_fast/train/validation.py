@@ -15,7 +15,7 @@ from dive_fast.evaluate.geometry.embed import embed, open_pairs
 from dive_fast.evaluate.geometry.measures import GeometryError, compare
 from dive_fast.evaluate.zero_shot import evaluate
 from dive_fast.identity import digest
-from dive_fast.io.atomic_files import write_whole
+from dive_fast.io.atomic_files import write_atomic
 from dive_fast.io.safe_read import read_json
 from dive_fast.model import head as heads
 from dive_fast.model.features import Pairs
@@ -73,12 +73,12 @@ class Validation:
             self._since_best = 0 if is_best else self._since_best + 1
             if is_best:
                 self._best, self._best_step = accuracy, step
-                if run.ranks.first:
-                    write_whole(folder / SELECTED, json.dumps({"step": step, "value": accuracy}).encode())
+                if run.ranks.is_main:
+                    write_atomic(folder / SELECTED, json.dumps({"step": step, "value": accuracy}).encode())
                     shutil.rmtree(run.folder / BEST, ignore_errors=True)
                     folder.rename(run.folder / BEST)
             found["best_step"] = self._best_step
-        if run.ranks.first:
+        if run.ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)
         run.ranks.barrier()
         return found
@@ -91,15 +91,15 @@ class Validation:
         """
         run, chosen = self._run, {}
         # The folder's own step: after a resume from an older checkpoint it may be a later one.
-        found = run.ranks.as_first(_selected(run.folder / BEST)) if self._best is not None else None
+        found = run.ranks.broadcast(_selected(run.folder / BEST)) if self._best is not None else None
         if found is not None:
             chosen = {"best_step": float(found[0])}
-            if run.ranks.first:
+            if run.ranks.is_main:
                 copy_model(run.folder / BEST, run.folder)
             run.ranks.barrier()
         else:
             if self._best is not None:
-                run.ranks.say(f"warning: {run.folder / BEST} is gone; the last weights are exported instead")
+                run.ranks.print(f"warning: {run.folder / BEST} is gone; the last weights are exported instead")
             write_model(run.engine, run.folder, run.class_names)
         return self._measure(run.folder, self._options) | chosen
 
@@ -115,16 +115,16 @@ class Validation:
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
         """Resumes after ``step`` steps, if the best weights are where they were left and still comparable."""
         ranks, best = self._run.ranks, self._run.folder / BEST
-        found = ranks.as_first(_selected(best))
+        found = ranks.broadcast(_selected(best))
         if self._select is None or (state["best"] is None and (found is None or found[0] != step)):
             return
         total = self._run.total_steps
         outcome = "the best weights are chosen again" if step < total else "the last weights are exported instead"
         if state["select"] != self._select:
-            ranks.say(f"evaluate.select: measured otherwise before step {step}; {outcome}")
+            ranks.print(f"evaluate.select: measured otherwise before step {step}; {outcome}")
             return
         if found is None:
-            ranks.say(f"{best}: the best weights are gone; {outcome}")
+            ranks.print(f"{best}: the best weights are gone; {outcome}")
             return
         # A run that goes back by some steps makes better weights of a later step again.
         comes_again = step < found[0] <= total and found[1] > (state["best"] or 0.0) and self.is_due(found[0])
@@ -132,7 +132,9 @@ class Validation:
             # A kill came between them and the note of them.
             state = state | {"best": found[1], "best_step": step, "since_best": 0}
         elif found != (state["best_step"], state["best"]) and not comes_again:
-            ranks.say(f"{best}: of step {found[0]}, not {state['best_step']} as the checkpoint has it; {outcome}")
+            ranks.print(
+                f"{best}: of step {found[0]}, not {state['best_step']} as the checkpoint has it; {outcome}"
+            )
             return
         self._best, self._best_step, self._since_best = (state[key] for key in ("best", "best_step", "since_best"))
 
@@ -171,7 +173,7 @@ class Validation:
             return compare(before, after)
         except GeometryError as error:
             # Embeddings that have collapsed are for the user to see, and no reason to lose the run.
-            ranks.say(f"geometry: {error}")
+            ranks.print(f"geometry: {error}")
             return {}
 
 

@@ -24,7 +24,7 @@ from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError
 from dive_fast.evaluate.classifier import cached_classifier, classifier
 from dive_fast.evaluate.datasets import imagenet
-from dive_fast.evaluate.datasets.evaluation_set import CountedSamples
+from dive_fast.evaluate.datasets.evaluation_set import StrictSamples
 from dive_fast.evaluate.datasets.resolve import open_evaluation, open_set, open_sets, remarks_on_missing_classes
 from dive_fast.evaluate.zero_shot import accuracy, evaluate, measure
 from dive_fast.model.head import Head
@@ -277,7 +277,7 @@ def test_a_broken_image_is_an_error_and_no_other_is_counted_in_its_place(tmp_pat
     eye: Any = Eye()
     preprocess = Preprocess((8, 8), (0.0,) * 3, (1.0,) * 3, "bicubic", "squash")
     with pytest.raises(DataError, match=r"sample a.tar/2: cannot decode the image"):
-        accuracy(eye, torch.eye(3), CountedSamples(source, preprocess), ALONE, 2, 0)
+        accuracy(eye, torch.eye(3), StrictSamples(source, preprocess), ALONE, 2, 0)
 
 
 def test_features_that_overflow_are_an_error(folder: Path) -> None:
@@ -287,7 +287,7 @@ def test_features_that_overflow_are_an_error(folder: Path) -> None:
 
 def colours_with(folder: Path, weights: Tensor) -> float:
     preprocess = Preprocess((8, 8), (0.0,) * 3, (1.0,) * 3, "bicubic", "squash")
-    samples = CountedSamples(open_webdataset(str(folder / "3.tar"), ".cls"), preprocess)
+    samples = StrictSamples(open_webdataset(str(folder / "3.tar"), ".cls"), preprocess)
     eye: Any = Eye()
     return accuracy(eye, weights, samples, ALONE, 2, 0)
 

@@ -352,7 +352,7 @@ HAPPENINGS: dict[str, Callable[..., Any]] = {
     "hangs": _hang,
     "lingers": _linger,
     "lingers long": _linger_long,
-    "unheard": _unheard,
+    "ignore_closed_output": _unheard,
     "impatient": _impatient,
     "fails": _fail,
     "data missing": _data_missing,

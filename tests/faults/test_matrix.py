@@ -364,7 +364,7 @@ def _(case: Case) -> None:
 
 @fault("Ctrl-C that ends the reader of the output too (`tee`)", SAVED, quick=True)
 def _(case: Case) -> None:
-    ended(case.job.go(At("step 2", "unheard"), At("step 3", "SIGINT")), STOPPED, STOPPED)
+    ended(case.job.go(At("step 2", "ignore_closed_output"), At("step 3", "SIGINT")), STOPPED, STOPPED)
     case.same()
 
 
@@ -377,7 +377,7 @@ def _(case: Case) -> None:
 
 @fault("a request to stop, and a rank that is slow to end", f"it ends by {STOPPED} too; {AGAIN}")
 def _(case: Case) -> None:
-    slow = At("dive_fast.data.prefetch:Ahead.close", "lingers long", rank=1)
+    slow = At("dive_fast.data.prefetch:Prefetcher.close", "lingers long", rank=1)
     ended(case.job.go(At("step 3", "SIGTERM", rank=0), slow), STOPPED, STOPPED, says="saved after step")
     case.same()
 

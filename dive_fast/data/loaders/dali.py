@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dive_fast.data.decode import UNDECODABLE, decode, opened, why_undecodable, why_unusual
+from dive_fast.data.decode import UNDECODABLE, decode, decode_error_message, opened, unsupported_reason
 from dive_fast.data.loaders import plain
 from dive_fast.data.loaders.loader import Options
-from dive_fast.data.samples import Batch, Place, Samples
+from dive_fast.data.samples import Batch, SampleKey, Samples
 from dive_fast.data.transforms import Crop, Preprocess, View
 from dive_fast.data.workers import in_workers
 from dive_fast.errors import DataError
@@ -36,7 +36,7 @@ READERS = 2
 """Processes that read files: some thousands of images a second each."""
 
 
-def load(samples: Samples[Batch], batches: Iterable[list[Place]], options: Options) -> Iterator[Batch]:
+def load(samples: Samples[Batch], batches: Iterable[list[SampleKey]], options: Options) -> Iterator[Batch]:
     """The batches of these places, as ``dive_fast.data.loaders.loader`` describes them; images on ``options.device``.
 
     Raises:
@@ -78,7 +78,7 @@ def _load(samples: Samples[Batch], read: Iterator["_Encoded[Batch]"], options: O
         yield replace(inside.popleft().batch, images=images)
 
 
-def _by_pil(samples: Samples[Batch], batches: list[list[Place]], options: Options) -> Iterator[Batch]:
+def _by_pil(samples: Samples[Batch], batches: list[list[SampleKey]], options: Options) -> Iterator[Batch]:
     for batch in plain.load(samples, batches, replace(options, workers=0)):
         yield replace(batch, images=batch.images.to(options.device))
 
@@ -90,7 +90,7 @@ def _by_pil(samples: Samples[Batch], batches: list[list[Place]], options: Option
 class _Encoded(Generic[Batch]):
     """A batch whose images are still files."""
 
-    places: list[Place]
+    places: list[SampleKey]
     batch: Batch
     """All of it but the images."""
     data: Tensor
@@ -112,7 +112,7 @@ class _Read:
     def __init__(self, samples: Samples[Any]) -> None:
         self.samples = samples
 
-    def __call__(self, places: list[Place]) -> _Encoded[Any]:
+    def __call__(self, places: list[SampleKey]) -> _Encoded[Any]:
         found = [self.samples.usable(place, self._file) for place in places]
         places = [place for place, _ in found]
         files = [np.frombuffer(file, np.uint8) for _, (file, _) in found]
@@ -125,7 +125,7 @@ class _Read:
             torch.tensor(views),
         )
 
-    def _file(self, place: Place) -> tuple[bytes, View]:
+    def _file(self, place: SampleKey) -> tuple[bytes, View]:
         """A file that DALI decodes, and what to cut out of it."""
         source, preprocess = self.samples.source, self.samples.preprocess
         data = source.read(place[1])
@@ -134,12 +134,12 @@ class _Read:
             return data, self.samples.view(place, tuple(source.sizes[place[1]].tolist()))
         try:
             image = opened(data)
-            if has_view and not why_unusual(image, data):
+            if has_view and not unsupported_reason(image, data):
                 return data, self.samples.view(place, (image.height, image.width))
             cut = self.samples.cut(place, decode(data))
         except UNDECODABLE as error:
             raise source.samples[place[1]].unusable(
-                f"cannot decode the image: {why_undecodable(error)}"
+                f"cannot decode the image: {decode_error_message(error)}"
             ) from error
         content = io.BytesIO()
         cut.save(content, "BMP")

@@ -20,14 +20,14 @@ from PIL import Image
 
 from dive_fast.data.loaders.loader import Options
 from dive_fast.data.prepared.beton import require_ffcv
-from dive_fast.data.samples import Batch, Place, Samples
+from dive_fast.data.samples import Batch, SampleKey, Samples
 from dive_fast.data.sources.source import Source
 from dive_fast.data.transforms import View, normalise
 from dive_fast.data.workers import in_workers
 from dive_fast.errors import DataError
 
 
-def load(samples: Samples[Batch], batches: Iterable[list[Place]], options: Options) -> Iterator[Batch]:
+def load(samples: Samples[Batch], batches: Iterable[list[SampleKey]], options: Options) -> Iterator[Batch]:
     """The batches of these places, as ``dive_fast.data.loaders.loader`` describes them; images on ``options.device``.
 
     Raises:
@@ -64,7 +64,7 @@ def _load(samples: Samples[Batch], plans: Iterator["_Planned[Batch]"], options: 
 
 @dataclass(frozen=True)
 class _Planned(Generic[Batch]):
-    places: list[Place]
+    places: list[SampleKey]
     views: list[View]
     batch: Batch
     """Still without images."""
@@ -76,7 +76,7 @@ class _Plan:
     def __init__(self, samples: Samples[Any]) -> None:
         self.samples = samples
 
-    def __call__(self, places: list[Place]) -> _Planned[Any]:
+    def __call__(self, places: list[SampleKey]) -> _Planned[Any]:
         sizes = self.samples.source.sizes
         assert sizes is not None
         views = [self.samples.view(place, tuple(sizes[place[1]].tolist())) for place in places]
@@ -105,7 +105,7 @@ class Beton:
             raise DataError(f"{self._path}: {count} samples, its index has {len(source)}; prepare the set anew")
         self._bytes: NDArray[np.uint8] = np.memmap(self._path, np.uint8, "r")
 
-    def decode(self, place: Place, view: View, pixels: NDArray[np.uint8], bilinear: bool) -> None:
+    def decode(self, place: SampleKey, view: View, pixels: NDArray[np.uint8], bilinear: bool) -> None:
         """Writes a view of an image into ``pixels``, ``(H, W, 3)``.
 
         Raises:

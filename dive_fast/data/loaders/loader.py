@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 
 from dive_fast.config.schema import Config, Loader, ReferenceConfig, TargetConfig
-from dive_fast.data.prefetch import Ahead
+from dive_fast.data.prefetch import Prefetcher
 from dive_fast.data.sampler import Order
-from dive_fast.data.samples import Batch, Place, Samples
+from dive_fast.data.samples import Batch, SampleKey, Samples
 from dive_fast.distributed import Ranks
 
 
@@ -43,14 +43,14 @@ class Options:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
 
-def load(samples: Samples[Batch], batches: Iterable[list[Place]], options: Options) -> Iterator[Batch]:
+def load(samples: Samples[Batch], batches: Iterable[list[SampleKey]], options: Options) -> Iterator[Batch]:
     """The batches of these places, in order. Worker processes start at once, where this is called.
 
     Raises:
         DataError: the loader is not installed, or cannot read this data; the message says what to do.
     """
     # Only the one that is asked for: dali and ffcv are optional.
-    module = importlib.import_module(f"dive_fast.data.{options.loader}")
+    module = importlib.import_module(f"dive_fast.data.loaders.{options.loader}")
     loaded: Iterator[Batch] = module.load(samples, batches, options)
     return loaded
 
@@ -60,7 +60,9 @@ def training_batches(samples: Samples[Batch], order: Order, steps: range, option
     return load(samples, _places(order, steps), options)
 
 
-def batches_of(samples: Samples[Batch], places: list[Place], batch_size: int, options: Options) -> Iterator[Batch]:
+def batches_of(
+    samples: Samples[Batch], places: list[SampleKey], batch_size: int, options: Options
+) -> Iterator[Batch]:
     """The given places in order, batch by batch; the last batch may be smaller.
 
     Raises:
@@ -68,7 +70,7 @@ def batches_of(samples: Samples[Batch], places: list[Place], batch_size: int, op
     """
     loaded = load(samples, [places[i : i + batch_size] for i in range(0, len(places), batch_size)], options)
     # On the CPU: whoever takes a batch moves it.
-    ahead = Ahead(loaded, _as_it_is, torch.device("cpu"), limit=options.timeout)
+    ahead = Prefetcher(loaded, _as_it_is, torch.device("cpu"), limit=options.timeout)
     try:
         yield from ahead
     finally:
@@ -79,7 +81,7 @@ def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 
-def _places(order: Order, steps: range) -> Iterator[list[Place]]:
+def _places(order: Order, steps: range) -> Iterator[list[SampleKey]]:
     for step in steps:
         epoch, samples = order.at(step)
         yield [(epoch, sample) for sample in samples.tolist()]

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from PIL import Image
 
-from dive_fast.data.decode import UNDECODABLE, decode, eight_bits, opened, undecodable_reason, why_unusual
+from dive_fast.data.decode import UNDECODABLE, decode, eight_bits, opened, undecodable_reason, unsupported_reason
 from dive_fast.data.prepared.raw import UnusableError
 
 LARGEST_SIDE = 65_500
@@ -75,6 +75,6 @@ def _decoded(image: bytes | Image.Image) -> tuple[bytes, Image.Image, str]:
     try:
         if isinstance(image, Image.Image):
             return b"", eight_bits(image), "decoded"
-        return image, decode(image), why_unusual(opened(image), image)
+        return image, decode(image), unsupported_reason(opened(image), image)
     except UNDECODABLE as error:
         raise UnusableError(undecodable_reason(error)) from error

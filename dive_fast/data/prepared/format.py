@@ -21,7 +21,7 @@ from torch import Tensor
 from dive_fast.data.content_hashes import HASH_BYTES
 from dive_fast.data.sources.source import Skipped
 from dive_fast.errors import DataError
-from dive_fast.io.atomic_files import write_whole
+from dive_fast.io.atomic_files import write_atomic
 from dive_fast.io.safe_read import inside, parse_json, read_text
 
 FORMAT = 1
@@ -174,7 +174,7 @@ def parse_manifest(text: str) -> Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest, which makes the set whole, or nothing."""
     text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n"
-    write_whole(folder / MANIFEST, text.encode())
+    write_atomic(folder / MANIFEST, text.encode())
 
 
 def rows_of(index: Index, rows: Tensor) -> Index:
@@ -256,7 +256,7 @@ def file_hash(path: Path) -> str:
 def write_skipped(path: Path, skipped: Iterable[Skipped]) -> None:
     """One JSON object a line."""
     lines = (json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in skipped)
-    write_whole(path, "".join(lines).encode())
+    write_atomic(path, "".join(lines).encode())
 
 
 def _strings(name: str, values: Sequence[bytes]) -> Index:

@@ -39,8 +39,8 @@ from dive_fast.data.workers import FORK, forking
 from dive_fast.errors import DataError
 from dive_fast.identity import differences
 from dive_fast.identity import digest as digest_of
-from dive_fast.io.atomic_files import write_whole
-from dive_fast.io.safe_read import nothing_executed, read_json
+from dive_fast.io.atomic_files import write_atomic
+from dive_fast.io.safe_read import forbid_code_execution, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def _claim(parts: Path, wanted: dict[str, Any], options: Options, raw: Raw, outp
     elif output.is_dir() and any(entry.name not in (PARTS, locks.FILE) for entry in output.iterdir()):
         raise DataError(f"{output}: holds something else; name an empty folder or a new one")
     parts.mkdir(parents=True, exist_ok=True)
-    write_whole(parts / STATE, json.dumps(state).encode())
+    write_atomic(parts / STATE, json.dumps(state).encode())
     return identity
 
 
@@ -177,7 +177,7 @@ def _tokenizer(name: str) -> Callable[[list[str]], Tensor]:
     from dive_fast.data.prompts import quick_bpe
 
     try:
-        with nothing_executed():
+        with forbid_code_execution():
             tokenizer: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(name)
     except Exception as error:  # transformers has errors of many kinds
         raise DataError(f"--tokenizer {name}: cannot load it: {error}") from error
@@ -252,10 +252,10 @@ def _make_shard(shard: _Shard) -> None:
                 )
             )
     file = File(name, len(rows), partial.stat().st_size, prepared.file_hash(partial))
-    write_whole(output / f"{shard.name}.idx", "\n".join([f"v1.2 {len(index)}", *index]).encode())
+    write_atomic(output / f"{shard.name}.idx", "\n".join([f"v1.2 {len(index)}", *index]).encode())
     partial.rename(output / name)
     if rows:
-        write_whole(output / PARTS / f"{shard.name}.safetensors", save(prepared.index_of(rows)))
+        write_atomic(output / PARTS / f"{shard.name}.safetensors", save(prepared.index_of(rows)))
     # Written last: with it the shard is done.
     note = {
         "identity": identity,
@@ -263,7 +263,7 @@ def _make_shard(shard: _Shard) -> None:
         "skipped": [entry._asdict() for entry in skipped],
         "converted": converted,
     }
-    write_whole(output / PARTS / f"{shard.name}.json", json.dumps(note).encode())
+    write_atomic(output / PARTS / f"{shard.name}.json", json.dumps(note).encode())
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
@@ -292,7 +292,7 @@ def _finish(
     files = [File(**note["file"]) for _, note in used]
     if options.container == "beton":
         files, index = _to_beton(files, index, output)
-    write_whole(output / prepared.INDEX, save(index))
+    write_atomic(output / prepared.INDEX, save(index))
     prepared.write_skipped(output / prepared.SKIPPED, skipped)
     manifest = Manifest(
         format=prepared.FORMAT,

@@ -25,7 +25,7 @@ from dive_fast.data.decode import (
     OTHER_IMAGE_SUFFIXES,
     UNDECODABLE,
     decode,
-    why_undecodable,
+    decode_error_message,
 )
 from dive_fast.errors import DataError
 
@@ -119,7 +119,9 @@ class Source:
         try:
             return decode(self.read(index))
         except UNDECODABLE as error:
-            raise self.samples[index].unusable(f"cannot decode the image: {why_undecodable(error)}") from error
+            raise self.samples[index].unusable(
+                f"cannot decode the image: {decode_error_message(error)}"
+            ) from error
 
     def digest(self) -> str:
         """A hash of all that decides results, wherever the files lie; computed once.

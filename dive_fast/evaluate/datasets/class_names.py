@@ -53,7 +53,7 @@ def templates_of(name: str) -> tuple[Template, ...]:
     if name == "imagenet1k":
         return read_templates("imagenet")
     lines = OWN.get(name) or (_clip_benchmark("templates", name) if name in CLIP_BENCHMARK else None)
-    return read_templates(name) if lines is None else tuple(Worded(line) for line in lines)
+    return read_templates(name) if lines is None else tuple(DatasetTemplate(line) for line in lines)
 
 
 def class_names_of(name: str) -> tuple[str, ...]:
@@ -71,7 +71,7 @@ def class_names_of(name: str) -> tuple[str, ...]:
     return names[1:] if name == "caltech101" else names
 
 
-class Worded(Filled):
+class DatasetTemplate(Filled):
     """A template of a known data set: ``{c}`` is the name too, as in CLIP-benchmark, ``<a>`` adds an article."""
 
     def __init__(self, template: str) -> None:

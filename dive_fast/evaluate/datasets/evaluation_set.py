@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dive_fast.data.batch import EvaluationBatch
 from dive_fast.data.prompts import Template
-from dive_fast.data.samples import MAX_REPLACEMENTS, EvaluationSamples, Found, Place
+from dive_fast.data.samples import MAX_REPLACEMENTS, EvaluationSamples, Found, SampleKey
 from dive_fast.data.sources.source import Source
 from dive_fast.data.transforms import Preprocess
 from dive_fast.distributed import Ranks
@@ -80,7 +80,7 @@ _LEFT_OUT = -1
 """Epoch of such a sample's place; evaluation has no epochs."""
 
 
-class CountedSamples(EvaluationSamples):
+class StrictSamples(EvaluationSamples):
     """Images in the evaluation view, each counted once: a broken one is an error, or is left out and counted."""
 
     def __init__(
@@ -101,7 +101,7 @@ class CountedSamples(EvaluationSamples):
         super().__init__(source, preprocess)
         self.border, self.reports_skipped, self.remedy = border, reports_skipped, remedy
 
-    def cut(self, place: Place, image: Image.Image) -> Image.Image:
+    def cut(self, place: SampleKey, image: Image.Image) -> Image.Image:
         """The evaluation view of what is inside the border."""
         if self.border:
             width, height = image.size
@@ -110,7 +110,7 @@ class CountedSamples(EvaluationSamples):
             image = image.crop((self.border, self.border, width - self.border, height - self.border))
         return super().cut(place, image)
 
-    def usable(self, place: Place, read: Callable[[Place], Found]) -> tuple[Place, Found]:
+    def usable(self, place: SampleKey, read: Callable[[SampleKey], Found]) -> tuple[SampleKey, Found]:
         """What ``read`` finds at a place; of a broken sample that is left out, what it finds at another place.
 
         Raises:
@@ -132,7 +132,7 @@ class CountedSamples(EvaluationSamples):
                 last = error
         raise DataError(f"{MAX_REPLACEMENTS} samples in a row are unusable; the last: {last}")
 
-    def batch(self, places: Sequence[Place], images: Tensor) -> EvaluationBatch:
+    def batch(self, places: Sequence[SampleKey], images: Tensor) -> EvaluationBatch:
         """Images and labels; of a sample that is left out, :data:`BROKEN`."""
         batch = super().batch(places, images)
         left_out = torch.tensor([epoch == _LEFT_OUT for epoch, _ in places], dtype=torch.bool)

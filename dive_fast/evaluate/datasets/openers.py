@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dive_fast.evaluate.datasets import imagenet, layouts, wilds
-from dive_fast.evaluate.datasets.class_names import Worded, class_names_of
+from dive_fast.evaluate.datasets.class_names import DatasetTemplate, class_names_of
 from dive_fast.evaluate.datasets.evaluation_set import Captioned, Labelled
 
 MIN_EQUAL_NAMES = 0.9
@@ -16,7 +16,7 @@ def open_tars(root: Path) -> Labelled | None:
     if found is None:
         return None
     source, names, templates = found
-    return Labelled(source, names, tuple(Worded(line) for line in templates), layout="webdataset")
+    return Labelled(source, names, tuple(DatasetTemplate(line) for line in templates), layout="webdataset")
 
 
 def open_simple(root: Path, ways: dict[str, layouts.Layout]) -> Labelled | None:

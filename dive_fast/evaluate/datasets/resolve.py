@@ -101,7 +101,7 @@ def open_sets(sets: Mapping[str, EvaluationSet], ranks: Ranks) -> Opened:
     for name, config in sets.items():
         opened[name] = open_evaluation(config, f"evaluate.sets.{name}")
         for remark in opened[name].remarks:
-            ranks.say(f"{name}: {remark}")
+            ranks.print(f"{name}: {remark}")
     return opened
 
 

@@ -14,7 +14,7 @@ from dive_fast.evaluate.geometry import figures
 from dive_fast.evaluate.geometry.embed import embed, open_pairs, spread
 from dive_fast.evaluate.geometry.measures import GeometryError, compare, describe
 from dive_fast.evaluate.results import LOCK
-from dive_fast.io.atomic_files import write_whole
+from dive_fast.io.atomic_files import write_atomic
 from dive_fast.io.safe_read import parse_json, read_text
 from dive_fast.locks import file_lock
 from dive_fast.model import towers
@@ -57,10 +57,10 @@ def embed_both(
         ConfigError: the weights are not there, or not those of the model.
         DataError: the pairs cannot be read.
     """
-    with ranks.together(UserError):
+    with ranks.raise_on_all(UserError):
         # Before a model is built and anything is embedded: a typo in a path should not cost minutes.
         source = open_reference(data, "" if data is config.data.reference else "--pairs")
-        if ranks.first:
+        if ranks.is_main:
             source.report_skipped(data.path)
         model = towers.create(config.model, weights=before is None)
         samples = open_pairs(config, data, model, source)
@@ -112,7 +112,7 @@ def write(report: dict[str, Any], embedded: Embedded, folder: Path, training: Pa
     """
     with file_lock(folder / LOCK, f"results folder {folder}", wait=True):
         files = [folder / name for name in ("geometry.json", "geometry_rsa.png", "geometry_differences.png")]
-        write_whole(files[0], (json.dumps(report, indent=2) + "\n").encode())
+        write_atomic(files[0], (json.dumps(report, indent=2) + "\n").encode())
         figures.draw_rsa(embedded.before, embedded.after, report["metrics"], files[1])
         figures.draw_differences(embedded.before, embedded.after, files[2])
         if training is not None and training.is_file():

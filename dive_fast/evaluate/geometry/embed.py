@@ -10,7 +10,7 @@ from dive_fast.config.schema import Config, ReferenceConfig
 from dive_fast.data.loaders.loader import Options, batches_of
 from dive_fast.data.open_dataset import open_reference
 from dive_fast.data.prepared.format import MANIFEST
-from dive_fast.data.samples import Place, ReferenceSamples
+from dive_fast.data.samples import ReferenceSamples, SampleKey
 from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError
@@ -87,12 +87,12 @@ def embed(
         DataError: too many images in a row cannot be decoded.
     """
     chosen = spread(len(samples.source), limit)
-    share = ranks.share(len(chosen))
-    places: list[Place] = [(0, sample) for sample in chosen[share.start : share.stop]]
+    share = ranks.local_range(len(chosen))
+    places: list[SampleKey] = [(0, sample) for sample in chosen[share.start : share.stop]]
     with _in_fp32(towers):
         nothing = torch.empty(0, towers.width, device=ranks.device)
         images, texts = [nothing], [nothing]
-        with ranks.together(DataError), ranks.progress(len(places), "embeddings", "pair") as bar:
+        with ranks.raise_on_all(DataError), ranks.progress(len(places), "embeddings", "pair") as bar:
             options = Options(workers=workers, device=ranks.device)
             for number, batch in enumerate(batches_of(samples, places, batch_size, options)):
                 wanted = places[number * batch_size : (number + 1) * batch_size]

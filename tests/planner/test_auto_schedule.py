@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from distributed import run_ranks
-from test_plan import SMALL, small_config
+from small_configs import SMALL, small_config
 
 from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks

@@ -465,7 +465,7 @@ def left_after_one_step(run: Path, copy: Path, ranks: Ranks) -> Iterator[None]:
         if step == 1:
             self.finish()
             ranks.barrier()
-            if ranks.first:
+            if ranks.is_main:
                 shutil.copytree(run, copy)
             ranks.barrier()
 
@@ -491,7 +491,7 @@ def run_row(folder: Path, name: str, row: Row, ranks: Ranks) -> str:
     resumed = tree | {"train": tree["train"] | {"output": str(again), "resume": resume}}
     train.train(Config.model_validate_json(json.dumps(resumed)), again, ranks)
     ranks.barrier()
-    if not ranks.first:
+    if not ranks.is_main:
         return ""
     return differences(whole, again, folder, row)
 
@@ -545,7 +545,7 @@ def run_rows(folder: Path, chunk: Sequence[tuple[str, Row]]) -> dict[str, str]:
         except Exception:
             found[name] = traceback.format_exc()
             break
-        if ranks.first:
+        if ranks.is_main:
             shutil.rmtree(folder / "runs" / name)
     return found
 

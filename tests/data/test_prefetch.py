@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dive_fast.data.batch import ReferenceBatch, Text
-from dive_fast.data.prefetch import Ahead, _tensors
+from dive_fast.data.prefetch import Prefetcher, _tensors
 
 CPU = torch.device("cpu")
 
@@ -21,7 +21,7 @@ def test_items_come_in_order_each_made_ready_on_another_thread() -> None:
         threads.add(threading.current_thread().name)
         return 10 * item
 
-    ahead = Ahead(iter(range(20)), ready, CPU)
+    ahead = Prefetcher(iter(range(20)), ready, CPU)
     assert list(ahead) == [10 * item for item in range(20)]
     assert threads == {"data"}
     with pytest.raises(StopIteration):
@@ -42,7 +42,7 @@ def test_an_error_is_raised_where_the_item_is_asked_for(where: str) -> None:
             raise ValueError("broken")
         return item
 
-    ahead = Ahead(items(), ready, CPU)
+    ahead = Prefetcher(items(), ready, CPU)
     assert [next(ahead) for _ in range(3)] == [0, 1, 2]
     for _ in range(2):
         with pytest.raises(ValueError, match="broken"):
@@ -56,7 +56,7 @@ def test_no_more_is_made_ready_than_asked_and_an_early_end_stops_the_thread() ->
         made.append(item)
         return item
 
-    ahead = Ahead(iter(range(1000)), ready, CPU, depth=2)
+    ahead = Prefetcher(iter(range(1000)), ready, CPU, depth=2)
     deadline = time.monotonic() + 10
     while len(made) < 2 and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -79,7 +79,7 @@ def test_the_time_waited_is_the_loaders_not_the_consumers() -> None:
         gate.wait()
         yield from range(3)
 
-    ahead = Ahead(items(), lambda item: item, CPU)
+    ahead = Prefetcher(items(), lambda item: item, CPU)
     threading.Timer(0.2, gate.set).start()
     next(ahead)
     waited = ahead.waited

@@ -91,7 +91,7 @@ def cases(folder: Path) -> dict[str, Any]:
     Objective.backend = "torch"  # interpreted, the kernels would take most of the time
     tree = json.loads((folder / "config.json").read_text())
     selecting = changed(tree, evaluate={"every_epochs": 1, "select": "seen"})
-    if ranks.first:
+    if ranks.is_main:
         for name in ("never", "selected"):
             (folder / name).mkdir()
             (folder / name / "config.json").write_text(json.dumps(dict.fromkeys(lineage.PROVENANCE)))

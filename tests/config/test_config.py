@@ -19,7 +19,7 @@ from dive_fast.config.section import section_type as section_type
 from dive_fast.data.open_dataset import open_target
 from dive_fast.errors import ConfigError
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "launch" / "configs"
 
 SMALL: dict[str, Any] = {

@@ -36,7 +36,7 @@ from dive_fast.data.workers import FORK
 from dive_fast.errors import DataError
 from dive_fast.locks import Lock, LockedError
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 SMALL = Options(shard_samples=4, max_side=64)
 
 

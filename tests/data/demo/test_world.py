@@ -30,7 +30,7 @@ EXPECTED_BRIGHTNESS = [109.11, 63.4, 166.28, 32.33]
 def small_world(monkeypatch: pytest.MonkeyPatch) -> int:
     """A world of 5 samples a split, in shards of 3."""
     monkeypatch.setattr(world, "NUM_SAMPLES", dict.fromkeys(world.SPLITS, 5))
-    monkeypatch.setattr(world, "SHARD_SIZE", 3)
+    monkeypatch.setattr(splits, "SHARD_SIZE", 3)
     return 5
 
 
@@ -145,7 +145,7 @@ def test_failure_leaves_no_split_behind(tmp_path: Path, small_world: int, monkey
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(world, "_members", fail)
+        patch.setattr(splits, "_members", fail)
         with pytest.raises(OSError, match="disk full"):
             splits.prepare(tmp_path)
     assert list((tmp_path / f"demo-{splits.WORLD_VERSION}").iterdir()) == []

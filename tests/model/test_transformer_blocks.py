@@ -9,7 +9,7 @@ import tiny
 import torch
 from distributed import run_ranks
 from open_clip.transformer import QuickGELU
-from test_engine import Stage, assert_same_gradients, config, oracle
+from step_oracle import Stage, assert_same_gradients, config, oracle
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import RobertaConfig, RobertaModel
@@ -21,13 +21,13 @@ from dive_fast.model import transformer_blocks as blocks
 from dive_fast.model.towers import Towers, create
 from dive_fast.model.transformer_blocks import (
     TEXT_MULTIPLE,
-    LightMlp,
-    LightQuickGELU,
+    RecomputeMLP,
+    SavedInputQuickGELU,
     blocks_of,
     compile_blocks,
-    lighten,
     recompute_activations,
     recompute_blocks,
+    replace_quickgelu,
 )
 
 
@@ -147,7 +147,7 @@ def test_recomputed_activations_save_less_and_run_no_product_twice(
 ) -> None:
     towers = create(ModelConfig(name=tiny.write_model(tmp_path, model)))
     towers.autocast = autocast
-    lighten(towers)
+    replace_quickgelu(towers)
     names = list(towers.state_dict())
     plain_bytes, plain_products, expected = step(copy.deepcopy(towers))
     recompute_activations(towers)
@@ -162,7 +162,7 @@ def test_recomputed_activations_save_less_and_run_no_product_twice(
 def test_a_light_mlp_runs_every_layer() -> None:
     mlp = nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 3), nn.Tanh())
     x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(LightMlp(mlp)(x), mlp(x))
+    assert torch.equal(RecomputeMLP(mlp)(x), mlp(x))
 
 
 def test_blocks_without_a_plain_mlp_are_refused(towers: Towers) -> None:
@@ -177,7 +177,7 @@ def test_quickgelu_keeps_its_input_alone_and_gives_open_clips_bits(dtype: torch.
     x = (3 * torch.randn(50, 70, generator=generator)).to(dtype).requires_grad_()
     upstream = torch.randn(50, 70, generator=generator).to(dtype)
     found, saved = {}, {}
-    for activation in (QuickGELU(), LightQuickGELU()):
+    for activation in (QuickGELU(), SavedInputQuickGELU()):
         kept: set[int] = set()
 
         def pack(tensor: Tensor, kept: set[int] = kept) -> Tensor:
@@ -197,9 +197,9 @@ def test_every_quickgelu_of_the_towers_is_light(tmp_path: Path) -> None:
     towers = create(ModelConfig(name=tiny.write_model(tmp_path, tiny.QUICKGELU)))
     names = list(towers.state_dict())
     assert sum(isinstance(module, QuickGELU) for module in towers.modules()) == 4
-    lighten(towers)
+    replace_quickgelu(towers)
     assert not any(isinstance(module, QuickGELU) for module in towers.modules())
-    assert sum(isinstance(module, LightQuickGELU) for module in towers.modules()) == 4
+    assert sum(isinstance(module, SavedInputQuickGELU) for module in towers.modules()) == 4
     assert list(towers.state_dict()) == names
 
 

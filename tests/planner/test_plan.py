@@ -14,6 +14,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from distributed import run_ranks, run_script
+from small_configs import CONTEXT, REFERENCE, SMALL, TARGET, WIDTH, small_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -38,14 +39,8 @@ from dive_fast.planner.simulate import plan_run as plan_run
 from dive_fast.planner.table import as_json
 from dive_fast.planner.table import as_table as as_table
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "launch/configs"
-TARGET, REFERENCE, CONTEXT, WIDTH = 16, 12, 40, 64
-SMALL = {
-    "embed_dim": WIDTH,
-    "vision_cfg": {"image_size": 64, "layers": 2, "width": 128, "head_width": 64, "patch_size": 8},
-    "text_cfg": {"context_length": CONTEXT, "vocab_size": 500, "width": 128, "heads": 2, "layers": 2},
-}
 
 Case = dict[str, Any]
 QUICK: dict[str, Case] = {
@@ -69,30 +64,6 @@ SLOW: dict[str, Case] = {
     "SnD": {"objective.name": "snd"},
     "SnD, joint, micro-batches": {"objective.name": "snd", "train.schedule": "joint", "train.micro_batch_size": 5},
 }
-
-
-def small_config(folder: Path, **overrides: Any) -> Config:
-    """A config over the small model; ``zero`` is the stage, whose buckets are as small as the model."""
-    zero = {"stage": overrides.pop("zero", 2), "reduce_bucket_size": 50000}
-    data = {"format": "webdataset", "path": "-"}
-    tree: dict[str, Any] = {
-        "model": {"name": f"local-dir:{folder}"},
-        "data": {
-            "target": data | {"batch_size": TARGET, "class_names": "-"},
-            "reference": data | {"batch_size": REFERENCE},
-        },
-        "objective": {},
-        "teacher": {},
-        "train": {"precision": "fp32"},
-        "deepspeed": {"zero_optimization": zero},
-    }
-    for place, value in overrides.items():
-        *sections, key = place.split(".")
-        section = tree
-        for name in sections:
-            section = section[name]
-        section[key] = value
-    return Config.model_validate_json(json.dumps(tree))
 
 
 class LiveBytes(TorchDispatchMode):

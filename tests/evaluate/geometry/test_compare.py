@@ -28,7 +28,7 @@ from dive_fast.model import towers
 from dive_fast.model.features import Pairs
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 COUNT, BROKEN = 11, 4
 SHARES = [(2, None), (100, None), (3, 5)]
 """Batch sizes and limits."""

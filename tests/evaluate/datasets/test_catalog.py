@@ -19,7 +19,7 @@ from dive_fast.evaluate.datasets import catalog as suites
 from dive_fast.evaluate.datasets import class_names as names
 from dive_fast.evaluate.datasets import imagenet, wilds
 from dive_fast.evaluate.datasets.catalog import KNOWN, SUITES, open_known
-from dive_fast.evaluate.datasets.evaluation_set import Captioned, CountedSamples, Labelled
+from dive_fast.evaluate.datasets.evaluation_set import Captioned, Labelled, StrictSamples
 from dive_fast.evaluate.scores import Predictions, scores
 
 JPEG = tiny.jpeg(0)
@@ -116,7 +116,7 @@ def test_objectnets_labels_stand_for_several_classes_and_its_border_is_cut(tmp_p
     assert len(found.class_names) == 1000
     bordered = Image.new("RGB", (36, 30), "red")
     bordered.paste(Image.new("RGB", (32, 26), "blue"), (2, 2))
-    samples = CountedSamples(
+    samples = StrictSamples(
         found.source, Preprocess((8, 8), (0,) * 3, (1,) * 3, "bicubic", "squash"), found.border
     )
     assert np.unique(np.asarray(samples.cut((0, 0), bordered)).reshape(-1, 3), axis=0).tolist() == [[0, 0, 255]]

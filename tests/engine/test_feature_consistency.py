@@ -11,15 +11,15 @@ import pytest
 import tiny
 import torch
 from distributed import run_ranks
-from test_engine import Stage, assert_same_gradients, config, oracle
+from step_oracle import Stage, assert_same_gradients, config, oracle
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import RobertaConfig
 
 from dive_fast.config.schema import Config, ModelConfig
 from dive_fast.distributed import Ranks
-from dive_fast.engine import feature_consistency as steadiness
-from dive_fast.engine.feature_consistency import Steadiness, by_modules, measure, settle
+from dive_fast.engine import feature_consistency
+from dive_fast.engine.feature_consistency import FeatureConsistency, by_modules, measure, settle
 from dive_fast.errors import ConfigError
 from dive_fast.methods import method as objective
 from dive_fast.model.towers import Towers, create
@@ -89,7 +89,7 @@ def test_drop_path_and_batch_norm_are_settled(tmp_path: Path, kind: str) -> None
     assert not any(norm.training for norm in norms)
     assert all(norm.weight.requires_grad for norm in norms if norm.weight is not None)
     state = torch.random.get_rng_state()
-    assert measure(towers) == Steadiness()
+    assert measure(towers) == FeatureConsistency()
     assert torch.equal(torch.random.get_rng_state(), state)
     assert towers.training
     # It can fail: what was settled is what made it unsteady.
@@ -146,10 +146,10 @@ def test_unknown_towers_are_measured_and_refused_for_what_they_do(tmp_path: Path
         settings = config(tmp_path, 0, "sequential", micro, name=name)
         is_refused = (micro is not None and how != "scaled") or (name == "dive" and how != "random")
         if not is_refused:
-            steadiness.check(settings, found)
+            feature_consistency.check(settings, found)
             continue
         with pytest.raises(ConfigError) as caught:
-            steadiness.check(settings, found)
+            feature_consistency.check(settings, found)
         assert words[how] in str(caught.value)
         assert str(caught.value).startswith("train.micro_batch_size: " if micro is not None else "model.name: ")
 
@@ -168,7 +168,7 @@ def test_text_tower_of_hugging_face_is_random_only_where_it_runs(tmp_path: Path)
     found = measure(towers)
     assert found.is_random
     assert found.reason.startswith("drops features at random (dropout 0.1 in ")
-    assert measure(towers, uses_text=False) == Steadiness()
+    assert measure(towers, uses_text=False) == FeatureConsistency()
 
 
 def paths(folders: dict[str, Path]) -> dict[Any, Any]:
@@ -292,7 +292,7 @@ def test_built_in_models_are_settled_or_refused_at_once(names: list[str]) -> Non
                 refused[name] = str(error)
                 continue
             settle(towers.train())
-        assert by_modules(towers) == Steadiness(), name
+        assert by_modules(towers) == FeatureConsistency(), name
         for module in towers.modules():
             # Whatever else asks whether it is trained would have to be looked at: this is a list of all.
             source = (
@@ -322,8 +322,8 @@ def test_what_is_settled_is_said_in_one_line(tmp_path: Path, caplog: pytest.LogC
     assert by_modules(towers).is_random
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        steadiness.prepare(config(tmp_path, 0, "sequential", 4), towers, Ranks(0, 1, torch.device("cpu")))
+        feature_consistency.prepare(config(tmp_path, 0, "sequential", 4), towers, Ranks(0, 1, torch.device("cpu")))
     assert [record.getMessage() for record in caplog.records] == [
         f"local-dir:{tmp_path}: in training, drop path is 0 instead of 0.3: the same features as in evaluation"
     ]
-    assert towers.steadiness == Steadiness()
+    assert towers.feature_consistency == FeatureConsistency()

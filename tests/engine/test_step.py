@@ -5,7 +5,6 @@ and nothing of the engine. Student and teacher differ and the average vector is 
 """
 
 import contextlib
-import copy
 import dataclasses
 import itertools
 import json
@@ -15,47 +14,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
 import tiny
 import torch
-import torch.nn.functional as F
 from distributed import run_ranks
+from step_oracle import FP16_SCALE, Stage, assert_same_gradients, config, oracle
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dive_fast.checkpoint.export import full_state
-from dive_fast.config.schema import Config, ModelConfig
-from dive_fast.data.batch import ReferenceBatch, TargetBatch
-from dive_fast.data.prompts import pack
-from dive_fast.distributed import join
-from dive_fast.engine.async_scalars import AsyncScalars as AsyncScalars
+from dive_fast.config.schema import Config
+from dive_fast.engine.async_scalars import AsyncScalars
 from dive_fast.engine.deepspeed_config import BUCKET, deepspeed_section
 from dive_fast.engine.optimizer import learning_rate_schedule
-from dive_fast.engine.step import Engine, StepBatches
+from dive_fast.engine.step import StepBatches
 from dive_fast.engine.update import LossScale
 from dive_fast.errors import ConfigError
-from dive_fast.methods import cosine, dive, registry
 from dive_fast.methods import method as objective
-from dive_fast.model.towers import create, tokenizer_of
-from dive_fast.teacher.teacher import OnlineTeacher
 
 aten = torch.ops.aten
-TARGET, REFERENCE, WIDTH = 8, 12, 24
-WEIGHT, DECAY = 1000.0, 0.9
-AVERAGE_COSINE = 0.8
-FP16_SCALE = 4.0
-PROMPTS = [
-    "a photo of a dog",
-    "a cat",
-    "a dog",
-    "a cat",
-    "a photo of a dog",
-    "two birds in a tree",
-    "a cat",
-    "a cat",
-]
-CAPTIONS = [f"picture number {i} of {'many many ' * (i % 3)}things" for i in range(REFERENCE - 1)] + ["a cat"]
 
 STAGES = {1: (0, 2), 2: (0, 1, 2, 3)}
 """ZeRO stages tried on so many ranks."""
@@ -69,200 +46,10 @@ METHODS = ("vanilla_ft", "flyp", "flyp_replay", "snd", "cosine", "avl", "pvl")
 """All but DiVE itself, and LP-FT, whose loss is that of vanilla fine-tuning."""
 ONE_TOWER = ("vanilla_ft", "snd")
 """Those that run one tower without the other, in a half or in both; tried at every stage."""
-ALONE = ("vanilla_ft", "flyp")
-"""Those without a reference half."""
-CLASSES = 5
-LABELS = [3, 1, 3, 1, 3, 0, 1, 4]
 CLIPPED = [("fp32", 0.0), ("fp32", 0.5), ("fp16", 0.5)]
 """(precision, largest norm of the gradient)."""
 STEADY: list[dict[str, Any]] = [{}, {"precision": "fp16"}, {"micro": 3}, {"schedule": "joint"}, {"clipping": 1.0}]
 """Steps that are held to read nothing of the device."""
-
-
-def batches(folder: Path) -> dict[str, Tensor]:
-    """Pixels and tokens of one target and one reference batch, over all ranks."""
-    tokenizer = tokenizer_of(ModelConfig(name=f"local-dir:{folder}"))
-    generator = torch.Generator().manual_seed(7)
-    return {
-        "target_images": torch.randn(TARGET, 3, 32, 32, generator=generator),
-        "target_tokens": tokenizer(PROMPTS),
-        "reference_images": torch.randn(REFERENCE, 3, 32, 32, generator=generator),
-        "reference_tokens": tokenizer(CAPTIONS),
-        "average_vector": 0.05 * torch.randn(WIDTH, generator=generator),
-        "head.weight": torch.randn(CLASSES, WIDTH, generator=generator),
-        "head.bias": torch.randn(CLASSES, generator=generator),
-    }
-
-
-def moved(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The student's weights: the teacher's, a little off."""
-    generator = torch.Generator().manual_seed(3)
-    return {name: value + 0.02 * torch.randn(value.shape, generator=generator) for name, value in state.items()}
-
-
-def oracle(folder: Path, name: str = "dive") -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Parameter gradients and losses as the paper writes them."""
-    frozen = open_clip.create_model(f"local-dir:{folder}").eval()
-    student = copy.deepcopy(frozen)
-    student.load_state_dict(moved(frozen.state_dict()))
-    data = batches(folder)
-
-    def embed(model: Any, half: str) -> tuple[Tensor, Tensor]:
-        return (
-            F.normalize(model.encode_image(data[f"{half}_images"]), dim=-1),
-            F.normalize(model.encode_text(data[f"{half}_tokens"]), dim=-1),
-        )
-
-    if name == "vanilla_ft":
-        head = {part: data[part].requires_grad_() for part in ("head.weight", "head.bias")}
-        logits = embed(student, "target")[0] @ head["head.weight"].T + head["head.bias"]
-        loss = F.cross_entropy(logits, torch.tensor(LABELS))
-        loss.backward()
-        parameters = {part: p for part, p in student.named_parameters() if part.startswith("visual.")} | head
-        return {part: p.grad for part, p in parameters.items()}, dict.fromkeys(
-            ("loss", "cross_entropy"), loss.item()
-        )
-    f, g = embed(student, "target")
-    loss = contrastive = contrastive_as_written(f, g, student.logit_scale.exp())
-    values = {"contrastive_loss": contrastive}
-    if name not in ALONE:
-        with torch.no_grad():
-            frozen_pairs = embed(frozen, "reference")
-        pairs = embed(student, "reference")
-        average_vector = data["average_vector"]
-        term, found = reference_as_written(name, pairs, frozen_pairs, student.logit_scale.exp(), average_vector)
-        loss, values = contrastive + WEIGHT * term, values | found
-    loss.backward()
-    gradients = {name: p.grad for name, p in student.named_parameters()}
-    return gradients, {name: value.item() for name, value in (values | {"loss": loss}).items()}
-
-
-def contrastive_as_written(f: Tensor, g: Tensor, scale: Tensor) -> Tensor:
-    logits, labels = scale * f @ g.T, torch.arange(len(f))
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-
-
-def reference_as_written(
-    name: str, pairs: tuple[Tensor, Tensor], frozen: tuple[Tensor, Tensor], scale: Tensor, average_vector: Tensor
-) -> tuple[Any, dict[str, Any]]:
-    """The reference batch's loss, and what is logged of it."""
-    (f_ft, g_ft), (f_pre, g_pre) = pairs, frozen
-    if name == "flyp_replay":
-        replay = contrastive_as_written(f_ft, g_ft, scale)
-        return replay, {"replay_loss": replay}
-    if name == "cosine":
-        u, v = F.cosine_similarity(f_ft, f_pre), F.cosine_similarity(g_ft, g_pre)
-        m = DECAY * AVERAGE_COSINE + (1 - DECAY) * (u + v).mean() / 2
-        avl, pvl = ((u - m) ** 2 + (v - m) ** 2).mean(), ((u - v) ** 2).mean()
-        values = {"average_loss": avl, "pairwise_loss": pvl, "average_cosine": m}
-        return avl + pvl, values | {"image_cosine": u.mean(), "text_cosine": v.mean()}
-    u, v = f_ft - f_pre, g_ft - g_pre
-    if name == "snd":
-        distillation = sum(u[j] @ u[j] for j in range(REFERENCE)) / REFERENCE
-        return distillation, {"distillation_loss": distillation, "image_norm": u.norm(dim=1).mean()}
-    m = DECAY * average_vector + (1 - DECAY) * (u + v).mean(0) / 2
-    avl = sum((u[j] - m) @ (u[j] - m) + (v[j] - m) @ (v[j] - m) for j in range(REFERENCE)) / REFERENCE
-    pvl = sum((u[j] - v[j]) @ (u[j] - v[j]) for j in range(REFERENCE)) / REFERENCE
-    values = {"average_loss": avl, "pairwise_loss": pvl, "average_norm": m.norm()}
-    values |= {"image_norm": u.norm(dim=1).mean(), "text_norm": v.norm(dim=1).mean()}
-    return (name != "pvl") * avl + (name != "avl") * pvl, values
-
-
-def config(
-    folder: Path,
-    stage: int,
-    schedule: str,
-    micro: int | None,
-    precision: str = "fp32",
-    name: str = "dive",
-    clipping: float = 0.0,
-    overlap: bool = False,
-    **train_options: Any,
-) -> Config:
-    data = {"format": "webdataset", "path": "-", "workers": 0}
-    tree = {
-        "model": {"name": f"local-dir:{folder}"},
-        "data": {
-            "target": data | {"batch_size": TARGET, "class_names": "-"},
-            "reference": data | {"batch_size": REFERENCE},
-        },
-        "objective": {"name": name, "weight": WEIGHT, "decay": DECAY},
-        "train": {
-            "schedule": schedule,
-            "micro_batch_size": micro,
-            "precision": precision,
-            "learning_rate": 1e-3,
-            "warmup_steps": 5,
-            **train_options,
-        },
-        "deepspeed": {
-            "zero_optimization": {"stage": stage, "overlap_comm": overlap},
-            "gradient_clipping": clipping,
-        },
-    }
-    return Config.model_validate_json(json.dumps(tree))
-
-
-class Stage:
-    """What every case on one rank starts from: student, teacher and this rank's share of the oracle's batches."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.ranks = folder, join()
-        model = ModelConfig(name=f"local-dir:{folder}")
-        self.student = create(model)
-        self.teacher = OnlineTeacher(copy.deepcopy(self.student), self.ranks)
-        # The oracle draws its noise in the order of open_clip's names.
-        own = self.student.state_dict()
-        noisy = moved(open_clip.create_model(model.name).state_dict())
-        self.student.load_state_dict({n: noisy[self.student.exported_name(n)].reshape(own[n].shape) for n in own})
-        data = batches(folder)
-        self.average_vector = data["average_vector"]
-        self.head = {part: data[f"head.{part}"] for part in ("weight", "bias")}
-        first, second = (list(self.ranks.share(count)) for count in (TARGET, REFERENCE))
-        self.target = TargetBatch(
-            images=data["target_images"][first],
-            text=pack(data["target_tokens"][first], "argmax"),
-            labels=torch.tensor(LABELS)[first],
-            sample=torch.tensor(first),
-            keys=(),
-        )
-        self.reference = ReferenceBatch(
-            images=data["reference_images"][second],
-            text=pack(data["reference_tokens"][second], "argmax"),
-            sample=torch.tensor(second),
-            view=torch.zeros(len(second), dtype=torch.long),
-            keys=(),
-        )
-
-    def engine(self, zero: int, schedule: str = "sequential", micro: int | None = None, **options: Any) -> Engine:
-        settings = config(self.folder, zero, schedule, micro, **options)
-        goal = registry.create(settings.objective, WIDTH)
-        if isinstance(goal, dive.Dive):
-            goal.average_vector.copy_(self.average_vector)
-        if isinstance(goal, cosine.Cosine):
-            goal.average_cosine.fill_(AVERAGE_COSINE)
-        student = copy.deepcopy(self.student)
-        if goal.needs_head:
-            student.head = torch.nn.Linear(WIDTH, CLASSES)
-            student.head.load_state_dict(self.head)
-        engine = Engine(settings, student, goal, self.ranks, total_steps=10)
-        if engine.scale.dynamic:
-            # A model this far from its teacher overflows at the scale a run starts with.
-            engine.scale.value.fill_(FP16_SCALE)
-        return engine
-
-    def accumulate(self, engine: Engine) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Gradients (full, unscaled, under open_clip's names) and metrics of one step."""
-        from deepspeed.utils import safe_get_full_grad
-
-        batches = StepBatches(self.target)
-        if engine.objective.needs_reference:
-            batches = StepBatches(self.target, self.reference, self.teacher(self.reference))
-        metrics = engine.accumulate(batches)
-        scale, towers = engine.scale.value.item(), engine.towers
-        tuned = {name: p for name, p in towers.named_parameters() if p.requires_grad}
-        found = {towers.exported_name(name): safe_get_full_grad(p).clone() / scale for name, p in tuned.items()}
-        return found, {name: float(value) for name, value in metrics.items()}
 
 
 def run_paths(folder: Path, stages: tuple[int, ...], backend: Any) -> dict[Any, Any]:
@@ -337,7 +124,7 @@ def clipped(stage: Stage, zero: int, precision: str, clipping: float) -> tuple[d
     before = full_state(engine)
     metrics = engine.step(StepBatches(stage.target, stage.reference, stage.teacher(stage.reference)))
     after = full_state(engine)
-    moved = engine.towers.export({n: after[n] - before[n] for n in after}) if stage.ranks.first else {}
+    moved = engine.towers.export({n: after[n] - before[n] for n in after}) if stage.ranks.is_main else {}
     return moved, float(metrics["gradient_norm"])
 
 
@@ -432,13 +219,6 @@ def by_rank(folder: Path, request: pytest.FixtureRequest) -> list[dict[Any, Any]
     """Results of each rank, with one rank and with two, by the Triton kernels and by plain PyTorch."""
     world_size, backend = request.param
     return run_ranks(world_size, run_paths, folder, STAGES[world_size], backend, init=False, timeout=300)
-
-
-def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        error = (found[name].reshape(gradient.shape) - gradient).norm() / gradient.norm()
-        assert error < tolerance, f"{name}: relative error {error:.1e}"
 
 
 def test_every_path_gives_the_papers_gradients(folder: Path, by_rank: list[dict[Any, Any]]) -> None:

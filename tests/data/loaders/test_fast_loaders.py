@@ -358,7 +358,7 @@ def test_where_dali_gives_up_pil_goes_on(
     places = [(0, sample) for sample in range(20)]
     expected = torch.cat([batch.images for batch in batches_of(samples, places, 2, Options())])
     # As if it looked whole: DALI gets to see it, and fails for real.
-    monkeypatch.setattr(dali, "why_unusual", lambda image, data: "")
+    monkeypatch.setattr(dali, "unsupported_reason", lambda image, data: "")
     with caplog.at_level(logging.WARNING):
         batches = list(batches_of(samples, places, 2, Options("dali")))
     assert [len(batch.images) for batch in batches] == [2] * 10

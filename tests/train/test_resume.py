@@ -229,7 +229,7 @@ def _raises_in(holder: Any, name: str, call: int = 1, after: bool = False, alway
 
 
 KILLS: dict[str, Callable[[], Any]] = {
-    "before the id": lambda: _raises_in(lineage, "write_whole"),
+    "before the id": lambda: _raises_in(lineage, "write_atomic"),
     # In the thread that writes, which ends there; the run itself then ends after its third step.
     "before the first checkpoint has its name": lambda: _raises_in(saver._Save, "_commit", always=True),
     "while older checkpoints go": lambda: _raises_in(saver, "_remove", after=True, always=True),
@@ -459,7 +459,7 @@ def test_kill_while_a_run_replaces_another_leaves_one_of_them(
         return wrapped
 
     with monkeypatch.context() as patch, contextlib.suppress(KilledError):
-        patch.setattr(lineage, "write_whole", dies(lineage.write_whole))
+        patch.setattr(lineage, "write_atomic", dies(lineage.write_atomic))
         patch.setattr(Path, "rename", dies(Path.rename))
         lineage.begin(tmp_path, checkpoints)
     found = lineage.read(checkpoints)
@@ -665,8 +665,8 @@ def _ranks_that_differ(folder: Path) -> dict[str, str]:
     for name, overrides in UNLIKE_RANKS.items():
         told = [(key, str(folder / value) if "path" in key else value) for key, value in overrides]
         run = Folder(ranks, tree, folder / "run")
-        found[name] = run.start(*(() if ranks.first else told))
-    folder_of_rank = folder if ranks.first else folder / "unlike"
+        found[name] = run.start(*(() if ranks.is_main else told))
+    folder_of_rank = folder if ranks.is_main else folder / "unlike"
     try:
         run_module.SHARED_SECONDS = 0.0
         run_module.check_shared(_locked_folder(folder_of_rank), ranks)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from dive_fast.teacher.cache_files import CacheError, StaleCacheError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def call(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -153,21 +153,21 @@ def test_a_stale_cache_is_told_with_the_command_that_mends_it(
     monkeypatch.delenv("RANK", raising=False)
     import cli
 
-    parser = command.parser(None, "")
+    parser = cli.parser(None, "")
     words = ["--config", "my config.json", "train.epochs=1", 'data.target.path="a b"']
     stale = StaleCacheError("teacher cache x: changed; rebuild it")
-    assert command.complain(stale, parser.parse_intermixed_args(words)) == 2
+    assert cli.report_error(stale, parser.parse_intermixed_args(words)) == 2
     again = "deepspeed launch/cache.py --config 'my config.json' --rebuild"
     overrides = """train.epochs=1 'data.target.path="a b"'"""
     assert capsys.readouterr().err == f"error: {stale}: {again} {overrides}\n"
     parser.add_argument("--adopt")
-    command.complain(stale, parser.parse_intermixed_args([*words, "--adopt", "there"]))
+    cli.report_error(stale, parser.parse_intermixed_args([*words, "--adopt", "there"]))
     assert capsys.readouterr().err == f"error: {stale}: {again} --adopt there {overrides}\n"
-    command.complain(CacheError("missing"), parser.parse_intermixed_args(words))
+    cli.report_error(CacheError("missing"), parser.parse_intermixed_args(words))
     assert capsys.readouterr().err == "error: missing\n"
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    command.complain(stale, parser.parse_intermixed_args(words))
+    cli.report_error(stale, parser.parse_intermixed_args(words))
     assert capsys.readouterr().err == ""
 
 
