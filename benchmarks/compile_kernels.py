@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from dive_fast.kernels import contrastive, difference, dive, primitives
+from dive_fast.kernels import contrastive, difference, joint_step, primitives
 
 # Bytes of shared memory for one program, by compute capability (CUDA programming guide, technical specifications).
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -50,7 +50,7 @@ class Variant(NamedTuple):
 
 KERNELS = {
     name: kernel
-    for module in (contrastive, difference, dive)
+    for module in (contrastive, difference, joint_step)
     for name, kernel in vars(module).items()
     if name.endswith("_kernel")
 }
@@ -88,8 +88,8 @@ def _launch_all(rows: int, width: int, dtype: torch.dtype) -> None:
         options = 0.99, 1.0, 1.0, mean_gradient
         _, _, average = difference.launch_forward(*reference, average_vector, *options, "")
         difference.launch_backward(upstream, *reference, average, *options)
-        dive.launch_forward(image, text, scale, *reference, average_vector, 1000.0, *options, "")
-        dive.launch_backward(upstream, scale, *saved, *reference, average, rows, 0, width, 1000.0, *options)
+        joint_step.launch_forward(image, text, scale, *reference, average_vector, 1000.0, *options, "")
+        joint_step.launch_backward(upstream, scale, *saved, *reference, average, rows, 0, width, 1000.0, *options)
 
 
 def _variant(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Variant:

@@ -12,7 +12,7 @@ from dive_fast.kernels.naive import DifferenceLoss, DiveLoss
 
 if backends.primitives is not None:
     # Importing registers the custom ops, before anything is traced.
-    from dive_fast.kernels import contrastive, difference, dive
+    from dive_fast.kernels import contrastive, difference, joint_step
 
 
 def contrastive_loss(
@@ -161,7 +161,7 @@ def dive_loss(
     if not backends.uses_triton(backend, image_features, constants):
         return naive.dive_loss(*features, **constants, **options, group=group)
     dtype = backends.primitives.computing_dtype(image_features.dtype)
-    loss, contrastive_part, *_, parts, average = dive.forward(
+    loss, contrastive_part, *_, parts, average = joint_step.forward(
         *features,
         *(tensor.to(dtype) for tensor in constants.values()),
         **options,

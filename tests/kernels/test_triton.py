@@ -37,7 +37,7 @@ from inputs import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dive_fast.kernels as kernels
-from dive_fast.kernels import backend, contrastive, difference, dive, naive, primitives
+from dive_fast.kernels import backend, contrastive, difference, joint_step, naive, primitives
 
 DIVE = (*CONTRASTIVE, "reference_image_features", "reference_text_features", *DIFFERENCE[2:])
 LOSSES = ("contrastive_loss", "difference_loss", "dive_loss")
@@ -527,9 +527,14 @@ def test_launches(monkeypatch):
     check(1, lambda: contrastive.launch_backward(upstream, scale, *saved, 20, 0, 48))
     _, _, average = check(2, lambda: difference.launch_forward(*reference, average_vector, *options, ""))
     check(1, lambda: difference.launch_backward(upstream, *reference, average, *options))
-    made = check(2, lambda: dive.launch_forward(image, text, scale, *reference, average_vector, 1e3, *options, ""))
+    made = check(
+        2, lambda: joint_step.launch_forward(image, text, scale, *reference, average_vector, 1e3, *options, "")
+    )
     saved = made[2:6]
-    check(1, lambda: dive.launch_backward(upstream, scale, *saved, *reference, average, 20, 0, 48, 1e3, *options))
+    check(
+        1,
+        lambda: joint_step.launch_backward(upstream, scale, *saved, *reference, average, 20, 0, 48, 1e3, *options),
+    )
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -717,9 +722,9 @@ def operators():
         "contrastive_backward": (contrastive.backward, (upstream, scale.detach(), *saved, *sizes)),
         "difference": (difference.forward, (*reference, average_vector, *options, "")),
         "difference_backward": (difference.backward, (upstream, *frozen, average, *options)),
-        "dive": (dive.forward, (image, text, scale, *reference, average_vector, 10.0, *options, "")),
+        "dive": (joint_step.forward, (image, text, scale, *reference, average_vector, 10.0, *options, "")),
         "dive_backward": (
-            dive.backward,
+            joint_step.backward,
             (upstream, scale.detach(), *saved, *frozen, average, *sizes, 10.0, *options),
         ),
     }
