@@ -9,6 +9,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,24 @@ import tiny
 import torch
 import torch.nn.functional as F
 from distributed import run_ranks
+from safetensors.torch import load_file
 from step_oracle import WIDTH, Stage, batches, contrastive_as_written
 from torch import Tensor, nn
 
 from dive_fast.checkpoint.export import full_state
-from dive_fast.engine.step import Engine, StepBatches
+from dive_fast.checkpoint.manifest import TEACHER, checkpoint_path
+from dive_fast.checkpoint.resume import load_checkpoint
+from dive_fast.checkpoint.saver import Saver
+from dive_fast.checkpoint.snapshot import RunRecord
+from dive_fast.config.schema import ObjectiveConfig, TrainConfig
+from dive_fast.config.section import Section
+from dive_fast.engine.step import Engine, StepBatches, check_hooks
+from dive_fast.errors import ConfigError
+from dive_fast.methods import registry
 from dive_fast.methods.flyp import Contrastive
 from dive_fast.methods.flyp_replay import Replay
 from dive_fast.methods.method import (
+    FirstStep,
     Group,
     Known,
     Loss,
@@ -43,7 +54,7 @@ HOOKS = ("teacher", "penalty", "images", "weights", "projection", "tuned")
 TRAIN = {"learning_rate": 1e-2, "warmup_steps": 0, "epsilon": 1e-3, "weight_decay": 0.1}
 """A large epsilon, so that AdamW does not turn rounding into signs."""
 FROZEN = "text.token_embedding"
-TOLERANCE = 2e-5
+TOLERANCE = 5e-5
 STAGES = {1: (0, 2), 2: (0, 1, 2)}
 PATHS: list[tuple[str, int | None]] = [("sequential", None), ("joint", 3), ("sequential", 3)]
 
@@ -333,7 +344,7 @@ def far(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
 def test_hooks_change_what_is_trained(expected: dict[str, Any]) -> None:
     plain = expected[""][0]
     for hooks in CASES:
-        assert far(expected["+".join(hooks)][0], plain) > 10 * TOLERANCE, hooks
+        assert far(expected["+".join(hooks)][0], plain) > 5 * TOLERANCE, hooks
 
 
 @pytest.mark.parametrize("ranks", STAGES)
@@ -371,31 +382,88 @@ def test_penalty_is_part_of_the_reported_loss(by_rank: dict[int, Any], expected:
     assert metrics["penalty"] > 0
 
 
-def save(folder: Path, path: Path) -> tuple[dict[str, Any], list[str]]:
-    """Two steps, a checkpoint's tensors, one more step; what the third step ends with, and who wrote the teacher."""
+def save_and_resume(folder: Path, path: Path) -> dict[str, Any]:
+    """Two steps, a checkpoint, one more step; then that step again from the checkpoint."""
     Part.backend = "torch"
     stage = Stage(folder)
     engine = stage.engine(2, method=toy(*HOOKS), **TRAIN)
     steps_of(stage, engine, 2)
-    mine = snapshot.tensors(engine)
-    numbers = snapshot.trainer(engine, 2, VALIDATION, {}, RunRecord("run"))
-    parts = stage.ranks.collect((stage.ranks.rank, mine))
-    if stage.ranks.is_main:
-        write_checkpoint(path, dict(parts), numbers)
+    saver = Saver(engine, path, TrainConfig(), RunRecord("run"))
+    saver.save(2, {"best": None, "best_step": 0, "since_best": 0, "select": None}, {}, required=True)
+    saver.finish(required=True)
     steps_of(stage, engine, 1)
-    return ended(engine), sorted(name for name in mine if name.startswith(manifest.TEACHER))
+    whole = ended(engine)
+    engine.deepspeed.destroy()
+    return {"whole": whole, "resumed": resume_step(stage, path, 2)}
 
 
-def restore(folder: Path, path: Path, zero: int) -> dict[str, Any]:
+def resume_alone(folder: Path, path: Path) -> dict[str, Tensor]:
     Part.backend = "torch"
-    stage = Stage(folder)
+    return resume_step(Stage(folder), path, 0)
+
+
+def resume_step(stage: Stage, path: Path, zero: int) -> dict[str, Tensor]:
+    """One step from the checkpoint."""
     engine = stage.engine(zero, method=toy(*HOOKS), **TRAIN)
-    resume.load_checkpoint(engine, path)
+    load_checkpoint(engine, checkpoint_path(path, 2))
     steps_of(stage, engine, 1)
     return ended(engine)
 
 
 def ended(engine: Engine) -> dict[str, Tensor]:
+    """Weights, teacher and the method's state."""
     assert engine.teacher is not None
     teacher = {f"teacher/{name}": p.clone() for name, p in engine.teacher.state()}
     return full_state(engine) | teacher | {name: value.clone() for name, value in engine.method.state().items()}
+
+
+def test_moving_teacher_resumes_bit_for_bit_and_on_other_ranks(folder: Path, tmp_path: Path) -> None:
+    first, second = run_ranks(2, save_and_resume, folder, tmp_path)
+    assert first["whole"].keys() == first["resumed"].keys()
+    for ended_here in (first, second):
+        for name, value in ended_here["whole"].items():
+            assert torch.equal(value, ended_here["resumed"][name]), name
+    files = sorted(checkpoint_path(tmp_path, 2).glob("*.safetensors"))
+    held = [{name for name in load_file(file) if name.startswith(f"{TEACHER}/")} for file in files]
+    assert len(held) == 2
+    assert all(held)
+    assert not held[0] & held[1]
+    (alone,) = run_ranks(1, resume_alone, folder, tmp_path)
+    assert far(alone, first["whole"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("hook", HOOKS[:-1])
+def test_hooks_with_zero_3_or_offload_are_refused_in_one_line(hook: str) -> None:
+    offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    for zero, place in (({"stage": 3}, "stage = 3"), (offload, "offload_optimizer")):
+        with pytest.raises(ConfigError, match=f"{place}.*take stage 0, 1 or 2") as refused:
+            check_hooks({"zero_optimization": zero}, only(hook))
+        assert "\n" not in str(refused.value)
+        check_hooks({"zero_optimization": zero}, registry.create(ObjectiveConfig(), WIDTH))
+    check_hooks({"zero_optimization": {"stage": 2}}, only(hook))
+
+
+def only(hook: str) -> Method:
+    """A method that fills in one hook and no other."""
+    names = {"images": "change_images", "weights": "change_weights"}
+    if hook == "teacher":
+        return Method(type("Only", (Contrastive,), {"teacher": "moving"})(Section(), Setting(WIDTH)))
+    name = names.get(hook, hook)
+    return Method(type("Only", (Contrastive,), {name: getattr(Toy, name)})(Section(), Setting(WIDTH)))
+
+
+def test_check_after_the_first_step_reaches_both_parts() -> None:
+    seen: list[str] = []
+
+    class Target(Contrastive):
+        def check_first_step(self, first: FirstStep) -> None:
+            seen.append(f"target {first.precision}")
+
+    class Reference(Replay):
+        def check_first_step(self, first: FirstStep) -> None:
+            raise ConfigError("wrong from the start")
+
+    method = Method(Target(Section(), Setting(WIDTH)), Reference(Section(), Setting(WIDTH)))
+    with pytest.raises(ConfigError, match="wrong from the start"):
+        method.check_first_step(FirstStep({}, "fp32", None))
+    assert seen == ["target fp32"]
