@@ -81,7 +81,7 @@ def test_what_is_no_checkpoint_is_told_and_executes_nothing(tmp_path: Path) -> N
     towers.save({"some": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ConfigError, match=r"other.safetensors: not weights of local-dir:"):
         loaded(model, tmp_path / "other.safetensors")
-    with pytest.raises(ConfigError, match="no checkpoint there: expected <run>/checkpoints/step"):
+    with pytest.raises(ConfigError, match="not a checkpoint: expected <run>/checkpoints/step"):
         loaded(model, tmp_path)
     done = tmp_path / "done"
     torch.save({"module": Harmful(done)}, tmp_path / "mp_rank_00_model_states.pt")

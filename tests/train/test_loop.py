@@ -348,27 +348,27 @@ def test_a_named_checkpoint_that_is_not_whole_is_refused(by_rank: list[Any], fol
     alone = Ranks(0, 1, torch.device("cpu"))
 
     def refused(path: Path, reason: str) -> None:
-        with pytest.raises(ConfigError, match=re.escape(f"no whole checkpoint there ({reason}")):
+        with pytest.raises(ConfigError, match=re.escape(f"not a complete checkpoint ({reason}")):
             resume.find_checkpoint(str(path), tmp_path, alone)
 
     assert resume.find_checkpoint("auto", tmp_path, alone) == newest
-    refused(tmp_path, f"no file manifest.json); there is {older} to step00000006")
-    refused(tmp_path / "Auto", f"no file manifest.json); there is {older} to ")
+    refused(tmp_path, f"no file manifest.json); checkpoints there: {older} to step00000006")
+    refused(tmp_path / "Auto", f"no file manifest.json); checkpoints there: {older} to ")
     assert resume.find_checkpoint("never", tmp_path, alone) is None
     with (newest / "rank00001.safetensors").open("r+b") as file:
         file.truncate(1000)
     assert resume.find_checkpoint("auto", tmp_path, alone) == older
-    refused(newest, "rank00001.safetensors is not there in its full size")
+    refused(newest, "rank00001.safetensors is missing or truncated")
     content = bytearray((older / "rank00000.safetensors").read_bytes())
     content[len(content) // 2] ^= 1
     (older / "rank00000.safetensors").write_bytes(content)
     with pytest.raises(ConfigError, match="changed since it was written"):
         resume.find_checkpoint(str(older), tmp_path, alone)
-    with pytest.raises(ConfigError, match=r"all checkpoints in .* are damaged"):
+    with pytest.raises(ConfigError, match=r"all checkpoints in .* are corrupt"):
         resume.find_checkpoint("auto", tmp_path, alone)
     (older / "manifest.json").unlink()
     with pytest.raises(
-        ConfigError, match=r"all checkpoints in .* \(.*rank00001.* in its full size\); train.resume=never"
+        ConfigError, match=r"all checkpoints in .* \(.*rank00001.* truncated\); set train.resume=never"
     ):
         resume.find_checkpoint("auto", tmp_path, alone)
     shutil.rmtree(newest)

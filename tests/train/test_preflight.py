@@ -201,7 +201,7 @@ def test_a_disk_that_is_too_small_is_refused_and_a_tight_one_told(
     [
         (OSError(28, "No space left on device", "/x"), "/x: the disk is full"),
         (PermissionError(13, "Permission denied", "/x"), "/x: permission denied"),
-        (FileExistsError(17, "File exists", "/x"), "/x: it is there already, and not a folder"),
+        (FileExistsError(17, "File exists", "/x"), "/x: it exists and is not a folder"),
         (OSError(24, "Too many open files"), "too many open files: raise the limit (ulimit -n"),
         (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"), "--shm-size"),
         (RuntimeError("DataLoader worker (pid 3) is killed by signal: Bus error."), "--shm-size"),

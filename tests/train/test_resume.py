@@ -366,7 +366,7 @@ def test_never_does_not_meet_the_older_run_again(found: dict[str, Any], kill: st
 
 def test_checkpoint_of_an_older_version_is_refused_in_one_line(found: dict[str, Any]) -> None:
     refused, never = found["old"]
-    assert "a checkpoint of format 1, not 2 as now" in refused
+    assert "checkpoint format 1, but this version reads format 2" in refused
     assert "train.resume=never" in refused
     assert "error" not in never
 
@@ -624,7 +624,7 @@ def test_accuracies_of_another_set_are_not_compared(validated: dict[str, Any]) -
 def test_best_weights_of_a_later_step_stay_the_best(validated: dict[str, Any]) -> None:
     """The checkpoint of step 5 is damaged: step 4 is resumed from, and steps 6 and 8 are evaluated."""
     said, steps, _, is_best = validated["damaged"]
-    assert "passed over: " in said
+    assert "skipped a corrupt checkpoint: " in said
     assert steps == [2, 4, 6, 8, 8]
     assert is_best
 
