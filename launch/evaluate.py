@@ -176,13 +176,13 @@ def _weights(options: argparse.Namespace, config: "Config | None") -> Path | Non
 
 def _head(options: argparse.Namespace, weights: Path | None) -> Path | None:
     """The file of a head, or the folder of a checkpoint, which may have one; None: prompts classify."""
-    from dive_fast.model.head import beside
+    from dive_fast.model.head import find_head
 
     if options.head is not None:
         return None if options.head == Path("none") else Path(options.head)
     if weights is None or weights.is_dir():
         return weights
-    return beside(weights)
+    return find_head(weights)
 
 
 def _head_of_folder(model: "ModelConfig") -> Path | None:

@@ -82,7 +82,7 @@ class _SimulatedStep:
         self.config, self.ranks, self.tracker = config, ranks, tracker
         with tracker.within("weights"):
             towers = create(config.model, weights=False)
-        check_text_length(config, towers)
+        check_text_length(config.data, towers)
         self.towers = towers
         self.width = towers.width
         method = registry.create(config.objective, self.width)

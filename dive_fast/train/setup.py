@@ -23,12 +23,13 @@ from dive_fast.data.prefetch import Prefetcher
 from dive_fast.data.prompts import PromptTable, read_templates
 from dive_fast.data.sampler import Order
 from dive_fast.data.samples import ReferenceSamples, TargetSamples
+from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
 from dive_fast.engine import feature_consistency
 from dive_fast.engine.deepspeed_config import check_deepspeed
 from dive_fast.engine.step import Engine, StepBatches
 from dive_fast.errors import ConfigError
-from dive_fast.evaluate.datasets.resolve import open_sets, remarks_on_missing_classes
+from dive_fast.evaluate.datasets.resolve import Opened, open_sets, remarks_on_missing_classes
 from dive_fast.identity import Identity
 from dive_fast.methods import registry
 from dive_fast.methods.method import Needs
@@ -70,6 +71,10 @@ class Run:
     total_steps: int
     class_names: tuple[str, ...]
     """Of the target set; empty where it has prompts and no classes."""
+    evaluation_sets: Opened
+    """The sets of ``evaluate.sets``."""
+    geometry_source: Source | None
+    """The pairs of ``evaluate.geometry``."""
     checkpoint: Path | None
     """The checkpoint that the run resumes from; None: it starts."""
     record: RunRecord
@@ -102,12 +107,11 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         source.report_skipped("data.target")
         if reference is not None:
             reference.report_skipped("data.reference")
-    opened = open_sets(config.evaluate.sets, ranks)
-    if config.evaluate.geometry is not None:
-        open_reference(config.evaluate.geometry)
+    evaluation_sets, geometry = open_sets(config.evaluate.sets, ranks), config.evaluate.geometry
+    geometry_source = None if geometry is None else open_reference(geometry)
     torch.manual_seed(seed)
     towers = create(config.model)
-    check_text_length(config, towers)
+    check_text_length(config.data, towers)
     check_sizes(config, folder, towers, 0 if reference is None else len(reference), ranks)
     feature_consistency.prepare(config, towers, ranks)
 
@@ -116,7 +120,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     if not source.samples[0].texts:
         for remark in remarks(names, source.class_names, data.class_names):
             ranks.print(f"data.target: {remark}")
-        for remark in remarks_on_missing_classes(opened, names):
+        for remark in remarks_on_missing_classes(evaluation_sets, names):
             ranks.print(remark)
     templates = read_templates(data.templates, "data.target.templates")
     prompts = PromptTable(source, names, templates, tokenizer_of(config.model, data.text_length))
@@ -145,7 +149,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         # Another stream than the target's, or both sets would be shuffled alike.
         reference_order = Order(
             *(len(reference), config.data.reference.batch_size, ranks.rank, ranks.world_size, seed + 1),
-            place="data.reference.batch_size",
+            key="data.reference.batch_size",
         )
         if method.needs.reference_teacher:
             teacher = open_teacher(config, folder, towers, pairs, ranks)
@@ -167,6 +171,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         teacher,
         total_steps,
         names,
+        evaluation_sets,
+        geometry_source,
         found,
         record,
     )

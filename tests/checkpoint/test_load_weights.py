@@ -122,7 +122,7 @@ def by_every_route(folder: Path) -> dict[str, Any]:
     from dive_fast.methods import method as objective
     from dive_fast.train import loop as train
 
-    objective.Objective.backend = "torch"
+    objective.Part.backend = "torch"
     model, ranks = registered(folder), join()
     tree = tiny.write_config(folder / "run", max_steps=1, learning_rate=0.0, weight_decay=0.0)
     tree["model"], tree["objective"] = model.model_dump(), {"name": "flyp"}
@@ -210,7 +210,7 @@ def test_preprocessing_survives_export(tmp_path: Path, size: Any) -> None:
         folder, run = tmp_path / f"{number}", tmp_path / f"{number}/run"
         built = towers.create(ModelConfig(name=tiny.write_model(folder, config, 0, preprocess)))
         run.mkdir()
-        towers.describe(built, run)
+        towers.save_description(built, run)
         towers.save(built.export(built.state_dict()), run / "model.safetensors")
         again = towers.create(ModelConfig(name=f"local-dir:{run}"))
         assert again.preprocess == built.preprocess, preprocess
@@ -229,7 +229,7 @@ def test_tokenizer_of_hugging_face_travels_with_the_weights(tmp_path: Path) -> N
     # As every run has one, of another kind than Hugging Face's.
     (run / "config.json").write_text(json.dumps({"config": {}, "versions": {}}))
     wanted = towers.tokenizer_of(model)(texts)
-    towers.describe(towers.create(model), run)
+    towers.save_description(towers.create(model), run)
     shutil.rmtree(tmp_path / "model")
     assert torch.equal(towers.tokenizer_of(ModelConfig(name=f"local-dir:{run}"))(texts), wanted)
     assert torch.equal(open_clip.get_tokenizer(f"local-dir:{run}")(texts), wanted)

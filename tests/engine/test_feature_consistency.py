@@ -174,7 +174,7 @@ def test_text_tower_of_hugging_face_is_random_only_where_it_runs(tmp_path: Path)
 
 def paths(folders: dict[str, Path]) -> dict[Any, Any]:
     """On one rank: gradients and losses of a step of each model, whole, in pieces and recomputed."""
-    objective.Objective.backend = "torch"
+    objective.Part.backend = "torch"
     results: dict[Any, Any] = {}
     for kind, folder in folders.items():
         stage = Stage(folder)
@@ -214,7 +214,7 @@ def train_all(trees: list[dict[str, Any]]) -> list[Any]:
     from dive_fast.distributed import join
     from dive_fast.train.loop import train
 
-    objective.Objective.backend = "torch"
+    objective.Part.backend = "torch"
     ranks, results = join(), []
     for tree in trees:
         folder = Path(tree["train"]["output"])

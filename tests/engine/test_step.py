@@ -54,7 +54,7 @@ STEADY: list[dict[str, Any]] = [{}, {"precision": "fp16"}, {"micro": 3}, {"sched
 
 def run_paths(folder: Path, stages: tuple[int, ...], backend: Any) -> dict[Any, Any]:
     """On one rank: gradients, metrics and average vector of every path through the step, and more cases."""
-    objective.Objective.backend = backend
+    objective.Part.backend = backend
     stage = Stage(folder)
     results: dict[Any, Any] = {}
     for zero, (schedule, micro) in itertools.product(stages, PATHS):

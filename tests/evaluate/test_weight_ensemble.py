@@ -109,8 +109,8 @@ def test_a_trained_head_is_mixed_with_that_of_the_prompts(tree: dict[str, Any], 
     assert mixed.class_names == names
     torch.testing.assert_close(mixed.weight, 0.6 * start.detach() + 0.4 * trained.weight)
     torch.testing.assert_close(mixed.bias, 0.4 * trained.bias)
-    assert heads.beside(tmp_path / "out/ensemble.safetensors") == tmp_path / "out/ensemble_head.safetensors"
-    assert heads.beside(tmp_path / "out/model.safetensors") is None
+    assert heads.find_head(tmp_path / "out/ensemble.safetensors") == tmp_path / "out/ensemble_head.safetensors"
+    assert heads.find_head(tmp_path / "out/model.safetensors") is None
 
 
 def test_what_cannot_be_an_ensemble_is_told(tree: dict[str, Any], tmp_path: Path) -> None:
@@ -204,6 +204,6 @@ def test_an_ensemble_without_a_head_leaves_none_of_another(tree: dict[str, Any],
     found = ensemble.ensemble(config, weights, ALONE, alphas=(0.4,))
     (tmp_path / "ensemble_head.safetensors").write_bytes(b"of another run")
     ensemble.write(found, tmp_path)
-    assert heads.beside(tmp_path / "ensemble.safetensors") is None
+    assert heads.find_head(tmp_path / "ensemble.safetensors") is None
     # The folder says how images are preprocessed: open_clip reads it with the weights.
     assert json.loads((tmp_path / "open_clip_config.json").read_text())["preprocess_cfg"]["size"] == [32, 32]

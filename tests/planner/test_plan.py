@@ -137,7 +137,7 @@ def real_step(config: Config) -> tuple[int, int, int]:
 
 
 def real_steps(folder: Path, cases: dict[str, Case]) -> dict[str, tuple[int, int, int]]:
-    objective.Objective.backend = "torch"  # the interpreter's memory is NumPy's
+    objective.Part.backend = "torch"  # the interpreter's memory is NumPy's
     return {name: real_step(small_config(folder, **case)) for name, case in cases.items()}
 
 

@@ -32,7 +32,8 @@ from dive_fast.distributed import Ranks, join
 from dive_fast.engine import profiler as trace
 from dive_fast.engine.profiler import RANGES, SETTLING, WARMING
 from dive_fast.errors import ConfigError
-from dive_fast.methods.method import Objective
+from dive_fast.methods.method import Part
+from dive_fast.methods.noise_floor import NOISE_FLOOR, check_noise_floor
 from dive_fast.methods.run_config import RunConfig
 from dive_fast.train import loop as train
 from dive_fast.train import metrics
@@ -73,7 +74,7 @@ def run_cases(folder: Path) -> dict[str, Any]:
     tree = json.loads((folder / "config.json").read_text())
     results: dict[str, Any] = {}
     # Interpreted, the kernels would take most of the time: they are in one run, and PyTorch in all others.
-    Objective.backend = "torch"
+    Part.backend = "torch"
     for stage in STAGES:
         tree["deepspeed"]["zero_optimization"]["stage"] = stage
         results[f"whole{stage}"] = run(tree, folder / f"whole{stage}", ranks)
@@ -88,7 +89,7 @@ def run_cases(folder: Path) -> dict[str, Any]:
         run(prepared, folder / "resumed-fast", ranks, kill_at=3, checkpoint_every=2)
     ranks.barrier()
     run(prepared, folder / "resumed-fast", ranks)
-    Objective.backend = "triton"
+    Part.backend = "triton"
     tree["teacher"] = {"mode": "online"}
     results["online"] = run(tree, folder / "online", ranks, schedule="joint", micro_batch_size=3)
     return results
@@ -165,7 +166,7 @@ def test_the_fast_loaders_train_alike_and_continue_to_the_same_weights(by_rank: 
             assert fast["contrastive_loss"] == pytest.approx(plain["contrastive_loss"], rel=1e-3)
             assert 0 <= fast["data_wait"] <= 1
     # Teacher and student have seen the same pixels, or the first difference vectors would be longer.
-    assert lines(folder / "fast")[0]["image_norm"] < train.NOISE_FLOOR["fp32"]
+    assert lines(folder / "fast")[0]["image_norm"] < NOISE_FLOOR["fp32"]
     whole, resumed = weights(folder / "fast"), weights(folder / "resumed-fast")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -187,7 +188,7 @@ def test_metrics_and_provenance_are_written(by_rank: list[Any], folder: Path) ->
         0
     ].keys()
     # At first the student is the teacher, and later it is not.
-    assert written[0]["image_norm"] < train.NOISE_FLOOR["fp32"] < written[3]["image_norm"]
+    assert written[0]["image_norm"] < NOISE_FLOOR["fp32"] < written[3]["image_norm"]
     assert 0 <= written[-1]["accuracy/seen"] <= 1
     assert (
         by_rank[0]["whole1"]["accuracy/seen"]
@@ -219,7 +220,7 @@ def run_alone(tree: dict[str, Any], output: Path) -> Any:
 
 
 def _run_alone(tree: dict[str, Any], output: Path) -> Any:
-    Objective.backend = "torch"
+    Part.backend = "torch"
     try:
         return run(tree, output, join())
     except ConfigError as error:
@@ -259,7 +260,7 @@ def test_a_cache_whose_rows_are_wrong_is_found_before_the_first_update(tmp_path:
 def _warned(tree: dict[str, Any], output: Path) -> list[list[str]]:
     """What is said of noise: by a run in bf16 that hardly moves, by the same killed early, and by one in fp32."""
     ranks, found = join(), []
-    Objective.backend = "torch"
+    Part.backend = "torch"
     still = {"learning_rate": 1e-7, "warmup_steps": 2, "log_every": 1, "max_steps": 4, "precision": "bf16"}
 
     def warnings_of(name: str, **options: Any) -> None:
@@ -294,7 +295,7 @@ def test_rounding_that_drowns_difference_vectors_is_told_once(tmp_path: Path) ->
 def _traced(tree: dict[str, Any], output: Path) -> tuple[Counter[str], str, list[str]]:
     """Ranges in the trace of three steps, what is said of them, and what of a run too short to be traced."""
     ranks = join()
-    Objective.backend = "torch"
+    Part.backend = "torch"
     with contextlib.redirect_stdout(io.StringIO()) as said:
         run(tree, output, ranks, epochs=20, max_steps=SETTLING + WARMING + 3, trace_steps=3)
     events = json.loads(gzip.decompress((output / "trace.json.gz").read_bytes()))["traceEvents"]
@@ -329,7 +330,8 @@ def test_what_the_audit_lets_pass_is_no_noise(tmp_path: Path) -> None:
 
     def check(length: float, **teacher: Any) -> None:
         values = {"image_norm": torch.tensor(0.0), "text_norm": torch.tensor(length)}
-        train._check_noise_floor(values, RunConfig.model_validate(tree | {"teacher": teacher}))
+        config = RunConfig.model_validate(tree | {"teacher": teacher})
+        check_noise_floor(train._first_step(values, config.train, config.teacher), NORMS)
 
     for allowed, refused, teacher in (
         (9e-5, 2e-4, {}),

@@ -24,7 +24,8 @@ from dive_fast.data.loaders.loader import Options
 from dive_fast.data.open_dataset import open_target
 from dive_fast.data.samples import EvaluationSamples
 from dive_fast.distributed import Ranks, join
-from dive_fast.methods.method import Objective
+from dive_fast.evaluate.zero_shot import Measured, measure_sets
+from dive_fast.methods.method import Part
 from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import head as heads
 from dive_fast.model.towers import Towers, create
@@ -68,16 +69,16 @@ def graded() -> Iterator[None]:
 
     What a few steps do to a random model's own accuracy, and whether anything, is the processor's rounding.
     """
-    measure = validation.evaluate
     known: dict[bytes, int] = {}
 
-    def evaluate(towers: Towers, *args: Any) -> dict[str, float]:
-        found = measure(towers, *args)
-        assert 0 <= found["seen"] <= 1
+    def graded_sets(towers: Towers, *args: Any) -> dict[str, Measured]:
+        measured = measure_sets(towers, *args)["seen"]
+        assert 0 <= measured.scores["top1"] <= 1
         weights = b"".join(value.numpy().tobytes() for value in towers.state_dict().values())
-        return found | {"seen": ACCURACIES[known.setdefault(weights, len(known))]}
+        accuracy = ACCURACIES[known.setdefault(weights, len(known))]
+        return {"seen": measured._replace(scores={"top1": accuracy})}
 
-    with unittest.mock.patch.object(validation, "evaluate", evaluate):
+    with unittest.mock.patch.object(validation, "measure_sets", graded_sets):
         yield
 
 
@@ -88,7 +89,7 @@ def changed(tree: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
 def cases(folder: Path) -> dict[str, Any]:
     """On one of two ranks."""
     ranks, results = join(), {}
-    Objective.backend = "torch"  # interpreted, the kernels would take most of the time
+    Part.backend = "torch"  # interpreted, the kernels would take most of the time
     tree = json.loads((folder / "config.json").read_text())
     selecting = changed(tree, evaluate={"every_epochs": 1, "select": "seen"})
     if ranks.is_main:
@@ -252,7 +253,7 @@ def test_lp_ft_first_trains_the_head_alone(by_rank: list[Any], folder: Path) -> 
 
 def resources(folder: Path) -> tuple[list[tuple[int, int, int]], int]:
     """Descriptors, threads and memory in MiB at each of many evaluations; processes left at the end."""
-    Objective.backend = "torch"
+    Part.backend = "torch"
     process, found = psutil.Process(), []
     tree = json.loads((folder / "config.json").read_text())
     tree["evaluate"] |= {"every_steps": 1, "workers": 1, "select": "seen"}
@@ -330,7 +331,7 @@ def test_best_weights_of_another_step_count_only_where_they_come_again(
         (tmp_path / BEST).mkdir()
         (tmp_path / BEST / "model.safetensors").touch()
         (tmp_path / BEST / "selected.json").write_text(json.dumps({"step": kept[0], "value": kept[1]}))
-    ranks = SimpleNamespace(as_first=lambda found: found, say=said.append)
+    ranks = SimpleNamespace(broadcast=lambda found: found, print=said.append)
     options = SimpleNamespace(select="val", patience=None)
     resumed = Validation.__new__(Validation)
     resumed.__dict__ |= {
