@@ -90,7 +90,7 @@ class _SimulatedStep:
             with tracker.within("weights"):
                 towers.head = nn.Linear(self.width, _num_classes(config.data.target))
         self.parameters = sum(parameter.numel() for parameter in towers.parameters())
-        if backend.blocks is not None and self.width <= backend.blocks.MAX_WIDTH:
+        if backend.primitives is not None and self.width <= backend.primitives.MAX_WIDTH:
             for part in method.parts:
                 part.backend = "triton"
         self.online = None

@@ -32,6 +32,7 @@ from dive_fast.distributed import Ranks, join
 from dive_fast.engine import profiler as trace
 from dive_fast.engine.profiler import RANGES, SETTLING, WARMING
 from dive_fast.errors import ConfigError
+from dive_fast.methods.dive import Dive
 from dive_fast.methods.method import Part
 from dive_fast.methods.noise_floor import NOISE_FLOOR, check_noise_floor
 from dive_fast.methods.run_config import RunConfig
@@ -331,7 +332,7 @@ def test_what_the_audit_lets_pass_is_no_noise(tmp_path: Path) -> None:
     def check(length: float, **teacher: Any) -> None:
         values = {"image_norm": torch.tensor(0.0), "text_norm": torch.tensor(length)}
         config = RunConfig.model_validate(tree | {"teacher": teacher})
-        check_noise_floor(train._first_step(values, config.train, config.teacher), NORMS)
+        check_noise_floor(train._first_step(values, config.train, config.teacher), Dive.norms)
 
     for allowed, refused, teacher in (
         (9e-5, 2e-4, {}),
