@@ -22,6 +22,8 @@ def test_auto_finds_the_newest_and_never_finds_none(tmp_path: Path) -> None:
     older, newest = write_checkpoint(tmp_path, 4), write_checkpoint(tmp_path, 6)
     assert find_checkpoint("auto", tmp_path, ALONE) == newest
     assert find_checkpoint(str(older), tmp_path, ALONE) == older
+    (newest / "manifest.json").unlink()
+    assert find_checkpoint("auto", tmp_path, ALONE) == older
     assert find_checkpoint("never", tmp_path, ALONE) is None
 
 

@@ -334,7 +334,7 @@ def foreign(folder: Path) -> dict[str, str]:
         archive.writestr("readme.txt", "text")
     return {
         "jit.pt": "it is a TorchScript archive, as OpenAI publishes its models; save its tensors once: ",
-        "module.pt": "it is a pickle of Python objects (test_weights.Net), not of tensors alone; nothing in it is",
+        "module.pt": "it is a pickle of Python objects (test_load_weights.Net), not of tensors alone; nothing",
         "args.pt": "it is a training checkpoint with its command line (argparse.Namespace) inside; nothing in it",
         "old.bin": "it is an old pickle that holds more than tensors; nothing in it is executed here; where you",
         "lfs.safetensors": "it is a Git LFS pointer and not the weights; run `git lfs pull`",

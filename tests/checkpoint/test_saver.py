@@ -10,7 +10,7 @@ from small_checkpoints import RUN, VALIDATION, make_engine, write_checkpoint
 
 from dive_fast.checkpoint import manifest, saver
 from dive_fast.checkpoint.resume import find_checkpoint, load_checkpoint
-from dive_fast.checkpoint.saver import Saver, SaveError
+from dive_fast.checkpoint.saver import SaveError, Saver
 from dive_fast.checkpoint.snapshot import RunRecord
 from dive_fast.config.schema import TrainConfig
 from dive_fast.errors import ConfigError
@@ -178,7 +178,7 @@ def test_failed_save_raises_if_it_must(
     writer = make_saver(make_engine(), tmp_path, **options)
     monkeypatch.setattr(saver, "save_file", full_disk)
     writer.save(2, VALIDATION, METRICS, required=required)
-    with pytest.raises(SaveError, match="rank 0 cannot write checkpoint .*No space left"):
+    with pytest.raises(SaveError, match=r"rank 0 cannot write checkpoint .*No space left"):
         writer.finish(required=required)
     assert names(tmp_path) == []
 
