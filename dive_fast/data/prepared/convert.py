@@ -6,7 +6,14 @@ from typing import Literal, NamedTuple
 
 from PIL import Image
 
-from dive_fast.data.decode import UNDECODABLE, decode, eight_bits, opened, undecodable_reason, unsupported_reason
+from dive_fast.data.decode import (
+    UNDECODABLE,
+    decode,
+    open_image,
+    to_8_bits,
+    undecodable_reason,
+    unsupported_reason,
+)
 from dive_fast.data.prepared.raw import UnusableError
 
 LARGEST_SIDE = 65_500
@@ -74,7 +81,7 @@ def _decoded(image: bytes | Image.Image) -> tuple[bytes, Image.Image, str]:
     """The file's bytes, if there is one; the picture as RGB or grey; why not every loader decodes the file."""
     try:
         if isinstance(image, Image.Image):
-            return b"", eight_bits(image), "decoded"
-        return image, decode(image), unsupported_reason(opened(image), image)
+            return b"", to_8_bits(image), "decoded"
+        return image, decode(image), unsupported_reason(open_image(image), image)
     except UNDECODABLE as error:
         raise UnusableError(undecodable_reason(error)) from error
