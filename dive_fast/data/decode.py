@@ -21,7 +21,7 @@ OTHER_IMAGE_SUFFIXES = frozenset({
 # fmt: on
 """Suffixes of image formats that are not read; a file with one counts as a skipped sample."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "MPO", "AVIF", "TIFF", "JPEG2000", "PPM", "DIB", "ICO", "TGA")
-"""PIL formats that are decoded, whatever a file's suffix. Others are refused: for PostScript PIL runs Ghostscript."""
+"""PIL formats that are decoded, whatever the suffix. Others are refused: PIL runs Ghostscript for PostScript."""
 UNDECODABLE = (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError)
 """Exceptions that PIL raises for invalid image data."""
 
@@ -78,8 +78,7 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     """Converts a picture of any mode to ``RGB`` or ``L``; call it before resizing.
 
     16-bit values keep their upper 8 bits, as PIL reads 48-bit colour; PIL's own conversion would clip them at 255,
-    which is white. Palettes become colours, since PIL resizes palette indices by nearest neighbour. Transparency is
-    dropped.
+    which is white. Palettes become colours, since PIL resizes palette indices by nearest neighbour. Alpha is dropped.
 
     Raises:
         UnknownWhiteError: 32-bit pixels exceed the range 0 to 255, or floating point pixels do not exceed 1: the

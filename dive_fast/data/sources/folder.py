@@ -45,8 +45,8 @@ def open_folder(path: str) -> Source:
     Class folders are sorted by name, or as numbers if all names are whole numbers. Hidden folders are not classes.
 
     Raises:
-        DataError: the folder is missing or holds no images; a class folder holds none, which would shift the labels of
-            all classes after it; two names are the same number; or a name is not UTF-8.
+        DataError: the folder is missing or holds no images; a class folder holds none, which would shift the
+            labels of all classes after it; two names are the same number; or a name is not UTF-8.
     """
     root = locate(path)
     samples: list[Sample] = []

@@ -1,8 +1,8 @@
 """A data set as a sequence of samples that are addressed by index.
 
-Image folders, webdataset tars, CSV tables and prepared sets all become a :class:`Source`. It knows every sample's name
-and text before training, and reads one image by index, in any order and from any process: order, sharding and resume
-are therefore exact. Every sample that a reader leaves out is counted.
+Image folders, webdataset tars, CSV tables and prepared sets all become a :class:`Source`. It knows the name and texts
+of every sample before training, and reads one image by index, in any order and from any process: order, sharding and
+resume are therefore exact. Every sample that a reader leaves out is counted.
 """
 
 import hashlib
@@ -34,8 +34,7 @@ class Sample:
     """One image with its label and texts."""
 
     key: str
-    """Name of the sample in the data set, for messages and for the hash that identifies a teacher cache; printable,
-    see :func:`printable`."""
+    """Name of the sample in the data set, made printable by :func:`printable`; part of the data set's digest."""
     path: Path
     """File that holds the image: an image file or a tar."""
     offset: int = 0
@@ -68,7 +67,7 @@ class Source:
 
     samples: Sequence[Sample]
     class_names: tuple[str, ...] = ()
-    """Names of an image folder's class folders, or the names that a prepared set was made with; otherwise empty."""
+    """Names of the class folders of an image folder, or those of a prepared set; otherwise empty."""
     skipped: Sequence[Skipped] = ()
     """All samples that the reader left out."""
     ignored: Sequence[Skipped] = ()
@@ -121,9 +120,9 @@ class Source:
     def digest(self) -> str:
         """A hash of everything that decides results, wherever the files lie; computed once.
 
-        Raw data: key, label, texts and image size of every sample in order, the class names, and the bytes of up to
-        ``content_hashes.NUM_PROBES`` images spread evenly over the set, from end to end or at both ends. Prepared
-        sets: the content hash of the manifest, which covers all bytes, and the class names.
+        Raw data: key, label, texts and image size of every sample in order, the class names, and the bytes of up
+        to ``content_hashes.NUM_PROBES`` images spread evenly over the set, from end to end or at both ends.
+        Prepared sets: the content hash of the manifest, which covers all bytes, and the class names.
 
         Raises:
             DataError: images of a prepared set differ from its index.

@@ -26,7 +26,7 @@ class Member(NamedTuple):
     name: str
     """Name in the header; bytes that are not UTF-8 are surrogates."""
     offset: int
-    """Position of the contents; -1: not stored contiguously in the tar (an outside link, a sparse file, a device)."""
+    """Position of the contents; -1: not one range of the tar (a link out of it, a sparse file, a device)."""
     size: int
     """Number of bytes of the contents."""
 

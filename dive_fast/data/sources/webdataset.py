@@ -39,7 +39,7 @@ def open_webdataset(path: str, text: str, *, strict: bool = True) -> Source:
     Args:
         path: a tar, a brace range, a glob, or a folder of tars.
         text: suffix of the file that a sample needs besides its image: ``.cls`` (label) or ``.txt`` (caption).
-        strict: whether a broken tar or label is an error; otherwise complete samples are kept and the others skipped.
+        strict: whether a broken tar or label is an error; otherwise incomplete samples are skipped.
 
     Raises:
         DataError: there is no tar, a tar is broken, or no sample is complete.
