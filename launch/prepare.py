@@ -16,8 +16,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--format",
         choices=["folder", "csv", "webdataset", "torchvision", "wilds"],
-        help="format of the raw data: one folder per class; a tab-separated table with title and filepath, as FLYP "
-        "writes it; webdataset tars, as img2dataset writes them; a data set of torchvision or WILDS",
+        help="format of the raw data: one folder per class; a tab-separated table with title and filepath, as "
+        "FLYP writes it; webdataset tars, as img2dataset writes them; a data set of torchvision or WILDS",
     )
     parser.add_argument("--input", help="folder, CSV file, tars, or root folder of the torchvision or WILDS set")
     parser.add_argument("--name", help="torchvision: the class, e.g. Flowers102; wilds: the data set, e.g. fmow")

@@ -78,7 +78,8 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     """Converts a picture of any mode to ``RGB`` or ``L``; call it before resizing.
 
     16-bit values keep their upper 8 bits, as PIL reads 48-bit colour; PIL's own conversion would clip them at 255,
-    which is white. Palettes become colours, since PIL resizes palette indices by nearest neighbour. Alpha is dropped.
+    which is white. Palettes become colours, since PIL resizes palette indices by nearest neighbour. Alpha is
+    dropped.
 
     Raises:
         UnknownWhiteError: 32-bit pixels exceed the range 0 to 255, or floating point pixels do not exceed 1: the

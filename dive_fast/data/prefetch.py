@@ -17,7 +17,7 @@ from dive_fast.waiting import REPORT_SECONDS, rank_name, report
 DEPTH = 1
 """Number of items prepared ahead, besides the one in use; each takes device memory."""
 CLOSE_SECONDS = 5.0
-"""Maximum time that :meth:`Prefetcher.close` waits for a loader that may hang; its thread ends with the process."""
+"""Time limit of :meth:`Prefetcher.close` for a loader that hangs; the thread then ends with the process."""
 NO_BATCH = "the data loader, or the storage that it reads from, delivers none"
 """Cause of a missing batch, for messages."""
 
@@ -48,8 +48,8 @@ class Prefetcher(Iterator[Prepared], Generic[Item, Prepared]):
             prepare: e.g. copies an item to the device and looks up its teacher embeddings; runs on the thread.
             device: device whose stream copies the items.
             depth: maximum number of items prepared ahead.
-            limit: seconds after which waiting for an item is an error, with reports on the way; None: no limit, for
-                callers that use :meth:`wait`.
+            limit: seconds after which waiting for an item is an error, with earlier reports; None: no limit, for
+                callers of :meth:`wait`.
         """
         self.waited = 0.0
         """Total seconds that the consumer has waited for items."""

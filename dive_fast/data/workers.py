@@ -110,8 +110,9 @@ def forking() -> Iterator[None]:
 def _blocking_signals() -> Iterator[None]:
     """Keeps processes that are started inside from ending by signals to all processes of a run.
 
-    Signals are blocked before the fork so that each thread of the new process inherits the mask: threads of PyTorch
-    start before our code runs there, and the kernel delivers a signal to any thread that does not block it.
+    Signals are blocked before the fork so that each thread of the new process inherits the mask: threads of
+    PyTorch start before our code runs there, and the kernel delivers a signal to any thread that does not block
+    it.
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
     try:
@@ -148,8 +149,8 @@ def _with_plain_errors(results: Iterator[Result]) -> Iterator[Result]:
 def _initialize_worker(worker: int) -> None:
     # Workers run in parallel already; more threads in each would compete for the cores.
     torch.set_num_threads(1)
-    # Signals to all processes of a run concern the training process, which writes a last checkpoint and still needs
-    # its batches. SIGTERM stays blocked in all threads; one of them waits for a SIGTERM of the parent.
+    # Signals to all processes of a run concern the training process, which writes a last checkpoint and still
+    # needs its batches. SIGTERM stays blocked in all threads; one of them waits for a SIGTERM of the parent.
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)

@@ -28,8 +28,9 @@ FORMAT = 1
 MANIFEST, INDEX, SKIPPED, BETON = "manifest.json", "index.safetensors", "skipped.jsonl", "data.beton"
 Index = dict[str, Tensor]
 """Columns with one row per sample: ``file``, ``offset``, ``size``, ``height``, ``width``, ``label``,
-``hash (N, 16)`` and optionally ``tokens (N, context)``. ``keys`` and ``texts`` hold the concatenated UTF-8 bytes of
-all samples, ``key_ends`` and ``text_ends`` the end of each sample. A zero byte separates several texts of a sample.
+``hash (N, 16)`` and optionally ``tokens (N, context)``. ``keys`` and ``texts`` hold the concatenated UTF-8 bytes
+of all samples, ``key_ends`` and ``text_ends`` the end of each sample. A zero byte separates several texts of a
+sample.
 """
 
 _COLUMNS = {

@@ -24,9 +24,9 @@ class _Row(NamedTuple):
 def open_csv(path: str, image_root: str | None, *, group: bool) -> Source:
     """Opens a tab-separated file with columns ``title`` and ``filepath``, as FLYP writes it.
 
-    Rows without a title and rows whose file does not exist are skipped. If no file exists, the paths may begin with
-    folders of another machine (FLYP's begin with ``./datasets/data``): leading folders are then removed until the
-    first path leads to a file, from all paths that share them, and a warning is logged.
+    Rows without a title and rows whose file does not exist are skipped. If no file exists, the paths may begin
+    with folders of another machine (FLYP's begin with ``./datasets/data``): leading folders are then removed until
+    the first path leads to a file, from all paths that share them, and a warning is logged.
 
     Args:
         image_root: folder that relative file paths start from; None: the folder of the CSV file.

@@ -1,8 +1,8 @@
 """A data set as a sequence of samples that are addressed by index.
 
-Image folders, webdataset tars, CSV tables and prepared sets all become a :class:`Source`. It knows the name and texts
-of every sample before training, and reads one image by index, in any order and from any process: order, sharding and
-resume are therefore exact. Every sample that a reader leaves out is counted.
+Image folders, webdataset tars, CSV tables and prepared sets all become a :class:`Source`. It knows the name and
+texts of every sample before training, and reads one image by index, in any order and from any process: order,
+sharding and resume are therefore exact. Every sample that a reader leaves out is counted.
 """
 
 import hashlib

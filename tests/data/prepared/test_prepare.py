@@ -79,7 +79,7 @@ def launch(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 # One image
 
 
-def test_a_jpeg_that_will_do_keeps_its_bytes() -> None:
+def test_convert_keeps_bytes_of_suitable_jpegs() -> None:
     for image in (picture(), picture(mode="L")):
         for options in ({}, {"progressive": True}, {"quality": 30}):
             data = encoded(image, **options)
@@ -101,7 +101,7 @@ def test_a_jpeg_that_will_do_keeps_its_bytes() -> None:
         ("RGB", "WEBP", "WEBP"),
     ],
 )
-def test_what_is_no_plain_jpeg_becomes_one_that_looks_alike(mode: str, kind: str, reason: str) -> None:
+def test_convert_other_formats_to_similar_jpegs(mode: str, kind: str, reason: str) -> None:
     data = encoded(picture(mode=mode), kind)
     found = convert(data, Options())
     assert (found.height, found.width, found.reason) == (60, 80, reason)
@@ -111,7 +111,7 @@ def test_what_is_no_plain_jpeg_becomes_one_that_looks_alike(mode: str, kind: str
         assert np.abs(decoded(found.jpeg).astype(int) - decoded(data)).mean() < 2
 
 
-def test_sixteen_bits_keep_their_upper_eight() -> None:
+def test_convert_16_bits_keep_their_upper_8() -> None:
     grey = np.asarray(picture(mode="L"))
     deep = Image.fromarray(grey.astype(np.uint16) * 256 + 77)
     assert np.abs(decoded(convert(encoded(deep, "PNG"), Options()).jpeg)[..., 0].astype(int) - grey).mean() < 2
@@ -120,9 +120,7 @@ def test_sixteen_bits_keep_their_upper_eight() -> None:
 @pytest.mark.parametrize(
     ("size", "expected"), [((128, 80), (102, 64)), ((65, 3000), (64, 2954)), ((640, 640), (64, 64))]
 )
-def test_a_large_image_is_made_smaller_by_its_shorter_side(
-    size: tuple[int, int], expected: tuple[int, int]
-) -> None:
+def test_convert_resizes_by_the_shorter_side(size: tuple[int, int], expected: tuple[int, int]) -> None:
     found = convert(encoded(picture(*size), quality=95), SMALL)
     assert (found.height, found.width, found.reason) == (*expected, "larger")
     wanted = np.asarray(picture(*size).resize(expected[::-1], Image.Resampling.BICUBIC)).astype(int)
@@ -144,7 +142,7 @@ def test_a_large_image_is_made_smaller_by_its_shorter_side(
         ),
     ],
 )
-def test_what_is_no_picture_is_left_out_with_a_reason(data: bytes, reason: str) -> None:
+def test_convert_refuses_unusable_images_with_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(UnusableError, match=f"^{reason}$"):
         convert(data, Options())
 
@@ -152,7 +150,7 @@ def test_what_is_no_picture_is_left_out_with_a_reason(data: bytes, reason: str) 
 # A set
 
 
-def test_a_corpus_of_all_that_can_be_wrong(tmp_path: Path) -> None:
+def test_prepare_corpus_with_every_defect(tmp_path: Path) -> None:
     good = encoded(picture())
     tiny.write_tar(
         tmp_path / "0.tar",
@@ -188,15 +186,15 @@ def test_a_corpus_of_all_that_can_be_wrong(tmp_path: Path) -> None:
     told = [json.loads(line) for line in (tmp_path / "set/skipped.jsonl").read_text().splitlines()]
     reasons = {entry["key"]: entry["reason"] for entry in told}
     assert reasons == reasons | {
-        "0.tar/good": "its name is taken",
+        "0.tar/good": "duplicate name",
         "0.tar/captionless": "no .txt",
         "0.tar/imageless": "no image",
         "0.tar/latin": "its caption is not UTF-8",
         "0.tar/cut": "a broken image",
         "0.tar/html": "not an image",
         "0.tar/pixel": "a side shorter than 8 pixels",
-        "1.tar": "the tar is not whole",
-        "3.tar": "the tar is not whole",
+        "1.tar": "the tar is incomplete",
+        "3.tar": "the tar is incomplete",
     }
     assert manifest.skipped == Counter(entry["reason"] for entry in told)
     assert manifest.converted == {"GIF": 1, "CMYK JPEG": 1}
@@ -205,7 +203,7 @@ def test_a_corpus_of_all_that_can_be_wrong(tmp_path: Path) -> None:
         assert source.image(index).format == "JPEG"
 
 
-def test_shards_containers_and_workers_change_no_content(tmp_path: Path) -> None:
+def test_prepare_content_is_independent_of_shards_and_workers(tmp_path: Path) -> None:
     tar = write_set(tmp_path / "a.tar")
     made = {
         "one": make(tar, tmp_path / "one"),
@@ -232,7 +230,7 @@ def test_shards_containers_and_workers_change_no_content(tmp_path: Path) -> None
     assert make(write_set(tmp_path / "b.tar", 21), tmp_path / "less").content != made["one"].content
 
 
-def test_every_format_is_prepared_with_its_texts_and_class_names(tmp_path: Path) -> None:
+def test_prepare_keeps_texts_and_class_names_of_every_format(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         (tmp_path / "folder" / name).mkdir(parents=True)
         (tmp_path / "folder" / name / "a.jpg").write_bytes(tiny.jpeg(len(name)))
@@ -255,7 +253,7 @@ def test_every_format_is_prepared_with_its_texts_and_class_names(tmp_path: Path)
         assert [sample.texts for sample in opened.samples] == texts
 
 
-def test_tokens_are_those_of_the_tokenizer(tmp_path: Path) -> None:
+def test_prepare_stores_tokens_of_the_tokenizer(tmp_path: Path) -> None:
     make(
         write_set(tmp_path / "a.tar", 6),
         tmp_path / "set",
@@ -268,7 +266,7 @@ def test_tokens_are_those_of_the_tokenizer(tmp_path: Path) -> None:
     assert torch.equal(source.tokens.long(), expected)
 
 
-def test_dali_reads_the_tars_by_their_index_files(tmp_path: Path) -> None:
+def test_dali_reads_prepared_tars_by_their_index_files(tmp_path: Path) -> None:
     from nvidia.dali import Pipeline, fn
 
     make(write_set(tmp_path / "a.tar"), tmp_path / "set", text=".txt")
@@ -292,7 +290,7 @@ def test_dali_reads_the_tars_by_their_index_files(tmp_path: Path) -> None:
         assert bytes(texts.at(index)).decode() == source.samples[index].texts[0]
 
 
-def test_ffcv_itself_reads_the_beton(tmp_path: Path) -> None:
+def test_write_beton_is_read_by_ffcv(tmp_path: Path) -> None:
     """Its own reader and, compiled, its own fields."""
     from ffcv.fields import IntField, NDArrayField, RGBImageField
     from ffcv.loader import Loader
@@ -323,7 +321,7 @@ def test_ffcv_itself_reads_the_beton(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("container", ["tar", pytest.param("beton", marks=pytest.mark.slow)])
-def test_a_set_killed_at_any_moment_is_finished_by_the_same_command(tmp_path: Path, container: str) -> None:
+def test_prepare_resumes_after_kills(tmp_path: Path, container: str) -> None:
     command = ["--format", "webdataset", "--input", str(write_set(tmp_path / "a.tar", 300))]
     command += ["--shard-samples", "10", "--max-side", "30", "--workers", "2", "--container", container]
     assert launch(*command, "--output", str(tmp_path / "whole")).returncode == 0
@@ -344,7 +342,7 @@ def test_a_set_killed_at_any_moment_is_finished_by_the_same_command(tmp_path: Pa
     assert files(output) == files(tmp_path / "whole")
 
 
-def test_a_disk_that_is_full_leaves_no_half_file_and_loses_nothing(tmp_path: Path) -> None:
+def test_prepare_full_disk_leaves_no_partial_file(tmp_path: Path) -> None:
     tar = write_set(tmp_path / "a.tar", 40)
     command = ["--format", "webdataset", "--input", str(tar), "--output", str(tmp_path / "set"), "--workers", "1"]
     command += ["--shard-samples", "10"]
@@ -364,11 +362,11 @@ def test_a_disk_that_is_full_leaves_no_half_file_and_loses_nothing(tmp_path: Pat
     assert open_prepared(str(tmp_path / "set"), ".cls").samples[39].label == 39 % 5
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_prepare_leaves_folders_with_other_data_alone(tmp_path: Path) -> None:
     tar = write_set(tmp_path / "a.tar", 6)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
-    with pytest.raises(DataError, match="holds something else"):
+    with pytest.raises(DataError, match="holds other data"):
         make(tar, tmp_path / "mine")
     assert files(tmp_path / "mine") == {"thesis.tex": b"precious"}
     first = make(tar, tmp_path / "set")
@@ -378,21 +376,21 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> Non
     (tmp_path / "set" / "000009.tar").touch()
     assert make(tar, tmp_path / "set") == first
     assert files(tmp_path / "set") == before
-    with pytest.raises(DataError, match=r"prepared otherwise .*quality 95, not 50"):
+    with pytest.raises(DataError, match=r"prepared with other settings .*quality 95, not 50"):
         make(tar, tmp_path / "set", dataclasses.replace(SMALL, quality=50))
-    with pytest.raises(DataError, match=r"prepared otherwise .*source"):
+    with pytest.raises(DataError, match=r"prepared with other settings .*source"):
         make(write_set(tmp_path / "b.tar", 7), tmp_path / "set")
     assert files(tmp_path / "set") == before
 
 
-def test_a_set_without_a_usable_sample_is_an_error_that_says_why(tmp_path: Path) -> None:
+def test_prepare_without_usable_sample_gives_reasons(tmp_path: Path) -> None:
     tar = tiny.write_tar(tmp_path / "a.tar", {f"{i}": {"jpg": b"<html>", "cls": b"0"} for i in range(3)})
     with pytest.raises(DataError, match="no sample is usable: 3 not an image"):
         make(tar, tmp_path / "set")
     assert not (tmp_path / "set/manifest.json").exists()
 
 
-def test_a_damaged_set_is_refused(tmp_path: Path) -> None:
+def test_open_and_verify_refuse_damaged_sets(tmp_path: Path) -> None:
     make(write_set(tmp_path / "a.tar"), tmp_path / "set")
     folder = tmp_path / "set"
     assert verify(str(folder)).samples == 22
@@ -418,7 +416,7 @@ def test_a_damaged_set_is_refused(tmp_path: Path) -> None:
     for text, message in (
         ("{", "cannot read it"),
         ('{"format": 99}', "not of format 1"),
-        (None, "no prepared set"),
+        (None, "not a prepared set"),
     ):
         (folder / "manifest.json").unlink()
         if text is not None:
@@ -432,7 +430,7 @@ def test_a_damaged_set_is_refused(tmp_path: Path) -> None:
 # The command
 
 
-def test_the_command_prepares_data_sets_of_torchvision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prepares_torchvision_data_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for label in ("negative", "positive"):
         folder = tmp_path / "rendered-sst2" / "test" / label
         folder.mkdir(parents=True)
@@ -440,7 +438,7 @@ def test_the_command_prepares_data_sets_of_torchvision(tmp_path: Path, capsys: p
             (folder / f"{i}.png").write_bytes(encoded(picture(40, 50 + i), "PNG"))
     command = ["--format", "torchvision", "--name", "RenderedSST2", "--split", "test", "--input", str(tmp_path)]
     assert load_main()([*command, "--output", str(tmp_path / "set"), "--workers", "1"]) == 0
-    assert "4 samples in 1 files\n  encoded anew: 4 (decoded)" in capsys.readouterr().out
+    assert "4 samples in 1 files\n  re-encoded: 4 (decoded)" in capsys.readouterr().out
     source = open_prepared(str(tmp_path / "set"), ".cls")
     assert (source.class_names, [sample.label for sample in source.samples]) == (
         ("negative", "positive"),
@@ -453,18 +451,18 @@ def test_the_command_prepares_data_sets_of_torchvision(tmp_path: Path, capsys: p
     ("arguments", "message"),
     [
         (["--format", "folder", "--input", "nowhere", "--output", "x"], "nowhere: no such folder"),
-        (["--format", "torchvision", "--input", ".", "--output", "x"], "--format torchvision needs --name"),
+        (["--format", "torchvision", "--input", ".", "--output", "x"], "--format torchvision requires --name"),
         (["--format", "torchvision", "--name", "CIFAR", "--input", ".", "--output", "x"], "has no such data set"),
         (
             ["--format", "torchvision", "--name", "CIFAR10", "--input", ".", "--output", "x"],
             "not found or corrupted",
         ),
-        (["--format", "folder", "--input", "x"], "--format, --input and --output are needed"),
-        (["--format", "folder", "--input", "x", "--output", "y", "--quality", "0"], "--quality is 1 to 100"),
-        (["--verify", "nowhere"], "nowhere: no prepared set there"),
+        (["--format", "folder", "--input", "x"], "--format, --input and --output are required"),
+        (["--format", "folder", "--input", "x", "--output", "y", "--quality", "0"], "--quality must be 1 to 100"),
+        (["--verify", "nowhere"], "nowhere: not a prepared set"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(
+def test_command_reports_mistakes_in_one_line(
     tmp_path: Path,
     arguments: list[str],
     message: str,
@@ -500,7 +498,7 @@ def one_line_of(main: Any, arguments: list[str], capsys: pytest.CaptureFixture[s
     return line
 
 
-def test_every_class_of_torchvision_ends_in_one_line_on_an_empty_folder(
+def test_command_every_torchvision_class_fails_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import inspect
@@ -560,24 +558,22 @@ class Foreign:
         ((picture(), "cat"), "its label is str"),
         ((picture(), 1.5), "its label is float"),
         ((picture(), torch.zeros(40)), "its label is Tensor"),
-        ((picture(), 2), "has label 2, but there are 2 class names"),
-        ((picture(), -1), "has label -1, but"),
-        (picture(), "expected a picture and its label, found Image"),
-        ((picture(),), "expected a picture and its label, found tuple"),
+        ((picture(), 2), "its label is 2, but there are 2 class names"),
+        ((picture(), -1), "its label is -1, but"),
+        (picture(), "expected a tuple of picture and label, got Image"),
+        ((picture(),), "expected a tuple of picture and label, got tuple"),
         (KeyError("label"), "^x: KeyError: 'label'$"),
         (NotImplementedError(), "^x: NotImplementedError"),
         (ZeroDivisionError("oh"), "^x: ZeroDivisionError: oh$"),
     ],
 )
-def test_items_that_can_never_be_samples_are_told_before_anything_is_written(
-    tmp_path: Path, item: Any, message: str
-) -> None:
+def test_prepare_refuses_invalid_items_before_writing(tmp_path: Path, item: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         prepare(RawDataset(Foreign(item), "x"), tmp_path / "set", SMALL, 1)
     assert not (tmp_path / "set").exists()
 
 
-def test_items_without_a_picture_are_left_out_and_labels_of_numpy_and_torch_taken(tmp_path: Path) -> None:
+def test_prepare_skips_items_without_picture(tmp_path: Path) -> None:
     class Mixed(Foreign):
         def __getitem__(self, index: int) -> Any:
             labels = (0, np.int64(1), torch.tensor(1), np.array(0), 0, 0)
@@ -588,7 +584,7 @@ def test_items_without_a_picture_are_left_out_and_labels_of_numpy_and_torch_take
     made = prepare(RawDataset(Mixed(None, 6), "x"), tmp_path / "set", SMALL, 1)
     assert made.skipped == {"cannot be read": 1, "not a picture but ndarray": 1}
     assert [s.label for s in open_prepared(str(tmp_path / "set"), ".cls").samples] == [0, 1, 1, 0]
-    with pytest.raises(DataError, match=r"^x: it holds no sample$"):
+    with pytest.raises(DataError, match=r"^x: the data set is empty$"):
         prepare(RawDataset(Foreign(None, 0), "x"), tmp_path / "other", SMALL, 1)
 
 
@@ -600,14 +596,12 @@ def test_items_without_a_picture_are_left_out_and_labels_of_numpy_and_torch_take
         (["naïve", "猫"], ["naïve", "猫"]),
         ({"cat": 0}, []),
         (None, []),
-        ([None, "dog"], "class 0 has NoneType for a name"),
-        ([(), "dog"], "class 0 has tuple for a name"),
+        ([None, "dog"], "the name of class 0 is NoneType"),
+        ([(), "dog"], "the name of class 0 is tuple"),
         (["cat", b"do\xe9g".decode("utf-8", "surrogateescape")], r"the name of class 1, do\\xe9g, is not UTF-8"),
     ],
 )
-def test_class_names_are_strings_that_the_reader_takes_or_refused_at_once(
-    tmp_path: Path, classes: Any, names: Any
-) -> None:
+def test_raw_dataset_class_names_become_strings(tmp_path: Path, classes: Any, names: Any) -> None:
     dataset = Foreign((picture(), 1))
     dataset.classes = classes
     if isinstance(names, str):
@@ -618,7 +612,7 @@ def test_class_names_are_strings_that_the_reader_takes_or_refused_at_once(
     assert list(open_prepared(str(tmp_path / "set"), ".cls").class_names) == names
 
 
-def test_torchvisions_imagenet_is_a_set_that_opens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prepares_imagenet_of_torchvision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     classes = {"n02099601": ("golden retriever",), "n02123045": ("tabby", "tabby cat")}
     for wnid in classes:
         (tmp_path / "in/val" / wnid).mkdir(parents=True)
@@ -635,7 +629,7 @@ def test_torchvisions_imagenet_is_a_set_that_opens(tmp_path: Path, capsys: pytes
     assert open_prepared(str(tmp_path / "set"), ".cls").class_names == ("golden retriever", "tabby")
 
 
-def test_oddest_names_and_texts_are_read_back(tmp_path: Path) -> None:
+def test_prepare_odd_names_and_texts_are_read_back(tmp_path: Path) -> None:
     """Keys that are no UTF-8, in files, tars and skipped.jsonl; captions with every character."""
     latin = b"caf\xe9\n\x1b[2J".decode("utf-8", "surrogateescape")
     caption = "\ufeffnaïve 猫 \x00 \x1b[2J 👩\u200d🚀 \u202e"
@@ -668,9 +662,9 @@ def test_oddest_names_and_texts_are_read_back(tmp_path: Path) -> None:
     assert caption_read == caption.removeprefix("\ufeff").replace("\0", " ").strip()
 
 
-def test_what_does_not_read_back_is_never_called_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_writes_no_manifest_if_reading_back_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tar = write_set(tmp_path / "a.tar", 6)
-    write = prepared.index_of
+    write = prepared.build_index
 
     def failing(rows: Any) -> Any:
         index = write(rows)
@@ -678,13 +672,13 @@ def test_what_does_not_read_back_is_never_called_done(tmp_path: Path, monkeypatc
         return index
 
     with monkeypatch.context() as disk:
-        disk.setattr(prepared, "index_of", failing)
-        with pytest.raises(DataError, match=r"0\.tar.*just written does not read back"):
+        disk.setattr(prepared, "build_index", failing)
+        with pytest.raises(DataError, match=r"0\.tar.*new set cannot be read back"):
             make(tar, tmp_path / "set")
     assert not (tmp_path / "set/manifest.json").exists()
 
 
-def test_files_have_the_mode_of_the_umask(tmp_path: Path) -> None:
+def test_prepare_file_modes_follow_the_umask(tmp_path: Path) -> None:
     tar = write_set(tmp_path / "a.tar", 6)
     before = os.umask(0o027)
     try:
@@ -696,7 +690,7 @@ def test_files_have_the_mode_of_the_umask(tmp_path: Path) -> None:
         assert path.stat().st_mode & 0o777 == 0o640, path
 
 
-def test_two_processes_do_not_prepare_one_folder(tmp_path: Path) -> None:
+def test_prepare_locks_its_folder(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     ours, theirs = FORK.Pipe()
 
@@ -734,7 +728,7 @@ def interrupted(tar: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             make(tar, output)
 
 
-def test_shards_of_bytes_changed_since_are_made_again(
+def test_prepare_remakes_shards_of_changed_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tar = write_set(tmp_path / "a.tar", 6)
@@ -750,24 +744,22 @@ def test_shards_of_bytes_changed_since_are_made_again(
     interrupted(tar, tmp_path / "copied", monkeypatch)
     os.utime(tar, ns=(1, 1))
     made = make(tar, tmp_path / "copied")
-    assert "source_modified changed since it was begun; all its shards are made again" in caplog.text
+    assert "source_modified changed since the preparation started; all shards are made again" in caplog.text
     assert made.content == prepared.read_manifest(expected).content
     # Another label, and another encoder.
     interrupted(tar, tmp_path / "changed", monkeypatch)
     data = bytearray(tar.read_bytes())
     data[at[1] : at[1] + 1] = b"4"
     tar.write_bytes(data)
-    with pytest.raises(DataError, match=r"changed: holds a set prepared otherwise \(its source is another one"):
+    with pytest.raises(DataError, match=r"changed: holds a set prepared with other settings \(another source"):
         make(tar, tmp_path / "changed")
     interrupted(tar, tmp_path / "versions", monkeypatch)
     monkeypatch.setattr("dive_fast.data.prepared.write._versions", lambda _: {"pillow": "1"})
     make(tar, tmp_path / "versions")
-    assert "versions changed since it was begun; all its shards are made again" in caplog.text
+    assert "versions changed since the preparation started; all shards are made again" in caplog.text
 
 
-def test_shard_of_another_set_or_a_damaged_note_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prepare_remakes_shards_with_invalid_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tar = write_set(tmp_path / "a.tar", 6)
     for number, damage in enumerate(("{", "[]", '{"identity": "another"}')):
         output = tmp_path / f"{number}"
@@ -776,7 +768,7 @@ def test_shard_of_another_set_or_a_damaged_note_is_made_again(
         assert make(tar, output) == make(tar, tmp_path / "whole")
 
 
-def test_a_set_that_is_done_tells_that_its_source_was_modified(
+def test_prepare_warns_of_modified_source_of_complete_set(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tar = write_set(tmp_path / "a.tar", 6)
@@ -785,10 +777,10 @@ def test_a_set_that_is_done_tells_that_its_source_was_modified(
     assert not caplog.messages
     os.utime(tar, ns=(1, 1))
     assert make(tar, tmp_path / "set") == first
-    assert "is prepared already; the files of its source were modified or copied since" in caplog.text
+    assert "already prepared; its source files were modified or copied since" in caplog.text
 
 
-def test_data_sets_of_torchvision_are_known_by_files_labels_and_pixels(tmp_path: Path) -> None:
+def test_raw_dataset_digest_covers_files_labels_and_pixels(tmp_path: Path) -> None:
     class Listed(Foreign):
         def __init__(self, root: Path) -> None:
             self.root = str(root)
@@ -820,7 +812,7 @@ def test_data_sets_of_torchvision_are_known_by_files_labels_and_pixels(tmp_path:
 # Prepared sets, opened
 
 
-def test_digest_reads_an_image_of_every_file_of_a_prepared_set(tmp_path: Path) -> None:
+def test_prepared_digest_reads_an_image_of_every_file(tmp_path: Path) -> None:
     make(write_set(tmp_path / "a.tar", 130), tmp_path / "set", dataclasses.replace(SMALL, shard_samples=1))
     tar = tmp_path / "set/000003.tar"  # not among the rows that are spread over the set
     whole = tar.read_bytes()
@@ -829,7 +821,7 @@ def test_digest_reads_an_image_of_every_file_of_a_prepared_set(tmp_path: Path) -
         open_prepared(str(tmp_path / "set"), ".cls").digest()
 
 
-def test_bytes_changed_in_a_prepared_set_are_told_by_its_digest(tmp_path: Path) -> None:
+def test_prepared_digest_detects_changed_bytes(tmp_path: Path) -> None:
     make(write_set(tmp_path / "a.tar"), tmp_path / "set")
     source = open_prepared(str(tmp_path / "set"), ".cls")
     before = source.modified()
@@ -843,7 +835,7 @@ def test_bytes_changed_in_a_prepared_set_are_told_by_its_digest(tmp_path: Path) 
         changed.digest()
 
 
-def test_pairs_of_one_image_have_one_id_raw_and_prepared(tmp_path: Path) -> None:
+def test_image_ids_of_pairs_are_equal_raw_and_prepared(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.png").write_bytes(tiny.jpeg(ord(name), kind="PNG"))
     rows = ["title\tfilepath", *(f"caption {i}\t{'ab'[i % 2]}.png" for i in range(6))]
@@ -854,7 +846,7 @@ def test_pairs_of_one_image_have_one_id_raw_and_prepared(tmp_path: Path) -> None
         assert source.image_ids().tolist() == [0, 1, 0, 1, 0, 1]
 
 
-def test_empty_captions_of_sets_prepared_before_are_left_out(tmp_path: Path) -> None:
+def test_open_prepared_skips_empty_captions_of_old_sets(tmp_path: Path) -> None:
     tar = write_set(tmp_path / "a.tar", 6)
     raw = open_webdataset(str(tar), ".txt")
     texts = ("one", "", "three", " \t", "five", "six")
@@ -878,11 +870,14 @@ def test_empty_captions_of_sets_prepared_before_are_left_out(tmp_path: Path) -> 
         (["--format", "csv", "--name", "x"], "--name is for --format torchvision and wilds; remove it"),
         (["--format", "folder", "--split", "val"], "--split is for --format torchvision and wilds; remove it"),
         (["--format", "torchvision", "--name", "CIFAR10", "--split", "val"], "--split val: it has train and test"),
-        (["--format", "torchvision", "--name", "Caltech101", "--split", "val"], "it has no parts; remove --split"),
-        (["--format", "torchvision", "--name", "FakeData"], "it is not read from a folder"),
+        (
+            ["--format", "torchvision", "--name", "Caltech101", "--split", "val"],
+            "it has no splits; remove --split",
+        ),
+        (["--format", "torchvision", "--name", "FakeData"], "it does not read a folder"),
     ],
 )
-def test_options_that_would_do_nothing_are_refused(
+def test_command_refuses_options_without_effect(
     tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
@@ -893,7 +888,7 @@ def test_options_that_would_do_nothing_are_refused(
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_the_home_folder_may_be_called_by_its_sign(
+def test_command_expands_the_home_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -906,7 +901,7 @@ def test_the_home_folder_may_be_called_by_its_sign(
     capsys.readouterr()
 
 
-def test_an_interrupted_preparation_ends_in_one_line(
+def test_command_interrupted_ends_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(*_: Any) -> Any:
@@ -918,21 +913,21 @@ def test_an_interrupted_preparation_ends_in_one_line(
     with monkeypatch.context() as pressed:
         pressed.setattr("dive_fast.data.prepared.write._finish", interrupt)
         assert load_main()([*command, "--workers", "1"]) == 130
-    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted; the same command goes on")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted; run the same command to resume")
     assert load_main()([*command, "--workers", "1"]) == 0
 
 
-def test_prepare_skips_negative_labels_before_its_work(tmp_path: Path) -> None:
+def test_command_skips_negative_labels(tmp_path: Path) -> None:
     samples = {str(row): {"jpg": encoded(picture()), "cls": str(row - 1).encode()} for row in range(3)}
     tiny.write_tar(tmp_path / "a.tar", samples)
     made = launch("--format", "webdataset", "--input", str(tmp_path / "a.tar"), "--output", str(tmp_path / "set"))
     assert made.returncode == 0, made.stderr
-    assert "left out: 1 (its label is not a whole number from 0 on)" in made.stdout
+    assert "left out: 1 (its label is not a non-negative integer)" in made.stdout
 
 
-def test_prepare_refuses_an_output_that_would_be_a_class(tmp_path: Path) -> None:
+def test_command_refuses_output_inside_the_input_folder(tmp_path: Path) -> None:
     (tmp_path / "raw/cat").mkdir(parents=True)
     (tmp_path / "raw/cat/0.jpg").write_bytes(encoded(picture()))
     made = launch("--format", "folder", "--input", str(tmp_path / "raw"), "--output", str(tmp_path / "raw/ready"))
     assert made.returncode == 2
-    assert "--output lies in --input, where it would be a class" in made.stderr
+    assert "--output lies in --input, where it would become a class" in made.stderr
