@@ -1,4 +1,4 @@
-"""Preparing: what is kept, converted and left out, and that a kill, a full disk or another option lose nothing."""
+"""Tests of preparation: conversion, left-out samples, kills, full disks, and changed options or sources."""
 
 import dataclasses
 import io
@@ -103,12 +103,12 @@ def test_convert_keeps_bytes_of_suitable_jpegs() -> None:
 )
 def test_convert_other_formats_to_similar_jpegs(mode: str, kind: str, reason: str) -> None:
     data = encoded(picture(mode=mode), kind)
-    found = convert(data, Options())
-    assert (found.height, found.width, found.reason) == (60, 80, reason)
-    image = Image.open(io.BytesIO(found.jpeg))
+    converted = convert(data, Options())
+    assert (converted.height, converted.width, converted.reason) == (60, 80, reason)
+    image = Image.open(io.BytesIO(converted.jpeg))
     assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (80, 60))
-    if mode not in ("1", "P"):  # whose dots no JPEG keeps
-        assert np.abs(decoded(found.jpeg).astype(int) - decoded(data)).mean() < 2
+    if mode not in ("1", "P"):  # a JPEG does not keep dithering
+        assert np.abs(decoded(converted.jpeg).astype(int) - decoded(data)).mean() < 2
 
 
 def test_convert_16_bits_keep_their_upper_8() -> None:
@@ -121,10 +121,10 @@ def test_convert_16_bits_keep_their_upper_8() -> None:
     ("size", "expected"), [((128, 80), (102, 64)), ((65, 3000), (64, 2954)), ((640, 640), (64, 64))]
 )
 def test_convert_resizes_by_the_shorter_side(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    found = convert(encoded(picture(*size), quality=95), SMALL)
-    assert (found.height, found.width, found.reason) == (*expected, "larger")
-    wanted = np.asarray(picture(*size).resize(expected[::-1], Image.Resampling.BICUBIC)).astype(int)
-    assert np.abs(decoded(found.jpeg) - wanted).mean() < 2
+    converted = convert(encoded(picture(*size), quality=95), SMALL)
+    assert (converted.height, converted.width, converted.reason) == (*expected, "larger")
+    expected_pixels = np.asarray(picture(*size).resize(expected[::-1], Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(decoded(converted.jpeg) - expected_pixels).mean() < 2
 
 
 @pytest.mark.parametrize(
@@ -171,8 +171,8 @@ def test_prepare_corpus_with_every_defect(tmp_path: Path) -> None:
         member = tarfile.TarInfo("good.jpg")
         member.size = len(good)
         tar.addfile(member, io.BytesIO(good))
-    whole = write_set(tmp_path / "1.tar", 10).read_bytes()
-    (tmp_path / "1.tar").write_bytes(whole[: len(whole) // 2])
+    complete = write_set(tmp_path / "1.tar", 10).read_bytes()
+    (tmp_path / "1.tar").write_bytes(complete[: len(complete) // 2])
     tiny.write_tar(tmp_path / "2.tar", {})
     (tmp_path / "3.tar").write_bytes(b"")
 
@@ -183,8 +183,8 @@ def test_prepare_corpus_with_every_defect(tmp_path: Path) -> None:
     assert keys[4:] == [f"1.tar/{i:03d}" for i in range(len(keys) - 4)]
     assert 2 <= len(keys) - 4 < 10
     assert source.samples[0].texts == ("schön",)
-    told = [json.loads(line) for line in (tmp_path / "set/skipped.jsonl").read_text().splitlines()]
-    reasons = {entry["key"]: entry["reason"] for entry in told}
+    entries = [json.loads(line) for line in (tmp_path / "set/skipped.jsonl").read_text().splitlines()]
+    reasons = {entry["key"]: entry["reason"] for entry in entries}
     assert reasons == reasons | {
         "0.tar/good": "duplicate name",
         "0.tar/captionless": "no .txt",
@@ -196,7 +196,7 @@ def test_prepare_corpus_with_every_defect(tmp_path: Path) -> None:
         "1.tar": "the tar is incomplete",
         "3.tar": "the tar is incomplete",
     }
-    assert manifest.skipped == Counter(entry["reason"] for entry in told)
+    assert manifest.skipped == Counter(entry["reason"] for entry in entries)
     assert manifest.converted == {"GIF": 1, "CMYK JPEG": 1}
     assert manifest.samples == len(keys)
     for index in range(len(source)):
@@ -205,15 +205,15 @@ def test_prepare_corpus_with_every_defect(tmp_path: Path) -> None:
 
 def test_prepare_content_is_independent_of_shards_and_workers(tmp_path: Path) -> None:
     tar = write_set(tmp_path / "a.tar")
-    made = {
+    manifests = {
         "one": make(tar, tmp_path / "one"),
         "two": make(tar, tmp_path / "two", workers=2),
         "large": make(tar, tmp_path / "large", dataclasses.replace(SMALL, shard_samples=100)),
         "beton": make(tar, tmp_path / "beton", dataclasses.replace(SMALL, container="beton")),
     }
-    assert len({manifest.content for manifest in made.values()}) == 1
+    assert len({manifest.content for manifest in manifests.values()}) == 1
     assert files(tmp_path / "one") == files(tmp_path / "two")
-    assert [len(manifest.files) for manifest in made.values()] == [6, 6, 1, 1]
+    assert [len(manifest.files) for manifest in manifests.values()] == [6, 6, 1, 1]
     assert sorted(files(tmp_path / "beton")) == [
         "data.beton",
         "index.safetensors",
@@ -221,13 +221,13 @@ def test_prepare_content_is_independent_of_shards_and_workers(tmp_path: Path) ->
         "skipped.jsonl",
     ]
     raw = open_webdataset(str(tar), ".cls")
-    for name in made:
+    for name in manifests:
         source = open_prepared(str(tmp_path / name), ".cls")
-        assert source.digest() == made["one"].content
+        assert source.digest() == manifests["one"].content
         assert [source.read(i) for i in range(22)] == [raw.read(i) for i in range(22)]
-    # Of another label, text or pixel it is another set.
-    assert make(tar, tmp_path / "texts", text=".txt").content != made["one"].content
-    assert make(write_set(tmp_path / "b.tar", 21), tmp_path / "less").content != made["one"].content
+    # Another label, text or pixel gives another set.
+    assert make(tar, tmp_path / "texts", text=".txt").content != manifests["one"].content
+    assert make(write_set(tmp_path / "b.tar", 21), tmp_path / "less").content != manifests["one"].content
 
 
 def test_prepare_keeps_texts_and_class_names_of_every_format(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_dali_reads_prepared_tars_by_their_index_files(tmp_path: Path) -> None:
 
 
 def test_write_beton_is_read_by_ffcv(tmp_path: Path) -> None:
-    """Its own reader and, compiled, its own fields."""
+    """Reads with FFCV's own reader and compiled fields."""
     from ffcv.fields import IntField, NDArrayField, RGBImageField
     from ffcv.loader import Loader
     from ffcv.reader import Reader
@@ -307,24 +307,24 @@ def test_write_beton_is_read_by_ffcv(tmp_path: Path) -> None:
     assert [type(field) for field in Reader(str(path)).handlers.values()] == kinds
     assert list(Reader(str(source.beton)).handlers) == ["image", "label", "index", "tokens"]
     loader = Loader(str(path), batch_size=22, num_workers=1, pipelines={"image": None}, drop_last=False)
-    ((label, index, found, tokens),) = loader
+    ((label, index, embeddings, tokens),) = loader
     assert source.tokens is not None
     assert label.flatten().tolist() == [-1] * 22
     assert index.flatten().tolist() == list(range(22))
     assert torch.equal(tokens, source.tokens)
-    assert torch.equal(found, torch.from_numpy(teacher))
+    assert torch.equal(embeddings, torch.from_numpy(teacher))
     with pytest.raises(DataError, match="image_teacher: 21 rows for 22 samples"):
         write_beton(path, source, {"image_teacher": teacher[1:]})
 
 
-# What goes wrong
+# Failures
 
 
 @pytest.mark.parametrize("container", ["tar", pytest.param("beton", marks=pytest.mark.slow)])
 def test_prepare_resumes_after_kills(tmp_path: Path, container: str) -> None:
     command = ["--format", "webdataset", "--input", str(write_set(tmp_path / "a.tar", 300))]
     command += ["--shard-samples", "10", "--max-side", "30", "--workers", "2", "--container", container]
-    assert launch(*command, "--output", str(tmp_path / "whole")).returncode == 0
+    assert launch(*command, "--output", str(tmp_path / "uninterrupted")).returncode == 0
     output = tmp_path / "set"
     for shards in (1, random.Random(container).randrange(2, 30)):
         process = subprocess.Popen(
@@ -339,7 +339,7 @@ def test_prepare_resumes_after_kills(tmp_path: Path, container: str) -> None:
         process.wait()
         assert not (output / "manifest.json").exists()
     assert launch(*command, "--output", str(output)).returncode == 0
-    assert files(output) == files(tmp_path / "whole")
+    assert files(output) == files(tmp_path / "uninterrupted")
 
 
 def test_prepare_full_disk_leaves_no_partial_file(tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def test_prepare_full_disk_leaves_no_partial_file(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    # Coverage, which would watch this process too, has files of its own to write.
+    # Without coverage, which would write files in this process too.
     bare = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
     full = launch(*command, preexec_fn=limit, env=bare)
     assert full.returncode == 2
@@ -371,7 +371,7 @@ def test_prepare_leaves_folders_with_other_data_alone(tmp_path: Path) -> None:
     assert files(tmp_path / "mine") == {"thesis.tex": b"precious"}
     first = make(tar, tmp_path / "set")
     before = files(tmp_path / "set")
-    # Nothing left to do, but what a kill just after the manifest would leave.
+    # A complete set, with what a kill right after the manifest would leave.
     (tmp_path / "set" / ".parts").mkdir()
     (tmp_path / "set" / "000009.tar").touch()
     assert make(tar, tmp_path / "set") == first
@@ -395,18 +395,18 @@ def test_open_and_verify_refuse_damaged_sets(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     assert verify(str(folder)).samples == 22
     tar = folder / "000002.tar"
-    whole = tar.read_bytes()
-    tar.write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
+    intact = tar.read_bytes()
+    tar.write_bytes(intact[:700] + bytes([intact[700] ^ 1]) + intact[701:])
     with pytest.raises(DataError, match=r"000002.tar: changed since"):
         verify(str(folder))
     assert load_main()(["--verify", str(folder)]) == 2
-    for data, message in ((whole[:-512], "has .* bytes"), (None, "is missing")):
+    for data, message in ((intact[:-512], "has .* bytes"), (None, "is missing")):
         tar.unlink()
         if data is not None:
             tar.write_bytes(data)
         with pytest.raises(DataError, match=f"000002.tar {message}"):
             open_prepared(str(folder), ".cls")
-    tar.write_bytes(whole)
+    tar.write_bytes(intact)
     index = (folder / "index.safetensors").read_bytes()
     (folder / "index.safetensors").write_bytes(index[:100])
     with pytest.raises(DataError, match=r"index.safetensors: cannot read it"):
@@ -480,15 +480,15 @@ def test_command_reports_mistakes_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-# Writers and their readers
+# Writers and readers
 
 
 def load_main() -> Any:
     return runpy.run_path(str(REPOSITORY / "launch" / "prepare.py"))["main"]
 
 
-def one_line_of(main: Any, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The message of a command that refuses."""
+def error_line(main: Any, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Runs a command that fails; returns its one-line message."""
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     line = err.rstrip("\n").splitlines()[-1]
@@ -507,7 +507,7 @@ def test_command_every_torchvision_class_fails_in_one_line(
     from torchvision import datasets
 
     def no_network(*_: Any, **__: Any) -> None:
-        raise AssertionError("it asks the network")
+        raise AssertionError("network access")
 
     monkeypatch.setattr(socket.socket, "connect", no_network)
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
@@ -527,14 +527,14 @@ def test_command_every_torchvision_class_fails_in_one_line(
             "--output",
             str(tmp_path / "x"),
         ]
-        line = one_line_of(main, command, capsys)
+        line = error_line(main, command, capsys)
         assert name in line
         assert "network" not in line, line
         assert not (tmp_path / "x").exists()
 
 
-class Foreign:
-    """A data set of somebody else's."""
+class ThirdParty:
+    """A third-party data set."""
 
     classes: Any = ("cat", "dog")
 
@@ -569,23 +569,23 @@ class Foreign:
 )
 def test_prepare_refuses_invalid_items_before_writing(tmp_path: Path, item: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        prepare(RawDataset(Foreign(item), "x"), tmp_path / "set", SMALL, 1)
+        prepare(RawDataset(ThirdParty(item), "x"), tmp_path / "set", SMALL, 1)
     assert not (tmp_path / "set").exists()
 
 
 def test_prepare_skips_items_without_picture(tmp_path: Path) -> None:
-    class Mixed(Foreign):
+    class Mixed(ThirdParty):
         def __getitem__(self, index: int) -> Any:
             labels = (0, np.int64(1), torch.tensor(1), np.array(0), 0, 0)
             if index == 4:
                 raise FileNotFoundError("gone.jpg")
             return (np.zeros(3) if index == 5 else picture(), labels[index])
 
-    made = prepare(RawDataset(Mixed(None, 6), "x"), tmp_path / "set", SMALL, 1)
-    assert made.skipped == {"cannot be read": 1, "not a picture but ndarray": 1}
+    manifest = prepare(RawDataset(Mixed(None, 6), "x"), tmp_path / "set", SMALL, 1)
+    assert manifest.skipped == {"cannot be read": 1, "not a picture but ndarray": 1}
     assert [s.label for s in open_prepared(str(tmp_path / "set"), ".cls").samples] == [0, 1, 1, 0]
     with pytest.raises(DataError, match=r"^x: the data set is empty$"):
-        prepare(RawDataset(Foreign(None, 0), "x"), tmp_path / "other", SMALL, 1)
+        prepare(RawDataset(ThirdParty(None, 0), "x"), tmp_path / "other", SMALL, 1)
 
 
 @pytest.mark.parametrize(
@@ -602,7 +602,7 @@ def test_prepare_skips_items_without_picture(tmp_path: Path) -> None:
     ],
 )
 def test_raw_dataset_class_names_become_strings(tmp_path: Path, classes: Any, names: Any) -> None:
-    dataset = Foreign((picture(), 1))
+    dataset = ThirdParty((picture(), 1))
     dataset.classes = classes
     if isinstance(names, str):
         with pytest.raises(DataError, match=names):
@@ -622,7 +622,7 @@ def test_command_prepares_imagenet_of_torchvision(tmp_path: Path, capsys: pytest
     assert load_main()([*command, "--output", str(tmp_path / "set"), "--workers", "1"]) == 0
     capsys.readouterr()
     assert verify(str(tmp_path / "set")).class_names == ["golden retriever", "tabby"]
-    # Sets that were written with all synonyms open too.
+    # Sets of earlier versions, written with all synonyms, open too.
     manifest = json.loads((tmp_path / "set/manifest.json").read_text())
     manifest["class_names"] = [["golden retriever"], ["tabby", "tabby cat"]]
     (tmp_path / "set/manifest.json").write_text(json.dumps(manifest))
@@ -630,7 +630,7 @@ def test_command_prepares_imagenet_of_torchvision(tmp_path: Path, capsys: pytest
 
 
 def test_prepare_odd_names_and_texts_are_read_back(tmp_path: Path) -> None:
-    """Keys that are no UTF-8, in files, tars and skipped.jsonl; captions with every character."""
+    """Covers keys that are not UTF-8, in files, tars and skipped.jsonl, and captions with unusual characters."""
     latin = b"caf\xe9\n\x1b[2J".decode("utf-8", "surrogateescape")
     caption = "\ufeffnaïve 猫 \x00 \x1b[2J 👩\u200d🚀 \u202e"
     tiny.write_tar(
@@ -651,12 +651,12 @@ def test_prepare_odd_names_and_texts_are_read_back(tmp_path: Path) -> None:
     }
     for name, raw in opened.items():
         ready = tmp_path / f"{name}_ready"
-        made = prepare(RawSource(raw), ready, SMALL, 1)
+        manifest = prepare(RawSource(raw), ready, SMALL, 1)
         source = open_prepared(str(ready), ".txt" if name == "tar" else ".cls")
         assert source.samples[0].key == raw.samples[0].key
         assert "caf\\xe9" in source.samples[0].key
-        told = [json.loads(line) for line in (ready / "skipped.jsonl").read_text().splitlines()]
-        assert Counter(entry["reason"] for entry in told) == made.skipped == source.prepared_without
+        entries = [json.loads(line) for line in (ready / "skipped.jsonl").read_text().splitlines()]
+        assert Counter(entry["reason"] for entry in entries) == manifest.skipped == source.prepared_without
         assert source.digest()
     (caption_read,) = open_prepared(str(tmp_path / "tar_ready"), ".txt").samples[0].texts
     assert caption_read == caption.removeprefix("\ufeff").replace("\0", " ").strip()
@@ -713,11 +713,11 @@ def test_prepare_locks_its_folder(tmp_path: Path) -> None:
     assert make(tmp_path / "a.tar", tmp_path / "set").samples == 6
 
 
-# What was made before
+# Interrupted and existing sets
 
 
 def interrupted(tar: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes all shards and no manifest, as a kill at the end would."""
+    """Makes all shards but no manifest, like a kill at the end."""
 
     def end(*_: Any) -> Any:
         raise KeyboardInterrupt
@@ -740,13 +740,13 @@ def test_prepare_remakes_shards_of_changed_sources(
     assert make(tar, tmp_path / "same") == make(tar, expected)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "same").glob("*.tar")} == times
     assert not caplog.messages
-    # The same bytes, written again: nothing tells them from others of the same size, but by reading all.
+    # Equal bytes with a new time; only reading all of them could show that they are equal.
     interrupted(tar, tmp_path / "copied", monkeypatch)
     os.utime(tar, ns=(1, 1))
-    made = make(tar, tmp_path / "copied")
+    manifest = make(tar, tmp_path / "copied")
     assert "source_modified changed since the preparation started; all shards are made again" in caplog.text
-    assert made.content == prepared.read_manifest(expected).content
-    # Another label, and another encoder.
+    assert manifest.content == prepared.read_manifest(expected).content
+    # Another label, then another encoder version.
     interrupted(tar, tmp_path / "changed", monkeypatch)
     data = bytearray(tar.read_bytes())
     data[at[1] : at[1] + 1] = b"4"
@@ -765,7 +765,7 @@ def test_prepare_remakes_shards_with_invalid_notes(tmp_path: Path, monkeypatch: 
         output = tmp_path / f"{number}"
         interrupted(tar, output, monkeypatch)
         (output / ".parts/000001.json").write_text(damage)
-        assert make(tar, output) == make(tar, tmp_path / "whole")
+        assert make(tar, output) == make(tar, tmp_path / "uninterrupted")
 
 
 def test_prepare_warns_of_modified_source_of_complete_set(
@@ -781,7 +781,7 @@ def test_prepare_warns_of_modified_source_of_complete_set(
 
 
 def test_raw_dataset_digest_covers_files_labels_and_pixels(tmp_path: Path) -> None:
-    class Listed(Foreign):
+    class Listed(ThirdParty):
         def __init__(self, root: Path) -> None:
             self.root = str(root)
             self.samples = [(str(root / f"{i}.bmp"), i % 2) for i in range(3)]
@@ -809,14 +809,14 @@ def test_raw_dataset_digest_covers_files_labels_and_pixels(tmp_path: Path) -> No
     assert len({digest, listed(tmp_path / "c", red=1).digest(), listed(tmp_path / "d", label=1).digest()}) == 3
 
 
-# Prepared sets, opened
+# Opening prepared sets
 
 
 def test_prepared_digest_reads_an_image_of_every_file(tmp_path: Path) -> None:
     make(write_set(tmp_path / "a.tar", 130), tmp_path / "set", dataclasses.replace(SMALL, shard_samples=1))
     tar = tmp_path / "set/000003.tar"  # not among the rows that are spread over the set
-    whole = tar.read_bytes()
-    tar.write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
+    intact = tar.read_bytes()
+    tar.write_bytes(intact[:700] + bytes([intact[700] ^ 1]) + intact[701:])
     with pytest.raises(DataError, match=r"sample a\.tar/003: changed since it was prepared"):
         open_prepared(str(tmp_path / "set"), ".cls").digest()
 
@@ -827,8 +827,8 @@ def test_prepared_digest_detects_changed_bytes(tmp_path: Path) -> None:
     before = source.modified()
     assert source.image_ids().tolist() == list(range(22))
     tar = tmp_path / "set/000002.tar"
-    whole = tar.read_bytes()
-    tar.write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
+    intact = tar.read_bytes()
+    tar.write_bytes(intact[:700] + bytes([intact[700] ^ 1]) + intact[701:])
     changed = open_prepared(str(tmp_path / "set"), ".cls")
     assert changed.modified() != before
     with pytest.raises(DataError, match=r"sample a\.tar/008: changed since it was prepared; copy or prepare"):
@@ -920,14 +920,14 @@ def test_command_interrupted_ends_in_one_line(
 def test_command_skips_negative_labels(tmp_path: Path) -> None:
     samples = {str(row): {"jpg": encoded(picture()), "cls": str(row - 1).encode()} for row in range(3)}
     tiny.write_tar(tmp_path / "a.tar", samples)
-    made = launch("--format", "webdataset", "--input", str(tmp_path / "a.tar"), "--output", str(tmp_path / "set"))
-    assert made.returncode == 0, made.stderr
-    assert "left out: 1 (its label is not a non-negative integer)" in made.stdout
+    run = launch("--format", "webdataset", "--input", str(tmp_path / "a.tar"), "--output", str(tmp_path / "set"))
+    assert run.returncode == 0, run.stderr
+    assert "left out: 1 (its label is not a non-negative integer)" in run.stdout
 
 
 def test_command_refuses_output_inside_the_input_folder(tmp_path: Path) -> None:
     (tmp_path / "raw/cat").mkdir(parents=True)
     (tmp_path / "raw/cat/0.jpg").write_bytes(encoded(picture()))
-    made = launch("--format", "folder", "--input", str(tmp_path / "raw"), "--output", str(tmp_path / "raw/ready"))
-    assert made.returncode == 2
-    assert "--output lies in --input, where it would become a class" in made.stderr
+    run = launch("--format", "folder", "--input", str(tmp_path / "raw"), "--output", str(tmp_path / "raw/ready"))
+    assert run.returncode == 2
+    assert "--output lies in --input, where it would become a class" in run.stderr
