@@ -625,7 +625,7 @@ def test_a_pipe_is_waited_for_by_nobody(world: Path) -> None:
     refused(lambda: load_run_config(str(names)), "no such file")
     (world / "images/a").mkdir(parents=True)
     pipe(world / "images/a/1.jpg")
-    refused(lambda: open_folder(str(world / "images")), "1.jpg: called like an image, but no regular file")
+    refused(lambda: open_folder(str(world / "images")), "1.jpg: named like an image, but not a regular file")
     pipe(next((world / "set").glob("*.tar")))
     refused(lambda: open_prepared(str(world / "set"), ".cls"), "is missing")
     refused(lambda: verify(str(world / "set")), "cannot read it: no such file")
@@ -640,7 +640,7 @@ def test_a_pipe_is_waited_for_by_nobody(world: Path) -> None:
 def test_a_csv_that_names_no_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(tiny.jpeg(0))
     (tmp_path / "a.csv").write_text("title\tfilepath\none\ta.jpg\ntwo\t\n")
-    refused(lambda: open_csv(str(tmp_path / "a.csv"), None, group=False), "row 2 (line 3) names no file: ''")
+    refused(lambda: open_csv(str(tmp_path / "a.csv"), None, group=False), "row 2 (line 3): invalid file name ''")
 
 
 # What would be shown

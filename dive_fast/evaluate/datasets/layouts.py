@@ -14,7 +14,7 @@ from dive_fast.data.classes import repeated
 from dive_fast.data.decode import IMAGE_SUFFIXES
 from dive_fast.data.prompts import read_class_names
 from dive_fast.data.sources.folder import open_folder
-from dive_fast.data.sources.source import Sample, Skipped, Source, some
+from dive_fast.data.sources.source import Sample, Skipped, Source, summarize_skipped
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.errors import DataError
 from dive_fast.evaluate.datasets.class_names import class_names_of, read_lines
@@ -325,7 +325,8 @@ def complete(source: Source, path: Path) -> Source:
 def remarks_on_files(source: Source) -> list[str]:
     """What a user should know of samples and files that a set does not hold, a line each."""
     found = [skipped_in_words(source.skipped)] if source.skipped else []
-    found += [f"{len(source.ignored)} files ignored: {some(source.ignored)}"] if source.ignored else []
+    if source.ignored:
+        found.append(f"{len(source.ignored)} files ignored: {summarize_skipped(source.ignored)}")
     if source.prepared_without:
         reasons = ", ".join(f"{count} {reason}" for reason, count in source.prepared_without.items())
         found.append(f"was prepared without these samples: {reasons} (skipped.jsonl)")
