@@ -84,7 +84,8 @@ def open_objectnet(images: Path, mappings: Path) -> tuple[Source, Members, tuple
         class_of = {name: row for name, row in named if name not in duplicates}
         folder_of = {name: folder for folder, name in folder_to_name.items()}
         if len(folder_of) < len(folder_to_name):
-            raise KeyError(f"one folder for {next(iter(repeated(list(folder_to_name.values()))))!r}")
+            duplicate = next(iter(repeated(list(folder_to_name.values()))))
+            raise ValueError(f"two folders are called {duplicate!r}")
         by_folder = {
             folder_of[name]: (name, tuple(class_of[label.strip()] for label in joined.split(";")))
             for name, joined in name_to_imagenet.items()
