@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from dive_fast import numerics as precision
 from dive_fast.errors import LaunchError
-from dive_fast.waiting import tell, waiting
+from dive_fast.waiting import report, waiting
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """Until a process group gives a collective up. A run finds out far sooner whom it has lost (``guard/watch.py``);
@@ -281,7 +281,7 @@ def _resolve(address: str, timeout: float) -> None:
             return
         except (OSError, UnicodeError) as error:
             if not told:
-                tell(f"MASTER_ADDR = {address} cannot be resolved ({error}): trying for {patience:.0f} s")
+                report(f"MASTER_ADDR = {address} cannot be resolved ({error}): trying for {patience:.0f} s")
             told = True
             if time.monotonic() > deadline:
                 raise LaunchError(

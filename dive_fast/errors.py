@@ -5,7 +5,7 @@ import errno
 import sys
 from collections.abc import Sequence
 
-LONGEST = 4000
+MAX_LENGTH = 4000
 """Characters of a message; the beginning names the file and the end says what to do, so the middle goes."""
 
 
@@ -41,7 +41,7 @@ class AllRanksError(Exception):
 def one_line(text: str) -> str:
     """Text that a terminal shows as it stands, in one line of bounded length."""
     line = "".join(map(_shown, " ".join(text.split())))
-    return line if len(line) <= LONGEST else f"{line[: LONGEST * 3 // 4]} ... {line[-LONGEST // 4 :]}"
+    return line if len(line) <= MAX_LENGTH else f"{line[: MAX_LENGTH * 3 // 4]} ... {line[-MAX_LENGTH // 4 :]}"
 
 
 def _shown(character: str) -> str:

@@ -30,7 +30,7 @@ TELL_SECONDS = 30.0
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
-def rank_name() -> str:
+def holder_name() -> str:
     """Content of a lock that this process holds."""
     return f"process {os.getpid()} on {socket.gethostname()}\n"
 
@@ -83,7 +83,7 @@ class Lock:
             os.close(descriptor)
         self._descriptor = descriptor
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, rank_name().encode(), 0)
+        os.pwrite(descriptor, holder_name().encode(), 0)
         return None
 
     def release(self) -> None:

@@ -10,13 +10,13 @@ from contextlib import contextmanager, suppress
 import torch.distributed as dist
 from tqdm import tqdm
 
-EVERY = 30.0
+REPORT_SECONDS = 30.0
 """Seconds of waiting until it is said, and between two lines."""
 
 
 @contextmanager
 def waiting(what: Callable[[float], str], limit: float | None = None, code: int = 1) -> Iterator[None]:
-    """Says what the block waits for, every :data:`EVERY` seconds.
+    """Says what the block waits for, every :data:`REPORT_SECONDS` seconds.
 
     Args:
         what: the line, by the seconds waited so far.
@@ -28,16 +28,16 @@ def waiting(what: Callable[[float], str], limit: float | None = None, code: int 
     def watch() -> None:
         begun = time.monotonic()
         while True:
-            left = EVERY if limit is None else min(EVERY, begun + limit - time.monotonic())
+            left = REPORT_SECONDS if limit is None else min(REPORT_SECONDS, begun + limit - time.monotonic())
             if done.wait(max(0.0, left)):
                 return
             waited = time.monotonic() - begun
             if limit is not None and waited >= limit:
                 try:
-                    tell(f"error: {what(waited)}")
+                    report(f"error: {what(waited)}")
                 finally:
                     os._exit(code)
-            tell(what(waited))
+            report(what(waited))
 
     thread = threading.Thread(target=watch, name="waiting", daemon=True)
     thread.start()
@@ -48,7 +48,7 @@ def waiting(what: Callable[[float], str], limit: float | None = None, code: int 
         thread.join()
 
 
-def tell(line: str) -> None:
+def report(line: str) -> None:
     """Prints a line on standard error, whose reader may have gone: Ctrl-C ends ``tee`` too."""
     with suppress(OSError, ValueError):
         tqdm.write(line, file=sys.stderr)

@@ -20,8 +20,8 @@ def main() -> int:
     options = parser.parse_args()
     started = time.perf_counter()
 
-    from dive_fast.config.load import load_config
     from dive_fast.demo import comparison
+    from dive_fast.methods.run_config import load_run_config
 
     print(f"world: {splits.prepare()}", flush=True)
     models: dict[str, Path | None] = {"pretrained": None}
@@ -32,7 +32,7 @@ def main() -> int:
         if exit_code:
             return exit_code
         models[method] = folder / "model.safetensors"
-    report = comparison.compare(load_config(str(HERE / "configs/demo.json")), models)
+    report = comparison.compare(load_run_config(str(HERE / "configs/demo.json")), models)
     comparison.write(report, options.output)
     print(f"\n{comparison.table(report)}\n\n{comparison.EVIDENCE}\n")
     print(f"{options.output}/report.json, {options.output}/report.png")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from dive_fast.errors import StalledError
-from dive_fast.waiting import EVERY, rank_name, tell
+from dive_fast.waiting import REPORT_SECONDS, rank_name, report
 
 DEPTH = 1
 """Items ready or in the making, beside the one that the consumer works on: each takes memory of the device."""
@@ -67,14 +67,14 @@ class Prefetcher(Iterator[Ready], Generic[Item, Ready]):
             StalledError: none has come within the limit.
             BaseException: whatever the loader or ``prepare`` raised.
         """
-        told, every = 0.0, min(EVERY, self._limit or EVERY)
+        told, every = 0.0, min(REPORT_SECONDS, self._limit or REPORT_SECONDS)
         while not self.wait(every):
             told += every
             if self._limit is None:
                 continue
             if told >= self._limit:
                 raise StalledError(f"no batch for {told:.0f} s: {GIVES_NONE}")
-            tell(f"{rank_name()} has waited {told:.0f} s for a batch: {GIVES_NONE}")
+            report(f"{rank_name()} has waited {told:.0f} s for a batch: {GIVES_NONE}")
         assert self._taken is not None
         ready, copied, error = self._taken
         if error is not None:

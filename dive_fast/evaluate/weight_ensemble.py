@@ -149,8 +149,8 @@ def write(result: Ensemble, folder: Path) -> None:
     with file_lock(folder / LOCK, f"results folder {folder}", wait=True):
         towers.save(result.weights, folder / WEIGHTS)
         if not (folder / DESCRIPTION).exists():
-            towers.describe(result.model, folder)
-        path = heads.path_beside(folder / WEIGHTS)
+            towers.save_description(result.model, folder)
+        path = heads.head_path(folder / WEIGHTS)
         if result.head is None:
             path.unlink(missing_ok=True)  # an earlier ensemble's head would be used instead of prompts
         else:

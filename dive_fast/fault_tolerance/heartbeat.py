@@ -24,7 +24,7 @@ import torch.distributed.distributed_c10d as c10d
 
 from dive_fast.distributed import Ranks
 from dive_fast.errors import AllRanksError, machine_error
-from dive_fast.waiting import tell
+from dive_fast.waiting import report
 
 STOPPED, LOST = 75, 76
 """Exit codes. The run was saved and left because it was asked to be: start it again, it goes on. Another rank
@@ -144,7 +144,7 @@ class Watch:
             os.close(self._reading)
             os.close(self._writing)
 
-    def at(self, step: int, phase: Phase, *, is_saved: bool = False) -> None:
+    def set_phase(self, step: int, phase: Phase, *, is_saved: bool = False) -> None:
         """The loop says where it is, ``step`` being the one it is at, or has done.
 
         Args:
@@ -157,12 +157,12 @@ class Watch:
         self._is_saved = is_saved
 
     @property
-    def requested(self) -> str | None:
+    def stop_reason(self) -> str | None:
         """Why the run is to be saved and left: the name of a signal to any rank, say; None: it is not."""
         return self._requested
 
     @contextmanager
-    def taking_requests(self) -> Iterator[None]:
+    def handling_signals(self) -> Iterator[None]:
         """Signals inside ask for a stop, which the loop obeys at its next step; a second Ctrl-C ends at once.
 
         Where there is nothing to lose (before the first step, during an evaluation whose checkpoint is there), and
@@ -180,7 +180,7 @@ class Watch:
                 signal.signal(number, handler)
             signal.set_wakeup_fd(former_pipe)
 
-    def leaves(self, step: int, wait: Callable[[float], bool]) -> bool:
+    def should_leave(self, step: int, wait: Callable[[float], bool]) -> bool:
         """Waits for the batch of a step. True: none comes while the run is asked to stop, so it is left before it.
 
         Alike on all ranks: one that has promised to leave before a step makes it only if another one has begun it,
@@ -214,7 +214,7 @@ class Watch:
         signs = [seen.sign for seen in dict(self._seen).values()]
         return any((sign["step"], ORDER.index(sign["phase"])) >= (step, ORDER.index("step")) for sign in signs)
 
-    def explain(self) -> LostError | None:
+    def find_cause(self) -> LostError | None:
         """Which rank is to blame for a collective that has failed here, if any; waits some seconds to find out."""
         if self._ranks.world_size == 1:
             return None
@@ -311,7 +311,7 @@ class Watch:
     def _request(self, reason: str) -> None:
         if self._requested is None:
             self._requested, self._asked_at = reason, time.monotonic()
-            tell(f"{reason}: rank {self._ranks.rank} asks to save and stop")
+            report(f"{reason}: rank {self._ranks.rank} asks to save and stop")
 
     def _check_launcher(self) -> None:
         # A launcher that was killed, or a terminal with it, has sent no signal.
@@ -326,7 +326,7 @@ class Watch:
         said = missed.format(self._step)
         if self._phase == "step" and (behind := self._behind()):
             said += f"; behind it: {behind}"
-        tell(f"rank {self._ranks.rank} has waited {waited:.0f} s for {said}")
+        report(f"rank {self._ranks.rank} has waited {waited:.0f} s for {said}")
 
     def _behind(self) -> str:
         """The ranks that have not come to this step yet, and where they are."""
@@ -380,7 +380,7 @@ class Watch:
             self._has_left = True
             time.sleep(1.5 * self._beat)
         try:
-            tell(f"rank {self._ranks.rank}: {line}")
+            report(f"rank {self._ranks.rank}: {line}")
             with suppress(OSError, ValueError):
                 sys.stdout.flush()
                 sys.stderr.flush()

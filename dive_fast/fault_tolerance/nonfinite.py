@@ -36,7 +36,7 @@ class NonFinite:
         self._underway: deque[tuple[int, AsyncScalars]] = deque()
         self._reached: int | None = None
 
-    def before(self, step: int, batches: StepBatches) -> None:
+    def record_samples(self, step: int, batches: StepBatches) -> None:
         """Remembers what goes into a step."""
         samples: dict[str, Any] = {"step": step}
         for name, batch in (("target", batches.target), ("reference", batches.reference)):
@@ -44,7 +44,7 @@ class NonFinite:
                 samples[name] = list(batch.keys)
         self._samples.append(samples)
 
-    def after(self, step: int, in_row: Tensor) -> None:
+    def record_outcome(self, step: int, in_row: Tensor) -> None:
         """Takes note of a step's outcome.
 
         Args:
@@ -59,7 +59,7 @@ class NonFinite:
                 self._reached = step
 
     @property
-    def reached(self) -> bool:
+    def limit_reached(self) -> bool:
         """Whether the limit is, as far as this rank has heard."""
         return self._reached is not None
 

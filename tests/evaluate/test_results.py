@@ -248,10 +248,10 @@ def test_results_find_needs_metric_and_samples(tmp_path: Path, missing: str) -> 
 def write_classifier(name: str, folder: Path, process: int) -> Any:
     model = ModelConfig(name=name)
     towers, names = create(model).eval(), [f"thing {i}" for i in range(30)]
-    classifiers = [cached_classifier(towers, tokenizer_of(model), names[:count], read_templates("{}"), ALONE, folder)
-                   for count in (10, 20)]  # fmt: skip
+    tokenizer, templates = tokenizer_of(model), read_templates("{}")
     assert process in (0, 1)
-    return [rows.shape for rows in classifiers]
+    counts = (10, 20)
+    return [cached_classifier(towers, tokenizer, names[:n], templates, ALONE, folder).shape for n in counts]
 
 
 def test_cached_classifier_is_written_by_two_processes(model: ModelConfig, tmp_path: Path) -> None:

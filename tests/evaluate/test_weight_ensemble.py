@@ -17,13 +17,13 @@ from distributed import run_ranks, run_script
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dive_fast.config.schema import Config
 from dive_fast.data.prompts import read_templates
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError
 from dive_fast.evaluate import weight_ensemble
 from dive_fast.evaluate.classifier import classifier
 from dive_fast.evaluate.zero_shot import evaluate
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import head as heads
 from dive_fast.model import towers
 
@@ -42,7 +42,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "sets": {"seen": seen, "other": {key: other[key] for key in tiny.EVALUATION}},
         "workers": 0,
     }
-    model = towers.create(Config.model_validate_json(json.dumps(written)).model)
+    model = towers.create(RunConfig.model_validate_json(json.dumps(written)).model)
     torch.manual_seed(0)
     moved = {name: value + 0.05 * torch.randn(value.shape) for name, value in model.state_dict().items()}
     (folder / "run").mkdir()
@@ -52,7 +52,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def endpoints(tree: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    model = towers.create(Config.model_validate_json(json.dumps(tree)).model)
+    model = towers.create(RunConfig.model_validate_json(json.dumps(tree)).model)
     return model.export(model.state_dict()), load_file(f"{tree['train']['output']}/model.safetensors")
 
 
@@ -70,7 +70,7 @@ def test_interpolate_is_linear_with_exact_endpoints(tree: dict[str, Any]) -> Non
 
 
 def test_ensemble_measures_all_alphas_and_keeps_the_best(tree: dict[str, Any]) -> None:
-    config = Config.model_validate_json(json.dumps(tree))
+    config = RunConfig.model_validate_json(json.dumps(tree))
     weights = Path(tree["train"]["output"]) / "model.safetensors"
     report, state, head, _ = weight_ensemble.ensemble(
         config, weights, ALONE, chosen_on="other", alphas=(0.2, 0.5, 0.8)
@@ -92,7 +92,7 @@ def test_ensemble_measures_all_alphas_and_keeps_the_best(tree: dict[str, Any]) -
 
 
 def test_ensemble_interpolates_trained_and_prompt_heads(tree: dict[str, Any], tmp_path: Path) -> None:
-    config = Config.model_validate_json(json.dumps(tree))
+    config = RunConfig.model_validate_json(json.dumps(tree))
     run, names = Path(tree["train"]["output"]), tuple(f"class number {i}" for i in range(5))
     for file in run.iterdir():
         shutil.copy(file, tmp_path)
@@ -111,16 +111,16 @@ def test_ensemble_interpolates_trained_and_prompt_heads(tree: dict[str, Any], tm
     assert mixed.class_names == names
     torch.testing.assert_close(mixed.weight, 0.6 * start.detach() + 0.4 * trained.weight)
     torch.testing.assert_close(mixed.bias, 0.4 * trained.bias)
-    assert heads.beside(tmp_path / "out/ensemble.safetensors") == tmp_path / "out/ensemble_head.safetensors"
-    assert heads.beside(tmp_path / "out/model.safetensors") is None
+    assert heads.find_head(tmp_path / "out/ensemble.safetensors") == tmp_path / "out/ensemble_head.safetensors"
+    assert heads.find_head(tmp_path / "out/model.safetensors") is None
 
 
 def test_ensemble_rejects_invalid_sets_and_weights(tree: dict[str, Any], tmp_path: Path) -> None:
-    config = Config.model_validate_json(json.dumps(tree))
+    config = RunConfig.model_validate_json(json.dumps(tree))
     weights = Path(tree["train"]["output"]) / "model.safetensors"
     with pytest.raises(ConfigError, match=r"evaluate\.sets has no id; it has seen, other"):
         weight_ensemble.ensemble(config, weights, ALONE, chosen_on="id")
-    without_sets = Config.model_validate_json(json.dumps(tree | {"evaluate": {}}))
+    without_sets = RunConfig.model_validate_json(json.dumps(tree | {"evaluate": {}}))
     with pytest.raises(ConfigError, match=r"evaluate\.sets: there is no set to choose alpha on"):
         weight_ensemble.ensemble(without_sets, weights, ALONE)
     (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
@@ -165,7 +165,7 @@ def count_encoded_classes(tree: dict[str, Any], run: Path) -> int:
         calls.append(next(self.parameters()).device)
         return encode(self, tokens, length)
 
-    config = Config.model_validate_json(json.dumps(tree))
+    config = RunConfig.model_validate_json(json.dumps(tree))
     stopped = mock.patch.object(weight_ensemble, "interpolate", side_effect=StoppedError)
     with mock.patch.object(towers.Towers, "encode_text", count), stopped, suppress(StoppedError):
         weight_ensemble.ensemble(config, run / "model.safetensors", ranks)
@@ -194,18 +194,18 @@ def test_ensemble_divides_prompts_among_ranks_on_device(
 
     monkeypatch.setattr(weight_ensemble, "classifier", spy)
     monkeypatch.setattr(towers.Towers, "load_exported", lambda model, _: model)  # the meta device has no memory
-    config = Config.model_validate_json(json.dumps(tree | {"train": tree["train"] | {"precision": "bf16"}}))
+    config = RunConfig.model_validate_json(json.dumps(tree | {"train": tree["train"] | {"precision": "bf16"}}))
     with pytest.raises(StoppedError):
         weight_ensemble.ensemble(config, tmp_path / "model.safetensors", Ranks(0, 1, torch.device("meta")))
     assert seen == [("meta", None)]
 
 
 def test_ensemble_without_head_removes_an_old_head(tree: dict[str, Any], tmp_path: Path) -> None:
-    config = Config.model_validate_json(json.dumps(tree))
+    config = RunConfig.model_validate_json(json.dumps(tree))
     weights = Path(tree["train"]["output"]) / "model.safetensors"
     result = weight_ensemble.ensemble(config, weights, ALONE, alphas=(0.4,))
     (tmp_path / "ensemble_head.safetensors").write_bytes(b"of another run")
     weight_ensemble.write(result, tmp_path)
-    assert heads.beside(tmp_path / "ensemble.safetensors") is None
+    assert heads.find_head(tmp_path / "ensemble.safetensors") is None
     # open_clip reads the preprocessing from the folder of the weights.
     assert json.loads((tmp_path / "open_clip_config.json").read_text())["preprocess_cfg"]["size"] == [32, 32]

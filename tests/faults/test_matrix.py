@@ -184,7 +184,7 @@ def _(case: Case) -> None:
 
 @fault("`kill -9` in the middle of a checkpoint's file", AGAIN)
 def _(case: Case) -> None:
-    ended(case.job.go(At("dive_fast.checkpoint.saver:_to_disk", "SIGKILL", rank=1, call=2)), LOST, KILLED)
+    ended(case.job.go(At("dive_fast.checkpoint.saver:_fsync", "SIGKILL", rank=1, call=2)), LOST, KILLED)
     case.same()
 
 
@@ -297,7 +297,7 @@ for ranks in (1, 2):
 def _(case: Case) -> None:
     options = ("train.checkpoint_every=1",)
     job = case.job.start(
-        At("dive_fast.fault_tolerance.heartbeat:Watch.leaves", "hangs", rank=1, call=4), overrides=options
+        At("dive_fast.fault_tolerance.heartbeat:Watch.should_leave", "hangs", rank=1, call=4), overrides=options
     )
     job.until_step(2)
     job.kill(0, signal.SIGTERM)
@@ -331,7 +331,7 @@ for what, place in (
 def _(case: Case) -> None:
     measured = {key: case.tree["data"]["target"][key] for key in tiny.EVALUATION}
     options = ("evaluate.every_steps=3", f"evaluate.sets={json.dumps({'seen': measured})}", "evaluate.workers=0")
-    job = case.job.start(At("dive_fast.train.validation:evaluate", "hangs"), overrides=options)
+    job = case.job.start(At("dive_fast.train.validation:measure_sets", "hangs"), overrides=options)
     while not (job.checkpoints() and job.checkpoints()[-1].name == "step00000003"):
         time.sleep(0.05)
     time.sleep(1)
@@ -354,7 +354,7 @@ def _(case: Case) -> None:
     outcome = case.job.go(
         At(WRITE, "disk full", rank=1, call=2),
         At("evaluation 3", "SIGTERM", rank=1),
-        At("dive_fast.train.validation:evaluate", "lingers"),
+        At("dive_fast.train.validation:measure_sets", "lingers"),
         overrides=options,
     )
     ended(outcome, STOPPED, STOPPED, says="saved after step")
@@ -431,7 +431,7 @@ for dead, codes in ((1, (LOST, KILLED)), (0, (KILLED, LOST))):
 @fault("a rank hangs in a step", f"all name it and its step within the timeout, exit {LOST}; {AGAIN}")
 def _(case: Case) -> None:
     # The other one's step does not end either: it waits for this one's gradients.
-    hanging = At("dive_fast.fault_tolerance.heartbeat:Watch.leaves", "hangs", rank=1, call=4)
+    hanging = At("dive_fast.fault_tolerance.heartbeat:Watch.should_leave", "hangs", rank=1, call=4)
     lost(hanging, (LOST, LOST), "rank 1 waiting for the batch of step 4", case)
 
 
@@ -476,7 +476,7 @@ for what, says in (("out of memory", "CUDA out of memory"), ("CUDA error", "an i
     )
     def _(case: Case, what: str = what, says: str = says) -> None:
         # The other one is late, and must not be taken for the cause.
-        silent = At("dive_fast.fault_tolerance.heartbeat:Watch.leaves", "lingers long", rank=0, call=4)
+        silent = At("dive_fast.fault_tolerance.heartbeat:Watch.should_leave", "lingers long", rank=0, call=4)
         outcome = case.job.go(At(STEP, what, rank=1, call=4), silent, overrides=("train.rank_timeout=15",))
         ended(outcome, 1, 1, says=f"failed in step 4: {'CUDA error: ' * (what != 'out of memory')}{says}")
         assert "rank 0 on" not in outcome.said
@@ -526,7 +526,7 @@ def _(case: Case) -> None:
 @fault("no batch comes for a while", "said after 30 s, and the run goes on: " + SAME)
 def _(case: Case) -> None:
     outcome = case.job.go(
-        At("dive_fast.fault_tolerance.heartbeat:Watch.leaves", "lingers", rank=1, call=3),
+        At("dive_fast.fault_tolerance.heartbeat:Watch.should_leave", "lingers", rank=1, call=3),
         At("dive_fast.train.loop:build", "impatient"),
     )
     ended(outcome, 0, 0, says="rank 1 has waited")

@@ -117,9 +117,11 @@ def test_objectnet_members_and_border(tmp_path: Path) -> None:
     bordered = Image.new("RGB", (36, 30), "red")
     bordered.paste(Image.new("RGB", (32, 26), "blue"), (2, 2))
     samples = StrictSamples(data.source, Preprocess((8, 8), (0,) * 3, (1,) * 3, "bicubic", "squash"), data.border)
-    assert np.unique(np.asarray(samples.cut((0, 0), bordered)).reshape(-1, 3), axis=0).tolist() == [[0, 0, 255]]
+    assert np.unique(np.asarray(samples.transform((0, 0), bordered)).reshape(-1, 3), axis=0).tolist() == [
+        [0, 0, 255]
+    ]
     with pytest.raises(DataError, match="no larger than its border of 2 pixels"):
-        samples.cut((0, 0), Image.new("RGB", (4, 9)))
+        samples.transform((0, 0), Image.new("RGB", (4, 9)))
     (root / "mappings/pytorch_to_imagenet_2012_id.json").unlink()
     with pytest.raises(DataError, match=r"pytorch_to_imagenet_2012_id.json: cannot read ObjectNet's map"):
         opened("objectnet", tmp_path)
@@ -510,7 +512,9 @@ def test_wilds_tables_inconsistent_raise(tmp_path: Path) -> None:
         valid + "7,1007,Another\n",
     ):
         (root / "categories.csv").write_text(table)
-        with pytest.raises(DataError, match="its column y does not number the species 0, 1, 2, ..., each once"):
+        with pytest.raises(
+            DataError, match=r"its column y does not number the species 0, 1, 2, \.\.\., each once"
+        ):
             opened("iwildcam_ood", tmp_path)
     (root / "categories.csv").write_text(valid.replace("Genus species 7\n", '"Genus species 7\n'))
     with pytest.raises(DataError, match=r"categories.csv: cannot read it|too many columns"):
