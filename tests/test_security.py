@@ -380,7 +380,7 @@ def test_lists_of_evaluation_sets_name_no_file_outside(tmp_path: Path) -> None:
     root.mkdir()
     for name in ("../secret.jpg", str(tmp_path / "secret.jpg"), "a\0b"):
         (root / "split.json").write_text(json.dumps({"test": [[name, 0, "cat"]]}))
-        refused(lambda: layouts.coop(root, "split.json", [""]), "names a file elsewhere", "get the data set anew")
+        refused(lambda: layouts.coop(root, "split.json", [""]), "names a file elsewhere", "get the data set again")
         tree = {"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "a"}]}
         (root / "coco_test_karpathy.json").write_text(json.dumps(tree))
         refused(lambda: layouts.karpathy(root, "mscoco"), "names a file elsewhere")
@@ -605,7 +605,7 @@ def test_json_is_not_nested_without_end(world: Path, tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(1, 2), "bias": torch.zeros(1)}, tmp_path / "h", {"class_names": DEEP})
     refused(lambda: heads.load(tmp_path / "h"), "cannot be read as a head", "nested too deeply")
     (tmp_path / results.FILE).write_text(DEEP + "\n")
-    refused(lambda: results.Results(tmp_path), "line 1 is no result: nested too deeply; remove it")
+    refused(lambda: results.Results(tmp_path), "line 1 is not a result: nested too deeply; remove it")
     for name in imagenet.MAPPINGS:
         (tmp_path / name).write_text(DEEP)
     refused(lambda: imagenet.open_objectnet(tmp_path, tmp_path), "cannot read ObjectNet's map")
