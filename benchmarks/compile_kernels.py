@@ -4,8 +4,8 @@
     python benchmarks/compile_kernels.py --capability 80 90 100 --output build
 
 The real host code runs on meta tensors while its launches are recorded, so that exactly the variants that would
-be launched are compiled. Too much shared memory, or on Hopper a spilled register, ends the command with an error and
-no table.
+be launched are compiled. Too much shared memory, or on Hopper a spilled register, ends the command with an error
+and no table.
 """
 
 import argparse
