@@ -1,4 +1,7 @@
-"""The config of a run with its method: ``python -m dive_fast.methods.run_config`` prints the reference, docs/config.md."""
+"""The config of a run with its method.
+
+``python -m dive_fast.methods.run_config`` prints the configuration reference, docs/config.md.
+"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
