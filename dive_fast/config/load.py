@@ -31,8 +31,8 @@ def load_config(name: str, overrides: Sequence[str], folder: Path | None, schema
         schema: the config's type.
 
     Raises:
-        ConfigError: no such file, invalid JSON, a circle of bases, an unknown or ill-typed key, or keys that do not
-            go together.
+        ConfigError: no such file, invalid JSON, a circle of bases, an unknown or ill-typed key, or keys that do
+            not go together.
     """
     path = find_config(name, folder)
     layers = _Layers()
@@ -294,4 +294,7 @@ def _origin(error: ValidationError, path: Path, overrides: Sequence[str], origin
         overridden = f"{override.partition('=')[0]}."
         if place != "." and (place.startswith(overridden) or overridden.startswith(place)):
             return f"command line ({shorten(override)})"
+    # A missing key has the origin of its section.
+    while key and key not in origins:
+        key = key.rpartition(".")[0]
     return origins.get(key, str(path))
