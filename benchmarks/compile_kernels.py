@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from dive_fast.kernels import blocks, contrastive, difference, dive
+from dive_fast.kernels import contrastive, difference, joint_step, primitives
 
 # Bytes of shared memory for one program, by compute capability (CUDA programming guide, technical specifications).
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -50,7 +50,7 @@ class Variant(NamedTuple):
 
 KERNELS = {
     name: kernel
-    for module in (contrastive, difference, dive)
+    for module in (contrastive, difference, joint_step)
     for name, kernel in vars(module).items()
     if name.endswith("_kernel")
 }
@@ -62,10 +62,10 @@ def variants() -> list[Variant]:
     found: dict[Variant, None] = {}
 
     def record(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-        options |= blocks.COMPILER_OPTIONS
+        options |= primitives.COMPILER_OPTIONS
         found[_variant(kernel, arguments, options)] = None
 
-    with unittest.mock.patch.object(blocks, "launch", record):
+    with unittest.mock.patch.object(primitives, "launch", record):
         for rows, width, dtype in itertools.product(BATCHES, WIDTHS, DTYPES):
             _launch_all(rows, width, dtype)
     return list(found)
@@ -88,8 +88,8 @@ def _launch_all(rows: int, width: int, dtype: torch.dtype) -> None:
         options = 0.99, 1.0, 1.0, mean_gradient
         _, _, average = difference.launch_forward(*reference, average_vector, *options, "")
         difference.launch_backward(upstream, *reference, average, *options)
-        dive.launch_forward(image, text, scale, *reference, average_vector, 1000.0, *options, "")
-        dive.launch_backward(upstream, scale, *saved, *reference, average, rows, 0, width, 1000.0, *options)
+        joint_step.launch_forward(image, text, scale, *reference, average_vector, 1000.0, *options, "")
+        joint_step.launch_backward(upstream, scale, *saved, *reference, average, rows, 0, width, 1000.0, *options)
 
 
 def _variant(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Variant:
@@ -107,7 +107,7 @@ def _variant(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -
                 aligned.append(name)
     compiler = {
         name: options.pop(name)
-        for name in ("num_warps", "num_stages", *blocks.COMPILER_OPTIONS)
+        for name in ("num_warps", "num_stages", *primitives.COMPILER_OPTIONS)
         if name in options
     }
     signature |= dict.fromkeys(options, "constexpr")
@@ -179,7 +179,7 @@ def main() -> int:
     parser.add_argument("--capability", type=int, nargs="+", default=[90], choices=sorted(SHARED_MEMORY))
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the tables")
     arguments = parser.parse_args()
-    if blocks.INTERPRETED:
+    if primitives.INTERPRETED:
         parser.error("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
     todo = variants()
     failed = False

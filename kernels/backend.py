@@ -7,11 +7,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 try:
-    from dive_fast.kernels import blocks
+    from dive_fast.kernels import primitives
 except ModuleNotFoundError as error:
     if error.name != "triton":
         raise
-    blocks = None  # type: ignore[assignment]
+    primitives = None  # type: ignore[assignment]
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -40,17 +40,17 @@ def uses_triton(backend: Backend, features: Tensor, constants: dict[str, Tensor]
 
 
 def _obstacle(features: Tensor, constants: dict[str, Tensor], planned: bool) -> str | None:
-    if blocks is None:
+    if primitives is None:
         return "the package triton is not installed"
-    if not blocks.INTERPRETED and not planned:
+    if not primitives.INTERPRETED and not planned:
         if features.device.type != "cuda":
             return f"features are on {features.device.type}, not on CUDA, and TRITON_INTERPRET=1 is not set"
         if features.dtype == torch.float64:
             return "features are fp64, which only the interpreter (TRITON_INTERPRET=1) computes"
         if not _has_tensor_cores(features.device):
             return f"{features.device} is older than compute capability 8.0"
-    if features.shape[1] > blocks.MAX_WIDTH:
-        return f"embeddings of {features.shape[1]} elements are wider than {blocks.MAX_WIDTH}"
+    if features.shape[1] > primitives.MAX_WIDTH:
+        return f"embeddings of {features.shape[1]} elements are wider than {primitives.MAX_WIDTH}"
     if torch.is_grad_enabled():
         for name, tensor in constants.items():
             if tensor.requires_grad:

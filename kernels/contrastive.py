@@ -40,7 +40,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dive_fast.kernels import blocks, ranks
+from dive_fast.kernels import primitives, process_group
 from dive_fast.kernels.precision import full_fp32
 
 # Rows and columns of the packed matrices are padded to these.
@@ -93,10 +93,10 @@ class Shape(NamedTuple):
 def shape_of(image: Tensor, group: str) -> Shape:
     """Sizes from this rank's features."""
     rows, width = image.shape
-    total, first = rows * ranks.world_size(group), rows * ranks.rank(group)
+    total, first = rows * process_group.world_size(group), rows * process_group.rank(group)
     # The last rank's last tile of rows may reach beyond the last tile of columns.
-    total_padded = blocks.round_up(total - rows + blocks.round_up(rows, TILE), TILE)
-    return Shape(rows, total, first, width, total_padded, blocks.round_up(width, DEPTH), image.dtype)
+    total_padded = primitives.round_up(total - rows + primitives.round_up(rows, TILE), TILE)
+    return Shape(rows, total, first, width, total_padded, primitives.round_up(width, DEPTH), image.dtype)
 
 
 # Pack
@@ -142,14 +142,14 @@ def pack_block(
 @triton.jit
 def _scaled(x):
     """x^ with norm in [1, 2), the factor that makes it the unit row, and 1 / max(|x|, 1e-12)."""
-    norm = blocks.norms(x)
-    power = blocks.power_of_two(norm)
-    power = tl.where(norm < blocks.CLAMP, tl.full(norm.shape, blocks.CLAMPED_POWER, norm.dtype), power)
-    length = blocks.clamped(norm)
+    norm = primitives.norms(x)
+    power = primitives.power_of_two(norm)
+    power = tl.where(norm < primitives.CLAMP, tl.full(norm.shape, primitives.CLAMPED_POWER, norm.dtype), power)
+    length = primitives.clamped(norm)
     one = tl.full(norm.shape, 1.0, norm.dtype)
     # A norm that overflows leaves zeros, as in F.normalize: power is infinite, and a factor of 1 keeps them.
-    factor = tl.where(power == float("inf"), one, blocks.divide(power, length))
-    return x * blocks.divide(one, power)[:, None], factor, blocks.divide(one, length)
+    factor = tl.where(power == float("inf"), one, primitives.divide(power, length))
+    return x * primitives.divide(one, power)[:, None], factor, primitives.divide(one, length)
 
 
 # Statistics and loss
@@ -189,7 +189,7 @@ def statistics_block(
     positive = tl.zeros([ROWS], ACC)
     for offset in range(0, ROWS, COLUMNS):
         label = first + row0 + offset
-        product = blocks.products(left, right + label * stride, D_padded, ROWS, COLUMNS, DEPTH, ACC)
+        product = primitives.products(left, right + label * stride, D_padded, ROWS, COLUMNS, DEPTH, ACC)
         is_label = offset + tl.arange(0, COLUMNS)[None, :] == tl.arange(0, ROWS)[:, None]
         positive += tl.sum(tl.where(is_label, product, 0.0), axis=1)
     positive *= row_factor * tl.load(rows + (1 - side) * N_padded + first + row)
@@ -203,7 +203,7 @@ def statistics_block(
     for column0 in range(split * span, tl.minimum((split + 1) * span, N), COLUMNS):
         column = column0 + tl.arange(0, COLUMNS)
         column_factor = tl.load(rows + (1 - side) * N_padded + column)
-        product = blocks.products(left, right + column0 * stride, D_padded, ROWS, COLUMNS, DEPTH, ACC)
+        product = primitives.products(left, right + column0 * stride, D_padded, ROWS, COLUMNS, DEPTH, ACC)
         # How far above the label's each cosine is: what is large and common is gone before s magnifies it.
         above = product * (row_factor[:, None] * column_factor[None, :]) - positive[:, None]
         negative = (column < N)[None, :] & (column[None, :] != first + row[:, None])
@@ -267,7 +267,7 @@ def finish_contrastive(
             top = tl.where(highest < 0, 0.0, highest)  # a comparison that lets a NaN through
             mass = total * tl.exp(highest - top)
             # The highest of all, label included, is worth 1 and stays out of what log1p is given.
-            rest = blocks.log1p(tl.where(top == 0.0, mass, mass - 1.0 + tl.exp(-top)))
+            rest = primitives.log1p(tl.where(top == 0.0, mass, mass - 1.0 + tl.exp(-top)))
             margin = tl.where(total == 0.0, float("-inf"), highest + tl.log(total))
             error = 1.0 / (1.0 + tl.exp(-margin))
             complement += error
@@ -362,12 +362,12 @@ def gradient_block(
     p_slice = right + offset[:, None] * D_padded + depth[None, :]
     for column0 in range(0, N, COLUMNS):
         column = column0 + offset
-        product = blocks.products(left, right + column0 * stride, D_padded, ROWS, COLUMNS, DEPTH, ACC)
+        product = primitives.products(left, right + column0 * stride, D_padded, ROWS, COLUMNS, DEPTH, ACC)
         weight, cosine = _weights(product, row, column, side, rows, statistics, s, N, first, N_padded)
         along += tl.sum(weight * cosine, axis=1)
         scaled = weight * (tl.load(rows + (1 - side) * N_padded + column)[None, :] * _WEIGHT_SCALE)
         block = tl.load(p_slice + column0 * stride, mask=(depth < D_padded)[None, :], other=0.0)
-        acc = blocks.split_dot(scaled, block, acc)
+        acc = primitives.split_dot(scaled, block, acc)
 
     inside = (depth < D)[None, :] & (row < B)[:, None]
     place = row.to(tl.int64)[:, None] * D_padded + depth[None, :]
@@ -382,14 +382,14 @@ def gradient_block(
     gradient = acc * (1.0 / _WEIGHT_SCALE) - partner * (partner_factor * complement)[:, None]
     along = along - complement * positive
     # Below the clamp z is linear in x and nothing is projected out.
-    along = tl.where(inverse < 1.0 / blocks.CLAMP, along, 0.0)
+    along = tl.where(inverse < 1.0 / primitives.CLAMP, along, 0.0)
     gradient = gradient - own * (own_factor * along)[:, None]
     gradient = gradient * (inverse * (tl.load(upstream).to(ACC) * s / (2.0 * B.to(ACC))))[:, None]
     place = row.to(tl.int64)[:, None] * D + depth[None, :]
-    gradient = blocks.rounded(gradient, image_gradient.dtype.element_ty)
+    gradient = primitives.rounded(gradient, image_gradient.dtype.element_ty)
     if pid == 0:
         scale = tl.load(upstream).to(ACC) * tl.load(slope)
-        tl.store(scale_gradient, blocks.rounded(scale, scale_gradient.dtype.element_ty))
+        tl.store(scale_gradient, primitives.rounded(scale, scale_gradient.dtype.element_ty))
     if side == 0:
         tl.store(image_gradient + place, gradient, mask=inside)
     else:
@@ -430,7 +430,7 @@ def weights_kernel(
     column = column0 + tl.arange(0, COLUMNS)
     left = packed + (side * N_padded + first + chunk0 + place0) * D_padded
     right = packed + ((1 - side) * N_padded + column0) * D_padded
-    product = blocks.products(left, right, D_padded, ROWS, COLUMNS, DEPTH, ACC)
+    product = primitives.products(left, right, D_padded, ROWS, COLUMNS, DEPTH, ACC)
     s = tl.load(logit_scale).to(ACC)
     weight, _ = _weights(product, row, column, side, rows, statistics, s, N, first, N_padded)
     weight *= tl.load(rows + (1 - side) * N_padded + column)[None, :] * _WEIGHT_SCALE
@@ -483,10 +483,10 @@ def finish_gradient_kernel(
     complement = tl.load(statistics + 4 * N.to(tl.int64) + first + row, mask=row < B, other=0.0)
     s = tl.load(logit_scale).to(ACC)
     result = acc * (1.0 / _WEIGHT_SCALE) - partner * complement[:, None]
-    along = tl.where(inverse < 1.0 / blocks.CLAMP, tl.sum(own * result, axis=1), 0.0)
+    along = tl.where(inverse < 1.0 / primitives.CLAMP, tl.sum(own * result, axis=1), 0.0)
     result = (result - own * along[:, None]) * inverse[:, None]
     result *= tl.load(upstream).to(ACC) * s / (2.0 * B.to(ACC))
-    result = blocks.rounded(result, gradient.dtype.element_ty)
+    result = primitives.rounded(result, gradient.dtype.element_ty)
     tl.store(gradient + row.to(tl.int64)[:, None] * D + depth[None, :], result, mask=inside)
 
 
@@ -539,7 +539,7 @@ def statistics_kernel(
         pid, packed, rows, logit_scale, partials, statistics, B, N, first, N_padded, D_padded, num_splits, ROWS,
         COLUMNS, DEPTH, ACC,
     )  # fmt: skip
-    if blocks.is_last(ticket, tl.num_programs(0)):
+    if primitives.is_last(ticket, tl.num_programs(0)):
         value = finish_contrastive(partials, statistics, slope, B, num_splits, FINISH_ROWS, ACC)
         tl.store(loss, value)
 
@@ -591,10 +591,10 @@ class Buffers(NamedTuple):
 
 def buffers(shape: Shape, device: torch.device) -> Buffers:
     """Outputs and scratch of the forward, unwritten."""
-    computing = blocks.computing_dtype(shape.dtype)
+    computing = primitives.computing_dtype(shape.dtype)
 
     def empty(*size: int, dtype: torch.dtype = computing) -> Tensor:
-        return blocks.empty(*size, dtype=dtype, device=device)
+        return primitives.empty(*size, dtype=dtype, device=device)
 
     return Buffers(
         empty(2, shape.total_padded, shape.width_padded, dtype=shape.dtype),
@@ -645,9 +645,14 @@ def gradient_programs(shape: Shape) -> int:
     return 2 * triton.cdiv(shape.rows, tile.ROWS) * triton.cdiv(shape.width, width)
 
 
+def gather_rows(features: Tensor, group: str) -> Tensor:
+    """Features of all ranks in rank order, ``(B, D) -> (N, D)``, dense."""
+    return process_group.gather(primitives.dense(features), group).flatten(0, 1)
+
+
 def gather_statistics(statistics: Tensor, group: str) -> Tensor:
     """Statistics of the pairs of all ranks, ``(7, B) -> (7, N)``."""
-    gathered = ranks.gather(statistics, group)
+    gathered = process_group.gather(statistics, group)
     return statistics if len(gathered) == 1 else gathered.transpose(0, 1).flatten(1).contiguous()
 
 
@@ -661,10 +666,12 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, and what its backward needs: packed rows, their factors, statistics of all pairs, dL/ds."""
     shape = shape_of(image, group)
-    image, text = (ranks.gather(blocks.dense(features), group).flatten(0, 1) for features in (image, text))
+    image, text = (
+        process_group.gather(primitives.dense(features), group).flatten(0, 1) for features in (image, text)
+    )
     made = buffers(shape, image.device)
-    row_block = blocks.row_block(shape.width_padded)
-    blocks.launch(
+    row_block = primitives.row_block(shape.width_padded)
+    primitives.launch(
         pack_kernel,
         shape.total_padded // row_block["ROWS"],
         image,
@@ -675,9 +682,9 @@ def launch_forward(
         shape.width,
         shape.width_padded,
         **row_block,
-        ACC=blocks.acc(shape.dtype),
+        ACC=primitives.acc(shape.dtype),
     )
-    blocks.launch(
+    primitives.launch(
         statistics_kernel,
         statistics_programs(shape),
         *(
@@ -693,7 +700,7 @@ def launch_forward(
         *(shape.rows, shape.total, shape.first, shape.total_padded, shape.width_padded, num_splits(shape)),
         **tile(shape)._asdict(),
         FINISH_ROWS=FINISH_ROWS,
-        ACC=blocks.acc(shape.dtype),
+        ACC=primitives.acc(shape.dtype),
     )
     statistics = gather_statistics(made.statistics, group)
     loss = made.loss if statistics is made.statistics else loss_of(statistics)
@@ -727,14 +734,14 @@ def launch_backward(
         return chunked_gradient(upstream, logit_scale, packed, rows, statistics, slope, shape)
     image, text, scale = gradients(shape, logit_scale)
     tile, slice_width = gradient_tile(shape)
-    blocks.launch(
+    primitives.launch(
         gradient_kernel,
         gradient_programs(shape),
         *(packed, rows, logit_scale, statistics, upstream, slope, image, text, scale),
         *(shape.rows, shape.total, shape.first, shape.total_padded, shape.width, shape.width_padded),
         **tile._asdict(),
         SLICE=slice_width,
-        ACC=blocks.acc(shape.dtype),
+        ACC=primitives.acc(shape.dtype),
     )
     return image, text, scale
 
@@ -760,8 +767,8 @@ def _(
 def gradients(shape: Shape, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Unwritten gradients of features and scale."""
     device = logit_scale.device
-    image, text = (blocks.empty(shape.rows, shape.width, dtype=shape.dtype, device=device) for _ in range(2))
-    return image, text, blocks.empty(*logit_scale.shape, dtype=logit_scale.dtype, device=device)
+    image, text = (primitives.empty(shape.rows, shape.width, dtype=shape.dtype, device=device) for _ in range(2))
+    return image, text, primitives.empty(*logit_scale.shape, dtype=logit_scale.dtype, device=device)
 
 
 def chunked_gradient(
@@ -776,29 +783,29 @@ def chunked_gradient(
     """Gradients where the logits are too many to compute anew for every slice of the width."""
     image, text, scale = gradients(shape, logit_scale)
     chunk, columns = _chunk(shape)
-    halves = blocks.empty(2 if shape.is_half else 1, chunk, columns, dtype=shape.dtype, device=packed.device)
+    halves = primitives.empty(2 if shape.is_half else 1, chunk, columns, dtype=shape.dtype, device=packed.device)
     constants = tile(shape)
-    row_block = blocks.row_block(shape.width_padded)
+    row_block = primitives.row_block(shape.width_padded)
     sizes = shape.total, shape.first, shape.total_padded
     for side, gradient in enumerate((image, text)):
         for start in range(0, shape.rows, chunk):
             count = min(chunk, shape.rows - start)  # the packed rows end with the last tile of them
-            blocks.launch(
+            primitives.launch(
                 weights_kernel,
                 triton.cdiv(count, constants.ROWS) * (columns // constants.COLUMNS),
                 *(packed, rows, logit_scale, statistics, halves, side, start, chunk, columns),
                 *(*sizes, shape.width_padded),
                 **constants._asdict(),
-                ACC=blocks.acc(shape.dtype),
+                ACC=primitives.acc(shape.dtype),
             )
             sums = _matmul(halves[:, :count], packed[1 - side, :columns])
-            blocks.launch(
+            primitives.launch(
                 finish_gradient_kernel,
                 triton.cdiv(count, row_block["ROWS"]),
                 *(sums, packed, rows, logit_scale, statistics, upstream, gradient, side, start, shape.rows),
                 *(*sizes, shape.width, shape.width_padded),
                 **row_block,
-                ACC=blocks.acc(shape.dtype),
+                ACC=primitives.acc(shape.dtype),
             )
     scale.copy_(upstream * slope)
     return image, text, scale
@@ -806,9 +813,9 @@ def chunked_gradient(
 
 def _chunk(shape: Shape) -> tuple[int, int]:
     """Rows and columns of the weights that exist at one time."""
-    columns = blocks.round_up(shape.total, TILE)
+    columns = primitives.round_up(shape.total, TILE)
     chunk = max(CHUNK_LOGITS // columns // TILE * TILE, CHUNK_ROWS)
-    return min(chunk, blocks.round_up(shape.rows, TILE)), columns
+    return min(chunk, primitives.round_up(shape.rows, TILE)), columns
 
 
 def scratch_bytes(shape: Shape) -> int:
@@ -819,7 +826,7 @@ def scratch_bytes(shape: Shape) -> int:
     weights = (2 if shape.is_half else 1) * chunk * columns * shape.dtype.itemsize
     # The sums of the high half and, added to them, of the low one.
     sums = (2 if shape.is_half else 1) * chunk * shape.width_padded
-    return weights + sums * blocks.computing_dtype(shape.dtype).itemsize
+    return weights + sums * primitives.computing_dtype(shape.dtype).itemsize
 
 
 def _matmul(halves: Tensor, right: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dive_fast.kernels import blocks, ranks
+from dive_fast.kernels import primitives, process_group
 
 # Programs of the row kernels at most: enough to fill a GPU, few since each reads the sums of all.
 _PROGRAMS = tl.constexpr(128)
@@ -66,13 +66,13 @@ class Shape(NamedTuple):
     def programs(self) -> int:
         """Programs of each of the three kernels."""
         most = _PROGRAMS_OF_SMALL_BATCH if self.rows <= _SMALL_BATCH else _PROGRAMS.value
-        return min(triton.cdiv(self.rows, blocks.row_block(self.width)["ROWS"]), most)
+        return min(triton.cdiv(self.rows, primitives.row_block(self.width)["ROWS"]), most)
 
 
 def shape_of(image: Tensor, group: str) -> Shape:
     """Sizes from this rank's features."""
     rows, width = image.shape
-    return Shape(rows, rows * ranks.world_size(group), width, image.dtype)
+    return Shape(rows, rows * process_group.world_size(group), width, image.dtype)
 
 
 # One program's share of the rows: contiguous, a whole number of blocks.
@@ -96,8 +96,8 @@ def _load_rows(matrix, row0, end, D, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 def _differences(features, teacher, row0, end, D, ROWS: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):
     """Unit rows, difference vectors, and what F.normalize divides by; zeros beyond the edge."""
     x = _load_rows(features, row0, end, D, ROWS, WIDTH).to(ACC)
-    norm = blocks.norms(x)
-    z = blocks.divide(x, tl.broadcast_to(blocks.clamped(norm)[:, None], [ROWS, WIDTH]))
+    norm = primitives.norms(x)
+    z = primitives.divide(x, tl.broadcast_to(primitives.clamped(norm)[:, None], [ROWS, WIDTH]))
     return z, z - _load_rows(teacher, row0, end, D, ROWS, WIDTH), norm
 
 
@@ -171,8 +171,8 @@ def values_block(
         to_m = tl.sum((u - m[None, :]) * (u - m[None, :]) + (v - m[None, :]) * (v - m[None, :]), axis=1)
         average_loss += tl.where(inside, to_m, 0.0)
         pairwise_loss += tl.sum((u - v) * (u - v), axis=1)
-        image_norm += blocks.norms(u)
-        text_norm += blocks.norms(v)
+        image_norm += primitives.norms(u)
+        text_norm += primitives.norms(v)
     tl.store(partials + pid, tl.sum(average_loss, axis=0))
     tl.store(partials + programs + pid, tl.sum(pairwise_loss, axis=0))
     tl.store(partials + 2 * programs + pid, tl.sum(image_norm, axis=0))
@@ -250,13 +250,15 @@ def difference_gradient_block(
 @triton.jit
 def _store_gradient(gradient, z, dz, norm, scale, row0, end, D, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     # Below the clamp z is linear in x and nothing is projected out.
-    along = tl.where(norm < blocks.CLAMP, 0.0, tl.sum(z * dz, axis=1))
-    dx = (dz - z * along[:, None]) * blocks.divide(tl.broadcast_to(scale, [ROWS]), blocks.clamped(norm))[:, None]
+    along = tl.where(norm < primitives.CLAMP, 0.0, tl.sum(z * dz, axis=1))
+    dx = (dz - z * along[:, None]) * primitives.divide(tl.broadcast_to(scale, [ROWS]), primitives.clamped(norm))[
+        :, None
+    ]
     row = row0 + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     place = row.to(tl.int64)[:, None] * D + column[None, :]
     inside = (row < end)[:, None] & (column < D)[None, :]
-    tl.store(gradient + place, blocks.rounded(dx, gradient.dtype.element_ty), mask=inside)
+    tl.store(gradient + place, primitives.rounded(dx, gradient.dtype.element_ty), mask=inside)
 
 
 # Launches
@@ -312,7 +314,7 @@ def values_kernel(
         tl.program_id(0), programs, image, text, image_teacher, text_teacher, previous, sums, average, partials,
         B, N, D, num_sums, ROWS, WIDTH, DECAY, GROWTH, ACC,
     )  # fmt: skip
-    if blocks.is_last(ticket, programs):
+    if primitives.is_last(ticket, programs):
         value = finish_difference(partials, parts, B, programs, AVERAGE_WEIGHT, PAIRWISE_WEIGHT, ACC)
         tl.store(loss, value)
 
@@ -359,14 +361,14 @@ class Buffers(NamedTuple):
 
 def buffers(shape: Shape, image: Tensor) -> Buffers:
     """Outputs and scratch of the forward, unwritten."""
-    dtype = blocks.computing_dtype(image.dtype)
+    dtype = primitives.computing_dtype(image.dtype)
     sizes = (shape.programs, shape.width), (2, shape.width), (4, shape.programs), (4,), ()
-    return Buffers(*(blocks.empty(*size, dtype=dtype, device=image.device) for size in sizes))
+    return Buffers(*(primitives.empty(*size, dtype=dtype, device=image.device) for size in sizes))
 
 
 def gather_sums(sums: Tensor, group: str) -> Tensor:
     """One row of sums per rank, unless this rank is alone: ``(programs, D) -> (W, D)``."""
-    return sums if ranks.world_size(group) == 1 else ranks.gather(sums.sum(0), group)
+    return sums if process_group.world_size(group) == 1 else process_group.gather(sums.sum(0), group)
 
 
 def loss_of(parts: Tensor, options: Options) -> Tensor:
@@ -390,17 +392,19 @@ def launch_forward(
     options = Options(decay, average_weight, pairwise_weight, mean_gradient)
     shape = shape_of(image, group)
     made = buffers(shape, image)
-    inputs = [blocks.dense(tensor) for tensor in (image, text, image_teacher, text_teacher)]
-    constants = {**blocks.row_block(shape.width), "ACC": blocks.acc(shape.dtype), "num_warps": _NUM_WARPS}
-    ticket = blocks.empty(dtype=torch.int32, device=image.device)
-    blocks.launch(sums_kernel, shape.programs, *inputs, made.sums, ticket, shape.rows, shape.width, **constants)
+    inputs = [primitives.dense(tensor) for tensor in (image, text, image_teacher, text_teacher)]
+    constants = {**primitives.row_block(shape.width), "ACC": primitives.acc(shape.dtype), "num_warps": _NUM_WARPS}
+    ticket = primitives.empty(dtype=torch.int32, device=image.device)
+    primitives.launch(
+        sums_kernel, shape.programs, *inputs, made.sums, ticket, shape.rows, shape.width, **constants
+    )
     sums = gather_sums(made.sums, group)
-    blocks.launch(
+    primitives.launch(
         values_kernel,
         shape.programs,
         *(
             *inputs,
-            blocks.dense(average_vector),
+            primitives.dense(average_vector),
             sums,
             made.average,
             made.partials,
@@ -412,9 +416,9 @@ def launch_forward(
         **options.constants(),
         **constants,
     )
-    if ranks.world_size(group) == 1:
+    if process_group.world_size(group) == 1:
         return made.loss, made.parts, made.average
-    parts = ranks.gather(made.parts, group).mean(0)
+    parts = process_group.gather(made.parts, group).mean(0)
     return loss_of(parts, options), parts, made.average
 
 
@@ -454,7 +458,7 @@ def _(upstream: Tensor, image: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]
 
 def gradients(image: Tensor) -> tuple[Tensor, Tensor]:
     """Unwritten gradients of the features."""
-    return tuple(blocks.empty(*image.shape, dtype=image.dtype, device=image.device) for _ in range(2))  # type: ignore[return-value]
+    return tuple(primitives.empty(*image.shape, dtype=image.dtype, device=image.device) for _ in range(2))  # type: ignore[return-value]
 
 
 def gradient(
@@ -470,14 +474,14 @@ def gradient(
     """Gradients of ``weight * loss``, in one launch."""
     shape = shape_of(image, "")
     made = gradients(image)
-    inputs = [blocks.dense(tensor) for tensor in (image, text, image_teacher, text_teacher)]
-    blocks.launch(
+    inputs = [primitives.dense(tensor) for tensor in (image, text, image_teacher, text_teacher)]
+    primitives.launch(
         difference_gradient_kernel,
         shape.programs,
         *(*inputs, average, upstream, *made, shape.rows, shape.width),
         **gradient_constants(weight, options),
-        **blocks.row_block(shape.width),
-        ACC=blocks.acc(shape.dtype),
+        **primitives.row_block(shape.width),
+        ACC=primitives.acc(shape.dtype),
         num_warps=_NUM_WARPS,
     )
     return made

@@ -6,13 +6,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dive_fast.kernels import backend as backends
-from dive_fast.kernels import checks, naive, ranks
+from dive_fast.kernels import checks, naive, process_group
 from dive_fast.kernels.backend import Backend
 from dive_fast.kernels.naive import DifferenceLoss, DiveLoss
 
-if backends.blocks is not None:
+if backends.primitives is not None:
     # Importing registers the custom ops, before anything is traced.
-    from dive_fast.kernels import contrastive, difference, dive
+    from dive_fast.kernels import contrastive, difference, joint_step
 
 
 def contrastive_loss(
@@ -48,7 +48,7 @@ def contrastive_loss(
     checks.check_scale(logit_scale, image_features)
     if not backends.uses_triton(backend, image_features):
         return naive.contrastive_loss(image_features, text_features, logit_scale, group=group)
-    loss, *_ = contrastive.forward(image_features, text_features, logit_scale, ranks.name_of(group))
+    loss, *_ = contrastive.forward(image_features, text_features, logit_scale, process_group.name_of(group))
     return loss
 
 
@@ -105,13 +105,13 @@ def difference_loss(
     }
     if not backends.uses_triton(backend, image_features, constants):
         return naive.difference_loss(image_features, text_features, **constants, **options, group=group)
-    dtype = backends.blocks.computing_dtype(image_features.dtype)
+    dtype = backends.primitives.computing_dtype(image_features.dtype)
     loss, parts, average = difference.forward(
         image_features,
         text_features,
         *(tensor.to(dtype) for tensor in constants.values()),
         **options,
-        group=ranks.name_of(group),
+        group=process_group.name_of(group),
     )
     return DifferenceLoss(loss, average[0], *parts.unbind())
 
@@ -160,11 +160,11 @@ def dive_loss(
     }
     if not backends.uses_triton(backend, image_features, constants):
         return naive.dive_loss(*features, **constants, **options, group=group)
-    dtype = backends.blocks.computing_dtype(image_features.dtype)
-    loss, contrastive_part, *_, parts, average = dive.forward(
+    dtype = backends.primitives.computing_dtype(image_features.dtype)
+    loss, contrastive_part, *_, parts, average = joint_step.forward(
         *features,
         *(tensor.to(dtype) for tensor in constants.values()),
         **options,
-        group=ranks.name_of(group),
+        group=process_group.name_of(group),
     )
     return DiveLoss(loss, contrastive_part, average[0], *parts.unbind())

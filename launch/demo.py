@@ -20,8 +20,8 @@ def main() -> int:
     options = parser.parse_args()
     started = time.perf_counter()
 
-    from dive_fast.config.load import load_config as load_config
     from dive_fast.demo import comparison as report
+    from dive_fast.methods.run_config import load_run_config
 
     print(f"world: {splits.prepare()}", flush=True)
     models: dict[str, Path | None] = {"pretrained": None}
@@ -32,7 +32,7 @@ def main() -> int:
         if failed:
             return failed
         models[method] = folder / "model.safetensors"
-    result = report.compare(load_config(str(HERE / "configs/demo.json")), models)
+    result = report.compare(load_run_config(str(HERE / "configs/demo.json")), models)
     report.write(result, options.output)
     print(f"\n{report.table(result)}\n\n{report.EVIDENCE}\n")
     print(f"{options.output}/report.json, {options.output}/report.png")

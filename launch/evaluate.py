@@ -36,13 +36,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("name what to measure on by --suite or --datasets")
 
     # Only pydantic so far: a typo is told at once.
-    from dive_fast.config.load import load_config as load_config
     from dive_fast.config.schema import EvaluateConfig, EvaluationSet, ModelConfig
     from dive_fast.errors import ConfigError, UserError
+    from dive_fast.methods.run_config import load_run_config
 
     try:
         config = (
-            load_config(options.config, options.overrides, cli.CONFIGS) if options.config is not None else None
+            load_run_config(options.config, options.overrides, cli.CONFIGS) if options.config is not None else None
         )
         model = (
             config.model if config is not None else ModelConfig(name=options.model, pretrained=options.pretrained)
@@ -176,13 +176,13 @@ def _weights(options: argparse.Namespace, config: "Config | None") -> Path | Non
 
 def _head(options: argparse.Namespace, weights: Path | None) -> Path | None:
     """The file of a head, or the folder of a checkpoint, which may have one; None: prompts classify."""
-    from dive_fast.model.head import beside
+    from dive_fast.model.head import find_head
 
     if options.head is not None:
         return None if options.head == Path("none") else Path(options.head)
     if weights is None or weights.is_dir():
         return weights
-    return beside(weights)
+    return find_head(weights)
 
 
 def _head_of_folder(model: "ModelConfig") -> Path | None:

@@ -34,11 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
 
     # Only pydantic so far: a typo is told at once.
-    from dive_fast.config.load import load_config as load_config
     from dive_fast.errors import UserError
+    from dive_fast.methods.run_config import load_run_config
 
     try:
-        config = load_config(options.config, options.overrides, cli.CONFIGS)
+        config = load_run_config(options.config, options.overrides, cli.CONFIGS)
         from dive_fast.distributed import join
         from dive_fast.evaluate.early_checks import check_output, find_weights
         from dive_fast.evaluate.geometry import compare as movement

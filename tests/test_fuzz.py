@@ -27,8 +27,7 @@ from dive_fast.checkpoint import lineage, resume
 from dive_fast.checkpoint import manifest as checkpoint
 from dive_fast.checkpoint.load_weights import load_into
 from dive_fast.checkpoint.zero_state import MOMENTS
-from dive_fast.config.load import load_config as load_config
-from dive_fast.config.schema import Config, ModelConfig
+from dive_fast.config.schema import ModelConfig
 from dive_fast.data.prepared.convert import Options
 from dive_fast.data.prepared.raw import RawSource
 from dive_fast.data.prepared.read import open_prepared, verify
@@ -42,6 +41,7 @@ from dive_fast.engine.update import LossScale
 from dive_fast.errors import MAX_LENGTH, ConfigError, DataError
 from dive_fast.evaluate import results
 from dive_fast.evaluate.datasets import layouts
+from dive_fast.methods.run_config import RunConfig, load_run_config
 from dive_fast.model import head as heads
 from dive_fast.model import towers
 from dive_fast.teacher import cache_files as store
@@ -202,9 +202,9 @@ def load_bytes(place: Path, data: bytes, *overrides: str) -> None:
     path.write_bytes(data)
 
     def read() -> None:
-        config = load_config(str(path), overrides)
+        config = load_run_config(str(path), overrides)
         # What was taken can be written down and read again.
-        assert Config.model_validate_json(config.model_dump_json()) == config
+        assert RunConfig.model_validate_json(config.model_dump_json()) == config
 
     held(read, place)
 

@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dive_fast.checkpoint.load_weights import load_into
-from dive_fast.config.load import load_config as load_config
 from dive_fast.config.schema import ModelConfig
 from dive_fast.data.decode import decode
 from dive_fast.data.prepared.convert import Options
@@ -39,6 +38,7 @@ from dive_fast.errors import MAX_LENGTH, ConfigError, DataError
 from dive_fast.evaluate import results
 from dive_fast.evaluate.datasets import imagenet, layouts, wilds
 from dive_fast.io.atomic_files import write_atomic
+from dive_fast.methods.run_config import load_run_config
 from dive_fast.model import head as heads
 from dive_fast.model import towers
 from dive_fast.teacher import cache_files as store
@@ -225,10 +225,10 @@ def test_a_config_names_no_code(world: Path, marker: Path, monkeypatch: pytest.M
     (world / "evil.py").write_text(f"import os\nos.mkdir({str(marker)!r})\nclass Evil: pass\n")
     monkeypatch.syspath_prepend(str(world))
     path = str(world / "config.json")
-    refused(lambda: load_config(path, ["data.target.loader=evil"]), 'data.target.loader = "evil"')
+    refused(lambda: load_run_config(path, ["data.target.loader=evil"]), 'data.target.loader = "evil"')
     # DeepSpeed imports what stands there.
     section = {"torch_autocast": {"enabled": True, "lower_precision_safe_modules": ["evil.Evil"]}}
-    config = load_config(path, [f"deepspeed={json.dumps(section)}"])
+    config = load_run_config(path, [f"deepspeed={json.dumps(section)}"])
     refused(lambda: deepspeed_section(config, 1), "deepspeed.torch_autocast has its home in train.precision")
     assert "evil" not in sys.modules
 
@@ -593,10 +593,11 @@ def test_a_name_that_is_no_text_is_told_when_it_is_asked_for(world: Path) -> Non
 def test_json_is_not_nested_without_end(world: Path, tmp_path: Path) -> None:
     (world / "config.json").write_text(DEEP)
     refused(
-        lambda: load_config(str(world / "config.json")), f"{world}/config.json: not valid JSON: nested more than"
+        lambda: load_run_config(str(world / "config.json")),
+        f"{world}/config.json: not valid JSON: nested more than",
     )
     (world / "config.json").write_text('{"deepspeed": ' + "[" * 100 + "]" * 100 + "}")
-    refused(lambda: load_config(str(world / "config.json")), "nested more than 64 deep")
+    refused(lambda: load_run_config(str(world / "config.json")), "nested more than 64 deep")
     (world / "set" / MANIFEST).write_text(DEEP)
     refused(lambda: open_prepared(str(world / "set"), ".cls"), f"{MANIFEST}: cannot read it: it is nested too")
     (world / "cache/cache.json").write_text(DEEP)
@@ -621,7 +622,7 @@ def test_a_pipe_is_waited_for_by_nobody(world: Path) -> None:
 
     names = pipe(world / "names.txt")
     refused(lambda: read_class_names(str(names)), "names.txt: cannot read class names: it is no regular file")
-    refused(lambda: load_config(str(names)), "no such file")
+    refused(lambda: load_run_config(str(names)), "no such file")
     (world / "images/a").mkdir(parents=True)
     pipe(world / "images/a/1.jpg")
     refused(lambda: open_folder(str(world / "images")), "1.jpg: named like an image, but not a regular file")

@@ -41,9 +41,9 @@ NAME = re.compile(r"step\d{8}")
 MANIFEST, TRAINER, IDENTITY = "manifest.json", "trainer.json", "identity.json"
 EVALUATION = "evaluation.json"
 """Not listed in the manifest, since it is written after the checkpoint."""
-WEIGHTS, FIXED, OBJECTIVE, RANDOM = "weights", "fixed", "objective", "random"
-"""Prefixes of tensor names: tuned weights, untuned weights and buffers, state of the objective, states of the
-random generators."""
+WEIGHTS, FIXED, OBJECTIVE, TEACHER, RANDOM = "weights", "fixed", "objective", "teacher", "random"
+"""Prefixes of tensor names: tuned weights, untuned weights and buffers, state of the method, weights of a moving
+teacher, states of the random generators."""
 
 
 class CorruptCheckpointError(ConfigError):

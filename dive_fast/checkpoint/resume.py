@@ -14,6 +14,7 @@ from dive_fast.checkpoint.manifest import (
     FOLDER,
     OBJECTIVE,
     RANDOM,
+    TEACHER,
     WEIGHTS,
     CorruptCheckpointError,
     FormatError,
@@ -151,9 +152,12 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> Mapping[str, Any]:
         state = engine.towers.state_dict(keep_vars=True)
         fixed = {name: tuple(zero_state.full_shape(tensor)) for name, tensor in state.items() if name not in tuned}
         _require_equal_shapes(checkpoint, fixed, stored.shapes(FIXED))
-        objective = {name: tuple(tensor.shape) for name, tensor in engine.objective.state_dict().items()}
-        if stored.shapes(OBJECTIVE) != objective:
-            raise ConfigError(f"{checkpoint}: belongs to another objective; start a new run, or set train.output")
+        teacher = {} if engine.teacher is None else dict(engine.teacher.state())
+        for kind, tensors in ((OBJECTIVE, engine.method.state()), (TEACHER, teacher)):
+            if stored.shapes(kind) != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
+                raise ConfigError(
+                    f"{checkpoint}: belongs to another objective; start a new run, or set train.output"
+                )
 
     def read(name: str) -> ParameterState:
         moments = {key: stored.read(key, name, ranks.device) for key in MOMENTS}
@@ -162,7 +166,9 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> Mapping[str, Any]:
     zero_state.scatter(engine, read, numbers["updates"])
     for name in fixed:
         _set_fixed(state[name], stored.read(FIXED, name, ranks.device))
-    engine.objective.load_state_dict({name: stored.read(OBJECTIVE, name, ranks.device) for name in objective})
+    for kind, tensors in ((OBJECTIVE, engine.method.state()), (TEACHER, teacher)):
+        for name, tensor in tensors.items():
+            tensor.copy_(stored.read(kind, name, ranks.device))
     # Ranks that did not exist when the checkpoint was written keep the random state from their seed.
     on_cpu, random = torch.device("cpu"), stored.shapes(RANDOM)
     if (name := f"cpu/{ranks.rank}") in random:

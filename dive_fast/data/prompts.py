@@ -22,13 +22,22 @@ logger = logging.getLogger(__name__)
 
 Tokenizer = Callable[[list[str]], Tensor]
 """Texts -> ``(len, context)`` int64."""
-Template = Callable[[str], str]
-"""Class name -> prompt."""
 PooledAt = Literal["argmax"] | int | None
 """Where a causal text tower reads its feature: at the largest token id, or at this one; tokens behind it change
 nothing. None: the tower needs the whole context."""
 TOKENIZER_PROBES = ("a photo of a cat.", "Größe: 10 µm, naïve café 東京", "", "word " * 100)
 """Texts by whose tokens tokenizers are told apart."""
+
+
+class Template:
+    """A prompt template: its text has ``{}`` in place of the class name."""
+
+    def __init__(self, template: str) -> None:
+        self.template = template
+
+    def __call__(self, class_name: str) -> str:
+        """The prompt of a class."""
+        return self.template.replace("{}", class_name)
 
 
 def read_class_names(name: str) -> tuple[str, ...]:
@@ -111,7 +120,7 @@ def read_templates(name: str, place: str = "") -> tuple[Template, ...]:
     """
     if name in ("imagenet", "simple"):
         shipped = {"imagenet": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
-        return tuple(shipped[name])
+        return tuple(Template(template("{}")) for template in shipped[name])
     try:
         lines = [name] if "{}" in name else _templates_in(name)
         for line in lines:
@@ -123,7 +132,7 @@ def read_templates(name: str, place: str = "") -> tuple[Template, ...]:
                 )
     except DataError as error:
         raise DataError(f"{place}: {error}" if place else str(error)) from error
-    return tuple(Filled(line) for line in lines)
+    return tuple(Template(line) for line in lines)
 
 
 def _templates_in(name: str) -> Sequence[str]:
@@ -172,7 +181,7 @@ class PromptTable:
         else:
             check_labels(source, class_names)
             prompts = [template(name) for name in class_names for template in templates]
-            warn_of_lost_names(class_names, templates, tokenizer)
+            warn_about_prompts(class_names, templates, tokenizer)
         # int32: ImageNet's 80,000 prompts of 77 tokens are 25 MB, in every worker.
         self._tokens = torch.cat([tokenizer(prompts[i : i + 1024]).int() for i in range(0, len(prompts), 1024)])
 
@@ -184,7 +193,7 @@ class PromptTable:
         return self._tokens[sample.label * self._templates + int(draw * self._templates)]
 
 
-def warn_of_lost_names(class_names: Sequence[str], templates: Sequence[Template], tokenizer: Tokenizer) -> None:
+def warn_about_prompts(class_names: Sequence[str], templates: Sequence[Template], tokenizer: Tokenizer) -> None:
     """Warns of prompts that are cut, and of classes whose prompts have equal tokens, by the longest template.
 
     Tokenizers cut a prompt to the model's context without a word, and with it the class name.
@@ -215,7 +224,7 @@ def warn_of_lost_names(class_names: Sequence[str], templates: Sequence[Template]
             return
 
 
-def warn_of_cut_texts(texts: Sequence[str], tokenizer: Tokenizer, name: str) -> None:
+def warn_about_truncated_captions(texts: Sequence[str], tokenizer: Tokenizer, name: str) -> None:
     """Warns of captions that are cut to the model's context: of up to 1024 of them, spread evenly.
 
     Args:
@@ -309,16 +318,6 @@ class _QuickBpe:
             if before[left] >= 0:
                 wait(before[left])
         return " ".join(piece for piece in pieces if piece)
-
-
-class Filled:
-    """A template by its text, ``{}`` for the name."""
-
-    def __init__(self, template: str) -> None:
-        self.template = template
-
-    def __call__(self, class_name: str) -> str:
-        return self.template.replace("{}", class_name)
 
 
 _SEPARATORS = "[\x0b\x0c\x1c-\x1f\x85\u2028\u2029]"

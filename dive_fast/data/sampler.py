@@ -23,8 +23,8 @@ class Order:
     rank: int = 0
     world_size: int = 1
     seed: int = 0
-    place: str = "batch_size"
-    """The key of the config that ``batch_size`` comes from, for messages."""
+    key: str = "batch_size"
+    """Config key of ``batch_size``, for messages."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be dealt out equally.
@@ -33,10 +33,10 @@ class Order:
             DataError: the batch is larger than the data set, or not divisible by the number of ranks.
         """
         if self.batch_size % self.world_size:
-            raise DataError(f"{self.place} {self.batch_size} is not divisible by the {self.world_size} ranks")
+            raise DataError(f"{self.key} {self.batch_size} is not divisible by the {self.world_size} ranks")
         if self.batch_size > self.num_samples:
             raise DataError(
-                f"{self.place} {self.batch_size} exceeds the {self.num_samples} samples of the data set; "
+                f"{self.key} {self.batch_size} exceeds the {self.num_samples} samples of the data set; "
                 f"set it to at most {self.num_samples}"
             )
 

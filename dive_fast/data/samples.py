@@ -18,7 +18,7 @@ from dive_fast.errors import DataError
 logger = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch", TargetBatch, ReferenceBatch, EvaluationBatch)
-Found = TypeVar("Found")
+Item = TypeVar("Item")
 SampleKey = tuple[int, int]
 """(epoch, sample): all that decides what a sample looks like, given the seed."""
 MAX_REPLACEMENTS = 16
@@ -43,19 +43,19 @@ class Samples(ABC, Generic[Batch]):
         crop = self.crop(place, size)
         return self.preprocess.eval_view(size) if crop is None else self.preprocess.train_view(crop)
 
-    def cut(self, place: SampleKey, image: Image.Image) -> Image.Image:
+    def transform(self, place: SampleKey, image: Image.Image) -> Image.Image:
         """The view of an image, as RGB in the model's size: what every loader has to come close to.
 
         Raises:
             DataError: resize mode `longest` leaves nothing of so narrow an image.
         """
         try:
-            return self.preprocess.cut(image, self.crop(place, (image.height, image.width)))
+            return self.preprocess.transform(image, self.crop(place, (image.height, image.width)))
         except ValueError as error:
             why = f"cannot resize {image.width} x {image.height} pixels: {error}"
             raise self.source.samples[place[1]].unusable(why) from error
 
-    def usable(self, place: SampleKey, read: Callable[[SampleKey], Found]) -> tuple[SampleKey, Found]:
+    def read_usable(self, place: SampleKey, read: Callable[[SampleKey], Item]) -> tuple[SampleKey, Item]:
         """What ``read`` finds at a place; where that sample is broken, at the next one that is not.
 
         Raises:

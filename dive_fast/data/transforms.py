@@ -111,7 +111,7 @@ class Preprocess:
         """The filter; always with antialiasing."""
         return Image.Resampling.BILINEAR if self.interpolation == "bilinear" else Image.Resampling.BICUBIC
 
-    def cut(self, image: Image.Image, crop: Crop | None) -> Image.Image:
+    def transform(self, image: Image.Image, crop: Crop | None) -> Image.Image:
         """The RGB image in the model's size that is left of an image, in open_clip's order of operations.
 
         Args:
@@ -122,7 +122,7 @@ class Preprocess:
         image = image.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
         return image.resize(self.size[::-1], self.resampling).convert("RGB")
 
-    def tensor(self, image: Image.Image) -> Tensor:
+    def to_tensor(self, image: Image.Image) -> Tensor:
         """``(3, H, W)`` fp32: what :meth:`cut` left, normalised."""
         normalised: Tensor = TF.normalize(TF.to_tensor(image), self.mean, self.std)
         return normalised

@@ -10,7 +10,7 @@ from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks
 from dive_fast.evaluate.geometry.embed import describe_pairs, embed, open_pairs
 from dive_fast.evaluate.geometry.measures import rsa
-from dive_fast.evaluate.plots import METHODS
+from dive_fast.evaluate.plots import method_styles
 from dive_fast.evaluate.zero_shot import evaluate
 from dive_fast.model.features import Pairs
 from dive_fast.model.towers import create, tokenizer_of
@@ -101,7 +101,7 @@ def draw(report: Report, path: Path) -> None:
 
 def _look(name: str) -> tuple[str, str]:
     """Name and colour of a model in tables and pictures."""
-    return METHODS.get(name, (name, "#3d3d3d"))
+    return method_styles().get(name, (name, "#3d3d3d"))
 
 
 def write(report: Report, folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dive_fast.io.atomic_files import write_atomic
+from dive_fast.methods import registry
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,19 +18,14 @@ if TYPE_CHECKING:
 GREY, BLUE, ORANGE, GREEN = "#9aa0a6", "#2f6fb0", "#d98c3f", "#1b7f4c"
 OTHERS = ("#7b5ea7", "#b5485d", "#4a9ba8", "#8a7a3d", "#3d3d3d", "#d67fb0", "#6fae5a")
 PRETRAINED = "pretrained"
-METHODS = {
-    PRETRAINED: ("pre-trained", GREY),
-    "flyp": ("FLYP", ORANGE),
-    "dive": ("DiVE", BLUE),
-    "flyp_replay": ("FLYP + replay", OTHERS[0]),
-    "snd": ("SnD", OTHERS[1]),
-    "cosine": ("Cosine", OTHERS[2]),
-    "avl": ("AVL", OTHERS[3]),
-    "pvl": ("PVL", OTHERS[4]),
-    "vanilla_ft": ("vanilla FT", OTHERS[5]),
-    "lp_ft": ("LP-FT", OTHERS[6]),
-}
-"""Name in the config -> name and colour in pictures."""
+
+
+def method_styles() -> dict[str, tuple[str, str]]:
+    """Label and colour of the pre-trained model and of each method, by name."""
+    presets = registry.table().presets
+    return {PRETRAINED: ("pre-trained", GREY)} | {
+        name: (each.title, each.colour) for name, each in presets.items()
+    }
 
 
 def tradeoff(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
@@ -48,7 +44,8 @@ def tradeoff(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> 
     for row in rows:
         runs.setdefault(row["method"], []).append(row)
     spare = itertools.cycle(OTHERS)
-    looks = {name: METHODS.get(name) or (name, next(spare)) for name in runs}
+    styles = method_styles()
+    looks = {name: styles.get(name) or (name, next(spare)) for name in runs}
     for axis, (measure, label) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):

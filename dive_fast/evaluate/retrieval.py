@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dive_fast.data.loaders.loader import Options, batches_of
-from dive_fast.data.prompts import Tokenizer, pack, warn_of_cut_texts
+from dive_fast.data.prompts import Tokenizer, pack, warn_about_truncated_captions
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 from dive_fast.evaluate.datasets.evaluation_set import BROKEN, Captioned, StrictSamples, progress
@@ -42,7 +42,7 @@ def recalls(
     distinct = {text: row for row, text in enumerate(dict.fromkeys(text for own in captions for text in own))}
     texts = list(distinct)
     if ranks.is_main:
-        warn_of_cut_texts(texts, tokenizer, name or "captions")
+        warn_about_truncated_captions(texts, tokenizer, name or "captions")
     samples = StrictSamples(data.source, towers.preprocess, 0, data.reports_skipped, data.remedy)
     images = torch.zeros(len(captions), towers.width, device=ranks.device)
     sentences = torch.zeros(len(texts), towers.width, device=ranks.device)

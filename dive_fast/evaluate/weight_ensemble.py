@@ -149,8 +149,8 @@ def write(found: Ensemble, folder: Path) -> None:
     with file_lock(folder / LOCK, f"results folder {folder}", wait=True):
         towers.save(found.weights, folder / WEIGHTS)
         if not (folder / DESCRIPTION).exists():
-            towers.describe(found.model, folder)
-        path = heads.path_beside(folder / WEIGHTS)
+            towers.save_description(found.model, folder)
+        path = heads.head_path(folder / WEIGHTS)
         if found.head is None:
             path.unlink(missing_ok=True)  # another ensemble's: it would classify in the place of prompts
         else:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dive_fast.config.schema import EvaluateConfig, EvaluationSet
 from dive_fast.data.loaders.loader import Options, batches_of
-from dive_fast.data.prompts import Tokenizer, warn_of_lost_names, warn_once
+from dive_fast.data.prompts import Tokenizer, warn_about_prompts, warn_once
 from dive_fast.data.samples import EvaluationSamples
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError
@@ -60,7 +60,7 @@ def classifier_for(
                 f"{lacked(head, data.class_names)!r}"
             )
         if ranks.is_main:
-            warn_of_lost_names(data.class_names, data.templates, tokenizer)
+            warn_about_prompts(data.class_names, data.templates, tokenizer)
         weight = cached_classifier(towers, tokenizer, data.class_names, data.templates, ranks, cache)
         return Classifier("prompts", weight, None, data.members)
     weight, bias, _ = rows

@@ -18,17 +18,14 @@ from dive_fast.fault_tolerance.consensus import Consensus
 from dive_fast.fault_tolerance.heartbeat import Watch
 from dive_fast.fault_tolerance.nonfinite import NonFinite
 from dive_fast.locks import folder_lock
+from dive_fast.methods.method import FirstStep
 from dive_fast.teacher.audit import allowed
-from dive_fast.train.metrics import DIFFERENCE_VECTORS, Metrics
+from dive_fast.train.metrics import Metrics
 from dive_fast.train.preflight import check_environment, check_inputs
 from dive_fast.train.setup import Run, batches, build, check_shared
 from dive_fast.train.validation import Validation
 
 logger = logging.getLogger(__name__)
-
-NOISE_FLOOR = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
-"""Largest mean |u| and |v| allowed before the first update, where the tuned model is the frozen one and only the
-rounding of the forward pass is left (docs/precision.md has what was measured): more means a wrong cache."""
 
 
 class Stopped(AllRanksError):  # noqa: N818 - nothing went wrong
@@ -135,7 +132,7 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
             values = engine.step(given)
             step += 1
             if step == 1 and not engine.is_random:
-                _check_noise_floor(values, run.config)
+                engine.method.check_first_step(_first_step(values, run.config))
             nonfinite.record_outcome(step, engine.scale.nonfinite_in_row)
             metrics.log(step, values, learning_rate)
             traced()
@@ -176,23 +173,7 @@ def _note_evaluation(saved: Path, validation: Validation, found: dict[str, float
         logger.warning("cannot add the evaluation to %s: %s", saved, error)
 
 
-def _check_noise_floor(values: dict[str, torch.Tensor], config: Config) -> None:
-    bound, teacher = NOISE_FLOOR[config.train.precision], config.teacher
-    if teacher.mode == "cache":
-        # What the audit lets pass is there too.
-        bound = max(bound, allowed(teacher.dtype, teacher.tolerance))
-    is_fp32 = config.train.precision == "fp32"
-    why = (
-        "the teacher's embeddings are not this model's; remove the teacher cache to have it made anew"
-        + ("" if is_fp32 else ", or take train.precision = fp32 if rounding is that large")
-        if teacher.mode == "cache"
-        # The teacher is this model itself, and steady: only rounding is left.
-        else "it is rounding alone, which drowns difference vectors"
-        + ("" if is_fp32 else "; take train.precision = fp32")
-    )
-    for name, symbol in DIFFERENCE_VECTORS.items():
-        if name in values and float(values[name]) > bound:
-            raise ConfigError(
-                f"mean {symbol} before the first update is {float(values[name]):.2e}, above {bound:.0e} for "
-                f"{config.train.precision}: {why}"
-            )
+def _first_step(values: dict[str, torch.Tensor], config: Config) -> FirstStep:
+    teacher = config.teacher
+    tolerance = allowed(teacher.dtype, teacher.tolerance) if teacher.mode == "cache" else None
+    return FirstStep(values, config.train.precision, tolerance)

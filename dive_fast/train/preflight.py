@@ -22,7 +22,7 @@ from dive_fast.data.workers import PREFETCH
 from dive_fast.distributed import Ranks
 from dive_fast.engine.deepspeed_config import offloads
 from dive_fast.errors import ConfigError, UserError, machine_error
-from dive_fast.methods.registry import KINDS
+from dive_fast.methods import registry
 from dive_fast.model.towers import Towers
 from dive_fast.teacher import cache_files as store
 
@@ -259,7 +259,7 @@ def check_disk(config: Config, folder: Path, towers: Towers, pairs: int) -> None
 
 
 def _writes_cache(config: Config) -> bool:
-    return KINDS[config.objective.name].needs_teacher and config.teacher.mode == "cache"
+    return registry.needs(config.objective).reference_teacher and config.teacher.mode == "cache"
 
 
 def _is_installed(operator: str) -> bool:

@@ -115,7 +115,10 @@ def views(source: Source, loader: Any) -> torch.Tensor:
 
 
 def test_decode_gives_the_same_picture_for_every_mode(plain: torch.Tensor) -> None:
-    colour, grey = VIEW.tensor(VIEW.cut(picture(), None)), VIEW.tensor(VIEW.cut(picture("L"), None))
+    colour, grey = (
+        VIEW.to_tensor(VIEW.transform(picture(), None)),
+        VIEW.to_tensor(VIEW.transform(picture("L"), None)),
+    )
     for view, key in zip(plain, FILES, strict=True):
         is_grey = key in (
             "grey",

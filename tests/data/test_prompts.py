@@ -12,12 +12,13 @@ from torch import Tensor
 
 from dive_fast.data.prompts import (
     PromptTable,
+    Template,
     pack,
     quick_bpe,
     read_class_names,
     read_templates,
-    warn_of_cut_texts,
-    warn_of_lost_names,
+    warn_about_prompts,
+    warn_about_truncated_captions,
 )
 from dive_fast.data.sources.source import Sample, Source
 from dive_fast.errors import DataError
@@ -327,18 +328,18 @@ def test_read_templates_reads_a_json_list_and_refuses_what_nothing_fills(tmp_pat
 def test_cut_and_equal_prompts_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
     long = "a photo " * 60
-    warn_of_lost_names(["cat", "dog"], [lambda name: f"{long}{name}", lambda name: name], tokenizer)
+    warn_about_prompts(["cat", "dog"], [Template(f"{long}{{}}"), Template("{}")], tokenizer)
     assert "2 of 2 classes have a prompt that fills the model's context of 77 tokens" in caplog.text
     assert "'cat' and 'dog' have a prompt of the same tokens" in caplog.text
     caplog.clear()
-    warn_of_lost_names(["Jaguar", "jaguar", "dog"], [lambda name: name], tokenizer)
+    warn_about_prompts(["Jaguar", "jaguar", "dog"], [Template("{}")], tokenizer)
     assert "'Jaguar' and 'jaguar' have a prompt of the same tokens" in caplog.text
     caplog.clear()
-    warn_of_lost_names(["cat", "dog"], [lambda name: f"a {name}"], tokenizer)
+    warn_about_prompts(["cat", "dog"], [Template("a {}")], tokenizer)
     assert not caplog.text
 
 
 def test_cut_captions_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
-    warn_of_cut_texts(["a dog", "word " * 300, "a cat"], tokenizer, "flickr")
+    warn_about_truncated_captions(["a dog", "word " * 300, "a cat"], tokenizer, "flickr")
     assert "flickr: 1 of 3 captions looked at fill the model's context of 77 tokens" in caplog.text

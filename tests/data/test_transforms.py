@@ -226,7 +226,7 @@ def test_the_region_of_a_crop_resized_is_what_open_clip_shows(size: tuple[int, i
             )
             top, left, bottom, right = view.region
             found = part.resize(size[::-1], Image.Resampling.BICUBIC, box=(left, top, right, bottom))
-            expected = np.asarray(wanted.cut(image, crop)).astype(int)
+            expected = np.asarray(wanted.transform(image, crop)).astype(int)
             assert np.abs(np.asarray(found) - expected).max() <= 2, (height, width, crop)
 
 
@@ -240,7 +240,7 @@ def test_borders_are_no_view() -> None:
 def test_pixels_are_normalised_as_by_torchvision(dtype: torch.dtype, channels_last: bool) -> None:
     images = [picture(48, 48), picture(48, 48).rotate(90)]
     wanted = preprocess((48, 48))
-    expected = torch.stack([wanted.tensor(image) for image in images]).to(dtype)
+    expected = torch.stack([wanted.to_tensor(image) for image in images]).to(dtype)
     pixels = torch.stack([torch.from_numpy(np.asarray(image).copy()) for image in images])
     found = normalise(pixels, wanted, dtype, channels_last)
     assert torch.equal(found, expected)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dive_fast.config.load import load_config as load_config
 from dive_fast.data.demo import world
 from dive_fast.demo import comparison as report
+from dive_fast.methods.run_config import load_run_config
 from dive_fast.model.towers import create, save
 
 CONFIGS = Path(__file__).parents[2] / "launch/configs"
@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).parents[2] / "launch/configs"
 def test_models_are_measured_and_compared_with_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIVE_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr(world, "NUM_SAMPLES", dict.fromkeys(world.SPLITS, 40))
-    config = load_config("demo", folder=CONFIGS)
+    config = load_run_config("demo", folder=CONFIGS)
     towers = create(config.model)
     state = towers.state_dict()
     state["visual.proj"] = state["visual.proj"].flip(0)

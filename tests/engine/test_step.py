@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dive_fast.checkpoint.export import full_state
-from dive_fast.config.schema import Config
 from dive_fast.engine.async_scalars import AsyncScalars
 from dive_fast.engine.deepspeed_config import BUCKET, deepspeed_section
 from dive_fast.engine.optimizer import learning_rate_schedule
@@ -31,6 +30,7 @@ from dive_fast.engine.step import StepBatches
 from dive_fast.engine.update import LossScale
 from dive_fast.errors import ConfigError
 from dive_fast.methods import method as objective
+from dive_fast.methods.run_config import RunConfig
 
 aten = torch.ops.aten
 
@@ -54,12 +54,12 @@ STEADY: list[dict[str, Any]] = [{}, {"precision": "fp16"}, {"micro": 3}, {"sched
 
 def run_paths(folder: Path, stages: tuple[int, ...], backend: Any) -> dict[Any, Any]:
     """On one rank: gradients, metrics and average vector of every path through the step, and more cases."""
-    objective.Objective.backend = backend
+    objective.Part.backend = backend
     stage = Stage(folder)
     results: dict[Any, Any] = {}
     for zero, (schedule, micro) in itertools.product(stages, PATHS):
         engine = stage.engine(zero, schedule, micro)
-        results[zero, schedule, micro] = *stage.accumulate(engine), engine.objective.average_vector
+        results[zero, schedule, micro] = *stage.accumulate(engine), engine.method.state()["average_vector"]
         engine.deepspeed.destroy()
     for name, (schedule, micro) in itertools.product(METHODS, PATHS[::3]):
         for zero in stages if name in ONE_TOWER else stages[-1:]:
@@ -91,7 +91,7 @@ def overflow(stage: Stage, zero: int) -> dict[str, Any]:
         return full_state(engine)
 
     engine.step(StepBatches(stage.target, stage.reference, frozen))
-    before, vector = weights(), engine.objective.average_vector.clone()
+    before, vector = weights(), engine.method.state()["average_vector"].clone()
     bad = stage.target
     if stage.ranks.rank == stage.ranks.world_size - 1:
         bad = dataclasses.replace(bad, images=bad.images * math.inf)
@@ -105,7 +105,9 @@ def overflow(stage: Stage, zero: int) -> dict[str, Any]:
         "unchanged": all(torch.equal(before[name], after[name]) for name in before),
         "scale": float(metrics["loss_scale"]),
         "moved_on": stage.ranks.rank > 0 or any(not torch.equal(after[name], last[name]) for name in last),
-        "finite": bool(torch.isfinite(vector).all() and torch.isfinite(engine.objective.average_vector).all()),
+        "finite": bool(
+            torch.isfinite(vector).all() and torch.isfinite(engine.method.state()["average_vector"]).all()
+        ),
         "learning_rate": engine.learning_rate,
     }
 
@@ -403,7 +405,7 @@ def test_a_deepspeed_key_that_contradicts_the_config_is_an_error(
 ) -> None:
     tree = config(folder, 2, "sequential", None).model_dump()
     with pytest.raises(ConfigError, match=message):
-        deepspeed_section(Config.model_validate_json(json.dumps(tree | {"deepspeed": section})), world_size=2)
+        deepspeed_section(RunConfig.model_validate_json(json.dumps(tree | {"deepspeed": section})), world_size=2)
 
 
 def test_a_batch_that_cannot_be_dealt_out_is_an_error(folder: Path) -> None:

@@ -10,13 +10,14 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 
-from dive_fast.config.schema import Config, EvaluateConfig, EvaluationSet, ModelConfig
+from dive_fast.config.schema import EvaluateConfig, EvaluationSet, ModelConfig
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 from dive_fast.evaluate.datasets.resolve import open_evaluation
 from dive_fast.evaluate.evaluator import Options, measure_all, open_all
 from dive_fast.evaluate.results import Results
 from dive_fast.evaluate.zero_shot import evaluate, measure
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.model.towers import create, tokenizer_of
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -154,4 +155,4 @@ def test_known_sets_are_measured_whole(tmp_path: Path) -> None:
     tree = tiny.write_config(tmp_path)
     tree["evaluate"] = {"sets": {"pets": {"dataset": "pets", "path": "/data", "on_skipped": "report"}}}
     with pytest.raises(ValueError, match=r"evaluate.sets.pets.on_skipped: a known dataset is measured whole"):
-        Config.model_validate_json(json.dumps(tree))
+        RunConfig.model_validate_json(json.dumps(tree))

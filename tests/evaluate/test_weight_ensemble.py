@@ -17,13 +17,13 @@ from distributed import run_ranks, run_script
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dive_fast.config.schema import Config
 from dive_fast.data.prompts import read_templates
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError
 from dive_fast.evaluate import weight_ensemble as ensemble
 from dive_fast.evaluate.classifier import classifier
 from dive_fast.evaluate.zero_shot import evaluate
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import head as heads
 from dive_fast.model import towers
 
@@ -42,7 +42,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "sets": {"seen": seen, "other": {key: other[key] for key in tiny.EVALUATION}},
         "workers": 0,
     }
-    model = towers.create(Config.model_validate_json(json.dumps(written)).model)
+    model = towers.create(RunConfig.model_validate_json(json.dumps(written)).model)
     torch.manual_seed(0)
     moved = {name: value + 0.05 * torch.randn(value.shape) for name, value in model.state_dict().items()}
     (folder / "run").mkdir()
@@ -52,7 +52,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def ends(tree: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    model = towers.create(Config.model_validate_json(json.dumps(tree)).model)
+    model = towers.create(RunConfig.model_validate_json(json.dumps(tree)).model)
     return model.export(model.state_dict()), load_file(f"{tree['train']['output']}/model.safetensors")
 
 
@@ -70,7 +70,7 @@ def test_an_ensemble_is_on_the_line_and_its_ends_are_the_models(tree: dict[str, 
 
 
 def test_every_alpha_is_measured_and_the_best_on_validation_is_kept(tree: dict[str, Any]) -> None:
-    config = Config.model_validate_json(json.dumps(tree))
+    config = RunConfig.model_validate_json(json.dumps(tree))
     weights = Path(tree["train"]["output"]) / "model.safetensors"
     report, state, head, _ = ensemble.ensemble(config, weights, ALONE, chosen_on="other", alphas=(0.2, 0.5, 0.8))
     assert head is None
@@ -90,7 +90,7 @@ def test_every_alpha_is_measured_and_the_best_on_validation_is_kept(tree: dict[s
 
 
 def test_a_trained_head_is_mixed_with_that_of_the_prompts(tree: dict[str, Any], tmp_path: Path) -> None:
-    config = Config.model_validate_json(json.dumps(tree))
+    config = RunConfig.model_validate_json(json.dumps(tree))
     run, names = Path(tree["train"]["output"]), tuple(f"class number {i}" for i in range(5))
     for file in run.iterdir():
         shutil.copy(file, tmp_path)
@@ -109,16 +109,16 @@ def test_a_trained_head_is_mixed_with_that_of_the_prompts(tree: dict[str, Any], 
     assert mixed.class_names == names
     torch.testing.assert_close(mixed.weight, 0.6 * start.detach() + 0.4 * trained.weight)
     torch.testing.assert_close(mixed.bias, 0.4 * trained.bias)
-    assert heads.beside(tmp_path / "out/ensemble.safetensors") == tmp_path / "out/ensemble_head.safetensors"
-    assert heads.beside(tmp_path / "out/model.safetensors") is None
+    assert heads.find_head(tmp_path / "out/ensemble.safetensors") == tmp_path / "out/ensemble_head.safetensors"
+    assert heads.find_head(tmp_path / "out/model.safetensors") is None
 
 
 def test_what_cannot_be_an_ensemble_is_told(tree: dict[str, Any], tmp_path: Path) -> None:
-    config = Config.model_validate_json(json.dumps(tree))
+    config = RunConfig.model_validate_json(json.dumps(tree))
     weights = Path(tree["train"]["output"]) / "model.safetensors"
     with pytest.raises(ConfigError, match=r"evaluate\.sets has no id; it has seen, other"):
         ensemble.ensemble(config, weights, ALONE, chosen_on="id")
-    none = Config.model_validate_json(json.dumps(tree | {"evaluate": {}}))
+    none = RunConfig.model_validate_json(json.dumps(tree | {"evaluate": {}}))
     with pytest.raises(ConfigError, match=r"evaluate\.sets: alpha is chosen on one of them"):
         ensemble.ensemble(none, weights, ALONE)
     (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
@@ -163,7 +163,7 @@ def encodes_its_share(tree: dict[str, Any], run: Path) -> int:
         counted.append(next(self.parameters()).device)
         return encode(self, tokens, length)
 
-    config = Config.model_validate_json(json.dumps(tree))
+    config = RunConfig.model_validate_json(json.dumps(tree))
     stopped = mock.patch.object(ensemble, "interpolate", side_effect=StoppedError)
     with mock.patch.object(towers.Towers, "encode_text", count), stopped, suppress(StoppedError):
         ensemble.ensemble(config, run / "model.safetensors", ranks)
@@ -192,18 +192,18 @@ def test_class_prompts_are_shared_by_the_ranks_and_encoded_on_their_device(
 
     monkeypatch.setattr(ensemble, "classifier", spy)
     monkeypatch.setattr(towers.Towers, "load_exported", lambda model, _: model)  # into no memory
-    config = Config.model_validate_json(json.dumps(tree | {"train": tree["train"] | {"precision": "bf16"}}))
+    config = RunConfig.model_validate_json(json.dumps(tree | {"train": tree["train"] | {"precision": "bf16"}}))
     with pytest.raises(StoppedError):
         ensemble.ensemble(config, tmp_path / "model.safetensors", Ranks(0, 1, torch.device("meta")))
     assert seen == [("meta", None)]
 
 
 def test_an_ensemble_without_a_head_leaves_none_of_another(tree: dict[str, Any], tmp_path: Path) -> None:
-    config = Config.model_validate_json(json.dumps(tree))
+    config = RunConfig.model_validate_json(json.dumps(tree))
     weights = Path(tree["train"]["output"]) / "model.safetensors"
     found = ensemble.ensemble(config, weights, ALONE, alphas=(0.4,))
     (tmp_path / "ensemble_head.safetensors").write_bytes(b"of another run")
     ensemble.write(found, tmp_path)
-    assert heads.beside(tmp_path / "ensemble.safetensors") is None
+    assert heads.find_head(tmp_path / "ensemble.safetensors") is None
     # The folder says how images are preprocessed: open_clip reads it with the weights.
     assert json.loads((tmp_path / "open_clip_config.json").read_text())["preprocess_cfg"]["size"] == [32, 32]

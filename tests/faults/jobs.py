@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from dive_fast.distributed import free_port
 from dive_fast.errors import DataError
 from dive_fast.fault_tolerance import heartbeat as watch
-from dive_fast.methods.method import Objective
+from dive_fast.methods.method import Part
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 6
@@ -203,7 +203,7 @@ def _run_rank(environment: dict[str, str], arguments: list[str], log: Path, happ
 
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
     # The kernels have tests of their own; interpreted, they would take most of the time of these.
-    Objective.backend = "torch"
+    Part.backend = "torch"
     for happening in happenings:
         _arrange(happening)
     code = train.main(arguments)

@@ -37,17 +37,17 @@ from inputs import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dive_fast.kernels as kernels
-from dive_fast.kernels import backend, blocks, contrastive, difference, dive, naive
+from dive_fast.kernels import backend, contrastive, difference, joint_step, naive, primitives
 
 DIVE = (*CONTRASTIVE, "reference_image_features", "reference_text_features", *DIFFERENCE[2:])
 LOSSES = ("contrastive_loss", "difference_loss", "dive_loss")
 SLOW = pytest.mark.slow
 # Only the interpreter computes in fp64.
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, *([torch.float64] if blocks.INTERPRETED else []))
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, *([torch.float64] if primitives.INTERPRETED else []))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and not blocks.INTERPRETED, reason="needs a GPU, or TRITON_INTERPRET=1 before the start"
+    DEVICE == "cpu" and not primitives.INTERPRETED, reason="needs a GPU, or TRITON_INTERPRET=1 before the start"
 )
 
 
@@ -223,7 +223,7 @@ def tensor_core_sums():
         yield
 
 
-@pytest.mark.skipif(not blocks.INTERPRETED, reason="a GPU has the real thing")
+@pytest.mark.skipif(not primitives.INTERPRETED, reason="a GPU has the real thing")
 @pytest.mark.parametrize(
     ("path", "dtype"),
     [
@@ -296,7 +296,7 @@ def test_a_captured_graph_replays_on_new_inputs(name):
         assert all(torch.equal(one, other) for one, other in zip(replayed, step(), strict=True))
 
 
-@pytest.mark.skipif(not blocks.INTERPRETED, reason="fp64 runs under the interpreter only")
+@pytest.mark.skipif(not primitives.INTERPRETED, reason="fp64 runs under the interpreter only")
 @pytest.mark.parametrize("name", [*LOSSES[:2], pytest.param(LOSSES[2], marks=SLOW)])
 def test_gradcheck(name):
     tensors = tensors_of(inputs_of(name, random_pairs, 3, 3, scale=3.0), torch.float64)
@@ -336,7 +336,7 @@ def test_upstream_gradient_is_applied_before_rounding():
 
 
 class Guarded:
-    """In place of ``blocks.empty``: buffers full of NaN, between bands of NaN that must survive."""
+    """In place of ``primitives.empty``: buffers full of NaN, between bands of NaN that must survive."""
 
     BAND = 512  # elements; a multiple of 16 bytes
 
@@ -375,7 +375,7 @@ def test_nothing_beyond_a_buffer_is_read_or_written(name, pairs, width, dtype, m
     tensors = tensors_of(inputs_of(name, drifted_pairs, pairs, width), dtype)
     expected = run(name, tensors, backend="triton")
     guard = Guarded()
-    monkeypatch.setattr(blocks, "empty", guard)
+    monkeypatch.setattr(primitives, "empty", guard)
     guarded = {
         key: guard.surround(tensor.detach()).requires_grad_(tensor.requires_grad)
         for key, tensor in tensors.items()
@@ -393,7 +393,7 @@ def checked_addresses():
     """Under the interpreter, fails a load or store outside the tensors of its launch, its value used or not."""
     from triton.runtime.interpreter import interpreter_builder as builder
 
-    ranges, launch = [], blocks.launch
+    ranges, launch = [], primitives.launch
     load, store = builder.create_masked_load, builder.create_masked_store
 
     def recorded(kernel, programs, *arguments, **options):
@@ -417,14 +417,14 @@ def checked_addresses():
         return store(pointers, value, mask, *rest)
 
     with (
-        unittest.mock.patch.object(blocks, "launch", recorded),
+        unittest.mock.patch.object(primitives, "launch", recorded),
         unittest.mock.patch.object(builder, "create_masked_load", checked_load),
         unittest.mock.patch.object(builder, "create_masked_store", checked_store),
     ):
         yield
 
 
-@pytest.mark.skipif(not blocks.INTERPRETED, reason="addresses are seen by the interpreter only")
+@pytest.mark.skipif(not primitives.INTERPRETED, reason="addresses are seen by the interpreter only")
 @pytest.mark.parametrize(("pairs", "width"), [(1, 1), pytest.param(65, 130, marks=SLOW), (260, 16)])
 def test_no_address_lies_outside_the_tensors(name, pairs, width, monkeypatch):
     """Also where what is read there is thrown away; chunks of two tiles, the last of them not full."""
@@ -466,7 +466,7 @@ def test_runs_agree_bit_for_bit(name):
             assert torch.equal(one[key], other[key]), key
 
 
-@pytest.mark.skipif(not blocks.INTERPRETED, reason="on a GPU the order is its own affair")
+@pytest.mark.skipif(not primitives.INTERPRETED, reason="on a GPU the order is its own affair")
 def test_order_of_programs_does_not_matter(name, monkeypatch):
     """A program that needs another's result, or adds to it, gives something else when the order changes."""
     from triton.runtime.interpreter import interpreter_builder
@@ -507,7 +507,7 @@ def count_launches(monkeypatch, call):
     """Triton launches, not executed, and operators of PyTorch that are launches too."""
     launches = []
     with monkeypatch.context() as patch, _Operations() as operations:
-        patch.setattr(blocks, "launch", lambda kernel, *_, **__: launches.append(kernel))
+        patch.setattr(primitives, "launch", lambda kernel, *_, **__: launches.append(kernel))
         result = call()
     return len(launches), operations.names, result
 
@@ -527,9 +527,14 @@ def test_launches(monkeypatch):
     check(1, lambda: contrastive.launch_backward(upstream, scale, *saved, 20, 0, 48))
     _, _, average = check(2, lambda: difference.launch_forward(*reference, average_vector, *options, ""))
     check(1, lambda: difference.launch_backward(upstream, *reference, average, *options))
-    made = check(2, lambda: dive.launch_forward(image, text, scale, *reference, average_vector, 1e3, *options, ""))
+    made = check(
+        2, lambda: joint_step.launch_forward(image, text, scale, *reference, average_vector, 1e3, *options, "")
+    )
     saved = made[2:6]
-    check(1, lambda: dive.launch_backward(upstream, scale, *saved, *reference, average, 20, 0, 48, 1e3, *options))
+    check(
+        1,
+        lambda: joint_step.launch_backward(upstream, scale, *saved, *reference, average, 20, 0, 48, 1e3, *options),
+    )
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -564,8 +569,8 @@ def test_extra_memory_is_linear_in_the_batch(pairs, monkeypatch):
         allocated.append(tensor.nbytes)
         return tensor
 
-    monkeypatch.setattr(blocks, "launch", lambda *_, **__: None)
-    monkeypatch.setattr(blocks, "empty", empty)
+    monkeypatch.setattr(primitives, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(primitives, "empty", empty)
     features = torch.empty(pairs, 768, dtype=torch.float16, device="meta")
     scale = torch.empty((), device="meta")
     _, *saved = contrastive.launch_forward(features, features, scale, "")
@@ -628,7 +633,7 @@ RANK_CASES = [
     for (name, path), (pairs, width), dtype in itertools.product(
         PATHS,
         [(1, 5), (5, 16), (70, 20)],  # pairs are those of one rank
-        [torch.float64 if blocks.INTERPRETED else torch.float32, torch.float16],
+        [torch.float64 if primitives.INTERPRETED else torch.float32, torch.float16],
     )
 ]
 # The label of a row has another column on each rank; sums that are cut off show whether it is the right one.
@@ -658,7 +663,7 @@ def evaluate_on_rank(cases):
         for key in inputs.keys() - set(SHARED):
             inputs[key] = np.split(inputs[key], world_size)[rank]
         with contextlib.ExitStack() as stack:
-            if blocks.INTERPRETED:
+            if primitives.INTERPRETED:
                 stack.enter_context(checked_addresses())
                 if kind == opposed_pairs:
                     stack.enter_context(tensor_core_sums())
@@ -717,9 +722,9 @@ def operators():
         "contrastive_backward": (contrastive.backward, (upstream, scale.detach(), *saved, *sizes)),
         "difference": (difference.forward, (*reference, average_vector, *options, "")),
         "difference_backward": (difference.backward, (upstream, *frozen, average, *options)),
-        "dive": (dive.forward, (image, text, scale, *reference, average_vector, 10.0, *options, "")),
+        "dive": (joint_step.forward, (image, text, scale, *reference, average_vector, 10.0, *options, "")),
         "dive_backward": (
-            dive.backward,
+            joint_step.backward,
             (upstream, scale.detach(), *saved, *frozen, average, *sizes, 10.0, *options),
         ),
     }
@@ -789,7 +794,7 @@ def test_auto_is_triton_where_it_runs(monkeypatch):
     features = torch.ones(2, 3, device=DEVICE)
     assert backend.uses_triton("auto", features)
     assert not backend.uses_triton("torch", features)
-    monkeypatch.setattr(blocks, "INTERPRETED", False)
+    monkeypatch.setattr(primitives, "INTERPRETED", False)
     assert not backend.uses_triton("auto", features.cpu())
 
 
@@ -808,9 +813,9 @@ def test_triton_where_it_cannot_run(obstacle, message, monkeypatch):
     arguments = {key: torch.ones(3, width, device=place) for key in DIFFERENCE[:4]}
     arguments["average_vector"] = torch.ones(width, device=place)
     if obstacle == "no GPU":
-        monkeypatch.setattr(blocks, "INTERPRETED", False)
+        monkeypatch.setattr(primitives, "INTERPRETED", False)
     elif obstacle == "no Triton":
-        monkeypatch.setattr(backend, "blocks", None)
+        monkeypatch.setattr(backend, "primitives", None)
     elif obstacle == "teacher":
         arguments["text_teacher"].requires_grad_()
     with pytest.raises(ValueError, match=f'^backend: "triton" cannot run: {message}; use "auto" or "torch"$'):

@@ -32,7 +32,10 @@ from dive_fast.distributed import Ranks, join
 from dive_fast.engine import profiler as trace
 from dive_fast.engine.profiler import RANGES, SETTLING, WARMING
 from dive_fast.errors import ConfigError
-from dive_fast.methods.method import Objective
+from dive_fast.methods.dive import Dive
+from dive_fast.methods.method import Part
+from dive_fast.methods.noise_floor import NOISE_FLOOR, check_noise_floor
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.train import loop as train
 from dive_fast.train import metrics
 from dive_fast.train.monitors import in_run_folder
@@ -46,7 +49,7 @@ class KilledError(Exception):
 
 
 def load(tree: dict[str, Any], **train_options: Any) -> Config:
-    return Config.model_validate_json(json.dumps(tree | {"train": tree["train"] | train_options}))
+    return RunConfig.model_validate_json(json.dumps(tree | {"train": tree["train"] | train_options}))
 
 
 def run(tree: dict[str, Any], output: Path, ranks: Ranks, kill_at: int | None = None, **options: Any) -> Any:
@@ -72,7 +75,7 @@ def run_cases(folder: Path) -> dict[str, Any]:
     tree = json.loads((folder / "config.json").read_text())
     results: dict[str, Any] = {}
     # Interpreted, the kernels would take most of the time: they are in one run, and PyTorch in all others.
-    Objective.backend = "torch"
+    Part.backend = "torch"
     for stage in STAGES:
         tree["deepspeed"]["zero_optimization"]["stage"] = stage
         results[f"whole{stage}"] = run(tree, folder / f"whole{stage}", ranks)
@@ -87,7 +90,7 @@ def run_cases(folder: Path) -> dict[str, Any]:
         run(prepared, folder / "resumed-fast", ranks, kill_at=3, checkpoint_every=2)
     ranks.barrier()
     run(prepared, folder / "resumed-fast", ranks)
-    Objective.backend = "triton"
+    Part.backend = "triton"
     tree["teacher"] = {"mode": "online"}
     results["online"] = run(tree, folder / "online", ranks, schedule="joint", micro_batch_size=3)
     return results
@@ -164,7 +167,7 @@ def test_the_fast_loaders_train_alike_and_continue_to_the_same_weights(by_rank: 
             assert fast["contrastive_loss"] == pytest.approx(plain["contrastive_loss"], rel=1e-3)
             assert 0 <= fast["data_wait"] <= 1
     # Teacher and student have seen the same pixels, or the first difference vectors would be longer.
-    assert lines(folder / "fast")[0]["image_norm"] < train.NOISE_FLOOR["fp32"]
+    assert lines(folder / "fast")[0]["image_norm"] < NOISE_FLOOR["fp32"]
     whole, resumed = weights(folder / "fast"), weights(folder / "resumed-fast")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -186,7 +189,7 @@ def test_metrics_and_provenance_are_written(by_rank: list[Any], folder: Path) ->
         0
     ].keys()
     # At first the student is the teacher, and later it is not.
-    assert written[0]["image_norm"] < train.NOISE_FLOOR["fp32"] < written[3]["image_norm"]
+    assert written[0]["image_norm"] < NOISE_FLOOR["fp32"] < written[3]["image_norm"]
     assert 0 <= written[-1]["accuracy/seen"] <= 1
     assert (
         by_rank[0]["whole1"]["accuracy/seen"]
@@ -218,7 +221,7 @@ def run_alone(tree: dict[str, Any], output: Path) -> Any:
 
 
 def _run_alone(tree: dict[str, Any], output: Path) -> Any:
-    Objective.backend = "torch"
+    Part.backend = "torch"
     try:
         return run(tree, output, join())
     except ConfigError as error:
@@ -258,7 +261,7 @@ def test_a_cache_whose_rows_are_wrong_is_found_before_the_first_update(tmp_path:
 def _warned(tree: dict[str, Any], output: Path) -> list[list[str]]:
     """What is said of noise: by a run in bf16 that hardly moves, by the same killed early, and by one in fp32."""
     ranks, found = join(), []
-    Objective.backend = "torch"
+    Part.backend = "torch"
     still = {"learning_rate": 1e-7, "warmup_steps": 2, "log_every": 1, "max_steps": 4, "precision": "bf16"}
 
     def warnings_of(name: str, **options: Any) -> None:
@@ -293,7 +296,7 @@ def test_rounding_that_drowns_difference_vectors_is_told_once(tmp_path: Path) ->
 def _traced(tree: dict[str, Any], output: Path) -> tuple[Counter[str], str, list[str]]:
     """Ranges in the trace of three steps, what is said of them, and what of a run too short to be traced."""
     ranks = join()
-    Objective.backend = "torch"
+    Part.backend = "torch"
     with contextlib.redirect_stdout(io.StringIO()) as said:
         run(tree, output, ranks, epochs=20, max_steps=SETTLING + WARMING + 3, trace_steps=3)
     events = json.loads(gzip.decompress((output / "trace.json.gz").read_bytes()))["traceEvents"]
@@ -328,7 +331,8 @@ def test_what_the_audit_lets_pass_is_no_noise(tmp_path: Path) -> None:
 
     def check(length: float, **teacher: Any) -> None:
         values = {"image_norm": torch.tensor(0.0), "text_norm": torch.tensor(length)}
-        train._check_noise_floor(values, Config.model_validate(tree | {"teacher": teacher}))
+        config = RunConfig.model_validate(tree | {"teacher": teacher})
+        check_noise_floor(train._first_step(values, config.train, config.teacher), Dive.norms)
 
     for allowed, refused, teacher in (
         (9e-5, 2e-4, {}),
@@ -390,7 +394,7 @@ def test_a_copy_that_a_user_has_put_beside_checkpoints_is_none_of_them(
 def test_monitors_that_name_no_place_write_into_the_run_folder(tmp_path: Path, named: dict[str, Any]) -> None:
     tree = tiny.write_config(tmp_path)
     tree["deepspeed"]["csv_monitor"] = {"enabled": True} | named
-    section = in_run_folder(Config.model_validate(tree), tmp_path / "run").deepspeed["csv_monitor"]
+    section = in_run_folder(RunConfig.model_validate(tree), tmp_path / "run").deepspeed["csv_monitor"]
     assert section == {"enabled": True, "output_path": str(tmp_path / "run"), "job_name": "csv_monitor"}
 
 

@@ -15,6 +15,7 @@ import torch
 from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks
 from dive_fast.errors import UserError, machine_error
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.train import preflight
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -35,7 +36,7 @@ def changed(tree: dict[str, Any], **values: Any) -> Config:
         for name in sections:
             section = section.setdefault(name, {})
         section[key] = value
-    return Config.model_validate_json(json.dumps(copy))
+    return RunConfig.model_validate_json(json.dumps(copy))
 
 
 def refused(says: str, config: Config, folder: Path) -> None:

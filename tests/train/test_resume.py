@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 
 from dive_fast.checkpoint import lineage, resume, saver
 from dive_fast.checkpoint import manifest as checkpoint
-from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks, join
 from dive_fast.engine.update import INITIAL_SCALE, LossScale
 from dive_fast.errors import UserError
 from dive_fast.identity import Identity
 from dive_fast.locks import folder_lock
 from dive_fast.methods import registry
-from dive_fast.methods.method import Objective
+from dive_fast.methods.method import Part
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import head as heads
 from dive_fast.train import loop as train
 from dive_fast.train import run_identity
@@ -58,7 +58,7 @@ class Folder:
 
     def start(self, *overrides: tuple[str, Any], kill_at: int | None = None) -> str:
         """Trains; returns all that is said, an error too. ``kill_at`` ends it after so many steps."""
-        config = Config.model_validate_json(json.dumps(changed(self.tree, *overrides)))
+        config = RunConfig.model_validate_json(json.dumps(changed(self.tree, *overrides)))
         said, log = io.StringIO(), train.Metrics.log
         handler = logging.StreamHandler(said)
 
@@ -131,7 +131,7 @@ def other_files(folder: Path, kind: str) -> tuple[str, Any]:
 
 def cases(folder: Path) -> dict[str, Any]:
     ranks = join()
-    Objective.backend = "torch"
+    Part.backend = "torch"
     tree = json.loads((folder / "config.json").read_text())
     run = Folder(ranks, tree, folder / "run")
     found: dict[str, Any] = {"first": run.start()}
@@ -289,7 +289,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def of(tree: dict[str, Any], *overrides: tuple[str, Any]) -> Identity:
-    return run_identity.of_config(Config.model_validate_json(json.dumps(changed(tree, *overrides))))
+    return run_identity.of_config(RunConfig.model_validate_json(json.dumps(changed(tree, *overrides))))
 
 
 @pytest.mark.parametrize("key", REFUSED)
@@ -373,7 +373,7 @@ def test_checkpoint_of_an_older_version_is_refused_in_one_line(found: dict[str, 
 
 def test_keys_that_a_resume_ignores_exist() -> None:
     """A renamed key would be compared, or, worse, its old name never."""
-    tree = Config.model_validate(
+    tree = RunConfig.model_validate(
         {
             "model": {"name": "demo"},
             "data": {half: {"format": "csv", "path": "x"} for half in ("target", "reference")},
@@ -416,11 +416,11 @@ def test_settings_that_train_next_to_nothing_are_reported(found: dict[str, Any])
 
 
 def test_steps_beyond_the_epochs_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = Config.model_validate(tiny.write_config(tmp_path, max_steps=40))
-    run_module._warn_of_schedule(config, registry.create(config.objective, 24), 3)
+    config = RunConfig.model_validate(tiny.write_config(tmp_path, max_steps=40))
+    run_module._warn_of_schedule(config, registry.needs(config.objective), 3)
     assert "train.max_steps = 40, but train.epochs = 1 ends the run after 3 steps" in caplog.text
     caplog.clear()
-    run_module._warn_of_schedule(config, registry.create(config.objective, 24), 40)
+    run_module._warn_of_schedule(config, registry.needs(config.objective), 40)
     assert caplog.text == ""
 
 
@@ -481,7 +481,7 @@ def test_head_of_other_class_names_is_refused(tmp_path: Path) -> None:
 
 
 def _renamed_class(path: Path) -> tuple[str, list[str]]:
-    Objective.backend = "torch"
+    Part.backend = "torch"
     tree = tiny.write_config(path, max_steps=1)
     for number, name in enumerate(("grass", "sea", "sky")):
         (path / "images" / name).mkdir(parents=True)
@@ -514,9 +514,11 @@ def _decided(accuracies: dict[int, float]) -> Iterator[None]:
         steps[0] = step
         return evaluate(self, step)
 
-    def measured(self: train.Validation, folder: Path, options: Any) -> dict[str, float]:
-        chosen = folder.parent / "run/best/selected.json" if folder.name == "run" else None
-        step = json.loads(chosen.read_text())["step"] if chosen is not None and chosen.exists() else steps[0]
+    def measured(self: train.Validation, options: Any, exported: Path | None) -> dict[str, float]:
+        # Only the best weights are measured from their file, at the end of the run.
+        step = steps[0]
+        if exported is not None:
+            step = json.loads((exported / "best/selected.json").read_text())["step"]
         return {f"accuracy/{name}": accuracies[step] for name in options.sets}
 
     train.Validation.evaluate, train.Validation._measure = evaluate_at, measured  # type: ignore[method-assign]
@@ -528,7 +530,7 @@ def _decided(accuracies: dict[int, float]) -> Iterator[None]:
 
 def validation_cases(folder: Path) -> dict[str, Any]:
     ranks = join()
-    Objective.backend = "torch"
+    Part.backend = "torch"
     tree = json.loads((folder / "config.json").read_text())
     own = {key: tree["data"]["target"][key] for key in tiny.EVALUATION}
     tree["evaluate"] = {
@@ -659,7 +661,7 @@ def test_loss_scale_of_another_precision_is_not_taken_over() -> None:
 
 def _ranks_that_differ(folder: Path) -> dict[str, str]:
     ranks = join()
-    Objective.backend = "torch"
+    Part.backend = "torch"
     tree = json.loads((folder / "config.json").read_text())
     found = {}
     for name, overrides in UNLIKE_RANKS.items():
@@ -721,7 +723,7 @@ def _hold(folder: Path, connection: Any) -> None:
 
 
 def _second_run(folder: Path) -> tuple[str, str, bool, int]:
-    Objective.backend = "torch"
+    Part.backend = "torch"
     run = Folder(join(), json.loads((folder / "config.json").read_text()), folder / "run")
     first = run.start()
     before = run.contents()

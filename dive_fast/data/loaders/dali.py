@@ -113,7 +113,7 @@ class _Read:
         self.samples = samples
 
     def __call__(self, places: list[SampleKey]) -> _Encoded[Any]:
-        found = [self.samples.usable(place, self._file) for place in places]
+        found = [self.samples.read_usable(place, self._file) for place in places]
         places = [place for place, _ in found]
         files = [np.frombuffer(file, np.uint8) for _, (file, _) in found]
         views = [(*_numbers(view.crop), *view.region) for _, (_, view) in found]
@@ -136,7 +136,7 @@ class _Read:
             image = open_image(data)
             if has_view and not unsupported_reason(image, data):
                 return data, self.samples.view(place, (image.height, image.width))
-            cut = self.samples.cut(place, decode(data))
+            cut = self.samples.transform(place, decode(data))
         except UNDECODABLE as error:
             raise source.samples[place[1]].unusable(
                 f"cannot decode the image: {decode_error_message(error)}"

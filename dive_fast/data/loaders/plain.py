@@ -23,9 +23,11 @@ class _Decode:
         self.samples, self.dtype, self.layout = samples, options.dtype, options.layout
 
     def __call__(self, places: list[SampleKey]) -> Any:
-        found = [self.samples.usable(place, self._image) for place in places]
+        found = [self.samples.read_usable(place, self._image) for place in places]
         images = torch.stack([image for _, image in found])
         return self.samples.batch([place for place, _ in found], images.to(self.dtype, memory_format=self.layout))
 
     def _image(self, place: SampleKey) -> Tensor:
-        return self.samples.preprocess.tensor(self.samples.cut(place, self.samples.source.image(place[1])))
+        return self.samples.preprocess.to_tensor(
+            self.samples.transform(place, self.samples.source.image(place[1]))
+        )

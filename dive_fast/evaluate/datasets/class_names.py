@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from dive_fast.data.prompts import Filled, Template, read_class_names, read_templates
+from dive_fast.data.prompts import Template, read_class_names, read_templates
 from dive_fast.errors import DataError
 from dive_fast.io.safe_read import read_text
 
@@ -71,7 +71,7 @@ def class_names_of(name: str) -> tuple[str, ...]:
     return names[1:] if name == "caltech101" else names
 
 
-class DatasetTemplate(Filled):
+class DatasetTemplate(Template):
     """A template of a known data set: ``{c}`` is the name too, as in CLIP-benchmark, ``<a>`` adds an article."""
 
     def __init__(self, template: str) -> None:

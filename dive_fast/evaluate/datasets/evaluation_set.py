@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dive_fast.data.batch import EvaluationBatch
 from dive_fast.data.prompts import Template
-from dive_fast.data.samples import MAX_REPLACEMENTS, EvaluationSamples, Found, SampleKey
+from dive_fast.data.samples import MAX_REPLACEMENTS, EvaluationSamples, Item, SampleKey
 from dive_fast.data.sources.source import Source
 from dive_fast.data.transforms import Preprocess
 from dive_fast.distributed import Ranks
@@ -101,16 +101,16 @@ class StrictSamples(EvaluationSamples):
         super().__init__(source, preprocess)
         self.border, self.reports_skipped, self.remedy = border, reports_skipped, remedy
 
-    def cut(self, place: SampleKey, image: Image.Image) -> Image.Image:
+    def transform(self, place: SampleKey, image: Image.Image) -> Image.Image:
         """The evaluation view of what is inside the border."""
         if self.border:
             width, height = image.size
             if min(width, height) <= 2 * self.border:
                 raise self.source.samples[place[1]].unusable(f"no larger than its border of {self.border} pixels")
             image = image.crop((self.border, self.border, width - self.border, height - self.border))
-        return super().cut(place, image)
+        return super().transform(place, image)
 
-    def usable(self, place: SampleKey, read: Callable[[SampleKey], Found]) -> tuple[SampleKey, Found]:
+    def read_usable(self, place: SampleKey, read: Callable[[SampleKey], Item]) -> tuple[SampleKey, Item]:
         """What ``read`` finds at a place; of a broken sample that is left out, what it finds at another place.
 
         Raises:

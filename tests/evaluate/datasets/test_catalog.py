@@ -119,9 +119,11 @@ def test_objectnets_labels_stand_for_several_classes_and_its_border_is_cut(tmp_p
     samples = StrictSamples(
         found.source, Preprocess((8, 8), (0,) * 3, (1,) * 3, "bicubic", "squash"), found.border
     )
-    assert np.unique(np.asarray(samples.cut((0, 0), bordered)).reshape(-1, 3), axis=0).tolist() == [[0, 0, 255]]
+    assert np.unique(np.asarray(samples.transform((0, 0), bordered)).reshape(-1, 3), axis=0).tolist() == [
+        [0, 0, 255]
+    ]
     with pytest.raises(DataError, match="no larger than its border of 2 pixels"):
-        samples.cut((0, 0), Image.new("RGB", (4, 9)))
+        samples.transform((0, 0), Image.new("RGB", (4, 9)))
     (root / "mappings/pytorch_to_imagenet_2012_id.json").unlink()
     with pytest.raises(DataError, match=r"pytorch_to_imagenet_2012_id.json: cannot read ObjectNet's map"):
         opened("objectnet", tmp_path)

@@ -24,6 +24,7 @@ from dive_fast.evaluate.geometry import compare as movement
 from dive_fast.evaluate.geometry import figures
 from dive_fast.evaluate.geometry.embed import describe_pairs, embed, open_pairs, spread
 from dive_fast.evaluate.geometry.measures import compare, describe
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import towers
 from dive_fast.model.features import Pairs
 
@@ -40,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("movement")
     tree = tiny.write_config(root)
     tree["evaluate"] = {"batch_size": 4, "workers": 0}
-    model = towers.create(Config.model_validate_json(json.dumps(tree)).model)
+    model = towers.create(RunConfig.model_validate_json(json.dumps(tree)).model)
     torch.manual_seed(0)
     moved = {name: value + 0.05 * torch.randn(value.shape) for name, value in model.state_dict().items()}
     (root / "run").mkdir()
@@ -56,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(folder: Path) -> Config:
-    return Config.model_validate_json((folder / "config.json").read_text())
+    return RunConfig.model_validate_json((folder / "config.json").read_text())
 
 
 def embedded(folder: Path, ranks: Ranks, batch_size: int, limit: int | None) -> Pairs:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dive_fast.kernels import blocks, contrastive, difference, ranks
+from dive_fast.kernels import contrastive, difference, primitives, process_group
 from dive_fast.kernels.contrastive import finish_contrastive, gradient_block, pack_block, statistics_block
 from dive_fast.kernels.difference import (
     Options,
@@ -126,7 +126,7 @@ def dive_values_kernel(
             text_teacher, previous, sums, average, reference_partials, reference_rows, reference_total,
             reference_D, num_sums, REFERENCE_ROWS, REFERENCE_WIDTH, DECAY, GROWTH, ACC,
         )  # fmt: skip
-    if blocks.is_last(ticket, tl.num_programs(0)):
+    if primitives.is_last(ticket, tl.num_programs(0)):
         target = finish_contrastive(partials, statistics, slope, B, num_splits, FINISH_ROWS, ACC)
         reference = finish_difference(
             reference_partials, parts, reference_rows, values_programs, AVERAGE_WEIGHT, PAIRWISE_WEIGHT, ACC
@@ -193,7 +193,7 @@ def dive_gradient_kernel(
 
 
 def _reference_block(width: int) -> dict[str, int]:
-    return {f"REFERENCE_{name}": size for name, size in blocks.row_block(width).items()}
+    return {f"REFERENCE_{name}": size for name, size in primitives.row_block(width).items()}
 
 
 def launch_forward(
@@ -215,32 +215,36 @@ def launch_forward(
     """What both halves return, their losses replaced by the whole loss and the contrastive one."""
     options = Options(decay, average_weight, pairwise_weight, mean_gradient)
     target, reference = contrastive.shape_of(image, group), difference.shape_of(reference_image, group)
-    image, text = (ranks.gather(blocks.dense(features), group).flatten(0, 1) for features in (image, text))
-    inputs = [blocks.dense(tensor) for tensor in (reference_image, reference_text, image_teacher, text_teacher)]
+    image, text = (
+        process_group.gather(primitives.dense(features), group).flatten(0, 1) for features in (image, text)
+    )
+    inputs = [
+        primitives.dense(tensor) for tensor in (reference_image, reference_text, image_teacher, text_teacher)
+    ]
     made, reference_made = (
         contrastive.buffers(target, image.device),
         difference.buffers(reference, reference_image),
     )
-    pack_block = blocks.row_block(target.width_padded)
+    pack_block = primitives.row_block(target.width_padded)
     pack_programs = target.total_padded // pack_block["ROWS"]
-    blocks.launch(
+    primitives.launch(
         dive_rows_kernel,
         pack_programs + reference.programs,
         *(image, text, made.packed, made.rows, made.ticket, *inputs, reference_made.sums, pack_programs),
         *(target.total, target.total_padded, target.width, target.width_padded, reference.rows, reference.width),
         **pack_block,
         **_reference_block(reference.width),
-        ACC=blocks.acc(target.dtype),
+        ACC=primitives.acc(target.dtype),
     )
     sums = difference.gather_sums(reference_made.sums, group)
     num_splits, statistics_programs = contrastive.num_splits(target), contrastive.statistics_programs(target)
-    blocks.launch(
+    primitives.launch(
         dive_values_kernel,
         statistics_programs + reference.programs,
         *(made.packed, made.rows, logit_scale, made.partials, made.statistics, made.slope),
         *(
             *inputs,
-            blocks.dense(average_vector),
+            primitives.dense(average_vector),
             sums,
             reference_made.average,
             reference_made.partials,
@@ -254,13 +258,13 @@ def launch_forward(
         **_reference_block(reference.width),
         **options.constants(),
         WEIGHT=float(weight),
-        ACC=blocks.acc(target.dtype),
+        ACC=primitives.acc(target.dtype),
     )
     loss, target_loss = reference_made.loss, made.loss
     statistics, parts = made.statistics, reference_made.parts
-    if ranks.world_size(group) > 1:
+    if process_group.world_size(group) > 1:
         # One message: the statistics of the pairs, and the parts of the difference loss behind them.
-        message = ranks.gather(torch.cat([statistics.flatten(), parts]), group)
+        message = process_group.gather(torch.cat([statistics.flatten(), parts]), group)
         statistics = message[:, :-4].unflatten(1, statistics.shape).transpose(0, 1).flatten(1).contiguous()
         parts = message[:, -4:].mean(0)
         target_loss = contrastive.loss_of(statistics)
@@ -311,7 +315,9 @@ def launch_backward(
     options = Options(decay, average_weight, pairwise_weight, mean_gradient)
     shape = contrastive.saved_shape(packed, statistics, count, first, width)
     saved = packed, rows, logit_scale, statistics
-    inputs = [blocks.dense(tensor) for tensor in (reference_image, reference_text, image_teacher, text_teacher)]
+    inputs = [
+        primitives.dense(tensor) for tensor in (reference_image, reference_text, image_teacher, text_teacher)
+    ]
     inputs.append(average)
     if shape.is_large:
         target_gradients = contrastive.chunked_gradient(
@@ -323,7 +329,7 @@ def launch_backward(
     reference = difference.shape_of(reference_image, "")
     tile, slice_width = contrastive.gradient_tile(shape)
     contrastive_programs = contrastive.gradient_programs(shape)
-    blocks.launch(
+    primitives.launch(
         dive_gradient_kernel,
         contrastive_programs + reference.programs,
         *(*saved, upstream, slope, *target_gradients, *inputs, *reference_gradients, contrastive_programs),
@@ -333,7 +339,7 @@ def launch_backward(
         SLICE=slice_width,
         **_reference_block(reference.width),
         **difference.gradient_constants(weight, options),
-        ACC=blocks.acc(shape.dtype),
+        ACC=primitives.acc(shape.dtype),
     )
     return *target_gradients, *reference_gradients
 
