@@ -284,7 +284,7 @@ def test_torchvision_sets_that_unpickle_are_not_prepared(
         "--output",
         str(tmp_path / "s"),
     ]
-    assert "by a pickle that lies beside the data" in command("prepare", arguments, monkeypatch, capsys)
+    assert "with a pickle stored next to the data" in command("prepare", arguments, monkeypatch, capsys)
 
 
 # What would lead out
@@ -301,7 +301,7 @@ def test_a_prepared_set_names_no_file_outside(world: Path, name: str) -> None:
     tree["files"][0] |= {"name": name, "bytes": 6}
     path.write_text(json.dumps(tree))
     for read in (open_prepared, lambda folder, _: verify(folder)):
-        message = refused(lambda read=read: read(str(world / "set"), ".cls"), str(path), "copy the set anew")
+        message = refused(lambda read=read: read(str(world / "set"), ".cls"), str(path), "copy the set again")
         assert "is no name of a file below" in message
 
 
@@ -547,17 +547,17 @@ def _set(name: str, row: int, value: int) -> Callable[[dict[str, torch.Tensor]],
 
 
 INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "no such file": (_set("file", 3, 1), "file: a value that no sample can have"),
+    "no such file": (_set("file", 3, 1), "file: a value is out of range"),
     "the last file": (_set("file", 3, -1), "file: a value"),
     "before the file": (_set("offset", 3, -1), "offset: a value"),
-    "behind the file": (_set("offset", 3, 2**62), "a sample lies behind the end of its file"),
+    "behind the file": (_set("offset", 3, 2**62), "a sample lies beyond the end of its file"),
     "all of the file": (_set("size", 3, -1), "size: a value"),
-    "more than memory": (_set("size", 3, 2**62), "a sample lies behind the end"),
-    "around the end": (_set("offset", 3, 2**63 - 1), "a sample lies behind the end"),
+    "more than memory": (_set("size", 3, 2**62), "a sample lies beyond the end"),
+    "around the end": (_set("offset", 3, 2**63 - 1), "a sample lies beyond the end"),
     "no pixels": (_set("height", 3, 0), "height: a value"),
-    "backwards": (_set("key_ends", 3, 0), "key_ends: not the ends"),
-    "behind the texts": (_set("key_ends", -1, 2**40), "key_ends: not the ends"),
-    "another label": (_set("label", 3, 4), f"labels, texts or hashes are not those of {MANIFEST}"),
+    "backwards": (_set("key_ends", 3, 0), "key_ends: not increasing"),
+    "behind the texts": (_set("key_ends", -1, 2**40), "key_ends: not increasing"),
+    "another label": (_set("label", 3, 4), f"labels, texts or hashes do not match {MANIFEST}"),
     "missing": (lambda index: index.pop("size"), "size is missing"),
     "no texts": (lambda index: index.pop("texts"), "texts is missing"),
     "too few": (lambda index: index.update(label=index["label"][:-1]), "label: torch.int64 (23,)"),
@@ -566,7 +566,7 @@ INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "tokens": (lambda index: index.update(tokens=torch.zeros(24, 8)), "tokens: torch.float32"),
     "negative tokens": (
         lambda index: index.update(tokens=torch.full((24, 8), -1, dtype=torch.int32)),
-        "tokens: a number below zero",
+        "tokens: a value is negative",
     ),
 }  # fmt: skip
 
@@ -578,7 +578,7 @@ def test_an_index_points_into_its_files(world: Path, kind: str) -> None:
     index = {name: tensor.clone() for name, tensor in load_file(path).items()}
     change(index)
     save_file(index, path)
-    refused(lambda: open_prepared(str(world / "set"), ".cls"), f"{path}: {message}", "copy the set anew")
+    refused(lambda: open_prepared(str(world / "set"), ".cls"), f"{path}: {message}", "copy the set again")
     refused(lambda: verify(str(world / "set")), f"{path}: {message}")
 
 
@@ -587,7 +587,7 @@ def test_a_name_that_is_no_text_is_told_when_it_is_asked_for(world: Path) -> Non
     index = {name: tensor.clone() for name, tensor in load_file(path).items()}
     index["keys"][0] = 255
     save_file(index, path)
-    refused(lambda: open_prepared(str(world / "set"), ".cls").samples[0], f"{path}: key of row 0")
+    refused(lambda: open_prepared(str(world / "set"), ".cls").samples[0], f"{path}: invalid key in row 0")
 
 
 def test_json_is_not_nested_without_end(world: Path, tmp_path: Path) -> None:
