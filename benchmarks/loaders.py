@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader
 from dive_fast.data.loaders.loader import Options, batches_of, training_batches
 from dive_fast.data.prefetch import Prefetcher
 from dive_fast.data.prepared import convert
-from dive_fast.data.prepared import write as prepare
 from dive_fast.data.prepared.raw import RawSource
 from dive_fast.data.prepared.read import open_prepared
+from dive_fast.data.prepared.write import prepare
 from dive_fast.data.prompts import PromptTable, read_templates
 from dive_fast.data.sampler import Order
 from dive_fast.data.samples import EvaluationSamples, TargetSamples
@@ -140,7 +140,7 @@ def pixels(source: Source, folder: Path) -> list[dict[str, Any]]:
         (odd / "0").mkdir(exist_ok=True)
         image.save(odd / "0" / f"{height}x{width}.jpg", quality=92)
     options = convert.Options("beton", max_side=None, min_side=1)
-    prepare.prepare(RawSource(open_folder(str(odd))), folder / "odd-ready", options, 1)
+    prepare(RawSource(open_folder(str(odd))), folder / "odd-ready", options, 1)
     rows = []
     for name, set_ in (("photos", source), ("odd sizes", open_prepared(str(folder / "odd-ready"), ".cls"))):
         prompts = PromptTable(set_, ["thing"] * 1000, read_templates("a {}"), open_clip.get_tokenizer("ViT-B-16"))
@@ -247,7 +247,7 @@ def main() -> None:
         folder = Path(name)
         raw = open_webdataset(options.data, ".cls")
         wanted = convert.Options("beton", max_side=None, min_side=1)
-        prepare.prepare(RawSource(raw), folder / "ready", wanted, options.workers)
+        prepare(RawSource(raw), folder / "ready", wanted, options.workers)
         source = open_prepared(str(folder / "ready"), ".cls")
         files = [folder / f"{index}.jpg" for index in range(len(source))]
         for index, file in enumerate(files):

@@ -23,8 +23,8 @@ from jobs import REPOSITORY, STEPS, At, Job, Outcome, config
 from safetensors.torch import load_file
 
 from dive_fast.data.prepared import convert
-from dive_fast.data.prepared import write as prepare
 from dive_fast.data.prepared.raw import RawSource
+from dive_fast.data.prepared.write import prepare
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.fault_tolerance.heartbeat import LOST, STOPPED
 
@@ -800,7 +800,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     tree, prepared = config(folder), {}
     for half, text in (("target", ".cls"), ("reference", ".txt")):
         raw = RawSource(open_webdataset(tree["data"][half]["path"], text))
-        prepare.prepare(raw, folder / f"{half}-beton", convert.Options("beton"), workers=1)
+        prepare(raw, folder / f"{half}-beton", convert.Options("beton"), workers=1)
         prepared[half] = str(folder / f"{half}-beton")
     vision = tiny.VISION | {"patch_dropout": 0.5}
     dropping = tiny.write_model(folder / "dropping", tiny.CLIP | {"vision_cfg": vision})

@@ -25,8 +25,8 @@ from dive_fast.checkpoint import manifest as checkpoint
 from dive_fast.checkpoint import resume
 from dive_fast.config.schema import Config
 from dive_fast.data.prepared import convert
-from dive_fast.data.prepared import write as prepare
 from dive_fast.data.prepared.raw import RawSource
+from dive_fast.data.prepared.write import prepare
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.distributed import Ranks, join
 from dive_fast.engine import profiler as trace
@@ -108,7 +108,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "config.json").write_text(json.dumps(tree))
     for half, text, loader in (("target", ".cls", "dali"), ("reference", ".txt", "ffcv")):
         raw = open_webdataset(tree["data"][half]["path"], text)
-        prepare.prepare(RawSource(raw), path / f"{half}-beton", convert.Options("beton"), workers=1)
+        prepare(RawSource(raw), path / f"{half}-beton", convert.Options("beton"), workers=1)
         tree["data"][half] |= {"format": "prepared", "path": str(path / f"{half}-beton"), "loader": loader}
     (path / "prepared.json").write_text(json.dumps(tree))
     return path

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from dive_fast.config.schema import Config
 from dive_fast.config.section import section_type, sections
 from dive_fast.data.prepared import convert, raw
-from dive_fast.data.prepared import write as prepare
+from dive_fast.data.prepared.write import prepare
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.demo.pretrain import write_tokenizer
 from dive_fast.distributed import Ranks, join
@@ -375,7 +375,7 @@ def write_material(folder: Path) -> None:
     ):
         section = write(folder / half, count=16)
         source = open_webdataset(section["path"], text_of)
-        prepare.prepare(raw.RawSource(source), folder / f"{half}-prepared", convert.Options("beton"), workers=1)
+        prepare(raw.RawSource(source), folder / f"{half}-prepared", convert.Options("beton"), workers=1)
         lines = ["title\tfilepath"]
         for index, sample in enumerate(source.samples):
             path = folder / f"{half}-folder" / f"class {sample.label}" / f"{index}.jpg"
