@@ -57,7 +57,6 @@ def main(arguments: list[str] | None = None) -> int:
         from dive_fast.evaluate.results import Results, as_markdown
         from dive_fast.model import head as heads
         from dive_fast.model import towers
-        from dive_fast.model.towers import AUTOCAST
 
         sets: dict[str, EvaluationSet] = {
             name: EvaluationSet(
@@ -102,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
                 load_into(built, model, weights)
             tokenizer = towers.tokenizer_of(model)
         built = built.to(ranks.device).eval()
-        built.autocast = AUTOCAST[precision]
+        built.set_precision(precision)
         about = {
             "model": model.name,
             "pretrained": model.pretrained,

@@ -34,7 +34,7 @@ from dive_fast.engine.update import DeepSpeedUpdate, DeviceUpdate, LossScale
 from dive_fast.errors import ConfigError
 from dive_fast.methods.method import Known, Loss, Method, Part, overrides
 from dive_fast.model.features import Features, Outputs, Pairs
-from dive_fast.model.towers import AUTOCAST, Towers
+from dive_fast.model.towers import Towers
 from dive_fast.model.transformer_blocks import (
     compile_blocks,
     recompute_activations,
@@ -94,7 +94,7 @@ class Engine:
         train = config.train
         self.ranks, self.schedule, self.micro_batch_size = ranks, train.schedule, train.micro_batch_size
         self.towers = towers.to(ranks.device).train()
-        self.towers.autocast = AUTOCAST[train.precision]
+        self.towers.set_precision(train.precision)
         feature_consistency.settle(self.towers)
         found: feature_consistency.FeatureConsistency = (
             self.towers.feature_consistency or feature_consistency.by_modules(self.towers)
