@@ -2,8 +2,8 @@
 
 It is the complete config with paths replaced by contents, and is stored in checkpoints. A changed key stops a
 resume unless it is listed here: keys of :data:`NO_RESULT` change nothing that is kept, keys of :data:`CONTINUES`
-are changed on purpose to train longer, those of :data:`ROUNDING` change only the last bits. A new key stops a resume
-until it is listed.
+are changed on purpose to train longer, those of :data:`ROUNDING` change only the last bits. A new key stops a
+resume until it is listed.
 """
 
 import hashlib
