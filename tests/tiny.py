@@ -60,7 +60,7 @@ def reduced(name: str) -> dict[str, Any]:
 
 def shown(preprocess: Preprocess, image: Image.Image, crop: Crop | None = None) -> torch.Tensor:
     """The view of an image, ``(3, H, W)``, as the plain loader makes it."""
-    return preprocess.tensor(preprocess.cut(image, crop))
+    return preprocess.to_tensor(preprocess.transform(image, crop))
 
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "the", "photo", "of", "cat", "dog"]

@@ -36,7 +36,7 @@ def write_model(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -
     if engine.ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         # The description first: weights of this run must not be preprocessed as an older description says.
-        towers.describe(engine.towers, folder)
+        towers.save_description(engine.towers, folder)
         towers.save(engine.towers.export(weights), folder / MODEL)
         if engine.towers.head is None:
             (folder / heads.FILE).unlink(missing_ok=True)

@@ -16,11 +16,11 @@ from dive_fast.model import head as heads
 from dive_fast.model.head import Head
 from dive_fast.model.model_files import (
     DESCRIPTION,
-    applied,
     check_architecture,
     read_description,
-    tell,
-    written_out,
+    summarize_preprocess,
+    warn_on_main_rank,
+    with_preprocess_config,
 )
 from dive_fast.model.towers import HEAD, Towers, read_weights
 
@@ -53,9 +53,9 @@ def load_into(towers: Towers, model: ModelConfig, path: Path) -> Towers:
     is_described = _apply_description(towers, model, path.parent)
     towers.load_exported(read_weights(model, path))
     if not is_described:
-        tell(
+        warn_on_main_rank(
             f"{path}: no {DESCRIPTION} next to it, so images are preprocessed as for model.name = {model.name} "
-            f"({written_out(towers.preprocess)})"
+            f"({summarize_preprocess(towers.preprocess)})"
         )
     return towers
 
@@ -70,7 +70,7 @@ def head_of(path: Path) -> Head | None:
         ConfigError: the head cannot be read.
     """
     if not path.is_dir():
-        file = heads.beside(path)
+        file = heads.find_head(path)
         return None if file is None else heads.load(file)
     if not (path / MANIFEST).exists():
         return None
@@ -99,8 +99,8 @@ def exported(towers: Towers, model: ModelConfig, path: Path) -> dict[str, Tensor
     state = load_into(towers, model, path).state_dict()
     if towers.preprocess != before:
         raise ConfigError(
-            f"{path}: trained on images with {written_out(towers.preprocess)}, but {model.name} has "
-            f"{written_out(before)}: the two cannot be compared on the same images; name the model of that run"
+            f"{path}: trained on images with {summarize_preprocess(towers.preprocess)}, but {model.name} has "
+            f"{summarize_preprocess(before)}: the two cannot be compared on the same images; name the model of that run"
         )
     return {name: tensor.clone() for name, tensor in towers.export(state).items()}
 
@@ -116,7 +116,7 @@ def _apply_description(towers: Towers, model: ModelConfig, folder: Path) -> bool
         return False
     if towers.model_cfg is not None:
         check_architecture(described, model.name, towers.model_cfg)
-    towers.preprocess = applied(towers.preprocess, described.preprocess_cfg)
+    towers.preprocess = with_preprocess_config(towers.preprocess, described.preprocess_cfg)
     return True
 
 

@@ -16,7 +16,7 @@ from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError
 from dive_fast.methods import registry
-from dive_fast.model.model_files import tell
+from dive_fast.model.model_files import warn_on_main_rank
 from dive_fast.model.towers import Towers
 from dive_fast.model.transformer_blocks import check_blocks
 
@@ -54,12 +54,16 @@ def prepare(config: Config, towers: Towers, ranks: Ranks) -> None:
     needs, train = registry.needs(config.objective), config.train
     uses_text = needs.texts
     if changed := settle(towers):
-        tell(f"{config.model.name}: in training, {' and '.join(changed)}: the same features as in evaluation")
+        warn_on_main_rank(
+            f"{config.model.name}: in training, {' and '.join(changed)}: the same features as in evaluation"
+        )
     check_blocks(towers, train.activation_checkpointing, train.compile)
     found = towers.feature_consistency = measure(towers.to(ranks.device), uses_text)
     check(config, found)
     if found.is_random and needs.reference_teacher:
-        tell(f"{config.model.name} {found.reason}: no noise floor is measured, and |u|, |v| have that noise too")
+        warn_on_main_rank(
+            f"{config.model.name} {found.reason}: no noise floor is measured, and |u|, |v| have that noise too"
+        )
 
 
 def check(config: Config, found: FeatureConsistency) -> None:

@@ -82,7 +82,7 @@ class _SimulatedStep:
         self.config, self.ranks, self.tracker = config, ranks, tracker
         with tracker.within("weights"):
             towers = create(config.model, weights=False)
-        check_text_length(config, towers)
+        check_text_length(config.data, towers)
         self.towers = towers
         self.width = towers.width
         method = registry.create(config.objective, self.width)
@@ -90,7 +90,7 @@ class _SimulatedStep:
             with tracker.within("weights"):
                 towers.head = nn.Linear(self.width, _num_classes(config.data.target))
         self.parameters = sum(parameter.numel() for parameter in towers.parameters())
-        if backend.blocks is not None and self.width <= backend.blocks.MAX_WIDTH:
+        if backend.primitives is not None and self.width <= backend.primitives.MAX_WIDTH:
             for part in method.parts:
                 part.backend = "triton"
         self.online = None

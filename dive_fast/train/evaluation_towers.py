@@ -36,7 +36,7 @@ class EvaluationTowers:
     @contextmanager
     def exported(self, folder: Path) -> Iterator[tuple[Towers, Head | None]]:
         """The towers with the weights of an exported model, and the head next to it."""
-        path = heads.beside(folder / MODEL)
+        path = heads.find_head(folder / MODEL)
         with self._allocated():
             self._towers.load_exported(load_file(folder / MODEL))
             yield self._towers, None if path is None else heads.load(path)

@@ -169,7 +169,7 @@ def _open_sources(config: Config, ranks: Ranks) -> _Sources:
 def _build_towers(config: Config, folder: Path, reference: Source | None, ranks: Ranks) -> Towers:
     """The pre-trained towers, validated against the config and the machine."""
     towers = create(config.model)
-    check_text_length(config, towers)
+    check_text_length(config.data, towers)
     check_sizes(config, folder, towers, 0 if reference is None else len(reference), ranks)
     feature_consistency.prepare(config, towers, ranks)
     return towers

@@ -81,7 +81,7 @@ def test_what_is_no_checkpoint_is_told_and_executes_nothing(tmp_path: Path) -> N
     towers.save({"some": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ConfigError, match=r"other.safetensors: not weights of local-dir:"):
         loaded(model, tmp_path / "other.safetensors")
-    with pytest.raises(ConfigError, match="no checkpoint there: expected <run>/checkpoints/step"):
+    with pytest.raises(ConfigError, match="not a checkpoint: expected <run>/checkpoints/step"):
         loaded(model, tmp_path)
     done = tmp_path / "done"
     torch.save({"module": Harmful(done)}, tmp_path / "mp_rank_00_model_states.pt")
@@ -210,7 +210,7 @@ def test_preprocessing_survives_export(tmp_path: Path, size: Any) -> None:
         folder, run = tmp_path / f"{number}", tmp_path / f"{number}/run"
         built = towers.create(ModelConfig(name=tiny.write_model(folder, config, 0, preprocess)))
         run.mkdir()
-        towers.describe(built, run)
+        towers.save_description(built, run)
         towers.save(built.export(built.state_dict()), run / "model.safetensors")
         again = towers.create(ModelConfig(name=f"local-dir:{run}"))
         assert again.preprocess == built.preprocess, preprocess
@@ -229,7 +229,7 @@ def test_tokenizer_of_hugging_face_travels_with_the_weights(tmp_path: Path) -> N
     # As every run has one, of another kind than Hugging Face's.
     (run / "config.json").write_text(json.dumps({"config": {}, "versions": {}}))
     wanted = towers.tokenizer_of(model)(texts)
-    towers.describe(towers.create(model), run)
+    towers.save_description(towers.create(model), run)
     shutil.rmtree(tmp_path / "model")
     assert torch.equal(towers.tokenizer_of(ModelConfig(name=f"local-dir:{run}"))(texts), wanted)
     assert torch.equal(open_clip.get_tokenizer(f"local-dir:{run}")(texts), wanted)
@@ -334,7 +334,7 @@ def foreign(folder: Path) -> dict[str, str]:
         archive.writestr("readme.txt", "text")
     return {
         "jit.pt": "it is a TorchScript archive, as OpenAI publishes its models; save its tensors once: ",
-        "module.pt": "it is a pickle of Python objects (test_weights.Net), not of tensors alone; nothing in it is",
+        "module.pt": "it is a pickle of Python objects (test_load_weights.Net), not of tensors alone; nothing",
         "args.pt": "it is a training checkpoint with its command line (argparse.Namespace) inside; nothing in it",
         "old.bin": "it is an old pickle that holds more than tensors; nothing in it is executed here; where you",
         "lfs.safetensors": "it is a Git LFS pointer and not the weights; run `git lfs pull`",

@@ -73,7 +73,7 @@ def through_file(towers: EvaluationTowers, class_names: tuple[str, ...]) -> Iter
     write_model(engine, folder, class_names)
     fresh = create(engine.towers.config, weights=False).load_exported(load_file(folder / MODEL)).eval()
     fresh.preprocess, fresh.autocast = engine.towers.preprocess, engine.towers.autocast
-    path = heads.beside(folder / MODEL)
+    path = heads.find_head(folder / MODEL)
     yield fresh, None if path is None else heads.load(path)
 
 
