@@ -272,7 +272,7 @@ def test_class_folders_need_right_number_of_classes(tmp_path: Path) -> None:
 def test_open_known_missing_names_expected_layout(tmp_path: Path) -> None:
     (tmp_path / "food101").mkdir()
     message = (
-        r"no food101 found: expected CLIP-benchmark's tars .*food-101 as torchvision has it.*searched: .*/food101"
+        r"no food101 found: expected CLIP-benchmark's tars .*food-101 in torchvision's layout.*searched: .*/food101"
     )
     with pytest.raises(DataError, match=message):
         opened("food101", tmp_path)
