@@ -311,7 +311,7 @@ def test_open_set_names_sample_without_class_name(folder: Path, tmp_path: Path) 
     names = str(tmp_path / "names.txt")
     for path, message in [
         (folder / "tars", ".*: sample shard-00000.tar/0002 has label 2, but there are 2 class names"),
-        (tar, r": k\.cls: -1 is no label: classes are counted from 0"),
+        (tar, r": k\.cls: -1 is not a label: classes are counted from 0"),
     ]:
         config = EvaluationSet(format="webdataset", path=str(path), class_names=names)
         with pytest.raises(DataError, match=rf"^{path}{message}$"):

@@ -14,7 +14,7 @@ from dive_fast.data.classes import repeated
 from dive_fast.data.decode import IMAGE_SUFFIXES
 from dive_fast.data.prompts import read_class_names
 from dive_fast.data.sources.folder import open_folder
-from dive_fast.data.sources.source import Sample, Skipped, Source, some
+from dive_fast.data.sources.source import Sample, Skipped, Source, summarize_skipped
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.errors import DataError
 from dive_fast.evaluate.datasets.class_names import class_names_of, read_lines
@@ -324,7 +324,7 @@ def complete(source: Source, path: Path) -> Source:
 def remarks_on_files(source: Source) -> list[str]:
     """Lines about the samples and files of a folder that are not part of the set."""
     lines = [describe_skipped(source.skipped)] if source.skipped else []
-    lines += [f"{len(source.ignored)} files ignored: {some(source.ignored)}"] if source.ignored else []
+    lines += [f"{len(source.ignored)} files ignored: {summarize_skipped(source.ignored)}"] if source.ignored else []
     if source.prepared_without:
         reasons = ", ".join(f"{count} {reason}" for reason, count in source.prepared_without.items())
         lines.append(f"was prepared without these samples: {reasons} (skipped.jsonl)")
