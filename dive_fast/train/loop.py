@@ -28,7 +28,7 @@ from dive_fast.train.validation import Validation
 logger = logging.getLogger(__name__)
 
 
-class Stopped(AllRanksError):  # noqa: N818 - nothing went wrong
+class Stopped(AllRanksError):
     """The run was asked to stop, has been saved, and goes on when it is started again."""
 
 
