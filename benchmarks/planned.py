@@ -14,12 +14,12 @@ from typing import Any
 os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
 warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
 
-from loss_report import REPOSITORY, commit, write_json
-from steps import COMPILED, ENGINES, Case, engine_config
+from loss_report import REPOSITORY, commit, write_json  # noqa: E402
+from steps import COMPILED, ENGINES, Case, engine_config  # noqa: E402
 
-from dive_fast.methods.run_config import load_run_config
-from dive_fast.planner.gpu_specs import GPUS
-from dive_fast.planner.simulate import plan_run as plan_run
+from dive_fast.methods.run_config import load_run_config  # noqa: E402
+from dive_fast.planner.gpu_specs import GPUS  # noqa: E402
+from dive_fast.planner.simulate import plan_run  # noqa: E402
 
 CONFIG, GPU = "vitb16_dive.json", "h200"
 PAPER = ("train.precision=fp32", "train.schedule=joint", "teacher.mode=online")

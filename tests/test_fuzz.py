@@ -419,7 +419,7 @@ def test_a_tar_with_bytes_changed(ready: Path, data: st.DataObject) -> None:
     whole = (folder / "a.tar").read_bytes()
     changed_bytes = whole[:at] + data.draw(damaged(whole[at:]))
     strict = data.draw(st.booleans())
-    read = lambda: read_all(open_webdataset(str(folder / "a.tar"), ".txt", strict=strict))
+    read = lambda: read_all(open_webdataset(str(folder / "a.tar"), ".txt", strict=strict))  # noqa: E731
     with_file(folder, "a.tar", changed_bytes, read)
 
 
@@ -472,7 +472,7 @@ def test_weights_with_bytes_changed(model: Path, data: st.DataObject) -> None:
     changed_bytes = data.draw(damaged((model / "files" / name).read_bytes()))
     path = model / "files" / name
     built = towers.create(config, weights=False)
-    read = lambda: load_into(built, config, path.parent if "/" in name else path)
+    read = lambda: load_into(built, config, path.parent if "/" in name else path)  # noqa: E731
     with_file(model / "files", name, changed_bytes, read)
 
 
@@ -591,7 +591,7 @@ def test_headers_of_weights_and_indexes_that_were_right_once(
     config = ModelConfig(name=f"local-dir:{model / 'model'}")
     whole = (model / "files/model.safetensors").read_bytes()
     text = data.draw(changed([header_of(whole)]))
-    read = lambda: towers.read_weights(config, model / "files/model.safetensors")
+    read = lambda: towers.read_weights(config, model / "files/model.safetensors")  # noqa: E731
     with_file(model / "files", "model.safetensors", with_header(whole, text), read)
     index = (ready / "set/index.safetensors").read_bytes()
     text = data.draw(changed([header_of(index)]))

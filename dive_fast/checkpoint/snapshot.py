@@ -21,7 +21,7 @@ class RunRecord(NamedTuple):
     """Id of the run (:mod:`dive_fast.checkpoint.lineage`)."""
     total_steps: int = 0
     """Steps of the complete run, over which the learning rate's schedule extends."""
-    identity: Identity = {}
+    identity: Identity = {}  # noqa: RUF012 - never changed
     start: Path | None = None
     """The checkpoint that the run started from, which is never removed."""
 

@@ -41,7 +41,7 @@ class _ReportingQueue(Queue):  # type: ignore[type-arg]
 class _Context(ForkContext):
     """Forks processes, whatever Python's default is; other start methods pickle everything a worker needs."""
 
-    def Queue(self, maxsize: int = 0) -> "Queue[Any]":
+    def Queue(self, maxsize: int = 0) -> "Queue[Any]":  # noqa: N802 - multiprocessing's name
         return _ReportingQueue(maxsize, ctx=self)
 
 

@@ -58,7 +58,7 @@ def load(path: Path) -> Head:
     """
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             about = file.metadata() or {}
             names = parse_json(about.get("class_names", "null"))
     except Exception as error:  # safetensors has an error of its own for each way to be broken

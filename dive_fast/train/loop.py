@@ -29,7 +29,7 @@ from dive_fast.train.validation import Validation
 logger = logging.getLogger(__name__)
 
 
-class Stopped(AllRanksError):
+class Stopped(AllRanksError):  # noqa: N818 - not an error
     """The run was asked to stop and has been saved; the same command resumes it."""
 
 

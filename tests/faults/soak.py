@@ -17,10 +17,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
-import torch
-from jobs import Job, config
+import torch  # noqa: E402 - after the path is known
+from jobs import Job, config  # noqa: E402
 
-from dive_fast.fault_tolerance.heartbeat import LOST, STOPPED
+from dive_fast.fault_tolerance.heartbeat import LOST, STOPPED  # noqa: E402
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGSTOP)
 EPOCHS = 20

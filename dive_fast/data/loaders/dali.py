@@ -43,7 +43,7 @@ def load(samples: Samples[Batch], batches: Iterable[list[SampleKey]], options: O
         DataError: DALI is not installed.
     """
     try:
-        import nvidia.dali
+        import nvidia.dali  # noqa: F401
     except ImportError as error:
         raise DataError(f"DALI cannot be imported ({error}): pip install nvidia-dali-cuda130") from error
     return _load(samples, in_workers(_Read(samples), batches, min(READERS, options.workers)), options)

@@ -79,7 +79,7 @@ def require_ffcv() -> None:
         DataError: FFCV or a system library that it needs is missing; the message says how to install both.
     """
     try:
-        import ffcv.fields
+        import ffcv.fields  # noqa: F401
     except ImportError as error:
         raise DataError(
             f"FFCV cannot be imported ({error}): apt-get install libopencv-dev libturbojpeg0-dev pkg-config, "
