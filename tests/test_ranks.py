@@ -94,7 +94,7 @@ def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         announce(monkeypatch, WHOLE | {"RANK": "0", "MASTER_PORT": str(port)})
-        with pytest.raises(UserError, match=rf"port {port} is taken on .*--master_port"):
+        with pytest.raises(UserError, match=rf"port {port} is in use on .*--master_port"):
             run_in_this_process()
 
 

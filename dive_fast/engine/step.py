@@ -32,9 +32,9 @@ from dive_fast.engine.profiler import span
 from dive_fast.engine.target_teacher import TargetTeacher
 from dive_fast.engine.update import DeepSpeedUpdate, DeviceUpdate, LossScale
 from dive_fast.errors import ConfigError
-from dive_fast.methods.method import Known, Loss, Method, Part, overrides
+from dive_fast.methods.method import ImageInfo, Loss, Method, Part, overrides
 from dive_fast.model.features import Features, Outputs, Pairs
-from dive_fast.model.towers import AUTOCAST, Towers
+from dive_fast.model.towers import Towers
 from dive_fast.model.transformer_blocks import (
     compile_blocks,
     recompute_activations,
@@ -94,7 +94,7 @@ class Engine:
         train = config.train
         self.ranks, self.schedule, self.micro_batch_size = ranks, train.schedule, train.micro_batch_size
         self.towers = towers.to(ranks.device).train()
-        self.towers.autocast = AUTOCAST[train.precision]
+        self.towers.set_precision(train.precision)
         feature_consistency.settle(self.towers)
         found: feature_consistency.FeatureConsistency = (
             self.towers.feature_consistency or feature_consistency.by_modules(self.towers)
@@ -116,7 +116,7 @@ class Engine:
             compile_blocks(self.towers)
         section = deepspeed_section(config, ranks.world_size)
         clipping, on_device = section["gradient_clipping"], runs_on_device(section)
-        _check_hooks(section, method)
+        check_hooks(section, method)
         if on_device:
             _disable_deepspeed_grad_norm(section)
         optimizer = make_optimizer(train, towers, offloads(section))
@@ -254,11 +254,11 @@ class Engine:
                 made = self.towers(images)
                 return Outputs(made.image, None if rows is None else rows[piece], made.logit_scale, made.logits)
 
-            known = Known(
+            info = ImageInfo(
                 None if labels is None else labels[piece],
                 None if teacher is None else Pairs(*(each[piece] for each in teacher)),
             )
-            changed.append(part.change_images(images[piece], outputs, known).detach())
+            changed.append(part.change_images(images[piece], outputs, info).detach())
         return torch.cat(changed)
 
     def _penalty(self, half: _Half) -> Loss | None:
@@ -330,7 +330,7 @@ def _choose_tuned(towers: Towers, method: Method) -> None:
             parameter.requires_grad_(False)
 
 
-def _check_hooks(section: dict[str, Any], method: Method) -> None:
+def check_hooks(section: dict[str, Any], method: Method) -> None:
     """Validates that each rank has all weights where a method reads or changes them.
 
     Raises:
@@ -341,8 +341,8 @@ def _check_hooks(section: dict[str, Any], method: Method) -> None:
         stage = zero_of(section).get("stage", 0)
         place = "offload_optimizer" if stage < 3 else f"stage = {stage}"
         raise ConfigError(
-            f"deepspeed.zero_optimization.{place}: this method has {', '.join(hooks)}, which need all weights on each "
-            "rank's device; take stage 0, 1 or 2 without offload"
+            f"deepspeed.zero_optimization.{place}: this method has {', '.join(hooks)}, which need all weights "
+            "on each rank's device; take stage 0, 1 or 2 without offload"
         )
 
 

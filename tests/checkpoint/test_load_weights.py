@@ -81,7 +81,7 @@ def test_what_is_no_checkpoint_is_told_and_executes_nothing(tmp_path: Path) -> N
     towers.save({"some": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ConfigError, match=r"other.safetensors: not weights of local-dir:"):
         loaded(model, tmp_path / "other.safetensors")
-    with pytest.raises(ConfigError, match="no checkpoint there: expected <run>/checkpoints/step"):
+    with pytest.raises(ConfigError, match="not a checkpoint: expected <run>/checkpoints/step"):
         loaded(model, tmp_path)
     done = tmp_path / "done"
     torch.save({"module": Harmful(done)}, tmp_path / "mp_rank_00_model_states.pt")
@@ -334,7 +334,7 @@ def foreign(folder: Path) -> dict[str, str]:
         archive.writestr("readme.txt", "text")
     return {
         "jit.pt": "it is a TorchScript archive, as OpenAI publishes its models; save its tensors once: ",
-        "module.pt": "it is a pickle of Python objects (test_weights.Net), not of tensors alone; nothing in it is",
+        "module.pt": "it is a pickle of Python objects (test_load_weights.Net), not of tensors alone; nothing",
         "args.pt": "it is a training checkpoint with its command line (argparse.Namespace) inside; nothing in it",
         "old.bin": "it is an old pickle that holds more than tensors; nothing in it is executed here; where you",
         "lfs.safetensors": "it is a Git LFS pointer and not the weights; run `git lfs pull`",

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from dive_fast.distributed import free_port
 from dive_fast.errors import DataError
-from dive_fast.fault_tolerance import heartbeat as watch
+from dive_fast.fault_tolerance import heartbeat
 from dive_fast.methods.method import Part
 
 REPOSITORY = Path(__file__).parents[2]
@@ -267,7 +267,7 @@ def _linger(*arguments: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _linger_long(*arguments: Any) -> Iterator[None]:
-    time.sleep(watch.GRACE + 3)
+    time.sleep(heartbeat.GRACE_SECONDS + 3)
     yield
 
 
@@ -284,7 +284,7 @@ def _unheard(*arguments: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _impatient(*arguments: Any) -> Iterator[None]:
     """A batch or a save is missed after a second."""
-    watch.STALL = 1.0
+    heartbeat.STALL_SECONDS = 1.0
     yield
 
 

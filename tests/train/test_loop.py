@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dive_fast.checkpoint import manifest as checkpoint
-from dive_fast.checkpoint import resume
 from dive_fast.config.schema import Config
 from dive_fast.data.prepared import convert
 from dive_fast.data.prepared.raw import RawSource
@@ -38,7 +37,7 @@ from dive_fast.methods.noise_floor import NOISE_FLOOR, check_noise_floor
 from dive_fast.methods.run_config import RunConfig
 from dive_fast.train import loop as train
 from dive_fast.train import metrics
-from dive_fast.train.monitors import in_run_folder
+from dive_fast.train.monitors import with_output_paths
 
 STAGES = (0, 1, 2, 3)
 STEPS = 6
@@ -345,56 +344,11 @@ def test_what_the_audit_lets_pass_is_no_noise(tmp_path: Path) -> None:
             check(refused, **teacher)
 
 
-def test_a_named_checkpoint_that_is_not_whole_is_refused(by_rank: list[Any], folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder / "resumed2/checkpoints", tmp_path, dirs_exist_ok=True)
-    older, newest = (tmp_path / f"step0000000{step}" for step in (4, 6))
-    alone = Ranks(0, 1, torch.device("cpu"))
-
-    def refused(path: Path, reason: str) -> None:
-        with pytest.raises(ConfigError, match=re.escape(f"no whole checkpoint there ({reason}")):
-            resume.find_checkpoint(str(path), tmp_path, alone)
-
-    assert resume.find_checkpoint("auto", tmp_path, alone) == newest
-    refused(tmp_path, f"no file manifest.json); there is {older} to step00000006")
-    refused(tmp_path / "Auto", f"no file manifest.json); there is {older} to ")
-    assert resume.find_checkpoint("never", tmp_path, alone) is None
-    with (newest / "rank00001.safetensors").open("r+b") as file:
-        file.truncate(1000)
-    assert resume.find_checkpoint("auto", tmp_path, alone) == older
-    refused(newest, "rank00001.safetensors is not there in its full size")
-    content = bytearray((older / "rank00000.safetensors").read_bytes())
-    content[len(content) // 2] ^= 1
-    (older / "rank00000.safetensors").write_bytes(content)
-    with pytest.raises(ConfigError, match="changed since it was written"):
-        resume.find_checkpoint(str(older), tmp_path, alone)
-    with pytest.raises(ConfigError, match=r"all checkpoints in .* are damaged"):
-        resume.find_checkpoint("auto", tmp_path, alone)
-    (older / "manifest.json").unlink()
-    with pytest.raises(
-        ConfigError, match=r"all checkpoints in .* \(.*rank00001.* in its full size\); train.resume=never"
-    ):
-        resume.find_checkpoint("auto", tmp_path, alone)
-    shutil.rmtree(newest)
-    assert resume.find_checkpoint("auto", tmp_path, alone) is None
-    refused(older, "no file manifest.json")
-
-
-def test_a_copy_that_a_user_has_put_beside_checkpoints_is_none_of_them(
-    by_rank: list[Any], folder: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(folder / "resumed2/checkpoints", tmp_path, dirs_exist_ok=True)
-    newest = whole_checkpoints(tmp_path)[-1]
-    for name in (f"{newest.name}.keep", f"{newest.name}0", "steps"):
-        shutil.copytree(newest, tmp_path / name)
-    assert whole_checkpoints(tmp_path)[-1] == newest
-    assert resume.find_checkpoint("auto", tmp_path, Ranks(0, 1, torch.device("cpu"))) == newest
-
-
 @pytest.mark.parametrize("named", [{}, {"output_path": "", "job_name": ""}, {"output_path": None}])
 def test_monitors_that_name_no_place_write_into_the_run_folder(tmp_path: Path, named: dict[str, Any]) -> None:
     tree = tiny.write_config(tmp_path)
     tree["deepspeed"]["csv_monitor"] = {"enabled": True} | named
-    section = in_run_folder(RunConfig.model_validate(tree), tmp_path / "run").deepspeed["csv_monitor"]
+    section = with_output_paths(tree["deepspeed"], tmp_path / "run")["csv_monitor"]
     assert section == {"enabled": True, "output_path": str(tmp_path / "run"), "job_name": "csv_monitor"}
 
 
