@@ -1,4 +1,4 @@
-"""Identities: equal exactly where what decides a result is, differences named by key with both values."""
+"""Identities: differences are named by key with both values, and digests are equal only for equal values."""
 
 import json
 from pathlib import Path
@@ -34,11 +34,11 @@ from dive_fast.model.towers import create
 def test_differences_name_key_and_both_values(
     stored: dict[str, Any], current: dict[str, Any], expected: list[str]
 ) -> None:
-    assert [str(found) for found in differences(stored, current)] == expected
+    assert [str(difference) for difference in differences(stored, current)] == expected
     assert (digest(stored) == digest(current)) == (not expected)
 
 
-def test_long_values_are_cut_where_they_differ() -> None:
+def test_long_values_are_shortened_to_the_difference() -> None:
     one, other = "a" * 500 + "b" + "c" * 500, "a" * 500 + "d" + "c" * 500
     message = str(Difference("key", one, other))
     assert len(message) < 200
