@@ -49,7 +49,7 @@ def begin() -> None:
     """Prepares such a process."""
     # ZeRO-3 collects garbage for each engine: a quarter of a second for all imported objects.
     gc.freeze()
-    interpreted.quicken()
+    interpreted.speed_up()
 
 
 class _Outcome(NamedTuple):

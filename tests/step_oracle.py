@@ -17,6 +17,7 @@ from dive_fast.distributed import join
 from dive_fast.engine.async_scalars import AsyncScalars as AsyncScalars
 from dive_fast.engine.step import Engine, StepBatches
 from dive_fast.methods import registry
+from dive_fast.methods.method import Method
 from dive_fast.methods.run_config import RunConfig
 from dive_fast.model.towers import create, tokenizer_of
 from dive_fast.teacher.teacher import OnlineTeacher
@@ -220,9 +221,16 @@ class Stage:
             keys=(),
         )
 
-    def engine(self, zero: int, schedule: str = "sequential", micro: int | None = None, **options: Any) -> Engine:
+    def engine(
+        self,
+        zero: int,
+        schedule: str = "sequential",
+        micro: int | None = None,
+        method: Method | None = None,
+        **options: Any,
+    ) -> Engine:
         settings = config(self.folder, zero, schedule, micro, **options)
-        method = registry.create(settings.objective, WIDTH)
+        method = method or registry.create(settings.objective, WIDTH)
         state = method.state()
         if "average_vector" in state:
             state["average_vector"].copy_(self.average_vector)

@@ -380,7 +380,7 @@ def test_evaluation_lists_cannot_name_files_outside(tmp_path: Path) -> None:
     root.mkdir()
     for name in ("../secret.jpg", str(tmp_path / "secret.jpg"), "a\0b"):
         (root / "split.json").write_text(json.dumps({"test": [[name, 0, "cat"]]}))
-        refused(lambda: layouts.coop(root, "split.json", [""]), "names a file elsewhere", "get the data set anew")
+        refused(lambda: layouts.coop(root, "split.json", [""]), "names a file elsewhere", "get the data set again")
         tree = {"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "a"}]}
         (root / "coco_test_karpathy.json").write_text(json.dumps(tree))
         refused(lambda: layouts.karpathy(root, "mscoco"), "names a file elsewhere")
@@ -605,7 +605,7 @@ def test_deeply_nested_json_is_refused(world: Path, tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(1, 2), "bias": torch.zeros(1)}, tmp_path / "h", {"class_names": DEEP})
     refused(lambda: heads.load(tmp_path / "h"), "cannot be read as a head", "nested too deeply")
     (tmp_path / results.FILE).write_text(DEEP + "\n")
-    refused(lambda: results.Results(tmp_path), "line 1 is no result: nested too deeply; remove it")
+    refused(lambda: results.Results(tmp_path), "line 1 is not a result: nested too deeply; remove it")
     for name in imagenet.MAPPINGS:
         (tmp_path / name).write_text(DEEP)
     refused(lambda: imagenet.open_objectnet(tmp_path, tmp_path), "cannot read ObjectNet's map")
@@ -625,7 +625,7 @@ def test_pipes_are_refused_without_waiting(world: Path) -> None:
     refused(lambda: load_run_config(str(names)), "no such file")
     (world / "images/a").mkdir(parents=True)
     pipe(world / "images/a/1.jpg")
-    refused(lambda: open_folder(str(world / "images")), "1.jpg: called like an image, but no regular file")
+    refused(lambda: open_folder(str(world / "images")), "1.jpg: named like an image, but not a regular file")
     pipe(next((world / "set").glob("*.tar")))
     refused(lambda: open_prepared(str(world / "set"), ".cls"), "is missing")
     refused(lambda: verify(str(world / "set")), "cannot read it: no such file")
@@ -640,7 +640,7 @@ def test_pipes_are_refused_without_waiting(world: Path) -> None:
 def test_csv_row_without_a_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(tiny.jpeg(0))
     (tmp_path / "a.csv").write_text("title\tfilepath\none\ta.jpg\ntwo\t\n")
-    refused(lambda: open_csv(str(tmp_path / "a.csv"), None, group=False), "row 2 (line 3) names no file: ''")
+    refused(lambda: open_csv(str(tmp_path / "a.csv"), None, group=False), "row 2 (line 3): invalid file name ''")
 
 
 # Messages

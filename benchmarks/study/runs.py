@@ -215,9 +215,9 @@ class Study:
 
     def _embed(self, config: Config, towers: Towers) -> Tensor:
         """``(2 N, D)`` unit rows: images, then captions, of pairs that no run trains on."""
-        described = describe_pairs(config, str(self.data / HELDOUT), "webdataset")
+        described = describe_pairs(None, str(self.data / HELDOUT), "webdataset")
         towers = towers.to(self.ranks.device)
-        return torch.cat(embed(towers, open_pairs(config, described, towers), self.ranks, 256))
+        return torch.cat(embed(towers, open_pairs(config.model, described, towers), self.ranks, 256))
 
 
 def named(key: dict[str, Any]) -> str:

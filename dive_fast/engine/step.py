@@ -116,7 +116,7 @@ class Engine:
             compile_blocks(self.towers)
         section = deepspeed_section(config, ranks.world_size)
         clipping, on_device = section["gradient_clipping"], runs_on_device(section)
-        _check_hooks(section, method)
+        check_hooks(section, method)
         if on_device:
             _disable_deepspeed_grad_norm(section)
         optimizer = make_optimizer(train, towers, offloads(section))
@@ -330,7 +330,7 @@ def _choose_tuned(towers: Towers, method: Method) -> None:
             parameter.requires_grad_(False)
 
 
-def _check_hooks(section: dict[str, Any], method: Method) -> None:
+def check_hooks(section: dict[str, Any], method: Method) -> None:
     """Validates that each rank has all weights where a method reads or changes them.
 
     Raises:
@@ -341,8 +341,8 @@ def _check_hooks(section: dict[str, Any], method: Method) -> None:
         stage = zero_of(section).get("stage", 0)
         place = "offload_optimizer" if stage < 3 else f"stage = {stage}"
         raise ConfigError(
-            f"deepspeed.zero_optimization.{place}: this method has {', '.join(hooks)}, which need all weights on each "
-            "rank's device; take stage 0, 1 or 2 without offload"
+            f"deepspeed.zero_optimization.{place}: this method has {', '.join(hooks)}, which need all weights "
+            "on each rank's device; take stage 0, 1 or 2 without offload"
         )
 
 

@@ -174,7 +174,7 @@ class Validation:
         if self._pairs is None:
             frozen = create(config.model).to(ranks.device)
             data = ReferenceConfig(format=options.format, path=options.path, image_root=options.image_root)
-            samples = open_pairs(config, data, frozen, self._run.geometry_source)
+            samples = open_pairs(config.model, data, frozen, self._run.geometry_source)
             self._pairs = samples, embed(frozen, samples, ranks, batch_size, workers, options.pairs)
         samples, before = self._pairs
         after = embed(towers, samples, ranks, batch_size, workers, options.pairs)

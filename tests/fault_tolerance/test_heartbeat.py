@@ -96,7 +96,7 @@ def test_closed_rank_may_be_silent(clock: Clock) -> None:
 
 
 def test_silence_is_shorter_once_a_collective_failed(clock: Clock) -> None:
-    first, second = make_watches(2)
+    first, _ = make_watches(2)
     clock.now += 6
     exchange(first)
     assert first._lost_rank() is None

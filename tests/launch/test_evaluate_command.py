@@ -158,5 +158,5 @@ def test_geometry_says_that_its_pairs_are_those_of_training(tree: dict[str, Any]
     config = str(Path(tree["train"]["output"]).parent / "config.json")
     done = call("--config", config, "--limit", "5", "--output", str(tmp_path), command="geometry")
     assert done.returncode == 0, done.stderr
-    assert "pairs: data.reference, on which training holds embeddings in place" in done.stdout
+    assert "pairs: data.reference, whose embeddings training keeps in place" in done.stdout
     assert json.loads((tmp_path / "geometry.json").read_text())["num_pairs"] == 5

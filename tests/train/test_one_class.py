@@ -39,7 +39,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("one_class")
 
 
-def test_one_class_alone_trains(root: Path) -> None:
+def test_train_with_a_single_class(root: Path) -> None:
     (found,) = run_ranks(1, trained, root, init=False)
     for method in METHODS:
         assert found[method]["accuracy/seen"] == 1
