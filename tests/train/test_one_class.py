@@ -1,4 +1,4 @@
-"""One class alone trains to the end by every method without a reference set, and is remarked on."""
+"""A target set of a single class: every method without a reference set trains to the end."""
 
 import json
 from pathlib import Path
