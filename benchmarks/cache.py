@@ -27,7 +27,7 @@ def make(folder: Path, layout: store.Layout) -> None:
     writer = store.Writer(partial, layout, 0)
     rows = np.random.default_rng(0).normal(size=(store.BLOCK, layout.width)).astype(np.float32)
     for block in layout.blocks:
-        count = len(layout.place(block)[1])
+        count = len(layout.view_and_samples(block)[1])
         writer.write(block, {half: rows[:count] for half in store.HALVES})
     writer.close()
     store.finish(partial, folder, layout)

@@ -13,7 +13,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from steps import Case, Running, make_inputs, running, teacher_rows
 from torch.utils.flop_counter import FlopCounterMode
 
-from dive_fast.planner.gpu_specs import GPUS, sold_as
+from dive_fast.planner.gpu_specs import GPUS, gpu_key
 from dive_fast.planner.memory_tracker import MISSED_FLOP
 
 SECONDS_PER_FIGURE = 5.0 if DEVICE.type == "cuda" else 0.5
@@ -83,5 +83,5 @@ def settle(begun: Running) -> None:
 
 def peak_flops() -> float | None:
     """16-bit FLOP/s that this device is rated at, if known: the yardstick of MFU for fp32 too."""
-    gpu = sold_as(device_name())
+    gpu = gpu_key(device_name())
     return None if gpu is None else GPUS[gpu].half

@@ -345,7 +345,7 @@ def test_a_begun_cache_with_bytes_changed(cache: Path, data: st.DataObject) -> N
 
 def test_the_cache_is_read_where_nothing_is_changed(cache: Path) -> None:
     read_cache(cache / "whole")
-    assert store.done(cache / "begun").keys() == {0, 1}
+    assert store.finished_blocks(cache / "begun").keys() == {0, 1}
 
 
 # The prepared set and what it is made of

@@ -791,7 +791,7 @@ def _(case: Case) -> None:
     ended(case.job.go(), 0, 0)
     shutil.rmtree(case.job.run / "checkpoints")
     other = tiny.write_model(case.job.folder / "other", seed=1)
-    ended(case.job.go(overrides=(f"model.name={other}",)), 2, 2, says="was made from something else")
+    ended(case.job.go(overrides=(f"model.name={other}",)), 2, 2, says="belongs to another configuration")
 
 
 @pytest.fixture(scope="module")
