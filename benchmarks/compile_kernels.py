@@ -1,11 +1,10 @@
-"""Compile every kernel variant that the dispatcher can pick, for a GPU that need not be there; say what it uses.
+"""Compiles every kernel variant that the dispatcher can launch, without a GPU, and reports its resources.
 
     python benchmarks/compile_kernels.py                   # for sm_90, table in benchmarks/results/kernels_sm90.md
     python benchmarks/compile_kernels.py --capability 80 90 100 --output build
 
-The real host code runs on tensors without memory while its launches are recorded, so that what is compiled is what
-would be launched. Too much shared memory, or on Hopper a spilled register, ends the command with an error and no
-table.
+The host code runs on meta tensors while its launches are recorded, so that exactly the launched variants are
+compiled. Too much shared memory, or a spilled register on Hopper, ends the command with an error and no table.
 """
 
 import argparse
@@ -32,14 +31,14 @@ from dive_fast.kernels import blocks, contrastive, difference, dive
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 RESULTS = Path(__file__).parent / "results"
 
-# Each power of two that rows are padded to, with rows of whole 16-byte words and without.
+# Every power of two that rows are padded to, with row sizes that are a multiple of 16 bytes and others.
 WIDTHS = (70, 512, 768, 770, 1270, 1280)
 BATCHES = (1, 256, 2048, 4096)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Variant(NamedTuple):
-    """One compilation: the kernel, its argument types, constants and alignment, and the compiler's options."""
+    """A kernel with its argument types, constants, aligned arguments and compiler options."""
 
     kernel: str
     signature: tuple[tuple[str, str], ...]
@@ -59,20 +58,20 @@ TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"
 
 def variants() -> list[Variant]:
     """Every distinct launch over batches, widths, dtypes and options."""
-    found: dict[Variant, None] = {}
+    recorded: dict[Variant, None] = {}
 
     def record(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
         options |= blocks.COMPILER_OPTIONS
-        found[_variant(kernel, arguments, options)] = None
+        recorded[_variant(kernel, arguments, options)] = None
 
     with unittest.mock.patch.object(blocks, "launch", record):
         for rows, width, dtype in itertools.product(BATCHES, WIDTHS, DTYPES):
             _launch_all(rows, width, dtype)
-    return list(found)
+    return list(recorded)
 
 
 def _launch_all(rows: int, width: int, dtype: torch.dtype) -> None:
-    """All three losses, forward and backward."""
+    """Launches all three losses, forward and backward."""
 
     def features() -> torch.Tensor:
         return torch.empty(rows, width, dtype=dtype, device="meta")
@@ -93,7 +92,7 @@ def _launch_all(rows: int, width: int, dtype: torch.dtype) -> None:
 
 
 def _variant(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Variant:
-    """What Triton's own launcher would specialise on."""
+    """The variant that Triton's launcher would specialize for these arguments."""
     signature, aligned = {}, []
     for parameter, argument in zip(kernel.params, arguments, strict=False):
         name = parameter.name
@@ -135,7 +134,7 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
 
 
 def _registers(ptx: str) -> dict[str, int]:
-    """By the assembler that Triton brings."""
+    """Registers and spilled bytes, from the assembler included in Triton."""
     (target,) = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
     assembler = get_ptxas(int(re.findall(r"\d+", target)[0])).path
     with tempfile.TemporaryDirectory() as scratch:
@@ -150,44 +149,44 @@ def _registers(ptx: str) -> dict[str, int]:
 
 
 def faults(rows: list[dict[str, Any]], capability: int) -> list[str]:
-    """What must not be: more shared memory than there is; on Hopper, which the tiles are chosen for, a spill."""
+    """Errors: too much shared memory; on Hopper, for which the tiles are chosen, spilled registers."""
     limit = SHARED_MEMORY[capability]
-    found = [f"shared memory above {limit}: {row}" for row in rows if row["shared"] > limit]
+    errors = [f"shared memory above {limit}: {row}" for row in rows if row["shared"] > limit]
     if capability == 90:
-        found += [f"{row['spilled_bytes']} bytes spilled: {row}" for row in rows if row["spilled_bytes"]]
-    return found
+        errors += [f"{row['spilled_bytes']} bytes spilled: {row}" for row in rows if row["spilled_bytes"]]
+    return errors
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The heaviest variant of each kernel and dtype, as Markdown."""
-    heaviest: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    """Markdown table of the largest resources of each kernel and dtype."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        heaviest.setdefault((row["kernel"], row["dtype"]), []).append(row)
+        groups.setdefault((row["kernel"], row["dtype"]), []).append(row)
     lines = [
         "| kernel | dtype | variants | registers | spilled bytes | shared memory |",
         "|---|---|---|---|---|---|",
     ]
-    for (kernel, dtype), group in sorted(heaviest.items()):
+    for (kernel, dtype), group in sorted(groups.items()):
         worst = [max(row[name] for row in group) for name in ("registers", "spilled_bytes", "shared")]
         lines.append(f"| {kernel} | {dtype} | {len(group)} | " + " | ".join(map(str, worst)) + " |")
     return "\n".join(lines)
 
 
 def main() -> int:
-    """Compiles, then writes and prints the tables; 1 where a variant spills or does not fit."""
+    """Compiles, then writes and prints the tables; returns 1 if a variant spills or does not fit."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--capability", type=int, nargs="+", default=[90], choices=sorted(SHARED_MEMORY))
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the tables")
     arguments = parser.parse_args()
     if blocks.INTERPRETED:
-        parser.error("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
+        parser.error("the interpreter compiles nothing; unset TRITON_INTERPRET")
     todo = variants()
     failed = False
     for capability in arguments.capability:
         with ProcessPoolExecutor(os.cpu_count()) as pool:
             rows = list(pool.map(compile_variant, todo, itertools.repeat(capability), chunksize=4))
-        if found := faults(rows, capability):
-            print("\n".join(found), file=sys.stderr)
+        if errors := faults(rows, capability):
+            print("\n".join(errors), file=sys.stderr)
             failed = True
             continue
         text = (
