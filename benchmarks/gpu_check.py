@@ -31,7 +31,7 @@ TAIL = 1500
 SHORTEST = 30
 """Seconds that must be left to start a part, unless its own limit is shorter."""
 SANITIZER = "compute-sanitizer"
-SANITIZED = "other_ways_to_the_gradient or runs_agree"
+SANITIZED = "other_gradient_paths or two_runs"
 """Small tests that launch all kernels."""
 
 

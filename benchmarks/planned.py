@@ -18,7 +18,7 @@ warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTen
 from loss_report import REPOSITORY, commit, write_json  # noqa: E402
 from steps import COMPILED, ENGINES, Case, engine_config  # noqa: E402
 
-from dive_fast.config.load import load_config  # noqa: E402
+from dive_fast.methods.run_config import load_run_config  # noqa: E402
 from dive_fast.planner.gpu_specs import GPUS  # noqa: E402
 from dive_fast.planner.simulate import plan_run  # noqa: E402
 
@@ -43,7 +43,7 @@ def figures() -> list[dict[str, Any]]:
     """Peak bytes, FLOP and predicted seconds of each step."""
     rows = []
     for name, overrides in STEPS.items():
-        plan = plan_run(load_config(CONFIG, list(overrides), REPOSITORY / "launch/configs"))
+        plan = plan_run(load_run_config(CONFIG, list(overrides), REPOSITORY / "launch/configs"))
         rows.append(
             {
                 "step": name.strip(),

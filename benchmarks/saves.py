@@ -55,7 +55,7 @@ def main() -> None:
             while agreed.committed < 2 * number - 1:
                 overlapping.append(timed(step))
                 agreed = saver.votes()
-                saver.heard(agreed)
+                saver.advance(agreed)
             complete = time.perf_counter() - start
             saver.save(2 * number + 1, numbers, {})
             waited = timed(saver.finish)

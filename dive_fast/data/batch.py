@@ -1,4 +1,4 @@
-"""All that a loader may hand out, whichever loader it is."""
+"""The batches that every loader returns."""
 
 from dataclasses import dataclass, replace
 
@@ -8,19 +8,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Text:
-    """The texts of a batch, each distinct one once."""
+    """The distinct texts of a batch, and the text of each pair by index."""
 
     tokens: Tensor
     """``(U, context)`` int64: the distinct token rows, padded to the context length."""
     index: Tensor
-    """``(B,)`` int64: the row of ``tokens`` that each pair has."""
+    """``(B,)`` int64: the row of ``tokens`` of each pair."""
     length: int
-    """Tokens of the longest row, its end-of-text token included: a causal tower may cut the rest."""
+    """Tokens up to the end-of-text token of the longest row, inclusive; a causal tower can drop the rest."""
 
     def to(self, device: torch.device) -> "Text":
+        """The same texts on another device."""
         return replace(self, tokens=_copy(self.tokens, device), index=_copy(self.index, device))
 
     def pin(self) -> "Text":
+        """The same texts in page-locked memory."""
         return replace(self, tokens=self.tokens.pin_memory(), index=self.index.pin_memory())
 
 
@@ -29,20 +31,22 @@ class TargetBatch:
     """Labelled images with the prompts drawn for them; ``B`` is this rank's share of the batch."""
 
     images: Tensor
-    """``(B, 3, H, W)`` fp32 or fp16, normalised as the model wants them."""
+    """``(B, 3, H, W)`` fp32 or fp16, normalised for the model."""
     text: Text
     labels: Tensor
     """``(B,)`` int64; -1 where the data has prompts but no classes."""
     sample: Tensor
-    """``(B,)`` int64: the index of each sample in its data set."""
+    """``(B,)`` int64: indices of the samples in their data set."""
     keys: tuple[str, ...]
-    """Each sample's name in its data set, for messages."""
+    """Names of the samples in their data set, for messages."""
 
     def to(self, device: torch.device) -> "TargetBatch":
+        """The batch on another device."""
         images, labels, sample = (_copy(tensor, device) for tensor in (self.images, self.labels, self.sample))
         return replace(self, images=images, text=self.text.to(device), labels=labels, sample=sample)
 
     def pin_memory(self) -> "TargetBatch":
+        """The batch in page-locked memory."""
         images, labels, sample = (tensor.pin_memory() for tensor in (self.images, self.labels, self.sample))
         return replace(self, images=images, text=self.text.pin(), labels=labels, sample=sample)
 
@@ -52,19 +56,21 @@ class ReferenceBatch:
     """Image-caption pairs; ``B`` is this rank's share of the batch."""
 
     images: Tensor
-    """``(B, 3, H, W)`` fp32 or fp16, normalised as the model wants them."""
+    """``(B, 3, H, W)`` fp32 or fp16, normalised for the model."""
     text: Text
     sample: Tensor
-    """``(B,)`` int64 on the CPU: each pair's index in its data set; with ``view`` it addresses the teacher."""
+    """``(B,)`` int64 on the CPU: indices of the pairs in their data set. With ``view``, they index the teacher."""
     view: Tensor
-    """``(B,)`` int64 on the CPU: which of the pair's fixed views this is."""
+    """``(B,)`` int64 on the CPU: the number of the view among the fixed views of its pair."""
     keys: tuple[str, ...]
-    """Each pair's name in its data set, for messages."""
+    """Names of the pairs in their data set, for messages."""
 
     def to(self, device: torch.device) -> "ReferenceBatch":
+        """The batch on another device; ``sample`` and ``view`` stay on the CPU."""
         return replace(self, images=_copy(self.images, device), text=self.text.to(device))
 
     def pin_memory(self) -> "ReferenceBatch":
+        """The batch in page-locked memory."""
         return replace(self, images=self.images.pin_memory(), text=self.text.pin())
 
 
@@ -73,14 +79,16 @@ class EvaluationBatch:
     """Labelled images in the evaluation view."""
 
     images: Tensor
-    """``(B, 3, H, W)``, normalised as the model wants them."""
+    """``(B, 3, H, W)``, normalised for the model."""
     labels: Tensor
     """``(B,)`` int64."""
 
     def to(self, device: torch.device) -> "EvaluationBatch":
+        """The batch on another device."""
         return replace(self, images=_copy(self.images, device), labels=_copy(self.labels, device))
 
     def pin_memory(self) -> "EvaluationBatch":
+        """The batch in page-locked memory."""
         return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 

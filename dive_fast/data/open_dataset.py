@@ -1,4 +1,4 @@
-"""From a config's words to a data set."""
+"""Opens the data sets that a config names."""
 
 from typing import Any
 
@@ -11,44 +11,45 @@ from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.errors import DataError
 
 
-def open_target(config: TargetConfig | EvaluationSet, place: str = "") -> Source:
+def open_target(config: TargetConfig | EvaluationSet, section: str = "") -> Source:
     """The labelled images of ``data.target`` or of a set of ``evaluate.sets``.
 
     Args:
-        place: the section of the config, for messages; default: ``data.target`` for one.
+        section: config section for messages; default: ``data.target`` for a :class:`TargetConfig`, otherwise none.
 
     Raises:
-        DataError: they are not there, or not as the format says.
+        DataError: the files are missing or do not have the configured format.
     """
-    return _open(config, ".cls", place or ("data.target" if isinstance(config, TargetConfig) else ""))
+    default = "data.target" if isinstance(config, TargetConfig) else ""
+    return _open(config, ".cls", section or default)
 
 
-def open_reference(config: ReferenceConfig | GeometryConfig, place: str = "") -> Source:
+def open_reference(config: ReferenceConfig | GeometryConfig, section: str = "") -> Source:
     """The captioned images of ``data.reference`` or of ``evaluate.geometry``.
 
     Args:
-        place: the section of the config, for messages; default: as above.
+        section: config section for messages; default: the section of the config's type.
 
     Raises:
-        DataError: they are not there, or not as the format says.
+        DataError: the files are missing or do not have the configured format.
     """
-    section = "data.reference" if isinstance(config, ReferenceConfig) else "evaluate.geometry"
-    return _open(config, ".txt", place or section)
+    default = "data.reference" if isinstance(config, ReferenceConfig) else "evaluate.geometry"
+    return _open(config, ".txt", section or default)
 
 
-def open_captioned(config: EvaluationSet, place: str = "") -> Source:
+def open_captioned(config: EvaluationSet, section: str = "") -> Source:
     """The captioned images of a set of ``evaluate.sets`` with ``task = retrieval``.
 
     Args:
-        place: the section of the config, for messages.
+        section: config section for messages.
 
     Raises:
-        DataError: they are not there, or not as the format says.
+        DataError: the files are missing or do not have the configured format.
     """
-    return _open(config, ".txt", place)
+    return _open(config, ".txt", section)
 
 
-def _open(config: Any, text: str, place: str) -> Source:
+def _open(config: Any, text: str, section: str) -> Source:
     try:
         source = _source(config, text)
         if getattr(config, "loader", None) == "ffcv" and source.beton is None:
@@ -56,7 +57,7 @@ def _open(config: Any, text: str, place: str) -> Source:
                 f"{config.path}: loader = ffcv needs a set prepared for it: launch/prepare.py --container beton"
             )
     except DataError as error:
-        raise DataError(f"{place}: {error}" if place else str(error)) from error
+        raise DataError(f"{section}: {error}" if section else str(error)) from error
     return source
 
 

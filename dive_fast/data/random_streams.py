@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Draw(IntEnum):
-    """What random numbers are drawn for; each purpose has a stream of its own."""
+    """Purposes of random numbers; each purpose has a separate stream."""
 
     CROP = 0
     PROMPT = 1
@@ -15,5 +15,5 @@ class Draw(IntEnum):
 
 
 def stream(seed: int, purpose: Draw, first: int, second: int = 0) -> np.random.Generator:
-    """The random numbers of one purpose at one point, e.g. the crop of sample ``first`` in view ``second``."""
+    """The generator of one purpose at one position, e.g. for the crop of sample ``first`` in view ``second``."""
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, first, second]))

@@ -1,4 +1,4 @@
-"""Which samples each rank takes at each step: a pure function of (seed, step)."""
+"""The samples of each rank at each step, as a pure function of (seed, step)."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,39 +14,39 @@ from dive_fast.errors import DataError
 class Order:
     """Shuffled epochs of full batches, the same number of steps on every rank.
 
-    The ranks' shares of a step, laid end to end, are the batch that one rank alone would take.
+    The concatenated shares of all ranks are the batch that a single rank would take.
     """
 
     num_samples: int
     batch_size: int
-    """Over all ranks."""
+    """Samples per step over all ranks."""
     rank: int = 0
     world_size: int = 1
     seed: int = 0
-    place: str = "batch_size"
-    """The key of the config that ``batch_size`` comes from, for messages."""
+    key: str = "batch_size"
+    """Config key of ``batch_size``, for messages."""
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be dealt out equally.
+        """Validates that every step has a full batch and equal shares.
 
         Raises:
             DataError: the batch is larger than the data set, or not divisible by the number of ranks.
         """
         if self.batch_size % self.world_size:
-            raise DataError(f"{self.place} {self.batch_size} is not divisible by the {self.world_size} ranks")
+            raise DataError(f"{self.key} {self.batch_size} is not divisible by the {self.world_size} ranks")
         if self.batch_size > self.num_samples:
             raise DataError(
-                f"{self.place} {self.batch_size} exceeds the {self.num_samples} samples of the data set; "
+                f"{self.key} {self.batch_size} exceeds the {self.num_samples} samples of the data set; "
                 f"set it to at most {self.num_samples}"
             )
 
     @property
     def steps_per_epoch(self) -> int:
-        """Full batches in the data set; the rest of an epoch's shuffle is dropped."""
+        """Full batches per epoch; the incomplete last batch of a shuffle is dropped."""
         return self.num_samples // self.batch_size
 
     def at(self, step: int) -> tuple[int, NDArray[np.int64]]:
-        """The epoch of a step (from 0) and this rank's samples, ``(batch_size / world_size,)``."""
+        """The epoch and this rank's samples, ``(batch_size / world_size,)``, of a step (counted from 0)."""
         epoch, position = divmod(step, self.steps_per_epoch)
         share = self.batch_size // self.world_size
         first = position * self.batch_size + self.rank * share

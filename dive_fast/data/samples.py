@@ -1,4 +1,4 @@
-"""What every sample of a data set is, whichever loader decodes it: its crop, its text, its place in a batch."""
+"""Samples of a data set, independent of the loader: crops, texts, labels and the batches they form."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -18,65 +18,66 @@ from dive_fast.errors import DataError
 logger = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch", TargetBatch, ReferenceBatch, EvaluationBatch)
-Found = TypeVar("Found")
+Item = TypeVar("Item")
 SampleKey = tuple[int, int]
-"""(epoch, sample): all that decides what a sample looks like, given the seed."""
+"""(epoch, sample index). With the seed, it determines crop and text of a sample."""
 MAX_REPLACEMENTS = 16
+"""Consecutive unusable samples after which reading fails."""
 
 
 class Samples(ABC, Generic[Batch]):
-    """A data set as a loader sees it. All of it is a pure function of the place."""
+    """A data set as loaders read it: every result is a pure function of the seed and the sample key."""
 
     def __init__(self, source: Source, preprocess: Preprocess) -> None:
         self.source, self.preprocess = source, preprocess
 
     @abstractmethod
-    def crop(self, place: SampleKey, size: tuple[int, int]) -> Crop | None:
-        """The crop at a place of an image of ``size`` (height, width); None stands for the evaluation view."""
+    def crop(self, sample_key: SampleKey, size: tuple[int, int]) -> Crop | None:
+        """The crop of a sample whose image has ``size`` (height, width); None means the evaluation view."""
 
     @abstractmethod
-    def batch(self, places: Sequence[SampleKey], images: Tensor) -> Batch:
-        """The batch of these places: their images, ``(B, 3, H, W)``, with all that goes with them."""
+    def batch(self, sample_keys: Sequence[SampleKey], images: Tensor) -> Batch:
+        """The batch of these samples, from their images ``(B, 3, H, W)``."""
 
-    def view(self, place: SampleKey, size: tuple[int, int]) -> View:
-        """What to cut out of an image of ``size`` (height, width), for loaders that decode by themselves."""
-        crop = self.crop(place, size)
+    def view(self, sample_key: SampleKey, size: tuple[int, int]) -> View:
+        """The view of an image of ``size`` (height, width), for loaders with their own decoder."""
+        crop = self.crop(sample_key, size)
         return self.preprocess.eval_view(size) if crop is None else self.preprocess.train_view(crop)
 
-    def cut(self, place: SampleKey, image: Image.Image) -> Image.Image:
-        """The view of an image, as RGB in the model's size: what every loader has to come close to.
+    def transform(self, sample_key: SampleKey, image: Image.Image) -> Image.Image:
+        """The view of an image as RGB in the model's size: the reference for every loader's pixels.
 
         Raises:
-            DataError: resize mode `longest` leaves nothing of so narrow an image.
+            DataError: the image is too narrow for resize mode `longest`.
         """
         try:
-            return self.preprocess.cut(image, self.crop(place, (image.height, image.width)))
+            return self.preprocess.transform(image, self.crop(sample_key, (image.height, image.width)))
         except ValueError as error:
-            why = f"cannot resize {image.width} x {image.height} pixels: {error}"
-            raise self.source.samples[place[1]].unusable(why) from error
+            reason = f"cannot resize {image.width} x {image.height} pixels: {error}"
+            raise self.source.samples[sample_key[1]].unusable(reason) from error
 
-    def usable(self, place: SampleKey, read: Callable[[SampleKey], Found]) -> tuple[SampleKey, Found]:
-        """What ``read`` finds at a place; where that sample is broken, at the next one that is not.
+    def read_usable(self, sample_key: SampleKey, read: Callable[[SampleKey], Item]) -> tuple[SampleKey, Item]:
+        """Reads a sample or, if it is unusable, the next usable one; returns the key of the sample that was read.
 
         Raises:
-            DataError: too many in a row are broken.
+            DataError: :data:`MAX_REPLACEMENTS` samples in a row are unusable.
         """
-        epoch, first = place
+        epoch, first = sample_key
         for sample in range(first, first + MAX_REPLACEMENTS):
-            place = epoch, sample % len(self.source)
+            candidate = epoch, sample % len(self.source)
             try:
-                return place, read(place)
+                return candidate, read(candidate)
             except DataError as error:
                 last = error
-                logger.warning("%s; the next sample takes its place", error)
+                logger.warning("%s; the next sample replaces it", error)
         raise DataError(f"{MAX_REPLACEMENTS} samples in a row are unusable; the last: {last}")
 
-    def _entries(self, places: Sequence[SampleKey]) -> list[Sample]:
-        return [self.source.samples[sample] for _, sample in places]
+    def _entries(self, sample_keys: Sequence[SampleKey]) -> list[Sample]:
+        return [self.source.samples[sample] for _, sample in sample_keys]
 
 
 class TargetSamples(Samples[TargetBatch]):
-    """Randomly cropped images, each with a prompt drawn for this epoch."""
+    """Labelled images; crop and prompt are drawn again for every epoch."""
 
     def __init__(
         self, source: Source, prompts: PromptTable, preprocess: Preprocess, pooled_at: PooledAt, seed: int
@@ -84,23 +85,23 @@ class TargetSamples(Samples[TargetBatch]):
         super().__init__(source, preprocess)
         self.prompts, self.pooled_at, self.seed = prompts, pooled_at, seed
 
-    def crop(self, place: SampleKey, size: tuple[int, int]) -> Crop:
-        """A new one each epoch."""
-        epoch, sample = place
+    def crop(self, sample_key: SampleKey, size: tuple[int, int]) -> Crop:
+        """The random crop of a sample, which differs between epochs."""
+        epoch, sample = sample_key
         return random_crop(size, self.seed, sample, epoch)
 
-    def batch(self, places: Sequence[SampleKey], images: Tensor) -> TargetBatch:
-        """Draws the prompts of these places."""
-        entries = self._entries(places)
+    def batch(self, sample_keys: Sequence[SampleKey], images: Tensor) -> TargetBatch:
+        """The batch of these samples; draws their prompts."""
+        entries = self._entries(sample_keys)
         tokens = [
             self.prompts.draw(entry, sample, self.seed, epoch)
-            for entry, (epoch, sample) in zip(entries, places, strict=True)
+            for entry, (epoch, sample) in zip(entries, sample_keys, strict=True)
         ]
         return TargetBatch(
             images=images,
             text=pack(torch.stack(tokens), self.pooled_at),
             labels=torch.tensor([entry.label for entry in entries]),
-            sample=torch.tensor([sample for _, sample in places]),
+            sample=torch.tensor([sample for _, sample in sample_keys]),
             keys=tuple(entry.key for entry in entries),
         )
 
@@ -124,23 +125,23 @@ class ReferenceSamples(Samples[ReferenceBatch]):
 
     @property
     def num_views(self) -> int:
-        """Views that each sample has; they take turns epoch by epoch."""
+        """Views per sample; epoch ``e`` uses view ``e % num_views``."""
         return 1 if self.views == "eval" else self.views
 
-    def crop(self, place: SampleKey, size: tuple[int, int]) -> Crop | None:
-        """One of the fixed crops, or the evaluation view."""
-        epoch, sample = place
+    def crop(self, sample_key: SampleKey, size: tuple[int, int]) -> Crop | None:
+        """The fixed crop of this epoch's view, or None for the evaluation view."""
+        epoch, sample = sample_key
         return None if self.views == "eval" else random_crop(size, self.seed, sample, epoch % self.num_views)
 
-    def batch(self, places: Sequence[SampleKey], images: Tensor) -> ReferenceBatch:
-        """Tokenises the captions of these places, unless the preparation has."""
-        entries = self._entries(places)
-        sample = torch.tensor([sample for _, sample in places])
+    def batch(self, sample_keys: Sequence[SampleKey], images: Tensor) -> ReferenceBatch:
+        """The batch of these samples; tokenises their captions unless the prepared set has their tokens."""
+        entries = self._entries(sample_keys)
+        sample = torch.tensor([sample for _, sample in sample_keys])
         return ReferenceBatch(
             images=images,
             text=self._text(entries, sample),
             sample=sample,
-            view=torch.tensor([epoch % self.num_views for epoch, _ in places]),
+            view=torch.tensor([epoch % self.num_views for epoch, _ in sample_keys]),
             keys=tuple(entry.key for entry in entries),
         )
 
@@ -150,24 +151,24 @@ class ReferenceSamples(Samples[ReferenceBatch]):
         return pack(self.tokenizer([entry.texts[0] for entry in entries]), self.pooled_at)
 
     def _prepared_tokens(self) -> Tensor | None:
-        """The tokens of a prepared set, if this tokenizer would have made the same ones."""
+        """The tokens of a prepared set, if this tokenizer gives equal tokens; otherwise None."""
         tokens = self.source.tokens
         if tokens is None:
             return None
-        probe = range(0, len(self.source), max(1, len(self.source) // 64))
-        expected = self.tokenizer([self.source.samples[sample].texts[0] for sample in probe])
-        if expected.shape[1] == tokens.shape[1] and torch.equal(expected, tokens[list(probe)].long()):
+        probes = range(0, len(self.source), max(1, len(self.source) // 64))
+        expected = self.tokenizer([self.source.samples[sample].texts[0] for sample in probes])
+        if expected.shape[1] == tokens.shape[1] and torch.equal(expected, tokens[list(probes)].long()):
             return tokens
-        logger.warning("the tokens prepared with the data are not this model's; captions are tokenised anew")
+        logger.warning("the prepared tokens are not this model's; captions are tokenised again")
         return None
 
 
 class EvaluationSamples(Samples[EvaluationBatch]):
     """Images in the evaluation view with their labels."""
 
-    def crop(self, place: SampleKey, size: tuple[int, int]) -> None:
-        """The evaluation view, always."""
+    def crop(self, sample_key: SampleKey, size: tuple[int, int]) -> None:
+        """None: always the evaluation view."""
 
-    def batch(self, places: Sequence[SampleKey], images: Tensor) -> EvaluationBatch:
-        """Images and labels."""
-        return EvaluationBatch(images, torch.tensor([entry.label for entry in self._entries(places)]))
+    def batch(self, sample_keys: Sequence[SampleKey], images: Tensor) -> EvaluationBatch:
+        """The batch of these samples: images and labels."""
+        return EvaluationBatch(images, torch.tensor([entry.label for entry in self._entries(sample_keys)]))

@@ -1,6 +1,6 @@
-"""Which crop of which image: a pure function of (seed, sample, view).
+"""Image crops and preprocessing: random crops are a pure function of (seed, sample, view).
 
-Random numbers are counter-based (Philox): what a sample gets depends on no other sample, worker or rank.
+Random numbers are counter-based (Philox): the crop of a sample does not depend on other samples, workers or ranks.
 """
 
 import math
@@ -31,33 +31,36 @@ class Crop:
 
 @dataclass(frozen=True)
 class View:
-    """What of an image becomes a model's input, for loaders that decode by themselves.
+    """The part of an image that becomes a model's input, for loaders with their own decoder.
 
-    First ``crop`` is cut out, then ``region`` of it is resized to the model's size.
+    The loader crops the image to ``crop``, then resizes ``region`` of the crop to the model's size.
     """
 
     crop: Crop
     region: tuple[float, float, float, float]
-    """(top, left, bottom, right) in pixels of the crop. The filter sees the pixels beyond it, as it does where
-    an image is resized whole and then cropped."""
+    """(top, left, bottom, right) in pixels of the crop. The filter reads pixels beyond it, as when an image is
+    resized first and cropped afterwards."""
 
 
 TRAIN_SCALE = (0.9, 1.0)
+"""Fractions of an image's area that training crops cover, as in open_clip."""
 ASPECT_RATIO = (3 / 4, 4 / 3)
+"""Aspect ratios (width / height) of random crops."""
 ATTEMPTS = 10
+"""Random crops that are drawn before the central crop is used."""
 
 
 def random_crop(
     size: tuple[int, int], seed: int, sample: int, view: int, scale: tuple[float, float] = TRAIN_SCALE
 ) -> Crop:
-    """The random resized crop of one view of one sample, distributed as torchvision's ``RandomResizedCrop``.
+    """The random crop of one view of one sample, with the distribution of torchvision's ``RandomResizedCrop``.
 
-    Area and (log-uniform) aspect ratio are drawn until the crop fits, at most ten times; after that the largest
-    central crop within the aspect range is taken.
+    Area and (log-uniform) aspect ratio are drawn until the crop fits, at most :data:`ATTEMPTS` times; then the
+    result is the largest central crop within the aspect range.
 
     Args:
         size: (height, width) of the image in pixels.
-        scale: range of the crop's share of the area; open_clip trains with 0.9 to 1.
+        scale: range of the crop's fraction of the image's area; open_clip trains with 0.9 to 1.
     """
     height, width = size
     draws: NDArray[np.float64] = stream(seed, Draw.CROP, sample, view).random((ATTEMPTS, 4))
@@ -81,7 +84,7 @@ def random_crop(
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What a model wants of its images: open_clip's preprocess config."""
+    """A model's image preprocessing: open_clip's preprocess config. Its repr is part of stored identities."""
 
     size: tuple[int, int]
     """(height, width) in pixels."""
@@ -90,11 +93,11 @@ class Preprocess:
     interpolation: str
     resize_mode: str
     fill_color: int = 0
-    """Of the borders that resize mode `longest` adds."""
+    """Pixel value of the borders that resize mode `longest` adds."""
 
     @classmethod
     def of(cls, visual: object) -> "Preprocess":
-        """Reads it off an open_clip image tower (``model.visual``)."""
+        """The preprocessing of an open_clip image tower (``model.visual``)."""
         config = PreprocessCfg(**visual.preprocess_cfg)  # type: ignore[attr-defined]
         height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
         return cls(
@@ -108,28 +111,28 @@ class Preprocess:
 
     @property
     def resampling(self) -> Image.Resampling:
-        """The filter; always with antialiasing."""
+        """PIL's resize filter, which always has antialiasing."""
         return Image.Resampling.BILINEAR if self.interpolation == "bilinear" else Image.Resampling.BICUBIC
 
-    def cut(self, image: Image.Image, crop: Crop | None) -> Image.Image:
-        """The RGB image in the model's size that is left of an image, in open_clip's order of operations.
+    def transform(self, image: Image.Image, crop: Crop | None) -> Image.Image:
+        """Crops and resizes an image to the model's size, as RGB, in open_clip's order of operations.
 
         Args:
-            crop: resized to the model's size; None takes the evaluation view.
+            crop: the part to resize; None takes the evaluation view.
         """
         if crop is None:
             return self._evaluation(image)
         image = image.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
         return image.resize(self.size[::-1], self.resampling).convert("RGB")
 
-    def tensor(self, image: Image.Image) -> Tensor:
-        """``(3, H, W)`` fp32: what :meth:`cut` left, normalised."""
+    def to_tensor(self, image: Image.Image) -> Tensor:
+        """The normalised tensor, ``(3, H, W)`` fp32, of an image that :meth:`transform` returned."""
         normalised: Tensor = TF.normalize(TF.to_tensor(image), self.mean, self.std)
         return normalised
 
     @cached_property
     def _evaluation(self) -> Compose:
-        """open_clip's own evaluation transform, without the last two operations: to tensor, normalise."""
+        """open_clip's evaluation transform without its last two operations, to tensor and normalise."""
         config = PreprocessCfg(
             size=self.size,
             mean=self.mean,
@@ -141,45 +144,45 @@ class Preprocess:
         return Compose(image_transform_v2(config, is_train=False).transforms[:-2])
 
     def train_view(self, crop: Crop) -> View:
-        """The view that :meth:`cut` takes with a crop."""
+        """The view of :meth:`transform` with this crop."""
         return View(crop, (0.0, 0.0, float(crop.height), float(crop.width)))
 
     def eval_view(self, size: tuple[int, int]) -> View:
-        """The view that :meth:`cut` takes without one, of an image of ``size`` (height, width).
+        """The view of :meth:`transform` without a crop, for an image of ``size`` (height, width).
 
-        Resizing the whole image and cropping its centre is resizing the part of it that ends up in the centre.
+        Resizing an image and cropping its centre equals resizing the part that ends up in the centre.
 
         Raises:
-            ValueError: resize mode `longest` adds borders, which no view describes.
+            ValueError: resize mode `longest` adds borders, which a view cannot describe.
         """
         height, width = size
-        whole = Crop(0, 0, height, width)
+        full = Crop(0, 0, height, width)
         if self.resize_mode == "squash":
-            return self.train_view(whole)
+            return self.train_view(full)
         if self.resize_mode != "shortest":
             raise ValueError(f"resize_mode {self.resize_mode} has no view")
         resized = self._shortest(size)
         top, left = (round((long - short) / 2) for long, short in zip(resized, self.size, strict=True))
         vertical, horizontal = height / resized[0], width / resized[1]
         bottom, right = top + self.size[0], left + self.size[1]
-        return View(whole, (top * vertical, left * horizontal, bottom * vertical, right * horizontal))
+        return View(full, (top * vertical, left * horizontal, bottom * vertical, right * horizontal))
 
     def _shortest(self, size: tuple[int, int]) -> tuple[int, int]:
-        """What open_clip resizes an image to before it crops the centre."""
+        """The size to which open_clip resizes an image before it crops the centre."""
         height, width = size
-        wanted_height, wanted_width = self.size
-        if wanted_height == wanted_width:  # torchvision's Resize: the longer side is cut to whole pixels
+        target_height, target_width = self.size
+        if target_height == target_width:  # torchvision's Resize rounds the longer side down
             if width <= height:
-                return int(wanted_height * height / width), wanted_width
-            return wanted_height, int(wanted_width * width / height)
-        ratio = min(height / wanted_height, width / wanted_width)  # ResizeKeepRatio: rounded
+                return int(target_height * height / width), target_width
+            return target_height, int(target_width * width / height)
+        ratio = min(height / target_height, width / target_width)  # ResizeKeepRatio rounds to nearest
         return round(height / ratio), round(width / ratio)
 
 
 def normalise(pixels: Tensor, preprocess: Preprocess, dtype: torch.dtype, channels_last: bool = False) -> Tensor:
-    """``(B, H, W, 3)`` uint8 -> ``(B, 3, H, W)`` normalised, on the device that they are on.
+    """Normalises pixels on their device: ``(B, H, W, 3)`` uint8 -> ``(B, 3, H, W)`` in ``dtype``.
 
-    In fp32 operation by operation as torchvision does; then rounded to ``dtype``.
+    Computes in fp32 with torchvision's order of operations, then rounds to ``dtype``.
     """
     shape = (3, 1, 1)
     mean, std = (

@@ -39,14 +39,14 @@ def save(head: Head, path: Path) -> None:
         save_file(tensors, partial, about)
 
 
-def path_beside(weights: Path) -> Path:
+def head_path(weights: Path) -> Path:
     """The file for the head of exported weights: :data:`FILE` for ``model.safetensors``, else named after them."""
     return weights.with_name(FILE if weights.name == "model.safetensors" else f"{weights.stem}_{FILE}")
 
 
-def beside(weights: Path) -> Path | None:
+def find_head(weights: Path) -> Path | None:
     """The head that was trained or mixed with exported weights; None where there is none."""
-    found = path_beside(weights)
+    found = head_path(weights)
     return found if found.is_file() else None
 
 

@@ -99,7 +99,7 @@ def check_preprocess(config: Mapping[str, Any]) -> None:
             raise ValueError(f"preprocess_cfg.{key} is none of {', '.join(allowed)}")
 
 
-def applied(preprocess: Preprocess, config: Mapping[str, Any]) -> Preprocess:
+def with_preprocess_config(preprocess: Preprocess, config: Mapping[str, Any]) -> Preprocess:
     """A preprocessing with open_clip's defaults and the given fields, for images of the same size."""
     cfg = PreprocessCfg(**{**config, "size": preprocess.size})
     return Preprocess.of(SimpleNamespace(preprocess_cfg=asdict(cfg)))
@@ -171,7 +171,9 @@ def write_description(
     if tokenizer is not None:
         again = open_clip.get_tokenizer(f"local-dir:{folder}")
         if not torch.equal(again(list(TOKENIZER_PROBES)), tokenizer(list(TOKENIZER_PROBES))):
-            tell(f"{folder}: the tokenizer saved there splits texts in another way than the model's own")
+            warn_on_main_rank(
+                f"{folder}: the tokenizer saved there splits texts in another way than the model's own"
+            )
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -283,13 +285,13 @@ def _kind_of_names(names: set[str]) -> str | None:
     return None
 
 
-def tell(line: str) -> None:
+def warn_on_main_rank(line: str) -> None:
     """Warns of something once, by the first rank: every rank reads the same files."""
     if os.environ.get("RANK", "0") == "0":
         logger.warning(line)
 
 
-def written_out(preprocess: Preprocess) -> str:
+def summarize_preprocess(preprocess: Preprocess) -> str:
     """A preprocessing in one line."""
 
     def numbers(values: tuple[float, ...]) -> str:

@@ -14,7 +14,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from dive_fast.config.schema import Config, ModelConfig
+from dive_fast.config.schema import DataConfig, ModelConfig
 from dive_fast.data.batch import Text
 from dive_fast.data.prompts import PooledAt, Tokenizer, quick_bpe
 from dive_fast.data.transforms import Preprocess
@@ -31,15 +31,15 @@ from dive_fast.model.model_files import (
     kind_of,
     read_description,
     shapes_of,
-    tell,
+    summarize_preprocess,
+    warn_on_main_rank,
     write_description,
-    written_out,
 )
 from dive_fast.numerics import full_fp32
 
 MODEL_DIR = Path(__file__).parents[1] / "demo/model"
 
-AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
+_AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
 
 
 __all__ = ["Features", "Towers", "create", "tokenizer_of", "unit"]
@@ -106,6 +106,11 @@ class Towers(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
+        return self
+
+    def set_precision(self, precision: str) -> "Towers":
+        """Sets the precision of both towers' matrix products, a value of ``train.precision``; returns itself."""
+        self.autocast = _AUTOCAST[precision]
         return self
 
     def forward(self, images: Tensor, tokens: Tensor | None = None, length: int | None = None) -> Features:
@@ -281,7 +286,7 @@ def create(config: ModelConfig, weights: bool = True) -> Towers:
     if loads:
         present = float(towers.logit_scale.detach().exp().max())
         if config.logit_scale_max is not None and present > config.logit_scale_max * (1 + 1e-6):
-            tell(
+            warn_on_main_rank(
                 f"model.logit_scale_max = {config.logit_scale_max:g} is below the model's own logit scale, "
                 f"{present:.4g}: training begins at the bound"
             )
@@ -364,21 +369,21 @@ def _preprocess_cfg(config: ModelConfig, name: str) -> tuple[dict[str, Any] | No
 
 def _tell_about_weights(config: ModelConfig, name: str, towers: Towers, is_described: bool) -> None:
     if not is_described:
-        tell(
+        warn_on_main_rank(
             f"{config.pretrained}: no {DESCRIPTION} next to it, so images are preprocessed by open_clip's default "
-            f"({written_out(towers.preprocess)})"
+            f"({summarize_preprocess(towers.preprocess)})"
         )
     if config.pretrained is None or name.startswith(BRING_WEIGHTS):
         return
     tag = open_clip.get_pretrained_cfg(name, config.pretrained)
     if not tag:
         if said := interpolated(shapes_of(Path(config.pretrained)), towers.export(towers.state_dict())):
-            tell(f"{config.pretrained}: {said}")
+            warn_on_main_rank(f"{config.pretrained}: {said}")
         return
     ours, theirs = bool((towers.model_cfg or {}).get("quick_gelu")), bool(tag.get("quick_gelu"))
     if ours != theirs:
         other = f"{name}-quickgelu" if theirs else name.removesuffix("-quickgelu")
-        tell(
+        warn_on_main_rank(
             f"model.name: {name} computes {'with' if ours else 'without'} QuickGELU, the weights "
             f"{config.pretrained} were trained {'with' if theirs else 'without'} it; take model.name = {other}"
         )
@@ -412,7 +417,7 @@ def read_weights(config: ModelConfig, path: Path) -> dict[str, Tensor]:
         raise ConfigError(f"{path}: not weights of {config.name} that open_clip can load: {why}") from error
     state: dict[str, Tensor] = model.state_dict()
     if said := interpolated(shapes_of(path), state):
-        tell(f"{path}: {said}")
+        warn_on_main_rank(f"{path}: {said}")
     return state
 
 
@@ -484,7 +489,7 @@ def _one_line(error: Exception) -> str:
     return text
 
 
-def describe(towers: Towers, folder: Path) -> None:
+def save_description(towers: Towers, folder: Path) -> None:
     """Writes ``open_clip_config.json``, and a tokenizer of Hugging Face's, into the folder of exported weights."""
     if towers.config is None or towers.model_cfg is None:
         (folder / DESCRIPTION).unlink(missing_ok=True)
@@ -502,22 +507,21 @@ def save(state: dict[str, Tensor], path: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
 
 
-def check_text_length(config: Config, towers: Towers) -> None:
-    """Holds ``text_length`` to what the text tower can take.
+def check_text_length(data: DataConfig, towers: Towers) -> None:
+    """Validates ``text_length`` of both halves against the context of the text tower.
 
     Raises:
-        ConfigError: it is longer than the model's context, or the tower cannot do with less.
+        ConfigError: it exceeds the model's context, or the tower needs its whole context.
     """
     for half in ("target", "reference"):
-        data = getattr(config.data, half)
-        if data is None or data.text_length is None:
+        section = getattr(data, half)
+        if section is None or section.text_length is None:
             continue
-        context = int(getattr(towers.text, "context_length", data.text_length))
-        if data.text_length > context:
+        context = int(getattr(towers.text, "context_length", section.text_length))
+        if section.text_length > context:
             raise ConfigError(
-                f"data.{half}.text_length = {data.text_length} exceeds the model's context of {context}"
+                f"data.{half}.text_length = {section.text_length} exceeds the model's context of {context}"
             )
         if towers.pooled_at is None:
-            raise ConfigError(
-                f"data.{half}.text_length: the text tower of {config.model.name} needs its whole context"
-            )
+            name = "this model" if towers.config is None else towers.config.name
+            raise ConfigError(f"data.{half}.text_length: the text tower of {name} needs its whole context")

@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dive_fast.checkpoint.load_weights import load_into
-from dive_fast.config.schema import Config, ModelConfig
+from dive_fast.config.schema import ModelConfig
 from dive_fast.errors import ConfigError
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import towers
 
 
@@ -80,7 +81,7 @@ def test_what_is_no_checkpoint_is_told_and_executes_nothing(tmp_path: Path) -> N
     towers.save({"some": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ConfigError, match=r"other.safetensors: not weights of local-dir:"):
         loaded(model, tmp_path / "other.safetensors")
-    with pytest.raises(ConfigError, match="no checkpoint there: expected <run>/checkpoints/step"):
+    with pytest.raises(ConfigError, match="not a checkpoint: expected <run>/checkpoints/step"):
         loaded(model, tmp_path)
     done = tmp_path / "done"
     torch.save({"module": Harmful(done)}, tmp_path / "mp_rank_00_model_states.pt")
@@ -121,13 +122,13 @@ def by_every_route(folder: Path) -> dict[str, Any]:
     from dive_fast.methods import method as objective
     from dive_fast.train import loop as train
 
-    objective.Objective.backend = "torch"
+    objective.Part.backend = "torch"
     model, ranks = registered(folder), join()
     tree = tiny.write_config(folder / "run", max_steps=1, learning_rate=0.0, weight_decay=0.0)
     tree["model"], tree["objective"] = model.model_dump(), {"name": "flyp"}
     target = tree["data"]["target"]
     tree["evaluate"] = {"sets": {"val": {key: target[key] for key in tiny.EVALUATION}}, "workers": 0}
-    config = Config.model_validate_json(json.dumps(tree))
+    config = RunConfig.model_validate_json(json.dumps(tree))
     run = Path(tree["train"]["output"])
     found: dict[str, Any] = {"last line": train.train(config, run, ranks)["accuracy/val"]}
     file, checkpoint = run / "model.safetensors", next((run / "checkpoints").glob("step*"))
@@ -209,7 +210,7 @@ def test_preprocessing_survives_export(tmp_path: Path, size: Any) -> None:
         folder, run = tmp_path / f"{number}", tmp_path / f"{number}/run"
         built = towers.create(ModelConfig(name=tiny.write_model(folder, config, 0, preprocess)))
         run.mkdir()
-        towers.describe(built, run)
+        towers.save_description(built, run)
         towers.save(built.export(built.state_dict()), run / "model.safetensors")
         again = towers.create(ModelConfig(name=f"local-dir:{run}"))
         assert again.preprocess == built.preprocess, preprocess
@@ -228,7 +229,7 @@ def test_tokenizer_of_hugging_face_travels_with_the_weights(tmp_path: Path) -> N
     # As every run has one, of another kind than Hugging Face's.
     (run / "config.json").write_text(json.dumps({"config": {}, "versions": {}}))
     wanted = towers.tokenizer_of(model)(texts)
-    towers.describe(towers.create(model), run)
+    towers.save_description(towers.create(model), run)
     shutil.rmtree(tmp_path / "model")
     assert torch.equal(towers.tokenizer_of(ModelConfig(name=f"local-dir:{run}"))(texts), wanted)
     assert torch.equal(open_clip.get_tokenizer(f"local-dir:{run}")(texts), wanted)
@@ -333,7 +334,7 @@ def foreign(folder: Path) -> dict[str, str]:
         archive.writestr("readme.txt", "text")
     return {
         "jit.pt": "it is a TorchScript archive, as OpenAI publishes its models; save its tensors once: ",
-        "module.pt": "it is a pickle of Python objects (test_weights.Net), not of tensors alone; nothing in it is",
+        "module.pt": "it is a pickle of Python objects (test_load_weights.Net), not of tensors alone; nothing",
         "args.pt": "it is a training checkpoint with its command line (argparse.Namespace) inside; nothing in it",
         "old.bin": "it is an old pickle that holds more than tensors; nothing in it is executed here; where you",
         "lfs.safetensors": "it is a Git LFS pointer and not the weights; run `git lfs pull`",
@@ -374,7 +375,7 @@ def run(trees: list[dict[str, Any]]) -> None:
 
     saver.Saver.save = save_twice  # type: ignore[method-assign]
     for tree in trees:
-        train.train(Config.model_validate_json(json.dumps(tree)), Path(tree["train"]["output"]), ranks)
+        train.train(RunConfig.model_validate_json(json.dumps(tree)), Path(tree["train"]["output"]), ranks)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Class names belong to the classes that they are meant for, or are an error: by id, number, word or position."""
+"""Class names are joined to classes by id, number, word or checked position; anything else is an error."""
 
 import unicodedata
 from pathlib import Path
@@ -28,7 +28,7 @@ def folders(*names: str) -> Source:
     return Source(samples, tuple(names))
 
 
-def test_wordnet_ids_are_joined_by_id() -> None:
+def test_join_names_joins_wordnet_ids_by_id() -> None:
     assert join_names(folders(*WNIDS), IMAGENET, "imagenet") == ("Golden Retriever", "tabby cat", "revolver")
     assert join_names(folders(*synsets()), IMAGENET, "imagenet") == IMAGENET
     assert join_names(folders(*WNIDS), ("a", "b", "c"), "names.txt") == ("a", "b", "c")
@@ -38,21 +38,21 @@ def test_wordnet_ids_are_joined_by_id() -> None:
 
 @pytest.mark.parametrize("order", [NUMBERS, tuple(sorted(NUMBERS))], ids=["as numbers", "as text"])
 @pytest.mark.parametrize("start", [0, 1])
-def test_numbers_are_joined_by_number_however_they_were_sorted(order: tuple[str, ...], start: int) -> None:
-    own = tuple(str(int(number) + start) for number in order)
+def test_join_names_joins_integers_in_numeric_order(order: tuple[str, ...], start: int) -> None:
+    numbers = tuple(str(int(number) + start) for number in order)
     names = [f"name {number}" for number in range(12)]
-    assert join_names(folders(*own), names, "f") == tuple(f"name {int(number) - start}" for number in own)
+    assert join_names(folders(*numbers), names, "f") == tuple(f"name {int(number) - start}" for number in numbers)
 
 
-def test_equal_words_are_joined_in_whichever_order_they_are_listed() -> None:
+def test_join_names_joins_equal_words_in_any_order() -> None:
     source = folders("Polar_bear", "cat", "dog")
     assert join_names(source, ("dog", "polar bear", "cat"), "f") == ("polar bear", "cat", "dog")
-    # A folder that is called by one of ImageNet's names is that class.
+    # A folder named like an ImageNet class is that class.
     assert join_names(folders("goldfish", "tench"), IMAGENET, "imagenet") == ("goldfish", "tench")
 
 
 @pytest.mark.parametrize(
-    ("own", "names", "message"),
+    ("classes", "names", "message"),
     [
         (
             WNIDS,
@@ -62,37 +62,37 @@ def test_equal_words_are_joined_in_whichever_order_they_are_listed() -> None:
         (WNIDS, ("a", "b", "c", "d"), "f: 4 class names, but the data set has 3 classes"),
         (("cat", "dog"), IMAGENET, "f: 1000 class names, but the data set has 2 classes"),
         (("cat", "dog"), ("dog", "cat", "owl"), "f: 3 class names, but the data set has 2 classes"),
-        (("bird", "cat", "dog"), ("dog", "cat", "owl"), "class 'dog' is number 2, whose name there is 'owl'"),
+        (("bird", "cat", "dog"), ("dog", "cat", "owl"), "class 'dog' is number 2, for which the list has 'owl'"),
         (("0", "1", "2"), ("a", "b"), r"f: 2 class names, but the data set has 3 classes"),
-        (("1", "01"), ("a", "b"), "called by one number"),
-        (tuple(f"thing {i:03d}" for i in range(1000)), IMAGENET, "which name is whose cannot be known"),
+        (("1", "01"), ("a", "b"), "two class folders are the same number"),
+        (tuple(f"thing {i:03d}" for i in range(1000)), IMAGENET, "the names cannot be assigned to them"),
     ],
 )
-def test_names_that_do_not_fit_are_an_error_that_shows_both(
-    own: tuple[str, ...], names: tuple[str, ...], message: str
+def test_join_names_rejects_names_that_do_not_fit(
+    classes: tuple[str, ...], names: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        join_names(folders(*own), names, "f")
+        join_names(folders(*classes), names, "f")
 
 
-def test_names_that_make_odd_prompts_are_remarked_on() -> None:
+def test_remarks_report_names_that_give_unusual_prompts() -> None:
     assert remarks(("cat", "dog"), ("cat", "dog")) == []
     assert remarks(("a", "b", "c", "d"), ("w", "x", "y", "z"), "f") == [
-        "class names of f: w = a, x = b, ..., z = d"
+        "class names from f: w = a, x = b, ..., z = d"
     ]
-    for names, given, said in (
+    for names, origin, expected in (
         (("cat", "dog", "cat"), None, "1 class names belong to several classes, e.g. 'cat' to classes 0 and 2"),
         (IMAGENET, "imagenet", "2 class names belong to several classes, e.g. 'missile' to classes 657 and 744"),
-        (WNIDS, None, "called by WordNet id, and prompts say 'n02099601': class_names=imagenet names them"),
-        (NUMBERS, None, "called by number, and prompts say '0'"),
-        (("cat",), None, "there is one class alone, 'cat'"),
+        (WNIDS, None, "WordNet ids, so prompts contain 'n02099601': class_names=imagenet gives their names"),
+        (NUMBERS, None, "class names are numbers, so prompts contain '0'"),
+        (("cat",), None, "there is only one class, 'cat'"),
         (("cat", "polar_bear"), None, "underscores of class names such as 'polar_bear'"),
     ):
-        (line,) = remarks(names, names, given)
-        assert said in line
+        (line,) = remarks(names, names, origin)
+        assert expected in line
 
 
-def test_every_format_with_names_of_its_own_joins_them(tmp_path: Path) -> None:
+def test_join_names_works_for_folder_and_prepared_sets(tmp_path: Path) -> None:
     for number in (0, 1, 2, 10):
         path = tmp_path / f"set/{number}/a.jpg"
         path.parent.mkdir(parents=True)
@@ -106,26 +106,28 @@ def test_every_format_with_names_of_its_own_joins_them(tmp_path: Path) -> None:
             path=str(tmp_path / path),
             class_names=str(tmp_path / "names.txt"),
         )
-        found = open_evaluation(config)
-        pairs = {sample.key.split("/")[0]: found.class_names[sample.label] for sample in found.source.samples}  # type: ignore[union-attr]
+        labelled = open_evaluation(config)
+        pairs = {
+            sample.key.split("/")[0]: labelled.class_names[sample.label] for sample in labelled.source.samples
+        }  # type: ignore[union-attr]
         assert pairs == {"0": "none", "1": "one", "2": "two", "10": "ten"}
         short = config.model_copy(update={"class_names": str(tmp_path / "short.txt")})
         with pytest.raises(DataError, match="3 class names, but the data set has 4 classes"):
             open_evaluation(short)
 
 
-def test_names_join_whichever_way_their_accents_are_written() -> None:
+def test_join_names_ignores_unicode_normal_form() -> None:
     names = ["\u00e9cole", "\u00eatre"]
     folders = tuple(sorted((unicodedata.normalize("NFD", name) for name in names), reverse=True))
     source = Source([Sample("0", Path("0"), label=0), Sample("1", Path("1"), label=1)], folders)
     assert join_names(source, names, "a file") == tuple(reversed(names))
 
 
-def test_upper_case_wordnet_ids_are_joined_by_id() -> None:
+def test_join_names_accepts_upper_case_wordnet_ids() -> None:
     source = Source([Sample("0", Path("0"), label=0)], ("N02099601",))
     assert join_names(source, open_clip.IMAGENET_CLASSNAMES, "imagenet") == (IMAGENET[207],)
 
 
-def test_labels_counted_from_one_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+def test_join_names_warns_about_labels_from_one(caplog: pytest.LogCaptureFixture) -> None:
     join_names(Source([Sample("0", Path("0"), label=1)]), ["a", "b"], "a file")
     assert "no sample has label 0, which is 'a'" in caplog.text

@@ -1,4 +1,4 @@
-"""Class names and templates -> prompts; token rows -> the distinct texts of a batch."""
+"""Prompts from class names and templates, and the distinct texts of a batch."""
 
 import random
 from collections import Counter
@@ -12,12 +12,13 @@ from torch import Tensor
 
 from dive_fast.data.prompts import (
     PromptTable,
+    Template,
     pack,
     quick_bpe,
     read_class_names,
     read_templates,
-    warn_of_cut_texts,
-    warn_of_lost_names,
+    warn_about_prompts,
+    warn_about_truncated_captions,
 )
 from dive_fast.data.sources.source import Sample, Source
 from dive_fast.errors import DataError
@@ -27,7 +28,7 @@ TEMPLATES = ("a photo of a {}.", "the {}", "{}", "{} and {}, again", "no {} {{}}
 
 
 class Letters:
-    """A tokenizer that can be read back."""
+    """A reversible tokenizer: one token per letter."""
 
     def __init__(self) -> None:
         self.longest_call = 0
@@ -59,36 +60,40 @@ def table(tmp_path: Path) -> PromptTable:
 # Names and templates
 
 
-def test_imagenet_has_the_thousand_names_and_eighty_templates_of_open_clip() -> None:
+def test_imagenet_names_and_templates_equal_open_clip() -> None:
     names, templates = read_class_names("imagenet"), read_templates("imagenet")
     assert (len(names), len(set(names)), len(templates)) == (1000, 998, 80)
     assert names == tuple(open_clip.IMAGENET_CLASSNAMES)
-    assert [template("cat") for template in templates] == [of("cat") for of in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    assert [template("cat") for template in templates] == [
+        original("cat") for original in open_clip.OPENAI_IMAGENET_TEMPLATES
+    ]
     assert [template("cat") for template in read_templates("simple")] == [
-        of("cat") for of in open_clip.SIMPLE_IMAGENET_TEMPLATES
+        original("cat") for original in open_clip.SIMPLE_IMAGENET_TEMPLATES
     ]
 
 
-def test_names_and_templates_are_read_one_a_line(tmp_path: Path) -> None:
+def test_read_class_names_and_templates_one_per_line(tmp_path: Path) -> None:
     names = write(tmp_path / "names.txt", "\ufeffcat\r\n  sea lion \r\ngröße\r\n\r\n\n")
     assert read_class_names(names) == ("cat", "sea lion", "größe")
     templates = read_templates(write(tmp_path / "templates.txt", "the {}\n{}: a {}\n"))
     assert [template("dog {}") for template in templates] == ["the dog {}", "dog {}: a dog {}"]
 
 
-def test_a_template_may_be_given_itself() -> None:
+def test_read_templates_accepts_a_template_itself() -> None:
     (template,) = read_templates("a {} in {{}}")
     assert template("dog") == "a dog in {dog}"
 
 
-def test_an_empty_line_among_names_is_an_error_since_it_would_shift_the_labels(tmp_path: Path) -> None:
+def test_read_class_names_rejects_empty_lines(tmp_path: Path) -> None:
     for text, line in {"cat\n\ndog\n": 2, "\ncat\n": 1, "cat\ndog\n \t\nhen": 3}.items():
         path = write(tmp_path / "names.txt", text)
-        with pytest.raises(DataError, match=rf"^{path}: expected class names, one a line; line {line} is empty$"):
+        with pytest.raises(
+            DataError, match=rf"^{path}: expected class names, one per line; line {line} is empty$"
+        ):
             read_class_names(path)
 
 
-def test_names_and_templates_that_cannot_be_used_are_an_error_that_names_the_file(tmp_path: Path) -> None:
+def test_read_class_names_and_templates_name_unusable_files(tmp_path: Path) -> None:
     missing, empty = str(tmp_path / "missing.txt"), write(tmp_path / "empty.txt", " \n")
     binary = tmp_path / "binary.txt"
     binary.write_bytes(b"\xff\xfe")
@@ -96,10 +101,10 @@ def test_names_and_templates_that_cannot_be_used_are_an_error_that_names_the_fil
     for path in (missing, str(binary), str(tmp_path)):
         with pytest.raises(DataError, match=rf"^{path}: cannot read class names: [^\n]+$"):
             read_class_names(path)
-        found = "no such file of templates; a template itself has" if path == missing else "cannot read templates:"
-        with pytest.raises(DataError, match=rf"^{path}: {found} [^\n]+$"):
+        error = "no such file of templates; a template itself" if path == missing else "cannot read templates:"
+        with pytest.raises(DataError, match=rf"^{path}: {error} [^\n]+$"):
             read_templates(path)
-    with pytest.raises(DataError, match=rf"^{empty}: expected class names, one a line; the file is empty$"):
+    with pytest.raises(DataError, match=rf"^{empty}: expected class names, one per line; the file is empty$"):
         read_class_names(empty)
     with pytest.raises(DataError, match=rf"^{plain}: template 'a photo' has no {{}} for the class name$"):
         read_templates(plain)
@@ -108,19 +113,19 @@ def test_names_and_templates_that_cannot_be_used_are_an_error_that_names_the_fil
 # Drawing
 
 
-def test_a_prompt_is_a_pure_function_of_seed_sample_and_epoch(table: PromptTable) -> None:
+def test_draw_is_a_pure_function_of_seed_sample_and_epoch(table: PromptTable) -> None:
     samples = labelled(0, 1, 2).samples
-    places = [
+    arguments = [
         (sample, index, seed, epoch)
         for sample in samples
         for index in (0, 9)
         for seed in (0, 1)
         for epoch in range(9)
     ]
-    prompts = {place: read(table.draw(*place)) for place in places}
-    for place in random.Random(0).sample(places, len(places)):
+    prompts = {key: read(table.draw(*key)) for key in arguments}
+    for key in random.Random(0).sample(arguments, len(arguments)):
         torch.rand(3)
-        assert read(table.draw(*place)) == prompts[place]
+        assert read(table.draw(*key)) == prompts[key]
     for index, seed in [(0, 0), (9, 0), (0, 1)]:
         assert len({prompts[samples[0], index, seed, epoch] for epoch in range(9)}) > 1  # changes with the epoch
     drawn = {
@@ -131,29 +136,29 @@ def test_a_prompt_is_a_pure_function_of_seed_sample_and_epoch(table: PromptTable
     assert len(set(drawn.values())) == 4  # and with sample and seed
 
 
-def test_prompts_are_drawn_uniformly_over_the_templates_of_the_samples_class(table: PromptTable) -> None:
+def test_draw_is_uniform_over_the_templates_of_the_class(table: PromptTable) -> None:
     for label, name in enumerate(NAMES):
         sample = Sample("k", Path("a"), label=label)
         drawn = Counter(read(table.draw(sample, index, 0, epoch)) for index in range(100) for epoch in range(10))
         assert drawn.keys() == {template.replace("{}", name) for template in TEMPLATES}
         expected = 1000 / len(TEMPLATES)
         chi_square = sum((count - expected) ** 2 / expected for count in drawn.values())
-        assert chi_square < 18.5  # exceeded once in 1000 times by 4 degrees of freedom
+        assert chi_square < 18.5  # 0.1 % quantile for 4 degrees of freedom
 
 
-def test_titles_of_one_file_are_its_prompts(tmp_path: Path) -> None:
+def test_draw_uses_the_texts_of_a_sample_as_prompts(tmp_path: Path) -> None:
     cat = Sample("a.jpg", Path("a.jpg"), texts=("a cat", "the cat", "a cat"))
     dog = Sample("b.jpg", Path("b.jpg"), texts=("a dog",))
     tokenizer = Letters()
     table = PromptTable(Source([cat, dog]), (), (), tokenizer)
     drawn = Counter(read(table.draw(cat, 0, 0, epoch)) for epoch in range(900))
     assert drawn.keys() == {"a cat", "the cat"}
-    assert 540 < drawn["a cat"] < 660  # a title that stands twice is drawn twice as often
+    assert 540 < drawn["a cat"] < 660  # a duplicate title is drawn twice as often
     assert {read(table.draw(dog, 1, 0, epoch)) for epoch in range(20)} == {"a dog"}
-    assert tokenizer.longest_call == 3  # each distinct title was tokenised once
+    assert tokenizer.longest_call == 3  # each distinct title is tokenised once
 
 
-def test_a_big_table_is_tokenised_in_pieces_and_kept_small() -> None:
+def test_prompt_table_tokenises_in_pieces_and_stores_int32() -> None:
     tokenizer = Letters()
     table = PromptTable(labelled(999), read_class_names("imagenet"), read_templates("simple"), tokenizer)
     assert tokenizer.longest_call <= 1024
@@ -163,7 +168,7 @@ def test_a_big_table_is_tokenised_in_pieces_and_kept_small() -> None:
 
 
 @pytest.mark.parametrize("label", [-1, 3])
-def test_a_label_without_a_class_name_is_an_error_that_names_the_sample(label: int) -> None:
+def test_prompt_table_rejects_labels_without_class_name(label: int) -> None:
     with pytest.raises(DataError, match=rf"^a\.tar: sample k1 has label {label}, but there are 3 class names$"):
         PromptTable(labelled(0, label), NAMES, read_templates("simple"), Letters())
 
@@ -182,7 +187,7 @@ ROWS = torch.tensor(
 )
 
 
-def test_pack_keeps_each_distinct_row_once_and_an_index_that_restores_the_batch() -> None:
+def test_pack_keeps_distinct_rows_and_an_index_to_restore_all() -> None:
     text = pack(ROWS, "argmax")
     assert text.tokens.shape == (3, 6)
     assert text.tokens.dtype == text.index.dtype == torch.int64
@@ -190,23 +195,23 @@ def test_pack_keeps_each_distinct_row_once_and_an_index_that_restores_the_batch(
     assert len(pack(ROWS[:1], "argmax").tokens) == 1
 
 
-def test_the_length_of_a_batch_reaches_to_where_its_longest_text_is_read() -> None:
+def test_pack_length_ends_at_the_last_token_that_is_read() -> None:
     assert pack(ROWS, "argmax").length == 4
     assert pack(ROWS, 9).length == 4
-    # An end that is no largest token, followed by others; the first one counts, as in open_clip.
+    # The end token is not the largest and others follow; the first one counts, as in open_clip.
     assert pack(torch.tensor([[7, 2, 5, 2], [2, 7, 7, 7]]), 2).length == 2
     # A text without an end is read at its first token, whatever its length.
     assert pack(torch.tensor([[7, 3, 3], [7, 4, 4]]), 9).length == 1
-    # Of a text cut to the context, nothing is left to trim.
+    # A text truncated to the context cannot be trimmed further.
     assert pack(torch.tensor([[7, 3, 9], [7, 9, 0]]), "argmax").length == 3
-    # A tower that needs the whole context.
+    # A tower that needs the complete context.
     assert pack(ROWS, None).length == 6
 
 
 # Files of names
 
 
-def test_names_may_be_a_json_list(tmp_path: Path) -> None:
+def test_read_class_names_reads_a_json_list(tmp_path: Path) -> None:
     path = write(tmp_path / "names.json", '[\n "cat",\n "sea lion",\n\n "größe"\n]\n')
     assert read_class_names(path) == ("cat", "sea lion", "größe")
 
@@ -214,9 +219,9 @@ def test_names_may_be_a_json_list(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('["cat", "dog"', "begins like JSON, and is none: .*; expected one class name a line"),
-        ("[cat]\n[dog]\n", "begins like JSON, and is none"),
-        ('{"0": "cat"}', "expected a JSON list of class names, in label order, or one name a line"),
+        ('["cat", "dog"', "begins like JSON but is not valid: .*; expected one class name per line"),
+        ("[cat]\n[dog]\n", "begins like JSON but is not valid"),
+        ('{"0": "cat"}', "expected a JSON list of class names, in label order, or one name per line"),
         ('[["n01440764", "tench"]]', "expected a JSON list of class names"),
         ('["cat", ""]', "expected a JSON list of class names"),
         ("[]", "expected a JSON list of class names"),
@@ -228,29 +233,29 @@ def test_names_may_be_a_json_list(tmp_path: Path) -> None:
         ("n01440764 tench, Tinca tinca\nn01443537 goldfish\n", "each line begins with a WordNet id"),
     ],
 )
-def test_lines_that_are_more_than_names_are_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_read_class_names_rejects_lines_that_are_not_names(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path / "names.txt", text)
     with pytest.raises(DataError, match=f"^{path}: {message}"):
         read_class_names(path)
 
 
-def test_names_that_begin_with_a_number_are_names(tmp_path: Path) -> None:
+def test_read_class_names_accepts_names_starting_with_numbers(tmp_path: Path) -> None:
     for names in (("7 up", "4 runner"), ("0 - zero", "one"), ("n01440764", "n01443537")):
         assert read_class_names(write(tmp_path / "names.txt", "\n".join(names))) == names
 
 
-def test_a_template_without_its_braces_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_templates_explains_a_template_without_braces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        DataError, match=r"^a photo: no such file of templates; a template itself has \{\} in place"
-    ):
+    with pytest.raises(DataError, match=r"^a photo: no such file of templates; a template itself must have \{\}"):
         read_templates("a photo")
 
 
 # Texts without spaces
 
 
-def test_long_words_have_the_tokens_of_open_clip() -> None:
+def test_quick_bpe_gives_the_tokens_of_open_clip() -> None:
     original, quick = open_clip.SimpleTokenizer(), quick_bpe(open_clip.SimpleTokenizer())
     assert quick_bpe(quick).bpe is quick.bpe
     draw = random.Random(0)
@@ -266,26 +271,26 @@ def test_long_words_have_the_tokens_of_open_clip() -> None:
     assert torch.equal(quick(texts), original(texts))
 
 
-def test_a_text_of_a_hundred_thousand_letters_is_tokenised_in_few_steps() -> None:
+def test_quick_bpe_needs_few_lookups_for_a_long_word() -> None:
     tokenizer = quick_bpe(open_clip.SimpleTokenizer())
-    looked_up = 0
+    lookups = 0
 
     class Counted(dict[Any, Any]):
         def get(self, *arguments: Any) -> Any:
-            nonlocal looked_up
-            looked_up += 1
+            nonlocal lookups
+            lookups += 1
             return super().get(*arguments)
 
     tokenizer.bpe._ranks = Counted(tokenizer.bpe_ranks)
     assert tokenizer(["".join(random.Random(0).choices("etaoin", k=100_000))]).shape == (1, 77)
-    assert looked_up < 3 * 100_000
+    assert lookups < 3 * 100_000
 
 
-# Lists that other tools wrote
+# Lists written by other tools
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\x0c", "\x85", "\x1c"])
-def test_read_class_names_splits_at_line_ends_alone(tmp_path: Path, separator: str) -> None:
+def test_read_class_names_splits_only_at_line_ends(tmp_path: Path, separator: str) -> None:
     path = tmp_path / "names.txt"
     path.write_bytes(f"sea{separator}lion\r\ndog\r\n".encode())
     assert read_class_names(str(path)) == ("sea lion", "dog")
@@ -303,42 +308,42 @@ def test_read_class_names_splits_at_line_ends_alone(tmp_path: Path, separator: s
         ("# my classes\ncat\n", "its first line is a comment"),
     ],
 )
-def test_read_class_names_refuses_marks_of_other_formats(tmp_path: Path, text: str, message: str) -> None:
+def test_read_class_names_rejects_syntax_of_other_formats(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_class_names(write(tmp_path / "names.txt", text))
 
 
-def test_read_class_names_keeps_names_that_begin_with_numbers(tmp_path: Path) -> None:
+def test_read_class_names_accepts_years_as_first_words(tmp_path: Path) -> None:
     assert read_class_names(write(tmp_path / "names.txt", "2012 BMW M3\n1994 Audi 100\n")) == (
         "2012 BMW M3",
         "1994 Audi 100",
     )
 
 
-def test_read_templates_reads_a_json_list_and_refuses_what_nothing_fills(tmp_path: Path) -> None:
+def test_read_templates_reads_json_and_rejects_placeholders(tmp_path: Path) -> None:
     listed = read_templates(write(tmp_path / "list.txt", '["a {}.",\n "the {}."]\n'))
     assert [template("cat") for template in listed] == ["a cat.", "the cat."]
-    with pytest.raises(DataError, match=r"has \{domain\}, which nothing fills"):
+    with pytest.raises(DataError, match=r"has an unknown placeholder \{domain\}"):
         read_templates("a {domain} of {}")
     with pytest.raises(DataError, match="all lines are quoted"):
         read_templates(write(tmp_path / "code.txt", "'a bad photo of a {}.',\n'a {}.',\n"))
 
 
-def test_cut_and_equal_prompts_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+def test_warn_about_prompts_reports_truncated_and_equal_ones(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
     long = "a photo " * 60
-    warn_of_lost_names(["cat", "dog"], [lambda name: f"{long}{name}", lambda name: name], tokenizer)
+    warn_about_prompts(["cat", "dog"], [Template(f"{long}{{}}"), Template("{}")], tokenizer)
     assert "2 of 2 classes have a prompt that fills the model's context of 77 tokens" in caplog.text
-    assert "'cat' and 'dog' have a prompt of the same tokens" in caplog.text
+    assert "'cat' and 'dog' have prompts with the same tokens" in caplog.text
     caplog.clear()
-    warn_of_lost_names(["Jaguar", "jaguar", "dog"], [lambda name: name], tokenizer)
-    assert "'Jaguar' and 'jaguar' have a prompt of the same tokens" in caplog.text
+    warn_about_prompts(["Jaguar", "jaguar", "dog"], [Template("{}")], tokenizer)
+    assert "'Jaguar' and 'jaguar' have prompts with the same tokens" in caplog.text
     caplog.clear()
-    warn_of_lost_names(["cat", "dog"], [lambda name: f"a {name}"], tokenizer)
+    warn_about_prompts(["cat", "dog"], [Template("a {}")], tokenizer)
     assert not caplog.text
 
 
-def test_cut_captions_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+def test_warn_about_truncated_captions_counts_them(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
-    warn_of_cut_texts(["a dog", "word " * 300, "a cat"], tokenizer, "flickr")
-    assert "flickr: 1 of 3 captions looked at fill the model's context of 77 tokens" in caplog.text
+    warn_about_truncated_captions(["a dog", "word " * 300, "a cat"], tokenizer, "flickr")
+    assert "flickr: 1 of 3 sampled captions fill the model's context of 77 tokens" in caplog.text

@@ -1,4 +1,4 @@
-"""Which samples each rank takes at each step."""
+"""The samples of each rank at each step."""
 
 import numpy as np
 import pytest
@@ -9,13 +9,13 @@ from dive_fast.errors import DataError
 
 def epoch_of(order: Order, epoch: int) -> list[int]:
     steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
-    places = [order.at(step) for step in steps]
-    assert {found for found, _ in places} == {epoch}
-    return [int(sample) for _, samples in places for sample in samples]
+    batches = [order.at(step) for step in steps]
+    assert {batch_epoch for batch_epoch, _ in batches} == {epoch}
+    return [int(sample) for _, samples in batches for sample in samples]
 
 
 @pytest.mark.parametrize(("count", "batch"), [(24, 8), (25, 8), (31, 8), (8, 8), (9, 1), (1000, 7)])
-def test_an_epoch_takes_no_sample_twice_and_drops_less_than_a_batch(count: int, batch: int) -> None:
+def test_order_has_no_duplicates_and_drops_less_than_a_batch(count: int, batch: int) -> None:
     order = Order(count, batch, seed=3)
     assert order.steps_per_epoch == count // batch
     for epoch in range(4):
@@ -28,37 +28,37 @@ def test_an_epoch_takes_no_sample_twice_and_drops_less_than_a_batch(count: int, 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("count", [24, 31])
-def test_shares_laid_end_to_end_are_the_batch_of_one_rank_alone(world_size: int, count: int) -> None:
-    alone = Order(count, 8, seed=5)
+def test_order_shares_of_ranks_concatenate_to_the_full_batch(world_size: int, count: int) -> None:
+    single = Order(count, 8, seed=5)
     ranks = [Order(count, 8, rank, world_size, seed=5) for rank in range(world_size)]
-    assert {order.steps_per_epoch for order in ranks} == {alone.steps_per_epoch}
-    for step in range(3 * alone.steps_per_epoch):
-        epoch, batch = alone.at(step)
+    assert {order.steps_per_epoch for order in ranks} == {single.steps_per_epoch}
+    for step in range(3 * single.steps_per_epoch):
+        epoch, batch = single.at(step)
         shares = [order.at(step) for order in ranks]
-        assert {found for found, _ in shares} == {epoch}
+        assert {share_epoch for share_epoch, _ in shares} == {epoch}
         assert [len(share) for _, share in shares] == [8 // world_size] * world_size
         assert np.concatenate([share for _, share in shares]).tolist() == batch.tolist()
 
 
-def test_every_epoch_and_every_seed_shuffles_anew() -> None:
+def test_order_shuffles_differ_between_epochs_and_seeds() -> None:
     epochs = {tuple(epoch_of(Order(24, 8, seed=seed), epoch)) for seed in range(5) for epoch in range(5)}
     assert len(epochs) == 25
     assert tuple(range(24)) not in epochs
 
 
-def test_samples_dropped_by_one_epoch_are_taken_by_another() -> None:
-    taken = {sample for epoch in range(20) for sample in epoch_of(Order(15, 8), epoch)}
-    assert taken == set(range(15))
+def test_order_uses_every_sample_over_epochs() -> None:
+    used = {sample for epoch in range(20) for sample in epoch_of(Order(15, 8), epoch)}
+    assert used == set(range(15))
 
 
-def test_an_order_is_a_pure_function_of_seed_and_step() -> None:
+def test_order_is_a_pure_function_of_seed_and_step() -> None:
     steps = range(30)
     forwards = [Order(31, 8, seed=2).at(step)[1].tolist() for step in steps]
     backwards = [Order(31, 8, seed=2).at(step)[1].tolist() for step in reversed(steps)]
     assert forwards == backwards[::-1]
 
 
-def test_a_batch_that_cannot_be_dealt_out_is_an_error() -> None:
+def test_order_rejects_indivisible_and_oversized_batches() -> None:
     with pytest.raises(DataError, match=r"^batch_size 8 is not divisible by the 3 ranks$"):
         Order(24, 8, 0, 3)
     with pytest.raises(

@@ -25,7 +25,7 @@ ODD_SIZES = [(1, 500), (500, 1), (31, 33), (5000, 40), (40, 5000), (1, 1), (2, 3
 MODES = ["RGB", "L", "LA", "RGBA", "P", "1", "CMYK", "I;16"]
 
 
-def picture(height: int, width: int, mode: str = "RGB") -> Image.Image:
+def noise_image(height: int, width: int, mode: str = "RGB") -> Image.Image:
     rng = np.random.default_rng(height * 10007 + width)
     if mode == "I;16":
         return Image.fromarray(rng.integers(0, 400, (height, width), dtype=np.uint16))
@@ -41,33 +41,33 @@ def preprocess(size: tuple[int, int], **options: Any) -> Preprocess:
 # Random crops
 
 
-def test_a_crop_is_a_pure_function_of_seed_sample_and_view() -> None:
-    places = list(itertools.product([0, 1, 2**63], [0, 1, 10**7], [0, 1, 99]))
-    crops = {place: random_crop((300, 400), *place) for place in places}
-    # In another order, between other random numbers.
-    for place in random.Random(0).sample(places, len(places)):
+def test_random_crop_is_a_pure_function_of_seed_sample_and_view() -> None:
+    arguments = list(itertools.product([0, 1, 2**63], [0, 1, 10**7], [0, 1, 99]))
+    crops = {key: random_crop((300, 400), *key) for key in arguments}
+    # In another order, interleaved with other random numbers.
+    for key in random.Random(0).sample(arguments, len(arguments)):
         np.random.default_rng().random(3)
         torch.rand(3)
         random_crop((7, 9), 5, 5, 5)
-        assert random_crop((300, 400), *place) == crops[place]
+        assert random_crop((300, 400), *key) == crops[key]
 
 
-def test_crops_differ_between_seeds_samples_and_views() -> None:
-    # So large an image that two crops are never alike by chance, and crops so small that they always fit.
-    places = itertools.product(range(5), range(20), range(5))
-    assert len({random_crop((4000, 6000), *place, scale=(0.1, 0.5)) for place in places}) == 500
+def test_random_crop_differs_between_seeds_samples_and_views() -> None:
+    # The image is so large that crops never coincide by chance, and the crops so small that they always fit.
+    arguments = itertools.product(range(5), range(20), range(5))
+    assert len({random_crop((4000, 6000), *key, scale=(0.1, 0.5)) for key in arguments}) == 500
 
 
-def test_each_purpose_has_random_numbers_of_its_own() -> None:
+def test_stream_differs_between_purposes() -> None:
     draws = {float(stream(0, purpose, 3, 4).random()) for purpose in Draw}
     assert len(draws) == len(Draw)
-    # Neither first and second nor seed and purpose may stand for one another.
+    # Neither first and second nor seed and purpose are interchangeable.
     assert stream(0, Draw.CROP, 3, 4).random() != stream(0, Draw.CROP, 4, 3).random()
     assert stream(0, Draw.PROMPT, 3).random() != stream(1, Draw.CROP, 3).random()
 
 
-def test_the_crops_of_a_seed_stay_what_they_are() -> None:
-    # A teacher's cache holds embeddings of such crops: other ones would no longer be its images.
+def test_random_crop_values_are_stable() -> None:
+    # Teacher caches hold embeddings of these crops and would become invalid if the crops changed.
     assert random_crop((300, 400), 0, 0, 0) == Crop(3, 7, 293, 386)
     assert random_crop((300, 400), 0, 1, 2, (0.1, 0.5)) == Crop(87, 84, 146, 179)
     assert random_crop((480, 360), 2**62, 3_000_000, 99) == Crop(2, 3, 469, 352)
@@ -75,7 +75,7 @@ def test_the_crops_of_a_seed_stay_what_they_are() -> None:
 
 @pytest.mark.parametrize("scale", [TRAIN_SCALE, (0.08, 1.0)])
 @pytest.mark.parametrize("size", ODD_SIZES)
-def test_crops_lie_within_images_of_odd_sizes(size: tuple[int, int], scale: tuple[float, float]) -> None:
+def test_random_crop_lies_within_images_of_odd_sizes(size: tuple[int, int], scale: tuple[float, float]) -> None:
     for sample in range(200):
         crop = random_crop(size, 0, sample, 0, scale)
         assert crop.height >= 1
@@ -95,32 +95,34 @@ def torchvision_crops(
 def kolmogorov_smirnov(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> float:
     """The largest difference of two samples' distribution functions, over its critical value at 0.1 %."""
     points = np.concatenate([first, second])
-    shares = [np.searchsorted(np.sort(own), points, side="right") / len(own) for own in (first, second)]
+    shares = [np.searchsorted(np.sort(sample), points, side="right") / len(sample) for sample in (first, second)]
     critical = math.sqrt(-math.log(0.001 / 2) / 2) * math.sqrt(1 / len(first) + 1 / len(second))
     return float(np.abs(shares[0] - shares[1]).max() / critical)
 
 
 @pytest.mark.parametrize("scale", [TRAIN_SCALE, (0.08, 1.0)])
 @pytest.mark.parametrize("size", [(300, 400), (500, 333), (240, 240)])
-def test_crops_are_distributed_as_torchvisions(size: tuple[int, int], scale: tuple[float, float]) -> None:
+def test_random_crop_has_the_distribution_of_torchvision(
+    size: tuple[int, int], scale: tuple[float, float]
+) -> None:
     count = 3000
     torch.manual_seed(1)
-    own = [random_crop(size, 1, sample, 0, scale) for sample in range(count)]
-    ours = np.array([(crop.top, crop.left, crop.height, crop.width) for crop in own], dtype=float)
+    crops = [random_crop(size, 1, sample, 0, scale) for sample in range(count)]
+    ours = np.array([(crop.top, crop.left, crop.height, crop.width) for crop in crops], dtype=float)
     theirs = np.array(list(torchvision_crops(size, scale, count)), dtype=float)
-    for name, of in {
+    for name, statistic in {
         "area": lambda crops: crops[:, 2] * crops[:, 3],
         "log aspect": lambda crops: np.log(crops[:, 3] / crops[:, 2]),
-        # Where there is no room to move, 0.
+        # 0 if the crop spans the image.
         "top": lambda crops: crops[:, 0] / np.maximum(size[0] - crops[:, 2], 1),
         "left": lambda crops: crops[:, 1] / np.maximum(size[1] - crops[:, 3], 1),
     }.items():
-        assert kolmogorov_smirnov(of(ours), of(theirs)) < 1, name
+        assert kolmogorov_smirnov(statistic(ours), statistic(theirs)) < 1, name
     assert (ours.min(0) >= 0).all()
 
 
 @pytest.mark.parametrize("size", [(1, 500), (500, 1), (5000, 40), (40, 5000), (1, 1)])
-def test_where_no_crop_fits_the_central_one_is_torchvisions(size: tuple[int, int]) -> None:
+def test_random_crop_falls_back_to_the_central_one(size: tuple[int, int]) -> None:
     expected = Crop(*next(torchvision_crops(size, TRAIN_SCALE, 1)))
     assert {random_crop(size, 0, sample, 0) for sample in range(20)} == {expected}
 
@@ -130,8 +132,8 @@ def test_where_no_crop_fits_the_central_one_is_torchvisions(size: tuple[int, int
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_the_train_view_is_torchvisions_resized_crop_and_then_rgb(mode: str, interpolation: str) -> None:
-    image = picture(61, 83, mode)
+def test_train_view_equals_torchvision_resized_crop_as_rgb(mode: str, interpolation: str) -> None:
+    image = noise_image(61, 83, mode)
     for size, sample in itertools.product([(224, 224), (32, 32), (40, 24)], range(3)):
         crop = random_crop((61, 83), 0, sample, 0, (0.2, 1.0))
         expected = TF.resized_crop(
@@ -145,32 +147,32 @@ def test_the_train_view_is_torchvisions_resized_crop_and_then_rgb(mode: str, int
             antialias=True,
         )
         expected = TF.normalize(TF.to_tensor(expected.convert("RGB")), MEAN, STD)
-        found = tiny.shown(preprocess(size, interpolation=interpolation), image, crop)
-        assert found.dtype == torch.float32
-        assert torch.equal(found, expected)
+        actual = tiny.shown(preprocess(size, interpolation=interpolation), image, crop)
+        assert actual.dtype == torch.float32
+        assert torch.equal(actual, expected)
 
 
-def test_the_train_view_is_open_clips_when_both_take_the_same_crop(monkeypatch: pytest.MonkeyPatch) -> None:
-    image = picture(61, 83)
+def test_train_view_equals_open_clip_for_the_same_crop(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = noise_image(61, 83)
     crop = random_crop((61, 83), 0, 0, 0)
-    same = staticmethod(lambda *_: (crop.top, crop.left, crop.height, crop.width))
-    monkeypatch.setattr(RandomResizedCrop, "get_params", same)
+    fixed_crop = staticmethod(lambda *_: (crop.top, crop.left, crop.height, crop.width))
+    monkeypatch.setattr(RandomResizedCrop, "get_params", fixed_crop)
     expected = open_clip.image_transform(48, is_train=True, mean=MEAN, std=STD)(image)
     assert torch.equal(tiny.shown(preprocess((48, 48)), image, crop), expected)
 
 
 @pytest.mark.parametrize("size", [224, 336, 384])
 @pytest.mark.parametrize("shape", [(61, 83), (500, 375), (375, 500), (400, 399), (17, 90), (3, 50)])
-def test_the_eval_view_is_open_clips_for_odd_images(size: int, shape: tuple[int, int]) -> None:
-    image = picture(*shape)
+def test_eval_view_equals_open_clip_for_odd_sizes(size: int, shape: tuple[int, int]) -> None:
+    image = noise_image(*shape)
     expected = open_clip.image_transform(size, is_train=False, mean=MEAN, std=STD)(image)
     assert expected.shape == (3, size, size)
     assert torch.equal(tiny.shown(preprocess((size, size)), image), expected)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_eval_view_is_open_clips_for_every_kind_of_pixel(mode: str) -> None:
-    image = picture(61, 83, mode)
+def test_eval_view_equals_open_clip_for_every_mode(mode: str) -> None:
+    image = noise_image(61, 83, mode)
     expected = open_clip.image_transform(48, is_train=False, mean=MEAN, std=STD)(image)
     assert torch.equal(tiny.shown(preprocess((48, 48)), image), expected)
 
@@ -186,83 +188,81 @@ def test_the_eval_view_is_open_clips_for_every_kind_of_pixel(mode: str) -> None:
         {"resize_mode": "longest", "fill_color": 200},
     ],
 )
-def test_the_eval_view_follows_the_models_preprocess_config(
-    size: tuple[int, int], options: dict[str, Any]
-) -> None:
-    image = picture(61, 83)
+def test_eval_view_follows_the_preprocess_config(size: tuple[int, int], options: dict[str, Any]) -> None:
+    image = noise_image(61, 83)
     visual = SimpleNamespace(preprocess_cfg={"size": size, "mean": MEAN, "std": STD} | options)
     expected = open_clip.image_transform(size, is_train=False, mean=MEAN, std=STD, **options)(image)
-    found = tiny.shown(Preprocess.of(visual), image)
-    assert torch.equal(found, expected)
+    actual = tiny.shown(Preprocess.of(visual), image)
+    assert torch.equal(actual, expected)
 
 
-def test_a_size_may_be_one_number_or_two() -> None:
+def test_preprocess_accepts_one_size_or_two() -> None:
     config = {"mean": list(MEAN), "std": list(STD), "interpolation": "bicubic", "resize_mode": "shortest"}
     for size, expected in [(48, (48, 48)), ([48, 36], (48, 36)), ((48, 36), (48, 36))]:
         assert Preprocess.of(SimpleNamespace(preprocess_cfg=config | {"size": size})) == preprocess(expected)
 
 
-# Views of loaders that decode by themselves
+# Views for loaders with their own decoder
 
 
-def smooth(height: int, width: int) -> Image.Image:
-    """No noise: since PIL 13 the order of its passes depends on the size, and so do the 8 bits in between."""
-    return picture(5, 6).resize((width, height), Image.Resampling.BICUBIC)
+def smooth_image(height: int, width: int) -> Image.Image:
+    """An image without noise, as PIL 13 chooses the order of its passes, and so 8-bit rounding, by size."""
+    return noise_image(5, 6).resize((width, height), Image.Resampling.BICUBIC)
 
 
 @pytest.mark.parametrize("size", [(48, 48), (48, 64)])
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
-def test_the_region_of_a_crop_resized_is_what_open_clip_shows(size: tuple[int, int], resize_mode: str) -> None:
-    """PIL's ``box`` is such a region."""
-    wanted = preprocess(size, resize_mode=resize_mode)
+def test_resized_view_region_equals_open_clip(size: tuple[int, int], resize_mode: str) -> None:
+    """PIL's ``box`` resizes a view's region."""
+    config = preprocess(size, resize_mode=resize_mode)
     rng = np.random.default_rng(0)
     sizes = [(1, 500), (500, 1), (31, 33), (2, 3), (48, 48), *map(tuple, rng.integers(20, 300, (40, 2)).tolist())]
     for height, width in sizes:
-        image = smooth(height, width)
+        image = smooth_image(height, width)
         for crop in (None, random_crop((height, width), 0, height, width)):
-            view = wanted.eval_view((height, width)) if crop is None else wanted.train_view(crop)
+            view = config.eval_view((height, width)) if crop is None else config.train_view(crop)
             part = image.crop(
                 (view.crop.left, view.crop.top, view.crop.left + view.crop.width, view.crop.top + view.crop.height)
             )
             top, left, bottom, right = view.region
-            found = part.resize(size[::-1], Image.Resampling.BICUBIC, box=(left, top, right, bottom))
-            expected = np.asarray(wanted.cut(image, crop)).astype(int)
-            assert np.abs(np.asarray(found) - expected).max() <= 2, (height, width, crop)
+            actual = part.resize(size[::-1], Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+            expected = np.asarray(config.transform(image, crop)).astype(int)
+            assert np.abs(np.asarray(actual) - expected).max() <= 2, (height, width, crop)
 
 
-def test_borders_are_no_view() -> None:
+def test_eval_view_rejects_borders() -> None:
     with pytest.raises(ValueError, match="resize_mode longest has no view"):
         preprocess((48, 48), resize_mode="longest").eval_view((60, 80))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_pixels_are_normalised_as_by_torchvision(dtype: torch.dtype, channels_last: bool) -> None:
-    images = [picture(48, 48), picture(48, 48).rotate(90)]
-    wanted = preprocess((48, 48))
-    expected = torch.stack([wanted.tensor(image) for image in images]).to(dtype)
+def test_normalise_equals_torchvision(dtype: torch.dtype, channels_last: bool) -> None:
+    images = [noise_image(48, 48), noise_image(48, 48).rotate(90)]
+    config = preprocess((48, 48))
+    expected = torch.stack([config.to_tensor(image) for image in images]).to(dtype)
     pixels = torch.stack([torch.from_numpy(np.asarray(image).copy()) for image in images])
-    found = normalise(pixels, wanted, dtype, channels_last)
-    assert torch.equal(found, expected)
-    assert found.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    actual = normalise(pixels, config, dtype, channels_last)
+    assert torch.equal(actual, expected)
+    assert actual.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 @pytest.mark.parametrize("bilinear", [False, True])
-def test_the_compiled_resize_is_pils(bilinear: bool) -> None:
-    """To the last bit, but for tall images, whose columns PIL 13 resizes first."""
+def test_resize_equals_pil(bilinear: bool) -> None:
+    """Bit for bit, except for tall images, whose columns PIL 13 resizes first."""
     resample = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
     rng = np.random.default_rng(1)
     sizes = [(1, 500), (500, 1), (40, 3000), (3000, 40), (48, 64), (48, 100), (100, 64), (2, 2)]
     for height, width in [*sizes, *rng.integers(1, 400, (60, 2)).tolist()]:
-        image = picture(height, width)
-        whole = (0.0, 0.0, float(height), float(width))
+        image = noise_image(height, width)
+        full = (0.0, 0.0, float(height), float(width))
         # In eighths of a pixel: PIL's box is in single precision.
         part = (height // 2 / 8, width // 3 / 8, height - height // 4 / 8, width - width // 5 / 8)
-        for top, left, bottom, right in (whole, part):
-            found = np.empty((48, 64, 3), np.uint8)
-            resize(np.asarray(image), np.array((top, left, bottom, right)), found, bilinear)
+        for top, left, bottom, right in (full, part):
+            actual = np.empty((48, 64, 3), np.uint8)
+            resize(np.asarray(image), np.array((top, left, bottom, right)), actual, bilinear)
             expected = np.asarray(image.resize((64, 48), resample, box=(left, top, right, bottom))).astype(int)
             if height <= 48 or width > 2 * height:
-                assert np.array_equal(found, expected), (height, width)
+                assert np.array_equal(actual, expected), (height, width)
             else:
-                assert np.abs(found - expected).mean() < 4, (height, width)  # pictures of pure noise
+                assert np.abs(actual - expected).mean() < 4, (height, width)  # images of pure noise

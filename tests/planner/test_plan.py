@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from dive_fast.config.load import load_config
 from dive_fast.config.schema import Config
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.distributed import join
@@ -28,6 +27,7 @@ from dive_fast.engine.step import Engine, StepBatches
 from dive_fast.kernels import contrastive_loss
 from dive_fast.methods import method as objective
 from dive_fast.methods import registry
+from dive_fast.methods.run_config import load_run_config
 from dive_fast.model.features import Pairs
 from dive_fast.model.towers import create
 from dive_fast.planner.advice import advise
@@ -107,7 +107,7 @@ def real_step(config: Config) -> tuple[int, int, int]:
     def batches() -> Any:
         labels = torch.zeros(TARGET, dtype=torch.long)
         target = TargetBatch(*pairs(data.target), labels, torch.empty(0), ())
-        if not method.needs_reference:
+        if not method.needs.reference:
             return StepBatches(target)
         reference = ReferenceBatch(*pairs(data.reference), torch.empty(0), torch.empty(0), ())
         unit = [F.normalize(torch.randn(REFERENCE, WIDTH), dim=-1) for _ in range(2)]
@@ -118,7 +118,7 @@ def real_step(config: Config) -> tuple[int, int, int]:
     with unittest.mock.patch.object(F, "layer_norm", casts), unittest.mock.patch.object(F, "linear", F.linear):
         with live:
             towers = create(config.model)
-            if method.needs_head:
+            if method.needs.head:
                 towers.head = torch.nn.Linear(WIDTH, len(open_clip.IMAGENET_CLASSNAMES))
             engine = Engine(config, towers, method, ranks, total_steps=9)
             # The initial scale overflows, and a skipped step allocates no moments.
@@ -135,7 +135,7 @@ def real_step(config: Config) -> tuple[int, int, int]:
 
 
 def real_steps(folder: Path, cases: dict[str, Case]) -> dict[str, tuple[int, int, int]]:
-    objective.Objective.backend = "torch"  # Triton's interpreter allocates in NumPy
+    objective.Part.backend = "torch"  # Triton's interpreter allocates in NumPy
     return {name: real_step(small_config(folder, **case)) for name, case in cases.items()}
 
 
@@ -214,7 +214,9 @@ def test_plan_run_divides_zero_state_and_samples_micro_batches(folder: Path) -> 
 
 
 def shipped_plans(cases: dict[str, tuple[str, list[str]]]) -> dict[str, Plan]:
-    return {name: plan_run(load_config(config, overrides, CONFIGS)) for name, (config, overrides) in cases.items()}
+    return {
+        name: plan_run(load_run_config(config, overrides, CONFIGS)) for name, (config, overrides) in cases.items()
+    }
 
 
 def texts(target: int, reference: int | None = None) -> list[str]:

@@ -14,7 +14,8 @@ import torch
 
 from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks
-from dive_fast.errors import UserError, machine_error
+from dive_fast.errors import UserError
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.train import preflight
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -35,7 +36,11 @@ def changed(tree: dict[str, Any], **values: Any) -> Config:
         for name in sections:
             section = section.setdefault(name, {})
         section[key] = value
-    return Config.model_validate_json(json.dumps(copy))
+    return RunConfig.model_validate_json(json.dumps(copy))
+
+
+def check_compiler(config: Config, on_gpu: bool) -> None:
+    preflight.check_compiler(config.train, config.deepspeed, on_gpu)
 
 
 def refused(says: str, config: Config, folder: Path) -> None:
@@ -98,7 +103,7 @@ def test_trackers_are_looked_for(
     monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     enabled = changed(tree, **{f"deepspeed.{key}": {"enabled": True}})
     refused(f"deepspeed.{key}: the package {package} is not installed: pip install {package}", enabled, tmp_path)
-    preflight.check_trackers(changed(tree, **{f"deepspeed.{key}": {"enabled": False}}))
+    preflight.check_trackers(changed(tree, **{f"deepspeed.{key}": {"enabled": False}}).deepspeed)
 
 
 @pytest.mark.parametrize(
@@ -117,12 +122,12 @@ def test_a_compiler_is_looked_for_where_an_option_needs_it(
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     for name in ("CXX", "CC"):
         monkeypatch.delenv(name, raising=False)
-    preflight.check_compiler(changed(tree, **values), on_gpu=False)
+    check_compiler(changed(tree, **values), on_gpu=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     refused(option, changed(tree, **values), tmp_path / "run")
-    preflight.check_compiler(changed(tree), on_gpu=False)
+    check_compiler(changed(tree), on_gpu=False)
     with pytest.raises(UserError, match=r"Triton.*gcc or clang or cc is not found"):
-        preflight.check_compiler(changed(tree), on_gpu=True)
+        check_compiler(changed(tree), on_gpu=True)
 
 
 def test_folders_of_compiled_code_are_written_to(
@@ -132,15 +137,15 @@ def test_folders_of_compiled_code_are_written_to(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     with pytest.raises(UserError, match=r"home/\.triton/cache: cannot write there.*set TRITON_CACHE_DIR"):
-        preflight.check_compiler(changed(tree), on_gpu=True)
+        check_compiler(changed(tree), on_gpu=True)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    preflight.check_compiler(changed(tree), on_gpu=True)
+    check_compiler(changed(tree), on_gpu=True)
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(Path, "home", classmethod(lambda cls: (_ for _ in ()).throw(RuntimeError("no home"))))
-    preflight.check_compiler(changed(tree), on_gpu=True)
+    check_compiler(changed(tree), on_gpu=True)
     monkeypatch.delenv("TRITON_CACHE_DIR")
     with pytest.raises(UserError, match="set HOME, or TRITON_CACHE_DIR"):
-        preflight.check_compiler(changed(tree), on_gpu=True)
+        check_compiler(changed(tree), on_gpu=True)
 
 
 def test_open_files_are_raised_or_refused(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,12 +153,12 @@ def test_open_files_are_raised_or_refused(tree: dict[str, Any], monkeypatch: pyt
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
     monkeypatch.setattr(resource, "setrlimit", lambda _, wanted: asked.append(wanted))
     many = changed(tree, **{"data.target.workers": 8})
-    preflight.check_open_files(many)
+    preflight.check_open_files(many.data, many.evaluate)
     assert asked
     assert 100 < asked[0][0] <= 4096
     limits = (64, 64)
     with pytest.raises(UserError, match=r"open files is 64, 8 loader workers need at least 124.*ulimit -n"):
-        preflight.check_open_files(many)
+        preflight.check_open_files(many.data, many.evaluate)
 
 
 def test_shared_memory_is_held_to_the_batches_ahead(
@@ -193,31 +198,3 @@ def test_a_disk_that_is_too_small_is_refused_and_a_tight_one_told(
         else:
             preflight.check_disk(config, tmp_path, towers, 24)
         assert ("train.keep_last" in caplog.text) == (outcome == "told")
-
-
-@pytest.mark.parametrize(
-    ("error", "says"),
-    [
-        (OSError(28, "No space left on device", "/x"), "/x: the disk is full"),
-        (PermissionError(13, "Permission denied", "/x"), "/x: permission denied"),
-        (FileExistsError(17, "File exists", "/x"), "/x: it is there already, and not a folder"),
-        (OSError(24, "Too many open files"), "too many open files: raise the limit (ulimit -n"),
-        (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"), "--shm-size"),
-        (RuntimeError("DataLoader worker (pid 3) is killed by signal: Bus error."), "--shm-size"),
-        (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), "memory of the machine"),
-        (RuntimeError("received 0 items of ancillary data"), "ulimit -n"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "train.activation_checkpointing"),
-        (torch.AcceleratorError("CUDA error: device-side assert triggered\nmore"), "device-side assert"),
-        (MemoryError(), "the memory of the machine is full"),
-    ],
-)
-def test_errors_of_the_machine_are_translated(error: Exception, says: str) -> None:
-    found = machine_error(error)
-    assert found is not None
-    assert says in str(found)
-    assert "\n" not in str(found)
-
-
-@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), FileNotFoundError(2, "x"), ValueError("memory")])
-def test_other_errors_keep_their_traceback(error: Exception) -> None:
-    assert machine_error(error) is None

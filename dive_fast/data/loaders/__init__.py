@@ -1,1 +1,1 @@
-"""The loaders: plain PIL, DALI, FFCV; equal samples and batches."""
+"""The loaders: plain (PIL), DALI and FFCV. All of them return equal samples and batches."""

@@ -1,17 +1,17 @@
-"""The DALI loader: worker processes read the files, DALI decodes, resizes and normalises them, on a GPU if it can.
+"""The DALI loader: worker processes read files; DALI decodes, resizes and normalises them, on a GPU if possible.
 
-DALI's own readers shuffle through a buffer and crop by a state of their own. Here a step's samples and crops are
-drawn as for every loader and handed in with the bytes, so that a resumed run needs no state of the pipeline.
+DALI's readers shuffle through a buffer and crop with internal random state. This loader draws samples and crops as
+every loader does and passes them in with the bytes, so that a resumed run needs no state of the pipeline.
 
-What DALI would not decode as PIL does (anything but JPEG, CMYK, a cut end) a worker decodes by PIL, and hands over
-its finished view: no image ends a run.
+Workers decode with PIL what DALI would decode differently or not at all (formats other than JPEG, CMYK, truncated
+files) and pass the finished view, so that no image ends a run.
 """
 
 import io
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import chain
 from typing import Any, Generic
 
@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dive_fast.data.decode import UNDECODABLE, decode, decode_error_message, opened, unsupported_reason
+from dive_fast.data.decode import UNDECODABLE, decode, decode_error_message, open_image, unsupported_reason
 from dive_fast.data.loaders import plain
 from dive_fast.data.loaders.loader import Options
 from dive_fast.data.samples import Batch, SampleKey, Samples
@@ -31,13 +31,13 @@ from dive_fast.errors import DataError
 logger = logging.getLogger(__name__)
 
 PREFETCH = 3
-"""Batches inside the pipeline at a time."""
+"""Batches in the pipeline at a time."""
 READERS = 2
-"""Processes that read files: some thousands of images a second each."""
+"""Processes that read files; each reads thousands of images per second."""
 
 
 def load(samples: Samples[Batch], batches: Iterable[list[SampleKey]], options: Options) -> Iterator[Batch]:
-    """The batches of these places, as ``dive_fast.data.loaders.loader`` describes them; images on ``options.device``.
+    """The batches of these sample keys, with images on ``options.device``, as every loader returns them.
 
     Raises:
         DataError: DALI is not installed.
@@ -54,31 +54,31 @@ def _load(samples: Samples[Batch], read: Iterator["_Encoded[Batch]"], options: O
     if first is None:
         return
     read = chain([first], read)
-    inside: deque[_Encoded[Batch]] = deque()
+    in_flight: deque[_Encoded[Batch]] = deque()
 
     def feed() -> list[Any]:
-        encoded = next(read)  # its end ends the pipeline as well
-        inside.append(encoded)
+        encoded = next(read)  # StopIteration ends the pipeline too
+        in_flight.append(encoded)
         return encoded.inputs()
 
-    pipeline = _pipeline(feed, len(first.places), samples.preprocess, options)
+    pipeline = _pipeline(feed, len(first.sample_keys), samples.preprocess, options)
     while True:
         try:
             images = _run(pipeline, options)
         except StopIteration:
             return
         except RuntimeError as error:
-            # DALI gives up on the whole pipeline, and does not say for which of its batches.
+            # DALI stops the complete pipeline and does not report which of its batches failed.
             cause = str(error).rpartition("encountered:")[2].strip().splitlines()[0]
-            logger.warning("DALI gave up (%s), PIL decodes %d batches in its place", cause, len(inside))
-            yield from _by_pil(samples, [encoded.places for encoded in inside], options)
-            inside.clear()
-            pipeline = _pipeline(feed, len(first.places), samples.preprocess, options)
+            logger.warning("DALI failed (%s), PIL decodes %d batches instead", cause, len(in_flight))
+            yield from _decode_with_pil(samples, [encoded.sample_keys for encoded in in_flight], options)
+            in_flight.clear()
+            pipeline = _pipeline(feed, len(first.sample_keys), samples.preprocess, options)
             continue
-        yield replace(inside.popleft().batch, images=images)
+        yield replace(in_flight.popleft().batch, images=images)
 
 
-def _by_pil(samples: Samples[Batch], batches: list[list[SampleKey]], options: Options) -> Iterator[Batch]:
+def _decode_with_pil(samples: Samples[Batch], batches: list[list[SampleKey]], options: Options) -> Iterator[Batch]:
     for batch in plain.load(samples, batches, replace(options, workers=0)):
         yield replace(batch, images=batch.images.to(options.device))
 
@@ -88,66 +88,62 @@ def _by_pil(samples: Samples[Batch], batches: list[list[SampleKey]], options: Op
 
 @dataclass(frozen=True)
 class _Encoded(Generic[Batch]):
-    """A batch whose images are still files."""
+    """A batch whose images are encoded files."""
 
-    places: list[SampleKey]
+    sample_keys: list[SampleKey]
     batch: Batch
-    """All of it but the images."""
+    """The batch without images."""
     data: Tensor
-    """``(bytes,)`` uint8: the files one after the other, in one piece of shared memory."""
+    """``(bytes,)`` uint8: the concatenated files, in one block of shared memory."""
     sizes: list[int]
     views: Tensor
-    """``(B, 8)`` fp32: the crop's top, left, height, width; the region's top, left, bottom, right."""
+    """``(B, 8)`` fp32: top, left, height, width of the crop; top, left, bottom, right of the region."""
 
     def inputs(self) -> list[Any]:
-        """What the pipeline reads: files, then the four pairs of ``views``."""
+        """The inputs of the pipeline: files, then the four column pairs of ``views``."""
         files = [part.numpy() for part in self.data.split(self.sizes)]
         anchor, shape, start, end = (pair.contiguous() for pair in self.views.split(2, dim=1))
         return [files, anchor.int().numpy(), shape.int().numpy(), start.numpy(), end.numpy()]
 
 
 class _Read:
-    """Reads the files of a batch and draws the rest of it."""
+    """Reads the files of a batch and draws its crops and texts."""
 
     def __init__(self, samples: Samples[Any]) -> None:
         self.samples = samples
 
-    def __call__(self, places: list[SampleKey]) -> _Encoded[Any]:
-        found = [self.samples.usable(place, self._file) for place in places]
-        places = [place for place, _ in found]
-        files = [np.frombuffer(file, np.uint8) for _, (file, _) in found]
-        views = [(*_numbers(view.crop), *view.region) for _, (_, view) in found]
+    def __call__(self, sample_keys: list[SampleKey]) -> _Encoded[Any]:
+        results = [self.samples.read_usable(key, self._file) for key in sample_keys]
+        usable_keys = [key for key, _ in results]
+        files = [np.frombuffer(file, np.uint8) for _, (file, _) in results]
+        views = [(*astuple(view.crop), *view.region) for _, (_, view) in results]
         return _Encoded(
-            places,
-            self.samples.batch(places, torch.empty(0)),
+            usable_keys,
+            self.samples.batch(usable_keys, torch.empty(0)),
             torch.from_numpy(np.concatenate(files)),
             [len(file) for file in files],
             torch.tensor(views),
         )
 
-    def _file(self, place: SampleKey) -> tuple[bytes, View]:
-        """A file that DALI decodes, and what to cut out of it."""
+    def _file(self, sample_key: SampleKey) -> tuple[bytes, View]:
+        """A file that DALI can decode, and its view."""
         source, preprocess = self.samples.source, self.samples.preprocess
-        data = source.read(place[1])
+        data = source.read(sample_key[1])
         has_view = preprocess.resize_mode != "longest"
         if has_view and source.sizes is not None:
-            return data, self.samples.view(place, tuple(source.sizes[place[1]].tolist()))
+            return data, self.samples.view(sample_key, tuple(source.sizes[sample_key[1]].tolist()))
         try:
-            image = opened(data)
+            image = open_image(data)
             if has_view and not unsupported_reason(image, data):
-                return data, self.samples.view(place, (image.height, image.width))
-            cut = self.samples.cut(place, decode(data))
+                return data, self.samples.view(sample_key, (image.height, image.width))
+            transformed = self.samples.transform(sample_key, decode(data))
         except UNDECODABLE as error:
-            raise source.samples[place[1]].unusable(
+            raise source.samples[sample_key[1]].unusable(
                 f"cannot decode the image: {decode_error_message(error)}"
             ) from error
         content = io.BytesIO()
-        cut.save(content, "BMP")
-        return content.getvalue(), preprocess.train_view(Crop(0, 0, cut.height, cut.width))
-
-
-def _numbers(crop: Crop) -> tuple[int, int, int, int]:
-    return crop.top, crop.left, crop.height, crop.width
+        transformed.save(content, "BMP")
+        return content.getvalue(), preprocess.train_view(Crop(0, 0, transformed.height, transformed.width))
 
 
 # The pipeline
@@ -171,10 +167,10 @@ def _pipeline(feed: Callable[[], list[Any]], batch_size: int, preprocess: Prepro
             dtype=[types.UINT8, types.INT32, types.INT32, types.FLOAT, types.FLOAT],
             ndim=1,
         )
-        on_gpu_only: dict[str, Any] = {
+        gpu_arguments: dict[str, Any] = {
             "device": "mixed",
             "hw_decoder_load": options.hw_decoder_load,
-            # As libjpeg does, so that the pixels are those of the other loaders.
+            # libjpeg's upsampling, for the same pixels as the other loaders.
             "jpeg_fancy_upsampling": True,
         }
         images = fn.decoders.image_slice(
@@ -183,8 +179,8 @@ def _pipeline(feed: Callable[[], list[Any]], batch_size: int, preprocess: Prepro
             shape=shape,
             axes=[0, 1],
             output_type=types.RGB,
-            adjust_orientation=False,  # open_clip shows the pixels as they are stored
-            **on_gpu_only if on_gpu else {},
+            adjust_orientation=False,  # open_clip ignores EXIF orientation
+            **gpu_arguments if on_gpu else {},
         )
         images = fn.resize(
             images,
@@ -207,11 +203,11 @@ def _pipeline(feed: Callable[[], list[Any]], batch_size: int, preprocess: Prepro
 
 
 def _run(pipeline: Any, options: Options) -> Tensor:
-    """The images of the next batch, ``(B, 3, H, W)``; a copy, since DALI uses its memory again."""
+    """The images of the next batch, ``(B, 3, H, W)``; a copy, since DALI reuses its memory."""
     if options.device.type == "cuda":
-        (found,) = pipeline.run(torch.cuda.current_stream(options.device))
-        images = torch.utils.dlpack.from_dlpack(found.as_tensor()).clone()
+        (output,) = pipeline.run(torch.cuda.current_stream(options.device))
+        images = torch.utils.dlpack.from_dlpack(output.as_tensor()).clone()
     else:
-        (found,) = pipeline.run()
-        images = torch.from_numpy(found.as_array().copy())
+        (output,) = pipeline.run()
+        images = torch.from_numpy(output.as_array().copy())
     return images.permute(0, 3, 1, 2) if options.channels_last else images

@@ -1,9 +1,9 @@
-"""The FFCV loader: images of a prepared set read from one memory-mapped file by the threads of this process.
+"""The FFCV loader: threads of this process read images of a prepared set from one memory-mapped file.
 
-FFCV's own decoders cannot show CLIP what it expects: they approximate the cosine transform of JPEGs, resize by
-cv2's INTER_AREA, and crop by a random state of their own. These threads decode with cv2's exact transform and
-resize as PIL does, in code that needs no lock of the interpreter. FFCV's ``Loader`` is left aside as well: its
-order is no pure function of the epoch, and it cannot begin at a step.
+FFCV's decoders do not give the pixels that CLIP expects: they approximate the cosine transform of JPEGs, resize
+with cv2's INTER_AREA and crop with internal random state. These threads decode with cv2's exact transform and
+resize as PIL does, in code that releases the interpreter's lock. FFCV's ``Loader`` is not used either: its order
+is not a pure function of the epoch, and it cannot start at a given step.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from dive_fast.errors import DataError
 
 
 def load(samples: Samples[Batch], batches: Iterable[list[SampleKey]], options: Options) -> Iterator[Batch]:
-    """The batches of these places, as ``dive_fast.data.loaders.loader`` describes them; images on ``options.device``.
+    """The batches of these sample keys, with images on ``options.device``, as every loader returns them.
 
     Raises:
         DataError: FFCV is not installed, or the data is not prepared for it.
@@ -37,8 +37,8 @@ def load(samples: Samples[Batch], batches: Iterable[list[SampleKey]], options: O
     if samples.source.beton is None:
         raise DataError("loader ffcv needs a set prepared for it: python launch/prepare.py --container beton ...")
     if samples.preprocess.resize_mode == "longest":
-        raise DataError("loader ffcv adds no borders, as resize_mode longest wants them: use loader plain")
-    # One process draws crops and texts ahead; a thread would take the interpreter's lock from the training loop.
+        raise DataError("loader ffcv does not support the borders of resize_mode longest; use loader plain")
+    # One process draws crops and texts; a thread would compete with the training loop for the interpreter's lock.
     plans = in_workers(_Plan(samples), batches, min(1, options.workers))
     return _load(samples, plans, options)
 
@@ -50,8 +50,8 @@ def _load(samples: Samples[Batch], plans: Iterator["_Planned[Batch]"], options: 
     pin = options.device.type == "cuda"
     with ThreadPoolExecutor(max(1, options.workers), "ffcv") as threads:
         for plan in plans:
-            pixels = torch.empty((len(plan.places), height, width, 3), dtype=torch.uint8, pin_memory=pin)
-            for _ in threads.map(file.decode, plan.places, plan.views, pixels.numpy(), repeat(bilinear)):
+            pixels = torch.empty((len(plan.sample_keys), height, width, 3), dtype=torch.uint8, pin_memory=pin)
+            for _ in threads.map(file.decode, plan.sample_keys, plan.views, pixels.numpy(), repeat(bilinear)):
                 pass
             images = normalise(
                 pixels.to(options.device, non_blocking=True),
@@ -64,33 +64,35 @@ def _load(samples: Samples[Batch], plans: Iterator["_Planned[Batch]"], options: 
 
 @dataclass(frozen=True)
 class _Planned(Generic[Batch]):
-    places: list[SampleKey]
+    """A batch before its images are decoded."""
+
+    sample_keys: list[SampleKey]
     views: list[View]
     batch: Batch
-    """Still without images."""
+    """The batch without images."""
 
 
 class _Plan:
-    """All of a batch but its pixels, in a worker."""
+    """Draws the crops and texts of a batch in a worker."""
 
     def __init__(self, samples: Samples[Any]) -> None:
         self.samples = samples
 
-    def __call__(self, places: list[SampleKey]) -> _Planned[Any]:
+    def __call__(self, sample_keys: list[SampleKey]) -> _Planned[Any]:
         sizes = self.samples.source.sizes
         assert sizes is not None
-        views = [self.samples.view(place, tuple(sizes[place[1]].tolist())) for place in places]
-        return _Planned(places, views, self.samples.batch(places, torch.empty(0)))
+        views = [self.samples.view(key, tuple(sizes[key[1]].tolist())) for key in sample_keys]
+        return _Planned(sample_keys, views, self.samples.batch(sample_keys, torch.empty(0)))
 
 
 class Beton:
-    """The images of FFCV's file."""
+    """The images in a file of FFCV's format."""
 
     def __init__(self, source: Source) -> None:
         """Opens the file.
 
         Raises:
-            DataError: it is not FFCV's, or has not the set's samples.
+            DataError: it is not an FFCV file, or its number of samples differs from the index.
         """
         from ffcv.reader import Reader
 
@@ -99,35 +101,35 @@ class Beton:
         self._source = source
         try:
             count = int(Reader(str(self._path)).num_samples)
-        except Exception as error:  # whatever its parser stumbles over
-            raise DataError(f"{self._path}: not a file of FFCV: {error}; prepare the set anew") from error
+        except Exception as error:  # FFCV's parser raises errors of many types
+            raise DataError(f"{self._path}: not an FFCV file: {error}; prepare the set again") from error
         if count != len(source):
-            raise DataError(f"{self._path}: {count} samples, its index has {len(source)}; prepare the set anew")
+            raise DataError(f"{self._path}: {count} samples, its index has {len(source)}; prepare the set again")
         self._bytes: NDArray[np.uint8] = np.memmap(self._path, np.uint8, "r")
 
-    def decode(self, place: SampleKey, view: View, pixels: NDArray[np.uint8], bilinear: bool) -> None:
+    def decode(self, sample_key: SampleKey, view: View, pixels: NDArray[np.uint8], bilinear: bool) -> None:
         """Writes a view of an image into ``pixels``, ``(H, W, 3)``.
 
         Raises:
-            DataError: the file was damaged.
+            DataError: the image is damaged, or its size differs from the index.
         """
         import cv2
 
         from dive_fast.data.loaders.pil_resize import resize
 
-        sample = self._source.samples[place[1]]
+        sample = self._source.samples[sample_key[1]]
         encoded = self._bytes[sample.offset : sample.offset + sample.size]
         image = None
-        # Of the formats that cv2 knows a prepared set has one.
+        # JPEG is the only format of a prepared set.
         if bytes(encoded[:2]) == b"\xff\xd8":
             with contextlib.suppress(cv2.error):
                 image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
         if image is None:
             raise sample.unusable("cannot decode the image: the file is damaged")
         sizes = self._source.sizes
-        # The view was drawn for this size; of another one it would show something else.
-        if sizes is not None and image.shape[:2] != tuple(sizes[place[1]].tolist()):
-            raise sample.unusable(f"its size is {image.shape[:2]}, the index says {sizes[place[1]].tolist()}")
+        # The view is only valid for the size in the index.
+        if sizes is not None and image.shape[:2] != tuple(sizes[sample_key[1]].tolist()):
+            raise sample.unusable(f"its size is {image.shape[:2]}, the index says {sizes[sample_key[1]].tolist()}")
         crop = view.crop
         part = image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
         resize(part, np.array(view.region), pixels, bilinear)

@@ -1,8 +1,9 @@
-"""PIL's resize of 8-bit images, compiled, and without the interpreter's lock.
+"""PIL's resize of 8-bit images as compiled code that releases the interpreter's lock.
 
 Each output pixel is a weighted sum of the input pixels within the filter's support, which grows with the scale
-when an image shrinks (antialiasing). Along rows first, then along columns, 8 bits between; weights are 22-bit
-integers. That is PIL's result bit for bit, but for tall images since PIL 13, which takes columns first in some.
+when an image shrinks (antialiasing). Rows are resized first, then columns, with 8-bit values in between; weights
+are 22-bit integers. The result equals PIL's bit for bit, except for some tall images, whose columns PIL 13 resizes
+first.
 """
 
 import math
@@ -12,19 +13,19 @@ import numba
 import numpy as np
 
 _BITS = 32 - 8 - 2
-"""A weight may be slightly above 1, and eight bits times it has to fit into 32."""
+"""Fractional bits of a weight: a weight may slightly exceed 1, and its product with 8 bits must fit into 32."""
 _compiled = numba.njit(nogil=True, cache=True, fastmath=False)
 
 
 @_compiled
 def resize(image: Any, region: Any, resized: Any, bilinear: bool) -> None:
-    """Resizes a region of an image, as ``PIL.Image.resize(box=region)`` does.
+    """Resizes a region of an image like ``PIL.Image.resize(box=region)``.
 
     Args:
         image: ``(h, w, 3)`` uint8.
-        region: top, left, bottom, right in pixels, also fractions; the filter sees the pixels beyond it.
-        resized: ``(H, W, 3)`` uint8, written.
-        bilinear: the triangle filter; else the bicubic one, a = -1/2.
+        region: top, left, bottom, right in (fractional) pixels; the filter reads pixels beyond it.
+        resized: ``(H, W, 3)`` uint8, the output.
+        bilinear: whether to use the triangle filter instead of the bicubic one with a = -1/2.
     """
     height, width = image.shape[:2]
     first_row, row_counts, row_weights = _weights(height, region[0], region[2], resized.shape[0], bilinear)
@@ -73,22 +74,22 @@ def _clipped(total: Any) -> Any:
 
 @_compiled
 def _weights(size: int, start: float, end: float, resized: int, bilinear: bool) -> Any:
-    """Of each output pixel: the first input pixel, how many, and their weights."""
+    """First input pixel, number of input pixels and weights, for each output pixel."""
     scale = (end - start) / resized
-    widened = max(scale, 1.0)
-    support = (1.0 if bilinear else 2.0) * widened
-    most = math.ceil(support) * 2 + 1
+    filter_scale = max(scale, 1.0)
+    support = (1.0 if bilinear else 2.0) * filter_scale
+    max_count = math.ceil(support) * 2 + 1
     firsts = np.empty(resized, np.int64)
     counts = np.empty(resized, np.int64)
-    weights = np.zeros((resized, most), np.int32)
-    exact = np.empty(most, np.float64)
+    weights = np.zeros((resized, max_count), np.int32)
+    exact = np.empty(max_count, np.float64)
     for x in range(resized):
         center = start + (x + 0.5) * scale
         first = max(int(center - support + 0.5), 0)
         count = min(int(center + support + 0.5), size) - first
         total = 0.0
         for k in range(count):
-            exact[k] = _filter((k + first - center + 0.5) * (1.0 / widened), bilinear)
+            exact[k] = _filter((k + first - center + 0.5) * (1.0 / filter_scale), bilinear)
             total += exact[k]
         for k in range(count):
             weight = exact[k] / total if total != 0.0 else exact[k]

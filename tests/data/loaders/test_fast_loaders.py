@@ -1,4 +1,4 @@
-"""The fast loaders against the plain one, on real files: the same samples, texts and order, and close pixels."""
+"""The fast loaders against the plain one on real files: equal samples, texts and order, and close pixels."""
 
 import dataclasses
 import gc
@@ -38,11 +38,11 @@ PREPROCESS = Preprocess((24, 24), (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), "bicub
 COUNT, BATCH, SEED = 22, 4, 3
 FAST = ["dali", "ffcv"]
 TOLERANCE = 0.5
-"""Mean difference of pixels from PIL's, of 255."""
+"""Maximum mean difference from PIL's pixels, of 255."""
 
 
-def picture(height: int, width: int) -> Image.Image:
-    """Waves with a little noise: neither flat nor noise alone, which no JPEG keeps."""
+def wave_image(height: int, width: int) -> Image.Image:
+    """An image of waves with a little noise; JPEG would not preserve pure noise."""
     y, x = np.mgrid[:height, :width]
     waves = np.stack([127 + 90 * np.sin(x / 7 + c) + 30 * np.cos(y / 5 - c) for c in range(3)], -1)
     noise = np.random.default_rng(height * width).normal(0, 6, waves.shape)
@@ -66,8 +66,8 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepared(raw: Path, output: Path, text: str, **options: Any) -> Source:
-    made = convert.Options(**{"container": "beton", "shard_samples": 8, "max_side": None} | options)
-    prepare.prepare(RawSource(open_webdataset(str(raw), text, strict=False)), output, made, workers=1)
+    conversion = convert.Options(**{"container": "beton", "shard_samples": 8, "max_side": None} | options)
+    prepare.prepare(RawSource(open_webdataset(str(raw), text, strict=False)), output, conversion, workers=1)
     return open_prepared(str(output), text)
 
 
@@ -81,22 +81,22 @@ def captioned(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Source:
     return prepared(raw, tmp_path_factory.mktemp("captioned"), ".txt")
 
 
-def targets(source: Source, tokenizer: Any) -> TargetSamples:
+def target_samples(source: Source, tokenizer: Any) -> TargetSamples:
     prompts = PromptTable(source, [f"thing {i}" for i in range(5)], read_templates("simple"), tokenizer)
     return TargetSamples(source, prompts, PREPROCESS, "argmax", SEED)
 
 
 def difference(one: torch.Tensor, other: torch.Tensor, preprocess: Preprocess = PREPROCESS) -> torch.Tensor:
-    """Mean difference of two batches' pixels, image by image, of 255."""
+    """Mean difference of the pixels of two batches per image, of 255."""
     std = torch.tensor(preprocess.std).view(3, 1, 1)
     return ((one.float() - other.float()).abs() * std * 255).mean((1, 2, 3))
 
 
-def assert_same_but_for_pixels(one: Any, other: Any) -> None:
+def assert_equal_except_pixels(one: Any, other: Any) -> None:
     for field in dataclasses.fields(one):
         values = getattr(one, field.name), getattr(other, field.name)
         if dataclasses.is_dataclass(values[0]):
-            assert_same_but_for_pixels(*values)
+            assert_equal_except_pixels(*values)
         elif field.name != "images" and isinstance(values[0], torch.Tensor):
             assert torch.equal(*values), field.name
         elif field.name != "images":
@@ -105,18 +105,18 @@ def assert_same_but_for_pixels(one: Any, other: Any) -> None:
 
 def assert_equal(one: Any, other: Any) -> None:
     assert torch.equal(one.images, other.images)
-    assert_same_but_for_pixels(one, other)
+    assert_equal_except_pixels(one, other)
 
 
-# The same samples in the same order
+# Equal samples in equal order
 
 
 @pytest.mark.parametrize("loader", FAST)
 @pytest.mark.parametrize("kind", ["target", "eval", "views"])
-def test_batches_are_the_plain_ones_over_epochs(
+def test_fast_batches_equal_plain_ones_over_epochs(
     labelled: Source, captioned: Source, tokenizer: Any, loader: Any, kind: str
 ) -> None:
-    samples: Any = targets(labelled, tokenizer)
+    samples: Any = target_samples(labelled, tokenizer)
     if kind != "target":
         samples = ReferenceSamples(
             captioned, tokenizer, PREPROCESS, "argmax", SEED, 3 if kind == "views" else "eval"
@@ -124,62 +124,64 @@ def test_batches_are_the_plain_ones_over_epochs(
     order = Order(COUNT, BATCH, seed=SEED)
     steps = range(2 * order.steps_per_epoch + 1)
     fast = training_batches(samples, order, steps, Options(loader))
-    for found, expected in zip(fast, training_batches(samples, order, steps, Options()), strict=True):
-        assert_same_but_for_pixels(found, expected)
-        assert found.images.dtype == torch.float32
-        assert found.images.is_contiguous()
-        assert difference(found.images, expected.images).max() < TOLERANCE
+    for actual, expected in zip(fast, training_batches(samples, order, steps, Options()), strict=True):
+        assert_equal_except_pixels(actual, expected)
+        assert actual.images.dtype == torch.float32
+        assert actual.images.is_contiguous()
+        assert difference(actual.images, expected.images).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("loader", FAST)
-def test_neither_workers_nor_a_resume_change_a_bit(labelled: Source, tokenizer: Any, loader: Any) -> None:
-    samples, order = targets(labelled, tokenizer), Order(COUNT, BATCH, seed=SEED)
-    whole = list(training_batches(samples, order, range(12), Options(loader)))
+def test_fast_batches_do_not_depend_on_workers_or_a_resume(labelled: Source, tokenizer: Any, loader: Any) -> None:
+    samples, order = target_samples(labelled, tokenizer), Order(COUNT, BATCH, seed=SEED)
+    full = list(training_batches(samples, order, range(12), Options(loader)))
     for workers in (1, 3):
         for one, other in zip(
-            training_batches(samples, order, range(12), Options(loader, workers)), whole, strict=True
+            training_batches(samples, order, range(12), Options(loader, workers)), full, strict=True
         ):
             assert_equal(one, other)
     for first in (1, 4, 7):  # in the middle, at an epoch's last step, in the next epoch
         rest = training_batches(samples, order, range(first, 12), Options(loader))
-        for one, other in zip(rest, whole[first:], strict=True):
+        for one, other in zip(rest, full[first:], strict=True):
             assert_equal(one, other)
 
 
 @pytest.mark.parametrize("loader", FAST)
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_shares_of_the_ranks_laid_end_to_end_are_the_batch_of_one(
+def test_fast_shares_of_ranks_concatenate_to_the_full_batch(
     labelled: Source, tokenizer: Any, loader: Any, world_size: int
 ) -> None:
-    samples, size = targets(labelled, tokenizer), 6
+    samples, size = target_samples(labelled, tokenizer), 6
 
     def batches(rank: int, ranks: int) -> list[Any]:
         return list(training_batches(samples, Order(COUNT, size, rank, ranks, SEED), range(7), Options(loader)))
 
     ranks = [batches(rank, world_size) for rank in range(world_size)]
     assert {len(steps) for steps in ranks} == {7}
-    for whole, *shares in zip(batches(0, 1), *ranks, strict=True):
-        assert torch.equal(torch.cat([share.images for share in shares]), whole.images)
-        assert torch.cat([share.sample for share in shares]).tolist() == whole.sample.tolist()
+    for full, *shares in zip(batches(0, 1), *ranks, strict=True):
+        assert torch.equal(torch.cat([share.images for share in shares]), full.images)
+        assert torch.cat([share.sample for share in shares]).tolist() == full.sample.tolist()
 
 
 @pytest.mark.parametrize("loader", FAST)
-def test_the_last_batch_of_an_evaluation_is_what_is_left(labelled: Source, loader: Any) -> None:
+def test_last_fast_evaluation_batch_may_be_smaller(labelled: Source, loader: Any) -> None:
     samples = EvaluationSamples(labelled, PREPROCESS)
-    places = [(0, sample) for sample in range(10)]
-    batches = list(batches_of(samples, places, 4, Options(loader)))
+    sample_keys = [(0, sample) for sample in range(10)]
+    batches = list(batches_of(samples, sample_keys, 4, Options(loader)))
     assert [len(batch.images) for batch in batches] == [4, 4, 2]
     assert torch.cat([batch.labels for batch in batches]).tolist() == [sample % 5 for sample in range(10)]
     assert list(batches_of(samples, [], 4, Options(loader))) == []
 
 
 @pytest.mark.parametrize("loader", ["plain", *FAST])
-def test_images_come_in_the_dtype_and_layout_asked_for(labelled: Source, loader: Any) -> None:
-    samples, places = EvaluationSamples(labelled, PREPROCESS), [(0, 0), (0, 1)]
-    (exact,) = batches_of(samples, places, 2, Options(loader))
+def test_images_have_the_requested_dtype_and_layout(labelled: Source, loader: Any) -> None:
+    samples, sample_keys = EvaluationSamples(labelled, PREPROCESS), [(0, 0), (0, 1)]
+    (exact,) = batches_of(samples, sample_keys, 2, Options(loader))
     for dtype in (torch.float32, torch.float16):
         for channels_last in (False, True):
-            (batch,) = batches_of(samples, places, 2, Options(loader, dtype=dtype, channels_last=channels_last))
+            (batch,) = batches_of(
+                samples, sample_keys, 2, Options(loader, dtype=dtype, channels_last=channels_last)
+            )
             assert batch.images.dtype == dtype
             layout = torch.channels_last if channels_last else torch.contiguous_format
             assert batch.images.is_contiguous(memory_format=layout)
@@ -187,44 +189,42 @@ def test_images_come_in_the_dtype_and_layout_asked_for(labelled: Source, loader:
             assert torch.allclose(batch.images.float(), exact.images, atol=1e-6, rtol=2**-11)
 
 
-def test_plain_and_dali_read_a_beton_and_dali_raw_tars_and_folders(
-    raw: Path, labelled: Source, tmp_path: Path
-) -> None:
-    places = [(0, sample) for sample in range(COUNT)]
+def test_plain_and_dali_read_every_container(raw: Path, labelled: Source, tmp_path: Path) -> None:
+    sample_keys = [(0, sample) for sample in range(COUNT)]
     tars = open_webdataset(str(raw), ".cls")
     for index in range(COUNT):
         path = tmp_path / str(index % 5) / f"{index:03d}.jpg"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(tars.read(index))
-    (expected,) = batches_of(EvaluationSamples(tars, PREPROCESS), places, COUNT, Options())
+    (expected,) = batches_of(EvaluationSamples(tars, PREPROCESS), sample_keys, COUNT, Options())
     for loader in ("plain", "dali"):
-        (found,) = batches_of(EvaluationSamples(labelled, PREPROCESS), places, COUNT, Options(loader))
-        assert difference(found.images, expected.images).max() < TOLERANCE
-        assert found.labels.tolist() == expected.labels.tolist()
+        (actual,) = batches_of(EvaluationSamples(labelled, PREPROCESS), sample_keys, COUNT, Options(loader))
+        assert difference(actual.images, expected.images).max() < TOLERANCE
+        assert actual.labels.tolist() == expected.labels.tolist()
     folder = open_folder(str(tmp_path))
     rows = [int(Path(sample.key).stem) for sample in folder.samples]
-    for found_source, order in ((tars, list(range(COUNT))), (folder, rows)):
-        (found,) = batches_of(EvaluationSamples(found_source, PREPROCESS), places, COUNT, Options("dali"))
-        assert difference(found.images, expected.images[order]).max() < TOLERANCE
+    for raw_source, order in ((tars, list(range(COUNT))), (folder, rows)):
+        (actual,) = batches_of(EvaluationSamples(raw_source, PREPROCESS), sample_keys, COUNT, Options("dali"))
+        assert difference(actual.images, expected.images[order]).max() < TOLERANCE
 
 
-def test_captions_are_read_as_they_were_tokenised_if_by_the_same_tokenizer(
+def test_prepared_tokens_are_used_for_the_same_tokenizer(
     raw: Path, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = prepared(raw, tmp_path / "set", ".txt", tokenizer="ViT-B-32")
-    places = [(0, sample) for sample in range(COUNT)]
+    sample_keys = [(0, sample) for sample in range(COUNT)]
 
     def texts(tokenizer: Any) -> Any:
         samples = ReferenceSamples(source, tokenizer, PREPROCESS, "argmax", SEED)
         monkeypatch.setattr(samples, "tokenizer", None)
-        (batch,) = batches_of(samples, places, COUNT, Options())
+        (batch,) = batches_of(samples, sample_keys, COUNT, Options())
         return batch.text.tokens[batch.text.index]
 
     captions = [sample.texts[0] for sample in source.samples]
     assert torch.equal(texts(tokenizer), tokenizer(captions))
-    with caplog.at_level(logging.WARNING), pytest.raises(TypeError):  # it asks the tokenizer, which is gone
+    with caplog.at_level(logging.WARNING), pytest.raises(TypeError):  # it calls the removed tokenizer
         texts(lambda captions: tokenizer(captions, context_length=20))
-    assert "captions are tokenised anew" in caplog.text
+    assert "captions are tokenised again" in caplog.text
 
 
 # Pixels
@@ -242,14 +242,14 @@ ODD_SIZES = [(1, 500), (500, 1), (31, 33), (5000, 40), (40, 5000), (224, 224), (
         (224, "bicubic", "longest"),
     ],
 )
-def test_pictures_of_odd_sizes_come_out_as_by_pil(
+def test_fast_pixels_are_close_to_pil_for_odd_sizes(
     tmp_path: Path, loader: Any, size: int, interpolation: str, resize_mode: str
 ) -> None:
-    pictures = {f"{h}x{w}": {"jpg": jpeg(picture(h, w)), "cls": b"0"} for h, w in ODD_SIZES}
-    tiny.write_tar(tmp_path / "raw.tar", pictures)
+    images = {f"{h}x{w}": {"jpg": jpeg(wave_image(h, w)), "cls": b"0"} for h, w in ODD_SIZES}
+    tiny.write_tar(tmp_path / "raw.tar", images)
     source = prepared(tmp_path / "raw.tar", tmp_path / "set", ".cls", min_side=1)
     preprocess = Preprocess((size, size), PREPROCESS.mean, PREPROCESS.std, interpolation, resize_mode)
-    places = [(epoch, sample) for epoch in range(2) for sample in range(len(source))]
+    sample_keys = [(epoch, sample) for epoch in range(2) for sample in range(len(source))]
     prompts = PromptTable(source, ["thing"], read_templates("simple"), open_clip.get_tokenizer("ViT-B-32"))
     for samples in (
         TargetSamples(source, prompts, preprocess, "argmax", SEED),
@@ -257,25 +257,25 @@ def test_pictures_of_odd_sizes_come_out_as_by_pil(
     ):
         if loader == "ffcv" and resize_mode == "longest":
             with pytest.raises(DataError, match="resize_mode longest"):
-                list(batches_of(samples, places, 5, Options(loader)))
+                list(batches_of(samples, sample_keys, 5, Options(loader)))
             continue
-        found, expected = (
-            torch.cat([batch.images for batch in batches_of(samples, places, 5, Options(name))])
+        actual, expected = (
+            torch.cat([batch.images for batch in batches_of(samples, sample_keys, 5, Options(name))])
             for name in (loader, "plain")
         )
-        assert difference(found, expected, preprocess).max() < TOLERANCE
+        assert difference(actual, expected, preprocess).max() < TOLERANCE
 
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("loader", FAST)
-def test_real_photos_come_out_as_by_pil(real_data: Path, tmp_path: Path, loader: Any) -> None:
-    """Among them grey ones, EXIF orientations and a side of 100 pixels; bytes kept, so the same JPEGs for both."""
+def test_fast_pixels_are_close_to_pil_for_real_photos(real_data: Path, tmp_path: Path, loader: Any) -> None:
+    """Photos include grey ones, EXIF orientations and a side of 100 pixels; both loaders read the same JPEGs."""
     tar = real_data / "imagenet_samples" / "imagenet_samples.tar"
     source = prepared(tar, tmp_path / "set", ".cls")
     assert len(source) == 1000
     preprocess = dataclasses.replace(PREPROCESS, size=(224, 224))
     odd = [52, 473, 553]
-    places = [(0, sample) for sample in odd + list(range(0, 1000, 31))]
+    sample_keys = [(0, sample) for sample in odd + list(range(0, 1000, 31))]
     prompts = PromptTable(
         source, open_clip.IMAGENET_CLASSNAMES, read_templates("a {}"), open_clip.get_tokenizer("ViT-B-32")
     )
@@ -283,28 +283,28 @@ def test_real_photos_come_out_as_by_pil(real_data: Path, tmp_path: Path, loader:
         TargetSamples(source, prompts, preprocess, "argmax", SEED),
         EvaluationSamples(source, preprocess),
     ):
-        (found,), (expected,) = (
-            batches_of(samples, places, len(places), Options(name)) for name in (loader, "plain")
+        (actual,), (expected,) = (
+            batches_of(samples, sample_keys, len(sample_keys), Options(name)) for name in (loader, "plain")
         )
-        assert_same_but_for_pixels(found, expected)
-        assert difference(found.images, expected.images).max() < TOLERANCE
+        assert_equal_except_pixels(actual, expected)
+        assert difference(actual.images, expected.images).max() < TOLERANCE
 
 
-# What pictures on the web are like
+# Formats of web images
 
 
 def odd_files() -> dict[str, bytes]:
-    """Every kind of picture, whatever its name says, and what is none."""
+    """Images of every format and files that are not images."""
 
     def encode(mode: str, kind: str, **options: Any) -> bytes:
         content = io.BytesIO()
-        image = picture(60, 80)
+        image = wave_image(60, 80)
         image.convert("L" if mode == "I;16" else mode).convert(mode).save(content, kind, **options)
         return content.getvalue()
 
-    whole = jpeg(picture(60, 80))
+    good = jpeg(wave_image(60, 80))
     return {
-        "good": whole,
+        "good": good,
         "grey": encode("L", "JPEG"),
         "cmyk": encode("CMYK", "JPEG"),
         "progressive": encode("RGB", "JPEG", progressive=True),
@@ -313,66 +313,66 @@ def odd_files() -> dict[str, bytes]:
         "palette": encode("P", "PNG", transparency=3),
         "deep": encode("I;16", "PNG"),
         "webp": encode("RGB", "WEBP"),
-        "cut": whole[: len(whole) // 2],
-        "without_end": whole[:-2],
+        "cut": good[: len(good) // 2],
+        "without_end": good[:-2],
         "html": b"<html>404</html>" * 9,
         "empty": b"",
-        "größe": whole,
+        "größe": good,
         "bitmap": encode("1", "BMP"),
     }
 
 
-def test_no_file_ends_a_run_and_each_is_seen_as_by_the_plain_loader(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_dali_equals_plain_for_every_format(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     files = odd_files()
     tar = tiny.write_tar(tmp_path / "a.tar", {key: {"jpg": data, "cls": b"0"} for key, data in files.items()})
     samples = EvaluationSamples(open_webdataset(str(tar), ".cls"), PREPROCESS)
-    places = [(0, sample) for sample in range(len(files))]
+    sample_keys = [(0, sample) for sample in range(len(files))]
     with caplog.at_level(logging.WARNING):
-        found, expected = (
-            torch.cat([batch.images for batch in batches_of(samples, places, 4, Options(name))])
+        actual, expected = (
+            torch.cat([batch.images for batch in batches_of(samples, sample_keys, 4, Options(name))])
             for name in ("dali", "plain")
         )
-    told = [message for message in caplog.messages if "takes its place" in message]
-    bad = {message.split("sample ")[1].split(":")[0] for message in told}
+    warnings = [message for message in caplog.messages if "the next sample replaces it" in message]
+    bad = {message.split("sample ")[1].split(":")[0] for message in warnings}
     assert bad == {"a.tar/cut", "a.tar/html", "a.tar/empty"}
-    assert len(told) == 2 * 3 + 2  # by either loader; behind html comes empty, tried twice
-    assert difference(found, expected).max() < TOLERANCE
-    # What PIL has to decode is handed over as it was cut.
-    exact = [
+    assert len(warnings) == 2 * 3 + 2  # from both loaders; html is followed by empty, which is tried twice
+    assert difference(actual, expected).max() < TOLERANCE
+    # Formats that PIL decodes are passed on as finished views.
+    pil_rows = [
         row
         for row, key in enumerate(files)
         if key not in ("good", "grey", "progressive", "cut", "größe", "html", "empty")
     ]
-    assert difference(found, expected)[exact].max() < 1e-3
+    assert difference(actual, expected)[pil_rows].max() < 1e-3
 
 
-def test_where_dali_gives_up_pil_goes_on(
+def test_dali_failure_falls_back_to_pil(
     labelled: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    files = {f"{i:02d}": jpeg(picture(50, 50 + i)) for i in range(20)}
+    files = {f"{i:02d}": jpeg(wave_image(50, 50 + i)) for i in range(20)}
     files["09"] = files["09"][: len(files["09"]) // 2]
     tar = tiny.write_tar(tmp_path / "a.tar", {key: {"jpg": data, "cls": b"0"} for key, data in files.items()})
     samples = EvaluationSamples(open_webdataset(str(tar), ".cls"), PREPROCESS)
-    places = [(0, sample) for sample in range(20)]
-    expected = torch.cat([batch.images for batch in batches_of(samples, places, 2, Options())])
-    # As if it looked whole: DALI gets to see it, and fails for real.
+    sample_keys = [(0, sample) for sample in range(20)]
+    expected = torch.cat([batch.images for batch in batches_of(samples, sample_keys, 2, Options())])
+    # The truncated file is not detected, so that DALI itself fails.
     monkeypatch.setattr(dali, "unsupported_reason", lambda image, data: "")
     with caplog.at_level(logging.WARNING):
-        batches = list(batches_of(samples, places, 2, Options("dali")))
+        batches = list(batches_of(samples, sample_keys, 2, Options("dali")))
     assert [len(batch.images) for batch in batches] == [2] * 10
     assert difference(torch.cat([batch.images for batch in batches]), expected).max() < TOLERANCE
-    assert sum("DALI gave up" in message for message in caplog.messages) == 1
-    assert sum("a.tar/09: cannot decode" in message for message in caplog.messages) == 2  # by plain, and here
+    assert sum("DALI failed" in message for message in caplog.messages) == 1
+    assert (
+        sum("a.tar/09: cannot decode" in message for message in caplog.messages) == 2
+    )  # from the plain loader and from here
 
 
-def _collect_garbage(places: Any) -> int:
+def _collect_garbage(batch: Any) -> int:
     return gc.collect()
 
 
-def test_workers_do_not_shut_down_the_pipelines_of_their_parent() -> None:
-    """They would wait for ever for its threads, which they have not inherited."""
+def test_workers_leave_the_pipelines_of_their_parent_alone() -> None:
+    """Workers would wait forever for threads that a fork does not inherit."""
     from nvidia.dali import Pipeline, types
 
     gc.disable()
@@ -388,11 +388,11 @@ def test_workers_do_not_shut_down_the_pipelines_of_their_parent() -> None:
         gc.enable()
 
 
-# What cannot be
+# Errors
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_sixteen_bad_images_in_a_row_end_a_run_in_one_line_with_dali_too(tmp_path: Path, workers: int) -> None:
+def test_dali_fails_after_too_many_unusable_images(tmp_path: Path, workers: int) -> None:
     tar = tiny.write_tar(tmp_path / "a.tar", {f"{i:02d}": {"jpg": b"<html>", "cls": b"0"} for i in range(20)})
     samples = EvaluationSamples(open_webdataset(str(tar), ".cls"), PREPROCESS)
     with pytest.raises(DataError, match=r"^16 samples in a row are unusable; the last: .*a.tar/15: [^\n]*$"):
@@ -400,7 +400,7 @@ def test_sixteen_bad_images_in_a_row_end_a_run_in_one_line_with_dali_too(tmp_pat
 
 
 @pytest.mark.parametrize(("loader", "module"), [("dali", "nvidia.dali"), ("ffcv", "ffcv.fields")])
-def test_a_loader_that_is_not_installed_says_how_to_install_it(
+def test_missing_loader_package_names_the_install_command(
     labelled: Source, monkeypatch: pytest.MonkeyPatch, loader: Any, module: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
@@ -409,7 +409,7 @@ def test_a_loader_that_is_not_installed_says_how_to_install_it(
     assert "\n" not in str(error.value)
 
 
-def test_ffcv_says_what_it_cannot_read(raw: Path, tmp_path: Path) -> None:
+def test_ffcv_rejects_unprepared_and_damaged_data(raw: Path, tmp_path: Path) -> None:
     def load(source: Source) -> None:
         list(batches_of(EvaluationSamples(source, PREPROCESS), [(0, 0), (0, 1)], 2, Options("ffcv")))
 
@@ -421,19 +421,19 @@ def test_ffcv_says_what_it_cannot_read(raw: Path, tmp_path: Path) -> None:
     source = prepared(raw, tmp_path / "set", ".cls")
     assert source.beton is not None
     data = bytearray(source.beton.read_bytes())
-    for at, message in (
-        (0, "not a file of FFCV"),
+    for offset, message in (
+        (0, "not an FFCV file"),
         (8, "its index has 22"),
         (source.samples[1].offset, "damaged"),
     ):
         broken = bytearray(data)
-        broken[at : at + 2] = b"\x77\x00"
+        broken[offset : offset + 2] = b"\x77\x00"
         source.beton.write_bytes(broken)
         with pytest.raises(DataError, match=message):
             load(source)
 
 
-def test_a_prepared_set_is_what_its_index_says(raw: Path, captioned: Source) -> None:
+def test_prepared_set_equals_its_source(raw: Path, captioned: Source) -> None:
     tars = open_webdataset(str(raw), ".txt")
     assert [sample.key for sample in captioned.samples] == [sample.key for sample in tars.samples]
     assert [sample.texts for sample in captioned.samples] == [sample.texts for sample in tars.samples]

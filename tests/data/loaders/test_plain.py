@@ -1,4 +1,4 @@
-"""The plain loader: what its batches hold, and that neither workers, ranks nor a resume change them."""
+"""The plain loader: contents of its batches, which do not depend on workers, ranks or a resume."""
 
 import dataclasses
 import gc
@@ -43,22 +43,22 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_shards(tmp_path_factory.mktemp("shards"), COUNT)
 
 
-def targets(shards: Path, tokenizer: Any) -> TargetSamples:
+def target_samples(shards: Path, tokenizer: Any) -> TargetSamples:
     source = open_webdataset(str(shards), ".cls")
     return TargetSamples(source, PromptTable(source, NAMES, TEMPLATES, tokenizer), PREPROCESS, "argmax", SEED)
 
 
-def references(shards: Path, tokenizer: Any, views: Any = "eval") -> ReferenceSamples:
+def reference_samples(shards: Path, tokenizer: Any, views: Any = "eval") -> ReferenceSamples:
     source = open_webdataset(str(shards), ".txt")
     return ReferenceSamples(source, tokenizer, PREPROCESS, "argmax", SEED, views)
 
 
-def evaluations(source: Source) -> EvaluationSamples:
+def evaluation_samples(source: Source) -> EvaluationSamples:
     return EvaluationSamples(source, PREPROCESS)
 
 
 def assert_equal(first: Any, second: Any) -> None:
-    """Batches are equal to the last bit."""
+    """Checks that batches are equal bit for bit."""
     assert type(first) is type(second)
     if dataclasses.is_dataclass(first):
         for field in dataclasses.fields(first):
@@ -70,11 +70,11 @@ def assert_equal(first: Any, second: Any) -> None:
         assert first == second
 
 
-# What a batch holds
+# Contents of a batch
 
 
-def test_a_target_batch_holds_fresh_crops_and_prompts_for_each_epoch(shards: Path, tokenizer: Any) -> None:
-    samples = targets(shards, tokenizer)
+def test_target_batch_has_crops_and_prompts_of_its_epoch(shards: Path, tokenizer: Any) -> None:
+    samples = target_samples(shards, tokenizer)
     order = Order(COUNT, BATCH, seed=SEED)
     steps = range(2 * order.steps_per_epoch)
     for step, batch in zip(steps, training_batches(samples, order, steps, Options()), strict=True):
@@ -93,8 +93,8 @@ def test_a_target_batch_holds_fresh_crops_and_prompts_for_each_epoch(shards: Pat
             assert any(torch.equal(tokens.long(), row) for row in tokenizer(sorted(prompts)))
 
 
-def test_a_reference_batch_holds_the_eval_view_and_the_caption(shards: Path, tokenizer: Any) -> None:
-    samples = references(shards, tokenizer)
+def test_reference_batch_has_the_eval_view_and_the_caption(shards: Path, tokenizer: Any) -> None:
+    samples = reference_samples(shards, tokenizer)
     order = Order(COUNT, BATCH, seed=SEED)
     for batch in training_batches(samples, order, range(order.steps_per_epoch + 1), Options()):
         assert batch.view.tolist() == [0] * BATCH
@@ -105,22 +105,22 @@ def test_a_reference_batch_holds_the_eval_view_and_the_caption(shards: Path, tok
         assert_equal(batch.text, pack(tokenizer(captions), "argmax"))
 
 
-def test_k_views_are_k_fixed_crops_taken_in_turn_by_epoch(shards: Path, tokenizer: Any) -> None:
-    samples = references(shards, tokenizer, views=3)
+def test_reference_views_are_fixed_crops_that_alternate_by_epoch(shards: Path, tokenizer: Any) -> None:
+    samples = reference_samples(shards, tokenizer, views=3)
     assert samples.num_views == 3
-    places = [(epoch, 5) for epoch in range(7)]
-    (batch,) = batches_of(samples, places, 7, Options())
+    sample_keys = [(epoch, 5) for epoch in range(7)]
+    (batch,) = batches_of(samples, sample_keys, 7, Options())
     assert batch.view.tolist() == [0, 1, 2, 0, 1, 2, 0]
     image = samples.source.image(5)
     for row, view in enumerate(batch.view.tolist()):
         crop = random_crop((image.height, image.width), SEED, 5, view)
         assert torch.equal(batch.images[row], tiny.shown(PREPROCESS, image, crop))
     assert len({tuple(row.flatten().tolist()) for row in batch.images}) == 3
-    assert references(shards, tokenizer).num_views == 1
+    assert reference_samples(shards, tokenizer).num_views == 1
 
 
-def test_evaluation_batches_hold_the_eval_view_and_the_label_and_the_last_is_what_is_left(shards: Path) -> None:
-    samples = evaluations(open_webdataset(str(shards), ".cls"))
+def test_evaluation_batches_have_eval_views_and_labels(shards: Path) -> None:
+    samples = evaluation_samples(open_webdataset(str(shards), ".cls"))
     batches = list(batches_of(samples, [(0, sample) for sample in range(10)], 4, Options()))
     assert [len(batch.images) for batch in batches] == [4, 4, 2]
     images, labels = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "labels"))
@@ -130,7 +130,7 @@ def test_evaluation_batches_hold_the_eval_view_and_the_label_and_the_last_is_wha
     assert list(batches_of(samples, [], 4, Options())) == []
 
 
-def test_rows_of_a_csv_come_with_one_of_their_titles_and_no_label(tmp_path: Path, tokenizer: Any) -> None:
+def test_csv_samples_have_one_of_their_titles_and_no_label(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "a.jpg").write_bytes(tiny.jpeg(0))
     (tmp_path / "list.csv").write_text("title\tfilepath\na cat\ta.jpg\nthe cat\ta.jpg\n")
     source = open_csv(str(tmp_path / "list.csv"), None, group=True)
@@ -140,7 +140,7 @@ def test_rows_of_a_csv_come_with_one_of_their_titles_and_no_label(tmp_path: Path
     assert batch.labels.tolist() == [-1] * 20
 
 
-def test_a_batch_moved_to_a_device_is_the_same_batch() -> None:
+def test_batch_to_device_keeps_its_values() -> None:
     text = Text(torch.ones(2, 3, dtype=torch.long), torch.tensor([0, 1, 0]), 2)
     images, three = torch.rand(3, 3, 2, 2), torch.arange(3)
     for batch in (
@@ -150,86 +150,84 @@ def test_a_batch_moved_to_a_device_is_the_same_batch() -> None:
         assert_equal(batch.to(torch.device("cpu")), batch)
         moved = batch.to(torch.device("meta"))
         assert {moved.images.device.type, moved.text.tokens.device.type, moved.text.index.device.type} == {"meta"}
-        # They address the teacher, whose rows lie on the CPU.
+        # Reference indices stay on the CPU, where the teacher's rows are.
         assert (moved.sample.device.type == "meta") == isinstance(batch, TargetBatch)
     assert batch.to(torch.device("meta")).view.device.type == "cpu"
 
 
-# What does not change a batch
+# Workers, resumes and ranks
 
 
-@pytest.mark.parametrize("make", [targets, references])
-def test_batches_are_the_same_whatever_the_number_of_workers(shards: Path, tokenizer: Any, make: Any) -> None:
+@pytest.mark.parametrize("make", [target_samples, reference_samples])
+def test_batches_do_not_depend_on_the_number_of_workers(shards: Path, tokenizer: Any, make: Any) -> None:
     order = Order(COUNT, BATCH, seed=SEED)
     steps = range(order.steps_per_epoch + 2)
     expected = list(training_batches(make(shards, tokenizer), order, steps, Options()))
     assert len(expected) == len(steps)
     for workers in (1, 2):
-        found = list(training_batches(make(shards, tokenizer), order, steps, Options(workers=workers)))
-        for one, other in zip(found, expected, strict=True):
+        batches = list(training_batches(make(shards, tokenizer), order, steps, Options(workers=workers)))
+        for one, other in zip(batches, expected, strict=True):
             assert_equal(one, other)
 
 
-@pytest.mark.parametrize("make", [targets, references])
+@pytest.mark.parametrize("make", [target_samples, reference_samples])
 @pytest.mark.parametrize("first", [1, 5, 6, 11])
-def test_a_run_resumed_at_any_step_goes_on_with_the_same_batches(
-    shards: Path, tokenizer: Any, make: Any, first: int
-) -> None:
+def test_batches_are_equal_after_a_resume_at_any_step(shards: Path, tokenizer: Any, make: Any, first: int) -> None:
     order = Order(COUNT, BATCH, seed=SEED)
-    whole = list(training_batches(make(shards, tokenizer), order, range(13), Options()))
+    full = list(training_batches(make(shards, tokenizer), order, range(13), Options()))
     rest = list(training_batches(make(shards, tokenizer), order, range(first, 13), Options()))
-    for one, other in zip(rest, whole[first:], strict=True):
+    for one, other in zip(rest, full[first:], strict=True):
         assert_equal(one, other)
 
 
-@pytest.mark.parametrize("make", [targets, references])
-def test_shares_of_the_ranks_laid_end_to_end_are_the_batch_of_one(shards: Path, tokenizer: Any, make: Any) -> None:
+@pytest.mark.parametrize("make", [target_samples, reference_samples])
+def test_shares_of_ranks_concatenate_to_the_full_batch(shards: Path, tokenizer: Any, make: Any) -> None:
     samples = make(shards, tokenizer)
 
     def batches(rank: int, world_size: int) -> list[Any]:
         order = Order(COUNT, BATCH, rank, world_size, SEED)
         return list(training_batches(samples, order, range(7), Options()))
 
-    for whole, *shares in zip(batches(0, 1), batches(0, 2), batches(1, 2), strict=True):
-        assert torch.equal(torch.cat([share.images for share in shares]), whole.images)
-        assert torch.cat([share.sample for share in shares]).tolist() == whole.sample.tolist()
+    for full, *shares in zip(batches(0, 1), batches(0, 2), batches(1, 2), strict=True):
+        assert torch.equal(torch.cat([share.images for share in shares]), full.images)
+        assert torch.cat([share.sample for share in shares]).tolist() == full.sample.tolist()
         rows = torch.cat([share.text.tokens[share.text.index] for share in shares])
-        assert torch.equal(rows, whole.text.tokens[whole.text.index])
+        assert torch.equal(rows, full.text.tokens[full.text.index])
 
 
 # Images that cannot be decoded
 
 
-def broken(folder: Path, bad: set[int], count: int, how: str = "cut") -> Source:
-    """A tar some of whose pictures are broken."""
+def broken_source(folder: Path, bad: set[int], count: int, damage: str = "cut") -> Source:
+    """A tar with some broken images."""
     samples = {}
     for i in range(count):
         data = tiny.jpeg(i)
         if i in bad:
-            data = {"cut": data[: len(data) // 2], "noise": b"<html>" * 50, "empty": b""}[how]
+            data = {"cut": data[: len(data) // 2], "noise": b"<html>" * 50, "empty": b""}[damage]
         samples[f"{i:03d}"] = {"jpg": data, "cls": str(i).encode()}
     return open_webdataset(str(tiny.write_tar(folder / "a.tar", samples)), ".cls")
 
 
-@pytest.mark.parametrize("how", ["cut", "noise", "empty"])
-def test_an_image_that_cannot_be_decoded_gives_way_to_the_next_with_a_warning(
-    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("damage", ["cut", "noise", "empty"])
+def test_undecodable_image_is_replaced_by_the_next(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    samples = evaluations(broken(tmp_path, {1, 2, 5}, 6, how))
+    samples = evaluation_samples(broken_source(tmp_path, {1, 2, 5}, 6, damage))
     with caplog.at_level(logging.WARNING):
         (batch,) = batches_of(samples, [(0, sample) for sample in range(6)], 6, Options())
-    assert batch.labels.tolist() == [0, 3, 3, 3, 4, 0]  # behind the last comes the first
+    assert batch.labels.tolist() == [0, 3, 3, 3, 4, 0]  # the first sample follows the last
     for row, label in enumerate(batch.labels.tolist()):
         assert torch.equal(batch.images[row], tiny.shown(PREPROCESS, samples.source.image(label)))
-    told = [record.getMessage() for record in caplog.records]
-    assert [message.split(": ")[1] for message in told] == [f"sample a.tar/{i:03d}" for i in (1, 2, 2, 5)]
-    for message in told:
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message.split(": ")[1] for message in messages] == [f"sample a.tar/{i:03d}" for i in (1, 2, 2, 5)]
+    for message in messages:
         assert message.startswith(f"{tmp_path}/a.tar: sample ")
-        assert message.endswith("; the next sample takes its place")
+        assert message.endswith("; the next sample replaces it")
 
 
-def test_the_replacement_comes_with_its_own_text_label_and_index(tmp_path: Path, tokenizer: Any) -> None:
-    source = broken(tmp_path, {1}, 4)
+def test_replacement_has_its_own_text_label_and_index(tmp_path: Path, tokenizer: Any) -> None:
+    source = broken_source(tmp_path, {1}, 4)
     prompts = PromptTable(source, NAMES, TEMPLATES, tokenizer)
     samples = TargetSamples(source, prompts, PREPROCESS, "argmax", SEED)
     (batch,) = batches_of(samples, [(0, 1)], 1, Options())
@@ -238,9 +236,9 @@ def test_the_replacement_comes_with_its_own_text_label_and_index(tmp_path: Path,
     assert batch.keys == ("a.tar/002",)
 
 
-def assert_sixteen_are_too_many(folder: Path, count: int, workers: int) -> None:
+def assert_too_many_are_unusable(folder: Path, count: int, workers: int) -> None:
     last = f"a.tar/{(2 + MAX_REPLACEMENTS - 1) % count:03d}"
-    samples = evaluations(broken(folder, set(range(2, 2 + MAX_REPLACEMENTS)) | {0, 1}, count))
+    samples = evaluation_samples(broken_source(folder, set(range(2, 2 + MAX_REPLACEMENTS)) | {0, 1}, count))
     message = (
         rf"^16 samples in a row are unusable; the last: {folder}/a\.tar: sample {last}: "
         r"cannot decode the image: [^\n]+$"
@@ -250,24 +248,26 @@ def assert_sixteen_are_too_many(folder: Path, count: int, workers: int) -> None:
 
 
 @pytest.mark.parametrize("count", [3, MAX_REPLACEMENTS + 4])
-def test_sixteen_bad_images_in_a_row_are_an_error_that_names_the_last(tmp_path: Path, count: int) -> None:
-    assert_sixteen_are_too_many(tmp_path, count, workers=0)
+def test_too_many_unusable_images_in_a_row_are_an_error(tmp_path: Path, count: int) -> None:
+    assert_too_many_are_unusable(tmp_path, count, workers=0)
 
 
-def test_an_error_in_a_worker_is_told_in_one_line_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The worker of an iterator that ends in an error is left to the garbage collector, and waited for so long.
+def test_error_in_a_worker_has_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # An iterator that ends with an error leaves its worker to the garbage collector, which waits this interval.
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
-    assert_sixteen_are_too_many(tmp_path, 3, workers=1)
+    assert_too_many_are_unusable(tmp_path, 3, workers=1)
     gc.collect()
 
 
-def test_fifteen_bad_images_in_a_row_are_none(tmp_path: Path) -> None:
-    samples = evaluations(broken(tmp_path, set(range(2, 2 + MAX_REPLACEMENTS - 1)), MAX_REPLACEMENTS + 4))
+def test_replacement_succeeds_after_fifteen_unusable_images(tmp_path: Path) -> None:
+    samples = evaluation_samples(
+        broken_source(tmp_path, set(range(2, 2 + MAX_REPLACEMENTS - 1)), MAX_REPLACEMENTS + 4)
+    )
     (batch,) = batches_of(samples, [(0, 2)], 1, Options())
     assert batch.labels.tolist() == [2 + MAX_REPLACEMENTS - 1]
 
 
-# What pictures on the web are like
+# Formats of web images
 
 
 def encode(mode: str, kind: str, **options: Any) -> bytes:
@@ -280,9 +280,9 @@ def encode(mode: str, kind: str, **options: Any) -> bytes:
     return content.getvalue()
 
 
-def test_every_kind_of_picture_makes_a_training_and_an_evaluation_view(tmp_path: Path) -> None:
-    # Whatever the name says: GIFs and PNGs are called .jpg on the web.
-    kinds = {
+def test_every_image_format_has_train_and_eval_views(tmp_path: Path) -> None:
+    # Extensions are wrong on the web: GIFs and PNGs are named .jpg.
+    formats = {
         "grey": encode("L", "JPEG"),
         "cmyk": encode("CMYK", "JPEG"),
         "progressive": encode("RGB", "JPEG", progressive=True),
@@ -296,15 +296,15 @@ def test_every_kind_of_picture_makes_a_training_and_an_evaluation_view(tmp_path:
         "webp": encode("RGB", "WEBP"),
         "bmp": encode("RGB", "BMP"),
     }
-    tar = tiny.write_tar(tmp_path / "a.tar", {key: {"jpg": data, "cls": b"0"} for key, data in kinds.items()})
+    tar = tiny.write_tar(tmp_path / "a.tar", {key: {"jpg": data, "cls": b"0"} for key, data in formats.items()})
     source = open_webdataset(str(tar), ".cls")
-    assert len(source) == len(kinds)
+    assert len(source) == len(formats)
     transform = open_clip.image_transform(24, is_train=False, mean=PREPROCESS.mean, std=PREPROCESS.std)
-    places = [(0, sample) for sample in range(len(source))]
-    (batch,) = batches_of(evaluations(source), places, len(places), Options())
-    for view, (key, data) in zip(batch.images, kinds.items(), strict=True):
+    sample_keys = [(0, sample) for sample in range(len(source))]
+    (batch,) = batches_of(evaluation_samples(source), sample_keys, len(sample_keys), Options())
+    for view, (key, data) in zip(batch.images, formats.items(), strict=True):
         image = Image.open(io.BytesIO(data))
-        # As open_clip shows it once it is RGB; open_clip itself resizes palettes, bits and transparency before.
+        # open_clip's result for the RGB image; open_clip itself resizes palettes, bits and transparency first.
         expected = image.convert("RGB") if key != "deep" else Image.open(io.BytesIO(encode("L", "PNG")))
         assert torch.equal(view, transform(expected)), key
         assert image.mode != "RGB" or torch.equal(view, transform(image)), key
@@ -313,7 +313,7 @@ def test_every_kind_of_picture_makes_a_training_and_an_evaluation_view(tmp_path:
         assert tiny.shown(PREPROCESS, image, crop).shape == (3, 24, 24), key
 
 
-# Real pictures
+# Real images
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +322,7 @@ def photos(real_data: Path) -> Source:
 
 
 @pytest.mark.realdata
-def test_real_photos_one_of_each_class_are_found_and_decoded(photos: Source, tokenizer: Any) -> None:
+def test_real_photos_of_each_class_are_decoded(photos: Source, tokenizer: Any) -> None:
     assert [sample.label for sample in photos.samples] == list(range(1000))
     assert photos.skipped == []
     preprocess = Preprocess((224, 224), PREPROCESS.mean, PREPROCESS.std, "bicubic", "shortest")
@@ -336,29 +336,29 @@ def test_real_photos_one_of_each_class_are_found_and_decoded(photos: Source, tok
 
 
 @pytest.mark.realdata
-def test_real_oddities_look_as_they_do_to_open_clip(photos: Source, real_data: Path) -> None:
+def test_real_oddities_equal_open_clip(photos: Source, real_data: Path) -> None:
     rows = (real_data / "imagenet_samples" / "oddities.txt").read_text().splitlines()[1:]
     oddities = {row.split("\t")[0]: row.split("\t")[2] for row in rows}
     by_key = {Path(sample.key).name: index for index, sample in enumerate(photos.samples)}
     transform = open_clip.image_transform(64, is_train=False, mean=PREPROCESS.mean, std=PREPROCESS.std)
     samples = EvaluationSamples(photos, dataclasses.replace(PREPROCESS, size=(64, 64)))
     seen = Counter()
-    for key, what in oddities.items():
+    for key, oddity in oddities.items():
         index = by_key[key]
         image = photos.image(index)
         (batch,) = batches_of(samples, [(0, index)], 1, Options())
         assert batch.labels.tolist() == [index]
-        assert torch.equal(batch.images[0], transform(image)), (key, what)
-        if found := re.search(r"(\d+)x(\d+)", what):
-            assert image.size == (int(found[1]), int(found[2]))
+        assert torch.equal(batch.images[0], transform(image)), (key, oddity)
+        if match := re.search(r"(\d+)x(\d+)", oddity):
+            assert image.size == (int(match[1]), int(match[2]))
             seen["size"] += 1
-        if what == "mode L":
+        if oddity == "mode L":
             assert image.mode == "L"
             seen["grey"] += 1
-        if found := re.search(r"EXIF orientation (\d)", what):
-            # open_clip does not turn a picture as its EXIF says, and models were trained so.
-            assert image.getexif()[0x0112] == int(found[1])
+        if match := re.search(r"EXIF orientation (\d)", oddity):
+            # open_clip ignores EXIF orientation, and models were trained that way.
+            assert image.getexif()[0x0112] == int(match[1])
             upright = ImageOps.exif_transpose(image)
-            assert torch.equal(batch.images[0], transform(upright)) == (int(found[1]) == 0)
+            assert torch.equal(batch.images[0], transform(upright)) == (int(match[1]) == 0)
             seen["orientation"] += 1
     assert seen == {"grey": 23, "orientation": 3, "size": 12}
