@@ -49,12 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
         ranks = join(config.train.rank_timeout)
     except UserError as error:
         return cli.report_error(error, options)
-    path = build.cache_folder(config, cli.run_folder(config.train.output, options.config))
+    path = build.cache_folder(config.teacher, cli.run_folder(config.train.output, options.config))
     try:
         if not options.export:
             check_environment(config, path.parent, ranks)
         if options.adopt or options.export:
-            retrieval.check(config, options.adopt is not None)
+            retrieval.check(config.data.reference, config.teacher, options.adopt is not None)
         embeddings = retrieval.Embeddings(options.adopt, config.teacher.dtype) if options.adopt else None
         source = open_reference(config.data.reference)
         towers = create(config.model)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dive_fast.config.schema import Config
+from dive_fast.config.schema import Config, TeacherConfig
 from dive_fast.data.loaders.loader import Options, loader_options
 from dive_fast.data.samples import ReferenceSamples
 from dive_fast.data.sources.source import Source
@@ -51,7 +51,7 @@ def open_teacher(config: Config, folder: Path, towers: Towers, samples: Referenc
     """
     if config.teacher.mode == "online":
         return OnlineTeacher(copy.deepcopy(towers), ranks)
-    path = cache_folder(config, folder)
+    path = cache_folder(config.teacher, folder)
     if not store.is_there(path) and ranks.is_main:
         logger.warning("no teacher cache in %s: embedding the reference set once before training", path)
     teacher, result = open_cache(config, path, towers, samples, ranks)
@@ -201,10 +201,10 @@ def _locked(path: Path, ranks: Ranks) -> AbstractContextManager[None]:
     return file_lock(path.with_name(f".{path.name}.lock"), f"teacher cache {path}", wait=True, ranks=ranks)
 
 
-def cache_folder(config: Config, folder: Path) -> Path:
+def cache_folder(teacher: TeacherConfig, folder: Path) -> Path:
     """Folder of a run's cache.
 
     Args:
         folder: the run folder.
     """
-    return Path(config.teacher.path) if config.teacher.path is not None else folder / "teacher"
+    return Path(teacher.path) if teacher.path is not None else folder / "teacher"

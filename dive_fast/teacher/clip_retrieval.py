@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dive_fast.config.schema import Config
+from dive_fast.config.schema import ReferenceConfig, TeacherConfig
 from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
 from dive_fast.io.atomic_files import atomic_file
@@ -40,21 +40,19 @@ _MAX_EXPLAINED = 100_000
 """Missing pairs that are searched for under another caption; limits memory."""
 
 
-def check(config: Config, adopt: bool) -> None:
+def check(reference: ReferenceConfig, teacher: TeacherConfig, adopt: bool) -> None:
     """Checks that a config's cache can be made from clip-retrieval's files, or exported to them.
 
     Raises:
         CacheError: the config's views are not the files', adopted rows would have no audit, or pyarrow is missing.
     """
     _pyarrow()
-    data = config.data.reference
-    assert data is not None
-    if data.views != "eval":
+    if reference.views != "eval":
         raise CacheError(
-            f"data.reference.views = {data.views}: clip-retrieval's files contain only evaluation views; "
+            f"data.reference.views = {reference.views}: clip-retrieval's files contain only evaluation views; "
             "set data.reference.views=eval"
         )
-    if adopt and config.teacher.audit == 0:
+    if adopt and teacher.audit == 0:
         raise CacheError(
             "teacher.audit = 0: only the audit proves that adopted rows belong to this model; set it to 64"
         )

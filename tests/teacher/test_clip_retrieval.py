@@ -319,21 +319,26 @@ def test_adopt_reports_damaged_file_in_one_line(
     assert nothing_left(tmp_path / "cache")
 
 
+def check(checked: Config, adopt: bool) -> None:
+    assert checked.data.reference is not None
+    retrieval.check(checked.data.reference, checked.teacher, adopt)
+
+
 def test_check_requires_eval_views_audit_and_pyarrow(
     tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    retrieval.check(config(tree), adopt=True)
+    check(config(tree), adopt=True)
     reference = tree["data"]["reference"] | {"views": 2}
     views = config(tree | {"data": tree["data"] | {"reference": reference}})
     for is_adopting in (True, False):
         with pytest.raises(CacheError, match=r"^data.reference.views = 2: .*; set data.reference.views=eval$"):
-            retrieval.check(views, is_adopting)
+            check(views, is_adopting)
     with pytest.raises(CacheError, match=r"^teacher.audit = 0: "):
-        retrieval.check(config(tree, audit=0), adopt=True)
-    retrieval.check(config(tree, audit=0), adopt=False)
+        check(config(tree, audit=0), adopt=True)
+    check(config(tree, audit=0), adopt=False)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(CacheError, match=r"pip install 'dive_fast\[retrieval\]'$"):
-        retrieval.check(config(tree), adopt=True)
+        check(config(tree), adopt=True)
 
 
 # Rows of another model, and existing caches
