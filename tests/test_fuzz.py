@@ -345,7 +345,7 @@ def test_unfinished_cache_with_changed_bytes(cache: Path, data: st.DataObject) -
 
 def test_unchanged_cache_is_read(cache: Path) -> None:
     read_cache(cache / "complete")
-    assert store.done(cache / "unfinished").keys() == {0, 1}
+    assert store.finished_blocks(cache / "unfinished").keys() == {0, 1}
 
 
 # The prepared set and what it is made of

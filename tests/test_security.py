@@ -655,6 +655,6 @@ def test_message_is_one_line_without_control_characters(world: Path) -> None:
     from dive_fast.teacher.teacher import CachedTeacher
 
     message = refused(lambda: CachedTeacher(world / "cache", {}), "or rebuild it", r"\x1b[2Jerror: all is well")
-    assert message.startswith(f"teacher cache {world / 'cache'} was made from something else")
+    assert message.startswith(f"teacher cache {world / 'cache'} belongs to another configuration")
     with pytest.raises(StaleCacheError):
         CachedTeacher(world / "cache", {})

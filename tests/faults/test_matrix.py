@@ -800,7 +800,7 @@ def _(case: Case) -> None:
     check(case.job.go(), 0, 0)
     shutil.rmtree(case.job.run / "checkpoints")
     other = tiny.write_model(case.job.folder / "other", seed=1)
-    check(case.job.go(overrides=(f"model.name={other}",)), 2, 2, says="was made from something else")
+    check(case.job.go(overrides=(f"model.name={other}",)), 2, 2, says="belongs to another configuration")
 
 
 @pytest.fixture(scope="module")
