@@ -1,4 +1,4 @@
-"""What a device gives at most, measured in the run whose losses are held to it."""
+"""Measures a device's peak rates, in the same run as the losses that are compared with them."""
 
 import statistics
 import time
@@ -15,31 +15,31 @@ TEACHER_BYTES = 4
 
 
 class Ceiling(NamedTuple):
-    """Rates of the device, by PyTorch."""
+    """Peak rates of the device, measured with PyTorch."""
 
     flop_per_second: float
-    """Of a matrix product in the features' dtype, by cuBLAS on a GPU; a multiply-add is two."""
+    """FLOP/s of a matrix product in the features' dtype, by cuBLAS on a GPU; a multiply-add is two."""
     bytes_per_second: float
-    """Of a copy in the device's memory, what is read and what is written."""
+    """Bytes/s read and written by a copy in the device's memory."""
 
     def seconds(self, case: Case, dtype: torch.dtype) -> float:
-        """The least time of a case: its arithmetic or its traffic, whichever takes longer, nothing done twice.
+        """Lower bound on a case's time: the longer of its arithmetic and its memory traffic, without repetition.
 
         The contrastive loss has three products of 2 B^2 D: the logits, and from their gradient that of each side.
-        Features, teachers and gradients move once; what lies between stays on the chip.
+        Features, teachers and gradients are moved once; intermediate results stay on the chip.
         """
         matrix = case.batch * case.width
         halves = {"contrastive", "difference"} if case.operation == "joint" else {case.operation}
         features = sum("features" in name for name in LEAVES[case.operation])
         flop = 3 * 2 * case.batch * matrix if "contrastive" in halves else 0
-        traffic = 2 * features * dtype.itemsize * matrix  # read, and the gradient written
+        traffic = 2 * features * dtype.itemsize * matrix  # features read, gradients written
         if "difference" in halves:
             traffic += 2 * TEACHER_BYTES * matrix
         return max(flop / self.flop_per_second, traffic / self.bytes_per_second)
 
 
 def measure(dtype: torch.dtype) -> Ceiling:
-    """Medians of products and copies on this device."""
+    """Measures the median rates of products and copies on this device."""
     left, right = (torch.randn(PRODUCT, PRODUCT, device=DEVICE).to(dtype) for _ in range(2))
     source = torch.zeros(COPIED, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
@@ -53,9 +53,9 @@ def measure(dtype: torch.dtype) -> Ceiling:
 def _seconds(call: Callable[[], object]) -> float:
     times = []
     for _ in range(1 + ROUNDS):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         call()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times[1:])  # the first one finds its algorithm
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])  # the first call selects an algorithm

@@ -1,6 +1,6 @@
-"""Options of the suite, and its table at the end of a run.
+"""Command-line options of the benchmarks, and their tables at the end of a run.
 
-This folder is no package on purpose: pytest would put the top of the repository on the path, and its ``kernels``
+This folder is not a package, so that pytest does not put the repository's root on the path, where its ``kernels``
 would hide Hugging Face's package of that name.
 """
 
@@ -17,9 +17,13 @@ STEP_REPORT = pytest.StashKey[StepReport]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dive_fast benchmarks")
-    group.addoption("--dtype", choices=["float16", "bfloat16", "float32"], default="float16", help="of features")
+    group.addoption(
+        "--dtype", choices=["float16", "bfloat16", "float32"], default="float16", help="dtype of features"
+    )
     group.addoption("--results", type=Path, help="folder for the JSON file (benchmarks/README.md has the default)")
-    group.addoption("--minutes", type=float, default=9, help="for steps: no case is begun that may end later")
+    group.addoption(
+        "--minutes", type=float, default=9, help="for steps: time limit; cases that may exceed it are skipped"
+    )
     group.addoption("--zero", type=int, help="for steps: DeepSpeed's ZeRO stage")
 
 
@@ -37,10 +41,10 @@ def dtype(report: Report) -> torch.dtype:
 
 @pytest.fixture(scope="session")
 def zero(request: pytest.FixtureRequest) -> int:
-    from steps import ZERO  # not above: it brings DeepSpeed, which losses do without
+    from steps import ZERO  # imported here, since the losses do not need DeepSpeed
 
-    given = request.config.option.zero
-    return ZERO if given is None else given
+    stage = request.config.option.zero
+    return ZERO if stage is None else stage
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,9 @@
-"""All that is claimed of a GPU, checked on one in nine minutes: ``make gpu-check``.
+"""Checks all claims about GPUs on a GPU in nine minutes: ``make gpu-check``.
 
-Parts run one after the other, each in a process of its own with a limit of its own, the most telling first. What
-one of them found is kept when it ends, whatever becomes of the next: results/<device>-gpu-check.json is written
-after each, and keeps what earlier calls found of parts that this one does not come to. ``--only`` names parts.
-``--rehearse`` runs every part as small as it goes, without a GPU, and leaves its files in ``build``.
+Parts run one after another, each in its own process with its own time limit, the most informative first.
+results/<device>-gpu-check.json is written after each part, and keeps outcomes of earlier calls for parts that are
+not reached. ``--only`` selects parts. ``--rehearse`` runs every part at its smallest size, without a GPU, and
+writes to ``build``.
 """
 
 import argparse
@@ -27,29 +27,29 @@ PYTHON = sys.executable
 # Not `python -m pytest`: the folder `kernels` of the working directory would hide Hugging Face's package.
 PYTEST = (str(Path(sys.executable).with_name("pytest")), "-q", "-p", "no:cacheprovider")
 TAIL = 1500
-"""Characters of a part's output that are kept."""
+"""Number of last characters of a part's output that are kept."""
 SHORTEST = 30
-"""Seconds: with less left no part is begun, or less than its own limit."""
+"""Seconds that must be left to start a part, unless its own limit is shorter."""
 SANITIZER = "compute-sanitizer"
 SANITIZED = "other_gradient_paths or two_runs"
-"""Tests of kernels, small, that launch all of them."""
+"""Small tests that launch all kernels."""
 
 
 class Part(NamedTuple):
-    """One thing to be checked."""
+    """One check with its command."""
 
     name: str
     command: Sequence[str]
     rehearsal: Sequence[str]
-    """The same, small, on a CPU."""
+    """The command at its smallest size, on a CPU."""
     seconds: int
-    """Its limit on a GPU."""
+    """Time limit on a GPU."""
     folder: Path = REPOSITORY
-    """Where it runs."""
+    """Working directory."""
 
 
 def parts(results: Path) -> list[Part]:
-    """The most telling first; figures of each go to ``results``."""
+    """All parts, the most informative first; each writes its figures to ``results``."""
     folder = ("--results", str(results))
     kernels, engine = "tests/kernels/test_triton.py", "tests/engine/test_step.py"
     steps, precision = "benchmarks/steps.py", "benchmarks/precision.py"
@@ -59,7 +59,7 @@ def parts(results: Path) -> list[Part]:
     gpu_precision = ("--results", str(results / f"{slug(device_name())}-precision.json"))
 
     def sanitized(tool: str) -> Part:
-        """Reads and writes outside of tensors, or races in shared memory, as the driver sees them."""
+        """Checks kernels with a tool of compute-sanitizer: accesses out of bounds, or races in shared memory."""
         tests = (*PYTEST, kernels, "-k", SANITIZED)
         command = (sanitizer(), "--tool", tool, "--target-processes", "all", "--error-exitcode", "9", *tests)
         return Part(tool, command, (*tests, "--collect-only"), 120)
@@ -107,23 +107,23 @@ def parts(results: Path) -> list[Part]:
 
 
 def sanitizer() -> str:
-    """CUDA's, or that of the package nvidia-cuda-sanitizer-api; its name where there is neither."""
+    """Path of compute-sanitizer, of CUDA or the package nvidia-cuda-sanitizer-api; its name if not installed."""
     packaged = Path(sysconfig.get_path("platlib")).glob(f"nvidia/*/bin/{SANITIZER}")
     return shutil.which(SANITIZER) or next((str(path) for path in packaged), SANITIZER)
 
 
 def run(part: Part, command: Sequence[str], seconds: float) -> dict[str, Any]:
-    """How a part ended, after how many seconds, and the last that it said.
+    """Runs a part; returns its outcome, its seconds and the end of its output.
 
-    It has ``passed``, ``failed``, is ``out of time``, or its program is ``not installed``.
+    The outcome is ``passed``, ``failed``, ``out of time``, or ``not installed`` if its program is missing.
     """
-    begun = time.monotonic()
+    start = time.monotonic()
     if not shutil.which(command[0]):
         return {"part": part.name, "outcome": "not installed", "command": Path(command[0]).name}
-    # FLYP as published fills an H100 to the brim, where scattered free pieces would be out of memory.
+    # FLYP as published nearly fills an H100, where fragmentation would end in out of memory.
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "DIVE_TEST_GPU": "1"}
     if SANITIZER in command[0]:
-        # Of memory that PyTorch keeps for itself no tool sees where a tensor ends.
+        # Without the caching allocator, so that the tool sees the end of each tensor.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "DIVE_TEST_GPU": "1"}
     process = subprocess.Popen(
         command,
@@ -136,38 +136,38 @@ def run(part: Part, command: Sequence[str], seconds: float) -> dict[str, Any]:
         start_new_session=True,
     )
     try:
-        said, _ = process.communicate(timeout=seconds)
+        output, _ = process.communicate(timeout=seconds)
         outcome = "passed" if process.returncode == 0 else "failed"
     except subprocess.TimeoutExpired:
-        # Its ranks and workers too.
+        # Kills its ranks and workers as well.
         os.killpg(process.pid, signal.SIGKILL)
-        said, _ = process.communicate()
+        output, _ = process.communicate()
         outcome = "out of time"
-    taken = round(time.monotonic() - begun, 1)
-    told = {"command": _without_paths(" ".join(command)), "end": _without_paths(said[-TAIL:])}
-    return {"part": part.name, "outcome": outcome, "seconds": taken, **told}
+    result = {"part": part.name, "outcome": outcome, "seconds": round(time.monotonic() - start, 1)}
+    return result | {"command": _without_paths(" ".join(command)), "end": _without_paths(output[-TAIL:])}
 
 
 def _without_paths(text: str) -> str:
-    """Results are committed: where this machine has the repository and Python is nobody's business."""
+    """Removes this machine's paths of the repository and of Python, since results are committed."""
     for path in (REPOSITORY, Path(sys.executable).parent):
         text = text.replace(f"{path}/", "")
     return text
 
 
 def step_ratios(file: Path) -> dict[str, dict[str, float]]:
-    """DiVE in this engine against FLYP, by model, at the largest batch where both were measured.
+    """Ratios of this engine's DiVE to FLYP, by model, at the largest batch for which both were measured.
 
     Args:
-        file: what ``steps.py`` wrote.
+        file: results of ``steps.py``.
 
     Returns:
-        ``dive_over_flyp_peer_time``: over FLYP as published. ``dive_over_flyp_memory``: over this engine's FLYP.
+        ``dive_over_flyp_peer_time``: time relative to FLYP as published. ``dive_over_flyp_memory``: memory
+        relative to this engine's FLYP.
     """
     if not file.exists():
         return {}
     cases = [case for case in json.loads(file.read_text())["cases"] if case["outcome"] == "measured"]
-    found: dict[str, dict[str, float]] = {}
+    by_model: dict[str, dict[str, float]] = {}
     for case in sorted(cases, key=lambda case: case["batch"]):
         if case["competitor"] != "dive_fast" or case.get("reference_batch"):
             continue
@@ -178,39 +178,44 @@ def step_ratios(file: Path) -> dict[str, dict[str, float]]:
         if "flyp_fast" in same:
             ratios["dive_over_flyp_memory"] = case["peak_bytes"] / same["flyp_fast"]["peak_bytes"]
         if ratios:
-            found[case["model"]] = {"batch": case["batch"]} | ratios
-    return found
+            by_model[case["model"]] = {"batch": case["batch"]} | ratios
+    return by_model
 
 
 def main() -> int:
-    """Runs what time allows; 1 where a part that was begun has not passed."""
+    """Runs parts within the time limit; returns 1 if a started part has not passed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--minutes", type=float, default=9, help="with less than 30 s left no part is begun; the last is cut off"
+        "--minutes",
+        type=float,
+        default=9,
+        help="time limit; no part starts in the last 30 s",
     )
     names = [part.name for part in parts(Path())]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
-    parser.add_argument("--rehearse", action="store_true", help="every part as small as it goes, on a CPU too")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="run every part at its smallest size, on a CPU too"
+    )
     options = parser.parse_args()
     if DEVICE.type != "cuda" and not options.rehearse:
-        parser.error("no GPU here; --rehearse does without")
+        parser.error("no GPU found; --rehearse runs without one")
     results = REPOSITORY / ("build/rehearsal" if options.rehearse else "benchmarks/results")
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"{slug(device_name())}-gpu-check.json"
     outcomes = {name: {"part": name, "outcome": "not reached"} for name in names}
     if path.exists():
-        outcomes |= {found["part"]: found for found in json.loads(path.read_text())["parts"]}
+        outcomes |= {result["part"]: result for result in json.loads(path.read_text())["parts"]}
     ends, failed = time.monotonic() + 60 * options.minutes, False
     for part in parts(results):
         left = ends - time.monotonic()
         if part.name not in options.only or left < min(part.seconds, SHORTEST):
             continue
         command = part.rehearsal if options.rehearse else part.command
-        found = run(part, command, left if options.rehearse else min(left, part.seconds))
-        if found["outcome"] != "out of time" or outcomes[part.name]["outcome"] != "passed":
-            outcomes[part.name] = found | {"commit": commit()}
-        failed |= found["outcome"] != "passed"
-        print(f"{part.name:<12} {found['outcome']:<14} {found.get('seconds', 0):6.1f} s", flush=True)
+        result = run(part, command, left if options.rehearse else min(left, part.seconds))
+        if result["outcome"] != "out of time" or outcomes[part.name]["outcome"] != "passed":
+            outcomes[part.name] = result | {"commit": commit()}
+        failed |= result["outcome"] != "passed"
+        print(f"{part.name:<12} {result['outcome']:<14} {result.get('seconds', 0):6.1f} s", flush=True)
         write_json(
             path,
             {

@@ -1,6 +1,6 @@
-"""Images a second and CPU seconds of every loader on the same real JPEGs, and how far their pixels are from PIL's.
+"""Measures images per second, CPU seconds and pixel differences from PIL of every loader on the same JPEGs.
 
-``python benchmarks/loaders.py`` (README.md says what is compared)
+``python benchmarks/loaders.py`` (README.md describes the comparison)
 """
 
 import argparse
@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader
 from dive_fast.data.loaders.loader import Options, batches_of, training_batches
 from dive_fast.data.prefetch import Prefetcher
 from dive_fast.data.prepared import convert
-from dive_fast.data.prepared import write as prepare
 from dive_fast.data.prepared.raw import RawSource
 from dive_fast.data.prepared.read import open_prepared
+from dive_fast.data.prepared.write import prepare
 from dive_fast.data.prompts import PromptTable, read_templates
 from dive_fast.data.sampler import Order
 from dive_fast.data.samples import EvaluationSamples, TargetSamples
@@ -43,21 +43,21 @@ PREPROCESS = Preprocess(
     (224, 224), open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, "bicubic", "shortest"
 )
 ALWAYS, OPTIONAL = ("flyp", "plain"), {"dali": "nvidia.dali", "ffcv": "ffcv"}
-"""Loaders, and the packages that those need which are not always installed."""
+"""Loaders that are always available, and optional ones with the package that they need."""
 STEP_TFLOP = {"ViT-B/16": 114.0 / 1024, "ViT-L/14": 0.52}
-"""Of one image of a DiVE step, half of them target, half reference, forward and backward, text included."""
+"""TFLOP per image of a DiVE step, half target and half reference, forward and backward, with text."""
 TFLOP_PER_SECOND = 430
-"""Of an H200 in fp16: 44 % of its 989 peak. An assumption, until it is measured."""
+"""Assumed rate of an H200 in fp16: 44 % of its peak of 989."""
 ODD_SIZES = ((1, 500), (500, 1), (31, 33), (5000, 40))
 
 
 def installed() -> list[str]:
-    """The optional loaders that there are."""
+    """The optional loaders that are installed."""
     return [loader for loader, package in OPTIONAL.items() if find_module(package)]
 
 
 def find_module(package: str) -> bool:
-    """Whether a package, perhaps within another, can be imported."""
+    """Whether a package, also a nested one, can be imported."""
     try:
         return find_spec(package) is not None
     except ModuleNotFoundError:
@@ -65,7 +65,7 @@ def find_module(package: str) -> bool:
 
 
 def batches(loader: str, source: Source, files: list[Path], batch_size: int, workers: int) -> Iterator[Any]:
-    """Endless training batches on the device, made ready ahead as in training."""
+    """Endless training batches on the device, prefetched as in training."""
     if loader == "flyp":
         shuffled = DataLoader(
             FlypDataset(files),
@@ -77,7 +77,7 @@ def batches(loader: str, source: Source, files: list[Path], batch_size: int, wor
             persistent_workers=True,
         )
 
-        first = iter(shuffled)  # its workers start here, before other threads run
+        first = iter(shuffled)  # starts the workers before other threads run
 
         def epochs() -> Iterator[Any]:
             yield from first
@@ -99,18 +99,18 @@ def batches(loader: str, source: Source, files: list[Path], batch_size: int, wor
 
 
 def cpu_seconds() -> float:
-    """Of this process, its threads and its workers, so far."""
+    """CPU seconds of this process, its threads and its workers so far."""
     process = psutil.Process()
-    times = [one.cpu_times() for one in [process, *process.children(recursive=True)]]
-    return sum(one.user + one.system for one in times)
+    times = [each.cpu_times() for each in [process, *process.children(recursive=True)]]
+    return sum(each.user + each.system for each in times)
 
 
-def measure(ahead: Iterator[Any], num_batches: int, batch_size: int) -> tuple[float, float]:
-    """Images a second and CPU seconds per 1,000 images, once all queues are full and in motion."""
-    for _ in islice(ahead, 4):
+def measure(prefetched: Iterator[Any], num_batches: int, batch_size: int) -> tuple[float, float]:
+    """Images per second and CPU seconds per 1,000 images, measured once all queues are full."""
+    for _ in islice(prefetched, 4):
         pass
     begin, cpu = time.perf_counter(), cpu_seconds()
-    for _ in islice(ahead, num_batches):
+    for _ in islice(prefetched, num_batches):
         pass
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
@@ -119,17 +119,17 @@ def measure(ahead: Iterator[Any], num_batches: int, batch_size: int) -> tuple[fl
 
 
 def medians(rounds: list[tuple[float, float]], peer: list[tuple[float, float]]) -> dict[str, float]:
-    """Of all rounds; ratios are taken within each, since the machine's speed is not the same in all."""
+    """Medians over rounds; ratios are taken within each round, since the machine's speed changes."""
     figures = {}
-    for place, name in enumerate(("images_per_second", "cpu_seconds")):
-        figures[name] = statistics.median(found[place] for found in rounds)
-        ratios = [found[place] / other[place] for found, other in zip(rounds, peer, strict=True)]
+    for column, name in enumerate(("images_per_second", "cpu_seconds")):
+        figures[name] = statistics.median(each[column] for each in rounds)
+        ratios = [each[column] / other[column] for each, other in zip(rounds, peer, strict=True)]
         figures[f"{name}_ratio"] = statistics.median(ratios)
     return figures
 
 
 def pixels(source: Source, folder: Path) -> list[dict[str, Any]]:
-    """Mean and largest difference from PIL, of 255: each loader, both views, photos and odd sizes."""
+    """Pixel differences from PIL, on a scale of 255: each loader, both views, photos and odd sizes."""
     odd = folder / "odd"
     odd.mkdir()
     for height, width in ODD_SIZES:
@@ -140,7 +140,7 @@ def pixels(source: Source, folder: Path) -> list[dict[str, Any]]:
         (odd / "0").mkdir(exist_ok=True)
         image.save(odd / "0" / f"{height}x{width}.jpg", quality=92)
     options = convert.Options("beton", max_side=None, min_side=1)
-    prepare.prepare(RawSource(open_folder(str(odd))), folder / "odd-ready", options, 1)
+    prepare(RawSource(open_folder(str(odd))), folder / "odd-ready", options, 1)
     rows = []
     for name, set_ in (("photos", source), ("odd sizes", open_prepared(str(folder / "odd-ready"), ".cls"))):
         prompts = PromptTable(set_, ["thing"] * 1000, read_templates("a {}"), open_clip.get_tokenizer("ViT-B-16"))
@@ -149,33 +149,33 @@ def pixels(source: Source, folder: Path) -> list[dict[str, Any]]:
             "eval": EvaluationSamples(set_, PREPROCESS),
         }
         for view, samples in kinds.items():
-            places = [(0, sample) for sample in range(min(len(set_), 250))]
-            expected = shown(samples, places, "plain")
+            keys = [(0, sample) for sample in range(min(len(set_), 250))]
+            expected = pixels_of(samples, keys, "plain")
             for loader in installed():
                 rows.append(
                     {
                         "images": name,
                         "view": view,
                         "loader": loader,
-                        **apart(shown(samples, places, loader), expected),
+                        **pixel_differences(pixels_of(samples, keys, loader), expected),
                     }
                 )
             if view == "train" and name == "photos" and "ffcv" in installed():
-                own = ffcv_itself(set_, samples, places)
-                rows.append({"images": name, "view": view, "loader": "ffcv's own decoder", **apart(own, expected)})
+                differences = pixel_differences(ffcv_pixels(set_, samples, keys), expected)
+                rows.append({"images": name, "view": view, "loader": "ffcv's own decoder", **differences})
     return rows
 
 
-def shown(samples: Any, places: list[tuple[int, int]], loader: Any) -> torch.Tensor:
-    """The pixels of these places, ``(N, 3, 224, 224)``, of 255."""
-    found = [batch.images.cpu() for batch in batches_of(samples, places, 50, Options(loader, 0, DEVICE))]
+def pixels_of(samples: Any, keys: list[tuple[int, int]], loader: Any) -> torch.Tensor:
+    """Pixels ``(N, 3, 224, 224)`` of samples, on a scale of 255."""
+    images = [batch.images.cpu() for batch in batches_of(samples, keys, 50, Options(loader, 0, DEVICE))]
     std, mean = (torch.tensor(value).view(3, 1, 1) for value in (PREPROCESS.std, PREPROCESS.mean))
-    return (torch.cat(found) * std + mean) * 255
+    return (torch.cat(images) * std + mean) * 255
 
 
-def apart(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
-    """Over all images the mean difference, the worst image's mean, the worst pixel."""
-    by_image = (found - expected).abs()
+def pixel_differences(actual: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
+    """Mean difference over all images, the largest mean of an image, and the largest difference of a pixel."""
+    by_image = (actual - expected).abs()
     return {
         "mean": float(by_image.mean()),
         "worst_image": float(by_image.mean((1, 2, 3)).max()),
@@ -183,38 +183,38 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
     }
 
 
-def ffcv_itself(source: Source, samples: Any, places: list[tuple[int, int]]) -> torch.Tensor:
-    """The same crops by the functions that FFCV's decoders call: fast cosine transform, INTER_AREA."""
+def ffcv_pixels(source: Source, samples: Any, keys: list[tuple[int, int]]) -> torch.Tensor:
+    """Pixels of the same crops by the functions of FFCV's decoders: fast cosine transform, INTER_AREA."""
     from ffcv.libffcv import imdecode, resize_crop
 
-    shown = []
+    images = []
     assert source.sizes is not None
-    for place in places:
-        data = np.frombuffer(source.read(place[1]), np.uint8)
-        height, width = source.sizes[place[1]].tolist()
+    for key in keys:
+        data = np.frombuffer(source.read(key[1]), np.uint8)
+        height, width = source.sizes[key[1]].tolist()
         image = np.zeros((height, width, 3), np.uint8)
         imdecode(data, image, height, width, height, width, 0, 0, 1, 1, False, False)
-        crop = samples.view(place, (height, width)).crop
+        crop = samples.view(key, (height, width)).crop
         resized = np.zeros((224, 224, 3), np.uint8)
         resize_crop(image, crop.top, crop.top + crop.height, crop.left, crop.left + crop.width, resized)
-        shown.append(torch.from_numpy(resized).permute(2, 0, 1).float())
-    return torch.stack(shown)
+        images.append(torch.from_numpy(resized).permute(2, 0, 1).float())
+    return torch.stack(images)
 
 
 def tables(figures: dict[str, dict[str, float]], rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Markdown tables of speeds and pixel differences."""
     lines = [
         "| loader | images/s | / flyp | CPU s per 1,000 | / flyp | "
         + " | ".join(f"cores for {name}" for name in STEP_TFLOP)
         + " |",
         "|---" * (5 + len(STEP_TFLOP)) + "|",
     ]
-    for loader, found in figures.items():
-        cores = [TFLOP_PER_SECOND / tflop * found["cpu_seconds"] / 1000 for tflop in STEP_TFLOP.values()]
+    for loader, row in figures.items():
+        cores = [TFLOP_PER_SECOND / tflop * row["cpu_seconds"] / 1000 for tflop in STEP_TFLOP.values()]
         lines.append(
-            f"| {loader} | {found['images_per_second']:.0f} "
-            f"| {found['images_per_second_ratio']:.2f} "
-            f"| {found['cpu_seconds']:.2f} | {found['cpu_seconds_ratio']:.2f} | "
+            f"| {loader} | {row['images_per_second']:.0f} "
+            f"| {row['images_per_second_ratio']:.2f} "
+            f"| {row['cpu_seconds']:.2f} | {row['cpu_seconds_ratio']:.2f} | "
             + " | ".join(f"{count:.0f}" for count in cores)
             + " |"
         )
@@ -228,14 +228,14 @@ def tables(figures: dict[str, dict[str, float]], rows: list[dict[str, Any]]) -> 
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints tables and writes a JSON file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--data", default=str(DATA / "imagenet_samples/imagenet_samples.tar"), help="labelled tars"
     )
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--batches", type=int, default=16, help="a round of each loader")
-    parser.add_argument("--rounds", type=int, default=7, help="of all loaders in turn; the median counts")
+    parser.add_argument("--batches", type=int, default=16, help="batches of each loader in a round")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds over all loaders; medians are reported")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--results", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
@@ -246,8 +246,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         raw = open_webdataset(options.data, ".cls")
-        wanted = convert.Options("beton", max_side=None, min_side=1)
-        prepare.prepare(RawSource(raw), folder / "ready", wanted, options.workers)
+        conversion = convert.Options("beton", max_side=None, min_side=1)
+        prepare(RawSource(raw), folder / "ready", conversion, options.workers)
         source = open_prepared(str(folder / "ready"), ".cls")
         files = [folder / f"{index}.jpg" for index in range(len(source))]
         for index, file in enumerate(files):
@@ -256,9 +256,9 @@ def main() -> None:
         print(f"not installed: {sorted(OPTIONAL.keys() - set(installed()))}")
         for _ in range(options.rounds):
             for loader in measured:
-                ahead: Any = batches(loader, source, files, options.batch_size, options.workers)
-                measured[loader].append(measure(ahead, options.batches, options.batch_size))
-                ahead.close()
+                prefetched: Any = batches(loader, source, files, options.batch_size, options.workers)
+                measured[loader].append(measure(prefetched, options.batches, options.batch_size))
+                prefetched.close()
             figures = {loader: medians(rounds, measured["flyp"]) for loader, rounds in measured.items()}
             write_json(path, {**about, "loaders": figures, "pixels": []})
         rows = pixels(source, folder)

@@ -1,4 +1,4 @@
-"""The figures of one run: a JSON file, complete or under another name, and a table of ratios."""
+"""Report of one run of the loss benchmarks: a JSON file and a table of ratios."""
 
 import json
 import os
@@ -26,12 +26,12 @@ class Report:
         self.ceiling = ceiling.measure(getattr(torch, dtype))
 
     def begin(self, case: Case) -> dict[str, Any]:
-        """A case counts as failed until its figures are in."""
+        """Adds a case, whose outcome is ``failed`` until its figures are recorded."""
         self.entries.append({**case._asdict(), "outcome": "failed"})
         return self.entries[-1]
 
     def measured(self, case: Case, figures: dict[str, Any]) -> None:
-        """Takes the figures of the case begun last."""
+        """Records the figures of the last case."""
         self.entries[-1] |= figures
         if "seconds" in figures:
             least = self.ceiling.seconds(case, getattr(torch, self.dtype))
@@ -39,15 +39,15 @@ class Report:
 
     @property
     def path(self) -> Path:
-        """Figures of a GPU belong to ``results`` once every case has been tried; all others stay in ``build``."""
+        """Path of the JSON file: in ``results`` for a complete run on a GPU, otherwise in ``build``."""
         on_gpu, complete = DEVICE.type == "cuda", len(self.entries) == len(CASES)
         folder = self.folder or REPOSITORY / ("benchmarks/results" if on_gpu and complete else "build/benchmarks")
         name = f"{slug(self.device)}-losses{'' if self.dtype == 'float16' else '-' + self.dtype}"
-        # A part must not take the place of a whole.
+        # An incomplete run must not overwrite a complete one.
         return folder / f"{name}{'-part' if on_gpu and not complete else ''}.json"
 
     def write(self) -> None:
-        """Leave all that is known so far."""
+        """Writes all figures so far."""
         about = {
             "device": self.device,
             "interpreted": INTERPRETED,
@@ -87,7 +87,7 @@ def _cell(entry: dict[str, Any], eager: dict[str, Any]) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all: nobody finds half a file under the final name."""
+    """Writes a JSON file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
         try:
@@ -107,17 +107,17 @@ def _triton_version() -> str | None:
 
 
 def device_name() -> str:
-    """As results have it."""
+    """Name of the device in results."""
     return torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
 
 
 def slug(device: str) -> str:
-    """The name of a device as file names have it."""
+    """Name of a device in file names."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def commit() -> str | None:
-    """Of this checkout, marked where it has changes."""
+    """Commit of this checkout, with a suffix if there are uncommitted changes."""
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
         return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()

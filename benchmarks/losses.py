@@ -1,4 +1,4 @@
-"""What is compared: the cases, their inputs, and every way to write the losses as one kind of function."""
+"""Cases of the loss benchmarks: inputs, and every implementation of the losses behind one signature."""
 
 import os
 import sys
@@ -19,7 +19,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED el
 
 FUSED_LOGITS = contrastive.FUSED_LOGITS
 
-LOGIT_SCALE = 100.0  # where CLIP's pre-training ends, which clamps it there
+LOGIT_SCALE = 100.0  # the bound that CLIP's pre-training clamps it to
 WEIGHT = 1000.0  # lambda of the difference loss
 DECAY = 0.99
 FEATURE_NORM = 10.0  # about that of CLIP's towers
@@ -29,7 +29,7 @@ DIFFERENCE_NORM = 3e-3  # |u| and |v| in fine-tuning: far below what half precis
 
 
 class Inputs(NamedTuple):
-    """One step's inputs, in the order of ``dive_loss``; features and the scale want gradients."""
+    """Inputs of one step in the order of ``dive_loss``; features and the scale require gradients."""
 
     image_features: Tensor
     text_features: Tensor
@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One figure: an operation, forward and backward, on B target and as many reference pairs of width D."""
+    """One measurement: an operation, forward and backward, on B target and B reference pairs of width D."""
 
     operation: str
     batch: int
@@ -75,13 +75,13 @@ def make_inputs(batch: int, width: int, dtype: torch.dtype, seed: int = 0) -> In
 
 
 def loss_scale(batch: int, dtype: torch.dtype) -> Tensor:
-    """What the loss is multiplied by: in fp16 about where GradScaler settles, as a logit's gradient is ~ 1 / B."""
+    """Loss scale: in fp16 close to GradScaler's steady state, since a logit's gradient is about 1 / B."""
     return torch.tensor(128.0 * batch if dtype == torch.float16 else 1.0, device=DEVICE)
 
 
 def eager_contrastive(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-    """The contrastive loss as FLYP and open_clip train it: two matrices of logits, two cross-entropies."""
-    # autocast normalises in fp32 on CUDA; on the CPU it has to be told.
+    """Contrastive loss as in FLYP and open_clip: two matrices of logits, two cross-entropies."""
+    # Autocast normalizes in fp32 on CUDA but not on the CPU.
     image_features = F.normalize(image_features.float(), dim=-1)
     text_features = F.normalize(text_features.float(), dim=-1)
     return flyp.contrastive_loss(image_features, text_features, logit_scale)
@@ -94,7 +94,7 @@ def eager_difference(
     text_teacher: Tensor,
     average_vector: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Average and pairwise vector loss, and the new average vector, straight from DiVE's Eq. 4-8."""
+    """Average and pairwise vector loss, and the new average vector, by DiVE's Eq. 4-8."""
     image_features = F.normalize(image_features.float(), dim=-1)
     text_features = F.normalize(text_features.float(), dim=-1)
     teachers = image_teacher, text_teacher
@@ -105,7 +105,7 @@ def eager_difference(
 
 
 def eager(inputs: Inputs, operation: str) -> tuple[Tensor, Tensor | None]:
-    """Both under autocast in the features' dtype, as open_clip trains."""
+    """Eager losses under autocast in the features' dtype, as in open_clip."""
     dtype = inputs.image_features.dtype
     with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
         if operation == "contrastive":
@@ -117,7 +117,7 @@ def eager(inputs: Inputs, operation: str) -> tuple[Tensor, Tensor | None]:
 
 
 def ours(inputs: Inputs, operation: str, backend: str) -> tuple[Tensor, Tensor | None]:
-    """The project's own functions."""
+    """Losses of ``dive_fast.kernels``."""
     if operation == "contrastive":
         return contrastive_loss(*inputs[:3], backend=backend), None
     if operation == "difference":
@@ -128,19 +128,19 @@ def ours(inputs: Inputs, operation: str, backend: str) -> tuple[Tensor, Tensor |
 
 
 def ours_one_way(inputs: Inputs, operation: str, fused: bool) -> tuple[Tensor, Tensor | None]:
-    """The contrastive loss with its gradient forced one way, to see from which size on the other is faster."""
+    """Triton losses with a fused or a chunked contrastive gradient at every size."""
     contrastive.FUSED_LOGITS = sys.maxsize if fused else 0
     return ours(inputs, operation, "triton")
 
 
 def ours_by_size(inputs: Inputs, operation: str) -> tuple[Tensor, Tensor | None]:
-    """The Triton losses as they choose for themselves."""
+    """Triton losses with the gradient chosen by size."""
     contrastive.FUSED_LOGITS = FUSED_LOGITS
     return ours(inputs, operation, "triton")
 
 
 def ours_apart(inputs: Inputs, operation: str) -> tuple[Tensor, Tensor | None]:
-    """The joint objective out of the two Triton losses."""
+    """Joint objective as the sum of the two Triton losses."""
     target, _ = ours_by_size(inputs, "contrastive")
     reference, average_vector = ours_by_size(inputs, "difference")
     return target + WEIGHT * reference, average_vector
@@ -155,10 +155,10 @@ COMPETITORS: dict[str, Loss] = {
     "triton_fused": partial(ours_one_way, fused=True),
     "triton_chunked": partial(ours_one_way, fused=False),
 }
-# Those that say something of one operation only.
+# Competitors that apply to one operation only.
 _OPERATION = {"triton_apart": "joint", "triton_fused": "contrastive", "triton_chunked": "contrastive"}
 
-# The most telling first, and what is compiled for each size last: time may not suffice for all.
+# The most informative sizes first and compiled cases last, since time may be limited.
 _FIRST = [(512, 512), (32768, 768)]
 _SIZES = [*_FIRST, *(set(product((256, 512, 2048, 8192, 32768), (512, 768))) - set(_FIRST))]
 _PARTS = (_SIZES[:2], _SIZES[2:]) if DEVICE.type == "cuda" else ([(33, 48)],)
@@ -171,7 +171,7 @@ CASES = [
 
 
 def step(loss: Loss, inputs: Inputs, operation: str, scale: Tensor) -> dict[str, Tensor]:
-    """Forward and backward: the loss, the average vector if it has one, and ``scale`` times the gradients."""
+    """Forward and backward: returns the loss, the average vector if any, and ``scale`` times the gradients."""
     value, average_vector = loss(inputs, operation)
     names = LEAVES[operation]
     outputs = {"loss": value.detach()} | ({} if average_vector is None else {"average_vector": average_vector})

@@ -1,4 +1,4 @@
-"""Time and memory of one case, of the same closure on the same inputs, once its results are known to be right."""
+"""Measures time and memory of one case after verifying its results, with the same closure and inputs."""
 
 import gc
 import itertools
@@ -19,7 +19,7 @@ MIN_ROUNDS, MAX_ROUNDS = 10 if DEVICE.type == "cuda" else 3, 200
 
 
 def measure(case: Case, dtype: torch.dtype, benchmark: BenchmarkFixture) -> dict[str, Any]:
-    """Check, then measure one competitor: outcome, median seconds, extra bytes at the peak, error of each tensor.
+    """Verifies and measures a competitor: outcome, median seconds, extra bytes at the peak, error of each tensor.
 
     Raises:
         AssertionError: a result is wrong; nothing has been measured.
@@ -28,7 +28,7 @@ def measure(case: Case, dtype: torch.dtype, benchmark: BenchmarkFixture) -> dict
     sizes = case.batch, case.width, dtype
     truth, naive_errors = verify.expected(case.operation, *sizes)
     loss, scale = losses.COMPETITORS[case.competitor], losses.loss_scale(case.batch, dtype)
-    torch.compiler.reset()  # else a new size counts as a recompilation, of which there may be few
+    torch.compiler.reset()  # otherwise new sizes count as recompilations, whose number is limited
 
     def step(inputs: Inputs) -> dict[str, torch.Tensor]:
         outputs = losses.step(loss, inputs, case.operation, scale)
@@ -42,9 +42,9 @@ def measure(case: Case, dtype: torch.dtype, benchmark: BenchmarkFixture) -> dict
 
     shortest = min(timeit.repeat(lambda: step(inputs), number=1, repeat=3))
     rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(SECONDS_PER_FIGURE / shortest)))
-    # Wall time of a step that starts on an idle device and ends synchronised: at small B most of it is launches,
-    # which is what fusing saves, and events around queued work would hide a part of them. Inputs that fit in the
-    # L2 cache take turns, so that none is read from it only because the round before left it there.
+    # Wall time of a step that starts on an idle device and ends synchronized: at small B most of it is launches,
+    # which fusion saves, and events around queued work would hide a part of them. Inputs that fit in the L2 cache
+    # take turns, so that none is cached only because the previous round has read it.
     turns = itertools.cycle([inputs, *(losses.make_inputs(*sizes, seed) for seed in range(1, num_sets(inputs)))])
     benchmark.group = f"{case.operation} {case.batch}x{case.width}"
     benchmark.pedantic(step, setup=lambda: ((next(turns),), {}), rounds=rounds, warmup_rounds=rounds // 4)
@@ -56,13 +56,13 @@ def measure(case: Case, dtype: torch.dtype, benchmark: BenchmarkFixture) -> dict
 
 
 def ran_out(error: RuntimeError) -> bool:
-    """Whether it is of memory: PyTorch's own error, or that of a library that allocates beside it."""
-    said = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "alloc_failed" in said
+    """Whether an error means out of memory, from PyTorch or from a library with its own allocations."""
+    message = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in message or "alloc_failed" in message
 
 
 def num_sets(inputs: Inputs) -> int:
-    """How many sets of inputs fill the L2 cache twice."""
+    """Number of input sets that fill the L2 cache twice."""
     if DEVICE.type != "cuda":
         return 2
     cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
@@ -70,24 +70,24 @@ def num_sets(inputs: Inputs) -> int:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds, the device's work included."""
-    begun = time.perf_counter()
+    """Seconds that ``work`` takes, including its work on the device."""
+    start = time.perf_counter()
     work()
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
 def peak_extra_bytes(call: Callable[[], Any]) -> int:
-    """Bytes at the peak above what is held before the call; what it returns, gradients included, counts."""
-    gc.collect()  # else what is garbage now may be freed during the call, and hide as much
+    """Peak bytes above those allocated before the call; the returned tensors count."""
+    gc.collect()  # otherwise garbage that is freed during the call hides allocations
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
-    # The allocator's events: a TorchDispatchMode would not see what compiled code and custom ops allocate inside.
+    # The allocator's events: a TorchDispatchMode does not see allocations inside compiled code and custom ops.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")

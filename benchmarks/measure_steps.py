@@ -1,4 +1,4 @@
-"""Time, memory and arithmetic of one competitor's step."""
+"""Measures time, memory and arithmetic of a competitor's step."""
 
 import math
 import timeit
@@ -13,7 +13,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from steps import Case, Running, make_inputs, running, teacher_rows
 from torch.utils.flop_counter import FlopCounterMode
 
-from dive_fast.planner.gpu_specs import GPUS, sold_as
+from dive_fast.planner.gpu_specs import GPUS, gpu_key
 from dive_fast.planner.memory_tracker import MISSED_FLOP
 
 SECONDS_PER_FIGURE = 5.0 if DEVICE.type == "cuda" else 0.5
@@ -23,38 +23,38 @@ IMAGENET = 1_281_167
 
 
 def measure(case: Case, zero: int, benchmark: BenchmarkFixture) -> dict[str, Any]:
-    """Outcome and figures of a case (README.md says what they are).
+    """Outcome and figures of a case; README.md describes the figures.
 
     Raises:
         AssertionError: the loss is not a number, or gradients overflow at any loss scale.
         torch.OutOfMemoryError: the competitor needs more than the device has.
     """
-    # Here, lest their memory be charged to the first competitor.
+    # Cached here, so that their memory does not count for the first competitor.
     make_inputs(*case.sizes)
     teacher_rows(*case.sizes)
     with ExitStack() as stack:
-        begun: list[Running] = []
+        started: list[Running] = []
 
         def begin() -> None:
-            begun.append(stack.enter_context(running(case, zero)))
-            settle(begun[0])
-            # The optimizer's state comes with the first update, and stays.
-            begun[0].step()
+            started.append(stack.enter_context(running(case, zero)))
+            settle(started[0])
+            # The first update allocates the optimizer's state.
+            started[0].step()
 
         peak_bytes = peak_extra_bytes(begin)
-        step = begun[0].step
+        step = started[0].step
         with FlopCounterMode(display=False, custom_mapping=MISSED_FLOP) as counter:
             loss = step()["loss"]
         assert math.isfinite(loss), f"{case}: loss is {float(loss)}"
 
-        def synchronised() -> None:
+        def synchronized_step() -> None:
             step()
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
 
-        rounds = int(SECONDS_PER_FIGURE / timeit.timeit(synchronised, number=1))
+        rounds = int(SECONDS_PER_FIGURE / timeit.timeit(synchronized_step, number=1))
         benchmark.group = f"{case.model}, B = {case.batch}"
-        benchmark.pedantic(synchronised, rounds=min(MAX_ROUNDS, max(MIN_ROUNDS, rounds)))
+        benchmark.pedantic(synchronized_step, rounds=min(MAX_ROUNDS, max(MIN_ROUNDS, rounds)))
     if benchmark.stats is None:  # --benchmark-disable
         return {"outcome": "not timed"}
     seconds, flop = benchmark.stats.stats.median, counter.get_total_flops()
@@ -71,17 +71,17 @@ def measure(case: Case, zero: int, benchmark: BenchmarkFixture) -> dict[str, Any
     }
 
 
-def settle(begun: Running) -> None:
-    """Steps until one is not skipped for an overflow of the loss scale."""
+def settle(competitor: Running) -> None:
+    """Runs steps until one is not skipped because of an overflow."""
     for _ in range(MAX_SKIPPED_STEPS):
-        before = begun.loss_scale()
-        begun.step()
-        if begun.loss_scale() >= before:
+        before = competitor.loss_scale()
+        competitor.step()
+        if competitor.loss_scale() >= before:
             return
-    raise AssertionError(f"gradients overflow at a loss scale of {begun.loss_scale()}")
+    raise AssertionError(f"gradients overflow at a loss scale of {competitor.loss_scale()}")
 
 
 def peak_flops() -> float | None:
-    """16-bit FLOP/s that this device is rated at, if known: the yardstick of MFU for fp32 too."""
-    gpu = sold_as(device_name())
+    """Rated 16-bit FLOP/s of this device, if known; MFU is relative to it, also for fp32."""
+    gpu = gpu_key(device_name())
     return None if gpu is None else GPUS[gpu].half

@@ -1,7 +1,8 @@
-"""Where the memory and the arithmetic of a step go, lever by lever, by plan: ``python benchmarks/planned.py``.
+"""Plans memory and arithmetic of a step, lever by lever: ``python benchmarks/planned.py``.
 
-No GPU: the engine's own step runs on fake tensors (``dive_fast/planner/plan.py``). Writes results/planned.json, and draws.
-With ``--against RESULTS``, a file of ``steps.py``, plans the engine's cases that were measured, and compares.
+Needs no GPU: the engine's step runs on fake tensors (``dive_fast/planner/plan.py``). Writes results/planned.json
+and a picture. ``--against RESULTS``, a file of ``steps.py``, compares measured cases of the engine with their
+plans.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from steps import COMPILED, ENGINES, Case, engine_config  # noqa: E402
 
 from dive_fast.methods.run_config import load_run_config  # noqa: E402
 from dive_fast.planner.gpu_specs import GPUS  # noqa: E402
-from dive_fast.planner.simulate import plan_run as plan_run  # noqa: E402
+from dive_fast.planner.simulate import plan_run  # noqa: E402
 
 CONFIG, GPU = "vitb16_dive.json", "h200"
 PAPER = ("train.precision=fp32", "train.schedule=joint", "teacher.mode=online")
@@ -39,45 +40,45 @@ RESULTS = REPOSITORY / "benchmarks/results/planned.json"
 
 
 def figures() -> list[dict[str, Any]]:
-    """Of each step: peak bytes, FLOP, predicted seconds."""
-    found = []
+    """Peak bytes, FLOP and predicted seconds of each step."""
+    rows = []
     for name, overrides in STEPS.items():
-        planned = plan_run(load_run_config(CONFIG, list(overrides), REPOSITORY / "launch/configs"))
-        found.append(
+        plan = plan_run(load_run_config(CONFIG, list(overrides), REPOSITORY / "launch/configs"))
+        rows.append(
             {
                 "step": name.strip(),
                 "overrides": list(overrides),
-                "peak_memory_bytes": planned.peak_memory_bytes,
-                "flop": planned.flop_per_step,
-                "seconds": planned.step_seconds(GPUS[GPU]),
+                "peak_memory_bytes": plan.peak_memory_bytes,
+                "flop": plan.flop_per_step,
+                "seconds": plan.step_seconds(GPUS[GPU]),
             }
         )
-    return found
+    return rows
 
 
 def draw(steps: list[dict[str, Any]], picture: Path) -> None:
-    """Bars, with their ratios to FLYP in fp32."""
+    """Draws bars with their ratios to FLYP in fp32."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     figure.suptitle("One step of ViT-B/16, B = B' = 512, on one H200: planned, not measured", fontsize=12)
     panels = (("peak_memory_bytes", "peak memory, GiB", 2**30, "{:.0f}"), ("seconds", "time, s", 1.0, "{:.2f}"))
-    places = range(len(steps), 0, -1)
-    for axis, (name, title, unit, words) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+    rows = range(len(steps), 0, -1)
+    for axis, (name, title, unit, template) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
         values = [step[name] / unit for step in steps]
         colours = [GREEN if i >= len(steps) - 2 else GREY if i < 2 else BLUE for i in range(len(steps))]
-        axis.barh(places, values, color=colours, height=0.7)
-        for place, value in zip(places, values, strict=True):
+        axis.barh(rows, values, color=colours, height=0.7)
+        for row, value in zip(rows, values, strict=True):
             axis.annotate(
-                f"{words.format(value)}  ({value / values[0]:.2f}x)",
-                (value, place),
+                f"{template.format(value)}  ({value / values[0]:.2f}x)",
+                (value, row),
                 xytext=(4, 0),
                 textcoords="offset points",
                 va="center",
                 fontsize=9,
             )
         axis.axvline(values[0], color="#444444", linewidth=1, linestyle="--", zorder=0)
-        axis.set_yticks(places, list(STEPS))
+        axis.set_yticks(rows, list(STEPS))
         axis.set_title(title, fontsize=11, loc="left")
         axis.set_xlim(0, 1.25 * max(values))
         axis.set_xticks([])
@@ -87,12 +88,12 @@ def draw(steps: list[dict[str, Any]], picture: Path) -> None:
 
 
 def against(results: Path) -> str:
-    """Markdown: peak memory and FLOP that were measured, over those planned; batches count on neither side.
+    """Markdown table of measured peak memory and FLOP relative to their plans, both without batches.
 
-    Blocks that are compiled are planned as they are without, so they are left out.
+    Compiled cases are left out, since plans do not model compilation.
 
     Args:
-        results: of ``steps.py``.
+        results: results file of ``steps.py``.
     """
     measured = json.loads(results.read_text())
     lines = ["| model, B | step | planned | measured | / planned | FLOP / planned |", "|---" * 6 + "|"]
@@ -100,9 +101,9 @@ def against(results: Path) -> str:
         if entry["outcome"] != "measured" or entry["competitor"] not in set(ENGINES) - set(COMPILED):
             continue
         case = Case(*(entry[name] for name in Case._fields))
-        planned = plan_run(engine_config(case, measured["precision"], measured["zero"]))
-        peak = planned.peak_memory_bytes - planned.parts["batches"]
-        gib, ratio, flop = peak / 2**30, entry["peak_bytes"] / peak, entry["flop"] / planned.flop_per_step
+        plan = plan_run(engine_config(case, measured["precision"], measured["zero"]))
+        peak = plan.peak_memory_bytes - plan.parts["batches"]
+        gib, ratio, flop = peak / 2**30, entry["peak_bytes"] / peak, entry["flop"] / plan.flop_per_step
         name = (
             case.competitor if case.reference_batch is None else f"{case.competitor}, B' = {case.reference_batch}"
         )
@@ -114,9 +115,9 @@ def against(results: Path) -> str:
 
 
 def main() -> None:
-    """Plans, writes, draws; or compares."""
+    """Plans all steps, writes and draws them; or compares results with plans."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--against", type=Path, metavar="RESULTS", help="of steps.py")
+    parser.add_argument("--against", type=Path, metavar="RESULTS", help="results file of steps.py")
     options = parser.parse_args()
     if options.against:
         print(against(options.against))

@@ -1,8 +1,8 @@
-"""What rounding leaves of difference vectors: ``python benchmarks/precision.py``.
+"""Measures the effect of rounding on difference vectors and their gradients: ``python benchmarks/precision.py``.
 
-Two real towers are moved away from their weights until the embeddings of reference pairs have moved by |u|. Then,
-for each way to compute them: how far its embeddings are from fp32's, and how far the gradient of AVL + PVL with
-respect to all parameters points from fp32's. Cases that the results file has already are not run again.
+The weights of real towers are changed until the embeddings of reference pairs differ by |u|. Then each precision
+and remedy is compared with fp32: the distance of embeddings, and the direction of the gradient of AVL + PVL with
+respect to all parameters. Cases in the results file are not run again.
 """
 
 import argparse
@@ -33,38 +33,38 @@ from dive_fast.model.towers import Towers, create, tokenizer_of, unit
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 PIECE = 64 if DEVICE.type == "cuda" else 16
-"""Pairs that go through the towers at once."""
+"""Pairs embedded at once."""
 WEIGHT, LOSS_SCALE = 1000.0, 2.0**16
-"""Lambda, and the loss scale that fp16 begins with; halved when a gradient overflows, as in training."""
+"""Lambda, and the initial loss scale of fp16; halved when a gradient overflows, as in training."""
 TUNING_STEPS, TUNING_RATE = 8, 1e-5
 NOISE_PAIRS = 32
 NORMS = (1e-3, 3e-3, 1e-2, 3e-2)
 FIGURES = ("u", "v", "u_spread", "image_noise", "text_noise", "cosine", "norm_ratio", "loss_ratio")
-"""Of a case: |u|, |v| and how far u are from their mean; how far embeddings are from fp32's; the gradient against
-fp32's; AVL + PVL over fp32's."""
+"""Figures of a case: |u|, |v| and the spread of u around their mean; the distance of embeddings from fp32's; the
+gradient's cosine and norm ratio to fp32's; the ratio of AVL + PVL to fp32's."""
 Gradient = list[Tensor]
 
 
 class Case(NamedTuple):
-    """One gradient, compared with that of fp32."""
+    """One gradient that is compared with fp32's."""
 
     model: str
     change: str
-    """Of the weights: ``random``, or ``trained``, by a few steps of contrastive fine-tuning."""
+    """Change of the weights: ``random``, or ``trained`` by a few steps of contrastive fine-tuning."""
     norm: float
-    """|u|, mean over pairs, that the change is scaled to."""
+    """Mean |u| over pairs after the scaled change."""
     batch: int
-    """B', reference pairs."""
+    """Number of reference pairs, B'."""
     precision: str
     remedy: str = "none"
     teacher: str = "fp32"
     """``fp32``; ``fp16 cache``: its rows rounded to fp16; ``matched``: computed as the student computes."""
     average: str = "settled"
-    """m before the step: ``settled``, the batch's own mean, or ``start``, zero."""
+    """m before the step: ``settled``, the mean difference of the batch, or ``start``, zero."""
 
 
-def grid(models: Sequence[str], whole: bool) -> list[Case]:
-    """What is compared, the most telling first; not ``whole``: what two CPU cores do in two hours."""
+def grid(models: Sequence[str], full: bool) -> list[Case]:
+    """All cases, the most informative first; without ``full``, a selection for two hours on two CPU cores."""
     first, *larger = models
     hard, small = NORMS[:2], NORMS[1:2]
     half, rounded = ("fp16", "bf16"), ("fp16", "bf16", "tf32")
@@ -80,20 +80,20 @@ def grid(models: Sequence[str], whole: bool) -> list[Case]:
         product = itertools.product([change], norms, [batch], ways, remedies)
         return [Case(model, *values) for values in product]
 
-    def others(model: str) -> list[Case]:
-        around = cases(model, "trained", small, 32, half)
+    def variants(model: str) -> list[Case]:
+        base = cases(model, "trained", small, 32, half)
         changes = {"average": "start"}, {"teacher": "matched"}, {"teacher": "fp16 cache"}
-        return [case._replace(**change) for change in changes for case in around]
+        return [case._replace(**change) for change in changes for case in base]
 
-    if whole:
+    if full:
         chosen = []
         for model in models:
             for change, batch in itertools.product(("trained", "random"), (32, 128, 512)):
                 chosen += cases(model, change, NORMS, batch, rounded)
-            chosen += cases(model, "trained", hard, 32, half, REMEDIES[1:]) + others(model)
+            chosen += cases(model, "trained", hard, 32, half, REMEDIES[1:]) + variants(model)
         return chosen
     chosen = cases(first, "trained", hard, 32, rounded) + cases(first, "trained", NORMS[2:], 32, half)
-    chosen += cases(first, "trained", small, 32, half, REMEDIES[1:]) + others(first)
+    chosen += cases(first, "trained", small, 32, half, REMEDIES[1:]) + variants(first)
     chosen += cases(first, "trained", hard[:1], 32, half[:1], REMEDIES[-2:])
     chosen += cases(first, "random", small, 32, rounded)
     matched = cases(first, "random", small, 32, half) + cases(first, "trained", [1e-3, 1e-2], 32, half)
@@ -105,7 +105,7 @@ def grid(models: Sequence[str], whole: bool) -> list[Case]:
 
 
 class Subject:
-    """A model, its pairs, and the ways its weights change."""
+    """A model with its pairs and the changes of its weights."""
 
     def __init__(self, name: str, pretrained: str | None, tuned: Path | None) -> None:
         torch.manual_seed(0)
@@ -127,11 +127,11 @@ class Subject:
         return [p for name, p in self.towers.named_parameters() if not name.startswith("logit")]
 
     def pairs(self, count: int) -> list[ReferenceBatch]:
-        """The first pairs, in pieces."""
+        """The first ``count`` pairs in batches of PIECE."""
         return batches(self.reference, range(count), PIECE)
 
     def move(self, change: str, norm: float) -> None:
-        """Scales a change of the weights so that |u|, in fp32, is ``norm``; 0 restores the weights."""
+        """Applies a change of the weights, scaled so that |u| in fp32 is ``norm``; 0 restores the weights."""
         if norm == 0:
             return self._shift(None, 0.0)
         if change not in self._directions:
@@ -145,14 +145,14 @@ class Subject:
         pieces = self.pairs(NOISE_PAIRS)
         self._shift(None, 0.0)
         frozen = embed(self.towers, pieces)
-        scale, wanted = 1e-2, norm
+        scale = 1e-2
         for _ in range(12):
             self._shift(direction, scale)
-            found = _lengths(embed(self.towers, pieces), frozen)[0]
-            if abs(found / wanted - 1) < 0.03:
+            actual = _lengths(embed(self.towers, pieces), frozen)[0]
+            if abs(actual / norm - 1) < 0.03:
                 break
-            # |u| is nearly proportional to the change; a step too large lands where it is not.
-            scale *= min(max(wanted / found, 0.05), 20.0)
+            # |u| is nearly proportional to small changes only, so the factor is bounded.
+            scale *= min(max(norm / actual, 0.05), 20.0)
         return scale
 
     @torch.no_grad()
@@ -166,7 +166,7 @@ class Subject:
         return [frozen.square().mean().sqrt() * one for frozen, one in zip(self._frozen, noise, strict=True)]
 
     def _trained(self) -> Gradient:
-        """From the frozen weights to tuned ones: those given, else a few contrastive steps on photos and names."""
+        """Tuned weights, read from a file or trained for a few contrastive steps, minus the frozen weights."""
         self._shift(None, 0.0)
         if self._tuned is not None:
             self.towers.load_exported(load_file(self._tuned, device=str(DEVICE)))
@@ -190,15 +190,15 @@ class Subject:
 
 
 def batches(samples: ReferenceSamples, rows: Sequence[int], size: int) -> list[ReferenceBatch]:
-    places = [(0, row) for row in rows]
-    return [batch.to(DEVICE) for batch in batches_of(samples, places, size, Options(workers=0))]
+    keys = [(0, row) for row in rows]
+    return [batch.to(DEVICE) for batch in batches_of(samples, keys, size, Options(workers=0))]
 
 
 @torch.no_grad()
 def features(towers: Towers, pieces: Sequence[ReferenceBatch]) -> Pairs:
-    """Of all pairs, un-normalised, in fp32."""
-    found = [towers.encode_pairs(piece.images, piece.text) for piece in pieces]
-    return Pairs(*(torch.cat(half).float() for half in zip(*found, strict=True)))
+    """Features of all pairs in fp32, not normalized."""
+    parts = [towers.encode_pairs(piece.images, piece.text) for piece in pieces]
+    return Pairs(*(torch.cat(half).float() for half in zip(*parts, strict=True)))
 
 
 def embed(towers: Towers, pieces: Sequence[ReferenceBatch]) -> Pairs:
@@ -209,7 +209,7 @@ def embed(towers: Towers, pieces: Sequence[ReferenceBatch]) -> Pairs:
 def parameter_gradient(
     subject: Subject, pieces: Sequence[ReferenceBatch], teacher: Pairs, average: Tensor
 ) -> tuple[float, Gradient]:
-    """AVL + PVL and its gradient, as the engine's micro-batches and its loss scaling find it.
+    """AVL + PVL and its gradient, by micro-batches and loss scaling as in the engine.
 
     Args:
         average: m before the step.
@@ -222,8 +222,8 @@ def parameter_gradient(
         total = [torch.zeros_like(parameter) for parameter in subject.parameters]
         scale = subject.loss_scale if subject.towers.autocast is torch.float16 else 1.0
         for piece, *rows in zip(pieces, *(half.split(sizes) for half in upstream), strict=True):
-            found = subject.towers.encode_pairs(piece.images, piece.text)
-            surrogate = sum((half.float() * row).sum() for half, row in zip(found, rows, strict=True))
+            outputs = subject.towers.encode_pairs(piece.images, piece.text)
+            surrogate = sum((half.float() * row).sum() for half, row in zip(outputs, rows, strict=True))
             torch._foreach_add_(total, torch.autograd.grad(scale * surrogate, subject.parameters))
         if all(torch.isfinite(gradient).all() for gradient in total):
             torch._foreach_mul_(total, 1 / (scale * WEIGHT))
@@ -232,7 +232,7 @@ def parameter_gradient(
 
 
 class Truth(NamedTuple):
-    """What fp32 finds, with an fp32 teacher."""
+    """Results in fp32 with an fp32 teacher."""
 
     frozen: Pairs
     moved: Pairs
@@ -242,7 +242,7 @@ class Truth(NamedTuple):
 
 
 def true_gradient(subject: Subject, case: Case) -> Truth:
-    """Of the weights, pairs and m of a case."""
+    """Computes the fp32 results for the weights, pairs and m of a case."""
     pieces = subject.pairs(case.batch)
     with computing(subject.towers, "fp32"):
         subject.move(case.change, 0.0)
@@ -284,16 +284,16 @@ def compare(subject: Subject, case: Case, truth: Truth) -> dict[str, float]:
 
 
 def noise_floor(subject: Subject) -> list[dict[str, Any]]:
-    """|u| and |v| that rounding alone makes at the frozen weights, of every way to compute."""
+    """|u| and |v| due to rounding alone at the frozen weights, for every precision and remedy."""
     subject.move("random", 0.0)
-    pieces, found = subject.pairs(NOISE_PAIRS), []
+    pieces, rows = subject.pairs(NOISE_PAIRS), []
     with computing(subject.towers, "fp32"):
         exact = embed(subject.towers, pieces)
     for precision, remedy in (("tf32", "none"), *itertools.product(("fp16", "bf16"), REMEDIES)):
         with computing(subject.towers, precision, remedy):
             image, text = _lengths(embed(subject.towers, pieces), exact)
-        found.append({"precision": precision, "remedy": remedy, "image_noise": image, "text_noise": text})
-    return found
+        rows.append({"precision": precision, "remedy": remedy, "image_noise": image, "text_noise": text})
+    return rows
 
 
 def _lengths(one: Pairs, other: Pairs) -> tuple[float, float]:
@@ -303,35 +303,35 @@ def _lengths(one: Pairs, other: Pairs) -> tuple[float, float]:
 
 
 def _compared(gradient: Gradient, truth: Gradient) -> tuple[float, float]:
-    """Cosine, and ratio of the norms."""
-    dot = own = true = 0.0
+    """Cosine of the gradients and ratio of their norms."""
+    dot = square = true_square = 0.0
     for one, other in zip(gradient, truth, strict=True):
         dot += (one * other).sum().item()
-        own += one.square().sum().item()
-        true += other.square().sum().item()
-    return dot / (own * true) ** 0.5, (own / true) ** 0.5
+        square += one.square().sum().item()
+        true_square += other.square().sum().item()
+    return dot / (square * true_square) ** 0.5, (square / true_square) ** 0.5
 
 
 class Results:
-    """The file of figures: about the run, the noise of each model, and every case."""
+    """The results file: settings of the run, noise of each model, and figures of every case."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        found = json.loads(path.read_text()) if path.exists() else {}
-        self.noise: dict[str, list[dict[str, Any]]] = found.get("noise", {})
-        self.cases: list[dict[str, Any]] = found.get("cases", [])
+        tree = json.loads(path.read_text()) if path.exists() else {}
+        self.noise: dict[str, list[dict[str, Any]]] = tree.get("noise", {})
+        self.cases: list[dict[str, Any]] = tree.get("cases", [])
 
     def has(self, case: Case) -> bool:
-        """Whether it has been run."""
+        """Whether the file has the case."""
         return any(entry.items() >= case._asdict().items() for entry in self.cases)
 
     def write(self) -> None:
-        """Leaves all that is known so far."""
+        """Writes all figures so far."""
         about = {"device": device_name(), "torch": torch.__version__, "commit": commit()}
         write_json(self.path, {**about, "noise": self.noise, "cases": self.cases})
 
     def tables(self) -> str:
-        """Markdown."""
+        """Markdown tables of noise and cases."""
         lines = ["| model | precision | in fp32 | noise of u | of v |", "|---|---|---|---|---|"]
         for model, rows in self.noise.items():
             for row in rows:
@@ -347,20 +347,22 @@ class Results:
 
 
 def main() -> None:
-    """Parses, runs what is missing, prints the tables."""
+    """Runs the missing cases and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["ViT-B-32", "ViT-B-16", "ViT-L-14"])
     parser.add_argument("--pretrained", help="open_clip's tag, such as openai; default: random weights")
     parser.add_argument(
         "--tuned", type=Path, help="a fine-tuned model.safetensors: the trained change of the weights"
     )
-    parser.add_argument("--whole", action="store_true", default=DEVICE.type == "cuda", help="as on a GPU")
+    parser.add_argument(
+        "--full", action="store_true", default=DEVICE.type == "cuda", help="run all cases; the default on a GPU"
+    )
     parser.add_argument("--results", type=Path, help="file; default: results/<device>-precision.json")
     options = parser.parse_args()
     results = Results(options.results or REPOSITORY / f"benchmarks/results/{slug(device_name())}-precision.json")
-    cases = [case for case in grid(options.models, options.whole) if not results.has(case)]
+    cases = [case for case in grid(options.models, options.full) if not results.has(case)]
     progress = tqdm(total=len(cases), unit="case")
-    # Neighbours share weights, pairs and m, and so the gradient of fp32.
+    # Consecutive cases share weights, pairs and m, and so the gradient in fp32.
     for model, of_model in itertools.groupby(cases, lambda case: case.model):
         subject = Subject(model, options.pretrained, options.tuned)
         if model not in results.noise:

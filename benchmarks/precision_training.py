@@ -1,7 +1,7 @@
-"""What precision leaves of a whole fine-tuning: ``python benchmarks/precision_training.py``.
+"""Compares complete fine-tuning runs in different precisions: ``python benchmarks/precision_training.py``.
 
-A DiVE run from the same weights on the same batches in each precision of its towers and for each lambda:
-difference vectors, accuracies and RSA at its end. Of the demo, or of a small CLIP on real pictures
+Runs DiVE from the same weights on the same batches in each precision of the towers and for each lambda, and
+reports difference vectors, accuracies and RSA at the end. Uses the demo, or a small CLIP on real pictures
 (``--world cifar``).
 """
 
@@ -26,13 +26,13 @@ STUDY = REPOSITORY / "build/study"
 
 
 def demo(_: argparse.Namespace) -> tuple[str, str]:
-    """The config of the demo, and the pairs that its geometry is measured on."""
+    """The demo's config, and the pairs for its geometry."""
     splits.prepare()
     return "demo.json", "demo:reference_heldout"
 
 
 def cifar(options: argparse.Namespace) -> tuple[str, str]:
-    """The same of CIFAR-10, with a fifth of its pictures; the small CLIP is pre-trained where there is none."""
+    """A config on a fifth of CIFAR-10, and its pairs; pre-trains the small CLIP if it is missing."""
     config = runs.prepare(STUDY, epochs=options.pretraining_epochs, target=10_000, tested=2_000)
     return str(config), str(STUDY / "data" / runs.HELDOUT)
 
@@ -41,15 +41,15 @@ WORLDS = {"demo": demo, "cifar": cifar}
 
 
 def main() -> None:
-    """Trains, compares, prints, writes."""
+    """Trains and compares all runs, prints a table and writes a JSON file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world", choices=WORLDS, default="demo")
-    parser.add_argument("--pretraining-epochs", type=int, default=12, help="of the small CLIP, on CIFAR-100")
+    parser.add_argument("--pretraining-epochs", type=int, default=12, help="epochs of the small CLIP on CIFAR-100")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "fp16", "bf16"])
     parser.add_argument("--weights", nargs="+", type=float, default=[0.1, 10.0, 1000.0], help="lambda")
     parser.add_argument("--learning-rate", type=float, help="default: the config's")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "build/precision", help="of the runs")
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "build/precision", help="folder of the runs")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks/results")
     options = parser.parse_args()
     ranks = join()
@@ -72,9 +72,9 @@ def main() -> None:
                 models[name] = folder / "model.safetensors"
                 figures = {"precision": precision, "weight": weight, "seed": seed}
                 rows[name] = figures | {"floor": lines[0]["image_norm"], "u": lines[-1]["image_norm"]}
-    found = report.compare(load_run_config(config_path, [], CONFIGS), models, heldout)
+    measured = report.compare(load_run_config(config_path, [], CONFIGS), models, heldout)
     for name, row in rows.items():
-        row |= {key: found[name][key] for key in report.MEASURES}
+        row |= {key: measured[name][key] for key in report.MEASURES}
     device, ending = device_name(), "" if options.world == "demo" else f"-{options.world}"
     path = options.results / f"{slug(device)}-precision-training{ending}.json"
     write_json(

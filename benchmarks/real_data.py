@@ -1,4 +1,4 @@
-"""Where real images lie (README.md, "Data")."""
+"""Folder of real images (README.md, "Data")."""
 
 import os
 from pathlib import Path

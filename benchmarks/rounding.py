@@ -1,8 +1,8 @@
-"""Ways to compute the towers: precisions, and remedies that keep a part of them in fp32.
+"""Computes towers in different precisions, and with remedies that keep a part of them in fp32.
 
-fp16 and bf16 are the engine's own autocast. PyTorch's fp16 products on the CPU take minutes for what fp32 does in
-seconds, and tf32 exists on GPUs alone; so on the CPU both are done as tensor cores do them: factors rounded,
-products and sums in fp32, the result rounded where it is stored.
+fp16 and bf16 use the engine's autocast. PyTorch's fp16 products are very slow on the CPU, and tf32 exists only on
+GPUs. So on the CPU both are computed as on tensor cores: factors are rounded, products and sums are in fp32, and
+the result is rounded when it is stored.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ REMEDIES = (
     "text",
     "residual + head + text",
 )
-"""In fp32: ``head``, the last norm and the projection; ``residual``, the image tower's sums of blocks, which
-autocast rounds (the text tower's are fp32 already); ``last block``, the last transformer block and the head;
-``text``, the whole text tower."""
+"""Parts in fp32: ``head``, the last norm and the projection; ``residual``, the image tower's sums of blocks, which
+autocast rounds (the text tower's are already fp32); ``last block``, the last transformer block and the head;
+``text``, the complete text tower."""
 
 
 @contextlib.contextmanager
 def computing(towers: Towers, precision: str, remedy: str = "none") -> Iterator[None]:
-    """Inside, the towers compute in this way, forward and backward."""
+    """Computes the towers in this precision in the context, forward and backward."""
     with contextlib.ExitStack() as stack:
         stack.callback(setattr, towers, "autocast", towers.autocast)
         towers.autocast = AUTOCAST[precision]
@@ -50,7 +50,7 @@ def computing(towers: Towers, precision: str, remedy: str = "none") -> Iterator[
 
 @contextlib.contextmanager
 def products(precision: str, device: torch.device) -> Iterator[None]:
-    """Inside, products are those of tensor cores, for a caller whose autocast is that of the precision."""
+    """Computes products as on tensor cores in the context; autocast is left to the caller."""
     with contextlib.ExitStack() as stack:
         if device.type == "cuda":
             for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
@@ -62,43 +62,43 @@ def products(precision: str, device: torch.device) -> Iterator[None]:
 
 
 def _hooks(towers: Towers, remedy: str) -> Iterator[tuple[nn.Module, Callable[..., Any], bool]]:
-    """Module, hook, and whether it runs before the module."""
+    """Yields module, hook, and whether the hook runs before the module."""
     image, text = towers.visual, towers.text
     if "residual" in remedy:
         yield image.ln_pre, lambda _, inputs, output: output.float(), False
-    from_here: list[nn.Module] = []
+    starts: list[nn.Module] = []
     if "head" in remedy:
-        from_here += [image.ln_post, text.ln_final]
+        starts += [image.ln_post, text.ln_final]
     if "last block" in remedy:
-        from_here += [image.transformer.resblocks[-1], text.transformer.resblocks[-1]]
+        starts += [image.transformer.resblocks[-1], text.transformer.resblocks[-1]]
     if "text" in remedy:
-        from_here.append(text)
-    for module in from_here:
+        starts.append(text)
+    for module in starts:
         yield module, _leave_autocast, True
 
 
 def _leave_autocast(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Whatever follows in the tower is computed in fp32: the tower's own context puts autocast back at its end."""
+    """Disables autocast for the rest of the tower, whose own context restores it at its end."""
     torch.set_autocast_enabled(inputs[0].device.type, False)
     return (inputs[0].float() if inputs[0].is_floating_point() else inputs[0], *inputs[1:])
 
 
 class _HalfProducts(TorchDispatchMode):
-    """fp16 products with fp32 sums."""
+    """Computes fp16 products with fp32 sums."""
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         products = (*_PRODUCTS, _ATTENTION, _ATTENTION_BACKWARD)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if op.overloadpacket not in products or torch.float16 not in {tensor.dtype for tensor in tensors}:
             return op(*args, **kwargs or {})
-        found = op(*tree_map_only(Tensor, _widened, args), **tree_map_only(Tensor, _widened, kwargs or {}))
-        if op.overloadpacket is _ATTENTION:  # the second is the logarithm of the sums, fp32 on any device
-            return found[0].half(), *found[1:]
-        return tree_map_only(Tensor, Tensor.half, found)
+        result = op(*tree_map_only(Tensor, _widened, args), **tree_map_only(Tensor, _widened, kwargs or {}))
+        if op.overloadpacket is _ATTENTION:  # the second output, log-sum-exp, is fp32 on any device
+            return result[0].half(), *result[1:]
+        return tree_map_only(Tensor, Tensor.half, result)
 
 
 class _Tf32Products(TorchDispatchMode):
-    """fp32 products of factors rounded to ten bits."""
+    """Computes fp32 products of factors rounded to ten bits."""
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if op.overloadpacket not in _PRODUCTS:
@@ -115,7 +115,7 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 def rounded_to_tf32(tensor: Tensor) -> Tensor:
-    """To the nearest number of ten bits behind the point; ties away from zero, as the hardware converts."""
+    """Rounds to ten mantissa bits, ties away from zero, as the hardware does."""
     if tensor.dtype != torch.float32:
         return tensor
     bits = tensor.contiguous().view(torch.int32)

@@ -1,4 +1,4 @@
-"""The figures of a run of ``steps.py``: a JSON file, a table, and a picture."""
+"""Report of a run of ``steps.py``: a JSON file, a table and a picture."""
 
 import json
 import time
@@ -37,11 +37,11 @@ class StepReport:
     def __init__(
         self, cases: Sequence[NamedTuple], about: dict[str, Any], minutes: float, folder: Path | None
     ) -> None:
-        """Begins the run's time.
+        """Creates the report and starts the time limit.
 
         Args:
-            about: what the run was made with, beside device and versions.
-            minutes: no case is begun that may end later.
+            about: settings of the run, written next to device and versions.
+            minutes: time limit; cases that may exceed it are skipped.
         """
         self.entries = {case: case._asdict() | {"outcome": "not reached"} for case in cases}
         self.about, self.folder = about, folder
@@ -53,10 +53,10 @@ class StepReport:
         return time.monotonic() + self.longest < self.ends
 
     def record(self, case: NamedTuple, figures: dict[str, Any], seconds: float = 0.0) -> None:
-        """Takes a case's outcome and figures, and leaves all that is known so far.
+        """Records a case's outcome and figures, and writes all entries so far.
 
         Args:
-            seconds: that the case took.
+            seconds: duration of the case.
         """
         self.entries[case] |= figures
         self.longest = max(self.longest, seconds)
@@ -74,7 +74,7 @@ class StepReport:
 
     @property
     def path(self) -> Path:
-        """Only ``steps.py`` names the folder of results: what pytest is told to pick is no whole run."""
+        """Path of the JSON file; in ``build`` by default, since only ``steps.py`` runs all cases."""
         return results_path(self.folder or REPOSITORY / "build/benchmarks")
 
     def table(self) -> str:
@@ -99,7 +99,7 @@ class StepReport:
 
 
 def results_path(folder: Path) -> Path:
-    """This device's file in a folder of results."""
+    """Path of this device's results in a folder."""
     return folder / f"{slug(device_name())}-steps.json"
 
 
@@ -107,7 +107,7 @@ def draw(path: Path) -> Path:
     """Draws a results file: bars of step time and peak memory, with their ratios to FLYP as published.
 
     Returns:
-        The picture, beside the file.
+        Path of the picture, next to the file.
     """
     from matplotlib.figure import Figure
 
@@ -134,17 +134,17 @@ def _bars(axis: Any, entries: list[dict[str, Any]], name: str, ratio: str, text:
     measured = [entry["outcome"] == "measured" for entry in entries]
     values = [entry[name] if known else 0.0 for entry, known in zip(entries, measured, strict=True)]
     peer = next((v for e, v in zip(entries, values, strict=True) if e["competitor"] == PEER and v), None)
-    places = range(len(entries), 0, -1)
-    axis.barh(places, values, color=[_colour(entry["competitor"]) for entry in entries], height=0.72)
+    rows = range(len(entries), 0, -1)
+    axis.barh(rows, values, color=[_colour(entry["competitor"]) for entry in entries], height=0.72)
     if peer:
         axis.axvline(peer, color="#444444", linewidth=1, linestyle="--", zorder=0)
-    for place, entry, known, value in zip(places, entries, measured, values, strict=True):
-        words = entry["outcome"]
+    for row, entry, known, value in zip(rows, entries, measured, values, strict=True):
+        label = entry["outcome"]
         if known:
-            words = text(value) + (f"  ({_ratio(entry, ratio)})" if ratio in entry else "")
+            label = text(value) + (f"  ({_ratio(entry, ratio)})" if ratio in entry else "")
         axis.annotate(
-            words,
-            (value, place),
+            label,
+            (value, row),
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
@@ -152,7 +152,7 @@ def _bars(axis: Any, entries: list[dict[str, Any]], name: str, ratio: str, text:
             color="black" if known else "#888888",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
         )
-    axis.set_yticks(places, [_name(entry) for entry in entries])
+    axis.set_yticks(rows, [_name(entry) for entry in entries])
     for label in axis.get_yticklabels():
         label.set_horizontalalignment("left")
     axis.tick_params(axis="y", length=0, pad=160)

@@ -1,7 +1,7 @@
-"""Time, memory and arithmetic of a training step, against FLYP's and DiVE's as published.
+"""Measures time, memory and arithmetic of training steps relative to FLYP and DiVE as published.
 
 ``python benchmarks/steps.py --minutes 9`` measures, writes and draws; ``--draw RESULTS`` only draws
-(README.md says what is compared).
+(README.md describes the competitors).
 """
 
 import argparse
@@ -41,15 +41,15 @@ SHIPPED = REPOSITORY / "launch/configs/vitb16_dive.json"
 # CPUs compute fp16 many times slower than fp32.
 PRECISION = "fp16" if DEVICE.type == "cuda" else "fp32"
 ZERO = 0
-"""What the shipped config's ``auto`` is on one rank."""
+"""Stage that ``auto`` selects on one rank."""
 COMPILED = ("flyp_fast_compiled", "dive_fast_compiled")
 BF16, JOINT = "dive_fast_bf16", "dive_fast_joint"
 ENGINES = ("flyp_fast", "dive_fast", *COMPILED, BF16, JOINT)
 """Competitors that are the project's engine."""
 NEEDS_GPU = ("half_precision", "fused_losses", "compiled_blocks", *COMPILED, BF16)
 TOTAL_STEPS = 25_020  # ten epochs of ImageNet at B = 512
-CAPTION_TOKENS = 8, 30  # start and end included
-PROMPT_TOKENS = 17  # of the longest of 512 that are drawn
+CAPTION_TOKENS = 8, 30  # with start and end
+PROMPT_TOKENS = 17  # length of the longest of 512 drawn prompts
 TEACHER_PIECE = 64  # pairs embedded at once for the cached rows
 
 ENDS = ("flyp_published", "dive_fast", "dive_published", "flyp_fast")
@@ -57,13 +57,13 @@ COMPETITORS = ("flyp_published", "dive_published", *Levers._fields, *ENGINES)
 
 
 class Case(NamedTuple):
-    """One figure: steps of B target pairs, and of as many reference pairs where there is DiVE."""
+    """One measurement: steps of B target pairs, and of B or B' reference pairs for DiVE."""
 
     model: str
     batch: int
     competitor: str
     reference_batch: int | None = None
-    """B', where it is not B."""
+    """B' if it differs from B."""
 
     def __str__(self) -> str:
         ending = "" if self.reference_batch is None else f"-{self.reference_batch}"
@@ -76,18 +76,18 @@ class Case(NamedTuple):
 
 
 class Running(NamedTuple):
-    """A competitor, ready to go."""
+    """A competitor's step on fixed batches, and its loss scale."""
 
     step: Callable[[], dict[str, Tensor]]
     loss_scale: Callable[[], float]
-    """Falls where a step is skipped for an overflow."""
+    """Decreases if a step is skipped because of an overflow."""
 
 
 def cases() -> list[Case]:
-    """The most telling first: time may not suffice for all."""
+    """All cases, the most informative first, since time may be limited."""
     if DEVICE.type != "cuda":
         return [*(Case("ViT-tiny", 8, name) for name in COMPETITORS), Case("ViT-tiny", 8, "dive_fast", 4)]
-    # DiVE as published needs more memory at B = 512 than one GPU has: its levers are measured at half of it.
+    # DiVE as published exceeds one GPU's memory at B = 512, so its levers are measured at half of it first.
     parts = [
         ("ViT-B-16", 512, (*ENDS, *COMPILED)),
         ("ViT-B-16", 256, ENDS),
@@ -107,7 +107,7 @@ CASES = cases()
 
 @contextmanager
 def running(case: Case, zero: int) -> Iterator[Running]:
-    """A competitor's step on the same batch again and again.
+    """Creates a competitor whose step repeats one batch.
 
     Args:
         zero: DeepSpeed's ZeRO stage, for the engine.
@@ -139,17 +139,17 @@ def running(case: Case, zero: int) -> Iterator[Running]:
 
 
 def make_engine(case: Case, model: Any, inputs: Inputs, zero: int) -> tuple[Engine, StepBatches]:
-    """The project's engine, and the batches of every step."""
+    """Creates the project's engine and the batches of its steps."""
     config = engine_config(case, PRECISION, zero)
     towers = Towers(model)
     method = registry.create(config.objective, towers.width)
     engine = Engine(config, towers, method, join(), TOTAL_STEPS)
     prepared = Levers(trimmed_text=True, distinct_texts=True).prepare(inputs)
-    nothing = torch.zeros(0, dtype=torch.long)  # the step reads neither labels nor samples
-    target = TargetBatch(prepared.target_images, prepared.target_text, nothing, nothing, ())
+    unused = torch.zeros(0, dtype=torch.long)  # the step reads neither labels nor samples
+    target = TargetBatch(prepared.target_images, prepared.target_text, unused, unused, ())
     if not method.needs.reference:
         return engine, StepBatches(target)
-    reference = ReferenceBatch(prepared.reference_images, prepared.reference_text, nothing, nothing, ())
+    reference = ReferenceBatch(prepared.reference_images, prepared.reference_text, unused, unused, ())
     return engine, StepBatches(target, reference, features.Pairs(*teacher_rows(*case.sizes)))
 
 
@@ -157,7 +157,7 @@ def engine_config(case: Case, precision: str, zero: int) -> Config:
     """The shipped config with the case's sizes and its competitor's options.
 
     Args:
-        precision: of all competitors but those that are there for another.
+        precision: precision of all competitors that do not define their own.
     """
     section = json.loads(SHIPPED.read_text())["deepspeed"]
     section["zero_optimization"]["stage"] = zero
@@ -191,7 +191,7 @@ def random_model(name: str) -> Any:
 
 @lru_cache(maxsize=1)
 def make_inputs(model: str, batch: int, reference_batch: int) -> Inputs:
-    """Noise for images; ImageNet's prompts as FLYP draws them; captions as long as those of the web."""
+    """Inputs of a step: noise images, ImageNet's prompts drawn as in FLYP, captions of random words."""
     generator, draws = torch.Generator(DEVICE).manual_seed(0), random.Random(0)
     size = random_model(model).visual.image_size
     images = [
@@ -212,7 +212,7 @@ def make_inputs(model: str, batch: int, reference_batch: int) -> Inputs:
 @lru_cache(maxsize=1)
 @torch.no_grad()
 def teacher_rows(model: str, batch: int, reference_batch: int) -> tuple[Tensor, Tensor]:
-    """The reference batch by the frozen model in fp32, as a teacher cache has it."""
+    """Unit rows of the reference batch by the frozen model in fp32, as in a teacher cache."""
     inputs = make_inputs(model, batch, reference_batch)
     frozen = copy.deepcopy(random_model(model)).to(DEVICE).eval()
     images = [frozen.encode_image(part) for part in inputs.reference_images.split(TEACHER_PIECE)]
@@ -221,9 +221,11 @@ def teacher_rows(model: str, batch: int, reference_batch: int) -> tuple[Tensor, 
 
 
 def main() -> int:
-    """Measures by way of pytest, and draws what it wrote."""
+    """Measures all cases with pytest and draws the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=9, help="no case is begun that may end later")
+    parser.add_argument(
+        "--minutes", type=float, default=9, help="time limit; cases that may exceed it do not start"
+    )
     parser.add_argument("--zero", type=int, default=ZERO, help="DeepSpeed's ZeRO stage")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON file and its picture")
     parser.add_argument("--draw", type=Path, metavar="RESULTS", help="only draw these results")

@@ -1,4 +1,4 @@
-"""The command for a GPU keeps what it found, whatever becomes of a part."""
+"""The GPU check: outcomes of parts, their ratios, and results kept between calls."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ def python(code: str) -> tuple[str, ...]:
     return (sys.executable, "-c", code)
 
 
-def test_a_part_passes_fails_or_is_killed_with_all_its_children(tmp_path: Path) -> None:
+def test_run_passes_fails_or_kills_part_with_its_children(tmp_path: Path) -> None:
     part = Part("some", (), (), 1)
     assert run(part, python("print('fine')"), 30)["outcome"] == "passed"
     failed = run(part, python("import sys; sys.exit('x' * 5000)"), 30)
@@ -32,7 +32,7 @@ def test_a_part_passes_fails_or_is_killed_with_all_its_children(tmp_path: Path) 
     assert not (tmp_path / "late").exists()
 
 
-def test_ratios_are_those_of_the_largest_batch_that_both_have(tmp_path: Path) -> None:
+def test_step_ratios_use_largest_batch_measured_for_both(tmp_path: Path) -> None:
     def case(batch: int, competitor: str, seconds: float, peak: float, **more: Any) -> dict[str, Any]:
         named = {"model": "B", "batch": batch, "competitor": competitor, "outcome": "measured"}
         return named | {"seconds": seconds, "peak_bytes": peak} | more
@@ -47,42 +47,42 @@ def test_ratios_are_those_of_the_largest_batch_that_both_have(tmp_path: Path) ->
         {"model": "L", "batch": 256, "competitor": "dive_fast", "outcome": "out of memory"},
     ]
     (tmp_path / "steps.json").write_text(json.dumps({"cases": cases}))
-    wanted = {"batch": 512, "dive_over_flyp_peer_time": 0.2, "dive_over_flyp_memory": 1.02}
-    assert step_ratios(tmp_path / "steps.json") == {"B": pytest.approx(wanted)}
+    expected = {"batch": 512, "dive_over_flyp_peer_time": 0.2, "dive_over_flyp_memory": 1.02}
+    assert step_ratios(tmp_path / "steps.json") == {"B": pytest.approx(expected)}
     assert step_ratios(tmp_path / "none.json") == {}
 
 
-def test_its_parts_are_commands_that_exist_and_fit(tmp_path: Path) -> None:
-    found = parts(tmp_path)
-    assert len({part.name for part in found}) == len(found)
-    for part in found:
+def test_parts_are_existing_commands(tmp_path: Path) -> None:
+    all_parts = parts(tmp_path)
+    assert len({part.name for part in all_parts}) == len(all_parts)
+    for part in all_parts:
         for command in (part.command, part.rehearsal):
             assert Path(command[0]).exists() or SANITIZER in command[0], part.name
-            places = [part.folder / word for word in command[1:]]
-            assert any(place.is_file() or (place / "__main__.py").is_file() for place in places), part.name
+            paths = [part.folder / word for word in command[1:]]
+            assert any(path.is_file() or (path / "__main__.py").is_file() for path in paths), part.name
 
 
-def test_a_tool_that_is_not_there_is_an_outcome() -> None:
+def test_run_reports_missing_tool_as_outcome() -> None:
     missing = run(Part("memcheck", (), (), 1), ("/nowhere/compute-sanitizer", "pytest"), 30)
     assert missing == {"part": "memcheck", "outcome": "not installed", "command": SANITIZER}
 
 
-def test_what_an_earlier_call_found_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_main_keeps_outcomes_of_earlier_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def only(name: str, code: str, minutes: str = "9", limit: int = 30) -> tuple[int, dict[str, str]]:
-        found = [Part(name, python(code), python(code), limit) for name in ("one", "two", "three")]
-        monkeypatch.setattr(gpu_check, "parts", lambda _: found)
+        fake_parts = [Part(name, python(code), python(code), limit) for name in ("one", "two", "three")]
+        monkeypatch.setattr(gpu_check, "parts", lambda _: fake_parts)
         arguments = ["gpu_check.py", "--rehearse", "--minutes", minutes, *(["--only", name] if name else [])]
         monkeypatch.setattr(sys, "argv", arguments)
-        ended = gpu_check.main()
+        code = gpu_check.main()
         written = json.loads(next((tmp_path / "build/rehearsal").glob("*-gpu-check.json")).read_text())
-        return ended, {part["part"]: part["outcome"] for part in written["parts"]}
+        return code, {part["part"]: part["outcome"] for part in written["parts"]}
 
     monkeypatch.setattr(gpu_check, "REPOSITORY", tmp_path)
     assert only("two", "1") == (0, {"one": "not reached", "two": "passed", "three": "not reached"})
     assert only("three", "1 / 0") == (1, {"one": "not reached", "two": "passed", "three": "failed"})
     now = {"one": "passed", "two": "passed", "three": "failed"}
     assert only("one", "1") == (0, now)
-    # Too late to begin, and too short to end.
+    # Too little time to start, and too little to finish.
     slow = "import time; time.sleep(9)"
     assert only("two", "1 / 0", minutes="0.4") == (0, now)
     assert only("two", slow, minutes="0.05", limit=1) == (1, now)

@@ -1,4 +1,4 @@
-"""The suite's promises: wrong results have no figures, memory is counted exactly, files are whole."""
+"""The loss benchmarks: wrong results are rejected, memory is exact, and reports are atomic."""
 
 import json
 import os
@@ -26,7 +26,7 @@ NO_BENCHMARK: Any = None  # for cases that must end before they are timed
 
 
 @pytest.mark.parametrize("operation", LEAVES)
-def test_truth_in_chunks_is_naive(operation: str) -> None:
+def test_evaluate_in_chunks_equals_naive(operation: str) -> None:
     inputs = verify.in_float64(losses.make_inputs(BATCH, WIDTH, torch.float16))
     scale = torch.tensor(3.0, device=DEVICE, dtype=torch.float64)
 
@@ -53,7 +53,7 @@ def with_factor_on_gradient(loss: losses.Loss, name: str, factor: float) -> loss
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
 @pytest.mark.parametrize("name", ["text_features", "reference_image_features", "logit_scale"])
 @pytest.mark.parametrize(("competitor", "dtype"), [("naive", "float16"), ("eager", "float32")])
-def test_wrong_gradient_is_refused_by_name(
+def test_wrong_gradient_is_rejected_by_name(
     competitor: str, dtype: str, name: str, factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(COMPETITORS, competitor, with_factor_on_gradient(COMPETITORS[competitor], name, factor))
@@ -76,7 +76,7 @@ def test_out_of_memory_is_an_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [entry["outcome"] for entry in report.entries] == ["out of memory"]
 
 
-def test_the_ceiling_is_that_of_the_least_work() -> None:
+def test_ceiling_counts_minimal_work() -> None:
     half, full = torch.float16, torch.float32
     slow_products, slow_memory = Ceiling(1.0, 1e12), Ceiling(1e12, 1.0)
     contrastive, difference, joint = (
@@ -89,19 +89,19 @@ def test_the_ceiling_is_that_of_the_least_work() -> None:
     assert slow_memory.seconds(difference, half) == (4 * 2 + 2 * 4) * matrix
     assert slow_memory.seconds(joint, full) == (8 * 4 + 2 * 4) * matrix
     assert slow_products.seconds(difference, half) < 1e-8
-    found = ceiling.measure(full)
-    assert 1e8 < found.flop_per_second < 1e16
-    assert 1e8 < found.bytes_per_second < 1e14
+    measured = ceiling.measure(full)
+    assert 1e8 < measured.flop_per_second < 1e16
+    assert 1e8 < measured.bytes_per_second < 1e14
 
 
-def test_memory_at_the_peak_is_counted_exactly() -> None:
+def test_peak_extra_bytes_is_exact() -> None:
     matrix = torch.ones(256, 256, device=DEVICE)
     assert peak_extra_bytes(lambda: matrix + matrix) == matrix.nbytes
     assert peak_extra_bytes(lambda: ((matrix + matrix) + matrix) + matrix) == 2 * matrix.nbytes
     assert peak_extra_bytes(lambda: matrix.T) == 0
 
 
-def test_results_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_write_json_is_atomic(tmp_path: Path) -> None:
     path = tmp_path / "new" / "results.json"
     write_json(path, {"cases": [1]})
     with pytest.raises(TypeError):
@@ -110,7 +110,7 @@ def test_results_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_only_a_complete_run_on_a_gpu_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_path_is_results_only_for_complete_gpu_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for device, entries, folder in [
         ("cuda", CASES, "benchmarks/results"),
         ("cuda", CASES[1:], "build/benchmarks"),
@@ -126,7 +126,7 @@ def test_only_a_complete_run_on_a_gpu_is_a_result(monkeypatch: pytest.MonkeyPatc
         assert report.path == REPOSITORY / folder / f"{name}.json"
 
 
-def test_a_complete_run_takes_the_place_of_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_complete_run_replaces_partial_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(report_module, "DEVICE", torch.device("cuda"))
     report = Report("float16", tmp_path)
@@ -139,8 +139,8 @@ def test_a_complete_run_takes_the_place_of_a_part(tmp_path: Path, monkeypatch: p
     assert [path.name for path in tmp_path.iterdir()] == ["nvidia-h200-losses.json"]
 
 
-def test_a_tiny_run_ends_in_a_table(tmp_path: Path) -> None:
-    # -P keeps the top of the repository, and so its `kernels`, off the path.
+def test_tiny_run_prints_table(tmp_path: Path) -> None:
+    # -P keeps the repository's root with its folder `kernels` off the path.
     command = [
         sys.executable,
         "-P",
@@ -153,7 +153,7 @@ def test_a_tiny_run_ends_in_a_table(tmp_path: Path) -> None:
         "interpreted",
     ]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY / "tests")}
-    # A worker of xdist times nothing; what it starts is none.
+    # pytest-benchmark measures nothing in a worker of xdist; the new process is not a worker.
     environment.pop("PYTEST_XDIST_WORKER", None)
     command += ["--results", str(tmp_path), "-p", "no:cacheprovider"]
     run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)

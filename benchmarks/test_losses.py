@@ -1,4 +1,4 @@
-"""The suite: every case checked, then timed and its memory measured (README.md says what is compared)."""
+"""Verifies every case of the losses, then measures its time and memory (README.md describes the cases)."""
 
 from importlib.util import find_spec
 
@@ -18,7 +18,7 @@ def test_loss(case: Case, dtype: torch.dtype, report: Report, benchmark: Benchma
     ):
         pytest.skip("needs Triton and a GPU, or TRITON_INTERPRET=1")
     entry = report.begin(case)
-    expected(case.operation, case.batch, case.width, dtype)  # here, lest its memory be charged to the competitor
+    expected(case.operation, case.batch, case.width, dtype)  # cached here, so that its memory does not count
     try:
         report.measured(case, measure(case, dtype, benchmark))
     except RuntimeError as error:
@@ -28,6 +28,6 @@ def test_loss(case: Case, dtype: torch.dtype, report: Report, benchmark: Benchma
     finally:
         report.write()
     if entry["outcome"] == "out of memory":
-        # Out of the handler: the exception's frames hold the tensors.
+        # Outside of the handler, since the exception's frames keep the tensors alive.
         torch.cuda.empty_cache()
         pytest.skip("out of memory")

@@ -1,4 +1,4 @@
-"""The opponents do what they are said to do: their gradients are those of the project's plain formulas."""
+"""The competitors: their gradients are those of the project's plain formulas."""
 
 import copy
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from dive_fast.model.towers import Towers, unit
 
 BATCH = 6
 WEIGHT, DECAY = 1000.0, 0.9
-# Nothing moves but the average vector: a first update by AdamW is the gradient's sign, rounding included.
+# Only the average vector changes: AdamW's first update is the gradient's sign, which depends on rounding.
 STILL: dict[str, Any] = {"total_steps": 10, "learning_rate": 0.0}
 Gradients = dict[str, Tensor]
 
@@ -32,20 +32,20 @@ def teacher() -> Any:
 
 @pytest.fixture(scope="module")
 def student(teacher: Any) -> Any:
-    """The teacher, a little off."""
-    moved = copy.deepcopy(teacher)
+    """The teacher with small changes."""
+    changed = copy.deepcopy(teacher)
     torch.manual_seed(1)
     with torch.no_grad():
-        for parameter in moved.parameters():
+        for parameter in changed.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
-    return moved
+    return changed
 
 
 @pytest.fixture(scope="module")
 def batches() -> list[Inputs]:
-    """Two steps' worth; equal texts stand in the first."""
-    whole = steps.make_inputs("ViT-tiny", 2 * BATCH, 2 * BATCH)
-    first, second = (Inputs(*parts) for parts in zip(*(tensor.split(BATCH) for tensor in whole)))
+    """Batches of two steps; the first has equal texts."""
+    both = steps.make_inputs("ViT-tiny", 2 * BATCH, 2 * BATCH)
+    first, second = (Inputs(*parts) for parts in zip(*(tensor.split(BATCH) for tensor in both)))
     first.target_tokens[1] = first.target_tokens[0]
     first.reference_tokens[3] = first.reference_tokens[2]
     return [first, second]
@@ -55,18 +55,18 @@ def gradients(model: Any) -> Gradients:
     return {name: parameter.grad.reshape(-1).clone() for name, parameter in model.named_parameters()}
 
 
-def error(found: Gradients, expected: Gradients) -> float:
-    """The worst parameter's, relative to its norm."""
-    assert found.keys() == expected.keys()
-    return max(float((found[name] - value).norm() / value.norm()) for name, value in expected.items())
+def error(actual: Gradients, expected: Gradients) -> float:
+    """Largest relative error of a parameter's gradient, by norms."""
+    assert actual.keys() == expected.keys()
+    return max(float((actual[name] - value).norm() / value.norm()) for name, value in expected.items())
 
 
 def by_steps(step: Callable[..., Any], model: Any, batches: list[Any]) -> list[Gradients]:
-    found = []
+    collected = []
     for batch in batches:
         step(batch)
-        found.append(gradients(model))
-    return found
+        collected.append(gradients(model))
+    return collected
 
 
 def features(towers: Towers, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,19 +79,17 @@ def published(student: Any, teacher: Any, batches: list[Inputs]) -> list[Gradien
     return by_steps(peer.step, model, batches)
 
 
-def test_flyp_has_the_gradient_of_the_contrastive_loss(student: Any, batches: list[Inputs]) -> None:
+def test_flyp_gradient_is_that_of_contrastive_loss(student: Any, batches: list[Inputs]) -> None:
     model, towers = copy.deepcopy(student), Towers(copy.deepcopy(student))
-    found = by_steps(Flyp(model, **STILL).step, model, batches)
-    for batch, gradient in zip(batches, found, strict=True):
+    collected = by_steps(Flyp(model, **STILL).step, model, batches)
+    for batch, gradient in zip(batches, collected, strict=True):
         towers.zero_grad()
         loss = naive.contrastive_loss(*features(towers, *batch[:2]), towers.scale())
         loss.backward()
         assert error(gradient, gradients(towers)) < 1e-5
 
 
-def test_dive_has_the_papers_gradient_and_carries_the_average_vector(
-    student: Any, teacher: Any, batches: list[Inputs]
-) -> None:
+def test_dive_gradient_and_average_vector_match_paper(student: Any, teacher: Any, batches: list[Inputs]) -> None:
     towers, frozen = Towers(copy.deepcopy(student)), Towers(copy.deepcopy(teacher)).eval()
     average_vector = torch.zeros(towers.width, device=DEVICE)
     for batch, gradient in zip(batches, published(student, teacher, batches), strict=True):
@@ -108,10 +106,10 @@ def test_dive_has_the_papers_gradient_and_carries_the_average_vector(
 
 
 @pytest.mark.parametrize("lever", [*Levers._fields, "all but half precision"])
-def test_no_lever_changes_the_gradient(
+def test_levers_keep_gradient(
     lever: str, student: Any, teacher: Any, batches: list[Inputs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What is traced is the same, but inductor takes minutes on a small machine.
+    # Traces the same graph without inductor, which takes minutes on a small machine.
     monkeypatch.setattr(blocks, "BACKEND", "aot_eager")
     levers = Levers(**{lever: True}) if lever in Levers._fields else Levers(False, *[True] * 6)
     if levers.fused_losses and not INTERPRETED and DEVICE.type != "cuda":
@@ -125,19 +123,19 @@ def test_no_lever_changes_the_gradient(
     towers = Towers(copy.deepcopy(student))
     peer = DiveWithLevers(towers, frozen, levers, weight=WEIGHT, decay=DECAY, **STILL)
     if levers.half_precision:
-        # A model this far from its teacher overflows at the scale a run starts with.
+        # A model this far from its teacher overflows at the initial scale.
         peer.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=4.0)
-    found = by_steps(peer.step, towers, [levers.prepare(batch) for batch in batches])
-    for ours, expected in zip(found, published(student, teacher, batches), strict=True):
+    collected = by_steps(peer.step, towers, [levers.prepare(batch) for batch in batches])
+    for ours, expected in zip(collected, published(student, teacher, batches), strict=True):
         if levers.half_precision:
-            whole = [torch.cat(list(part.values())) for part in (ours, expected)]
-            # Not fp32 either: then autocast would not be on.
-            assert 1e-5 < (whole[0] - whole[1]).norm() / whole[1].norm() < 0.02
+            actual, exact = (torch.cat(list(part.values())) for part in (ours, expected))
+            # The lower bound shows that autocast is enabled.
+            assert 1e-5 < (actual - exact).norm() / exact.norm() < 0.02
         else:
             assert error(ours, expected) < 1e-5
 
 
-def test_text_is_prepared_as_the_levers_say(batches: list[Inputs]) -> None:
+def test_levers_text_is_trimmed_and_distinct(batches: list[Inputs]) -> None:
     tokens = batches[0].target_tokens
     longest = int(tokens.argmax(1).max()) + 1
     for trimmed, distinct in [(False, False), (True, False), (False, True), (True, True)]:
@@ -147,13 +145,13 @@ def test_text_is_prepared_as_the_levers_say(batches: list[Inputs]) -> None:
         assert torch.equal(text.tokens[text.index], tokens)
 
 
-def test_an_update_is_adamws_and_the_learning_rate_the_engines(student: Any, batches: list[Inputs]) -> None:
+def test_flyp_update_is_adamw_with_the_engines_schedule(student: Any, batches: list[Inputs]) -> None:
     model = copy.deepcopy(student)
     peer = Flyp(model, total_steps=10, learning_rate=1e-3, weight_decay=0.1, warmup_steps=4)
     peer.step(batches[0])
     rate, decay = 1e-3 / 4, 0.1
     for before, after in zip(student.parameters(), model.parameters(), strict=True):
-        # The first update of Adam divides each gradient by its own size.
+        # Adam's first update divides each gradient by its absolute value.
         update = after.grad / (after.grad.abs() + 1e-8)
         torch.testing.assert_close(after, before * (1 - rate * decay) - rate * update, rtol=1e-5, atol=1e-6)
     ours, engines = cosine_with_warmup(4, 10), learning_rate_schedule(4, 10)

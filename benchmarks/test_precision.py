@@ -1,4 +1,4 @@
-"""The precision study measures what it says: roundings are the hardware's, and fp32 against itself shows none."""
+"""The precision benchmark: rounding as in hardware, and no differences between fp32 and fp32."""
 
 from pathlib import Path
 
@@ -25,8 +25,8 @@ def subject() -> Subject:
     return Subject("demo", None, None)
 
 
-def test_tf32_has_the_ten_bits_of_fp16_and_the_range_of_fp32() -> None:
-    # Apart from ties, which a random number does not meet, where fp16 is normal both round alike.
+def test_rounded_to_tf32_has_fp16_mantissa_and_fp32_range() -> None:
+    # In fp16's normal range both round equally, except for ties, which random numbers do not hit.
     numbers = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
     numbers = numbers[numbers.abs() > 2**-14]
     assert torch.equal(rounding.rounded_to_tf32(numbers), numbers.half().float())
@@ -41,27 +41,27 @@ def test_products_round_factors_and_results_and_sum_in_fp32() -> None:
     for leaf in (x, weight):
         leaf.requires_grad_()
     with rounding.products("fp16", HERE), torch.autocast("cpu", torch.float16):
-        found = torch.nn.functional.linear(x, weight, bias)
-        gradients = torch.autograd.grad(found.float().square().sum(), (x, weight))
+        actual = torch.nn.functional.linear(x, weight, bias)
+        gradients = torch.autograd.grad(actual.float().square().sum(), (x, weight))
     exact = x.half().float() @ weight.half().float().T + bias.half().float()
-    assert torch.equal(found, exact.half())
+    assert torch.equal(actual, exact.half())
     with torch.autocast("cpu", torch.float16):
         real = torch.nn.functional.linear(x, weight, bias)
-    assert torch.allclose(found.float(), real.float(), rtol=2**-9, atol=2**-9)
-    upstream = (2 * found.float()).half().float()
+    assert torch.allclose(actual.float(), real.float(), rtol=2**-9, atol=2**-9)
+    upstream = (2 * actual.float()).half().float()
     assert torch.equal(gradients[0], (upstream @ weight.half().float()).half().float())
     with rounding.products("tf32", HERE):
-        found = torch.nn.functional.linear(x, weight, bias)
+        actual = torch.nn.functional.linear(x, weight, bias)
     factors = rounding.rounded_to_tf32(x), rounding.rounded_to_tf32(weight).T
-    assert torch.allclose(found, torch.addmm(bias, *factors), atol=1e-5)
-    assert not torch.allclose(found, torch.addmm(bias, x, weight.T), atol=1e-5)
+    assert torch.allclose(actual, torch.addmm(bias, *factors), atol=1e-5)
+    assert not torch.allclose(actual, torch.addmm(bias, x, weight.T), atol=1e-5)
 
 
 @pytest.mark.usefixtures("subject")
 class TestStudy:
     pytestmark = needs_photos
 
-    def test_fp32_against_itself_shows_nothing(self, subject: Subject) -> None:
+    def test_compare_fp32_with_itself_is_exact(self, subject: Subject) -> None:
         case = CASE._replace(precision="fp32")
         figures = compare(subject, case, true_gradient(subject, case))
         assert figures["u"] == pytest.approx(case.norm, rel=0.05)
@@ -70,50 +70,50 @@ class TestStudy:
             assert figures[name] == pytest.approx(1, abs=1e-6), name
         assert set(figures) == set(FIGURES)
 
-    def test_the_gradient_in_pieces_is_that_of_the_batch(self, subject: Subject) -> None:
+    def test_true_gradient_in_pieces_equals_batch(self, subject: Subject) -> None:
         truth = true_gradient(subject, CASE)
         (batch,) = precision.batches(subject.reference, range(CASE.batch), CASE.batch)
         pairs = subject.towers.encode_pairs(batch.images, batch.text)
         loss = naive.difference_loss(*pairs, *truth.frozen, truth.average).loss
         assert loss.item() == pytest.approx(truth.loss, rel=1e-4)
-        for found, expected in zip(
+        for actual, expected in zip(
             truth.gradient, torch.autograd.grad(loss, subject.parameters, allow_unused=True), strict=True
         ):
-            expected = torch.zeros_like(found) if expected is None else expected
-            # u is 1e-2 long, so fp32 knows it to some 1e-5.
-            assert torch.allclose(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+            expected = torch.zeros_like(actual) if expected is None else expected
+            # |u| is 1e-2, so its relative error in fp32 is about 1e-5.
+            assert torch.allclose(actual, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
-    def test_rounding_shows_and_bf16s_is_eight_times_fp16s(self, subject: Subject) -> None:
+    def test_compare_bf16_noise_is_eight_times_fp16(self, subject: Subject) -> None:
         truth = true_gradient(subject, CASE)
         fp16, bf16 = (compare(subject, CASE._replace(precision=p), truth) for p in ("fp16", "bf16"))
         assert 0.9 < bf16["cosine"] < fp16["cosine"] < 1
         for half in ("image_noise", "text_noise"):
             assert 4 < bf16[half] / fp16[half] < 16
 
-    def test_a_remedy_leaves_no_rounding_where_it_computes_in_fp32(self, subject: Subject) -> None:
+    def test_noise_floor_is_lower_with_remedy(self, subject: Subject) -> None:
         floor = {(row["precision"], row["remedy"]): row for row in noise_floor(subject)}
         assert floor["fp16", "text"]["text_noise"] == 0
         assert floor["fp16", "text"]["image_noise"] == floor["fp16", "none"]["image_noise"]
         assert floor["fp16", "residual"]["text_noise"] == floor["fp16", "none"]["text_noise"]
         for half in ("image_noise", "text_noise"):
-            mended, noise = floor["fp16", "residual + head"][half], floor["fp16", "none"][half]
-            # In so small a model the blocks' own rounding, which stays, is nearly all of it on some CPUs.
-            assert mended != noise
-            assert 0 < mended < 1.02 * noise
-        # Hooks and modes are gone.
+            reduced, noise = floor["fp16", "residual + head"][half], floor["fp16", "none"][half]
+            # The remedy keeps the blocks' rounding, which is nearly all of this small model's noise on some CPUs.
+            assert reduced != noise
+            assert 0 < reduced < 1.02 * noise
+        # Hooks and modes are removed.
         assert subject.towers.autocast is None
         assert not subject.towers.visual.ln_pre._forward_hooks
 
-    def test_an_fp16_cache_adds_its_own_rounding(self, subject: Subject) -> None:
+    def test_compare_fp16_cache_adds_rounding(self, subject: Subject) -> None:
         case = CASE._replace(precision="fp32", teacher="fp16 cache")
         assert 0.999 < compare(subject, case, true_gradient(subject, case))["cosine"] < 1 - 1e-7
 
 
-def test_cases_that_were_run_are_known_from_the_file(tmp_path: Path) -> None:
+def test_results_reads_finished_cases(tmp_path: Path) -> None:
     results = Results(tmp_path / "precision.json")
     results.cases.append({**CASE._asdict(), **dict.fromkeys(FIGURES, 0.5)})
     results.write()
-    again = Results(tmp_path / "precision.json")
-    assert again.has(CASE)
-    assert not again.has(CASE._replace(norm=3e-3))
-    assert "| demo | random | 0.01 | 6 | fp16 | none | fp32 | settled | 0.5 |" in again.tables()
+    reopened = Results(tmp_path / "precision.json")
+    assert reopened.has(CASE)
+    assert not reopened.has(CASE._replace(norm=3e-3))
+    assert "| demo | random | 0.01 | 6 | fp16 | none | fp32 | settled | 0.5 |" in reopened.tables()

@@ -1,4 +1,4 @@
-"""The benchmark of saves writes what a save costs, and whole checkpoints while it does."""
+"""The benchmark of saves writes its figures and nothing else."""
 
 import json
 import os
@@ -12,16 +12,16 @@ from loss_report import REPOSITORY
 pytestmark = pytest.mark.slow
 
 
-def test_a_tiny_run_ends_in_figures(tmp_path: Path) -> None:
+def test_tiny_run_writes_figures(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/saves.py", "--model", "ViT-tiny", "--rounds", "1"]
     command += ["--results", str(tmp_path), "--folder", str(tmp_path)]
     environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    (found,) = json.loads((tmp_path / "cpu-saves.json").read_text())["rounds"]
-    assert found["gib"] > 0.03
-    assert found["whole"] >= found["held"] > 0
-    assert found["waited_for"] > 0
-    assert found["deepspeed"] > 0
-    # Checkpoints are written for the figures alone.
+    (figures,) = json.loads((tmp_path / "cpu-saves.json").read_text())["rounds"]
+    assert figures["gib"] > 0.03
+    assert figures["complete"] >= figures["blocked"] > 0
+    assert figures["waiting_save"] > 0
+    assert figures["deepspeed"] > 0
+    # Checkpoints are temporary.
     assert [path.name for path in tmp_path.iterdir()] == ["cpu-saves.json"]

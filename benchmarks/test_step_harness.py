@@ -1,4 +1,4 @@
-"""The suite of steps keeps its promises: every case has an outcome, in time or not, and ratios are of one run."""
+"""The step benchmarks: every case has an outcome within the time limit, and ratios are within one run."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def outcomes(path: Path) -> dict[str, str]:
     return {entry["competitor"]: entry["outcome"] for entry in json.loads(path.read_text())["cases"]}
 
 
-def test_every_case_has_an_outcome_from_the_first_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_has_outcome_of_every_case_after_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(case: Case, *_: Any) -> dict[str, Any]:
         if case.competitor == "sequential":
             raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
@@ -39,7 +39,7 @@ def test_every_case_has_an_outcome_from_the_first_on(tmp_path: Path, monkeypatch
         return measured(1.0, 10)
 
     monkeypatch.setattr(test_steps, "measure", measure)
-    found, by_name = report(tmp_path), {case.competitor: case for case in CASES}
+    reported, by_name = report(tmp_path), {case.competitor: case for case in CASES}
     expected = dict.fromkeys(COMPETITORS, "not reached")
     for name, ends, outcome in [
         ("flyp_published", None, "measured"),
@@ -47,49 +47,49 @@ def test_every_case_has_an_outcome_from_the_first_on(tmp_path: Path, monkeypatch
         ("cached_teacher", AssertionError, "failed"),
     ]:
         if ends is None:
-            test_steps.test_step(by_name[name], 0, found, NO_BENCHMARK)
+            test_steps.test_step(by_name[name], 0, reported, NO_BENCHMARK)
         else:
             with pytest.raises(ends):
-                test_steps.test_step(by_name[name], 0, found, NO_BENCHMARK)
+                test_steps.test_step(by_name[name], 0, reported, NO_BENCHMARK)
         expected[name] = outcome
-        assert outcomes(found.path) == expected
-        assert f"{NAMES[name].strip()} | {outcome if ends else '1.00 s | 1.00x'} |" in found.table()
+        assert outcomes(reported.path) == expected
+        assert f"{NAMES[name].strip()} | {outcome if ends else '1.00 s | 1.00x'} |" in reported.table()
 
 
-def test_no_case_is_begun_that_may_end_too_late(tmp_path: Path) -> None:
-    found = report(tmp_path, minutes=1)
-    found.record(CASES[0], measured(1.0, 10), seconds=50)
-    assert found.has_time()
-    found.record(CASES[1], measured(1.0, 10), seconds=70)
-    assert not found.has_time()
+def test_case_that_may_exceed_time_limit_is_skipped(tmp_path: Path) -> None:
+    reported = report(tmp_path, minutes=1)
+    reported.record(CASES[0], measured(1.0, 10), seconds=50)
+    assert reported.has_time()
+    reported.record(CASES[1], measured(1.0, 10), seconds=70)
+    assert not reported.has_time()
     with pytest.raises(pytest.skip.Exception, match="not reached"):
-        test_steps.test_step(CASES[2], 0, found, NO_BENCHMARK)
+        test_steps.test_step(CASES[2], 0, reported, NO_BENCHMARK)
 
 
-def test_ratios_are_to_flyp_as_published_of_the_same_size(tmp_path: Path) -> None:
+def test_report_ratios_are_to_published_flyp_of_same_size(tmp_path: Path) -> None:
     larger = Case("ViT-tiny", 16, "dive_fast")
-    found = StepReport([*CASES, larger], {}, 9, tmp_path)
-    found.record(CASES[0], measured(2.0, 40))
-    found.record(CASES[1], measured(3.0, 100))
-    found.record(larger, measured(8.0, 80))
-    peer, dive, *_, alone = json.loads(found.path.read_text())["cases"]
+    reported = StepReport([*CASES, larger], {}, 9, tmp_path)
+    reported.record(CASES[0], measured(2.0, 40))
+    reported.record(CASES[1], measured(3.0, 100))
+    reported.record(larger, measured(8.0, 80))
+    peer, dive, *_, alone = json.loads(reported.path.read_text())["cases"]
     assert (peer["time_ratio"], peer["memory_ratio"]) == (1, 1)
     assert (dive["time_ratio"], dive["memory_ratio"]) == (1.5, 2.5)
     assert "time_ratio" not in alone
-    assert "| DiVE as published | 3.00 s | 1.50x | 100 MiB | 2.50x | 0.002 |" in found.table()
+    assert "| DiVE as published | 3.00 s | 1.50x | 100 MiB | 2.50x | 0.002 |" in reported.table()
 
 
-def test_a_picture_is_drawn_of_any_outcomes(tmp_path: Path) -> None:
-    found = report(tmp_path)
-    found.record(CASES[0], {"outcome": "out of memory"})
-    found.record(CASES[1], measured(3.0, 100))
-    assert draw(found.path).read_bytes().startswith(b"\x89PNG")
+def test_draw_with_unmeasured_cases(tmp_path: Path) -> None:
+    reported = report(tmp_path)
+    reported.record(CASES[0], {"outcome": "out of memory"})
+    reported.record(CASES[1], measured(3.0, 100))
+    assert draw(reported.path).read_bytes().startswith(b"\x89PNG")
 
 
-def test_skipped_steps_are_not_measured() -> None:
-    scales, taken = iter([8.0, 4.0, 4.0, 2.0, 2.0, 2.0]), []
-    measure_steps.settle(Running(lambda: taken.append(1), lambda: next(scales)))
-    assert len(taken) == 3
+def test_settle_runs_until_step_is_not_skipped() -> None:
+    scales, steps = iter([8.0, 4.0, 4.0, 2.0, 2.0, 2.0]), []
+    measure_steps.settle(Running(lambda: steps.append(1), lambda: next(scales)))
+    assert len(steps) == 3
     falling = iter(range(100, 0, -1))
     with pytest.raises(AssertionError, match="overflow"):
         measure_steps.settle(Running(dict, lambda: next(falling)))
@@ -97,16 +97,16 @@ def test_skipped_steps_are_not_measured() -> None:
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of its results."""
+    """Folder of the results of a tiny run."""
     folder = tmp_path_factory.mktemp("tiny")
     call("benchmarks/steps.py", "--results", str(folder))
     return folder
 
 
 def call(*command: str) -> str:
-    """What a script printed."""
+    """Output of a script."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    # A worker of xdist times nothing; what it starts is none.
+    # pytest-benchmark measures nothing in a worker of xdist; the new process is not a worker.
     environment.pop("PYTEST_XDIST_WORKER", None)
     run = subprocess.run(
         [sys.executable, *command], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
@@ -115,12 +115,12 @@ def call(*command: str) -> str:
     return run.stdout
 
 
-def test_a_tiny_run_ends_in_figures_and_a_picture(tiny_run: Path) -> None:
+def test_tiny_run_writes_figures_and_picture(tiny_run: Path) -> None:
     assert outcomes(tiny_run / "cpu-steps.json") == {
         name: "needs a GPU" if name in NEEDS_GPU else "measured" for name in COMPETITORS
     }
     entries = {e["competitor"]: e for e in json.loads((tiny_run / "cpu-steps.json").read_text())["cases"]}
-    # Arithmetic and memory are the same from run to run, wall time is not.
+    # Arithmetic and memory are reproducible, wall time is not.
     assert entries["trimmed_text"]["flop"] < entries["dive_published"]["flop"]
     assert entries["cached_teacher"]["flop"] < entries["dive_published"]["flop"]
     assert entries["sequential"]["flop"] == entries["dive_published"]["flop"]
@@ -129,8 +129,8 @@ def test_a_tiny_run_ends_in_figures_and_a_picture(tiny_run: Path) -> None:
     assert (tiny_run / "cpu-steps.png").is_file()
 
 
-@pytest.mark.slow  # tests/planner/test_plan.py holds plans to steps too
-def test_what_was_planned_without_a_step_is_what_the_step_took(tiny_run: Path) -> None:
+@pytest.mark.slow  # tests/planner/test_plan.py also compares plans with steps
+def test_plans_match_measured_steps(tiny_run: Path) -> None:
     printed = call("benchmarks/planned.py", "--against", str(tiny_run / "cpu-steps.json"))
     rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ViT-tiny")]
     assert [row[1].strip("`") for row in rows] == [

@@ -1,4 +1,4 @@
-"""The suite of steps: every case timed, its memory and arithmetic measured (README.md says what is compared)."""
+"""Measures time, memory and arithmetic of every case of the steps (README.md describes the cases)."""
 
 import gc
 import time
@@ -16,12 +16,12 @@ from steps import CASES, NEEDS_GPU, Case
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_step(case: Case, zero: int, step_report: StepReport, benchmark: BenchmarkFixture) -> None:
     if not step_report.has_time():
-        pytest.skip("not reached in the time given")
+        pytest.skip("not reached within the time limit")
     if case.competitor in NEEDS_GPU and DEVICE.type != "cuda":
         step_report.record(case, {"outcome": "needs a GPU"})
         pytest.skip("needs a GPU")
-    begun, figures = time.monotonic(), {"outcome": "failed"}
-    step_report.record(case, figures)  # unless more is said of it, even where the process ends
+    start, figures = time.monotonic(), {"outcome": "failed"}
+    step_report.record(case, figures)  # replaced below, unless the process dies
     try:
         figures = measure(case, zero, benchmark)
     except RuntimeError as error:
@@ -29,8 +29,8 @@ def test_step(case: Case, zero: int, step_report: StepReport, benchmark: Benchma
             raise
         figures = {"outcome": "out of memory"}
     finally:
-        step_report.record(case, figures, time.monotonic() - begun)
-    # Out of the handler: the exception's frames hold the tensors.
+        step_report.record(case, figures, time.monotonic() - start)
+    # Outside of the handler, since the exception's frames keep the tensors alive.
     gc.collect()
     torch.cuda.empty_cache()
     if figures["outcome"] == "out of memory":

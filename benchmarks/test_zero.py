@@ -1,4 +1,4 @@
-"""The benchmark of ZeRO's stages has figures of each, and of the same step in plain PyTorch."""
+"""The benchmark of ZeRO's stages: equal losses in every step, and figures for each."""
 
 import json
 import os
@@ -15,16 +15,16 @@ from zero import PLAIN, STEPS, make_step
 pytestmark = pytest.mark.slow
 
 
-def test_every_step_is_the_same_step() -> None:
+def test_every_step_has_the_same_loss() -> None:
     linear = torch.nn.functional.linear
     losses = {name: make_step(Case("ViT-tiny", 8, "dive_fast"), stage)()["loss"] for name, stage in STEPS.items()}
-    # ZeRO-3's layer, which it sets for the process, would slow the others down.
+    # ZeRO-3's replacement would slow the other steps down.
     assert torch.nn.functional.linear is linear
     for name, loss in losses.items():
         torch.testing.assert_close(loss.cpu(), losses[PLAIN].cpu(), rtol=1e-5, atol=0, msg=name)
 
 
-def test_a_tiny_run_ends_in_figures(tmp_path: Path) -> None:
+def test_tiny_run_writes_figures(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/zero.py", "--model", "ViT-tiny", "--rounds", "1"]
     environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     run = subprocess.run(
@@ -36,9 +36,9 @@ def test_a_tiny_run_ends_in_figures(tmp_path: Path) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    found = json.loads((tmp_path / "cpu-zero.json").read_text())
-    (times,), peaks = found["rounds"], found["peak_bytes"]
+    results = json.loads((tmp_path / "cpu-zero.json").read_text())
+    (times,), peaks = results["rounds"], results["peak_bytes"]
     assert times.keys() == peaks.keys() == STEPS.keys()
     assert min(times.values()) > 0
-    # A stage keeps a copy of the weights, and room for what it would send.
+    # A stage stores a copy of the weights and buffers for communication.
     assert peaks["no ZeRO"] < peaks["ZeRO 1"]

@@ -1,6 +1,6 @@
-"""No figure without this: value, average vector and all gradients against float64, at any batch size.
+"""Verifies loss, average vector and all gradients against float64, at any batch size, before a case is measured.
 
-Errors are the largest absolute one over a tensor, relative to the largest entry of the truth.
+The error of a tensor is its largest absolute error relative to the largest entry of the float64 result.
 """
 
 from functools import lru_cache
@@ -26,9 +26,9 @@ OURS = ("naive", "triton", "triton_apart", "triton_fused", "triton_chunked")
 
 
 def evaluate(inputs: Inputs, operation: str, scale: Tensor, rows: int = 8192) -> dict[str, Tensor]:
-    """The outputs of ``step``, with naive's formulas in the precision naive would use, in memory linear in B.
+    """Outputs of ``losses.step`` by naive's formulas, in naive's precision and in memory linear in B.
 
-    Each cross-entropy is a sum over rows, so ``rows`` of them at a time are evaluated and differentiated.
+    Each cross-entropy is a sum over rows, and is evaluated and differentiated ``rows`` at a time.
     """
     value = torch.zeros((), device=scale.device)
     outputs: dict[str, Tensor] = {}
@@ -58,21 +58,21 @@ def evaluate(inputs: Inputs, operation: str, scale: Tensor, rows: int = 8192) ->
 
 
 def in_float64(inputs: Inputs) -> Inputs:
-    """The very same numbers, so that the truth is that of the rounded inputs."""
+    """The same rounded inputs in float64."""
     return Inputs(*(x.detach().double().requires_grad_(x.requires_grad) for x in inputs))
 
 
 def relative_errors(outputs: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    """The error of each tensor; a tensor too many or too few is an error of the benchmark itself."""
+    """Relative error of each tensor; both arguments must have the same tensors."""
     assert outputs.keys() == truth.keys(), sorted(outputs.keys() ^ truth.keys())
     return {name: ((outputs[name].double() - x).abs().max() / x.abs().max()).item() for name, x in truth.items()}
 
 
-@lru_cache(maxsize=1)  # consecutive cases differ in the competitor alone
+@lru_cache(maxsize=1)  # consecutive cases differ only in the competitor
 def expected(
     operation: str, batch: int, width: int, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The truth for ``make_inputs(batch, width, dtype)``, and naive's errors in this dtype."""
+    """float64 outputs for ``make_inputs(batch, width, dtype)``, and naive's errors in this dtype."""
     inputs, scale = make_inputs(batch, width, dtype), loss_scale(batch, dtype)
     truth = evaluate(in_float64(inputs), operation, scale)
     return truth, relative_errors(evaluate(inputs, operation, scale), truth)

@@ -1,7 +1,7 @@
-"""What ZeRO costs a rank that is alone: ``python benchmarks/zero.py --model ViT-B-32 --batch 8``.
+"""Measures the cost of ZeRO on one rank: ``python benchmarks/zero.py --model ViT-B-32 --batch 8``.
 
-DiVE's step in plain PyTorch with every lever of the engine, by the engine without ZeRO, and at its stages, on one
-batch. They take turns, so that ratios are of one run.
+Compares DiVE's step in plain PyTorch with every lever of the engine, in the engine without ZeRO, and with its
+stages, on one batch. The steps take turns, so that ratios are within one run.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from dive_fast.model.towers import Towers
 
 PLAIN = "plain PyTorch"
 STEPS = {PLAIN: None, "no ZeRO": 0, "ZeRO 1": 1, "ZeRO 2": 2, "ZeRO 3": 3}
-"""Each step's stage."""
+"""ZeRO stage of each step."""
 FIRST_STEPS = 16 if DEVICE.type == "cuda" else 3
-"""Steps before the first that counts: fp16 skips some for an overflow, and optimizers allocate."""
+"""Warm-up steps: fp16 skips some after an overflow, and optimizers allocate."""
 
 
 def make_step(case: Case, stage: int | None) -> Callable[[], Any]:
-    """A step of its own model, ready to go."""
+    """Creates a step with its own copy of the model."""
     model, inputs = copy.deepcopy(random_model(case.model)).to(DEVICE), make_inputs(*case.sizes)
     if stage is not None:
         linear = F.linear
@@ -43,26 +43,26 @@ def make_step(case: Case, stage: int | None) -> Callable[[], Any]:
     return partial(plain.step, levers.prepare(inputs))
 
 
-def with_linear(step: Callable[[], Any], others: Any) -> Callable[[], Any]:
-    """A step made last, with the linear layer it was made for: ZeRO-3 replaces that of the whole process.
+def with_linear(step: Callable[[], Any], original: Any) -> Callable[[], Any]:
+    """Restores ``F.linear``, and wraps a step to use ZeRO-3's replacement of it only while it runs.
 
     Args:
-        others: the layer that is left behind for other steps.
+        original: ``F.linear`` for all other steps.
     """
-    own, F.linear = F.linear, others
+    replacement, F.linear = F.linear, original
 
-    def alone() -> Any:
-        F.linear = own
+    def wrapped_step() -> Any:
+        F.linear = replacement
         try:
             return step()
         finally:
-            F.linear = others
+            F.linear = original
 
-    return alone
+    return wrapped_step
 
 
 def main() -> None:
-    """Parses, measures, prints, writes."""
+    """Measures, prints a table and writes a JSON file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--batch", type=int, default=8)
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=REPOSITORY / "build/benchmarks")
     options = parser.parse_args()
     case = Case(options.model, options.batch, "dive_fast")
-    # Here, lest their memory be charged to the first.
+    # Cached here, so that their memory does not count for the first step.
     make_inputs(*case.sizes)
     teacher_rows(*case.sizes)
     steps: dict[str, Callable[[], Any]] = {}
@@ -87,9 +87,9 @@ def main() -> None:
         seconds = statistics.median(each[name] for each in rounds)
         ratio = statistics.median(each[name] / each[PLAIN] for each in rounds)
         print(f"| {name} | {1e3 * seconds:.0f} ms | {ratio:.2f} | {peak / 2**30:.2f} GiB |", flush=True)
-    found = {"device": device_name(), "commit": commit(), "case": case._asdict()}
-    found |= {"peak_bytes": peaks, "rounds": rounds}
-    write_json(options.results / f"{slug(device_name())}-zero.json", found)
+    results = {"device": device_name(), "commit": commit(), "case": case._asdict()}
+    results |= {"peak_bytes": peaks, "rounds": rounds}
+    write_json(options.results / f"{slug(device_name())}-zero.json", results)
 
 
 if __name__ == "__main__":

@@ -216,12 +216,14 @@ def statistics_block(
     ``h_i = max_j (l_ij - l_ii)``,  ``sum_j exp(l_ij - l_ii - h_i)``,  and the same sum weighted by
     ``z_i.t_j - z_i.t_i``. One program reduces its columns in ascending order.
     """
+    ROWS: tl.constexpr = TILE.ROWS
+    COLUMNS: tl.constexpr = TILE.COLUMNS
     N_padded = N_padded.to(tl.int64)
     # Side 0 has images as rows and texts as columns, side 1 the other way round.
     side = pid % 2
     split = (pid // 2) % num_splits
-    row0 = pid // (2 * num_splits) * TILE.ROWS
-    o_row = row0 + tl.arange(0, TILE.ROWS)
+    row0 = pid // (2 * num_splits) * ROWS
+    o_row = row0 + tl.arange(0, ROWS)
     stride = D_padded.to(tl.int64)
     left = packed.rows + (side * N_padded + first + row0) * D_padded
     right = packed.rows + (1 - side) * N_padded * D_padded
@@ -229,27 +231,25 @@ def statistics_block(
     s = tl.load(logit_scale).to(ACC)
 
     # The labels' cosines are the diagonal of a product like those below, so that equal logits differ by nothing.
-    b_label_cosine = tl.zeros([TILE.ROWS], ACC)
-    for offset in range(0, TILE.ROWS, TILE.COLUMNS):
+    b_label_cosine = tl.zeros([ROWS], ACC)
+    for offset in range(0, ROWS, COLUMNS):
         label = first + row0 + offset
-        b_product = primitives.row_products(
-            left, right + label * stride, D_padded, TILE.ROWS, TILE.COLUMNS, TILE.DEPTH, ACC
-        )
-        m_label = offset + tl.arange(0, TILE.COLUMNS)[None, :] == tl.arange(0, TILE.ROWS)[:, None]
+        b_product = primitives.row_products(left, right + label * stride, D_padded, ROWS, COLUMNS, TILE.DEPTH, ACC)
+        m_label = offset + tl.arange(0, COLUMNS)[None, :] == tl.arange(0, ROWS)[:, None]
         b_label_cosine += tl.sum(tl.where(m_label, b_product, 0.0), axis=1)
     b_label_cosine *= b_row_factor * tl.load(packed.factors + (1 - side) * N_padded + first + o_row)
     if split == 0:
         tl.store(reduction.statistics + (5 + side) * B.to(tl.int64) + o_row, b_label_cosine, mask=o_row < B)
 
-    b_highest = tl.full([TILE.ROWS], float("-inf"), ACC)
-    b_total = tl.zeros([TILE.ROWS], ACC)
-    b_weighted = tl.zeros([TILE.ROWS], ACC)
-    span = tl.cdiv(tl.cdiv(N, TILE.COLUMNS), num_splits) * TILE.COLUMNS
-    for column0 in range(split * span, tl.minimum((split + 1) * span, N), TILE.COLUMNS):
-        o_column = column0 + tl.arange(0, TILE.COLUMNS)
+    b_highest = tl.full([ROWS], float("-inf"), ACC)
+    b_total = tl.zeros([ROWS], ACC)
+    b_weighted = tl.zeros([ROWS], ACC)
+    span = tl.cdiv(tl.cdiv(N, COLUMNS), num_splits) * COLUMNS
+    for column0 in range(split * span, tl.minimum((split + 1) * span, N), COLUMNS):
+        o_column = column0 + tl.arange(0, COLUMNS)
         b_column_factor = tl.load(packed.factors + (1 - side) * N_padded + o_column)
         b_product = primitives.row_products(
-            left, right + column0 * stride, D_padded, TILE.ROWS, TILE.COLUMNS, TILE.DEPTH, ACC
+            left, right + column0 * stride, D_padded, ROWS, COLUMNS, TILE.DEPTH, ACC
         )
         # Each cosine relative to the label's: the large common part is gone before s magnifies it.
         b_relative = b_product * (b_row_factor[:, None] * b_column_factor[None, :]) - b_label_cosine[:, None]
@@ -395,26 +395,28 @@ def gradient_block(
     ``dx_i = g s/(2B) (dz_i - z_i (z_i . dz_i)) / |x_i|``. Every slice recomputes the logits of its rows. One
     program sums over all columns in ascending order: no atomics, and the same bits in every run.
     """
+    ROWS: tl.constexpr = TILE.ROWS
+    COLUMNS: tl.constexpr = TILE.COLUMNS
     N_padded = N_padded.to(tl.int64)
     num_slices = tl.cdiv(D, SLICE)
     side = pid % 2
     slice0 = (pid // 2) % num_slices * SLICE
-    row0 = pid // (2 * num_slices) * TILE.ROWS
-    o_row = row0 + tl.arange(0, TILE.ROWS)
+    row0 = pid // (2 * num_slices) * ROWS
+    o_row = row0 + tl.arange(0, ROWS)
     o_depth = slice0 + tl.arange(0, SLICE)
     stride = D_padded.to(tl.int64)
     left = packed.rows + (side * N_padded + first + row0) * D_padded
     right = packed.rows + (1 - side) * N_padded * D_padded
     s = tl.load(logit_scale).to(ACC)
 
-    b_acc = tl.zeros([TILE.ROWS, SLICE], ACC)
-    b_radial = tl.zeros([TILE.ROWS], ACC)  # z_i . dz_i
-    o_tile = tl.arange(0, TILE.COLUMNS)
+    b_acc = tl.zeros([ROWS, SLICE], ACC)
+    b_radial = tl.zeros([ROWS], ACC)  # z_i . dz_i
+    o_tile = tl.arange(0, COLUMNS)
     p_slice = right + o_tile[:, None] * D_padded + o_depth[None, :]
-    for column0 in range(0, N, TILE.COLUMNS):
+    for column0 in range(0, N, COLUMNS):
         o_column = column0 + o_tile
         b_product = primitives.row_products(
-            left, right + column0 * stride, D_padded, TILE.ROWS, TILE.COLUMNS, TILE.DEPTH, ACC
+            left, right + column0 * stride, D_padded, ROWS, COLUMNS, TILE.DEPTH, ACC
         )
         b_weight, b_cosine = _gradient_weights(
             b_product, o_row, o_column, side, packed, statistics, s, N, first, N_padded

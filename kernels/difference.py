@@ -142,11 +142,13 @@ def _load_rows(matrix, row0, end, D, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def _difference_rows(features, teacher, row0, end, D, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """``z = x / max(|x|, 1e-12)``, ``u = z - teacher`` and ``|x|`` of a block of rows; 0 outside of the matrix."""
-    b_x = _load_rows(features, row0, end, D, BLOCK.ROWS, BLOCK.WIDTH).to(ACC)
+    ROWS: tl.constexpr = BLOCK.ROWS
+    WIDTH: tl.constexpr = BLOCK.WIDTH
+    b_x = _load_rows(features, row0, end, D, ROWS, WIDTH).to(ACC)
     b_norm = primitives.row_norms(b_x)
-    b_length = tl.broadcast_to(primitives.clamp_norms(b_norm)[:, None], [BLOCK.ROWS, BLOCK.WIDTH])
+    b_length = tl.broadcast_to(primitives.clamp_norms(b_norm)[:, None], [ROWS, WIDTH])
     b_z = primitives.divide(b_x, b_length)
-    return b_z, b_z - _load_rows(teacher, row0, end, D, BLOCK.ROWS, BLOCK.WIDTH), b_norm
+    return b_z, b_z - _load_rows(teacher, row0, end, D, ROWS, WIDTH), b_norm
 
 
 @triton.jit
@@ -161,13 +163,14 @@ def sums_block(
     ACC: tl.constexpr,
 ):
     """``sum_j (u_j + v_j)/2`` over this program's rows, in ascending order."""
-    b_acc = tl.zeros([BLOCK.WIDTH], ACC)
+    WIDTH: tl.constexpr = BLOCK.WIDTH
+    b_acc = tl.zeros([WIDTH], ACC)
     begin, end = _row_range(pid, programs, B, BLOCK.ROWS)
     for row0 in range(begin, end, BLOCK.ROWS):
         _, b_u, _ = _difference_rows(inputs.image, inputs.image_teacher, row0, end, D, BLOCK, ACC)
         _, b_v, _ = _difference_rows(inputs.text, inputs.text_teacher, row0, end, D, BLOCK, ACC)
         b_acc += tl.sum((b_u + b_v) * 0.5, axis=0)
-    o_column = tl.arange(0, BLOCK.WIDTH)
+    o_column = tl.arange(0, WIDTH)
     tl.store(sums + pid.to(tl.int64) * D + o_column, b_acc, mask=o_column < D)
 
 
@@ -191,11 +194,13 @@ def values_block(
     These are ``sum_j |u_j - m|^2 + |v_j - m|^2``, ``sum_j |u_j - v_j|^2``, ``sum_j |u_j|`` and ``sum_j |v_j|``.
     Every program adds all sums in the same order, so that all have the same m without another launch.
     """
-    SUMS: tl.constexpr = 16384 // BLOCK.WIDTH
-    o_column = tl.arange(0, BLOCK.WIDTH)
-    b_center = tl.zeros([BLOCK.WIDTH], ACC)
+    ROWS: tl.constexpr = BLOCK.ROWS
+    WIDTH: tl.constexpr = BLOCK.WIDTH
+    SUMS: tl.constexpr = 16384 // WIDTH
+    o_column = tl.arange(0, WIDTH)
+    b_center = tl.zeros([WIDTH], ACC)
     for sum0 in range(0, num_sums, SUMS):
-        b_center += tl.sum(_load_rows(buffers.sums, sum0, num_sums, D, SUMS, BLOCK.WIDTH), axis=0)
+        b_center += tl.sum(_load_rows(buffers.sums, sum0, num_sums, D, SUMS, WIDTH), axis=0)
     b_center = b_center / N.to(ACC)
     b_previous = tl.load(previous + o_column, mask=o_column < D, other=0.0)
     b_m = b_previous * CONSTANTS.DECAY + b_center * CONSTANTS.GROWTH
@@ -203,15 +208,15 @@ def values_block(
         tl.store(buffers.average + o_column, b_m, mask=o_column < D)
         tl.store(buffers.average + D + o_column, (b_center - b_m) * CONSTANTS.GROWTH, mask=o_column < D)
 
-    b_average_loss = tl.zeros([BLOCK.ROWS], ACC)
-    b_pairwise_loss = tl.zeros([BLOCK.ROWS], ACC)
-    b_image_norm = tl.zeros([BLOCK.ROWS], ACC)
-    b_text_norm = tl.zeros([BLOCK.ROWS], ACC)
-    begin, end = _row_range(pid, programs, B, BLOCK.ROWS)
-    for row0 in range(begin, end, BLOCK.ROWS):
+    b_average_loss = tl.zeros([ROWS], ACC)
+    b_pairwise_loss = tl.zeros([ROWS], ACC)
+    b_image_norm = tl.zeros([ROWS], ACC)
+    b_text_norm = tl.zeros([ROWS], ACC)
+    begin, end = _row_range(pid, programs, B, ROWS)
+    for row0 in range(begin, end, ROWS):
         _, b_u, _ = _difference_rows(inputs.image, inputs.image_teacher, row0, end, D, BLOCK, ACC)
         _, b_v, _ = _difference_rows(inputs.text, inputs.text_teacher, row0, end, D, BLOCK, ACC)
-        m_row = row0 + tl.arange(0, BLOCK.ROWS) < end
+        m_row = row0 + tl.arange(0, ROWS) < end
         b_u_to_m, b_v_to_m = b_u - b_m[None, :], b_v - b_m[None, :]
         b_squares = tl.sum(b_u_to_m * b_u_to_m + b_v_to_m * b_v_to_m, axis=1)
         b_average_loss += tl.where(m_row, b_squares, 0.0)
@@ -267,14 +272,16 @@ def difference_gradient_block(
 
     ``m' = m + (1 - a)(c - m)``, or m if it is a constant. No program reads what another one writes.
     """
-    o_column = tl.arange(0, BLOCK.WIDTH)
+    ROWS: tl.constexpr = BLOCK.ROWS
+    WIDTH: tl.constexpr = BLOCK.WIDTH
+    o_column = tl.arange(0, WIDTH)
     b_m = tl.load(average + o_column, mask=o_column < D, other=0.0)
     if CONSTANTS.MEAN_GRADIENT:
         b_m = b_m + tl.load(average + D + o_column, mask=o_column < D, other=0.0)
     # On W ranks the features' gradients are W times those of the global loss, which turns 2/N into 2/B.
     scale = tl.load(upstream).to(ACC) * CONSTANTS.WEIGHT * 2.0 / B.to(ACC)
-    begin, end = _row_range(pid, programs, B, BLOCK.ROWS)
-    for row0 in range(begin, end, BLOCK.ROWS):
+    begin, end = _row_range(pid, programs, B, ROWS)
+    for row0 in range(begin, end, ROWS):
         b_z, b_u, b_x_norm = _difference_rows(inputs.image, inputs.image_teacher, row0, end, D, BLOCK, ACC)
         b_t, b_v, b_y_norm = _difference_rows(inputs.text, inputs.text_teacher, row0, end, D, BLOCK, ACC)
         b_pair = (b_u - b_v) * CONSTANTS.PAIRWISE_WEIGHT
@@ -288,12 +295,14 @@ def difference_gradient_block(
 @triton.jit
 def _store_gradient(gradient, b_z, b_dz, b_norm, scale, row0, end, D, BLOCK: tl.constexpr):
     """``dx = scale (dz - z (z . dz)) / max(|x|, 1e-12)`` of a block of rows."""
+    ROWS: tl.constexpr = BLOCK.ROWS
+    WIDTH: tl.constexpr = BLOCK.WIDTH
     # Below the clamp z is linear in x, and no component is projected out.
     b_radial = tl.where(b_norm < primitives.CLAMP, 0.0, tl.sum(b_z * b_dz, axis=1))
     b_dx = b_dz - b_z * b_radial[:, None]
-    b_dx *= primitives.divide(tl.broadcast_to(scale, [BLOCK.ROWS]), primitives.clamp_norms(b_norm))[:, None]
-    o_row = row0 + tl.arange(0, BLOCK.ROWS)
-    o_column = tl.arange(0, BLOCK.WIDTH)
+    b_dx *= primitives.divide(tl.broadcast_to(scale, [ROWS]), primitives.clamp_norms(b_norm))[:, None]
+    o_row = row0 + tl.arange(0, ROWS)
+    o_column = tl.arange(0, WIDTH)
     o_gradient = o_row.to(tl.int64)[:, None] * D + o_column[None, :]
     m_store = (o_row < end)[:, None] & (o_column < D)[None, :]
     tl.store(gradient + o_gradient, primitives.round_to(b_dx, gradient.dtype.element_ty), mask=m_store)

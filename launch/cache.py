@@ -1,7 +1,7 @@
 """Writes the teacher cache of a config: ``deepspeed launch/cache.py --config vitl14_dive.json [key=value ...]``.
 
-Killed, the same command goes on where it stopped. ``--adopt`` makes the cache of embeddings that clip-retrieval
-has computed, ``--export`` writes it as clip-retrieval would have.
+An interrupted command resumes when it is restarted. ``--adopt`` makes the cache from embeddings computed by
+clip-retrieval; ``--export`` writes an existing cache to clip-retrieval's files.
 """
 
 import logging
@@ -13,30 +13,30 @@ import cli
 
 @cli.guarded
 def main(arguments: list[str] | None = None) -> int:
-    """Parses, calls, and turns a user's mistake into one line and exit code 2."""
+    """Runs the command; a user's mistake becomes one line and exit code 2."""
     parser = cli.parser(__doc__, "teacher.dtype=float16")
-    parser.add_argument("--rebuild", action="store_true", help="remove the cache that is there, and write it anew")
+    parser.add_argument("--rebuild", action="store_true", help="remove an existing cache and write it again")
     parser.add_argument(
         "--adopt",
         type=Path,
         metavar="FOLDER",
-        help="of clip-retrieval inference: take its embeddings, and embed only the audit's pairs",
+        help="output folder of clip-retrieval inference: use its embeddings, and embed only the audit's pairs",
     )
     parser.add_argument(
-        "--export", type=Path, metavar="FOLDER", help="write the cache that is there as clip-retrieval's files"
+        "--export", type=Path, metavar="FOLDER", help="write an existing cache to clip-retrieval's files"
     )
     options = parser.parse_intermixed_args(arguments)
     if options.export and (options.adopt or options.rebuild):
-        parser.error("--export writes no cache: leave out --adopt and --rebuild")
+        parser.error("--export writes no cache: remove --adopt and --rebuild")
 
-    # Only pydantic so far: a typo is told at once.
+    # Heavy imports follow later, so that a typo is reported at once.
     from dive_fast.errors import ConfigError, UserError
     from dive_fast.methods.run_config import load_run_config
 
     try:
         config = load_run_config(options.config, options.overrides, cli.CONFIGS)
         if config.data.reference is None:
-            raise ConfigError("data.reference: a teacher cache is of a reference set; name one")
+            raise ConfigError("data.reference: a teacher cache needs a reference set; configure one")
         from dive_fast.data.open_dataset import open_reference
         from dive_fast.distributed import join
         from dive_fast.model.towers import create
@@ -49,17 +49,17 @@ def main(arguments: list[str] | None = None) -> int:
         ranks = join(config.train.rank_timeout)
     except UserError as error:
         return cli.report_error(error, options)
-    path = build.cache_folder(config, cli.run_folder(config.train.output, options.config))
+    path = build.cache_folder(config.teacher, cli.run_folder(config.train.output, options.config))
     try:
         if not options.export:
             check_environment(config, path.parent, ranks)
         if options.adopt or options.export:
-            retrieval.check(config, options.adopt is not None)
+            retrieval.check(config.data.reference, config.teacher, options.adopt is not None)
         embeddings = retrieval.Embeddings(options.adopt, config.teacher.dtype) if options.adopt else None
         source = open_reference(config.data.reference)
         towers = create(config.model)
         samples = build.reference_samples(config, source, towers)
-        told = f"{path}: {len(source)} pairs"
+        summary = f"{path}: {len(source)} pairs"
         if options.export:
             if ranks.is_main:
                 parts = build.export_cache(config, path, towers, samples, ranks, options.export)
@@ -67,16 +67,16 @@ def main(arguments: list[str] | None = None) -> int:
             ranks.leave()
             return 0
         if embeddings is None:
-            _, found = build.open_cache(config, path, towers, samples, ranks, options.rebuild)
+            _, audit = build.open_cache(config, path, towers, samples, ranks, options.rebuild)
         else:
-            found = build.adopt_cache(config, path, towers, samples, ranks, embeddings, options.rebuild)
-            told += f" of {options.adopt}, where {len(embeddings) - len(source)} more are not needed"
+            audit = build.adopt_cache(config, path, towers, samples, ranks, embeddings, options.rebuild)
+            summary += f" of {options.adopt}, where {len(embeddings) - len(source)} more are not needed"
     except UserError as error:
         return cli.report_error(error, options)
     if ranks.is_main:
-        print(told + (f"; {found}" if found is not None else ""))
-        if found is not None:
-            write_audit(path / "audit.json", found)
+        print(summary + (f"; {audit}" if audit is not None else ""))
+        if audit is not None:
+            write_audit(path / "audit.json", audit)
     ranks.leave()
     return 0
 

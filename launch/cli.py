@@ -1,4 +1,8 @@
-"""What the commands share that take a config: their arguments, the run folder, how a user's mistake is told."""
+"""Shared by all commands that take a config: the argument parser, the run folder, and the reporting of errors.
+
+A command's main function is decorated with :func:`guarded` and returns the exit code: 0 for success, 2 for a
+mistake in the command, config or data. docs/reliability.md lists the exit codes.
+"""
 
 import argparse
 import functools
@@ -14,21 +18,22 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def parser(description: str | None, example: str, required: bool = True) -> argparse.ArgumentParser:
-    """Takes a config and overrides of it.
+    """Creates an argument parser with ``--config`` and overrides of the config.
 
     Args:
-        example: of an override.
+        description: text for ``--help``.
+        example: an example of an override, for ``--help``.
         required: whether the command needs a config.
     """
-    made = _Parser(description=description)
-    made.add_argument("--config", required=required, help="a path, or a name in launch/configs")
-    made.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
-    made.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"e.g. {example}")
-    return made
+    config_parser = _Parser(description=description)
+    config_parser.add_argument("--config", required=required, help="path of a config, or a name in launch/configs")
+    config_parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
+    config_parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"e.g. {example}")
+    return config_parser
 
 
 class _Parser(argparse.ArgumentParser):
-    """Names the configs where none is given."""
+    """Argument parser that lists the shipped configs if ``--config`` is missing."""
 
     def error(self, message: str) -> NoReturn:
         if "required: --config" in message:
@@ -37,41 +42,45 @@ class _Parser(argparse.ArgumentParser):
         super().error(message)
 
 
-def count(least: int) -> Callable[[str], int]:
-    """The type of an option that is a number from ``least`` on."""
+def count(minimum: int) -> Callable[[str], int]:
+    """Argument type for an integer of at least ``minimum``, which is not negative."""
 
-    def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a number from {least} on")
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a number of at least {minimum}")
         return int(text)
 
-    return read
+    return parse
 
 
 def run_folder(output: str | None, config: str) -> Path:
-    """``train.output``, or else the config's own name below ``runs``."""
+    """``train.output`` if it is set, otherwise ``runs/`` and the config's name."""
     return Path(output or f"runs/{Path(config).stem}")
 
 
 def report_error(error: Exception, options: argparse.Namespace) -> int:
-    """Reports a user's mistake in one line, once for all ranks that share it; returns the exit code.
+    """Prints a user's mistake in one line, once for all ranks that share it.
 
     Args:
-        options: what the user gave: a command that mends it repeats them.
+        options: the parsed arguments, repeated in the command that rebuilds a stale teacher cache.
+
+    Returns:
+        Exit code 2.
     """
     from dive_fast.teacher.cache_files import StaleCacheError
 
-    mend = f": {_rebuild(options)}" if isinstance(error, StaleCacheError) else ""
-    if _reports(error):
-        name = "" if os.environ.get("RANK", "0") == "0" else _own_name()
-        print(f"{name}error: {error}{mend}", file=sys.stderr)
+    command = f": {_rebuild_command(options)}" if isinstance(error, StaleCacheError) else ""
+    if _should_report(error):
+        prefix = "" if os.environ.get("RANK", "0") == "0" else _rank_prefix()
+        print(f"{prefix}error: {error}{command}", file=sys.stderr)
     return 2
 
 
-def _reports(error: Exception) -> bool:
-    """Whether this process reports an error: the first rank does, once ranks have met and share their errors.
+def _should_report(error: Exception) -> bool:
+    """Whether this process reports an error.
 
-    Before, each machine may have an error of its own, and each rank one of how it was launched.
+    Ranks in a process group share their errors, and only rank 0 reports them. Before they join, the first rank of
+    each machine reports, since machines may differ, and each rank reports a :class:`LaunchError`.
     """
     from dive_fast.errors import LaunchError
 
@@ -82,9 +91,9 @@ def _reports(error: Exception) -> bool:
 
 
 def guarded(main: Callable[..., int]) -> Callable[..., int]:
-    """Decorates the function of a command: errors of the machine become one line, bugs keep their traceback.
+    """Decorates a command's main function: machine errors become one line, bugs keep their traceback.
 
-    Exit codes: 1 for what memory, disk or a device does; 76 where no batch comes; 130 for Ctrl-C.
+    Exit codes: 1 for errors of memory, disk or a device; 76 if no batch arrives; 130 for Ctrl-C.
     """
 
     @functools.wraps(main)
@@ -97,24 +106,25 @@ def guarded(main: Callable[..., int]) -> Callable[..., int]:
             except Exception as error:
                 from dive_fast.errors import StalledError, machine_error
 
-                if (found := error if isinstance(error, StalledError) else machine_error(error)) is None:
+                cause = error if isinstance(error, StalledError) else machine_error(error)
+                if cause is None:
                     raise
-                print(f"{_own_name()}error: {found}", file=sys.stderr)
+                print(f"{_rank_prefix()}error: {cause}", file=sys.stderr)
                 return 76 if isinstance(error, StalledError) else 1
 
     return guarded_main
 
 
-def _own_name() -> str:
-    """For a line that any rank may print; nothing where there is only one."""
+def _rank_prefix() -> str:
+    """Prefix of a line that any rank may print; empty without a launcher."""
     return f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
 
 
 @contextmanager
 def ignore_closed_output() -> Iterator[None]:
-    """Whatever is inside does not end because nobody reads what it prints.
+    """Ignores errors of writing to stdout and stderr in the context.
 
-    Ctrl-C ends ``tee`` as it ends the run, which then still has to save; a disk fills up under a log.
+    Ctrl-C ends ``tee`` together with the run, which still has to save a checkpoint; a log may be on a full disk.
     """
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _ClosableOutput(sys.stdout), _ClosableOutput(sys.stderr)  # type: ignore[assignment]
@@ -126,12 +136,12 @@ def ignore_closed_output() -> Iterator[None]:
             try:
                 stream.flush()
             except OSError:
-                # Python would try again at its end, and exit with a code of its own.
+                # Python would flush again at exit, and change the exit code.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _ClosableOutput:
-    """A stream but for errors of writing to it."""
+    """Wraps a stream and ignores errors of writing to it."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -149,8 +159,8 @@ class _ClosableOutput:
             self._stream.flush()
 
 
-def _rebuild(options: argparse.Namespace) -> str:
-    """The command that writes the teacher cache of a config anew."""
+def _rebuild_command(options: argparse.Namespace) -> str:
+    """The command that rebuilds the teacher cache of a config."""
     adopt = getattr(options, "adopt", None)
-    words = ["--config", options.config, "--rebuild", *(["--adopt", str(adopt)] if adopt else [])]
-    return f"deepspeed launch/cache.py {shlex.join(words + options.overrides)}"
+    arguments = ["--config", options.config, "--rebuild", *(["--adopt", str(adopt)] if adopt else [])]
+    return f"deepspeed launch/cache.py {shlex.join(arguments + options.overrides)}"

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dive_fast.data.prepared import convert
+from dive_fast.data.prepared.convert import Options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.verify is not None:
             manifest, state = verify(options.verify), ", hashes match"
         else:
-            settings = convert.Options(
+            settings = Options(
                 options.container,
                 options.max_side or None,
                 options.min_side,

@@ -1,6 +1,6 @@
 """Fine-tunes CLIP: ``deepspeed launch/train.py --config vitl14_dive.json [section.key=value ...]``.
 
-With ``--dry-run`` it prints what the run will need, and ends: no GPU, data, weights or network.
+``--dry-run`` prints FLOP, memory and time of a step instead, without a GPU, data, weights or network.
 """
 
 import argparse
@@ -21,18 +21,20 @@ if TYPE_CHECKING:
 
 @cli.guarded
 def main(arguments: list[str] | None = None) -> int:
-    """Parses, calls, and turns a user's mistake into one line and exit code 2."""
+    """Runs the command; a user's mistake becomes one line and exit code 2."""
     parser = cli.parser(__doc__, "train.epochs=1")
     planning = parser.add_argument_group("planning")
-    planning.add_argument("--dry-run", action="store_true", help="print FLOP, memory and time of a step, and end")
-    planning.add_argument("--json", action="store_true", help="of the plan, one object on the last line")
-    planning.add_argument("--ranks", type=cli.count(1), help="GPUs planned for; default: WORLD_SIZE, else 1")
-    planning.add_argument("--device", choices=GPUS, help="plan for this GPU alone")
+    planning.add_argument("--dry-run", action="store_true", help="print FLOP, memory and time of a step, and exit")
+    planning.add_argument("--json", action="store_true", help="print the plan as a JSON object on the last line")
+    planning.add_argument(
+        "--ranks", type=cli.count(1), help="number of GPUs to plan for; default: WORLD_SIZE, or 1"
+    )
+    planning.add_argument("--device", choices=GPUS, help="plan only for this GPU")
     options = parser.parse_intermixed_args(arguments)
     if not options.dry_run and (options.json or options.ranks or options.device):
-        parser.error("--json, --ranks and --device go with --dry-run")
+        parser.error("--json, --ranks and --device require --dry-run")
 
-    # Only pydantic so far: a typo is told at once.
+    # Heavy imports follow later, so that a typo is reported at once.
     from dive_fast.errors import UserError
     from dive_fast.methods.run_config import load_run_config
 
@@ -58,14 +60,15 @@ def main(arguments: list[str] | None = None) -> int:
         return cli.report_error(error, options)
     except Stopped as stopped:
         if ranks.is_main:
-            print(f"{stopped}; start again to go on", file=sys.stderr)
+            print(f"{stopped}; restart the same command to resume", file=sys.stderr)
         return STOPPED
     except (SaveError, NonFiniteError, MetricsError) as error:
         cli.report_error(error, options)
         return 1
     except LostError as error:
         print(
-            f"rank {ranks.rank}: error: {error}; start again to go on from the newest checkpoint", file=sys.stderr
+            f"rank {ranks.rank}: error: {error}; restart the same command to resume from the newest checkpoint",
+            file=sys.stderr,
         )
         return error.code
     if ranks.is_main:
@@ -77,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def dry_run(config: "Config", options: argparse.Namespace) -> int:
-    """Prints the plan of a config, on the first rank.
+    """Prints the plan of a config on rank 0.
 
     Raises:
         ConfigError: as :func:`dive_fast.planner.simulate.plan_run`.
@@ -91,26 +94,25 @@ def dry_run(config: "Config", options: argparse.Namespace) -> int:
     try:
         ranks = options.ranks or cli.count(1)(os.environ.get("WORLD_SIZE", "1"))
     except argparse.ArgumentTypeError as error:
-        raise UserError(f"WORLD_SIZE = {error}; unset it, or give --ranks") from error
-    # Before torch and Hugging Face are imported: neither a GPU nor the network is asked.
+        raise UserError(f"WORLD_SIZE = {error}; unset it, or set --ranks") from error
+    # Set before torch and Hugging Face are imported, so that neither uses a GPU or the network.
     os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
     from dive_fast.planner.advice import advise
     from dive_fast.planner.auto_schedule import choose, with_schedule
-    from dive_fast.planner.simulate import plan_run as plan_run
-    from dive_fast.planner.table import as_json
-    from dive_fast.planner.table import as_table as as_table
+    from dive_fast.planner.simulate import plan_run
+    from dive_fast.planner.table import as_json, as_table
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     gpus = [options.device] if options.device else list(GPUS)
     if config.train.schedule == "auto":
         config = with_schedule(config, choose(config, ranks, gpus[0]))
-        print(f"schedule         {config.train.schedule}, predicted to be the better one on an {gpus[0]}")
-    planned = plan_run(config, ranks)
-    advice = advise(config, planned, gpus)
-    print(as_table(planned, gpus, advice))
+        print(f"schedule         {config.train.schedule}, chosen for {gpus[0]}")
+    plan = plan_run(config, ranks)
+    advice = advise(config, plan, gpus)
+    print(as_table(plan, gpus, advice))
     if options.json:
-        print(json.dumps(as_json(planned, gpus, advice)))
+        print(json.dumps(as_json(plan, gpus, advice)))
     return 0
 
 

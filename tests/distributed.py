@@ -1,4 +1,4 @@
-"""Run a function on several ranks, or a script, each in processes of their own, from within a test."""
+"""Runs a function or a script on several ranks, in new processes, from within a test."""
 
 import faulthandler
 import functools
@@ -26,19 +26,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-# How long the other ranks may live on once one has failed: enough for them to report errors of their own, and
-# the test need not sit out the timeout with a rank that waits in a collective for one that is gone.
+# How long other ranks may run after one has failed: enough to report their errors, and much less than the timeout,
+# which a rank that waits in a collective would otherwise use up.
 GRACE_SECONDS = 3.0
 
 
 @functools.cache
 def context() -> BaseContext:
-    """Starts processes that have imported the engine: without a GPU they are forked from one that has."""
+    """Starts processes with the engine imported: without a GPU they are forked from one that has imported it."""
     if torch.cuda.is_available():
-        # CUDA does not survive a fork, and to ask for a GPU may have begun it.
+        # CUDA does not survive a fork, and the check for a GPU may have initialized it.
         return torch.multiprocessing.get_context("spawn")
     multiprocessing.set_forkserver_preload(["preload"])
-    # It is started with the path of a new process, and passes over in silence what it does not find there.
+    # The server starts with the path of a new process, and silently ignores modules that it cannot find.
     path = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     with unittest.mock.patch.dict(os.environ, PYTHONPATH=path):
         forkserver.ensure_running()
@@ -46,8 +46,8 @@ def context() -> BaseContext:
 
 
 def begin() -> None:
-    """What such a process does first."""
-    # ZeRO-3 has all garbage collected for each engine: a quarter of a second among what was imported.
+    """Prepares such a process."""
+    # ZeRO-3 collects garbage for each engine: a quarter of a second for all imported objects.
     gc.freeze()
     interpreted.speed_up()
 
@@ -61,25 +61,26 @@ class _Outcome(NamedTuple):
 def run_ranks(
     world_size: int, function: Callable[..., Any], *args: Any, init: bool = True, timeout: float = 120.0
 ) -> list[Any]:
-    """Call ``function(*args)`` on ``world_size`` new processes; return what each call returned, in rank order.
+    """Calls ``function(*args)`` in ``world_size`` new processes; returns the results in rank order.
 
-    A process takes a second to start: let one call work through many cases, and make it a fixture of module
-    scope. ``function`` and ``args`` are pickled, so the function has to stand at the top level of its module.
-    What it returns is pickled by value: a tensor outlives the process it was made in.
+    A process takes a second to start: let one call run many cases, and make it a fixture of module scope.
+    ``function`` and ``args`` are pickled, so the function has to be defined at the top level of its module.
+    Results
+    are pickled by value: a tensor outlives its process.
 
     On every rank torch has one thread, and the environment is the caller's, with RANK, LOCAL_RANK, WORLD_SIZE,
     LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
     Args:
-        init: whether to make a gloo process group around the call (it meets over a file, so that two test
-            runs cannot collide). False leaves that to the function, which finds a free port in MASTER_PORT.
-        timeout: seconds for everything, start included; then all ranks are stopped.
+        init: whether to create a gloo process group around the call (with a file store, so that two test runs
+            cannot collide). False leaves that to the function, for which MASTER_PORT is a free port.
+        timeout: seconds for everything, including the start; then all ranks are stopped.
 
     Raises:
-        RuntimeError: a rank raised or died; the message holds the traceback of each rank, earliest first.
-        TimeoutError: a rank did not finish in time; the message says where each of its threads was.
+        RuntimeError: a rank raised or died; the message contains the traceback of each rank, earliest first.
+        TimeoutError: a rank did not finish in time; the message contains the stacks of its threads.
     """
-    # multiprocessing's own pickler would pass tensors as shared memory, which goes when its process does.
+    # multiprocessing's pickler would pass tensors as shared memory, which ends with its process.
     task = pickle.dumps((function, args))
     deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
@@ -108,27 +109,29 @@ def run_ranks(
 def run_script(
     *command: str, cwd: Path, environment: dict[str, str] | None = None, timeout: float = 120.0, ranks: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    """As ``python command``, without the seconds that it takes to import the engine.
+    """Runs ``python command`` without the seconds that the import of the engine takes.
 
     Args:
-        ranks: on how many to run it, each told of the others as a launcher does; 0: without a launcher.
+        ranks: number of ranks, with the variables of a launcher; 0: without a launcher.
 
     Returns:
-        The exit code of the first rank that failed, or 0; what all have said, in rank order.
+        The exit code of the first rank that failed, or 0; the output of all ranks, in rank order.
 
     Raises:
-        TimeoutError: it did not end in time.
+        TimeoutError: the script did not end in time.
     """
     port, deadline = _free_port(), time.monotonic() + timeout
     with tempfile.TemporaryDirectory(prefix="script-") as name:
         processes, logs = [], []
         for rank in range(max(ranks, 1)):
-            own = [Path(name) / f"{rank}.{stream}" for stream in ("stdout", "stderr")]
-            told = os.environ | (_told(rank, ranks, port) if ranks else {}) | (environment or {})
-            process = context().Process(target=_run_script, args=(command, cwd, told, own))  # type: ignore[attr-defined]
+            streams = [Path(name) / f"{rank}.{stream}" for stream in ("stdout", "stderr")]
+            variables = (
+                os.environ | (_launcher_variables(rank, ranks, port) if ranks else {}) | (environment or {})
+            )
+            process = context().Process(target=_run_script, args=(command, cwd, variables, streams))  # type: ignore[attr-defined]
             process.start()
             processes.append(process)
-            logs.append(own)
+            logs.append(streams)
         for process in processes:
             process.join(max(0.0, deadline - time.monotonic()))
         late = [process for process in processes if process.exitcode is None]
@@ -142,8 +145,8 @@ def run_script(
     return subprocess.CompletedProcess(command, code, stdout, stderr)
 
 
-def _told(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What a launcher puts into the environment of a rank."""
+def _launcher_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The variables that a launcher sets for a rank."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     return {name: str(number) for name, number in numbers.items()} | {
         "MASTER_ADDR": "127.0.0.1",
@@ -170,13 +173,13 @@ def _run_script(command: tuple[str, ...], cwd: Path, environment: dict[str, str]
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    # As a process ends that is not multiprocessing's, whose exit waits for other things.
+    # As an ordinary process: the exit of multiprocessing's processes waits for other things.
     os._exit(code)
 
 
 def _wait(processes: list[Any], deadline: float) -> None:
-    """Return when all have finished, or one has failed and the grace is over, or the time is up."""
-    # A rank whose time is up stops itself and says where it was: wait a little longer than it does.
+    """Waits until all have finished, one has failed and the grace period is over, or the time is up."""
+    # A rank whose time is up prints its stacks and exits by itself: wait a little longer.
     until = deadline + GRACE_SECONDS
     running = {process.sentinel: process for process in processes}
     while running and time.monotonic() < until:
@@ -188,7 +191,7 @@ def _wait(processes: list[Any], deadline: float) -> None:
 
 
 def _values(folder: Path, exit_codes: list[int], stopped: list[int]) -> list[Any]:
-    """The value of each rank, or one error that tells of all that went wrong."""
+    """The value of each rank, or one error that reports all failures."""
     outcomes: dict[int, _Outcome] = {}
     stacks: dict[int, str] = {}
     for rank in range(len(exit_codes)):
@@ -196,7 +199,7 @@ def _values(folder: Path, exit_codes: list[int], stopped: list[int]) -> list[Any
             outcomes[rank] = pickle.loads(path.read_bytes())
         if (path := folder / f"{rank}.stacks").exists() and (text := path.read_text()):
             stacks[rank] = text
-    # The earliest error is the cause; what the others report is mostly that their peer has gone.
+    # The earliest error is the cause; most others report that their peer has ended.
     raised = sorted((rank for rank in outcomes if outcomes[rank].error), key=lambda rank: outcomes[rank].finished)
     died = [rank for rank, code in enumerate(exit_codes) if code and rank not in {*raised, *stacks, *stopped}]
     reports = [
@@ -228,11 +231,12 @@ def _run_rank(
     folder: Path,
     environment: dict[str, str],
 ) -> None:
-    # faulthandler needs no Python to run: it ends a rank that hangs in a collective, or whose test was killed.
+    # faulthandler works without the interpreter: it ends a rank that hangs in a collective, or whose test was
+    # killed.
     stacks = (folder / f"{rank}.stacks").open("w")
     faulthandler.dump_traceback_later(max(deadline - time.monotonic(), 0.01), exit=True, file=stacks)
     os.environ.clear()
-    os.environ.update(environment | _told(rank, world_size, port))
+    os.environ.update(environment | _launcher_variables(rank, world_size, port))
     torch.set_num_threads(1)
     try:
         begin()
@@ -242,14 +246,14 @@ def _run_rank(
             dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
         value = function(*args)
         if init:
-            dist.barrier()  # a rank that leaves early closes connections which its peers may still read from
+            dist.barrier()  # a rank that leaves early closes connections that its peers may still read from
             dist.destroy_process_group()
         outcome, failed = pickle.dumps(_Outcome(value, None, time.monotonic())), False
     except BaseException:
         outcome, failed = pickle.dumps(_Outcome(None, traceback.format_exc(), time.monotonic())), True
     (folder / f"{rank}.outcome").write_bytes(outcome)
     if failed:
-        # An ordinary exit would tear down the process group, which can wait for peers that hang.
+        # An ordinary exit would destroy the process group, which may wait for peers that hang.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)

@@ -1,3 +1,5 @@
+"""Running functions on several ranks, as tests do."""
+
 import os
 import subprocess
 import sys
@@ -43,14 +45,14 @@ def return_a_lambda():
     return lambda: None
 
 
-def test_results_come_back_in_rank_order():
+def test_run_ranks_returns_results_in_rank_order():
     results = run_ranks(2, sum_over_ranks, torch.ones(3))
     assert [result["threads"] for result in results] == [1, 1]
     for result in results:
         assert torch.equal(result["total"], torch.full((3,), 3.0))
 
 
-def test_function_may_initialise_from_the_environment():
+def test_function_may_join_by_the_environment():
     results = run_ranks(2, initialise_from_environment, init=False)
     assert results == [((0, 2), [0, 0, 2, 2]), ((1, 2), [1, 1, 2, 2])]
 
@@ -64,7 +66,7 @@ if sys.argv[1:]:
 """
 
 
-def test_a_process_that_is_alone_may_start_another(monkeypatch):
+def test_join_alone_leaves_the_environment_to_children(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     command = [sys.executable, "-P", "-c", START_ANOTHER, START_ANOTHER]
@@ -73,7 +75,7 @@ def test_a_process_that_is_alone_may_start_another(monkeypatch):
     assert run.stdout.count("Ranks(rank=0, world_size=1, ") == 2
 
 
-def test_error_of_a_rank_carries_its_traceback_and_comes_first():
+def test_error_of_a_rank_has_its_traceback_and_comes_first():
     with pytest.raises(RuntimeError, match=r"^rank 1 raised\n(.*\n)*.*in fail_on_rank_1\n(.*\n)*.*the cause"):
         run_ranks(2, fail_on_rank_1)
 
@@ -84,11 +86,11 @@ def test_rank_that_dies_is_reported():
 
 
 @pytest.mark.slow  # the timeout has to outlast the start of a process on a busy machine
-def test_rank_that_hangs_is_stopped_and_says_where():
+def test_rank_that_hangs_is_stopped_with_its_stack():
     with pytest.raises(TimeoutError, match=r"^rank 0 ran out of time at\n(.*\n)*.*in hang\n"):
         run_ranks(1, hang, init=False, timeout=20)
 
 
-def test_result_that_cannot_be_pickled_is_an_error_of_the_rank():
+def test_unpicklable_result_is_an_error_of_the_rank():
     with pytest.raises(RuntimeError, match=r"^rank 0 raised\n(.*\n)*.*pickle"):
         run_ranks(1, return_a_lambda)

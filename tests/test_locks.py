@@ -1,4 +1,4 @@
-"""One process in a folder: refused or waited for, released by any end, never by a loader process."""
+"""Locks: another process is refused or waits, and any end of the holder releases the lock despite its children."""
 
 import fcntl
 import logging
@@ -17,7 +17,7 @@ from dive_fast import locks
 from dive_fast.distributed import Ranks, join
 from dive_fast.errors import UserError
 from dive_fast.locks import FILE, LockedError, folder_lock
-from dive_fast.train.setup import check_shared
+from dive_fast.train.run_folder import check_shared
 
 FORK = multiprocessing.get_context("fork")
 
@@ -25,9 +25,9 @@ FORK = multiprocessing.get_context("fork")
 def _hold(folder: Path, connection: Any) -> None:
     alone = Ranks(0, 1, torch.device("cpu"))
     with folder_lock(folder, "run folder", ranks=alone):
-        # A run looks whether all ranks see its lock, and keeps it.
+        # A run checks that all ranks see its lock, and keeps it.
         check_shared(folder, alone)
-        # A loader process: it lives on for some seconds when the run is killed.
+        # A loader process survives a kill of the run for some seconds.
         if os.fork() == 0:
             time.sleep(5)
             os._exit(0)
@@ -47,7 +47,7 @@ def holder(tmp_path: Path) -> Any:
     process.join()
 
 
-def test_second_process_is_refused_and_told_by_whom(holder: Any, tmp_path: Path) -> None:
+def test_second_process_is_refused_and_names_the_holder(holder: Any, tmp_path: Path) -> None:
     process, connection = holder
     refused = f"run folder .*/run is in use by process {process.pid} on .*remove .*"
     with pytest.raises(LockedError, match=refused), folder_lock(tmp_path / "run", "run folder"):
@@ -59,7 +59,7 @@ def test_second_process_is_refused_and_told_by_whom(holder: Any, tmp_path: Path)
         assert f"process {os.getpid()} on " in (tmp_path / "run" / FILE).read_text()
 
 
-def test_killed_holder_releases_at_once_despite_its_children(holder: Any, tmp_path: Path) -> None:
+def test_killed_holder_releases_despite_its_children(holder: Any, tmp_path: Path) -> None:
     process, _ = holder
     os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -68,7 +68,7 @@ def test_killed_holder_releases_at_once_despite_its_children(holder: Any, tmp_pa
         pass
 
 
-def test_waiting_process_names_the_holder_and_goes_on(
+def test_waiting_process_names_the_holder_and_continues(
     holder: Any, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     process, connection = holder
@@ -79,14 +79,14 @@ def test_waiting_process_names_the_holder_and_goes_on(
     assert f"in use by process {process.pid} on " in capsys.readouterr().out
 
 
-def test_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+def test_unwritable_folder_is_reported_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused = r"run folder .*file: cannot write there: "
     with pytest.raises(UserError, match=refused), folder_lock(tmp_path / "file", "run folder"):
         pass
 
 
-def test_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+def test_file_system_without_locks_is_reported(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(locks.errno.ENOLCK, "No locks available")
 
@@ -96,16 +96,16 @@ def test_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: Any, cap
 
 
 def _on_two_ranks(folder: Path) -> list[str]:
-    ranks, said = join(), []
+    ranks, messages = join(), []
     with folder_lock(folder / "free", "run folder", ranks=ranks):
-        # One rank of two holds it for both; as another run it is refused.
+        # One rank holds the lock for both; another run is refused.
         ranks.barrier()
         if not ranks.is_main:
             try:
                 with folder_lock(folder / "free", "run folder", ranks=Ranks(0, 1, ranks.device)):
                     pass
             except LockedError as error:
-                said.append(str(error))
+                messages.append(str(error))
         ranks.barrier()
     (folder / "file").touch()
     ranks.barrier()
@@ -113,8 +113,8 @@ def _on_two_ranks(folder: Path) -> list[str]:
         with folder_lock(folder / "file", "run folder", ranks=ranks):
             pass
     except UserError as error:
-        said.append(str(error))
-    return said
+        messages.append(str(error))
+    return messages
 
 
 def test_ranks_share_one_lock_and_its_failure(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files from strangers, each a bomb, through the real readers: one clear line, nothing executed or written."""
+"""Malicious files through the real readers: one clear line, and nothing is executed or written."""
 
 import csv
 import io
@@ -53,7 +53,7 @@ DEEP = "[" * 100_000
 
 
 class Harmful:
-    """What pickle calls when it reads this, it writes to the disk."""
+    """An object whose unpickling creates a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -63,9 +63,9 @@ class Harmful:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config with model and data, a prepared set and a teacher cache: all as they should be."""
-    folder = tmp_path_factory.mktemp("made")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config with model and data, a prepared set and a teacher cache, all valid."""
+    folder = tmp_path_factory.mktemp("prepared")
     (folder / "config.json").write_text(json.dumps(tiny.write_config(folder)))
     raw = RawSource(open_webdataset(str(folder / "target"), ".cls"))
     prepare(raw, folder / "set", Options(), 1)
@@ -83,10 +83,10 @@ def write_cache(folder: Path) -> Path:
 
 
 @pytest.fixture
-def world(made: Path, tmp_path: Path) -> Iterator[Path]:
-    """A copy to plant bombs in. Whatever happens, the marker that they would make is not there."""
+def world(prepared: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy for malicious files, which must not create their marker."""
     folder = tmp_path / "world"
-    shutil.copytree(made, folder)
+    shutil.copytree(prepared, folder)
     yield folder
     assert not (tmp_path / "marker").exists()
 
@@ -97,7 +97,7 @@ def marker(tmp_path: Path) -> Path:
 
 
 def refused(read: Callable[[], Any], *words: str) -> str:
-    """The one line that a reader says, with these words in it."""
+    """The one-line message of a reader, which contains these words."""
     with pytest.raises((ConfigError, DataError)) as caught:
         read()
     message = str(caught.value)
@@ -109,7 +109,7 @@ def refused(read: Callable[[], Any], *words: str) -> str:
 
 
 def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str:
-    """What a launch command says when it ends with exit code 2."""
+    """The error line of a launch command, which exits with code 2."""
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr("dive_fast.distributed.join", lambda *_: ALONE)
@@ -120,11 +120,11 @@ def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, ca
     return str(line)
 
 
-# What would execute
+# Files that would execute code
 
 
 def bombs(folder: Path, marker: Path) -> list[Path]:
-    """Checkpoints of every kind that run what they hold where pickle is trusted."""
+    """Checkpoints of every kind that execute code where pickle is trusted."""
     folder.mkdir()
     harmful = Harmful(marker)
     torch.save({"state_dict": {"logit_scale": harmful}}, folder / "zip.pt")
@@ -156,18 +156,18 @@ def test_weights_execute_nothing(
             if path.suffix == ".pt":  # building so large a model takes a second
                 refused(lambda named=named: towers.create(named), "model: cannot load ViT-B-32")
         assert not marker.exists()
-    # The same lying in the model's own folder.
+    # The same file in the folder of the model.
     (world / "model/open_clip_model.safetensors").unlink()
     shutil.copy(tmp_path / "bombs/zip.pt", world / "model/open_clip_pytorch_model.bin")
     refused(lambda: towers.create(model), "model: cannot load local-dir:")
 
 
-def test_a_pickle_that_is_there_would_have_made_the_marker(tmp_path: Path) -> None:
+def test_trusted_pickle_would_create_the_marker(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Harmful(tmp_path / "marker")))
     assert (tmp_path / "marker").is_dir()
 
 
-def test_the_commands_execute_no_weights(
+def test_commands_execute_nothing_in_weights(
     world: Path, marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = {path.name: path for path in bombs(tmp_path / "bombs", marker)}
@@ -192,11 +192,11 @@ def test_the_commands_execute_no_weights(
 
 
 @pytest.mark.parametrize("trusted", [True, False])
-def test_a_model_brings_no_code(
+def test_model_executes_no_code_of_its_own(
     world: Path, marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # who is asked at the terminal may say anything
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # a question at the terminal must not matter
     folder = world / "model"
     tree = json.loads((folder / "open_clip_config.json").read_text())
     kwargs = {"trust_remote_code": True} if trusted else {}
@@ -213,7 +213,7 @@ def test_a_model_brings_no_code(
     refused(
         lambda: prepare(raw, world / "new", Options(tokenizer=model.name), 1), "--tokenizer local-dir:", "load it"
     )
-    # A text tower of Hugging Face's.
+    # A Hugging Face text tower.
     tree["model_cfg"]["text_cfg"] = {"hf_model_name": str(folder), "context_length": 8}
     (folder / "open_clip_config.json").write_text(json.dumps(tree))
     refused(lambda: towers.create(model), "model: cannot load local-dir:")
@@ -221,19 +221,19 @@ def test_a_model_brings_no_code(
     assert not (world / "new").exists()
 
 
-def test_a_config_names_no_code(world: Path, marker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_cannot_name_code(world: Path, marker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (world / "evil.py").write_text(f"import os\nos.mkdir({str(marker)!r})\nclass Evil: pass\n")
     monkeypatch.syspath_prepend(str(world))
     path = str(world / "config.json")
     refused(lambda: load_run_config(path, ["data.target.loader=evil"]), 'data.target.loader = "evil"')
-    # DeepSpeed imports what stands there.
+    # DeepSpeed imports these names.
     section = {"torch_autocast": {"enabled": True, "lower_precision_safe_modules": ["evil.Evil"]}}
     config = load_run_config(path, [f"deepspeed={json.dumps(section)}"])
     refused(lambda: deepspeed_section(config, 1), "deepspeed.torch_autocast has its home in train.precision")
     assert "evil" not in sys.modules
 
 
-def test_postscript_is_given_to_no_program(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_postscript_runs_no_program(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 36\n%%EndComments\n(x) (w) file closefile\n%%EOF\n"
 
     def ghostscript(*_: Any, **__: Any) -> None:
@@ -248,7 +248,7 @@ def test_postscript_is_given_to_no_program(world: Path, monkeypatch: pytest.Monk
         assert decode(tiny.jpeg(0, kind=kind)).size == (40, 36)
 
 
-def test_arrays_of_objects_are_no_rows(world: Path, marker: Path, tmp_path: Path) -> None:
+def test_arrays_of_objects_are_refused(world: Path, marker: Path, tmp_path: Path) -> None:
     objects = np.array([Harmful(marker)] * 5, dtype=object)
     for name in ("image.npy", "text.npy", "checksums.npy"):
         for write_bomb in (
@@ -271,7 +271,7 @@ def test_arrays_of_objects_are_no_rows(world: Path, marker: Path, tmp_path: Path
     )
 
 
-def test_torchvision_sets_that_unpickle_are_not_prepared(
+def test_torchvision_sets_with_pickles_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [
@@ -284,28 +284,28 @@ def test_torchvision_sets_that_unpickle_are_not_prepared(
         "--output",
         str(tmp_path / "s"),
     ]
-    assert "by a pickle that lies beside the data" in command("prepare", arguments, monkeypatch, capsys)
+    assert "with a pickle stored next to the data" in command("prepare", arguments, monkeypatch, capsys)
 
 
-# What would lead out
+# Names and links that lead out of a folder
 
 
 OUTSIDE = ["/etc/passwd", "../secret.tar", "a/../../secret.tar", "", ".", "x\0y", "..", "//x"]
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_a_prepared_set_names_no_file_outside(world: Path, name: str) -> None:
+def test_prepared_set_cannot_name_files_outside(world: Path, name: str) -> None:
     (world / "secret.tar").write_bytes(b"secret")
     path = world / "set" / MANIFEST
     tree = json.loads(path.read_text())
     tree["files"][0] |= {"name": name, "bytes": 6}
     path.write_text(json.dumps(tree))
     for read in (open_prepared, lambda folder, _: verify(folder)):
-        message = refused(lambda read=read: read(str(world / "set"), ".cls"), str(path), "copy the set anew")
+        message = refused(lambda read=read: read(str(world / "set"), ".cls"), str(path), "copy the set again")
         assert "is not the name of a file below" in message
 
 
-def test_links_lead_nowhere(world: Path, tmp_path: Path) -> None:
+def test_links_out_of_a_folder_are_refused(world: Path, tmp_path: Path) -> None:
     folder = world / "set"
     tar = next(folder.glob("*.tar"))
     tar.rename(tmp_path / "secret.tar")
@@ -332,7 +332,7 @@ def test_links_lead_nowhere(world: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["image.npy", "text.npy", "journal-0"])
-def test_an_unfinished_cache_is_not_written_through_a_link(world: Path, tmp_path: Path, name: str) -> None:
+def test_unfinished_cache_is_not_written_through_a_link(world: Path, tmp_path: Path, name: str) -> None:
     """As it comes in a run folder that somebody asks to be continued."""
     store.create(partial := world / ".teacher.partial", LAYOUT, {"of": "tests"})
     if (partial / name).exists():
@@ -346,20 +346,20 @@ def test_an_unfinished_cache_is_not_written_through_a_link(world: Path, tmp_path
         lambda: store.Writer(partial, LAYOUT, 0), f"{partial / name} is a link out of its folder", "rebuild it"
     )
     assert (tmp_path / "mine").read_bytes() == before
-    # Begun anew, the link goes and not what it leads to.
+    # A new cache replaces the link and not its target.
     store.create(partial, LAYOUT, {"of": "tests"})
     assert (tmp_path / "mine").read_bytes() == before
     assert name == "journal-0" or not (partial / name).is_symlink()
 
 
-def test_an_unfinished_cache_of_other_sizes_is_not_gone_on_with(world: Path) -> None:
+def test_unfinished_cache_of_other_sizes_is_not_resumed(world: Path) -> None:
     store.create(partial := world / ".teacher.partial", LAYOUT, {"of": "tests"})
     larger = store.Layout(5000, 1, 4, "float32")
     refused(lambda: write.begin(partial, larger, {"of": "tests"}, store.COMPUTED, ALONE), "rebuild it")
     refused(lambda: store.Writer(partial, larger, 0), "is not the array of cache.json")
 
 
-def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+def test_writers_do_not_follow_links(tmp_path: Path) -> None:
     (tmp_path / "mine").write_bytes(b"mine")
     written: dict[str, Callable[[Path], None]] = {
         "report.json": lambda path: write_atomic(path, b"{}"),
@@ -374,7 +374,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "mine").read_bytes() == b"mine"
 
 
-def test_lists_of_evaluation_sets_name_no_file_outside(tmp_path: Path) -> None:
+def test_evaluation_lists_cannot_name_files_outside(tmp_path: Path) -> None:
     (tmp_path / "secret.jpg").write_bytes(tiny.jpeg(0))
     root = tmp_path / "root"
     root.mkdir()
@@ -397,7 +397,7 @@ def test_lists_of_evaluation_sets_name_no_file_outside(tmp_path: Path) -> None:
     refused(lambda: layouts.pets(root), "names a file elsewhere")
 
 
-def test_members_of_a_tar_are_names_and_no_paths(
+def test_tar_members_are_not_used_as_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in").mkdir()
@@ -425,7 +425,7 @@ def test_members_of_a_tar_are_names_and_no_paths(
     capsys.readouterr()
 
 
-# What would never end, or take all memory
+# Files that would never end or exhaust the memory
 
 
 def header(name: str, size: bytes, kind: bytes = b"0") -> bytes:
@@ -464,7 +464,7 @@ TARS = {
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", TARS)
-def test_sizes_in_a_tar_are_not_believed(tmp_path: Path, kind: str) -> None:
+def test_tar_with_invalid_sizes_is_refused(tmp_path: Path, kind: str) -> None:
     (tmp_path / "a.tar").write_bytes(header("0.cls", b"0" * 11 + b"\0") + TARS[kind] + bytes(1024))
     refused(lambda: open_webdataset(str(tmp_path / "a.tar"), ".cls"), f"{tmp_path}/a.tar: ")
 
@@ -480,7 +480,7 @@ HEADERS = ["(10**18, 4)", f"({10**18}, 4)", f"({2**70}, 4)", "(-5, 4)", "(5, 4)"
 
 
 @pytest.mark.parametrize("shape", HEADERS)
-def test_headers_of_arrays_are_not_believed(world: Path, shape: str) -> None:
+def test_array_with_invalid_header_is_refused(world: Path, shape: str) -> None:
     for name in ("image.npy", "checksums.npy"):
         cache = shutil.copytree(world / "cache", world / f"lying {name}")
         (cache / name).write_bytes(npy(shape, "<u4" if name == "checksums.npy" else "<f4"))
@@ -498,7 +498,7 @@ def test_headers_of_arrays_are_not_believed(world: Path, shape: str) -> None:
         {"more": 1}, {"samples": [5]},
     ],
 )  # fmt: skip
-def test_sizes_in_a_caches_manifest_are_not_believed(world: Path, layout: dict[str, Any]) -> None:
+def test_cache_manifest_with_invalid_sizes_is_refused(world: Path, layout: dict[str, Any]) -> None:
     path = world / "cache/cache.json"
     tree = json.loads(path.read_text())
     tree["layout"] |= layout
@@ -530,7 +530,7 @@ SAFETENSORS = {
 
 
 @pytest.mark.parametrize("kind", SAFETENSORS)
-def test_headers_of_safetensors_are_not_believed(world: Path, kind: str) -> None:
+def test_safetensors_with_invalid_header_are_refused(world: Path, kind: str) -> None:
     for path in (world / "lying.safetensors", world / "set/index.safetensors"):
         path.write_bytes(SAFETENSORS[kind])
     model = ModelConfig(name=f"local-dir:{world / 'model'}")
@@ -547,17 +547,17 @@ def _set(name: str, row: int, value: int) -> Callable[[dict[str, torch.Tensor]],
 
 
 INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "no such file": (_set("file", 3, 1), "file: a value that no sample can have"),
+    "no such file": (_set("file", 3, 1), "file: a value is out of range"),
     "the last file": (_set("file", 3, -1), "file: a value"),
     "before the file": (_set("offset", 3, -1), "offset: a value"),
-    "behind the file": (_set("offset", 3, 2**62), "a sample lies behind the end of its file"),
+    "behind the file": (_set("offset", 3, 2**62), "a sample lies beyond the end of its file"),
     "all of the file": (_set("size", 3, -1), "size: a value"),
-    "more than memory": (_set("size", 3, 2**62), "a sample lies behind the end"),
-    "around the end": (_set("offset", 3, 2**63 - 1), "a sample lies behind the end"),
+    "more than memory": (_set("size", 3, 2**62), "a sample lies beyond the end"),
+    "around the end": (_set("offset", 3, 2**63 - 1), "a sample lies beyond the end"),
     "no pixels": (_set("height", 3, 0), "height: a value"),
-    "backwards": (_set("key_ends", 3, 0), "key_ends: not the ends"),
-    "behind the texts": (_set("key_ends", -1, 2**40), "key_ends: not the ends"),
-    "another label": (_set("label", 3, 4), f"labels, texts or hashes are not those of {MANIFEST}"),
+    "backwards": (_set("key_ends", 3, 0), "key_ends: not increasing"),
+    "behind the texts": (_set("key_ends", -1, 2**40), "key_ends: not increasing"),
+    "another label": (_set("label", 3, 4), f"labels, texts or hashes do not match {MANIFEST}"),
     "missing": (lambda index: index.pop("size"), "size is missing"),
     "no texts": (lambda index: index.pop("texts"), "texts is missing"),
     "too few": (lambda index: index.update(label=index["label"][:-1]), "label: torch.int64 (23,)"),
@@ -566,31 +566,31 @@ INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "tokens": (lambda index: index.update(tokens=torch.zeros(24, 8)), "tokens: torch.float32"),
     "negative tokens": (
         lambda index: index.update(tokens=torch.full((24, 8), -1, dtype=torch.int32)),
-        "tokens: a number below zero",
+        "tokens: a value is negative",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", INDEXES)
-def test_an_index_points_into_its_files(world: Path, kind: str) -> None:
+def test_index_outside_of_its_files_is_refused(world: Path, kind: str) -> None:
     path = world / "set/index.safetensors"
     change, message = INDEXES[kind]
     index = {name: tensor.clone() for name, tensor in load_file(path).items()}
     change(index)
     save_file(index, path)
-    refused(lambda: open_prepared(str(world / "set"), ".cls"), f"{path}: {message}", "copy the set anew")
+    refused(lambda: open_prepared(str(world / "set"), ".cls"), f"{path}: {message}", "copy the set again")
     refused(lambda: verify(str(world / "set")), f"{path}: {message}")
 
 
-def test_a_name_that_is_no_text_is_told_when_it_is_asked_for(world: Path) -> None:
+def test_name_that_is_not_text_is_refused_when_read(world: Path) -> None:
     path = world / "set/index.safetensors"
     index = {name: tensor.clone() for name, tensor in load_file(path).items()}
     index["keys"][0] = 255
     save_file(index, path)
-    refused(lambda: open_prepared(str(world / "set"), ".cls").samples[0], f"{path}: key of row 0")
+    refused(lambda: open_prepared(str(world / "set"), ".cls").samples[0], f"{path}: invalid key in row 0")
 
 
-def test_json_is_not_nested_without_end(world: Path, tmp_path: Path) -> None:
+def test_deeply_nested_json_is_refused(world: Path, tmp_path: Path) -> None:
     (world / "config.json").write_text(DEEP)
     refused(
         lambda: load_run_config(str(world / "config.json")),
@@ -614,7 +614,7 @@ def test_json_is_not_nested_without_end(world: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_a_pipe_is_waited_for_by_nobody(world: Path) -> None:
+def test_pipes_are_refused_without_waiting(world: Path) -> None:
     def pipe(path: Path) -> Path:
         path.unlink(missing_ok=True)
         os.mkfifo(path)
@@ -637,16 +637,16 @@ def test_a_pipe_is_waited_for_by_nobody(world: Path) -> None:
     refused(lambda: store.Store(world / "cache"), "cache.json: cannot read it: not a regular file")
 
 
-def test_a_csv_that_names_no_file_is_told(tmp_path: Path) -> None:
+def test_csv_row_without_a_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(tiny.jpeg(0))
     (tmp_path / "a.csv").write_text("title\tfilepath\none\ta.jpg\ntwo\t\n")
     refused(lambda: open_csv(str(tmp_path / "a.csv"), None, group=False), "row 2 (line 3): invalid file name ''")
 
 
-# What would be shown
+# Messages
 
 
-def test_a_message_is_one_line_and_moves_no_cursor(world: Path) -> None:
+def test_message_is_one_line_without_control_characters(world: Path) -> None:
     path = world / "cache/cache.json"
     tree = json.loads(path.read_text())
     tree["layout"]["samples"] = 5
@@ -655,6 +655,6 @@ def test_a_message_is_one_line_and_moves_no_cursor(world: Path) -> None:
     from dive_fast.teacher.teacher import CachedTeacher
 
     message = refused(lambda: CachedTeacher(world / "cache", {}), "or rebuild it", r"\x1b[2Jerror: all is well")
-    assert message.startswith(f"teacher cache {world / 'cache'} was made from something else")
+    assert message.startswith(f"teacher cache {world / 'cache'} belongs to another configuration")
     with pytest.raises(StaleCacheError):
         CachedTeacher(world / "cache", {})

@@ -1,1 +1,1 @@
-"""What the engine is measured against; ``flyp`` and ``dive_published`` share no code with it."""
+"""Competitors of the engine; ``flyp`` and ``dive_published`` share no code with it."""

@@ -1,4 +1,4 @@
-"""DiVE as the paper has it (Eq. 4-9), on FLYP's recipe: one joint graph, the frozen model run at every step."""
+"""DiVE as in the paper (Eq. 4-9), on FLYP's recipe: one joint graph, and the frozen model runs at every step."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from peers.flyp import Flyp, Inputs, contrastive_loss
 
 
 class DivePublished(Flyp):
-    """FLYP, a frozen copy of the model, and the average vector."""
+    """FLYP with a frozen copy of the model and the average vector."""
 
     def __init__(
         self, model: nn.Module, teacher: nn.Module, *, weight: float = 1000.0, decay: float = 0.99, **recipe: Any
@@ -17,7 +17,7 @@ class DivePublished(Flyp):
         """Takes over two copies of an open_clip model on one device; defaults are the paper's.
 
         Args:
-            recipe: what :class:`Flyp` takes.
+            recipe: keyword arguments of :class:`Flyp`.
         """
         super().__init__(model, **recipe)
         self.teacher: Any = teacher.eval().requires_grad_(False)
@@ -25,8 +25,8 @@ class DivePublished(Flyp):
         self.average_vector = self.model.logit_scale.new_zeros(self.model.visual.output_dim).detach()
 
     def losses(self, inputs: Inputs) -> dict[str, Tensor]:
-        """Eq. 9; moves the average vector."""
-        # First, while no graph takes memory yet.
+        """Losses of Eq. 9; updates the average vector."""
+        # First, while no graph occupies memory.
         with torch.no_grad():
             frozen = embed(self.teacher, inputs.reference_images, inputs.reference_tokens)
         target = embed(self.model, inputs.target_images, inputs.target_tokens)
@@ -55,8 +55,8 @@ def difference_losses(
 
     Args:
         image, text: unit rows ``(B', D)`` of the model being tuned.
-        frozen_image, frozen_text: those of the frozen model.
-        average_vector: ``(D,)``, m of the step before.
+        frozen_image, frozen_text: unit rows ``(B', D)`` of the frozen model.
+        average_vector: ``(D,)``, m of the previous step.
     """
     u, v = image - frozen_image, text - frozen_text
     m = decay * average_vector + (1 - decay) * ((u + v) / 2).mean(dim=0)

@@ -1,14 +1,15 @@
 """FLYP's recipe as published: contrastive fine-tuning in fp32, eager, with all 77 tokens.
 
-An honest opponent: it does what the recipe says, and nothing else that costs time.
+A fair competitor: it follows the recipe and does nothing else that costs time.
 
-- Precision is PyTorch's default, which FLYP leaves alone: TF32 off in matrix products, on in the one convolution.
-- Texts are neither trimmed nor de-duplicated; both matrices of logits are materialised; autograd differentiates
+- Precision is PyTorch's default, which FLYP does not change: TF32 off in matrix products, on in the one
+  convolution.
+- Texts are neither trimmed nor de-duplicated; both matrices of logits are materialized; autograd differentiates
   ``F.normalize``.
 - AdamW is torch's default (`foreach` on a GPU); every parameter decays; neither gradients nor the logit scale are
   clipped.
-- Gradients are freed before a step, not zeroed. A step never waits for the device: losses come back as tensors.
-- ``DataParallel`` over one device calls the model and nothing more, so there is none.
+- Gradients are freed before a step, not zeroed. A step never waits for the device: losses are returned as tensors.
+- There is no ``DataParallel``, which only calls the model on one device.
 """
 
 import math
@@ -25,7 +26,7 @@ from torch.utils.data import Dataset
 
 
 class Inputs(NamedTuple):
-    """Batches on the device: images ``(B, 3, H, W)``, tokens ``(B, 77)`` int64. FLYP takes the target's."""
+    """Batches on the device: images ``(B, 3, H, W)``, tokens ``(B, 77)`` int64. FLYP uses only the target's."""
 
     target_images: Tensor
     target_tokens: Tensor
@@ -63,11 +64,11 @@ class Flyp:
         return {name: value.detach() for name, value in losses.items()}
 
     def losses(self, inputs: Inputs) -> dict[str, Tensor]:
-        """``loss`` with its graph, and what it is made of."""
+        """``loss`` with its graph, and its parts."""
         return {"loss": contrastive_loss(*self.model(inputs.target_images, inputs.target_tokens))}
 
     def finish(self) -> None:
-        """What follows an update."""
+        """Advances the schedule after an update."""
         self.schedule.step()
 
 
@@ -80,7 +81,7 @@ def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor
 
 
 def cosine_with_warmup(warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """Factor on the peak learning rate: up linearly, then down to 0 as a cosine."""
+    """Factor on the peak learning rate: linear warm-up, then a cosine to 0."""
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -92,7 +93,7 @@ def cosine_with_warmup(warmup_steps: int, total_steps: int) -> Callable[[int], f
 
 
 class FlypDataset(Dataset[Any]):
-    """Files, captions tokenised one by one, torchvision's transforms: as FLYP reads its CSV."""
+    """Image files with torchvision's transforms and captions tokenized one by one, as FLYP reads its CSV."""
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files

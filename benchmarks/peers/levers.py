@@ -1,4 +1,4 @@
-"""DiVE as published with the engine's levers, each a flag: what each of them brings alone."""
+"""DiVE as published with the engine's optimizations (levers) as flags, to measure each of them alone."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,11 +15,11 @@ from peers.dive_published import difference_losses
 from peers.flyp import Flyp, Inputs, contrastive_loss
 
 Rows = tuple[Tensor, Tensor]
-"""``(B', D)`` of images and of texts."""
+"""Rows ``(B', D)`` of images and of texts."""
 
 
 class Prepared(NamedTuple):
-    """A step's batches with their texts as :meth:`Levers.text` makes them."""
+    """Batches of a step with texts from :meth:`Levers.text`."""
 
     target_images: Tensor
     target_text: Text
@@ -28,14 +28,14 @@ class Prepared(NamedTuple):
 
 
 class Levers(NamedTuple):
-    """What the engine does otherwise than the paper describes; none changes the gradients."""
+    """Differences of the engine from the published step; none changes the gradients."""
 
     half_precision: bool = False
     """fp16 autocast of the tuned towers, with loss scaling. The teacher stays in fp32, as in the engine."""
     sequential: bool = False
     """Backward of the target half before the forward of the reference half."""
     cached_teacher: bool = False
-    """The frozen embeddings are given."""
+    """The frozen embeddings are inputs."""
     trimmed_text: bool = False
     """Texts are cut to the longest of the batch."""
     distinct_texts: bool = False
@@ -46,12 +46,12 @@ class Levers(NamedTuple):
     """The tuned towers' blocks by torch.compile."""
 
     def prepare(self, inputs: Inputs) -> Prepared:
-        """What the step wants; a loader does this, ahead of it."""
+        """Prepares a step's batches; in training, a loader does this in advance."""
         target, reference = (self.text(tokens) for tokens in (inputs.target_tokens, inputs.reference_tokens))
         return Prepared(inputs.target_images, target, inputs.reference_images, reference)
 
     def text(self, tokens: Tensor) -> Text:
-        """Of token rows ``(B, context)``."""
+        """Packs token rows ``(B, context)``."""
         text = pack(tokens, "argmax")
         length = text.length if self.trimmed_text else tokens.shape[1]
         if self.distinct_texts:
@@ -60,7 +60,7 @@ class Levers(NamedTuple):
 
 
 class DiveWithLevers(Flyp):
-    """The published step with levers; with every one of them it does what the engine does."""
+    """The published step with levers; with all of them it computes what the engine does."""
 
     def __init__(
         self,
@@ -75,8 +75,8 @@ class DiveWithLevers(Flyp):
         """Takes over towers on their device.
 
         Args:
-            teacher: a copy of them; with ``cached_teacher`` the unit rows of every reference batch to come.
-            recipe: what :class:`Flyp` takes.
+            teacher: a copy of the towers; with ``cached_teacher`` the unit rows of every reference batch.
+            recipe: keyword arguments of :class:`Flyp`.
         """
         super().__init__(model, **recipe)
         model.autocast = torch.float16 if levers.half_precision else None
@@ -120,7 +120,7 @@ class DiveWithLevers(Flyp):
         return contrastive_loss(*map(unit, features), scale)
 
     def reference_loss(self, images: Tensor, text: Text, frozen: Rows) -> Tensor:
-        """The weighted difference losses; moves the average vector."""
+        """The weighted difference losses; updates the average vector."""
         features = self.model.encode_pairs(images, text)
         if self.levers.fused_losses:
             fused = kernels.difference_loss(

@@ -100,7 +100,8 @@ def exported(towers: Towers, model: ModelConfig, path: Path) -> dict[str, Tensor
     if towers.preprocess != before:
         raise ConfigError(
             f"{path}: trained on images with {summarize_preprocess(towers.preprocess)}, but {model.name} has "
-            f"{summarize_preprocess(before)}: the two cannot be compared on the same images; name the model of that run"
+            f"{summarize_preprocess(before)}: the two cannot be compared on the same images; name the model of "
+            "that run"
         )
     return {name: tensor.clone() for name, tensor in towers.export(state).items()}
 

@@ -44,7 +44,7 @@ class ByteRange(NamedTuple):
 
 
 def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """``[function(item) for item in items]`` in threads, for functions that wait for a disk."""
+    """Applies a function that waits for a disk to items, in threads; returns the results in order."""
     if len(items) < 64:
         return [function(item) for item in items]
     # In groups: one task for each of a million items would take longer than the work.

@@ -76,7 +76,7 @@ def tradeoff(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> 
 
 
 def ensemble(report: Mapping[str, Any], path: Path) -> None:
-    """Plots each set's accuracy over that of the set alpha was chosen on, for alpha from 0 to 1.
+    """Plots each set's accuracy over that of the set on which alpha was chosen, for alpha from 0 to 1.
 
     Args:
         report: the report of :func:`dive_fast.evaluate.weight_ensemble.ensemble`.

@@ -1,11 +1,11 @@
-"""Changes to a config that would make a run fit or run faster."""
+"""Overrides that make a run fit a GPU."""
 
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from dive_fast.config.schema import Config
+from dive_fast.config.schema import Config, DataConfig
 from dive_fast.engine.deepspeed_config import deepspeed_section, zero_of
 from dive_fast.errors import ConfigError
 from dive_fast.methods import registry
@@ -17,14 +17,14 @@ from dive_fast.planner.simulate import ALLOCATOR_SHARE, fake_tensors, plan_run
 
 
 class Advice(NamedTuple):
-    """Changes of a config, and what they lead to."""
+    """Overrides of a config and the plan of the changed config."""
 
     overrides: tuple[str, ...]
-    """As on the command line."""
+    """In the form of the command line."""
     plan: Plan
 
     def as_json(self, gpu: Gpu) -> dict[str, Any]:
-        """What to add to the command line, and the figures it leads to on this GPU."""
+        """The overrides and the figures of their plan on ``gpu``."""
         return {
             "overrides": list(self.overrides),
             "peak_memory_bytes": self.plan.peak_memory_bytes,
@@ -34,142 +34,142 @@ class Advice(NamedTuple):
         }
 
 
-def advise(config: Config, planned: Plan, gpus: Sequence[str]) -> dict[str, Advice | None]:
-    """What makes a config fit the GPUs that it does not fit, found by planning it: the least extra work first.
+def advise(config: Config, plan: Plan, gpus: Sequence[str]) -> dict[str, Advice | None]:
+    """Finds the cheapest overrides that make a config fit each GPU it does not fit; each candidate is planned.
 
-    First changes that cost no FLOP, each alone (``train.schedule=sequential``, ``teacher.mode=cache``, higher ZeRO
-    stages, ``train.activation_checkpointing=selective``, which costs some under ZeRO-3), then all at once. Then
-    ``full`` in the place of ``selective``, at most another forward; then neither, but micro-batches, a whole
-    forward, of the largest power of two that fits; last, texts of 32 tokens on top, which cuts what is longer. A
-    change whose best case is known to be too little is passed over.
+    The first candidates cost no FLOP and are tried one at a time: ``train.schedule=sequential``,
+    ``teacher.mode=cache``, higher ZeRO stages, ``train.activation_checkpointing=selective`` (which costs some
+    FLOP under ZeRO-3). Then all of them together. Then ``full`` instead of ``selective``, at most one more
+    forward. Then no checkpointing but micro-batches of the largest power of two that fits, one more forward. Last,
+    texts of 32 tokens as well, which truncates longer ones. A change that cannot save enough is skipped.
 
     Args:
-        planned: the config's own plan.
+        plan: the config's own plan.
         gpus: names in :data:`dive_fast.planner.gpu_specs.GPUS`.
 
     Returns:
-        By the name of each GPU that the plan does not fit; None if nothing that is tried does.
+        An entry for each GPU that the plan does not fit; None if no candidate fits.
     """
-    tried: dict[tuple[str, ...], Plan] = {}
+    plans: dict[tuple[str, ...], Plan] = {}
 
-    def attempt(*overrides: str) -> Plan:
-        if overrides not in tried:
-            tried[overrides] = plan_run(_changed(config, overrides), planned.ranks)
-        return tried[overrides]
+    def plan_with(*overrides: str) -> Plan:
+        if overrides not in plans:
+            plans[overrides] = plan_run(_with_overrides(config, overrides), plan.ranks)
+        return plans[overrides]
 
-    unfit = [name for name in gpus if not planned.fits(GPUS[name])]
-    recomputed = _lighter_checkpointing(config) if unfit else []
-    return {name: _advice(config, GPUS[name], planned, recomputed, attempt) for name in unfit}
+    too_small = [name for name in gpus if not plan.fits(GPUS[name])]
+    checkpointing = _more_checkpointing(config) if too_small else []
+    return {name: _advice(config, GPUS[name], plan, checkpointing, plan_with) for name in too_small}
 
 
 def _advice(
-    config: Config, gpu: Gpu, planned: Plan, recomputed: list[str], attempt: Callable[..., Plan]
+    config: Config, gpu: Gpu, plan: Plan, checkpointing: list[str], plan_with: Callable[..., Plan]
 ) -> Advice | None:
-    def fitting(changes: Sequence[str], saved_at_most: int) -> Advice | None:
-        if not changes or planned.needed_memory_bytes - saved_at_most * (1 + ALLOCATOR_SHARE) > gpu.memory:
+    def advice_if_fits(overrides: Sequence[str], max_saving: int) -> Advice | None:
+        if not overrides or plan.needed_memory_bytes - max_saving * (1 + ALLOCATOR_SHARE) > gpu.memory:
             return None
-        found = attempt(*changes)
-        return Advice(tuple(changes), found) if found.fits(gpu) else None
+        changed = plan_with(*overrides)
+        return Advice(tuple(overrides), changed) if changed.fits(gpu) else None
 
-    activations = planned.parts.get("activations", 0)
-    free = dict(_free_changes(config, planned))
-    # What it lets go of is as large as what it keeps in its place.
-    selective = {f"{CHECKPOINTING}=selective": activations // 2} if "selective" in recomputed else {}
-    full = {f"{CHECKPOINTING}=full": activations} if "full" in recomputed else {}
-    alone = [{change: saved} for change, saved in (free | selective).items()]
-    for changes in (*alone, free, free | selective, free | full):
-        advice = fitting(_latest(changes), sum(changes.values()))
+    activations = plan.parts.get("activations", 0)
+    free = dict(_free_changes(config, plan))
+    # Selective checkpointing stores as much as it drops.
+    selective = {f"{CHECKPOINTING}=selective": activations // 2} if "selective" in checkpointing else {}
+    full = {f"{CHECKPOINTING}=full": activations} if "full" in checkpointing else {}
+    single = [{override: saving} for override, saving in (free | selective).items()]
+    for changes in (*single, free, free | selective, free | full):
+        advice = advice_if_fits(_drop_replaced(changes), sum(changes.values()))
         if advice is not None:
             return advice
-    for overrides in (_latest(free), [*_latest(free), *_shorter_texts(config)]):
-        advice = _largest_micro_batch(config, gpu, planned, overrides, attempt)
+    for overrides in (_drop_replaced(free), [*_drop_replaced(free), *_shorter_texts(config.data)]):
+        advice = _largest_micro_batch(config.data, gpu, plan, overrides, plan_with)
         if advice is not None:
             return advice
     return None
 
 
-def _free_changes(config: Config, planned: Plan) -> Iterator[tuple[str, int]]:
-    """Overrides that change no FLOP for the worse, with the most bytes that each can save."""
-    parts = planned.parts
+def _free_changes(config: Config, plan: Plan) -> Iterator[tuple[str, int]]:
+    """Overrides that add no FLOP, each with an upper bound on the bytes that it saves."""
+    parts = plan.parts
     needs = registry.needs(config.objective)
     if needs.reference and config.train.schedule == "joint":
         yield "train.schedule=sequential", parts.get("activations", 0) + parts.get("loss", 0)
     if needs.reference_teacher and config.teacher.mode == "online":
         yield "teacher.mode=cache", parts.get("teacher", 0) + parts.get("activations", 0)
-    stage = zero_of(deepspeed_section(config, planned.ranks)).get("stage", 0)
+    stage = zero_of(deepspeed_section(config, plan.ranks)).get("stage", 0)
     state = sum(parts.get(part, 0) for part in ("weights", "gradients", "optimizer"))
-    if planned.ranks > 1:
+    if plan.ranks > 1:
         yield from (
             (f"deepspeed.zero_optimization.stage={higher}", state) for higher in (1, 2, 3) if higher > stage
         )
 
 
-def _lighter_checkpointing(config: Config) -> list[str]:
-    """Values of ``train.activation_checkpointing`` that keep less than the config's and that its towers allow."""
-    kinds = {"selective": recompute_activations, "full": recompute_blocks}
-    present = config.train.activation_checkpointing
-    allowed: list[str] = []
-    if present == "full":
-        return allowed
+def _more_checkpointing(config: Config) -> list[str]:
+    """Values of ``train.activation_checkpointing`` that store less than the config's and its towers support."""
+    functions = {"selective": recompute_activations, "full": recompute_blocks}
+    current = config.train.activation_checkpointing
+    supported: list[str] = []
+    if current == "full":
+        return supported
     with fake_tensors():
         towers = create(config.model, weights=False)
-        for kind, recompute in kinds.items():
-            if kind != present:
+        for value, recompute in functions.items():
+            if value != current:
                 with contextlib.suppress(ConfigError):
                     recompute(towers)
-                    allowed.append(kind)
-    return allowed
+                    supported.append(value)
+    return supported
 
 
-def _latest(overrides: Iterable[str]) -> list[str]:
-    """Without those that a later one of the same key makes void."""
+def _drop_replaced(overrides: Iterable[str]) -> list[str]:
+    """Drops each override whose key a later one sets again."""
     return list({override.partition("=")[0]: override for override in overrides}.values())
 
 
-def _shorter_texts(config: Config) -> list[str]:
-    halves = {"target": config.data.target, "reference": config.data.reference}
-    return [f"data.{half}.text_length=32" for half, data in halves.items() if data is not None]
+def _shorter_texts(data: DataConfig) -> list[str]:
+    halves = {"target": data.target, "reference": data.reference}
+    return [f"data.{half}.text_length=32" for half, section in halves.items() if section is not None]
 
 
 def _largest_micro_batch(
-    config: Config, gpu: Gpu, planned: Plan, overrides: list[str], attempt: Callable[..., Plan]
+    data: DataConfig, gpu: Gpu, plan: Plan, overrides: list[str], plan_with: Callable[..., Plan]
 ) -> Advice | None:
-    """The largest power of two that fits, tried from the one that activations in proportion lead to expect."""
-    halves = [half for half in (config.data.target, config.data.reference) if half is not None]
-    pairs = max(half.batch_size for half in halves) // planned.ranks
-    activations = max(planned.parts.get("activations", 0), 1)
-    room = max(gpu.memory - (planned.needed_memory_bytes - activations), 1)
-    if planned.ranks == 1 and sum(planned.parts.get(part, 0) for part in ("weights", "optimizer")) > gpu.memory:
+    """The largest power of two that fits, searched from the size expected if activations scale with the batch."""
+    halves = [half for half in (data.target, data.reference) if half is not None]
+    pairs = max(half.batch_size for half in halves) // plan.ranks
+    activations = max(plan.parts.get("activations", 0), 1)
+    available = max(gpu.memory - (plan.needed_memory_bytes - activations), 1)
+    if plan.ranks == 1 and sum(plan.parts.get(part, 0) for part in ("weights", "optimizer")) > gpu.memory:
         return None
     largest = _power_of_two_below(pairs)
-    expected = min(_power_of_two_below(pairs * room // activations), largest)
+    expected = min(_power_of_two_below(pairs * available // activations), largest)
 
-    def of(size: int) -> Advice:
+    def advice_of(size: int) -> Advice:
         changes = (*overrides, f"train.micro_batch_size={size}")
-        return Advice(changes, attempt(*changes))
+        return Advice(changes, plan_with(*changes))
 
-    size, found = expected, of(expected)
-    while size > 1 and not found.plan.fits(gpu):
+    size, advice = expected, advice_of(expected)
+    while size > 1 and not advice.plan.fits(gpu):
         size //= 2
-        found = of(size)
-    if not found.plan.fits(gpu):
+        advice = advice_of(size)
+    if not advice.plan.fits(gpu):
         return None
-    while size == expected < largest and (larger := of(2 * size)).plan.fits(gpu):
-        size, expected, found = 2 * size, 2 * expected, larger
-    return found
+    while size == expected < largest and (larger := advice_of(2 * size)).plan.fits(gpu):
+        size, expected, advice = 2 * size, 2 * expected, larger
+    return advice
 
 
 def _power_of_two_below(count: int) -> int:
-    """The largest power of two below ``count``, 1 at least."""
+    """The largest power of two below ``count``; at least 1."""
     return int(2 ** max((count - 1).bit_length() - 1, 0))
 
 
-def _changed(config: Config, overrides: Iterable[str]) -> Config:
-    """The config with overrides of keys that exist or may be added, given as on the command line."""
+def _with_overrides(config: Config, overrides: Iterable[str]) -> Config:
+    """The config with overrides applied, in the form of the command line; a key may be new."""
     tree = config.model_dump(mode="json")
     for override in overrides:
-        place, _, text = override.partition("=")
-        *sections, key = place.split(".")
+        path, _, text = override.partition("=")
+        *sections, key = path.split(".")
         section = tree
         for name in sections:
             section = section.setdefault(name, {})

@@ -1,7 +1,7 @@
-"""``train.schedule = auto``: sequential or joint, whichever is predicted to be faster among those that fit.
+"""``train.schedule = auto``: the schedule, sequential or joint, that fits and is predicted to be faster.
 
-Both give the same gradients. One graph of both halves needs nearly twice the activations and cuts both texts at
-one length, but half the launches: it wins where a GPU has so few pairs that it waits for its host.
+Both give the same gradients. One graph of both halves needs nearly twice the activations and truncates both texts
+to one length, but needs half the launches: it is faster if a GPU has so few pairs that it waits for its host.
 """
 
 import os
@@ -14,14 +14,17 @@ import torch.distributed as dist
 from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError
-from dive_fast.planner.gpu_specs import GPUS, sold_as
+from dive_fast.planner.gpu_specs import GPUS, gpu_key
 
 MIN_SPEEDUP = 0.98
-"""Joint has to be predicted to take less than this share of sequential's time: it needs more memory."""
+"""Joint is chosen only below this share of sequential's predicted time, since it needs more memory."""
 
 
 def resolve(config: Config, ranks: Ranks) -> Config:
-    """The config with its schedule chosen for this machine; all ranks call it. Other schedules stay.
+    """Replaces the schedule ``auto`` by the one chosen for this machine; all ranks call it.
+
+    Returns:
+        The config with the chosen schedule; the same config if its schedule is not ``auto``.
 
     Raises:
         ConfigError: the config cannot be planned.
@@ -29,14 +32,14 @@ def resolve(config: Config, ranks: Ranks) -> Config:
     if config.train.schedule != "auto":
         return config
     with ranks.raise_on_all(ConfigError):
-        chosen = [_ask(config, ranks) if ranks.is_main else ""]
+        chosen = [_choose_for_device(config, ranks) if ranks.is_main else ""]
     if ranks.world_size > 1:
         dist.broadcast_object_list(chosen)
     return with_schedule(config, chosen[0])
 
 
 def choose(config: Config, ranks: int, gpu: str) -> str:
-    """Plans both. A process that has joined a process group cannot.
+    """Chooses a schedule by planning both, in a process that has not joined a process group.
 
     Args:
         gpu: name in :data:`dive_fast.planner.gpu_specs.GPUS`.
@@ -45,7 +48,7 @@ def choose(config: Config, ranks: int, gpu: str) -> str:
         ConfigError: the config cannot be planned.
     """
     from dive_fast.methods import registry
-    from dive_fast.planner.simulate import plan_run as plan_run
+    from dive_fast.planner.simulate import plan_run
 
     if not registry.needs(config.objective).reference:
         return "sequential"
@@ -55,38 +58,44 @@ def choose(config: Config, ranks: int, gpu: str) -> str:
 
 
 def with_schedule(config: Config, name: str) -> Config:
-    """The config with another schedule."""
+    """A copy of the config with another ``train.schedule``."""
     return config.model_copy(update={"train": config.train.model_copy(update={"schedule": name})})
 
 
-def _ask(config: Config, ranks: Ranks) -> str:
-    """A process of its own, in which fake tensors, fake ranks and no GPU are all there is."""
+def _choose_for_device(config: Config, ranks: Ranks) -> str:
+    """The schedule for this rank's device: sequential unless it is a GPU that the planner has figures of."""
     gpu = None
     if ranks.device.type == "cuda":
-        about = torch.cuda.get_device_properties(ranks.device)
-        gpu = sold_as(about.name, about.total_memory)
+        properties = torch.cuda.get_device_properties(ranks.device)
+        gpu = gpu_key(properties.name, properties.total_memory)
     if gpu is None:
-        ranks.print("train.schedule = auto: sequential, since there are no figures of this device to predict by")
+        ranks.print("train.schedule = auto: sequential, since the planner has no figures for this device")
         return "sequential"
-    chosen = ask(config, ranks.world_size, gpu)
+    chosen = choose_in_subprocess(config, ranks.world_size, gpu)
     ranks.print(f"train.schedule = auto: {chosen}")
     return chosen
 
 
-def ask(config: Config, ranks: int, gpu: str) -> str:
-    """As :func:`choose`, for a process that has joined a group.
+def choose_in_subprocess(config: Config, ranks: int, gpu: str) -> str:
+    """:func:`choose`, for a process that has joined a process group: a new process sees no group and no GPU.
 
     Raises:
         ConfigError: the config cannot be planned.
     """
-    mine = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    quiet = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    }
+    offline = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "dive_fast.planner.auto_schedule", str(ranks), gpu]
     tree = config.model_dump_json()
-    done = subprocess.run(command, input=tree, env=mine | quiet, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ConfigError(f"train.schedule = auto: planning failed; name the schedule.\n{done.stderr[-2000:]}")
-    return done.stdout.split()[-1]
+    completed = subprocess.run(
+        command, input=tree, env=inherited | offline, capture_output=True, text=True, check=False
+    )
+    if completed.returncode:
+        raise ConfigError(
+            f"train.schedule = auto: planning failed; name the schedule.\n{completed.stderr[-2000:]}"
+        )
+    return completed.stdout.split()[-1]
 
 
 if __name__ == "__main__":

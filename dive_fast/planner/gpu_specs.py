@@ -1,11 +1,11 @@
-"""GPUs as their data sheets have them."""
+"""Memory and peak arithmetic of GPUs, from their data sheets."""
 
 import re
 from typing import NamedTuple
 
 
 class Gpu(NamedTuple):
-    """What a plan and a benchmark hold a step to."""
+    """Limits that plans and benchmarks compare a step with."""
 
     memory: int
     """Bytes."""
@@ -20,22 +20,22 @@ GPUS = {
     "h200": Gpu(int(139.7 * 2**30), 989e12, 67e12),
     "a100": Gpu(int(79.1 * 2**30), 312e12, 19.5e12),
 }
-"""SXM modules. Memory is the least total that CUDA reports for them; what the context and workspaces take of it is
-part of a plan's estimates (:mod:`dive_fast.planner.plan`)."""
+"""SXM modules. Memory is the smallest total that CUDA reports for them; a plan's estimates
+(:mod:`dive_fast.planner.plan`) include the part that the context and workspaces take."""
 
-_SOLD_AS = {"H100 80GB HBM3": "h100", "H200": "h200", "A100-SXM4-80GB": "a100"}
+_DRIVER_NAMES = {"H100 80GB HBM3": "h100", "H200": "h200", "A100-SXM4-80GB": "a100"}
 
 
-def sold_as(name: str, memory: int | None = None) -> str | None:
-    """The name in :data:`GPUS` of a whole GPU, by what its driver calls it; None for others, rated otherwise.
+def gpu_key(name: str, memory: int | None = None) -> str | None:
+    """The key in :data:`GPUS` of the device that its driver calls ``name``; None for a GPU without figures.
 
     Args:
-        memory: bytes that the device has, if known. A slice of a GPU (MIG) may bear the name of the whole.
+        memory: bytes of the device, if known. A slice of a GPU (MIG) may have the name of the full GPU.
     """
-    # By whole words: a GH200 is not an H200.
-    found = next(
-        (gpu for part, gpu in _SOLD_AS.items() if re.search(rf"(?<!\w){re.escape(part)}(?!\w)", name)), None
+    # Complete words only: a GH200 is not an H200.
+    gpu = next(
+        (key for part, key in _DRIVER_NAMES.items() if re.search(rf"(?<!\w){re.escape(part)}(?!\w)", name)), None
     )
-    if found is None or "MIG" in name or (memory is not None and memory < 0.9 * GPUS[found].memory):
+    if gpu is None or "MIG" in name or (memory is not None and memory < 0.9 * GPUS[gpu].memory):
         return None
-    return found
+    return gpu

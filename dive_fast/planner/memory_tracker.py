@@ -1,6 +1,6 @@
-"""What a computation holds and does: bytes of live storages by part, operations by stage.
+"""Tracks a computation's memory and arithmetic: bytes of live storages by part, operations by stage.
 
-Works on real tensors and on fake ones, which have shapes and no memory.
+Works on real tensors and on fake tensors, which have shapes but no memory.
 """
 
 import weakref
@@ -45,8 +45,8 @@ MISSED_FLOP = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward_flop,
 }
-"""What torch's registry lacks: nn.MultiheadAttention without gradient in evaluation, as in an online teacher; in
-PyTorch 2.11 also attention on the CPU, where steps are planned."""
+"""FLOP formulas missing from torch's registry: nn.MultiheadAttention in evaluation without gradient, as in an
+online teacher; in PyTorch 2.11 also attention on the CPU, where steps are planned."""
 _ATTENTION_BACKWARDS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
     torch.ops.aten._scaled_dot_product_flash_attention_backward,
@@ -55,11 +55,11 @@ _FLOP = flop_registry | {op: shape_wrapper(formula) for op, formula in MISSED_FL
 
 
 class Work(NamedTuple):
-    """What floating-point operations are counted under."""
+    """The key under which floating-point operations are counted."""
 
     stage: Stage
     is_half: bool
-    """Whether a matrix unit does them on 16-bit operands."""
+    """Whether a matrix unit computes them from 16-bit operands."""
 
 
 @dataclass
@@ -69,35 +69,35 @@ class _Storage:
 
 
 class Tracker(TorchDispatchMode):
-    """Counts while it is entered; a multiply-add is two operations, as in torch's FlopCounterMode.
+    """Dispatch mode that counts memory and operations; a multiply-add is two operations, as in FlopCounterMode.
 
-    Scratch memory inside one operation is only estimated, in ``workspace``; what an allocator rounds up and
-    fragments is not seen.
+    Scratch memory inside one operation is only estimated, in ``workspace``; rounding and fragmentation of an
+    allocator are not seen.
     """
 
     def __init__(self) -> None:
-        """Starts empty: what was allocated before is counted from its first use on."""
+        """Starts empty: earlier allocations are counted from their first use on."""
         super().__init__()
         self.part: Part = "activations"
-        """Of what is allocated next; while autograd runs, what it differentiates decides."""
+        """Part of the next allocations; while autograd runs, the node that it differentiates decides."""
         self.stage: Stage = "target"
-        """Of the operations that come next, but for the loss kernels'."""
+        """Stage of the next operations, except those of the loss kernels."""
         self.flop: Counter[Work] = Counter()
         self.launches = 0
-        """Operations that run something on the device, for which its host has to send it off."""
+        """Operations that the host launches on the device."""
         self.live: Counter[Part] = Counter()
-        """Bytes."""
+        """Bytes allocated now."""
         self.peak: Counter[Part] = Counter()
-        """``live`` at the moment when its sum was largest."""
+        """Value of ``live`` when its sum was largest."""
         self.workspace = 0
-        """Bytes of the largest scratch memory inside one operation, by :func:`_workspace`."""
+        """Bytes of the largest scratch memory of one operation, by :func:`_workspace`."""
         self._storages: dict[int, _Storage] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and _is_unknown(args[0]):
-            # A norm or a loss scale of 1 is as good as any; whether something overflowed, 0 says no.
+            # Any norm or loss scale will do, so 1; 0 for a flag such as overflow.
             return 1.0 if args[0].is_floating_point() else 0
         result = func(*args, **(kwargs or {}))
         self.launches += _launches(func)
@@ -106,20 +106,20 @@ class Tracker(TorchDispatchMode):
         part = self._part_of(func)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":
-                self._see(tensor.untyped_storage(), part)
+                self._add(tensor.untyped_storage(), part)
         return result
 
     @contextmanager
     def within(self, part: Part) -> Iterator[None]:
-        """What is allocated inside belongs to ``part``."""
-        before, self.part = self.part, part
+        """Counts allocations in the context under ``part``."""
+        previous, self.part = self.part, part
         try:
             yield
         finally:
-            self.part = before
+            self.part = previous
 
     def assign(self, tensors: Iterable[Tensor | None], part: Part) -> None:
-        """Says after the event what tensors are."""
+        """Moves the storages of tensors that are already counted to ``part``."""
         for tensor in tensors:
             storage = None if tensor is None else self._storages.get(tensor.untyped_storage()._cdata)
             if storage is not None:
@@ -128,7 +128,7 @@ class Tracker(TorchDispatchMode):
                 storage.part = part
 
     def reset(self) -> None:
-        """Forgets the peak and the operations; what lives, lives on."""
+        """Resets the peak and the operation counts; live storages are kept."""
         self.flop.clear()
         self.launches = self.workspace = 0
         self.peak = self.live.copy()
@@ -142,7 +142,7 @@ class Tracker(TorchDispatchMode):
         is_leaf = node is None or node.name() == "torch::autograd::AccumulateGrad"
         return "gradients" if is_leaf else "activations"
 
-    def _see(self, storage: torch.UntypedStorage, part: Part) -> None:
+    def _add(self, storage: torch.UntypedStorage, part: Part) -> None:
         key = storage._cdata
         if key in self._storages:
             return
@@ -174,7 +174,7 @@ def _is_unknown(tensor: Tensor) -> bool:
 
 
 def _launches(func: Any) -> bool:
-    """Whether an operation runs something on the device; it is counted as one kernel, which some are not."""
+    """Whether an operation runs on the device; each is counted as one kernel, though some launch more."""
     return func.namespace in ("aten", "dive_fast") and not func.is_view and func._overloadpacket not in _SILENT
 
 
@@ -185,8 +185,8 @@ def _is_loss_kernel(func: Any) -> bool:
 def _workspace(func: Any, args: tuple[Any, ...]) -> int:
     """Scratch memory of one operation on CUDA, in bytes.
 
-    Flash attention's backward sums the queries' gradients of 16-bit inputs in fp32, with lengths padded to 128 and
-    head widths to 32. The loss kernels' chunked gradient holds a chunk of weights and its sums.
+    For 16-bit inputs, flash attention's backward sums the queries' gradients in fp32, with lengths padded to 128
+    and head widths to 32. The loss kernels' chunked gradient stores a chunk of weights and its sums.
     """
     if func._overloadpacket in _ATTENTION_BACKWARDS and args[1].element_size() == 2:
         batch, heads, length, width = args[1].shape
@@ -200,9 +200,9 @@ def _workspace(func: Any, args: tuple[Any, ...]) -> int:
 
 
 def _loss_flop(func: Any, args: tuple[Any, ...]) -> int:
-    """Of the contrastive kernels: logits for either side; backward again, and the sums of gradients with them.
+    """FLOP of a loss kernel: logits of both directions; in the backward, the logits again and the gradients' sums.
 
-    The difference loss has no matrix product, and counts for nothing as element-wise operations do elsewhere.
+    The difference loss has no matrix product; it counts for nothing, like all element-wise operations.
     """
     named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
     if "logit_scale" not in named:

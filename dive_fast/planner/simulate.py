@@ -1,4 +1,4 @@
-"""Plans a run: the engine's own step on fake tensors."""
+"""Plans a run by executing the engine's step on fake tensors."""
 
 import contextlib
 import os
@@ -37,24 +37,24 @@ from dive_fast.planner.plan import Estimate, Plan
 from dive_fast.teacher.teacher import OnlineTeacher
 
 CONTEXT_BYTES = int(0.7 * 2**30)
-"""Of a GPU, for the CUDA context with its loaded kernels and the workspaces of cuBLAS. An estimate."""
+"""Estimated memory of the CUDA context with its loaded kernels and of cuBLAS's workspaces, per GPU."""
 
 NCCL_BYTES = 2**30
-"""Of a GPU, for the buffers of one communicator. An estimate: the number of channels depends on the links."""
+"""Estimated memory of one communicator's buffers, per GPU: the number of channels depends on the links."""
 
 NUM_COMMUNICATORS = 2
-"""The world's group, and DeepSpeed's copy of it."""
+"""The default process group and DeepSpeed's copy of it."""
 
 ALLOCATOR_SHARE = 0.03
-"""Of the tensors' bytes, for what the allocator rounds up and cannot use between them. An assumption."""
+"""Share of the tensors' bytes assumed lost to the allocator's rounding and fragmentation."""
 
 
 def plan_run(config: Config, ranks: int = 1) -> Plan:
-    """Runs one step of a config on fake tensors. A process that has joined a process group cannot plan.
+    """Plans one step of a config on fake tensors, in a process that has not joined a process group.
 
     Raises:
-        ConfigError: the config contradicts itself, its batches cannot be dealt out to ``ranks``, the model's
-            architecture cannot be had, or it offloads to the CPU, which is not planned.
+        ConfigError: the config contradicts itself, its batches are not divisible by ``ranks``, the model's
+            architecture is not available, or it offloads to the CPU, which is not supported.
     """
     zero = zero_of(config.deepspeed)
     for key in ("offload_optimizer", "offload_param"):
@@ -66,7 +66,7 @@ def plan_run(config: Config, ranks: int = 1) -> Plan:
 
 
 def _estimates(parts: dict[Part, int], scratch: int, ranks: int) -> dict[Estimate, int]:
-    """Bytes on one GPU besides its tensors."""
+    """Estimated bytes on one GPU besides its tensors."""
     return {
         "context": CONTEXT_BYTES,
         "nccl": NUM_COMMUNICATORS * NCCL_BYTES if ranks > 1 else 0,
@@ -76,7 +76,7 @@ def _estimates(parts: dict[Part, int], scratch: int, ranks: int) -> dict[Estimat
 
 
 class _SimulatedStep:
-    """One rank of a run, its step and its batches."""
+    """The step and the batches of one rank of a run."""
 
     def __init__(self, config: Config, ranks: Ranks, tracker: Tracker) -> None:
         self.config, self.ranks, self.tracker = config, ranks, tracker
@@ -97,12 +97,12 @@ class _SimulatedStep:
         if method.needs.reference_teacher and config.teacher.mode == "online":
             with tracker.within("teacher"):
                 self.online = OnlineTeacher(create(config.model, weights=False), ranks)
-        self.engine = _Engine(config, towers, method, ranks, tracker)
+        self.engine = _TrackedEngine(config, towers, method, ranks, tracker)
 
     def run(self) -> Plan:
         config, tracker = self.config, self.tracker
         target, reference = config.data.target, config.data.reference if self._needs_reference else None
-        # The first update allocates the optimizer's state, whatever the batch.
+        # The first update allocates the optimizer's state, which does not depend on the batch.
         self._step(self._batches(target, reference, pairs=1), updating="optimizer")
         tracker.reset()
         batches = [self._batches(target, reference) for _ in range(1 + DEPTH)]
@@ -112,11 +112,11 @@ class _SimulatedStep:
             flop = _split_by_pairs(flop, target.batch_size, reference.batch_size)
         every = config.objective.reference_every
         if every > 1 and reference is not None:
-            before, before_launches = tracker.flop.copy(), tracker.launches
+            previous_flop, previous_launches = tracker.flop.copy(), tracker.launches
             self._step(self._batches(target, None))
-            without = tracker.flop - before
-            flop = {work: (flop.get(work, 0) + (every - 1) * without[work]) // every for work in flop}
-            launches = (launches + (every - 1) * (tracker.launches - before_launches)) // every
+            target_flop, target_launches = tracker.flop - previous_flop, tracker.launches - previous_launches
+            flop = {work: (flop.get(work, 0) + (every - 1) * target_flop[work]) // every for work in flop}
+            launches = (launches + (every - 1) * target_launches) // every
         ranks, parts = self.ranks.world_size, dict(+tracker.peak)
         return Plan(self.parameters, ranks, flop, launches, parts, _estimates(parts, scratch, ranks))
 
@@ -125,8 +125,8 @@ class _SimulatedStep:
         return self.engine.method.needs.reference
 
     @property
-    def _is_taught(self) -> bool:
-        """Whether the teacher's rows come with the batches."""
+    def _reads_cache(self) -> bool:
+        """Whether batches include the teacher's rows, read from a cache."""
         return self.engine.method.needs.reference_teacher and self.online is None
 
     def _step(self, batches: StepBatches, updating: Part = "gradients") -> None:
@@ -143,12 +143,12 @@ class _SimulatedStep:
     def _batches(
         self, target: TargetConfig, reference: ReferenceConfig | None, pairs: int | None = None
     ) -> StepBatches:
-        """This rank's batches as they lie on the GPU; of ``pairs`` pairs, if given."""
+        """This rank's batches on the GPU: the config's batch sizes, or ``pairs`` pairs a half."""
         with self.tracker.within("batches"):
             return StepBatches(
                 self._target(target, pairs),
                 None if reference is None else self._reference(reference, pairs),
-                self._teacher(reference, pairs) if reference is not None and self._is_taught else None,
+                self._teacher(reference, pairs) if reference is not None and self._reads_cache else None,
             )
 
     def _target(self, data: TargetConfig, pairs: int | None) -> TargetBatch:
@@ -172,8 +172,8 @@ class _SimulatedStep:
         return images, Text(tokens, torch.zeros(count, dtype=torch.long), length)
 
 
-class _Engine(Engine):
-    """The engine, telling the tracker where it is."""
+class _TrackedEngine(Engine):
+    """The engine, which reports its parts and stages to a tracker."""
 
     def __init__(self, config: Config, towers: Towers, method: Method, ranks: Ranks, tracker: Tracker) -> None:
         self.tracker = tracker
@@ -184,45 +184,45 @@ class _Engine(Engine):
                 )
         with tracker.within("optimizer"):
             super().__init__(config, towers, method, ranks, total_steps=1)
-        held = [getattr(parameter, "ds_tensor", parameter) for parameter in towers.parameters()]
-        tracker.assign([*held, *towers.buffers()], "weights")
+        weights = [getattr(parameter, "ds_tensor", parameter) for parameter in towers.parameters()]
+        tracker.assign([*weights, *towers.buffers()], "weights")
         if self.deepspeed.zero_optimization_stage() == 3:
             zero = self.deepspeed.optimizer
-            # Allocated once and for all.
+            # These buffers are allocated once and reused.
             buckets = [bucket.buffer for bucket in zero.ipg_buckets.values()]
             tracker.assign([zero.grad_partitions_flat_buffer, *buckets], "gradients")
 
     def accumulate(self, batches: StepBatches) -> dict[str, Tensor]:
-        whole = self.deepspeed
-        self.deepspeed = _Sampled(whole, self.tracker)
+        engine = self.deepspeed
+        self.deepspeed = _SampledMicroBatches(engine, self.tracker)
         try:
             return super().accumulate(batches)
         finally:
-            self.deepspeed = whole
+            self.deepspeed = engine
 
     def _backward(self, half: Any) -> Loss:
         self.tracker.stage = "reference" if half.name == "reference" else "target"
         return super()._backward(half)
 
 
-class _Sampled:
-    """DeepSpeed's engine for one step, of whose micro-batches only some are run.
+class _SampledMicroBatches:
+    """Wraps DeepSpeed's engine for one step and executes only a sample of the micro-batches.
 
-    Those of a half are alike: the first ones, the last one and the one that reduces are run, the others' work
-    is taken from them.
+    Micro-batches of one half and one shape do equal work: the first ones of each shape and the one that reduces
+    gradients are executed, and their counts stand for the others.
     """
 
-    ENOUGH = 1
-    """Forwards without gradient, of those that are alike."""
+    MAX_FORWARDS = 1
+    """Forwards without gradient that are executed for each shape; one more with gradient."""
 
     def __init__(self, engine: Any, tracker: Tracker) -> None:
         self._engine, self._tracker = engine, tracker
         self._boundary = False
-        self._runs: Counter[Any] = Counter()
-        self._shapes: dict[Any, list[Tensor | None]] = {}
-        self._done: dict[Any, tuple[Counter[Work], int]] = {}
-        self._alike: Any = None
-        self._is_run = True
+        self._calls: Counter[Any] = Counter()
+        self._features: dict[Any, list[Tensor | None]] = {}
+        self._counts: dict[Any, tuple[Counter[Work], int]] = {}
+        self._key: Any = None
+        self._is_executed = True
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -233,47 +233,46 @@ class _Sampled:
 
     def __call__(self, images: Tensor, tokens: Tensor | None, length: int | None) -> Features:
         with_gradient = torch.is_grad_enabled()
-        self._alike = self._tracker.stage, len(images), 0 if tokens is None else len(tokens), with_gradient
-        self._runs[self._alike] += 1
-        # The second backward is the first to find gradients already there.
-        self._is_run = self._runs[self._alike] <= self.ENOUGH + with_gradient or (with_gradient and self._boundary)
-        if not self._is_run:
-            self._repeat("forward")
-            like = self._shapes[self._alike]
-            found = (
+        self._key = self._tracker.stage, len(images), 0 if tokens is None else len(tokens), with_gradient
+        self._calls[self._key] += 1
+        # Gradients exist only from the second backward on, so two are executed.
+        is_new = self._calls[self._key] <= self.MAX_FORWARDS + with_gradient
+        self._is_executed = is_new or (with_gradient and self._boundary)
+        if not self._is_executed:
+            self._repeat_counts("forward")
+            return Features._make(
                 tensor if tensor is None else torch.empty_like(tensor, device="cpu", requires_grad=with_gradient)
-                for tensor in like
+                for tensor in self._features[self._key]
             )
-            return Features._make(found)
-        with self._counted("forward"), self._tracker.within("activations"):
+        with self._store_counts("forward"), self._tracker.within("activations"):
             features: Features = self._engine(images, tokens, length)
-        self._shapes[self._alike] = [
+        self._features[self._key] = [
             None if tensor is None else torch.empty_like(tensor, device="meta") for tensor in features
         ]
         return features
 
     def backward(self, loss: Tensor) -> None:
-        if not self._is_run:
-            self._repeat("backward")
+        if not self._is_executed:
+            self._repeat_counts("backward")
             loss.backward()
             return
-        with self._counted("backward"), self._tracker.within("gradients"):
+        with self._store_counts("backward"), self._tracker.within("gradients"):
             self._engine.backward(loss)
 
     @contextlib.contextmanager
-    def _counted(self, direction: str) -> Iterator[None]:
+    def _store_counts(self, direction: str) -> Iterator[None]:
         flop, launches = self._tracker.flop.copy(), self._tracker.launches
         yield
-        self._done[direction, self._alike] = self._tracker.flop - flop, self._tracker.launches - launches
+        self._counts[direction, self._key] = self._tracker.flop - flop, self._tracker.launches - launches
 
-    def _repeat(self, direction: str) -> None:
-        flop, launches = self._done[direction, self._alike]
+    def _repeat_counts(self, direction: str) -> None:
+        flop, launches = self._counts[direction, self._key]
         self._tracker.flop.update(flop)
         self._tracker.launches += launches
 
 
 def _as_on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that autocast computes in fp32 on CUDA, and on the CPU in half precision."""
+    """Wraps a function that autocast computes in fp32 on CUDA only, so that it does on the CPU as well."""
 
     @wraps(function)
     def in_fp32(*args: Any, **kwargs: Any) -> Any:
@@ -291,33 +290,35 @@ def _in_fp32(argument: Any) -> Any:
 
 @contextlib.contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Tensors without memory, and what cannot deal with them out of the way."""
+    """Creates tensors without memory in the context, and patches functions that cannot handle such tensors."""
     with contextlib.ExitStack() as stack:
-        # Fake parameters refuse `Module.to`; everything is where it belongs.
+        # Fake parameters do not support `Module.to`, and need not move.
         stack.enter_context(mock.patch.object(nn.Module, "_apply", lambda module, *_, **__: module))
-        # ZeRO-3 puts its own in this place, for good.
+        # ZeRO-3 replaces F.linear and does not restore it; the patch does.
         stack.enter_context(mock.patch.object(F, "linear", F.linear))
-        for module in ("partition_parameters", "partitioned_param_coordinator", "stage3"):
-            # The other ranks have nothing to say, and these compare numbers with theirs.
-            name = f"deepspeed.runtime.zero.{module}.assert_ints_same_as_other_ranks"
+        for zero_module in ("partition_parameters", "partitioned_param_coordinator", "stage3"):
+            # These compare numbers with the other ranks', which do not exist.
+            name = f"deepspeed.runtime.zero.{zero_module}.assert_ints_same_as_other_ranks"
             stack.enter_context(mock.patch(name, return_value=None))
-        # timm reads its rates of drop path from one on the CPU, and fakes have no numbers.
-        stack.enter_context(mock.patch.object(torch, "linspace", _readable(torch.linspace)))
+        # timm reads its drop path rates from a tensor on the CPU, and fake tensors have no values.
+        stack.enter_context(mock.patch.object(torch, "linspace", _with_values_on_cpu(torch.linspace)))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        # Replaced, since a TorchFunctionMode does not see what a backward runs again.
-        for home, function in ((F, "layer_norm"), (F, "group_norm"), (F, "softmax"), (torch, "softmax")):
-            stack.enter_context(mock.patch.object(home, function, _as_on_cuda(getattr(home, function))))
+        # Patched one by one, since a TorchFunctionMode does not see functions that a backward recomputes.
+        for module, function in ((F, "layer_norm"), (F, "group_norm"), (F, "softmax"), (torch, "softmax")):
+            stack.enter_context(mock.patch.object(module, function, _as_on_cuda(getattr(module, function))))
         yield
 
 
 class _Rates(np.ndarray[Any, Any]):
-    """Numbers with what timm asks of a tensor of them."""
+    """An array with the tensor methods that timm calls on drop path rates."""
 
     def split(self, sizes: Sequence[int]) -> list[Any]:
         return np.split(self, np.cumsum(sizes)[:-1])
 
 
-def _readable(linspace: Callable[..., Tensor]) -> Callable[..., Any]:
+def _with_values_on_cpu(linspace: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Wraps ``torch.linspace`` so that it returns NumPy values, not a fake tensor, for ``device="cpu"``."""
+
     def call(start: Any, end: Any, steps: Any, **kwargs: Any) -> Any:
         if kwargs.get("device") != "cpu":
             return linspace(start, end, steps, **kwargs)
@@ -328,11 +329,11 @@ def _readable(linspace: Callable[..., Tensor]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _fake_process_group(ranks: int) -> Iterator[Ranks]:
-    """The first of so many ranks, of which there is no other: their collectives do nothing."""
-    assert not dist.is_initialized(), "planned in a process of its own"
-    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    """Makes this process the first of ``ranks`` ranks, without others: collectives do nothing."""
+    assert not dist.is_initialized(), "a process that has joined a process group cannot plan"
+    rank_variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    with mock.patch.dict(os.environ, {name: str(value) for name, value in place.items()} | address):
+    with mock.patch.dict(os.environ, {name: str(value) for name, value in rank_variables.items()} | address):
         dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         try:
@@ -340,21 +341,21 @@ def _fake_process_group(ranks: int) -> Iterator[Ranks]:
             yield Ranks(0, ranks, torch.device("cpu"))
         finally:
             dist.destroy_process_group()
-            # DeepSpeed keeps them for the life of the process, which may plan for another number of ranks.
+            # DeepSpeed never resets these, and the process may plan for another number of ranks.
             deepspeed.comm.comm.cdb = None
             deepspeed.utils.groups._WORLD_GROUP = None
             deepspeed.utils.groups.mesh_device = None
 
 
 def _num_classes(target: TargetConfig) -> int:
-    """Of the target set, or ImageNet's where no file of names says how many: a head is a thousandth of a model."""
+    """Classes of the target set; ImageNet's number if it names no file: a head is a thousandth of a model."""
     with contextlib.suppress(DataError):
         return len(read_class_names(target.class_names or "imagenet"))
     return len(read_class_names("imagenet"))
 
 
 def _split_by_pairs(flop: dict[Work, int], target: int, reference: int) -> dict[Work, int]:
-    """FLOP of a joint graph, where a pair of either half costs the same, dealt out to the halves."""
+    """Splits FLOP of a joint graph between the halves in proportion to their pairs, which cost the same."""
     split: Counter[Work] = Counter()
     for work, count in flop.items():
         if work.stage == "target":

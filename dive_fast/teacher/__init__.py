@@ -1,1 +1,1 @@
-"""The frozen model's embeddings of the reference set: computed at every step, or once into a cache."""
+"""The frozen model's embeddings of the reference set, computed at every step or read from a cache."""

@@ -1,4 +1,4 @@
-"""A random part of a teacher cache, embedded again and compared: is it this model's, of this data?"""
+"""Audits a teacher cache: embeds a random sample of its pairs again and compares the rows."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +15,11 @@ from dive_fast.teacher.cache_files import StaleCacheError, write_json
 from dive_fast.teacher.teacher import CachedTeacher, OnlineTeacher
 
 TOLERANCE = {"float32": 1e-4, "float16": 1e-3}
-"""Longest difference of two unit rows that rounding may make: of fp32 arithmetic in another order, of storage."""
+"""Longest difference of two unit rows due to rounding: fp32 sums in another order, or float16 storage."""
 
 
 def allowed(dtype: str, tolerance: float | None) -> float:
-    """What ``teacher.tolerance`` stands for in a cache of this dtype."""
+    """The longest difference that ``teacher.tolerance`` allows in a cache of this dtype."""
     return TOLERANCE[dtype] if tolerance is None else tolerance
 
 
@@ -40,7 +40,7 @@ class Audit:
         )
 
     def within(self, tolerance: float) -> bool:
-        """Whether no row differs by more; one that is not a number does."""
+        """Whether no row differs by more than ``tolerance``; NaN counts as more."""
         return self.image_max <= tolerance and self.text_max <= tolerance
 
 
@@ -53,57 +53,57 @@ def audit(
     options: Options,
     pairs: int,
 ) -> Audit:
-    """Embeds some pairs again, drawn by the run's seed, and compares the cache's rows with them.
+    """Embeds pairs drawn by the run's seed again and compares them with the cache's rows.
 
     Args:
-        towers: the frozen model, a copy of its own.
-        pairs: how many, at most all.
+        towers: a copy of the frozen model, which the audit takes over.
+        pairs: number of pairs; at most all are drawn.
     """
     layout = teacher.store.layout
     draws = stream(samples.seed, Draw.AUDIT, 0)
     count = min(pairs, layout.samples * layout.views)
-    chosen = draws.choice(layout.samples * layout.views, count, replace=False).tolist()
-    places: list[SampleKey] = [divmod(row, layout.samples) for row in chosen]
+    drawn = draws.choice(layout.samples * layout.views, count, replace=False).tolist()
+    keys: list[SampleKey] = [divmod(row, layout.samples) for row in drawn]
     online = OnlineTeacher(towers, ranks)
     lengths = []
-    for batch in batches_of(samples, places, batch_size, options):
+    for batch in batches_of(samples, keys, batch_size, options):
         batch = batch.to(ranks.device)
         lengths.append(_lengths(teacher(batch), online(batch)))
-    both = torch.cat(lengths) if lengths else torch.zeros(1, 2)
-    (image_mean, text_mean), (image_max, text_max) = both.mean(0).tolist(), both.amax(0).tolist()
+    differences = torch.cat(lengths) if lengths else torch.zeros(1, 2)
+    (image_mean, text_mean), (image_max, text_max) = differences.mean(0).tolist(), differences.amax(0).tolist()
     return Audit(count, image_mean, image_max, text_mean, text_max)
 
 
-def judge(found: Audit, teacher: CachedTeacher, tolerance: float | None = None) -> None:
-    """Holds a cache to its audit.
+def check_audit(result: Audit, teacher: CachedTeacher, tolerance: float | None = None) -> None:
+    """Checks that a cache's audit is within the tolerance.
 
     Args:
-        tolerance: longest difference of two unit rows; None: what rounding explains.
+        tolerance: longest difference of two unit rows; None: the differences due to rounding.
 
     Raises:
-        StaleCacheError: rows differ by more; says by how much, and what is most likely the cause.
+        StaleCacheError: rows differ by more; the message has the differences and the likely cause.
     """
     limit = allowed(teacher.store.layout.dtype, tolerance)
-    if not found.within(limit):
+    if not result.within(limit):
         raise StaleCacheError(
-            f"teacher cache {teacher.store.folder}: {found}; teacher.tolerance allows {limit:.0e}. "
-            f"Most likely {_cause(found.image_max > limit, found.text_max > limit)}; rebuild it"
+            f"teacher cache {teacher.store.folder}: {result}; teacher.tolerance allows {limit:.0e}. "
+            f"Most likely {_cause(result.image_max > limit, result.text_max > limit)}; rebuild it"
         )
 
 
-def write_audit(path: Path, found: Audit) -> None:
-    """Saves what was found, as JSON."""
-    write_json(path, asdict(found))
+def write_audit(path: Path, result: Audit) -> None:
+    """Saves an audit as JSON."""
+    write_json(path, asdict(result))
 
 
 def _lengths(cached: Pairs, fresh: Pairs) -> torch.Tensor:
-    """``(B, 2)``: of the differences of images and of texts."""
+    """Lengths ``(B, 2)`` of the differences of image rows and of text rows."""
     return torch.stack([(one - other).norm(dim=1).cpu() for one, other in zip(cached, fresh, strict=True)], dim=1)
 
 
 def _cause(images_differ: bool, texts_differ: bool) -> str:
     if images_differ and texts_differ:
-        return "the weights or the order of the samples are others than when it was written"
+        return "the weights or the order of the samples changed since the cache was written"
     if images_differ:
-        return "the image files or their decoder are others than when it was written"
-    return "the captions or the tokenizer are others than when it was written"
+        return "the image files or their decoder changed since the cache was written"
+    return "the captions or the tokenizer changed since the cache was written"

@@ -1,13 +1,13 @@
-"""A teacher cache from the files of ``clip-retrieval inference``, and those files from a teacher cache.
+"""Makes a teacher cache from the files of ``clip-retrieval inference``, and exports a cache to such files.
 
-Of each partition, numbered from 0 (00 where there are ten or more), clip-retrieval has three files with a row a
-pair, below one folder (or, moved by their users, all in that folder):
+clip-retrieval writes three files for each partition, with a row for each pair. Partitions are numbered from 0 (00
+if there are ten or more). The files are in subfolders, or directly in the folder if users have moved them:
 
-- ``img_emb/img_emb_0.npy`` and ``text_emb/text_emb_0.npy``: ``(n, D)`` unit rows, float16 as a rule;
-- ``metadata/metadata_0.parquet``: ``image_path``, webdataset's key of the sample or the path of its image file,
-  and ``caption``; img2dataset adds more, its own ``key`` among them.
+- ``img_emb/img_emb_0.npy`` and ``text_emb/text_emb_0.npy``: ``(n, D)`` unit rows, usually float16;
+- ``metadata/metadata_0.parquet``: ``image_path``, which is webdataset's key or the path of the image file, and
+  ``caption``; img2dataset adds columns, including its own ``key``.
 
-A pair is known by the stem of its name and its caption, in whatever order and partition it comes.
+A pair is identified by the stem of its name and by its caption, in any order and partition.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dive_fast.config.schema import Config
+from dive_fast.config.schema import ReferenceConfig, TeacherConfig
 from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
 from dive_fast.io.atomic_files import atomic_file
@@ -31,58 +31,57 @@ from dive_fast.teacher.fingerprint import Fingerprint
 from dive_fast.teacher.write_cache import begin
 
 FILES = {"image": ("img_emb", "npy"), "text": ("text_emb", "npy"), "metadata": ("metadata", "parquet")}
-"""Name (of the folder too) and suffix of each kind of file."""
+"""Name, also of the subfolder, and suffix of each kind of file."""
 EXPORT_ROWS = 1_000_000
-"""Rows of an exported partition; clip-retrieval's own default."""
+"""Rows of an exported partition; clip-retrieval's default."""
 UNIT_TOLERANCE = 1e-2
-_EXPLAINED = 100_000
-"""Missing pairs that are searched for with another caption, to bound memory."""
+"""Largest deviation of a unit row's length from 1."""
+_MAX_EXPLAINED = 100_000
+"""Missing pairs that are searched for under another caption; limits memory."""
 
 
-def check(config: Config, adopt: bool) -> None:
-    """Whether the cache of a config can come from such files, or go to them.
+def check(reference: ReferenceConfig, teacher: TeacherConfig, adopt: bool) -> None:
+    """Checks that a config's cache can be made from clip-retrieval's files, or exported to them.
 
     Raises:
-        CacheError: it has other views than they, adopted rows would have no audit, or pyarrow is missing.
+        CacheError: the config's views are not the files', adopted rows would have no audit, or pyarrow is missing.
     """
     _pyarrow()
-    data = config.data.reference
-    assert data is not None
-    if data.views != "eval":
+    if reference.views != "eval":
         raise CacheError(
-            f"data.reference.views = {data.views}: clip-retrieval's files hold evaluation views alone; "
+            f"data.reference.views = {reference.views}: clip-retrieval's files contain only evaluation views; "
             "set data.reference.views=eval"
         )
-    if adopt and config.teacher.audit == 0:
+    if adopt and teacher.audit == 0:
         raise CacheError(
-            "teacher.audit = 0: only the audit proves that adopted rows are this model's; leave it at 64"
+            "teacher.audit = 0: only the audit proves that adopted rows belong to this model; set it to 64"
         )
 
 
 def stem(name: str) -> str:
-    """What a key, a path or webdataset's ``__key__`` calls a sample: the last component up to its first dot.
+    """Stem of a sample's key or path: the last component up to its first dot.
 
-    Without the ``#row`` that tells the rows of a CSV file apart.
+    Drops the ``#row`` that distinguishes the rows of a CSV file.
     """
     return re.sub(r"#\d+$", "", name.rpartition("/")[2].partition(".")[0])
 
 
 @dataclass(frozen=True)
 class Partition:
-    """The files of one number."""
+    """The files of one partition."""
 
     paths: dict[str, Path]
-    """By kind."""
+    """Paths by kind of file."""
     rows: dict[str, NDArray[Any]]
-    """Of each half, ``(n, D)``, memory-mapped."""
+    """Rows ``(n, D)`` of each half, memory-mapped."""
     name_column: str
-    """Where the metadata name the sample."""
+    """Metadata column with the sample's name."""
 
     def __len__(self) -> int:
         return len(self.rows["image"])
 
     def entries(self) -> Iterator[tuple[str, str]]:
-        """Name and caption of every row.
+        """Yields name and caption of every row.
 
         Raises:
             CacheError: the metadata cannot be read.
@@ -100,16 +99,16 @@ class Partition:
 
 
 class Embeddings:
-    """The embeddings of a folder."""
+    """The embeddings in a folder of clip-retrieval's files."""
 
     def __init__(self, folder: Path, dtype: str) -> None:
-        """Opens its files.
+        """Opens the files.
 
         Args:
-            dtype: that the cache is to have.
+            dtype: dtype of the cache to be made.
 
         Raises:
-            CacheError: a file is missing, damaged, or does not go with the others or the cache.
+            CacheError: a file is missing or damaged, or does not match the others or ``dtype``.
         """
         self.folder = folder
         self._partitions = [_open(paths, dtype) for paths in _paths(folder)]
@@ -119,107 +118,110 @@ class Embeddings:
         return int(self._ends[-1])
 
     def check_width(self, width: int) -> None:
-        """Holds the embeddings to the width of the model's.
+        """Checks that the embeddings have the model's width.
 
         Raises:
-            CacheError: those of a file have another one.
+            CacheError: the embeddings of a file have another width.
         """
         for partition in self._partitions:
             for half in HALVES:
-                if (found := partition.rows[half].shape[1]) != width:
+                if (actual := partition.rows[half].shape[1]) != width:
                     raise CacheError(
-                        f"{partition.paths[half]}: embeddings of width {found}, the model's have {width}; "
-                        "embed the data by the config's model"
+                        f"{partition.paths[half]}: embeddings of width {actual}, the model's have {width}; "
+                        "embed the data with the config's model"
                     )
 
-    def find(self, source: Source) -> NDArray[np.int64]:
-        """The row of every sample, ``(N,)``, counted over all partitions.
+    def find_rows(self, source: Source) -> NDArray[np.int64]:
+        """Row of every sample, ``(N,)``, counted over all partitions.
 
         Raises:
-            CacheError: a sample has no row, or more than one, or is not known from another one.
+            CacheError: a sample has no row or more than one, or two samples are indistinguishable.
         """
-        wanted = _digests((sample.key, sample.texts[0]) for sample in source.samples)
-        order, twice = _sorted(wanted)
-        if len(twice):
-            one, other = (source.samples[int(order[place])] for place in (twice[0], twice[0] + 1))
+        digests = _digests((sample.key, sample.texts[0]) for sample in source.samples)
+        order, duplicates = _sorted(digests)
+        if len(duplicates):
+            one, other = (source.samples[int(order[i])] for i in (duplicates[0], duplicates[0] + 1))
             raise CacheError(
-                f"data.reference: samples {one.key} and {other.key} have one file name and one caption, by which "
-                "clip-retrieval's files cannot tell them apart; leave one out, or write the cache without --adopt"
+                f"data.reference: samples {one.key} and {other.key} have the same file name and caption, so that "
+                "clip-retrieval's files cannot distinguish them; remove one, or write the cache without --adopt"
             )
-        there = _digests(self._entries())
-        order, _ = _sorted(there)
-        there = there[order]
-        first, last = np.searchsorted(there, wanted, "left"), np.searchsorted(there, wanted, "right")
+        stored = _digests(self._entries())
+        order, _ = _sorted(stored)
+        stored = stored[order]
+        first, last = np.searchsorted(stored, digests, "left"), np.searchsorted(stored, digests, "right")
         if len(missing := np.flatnonzero(first == last)):
             raise self._missing(source, missing)
-        if len(twice := np.flatnonzero(last - first > 1)):
-            places = (self._place(order[first[twice[0]] + after]) for after in (0, 1))
-            entries = (f"row {row} of {self._partitions[number].paths['metadata'].name}" for number, row in places)
+        if len(duplicates := np.flatnonzero(last - first > 1)):
+            located = (self._locate(order[first[duplicates[0]] + offset]) for offset in (0, 1))
+            entries = (
+                f"row {row} of {self._partitions[number].paths['metadata'].name}" for number, row in located
+            )
             raise CacheError(
-                f"{self.folder}: two entries for sample {source.samples[int(twice[0])].key}: "
+                f"{self.folder}: two entries for sample {source.samples[int(duplicates[0])].key}: "
                 f"{' and '.join(entries)}; embed the data without one of them"
             )
         return order[first]
 
     def read(self, half: str, rows: NDArray[np.int64], dtype: str) -> NDArray[Any]:
-        """Some rows, ``(n, D)``; from float32 to float16 they are rounded.
+        """Reads rows, ``(n, D)``, and rounds float32 to float16 if ``dtype`` is float16.
 
         Raises:
-            CacheError: one is no unit row.
+            CacheError: a row is not a unit row.
         """
         partition = np.searchsorted(self._ends, rows, side="right")
-        found = np.empty((len(rows), self._partitions[0].rows[half].shape[1]), dtype)
+        values = np.empty((len(rows), self._partitions[0].rows[half].shape[1]), dtype)
         for number in np.unique(partition):
-            own = partition == number
+            selected = partition == number
             start = self._ends[number] - len(self._partitions[number])
-            found[own] = self._partitions[number].rows[half][rows[own] - start]
-        lengths = np.linalg.norm(found.astype(np.float32), axis=1)
-        bad = np.flatnonzero(~(np.abs(lengths - 1) <= UNIT_TOLERANCE))  # NaN among them
+            values[selected] = self._partitions[number].rows[half][rows[selected] - start]
+        lengths = np.linalg.norm(values.astype(np.float32), axis=1)
+        bad = np.flatnonzero(~(np.abs(lengths - 1) <= UNIT_TOLERANCE))  # includes NaN
         if len(bad):
-            number, row = self._place(rows[bad[0]])
+            number, row = self._locate(rows[bad[0]])
             raise CacheError(
                 f"{self._partitions[number].paths[half]}: row {row} has length {lengths[bad[0]]:.3g}, a unit row "
-                "has 1; copy the file again, or embed the data anew"
+                "has 1; copy the file again, or embed the data again"
             )
-        return found
+        return values
 
     def _entries(self) -> Iterator[tuple[str, str]]:
         for partition in self._partitions:
             yield from partition.entries()
 
-    def _place(self, row: np.int64) -> tuple[int, int]:
-        """Partition and row in it."""
+    def _locate(self, row: np.int64) -> tuple[int, int]:
+        """Partition of a row, and its index there."""
         number = int(np.searchsorted(self._ends, row, side="right"))
         return number, int(row - self._ends[number] + len(self._partitions[number]))
 
     def _missing(self, source: Source, missing: NDArray[np.int64]) -> CacheError:
         keys = ", ".join(source.samples[sample].key for sample in missing[:3].tolist())
         message = (
-            f"{self.folder}: of the {len(source)} pairs of data.reference, {len(missing)} are not among its "
+            f"{self.folder}: {len(missing)} of the {len(source)} pairs of data.reference are not among its "
             f"{len(self)} entries (the first: {keys})"
         )
-        samples = {stem(source.samples[sample].key): sample for sample in missing[:_EXPLAINED].tolist()}
+        samples = {stem(source.samples[sample].key): sample for sample in missing[:_MAX_EXPLAINED].tolist()}
         for name, caption in self._entries():
             if (sample := samples.get(stem(name))) is not None:
-                found = source.samples[sample]
+                key, expected = source.samples[sample].key, source.samples[sample].texts[0]
                 return CacheError(
-                    f"{message}; the captions differ: of {found.key} it is {_short(caption)} there and "
-                    f"{_short(found.texts[0])} here; give the config the captions that were embedded"
+                    f"{message}; the captions differ: that of {key} is {_short(caption)} there and "
+                    f"{_short(expected)} here; use the embedded captions in the config"
                 )
-        return CacheError(f"{message}; embed the data set that the config names")
+        return CacheError(f"{message}; embed the config's data set")
 
 
 def adopt(
     embeddings: Embeddings, partial: Path, layout: Layout, source: Source, fingerprint: Fingerprint, ranks: Ranks
 ) -> None:
-    """Makes a sealed cache of the embeddings, still under the name of one that is not whole.
+    """Makes a sealed cache of the embeddings, under the name of an unfinished cache.
 
     Raises:
-        CacheError: the embeddings are not those of the samples, cannot be copied, or another cache was begun.
+        CacheError: the embeddings do not match the samples or cannot be copied, or an unfinished cache of another
+            configuration has this name.
     """
     with ranks.raise_on_all(CacheError):
         embeddings.check_width(layout.width)
-        rows = embeddings.find(source)
+        rows = embeddings.find_rows(source)
     try:
         todo = begin(
             partial, layout, fingerprint, f"adopted from {embeddings.folder.resolve()}", ranks, source.modified()
@@ -230,27 +232,27 @@ def adopt(
             store.seal(partial, layout)
         ranks.barrier()
     except OSError as error:
-        raise CacheError(f"{partial}: {error}; nothing of it is kept, run the same command again") from error
+        raise CacheError(f"{partial}: {error}; nothing is kept, run the same command again") from error
 
 
 def export(cache: Store, source: Source, folder: Path) -> int:
-    """Writes a cache as clip-retrieval would have, in the cache's own dtype; returns the number of partitions.
+    """Exports a cache to clip-retrieval's files, in the cache's dtype; returns the number of partitions.
 
     Raises:
-        CacheError: such files are there already, they cannot be written, or bytes of the cache have changed.
+        CacheError: such files exist or cannot be written, or bytes of the cache have changed.
     """
     count = -(-len(source) // EXPORT_ROWS)
     try:
         for kind in FILES:
-            if folder.is_dir() and (found := list(_numbered(folder, kind).values())):
-                raise CacheError(f"{found[0]} is there already; remove it, or name another folder")
+            if folder.is_dir() and (existing := list(_numbered(folder, kind).values())):
+                raise CacheError(f"{existing[0]} already exists; remove it, or name another folder")
         cache.check_all()
         for number in range(count):
             rows = range(number * EXPORT_ROWS, min((number + 1) * EXPORT_ROWS, len(source)))
             _write_partition(cache, source, rows, folder, str(number).zfill(len(str(count))))
     except OSError as error:
         raise CacheError(
-            f"{folder}: cannot write there: {error}; remove what is there, it is not whole"
+            f"{folder}: cannot write there: {error}; the export is incomplete, remove its files"
         ) from error
     return count
 
@@ -267,9 +269,9 @@ def _copy(
     progress = ranks.progress(sum(len(layout.rows("image", block)) for block in todo), "adopted", "pair")
     try:
         for block in todo:
-            own = rows[layout.rows("image", block)]
-            writer.write(block, {half: embeddings.read(half, own, layout.dtype) for half in HALVES})
-            progress.update(len(own))
+            block_rows = rows[layout.rows("image", block)]
+            writer.write(block, {half: embeddings.read(half, block_rows, layout.dtype) for half in HALVES})
+            progress.update(len(block_rows))
     finally:
         writer.close()
         progress.close()
@@ -293,32 +295,34 @@ def _write_partition(cache: Store, source: Source, rows: range, folder: Path, nu
 
 
 def _paths(folder: Path) -> list[dict[str, Path]]:
-    """The files of every partition, by kind."""
-    names = "img_emb, text_emb and metadata"
+    """Paths of every partition by kind of file."""
+    subfolders = "img_emb, text_emb and metadata"
     if not folder.is_dir():
-        raise CacheError(f"{folder}: no such folder; name that of clip-retrieval inference, with {names} below")
-    found = {kind: _numbered(folder, kind) for kind in FILES}
-    numbers = sorted(set().union(*found.values()))
+        raise CacheError(
+            f"{folder}: no such folder; name the output folder of clip-retrieval inference, with {subfolders}"
+        )
+    paths = {kind: _numbered(folder, kind) for kind in FILES}
+    numbers = sorted(set().union(*paths.values()))
     if not numbers:
         raise CacheError(
-            f"{folder}: no img_emb_0.npy; name the folder of clip-retrieval inference, with {names} below"
+            f"{folder}: no img_emb_0.npy; name the output folder of clip-retrieval inference, with {subfolders}"
         )
     for number in numbers:
         for kind, (name, suffix) in FILES.items():
-            if number not in found[kind]:
+            if number not in paths[kind]:
                 raise CacheError(
-                    f"{folder}: {name}_{number}.{suffix} is missing; copy it there, or embed the data anew with "
+                    f"{folder}: {name}_{number}.{suffix} is missing; copy it there, or embed the data again with "
                     "images, texts and metadata"
                 )
-    return [{kind: found[kind][number] for kind in FILES} for number in numbers]
+    return [{kind: paths[kind][number] for kind in FILES} for number in numbers]
 
 
 def _numbered(folder: Path, kind: str) -> dict[str, Path]:
-    """The files of a kind by their numbers, as they are written."""
+    """Paths of one kind of file by number, in the notation of the file name."""
     name, suffix = FILES[kind]
-    place = folder / name if (folder / name).is_dir() else folder
+    subfolder = folder / name if (folder / name).is_dir() else folder
     pattern = re.compile(rf"{name}_(\d+)\.{suffix}")
-    return {match[1]: path for path in sorted(place.iterdir()) if (match := pattern.fullmatch(path.name))}
+    return {match[1]: path for path in sorted(subfolder.iterdir()) if (match := pattern.fullmatch(path.name))}
 
 
 def _open(paths: dict[str, Path], dtype: str) -> Partition:
@@ -332,13 +336,13 @@ def _open(paths: dict[str, Path], dtype: str) -> Partition:
         raise _unreadable(path, error) from error
     name_column = next((name for name in ("image_path", "key") if name in columns), None)
     if name_column is None or "caption" not in columns:
-        wanted = "image_path or key" if name_column is None else "caption"
-        raise CacheError(f"{path}: no column {wanted}, only {', '.join(columns)}; embed the data with its texts")
+        missing = "image_path or key" if name_column is None else "caption"
+        raise CacheError(f"{path}: no column {missing}, only {', '.join(columns)}; embed the data with captions")
     for half in HALVES:
         if len(rows[half]) != count:
             raise CacheError(
-                f"{paths[half]}: {len(rows[half])} rows, {path.name} has {count}; copy the files again, they are "
-                "not of one run"
+                f"{paths[half]}: {len(rows[half])} rows, {path.name} has {count}; copy the files again, they "
+                "belong to different runs"
             )
     return Partition(paths, rows, name_column)
 
@@ -359,7 +363,7 @@ def _map(path: Path, dtype: str) -> NDArray[Any]:
 
 
 def _digests(entries: Iterable[tuple[str, str]]) -> NDArray[np.uint64]:
-    """What pairs of name and caption are known by, ``(n,)``."""
+    """Digests ``(n,)`` that identify pairs of name and caption."""
     return np.fromiter((_digest(stem(name), caption.strip()) for name, caption in entries), np.uint64)
 
 
@@ -368,7 +372,7 @@ def _digest(name: str, caption: str) -> int:
 
 
 def _sorted(digests: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The order that sorts them, and the places in it that equal the next one."""
+    """The order that sorts the digests, and the positions in it whose digest equals the next."""
     order = np.argsort(digests, kind="stable")
     return order, np.flatnonzero(digests[order[1:]] == digests[order[:-1]])
 
@@ -379,7 +383,7 @@ def _short(caption: str) -> str:
 
 def _unreadable(path: Path, error: Exception) -> CacheError:
     reason = " ".join(str(error).split())
-    return CacheError(f"{path}: cannot read it: {reason}; copy it again, or embed the data anew")
+    return CacheError(f"{path}: cannot read it: {reason}; copy it again, or embed the data again")
 
 
 def _pyarrow() -> tuple[Any, Any]:

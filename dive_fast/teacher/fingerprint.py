@@ -1,12 +1,11 @@
-"""What a teacher cache depends on: two runs may share one exactly when their fingerprints are equal."""
+"""Fingerprint of a teacher cache: two runs may share a cache exactly if their fingerprints are equal."""
 
 import hashlib
 from importlib import metadata
 
 from PIL import features
 
-from dive_fast import identity
-from dive_fast import numerics as precision
+from dive_fast import identity, numerics
 from dive_fast.data.loaders.loader import Options
 from dive_fast.data.prompts import TOKENIZER_PROBES
 from dive_fast.data.samples import ReferenceSamples
@@ -24,15 +23,15 @@ def fingerprint(
     options: Options,
     dtype: str = "float32",
 ) -> Fingerprint:
-    """All that decides a cache's rows.
+    """Everything that determines a cache's rows.
 
     Args:
         towers: the frozen model.
-        text_length: context length of the captions; None where the model does not say its own.
-        options: of the loader: loaders differ in the last bits of the pixels, and DALI between CPU and GPU.
-        dtype: that the rows are stored in; they are computed in fp32.
+        text_length: context length of the captions; None if the model does not define one.
+        options: loader options: loaders differ in the last bits of pixels, and DALI between CPU and GPU.
+        dtype: dtype of the stored rows, which are computed in fp32.
     """
-    switches = precision.state()
+    switches = numerics.state()
     return {
         **model_identity.model_identity(towers),
         "tokenizer": hashlib.sha256(samples.tokenizer(list(TOKENIZER_PROBES)).numpy().tobytes()).hexdigest(),
@@ -46,17 +45,17 @@ def fingerprint(
     }
 
 
-def differences(found: Fingerprint, wanted: Fingerprint) -> list[str]:
-    """Every field that differs, with both values."""
+def differences(stored: Fingerprint, expected: Fingerprint) -> list[str]:
+    """A line for every field that differs, with both values."""
     lines = []
-    for difference in identity.differences(found, wanted):
-        stored, current = difference.shown()
-        lines.append(f"{difference.key}: the cache has {stored}, this run {current}")
+    for difference in identity.differences(stored, expected):
+        old, new = difference.shown()
+        lines.append(f"{difference.key}: the cache has {old}, this run {new}")
     return lines
 
 
 def decoder(options: Options) -> str:
-    """The loader, with the versions of what decodes and resizes its images."""
+    """Name of the loader with the versions of the libraries that decode and resize its images."""
     if options.loader == "plain":
         return f"plain, pillow {metadata.version('pillow')}, libjpeg-turbo {features.version('libjpeg_turbo')}"
     if options.loader == "ffcv":

@@ -1,6 +1,6 @@
-"""Who gives a reference batch its frozen embeddings: a copy of the model at every step, or the cache.
+"""Teachers embed a reference batch with the frozen model: online at every step, or by reading a cache.
 
-Either way computed in fp32: a difference vector of 1e-3 is lost in a half-precision teacher's rounding.
+Both compute in fp32: a difference vector of length 1e-3 is lost in a half-precision teacher's rounding.
 """
 
 from pathlib import Path
@@ -18,10 +18,10 @@ from dive_fast.teacher.fingerprint import Fingerprint, differences
 
 
 class Teacher(Protocol):
-    """Gives a reference batch its frozen embeddings."""
+    """Maps a reference batch to its frozen embeddings."""
 
     runs_ahead: bool
-    """Whether it only looks them up, which a thread may do before the step that needs them."""
+    """Whether a thread may call it before the step, since it only reads stored rows."""
 
     def __call__(self, batch: ReferenceBatch) -> Pairs:
         """Unit rows ``(B, D)`` fp32 of both halves of each pair, on the batch's device."""
@@ -33,27 +33,27 @@ class OnlineTeacher:
     runs_ahead = False
 
     def __init__(self, towers: Towers, ranks: Ranks) -> None:
-        """Takes the towers over; they must be a copy of their own."""
+        """Takes over ``towers``, which must be a copy: it freezes them and disables autocast."""
         self.towers = towers.to(ranks.device).eval().requires_grad_(False)
         self.towers.autocast = None
 
     def __call__(self, batch: ReferenceBatch) -> Pairs:
-        """Embeds the batch."""
+        """Embeds images and captions of the batch."""
         return Pairs(self.image(batch), self.text(batch))
 
     @torch.no_grad()
     def image(self, batch: ReferenceBatch) -> Tensor:
-        """Unit rows ``(B, D)`` fp32 of its images."""
+        """Unit rows ``(B, D)`` fp32 of the batch's images."""
         return unit(self.towers.encode_image(batch.images))
 
     @torch.no_grad()
     def text(self, batch: ReferenceBatch) -> Tensor:
-        """Unit rows ``(B, D)`` fp32 of its captions."""
+        """Unit rows ``(B, D)`` fp32 of the batch's captions."""
         return unit(self.towers.encode_text(batch.text.tokens, batch.text.length))[batch.text.index]
 
 
 class CachedTeacher:
-    """Embeddings read by sample and view from a cache."""
+    """Reads embeddings by sample and view from a cache."""
 
     runs_ahead = True
 
@@ -61,15 +61,17 @@ class CachedTeacher:
         """Opens a cache.
 
         Args:
-            verify: hold each block of it to its checksum when it is first read.
+            fingerprint: fingerprint that the cache must have.
+            verify: check each block against its checksum when it is first read.
 
         Raises:
-            StaleCacheError: it was made from something else, names every field that differs; or it is damaged.
+            StaleCacheError: it is damaged, or belongs to another configuration; the message names every field that
+                differs.
         """
         self.store = Store(folder, verify)
         if different := differences(self.store.fingerprint, fingerprint):
             raise StaleCacheError(
-                f"teacher cache {folder} was made from something else ({'; '.join(different)}); "
+                f"teacher cache {folder} belongs to another configuration ({'; '.join(different)}); "
                 "set teacher.path to another folder, or rebuild it"
             )
 
@@ -77,15 +79,16 @@ class CachedTeacher:
         """Reads the batch's rows.
 
         Raises:
-            StaleCacheError: bytes of them have changed since they were written.
+            StaleCacheError: their bytes have changed since they were written.
         """
         device = batch.images.device
         sample, view = batch.sample.numpy(), batch.view.numpy()
         dtype = getattr(torch, self.store.layout.dtype)
         rows = []
         for half in HALVES:
-            # A new piece of page-locked memory each time: the one before may still be on its way to the device.
-            read = torch.empty(len(sample), self.store.layout.width, dtype=dtype, pin_memory=device.type == "cuda")
-            self.store.read(half, sample, view, read.numpy())
-            rows.append(read.to(device, non_blocking=True).float())
+            # New page-locked memory for each call: the previous copy to the device may still be in progress.
+            shape = len(sample), self.store.layout.width
+            buffer = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+            self.store.read(half, sample, view, buffer.numpy())
+            rows.append(buffer.to(device, non_blocking=True).float())
         return Pairs(*rows)

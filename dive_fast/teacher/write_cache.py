@@ -1,4 +1,4 @@
-"""Writing a teacher cache: the whole reference set through the frozen model, on all ranks, once."""
+"""Writes a teacher cache: embeds the complete reference set with the frozen model, on all ranks."""
 
 import shutil
 from collections.abc import Iterator
@@ -28,17 +28,17 @@ def write_cache(
     batch_size: int,
     options: Options,
 ) -> None:
-    """Embeds the reference set into ``folder``, or what of it a run before has not.
+    """Embeds the reference set into ``folder``; resumes an interrupted call.
 
     Args:
         folder: its parent is on a file system that all ranks share.
-        towers: the frozen model, a copy of its own.
-        fingerprint: of all that decides the rows.
+        towers: a copy of the frozen model, which is taken over.
+        fingerprint: everything that determines the rows.
         batch_size: pairs embedded at once on each rank.
-        options: of the loader; those that training has.
+        options: the loader options of training.
 
     Raises:
-        CacheError: something else was begun under this name, or the disk is full.
+        CacheError: an unfinished cache of another configuration has this name, or the disk is full.
     """
     partial = store.partial_name(folder)
     embed = OnlineTeacher(towers, ranks)
@@ -52,41 +52,43 @@ def write_cache(
         ranks.barrier()
     except OSError as error:
         raise CacheError(
-            f"teacher cache {folder}: {error}; what is written stays: run the same command again"
+            f"teacher cache {folder}: {error}; finished blocks are kept: restart the same command to resume"
         ) from error
 
 
 def begin(
     partial: Path, layout: Layout, fingerprint: Fingerprint, origin: str, ranks: Ranks, modified: str = ""
 ) -> list[int]:
-    """Creates the files where none are; returns this rank's share of the blocks that are not written yet.
+    """Creates the files if there are none; returns this rank's share of the blocks that are not written yet.
 
     Args:
-        origin: where the rows come from; a cache has only one.
+        origin: source of the rows; a cache has only one.
         modified: as for :func:`dive_fast.teacher.cache_files.create`.
 
     Raises:
-        StaleCacheError: something else was begun under this name.
-        OSError: the disk has not the space.
+        StaleCacheError: an unfinished cache of another configuration has this name.
+        OSError: the disk does not have the space.
     """
     if store.is_there(partial):
-        found_layout, found, found_origin, _ = store.read_manifest(partial)
-        if different := differences(found | {"origin": found_origin}, fingerprint | {"origin": origin}):
+        stored = store.read_manifest(partial)
+        stored_fields = stored.fingerprint | {"origin": stored.origin}
+        if different := differences(stored_fields, fingerprint | {"origin": origin}):
             raise StaleCacheError(
-                f"{partial} was begun as the cache of something else ({'; '.join(different)}); rebuild it"
+                f"{partial} is unfinished and belongs to another configuration ({'; '.join(different)}); "
+                "rebuild it"
             )
-        if found_layout != layout:
-            raise StaleCacheError(f"{partial}: {found_layout} was begun there, not {layout}; rebuild it")
+        if stored.layout != layout:
+            raise StaleCacheError(f"{partial} is unfinished and has {stored.layout}, not {layout}; rebuild it")
     elif ranks.is_main:
         store.create(partial, layout, fingerprint, origin, modified)
     ranks.barrier()
-    finished = store.done(partial)
-    ranks.barrier()  # before any rank writes more
+    finished = store.finished_blocks(partial)
+    ranks.barrier()  # all ranks read the journals before any writes
     return [block for block in layout.blocks if block not in finished][ranks.rank :: ranks.world_size]
 
 
 def remove(folder: Path) -> None:
-    """Removes a cache and what of it was begun."""
+    """Removes a cache, finished or not."""
     for path in (folder, store.partial_name(folder)):
         if store.is_there(path):
             shutil.rmtree(path)
@@ -102,31 +104,31 @@ def _write_blocks(
     batch_size: int,
     options: Options,
 ) -> None:
-    # Batches end where blocks do: whatever was there before, the same pairs go together, and give the same bits.
+    # Batches end with blocks, so that a resumed run forms the same batches and computes the same bits.
     batches = {block: list(_batches(layout, block, batch_size)) for block in todo}
     in_order = list(chain.from_iterable(batches.values()))
     loaded = load(samples, in_order, options)
-    ahead = Prefetcher(loaded, lambda batch: batch.to(ranks.device), ranks.device, limit=options.timeout)
+    prefetched = Prefetcher(loaded, lambda batch: batch.to(ranks.device), ranks.device, limit=options.timeout)
     writer = store.Writer(partial, layout, ranks.rank)
     progress = ranks.progress(sum(map(len, in_order)), "teacher cache", "pair")
     try:
         for block in todo:
             rows: dict[str, list[Tensor]] = {half: [] for half in store.HALVES}
             for _ in batches[block]:
-                batch = next(ahead)
+                batch = next(prefetched)
                 rows["image"].append(embed.image(batch).cpu())
-                if layout.rows("text", block):  # else they are there since the first view
+                if layout.rows("text", block):  # later views have the texts of the first
                     rows["text"].append(embed.text(batch).cpu())
                 progress.update(len(rows["image"][-1]))
-            nothing = torch.empty(0, layout.width)
-            writer.write(block, {half: torch.cat([nothing, *own]).numpy() for half, own in rows.items()})
+            empty = torch.empty(0, layout.width)
+            writer.write(block, {half: torch.cat([empty, *parts]).numpy() for half, parts in rows.items()})
     finally:
-        ahead.close()
+        prefetched.close()
         writer.close()
         progress.close()
 
 
 def _batches(layout: Layout, block: int, batch_size: int) -> Iterator[list[SampleKey]]:
-    view, samples = layout.place(block)
+    view, samples = layout.view_and_samples(block)
     for first in range(samples.start, samples.stop, batch_size):
         yield [(view, sample) for sample in range(first, min(first + batch_size, samples.stop))]

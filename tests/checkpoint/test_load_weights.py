@@ -1,4 +1,4 @@
-"""Weights of every kind of checkpoint, bit for bit, and nothing executed that a file holds."""
+"""Loading weights: every kind of checkpoint gives the same bits, and nothing in a file is executed."""
 
 import argparse
 import io
@@ -27,11 +27,11 @@ from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import towers
 
 
-def moved(model: ModelConfig) -> dict[str, Tensor]:
-    """Other weights than the model comes with, as open_clip has them."""
+def changed_weights(model: ModelConfig) -> dict[str, Tensor]:
+    """Other weights than those of the model, under open_clip's names."""
     torch.manual_seed(3)
-    own = towers.create(model)
-    return own.export({name: value + torch.randn(value.shape) for name, value in own.state_dict().items()})
+    built = towers.create(model)
+    return built.export({name: value + torch.randn(value.shape) for name, value in built.state_dict().items()})
 
 
 def loaded(model: ModelConfig, path: Path) -> dict[str, Tensor]:
@@ -39,30 +39,30 @@ def loaded(model: ModelConfig, path: Path) -> dict[str, Tensor]:
     return built.export(built.state_dict())
 
 
-def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("config", [tiny.CLIP, tiny.CLIP | {"custom_text": True}])
-def test_files_of_this_engine_and_of_open_clip_are_read(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_files_of_this_engine_and_open_clip_are_read(tmp_path: Path, config: dict[str, Any]) -> None:
     model = ModelConfig(name=tiny.write_model(tmp_path / "model", config))
-    state = moved(model)
+    state = changed_weights(model)
     towers.save(state, tmp_path / "model.safetensors")
     torch.save(state, tmp_path / "plain.bin")
-    # As open_clip's training writes it, from several GPUs.
+    # As open_clip's training writes it with several GPUs.
     torch.save(
         {"epoch": 3, "state_dict": {f"module.{name}": t for name, t in state.items()}}, tmp_path / "epoch_3.pt"
     )
     for file in ("model.safetensors", "plain.bin", "epoch_3.pt"):
         assert_equal(loaded(model, tmp_path / file), state)
-    theirs = open_clip.create_model(model.name, load_weights=False)
-    open_clip.load_checkpoint(theirs, str(tmp_path / "epoch_3.pt"))
-    assert_equal(loaded(model, tmp_path / "epoch_3.pt"), theirs.state_dict())
+    reference = open_clip.create_model(model.name, load_weights=False)
+    open_clip.load_checkpoint(reference, str(tmp_path / "epoch_3.pt"))
+    assert_equal(loaded(model, tmp_path / "epoch_3.pt"), reference.state_dict())
 
 
 class Harmful:
-    """What pickle calls when it reads this, it writes to the disk."""
+    """An object whose unpickling creates a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -71,7 +71,7 @@ class Harmful:
         return os.mkdir, (str(self.path),)
 
 
-def test_what_is_no_checkpoint_is_told_and_executes_nothing(tmp_path: Path) -> None:
+def test_invalid_checkpoints_are_refused_unexecuted(tmp_path: Path) -> None:
     model = ModelConfig(name=tiny.write_model(tmp_path / "model"))
     with pytest.raises(ConfigError, match=r"nowhere.pt: no such checkpoint"):
         loaded(model, tmp_path / "nowhere.pt")
@@ -99,24 +99,24 @@ def test_what_is_no_checkpoint_is_told_and_executes_nothing(tmp_path: Path) -> N
 
 
 SQUASHED = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3], "interpolation": "bilinear", "resize_mode": "squash"}
-"""Not open_clip's default in any respect."""
+"""Differs from open_clip's default in every respect."""
 
 
 def registered(folder: Path) -> ModelConfig:
-    """A model of open_clip's list whose tag ``own`` has local weights and a preprocessing of its own."""
+    """A model in open_clip's list with a tag ``local`` that has local weights and another preprocessing."""
     name = f"small-{folder.name}"
     tiny.write_model(folder / "published", tiny.QUICKGELU)
     (folder / f"{name}.json").write_text(json.dumps(tiny.QUICKGELU))
     (folder / f"{name}-plain.json").write_text(json.dumps(tiny.CLIP))
     open_clip.add_model_config(folder)
     weights = str(folder / "published/open_clip_model.safetensors")
-    open_clip.pretrained._PRETRAINED[name] = {"own": {"url": "-", "quick_gelu": True, **SQUASHED}}
+    open_clip.pretrained._PRETRAINED[name] = {"local": {"url": "-", "quick_gelu": True, **SQUASHED}}
     open_clip.factory.download_pretrained = lambda *_, **__: weights
-    return ModelConfig(name=name, pretrained="own")
+    return ModelConfig(name=name, pretrained="local")
 
 
 def by_every_route(folder: Path) -> dict[str, Any]:
-    """Features of a few pictures, and accuracy, by each way to name the same weights."""
+    """Features of a few images, and accuracy, by each way to name the same weights."""
     from dive_fast.distributed import join
     from dive_fast.evaluate.zero_shot import evaluate
     from dive_fast.methods import method as objective
@@ -130,7 +130,7 @@ def by_every_route(folder: Path) -> dict[str, Any]:
     tree["evaluate"] = {"sets": {"val": {key: target[key] for key in tiny.EVALUATION}}, "workers": 0}
     config = RunConfig.model_validate_json(json.dumps(tree))
     run = Path(tree["train"]["output"])
-    found: dict[str, Any] = {"last line": train.train(config, run, ranks)["accuracy/val"]}
+    results: dict[str, Any] = {"last line": train.train(config, run, ranks)["accuracy/val"]}
     file, checkpoint = run / "model.safetensors", next((run / "checkpoints").glob("step*"))
     (folder / "alone").mkdir()
     alone = folder / "alone/model.safetensors"
@@ -147,17 +147,17 @@ def by_every_route(folder: Path) -> dict[str, Any]:
         ),
         "default preprocessing": towers.create(ModelConfig(name=model.name, pretrained=str(alone))),
     }
-    pictures = [Image.open(io.BytesIO(tiny.jpeg(seed, size=(60, 33)))) for seed in range(3)]
+    samples = [Image.open(io.BytesIO(tiny.jpeg(seed, size=(60, 33)))) for seed in range(3)]
     tokenizer = towers.tokenizer_of(model)
     for route, built in routes.items():
-        images = torch.stack([tiny.shown(built.preprocess, picture) for picture in pictures])
+        images = torch.stack([tiny.shown(built.preprocess, picture) for picture in samples])
         with torch.no_grad():
             accuracy = evaluate(built.eval(), tokenizer, config.evaluate, ranks)["val"]
-            found[route] = built.encode_image(images).numpy(), accuracy
-    theirs, _, transform = open_clip.create_model_and_transforms(f"local-dir:{run}")
+            results[route] = built.encode_image(images).numpy(), accuracy
+    reference, _, transform = open_clip.create_model_and_transforms(f"local-dir:{run}")
     with torch.no_grad():
-        images = torch.stack([transform(picture) for picture in pictures])
-        found["open_clip"] = theirs.eval().encode_image(images).numpy(), None
+        images = torch.stack([transform(picture) for picture in samples])
+        results["open_clip"] = reference.eval().encode_image(images).numpy(), None
     refused = []
     for wrong in (
         lambda: towers.create(ModelConfig(name=f"{model.name}-plain", pretrained=str(file))),
@@ -171,24 +171,24 @@ def by_every_route(folder: Path) -> dict[str, Any]:
             wrong()
         except ConfigError as error:
             refused.append(str(error))
-    return found | {"refused": refused}
+    return results | {"refused": refused}
 
 
-def test_one_set_of_weights_has_one_figure_by_every_route(tmp_path: Path) -> None:
-    (found,) = run_ranks(1, by_every_route, tmp_path, init=False)
+def test_weights_give_equal_results_by_every_route(tmp_path: Path) -> None:
+    (results,) = run_ranks(1, by_every_route, tmp_path, init=False)
     name, run = f"small-{tmp_path.name}", tmp_path / "run/run"
     message = (
         f"model.name: the weights in {run} are of another architecture than {name}-plain: quick_gelu = true "
         f"there, false in the model; take model.name = {name}"
     )
-    assert found.pop("refused") == [message, message]
-    last, (wanted, accuracy) = found.pop("last line"), found["pretrained"]
+    assert results.pop("refused") == [message, message]
+    last, (expected, accuracy) = results.pop("last line"), results["pretrained"]
     assert last == accuracy
-    other, _ = found.pop("default preprocessing")
-    assert not np.allclose(other, wanted, rtol=1e-2)
-    for route, (features, figure) in found.items():
-        assert np.array_equal(features, wanted), route
-        assert figure in (accuracy, None), route
+    other, _ = results.pop("default preprocessing")
+    assert not np.allclose(other, expected, rtol=1e-2)
+    for route, (features, value) in results.items():
+        assert np.array_equal(features, expected), route
+        assert value in (accuracy, None), route
 
 
 PREPROCESSING: list[dict[str, Any]] = [
@@ -219,20 +219,20 @@ def test_preprocessing_survives_export(tmp_path: Path, size: Any) -> None:
         assert torch.equal(transform(picture), tiny.shown(built.preprocess, picture)), preprocess
 
 
-def test_tokenizer_of_hugging_face_travels_with_the_weights(tmp_path: Path) -> None:
+def test_hugging_face_tokenizer_is_exported_too(tmp_path: Path) -> None:
     config, texts = tiny.reduced("ViT-B-16-SigLIP"), ["A cat!", "the photo of a dog"]
     tiny.write_tokenizer(tmp_path / "model")
     config["text_cfg"]["hf_tokenizer_name"] = str(tmp_path / "model")
     model = ModelConfig(name=tiny.write_model(tmp_path / "model", config))
     run = tmp_path / "run"
     run.mkdir()
-    # As every run has one, of another kind than Hugging Face's.
+    # Every run has one, in another format than Hugging Face's.
     (run / "config.json").write_text(json.dumps({"config": {}, "versions": {}}))
-    wanted = towers.tokenizer_of(model)(texts)
+    expected = towers.tokenizer_of(model)(texts)
     towers.save_description(towers.create(model), run)
     shutil.rmtree(tmp_path / "model")
-    assert torch.equal(towers.tokenizer_of(ModelConfig(name=f"local-dir:{run}"))(texts), wanted)
-    assert torch.equal(open_clip.get_tokenizer(f"local-dir:{run}")(texts), wanted)
+    assert torch.equal(towers.tokenizer_of(ModelConfig(name=f"local-dir:{run}"))(texts), expected)
+    assert torch.equal(open_clip.get_tokenizer(f"local-dir:{run}")(texts), expected)
 
 
 @pytest.mark.parametrize(
@@ -246,9 +246,7 @@ def test_tokenizer_of_hugging_face_travels_with_the_weights(tmp_path: Path) -> N
         ("ViT-B-32-quickgelu", "open_clip-has-no-such-tag"),
     ],
 )
-def test_preprocessing_of_a_tag_is_known_without_its_weights(
-    monkeypatch: pytest.MonkeyPatch, name: str, tag: str
-) -> None:
+def test_preprocessing_of_a_tag_needs_no_weights(monkeypatch: pytest.MonkeyPatch, name: str, tag: str) -> None:
     seen: dict[str, Any] = {}
 
     def build(*_: Any, force_preprocess_cfg: dict[str, Any] | None = None, **__: Any) -> None:
@@ -263,10 +261,10 @@ def test_preprocessing_of_a_tag_is_known_without_its_weights(
     assert bool(seen) == (tag != "open_clip-has-no-such-tag")
 
 
-def test_weights_without_a_description_say_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_description_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = ModelConfig(name=tiny.write_model(tmp_path / "model", preprocess=SQUASHED))
     built = towers.create(model, weights=False)
-    towers.save(moved(model), tmp_path / "model.safetensors")
+    towers.save(changed_weights(model), tmp_path / "model.safetensors")
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         load_into(built, model, tmp_path / "model.safetensors")
@@ -280,9 +278,7 @@ def test_weights_without_a_description_say_so_once(tmp_path: Path, caplog: pytes
             load_into(built, model, tmp_path / "model.safetensors")
 
 
-def test_weights_of_another_size_are_said_to_be_interpolated(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_weights_of_another_size_report_interpolation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     large = tiny.CLIP | {
         "vision_cfg": tiny.VISION | {"image_size": 64},
         "text_cfg": tiny.TEXT | {"context_length": 16},
@@ -300,15 +296,15 @@ def test_weights_of_another_size_are_said_to_be_interpolated(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_checkpoints_of_any_float_type_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_checkpoints_of_any_float_dtype_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
     model = ModelConfig(name=tiny.write_model(tmp_path / "model"))
-    state = {name: tensor.to(dtype) for name, tensor in moved(model).items()}
+    state = {name: tensor.to(dtype) for name, tensor in changed_weights(model).items()}
     towers.save(state, tmp_path / "model.safetensors")
     torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "model.pt")
     for file in ("model.safetensors", "model.pt"):
-        found = loaded(model, tmp_path / file)
-        assert_equal(found, {name: tensor.float() for name, tensor in state.items()})
-        assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+        actual = loaded(model, tmp_path / file)
+        assert_equal(actual, {name: tensor.float() for name, tensor in state.items()})
+        assert {tensor.dtype for tensor in actual.values()} == {torch.float32}
 
 
 class Net(torch.nn.Module):
@@ -317,7 +313,7 @@ class Net(torch.nn.Module):
 
 
 def foreign(folder: Path) -> dict[str, str]:
-    """Files of other tools, by name, with what is said of them."""
+    """Files of other tools, by name, with the expected message."""
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(folder / "jit.pt"))
     torch.save(Net(), folder / "module.pt")
     torch.save({"state_dict": {"a": torch.ones(1)}, "args": argparse.Namespace(lr=1)}, folder / "args.pt")
@@ -349,7 +345,7 @@ def foreign(folder: Path) -> dict[str, str]:
     }
 
 
-def test_files_of_other_tools_are_called_what_they_are(tmp_path: Path) -> None:
+def test_files_of_other_tools_are_identified(tmp_path: Path) -> None:
     model = ModelConfig(name=tiny.write_model(tmp_path / "model"))
     built = towers.create(model)
     (tmp_path / "files").mkdir()
@@ -379,7 +375,7 @@ def run(trees: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-def test_checkpoints_of_a_run_hold_the_weights_that_it_exported(tmp_path: Path) -> None:
+def test_checkpoint_weights_equal_the_exported_ones(tmp_path: Path) -> None:
     trees = []
     for stage in (0, 2, 3):
         tree = tiny.write_config(tmp_path / str(stage), max_steps=2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dive_fast.engine.optimizer import learning_rate_schedule
-from dive_fast.engine.update import LossScale
+from dive_fast.engine.update import INITIAL_SCALE, LossScale
 
 
 def test_what_a_smaller_scale_cannot_mend_is_no_overflow() -> None:
@@ -64,3 +64,19 @@ def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine_to_zero() -> None
     # A run shorter than its warm-up, and one without.
     assert learning_rate_schedule(500, 10)(9) == pytest.approx(10 / 500)
     assert learning_rate_schedule(0, 10)(0) == 1
+
+
+def test_loss_scale_of_another_precision_is_not_restored() -> None:
+    cpu = torch.device("cpu")
+    scale = LossScale("bf16", cpu)
+    scale.skipped_steps += 3
+    other = LossScale("fp16", cpu)
+    other.load_state_dict(scale.state_dict())
+    assert other.value == INITIAL_SCALE
+    assert other.skipped_steps == 3
+    other.value.fill_(1024.0)
+    again, plain = LossScale("fp16", cpu), LossScale("fp32", cpu)
+    again.load_state_dict(other.state_dict())
+    plain.load_state_dict(other.state_dict())
+    assert again.value == 1024
+    assert plain.value == 1

@@ -1,4 +1,4 @@
-"""Two hosts on one machine: Linux namespaces with names, addresses and processes of their own, on one switch."""
+"""Two hosts on one machine: Linux namespaces with their own names, addresses and processes, on one switch."""
 
 import os
 import signal
@@ -15,29 +15,29 @@ NAMES = ("host0", "host1")
 
 @dataclass(frozen=True)
 class Host:
-    """Namespaces of its own for network, names, mounts and processes; files are those of the machine."""
+    """A host with its own network, name, mounts and processes, which shares the files of the machine."""
 
     name: str
     address: str
     pid: int
-    """Of its first process, as the machine sees it: when that ends, the kernel ends all others of the host."""
+    """Pid of its first process on the machine; when that ends, the kernel ends all others of the host."""
 
     def start(self, *command: str, **options: Any) -> "subprocess.Popen[str]":
         """Starts a command on the host.
 
         Args:
-            options: of :class:`subprocess.Popen`.
+            options: arguments of :class:`subprocess.Popen`.
         """
         return subprocess.Popen([*_enter(self.pid), *command], text=True, stdin=subprocess.DEVNULL, **options)
 
     def processes(self) -> list[str]:
-        """The command lines of what runs on the host, its first process aside."""
-        found = (_command_line(entry) for entry in Path(f"/proc/{self.pid}/root/proc").glob("[0-9]*"))
-        return [line for line in found if line is not None]
+        """The command lines of all processes on the host except the first one."""
+        lines = (_command_line(entry) for entry in Path(f"/proc/{self.pid}/root/proc").glob("[0-9]*"))
+        return [line for line in lines if line is not None]
 
     def kill(self) -> None:
-        """Ends what runs on the host, its first process aside."""
-        # Fails where nothing does.
+        """Kills all processes on the host except the first one."""
+        # Fails if there are none.
         subprocess.run([*_enter(self.pid), "sh", "-c", "kill -KILL -1"], capture_output=True, check=False)
 
 
@@ -49,27 +49,27 @@ class Hosts:
     switch: int
 
     def cut(self) -> None:
-        """From now on packets between hosts vanish; as with a dead switch, no host is told."""
+        """Drops packets between hosts from now on, without an error on the hosts, like a dead switch."""
         _run(*_enter(self.switch, "--net"), "ip", "link", "set", "switch", "down")
 
     def restore(self) -> None:
-        """Packets pass again."""
+        """Delivers packets again."""
         _run(*_enter(self.switch, "--net"), "ip", "link", "set", "switch", "up")
 
 
-def why_not() -> str | None:
-    """The reason why no hosts can be made here; None where they can."""
+def unsupported_reason() -> str | None:
+    """Why hosts cannot be created here; None if they can."""
     probe = "ip link add switch type bridge && ip link add here type veth peer name there"
     try:
-        tried = subprocess.run([*_UNSHARE, "sh", "-c", probe], capture_output=True, text=True, check=False)
+        result = subprocess.run([*_UNSHARE, "sh", "-c", probe], capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        return f"no hosts can be made: {error}"
-    return f"no hosts can be made: {tried.stderr.strip()}" if tried.returncode else None
+        return f"hosts cannot be created: {error}"
+    return f"hosts cannot be created: {result.stderr.strip()}" if result.returncode else None
 
 
 @contextmanager
 def two_hosts() -> Iterator[Hosts]:
-    """Two hosts that reach each other by name and by address; nothing of them outlives the block, or the test."""
+    """Two hosts that reach each other by name and by address; they end with the block."""
     with ExitStack() as stack:
         switch = stack.enter_context(_first_process())
         _run(*_enter(switch, "--net"), "ip", "link", "add", "switch", "up", "type", "bridge")
@@ -79,20 +79,20 @@ def two_hosts() -> Iterator[Hosts]:
         )
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for host in hosts:
-            # As Debian has it: the host's own name means loopback, which others cannot reach.
+            # As on Debian: the name of the host itself means loopback, which others cannot reach.
             addresses = {other.name: "127.0.1.1" if other is host else other.address for other in hosts}
             lines = [f"{address} {name}\n" for name, address in ({"localhost": "127.0.0.1"} | addresses).items()]
             (folder / host.name).write_text("".join(lines))
             for command in (
                 f"hostname {host.name}",
-                # Mounts of a host are seen there alone.
+                # Mounts of a host are visible only there.
                 f"mount --bind {folder / host.name} /etc/hosts",
                 f"ip link add eth0 type veth peer name {host.name} netns {switch}",
                 "ip link set lo up",
                 "ip link set eth0 up",
                 f"ip address add {host.address}/24 dev eth0",
             ):
-                # By the machine's view of processes, where the switch has a number.
+                # In the machine's process namespace, where the switch has a pid.
                 _run(*_enter(host.pid, "--net", "--uts", "--mount"), *command.split())
             _run(*_enter(switch, "--net"), "ip", "link", "set", host.name, "up", "master", "switch")
         yield Hosts(hosts, switch)
@@ -103,7 +103,7 @@ _UNSHARE = ("unshare", "--fork", "--pid", "--mount-proc", "--net", "--uts")
 
 @contextmanager
 def _first_process() -> Iterator[int]:
-    """The first process of new namespaces; it waits for its input to end, which it does however this one ends."""
+    """The first process of new namespaces, which waits until its input ends, at the latest with this process."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen([*_UNSHARE, "sh", "-c", "echo; exec cat"], **pipes) as unshare:
         assert unshare.stdout is not None
@@ -112,7 +112,7 @@ def _first_process() -> Iterator[int]:
         try:
             yield pid
         finally:
-            # The kernel ends all in its namespace before `unshare`, for which the block waits, sees it end.
+            # The kernel ends all processes of its namespace before `unshare`, for which the block waits, returns.
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -127,9 +127,9 @@ def _run(*command: str) -> None:
 
 
 def _command_line(entry: Path) -> str | None:
-    """Of a process by its folder in ``/proc``; None where it has ended, or is the first one."""
+    """The command line of a process by its folder in ``/proc``; None if it has ended or is the first one."""
     try:
-        # The name, in brackets, may hold anything.
+        # The name, in brackets, may contain anything.
         state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
         line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
     except OSError:

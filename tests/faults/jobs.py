@@ -1,7 +1,7 @@
-"""Runs of ``launch/train.py`` as processes of their own, to be hurt by real signals at exact places.
+"""Runs of ``launch/train.py`` in separate processes, for faults at exact points.
 
-They are forked from a process that has imported the engine, so that a run of two ranks starts in a second; each
-rank is a process like any other, with its own signals, files, sockets and exit code.
+The processes are forked from one that has imported the engine, so that a run of two ranks starts in a second. Each
+rank has its own signals, files, sockets and exit code, as any process.
 """
 
 import contextlib
@@ -32,43 +32,43 @@ from dive_fast.methods.method import Part
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 6
 CLOCKS = ("images_per_second", "data_wait")
-WAIT = 90.0
-"""Seconds that a job may take, on a busy machine."""
+TIMEOUT = 90.0
+"""Seconds that a job may take on a busy machine."""
 
 
 class At(NamedTuple):
-    """Something that happens to a rank at a place in its run."""
+    """An event at a point in the run of a rank."""
 
     place: str
-    """``<phase> <step>`` of :meth:`dive_fast.fault_tolerance.heartbeat.Watch.set_phase`; else a function, ``module:name``."""
-    what: str
-    """The name of a signal to the rank itself, or of a function in :data:`HAPPENINGS`."""
+    """``<phase> <step>`` as the loop sets it in ``heartbeat.Watch.set_phase``; or a function, ``module:name``."""
+    event: str
+    """Name of a signal to the rank itself, or a key of :data:`EVENTS`."""
     rank: int | None = None
     """None: all ranks."""
     call: int = 1
-    """Of a function: before its call of this number, from 1."""
+    """For a function: number of the call, from 1, before which the event happens."""
     until: int | None = None
-    """Of a function: at each call up to this number."""
+    """For a function: the event repeats at each call up to this number."""
 
 
 @dataclass
 class Outcome:
-    """How all ranks of a job ended."""
+    """Exit codes and output of all ranks of a job."""
 
     codes: list[int]
-    said: str
-    """On standard output and error, by all of them."""
+    output: str
+    """Standard output and error of all ranks."""
     seconds: float
 
 
 class Job:
-    """One run folder, whose run is started, hurt, and started again."""
+    """A run folder whose run is started, disturbed, and restarted."""
 
     def __init__(self, folder: Path, tree: dict[str, Any]) -> None:
         """Writes the config.
 
         Args:
-            tree: the config; its output is moved to ``folder``.
+            tree: config, whose output is moved to ``folder``.
         """
         folder.mkdir(parents=True)
         self.folder, self.run = folder, folder / "run"
@@ -76,11 +76,11 @@ class Job:
         (folder / "config.json").write_text(json.dumps(tree))
         self._processes: list[BaseProcess] = []
         self._logs: list[Path] = []
-        self._begun = 0.0
+        self._start_time = 0.0
 
     def start(
         self,
-        *happenings: At,
+        *events: At,
         ranks: int = 2,
         overrides: tuple[str, ...] = (),
         environment: dict[str, str] | None = None,
@@ -88,9 +88,9 @@ class Job:
         """Starts all ranks.
 
         Args:
-            environment: beside what a launcher sets. OMP_NUM_THREADS: torch threads, default 1.
+            environment: variables in addition to a launcher's. OMP_NUM_THREADS: torch threads, default 1.
         """
-        port, self._begun = free_port(), time.monotonic()
+        port, self._start_time = free_port(), time.monotonic()
         self._logs = [self.folder / f"rank{rank}.log" for rank in range(ranks)]
         self._processes = []
         for rank, log in enumerate(self._logs):
@@ -103,14 +103,14 @@ class Job:
                 "MASTER_PORT": str(port),
             } | (environment or {})
             arguments = ["--config", str(self.folder / "config.json"), *overrides]
-            own = [at for at in happenings if at.rank in (None, rank)]
-            process = context().Process(target=_run_rank, args=(variables, arguments, log, own))
+            rank_events = [at for at in events if at.rank in (None, rank)]
+            process = context().Process(target=_run_rank, args=(variables, arguments, log, rank_events))
             process.start()
             self._processes.append(process)
         return self
 
     def kill(self, rank: int, number: signal.Signals) -> bool:
-        """Sends a rank a signal from outside; returns whether it was still there."""
+        """Sends a signal to a rank; returns whether the rank was still running."""
         process = self._processes[rank]
         if process.exitcode is not None:
             return False
@@ -119,68 +119,68 @@ class Job:
         return True
 
     def kill_all_of(self, rank: int, number: signal.Signals) -> None:
-        """Sends it to a rank's own processes too, as launchers and Slurm do."""
+        """Sends a signal to a rank and its child processes, as launchers and Slurm do."""
         process = psutil.Process(self._processes[rank].pid)
         for each in [*process.children(recursive=True), process]:
             each.send_signal(number)
 
-    def wait(self, ranks: tuple[int, ...] | None = None, seconds: float = WAIT) -> Outcome:
-        """Waits for some ranks to end, all by default; kills the rest.
+    def wait(self, ranks: tuple[int, ...] | None = None, seconds: float = TIMEOUT) -> Outcome:
+        """Waits until some ranks end, all by default; kills the others.
 
         Raises:
-            TimeoutError: they did not end in time; holds what they said.
+            TimeoutError: they did not end in time; contains their output.
         """
         deadline = time.monotonic() + seconds
         waited_for = [process for rank, process in enumerate(self._processes) if ranks is None or rank in ranks]
         for process in waited_for:
             process.join(max(0.0, deadline - time.monotonic()))
-        took = time.monotonic() - self._begun
+        elapsed = time.monotonic() - self._start_time
         late = [process.pid for process in waited_for if process.exitcode is None]
         for process in self._processes:
             if process.exitcode is None:
                 process.kill()
                 process.join()
-        said = "".join(log.read_text(errors="replace") for log in self._logs)
+        output = "".join(log.read_text(errors="replace") for log in self._logs)
         if late:
-            raise TimeoutError(said)
-        return Outcome([process.exitcode or 0 for process in self._processes], said, took)
+            raise TimeoutError(output)
+        return Outcome([process.exitcode or 0 for process in self._processes], output, elapsed)
 
     def end(self) -> None:
-        """Kills what is left of it."""
+        """Kills all ranks that still run."""
         for process in self._processes:
             if process.exitcode is None:
                 process.kill()
                 process.join()
 
-    def go(self, *happenings: At, **options: Any) -> Outcome:
-        """Starts, with the options of :meth:`start`, and waits."""
-        return self.start(*happenings, **options).wait()
+    def go(self, *events: At, **options: Any) -> Outcome:
+        """Starts the job with the options of :meth:`start`, and waits."""
+        return self.start(*events, **options).wait()
 
     def until_step(self, step: int) -> None:
         """Waits for the metrics of a step."""
-        deadline = time.monotonic() + WAIT
+        deadline = time.monotonic() + TIMEOUT
         while not any(line.get("step", 0) >= step for line in self.metrics()):
             assert time.monotonic() < deadline, "no such step"
             time.sleep(0.02)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The whole lines of ``metrics.jsonl``."""
+        """The complete lines of ``metrics.jsonl``."""
         path = self.run / "metrics.jsonl"
         text = path.read_text() if path.exists() else ""
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def checkpoints(self) -> list[Path]:
-        """Under their final names, oldest first."""
+        """Checkpoints under their final names, oldest first."""
         return sorted((self.run / "checkpoints").glob("step*"))
 
     def result(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The exported weights, and all metrics along the run but what clocks say."""
+        """The exported weights and all metrics of the run, without measured times."""
         lines = [{name: line[name] for name in line if name not in CLOCKS} for line in self.metrics()]
         return load_file(self.run / "model.safetensors"), lines
 
 
 def config(folder: Path) -> dict[str, Any]:
-    """A small run of :data:`STEPS` steps on real parts."""
+    """A small run of :data:`STEPS` steps with real components."""
     tree = tiny.write_config(folder, epochs=3, learning_rate=1e-4, checkpoint_every=2, keep_last=2)
     tree["objective"] = {"weight": 1.0}
     # For one, two and three ranks.
@@ -188,7 +188,7 @@ def config(folder: Path) -> dict[str, Any]:
     return tree
 
 
-def _run_rank(environment: dict[str, str], arguments: list[str], log: Path, happenings: list[At]) -> None:
+def _run_rank(environment: dict[str, str], arguments: list[str], log: Path, events: list[At]) -> None:
     """One rank, as the launcher would start it."""
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
@@ -202,36 +202,36 @@ def _run_rank(environment: dict[str, str], arguments: list[str], log: Path, happ
     import train
 
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
-    # The kernels have tests of their own; interpreted, they would take most of the time of these.
+    # The kernels have separate tests; interpreted, they would take most of the time of these.
     Part.backend = "torch"
-    for happening in happenings:
-        _arrange(happening)
+    for at in events:
+        _install(at)
     code = train.main(arguments)
     sys.stdout.flush()
     sys.stderr.flush()
-    # As a process ends that is not multiprocessing's, whose exit waits for other things.
+    # As an ordinary process: the exit of multiprocessing's processes waits for other things.
     os._exit(code)
 
 
-def _arrange(at: At) -> None:
-    """Puts a happening in its place."""
+def _install(at: At) -> None:
+    """Installs an event at its point."""
     if ":" not in at.place:
         phase, number = at.place.split()
 
         def reached(of: Any, step: int, reached_phase: str, **named: Any) -> bool:
             return (step, reached_phase) == (int(number), phase)
 
-        _wrap("dive_fast.fault_tolerance.heartbeat:Watch.set_phase", at.what, reached)
+        _wrap("dive_fast.fault_tolerance.heartbeat:Watch.set_phase", at.event, reached)
         return
     calls = iter(range(1, 1_000_000))
 
     def due(*arguments: Any, **named: Any) -> bool:
         return at.call <= next(calls) <= (at.until or at.call)
 
-    _wrap(at.place, at.what, due)
+    _wrap(at.place, at.event, due)
 
 
-def _wrap(place: str, what: str, when: Callable[..., bool]) -> None:
+def _wrap(place: str, event: str, when: Callable[..., bool]) -> None:
     module, _, name = place.partition(":")
     holder: Any = importlib.import_module(module)
     *path, last = name.split(".")
@@ -243,10 +243,10 @@ def _wrap(place: str, what: str, when: Callable[..., bool]) -> None:
     def wrapped(*arguments: Any, **named: Any) -> Any:
         if not when(*arguments, **named):
             return function(*arguments, **named)
-        if what in HAPPENINGS:
-            with HAPPENINGS[what](*arguments):
+        if event in EVENTS:
+            with EVENTS[event](*arguments):
                 return function(*arguments, **named)
-        os.kill(os.getpid(), signal.Signals[what])
+        os.kill(os.getpid(), signal.Signals[event])
         return function(*arguments, **named)
 
     setattr(holder, last, wrapped)
@@ -272,8 +272,8 @@ def _linger_long(*arguments: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _unheard(*arguments: Any) -> Iterator[None]:
-    """What reads the output has ended."""
+def _close_output(*arguments: Any) -> Iterator[None]:
+    """The reader of the output has ended."""
     reading, writing = os.pipe()
     os.close(reading)
     os.dup2(writing, 1)
@@ -283,7 +283,7 @@ def _unheard(*arguments: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _impatient(*arguments: Any) -> Iterator[None]:
-    """A batch or a save is missed after a second."""
+    """Waits are reported after a second."""
     heartbeat.STALL_SECONDS = 1.0
     yield
 
@@ -317,7 +317,7 @@ def _cuda_error(*arguments: Any) -> Iterator[None]:
 
 
 def _disk_full(*arguments: Any) -> contextlib.AbstractContextManager[None]:
-    """No file may grow beyond what metrics and manifests need."""
+    """Files may only grow to the size of metrics and manifests."""
     return _files_up_to(100_000)
 
 
@@ -336,23 +336,23 @@ def _files_up_to(size: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _nan_pictures(engine: Any, batches: Any) -> Iterator[None]:
+def _nan_images(engine: Any, batches: Any) -> Iterator[None]:
     batches.target.images.fill_(float("nan"))
     yield
 
 
 @contextlib.contextmanager
 def _overflow(engine: Any, batches: Any) -> Iterator[None]:
-    """A loss scale that fp32, in which this machine computes gradients, cannot hold either."""
+    """Sets a loss scale that overflows in fp32 too, in which this machine computes gradients."""
     engine.scale.value.fill_(2.0**127)
     yield
 
 
-HAPPENINGS: dict[str, Callable[..., Any]] = {
+EVENTS: dict[str, Callable[..., Any]] = {
     "hangs": _hang,
     "lingers": _linger,
     "lingers long": _linger_long,
-    "ignore_closed_output": _unheard,
+    "output closed": _close_output,
     "impatient": _impatient,
     "fails": _fail,
     "data missing": _data_missing,
@@ -360,7 +360,7 @@ HAPPENINGS: dict[str, Callable[..., Any]] = {
     "CUDA error": _cuda_error,
     "disk full": _disk_full,
     "ten bytes left": _ten_bytes_left,
-    "nan pictures": _nan_pictures,
+    "nan images": _nan_images,
     "overflow": _overflow,
 }
-"""What can happen to a rank beside signals; each is given the arguments of the function that it happens to."""
+"""Events other than signals; each gets the arguments of the function at whose call it happens."""

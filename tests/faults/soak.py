@@ -1,7 +1,7 @@
-"""Kills a run at random, starts it again, until it ends; compares it with one that was left alone; and again.
+"""Soak test: kills and restarts runs at random, and compares their results with those of undisturbed runs.
 
 ``python tests/faults/soak.py --hours 12``. Each round draws a variant of the run, then for each start a signal,
-whom it is sent to and when. It stops at the first difference, and leaves that round's folder.
+its receiver and its time. The test stops at the first difference and keeps the folder of that round.
 """
 
 import argparse
@@ -37,44 +37,44 @@ VARIANTS: tuple[tuple[str, ...], ...] = (
 
 
 def main() -> int:
-    """Parses, soaks, reports; 1 at a difference."""
+    """Parses the options and runs rounds until the time is up; returns 1 at a difference."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hours", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    draw, until = random.Random(options.seed), time.monotonic() + 3600 * options.hours
-    hurt: Counter[str] = Counter()
+    draw, deadline = random.Random(options.seed), time.monotonic() + 3600 * options.hours
+    signals: Counter[str] = Counter()
     codes: Counter[int] = Counter()
     rounds = 0
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     tree = config(folder)
     tree["train"] |= {"epochs": EPOCHS, "checkpoint_every": 7, "rank_timeout": 20.0}
-    while time.monotonic() < until:
+    while time.monotonic() < deadline:
         ranks, stage = draw.choice((1, 2)), draw.choice(STAGES)
         overrides = (f"deepspeed.zero_optimization.stage={stage}", *draw.choice(VARIANTS))
-        alone = Job(folder / f"alone{rounds}", tree)
-        outcome = alone.go(ranks=ranks, overrides=overrides)
-        assert outcome.codes == [0] * ranks, outcome.said
-        job = Job(folder / f"hurt{rounds}", tree)
+        undisturbed = Job(folder / f"undisturbed{rounds}", tree)
+        outcome = undisturbed.go(ranks=ranks, overrides=overrides)
+        assert outcome.codes == [0] * ranks, outcome.output
+        job = Job(folder / f"disturbed{rounds}", tree)
         starts = 0
         while True:
             starts += 1
             job.start(ranks=ranks, overrides=overrides)
-            # At times before the run can end, at times after.
+            # Sometimes before the run can end, sometimes after.
             time.sleep(draw.uniform(0.5, outcome.seconds))
             number, rank = draw.choice(SIGNALS), draw.randrange(ranks)
             sent = job.kill(rank, number)
-            # A rank that is frozen is for the others to notice; it does not end by itself.
+            # A frozen rank does not end by itself; the others have to detect it.
             ended = job.wait(ranks=None if number != signal.SIGSTOP else tuple(set(range(ranks)) - {rank}))
             codes.update(ended.codes)
             if ended.codes == [0] * ranks:
                 break
-            assert sent, ended.said
-            hurt[number.name] += 1
+            assert sent, ended.output
+            signals[number.name] += 1
             known = {0, STOPPED, LOST, 1, 130, -number, -signal.SIGKILL}
-            assert set(ended.codes) <= known, ended.said
-        (weights, lines), (expected, expected_lines) = job.result(), alone.result()
+            assert set(ended.codes) <= known, ended.output
+        (weights, lines), (expected, expected_lines) = job.result(), undisturbed.result()
         same = lines == expected_lines and all(torch.equal(weights[name], expected[name]) for name in expected)
         rounds += 1
         print(
@@ -84,10 +84,10 @@ def main() -> int:
         if not same:
             print(folder)
             return 1
-        for done in (alone, job):
+        for done in (undisturbed, job):
             shutil.rmtree(done.folder)
     shutil.rmtree(folder)
-    print(f"{rounds} runs, {sum(hurt.values())} times hurt {dict(hurt)}, exit codes {dict(codes)}: all the same")
+    print(f"{rounds} runs, {signals.total()} signals {dict(signals)}, exit codes {dict(codes)}: all the same")
     return 0
 
 

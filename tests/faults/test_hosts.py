@@ -1,4 +1,4 @@
-"""A run on two hosts: the same as on one, ended where the network is gone, and continued when it is back."""
+"""Runs on two hosts: equal to one host, ended by a network failure, and resumed afterwards."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import tiny
 import torch
-from hosts import Host, Hosts, two_hosts, why_not
+from hosts import Host, Hosts, two_hosts, unsupported_reason
 from safetensors.torch import load_file
 
 from dive_fast.fault_tolerance.heartbeat import LOST
@@ -23,28 +23,28 @@ MASTER = "10.77.0.1"
 STEPS, CUT_AFTER = 36, 6
 CLOCKS = {"images_per_second", "data_wait"}
 SILENCE_SECONDS = 20.0
-"""``train.rank_timeout``: how long a rank waits for a host that says nothing."""
+"""``train.rank_timeout``: how long a rank waits for a silent host."""
 BUSY_SECONDS = 240.0
-"""That start and end of Python, torch and DeepSpeed may take on a busy machine."""
+"""Time for start and end of Python, torch and DeepSpeed on a busy machine."""
 
 pytestmark = pytest.mark.slow
 
 
 class Cut(NamedTuple):
-    """What became of a run whose network was cut."""
+    """The end of a run whose network was cut."""
 
     exit_codes: list[int]
     left: list[list[str]]
-    """What runs on each host once its launcher has ended."""
+    """Processes that still run on each host after its launcher has ended."""
     metrics: list[str]
 
 
 @pytest.fixture(scope="module")
 def net() -> Iterator[Hosts]:
-    if reason := why_not():
+    if reason := unsupported_reason():
         pytest.skip(reason)
-    with two_hosts() as made:
-        yield made
+    with two_hosts() as hosts:
+        yield hosts
 
 
 @pytest.fixture(scope="module")
@@ -57,20 +57,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(net: Hosts, folder: Path) -> Path:
-    """The run of two ranks on one host."""
-    with _train(net.hosts[:1], folder, "whole", [["--num_accelerators=2"]]) as started:
-        assert _exit_codes(started) == [0], _output(folder, "whole")
-    return folder / "whole"
+def single_host(net: Hosts, folder: Path) -> Path:
+    """A run of two ranks on one host."""
+    with _train(net.hosts[:1], folder, "single", [["--num_accelerators=2"]]) as started:
+        assert _exit_codes(started) == [0], _output(folder, "single")
+    return folder / "single"
 
 
 @pytest.fixture(scope="module")
 def cut(net: Hosts, folder: Path) -> Cut:
-    """A run whose hosts lose each other midway without being told; afterwards they are joined again."""
+    """A run whose network is cut midway without an error, and restored afterwards."""
     with _train_on_both(net, folder, "cut", f"train.rank_timeout={SILENCE_SECONDS}") as started:
-        until = time.monotonic() + BUSY_SECONDS
+        deadline = time.monotonic() + BUSY_SECONDS
         while len(_metrics(folder / "cut")) < CUT_AFTER:
-            assert time.monotonic() < until, _output(folder, "cut")
+            assert time.monotonic() < deadline, _output(folder, "cut")
             assert not any(process.poll() for process in started), _output(folder, "cut")
             time.sleep(0.005)
         net.cut()
@@ -82,14 +82,14 @@ def cut(net: Hosts, folder: Path) -> Cut:
     return Cut(exit_codes, left, _metrics(folder / "cut"))
 
 
-def test_two_hosts_train_as_two_ranks_on_one(net: Hosts, folder: Path, whole: Path) -> None:
+def test_two_hosts_train_as_two_ranks_on_one(net: Hosts, folder: Path, single_host: Path) -> None:
     with _train_on_both(net, folder, "two") as started:
         assert _exit_codes(started) == [0, 0], _output(folder, "two")
     assert [host.processes() for host in net.hosts] == [[], []]
-    _assert_equal(folder / "two", whole)
+    _assert_equal(folder / "two", single_host)
 
 
-def test_both_hosts_end_by_themselves_where_the_network_is_gone(cut: Cut, folder: Path) -> None:
+def test_both_hosts_end_after_a_network_failure(cut: Cut, folder: Path) -> None:
     output = _output(folder, "cut")
     assert cut.exit_codes == [LOST, LOST], output
     assert "rank 1 on host1 sent no heartbeat for" in output
@@ -98,12 +98,12 @@ def test_both_hosts_end_by_themselves_where_the_network_is_gone(cut: Cut, folder
     assert CUT_AFTER <= len(cut.metrics) < STEPS
 
 
-def test_the_restart_goes_on_to_the_same_weights(net: Hosts, folder: Path, whole: Path, cut: Cut) -> None:
+def test_restart_leads_to_the_same_weights(net: Hosts, folder: Path, single_host: Path, cut: Cut) -> None:
     with _train_on_both(net, folder, "cut") as started:
         assert _exit_codes(started) == [0, 0], _output(folder, "cut")
-    # Times are in it too: these steps were not done again.
+    # The lines contain times: these steps were not repeated.
     assert _metrics(folder / "cut")[:4] == cut.metrics[:4]
-    _assert_equal(folder / "cut", whole)
+    _assert_equal(folder / "cut", single_host)
 
 
 JOIN = """
@@ -116,13 +116,13 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_ranks_that_nobody_counts_divide_the_cores_of_their_own_host(net: Hosts) -> None:
+def test_join_divides_cores_by_the_ranks_of_the_host(net: Hosts) -> None:
     rank = {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": MASTER, "MASTER_PORT": "29501"}
-    found = _join(net.hosts, [rank | {"RANK": str(number)} for number in range(2)])
-    assert [(code, output.split()) for code, output, _ in found] == [(0, ["eth0", "True"])] * 2, found
+    results = _join(net.hosts, [rank | {"RANK": str(number)} for number in range(2)])
+    assert [(code, output.split()) for code, output, _ in results] == [(0, ["eth0", "True"])] * 2, results
 
 
-def test_a_master_whose_own_name_is_loopback_says_so_at_once(net: Hosts) -> None:
+def test_join_refuses_a_master_on_loopback(net: Hosts) -> None:
     names = {"MASTER_ADDR": "host0", "MASTER_PORT": "29502"}
     rank = {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "WORLD_SIZE": "2"}
     ((code, _, error),) = _join(net.hosts[:1], [names | rank])
@@ -134,7 +134,7 @@ def test_a_master_whose_own_name_is_loopback_says_so_at_once(net: Hosts) -> None
 def _train(
     hosts: Sequence[Host], folder: Path, name: str, options: list[list[str]], *overrides: str, **environment: str
 ) -> Iterator[list["subprocess.Popen[str]"]]:
-    """Starts a run, with options for each host's launcher; what is left of it ends with the block."""
+    """Starts a run with options for the launcher of each host; its processes end with the block."""
     arguments = [
         "launch/train.py",
         "--config",
@@ -144,12 +144,12 @@ def _train(
     ]
     started = []
     try:
-        for host, own in zip(hosts, options, strict=True):
+        for host, launcher_options in zip(hosts, options, strict=True):
             with (folder / f"{name}.{host.name}.log").open("w") as log:
                 started.append(
                     host.start(
                         "deepspeed",
-                        *own,
+                        *launcher_options,
                         *arguments,
                         cwd=ROOT,
                         env=_environment(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", **environment),
@@ -169,7 +169,7 @@ def _train(
 def _train_on_both(
     net: Hosts, folder: Path, name: str, *overrides: str, **environment: str
 ) -> Iterator[list["subprocess.Popen[str]"]]:
-    """As an administrator does who has no ssh between hosts: the launcher is started on each of them."""
+    """Starts the launcher on each host, as without ssh between them."""
     options = [
         [f"--hostfile={folder / 'hosts'}", "--no_ssh", f"--node_rank={number}", f"--master_addr={MASTER}"]
         for number in range(len(net.hosts))
@@ -179,14 +179,14 @@ def _train_on_both(
 
 
 def _join(hosts: Sequence[Host], environments: list[dict[str, str]]) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of one rank on each host that joins and says what it chose."""
+    """Exit code, output and errors of one rank on each host that joins and prints its choices."""
     started = []
     try:
         for host, environment in zip(hosts, environments, strict=True):
-            own = _environment(DS_ACCELERATOR="cpu", **environment)
-            own.pop("OMP_NUM_THREADS", None)
+            variables = _environment(DS_ACCELERATOR="cpu", **environment)
+            variables.pop("OMP_NUM_THREADS", None)
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            started.append(host.start(sys.executable, "-c", JOIN, cwd=ROOT, env=own, **pipes))
+            started.append(host.start(sys.executable, "-c", JOIN, cwd=ROOT, env=variables, **pipes))
         outputs = [process.communicate(timeout=BUSY_SECONDS) for process in started]
         return [(process.returncode, *output) for process, output in zip(started, outputs)]
     finally:
@@ -194,14 +194,14 @@ def _join(hosts: Sequence[Host], environments: list[dict[str, str]]) -> list[tup
             host.kill()
 
 
-def _environment(**own: str) -> dict[str, str]:
+def _environment(**variables: str) -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path} | own
+    return os.environ | {"PATH": path} | variables
 
 
 def _exit_codes(started: list["subprocess.Popen[str]"], seconds: float = BUSY_SECONDS) -> list[int]:
-    until = time.monotonic() + seconds
-    return [process.wait(max(until - time.monotonic(), 0)) for process in started]
+    deadline = time.monotonic() + seconds
+    return [process.wait(max(deadline - time.monotonic(), 0)) for process in started]
 
 
 def _output(folder: Path, name: str) -> str:
@@ -213,17 +213,17 @@ def _metrics(run: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def _assert_equal(run: Path, whole: Path) -> None:
-    """Metrics of every step and the weights at the end, bit for bit."""
+def _assert_equal(run: Path, expected: Path) -> None:
+    """Compares the metrics of every step and the final weights, bit for bit."""
     numbers = [
         [
             {name: value for name, value in json.loads(line).items() if name not in CLOCKS}
             for line in _metrics(folder)
         ]
-        for folder in (run, whole)
+        for folder in (run, expected)
     ]
     assert len(numbers[1]) == STEPS
     assert numbers[0] == numbers[1]
-    weights = [load_file(folder / "model.safetensors") for folder in (run, whole)]
+    weights = [load_file(folder / "model.safetensors") for folder in (run, expected)]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -1,4 +1,4 @@
-"""What becomes of a run when DeepSpeed's launcher is told to end, or is killed."""
+"""Runs whose DeepSpeed launcher gets a signal or is killed."""
 
 import json
 import os
@@ -20,7 +20,7 @@ LAUNCHER = "deepspeed.launcher.launch"
 
 
 def family(process: psutil.Process) -> dict[str, Any]:
-    """DeepSpeed's command, its launcher and the ranks that it has started."""
+    """DeepSpeed's command, its launcher and the ranks that the launcher started."""
     (launcher,) = (child for child in process.children() if LAUNCHER in child.cmdline())
     ranks = [child for child in launcher.children() if any("train.py" in word for word in child.cmdline())]
     return {"runner": process, "launcher": launcher, "ranks": ranks}
@@ -28,7 +28,7 @@ def family(process: psutil.Process) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("whom", "number", "code"),
+    ("receiver", "number", "code"),
     [
         ("runner", signal.SIGTERM, -signal.SIGTERM),
         ("runner", signal.SIGKILL, -signal.SIGKILL),
@@ -38,8 +38,8 @@ def family(process: psutil.Process) -> dict[str, Any]:
         ("ranks", signal.SIGUSR1, STOPPED),
     ],
 )
-def test_ranks_save_and_end_whoever_is_told_to(
-    tmp_path: Path, whom: str, number: signal.Signals, code: int | None
+def test_ranks_save_and_end_whichever_process_is_signalled(
+    tmp_path: Path, receiver: str, number: signal.Signals, code: int | None
 ) -> None:
     tree = config(tmp_path)
     tree["train"] |= {"epochs": 10_000, "checkpoint_every": None}
@@ -61,18 +61,18 @@ def test_ranks_save_and_end_whoever_is_told_to(
     members = family(psutil.Process(process.pid))
     ranks = members["ranks"]
     assert len(ranks) == 2
-    target = ranks[1] if whom == "ranks" else members[whom]
-    begun = time.monotonic()
+    target = ranks[1] if receiver == "ranks" else members[receiver]
+    start = time.monotonic()
     target.send_signal(number)
     _, alive = psutil.wait_procs([*ranks, members["launcher"]], timeout=60)
-    said = (tmp_path / "log").read_text()
-    for left in alive:
-        left.kill()
-    assert not alive, said
-    assert time.monotonic() - begun < 30
-    found = process.wait(timeout=30)
+    output = (tmp_path / "log").read_text()
+    for survivor in alive:
+        survivor.kill()
+    assert not alive, output
+    assert time.monotonic() - start < 30
+    exit_code = process.wait(timeout=30)
     if code is not None:
-        assert found == code, said
+        assert exit_code == code, output
     (checkpoint,) = (tmp_path / "run/checkpoints").glob("step*")
     assert (checkpoint / "manifest.json").exists()
-    assert f"saved after step {int(checkpoint.name.removeprefix('step'))} of" in said
+    assert f"saved after step {int(checkpoint.name.removeprefix('step'))} of" in output

@@ -1,4 +1,4 @@
-"""The job script of docs/reliability.md, with stand-ins for what only Slurm has."""
+"""The job script of docs/reliability.md, with stand-ins for the commands of Slurm."""
 
 import os
 import re
@@ -17,7 +17,7 @@ if [ -n "$CODE" ]; then exit "$CODE"; fi
 while true; do sleep 0.05; done
 """
 SCONTROL = """#!/bin/bash
-if [ "$1" = show ]; then printf 'node0\\nnode1\\n'; else echo "$@" >> {folder}/told; fi
+if [ "$1" = show ]; then printf 'node0\\nnode1\\n'; else echo "$@" >> {folder}/scontrol.log; fi
 """
 
 
@@ -33,25 +33,25 @@ def start(folder: Path, **environment: str) -> "subprocess.Popen[bytes]":
 
 
 def requeued(folder: Path) -> bool:
-    if not (folder / "told").exists():
+    if not (folder / "scontrol.log").exists():
         return False
-    assert (folder / "told").read_text() == "requeue 17\n"
+    assert (folder / "scontrol.log").read_text() == "requeue 17\n"
     return True
 
 
 @pytest.mark.parametrize(
-    ("code", "restarts", "again"),
+    ("code", "restarts", "is_requeued"),
     [(0, 0, False), (1, 0, False), (2, 0, False), (75, 99, True), (76, 19, True), (76, 20, False), (137, 0, True)],
 )
-def test_a_job_is_requeued_where_the_same_command_goes_on(
-    tmp_path: Path, code: int, restarts: int, again: bool
+def test_job_is_requeued_if_the_command_can_resume(
+    tmp_path: Path, code: int, restarts: int, is_requeued: bool
 ) -> None:
     job = start(tmp_path, CODE=str(code), SLURM_RESTART_COUNT=str(restarts))
     assert job.wait(timeout=20) == code
-    assert requeued(tmp_path) == again
+    assert requeued(tmp_path) == is_requeued
 
 
-def test_a_job_whose_time_is_nearly_up_saves_and_is_requeued(tmp_path: Path) -> None:
+def test_job_at_its_time_limit_saves_and_is_requeued(tmp_path: Path) -> None:
     job = start(tmp_path)
     while not (tmp_path / "started").exists():
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: an error on the way leaves what was there, and nothing else."""
+"""Atomic writes: an error leaves the old file and nothing else."""
 
 import os
 from pathlib import Path
@@ -8,17 +8,17 @@ import pytest
 from dive_fast.io.atomic_files import atomic_file, atomic_path, write_atomic
 
 
-def test_an_error_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+def test_error_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     write_atomic(path, b"old")
     with pytest.raises(TypeError), atomic_file(path) as file:
         file.writelines([b"ne", "w"])  # type: ignore[list-item]
     with pytest.raises(TypeError), atomic_path(path) as partial:
         partial.write_bytes("new")  # type: ignore[arg-type]
-    assert {found.name: found.read_bytes() for found in tmp_path.iterdir()} == {"report.json": b"old"}
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"report.json": b"old"}
 
 
-def test_a_library_is_given_a_name_with_the_same_ending(tmp_path: Path) -> None:
+def test_temporary_name_has_the_same_suffix(tmp_path: Path) -> None:
     with atomic_path(tmp_path / "trace.json.gz") as partial:
         assert partial.name.endswith(".json.gz")
         partial.write_bytes(b"new")

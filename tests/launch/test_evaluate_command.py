@@ -1,4 +1,4 @@
-"""The command as a user runs it: a run, a model of open_clip's, two ranks, and mistakes in one line."""
+"""The evaluation commands as a user runs them: runs, open_clip models, two ranks, and errors in one line."""
 
 import json
 import os
@@ -27,21 +27,21 @@ def call(*arguments: str, ranks: int = 1, command: str = "evaluate") -> subproce
         return run_script(script, *arguments, cwd=ROOT, environment={"DS_ACCELERATOR": "cpu"})
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path}
-    launched = ["deepspeed", "--num_accelerators", str(ranks), f"--master_port={free_port()}", script, *arguments]
+    launch = ["deepspeed", "--num_accelerators", str(ranks), f"--master_port={free_port()}", script, *arguments]
     return subprocess.run(
-        launched, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
 
 
-def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    return [line for line in done.stderr.splitlines() if "error: " in line]
+def errors(completed: subprocess.CompletedProcess[str]) -> list[str]:
+    assert completed.returncode == 2, completed.stderr
+    assert "Traceback" not in completed.stderr
+    return [line for line in completed.stderr.splitlines() if "error: " in line]
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A config with a set, a run folder with tuned weights and a head, and a known data set beside it."""
+    """A config with sets, its run folder with tuned weights and a head, and a known data set next to it."""
     folder = tmp_path_factory.mktemp("command")
     written = tiny.write_config(folder)
     seen = {key: written["data"]["target"][key] for key in tiny.EVALUATION}
@@ -54,9 +54,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     written["evaluate"]["sets"]["other"]["class_names"] = str(folder / "names.txt")
     model = towers.create(RunConfig.model_validate_json(json.dumps(written)).model)
     torch.manual_seed(0)
-    moved = {name: value + 0.05 * torch.randn(value.shape) for name, value in model.state_dict().items()}
+    changed = {name: value + 0.05 * torch.randn(value.shape) for name, value in model.state_dict().items()}
     (folder / "run").mkdir()
-    towers.save(model.export(moved), folder / "run/model.safetensors")
+    towers.save(model.export(changed), folder / "run/model.safetensors")
     names = tuple(f"class number {i}" for i in range(5))
     heads.save(heads.Head(torch.randn(5, 24), torch.randn(5), names), folder / "run" / heads.FILE)
     (folder / "config.json").write_text(json.dumps(written))
@@ -73,40 +73,38 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_run_is_measured_with_its_head_once_and_the_same_on_two_ranks(
-    tree: dict[str, Any], tmp_path: Path
-) -> None:
+def test_evaluate_run_once_and_equal_on_two_ranks(tree: dict[str, Any], tmp_path: Path) -> None:
     run = Path(tree["train"]["output"])
     config = str(run.parent / "config.json")
-    done = call("--config", config)
-    assert done.returncode == 0, done.stderr
+    completed = call("--config", config)
+    assert completed.returncode == 0, completed.stderr
     rows = rows_of(run)
     assert [(row["set"], row["classifier"], row["label"]) for row in rows] == [
         ("seen", "head", "run"),
         ("other", "prompts", "run"),
     ]
-    assert "| run | " in done.stdout
+    assert "| run | " in completed.stdout
     assert (
         f"seen: top1 {100 * rows[0]['top1']:.2f} % of 24 samples, by the head (5 of 5 rows, by position)\n"
-        in done.stdout
+        in completed.stdout
     )
     again = call("--config", config)
     assert again.stdout.count("(measured before)") == 2
     assert rows_of(run) == rows
-    two = call("--config", config, "--output", str(tmp_path), ranks=2)
-    assert two.returncode == 0, two.stderr
+    on_two = call("--config", config, "--output", str(tmp_path), ranks=2)
+    assert on_two.returncode == 0, on_two.stderr
     figures = ("set", "value", "top1", "top5", "mean_class_recall", "macro_f1", "key", "weights_digest", "samples")
     assert [[row[name] for name in figures] for row in rows_of(tmp_path)] == [
         [row[name] for name in figures] for row in rows
     ]
 
 
-def test_a_model_of_open_clips_is_measured_on_a_known_data_set(tree: dict[str, Any], tmp_path: Path) -> None:
+def test_evaluate_open_clip_model_on_known_data_set(tree: dict[str, Any], tmp_path: Path) -> None:
     folder = Path(tree["train"]["output"]).parent
     model = ["--model", tree["model"]["name"], "--output", str(tmp_path), "--workers", "0", "--precision", "bf16"]
     data = ["--datasets", "pets", "--templates", "a photo of a {}.", "--root", str(folder / "data/{dataset}")]
-    done = call(*model, *data)
-    assert done.returncode == 0, done.stderr
+    completed = call(*model, *data)
+    assert completed.returncode == 0, completed.stderr
     (row,) = rows_of(tmp_path)
     assert (row["dataset"], row["samples"], row["layout"], row["role"]) == ("pets", 74, "folders", "zero_shot")
     assert (row["precision"], row["classes"], row["templates"]) == ("bf16", 37, 1)
@@ -114,7 +112,7 @@ def test_a_model_of_open_clips_is_measured_on_a_known_data_set(tree: dict[str, A
     assert len(list((tmp_path / "classifiers").iterdir())) == 1
 
 
-def test_mistakes_are_told_in_one_line(tree: dict[str, Any], tmp_path: Path) -> None:
+def test_evaluate_reports_mistakes_in_one_line(tree: dict[str, Any], tmp_path: Path) -> None:
     config = str(Path(tree["train"]["output"]).parent / "config.json")
     (line,) = errors(call("--config", config, f"train.output={tmp_path}/none"))
     assert f"{tmp_path}/none/model.safetensors is missing: train first" in line
@@ -125,8 +123,8 @@ def test_mistakes_are_told_in_one_line(tree: dict[str, Any], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["evaluate", "geometry", "ensemble"])
-def test_cheap_checks_come_first_and_say_the_same(tree: dict[str, Any], tmp_path: Path, name: str) -> None:
-    """The model's weights are broken: whoever says so has gone too far before looking at the paths."""
+def test_commands_check_paths_before_loading_weights(tree: dict[str, Any], tmp_path: Path, name: str) -> None:
+    """The model's weights are broken: a command that loads them before its checks reports another error."""
     option = "--after" if name == "geometry" else "--weights"
     model = tmp_path / "model"
     shutil.copytree(Path(tree["model"]["name"].removeprefix("local-dir:")), model)
@@ -145,7 +143,7 @@ def test_cheap_checks_come_first_and_say_the_same(tree: dict[str, Any], tmp_path
     ):
         (line,) = errors(call("--config", str(config), *arguments, command=name))
         assert message in line
-    # A random model is compared with nothing.
+    # A random model cannot be compared.
     random = ["model.name=ViT-S-32-alt", f"train.output={run}"]
     if name == "evaluate":
         random += ["--weights", "pretrained"]
@@ -154,9 +152,9 @@ def test_cheap_checks_come_first_and_say_the_same(tree: dict[str, Any], tmp_path
     assert "model.random" in line
 
 
-def test_geometry_says_that_its_pairs_are_those_of_training(tree: dict[str, Any], tmp_path: Path) -> None:
+def test_geometry_reports_pairs_used_in_training(tree: dict[str, Any], tmp_path: Path) -> None:
     config = str(Path(tree["train"]["output"]).parent / "config.json")
-    done = call("--config", config, "--limit", "5", "--output", str(tmp_path), command="geometry")
-    assert done.returncode == 0, done.stderr
-    assert "pairs: data.reference, whose embeddings training keeps in place" in done.stdout
+    completed = call("--config", config, "--limit", "5", "--output", str(tmp_path), command="geometry")
+    assert completed.returncode == 0, completed.stderr
+    assert "pairs: data.reference, whose embeddings training keeps in place" in completed.stdout
     assert json.loads((tmp_path / "geometry.json").read_text())["num_pairs"] == 5

@@ -1,4 +1,4 @@
-"""The scripts as a user runs them: exit codes, one-line errors, and both ways to start."""
+"""The commands as a user runs them: exit codes, errors in one line, with and without a launcher."""
 
 import json
 import os
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def call(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command as a shell starts it."""
+    """Runs a command in a new process, as a shell does."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path} | environment
     return subprocess.run(
@@ -28,7 +28,7 @@ def call(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def call_alone(*command: str, ranks: int = 0) -> subprocess.CompletedProcess[str]:
-    """A script without a launcher, or on ranks of its own."""
+    """Runs a script without a launcher: on one rank, or on ``ranks`` ranks with their environment set."""
     return run_script(*command, cwd=ROOT, environment={"DS_ACCELERATOR": "cpu"}, ranks=ranks)
 
 
@@ -41,7 +41,7 @@ def call_alone(*command: str, ranks: int = 0) -> subprocess.CompletedProcess[str
         (["demo.json", "epochs"], "expected section.key=value"),
     ],
 )
-def test_a_typo_ends_with_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+def test_train_reports_typo_in_one_line_with_exit_code_2(arguments: list[str], message: str) -> None:
     result = call_alone("launch/train.py", "--config", *arguments)
     assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
@@ -50,7 +50,7 @@ def test_a_typo_ends_with_one_line_and_exit_code_2(arguments: list[str], message
     assert result.stdout == ""
 
 
-def test_a_missing_data_set_ends_with_one_line_before_a_model_is_built(tmp_path: Path) -> None:
+def test_train_reports_missing_data_set_before_building_model(tmp_path: Path) -> None:
     arguments = [f"data.target.path={tmp_path}/nowhere", f"train.output={tmp_path}/run"]
     result = call_alone("launch/train.py", "--config", "vitb16_flyp", *arguments)
     assert result.returncode == 2
@@ -77,7 +77,7 @@ def test_a_missing_data_set_ends_with_one_line_before_a_model_is_built(tmp_path:
         ('deepspeed.prescale_gradients="no"', 'deepspeed.prescale_gradients = "no": expected true or false'),
     ],
 )
-def test_what_deepspeed_would_refuse_late_or_pass_over_is_told_at_once(override: str, message: str) -> None:
+def test_train_validates_deepspeed_section_at_start(override: str, message: str) -> None:
     result = call_alone("launch/train.py", "--config", "demo", override)
     assert result.returncode == 2
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -85,7 +85,7 @@ def test_what_deepspeed_would_refuse_late_or_pass_over_is_told_at_once(override:
     assert "Traceback" not in result.stderr
 
 
-def test_one_rank_without_a_launcher_to_the_same_bits_and_two_with_deepspeeds(tmp_path: Path) -> None:
+def test_train_alone_optimized_and_on_two_ranks(tmp_path: Path) -> None:
     tree = tiny.write_config(tmp_path, max_steps=2)
     config = tmp_path / "config.json"
     config.write_text(json.dumps(tree))
@@ -96,7 +96,7 @@ def test_one_rank_without_a_launcher_to_the_same_bits_and_two_with_deepspeeds(tm
         if name == "one":
             result = call_alone(*command)
         elif alone:
-            # Without asserts, and with another seed for Python's hashes.
+            # Without asserts, and with another hash seed.
             result = call(sys.executable, "-O", *command, PYTHONHASHSEED="1")
         else:
             result = call("deepspeed", "--num_accelerators", "2", *command)
@@ -115,7 +115,7 @@ def test_one_rank_without_a_launcher_to_the_same_bits_and_two_with_deepspeeds(tm
     assert metrics[0][0]["contrastive_loss"] == pytest.approx(metrics[1][0]["contrastive_loss"], rel=1e-5)
 
 
-def test_the_launcher_passes_exit_code_2_on(tmp_path: Path) -> None:
+def test_deepspeed_launcher_returns_exit_code_2(tmp_path: Path) -> None:
     result = call(
         "deepspeed", "--num_accelerators", "2", "launch/train.py", "--config", "demo.json", "modle.name=x"
     )
@@ -125,7 +125,7 @@ def test_the_launcher_passes_exit_code_2_on(tmp_path: Path) -> None:
     assert "unknown key modle; did you mean model?" in errors[0]
 
 
-def test_a_cache_is_written_once_refused_where_it_differs_and_rebuilt_when_asked(tmp_path: Path) -> None:
+def test_cache_command_writes_rejects_and_rebuilds(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(tiny.write_config(tmp_path, max_steps=1)))
     command = [str(ROOT / "launch/cache.py"), "--config", str(config), f"train.output={tmp_path}/run"]
@@ -138,15 +138,15 @@ def test_a_cache_is_written_once_refused_where_it_differs_and_rebuilt_when_asked
     assert refused.returncode == 2
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
     assert "views: the cache has 1, this run 2" in line
-    mend = f"--config {config} --rebuild train.output={tmp_path}/run data.reference.views=2"
-    assert line.endswith(f"or rebuild it: deepspeed launch/cache.py {mend}")
+    rebuild = f"--config {config} --rebuild train.output={tmp_path}/run data.reference.views=2"
+    assert line.endswith(f"or rebuild it: deepspeed launch/cache.py {rebuild}")
     assert (tmp_path / "run/teacher/image.npy").stat().st_mtime_ns == before.st_mtime_ns
     rebuilt = call_alone(*command, "data.reference.views=2", "--rebuild", "teacher.audit=0")
     assert rebuilt.returncode == 0, rebuilt.stderr
     assert (tmp_path / "run/teacher/image.npy").stat().st_size > 1.9 * before.st_size
 
 
-def test_a_stale_cache_is_told_with_the_command_that_mends_it(
+def test_report_error_appends_rebuild_command_for_stale_cache(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
@@ -157,12 +157,12 @@ def test_a_stale_cache_is_told_with_the_command_that_mends_it(
     words = ["--config", "my config.json", "train.epochs=1", 'data.target.path="a b"']
     stale = StaleCacheError("teacher cache x: changed; rebuild it")
     assert cli.report_error(stale, parser.parse_intermixed_args(words)) == 2
-    again = "deepspeed launch/cache.py --config 'my config.json' --rebuild"
+    rebuild = "deepspeed launch/cache.py --config 'my config.json' --rebuild"
     overrides = """train.epochs=1 'data.target.path="a b"'"""
-    assert capsys.readouterr().err == f"error: {stale}: {again} {overrides}\n"
+    assert capsys.readouterr().err == f"error: {stale}: {rebuild} {overrides}\n"
     parser.add_argument("--adopt")
     cli.report_error(stale, parser.parse_intermixed_args([*words, "--adopt", "there"]))
-    assert capsys.readouterr().err == f"error: {stale}: {again} --adopt there {overrides}\n"
+    assert capsys.readouterr().err == f"error: {stale}: {rebuild} --adopt there {overrides}\n"
     cli.report_error(CacheError("missing"), parser.parse_intermixed_args(words))
     assert capsys.readouterr().err == "error: missing\n"
     monkeypatch.setenv("RANK", "1")
@@ -172,7 +172,7 @@ def test_a_stale_cache_is_told_with_the_command_that_mends_it(
 
 
 @pytest.mark.parametrize(
-    ("environment", "arguments", "says"),
+    ("environment", "arguments", "message"),
     [
         *(({"RANK": rank}, [], "RANK") for rank in ("abc", "-1", "2", " 0")),
         ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "x"}, [], "WORLD_SIZE = 'x'"),
@@ -181,55 +181,55 @@ def test_a_stale_cache_is_told_with_the_command_that_mends_it(
         ({"RANK": "1", "LOCAL_RANK": "1"}, ["train.epochs=many"], None),
     ],
 )
-def test_a_rank_that_the_others_do_not_hear_speaks_for_itself(
-    environment: dict[str, str], arguments: list[str], says: str | None
+def test_rank_without_process_group_reports_its_own_error(
+    environment: dict[str, str], arguments: list[str], message: str | None
 ) -> None:
     launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "DS_ACCELERATOR": "cpu"}
     command = ["launch/train.py", "--config", "demo", *arguments]
     result = run_script(*command, cwd=ROOT, environment=launcher | environment)
     assert result.returncode == 2
     lines = [line for line in result.stderr.splitlines() if "error: " in line]
-    assert [says in line and line.startswith("rank ") for line in lines] == [True] * (says is not None)
+    assert [message in line and line.startswith("rank ") for line in lines] == [True] * (message is not None)
 
 
-HALVES = {"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
+PARTIAL_LAUNCHES = {"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
 
 
 @pytest.mark.parametrize(
-    ("environment", "arguments", "says"),
+    ("environment", "arguments", "message"),
     [
-        *((half, [], "unset") for half in HALVES),
+        *((variables, [], "unset") for variables in PARTIAL_LAUNCHES),
         ({"WORLD_SIZE": ""}, ["--dry-run"], "WORLD_SIZE = '': expected a number"),
         ({"WORLD_SIZE": "many"}, ["--dry-run"], "WORLD_SIZE = 'many': expected a number"),
         ({}, ['deepspeed.wandb={"enabled": true}'], "deepspeed.wandb: the package wandb is not installed"),
         ({}, ["train.output=README.md", "objective.name=flyp"], "train.output = README.md: cannot write there"),
     ],
 )
-def test_what_the_machine_or_a_launcher_does_wrong_is_one_line(
-    environment: dict[str, str], arguments: list[str], says: str
+def test_train_reports_machine_or_launcher_error_in_one_line(
+    environment: dict[str, str], arguments: list[str], message: str
 ) -> None:
     command = ["launch/train.py", "--config", "demo", *arguments]
     result = run_script(*command, cwd=ROOT, environment={"DS_ACCELERATOR": "cpu"} | environment)
     assert result.returncode == 2, result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert says in line
+    assert message in line
     assert "Traceback" not in result.stderr
 
 
-def test_a_plan_that_another_rank_prints_is_told() -> None:
+def test_dry_run_on_rank_1_says_that_rank_0_prints() -> None:
     result = run_script("launch/train.py", "--config", "demo", "--dry-run", cwd=ROOT, environment={"RANK": "1"})
     assert (result.returncode, result.stdout) == (0, "")
     assert "only rank 0 prints the plan; unset RANK" in result.stderr
 
 
-def test_without_a_config_the_shipped_ones_are_named() -> None:
+def test_missing_config_lists_shipped_configs() -> None:
     result = run_script("launch/train.py", cwd=ROOT)
     assert result.returncode == 2
     assert "shipped configs: demo, " in result.stderr
 
 
 @pytest.mark.slow
-def test_torchrun_in_a_bare_environment_with_names_beyond_ascii(tmp_path: Path) -> None:
+def test_launchers_in_bare_environment_with_non_ascii_names(tmp_path: Path) -> None:
     folder = tmp_path / "\u00fc tel" / "lauf 2"
     folder.mkdir(parents=True)
     tree = tiny.write_config(folder, max_steps=1)
@@ -245,7 +245,7 @@ def test_torchrun_in_a_bare_environment_with_names_beyond_ascii(tmp_path: Path) 
         "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",
         "TMPDIR": str(tmp_path / "missing"),
-        "LOCAL_RANK": "3",  # left there by another job
+        "LOCAL_RANK": "3",  # left over from another job
     }
     for start in (["torchrun", "--nproc_per_node", "2"], ["deepspeed", "--num_accelerators", "2"]):
         run = subprocess.run(
@@ -259,5 +259,5 @@ def test_torchrun_in_a_bare_environment_with_names_beyond_ascii(tmp_path: Path) 
         )
         assert run.returncode == 0, run.stderr
         assert (folder / start[0] / "model.safetensors").exists()
-        said = json.loads((folder / start[0] / "config.json").read_text())
-        assert said["config"]["data"]["target"]["templates"] == template
+        saved = json.loads((folder / start[0] / "config.json").read_text())
+        assert saved["config"]["data"]["target"]["templates"] == template

@@ -1,4 +1,4 @@
-"""The schedule that is predicted to be the better one."""
+"""The schedule chosen for ``train.schedule = auto``, and GPUs recognized by their names."""
 
 import unittest.mock
 from pathlib import Path
@@ -16,7 +16,7 @@ from dive_fast.errors import ConfigError
 from dive_fast.planner import auto_schedule as schedule
 from dive_fast.planner import gpu_specs as gpus
 from dive_fast.planner import plan, simulate
-from dive_fast.planner.gpu_specs import GPUS, sold_as
+from dive_fast.planner.gpu_specs import GPUS, gpu_key
 from dive_fast.planner.plan import Plan
 
 
@@ -27,38 +27,38 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def remembering(planning: Any) -> Any:
-    """A plan takes seconds."""
-    known: dict[tuple[str, int], Plan] = {}
+def cached(plan_run: Any) -> Any:
+    """Caches plans, which take seconds."""
+    plans: dict[tuple[str, int], Plan] = {}
 
-    def planned(config: Config, ranks: int) -> Plan:
+    def cached_plan_run(config: Config, ranks: int) -> Plan:
         key = config.model_dump_json(), ranks
-        if key not in known:
-            known[key] = planning(config, ranks)
-        return known[key]
+        if key not in plans:
+            plans[key] = plan_run(config, ranks)
+        return plans[key]
 
-    return planned
+    return cached_plan_run
 
 
 def choices(folder: Path) -> dict[str, str]:
     config = small_config(folder, **{"train.schedule": "auto"})
-    simulate.plan_run = remembering(simulate.plan_run)  # in this process alone
+    simulate.plan_run = cached(simulate.plan_run)  # only in this forked process
     needs = {
         name: simulate.plan_run(schedule.with_schedule(config, name), 1).needed_memory_bytes
         for name in ("sequential", "joint")
     }
     assert needs["sequential"] < needs["joint"]
-    found = {"waits for its host": schedule.choose(config, 1, "h200")}
+    chosen = {"waits for its host": schedule.choose(config, 1, "h200")}
     tight = GPUS["h200"]._replace(memory=needs["joint"] - 1)
     with unittest.mock.patch.dict(gpus.GPUS, small=tight):
-        found["does not fit"] = schedule.choose(config, 1, "small")
+        chosen["does not fit"] = schedule.choose(config, 1, "small")
     with unittest.mock.patch.object(plan, "LAUNCH_SECONDS", 0.0):
-        found["computes"] = schedule.choose(config, 1, "h200")
+        chosen["computes"] = schedule.choose(config, 1, "h200")
     flyp = small_config(folder, **{"train.schedule": "auto", "objective.name": "flyp"})
-    return found | {"has one half": schedule.choose(flyp, 1, "h200")}
+    return chosen | {"has one half": schedule.choose(flyp, 1, "h200")}
 
 
-def test_joint_where_it_fits_and_the_gpu_waits_for_its_host(folder: Path) -> None:
+def test_joint_chosen_if_it_fits_and_gpu_waits_for_host(folder: Path) -> None:
     assert run_ranks(1, choices, folder, init=False)[0] == {
         "waits for its host": "joint",
         "does not fit": "sequential",
@@ -67,16 +67,16 @@ def test_joint_where_it_fits_and_the_gpu_waits_for_its_host(folder: Path) -> Non
     }
 
 
-def asked(folder: Path) -> str:
-    """While this process is in a group of ranks, which could not plan."""
-    return schedule.ask(small_config(folder, **{"train.schedule": "auto"}), 2, "h200")
+def chosen_in_subprocess(folder: Path) -> str:
+    """The choice of a process that has joined a process group and cannot plan itself."""
+    return schedule.choose_in_subprocess(small_config(folder, **{"train.schedule": "auto"}), 2, "h200")
 
 
-def test_ranks_of_a_run_ask_another_process(folder: Path) -> None:
-    assert run_ranks(2, asked, folder) == ["joint", "joint"]
+def test_choose_in_subprocess_works_in_process_group(folder: Path) -> None:
+    assert run_ranks(2, chosen_in_subprocess, folder) == ["joint", "joint"]
 
 
-def test_other_schedules_stay_and_a_device_without_figures_gets_sequential(
+def test_resolve_keeps_other_schedules_and_defaults_to_sequential(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone = Ranks(0, 1, torch.device("cpu"))
@@ -84,19 +84,19 @@ def test_other_schedules_stay_and_a_device_without_figures_gets_sequential(
     assert schedule.resolve(config, alone) is config
     config = small_config(folder, **{"train.schedule": "auto"})
     assert schedule.resolve(config, alone).train.schedule == "sequential"
-    assert "no figures of this device" in capsys.readouterr().out
+    assert "no figures for this device" in capsys.readouterr().out
 
 
-def test_what_cannot_be_planned_is_told(folder: Path) -> None:
+def test_choose_in_subprocess_reports_planning_error(folder: Path) -> None:
     config = small_config(folder, **{"train.schedule": "auto", "data.target.batch_size": 15})
     with pytest.raises(ConfigError, match=r"(?s)planning failed; name the schedule.*not divisible by 2 ranks"):
-        schedule.ask(config, 2, "h200")
+        schedule.choose_in_subprocess(config, 2, "h200")
 
 
-def test_gpus_are_known_by_their_drivers_names() -> None:
-    assert sold_as("NVIDIA H100 80GB HBM3") == "h100"
-    assert sold_as("NVIDIA H200") == "h200"
-    assert sold_as("NVIDIA H200", 150 * 10**9) == "h200"
+def test_gpu_key_of_driver_names() -> None:
+    assert gpu_key("NVIDIA H100 80GB HBM3") == "h100"
+    assert gpu_key("NVIDIA H200") == "h200"
+    assert gpu_key("NVIDIA H200", 150 * 10**9) == "h200"
 
 
 @pytest.mark.parametrize(
@@ -112,5 +112,5 @@ def test_gpus_are_known_by_their_drivers_names() -> None:
         ("NVIDIA H20", None),
     ],
 )
-def test_slices_and_namesakes_are_not_whole_gpus(name: str, memory: int | None) -> None:
-    assert sold_as(name, memory) is None
+def test_gpu_key_is_none_for_slices_and_similar_names(name: str, memory: int | None) -> None:
+    assert gpu_key(name, memory) is None

@@ -1,4 +1,4 @@
-"""The plan of a run against the run: a real step under a tracker of its own, FLOP by torch and by hand."""
+"""Plans against real steps, measured by an independent tracker; FLOP against torch and formulas."""
 
 import dataclasses
 import json
@@ -34,10 +34,8 @@ from dive_fast.planner.advice import advise
 from dive_fast.planner.gpu_specs import GPUS
 from dive_fast.planner.memory_tracker import MISSED_FLOP, Tracker
 from dive_fast.planner.plan import LAUNCH_SECONDS, Estimate, Plan
-from dive_fast.planner.simulate import _Sampled
-from dive_fast.planner.simulate import plan_run as plan_run
-from dive_fast.planner.table import as_json
-from dive_fast.planner.table import as_table as as_table
+from dive_fast.planner.simulate import _SampledMicroBatches, plan_run
+from dive_fast.planner.table import as_json, as_table
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "launch/configs"
@@ -67,12 +65,12 @@ SLOW: dict[str, Case] = {
 
 
 class LiveBytes(TorchDispatchMode):
-    """Sums all that lives anew where there may be a new peak; shares nothing with dive_fast.planner.memory_tracker."""
+    """Peak of live bytes, summed again at each possible peak; independent of dive_fast.planner.memory_tracker."""
 
     def __init__(self) -> None:
         super().__init__()
         self.storages: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
-        self.peak = self.at_most = 0
+        self.peak = self.upper_bound = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -81,10 +79,10 @@ class LiveBytes(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if self.storages.get(storage.data_ptr()) is not storage:
                     self.storages[storage.data_ptr()] = storage
-                    self.at_most += storage.nbytes()
-        if self.at_most > self.peak:
-            self.at_most = sum(storage.nbytes() for storage in self.storages.values())
-            self.peak = max(self.peak, self.at_most)
+                    self.upper_bound += storage.nbytes()
+        if self.upper_bound > self.peak:
+            self.upper_bound = sum(storage.nbytes() for storage in self.storages.values())
+            self.peak = max(self.peak, self.upper_bound)
         return result
 
 
@@ -96,7 +94,7 @@ def layer_norm_as_on_cuda(layer_norm: Any) -> Any:
 
 
 def real_step(config: Config) -> tuple[int, int, int]:
-    """Peak bytes, FLOP and parameters of a real step on real tensors, after one that makes optimizer state."""
+    """Peak bytes, FLOP and parameters of a step on real tensors, after one that allocates optimizer state."""
     ranks = join()
     data, method = config.data, registry.create(config.objective, WIDTH)
     dtype = torch.float16 if config.train.precision == "fp16" else torch.float32
@@ -123,7 +121,7 @@ def real_step(config: Config) -> tuple[int, int, int]:
             if method.needs.head:
                 towers.head = torch.nn.Linear(WIDTH, len(open_clip.IMAGENET_CLASSNAMES))
             engine = Engine(config, towers, method, ranks, total_steps=9)
-            # What it starts with overflows, and a step that is skipped allocates no moments.
+            # The initial scale overflows, and a skipped step allocates no moments.
             engine.scale.value.fill_(1.0)
             parameters = sum(getattr(p, "ds_numel", p.numel()) for p in towers.parameters())
             engine.step(batches())
@@ -137,7 +135,7 @@ def real_step(config: Config) -> tuple[int, int, int]:
 
 
 def real_steps(folder: Path, cases: dict[str, Case]) -> dict[str, tuple[int, int, int]]:
-    objective.Part.backend = "torch"  # the interpreter's memory is NumPy's
+    objective.Part.backend = "torch"  # Triton's interpreter allocates in NumPy
     return {name: real_step(small_config(folder, **case)) for name, case in cases.items()}
 
 
@@ -153,71 +151,71 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("cases", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["quick", "slow"])
-def test_memory_and_flop_are_those_of_a_real_step(folder: Path, cases: dict[str, Case]) -> None:
+def test_plan_run_matches_memory_and_flop_of_real_step(folder: Path, cases: dict[str, Case]) -> None:
     real = run_ranks(1, real_steps, folder, cases, init=False, timeout=500)[0]
-    planned = run_ranks(1, small_plans, folder, cases, init=False, timeout=300)[0]
+    plans = run_ranks(1, small_plans, folder, cases, init=False, timeout=300)[0]
     for name in cases:
         peak, flop, parameters = real[name]
-        assert planned[name].parameters == parameters
+        assert plans[name].parameters == parameters
         # Attention's backward sums 16-bit gradients of queries in fp32: 65 tokens padded to 128, 2 heads of 64.
         is_half = cases[name].get("train.precision") in ("fp16", "bf16")
         batch = cases[name].get("train.micro_batch_size", TARGET)
-        assert planned[name].estimates["scratch"] == (4 * batch * 2 * 128 * 64 if is_half else 0)
-        assert planned[name].peak_memory_bytes == pytest.approx(peak, rel=0.01), name
+        assert plans[name].estimates["scratch"] == (4 * batch * 2 * 128 * 64 if is_half else 0)
+        assert plans[name].peak_memory_bytes == pytest.approx(peak, rel=0.01), name
         # The CPU computes one matrix of logits and differentiates it: three products of B x B x D.
         plain_loss = 0 if "vanilla" in name else 6 * TARGET**2 * WIDTH
-        assert planned[name].flop_of("target") + planned[name].flop_of("reference") == flop - plain_loss
+        assert plans[name].flop_of("target") + plans[name].flop_of("reference") == flop - plain_loss
 
 
-def test_a_step_costs_what_steps_with_and_without_a_reference_cost_on_average(folder: Path) -> None:
+def test_reference_every_averages_steps_with_and_without_reference(folder: Path) -> None:
     cases: dict[str, Case] = {
         "always": {},
         "never": {"objective.name": "flyp"},
-        "seldom": {"objective.reference_every": 4},
+        "every fourth": {"objective.reference_every": 4},
     }
-    found = run_ranks(1, small_plans, folder, cases, init=False, timeout=300)[0]
-    flop = {name: one.flop_per_step for name, one in found.items()}
-    assert flop["seldom"] == pytest.approx((flop["always"] + 3 * flop["never"]) / 4, rel=1e-6)
-    assert found["seldom"].peak_memory_bytes == found["always"].peak_memory_bytes
+    plans = run_ranks(1, small_plans, folder, cases, init=False, timeout=300)[0]
+    flop = {name: plan.flop_per_step for name, plan in plans.items()}
+    assert flop["every fourth"] == pytest.approx((flop["always"] + 3 * flop["never"]) / 4, rel=1e-6)
+    assert plans["every fourth"].peak_memory_bytes == plans["always"].peak_memory_bytes
 
 
 ZERO: dict[str, Case] = {str(stage): {"zero": stage} for stage in (1, 2, 3)}
-PIECES: Case = {"train.micro_batch_size": 2}
+MICRO_BATCHES: Case = {"train.micro_batch_size": 2}
 
 
 def plans_over_ranks(folder: Path) -> dict[str, Plan]:
-    """ZeRO over four ranks, and one rank before and after it; micro-batches, some of them run and all."""
+    """Plans of ZeRO over four ranks, one rank before and after, and micro-batches, sampled and all executed."""
     plans = {
-        "one": plan_run(small_config(folder)),
+        "one rank": plan_run(small_config(folder)),
         **small_plans(folder, ZERO, ranks=4),
-        "one again": plan_run(small_config(folder)),
-        "some": plan_run(small_config(folder, **PIECES)),
+        "one rank again": plan_run(small_config(folder)),
+        "sampled": plan_run(small_config(folder, **MICRO_BATCHES)),
     }
-    with unittest.mock.patch.object(_Sampled, "ENOUGH", 99):
-        return plans | {"all": plan_run(small_config(folder, **PIECES))}
+    with unittest.mock.patch.object(_SampledMicroBatches, "MAX_FORWARDS", 99):
+        return plans | {"all": plan_run(small_config(folder, **MICRO_BATCHES))}
 
 
-def test_zero_shares_its_state_among_the_ranks_and_like_micro_batches_need_not_all_be_run(folder: Path) -> None:
+def test_plan_run_divides_zero_state_and_samples_micro_batches(folder: Path) -> None:
     plans = run_ranks(1, plans_over_ranks, folder, init=False, timeout=300)[0]
-    one, state = plans["one"], 4 * plans["one"].parameters
-    assert one.parts["optimizer"] == pytest.approx(3 * state, rel=0.03)
-    # Buckets, and gradients on their way through them.
-    passing = 10**6
+    single, state = plans["one rank"], 4 * plans["one rank"].parameters
+    assert single.parts["optimizer"] == pytest.approx(3 * state, rel=0.03)
+    # Reduction buckets and the gradients in them.
+    buckets = 10**6
     for zero in ZERO:
         many = plans[zero]
-        assert (one.estimates["nccl"], many.estimates["nccl"]) == (0, 2 * 2**30)
+        assert (single.estimates["nccl"], many.estimates["nccl"]) == (0, 2 * 2**30)
         assert many.parts["optimizer"] == pytest.approx(3 * state / 4, rel=0.03)
         assert many.parts["weights"] == pytest.approx(state / 4 if zero == "3" else state, rel=0.03)
-        assert many.parts["gradients"] <= (state if zero == "1" else state / 4) + passing, zero
-        assert many.flop_per_step == pytest.approx(one.flop_per_step, rel=1e-3)
-    assert plans["one again"] == one
-    assert plans["some"].flop == plans["all"].flop
-    assert plans["some"].parts == pytest.approx(plans["all"].parts, rel=0.02)
+        assert many.parts["gradients"] <= (state if zero == "1" else state / 4) + buckets, zero
+        assert many.flop_per_step == pytest.approx(single.flop_per_step, rel=1e-3)
+    assert plans["one rank again"] == single
+    assert plans["sampled"].flop == plans["all"].flop
+    assert plans["sampled"].parts == pytest.approx(plans["all"].parts, rel=0.02)
 
 
-def shipped_plans(wanted: dict[str, tuple[str, list[str]]]) -> dict[str, Plan]:
+def shipped_plans(cases: dict[str, tuple[str, list[str]]]) -> dict[str, Plan]:
     return {
-        name: plan_run(load_run_config(config, overrides, CONFIGS)) for name, (config, overrides) in wanted.items()
+        name: plan_run(load_run_config(config, overrides, CONFIGS)) for name, (config, overrides) in cases.items()
     }
 
 
@@ -227,17 +225,17 @@ def texts(target: int, reference: int | None = None) -> list[str]:
 
 
 def transformer_flop(tokens: int, width: int, layers: int) -> int:
-    """Forward and backward of one sequence; attention's backward computes its scores again, as its kernels do."""
+    """FLOP of one sequence, forward and backward; attention's backward recomputes scores, as its kernels do."""
     return layers * (3 * 2 * 12 * tokens * width**2 + (2 + 5) * 2 * tokens**2 * width)
 
 
-def test_vit_b16_costs_what_its_formula_says_and_dive_needs_hardly_more_memory_than_flyp() -> None:
+def test_vit_b16_flop_match_formula_and_dive_memory_flyp() -> None:
     flyp, dive, wilds = "vitb16_flyp", "vitb16_dive", "iwildcam_flyp"
-    wanted = {flyp: (flyp, texts(32)), dive: (dive, texts(32, 32)), wilds: (wilds, texts(32))}
-    plans = run_ranks(1, shipped_plans, wanted, init=False, timeout=300)[0]
+    cases = {flyp: (flyp, texts(32)), dive: (dive, texts(32, 32)), wilds: (wilds, texts(32))}
+    plans = run_ranks(1, shipped_plans, cases, init=False, timeout=300)[0]
     patches = 2 * 2 * 196 * 768 * 3 * 16**2
-    by_hand = 512 * (transformer_flop(197, 768, 12) + transformer_flop(32, 512, 12) + patches)
-    assert plans[flyp].flop_of("target") == pytest.approx(by_hand, rel=0.02)
+    expected = 512 * (transformer_flop(197, 768, 12) + transformer_flop(32, 512, 12) + patches)
+    assert plans[flyp].flop_of("target") == pytest.approx(expected, rel=0.02)
     assert plans[flyp].flop_of("reference") == 0
     assert plans[dive].flop_of("reference") == plans[dive].flop_of("target") == plans[flyp].flop_of("target")
     assert plans[flyp].parameters == 149_620_737
@@ -246,22 +244,22 @@ def test_vit_b16_costs_what_its_formula_says_and_dive_needs_hardly_more_memory_t
 
 
 @pytest.mark.slow
-def test_every_shipped_config_can_be_planned() -> None:
-    wanted: dict[str, tuple[str, list[str]]] = {path.stem: (path.stem, []) for path in CONFIGS.glob("*.json")}
-    plans = run_ranks(1, shipped_plans, wanted, init=False, timeout=600)[0]
-    assert all(one.flop_of("target") > 0 for one in plans.values())
+def test_plan_run_of_every_shipped_config() -> None:
+    cases: dict[str, tuple[str, list[str]]] = {path.stem: (path.stem, []) for path in CONFIGS.glob("*.json")}
+    plans = run_ranks(1, shipped_plans, cases, init=False, timeout=600)[0]
+    assert all(plan.flop_of("target") > 0 for plan in plans.values())
 
 
 @pytest.mark.slow
-def test_vit_l14_and_the_step_as_published() -> None:
+def test_vit_l14_memory_and_published_step_flop() -> None:
     large = ["data.target.batch_size=256"]
-    wanted = {
+    cases = {
         "flyp": ("vitl14_dive", [*large, *texts(32), "objective.name=flyp"]),
         "dive": ("vitl14_dive", [*large, *texts(32, 32)]),
         "short": ("vitb16_dive", texts(16, 32)),
         "published": ("vitb16_dive", ["train.precision=fp32", "train.schedule=joint", "teacher.mode=online"]),
     }
-    plans = run_ranks(1, shipped_plans, wanted, init=False, timeout=600)[0]
+    plans = run_ranks(1, shipped_plans, cases, init=False, timeout=600)[0]
     assert plans["dive"].peak_memory_bytes <= 1.03 * plans["flyp"].peak_memory_bytes
     assert plans["published"].flop_per_step == pytest.approx(147.8e12, rel=1e-3)
     assert plans["published"].flop_of("teacher") == pytest.approx(plans["published"].flop_per_step / 7, rel=0.01)
@@ -272,44 +270,44 @@ def test_vit_l14_and_the_step_as_published() -> None:
 
 JOINT: Case = {"train.schedule": "joint"}
 RESNET = SMALL | {"vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16}}
-"""Without blocks that could be run again."""
+"""A model without transformer blocks to recompute."""
 
 
 def advice_for(folder: Path, case: Case, ranks: int, memories: list[int]) -> list[Any]:
-    """A config's plan, and advice for GPUs of so many bytes, estimates aside: they dwarf the small model."""
+    """A config's plan and its advice for GPUs of these sizes, without estimates: they exceed the small model."""
     with unittest.mock.patch("dive_fast.planner.simulate._estimates", return_value={}):
         return _advice_for(folder, case, ranks, memories)
 
 
 def _advice_for(folder: Path, case: Case, ranks: int, memories: list[int]) -> list[Any]:
     config = small_config(folder, **case)
-    base = plan_run(config, ranks)
-    found: list[Any] = [base]
+    plan = plan_run(config, ranks)
+    results: list[Any] = [plan]
     for memory in memories:
         with unittest.mock.patch.dict(GPUS, {"small": GPUS["h100"]._replace(memory=memory)}):
-            advice = advise(config, base, ["small"])
-            found.append(advice["small"] if advice else "fits")
-    return found
+            advice = advise(config, plan, ["small"])
+            results.append(advice["small"] if advice else "fits")
+    return results
 
 
-def advice_for_all(wanted: list[tuple[Path, Case, int, list[int]]]) -> list[list[Any]]:
-    return [advice_for(*arguments) for arguments in wanted]
+def advice_for_all(cases: list[tuple[Path, Case, int, list[int]]]) -> list[list[Any]]:
+    return [advice_for(*arguments) for arguments in cases]
 
 
 @pytest.mark.slow
-def test_advice_is_the_cheapest_change_that_fits_and_is_planned(folder: Path, tmp_path: Path) -> None:
+def test_advise_returns_cheapest_change_that_fits(folder: Path, tmp_path: Path) -> None:
     tiny.write_model(tmp_path, RESNET, preprocess={"size": 64})
     selective, full = (f"train.activation_checkpointing={kind}" for kind in ("selective", "full"))
     sequential = "train.schedule=sequential"
     memories = [size * 10**6 for size in (1000, 60, 50, 40, 28, 1)]
-    wanted = [
+    cases = [
         (folder, JOINT, 1, memories),
         (folder, {}, 1, [50 * 10**6]),
         (folder, {"train.activation_checkpointing": "full"}, 1, [33 * 10**6]),
         (folder, {"zero": 0}, 4, [16 * 10**6]),
         (tmp_path, {}, 1, [55 * 10**6]),
     ]
-    joint, plain, recomputed, ranks, resnet = run_ranks(1, advice_for_all, wanted, init=False, timeout=500)[0]
+    joint, plain, recomputed, ranks, resnet = run_ranks(1, advice_for_all, cases, init=False, timeout=500)[0]
     base, enough, *changed, none = joint
     assert memories[0] > base.peak_memory_bytes > memories[1]
     assert enough == "fits"
@@ -321,35 +319,35 @@ def test_advice_is_the_cheapest_change_that_fits_and_is_planned(folder: Path, tm
     ]
     for advice, memory in zip(changed, memories[1:], strict=False):
         assert advice.plan.peak_memory_bytes <= memory
-    # A matrix product more costs more.
+    # Recomputation of more matrix products costs more FLOP.
     flop = [advice.plan.flop_per_step for advice in changed]
     assert base.flop_per_step == flop[0] == flop[1] < flop[2] < flop[3]
     assert none is None
     assert plain[1].overrides == (selective,)
     assert ranks[1].overrides == ("deepspeed.zero_optimization.stage=3", full)
-    # What is on already and what the towers refuse is not tried.
+    # Settings already on and those that the towers do not support are not tried.
     for _, advice in (recomputed, resnet):
         (override,) = advice.overrides
         assert override.startswith("train.micro_batch_size=")
 
 
-def test_estimates_decide_whether_a_plan_fits_and_have_lines_of_their_own() -> None:
+def test_estimates_count_in_fits_and_are_listed() -> None:
     gpu = GPUS["h100"]
     estimates: dict[Estimate, int] = {"context": 2**29, "nccl": 2**30, "scratch": 0, "allocator": 2**31}
     full = Plan(1, 2, {}, 1, {"activations": gpu.memory}, estimates)
     room = Plan(1, 2, {}, 1, {"activations": gpu.memory - 7 * 2**29}, estimates)
     assert (full.fits(gpu), room.fits(gpu)) == (False, True)
     assert not dataclasses.replace(room, parts={"activations": gpu.memory - 7 * 2**29 + 1}).fits(gpu)
-    told = as_table(room, ["h100"], {})
-    assert f"with estimates   {gpu.memory / 2**30:8.2f} GiB" in told
-    assert "NCCL buffers         1.00 GiB" in told
-    assert "scratch" not in told
-    found = as_json(room, ["h100"], {})
-    assert found["estimates"] == estimates
-    assert found["needed_memory_bytes"] == found["peak_memory_bytes"] + sum(estimates.values()) == gpu.memory
+    table = as_table(room, ["h100"], {})
+    assert f"with estimates   {gpu.memory / 2**30:8.2f} GiB" in table
+    assert "NCCL buffers         1.00 GiB" in table
+    assert "scratch" not in table
+    tree = as_json(room, ["h100"], {})
+    assert tree["estimates"] == estimates
+    assert tree["needed_memory_bytes"] == tree["peak_memory_bytes"] + sum(estimates.values()) == gpu.memory
 
 
-def test_scratch_of_the_chunked_gradient_is_estimated() -> None:
+def test_workspace_of_chunked_gradient() -> None:
     tracker, rows = Tracker(), 2176
     with FakeTensorMode(), tracker:
         features = [torch.empty(rows, 512, dtype=torch.float16, requires_grad=True) for _ in range(2)]
@@ -359,30 +357,30 @@ def test_scratch_of_the_chunked_gradient_is_estimated() -> None:
 
 
 def dry_run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    # A proxy that nobody answers: whoever asks the network fails.
+    # No proxy listens at this address: any use of the network fails.
     environment = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
     command = [str(ROOT / "launch/train.py"), "--dry-run", "--config", *arguments]
     return run_script(*command, cwd=cwd, environment=environment)
 
 
-def planned_json(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+def plan_json(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     assert result.returncode == 0, result.stderr
-    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    assert all(isinstance(found[key], int) for key in ("parameters", "flop_per_step", "peak_memory_bytes"))
-    assert sum(found["parts"].values()) == found["peak_memory_bytes"]
-    assert found["peak_memory_bytes"] + sum(found["estimates"].values()) == found["needed_memory_bytes"]
-    assert sum(found["flop"].values()) == found["flop_per_step"]
-    return found
+    tree: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    assert all(isinstance(tree[key], int) for key in ("parameters", "flop_per_step", "peak_memory_bytes"))
+    assert sum(tree["parts"].values()) == tree["peak_memory_bytes"]
+    assert tree["peak_memory_bytes"] + sum(tree["estimates"].values()) == tree["needed_memory_bytes"]
+    assert sum(tree["flop"].values()) == tree["flop_per_step"]
+    return tree
 
 
-def test_the_command_plans_the_demo_for_two_ranks_and_writes_nothing(tmp_path: Path) -> None:
+def test_dry_run_plans_demo_on_two_ranks_and_writes_nothing(tmp_path: Path) -> None:
     result = dry_run("demo", "--ranks", "2", "--json", "train.epochs=1", cwd=tmp_path)
-    found = planned_json(result)
-    assert found["ranks"] == 2
-    assert found["flop_per_step"] == 2 * found["flop_per_step_per_gpu"]
-    assert found["fits"] == dict.fromkeys(GPUS, True)
-    # So small a step waits for its host, whatever the GPU.
-    assert found["step_seconds"]["a100"] == found["step_seconds"]["h100"] == found["launches"] * LAUNCH_SECONDS > 0
+    tree = plan_json(result)
+    assert tree["ranks"] == 2
+    assert tree["flop_per_step"] == 2 * tree["flop_per_step_per_gpu"]
+    assert tree["fits"] == dict.fromkeys(GPUS, True)
+    # Such a small step waits for its host on every GPU.
+    assert tree["step_seconds"]["a100"] == tree["step_seconds"]["h100"] == tree["launches"] * LAUNCH_SECONDS > 0
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -404,7 +402,7 @@ def test_the_command_plans_the_demo_for_two_ranks_and_writes_nothing(tmp_path: P
         ),
     ],
 )
-def test_a_mistake_ends_with_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+def test_dry_run_reports_mistake_in_one_line_with_exit_code_2(arguments: list[str], message: str) -> None:
     result = dry_run(*arguments)
     assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -414,17 +412,15 @@ def test_a_mistake_ends_with_one_line_and_exit_code_2(arguments: list[str], mess
 
 
 @pytest.mark.slow
-def test_the_command_plans_the_shipped_configs_without_their_data(tmp_path: Path) -> None:
-    small = planned_json(dry_run("vitb16_flyp", "--device", "h200", "--json", cwd=tmp_path))
+def test_dry_run_plans_shipped_configs_without_data(tmp_path: Path) -> None:
+    small = plan_json(dry_run("vitb16_flyp", "--device", "h200", "--json", cwd=tmp_path))
     assert small["fits"] == {"h200": True}
     assert small["advice"] == {}
-    large = planned_json(dry_run("vitl14_dive", "--device", "a100", "--json", cwd=tmp_path))
+    large = plan_json(dry_run("vitl14_dive", "--device", "a100", "--json", cwd=tmp_path))
     assert large["parameters"] == 427_616_513
     assert large["fits"] == {"a100": False}
     advice = large["advice"]["a100"]
     assert advice["overrides"] == ["train.activation_checkpointing=full"]
-    followed = planned_json(
-        dry_run("vitl14_dive", "--device", "a100", "--json", *advice["overrides"], cwd=tmp_path)
-    )
+    followed = plan_json(dry_run("vitl14_dive", "--device", "a100", "--json", *advice["overrides"], cwd=tmp_path))
     assert followed["fits"] == {"a100": True}
     assert followed["peak_memory_bytes"] == advice["peak_memory_bytes"]

@@ -1,4 +1,4 @@
-"""The files of a cache: rows where they belong, no block lost or taken for written, no changed byte read."""
+"""Files of a teacher cache: positions of rows, journals of written blocks, checksums."""
 
 import errno
 import itertools
@@ -22,7 +22,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows_of(layout: Layout) -> dict[str, np.ndarray[Any, Any]]:
-    """Every row of a cache: numbered, so that no two are alike."""
+    """All rows of a cache, numbered so that no two are equal."""
     return {
         half: np.arange(np.prod(layout.shape(half))).reshape(layout.shape(half)).astype(layout.dtype)
         for half in store.HALVES
@@ -32,8 +32,8 @@ def rows_of(layout: Layout) -> dict[str, np.ndarray[Any, Any]]:
 def write(folder: Path, layout: Layout, blocks: list[int], rank: int = 0) -> None:
     rows, writer = rows_of(layout), Writer(folder, layout, rank)
     for block in blocks:
-        places = {half: layout.rows(half, block) for half in store.HALVES}
-        writer.write(block, {half: rows[half][place.start : place.stop] for half, place in places.items()})
+        ranges = {half: layout.rows(half, block) for half in store.HALVES}
+        writer.write(block, {half: rows[half][part.start : part.stop] for half, part in ranges.items()})
     writer.close()
 
 
@@ -46,28 +46,28 @@ def make(folder: Path, layout: Layout) -> Path:
 
 
 def read(opened: Store, sample: list[int], view: list[int]) -> dict[str, np.ndarray[Any, Any]]:
-    found = {}
+    rows = {}
     for half in store.HALVES:
         out = np.empty((len(sample), opened.layout.width), opened.layout.dtype)
         opened.read(half, np.array(sample, np.int64), np.array(view, np.int64), out)
-        found[half] = out
-    return found
+        rows[half] = out
+    return rows
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize(("samples", "views"), [(0, 1), (1, 1), (3, 2), (4, 1), (9, 3)])
-def test_every_row_is_found_where_it_was_written(tmp_path: Path, samples: int, views: int, dtype: str) -> None:
+def test_store_reads_every_row_as_written(tmp_path: Path, samples: int, views: int, dtype: str) -> None:
     layout = Layout(samples, views, 5, dtype)
     opened = Store(make(tmp_path / "cache", layout))
     assert opened.layout == layout
     assert opened.fingerprint == FINGERPRINT
     expected = rows_of(layout)
-    places = list(itertools.product(range(samples), range(views)))
-    np.random.default_rng(0).shuffle(places)
-    found = read(opened, [sample for sample, _ in places], [view for _, view in places])
-    for row, (sample, view) in enumerate(places):
-        assert np.array_equal(found["image"][row], expected["image"][view * samples + sample])
-        assert np.array_equal(found["text"][row], expected["text"][sample])
+    keys = list(itertools.product(range(samples), range(views)))
+    np.random.default_rng(0).shuffle(keys)
+    rows = read(opened, [sample for sample, _ in keys], [view for _, view in keys])
+    for row, (sample, view) in enumerate(keys):
+        assert np.array_equal(rows["image"][row], expected["image"][view * samples + sample])
+        assert np.array_equal(rows["text"][row], expected["text"][sample])
     opened.check_all()
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [
         "cache.json",
@@ -77,29 +77,29 @@ def test_every_row_is_found_where_it_was_written(tmp_path: Path, samples: int, v
     ]
 
 
-def test_what_any_rank_has_written_is_done_and_a_torn_note_is_not(tmp_path: Path) -> None:
+def test_finished_blocks_of_all_ranks_without_torn_records(tmp_path: Path) -> None:
     layout = Layout(18, 2, 3, "float32")
     store.create(tmp_path, layout, FINGERPRINT)
-    assert store.done(tmp_path) == {}
+    assert store.finished_blocks(tmp_path) == {}
     write(tmp_path, layout, [0, 3], rank=0)
     write(tmp_path, layout, [1, 9], rank=1)
-    assert set(store.done(tmp_path)) == {0, 1, 3, 9}
+    assert set(store.finished_blocks(tmp_path)) == {0, 1, 3, 9}
     rows = rows_of(layout)["image"][12:16].tobytes()
-    assert store.done(tmp_path)[3][0] == zlib.crc32(rows)
+    assert store.finished_blocks(tmp_path)[3][0] == zlib.crc32(rows)
     journal = tmp_path / "journal-1"
-    whole = journal.read_bytes()
-    for cut in range(len(whole)):
-        journal.write_bytes(whole[:cut])
-        assert set(store.done(tmp_path)) == ({0, 3} | ({1} if cut >= len(whole) // 2 else set()))
-    # What is torn is dropped, and the next note is found behind what is whole.
+    content = journal.read_bytes()
+    for cut in range(len(content)):
+        journal.write_bytes(content[:cut])
+        assert set(store.finished_blocks(tmp_path)) == ({0, 3} | ({1} if cut >= len(content) // 2 else set()))
+    # A torn record is dropped, and the next one follows the last complete record.
     write(tmp_path, layout, [5], rank=1)
-    assert set(store.done(tmp_path)) == {0, 1, 3, 5}
-    # A record that is whole in length but not in content.
-    journal.write_bytes(whole[:3] + b"\xff" + whole[4:])
-    assert set(store.done(tmp_path)) == {0, 3, 9}
+    assert set(store.finished_blocks(tmp_path)) == {0, 1, 3, 5}
+    # A record of full length with a changed byte.
+    journal.write_bytes(content[:3] + b"\xff" + content[4:])
+    assert set(store.finished_blocks(tmp_path)) == {0, 3, 9}
 
 
-def test_a_cache_in_the_making_has_another_name_and_is_none(tmp_path: Path) -> None:
+def test_unfinished_cache_has_another_name(tmp_path: Path) -> None:
     layout = Layout(5, 1, 3, "float32")
     folder = tmp_path / "cache"
     partial = store.partial_name(folder)
@@ -114,12 +114,10 @@ def test_a_cache_in_the_making_has_another_name_and_is_none(tmp_path: Path) -> N
     assert not partial.exists()
 
 
-def test_space_is_taken_at_once_so_that_a_full_disk_is_met_at_the_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_create_allocates_all_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout(1000, 1, 100, "float32")
-    store.create(tmp_path / "whole", layout, FINGERPRINT)
-    image = (tmp_path / "whole" / "image.npy").stat()
+    store.create(tmp_path / "allocated", layout, FINGERPRINT)
+    image = (tmp_path / "allocated" / "image.npy").stat()
     assert image.st_size >= 400_000
     assert image.st_blocks * 512 >= 400_000  # not a sparse file
 
@@ -133,7 +131,7 @@ def test_space_is_taken_at_once_so_that_a_full_disk_is_met_at_the_start(
 
 
 @pytest.mark.parametrize("half", store.HALVES)
-def test_a_flipped_bit_is_found_when_its_block_is_first_read(tmp_path: Path, half: str) -> None:
+def test_read_detects_flipped_bit(tmp_path: Path, half: str) -> None:
     layout = Layout(10, 2, 3, "float32")
     folder = make(tmp_path / "cache", layout)
     rows = layout.rows(half, 1)
@@ -151,7 +149,7 @@ def test_a_flipped_bit_is_found_when_its_block_is_first_read(tmp_path: Path, hal
     read(Store(folder, verify=False), [5], [0])
 
 
-def test_a_block_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_checks_each_block_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Store(make(tmp_path / "cache", Layout(10, 2, 3, "float32")))
     checked = []
     check = opened._check
@@ -162,24 +160,24 @@ def test_a_block_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("name", ["image.npy", "text.npy", "checksums.npy", "cache.json"])
-def test_a_file_that_is_cut_off_or_missing_is_refused_by_name(tmp_path: Path, name: str) -> None:
+def test_store_rejects_truncated_or_missing_file(tmp_path: Path, name: str) -> None:
     folder = make(tmp_path / "cache", Layout(10, 1, 3, "float32"))
-    whole = (folder / name).read_bytes()
-    for size in (0, 10, len(whole) - 4, None):
+    content = (folder / name).read_bytes()
+    for size in (0, 10, len(content) - 4, None):
         (folder / name).unlink()
         if size is not None:
-            (folder / name).write_bytes(whole[:size])
+            (folder / name).write_bytes(content[:size])
         with pytest.raises(CacheError, match=str(folder)):
             Store(folder)
-    (folder / name).write_bytes(whole)
+    (folder / name).write_bytes(content)
     Store(folder).check_all()
 
 
-def test_another_format_or_another_shape_is_refused(tmp_path: Path) -> None:
+def test_store_rejects_other_format_or_shape(tmp_path: Path) -> None:
     folder = make(tmp_path / "cache", Layout(10, 1, 3, "float32"))
     manifest = (folder / "cache.json").read_text()
     (folder / "cache.json").write_text(manifest.replace('"samples": 10', '"samples": 9'))
-    with pytest.raises(CacheError, match="its arrays are not those"):
+    with pytest.raises(CacheError, match="its arrays do not match"):
         Store(folder)
     (folder / "cache.json").write_text(manifest.replace('"format": 4', '"format": 2'))
     with pytest.raises(CacheError, match="of format 2, this version has 4"):

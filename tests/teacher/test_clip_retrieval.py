@@ -1,4 +1,4 @@
-"""Caches made of clip-retrieval's files, and such files made of caches: each pair its row, or a one-line error."""
+"""Adoption of clip-retrieval's files as caches and export of caches: exact rows, or an error in one line."""
 
 import itertools
 import json
@@ -38,7 +38,7 @@ COUNT = 11
 
 
 class Rows(NamedTuple):
-    """What a foreign folder holds, in the order of the data set."""
+    """Content of a folder of clip-retrieval's files, in the order of the data set."""
 
     image: NDArray[Any]
     text: NDArray[Any]
@@ -66,7 +66,7 @@ def towers(tree: dict[str, Any]) -> Towers:
 
 @pytest.fixture(scope="module")
 def rows(tree: dict[str, Any], towers: Towers, tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    """The reference set's, embedded here."""
+    """Rows of the reference set, embedded by this project."""
     cache = tmp_path_factory.mktemp("computed") / "cache"
     build.open_cache(config(tree), cache, *opened(tree, towers), ALONE)
     samples = open_reference_of(tree).samples
@@ -98,17 +98,17 @@ def adopt(
     rebuild: bool = False,
     **teacher: Any,
 ) -> Audit:
-    wanted = config(tree, **teacher)
-    embeddings = Embeddings(folder, wanted.teacher.dtype)
-    return build.adopt_cache(wanted, cache, *opened(tree, towers), ranks, embeddings, rebuild)
+    adopting = config(tree, **teacher)
+    embeddings = Embeddings(folder, adopting.teacher.dtype)
+    return build.adopt_cache(adopting, cache, *opened(tree, towers), ranks, embeddings, rebuild)
 
 
 def shuffled(rows: Rows, extra: int = 0, seed: int = 0) -> Rows:
-    """In another order, with entries that no sample has: other captions, other names."""
+    """Rows in random order, with ``extra`` entries of no sample: other captions or names."""
     rng = np.random.default_rng(seed)
     more = rng.normal(size=(2, extra, rows.image.shape[1]))
     more /= np.linalg.norm(more, axis=-1, keepdims=True)
-    image, text = (np.concatenate([own, other.astype(own.dtype)]) for own, other in zip(rows[:2], more))
+    image, text = (np.concatenate([half, other.astype(half.dtype)]) for half, other in zip(rows[:2], more))
     names = [*rows.names, *(rows.names[0] if i % 2 else f"x{i}" for i in range(extra))]
     captions = [*rows.captions, *(f"extra {i}" if i % 2 else rows.captions[0] for i in range(extra))]
     order = rng.permutation(len(names))
@@ -123,19 +123,19 @@ def write(
     nested: bool = True,
     columns: tuple[str, ...] = ("image_path", "caption"),
 ) -> Path:
-    """The files as clip-retrieval inference writes them."""
+    """Writes files in the format of clip-retrieval inference."""
     pieces = np.array_split(np.arange(len(rows.names)), parts)
     for number, piece in enumerate(pieces):
         name = str(number).zfill(len(str(parts)))
         table = pyarrow.table([[rows.names[i] for i in piece], [rows.captions[i] for i in piece]], columns)
         for kind in ("img_emb", "text_emb", "metadata"):
-            place = folder / kind if nested else folder
-            place.mkdir(parents=True, exist_ok=True)
+            subfolder = folder / kind if nested else folder
+            subfolder.mkdir(parents=True, exist_ok=True)
             if kind == "metadata":
-                parquet.write_table(table, place / f"{kind}_{name}.parquet")
+                parquet.write_table(table, subfolder / f"{kind}_{name}.parquet")
             else:
-                own = rows.image if kind == "img_emb" else rows.text
-                np.save(place / f"{kind}_{name}.npy", own[piece].astype(dtype))
+                values = rows.image if kind == "img_emb" else rows.text
+                np.save(subfolder / f"{kind}_{name}.npy", values[piece].astype(dtype))
     return folder
 
 
@@ -143,7 +143,7 @@ def nothing_left(cache: Path) -> bool:
     return not cache.exists() and not store.partial_name(cache).exists()
 
 
-# Adopted
+# Adoption
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def nothing_left(cache: Path) -> bool:
         ("float16", 12, False, ("image_path", "caption"), "00000/{}.tar.jpg"),
     ],
 )
-def test_every_pair_gets_its_row_bit_for_bit_whatever_the_order_and_the_files(
+def test_adopted_rows_are_exact_in_any_order_and_layout(
     tree: dict[str, Any],
     towers: Towers,
     rows: Rows,
@@ -172,20 +172,20 @@ def test_every_pair_gets_its_row_bit_for_bit_whatever_the_order_and_the_files(
         captions=[f" {caption}\n" for caption in foreign.captions],
     )
     folder, cache = write(tmp_path / "foreign", foreign, dtype, parts, nested, columns), tmp_path / "cache"
-    found = adopt(tree, towers, folder, cache, dtype=dtype)
-    assert found.pairs == COUNT
-    assert found.image_max < (1e-5 if dtype == "float32" else 1e-3)
+    audit = adopt(tree, towers, folder, cache, dtype=dtype)
+    assert audit.pairs == COUNT
+    assert audit.image_max < (1e-5 if dtype == "float32" else 1e-3)
     assert len(Embeddings(folder, dtype)) == COUNT + 7
     assert np.load(cache / "image.npy").tobytes() == rows.image.astype(dtype).tobytes()
     assert np.load(cache / "text.npy").tobytes() == rows.text.astype(dtype).tobytes()
-    # An ordinary cache in all but its origin.
+    # Only the origin distinguishes it from a computed cache.
     teacher, _ = build.open_cache(config(tree, dtype=dtype), cache, *opened(tree, towers), ALONE)
     teacher.store.check_all()
     assert teacher.store.origin == f"adopted from {folder}"
     assert not store.partial_name(cache).exists()
 
 
-def test_float32_rows_are_rounded_for_a_float16_cache_and_not_the_other_way(
+def test_adopt_rounds_float32_to_float16_but_not_back(
     tree: dict[str, Any], towers: Towers, rows: Rows, tmp_path: Path
 ) -> None:
     adopt(tree, towers, write(tmp_path / "single", rows), tmp_path / "cache", dtype="float16")
@@ -195,54 +195,50 @@ def test_float32_rows_are_rounded_for_a_float16_cache_and_not_the_other_way(
         adopt(tree, towers, half, tmp_path / "other")
 
 
-def test_a_name_is_its_last_component_without_suffixes_and_row() -> None:
+def test_stem_drops_folders_suffixes_and_csv_row() -> None:
     names = ("000000012", "00000.tar/000000012", "00000/000000012.jpg", "000000012.jpg#7", "a.b/000000012#7")
     assert {retrieval.stem(name) for name in names} == {"000000012"}
     assert retrieval.stem("cats/#1 cat.jpg") == "#1 cat"
 
 
-# Pairs that are not there
+# Pairs without a row
 
 
-def test_missing_pairs_are_counted_and_named(
+def test_adopt_counts_and_names_missing_pairs(
     tree: dict[str, Any], towers: Towers, rows: Rows, tmp_path: Path
 ) -> None:
     part = Rows(rows.image[3:], rows.text[3:], rows.names[3:], rows.captions[3:])
     message = (
-        f"of the {COUNT} pairs of data.reference, 3 are not among its 8 entries "
-        r"\(the first: shard-00000.tar/0000, .*0001, .*0002\); embed the data set that the config names$"
+        f"3 of the {COUNT} pairs of data.reference are not among its 8 entries "
+        r"\(the first: shard-00000.tar/0000, .*0001, .*0002\); embed the config's data set$"
     )
     with pytest.raises(CacheError, match=message):
         adopt(tree, towers, write(tmp_path / "foreign", part), tmp_path / "cache")
     assert nothing_left(tmp_path / "cache")
 
 
-def test_other_captions_are_told_with_both(
+def test_adopt_reports_both_captions_if_they_differ(
     tree: dict[str, Any], towers: Towers, rows: Rows, tmp_path: Path
 ) -> None:
     captions = [*rows.captions[:5], "something\nelse " + "x" * 100, *rows.captions[6:]]
     folder = write(tmp_path / "foreign", rows._replace(captions=captions))
-    with pytest.raises(
-        CacheError, match=r"1 are not .* the captions differ: of .*/0005 it is 'something"
-    ) as error:
+    with pytest.raises(CacheError, match=r": 1 of .* the captions differ: that of .*/0005 is 'something") as error:
         adopt(tree, towers, folder, tmp_path / "cache")
     assert f"{rows.captions[5]!r} here" in str(error.value)
     assert "\n" not in str(error.value)
     assert "x" * 60 not in str(error.value)
 
 
-def test_an_entry_that_is_there_twice_is_refused_by_name(
-    tree: dict[str, Any], towers: Towers, rows: Rows, tmp_path: Path
-) -> None:
-    places = [*range(COUNT), 4]
-    twice = Rows(rows.image[places], rows.text[places], [*rows.names, "0004"], [*rows.captions, rows.captions[4]])
-    folder = write(tmp_path / "foreign", twice, parts=2)
+def test_adopt_rejects_duplicate_entry(tree: dict[str, Any], towers: Towers, rows: Rows, tmp_path: Path) -> None:
+    order = [*range(COUNT), 4]
+    repeated = Rows(rows.image[order], rows.text[order], [*rows.names, "0004"], [*rows.captions, rows.captions[4]])
+    folder = write(tmp_path / "foreign", repeated, parts=2)
     message = r"two entries for sample .*/0004: row 4 of metadata_0.parquet and row 5 of metadata_1.parquet"
     with pytest.raises(CacheError, match=message):
         adopt(tree, towers, folder, tmp_path / "cache")
 
 
-def test_samples_that_only_their_folders_tell_apart_are_refused(
+def test_adopt_rejects_samples_that_differ_only_by_folder(
     tree: dict[str, Any], towers: Towers, rows: Rows, tmp_path: Path
 ) -> None:
     images = [tmp_path / "cats/1.jpg", tmp_path / "dogs/1.jpg"]
@@ -252,11 +248,11 @@ def test_samples_that_only_their_folders_tell_apart_are_refused(
     (tmp_path / "pairs.csv").write_text("title\tfilepath\n" + "".join(f"an animal\t{image}\n" for image in images))
     reference = {"format": "csv", "path": str(tmp_path / "pairs.csv"), "batch_size": 2, "workers": 0}
     other = tree | {"data": tree["data"] | {"reference": reference}}
-    with pytest.raises(CacheError, match=r"samples .*cats/1.jpg#0 and .*dogs/1.jpg#1 have one file name"):
+    with pytest.raises(CacheError, match=r"samples .*cats/1.jpg#0 and .*dogs/1.jpg#1 have the same file name"):
         adopt(other, towers, write(tmp_path / "foreign", rows), tmp_path / "cache")
 
 
-# Files that are not as they should be
+# Damaged files
 
 
 def shorten(name: str) -> Callable[[Path], None]:
@@ -277,10 +273,10 @@ def put(row: int, value: float) -> Callable[[NDArray[Any]], Any]:
 
 IMAGE, TEXT, METADATA = "img_emb/img_emb_1.npy", "text_emb/text_emb_1.npy", "metadata/metadata_1.parquet"
 BROKEN: list[tuple[Callable[[Path], Any], str]] = [
-    (lambda folder: folder.rename(folder.with_name("x")), "foreign: no such folder; name that of clip-retrieval"),
+    (lambda folder: folder.rename(folder.with_name("x")), "foreign: no such folder; name the output folder of"),
     (
         lambda folder: [path.unlink() for path in folder.rglob("*_*.*")],
-        "foreign: no img_emb_0.npy; name the folder",
+        "foreign: no img_emb_0.npy; name the output folder",
     ),
     (lambda folder: (folder / TEXT).unlink(), "foreign: text_emb_1.npy is missing; copy it there"),
     (lambda folder: (folder / METADATA).unlink(), "foreign: metadata_1.parquet is missing; copy it there"),
@@ -312,7 +308,7 @@ BROKEN: list[tuple[Callable[[Path], Any], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "message"), BROKEN, ids=[message for _, message in BROKEN])
-def test_what_is_wrong_with_a_file_is_told_in_one_line_and_nothing_is_left(
+def test_adopt_reports_damaged_file_in_one_line(
     tree: dict[str, Any], towers: Towers, rows: Rows, tmp_path: Path, damage: Callable[[Path], Any], message: str
 ) -> None:
     folder = write(tmp_path / "foreign", rows, parts=2)
@@ -323,37 +319,42 @@ def test_what_is_wrong_with_a_file_is_told_in_one_line_and_nothing_is_left(
     assert nothing_left(tmp_path / "cache")
 
 
-def test_views_and_audit_of_the_config_have_to_fit_and_pyarrow_has_to_be_there(
+def check(checked: Config, adopt: bool) -> None:
+    assert checked.data.reference is not None
+    retrieval.check(checked.data.reference, checked.teacher, adopt)
+
+
+def test_check_requires_eval_views_audit_and_pyarrow(
     tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    retrieval.check(config(tree), adopt=True)
+    check(config(tree), adopt=True)
     reference = tree["data"]["reference"] | {"views": 2}
     views = config(tree | {"data": tree["data"] | {"reference": reference}})
-    for adopted in (True, False):
+    for is_adopting in (True, False):
         with pytest.raises(CacheError, match=r"^data.reference.views = 2: .*; set data.reference.views=eval$"):
-            retrieval.check(views, adopted)
+            check(views, is_adopting)
     with pytest.raises(CacheError, match=r"^teacher.audit = 0: "):
-        retrieval.check(config(tree, audit=0), adopt=True)
-    retrieval.check(config(tree, audit=0), adopt=False)
+        check(config(tree, audit=0), adopt=True)
+    check(config(tree, audit=0), adopt=False)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(CacheError, match=r"pip install 'dive_fast\[retrieval\]'$"):
-        retrieval.check(config(tree), adopt=True)
+        check(config(tree), adopt=True)
 
 
-# Rows of another model, and caches that are there
+# Rows of another model, and existing caches
 
 
 def noisy(rows: Rows, length: float) -> Rows:
-    """Unit rows that differ from these by about ``length``."""
+    """Unit rows that differ from ``rows`` by about ``length``."""
     rng = np.random.default_rng(0)
-    image, text = (own + length * rng.normal(size=own.shape) / own.shape[1] ** 0.5 for own in rows[:2])
+    image, text = (half + length * rng.normal(size=half.shape) / half.shape[1] ** 0.5 for half in rows[:2])
     return rows._replace(
         image=image / np.linalg.norm(image, axis=1, keepdims=True),
         text=text / np.linalg.norm(text, axis=1, keepdims=True),
     )
 
 
-def test_rows_that_fail_the_audit_leave_no_cache_and_the_old_one_alone(
+def test_adopt_that_fails_audit_keeps_existing_cache(
     tree: dict[str, Any], towers: Towers, rows: Rows, tmp_path: Path
 ) -> None:
     folder, cache = write(tmp_path / "foreign", noisy(rows, 0.01), "float16"), tmp_path / "cache"
@@ -365,36 +366,36 @@ def test_rows_that_fail_the_audit_leave_no_cache_and_the_old_one_alone(
     assert nothing_left(cache)
     build.open_cache(config(tree), cache, *opened(tree, towers), ALONE)
     before = sorted((path.name, path.read_bytes()) for path in cache.iterdir())
-    with pytest.raises(CacheError, match="a teacher cache is there; add --rebuild to replace it"):
+    with pytest.raises(CacheError, match="a teacher cache exists; add --rebuild to replace it"):
         adopt(tree, towers, folder, cache, dtype="float16", tolerance=0.05)
     with pytest.raises(CacheError, match="nothing is adopted"):
         adopt(tree, towers, folder, cache, rebuild=True, dtype="float16")
     assert sorted((path.name, path.read_bytes()) for path in cache.iterdir()) == before
     assert not store.partial_name(cache).exists()
-    # Knowingly.
-    found = adopt(tree, towers, folder, cache, rebuild=True, dtype="float16", tolerance=0.05)
-    assert 1e-3 < found.image_max < 0.05
+    # A larger tolerance accepts them.
+    audit = adopt(tree, towers, folder, cache, rebuild=True, dtype="float16", tolerance=0.05)
+    assert 1e-3 < audit.image_max < 0.05
     build.open_cache(config(tree, dtype="float16", tolerance=0.05), cache, *opened(tree, towers), ALONE)
     with pytest.raises(StaleCacheError, match=r"teacher.tolerance allows 1e-03"):
         build.open_cache(config(tree, dtype="float16"), cache, *opened(tree, towers), ALONE)
 
 
-def test_what_a_killed_run_has_adopted_is_not_trusted_and_what_one_has_embedded_not_removed(
+def test_interrupted_adoption_is_discarded_but_embedding_resumes(
     tree: dict[str, Any], towers: Towers, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache, write_block, left = tmp_path / "cache", store.Writer.write, itertools.count()
+    cache, write_block, calls = tmp_path / "cache", store.Writer.write, itertools.count()
 
     def kill(*arguments: Any) -> None:
         write_block(*arguments)
-        if next(left) == 1:
+        if next(calls) == 1:
             raise KeyboardInterrupt
 
-    wrong, right = (write(tmp_path / name, own) for name, own in (("a", noisy(rows, 0.01)), ("b", rows)))
+    wrong, right = (write(tmp_path / name, content) for name, content in (("a", noisy(rows, 0.01)), ("b", rows)))
     with monkeypatch.context() as patch:
         patch.setattr(store.Writer, "write", kill)
         with pytest.raises(KeyboardInterrupt):
             adopt(tree, towers, wrong, cache)
-    assert len(store.done(store.partial_name(cache))) == 2
+    assert len(store.finished_blocks(store.partial_name(cache))) == 2
     with pytest.raises(StaleCacheError, match=r'origin: the cache has "adopted from .*, this run "computed"'):
         build.open_cache(config(tree), cache, *opened(tree, towers), ALONE)
     wrong.rename(tmp_path / "c")
@@ -403,26 +404,26 @@ def test_what_a_killed_run_has_adopted_is_not_trusted_and_what_one_has_embedded_
     assert np.array_equal(np.load(cache / "image.npy"), rows.image)
 
     other = tmp_path / "other"
-    left = itertools.count()
+    calls = itertools.count()
     with monkeypatch.context() as patch:
         patch.setattr(store.Writer, "write", kill)
         with pytest.raises(KeyboardInterrupt):
             build.open_cache(config(tree), other, *opened(tree, towers), ALONE)
     with pytest.raises(
-        StaleCacheError, match=r"was begun as the cache of something else \(origin: .*; rebuild it$"
+        StaleCacheError, match=r"is unfinished and belongs to another configuration \(origin: .*; rebuild it$"
     ):
         adopt(tree, towers, wrong, other)
-    assert len(store.done(store.partial_name(other))) == 2
+    assert len(store.finished_blocks(store.partial_name(other))) == 2
     adopt(tree, towers, wrong, other, rebuild=True)
 
 
 # Two ranks
 
 
-def adopt_on_rank(tree: dict[str, Any], whole: Path, broken: Path, output: Path) -> str:
+def adopt_on_rank(tree: dict[str, Any], intact: Path, broken: Path, output: Path) -> str:
     store.BLOCK = 4
     ranks, towers = join(), create(config(tree).model)
-    adopt(tree, towers, whole, output / "cache", ranks)
+    adopt(tree, towers, intact, output / "cache", ranks)
     try:
         adopt(tree, towers, broken, output / "other", ranks)
     except CacheError as error:
@@ -430,15 +431,15 @@ def adopt_on_rank(tree: dict[str, Any], whole: Path, broken: Path, output: Path)
     return "adopted"
 
 
-def test_two_ranks_adopt_the_bits_of_one_and_fail_together(
+def test_adopt_on_two_ranks_equals_one_and_fails_on_both(
     tree: dict[str, Any], towers: Towers, rows: Rows, tmp_path: Path
 ) -> None:
-    whole = write(tmp_path / "whole", shuffled(rows, 3), parts=2)
-    adopt(tree, towers, whole, tmp_path / "one/cache")
+    intact = write(tmp_path / "intact", shuffled(rows, 3), parts=2)
+    adopt(tree, towers, intact, tmp_path / "one/cache")
     image = rows.image.copy()
-    image[5] *= 2  # of the second block, which is the second rank's
+    image[5] *= 2  # in the second block, which the second rank copies
     broken = write(tmp_path / "broken", rows._replace(image=image))
-    messages = run_ranks(2, adopt_on_rank, tree, whole, broken, tmp_path / "two", init=False)
+    messages = run_ranks(2, adopt_on_rank, tree, intact, broken, tmp_path / "two", init=False)
     for name in ("image.npy", "text.npy", "checksums.npy", "cache.json"):
         one, two = (tmp_path / ranks / "cache" / name for ranks in ("one", "two"))
         assert one.read_bytes() == two.read_bytes(), name
@@ -447,11 +448,11 @@ def test_two_ranks_adopt_the_bits_of_one_and_fail_together(
     assert nothing_left(tmp_path / "two/other")
 
 
-# Exported
+# Export
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_an_exported_cache_is_clip_retrievals_and_comes_back_bit_for_bit(
+def test_exported_cache_is_adopted_bit_for_bit(
     tree: dict[str, Any],
     towers: Towers,
     rows: Rows,
@@ -460,10 +461,10 @@ def test_an_exported_cache_is_clip_retrievals_and_comes_back_bit_for_bit(
     dtype: str,
 ) -> None:
     monkeypatch.setattr(retrieval, "EXPORT_ROWS", 1)
-    given, cache = config(tree, dtype=dtype), tmp_path / "cache"
-    build.open_cache(given, cache, *opened(tree, towers), ALONE)
+    exporting, cache = config(tree, dtype=dtype), tmp_path / "cache"
+    build.open_cache(exporting, cache, *opened(tree, towers), ALONE)
     folder = tmp_path / "exported"
-    assert build.export_cache(given, cache, *opened(tree, towers), ALONE, folder) == COUNT
+    assert build.export_cache(exporting, cache, *opened(tree, towers), ALONE, folder) == COUNT
     numbers = [f"{number:02d}" for number in range(COUNT)]
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*")) == sorted(
         name.format(number)
@@ -482,13 +483,11 @@ def test_an_exported_cache_is_clip_retrievals_and_comes_back_bit_for_bit(
     assert [manifest.pop("origin") for manifest in manifests] == ["computed", f"adopted from {folder}"]
     assert manifests[0] == manifests[1]
 
-    with pytest.raises(CacheError, match=r"img_emb_00.npy is there already; remove it, or name another folder"):
-        build.export_cache(given, cache, *opened(tree, towers), ALONE, folder)
+    with pytest.raises(CacheError, match=r"img_emb_00.npy already exists; remove it, or name another folder"):
+        build.export_cache(exporting, cache, *opened(tree, towers), ALONE, folder)
 
 
-def test_only_a_whole_cache_of_the_config_is_exported(
-    tree: dict[str, Any], towers: Towers, tmp_path: Path
-) -> None:
+def test_export_requires_intact_cache_of_the_config(tree: dict[str, Any], towers: Towers, tmp_path: Path) -> None:
     cache, folder = tmp_path / "cache", tmp_path / "exported"
     with pytest.raises(CacheError, match="no teacher cache to export"):
         build.export_cache(config(tree), cache, *opened(tree, towers), ALONE, folder)
@@ -529,11 +528,11 @@ def test_the_command_adopts_and_exports(tree: dict[str, Any], rows: Rows, tmp_pa
 
 
 def _open_shared(tree: dict[str, Any], cache: Path) -> tuple[int, float]:
-    """How many pairs this process has embedded for the cache, and the audit of what it has opened."""
-    own = config(tree)
-    assert own.data.reference is not None
-    towers = create(own.model)
-    samples = build.reference_samples(own, open_reference(own.data.reference), towers)
+    """Number of blocks that this process has written to the cache, and the longest difference of its audit."""
+    shared = config(tree)
+    assert shared.data.reference is not None
+    towers = create(shared.model)
+    samples = build.reference_samples(shared, open_reference(shared.data.reference), towers)
     written: list[None] = []
     write_block = store.Writer.write
 
@@ -542,17 +541,15 @@ def _open_shared(tree: dict[str, Any], cache: Path) -> tuple[int, float]:
         written.append(write_block(*arguments))
 
     store.Writer.write = write_slowly  # type: ignore[method-assign]
-    _, audit = build.open_cache(own, cache, towers, samples, ALONE)
+    _, audit = build.open_cache(shared, cache, towers, samples, ALONE)
     assert audit is not None
     return len(written), audit.image_max
 
 
-def test_runs_that_share_a_fresh_cache_wait_for_the_one_that_writes_it(
-    tree: dict[str, Any], tmp_path: Path
-) -> None:
+def test_concurrent_runs_write_shared_cache_once(tree: dict[str, Any], tmp_path: Path) -> None:
     with futures.ProcessPoolExecutor(3, context()) as pool:
-        found = [pool.submit(_open_shared, tree, tmp_path / "shared") for _ in range(3)]
-        results = [one.result(timeout=100) for one in found]
+        submitted = [pool.submit(_open_shared, tree, tmp_path / "shared") for _ in range(3)]
+        results = [future.result(timeout=100) for future in submitted]
     assert sorted(written > 0 for written, _ in results) == [False, False, True]
     assert all(image_max < 1e-5 for _, image_max in results)
     assert not list(tmp_path.glob(".shared.*"))

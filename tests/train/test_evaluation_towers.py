@@ -1,4 +1,4 @@
-"""Evaluation during a run: sets are opened once, weights go through a file under ZeRO-3 only, figures are equal."""
+"""Evaluation during a run: sets are opened once, only ZeRO-3 goes through a file, figures are bit-equal."""
 
 import contextlib
 import hashlib
@@ -150,7 +150,7 @@ def test_evaluation_sets_are_opened_once(outcomes: dict[str, Any], folder: Path,
 
 
 @pytest.mark.parametrize(("name", "read"), {"zero0": 0, "zero2": 0, "head": 0, "zero3": 3, "best": 1}.items())
-def test_weights_are_evaluated_through_a_file_only_where_needed(
+def test_only_zero3_and_best_weights_go_through_a_file(
     outcomes: dict[str, Any], folder: Path, name: str, read: int
 ) -> None:
     # ZeRO-3 needs it at each evaluation, and the best weights of an earlier step at the end.

@@ -1,4 +1,4 @@
-"""The loop from config to exported model: resumed, cached, on one rank and on two, at every ZeRO stage."""
+"""Complete runs, from config to exported model: resumed, cached, on one and two ranks, at every ZeRO stage."""
 
 import contextlib
 import gzip
@@ -24,8 +24,8 @@ from torch import Tensor
 from dive_fast.checkpoint import manifest as checkpoint
 from dive_fast.config.schema import Config
 from dive_fast.data.prepared import convert
-from dive_fast.data.prepared import write as prepare
 from dive_fast.data.prepared.raw import RawSource
+from dive_fast.data.prepared.write import prepare
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.distributed import Ranks, join
 from dive_fast.engine import profiler as trace
@@ -37,14 +37,14 @@ from dive_fast.methods.noise_floor import NOISE_FLOOR, check_noise_floor
 from dive_fast.methods.run_config import RunConfig
 from dive_fast.train import loop as train
 from dive_fast.train import metrics
-from dive_fast.train.monitors import in_run_folder
+from dive_fast.train.monitors import with_output_paths
 
 STAGES = (0, 1, 2, 3)
 STEPS = 6
 
 
 class KilledError(Exception):
-    """Stands for whatever ends a run before its end."""
+    """Ends a run before its end."""
 
 
 def load(tree: dict[str, Any], **train_options: Any) -> Config:
@@ -52,7 +52,7 @@ def load(tree: dict[str, Any], **train_options: Any) -> Config:
 
 
 def run(tree: dict[str, Any], output: Path, ranks: Ranks, kill_at: int | None = None, **options: Any) -> Any:
-    """Trains; ``kill_at`` ends the run after that many steps, without a word to anyone."""
+    """Trains; ``kill_at`` raises :class:`KilledError` after that many steps."""
     config = load(tree, output=str(output), **options)
     log = train.Metrics.log
 
@@ -69,15 +69,15 @@ def run(tree: dict[str, Any], output: Path, ranks: Ranks, kill_at: int | None = 
 
 
 def run_cases(folder: Path) -> dict[str, Any]:
-    """On one of two ranks: whole runs at each ZeRO stage, one of each killed and continued."""
+    """Runs on one of two ranks: at each ZeRO stage a complete run, and one that is killed and resumed."""
     ranks = join()
     tree = json.loads((folder / "config.json").read_text())
     results: dict[str, Any] = {}
-    # Interpreted, the kernels would take most of the time: they are in one run, and PyTorch in all others.
+    # Interpreted kernels would take most of the time: one run uses them, all others use PyTorch.
     Part.backend = "torch"
     for stage in STAGES:
         tree["deepspeed"]["zero_optimization"]["stage"] = stage
-        results[f"whole{stage}"] = run(tree, folder / f"whole{stage}", ranks)
+        results[f"complete{stage}"] = run(tree, folder / f"complete{stage}", ranks)
         resumed = folder / f"resumed{stage}"
         with pytest.raises(KilledError):
             run(tree, resumed, ranks, kill_at=5, checkpoint_every=2)
@@ -98,16 +98,16 @@ def run_cases(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run")
-    # In two parameter groups, each of which has moments of its own to save.
+    # Two parameter groups, each with its own moments to save.
     tree = tiny.write_config(path, epochs=2, learning_rate=1e-4, decay_all_parameters=False)
-    # The teacher's rounding counts for nothing then, even in the first step of Adam.
+    # So small a weight that the teacher's rounding has no effect, even in the first step of Adam.
     tree["objective"] = {"weight": 1.0}
     tree["data"]["reference"]["batch_size"] = 4
     tree["evaluate"] = {"sets": {"seen": {k: tree["data"]["target"][k] for k in tiny.EVALUATION}}, "workers": 0}
     (path / "config.json").write_text(json.dumps(tree))
     for half, text, loader in (("target", ".cls", "dali"), ("reference", ".txt", "ffcv")):
         raw = open_webdataset(tree["data"][half]["path"], text)
-        prepare.prepare(RawSource(raw), path / f"{half}-beton", convert.Options("beton"), workers=1)
+        prepare(RawSource(raw), path / f"{half}-beton", convert.Options("beton"), workers=1)
         tree["data"][half] |= {"format": "prepared", "path": str(path / f"{half}-beton"), "loader": loader}
     (path / "prepared.json").write_text(json.dumps(tree))
     return path
@@ -127,86 +127,86 @@ def lines(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_killed_run_continues_to_the_same_weights(by_rank: list[Any], folder: Path, stage: int) -> None:
-    whole, resumed = weights(folder / f"whole{stage}"), weights(folder / f"resumed{stage}")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    # Its metrics too: one line a step, in order, with the same losses.
+def test_killed_run_resumes_to_the_same_weights(by_rank: list[Any], folder: Path, stage: int) -> None:
+    complete, resumed = weights(folder / f"complete{stage}"), weights(folder / f"resumed{stage}")
+    assert all(torch.equal(complete[name], resumed[name]) for name in complete)
+    # So are its metrics: one line per step, in order.
     losses = [
         [line["loss"] for line in lines(folder / f"{run}{stage}") if "loss" in line]
-        for run in ("whole", "resumed")
+        for run in ("complete", "resumed")
     ]
     assert len(losses[0]) == STEPS
     assert losses[0] == losses[1]
 
 
-def test_every_zero_stage_trains_alike(by_rank: list[Any], folder: Path) -> None:
-    expected = weights(folder / "whole0")
+def test_zero_stages_train_alike(by_rank: list[Any], folder: Path) -> None:
+    expected = weights(folder / "complete0")
     start = open_clip.create_model(f"local-dir:{folder}/model").state_dict()
     for stage in STAGES[1:]:
-        found = weights(folder / f"whole{stage}")
+        tuned = weights(folder / f"complete{stage}")
         for name, value in expected.items():
-            # A key's bias has no gradient in exact arithmetic, and Adam makes whole steps of its rounding.
+            # A key's bias has no gradient in exact arithmetic; Adam makes full steps of its rounding.
             if not name.endswith("in_proj_bias"):
                 moved = (value - start[name]).norm()
-                assert (found[name] - value).norm() < 0.05 * moved, (stage, name)
+                assert (tuned[name] - value).norm() < 0.05 * moved, (stage, name)
 
 
-def test_an_online_teacher_and_a_joint_schedule_in_pieces_train_alike(by_rank: list[Any], folder: Path) -> None:
-    for cached, online in zip(lines(folder / "whole3"), lines(folder / "online"), strict=True):
+def test_online_teacher_and_joint_micro_batches_train_alike(by_rank: list[Any], folder: Path) -> None:
+    for cached, online in zip(lines(folder / "complete3"), lines(folder / "online"), strict=True):
         if "loss" in cached:
             assert online["contrastive_loss"] == pytest.approx(cached["contrastive_loss"], rel=1e-3)
-            # The average vector is next to nothing at the first step: it holds the rounding of either teacher.
+            # At the first step the norm is the rounding of the teacher.
             if cached["step"] > 1:
                 assert online["image_norm"] == pytest.approx(cached["image_norm"], rel=2e-2)
 
 
-def test_the_fast_loaders_train_alike_and_continue_to_the_same_weights(by_rank: list[Any], folder: Path) -> None:
-    for plain, fast in zip(lines(folder / "whole0"), lines(folder / "fast"), strict=True):
+def test_fast_loaders_train_alike_and_resume(by_rank: list[Any], folder: Path) -> None:
+    for plain, fast in zip(lines(folder / "complete0"), lines(folder / "fast"), strict=True):
         if "loss" in plain:
             assert fast["contrastive_loss"] == pytest.approx(plain["contrastive_loss"], rel=1e-3)
             assert 0 <= fast["data_wait"] <= 1
-    # Teacher and student have seen the same pixels, or the first difference vectors would be longer.
+    # With different pixels for teacher and student, the first difference vectors would be longer.
     assert lines(folder / "fast")[0]["image_norm"] < NOISE_FLOOR["fp32"]
-    whole, resumed = weights(folder / "fast"), weights(folder / "resumed-fast")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    complete, resumed = weights(folder / "fast"), weights(folder / "resumed-fast")
+    assert all(torch.equal(complete[name], resumed[name]) for name in complete)
 
 
-def test_the_exported_model_is_open_clips(by_rank: list[Any], folder: Path) -> None:
+def test_exported_model_loads_in_open_clip(by_rank: list[Any], folder: Path) -> None:
     tiny_config = Path(str(folder / "model"))
     model = open_clip.create_model(f"local-dir:{tiny_config}", load_weights=False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    open_clip.load_checkpoint(model, str(folder / "whole2/model.safetensors"))
+    open_clip.load_checkpoint(model, str(folder / "complete2/model.safetensors"))
     after = model.state_dict()
     assert after["logit_scale"].shape == ()
     assert any(not torch.equal(before[name], after[name]) for name in after)
 
 
-def test_metrics_and_provenance_are_written(by_rank: list[Any], folder: Path) -> None:
-    written = lines(folder / "whole1")
+def test_run_writes_metrics_and_provenance(by_rank: list[Any], folder: Path) -> None:
+    written = lines(folder / "complete1")
     assert [line["step"] for line in written] == [1, 2, 3, 4, 5, 6, 6]
     assert {"loss", "image_norm", "text_norm", "logit_scale", "learning_rate", "images_per_second"} <= written[
         0
     ].keys()
-    # At first the student is the teacher, and later it is not.
+    # The student equals the teacher at first, and differs from it later.
     assert written[0]["image_norm"] < NOISE_FLOOR["fp32"] < written[3]["image_norm"]
     assert 0 <= written[-1]["accuracy/seen"] <= 1
     assert (
-        by_rank[0]["whole1"]["accuracy/seen"]
-        == by_rank[1]["whole1"]["accuracy/seen"]
+        by_rank[0]["complete1"]["accuracy/seen"]
+        == by_rank[1]["complete1"]["accuracy/seen"]
         == written[-1]["accuracy/seen"]
     )
-    provenance = json.loads((folder / "whole1/config.json").read_text())
+    provenance = json.loads((folder / "complete1/config.json").read_text())
     assert provenance["config"]["train"]["weight_decay"] == 0.1
     assert provenance["versions"]["torch"] == version("torch")
     assert provenance["ranks"] == 2
 
 
-def whole_checkpoints(folder: Path) -> list[Path]:
+def complete_checkpoints(folder: Path) -> list[Path]:
     return [path for path in checkpoint.list_checkpoints(folder) if checkpoint.is_complete(path)]
 
 
-def test_only_the_newest_checkpoints_stay(by_rank: list[Any], folder: Path) -> None:
-    kept = whole_checkpoints(folder / "resumed2/checkpoints")
+def test_run_keeps_only_the_newest_checkpoints(by_rank: list[Any], folder: Path) -> None:
+    kept = complete_checkpoints(folder / "resumed2/checkpoints")
     assert [path.name for path in kept] == ["step00000004", "step00000006"]
 
 
@@ -227,7 +227,7 @@ def _run_alone(tree: dict[str, Any], output: Path) -> Any:
         return str(error)
 
 
-def test_a_cache_of_other_data_or_another_model_is_refused(tmp_path: Path) -> None:
+def test_cache_of_other_data_or_model_is_refused(tmp_path: Path) -> None:
     tree, output = alone(tmp_path)
     run_alone(tree, output)
     shutil.rmtree(tmp_path / "reference")
@@ -240,7 +240,7 @@ def test_a_cache_of_other_data_or_another_model_is_refused(tmp_path: Path) -> No
     assert "views" not in message
 
 
-def test_a_cache_whose_rows_are_wrong_is_found_before_the_first_update(tmp_path: Path) -> None:
+def test_wrong_cache_rows_are_refused_before_the_first_update(tmp_path: Path) -> None:
     tree, output = alone(tmp_path)
     run_alone(tree, output)
     audited = json.loads((output / "audit.json").read_text())
@@ -258,59 +258,59 @@ def test_a_cache_whose_rows_are_wrong_is_found_before_the_first_update(tmp_path:
 
 
 def _warned(tree: dict[str, Any], output: Path) -> list[list[str]]:
-    """What is said of noise: by a run in bf16 that hardly moves, by the same killed early, and by one in fp32."""
-    ranks, found = join(), []
+    """Warnings of noise of a slow run in bf16, of the same killed and resumed, and of a run in fp32."""
+    ranks, warnings = join(), []
     Part.backend = "torch"
-    still = {"learning_rate": 1e-7, "warmup_steps": 2, "log_every": 1, "max_steps": 4, "precision": "bf16"}
+    slow = {"learning_rate": 1e-7, "warmup_steps": 2, "log_every": 1, "max_steps": 4, "precision": "bf16"}
 
     def warnings_of(name: str, **options: Any) -> None:
         messages: list[str] = []
         warning = metrics.logger.warning
         metrics.logger.warning = lambda text, *values: messages.append(text % values)  # type: ignore[method-assign]
         try:
-            run(tree, output / name, ranks, **still | options)
+            run(tree, output / name, ranks, **slow | options)
         except KilledError:
             pass
         finally:
             metrics.logger.warning = warning  # type: ignore[method-assign]
-        found.append([message for message in messages if "after the warm-up" in message])
+        warnings.append([message for message in messages if "after the warm-up" in message])
 
     warnings_of("bf16")
     warnings_of("killed", kill_at=2, checkpoint_every=1)
     warnings_of("killed")
     warnings_of("fp32", precision="fp32", learning_rate=1e-3)
-    return found
+    return warnings
 
 
-def test_rounding_that_drowns_difference_vectors_is_told_once(tmp_path: Path) -> None:
+def test_noise_above_a_third_is_reported_once_per_run(tmp_path: Path) -> None:
     tree, output = alone(tmp_path)
-    (whole, killed, resumed, fp32) = run_ranks(1, _warned, tree, output, init=False)[0]
-    assert len(whole) == 2
-    assert whole[0].startswith("mean |u| is ")
-    assert "rounding in bf16 alone makes" in whole[0]
-    assert whole[1].startswith("mean |v| is ")
-    assert (killed, resumed, fp32) == ([], whole, [])
+    (complete, killed, resumed, fp32) = run_ranks(1, _warned, tree, output, init=False)[0]
+    assert len(complete) == 2
+    assert complete[0].startswith("mean |u| is ")
+    assert "rounding in bf16 alone makes" in complete[0]
+    assert complete[1].startswith("mean |v| is ")
+    assert (killed, resumed, fp32) == ([], complete, [])
 
 
 def _traced(tree: dict[str, Any], output: Path) -> tuple[Counter[str], str, list[str]]:
-    """Ranges in the trace of three steps, what is said of them, and what of a run too short to be traced."""
+    """Ranges in the trace of three steps, its printed summary, and the warnings of a run too short for a trace."""
     ranks = join()
     Part.backend = "torch"
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    with contextlib.redirect_stdout(io.StringIO()) as output_text:
         run(tree, output, ranks, epochs=20, max_steps=SETTLING + WARMING + 3, trace_steps=3)
     events = json.loads(gzip.decompress((output / "trace.json.gz").read_bytes()))["traceEvents"]
     ranges = Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
     with unittest.mock.patch.object(trace.logger, "warning") as warned:
         run(tree, output.with_name("short"), ranks, epochs=20, max_steps=SETTLING, trace_steps=3)
     assert not output.with_name("short").joinpath("trace.json.gz").exists()
-    return ranges, said.getvalue(), [call.args[0] % call.args[1:] for call in warned.call_args_list]
+    return ranges, output_text.getvalue(), [call.args[0] % call.args[1:] for call in warned.call_args_list]
 
 
-def test_a_trace_has_the_parts_of_a_step(tmp_path: Path) -> None:
+def test_trace_contains_the_parts_of_a_step(tmp_path: Path) -> None:
     tree, output = alone(tmp_path)
     tree["teacher"] = {"mode": "online"}
-    ((ranges, said, warned),) = run_ranks(1, _traced, tree, output, init=False)
-    # A step that is traced ends with the wait for the next one's batch.
+    ((ranges, printed, warned),) = run_ranks(1, _traced, tree, output, init=False)
+    # A traced step ends with the wait for the batch of the next one.
     assert {name: ranges[name] for name in RANGES} == {
         "load": 3,
         "teacher": 3,
@@ -320,12 +320,12 @@ def test_a_trace_has_the_parts_of_a_step(tmp_path: Path) -> None:
         "loss": 6,
         "optimizer": 3,
     }
-    assert f"{output}/trace.json.gz: trace of 3 steps" in said
-    assert re.search(r"^  target +\d+\.\d\d$", said, re.MULTILINE)
+    assert f"{output}/trace.json.gz: trace of 3 steps" in printed
+    assert re.search(r"^  target +\d+\.\d\d$", printed, re.MULTILINE)
     assert warned == [f"no trace: the run is shorter than {SETTLING + WARMING + 1} steps"]
 
 
-def test_what_the_audit_lets_pass_is_no_noise(tmp_path: Path) -> None:
+def test_noise_floor_allows_the_tolerance_of_the_audit(tmp_path: Path) -> None:
     tree = tiny.write_config(tmp_path)
 
     def check(length: float, **teacher: Any) -> None:
@@ -345,14 +345,14 @@ def test_what_the_audit_lets_pass_is_no_noise(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("named", [{}, {"output_path": "", "job_name": ""}, {"output_path": None}])
-def test_monitors_that_name_no_place_write_into_the_run_folder(tmp_path: Path, named: dict[str, Any]) -> None:
+def test_monitors_default_to_the_run_folder(tmp_path: Path, named: dict[str, Any]) -> None:
     tree = tiny.write_config(tmp_path)
     tree["deepspeed"]["csv_monitor"] = {"enabled": True} | named
-    section = in_run_folder(RunConfig.model_validate(tree), tmp_path / "run").deepspeed["csv_monitor"]
+    section = with_output_paths(tree["deepspeed"], tmp_path / "run")["csv_monitor"]
     assert section == {"enabled": True, "output_path": str(tmp_path / "run"), "job_name": "csv_monitor"}
 
 
-def test_deepspeeds_monitor_gets_the_metrics(tmp_path: Path) -> None:
+def test_deepspeed_monitor_receives_the_metrics(tmp_path: Path) -> None:
     tree, output = alone(tmp_path)
     tree["deepspeed"]["tensorboard"] = {"enabled": True, "output_path": str(tmp_path / "board"), "job_name": "run"}
     run_alone(tree, output)

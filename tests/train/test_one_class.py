@@ -1,4 +1,4 @@
-"""One class alone trains to the end by every method without a reference set, and is remarked on."""
+"""A target set of a single class: every method without a reference set trains to the end."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def trained(root: Path) -> dict[str, dict[str, Any]]:
         target = tree["data"]["target"]
         del tree["data"]["reference"]
         tree["data"]["target"] = target | tiny.write_target(root / "one", count=6, classes=1) | {"batch_size": 3}
-        tree["objective"] = {"name": method, "probe_epochs": 1}
+        tree["objective"] = {"name": method} | ({"probe_epochs": 1} if method == "lp_ft" else {})
         tree["evaluate"] = {"sets": {"seen": {key: tree["data"]["target"][key] for key in tiny.EVALUATION}}}
         tree["evaluate"]["workers"] = 0
         found[method] = train.train(RunConfig.model_validate_json(json.dumps(tree)), root / method, ranks)

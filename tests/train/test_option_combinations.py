@@ -1,6 +1,7 @@
-"""Every value of every enumerated option in a run of two steps with a checkpoint and a resume, pairwise.
+"""Runs of two steps, with a checkpoint and a resume, that combine every two values of all enumerated options.
 
-Options and values are those of the config's schema: one that is added has to be listed here before this passes.
+Options and values come from the config's schema and the methods: a new one whose values are neither flags nor words
+must be listed here.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 from dive_fast.config.schema import Config
 from dive_fast.config.section import section_type, sections
 from dive_fast.data.prepared import convert, raw
-from dive_fast.data.prepared import write as prepare
+from dive_fast.data.prepared.write import prepare
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.demo.pretrain import write_tokenizer
 from dive_fast.distributed import Ranks, join
@@ -72,10 +73,10 @@ VALUES: dict[str, tuple[Value, ...]] = {
     "evaluate.patience": (None, 1),
     "evaluate.workers": (0, 1),
 }
-"""Of options that the schema does not enumerate; the values that take another way through the code."""
+"""Values, of options that the schema does not enumerate, that take different paths through the code."""
 
 CONSTANT = {
-    # Where things lie: what they are is `format`'s.
+    # Locations, whose kinds `format` covers.
     "data.target.path",
     "data.target.image_root",
     "data.target.class_names",
@@ -88,7 +89,7 @@ CONSTANT = {
     "evaluate.geometry.image_root",
     "model.pretrained",
     "train.output",
-    # Numbers, of which any takes the same way.
+    # Numbers, all of which take the same path.
     "data.target.batch_size",
     "data.reference.batch_size",
     "objective.decay",
@@ -108,36 +109,36 @@ CONSTANT = {
     "train.rank_timeout",
     "evaluate.geometry.pairs",
     "evaluate.batch_size",
-    # Parts without a method's name, which tests/methods has.
+    # Parts without a method's name: in tests/methods.
     "objective.target",
     "objective.reference",
-    # Of a GPU.
+    # Only for GPUs.
     "data.target.hw_decoder_load",
     "data.reference.hw_decoder_load",
-    # What is reported, which tests/evaluate has; it reaches no weights.
+    # Reports, which do not affect weights: in tests/evaluate.
     "evaluate.sets.<name>.dataset",
     "evaluate.sets.<name>.metric",
     "evaluate.sets.<name>.role",
-    # Minutes on a CPU: test_compiled_blocks_resume has it.
+    # Minutes on a CPU: in test_compiled_run_resumes_bit_equal.
     "train.compile",
 }
 
-BESIDE: dict[str, tuple[Value, ...]] = {
+OTHER_AXES: dict[str, tuple[Value, ...]] = {
     RANKS: (1, 2),
     STAGE: (0, 1, 2, 3, "auto"),
     REFERENCE: ("given", "none"),
     SETS: ("given", "none"),
     "evaluate.geometry": ("given", "none"),
 }
-"""What is no single value of the config."""
+"""Options that are not a single value of the config."""
 
 
 class Invalid(NamedTuple):
-    """Values that do not go together."""
+    """Values that are refused in combination."""
 
     values: dict[str, tuple[Value, ...]]
-    says: str
-    """A part of the error."""
+    message: str
+    """Part of the error message."""
 
 
 NEED_REFERENCE = tuple(name for name, preset in PRESETS.items() if preset.reference is not None)
@@ -172,25 +173,25 @@ INVALID = [
     ),
     Invalid({"train.compile": (True,), STAGE: (3,)}, "train.compile: ZeRO-3"),
 ]
-"""All that is refused; whatever else is combined has to run."""
+"""All refused combinations; every other one must run."""
 
 SIGLIP = {"model.name": "siglip", "model.random": False, RANKS: 2}
 FIRST: list[Row] = [
-    # Two groups of parameters, of which DeepSpeed steps one after the other; a bias that is never trained.
+    # Two parameter groups, which DeepSpeed steps in turn; a bias that is never trained.
     SIGLIP | {STAGE: 1, "train.decay_all_parameters": False},
     SIGLIP | {STAGE: 2, "train.decay_all_parameters": False},
-    # Blocks that ZeRO-3 fetches once more in the backward, beside a tower that has none.
+    # Blocks that ZeRO-3 fetches again in the backward, next to a tower without any.
     SIGLIP
     | {STAGE: 3, "train.activation_checkpointing": "full", "objective.name": "snd"}
     | {"train.micro_batch_size": 3},
     {STAGE: 3, RANKS: 2, "train.activation_checkpointing": "full", "objective.name": "vanilla_ft"},
     SIGLIP | {STAGE: 0, "objective.name": "flyp_replay"},
 ]
-"""More than two values that are to stand together, tried before all others, and so in the quick tests."""
+"""Combinations of more than two values, tried first and therefore in the quick tests."""
 
 
 def leaves() -> dict[str, Any]:
-    """Each key of the config that holds a value: its annotation."""
+    """The annotation of each key of the config that has a value."""
     found = {}
     for place, section in sections(Config, ""):
         for key, field in section.model_fields.items():
@@ -203,7 +204,7 @@ def leaves() -> dict[str, Any]:
 
 
 def enumerated(annotation: Any) -> tuple[Value, ...] | None:
-    """All values of an annotation; None where it has others than words, flags and null."""
+    """All values of an annotation; None if it has values other than words, flags and null."""
     if annotation is bool:
         return (True, False)
     if annotation is type(None):
@@ -219,8 +220,8 @@ def enumerated(annotation: Any) -> tuple[Value, ...] | None:
 
 @functools.cache
 def axes() -> dict[str, tuple[Value, ...]]:
-    """What is combined: option -> values."""
-    found: dict[str, tuple[Value, ...]] = dict(BESIDE)
+    """The combined options: option -> values."""
+    found: dict[str, tuple[Value, ...]] = dict(OTHER_AXES)
     for key, annotation in leaves().items():
         values = enumerated(annotation)
         if key in CONSTANT:
@@ -231,7 +232,7 @@ def axes() -> dict[str, tuple[Value, ...]]:
     return found
 
 
-def test_every_option_has_its_values_here() -> None:
+def test_every_option_is_listed() -> None:
     known = leaves()
     missing = [key for key, values in axes().items() if not values]
     assert not missing, f"name the values of {missing} in VALUES, or put them into CONSTANT with the reason"
@@ -248,10 +249,10 @@ def test_every_option_has_its_values_here() -> None:
 
 
 class Table:
-    """All values of all options under one numbering: which may stand together, and which have."""
+    """All values of all options by number: which pairs are allowed, and which are not yet covered."""
 
     def __init__(self) -> None:
-        """Nothing has stood together."""
+        """Starts with all pairs uncovered."""
         options = axes()
         self.values = [(key, value) for key in options for value in options[key]]
         self.of_key: dict[str, list[int]] = {key: [] for key in options}
@@ -265,9 +266,9 @@ class Table:
             if one.values.keys() <= options.keys()
         ]
         self.tie = np.random.default_rng(0)
-        """Where several cover as many, not always the first: more triples stand together then."""
+        """Breaks ties at random, which covers more triples than always taking the first."""
         self.parts = [self._may_stand(keys) for keys in connected(options)]
-        """For each group of options that rules connect, all that may stand together: a row for each choice."""
+        """For each group of options that rules connect, all allowed choices, one per row."""
 
     def number(self, key: str, value: Value) -> int:
         return next(n for n in self.of_key[key] if self.values[n] == (key, value))
@@ -281,7 +282,7 @@ class Table:
         )
 
     def completed(self, *start: int) -> list[int] | None:
-        """A row with such values, and of the others those that cover the most; None where all such are refused."""
+        """A row with the values of ``start`` and others that cover the most pairs; None if all are refused."""
         row: list[int] = []
         fixed = {self.values[number][0]: number for number in start}
         # Those with a choice left come last, so that they go with what is there.
@@ -291,8 +292,8 @@ class Table:
                     choices = choices[choices[:, at] == wanted]
                     if not len(choices):
                         return None
-            beside = [*row, *(number for number in start if number not in row)]
-            gain = self.uncovered[choices][:, :, beside].sum((1, 2))
+            placed = [*row, *(number for number in start if number not in row)]
+            gain = self.uncovered[choices][:, :, placed].sum((1, 2))
             gain += self.uncovered[choices[:, :, None], choices[:, None]].sum((1, 2)) // 2
             row += choices[(gain + self.tie.random(len(gain))).argmax()].tolist()
         return row
@@ -302,7 +303,7 @@ class Table:
 
 
 def connected(options: Mapping[str, Any]) -> list[list[str]]:
-    """The options in groups: no rule is about two of them."""
+    """The options in groups such that no rule involves two groups."""
     group = {key: {key} for key in options}
     for one in INVALID:
         merged = set().union(*(group.get(key, set()) for key in one.values))
@@ -317,7 +318,7 @@ def connected(options: Mapping[str, Any]) -> list[list[str]]:
 
 @functools.cache
 def rows() -> tuple[list[dict[str, Value]], int]:
-    """Rows in which any two values stand together that may, and how many of them have every single value."""
+    """Rows that cover every allowed pair of values, and how many of the first rows cover every single value."""
     table, found = Table(), []
 
     def take(*start: int) -> None:
@@ -337,7 +338,7 @@ def rows() -> tuple[list[dict[str, Value]], int]:
     return found, quick
 
 
-def test_rows_have_every_value_and_any_two_that_may_stand_together() -> None:
+def test_rows_cover_every_allowed_pair_of_values() -> None:
     found, quick = rows()
     table = Table()
     for row in found:
@@ -355,12 +356,12 @@ def test_rows_have_every_value_and_any_two_that_may_stand_together() -> None:
 
 
 def write_material(folder: Path) -> None:
-    """Every model and data set that rows name."""
+    """Writes all models and data sets of the rows."""
     words = ["a", "photo", "of", "class", "number", "caption", "and", "so", "on"] + [str(i) for i in range(24)]
     (folder / "tokenizer").mkdir()
     vocabulary = write_tokenizer(folder / "tokenizer", words, context=12)
     text = tiny.TEXT | {"context_length": 12, "vocab_size": vocabulary, "hf_tokenizer_name": "own"}
-    own = tiny.CLIP | {"text_cfg": text}
+    model = tiny.CLIP | {"text_cfg": text}
     changes: dict[str, dict[str, Any]] = {
         "clip": {},
         "siglip": {"custom_text": True, "init_logit_bias": -10},
@@ -368,14 +369,14 @@ def write_material(folder: Path) -> None:
     }
     for name, change in changes.items():
         shutil.copytree(folder / "tokenizer", folder / name)
-        tiny.write_model(folder / name, own | change)
+        tiny.write_model(folder / name, model | change)
     for half, write, text_of in (
         ("target", tiny.write_target, ".cls"),
         ("reference", tiny.write_reference, ".txt"),
     ):
         section = write(folder / half, count=16)
         source = open_webdataset(section["path"], text_of)
-        prepare.prepare(raw.RawSource(source), folder / f"{half}-prepared", convert.Options("beton"), workers=1)
+        prepare(raw.RawSource(source), folder / f"{half}-prepared", convert.Options("beton"), workers=1)
         lines = ["title\tfilepath"]
         for index, sample in enumerate(source.samples):
             path = folder / f"{half}-folder" / f"class {sample.label}" / f"{index}.jpg"
@@ -386,7 +387,7 @@ def write_material(folder: Path) -> None:
 
 
 def data_of(folder: Path, half: str, kind: str) -> dict[str, Any]:
-    """Format, path and class names of a half in one of its forms."""
+    """Format, path and class names of a half in one of its formats."""
     names = {"class_names": str(folder / "target/classes.txt")} if half == "target" else {}
     path = {
         "webdataset": folder / half,
@@ -398,13 +399,13 @@ def data_of(folder: Path, half: str, kind: str) -> dict[str, Any]:
 
 
 def tree_of(folder: Path, output: Path, row: Row) -> dict[str, Any]:
-    """The config of a row; what the row leaves open is as small as can be."""
+    """The config of a row; keys that the row leaves open are as small as possible."""
     row = dict(row)
     for key, values in axes().items():
         row.setdefault(key, values[0] if key not in DEFAULTS else DEFAULTS[key])
     tree: dict[str, Any] = {"deepspeed": {"zero_optimization": {}}, "data": {"reference": {}}}
     for key, value in row.items():
-        if key in BESIDE and key != STAGE:
+        if key in OTHER_AXES and key != STAGE:
             continue
         if key.startswith("evaluate.sets") or key.startswith("evaluate.geometry"):
             continue
@@ -463,7 +464,7 @@ DEFAULTS: dict[str, Value] = {
     "evaluate.sets.<name>.format": "webdataset",
     "evaluate.geometry": "none",
 }
-"""Of options whose first value is not the plainest."""
+"""Values of options whose first value is not the simplest."""
 
 
 # Runs
@@ -471,7 +472,7 @@ DEFAULTS: dict[str, Value] = {
 
 @contextlib.contextmanager
 def left_after_one_step(run: Path, copy: Path, ranks: Ranks) -> Iterator[None]:
-    """Copies the run folder as a kill after the first step's checkpoint would leave it."""
+    """Copies the run folder after the checkpoint of the first step, as if the run had been killed there."""
     save = train.Saver.save
 
     def saved(self: Any, step: int, *states: Any, **options: Any) -> None:
@@ -491,41 +492,41 @@ def left_after_one_step(run: Path, copy: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def run_row(folder: Path, name: str, row: Row, ranks: Ranks) -> str:
-    """Runs it whole, and again from its first checkpoint on; returns what is wrong, or nothing."""
-    place = folder / "runs" / name
-    whole, again = place / "whole", place / "again"
-    tree = tree_of(folder, whole, row)
-    with left_after_one_step(whole, again, ranks):
-        train.train(RunConfig.model_validate_json(json.dumps(tree)), whole, ranks)
+    """Runs a row completely, and again from its first checkpoint; returns the first difference, or nothing."""
+    parent = folder / "runs" / name
+    complete, again = parent / "complete", parent / "again"
+    tree = tree_of(folder, complete, row)
+    with left_after_one_step(complete, again, ranks):
+        train.train(RunConfig.model_validate_json(json.dumps(tree)), complete, ranks)
     resume = row.get("train.resume", "auto")
     if resume == "path":
         resume = str(again / "checkpoints/step00000001")
-        again = place / "from-path"
+        again = parent / "from-path"
     ranks.barrier()
     resumed = tree | {"train": tree["train"] | {"output": str(again), "resume": resume}}
     train.train(RunConfig.model_validate_json(json.dumps(resumed)), again, ranks)
     ranks.barrier()
     if not ranks.is_main:
         return ""
-    return differences(whole, again, folder, row)
+    return differences(complete, again, folder, row)
 
 
-def differences(whole: Path, again: Path, folder: Path, row: Row) -> str:
-    """What a resumed run has left that one without a break has not."""
+def differences(complete: Path, again: Path, folder: Path, row: Row) -> str:
+    """The first difference between the files of a resumed and an uninterrupted run, or nothing."""
     last = "checkpoints/step00000002"
     for pattern in ("model.safetensors", "head.safetensors", f"{last}/*.safetensors"):
-        files = sorted(whole.glob(pattern))
-        if [file.relative_to(whole) for file in files] != [
+        files = sorted(complete.glob(pattern))
+        if [file.relative_to(complete) for file in files] != [
             f.relative_to(again) for f in sorted(again.glob(pattern))
         ]:
             return f"other files {pattern}"
         for file in files:
-            expected, found = load_file(file), load_file(again / file.relative_to(whole))
+            expected, found = load_file(file), load_file(again / file.relative_to(complete))
             wrong = [key for key in expected if not torch.equal(expected[key], found[key])]
             if wrong or expected.keys() != found.keys():
-                return f"{file.relative_to(whole)}: {len(wrong)} of {len(expected)} differ, as {wrong[:3]}"
+                return f"{file.relative_to(complete)}: {len(wrong)} of {len(expected)} differ, as {wrong[:3]}"
     begun = load_file(folder / row.get("model.name", "clip") / "open_clip_model.safetensors")
-    tuned = load_file(whole / "model.safetensors")
+    tuned = load_file(complete / "model.safetensors")
     if all(torch.equal(begun[key], tuned[key]) for key in begun):
         return "nothing was trained"
     if (
@@ -534,23 +535,23 @@ def differences(whole: Path, again: Path, folder: Path, row: Row) -> str:
         and not torch.equal(begun["logit_bias"], tuned["logit_bias"])
     ):
         return "logit_bias was trained"
-    is_anew = row.get("train.resume") == "never"
-    steps = [lines(run, 1 if is_anew else 2) for run in (whole, again)]
+    starts_over = row.get("train.resume") == "never"
+    steps = [lines(run, 1 if starts_over else 2) for run in (complete, again)]
     return "" if steps[0] == steps[1] else f"metrics: {steps[1]} for {steps[0]}"
 
 
 def lines(folder: Path, first: int) -> list[dict[str, Any]]:
-    """Of metrics.jsonl, from a step on, without what clocks say."""
+    """Lines of metrics.jsonl from a step on, without times."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     clocks = ("images_per_second", "data_wait")
     return [{k: v for k, v in line.items() if k not in clocks} for line in found if line["step"] >= first]
 
 
 def run_rows(folder: Path, chunk: Sequence[tuple[str, Row]]) -> dict[str, str]:
-    """On one rank: what is wrong with each row, up to one that raises: the ranks may have parted then."""
+    """The outcome of each row on one rank, up to one that raises, after which ranks may be out of step."""
     ranks = join()
     method.Part.backend = "torch"  # the kernels have tests of their own
-    # From 2^16 a model of so few weights would skip both steps, and have nothing to resume.
+    # With 2^16 so small a model would skip both steps and have nothing to resume.
     update.INITIAL_SCALE = 4.0
     found = {}
     for name, row in chunk:
@@ -565,7 +566,7 @@ def run_rows(folder: Path, chunk: Sequence[tuple[str, Row]]) -> dict[str, str]:
 
 
 CHUNK = 6
-"""Rows that share the processes of their ranks."""
+"""Number of rows that share processes."""
 
 
 @pytest.fixture(scope="module")
@@ -577,21 +578,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @functools.cache
 def chunks() -> dict[str, list[tuple[str, Row]]]:
-    """Name of a row -> the rows that run with it, on as many ranks; quick and slow ones apart."""
+    """Name of a row -> the rows that run in the same processes; quick and slow ones are separate."""
     found, quick = rows()
     named = [(f"{number:02d}", row) for number, row in enumerate(found)]
     parts: dict[str, list[tuple[str, Row]]] = {}
     for some in (named[:quick], named[quick:]):
-        for world_size in BESIDE[RANKS]:
-            own = [(name, row) for name, row in some if row[RANKS] == world_size]
-            for at in range(0, len(own), CHUNK):
-                parts |= dict.fromkeys((name for name, _ in own[at : at + CHUNK]), own[at : at + CHUNK])
+        for world_size in OTHER_AXES[RANKS]:
+            chosen = [(name, row) for name, row in some if row[RANKS] == world_size]
+            for at in range(0, len(chosen), CHUNK):
+                parts |= dict.fromkeys((name for name, _ in chosen[at : at + CHUNK]), chosen[at : at + CHUNK])
     return parts
 
 
 @pytest.fixture(scope="module")
 def outcomes(folder: Path) -> dict[str, str]:
-    """Of the rows that have run."""
+    """Outcomes of the rows that have run."""
     return {}
 
 
@@ -604,43 +605,43 @@ def named_rows() -> list[Any]:
 
 
 @pytest.mark.parametrize("name", named_rows())
-def test_a_resumed_run_ends_with_the_same_bits(name: str, folder: Path, outcomes: dict[str, str]) -> None:
+def test_resumed_run_is_bit_equal(name: str, folder: Path, outcomes: dict[str, str]) -> None:
     chunk = chunks()[name]
     number = [other for other, _ in chunk].index(name)
     if name not in outcomes:
-        # Where a row before it has failed it has not run yet.
+        # If a row before it failed, it has not run yet.
         first = next((at for at, (other, _) in enumerate(chunk) if other not in outcomes), number)
         for found in run_ranks(dict(chunk)[name][RANKS], run_rows, folder, chunk[first:], init=False, timeout=500):
             outcomes.update({other: wrong for other, wrong in found.items() if wrong or other not in outcomes})
     assert outcomes[name] == "", f"{outcomes[name]}\n{json.dumps(dict(chunk)[name], indent=1)}"
 
 
-# What is refused
+# Refused combinations
 
 
 def refusals(folder: Path) -> list[str]:
-    """What is said to each of :data:`INVALID`, each value of its first option once."""
-    ranks, said = join(), []
+    """The error of each combination of :data:`INVALID`."""
+    ranks, messages = join(), []
     for number, one in enumerate(INVALID):
         for row in refused_rows(one):
             tree = tree_of(folder, folder / f"refused-{number}", row)
             (folder / "refused.json").write_text(json.dumps(tree))
             try:
                 train.train(load_run_config(str(folder / "refused.json")), folder / f"refused-{number}", ranks)
-                said.append(f"nothing: {row}")
+                messages.append(f"nothing: {row}")
             except ConfigError as error:
-                said.append(str(error))
+                messages.append(str(error))
             except Exception as error:
-                said.append(f"{type(error).__name__}, {row}\n{error}")
-    return said
+                messages.append(f"{type(error).__name__}, {row}\n{error}")
+    return messages
 
 
 def refused_rows(one: Invalid) -> list[Row]:
-    """Each combination, among values that are refused for nothing else."""
+    """All combinations of a rule, completed so that no other rule applies."""
     found = []
     for values in itertools.product(*one.values.values()):
         row = dict(zip(one.values, values))
-        # What the other rules want there to be.
+        # Values that other rules require.
         if row.get("evaluate.select") == "seen" and not row.keys() & NEVER.keys():
             row["evaluate.every_steps"] = 1
         if row.get("evaluate.during") is not None and not row.keys() & NEVER.keys():
@@ -649,11 +650,11 @@ def refused_rows(one: Invalid) -> list[Row]:
     return found
 
 
-def test_what_does_not_go_together_is_refused_in_a_line(folder: Path) -> None:
-    (said,) = run_ranks(1, refusals, folder, init=False)
-    expected = [one.says for one in INVALID for _ in refused_rows(one)]
-    assert len(said) == len(expected)
-    for line, part in zip(said, expected, strict=True):
+def test_invalid_combinations_are_refused_in_one_line(folder: Path) -> None:
+    (messages,) = run_ranks(1, refusals, folder, init=False)
+    expected = [one.message for one in INVALID for _ in refused_rows(one)]
+    assert len(messages) == len(expected)
+    for line, part in zip(messages, expected, strict=True):
         assert part in line
         assert "\n" not in line
 
@@ -666,7 +667,7 @@ COMPILED: list[Row] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", COMPILED)
-def test_compiled_blocks_resume(row: Row, folder: Path) -> None:
+def test_compiled_run_resumes_bit_equal(row: Row, folder: Path) -> None:
     compiled = row | {"train.compile": True}
     for found in run_ranks(row[RANKS], run_rows, folder, [("compiled", compiled)], init=False, timeout=550):
         assert found == {"compiled": ""}

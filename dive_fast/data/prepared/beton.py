@@ -119,7 +119,7 @@ def _writer() -> Any:
     from ffcv.writer import DatasetWriter
 
     class Writer(DatasetWriter):  # type: ignore[misc]
-        """Writes in this process, since FFCV waits forever for a worker that fails on a sample."""
+        """A writer that works in this process, since FFCV waits forever for a worker that fails on a sample."""
 
         metadata_sm: Any
 

@@ -234,11 +234,11 @@ def _check_index(index: Index, manifest: Manifest) -> None:
         if (column.dtype, column.shape) != shapes[name]:
             dtype, shape = shapes[name]
             raise ValueError(
-                f"{name}: expected {dtype} {shape} by {MANIFEST}, got {column.dtype} {tuple(column.shape)}"
+                f"{name}: {column.dtype} {tuple(column.shape)}, but {MANIFEST} requires {dtype} {shape}"
             )
     tokens = index.get("tokens")
     if tokens is not None and (tokens.dtype != torch.int32 or tokens.ndim != 2 or len(tokens) != count):
-        raise ValueError(f"tokens: invalid {tokens.dtype} {tuple(tokens.shape)} for {count} samples")
+        raise ValueError(f"tokens: {tokens.dtype} {tuple(tokens.shape)} for {count} samples")
     ranges = {"file": (0, len(manifest.files) - 1), "offset": (0, None), "size": (1, None)}
     ranges |= {"height": (1, None), "width": (1, None)}
     for name, (minimum, maximum) in ranges.items():

@@ -63,7 +63,7 @@ class Raw(ABC):
         """A hash of the modification times of the files; empty if the files are unknown."""
 
     def report(self) -> None:  # noqa: B027 - samples left out while decoding are counted in the manifest
-        """Logs the files that are ignored because they are no samples."""
+        """Logs the files that are ignored because they are not samples."""
 
     def check(self) -> None:  # noqa: B027 - most sets need no check
         """Checks the data set before anything is written.

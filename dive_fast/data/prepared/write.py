@@ -29,11 +29,27 @@ from tqdm import tqdm
 
 from dive_fast import locks
 from dive_fast.data.content_hashes import image_hash
-from dive_fast.data.prepared import format as prepared
-from dive_fast.data.prepared import read
 from dive_fast.data.prepared.convert import Options, convert
-from dive_fast.data.prepared.format import File, Index, Manifest, Row
+from dive_fast.data.prepared.format import (
+    BETON,
+    FORMAT,
+    INDEX,
+    MANIFEST,
+    SKIPPED,
+    File,
+    Index,
+    Manifest,
+    Row,
+    build_index,
+    concatenate_indexes,
+    content_hash,
+    file_hash,
+    read_manifest,
+    write_manifest,
+    write_skipped,
+)
 from dive_fast.data.prepared.raw import Raw, UnusableError
+from dive_fast.data.prepared.read import PreparedSamples, check_written
 from dive_fast.data.sources.source import Skipped, Source
 from dive_fast.data.workers import FORK, forking
 from dive_fast.errors import DataError
@@ -70,8 +86,8 @@ def prepare(raw: Raw, output: Path, options: Options, workers: int) -> Manifest:
 
 
 def _prepare(raw: Raw, output: Path, options: Options, settings: dict[str, Any], workers: int) -> Manifest:
-    if (output / prepared.MANIFEST).is_file():
-        manifest = prepared.read_manifest(output)
+    if (output / MANIFEST).is_file():
+        manifest = read_manifest(output)
         _check_settings(manifest.options, settings, output)
         if manifest.options.get("source_modified") != raw.modified():
             logger.warning(
@@ -260,11 +276,11 @@ def _write_shard(shard: _Shard) -> None:
                     *(sample.label, sample.texts, image_hash(image.jpeg), tokens),
                 )
             )
-    file = File(name, len(rows), partial.stat().st_size, prepared.file_hash(partial))
+    file = File(name, len(rows), partial.stat().st_size, file_hash(partial))
     write_atomic(output / f"{shard.name}.idx", "\n".join([f"v1.2 {len(index)}", *index]).encode())
     partial.rename(output / name)
     if rows:
-        write_atomic(output / PARTS / f"{shard.name}.safetensors", save(prepared.build_index(rows)))
+        write_atomic(output / PARTS / f"{shard.name}.safetensors", save(build_index(rows)))
     # Written last: it marks the shard as complete.
     note = {
         "identity": identity,
@@ -299,16 +315,16 @@ def _finish(
         raise DataError(
             f"{output}: no sample is usable: {', '.join(f'{count} {reason}' for reason, count in reasons)}"
         )
-    index = prepared.concatenate_indexes([_read_part(parts / f"{shard.name}.safetensors") for shard, _ in used])
+    index = concatenate_indexes([_read_part(parts / f"{shard.name}.safetensors") for shard, _ in used])
     files = [File(**note["file"]) for _, note in used]
     if options.container == "beton":
         files, index = _to_beton(files, index, output)
-    write_atomic(output / prepared.INDEX, save(index))
-    prepared.write_skipped(output / prepared.SKIPPED, skipped)
+    write_atomic(output / INDEX, save(index))
+    write_skipped(output / SKIPPED, skipped)
     manifest = Manifest(
-        format=prepared.FORMAT,
+        format=FORMAT,
         samples=len(index["offset"]),
-        content=prepared.content_hash(index),
+        content=content_hash(index),
         files=files,
         class_names=list(raw.class_names),
         skipped=dict(Counter(reason for _, reason in skipped)),
@@ -316,10 +332,10 @@ def _finish(
         options=settings | {"source_modified": raw.modified()},
     )
     try:
-        read.check_written(output, manifest)
+        check_written(output, manifest)
     except DataError as error:
         raise DataError(f"{error} (the new set cannot be read back: the disk may be failing)") from error
-    prepared.write_manifest(output, manifest)
+    write_manifest(output, manifest)
     _remove_leftovers(output, manifest)
     return manifest
 
@@ -362,12 +378,12 @@ def _remove_leftovers(output: Path, manifest: Manifest) -> None:
 def _to_beton(files: Sequence[File], index: Index, output: Path) -> tuple[list[File], Index]:
     from dive_fast.data.prepared.beton import write_beton
 
-    path = output / prepared.BETON
-    partial = path.with_name(f"{prepared.BETON}.partial")
-    samples = read.PreparedSamples(index, [output / file.name for file in files])
+    path = output / BETON
+    partial = path.with_name(f"{BETON}.partial")
+    samples = PreparedSamples(index, [output / file.name for file in files])
     sizes = np.stack([index["height"].numpy(), index["width"].numpy()], axis=1)
     source = Source(samples, sizes=sizes, tokens=index.get("tokens"))
     index = index | write_beton(partial, source)
-    file = File(prepared.BETON, len(source), partial.stat().st_size, prepared.file_hash(partial))
+    file = File(BETON, len(source), partial.stat().st_size, file_hash(partial))
     partial.rename(path)
     return [file], index

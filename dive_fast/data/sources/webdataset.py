@@ -31,7 +31,7 @@ COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".t
 
 
 def open_webdataset(path: str, text: str, *, strict: bool = True) -> Source:
-    """Opens webdataset tars, in which files whose names differ only in the suffix form a sample.
+    """Opens webdataset tars, in which files whose names differ only in their suffix form a sample.
 
     Samples without an image or a text, with an empty text or one that is not UTF-8, or with a duplicate name are
     skipped.

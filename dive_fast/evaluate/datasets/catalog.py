@@ -59,7 +59,7 @@ def _wilds_set(
     return KnownDataset(
         title,
         partial(open_split, split=split),
-        f"{folder} as WILDS has it ({tables})",
+        f"{folder} in WILDS' layout ({tables})",
         role,
         metric,
         (name, folder, "wilds"),
@@ -76,7 +76,7 @@ def _zero_shot(
     openers: dict[str, layouts.Layout],
     classes: tuple[int, ...],
 ) -> KnownDataset:
-    layout = f"CLIP-benchmark's tars (test/*.tar, classnames.txt), {layout}, or one folder a class in test"
+    layout = f"CLIP-benchmark's tars (test/*.tar, classnames.txt), {layout}, or one folder per class in test"
     opener = partial(open_first_layout, openers=openers)
     return KnownDataset(title, opener, layout, "zero_shot", "top1", aliases, templates, classes)
 
@@ -155,7 +155,7 @@ KNOWN: dict[str, KnownDataset] = {
     ),
     "flowers": _zero_shot(
         "Flowers",
-        "flowers-102 as torchvision has it, split_zhou_OxfordFlowers.json",
+        "flowers-102 in torchvision's layout, split_zhou_OxfordFlowers.json",
         ("flowers102", "flowers-102", "oxford_flowers"),
         "flowers",
         _layouts(
@@ -166,7 +166,7 @@ KNOWN: dict[str, KnownDataset] = {
     ),
     "food101": _zero_shot(
         "Food",
-        "food-101 as torchvision has it, split_zhou_Food101.json",
+        "food-101 in torchvision's layout, split_zhou_Food101.json",
         ("food-101",),
         "food101",
         _layouts(
@@ -177,7 +177,7 @@ KNOWN: dict[str, KnownDataset] = {
     ),
     "sun397": _zero_shot(
         "SUN",
-        "SUN397 as torchvision has it, split_zhou_SUN397.json",
+        "SUN397 in torchvision's layout, split_zhou_SUN397.json",
         ("SUN397",),
         "sun397",
         _layouts(("SUN397", ("SUN397",)), {"torchvision": _torchvision(folder="SUN397", kind="SUN397")}),
@@ -185,7 +185,7 @@ KNOWN: dict[str, KnownDataset] = {
     ),
     "dtd": _zero_shot(
         "DTD",
-        "dtd/dtd as torchvision has it, split_zhou_DescribableTextures.json",
+        "dtd/dtd in torchvision's layout, split_zhou_DescribableTextures.json",
         (),
         "dtd",
         _layouts(
@@ -204,7 +204,7 @@ KNOWN: dict[str, KnownDataset] = {
     ),
     "cars": _zero_shot(
         "Cars",
-        "stanford_cars as torchvision has it, split_zhou_StanfordCars.json",
+        "stanford_cars in torchvision's layout, split_zhou_StanfordCars.json",
         ("stanford_cars",),
         "cars",
         _layouts(
@@ -223,7 +223,7 @@ KNOWN: dict[str, KnownDataset] = {
     ),
     "eurosat": _zero_shot(
         "EuroSAT",
-        "eurosat/2750 as torchvision has it, split_zhou_EuroSAT.json",
+        "eurosat/2750 in torchvision's layout, split_zhou_EuroSAT.json",
         ("EuroSAT",),
         "eurosat",
         _layouts(

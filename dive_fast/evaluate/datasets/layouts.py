@@ -324,9 +324,8 @@ def complete(source: Source, path: Path) -> Source:
 def remarks_on_files(source: Source) -> list[str]:
     """Lines about the samples and files of a folder that are not part of the set."""
     lines = [describe_skipped(source.skipped)] if source.skipped else []
-    lines += (
-        [f"{len(source.ignored)} files ignored: {summarize_skipped(source.ignored)}"] if source.ignored else []
-    )
+    if source.ignored:
+        lines.append(f"{len(source.ignored)} files ignored: {summarize_skipped(source.ignored)}")
     if source.prepared_without:
         reasons = ", ".join(f"{count} {reason}" for reason, count in source.prepared_without.items())
         lines.append(f"was prepared without these samples: {reasons} (skipped.jsonl)")

@@ -141,7 +141,7 @@ def alignment(pairs: Pairs) -> float:
 
 
 def uniformity(rows: Tensor, block: int = 1024) -> float:
-    """How evenly rows cover the sphere (Wang & Isola 2020): ``log mean_{i<j} exp(-2 |x_i - x_j|^2)``.
+    """Uniformity of rows on the sphere (Wang & Isola 2020): ``log mean_{i<j} exp(-2 |x_i - x_j|^2)``.
 
     Args:
         rows: ``(N, D)`` unit rows, N >= 2.

@@ -20,9 +20,9 @@ from dive_fast.data.loaders import dali
 from dive_fast.data.loaders.loader import Options, batches_of, training_batches
 from dive_fast.data.open_dataset import open_reference
 from dive_fast.data.prepared import convert
-from dive_fast.data.prepared import write as prepare
 from dive_fast.data.prepared.raw import RawSource
 from dive_fast.data.prepared.read import open_prepared
+from dive_fast.data.prepared.write import prepare
 from dive_fast.data.prompts import PromptTable, read_templates
 from dive_fast.data.sampler import Order
 from dive_fast.data.samples import EvaluationSamples, ReferenceSamples, TargetSamples
@@ -67,7 +67,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def prepared(raw: Path, output: Path, text: str, **options: Any) -> Source:
     conversion = convert.Options(**{"container": "beton", "shard_samples": 8, "max_side": None} | options)
-    prepare.prepare(RawSource(open_webdataset(str(raw), text, strict=False)), output, conversion, workers=1)
+    prepare(RawSource(open_webdataset(str(raw), text, strict=False)), output, conversion, workers=1)
     return open_prepared(str(output), text)
 
 

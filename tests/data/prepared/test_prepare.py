@@ -23,9 +23,9 @@ import tiny
 import torch
 from PIL import Image
 
-from dive_fast.data.prepared import format as prepared
 from dive_fast.data.prepared.beton import write_beton
 from dive_fast.data.prepared.convert import Options, convert
+from dive_fast.data.prepared.format import Manifest, build_index, read_manifest
 from dive_fast.data.prepared.raw import RawDataset, RawSource, UnusableError
 from dive_fast.data.prepared.read import open_prepared, verify
 from dive_fast.data.prepared.write import prepare
@@ -61,9 +61,7 @@ def write_set(path: Path, count: int = 22) -> Path:
     return (tiny.write_shards(path.with_suffix(""), count, shard=count) / "0.tar").rename(path)
 
 
-def make(
-    tar: Path, output: Path, options: Options = SMALL, text: str = ".cls", workers: int = 1
-) -> prepared.Manifest:
+def make(tar: Path, output: Path, options: Options = SMALL, text: str = ".cls", workers: int = 1) -> Manifest:
     return prepare(RawSource(open_webdataset(str(tar), text, strict=False)), output, options, workers)
 
 
@@ -664,15 +662,14 @@ def test_prepare_odd_names_and_texts_are_read_back(tmp_path: Path) -> None:
 
 def test_prepare_writes_no_manifest_if_reading_back_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tar = write_set(tmp_path / "a.tar", 6)
-    write = prepared.build_index
 
     def failing(rows: Any) -> Any:
-        index = write(rows)
+        index = build_index(rows)
         index["offset"] += 1
         return index
 
     with monkeypatch.context() as disk:
-        disk.setattr(prepared, "build_index", failing)
+        disk.setattr("dive_fast.data.prepared.write.build_index", failing)
         with pytest.raises(DataError, match=r"0\.tar.*new set cannot be read back"):
             make(tar, tmp_path / "set")
     assert not (tmp_path / "set/manifest.json").exists()
@@ -745,7 +742,7 @@ def test_prepare_remakes_shards_of_changed_sources(
     os.utime(tar, ns=(1, 1))
     manifest = make(tar, tmp_path / "copied")
     assert "source_modified changed since the preparation started; all shards are made again" in caplog.text
-    assert manifest.content == prepared.read_manifest(expected).content
+    assert manifest.content == read_manifest(expected).content
     # Another label, then another encoder version.
     interrupted(tar, tmp_path / "changed", monkeypatch)
     data = bytearray(tar.read_bytes())
@@ -856,7 +853,7 @@ def test_open_prepared_skips_empty_captions_of_old_sets(tmp_path: Path) -> None:
     assert [s.texts for s in source.samples] == [("one",), ("three",), ("five",), ("six",)]
     assert [key for key, _ in source.skipped] == ["a.tar/001", "a.tar/003"]
     assert [source.read(i) for i in range(4)] == [raw.read(i) for i in (0, 2, 4, 5)]
-    assert source.digest() != prepared.read_manifest(tmp_path / "set").content
+    assert source.digest() != read_manifest(tmp_path / "set").content
 
 
 # The command

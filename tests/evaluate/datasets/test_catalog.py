@@ -271,9 +271,8 @@ def test_class_folders_need_right_number_of_classes(tmp_path: Path) -> None:
 
 def test_open_known_missing_names_expected_layout(tmp_path: Path) -> None:
     (tmp_path / "food101").mkdir()
-    message = (
-        r"no food101 found: expected CLIP-benchmark's tars .*food-101 as torchvision has it.*searched: .*/food101"
-    )
+    layout = "food-101 in torchvision's layout"
+    message = rf"no food101 found: expected CLIP-benchmark's tars .*{layout}.*searched: .*/food101"
     with pytest.raises(DataError, match=message):
         opened("food101", tmp_path)
     with pytest.raises(DataError, match=r"no eurosat found: .* none of .*/nowhere/eurosat, .* exists"):

@@ -194,9 +194,9 @@ def test_geometry_command_writes_report_and_figures(folder: Path, tmp_path: Path
     assert report["before"] == "pre-trained"
     (row,) = [line for line in done.stdout.splitlines() if line.startswith("RSA")]
     assert row.split()[1:] == [f"{report['metrics'][f'rsa{half}']:.4f}" for half in ("_image", "_text", "")]
-    pictures = sorted(path.name for path in output.glob("*.png"))
-    assert pictures == ["geometry_course.png", "geometry_differences.png", "geometry_rsa.png"]
-    assert all(str(output / name) in done.stdout for name in pictures)
+    figure_files = sorted(path.name for path in output.glob("*.png"))
+    assert figure_files == ["geometry_course.png", "geometry_differences.png", "geometry_rsa.png"]
+    assert all(str(output / name) in done.stdout for name in figure_files)
     assert not list(output.glob(".*"))
 
 
@@ -273,7 +273,7 @@ def test_tradeoff_with_and_without_rsa_and_seeds(tmp_path: Path) -> None:
         {"method": "pretrained", "id": 0.6, "ood": 0.5, "zs": 0.7},
         {"method": "flyp", "id": 0.8, "ood": 0.5, "zs": 0.4},
         *({"method": "dive", "id": 0.8 + 0.01 * k, "ood": 0.6, "zs": 0.6} for k in range(3)),
-        *({"method": f"own {k}", "id": 0.7, "ood": 0.5, "zs": 0.5} for k in range(7)),
+        *({"method": f"other {k}", "id": 0.7, "ood": 0.5, "zs": 0.5} for k in range(7)),
     ]
     plots.tradeoff(rows, tmp_path / "two.png")
     plots.tradeoff([row | {"rsa": 0.9} for row in rows], tmp_path / "three.png", "a title")
