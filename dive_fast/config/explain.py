@@ -35,7 +35,7 @@ SYNONYMS = {
 """Keys as other projects name them."""
 
 
-def _nearest_key(place: str, valid: Sequence[str]) -> str:
+def nearest_key(place: str, valid: Sequence[str]) -> str:
     """The end of a message that names the nearest key, with its sections."""
     section, _, name = place.rpartition(".")
     if name in SYNONYMS:
@@ -53,12 +53,12 @@ def explain(error: ValidationError) -> str:
     alternatives = [_plain(mistake["msg"]) for mistake in mistakes if key_path(mistake) == place]
     if first["type"] == "extra_forbidden":
         valid = list(_section_at(first["loc"][:-1]))
-        return f"unknown key {place}{_nearest_key(place, valid)} (valid: {', '.join(valid)})"
+        return f"unknown key {place}{nearest_key(place, valid)} (valid: {', '.join(valid)})"
     if first["type"] == "missing":
         return f"{place} is missing"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
-    return f"{place} = {_cut(json.dumps(first['input'], default=str))}: {' or '.join(alternatives)}"
+    return f"{place} = {shorten_json(first['input'])}: {' or '.join(alternatives)}"
 
 
 def key_path(mistake: ErrorDetails) -> str:
@@ -77,7 +77,13 @@ def key_path(mistake: ErrorDetails) -> str:
 
 
 def shorten(text: str) -> str:
+    """A quoted text of bounded length."""
     return _cut(repr(text))
+
+
+def shorten_json(value: Any) -> str:
+    """A value in JSON, of bounded length."""
+    return _cut(json.dumps(value, default=str))
 
 
 def _cut(text: str) -> str:

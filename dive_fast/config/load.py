@@ -1,7 +1,9 @@
-"""Reads a config: one JSON file and overrides from the command line."""
+"""Reads a config: a JSON file, the files it is based on, and overrides from the command line."""
 
 import contextlib
+import copy
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,79 +19,120 @@ from dive_fast.io.safe_read import read_text
 C = TypeVar("C", bound=Config)
 
 
-def load_config(
-    name: str, overrides: Sequence[str] = (), folder: Path | None = None, schema: type[C] = Config
-) -> C:
-    """Reads a config by path or by its name in ``folder``, with or without ``.json``, and applies overrides.
+def load_config(name: str, overrides: Sequence[str], folder: Path | None, schema: type[C]) -> C:
+    """Reads a config by path or by its name in ``folder``, and applies overrides.
 
     A file may name a ``base``, relative to it: its own sections are merged into the base's, key by key. Where a
     file or an override names another method, options of the former method that the new one lacks are left out.
 
     Args:
-        overrides: ``section.key=value``; the value is JSON, or else taken as a string.
+        name: a path, or the name of a file in ``folder`` with or without ``.json``.
+        overrides: ``section.key=value``; the value is JSON, otherwise a string.
         schema: the config's type.
 
     Raises:
-        ConfigError: no such file, no JSON, an unknown or ill-typed key, or keys that do not go together.
+        ConfigError: no such file, invalid JSON, a circle of bases, an unknown or ill-typed key, or keys that do
+            not go together.
     """
     path = find_config(name, folder)
-    tree, origins, inherited = _Object([]), dict[str, str](), set[str]()
-    for source, layer in _layers(path):
-        before, set_here = dict(_objective_of(tree)), set(_objective_of(layer))
-        _merge(tree, layer)
-        inherited = (inherited | _foreign(before, _objective_of(tree))) - set_here
-        origins |= dict.fromkeys(_keys(layer), str(source))
-    before = dict(_objective_of(tree))
-    for override in overrides:
-        _override(tree, override)
-    places = [override.partition("=")[0].split(".") for override in overrides]
-    if ["objective"] not in places:
-        set_here = {place[1] for place in places if place[0] == "objective"}
-        inherited = (inherited | _foreign(before, _objective_of(tree))) - set_here
+    layers = _Layers()
+    for file, tree in _read_with_bases(path):
+        layers.add_file(file, tree)
+    layers.add_overrides(overrides)
+    if layers.inherited and isinstance(layers.tree["objective"], dict):
+        schema.drop_inherited(layers.tree, layers.inherited)
     try:
-        if inherited:
-            schema.drop_inherited(tree, inherited)
-        return schema.model_validate_json(json.dumps(tree))
+        return schema.model_validate_json(json.dumps(layers.tree))
     except ValidationError as error:
-        raise ConfigError(f"{_origin(error, path, overrides, origins)}: {explain(error)}") from None
+        raise ConfigError(f"{_origin(error, path, overrides, layers.origins)}: {explain(error)}") from None
 
 
-def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, "_Object"]]:
-    """A config file and the bases below it, the lowest base first."""
+class _Layers:
+    """Config files and overrides merged into one tree."""
+
+    def __init__(self) -> None:
+        self.tree: dict[str, Any] = {}
+        self.origins: dict[str, str] = {}
+        """The file that sets each dotted key."""
+        self.inherited: set[str] = set()
+        """Keys of ``objective`` that were set for another method than the one it names now."""
+
+    def add_file(self, path: Path, tree: Mapping[str, Any]) -> None:
+        """Merges a file over the layers below it."""
+        before = copy.deepcopy(_objective_of(self.tree))
+        _merge(self.tree, tree)
+        self.origins |= dict.fromkeys(_keys(tree), str(path))
+        self._update_inherited(before, set(_keys(_objective_of(tree))))
+
+    def add_overrides(self, overrides: Sequence[str]) -> None:
+        """Applies overrides in order.
+
+        Raises:
+            ConfigError: one is not ``section.key=value``, or names a base.
+        """
+        before = copy.deepcopy(_objective_of(self.tree))
+        set_here = set[str]()
+        for override in overrides:
+            keys, value = _parse_override(override)
+            _apply(self.tree, keys, value, override)
+            if keys == ["objective"]:
+                # The section is replaced: nothing in it is inherited.
+                before, self.inherited = {}, set()
+            elif keys[0] == "objective":
+                set_here |= {".".join(keys[1:end]) for end in range(2, len(keys) + 1)}
+                set_here |= set(_keys(value, f"{'.'.join(keys[1:])}.")) if isinstance(value, dict) else set()
+        self._update_inherited(before, set_here)
+
+    def _update_inherited(self, before: Mapping[str, Any], set_here: set[str]) -> None:
+        """Adds the options of ``before`` if its method was replaced; options set together with a name are not."""
+        self.inherited = (self.inherited | _foreign(before, _objective_of(self.tree))) - set_here
+
+
+def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, "_Object"]]:
+    """A config file and its bases, the lowest base first.
+
+    Args:
+        above: the files that lead to this one by their ``base``.
+    """
     here = path.resolve()
     if here in above:
         raise ConfigError(f"{path}: base leads back to this file: {' -> '.join(map(str, (*above, here)))}")
     tree = _read(path)
-    if (base := tree.pop("base", None)) is None:
+    if "base" not in tree:
         return [(path, tree)]
+    base = tree.pop("base")
     if not isinstance(base, str) or not base.strip():
         raise ConfigError(
             f'{path}: base = {shorten(json.dumps(base))}: expected a config file, e.g. "vitb16_dive.json"'
         )
-    below = path.parent / base
-    if not below.is_file():
-        known = sorted(each.name for each in below.parent.glob("*.json"))
-        raise ConfigError(f"{path}: base = {base}: no such file as {below}{nearest(below.name, known)}")
-    return [*_layers(below, (*above, here)), (path, tree)]
+    below = path.parent / os.path.expanduser(base)
+    try:
+        is_file = below.is_file()
+        known = [] if is_file else sorted(each.name for each in below.parent.glob("*.json"))
+    except OSError as error:
+        raise ConfigError(f"{path}: base = {shorten(base)}: {error.strerror}") from error
+    if not is_file:
+        raise ConfigError(f"{path}: base = {shorten(base)}: no such file: {below}{nearest(below.name, known)}")
+    return [*_read_with_bases(below, (*above, here)), (path, tree)]
 
 
 def _read(path: Path) -> "_Object":
     try:
-        tree = _parsed(read_text(path))
+        tree = _parse(read_text(path))
         _check_values(tree)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read it: {error}") from error
     except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}{_what_else(path)}") from error
+        raise ConfigError(f"{path}: not valid JSON: {error}{_guess_format(path)}") from error
     if not isinstance(tree, _Object):
         raise ConfigError(f"{path}: expected a JSON object with sections {', '.join(Config.model_fields)}")
-    if (place := _twice(tree)) is not None:
-        raise ConfigError(f"{path}: duplicate key {place}")
+    if (key := _duplicate_key(tree)) is not None:
+        raise ConfigError(f"{path}: duplicate key {key}")
     return tree
 
 
 def _merge(tree: dict[str, Any], layer: Mapping[str, Any]) -> None:
-    """Puts a layer over a tree: objects key by key, other values whole."""
+    """Puts a layer over a tree: objects are merged key by key, other values replaced."""
     for key, value in layer.items():
         if isinstance(value, dict) and isinstance(tree.get(key), dict):
             _merge(tree[key], value)
@@ -106,27 +149,31 @@ def _keys(tree: Mapping[str, Any], place: str = "") -> Iterator[str]:
 
 
 def _objective_of(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The ``objective`` section of a tree that is not validated; empty where there is none."""
     objective = tree.get("objective")
     return objective if isinstance(objective, dict) else {}
 
 
 def _foreign(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
-    """The keys of an ``objective`` that were chosen for another method than the one that it names now."""
+    """The keys of ``before``, an ``objective``, that were set for another method than that of ``after``."""
 
     def part(objective: Mapping[str, Any], half: str) -> Any:
-        value = objective.get(half)
-        return value.get("name") if isinstance(value, dict) else value
+        section = objective.get(half)
+        return section.get("name") if isinstance(section, dict) else section
 
     default = ObjectiveConfig().name
     if before.get("name", default) != after.get("name", default):
-        return set(before) - {"name"}
-    if any(part(before, half) != part(after, half) for half in ("target", "reference")):
-        return set(before) - {"name", "target", "reference"}
-    return set()
+        return set(_keys(before)) - {"name"}
+    changed = [half for half in ("target", "reference") if part(before, half) != part(after, half)]
+    if not changed:
+        return set()
+    options = set(before) - {"name", "target", "reference"}
+    nested = {key for key in _keys(before) if key.partition(".")[0] in changed and "." in key}
+    return options | nested
 
 
 def find_config(name: str, folder: Path | None = None) -> Path:
-    """The file that a config's name stands for: a path, else a file in ``folder``.
+    """The file of a config's name: a path, otherwise a file in ``folder``.
 
     Raises:
         ConfigError: none exists; names the nearest one that does.
@@ -143,72 +190,82 @@ def find_config(name: str, folder: Path | None = None) -> Path:
 
 
 class _Object(dict[str, Any]):
-    """A JSON object that remembers a key which stood in it twice."""
+    """A JSON object that remembers its first duplicate key."""
 
-    twice: str | None = None
+    duplicate: str | None = None
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
         if len(self) < len(pairs):
-            self.twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            self.duplicate = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
 
 
-def _parsed(text: str) -> Any:
-    """Of JSON; what is not finite is left for the key that it stands at to refuse."""
+def _parse(text: str) -> Any:
+    """The value of a JSON text; numbers that are not finite are left to the section that has them."""
     try:
         return json.loads(text, object_pairs_hook=_Object)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
 
 
-def _twice(tree: Any) -> str | None:
-    """The place of a key that stands twice in one object."""
-    if isinstance(tree, _Object) and tree.twice is not None:
-        return tree.twice
-    held = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    below = ((key, _twice(value)) for key, value in held)
-    return next((f"{key}.{place}" for key, place in below if place is not None), None)
+def _duplicate_key(tree: Any) -> str | None:
+    """The dotted key of the first duplicate in an object of a tree."""
+    if isinstance(tree, _Object) and tree.duplicate is not None:
+        return tree.duplicate
+    children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    below = ((key, _duplicate_key(value)) for key, value in children)
+    return next((f"{key}.{duplicate}" for key, duplicate in below if duplicate is not None), None)
 
 
-DEEPEST = 64
-"""Objects and lists in one another; a config needs five, DeepSpeed's section a few more."""
+MAX_DEPTH = 64
+"""Maximum depth of nested objects and lists; a config needs five, DeepSpeed's section a few more."""
 
-_TOO_DEEP = f"nested more than {DEEPEST} deep; no section goes that far"
+_TOO_DEEP = f"nested more than {MAX_DEPTH} deep; no section needs that"
 
 
 def _check_values(value: Any, depth: int = 0) -> None:
-    """Holds a tree to what a config can mean, wherever its values go.
+    """Validates what holds for the values of all sections.
 
     Raises:
-        ValueError: a text is no Unicode or has a zero byte, which no path can hold; or it is nested too deeply.
+        ValueError: a text is not Unicode or has a zero byte, which no path can hold; or nested too deeply.
     """
     if isinstance(value, str):
         if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError(f"{shorten(value)} contains a zero byte, or is not valid UTF-8")
     elif isinstance(value, dict | list):
-        if depth >= DEEPEST:
+        if depth >= MAX_DEPTH:
             raise ValueError(_TOO_DEEP)
-        for held in [*value, *value.values()] if isinstance(value, dict) else value:
-            _check_values(held, depth + 1)
+        for child in [*value, *value.values()] if isinstance(value, dict) else value:
+            _check_values(child, depth + 1)
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
+def _parse_override(override: str) -> tuple[list[str], Any]:
+    """The keys and the value of ``section.key=value``."""
     place, separator, text = override.partition("=")
     keys = place.split(".")
     if not separator or not all(keys):
         raise ConfigError(f"override {shorten(override)}: expected section.key=value, e.g. train.epochs=1")
+    if keys[0] == "base":
+        raise ConfigError(
+            f"override {shorten(override)}: only a file can have a base; name the config by --config"
+        )
     try:
-        value = _parsed(text)
+        value = _parse(text)
     except ValueError:
         value = text
     try:
-        if len(keys) > DEEPEST:
+        if len(keys) > MAX_DEPTH:
             raise ValueError(_TOO_DEEP)
         _check_values([*keys, value])
     except ValueError as error:
         raise ConfigError(f"override {shorten(override)}: {error}") from error
-    if (twice := _twice(value)) is not None:
-        raise ConfigError(f"override {shorten(override)}: duplicate key {twice}")
+    if (duplicate := _duplicate_key(value)) is not None:
+        raise ConfigError(f"override {shorten(override)}: duplicate key {duplicate}")
+    return keys, value
+
+
+def _apply(tree: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> None:
+    """Sets a value in a tree; missing sections are created."""
     for depth, key in enumerate(keys[:-1], start=1):
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
@@ -216,8 +273,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
     tree[keys[-1]] = value
 
 
-def _what_else(path: Path) -> str:
-    """What a file that is not JSON may be, for the end of a message."""
+def _guess_format(path: Path) -> str:
+    """The probable format of a file that is not JSON, for the end of a message."""
     if path.suffix.lower() in (".yaml", ".yml"):
         return "; a config is JSON, not YAML"
     with contextlib.suppress(OSError, ValueError):
@@ -229,10 +286,15 @@ def _what_else(path: Path) -> str:
 
 def _origin(error: ValidationError, path: Path, overrides: Sequence[str], origins: Mapping[str, str]) -> str:
     """The source of the first mistake: the last override of its key or section, or the file that sets it."""
-    key = key_path(first_mistake(error))
+    mistake = first_mistake(error)
+    # A validator of several sections begins its message with the key.
+    key = key_path(mistake) or str(mistake.get("ctx", {}).get("error", "")).partition(":")[0].partition(" ")[0]
     place = f"{key}."
     for override in reversed(overrides):
         overridden = f"{override.partition('=')[0]}."
         if place != "." and (place.startswith(overridden) or overridden.startswith(place)):
             return f"command line ({shorten(override)})"
+    # A missing key has the origin of its section.
+    while key and key not in origins:
+        key = key.rpartition(".")[0]
     return origins.get(key, str(path))

@@ -1,7 +1,7 @@
-"""One JSON file in, one typed tree out; whatever is unknown or ill-typed is fatal and named.
+"""The sections of a config. Unknown and ill-typed keys are errors that name the key.
 
 The text under each field is its documentation: the configuration reference in docs/config.md is generated
-from it (``python -m dive_fast.config.reference``).
+from it (``python -m dive_fast.methods.run_config``).
 """
 
 import json
@@ -131,11 +131,10 @@ class ObjectiveConfig(Section):
     name: str | None = "dive"
     """Method of a paper, listed below with its options, which stand in this section."""
     weight: NonNegativeFloat | None = None
-    """Weight of the reference batch's loss. Default: the paper's, 1000 (lambda of Eq. 9) for `dive`, `avl`, `pvl` and
-    `cosine`, 1 otherwise."""
+    """Weight of the reference batch's loss. Default: the method's, listed below."""
     reference_every: Positive = 1
-    """k: only every k-th step has a reference batch, which then counts k times as much, and moves averages as k steps
-    would. The expected gradient stays; its noise grows."""
+    """k: only every k-th step has a reference batch, which then counts k times as much, and moves averages as k
+    steps would. The expected gradient stays; its noise grows."""
     target: str | dict[str, Any] | None = None
     """Target loss instead of the method's own: a name, or `{"name": ..., option: value}`."""
     reference: str | dict[str, Any] | None = None
@@ -295,7 +294,7 @@ class EvaluateConfig(Section):
 
 
 class Config(Section):
-    """The whole file. The options in ``objective`` are validated by :class:`dive_fast.methods.run_config.RunConfig`."""
+    """All sections. :class:`dive_fast.methods.run_config.RunConfig` validates the options in ``objective`` too."""
 
     model: ModelConfig
     data: DataConfig
@@ -311,11 +310,11 @@ class Config(Section):
 
     @classmethod
     def drop_inherited(cls, tree: dict[str, Any], inherited: set[str]) -> None:
-        """Removes keys of ``objective`` that were chosen for another method; a config without methods keeps all.
+        """Removes keys of ``objective`` that were set for another method; without methods, keeps all.
 
         Args:
             tree: the config before validation; changed in place.
-            inherited: keys of its ``objective`` that came with another method's name.
+            inherited: dotted keys of its ``objective`` that were set for another method.
         """
 
     @model_validator(mode="after")

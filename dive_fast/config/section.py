@@ -37,7 +37,7 @@ PathText = Annotated[str, AfterValidator(_expanded)]
 
 
 class KeyedError(ValueError):
-    """A mistake that a validator of several keys finds at one of them; the message is the whole line for a user."""
+    """A mistake at one key, found by a validator of several; the message is the complete line for the user."""
 
     def __init__(self, key: str, message: str) -> None:
         """Takes the dotted key and the message."""

@@ -14,7 +14,7 @@ from dive_fast.model.features import Outputs, Pairs
 
 
 class Cosine(ReferenceLoss):
-    """AVL and PVL of the cosines u, v of tuned and frozen embeddings, times lambda; its state is the average cosine."""
+    """AVL and PVL of the cosines u, v of tuned and frozen embeddings, times lambda; state: the average cosine."""
 
     name, title = "cosine", "Cosine"
     default_weight = 1000.0

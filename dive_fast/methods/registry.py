@@ -1,7 +1,8 @@
 """The methods by name: from the ``objective`` section of a config to a method.
 
 Every module of this folder is read once: its :class:`TargetLoss` and :class:`ReferenceLoss` classes by their
-names, and its ``PRESETS``. A new method is one new file; nothing is listed here. :func:`add` takes parts from outside.
+names, and its ``PRESETS``. A new method is one new file; nothing is listed here. :func:`add` takes parts from
+outside.
 """
 
 import importlib
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from dive_fast import methods
+from dive_fast.config.explain import nearest_key, shorten_json
 from dive_fast.config.schema import ObjectiveConfig
 from dive_fast.config.section import KeyedError, Section
 from dive_fast.errors import ConfigError, nearest
@@ -24,6 +26,7 @@ NONE = "none"
 """The name of no reference loss."""
 COMMON = ("name", "weight", "reference_every", "target", "reference")
 """Keys of ``objective`` that are options of no part."""
+HALVES = ("target", "reference")
 
 
 class Table(NamedTuple):
@@ -65,58 +68,77 @@ class Choice(NamedTuple):
 @cache
 def table() -> Table:
     """All parts and presets."""
-    found = Table({}, {}, {})
+    known = Table({}, {}, {})
     for module in sorted(pkgutil.iter_modules(methods.__path__), key=lambda module: module.name):
-        _add(found, importlib.import_module(f"{methods.__name__}.{module.name}"))
-    _check(found)
-    return found
+        known = _extended(known, importlib.import_module(f"{methods.__name__}.{module.name}"))
+    _check(known)
+    return known
 
 
 def add(module: ModuleType) -> None:
     """Adds the parts and presets of a module from outside of this folder, for configs read after it.
 
     Raises:
-        ValueError: a name exists already, or a preset names a part that does not.
+        ValueError: a name exists already, or a preset names a part that does not; nothing is added.
     """
-    _add(table(), module)
-    _check(table())
+    extended = _extended(table(), module)
+    _check(extended)
+    table().targets.update(extended.targets)
+    table().references.update(extended.references)
+    table().presets.update(extended.presets)
 
 
-def _add(found: Table, module: ModuleType) -> None:
-    for kind, names in ((TargetLoss, found.targets), (ReferenceLoss, found.references)):
-        for part in vars(module).values():
-            is_own = isinstance(part, type) and issubclass(part, kind) and part.__module__ == module.__name__
-            if is_own and hasattr(part, "name") and names.setdefault(part.name, part) is not part:
-                raise ValueError(f"{module.__name__}: a part named {part.name} exists already")
+def _extended(known: Table, module: ModuleType) -> Table:
+    """A copy of a table with the parts and presets of a module."""
+    targets, references, presets = dict(known.targets), dict(known.references), dict(known.presets)
+    for part in vars(module).values():
+        if not isinstance(part, type) or part.__module__ != module.__name__ or not hasattr(part, "name"):
+            continue
+        is_new = True
+        if issubclass(part, TargetLoss):
+            is_new = targets.setdefault(part.name, part) is part
+        elif issubclass(part, ReferenceLoss):
+            is_new = references.setdefault(part.name, part) is part
+        if not is_new:
+            raise ValueError(f"{module.__name__}: a part named {part.name} exists already")
     for preset in getattr(module, "PRESETS", ()):
-        if found.presets.setdefault(preset.name, preset) is not preset:
+        if presets.setdefault(preset.name, preset) is not preset:
             raise ValueError(f"{module.__name__}: a method named {preset.name} exists already")
+    return Table(targets, references, presets)
 
 
-def _check(found: Table) -> None:
-    for preset in found.presets.values():
-        halves = [found.targets.get(preset.target)]
-        halves += [] if preset.reference is None else [found.references.get(preset.reference)]
-        if None in halves:
-            raise ValueError(f"method {preset.name}: no part named {preset.target} or {preset.reference}")
-        names = [name for part in halves if part is not None for name in part.Options.model_fields]
-        if len({*names, *COMMON}) < len(names) + len(COMMON):
-            raise ValueError(f"method {preset.name}: two options of one name among {', '.join(names)}")
-        if unknown := {*preset.fixed, *preset.hidden} - set(names):
+def _check(known: Table) -> None:
+    """Validates that the presets name parts that exist, and that their options are unambiguous."""
+    for preset in known.presets.values():
+        parts: list[type[Part] | None] = [known.targets.get(preset.target)]
+        parts += [] if preset.reference is None else [known.references.get(preset.reference)]
+        options: list[str] = []
+        for name, part in zip((preset.target, preset.reference), parts, strict=False):
+            if part is None:
+                raise ValueError(f"method {preset.name}: no part named {name}")
+            options += part.Options.model_fields
+        if len({*options, *COMMON}) < len(options) + len(COMMON):
+            raise ValueError(f"method {preset.name}: two options of one name among {', '.join(options)}")
+        if unknown := {*preset.fixed, *preset.hidden} - set(options):
             raise ValueError(f"method {preset.name}: fixes or hides {', '.join(unknown)}, which no part has")
 
 
 def options_of(preset: Preset) -> dict[str, type[Part]]:
-    """The options that a preset has, each with the part that reads it."""
-    found: dict[str, type[Part]] = {}
-    for part in _parts(preset):
-        found |= dict.fromkeys(set(part.Options.model_fields) - set(preset.fixed) - set(preset.hidden), part)
-    return {name: found[name] for part in _parts(preset) for name in part.Options.model_fields if name in found}
+    """The options that a config can set for a preset, each with the part that reads it."""
+    return {name: part for part in _parts(preset) for name in _free_options(part, preset)}
 
 
 def _parts(preset: Preset) -> list[type[Part]]:
-    parts: list[type[Part]] = [table().targets[preset.target]]
-    return parts if preset.reference is None else [*parts, table().references[preset.reference]]
+    return [part for half in HALVES if (part := _part_of(preset, half)) is not None]
+
+
+class _Selection(NamedTuple):
+    """A part with options that are not validated yet."""
+
+    part: type[Part] | None
+    options: dict[str, Any]
+    keys: dict[str, str]
+    """The dotted key of the config that sets each option."""
 
 
 def choose(objective: ObjectiveConfig) -> Choice:
@@ -125,125 +147,164 @@ def choose(objective: ObjectiveConfig) -> Choice:
     Raises:
         KeyedError: an unknown name, or an option that the method lacks or cannot have.
     """
-    names = table()
-    preset = None
-    if objective.name is not None:
-        preset = names.presets.get(objective.name)
-        if preset is None:
-            raise KeyedError("objective.name", _unknown("objective.name", objective.name, names.presets))
+    preset = _named_preset(objective)
     flat = dict(objective.model_extra or {})
-    parts: dict[str, tuple[type[Part] | None, dict[str, Any]]] = {}
-    for half, known in (("target", names.targets), ("reference", names.references)):
-        given = getattr(objective, half)
-        if given is not None:
-            given = {"name": given} if isinstance(given, str) else dict(given)
-            name = given.pop("name", None if preset is None else getattr(preset, half) or NONE)
-            place = f"objective.{half}"
-            if half == "reference" and name == NONE:
-                if given:
-                    raise KeyedError(place, f"unknown key {place}.{next(iter(given))}: {NONE} has no options")
-                parts[half] = None, {}
-            elif not isinstance(name, str) or name not in known:
-                choices = [*known, NONE] if half == "reference" else list(known)
-                raise KeyedError(f"{place}.name", _unknown(f"{place}.name", name, choices))
-            else:
-                parts[half] = known[name], given
-        elif preset is None:
-            raise KeyedError(
-                f"objective.{half}", f"objective.{half} is missing: objective.name = null names no method"
-            )
-        else:
-            name = getattr(preset, half)
-            part = None if name is None else known[name]
-            own = (
-                {}
-                if part is None
-                else {key: value for key, value in preset.fixed.items() if key in part.Options.model_fields}
-            )
-            for key in [key for key in flat if _is_flat_option(part, preset, key)]:
-                own[key] = flat.pop(key)
-            parts[half] = part, own
+    selected = {half: _select(objective, preset, half, flat) for half in HALVES}
     if flat:
-        key = next(iter(flat))
-        raise KeyedError(f"objective.{key}", _lacks(objective, preset, key))
-    (target, of_target), (reference, of_reference) = parts["target"], parts["reference"]
+        raise _unknown_option(objective, preset, next(iter(flat)))
+    target, reference = selected["target"].part, selected["reference"].part
     assert target is not None and issubclass(target, TargetLoss)
     assert reference is None or issubclass(reference, ReferenceLoss)
-    explicit = {half for half in ("target", "reference") if getattr(objective, half) is not None}
-    choice = Choice(
-        None,
-        target,
-        _validated(target, of_target, "objective.target" if "target" in explicit else "objective"),
-        reference,
-        Section()
-        if reference is None
-        else _validated(
-            reference, of_reference, "objective.reference" if "reference" in explicit else "objective"
-        ),
-    )
     if reference is None and (objective.weight is not None or objective.reference_every != 1):
-        key = "weight" if objective.weight is not None else "reference_every"
-        raise KeyedError(f"objective.{key}", _lacks(objective, preset, key))
+        raise _unknown_option(objective, preset, "weight" if objective.weight is not None else "reference_every")
+    options = [_validate(selected[half]) for half in HALVES]
+    choice = Choice(None, target, options[0], reference, options[1])
     return choice._replace(preset=_preset_of(choice, preset))
 
 
-def _is_flat_option(part: type[Part] | None, preset: Preset, key: str) -> bool:
-    return part is not None and key in part.Options.model_fields and key not in (*preset.fixed, *preset.hidden)
+def _named_preset(objective: ObjectiveConfig) -> Preset | None:
+    presets = table().presets
+    if objective.name is not None and objective.name not in presets:
+        raise KeyedError("objective.name", _expected("objective.name", objective.name, list(presets)))
+    return None if objective.name is None else presets[objective.name]
 
 
-def _validated(part: type[Part], options: Mapping[str, Any], place: str) -> Section:
+def _select(objective: ObjectiveConfig, preset: Preset | None, half: str, flat: dict[str, Any]) -> _Selection:
+    """The part of one half: the one that its section names, or the preset's with the options set for it.
+
+    Args:
+        flat: options that stand in ``objective`` itself; those of the preset's part are removed.
+    """
+    key = f"objective.{half}"
+    value = getattr(objective, half)
+    section: dict[str, Any] = {"name": value} if isinstance(value, str) else dict(value or {})
+    keys = {option: f"{key}.{option}" for option in section}
+    if "name" in section:
+        part = _named_part(half, section.pop("name"))
+        if part is None and section:
+            option = next(iter(section))
+            raise KeyedError(keys[option], f"unknown key {keys[option]}: {NONE} has no options")
+        return _Selection(part, section, keys)
+    if preset is None:
+        missing = f"{key}.name" if section else key
+        names = ", ".join(_part_names(half))
+        raise KeyedError(missing, f"{missing} is missing: name one of {names}, or a method in objective.name")
+    part = _part_of(preset, half)
+    if part is None:
+        if section:
+            raise KeyedError(
+                f"{key}.name", f"{key}.name is missing: objective.name = {preset.name} has no {half} loss"
+            )
+        return _Selection(None, {}, {})
+    own = _free_options(part, preset)
+    for option in section:
+        if option in preset.fixed:
+            raise KeyedError(keys[option], _is_fixed(keys[option], preset, option))
+        if option in flat:
+            raise KeyedError(keys[option], f"objective.{option} and {keys[option]} set the same option; keep one")
+    direct = {option: flat.pop(option) for option in list(flat) if option in own}
+    fixed = {option: value for option, value in preset.fixed.items() if option in part.Options.model_fields}
+    return _Selection(part, fixed | direct | section, {option: f"objective.{option}" for option in direct} | keys)
+
+
+def _named_part(half: str, name: Any) -> type[Part] | None:
+    if half == "reference" and name == NONE:
+        return None
+    parts = _known_parts(half)
+    if not isinstance(name, str) or name not in parts:
+        raise KeyedError(f"objective.{half}.name", _expected(f"objective.{half}.name", name, _part_names(half)))
+    return parts[name]
+
+
+def _known_parts(half: str) -> Mapping[str, type[Part]]:
+    return table().targets if half == "target" else table().references
+
+
+def _part_names(half: str) -> list[str]:
+    return [*_known_parts(half), *([NONE] if half == "reference" else [])]
+
+
+def _part_of(preset: Preset, half: str) -> type[Part] | None:
+    name = getattr(preset, half)
+    return None if name is None else _known_parts(half)[name]
+
+
+def _free_options(part: type[Part], preset: Preset) -> list[str]:
+    """The options of a part that a config can set when the preset is chosen."""
+    return [name for name in part.Options.model_fields if name not in (*preset.fixed, *preset.hidden)]
+
+
+def _validate(selection: _Selection) -> Section:
+    part, options, keys = selection
+    if part is None:
+        return Section()
     try:
         return part.Options.model_validate_json(json.dumps(options))
     except ValidationError as error:
         mistakes = error.errors(include_url=False)
         mistake = next((each for each in mistakes if each["type"] == "extra_forbidden"), mistakes[0])
-        key = ".".join([place, *map(str, mistake["loc"][:1])])
+        option = str(mistake["loc"][0])
+        key = keys[option]
         if mistake["type"] == "extra_forbidden":
-            own = list(part.Options.model_fields)
-            hint = nearest(str(mistake["loc"][0]), own)
+            valid = list(part.Options.model_fields)
+            hint = nearest_key(key, valid)
             raise KeyedError(
-                key, f"unknown key {key}{hint} (options of {part.name}: {', '.join(own) or 'none'})"
+                key, f"unknown key {key}{hint} (options of {part.name}: {', '.join(valid) or 'none'})"
             ) from None
-        messages = [each["msg"] for each in mistakes if each["loc"][:1] == mistake["loc"][:1]]
-        said = " or ".join(message[0].lower() + message[1:] for message in messages)
-        raise KeyedError(key, f"{key} = {json.dumps(mistake['input'], default=str)[:200]}: {said}") from None
+        messages = [each["msg"] for each in mistakes if each["loc"][0] == option]
+        expected = " or ".join(message[0].lower() + message[1:] for message in messages)
+        raise KeyedError(key, f"{key} = {shorten_json(mistake['input'])}: {expected}") from None
 
 
-def _preset_of(choice: Choice, given: Preset | None) -> Preset | None:
-    """The preset whose parts, fixed and hidden options these are; the given one first."""
-    candidates = [*([given] if given is not None else []), *table().presets.values()]
+def _preset_of(choice: Choice, named: Preset | None) -> Preset | None:
+    """A preset with the same parts, fixed options and defaults of hidden options; the named one if it is one."""
     reference = None if choice.reference is None else choice.reference.name
-    for preset in candidates:
+    values = choice.target_options.model_dump() | choice.reference_options.model_dump()
+    for preset in (*([named] if named is not None else []), *table().presets.values()):
         if (preset.target, preset.reference) != (choice.target.name, reference):
             continue
-        values = choice.target_options.model_dump() | choice.reference_options.model_dump()
-        defaults = {
-            name: field.default for part in _parts(preset) for name, field in part.Options.model_fields.items()
-        }
-        wanted = {name: defaults[name] for name in preset.hidden} | dict(preset.fixed)
-        if all(values[name] == value for name, value in wanted.items()):
+        fields = {name: field for part in _parts(preset) for name, field in part.Options.model_fields.items()}
+        expected = {name: fields[name].default for name in preset.hidden} | dict(preset.fixed)
+        if all(values[name] == value for name, value in expected.items()):
             return preset
     return None
 
 
-def _unknown(key: str, name: Any, known: Any) -> str:
-    known = list(known)
-    hint = nearest(name, known) if isinstance(name, str) else ""
-    return f"{key} = {json.dumps(name, default=str)[:200]}: expected one of {', '.join(known)}{hint}"
+def _expected(key: str, name: Any, names: list[str]) -> str:
+    hint = nearest(name, names) if isinstance(name, str) else ""
+    return f"{key} = {shorten_json(name)}: expected one of {', '.join(names)}{hint}"
 
 
-def _lacks(objective: ObjectiveConfig, preset: Preset | None, key: str) -> str:
-    if preset is None or objective.target is not None or objective.reference is not None:
-        return (
-            f"unknown key objective.{key}: the options of a part that is named in objective.target or "
-            "objective.reference stand in that section, next to its name"
+def _is_fixed(key: str, preset: Preset, option: str) -> str:
+    return f"{key}: objective.name = {preset.name} fixes it at {json.dumps(preset.fixed[option])}; remove it"
+
+
+def _unknown_option(objective: ObjectiveConfig, preset: Preset | None, option: str) -> KeyedError:
+    """The error of a key of ``objective`` that belongs to no part of the method."""
+    key = f"objective.{option}"
+    if option in ("weight", "reference_every"):
+        method = (
+            "this objective"
+            if preset is None or preset.reference is not None
+            else f"objective.name = {preset.name}"
         )
+        return KeyedError(key, f"{key}: {method} has no reference loss; remove it")
+    named = [half for half in HALVES if preset is None or isinstance(getattr(objective, half), str | dict)]
+    for half in named:
+        value = getattr(objective, half)
+        name = value if isinstance(value, str) else (value or {}).get("name")
+        part = _known_parts(half).get(name) if isinstance(name, str) else None
+        if part is not None and option in part.Options.model_fields:
+            section = json.dumps({"name": name, option: "..."})
+            return KeyedError(key, f"unknown key {key}: set it in objective.{half}, as {section}")
+    if preset is None:
+        return KeyedError(key, f"unknown key {key}{nearest_key(key, COMMON)} (valid: {', '.join(COMMON)})")
+    if option in preset.fixed:
+        return KeyedError(key, _is_fixed(key, preset, option))
     own = [*(["weight", "reference_every"] if preset.reference is not None else []), *options_of(preset)]
-    if key in preset.fixed:
-        return f"objective.{key}: objective.name = {preset.name} fixes it at {json.dumps(preset.fixed[key])}; remove it"
-    return (
-        f"unknown key objective.{key}{nearest(key, own)} (options of objective.name = {preset.name}: "
-        f"{', '.join(own) or 'none'})"
+    hint = nearest_key(key, [*COMMON, *own])
+    return KeyedError(
+        key, f"unknown key {key}{hint} (options of objective.name = {preset.name}: {', '.join(own) or 'none'})"
     )
 
 
@@ -254,41 +315,46 @@ def resolve(objective: ObjectiveConfig) -> ObjectiveConfig:
         KeyedError: as :func:`choose`.
     """
     choice = choose(objective)
-    common = {"weight": objective.weight, "reference_every": objective.reference_every}
-    values = choice.target_options.model_dump() | choice.reference_options.model_dump()
+    section: dict[str, Any] = {"weight": objective.weight, "reference_every": objective.reference_every}
     if choice.preset is not None:
-        own = {name: values[name] for name in options_of(choice.preset)}
-        return ObjectiveConfig(name=choice.preset.name, **common, **own)
+        values = choice.target_options.model_dump() | choice.reference_options.model_dump()
+        section |= {"name": choice.preset.name} | {name: values[name] for name in options_of(choice.preset)}
+        return ObjectiveConfig(**section)
     reference: dict[str, Any] = {"name": NONE}
     if choice.reference is not None:
         reference = {"name": choice.reference.name, **choice.reference_options.model_dump()}
     target = {"name": choice.target.name, **choice.target_options.model_dump()}
-    return ObjectiveConfig(name=None, **common, target=target, reference=reference)
+    return ObjectiveConfig(**section, name=None, target=target, reference=reference)
 
 
 def drop_inherited(objective: dict[str, Any], inherited: set[str]) -> None:
-    """Removes options of a base config's method that the method now chosen lacks.
+    """Removes options that were set for another method and that the method now chosen lacks.
 
     Args:
         objective: the ``objective`` section, not validated; changed in place.
-        inherited: keys of it that stood with another method's name.
+        inherited: keys of it that were set for another method, e.g. ``decay`` and ``reference.decay``.
     """
-    preset = table().presets.get(objective.get("name", ObjectiveConfig().name))
-    if preset is None:
-        return
+    name = objective.get("name", ObjectiveConfig().name)
+    preset = table().presets.get(name) if isinstance(name, str) else None
+    if preset is None and name is not None:
+        return  # an unknown name, which the validation refuses
     allowed = {"name"}
-    for half in ("target", "reference"):
-        if objective.get(half) is not None and half not in inherited:
-            allowed |= {half}
-            has_reference = half == "reference" and objective[half] != NONE
+    for half in HALVES:
+        section = None if half in inherited else objective.get(half)
+        part = None if preset is None else _part_of(preset, half)
+        if section is None:
+            allowed |= set() if preset is None or part is None else set(_free_options(part, preset))
         else:
-            part = getattr(preset, half)
-            options = {} if part is None else getattr(table(), f"{half}s")[part].Options.model_fields
-            allowed |= set(options) - set(preset.fixed) - set(preset.hidden)
-            has_reference = half == "reference" and part is not None
-        allowed |= {"weight", "reference_every"} if has_reference else set()
+            name = section.get("name") if isinstance(section, dict) else section
+            part = part if name is None else _known_parts(half).get(name) if isinstance(name, str) else None
+            options = [] if part is None else [f"{half}.{option}" for option in part.Options.model_fields]
+            allowed |= {half, f"{half}.name", *options}
+        allowed |= {"weight", "reference_every"} if half == "reference" and part is not None else set()
     for key in inherited - allowed:
-        objective.pop(key, None)
+        section_key, _, option = key.partition(".")
+        section = objective.get(section_key) if option else objective
+        if isinstance(section, dict):
+            section.pop(option or key, None)
 
 
 def needs(objective: ObjectiveConfig) -> Needs:

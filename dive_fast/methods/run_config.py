@@ -1,4 +1,7 @@
-"""The config of a run with its method: ``python -m dive_fast.methods.run_config`` prints the reference, docs/config.md."""
+"""The config of a run with its method.
+
+``python -m dive_fast.methods.run_config`` prints the configuration reference, docs/config.md.
+"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,6 +50,7 @@ def load_run_config(name: str, overrides: Sequence[str] = (), folder: Path | Non
 
 
 def _methods() -> Iterator[str]:
+    """The lines of the reference on methods and options of their parts."""
     table = registry.table()
     yield from ("## Methods", "", "Values of `objective.name`; each has its options in `objective`.", "")
     yield from ("| name | method | target loss | reference loss | weight | options |", "|---|---|---|---|---|---|")
@@ -62,5 +66,10 @@ def _methods() -> Iterator[str]:
                 yield from ("", f"### Options of the {half} loss `{name}`", "", *rows(part.Options))
 
 
+def config_reference() -> str:
+    """The configuration reference in Markdown, docs/config.md."""
+    return reference("dive_fast.methods.run_config", RunConfig, _methods())
+
+
 if __name__ == "__main__":
-    print(reference("dive_fast.methods.run_config", RunConfig, _methods()), end="")
+    print(config_reference(), end="")
