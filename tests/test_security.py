@@ -284,7 +284,7 @@ def test_torchvision_sets_that_unpickle_are_not_prepared(
         "--output",
         str(tmp_path / "s"),
     ]
-    assert "by a pickle that lies beside the data" in command("prepare", arguments, monkeypatch, capsys)
+    assert "with a pickle stored next to the data" in command("prepare", arguments, monkeypatch, capsys)
 
 
 # What would lead out

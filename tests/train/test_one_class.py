@@ -1,4 +1,4 @@
-"""One class alone trains to the end by every method without a reference set, and is remarked on."""
+"""Training with a single class: every method without a reference set runs to the end and exports its head."""
 
 import json
 from pathlib import Path
@@ -15,23 +15,23 @@ from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import head as heads
 from dive_fast.model.model_identity import weights_digest
 from dive_fast.model.towers import create
-from dive_fast.train import loop as train
+from dive_fast.train.loop import train
 
 METHODS = ("flyp", "vanilla_ft", "lp_ft")
 
 
-def trained(root: Path) -> dict[str, dict[str, Any]]:
-    ranks, found = join(), {}
+def train_all(root: Path) -> dict[str, dict[str, Any]]:
+    ranks, metrics = join(), {}
     for method in METHODS:
-        tree = tiny.write_config(root / "made", max_steps=2)
+        tree = tiny.write_config(root / "config", max_steps=2)
         target = tree["data"]["target"]
         del tree["data"]["reference"]
         tree["data"]["target"] = target | tiny.write_target(root / "one", count=6, classes=1) | {"batch_size": 3}
-        tree["objective"] = {"name": method, "probe_epochs": 1}
+        tree["objective"] = {"name": method} | ({"probe_epochs": 1} if method == "lp_ft" else {})
         tree["evaluate"] = {"sets": {"seen": {key: tree["data"]["target"][key] for key in tiny.EVALUATION}}}
         tree["evaluate"]["workers"] = 0
-        found[method] = train.train(RunConfig.model_validate_json(json.dumps(tree)), root / method, ranks)
-    return found
+        metrics[method] = train(RunConfig.model_validate_json(json.dumps(tree)), root / method, ranks)
+    return metrics
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +40,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_train_with_a_single_class(root: Path) -> None:
-    (found,) = run_ranks(1, trained, root, init=False)
+    (metrics,) = run_ranks(1, train_all, root, init=False)
     for method in METHODS:
-        assert found[method]["accuracy/seen"] == 1
-        assert found[method]["loss"] >= 0
-    assert found["vanilla_ft"]["loss"] == found["lp_ft"]["loss"] == 0
+        assert metrics[method]["accuracy/seen"] == 1
+        assert metrics[method]["loss"] >= 0
+    assert metrics["vanilla_ft"]["loss"] == metrics["lp_ft"]["loss"] == 0
     assert heads.load(root / "lp_ft/head.safetensors").class_names == ("class number 0",)
-    # Of a checkpoint too: by prompts, it would be another classifier than the run's.
+    # The checkpoint has the same head: with prompts it would be evaluated by another classifier.
     (checkpoint,) = (root / "lp_ft/checkpoints").glob("step*")
     exported, stored = heads.load(root / "lp_ft/head.safetensors"), head_of(checkpoint)
     assert stored is not None
@@ -55,5 +55,5 @@ def test_train_with_a_single_class(root: Path) -> None:
     assert stored.bias.equal(exported.bias)
     towers = create(ModelConfig(name=f"local-dir:{root / 'lp_ft'}"))
     assert exported.trained_with == weights_digest(towers)
-    (without,) = (root / "flyp/checkpoints").glob("step*")
-    assert head_of(without) is None
+    (headless,) = (root / "flyp/checkpoints").glob("step*")
+    assert head_of(headless) is None
