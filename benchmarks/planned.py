@@ -19,7 +19,7 @@ from steps import COMPILED, ENGINES, Case, engine_config  # noqa: E402
 
 from dive_fast.methods.run_config import load_run_config  # noqa: E402
 from dive_fast.planner.gpu_specs import GPUS  # noqa: E402
-from dive_fast.planner.simulate import plan_run as plan_run  # noqa: E402
+from dive_fast.planner.simulate import plan_run  # noqa: E402
 
 CONFIG, GPU = "vitb16_dive.json", "h200"
 PAPER = ("train.precision=fp32", "train.schedule=joint", "teacher.mode=online")

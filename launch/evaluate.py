@@ -57,7 +57,6 @@ def main(arguments: list[str] | None = None) -> int:
         from dive_fast.evaluate.results import Results, as_markdown
         from dive_fast.model import head as heads
         from dive_fast.model import towers
-        from dive_fast.model.towers import AUTOCAST
 
         sets: dict[str, EvaluationSet] = {
             name: EvaluationSet(
@@ -102,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
                 load_into(evaluated, model, weights)
             tokenizer = towers.tokenizer_of(model)
         evaluated = evaluated.to(ranks.device).eval()
-        evaluated.autocast = AUTOCAST[precision]
+        evaluated.set_precision(precision)
         model_fields = {
             "model": model.name,
             "pretrained": model.pretrained,

@@ -97,7 +97,7 @@ def dry_run(config: "Config", options: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
     from dive_fast.planner.advice import advise
     from dive_fast.planner.auto_schedule import choose, with_schedule
-    from dive_fast.planner.simulate import plan_run as plan_run
+    from dive_fast.planner.simulate import plan_run
     from dive_fast.planner.table import as_json
     from dive_fast.planner.table import as_table as as_table
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from dive_fast.config.schema import Config
 from dive_fast.methods.run_config import RunConfig
-from dive_fast.planner.simulate import plan_run as plan_run
+from dive_fast.planner.simulate import plan_run
 from dive_fast.planner.table import as_table as as_table
 
 TARGET, REFERENCE, CONTEXT, WIDTH = 16, 12, 40, 64

@@ -32,9 +32,9 @@ from dive_fast.engine.profiler import span
 from dive_fast.engine.target_teacher import TargetTeacher
 from dive_fast.engine.update import DeepSpeedUpdate, DeviceUpdate, LossScale
 from dive_fast.errors import ConfigError
-from dive_fast.methods.method import Known, Loss, Method, Part, overrides
+from dive_fast.methods.method import ImageInfo, Loss, Method, Part, overrides
 from dive_fast.model.features import Features, Outputs, Pairs
-from dive_fast.model.towers import AUTOCAST, Towers
+from dive_fast.model.towers import Towers
 from dive_fast.model.transformer_blocks import (
     compile_blocks,
     recompute_activations,
@@ -94,7 +94,7 @@ class Engine:
         train = config.train
         self.ranks, self.schedule, self.micro_batch_size = ranks, train.schedule, train.micro_batch_size
         self.towers = towers.to(ranks.device).train()
-        self.towers.autocast = AUTOCAST[train.precision]
+        self.towers.set_precision(train.precision)
         feature_consistency.settle(self.towers)
         found: feature_consistency.FeatureConsistency = (
             self.towers.feature_consistency or feature_consistency.by_modules(self.towers)
@@ -254,11 +254,11 @@ class Engine:
                 made = self.towers(images)
                 return Outputs(made.image, None if rows is None else rows[piece], made.logit_scale, made.logits)
 
-            known = Known(
+            info = ImageInfo(
                 None if labels is None else labels[piece],
                 None if teacher is None else Pairs(*(each[piece] for each in teacher)),
             )
-            changed.append(part.change_images(images[piece], outputs, known).detach())
+            changed.append(part.change_images(images[piece], outputs, info).detach())
         return torch.cat(changed)
 
     def _penalty(self, half: _Half) -> Loss | None:

@@ -24,7 +24,6 @@ from dive_fast.model import head as heads
 from dive_fast.model import towers
 from dive_fast.model.head import Head
 from dive_fast.model.model_files import DESCRIPTION
-from dive_fast.model.towers import AUTOCAST
 
 WEIGHTS = "ensemble.safetensors"
 ALPHAS = tuple(step / 10 for step in range(1, 10))
@@ -99,7 +98,7 @@ def ensemble(
     if trained is not None:
         # In fp32, as at the start of training; on the device and on all ranks, since there may be 80,000 prompts.
         start = _head_of_prompts(model.load_exported(pretrained), tokenizer, trained.class_names, templates, ranks)
-    model.autocast = AUTOCAST[config.train.precision]
+    model.set_precision(config.train.precision)
     points = sorted({0.0, *alphas, 1.0})
     rows: list[dict[str, float]] = []
     measured: dict[str, Measured] = {}

@@ -27,7 +27,7 @@ class Dive(ReferenceLoss):
 
     name, title = "dive", "DiVE"
     default_weight = 1000.0
-    norms = {"image_norm": "|u|", "text_norm": "|v|"}  # noqa: RUF012 - never changed
+    norms = {"image_norm": "|u|", "text_norm": "|v|"}
     average_vector: Tensor
 
     class Options(Section):

@@ -1,10 +1,10 @@
 """The interface of a fine-tuning method: a loss on the target batch, a loss on the reference batch, and hooks.
 
-A method is a pair of parts that are chosen apart: a :class:`TargetLoss` and, for most, a :class:`ReferenceLoss`.
-Each part is one class in one file of this folder, with its title, needs, options, loss and hooks; the names by which
-configs choose parts and the papers' pairs are in :mod:`dive_fast.methods.registry`. A part turns features into a loss
-and knows nothing of batches or DeepSpeed. Features are un-normalised; losses are those of the global batch over
-``group`` (see :mod:`dive_fast.kernels`).
+A method is a pair of parts that are chosen apart: a :class:`TargetLoss` and, in most methods, a
+:class:`ReferenceLoss`. Each part is one class in one file of this folder, with its title, needs, options, loss
+and hooks. Configs choose parts by the names in :mod:`dive_fast.methods.registry`. A part turns features into a
+loss and knows nothing of batches or DeepSpeed. Features are un-normalised; losses are those of the global batch
+over ``group`` (see :mod:`dive_fast.kernels`).
 
 The engine calls the hooks at these places of a step; each does nothing unless a part defines it::
 
@@ -27,8 +27,8 @@ from dive_fast.methods.projection import Projection
 from dive_fast.model.features import Outputs, Pairs
 
 Group = dist.ProcessGroup | None
-Features = Callable[[Tensor], Outputs]
-"""Images of a half -> its outputs, differentiable by the images."""
+Forward = Callable[[Tensor], Outputs]
+"""Images of a half -> outputs of the student, differentiable by the images; text features without gradient."""
 
 
 class Loss(NamedTuple):
@@ -49,8 +49,8 @@ class Setting(NamedTuple):
     """k, where every k-th step has a reference batch."""
 
 
-class Known(NamedTuple):
-    """What a half knows of its images."""
+class ImageInfo(NamedTuple):
+    """Data of a half that belongs to its images."""
 
     labels: Tensor | None
     """``(b,)`` int64, classes of the target half; None on the reference half."""
@@ -139,18 +139,18 @@ class Part(nn.Module):
         """Builds the part from its validated options."""
         super().__init__()
 
-    def change_images(self, images: Tensor, outputs: Features, known: Known) -> Tensor:
+    def change_images(self, images: Tensor, outputs: Forward, info: ImageInfo) -> Tensor:
         """Images that replace those of the half before the forward, e.g. adversarial ones.
 
         Args:
             images: ``(b, 3, H, W)``, normalised: a micro-batch of the half, or all of it.
             outputs: of the student, which is in training mode.
-            known: what else the half knows of these images.
+            info: labels and teacher rows of these images.
         """
         return images
 
     def change_weights(self, towers: nn.Module) -> AbstractContextManager[None]:
-        """A context around forward and backward of the half, in which weights are changed, and restored after it."""
+        """A context around forward and backward of the half: changes weights and restores them after it."""
         return nullcontext()
 
     def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor | None:
@@ -195,11 +195,11 @@ class TargetLoss(Part):
         raise NotImplementedError
 
     def teacher_rate(self, applied: Tensor) -> Tensor:
-        """Share w of the student in the moved teacher, ``()``: ``teacher += w (student - teacher)`` after an update.
+        """Share w of the student, ``()``, in the moved teacher: ``teacher += w (student - teacher)``.
 
         Args:
-            applied: ``()`` fp32, 0 where the update was skipped, otherwise 1; the engine multiplies w by it. State
-                of the schedule is multiplied by it in here.
+            applied: ``()`` fp32, 0 where the update was skipped, otherwise 1. The engine multiplies w by it; a
+                schedule that counts updates adds it to its count, a buffer.
         """
         raise NotImplementedError
 

@@ -6,8 +6,8 @@ from dive_fast.errors import ConfigError
 from dive_fast.methods.method import FirstStep
 
 NOISE_FLOOR = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
-"""Largest mean |u| and |v| allowed at the first step, where the tuned model is the frozen one and only the rounding of
-the forward pass is left (docs/precision.md has what was measured): more means a wrong cache."""
+"""Largest mean |u| and |v| allowed at the first step, by precision: the tuned model still is the frozen one, and
+only the rounding of the forward pass is left (measured in docs/precision.md). Longer ones mean a wrong cache."""
 
 
 def check_noise_floor(first: FirstStep, norms: Mapping[str, str]) -> None:

@@ -1,8 +1,8 @@
 """The interface of a projection: a change of gradients and weights around the optimizer's step.
 
-ZeRO 1 and 2 keep the fp32 weights of a parameter group as one flat tensor, of which each rank has a part. A part
-cuts parameters anywhere: a rank can hold no piece of a tensor, a piece that begins within a row, and padding at the
-end. A :class:`FlatGroup` names the pieces, so that a projection reads the same with every ZeRO stage.
+ZeRO 1 and 2 keep the fp32 weights of a parameter group as one flat tensor, of which each rank has a part. The
+parts end anywhere: a rank can hold no piece of a tensor, a piece that begins within a row, and padding at the end.
+A :class:`FlatGroup` names the pieces, so that a projection is written once for ZeRO 0, 1 and 2.
 """
 
 from collections.abc import Callable
@@ -25,8 +25,8 @@ class Segment:
     weights: Tensor
     """``(n,)`` fp32, a view of the weights that the optimizer updates; changed in place."""
     gradient: Callable[[], Tensor | None]
-    """``(n,)``, a view of the gradient; in :meth:`Projection.before_step` multiplied by ``FlatGroup.gradient_scale``.
-    None where the parameter has none."""
+    """Returns ``(n,)``, a view of the gradient, which :meth:`Projection.before_step` sees multiplied by
+    ``FlatGroup.gradient_scale``; None where the parameter has no gradient."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class FlatGroup:
     """All parameters of the group, of which this rank may hold none."""
     segments: list[Segment]
     reduce: Callable[[Tensor], None]
-    """Sums a tensor over the ranks that share the parameters, in place; nothing where each rank has all of them."""
+    """Sums a tensor over the ranks that share the parameters, in place; nothing to do where each has them all."""
     gradient_scale: Tensor = field(default_factory=lambda: torch.ones(()))
     """``()``, loss scale times the divisor of clipping."""
     skipped: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -50,7 +50,7 @@ class Projection:
     """Hooks around the step of torch's fused AdamW; both are called once for each parameter group."""
 
     def start(self, groups: list[FlatGroup]) -> None:
-        """Sees the groups once, before the first step and before a checkpoint is loaded, e.g. to copy an anchor."""
+        """Called once, before the first step and before a checkpoint is loaded, e.g. to copy an anchor."""
 
     def before_step(self, group: FlatGroup) -> None:
         """Changes gradients in place, still scaled."""

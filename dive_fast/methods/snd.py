@@ -12,7 +12,7 @@ class Snd(ReferenceLoss):
 
     name, title = "snd", "SnD"
     needs_texts = False
-    norms = {"image_norm": "|u|"}  # noqa: RUF012 - never changed
+    norms = {"image_norm": "|u|"}
 
     def __init__(self, options: Section, setting: Setting) -> None:
         """Takes lambda of Eq. 13."""

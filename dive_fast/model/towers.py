@@ -39,7 +39,7 @@ from dive_fast.numerics import full_fp32
 
 MODEL_DIR = Path(__file__).parents[1] / "demo/model"
 
-AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
+_AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
 
 
 __all__ = ["Features", "Towers", "create", "tokenizer_of", "unit"]
@@ -106,6 +106,11 @@ class Towers(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
+        return self
+
+    def set_precision(self, precision: str) -> "Towers":
+        """Sets the precision of both towers' matrix products, a value of ``train.precision``; returns itself."""
+        self.autocast = _AUTOCAST[precision]
         return self
 
     def forward(self, images: Tensor, tokens: Tensor | None = None, length: int | None = None) -> Features:

@@ -45,7 +45,7 @@ def choose(config: Config, ranks: int, gpu: str) -> str:
         ConfigError: the config cannot be planned.
     """
     from dive_fast.methods import registry
-    from dive_fast.planner.simulate import plan_run as plan_run
+    from dive_fast.planner.simulate import plan_run
 
     if not registry.needs(config.objective).reference:
         return "sequential"

@@ -1,4 +1,4 @@
-"""The towers that a run evaluates: built once, with weights only while they are measured."""
+"""The towers that a run evaluates: built once, and with weights only during an evaluation."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,14 +17,14 @@ from dive_fast.model.towers import HEAD, Towers, create
 
 
 class EvaluationTowers:
-    """A second copy of the towers in eval mode, without what training adds to them (compiled blocks, recomputation).
+    """A second copy of the towers in eval mode, without the compiled or recomputed blocks of training.
 
-    So an evaluation computes what an exported model computes, bit for bit. Between evaluations the copy has no
-    storage on the device: training has as much memory as without it.
+    So an evaluation has the exported model's figures, bit for bit. Between evaluations the copy has no weights and
+    takes no memory from training.
     """
 
     def __init__(self, model: ModelConfig, engine: Engine) -> None:
-        """Builds the copy on the engine's device; random numbers are drawn and should be forked by the caller."""
+        """Builds the copy on the engine's device; draws random numbers."""
         self._engine = engine
         self._towers = create(model, weights=False).to(engine.ranks.device).eval()
         self._towers.preprocess = engine.towers.preprocess
@@ -35,7 +35,7 @@ class EvaluationTowers:
 
     @contextmanager
     def exported(self, folder: Path) -> Iterator[tuple[Towers, Head | None]]:
-        """The towers with the weights of an exported model, and the head beside them."""
+        """The towers with the weights of an exported model, and the head next to it."""
         path = heads.find_head(folder / MODEL)
         with self._allocated():
             self._towers.load_exported(load_file(folder / MODEL))
@@ -43,10 +43,10 @@ class EvaluationTowers:
 
     @contextmanager
     def trained(self, class_names: tuple[str, ...]) -> Iterator[tuple[Towers, Head | None]]:
-        """The towers with the engine's present weights, and its head; not under ZeRO-3, where a rank has a part.
+        """The towers with the engine's present weights, and its head; only where :func:`has_all_weights`.
 
         Args:
-            class_names: the names of the head's rows.
+            class_names: names of the head's rows.
         """
         linear, state = self._engine.towers.head, self._engine.towers.state_dict()
         with self._allocated():
@@ -72,5 +72,5 @@ def _head(linear: nn.Linear, class_names: tuple[str, ...]) -> Head:
 
 
 def has_all_weights(engine: Engine) -> bool:
-    """Whether each rank has all weights, as it does but under ZeRO-3."""
+    """Whether each rank has all weights, as under ZeRO 0 to 2."""
     return bool(engine.deepspeed.zero_optimization_stage() < 3)

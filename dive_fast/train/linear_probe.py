@@ -1,7 +1,7 @@
-"""The classification head of vanilla fine-tuning and LP-FT: how it starts, and linear probing.
+"""The initial classification head of a run, with linear probing.
 
-Linear probing (Kumar et al. 2022) trains the head alone. The tower is frozen meanwhile, so each image is embedded
-once and every epoch works on the embeddings.
+Linear probing (Kumar et al. 2022) trains only the head. The image tower is frozen, so each image is embedded once
+and every epoch runs on the embeddings.
 """
 
 from collections.abc import Sequence
@@ -20,17 +20,17 @@ from dive_fast.engine.optimizer import learning_rate_schedule
 from dive_fast.evaluate.classifier import classifier
 from dive_fast.methods import registry
 from dive_fast.methods.linear_head import CrossEntropy
-from dive_fast.model.towers import AUTOCAST, Towers, tokenizer_of, unit
+from dive_fast.model.towers import Towers, tokenizer_of, unit
 
 
 def make_head(
     config: Config, towers: Towers, source: Source, class_names: Sequence[str], ranks: Ranks, is_trained: bool
 ) -> nn.Linear:
-    """A head for the target's classes, as ``objective.head_start`` says, and for LP-FT probed.
+    """A head for the target's classes, initialized and probed as the method's options say.
 
     Args:
-        towers: as pre-trained; moved to the device.
-        is_trained: a checkpoint will fill the head.
+        towers: the pre-trained towers; moved to the device.
+        is_trained: whether the head's weights come from a checkpoint; it is left as constructed.
 
     Raises:
         DataError: a sample's label has no class name.
@@ -42,8 +42,7 @@ def make_head(
     head = nn.Linear(towers.width, len(class_names))
     if is_trained:
         return head
-    towers = towers.to(ranks.device).eval()
-    towers.autocast = AUTOCAST[train.precision]
+    towers = towers.to(ranks.device).eval().set_precision(train.precision)
     if options.head_start == "zero_shot":
         templates = read_templates(data.templates)
         weight = classifier(towers, tokenizer_of(config.model), class_names, templates, ranks)
@@ -51,8 +50,8 @@ def make_head(
             head.weight.copy_(weight * towers.scale())
             head.bias.zero_()
     if options.probe:
-        samples, loading = EvaluationSamples(source, towers.preprocess), loader_options(config, data, ranks)
-        rows, labels = embed(towers, samples, ranks, config.evaluate.batch_size, loading)
+        samples, loader = EvaluationSamples(source, towers.preprocess), loader_options(config, data, ranks)
+        rows, labels = embed(towers, samples, ranks, config.evaluate.batch_size, loader)
         loss = probe(
             head,
             rows,
@@ -72,12 +71,11 @@ def make_head(
 def embed(
     towers: Towers, samples: EvaluationSamples, ranks: Ranks, batch_size: int, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """Unit features of a labelled set, ``(N, D)``, and its labels, ``(N,)``; all of them on every rank."""
-    share = ranks.local_range(len(samples.source))
-    places = [(0, sample) for sample in share]
+    """Unit image features ``(N, D)`` and labels ``(N,)`` of a labelled set, complete on every rank."""
+    keys = [(0, sample) for sample in ranks.local_range(len(samples.source))]
     rows, labels = [], []
-    with ranks.progress(len(share), "embed the target set", "image") as bar:
-        for batch in batches_of(samples, places, batch_size, options):
+    with ranks.progress(len(keys), "embed the target set", "image") as bar:
+        for batch in batches_of(samples, keys, batch_size, options):
             batch = batch.to(ranks.device)
             rows.append(unit(towers.encode_image(batch.images)))
             labels.append(batch.labels)
@@ -97,9 +95,9 @@ def probe(
     batch_size: int,
     seed: int,
 ) -> float:
-    """Trains a head by AdamW on cross-entropy, cosine decay to zero; returns the last epoch's mean loss.
+    """Trains a head with AdamW on cross-entropy, with cosine decay to zero; returns the last epoch's mean loss.
 
-    Every rank does all of it and ends with the first one's bits.
+    Every rank runs all steps; at the end the weights of rank 0 are broadcast.
 
     Args:
         head: trained in place.
@@ -116,13 +114,13 @@ def probe(
     with ranks.progress(epochs, "linear probe", "epoch") as bar:
         for _ in range(epochs):
             total.zero_()
-            for chosen in torch.randperm(len(rows), generator=generator).to(rows.device).split(batch_size):
-                loss = nn.functional.cross_entropy(head(rows[chosen]), labels[chosen])
+            for batch in torch.randperm(len(rows), generator=generator).to(rows.device).split(batch_size):
+                loss = nn.functional.cross_entropy(head(rows[batch]), labels[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                total += loss.detach() * len(chosen)
+                total += loss.detach() * len(batch)
             bar.update()
     if ranks.group is not None:
         for parameter in head.parameters():

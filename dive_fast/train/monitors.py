@@ -1,43 +1,42 @@
-"""DeepSpeed's monitors: their files lie in the run folder, and hold each step once after a resume."""
+"""DeepSpeed's monitors: their files are in the run folder and contain each step once, also after a resume."""
 
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dive_fast.config.schema import Config
 from dive_fast.io.atomic_files import write_atomic
 
-IN_FILES = ("tensorboard", "csv_monitor")
+FILE_MONITORS = ("tensorboard", "csv_monitor")
 
 
-def in_run_folder(config: Config, folder: Path) -> Config:
-    """The config with its file monitors below the run folder, where the user has named no other place."""
-    section = dict(config.deepspeed)
-    for name in IN_FILES:
+def with_output_paths(deepspeed: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The ``deepspeed`` section with its file monitors below the run folder, unless they name another folder."""
+    section = dict(deepspeed)
+    for name in FILE_MONITORS:
         if isinstance(options := section.get(name), dict) and options.get("enabled"):
             named = {key: value for key, value in options.items() if value not in ("", None)}
             section[name] = {"output_path": str(folder), "job_name": name} | named
-    return config.model_copy(update={"deepspeed": section})
+    return section
 
 
-def forget_after(monitor: Any, last: int) -> None:
-    """Removes what was logged beyond a point that a run resumes from, since it is logged again.
+def discard_after(monitor: Any, last: int) -> None:
+    """Removes the events after the point that a run resumes from, since they are logged again.
 
     Args:
-        monitor: DeepSpeed's.
-        last: samples so far, which is what monitors count.
+        monitor: DeepSpeed's ``MonitorMaster``.
+        last: number of samples at that point; monitors count samples.
     """
     csv = getattr(monitor, "csv_monitor", None)
     if csv is not None and csv.enabled:
         for path in Path(csv.output_path, csv.job_name).glob("*.csv"):
             lines = path.read_text().splitlines(keepends=True)
             write_atomic(path, "".join(line for line in lines if _is_kept(line, last)).encode())
-            csv.filenames.append(path.stem)  # it has its header already
+            csv.filenames.append(path.stem)  # the file has its header already
     board = getattr(monitor, "tb_monitor", None)
     if board is not None and board.enabled and getattr(board, "summary_writer", None) is not None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 
-        # As SummaryWriter's purge_step does, which DeepSpeed does not pass on.
+        # SummaryWriter's purge_step does the same, but DeepSpeed does not pass it on.
         writer = board.summary_writer._get_file_writer()
         writer.add_event(Event(step=last + 1, file_version="brain.Event:2"))
         writer.add_event(Event(step=last + 1, session_log=SessionLog(status=SessionLog.START)))

@@ -1,7 +1,7 @@
-"""Cheap checks of the machine before dear work: each failure is one line that says what to do.
+"""Cheap checks of the machine before expensive work: each failure is one line that says what to do.
 
-What is looked at here fails otherwise after a model is loaded, or after hours of embedding: a folder that cannot
-be written, a full disk, a missing compiler or package, shared memory and open files that loader processes need.
+Otherwise a run fails only after its model is loaded, or after hours of embedding: on a folder that cannot be
+written, a full disk, a missing compiler or package, or too little shared memory or too few open files for loaders.
 """
 
 import logging
@@ -14,17 +14,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from dive_fast.checkpoint.lineage import REPLACED, RUN_FILES
 from dive_fast.checkpoint.manifest import FOLDER as CHECKPOINTS
-from dive_fast.config.schema import Config
+from dive_fast.config.schema import Config, DataConfig, EvaluateConfig, TrainConfig
 from dive_fast.data.workers import PREFETCH
 from dive_fast.distributed import Ranks
 from dive_fast.engine.deepspeed_config import offloads
 from dive_fast.errors import ConfigError, UserError, machine_error
 from dive_fast.methods import registry
 from dive_fast.model.towers import Towers
-from dive_fast.teacher import cache_files as store
+from dive_fast.teacher import cache_files
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +35,16 @@ TRACKERS = {
     "comet": ("comet_ml", "comet-ml"),
     "tensorboard": ("tensorboard", "tensorboard"),
 }
-"""DeepSpeed's sections of trackers: the package that each imports, and its name for pip."""
-FILES, FILES_OF_WORKER = 100, 3
-"""Open files of a run, and what each loader process adds to them at least."""
+"""Trackers' sections of DeepSpeed's config: the package that each imports, and its name for pip."""
+BASE_FILES, FILES_PER_WORKER = 100, 3
+"""Open files of a run without loader processes, and the least number that each process adds."""
 
 
 def check_environment(config: Config, folder: Path | None, ranks: Ranks) -> None:
-    """Checks what is known before a model is loaded; all ranks call it.
+    """Checks everything that is known before a model is loaded; all ranks call it.
 
     Args:
-        folder: the run's; None where nothing is written there.
+        folder: the run folder; None where nothing is written there.
 
     Raises:
         UserError: names the folder, package, tool or limit, and says what to do.
@@ -55,20 +56,20 @@ def check_environment(config: Config, folder: Path | None, ranks: Ranks) -> None
             if _writes_cache(config) and config.teacher.path is not None:
                 check_folder(Path(config.teacher.path).parent, "teacher.path")
                 check_cache_folder(Path(config.teacher.path))
-        check_trackers(config)
+        check_trackers(config.deepspeed)
         check_temporary_folder()
-        check_compiler(config, ranks.device.type == "cuda")
-        check_open_files(config)
+        check_compiler(config.train, config.deepspeed, ranks.device.type == "cuda")
+        check_open_files(config.data, config.evaluate)
 
 
 def check_sizes(config: Config, folder: Path, towers: Towers, pairs: int, ranks: Ranks) -> None:
-    """Checks shared memory and disk, once it is known how large images and weights are; all ranks call it.
+    """Checks shared memory and disk, once the sizes of images and weights are known; all ranks call it.
 
     Args:
-        pairs: of the reference set; 0 where there is none.
+        pairs: pairs in the reference set; 0 where there is none.
 
     Raises:
-        UserError: they do not suffice.
+        UserError: there is too little of them.
     """
     with ranks.raise_on_all(UserError):
         check_shared_memory(config, towers.preprocess.size, ranks)
@@ -77,59 +78,61 @@ def check_sizes(config: Config, folder: Path, towers: Towers, pairs: int, ranks:
 
 
 def check_folder(folder: Path, key: str) -> None:
-    """Makes a folder, and writes a file into it.
+    """Creates a folder and writes a file into it.
 
     Raises:
-        UserError: that fails.
+        UserError: either fails.
     """
-    with _in_one_line(f"{key} = {folder}"):
+    with _reporting_in_one_line(f"{key} = {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable"):
             pass
 
 
 def check_inputs(config: Config, folder: Path) -> None:
-    """Checks that a run reads neither its model nor its teacher cache where it writes its own results.
+    """Checks that a run reads neither its model nor its teacher cache from the files that it writes itself.
 
     Raises:
         ConfigError: names the key.
     """
-    scheme, own = "local-dir:", folder.resolve()
+    scheme, output = "local-dir:", folder.resolve()
     model, pretrained = config.model.name, config.model.pretrained
-    read = {
+    inputs = {
         "model.name": model.removeprefix(scheme) if model.startswith(scheme) else None,
         "model.pretrained": pretrained if pretrained is not None and Path(pretrained).is_file() else None,
         "teacher.path": config.teacher.path if _writes_cache(config) else None,
     }
-    for key, named in read.items():
-        if named is None:
+    for key, value in inputs.items():
+        if value is None:
             continue
-        path = Path(named).resolve()
-        if path == own or any(path.is_relative_to(own / name) for name in (*RUN_FILES, CHECKPOINTS, REPLACED)):
+        path = Path(value).resolve()
+        if path == output or any(
+            path.is_relative_to(output / name) for name in (*RUN_FILES, CHECKPOINTS, REPLACED)
+        ):
             raise ConfigError(
-                f"{key} = {named} is where the run itself writes (train.output = {folder}): set train.output to "
+                f"{key} = {value} is where the run itself writes (train.output = {folder}): set train.output to "
                 "another folder"
             )
 
 
 def check_cache_folder(path: Path) -> None:
-    """Checks that a teacher cache is there, or can be put there.
+    """Checks that a folder contains a teacher cache or nothing.
 
     Raises:
-        ConfigError: something else is there.
+        ConfigError: it contains something else.
     """
-    if path.is_dir() and not store.is_there(path) and any(path.iterdir()):
+    if path.is_dir() and not cache_files.is_there(path) and any(path.iterdir()):
         raise ConfigError(f"teacher.path = {path} is not empty, and not a teacher cache: name another folder")
 
 
-def check_trackers(config: Config) -> None:
-    """Checks that the packages of DeepSpeed's trackers are installed.
+def check_trackers(deepspeed: dict[str, Any]) -> None:
+    """Checks that the packages of the trackers in the ``deepspeed`` section are installed.
 
     Raises:
         ConfigError: names the package.
     """
     for key, (module, package) in TRACKERS.items():
-        section = config.deepspeed.get(key)
+        section = deepspeed.get(key)
         if isinstance(section, dict) and section.get("enabled") is True and find_spec(module) is None:
             raise ConfigError(f"deepspeed.{key}: the package {package} is not installed: pip install {package}")
 
@@ -138,45 +141,44 @@ def check_temporary_folder() -> None:
     """Checks that temporary files can be written.
 
     Raises:
-        UserError: no folder for them can be used.
+        UserError: there is no usable folder for them.
     """
-    named = os.environ.get("TMPDIR")
-    with _in_one_line("temporary files"):
+    variable = os.environ.get("TMPDIR")
+    with _reporting_in_one_line("temporary files"):
         tempfile.gettempdir()
-    if named and not Path(named).is_dir():
-        logger.warning("TMPDIR = %s is not a folder: %s is used", named, tempfile.gettempdir())
+    if variable and not Path(variable).is_dir():
+        logger.warning("TMPDIR = %s is not a folder: %s is used", variable, tempfile.gettempdir())
 
 
-def check_compiler(config: Config, on_gpu: bool) -> None:
-    """Checks for the compiler, and the folders of compiled code, that the options of a run need.
+def check_compiler(train: TrainConfig, deepspeed: dict[str, Any], on_gpu: bool) -> None:
+    """Checks for the compiler and the folders of compiled code that the options of a run need.
 
     Raises:
         ConfigError: names the option that needs it.
     """
-    offload = offloads(config.deepspeed)
-    if offload and not _is_installed("cpu_adam"):
+    if offloads(deepspeed) and not _is_installed("cpu_adam"):
         _require_compiler("deepspeed.zero_optimization.offload_optimizer", "CXX", ("c++", "g++", "clang++"))
         default = _home("TORCH_EXTENSIONS_DIR") / ".cache/torch_extensions"
         _require_writable("TORCH_EXTENSIONS_DIR", default)
-    if config.train.compile:
+    if train.compile:
         _require_compiler("train.compile", "CXX", ("g++", "c++", "clang++"))
     if on_gpu:
-        # Triton compiles the launcher of each kernel by a C compiler.
+        # Triton compiles the launcher of each kernel with a C compiler.
         _require_compiler("the loss kernels (Triton)", "CC", ("gcc", "clang", "cc"))
         _require_writable("TRITON_CACHE_DIR", _home("TRITON_CACHE_DIR") / ".triton/cache")
 
 
-def check_open_files(config: Config) -> None:
-    """Raises the limit of open files as far as the system lets, and checks that loader processes can start.
+def check_open_files(data: DataConfig, evaluate: EvaluateConfig) -> None:
+    """Raises the limit of open files as far as the system allows, and checks that it suffices for the loaders.
 
     Raises:
-        ConfigError: the limit is below what they need.
+        ConfigError: the limit is too low.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    workers = config.data.target.workers + (config.data.reference.workers if config.data.reference else 0)
-    workers += config.evaluate.workers if config.evaluate.sets or config.evaluate.geometry else 0
-    needed = FILES + FILES_OF_WORKER * workers
-    # A batch has some tensors, each of which is an open file until it is used.
+    workers = data.target.workers + (data.reference.workers if data.reference else 0)
+    workers += evaluate.workers if evaluate.sets or evaluate.geometry else 0
+    needed = BASE_FILES + FILES_PER_WORKER * workers
+    # Each tensor of a prefetched batch is an open file until it is used.
     wanted = needed + 8 * (PREFETCH + 1) * workers
     if hard == resource.RLIM_INFINITY or soft < min(wanted, hard):
         wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -191,21 +193,21 @@ def check_open_files(config: Config) -> None:
 
 
 def check_shared_memory(config: Config, size: tuple[int, int], ranks: Ranks) -> None:
-    """Checks that the batches which loader processes make ahead fit into ``/dev/shm``.
+    """Checks that the batches that loader processes prefetch fit into ``/dev/shm``.
 
     Args:
         size: height and width of an image.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: they do not fit.
     """
     if not SHARED_MEMORY.is_dir():
         return
     halves = [half for half in (config.data.target, config.data.reference) if half is not None]
-    rounds = config.train.precision == "fp16" and config.teacher.mode == "cache" and ranks.device.type == "cuda"
-    image = 3 * math.prod(size) * (2 if rounds else 4)
+    is_fp16 = config.train.precision == "fp16" and config.teacher.mode == "cache" and ranks.device.type == "cuda"
+    image_bytes = 3 * math.prod(size) * (2 if is_fp16 else 4)
     needed = sum(
-        half.batch_size // ranks.world_size * image * half.workers * PREFETCH
+        half.batch_size // ranks.world_size * image_bytes * half.workers * PREFETCH
         for half in halves
         if half.loader == "plain"
     )
@@ -221,40 +223,41 @@ def check_shared_memory(config: Config, size: tuple[int, int], ranks: Ranks) -> 
 
 
 def check_disk(config: Config, folder: Path, towers: Towers, pairs: int) -> None:
-    """Compares what a run will write with the free disk: an estimate, so what is merely tight is a warning.
+    """Compares an estimate of what a run writes with the free disk space; warns if its checkpoints may not fit.
 
     Raises:
         ConfigError: not even the teacher cache, one checkpoint and the exported model fit.
     """
     if any(folder.glob("checkpoints/step*")):
-        return  # it resumes: most of it is there
+        return  # a resumed run has written most of it
     options, path = config.train, config.teacher.path
     weights = sum(parameter.numel() * 4 for parameter in towers.parameters())
     checkpoint = 3 * weights  # with AdamW's moments
-    # By disk: folders of one disk share what is free there.
-    least = {_existing(folder).stat().st_dev: (folder, checkpoint + weights)}
+    # By disk: folders on one disk share its free space.
+    minimum = {_existing(folder).stat().st_dev: (folder, checkpoint + weights)}
     if _writes_cache(config) and not (folder / "teacher" if path is None else Path(path)).exists():
         assert config.data.reference is not None
         views = config.data.reference.views
         rows = pairs * (1 + (views if isinstance(views, int) else 1))
-        where = folder if path is None else Path(path).parent
-        disk = _existing(where).stat().st_dev
-        there = least.get(disk, (where, 0))[1]
-        least[disk] = where, there + rows * towers.width * (2 if config.teacher.dtype == "float16" else 4)
-    for where, size in least.values():
-        free = shutil.disk_usage(_existing(where)).free
+        parent = folder if path is None else Path(path).parent
+        disk = _existing(parent).stat().st_dev
+        size = minimum.get(disk, (parent, 0))[1]
+        minimum[disk] = parent, size + rows * towers.width * (2 if config.teacher.dtype == "float16" else 4)
+    for parent, size in minimum.values():
+        free = shutil.disk_usage(_existing(parent)).free
         if size > free:
             raise ConfigError(
-                f"{where}: {_size(free)} are free on this disk, the run needs at least {_size(size)} (teacher "
-                "cache and one checkpoint): free some, or name another disk by train.output and teacher.path"
+                f"{parent}: {_size(free)} are free on this disk, the run needs at least {_size(size)} (teacher "
+                "cache and one checkpoint): free some space, or choose another disk with train.output and "
+                "teacher.path"
             )
-    # The next one is written before the oldest is removed.
-    kept = (options.keep_last + 1 + options.keep_best) * checkpoint + 2 * weights
+    # The next checkpoint is written before the oldest is removed.
+    maximum = (options.keep_last + 1 + options.keep_best) * checkpoint + 2 * weights
     free = shutil.disk_usage(_existing(folder)).free
-    if kept > free:
+    if maximum > free:
         logger.warning(
             "%s: %s are free on this disk, the checkpoints of this run take up to %s (train.keep_last)",
-            *(folder, _size(free), _size(kept)),
+            *(folder, _size(free), _size(maximum)),
         )
 
 
@@ -263,18 +266,18 @@ def _writes_cache(config: Config) -> bool:
 
 
 def _is_installed(operator: str) -> bool:
-    """Whether DeepSpeed was installed with an operator compiled."""
+    """Whether DeepSpeed was installed with this operator compiled."""
     from deepspeed.git_version_info import installed_ops
 
     return bool(installed_ops.get(operator))
 
 
 def _require_compiler(option: str, variable: str, names: tuple[str, ...]) -> None:
-    named = os.environ.get(variable)
-    if not any(map(shutil.which, (named.split()[0],) if named and named.split() else names)):
-        looked_for = f"{variable} = {named}" if named else " or ".join(names)
+    value = os.environ.get(variable)
+    if not any(map(shutil.which, (value.split()[0],) if value and value.split() else names)):
+        wanted = f"{variable} = {value}" if value else " or ".join(names)
         raise ConfigError(
-            f"{option} needs a compiler, and {looked_for} is not found: install one (apt install build-essential)"
+            f"{option} needs a compiler, and {wanted} is not found: install one (apt install build-essential)"
         )
 
 
@@ -296,7 +299,7 @@ def _require_writable(variable: str, default: Path) -> None:
 
 
 def _existing(path: Path) -> Path:
-    """The nearest folder above that is there."""
+    """The path or its nearest parent that exists."""
     return next((each for each in (path, *path.absolute().parents) if each.exists()), Path("/"))
 
 
@@ -305,9 +308,8 @@ def _size(count: float) -> str:
 
 
 @contextmanager
-def _in_one_line(what: str) -> Iterator[None]:
+def _reporting_in_one_line(place: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        found = machine_error(error)
-        raise UserError(f"{what}: cannot write there: {found or error}") from error
+        raise UserError(f"{place}: cannot write there: {machine_error(error) or error}") from error

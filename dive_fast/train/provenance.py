@@ -1,4 +1,4 @@
-"""A run's config.json: resolved settings, versions, device, commit."""
+"""A run's ``config.json``: complete settings, versions, device, commit."""
 
 import json
 import platform
@@ -16,6 +16,11 @@ from dive_fast.io.atomic_files import write_atomic
 
 
 def write_provenance(config: Config, folder: Path, ranks: Ranks, identity: Identity, total_steps: int) -> None:
+    """Writes ``config.json`` into the run folder.
+
+    Args:
+        config: the config with its defaults filled in.
+    """
     provenance: dict[str, Any] = {
         "config": config.model_dump(),
         "steps": total_steps,

@@ -1,8 +1,9 @@
-"""What decides the result of a run: written into its checkpoints, compared when it resumes, and over its ranks.
+"""The identity of a run: everything that determines its result. Compared when a run resumes, and between ranks.
 
-The identity of a run is its resolved config with paths replaced by contents. A key of the config stops a resume
-unless it is named here: :data:`NO_RESULT` changes nothing that is kept, :data:`CONTINUES` is what users change on
-purpose to train on, and :data:`ROUNDING` changes the last bits alone. So does a new key, until someone decides.
+It is the complete config with paths replaced by contents, and is stored in checkpoints. A changed key stops a
+resume unless it is listed here: keys of :data:`NO_RESULT` change nothing that is kept, keys of :data:`CONTINUES`
+are changed on purpose to train longer, those of :data:`ROUNDING` change only the last bits. A new key stops a
+resume until it is listed.
 """
 
 import hashlib
@@ -12,8 +13,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from dive_fast import numerics as precision
-from dive_fast.config.schema import Config
+from dive_fast import numerics
+from dive_fast.config.schema import Config, TrainConfig
 from dive_fast.data.loaders.loader import loader_options
 from dive_fast.data.prompts import TOKENIZER_PROBES, Template
 from dive_fast.data.sources.source import Source
@@ -35,7 +36,7 @@ LOCATIONS = (
     *("data.*.format", "data.*.path", "data.*.image_root", "data.*.class_names", "data.*.templates"),
     *("teacher.path", "train.output"),
 )
-"""Keys whose contents are compared instead, or which only say where something lies."""
+"""Keys whose contents are compared instead, or which only give a location."""
 PER_MACHINE = ("data.*.workers", "data.*.hw_decoder_load", "evaluate.workers")
 NO_RESULT = (
     *LOCATIONS,
@@ -50,34 +51,34 @@ NO_RESULT = (
     *("deepspeed.memory_breakdown", "deepspeed.train_batch_size", "deepspeed.gradient_accumulation_steps"),
     *("deepspeed.train_micro_batch_size_per_gpu",),
 )
-"""Keys that change no weight and no metric; never compared."""
+"""Keys that change neither weights nor metrics; never compared."""
 RANKS_MAY_DIFFER = (
     *("model.name", "model.pretrained", "data.*.path", "data.*.image_root", "data.*.class_names"),
     *("data.*.templates", *PER_MACHINE),
 )
-"""Of a config's keys: those that may differ between ranks; the contents behind paths may not."""
+"""Keys that may differ between ranks; the contents behind paths may not."""
 CONTINUES = ("train.epochs", "train.max_steps", "evaluate.*")
-"""Keys that users change on purpose to train on, or to choose among the weights otherwise; reported."""
+"""Keys that users change on purpose, to train longer or to select the best weights differently; reported."""
 ROUNDING = (
     *("data.*.loader", "data.*.decoder", "teacher.mode", "train.schedule", "train.micro_batch_size"),
     *("train.activation_checkpointing", "train.compile", "deepspeed.zero_optimization", "versions.*", "ranks"),
 )
-"""Keys that change the last bits of a result alone; reported."""
+"""Keys that change only the last bits of a result; reported."""
 
 
 def matches(key: str, patterns: Sequence[str]) -> bool:
     """Whether a dotted key, or a section around it, matches a pattern; ``*`` stands for one part or more."""
     parts = key.split(".")
-    whole = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    return any(fnmatchcase(part, pattern) for part in whole for pattern in patterns)
+    prefixes = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return any(fnmatchcase(prefix, pattern) for prefix in prefixes for pattern in patterns)
 
 
-def resolved(config: Config, folder: Path, towers: Towers, ranks: Ranks) -> Config:
-    """The config with its defaults filled in: what a run has really used, to be written down.
+def fill_in(config: Config, folder: Path, towers: Towers, ranks: Ranks) -> Config:
+    """The config with the defaults of this run filled in, for its identity and its ``config.json``.
 
     Args:
-        config: its schedule is chosen.
-        towers: of the model, for the length of its texts.
+        config: a config whose schedule is chosen.
+        towers: the model, for the length of its texts.
     """
     data, objective, teacher, evaluate = config.data, config.objective, config.teacher, config.evaluate
     halves: dict[str, Any] = {}
@@ -90,8 +91,8 @@ def resolved(config: Config, folder: Path, towers: Towers, ranks: Ranks) -> Conf
     if objective.weight is None and choice.needs.reference:
         objective = objective.model_copy(update={"weight": choice.default_weight})
     if choice.needs.reference_teacher and teacher.mode == "cache":
-        found = {"path": str(cache_folder(config, folder)), "tolerance": allowed(teacher.dtype, teacher.tolerance)}
-        teacher = teacher.model_copy(update=found)
+        cache = {"path": str(cache_folder(config, folder)), "tolerance": allowed(teacher.dtype, teacher.tolerance)}
+        teacher = teacher.model_copy(update=cache)
     if evaluate.during is None and (evaluate.every_steps or evaluate.every_epochs):
         evaluate = evaluate.model_copy(update={"during": list(evaluate.sets)})
     deepspeed = dict(config.deepspeed)
@@ -109,20 +110,20 @@ def resolved(config: Config, folder: Path, towers: Towers, ranks: Ranks) -> Conf
     )
 
 
-def of_config(config: Config, without: Sequence[str] = NO_RESULT) -> Identity:
-    """The part of a run's identity that its config tells, keys of ``without`` left out."""
+def config_identity(config: Config, without: Sequence[str] = NO_RESULT) -> Identity:
+    """The part of a run's identity that stands in its config, without the keys of ``without``."""
 
-    def kept(tree: Mapping[str, Any], place: str) -> Identity:
-        found = {}
+    def compared(tree: Mapping[str, Any], prefix: str) -> Identity:
+        identity = {}
         for key, value in tree.items():
-            if not matches(f"{place}{key}", without):
-                found[key] = kept(value, f"{place}{key}.") if isinstance(value, dict) else value
-        return found
+            if not matches(f"{prefix}{key}", without):
+                identity[key] = compared(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+        return identity
 
-    return kept(config.model_dump(mode="json"), "")
+    return compared(config.model_dump(mode="json"), "")
 
 
-def of_run(
+def run_identity(
     config: Config,
     model: Identity,
     target: Source,
@@ -131,101 +132,96 @@ def of_run(
     reference: Source | None,
     ranks: Ranks,
 ) -> Identity:
-    """All that decides a run's result.
+    """Everything that determines a run's result.
 
     Args:
-        config: as :func:`resolved` returns it.
-        model: of the pre-trained model, by :func:`dive_fast.model.model_identity.model_identity`.
-        class_names: of the target set, in label order; empty where it has prompts and no classes.
-        templates: that prompts are made of.
-        reference: None where the objective has no reference batch.
+        config: the config from :func:`fill_in`.
+        model: the pre-trained model, from :func:`dive_fast.model.model_identity.model_identity`.
+        class_names: class names of the target set, in label order; empty where it has prompts and no classes.
+        templates: templates of the prompts.
+        reference: None for a method without a reference batch.
     """
-    found = of_config(config)
-    found["objective"] = {key: value for key, value in found["objective"].items() if value is not None}
+    identity = config_identity(config)
+    identity["objective"] = {key: value for key, value in identity["objective"].items() if value is not None}
     tokens = tokenizer_of(config.model)(list(TOKENIZER_PROBES)).numpy().tobytes()
-    found["model"] = model | {"tokenizer": hashlib.sha256(tokens).hexdigest()}
-    half = found["data"]["target"]
+    identity["model"] = model | {"tokenizer": hashlib.sha256(tokens).hexdigest()}
+    half = identity["data"]["target"]
     half["content"] = target.digest()
     if class_names:
         half["class_names"] = list(class_names)
         half["templates"] = [template("{}") for template in templates]
     half["decoder"] = decoder(loader_options(config, config.data.target, ranks))
     if reference is None:
-        # It plays no part, and may be there or not.
-        found["data"].pop("reference", None)
+        # The section has no effect, whether it is there or not.
+        identity["data"].pop("reference", None)
     elif config.data.reference is not None:
-        half = found["data"]["reference"]
+        half = identity["data"]["reference"]
         half["content"] = reference.digest()
         half["decoder"] = decoder(loader_options(config, config.data.reference, ranks))
-    return found | {"precision": precision.state(), "versions": versions(), "ranks": ranks.world_size}
+    return identity | {"precision": numerics.state(), "versions": versions(), "ranks": ranks.world_size}
 
 
 def require_equal(ranks: Ranks, identity: Identity) -> None:
-    """Validates that all ranks were started with the same; all ranks call it.
+    """Validates that all ranks have the same identity; all ranks call it.
 
     Raises:
         ConfigError: names the first rank and key that differ, on every rank.
     """
-    own = digest(identity)
-    if len(set(ranks.collect(own))) == 1:
+    if len(set(ranks.collect(digest(identity)))) == 1:
         return
     first, *others = ranks.collect(identity)
     for rank, other in enumerate(others, start=1):
-        if found := differences(first, other):
-            more = "" if len(found) == 1 else f" (and in {len(found) - 1} more: {', '.join(_keys(found[1:]))})"
-            stored, current = found[0].shown()
+        if unequal := differences(first, other):
+            keys = [difference.key for difference in unequal]
+            more = "" if len(keys) == 1 else f" (and in {len(keys) - 1} more: {', '.join(keys[1:6])})"
+            value_of_first, value = unequal[0].shown()
             raise ConfigError(
-                f"rank {rank} differs from rank 0 in {found[0].key}: {current}, not {stored}{more}; start all "
+                f"rank {rank} differs from rank 0 in {keys[0]}: {value}, not {value_of_first}{more}; start all "
                 "ranks with the same command, files and packages"
             )
     raise AssertionError("digests differ where identities do not")
 
 
-def _keys(found: Sequence[Difference]) -> list[str]:
-    return [difference.key for difference in found][:5]
-
-
 def check_resumable(checkpoint: Path, stored: Identity, current: Identity) -> list[Difference]:
-    """Compares the run of a checkpoint with the present one; returns the differences that a run continues with.
+    """Compares the run of a checkpoint with the present one; returns the differences that do not stop a resume.
 
     Raises:
-        ConfigError: the result would be neither run's; names every difference.
+        ConfigError: the result would differ from that of either run; names every difference.
     """
-    # Options that the method does not have decide nothing.
+    # Options that the method lacks have no effect.
     objective = {key: value for key, value in stored["objective"].items() if key in current["objective"]}
-    found = differences({**stored, "objective": objective}, current)
-    refused = [one for one in found if not matches(one.key, (*CONTINUES, *ROUNDING))]
+    changes = differences({**stored, "objective": objective}, current)
+    refused = [change for change in changes if not matches(change.key, (*CONTINUES, *ROUNDING))]
     if refused:
-        listed = "; ".join(map(_described, refused))
+        listed = "; ".join(map(_describe, refused))
         raise ConfigError(
             f"{checkpoint} belongs to a run with other settings ({listed}): set them back to continue that run, "
             "set train.output to another folder to keep both, or train.resume=never to train again here"
         )
-    return found
+    return changes
 
 
-def _described(one: Difference) -> str:
-    """A difference in words: a digest of data says nothing to a user."""
-    section = one.key.removesuffix(".content")
-    return f"{section}: other data, or changed since" if section != one.key else str(one)
+def _describe(change: Difference) -> str:
+    """A difference as text, without the digests of data."""
+    section = change.key.removesuffix(".content")
+    return f"{section}: other data, or changed since" if section != change.key else str(change)
 
 
 def report_resumed(
-    found: Sequence[Difference], checkpoint: Path, step: int, config: Config, totals: tuple[int, int]
+    changes: Sequence[Difference], checkpoint: Path, step: int, train: TrainConfig, totals: tuple[int, int]
 ) -> None:
-    """Reports what a run continues with, and what becomes of its learning rate; the first rank calls it.
+    """Reports changed settings of a resumed run, and the jump of its learning rate; rank 0 calls it.
 
     Args:
-        found: as :func:`check_resumable` returns them.
-        step: of the checkpoint.
-        totals: steps of the whole run, as the checkpoint has it and at present.
+        changes: the differences from :func:`check_resumable`.
+        step: step of the checkpoint.
+        totals: steps of the complete run, in the checkpoint and now.
     """
-    for one in found:
-        effect = "the last bits of the result may differ" if matches(one.key, ROUNDING) else "as set now"
-        logger.warning("%s: %s; the run continues, %s", checkpoint, one, effect)
+    for change in changes:
+        effect = "the last bits of the result may differ" if matches(change.key, ROUNDING) else "as set now"
+        logger.warning("%s: %s; the run continues, %s", checkpoint, change, effect)
     before, now = totals
     if before != now and step < now:
-        train = config.train
         old, new = (
             train.learning_rate * learning_rate_schedule(train.warmup_steps, total)(at)
             for total, at in ((before, step - 1), (now, step))

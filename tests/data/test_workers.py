@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 ABANDONED = """
-import torch
+import torch  # noqa: E402 - after the path is known
 # PyTorch starts threads in each process before our code runs there.
 torch.set_num_threads(4)
 torch.ones(1000, 1000).sum()

@@ -37,7 +37,7 @@ from dive_fast.methods.flyp_replay import Replay
 from dive_fast.methods.method import (
     FirstStep,
     Group,
-    Known,
+    ImageInfo,
     Loss,
     Method,
     Part,
@@ -126,10 +126,10 @@ class Toy(Contrastive):
             return None
         return PENALTY * torch.stack([p.square().sum() for p in parameters.values() if p.requires_grad]).sum()
 
-    def change_images(self, images: Tensor, outputs: Any, known: Known) -> Tensor:
+    def change_images(self, images: Tensor, outputs: Any, info: ImageInfo) -> Tensor:
         if "images" not in self.on:
             return images
-        assert known.labels is not None
+        assert info.labels is not None
         images = images.clone().requires_grad_()
         # Sample by sample, so that micro-batches change images as the whole batch does.
         (gradient,) = torch.autograd.grad(outputs(images).pairs.image.square().sum(), images)

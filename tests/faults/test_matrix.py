@@ -384,7 +384,9 @@ def _(case: Case) -> None:
 
 @fault("SIGTERM before the first step", f"all ranks exit {STOPPED}; {AGAIN}")
 def _(case: Case) -> None:
-    ended(case.job.go(At("dive_fast.train.setup:Engine", "SIGTERM")), STOPPED, STOPPED, says="SIGTERM: exited while")
+    ended(
+        case.job.go(At("dive_fast.train.setup:Engine", "SIGTERM")), STOPPED, STOPPED, says="SIGTERM: exited while"
+    )
     case.same()
 
 

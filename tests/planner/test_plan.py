@@ -35,7 +35,7 @@ from dive_fast.planner.gpu_specs import GPUS
 from dive_fast.planner.memory_tracker import MISSED_FLOP, Tracker
 from dive_fast.planner.plan import LAUNCH_SECONDS, Estimate, Plan
 from dive_fast.planner.simulate import _Sampled
-from dive_fast.planner.simulate import plan_run as plan_run
+from dive_fast.planner.simulate import plan_run
 from dive_fast.planner.table import as_json
 from dive_fast.planner.table import as_table as as_table
 

@@ -1,4 +1,4 @@
-"""Evaluation during a run: sets are opened once, weights go through a file under ZeRO-3 only, figures are equal."""
+"""Evaluation during a run: sets are opened once, only ZeRO-3 goes through a file, figures are bit-equal."""
 
 import contextlib
 import hashlib

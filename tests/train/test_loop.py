@@ -37,7 +37,7 @@ from dive_fast.methods.noise_floor import NOISE_FLOOR, check_noise_floor
 from dive_fast.methods.run_config import RunConfig
 from dive_fast.train import loop as train
 from dive_fast.train import metrics
-from dive_fast.train.monitors import in_run_folder
+from dive_fast.train.monitors import with_output_paths
 
 STAGES = (0, 1, 2, 3)
 STEPS = 6
@@ -348,7 +348,7 @@ def test_what_the_audit_lets_pass_is_no_noise(tmp_path: Path) -> None:
 def test_monitors_that_name_no_place_write_into_the_run_folder(tmp_path: Path, named: dict[str, Any]) -> None:
     tree = tiny.write_config(tmp_path)
     tree["deepspeed"]["csv_monitor"] = {"enabled": True} | named
-    section = in_run_folder(RunConfig.model_validate(tree), tmp_path / "run").deepspeed["csv_monitor"]
+    section = with_output_paths(tree["deepspeed"], tmp_path / "run")["csv_monitor"]
     assert section == {"enabled": True, "output_path": str(tmp_path / "run"), "job_name": "csv_monitor"}
 
 

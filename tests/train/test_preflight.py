@@ -39,6 +39,10 @@ def changed(tree: dict[str, Any], **values: Any) -> Config:
     return RunConfig.model_validate_json(json.dumps(copy))
 
 
+def check_compiler(config: Config, on_gpu: bool) -> None:
+    preflight.check_compiler(config.train, config.deepspeed, on_gpu)
+
+
 def refused(says: str, config: Config, folder: Path) -> None:
     with pytest.raises(UserError) as caught:
         preflight.check_environment(config, folder, ALONE)
@@ -99,7 +103,7 @@ def test_trackers_are_looked_for(
     monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     enabled = changed(tree, **{f"deepspeed.{key}": {"enabled": True}})
     refused(f"deepspeed.{key}: the package {package} is not installed: pip install {package}", enabled, tmp_path)
-    preflight.check_trackers(changed(tree, **{f"deepspeed.{key}": {"enabled": False}}))
+    preflight.check_trackers(changed(tree, **{f"deepspeed.{key}": {"enabled": False}}).deepspeed)
 
 
 @pytest.mark.parametrize(
@@ -118,12 +122,12 @@ def test_a_compiler_is_looked_for_where_an_option_needs_it(
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     for name in ("CXX", "CC"):
         monkeypatch.delenv(name, raising=False)
-    preflight.check_compiler(changed(tree, **values), on_gpu=False)
+    check_compiler(changed(tree, **values), on_gpu=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     refused(option, changed(tree, **values), tmp_path / "run")
-    preflight.check_compiler(changed(tree), on_gpu=False)
+    check_compiler(changed(tree), on_gpu=False)
     with pytest.raises(UserError, match=r"Triton.*gcc or clang or cc is not found"):
-        preflight.check_compiler(changed(tree), on_gpu=True)
+        check_compiler(changed(tree), on_gpu=True)
 
 
 def test_folders_of_compiled_code_are_written_to(
@@ -133,15 +137,15 @@ def test_folders_of_compiled_code_are_written_to(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     with pytest.raises(UserError, match=r"home/\.triton/cache: cannot write there.*set TRITON_CACHE_DIR"):
-        preflight.check_compiler(changed(tree), on_gpu=True)
+        check_compiler(changed(tree), on_gpu=True)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    preflight.check_compiler(changed(tree), on_gpu=True)
+    check_compiler(changed(tree), on_gpu=True)
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(Path, "home", classmethod(lambda cls: (_ for _ in ()).throw(RuntimeError("no home"))))
-    preflight.check_compiler(changed(tree), on_gpu=True)
+    check_compiler(changed(tree), on_gpu=True)
     monkeypatch.delenv("TRITON_CACHE_DIR")
     with pytest.raises(UserError, match="set HOME, or TRITON_CACHE_DIR"):
-        preflight.check_compiler(changed(tree), on_gpu=True)
+        check_compiler(changed(tree), on_gpu=True)
 
 
 def test_open_files_are_raised_or_refused(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,12 +153,12 @@ def test_open_files_are_raised_or_refused(tree: dict[str, Any], monkeypatch: pyt
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
     monkeypatch.setattr(resource, "setrlimit", lambda _, wanted: asked.append(wanted))
     many = changed(tree, **{"data.target.workers": 8})
-    preflight.check_open_files(many)
+    preflight.check_open_files(many.data, many.evaluate)
     assert asked
     assert 100 < asked[0][0] <= 4096
     limits = (64, 64)
     with pytest.raises(UserError, match=r"open files is 64, 8 loader workers need at least 124.*ulimit -n"):
-        preflight.check_open_files(many)
+        preflight.check_open_files(many.data, many.evaluate)
 
 
 def test_shared_memory_is_held_to_the_batches_ahead(

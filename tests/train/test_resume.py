@@ -29,8 +29,7 @@ from dive_fast.methods.method import Part
 from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import head as heads
 from dive_fast.train import loop as train
-from dive_fast.train import run_identity
-from dive_fast.train import setup as run_module
+from dive_fast.train import run_folder, run_identity, setup
 
 STEPS = 3
 
@@ -289,7 +288,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def of(tree: dict[str, Any], *overrides: tuple[str, Any]) -> Identity:
-    return run_identity.of_config(RunConfig.model_validate_json(json.dumps(changed(tree, *overrides))))
+    return run_identity.config_identity(RunConfig.model_validate_json(json.dumps(changed(tree, *overrides))))
 
 
 @pytest.mark.parametrize("key", REFUSED)
@@ -320,7 +319,7 @@ def test_changed_files_are_refused(found: dict[str, Any], kind: str, key: str) -
 def test_every_refused_key_is_named_and_nothing_is_written(found: dict[str, Any]) -> None:
     assert "train.seed: 0 there, 7 here; train.learning_rate: 0.0001 there, 0.5 here" in found["several"]
     assert "train.epochs" not in found["several"]
-    assert "is after step 3, beyond the 2 of this config" in found["fewer"]
+    assert "is after step 3, beyond the 2 steps of this config" in found["fewer"]
     assert "train.seed: 0 there, 7 here" in found["by path, refused"]
     assert found["untouched"]
 
@@ -417,10 +416,11 @@ def test_settings_that_train_next_to_nothing_are_reported(found: dict[str, Any])
 
 def test_steps_beyond_the_epochs_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = RunConfig.model_validate(tiny.write_config(tmp_path, max_steps=40))
-    run_module._warn_of_schedule(config, registry.needs(config.objective), 3)
+    batch_size, needs = config.data.target.batch_size, registry.needs(config.objective)
+    setup._warn_of_schedule(config.train, batch_size, needs, 3)
     assert "train.max_steps = 40, but train.epochs = 1 ends the run after 3 steps" in caplog.text
     caplog.clear()
-    run_module._warn_of_schedule(config, registry.needs(config.objective), 40)
+    setup._warn_of_schedule(config.train, batch_size, needs, 40)
     assert caplog.text == ""
 
 
@@ -563,7 +563,7 @@ def test_best_weights_that_are_gone_are_reported(validated: dict[str, Any]) -> N
 
 def test_accuracies_of_another_set_are_not_compared(validated: dict[str, Any]) -> None:
     said, _, best, _ = validated["other"]
-    assert "evaluate.select: measured otherwise before step 5" in said
+    assert "evaluate.select: another set, or other settings of it, before step 5" in said
     assert best == 6
 
 
@@ -614,8 +614,8 @@ def _ranks_that_differ(folder: Path) -> dict[str, str]:
         found[name] = run.start(*(() if ranks.is_main else told))
     folder_of_rank = folder if ranks.is_main else folder / "unlike"
     try:
-        run_module.SHARED_SECONDS = 0.0
-        run_module.check_shared(_locked_folder(folder_of_rank), ranks)
+        run_folder.SHARED_SECONDS = 0.0
+        run_folder.check_shared(_locked_folder(folder_of_rank), ranks)
     except UserError as error:
         found["folder"] = str(error)
     return found
@@ -632,7 +632,7 @@ UNLIKE_RANKS: dict[str, list[tuple[str, Any]]] = {
     "train.seed": [("train.seed", 5), ("train.keep_last", 7)],
     "train.max_steps": [("train.max_steps", 9)],
     "train.checkpoint_every": [("train.checkpoint_every", 1)],
-    "objective.weight": [("objective.weight", 100)],
+    "objective.name": [("objective.name", "vanilla_ft")],
     "data.target.content": [("data.target.path", "reordered")],
     "data.target.content of more": [("data.target.path", "more")],
     "": [("data.target.path", "moved"), ("data.target.workers", 1)],
@@ -661,7 +661,7 @@ def test_ranks_that_differ_name_rank_and_key(tmp_path: Path) -> None:
 def _hold(folder: Path, connection: Any) -> None:
     with folder_lock(folder, "run folder"):
         # As a run does: whoever closes a second descriptor of the file loses the lock.
-        run_module.check_shared(folder, Ranks(0, 1, torch.device("cpu")))
+        run_folder.check_shared(folder, Ranks(0, 1, torch.device("cpu")))
         connection.send(os.getpid())
         connection.recv()
 

@@ -117,7 +117,8 @@ def cases(folder: Path) -> dict[str, Any]:
     seldom = changed(tree, objective={"reference_every": 4}, train={"checkpoint_every": 5})
     results["seldom"] = run(seldom, folder / "seldom", ranks)
     for name in ("vanilla_ft", "lp_ft"):
-        alone = changed(selecting, objective={"name": name, "probe_epochs": 60, "probe_learning_rate": 0.05})
+        probe_options = {"probe_epochs": 60, "probe_learning_rate": 0.05} if name == "lp_ft" else {}
+        alone = selecting | {"objective": {"name": name} | probe_options}
         alone["data"] = {"target": tree["data"]["target"]}
         results[name] = run(alone, folder / name, ranks)
         held = changed(alone, train={"learning_rate": 0.0, "weight_decay": 0.0, "max_steps": 1})

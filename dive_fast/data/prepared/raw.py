@@ -62,10 +62,10 @@ class Raw(ABC):
     def modified(self) -> str:
         """A hash of the modification times of the files; empty if the files are unknown."""
 
-    def report(self) -> None:  # noqa: B027 - samples left out while decoding are counted in the manifest
+    def report(self) -> None:  # noqa: B027 - what is left out while decoding, the manifest counts
         """Logs the files that are ignored because they are no samples."""
 
-    def check(self) -> None:  # noqa: B027 - most sets need no check
+    def check(self) -> None:  # noqa: B027 - most sets have nothing to look at
         """Checks the data set before anything is written.
 
         Raises:
