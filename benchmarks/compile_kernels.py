@@ -1,11 +1,11 @@
-"""Compile every kernel variant that the dispatcher can pick, for a GPU that need not be there; say what it uses.
+"""Compile every kernel variant that can be launched, without a GPU, and report its registers and shared memory.
 
     python benchmarks/compile_kernels.py                   # for sm_90, table in benchmarks/results/kernels_sm90.md
     python benchmarks/compile_kernels.py --capability 80 90 100 --output build
 
-The real host code runs on tensors without memory while its launches are recorded, so that what is compiled is what
-would be launched. Too much shared memory, or on Hopper a spilled register, ends the command with an error and no
-table.
+The real host code runs on meta tensors while its launches are recorded, so that exactly the variants that would
+be launched are compiled. Too much shared memory, or on Hopper a spilled register, ends the command with an error
+and no table.
 """
 
 import argparse
@@ -26,31 +26,35 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from dive_fast.kernels import blocks, contrastive, difference, dive
+from dive_fast.kernels import contrastive, difference, joint_step, primitives
 
 # Bytes of shared memory for one program, by compute capability (CUDA programming guide, technical specifications).
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 RESULTS = Path(__file__).parent / "results"
 
-# Each power of two that rows are padded to, with rows of whole 16-byte words and without.
+# Each power of two to which rows are padded, with rows that are multiples of 16 bytes and without.
 WIDTHS = (70, 512, 768, 770, 1270, 1280)
 BATCHES = (1, 256, 2048, 4096)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Variant(NamedTuple):
-    """One compilation: the kernel, its argument types, constants and alignment, and the compiler's options."""
+    """One compilation: the kernel, its argument types, constants, aligned arguments and the compiler's options.
+
+    A type is Triton's name of it, or a NamedTuple of such names. An aligned argument is given by its position,
+    followed by the position within its tuple if it is in one.
+    """
 
     kernel: str
-    signature: tuple[tuple[str, str], ...]
+    signature: tuple[tuple[str, Any], ...]
     constants: tuple[tuple[str, Any], ...]
-    aligned: tuple[str, ...]
+    aligned: tuple[tuple[int, ...], ...]
     options: tuple[tuple[str, int], ...]
 
 
 KERNELS = {
     name: kernel
-    for module in (contrastive, difference, dive)
+    for module in (contrastive, difference, joint_step)
     for name, kernel in vars(module).items()
     if name.endswith("_kernel")
 }
@@ -59,20 +63,20 @@ TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"
 
 def variants() -> list[Variant]:
     """Every distinct launch over batches, widths, dtypes and options."""
-    found: dict[Variant, None] = {}
+    recorded: dict[Variant, None] = {}
 
     def record(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-        options |= blocks.COMPILER_OPTIONS
-        found[_variant(kernel, arguments, options)] = None
+        options |= primitives.COMPILER_OPTIONS
+        recorded[_variant(kernel, arguments, options)] = None
 
-    with unittest.mock.patch.object(blocks, "launch", record):
+    with unittest.mock.patch.object(primitives, "launch", record):
         for rows, width, dtype in itertools.product(BATCHES, WIDTHS, DTYPES):
             _launch_all(rows, width, dtype)
-    return list(found)
+    return list(recorded)
 
 
 def _launch_all(rows: int, width: int, dtype: torch.dtype) -> None:
-    """All three losses, forward and backward."""
+    """Launches all three losses, forward and backward."""
 
     def features() -> torch.Tensor:
         return torch.empty(rows, width, dtype=dtype, device="meta")
@@ -81,33 +85,36 @@ def _launch_all(rows: int, width: int, dtype: torch.dtype) -> None:
     teacher, average_vector = features().float(), torch.empty(width, device="meta")
     upstream = torch.empty((), device="meta")
     reference = image, text, teacher, teacher
-    _, packed, factors, lse, slope = contrastive.launch_forward(image, text, scale, "")
-    saved = packed, factors, lse, slope
+    _, *saved = contrastive.launch_forward(image, text, scale, "")
     contrastive.launch_backward(upstream, scale, *saved, rows, 0, width)
     for mean_gradient in (True, False):
         options = 0.99, 1.0, 1.0, mean_gradient
         _, _, average = difference.launch_forward(*reference, average_vector, *options, "")
         difference.launch_backward(upstream, *reference, average, *options)
-        dive.launch_forward(image, text, scale, *reference, average_vector, 1000.0, *options, "")
-        dive.launch_backward(upstream, scale, *saved, *reference, average, rows, 0, width, 1000.0, *options)
+        joint_step.launch_forward(image, text, scale, *reference, average_vector, 1000.0, *options, "")
+        joint_step.launch_backward(upstream, scale, *saved, *reference, average, rows, 0, width, 1000.0, *options)
 
 
 def _variant(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Variant:
-    """What Triton's own launcher would specialise on."""
-    signature, aligned = {}, []
-    for parameter, argument in zip(kernel.params, arguments, strict=False):
-        name = parameter.name
-        if isinstance(argument, torch.Tensor):
-            signature[name] = TYPES[argument.dtype]
+    """The variant that Triton's launcher would compile for this call."""
+    signature: dict[str, Any] = {}
+    aligned: list[tuple[int, ...]] = []
+    for position, (parameter, argument) in enumerate(zip(kernel.params, arguments, strict=False)):
+        if isinstance(argument, tuple):
+            # Tensors only: Triton specializes on every integer in a tuple and ignores the parameter's flags.
+            signature[parameter.name] = type(argument)(*(TYPES[tensor.dtype] for tensor in argument))
+            aligned += [(position, member) for member in range(len(argument))]
+        elif isinstance(argument, torch.Tensor):
+            signature[parameter.name] = TYPES[argument.dtype]
             if not parameter.do_not_specialize_on_alignment:
-                aligned.append(name)
+                aligned.append((position,))
         else:
-            signature[name] = "i32"
+            signature[parameter.name] = "i32"
             if not parameter.do_not_specialize and argument % 16 == 0:
-                aligned.append(name)
+                aligned.append((position,))
     compiler = {
         name: options.pop(name)
-        for name in ("num_warps", "num_stages", *blocks.COMPILER_OPTIONS)
+        for name in ("num_warps", "num_stages", *primitives.COMPILER_OPTIONS)
         if name in options
     }
     signature |= dict.fromkeys(options, "constexpr")
@@ -124,18 +131,24 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
         fn=kernel,
         signature=dict(variant.signature),
         constexprs={(names.index(name),): value for name, value in variant.constants},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
+        attrs={path: [["tt.divisibility", 16]] for path in variant.aligned},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(variant.options))
-    row: dict[str, Any] = {"kernel": variant.kernel}
-    row["dtype"] = next(dtype[1:] for name, dtype in variant.signature if name in ("packed", "image"))
+    row: dict[str, Any] = {"kernel": variant.kernel, "dtype": _features_dtype(variant)}
     row |= {name: str(value).removeprefix("triton.language.") for name, value in variant.constants}
     row |= {"aligned": len(variant.aligned), "num_warps": compiled.metadata.num_warps}
     return row | {"shared": compiled.metadata.shared} | _registers(compiled.asm["ptx"])
 
 
+def _features_dtype(variant: Variant) -> str:
+    """The dtype of the features, or of the packed rows, that the kernel reads."""
+    types = dict(variant.signature)
+    packed, inputs = types.get("packed"), types.get("inputs")
+    return (packed.rows if packed else inputs.image).removeprefix("*")
+
+
 def _registers(ptx: str) -> dict[str, int]:
-    """By the assembler that Triton brings."""
+    """Registers and spilled bytes, as reported by Triton's assembler."""
     (target,) = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
     assembler = get_ptxas(int(re.findall(r"\d+", target)[0])).path
     with tempfile.TemporaryDirectory() as scratch:
@@ -150,12 +163,12 @@ def _registers(ptx: str) -> dict[str, int]:
 
 
 def faults(rows: list[dict[str, Any]], capability: int) -> list[str]:
-    """What must not be: more shared memory than there is; on Hopper, which the tiles are chosen for, a spill."""
+    """Messages about variants with too much shared memory and, on Hopper, the tiles' target, with spills."""
     limit = SHARED_MEMORY[capability]
-    found = [f"shared memory above {limit}: {row}" for row in rows if row["shared"] > limit]
+    messages = [f"shared memory above {limit}: {row}" for row in rows if row["shared"] > limit]
     if capability == 90:
-        found += [f"{row['spilled_bytes']} bytes spilled: {row}" for row in rows if row["spilled_bytes"]]
-    return found
+        messages += [f"{row['spilled_bytes']} bytes spilled: {row}" for row in rows if row["spilled_bytes"]]
+    return messages
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -174,20 +187,20 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    """Compiles, then writes and prints the tables; 1 where a variant spills or does not fit."""
+    """Compiles, then writes and prints the tables; returns 1 if a variant spills or does not fit."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--capability", type=int, nargs="+", default=[90], choices=sorted(SHARED_MEMORY))
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the tables")
     arguments = parser.parse_args()
-    if blocks.INTERPRETED:
+    if primitives.INTERPRETED:
         parser.error("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
-    todo = variants()
+    recorded = variants()
     failed = False
     for capability in arguments.capability:
         with ProcessPoolExecutor(os.cpu_count()) as pool:
-            rows = list(pool.map(compile_variant, todo, itertools.repeat(capability), chunksize=4))
-        if found := faults(rows, capability):
-            print("\n".join(found), file=sys.stderr)
+            rows = list(pool.map(compile_variant, recorded, itertools.repeat(capability), chunksize=4))
+        if messages := faults(rows, capability):
+            print("\n".join(messages), file=sys.stderr)
             failed = True
             continue
         text = (

@@ -31,7 +31,7 @@ TAIL = 1500
 SHORTEST = 30
 """Seconds: with less left no part is begun, or less than its own limit."""
 SANITIZER = "compute-sanitizer"
-SANITIZED = "other_ways_to_the_gradient or runs_agree"
+SANITIZED = "other_gradient_paths or two_runs"
 """Tests of kernels, small, that launch all of them."""
 
 

@@ -17,7 +17,7 @@ warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTen
 from loss_report import REPOSITORY, commit, write_json  # noqa: E402
 from steps import COMPILED, ENGINES, Case, engine_config  # noqa: E402
 
-from dive_fast.config.load import load_config as load_config  # noqa: E402
+from dive_fast.methods.run_config import load_run_config  # noqa: E402
 from dive_fast.planner.gpu_specs import GPUS  # noqa: E402
 from dive_fast.planner.simulate import plan_run as plan_run  # noqa: E402
 
@@ -42,7 +42,7 @@ def figures() -> list[dict[str, Any]]:
     """Of each step: peak bytes, FLOP, predicted seconds."""
     found = []
     for name, overrides in STEPS.items():
-        planned = plan_run(load_config(CONFIG, list(overrides), REPOSITORY / "launch/configs"))
+        planned = plan_run(load_run_config(CONFIG, list(overrides), REPOSITORY / "launch/configs"))
         found.append(
             {
                 "step": name.strip(),

@@ -15,10 +15,10 @@ from loss_report import REPOSITORY, commit, device_name, slug, write_json
 from rounding import products
 from study import runs
 
-from dive_fast.config.load import load_config as load_config
 from dive_fast.data.demo import splits
 from dive_fast.demo import comparison as report
 from dive_fast.distributed import join
+from dive_fast.methods.run_config import load_run_config
 from dive_fast.train.loop import train
 
 CONFIGS = REPOSITORY / "launch/configs"
@@ -64,7 +64,7 @@ def main() -> None:
                 overrides = [f"objective.weight={weight}", f"train.precision={precision}", f"train.seed={seed}"]
                 if options.learning_rate is not None:
                     overrides.append(f"train.learning_rate={options.learning_rate}")
-                config = load_config(config_path, overrides, CONFIGS)
+                config = load_run_config(config_path, overrides, CONFIGS)
                 with products(precision, ranks.device):
                     train(config, folder, ranks)
                 lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -72,7 +72,7 @@ def main() -> None:
                 models[name] = folder / "model.safetensors"
                 figures = {"precision": precision, "weight": weight, "seed": seed}
                 rows[name] = figures | {"floor": lines[0]["image_norm"], "u": lines[-1]["image_norm"]}
-    found = report.compare(load_config(config_path, [], CONFIGS), models, heldout)
+    found = report.compare(load_run_config(config_path, [], CONFIGS), models, heldout)
     for name, row in rows.items():
         row |= {key: found[name][key] for key in report.MEASURES}
     device, ending = device_name(), "" if options.world == "demo" else f"-{options.world}"

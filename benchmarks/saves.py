@@ -55,7 +55,7 @@ def main() -> None:
             while agreed.committed < 2 * number - 1:
                 beside.append(timed(step))
                 agreed = saver.votes()
-                saver.heard(agreed)
+                saver.advance(agreed)
             whole = time.perf_counter() - begun
             saver.save(2 * number + 1, numbers, {})
             waited = held + timed(saver.finish)

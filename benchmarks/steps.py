@@ -32,6 +32,7 @@ from dive_fast.data.batch import ReferenceBatch, TargetBatch
 from dive_fast.distributed import join
 from dive_fast.engine.step import Engine, StepBatches
 from dive_fast.methods import registry
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import features
 from dive_fast.model.towers import Towers, unit
 
@@ -141,12 +142,12 @@ def make_engine(case: Case, model: Any, inputs: Inputs, zero: int) -> tuple[Engi
     """The project's engine, and the batches of every step."""
     config = engine_config(case, PRECISION, zero)
     towers = Towers(model)
-    goal = registry.create(config.objective, towers.width)
-    engine = Engine(config, towers, goal, join(), TOTAL_STEPS)
+    method = registry.create(config.objective, towers.width)
+    engine = Engine(config, towers, method, join(), TOTAL_STEPS)
     prepared = Levers(trimmed_text=True, distinct_texts=True).prepare(inputs)
     nothing = torch.zeros(0, dtype=torch.long)  # the step reads neither labels nor samples
     target = TargetBatch(prepared.target_images, prepared.target_text, nothing, nothing, ())
-    if not goal.needs_reference:
+    if not method.needs.reference:
         return engine, StepBatches(target)
     reference = ReferenceBatch(prepared.reference_images, prepared.reference_text, nothing, nothing, ())
     return engine, StepBatches(target, reference, features.Pairs(*teacher_rows(*case.sizes)))
@@ -177,7 +178,7 @@ def engine_config(case: Case, precision: str, zero: int) -> Config:
         "train": train,
         "deepspeed": section,
     }
-    return Config.model_validate_json(json.dumps(tree))
+    return RunConfig.model_validate_json(json.dumps(tree))
 
 
 # Cases of one size follow one another.

@@ -22,11 +22,11 @@ from study import summary as report
 from study.experiments import LEARNING_RATES, MARGIN, SEEDS, WEIGHTS, chosen, grids, plan, settled, sweeps
 from study.runs import SIZES, Run, Study
 
-from dive_fast.config.load import load_config as load_config
 from dive_fast.config.schema import EvaluationSet
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.distributed import Ranks
 from dive_fast.evaluate.datasets.resolve import open_set
+from dive_fast.methods.run_config import load_run_config
 
 REAL = [
     pytest.mark.realdata,
@@ -130,7 +130,7 @@ def test_the_tokenizer_knows_every_word(tmp_path: Path) -> None:
 def test_a_config_of_the_study_is_one(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "cifar10.json"
     path.write_text(json.dumps(runs.tree(data, tmp_path / "model")))
-    config = load_config(str(path), ["objective.weight=3"], tmp_path)
+    config = load_run_config(str(path), ["objective.weight=3"], tmp_path)
     assert set(config.evaluate.sets) == set(runs.EVALUATED)
     assert config.objective.weight == 3
 

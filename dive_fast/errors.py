@@ -1,18 +1,18 @@
-"""What is told to a user."""
+"""Every exception that a user sees, and the meaning of system errors."""
 
 import difflib
 import errno
 import sys
 from collections.abc import Sequence
 
-LONGEST = 4000
-"""Characters of a message; the beginning names the file and the end says what to do, so the middle goes."""
+MAX_LENGTH = 4000
+"""Maximum characters of a message; the middle is cut: the start names the file, the end says what to do."""
 
 
 class UserError(ValueError):
-    """A mistake that is the user's to mend; the message is one line and says how.
+    """Invalid config, data or usage; the one-line message says what to change.
 
-    Whatever a file or a library puts into it: what moves a terminal's cursor or starts a line is escaped.
+    Characters that move a terminal's cursor or start a new line are escaped, since they may come from a file.
     """
 
     def __init__(self, message: str) -> None:
@@ -20,31 +20,31 @@ class UserError(ValueError):
 
 
 class LaunchError(UserError):
-    """This process was launched wrongly: the variables of a launcher, addresses, ports or devices."""
+    """Invalid launch of this process: launcher variables, addresses, ports or devices."""
 
 
 class MachineError(Exception):
-    """The machine ends a run: memory, disk, open files, processes or devices; the message is one line."""
+    """The machine failed: memory, disk, open files, processes or devices; the message is one line."""
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
 
 
 class StalledError(Exception):
-    """No batch comes for longer than the run waits; the message is one line."""
+    """No batch arrived within the time limit; the message is one line."""
 
 
 class AllRanksError(Exception):
-    """Ends all ranks of a run after the same step: none has to be told that another has failed."""
+    """Raised on all ranks after the same step, so that no rank has to report it to the others."""
 
 
 def one_line(text: str) -> str:
-    """Text that a terminal shows as it stands, in one line of bounded length."""
-    line = "".join(map(_shown, " ".join(text.split())))
-    return line if len(line) <= LONGEST else f"{line[: LONGEST * 3 // 4]} ... {line[-LONGEST // 4 :]}"
+    """Text as one printable line of bounded length."""
+    line = "".join(map(_escaped, " ".join(text.split())))
+    return line if len(line) <= MAX_LENGTH else f"{line[: MAX_LENGTH * 3 // 4]} ... {line[-MAX_LENGTH // 4 :]}"
 
 
-def _shown(character: str) -> str:
+def _escaped(character: str) -> str:
     return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
@@ -72,8 +72,8 @@ _MEANINGS = (
     ("out of memory", f"{{message}}; {OUT_OF_MEMORY}"),
     ("CUDA error", "{message}"),
 )
-"""What messages of PyTorch and the kernel mean; the first that is part of a message counts."""
-_OURS = {
+"""Meanings of messages of PyTorch and the kernel; the first pattern that a message contains counts."""
+_ERRNOS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EACCES: "permission denied",
@@ -88,45 +88,49 @@ _OURS = {
     errno.ESTALE: "the network file system fails",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
     errno.EISDIR: "it is a folder, not a file",
-    errno.EEXIST: "it is there already, and not a folder",
+    errno.EEXIST: "it exists and is not a folder",
     errno.ENAMETOOLONG: "the name is too long",
     errno.ENOENT: "no such file or folder",
 }
-"""What the operating system says, in words."""
-_OF_PATHS = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT}
-"""Those that mean nothing without a path."""
+"""Meanings of error numbers of the operating system."""
+_PATH_ERRNOS = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT}
+"""Error numbers that say nothing without a path."""
 
 
 def machine_error(error: BaseException) -> MachineError | None:
-    """What an error of the system or of PyTorch means, if the machine is its cause; None: a bug, or unknown."""
+    """The meaning of an error of the system or of PyTorch if the machine caused it; None: a bug, or unknown."""
     if isinstance(error, MachineError):
         return error
-    if isinstance(error, OSError) and error.errno in _OURS and (error.filename or error.errno not in _OF_PATHS):
-        place = "" if error.filename is None else f"{error.filename}: "
-        return MachineError(f"{place}{_OURS[error.errno]}")
+    if (
+        isinstance(error, OSError)
+        and error.errno in _ERRNOS
+        and (error.filename or error.errno not in _PATH_ERRNOS)
+    ):
+        prefix = "" if error.filename is None else f"{error.filename}: "
+        return MachineError(f"{prefix}{_ERRNOS[error.errno]}")
     torch = sys.modules.get("torch")
-    of_device = () if torch is None else (torch.OutOfMemoryError, torch.AcceleratorError)
-    if isinstance(error, (RuntimeError, OSError, MemoryError, *of_device)):
+    device_errors = () if torch is None else (torch.OutOfMemoryError, torch.AcceleratorError)
+    if isinstance(error, (RuntimeError, OSError, MemoryError, *device_errors)):
         text = str(error)
-        for part, meaning in _MEANINGS:
-            if part.lower() in text.lower():
-                # The first line says what; torch adds advice on debugging.
-                said = next((line for line in text.splitlines() if part.lower() in line.lower()), part)
-                return MachineError(meaning.format(message=said.strip()))
+        for pattern, meaning in _MEANINGS:
+            if pattern.lower() in text.lower():
+                # Only the line with the pattern; torch adds advice on debugging.
+                line = next((line for line in text.splitlines() if pattern.lower() in line.lower()), pattern)
+                return MachineError(meaning.format(message=line.strip()))
     if isinstance(error, MemoryError):
         return MachineError("the memory of the machine is full: use a smaller batch or fewer loader workers")
     return None
 
 
 class ConfigError(UserError):
-    """A user's mistake in a config file or override; the message is one line and says what to do."""
+    """Invalid config file or override; the one-line message says what to change."""
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
-    """The end of a message that names the nearest of some words, if one is near."""
+    """The end of a message that suggests the most similar of some words; empty if none is similar."""
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 class DataError(UserError):
-    """Data that cannot be used; the message names the file and says what was expected."""
+    """Invalid data; the one-line message names the file and what is expected."""

@@ -1,8 +1,8 @@
-"""Whether stored results belong to the present settings: what decides a result, as a tree of JSON values.
+"""Identities: everything that determines a result, as a tree of JSON values.
 
-Run folders, teacher caches, results of evaluations and prepared sets build an :data:`Identity`, store it, and
-compare it before they use stored files. An identity holds contents (weights, pixels, texts) as digests and never
-paths: moved data is the same data, other data at the same path is not.
+Run folders, teacher caches, evaluation results and prepared sets build an :data:`Identity`, store it, and compare
+it before they use stored files. An identity holds contents (weights, pixels, texts) as digests and never as paths:
+moved data is the same data, other data at the same path is not.
 """
 
 import hashlib
@@ -10,10 +10,7 @@ import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    pass
+from typing import Any, NamedTuple
 
 Identity = dict[str, Any]
 """JSON values, nested by section."""
@@ -21,12 +18,12 @@ Identity = dict[str, Any]
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "deepspeed", "numpy", "pillow", "transformers", "timm")
 """Packages whose version may change the last bits of a result."""
 SHOWN = 60
-"""Characters of a value in a message; digests are cut to :data:`SHOWN_DIGEST`."""
+"""Maximum characters of a value in a message; digests are cut to :data:`SHOWN_DIGEST`."""
 SHOWN_DIGEST = 12
 
 
 def digest(identity: Any) -> str:
-    """SHA-256 of a JSON value; equal exactly where the values are.
+    """SHA-256 of a JSON value; equal if and only if the values are equal.
 
     Raises:
         ValueError: a number is not finite.
@@ -37,17 +34,17 @@ def digest(identity: Any) -> str:
 
 
 class Difference(NamedTuple):
-    """A value that two identities do not share."""
+    """A key whose values differ between two identities."""
 
     key: str
-    """Its place, dotted: ``train.seed``."""
+    """Dotted path of the key: ``train.seed``."""
     stored: Any
-    """None where the stored identity has no such key."""
+    """Stored value; None if the stored identity lacks the key."""
     current: Any
-    """None where the current identity has no such key."""
+    """Current value; None if the current identity lacks the key."""
 
     def shown(self) -> tuple[str, str]:
-        """The stored and the current value, short enough for a message."""
+        """The stored and the current value, shortened for a message."""
         return shown(self.stored, self.current)
 
     def __str__(self) -> str:
@@ -56,25 +53,25 @@ class Difference(NamedTuple):
 
 
 def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[Difference]:
-    """All values that differ, in the order of the current identity. Lists and plain values are compared whole.
+    """All values that differ, in the order of the current identity; a list is compared as one value.
 
     Args:
-        stored: of the results that are there, as JSON gave it back.
-        current: of the present settings.
+        stored: identity of the stored results, as read from JSON.
+        current: identity of the current settings.
     """
     return list(_differences(json.loads(json.dumps(stored)), json.loads(json.dumps(current)), ""))
 
 
-def _differences(stored: Any, current: Any, place: str) -> Iterator[Difference]:
+def _differences(stored: Any, current: Any, path: str) -> Iterator[Difference]:
     if isinstance(stored, dict) and isinstance(current, dict):
         for key in [*current, *(key for key in stored if key not in current)]:
-            yield from _differences(stored.get(key), current.get(key), f"{place}.{key}".lstrip("."))
+            yield from _differences(stored.get(key), current.get(key), f"{path}.{key}".lstrip("."))
     elif type(stored) is not type(current) or stored != current:
-        yield Difference(place, stored, current)
+        yield Difference(path, stored, current)
 
 
 def shown(one: Any, other: Any) -> tuple[str, str]:
-    """Two values that differ, for a message: short, and cut where they differ."""
+    """Two different values as texts for a message, shortened to the part where they differ."""
     if isinstance(one, list) and isinstance(other, list):
         return _shown_lists(one, other)
     texts = [_text(value) for value in (one, other)]
@@ -104,11 +101,11 @@ def _text(value: Any) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the installed :data:`PACKAGES`."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the installed :data:`PACKAGES`."""
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed

@@ -1,8 +1,10 @@
-"""One process at a time in a folder: a lock on a file that names its holder.
+"""Locks that admit one process at a time to a folder; the lock file names its holder.
 
-They are POSIX record locks (``fcntl``), which network file systems honour too. Unlike ``flock`` they belong to the
-process alone: loader processes forked by a run that was killed do not keep its folder locked. In return, a process
-that closes any descriptor of the file loses its lock: the holder never opens the file again, not even to read it.
+These are POSIX record locks (``fcntl``), which network file systems support too. Unlike ``flock`` they belong to
+the
+process alone: loader processes forked by a killed run do not keep its folder locked. On the other hand, a process
+that closes any descriptor of the file loses its lock, so the holder never opens the file again, not even to read
+it.
 """
 
 import errno
@@ -25,13 +27,13 @@ logger = logging.getLogger(__name__)
 FILE = ".lock"
 """Name of the lock inside a folder; removed by its holder."""
 POLL_SECONDS = 0.5
-TELL_SECONDS = 30.0
-"""Seconds between lines of a process that waits for a lock."""
+REPORT_SECONDS = 30.0
+"""Seconds between reports of a process that waits for a lock."""
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
-def rank_name() -> str:
-    """Content of a lock that this process holds."""
+def holder_name() -> str:
+    """Content of a lock file that this process holds."""
     return f"process {os.getpid()} on {socket.gethostname()}\n"
 
 
@@ -40,23 +42,23 @@ class LockedError(UserError):
 
 
 class Lock:
-    """The right to write at some place, held by one process on all machines that see the file."""
+    """An exclusive lock, held by one process on all machines that share the file."""
 
     def __init__(self, file: Path, name: str) -> None:
-        """Takes nothing yet.
+        """Stores the arguments; locks nothing yet.
 
         Args:
-            file: the lock; its folder exists.
-            name: of what is locked, for messages: ``run folder runs/a``.
+            file: lock file in an existing folder.
+            name: name of the locked object for messages: ``run folder runs/a``.
         """
         self._file, self._name = file, name
         self._descriptor: int | None = None
 
     def acquire(self) -> str | None:
-        """Tries to take the lock, once.
+        """Tries once to acquire the lock.
 
         Returns:
-            None once this process holds it; else the holder, ``process 12 on host-a``.
+            None if this process holds it; otherwise its holder, ``process 12 on host-a``.
 
         Raises:
             OSError: the file cannot be written.
@@ -69,12 +71,12 @@ class Lock:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     holder = os.read(descriptor, 1000).decode(errors="replace").strip()
                     os.close(descriptor)
-                    return holder or "a process that has just begun"
+                    return holder or "a process that has just started"
                 if error.errno not in _UNSUPPORTED:
                     os.close(descriptor)
                     raise
                 logger.warning(
-                    "%s: the file system of %s has no locks (%s); start no second run there",
+                    "%s: the file system of %s does not support locks (%s); do not start a second run there",
                     *(self._name, self._file.parent, error.strerror),
                 )
             if self._is_current(descriptor):
@@ -83,11 +85,11 @@ class Lock:
             os.close(descriptor)
         self._descriptor = descriptor
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, rank_name().encode(), 0)
+        os.pwrite(descriptor, holder_name().encode(), 0)
         return None
 
     def release(self) -> None:
-        """Gives it back, if it is held, and removes the file."""
+        """Releases the lock if it is held, and removes the file."""
         if self._descriptor is None:
             return
         if self._is_current(self._descriptor):
@@ -96,7 +98,7 @@ class Lock:
         self._descriptor = None
 
     def _is_current(self, descriptor: int) -> bool:
-        """Whether an open file is still the one under the lock's name."""
+        """Whether an open file is still the one at the path of the lock."""
         try:
             return os.path.samestat(os.fstat(descriptor), os.stat(self._file))
         except FileNotFoundError:
@@ -107,17 +109,17 @@ class Lock:
 def folder_lock(
     folder: Path, name: str, *, wait: bool = False, ranks: Ranks | None = None, remedy: str = "end it"
 ) -> Iterator[None]:
-    """Keeps other processes out of a folder while the block runs; the folder is made where there is none.
+    """Locks a folder while the block runs, and creates it if needed.
 
     Args:
-        name: of the folder, for messages: ``run folder``.
-        wait: wait for the holder to end, and name it every 30 seconds; otherwise a holder is an error.
+        name: name of the folder for messages: ``run folder``.
+        wait: wait until the holder ends, and report it every 30 seconds; otherwise a holder is an error.
         ranks: all ranks enter together, and the first one holds the lock for all of them.
-        remedy: what a user can do besides waiting.
+        remedy: what a user can do instead of waiting.
 
     Raises:
         LockedError: another process holds the lock, and ``wait`` is false.
-        UserError: the folder cannot be made or written; all ranks raise it.
+        UserError: the folder cannot be created or written; all ranks raise it.
     """
     with file_lock(folder / FILE, f"{name} {folder}", wait=wait, ranks=ranks, remedy=remedy):
         yield
@@ -127,33 +129,34 @@ def folder_lock(
 def file_lock(
     file: Path, name: str, *, wait: bool = False, ranks: Ranks | None = None, remedy: str = "end it"
 ) -> Iterator[None]:
-    """As :func:`folder_lock`, by a lock anywhere.
+    """As :func:`folder_lock`, with any lock file.
 
     Args:
-        file: the lock; its folder is made where there is none.
-        name: of what is locked, its path included.
+        file: lock file, whose folder is created if needed.
+        name: name of the locked object, including its path.
     """
-    is_holder, lock = ranks is None or ranks.is_main, Lock(file, name)
-    begun = told = time.monotonic()
+    acquires, lock = ranks is None or ranks.is_main, Lock(file, name)
+    start = time.monotonic()
+    last_report: float | None = None
     try:
         while True:
-            found: str | UserError | None = _acquire(lock, file, name) if is_holder else None
+            holder: str | UserError | None = _acquire(lock, file, name) if acquires else None
             if ranks is not None:
-                # In turns, not by one long wait: a collective gives up after a while.
-                found = ranks.broadcast(found)
-            if isinstance(found, UserError):
-                raise found
-            if found is None:
+                # Once per attempt, and not after one long wait: a collective has a timeout.
+                holder = ranks.broadcast(holder)
+            if isinstance(holder, UserError):
+                raise holder
+            if holder is None:
                 break
             if not wait:
                 raise LockedError(
-                    f"{name} is in use by {found}: wait until it ends, or {remedy}; "
+                    f"{name} is in use by {holder}: wait until it ends, or {remedy}; "
                     f"if there is no such process, remove {file}"
                 )
             now = time.monotonic()
-            if is_holder and (told == begun or now - told >= TELL_SECONDS):
-                tqdm.write(f"waiting for {name}, in use by {found}, for {now - begun:.0f} s so far")
-                told = max(now, begun + 1e-9)
+            if acquires and (last_report is None or now - last_report >= REPORT_SECONDS):
+                tqdm.write(f"waiting for {name}, in use by {holder}, for {now - start:.0f} s so far")
+                last_report = now
             time.sleep(POLL_SECONDS)
         yield
     finally:

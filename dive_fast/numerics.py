@@ -1,7 +1,7 @@
-"""PyTorch's process-wide switches of precision, set in one place: an fp32 product is fp32 in every container.
+"""PyTorch's process-wide precision switches, set in one place, so that fp32 products are fp32 in every container.
 
-NVIDIA's containers turn TF32 on by ``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE``, and PyTorch itself has it on for cuDNN's
-convolutions: ten bits of mantissa, in which difference vectors of 1e-3 are lost (docs/precision.md).
+NVIDIA's containers enable TF32 by ``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE``, and PyTorch itself enables it for cuDNN's
+convolutions. Its ten bits of mantissa lose difference vectors of 1e-3 (docs/precision.md).
 """
 
 import contextlib
@@ -13,14 +13,14 @@ __all__ = ["configure", "full_fp32", "state"]
 
 
 def configure() -> None:
-    """Sets the switches for this process; every command calls it before it computes anything.
+    """Sets the switches for this process; every command calls this before it computes anything.
 
     - TF32 is off, in cuBLAS and in cuDNN: fp32 means fp32.
     - cuBLAS keeps partial sums of fp16 and bf16 products in fp32, also where it splits the inner dimension.
     - cuDNN's attention is off: it builds a plan for each new shape of text, and its backward is not deterministic.
-      The choice is made for the process and not around a forward, since recomputed blocks run outside of it.
+      It is disabled for the process and not around a forward, since recomputed blocks run outside of the forward.
     """
-    # Unlike an assignment to allow_tf32, this also resets what TORCH_ALLOW_TF32_CUBLAS_OVERRIDE has set.
+    # Unlike an assignment to allow_tf32, this also resets the effect of TORCH_ALLOW_TF32_CUBLAS_OVERRIDE.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -31,9 +31,9 @@ def configure() -> None:
 
 @contextlib.contextmanager
 def full_fp32(enabled: bool = True) -> Iterator[None]:
-    """Inside, fp32 products and convolutions use no TF32; afterwards both flags are what they were.
+    """Disables TF32 in products and convolutions inside the block; restores both flags afterwards.
 
-    For code that runs in a process which nobody has configured, such as a library's user's.
+    For code that may run in a process without :func:`configure`, such as that of a library's user.
     """
     if not enabled:
         yield
@@ -47,7 +47,7 @@ def full_fp32(enabled: bool = True) -> Iterator[None]:
 
 
 def state() -> dict[str, bool]:
-    """The switches as they are now: what decides the bits of a result, as JSON values for an identity."""
+    """The current switches, as JSON values for an identity: they determine the bits of a result."""
     return {
         "matmul_tf32": torch.backends.cuda.matmul.allow_tf32,
         "cudnn_tf32": torch.backends.cudnn.allow_tf32,

@@ -1,4 +1,4 @@
-"""Waiting that says for what: a line every half minute."""
+"""Reports about long waits on standard error."""
 
 import os
 import sys
@@ -10,34 +10,34 @@ from contextlib import contextmanager, suppress
 import torch.distributed as dist
 from tqdm import tqdm
 
-EVERY = 30.0
-"""Seconds of waiting until it is said, and between two lines."""
+REPORT_SECONDS = 30.0
+"""Seconds of waiting until the first report, and between two reports."""
 
 
 @contextmanager
-def waiting(what: Callable[[float], str], limit: float | None = None, code: int = 1) -> Iterator[None]:
-    """Says what the block waits for, every :data:`EVERY` seconds.
+def waiting(message: Callable[[float], str], limit: float | None = None, code: int = 1) -> Iterator[None]:
+    """Reports every :data:`REPORT_SECONDS` seconds what the block waits for.
 
     Args:
-        what: the line, by the seconds waited so far.
-        limit: seconds after which the process ends, whatever its main thread waits in; None: never.
-        code: its exit code then.
+        message: returns the line for the seconds waited so far.
+        limit: seconds after which the process exits, even if its main thread is blocked; None: never.
+        code: exit code at the limit.
     """
     done = threading.Event()
 
     def watch() -> None:
-        begun = time.monotonic()
+        start = time.monotonic()
         while True:
-            left = EVERY if limit is None else min(EVERY, begun + limit - time.monotonic())
-            if done.wait(max(0.0, left)):
+            remaining = REPORT_SECONDS if limit is None else min(REPORT_SECONDS, start + limit - time.monotonic())
+            if done.wait(max(0.0, remaining)):
                 return
-            waited = time.monotonic() - begun
+            waited = time.monotonic() - start
             if limit is not None and waited >= limit:
                 try:
-                    tell(f"error: {what(waited)}")
+                    report(f"error: {message(waited)}")
                 finally:
                     os._exit(code)
-            tell(what(waited))
+            report(message(waited))
 
     thread = threading.Thread(target=watch, name="waiting", daemon=True)
     thread.start()
@@ -48,13 +48,13 @@ def waiting(what: Callable[[float], str], limit: float | None = None, code: int 
         thread.join()
 
 
-def tell(line: str) -> None:
-    """Prints a line on standard error, whose reader may have gone: Ctrl-C ends ``tee`` too."""
+def report(line: str) -> None:
+    """Prints a line on standard error, which may be closed: Ctrl-C ends ``tee`` too."""
     with suppress(OSError, ValueError):
         tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
 
 
 def rank_name() -> str:
-    """``rank R``, for lines that each rank prints."""
+    """``rank <number>``, for lines that each rank prints."""
     return f"rank {dist.get_rank() if dist.is_initialized() else 0}"

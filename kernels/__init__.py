@@ -1,9 +1,9 @@
-"""The losses of DiVE, on tensors alone: this package imports torch and triton and nothing of the engine.
+"""The losses of DiVE on tensors; the package imports torch and triton and nothing of the engine.
 
-Shapes: ``B`` pairs on this rank, ``D`` embedding width. Every function takes *un-normalised* features,
-normalises them itself in fp32 (fp64 stays fp64) and returns fp32 (fp64) scalars.
+Shapes: ``B`` pairs on this rank, ``D`` embedding width. Every function takes *un-normalized* features,
+normalizes them in fp32 (fp64 stays fp64) and returns fp32 (fp64) scalars.
 
-``naive`` has the same functions in plain PyTorch: the truth that the Triton kernels are held to.
+``naive`` has the same functions in plain PyTorch, the reference against which the Triton kernels are tested.
 """
 
 from dive_fast.kernels import naive

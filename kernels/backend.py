@@ -1,4 +1,4 @@
-"""Which way a loss is computed: the Triton kernels, or the plain PyTorch of ``naive``."""
+"""Choice of the backend that computes a loss: the Triton kernels, or the plain PyTorch of ``naive``."""
 
 from typing import Literal, get_args
 
@@ -7,11 +7,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 try:
-    from dive_fast.kernels import blocks
+    from dive_fast.kernels import primitives
 except ModuleNotFoundError as error:
     if error.name != "triton":
         raise
-    blocks = None  # type: ignore[assignment]
+    primitives = None  # type: ignore[assignment]
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -19,11 +19,11 @@ Backend = Literal["auto", "triton", "torch"]
 def uses_triton(backend: Backend, features: Tensor, constants: dict[str, Tensor] | None = None) -> bool:
     """Whether to run the Triton kernels on these features.
 
-    "auto" takes them where they can run, which is on CUDA, or anywhere under ``TRITON_INTERPRET=1``. "triton" also
-    takes fake tensors of any device: shapes and memory of the kernels, planned without a GPU.
+    "auto" chooses them where they can run: on CUDA, or on any device under ``TRITON_INTERPRET=1``. "triton" also
+    accepts fake tensors of any device, which give the kernels' shapes and memory without a GPU.
 
     Args:
-        constants: tensors by argument name that the kernels give no gradient to.
+        constants: tensors that get no gradient from the kernels, by argument name.
 
     Raises:
         ValueError: the backend is unknown, or it is "triton" and the kernels cannot run; the message says why.
@@ -32,25 +32,26 @@ def uses_triton(backend: Backend, features: Tensor, constants: dict[str, Tensor]
         raise ValueError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
     if backend == "torch":
         return False
-    planned = backend == "triton" and isinstance(features, FakeTensor)
-    obstacle = _obstacle(features, constants or {}, planned)
+    is_simulated = backend == "triton" and isinstance(features, FakeTensor)
+    obstacle = _find_obstacle(features, constants or {}, is_simulated)
     if obstacle is not None and backend == "triton":
         raise ValueError(f'backend: "triton" cannot run: {obstacle}; use "auto" or "torch"')
     return obstacle is None
 
 
-def _obstacle(features: Tensor, constants: dict[str, Tensor], planned: bool) -> str | None:
-    if blocks is None:
+def _find_obstacle(features: Tensor, constants: dict[str, Tensor], is_simulated: bool) -> str | None:
+    """The reason why the kernels cannot run on these tensors, or None."""
+    if primitives is None:
         return "the package triton is not installed"
-    if not blocks.INTERPRETED and not planned:
+    if not primitives.INTERPRETED and not is_simulated:
         if features.device.type != "cuda":
             return f"features are on {features.device.type}, not on CUDA, and TRITON_INTERPRET=1 is not set"
         if features.dtype == torch.float64:
-            return "features are fp64, which only the interpreter (TRITON_INTERPRET=1) computes"
+            return "features are fp64, which only the interpreter (TRITON_INTERPRET=1) supports"
         if not _has_tensor_cores(features.device):
             return f"{features.device} is older than compute capability 8.0"
-    if features.shape[1] > blocks.MAX_WIDTH:
-        return f"embeddings of {features.shape[1]} elements are wider than {blocks.MAX_WIDTH}"
+    if features.shape[1] > primitives.MAX_WIDTH:
+        return f"embeddings of {features.shape[1]} elements are wider than {primitives.MAX_WIDTH}"
     if torch.is_grad_enabled():
         for name, tensor in constants.items():
             if tensor.requires_grad:

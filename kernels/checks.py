@@ -1,13 +1,13 @@
-"""Bad input, named: what the losses refuse, whichever way they are computed."""
+"""Validation of the losses' arguments, for every backend."""
 
 from torch import Tensor
 
 
 def check_pairs(**matrices: Tensor) -> None:
-    """One batch: every matrix like the first; features also share its dtype.
+    """Checks the matrices of one batch: all have the shape and device of the first, features also its dtype.
 
     Raises:
-        ValueError: the first is not a non-empty matrix of floating-point numbers, or another differs from it.
+        ValueError: the first is not a non-empty floating-point matrix, or another one differs from it.
     """
     (first, reference), *_ = matrices.items()
     if reference.ndim != 2 or 0 in reference.shape:
@@ -24,10 +24,10 @@ def check_pairs(**matrices: Tensor) -> None:
 
 
 def check_scale(logit_scale: Tensor, image_features: Tensor) -> None:
-    """One floating-point number.
+    """Checks that the scale is one floating-point number on the features' device.
 
     Raises:
-        ValueError: it is something else, or elsewhere.
+        ValueError: its shape, dtype or device is wrong.
     """
     if logit_scale.shape not in ((), (1,)):
         raise ValueError(f"logit_scale: expected shape () or (1,), got {tuple(logit_scale.shape)}")
@@ -37,10 +37,10 @@ def check_scale(logit_scale: Tensor, image_features: Tensor) -> None:
 
 
 def check_average_vector(average_vector: Tensor, image_features: Tensor) -> None:
-    """One number per component of the embedding.
+    """Checks that the average vector is ``(D,)``, floating-point, and on the features' device.
 
     Raises:
-        ValueError: the vector has another shape, an integer dtype, or lies elsewhere.
+        ValueError: its shape, dtype or device is wrong.
     """
     expected, actual = tuple(image_features.shape[1:]), tuple(average_vector.shape)
     if expected != actual:
@@ -51,10 +51,10 @@ def check_average_vector(average_vector: Tensor, image_features: Tensor) -> None
 
 
 def check_same_kind(image_features: Tensor, reference_image_features: Tensor) -> None:
-    """Both batches come from one model.
+    """Checks that the features of both batches have the same dtype and device.
 
     Raises:
-        ValueError: dtype or device of the reference batch is another.
+        ValueError: dtype or device of the reference batch differs.
     """
     name, dtype = "reference_image_features", image_features.dtype
     if reference_image_features.dtype != dtype:

@@ -6,16 +6,16 @@ For N pairs, z_i and t_i the unit rows of image and text i, and l_ij = s z_i.t_j
     L   = 1/(2N) sum_i (r_i + c_i)
 
 **Rows are packed first**: x^_i = x_i / 2^e with norm in [1, 2), in the features' own dtype, hence exact, and
-padded with zeros to whole tiles. With the factor f_i = 2^e / |x_i| in (1/2, 1], z_i = f_i x^_i. Products of
+padded with zeros to full tiles. With the factor f_i = 2^e / |x_i| in (1/2, 1], z_i = f_i x^_i. Products of
 half-precision rows are exact and accumulate in fp32, so l_ij = s f_i f_j (x^_i . y^_j) never sees a rounded unit
 vector.
 
-**The label stands apart.** Logits are taken relative to the label's, l_ij - l_ii = s (z_i.t_j - z_i.t_i), so that
-s magnifies a difference and no large number's rounding. Both cosines come from the same matrix product: tensor
-cores cut sums off where other arithmetic rounds them, and a label summed elsewhere leaves that bias in each
-difference. With d their log-sum-exp over j != i, the row's loss is r_i = softplus(d) and its label's error is
-1 - p_ii = sigmoid(d): accurate also when the model is sure, where two logarithms cancel. r_i is kept as the
-highest logit, label included, and the rest, for the same reason.
+**The label is separate.** Logits are taken relative to the label's, l_ij - l_ii = s (z_i.t_j - z_i.t_i), so that
+s magnifies a difference and not the rounding of a large number. Both cosines come from the same matrix product:
+tensor cores truncate sums where other arithmetic rounds them, and a label summed elsewhere leaves that bias in
+each difference. With d their log-sum-exp over j != i, the row's loss is r_i = softplus(d) and its label's error is
+1 - p_ii = sigmoid(d): accurate also for a confident model, where two logarithms cancel. For the same reason r_i is
+stored as two numbers: the highest relative logit, the label's 0 included, and the rest.
 
 **Gradients.** With p_ij = exp(l_ij - l_ii - r_i), q_ij = exp(l_ij - l_jj - c_j), a_i = (1 - p_ii) + (1 - q_ii)::
 
@@ -26,11 +26,11 @@ highest logit, label included, and the rest, for the same reason.
 z_i . dz_i follows from the logits alone, since z_i . t_j = l_ij / s. Texts are treated alike with p and q
 exchanged.
 
-Over ranks each one gathers all rows, does the work of its own rows against all columns, and gathers r and c.
+Each rank gathers the rows of all ranks, processes its own rows against all columns, and gathers r and c.
 
-Two ways to the gradient. *Fused*: one launch; each program owns some rows and a slice of the width, and computes
-its logits anew. *Chunked*: logits once per side, the weights p + q of a few rows at a time stored in two halves
-(high and low bits), the sums over j left to cuBLAS. The former saves launches, the latter work.
+There are two gradient paths. *Fused*: one launch; each program handles some rows and a slice of the width, and
+recomputes its logits. *Chunked*: logits once per side, the weights p + q of a few rows at a time stored in two
+halves (high and low bits), the sums over j computed by cuBLAS. The first saves launches, the second saves work.
 """
 
 from typing import Any, NamedTuple
@@ -40,28 +40,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dive_fast.kernels import blocks, ranks
+from dive_fast.kernels import primitives, process_group
 from dive_fast.kernels.precision import full_fp32
 
-# Rows and columns of the packed matrices are padded to these.
-TILE, DEPTH = 128, 64
-# Weights lie in [0, 2]; times this they use fp16's whole range, 2^-39 being the smallest difference kept.
+# The packed matrices are padded to multiples of these: rows by the largest tile, width by the deepest product.
+PAD_ROWS, PAD_WIDTH = 128, 64
+# Weights lie in [0, 2]; scaled by this they use fp16's full range, and 2^-39 is the smallest difference kept.
 _WEIGHT_SCALE = tl.constexpr(2.0**14)
 
 # Fewer programs than this leave parts of a large GPU idle.
 _PROGRAMS = 128
-# Rows that the last program of the statistics takes at a time.
+# Rows that the last program of the statistics processes at a time.
 FINISH_ROWS = 256
 
-# Up to so many logits per side the gradient is fused.
+# The gradient is fused up to this number of logits per side.
 FUSED_LOGITS = 2048 * 2048
-# Weights of the chunked gradient that exist at one time; rows at least, or a product is too flat to fill a GPU.
+# Weights of the chunked gradient in memory at one time, and the fewest rows that make a product fill a GPU.
 CHUNK_LOGITS = 2**22
 CHUNK_ROWS = 512
 
 
 class Tile(NamedTuple):
-    """Constants of a kernel that walks over tiles of logits."""
+    """Block sizes of a kernel that iterates over tiles of logits, and its compiler options."""
 
     ROWS: int
     COLUMNS: int
@@ -69,9 +69,16 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of a launch."""
+        return {"TILE": self, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 class Shape(NamedTuple):
-    """Of one call: B rows of this rank, from row ``first`` of N over all ranks; D columns; padded sizes."""
+    """Sizes of one call.
+
+    This rank has ``rows`` (B) pairs, from row ``first`` of the ``total`` (N) over all ranks, of ``width`` (D).
+    """
 
     rows: int
     total: int
@@ -90,16 +97,50 @@ class Shape(NamedTuple):
         return self.rows * self.total > FUSED_LOGITS
 
 
+class Packed(NamedTuple):
+    """Rows of all ranks in the form that the tiles read."""
+
+    rows: Tensor  # (2, N_padded, D_padded): x^ of images, x^ of texts
+    factors: Tensor  # (4, N_padded): f of images, f of texts, 1/|x| of images, 1/|x| of texts
+
+
+class Reduction(NamedTuple):
+    """Statistics of this rank's rows: per split of the columns, then per row, then in total."""
+
+    partials: Tensor  # (3, 2, num_splits, B): highest l_ij - l_ii, sum of exponentials, sum weighted by cosines
+    statistics: (
+        Tensor  # (7, B): highest logits of images and texts, rest of their losses, a, z_i . t_i by both sides
+    )
+    slope: Tensor  # (): dL/ds
+
+
+class Buffers(NamedTuple):
+    """Memory that a forward allocates; the backward needs ``packed``, ``statistics`` and ``slope``."""
+
+    packed: Packed
+    ticket: Tensor  # (), int32: finished programs of the statistics
+    reduction: Reduction
+    loss: Tensor  # ()
+
+
+class Gradients(NamedTuple):
+    """Gradients of both feature matrices, ``(B, D)``, and of the scale."""
+
+    image: Tensor
+    text: Tensor
+    scale: Tensor
+
+
 def shape_of(image: Tensor, group: str) -> Shape:
-    """Sizes from this rank's features."""
+    """Sizes of a call, from this rank's features."""
     rows, width = image.shape
-    total, first = rows * ranks.world_size(group), rows * ranks.rank(group)
+    total, first = rows * process_group.world_size(group), rows * process_group.rank(group)
     # The last rank's last tile of rows may reach beyond the last tile of columns.
-    total_padded = blocks.round_up(total - rows + blocks.round_up(rows, TILE), TILE)
-    return Shape(rows, total, first, width, total_padded, blocks.round_up(width, DEPTH), image.dtype)
+    total_padded = primitives.round_up(total - rows + primitives.round_up(rows, PAD_ROWS), PAD_ROWS)
+    return Shape(rows, total, first, width, total_padded, primitives.round_up(width, PAD_WIDTH), image.dtype)
 
 
-# Pack
+# Packing
 
 
 @triton.jit
@@ -107,49 +148,49 @@ def pack_block(
     pid,
     image,
     text,
-    packed,  # (2, N_padded, D_padded): x^
-    rows,  # (4, N_padded): factors of images and texts, 1/|x| of images and texts
-    ticket,  # (): programs of the next launch that are done
+    packed,
+    ticket,  # (): finished programs of the next launch
     N,
     N_padded,
     D,
     D_padded,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    """Packs a block of rows: ``x^_i = x_i / 2^e`` with ``2^e <= |x_i| < 2^(e+1)``,  ``f_i = 2^e / |x_i|``."""
     N_padded = N_padded.to(tl.int64)
-    row = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDTH)
-    source = row[:, None] * D + column[None, :]
-    target = row[:, None] * D_padded + column[None, :]
-    inside = (row < N)[:, None] & (column < D)[None, :]
-    padded = (row >= 0)[:, None] & (column < D_padded)[None, :]
-    x = tl.load(image + source, mask=inside, other=0.0).to(ACC)
-    y = tl.load(text + source, mask=inside, other=0.0).to(ACC)
-    x, x_factor, x_inverse = _scaled(x)
-    y, y_factor, y_inverse = _scaled(y)
-    tl.store(packed + target, x.to(packed.dtype.element_ty), mask=padded)
-    tl.store(packed + N_padded * D_padded + target, y.to(packed.dtype.element_ty), mask=padded)
-    tl.store(rows + row, x_factor)
-    tl.store(rows + N_padded + row, y_factor)
-    tl.store(rows + 2 * N_padded + row, x_inverse)
-    tl.store(rows + 3 * N_padded + row, y_inverse)
+    o_row = pid.to(tl.int64) * BLOCK.ROWS + tl.arange(0, BLOCK.ROWS)
+    o_column = tl.arange(0, BLOCK.WIDTH)
+    o_source = o_row[:, None] * D + o_column[None, :]
+    o_target = o_row[:, None] * D_padded + o_column[None, :]
+    m_source = (o_row < N)[:, None] & (o_column < D)[None, :]
+    m_target = (o_row >= 0)[:, None] & (o_column < D_padded)[None, :]
+    b_x = tl.load(image + o_source, mask=m_source, other=0.0).to(ACC)
+    b_y = tl.load(text + o_source, mask=m_source, other=0.0).to(ACC)
+    b_x, b_x_factor, b_x_inverse = _scale_rows(b_x)
+    b_y, b_y_factor, b_y_inverse = _scale_rows(b_y)
+    tl.store(packed.rows + o_target, b_x.to(packed.rows.dtype.element_ty), mask=m_target)
+    tl.store(packed.rows + N_padded * D_padded + o_target, b_y.to(packed.rows.dtype.element_ty), mask=m_target)
+    tl.store(packed.factors + o_row, b_x_factor)
+    tl.store(packed.factors + N_padded + o_row, b_y_factor)
+    tl.store(packed.factors + 2 * N_padded + o_row, b_x_inverse)
+    tl.store(packed.factors + 3 * N_padded + o_row, b_y_inverse)
     if pid == 0:
         tl.store(ticket, 0)
 
 
 @triton.jit
-def _scaled(x):
-    """x^ with norm in [1, 2), the factor that makes it the unit row, and 1 / max(|x|, 1e-12)."""
-    norm = blocks.norms(x)
-    power = blocks.power_of_two(norm)
-    power = tl.where(norm < blocks.CLAMP, tl.full(norm.shape, blocks.CLAMPED_POWER, norm.dtype), power)
-    length = blocks.clamped(norm)
-    one = tl.full(norm.shape, 1.0, norm.dtype)
-    # A norm that overflows leaves zeros, as in F.normalize: power is infinite, and a factor of 1 keeps them.
-    factor = tl.where(power == float("inf"), one, blocks.divide(power, length))
-    return x * blocks.divide(one, power)[:, None], factor, blocks.divide(one, length)
+def _scale_rows(b_x):
+    """``x^ = x / 2^e`` with norm in [1, 2), ``f = 2^e / |x|`` so that z = f x^, and ``1 / max(|x|, 1e-12)``."""
+    b_norm = primitives.row_norms(b_x)
+    b_power = primitives.power_of_two(b_norm)
+    b_clamped_power = tl.full(b_norm.shape, primitives.CLAMPED_POWER, b_norm.dtype)
+    b_power = tl.where(b_norm < primitives.CLAMP, b_clamped_power, b_power)
+    b_length = primitives.clamp_norms(b_norm)
+    b_one = tl.full(b_norm.shape, 1.0, b_norm.dtype)
+    # A norm that overflows gives zeros, as in F.normalize: the power is infinite, and a factor of 1 keeps them.
+    b_factor = tl.where(b_power == float("inf"), b_one, primitives.divide(b_power, b_length))
+    return b_x * primitives.divide(b_one, b_power)[:, None], b_factor, primitives.divide(b_one, b_length)
 
 
 # Statistics and loss
@@ -159,241 +200,256 @@ def _scaled(x):
 def statistics_block(
     pid,
     packed,
-    rows,
     logit_scale,
-    partials,  # (3, 2, num_splits, B): highest l_ij - l_ii, sum of exponentials, sum weighted by cosines
-    statistics,  # (7, B), of which this writes the last two rows: the labels' cosines
+    reduction,  # writes the partials, and the labels' cosines in the last two rows of the statistics
     B,
     N,
     first,
     N_padded,
     D_padded,
     num_splits,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    TILE: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    """Online log-sum-exp of a tile of rows over one split of the columns, without the label.
+
+    ``h_i = max_j (l_ij - l_ii)``,  ``sum_j exp(l_ij - l_ii - h_i)``,  and the same sum weighted by
+    ``z_i.t_j - z_i.t_i``. One program reduces its columns in ascending order.
+    """
     N_padded = N_padded.to(tl.int64)
+    # Side 0 has images as rows and texts as columns, side 1 the other way round.
     side = pid % 2
     split = (pid // 2) % num_splits
-    row0 = pid // (2 * num_splits) * ROWS
-    row = row0 + tl.arange(0, ROWS)
+    row0 = pid // (2 * num_splits) * TILE.ROWS
+    o_row = row0 + tl.arange(0, TILE.ROWS)
     stride = D_padded.to(tl.int64)
-    left = packed + (side * N_padded + first + row0) * D_padded
-    right = packed + (1 - side) * N_padded * D_padded
-    row_factor = tl.load(rows + side * N_padded + first + row)
+    left = packed.rows + (side * N_padded + first + row0) * D_padded
+    right = packed.rows + (1 - side) * N_padded * D_padded
+    b_row_factor = tl.load(packed.factors + side * N_padded + first + o_row)
     s = tl.load(logit_scale).to(ACC)
 
     # The labels' cosines are the diagonal of a product like those below, so that equal logits differ by nothing.
-    positive = tl.zeros([ROWS], ACC)
-    for offset in range(0, ROWS, COLUMNS):
+    b_label_cosine = tl.zeros([TILE.ROWS], ACC)
+    for offset in range(0, TILE.ROWS, TILE.COLUMNS):
         label = first + row0 + offset
-        product = blocks.products(left, right + label * stride, D_padded, ROWS, COLUMNS, DEPTH, ACC)
-        is_label = offset + tl.arange(0, COLUMNS)[None, :] == tl.arange(0, ROWS)[:, None]
-        positive += tl.sum(tl.where(is_label, product, 0.0), axis=1)
-    positive *= row_factor * tl.load(rows + (1 - side) * N_padded + first + row)
+        b_product = primitives.row_products(
+            left, right + label * stride, D_padded, TILE.ROWS, TILE.COLUMNS, TILE.DEPTH, ACC
+        )
+        m_label = offset + tl.arange(0, TILE.COLUMNS)[None, :] == tl.arange(0, TILE.ROWS)[:, None]
+        b_label_cosine += tl.sum(tl.where(m_label, b_product, 0.0), axis=1)
+    b_label_cosine *= b_row_factor * tl.load(packed.factors + (1 - side) * N_padded + first + o_row)
     if split == 0:
-        tl.store(statistics + (5 + side) * B.to(tl.int64) + row, positive, mask=row < B)
+        tl.store(reduction.statistics + (5 + side) * B.to(tl.int64) + o_row, b_label_cosine, mask=o_row < B)
 
-    highest = tl.full([ROWS], float("-inf"), ACC)
-    total = tl.zeros([ROWS], ACC)
-    weighted = tl.zeros([ROWS], ACC)
-    span = tl.cdiv(tl.cdiv(N, COLUMNS), num_splits) * COLUMNS
-    for column0 in range(split * span, tl.minimum((split + 1) * span, N), COLUMNS):
-        column = column0 + tl.arange(0, COLUMNS)
-        column_factor = tl.load(rows + (1 - side) * N_padded + column)
-        product = blocks.products(left, right + column0 * stride, D_padded, ROWS, COLUMNS, DEPTH, ACC)
-        # How far above the label's each cosine is: what is large and common is gone before s magnifies it.
-        above = product * (row_factor[:, None] * column_factor[None, :]) - positive[:, None]
-        negative = (column < N)[None, :] & (column[None, :] != first + row[:, None])
-        logit = tl.where(negative, above * s, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(logit, axis=1))
+    b_highest = tl.full([TILE.ROWS], float("-inf"), ACC)
+    b_total = tl.zeros([TILE.ROWS], ACC)
+    b_weighted = tl.zeros([TILE.ROWS], ACC)
+    span = tl.cdiv(tl.cdiv(N, TILE.COLUMNS), num_splits) * TILE.COLUMNS
+    for column0 in range(split * span, tl.minimum((split + 1) * span, N), TILE.COLUMNS):
+        o_column = column0 + tl.arange(0, TILE.COLUMNS)
+        b_column_factor = tl.load(packed.factors + (1 - side) * N_padded + o_column)
+        b_product = primitives.row_products(
+            left, right + column0 * stride, D_padded, TILE.ROWS, TILE.COLUMNS, TILE.DEPTH, ACC
+        )
+        # Each cosine relative to the label's: the large common part is gone before s magnifies it.
+        b_relative = b_product * (b_row_factor[:, None] * b_column_factor[None, :]) - b_label_cosine[:, None]
+        m_negative = (o_column < N)[None, :] & (o_column[None, :] != first + o_row[:, None])
+        b_logit = tl.where(m_negative, b_relative * s, float("-inf"))
+        b_new_highest = tl.maximum(b_highest, tl.max(b_logit, axis=1))
         # A row without a negative so far has no highest logit to subtract.
-        shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        mass = tl.exp(logit - shift[:, None])
-        old = tl.exp(highest - shift)
-        total = total * old + tl.sum(mass, axis=1)
-        weighted = weighted * old + tl.sum(mass * above, axis=1)
-        highest = new_highest
+        b_shift = tl.where(b_new_highest == float("-inf"), 0.0, b_new_highest)
+        b_mass = tl.exp(b_logit - b_shift[:, None])
+        b_rescale = tl.exp(b_highest - b_shift)
+        b_total = b_total * b_rescale + tl.sum(b_mass, axis=1)
+        b_weighted = b_weighted * b_rescale + tl.sum(b_mass * b_relative, axis=1)
+        b_highest = b_new_highest
 
-    place = partials + (side * num_splits + split).to(tl.int64) * B + row
+    p_partial = reduction.partials + (side * num_splits + split).to(tl.int64) * B + o_row
     size = 2 * num_splits.to(tl.int64) * B
-    tl.store(place, highest, mask=row < B)
-    # An infinite scale leaves a sure row no negative at all: s - s makes it NaN, and is 0 otherwise.
-    tl.store(place + size, total + (s - s), mask=row < B)
-    tl.store(place + 2 * size, weighted, mask=row < B)
+    tl.store(p_partial, b_highest, mask=o_row < B)
+    # An infinite scale leaves a confident row without any negative: s - s makes it NaN, and is 0 otherwise.
+    tl.store(p_partial + size, b_total + (s - s), mask=o_row < B)
+    tl.store(p_partial + 2 * size, b_weighted, mask=o_row < B)
 
 
 @triton.jit
-def finish_contrastive(
-    partials,
-    statistics,  # (7, B), of which this writes the first five rows
-    slope,  # (): dL/ds of this rank's rows
-    B,
-    num_splits,
-    ROWS: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Loss of this rank's rows, from all programs' partial sums, in an order that does not vary."""
+def finish_contrastive(reduction, B, num_splits, ROWS: tl.constexpr, ACC: tl.constexpr):
+    """Mean loss of this rank's rows, ``1/(2B) sum_i (r_i + c_i)``, from the partial sums of all programs.
+
+    With d the log-sum-exp over all splits: ``r_i = softplus(d)``, ``1 - p_ii = sigmoid(d)``. Writes the first five
+    rows of the statistics, and dL/ds. One program reduces splits and rows in a fixed order, so that the result
+    does not depend on which program it is.
+    """
     SPLITS: tl.constexpr = 8
     size = 2 * num_splits.to(tl.int64) * B
-    losses = tl.zeros([ROWS], ACC)
-    slopes = tl.zeros([ROWS], ACC)
+    statistics = reduction.statistics
+    b_losses = tl.zeros([ROWS], ACC)
+    b_slopes = tl.zeros([ROWS], ACC)
     for row0 in range(0, B, ROWS):
-        row = row0 + tl.arange(0, ROWS)
-        inside = row < B
-        complement = tl.zeros([ROWS], ACC)
+        o_row = row0 + tl.arange(0, ROWS)
+        m_row = o_row < B
+        b_label_errors = tl.zeros([ROWS], ACC)
         for side in tl.static_range(2):
-            highest = tl.full([ROWS], float("-inf"), ACC)
-            total = tl.zeros([ROWS], ACC)
-            weighted = tl.zeros([ROWS], ACC)
-            # Several splits at a time: one by one, a single program would wait for memory as often.
+            b_highest = tl.full([ROWS], float("-inf"), ACC)
+            b_total = tl.zeros([ROWS], ACC)
+            b_weighted = tl.zeros([ROWS], ACC)
+            # Several splits at a time: a single program would otherwise wait for memory once per split.
             for split0 in range(0, num_splits, SPLITS):
-                split = split0 + tl.arange(0, SPLITS)
-                # From the cache that all programs share: this one's own may hold what was there before.
-                place = partials + (side * num_splits + split)[:, None] * B.to(tl.int64) + row[None, :]
-                there = (split < num_splits)[:, None] & inside[None, :]
-                part = tl.load(place, mask=there, other=float("-inf"), cache_modifier=".cg")
-                sums = tl.load(place + size, mask=there, other=0.0, cache_modifier=".cg")
-                weights = tl.load(place + 2 * size, mask=there, other=0.0, cache_modifier=".cg")
-                new_highest = tl.maximum(highest, tl.max(part, axis=0))
-                shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-                old = tl.exp(highest - shift)
-                new = tl.exp(part - shift[None, :])
-                total = total * old + tl.sum(new * sums, axis=0)
-                weighted = weighted * old + tl.sum(new * weights, axis=0)
-                highest = new_highest
-            top = tl.where(highest < 0, 0.0, highest)  # a comparison that lets a NaN through
-            mass = total * tl.exp(highest - top)
-            # The highest of all, label included, is worth 1 and stays out of what log1p is given.
-            rest = blocks.log1p(tl.where(top == 0.0, mass, mass - 1.0 + tl.exp(-top)))
-            margin = tl.where(total == 0.0, float("-inf"), highest + tl.log(total))
-            error = 1.0 / (1.0 + tl.exp(-margin))
-            complement += error
-            losses += tl.where(inside, top + rest, 0.0)
-            slopes += tl.where(inside & (total != 0.0), error * weighted / total, 0.0)
-            tl.store(statistics + side * B.to(tl.int64) + row, top, mask=inside)
-            tl.store(statistics + (2 + side) * B.to(tl.int64) + row, rest, mask=inside)
-        tl.store(statistics + 4 * B.to(tl.int64) + row, complement, mask=inside)
+                o_split = split0 + tl.arange(0, SPLITS)
+                # From the cache that all programs share: this program's own may hold stale values.
+                p_partial = (
+                    reduction.partials + (side * num_splits + o_split)[:, None] * B.to(tl.int64) + o_row[None, :]
+                )
+                m_partial = (o_split < num_splits)[:, None] & m_row[None, :]
+                b_highests = tl.load(p_partial, mask=m_partial, other=float("-inf"), cache_modifier=".cg")
+                b_sums = tl.load(p_partial + size, mask=m_partial, other=0.0, cache_modifier=".cg")
+                b_weighted_sums = tl.load(p_partial + 2 * size, mask=m_partial, other=0.0, cache_modifier=".cg")
+                b_new_highest = tl.maximum(b_highest, tl.max(b_highests, axis=0))
+                b_shift = tl.where(b_new_highest == float("-inf"), 0.0, b_new_highest)
+                b_rescale = tl.exp(b_highest - b_shift)
+                b_rescales = tl.exp(b_highests - b_shift[None, :])
+                b_total = b_total * b_rescale + tl.sum(b_rescales * b_sums, axis=0)
+                b_weighted = b_weighted * b_rescale + tl.sum(b_rescales * b_weighted_sums, axis=0)
+                b_highest = b_new_highest
+            b_top = tl.where(b_highest < 0, 0.0, b_highest)  # a comparison that propagates NaN
+            b_mass = b_total * tl.exp(b_highest - b_top)
+            # The highest logit, label included, contributes 1, which stays out of log1p's argument.
+            b_rest = primitives.log1p(tl.where(b_top == 0.0, b_mass, b_mass - 1.0 + tl.exp(-b_top)))
+            b_log_sum = tl.where(b_total == 0.0, float("-inf"), b_highest + tl.log(b_total))
+            b_error = 1.0 / (1.0 + tl.exp(-b_log_sum))
+            b_label_errors += b_error
+            b_losses += tl.where(m_row, b_top + b_rest, 0.0)
+            b_slopes += tl.where(m_row & (b_total != 0.0), b_error * b_weighted / b_total, 0.0)
+            tl.store(statistics + side * B.to(tl.int64) + o_row, b_top, mask=m_row)
+            tl.store(statistics + (2 + side) * B.to(tl.int64) + o_row, b_rest, mask=m_row)
+        tl.store(statistics + 4 * B.to(tl.int64) + o_row, b_label_errors, mask=m_row)
     count = 2.0 * B.to(ACC)
-    tl.store(slope, tl.sum(slopes, axis=0) / count)
-    return tl.sum(losses, axis=0) / count
+    tl.store(reduction.slope, tl.sum(b_slopes, axis=0) / count)
+    return tl.sum(b_losses, axis=0) / count
 
 
 # Gradient, fused
 
 
 @triton.jit
-def _weights(
-    product,
-    row,
-    column,
+def _gradient_weights(
+    b_product,
+    o_row,
+    o_column,
     side,
-    rows,
-    statistics,
+    packed,
+    statistics,  # (7, N)
     s,
     N,
     first,
     N_padded,
 ):
-    """p + q of a tile, 0 at labels and beyond the edge, and the cosines."""
-    factor = tl.load(rows + side * N_padded + first + row)[:, None]
-    factor = factor * tl.load(rows + (1 - side) * N_padded + column)[None, :]
-    cosine = product * factor
-    own = first + row
+    """``p_ij + q_ij`` of a tile, 0 at labels and outside of the matrix, and the cosines ``z_i.t_j``.
+
+    ``p_ij = exp(l_ij - l_ii - r_i)``,  ``q_ij = exp(l_ij - l_jj - c_j)``; r and c are subtracted part by part.
+    """
+    b_factor = tl.load(packed.factors + side * N_padded + first + o_row)[:, None]
+    b_factor = b_factor * tl.load(packed.factors + (1 - side) * N_padded + o_column)[None, :]
+    b_cosine = b_product * b_factor
+    o_label = first + o_row
     stride = N.to(tl.int64)
-    p_own = statistics + side * stride + own
-    p_other = statistics + (1 - side) * stride + column
-    own_top = tl.load(p_own, mask=own < N, other=0.0)
-    own_rest = tl.load(p_own + 2 * stride, mask=own < N, other=0.0)
-    other_top = tl.load(p_other, mask=column < N, other=0.0)
-    other_rest = tl.load(p_other + 2 * stride, mask=column < N, other=0.0)
+    p_row = statistics + side * stride + o_label
+    p_column = statistics + (1 - side) * stride + o_column
+    b_row_top = tl.load(p_row, mask=o_label < N, other=0.0)
+    b_row_rest = tl.load(p_row + 2 * stride, mask=o_label < N, other=0.0)
+    b_column_top = tl.load(p_column, mask=o_column < N, other=0.0)
+    b_column_rest = tl.load(p_column + 2 * stride, mask=o_column < N, other=0.0)
     # Both labels from this side's product, as the cosines are.
-    positive = statistics + (5 + side) * stride
-    above_own = cosine - tl.load(positive + own, mask=own < N, other=0.0)[:, None]
-    above_other = cosine - tl.load(positive + column, mask=column < N, other=0.0)[None, :]
-    weight = tl.exp(above_own * s - own_top[:, None] - own_rest[:, None])
-    weight += tl.exp(above_other * s - other_top[None, :] - other_rest[None, :])
+    label_cosine = statistics + (5 + side) * stride
+    b_to_row_label = b_cosine - tl.load(label_cosine + o_label, mask=o_label < N, other=0.0)[:, None]
+    b_to_column_label = b_cosine - tl.load(label_cosine + o_column, mask=o_column < N, other=0.0)[None, :]
+    b_weight = tl.exp(b_to_row_label * s - b_row_top[:, None] - b_row_rest[:, None])
+    b_weight += tl.exp(b_to_column_label * s - b_column_top[None, :] - b_column_rest[None, :])
     # Rows beyond this rank's last are other ranks' or padding: computed, never stored.
-    negative = (column < N)[None, :] & (column[None, :] != own[:, None]) & (own < N)[:, None]
-    return tl.where(negative, weight, 0.0), cosine
+    m_negative = (o_column < N)[None, :] & (o_column[None, :] != o_label[:, None]) & (o_label < N)[:, None]
+    return tl.where(m_negative, b_weight, 0.0), b_cosine
 
 
 @triton.jit
 def gradient_block(
     pid,
     packed,
-    rows,
     logit_scale,
     statistics,  # (7, N)
     upstream,
     slope,  # (): dL/ds of this rank's rows
-    image_gradient,  # (B, D)
-    text_gradient,
-    scale_gradient,  # ()
+    gradients,
     B,
     N,
     first,
     N_padded,
     D,
     D_padded,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    TILE: tl.constexpr,
     SLICE: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    """Gradient of a tile of rows in one slice of the width.
+
+    With the upstream gradient g, ``dz_i = sum_{j != i} (p_ij + q_ij) t_j - a_i t_i``,
+    ``dx_i = g s/(2B) (dz_i - z_i (z_i . dz_i)) / |x_i|``. Every slice recomputes the logits of its rows. One
+    program sums over all columns in ascending order: no atomics, and the same bits in every run.
+    """
     N_padded = N_padded.to(tl.int64)
     num_slices = tl.cdiv(D, SLICE)
     side = pid % 2
     slice0 = (pid // 2) % num_slices * SLICE
-    row0 = pid // (2 * num_slices) * ROWS
-    row = row0 + tl.arange(0, ROWS)
-    depth = slice0 + tl.arange(0, SLICE)
+    row0 = pid // (2 * num_slices) * TILE.ROWS
+    o_row = row0 + tl.arange(0, TILE.ROWS)
+    o_depth = slice0 + tl.arange(0, SLICE)
     stride = D_padded.to(tl.int64)
-    left = packed + (side * N_padded + first + row0) * D_padded
-    right = packed + (1 - side) * N_padded * D_padded
+    left = packed.rows + (side * N_padded + first + row0) * D_padded
+    right = packed.rows + (1 - side) * N_padded * D_padded
     s = tl.load(logit_scale).to(ACC)
 
-    acc = tl.zeros([ROWS, SLICE], ACC)
-    along = tl.zeros([ROWS], ACC)
-    offset = tl.arange(0, COLUMNS)
-    p_slice = right + offset[:, None] * D_padded + depth[None, :]
-    for column0 in range(0, N, COLUMNS):
-        column = column0 + offset
-        product = blocks.products(left, right + column0 * stride, D_padded, ROWS, COLUMNS, DEPTH, ACC)
-        weight, cosine = _weights(product, row, column, side, rows, statistics, s, N, first, N_padded)
-        along += tl.sum(weight * cosine, axis=1)
-        scaled = weight * (tl.load(rows + (1 - side) * N_padded + column)[None, :] * _WEIGHT_SCALE)
-        block = tl.load(p_slice + column0 * stride, mask=(depth < D_padded)[None, :], other=0.0)
-        acc = blocks.split_dot(scaled, block, acc)
+    b_acc = tl.zeros([TILE.ROWS, SLICE], ACC)
+    b_radial = tl.zeros([TILE.ROWS], ACC)  # z_i . dz_i
+    o_tile = tl.arange(0, TILE.COLUMNS)
+    p_slice = right + o_tile[:, None] * D_padded + o_depth[None, :]
+    for column0 in range(0, N, TILE.COLUMNS):
+        o_column = column0 + o_tile
+        b_product = primitives.row_products(
+            left, right + column0 * stride, D_padded, TILE.ROWS, TILE.COLUMNS, TILE.DEPTH, ACC
+        )
+        b_weight, b_cosine = _gradient_weights(
+            b_product, o_row, o_column, side, packed, statistics, s, N, first, N_padded
+        )
+        b_radial += tl.sum(b_weight * b_cosine, axis=1)
+        b_column_factor = tl.load(packed.factors + (1 - side) * N_padded + o_column)
+        b_scaled = b_weight * (b_column_factor[None, :] * _WEIGHT_SCALE)
+        b_right = tl.load(p_slice + column0 * stride, mask=(o_depth < D_padded)[None, :], other=0.0)
+        b_acc = primitives.split_dot(b_scaled, b_right, b_acc)
 
-    inside = (depth < D)[None, :] & (row < B)[:, None]
-    place = row.to(tl.int64)[:, None] * D_padded + depth[None, :]
-    own = tl.load(left - row0 * stride + place, mask=inside, other=0.0).to(ACC)
-    partner = tl.load(right + first * stride + place, mask=inside, other=0.0).to(ACC)
-    own_factor = tl.load(rows + side * N_padded + first + row)
-    partner_factor = tl.load(rows + (1 - side) * N_padded + first + row)
-    inverse = tl.load(rows + (2 + side) * N_padded + first + row)
-    pairs = statistics + first + row
-    complement = tl.load(pairs + 4 * N.to(tl.int64), mask=row < B, other=0.0)
-    positive = tl.load(pairs + (5 + side) * N.to(tl.int64), mask=row < B, other=0.0)
-    gradient = acc * (1.0 / _WEIGHT_SCALE) - partner * (partner_factor * complement)[:, None]
-    along = along - complement * positive
-    # Below the clamp z is linear in x and nothing is projected out.
-    along = tl.where(inverse < 1.0 / blocks.CLAMP, along, 0.0)
-    gradient = gradient - own * (own_factor * along)[:, None]
-    gradient = gradient * (inverse * (tl.load(upstream).to(ACC) * s / (2.0 * B.to(ACC))))[:, None]
-    place = row.to(tl.int64)[:, None] * D + depth[None, :]
-    gradient = blocks.rounded(gradient, image_gradient.dtype.element_ty)
+    m_store = (o_depth < D)[None, :] & (o_row < B)[:, None]
+    o_packed = o_row.to(tl.int64)[:, None] * D_padded + o_depth[None, :]
+    b_row = tl.load(left - row0 * stride + o_packed, mask=m_store, other=0.0).to(ACC)
+    b_partner = tl.load(right + first * stride + o_packed, mask=m_store, other=0.0).to(ACC)
+    b_row_factor = tl.load(packed.factors + side * N_padded + first + o_row)
+    b_partner_factor = tl.load(packed.factors + (1 - side) * N_padded + first + o_row)
+    b_inverse = tl.load(packed.factors + (2 + side) * N_padded + first + o_row)
+    p_statistics = statistics + first + o_row
+    b_label_errors = tl.load(p_statistics + 4 * N.to(tl.int64), mask=o_row < B, other=0.0)
+    b_label_cosine = tl.load(p_statistics + (5 + side) * N.to(tl.int64), mask=o_row < B, other=0.0)
+    b_gradient = b_acc * (1.0 / _WEIGHT_SCALE) - b_partner * (b_partner_factor * b_label_errors)[:, None]
+    b_radial = b_radial - b_label_errors * b_label_cosine
+    # Below the clamp z is linear in x, and no component is projected out.
+    b_radial = tl.where(b_inverse < 1.0 / primitives.CLAMP, b_radial, 0.0)
+    b_gradient = b_gradient - b_row * (b_row_factor * b_radial)[:, None]
+    b_gradient = b_gradient * (b_inverse * (tl.load(upstream).to(ACC) * s / (2.0 * B.to(ACC))))[:, None]
+    o_gradient = o_row.to(tl.int64)[:, None] * D + o_depth[None, :]
+    b_gradient = primitives.round_to(b_gradient, gradients.image.dtype.element_ty)
     if pid == 0:
-        scale = tl.load(upstream).to(ACC) * tl.load(slope)
-        tl.store(scale_gradient, blocks.rounded(scale, scale_gradient.dtype.element_ty))
+        scale_gradient = tl.load(upstream).to(ACC) * tl.load(slope)
+        tl.store(gradients.scale, primitives.round_to(scale_gradient, gradients.scale.dtype.element_ty))
     if side == 0:
-        tl.store(image_gradient + place, gradient, mask=inside)
+        tl.store(gradients.image + o_gradient, b_gradient, mask=m_store)
     else:
-        tl.store(text_gradient + place, gradient, mask=inside)
+        tl.store(gradients.text + o_gradient, b_gradient, mask=m_store)
 
 
 # Gradient, chunked
@@ -402,9 +458,8 @@ def gradient_block(
 @triton.jit(do_not_specialize=["side", "chunk0", "N", "first"], do_not_specialize_on_alignment=["logit_scale"])
 def weights_kernel(
     packed,
-    rows,
     logit_scale,
-    statistics,
+    statistics,  # (7, N)
     halves,  # (2, chunk, columns): high and low bits, or (1, chunk, columns) where one dtype holds all
     side,
     chunk0,
@@ -414,32 +469,33 @@ def weights_kernel(
     first,
     N_padded,
     D_padded,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    TILE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The weights of texts (side 0: of images) in the gradients of rows ``chunk0 ...``, zeros beyond the edge."""
+    """``(p_ij + q_ij) f_j`` of a chunk of rows and of all columns; 0 at labels and outside of the matrix.
+
+    Side 0 has images as rows and texts as columns, side 1 the other way round. Each program writes one tile.
+    """
     pid = tl.program_id(0)
     N_padded = N_padded.to(tl.int64)
-    # Rows vary fastest: neighbours share a tile of columns.
-    num_row_blocks = tl.num_programs(0) // (columns // COLUMNS)
-    place0 = pid % num_row_blocks * ROWS
-    column0 = pid // num_row_blocks * COLUMNS
-    row = chunk0 + place0 + tl.arange(0, ROWS)
-    column = column0 + tl.arange(0, COLUMNS)
-    left = packed + (side * N_padded + first + chunk0 + place0) * D_padded
-    right = packed + ((1 - side) * N_padded + column0) * D_padded
-    product = blocks.products(left, right, D_padded, ROWS, COLUMNS, DEPTH, ACC)
+    # Rows vary fastest: neighbouring programs share a tile of columns in the cache.
+    num_row_tiles = tl.num_programs(0) // (columns // TILE.COLUMNS)
+    row0 = pid % num_row_tiles * TILE.ROWS
+    column0 = pid // num_row_tiles * TILE.COLUMNS
+    o_row = chunk0 + row0 + tl.arange(0, TILE.ROWS)
+    o_column = column0 + tl.arange(0, TILE.COLUMNS)
+    left = packed.rows + (side * N_padded + first + chunk0 + row0) * D_padded
+    right = packed.rows + ((1 - side) * N_padded + column0) * D_padded
+    b_product = primitives.row_products(left, right, D_padded, TILE.ROWS, TILE.COLUMNS, TILE.DEPTH, ACC)
     s = tl.load(logit_scale).to(ACC)
-    weight, _ = _weights(product, row, column, side, rows, statistics, s, N, first, N_padded)
-    weight *= tl.load(rows + (1 - side) * N_padded + column)[None, :] * _WEIGHT_SCALE
-    place = (place0 + tl.arange(0, ROWS)).to(tl.int64)[:, None] * columns + column[None, :]
-    high = weight.to(halves.dtype.element_ty)
-    tl.store(halves + place, high)
+    b_weight, _ = _gradient_weights(b_product, o_row, o_column, side, packed, statistics, s, N, first, N_padded)
+    b_weight *= tl.load(packed.factors + (1 - side) * N_padded + o_column)[None, :] * _WEIGHT_SCALE
+    o_weight = (row0 + tl.arange(0, TILE.ROWS)).to(tl.int64)[:, None] * columns + o_column[None, :]
+    b_high = b_weight.to(halves.dtype.element_ty)
+    tl.store(halves + o_weight, b_high)
     if halves.dtype.element_ty.primitive_bitwidth == 16:
-        low = (weight - high.to(ACC)).to(halves.dtype.element_ty)
-        tl.store(halves + chunk.to(tl.int64) * columns + place, low)
+        b_low = (b_weight - b_high.to(ACC)).to(halves.dtype.element_ty)
+        tl.store(halves + chunk.to(tl.int64) * columns + o_weight, b_low)
 
 
 @triton.jit(
@@ -447,11 +503,10 @@ def weights_kernel(
     do_not_specialize_on_alignment=["logit_scale", "upstream"],
 )
 def finish_gradient_kernel(
-    sums,  # (chunk, D_padded): sum over j of weights times x^_j
+    sums,  # (chunk, D_padded): sum_j (p_ij + q_ij) t_j, times the scale of the weights
     packed,
-    rows,
     logit_scale,
-    statistics,
+    statistics,  # (7, N)
     upstream,
     gradient,  # (B, D)
     side,
@@ -462,64 +517,49 @@ def finish_gradient_kernel(
     N_padded,
     D,
     D_padded,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """From the sum over texts to the gradient of un-normalised image rows, or the other way round."""
+    """``dz_i = sums_i - a_i t_i``,  ``dx_i = g s/(2B) (dz_i - z_i (z_i . dz_i)) / |x_i|``  of a block of rows."""
     N_padded = N_padded.to(tl.int64)
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row = chunk0 + place
-    depth = tl.arange(0, WIDTH)
-    inside = (row < B)[:, None] & (depth < D)[None, :]
-    offset = (first + row).to(tl.int64)[:, None] * D_padded + depth[None, :]
-    far = N_padded * D_padded
-    acc = tl.load(sums + place.to(tl.int64)[:, None] * D_padded + depth[None, :], mask=inside, other=0.0)
-    own = tl.load(packed + side * far + offset, mask=inside, other=0.0).to(ACC)
-    partner = tl.load(packed + (1 - side) * far + offset, mask=inside, other=0.0).to(ACC)
-    own *= tl.load(rows + side * N_padded + first + row)[:, None]
-    partner *= tl.load(rows + (1 - side) * N_padded + first + row)[:, None]
-    inverse = tl.load(rows + (2 + side) * N_padded + first + row)
-    complement = tl.load(statistics + 4 * N.to(tl.int64) + first + row, mask=row < B, other=0.0)
+    o_chunk_row = tl.program_id(0) * BLOCK.ROWS + tl.arange(0, BLOCK.ROWS)
+    o_row = chunk0 + o_chunk_row
+    o_depth = tl.arange(0, BLOCK.WIDTH)
+    m_row = (o_row < B)[:, None] & (o_depth < D)[None, :]
+    o_packed = (first + o_row).to(tl.int64)[:, None] * D_padded + o_depth[None, :]
+    o_side = N_padded * D_padded
+    p_sums = sums + o_chunk_row.to(tl.int64)[:, None] * D_padded + o_depth[None, :]
+    b_sums = tl.load(p_sums, mask=m_row, other=0.0)
+    b_z = tl.load(packed.rows + side * o_side + o_packed, mask=m_row, other=0.0).to(ACC)
+    b_t = tl.load(packed.rows + (1 - side) * o_side + o_packed, mask=m_row, other=0.0).to(ACC)
+    b_z *= tl.load(packed.factors + side * N_padded + first + o_row)[:, None]
+    b_t *= tl.load(packed.factors + (1 - side) * N_padded + first + o_row)[:, None]
+    b_inverse = tl.load(packed.factors + (2 + side) * N_padded + first + o_row)
+    b_label_errors = tl.load(statistics + 4 * N.to(tl.int64) + first + o_row, mask=o_row < B, other=0.0)
     s = tl.load(logit_scale).to(ACC)
-    result = acc * (1.0 / _WEIGHT_SCALE) - partner * complement[:, None]
-    along = tl.where(inverse < 1.0 / blocks.CLAMP, tl.sum(own * result, axis=1), 0.0)
-    result = (result - own * along[:, None]) * inverse[:, None]
-    result *= tl.load(upstream).to(ACC) * s / (2.0 * B.to(ACC))
-    result = blocks.rounded(result, gradient.dtype.element_ty)
-    tl.store(gradient + row.to(tl.int64)[:, None] * D + depth[None, :], result, mask=inside)
+    b_gradient = b_sums * (1.0 / _WEIGHT_SCALE) - b_t * b_label_errors[:, None]
+    # Below the clamp z is linear in x, and no component is projected out.
+    b_radial = tl.where(b_inverse < 1.0 / primitives.CLAMP, tl.sum(b_z * b_gradient, axis=1), 0.0)
+    b_gradient = (b_gradient - b_z * b_radial[:, None]) * b_inverse[:, None]
+    b_gradient *= tl.load(upstream).to(ACC) * s / (2.0 * B.to(ACC))
+    b_gradient = primitives.round_to(b_gradient, gradient.dtype.element_ty)
+    tl.store(gradient + o_row.to(tl.int64)[:, None] * D + o_depth[None, :], b_gradient, mask=m_row)
 
 
-# Launches
+# Launched kernels
 
 
 @triton.jit(do_not_specialize=["N"])
-def pack_kernel(
-    image,
-    text,
-    packed,
-    rows,
-    ticket,
-    N,
-    N_padded,
-    D,
-    D_padded,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    pack_block(pid, image, text, packed, rows, ticket, N, N_padded, D, D_padded, ROWS, WIDTH, ACC)
+def pack_kernel(image, text, packed, ticket, N, N_padded, D, D_padded, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """``x -> x^, f, 1/|x|`` of images and texts: :func:`pack_block`."""
+    pack_block(tl.program_id(0), image, text, packed, ticket, N, N_padded, D, D_padded, BLOCK, ACC)
 
 
 @triton.jit(do_not_specialize=["B", "N", "first", "num_splits"], do_not_specialize_on_alignment=["logit_scale"])
 def statistics_kernel(
     packed,
-    rows,
     logit_scale,
-    partials,
-    statistics,
-    slope,
+    reduction,
     loss,
     ticket,
     B,
@@ -528,98 +568,77 @@ def statistics_kernel(
     N_padded,
     D_padded,
     num_splits,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    TILE: tl.constexpr,
     FINISH_ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    """``x^, f -> r, c, a, L, dL/ds``: :func:`statistics_block`, at the end :func:`finish_contrastive`."""
     pid = tl.program_id(0)
     statistics_block(
-        pid, packed, rows, logit_scale, partials, statistics, B, N, first, N_padded, D_padded, num_splits, ROWS,
-        COLUMNS, DEPTH, ACC,
+        pid, packed, logit_scale, reduction, B, N, first, N_padded, D_padded, num_splits, TILE, ACC
     )  # fmt: skip
-    if blocks.is_last(ticket, tl.num_programs(0)):
-        value = finish_contrastive(partials, statistics, slope, B, num_splits, FINISH_ROWS, ACC)
+    if primitives.is_last(ticket, tl.num_programs(0)):
+        value = finish_contrastive(reduction, B, num_splits, FINISH_ROWS, ACC)
         tl.store(loss, value)
 
 
 @triton.jit(do_not_specialize=["B", "N", "first"], do_not_specialize_on_alignment=["logit_scale", "upstream"])
 def gradient_kernel(
     packed,
-    rows,
     logit_scale,
     statistics,
     upstream,
     slope,
-    image_gradient,
-    text_gradient,
-    scale_gradient,
+    gradients,
     B,
     N,
     first,
     N_padded,
     D,
     D_padded,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    TILE: tl.constexpr,
     SLICE: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    """``x^, f, r, c, a, dL/ds -> dL/dx, dL/dy, dL/ds``: :func:`gradient_block`."""
     pid = tl.program_id(0)
     gradient_block(
-        pid, packed, rows, logit_scale, statistics, upstream, slope, image_gradient, text_gradient, scale_gradient,
-        B, N, first, N_padded, D, D_padded, ROWS, COLUMNS, DEPTH, SLICE, ACC,
+        pid, packed, logit_scale, statistics, upstream, slope, gradients, B, N, first, N_padded, D, D_padded, TILE,
+        SLICE, ACC,
     )  # fmt: skip
 
 
 # Host
 
 
-class Buffers(NamedTuple):
-    """What a call allocates; the backward needs ``packed``, ``rows``, ``statistics`` and ``slope``."""
+def allocate(shape: Shape, device: torch.device) -> Buffers:
+    """Uninitialized outputs and scratch memory of the forward."""
+    acc = primitives.compute_dtype(shape.dtype)
 
-    packed: Tensor  # (2, N_padded, D_padded)
-    rows: Tensor  # (4, N_padded)
-    ticket: Tensor  # ()
-    partials: Tensor  # (3, 2, num_splits, B)
-    statistics: Tensor  # (7, B): highest logits of images and of texts, rest of their losses, a, z_i . t_i twice
-    slope: Tensor  # ()
-    loss: Tensor  # ()
-
-
-def buffers(shape: Shape, device: torch.device) -> Buffers:
-    """Outputs and scratch of the forward, unwritten."""
-    computing = blocks.computing_dtype(shape.dtype)
-
-    def empty(*size: int, dtype: torch.dtype = computing) -> Tensor:
-        return blocks.empty(*size, dtype=dtype, device=device)
+    def empty(*size: int, dtype: torch.dtype = acc) -> Tensor:
+        return primitives.empty(*size, dtype=dtype, device=device)
 
     return Buffers(
-        empty(2, shape.total_padded, shape.width_padded, dtype=shape.dtype),
-        empty(4, shape.total_padded),
+        Packed(empty(2, shape.total_padded, shape.width_padded, dtype=shape.dtype), empty(4, shape.total_padded)),
         empty(dtype=torch.int32),
-        empty(3, 2, num_splits(shape), shape.rows),
-        empty(7, shape.rows),
-        empty(),
+        Reduction(empty(3, 2, num_splits(shape), shape.rows), empty(7, shape.rows), empty()),
         empty(),
     )
 
 
-def tile(shape: Shape) -> Tile:
-    """Tiles of the statistics and of the chunked weights."""
+def statistics_tile(shape: Shape) -> Tile:
+    """Tile of the statistics and of the chunked weights."""
     if shape.is_half:
         return Tile(128, 128, 64, num_warps=8, num_stages=4) if shape.is_large else Tile(64, 64, 64, 4, 3)
     return Tile(128, 64, 32, num_warps=8, num_stages=3) if shape.is_large else Tile(64, 32, 32, 4, 3)
 
 
 def gradient_tile(shape: Shape) -> tuple[Tile, int]:
-    """Tile of the fused gradient, and how much of the width one program owns.
+    """Tile of the fused gradient, and the slice of the width that one program handles.
 
-    Logits have to come out as they did for the statistics, bit for bit: where one text holds all of an image's
-    probability, the errors of its logit and of the log-sum-exp cancel. So both use matrix instructions of one
-    kind, those of 64 rows on Hopper.
+    Logits must equal those of the statistics bit for bit: where one text holds all of an image's probability, the
+    errors of its logit and of the log-sum-exp cancel. So both use the same kind of matrix instruction, on Hopper
+    the one with 64 rows.
     """
     few = 2 * triton.cdiv(shape.rows, 64) * triton.cdiv(shape.width, 128) < _PROGRAMS
     if shape.is_half:
@@ -628,76 +647,68 @@ def gradient_tile(shape: Shape) -> tuple[Tile, int]:
 
 
 def num_splits(shape: Shape) -> int:
-    """Into how many parts the columns of a row are cut, so that a small batch keeps the whole GPU busy."""
-    row_blocks = triton.cdiv(shape.rows, tile(shape).ROWS)
-    column_blocks = triton.cdiv(shape.total, tile(shape).COLUMNS)
-    return max(1, min(column_blocks, _PROGRAMS // (2 * row_blocks)))
+    """Number of parts into which the columns of a row are split, so that a small batch keeps the full GPU busy."""
+    row_tiles = triton.cdiv(shape.rows, statistics_tile(shape).ROWS)
+    column_tiles = triton.cdiv(shape.total, statistics_tile(shape).COLUMNS)
+    return max(1, min(column_tiles, _PROGRAMS // (2 * row_tiles)))
 
 
 def statistics_programs(shape: Shape) -> int:
-    """Programs of :func:`statistics_block`."""
-    return 2 * num_splits(shape) * triton.cdiv(shape.rows, tile(shape).ROWS)
+    """Number of programs of :func:`statistics_block`."""
+    return 2 * num_splits(shape) * triton.cdiv(shape.rows, statistics_tile(shape).ROWS)
 
 
 def gradient_programs(shape: Shape) -> int:
-    """Programs of :func:`gradient_block`."""
-    tile, width = gradient_tile(shape)
-    return 2 * triton.cdiv(shape.rows, tile.ROWS) * triton.cdiv(shape.width, width)
+    """Number of programs of :func:`gradient_block`."""
+    tile, slice_width = gradient_tile(shape)
+    return 2 * triton.cdiv(shape.rows, tile.ROWS) * triton.cdiv(shape.width, slice_width)
+
+
+def gather_features(features: Tensor, group: str) -> Tensor:
+    """Features of all ranks in rank order, contiguous: ``(B, D) -> (N, D)``."""
+    return process_group.gather(primitives.dense(features), group).flatten(0, 1)
 
 
 def gather_statistics(statistics: Tensor, group: str) -> Tensor:
-    """Statistics of the pairs of all ranks, ``(7, B) -> (7, N)``."""
-    gathered = ranks.gather(statistics, group)
+    """Statistics of the pairs of all ranks: ``(7, B) -> (7, N)``."""
+    gathered = process_group.gather(statistics, group)
     return statistics if len(gathered) == 1 else gathered.transpose(0, 1).flatten(1).contiguous()
 
 
 def loss_of(statistics: Tensor) -> Tensor:
-    """The global loss from the statistics of all ranks: the same on each, bit for bit."""
+    """The global loss from the statistics of all ranks, bit for bit the same on each."""
     return statistics[:4].sum(0).mean() / 2
 
 
 def launch_forward(
     image: Tensor, text: Tensor, logit_scale: Tensor, group: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, and what its backward needs: packed rows, their factors, statistics of all pairs, dL/ds."""
+    """The loss and the tensors of its backward: packed rows, their factors, statistics of all pairs, dL/ds."""
     shape = shape_of(image, group)
-    image, text = (ranks.gather(blocks.dense(features), group).flatten(0, 1) for features in (image, text))
-    made = buffers(shape, image.device)
-    row_block = blocks.row_block(shape.width_padded)
-    blocks.launch(
+    image, text = (gather_features(features, group) for features in (image, text))
+    buffers = allocate(shape, image.device)
+    block = primitives.row_block(shape.width_padded)
+    acc = primitives.acc_dtype(shape.dtype)
+    primitives.launch(
         pack_kernel,
-        shape.total_padded // row_block["ROWS"],
-        image,
-        text,
-        *made[:3],
-        shape.total,
-        shape.total_padded,
-        shape.width,
-        shape.width_padded,
-        **row_block,
-        ACC=blocks.acc(shape.dtype),
+        shape.total_padded // block.ROWS,
+        *(image, text, buffers.packed, buffers.ticket),
+        *(shape.total, shape.total_padded, shape.width, shape.width_padded),
+        BLOCK=block,
+        ACC=acc,
     )
-    blocks.launch(
+    primitives.launch(
         statistics_kernel,
         statistics_programs(shape),
-        *(
-            made.packed,
-            made.rows,
-            logit_scale,
-            made.partials,
-            made.statistics,
-            made.slope,
-            made.loss,
-            made.ticket,
-        ),
+        *(buffers.packed, logit_scale, buffers.reduction, buffers.loss, buffers.ticket),
         *(shape.rows, shape.total, shape.first, shape.total_padded, shape.width_padded, num_splits(shape)),
-        **tile(shape)._asdict(),
+        **statistics_tile(shape).options(),
         FINISH_ROWS=FINISH_ROWS,
-        ACC=blocks.acc(shape.dtype),
+        ACC=acc,
     )
-    statistics = gather_statistics(made.statistics, group)
-    loss = made.loss if statistics is made.statistics else loss_of(statistics)
-    return loss, made.packed, made.rows, statistics, made.slope
+    statistics = gather_statistics(buffers.reduction.statistics, group)
+    loss = buffers.loss if statistics is buffers.reduction.statistics else loss_of(statistics)
+    return loss, *buffers.packed, statistics, buffers.reduction.slope
 
 
 forward = torch.library.custom_op("dive_fast::contrastive_loss", launch_forward, mutates_args=())
@@ -706,15 +717,16 @@ forward = torch.library.custom_op("dive_fast::contrastive_loss", launch_forward,
 @forward.register_fake
 def _(image: Tensor, text: Tensor, logit_scale: Tensor, group: str) -> tuple[Tensor, ...]:
     shape = shape_of(image, group)
-    made = buffers(shape, image.device)
-    return made.loss, made.packed, made.rows, made.rows.new_empty(7, shape.total), made.slope
+    buffers = allocate(shape, image.device)
+    statistics = buffers.packed.factors.new_empty(7, shape.total)
+    return buffers.loss, *buffers.packed, statistics, buffers.reduction.slope
 
 
 def launch_backward(
     upstream: Tensor,
     logit_scale: Tensor,
     packed: Tensor,
-    rows: Tensor,
+    factors: Tensor,
     statistics: Tensor,
     slope: Tensor,
     count: int,
@@ -723,20 +735,22 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of both feature matrices, ``(count, width)`` each, and of the scale."""
     shape = saved_shape(packed, statistics, count, first, width)
+    rows = Packed(packed, factors)
     if shape.is_large:
-        return chunked_gradient(upstream, logit_scale, packed, rows, statistics, slope, shape)
-    image, text, scale = gradients(shape, logit_scale)
+        image, text, scale = chunked_gradient(upstream, logit_scale, rows, statistics, slope, shape)
+        return image, text, scale
+    gradients = allocate_gradients(shape, logit_scale)
     tile, slice_width = gradient_tile(shape)
-    blocks.launch(
+    primitives.launch(
         gradient_kernel,
         gradient_programs(shape),
-        *(packed, rows, logit_scale, statistics, upstream, slope, image, text, scale),
+        *(rows, logit_scale, statistics, upstream, slope, gradients),
         *(shape.rows, shape.total, shape.first, shape.total_padded, shape.width, shape.width_padded),
-        **tile._asdict(),
+        **tile.options(),
         SLICE=slice_width,
-        ACC=blocks.acc(shape.dtype),
+        ACC=primitives.acc_dtype(shape.dtype),
     )
-    return image, text, scale
+    return gradients.image, gradients.text, gradients.scale
 
 
 backward = torch.library.custom_op("dive_fast::contrastive_loss_backward", launch_backward, mutates_args=())
@@ -747,83 +761,79 @@ def _(
     upstream: Tensor,
     logit_scale: Tensor,
     packed: Tensor,
-    rows: Tensor,
+    factors: Tensor,
     statistics: Tensor,
     slope: Tensor,
     count: int,
     first: int,
     width: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return gradients(saved_shape(packed, statistics, count, first, width), logit_scale)
-
-
-def gradients(shape: Shape, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Unwritten gradients of features and scale."""
-    device = logit_scale.device
-    image, text = (blocks.empty(shape.rows, shape.width, dtype=shape.dtype, device=device) for _ in range(2))
-    return image, text, blocks.empty(*logit_scale.shape, dtype=logit_scale.dtype, device=device)
-
-
-def chunked_gradient(
-    upstream: Tensor,
-    logit_scale: Tensor,
-    packed: Tensor,
-    rows: Tensor,
-    statistics: Tensor,
-    slope: Tensor,
-    shape: Shape,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients where the logits are too many to compute anew for every slice of the width."""
-    image, text, scale = gradients(shape, logit_scale)
-    chunk, columns = _chunk(shape)
-    halves = blocks.empty(2 if shape.is_half else 1, chunk, columns, dtype=shape.dtype, device=packed.device)
-    constants = tile(shape)
-    row_block = blocks.row_block(shape.width_padded)
-    sizes = shape.total, shape.first, shape.total_padded
-    for side, gradient in enumerate((image, text)):
-        for start in range(0, shape.rows, chunk):
-            count = min(chunk, shape.rows - start)  # the packed rows end with the last tile of them
-            blocks.launch(
-                weights_kernel,
-                triton.cdiv(count, constants.ROWS) * (columns // constants.COLUMNS),
-                *(packed, rows, logit_scale, statistics, halves, side, start, chunk, columns),
-                *(*sizes, shape.width_padded),
-                **constants._asdict(),
-                ACC=blocks.acc(shape.dtype),
-            )
-            sums = _matmul(halves[:, :count], packed[1 - side, :columns])
-            blocks.launch(
-                finish_gradient_kernel,
-                triton.cdiv(count, row_block["ROWS"]),
-                *(sums, packed, rows, logit_scale, statistics, upstream, gradient, side, start, shape.rows),
-                *(*sizes, shape.width, shape.width_padded),
-                **row_block,
-                ACC=blocks.acc(shape.dtype),
-            )
-    scale.copy_(upstream * slope)
+    image, text, scale = allocate_gradients(saved_shape(packed, statistics, count, first, width), logit_scale)
     return image, text, scale
 
 
+def allocate_gradients(shape: Shape, logit_scale: Tensor) -> Gradients:
+    """Uninitialized gradients of features and scale."""
+    device = logit_scale.device
+    image, text = (primitives.empty(shape.rows, shape.width, dtype=shape.dtype, device=device) for _ in range(2))
+    return Gradients(image, text, primitives.empty(*logit_scale.shape, dtype=logit_scale.dtype, device=device))
+
+
+def chunked_gradient(
+    upstream: Tensor, logit_scale: Tensor, packed: Packed, statistics: Tensor, slope: Tensor, shape: Shape
+) -> Gradients:
+    """Gradients for batches with too many logits to recompute them for every slice of the width."""
+    gradients = allocate_gradients(shape, logit_scale)
+    chunk, columns = _chunk(shape)
+    device = packed.rows.device
+    halves = primitives.empty(2 if shape.is_half else 1, chunk, columns, dtype=shape.dtype, device=device)
+    tile, block = statistics_tile(shape), primitives.row_block(shape.width_padded)
+    acc = primitives.acc_dtype(shape.dtype)
+    sizes = shape.total, shape.first, shape.total_padded
+    for side, gradient in enumerate((gradients.image, gradients.text)):
+        for start in range(0, shape.rows, chunk):
+            count = min(chunk, shape.rows - start)  # the packed rows end with the last tile of them
+            primitives.launch(
+                weights_kernel,
+                triton.cdiv(count, tile.ROWS) * (columns // tile.COLUMNS),
+                *(packed, logit_scale, statistics, halves, side, start, chunk, columns),
+                *(*sizes, shape.width_padded),
+                **tile.options(),
+                ACC=acc,
+            )
+            sums = _matmul(halves[:, :count], packed.rows[1 - side, :columns])
+            primitives.launch(
+                finish_gradient_kernel,
+                triton.cdiv(count, block.ROWS),
+                *(sums, packed, logit_scale, statistics, upstream, gradient, side, start, shape.rows),
+                *(*sizes, shape.width, shape.width_padded),
+                BLOCK=block,
+                ACC=acc,
+            )
+    gradients.scale.copy_(upstream * slope)
+    return gradients
+
+
 def _chunk(shape: Shape) -> tuple[int, int]:
-    """Rows and columns of the weights that exist at one time."""
-    columns = blocks.round_up(shape.total, TILE)
-    chunk = max(CHUNK_LOGITS // columns // TILE * TILE, CHUNK_ROWS)
-    return min(chunk, blocks.round_up(shape.rows, TILE)), columns
+    """Rows and columns of the weights that are in memory at one time."""
+    columns = primitives.round_up(shape.total, PAD_ROWS)
+    chunk = max(CHUNK_LOGITS // columns // PAD_ROWS * PAD_ROWS, CHUNK_ROWS)
+    return min(chunk, primitives.round_up(shape.rows, PAD_ROWS)), columns
 
 
 def scratch_bytes(shape: Shape) -> int:
-    """Memory that :func:`chunked_gradient` takes besides its results; 0 where the gradient is fused."""
+    """Memory that :func:`chunked_gradient` allocates besides its results; 0 if the gradient is fused."""
     if not shape.is_large:
         return 0
     chunk, columns = _chunk(shape)
     weights = (2 if shape.is_half else 1) * chunk * columns * shape.dtype.itemsize
-    # The sums of the high half and, added to them, of the low one.
+    # The sums of the high half, and those with the low half added.
     sums = (2 if shape.is_half else 1) * chunk * shape.width_padded
-    return weights + sums * blocks.computing_dtype(shape.dtype).itemsize
+    return weights + sums * primitives.compute_dtype(shape.dtype).itemsize
 
 
 def _matmul(halves: Tensor, right: Tensor) -> Tensor:
-    """``sum(halves) @ right`` by the library, accumulated in fp32 (fp64)."""
+    """``sum(halves) @ right`` by PyTorch, accumulated in fp32 (fp64)."""
     with full_fp32(right.device):
         if len(halves) == 1:
             return halves[0] @ right
@@ -834,7 +844,7 @@ def _matmul(halves: Tensor, right: Tensor) -> Tensor:
 
 
 def saved_shape(packed: Tensor, statistics: Tensor, count: int, first: int, width: int) -> Shape:
-    """Sizes of the call that saved these tensors."""
+    """Sizes of the forward that saved these tensors."""
     return Shape(count, statistics.shape[1], first, width, packed.shape[1], packed.shape[2], packed.dtype)
 
 

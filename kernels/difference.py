@@ -1,23 +1,24 @@
-"""Average and pairwise vector loss in Triton: two launches forward, one backward, no gradient kept between.
+"""The average and pairwise vector loss in Triton: two launches forward, one backward, no gradient kept in between.
 
 With u_j = unit(x_j) - teacher, v_j likewise for texts, N pairs over all ranks, decay a::
 
     c     = 1/N sum_j (u_j + v_j)/2         m = a m_prev + (1 - a) c
     L     = w_avl 1/N sum_j (|u_j - m|^2 + |v_j - m|^2) + w_pvl 1/N sum_j |u_j - v_j|^2
 
-1. *Sums*: each program normalises and subtracts some rows, and stores its own sum of (u + v)/2.
-2. *Values*: each program adds all those sums, so that it knows m, and goes over some rows again; the last one to
-   finish adds the parts of all. Over ranks the sums are gathered before and the parts after.
-3. *Gradient*, in the backward, from the inputs once more, with the upstream gradient applied in fp32 before
-   anything is rounded to the features' dtype, where it would underflow at |u| = 3e-3::
+1. *Sums*: each program normalizes and subtracts some rows, and stores its own sum of (u + v)/2.
+2. *Values*: each program adds the sums of all programs, which gives m, and processes its rows again; the last
+   program to finish adds the partial losses of all. Over ranks the sums are gathered before this launch, the
+   losses after it.
+3. *Gradient*, in the backward, recomputed from the inputs. The upstream gradient is applied in fp32, before the
+   result is rounded to the features' dtype, where it would underflow at |u| = 3e-3::
 
     dL/du_j = 2/N [ w_avl (u_j - m - (1 - a)(c - m)) + w_pvl (u_j - v_j) ]
 
    The term with c is the batch's share of m: dm = -4 w_avl (c - m), of which each u_j and v_j gets (1 - a)/(2N).
-   It is left out when m is a constant (``mean_gradient=False``). Then through the normalisation as in
+   It is left out when m is a constant (``mean_gradient=False``). The normalization's backward is that of
    :mod:`dive_fast.kernels.contrastive`. Teachers and m_prev get no gradient.
 
-Normalising divides by the norm, correctly rounded: differences of 1e-3 inherit the rounding of unit rows.
+Rows are divided by their norm, correctly rounded: differences of 1e-3 inherit the rounding of unit rows.
 """
 
 from typing import Any, NamedTuple
@@ -27,35 +28,56 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dive_fast.kernels import blocks, ranks
+from dive_fast.kernels import primitives, process_group
 
-# Programs of the row kernels at most: enough to fill a GPU, few since each reads the sums of all.
+# Most programs of the row kernels: enough to fill a GPU, few because each one reads the sums of all.
 _PROGRAMS = tl.constexpr(128)
 _PROGRAMS_OF_SMALL_BATCH = 64
 _SMALL_BATCH = 4096
 _NUM_WARPS = 8
 
 
+class ForwardConstants(NamedTuple):
+    """Constants of the method that are compiled into the forward kernels."""
+
+    DECAY: float
+    GROWTH: float
+    AVERAGE_WEIGHT: float
+    PAIRWISE_WEIGHT: float
+
+
+class GradientConstants(NamedTuple):
+    """Constants of the method that are compiled into the gradient kernels; ``WEIGHT`` multiplies the loss."""
+
+    WEIGHT: float
+    AVERAGE_WEIGHT: float
+    PAIRWISE_WEIGHT: float
+    MEAN_GRADIENT: bool
+
+
 class Options(NamedTuple):
-    """Constants of the method, compiled into the kernels."""
+    """Options of the loss, as users pass them."""
 
     decay: float
     average_weight: float
     pairwise_weight: float
     mean_gradient: bool
 
-    def constants(self) -> dict[str, Any]:
-        """As the kernels name them; ``1 - decay`` is rounded once, not twice."""
-        return {
-            "DECAY": float(self.decay),
-            "GROWTH": 1.0 - self.decay,
-            "AVERAGE_WEIGHT": float(self.average_weight),
-            "PAIRWISE_WEIGHT": float(self.pairwise_weight),
-        }
+    def for_forward(self) -> ForwardConstants:
+        """Constants of :func:`values_block`; ``1 - decay`` is rounded once, not twice."""
+        return ForwardConstants(
+            float(self.decay), 1.0 - self.decay, float(self.average_weight), float(self.pairwise_weight)
+        )
+
+    def for_gradient(self, weight: float) -> GradientConstants:
+        """Constants of :func:`difference_gradient_block`."""
+        return GradientConstants(
+            float(weight), float(self.average_weight), float(self.pairwise_weight), self.mean_gradient
+        )
 
 
 class Shape(NamedTuple):
-    """Of one call: B rows of this rank, N over all ranks, D columns."""
+    """Sizes of one call: ``rows`` (B) of this rank, ``total`` (N) over all ranks, ``width`` (D) columns."""
 
     rows: int
     total: int
@@ -64,313 +86,300 @@ class Shape(NamedTuple):
 
     @property
     def programs(self) -> int:
-        """Programs of each of the three kernels."""
-        most = _PROGRAMS_OF_SMALL_BATCH if self.rows <= _SMALL_BATCH else _PROGRAMS.value
-        return min(triton.cdiv(self.rows, blocks.row_block(self.width)["ROWS"]), most)
+        """Number of programs of each of the three kernels."""
+        limit = _PROGRAMS_OF_SMALL_BATCH if self.rows <= _SMALL_BATCH else _PROGRAMS.value
+        return min(triton.cdiv(self.rows, primitives.row_block(self.width).ROWS), limit)
+
+
+class Inputs(NamedTuple):
+    """Features and unit teacher rows of this rank's pairs, ``(B, D)`` each, dense."""
+
+    image: Tensor
+    text: Tensor
+    image_teacher: Tensor
+    text_teacher: Tensor
+
+
+class Buffers(NamedTuple):
+    """Memory that a forward allocates; the backward needs ``average``."""
+
+    sums: Tensor  # (programs, D): sum of (u + v)/2 over the rows of each program; over ranks, of each rank
+    average: Tensor  # (2, D): m, (1 - a)(c - m)
+    partials: Tensor  # (4, programs): average loss, pairwise loss, |u|, |v|, summed over rows
+    parts: Tensor  # (4,): the same, averaged over all rows
+    loss: Tensor  # ()
+
+
+class Gradients(NamedTuple):
+    """Gradients of both feature matrices, ``(B, D)``."""
+
+    image: Tensor
+    text: Tensor
 
 
 def shape_of(image: Tensor, group: str) -> Shape:
-    """Sizes from this rank's features."""
+    """Sizes of a call, from this rank's features."""
     rows, width = image.shape
-    return Shape(rows, rows * ranks.world_size(group), width, image.dtype)
-
-
-# One program's share of the rows: contiguous, a whole number of blocks.
+    return Shape(rows, rows * process_group.world_size(group), width, image.dtype)
 
 
 @triton.jit
-def _share(pid, programs, B, ROWS: tl.constexpr):
+def _row_range(pid, programs, B, ROWS: tl.constexpr):
+    """First row of a program, and the row after its last: contiguous rows, a multiple of the block."""
     share = tl.cdiv(tl.cdiv(B, ROWS), programs) * ROWS
     return pid * share, tl.minimum((pid + 1) * share, B)
 
 
 @triton.jit
 def _load_rows(matrix, row0, end, D, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    row = row0 + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDTH)
-    inside = (row < end)[:, None] & (column < D)[None, :]
-    return tl.load(matrix + row.to(tl.int64)[:, None] * D + column[None, :], mask=inside, other=0.0)
+    """Rows ``row0 ... row0 + ROWS`` of a ``(..., D)`` matrix, zeros from row ``end`` on and beyond the width."""
+    o_row = row0 + tl.arange(0, ROWS)
+    o_column = tl.arange(0, WIDTH)
+    m_row = (o_row < end)[:, None] & (o_column < D)[None, :]
+    return tl.load(matrix + o_row.to(tl.int64)[:, None] * D + o_column[None, :], mask=m_row, other=0.0)
 
 
 @triton.jit
-def _differences(features, teacher, row0, end, D, ROWS: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):
-    """Unit rows, difference vectors, and what F.normalize divides by; zeros beyond the edge."""
-    x = _load_rows(features, row0, end, D, ROWS, WIDTH).to(ACC)
-    norm = blocks.norms(x)
-    z = blocks.divide(x, tl.broadcast_to(blocks.clamped(norm)[:, None], [ROWS, WIDTH]))
-    return z, z - _load_rows(teacher, row0, end, D, ROWS, WIDTH), norm
+def _difference_rows(features, teacher, row0, end, D, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """``z = x / max(|x|, 1e-12)``, ``u = z - teacher`` and ``|x|`` of a block of rows; 0 outside of the matrix."""
+    b_x = _load_rows(features, row0, end, D, BLOCK.ROWS, BLOCK.WIDTH).to(ACC)
+    b_norm = primitives.row_norms(b_x)
+    b_length = tl.broadcast_to(primitives.clamp_norms(b_norm)[:, None], [BLOCK.ROWS, BLOCK.WIDTH])
+    b_z = primitives.divide(b_x, b_length)
+    return b_z, b_z - _load_rows(teacher, row0, end, D, BLOCK.ROWS, BLOCK.WIDTH), b_norm
 
 
 @triton.jit
 def sums_block(
     pid,
     programs,
-    image,
-    text,
-    image_teacher,
-    text_teacher,
+    inputs,
     sums,  # (programs, D)
     B,
     D,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    acc = tl.zeros([WIDTH], ACC)
-    begin, end = _share(pid, programs, B, ROWS)
-    for row0 in range(begin, end, ROWS):
-        _, u, _ = _differences(image, image_teacher, row0, end, D, ROWS, WIDTH, ACC)
-        _, v, _ = _differences(text, text_teacher, row0, end, D, ROWS, WIDTH, ACC)
-        acc += tl.sum((u + v) * 0.5, axis=0)
-    column = tl.arange(0, WIDTH)
-    tl.store(sums + pid.to(tl.int64) * D + column, acc, mask=column < D)
+    """``sum_j (u_j + v_j)/2`` over this program's rows, in ascending order."""
+    b_acc = tl.zeros([BLOCK.WIDTH], ACC)
+    begin, end = _row_range(pid, programs, B, BLOCK.ROWS)
+    for row0 in range(begin, end, BLOCK.ROWS):
+        _, b_u, _ = _difference_rows(inputs.image, inputs.image_teacher, row0, end, D, BLOCK, ACC)
+        _, b_v, _ = _difference_rows(inputs.text, inputs.text_teacher, row0, end, D, BLOCK, ACC)
+        b_acc += tl.sum((b_u + b_v) * 0.5, axis=0)
+    o_column = tl.arange(0, BLOCK.WIDTH)
+    tl.store(sums + pid.to(tl.int64) * D + o_column, b_acc, mask=o_column < D)
 
 
 @triton.jit
 def values_block(
     pid,
     programs,
-    image,
-    text,
-    image_teacher,
-    text_teacher,
-    previous,
-    sums,  # (num_sums, D)
-    average,  # (2, D): m, and (1 - a)(c - m)
-    partials,  # (4, programs)
+    inputs,
+    previous,  # (D,): m_prev
+    buffers,  # sums are (num_sums, D)
     B,
     N,
     D,
     num_sums,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DECAY: tl.constexpr,
-    GROWTH: tl.constexpr,
+    CONSTANTS: tl.constexpr,
+    BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    PARTS: tl.constexpr = 16384 // WIDTH
-    column = tl.arange(0, WIDTH)
-    center = tl.zeros([WIDTH], ACC)
-    for part in range(0, num_sums, PARTS):
-        center += tl.sum(_load_rows(sums, part, num_sums, D, PARTS, WIDTH), axis=0)
-    center = center / N.to(ACC)
-    m = tl.load(previous + column, mask=column < D, other=0.0) * DECAY + center * GROWTH
-    if pid == 0:
-        tl.store(average + column, m, mask=column < D)
-        tl.store(average + D + column, (center - m) * GROWTH, mask=column < D)
+    """The average vector ``m = a m_prev + (1 - a) c`` with ``c = sums / N``, and the program's partial sums.
 
-    average_loss = tl.zeros([ROWS], ACC)
-    pairwise_loss = tl.zeros([ROWS], ACC)
-    image_norm = tl.zeros([ROWS], ACC)
-    text_norm = tl.zeros([ROWS], ACC)
-    begin, end = _share(pid, programs, B, ROWS)
-    for row0 in range(begin, end, ROWS):
-        _, u, _ = _differences(image, image_teacher, row0, end, D, ROWS, WIDTH, ACC)
-        _, v, _ = _differences(text, text_teacher, row0, end, D, ROWS, WIDTH, ACC)
-        inside = row0 + tl.arange(0, ROWS) < end
-        to_m = tl.sum((u - m[None, :]) * (u - m[None, :]) + (v - m[None, :]) * (v - m[None, :]), axis=1)
-        average_loss += tl.where(inside, to_m, 0.0)
-        pairwise_loss += tl.sum((u - v) * (u - v), axis=1)
-        image_norm += blocks.norms(u)
-        text_norm += blocks.norms(v)
-    tl.store(partials + pid, tl.sum(average_loss, axis=0))
-    tl.store(partials + programs + pid, tl.sum(pairwise_loss, axis=0))
-    tl.store(partials + 2 * programs + pid, tl.sum(image_norm, axis=0))
-    tl.store(partials + 3 * programs + pid, tl.sum(text_norm, axis=0))
+    These are ``sum_j |u_j - m|^2 + |v_j - m|^2``, ``sum_j |u_j - v_j|^2``, ``sum_j |u_j|`` and ``sum_j |v_j|``.
+    Every program adds all sums in the same order, so that all have the same m without another launch.
+    """
+    SUMS: tl.constexpr = 16384 // BLOCK.WIDTH
+    o_column = tl.arange(0, BLOCK.WIDTH)
+    b_center = tl.zeros([BLOCK.WIDTH], ACC)
+    for sum0 in range(0, num_sums, SUMS):
+        b_center += tl.sum(_load_rows(buffers.sums, sum0, num_sums, D, SUMS, BLOCK.WIDTH), axis=0)
+    b_center = b_center / N.to(ACC)
+    b_previous = tl.load(previous + o_column, mask=o_column < D, other=0.0)
+    b_m = b_previous * CONSTANTS.DECAY + b_center * CONSTANTS.GROWTH
+    if pid == 0:
+        tl.store(buffers.average + o_column, b_m, mask=o_column < D)
+        tl.store(buffers.average + D + o_column, (b_center - b_m) * CONSTANTS.GROWTH, mask=o_column < D)
+
+    b_average_loss = tl.zeros([BLOCK.ROWS], ACC)
+    b_pairwise_loss = tl.zeros([BLOCK.ROWS], ACC)
+    b_image_norm = tl.zeros([BLOCK.ROWS], ACC)
+    b_text_norm = tl.zeros([BLOCK.ROWS], ACC)
+    begin, end = _row_range(pid, programs, B, BLOCK.ROWS)
+    for row0 in range(begin, end, BLOCK.ROWS):
+        _, b_u, _ = _difference_rows(inputs.image, inputs.image_teacher, row0, end, D, BLOCK, ACC)
+        _, b_v, _ = _difference_rows(inputs.text, inputs.text_teacher, row0, end, D, BLOCK, ACC)
+        m_row = row0 + tl.arange(0, BLOCK.ROWS) < end
+        b_u_to_m, b_v_to_m = b_u - b_m[None, :], b_v - b_m[None, :]
+        b_squares = tl.sum(b_u_to_m * b_u_to_m + b_v_to_m * b_v_to_m, axis=1)
+        b_average_loss += tl.where(m_row, b_squares, 0.0)
+        b_pairwise_loss += tl.sum((b_u - b_v) * (b_u - b_v), axis=1)
+        b_image_norm += primitives.row_norms(b_u)
+        b_text_norm += primitives.row_norms(b_v)
+    tl.store(buffers.partials + pid, tl.sum(b_average_loss, axis=0))
+    tl.store(buffers.partials + programs + pid, tl.sum(b_pairwise_loss, axis=0))
+    tl.store(buffers.partials + 2 * programs + pid, tl.sum(b_image_norm, axis=0))
+    tl.store(buffers.partials + 3 * programs + pid, tl.sum(b_text_norm, axis=0))
 
 
 @triton.jit
-def finish_difference(
-    partials,
-    parts,  # (4,): average loss, pairwise loss, mean |u|, mean |v| of this rank
-    B,
-    programs,
-    AVERAGE_WEIGHT: tl.constexpr,
-    PAIRWISE_WEIGHT: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Loss of this rank's rows, from all programs' partial sums, in an order that does not vary."""
-    average_loss = _total(partials, programs) / B.to(ACC)
-    pairwise_loss = _total(partials + programs, programs) / B.to(ACC)
-    tl.store(parts, average_loss)
-    tl.store(parts + 1, pairwise_loss)
-    tl.store(parts + 2, _total(partials + 2 * programs, programs) / B.to(ACC))
-    tl.store(parts + 3, _total(partials + 3 * programs, programs) / B.to(ACC))
-    return average_loss * AVERAGE_WEIGHT + pairwise_loss * PAIRWISE_WEIGHT
+def finish_difference(buffers, B, programs, CONSTANTS: tl.constexpr, ACC: tl.constexpr):
+    """The loss ``w_avl L_avl + w_pvl L_pvl`` of this rank's rows from the partial sums of all programs.
+
+    Writes the parts too. One program adds in a fixed order, so that the result does not depend on which program it
+    is.
+    """
+    average_loss = _total(buffers.partials, programs) / B.to(ACC)
+    pairwise_loss = _total(buffers.partials + programs, programs) / B.to(ACC)
+    tl.store(buffers.parts, average_loss)
+    tl.store(buffers.parts + 1, pairwise_loss)
+    tl.store(buffers.parts + 2, _total(buffers.partials + 2 * programs, programs) / B.to(ACC))
+    tl.store(buffers.parts + 3, _total(buffers.partials + 3 * programs, programs) / B.to(ACC))
+    return average_loss * CONSTANTS.AVERAGE_WEIGHT + pairwise_loss * CONSTANTS.PAIRWISE_WEIGHT
 
 
 @triton.jit
 def _total(partials, programs):
-    program = tl.arange(0, _PROGRAMS)
-    # From the cache that all programs share: this one's own may hold what was there before.
-    part = tl.load(partials + program, mask=program < programs, other=0.0, cache_modifier=".cg")
-    return tl.sum(part, axis=0)
+    """Sum over programs, ``(programs,) -> ()``."""
+    o_program = tl.arange(0, _PROGRAMS)
+    # From the cache that all programs share: this program's own may hold stale values.
+    b_partial = tl.load(partials + o_program, mask=o_program < programs, other=0.0, cache_modifier=".cg")
+    return tl.sum(b_partial, axis=0)
 
 
 @triton.jit
 def difference_gradient_block(
     pid,
     programs,
-    image,
-    text,
-    image_teacher,
-    text_teacher,
-    average,
+    inputs,
+    average,  # (2, D): m, (1 - a)(c - m)
     upstream,
-    image_gradient,  # (B, D)
-    text_gradient,
+    gradients,
     B,
     D,
-    WEIGHT: tl.constexpr,
-    AVERAGE_WEIGHT: tl.constexpr,
-    PAIRWISE_WEIGHT: tl.constexpr,
-    MEAN_GRADIENT: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    CONSTANTS: tl.constexpr,
+    BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    column = tl.arange(0, WIDTH)
-    m = tl.load(average + column, mask=column < D, other=0.0)
-    if MEAN_GRADIENT:
-        m = m + tl.load(average + D + column, mask=column < D, other=0.0)
-    # On W ranks the features' gradients are W times those of the global loss, so N is B here.
-    scale = tl.load(upstream).to(ACC) * WEIGHT * 2.0 / B.to(ACC)
-    begin, end = _share(pid, programs, B, ROWS)
-    for row0 in range(begin, end, ROWS):
-        z, u, x_norm = _differences(image, image_teacher, row0, end, D, ROWS, WIDTH, ACC)
-        t, v, y_norm = _differences(text, text_teacher, row0, end, D, ROWS, WIDTH, ACC)
-        pair = (u - v) * PAIRWISE_WEIGHT
-        inside = (column < D)[None, :]
-        dz = tl.where(inside, (u - m[None, :]) * AVERAGE_WEIGHT + pair, 0.0)
-        dt = tl.where(inside, (v - m[None, :]) * AVERAGE_WEIGHT - pair, 0.0)
-        _store_gradient(image_gradient, z, dz, x_norm, scale, row0, end, D, ROWS, WIDTH)
-        _store_gradient(text_gradient, t, dt, y_norm, scale, row0, end, D, ROWS, WIDTH)
+    """Gradient of the program's rows, ``du_j = 2/B [w_avl (u_j - m') + w_pvl (u_j - v_j)]`` and ``dv_j`` likewise.
+
+    ``m' = m + (1 - a)(c - m)``, or m if it is a constant. No program reads what another one writes.
+    """
+    o_column = tl.arange(0, BLOCK.WIDTH)
+    b_m = tl.load(average + o_column, mask=o_column < D, other=0.0)
+    if CONSTANTS.MEAN_GRADIENT:
+        b_m = b_m + tl.load(average + D + o_column, mask=o_column < D, other=0.0)
+    # On W ranks the features' gradients are W times those of the global loss, which turns 2/N into 2/B.
+    scale = tl.load(upstream).to(ACC) * CONSTANTS.WEIGHT * 2.0 / B.to(ACC)
+    begin, end = _row_range(pid, programs, B, BLOCK.ROWS)
+    for row0 in range(begin, end, BLOCK.ROWS):
+        b_z, b_u, b_x_norm = _difference_rows(inputs.image, inputs.image_teacher, row0, end, D, BLOCK, ACC)
+        b_t, b_v, b_y_norm = _difference_rows(inputs.text, inputs.text_teacher, row0, end, D, BLOCK, ACC)
+        b_pair = (b_u - b_v) * CONSTANTS.PAIRWISE_WEIGHT
+        m_column = (o_column < D)[None, :]
+        b_dz = tl.where(m_column, (b_u - b_m[None, :]) * CONSTANTS.AVERAGE_WEIGHT + b_pair, 0.0)
+        b_dt = tl.where(m_column, (b_v - b_m[None, :]) * CONSTANTS.AVERAGE_WEIGHT - b_pair, 0.0)
+        _store_gradient(gradients.image, b_z, b_dz, b_x_norm, scale, row0, end, D, BLOCK)
+        _store_gradient(gradients.text, b_t, b_dt, b_y_norm, scale, row0, end, D, BLOCK)
 
 
 @triton.jit
-def _store_gradient(gradient, z, dz, norm, scale, row0, end, D, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    # Below the clamp z is linear in x and nothing is projected out.
-    along = tl.where(norm < blocks.CLAMP, 0.0, tl.sum(z * dz, axis=1))
-    dx = (dz - z * along[:, None]) * blocks.divide(tl.broadcast_to(scale, [ROWS]), blocks.clamped(norm))[:, None]
-    row = row0 + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDTH)
-    place = row.to(tl.int64)[:, None] * D + column[None, :]
-    inside = (row < end)[:, None] & (column < D)[None, :]
-    tl.store(gradient + place, blocks.rounded(dx, gradient.dtype.element_ty), mask=inside)
+def _store_gradient(gradient, b_z, b_dz, b_norm, scale, row0, end, D, BLOCK: tl.constexpr):
+    """``dx = scale (dz - z (z . dz)) / max(|x|, 1e-12)`` of a block of rows."""
+    # Below the clamp z is linear in x, and no component is projected out.
+    b_radial = tl.where(b_norm < primitives.CLAMP, 0.0, tl.sum(b_z * b_dz, axis=1))
+    b_dx = b_dz - b_z * b_radial[:, None]
+    b_dx *= primitives.divide(tl.broadcast_to(scale, [BLOCK.ROWS]), primitives.clamp_norms(b_norm))[:, None]
+    o_row = row0 + tl.arange(0, BLOCK.ROWS)
+    o_column = tl.arange(0, BLOCK.WIDTH)
+    o_gradient = o_row.to(tl.int64)[:, None] * D + o_column[None, :]
+    m_store = (o_row < end)[:, None] & (o_column < D)[None, :]
+    tl.store(gradient + o_gradient, primitives.round_to(b_dx, gradient.dtype.element_ty), mask=m_store)
 
 
-# Launches
+# Launched kernels
 
 
 @triton.jit(do_not_specialize=["B"])
 def sums_kernel(
-    image,
-    text,
-    image_teacher,
-    text_teacher,
+    inputs,
     sums,
-    ticket,  # (): programs of the next launch that are done
+    ticket,  # (): finished programs of the next launch
     B,
     D,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    """``x, y -> sums of (u + v)/2``: :func:`sums_block`."""
     pid = tl.program_id(0)
-    sums_block(pid, tl.num_programs(0), image, text, image_teacher, text_teacher, sums, B, D, ROWS, WIDTH, ACC)
+    sums_block(pid, tl.num_programs(0), inputs, sums, B, D, BLOCK, ACC)
     if pid == 0:
         tl.store(ticket, 0)
 
 
 @triton.jit(do_not_specialize=["B", "N", "num_sums"])
 def values_kernel(
-    image,
-    text,
-    image_teacher,
-    text_teacher,
+    inputs,
     previous,
-    sums,
-    average,
-    partials,
-    parts,
-    loss,
+    buffers,
     ticket,
     B,
     N,
     D,
     num_sums,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DECAY: tl.constexpr,
-    GROWTH: tl.constexpr,
-    AVERAGE_WEIGHT: tl.constexpr,
-    PAIRWISE_WEIGHT: tl.constexpr,
+    CONSTANTS: tl.constexpr,
+    BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    """``x, y, sums -> m, L``: :func:`values_block`, then :func:`finish_difference` in the last program."""
     programs = tl.num_programs(0)
     values_block(
-        tl.program_id(0), programs, image, text, image_teacher, text_teacher, previous, sums, average, partials,
-        B, N, D, num_sums, ROWS, WIDTH, DECAY, GROWTH, ACC,
+        tl.program_id(0), programs, inputs, previous, buffers, B, N, D, num_sums, CONSTANTS, BLOCK, ACC
     )  # fmt: skip
-    if blocks.is_last(ticket, programs):
-        value = finish_difference(partials, parts, B, programs, AVERAGE_WEIGHT, PAIRWISE_WEIGHT, ACC)
-        tl.store(loss, value)
+    if primitives.is_last(ticket, programs):
+        value = finish_difference(buffers, B, programs, CONSTANTS, ACC)
+        tl.store(buffers.loss, value)
 
 
 @triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["upstream"])
 def difference_gradient_kernel(
-    image,
-    text,
-    image_teacher,
-    text_teacher,
+    inputs,
     average,
     upstream,
-    image_gradient,
-    text_gradient,
+    gradients,
     B,
     D,
-    WEIGHT: tl.constexpr,
-    AVERAGE_WEIGHT: tl.constexpr,
-    PAIRWISE_WEIGHT: tl.constexpr,
-    MEAN_GRADIENT: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    CONSTANTS: tl.constexpr,
+    BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    """``x, y, m -> dL/dx, dL/dy``: :func:`difference_gradient_block`."""
     difference_gradient_block(
-        tl.program_id(0), tl.num_programs(0), image, text, image_teacher, text_teacher, average, upstream,
-        image_gradient, text_gradient, B, D, WEIGHT, AVERAGE_WEIGHT, PAIRWISE_WEIGHT, MEAN_GRADIENT, ROWS, WIDTH,
-        ACC,
+        tl.program_id(0), tl.num_programs(0), inputs, average, upstream, gradients, B, D, CONSTANTS, BLOCK, ACC
     )  # fmt: skip
 
 
 # Host
 
 
-class Buffers(NamedTuple):
-    """What a call allocates; the backward needs ``average``."""
-
-    sums: Tensor  # (programs, D)
-    average: Tensor  # (2, D)
-    partials: Tensor  # (4, programs)
-    parts: Tensor  # (4,)
-    loss: Tensor  # ()
-
-
-def buffers(shape: Shape, image: Tensor) -> Buffers:
-    """Outputs and scratch of the forward, unwritten."""
-    dtype = blocks.computing_dtype(image.dtype)
+def allocate(shape: Shape, image: Tensor) -> Buffers:
+    """Uninitialized outputs and scratch memory of the forward."""
+    dtype = primitives.compute_dtype(image.dtype)
     sizes = (shape.programs, shape.width), (2, shape.width), (4, shape.programs), (4,), ()
-    return Buffers(*(blocks.empty(*size, dtype=dtype, device=image.device) for size in sizes))
+    return Buffers(*(primitives.empty(*size, dtype=dtype, device=image.device) for size in sizes))
 
 
-def gather_sums(sums: Tensor, group: str) -> Tensor:
-    """One row of sums per rank, unless this rank is alone: ``(programs, D) -> (W, D)``."""
-    return sums if ranks.world_size(group) == 1 else ranks.gather(sums.sum(0), group)
+def gather_sums(buffers: Buffers, group: str) -> Buffers:
+    """The buffers with one row of sums per rank, ``(W, D)``; unchanged if this rank is alone."""
+    if process_group.world_size(group) == 1:
+        return buffers
+    return buffers._replace(sums=process_group.gather(buffers.sums.sum(0), group))
 
 
 def loss_of(parts: Tensor, options: Options) -> Tensor:
-    """The loss from its parts over all ranks."""
+    """The global loss from its parts, averaged over all ranks."""
     return options.average_weight * parts[0] + options.pairwise_weight * parts[1]
 
 
@@ -386,36 +395,30 @@ def launch_forward(
     mean_gradient: bool,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, its parts with mean |u| and |v|, and the average vector with what its gradient needs."""
+    """The loss, its parts with mean |u| and |v| ``(4,)``, and m with the backward's (1 - a)(c - m) ``(2, D)``."""
     options = Options(decay, average_weight, pairwise_weight, mean_gradient)
     shape = shape_of(image, group)
-    made = buffers(shape, image)
-    inputs = [blocks.dense(tensor) for tensor in (image, text, image_teacher, text_teacher)]
-    constants = {**blocks.row_block(shape.width), "ACC": blocks.acc(shape.dtype), "num_warps": _NUM_WARPS}
-    ticket = blocks.empty(dtype=torch.int32, device=image.device)
-    blocks.launch(sums_kernel, shape.programs, *inputs, made.sums, ticket, shape.rows, shape.width, **constants)
-    sums = gather_sums(made.sums, group)
-    blocks.launch(
+    buffers = allocate(shape, image)
+    inputs = Inputs(*map(primitives.dense, (image, text, image_teacher, text_teacher)))
+    block, acc = primitives.row_block(shape.width), primitives.acc_dtype(shape.dtype)
+    constants = {"BLOCK": block, "ACC": acc, "num_warps": _NUM_WARPS}
+    ticket = primitives.empty(dtype=torch.int32, device=image.device)
+    primitives.launch(
+        sums_kernel, shape.programs, inputs, buffers.sums, ticket, shape.rows, shape.width, **constants
+    )
+    buffers = gather_sums(buffers, group)
+    primitives.launch(
         values_kernel,
         shape.programs,
-        *(
-            *inputs,
-            blocks.dense(average_vector),
-            sums,
-            made.average,
-            made.partials,
-            made.parts,
-            made.loss,
-            ticket,
-        ),
-        *(shape.rows, shape.total, shape.width, len(sums)),
-        **options.constants(),
+        *(inputs, primitives.dense(average_vector), buffers, ticket),
+        *(shape.rows, shape.total, shape.width, len(buffers.sums)),
+        CONSTANTS=options.for_forward(),
         **constants,
     )
-    if ranks.world_size(group) == 1:
-        return made.loss, made.parts, made.average
-    parts = ranks.gather(made.parts, group).mean(0)
-    return loss_of(parts, options), parts, made.average
+    if process_group.world_size(group) == 1:
+        return buffers.loss, buffers.parts, buffers.average
+    parts = process_group.gather(buffers.parts, group).mean(0)
+    return loss_of(parts, options), parts, buffers.average
 
 
 forward = torch.library.custom_op("dive_fast::difference_loss", launch_forward, mutates_args=())
@@ -423,8 +426,8 @@ forward = torch.library.custom_op("dive_fast::difference_loss", launch_forward, 
 
 @forward.register_fake
 def _(image: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    made = buffers(shape_of(image, ""), image)
-    return made.loss, made.parts, made.average
+    buffers = allocate(shape_of(image, ""), image)
+    return buffers.loss, buffers.parts, buffers.average
 
 
 def launch_backward(
@@ -441,7 +444,9 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of both feature matrices."""
     options = Options(decay, average_weight, pairwise_weight, mean_gradient)
-    return gradient(upstream, 1.0, image, text, image_teacher, text_teacher, average, options)
+    inputs = Inputs(*map(primitives.dense, (image, text, image_teacher, text_teacher)))
+    gradients = gradient(upstream, 1.0, inputs, average, options)
+    return gradients.image, gradients.text
 
 
 backward = torch.library.custom_op("dive_fast::difference_loss_backward", launch_backward, mutates_args=())
@@ -449,48 +454,29 @@ backward = torch.library.custom_op("dive_fast::difference_loss_backward", launch
 
 @backward.register_fake
 def _(upstream: Tensor, image: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return gradients(image)
+    gradients = allocate_gradients(image)
+    return gradients.image, gradients.text
 
 
-def gradients(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Unwritten gradients of the features."""
-    return tuple(blocks.empty(*image.shape, dtype=image.dtype, device=image.device) for _ in range(2))  # type: ignore[return-value]
+def allocate_gradients(image: Tensor) -> Gradients:
+    """Uninitialized gradients of the features."""
+    return Gradients(*(primitives.empty(*image.shape, dtype=image.dtype, device=image.device) for _ in range(2)))
 
 
-def gradient(
-    upstream: Tensor,
-    weight: float,
-    image: Tensor,
-    text: Tensor,
-    image_teacher: Tensor,
-    text_teacher: Tensor,
-    average: Tensor,
-    options: Options,
-) -> tuple[Tensor, Tensor]:
+def gradient(upstream: Tensor, weight: float, inputs: Inputs, average: Tensor, options: Options) -> Gradients:
     """Gradients of ``weight * loss``, in one launch."""
-    shape = shape_of(image, "")
-    made = gradients(image)
-    inputs = [blocks.dense(tensor) for tensor in (image, text, image_teacher, text_teacher)]
-    blocks.launch(
+    shape = shape_of(inputs.image, "")
+    gradients = allocate_gradients(inputs.image)
+    primitives.launch(
         difference_gradient_kernel,
         shape.programs,
-        *(*inputs, average, upstream, *made, shape.rows, shape.width),
-        **gradient_constants(weight, options),
-        **blocks.row_block(shape.width),
-        ACC=blocks.acc(shape.dtype),
+        *(inputs, average, upstream, gradients, shape.rows, shape.width),
+        CONSTANTS=options.for_gradient(weight),
+        BLOCK=primitives.row_block(shape.width),
+        ACC=primitives.acc_dtype(shape.dtype),
         num_warps=_NUM_WARPS,
     )
-    return made
-
-
-def gradient_constants(weight: float, options: Options) -> dict[str, Any]:
-    """Constants of :func:`difference_gradient_block`."""
-    return {
-        "WEIGHT": float(weight),
-        "AVERAGE_WEIGHT": float(options.average_weight),
-        "PAIRWISE_WEIGHT": float(options.pairwise_weight),
-        "MEAN_GRADIENT": options.mean_gradient,
-    }
+    return gradients
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""The losses as users call them: check the input, choose the backend, name the results."""
+"""The public losses: they validate their arguments, choose the backend and name the results."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dive_fast.kernels import backend as backends
-from dive_fast.kernels import checks, naive, ranks
+from dive_fast.kernels import checks, naive, process_group
 from dive_fast.kernels.backend import Backend
 from dive_fast.kernels.naive import DifferenceLoss, DiveLoss
 
-if backends.blocks is not None:
-    # Importing registers the custom ops, before anything is traced.
-    from dive_fast.kernels import contrastive, difference, dive
+if backends.primitives is not None:
+    # The import registers the custom ops, which must happen before anything is traced.
+    from dive_fast.kernels import contrastive, difference, joint_step
 
 
 def contrastive_loss(
@@ -33,9 +33,9 @@ def contrastive_loss(
     Extra memory is linear in B with the Triton kernels, and 4 B^2 bytes several times over with plain PyTorch.
 
     Args:
-        image_features, text_features: ``(B, D)``, un-normalised; row i of each belongs to the same pair.
+        image_features, text_features: ``(B, D)``, un-normalized; row i of each belongs to the same pair.
         logit_scale: ``()`` or ``(1,)``, the scale ``1 / tau`` itself, not its logarithm.
-        group: ranks whose pairs form one batch (equal ``B`` on each); None is this rank alone.
+        group: ranks whose pairs form one batch (equal ``B`` on each); None: this rank alone.
         backend: "triton", "torch", or "auto": triton where it can run (see :mod:`dive_fast.kernels.backend`).
 
     Returns:
@@ -48,7 +48,7 @@ def contrastive_loss(
     checks.check_scale(logit_scale, image_features)
     if not backends.uses_triton(backend, image_features):
         return naive.contrastive_loss(image_features, text_features, logit_scale, group=group)
-    loss, *_ = contrastive.forward(image_features, text_features, logit_scale, ranks.name_of(group))
+    loss, *_ = contrastive.forward(image_features, text_features, logit_scale, process_group.name_of(group))
     return loss
 
 
@@ -75,16 +75,16 @@ def difference_loss(
         loss = average_weight * mean_j(|u_j - m|^2 + |v_j - m|^2) + pairwise_weight * mean_j |u_j - v_j|^2
 
     Args:
-        image_features, text_features: ``(B, D)``, un-normalised features of the model being tuned.
+        image_features, text_features: ``(B, D)``, un-normalized features of the model being tuned.
         image_teacher, text_teacher: ``(B, D)``, unit rows of the frozen model for the same pairs.
         average_vector: ``(D,)``, m of the previous step; zeros before the first.
-        mean_gradient: whether this batch's share of m carries gradient, as Eq. 6-7 read literally.
-        group: ranks whose pairs form one batch (equal ``B`` on each); None is this rank alone.
+        mean_gradient: whether this batch's share of m carries gradient, as in the literal Eq. 6-7.
+        group: ranks whose pairs form one batch (equal ``B`` on each); None: this rank alone.
         backend: as for :func:`contrastive_loss`; only "torch" gives gradients to teachers and average vector.
 
     Returns:
-        Global values: loss, the updated average vector ``(D,)``, both parts unweighted, and mean |u|, |v|. Nothing
-        waits for the device.
+        Global values: loss, the updated average vector ``(D,)``, both unweighted parts, and mean |u|, |v|. No
+        synchronization with the device.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype or device, or the backend cannot run.
@@ -105,13 +105,13 @@ def difference_loss(
     }
     if not backends.uses_triton(backend, image_features, constants):
         return naive.difference_loss(image_features, text_features, **constants, **options, group=group)
-    dtype = backends.blocks.computing_dtype(image_features.dtype)
+    dtype = backends.primitives.compute_dtype(image_features.dtype)
     loss, parts, average = difference.forward(
         image_features,
         text_features,
         *(tensor.to(dtype) for tensor in constants.values()),
         **options,
-        group=ranks.name_of(group),
+        group=process_group.name_of(group),
     )
     return DifferenceLoss(loss, average[0], *parts.unbind())
 
@@ -134,10 +134,10 @@ def dive_loss(
     group: dist.ProcessGroup | None = None,
     backend: Backend = "auto",
 ) -> DiveLoss:
-    """The whole objective, Eq. 9: ``contrastive_loss(target) + weight * difference_loss(reference)``.
+    """The objective of DiVE, Eq. 9: ``contrastive_loss(target) + weight * difference_loss(reference)``.
 
     Arguments, shapes and errors are those of the two functions; ``weight`` is the paper's lambda. The two batches
-    may differ in size. The Triton kernels take three launches, backward included, where the two apart take six.
+    may differ in size. The Triton kernels take three launches, backward included; separate losses take six.
     """
     checks.check_pairs(image_features=image_features, text_features=text_features)
     checks.check_scale(logit_scale, image_features)
@@ -160,11 +160,11 @@ def dive_loss(
     }
     if not backends.uses_triton(backend, image_features, constants):
         return naive.dive_loss(*features, **constants, **options, group=group)
-    dtype = backends.blocks.computing_dtype(image_features.dtype)
-    loss, contrastive_part, *_, parts, average = dive.forward(
+    dtype = backends.primitives.compute_dtype(image_features.dtype)
+    loss, contrastive_part, *_, parts, average = joint_step.forward(
         *features,
         *(tensor.to(dtype) for tensor in constants.values()),
         **options,
-        group=ranks.name_of(group),
+        group=process_group.name_of(group),
     )
     return DiveLoss(loss, contrastive_part, average[0], *parts.unbind())

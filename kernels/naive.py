@@ -1,9 +1,9 @@
-"""Every formula of the method in plain PyTorch: the truth that faster paths are held to.
+"""Every formula of the method in plain PyTorch, the reference against which faster paths are tested.
 
-Over ranks each function gathers the unit features of all ranks and evaluates the global formula on every
-rank. Every rank then holds the same value bit for bit, and the backward of the gather keeps the rank's own
-rows times the number of ranks, so that *averaging* parameter gradients over ranks, as DeepSpeed does, gives
-the gradient of the global loss.
+Over ranks each function gathers the unit features of all ranks and evaluates the global formula on every rank.
+All ranks then have the same value bit for bit. The backward of the gather returns the gradient of this rank's rows
+times the number of ranks, so that *averaging* parameter gradients over ranks, as DeepSpeed does, gives the
+gradient of the global loss.
 
 Equation numbers are those of DiVE, arXiv 2511.09973.
 """
@@ -20,7 +20,7 @@ from dive_fast.kernels.precision import product
 
 
 class DifferenceLoss(NamedTuple):
-    """What :func:`difference_loss` returns; ``loss`` is ``()`` and carries the gradient, the rest does not."""
+    """Result of :func:`difference_loss`; only ``loss``, ``()``, carries gradient."""
 
     loss: Tensor
     average_vector: Tensor
@@ -31,7 +31,7 @@ class DifferenceLoss(NamedTuple):
 
 
 class DiveLoss(NamedTuple):
-    """What :func:`dive_loss` returns; ``loss`` is ``()`` and carries the gradient, the rest does not."""
+    """Result of :func:`dive_loss`; only ``loss``, ``()``, carries gradient."""
 
     loss: Tensor
     contrastive_loss: Tensor
@@ -43,9 +43,9 @@ class DiveLoss(NamedTuple):
 
 
 def unit(features: Tensor) -> Tensor:
-    """L2-normalise rows in fp32, or in fp64 if that is what comes in: ``x / max(|x|, 1e-12)``.
+    """Rows normalized to unit length in fp32 (fp64 for fp64 features): ``x / max(|x|, 1e-12)``.
 
-    Half precision cannot hold the result: a difference vector of 1e-3 is below its resolution at 1.
+    Half precision cannot represent the result: a difference vector of 1e-3 is below its resolution at 1.
     """
     return F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
 
@@ -56,21 +56,21 @@ def contrastive_loss(
     """Symmetric contrastive loss, Eq. 1: the mean over pairs of image-to-text and text-to-image cross-entropy.
 
     Args:
-        image_features, text_features: ``(B, D)``, un-normalised; row i of each belongs to the same pair.
+        image_features, text_features: ``(B, D)``, un-normalized; row i of each belongs to the same pair.
         logit_scale: ``()`` or ``(1,)``, the scale ``1 / tau`` itself, not its logarithm.
-        group: ranks whose pairs form one batch (equal ``B`` on each); None is this rank alone.
+        group: ranks whose pairs form one batch (equal ``B`` on each); None: this rank alone.
 
     Returns:
         The loss of the global batch, ``()``.
 
     Raises:
-        ValueError: features are not two non-empty matrices of one shape and dtype, or the scale not one number.
+        ValueError: features are not two non-empty matrices of one shape and dtype, or the scale is not one number.
     """
     check_pairs(image_features=image_features, text_features=text_features)
     check_scale(logit_scale, image_features)
     image = gather_rows(unit(image_features), group)
     text = gather_rows(unit(text_features), group)
-    # Under a caller's autocast or with TF32 allowed, ``@`` would lose digits while everything still says fp32.
+    # Under a caller's autocast or with TF32 allowed, ``@`` would lose digits although all dtypes are fp32.
     logits = logit_scale.to(image.dtype) * product(image, text)
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
@@ -98,17 +98,17 @@ def difference_loss(
         loss = average_weight * mean_j(|u_j - m|^2 + |v_j - m|^2) + pairwise_weight * mean_j |u_j - v_j|^2
 
     Args:
-        image_features, text_features: ``(B, D)``, un-normalised features of the model being tuned.
+        image_features, text_features: ``(B, D)``, un-normalized features of the model being tuned.
         image_teacher, text_teacher: ``(B, D)``, unit rows of the frozen model for the same pairs.
         average_vector: ``(D,)``, m of the previous step; zeros before the first.
-        mean_gradient: whether this batch's share of m carries gradient, as Eq. 6-7 read literally.
-        group: ranks whose pairs form one batch (equal ``B`` on each); None is this rank alone.
+        mean_gradient: whether this batch's share of m carries gradient, as in the literal Eq. 6-7.
+        group: ranks whose pairs form one batch (equal ``B`` on each); None: this rank alone.
 
     Returns:
-        Global values: loss, the updated average vector ``(D,)``, both parts unweighted, and mean |u|, |v|.
+        Global values: loss, the updated average vector ``(D,)``, both unweighted parts, and mean |u|, |v|.
 
     Raises:
-        ValueError: features or teachers are not non-empty matrices of one shape, or the vector not ``(D,)``.
+        ValueError: features or teachers are not non-empty matrices of one shape, or the vector is not ``(D,)``.
     """
     check_pairs(
         image_features=image_features,
@@ -147,7 +147,7 @@ def dive_loss(
     mean_gradient: bool = True,
     group: dist.ProcessGroup | None = None,
 ) -> DiveLoss:
-    """The whole objective, Eq. 9: ``contrastive_loss(target) + weight * difference_loss(reference)``.
+    """The objective of DiVE, Eq. 9: ``contrastive_loss(target) + weight * difference_loss(reference)``.
 
     Arguments, shapes and errors are those of the two functions; ``weight`` is the paper's lambda.
     """
@@ -171,9 +171,10 @@ def dive_loss(
 
 
 def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Rows of all ranks in rank order, ``(B, D) -> (W B, D)``; backward gives ``W x`` the own rows' gradient.
+    """Rows of all ranks in rank order, ``(B, D) -> (W B, D)``.
 
-    Exact when every rank computes the same function of the result (see the module's docstring).
+    The backward gives W times the gradient of this rank's rows, which is right if every rank computes the same
+    function of the result (see the module's docstring).
     """
     if group is None or dist.get_world_size(group) == 1:
         return rows

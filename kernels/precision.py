@@ -1,7 +1,7 @@
-"""Matrix products of plain PyTorch that keep fp32's precision, whatever the process allows elsewhere.
+"""Matrix products of plain PyTorch with fp32's full precision, whatever the process-wide settings allow.
 
 ``torch.set_float32_matmul_precision("high")``, ``allow_tf32`` and NVIDIA's ``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE``
-allow fp32 products 10 bits of mantissa, "medium" 7 bits on a CPU: a logit of 100 is then off by 0.1 or 0.8.
+reduce fp32 products to 10 bits of mantissa, "medium" to 7 bits on a CPU: a logit of 100 is then off by 0.1 or 0.8.
 """
 
 import contextlib
@@ -14,12 +14,12 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def full_fp32(device: torch.device) -> Iterator[None]:
-    """Computes fp32 products in fp32, without autocast; restores PyTorch's switches, also after an error."""
+    """Computes fp32 products in fp32, without autocast; restores PyTorch's settings, also after an error."""
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     saved = [backend.fp32_precision for backend in backends]
     try:
         general = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by PyTorch's older and newer functions to different values
+    except RuntimeError:  # set to different values by PyTorch's older and newer functions
         general = None
     without_autocast = (
         torch.autocast(device.type, enabled=False)
@@ -30,7 +30,7 @@ def full_fp32(device: torch.device) -> Iterator[None]:
         if general == "highest" and set(saved) <= {"none", "ieee"}:
             yield
             return
-        # The older function first, since it sets both: PyTorch refuses products where the two contradict.
+        # The older function sets both and comes first: PyTorch refuses products if the two disagree.
         torch.set_float32_matmul_precision("highest")
         for backend in backends:
             backend.fp32_precision = "ieee"
@@ -44,12 +44,12 @@ def full_fp32(device: torch.device) -> Iterator[None]:
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right.T`` of ``(M, D)`` and ``(N, D)`` in the precision of their dtype, in the backward too."""
+    """``left @ right.T`` of ``(M, D)`` and ``(N, D)`` in their dtype's full precision, also in the backward."""
     return _Product.apply(left, right)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Product(torch.autograd.Function):
-    # The backward runs long after the forward's context has ended, so it needs one of its own.
+    # The backward runs after the forward's context has ended and enters its own.
     @staticmethod
     def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
         ctx.save_for_backward(left, right)

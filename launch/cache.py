@@ -30,11 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--export writes no cache: leave out --adopt and --rebuild")
 
     # Only pydantic so far: a typo is told at once.
-    from dive_fast.config.load import load_config as load_config
     from dive_fast.errors import ConfigError, UserError
+    from dive_fast.methods.run_config import load_run_config
 
     try:
-        config = load_config(options.config, options.overrides, cli.CONFIGS)
+        config = load_run_config(options.config, options.overrides, cli.CONFIGS)
         if config.data.reference is None:
             raise ConfigError("data.reference: a teacher cache is of a reference set; name one")
         from dive_fast.data.open_dataset import open_reference

@@ -1,6 +1,6 @@
-"""Weight ensembles of a run with its pre-trained model: ``python launch/ensemble.py --config vitb16_dive.json``.
+"""Interpolates between pre-trained and tuned weights: ``python launch/ensemble.py --config vitb16_dive.json``.
 
-Alpha is chosen on ID validation, which is the config's first evaluation set unless ``--choose-on`` names another.
+Alpha is chosen on the config's first evaluation set (ID validation), or on that of ``--choose-on``.
 """
 
 import logging
@@ -12,21 +12,23 @@ import cli
 
 @cli.guarded
 def main(arguments: list[str] | None = None) -> int:
-    """Parses, calls, and turns a user's mistake into one line and exit code 2."""
+    """Runs the command; a user's mistake becomes one line and exit code 2."""
     parser = cli.parser(__doc__, "train.output=runs/mine")
-    parser.add_argument("--weights", type=Path, help="fine-tuned ones; default: the run's model.safetensors")
-    parser.add_argument("--choose-on", metavar="SET", help="evaluation set that alpha is chosen on")
-    parser.add_argument("--output", type=Path, help="folder; default: the run's")
+    parser.add_argument("--weights", type=Path, help="fine-tuned weights; default: the run's model.safetensors")
+    parser.add_argument(
+        "--choose-on", metavar="SET", help="evaluation set on which alpha is chosen; default: the first"
+    )
+    parser.add_argument("--output", type=Path, help="output folder; default: the run folder")
     options = parser.parse_intermixed_args(arguments)
 
-    # Only pydantic so far: a typo is told at once.
-    from dive_fast.config.load import load_config as load_config
+    # Only pydantic is imported so far, so that a typo is reported at once.
     from dive_fast.errors import UserError
+    from dive_fast.methods.run_config import load_run_config
 
     try:
-        config = load_config(options.config, options.overrides, cli.CONFIGS)
+        config = load_run_config(options.config, options.overrides, cli.CONFIGS)
         from dive_fast.distributed import join
-        from dive_fast.evaluate import weight_ensemble as ensemble
+        from dive_fast.evaluate import weight_ensemble
         from dive_fast.evaluate.early_checks import check_output, find_weights
         from dive_fast.model import towers
 
@@ -41,14 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         return cli.report_error(error, options)
     try:
-        found = ensemble.ensemble(config, weights, ranks, chosen_on=options.choose_on)
+        result = weight_ensemble.ensemble(config, weights, ranks, chosen_on=options.choose_on)
     except UserError as error:
         return cli.report_error(error, options)
     if ranks.is_main:
-        ensemble.write(found, folder)
-        report = found.report
-        print(ensemble.table(report))
-        print(f"{folder / ensemble.WEIGHTS}: alpha = {report['alpha']:g}, chosen on {report['chosen_on']}")
+        weight_ensemble.write(result, folder)
+        report = result.report
+        print(weight_ensemble.table(report))
+        print(f"{folder / weight_ensemble.WEIGHTS}: alpha = {report['alpha']:g}, chosen on {report['chosen_on']}")
     ranks.leave()
     return 0
 

@@ -1,7 +1,7 @@
-"""Measures a model on image sets: a run's, ``python launch/evaluate.py --config vitb16_dive.json``, or any other.
+"""Evaluates a model on image sets: that of a run by ``python launch/evaluate.py --config vitb16_dive.json``.
 
 ``python launch/evaluate.py --model ViT-B-16-quickgelu --pretrained openai --suite imagenet_ood --root /data``
-measures one of open_clip's. On several GPUs: ``deepspeed launch/evaluate.py ...``. See docs/evaluation.md.
+evaluates one of open_clip's models. On several GPUs: ``deepspeed launch/evaluate.py ...``. See docs/evaluation.md.
 """
 
 import argparse
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @cli.guarded
 def main(arguments: list[str] | None = None) -> int:
-    """Parses, calls, and turns a user's mistake into one line and exit code 2."""
+    """Runs the command; a user's mistake becomes one line and exit code 2."""
     parser = _parser()
     options = parser.parse_intermixed_args(arguments)
     if (options.config is None) == (options.model is None):
@@ -26,23 +26,23 @@ def main(arguments: list[str] | None = None) -> int:
     if options.model is not None and options.overrides:
         parser.error(f"{options.overrides[0]}: overrides go with --config")
     if options.config is not None and options.pretrained is not None:
-        parser.error("--pretrained goes with --model; the config names its own")
-    wanted = [*(options.suite or []), *(options.datasets or [])]
-    if wanted and options.root is None:
+        parser.error("--pretrained goes with --model; a config has model.pretrained")
+    names = [*(options.suite or []), *(options.datasets or [])]
+    if names and options.root is None:
         parser.error("--suite and --datasets need --root, e.g. --root /data/{dataset}")
-    if not wanted and (options.class_names or options.templates):
+    if not names and (options.class_names or options.templates):
         parser.error("--class-names and --templates go with --suite or --datasets")
-    if not wanted and (options.config is None or options.root is not None):
-        parser.error("name what to measure on by --suite or --datasets")
+    if not names and (options.config is None or options.root is not None):
+        parser.error("name data sets by --suite or --datasets")
 
-    # Only pydantic so far: a typo is told at once.
-    from dive_fast.config.load import load_config as load_config
+    # Only pydantic is imported so far, so that a typo is reported at once.
     from dive_fast.config.schema import EvaluateConfig, EvaluationSet, ModelConfig
     from dive_fast.errors import ConfigError, UserError
+    from dive_fast.methods.run_config import load_run_config
 
     try:
         config = (
-            load_config(options.config, options.overrides, cli.CONFIGS) if options.config is not None else None
+            load_run_config(options.config, options.overrides, cli.CONFIGS) if options.config is not None else None
         )
         model = (
             config.model if config is not None else ModelConfig(name=options.model, pretrained=options.pretrained)
@@ -51,8 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
         weights = _weights(options, config)
         from dive_fast.checkpoint.load_weights import head_of, load_into
         from dive_fast.distributed import join
-        from dive_fast.evaluate import evaluator as measure
-        from dive_fast.evaluate.datasets import catalog as suites
+        from dive_fast.evaluate import evaluator
+        from dive_fast.evaluate.datasets.catalog import expand_suites
         from dive_fast.evaluate.early_checks import check_output
         from dive_fast.evaluate.results import Results, as_markdown
         from dive_fast.model import head as heads
@@ -66,11 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
                 class_names=options.class_names,
                 templates=options.templates,
             )
-            for name in suites.expand(wanted)
+            for name in expand_suites(names)
         } or defaults.sets
         towers.check(model, weights=weights is None)
         if not sets:
-            raise ConfigError("evaluate.sets names no set; name some there, or by --suite and --root")
+            raise ConfigError("evaluate.sets is empty; add sets there, or name some by --suite and --root")
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         ranks = join()
@@ -78,16 +78,16 @@ def main(arguments: list[str] | None = None) -> int:
         return cli.report_error(error, options)
     head_file = _head(options, weights)
     if weights is None and options.head is None and (unused := _head_of_folder(model)) is not None:
-        ranks.print(f"{model.name} has a trained head, which is not measured; --head {unused} measures it")
+        ranks.print(f"{model.name} has a trained head, which is not used; --head {unused} evaluates it")
     precision = options.precision or (config.train.precision if config is not None else "fp32")
     folder = options.output or _folder(options, config)
-    how = measure.Options(
+    evaluation = evaluator.Options(
         options.label or _label(options, model, weights),
         precision,
         options.batch_size or defaults.batch_size,
         defaults.workers if options.workers is None else options.workers,
         options.classifiers or folder / "classifiers",
-        options.again,
+        options.force,
     )
     try:
         with ranks.raise_on_all(UserError):
@@ -96,20 +96,22 @@ def main(arguments: list[str] | None = None) -> int:
             head = None
             if head_file is not None:
                 head = head_of(head_file) if head_file.is_dir() else heads.load(head_file)
-            opened = measure.open_all(sets, ranks, options.skip_missing)
-            built = towers.create(model, weights=weights is None)
+            opened = evaluator.open_all(sets, ranks, options.skip_missing)
+            evaluated = towers.create(model, weights=weights is None)
             if weights is not None:
-                load_into(built, model, weights)
+                load_into(evaluated, model, weights)
             tokenizer = towers.tokenizer_of(model)
-        built = built.to(ranks.device).eval()
-        built.autocast = AUTOCAST[precision]
-        about = {
+        evaluated = evaluated.to(ranks.device).eval()
+        evaluated.autocast = AUTOCAST[precision]
+        model_fields = {
             "model": model.name,
             "pretrained": model.pretrained,
             "weights": None if weights is None else str(weights),
             "head": None if head is None else str(head_file),
         }
-        rows = measure.measure_all(built, tokenizer, sets, opened, ranks, results, how, about, head)
+        rows = evaluator.measure_all(
+            evaluated, tokenizer, sets, opened, ranks, results, evaluation, model_fields, head
+        )
     except UserError as error:
         return cli.report_error(error, options)
     if ranks.is_main:
@@ -121,30 +123,40 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, "evaluate.batch_size=64", required=False)
-    which = parser.add_argument_group("model")
-    which.add_argument("--model", help="open_clip's name of one, instead of a config")
-    which.add_argument("--pretrained", help="open_clip's tag, or a file, with --model")
-    which.add_argument(
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", help="open_clip's name of a model, instead of a config")
+    model.add_argument("--pretrained", help="open_clip's tag, or a file, with --model")
+    model.add_argument(
         "--weights",
         type=Path,
-        help="a checkpoint: .safetensors, what open_clip loads, or <run>/checkpoints/step<number>; `pretrained` "
-        "measures a config's model as it was before; default: with --config the run's model.safetensors",
+        help="a checkpoint: .safetensors, a file that open_clip loads, or <run>/checkpoints/step<number>; "
+        "`pretrained`: a config's model before training; default: with --config the run's model.safetensors",
     )
-    which.add_argument("--head", type=Path, help="default: the one beside the weights; `none`: prompts")
-    which.add_argument("--precision", choices=("fp16", "bf16", "fp32"), help="default: the config's, else fp32")
+    model.add_argument(
+        "--head", type=Path, help="head file; default: the one next to the weights; `none`: prompts"
+    )
+    model.add_argument(
+        "--precision", choices=("fp16", "bf16", "fp32"), help="default: the config's; with --model fp32"
+    )
     data = parser.add_argument_group("data")
     data.add_argument("--suite", nargs="+", action="extend", metavar="NAME", help="suites of known data sets")
     data.add_argument("--datasets", nargs="+", action="extend", metavar="NAME", help="known data sets")
-    data.add_argument("--root", help="where they lie: a folder with all of them, or e.g. /data/{dataset}")
-    data.add_argument("--class-names", help="for all of them: a text file, or e.g. flowers")
-    data.add_argument("--templates", help="for all of them: a text file, one template, or e.g. food101")
-    data.add_argument("--skip-missing", action="store_true", help="leave out the sets that are not there")
+    data.add_argument("--root", help="folder with all data sets, or a pattern, e.g. /data/{dataset}")
+    data.add_argument("--class-names", help="class names for all data sets: a text file, or e.g. flowers")
+    data.add_argument(
+        "--templates", help="templates for all data sets: a text file, one template, or e.g. food101"
+    )
+    data.add_argument("--skip-missing", action="store_true", help="leave out data sets that cannot be opened")
     parser.add_argument("--batch-size", type=cli.count(1), help="images encoded at once on each rank")
     parser.add_argument("--workers", type=int, help="loader processes on each rank")
-    parser.add_argument("--output", type=Path, help="folder; default: the run's, else runs/evaluate")
-    parser.add_argument("--label", help="what tables call the model; default: the run's name, or the model's")
-    parser.add_argument("--classifiers", type=Path, help="folder of prompts' embeddings; default: in the output")
-    parser.add_argument("--again", action="store_true", help="measure what the results have already, too")
+    parser.add_argument(
+        "--output", type=Path, help="output folder; default: the run folder; with --model runs/evaluate"
+    )
+    parser.add_argument("--label", help="name of the model in tables; default: name of the run or model")
+    parser.add_argument(
+        "--classifiers", type=Path, help="cache folder of prompt embeddings; default: in the output folder"
+    )
+    parser.add_argument("--force", action="store_true", help="measure sets again even if the results have them")
     return parser
 
 
@@ -157,7 +169,7 @@ def _folder(options: argparse.Namespace, config: "Config | None") -> Path:
 
 
 def _weights(options: argparse.Namespace, config: "Config | None") -> Path | None:
-    """The checkpoint that is measured; None: the model as it comes."""
+    """The checkpoint to evaluate; None: the pre-trained model."""
     from dive_fast.errors import ConfigError
     from dive_fast.evaluate.early_checks import find_weights
 
@@ -175,7 +187,7 @@ def _weights(options: argparse.Namespace, config: "Config | None") -> Path | Non
 
 
 def _head(options: argparse.Namespace, weights: Path | None) -> Path | None:
-    """The file of a head, or the folder of a checkpoint, which may have one; None: prompts classify."""
+    """A head file, or a checkpoint folder that may contain a head; None: prompts classify."""
     from dive_fast.model.head import find_head
 
     if options.head is not None:
@@ -186,20 +198,21 @@ def _head(options: argparse.Namespace, weights: Path | None) -> Path | None:
 
 
 def _head_of_folder(model: "ModelConfig") -> Path | None:
-    """The head in the folder of a model that is a run, ``local-dir:<run>``."""
+    """The head in the folder of a ``local-dir:<run>`` model, if there is one."""
     from dive_fast.model.head import FILE
 
     if not model.name.startswith("local-dir:"):
         return None
-    found = Path(model.name.removeprefix("local-dir:")).expanduser() / FILE
-    return found if found.is_file() else None
+    path = Path(model.name.removeprefix("local-dir:")).expanduser() / FILE
+    return path if path.is_file() else None
 
 
 def _label(options: argparse.Namespace, model: "ModelConfig", weights: Path | None) -> str:
+    """The default label: the model's name, or the run's name with the checkpoint."""
     if weights is None:
         return model.name if model.pretrained is None else f"{model.name}/{model.pretrained}"
     folder = weights.parent
-    run = folder.absolute().parent.name  # of a folder in a run's: its checkpoints, its best weights
+    run = folder.absolute().parent.name  # if the folder is <run>/checkpoints or <run>/best
     if weights.name == "model.safetensors":
         return f"{run}/best" if folder.name == "best" else folder.name
     return f"{run if folder.name == 'checkpoints' else folder.name}/{weights.name}"

@@ -1,7 +1,7 @@
-"""How far a run has moved the geometry of its model: ``python launch/geometry.py --config vitb16_dive.json``.
+"""Measures how a run changed the geometry of embeddings: ``python launch/geometry.py --config vitb16_dive.json``.
 
-Embeds image-caption pairs by the pre-trained model and by the fine-tuned one, and compares them: RSA, CKA,
-alignment, uniformity, modality gap, difference vectors. Leaves geometry.json and pictures.
+Embeds image-caption pairs with the pre-trained and the fine-tuned model and compares them: RSA, CKA, alignment,
+uniformity, modality gap, difference vectors. Writes geometry.json and figures.
 """
 
 import logging
@@ -13,39 +13,41 @@ import cli
 
 @cli.guarded
 def main(arguments: list[str] | None = None) -> int:
-    """Parses, calls, and turns a user's mistake into one line and exit code 2."""
+    """Runs the command; a user's mistake becomes one line and exit code 2."""
     parser = cli.parser(__doc__, "train.output=runs/mine")
     parser.add_argument("--before", type=Path, metavar="WEIGHTS", help="default: the config's pre-trained model")
     parser.add_argument("--after", type=Path, metavar="WEIGHTS", help="default: the run's model.safetensors")
     parser.add_argument(
         "--pairs", metavar="SET", help="captioned tars, CSV or prepared set; default: data.reference"
     )
-    parser.add_argument("--format", choices=("webdataset", "csv", "prepared"), help="of --pairs; default: guessed")
-    parser.add_argument("--image-root", help="of --pairs, csv only: where relative file paths start")
-    # Time grows with the square: a reference set of millions would never end.
+    parser.add_argument(
+        "--format", choices=("webdataset", "csv", "prepared"), help="format of --pairs; default: guessed"
+    )
+    parser.add_argument("--image-root", help="folder of relative file paths in --pairs, csv only")
+    # Time grows with the square of the pairs: a reference set of millions would take forever.
     parser.add_argument(
         "--limit",
         type=cli.count(3),
         metavar="N",
         default=10_000,
-        help="pairs, spread over the set; default: %(default)s",
+        help="number of pairs, spread evenly over the set; default: %(default)s",
     )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: the run's")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: the run folder")
     options = parser.parse_intermixed_args(arguments)
 
-    # Only pydantic so far: a typo is told at once.
-    from dive_fast.config.load import load_config as load_config
+    # Only pydantic is imported so far, so that a typo is reported at once.
     from dive_fast.errors import UserError
+    from dive_fast.methods.run_config import load_run_config
 
     try:
-        config = load_config(options.config, options.overrides, cli.CONFIGS)
+        config = load_run_config(options.config, options.overrides, cli.CONFIGS)
         from dive_fast.distributed import join
         from dive_fast.evaluate.early_checks import check_output, find_weights
-        from dive_fast.evaluate.geometry import compare as movement
+        from dive_fast.evaluate.geometry import compare
         from dive_fast.evaluate.geometry.embed import describe_pairs
         from dive_fast.model import towers
 
-        data = describe_pairs(config, options.pairs, options.format, options.image_root)
+        data = describe_pairs(config.data.reference, options.pairs, options.format, options.image_root)
         run = cli.run_folder(config.train.output, options.config)
         after = find_weights(options.after, "--after", run)
         if options.before is not None:
@@ -59,26 +61,29 @@ def main(arguments: list[str] | None = None) -> int:
         return cli.report_error(error, options)
     if options.pairs is None:
         ranks.print(
-            "pairs: data.reference, on which training holds embeddings in place; pairs that it has not seen tell "
-            "more: name some by --pairs (docs/geometry.md)"
+            "pairs: data.reference, whose embeddings training keeps in place; unseen pairs are more informative: "
+            "name some by --pairs (docs/geometry.md)"
         )
     try:
-        embedded = movement.embed_both(config, options.before, after, data, ranks, options.limit)
+        place = "" if options.pairs is None else "--pairs"
+        embedded = compare.embed_both(
+            config.model, config.evaluate, options.before, after, data, ranks, options.limit, place
+        )
         if not ranks.is_main:
             return 0
-        about = {
+        labels = {
             "model": config.model.name,
-            "before": str(options.before or movement.PRETRAINED),
+            "before": str(options.before or compare.PRETRAINED),
             "after": str(after),
             "pairs": data.path,
         }
-        report = movement.measure(embedded, about)
+        report = compare.measure(embedded, labels)
     except UserError as error:
         return cli.report_error(error, options)
-    # The run's course is that of its own weights.
+    # Curves over training belong to the run's own weights only.
     training = run / "metrics.jsonl" if options.after is None else None
-    print(movement.table(report) + "\n")
-    for file in movement.write(report, embedded, options.output or run, training):
+    print(compare.table(report) + "\n")
+    for file in compare.write(report, embedded, options.output or run, training):
         print(file)
     ranks.leave()
     return 0

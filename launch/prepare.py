@@ -11,40 +11,59 @@ from dive_fast.data.prepared import convert
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parses, calls, and turns a user's mistake into one line and exit code 2."""
+    """Runs the command; returns 2 after a one-line message if options or data are invalid."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
         "--format",
         choices=["folder", "csv", "webdataset", "torchvision", "wilds"],
-        help="of the raw set: one folder a class; FLYP's tab-separated title and filepath; tars (img2dataset's "
-        "too); a data set of torchvision or WILDS",
+        help="format of the raw data: one folder per class; a tab-separated table with title and filepath, as "
+        "FLYP writes it; webdataset tars, as img2dataset writes them; a data set of torchvision or WILDS",
     )
     parser.add_argument("--input", help="folder, CSV file, tars, or root folder of the torchvision or WILDS set")
     parser.add_argument("--name", help="torchvision: the class, e.g. Flowers102; wilds: the data set, e.g. fmow")
-    parser.add_argument("--split", help="torchvision and wilds: which part, if not train")
+    parser.add_argument("--split", help="torchvision and wilds: the split; train if not given")
     parser.add_argument("--text", choices=["cls", "txt"], default="cls", help="webdataset: labels or captions")
     parser.add_argument(
-        "--pairs", action="store_true", help="csv: every row is a pair of its own (a reference set)"
+        "--pairs", action="store_true", help="csv: each row is a separate pair (for a reference set)"
     )
-    parser.add_argument("--image-root", help="csv: where relative file paths start, if not at the CSV file")
-    parser.add_argument("--output", help="the prepared set's folder; killed, the same command goes on")
-    parser.add_argument("--container", choices=["tar", "beton"], default="tar", help="beton: for loader ffcv")
-    parser.add_argument("--max-side", type=int, default=512, help="longest shorter side in pixels; 0 resizes none")
-    parser.add_argument("--min-side", type=int, default=8, help="images with a shorter side are left out")
-    parser.add_argument("--quality", type=int, default=95, help="of JPEGs that are encoded anew")
-    parser.add_argument("--shard-samples", type=int, default=2000, help="samples a shard is made from")
-    parser.add_argument("--tokenizer", help="open_clip model whose tokens of the captions are stored")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
-    parser.add_argument("--verify", metavar="FOLDER", help="only hold a prepared set to its hashes")
+    parser.add_argument(
+        "--image-root",
+        help="csv: folder that relative file paths start from; the folder of the CSV file if not given",
+    )
+    parser.add_argument(
+        "--output", help="folder of the prepared set; after an interruption, the same command resumes"
+    )
+    parser.add_argument(
+        "--container",
+        choices=["tar", "beton"],
+        default="tar",
+        help="file format of the images; beton is for the loader ffcv",
+    )
+    parser.add_argument(
+        "--max-side", type=int, default=512, help="maximum shorter side in pixels; 0: no image is resized"
+    )
+    parser.add_argument(
+        "--min-side", type=int, default=8, help="minimum shorter side in pixels; smaller images are left out"
+    )
+    parser.add_argument("--quality", type=int, default=95, help="JPEG quality of re-encoded images")
+    parser.add_argument("--shard-samples", type=int, default=2000, help="number of raw samples per shard")
+    parser.add_argument(
+        "--tokenizer",
+        help="open_clip model whose tokenizer encodes the captions; no tokens are stored if not given",
+    )
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes")
+    parser.add_argument("--verify", metavar="FOLDER", help="only validate a prepared set against its hashes")
     options = parser.parse_args(arguments)
     if options.verify is None and not (options.format and options.input and options.output):
-        parser.error("--format, --input and --output are needed, or --verify")
+        parser.error("--format, --input and --output are required, or --verify")
     if (
         options.quality not in range(1, 101)
         or options.max_side < 0
         or min(options.min_side, options.shard_samples) < 1
     ):
-        parser.error("--quality is 1 to 100, --max-side at least 0, --min-side and --shard-samples at least 1")
+        parser.error(
+            "--quality must be 1 to 100, --max-side at least 0, --min-side and --shard-samples at least 1"
+        )
     for option, value, formats in (
         ("--pairs", options.pairs, ("csv",)),
         ("--image-root", options.image_root, ("csv",)),
@@ -58,20 +77,20 @@ def main(arguments: list[str] | None = None) -> int:
             setattr(options, option, os.path.expanduser(getattr(options, option)))
 
     if options.verify is None and options.format == "folder":
-        inside, output = os.path.realpath(options.input), os.path.realpath(options.output)
-        if os.path.commonpath([inside, output]) == inside:
-            parser.error("--output lies in --input, where it would be a class; name another folder")
+        source, output_path = os.path.realpath(options.input), os.path.realpath(options.output)
+        if os.path.commonpath([source, output_path]) == source:
+            parser.error("--output lies in --input, where it would become a class; choose another folder")
 
-    from dive_fast.data.prepared import write as prepare
     from dive_fast.data.prepared.format import MANIFEST, SKIPPED
     from dive_fast.data.prepared.read import verify
+    from dive_fast.data.prepared.write import prepare
     from dive_fast.errors import UserError
 
     try:
         if options.verify is not None:
-            manifest, state = verify(options.verify), ", as their hashes say"
+            manifest, state = verify(options.verify), ", hashes match"
         else:
-            wanted = convert.Options(
+            settings = convert.Options(
                 options.container,
                 options.max_side or None,
                 options.min_side,
@@ -81,27 +100,27 @@ def main(arguments: list[str] | None = None) -> int:
             )
             raw, output = _raw(options), Path(options.output)
             raw.report()
-            state = ", prepared before" if (output / MANIFEST).is_file() else ""
-            manifest = prepare.prepare(raw, output, wanted, options.workers)
+            state = ", already prepared" if (output / MANIFEST).is_file() else ""
+            manifest = prepare(raw, output, settings, options.workers)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on with the shards that are missing", file=sys.stderr)
+        print("interrupted; run the same command to resume", file=sys.stderr)
         return 130
     folder = options.verify or options.output
     print(f"{folder}: {manifest.samples} samples in {len(manifest.files)} files{state}")
     for reason, count in sorted(manifest.converted.items()):
-        print(f"  encoded anew: {count} ({reason})")
+        print(f"  re-encoded: {count} ({reason})")
     for reason, count in sorted(manifest.skipped.items()):
         print(f"  left out: {count} ({reason})")
     if manifest.skipped:
-        print(f"  each one is named in {Path(folder) / SKIPPED}")
+        print(f"  all of them are listed in {Path(folder) / SKIPPED}")
     return 0
 
 
 def _raw(options: argparse.Namespace) -> Any:
-    """The raw set that the options name."""
+    """Opens the raw data set that the options name."""
     from dive_fast.data.prepared.raw import RawDataset, RawSource
     from dive_fast.data.sources.csv_table import open_csv
     from dive_fast.data.sources.folder import open_folder
@@ -116,12 +135,12 @@ def _raw(options: argparse.Namespace) -> Any:
         try:
             return RawSource(open_webdataset(options.input, f".{options.text}", strict=False))
         except DataError as error:
-            hint = "; captions are read by --text txt" if "no .cls" in str(error) else ""
+            hint = "; use --text txt for captions" if "no .cls" in str(error) else ""
             raise DataError(f"{error}{hint}") from error
     if options.name is None:
-        raise DataError(f"--format {options.format} needs --name")
+        raise DataError(f"--format {options.format} requires --name")
     try:
-        # Whatever is raised: the classes are somebody else's.
+        # Third-party classes can raise any exception.
         dataset = _torchvision(options) if options.format == "torchvision" else _wilds(options)
     except DataError as error:
         raise DataError(f"--format {options.format} --name {options.name}: {error}") from error
@@ -153,25 +172,25 @@ def _torchvision(options: argparse.Namespace) -> Any:
 
     if not inspect.isclass(getattr(datasets, options.name, None)):
         raise DataError("torchvision has no such data set")
-    kind: Any = getattr(datasets, options.name)
+    dataset_class: Any = getattr(datasets, options.name)
     if options.name.startswith("LSUN"):
-        raise DataError("torchvision reads it by a pickle that lies beside the data; prepare it as a folder")
-    # Its own loader would give PostScript that is called .jpg to Ghostscript, a program.
+        raise DataError("torchvision reads it with a pickle stored next to the data; prepare it as a folder")
+    # torchvision's loader would run Ghostscript on PostScript files named .jpg.
     EpsImagePlugin.gs_binary = False
-    known = inspect.signature(kind).parameters
-    if next(iter(known), None) != "root":
-        raise DataError("it is not read from a folder")
+    parameters = inspect.signature(dataset_class).parameters
+    if next(iter(parameters), None) != "root":
+        raise DataError("it does not read a folder")
     # Some download by default.
-    chosen: dict[str, Any] = {"download": False} if "download" in known else {}
-    part = next((name for name in ("split", "image_set", "train") if name in known), None)
+    keywords: dict[str, Any] = {"download": False} if "download" in parameters else {}
+    part = next((name for name in ("split", "image_set", "train") if name in parameters), None)
     if part is None and options.split is not None:
-        raise DataError("it has no parts; remove --split")
+        raise DataError("it has no splits; remove --split")
     if part == "train" and options.split not in (None, "train", "test"):
-        raise DataError(f"--split {options.split}: it has train and test")
+        raise DataError(f"--split {options.split}: it has train and test only")
     if part is not None:
-        chosen[part] = (options.split or "train") == "train" if part == "train" else options.split or "train"
+        keywords[part] = (options.split or "train") == "train" if part == "train" else options.split or "train"
     with forbid_code_execution():
-        return kind(options.input, **chosen)
+        return dataset_class(options.input, **keywords)
 
 
 if __name__ == "__main__":

@@ -33,11 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--json, --ranks and --device go with --dry-run")
 
     # Only pydantic so far: a typo is told at once.
-    from dive_fast.config.load import load_config as load_config
     from dive_fast.errors import UserError
+    from dive_fast.methods.run_config import load_run_config
 
     try:
-        config = load_config(options.config, options.overrides, cli.CONFIGS)
+        config = load_run_config(options.config, options.overrides, cli.CONFIGS)
         if options.dry_run:
             return dry_run(config, options)
         from dive_fast.checkpoint.saver import SaveError

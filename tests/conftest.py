@@ -28,7 +28,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-interpreted.quicken()
+interpreted.speed_up()
 
 # Tiny tensors: on a busy machine, threads mostly wait for one another. In what tests start too: sums of more
 # threads have other bits, and a run that is alone would take all cores.

@@ -49,7 +49,7 @@ def begin() -> None:
     """What such a process does first."""
     # ZeRO-3 has all garbage collected for each engine: a quarter of a second among what was imported.
     gc.freeze()
-    interpreted.quicken()
+    interpreted.speed_up()
 
 
 class _Outcome(NamedTuple):

@@ -1,4 +1,4 @@
-"""Triton's interpreter without the half of its time that it spends on what it has done already."""
+"""Speeds up Triton's interpreter, which spends half of its time on patching Triton's language repeatedly."""
 
 import functools
 import inspect
@@ -6,11 +6,11 @@ import os
 from typing import Any
 
 
-def quicken() -> None:
-    """Lets each launch patch Triton's language once, and not again at every call of a device function."""
+def speed_up() -> None:
+    """Makes each launch patch Triton's language once, instead of at every call of a device function."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
-    # Not before it is known that there is to be an interpreter: Triton chooses when it is imported.
+    # Imported only if the interpreter is enabled: Triton chooses at import.
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -21,21 +21,21 @@ def quicken() -> None:
 
     @functools.wraps(patch)
     def patch_once(fn: Any) -> Any:
-        seen = {value.__name__ for value in fn.__globals__.values() if inspect.ismodule(value)}
-        if (seen := seen & {tl.__name__, tl.core.__name__}) <= patched:
+        modules = {value.__name__ for value in fn.__globals__.values() if inspect.ismodule(value)}
+        if (modules := modules & {tl.__name__, tl.core.__name__}) <= patched:
             return interpreter._LangPatchScope()
-        patched.update(seen)
+        patched.update(modules)
         return patch(fn)
 
     @functools.wraps(launch)
-    def launch_afresh(self: Any, *arguments: Any, **named: Any) -> Any:
-        # The last launch has put back what it had patched.
+    def launch_unpatched(self: Any, *arguments: Any, **options: Any) -> Any:
+        # The previous launch has restored the language.
         patched.clear()
-        return launch(self, *arguments, **named)
+        return launch(self, *arguments, **options)
 
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_afresh
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_unpatched
 
 
 def pytest_configure() -> None:
-    """As a plugin, for what a test starts: ``pytest -p interpreted``, with this folder on the path."""
-    quicken()
+    """Plugin for pytest processes that a test starts: ``pytest -p interpreted``, with this folder on the path."""
+    speed_up()

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dive_fast.config.load import load_config as load_config
 from dive_fast.config.schema import Config
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.planner.simulate import plan_run as plan_run
 from dive_fast.planner.table import as_table as as_table
 
@@ -40,4 +40,4 @@ def small_config(folder: Path, **overrides: Any) -> Config:
         for name in sections:
             section = section[name]
         section[key] = value
-    return Config.model_validate_json(json.dumps(tree))
+    return RunConfig.model_validate_json(json.dumps(tree))

@@ -16,7 +16,9 @@ from dive_fast.data.prompts import pack
 from dive_fast.distributed import join
 from dive_fast.engine.async_scalars import AsyncScalars as AsyncScalars
 from dive_fast.engine.step import Engine, StepBatches
-from dive_fast.methods import cosine, dive, registry
+from dive_fast.methods import registry
+from dive_fast.methods.method import Method
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.model.towers import create, tokenizer_of
 from dive_fast.teacher.teacher import OnlineTeacher
 
@@ -146,6 +148,13 @@ def reference_as_written(
     return (name != "pvl") * avl + (name != "avl") * pvl, values
 
 
+def objective(name: str) -> dict[str, Any]:
+    """The section of a method, with the weight and decay of the oracle where it has them."""
+    preset = registry.table().presets[name]
+    values = {"decay": DECAY} if "decay" in registry.options_of(preset) else {}
+    return {"name": name} | values | ({} if preset.reference is None else {"weight": WEIGHT})
+
+
 def config(
     folder: Path,
     stage: int,
@@ -164,7 +173,7 @@ def config(
             "target": data | {"batch_size": TARGET, "class_names": "-"},
             "reference": data | {"batch_size": REFERENCE},
         },
-        "objective": {"name": name, "weight": WEIGHT, "decay": DECAY},
+        "objective": objective(name),
         "train": {
             "schedule": schedule,
             "micro_batch_size": micro,
@@ -178,7 +187,7 @@ def config(
             "gradient_clipping": clipping,
         },
     }
-    return Config.model_validate_json(json.dumps(tree))
+    return RunConfig.model_validate_json(json.dumps(tree))
 
 
 class Stage:
@@ -212,18 +221,26 @@ class Stage:
             keys=(),
         )
 
-    def engine(self, zero: int, schedule: str = "sequential", micro: int | None = None, **options: Any) -> Engine:
+    def engine(
+        self,
+        zero: int,
+        schedule: str = "sequential",
+        micro: int | None = None,
+        method: Method | None = None,
+        **options: Any,
+    ) -> Engine:
         settings = config(self.folder, zero, schedule, micro, **options)
-        goal = registry.create(settings.objective, WIDTH)
-        if isinstance(goal, dive.Dive):
-            goal.average_vector.copy_(self.average_vector)
-        if isinstance(goal, cosine.Cosine):
-            goal.average_cosine.fill_(AVERAGE_COSINE)
+        method = method or registry.create(settings.objective, WIDTH)
+        state = method.state()
+        if "average_vector" in state:
+            state["average_vector"].copy_(self.average_vector)
+        if "average_cosine" in state:
+            state["average_cosine"].fill_(AVERAGE_COSINE)
         student = copy.deepcopy(self.student)
-        if goal.needs_head:
+        if method.needs.head:
             student.head = torch.nn.Linear(WIDTH, CLASSES)
             student.head.load_state_dict(self.head)
-        engine = Engine(settings, student, goal, self.ranks, total_steps=10)
+        engine = Engine(settings, student, method, self.ranks, total_steps=10)
         if engine.scale.dynamic:
             # A model this far from its teacher overflows at the scale a run starts with.
             engine.scale.value.fill_(FP16_SCALE)
@@ -234,7 +251,7 @@ class Stage:
         from deepspeed.utils import safe_get_full_grad
 
         batches = StepBatches(self.target)
-        if engine.objective.needs_reference:
+        if engine.method.needs.reference:
             batches = StepBatches(self.target, self.reference, self.teacher(self.reference))
         metrics = engine.accumulate(batches)
         scale, towers = engine.scale.value.item(), engine.towers

@@ -27,8 +27,7 @@ from dive_fast.checkpoint import lineage, resume
 from dive_fast.checkpoint import manifest as checkpoint
 from dive_fast.checkpoint.load_weights import load_into
 from dive_fast.checkpoint.zero_state import MOMENTS
-from dive_fast.config.load import load_config as load_config
-from dive_fast.config.schema import Config, ModelConfig
+from dive_fast.config.schema import ModelConfig
 from dive_fast.data.prepared.convert import Options
 from dive_fast.data.prepared.raw import RawSource
 from dive_fast.data.prepared.read import open_prepared, verify
@@ -39,9 +38,10 @@ from dive_fast.data.sources.source import Source
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.distributed import Ranks
 from dive_fast.engine.update import LossScale
-from dive_fast.errors import LONGEST, ConfigError, DataError
+from dive_fast.errors import MAX_LENGTH, ConfigError, DataError
 from dive_fast.evaluate import results
 from dive_fast.evaluate.datasets import layouts
+from dive_fast.methods.run_config import RunConfig, load_run_config
 from dive_fast.model import head as heads
 from dive_fast.model import towers
 from dive_fast.teacher import cache_files as store
@@ -82,7 +82,7 @@ def held(read: Callable[[], Any], folder: Path) -> None:
     except (ConfigError, DataError) as error:
         message = str(error)
         assert message.isprintable(), message
-        assert 10 < len(message) <= LONGEST + 5
+        assert 10 < len(message) <= MAX_LENGTH + 5
     assert contents(folder) == before
 
 
@@ -202,9 +202,9 @@ def load_bytes(place: Path, data: bytes, *overrides: str) -> None:
     path.write_bytes(data)
 
     def read() -> None:
-        config = load_config(str(path), overrides)
+        config = load_run_config(str(path), overrides)
         # What was taken can be written down and read again.
-        assert Config.model_validate_json(config.model_dump_json()) == config
+        assert RunConfig.model_validate_json(config.model_dump_json()) == config
 
     held(read, place)
 
@@ -507,7 +507,7 @@ def seal(path: Path) -> None:
     """Writes the manifest of what is there, as a stranger would who has changed something."""
     unlisted = (checkpoint.MANIFEST, checkpoint.EVALUATION)
     files = sorted(file for file in path.iterdir() if file.name not in unlisted)
-    found = {file.name: checkpoint.fingerprint(file) for file in files}
+    found = {file.name: checkpoint.describe_file(file) for file in files}
     manifest = {"format": checkpoint.FORMAT, "ranks": 1, "files": found}
     (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
 

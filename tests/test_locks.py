@@ -92,7 +92,7 @@ def test_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: Any, cap
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     with caplog.at_level(logging.WARNING), folder_lock(tmp_path, "run folder"):
-        assert "has no locks (No locks available)" in caplog.text
+        assert "does not support locks (No locks available)" in caplog.text
 
 
 def _on_two_ranks(folder: Path) -> list[str]:

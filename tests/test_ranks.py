@@ -94,7 +94,7 @@ def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         announce(monkeypatch, WHOLE | {"RANK": "0", "MASTER_PORT": str(port)})
-        with pytest.raises(UserError, match=rf"port {port} is taken on .*--master_port"):
+        with pytest.raises(UserError, match=rf"port {port} is in use on .*--master_port"):
             run_in_this_process()
 
 
@@ -108,7 +108,7 @@ def run_in_this_process() -> None:
 
 WAITS = """
 from dive_fast import waiting
-waiting.EVERY = 0.2
+waiting.REPORT_SECONDS = 0.2
 from dive_fast.distributed import join
 join(timeout=1)
 """
@@ -157,9 +157,9 @@ def test_uuids_of_gpus_are_refused_where_deepspeed_reads_them_as_numbers(
 
 def late() -> Any:
     """Rank 1 comes late to a barrier, and then both leave."""
-    waiting.EVERY = 0.3
+    waiting.REPORT_SECONDS = 0.3
     ranks, said = join(), []
-    module.tell = waiting.tell = said.append
+    module.report = waiting.report = said.append
     if ranks.rank == 1:
         time.sleep(1)
     ranks.barrier()

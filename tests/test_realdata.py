@@ -14,15 +14,15 @@ import pytest
 import tiny
 from distributed import run_ranks
 
-from dive_fast.config.schema import Config
 from dive_fast.distributed import join
-from dive_fast.methods.method import Objective
+from dive_fast.methods.method import Part
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.train import loop as train
 
 
 def run(tree: dict[str, Any], folder: Path) -> dict[str, float]:
-    Objective.backend = "torch"  # interpreted, the kernels would take most of the time
-    return train.train(Config.model_validate_json(json.dumps(tree)), folder, join())
+    Part.backend = "torch"  # interpreted, the kernels would take most of the time
+    return train.train(RunConfig.model_validate_json(json.dumps(tree)), folder, join())
 
 
 @pytest.mark.realdata

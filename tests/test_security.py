@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dive_fast.checkpoint.load_weights import load_into
-from dive_fast.config.load import load_config as load_config
 from dive_fast.config.schema import ModelConfig
 from dive_fast.data.decode import decode
 from dive_fast.data.prepared.convert import Options
@@ -35,10 +34,11 @@ from dive_fast.data.sources.folder import open_folder
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.distributed import Ranks
 from dive_fast.engine.deepspeed_config import deepspeed_section
-from dive_fast.errors import LONGEST, ConfigError, DataError
+from dive_fast.errors import MAX_LENGTH, ConfigError, DataError
 from dive_fast.evaluate import results
 from dive_fast.evaluate.datasets import imagenet, layouts, wilds
 from dive_fast.io.atomic_files import write_atomic
+from dive_fast.methods.run_config import load_run_config
 from dive_fast.model import head as heads
 from dive_fast.model import towers
 from dive_fast.teacher import cache_files as store
@@ -102,7 +102,7 @@ def refused(read: Callable[[], Any], *words: str) -> str:
         read()
     message = str(caught.value)
     assert message.isprintable()
-    assert len(message) <= LONGEST + 5
+    assert len(message) <= MAX_LENGTH + 5
     for word in words:
         assert word in message
     return message
@@ -208,7 +208,7 @@ def test_a_model_brings_no_code(
     (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": automatic}))
     model = ModelConfig(name=f"local-dir:{folder}")
     message = refused(lambda: towers.tokenizer_of(model), "model.name: cannot load the tokenizer of local-dir:")
-    assert not trusted or "it brings code of its own, which is not executed" in message
+    assert not trusted or "the model needs its own code, which is not executed" in message
     raw = RawSource(open_webdataset(str(world / "target"), ".cls"))
     refused(
         lambda: prepare(raw, world / "new", Options(tokenizer=model.name), 1), "--tokenizer local-dir:", "load it"
@@ -225,10 +225,10 @@ def test_a_config_names_no_code(world: Path, marker: Path, monkeypatch: pytest.M
     (world / "evil.py").write_text(f"import os\nos.mkdir({str(marker)!r})\nclass Evil: pass\n")
     monkeypatch.syspath_prepend(str(world))
     path = str(world / "config.json")
-    refused(lambda: load_config(path, ["data.target.loader=evil"]), 'data.target.loader = "evil"')
+    refused(lambda: load_run_config(path, ["data.target.loader=evil"]), 'data.target.loader = "evil"')
     # DeepSpeed imports what stands there.
     section = {"torch_autocast": {"enabled": True, "lower_precision_safe_modules": ["evil.Evil"]}}
-    config = load_config(path, [f"deepspeed={json.dumps(section)}"])
+    config = load_run_config(path, [f"deepspeed={json.dumps(section)}"])
     refused(lambda: deepspeed_section(config, 1), "deepspeed.torch_autocast has its home in train.precision")
     assert "evil" not in sys.modules
 
@@ -302,7 +302,7 @@ def test_a_prepared_set_names_no_file_outside(world: Path, name: str) -> None:
     path.write_text(json.dumps(tree))
     for read in (open_prepared, lambda folder, _: verify(folder)):
         message = refused(lambda read=read: read(str(world / "set"), ".cls"), str(path), "copy the set anew")
-        assert "is no name of a file below" in message
+        assert "is not the name of a file below" in message
 
 
 def test_links_lead_nowhere(world: Path, tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_links_lead_nowhere(world: Path, tmp_path: Path) -> None:
     refused(lambda: open_prepared(str(folder), ".cls"), f"{tar} is a link out of its folder")
     tar.unlink()
     tar.symlink_to(tar)
-    refused(lambda: open_prepared(str(folder), ".cls"), f"{tar} leads nowhere")
+    refused(lambda: open_prepared(str(folder), ".cls"), f"{tar} cannot be resolved")
     tar.unlink()
     # A link inside is as good as a file.
     (tmp_path / "secret.tar").rename(folder / "there")
@@ -380,7 +380,7 @@ def test_lists_of_evaluation_sets_name_no_file_outside(tmp_path: Path) -> None:
     root.mkdir()
     for name in ("../secret.jpg", str(tmp_path / "secret.jpg"), "a\0b"):
         (root / "split.json").write_text(json.dumps({"test": [[name, 0, "cat"]]}))
-        refused(lambda: layouts.coop(root, "split.json", [""]), "names a file elsewhere", "get the data set anew")
+        refused(lambda: layouts.coop(root, "split.json", [""]), "names a file elsewhere", "get the data set again")
         tree = {"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "a"}]}
         (root / "coco_test_karpathy.json").write_text(json.dumps(tree))
         refused(lambda: layouts.karpathy(root, "mscoco"), "names a file elsewhere")
@@ -593,23 +593,24 @@ def test_a_name_that_is_no_text_is_told_when_it_is_asked_for(world: Path) -> Non
 def test_json_is_not_nested_without_end(world: Path, tmp_path: Path) -> None:
     (world / "config.json").write_text(DEEP)
     refused(
-        lambda: load_config(str(world / "config.json")), f"{world}/config.json: not valid JSON: nested more than"
+        lambda: load_run_config(str(world / "config.json")),
+        f"{world}/config.json: not valid JSON: nested more than",
     )
     (world / "config.json").write_text('{"deepspeed": ' + "[" * 100 + "]" * 100 + "}")
-    refused(lambda: load_config(str(world / "config.json")), "nested more than 64 deep")
+    refused(lambda: load_run_config(str(world / "config.json")), "nested more than 64 deep")
     (world / "set" / MANIFEST).write_text(DEEP)
-    refused(lambda: open_prepared(str(world / "set"), ".cls"), f"{MANIFEST}: cannot read it: it is nested too")
+    refused(lambda: open_prepared(str(world / "set"), ".cls"), f"{MANIFEST}: cannot read it: nested too")
     (world / "cache/cache.json").write_text(DEEP)
-    refused(lambda: store.Store(world / "cache"), "cache.json: cannot read it: it is nested too deeply", "rebuild")
+    refused(lambda: store.Store(world / "cache"), "cache.json: cannot read it: nested too deeply", "rebuild")
     save_file({"weight": torch.zeros(1, 2), "bias": torch.zeros(1)}, tmp_path / "h", {"class_names": DEEP})
     refused(lambda: heads.load(tmp_path / "h"), "cannot be read as a head", "nested too deeply")
     (tmp_path / results.FILE).write_text(DEEP + "\n")
-    refused(lambda: results.Results(tmp_path), "line 1 is no result: it is nested too deeply; remove it")
+    refused(lambda: results.Results(tmp_path), "line 1 is not a result: nested too deeply; remove it")
     for name in imagenet.MAPPINGS:
         (tmp_path / name).write_text(DEEP)
     refused(lambda: imagenet.open_objectnet(tmp_path, tmp_path), "cannot read ObjectNet's map")
     (tmp_path / "coco_test_karpathy.json").write_text(DEEP)
-    refused(lambda: layouts.karpathy(tmp_path, "mscoco"), "cannot read it: it is nested too deeply")
+    refused(lambda: layouts.karpathy(tmp_path, "mscoco"), "cannot read it: nested too deeply")
 
 
 @pytest.mark.timeout(60)
@@ -620,26 +621,26 @@ def test_a_pipe_is_waited_for_by_nobody(world: Path) -> None:
         return path
 
     names = pipe(world / "names.txt")
-    refused(lambda: read_class_names(str(names)), "names.txt: cannot read class names: it is no regular file")
-    refused(lambda: load_config(str(names)), "no such file")
+    refused(lambda: read_class_names(str(names)), "names.txt: cannot read class names: not a regular file")
+    refused(lambda: load_run_config(str(names)), "no such file")
     (world / "images/a").mkdir(parents=True)
     pipe(world / "images/a/1.jpg")
-    refused(lambda: open_folder(str(world / "images")), "1.jpg: called like an image, but no regular file")
+    refused(lambda: open_folder(str(world / "images")), "1.jpg: named like an image, but not a regular file")
     pipe(next((world / "set").glob("*.tar")))
     refused(lambda: open_prepared(str(world / "set"), ".cls"), "is missing")
     refused(lambda: verify(str(world / "set")), "cannot read it: no such file")
     pipe(world / "set" / MANIFEST)
-    refused(lambda: open_prepared(str(world / "set"), ".cls"), "cannot read it: it is no regular file")
+    refused(lambda: open_prepared(str(world / "set"), ".cls"), "cannot read it: not a regular file")
     pipe(world / "cache/image.npy")
-    refused(lambda: store.Store(world / "cache"), "image.npy is missing, or no regular file", "rebuild it")
+    refused(lambda: store.Store(world / "cache"), "image.npy is missing or not a regular file", "rebuild it")
     pipe(world / "cache/cache.json")
-    refused(lambda: store.Store(world / "cache"), "cache.json: cannot read it: it is no regular file")
+    refused(lambda: store.Store(world / "cache"), "cache.json: cannot read it: not a regular file")
 
 
 def test_a_csv_that_names_no_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(tiny.jpeg(0))
     (tmp_path / "a.csv").write_text("title\tfilepath\none\ta.jpg\ntwo\t\n")
-    refused(lambda: open_csv(str(tmp_path / "a.csv"), None, group=False), "row 2 (line 3) names no file: ''")
+    refused(lambda: open_csv(str(tmp_path / "a.csv"), None, group=False), "row 2 (line 3): invalid file name ''")
 
 
 # What would be shown

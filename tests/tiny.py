@@ -142,7 +142,7 @@ def write_reference(folder: Path, count: int = 24) -> dict[str, Any]:
 
 
 def write_config(folder: Path, **train: Any) -> dict[str, Any]:
-    """A whole config over the above, for ``Config.model_validate`` or a file."""
+    """A whole config over the above, for ``RunConfig.model_validate`` or a file."""
     return {
         "model": {"name": write_model(folder / "model")},
         "data": {"target": write_target(folder / "target"), "reference": write_reference(folder / "reference")},

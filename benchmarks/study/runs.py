@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dive_fast.config.load import load_config as load_config
 from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks
 from dive_fast.evaluate.geometry.embed import describe_pairs, embed, open_pairs
 from dive_fast.evaluate.geometry.measures import rsa
 from dive_fast.evaluate.zero_shot import evaluate
+from dive_fast.methods.run_config import load_run_config
 from dive_fast.model.towers import Towers, create, tokenizer_of
 from dive_fast.train.loop import train
 from study import model, sets
@@ -172,7 +172,7 @@ class Study:
         settings["evaluate"]["workers"] = size.workers
         path = self.folder / "run.json"
         path.write_text(json.dumps(settings, indent=2) + "\n")
-        return load_config(str(path))
+        return load_run_config(str(path))
 
     def measure(self, run: Run, keep: Path | None = None) -> dict[str, Any]:
         """Trains and measures; returns the run's line of the results.
@@ -215,9 +215,9 @@ class Study:
 
     def _embed(self, config: Config, towers: Towers) -> Tensor:
         """``(2 N, D)`` unit rows: images, then captions, of pairs that no run trains on."""
-        described = describe_pairs(config, str(self.data / HELDOUT), "webdataset")
+        described = describe_pairs(None, str(self.data / HELDOUT), "webdataset")
         towers = towers.to(self.ranks.device)
-        return torch.cat(embed(towers, open_pairs(config, described, towers), self.ranks, 256))
+        return torch.cat(embed(towers, open_pairs(config.model, described, towers), self.ranks, 256))
 
 
 def named(key: dict[str, Any]) -> str:

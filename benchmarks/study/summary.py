@@ -17,8 +17,8 @@ from study.runs import REFERENCE, SIZES, Run
 
 Row = dict[str, Any]
 METHODS = ("flyp", "flyp_replay", "snd", "dive", *ABLATIONS, *HEADS)
-LABELS = {name: label for name, (label, _) in plots.METHODS.items()} | {"cosine": "Cosine, m from 1"}
-COLOURS = {name: colour for name, (_, colour) in plots.METHODS.items()}
+LABELS = {name: label for name, (label, _) in plots.method_styles().items()} | {"cosine": "Cosine, m from 1"}
+COLOURS = {name: colour for name, (_, colour) in plots.method_styles().items()}
 WORLDS = {"cifar10": "CIFAR-10", "pacs": "PACS photo"}
 RULES = {
     "equal": f"Largest weight that costs at most {100 * MARGIN:g} point of FLYP's ID validation",

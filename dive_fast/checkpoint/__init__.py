@@ -1,1 +1,1 @@
-"""A run on disk: what training needs to go on, and the model for open_clip."""
+"""Checkpoints: the saved state of a run, resuming from it, and the exported model for open_clip."""

@@ -1,4 +1,4 @@
-"""The trained model out of the engine, as open_clip has it."""
+"""Export of the trained model from the engine, in open_clip's format."""
 
 import shutil
 from collections.abc import Collection, Sequence
@@ -17,25 +17,25 @@ from dive_fast.model.model_files import DESCRIPTION
 from dive_fast.model.model_identity import state_digest
 
 MODEL = "model.safetensors"
-"""Exported weights, in the folder of a run."""
+"""Exported weights, in the run folder."""
 SELECTED = "selected.json"
 """Step and accuracy of a run's best weights, next to them."""
 
 
 def write_model(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -> None:
-    """Writes the weights as open_clip has them, and what they are, so that ``local-dir:<folder>`` is the model.
+    """Writes weights and description of the model, so that open_clip loads it as ``local-dir:<folder>``.
 
     All ranks call it; the first one writes: the weights, ``open_clip_config.json`` with architecture and
-    preprocessing, and a tokenizer of Hugging Face's where the model has one. A trained head goes into a file next
-    to them; another run's is removed.
+    preprocessing, and a Hugging Face tokenizer where the model has one. A trained head is written to a file next
+    to them; the head of another run is removed.
 
     Args:
-        class_names: of the head's rows.
+        class_names: names of the head's rows.
     """
     weights = full_state(engine)
     if engine.ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        # First: weights of this run next to the description of another would be preprocessed as that one says.
+        # The description first: weights of this run must not be preprocessed as an older description says.
         towers.save_description(engine.towers, folder)
         towers.save(engine.towers.export(weights), folder / MODEL)
         if engine.towers.head is None:
@@ -47,12 +47,12 @@ def write_model(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -
 
 
 def copy_model(source: Path, folder: Path) -> None:
-    """Puts what :func:`write_model` left in one folder into the place of what it left in another."""
-    left = {file.name for file in source.iterdir() if file.is_file() and file.name != SELECTED}
-    # The weights last, as they are written. Of another run's files, a head would classify instead of prompts, and
-    # a description would decide how images are preprocessed.
-    for name in sorted(left | {heads.FILE, DESCRIPTION}, key=lambda name: name == MODEL):
-        if name in left:
+    """Replaces the model in ``folder`` by the one that :func:`write_model` wrote to ``source``."""
+    names = {file.name for file in source.iterdir() if file.is_file() and file.name != SELECTED}
+    # The weights last, as in write_model. Files of another run are removed: its head would classify instead of
+    # prompts, and its description would determine how images are preprocessed.
+    for name in sorted(names | {heads.FILE, DESCRIPTION}, key=lambda name: name == MODEL):
+        if name in names:
             partial = folder / f".{name}.partial"
             shutil.copyfile(source / name, partial)
             partial.replace(folder / name)
@@ -61,18 +61,20 @@ def copy_model(source: Path, folder: Path) -> None:
 
 
 def full_state(engine: Engine, without: Collection[str] = ()) -> dict[str, Tensor]:
-    """All weights and buffers, weights in fp32, on the CPU of the first rank; empty elsewhere. All ranks call it.
+    """All weights and buffers on the CPU of the first rank, floating-point ones in fp32; empty on other ranks.
+
+    All ranks call it.
 
     Args:
         without: names to leave out.
     """
-    found: dict[str, Any] = {}
+    state: dict[str, Any] = {}
     parameters = dict(engine.towers.named_parameters())
     for name, tensor in engine.towers.state_dict(keep_vars=True).items():
         if name in without:
             continue
-        own = [parameters[name]] if hasattr(parameters.get(name), "ds_id") else []
-        with deepspeed.zero.GatheredParameters(own, enabled=bool(own)), torch.no_grad():
+        partitioned = [parameters[name]] if hasattr(parameters.get(name), "ds_id") else []
+        with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)), torch.no_grad():
             if engine.ranks.is_main:
-                found[name] = tensor.detach().float().cpu().clone() if tensor.is_floating_point() else tensor.cpu()
-    return found
+                state[name] = tensor.detach().float().cpu().clone() if tensor.is_floating_point() else tensor.cpu()
+    return state

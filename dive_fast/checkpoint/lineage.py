@@ -1,8 +1,8 @@
-"""Which run the checkpoints of a folder belong to.
+"""The current run of a folder, which its checkpoints belong to.
 
-``checkpoints/run.json`` names the folder's present run by a random id, and every checkpoint names the run that
-wrote it. ``train.resume = auto`` considers the present run's checkpoints alone: after ``never`` the older ones
-stay on the disk until the new run has one of its own, but once the id is written nothing resumes from them.
+``checkpoints/run.json`` names the folder's current run by a random id, and every checkpoint names the run that
+wrote it. ``train.resume = auto`` considers checkpoints of the current run only: after ``never`` the older ones
+stay on the disk until the new run has a checkpoint, but nothing resumes from them once the new id is written.
 """
 
 import json
@@ -17,8 +17,8 @@ from dive_fast.io.safe_read import read_json
 
 FILE = "run.json"
 REPLACED = "replaced"
-"""Folder in the run folder with what an older run has left, until the new run has a checkpoint."""
-LEFT_BY_RUNS = (
+"""Folder inside the run folder for the files of an older run, until the new run has a checkpoint."""
+RUN_FILES = (
     "best",
     "latest",
     "metrics.jsonl",
@@ -32,39 +32,39 @@ LEFT_BY_RUNS = (
     "tensorboard",
     "csv_monitor",
 )
-"""Names in a run folder of what belongs to one run. Teacher cache and evaluations have identities of their own."""
+"""Names in a run folder that belong to one run. Teacher cache and evaluations have identities of their own."""
 
 PROVENANCE = ("config", "versions", "device", "commit")
-"""Keys by which a run's ``config.json`` is known from that of other tools, models of Hugging Face say."""
+"""Keys that distinguish a run's ``config.json`` from that of other tools, such as Hugging Face models."""
 
 
 class Lineage(NamedTuple):
-    """The present run of a folder."""
+    """The current run of a folder."""
 
     run: str
-    """Its random id."""
+    """Random id of the run."""
     start: str | None = None
-    """The checkpoint, by its path, that the run began from; None: from the pre-trained model."""
+    """Path of the checkpoint that the run started from; None if it started from the pre-trained model."""
     is_begun: bool = True
-    """Whether everything of an older run is out of the way."""
+    """Whether all files of an older run have been moved away."""
 
 
 def read(checkpoints: Path) -> Lineage | None:
-    """The present run of a folder of checkpoints; None where no run has begun.
+    """The current run of a folder of checkpoints; None if no run has started.
 
     Raises:
         ConfigError: the file cannot be read.
     """
     path = checkpoints / FILE
     try:
-        found = read_json(path)
-        run, start, is_begun = (found[name] for name in Lineage._fields)
+        content = read_json(path)
+        run, start, is_begun = (content[name] for name in Lineage._fields)
         if type(run) is not str or type(start) not in (str, type(None)) or type(is_begun) is not bool:
-            raise ValueError("its values have other types")
+            raise ValueError("its values have unexpected types")
     except FileNotFoundError:
         return None
     except NotADirectoryError as error:
-        raise ConfigError(f"{checkpoints}: it is not a folder; remove or rename it") from error
+        raise ConfigError(f"{checkpoints}: not a folder; remove or rename it") from error
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(
             f"{path}: cannot read which run the checkpoints belong to: {error}; remove it to resume from the "
@@ -74,63 +74,63 @@ def read(checkpoints: Path) -> Lineage | None:
 
 
 def begin(folder: Path, checkpoints: Path, start: Path | None = None, keep: bool = False) -> Lineage:
-    """Gives a run folder a new run; the first rank calls it. A kill at any point leaves the new or the old run.
+    """Starts a new run in a folder; the first rank calls it. A kill at any point leaves the new or the old run.
 
     Args:
-        start: the checkpoint that it begins from.
-        keep: what is in the folder belongs to the new run too, as where a run goes back to a step of its own.
+        start: the checkpoint that the run starts from.
+        keep: files in the folder belong to the new run too, as when a run returns to one of its own earlier steps.
 
     Raises:
-        ConfigError: the folder holds files of these names that no run has written.
+        ConfigError: the folder holds files with these names that no run has written.
     """
-    foreign = [] if keep or _is_of_a_run(folder, checkpoints) else [folder / name for name in LEFT_BY_RUNS]
+    foreign = [] if keep or _has_run(folder, checkpoints) else [folder / name for name in RUN_FILES]
     if names := [path.name for path in foreign if path.exists()]:
         raise ConfigError(
             f"train.output = {folder} holds {', '.join(names)}, which no run has written and a run would replace: "
             "name another folder, or move them away"
         )
-    found = Lineage(secrets.token_hex(8), None if start is None else str(start.resolve()), is_begun=keep)
-    _write(checkpoints, found)
-    return found if keep else complete(folder, checkpoints, found)
+    lineage = Lineage(secrets.token_hex(8), None if start is None else str(start.resolve()), is_begun=keep)
+    _write(checkpoints, lineage)
+    return lineage if keep else complete(folder, checkpoints, lineage)
 
 
-def _is_of_a_run(folder: Path, checkpoints: Path) -> bool:
-    """Whether a run has written into a folder before, of whatever version."""
+def _has_run(folder: Path, checkpoints: Path) -> bool:
+    """Whether a run of any version has written into a folder before."""
     if (checkpoints / FILE).exists() or any(checkpoints.glob("step*")):
         return True
     try:
-        # Where the checkpoints were removed.
+        # The checkpoints may have been removed.
         return set(PROVENANCE) <= read_json(folder / "config.json").keys()
     except (OSError, ValueError, AttributeError):
         return False
 
 
 def resume(checkpoints: Path, run: str) -> Lineage:
-    """Names the present run of a folder whose ``run.json`` is gone, as in a copy of its checkpoints alone."""
-    found = Lineage(run)
-    _write(checkpoints, found)
-    return found
+    """Names the current run of a folder without ``run.json``, such as a copy of the checkpoints alone."""
+    lineage = Lineage(run)
+    _write(checkpoints, lineage)
+    return lineage
 
 
-def complete(folder: Path, checkpoints: Path, found: Lineage) -> Lineage:
-    """Puts what an older run has left out of the way, or what a kill in :func:`begin` has left of that."""
-    aside = folder / REPLACED
-    for path in (folder / name for name in LEFT_BY_RUNS):
+def complete(folder: Path, checkpoints: Path, lineage: Lineage) -> Lineage:
+    """Moves the files of an older run away, including those that a kill during :func:`begin` left."""
+    replaced = folder / REPLACED
+    for path in (folder / name for name in RUN_FILES):
         if not path.exists() and not path.is_symlink():
             continue
-        aside.mkdir(exist_ok=True)
-        if (aside / path.name).exists():
-            # Of a run that was begun and ended before its first checkpoint: the one before it is what is kept.
+        replaced.mkdir(exist_ok=True)
+        if (replaced / path.name).exists():
+            # The file belongs to a run that ended before its first checkpoint: the run before it is kept.
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         else:
-            path.rename(aside / path.name)
-    found = found._replace(is_begun=True)
-    _write(checkpoints, found)
-    return found
+            path.rename(replaced / path.name)
+    lineage = lineage._replace(is_begun=True)
+    _write(checkpoints, lineage)
+    return lineage
 
 
 def remove_replaced(folder: Path) -> None:
-    """Removes what an older run has left, once the present one has a checkpoint."""
+    """Removes the files of an older run, once the current run has a checkpoint."""
     shutil.rmtree(folder / REPLACED, ignore_errors=True)
 
 

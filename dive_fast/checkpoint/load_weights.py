@@ -1,4 +1,4 @@
-"""A model with the weights of any checkpoint: this engine's, open_clip's, or DeepSpeed's."""
+"""Loading the weights of any checkpoint into a model: this engine's, open_clip's, or DeepSpeed's."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,31 +26,31 @@ from dive_fast.model.towers import HEAD, Towers, read_weights
 
 
 def load_into(towers: Towers, model: ModelConfig, path: Path) -> Towers:
-    """Puts a checkpoint's weights into the towers; returns them.
+    """Loads the weights of a checkpoint into the towers; returns the towers.
 
-    Images are preprocessed as the ``open_clip_config.json`` next to the file says, and otherwise as before, which
-    is reported.
+    The preprocessing is taken from the ``open_clip_config.json`` next to the file. Where there is none, it stays
+    unchanged, which is reported.
 
     Args:
-        model: what the towers were made from.
-        path: ``model.safetensors`` of a run; a checkpoint of it, ``<run>/checkpoints/step<number>``; what
-            open_clip's ``load_checkpoint`` reads; or a folder that DeepSpeed's ``save_checkpoint`` wrote, of any
-            ZeRO stage and number of ranks.
+        model: config of the towers.
+        path: ``model.safetensors`` of a run; one of its checkpoints, ``<run>/checkpoints/step<number>``; a file
+            that open_clip's ``load_checkpoint`` reads; or a folder written by DeepSpeed's ``save_checkpoint``,
+            with any ZeRO stage and number of ranks.
 
     Raises:
-        ConfigError: it cannot be read, or does not fit the model. Nothing in it is executed: files that hold more
-            than tensors and plain values are refused.
+        ConfigError: the checkpoint cannot be read, or does not fit the model. Nothing in it is executed: files
+            that hold more than tensors and plain values are refused.
     """
     if path.is_dir():
         is_ours = (path / MANIFEST).exists()
-        _check_beside(towers, model, path.parent.parent if is_ours else path)
-        state = _state(path) if is_ours else _deepspeed_state(path)
+        _apply_description(towers, model, path.parent.parent if is_ours else path)
+        state = _read_state(path) if is_ours else _read_deepspeed_state(path)
         try:
             towers.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith(HEAD)})
-        except (RuntimeError, AttributeError, TypeError) as error:  # the latter of what is no table of tensors
+        except (RuntimeError, AttributeError, TypeError) as error:  # the last two: not a dict of tensors
             raise ConfigError(f"{path}: not the weights of {model.name}: {_first_line(error)}") from error
         return towers
-    is_described = _check_beside(towers, model, path.parent)
+    is_described = _apply_description(towers, model, path.parent)
     towers.load_exported(read_weights(model, path))
     if not is_described:
         warn_on_main_rank(
@@ -61,56 +61,55 @@ def load_into(towers: Towers, model: ModelConfig, path: Path) -> Towers:
 
 
 def head_of(path: Path) -> Head | None:
-    """The head that was trained with the weights of a checkpoint; None where there is none.
+    """The head that was trained with the weights of a checkpoint; None if there is none.
 
     Args:
         path: as for :func:`load_into`.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the head cannot be read.
     """
     if not path.is_dir():
-        beside = heads.find_head(path)
-        return None if beside is None else heads.load(beside)
+        file = heads.find_head(path)
+        return None if file is None else heads.load(file)
     if not (path / MANIFEST).exists():
         return None
-    state = {name: tensor.float() for name, tensor in _state(path, HEAD).items()}
+    state = {name: tensor.float() for name, tensor in _read_state(path, HEAD).items()}
     if not state:
         return None
     target = read_identity(path).get("data", {}).get("target", {})
     names = target.get("class_names") if isinstance(target, dict) else None
     weight, bias = state.get(f"{HEAD}weight"), state.get(f"{HEAD}bias")
     if weight is None or bias is None or not isinstance(names, list) or len(names) != len(weight):
-        raise ConfigError(f"{path}: its head has no class names; measure by prompts: --head none")
+        raise ConfigError(f"{path}: its head has no class names; evaluate with prompts: --head none")
     return Head(weight, bias, tuple(map(str, names)))
 
 
 def exported(towers: Towers, model: ModelConfig, path: Path) -> dict[str, Tensor]:
-    """A checkpoint's weights under open_clip's names; the towers have them too, afterwards.
+    """The weights of a checkpoint under open_clip's names; they are loaded into the towers too.
 
     Args:
         model, path: as for :func:`load_into`.
 
     Raises:
-        ConfigError: as there, or the weights want other images than the towers did: no set of images is right for
-            both.
+        ConfigError: as for :func:`load_into`, or the weights need another preprocessing than the towers, so that
+            no set of images fits both.
     """
     before = towers.preprocess
     state = load_into(towers, model, path).state_dict()
     if towers.preprocess != before:
         raise ConfigError(
-            f"{path}: trained on images with {summarize_preprocess(towers.preprocess)}, {model.name} "
-            f"has {summarize_preprocess(before)}: the two cannot be compared on the same images; "
-            "name the run's own model"
+            f"{path}: trained on images with {summarize_preprocess(towers.preprocess)}, but {model.name} has "
+            f"{summarize_preprocess(before)}: the two cannot be compared on the same images; name the model of that run"
         )
     return {name: tensor.clone() for name, tensor in towers.export(state).items()}
 
 
-def _check_beside(towers: Towers, model: ModelConfig, folder: Path) -> bool:
-    """Takes the preprocessing that is written in a folder; returns whether it is there.
+def _apply_description(towers: Towers, model: ModelConfig, folder: Path) -> bool:
+    """Applies the preprocessing described in a folder to the towers; returns whether there is a description.
 
     Raises:
-        ConfigError: the folder's weights are of another architecture.
+        ConfigError: the weights in the folder have another architecture.
     """
     described = read_description(folder)
     if described is None:
@@ -121,29 +120,29 @@ def _check_beside(towers: Towers, model: ModelConfig, folder: Path) -> bool:
     return True
 
 
-def _state(checkpoint: Path, prefix: str = "") -> dict[str, Tensor]:
-    """Weights and buffers of a checkpoint of a run, under those names of :class:`Towers` with a prefix."""
+def _read_state(checkpoint: Path, prefix: str = "") -> dict[str, Tensor]:
+    """Weights and buffers of a run's checkpoint whose names in :class:`Towers` start with ``prefix``."""
     stored, on_cpu = Tensors(checkpoint), torch.device("cpu")
     kinds = {name: kind for kind in (WEIGHTS, FIXED) for name in stored.shapes(kind) if name.startswith(prefix)}
     return {name: stored.read(kind, name, on_cpu) for name, kind in kinds.items()}
 
 
-def _deepspeed_state(folder: Path) -> dict[str, Tensor]:
-    """All weights in fp32, under the names of :class:`Towers`."""
-    partitioned = any(folder.glob("zero_pp_rank_*_model_states.pt"))
-    whole = folder / "mp_rank_00_model_states.pt"
-    if not partitioned and not whole.is_file():
+def _read_deepspeed_state(folder: Path) -> dict[str, Tensor]:
+    """All weights of a DeepSpeed checkpoint in fp32, under the names of :class:`Towers`."""
+    is_partitioned = any(folder.glob("zero_pp_rank_*_model_states.pt"))
+    full = folder / "mp_rank_00_model_states.pt"
+    if not is_partitioned and not full.is_file():
         raise ConfigError(
-            f"{folder}: no checkpoint there: expected <run>/checkpoints/step<number>, or the file of the weights"
+            f"{folder}: not a checkpoint: expected <run>/checkpoints/step<number>, or the file of the weights"
         )
     try:
-        if not partitioned:  # below ZeRO-3 every rank has all weights, and the first wrote them, in fp32
+        if not is_partitioned:  # below ZeRO-3 every rank has all weights, and the first one writes them, in fp32
             with forbid_code_execution():
-                state: dict[str, Tensor] = torch.load(whole, map_location="cpu", weights_only=True)["module"]
+                state: dict[str, Tensor] = torch.load(full, map_location="cpu", weights_only=True)["module"]
             return state
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        with _nothing_but_data():
+        with _only_tensors_and_plain_values():
             gathered: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
                 str(folder.parent), tag=folder.name
             )
@@ -153,8 +152,8 @@ def _deepspeed_state(folder: Path) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _nothing_but_data() -> Iterator[None]:
-    """DeepSpeed unpickles its files whole; inside, torch admits tensors, plain values and these classes alone."""
+def _only_tensors_and_plain_values() -> Iterator[None]:
+    """Restricts DeepSpeed's unpickling to tensors, plain values and the classes below."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

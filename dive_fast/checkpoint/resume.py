@@ -1,4 +1,4 @@
-"""Resuming from a checkpoint: finding a complete one and loading it into the engine."""
+"""Resuming a run: finding a complete checkpoint and loading it into the engine."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,156 +8,168 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from dive_fast.checkpoint import lineage
-from dive_fast.checkpoint import zero_state as state
+from dive_fast.checkpoint import lineage, zero_state
 from dive_fast.checkpoint.manifest import (
     FIXED,
     FOLDER,
     OBJECTIVE,
     RANDOM,
+    TEACHER,
     WEIGHTS,
-    DamagedError,
+    CorruptCheckpointError,
     FormatError,
     Tensors,
-    fingerprint,
+    describe_file,
+    list_checkpoints,
+    missing_file,
     read_manifest,
     read_trainer,
-    written_checkpoints,
 )
-from dive_fast.checkpoint.manifest import missing_file as missing_file
-from dive_fast.checkpoint.zero_state import MOMENTS, Trained
+from dive_fast.checkpoint.zero_state import MOMENTS, ParameterState
 from dive_fast.distributed import Ranks
 from dive_fast.engine.step import Engine
 from dive_fast.errors import ConfigError
 
 
 def find_checkpoint(resume: str, folder: Path, ranks: Ranks) -> Path | None:
-    """The checkpoint that ``train.resume`` stands for, read through and whole; None to start from the beginning.
+    """The verified checkpoint that ``train.resume`` selects; None to start from the beginning.
 
-    All ranks call it. ``auto`` considers the checkpoints of the folder's present run alone
-    (:mod:`dive_fast.checkpoint.lineage`), passes over a damaged one and reports it.
+    All ranks call it. ``auto`` considers the checkpoints of the folder's current run only
+    (:mod:`dive_fast.checkpoint.lineage`); it skips a corrupt one and reports it.
 
     Raises:
-        ConfigError: a named checkpoint is not there or not whole; all that ``auto`` finds are damaged; or it has
-            another format.
+        ConfigError: a named checkpoint is missing or incomplete, all checkpoints of ``auto`` are corrupt, or one
+            has another format.
     """
     if resume == "never":
         return None
     if resume != "auto":
-        return _named(Path(resume), f"train.resume = {resume}", ranks)
-    damaged: list[DamagedError] = []
+        return _named_checkpoint(Path(resume), f"train.resume = {resume}", ranks)
+    errors: list[CorruptCheckpointError] = []
     candidates: list[tuple[Path, str | None]] = []
     start = None
     with ranks.raise_on_all(ConfigError):
         if ranks.is_main:
-            present = lineage.read(folder)
-            candidates = _of_run(written_checkpoints(folder), present)
-            start = None if present is None else present.start
+            current = lineage.read(folder)
+            candidates = _of_run(list_checkpoints(folder), current)
+            start = None if current is None else current.start
     candidates, start = ranks.broadcast((candidates, start))
     for path, missing in reversed(candidates):
         try:
             if missing is not None:
-                raise DamagedError(f"{path}: {missing}")
+                raise CorruptCheckpointError(f"{path}: {missing}")
             verify(path, ranks)
-        except DamagedError as error:
-            ranks.print(f"passed over: {error}")
-            damaged.append(error)
+        except CorruptCheckpointError as error:
+            ranks.print(f"skipped a corrupt checkpoint: {error}")
+            errors.append(error)
         else:
             return path
-    if damaged:
+    if errors:
         raise ConfigError(
-            f"all checkpoints in {folder} are damaged ({damaged[0]}); train.resume=never trains from the beginning"
+            f"all checkpoints in {folder} are corrupt ({errors[0]}); set train.resume=never to start over"
         )
     if start is not None:
-        return _named(Path(start), f"{folder}: the run began from {start}", ranks)
+        return _named_checkpoint(Path(start), f"{folder}: the run started from {start}", ranks)
     return None
 
 
-def _named(path: Path, what: str, ranks: Ranks) -> Path:
+def _named_checkpoint(path: Path, source: str, ranks: Ranks) -> Path:
+    """Verifies a checkpoint given by its path; ``source`` says in messages where the path comes from."""
     with ranks.raise_on_all(ConfigError):
         if (missing := missing_file(path)) is not None:
-            raise ConfigError(f"{what}: no whole checkpoint there ({missing}){_nearby(path)}")
+            raise ConfigError(f"{source}: not a complete checkpoint ({missing}){_checkpoints_nearby(path)}")
     verify(path, ranks)
     return path
 
 
-def _nearby(path: Path) -> str:
-    """The end of a message that names checkpoints, where a path leads to a run or to the folder of them."""
-    found = [each for folder in (path, path / FOLDER, path.parent) for each in written_checkpoints(folder)]
-    if found:
-        return f"; there is {found[0] if len(found) == 1 else f'{found[0]} to {found[-1].name}'}"
+def _checkpoints_nearby(path: Path) -> str:
+    """The end of a message that names checkpoints, where a path leads to a run or to its folder of checkpoints."""
+    nearby = [each for folder in (path, path / FOLDER, path.parent) for each in list_checkpoints(folder)]
+    if nearby:
+        return f"; checkpoints there: {nearby[0] if len(nearby) == 1 else f'{nearby[0]} to {nearby[-1].name}'}"
     return "; expected auto, never, or a folder such as runs/a/checkpoints/step00001000"
 
 
-def _of_run(paths: list[Path], present: lineage.Lineage | None) -> list[tuple[Path, str | None]]:
-    """Those of the present run with what each lacks; a damaged one that does not say whose it is may be."""
-    found: list[tuple[Path, str | None, str | None]] = []
+def _of_run(paths: list[Path], current: lineage.Lineage | None) -> list[tuple[Path, str | None]]:
+    """Checkpoints of the current run, each with the reason why it is incomplete.
+
+    A corrupt one whose run cannot be read is included: it may belong to the run.
+    """
+    candidates: list[tuple[Path, str | None, str | None]] = []
     for path in paths:
         run = None
         try:
             if (missing := missing_file(path)) is None:
                 run = read_trainer(path)["run"]
-        except DamagedError as error:
+        except CorruptCheckpointError as error:
             missing = str(error)
         except FormatError:
-            if present is None:
+            if current is None:
                 raise
-            continue  # of an older run, which the present one takes the place of
-        found.append((path, missing, run))
-    own = present.run if present is not None else next((run for *_, run in reversed(found) if run), None)
-    return [(path, missing) for path, missing, run in found if run in (own, None)]
+            continue  # it belongs to an older run, which the current one replaces
+        candidates.append((path, missing, run))
+    newest_run = next((run for *_, run in reversed(candidates) if run), None)
+    expected = newest_run if current is None else current.run
+    return [(path, missing) for path, missing, run in candidates if run in (expected, None)]
 
 
 def verify(checkpoint: Path, ranks: Ranks) -> None:
-    """Holds each file to the manifest's checksum; all ranks call it, each reads its share.
+    """Compares each file with its checksum in the manifest; all ranks call it, each reads its share.
 
     Raises:
-        DamagedError: a file is another.
+        CorruptCheckpointError: a file differs.
     """
-    with ranks.raise_on_all(DamagedError):
+    with ranks.raise_on_all(CorruptCheckpointError):
         files = read_manifest(checkpoint)["files"]
         for name in sorted(files)[ranks.rank :: ranks.world_size]:
             try:
-                found = fingerprint(checkpoint / name)
+                actual = describe_file(checkpoint / name)
             except OSError as error:
-                raise DamagedError(f"{checkpoint / name}: {error.strerror}") from error
-            if found != files[name]:
-                raise DamagedError(f"{checkpoint / name}: changed since it was written; remove {checkpoint}")
+                raise CorruptCheckpointError(f"{checkpoint / name}: {error.strerror}") from error
+            if actual != files[name]:
+                raise CorruptCheckpointError(
+                    f"{checkpoint / name}: changed since it was written; remove {checkpoint}"
+                )
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path) -> Mapping[str, Any]:
-    """Goes on from a checkpoint; returns what :func:`trainer` has put into it, its ``step`` for one.
+    """Loads a checkpoint into the engine; returns the content of its ``trainer.json``, ``step`` included.
 
-    All ranks call it. They may be another number of ranks, at another ZeRO stage, than those that wrote it.
+    All ranks call it. Their number and the ZeRO stage may differ from those of the run that wrote it.
 
     Args:
-        checkpoint: as :func:`find` found it.
+        checkpoint: result of :func:`find_checkpoint`.
 
     Raises:
-        ConfigError: the checkpoint is of another model, or other parameters are tuned.
+        ConfigError: the checkpoint belongs to another model or objective, or other parameters are tuned.
     """
     ranks = engine.ranks
     with ranks.raise_on_all(ConfigError):
         numbers, stored = read_trainer(checkpoint), Tensors(checkpoint)
-        wanted = {name: tuple(state.shape_of(parameter)) for name, parameter in state.tuned(engine)}
+        tuned = {name: tuple(zero_state.full_shape(p)) for name, p in zero_state.tuned_parameters(engine)}
         for kind in (WEIGHTS, *MOMENTS):
-            _same_parameters(checkpoint, wanted, stored.shapes(kind))
-        own = engine.towers.state_dict(keep_vars=True)
-        fixed = {name: tuple(state.shape_of(tensor)) for name, tensor in own.items() if name not in wanted}
-        _same_parameters(checkpoint, fixed, stored.shapes(FIXED))
-        average = {name: tuple(tensor.shape) for name, tensor in engine.objective.state_dict().items()}
-        if stored.shapes(OBJECTIVE) != average:
-            raise ConfigError(f"{checkpoint}: of another objective; start a new run, or set train.output")
+            _require_equal_shapes(checkpoint, tuned, stored.shapes(kind))
+        state = engine.towers.state_dict(keep_vars=True)
+        fixed = {name: tuple(zero_state.full_shape(tensor)) for name, tensor in state.items() if name not in tuned}
+        _require_equal_shapes(checkpoint, fixed, stored.shapes(FIXED))
+        teacher = {} if engine.teacher is None else dict(engine.teacher.state())
+        for kind, tensors in ((OBJECTIVE, engine.method.state()), (TEACHER, teacher)):
+            if stored.shapes(kind) != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
+                raise ConfigError(
+                    f"{checkpoint}: belongs to another objective; start a new run, or set train.output"
+                )
 
-    def read(name: str) -> Trained:
+    def read(name: str) -> ParameterState:
         moments = {key: stored.read(key, name, ranks.device) for key in MOMENTS}
-        return Trained(name, stored.read(WEIGHTS, name, ranks.device), moments)
+        return ParameterState(name, stored.read(WEIGHTS, name, ranks.device), moments)
 
-    state.put(engine, read, numbers["updates"])
+    zero_state.scatter(engine, read, numbers["updates"])
     for name in fixed:
-        _fix(own[name], stored.read(FIXED, name, ranks.device))
-    engine.objective.load_state_dict({name: stored.read(OBJECTIVE, name, ranks.device) for name in average})
-    # Ranks that were not there when it was written keep what their seed gave them.
+        _set_fixed(state[name], stored.read(FIXED, name, ranks.device))
+    for kind, tensors in ((OBJECTIVE, engine.method.state()), (TEACHER, teacher)):
+        for name, tensor in tensors.items():
+            tensor.copy_(stored.read(kind, name, ranks.device))
+    # Ranks that did not exist when the checkpoint was written keep the random state from their seed.
     on_cpu, random = torch.device("cpu"), stored.shapes(RANDOM)
     if (name := f"cpu/{ranks.rank}") in random:
         torch.set_rng_state(stored.read(RANDOM, name, on_cpu))
@@ -168,20 +180,20 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> Mapping[str, Any]:
     return numbers
 
 
-def _same_parameters(
-    checkpoint: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+def _require_equal_shapes(
+    checkpoint: Path, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]
 ) -> None:
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            here, there = wanted.get(name, "not there"), found.get(name, "not there")
+    for name in sorted(expected.keys() | stored.keys()):
+        if expected.get(name) != stored.get(name):
+            here, there = expected.get(name, "missing"), stored.get(name, "missing")
             raise ConfigError(
-                f"{checkpoint}: of another model, or other parameters are tuned: {name} is {here} here and "
-                f"{there} in the checkpoint; start a new run, or set train.output"
+                f"{checkpoint}: belongs to another model, or other parameters are tuned: {name} is {here} here "
+                f"and {there} in the checkpoint; start a new run, or set train.output"
             )
 
 
-def _fix(tensor: Any, value: Tensor) -> None:
-    """Sets a buffer, or a parameter that is not tuned."""
+def _set_fixed(tensor: Any, value: Tensor) -> None:
+    """Sets a buffer or a parameter that is not tuned."""
     with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0, enabled=hasattr(tensor, "ds_id")):
         if not hasattr(tensor, "ds_id") or torch.distributed.get_rank() == 0:
             with torch.no_grad():

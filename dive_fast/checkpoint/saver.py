@@ -1,8 +1,9 @@
-"""Writing checkpoints while the run goes on.
+"""Asynchronous checkpoint saving.
 
-The loop copies the state to the host and goes on; a thread of each rank writes its file. Once all ranks have voted
-theirs written (:mod:`dive_fast.fault_tolerance.consensus`), a thread of the first one writes the manifest, gives the folder
-its name, moves ``latest`` to it, and removes old checkpoints. What fails before that leaves older ones alone.
+The loop copies the state to the host and continues; a thread of each rank writes that rank's file. When all ranks
+have voted that theirs are written (:mod:`dive_fast.fault_tolerance.consensus`), a thread of the first rank writes
+the manifest, gives the folder its final name, updates ``latest``, and removes old checkpoints. A failure before
+that leaves older checkpoints unchanged.
 """
 
 import json
@@ -23,14 +24,14 @@ from dive_fast.checkpoint.manifest import (
     IDENTITY,
     MANIFEST,
     TRAINER,
-    fingerprint,
-    is_whole,
-    path_of,
-    run_of,
-    step_of,
-    written_checkpoints,
+    checkpoint_path,
+    describe_file,
+    is_complete,
+    list_checkpoints,
+    run_id,
+    step_number,
 )
-from dive_fast.checkpoint.snapshot import RunRecord, tensors, trainer
+from dive_fast.checkpoint.snapshot import RunRecord, copy_tensors, trainer_state
 from dive_fast.config.schema import TrainConfig
 from dive_fast.distributed import Ranks
 from dive_fast.engine.step import Engine
@@ -40,32 +41,31 @@ from dive_fast.identity import Identity
 from dive_fast.io.atomic_files import atomic_path, write_atomic
 
 LATEST = "latest"
-"""A file beside the checkpoints with the name of the newest."""
+"""File next to the checkpoints with the name of the newest one."""
 
 
 class SaveError(AllRanksError):
-    """A checkpoint could not be written; the message is one line, and older checkpoints are as they were."""
+    """A checkpoint could not be written; the message is one line, and older checkpoints are unchanged."""
 
 
 class Saver:
-    """One save is under way at most; every rank knows of the same."""
+    """Writes checkpoints, at most one at a time; every rank knows which save is in progress."""
 
     def __init__(self, engine: Engine, folder: Path, options: TrainConfig, record: RunRecord) -> None:
-        """Saves nothing yet.
+        """Removes unfinished checkpoints of killed runs; saves nothing yet.
 
         Args:
-            folder: of the checkpoints, which all ranks share; it lies in the run folder.
-            record: of the run.
+            folder: folder of the checkpoints inside the run folder, shared by all ranks.
+            record: properties of the run, stored in each checkpoint.
         """
         self._engine, self._folder, self._options, self._record = engine, folder, options, record
         self._number = 0
-        self._underway: _Save | None = None
+        self._in_progress: _Save | None = None
         self.newest: int | None = None
-        """The step of the checkpoint that was last made whole here."""
+        """Step of the last checkpoint that was completed here."""
         if engine.ranks.is_main:
-            # Of runs that were killed while they wrote.
-            for left_behind in folder.glob(".step*.*"):
-                shutil.rmtree(left_behind, ignore_errors=True)
+            for unfinished in folder.glob(".step*.*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     def save(
         self,
@@ -73,47 +73,47 @@ class Saver:
         validation: dict[str, Any],
         metrics: dict[str, Any],
         *,
-        first: Callable[[], None] = lambda: None,
-        must: bool = False,
+        before_write: Callable[[], None] = lambda: None,
+        required: bool = False,
     ) -> None:
-        """Copies the state after ``step`` steps and begins to write it; all ranks call it.
+        """Copies the state after ``step`` steps and starts to write it; all ranks call it.
 
         Args:
-            validation, metrics: as :func:`dive_fast.checkpoint.snapshot.trainer` has them.
-            first: what the first rank has to write before; the save fails with it.
-            must: a failure is raised whatever ``train.on_save_error`` says.
+            validation, metrics: as for :func:`dive_fast.checkpoint.snapshot.trainer_state`.
+            before_write: called on the first rank before anything is written; if it fails, the save fails.
+            required: raise on failure, whatever ``train.on_save_error`` says.
 
         Raises:
-            SaveError: it could not be begun, or the former save failed.
+            SaveError: the save could not be started, or the previous one failed.
         """
         self.finish()
-        engine, path = self._engine, path_of(self._folder, step)
+        engine, path = self._engine, checkpoint_path(self._folder, step)
         partial = path.with_name(f".{path.name}.partial")
         try:
             with engine.ranks.raise_on_all(SaveError), _as_save_error(partial, engine.ranks.rank):
                 if engine.ranks.is_main:
-                    first()
+                    before_write()
                     shutil.rmtree(partial, ignore_errors=True)
                     partial.mkdir(parents=True)
         except SaveError as error:
-            self._failed(error, must)
+            self._handle_failure(error, required)
             return
         self._number += 1
-        numbers = trainer(engine, step, validation, metrics, self._record)
-        self._underway = _Save(
+        numbers = trainer_state(engine, step, validation, metrics, self._record)
+        self._in_progress = _Save(
             self._number,
             path,
             partial,
             engine.ranks,
-            tensors(engine),
+            copy_tensors(engine),
             numbers if engine.ranks.is_main else None,
             self._record.identity,
         )
-        self._underway.write()
+        self._in_progress.write()
 
     def votes(self) -> Votes:
-        """Of this rank, on the save under way."""
-        if (save := self._underway) is None:
+        """The votes of this rank on the save in progress."""
+        if (save := self._in_progress) is None:
             return Votes(unwritten=-self._number, committed=self._number)
         return Votes(
             failed=save.number if save.error is not None else 0,
@@ -121,71 +121,71 @@ class Saver:
             committed=save.number if save.is_committed else 0,
         )
 
-    def heard(self, agreed: Votes) -> None:
-        """Goes on with the save under way as all ranks have agreed.
+    def advance(self, decision: Votes) -> None:
+        """Advances the save in progress by what all ranks have decided.
 
         Raises:
-            SaveError: it failed, and ``train.on_save_error`` is ``stop``.
+            SaveError: the save failed, and ``train.on_save_error`` is ``stop``.
         """
-        save = self._underway
+        save = self._in_progress
         if save is None:
             return
-        if agreed.failed == save.number:
+        if decision.failed == save.number:
             self.finish()
-        elif agreed.committed == save.number:
-            self._underway, self.newest = None, step_of(save.path)
-        elif -agreed.unwritten == save.number and self._engine.ranks.is_main and not save.is_being_committed:
-            save.commit(self._removed(save))
+        elif decision.committed == save.number:
+            self._in_progress, self.newest = None, step_number(save.path)
+        elif -decision.unwritten == save.number and self._engine.ranks.is_main and not save.is_being_committed:
+            save.commit(self._outdated_by(save))
 
-    def finish(self, *, must: bool = False) -> None:
-        """Waits until what is under way is whole under its name; all ranks call it.
+    def finish(self, *, required: bool = False) -> None:
+        """Waits until the save in progress is complete under its final name; all ranks call it.
 
         Args:
-            must: as for :meth:`save`.
+            required: as for :meth:`save`.
 
         Raises:
-            SaveError: it failed.
+            SaveError: the save failed.
         """
-        if (save := self._underway) is None:
+        if (save := self._in_progress) is None:
             return
-        self._underway, ranks = None, self._engine.ranks
+        self._in_progress, ranks = None, self._engine.ranks
         try:
             with ranks.raise_on_all(SaveError), _as_save_error(save.partial, ranks.rank):
                 save.join()
             with ranks.raise_on_all(SaveError), _as_save_error(save.partial, ranks.rank):
                 if ranks.is_main and not save.is_committed:
-                    save.commit(self._removed(save))
+                    save.commit(self._outdated_by(save))
                     save.join()
-            self.newest = step_of(save.path)
+            self.newest = step_number(save.path)
         except SaveError as error:
             if ranks.is_main:
                 shutil.rmtree(save.partial, ignore_errors=True)
-            self._failed(error, must)
+            self._handle_failure(error, required)
 
-    def _failed(self, error: SaveError, must: bool) -> None:
-        if must or self._options.on_save_error == "stop":
+    def _handle_failure(self, error: SaveError, required: bool) -> None:
+        if required or self._options.on_save_error == "stop":
             raise error
-        self._engine.ranks.print(f"warning: {error}; the run goes on from memory, as train.on_save_error says")
+        self._engine.ranks.print(f"warning: {error}; training continues, as train.on_save_error says")
 
-    def _removed(self, save: "_Save") -> Callable[[list[Path]], list[Path]]:
-        """Which of all checkpoints go, once this save is whole."""
+    def _outdated_by(self, save: "_Save") -> Callable[[list[Path]], list[Path]]:
+        """Returns a function that selects the checkpoints to remove once ``save`` is complete."""
         options = self._options
         best = save.numbers["validation"]["best_step"] if options.keep_best and save.numbers is not None else None
 
-        def removed(written: list[Path]) -> list[Path]:
-            # Those of an older run, which this one has taken the place of; of its own the damaged ones.
-            runs = {path: run_of(path) for path in written}
-            own = [path for path in written if runs[path] == self._record.run and path <= save.path]
-            own = [path for path in own if is_whole(path)]
-            kept = own[-options.keep_last :] + [path for path in own if step_of(path) == best]
-            kept += [path for path in written if path.resolve() == self._record.start]
-            return [path for path in written if path not in kept and runs[path] is not None]
+        def outdated(checkpoints: list[Path]) -> list[Path]:
+            # All checkpoints of an older run, which this one replaces, and the corrupt ones of this run.
+            runs = {path: run_id(path) for path in checkpoints}
+            usable = [path for path in checkpoints if runs[path] == self._record.run and path <= save.path]
+            usable = [path for path in usable if is_complete(path)]
+            kept = usable[-options.keep_last :] + [path for path in usable if step_number(path) == best]
+            kept += [path for path in checkpoints if path.resolve() == self._record.start]
+            return [path for path in checkpoints if path not in kept and runs[path] is not None]
 
-        return removed
+        return outdated
 
 
 class _Save:
-    """One checkpoint on its way to the disk."""
+    """One checkpoint while it is written."""
 
     def __init__(
         self,
@@ -204,19 +204,19 @@ class _Save:
         self._thread: threading.Thread | None = None
 
     def write(self) -> None:
-        """Starts with this rank's file."""
+        """Starts to write this rank's file."""
         self._start(self._write)
 
-    def commit(self, removed: Callable[[list[Path]], list[Path]]) -> None:
-        """Starts to make it whole, once all ranks' files are there, and to remove what is to go."""
+    def commit(self, outdated: Callable[[list[Path]], list[Path]]) -> None:
+        """Starts to complete the checkpoint, once the files of all ranks exist, and to remove outdated ones."""
         self.is_being_committed = True
-        self._start(lambda: self._commit(removed))
+        self._start(lambda: self._commit(outdated))
 
     def join(self) -> None:
-        """Waits for what was started.
+        """Waits for the thread that was started last.
 
         Raises:
-            Exception: whatever went wrong in it.
+            Exception: the error of that thread.
         """
         if self._thread is not None:
             self._thread.join()
@@ -234,7 +234,7 @@ class _Save:
         self._thread.start()
 
     def _write(self) -> None:
-        name = _of_rank(self._ranks.rank)
+        name = _rank_name(self._ranks.rank)
         file = self.partial / f"{name}.safetensors"
         with atomic_path(file) as partial:
             save_file(self._tensors, partial)
@@ -246,51 +246,51 @@ class _Save:
             files[IDENTITY] = self.partial / IDENTITY
             files[IDENTITY].write_text(json.dumps(self._identity, indent=2) + "\n")
         for path in files.values():
-            _to_disk(path)
-        # For the first rank, who puts them into the manifest.
-        found = {name: fingerprint(path) for name, path in files.items()}
-        (self.partial / f"{name}.json").write_text(json.dumps(found))
+            _fsync(path)
+        # The first rank merges these notes into the manifest.
+        note = {name: describe_file(path) for name, path in files.items()}
+        (self.partial / f"{name}.json").write_text(json.dumps(note))
         self.is_written = True
 
-    def _commit(self, removed: Callable[[list[Path]], list[Path]]) -> None:
+    def _commit(self, outdated: Callable[[list[Path]], list[Path]]) -> None:
         files: dict[str, Any] = {}
         world_size = self._ranks.world_size
-        # By name: a listing of a shared folder may be older than what other machines have written.
-        for note in [self.partial / f"{_of_rank(rank)}.json" for rank in range(world_size)]:
+        # By name: a listing of a shared folder may be older than files that other machines have written.
+        for note in [self.partial / f"{_rank_name(rank)}.json" for rank in range(world_size)]:
             files |= json.loads(note.read_text())
             note.unlink()
         manifest = {"format": FORMAT, "ranks": world_size, "files": files}
         (self.partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        _to_disk(self.partial / MANIFEST)
-        _to_disk(self.partial)
+        _fsync(self.partial / MANIFEST)
+        _fsync(self.partial)
         replaced = self.path.with_name(f".{self.path.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         if self.path.exists():
             self.path.replace(replaced)
         self.partial.replace(self.path)
-        _to_disk(self.path.parent)
+        _fsync(self.path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
         write_atomic(self.path.with_name(LATEST), f"{self.path.name}\n".encode())
-        for old in removed(written_checkpoints(self.path.parent)):
-            _remove(old)
+        for checkpoint in outdated(list_checkpoints(self.path.parent)):
+            _remove(checkpoint)
         remove_replaced(self.path.parent.parent)
         self.is_committed = True
 
 
-def _of_rank(rank: int) -> str:
+def _rank_name(rank: int) -> str:
     return f"rank{rank:05d}"
 
 
-def _remove(old: Path) -> None:
-    # First out of sight, then gone: a kill in between leaves nothing that looks usable, and the next run removes
-    # the rest. Somebody who still reads it, on a network's file system, is no reason to call a save failed.
-    removed = old.with_name(f".{old.name}.removed")
+def _remove(checkpoint: Path) -> None:
+    # Renamed first: a kill in between leaves nothing that looks usable, and the next run removes the rest. A
+    # process that still reads it, on a network file system, must not make the save fail.
+    removed = checkpoint.with_name(f".{checkpoint.name}.removed")
     with suppress(OSError):
-        old.replace(removed)
+        checkpoint.replace(removed)
     shutil.rmtree(removed, ignore_errors=True)
 
 
-def _to_disk(path: Path) -> None:
+def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -300,7 +300,7 @@ def _to_disk(path: Path) -> None:
 
 @contextmanager
 def _as_save_error(path: Path, rank: int) -> Iterator[None]:
-    """Whatever goes wrong inside is a :class:`SaveError` that names the rank."""
+    """Turns any exception inside into a :class:`SaveError` that names the rank."""
     try:
         yield
     except Exception as error:

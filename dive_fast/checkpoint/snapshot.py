@@ -1,4 +1,4 @@
-"""The state of a run as a checkpoint stores it: tensors on the host and numbers."""
+"""The state of a run as a checkpoint stores it: tensors copied to the host, and JSON values."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,72 +7,76 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dive_fast.checkpoint import zero_state as state
+from dive_fast.checkpoint import zero_state
 from dive_fast.checkpoint.export import full_state
-from dive_fast.checkpoint.manifest import FIXED, OBJECTIVE, RANDOM, WEIGHTS
+from dive_fast.checkpoint.manifest import FIXED, OBJECTIVE, RANDOM, TEACHER, WEIGHTS
 from dive_fast.engine.step import Engine
 from dive_fast.identity import Identity
 
 
-def tensors(engine: Engine) -> dict[str, Tensor]:
-    """What this rank writes, copied to the CPU; all ranks call it.
-
-    Tuned parameters are dealt out to the ranks in turn, so that all write about as much.
-    """
-    return dict(_tensors(engine))
-
-
 class RunRecord(NamedTuple):
-    """What a checkpoint says of the run that wrote it."""
+    """The properties of a run that each of its checkpoints stores."""
 
     run: str
     """Id of the run (:mod:`dive_fast.checkpoint.lineage`)."""
     total_steps: int = 0
-    """Of the whole run, which the learning rate's schedule ends with."""
+    """Steps of the complete run, over which the learning rate's schedule extends."""
     identity: Identity = {}  # noqa: RUF012 - never changed
     start: Path | None = None
-    """The checkpoint that the run began from, which stays."""
+    """The checkpoint that the run started from, which is never removed."""
 
 
-def trainer(
+def copy_tensors(engine: Engine) -> dict[str, Tensor]:
+    """The tensors that this rank writes, copied to the CPU; all ranks call it.
+
+    Tuned parameters are assigned to ranks in turn, so that all ranks write about the same amount.
+    """
+    return dict(_copies(engine))
+
+
+def trainer_state(
     engine: Engine, step: int, validation: dict[str, Any], metrics: dict[str, Any], record: RunRecord
 ) -> dict[str, Any]:
-    """What is no tensor, for ``trainer.json``.
+    """The content of ``trainer.json``: all state except tensors.
 
     Args:
-        validation: what evaluations so far have found, for :func:`load` to give back.
-        metrics: the newest ones, likewise.
-        record: of the run.
+        validation: state of validation, which :func:`dive_fast.checkpoint.resume.load_checkpoint` returns.
+        metrics: the latest metrics, which it returns too.
+        record: properties of the run.
     """
     return {
         "run": record.run,
         "total_steps": record.total_steps,
         "step": step,
-        "updates": state.updates_of(engine),
+        "updates": zero_state.num_updates(engine),
         "loss_scale": engine.scale.state_dict(),
         "validation": validation,
         "metrics": metrics,
     }
 
 
-def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+def _copies(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     ranks = engine.ranks
-    for place, found in enumerate(state.gathered(engine)):
-        if place % ranks.world_size == ranks.rank:
-            yield f"{WEIGHTS}/{found.name}", _on_cpu(found.weights)
-            for key, moment in found.moments.items():
-                yield f"{key}/{found.name}", _on_cpu(moment)
-    tuned = {name for name, _ in state.tuned(engine)}
+    for index, parameter in enumerate(zero_state.gather(engine)):
+        if index % ranks.world_size == ranks.rank:
+            yield f"{WEIGHTS}/{parameter.name}", _copy_to_cpu(parameter.weights)
+            for key, moment in parameter.moments.items():
+                yield f"{key}/{parameter.name}", _copy_to_cpu(moment)
+    tuned = {name for name, _ in zero_state.tuned_parameters(engine)}
     for name, tensor in full_state(engine, without=tuned).items():
         yield f"{FIXED}/{name}", tensor.clone()
     if ranks.is_main:
-        for name, tensor in engine.objective.state_dict().items():
-            yield f"{OBJECTIVE}/{name}", _on_cpu(tensor)
+        for name, tensor in engine.method.state().items():
+            yield f"{OBJECTIVE}/{name}", _copy_to_cpu(tensor)
+    if engine.teacher is not None:
+        for index, (name, tensor) in enumerate(engine.teacher.state()):
+            if index % ranks.world_size == ranks.rank:
+                yield f"{TEACHER}/{name}", _copy_to_cpu(tensor)
     yield f"{RANDOM}/cpu/{ranks.rank}", torch.get_rng_state()
     if ranks.device.type == "cuda":
         yield f"{RANDOM}/cuda/{ranks.rank}", torch.cuda.get_rng_state(ranks.device)
 
 
-def _on_cpu(tensor: Tensor) -> Tensor:
-    """A copy in pageable memory: page-locked memory is faster to copy to, but torch never gives it back."""
+def _copy_to_cpu(tensor: Tensor) -> Tensor:
+    """A copy in pageable memory: page-locked memory is faster to copy to, but torch never releases it."""
     return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())

@@ -10,8 +10,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from dive_fast.config.schema import Config
-from dive_fast.config.section import section_type as section_type
-from dive_fast.config.section import sections as sections
+from dive_fast.config.section import KeyedError, section_type, sections
 
 
 def first_mistake(error: ValidationError) -> ErrorDetails:
@@ -63,6 +62,9 @@ def explain(error: ValidationError) -> str:
 
 
 def key_path(mistake: ErrorDetails) -> str:
+    """The dotted key of a mistake; empty where it is of the whole file."""
+    if isinstance(cause := mistake.get("ctx", {}).get("error"), KeyedError):
+        return cause.key
     keys: list[str] = []
     holder: Any = Config
     for key in mistake["loc"]:

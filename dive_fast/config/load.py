@@ -3,31 +3,77 @@
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from dive_fast.config.explain import explain as explain
-from dive_fast.config.explain import first_mistake as first_mistake
-from dive_fast.config.explain import key_path as key_path
-from dive_fast.config.explain import shorten as shorten
-from dive_fast.config.schema import Config
+from dive_fast.config.explain import explain, first_mistake, key_path, shorten
+from dive_fast.config.schema import Config, ObjectiveConfig
 from dive_fast.errors import ConfigError, nearest
 from dive_fast.io.safe_read import read_text
 
+C = TypeVar("C", bound=Config)
 
-def load_config(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -> Config:
+
+def load_config(
+    name: str, overrides: Sequence[str] = (), folder: Path | None = None, schema: type[C] = Config
+) -> C:
     """Reads a config by path or by its name in ``folder``, with or without ``.json``, and applies overrides.
+
+    A file may name a ``base``, relative to it: its own sections are merged into the base's, key by key. Where a
+    file or an override names another method, options of the former method that the new one lacks are left out.
 
     Args:
         overrides: ``section.key=value``; the value is JSON, or else taken as a string.
+        schema: the config's type.
 
     Raises:
         ConfigError: no such file, no JSON, an unknown or ill-typed key, or keys that do not go together.
     """
     path = find_config(name, folder)
+    tree, origins, inherited = _Object([]), dict[str, str](), set[str]()
+    for source, layer in _layers(path):
+        before, set_here = dict(_objective_of(tree)), set(_objective_of(layer))
+        _merge(tree, layer)
+        inherited = (inherited | _foreign(before, _objective_of(tree))) - set_here
+        origins |= dict.fromkeys(_keys(layer), str(source))
+    before = dict(_objective_of(tree))
+    for override in overrides:
+        _override(tree, override)
+    places = [override.partition("=")[0].split(".") for override in overrides]
+    if ["objective"] not in places:
+        set_here = {place[1] for place in places if place[0] == "objective"}
+        inherited = (inherited | _foreign(before, _objective_of(tree))) - set_here
+    try:
+        if inherited:
+            schema.drop_inherited(tree, inherited)
+        return schema.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        raise ConfigError(f"{_origin(error, path, overrides, origins)}: {explain(error)}") from None
+
+
+def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, "_Object"]]:
+    """A config file and the bases below it, the lowest base first."""
+    here = path.resolve()
+    if here in above:
+        raise ConfigError(f"{path}: base leads back to this file: {' -> '.join(map(str, (*above, here)))}")
+    tree = _read(path)
+    if (base := tree.pop("base", None)) is None:
+        return [(path, tree)]
+    if not isinstance(base, str) or not base.strip():
+        raise ConfigError(
+            f'{path}: base = {shorten(json.dumps(base))}: expected a config file, e.g. "vitb16_dive.json"'
+        )
+    below = path.parent / base
+    if not below.is_file():
+        known = sorted(each.name for each in below.parent.glob("*.json"))
+        raise ConfigError(f"{path}: base = {base}: no such file as {below}{nearest(below.name, known)}")
+    return [*_layers(below, (*above, here)), (path, tree)]
+
+
+def _read(path: Path) -> "_Object":
     try:
         tree = _parsed(read_text(path))
         _check_values(tree)
@@ -38,13 +84,45 @@ def load_config(name: str, overrides: Sequence[str] = (), folder: Path | None = 
     if not isinstance(tree, _Object):
         raise ConfigError(f"{path}: expected a JSON object with sections {', '.join(Config.model_fields)}")
     if (place := _twice(tree)) is not None:
-        raise ConfigError(f"{path}: key {place} stands twice in one object; keep one")
-    for override in overrides:
-        _override(tree, override)
-    try:
-        return Config.model_validate_json(json.dumps(tree))
-    except ValidationError as error:
-        raise ConfigError(f"{_origin(error, path, overrides)}: {explain(error)}") from None
+        raise ConfigError(f"{path}: duplicate key {place}")
+    return tree
+
+
+def _merge(tree: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    """Puts a layer over a tree: objects key by key, other values whole."""
+    for key, value in layer.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = value
+
+
+def _keys(tree: Mapping[str, Any], place: str = "") -> Iterator[str]:
+    """The dotted keys of all values and sections of a tree."""
+    for key, value in tree.items():
+        yield f"{place}{key}"
+        if isinstance(value, dict):
+            yield from _keys(value, f"{place}{key}.")
+
+
+def _objective_of(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    objective = tree.get("objective")
+    return objective if isinstance(objective, dict) else {}
+
+
+def _foreign(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
+    """The keys of an ``objective`` that were chosen for another method than the one that it names now."""
+
+    def part(objective: Mapping[str, Any], half: str) -> Any:
+        value = objective.get(half)
+        return value.get("name") if isinstance(value, dict) else value
+
+    default = ObjectiveConfig().name
+    if before.get("name", default) != after.get("name", default):
+        return set(before) - {"name"}
+    if any(part(before, half) != part(after, half) for half in ("target", "reference")):
+        return set(before) - {"name", "target", "reference"}
+    return set()
 
 
 def find_config(name: str, folder: Path | None = None) -> Path:
@@ -106,7 +184,7 @@ def _check_values(value: Any, depth: int = 0) -> None:
     """
     if isinstance(value, str):
         if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-            raise ValueError(f"{shorten(value)} holds a zero byte, or bytes that are no UTF-8")
+            raise ValueError(f"{shorten(value)} contains a zero byte, or is not valid UTF-8")
     elif isinstance(value, dict | list):
         if depth >= DEEPEST:
             raise ValueError(_TOO_DEEP)
@@ -130,7 +208,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     except ValueError as error:
         raise ConfigError(f"override {shorten(override)}: {error}") from error
     if (twice := _twice(value)) is not None:
-        raise ConfigError(f"override {shorten(override)}: key {twice} stands twice in one object; keep one")
+        raise ConfigError(f"override {shorten(override)}: duplicate key {twice}")
     for depth, key in enumerate(keys[:-1], start=1):
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
@@ -149,11 +227,12 @@ def _what_else(path: Path) -> str:
     return ""
 
 
-def _origin(error: ValidationError, path: Path, overrides: Sequence[str]) -> str:
-    """Where the first mistake comes from: the last override of its key or section, or the file."""
-    place = f"{key_path(first_mistake(error))}."
+def _origin(error: ValidationError, path: Path, overrides: Sequence[str], origins: Mapping[str, str]) -> str:
+    """The source of the first mistake: the last override of its key or section, or the file that sets it."""
+    key = key_path(first_mistake(error))
+    place = f"{key}."
     for override in reversed(overrides):
-        key = f"{override.partition('=')[0]}."
-        if place != "." and (place.startswith(key) or key.startswith(place)):
+        overridden = f"{override.partition('=')[0]}."
+        if place != "." and (place.startswith(overridden) or overridden.startswith(place)):
             return f"command line ({shorten(override)})"
-    return str(path)
+    return origins.get(key, str(path))

@@ -7,7 +7,7 @@ from it (``python -m dive_fast.config.reference``).
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from dive_fast.config.section import Decay, NonNegative, NonNegativeFloat, PathText, Positive, Section, Share
 from dive_fast.errors import nearest
@@ -120,46 +120,26 @@ class DataConfig(Section):
 
     target: TargetConfig
     reference: ReferenceConfig | None = None
-    """Needed by every objective but `flyp`, `vanilla_ft` and `lp_ft`."""
-
-
-WITHOUT_REFERENCE = ("flyp", "vanilla_ft", "lp_ft")
-WITH_HEAD = ("vanilla_ft", "lp_ft")
+    """Needed by every method with a reference loss."""
 
 
 class ObjectiveConfig(Section):
-    """What is minimised."""
+    """The method: a loss on the target batch and one on the reference batch."""
 
-    name: Literal["dive", "avl", "pvl", "cosine", "snd", "flyp_replay", "flyp", "vanilla_ft", "lp_ft"] = "dive"
-    """`dive`: contrastive loss + weight * (AVL + PVL), Eq. 9. `avl`, `pvl`: with one of the two. `cosine`: with
-    cosines in the place of difference vectors, Eq. 10-11. `snd`: contrastive + weight * mean squared length of the
-    images' difference vectors, Eq. 12-13. `flyp_replay`: contrastive + weight * contrastive of the reference
-    batch. `flyp`: contrastive loss alone, Eq. 1. `vanilla_ft`: cross-entropy of a linear head on the image tower,
-    without texts. `lp_ft`: the same from a head that was trained first, the tower frozen (linear probing)."""
+    model_config = ConfigDict(extra="allow")
+
+    name: str | None = "dive"
+    """Method of a paper, listed below with its options, which stand in this section."""
     weight: NonNegativeFloat | None = None
-    """Of the reference batch's loss. Default: the paper's, 1000 (lambda of Eq. 9), but 1 for `snd` and
-    `flyp_replay`."""
+    """Weight of the reference batch's loss. Default: the paper's, 1000 (lambda of Eq. 9) for `dive`, `avl`, `pvl` and
+    `cosine`, 1 otherwise."""
     reference_every: Positive = 1
-    """k: only every k-th step has a reference batch, which then counts k times as much, and moves the average as k
-    steps would. The expected gradient stays; its noise grows."""
-    head_start: Literal["zero_shot", "random"] = "zero_shot"
-    """Of `vanilla_ft` and `lp_ft`: what the head begins as. `zero_shot`: the unit embeddings of the class prompts,
-    times the logit scale. `random`: PyTorch's start of a linear layer."""
-    probe_epochs: Positive = 10
-    """Of `lp_ft`: passes of the head over the target set before the tower is tuned. Images are embedded once, in
-    their evaluation view."""
-    probe_learning_rate: NonNegativeFloat = 1e-3
-    """Of `lp_ft`: peak learning rate of these passes; no warm-up, cosine decay to zero, `train.weight_decay`."""
-    decay: Decay = 0.99
-    """Decay of the average vector, Eq. 6, or of the average cosine."""
-    average_start: Literal[0, 1] = 0
-    """Of `cosine`: its average before the first step. 0 as Eq. 6 has it; 1 is what cosines begin at."""
-    average_weight: NonNegativeFloat = 1.0
-    """Weight of the average vector loss (AVL, Eq. 7) inside lambda's bracket; 0 leaves PVL alone."""
-    pairwise_weight: NonNegativeFloat = 1.0
-    """Weight of the pairwise vector loss (PVL, Eq. 8) inside lambda's bracket; 0 leaves AVL alone."""
-    mean_gradient: bool = True
-    """Whether the batch's share of the average vector carries gradient, as Eq. 6-7 read literally."""
+    """k: only every k-th step has a reference batch, which then counts k times as much, and moves averages as k steps
+    would. The expected gradient stays; its noise grows."""
+    target: str | dict[str, Any] | None = None
+    """Target loss instead of the method's own: a name, or `{"name": ..., option: value}`."""
+    reference: str | dict[str, Any] | None = None
+    """Reference loss instead of the method's own, likewise; `none` for no reference batch."""
 
 
 class TeacherConfig(Section):
@@ -315,7 +295,7 @@ class EvaluateConfig(Section):
 
 
 class Config(Section):
-    """The whole file."""
+    """The whole file. The options in ``objective`` are validated by :class:`dive_fast.methods.run_config.RunConfig`."""
 
     model: ModelConfig
     data: DataConfig
@@ -328,6 +308,15 @@ class Config(Section):
     the engine fills DeepSpeed's keys from there, and a contradiction is an error. One value is ours:
     `zero_optimization.stage` may be `"auto"`, which is 1, or 0 where one
     rank has nothing to share."""
+
+    @classmethod
+    def drop_inherited(cls, tree: dict[str, Any], inherited: set[str]) -> None:
+        """Removes keys of ``objective`` that were chosen for another method; a config without methods keeps all.
+
+        Args:
+            tree: the config before validation; changed in place.
+            inherited: keys of its ``objective`` that came with another method's name.
+        """
 
     @model_validator(mode="after")
     def _check_deepspeed(self) -> "Config":
@@ -362,14 +351,6 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_together(self) -> "Config":
         reference = self.data.reference
-        name = self.objective.name
-        if name not in WITHOUT_REFERENCE and reference is None:
-            raise ValueError(f"data.reference: objective.name = {name} needs a reference set; name one")
-        if name in WITH_HEAD and self.data.target.format == "csv":
-            raise ValueError(
-                f"data.target.format = csv has prompts and no classes, which objective.name = {name} needs; "
-                "take folder, webdataset or prepared"
-            )
         for place, section in (("data.target", self.data.target), ("data.reference", reference)):
             if section is None:
                 continue

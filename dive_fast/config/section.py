@@ -36,19 +36,32 @@ PathText = Annotated[str, AfterValidator(_expanded)]
 """A path, or a name where one is taken too; ``~`` stands for the home folder."""
 
 
+class KeyedError(ValueError):
+    """A mistake that a validator of several keys finds at one of them; the message is the whole line for a user."""
+
+    def __init__(self, key: str, message: str) -> None:
+        """Takes the dotted key and the message."""
+        super().__init__(message)
+        self.key = key
+
+
 class Section(BaseModel):
+    """Base class of config sections: strict types, unknown keys refused, docstrings as documentation."""
+
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 
 def section_type(annotation: Any) -> type[Section] | None:
+    """The section within a field's type, e.g. of ``dict[str, EvaluationSet]``; None where there is none."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return next((found for part in get_args(annotation) if (found := section_type(part))), None)
 
 
 def sections(section: type[Section], place: str) -> Iterator[tuple[str, type[Section]]]:
+    """A section and all sections within it, each with its dotted place."""
     yield place, section
     for key, field in section.model_fields.items():
         nested = section_type(field.annotation)

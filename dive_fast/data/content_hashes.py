@@ -1,4 +1,4 @@
-"""Hashes of what samples hold: what decides a result, apart from where the files lie."""
+"""Hashes of the contents of samples, independent of where their files lie."""
 
 import hashlib
 import os
@@ -9,22 +9,23 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-PROBES = 4096
-"""Images whose bytes are hashed, spread evenly over the set."""
-EDGE = 2**15
-"""Bytes that are hashed at either end of an image, where :data:`WHOLE` does not suffice."""
-WHOLE = 2**28
-"""Bytes of all probed images together up to which they are hashed from end to end."""
+NUM_PROBES = 4096
+"""Maximum number of images whose bytes are hashed, spread evenly over the set."""
+EDGE_BYTES = 2**15
+"""Bytes hashed at each end of an image, where the probes exceed :data:`MAX_FULL_BYTES`."""
+MAX_FULL_BYTES = 2**28
+"""Maximum size of all probed images together up to which they are hashed from end to end."""
 HASH_BYTES = 16
+"""Length of the hash of an image."""
 _THREADS = 16
-"""Network disks answer many questions at a time."""
+"""Number of concurrent requests; network file systems answer many at a time."""
 
-Asked = TypeVar("Asked")
-Answer = TypeVar("Answer")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-class Stored(Protocol):
-    """Where a sample's image lies."""
+class StoredImage(Protocol):
+    """The location of an image: a range of bytes in a file."""
 
     @property
     def path(self) -> Path: ...
@@ -34,93 +35,96 @@ class Stored(Protocol):
     def size(self) -> int: ...
 
 
-class Piece(NamedTuple):
-    """Bytes of a file; size -1: up to its end."""
+class ByteRange(NamedTuple):
+    """A range of bytes in a file; size -1 reaches to its end."""
 
     path: Path
     offset: int
     size: int
 
 
-def in_threads(ask: Callable[[Asked], Answer], things: Sequence[Asked]) -> list[Answer]:
-    """``[ask(thing) for thing in things]``, for questions to a disk."""
-    if len(things) < 64:
-        return [ask(thing) for thing in things]
-    # In groups: a task for each of a million would take longer than the questions.
-    size = -(-len(things) // (4 * _THREADS))
-    groups = [things[first : first + size] for first in range(0, len(things), size)]
+def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """``[function(item) for item in items]`` in threads, for functions that wait for a disk."""
+    if len(items) < 64:
+        return [function(item) for item in items]
+    # In groups: one task for each of a million items would take longer than the work.
+    size = -(-len(items) // (4 * _THREADS))
+    groups = [items[first : first + size] for first in range(0, len(items), size)]
     with ThreadPoolExecutor(_THREADS, "disk") as threads:
-        answers = threads.map(lambda group: [ask(thing) for thing in group], groups)
-        return [answer for group in answers for answer in group]
+        results = threads.map(lambda group: [function(item) for item in group], groups)
+        return [result for group in results for result in group]
 
 
-def stat(path: Path) -> os.stat_result | None:
-    """What the disk says of a file; None: nothing is there."""
+def stat_if_exists(path: Path) -> os.stat_result | None:
+    """The status of a file; None if it does not exist or cannot be examined."""
     try:
         return os.stat(path)
     except (OSError, ValueError):
         return None
 
 
-def read_piece(piece: Piece) -> bytes:
-    """The bytes.
+def read_range(location: ByteRange) -> bytes:
+    """Reads a range of bytes.
 
     Raises:
-        OSError, ValueError, OverflowError, MemoryError: they cannot be read, or the file has no such place.
+        OSError, ValueError, OverflowError, MemoryError: the file cannot be read, or the range is invalid.
     """
-    with piece.path.open("rb") as file:
-        file.seek(piece.offset)
-        return file.read(piece.size)
+    with location.path.open("rb") as file:
+        file.seek(location.offset)
+        return file.read(location.size)
 
 
-def digest_of(samples: Iterable[Stored]) -> list[bytes]:
-    """The size of every image, then a hash of the bytes of :data:`PROBES` of them.
+def probe_hashes(samples: Iterable[StoredImage]) -> list[bytes]:
+    """The sizes of all images, followed by hashes of the bytes of up to :data:`NUM_PROBES` of them.
 
-    A file that is not there counts as such: it is another set once it is there.
+    A missing file has size -1: the set is another one once the file exists.
     """
-    pieces = list(dict.fromkeys(Piece(sample.path, sample.offset, sample.size) for sample in samples))
-    unknown = [piece.path for piece in pieces if piece.size < 0]
-    sizes = dict(zip(unknown, in_threads(stat, unknown), strict=True))
+    ranges = list(dict.fromkeys(ByteRange(sample.path, sample.offset, sample.size) for sample in samples))
+    unsized = [location.path for location in ranges if location.size < 0]
+    stats = dict(zip(unsized, map_in_threads(stat_if_exists, unsized), strict=True))
 
-    def known(piece: Piece) -> Piece:
-        if piece.size >= 0:
-            return piece
-        found = sizes[piece.path]
-        return piece._replace(size=-1 if found is None else found.st_size - piece.offset)
+    def with_size(location: ByteRange) -> ByteRange:
+        if location.size >= 0:
+            return location
+        status = stats[location.path]
+        return location._replace(size=-1 if status is None else status.st_size - location.offset)
 
-    pieces = [known(piece) for piece in pieces]
-    spread = np.linspace(0, len(pieces) - 1, min(PROBES, len(pieces))).round().astype(int)
-    probes = [pieces[row] for row in spread]
-    edge = None if sum(piece.size for piece in probes) <= WHOLE else EDGE
-    hashes = in_threads(lambda piece: _hash(piece, edge), probes)
-    return [repr([piece.size for piece in pieces]).encode(), *hashes]
+    ranges = [with_size(location) for location in ranges]
+    rows = np.linspace(0, len(ranges) - 1, min(NUM_PROBES, len(ranges))).round().astype(int)
+    probes = [ranges[row] for row in rows]
+    edge = None if sum(location.size for location in probes) <= MAX_FULL_BYTES else EDGE_BYTES
+    hashes = map_in_threads(lambda location: _hash(location, edge), probes)
+    return [repr([location.size for location in ranges]).encode(), *hashes]
 
 
-def hashes_of(samples: Iterable[Stored]) -> list[bytes]:
-    """A hash of each image's bytes, ``HASH_BYTES`` each; of one that cannot be read, an empty one."""
-    pieces = [Piece(sample.path, sample.offset, sample.size) for sample in samples]
-    distinct = list(dict.fromkeys(pieces))
-    of_piece = dict(zip(distinct, in_threads(lambda piece: _hash(piece, None), distinct), strict=True))
-    return [of_piece[piece] for piece in pieces]
+def image_hashes(samples: Iterable[StoredImage]) -> list[bytes]:
+    """A hash of each image's bytes, ``HASH_BYTES`` long; empty where the image cannot be read."""
+    ranges = [ByteRange(sample.path, sample.offset, sample.size) for sample in samples]
+    distinct = list(dict.fromkeys(ranges))
+    hashes = map_in_threads(lambda location: _hash(location, None), distinct)
+    hash_of = dict(zip(distinct, hashes, strict=True))
+    return [hash_of[location] for location in ranges]
 
 
 def image_hash(data: bytes) -> bytes:
-    """The hash of an image's bytes."""
+    """The hash of an image's bytes, ``HASH_BYTES`` long."""
     return hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
 
 
-def modified(files: Iterable[Path]) -> str:
-    """A hash of when each file was last modified."""
+def modification_hash(files: Iterable[Path]) -> str:
+    """A hash of the modification times of files."""
     distinct = list(dict.fromkeys(files))
-    times = [None if found is None else found.st_mtime_ns for found in in_threads(stat, distinct)]
+    stats = map_in_threads(stat_if_exists, distinct)
+    times = [None if status is None else status.st_mtime_ns for status in stats]
     return hashlib.sha256(repr(times).encode()).hexdigest()
 
 
-def _hash(piece: Piece, edge: int | None) -> bytes:
+def _hash(location: ByteRange, edge: int | None) -> bytes:
+    """The hash of a range, or of ``edge`` bytes at each of its ends; empty if it cannot be read."""
     try:
-        if edge is None or piece.size <= 2 * edge:
-            return image_hash(read_piece(piece))
-        ends = (piece.offset, piece.offset + piece.size - edge)
-        return image_hash(b"".join(read_piece(Piece(piece.path, offset, edge)) for offset in ends))
+        if edge is None or location.size <= 2 * edge:
+            return image_hash(read_range(location))
+        offsets = (location.offset, location.offset + location.size - edge)
+        return image_hash(b"".join(read_range(ByteRange(location.path, offset, edge)) for offset in offsets))
     except (OSError, ValueError, OverflowError, MemoryError):
         return b""

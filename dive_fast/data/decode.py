@@ -1,4 +1,4 @@
-"""From the bytes of an image file to 8-bit pixels: one road for raw data, preparation, and every loader."""
+"""Decodes image files to 8-bit RGB or grey, in the same way for raw data, preparation and every loader."""
 
 import io
 from functools import cache
@@ -7,10 +7,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 IMAGE_SUFFIXES = frozenset(
-    # torchvision's IMG_EXTENSIONS (a test compares them), and GIF
+    # torchvision's IMG_EXTENSIONS, which a test compares, and GIF.
     {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 )
-"""The suffixes of the files that are read as images."""
+"""Suffixes of files that are read as images."""
 # fmt: off
 OTHER_IMAGE_SUFFIXES = frozenset({
     ".apng", ".arw", ".avif", ".avifs", ".bpg", ".cr2", ".cr3", ".dib", ".dng", ".emf", ".eps", ".exr", ".fit",
@@ -19,52 +19,52 @@ OTHER_IMAGE_SUFFIXES = frozenset({
     ".raw", ".rw2", ".sgi", ".svg", ".svgz", ".tga", ".wmf", ".xbm", ".xpm",
 })
 # fmt: on
-"""Suffixes of images that are not read; a file that has one is a sample which is left out."""
+"""Suffixes of image formats that are not read; a file with one counts as a skipped sample."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "MPO", "AVIF", "TIFF", "JPEG2000", "PPM", "DIB", "ICO", "TGA")
-"""What a file may be, whatever its suffix says. PIL knows more, and gives PostScript to Ghostscript, a program."""
+"""PIL formats that are decoded, whatever the suffix. Others are refused: PIL runs Ghostscript for PostScript."""
 UNDECODABLE = (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What PIL raises for bytes that are no image."""
+"""Exceptions that PIL raises for invalid image data."""
 
 
 class UnknownWhiteError(ValueError):
-    """Pixels of 32 bits in a range whose white is not known."""
+    """32-bit pixels lie in a range whose white level is unknown."""
 
 
-_BEGINNINGS = (
+_SIGNATURES = (
     *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  "),
     *(b"\xff\x0a", b"\0\0\0\x0cJXL "),
 )
 
 
 def looks_like_image(beginning: bytes) -> bool:
-    """Whether a file with this beginning (12 bytes are enough) is an image, whatever it is called."""
-    if beginning[:2] == b"BM" and beginning[6:10] != bytes(4):  # a text may begin with BM
+    """Whether the first bytes of a file (12 suffice) are those of an image, whatever its name."""
+    if beginning[:2] == b"BM" and beginning[6:10] != bytes(4):  # text can begin with BM
         return False
     is_riff = beginning[:4] == b"RIFF" and beginning[8:12] == b"WEBP"
     is_heif = beginning[4:8] == b"ftyp" and beginning[8:12] in (b"heic", b"heix", b"mif1", b"avif", b"avis")
-    return is_riff or is_heif or beginning.startswith(_BEGINNINGS)
+    return is_riff or is_heif or beginning.startswith(_SIGNATURES)
 
 
 def decode(data: bytes) -> Image.Image:
-    """The (first) picture of an image file, as 8-bit RGB or grey (modes ``RGB`` and ``L``).
+    """Decodes the first picture of an image file to 8-bit RGB or grey (modes ``RGB`` and ``L``).
 
     Raises:
-        UNDECODABLE: the bytes are no whole image, or its pixels have no agreed white.
+        UNDECODABLE: the bytes are not a complete image, or the white level of its pixels is unknown.
     """
-    image = opened(data)
+    image = open_image(data)
     image.load()
-    return eight_bits(image)
+    return to_8_bits(image)
 
 
 def decode_error_message(error: Exception) -> str:
-    """What :func:`decode` has raised, in words for a user."""
+    """A user-facing description of an exception that :func:`decode` raised."""
     if isinstance(error, UnidentifiedImageError):
-        return "it is not an image, or of a format that is not read"
+        return "not an image, or in an unsupported format"
     return str(error) or type(error).__name__
 
 
-def opened(data: bytes) -> Image.Image:
-    """An image file as PIL opens it, not yet decoded."""
+def open_image(data: bytes) -> Image.Image:
+    """Opens an image file with PIL without decoding it."""
     return Image.open(io.BytesIO(data), formats=_formats())
 
 
@@ -74,47 +74,48 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
-    """A picture of any mode as ``RGB`` or ``L``, before anything is resized.
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Converts a picture of any mode to ``RGB`` or ``L``; call it before resizing.
 
-    16 bits keep their upper 8, as PIL reads 48-bit colour; PIL's own conversion would cut at 255, which is white.
-    Palettes become colours first: PIL resizes palette indices by the nearest one. Transparency is dropped.
+    16-bit values keep their upper 8 bits, as PIL reads 48-bit colour; PIL's own conversion would clip them at 255,
+    which is white. Palettes become colours, since PIL resizes palette indices by nearest neighbour. Alpha is
+    dropped.
 
     Raises:
-        UnknownWhiteError: 32-bit pixels reach beyond 0 to 255, or floating point ones only to 1: what is white,
-            the file does not say.
+        UnknownWhiteError: 32-bit pixels exceed the range 0 to 255, or floating point pixels do not exceed 1: the
+            file does not define white.
     """
     if image.mode in ("RGB", "L"):
         return image
-    # PIL has 16-bit greys as I;16, but those of PGM as I.
+    # PIL opens 16-bit grey as I;16, but that of PGM as I.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        return _with_info(Image.fromarray(grey), image)
+        return _with_format(Image.fromarray(grey), image)
     if image.mode in ("I", "F"):
         pixels = np.asarray(image)
         low, high = float(pixels.min()), float(pixels.max())
-        in_range = low >= 0 and high <= 255  # a NaN is not
+        in_range = low >= 0 and high <= 255  # false for NaN
         if not in_range or (image.mode == "F" and 0 < high <= 1):
             raise UnknownWhiteError(
-                f"32-bit pixels from {low:g} to {high:g}, none of which is known to be white; save it with 8 or 16"
+                f"32-bit pixels from {low:g} to {high:g} have an unknown white level; save it with 8 or 16 bits"
             )
-    if image.mode in ("La", "RGBa"):  # PIL converts these to one mode alone
+    if image.mode in ("La", "RGBa"):  # PIL converts each of these to a single other mode
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        image = image.convert("RGBA")  # the colours are the same, and PIL does not warn
-    return _with_info(image.convert("RGB"), image)
+        image = image.convert("RGBA")  # the same colours, without PIL's warning
+    return _with_format(image.convert("RGB"), image)
 
 
-def _with_info(converted: Image.Image, image: Image.Image) -> Image.Image:
+def _with_format(converted: Image.Image, image: Image.Image) -> Image.Image:
     converted.format = image.format
     return converted
 
 
 def unsupported_reason(image: Image.Image, data: bytes) -> str:
-    """Why not every loader decodes a file as PIL does; empty: they do.
+    """Why some loader would decode a file differently from PIL; empty if none would.
 
     Args:
-        image: the file as PIL opened it, not converted.
+        image: the file as PIL opened it, not yet converted.
         data: its bytes.
     """
     if image.format != "JPEG":
@@ -123,11 +124,12 @@ def unsupported_reason(image: Image.Image, data: bytes) -> str:
         return f"{image.mode} JPEG"
     if image.mode == "RGB" and image.info.get("adobe_transform") == 0:
         return "RGB JPEG without YCbCr"
-    # Behind the end some cameras write a few more bytes.
+    # Some cameras append a few bytes after the end marker.
     return "" if b"\xff\xd9" in data[-64:] else "JPEG without end"
 
 
 def undecodable_reason(error: Exception) -> str:
+    """A short reason, shared by many samples, for an exception that :func:`decode` raised."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image"
     if isinstance(error, FileNotFoundError | PermissionError):

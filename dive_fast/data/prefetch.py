@@ -1,4 +1,4 @@
-"""Batches made ready while the step before them runs."""
+"""Prepares the next batches while the current step runs."""
 
 import queue
 import threading
@@ -12,101 +12,103 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from dive_fast.errors import StalledError
-from dive_fast.waiting import EVERY, rank_name, tell
+from dive_fast.waiting import REPORT_SECONDS, rank_name, report
 
 DEPTH = 1
-"""Items ready or in the making, beside the one that the consumer works on: each takes memory of the device."""
-CLOSING = 5.0
-"""Seconds that an early end waits for a loader that may never answer; its thread ends with the process."""
-
-GIVES_NONE = "the loader, or the storage that it reads, gives none"
+"""Number of items prepared ahead, besides the one in use; each takes device memory."""
+CLOSE_SECONDS = 5.0
+"""Time limit of :meth:`Prefetcher.close` for a loader that hangs; the thread then ends with the process."""
+NO_BATCH = "the data loader, or the storage that it reads from, delivers none"
+"""Cause of a missing batch, for messages."""
 
 Item = TypeVar("Item")
-Ready = TypeVar("Ready")
-_Entry = tuple[Ready | None, Any, BaseException | None]
-"""An item, the event behind its copies, or what was raised in its place."""
+Prepared = TypeVar("Prepared")
+_Entry = tuple[Prepared | None, Any, BaseException | None]
+"""A prepared item, the CUDA event after its copies, and the exception that was raised instead of it."""
 
 
-class Prefetcher(Iterator[Ready], Generic[Item, Ready]):
-    """Takes items from a loader and makes them ready on a thread and a CUDA stream of its own.
+class Prefetcher(Iterator[Prepared], Generic[Item, Prepared]):
+    """Iterates over a loader and prepares items ahead, on a separate thread and CUDA stream.
 
-    The consumer's stream waits for the copies, the consumer does not: no host synchronisation.
+    The consumer's stream waits for the copies, but the host does not.
     """
 
     def __init__(
         self,
         items: Iterator[Item],
-        prepare: Callable[[Item], Ready],
+        prepare: Callable[[Item], Prepared],
         device: torch.device,
         depth: int = DEPTH,
         limit: float | None = None,
     ) -> None:
-        """Starts at once.
+        """Starts the thread.
 
         Args:
-            prepare: e.g. copies an item to the device and looks up what belongs to it; runs on the thread.
-            depth: items ready or in the making at most.
-            limit: seconds until the consumer gives up waiting for an item, and says so on the way; None: somebody
-                else watches over it.
+            items: the loader.
+            prepare: e.g. copies an item to the device and looks up its teacher embeddings; runs on the thread.
+            device: device whose stream copies the items.
+            depth: maximum number of items prepared ahead.
+            limit: seconds after which waiting for an item is an error, with earlier reports; None: no limit, for
+                callers of :meth:`wait`.
         """
         self.waited = 0.0
-        """Seconds that the consumer has spent waiting for items."""
+        """Total seconds that the consumer has waited for items."""
         self._items, self._prepare, self._device = items, prepare, device
         self._limit = limit
-        self._ready: queue.Queue[_Entry[Ready]] = queue.Queue(depth)
-        self._taken: _Entry[Ready] | None = None
-        self._room = threading.Semaphore(depth)
+        self._ready: queue.Queue[_Entry[Prepared]] = queue.Queue(depth)
+        self._next: _Entry[Prepared] | None = None
+        self._free_slots = threading.Semaphore(depth)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="data", daemon=True)
         self._thread.start()
 
-    def __next__(self) -> Ready:
-        """The next item, ready.
+    def __next__(self) -> Prepared:
+        """The next prepared item.
 
         Raises:
-            StalledError: none has come within the limit.
-            BaseException: whatever the loader or ``prepare`` raised.
+            StalledError: no item has come within the limit.
+            BaseException: the loader or ``prepare`` raised it.
         """
-        told, every = 0.0, min(EVERY, self._limit or EVERY)
-        while not self.wait(every):
-            told += every
+        waited, interval = 0.0, min(REPORT_SECONDS, self._limit or REPORT_SECONDS)
+        while not self.wait(interval):
+            waited += interval
             if self._limit is None:
                 continue
-            if told >= self._limit:
-                raise StalledError(f"no batch for {told:.0f} s: {GIVES_NONE}")
-            tell(f"{rank_name()} has waited {told:.0f} s for a batch: {GIVES_NONE}")
-        assert self._taken is not None
-        ready, copied, error = self._taken
+            if waited >= self._limit:
+                raise StalledError(f"no batch for {waited:.0f} s: {NO_BATCH}")
+            report(f"{rank_name()} has waited {waited:.0f} s for a batch: {NO_BATCH}")
+        assert self._next is not None
+        prepared, copied, error = self._next
         if error is not None:
-            raise error  # and again, for whoever asks again
-        self._taken = None
-        self._room.release()
-        assert ready is not None
+            raise error  # again on each further call
+        self._next = None
+        self._free_slots.release()
+        assert prepared is not None
         if copied is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(copied)
-            for tensor in _tensors(ready):
+            for tensor in _tensors(prepared):
                 if tensor.is_cuda:
                     tensor.record_stream(stream)
-        return ready
+        return prepared
 
     def wait(self, seconds: float) -> bool:
-        """Waits so long at most; returns whether the next item, or an error in its place, is there."""
-        if self._taken is None:
-            begin = time.perf_counter()
+        """Waits up to ``seconds``; returns whether the next item, or an error instead of it, is available."""
+        if self._next is None:
+            start = time.perf_counter()
             try:
                 with record_function("load"):
-                    self._taken = self._ready.get(timeout=seconds)
+                    self._next = self._ready.get(timeout=seconds)
             except queue.Empty:
                 return False
             finally:
-                self.waited += time.perf_counter() - begin
+                self.waited += time.perf_counter() - start
         return True
 
     def close(self) -> None:
-        """Stops the thread and lets the loader's workers go."""
+        """Stops the thread and releases the loader with its workers."""
         self._closed.set()
-        deadline = time.monotonic() + CLOSING
+        deadline = time.monotonic() + CLOSE_SECONDS
         while self._thread.is_alive() and time.monotonic() < deadline:
             try:
                 self._ready.get(timeout=0.05)
@@ -123,17 +125,17 @@ class Prefetcher(Iterator[Ready], Generic[Item, Ready]):
             else:
                 self._fill(None)
             self._put(None, None, StopIteration())
-        except BaseException as error:  # raised where the item is asked for
+        except BaseException as error:  # raised in __next__
             self._put(None, None, error)
 
     def _fill(self, stream: Any) -> None:
         for item in self._items:
-            while not self._room.acquire(timeout=0.1):
+            while not self._free_slots.acquire(timeout=0.1):
                 if self._closed.is_set():
                     return
-            ready = self._prepare(item)
-            self._put(ready, None if stream is None else stream.record_event(), None)
-            del ready
+            prepared = self._prepare(item)
+            self._put(prepared, None if stream is None else stream.record_event(), None)
+            del prepared
             if self._closed.is_set():
                 return
 
@@ -147,6 +149,7 @@ class Prefetcher(Iterator[Ready], Generic[Item, Ready]):
 
 
 def _tensors(item: Any) -> Iterator[Tensor]:
+    """All tensors in nested dataclasses, tuples and lists."""
     if isinstance(item, Tensor):
         yield item
     elif is_dataclass(item):

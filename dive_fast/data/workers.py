@@ -1,4 +1,4 @@
-"""Work done ahead by worker processes, batch by batch and in order."""
+"""Prepares batches in worker processes, ahead of their use and in order."""
 
 import gc
 import os
@@ -16,82 +16,88 @@ from torch.utils.data import DataLoader, Dataset
 
 from dive_fast.errors import DataError, MachineError, machine_error
 
-Work = TypeVar("Work")
-Made = TypeVar("Made")
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 PREFETCH = 4
-"""Batches that each process makes ahead: all of them may lie in shared memory at once."""
-MASKED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""Number of batches that each process prepares ahead; all of them can be in shared memory at once."""
+BLOCKED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals that launchers and Slurm send to all processes of a run at once."""
-ORPHANED = 1.0
-"""Seconds after which a process notices that its parent has gone."""
+PARENT_CHECK_SECONDS = 1.0
+"""Interval at which a worker checks that its parent is alive."""
 
 
 class _ReportingQueue(Queue):  # type: ignore[type-arg]
-    """A queue whose reader gets an error in the place of what could not be sent.
+    """A queue whose reader receives an error instead of an item that could not be sent.
 
-    The thread that sends would print the error and drop the batch: the reader would wait for it for ever.
+    The sending thread of the base class prints the error and drops the batch, so that the reader waits forever.
     """
 
-    def _on_queue_feeder_error(self, error: Exception, sent: Any) -> None:
-        # The DataLoader's worker sends (number of the batch, batch).
-        number = sent[0] if isinstance(sent, tuple) else 0
-        self.put((number, ExceptionWrapper((type(error), error, error.__traceback__), "while a batch is sent")))
+    def _on_queue_feeder_error(self, error: Exception, item: Any) -> None:
+        # A worker of the DataLoader sends (number of the batch, batch).
+        number = item[0] if isinstance(item, tuple) else 0
+        self.put((number, ExceptionWrapper((type(error), error, error.__traceback__), "while sending a batch")))
 
 
 class _Context(ForkContext):
-    """Processes are forked, whatever Python's default is: any other way would send each all that it is to know."""
+    """Forks processes, whatever Python's default is; other start methods pickle everything a worker needs."""
 
     def Queue(self, maxsize: int = 0) -> "Queue[Any]":  # noqa: N802 - multiprocessing's name
         return _ReportingQueue(maxsize, ctx=self)
 
 
 FORK = _Context()
+"""Multiprocessing context of all worker processes."""
 
 
 def in_workers(
-    make: Callable[[Work], Made], batches: Iterable[Work], workers: int, pin: bool = False
-) -> Iterator[Made]:
-    """``make`` of each batch, in order, by torch's DataLoader, whose processes start at once.
+    function: Callable[[Task], Result], tasks: Iterable[Task], workers: int, pin: bool = False
+) -> Iterator[Result]:
+    """Applies a function to tasks in worker processes of torch's DataLoader and yields the results in order.
 
-    Call it before other threads run: a process forked beside them may find their locks taken for ever.
+    The processes start at once. Call it before other threads run: a forked process inherits their locks, which may
+    be held and never released.
 
     Args:
-        make: called in other processes, with what it had here when they were started.
-        workers: processes; 0 makes each batch here, when it is asked for.
-        pin: put what comes out into page-locked memory, for asynchronous copies to a GPU.
+        function: called in the workers, with its state at the time of this call.
+        workers: number of processes; 0 computes each result in this process when it is requested.
+        pin: whether results are copied to page-locked memory, for asynchronous copies to a GPU.
 
     Raises:
-        DataError: as ``make`` raised it, in one line.
-        MachineError: a process was killed, or shared memory or open files do not suffice.
+        DataError: ``function`` raised it; the message is one line.
+        MachineError: a process was killed, or shared memory or open files are exhausted.
     """
     options: dict[str, Any] = {}
     if workers:
-        options = {"prefetch_factor": PREFETCH, "worker_init_fn": _settle_in, "multiprocessing_context": FORK}
+        options = {
+            "prefetch_factor": PREFETCH,
+            "worker_init_fn": _initialize_worker,
+            "multiprocessing_context": FORK,
+        }
     loader: DataLoader[Any] = DataLoader(
-        _Made(make),
-        sampler=batches,  # type: ignore[arg-type]
+        _TaskDataset(function),
+        sampler=tasks,  # type: ignore[arg-type]
         batch_size=None,
-        collate_fn=_as_it_is,
+        collate_fn=_identity,
         num_workers=workers,
         pin_memory=pin,
-        # Else it draws from the random state that a resumed run has been given back.
+        # A generator of its own, since the default one holds the random state of a resumed run.
         generator=torch.Generator(),
         **options,
     )
     try:
         with forking(), _blocking_signals():
-            batches_made = iter(loader)
+            results = iter(loader)
     except (OSError, RuntimeError) as error:
         raise machine_error(error) or error from error
-    return _errors_in_one_line(batches_made)
+    return _with_plain_errors(results)
 
 
 @contextmanager
 def forking() -> Iterator[None]:
-    """Processes started inside leave alone what is garbage here.
+    """Keeps processes that are started inside from collecting garbage of this process.
 
-    Else one that collects it may shut down a DALI pipeline of this process, and wait for ever for threads that it
-    has not inherited.
+    Otherwise a worker may shut down a DALI pipeline of this process and wait forever for threads that it has not
+    inherited.
     """
     gc.freeze()
     try:
@@ -102,35 +108,37 @@ def forking() -> Iterator[None]:
 
 @contextmanager
 def _blocking_signals() -> Iterator[None]:
-    """Processes started inside are not ended by signals that are sent to all processes of a run.
+    """Keeps processes that are started inside from ending by signals to all processes of a run.
 
-    Signals are blocked before the fork, so that each thread of the process inherits the mask: PyTorch's own
-    threads start before any of our code runs there, and the kernel gives a signal to any thread that takes it.
+    Signals are blocked before the fork so that each thread of the new process inherits the mask: threads of
+    PyTorch start before our code runs there, and the kernel delivers a signal to any thread that does not block
+    it.
     """
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, MASKED)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-class _Made(Dataset[Made], Generic[Work, Made]):
-    def __init__(self, make: Callable[[Work], Made]) -> None:
-        self.make = make
+class _TaskDataset(Dataset[Result], Generic[Task, Result]):
+    def __init__(self, function: Callable[[Task], Result]) -> None:
+        self.function = function
 
-    def __getitem__(self, batch: Work) -> Made:  # type: ignore[override]
-        return self.make(batch)
-
-
-def _as_it_is(made: Made) -> Made:
-    return made
+    def __getitem__(self, task: Task) -> Result:  # type: ignore[override]
+        return self.function(task)
 
 
-def _errors_in_one_line(batches: Iterator[Made]) -> Iterator[Made]:
+def _identity(result: Result) -> Result:
+    return result
+
+
+def _with_plain_errors(results: Iterator[Result]) -> Iterator[Result]:
+    """Yields the results, and restores the one-line messages of errors."""
     try:
-        yield from batches
+        yield from results
     except DataError as error:
-        # What a worker raises arrives with its whole traceback for a message.
+        # The message of an exception from a worker contains its traceback.
         raise DataError(str(error).strip().rpartition(f"{DataError.__name__}: ")[2]) from error
     except MachineError as error:
         raise MachineError(str(error).strip().rpartition(f"{MachineError.__name__}: ")[2]) from error
@@ -138,21 +146,21 @@ def _errors_in_one_line(batches: Iterator[Made]) -> Iterator[Made]:
         raise machine_error(error) or error from error
 
 
-def _settle_in(worker: int) -> None:
-    # The workers are the parallelism; more threads in each only get in one another's way.
+def _initialize_worker(worker: int) -> None:
+    # Workers run in parallel already; more threads in each would compete for the cores.
     torch.set_num_threads(1)
-    # A signal to all processes of a run is for the training process: it has a last checkpoint to make, and would
-    # lose its batches. SIGTERM stays blocked in all threads but the one that waits for the parent's.
+    # Signals to all processes of a run concern the training process, which writes a last checkpoint and still
+    # needs its batches. SIGTERM stays blocked in all threads; one of them waits for a SIGTERM of the parent.
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, MASKED)
-    threading.Thread(target=_end_when_told, args=(os.getppid(),), name="end", daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), name="end", daemon=True).start()
 
 
-def _end_when_told(parent: int) -> None:
-    """Waits for the SIGTERM of the parent, or for its end; ignores the SIGTERM of others."""
+def _exit_with_parent(parent: int) -> None:
+    """Ends this process when the parent sends SIGTERM or ends; ignores SIGTERM from other processes."""
     while os.getppid() == parent:
-        told = signal.sigtimedwait({signal.SIGTERM}, ORPHANED)
-        if told is not None and told.si_pid == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, PARENT_CHECK_SECONDS)
+        if received is not None and received.si_pid == parent:
             break
     os._exit(0)

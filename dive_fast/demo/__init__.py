@@ -1,1 +1,1 @@
-"""The embedded demo: a small generated world, the CLIP pre-trained on it, and the comparison it ends in."""
+"""The demo: pre-training of its small CLIP on a generated world, and the comparison of fine-tuned models."""

@@ -1,4 +1,4 @@
-"""The demo's comparison: pre-trained, FLYP and DiVE by accuracy and geometry, as table, JSON and picture."""
+"""The demo's comparison: pre-trained, FLYP and DiVE by accuracy and geometry, as table, JSON and figure."""
 
 import json
 from pathlib import Path
@@ -10,16 +10,17 @@ from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks
 from dive_fast.evaluate.geometry.embed import describe_pairs, embed, open_pairs
 from dive_fast.evaluate.geometry.measures import rsa
-from dive_fast.evaluate.plots import METHODS
+from dive_fast.evaluate.plots import method_styles
 from dive_fast.evaluate.zero_shot import evaluate
 from dive_fast.model.features import Pairs
 from dive_fast.model.towers import create, tokenizer_of
 
 EVIDENCE = """\
-Evidence that the road from config to exported model is open, and that in a small generated world DiVE keeps what
-FLYP forgets at the same steps and learning rate. Learning rate, lambda and epochs were chosen on these same sets:
-the rate for FLYP's best ID; lambda is 0.1 here, where embeddings move further than CLIP's, whose lambda is 1000.
-No evidence about CLIP on natural images, nor about speed."""
+The demo shows that everything from config to exported model works, and that in a small generated world DiVE keeps
+what FLYP forgets at the same steps and learning rate. Learning rate, lambda and epochs were chosen on these same
+sets: the rate for FLYP's best ID; lambda is 0.1 here, where embeddings move further than CLIP's, whose lambda is
+1000. The demo shows nothing about CLIP on natural images, nor about speed."""
+"""What the comparison does and does not show; printed below the table."""
 
 Report = dict[str, dict[str, float]]
 MEASURES = {
@@ -34,24 +35,24 @@ def compare(config: Config, models: dict[str, Path | None], heldout: str = "demo
     """Measures models on the config's evaluation sets and on held-out pairs.
 
     Args:
-        models: name -> exported weights; None stands for the pre-trained model, which must be the first.
+        models: exported weights by name; the first must be None, the pre-trained model.
         heldout: webdataset of the pairs whose geometry is measured.
 
     Returns:
-        Name -> ``id``, ``ood``, ``zs`` (the mean over the sets named ``zs*``), ``rsa`` to the first, and each
-        zero-shot set under its own name; accuracies are shares in [0, 1].
+        For each name ``id``, ``ood``, ``zs`` (the mean over the sets named ``zs*``), ``rsa`` to the first model,
+        and each zero-shot set by its name; accuracies are in [0, 1].
     """
     ranks = Ranks(0, 1, torch.device("cpu"))
     tokenizer = tokenizer_of(config.model)
     report: Report = {}
     before: Pairs | None = None
-    heldout_pairs = describe_pairs(config, heldout, "webdataset")
+    heldout_pairs = describe_pairs(None, heldout, "webdataset")
     for name, weights in models.items():
         towers = create(config.model).eval()
         if weights is not None:
             towers.load_exported(load_file(weights))
         accuracies = evaluate(towers, tokenizer, config.evaluate, ranks)
-        embeddings = embed(towers, open_pairs(config, heldout_pairs, towers), ranks, 256)
+        embeddings = embed(towers, open_pairs(config.model, heldout_pairs, towers), ranks, 256)
         before = embeddings if before is None else before
         zero_shot = {key: value for key, value in accuracies.items() if key.startswith("zs")}
         report[name] = {
@@ -70,7 +71,7 @@ def table(report: Report) -> str:
     rows = [["", *columns]]
     for name, values in report.items():
         cells = [f"{v:.3f}" if column == "rsa" else f"{100 * v:.1f}" for column, v in values.items()]
-        rows.append([_look(name)[0], *cells])
+        rows.append([_style(name)[0], *cells])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
@@ -86,12 +87,12 @@ def draw(report: Report, path: Path) -> None:
     for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
         for position, (name, values) in enumerate(report.items()):
             value = values[measure] if measure == "rsa" else 100 * values[measure]
-            axis.bar(position, value, width=0.7, color=_look(name)[1])
+            axis.bar(position, value, width=0.7, color=_style(name)[1])
             text = f"{value:.3f}" if measure == "rsa" else f"{value:.1f} %"
             axis.annotate(text, (position, value), (0, 2), textcoords="offset points", ha="center", fontsize=9)
         axis.set_title(title, fontsize=10)
         axis.set_ylim(0, 1.12 if measure == "rsa" else 112)
-        axis.set_xticks(range(len(report)), [_look(name)[0] for name in report], fontsize=9)
+        axis.set_xticks(range(len(report)), [_style(name)[0] for name in report], fontsize=9)
         axis.set_yticks([])
         axis.spines[["top", "right", "left"]].set_visible(False)
     figure.suptitle("dive_fast demo: a small CLIP in a small generated world", fontsize=11)
@@ -99,9 +100,9 @@ def draw(report: Report, path: Path) -> None:
     plt.close(figure)
 
 
-def _look(name: str) -> tuple[str, str]:
-    """Name and colour of a model in tables and pictures."""
-    return METHODS.get(name, (name, "#3d3d3d"))
+def _style(name: str) -> tuple[str, str]:
+    """Name and colour of a model in tables and figures."""
+    return method_styles().get(name, (name, "#3d3d3d"))
 
 
 def write(report: Report, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Makes the demo's pre-trained model: a small CLIP, trained on the demo's world from nothing.
+"""Pre-trains the demo's model: a small CLIP, trained on the demo's world from random weights.
 
 ``python -m dive_fast.demo.pretrain`` writes the folder that ships as dive_fast/demo/model.
 """
@@ -28,14 +28,14 @@ from dive_fast.kernels import contrastive_loss
 from dive_fast.model import towers
 
 CONTEXT = 20
-"""Words of the longest caption, with the two marks around it."""
+"""Number of tokens of the longest caption, with its start and end tokens."""
 MEAN_AND_STD = 0.5
 
 
 def write_tokenizer(folder: Path, vocabulary: Iterable[str], context: int) -> int:
-    """A word-level tokenizer; returns the size of its vocabulary, marks included.
+    """Writes a word-level tokenizer; returns the size of its vocabulary, special tokens included.
 
-    The end of text has the highest id, since that is where open_clip reads a causal text tower.
+    The end token has the highest id, since open_clip pools a causal text tower at the largest id.
     """
     words = ["<pad>", "<unk>", "<start>", *sorted(set(vocabulary)), "<end>"]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -58,7 +58,7 @@ def write_tokenizer(folder: Path, vocabulary: Iterable[str], context: int) -> in
 
 
 def write_config(folder: Path, vocabulary: int) -> None:
-    """The model's shape and preprocessing, as open_clip reads them from a ``local-dir``."""
+    """Writes the model's shape and preprocessing, as open_clip reads them from a ``local-dir``."""
     vision = {"image_size": world.IMAGE_SIZE, "patch_size": 14, "width": 128, "head_width": 32, "layers": 4}
     text = {
         "context_length": CONTEXT,
@@ -76,22 +76,22 @@ def write_config(folder: Path, vocabulary: int) -> None:
 
 
 def draw(indices: range) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], list[world.Facts]]:
-    """Pictures ``(len, H, W, 3)`` of the pre-training stream, and what they show."""
+    """Images ``(len, H, W, 3)`` of the pre-training stream, and the facts that they show."""
     samples = [splits.sample("pretrain", index) for index in indices]
     return np.stack([np.asarray(sample.image) for sample in samples]), [sample.facts for sample in samples]
 
 
 def pretraining_set(count: int, processes: int) -> tuple[Tensor, list[world.Facts]]:
-    """``(count, 3, H, W)`` uint8 and what each picture shows."""
+    """Images ``(count, 3, H, W)`` uint8 for pre-training, and the facts that each shows."""
     chunks = [range(first, min(first + 500, count)) for first in range(0, count, 500)]
     with ProcessPoolExecutor(processes) as pool:
         drawn = list(pool.map(draw, chunks))
-    images = torch.from_numpy(np.concatenate([pictures for pictures, _ in drawn])).permute(0, 3, 1, 2).contiguous()
+    images = torch.from_numpy(np.concatenate([pixels for pixels, _ in drawn])).permute(0, 3, 1, 2).contiguous()
     return images, [facts for _, chunk in drawn for facts in chunk]
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures ``(B, 3, H, W)`` uint8, shifted by up to three pixels a batch and jittered, normalised."""
+    """Shifts images ``(B, 3, H, W)`` uint8 by up to 3 pixels per batch, scales each, and normalizes them."""
     dy, dx = torch.randint(-3, 4, (2,), generator=generator).tolist()
     pixels = torch.roll(images, (dy, dx), (2, 3)).float() / 255
     gain = 1 + 0.1 * torch.randn(len(images), 1, 1, 1, generator=generator)
@@ -109,11 +109,11 @@ def fit(
     seed: int,
     device: str = "cpu",
 ) -> Any:
-    """Trains the model of ``folder``'s config from nothing with the contrastive loss; returns it, on the CPU.
+    """Trains the model of ``folder`` from random weights with the contrastive loss; returns it on the CPU.
 
     Args:
         images: ``(N, 3, H, W)`` uint8.
-        caption: of the image in a row; drawn anew whenever it is used.
+        caption: draws a caption of the image in a row.
     """
     torch.manual_seed(seed)
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
@@ -121,9 +121,9 @@ def fit(
     model: Any = open_clip.create_model(f"local-dir:{folder}", load_weights=False, force_custom_text=True)
     model.to(device).train()
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    spared = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": spared, "weight_decay": 0.0}]
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
     warmup = max(1, steps // 20)
     order = torch.empty(0, dtype=torch.long)
@@ -147,18 +147,20 @@ def fit(
 
 
 def save(model: Any, folder: Path) -> None:
-    """Writes the weights beside the config, under open_clip's own names: the text tower's have no prefix."""
+    """Writes the weights next to the config, under open_clip's names, in which the text tower has no prefix."""
     state = {name.removeprefix("text."): value.contiguous() for name, value in model.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors")
 
 
 @torch.no_grad()
 def zero_shot_accuracy(model: Any, folder: Path, split: str) -> float:
-    """Share of a split's pictures that the model classifies rightly."""
+    """Zero-shot accuracy of the model on a split of the demo's world."""
     tokenizer, task = open_clip.get_tokenizer(f"local-dir:{folder}"), world.TASKS[split]
     rows = []
     for name in task.classes:
-        prompts = F.normalize(model.encode_text(tokenizer([form.format(name) for form in task.templates])), dim=-1)
+        prompts = F.normalize(
+            model.encode_text(tokenizer([template.format(name) for template in task.templates])), dim=-1
+        )
         rows.append(F.normalize(prompts.mean(0), dim=-1))
     samples = [splits.sample(split, index) for index in range(world.NUM_SAMPLES[split])]
     pixels = torch.from_numpy(np.stack([np.asarray(sample.image) for sample in samples])).permute(0, 3, 1, 2)
@@ -168,7 +170,7 @@ def zero_shot_accuracy(model: Any, folder: Path, split: str) -> float:
 
 
 def main() -> None:
-    """Parses, trains, writes the folder whole, and prints what the model can do."""
+    """Parses the arguments, trains, writes the folder when all of it is there, and prints zero-shot accuracies."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=towers.MODEL_DIR)
     parser.add_argument("--images", type=int, default=24_000)
@@ -183,8 +185,8 @@ def main() -> None:
         write_config(folder, write_tokenizer(folder, world.vocabulary(), CONTEXT))
         started = time.perf_counter()
         images, facts = pretraining_set(options.images, processes=len(os.sched_getaffinity(0)))
-        print(f"{options.images} pictures drawn in {time.perf_counter() - started:.0f} s", flush=True)
-        # Matrices this small gain nothing from a second thread, and the sums stay the same on any machine.
+        print(f"{options.images} images drawn in {time.perf_counter() - started:.0f} s", flush=True)
+        # Matrices this small gain nothing from a second thread, and one thread gives the same sums on any machine.
         torch.set_num_threads(1)
         model = fit(
             folder,

@@ -51,8 +51,8 @@ def prepare(config: Config, towers: Towers, ranks: Ranks) -> None:
     Raises:
         ConfigError: the config asks for what these towers cannot do; says which key, and why.
     """
-    kind, train = registry.KINDS[config.objective.name], config.train
-    uses_text = kind.target_has_texts or (kind.needs_reference and kind.reference_has_texts)
+    needs, train = registry.needs(config.objective), config.train
+    uses_text = needs.texts
     if changed := settle(towers):
         warn_on_main_rank(
             f"{config.model.name}: in training, {' and '.join(changed)}: the same features as in evaluation"
@@ -60,7 +60,7 @@ def prepare(config: Config, towers: Towers, ranks: Ranks) -> None:
     check_blocks(towers, train.activation_checkpointing, train.compile)
     found = towers.feature_consistency = measure(towers.to(ranks.device), uses_text)
     check(config, found)
-    if found.is_random and kind.needs_teacher:
+    if found.is_random and needs.reference_teacher:
         warn_on_main_rank(
             f"{config.model.name} {found.reason}: no noise floor is measured, and |u|, |v| have that noise too"
         )
@@ -77,7 +77,7 @@ def check(config: Config, found: FeatureConsistency) -> None:
             f"train.micro_batch_size: {config.model.name} {found.reason}, so a batch in pieces has other "
             "gradients than the whole; remove it"
         )
-    if registry.KINDS[config.objective.name].needs_teacher and not (found.is_random or found.is_as_evaluated):
+    if registry.needs(config.objective).reference_teacher and not (found.is_random or found.is_as_evaluated):
         raise ConfigError(
             f"model.name: {config.model.name} {found.reason}; objective.name = {config.objective.name} compares "
             "both, so take another model, or an objective without a teacher"

@@ -3,8 +3,8 @@
 ::
 
     step(target, reference):
-        backward(target,    objective.target)
-        backward(reference, objective.reference)
+        backward(target,    method.target)
+        backward(reference, method.reference)
         update()
 
 The first half's graph is gone before the second half's forward, so DiVE needs the memory of the larger half, not
@@ -25,12 +25,14 @@ from torch import Tensor
 from dive_fast.config.schema import Config
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.distributed import Ranks
-from dive_fast.engine import feature_consistency
+from dive_fast.engine import feature_consistency, flat_groups
 from dive_fast.engine.deepspeed_config import deepspeed_section, offloads, runs_on_device, zero_of
 from dive_fast.engine.optimizer import learning_rate_schedule, make_optimizer
 from dive_fast.engine.profiler import span
+from dive_fast.engine.target_teacher import TargetTeacher
 from dive_fast.engine.update import DeepSpeedUpdate, DeviceUpdate, LossScale
-from dive_fast.methods.method import Loss, Objective
+from dive_fast.errors import ConfigError
+from dive_fast.methods.method import Known, Loss, Method, Part, overrides
 from dive_fast.model.features import Features, Outputs, Pairs
 from dive_fast.model.towers import AUTOCAST, Towers
 from dive_fast.model.transformer_blocks import (
@@ -50,7 +52,7 @@ class StepBatches:
 
     target: TargetBatch | None
     reference: ReferenceBatch | None = None
-    """None where the objective has no reference half, or not at this step."""
+    """None where the method has no reference loss, or not at this step."""
     teacher: Pairs | None = None
     """Unit embeddings of the reference batch by the frozen model, ``(B', D)`` each."""
 
@@ -71,16 +73,16 @@ class _Half:
     text: Text | None
     """None leaves the text tower out."""
     loss: Callable[[Outputs], Loss]
+    parts: tuple[Part, ...]
+    """The parts of the method whose loss it is."""
     last: bool
     """Whether DeepSpeed may reduce what has accumulated by its end."""
 
 
 class Engine:
-    """Towers and objective on DeepSpeed."""
+    """Towers and a method on DeepSpeed."""
 
-    def __init__(
-        self, config: Config, towers: Towers, objective: Objective, ranks: Ranks, total_steps: int
-    ) -> None:
+    def __init__(self, config: Config, towers: Towers, method: Method, ranks: Ranks, total_steps: int) -> None:
         """Hands the towers to DeepSpeed.
 
         Args:
@@ -100,9 +102,11 @@ class Engine:
         feature_consistency.check(config, found)
         self.is_random = found.is_random
         """Whether the same weights make other features of the same batch each time."""
-        if not (objective.target_has_texts or (objective.needs_reference and objective.reference_has_texts)):
-            self.towers.text.requires_grad_(False)
-            self.towers.logit_scale.requires_grad_(False)
+        self.method = method.to(ranks.device)
+        _choose_tuned(self.towers, method)
+        self.teacher = (
+            None if method.needs.target_teacher == "none" else TargetTeacher(self.towers, method.target_loss)
+        )
         replace_quickgelu(self.towers)
         if train.activation_checkpointing == "full":
             recompute_blocks(self.towers)
@@ -110,9 +114,9 @@ class Engine:
             recompute_activations(self.towers)
         if train.compile:
             compile_blocks(self.towers)
-        self.objective = objective.to(ranks.device)
         section = deepspeed_section(config, ranks.world_size)
         clipping, on_device = section["gradient_clipping"], runs_on_device(section)
+        check_hooks(section, method)
         if on_device:
             _disable_deepspeed_grad_norm(section)
         optimizer = make_optimizer(train, towers, offloads(section))
@@ -126,6 +130,8 @@ class Engine:
         if ranks.world_size == 1 and zero_of(section).get("stage", 0) == 0:
             # DeepSpeed would copy all gradients into one tensor and back, to average them over this one rank.
             self.deepspeed.enable_backward_allreduce = False
+        if projections := method.projections():
+            flat_groups.install(self.deepspeed, optimizer, self.towers, projections)
         self.scale = LossScale(train.precision, ranks.device if on_device else torch.device("cpu"))
         self._update = (
             DeviceUpdate(self.deepspeed, optimizer, self.scale, clipping)
@@ -165,7 +171,11 @@ class Engine:
     def update(self, loss: Tensor) -> Tensor:
         """Applies the gradients, unless they or ``loss`` are not finite on some rank; returns their norm."""
         with span("optimizer"):
-            return self._update.apply(loss)
+            norm = self._update.apply(loss)
+        if self.teacher is not None:
+            with span("target teacher"):
+                self.teacher.move(self.towers, self._update.skipped)
+        return norm
 
     @property
     def learning_rate(self) -> float:
@@ -181,33 +191,41 @@ class Engine:
             group["lr"] = rate
 
     def _halves(self, batches: StepBatches) -> Iterator[_Half]:
-        objective, group = self.objective, self.ranks.group
+        method, group, needs = self.method, self.ranks.group, self.method.needs
         target, reference, teacher = batches.take()
-        target_text = target.text if objective.target_has_texts else None
-        reference_text = None if reference is None or not objective.reference_has_texts else reference.text
+        target_text = target.text if needs.target_texts else None
+        reference_text = None if reference is None or not needs.reference_texts else reference.text
         labels = target.labels
+        target_teacher = None
+        if self.teacher is not None:
+            with span("target teacher"):
+                target_teacher = self.teacher(target.images, target_text, self.micro_batch_size)
 
         def target_loss(outputs: Outputs) -> Loss:
-            return objective.target(outputs, labels, group)
+            return method.target(outputs, labels, group, target_teacher)
 
         def reference_loss(outputs: Outputs) -> Loss:
-            return objective.reference(outputs, teacher, group)
+            return method.reference(outputs, teacher, group)
 
         def joint_loss(outputs: Outputs) -> Loss:
             first, second = _split(outputs, sizes, [target_text is not None, reference_text is not None])
-            return objective.joint(first, labels, second, teacher, group)
+            return method.joint(first, labels, second, teacher, group, target_teacher)
 
-        first = _Half("target", target.images, target_text, target_loss, last=False)
+        target_part, reference_part = method.target_loss, method.reference_loss
+        images = self._changed(target.images, target_text, target_part, labels, None)
+        first = _Half("target", images, target_text, target_loss, (target_part,), last=False)
         if reference is None:
             yield replace(first, last=True)
             return
-        assert teacher is not None or not objective.needs_teacher, "this objective needs a teacher"
-        second = _Half("reference", reference.images, reference_text, reference_loss, last=True)
+        assert reference_part is not None
+        assert teacher is not None or not needs.reference_teacher, "this method needs a teacher"
+        images = self._changed(reference.images, reference_text, reference_part, None, teacher)
+        second = _Half("reference", images, reference_text, reference_loss, (reference_part,), last=True)
         sizes = [len(target.images), len(reference.images)]
-        del target, reference
+        del target, reference, images
         if self.schedule == "joint":
-            text = _join(first.text, second.text)
-            half = _Half("joint", torch.cat([first.images, second.images]), text, joint_loss, last=True)
+            text, parts = _join(first.text, second.text), (*first.parts, *second.parts)
+            half = _Half("joint", torch.cat([first.images, second.images]), text, joint_loss, parts, last=True)
             del first, second
             yield half
             return
@@ -219,15 +237,44 @@ class Engine:
         del first
         yield second
 
+    def _changed(
+        self, images: Tensor, text: Text | None, part: Part, labels: Tensor | None, teacher: Pairs | None
+    ) -> Tensor:
+        """Images of a half as its part changes them, a micro-batch at a time."""
+        if not overrides(part, "change_images"):
+            return images
+        with torch.no_grad():
+            rows = None if text is None else self.towers.encode_text(text.tokens, text.length)[text.index]
+        size = self.micro_batch_size or len(images)
+        changed = []
+        for start in range(0, len(images), size):
+            piece = slice(start, start + size)
+
+            def outputs(images: Tensor, piece: slice = piece) -> Outputs:
+                made = self.towers(images)
+                return Outputs(made.image, None if rows is None else rows[piece], made.logit_scale, made.logits)
+
+            known = Known(
+                None if labels is None else labels[piece],
+                None if teacher is None else Pairs(*(each[piece] for each in teacher)),
+            )
+            changed.append(part.change_images(images[piece], outputs, known).detach())
+        return torch.cat(changed)
+
+    def _penalty(self, half: _Half) -> Loss | None:
+        """The penalty on parameters, with the half that is reduced last: once a step."""
+        return self.method.penalty(dict(self.towers.named_parameters())) if half.last else None
+
     def _backward(self, half: _Half) -> Loss:
         """Forward and backward of one half."""
-        if self.micro_batch_size is not None and self.micro_batch_size < len(half.images):
-            return self._backward_in_pieces(half)
-        self.deepspeed.set_gradient_accumulation_boundary(half.last)
-        features = self._forward(half.images, None if half.text is None else half.text.tokens, half)
-        with span("loss"):
-            loss = half.loss(_by_pair(features, half.text))
-        self.deepspeed.backward(self._update.scaled(loss.loss))
+        with self.method.change_weights(self.towers, half.parts):
+            if self.micro_batch_size is not None and self.micro_batch_size < len(half.images):
+                return self._backward_in_pieces(half)
+            self.deepspeed.set_gradient_accumulation_boundary(half.last)
+            features = self._forward(half.images, None if half.text is None else half.text.tokens, half)
+            with span("loss"):
+                loss = _added(half.loss(_by_pair(features, half.text)), self._penalty(half))
+            self.deepspeed.backward(self._update.scaled(loss.loss))
         return Loss(loss.loss.detach(), loss.metrics)
 
     def _forward(self, images: Tensor, tokens: Tensor | None, half: _Half) -> Features:
@@ -266,8 +313,41 @@ class Engine:
             for name, gradient in zip(PER_ROW, share, strict=True):
                 if gradient is not None:
                     surrogate = surrogate + (getattr(features, name).float() * gradient).sum()
+            penalty = self._penalty(half) if final else None
+            if penalty is not None:
+                loss, surrogate = _added(loss, penalty), surrogate + penalty.loss
             self.deepspeed.backward(self._update.scaled(surrogate))
         return Loss(loss.loss.detach(), loss.metrics)
+
+
+def _choose_tuned(towers: Towers, method: Method) -> None:
+    """Freezes the parameters that the method does not train."""
+    if not method.needs.texts:
+        towers.text.requires_grad_(False)
+        towers.logit_scale.requires_grad_(False)
+    for name, parameter in towers.named_parameters():
+        if not method.tunes(name):
+            parameter.requires_grad_(False)
+
+
+def check_hooks(section: dict[str, Any], method: Method) -> None:
+    """Validates that each rank has all weights where a method reads or changes them.
+
+    Raises:
+        ConfigError: ZeRO-3 or an optimizer on the CPU.
+    """
+    hooks = method.hooks()
+    if hooks and not runs_on_device(section):
+        stage = zero_of(section).get("stage", 0)
+        place = "offload_optimizer" if stage < 3 else f"stage = {stage}"
+        raise ConfigError(
+            f"deepspeed.zero_optimization.{place}: this method has {', '.join(hooks)}, which need all weights "
+            "on each rank's device; take stage 0, 1 or 2 without offload"
+        )
+
+
+def _added(loss: Loss, penalty: Loss | None) -> Loss:
+    return loss if penalty is None else Loss(loss.loss + penalty.loss, loss.metrics | penalty.metrics)
 
 
 def _disable_deepspeed_grad_norm(section: dict[str, Any]) -> None:

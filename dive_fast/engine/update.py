@@ -80,6 +80,9 @@ class LossScale:
 class DeviceUpdate:
     """ZeRO 0 to 2 with torch's fused AdamW: nothing is read by the host."""
 
+    skipped: Tensor
+    """``()`` fp32, 1 where the last update was skipped, otherwise 0."""
+
     def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, scale: LossScale, clipping: float) -> None:
         """Takes the parts that the update needs.
 
@@ -110,6 +113,7 @@ class DeviceUpdate:
         optimizer.grad_scale, optimizer.found_inf = divisor, skipped
         self._engine.step()
         self.scale.update(skipped, loss_is_finite)
+        self.skipped = skipped
         return norm
 
     def _over_ranks(self, loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,6 +135,9 @@ class DeviceUpdate:
 
 class DeepSpeedUpdate:
     """ZeRO-3, or an optimizer on the CPU: DeepSpeed scales, clips and skips; the host waits for the norm."""
+
+    skipped: Tensor
+    """``()`` fp32, 1 where the last update was skipped, otherwise 0."""
 
     def __init__(self, engine: Any, scale: LossScale) -> None:
         """Takes the parts that the update needs.
@@ -160,5 +167,6 @@ class DeepSpeedUpdate:
         if not applied:
             # The learning rate is a function of the step, skipped or not.
             self._engine.lr_scheduler.step()
-        self.scale.update(torch.tensor(float(not applied)), nonfinite.cpu() == 0)
+        self.skipped = torch.tensor(float(not applied))
+        self.scale.update(self.skipped, nonfinite.cpu() == 0)
         return torch.as_tensor(self._engine.get_global_grad_norm())

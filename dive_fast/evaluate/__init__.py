@@ -1,1 +1,1 @@
-"""What a model is worth: zero-shot accuracy, and how far the geometry of its embeddings has moved."""
+"""Evaluation of a model: zero-shot and head accuracy, retrieval, weight ensembles, geometry of the embeddings."""

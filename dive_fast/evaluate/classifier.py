@@ -1,4 +1,4 @@
-"""The rows that image features are compared with: class prompts (Eq. 2-3), kept on disk, or a trained head."""
+"""Classifiers of image features: cached embeddings of class prompts (Eq. 2-3), or rows of a trained head."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from dive_fast.data.classes import composed, repeated, synsets
 from dive_fast.data.prompts import Template, Tokenizer, pack
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, UserError
-from dive_fast.evaluate.feature_identity import of_classifier
+from dive_fast.evaluate.feature_identity import classifier_identity
 from dive_fast.identity import digest
 from dive_fast.io.atomic_files import atomic_path
 from dive_fast.locks import folder_lock
@@ -24,26 +24,27 @@ from dive_fast.model.head import Head
 from dive_fast.model.towers import Towers, unit
 
 Members = tuple[tuple[int, ...], ...]
-"""For each label, the classes that stand for it."""
+"""For each label, the classes that count as it."""
 
 
 class Classifier(NamedTuple):
-    """Logits of labels: the largest over the classes that stand for each."""
+    """Weights of classes; the logit of a label is the largest over its classes."""
 
     kind: Literal["prompts", "head"]
     weight: Tensor
-    """``(C, D)``: of prompts, unit rows."""
+    """``(C, D)``; unit rows if the kind is ``prompts``."""
     bias: Tensor | None = None
     """``(C,)``"""
     members: Members | None = None
-    """None: class i stands for label i."""
+    """None: class i is label i."""
 
     @property
     def num_labels(self) -> int:
+        """Number of columns of :meth:`logits`."""
         return len(self.weight) if self.members is None else len(self.members)
 
     def logits(self, features: Tensor) -> Tensor:
-        """``(B, D)`` unit rows -> ``(B, num_labels)``."""
+        """Logits ``(B, num_labels)`` of unit feature rows ``(B, D)``."""
         logits = features @ self.weight.T
         if self.bias is not None:
             logits = logits + self.bias
@@ -52,8 +53,8 @@ class Classifier(NamedTuple):
         device = logits.device
         classes = torch.tensor([row for rows in self.members for row in rows], device=device)
         label = torch.tensor([i for i, rows in enumerate(self.members) for _ in rows], device=device)
-        best = logits.new_full((len(logits), len(self.members)), -torch.inf)
-        return best.scatter_reduce_(1, label.expand(len(logits), -1), logits[:, classes], "amax")
+        largest = logits.new_full((len(logits), len(self.members)), -torch.inf)
+        return largest.scatter_reduce_(1, label.expand(len(logits), -1), logits[:, classes], "amax")
 
 
 @torch.no_grad()
@@ -64,21 +65,21 @@ def classifier(
     templates: Sequence[Template],
     ranks: Ranks | None = None,
 ) -> Tensor:
-    """``(C, D)`` unit rows: the mean of each class's unit prompt embeddings, normalised, as in CLIP.
+    """Class embeddings ``(C, D)``: the normalized mean of each class's unit prompt embeddings, as in CLIP.
 
     Args:
-        ranks: share the classes among them, all of which call it; None: this one encodes all.
+        ranks: divide the classes among them; all ranks must call this. None: this process encodes all classes.
     """
     device = next(towers.parameters()).device
-    own = range(len(class_names)) if ranks is None else ranks.local_range(len(class_names))
+    rows = range(len(class_names)) if ranks is None else ranks.local_range(len(class_names))
     weights = torch.zeros(len(class_names), towers.width, device=device, dtype=towers.logit_scale.dtype)
-    for row in own:
+    for row in rows:
         tokens = tokenizer([template(class_names[row]) for template in templates])
         text = pack(tokens, towers.pooled_at).to(device)
         embeddings = unit(towers.encode_text(text.tokens, text.length))[text.index]
         weights[row] = unit(embeddings.mean(0))
     if ranks is not None and ranks.group is not None:
-        dist.all_reduce(weights, group=ranks.group)  # every row is zero on all ranks but one
+        dist.all_reduce(weights, group=ranks.group)  # each row is nonzero on one rank
     return weights
 
 
@@ -90,18 +91,25 @@ def cached_classifier(
     ranks: Ranks,
     folder: Path | None,
 ) -> Tensor:
-    """What :func:`classifier` gives, from ``folder`` if it has been computed before; all ranks call it.
+    """The result of :func:`classifier`, cached as a file in ``folder``; all ranks must call this.
 
-    A file is found again by all that decides its rows (:func:`dive_fast.evaluate.feature_identity.of_classifier`): the
-    text tower, the tokenizer, every prompt, the precision and the kind of device. None: nothing is kept.
+    The file is named by the hash of :func:`dive_fast.evaluate.feature_identity.classifier_identity`: text tower,
+    tokenizer, prompts, precision and kind of device.
+
+    Args:
+        folder: None disables the cache.
 
     Raises:
-        ConfigError: the file is there and cannot be read.
+        ConfigError: the file exists but cannot be read.
         UserError: the folder cannot be written.
     """
     if folder is None:
         return classifier(towers, tokenizer, class_names, templates, ranks)
-    key = digest(of_classifier(towers, tokenizer, class_names, templates, ranks.device)) if ranks.is_main else ""
+    key = (
+        digest(classifier_identity(towers, tokenizer, class_names, templates, ranks.device))
+        if ranks.is_main
+        else ""
+    )
     key = ranks.broadcast(key)
     path = folder / f"{key[:32]}.safetensors"
     if ranks.broadcast(path.is_file()):
@@ -125,18 +133,20 @@ class HeadRows(NamedTuple):
     bias: Tensor
     """``(C,)``"""
     joined_by: Literal["position", "number", "name"]
-    """How they were found: all rows in their order, by ImageNet's numbering, or by class name."""
+    """How classes were matched to rows: in order, by ImageNet's class number, or by class name."""
 
 
-def of_head(head: Head, class_names: Sequence[str], imagenet_rows: Sequence[int] | None = None) -> HeadRows | None:
-    """The head's rows for these classes; None where it lacks one of them.
+def select_head_rows(
+    head: Head, class_names: Sequence[str], imagenet_rows: Sequence[int] | None = None
+) -> HeadRows | None:
+    """The head's rows for these classes; None if the head lacks one of them.
 
     Args:
-        imagenet_rows: for each class, which of ImageNet's 1000 it is. A head of all 1000 is then read by number:
-            its names, open_clip's, have two classes called "missile".
+        imagenet_rows: for each class, its number among ImageNet's 1000. A head with all 1000 is then indexed by
+            number, since two of their names in open_clip are "missile".
 
     Raises:
-        ConfigError: two classes of the head, or of the data set, share a name that is needed to find a row.
+        ConfigError: two classes of the head, or of the data set, share a name that is needed to select a row.
     """
     if imagenet_rows is not None and head.class_names in (tuple(IMAGENET_CLASSNAMES), synsets()):
         chosen = list(imagenet_rows)
@@ -151,17 +161,17 @@ def of_head(head: Head, class_names: Sequence[str], imagenet_rows: Sequence[int]
     if any(name not in rows for name in class_names):
         return None
     for owner, names in (("head", head_names), ("data set", class_names)):
-        if twice := [name for name in repeated(names) if name in class_names]:
+        if duplicates := [name for name in repeated(names) if name in class_names]:
             raise ConfigError(
-                f"the {owner} has two classes called {twice[0]!r}, so rows of the head cannot be found by name; "
-                "train it on names that differ, or leave it out by --head none"
+                f"the {owner} has two classes called {duplicates[0]!r}, so rows of the head cannot be selected by "
+                "name; train it on distinct names, or use prompts instead by --head none"
             )
     chosen = [rows[name] for name in class_names]
     return HeadRows(head.weight[chosen], head.bias[chosen], "name")
 
 
-def lacked(head: Head, class_names: Sequence[str]) -> str:
-    """The first of the classes that a head has no row for."""
+def first_missing_class(head: Head, class_names: Sequence[str]) -> str:
+    """The first of these classes that the head has no row for; there must be one."""
     known = {composed(name) for name in head.class_names}
     return next(name for name in class_names if composed(name) not in known)
 
@@ -169,10 +179,10 @@ def lacked(head: Head, class_names: Sequence[str]) -> str:
 def _read(path: Path, key: str, num_classes: int, width: int) -> Tensor:
     try:
         with safe_open(path, "pt") as file:
-            found = (file.metadata() or {}).get("key")
+            stored_key = (file.metadata() or {}).get("key")
             weight: Tensor = file.get_tensor("weight")
-    except Exception as error:  # safetensors has an error of its own for each way to be broken
+    except Exception as error:  # safetensors raises many types
         raise ConfigError(f"{path}: cannot read the classifier: {error}; remove the file") from error
-    if found != key or weight.shape != (num_classes, width) or not weight.is_floating_point():
-        raise ConfigError(f"{path}: not the classifier that its name says; remove the file")
+    if stored_key != key or weight.shape != (num_classes, width) or not weight.is_floating_point():
+        raise ConfigError(f"{path}: the content does not match the file name; remove the file")
     return weight

@@ -1,4 +1,4 @@
-"""Checks that cost nothing, made before a model is built: weights are there, results can be written."""
+"""Cheap checks before a model is built: the weights exist, and results can be written."""
 
 import os
 from pathlib import Path
@@ -6,36 +6,37 @@ from pathlib import Path
 from dive_fast.errors import ConfigError
 
 MODEL = "model.safetensors"
-"""Exported weights, in the folder of a run."""
+"""Name of the exported weights in a run folder."""
 
 
-def find_weights(given: Path | None, option: str, run: Path) -> Path:
-    """The checkpoint that a command is to use: the one its option names, or else the run's exported weights.
+def find_weights(weights: Path | None, option: str, run: Path) -> Path:
+    """The checkpoint that a command uses: the value of its option, by default the run's exported weights.
 
     Args:
-        option: of the command, for messages: ``--weights``.
+        weights: value of the option; None if it is not set.
+        option: name of the option, for messages, e.g. ``--weights``.
 
     Raises:
-        ConfigError: there is no such file or folder.
+        ConfigError: the file or folder does not exist.
     """
-    if given is not None:
-        if not given.exists():
-            raise ConfigError(f"{option} {given}: no such file or folder")
-        return given
-    found = run / MODEL
-    if not found.is_file():
-        raise ConfigError(f"{found} is missing: train first, or name other weights by {option}")
-    return found
+    if weights is not None:
+        if not weights.exists():
+            raise ConfigError(f"{option} {weights}: no such file or folder")
+        return weights
+    exported = run / MODEL
+    if not exported.is_file():
+        raise ConfigError(f"{exported} is missing: train first, or name other weights by {option}")
+    return exported
 
 
 def check_output(folder: Path) -> None:
-    """Whether results can be written to a folder, which may not exist yet; nothing is made.
+    """Checks that results can be written to a folder, which need not exist yet; creates nothing.
 
     Raises:
-        ConfigError: it, or what it would lie in, is not a folder or cannot be written to.
+        ConfigError: the folder, or its nearest existing parent, is not a folder or not writable.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ConfigError(f"{folder}: results cannot be written there: {there} is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{folder}: results cannot be written there: no permission to write to {there}")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"{folder}: results cannot be written there: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{folder}: results cannot be written there: no permission to write to {existing}")

@@ -1,4 +1,4 @@
-"""Measures a model on many sets and keeps what was found; a measurement that has been made is not made again."""
+"""Evaluation of one model on many sets; results with an unchanged identity are reused, not measured again."""
 
 import logging
 import time
@@ -11,11 +11,11 @@ from dive_fast.config.schema import EvaluationSet
 from dive_fast.data.prompts import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError, UserError
-from dive_fast.evaluate.classifier import HeadRows, lacked, of_head
-from dive_fast.evaluate.datasets.catalog import canonical, find
+from dive_fast.evaluate.classifier import HeadRows, first_missing_class, select_head_rows
+from dive_fast.evaluate.datasets.catalog import canonical_name, find_dataset
 from dive_fast.evaluate.datasets.evaluation_set import Captioned, Labelled
 from dive_fast.evaluate.datasets.resolve import Opened, metric_of, open_sets
-from dive_fast.evaluate.feature_identity import of_model, prompts_digest
+from dive_fast.evaluate.feature_identity import features_identity, prompts_digest
 from dive_fast.evaluate.results import Results, Row
 from dive_fast.evaluate.zero_shot import measure
 from dive_fast.identity import Identity, differences, digest
@@ -25,32 +25,32 @@ from dive_fast.model.towers import Towers
 logger = logging.getLogger(__name__)
 
 SHOWN_VERSIONS = ("dive_fast", "torch", "open_clip_torch")
-"""Packages whose version a row names."""
+"""Packages whose versions a row has; its identity has all."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How it is measured."""
+    """Options of an evaluation that are the same for all sets."""
 
     label: str
-    """What tables call the model."""
+    """Name of the model in tables."""
     precision: str
     batch_size: int
     workers: int
     classifiers: Path | None = None
-    """Folder where the embeddings of prompts are kept."""
-    again: bool = False
-    """Whether to measure what has been measured."""
+    """Folder where the embeddings of prompts are cached."""
+    force: bool = False
+    """Measure sets again even if the results have them."""
 
 
 def open_all(sets: Mapping[str, EvaluationSet], ranks: Ranks, skip_missing: bool = False) -> Opened:
-    """Opens every set before a model is built, so that a wrong path costs seconds.
+    """Opens every set before a model is built, so that a wrong path is reported within seconds.
 
     Args:
-        skip_missing: leave out the sets that cannot be opened, and say so.
+        skip_missing: leave out sets that cannot be opened, with a message, instead of raising.
 
     Raises:
-        ConfigError, DataError: as :func:`open_evaluation`.
+        ConfigError, DataError: as :func:`dive_fast.evaluate.datasets.resolve.open_evaluation`.
     """
     opened: Opened = {}
     for name, config in sets.items():
@@ -61,7 +61,7 @@ def open_all(sets: Mapping[str, EvaluationSet], ranks: Ranks, skip_missing: bool
                 raise
             ranks.print(f"left out: {error}")
     if not opened:
-        raise DataError("none of the sets is there")
+        raise DataError("none of the sets could be opened")
     return opened
 
 
@@ -73,38 +73,38 @@ def measure_all(
     ranks: Ranks,
     results: Results,
     options: Options,
-    about: Row,
+    model_fields: Row,
     head: Head | None = None,
 ) -> list[Row]:
-    """Measures each opened set and adds its row; all ranks call it and get the rows.
+    """Measures each opened set and adds its row to the results; all ranks must call this, and all get the rows.
 
     Args:
-        about: what rows say of the model beside what is found out here.
+        model_fields: fields of a row that describe the model.
 
     Raises:
-        ConfigError, DataError: the user's to mend; rows until then are kept.
+        ConfigError, DataError: invalid config or data; the message says what to change. Earlier rows remain.
     """
-    described = {name: _describe(name, sets[name], data, head) for name, data in opened.items()}
+    set_fields = {name: _describe_set(name, sets[name], data, head) for name, data in opened.items()}
     with ranks.raise_on_all(UserError):
-        common = of_model(towers, tokenizer, ranks.device) if ranks.is_main else {}
-        found = _identities(common, opened, options, head) if ranks.is_main else {}
+        common = features_identity(towers, tokenizer, ranks.device) if ranks.is_main else {}
+        local = _identities(common, opened, options, head) if ranks.is_main else {}
         if ranks.is_main and head is not None and head.trained_with not in ("", common["model"]["weights"]):
             logger.warning(
-                "%s: the head was trained with other weights than these, whose features it may not classify well",
+                "%s: the head was trained with other weights than these; it may not classify their features well",
                 options.label,
             )
-    identities: dict[str, Identity] = ranks.broadcast(found)
+    identities: dict[str, Identity] = ranks.broadcast(local)
     rows: list[Row] = []
     for name, data in opened.items():
         identity = identities[name]
-        about_set = described[name] | {"prompts_digest": identity["classes"].get("prompts", "")}
+        fields = set_fields[name] | {"prompts_digest": identity["classes"].get("prompts", "")}
         key = digest(identity)
-        metric = str(about_set["metric"])
-        before = ranks.broadcast(results.known(key, options.label, name, metric) if ranks.is_main else None)
-        if before is not None and not options.again:
-            before.pop("head_lacks", None)  # it may have been measured with a head, which decided nothing
-            row = before | about | about_set | {"value": before[metric]}
-            ranks.print(f"{name}: {_figure(row)} (measured before)")
+        metric = str(fields["metric"])
+        stored = ranks.broadcast(results.find(key, options.label, name, metric) if ranks.is_main else None)
+        if stored is not None and not options.force:
+            stored.pop("head_lacks", None)  # from a run with a head that did not classify this set
+            row = stored | model_fields | fields | {"value": stored[metric]}
+            ranks.print(f"{name}: {_summary(row)} (measured before)")
         else:
             started = time.monotonic()
             measured = measure(
@@ -118,16 +118,16 @@ def measure_all(
                 cache=options.classifiers,
                 name=name,
             )
-            row = about | {
+            row = model_fields | {
                 "label": options.label,
                 "precision": options.precision,
                 "weights_digest": identity["model"]["weights"],
                 "data_digest": identity["data"]["content"],
                 "ranks": ranks.world_size,
                 "device": identity["device"],
-                "versions": {part: identity["versions"][part] for part in SHOWN_VERSIONS},
+                "versions": {package: identity["versions"][package] for package in SHOWN_VERSIONS},
             }
-            row |= about_set | {"value": measured.scores[metric]} | measured.scores
+            row |= fields | {"value": measured.scores[metric]} | measured.scores
             row |= {
                 "samples": measured.samples,
                 "left_out": measured.left_out,
@@ -135,7 +135,7 @@ def measure_all(
                 "key": key,
                 "identity": identity,
             }
-            ranks.print(f"{name}: {_figure(row)}{_why_again(results.last(options.label, name), identity)}")
+            ranks.print(f"{name}: {_summary(row)}{_changes(results.latest(options.label, name), identity)}")
         rows.append(row)
         with ranks.raise_on_all(UserError):
             if ranks.is_main:
@@ -144,28 +144,28 @@ def measure_all(
 
 
 def _identities(common: Identity, opened: Opened, options: Options, head: Head | None) -> dict[str, Identity]:
-    """What decides the figures of each set.
+    """The identity of each set's metrics.
 
     Args:
-        common: of the model.
+        common: identity of the model's features.
     """
     common = common | {"precision": common["precision"] | {"named": options.precision}}
-    found = {}
+    identities = {}
     for name, data in opened.items():
         rows = None
         if head is not None and isinstance(data, Labelled):
-            rows = of_head(head, data.class_names, data.imagenet_rows)
-        found[name] = common | _set_identity(data, rows)
-    return found
+            rows = select_head_rows(head, data.class_names, data.imagenet_rows)
+        identities[name] = common | _set_identity(data, rows)
+    return identities
 
 
 def _set_identity(data: Labelled | Captioned, head: HeadRows | None) -> Identity:
-    """What decides the figures of a set, beside the model.
+    """The part of the identity that comes from the set: contents, labels, and classes or captions.
 
     Args:
-        head: its rows for the set's classes; None where prompts classify.
+        head: the head's rows for the set's classes; None if prompts classify.
     """
-    about: Identity = {
+    identity: Identity = {
         "data": {
             "content": data.source.digest(),
             "modified": data.source.modified(),
@@ -175,11 +175,11 @@ def _set_identity(data: Labelled | Captioned, head: HeadRows | None) -> Identity
         }
     }
     if isinstance(data, Captioned):
-        return about | {"task": "retrieval", "classes": {}, "captions": digest(data.captions())}
+        return identity | {"task": "retrieval", "classes": {}, "captions": digest(data.captions())}
     regions = None
     if data.regions is not None:
         regions = digest([data.regions.of_sample.tolist(), data.regions.names, data.regions.left_out])
-    about["data"] |= {
+    identity["data"] |= {
         "labels": digest([sample.label for sample in data.source.samples]),
         "border": data.border,
         "regions": regions,
@@ -188,16 +188,19 @@ def _set_identity(data: Labelled | Captioned, head: HeadRows | None) -> Identity
     if head is None:
         classes |= {"classifier": "prompts", "prompts": prompts_digest(data.class_names, data.templates)}
     else:
-        # Prompts decide nothing where a head classifies.
+        # Prompts do not matter where a head classifies.
         classes |= {"classifier": "head", "rows": digest([head.weight.tolist(), head.bias.tolist()])}
-    return about | {"task": "classification", "classes": classes}
+    return identity | {"task": "classification", "classes": classes}
 
 
-def _describe(name: str, config: EvaluationSet, data: Labelled | Captioned, head: Head | None) -> dict[str, Any]:
-    known = find(config.dataset) if config.dataset is not None else None
-    found: dict[str, Any] = {
+def _describe_set(
+    name: str, config: EvaluationSet, data: Labelled | Captioned, head: Head | None
+) -> dict[str, Any]:
+    """The fields of a row that describe the set and its classifier."""
+    known = find_dataset(config.dataset) if config.dataset is not None else None
+    fields: dict[str, Any] = {
         "set": name,
-        "dataset": None if config.dataset is None else canonical(config.dataset),
+        "dataset": None if config.dataset is None else canonical_name(config.dataset),
         "title": known.title if known is not None else name,
         "role": config.role or (known.role if known is not None else None),
         "metric": metric_of(config),
@@ -205,32 +208,32 @@ def _describe(name: str, config: EvaluationSet, data: Labelled | Captioned, head
         "layout": data.layout,
     }
     if isinstance(data, Captioned):
-        return found | {"classifier": "captions", "captions": sum(len(own) for own in data.captions())}
-    found |= {"classes": data.num_labels, "templates": len(data.templates)}
-    rows = None if head is None else of_head(head, data.class_names, data.imagenet_rows)
+        return fields | {"classifier": "captions", "captions": sum(len(texts) for texts in data.captions())}
+    fields |= {"classes": data.num_labels, "templates": len(data.templates)}
+    rows = None if head is None else select_head_rows(head, data.class_names, data.imagenet_rows)
     if head is None:
-        return found | {"classifier": "prompts"}
+        return fields | {"classifier": "prompts"}
     if rows is None:
-        return found | {"classifier": "prompts", "head_lacks": lacked(head, data.class_names)}
-    by = f"{len(rows.weight)} of {len(head.bias)} rows, by {rows.joined_by}"
-    return found | {"classifier": "head", "head_rows": by}
+        return fields | {"classifier": "prompts", "head_lacks": first_missing_class(head, data.class_names)}
+    head_rows = f"{len(rows.weight)} of {len(head.bias)} rows, by {rows.joined_by}"
+    return fields | {"classifier": "head", "head_rows": head_rows}
 
 
-def _why_again(last: Row | None, identity: Identity) -> str:
-    """What has changed since the same set was measured under the same label."""
-    if last is None or not isinstance(last.get("identity"), dict):
+def _changes(latest: Row | None, identity: Identity) -> str:
+    """The keys that have changed since the same set was last measured under the same label."""
+    if latest is None or not isinstance(latest.get("identity"), dict):
         return ""
-    # Most values are hashes, which say nothing.
-    changed = ", ".join(difference.key for difference in differences(last["identity"], identity))
+    # Only keys: most values are hashes.
+    changed = ", ".join(difference.key for difference in differences(latest["identity"], identity))
     return f" (measured again: {changed} changed)" if changed else ""
 
 
-def _figure(row: Row) -> str:
-    figure = f"{row['metric']} {100 * row['value']:.2f} % of {row['samples']} samples"
+def _summary(row: Row) -> str:
+    text = f"{row['metric']} {100 * row['value']:.2f} % of {row['samples']} samples"
     if row.get("left_out"):
-        figure += f", {row['left_out']} left out"
+        text += f", {row['left_out']} left out"
     if row["classifier"] == "head":
-        figure += f", by the head ({row['head_rows']})"
+        text += f", by the head ({row['head_rows']})"
     elif "head_lacks" in row:
-        figure += f", by prompts: the head has no class {row['head_lacks']!r}"
-    return figure
+        text += f", by prompts: the head has no class {row['head_lacks']!r}"
+    return text

@@ -1,4 +1,4 @@
-"""Pictures of evaluations: geometry before and after, difference vectors, their course, methods, ensembles."""
+"""Figures of methods and of weight ensembles, and the style shared with the figures of geometry."""
 
 import io
 import itertools
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dive_fast.io.atomic_files import write_atomic
+from dive_fast.methods import registry
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,28 +18,23 @@ if TYPE_CHECKING:
 GREY, BLUE, ORANGE, GREEN = "#9aa0a6", "#2f6fb0", "#d98c3f", "#1b7f4c"
 OTHERS = ("#7b5ea7", "#b5485d", "#4a9ba8", "#8a7a3d", "#3d3d3d", "#d67fb0", "#6fae5a")
 PRETRAINED = "pretrained"
-METHODS = {
-    PRETRAINED: ("pre-trained", GREY),
-    "flyp": ("FLYP", ORANGE),
-    "dive": ("DiVE", BLUE),
-    "flyp_replay": ("FLYP + replay", OTHERS[0]),
-    "snd": ("SnD", OTHERS[1]),
-    "cosine": ("Cosine", OTHERS[2]),
-    "avl": ("AVL", OTHERS[3]),
-    "pvl": ("PVL", OTHERS[4]),
-    "vanilla_ft": ("vanilla FT", OTHERS[5]),
-    "lp_ft": ("LP-FT", OTHERS[6]),
-}
-"""Name in the config -> name and colour in pictures."""
+
+
+def method_styles() -> dict[str, tuple[str, str]]:
+    """Label and colour of the pre-trained model and of each method, by name."""
+    presets = registry.table().presets
+    return {PRETRAINED: ("pre-trained", GREY)} | {
+        name: (each.title, each.colour) for name, each in presets.items()
+    }
 
 
 def tradeoff(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
-    """Methods by what they learn and what they keep: OOD and zero-shot accuracy, and RSA where given, over ID.
+    """Plots each method's OOD and zero-shot accuracy, and its RSA if all rows have it, over its ID accuracy.
 
     Args:
-        rows: ``method``, ``pretrained``, as in the config or any other name; ``id``, ``ood``, ``zs``, shares in
-            [0, 1]; and ``rsa``. Several of one method, as of several seeds, are drawn faint, with their mean and
-            standard deviation.
+        rows: ``method`` (a name from the config, ``pretrained`` or any other name), ``id``, ``ood`` and ``zs`` in
+            [0, 1], and optionally ``rsa``. Several rows of one method, such as seeds, are faint points with their
+            mean and standard deviation.
     """
     panels = {"ood": "out of distribution, %", "zs": "zero-shot, %"}
     if all("rsa" in row for row in rows):
@@ -47,24 +43,25 @@ def tradeoff(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> 
     runs: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         runs.setdefault(row["method"], []).append(row)
-    spare = itertools.cycle(OTHERS)
-    looks = {name: METHODS.get(name) or (name, next(spare)) for name in runs}
+    colours = itertools.cycle(OTHERS)
+    known_styles = method_styles()
+    styles = {name: known_styles.get(name) or (name, next(colours)) for name in runs}
     for axis, (measure, label) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
         scale = 1 if measure == "rsa" else 100
-        for name, (legend, colour) in looks.items():
-            own = torch.tensor(
+        for name, (legend, colour) in styles.items():
+            points = torch.tensor(
                 [[100 * row["id"], scale * row[measure]] for row in runs[name]], dtype=torch.float64
             )
-            (x, y), several = own.mean(0).tolist(), len(own) > 1
+            x, y = points.mean(0).tolist()
             if name == PRETRAINED:
-                # A line: its ID accuracy would push all others into one corner.
+                # A line, since its ID accuracy would squeeze all other points into one corner.
                 axis.axhline(y, color=colour, linewidth=1.5, linestyle="--", label=f"{legend} (ID {x:.1f} %)")
                 continue
-            if several:
-                axis.plot(*own.T.numpy(), "o", color=colour, markersize=4, alpha=0.4, markeredgewidth=0)
-                x_error, y_error = own.std(0).tolist()
+            if len(points) > 1:
+                axis.plot(*points.T.numpy(), "o", color=colour, markersize=4, alpha=0.4, markeredgewidth=0)
+                x_error, y_error = points.std(0).tolist()
                 axis.errorbar(x, y, y_error, x_error, color=colour, linewidth=1.2)
             axis.plot(x, y, "o", color=colour, markersize=9, markeredgecolor="white", label=legend)
         axis.set_xlabel("in distribution (ID), %")
@@ -79,22 +76,22 @@ def tradeoff(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> 
 
 
 def ensemble(report: Mapping[str, Any], path: Path) -> None:
-    """Each set's accuracy over that of the set alpha was chosen on, from one end to the other.
+    """Plots each set's accuracy over that of the set alpha was chosen on, for alpha from 0 to 1.
 
     Args:
-        report: as :func:`dive_fast.evaluate.weight_ensemble.ensemble` gives it.
+        report: the report of :func:`dive_fast.evaluate.weight_ensemble.ensemble`.
     """
     rows, chosen_on = report["accuracies"], report["chosen_on"]
     others = [name for name in rows[0] if name not in ("alpha", chosen_on)] or [chosen_on]
     figure = new_figure(4.2 * len(others), 3.6)
     for axis, name in zip(figure.subplots(1, len(others), squeeze=False)[0], others, strict=True):
-        across, up = ([100 * row[key] for row in rows] for key in (chosen_on, name))
-        axis.plot(across, up, "o-", color=BLUE, markersize=4)
-        for place, word, colour in ((0, "pre-trained", GREY), (-1, "fine-tuned", ORANGE)):
-            axis.plot(across[place], up[place], "o", color=colour, markersize=9, label=word)
+        x, y = ([100 * row[key] for row in rows] for key in (chosen_on, name))
+        axis.plot(x, y, "o-", color=BLUE, markersize=4)
+        for index, label, colour in ((0, "pre-trained", GREY), (-1, "fine-tuned", ORANGE)):
+            axis.plot(x[index], y[index], "o", color=colour, markersize=9, label=label)
         best = next(i for i, row in enumerate(rows) if row["alpha"] == report["alpha"])
         label = f"alpha = {report['alpha']:g}"
-        axis.plot(across[best], up[best], "*", color=GREEN, markersize=14, label=label)
+        axis.plot(x[best], y[best], "*", color=GREEN, markersize=14, label=label)
         axis.set_xlabel(f"{chosen_on}, %")
         axis.set_ylabel(f"{name}, %")
         style_axes(axis)
@@ -103,17 +100,20 @@ def ensemble(report: Mapping[str, Any], path: Path) -> None:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure  # a second to import, and not on every path
+    """An empty figure of this size in inches."""
+    from matplotlib.figure import Figure  # takes a second to import
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def style_axes(axis: "Axes") -> None:
+    """Applies the common style to a panel."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=9)
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
+    """Writes a figure as PNG, atomically."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=130)
     write_atomic(path, content.getvalue())

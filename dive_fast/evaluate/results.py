@@ -1,4 +1,4 @@
-"""What was measured: a row for each model and set in ``results.jsonl``, from which the tables are made."""
+"""Results of evaluations: one row per model and set in ``results.jsonl``, and the tables made from them."""
 
 import csv
 import io
@@ -19,49 +19,50 @@ logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 FILE = "results.jsonl"
 LOCK = ".results.lock"
-"""Not the folder's own lock, which a run that is being trained there holds."""
-FIRST = ("label", "set", "title", "role", "metric", "value")
+"""Separate from the folder's run lock, which a training run in the same folder holds."""
+REQUIRED = ("label", "set", "title", "role", "metric", "value")
+"""Fields of every row; the first columns of the table."""
 
 
 class Results:
-    """The rows of a folder; whatever is added is on the disk when the call returns.
+    """The rows of a results folder; each added row is on disk when the call returns.
 
-    Several processes may add to one folder: each takes its lock, reads what is there, and writes all of it.
+    Several processes may add rows to one folder: each takes the lock, reads the rows, and rewrites the files.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Reads the rows that are there.
+        """Reads the existing rows.
 
         Raises:
-            DataError: the file cannot be read, or a line of it is no row.
+            DataError: the file cannot be read, or a line of it is not a row.
         """
         self.folder = folder
         self.rows = _read(folder / FILE)
 
-    def known(self, key: str, label: str, name: str, metric: str) -> Row | None:
-        """The row of the same measurement, if it has been made, under this label and name.
+    def find(self, key: str, label: str, name: str, metric: str) -> Row | None:
+        """The newest row with this key, renamed to this label and set; None if there is none.
 
-        A row without the metric or the number of samples, as another version or a person may leave it, is none.
+        Rows without the metric or the number of samples, from another version or edited by hand, are ignored.
         """
-        same = (row for row in reversed(self.rows) if row.get("key") == key and metric in row and "samples" in row)
-        return next((row | {"label": label, "set": name} for row in same), None)
+        rows = (row for row in reversed(self.rows) if row.get("key") == key and metric in row and "samples" in row)
+        return next((row | {"label": label, "set": name} for row in rows), None)
 
-    def last(self, label: str, name: str) -> Row | None:
+    def latest(self, label: str, name: str) -> Row | None:
         """The newest row of a label and set."""
-        same = (row for row in reversed(self.rows) if (row["label"], row["set"]) == (label, name))
-        return next(same, None)
+        rows = (row for row in reversed(self.rows) if (row["label"], row["set"]) == (label, name))
+        return next(rows, None)
 
     def add(self, row: Row) -> None:
-        """Adds a row, in the place of the one of the same label, set and measurement, and writes all files.
+        """Adds a row, replacing one with the same label, set and key, and writes all files.
 
         Raises:
-            DataError: what another process or person has written there since cannot be read.
+            DataError: the file has changed on disk and cannot be read any more.
             UserError: the folder cannot be written.
         """
-        same = ("label", "set", "key")
+        identifying = ("label", "set", "key")
         with file_lock(self.folder / LOCK, f"results folder {self.folder}", wait=True):
             rows = _read(self.folder / FILE)
-            self.rows = [other for other in rows if any(other.get(name) != row.get(name) for name in same)]
+            self.rows = [other for other in rows if any(other.get(name) != row.get(name) for name in identifying)]
             self.rows.append(row)
             lines = "".join(json.dumps(row) + "\n" for row in self.rows)
             try:
@@ -84,32 +85,32 @@ def _read(path: Path) -> list[Row]:
     for number, line in enumerate(lines, start=1):
         try:
             row = parse_json(line)
-            if not isinstance(row, dict) or not set(FIRST) <= set(row):
-                raise ValueError(f"a row needs {', '.join(FIRST)}")
+            if not isinstance(row, dict) or not set(REQUIRED) <= set(row):
+                raise ValueError(f"a row needs {', '.join(REQUIRED)}")
             _check_row(row)
         except ValueError as error:
             if number == len(lines) and not text.endswith("\n"):
-                logger.warning("%s: its last line breaks off, and is left out: %s", path, line[:60])
+                logger.warning("%s: its last line is incomplete and is ignored: %s", path, line[:60])
                 break
-            raise DataError(f"{path}: line {number} is no result: {error}; remove it") from error
+            raise DataError(f"{path}: line {number} is not a result: {error}; remove it") from error
         rows.append(row)
     return rows
 
 
 def _check_row(row: Row) -> None:
-    """Validates what tables are made from.
+    """Validates the fields that tables are made from.
 
     Raises:
-        ValueError: names what is wrong.
+        ValueError: a field is missing or invalid; the message names it.
     """
     if not all(isinstance(row[name], str) for name in ("label", "set", "title", "metric")):
         raise ValueError("its label, set, title or metric is not text")
-    recalls = {f"{way}_r{k}" for way, k in WAYS}
+    recalls = {f"{direction}_r{k}" for direction, k in RECALLS}
     if recalls & row.keys() and not recalls <= row.keys():
-        raise ValueError(f"a row of retrieval needs {', '.join(sorted(recalls))}")
+        raise ValueError(f"a retrieval row needs {', '.join(sorted(recalls))}")
     for name in ("value", row["metric"], "top1", *METRICS, *recalls):
         if name in row and (type(row[name]) not in (int, float) or not 0 <= row[name] <= 1):
-            raise ValueError(f"{name} is {row[name]!r}, not a share from 0 to 1")
+            raise ValueError(f"{name} is {row[name]!r}, not between 0 and 1")
     if row.get(row["metric"], row["value"]) != row["value"]:
         raise ValueError(f"its value is {row['value']}, but its {row['metric']} is {row[row['metric']]}")
     for name in ("samples", "left_out"):
@@ -117,14 +118,14 @@ def _check_row(row: Row) -> None:
             raise ValueError(f"{name} is {row[name]!r}, not a count")
 
 
-WAYS = [(way, k) for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+RECALLS = [(direction, k) for direction in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
 """Directions and cut-offs of retrieval."""
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """A line for each row; figures as shares."""
+    """The rows as CSV; metrics are in [0, 1]."""
     names = [
-        name for name in dict.fromkeys([*FIRST, *(name for row in rows for name in row)]) if name != "identity"
+        name for name in dict.fromkeys([*REQUIRED, *(name for row in rows for name in row)]) if name != "identity"
     ]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n", extrasaction="ignore")
@@ -134,10 +135,10 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """The paper's tables 2, 3 and 4, retrieval, and the sets that none of them has; in percent.
+    """Tables 2, 3 and 4 of the paper, retrieval, and all other sets, in percent, as Markdown.
 
-    A line is one model at one precision. Where the same label stands for several, each says which. An average
-    over a part of its sets says so.
+    A line is one model at one precision; if several share a label, digest and precision are appended to it. An
+    average over only part of its sets is marked, e.g. ``(2 of 5)``.
     """
     lines = _lines(rows)
     imagenet = [("imagenet1k", "ImageNet (ID)"), *((name, KNOWN[name].title) for name in IMAGENET_OOD)]
@@ -159,14 +160,14 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 
 Lines = dict[str, dict[str, Row]]
-"""For each model, its newest row for each column: a known data set by its metric, or a set of the user's."""
+"""For each model, its newest row for each column: a known data set by its metric, or one of the user's sets."""
 METRICS = {
     "top5": "top-5",
     "mean_class_recall": "mean class recall",
     "macro_f1": "macro F1",
     "worst_region": "worst region",
 }
-"""In the head of a column; top-1 is left unsaid."""
+"""Metrics that the header of a column names, and how; top-1 is not named."""
 
 
 def _lines(rows: Sequence[Row]) -> Lines:
@@ -182,25 +183,26 @@ def _lines(rows: Sequence[Row]) -> Lines:
         line = lines.setdefault(f"{row['label']} ({digest[:8]}, {precision})" if several else row["label"], {})
         column = _known_column(row)
         if column is None:
-            line[_own_column(row)] = row
+            line[_separate_column(row)] = row
             continue
         other = line.get(column)
         if other is None or other["set"] == row["set"]:
             line[column] = row
         elif row["set"] == column:
-            line[_own_column(other)], line[column] = other, row
-        else:  # the same data set from two folders: neither may hide the other
-            line[_own_column(row)] = row
+            line[_separate_column(other)], line[column] = other, row
+        else:  # the same data set from two folders: both are shown
+            line[_separate_column(row)] = row
     return lines
 
 
 def _known_column(row: Row) -> str | None:
-    """The data set to whose column in the tables a row belongs; None: it has another metric, or is the user's."""
+    """The known data set whose column shows this row; None for the user's sets and other metrics."""
     known = KNOWN.get(str(row.get("dataset")))
     return str(row["dataset"]) if known is not None and known.metric == row["metric"] else None
 
 
-def _own_column(row: Row) -> str:
+def _separate_column(row: Row) -> str:
+    """Key of a column that only rows of this set, metric and data set share."""
     return f"{row['set']}\0{row['metric']}\0{row.get('dataset')}"
 
 
@@ -219,46 +221,46 @@ def _table(
         return ""
     cells = [["Method", *(column for _, column in columns), *averages]]
     for line, rows in shown.items():
-        own = [_cell(rows[name], "value") if name in rows else "" for name in sets]
-        means = [_mean([rows[name]["value"] for name in wanted if name in rows], len(wanted))
-                 for wanted in averages.values()]  # fmt: skip
-        cells.append([line, *own, *means])
+        values = [_cell(rows[name], "value") if name in rows else "" for name in sets]
+        means = [_mean([rows[name]["value"] for name in members if name in rows], len(members))
+                 for members in averages.values()]  # fmt: skip
+        cells.append([line, *values, *means])
     return _markdown(title, cells)
 
 
 def _retrieval(lines: Lines) -> str:
-    head = [f"{'image to text' if way[0] == 'i' else 'text to image'} R@{k}" for way, k in WAYS]
-    cells = [["Method", "Set", *head]]
+    columns = [f"{direction.replace('_', ' ')} R@{k}" for direction, k in RECALLS]
+    cells = [["Method", "Set", *columns]]
     for line, rows in lines.items():
         for column, row in rows.items():
             if "image_to_text_r1" in row:
-                figures = [_percent(row[f"{way}_r{k}"]) for way, k in WAYS]
-                cells.append([line, _title(column, row) + _left_out(row), *figures])
+                recalls = [_percent(row[f"{direction}_r{k}"]) for direction, k in RECALLS]
+                cells.append([line, _title(column, row) + _left_out(row), *recalls])
     return _markdown("Retrieval", cells) if len(cells) > 1 else ""
 
 
 def _others(lines: Lines, tabled: set[str]) -> str:
-    """The user's own sets, with their averages by role."""
-    own = {
+    """Table of the sets that no other table has, with averages by role."""
+    titles = {
         name: _title(name, row)
         for rows in lines.values()
         for name, row in rows.items()
         if name not in tabled and "image_to_text_r1" not in row
     }
-    if not own:
+    if not titles:
         return ""
     roles = {"id": "ID avg.", "ood": "OOD avg.", "zero_shot": "ZS avg."}
     members = {
-        column: [name for name in own if any(rows.get(name, {}).get("role") == role for rows in lines.values())]
+        column: [name for name in titles if any(rows.get(name, {}).get("role") == role for rows in lines.values())]
         for role, column in roles.items()
     }
     averages: dict[str, Sequence[str]] = {column: names for column, names in members.items() if names}
-    return _table("Other sets", lines, list(own.items()), averages)
+    return _table("Other sets", lines, list(titles.items()), averages)
 
 
 def _markdown(title: str, cells: list[list[str]]) -> str:
-    head, *body = [[" ".join(cell.split()).replace("|", r"\|") for cell in row] for row in cells]
-    rows = [head, ["---", *("---:" for _ in head[1:])], *body]
+    header, *body = [[" ".join(cell.split()).replace("|", r"\|") for cell in row] for row in cells]
+    rows = [header, ["---", *("---:" for _ in header[1:])], *body]
     return f"## {title}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -267,7 +269,7 @@ def _cell(row: Row, name: str) -> str:
 
 
 def _left_out(row: Row) -> str:
-    """How many samples the row's figures are without."""
+    """A note with the number of samples left out, if any."""
     return f" ({row['left_out']} left out)" if row.get("left_out") else ""
 
 
@@ -275,8 +277,8 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def _mean(shares: Sequence[float], wanted: int) -> str:
+def _mean(shares: Sequence[float], expected: int) -> str:
     if not shares:
         return ""
-    part = "" if len(shares) == wanted else f" ({len(shares)} of {wanted})"
-    return _percent(sum(shares) / len(shares)) + part
+    note = "" if len(shares) == expected else f" ({len(shares)} of {expected})"
+    return _percent(sum(shares) / len(shares)) + note

@@ -1,4 +1,4 @@
-"""Image-text retrieval: whether an image finds its captions among all, and a caption its image."""
+"""Image-text retrieval: recall of captions by images, and of images by captions."""
 
 import torch
 import torch.distributed as dist
@@ -25,46 +25,46 @@ def recalls(
     options: Options,
     name: str = "",
 ) -> tuple[dict[str, float], int, int]:
-    """``image_to_text_r1``, ``_r5``, ``_r10``: the share of images with one of their captions among the first K;
-    ``text_to_image_...``: the share of captions with their image among them. All ranks call it.
+    """Recall at 1, 5 and 10 in both directions; all ranks must call this.
 
-    Each distinct caption is encoded once, so that equal captions of two images tie exactly. Of answers that tie,
-    the earlier ones of the set come first, as where CLIP-benchmark takes the K largest.
+    ``image_to_text_r1``, ``_r5`` and ``_r10`` are the shares of images with one of their captions among the first
+    K, ``text_to_image_...`` the shares of captions with their image among the first K. Each distinct caption is
+    encoded once, so equal captions of two images tie exactly. Ties are ranked in the order of the set, like
+    CLIP-benchmark's K largest.
 
     Returns:
-        The shares; how many images they are of; and how many samples were left out, because their images could not
-        be read.
+        The recalls, the number of images measured, and the number of samples left out for their broken images.
 
     Raises:
-        DataError: an image is broken, and the set is to be measured whole.
+        DataError: an image is broken and the set does not accept that, or the features are not finite.
     """
     captions = data.captions()
-    distinct = {text: row for row, text in enumerate(dict.fromkeys(text for own in captions for text in own))}
-    texts = list(distinct)
+    texts = list(dict.fromkeys(text for image_captions in captions for text in image_captions))
+    row_of = {text: row for row, text in enumerate(texts)}
     if ranks.is_main:
         warn_about_truncated_captions(texts, tokenizer, name or "captions")
     samples = StrictSamples(data.source, towers.preprocess, 0, data.reports_skipped, data.remedy)
     images = torch.zeros(len(captions), towers.width, device=ranks.device)
     sentences = torch.zeros(len(texts), towers.width, device=ranks.device)
     broken = torch.zeros(len(captions), dtype=torch.int64, device=ranks.device)
-    own_images, own_texts = ranks.local_range(len(images)), ranks.local_range(len(texts))
-    at = own_images.start
-    total = len(own_images) + len(own_texts)
+    local_images, local_texts = ranks.local_range(len(images)), ranks.local_range(len(texts))
+    row = local_images.start
+    total = len(local_images) + len(local_texts)
     with ranks.raise_on_all(DataError), progress(ranks, total, name, "embedding") as bar:
-        for batch in batches_of(samples, [(0, sample) for sample in own_images], batch_size, options):
+        for batch in batches_of(samples, [(0, sample) for sample in local_images], batch_size, options):
             features = unit(towers.encode_image(batch.images.to(ranks.device)))
-            images[at : at + len(features)] = features
-            broken[at : at + len(features)] = (batch.labels == BROKEN).long()
-            at += len(features)
+            images[row : row + len(features)] = features
+            broken[row : row + len(features)] = (batch.labels == BROKEN).long()
+            row += len(features)
             bar.update(len(features))
-        for first in range(own_texts.start, own_texts.stop, batch_size):
-            part = slice(first, min(first + batch_size, own_texts.stop))
+        for first in range(local_texts.start, local_texts.stop, batch_size):
+            part = slice(first, min(first + batch_size, local_texts.stop))
             text = pack(tokenizer(texts[part]), towers.pooled_at).to(ranks.device)
             sentences[part] = unit(towers.encode_text(text.tokens, text.length))[text.index]
             bar.update(part.stop - part.start)
         if not bool(images.isfinite().all() and sentences.isfinite().all()):
             raise DataError(
-                f"{name or 'the set'}: the features are not finite: the weights are broken, or overflow"
+                f"{name or 'the set'}: the features are not finite: weights are broken, or activations overflow"
             )
     if ranks.group is not None:
         for rows in (images, sentences, broken):
@@ -73,24 +73,30 @@ def recalls(
     if not kept:
         raise DataError(f"{name or 'the set'}: none of its {len(captions)} images can be read")
     images, captions = images[kept], [captions[image] for image in kept]
-    image_of = torch.tensor([image for image, own in enumerate(captions) for _ in own], device=ranks.device)
-    text_of = torch.tensor([distinct[text] for own in captions for text in own], device=ranks.device)
+    image_of = torch.tensor(
+        [image for image, image_captions in enumerate(captions) for _ in image_captions], device=ranks.device
+    )
+    text_of = torch.tensor(
+        [row_of[text] for image_captions in captions for text in image_captions], device=ranks.device
+    )
     image_rows = torch.arange(len(images), device=ranks.device)
-    found = {
-        "image_to_text": _places(images, sentences, text_of, image_rows, image_of, batch_size, ranks),
-        "text_to_image": _places(sentences[text_of], images, image_rows, image_of, image_rows, batch_size, ranks),
+    positions = {
+        "image_to_text": _positions(images, sentences, text_of, image_rows, image_of, batch_size, ranks),
+        "text_to_image": _positions(
+            sentences[text_of], images, image_rows, image_of, image_rows, batch_size, ranks
+        ),
     }
     counts = data.num_samples or (1,) * len(broken)
     left_out = sum(count for count, is_broken in zip(counts, broken.tolist(), strict=True) if is_broken)
     shares = {
-        f"{way}_r{cut_off}": share
-        for way, places in found.items()
-        for cut_off, share in zip(CUT_OFFS, recall_at(places, CUT_OFFS), strict=True)
+        f"{direction}_r{cut_off}": share
+        for direction, rows in positions.items()
+        for cut_off, share in zip(CUT_OFFS, recall_at(rows, CUT_OFFS), strict=True)
     }
     return shares, len(kept), left_out
 
 
-def _places(
+def _positions(
     queries: Tensor,
     rows: Tensor,
     row_of: Tensor,
@@ -99,20 +105,21 @@ def _places(
     block: int,
     ranks: Ranks,
 ) -> Tensor:
-    """For each query, how many wrong answers come before its best right one; of answers that tie, the earlier do.
+    """Number of wrong answers ``(Q,)`` ranked before each query's best right answer; ties in the order of the set.
 
     Args:
         queries: ``(Q, D)``
-        rows: ``(R, D)``: the distinct answers.
-        row_of: ``(A,)``: which of these each answer is.
-        query_image, answer_image: ``(Q,)`` and ``(A,)``: the image that each belongs to.
+        rows: ``(R, D)``, embeddings of the distinct answers.
+        row_of: ``(A,)``, the row of each answer.
+        query_image, answer_image: ``(Q,)`` and ``(A,)``, the image that each belongs to.
+        block: queries whose similarities are in memory at once.
     """
-    places = torch.zeros(len(queries), dtype=torch.int64, device=ranks.device)
+    positions = torch.zeros(len(queries), dtype=torch.int64, device=ranks.device)
     order = torch.arange(len(row_of), device=ranks.device)
-    own = ranks.local_range(len(queries))
-    for first in range(own.start, own.stop, block):
-        part = slice(first, min(first + block, own.stop))
-        # By column, so that equal answers have equal similarities whatever the matrix product's blocks.
+    local = ranks.local_range(len(queries))
+    for first in range(local.start, local.stop, block):
+        part = slice(first, min(first + block, local.stop))
+        # Columns are copied, so equal answers have equal similarities whatever blocks the product uses.
         similarity = (queries[part] @ rows.T)[:, row_of]
         right = query_image[part, None] == answer_image[None]
         best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
@@ -120,7 +127,7 @@ def _places(
             order.expand_as(right).masked_fill(~right | (similarity < best), len(order)).amin(1, keepdim=True)
         )
         ahead = (similarity > best) | ((similarity == best) & (order < first_best))
-        places[part] = (ahead & ~right).sum(1)
+        positions[part] = (ahead & ~right).sum(1)
     if ranks.group is not None:
-        dist.all_reduce(places, group=ranks.group)
-    return places.cpu()
+        dist.all_reduce(positions, group=ranks.group)
+    return positions.cpu()

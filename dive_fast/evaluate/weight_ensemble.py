@@ -1,4 +1,4 @@
-"""Weight ensembles: models on the line between the pre-trained weights and the fine-tuned ones."""
+"""Weight ensembles: interpolations between the pre-trained and the fine-tuned weights."""
 
 import json
 from collections.abc import Sequence
@@ -32,29 +32,28 @@ State = dict[str, Tensor]
 
 
 class Ensemble(NamedTuple):
-    """The best mixture, and what all were worth."""
+    """The best ensemble, and a report on all of them."""
 
     report: dict[str, Any]
-    """``alpha``, the best one on ``chosen_on``, the smaller where two are equal; ``accuracies``, a row for each
-    alpha, 0 and 1 included: shares in [0, 1] by set, of its ``metrics``; ``left_out``: samples that could not be
-    read, by set."""
+    """``alpha``: the best one on ``chosen_on``, the smallest of equally good ones; ``accuracies``: a row for each
+    alpha, 0 and 1 included, with each set's metric (``metrics``) in [0, 1]; ``left_out``: unreadable samples."""
     weights: State
-    """Under open_clip's names."""
+    """Weights under open_clip's names."""
     head: Head | None
-    """Where the run has trained one."""
+    """The interpolated head, if the run has trained one."""
     model: towers.Towers
-    """Says how images are preprocessed."""
+    """The model; its preprocessing is written next to the weights."""
 
 
 def interpolate(pretrained: State, tuned: State, alpha: float) -> State:
-    """``(1 - alpha) * pretrained + alpha * tuned``, bit for bit the one at 0 and the other at 1.
+    """``(1 - alpha) * pretrained + alpha * tuned``; bit-identical to the inputs at alpha 0 and 1.
 
     Args:
-        pretrained, tuned: weights under the same names; what is no floating-point number is taken from ``tuned``.
+        pretrained, tuned: weights under the same names; tensors of integers are taken from ``tuned``.
     """
     return {
-        name: torch.lerp(pretrained[name].float(), after.float(), alpha) if after.is_floating_point() else after
-        for name, after in tuned.items()
+        name: torch.lerp(pretrained[name].float(), value.float(), alpha) if value.is_floating_point() else value
+        for name, value in tuned.items()
     }
 
 
@@ -66,28 +65,28 @@ def ensemble(
     chosen_on: str | None = None,
     alphas: Sequence[float] = ALPHAS,
 ) -> Ensemble:
-    """Measures ensembles and both their ends on the config's evaluation sets; all ranks call it.
+    """Measures ensembles and both endpoints on the config's evaluation sets; all ranks must call this.
 
-    A head that was trained with the weights is mixed with the one that class prompts make.
+    A head that was trained with the weights is interpolated with the head made from class prompts.
 
     Args:
-        weights: a checkpoint as :func:`dive_fast.checkpoint.load_weights.load_into` takes it.
-        chosen_on: the evaluation set of ID validation; default: the first.
+        weights: a checkpoint that :func:`dive_fast.checkpoint.load_weights.load_into` accepts.
+        chosen_on: evaluation set on which alpha is chosen (ID validation); default: the first.
 
     Raises:
-        ConfigError: there is no evaluation set, none of that name, or the weights are not those of the model.
+        ConfigError: there is no evaluation set, none of that name, or the weights do not fit the model.
         DataError: a set cannot be opened or measured.
     """
     names = list(config.evaluate.sets)
     if not names:
-        raise ConfigError("evaluate.sets: alpha is chosen on one of them; name the ID validation set")
+        raise ConfigError("evaluate.sets: there is no set to choose alpha on; name the ID validation set")
     chosen_on = chosen_on or names[0]
     if chosen_on not in names:
         raise ConfigError(
             f"evaluate.sets has no {chosen_on}{nearest(chosen_on, names)}; it has {', '.join(names)}"
         )
     with ranks.raise_on_all(UserError):
-        # What a typo may be in comes before what takes minutes.
+        # Steps that fail on a typo come before those that take minutes.
         opened = open_sets(config.evaluate.sets, ranks)
         trained = head_of(weights)
         templates = () if trained is None else read_templates(config.data.target.templates)
@@ -98,8 +97,8 @@ def ensemble(
     model = model.to(ranks.device).eval()
     start = None
     if trained is not None:
-        # In fp32, as at the start of training. 80,000 prompts take a CPU many minutes: the device, and all ranks.
-        start = _of_prompts(model.load_exported(pretrained), tokenizer, trained.class_names, templates, ranks)
+        # In fp32, as at the start of training; on the device and on all ranks, since there may be 80,000 prompts.
+        start = _head_of_prompts(model.load_exported(pretrained), tokenizer, trained.class_names, templates, ranks)
     model.autocast = AUTOCAST[config.train.precision]
     points = sorted({0.0, *alphas, 1.0})
     rows: list[dict[str, float]] = []
@@ -107,7 +106,7 @@ def ensemble(
     with ranks.progress(len(points), "ensembles", "model") as bar:
         for alpha in points:
             model.load_exported(interpolate(pretrained, tuned, alpha))
-            head = _mixed(start, trained, alpha)
+            head = _interpolate_heads(start, trained, alpha)
             measured = measure_sets(model, tokenizer, config.evaluate, opened, ranks, head)
             rows.append({"alpha": alpha} | values(measured, config.evaluate.sets))
             bar.update()
@@ -118,54 +117,55 @@ def ensemble(
         "alpha": best,
         "chosen_on": chosen_on,
         "metrics": {name: metric_of(evaluation) for name, evaluation in config.evaluate.sets.items()},
-        "left_out": {name: found.left_out for name, found in measured.items() if found.left_out},
+        "left_out": {name: result.left_out for name, result in measured.items() if result.left_out},
         "accuracies": rows,
     }
-    return Ensemble(report, interpolate(pretrained, tuned, best), _mixed(start, trained, best), model)
+    head = _interpolate_heads(start, trained, best)
+    return Ensemble(report, interpolate(pretrained, tuned, best), head, model)
 
 
-def _of_prompts(
+def _head_of_prompts(
     model: towers.Towers,
     tokenizer: Tokenizer,
     names: Sequence[str],
     templates: Sequence[Template],
     ranks: Ranks,
 ) -> Head:
-    """The head that the target's prompts make, on the CPU: what :mod:`dive_fast.train.linear_probe` starts from."""
-    unit = classifier(model, tokenizer, names, templates, ranks)
-    return Head((unit * model.scale().detach()).cpu(), torch.zeros(len(names)), tuple(names))
+    """The head made from the target's prompts, on the CPU: the start of :mod:`dive_fast.train.linear_probe`."""
+    rows = classifier(model, tokenizer, names, templates, ranks)
+    return Head((rows * model.scale().detach()).cpu(), torch.zeros(len(names)), tuple(names))
 
 
-def _mixed(start: Head | None, trained: Head | None, alpha: float) -> Head | None:
+def _interpolate_heads(start: Head | None, trained: Head | None, alpha: float) -> Head | None:
     if start is None or trained is None:
         return None
     first, last = ({"weight": head.weight, "bias": head.bias} for head in (start, trained))
-    mixed = interpolate(first, last, alpha)
-    return Head(mixed["weight"], mixed["bias"], trained.class_names)
+    state = interpolate(first, last, alpha)
+    return Head(state["weight"], state["bias"], trained.class_names)
 
 
-def write(found: Ensemble, folder: Path) -> None:
-    """Leaves :data:`WEIGHTS`, for open_clip to load, any mixed head, ``ensemble.json`` and its picture."""
+def write(result: Ensemble, folder: Path) -> None:
+    """Writes :data:`WEIGHTS` for open_clip, the head if there is one, ``ensemble.json`` and its figure."""
     with file_lock(folder / LOCK, f"results folder {folder}", wait=True):
-        towers.save(found.weights, folder / WEIGHTS)
+        towers.save(result.weights, folder / WEIGHTS)
         if not (folder / DESCRIPTION).exists():
-            towers.save_description(found.model, folder)
+            towers.save_description(result.model, folder)
         path = heads.head_path(folder / WEIGHTS)
-        if found.head is None:
-            path.unlink(missing_ok=True)  # another ensemble's: it would classify in the place of prompts
+        if result.head is None:
+            path.unlink(missing_ok=True)  # an earlier ensemble's head would be used instead of prompts
         else:
-            heads.save(found.head, path)
-        write_atomic(folder / "ensemble.json", (json.dumps(found.report, indent=2) + "\n").encode())
-        plots.ensemble(found.report, folder / "ensemble.png")
+            heads.save(result.head, path)
+        write_atomic(folder / "ensemble.json", (json.dumps(result.report, indent=2) + "\n").encode())
+        plots.ensemble(result.report, folder / "ensemble.png")
 
 
 def table(report: dict[str, Any]) -> str:
-    """Figures in percent, a line for each alpha; a set's metric stands by its name where it is not top-1."""
+    """The report as lines of text: percentages for each alpha, with the best one marked."""
     names = [name for name in report["accuracies"][0] if name != "alpha"]
     metrics = report.get("metrics", {})
-    shown = {name: name if metrics.get(name, "top1") == "top1" else f"{name} ({metrics[name]})" for name in names}
-    lines = ["alpha  " + "  ".join(shown.values())]
+    titles = {name: name if metrics.get(name, "top1") == "top1" else f"{name} ({metrics[name]})" for name in names}
+    lines = ["alpha  " + "  ".join(titles.values())]
     for row in report["accuracies"]:
-        cells = "  ".join(f"{100 * row[name]:{len(shown[name])}.1f}" for name in names)
+        cells = "  ".join(f"{100 * row[name]:{len(titles[name])}.1f}" for name in names)
         lines.append(f"{row['alpha']:5.2f}  {cells}" + ("  <" if row["alpha"] == report["alpha"] else ""))
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Classification of image sets by class prompts or a trained head, and what it is worth in figures."""
+"""Measurement of evaluation sets: classification by class prompts or a trained head, and retrieval."""
 
 import logging
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from dive_fast.data.samples import EvaluationSamples
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError
 from dive_fast.evaluate import retrieval
-from dive_fast.evaluate.classifier import Classifier, cached_classifier, lacked, of_head
+from dive_fast.evaluate.classifier import Classifier, cached_classifier, first_missing_class, select_head_rows
 from dive_fast.evaluate.datasets.evaluation_set import BROKEN, Captioned, Labelled, StrictSamples, progress
 from dive_fast.evaluate.datasets.resolve import Opened, metric_of, open_evaluation
 from dive_fast.evaluate.scores import Predictions, scores
@@ -27,15 +27,15 @@ logger = logging.getLogger(__name__)
 
 
 class Measured(NamedTuple):
-    """What was found on one set."""
+    """Metrics of one set."""
 
     scores: dict[str, float]
-    """Shares in [0, 1], by the names of :func:`dive_fast.evaluate.scores.scores` or of retrieval."""
+    """Values in [0, 1], named as in :func:`dive_fast.evaluate.scores.scores` or as recalls of retrieval."""
     classifier: Literal["prompts", "head", "captions"]
     samples: int
-    """How many the figures are of."""
+    """Number of samples measured."""
     left_out: int = 0
-    """How many more the set has, which could not be read."""
+    """Number of samples of the set that could not be read."""
 
 
 def classifier_for(
@@ -46,18 +46,18 @@ def classifier_for(
     head: heads.Head | None = None,
     cache: Path | None = None,
 ) -> Classifier:
-    """The head where it has all of the set's classes, else the prompts; all ranks call it.
+    """The head if it has all classes of the set, otherwise class prompts; all ranks must call this.
 
     Raises:
-        ConfigError: the head is of another width, or ambiguous.
+        ConfigError: the head has another width than the model, or two classes of one name.
     """
-    rows = None if head is None else of_head(head, data.class_names, data.imagenet_rows)
+    rows = None if head is None else select_head_rows(head, data.class_names, data.imagenet_rows)
     if rows is None:
         if head is not None and ranks.is_main and set(head.class_names) & set(data.class_names):
-            # Suites have sets of other classes, for which prompts are meant.
+            # No warning for sets without any class of the head, such as others of a suite: prompts are expected.
             warn_once(
                 f"prompts classify a set of {len(data.class_names)} classes: the head has some of them, but not "
-                f"{lacked(head, data.class_names)!r}"
+                f"{first_missing_class(head, data.class_names)!r}"
             )
         if ranks.is_main:
             warn_about_prompts(data.class_names, data.templates, tokenizer)
@@ -79,49 +79,51 @@ def predict(
     workers: int,
     name: str = "",
 ) -> Predictions:
-    """Predictions for every image, each exactly once over all ranks, which all call it and all get them.
+    """Predictions for all images, each encoded by one rank; all ranks must call this, and all get the result.
 
     Args:
         batch_size: images encoded at once on each rank.
-        name: of the set, for the progress bar; empty: none is shown.
+        name: name of the set on the progress bar; empty disables the bar.
 
     Raises:
-        DataError: an image is broken, or the features are no finite numbers.
+        DataError: an image is broken, or the logits are not finite.
     """
-    places = [(0, sample) for sample in ranks.local_range(len(samples.source))]
-    # A column for each of the set's images, which is zero on all ranks but one: their sum has them all in order.
-    found = torch.zeros(3, len(samples.source), dtype=torch.int64, device=ranks.device)
-    at = places[0][1] if places else 0
+    keys = [(0, sample) for sample in ranks.local_range(len(samples.source))]
+    # Each image's column is nonzero on one rank only, so the sum over ranks has all predictions in order.
+    columns = torch.zeros(3, len(samples.source), dtype=torch.int64, device=ranks.device)
+    column = keys[0][1] if keys else 0
     finite = torch.ones((), dtype=torch.bool, device=ranks.device)
-    with ranks.raise_on_all(DataError), progress(ranks, len(places), name, "image") as bar:
-        for batch in batches_of(samples, places, batch_size, Options(workers=workers, device=ranks.device)):
+    with ranks.raise_on_all(DataError), progress(ranks, len(keys), name, "image") as bar:
+        for batch in batches_of(samples, keys, batch_size, Options(workers=workers, device=ranks.device)):
             batch = batch.to(ranks.device)
             logits = classes.logits(unit(towers.encode_image(batch.images)))
             predicted, top = logits.argmax(1), logits.topk(min(5, logits.shape[1]), dim=1).indices
             labels = batch.labels
             in_top = (top == labels[:, None]).any(1) | (predicted == labels)
-            found[:, at : at + len(labels)] = torch.stack([labels, predicted, in_top.long()])
+            columns[:, column : column + len(labels)] = torch.stack([labels, predicted, in_top.long()])
             finite &= logits.isfinite().all()
-            at += len(labels)
+            column += len(labels)
             bar.update(len(labels))
         if not bool(finite):
-            raise DataError(f"{name or 'the set'}: the logits are not finite: the weights are broken, or overflow")
+            raise DataError(
+                f"{name or 'the set'}: the logits are not finite: weights are broken, or activations overflow"
+            )
     if ranks.group is not None:
-        dist.all_reduce(found, group=ranks.group)
-    return Predictions(*found.cpu())
+        dist.all_reduce(columns, group=ranks.group)
+    return Predictions(*columns.cpu())
 
 
 def accuracy(
     towers: Towers, weights: Tensor, samples: EvaluationSamples, ranks: Ranks, batch_size: int, workers: int
 ) -> float:
-    """Share of images whose nearest class is theirs, over all ranks.
+    """Top-1 accuracy of a prompt classifier; all ranks must call this.
 
     Args:
-        weights: what :func:`classifier` gave.
+        weights: ``(C, D)`` rows of :func:`dive_fast.evaluate.classifier.classifier`.
         batch_size: images encoded at once on each rank.
     """
-    found = predict(towers, Classifier("prompts", weights), samples, ranks, batch_size, workers)
-    return scores(found)["top1"]
+    predictions = predict(towers, Classifier("prompts", weights), samples, ranks, batch_size, workers)
+    return scores(predictions)["top1"]
 
 
 def measure(
@@ -136,15 +138,15 @@ def measure(
     cache: Path | None = None,
     name: str = "",
 ) -> Measured:
-    """Every figure of one set; all ranks call it and all get them.
+    """All metrics of one set; all ranks must call this, and all get the result.
 
     Args:
-        head: classifies the sets whose classes it has; prompts classify the others.
-        cache: folder of the prompts' embeddings; None: they are computed anew.
-        name: for the progress bar; empty: none is shown.
+        head: used if it has all classes of the set; otherwise prompts classify.
+        cache: folder where the embeddings of prompts are cached; None disables the cache.
+        name: name of the set on the progress bar and in messages; empty disables the bar.
 
     Raises:
-        ConfigError, DataError: the user's to mend; the message says how.
+        ConfigError, DataError: invalid config or data; the message says what to change.
     """
     if isinstance(data, Captioned):
         options = Options(workers=workers, device=ranks.device)
@@ -152,15 +154,16 @@ def measure(
         return Measured(recalls, "captions", count, len(data.source.skipped) + broken)
     classes = classifier_for(towers, tokenizer, data, ranks, head, cache)
     samples = StrictSamples(data.source, towers.preprocess, data.border, data.reports_skipped, data.remedy)
-    found = predict(towers, classes, samples, ranks, batch_size, workers, name)
-    kept, regions = found.label != BROKEN, data.regions
+    predictions = predict(towers, classes, samples, ranks, batch_size, workers, name)
+    kept, regions = predictions.label != BROKEN, data.regions
     count = int(kept.sum())
     if count == 0:
         raise DataError(f"{name or 'the set'}: none of its {len(kept)} images can be read")
     if count < len(kept):
-        found = Predictions(*(column[kept] for column in found))
+        predictions = Predictions(*(column[kept] for column in predictions))
         regions = None if regions is None else regions._replace(of_sample=regions.of_sample[kept])
-    return Measured(scores(found, regions), classes.kind, count, len(data.source.skipped) + len(kept) - count)
+    left_out = len(data.source.skipped) + len(kept) - count
+    return Measured(scores(predictions, regions), classes.kind, count, left_out)
 
 
 def measure_sets(
@@ -171,10 +174,10 @@ def measure_sets(
     ranks: Ranks,
     head: heads.Head | None = None,
 ) -> dict[str, Measured]:
-    """Every figure of each opened set; all ranks call it and all get them.
+    """All metrics of each opened set; all ranks must call this, and all get the result.
 
     Args:
-        head: a trained one, for the sets whose classes it has.
+        head: a trained head, used for the sets whose classes it has.
     """
     return {
         name: measure(
@@ -185,24 +188,24 @@ def measure_sets(
 
 
 def values(measured: Mapping[str, Measured], sets: Mapping[str, EvaluationSet]) -> dict[str, float]:
-    """Each set in one number, its metric: name -> share in [0, 1]."""
-    return {name: found.scores[metric_of(sets[name])] for name, found in measured.items()}
+    """The metric of each set by name, in [0, 1]."""
+    return {name: result.scores[metric_of(sets[name])] for name, result in measured.items()}
 
 
 def report_left_out(measured: Mapping[str, Measured], ranks: Ranks) -> None:
-    """One line for each set of which samples were left out."""
-    for name, found in measured.items():
-        if found.left_out and ranks.is_main:
-            logger.warning("%s: figures are of %d samples, %d are left out", name, found.samples, found.left_out)
+    """Logs one line for each set from which samples were left out."""
+    for name, result in measured.items():
+        if result.left_out and ranks.is_main:
+            logger.warning("%s: %d samples are measured, %d are left out", name, result.samples, result.left_out)
 
 
 def evaluate(
     towers: Towers, tokenizer: Tokenizer, config: EvaluateConfig, ranks: Ranks, head: heads.Head | None = None
 ) -> dict[str, float]:
-    """Each set of the config in one number, its ``metric``, by default top-1: name -> share in [0, 1].
+    """Opens and measures the config's sets; returns each set's ``metric`` by name, in [0, 1].
 
     Args:
-        head: a trained one, for the sets whose classes it has.
+        head: a trained head, used for the sets whose classes it has.
     """
     opened = {
         name: open_evaluation(evaluation, f"evaluate.sets.{name}") for name, evaluation in config.sets.items()

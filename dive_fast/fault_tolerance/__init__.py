@@ -1,1 +1,1 @@
-"""What keeps a long run from being lost or silently wrong."""
+"""Fault tolerance: stop requests, lost or stalled ranks, agreement between ranks, non-finite steps."""

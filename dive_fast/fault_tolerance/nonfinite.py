@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: counted, and after too many in a row a reason to stop."""
+"""Detection of steps whose loss or gradient is not finite; too many in a row stop the run."""
 
 import json
 from collections import deque
@@ -8,64 +8,64 @@ from typing import Any
 from torch import Tensor
 
 from dive_fast.distributed import Ranks
-from dive_fast.engine.async_scalars import AsyncScalars as AsyncScalars
+from dive_fast.engine.async_scalars import AsyncScalars
 from dive_fast.engine.step import StepBatches
 from dive_fast.errors import AllRanksError
 from dive_fast.io.atomic_files import write_atomic
 
-BEHIND = 64
-"""Steps that the device's numbers may be late by; the samples of so many more are remembered."""
+MAX_DELAY = 64
+"""Steps by which the device's numbers may be late; the samples of as many more steps are remembered."""
 
 
 class NonFiniteError(AllRanksError):
-    """``train.nonfinite_limit`` steps in a row were skipped; the message is one line and says whose samples."""
+    """``train.nonfinite_limit`` steps in a row were skipped; the one-line message says where their samples are."""
 
 
 class NonFinite:
-    """Watches the count without waiting for the device, and knows which samples the last steps had."""
+    """Counts skipped steps in a row without waiting for the device, and remembers the samples of recent steps."""
 
     def __init__(self, limit: int, folder: Path, ranks: Ranks) -> None:
-        """Remembers nothing yet.
+        """Starts with no steps.
 
         Args:
-            limit: steps in a row.
-            folder: of the run, where the samples' names are written.
+            limit: number of skipped steps in a row at which the run stops.
+            folder: run folder, where the names of the samples are written.
         """
         self._limit, self._folder, self._ranks = limit, folder, ranks
-        self._samples: deque[dict[str, Any]] = deque(maxlen=limit + BEHIND)
-        self._underway: deque[tuple[int, AsyncScalars]] = deque()
-        self._reached: int | None = None
+        self._samples: deque[dict[str, Any]] = deque(maxlen=limit + MAX_DELAY)
+        self._pending: deque[tuple[int, AsyncScalars]] = deque()
+        self._last_step: int | None = None
 
-    def before(self, step: int, batches: StepBatches) -> None:
-        """Remembers what goes into a step."""
+    def record_samples(self, step: int, batches: StepBatches) -> None:
+        """Remembers the samples of a step, before it is made."""
         samples: dict[str, Any] = {"step": step}
         for name, batch in (("target", batches.target), ("reference", batches.reference)):
             if batch is not None:
                 samples[name] = list(batch.keys)
         self._samples.append(samples)
 
-    def after(self, step: int, in_row: Tensor) -> None:
-        """Takes note of a step's outcome.
+    def record_outcome(self, step: int, in_row: Tensor) -> None:
+        """Records the outcome of a step.
 
         Args:
-            in_row: ``()``, how many in a row have been skipped, on the device.
+            in_row: ``()``, number of steps in a row that were skipped up to this one, on the device.
         """
-        self._underway.append((step, AsyncScalars({"in_row": in_row})))
-        late = len(self._underway) > BEHIND
-        while self._underway and (late or self._underway[0][1].ready()):
-            step, reading = self._underway.popleft()
-            late = False
-            if self._reached is None and reading.numbers()["in_row"] >= self._limit:
-                self._reached = step
+        self._pending.append((step, AsyncScalars({"in_row": in_row})))
+        is_late = len(self._pending) > MAX_DELAY
+        while self._pending and (is_late or self._pending[0][1].ready()):
+            step, scalars = self._pending.popleft()
+            is_late = False
+            if self._last_step is None and scalars.numbers()["in_row"] >= self._limit:
+                self._last_step = step
 
     @property
-    def reached(self) -> bool:
-        """Whether the limit is, as far as this rank has heard."""
-        return self._reached is not None
+    def limit_reached(self) -> bool:
+        """Whether the limit is reached, by the numbers that have arrived from the device."""
+        return self._last_step is not None
 
     def error(self) -> NonFiniteError:
-        """Writes down which samples this rank had in those steps; what to raise, once all ranks know of it."""
-        last = self._reached
+        """Writes this rank's samples of the skipped steps to a file; returns the error to raise on all ranks."""
+        last = self._last_step
         steps = [
             samples for samples in self._samples if last is None or last - self._limit < samples["step"] <= last
         ]
@@ -73,8 +73,8 @@ class NonFinite:
         path.parent.mkdir(exist_ok=True)
         write_atomic(path, (json.dumps(steps, indent=2) + "\n").encode())
         return NonFiniteError(
-            f"the loss or gradient was not finite in {self._limit} steps in a row, the last being "
-            f"{steps[-1]['step']}; their samples are in {path.parent}. Weights are as before these steps: look at "
-            "the samples, lower train.learning_rate or objective.weight, and start again to go on from the newest "
-            "checkpoint"
+            f"the loss or gradient was not finite in {self._limit} steps in a row, the last being step "
+            f"{steps[-1]['step']}; their samples are listed in {path.parent}. The weights are those before these "
+            "steps: check the samples, lower train.learning_rate or objective.weight, and restart the same "
+            "command to resume from the newest checkpoint"
         )

@@ -1,1 +1,1 @@
-"""Files: complete or absent when written, nothing executed when read."""
+"""Input and output: files that are written completely or not at all, and readers that execute nothing."""

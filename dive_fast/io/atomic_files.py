@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writes: a file appears under its name when it is complete, or not at all."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,28 +7,28 @@ from typing import BinaryIO
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file under another name, and gives it its own when it is whole."""
+    """Writes a file under a temporary name and renames it when it is complete."""
     with atomic_file(path) as file:
         file.write(data)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """The same for what is written piece by piece."""
+    """As :func:`write_atomic`, for content that is written in pieces."""
     with atomic_path(path) as partial, partial.open("wb") as file:
         yield file
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """The same for a library that opens its file by name: gives it that other name. The mode is the umask's."""
-    # In front: some libraries choose the format by the ending.
+    """As :func:`write_atomic`, for a library that opens the temporary file by name. The umask sets the mode."""
+    # A prefix, because some libraries derive the format from the suffix.
     partial = path.with_name(f".partial-{path.name}")
     new_file(partial).close()
     mode = partial.stat().st_mode
     try:
         yield partial
-        # Some libraries put a private file in its place: others could not read what a run has made.
+        # Some libraries replace the file by a private one, which other users could not read.
         partial.chmod(mode)
         partial.replace(path)
     except BaseException:
@@ -37,6 +37,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def new_file(path: Path) -> BinaryIO:
-    """A file in the place of whatever had its name. A link, in a folder from elsewhere, is not written through."""
+    """Creates a file and replaces any other at its path; a link in a folder from others is not written through."""
     path.unlink(missing_ok=True)
     return path.open("xb")

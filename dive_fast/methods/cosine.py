@@ -1,49 +1,51 @@
-"""Cosine: DiVE with cosines instead of difference vectors (Eq. 10-11)."""
+"""Cosine: DiVE with cosines instead of difference vectors (Eq. 10, 11 in Eq. 6-8 of the DiVE paper)."""
+
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 
-from dive_fast.config.schema import ObjectiveConfig
+from dive_fast.config.section import Decay, Section
 from dive_fast.kernels.naive import unit
-from dive_fast.methods.method import Group, Loss, Objective, decay_per_update, over_ranks, update_average
+from dive_fast.methods.method import Group, Loss, Preset, ReferenceLoss, Setting, over_ranks, update_average
 from dive_fast.model.features import Outputs, Pairs
 
 
-class Cosine(Objective):
-    """DiVE with the cosines of tuned and frozen embeddings in the place of u and v (Eq. 10, 11 in Eq. 6-8)."""
+class Cosine(ReferenceLoss):
+    """AVL and PVL of the cosines u, v of tuned and frozen embeddings, times lambda; its state is the average cosine."""
 
-    average_cosine: Tensor
+    name, title = "cosine", "Cosine"
     default_weight = 1000.0
+    average_cosine: Tensor
 
-    def __init__(self, *, weight: float, decay: float, start: float, mean_gradient: bool) -> None:
-        """Takes lambda of Eq. 9 and the decay of Eq. 6.
+    class Options(Section):
+        """Options of the cosine losses."""
 
-        Args:
-            start: the average before the first step: 0 as Eq. 6 has it; 1, what cosines are before fine-tuning.
-        """
-        super().__init__()
-        self.weight, self.decay, self.mean_gradient = weight, decay, mean_gradient
-        self.register_buffer("average_cosine", torch.tensor(float(start)))
+        decay: Decay = 0.99
+        """Decay of the average cosine, Eq. 6."""
+        average_start: Literal[0, 1] = 0
+        """Average before the first step. 0 as Eq. 6 has it; 1, the cosines before fine-tuning."""
+        mean_gradient: bool = True
+        """Whether the batch's share of the average carries gradient, as Eq. 6-7 read literally."""
 
-    @classmethod
-    def of(cls, config: ObjectiveConfig, width: int) -> "Cosine":
-        """For any width."""
-        return cls(
-            weight=cls.weight_of(config),
-            decay=decay_per_update(config),
-            start=config.average_start,
-            mean_gradient=config.mean_gradient,
-        )
+    def __init__(self, options: Section, setting: Setting) -> None:
+        """Starts with the average cosine of the options."""
+        super().__init__(options, setting)
+        values: dict[str, Any] = options.model_dump()
+        # One update stands for k steps.
+        self.decay, self.mean_gradient = values["decay"] ** setting.reference_every, values["mean_gradient"]
+        self.weight = setting.weight
+        self.register_buffer("average_cosine", torch.tensor(float(values["average_start"])))
 
-    def reference(self, features: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
-        """The weighted losses; moves the average."""
+    def forward(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
+        """The weighted losses; moves the average cosine."""
         assert teacher is not None
-        u, v = ((unit(ours) * theirs).sum(1) for ours, theirs in zip(features.pairs, teacher, strict=True))
+        u, v = ((unit(ours) * theirs).sum(1) for ours, theirs in zip(outputs.pairs, teacher, strict=True))
         mean = ((u + v) / 2).mean()
         if group is not None:
-            # Differentiable: the average is of all ranks' rows, and so is its gradient.
+            # Differentiable: the average is over all ranks' rows, and so is its gradient.
             mean = all_reduce(mean, group=group) / dist.get_world_size(group)
         average = self.decay * self.average_cosine + (1 - self.decay) * mean
         m = average if self.mean_gradient else average.detach()
@@ -58,3 +60,15 @@ class Cosine(Objective):
             "average_cosine": average.detach(),
         }
         return Loss(self.weight * (average_loss + pairwise_loss), metrics)
+
+
+PRESETS = (
+    Preset(
+        "cosine",
+        "Cosine",
+        "DiVE with cosines instead of difference vectors, Eq. 10-11.",
+        "contrastive",
+        "cosine",
+        "#4a9ba8",
+    ),
+)

@@ -1,68 +1,77 @@
-"""DiVE: contrastive loss on the target, AVL and PVL on the reference batch (Eq. 9)."""
+"""DiVE: average and pairwise vector loss on the reference batch (Eq. 5-9 of arXiv 2511.09973)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dive_fast.config.schema import ObjectiveConfig
+from dive_fast.config.section import Decay, NonNegativeFloat, Section
 from dive_fast.kernels import difference_loss, dive_loss
-from dive_fast.methods.method import Group, Loss, Objective, decay_per_update, update_average
+from dive_fast.methods.flyp import Contrastive
+from dive_fast.methods.method import (
+    FirstStep,
+    Group,
+    Loss,
+    Preset,
+    ReferenceLoss,
+    Setting,
+    TargetLoss,
+    update_average,
+)
+from dive_fast.methods.noise_floor import check_noise_floor
 from dive_fast.model.features import Outputs, Pairs
 
 
-class Dive(Objective):
-    """Contrastive loss on the target, weighted AVL + PVL on the reference (Eq. 9); holds the average vector."""
+class Dive(ReferenceLoss):
+    """Average vector loss (AVL) + pairwise vector loss (PVL), times lambda; its state is the average vector."""
 
-    average_vector: Tensor
+    name, title = "dive", "DiVE"
     default_weight = 1000.0
+    norms = {"image_norm": "|u|", "text_norm": "|v|"}  # noqa: RUF012 - never changed
+    average_vector: Tensor
 
-    def __init__(
-        self,
-        width: int,
-        *,
-        weight: float = 1000.0,
-        decay: float = 0.99,
-        average_weight: float = 1.0,
-        pairwise_weight: float = 1.0,
-        mean_gradient: bool = True,
-    ) -> None:
-        """Starts with a zero average vector of ``width`` elements."""
-        super().__init__()
-        self.weight = weight
-        self._options = {
-            "decay": decay,
-            "average_weight": average_weight,
-            "pairwise_weight": pairwise_weight,
-            "mean_gradient": mean_gradient,
-        }
-        self.register_buffer("average_vector", torch.zeros(width))
+    class Options(Section):
+        """Options of the difference vector losses."""
 
-    @classmethod
-    def of(cls, config: ObjectiveConfig, width: int) -> "Dive":
-        """DiVE, or one of its two losses alone."""
-        return cls(
-            width,
-            weight=cls.weight_of(config),
-            decay=decay_per_update(config),
-            average_weight=0.0 if config.name == "pvl" else config.average_weight,
-            pairwise_weight=0.0 if config.name == "avl" else config.pairwise_weight,
-            mean_gradient=config.mean_gradient,
-        )
+        decay: Decay = 0.99
+        """Decay of the average vector, Eq. 6."""
+        average_weight: NonNegativeFloat = 1.0
+        """Weight of the average vector loss (AVL, Eq. 7) inside lambda's bracket; 0 leaves PVL alone."""
+        pairwise_weight: NonNegativeFloat = 1.0
+        """Weight of the pairwise vector loss (PVL, Eq. 8) inside lambda's bracket; 0 leaves AVL alone."""
+        mean_gradient: bool = True
+        """Whether the batch's share of the average vector carries gradient, as Eq. 6-7 read literally."""
 
-    def reference(self, features: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
+    def __init__(self, options: Section, setting: Setting) -> None:
+        """Starts with a zero average vector."""
+        super().__init__(options, setting)
+        values: dict[str, Any] = options.model_dump()
+        # One update stands for k steps.
+        self._options = values | {"decay": values["decay"] ** setting.reference_every}
+        self.weight = setting.weight
+        self.register_buffer("average_vector", torch.zeros(setting.width))
+
+    def forward(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
         """The weighted difference losses; moves the average vector."""
         assert teacher is not None
         result = difference_loss(
-            *features.pairs, *teacher, self.average_vector, group=group, backend=self.backend, **self._options
+            *outputs.pairs, *teacher, self.average_vector, group=group, backend=self.backend, **self._options
         )
         update_average(self.average_vector, result.average_vector)
-        return Loss(self.weight * result.loss, _difference_metrics(result))
+        return Loss(self.weight * result.loss, _metrics(result))
 
-    def joint(
-        self, target: Outputs, labels: Tensor, reference: Outputs, teacher: Pairs | None, group: Group = None
-    ) -> Loss:
-        """Both losses in one call of the kernels; moves the average vector."""
+    def fused(
+        self,
+        target_loss: TargetLoss,
+        target: Outputs,
+        labels: Tensor,
+        reference: Outputs,
+        teacher: Pairs | None,
+        group: Group,
+    ) -> Loss | None:
+        """Contrastive and difference losses in three launches; moves the average vector."""
+        if type(target_loss) is not Contrastive:
+            return None
         assert teacher is not None
         result = dive_loss(
             *target.pairs,
@@ -78,10 +87,27 @@ class Dive(Objective):
         update_average(self.average_vector, result.average_vector)
         scale = target.logit_scale.detach().squeeze()
         metrics = {"contrastive_loss": result.contrastive_loss, "logit_scale": scale}
-        return Loss(result.loss, metrics | _difference_metrics(result))
+        return Loss(result.loss, metrics | _metrics(result))
+
+    def check_first_step(self, first: FirstStep) -> None:
+        """Validates the noise floor of |u| and |v|."""
+        check_noise_floor(first, self.norms)
 
 
-def _difference_metrics(result: NamedTuple) -> dict[str, Tensor]:
+def _metrics(result: NamedTuple) -> dict[str, Tensor]:
     fields = result._asdict()
     metrics = {name: fields[name] for name in ("average_loss", "pairwise_loss", "image_norm", "text_norm")}
     return metrics | {"average_norm": fields["average_vector"].norm()}
+
+
+PRESETS = (
+    Preset("dive", "DiVE", "Contrastive loss + weight * (AVL + PVL), Eq. 9.", "contrastive", "dive", "#2f6fb0"),
+    Preset(
+        *("avl", "AVL", "DiVE with the average vector loss alone.", "contrastive", "dive", "#8a7a3d"),
+        fixed={"pairwise_weight": 0.0},
+    ),
+    Preset(
+        *("pvl", "PVL", "DiVE with the pairwise vector loss alone.", "contrastive", "dive", "#3d3d3d"),
+        fixed={"average_weight": 0.0},
+    ),
+)

@@ -1,33 +1,24 @@
-"""FLYP and FLYP with replay: contrastive fine-tuning (Eq. 1)."""
+"""FLYP: contrastive fine-tuning on the target batch alone (Eq. 1 of the DiVE paper; Goyal et al. 2023)."""
 
-from dive_fast.config.schema import ObjectiveConfig
+from torch import Tensor
+
 from dive_fast.kernels import contrastive_loss
-from dive_fast.methods.method import Group, Loss, Objective
-from dive_fast.model.features import Outputs, Pairs
+from dive_fast.methods.method import Group, Loss, Preset, TargetLoss, TeacherOutputs
+from dive_fast.model.features import Outputs
 
 
-class Flyp(Objective):
-    """Contrastive fine-tuning: Eq. 1 on the target batch and nothing else."""
+class Contrastive(TargetLoss):
+    """The contrastive loss of images and texts, Eq. 1; pairs of one class stay negatives of each other."""
 
-    needs_reference = needs_teacher = False
+    name, title = "contrastive", "contrastive"
+
+    def forward(
+        self, outputs: Outputs, labels: Tensor, group: Group = None, teacher: TeacherOutputs | None = None
+    ) -> Loss:
+        """The contrastive loss over all ranks' pairs."""
+        scale = outputs.logit_scale
+        loss = contrastive_loss(*outputs.pairs, scale, group=group, backend=self.backend)
+        return Loss(loss, {"contrastive_loss": loss.detach(), "logit_scale": scale.detach().squeeze()})
 
 
-class FlypReplay(Objective):
-    """The same loss on reference pairs, weighted, beside the target's."""
-
-    needs_teacher = False
-
-    def __init__(self, weight: float) -> None:
-        """Takes the weight of the reference batch's loss."""
-        super().__init__()
-        self.weight = weight
-
-    @classmethod
-    def of(cls, config: ObjectiveConfig, width: int) -> "FlypReplay":
-        """For any width."""
-        return cls(cls.weight_of(config))
-
-    def reference(self, features: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
-        """The weighted contrastive loss."""
-        loss = contrastive_loss(*features.pairs, features.logit_scale, group=group, backend=self.backend)
-        return Loss(self.weight * loss, {"replay_loss": loss.detach()})
+PRESETS = (Preset("flyp", "FLYP", "Contrastive loss alone, Eq. 1.", "contrastive", None, "#d98c3f"),)

@@ -1,19 +1,53 @@
-"""Vanilla fine-tuning and LP-FT: a linear head on the image tower."""
+"""Vanilla fine-tuning and LP-FT (Kumar et al. 2022): cross-entropy of a linear head on the image tower."""
+
+from typing import Literal
 
 from torch import Tensor, nn
 
-from dive_fast.methods.method import Group, Loss, Objective, over_ranks
+from dive_fast.config.section import NonNegativeFloat, Positive, Section
+from dive_fast.methods.method import Group, Loss, Preset, TargetLoss, TeacherOutputs, over_ranks
 from dive_fast.model.features import Outputs
 
 
-class CrossEntropy(Objective):
-    """Vanilla fine-tuning and LP-FT: classes by a linear head on the image tower, no text, no reference."""
+class CrossEntropy(TargetLoss):
+    """Cross-entropy of a linear head's logits; the text tower does not run."""
 
-    needs_reference = needs_teacher = target_has_texts = False
+    name, title = "cross_entropy", "cross-entropy"
+    needs_texts = False
     needs_head = True
 
-    def target(self, features: Outputs, labels: Tensor, group: Group = None) -> Loss:
-        """The cross-entropy of the head's logits."""
-        assert features.logits is not None
-        loss = over_ranks(nn.functional.cross_entropy(features.logits, labels), group)
+    class Options(Section):
+        """Options of the head."""
+
+        head_start: Literal["zero_shot", "random"] = "zero_shot"
+        """The head before training. `zero_shot`: the unit embeddings of the class prompts, times the logit scale.
+        `random`: PyTorch's start of a linear layer."""
+        probe: bool = False
+        """Train the head first, with the tower frozen (linear probing)."""
+        probe_epochs: Positive = 10
+        """Passes of the probed head over the target set. Images are embedded once, in their evaluation view."""
+        probe_learning_rate: NonNegativeFloat = 1e-3
+        """Peak learning rate of these passes; no warm-up, cosine decay to zero, `train.weight_decay`."""
+
+    def forward(
+        self, outputs: Outputs, labels: Tensor, group: Group = None, teacher: TeacherOutputs | None = None
+    ) -> Loss:
+        """The mean cross-entropy over all ranks' images."""
+        assert outputs.logits is not None
+        loss = over_ranks(nn.functional.cross_entropy(outputs.logits, labels), group)
         return Loss(loss, {"cross_entropy": loss.detach()})
+
+
+PRESETS = (
+    Preset(
+        *("vanilla_ft", "vanilla FT", "Cross-entropy of a linear head on the image tower, without texts."),
+        *("cross_entropy", None, "#d67fb0"),
+        fixed={"probe": False},
+        hidden=("probe_epochs", "probe_learning_rate"),
+    ),
+    Preset(
+        *("lp_ft", "LP-FT", "The same from a head that was trained first, the tower frozen (linear probing)."),
+        *("cross_entropy", None, "#6fae5a"),
+        fixed={"probe": True},
+    ),
+)

@@ -1,82 +1,358 @@
-"""What is minimised: the loss of the target half, the loss of the reference half, and the state they carry.
+"""The interface of a fine-tuning method: a loss on the target batch, a loss on the reference batch, and hooks.
 
-An objective turns features into losses and knows nothing of towers, batches or DeepSpeed. Features are
-un-normalised; losses are those of the global batch over ``group`` (see dive_fast.kernels).
+A method is a pair of parts that are chosen apart: a :class:`TargetLoss` and, for most, a :class:`ReferenceLoss`.
+Each part is one class in one file of this folder, with its title, needs, options, loss and hooks; the names by which
+configs choose parts and the papers' pairs are in :mod:`dive_fast.methods.registry`. A part turns features into a loss
+and knows nothing of batches or DeepSpeed. Features are un-normalised; losses are those of the global batch over
+``group`` (see :mod:`dive_fast.kernels`).
+
+The engine calls the hooks at these places of a step; each does nothing unless a part defines it::
+
+    for each half:  change_images, change_weights( forward, loss, backward )     penalty: with the last half
+    update:         projection.before_step, AdamW, projection.after_step
+    after it:       teacher_rate: the target half's teacher moves; after step 1: check_first_step
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dive_fast.config.schema import ObjectiveConfig
-from dive_fast.kernels import contrastive_loss
+from dive_fast.config.section import Section
 from dive_fast.kernels.backend import Backend
+from dive_fast.methods.projection import Projection
 from dive_fast.model.features import Outputs, Pairs
 
 Group = dist.ProcessGroup | None
+Features = Callable[[Tensor], Outputs]
+"""Images of a half -> its outputs, differentiable by the images."""
 
 
 class Loss(NamedTuple):
-    """A loss, ``()``, with gradient, and what to log beside it, ``()`` each on the device, without."""
+    """A loss, ``()``, with gradient, and metrics to log, ``()`` each on the device, without."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
 
 
-class Objective(nn.Module):
-    """The contrastive loss on the target batch (Eq. 1); subclasses add a loss on a reference batch."""
+class Setting(NamedTuple):
+    """The values outside of its options that a part is built from."""
 
-    needs_reference = True
-    needs_teacher = True
-    needs_head = False
-    """Whether a linear classifier over the target's classes is trained on top of the image tower."""
-    target_has_texts = reference_has_texts = True
-    """Whether the text tower runs for this half. It stays as it is where it runs for neither."""
-    default_weight = 1.0
-    """Of the reference half: the paper's, unless the config has another."""
+    width: int
+    """Elements of an embedding, D."""
+    weight: float = 1.0
+    """Factor on the reference loss: ``objective.weight`` times ``objective.reference_every``."""
+    reference_every: int = 1
+    """k, where every k-th step has a reference batch."""
+
+
+class Known(NamedTuple):
+    """What a half knows of its images."""
+
+    labels: Tensor | None
+    """``(b,)`` int64, classes of the target half; None on the reference half."""
+    teacher: Pairs | None
+    """``(b, D)`` unit rows of the frozen model on the reference half; None without a teacher."""
+
+
+class TeacherOutputs(NamedTuple):
+    """The target batch embedded by the target half's teacher, without gradient."""
+
+    image: Tensor
+    """``(B, D)`` unit rows."""
+    text: Tensor | None
+    """``(B, D)`` unit rows; None where the part uses no texts."""
+    logit_scale: Tensor
+    """``(1,)``"""
+
+
+class FirstStep(NamedTuple):
+    """The first step of a run, whose towers were still the pre-trained ones."""
+
+    metrics: Mapping[str, Tensor]
+    precision: Literal["fp16", "bf16", "fp32"]
+    cache_tolerance: float | None
+    """Difference of a unit row that the audit of the teacher cache allows; None: the teacher runs online."""
+
+
+class Needs(NamedTuple):
+    """The requirements of a method on the run."""
+
+    reference: bool
+    """A reference batch."""
+    reference_teacher: bool
+    """Embeddings of the reference batch by the frozen model, from a cache or online."""
+    head: bool
+    """A linear classifier over the target's classes on top of the image tower."""
+    target_texts: bool
+    """The text tower runs on the target half."""
+    reference_texts: bool
+    """The text tower runs on the reference half."""
+    target_teacher: Literal["none", "frozen", "moving"]
+    """A copy of both towers that embeds the target batch."""
+
+    @property
+    def texts(self) -> bool:
+        """Whether the text tower runs at all; it is frozen otherwise."""
+        return self.target_texts or (self.reference and self.reference_texts)
+
+
+class Preset(NamedTuple):
+    """A named method: a pair of parts, as a paper has it."""
+
+    name: str
+    """Name in ``objective.name``."""
+    title: str
+    """Name in figures and tables."""
+    summary: str
+    """One sentence for the configuration reference."""
+    target: str
+    reference: str | None
+    colour: str
+    """Colour in figures, ``#rrggbb``."""
+    fixed: Mapping[str, Any] = {}
+    """Values of options that make the method what it is; a config cannot change them."""
+    hidden: tuple[str, ...] = ()
+    """Options of the parts that have no effect here."""
+
+
+class Part(nn.Module):
+    """A loss on one half of a step. Buffers are its state: saved in checkpoints, equal on all ranks."""
+
+    name: ClassVar[str]
+    """Name in ``objective.target`` or ``objective.reference``."""
+    title: ClassVar[str]
+    """Name in figures and tables."""
+    needs_texts: ClassVar[bool] = True
+    norms: ClassVar[Mapping[str, str]] = {}
+    """Logged lengths of difference vectors and their symbols; reports compare them with the rounding of step 1."""
     backend: Backend = "auto"
-    """Of the loss kernels."""
+    """Backend of the loss kernels."""
 
-    @classmethod
-    def of(cls, config: ObjectiveConfig, width: int) -> "Objective":
-        """The objective of a config, for embeddings of ``width`` elements."""
-        return cls()
+    class Options(Section):
+        """No options."""
 
-    @classmethod
-    def weight_of(cls, config: ObjectiveConfig) -> float:
-        """Of the reference half: a batch at every k-th step alone counts k times as much."""
-        return config.reference_every * (cls.default_weight if config.weight is None else config.weight)
+    def __init__(self, options: Section, setting: Setting) -> None:
+        """Builds the part from its validated options."""
+        super().__init__()
 
-    def target(self, features: Outputs, labels: Tensor, group: Group = None) -> Loss:
+    def change_images(self, images: Tensor, outputs: Features, known: Known) -> Tensor:
+        """Images that replace those of the half before the forward, e.g. adversarial ones.
+
+        Args:
+            images: ``(b, 3, H, W)``, normalised: a micro-batch of the half, or all of it.
+            outputs: of the student, which is in training mode.
+            known: what else the half knows of these images.
+        """
+        return images
+
+    def change_weights(self, towers: nn.Module) -> AbstractContextManager[None]:
+        """A context around forward and backward of the half, in which weights are changed, and restored after it."""
+        return nullcontext()
+
+    def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor | None:
+        """A loss, ``()``, on parameters alone, added once a step; None: no penalty.
+
+        Args:
+            parameters: all parameters of the towers by name.
+        """
+        return None
+
+    def tunes(self, parameter: str) -> bool:
+        """Whether a parameter of the towers is trained."""
+        return True
+
+    def projection(self) -> Projection | None:
+        """A change of gradients and weights around the optimizer's step; None: no projection."""
+        return None
+
+    def check_first_step(self, first: FirstStep) -> None:
+        """Validates what only the first step shows.
+
+        Raises:
+            ConfigError: the run cannot be right.
+        """
+
+
+class TargetLoss(Part):
+    """A loss on the target batch."""
+
+    needs_head: ClassVar[bool] = False
+    teacher: ClassVar[Literal["none", "frozen", "moving"]] = "none"
+
+    def forward(
+        self, outputs: Outputs, labels: Tensor, group: Group = None, teacher: TeacherOutputs | None = None
+    ) -> Loss:
         """Loss of the target half.
 
         Args:
             labels: ``(B,)`` int64, the class of each pair.
-        """
-        scale = features.logit_scale
-        loss = contrastive_loss(*features.pairs, scale, group=group, backend=self.backend)
-        return Loss(loss, {"contrastive_loss": loss.detach(), "logit_scale": scale.detach().squeeze()})
-
-    def reference(self, features: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
-        """Loss of the reference half, its weight included.
-
-        Args:
-            teacher: unit rows of the frozen model; None where the objective needs none.
+            teacher: the same batch by the teacher; None where the part has none.
         """
         raise NotImplementedError
 
+    def teacher_rate(self, applied: Tensor) -> Tensor:
+        """Share w of the student in the moved teacher, ``()``: ``teacher += w (student - teacher)`` after an update.
+
+        Args:
+            applied: ``()`` fp32, 0 where the update was skipped, otherwise 1; the engine multiplies w by it. State
+                of the schedule is multiplied by it in here.
+        """
+        raise NotImplementedError
+
+
+class ReferenceLoss(Part):
+    """A loss on the reference batch, its weight included."""
+
+    needs_teacher: ClassVar[bool] = True
+    default_weight: ClassVar[float] = 1.0
+
+    def forward(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
+        """Loss of the reference half.
+
+        Args:
+            teacher: unit rows of the frozen model; None where the part needs none.
+        """
+        raise NotImplementedError
+
+    def fused(
+        self,
+        target_loss: TargetLoss,
+        target: Outputs,
+        labels: Tensor,
+        reference: Outputs,
+        teacher: Pairs | None,
+        group: Group,
+    ) -> Loss | None:
+        """Both losses of a joint step in one call of the kernels; None where no kernel fuses them."""
+        return None
+
+
+class Method(nn.Module):
+    """A target loss and a reference loss, as the engine trains by them."""
+
+    def __init__(self, target_loss: TargetLoss, reference_loss: ReferenceLoss | None = None) -> None:
+        """Joins two parts.
+
+        Raises:
+            ValueError: both parts have a buffer of one name.
+        """
+        super().__init__()
+        self.target_loss, self.reference_loss = target_loss, reference_loss
+        self.needs = needs_of(type(target_loss), None if reference_loss is None else type(reference_loss))
+        buffers = [name for part in self.parts for name, _ in part.named_buffers()]
+        if len(set(buffers)) < len(buffers):
+            raise ValueError(f"both parts have a buffer of one name: {sorted(buffers)}")
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts, target first."""
+        return (self.target_loss,) if self.reference_loss is None else (self.target_loss, self.reference_loss)
+
+    @property
+    def norms(self) -> Mapping[str, str]:
+        """Metrics that are lengths of difference vectors, and their symbols."""
+        return {name: symbol for part in self.parts for name, symbol in part.norms.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """The buffers of both parts by their own names."""
+        return {name: buffer for part in self.parts for name, buffer in part.named_buffers()}
+
+    def target(
+        self, outputs: Outputs, labels: Tensor, group: Group = None, teacher: TeacherOutputs | None = None
+    ) -> Loss:
+        """Loss of the target half; arguments of :meth:`TargetLoss.forward`."""
+        loss: Loss = self.target_loss(outputs, labels, group, teacher)
+        return loss
+
+    def reference(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
+        """Weighted loss of the reference half; arguments of :meth:`ReferenceLoss.forward`."""
+        assert self.reference_loss is not None
+        loss: Loss = self.reference_loss(outputs, teacher, group)
+        return loss
+
     def joint(
-        self, target: Outputs, labels: Tensor, reference: Outputs, teacher: Pairs | None, group: Group = None
+        self,
+        target: Outputs,
+        labels: Tensor,
+        reference: Outputs,
+        teacher: Pairs | None,
+        group: Group = None,
+        target_teacher: TeacherOutputs | None = None,
     ) -> Loss:
         """Both losses; arguments as above."""
-        first, second = self.target(target, labels, group), self.reference(reference, teacher, group)
+        assert self.reference_loss is not None
+        fused = self.reference_loss.fused(self.target_loss, target, labels, reference, teacher, group)
+        if fused is not None:
+            return fused
+        first = self.target(target, labels, group, target_teacher)
+        second = self.reference(reference, teacher, group)
         return Loss(first.loss + second.loss, first.metrics | second.metrics)
+
+    @contextmanager
+    def change_weights(self, towers: nn.Module, parts: tuple[Part, ...]) -> Iterator[None]:
+        """The contexts of the given parts around their halves' forward and backward."""
+        with ExitStack() as stack:
+            for part in parts:
+                stack.enter_context(part.change_weights(towers))
+            yield
+
+    def penalty(self, parameters: Mapping[str, Tensor]) -> Loss | None:
+        """The sum of the parts' penalties; None where no part has one."""
+        terms = [term for part in self.parts if (term := part.penalty(parameters)) is not None]
+        if not terms:
+            return None
+        total = torch.stack(terms).sum()
+        return Loss(total, {"penalty": total.detach()})
+
+    def tunes(self, parameter: str) -> bool:
+        """Whether all parts train a parameter of the towers."""
+        return all(part.tunes(parameter) for part in self.parts)
+
+    def projections(self) -> list[Projection]:
+        """The projections of the parts."""
+        return [projection for part in self.parts if (projection := part.projection()) is not None]
+
+    def check_first_step(self, first: FirstStep) -> None:
+        """Runs the parts' checks of the first step.
+
+        Raises:
+            ConfigError: the run cannot be right.
+        """
+        for part in self.parts:
+            part.check_first_step(first)
+
+    def hooks(self) -> list[str]:
+        """The hooks of the parts that need all weights on each rank's device."""
+        names = [name for name in WEIGHT_HOOKS if any(overrides(part, name) for part in self.parts)]
+        return names + ["a teacher on the target half"] * (self.needs.target_teacher != "none")
+
+
+WEIGHT_HOOKS = ("change_images", "change_weights", "penalty", "projection")
+
+
+def overrides(part: Part, hook: str) -> bool:
+    """Whether a part fills in a hook."""
+    return getattr(type(part), hook) is not getattr(Part, hook)
+
+
+def needs_of(target: type[TargetLoss], reference: type[ReferenceLoss] | None) -> Needs:
+    """The requirements of a pair of parts."""
+    return Needs(
+        reference=reference is not None,
+        reference_teacher=reference is not None and reference.needs_teacher,
+        head=target.needs_head,
+        target_texts=target.needs_texts,
+        reference_texts=reference is not None and reference.needs_texts,
+        target_teacher=target.teacher,
+    )
 
 
 def over_ranks(mean: Tensor, group: Group) -> Tensor:
-    """The mean over all ranks' rows, of which this rank's carry their gradient.
+    """The mean over all ranks' rows, with the gradient of this rank's rows.
 
     Averaging gradients over ranks, as DeepSpeed does, then gives the gradient of the global mean.
 
@@ -85,17 +361,15 @@ def over_ranks(mean: Tensor, group: Group) -> Tensor:
     """
     if group is None:
         return mean
-    whole = mean.detach().clone()
-    dist.all_reduce(whole, group=group)
-    return mean + (whole / dist.get_world_size(group) - mean.detach())
+    total = mean.detach().clone()
+    dist.all_reduce(total, group=group)
+    return mean + (total / dist.get_world_size(group) - mean.detach())
 
 
-def decay_per_update(config: ObjectiveConfig) -> float:
-    """Of one update: where every k-th step has one, the average is to remember as many steps as ever."""
-    return config.decay**config.reference_every
+def update_average(average: Tensor, new: Tensor) -> None:
+    """Sets a moving average, unless the new value is not finite.
 
-
-def update_average(average: Tensor, to: Tensor) -> None:
-    # One batch with a NaN would otherwise stay in the average for ever, though its step is skipped.
-    whole = torch.isfinite(to).all()
-    average.copy_(torch.where(whole, to, average))
+    The step of a batch with a NaN is skipped, but the NaN would stay in the average.
+    """
+    is_finite = torch.isfinite(new).all()
+    average.copy_(torch.where(is_finite, new, average))

@@ -91,10 +91,10 @@ def _advice(
 def _free_changes(config: Config, planned: Plan) -> Iterator[tuple[str, int]]:
     """Overrides that change no FLOP for the worse, with the most bytes that each can save."""
     parts = planned.parts
-    kind = registry.KINDS[config.objective.name]
-    if kind.needs_reference and config.train.schedule == "joint":
+    needs = registry.needs(config.objective)
+    if needs.reference and config.train.schedule == "joint":
         yield "train.schedule=sequential", parts.get("activations", 0) + parts.get("loss", 0)
-    if kind.needs_teacher and config.teacher.mode == "online":
+    if needs.reference_teacher and config.teacher.mode == "online":
         yield "teacher.mode=cache", parts.get("teacher", 0) + parts.get("activations", 0)
     stage = zero_of(deepspeed_section(config, planned.ranks)).get("stage", 0)
     state = sum(parts.get(part, 0) for part in ("weights", "gradients", "optimizer"))

@@ -44,10 +44,10 @@ def choose(config: Config, ranks: int, gpu: str) -> str:
     Raises:
         ConfigError: the config cannot be planned.
     """
-    from dive_fast.methods.registry import KINDS
+    from dive_fast.methods import registry
     from dive_fast.planner.simulate import plan_run as plan_run
 
-    if not KINDS[config.objective.name].needs_reference:
+    if not registry.needs(config.objective).reference:
         return "sequential"
     sequential, joint = (plan_run(with_schedule(config, name), ranks) for name in ("sequential", "joint"))
     is_faster = joint.step_seconds(GPUS[gpu]) < MIN_SPEEDUP * sequential.step_seconds(GPUS[gpu])

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
-from dive_fast.kernels import backend, ranks
+from dive_fast.kernels import backend, process_group
 
-if backend.blocks is not None:
+if backend.primitives is not None:
     from dive_fast.kernels import contrastive
 
 _SILENT = {getattr(torch.ops.aten, name) for name in ("_unsafe_view", "empty", "empty_like", "empty_strided")}
@@ -212,5 +212,5 @@ def _loss_flop(func: Any, args: tuple[Any, ...]) -> int:
         columns = named["statistics"].shape[1]
     else:
         (rows, width), products = named["image"].shape, 2
-        columns = rows * ranks.world_size(named["group"])
+        columns = rows * process_group.world_size(named["group"])
     return int(2 * products * rows * columns * width)

@@ -29,7 +29,7 @@ from dive_fast.engine.step import Engine, StepBatches
 from dive_fast.errors import ConfigError, DataError
 from dive_fast.kernels import backend
 from dive_fast.methods import registry
-from dive_fast.methods.method import Loss, Objective
+from dive_fast.methods.method import Loss, Method
 from dive_fast.model.features import Features, Pairs
 from dive_fast.model.towers import Towers, check_text_length, create
 from dive_fast.planner.memory_tracker import Part, Tracker, Work
@@ -85,18 +85,19 @@ class _SimulatedStep:
         check_text_length(config.data, towers)
         self.towers = towers
         self.width = towers.width
-        goal = registry.create(config.objective, self.width)
-        if goal.needs_head:
+        method = registry.create(config.objective, self.width)
+        if method.needs.head:
             with tracker.within("weights"):
                 towers.head = nn.Linear(self.width, _num_classes(config.data.target))
         self.parameters = sum(parameter.numel() for parameter in towers.parameters())
-        if backend.blocks is not None and self.width <= backend.blocks.MAX_WIDTH:
-            goal.backend = "triton"
+        if backend.primitives is not None and self.width <= backend.primitives.MAX_WIDTH:
+            for part in method.parts:
+                part.backend = "triton"
         self.online = None
-        if goal.needs_teacher and config.teacher.mode == "online":
+        if method.needs.reference_teacher and config.teacher.mode == "online":
             with tracker.within("teacher"):
                 self.online = OnlineTeacher(create(config.model, weights=False), ranks)
-        self.engine = _Engine(config, towers, goal, ranks, tracker)
+        self.engine = _Engine(config, towers, method, ranks, tracker)
 
     def run(self) -> Plan:
         config, tracker = self.config, self.tracker
@@ -121,12 +122,12 @@ class _SimulatedStep:
 
     @property
     def _needs_reference(self) -> bool:
-        return self.engine.objective.needs_reference
+        return self.engine.method.needs.reference
 
     @property
     def _is_taught(self) -> bool:
         """Whether the teacher's rows come with the batches."""
-        return self.engine.objective.needs_teacher and self.online is None
+        return self.engine.method.needs.reference_teacher and self.online is None
 
     def _step(self, batches: StepBatches, updating: Part = "gradients") -> None:
         tracker = self.tracker
@@ -174,7 +175,7 @@ class _SimulatedStep:
 class _Engine(Engine):
     """The engine, telling the tracker where it is."""
 
-    def __init__(self, config: Config, towers: Towers, goal: Objective, ranks: Ranks, tracker: Tracker) -> None:
+    def __init__(self, config: Config, towers: Towers, method: Method, ranks: Ranks, tracker: Tracker) -> None:
         self.tracker = tracker
         for parameter in towers.parameters():
             if parameter.requires_grad:
@@ -182,7 +183,7 @@ class _Engine(Engine):
                     lambda tuned: tracker.assign([tuned.grad], "gradients")
                 )
         with tracker.within("optimizer"):
-            super().__init__(config, towers, goal, ranks, total_steps=1)
+            super().__init__(config, towers, method, ranks, total_steps=1)
         held = [getattr(parameter, "ds_tensor", parameter) for parameter in towers.parameters()]
         tracker.assign([*held, *towers.buffers()], "weights")
         if self.deepspeed.zero_optimization_stage() == 3:

@@ -18,6 +18,8 @@ from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
 from dive_fast.engine.optimizer import learning_rate_schedule
 from dive_fast.evaluate.classifier import classifier
+from dive_fast.methods import registry
+from dive_fast.methods.linear_head import CrossEntropy
 from dive_fast.model.towers import AUTOCAST, Towers, tokenizer_of, unit
 
 
@@ -34,7 +36,9 @@ def make_head(
         DataError: a sample's label has no class name.
     """
     check_labels(source, class_names)
-    options, data, train = config.objective, config.data.target, config.train
+    options = registry.target_options(config.objective)
+    assert isinstance(options, CrossEntropy.Options)
+    data, train = config.data.target, config.train
     head = nn.Linear(towers.width, len(class_names))
     if is_trained:
         return head
@@ -46,7 +50,7 @@ def make_head(
         with torch.no_grad():
             head.weight.copy_(weight * towers.scale())
             head.bias.zero_()
-    if options.name == "lp_ft":
+    if options.probe:
         samples, loading = EvaluationSamples(source, towers.preprocess), loader_options(config, data, ranks)
         rows, labels = embed(towers, samples, ranks, config.evaluate.batch_size, loading)
         loss = probe(

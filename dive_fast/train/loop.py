@@ -18,17 +18,14 @@ from dive_fast.fault_tolerance.consensus import Consensus
 from dive_fast.fault_tolerance.heartbeat import Watch
 from dive_fast.fault_tolerance.nonfinite import NonFinite
 from dive_fast.locks import folder_lock
+from dive_fast.methods.method import FirstStep
 from dive_fast.teacher.audit import allowed
-from dive_fast.train.metrics import DIFFERENCE_VECTORS, Metrics
+from dive_fast.train.metrics import Metrics
 from dive_fast.train.preflight import check_environment, check_inputs
 from dive_fast.train.setup import Run, batches, build, check_shared
 from dive_fast.train.validation import Validation
 
 logger = logging.getLogger(__name__)
-
-NOISE_FLOOR = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
-"""Largest mean |u| and |v| allowed before the first update, where the tuned model is the frozen one and only the
-rounding of the forward pass is left (docs/precision.md has what was measured): more means a wrong cache."""
 
 
 class Stopped(AllRanksError):  # noqa: N818 - nothing went wrong
@@ -52,7 +49,7 @@ def train(config: Config, folder: Path, ranks: Ranks) -> dict[str, float]:
         LockedError: another process uses the folder.
         LostError: another rank failed, died or hangs; or the process is left with exit code ``LOST``.
     """
-    with Watch(ranks, config.train.rank_timeout) as watch, watch.taking_requests():
+    with Watch(ranks, config.train.rank_timeout) as watch, watch.handling_signals():
         try:
             with ranks.raise_on_all(ConfigError):
                 check_inputs(config, folder)
@@ -65,7 +62,7 @@ def train(config: Config, folder: Path, ranks: Ranks) -> dict[str, float]:
             if (found := machine_error(error)) is not None:
                 raise found from error
             # Of a collective that one rank did not come to torch knows no more than that.
-            if isinstance(error, RuntimeError) and (lost := watch.explain()) is not None:
+            if isinstance(error, RuntimeError) and (lost := watch.find_cause()) is not None:
                 raise lost from error
             raise
 
@@ -94,7 +91,7 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
     metrics = Metrics(run, step, ahead, newest, None if evaluation is None else evaluation.metrics)
 
     def evaluate(saved: Path | None) -> None:
-        watch.at(step, "evaluation", is_saved=saved is not None)
+        watch.set_phase(step, "evaluation", is_saved=saved is not None)
         with metrics.paused():
             found = validation.evaluate(step)
             metrics.write(step, found)
@@ -110,20 +107,24 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
             # The checkpoint was written before it.
             evaluate(run.checkpoint)
         while step < run.total_steps and not validation.is_over:
-            watch.at(step + 1, "data", is_saved=step == begun)
-            if watch.leaves(step + 1, ahead.wait):
-                watch.at(step, "checkpoint")
+            watch.set_phase(step + 1, "data", is_saved=step == begun)
+            if watch.should_leave(step + 1, ahead.wait):
+                watch.set_phase(step, "checkpoint")
                 consensus.settle()
                 saver.save(
-                    step, validation.state_dict(), metrics.state_dict(), first=metrics.write_waiting, must=True
+                    step,
+                    validation.state_dict(),
+                    metrics.state_dict(),
+                    before_write=metrics.write_waiting,
+                    required=True,
                 )
-                saver.finish(must=True)
+                saver.finish(required=True)
                 raise Stopped(
-                    f"{watch.requested}: saved after step {step} of {run.total_steps}, no batch has come"
+                    f"{watch.stop_reason}: saved after step {step} of {run.total_steps}, no batch has come"
                 )
             given = next(ahead)
-            watch.at(step + 1, "step", is_saved=step == begun)
-            nonfinite.before(step + 1, given)
+            watch.set_phase(step + 1, "step", is_saved=step == begun)
+            nonfinite.record_samples(step + 1, given)
             if given.reference is not None and given.teacher is None and run.teacher is not None:
                 with span("teacher"):
                     given.teacher = run.teacher(given.reference)
@@ -131,13 +132,13 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
             values = engine.step(given)
             step += 1
             if step == 1 and not engine.is_random:
-                _check_noise_floor(values, run.config)
-            nonfinite.after(step, engine.scale.nonfinite_in_row)
+                engine.method.check_first_step(_first_step(values, run.config))
+            nonfinite.record_outcome(step, engine.scale.nonfinite_in_row)
             metrics.log(step, values, learning_rate)
             traced()
             own = saver.votes()
-            agreed = consensus(own._replace(stop=watch.requested is not None, nonfinite=nonfinite.reached))
-            saver.heard(agreed)
+            agreed = consensus(own._replace(stop=watch.stop_reason is not None, nonfinite=nonfinite.limit_reached))
+            saver.advance(agreed)
             if agreed.nonfinite:
                 saver.finish()
                 raise nonfinite.error()
@@ -145,20 +146,20 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
             # An evaluation may be left at any moment, since what it starts from is whole.
             is_leaving = bool(agreed.stop) or step == run.total_steps
             if is_due or is_leaving or (every is not None and step % every == 0):
-                watch.at(step, "checkpoint")
+                watch.set_phase(step, "checkpoint")
                 states = validation.state_dict(), metrics.state_dict()
-                saver.save(step, *states, first=metrics.write_waiting, must=is_leaving)
+                saver.save(step, *states, before_write=metrics.write_waiting, required=is_leaving)
             if is_due or is_leaving:
-                saver.finish(must=is_leaving)
+                saver.finish(required=is_leaving)
             if agreed.stop and step < run.total_steps:
                 consensus.settle()
                 raise Stopped(
-                    f"{watch.requested or 'asked to stop'}: saved after step {step} of {run.total_steps}"
+                    f"{watch.stop_reason or 'asked to stop'}: saved after step {step} of {run.total_steps}"
                 )
             if is_due:
-                evaluate(checkpoint.path_of(checkpoints, step) if saver.newest == step else None)
+                evaluate(checkpoint.checkpoint_path(checkpoints, step) if saver.newest == step else None)
         consensus.settle()
-    watch.at(step, "end", is_saved=True)
+    watch.set_phase(step, "end", is_saved=True)
     return metrics.close(step, validation.finish())
 
 
@@ -172,23 +173,7 @@ def _note_evaluation(saved: Path, validation: Validation, found: dict[str, float
         logger.warning("cannot add the evaluation to %s: %s", saved, error)
 
 
-def _check_noise_floor(values: dict[str, torch.Tensor], config: Config) -> None:
-    bound, teacher = NOISE_FLOOR[config.train.precision], config.teacher
-    if teacher.mode == "cache":
-        # What the audit lets pass is there too.
-        bound = max(bound, allowed(teacher.dtype, teacher.tolerance))
-    is_fp32 = config.train.precision == "fp32"
-    why = (
-        "the teacher's embeddings are not this model's; remove the teacher cache to have it made anew"
-        + ("" if is_fp32 else ", or take train.precision = fp32 if rounding is that large")
-        if teacher.mode == "cache"
-        # The teacher is this model itself, and steady: only rounding is left.
-        else "it is rounding alone, which drowns difference vectors"
-        + ("" if is_fp32 else "; take train.precision = fp32")
-    )
-    for name, symbol in DIFFERENCE_VECTORS.items():
-        if name in values and float(values[name]) > bound:
-            raise ConfigError(
-                f"mean {symbol} before the first update is {float(values[name]):.2e}, above {bound:.0e} for "
-                f"{config.train.precision}: {why}"
-            )
+def _first_step(values: dict[str, torch.Tensor], config: Config) -> FirstStep:
+    teacher = config.teacher
+    tolerance = allowed(teacher.dtype, teacher.tolerance) if teacher.mode == "cache" else None
+    return FirstStep(values, config.train.precision, tolerance)

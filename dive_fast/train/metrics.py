@@ -21,12 +21,9 @@ from dive_fast.train.setup import Batches, Run
 
 logger = logging.getLogger(__name__)
 
-DIFFERENCE_VECTORS = {"image_norm": "|u|", "text_norm": "|v|"}
 MAX_NOISE_SHARE = 1 / 3
 """Share of rounding in a difference vector, above which its gradient is no longer that of fp32: at a third the
 cosine is 0.97 in fp16 (docs/precision.md)."""
-SHOWN = {"loss": "loss", "u": "image_norm", "v": "text_norm", "img/s": "images_per_second", "wait": "data_wait"}
-"""Names on the progress bar."""
 
 
 class MetricsError(Exception):
@@ -161,7 +158,9 @@ class Metrics:
         step, self._last = line.step, line.reading.numbers() | line.of_the_loop
         if not self._enabled:
             return
-        shown = {short: f"{self._last[name]:.3g}" for short, name in SHOWN.items() if name in self._last}
+        norms = {symbol.strip("|"): name for name, symbol in self._run.engine.method.norms.items()}
+        names = {"loss": "loss", **norms, "img/s": "images_per_second", "wait": "data_wait"}
+        shown = {short: f"{self._last[name]:.3g}" for short, name in names.items() if name in self._last}
         self._bar.set_postfix(shown, refresh=False)
         self._write(step, self._last)
         if self._run.engine.is_random:
@@ -174,7 +173,7 @@ class Metrics:
     def _warn_of_noise(self) -> None:
         """Once: says so if rounding, which is all there was before the first update, drowns difference vectors."""
         floor, self._floor = self._floor, {}
-        for name, symbol in DIFFERENCE_VECTORS.items():
+        for name, symbol in self._run.engine.method.norms.items():
             if name in floor and floor[name] > MAX_NOISE_SHARE * self._last[name]:
                 logger.warning(
                     "mean %s is %.1e after the warm-up, of which rounding in %s alone makes %.1e: above a third "

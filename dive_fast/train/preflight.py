@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from dive_fast.checkpoint.lineage import LEFT_BY_RUNS, REPLACED
+from dive_fast.checkpoint.lineage import REPLACED, RUN_FILES
 from dive_fast.checkpoint.manifest import FOLDER as CHECKPOINTS
 from dive_fast.config.schema import Config
 from dive_fast.data.workers import PREFETCH
 from dive_fast.distributed import Ranks
 from dive_fast.engine.deepspeed_config import offloads
 from dive_fast.errors import ConfigError, UserError, machine_error
-from dive_fast.methods.registry import KINDS
+from dive_fast.methods import registry
 from dive_fast.model.towers import Towers
 from dive_fast.teacher import cache_files as store
 
@@ -105,7 +105,7 @@ def check_inputs(config: Config, folder: Path) -> None:
         if named is None:
             continue
         path = Path(named).resolve()
-        if path == own or any(path.is_relative_to(own / name) for name in (*LEFT_BY_RUNS, CHECKPOINTS, REPLACED)):
+        if path == own or any(path.is_relative_to(own / name) for name in (*RUN_FILES, CHECKPOINTS, REPLACED)):
             raise ConfigError(
                 f"{key} = {named} is where the run itself writes (train.output = {folder}): set train.output to "
                 "another folder"
@@ -259,7 +259,7 @@ def check_disk(config: Config, folder: Path, towers: Towers, pairs: int) -> None
 
 
 def _writes_cache(config: Config) -> bool:
-    return KINDS[config.objective.name].needs_teacher and config.teacher.mode == "cache"
+    return registry.needs(config.objective).reference_teacher and config.teacher.mode == "cache"
 
 
 def _is_installed(operator: str) -> bool:

@@ -22,7 +22,7 @@ from dive_fast.engine.deepspeed_config import deepspeed_section
 from dive_fast.engine.optimizer import learning_rate_schedule
 from dive_fast.errors import ConfigError
 from dive_fast.identity import Difference, Identity, differences, digest, versions
-from dive_fast.methods.registry import KINDS
+from dive_fast.methods import registry
 from dive_fast.model.towers import Towers, tokenizer_of
 from dive_fast.teacher.audit import allowed
 from dive_fast.teacher.build import cache_folder
@@ -86,10 +86,10 @@ def resolved(config: Config, folder: Path, towers: Towers, ranks: Ranks) -> Conf
             length = section.text_length or towers.context_length
             root = section.image_root or (str(Path(section.path).parent) if section.format == "csv" else None)
             halves[half] = section.model_copy(update={"text_length": length, "image_root": root})
-    kind = KINDS[objective.name]
-    if objective.weight is None and kind.needs_reference:
-        objective = objective.model_copy(update={"weight": kind.default_weight})
-    if kind.needs_teacher and teacher.mode == "cache":
+    objective, choice = registry.resolve(objective), registry.choose(objective)
+    if objective.weight is None and choice.needs.reference:
+        objective = objective.model_copy(update={"weight": choice.default_weight})
+    if choice.needs.reference_teacher and teacher.mode == "cache":
         found = {"path": str(cache_folder(config, folder)), "tolerance": allowed(teacher.dtype, teacher.tolerance)}
         teacher = teacher.model_copy(update=found)
     if evaluate.during is None and (evaluate.every_steps or evaluate.every_epochs):
@@ -141,6 +141,7 @@ def of_run(
         reference: None where the objective has no reference batch.
     """
     found = of_config(config)
+    found["objective"] = {key: value for key, value in found["objective"].items() if value is not None}
     tokens = tokenizer_of(config.model)(list(TOKENIZER_PROBES)).numpy().tobytes()
     found["model"] = model | {"tokenizer": hashlib.sha256(tokens).hexdigest()}
     half = found["data"]["target"]
@@ -190,7 +191,9 @@ def check_resumable(checkpoint: Path, stored: Identity, current: Identity) -> li
     Raises:
         ConfigError: the result would be neither run's; names every difference.
     """
-    found = differences(stored, current)
+    # Options that the method does not have decide nothing.
+    objective = {key: value for key, value in stored["objective"].items() if key in current["objective"]}
+    found = differences({**stored, "objective": objective}, current)
     refused = [one for one in found if not matches(one.key, (*CONTINUES, *ROUNDING))]
     if refused:
         listed = "; ".join(map(_described, refused))

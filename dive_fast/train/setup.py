@@ -23,15 +23,16 @@ from dive_fast.data.prefetch import Prefetcher
 from dive_fast.data.prompts import PromptTable, read_templates
 from dive_fast.data.sampler import Order
 from dive_fast.data.samples import ReferenceSamples, TargetSamples
+from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
 from dive_fast.engine import feature_consistency
 from dive_fast.engine.deepspeed_config import check_deepspeed
 from dive_fast.engine.step import Engine, StepBatches
 from dive_fast.errors import ConfigError
-from dive_fast.evaluate.datasets.resolve import open_sets, remarks_on_missing_classes
+from dive_fast.evaluate.datasets.resolve import Opened, open_sets, remarks_on_missing_classes
 from dive_fast.identity import Identity
-from dive_fast.methods import method as objective
 from dive_fast.methods import registry
+from dive_fast.methods.method import Needs
 from dive_fast.model.model_identity import model_identity
 from dive_fast.model.towers import check_text_length, create, tokenizer_of
 from dive_fast.planner.auto_schedule import resolve
@@ -70,6 +71,10 @@ class Run:
     total_steps: int
     class_names: tuple[str, ...]
     """Of the target set; empty where it has prompts and no classes."""
+    evaluation_sets: Opened
+    """The sets of ``evaluate.sets``."""
+    geometry_source: Source | None
+    """The pairs of ``evaluate.geometry``."""
     checkpoint: Path | None
     """The checkpoint that the run resumes from; None: it starts."""
     record: RunRecord
@@ -102,9 +107,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         source.report_skipped("data.target")
         if reference is not None:
             reference.report_skipped("data.reference")
-    opened = open_sets(config.evaluate.sets, ranks)
-    if config.evaluate.geometry is not None:
-        open_reference(config.evaluate.geometry)
+    evaluation_sets, geometry = open_sets(config.evaluate.sets, ranks), config.evaluate.geometry
+    geometry_source = None if geometry is None else open_reference(geometry)
     torch.manual_seed(seed)
     towers = create(config.model)
     check_text_length(config.data, towers)
@@ -116,7 +120,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     if not source.samples[0].texts:
         for remark in remarks(names, source.class_names, data.class_names):
             ranks.print(f"data.target: {remark}")
-        for remark in remarks_on_missing_classes(opened, names):
+        for remark in remarks_on_missing_classes(evaluation_sets, names):
             ranks.print(remark)
     templates = read_templates(data.templates, "data.target.templates")
     prompts = PromptTable(source, names, templates, tokenizer_of(config.model, data.text_length))
@@ -127,19 +131,19 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     total_steps = target_order.steps_per_epoch * config.train.epochs
     total_steps = min(total_steps, config.train.max_steps or total_steps)
 
-    goal = registry.create(config.objective, towers.width)
+    method = registry.create(config.objective, towers.width)
     used = resolved(config, folder, towers, ranks)
-    needed = reference if goal.needs_reference else None
+    needed = reference if method.needs.reference else None
     identity = of_run(used, model_identity(towers), source, names, templates, needed, ranks)
     require_equal(ranks, identity)
     found, record = _begin_or_resume(config, folder, identity, total_steps, ranks)
     if ranks.is_main:
         write_provenance(used, folder, ranks, identity, total_steps)
-        _warn_of_schedule(config, goal, total_steps)
-    if goal.needs_head:
+        _warn_of_schedule(config, method.needs, total_steps)
+    if method.needs.head:
         towers.head = make_head(config, towers, source, names, ranks, is_trained=found is not None)
     pairs = reference_order = teacher = None
-    if goal.needs_reference:
+    if method.needs.reference:
         assert reference is not None and config.data.reference is not None
         pairs = reference_samples(config, reference, towers)
         # Another stream than the target's, or both sets would be shuffled alike.
@@ -147,14 +151,14 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
             *(len(reference), config.data.reference.batch_size, ranks.rank, ranks.world_size, seed + 1),
             key="data.reference.batch_size",
         )
-        if goal.needs_teacher:
+        if method.needs.reference_teacher:
             teacher = open_teacher(config, folder, towers, pairs, ranks)
         if config.train.precision == "bf16" and ranks.is_main:
             logger.warning(
                 "train.precision = bf16 drowns difference vectors of 1e-3 in rounding: at |u| = 3e-3 the gradient "
                 "of AVL + PVL has cosine 0.45 to that of fp32, in fp16 0.97 (docs/precision.md); prefer fp16"
             )
-    engine = Engine(config, towers, goal, ranks, total_steps)
+    engine = Engine(config, towers, method, ranks, total_steps)
     return Run(
         config,
         folder,
@@ -167,6 +171,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         teacher,
         total_steps,
         names,
+        evaluation_sets,
+        geometry_source,
         found,
         record,
     )
@@ -207,7 +213,7 @@ LONG_WARMUP = 0.2
 """Share of a run's steps above which a warm-up is reported."""
 
 
-def _warn_of_schedule(config: Config, goal: objective.Objective, total_steps: int) -> None:
+def _warn_of_schedule(config: Config, needs: Needs, total_steps: int) -> None:
     """Reports settings that train next to nothing."""
     train, warmup = config.train, config.train.warmup_steps
     if train.max_steps is not None and train.max_steps > total_steps:
@@ -227,7 +233,7 @@ def _warn_of_schedule(config: Config, goal: objective.Objective, total_steps: in
             else f"rises for {warmup / total_steps:.0%} of it",
             max(1, total_steps // 10),
         )
-    if config.data.target.batch_size == 1 and not goal.needs_head:
+    if config.data.target.batch_size == 1 and not needs.head:
         logger.warning(
             "data.target.batch_size = 1: the contrastive loss of a single pair is 0, so nothing is learned from "
             "the target set; raise it"
@@ -245,7 +251,7 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
         ConfigError: a rank sees another folder, or none.
     """
     path = folder / locks.FILE
-    written = ranks.broadcast(locks.rank_name() if ranks.is_main else None)
+    written = ranks.broadcast(locks.holder_name() if ranks.is_main else None)
     deadline = time.monotonic() + SHARED_SECONDS
     with ranks.raise_on_all(ConfigError):
         # Not on the first rank: it would lose the lock by closing the file.

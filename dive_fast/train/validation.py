@@ -6,20 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from dive_fast.checkpoint.export import MODEL, SELECTED, copy_model, write_model
 from dive_fast.config.schema import EvaluateConfig, GeometryConfig, ReferenceConfig
 from dive_fast.data.samples import ReferenceSamples
 from dive_fast.evaluate.geometry.embed import embed, open_pairs
 from dive_fast.evaluate.geometry.measures import GeometryError, compare
-from dive_fast.evaluate.zero_shot import evaluate
+from dive_fast.evaluate.zero_shot import measure_sets, report_left_out, values
 from dive_fast.identity import digest
 from dive_fast.io.atomic_files import write_atomic
 from dive_fast.io.safe_read import read_json
-from dive_fast.model import head as heads
 from dive_fast.model.features import Pairs
-from dive_fast.model.towers import AUTOCAST, Towers, create, tokenizer_of
+from dive_fast.model.towers import Towers, create, tokenizer_of
+from dive_fast.train.evaluation_towers import EvaluationTowers, has_all_weights
 from dive_fast.train.setup import Run
 
 BEST, LATEST = "best", "latest"
@@ -39,6 +38,7 @@ class Validation:
         during = list(options.sets) if options.during is None else options.during
         self._during = options.model_copy(update={"sets": {name: options.sets[name] for name in during}})
         self._tokenizer = tokenizer_of(run.config.model)
+        self._towers: EvaluationTowers | None = None
         self._pairs: tuple[ReferenceSamples, Pairs] | None = None
         """Those that geometry is measured on, and what the pre-trained model makes of them; once it has been."""
         self._select = None if options.select is None else digest(options.sets[options.select].model_dump())
@@ -63,8 +63,10 @@ class Validation:
             What to log.
         """
         run, folder = self._run, self._run.folder / LATEST
-        write_model(run.engine, folder, run.class_names)
-        found = self._measure(folder, self._during)
+        needs_file = not has_all_weights(run.engine)
+        if needs_file:
+            write_model(run.engine, folder, run.class_names)
+        found = self._measure(self._during, folder if needs_file else None)
         run.ranks.barrier()
         if self._options.select is not None:
             accuracy = found[f"accuracy/{self._options.select}"]
@@ -73,6 +75,8 @@ class Validation:
             self._since_best = 0 if is_best else self._since_best + 1
             if is_best:
                 self._best, self._best_step = accuracy, step
+                if not needs_file:
+                    write_model(run.engine, folder, run.class_names)
                 if run.ranks.is_main:
                     write_atomic(folder / SELECTED, json.dumps({"step": step, "value": accuracy}).encode())
                     shutil.rmtree(run.folder / BEST, ignore_errors=True)
@@ -101,7 +105,8 @@ class Validation:
             if self._best is not None:
                 run.ranks.print(f"warning: {run.folder / BEST} is gone; the last weights are exported instead")
             write_model(run.engine, run.folder, run.class_names)
-        return self._measure(run.folder, self._options) | chosen
+        is_engines = not chosen and has_all_weights(run.engine)
+        return self._measure(self._options, None if is_engines else run.folder) | chosen
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, and what they were measured on."""
@@ -138,24 +143,28 @@ class Validation:
             return
         self._best, self._best_step, self._since_best = (state[key] for key in ("best", "best_step", "since_best"))
 
-    def _measure(self, folder: Path, options: EvaluateConfig) -> dict[str, float]:
+    def _measure(self, options: EvaluateConfig, exported: Path | None) -> dict[str, float]:
         """Accuracy on each set, and how the geometry has moved.
 
-        Exported weights are loaded whole on every rank: under ZeRO-3 the student's run only inside DeepSpeed.
+        Args:
+            exported: folder of the weights to measure; None: the engine's.
         """
-        config, ranks = self._run.config, self._run.ranks
+        run = self._run
         if not options.sets and options.geometry is None:
             return {}
-        path = heads.find_head(folder / MODEL)
-        head = None if path is None else heads.load(path)
         # A run draws the same random numbers whether it is evaluated on the way or not.
         with torch.random.fork_rng(devices=[]):
-            towers = create(config.model, weights=False).load_exported(load_file(folder / MODEL))
-            towers = towers.to(ranks.device).eval()
-            towers.preprocess = self._run.engine.towers.preprocess
-            towers.autocast = AUTOCAST[config.train.precision]
-            accuracies = evaluate(towers, self._tokenizer, options, ranks, head)
-            moved = {} if options.geometry is None else self._geometry(towers, options.geometry)
+            if self._towers is None:
+                self._towers = EvaluationTowers(run.config.model, run.engine)
+            weights = (
+                self._towers.trained(run.class_names) if exported is None else self._towers.exported(exported)
+            )
+            with weights as (towers, head):
+                opened = {name: run.evaluation_sets[name] for name in options.sets}
+                measured = measure_sets(towers, self._tokenizer, options, opened, run.ranks, head)
+                report_left_out(measured, run.ranks)
+                moved = {} if options.geometry is None else self._geometry(towers, options.geometry)
+        accuracies = values(measured, options.sets)
         found = {f"accuracy/{name}": value for name, value in accuracies.items()}
         return found | {f"geometry/{name}": value for name, value in moved.items()}
 
@@ -165,7 +174,7 @@ class Validation:
         if self._pairs is None:
             frozen = create(config.model).to(ranks.device)
             data = ReferenceConfig(format=options.format, path=options.path, image_root=options.image_root)
-            samples = open_pairs(config, data, frozen)
+            samples = open_pairs(config.model, data, frozen, self._run.geometry_source)
             self._pairs = samples, embed(frozen, samples, ranks, batch_size, workers, options.pairs)
         samples, before = self._pairs
         after = embed(towers, samples, ranks, batch_size, workers, options.pairs)

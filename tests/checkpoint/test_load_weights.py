@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dive_fast.checkpoint.load_weights import load_into
-from dive_fast.config.schema import Config, ModelConfig
+from dive_fast.config.schema import ModelConfig
 from dive_fast.errors import ConfigError
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import towers
 
 
@@ -80,7 +81,7 @@ def test_what_is_no_checkpoint_is_told_and_executes_nothing(tmp_path: Path) -> N
     towers.save({"some": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ConfigError, match=r"other.safetensors: not weights of local-dir:"):
         loaded(model, tmp_path / "other.safetensors")
-    with pytest.raises(ConfigError, match="no checkpoint there: expected <run>/checkpoints/step"):
+    with pytest.raises(ConfigError, match="not a checkpoint: expected <run>/checkpoints/step"):
         loaded(model, tmp_path)
     done = tmp_path / "done"
     torch.save({"module": Harmful(done)}, tmp_path / "mp_rank_00_model_states.pt")
@@ -121,13 +122,13 @@ def by_every_route(folder: Path) -> dict[str, Any]:
     from dive_fast.methods import method as objective
     from dive_fast.train import loop as train
 
-    objective.Objective.backend = "torch"
+    objective.Part.backend = "torch"
     model, ranks = registered(folder), join()
     tree = tiny.write_config(folder / "run", max_steps=1, learning_rate=0.0, weight_decay=0.0)
     tree["model"], tree["objective"] = model.model_dump(), {"name": "flyp"}
     target = tree["data"]["target"]
     tree["evaluate"] = {"sets": {"val": {key: target[key] for key in tiny.EVALUATION}}, "workers": 0}
-    config = Config.model_validate_json(json.dumps(tree))
+    config = RunConfig.model_validate_json(json.dumps(tree))
     run = Path(tree["train"]["output"])
     found: dict[str, Any] = {"last line": train.train(config, run, ranks)["accuracy/val"]}
     file, checkpoint = run / "model.safetensors", next((run / "checkpoints").glob("step*"))
@@ -374,7 +375,7 @@ def run(trees: list[dict[str, Any]]) -> None:
 
     saver.Saver.save = save_twice  # type: ignore[method-assign]
     for tree in trees:
-        train.train(Config.model_validate_json(json.dumps(tree)), Path(tree["train"]["output"]), ranks)
+        train.train(RunConfig.model_validate_json(json.dumps(tree)), Path(tree["train"]["output"]), ranks)
 
 
 @pytest.mark.slow

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dive_fast.config.load import find_config as find_config
-from dive_fast.config.load import load_config as load_config
 from dive_fast.config.reference import reference
 from dive_fast.config.schema import Config
 from dive_fast.config.section import Section
 from dive_fast.config.section import section_type as section_type
 from dive_fast.data.open_dataset import open_target
 from dive_fast.errors import ConfigError
+from dive_fast.methods.run_config import RunConfig, load_run_config
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "launch" / "configs"
@@ -49,7 +49,7 @@ def evaluated(**options: Any) -> str:
 def complaint(path: Path, *overrides: str) -> str:
     """The error of loading, without the path that it begins with."""
     with pytest.raises(ConfigError) as caught:
-        load_config(str(path), overrides)
+        load_run_config(str(path), overrides)
     message = str(caught.value)
     assert "\n" not in message
     if message.startswith("override "):
@@ -65,42 +65,42 @@ def complaint(path: Path, *overrides: str) -> str:
 def test_config_in_the_readme_is_valid() -> None:
     text = (REPOSITORY / "README.md").read_text()
     example = text[text.index('    {\n      "model"') :].partition("\n    }\n")[0]
-    assert Config.model_validate(json.loads(example + "\n}")).data.target.path == "photos/train"
+    assert RunConfig.model_validate(json.loads(example + "\n}")).data.target.path == "photos/train"
 
 
 def test_a_config_is_found_by_path_and_by_name_with_or_without_suffix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    by_name = load_config("vitb16_dive", folder=CONFIGS)
+    by_name = load_run_config("vitb16_dive", folder=CONFIGS)
     assert (
         by_name
-        == load_config("vitb16_dive.json", folder=CONFIGS)
-        == load_config(str(CONFIGS / "vitb16_dive.json"))
+        == load_run_config("vitb16_dive.json", folder=CONFIGS)
+        == load_run_config(str(CONFIGS / "vitb16_dive.json"))
     )
     # A file of the user's goes before a shipped one of the same name.
     write(tmp_path).rename("vitb16_dive.json")
-    assert load_config("vitb16_dive.json", folder=CONFIGS).model.name == "ViT-B-32"
+    assert load_run_config("vitb16_dive.json", folder=CONFIGS).model.name == "ViT-B-32"
     assert find_config("vitb16_dive", CONFIGS) == CONFIGS / "vitb16_dive.json"
 
 
 def test_a_name_that_is_not_there_is_told_with_the_nearest_shipped_one() -> None:
     with pytest.raises(ConfigError, match=r"^--config vitl14_dve: no such file; .*; did you mean vitl14_dive\?$"):
-        load_config("vitl14_dve", folder=CONFIGS)
+        load_run_config("vitl14_dve", folder=CONFIGS)
     with pytest.raises(ConfigError, match=r"^--config some/vitl14_dive.jsn: .*; did you mean vitl14_dive\?$"):
-        load_config("some/vitl14_dive.jsn", folder=CONFIGS)
+        load_run_config("some/vitl14_dive.jsn", folder=CONFIGS)
     with pytest.raises(ConfigError, match=r"^--config qqq: no such file; shipped configs: .*vitb16_dive[^?]*$"):
-        load_config("qqq", folder=CONFIGS)
+        load_run_config("qqq", folder=CONFIGS)
     with pytest.raises(ConfigError, match=r"^--config qqq: no such file$"):
-        load_config("qqq")
+        load_run_config("qqq")
     # A folder is no config.
     with pytest.raises(ConfigError, match="no such file"):
-        load_config(str(CONFIGS), folder=CONFIGS)
+        load_run_config(str(CONFIGS), folder=CONFIGS)
 
 
 def test_paths_are_read_as_utf_8(tmp_path: Path) -> None:
     tree = SMALL | {"train": {"output": "läufe/é"}}
-    assert load_config(str(write(tmp_path, json.dumps(tree, ensure_ascii=False)))).train.output == "läufe/é"
+    assert load_run_config(str(write(tmp_path, json.dumps(tree, ensure_ascii=False)))).train.output == "läufe/é"
 
 
 # The paper's hyper-parameters (arXiv 2511.09973, Table 11)
@@ -125,12 +125,12 @@ def test_every_shipped_config_but_the_demos_is_held_to_the_paper() -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_config_loads(name: str) -> None:
-    load_config(name, folder=CONFIGS)
+    load_run_config(name, folder=CONFIGS)
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_a_shipped_config_has_the_papers_hyper_parameters(name: str) -> None:
-    config, paper = load_config(name, folder=CONFIGS), PAPER[name]
+    config, paper = load_run_config(name, folder=CONFIGS), PAPER[name]
     data, train = config.data, config.train
     batches = data.target.batch_size, data.reference and data.reference.batch_size
     assert batches == paper["batches"]
@@ -174,7 +174,7 @@ def test_wilds_configs_open_the_csv_of_flyps_scripts(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_flyp(tmp_path / "data/flyp")
-    config = load_config(name, folder=CONFIGS)
+    config = load_run_config(name, folder=CONFIGS)
     (sample,) = open_target(config.data.target).samples
     assert len(sample.texts) == 2
     # Its evaluation sets lie in the same folder, as WILDS leaves them.
@@ -185,7 +185,7 @@ def test_wilds_configs_open_the_csv_of_flyps_scripts(
 
 
 def test_an_override_is_json_or_else_a_string(tmp_path: Path) -> None:
-    config = load_config(
+    config = load_run_config(
         str(write(tmp_path)),
         [
             "train.epochs=3",
@@ -212,7 +212,7 @@ def test_an_override_is_json_or_else_a_string(tmp_path: Path) -> None:
 
 
 def test_an_override_creates_the_sections_it_needs_and_the_last_one_wins(tmp_path: Path) -> None:
-    config = load_config(
+    config = load_run_config(
         str(write(tmp_path)),
         [
             "evaluate.sets.val.format=folder",
@@ -422,10 +422,10 @@ def test_an_empty_path_of_a_shells_unset_variable_is_refused(tmp_path: Path, key
 
 
 def test_image_root_goes_with_csv_and_flyp_with_no_reference(tmp_path: Path) -> None:
-    load_config(str(write(tmp_path)), ["data.target.format=csv", "data.target.image_root=x"])
-    load_config(str(write(tmp_path)), ["data.reference.format=csv", "data.reference.image_root=x"])
+    load_run_config(str(write(tmp_path)), ["data.target.format=csv", "data.target.image_root=x"])
+    load_run_config(str(write(tmp_path)), ["data.reference.format=csv", "data.reference.image_root=x"])
     for name in ("flyp", "vanilla_ft", "lp_ft"):
-        load_config(str(write(tmp_path)), [f"objective.name={name}", "data.reference=null"])
+        load_run_config(str(write(tmp_path)), [f"objective.name={name}", "data.reference=null"])
 
 
 def test_a_head_needs_classes_which_csv_has_not(tmp_path: Path) -> None:
@@ -434,7 +434,7 @@ def test_a_head_needs_classes_which_csv_has_not(tmp_path: Path) -> None:
 
 
 def test_evaluation_on_the_way_can_be_asked_for(tmp_path: Path) -> None:
-    config = load_config(str(write(tmp_path)), [evaluated()])
+    config = load_run_config(str(write(tmp_path)), [evaluated()])
     assert (config.evaluate.every_steps, config.evaluate.select, config.evaluate.patience) == (2, "val", 1)
 
 
@@ -508,7 +508,6 @@ def test_the_reference_says_what_a_value_may_be_in_the_words_of_json(key: str, k
 
 def test_the_home_folder_may_be_called_by_its_sign_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Found by the type of the field, so that a new path cannot be forgotten."""
-    from dive_fast.config.schema import Config
     from dive_fast.config.section import Section
 
     monkeypatch.setenv("HOME", "/home/someone")
@@ -528,7 +527,7 @@ def test_the_home_folder_may_be_called_by_its_sign_in_every_path(monkeypatch: py
         "objective": {"name": "flyp"},
         "train": {"output": "~/runs/a", "resume": "auto"},
     }
-    config = Config.model_validate(tree)
+    config = RunConfig.model_validate(tree)
     assert config.model.name == "local-dir:/home/someone/model"
     assert config.data.target.path == "/home/someone/a.csv"
     assert config.data.target.image_root == "/home/someone"
@@ -551,12 +550,12 @@ def test_an_error_names_where_the_key_comes_from(tmp_path: Path) -> None:
         ),
     ):
         with pytest.raises(ConfigError) as caught:
-            load_config(str(path), overrides)
+            load_run_config(str(path), overrides)
         assert str(caught.value).startswith(begins)
     tree = json.loads(path.read_text())
     path.write_text(json.dumps(tree | {"trian": {}}))
     with pytest.raises(ConfigError) as caught:
-        load_config(str(path), ["train.epochs=2"])
+        load_run_config(str(path), ["train.epochs=2"])
     assert str(caught.value).startswith(f"{path}: unknown key trian; did you mean train?")
 
 
@@ -571,4 +570,4 @@ def test_an_error_names_where_the_key_comes_from(tmp_path: Path) -> None:
 def test_what_a_file_is_that_is_not_json(tmp_path: Path, name: str, text: str, says: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=says):
-        load_config(str(tmp_path / name))
+        load_run_config(str(tmp_path / name))

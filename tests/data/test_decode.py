@@ -1,4 +1,4 @@
-"""Pictures of every mode: one picture by every road, raw or prepared, whichever loader decodes it."""
+"""Tests that pictures of every mode decode equally, raw or prepared, in every loader."""
 
 import io
 import struct
@@ -46,7 +46,7 @@ def deep(dtype: str) -> Image.Image:
 
 
 def png48() -> bytes:
-    """48-bit colour, which PIL reads and cannot write."""
+    """A PNG of 48-bit colour, which PIL can read but not write."""
     pixels = np.asarray(picture()).astype(">u2") * 257
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -64,8 +64,8 @@ def lab() -> Image.Image:
     return ImageCms.profileToProfile(picture(), *profiles, outputMode="LAB")
 
 
-def see_through(mode: str) -> Image.Image:
-    """Half of it transparent, with colours hidden there."""
+def transparent(mode: str) -> Image.Image:
+    """A picture whose transparent half holds colours."""
     image = picture(mode.replace("P", "RGB").replace("A", "") + "A")
     image.putalpha(Image.fromarray(np.tile(np.repeat(np.uint8([0, 255]), 40), (60, 1))))
     return image
@@ -84,14 +84,14 @@ FILES: dict[str, bytes] = {
     "tiff32": encode(picture("I"), "TIFF"),
     "tiff_float": encode(picture("F"), "TIFF"),
     "lab": encode(lab(), "TIFF"),
-    "rgba": encode(see_through("RGB"), "PNG"),
-    "grey_alpha": encode(see_through("L"), "PNG"),
+    "rgba": encode(transparent("RGB"), "PNG"),
+    "grey_alpha": encode(transparent("L"), "PNG"),
     "palette": encode(picture().quantize(64), "PNG"),
     "palette_transparent": encode(picture().quantize(64), "PNG", transparency=3),
     "palette_alphas": encode(picture().quantize(64), "PNG", transparency=bytes(range(64))),
     "gif": encode(picture(), "GIF"),
     "bits": encode(picture("1"), "PNG"),
-    "webp_alpha": encode(see_through("RGB"), "WEBP", lossless=True, exact=True),
+    "webp_alpha": encode(transparent("RGB"), "WEBP", lossless=True, exact=True),
 }
 ORDINARY = ("rgb", "grey", "png", "png48")
 
@@ -109,12 +109,12 @@ def plain(raw: Source) -> torch.Tensor:
 
 
 def views(source: Source, loader: Any) -> torch.Tensor:
-    places = [(0, sample) for sample in range(len(source))]
-    batches = batches_of(EvaluationSamples(source, VIEW), places, len(places), Options(loader))
+    keys = [(0, sample) for sample in range(len(source))]
+    batches = batches_of(EvaluationSamples(source, VIEW), keys, len(keys), Options(loader))
     return torch.cat([batch.images for batch in batches]).float()
 
 
-def test_every_mode_is_seen_as_the_picture_that_it_holds(plain: torch.Tensor) -> None:
+def test_decode_gives_the_same_picture_for_every_mode(plain: torch.Tensor) -> None:
     colour, grey = (
         VIEW.to_tensor(VIEW.transform(picture(), None)),
         VIEW.to_tensor(VIEW.transform(picture("L"), None)),
@@ -134,7 +134,7 @@ def test_every_mode_is_seen_as_the_picture_that_it_holds(plain: torch.Tensor) ->
         assert difference.mean() < (0.2 if key == "bits" else 0.03), key
 
 
-def test_ordinary_modes_are_open_clips_to_the_bit_and_others_once_they_are_rgb(plain: torch.Tensor) -> None:
+def test_decode_equals_open_clip_bitwise(plain: torch.Tensor) -> None:
     transform = open_clip.image_transform(24, is_train=False, mean=VIEW.mean, std=VIEW.std)
     for view, (key, data) in zip(plain, FILES.items(), strict=True):
         image = Image.open(io.BytesIO(data))
@@ -145,25 +145,25 @@ def test_ordinary_modes_are_open_clips_to_the_bit_and_others_once_they_are_rgb(p
                 assert torch.equal(view, transform(image.convert("RGB"))), key
 
 
-def test_dali_shows_what_the_plain_loader_shows(raw: Source, plain: torch.Tensor) -> None:
+def test_dali_equals_plain_loader_for_every_mode(raw: Source, plain: torch.Tensor) -> None:
     difference = (views(raw, "dali") - plain).abs().flatten(1)
     for key, row in zip(FILES, difference, strict=True):
         assert row.mean() < (0.004 if key in ("rgb", "grey") else 1e-4), key
 
 
-def test_prepared_pictures_are_the_raw_ones(raw: Source, plain: torch.Tensor, tmp_path: Path) -> None:
-    made = prepare(RawSource(raw), tmp_path / "set", Preparation(min_side=1), 1)
-    assert (made.samples, made.skipped) == (len(FILES), {})
+def test_prepared_pictures_equal_raw_ones(raw: Source, plain: torch.Tensor, tmp_path: Path) -> None:
+    manifest = prepare(RawSource(raw), tmp_path / "set", Preparation(min_side=1), 1)
+    assert (manifest.samples, manifest.skipped) == (len(FILES), {})
     source = open_prepared(str(tmp_path / "set"), ".cls")
     for loader in ("plain", "dali"):
         difference = (views(source, loader) - plain).abs().flatten(1)
         for key, row in zip(FILES, difference, strict=True):
-            # What a JPEG of quality 95 keeps of it, dots of palettes less.
-            rough = "palette" in key or key in ("gif", "bits")
-            assert row.mean() < (0.03 if rough else 0.008), (loader, key, row.mean())
+            # Loss of a JPEG of quality 95; dithered palettes lose more.
+            is_dithered = "palette" in key or key in ("gif", "bits")
+            assert row.mean() < (0.03 if is_dithered else 0.008), (loader, key, row.mean())
 
 
-def test_decoding_warns_of_nothing_and_leaves_8_bits() -> None:
+def test_decode_gives_8_bits_without_warnings() -> None:
     with warnings.catch_warnings(action="error"):
         for key, data in FILES.items():
             assert decode(data).mode == ("L" if key in ("grey",) or "16" in key else "RGB"), key
@@ -180,18 +180,16 @@ def test_decoding_warns_of_nothing_and_leaves_8_bits() -> None:
         np.full((9, 9), np.nan, np.float32),
     ],
 )
-def test_pixels_whose_white_is_unknown_are_refused_by_every_road(pixels: Any) -> None:
+def test_decode_and_convert_refuse_unknown_white(pixels: Any) -> None:
     data = encode(Image.fromarray(pixels), "TIFF")
-    with pytest.raises(
-        UnknownWhiteError, match=r"^32-bit pixels from .* none of which is known to be white; save it"
-    ):
+    with pytest.raises(UnknownWhiteError, match=r"^32-bit pixels from .* have an unknown white level; save it"):
         decode(data)
     with pytest.raises(UnusableError, match=r"^32-bit pixels without a known white$"):
         convert(data, Preparation())
 
 
-def test_bombs_are_left_out_with_their_reasons(tmp_path: Path) -> None:
-    """195 megapixels, and a text that unpacks to more than PIL reads; neither may take its memory."""
+def test_prepare_leaves_out_decompression_bombs(tmp_path: Path) -> None:
+    """Covers 195 megapixels, and a text that unpacks beyond PIL's limit; neither may use its memory."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -205,11 +203,11 @@ def test_bombs_are_left_out_with_their_reasons(tmp_path: Path) -> None:
     samples = {"many": png(13_965, rows), "text": png(16, text, rows), "good": png(16, rows)}
     tar = tiny.write_tar(tmp_path / "a.tar", {key: {"png": data, "cls": b"0"} for key, data in samples.items()})
     raw = RawSource(open_webdataset(str(tar), ".cls"))
-    made = prepare(raw, tmp_path / "set", Preparation(), 1)
-    assert made.skipped == {"too many pixels": 1, "a broken image": 1}
+    manifest = prepare(raw, tmp_path / "set", Preparation(), 1)
+    assert manifest.skipped == {"too many pixels": 1, "a broken image": 1}
     assert '"a.tar/many", "reason": "too many pixels"' in (tmp_path / "set/skipped.jsonl").read_text()
 
 
-def test_beginnings_of_texts_are_no_images() -> None:
+def test_looks_like_image_rejects_text() -> None:
     for data in (b"", b"BMW is a car", b"<html><body>", b"{}", b"GIF is a format", b"RIFFxxxxWAVE", bytes(12)):
         assert not looks_like_image(data), data

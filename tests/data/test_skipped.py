@@ -1,4 +1,4 @@
-"""Every path by which a sample can be lost: the count that is told is the count that is lost."""
+"""Tests that every sample a reader leaves out is counted and reported with its reason."""
 
 import os
 import tarfile
@@ -23,7 +23,7 @@ from dive_fast.errors import DataError
 
 JPEG = tiny.jpeg(0, (12, 10))
 FORK = b"\0\5\x16\7" + bytes(30)
-"""What macOS puts beside x.jpg as ._x.jpg."""
+"""Resource fork that macOS stores next to x.jpg as ._x.jpg."""
 
 
 def write(path: Path, data: bytes = JPEG) -> Path:
@@ -33,7 +33,7 @@ def write(path: Path, data: bytes = JPEG) -> Path:
 
 
 def write_tar(path: Path, files: dict[str, bytes | str]) -> Path:
-    """A tar of files in this order; what follows a # is no part of a name; a text is where a link leads."""
+    """Writes files in this order; a # and what follows are cut off names; a string is the target of a link."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, data in files.items():
@@ -47,7 +47,7 @@ def write_tar(path: Path, files: dict[str, bytes | str]) -> Path:
     return path
 
 
-# Image folders: names below a class, how many samples they are, and the reason told
+# Image folders: files below a class, number of samples, number of skipped samples, and the reported reason
 
 FOLDER: dict[str, tuple[dict[str, bytes], int, int, str]] = {
     "torchvision's suffixes": ({f"{i}{suffix}": JPEG for i, suffix in enumerate(IMG_EXTENSIONS)}, 9, 0, ""),
@@ -64,36 +64,36 @@ FOLDER: dict[str, tuple[dict[str, bytes], int, int, str]] = {
 
 
 @pytest.mark.parametrize("case", FOLDER)
-def test_folder_count_told_is_count_lost(tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture) -> None:
-    files, count, lost, reason = FOLDER[case]
+def test_open_folder_counts_all_skipped(tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture) -> None:
+    files, count, num_skipped, reason = FOLDER[case]
     write(tmp_path / "cat/good.jpg")
     for name, data in files.items():
         write(tmp_path / "cat" / name, data)
     source = open_folder(str(tmp_path))
-    assert (len(source) + len(source.skipped), len(source.skipped)) == (1 + count, lost)
+    assert (len(source) + len(source.skipped), len(source.skipped)) == (1 + count, num_skipped)
     source.report_skipped("data.target")
-    told = [message for message in caplog.messages if " left out: " in message]
-    assert sum(int(message.split()[1]) for message in told) == lost
-    assert not reason or any(reason in message for message in told)
-    # What is neither a sample nor beside one is told as well.
-    silent = {name for name in files if Path(name).suffix in (".txt", ".json")}
-    assert len(source.ignored) == (0 if count else len(files) - len(silent))
+    reports = [message for message in caplog.messages if " left out: " in message]
+    assert sum(int(message.split()[1]) for message in reports) == num_skipped
+    assert not reason or any(reason in message for message in reports)
+    # Files that are neither samples nor side files are counted as ignored.
+    side_files = {name for name in files if Path(name).suffix in (".txt", ".json")}
+    assert len(source.ignored) == (0 if count else len(files) - len(side_files))
 
 
-def test_suffixes_are_at_least_torchvisions_and_the_counts_its_own(tmp_path: Path) -> None:
+def test_image_suffixes_include_those_of_torchvision(tmp_path: Path) -> None:
     assert set(IMG_EXTENSIONS) <= IMAGE_SUFFIXES
     assert not IMAGE_SUFFIXES & OTHER_IMAGE_SUFFIXES
     for row, suffix in enumerate((*IMG_EXTENSIONS, ".gif", ".TIFF", ".Jpeg")):
         write(tmp_path / "ab"[row % 2] / f"{row}{suffix}")
     write(tmp_path / "a/deeper/x.ppm")
-    (tmp_path / "b/link").symlink_to(write(tmp_path.with_name("else") / "y.jpg").parent)
+    (tmp_path / "b/link").symlink_to(write(tmp_path.with_name("other") / "y.jpg").parent)
     source = open_folder(str(tmp_path))
     gif = 1  # which torchvision does not read
     assert len(source) == len(ImageFolder(str(tmp_path))) + gif == 14
     assert [sample.key for sample in source.samples if "link" in sample.key] == ["b/link/y.jpg"]
 
 
-def test_system_folders_never_become_classes(tmp_path: Path) -> None:
+def test_open_folder_ignores_system_folders(tmp_path: Path) -> None:
     for name in ("cat", "dog", "__MACOSX", ".ipynb_checkpoints", "@eaDir", "__pycache__"):
         write(tmp_path / name / "a.jpg")
     write(tmp_path / "loose.jpg")
@@ -102,19 +102,19 @@ def test_system_folders_never_become_classes(tmp_path: Path) -> None:
     assert len(source.ignored) == 5
 
 
-def test_class_of_unread_images_says_which_instead_of_remove_it(tmp_path: Path) -> None:
+def test_open_folder_error_for_class_of_unread_suffixes(tmp_path: Path) -> None:
     write(tmp_path / "a/1.jpg")
     write(tmp_path / "b/1.heic")
     write(tmp_path / "b/2.heic")
     message = (
-        r"b: no image below that is read, but it would be class 1: 2 images of suffix \.heic are not read; "
+        r"b: no readable image below, but it would be class 1: 2 images of suffix \.heic are not read; "
         r"the first: b/1\.heic$"
     )
     with pytest.raises(DataError, match=message):
         open_folder(str(tmp_path))
 
 
-def test_link_to_a_folder_above_is_an_error_and_not_endless(tmp_path: Path) -> None:
+def test_open_folder_refuses_link_to_a_parent(tmp_path: Path) -> None:
     write(tmp_path / "a/1.jpg")
     (tmp_path / "a/loop").symlink_to(tmp_path)
     with pytest.raises(DataError, match=r"a/loop/a: a link to a folder above it"):
@@ -122,20 +122,20 @@ def test_link_to_a_folder_above_is_an_error_and_not_endless(tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
-def test_folder_that_may_not_be_read_is_an_error(tmp_path: Path) -> None:
+def test_open_folder_error_for_unreadable_folder(tmp_path: Path) -> None:
     write(tmp_path / "a/1.jpg")
     write(tmp_path / "a/closed/2.jpg").parent.chmod(0)
     with pytest.raises(DataError, match=r"cannot list its images: .*closed"):
         open_folder(str(tmp_path))
 
 
-def test_a_path_one_level_too_high_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_open_folder_warns_of_path_one_level_too_high(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("photo/cat", "photo/dog", "sketch/cat"):
         write(tmp_path / name / "1.jpg")
     open_folder(str(tmp_path))
     assert (
-        "all images lie in folders below those of the classes (photo/cat/1.jpg); the classes are photo, sketch"
-        in (caplog.text)
+        "all images lie in subfolders of the class folders (photo/cat/1.jpg); the classes are photo, sketch"
+        in caplog.text
     )
     caplog.clear()
     write(tmp_path / "photo/2.jpg")
@@ -143,28 +143,28 @@ def test_a_path_one_level_too_high_is_told(tmp_path: Path, caplog: pytest.LogCap
     assert not caplog.messages
 
 
-# Tars: files, how many samples they are, how many are lost, and a reason told
+# Tars: files, number of samples, number of skipped samples, and a reported reason
 
 WEBDATASET: dict[str, tuple[dict[str, bytes | str], int, int, str]] = {
     "unread suffix": ({"a.heic": JPEG, "a.txt": b"x"}, 1, 1, "images of suffix .heic are not read"),
     "tif": ({"a.tif": JPEG, "a.txt": b"x"}, 1, 0, ""),
     "dotted": ({"v1.0.jpg": JPEG, "v1.0.txt": b"x", "v1.1.jpg": JPEG, "v1.1.txt": b"x"}, 2, 2, "a dot before"),
-    "dotted beside a whole one": (
+    "dotted next to a complete one": (
         {"v1.jpg": JPEG, "v1.txt": b"x", "v1.0.jpg": JPEG, "v1.0.txt": b"x"},
         *(2, 1, "a dot before the suffix"),
     ),
     "dotted image alone": ({"x.input.jpg": JPEG, "x.txt": b"x"}, 1, 1, "no image; a dot before the suffix"),
     "compound side file": ({"y.jpg": JPEG, "y.seg.png": JPEG, "y.txt": b"x"}, 1, 0, ""),
-    "taken": (
+    "duplicate": (
         {"a.jpg": JPEG, "a.txt": b"x", "a.jpg#": JPEG, "a.txt#": b"y", "a.JPG": JPEG, "a.TXT": b"z"},
-        *(3, 2, "its name is taken"),
+        *(3, 2, "duplicate name"),
     ),
     "empty caption": ({"a.jpg": JPEG, "a.txt": b" \n\t"}, 1, 1, "its caption is empty"),
     "byte order mark alone": ({"a.jpg": JPEG, "a.txt": b"\xef\xbb\xbf"}, 1, 1, "its caption is empty"),
     "latin caption": ({"a.jpg": JPEG, "a.txt": b"\xe4"}, 1, 1, "its caption is not UTF-8"),
     "no caption": ({"a.jpg": JPEG, "b.txt": b"x"}, 2, 2, "no image"),
     "link inside": ({"a.jpg": JPEG, "a.txt": b"x", "b.jpg": "a.jpg", "b.txt": b"y"}, 2, 0, ""),
-    "link outside": ({"b.jpg": "else/a.jpg", "b.txt": b"y"}, 1, 1, "a link, or in pieces"),
+    "link outside": ({"b.jpg": "other/a.jpg", "b.txt": b"y"}, 1, 1, "a link or a sparse file"),
     "hidden": ({".b.jpg": JPEG}, 1, 1, "a hidden file"),
     "resource forks": ({"._a.jpg": FORK, "__MACOSX/a.jpg": FORK, ".DS_Store": b"", "README.md": b""}, 0, 0, ""),
     "second image": ({"a.jpg": JPEG, "a.png": JPEG, "a.txt": b"x"}, 1, 0, ""),
@@ -173,38 +173,40 @@ WEBDATASET: dict[str, tuple[dict[str, bytes | str], int, int, str]] = {
 
 
 @pytest.mark.parametrize("case", WEBDATASET)
-def test_webdataset_count_told_is_count_lost(tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture) -> None:
-    files, count, lost, reason = WEBDATASET[case]
+def test_open_webdataset_counts_all_skipped(tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture) -> None:
+    files, count, num_skipped, reason = WEBDATASET[case]
     write_tar(tmp_path / "0.tar", {"good.jpg": JPEG, "good.txt": b"x", **files})
     source = open_webdataset(str(tmp_path), ".txt")
-    assert (len(source) + len(source.skipped), len(source.skipped)) == (1 + count, lost), source.skipped
+    assert (len(source) + len(source.skipped), len(source.skipped)) == (1 + count, num_skipped), source.skipped
     source.report_skipped("data.reference")
-    told = [message for message in caplog.messages if " left out: " in message]
-    assert sum(int(message.split()[1]) for message in told) == lost
-    assert not reason or any(reason in message for message in told), told
+    reports = [message for message in caplog.messages if " left out: " in message]
+    assert sum(int(message.split()[1]) for message in reports) == num_skipped
+    assert not reason or any(reason in message for message in reports), reports
     for index in range(len(source)):
         assert source.read(index) == JPEG
 
 
-def test_compressed_tars_beside_tars_are_told_and_alone_are_an_error(tmp_path: Path) -> None:
+def test_open_webdataset_compressed_tars_are_skipped_or_refused(tmp_path: Path) -> None:
     import gzip
 
-    whole = write_tar(tmp_path / "0.tar", {"a.jpg": JPEG, "a.txt": b"x"})
-    packed = write(tmp_path / "1.tar.gz", gzip.compress(whole.read_bytes()))
+    plain = write_tar(tmp_path / "0.tar", {"a.jpg": JPEG, "a.txt": b"x"})
+    packed = write(tmp_path / "1.tar.gz", gzip.compress(plain.read_bytes()))
     write(tmp_path / "._0.tar", FORK)
-    whole.rename(tmp_path / "0.TAR")
+    plain.rename(tmp_path / "0.TAR")
     source = open_webdataset(str(tmp_path), ".txt")
     assert (len(source), source.skipped) == (1, [("1.tar.gz", "a compressed tar; unpack it to a plain .tar")])
     assert [key for key, _ in source.ignored] == ["._0.tar"]
-    with pytest.raises(DataError, match=r"1\.tar\.gz: not a whole tar: it is compressed by gzip; unpack it to"):
+    with pytest.raises(DataError, match=r"1\.tar\.gz: not a complete tar: it is compressed by gzip; unpack it to"):
         open_webdataset(str(packed), ".txt")
     (tmp_path / "0.TAR").unlink()
     (tmp_path / "._0.tar").unlink()
-    with pytest.raises(DataError, match=r": no tar there; 1\.tar\.gz is compressed: unpack it to a plain \.tar$"):
+    with pytest.raises(
+        DataError, match=r": no tar in this folder; 1\.tar\.gz is compressed: unpack it to a plain \.tar$"
+    ):
         open_webdataset(str(tmp_path), ".txt")
 
 
-def test_nothing_but_lost_samples_says_why(tmp_path: Path) -> None:
+def test_open_webdataset_without_samples_gives_reasons(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {"img_v1.0.jpg": JPEG, "img_v1.0.txt": b"x"})
     with pytest.raises(
         DataError, match=r"both an image and a \.txt file \(1 a dot before the suffix: .*a\.tar/img_v1\.0"
@@ -212,31 +214,31 @@ def test_nothing_but_lost_samples_says_why(tmp_path: Path) -> None:
         open_webdataset(str(path), ".txt")
 
 
-def test_tar_named_twice_is_an_error(tmp_path: Path) -> None:
+def test_open_webdataset_refuses_tar_named_twice(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "0.tar", {"a.jpg": JPEG, "a.txt": b"x"})
     with pytest.raises(DataError, match=rf"names {path} twice"):
         open_webdataset(f"{tmp_path}/{{0,?}}.tar", ".txt")
 
 
 @pytest.mark.parametrize("label", ["1_0", "٣", "0x1", "1e3", "1 2"])
-def test_labels_are_decimal_digits(tmp_path: Path, label: str) -> None:
+def test_open_webdataset_labels_are_decimal_digits(tmp_path: Path, label: str) -> None:
     path = write_tar(tmp_path / "a.tar", {"a.jpg": JPEG, "a.cls": label.encode()})
-    with pytest.raises(DataError, match=r"a\.cls: .* is no integer"):
+    with pytest.raises(DataError, match=r"a\.cls: .* is not an integer"):
         open_webdataset(str(path), ".cls")
     write_tar(path, {"a.jpg": JPEG, "a.cls": b"\xef\xbb\xbf+7\r\n"})
     assert open_webdataset(str(path), ".cls").samples[0].label == 7
 
 
 @pytest.mark.timeout(60)
-def test_pipes_are_waited_for_by_no_reader(tmp_path: Path) -> None:
+def test_readers_do_not_block_on_pipes(tmp_path: Path) -> None:
     (tmp_path / "cat").mkdir()
     for name in ("list.csv", "0.tar", "cat/model.bin", "cat/a.heic"):
         os.mkfifo(tmp_path / name)
-    with pytest.raises(DataError, match=r"list\.csv: cannot read it: a pipe or device$"):
+    with pytest.raises(DataError, match=r"list\.csv: cannot read it: it is a pipe or device$"):
         open_csv(str(tmp_path / "list.csv"), None, group=False)
     for path, message in (
-        (tmp_path, "called like a tar, but no regular file"),
-        (tmp_path / "0.tar", "no tar there"),
+        (tmp_path, "named like a tar, but not a regular file"),
+        (tmp_path / "0.tar", "no such tar"),
     ):
         with pytest.raises(DataError, match=rf"0\.tar.*{message}|{message}.*0\.tar"):
             open_webdataset(str(path), ".txt")
@@ -259,13 +261,16 @@ def csv(folder: Path, text: str | bytes) -> str:
     [
         ('a.jpg\t"the quick cat\nb.jpg\ta dog\nc.jpg\tthe end" sign\n', "expected after .* in row 1 "),
         ('a.jpg\ta\nb.jpg\t"open to the end\nc.jpg\tx\n', r"unexpected end of data in row 2 \(line 3\)"),
-        ('a.jpg\t"one\nb.jpg\tof two"\nc.jpg\tx\n', r"row 1 \(line 2\) begins with a quote that ends rows later"),
-        ("a.jpg\tone\nb.jpg\ta\ttab\n", r"row 2 \(line 3\) has 3 tab-separated cells, its first line 2; quote a"),
+        (
+            'a.jpg\t"one\nb.jpg\tof two"\nc.jpg\tx\n',
+            r"row 1 \(line 2\) opens a quote that is closed in a later row",
+        ),
+        ("a.jpg\tone\nb.jpg\ta\ttab\n", r"row 2 \(line 3\) has 3 tab-separated cells, the header has 2; quote a"),
         ("a.jpg\tone\n\nb.jpg\n", r"row 2 \(line 4\) has 1 tab-separated cells"),
-        ("a.jpg\tone\n\ttwo\n", r"row 2 \(line 3\) names no file: ''"),
+        ("a.jpg\tone\n\ttwo\n", r"row 2 \(line 3\): invalid file name ''"),
     ],
 )
-def test_csv_is_read_strictly(tmp_path: Path, rows: str, message: str) -> None:
+def test_open_csv_is_strict(tmp_path: Path, rows: str, message: str) -> None:
     path = csv(tmp_path, f"filepath\ttitle\n{rows}")
     for group in (False, True):
         with pytest.raises(DataError, match=message):
@@ -281,7 +286,7 @@ def test_csv_is_read_strictly(tmp_path: Path, rows: str, message: str) -> None:
         "\ufefftitle\tlabel\tfilepath\r\none\t3\ta.jpg\r\n two \t4\tb.jpg",
     ],
 )
-def test_csv_of_other_tools_is_read(tmp_path: Path, text: str) -> None:
+def test_open_csv_reads_files_of_other_tools(tmp_path: Path, text: str) -> None:
     source = open_csv(csv(tmp_path, text), None, group=False)
     assert [(sample.path.name, sample.texts) for sample in source.samples] == [
         ("a.jpg", ("one",)),
@@ -293,20 +298,23 @@ def test_csv_of_other_tools_is_read(tmp_path: Path, text: str) -> None:
     ("text", "message"),
     [
         ("filepath\ttitle\na.jpg\tone\n".encode("utf-16"), "cannot read it: 'utf-8' codec"),
-        ("a.jpg\tone\nb.jpg\ttwo\n", "no column filepath and title in its tab-separated first line"),
+        ("a.jpg\tone\nb.jpg\ttwo\n", "no column filepath and title in its tab-separated header"),
         ("filepath,title\na.jpg,one\n", "no column filepath and title .*; separate its cells by tabs"),
-        ("filepath\ttitle\timage\ttitle\n", "column title is twice in its first line"),
-        ("filepath\ttitle\nimg\\a.jpg\tone\n", "does not exist; .*paths are those of Windows: write / for each"),
-        ("filepath\ttitle\na.jpg\t \n", "no rows below its first line: all 1 titles are empty"),
+        ("filepath\ttitle\timage\ttitle\n", "duplicate column title in its header"),
+        (
+            "filepath\ttitle\nimg\\a.jpg\tone\n",
+            "does not exist; .*paths are Windows paths: replace each backslash",
+        ),
+        ("filepath\ttitle\na.jpg\t \n", "no rows below its header: all 1 titles are empty"),
     ],
 )
-def test_csv_that_cannot_be_used_says_why(tmp_path: Path, text: str | bytes, message: str) -> None:
+def test_open_csv_error_gives_reason(tmp_path: Path, text: str | bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):
         open_csv(csv(tmp_path, text), None, group=False)
 
 
 @pytest.mark.parametrize("group", [False, True])
-def test_csv_count_told_is_count_lost(tmp_path: Path, group: bool) -> None:
+def test_open_csv_counts_all_skipped(tmp_path: Path, group: bool) -> None:
     (tmp_path / "folder.jpg").mkdir(parents=True)
     rows = ["a.jpg\tone", "gone.jpg\ttwo", "b.jpg\t", "c.jpg\tthree", "folder.jpg\tfour", "d.jpg\t  "]
     source = open_csv(csv(tmp_path, "filepath\ttitle\n" + "\n".join(rows)), None, group=group)
@@ -322,10 +330,10 @@ def test_csv_count_told_is_count_lost(tmp_path: Path, group: bool) -> None:
 
 
 @pytest.mark.parametrize("root", ["iwildcam_v2.0/train", "iwildcam_v2.0", "", "datasets/data"])
-def test_flyps_own_csv_is_read_by_the_documented_recipe(
+def test_open_csv_reads_flyp_files_by_the_documented_recipe(
     tmp_path: Path, root: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its paths begin with ./datasets/data, whatever holds the images here."""
+    """FLYP's paths begin with ./datasets/data, wherever the images lie."""
     base = tmp_path / "data"
     images = base / root if root == "datasets/data" else base
     for name in "ab":
@@ -345,7 +353,7 @@ def test_flyps_own_csv_is_read_by_the_documented_recipe(
 
 
 @pytest.mark.parametrize("names", [[str(i) for i in range(12)], [f"{i:03d}" for i in range(12)], ["7", "10", "2"]])
-def test_whole_number_folders_are_in_the_order_of_numbers(tmp_path: Path, names: list[str]) -> None:
+def test_open_folder_sorts_whole_numbers_by_value(tmp_path: Path, names: list[str]) -> None:
     for name in names:
         write(tmp_path / name / "a.jpg")
     source = open_folder(str(tmp_path))
@@ -355,7 +363,7 @@ def test_whole_number_folders_are_in_the_order_of_numbers(tmp_path: Path, names:
     ]
 
 
-def test_folders_of_one_number_are_an_error_and_other_names_sort_as_text(tmp_path: Path) -> None:
+def test_open_folder_refuses_equal_numbers(tmp_path: Path) -> None:
     for name in ("10", "2", "x"):
         write(tmp_path / name / "a.jpg")
     assert open_folder(str(tmp_path)).class_names == ("10", "2", "x")
@@ -364,7 +372,7 @@ def test_folders_of_one_number_are_an_error_and_other_names_sort_as_text(tmp_pat
         open_folder(str(tmp_path))
 
 
-def test_names_that_are_not_utf8_are_read_and_have_printable_keys(tmp_path: Path) -> None:
+def test_readers_make_names_that_are_not_utf8_printable(tmp_path: Path) -> None:
     write(tmp_path / "cat/good.jpg")
     os.rename(os.fsencode(tmp_path / "cat/good.jpg"), os.fsencode(tmp_path) + b"/cat/caf\xe9.jpg")
     (sample,) = open_folder(str(tmp_path)).samples
@@ -384,7 +392,7 @@ def test_names_that_are_not_utf8_are_read_and_have_printable_keys(tmp_path: Path
 
 
 @pytest.mark.parametrize("form", ["folder", "webdataset", "csv", "prepared"])
-def test_error_names_the_section_of_the_config(tmp_path: Path, form: str) -> None:
+def test_open_dataset_error_names_the_config_section(tmp_path: Path, form: str) -> None:
     section = {"format": form, "path": str(tmp_path / "nothere"), "class_names": "imagenet"}
     with pytest.raises(DataError, match=rf"^data\.target: {tmp_path}/nothere: "):
         open_target(TargetConfig.model_validate(section))
@@ -394,11 +402,9 @@ def test_error_names_the_section_of_the_config(tmp_path: Path, form: str) -> Non
             open_reference(ReferenceConfig.model_validate(section))
 
 
-def test_error_of_an_undecodable_image_speaks_of_no_python_object(tmp_path: Path) -> None:
+def test_source_image_error_has_no_python_repr(tmp_path: Path) -> None:
     write(tmp_path / "cat/a.jpg", b"<html>404</html>")
-    with pytest.raises(
-        DataError, match=r"cannot decode the image: it is not an image, or of a format that is not read$"
-    ):
+    with pytest.raises(DataError, match=r"cannot decode the image: not an image, or in an unsupported format$"):
         open_folder(str(tmp_path)).image(0)
 
 
@@ -418,8 +424,8 @@ def table(root: Path) -> Source:
 def unsized(root: Path) -> Source:
     from dataclasses import replace
 
-    found = open_folder(str(root / "set"))
-    return Source([replace(sample, size=-1) for sample in found.samples], found.class_names)
+    source = open_folder(str(root / "set"))
+    return Source([replace(sample, size=-1) for sample in source.samples], source.class_names)
 
 
 def tars(root: Path) -> Source:
@@ -429,7 +435,7 @@ def tars(root: Path) -> Source:
 
 
 def write_bitmaps(root: Path) -> Path:
-    """Bitmaps, which are all of one size whatever they show."""
+    """Writes bitmaps, which have equal sizes whatever their pixels."""
     for i in range(6):
         content = BytesIO()
         Image.new("RGB", (200, 150), (i, 0, 0)).save(content, "BMP")
@@ -437,61 +443,59 @@ def write_bitmaps(root: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("opened", [folder, table, unsized, tars])
-@pytest.mark.parametrize("whole", [True, False])
-def test_digest_knows_bytes_of_equal_size_wherever_the_files_lie(
-    tmp_path: Path, opened: Callable[[Path], Source], whole: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("open_set", [folder, table, unsized, tars])
+@pytest.mark.parametrize("fully_hashed", [True, False])
+def test_digest_detects_changed_bytes_of_equal_size(
+    tmp_path: Path, open_set: Callable[[Path], Source], fully_hashed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dive_fast.data import content_hashes as content
+    from dive_fast.data import content_hashes
 
-    if not whole:
-        monkeypatch.setattr(content, "WHOLE", 0)
+    if not fully_hashed:
+        monkeypatch.setattr(content_hashes, "MAX_FULL_BYTES", 0)
     root = write_bitmaps(tmp_path / "one")
-    original = opened(root).digest()
-    assert opened(root).digest() == original
-    assert opened(write_bitmaps(tmp_path / "other")).digest() == original
+    original = open_set(root).digest()
+    assert open_set(root).digest() == original
+    assert open_set(write_bitmaps(tmp_path / "other")).digest() == original
     file = root / "set/a/2.bmp"
     data = file.read_bytes()
-    for at in (-1, 100, len(data) // 2):
-        file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at:][1:])
+    for position in (-1, 100, len(data) // 2):
+        file.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position:][1:])
         assert file.stat().st_size == len(data)
-        is_probed = whole or at != len(data) // 2
-        assert (opened(root).digest() != original) == is_probed
+        is_probed = fully_hashed or position != len(data) // 2
+        assert (open_set(root).digest() != original) == is_probed
     file.write_bytes(data)
-    assert opened(root).digest() == original
+    assert open_set(root).digest() == original
 
 
-def test_digest_knows_labels_and_class_names(tmp_path: Path) -> None:
+def test_digest_depends_on_labels_texts_order_and_class_names(tmp_path: Path) -> None:
     from dataclasses import replace
 
-    found = folder(write_bitmaps(tmp_path))
+    source = folder(write_bitmaps(tmp_path))
     digests = {
-        found.digest(),
-        replace(found, class_names=("b", "a")).digest(),
-        replace(found, samples=[replace(found.samples[0], label=1), *found.samples[1:]]).digest(),
-        replace(found, samples=[replace(found.samples[0], texts=("x",)), *found.samples[1:]]).digest(),
-        replace(found, samples=found.samples[::-1]).digest(),
+        source.digest(),
+        replace(source, class_names=("b", "a")).digest(),
+        replace(source, samples=[replace(source.samples[0], label=1), *source.samples[1:]]).digest(),
+        replace(source, samples=[replace(source.samples[0], texts=("x",)), *source.samples[1:]]).digest(),
+        replace(source, samples=source.samples[::-1]).digest(),
     }
     assert len(digests) == 5
 
 
-@pytest.mark.parametrize("opened", [folder, table, unsized])
-def test_modified_knows_a_rewritten_file_and_digest_survives_a_copy(
-    tmp_path: Path, opened: Callable[[Path], Source]
-) -> None:
+@pytest.mark.parametrize("open_set", [folder, table, unsized])
+def test_modified_detects_new_time_that_digest_ignores(tmp_path: Path, open_set: Callable[[Path], Source]) -> None:
     root = write_bitmaps(tmp_path)
-    source = opened(root)
+    source = open_set(root)
     before, digest = source.modified(), source.digest()
-    assert opened(root).modified() == before
+    assert open_set(root).modified() == before
     os.utime(root / "set/a/2.bmp", ns=(1, 1))
-    assert source.modified() == before != opened(root).modified()
-    assert opened(root).digest() == digest
+    assert source.modified() == before != open_set(root).modified()
+    assert open_set(root).digest() == digest
 
 
-def test_digest_of_many_probes_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dive_fast.data import content_hashes as content
+def test_digest_of_large_sets_probes_some_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dive_fast.data import content_hashes
 
-    monkeypatch.setattr(content, "PROBES", 3)
+    monkeypatch.setattr(content_hashes, "NUM_PROBES", 3)
     root = write_bitmaps(tmp_path)
     original = folder(root).digest()
     for name, is_probed in {"a/0": True, "a/2": False, "b/5": True}.items():
@@ -504,7 +508,7 @@ def test_digest_of_many_probes_some(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert unsized(root).digest() != original
 
 
-def test_equal_images_have_equal_ids(tmp_path: Path) -> None:
+def test_image_ids_are_equal_for_equal_images(tmp_path: Path) -> None:
     root = write_bitmaps(tmp_path)
     (root / "set/b/copy.bmp").write_bytes((root / "set/a/2.bmp").read_bytes())
     assert folder(root).image_ids().tolist() == [0, 1, 2, 3, 4, 5, 1]

@@ -1,4 +1,4 @@
-"""Loader processes: whom they obey."""
+"""Tests of worker processes: signals, shared memory, and the end of their parent."""
 
 import os
 import signal
@@ -10,20 +10,20 @@ import pytest
 
 ABANDONED = """
 import torch
-# PyTorch starts threads of its own in each process, before any of our code runs there.
+# PyTorch starts threads in each process before our code runs there.
 torch.set_num_threads(4)
 torch.ones(1000, 1000).sum()
 from dive_fast.data.workers import in_workers
 batches = in_workers(str, range(1000), workers=2)
-# One of each process: both have settled in.
+# One result of each worker: both are initialized.
 print(next(batches), next(batches), flush=True)
 input()
 print(next(batches), flush=True)
-# The interpreter ends with batches that nobody has taken.
+# The interpreter exits with unread batches.
 """
 
 
-def test_processes_obey_the_training_process_alone_and_end_with_it() -> None:
+def test_workers_ignore_signals_and_end_with_their_parent() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", ABANDONED],
         stdin=subprocess.PIPE,
@@ -40,14 +40,14 @@ def test_processes_obey_the_training_process_alone_and_end_with_it() -> None:
             worker.send_signal(number)
     _, alive = psutil.wait_procs(workers, timeout=1)
     assert len(alive) == len(workers)
-    rest, _ = process.communicate("go on\n", timeout=60)
+    rest, _ = process.communicate("continue\n", timeout=60)
     assert rest == "2\n"
     assert process.returncode == 0
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
 
 
-LITTLE_SHARED_MEMORY = """
+USE_SHARED_MEMORY = """
 import sys
 import torch
 from dive_fast.data.workers import in_workers
@@ -59,19 +59,19 @@ except MachineError as error:
 """
 
 
-def test_what_does_not_fit_into_shared_memory_ends_with_the_reason() -> None:
+def test_workers_full_shared_memory_is_reported() -> None:
     mounted = "mount -t tmpfs -o size=256k tmpfs /dev/shm"
     if subprocess.run(["unshare", "-m", "sh", "-c", mounted], capture_output=True, check=False).returncode:
-        pytest.skip("a file system of its own needs root, and a kernel that lets it mount")
+        pytest.skip("mounting a private file system needs root and a permissive kernel")
     command = ["unshare", "-m", "sh", "-c", f'{mounted} && exec "$@"', "sh", sys.executable, "-P", "-c"]
-    run = subprocess.run([*command, LITTLE_SHARED_MEMORY], capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run([*command, USE_SHARED_MEMORY], capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == 1
     assert run.stdout == ""
     assert "error: shared memory (/dev/shm) is full: give the container more" in run.stderr
     assert "Traceback" not in run.stderr
 
 
-def test_processes_end_soon_after_a_training_process_that_was_killed() -> None:
+def test_workers_end_after_their_parent_is_killed() -> None:
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", ABANDONED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

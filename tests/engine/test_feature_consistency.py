@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import RobertaConfig
 
-from dive_fast.config.schema import Config, ModelConfig
+from dive_fast.config.schema import ModelConfig
 from dive_fast.distributed import Ranks
 from dive_fast.engine import feature_consistency
 from dive_fast.engine.feature_consistency import FeatureConsistency, by_modules, measure, settle
 from dive_fast.errors import ConfigError
 from dive_fast.methods import method as objective
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.model.towers import Towers, create
 from dive_fast.planner.simulate import fake_tensors
 
@@ -173,7 +174,7 @@ def test_text_tower_of_hugging_face_is_random_only_where_it_runs(tmp_path: Path)
 
 def paths(folders: dict[str, Path]) -> dict[Any, Any]:
     """On one rank: gradients and losses of a step of each model, whole, in pieces and recomputed."""
-    objective.Objective.backend = "torch"
+    objective.Part.backend = "torch"
     results: dict[Any, Any] = {}
     for kind, folder in folders.items():
         stage = Stage(folder)
@@ -213,12 +214,12 @@ def train_all(trees: list[dict[str, Any]]) -> list[Any]:
     from dive_fast.distributed import join
     from dive_fast.train.loop import train
 
-    objective.Objective.backend = "torch"
+    objective.Part.backend = "torch"
     ranks, results = join(), []
     for tree in trees:
         folder = Path(tree["train"]["output"])
         try:
-            train(Config.model_validate_json(json.dumps(tree)), folder, ranks)
+            train(RunConfig.model_validate_json(json.dumps(tree)), folder, ranks)
         except ConfigError as error:
             results.append((str(error), (folder / "teacher").exists()))
             continue

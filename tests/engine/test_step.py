@@ -7,7 +7,6 @@ and nothing of the engine. Student and teacher differ and the average vector is 
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import unittest.mock
 from collections.abc import Iterator
@@ -18,18 +17,13 @@ import pytest
 import tiny
 import torch
 from distributed import run_ranks
-from step_oracle import FP16_SCALE, Stage, assert_same_gradients, config, oracle
+from step_oracle import FP16_SCALE, Stage, assert_same_gradients, oracle
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dive_fast.checkpoint.export import full_state
-from dive_fast.config.schema import Config
 from dive_fast.engine.async_scalars import AsyncScalars
-from dive_fast.engine.deepspeed_config import BUCKET, deepspeed_section
-from dive_fast.engine.optimizer import learning_rate_schedule
 from dive_fast.engine.step import StepBatches
-from dive_fast.engine.update import LossScale
-from dive_fast.errors import ConfigError
 from dive_fast.methods import method as objective
 
 aten = torch.ops.aten
@@ -54,12 +48,12 @@ STEADY: list[dict[str, Any]] = [{}, {"precision": "fp16"}, {"micro": 3}, {"sched
 
 def run_paths(folder: Path, stages: tuple[int, ...], backend: Any) -> dict[Any, Any]:
     """On one rank: gradients, metrics and average vector of every path through the step, and more cases."""
-    objective.Objective.backend = backend
+    objective.Part.backend = backend
     stage = Stage(folder)
     results: dict[Any, Any] = {}
     for zero, (schedule, micro) in itertools.product(stages, PATHS):
         engine = stage.engine(zero, schedule, micro)
-        results[zero, schedule, micro] = *stage.accumulate(engine), engine.objective.average_vector
+        results[zero, schedule, micro] = *stage.accumulate(engine), engine.method.state()["average_vector"]
         engine.deepspeed.destroy()
     for name, (schedule, micro) in itertools.product(METHODS, PATHS[::3]):
         for zero in stages if name in ONE_TOWER else stages[-1:]:
@@ -91,7 +85,7 @@ def overflow(stage: Stage, zero: int) -> dict[str, Any]:
         return full_state(engine)
 
     engine.step(StepBatches(stage.target, stage.reference, frozen))
-    before, vector = weights(), engine.objective.average_vector.clone()
+    before, vector = weights(), engine.method.state()["average_vector"].clone()
     bad = stage.target
     if stage.ranks.rank == stage.ranks.world_size - 1:
         bad = dataclasses.replace(bad, images=bad.images * math.inf)
@@ -105,7 +99,9 @@ def overflow(stage: Stage, zero: int) -> dict[str, Any]:
         "unchanged": all(torch.equal(before[name], after[name]) for name in before),
         "scale": float(metrics["loss_scale"]),
         "moved_on": stage.ranks.rank > 0 or any(not torch.equal(after[name], last[name]) for name in last),
-        "finite": bool(torch.isfinite(vector).all() and torch.isfinite(engine.objective.average_vector).all()),
+        "finite": bool(
+            torch.isfinite(vector).all() and torch.isfinite(engine.method.state()["average_vector"]).all()
+        ),
         "learning_rate": engine.learning_rate,
     }
 
@@ -329,106 +325,3 @@ def steady_on_a_gpu(folder: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_steady_step_never_waits_for_a_gpu(folder: Path) -> None:
     run_ranks(1, steady_on_a_gpu, folder, init=False, timeout=300)
-
-
-def test_what_a_smaller_scale_cannot_mend_is_no_overflow() -> None:
-    skipped, applied = torch.tensor(1.0), torch.tensor(0.0)
-    finite, nonfinite = torch.tensor(True), torch.tensor(False)
-    scale = LossScale("fp16", torch.device("cpu"))
-    first = scale.value.item()
-    for loss, found in ((nonfinite, (1, 1)), (nonfinite, (2, 2)), (finite, (2, 0)), (nonfinite, (3, 1))):
-        before = scale.value.item()
-        scale.update(skipped, loss)
-        assert (scale.nonfinite_steps, scale.nonfinite_in_row) == found
-        # Only the finite loss's gradient overflowed for the scale's sake.
-        assert scale.value == (before / 2 if loss is finite else before)
-    scale.update(applied, finite)
-    assert (scale.nonfinite_steps, scale.nonfinite_in_row, scale.skipped_steps) == (3, 0, 4)
-    scale.value.fill_(1.0)
-    scale.update(skipped, finite)
-    assert (scale.nonfinite_in_row, scale.value) == (1, 1.0)
-    assert first == 2.0**16
-    plain = LossScale("fp32", torch.device("cpu"))
-    plain.update(skipped, finite)
-    assert (plain.nonfinite_in_row, plain.skipped_steps) == (1, 1)
-
-
-def test_loss_scale_halves_on_overflow_and_doubles_after_a_good_while() -> None:
-    scale, good, bad = LossScale("fp16", torch.device("cpu")), torch.tensor(0.0), torch.tensor(1.0)
-    finite = torch.tensor(True)
-    first = scale.value.item()
-    scale.update(bad, finite)
-    assert scale.value == first / 2
-    for _ in range(1999):
-        scale.update(good, finite)
-    assert scale.value == first / 2
-    resumed = LossScale("fp16", torch.device("cpu"))
-    resumed.load_state_dict(scale.state_dict())
-    for each in (scale, resumed):
-        each.update(good, finite)
-        assert each.value == first
-        for _ in range(40):
-            each.update(bad, finite)
-        assert each.value == 1.0
-        assert each.skipped_steps == 41
-    fixed = LossScale("fp32", torch.device("cpu"))
-    fixed.update(bad, finite)
-    assert fixed.value == 1.0
-    assert "loss_scale" not in fixed.metrics()
-
-
-def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine_to_zero() -> None:
-    factor = learning_rate_schedule(warmup_steps=4, total_steps=12)
-    assert [factor(step) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
-    assert factor(8) == pytest.approx(0.5)
-    assert factor(12) == pytest.approx(0)
-    assert factor(6) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
-    # A run shorter than its warm-up, and one without.
-    assert learning_rate_schedule(500, 10)(9) == pytest.approx(10 / 500)
-    assert learning_rate_schedule(0, 10)(0) == 1
-
-
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [
-        ({"train_batch_size": 3}, r"deepspeed\.train_batch_size = 3 contradicts 8"),
-        ({"gradient_accumulation_steps": 2}, r"deepspeed\.gradient_accumulation_steps = 2 contradicts 1"),
-        ({"optimizer": {"type": "Adam"}}, r"deepspeed\.optimizer has its home in train\.learning_rate"),
-        ({"fp16": {"enabled": True}}, r"deepspeed\.fp16 has its home in train\.precision"),
-        ({"scheduler": {"type": "WarmupLR"}}, r"deepspeed\.scheduler has its home in train\.warmup_steps"),
-    ],
-)
-def test_a_deepspeed_key_that_contradicts_the_config_is_an_error(
-    folder: Path, section: dict[str, Any], message: str
-) -> None:
-    tree = config(folder, 2, "sequential", None).model_dump()
-    with pytest.raises(ConfigError, match=message):
-        deepspeed_section(Config.model_validate_json(json.dumps(tree | {"deepspeed": section})), world_size=2)
-
-
-def test_a_batch_that_cannot_be_dealt_out_is_an_error(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.target\.batch_size = 8 is not divisible by 3 ranks"):
-        deepspeed_section(config(folder, 2, "sequential", None), world_size=3)
-
-
-def test_deepspeed_does_not_clip_unless_told_to(folder: Path) -> None:
-    assert deepspeed_section(config(folder, 2, "sequential", None), world_size=2)["gradient_clipping"] == 0
-
-
-def test_buckets_are_of_the_models_size_unless_told_otherwise(folder: Path) -> None:
-    settings = config(folder, 2, "sequential", None)
-    zero = deepspeed_section(settings, world_size=2)["zero_optimization"]
-    assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (BUCKET, BUCKET)
-    settings.deepspeed["zero_optimization"]["reduce_bucket_size"] = 7
-    assert deepspeed_section(settings, world_size=2)["zero_optimization"]["reduce_bucket_size"] == 7
-    assert "allgather_bucket_size" not in settings.deepspeed["zero_optimization"]
-
-
-def test_a_stage_left_to_the_engine_shares_out_what_there_is_to_share(folder: Path) -> None:
-    settings = config(folder, 2, "sequential", None)
-    zero = settings.deepspeed["zero_optimization"]
-    zero["stage"] = "auto"
-    assert [deepspeed_section(settings, ranks)["zero_optimization"]["stage"] for ranks in (1, 2)] == [0, 1]
-    zero["offload_optimizer"] = {"device": "cpu"}  # of which DeepSpeed knows nothing without ZeRO
-    assert deepspeed_section(settings, 1)["zero_optimization"]["stage"] == 1
-    assert zero["stage"] == "auto"

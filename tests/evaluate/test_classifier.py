@@ -1,4 +1,4 @@
-"""Prompts' embeddings are kept and found again; labels that several classes stand for; a head's own classes."""
+"""Classifiers: the cache of prompt embeddings, labels with several classes, and the rows of a head."""
 
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,11 @@ from open_clip import IMAGENET_CLASSNAMES
 from torch import Tensor
 
 from dive_fast.config.schema import ModelConfig
+from dive_fast.data.classes import synsets
 from dive_fast.data.prompts import read_templates
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError
-from dive_fast.evaluate.classifier import Classifier, cached_classifier, classifier, of_head
+from dive_fast.evaluate.classifier import Classifier, cached_classifier, classifier, select_head_rows
 from dive_fast.evaluate.datasets import imagenet
 from dive_fast.model.head import Head
 from dive_fast.model.towers import Towers, create, tokenizer_of
@@ -32,7 +33,7 @@ def built(name: str) -> tuple[Towers, Any]:
     return create(config).eval(), tokenizer_of(config)
 
 
-def test_a_classifier_is_written_once_and_read_by_all_that_decides_it(name: str, tmp_path: Path) -> None:
+def test_cached_classifier_is_keyed_by_all_inputs(name: str, tmp_path: Path) -> None:
     towers, tokenizer = built(name)
     simple = read_templates("simple")
     first = cached_classifier(towers, tokenizer, NAMES, simple, ALONE, tmp_path)
@@ -40,16 +41,16 @@ def test_a_classifier_is_written_once_and_read_by_all_that_decides_it(name: str,
     (file,) = tmp_path.iterdir()
 
     def refuse(texts: list[str]) -> Tensor:
-        assert len(texts) == 4, "only the probe is tokenised again"
+        assert len(texts) == 4, "only the tokenizer probes are tokenized again"
         tokens: Tensor = tokenizer(texts)
         return tokens
 
-    with torch.no_grad():  # the image tower plays no part
+    with torch.no_grad():  # the image tower is not part of the key
         towers.visual.proj.add_(1)
     assert torch.equal(cached_classifier(towers, refuse, NAMES, simple, ALONE, tmp_path), first)
     assert list(tmp_path.iterdir()) == [file]
     assert cached_classifier(towers, tokenizer, NAMES[:4], simple, ALONE, tmp_path).shape == (4, 24)
-    # The same weights with another activation, as a tag may have it.
+    # The same weights with another activation, as a pretrained tag may select it.
     gelu = towers.text.transformer.resblocks[0].mlp.gelu
     towers.text.transformer.resblocks[0].mlp.gelu = torch.nn.SiLU()
     assert not torch.equal(cached_classifier(towers, tokenizer, NAMES, simple, ALONE, tmp_path), first)
@@ -69,45 +70,46 @@ def test_a_classifier_is_written_once_and_read_by_all_that_decides_it(name: str,
         cached_classifier(towers, tokenizer, NAMES, simple, ALONE, tmp_path)
 
 
-def test_the_logit_of_a_label_is_the_largest_of_its_classes() -> None:
+def test_logit_of_label_is_largest_of_its_classes() -> None:
     torch.manual_seed(0)
     features, weight, bias = torch.randn(6, 4), torch.randn(5, 4), torch.randn(5)
     members = ((3,), (0, 4, 2), (1, 0))
-    found = Classifier("head", weight, bias, members).logits(features)
-    every = features @ weight.T + bias
+    logits = Classifier("head", weight, bias, members).logits(features)
+    class_logits = features @ weight.T + bias
     for row in range(6):
         for label, classes in enumerate(members):
-            assert found[row, label] == max(every[row, c] for c in classes)
-    assert torch.equal(Classifier("head", weight, bias).logits(features), every)
+            assert logits[row, label] == max(class_logits[row, c] for c in classes)
+    assert torch.equal(Classifier("head", weight, bias).logits(features), class_logits)
     assert Classifier("prompts", weight, None, members).num_labels == 3
 
 
-def test_a_head_classifies_only_what_it_has_all_classes_of() -> None:
+def test_head_rows_need_all_classes() -> None:
     head = Head(torch.arange(8.0).reshape(4, 2), torch.arange(4.0), ("a", "b", "c", "b"))
-    found = of_head(head, ("c", "a"))
-    assert found is not None
-    assert (found.weight.tolist(), found.bias.tolist(), found.joined_by) == ([[4, 5], [0, 1]], [2, 0], "name")
-    assert of_head(head, ("a", "d")) is None
-    whole = of_head(head, head.class_names)
-    assert whole is not None
-    assert torch.equal(whole[0], head.weight)
+    rows = select_head_rows(head, ("c", "a"))
+    assert rows is not None
+    assert (rows.weight.tolist(), rows.bias.tolist(), rows.joined_by) == ([[4, 5], [0, 1]], [2, 0], "name")
+    assert select_head_rows(head, ("a", "d")) is None
+    all_rows = select_head_rows(head, head.class_names)
+    assert all_rows is not None
+    assert torch.equal(all_rows.weight, head.weight)
     with pytest.raises(ConfigError, match=r"the head has two classes called 'b'.*--head none"):
-        of_head(head, ("a", "b"))
+        select_head_rows(head, ("a", "b"))
     with pytest.raises(ConfigError, match="the data set has two classes called 'a'"):
-        of_head(head, ("a", "c", "a"))
+        select_head_rows(head, ("a", "c", "a"))
 
 
 @pytest.mark.parametrize("subset", ["", "r", "a"])
-@pytest.mark.parametrize("names", [tuple(IMAGENET_CLASSNAMES), imagenet.synsets()], ids=["names", "ids"])
-def test_a_head_of_imagenet_is_read_by_number(subset: str, names: tuple[str, ...]) -> None:
-    """Two classes are called "missile": by name a row cannot be found, or is the wrong one."""
+@pytest.mark.parametrize("names", [tuple(IMAGENET_CLASSNAMES), synsets()], ids=["names", "ids"])
+def test_head_rows_of_imagenet_are_selected_by_number(subset: str, names: tuple[str, ...]) -> None:
+    """Two classes are called "missile", so a name does not identify a row."""
     head = Head(torch.arange(2000.0).reshape(1000, 2), torch.arange(1000.0), names)
-    rows = imagenet.classes_of(subset)
-    found = of_head(head, tuple(IMAGENET_CLASSNAMES[row] for row in rows), rows)
-    assert found is not None
-    assert found.joined_by == "number"
-    assert found.bias.tolist() == list(rows)
-    assert found.weight[:, 0].tolist() == [2 * row for row in rows]
+    numbers = imagenet.classes_of(subset)
+    class_names = tuple(IMAGENET_CLASSNAMES[number] for number in numbers)
+    rows = select_head_rows(head, class_names, numbers)
+    assert rows is not None
+    assert rows.joined_by == "number"
+    assert rows.bias.tolist() == list(numbers)
+    assert rows.weight[:, 0].tolist() == [2 * number for number in numbers]
     if subset == "r" and names == tuple(IMAGENET_CLASSNAMES):
         with pytest.raises(ConfigError, match="the head has two classes called 'missile'"):
-            of_head(head, tuple(IMAGENET_CLASSNAMES[row] for row in rows))
+            select_head_rows(head, class_names)

@@ -1,4 +1,4 @@
-"""A measurement is made again where anything that decides its figure has changed, and only there."""
+"""The evaluator measures a set again if anything that determines its metrics has changed, and only then."""
 
 import io
 import json
@@ -27,7 +27,7 @@ COUNT = 6
 
 
 def bmp(seed: int) -> bytes:
-    """A picture of a format in which all of one size have as many bytes."""
+    """An image in a format whose file size depends on the image size only."""
     file = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file, "BMP")
@@ -35,7 +35,7 @@ def bmp(seed: int) -> bytes:
 
 
 class Case:
-    """A model, a set and a folder of results, of which a test changes one thing."""
+    """A model, a set and a results folder, of which a test changes one aspect."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -50,7 +50,7 @@ class Case:
         self.head: Head | None = Head(torch.eye(3, 24), torch.zeros(3), ("cat", "dog", "owl"))
         self.batch_size = 4
         self.precision = "fp32"
-        # Apart from the description of their model, which would refuse another one.
+        # Not in the folder of the model, whose description would reject another model.
         self.weights = root / "weights.safetensors"
         if self.weights.is_file():
             return
@@ -66,40 +66,40 @@ class Case:
 
     def put(self, name: str, content: bytes) -> None:
         path = self.root / "set" / name
-        before = path.stat() if path.exists() else None
+        old = path.stat() if path.exists() else None
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        if before is not None:  # some tools keep the times of what they change
-            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        if old is not None:  # some tools preserve the modification time
+            os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
 
     def images(self) -> int:
-        """How many images were encoded for the set's figure: none where it has been measured before."""
+        """Evaluates the set; returns the number of encoded images, which is 0 if a stored result is reused."""
         folder = self.root / f"model {len(list(self.root.iterdir()))}"
         folder.mkdir()
         described = {"model_cfg": self.config, "preprocess_cfg": self.preprocess}
         (folder / "open_clip_config.json").write_text(json.dumps(described))
         model = ModelConfig(name=f"local-dir:{folder}")
         towers = load_into(create(model, weights=False), model, self.weights).eval()
-        counted: list[int] = []
-        towers.visual.register_forward_hook(lambda _, given, __: counted.append(len(given[0])))
+        batch_sizes: list[int] = []
+        towers.visual.register_forward_hook(lambda _, arguments, __: batch_sizes.append(len(arguments[0])))
         config = EvaluateConfig.model_validate_json(json.dumps({"sets": {"set": self.set}}))
         options = Options("mine", self.precision, self.batch_size, 0)
         results, opened = Results(self.root / "out"), open_all(config.sets, ALONE)
         measure_all(*(towers, tokenizer_of(model), config.sets, opened, ALONE, results, options, {}, self.head))
-        return sum(counted)
+        return sum(batch_sizes)
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A case that has been measured."""
-    made = Case(tmp_path_factory.mktemp("measured"))
-    assert made.images() == COUNT
-    return made.root
+    case = Case(tmp_path_factory.mktemp("measured"))
+    assert case.images() == COUNT
+    return case.root
 
 
 @pytest.fixture
 def case(measured: Path, tmp_path: Path) -> Case:
-    """A copy of it, with the times of its files, elsewhere."""
+    """A copy of the measured case in another folder, with the modification times of its files."""
     shutil.copytree(measured, tmp_path, dirs_exist_ok=True)
     return Case(tmp_path)
 
@@ -201,18 +201,18 @@ def weights(case: Case) -> None:
     ],
     ids=lambda change: change.__name__,
 )
-def test_one_deciding_thing_has_changed(case: Case, change: Any) -> None:
+def test_evaluator_measures_again_after_change(case: Case, change: Any) -> None:
     tf32_before = torch.backends.cudnn.allow_tf32
     try:
         change(case)
         assert case.images() == len(list(Path(case.set["path"]).rglob("*.bmp")))
-        # And that is kept too.
+        # The new result is stored as well.
         assert case.images() == 0
     finally:
         torch.backends.cudnn.allow_tf32 = tf32_before
 
 
-def test_templates_decide_where_prompts_classify(case: Case) -> None:
+def test_templates_matter_only_where_prompts_classify(case: Case) -> None:
     (case.root / "templates.txt").write_text("a rather blurry picture of the {}\n")
     assert case.images() == 0  # the head classifies
     case.head = None
@@ -222,26 +222,26 @@ def test_templates_decide_where_prompts_classify(case: Case) -> None:
     assert case.images() == 0
 
 
-def test_nothing_that_decides_has_changed(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluator_reuses_results_of_copied_files(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     copy = case.root / "elsewhere.safetensors"
     shutil.copy(case.weights, copy)
     case.weights, case.batch_size = copy, 3
     case.set |= {"metric": "macro_f1", "role": "ood"}
     assert case.images() == 0
     assert "(measured before)" in capsys.readouterr().out
-    # A copy of the set with its times.
+    # A copy of the set with its modification times.
     shutil.copytree(case.root / "set", case.root / "copy")
     case.set["path"] = str(case.root / "copy")
     assert case.images() == 0
 
 
-def test_what_has_changed_is_named(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluator_names_the_changed_key(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     mean(case)
     case.images()
     assert "(measured again: model.preprocess changed)" in capsys.readouterr().out
 
 
-def test_structure_is_what_is_computed_and_not_its_weights() -> None:
+def test_structure_ignores_weights() -> None:
     torch.manual_seed(0)
     first, second = (torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3)) for _ in range(2))
     assert structure(first) == structure(second)

@@ -1,4 +1,4 @@
-"""Every sample of an evaluation set is in its figure, or counted beside it by the set owner's consent."""
+"""Every sample of an evaluation set is measured, or left out and counted if the set allows it."""
 
 import json
 from pathlib import Path
@@ -10,23 +10,24 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 
-from dive_fast.config.schema import Config, EvaluateConfig, EvaluationSet, ModelConfig
+from dive_fast.config.schema import EvaluateConfig, EvaluationSet, ModelConfig
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 from dive_fast.evaluate.datasets.resolve import open_evaluation
 from dive_fast.evaluate.evaluator import Options, measure_all, open_all
 from dive_fast.evaluate.results import Results
 from dive_fast.evaluate.zero_shot import evaluate, measure
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.model.towers import create, tokenizer_of
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 GOOD, BROKEN, LOST = 6, 2, 3
-"""Samples of each set that can be measured, whose image cannot be decoded, and which are no whole samples."""
+"""Numbers of samples in each set: measurable, with an undecodable image, and without an image or label."""
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model; sets of all formats with samples that cannot be measured; and the same without them."""
+    """A model, sets of all formats with samples that cannot be measured, and the same sets without these."""
     folder = tmp_path_factory.mktemp("left_out")
     tiny.write_model(folder / "model")
     (folder / "names.txt").write_text("cat\ndog\nowl\n")
@@ -71,7 +72,7 @@ def measured(root: Path, config: EvaluationSet, ranks: Ranks = ALONE, batch_size
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "retrieval"])
-def test_a_set_that_is_not_whole_is_refused_with_count_reason_and_remedy(root: Path, kind: str) -> None:
+def test_incomplete_set_raises_count_reason_and_remedy(root: Path, kind: str) -> None:
     with pytest.raises(DataError) as refused:
         measured(root, config_of(root, kind))
     message = str(refused.value)
@@ -81,20 +82,20 @@ def test_a_set_that_is_not_whole_is_refused_with_count_reason_and_remedy(root: P
 
 @pytest.mark.parametrize("kind", ["webdataset", "retrieval", "folder"])
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_a_set_that_reports_is_measured_on_what_is_left(root: Path, kind: str, batch_size: int) -> None:
-    found = measured(root, config_of(root, kind, on_skipped="report"), batch_size=batch_size)
+def test_on_skipped_report_measures_remaining_samples(root: Path, kind: str, batch_size: int) -> None:
+    result = measured(root, config_of(root, kind, on_skipped="report"), batch_size=batch_size)
     lost = (
         LOST
         if kind != "folder"
         else len(open_evaluation(config_of(root, kind, on_skipped="report")).source.skipped)
     )
-    assert (found.samples, found.left_out) == (GOOD, BROKEN + lost)
+    assert (result.samples, result.left_out) == (GOOD, BROKEN + lost)
     good = measured(root, config_of(root, kind, "good"))
-    assert found.scores == good.scores
+    assert result.scores == good.scores
     assert (good.samples, good.left_out) == (GOOD, 0)
 
 
-def test_an_image_that_cannot_be_decoded_is_named_without_pythons_words(root: Path, tmp_path: Path) -> None:
+def test_undecodable_image_is_named_in_plain_words(root: Path, tmp_path: Path) -> None:
     path = tmp_path / "set/a/broken.jpg"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"<html>not found</html>")
@@ -102,7 +103,7 @@ def test_an_image_that_cannot_be_decoded_is_named_without_pythons_words(root: Pa
     with pytest.raises(DataError) as refused:
         measured(root, EvaluationSet(format="folder", path=str(tmp_path / "set"), templates="simple"))
     assert "a/broken.jpg: cannot decode the image" in str(refused.value)
-    assert str(refused.value).endswith("or accept figures without it by evaluate.sets.mine.on_skipped=report")
+    assert str(refused.value).endswith("or accept results without it by evaluate.sets.mine.on_skipped=report")
     assert "BytesIO" not in str(refused.value)
     (tmp_path / "set/a/good.jpg").unlink()
     only = EvaluationSet(format="folder", path=str(tmp_path / "set"), templates="simple", on_skipped="report")
@@ -116,13 +117,13 @@ def on_each_rank(root: Path) -> list[Any]:
     return [tuple(measured(root, config_of(root, kind, on_skipped="report"), ranks)) for kind in kinds]
 
 
-def test_ranks_count_together(root: Path) -> None:
+def test_left_out_samples_are_counted_over_ranks(root: Path) -> None:
     for results in run_ranks(3, on_each_rank, root):
-        for kind, found in zip(("webdataset", "retrieval"), results, strict=True):
-            assert found == tuple(measured(root, config_of(root, kind, on_skipped="report")))
+        for kind, result in zip(("webdataset", "retrieval"), results, strict=True):
+            assert result == tuple(measured(root, config_of(root, kind, on_skipped="report")))
 
 
-def test_rows_tables_and_logs_say_how_many_were_left_out(
+def test_left_out_count_is_in_rows_tables_and_logs(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     model = ModelConfig(name=f"local-dir:{root / 'model'}")
@@ -144,14 +145,14 @@ def test_rows_tables_and_logs_say_how_many_were_left_out(
         table = (tmp_path / "results.md").read_text()
         assert "| mine (macro F1) |" in table
         assert table.count(f"({BROKEN + LOST} left out)") == 2
-        assert "captions: 8 samples are 7 distinct images" in out  # the broken ones have the same bytes
+        assert "captions: 8 samples are 7 distinct images" in out  # the broken images have the same bytes
     caplog.clear()
     evaluate(towers, tokenizer, config, ALONE)
-    assert f"mine: figures are of {GOOD} samples, {BROKEN + LOST} are left out" in caplog.text
+    assert f"mine: {GOOD} samples are measured, {BROKEN + LOST} are left out" in caplog.text
 
 
-def test_known_sets_are_measured_whole(tmp_path: Path) -> None:
+def test_known_sets_refuse_on_skipped(tmp_path: Path) -> None:
     tree = tiny.write_config(tmp_path)
     tree["evaluate"] = {"sets": {"pets": {"dataset": "pets", "path": "/data", "on_skipped": "report"}}}
     with pytest.raises(ValueError, match=r"evaluate.sets.pets.on_skipped: a known dataset is measured whole"):
-        Config.model_validate_json(json.dumps(tree))
+        RunConfig.model_validate_json(json.dumps(tree))

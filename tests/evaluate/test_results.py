@@ -1,4 +1,4 @@
-"""What has been measured is not measured again, and the tables are the paper's."""
+"""Results: rows that are reused, tables as in the paper, and files that several processes write."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ from dive_fast.data.prompts import read_templates
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 from dive_fast.evaluate.classifier import cached_classifier
-from dive_fast.evaluate.datasets.catalog import IMAGENET_OOD, SUITES, ZERO_SHOT_10, find
+from dive_fast.evaluate.datasets.catalog import IMAGENET_OOD, SUITES, ZERO_SHOT_10, find_dataset
 from dive_fast.evaluate.evaluator import Options, measure_all, open_all
 from dive_fast.evaluate.results import Results, as_markdown
 from dive_fast.model.head import Head
@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
 
 
 class Counted:
-    """A tokenizer and a model whose images are counted as they are encoded."""
+    """A tokenizer and a model that counts the images it encodes."""
 
     def __init__(self, model: ModelConfig) -> None:
         self.towers: Towers = create(model).eval()
@@ -45,7 +45,7 @@ class Counted:
 def measured(
     counted: Counted, tree: dict[str, Any], folder: Path, head: Head | None = None, **changed: Any
 ) -> tuple[list[dict[str, Any]], int]:
-    """The rows, and how many images were encoded for them."""
+    """The rows of an evaluation, and the number of images that were encoded for them."""
     config = EvaluateConfig.model_validate_json(json.dumps({"sets": tree}))
     options = Options(**({"label": "mine", "precision": "fp32", "batch_size": 5, "workers": 0} | changed))
     before = counted.images
@@ -64,26 +64,24 @@ def measured(
     return rows, counted.images - before
 
 
-def test_what_has_been_measured_is_measured_again_only_when_something_changed(
-    model: ModelConfig, tmp_path: Path
-) -> None:
+def test_measure_all_reuses_unchanged_results(model: ModelConfig, tmp_path: Path) -> None:
     counted = Counted(model)
     target = tiny.write_target(tmp_path / "set")
     tree = {"seen": {key: target[key] for key in tiny.EVALUATION}}
     out = tmp_path / "out"
     first, images = measured(counted, tree, out)
     assert images == 24
-    again, images = measured(counted, tree, out)
-    assert (images, again) == (0, first)
-    # Another metric, label, name or batch size is no other measurement.
+    second, images = measured(counted, tree, out)
+    assert (images, second) == (0, first)
+    # Another metric, label, name or batch size is the same measurement.
     tree["more"] = tree["seen"] | {"metric": "macro_f1", "role": "ood"}
-    rows, images = measured(counted, tree, out, label="again", batch_size=7)
+    rows, images = measured(counted, tree, out, label="other", batch_size=7)
     assert images == 0
     assert [(row["label"], row["set"], row["value"]) for row in rows] == [
-        ("again", "seen", first[0]["top1"]),
-        ("again", "more", first[0]["macro_f1"]),
+        ("other", "seen", first[0]["top1"]),
+        ("other", "more", first[0]["macro_f1"]),
     ]
-    assert measured(counted, tree, out, again=True)[1] == 48
+    assert measured(counted, tree, out, force=True)[1] == 48
     del tree["more"]
     for changed in ({"templates": "simple"}, {"class_names": str(tmp_path / "set/others.txt")}):
         (tmp_path / "set/others.txt").write_text("".join(f"other {i}\n" for i in range(5)))
@@ -100,7 +98,7 @@ def test_what_has_been_measured_is_measured_again_only_when_something_changed(
     tiny.write_target(tmp_path / "set", count=23)
     assert measured(counted, tree, out)[1] == 23
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    # Every measurement once, whatever else was measured under its label.
+    # Each measurement is there once, whatever was measured later under its label.
     assert len({(row["label"], row["set"], row["key"]) for row in rows}) == len(rows)
     assert {row["precision"] for row in rows if row["label"] == "mine"} == {"fp32", "bf16"}
     with (out / "results.csv").open(newline="") as lines:
@@ -108,18 +106,18 @@ def test_what_has_been_measured_is_measured_again_only_when_something_changed(
     assert [float(row["value"]) for row in table] == [row["value"] for row in rows]
     assert (out / "results.md").read_text() == as_markdown(rows)
     (out / "results.jsonl").write_text('{"label": "x"}\n')
-    with pytest.raises(DataError, match=r"results.jsonl: line 1 is no result: a row needs label, set"):
+    with pytest.raises(DataError, match=r"results.jsonl: line 1 is not a result: a row needs label, set"):
         Results(out)
 
 
 def row(label: str, name: str, value: float, **more: Any) -> dict[str, Any]:
-    known = find(name)
-    found = {"label": label, "set": name, "dataset": name, "title": known.title, "role": known.role}
-    return found | {"metric": known.metric, "value": value, "weights_digest": label} | more
+    known = find_dataset(name)
+    fields = {"label": label, "set": name, "dataset": name, "title": known.title, "role": known.role}
+    return fields | {"metric": known.metric, "value": value, "weights_digest": label} | more
 
 
-def test_tables_are_the_papers_with_averages_of_what_is_whole() -> None:
-    # Table 2, DiVE; Table 3, DiVE: their averages as printed.
+def test_tables_equal_the_papers_and_mark_partial_averages() -> None:
+    # DiVE in tables 2 and 3, with the averages printed there.
     ood = dict(zip(IMAGENET_OOD, (0.738, 0.773, 0.549, 0.529, 0.569), strict=True))
     zero_shot = dict(
         zip(ZERO_SHOT_10, (0.884, 0.66, 0.843, 0.647, 0.47, 0.221, 0.555, 0.884, 0.514, 0.689), strict=True)
@@ -143,7 +141,7 @@ def test_tables_are_the_papers_with_averages_of_what_is_whole() -> None:
     assert "| DiVE | 53.1 | 37.2 | 69.9 | 42.3 | 63.7 |" in text
 
 
-def test_other_weights_under_one_label_get_a_line_of_their_own() -> None:
+def test_table_separates_weights_under_one_label() -> None:
     rows = [
         row("run", "imagenet1k", 0.1, weights_digest="a" * 64, precision="fp32"),
         row("run", "imagenet-r", 0.2, weights_digest="b" * 64, precision="fp32"),
@@ -157,10 +155,10 @@ def test_other_weights_under_one_label_get_a_line_of_their_own() -> None:
     assert "| other | 40.0 |" in text
 
 
-def test_no_row_hides_another_in_a_table() -> None:
+def test_table_shows_every_row() -> None:
     rows = [
         row("run", "imagenet-r", 0.1),
-        # The user's own sets, one of a known name; the same data set from elsewhere, and by another metric.
+        # A user's set with a known name, a second copy of the data set, another metric, and a user's other set.
         row("run", "imagenet-r", 0.2) | {"dataset": None, "title": "imagenet-r"},
         row("run", "imagenet-r", 0.3) | {"set": "copy"},
         row("run", "imagenet-r", 0.4) | {"metric": "macro_f1"},
@@ -169,8 +167,8 @@ def test_no_row_hides_another_in_a_table() -> None:
     for order in (rows, rows[::-1]):
         text = as_markdown(order)
         assert "| run |  |  | 10.0 |  |  |  | 10.0 (1 of 5) |" in text
-        head, _, figures = text[text.index("## Other sets") :].splitlines()[2:5]
-        cells = dict(zip(head.split(" | "), figures.split(" | "), strict=True))
+        header, _, values = text[text.index("## Other sets") :].splitlines()[2:5]
+        cells = dict(zip(header.split(" | "), values.split(" | "), strict=True))
         assert {name.strip("| "): cell.strip("| ") for name, cell in cells.items()} == {
             "Method": "run",
             "imagenet-r": "20.0",
@@ -182,14 +180,14 @@ def test_no_row_hides_another_in_a_table() -> None:
 
 
 def add(folder: Path, process: int, count: int) -> None:
-    """What an evaluation does with its rows."""
+    """Adds rows as an evaluation does."""
     results = Results(folder)
     for number in range(count):
-        found = {"label": f"model {process}", "set": f"set {number}", "title": "t", "role": None}
-        results.add(found | {"metric": "top1", "value": 0.5, "key": f"{process} {number}"})
+        fields = {"label": f"model {process}", "set": f"set {number}", "title": "t", "role": None}
+        results.add(fields | {"metric": "top1", "value": 0.5, "key": f"{process} {number}"})
 
 
-def test_two_evaluations_with_one_output_lose_nothing(tmp_path: Path) -> None:
+def test_results_of_two_processes_are_all_kept(tmp_path: Path) -> None:
     processes = [context().Process(target=add, args=(tmp_path, process, 6)) for process in range(2)]  # type: ignore[attr-defined]
     for process in processes:
         process.start()
@@ -203,20 +201,18 @@ def test_two_evaluations_with_one_output_lose_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.csv", "results.jsonl", "results.md"]
 
 
-def test_a_torn_last_line_is_left_out_and_any_other_is_an_error(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_results_ignore_only_an_incomplete_last_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     add(tmp_path, 0, 3)
-    whole = (tmp_path / "results.jsonl").read_text()
-    (tmp_path / "results.jsonl").write_text(whole[:-20])
+    text = (tmp_path / "results.jsonl").read_text()
+    (tmp_path / "results.jsonl").write_text(text[:-20])
     results = Results(tmp_path)
     assert [row["set"] for row in results.rows] == ["set 0", "set 1"]
-    assert "results.jsonl: its last line breaks off, and is left out" in caplog.text
+    assert "results.jsonl: its last line is incomplete and is ignored" in caplog.text
     results.add(results.rows[0] | {"set": "more"})
     assert [row["set"] for row in Results(tmp_path).rows] == ["set 0", "set 1", "more"]
-    lines = whole.splitlines()
+    lines = text.splitlines()
     (tmp_path / "results.jsonl").write_text("\n".join([lines[0][:-5], *lines[1:]]) + "\n")
-    with pytest.raises(DataError, match="line 1 is no result"):
+    with pytest.raises(DataError, match="line 1 is not a result"):
         Results(tmp_path)
 
 
@@ -226,40 +222,41 @@ ROW = {"label": "a", "set": "s", "title": "S", "role": None, "metric": "top1", "
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"value": 50.0, "top1": 50.0}, "value is 50.0, not a share from 0 to 1"),
+        ({"value": 50.0, "top1": 50.0}, "value is 50.0, not between 0 and 1"),
         ({"value": 0.6}, "its value is 0.6, but its top1 is 0.5"),
-        ({"top1": "50 %"}, "top1 is '50 %', not a share"),
-        ({"image_to_text_r1": 0.5}, "a row of retrieval needs"),
+        ({"top1": "50 %"}, "top1 is '50 %', not between 0 and 1"),
+        ({"image_to_text_r1": 0.5}, "a retrieval row needs"),
         ({"samples": "many"}, "samples is 'many', not a count"),
         ({"label": 1}, "its label, set, title or metric is not text"),
     ],
 )
-def test_results_refuse_rows_that_no_table_can_show(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_results_reject_invalid_rows(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     (tmp_path / "results.jsonl").write_text(json.dumps(ROW | change) + "\n")
-    with pytest.raises(DataError, match=f"line 1 is no result: {message}"):
+    with pytest.raises(DataError, match=f"line 1 is not a result: {message}"):
         Results(tmp_path)
 
 
 @pytest.mark.parametrize("missing", ["top1", "samples"])
-def test_rows_without_their_figures_are_measured_again(tmp_path: Path, missing: str) -> None:
+def test_results_find_needs_metric_and_samples(tmp_path: Path, missing: str) -> None:
     row = ROW | {"key": "k", "samples": 3}
-    for present, found in ((row, True), ({name: row[name] for name in row if name != missing}, False)):
-        (tmp_path / "results.jsonl").write_text(json.dumps(present) + "\n")
-        assert (Results(tmp_path).known("k", "a", "s", "top1") is not None) is found
+    incomplete = {name: row[name] for name in row if name != missing}
+    for stored, is_found in ((row, True), (incomplete, False)):
+        (tmp_path / "results.jsonl").write_text(json.dumps(stored) + "\n")
+        assert (Results(tmp_path).find("k", "a", "s", "top1") is not None) is is_found
 
 
 def write_classifier(name: str, folder: Path, process: int) -> Any:
     model = ModelConfig(name=name)
     towers, names = create(model).eval(), [f"thing {i}" for i in range(30)]
-    found = [cached_classifier(towers, tokenizer_of(model), names[:count], read_templates("{}"), ALONE, folder)
-             for count in (10, 20)]  # fmt: skip
+    tokenizer, templates = tokenizer_of(model), read_templates("{}")
     assert process in (0, 1)
-    return [rows.shape for rows in found]
+    counts = (10, 20)
+    return [cached_classifier(towers, tokenizer, names[:n], templates, ALONE, folder).shape for n in counts]
 
 
-def test_two_processes_write_one_folder_of_classifiers(model: ModelConfig, tmp_path: Path) -> None:
+def test_cached_classifier_is_written_by_two_processes(model: ModelConfig, tmp_path: Path) -> None:
     arguments = [(model.name, tmp_path, process) for process in range(2)]
-    processes = [context().Process(target=write_classifier, args=own) for own in arguments]  # type: ignore[attr-defined]
+    processes = [context().Process(target=write_classifier, args=args) for args in arguments]  # type: ignore[attr-defined]
     for process in processes:
         process.start()
     for process in processes:
@@ -267,4 +264,4 @@ def test_two_processes_write_one_folder_of_classifiers(model: ModelConfig, tmp_p
         assert process.exitcode == 0
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".safetensors"]
-    write_classifier(model.name, tmp_path, 0)  # all of them can be read
+    write_classifier(model.name, tmp_path, 0)  # reads all of them

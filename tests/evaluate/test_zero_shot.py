@@ -1,4 +1,4 @@
-"""Zero-shot accuracy: open_clip's classifier, the right share, and the same one on any number of ranks."""
+"""Measurement of sets: compared with open_clip and with counts by hand, on any number of ranks."""
 
 import io
 import itertools
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dive_fast.config.schema import EvaluateConfig, EvaluationSet, ModelConfig
+from dive_fast.data.classes import synsets
 from dive_fast.data.prompts import read_templates
 from dive_fast.data.samples import EvaluationSamples
 from dive_fast.data.sources.webdataset import open_webdataset
@@ -37,19 +38,19 @@ NAMES = ["cat", "dog", "a very old and rather large sea lion", "dog"]
 
 
 class Eye(nn.Module):
-    """An image tower that sees the mean colour."""
+    """An image tower whose features are the mean colour."""
 
     def encode_image(self, images: Tensor) -> Tensor:
         return images.mean((2, 3))
 
 
 def labels(count: int) -> list[int]:
-    """Every third is wrong: the colour of picture i is i modulo 3."""
+    """Labels of which every third is wrong: the colour of image i is i modulo 3."""
     return [(i + (i % 3 == 1)) % 3 for i in range(count)]
 
 
 def colours(folder: Path, count: int) -> str:
-    """Pictures of one colour each."""
+    """Writes a tar of images of one colour each."""
     samples = {}
     for i, label in enumerate(labels(count)):
         content = io.BytesIO()
@@ -107,8 +108,8 @@ def on_each_rank(root: Path) -> dict[Any, Any]:
         for count, batch_size in itertools.product(COUNTS, [2, 100])
     }
     results["sets"] = evaluate_sets(root, ranks)
-    results["figures"] = figures(root, ranks)
-    # More ranks than classes; and once more, from the disk.
+    results["scores"] = all_scores(root, ranks)
+    # More ranks than classes in one case; in the last, the classifier is read from disk.
     towers, tokenizer = towers_of(root)
     for case in range(3):
         names = NAMES[:1] if case == 1 else NAMES[:3]
@@ -117,8 +118,8 @@ def on_each_rank(root: Path) -> dict[Any, Any]:
     return results
 
 
-def figures(root: Path, ranks: Ranks) -> list[dict[str, float]]:
-    """Every figure of a classified set, of one with fewer images than ranks, and of retrieval."""
+def all_scores(root: Path, ranks: Ranks) -> list[dict[str, float]]:
+    """All metrics of a classified set, of one with fewer images than ranks, and of a retrieval set."""
     towers, tokenizer = towers_of(root)
     classes = {"class_names": str(root / "tars/classes.txt"), "templates": "simple"}
     pairs = EvaluationSet(format="webdataset", path=str(root / "pairs"), task="retrieval")
@@ -132,60 +133,58 @@ def figures(root: Path, ranks: Ranks) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("templates", ["simple", "{}", "a photo of a {}."])
 @pytest.mark.parametrize("config", [tiny.CLIP, tiny.QUICKGELU])
-def test_the_classifier_is_open_clips(tmp_path: Path, config: dict[str, Any], templates: str) -> None:
+def test_classifier_equals_open_clip(tmp_path: Path, config: dict[str, Any], templates: str) -> None:
     name = tiny.write_model(tmp_path, config)
     towers, tokenizer = create(ModelConfig(name=name)).double(), tokenizer_of(ModelConfig(name=name))
     model: Any = open_clip.create_model(name).double()
     prompts = read_templates(templates)
-    # A template that stands twice counts twice, though its prompt is encoded once.
-    for own in (prompts, (*prompts, str.lower, prompts[0], str.upper)):
-        expected = open_clip.build_zero_shot_classifier(model, tokenizer, NAMES, own).T
-        found = classifier(towers, tokenizer, NAMES, own)
-        assert found.shape == (4, 24)
-        assert torch.allclose(found, expected, rtol=0, atol=1e-12)
-        assert not found.requires_grad
+    # A template listed twice counts twice, although its prompt is encoded once.
+    for repeated in (prompts, (*prompts, str.lower, prompts[0], str.upper)):
+        expected = open_clip.build_zero_shot_classifier(model, tokenizer, NAMES, repeated).T
+        weights = classifier(towers, tokenizer, NAMES, repeated)
+        assert weights.shape == (4, 24)
+        assert torch.allclose(weights, expected, rtol=0, atol=1e-12)
+        assert not weights.requires_grad
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
-def test_accuracy_is_the_share_of_images_whose_nearest_class_is_theirs(
-    folder: Path, batch_size: int, workers: int
-) -> None:
+def test_accuracy_counts_nearest_classes(folder: Path, batch_size: int, workers: int) -> None:
     for count in COUNTS if workers == 0 else [7]:
         right = sum(label == i % 3 for i, label in enumerate(labels(count)))
         assert accuracy_on_colours(folder, count, ALONE, batch_size, workers) == right / count
     assert [sum(label == i % 3 for i, label in enumerate(labels(count))) for count in COUNTS] == [1, 1, 2, 5, 5]
 
 
-def test_accuracy_is_the_same_on_two_ranks_whatever_their_shares(folder: Path) -> None:
+def test_metrics_are_equal_on_two_ranks(folder: Path) -> None:
     alone = {
         (count, batch_size): accuracy_on_colours(folder, count, ALONE, batch_size)
         for count, batch_size in itertools.product(COUNTS, [2, 100])
     }
     for results in run_ranks(2, on_each_rank, folder):
         assert results.pop("sets") == evaluate_sets(folder, ALONE)
-        assert results.pop("figures") == figures(folder, ALONE)
+        assert results.pop("scores") == all_scores(folder, ALONE)
         towers, tokenizer = towers_of(folder)
         weight = classifier(towers, tokenizer, NAMES[:3], read_templates("simple"))
         for case in range(3):
-            found = results.pop(f"classifier {case}")
-            assert torch.equal(found, weight[:1] if case == 1 else weight)
+            rows = results.pop(f"classifier {case}")
+            assert torch.equal(rows, weight[:1] if case == 1 else weight)
         assert results == alone
 
 
-def test_every_set_is_measured_with_its_own_names_and_templates(folder: Path) -> None:
+def test_evaluate_uses_names_and_templates_of_each_set(folder: Path) -> None:
     name = f"local-dir:{folder / 'model'}"
     model: Any = open_clip.create_model(name).eval()
     tokenizer = tokenizer_of(ModelConfig(name=name))
     transform = open_clip.image_transform(32, is_train=False)
     expected = {}
-    for kind, own_names, templates in [
+    for kind, class_names, templates in [
         ("tars", [f"class number {i}" for i in range(5)], open_clip.OPENAI_IMAGENET_TEMPLATES),
         ("images", [f"kind {i}" for i in range(4)], open_clip.SIMPLE_IMAGENET_TEMPLATES),
     ]:
-        weights = open_clip.build_zero_shot_classifier(model, tokenizer, own_names, templates)
+        weights = open_clip.build_zero_shot_classifier(model, tokenizer, class_names, templates)
         source, names, _ = open_set(EvaluationSet.model_validate(sets(folder)[kind]))
-        assert list(names) == own_names
+        assert list(names) == class_names
         with torch.no_grad():
             images = torch.stack([transform(source.image(i)) for i in range(len(source))])
             nearest = (model.encode_image(images, normalize=True) @ weights).argmax(1)
@@ -195,10 +194,10 @@ def test_every_set_is_measured_with_its_own_names_and_templates(folder: Path) ->
     assert evaluate_sets(folder, ALONE) == expected
 
 
-def test_known_layouts_and_all_figures_are_open_clips_to_the_last_sample(folder: Path, tmp_path: Path) -> None:
-    """A plain loop with open_clip's own model, transform and classifier, over ImageNet-R's layout."""
+def test_measure_equals_open_clip_on_imagenet_r(folder: Path, tmp_path: Path) -> None:
+    """Compares with a plain loop over open_clip's model, transform and classifier, in ImageNet-R's layout."""
     name = f"local-dir:{folder / 'model'}"
-    wnids = imagenet.synsets("r")
+    wnids = synsets("r")
     for label, wnid in enumerate(wnids):
         for copy in range(1 + label % 2):
             path = tmp_path / "imagenet-r" / wnid / f"{copy}.jpg"
@@ -207,63 +206,66 @@ def test_known_layouts_and_all_figures_are_open_clips_to_the_last_sample(folder:
     model: Any = open_clip.create_model(name).eval()
     tokenizer = tokenizer_of(ModelConfig(name=name))
     transform = open_clip.image_transform(32, is_train=False)
-    own_names = [open_clip.IMAGENET_CLASSNAMES[imagenet.synsets().index(wnid)] for wnid in wnids]
+    class_names = [open_clip.IMAGENET_CLASSNAMES[synsets().index(wnid)] for wnid in wnids]
     prompts = open_clip.SIMPLE_IMAGENET_TEMPLATES
-    weights = open_clip.build_zero_shot_classifier(model, tokenizer, own_names, prompts)
-    labels, nearest, fifth = [], [], 0
+    weights = open_clip.build_zero_shot_classifier(model, tokenizer, class_names, prompts)
+    labels, nearest, in_top5 = [], [], 0
     for path in sorted((tmp_path / "imagenet-r").rglob("*.jpg")):
         with torch.no_grad():
             features = model.encode_image(transform(Image.open(path))[None], normalize=True)
         logits = (100 * features @ weights)[0]
         labels.append(wnids.index(path.parent.name))
         nearest.append(int(logits.argmax()))
-        fifth += labels[-1] in logits.topk(5).indices
+        in_top5 += labels[-1] in logits.topk(5).indices
     towers, tokenizer = towers_of(folder)
     data = open_evaluation(EvaluationSet(dataset="imagenet-r", path=str(tmp_path), templates="simple"))
-    found = measure(towers, tokenizer, data, ALONE, batch_size=16, workers=0)
-    assert (found.samples, found.classifier) == (300, "prompts")
-    assert found.scores["top1"] == sum(a == b for a, b in zip(labels, nearest, strict=True)) / 300
-    assert found.scores["top5"] == fifth / 300
-    assert 0 < found.scores["top1"] < found.scores["top5"] < 1
-    hits = [sum(a == b == own for a, b in zip(labels, nearest, strict=True)) for own in range(200)]
-    recalls = [hit / labels.count(own) for own, hit in enumerate(hits)]
-    assert found.scores["mean_class_recall"] == pytest.approx(sum(recalls) / 200)
-    # A head of the thousand, two of which have one name: as a run of vanilla_ft leaves it.
-    thousand = tuple(open_clip.IMAGENET_CLASSNAMES)
+    measured = measure(towers, tokenizer, data, ALONE, batch_size=16, workers=0)
+    assert (measured.samples, measured.classifier) == (300, "prompts")
+    assert measured.scores["top1"] == sum(a == b for a, b in zip(labels, nearest, strict=True)) / 300
+    assert measured.scores["top5"] == in_top5 / 300
+    assert 0 < measured.scores["top1"] < measured.scores["top5"] < 1
+    hits = [sum(a == b == label for a, b in zip(labels, nearest, strict=True)) for label in range(200)]
+    recalls = [hit / labels.count(label) for label, hit in enumerate(hits)]
+    assert measured.scores["mean_class_recall"] == pytest.approx(sum(recalls) / 200)
+    # A head of all 1000 classes, two of which share a name, as vanilla_ft trains it on ImageNet.
+    head_names = tuple(open_clip.IMAGENET_CLASSNAMES)
     weight = torch.zeros(1000, 24)
-    weight[list(imagenet.classes_of("r"))] = classifier(towers, tokenizer, own_names, prompts)
+    weight[list(imagenet.classes_of("r"))] = classifier(towers, tokenizer, class_names, prompts)
     by_head = measure(
-        *(towers, tokenizer, data, ALONE), batch_size=16, workers=0, head=Head(weight, torch.zeros(1000), thousand)
+        *(towers, tokenizer, data, ALONE),
+        batch_size=16,
+        workers=0,
+        head=Head(weight, torch.zeros(1000), head_names),
     )
-    assert by_head == found._replace(classifier="head")
+    assert by_head == measured._replace(classifier="head")
 
 
-def test_a_set_without_some_classes_of_the_target_is_remarked_on(folder: Path) -> None:
+def test_remarks_on_missing_classes_name_one(folder: Path) -> None:
     config = EvaluateConfig.model_validate_json(json.dumps({"sets": sets(folder)}))
     opened = open_sets(config.sets, ALONE)
-    every = [f"kind {i}" for i in range(4)]
-    assert remarks_on_missing_classes(opened, every) == []
-    (line,) = remarks_on_missing_classes(opened, [*every, "kind 4"])
-    assert "evaluate.sets.images has 4 of the 5 classes of data.target: 'kind 4', for one" in line
+    kinds = [f"kind {i}" for i in range(4)]
+    assert remarks_on_missing_classes(opened, kinds) == []
+    (line,) = remarks_on_missing_classes(opened, [*kinds, "kind 4"])
+    assert "evaluate.sets.images has 4 of the 5 classes of data.target: 'kind 4', for example" in line
 
 
-def test_a_head_classifies_the_sets_whose_classes_it_has(folder: Path) -> None:
+def test_evaluate_uses_head_for_sets_with_its_classes(folder: Path) -> None:
     towers, tokenizer = towers_of(folder)
     torch.manual_seed(0)
     # More classes than the set, in another order.
     names = ("kind 3", "another", "kind 0", "kind 2", "kind 1")
     head = Head(torch.randn(5, 24), torch.randn(5), names)
     config = EvaluateConfig.model_validate_json(json.dumps({"sets": sets(folder), "batch_size": 3, "workers": 0}))
-    found = evaluate(towers, tokenizer, config, ALONE, head)
+    by_head = evaluate(towers, tokenizer, config, ALONE, head)
     by_prompts = evaluate(towers, tokenizer, config, ALONE)
-    assert found["tars"] == by_prompts["tars"]
+    assert by_head["tars"] == by_prompts["tars"]
     source, _, _ = open_set(config.sets["images"])
     with torch.no_grad():
         images = torch.stack([tiny.shown(towers.preprocess, source.image(i)) for i in range(len(source))])
         logits = unit(towers.encode_image(images)) @ head.weight.T + head.bias
     chosen = [names[row] for row in (logits - torch.tensor([0, torch.inf, 0, 0, 0])).argmax(1).tolist()]
     right = sum(name == f"kind {sample.label}" for name, sample in zip(chosen, source.samples, strict=True))
-    assert found["images"] == right / len(source)
+    assert by_head["images"] == right / len(source)
     data = open_evaluation(config.sets["images"])
     assert measure(towers, tokenizer, data, ALONE, batch_size=3, workers=0, head=head).classifier == "head"
     wide = Head(torch.randn(5, 7), torch.randn(5), names)
@@ -271,7 +273,7 @@ def test_a_head_classifies_the_sets_whose_classes_it_has(folder: Path) -> None:
         evaluate(towers, tokenizer, config, ALONE, wide)
 
 
-def test_a_broken_image_is_an_error_and_no_other_is_counted_in_its_place(tmp_path: Path) -> None:
+def test_accuracy_of_broken_image_raises(tmp_path: Path) -> None:
     samples = {f"{i}": {"jpg": tiny.jpeg(i) if i != 2 else b"no picture", "cls": b"0"} for i in range(4)}
     source = open_webdataset(str(tiny.write_tar(tmp_path / "a.tar", samples)), ".cls")
     eye: Any = Eye()
@@ -280,36 +282,36 @@ def test_a_broken_image_is_an_error_and_no_other_is_counted_in_its_place(tmp_pat
         accuracy(eye, torch.eye(3), StrictSamples(source, preprocess), ALONE, 2, 0)
 
 
-def test_features_that_overflow_are_an_error(folder: Path) -> None:
+def test_accuracy_of_infinite_logits_raises(folder: Path) -> None:
     with pytest.raises(DataError, match="the logits are not finite"):
-        colours_with(folder, torch.eye(3) * torch.inf)
+        accuracy_with_weights(folder, torch.eye(3) * torch.inf)
 
 
-def colours_with(folder: Path, weights: Tensor) -> float:
+def accuracy_with_weights(folder: Path, weights: Tensor) -> float:
     preprocess = Preprocess((8, 8), (0.0,) * 3, (1.0,) * 3, "bicubic", "squash")
     samples = StrictSamples(open_webdataset(str(folder / "3.tar"), ".cls"), preprocess)
     eye: Any = Eye()
     return accuracy(eye, weights, samples, ALONE, 2, 0)
 
 
-def test_a_set_is_reported_by_its_metric(folder: Path) -> None:
+def test_evaluate_reports_metric_of_each_set(folder: Path) -> None:
     towers, tokenizer = towers_of(folder)
-    wanted = sets(folder)["images"]
-    config = {name: wanted | {"metric": name} for name in ("top1", "top5", "mean_class_recall", "macro_f1")}
+    images = sets(folder)["images"]
+    config = {name: images | {"metric": name} for name in ("top1", "top5", "mean_class_recall", "macro_f1")}
     tree = EvaluateConfig.model_validate_json(json.dumps({"sets": config, "workers": 0}))
-    found = evaluate(towers, tokenizer, tree, ALONE)
+    metrics = evaluate(towers, tokenizer, tree, ALONE)
     data = open_evaluation(tree.sets["top1"])
-    assert found == measure(towers, tokenizer, data, ALONE, batch_size=256, workers=0).scores
-    assert found["top5"] == 1  # of four classes
+    assert metrics == measure(towers, tokenizer, data, ALONE, batch_size=256, workers=0).scores
+    assert metrics["top5"] == 1  # there are four classes
 
 
-def test_a_label_without_a_name_is_an_error_that_names_the_sample(folder: Path, tmp_path: Path) -> None:
+def test_open_set_names_sample_without_class_name(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("one\ntwo\n")
     tar = tiny.write_tar(tmp_path / "a.tar", {"k": {"jpg": tiny.jpeg(0), "cls": b"-1"}})
     names = str(tmp_path / "names.txt")
     for path, message in [
         (folder / "tars", ".*: sample shard-00000.tar/0002 has label 2, but there are 2 class names"),
-        (tar, r": k\.cls: -1 is no label: classes are counted from 0"),
+        (tar, r": k\.cls: -1 is not a label: classes are counted from 0"),
     ]:
         config = EvaluationSet(format="webdataset", path=str(path), class_names=names)
         with pytest.raises(DataError, match=rf"^{path}{message}$"):

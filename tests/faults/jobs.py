@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 
 from dive_fast.distributed import free_port
 from dive_fast.errors import DataError
-from dive_fast.fault_tolerance import heartbeat as watch
-from dive_fast.methods.method import Objective
+from dive_fast.fault_tolerance import heartbeat
+from dive_fast.methods.method import Part
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 6
@@ -40,7 +40,7 @@ class At(NamedTuple):
     """Something that happens to a rank at a place in its run."""
 
     place: str
-    """``<phase> <step>`` of :meth:`dive_fast.fault_tolerance.heartbeat.Watch.at`; else a function, ``module:name``."""
+    """``<phase> <step>`` of :meth:`dive_fast.fault_tolerance.heartbeat.Watch.set_phase`; else a function, ``module:name``."""
     what: str
     """The name of a signal to the rank itself, or of a function in :data:`HAPPENINGS`."""
     rank: int | None = None
@@ -203,7 +203,7 @@ def _run_rank(environment: dict[str, str], arguments: list[str], log: Path, happ
 
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
     # The kernels have tests of their own; interpreted, they would take most of the time of these.
-    Objective.backend = "torch"
+    Part.backend = "torch"
     for happening in happenings:
         _arrange(happening)
     code = train.main(arguments)
@@ -221,7 +221,7 @@ def _arrange(at: At) -> None:
         def reached(of: Any, step: int, reached_phase: str, **named: Any) -> bool:
             return (step, reached_phase) == (int(number), phase)
 
-        _wrap("dive_fast.fault_tolerance.heartbeat:Watch.at", at.what, reached)
+        _wrap("dive_fast.fault_tolerance.heartbeat:Watch.set_phase", at.what, reached)
         return
     calls = iter(range(1, 1_000_000))
 
@@ -267,7 +267,7 @@ def _linger(*arguments: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _linger_long(*arguments: Any) -> Iterator[None]:
-    time.sleep(watch.GRACE + 3)
+    time.sleep(heartbeat.GRACE_SECONDS + 3)
     yield
 
 
@@ -284,7 +284,7 @@ def _unheard(*arguments: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _impatient(*arguments: Any) -> Iterator[None]:
     """A batch or a save is missed after a second."""
-    watch.STALL = 1.0
+    heartbeat.STALL_SECONDS = 1.0
     yield
 
 

@@ -92,8 +92,8 @@ def test_two_hosts_train_as_two_ranks_on_one(net: Hosts, folder: Path, whole: Pa
 def test_both_hosts_end_by_themselves_where_the_network_is_gone(cut: Cut, folder: Path) -> None:
     output = _output(folder, "cut")
     assert cut.exit_codes == [LOST, LOST], output
-    assert "rank 1 on host1 has not been heard of for" in output
-    assert "rank 0, which all ranks talk through, has not answered for" in output
+    assert "rank 1 on host1 sent no heartbeat for" in output
+    assert "rank 0, which hosts the store of all ranks, has not answered for" in output
     assert cut.left == [[], []]
     assert CUT_AFTER <= len(cut.metrics) < STEPS
 

@@ -184,7 +184,7 @@ def _(case: Case) -> None:
 
 @fault("`kill -9` in the middle of a checkpoint's file", AGAIN)
 def _(case: Case) -> None:
-    ended(case.job.go(At("dive_fast.checkpoint.saver:_to_disk", "SIGKILL", rank=1, call=2)), LOST, KILLED)
+    ended(case.job.go(At("dive_fast.checkpoint.saver:_fsync", "SIGKILL", rank=1, call=2)), LOST, KILLED)
     case.same()
 
 
@@ -297,11 +297,11 @@ for ranks in (1, 2):
 def _(case: Case) -> None:
     options = ("train.checkpoint_every=1",)
     job = case.job.start(
-        At("dive_fast.fault_tolerance.heartbeat:Watch.leaves", "hangs", rank=1, call=4), overrides=options
+        At("dive_fast.fault_tolerance.heartbeat:Watch.should_leave", "hangs", rank=1, call=4), overrides=options
     )
     job.until_step(2)
     job.kill(0, signal.SIGTERM)
-    ended(job.wait(), STOPPED, STOPPED, says="left without saving, since no step ends")
+    ended(job.wait(), STOPPED, STOPPED, says="exited without saving, because no step ends")
     case.same(*options)
 
 
@@ -313,7 +313,7 @@ def asked_at_the_start(place: str, case: Case) -> None:
     time.sleep(1)
     begun = time.monotonic()
     job.kill(1, signal.SIGTERM)
-    ended(job.wait(), STOPPED, STOPPED, says="SIGTERM: left while starting; restart the same command to resume")
+    ended(job.wait(), STOPPED, STOPPED, says="SIGTERM: exited while starting; restart the same command to resume")
     assert time.monotonic() - begun < 20
     case.same()
 
@@ -331,13 +331,13 @@ for what, place in (
 def _(case: Case) -> None:
     measured = {key: case.tree["data"]["target"][key] for key in tiny.EVALUATION}
     options = ("evaluate.every_steps=3", f"evaluate.sets={json.dumps({'seen': measured})}", "evaluate.workers=0")
-    job = case.job.start(At("dive_fast.train.validation:evaluate", "hangs"), overrides=options)
+    job = case.job.start(At("dive_fast.train.validation:measure_sets", "hangs"), overrides=options)
     while not (job.checkpoints() and job.checkpoints()[-1].name == "step00000003"):
         time.sleep(0.05)
     time.sleep(1)
     job.kill(1, signal.SIGTERM)
     begun = time.monotonic()
-    ended(job.wait(), STOPPED, STOPPED, says="SIGTERM: left while evaluating after step 3")
+    ended(job.wait(), STOPPED, STOPPED, says="SIGTERM: exited while evaluating after step 3")
     # Else it would be the other rank's silence that ends it, after a minute.
     assert time.monotonic() - begun < 45
     case.same(*options)
@@ -354,7 +354,7 @@ def _(case: Case) -> None:
     outcome = case.job.go(
         At(WRITE, "disk full", rank=1, call=2),
         At("evaluation 3", "SIGTERM", rank=1),
-        At("dive_fast.train.validation:evaluate", "lingers"),
+        At("dive_fast.train.validation:measure_sets", "lingers"),
         overrides=options,
     )
     ended(outcome, STOPPED, STOPPED, says="saved after step")
@@ -384,7 +384,7 @@ def _(case: Case) -> None:
 
 @fault("SIGTERM before the first step", f"all ranks exit {STOPPED}; {AGAIN}")
 def _(case: Case) -> None:
-    ended(case.job.go(At("dive_fast.train.setup:Engine", "SIGTERM")), STOPPED, STOPPED, says="SIGTERM: left while")
+    ended(case.job.go(At("dive_fast.train.setup:Engine", "SIGTERM")), STOPPED, STOPPED, says="SIGTERM: exited while")
     case.same()
 
 
@@ -396,7 +396,7 @@ def _(case: Case) -> None:
         for rank in range(2):
             job.kill(rank, signal.SIGINT)
         time.sleep(2)
-    ended(job.wait(), 130, 130, says="left without saving")
+    ended(job.wait(), 130, 130, says="exited without saving")
     case.same()
 
 
@@ -408,7 +408,7 @@ def _(case: Case) -> None:
         for rank in range(2):
             job.kill(rank, number)
         time.sleep(2)
-    ended(job.wait(), 130, 130, says="left without saving")
+    ended(job.wait(), 130, 130, says="exited without saving")
     case.same()
 
 
@@ -431,7 +431,7 @@ for dead, codes in ((1, (LOST, KILLED)), (0, (KILLED, LOST))):
 @fault("a rank hangs in a step", f"all name it and its step within the timeout, exit {LOST}; {AGAIN}")
 def _(case: Case) -> None:
     # The other one's step does not end either: it waits for this one's gradients.
-    hanging = At("dive_fast.fault_tolerance.heartbeat:Watch.leaves", "hangs", rank=1, call=4)
+    hanging = At("dive_fast.fault_tolerance.heartbeat:Watch.should_leave", "hangs", rank=1, call=4)
     lost(hanging, (LOST, LOST), "rank 1 waiting for the batch of step 4", case)
 
 
@@ -476,7 +476,7 @@ for what, says in (("out of memory", "CUDA out of memory"), ("CUDA error", "an i
     )
     def _(case: Case, what: str = what, says: str = says) -> None:
         # The other one is late, and must not be taken for the cause.
-        silent = At("dive_fast.fault_tolerance.heartbeat:Watch.leaves", "lingers long", rank=0, call=4)
+        silent = At("dive_fast.fault_tolerance.heartbeat:Watch.should_leave", "lingers long", rank=0, call=4)
         outcome = case.job.go(At(STEP, what, rank=1, call=4), silent, overrides=("train.rank_timeout=15",))
         ended(outcome, 1, 1, says=f"failed in step 4: {'CUDA error: ' * (what != 'out of memory')}{says}")
         assert "rank 0 on" not in outcome.said
@@ -526,7 +526,7 @@ def _(case: Case) -> None:
 @fault("no batch comes for a while", "said after 30 s, and the run goes on: " + SAME)
 def _(case: Case) -> None:
     outcome = case.job.go(
-        At("dive_fast.fault_tolerance.heartbeat:Watch.leaves", "lingers", rank=1, call=3),
+        At("dive_fast.fault_tolerance.heartbeat:Watch.should_leave", "lingers", rank=1, call=3),
         At("dive_fast.train.loop:build", "impatient"),
     )
     ended(outcome, 0, 0, says="rank 1 has waited")
@@ -547,7 +547,7 @@ def _(case: Case) -> None:
 def _(case: Case) -> None:
     # Steps go on meanwhile, until the next checkpoint is due.
     outcome = case.job.go(At(WRITE, "lingers", rank=1), At("dive_fast.train.loop:build", "impatient"))
-    ended(outcome, 0, 0, says="s for the checkpoint of step 4, or that before it")
+    ended(outcome, 0, 0, says="s for the checkpoint of step 4 or the one before it")
     case.same()
 
 
@@ -596,7 +596,7 @@ def _(case: Case) -> None:
 def _(case: Case) -> None:
     case.job.run.mkdir()
     (case.job.run / "checkpoints").write_text("in the way")
-    ended(case.job.go(), 2, 2, says="checkpoints: it is not a folder; remove or rename it")
+    ended(case.job.go(), 2, 2, says="checkpoints: not a folder; remove or rename it")
     (case.job.run / "checkpoints").unlink()
     case.same()
 
@@ -642,19 +642,19 @@ def _link(checkpoint: Path) -> None:
     file.symlink_to(outside)
 
 
-PASSED_OVER = "passed over: "
+SKIPPED = "skipped a corrupt checkpoint: "
 for what, hurt, said in (
-    ("is cut short", _cut, PASSED_OVER),
-    ("has one bit flipped", _flip, PASSED_OVER),
+    ("is cut short", _cut, SKIPPED),
+    ("has one bit flipped", _flip, SKIPPED),
     ("has lost its manifest", lambda path: (path / "manifest.json").unlink(), ""),
     (
         "has a manifest of garbage",
         lambda path: (path / "manifest.json").write_bytes(b"\xff{[[" * 100),
-        PASSED_OVER,
+        SKIPPED,
     ),
-    ("has lost `trainer.json`", lambda path: (path / "trainer.json").unlink(), PASSED_OVER),
-    ("has a manifest that points outside", _manifest(lambda m: m["files"].update({"../../x": {}})), PASSED_OVER),
-    ("is a link to a file outside", _link, PASSED_OVER),
+    ("has lost `trainer.json`", lambda path: (path / "trainer.json").unlink(), SKIPPED),
+    ("has a manifest that points outside", _manifest(lambda m: m["files"].update({"../../x": {}})), SKIPPED),
+    ("is a link to a file outside", _link, SKIPPED),
 ):
     fault(f"the newest checkpoint {what}", f"goes on from the one before: {SAME}", quick="flipped" in what)(
         functools.partial(damaged, hurt, said)
@@ -667,7 +667,7 @@ def _(case: Case) -> None:
     found = case.job.checkpoints()
     for each, hurt in zip(found, itertools.cycle((_cut, _flip))):
         hurt(each)
-    ended(case.job.go(), 2, 2, says="are damaged")
+    ended(case.job.go(), 2, 2, says="are corrupt")
     assert case.job.checkpoints() == found
 
 
@@ -768,7 +768,7 @@ def _(case: Case) -> None:
 def _(case: Case) -> None:
     options = ("train.nonfinite_limit=3",)
     outcome = case.job.go(At(STEP, "nan pictures", rank=1, call=2, until=9), overrides=options)
-    ended(outcome, 1, 1, says="was not finite in 3 steps in a row, the last being 4")
+    ended(outcome, 1, 1, says="was not finite in 3 steps in a row, the last being step 4")
     kept = json.loads((case.job.run / "nonfinite/rank00001.json").read_text())
     assert [step["step"] for step in kept] == [2, 3, 4]
     assert all(len(step["target"]) == 6 for step in kept)

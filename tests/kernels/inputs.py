@@ -1,4 +1,4 @@
-"""Batches that are hard on the losses, and the losses evaluated on them: what all tests of the kernels share."""
+"""Numerically hard batches and the evaluation of the losses on them, shared by the tests of the kernels."""
 
 import numpy as np
 import torch
@@ -11,32 +11,32 @@ DIFFERENCE = ("image_features", "text_features", "image_teacher", "text_teacher"
 
 
 def random_pairs(random, pairs, width):
-    """Teacher and student unrelated: difference vectors longer than 1."""
+    """Unrelated teacher and student: difference vectors longer than 1."""
     return _with_norms(random, _directions(random, 2, pairs, width)), _directions(random, 2, pairs, width)
 
 
 def drifted_pairs(random, pairs, width):
-    """Difference vectors from 1e-4 to nearly 1 in one batch, as fine-tuning makes them and beyond."""
+    """Difference vectors of length 1e-4 to 0.9 in one batch, the range of fine-tuning and more."""
     teacher = _directions(random, 2, pairs, width)
     lengths = np.geomspace(1e-4, 0.9, 2 * pairs).reshape(2, pairs, 1)
     return _with_norms(random, teacher + lengths * _directions(random, 2, pairs, width)), teacher
 
 
 def equalised_pairs(random, pairs, width):
-    """What the loss asks for: all difference vectors nearly equal, so that all that is squared nearly cancels."""
+    """Nearly equal difference vectors, the optimum of the loss, where all squared terms nearly cancel."""
     teacher = _directions(random, 2, pairs, width)
     features = teacher + 1e-2 * _directions(random, 1, 1, width) + 1e-5 * _directions(random, 2, pairs, width)
     return _with_norms(random, features), teacher
 
 
 def duplicated_pairs(random, pairs, width):
-    """Every pair three times, as classes repeat within a batch: equal logits compete with the positive."""
+    """Every pair three times, as classes repeat within a batch: other logits equal the positive one."""
     features, teacher = drifted_pairs(random, pairs, width)
     return features[:, np.arange(pairs) // 3], teacher[:, np.arange(pairs) // 3]
 
 
 def opposed_pairs(random, pairs, width):
-    """Cosines at both ends, the wrong way round: the first pair at -1, its text at +1 with all other images."""
+    """Cosines at both limits and wrong: -1 within the first pair, +1 between its text and all other images."""
     features, teacher = random_pairs(random, pairs, width)
     features[:, :] = features[0, 0]
     features[0, 0] *= -1
@@ -44,21 +44,21 @@ def opposed_pairs(random, pairs, width):
 
 
 def vanishing_pairs(random, pairs, width):
-    """Rows around and far below the clamp of the normalisation, and rows of zeros."""
+    """Rows with norms near and far below the clamp of the normalization, and rows of zeros."""
     norms = np.resize([3e-12, 1.0, 1e-13, 1e-20, 0.0], 2 * pairs).reshape(pairs, 2).T[..., None]
     return norms * _directions(random, 2, pairs, width), _directions(random, 2, pairs, width)
 
 
 def outlying_pairs(random, pairs, width):
-    """One row a million times longer than its peers, one component far larger than its row."""
+    """One row a million times longer than the others, and one component far larger than the rest of its row."""
     features, teacher = drifted_pairs(random, pairs, width)
     features[0, -1] *= 1e6
     features[1, 0, width // 2] = 1e4
     return features, teacher
 
 
-def sure_pairs(random, pairs, width):
-    """A model that has learned its pairs: images and texts nearly equal, labels far above all others."""
+def confident_pairs(random, pairs, width):
+    """Nearly equal images and texts, as after training: the label's logit is far above all others."""
     features, teacher = drifted_pairs(random, pairs, width)
     features[1] = features[0] + 1e-2 * np.linalg.norm(features[0], axis=-1, keepdims=True) * _directions(
         random, pairs, width
@@ -78,7 +78,7 @@ KINDS = (
 
 
 def make_inputs(kind, pairs, width, seed=0):
-    """All tensors of both losses, for one batch, as float64 arrays; the scale is for the test to set."""
+    """All arguments of both losses for one batch, as float64 arrays; tests replace the scale."""
     random = np.random.default_rng([seed, pairs, width])
     (image, text), (image_teacher, text_teacher) = kind(random, pairs, width)
     return {
@@ -92,7 +92,7 @@ def make_inputs(kind, pairs, width, seed=0):
 
 
 def make_dive_inputs(kind, pairs, reference_pairs, width, seed=0):
-    """The target batch and the reference batch, of sizes that differ as they may."""
+    """All arguments of the joint loss; the target batch and the reference batch may differ in size."""
     reference = select(make_inputs(kind, reference_pairs, width, seed + 1), DIFFERENCE)
     reference["reference_image_features"] = reference.pop("image_features")
     reference["reference_text_features"] = reference.pop("text_features")
@@ -116,16 +116,16 @@ def _with_norms(random, rows):
 
 
 def to_tensors(inputs, dtype=torch.float64, dtypes=()):
-    """Leaves that require a gradient; ``dtypes`` holds those that differ from ``dtype``, by name."""
+    """Leaf tensors that require a gradient; ``dtypes`` has the dtypes by name that differ from ``dtype``."""
     tensors = {name: torch.tensor(array).to(dict(dtypes).get(name, dtype)) for name, array in inputs.items()}
     return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
 
 
 def evaluate(function, tensors, **options):
-    """The values and gradients of a loss, both by name, as tensors."""
+    """Values and gradients of a loss, by name."""
     result = function(**tensors, **options)
     values = {"loss": result} if isinstance(result, torch.Tensor) else result._asdict()
     values["loss"].backward()
-    # A tensor that the loss does not depend on has no gradient, which is to say zero.
+    # A tensor that the loss does not depend on has no gradient, which means zero.
     gradients = {key: torch.zeros_like(t) if t.grad is None else t.grad for key, t in tensors.items()}
     return {key: value.detach() for key, value in values.items()}, gradients

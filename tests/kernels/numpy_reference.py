@@ -1,12 +1,12 @@
-"""The losses once more, in float64 NumPy: written from the equations, with gradients derived by hand.
+"""The losses in float64 NumPy, written from the equations, with gradients derived by hand.
 
-Nothing here is taken from ``naive``, so that agreement of the two means something. With each value and each
-gradient comes a bound on the error of a computation whose single operations are off by ``rounding``, relative.
-The bounds are running error analyses to first order. They say what a tolerance has to be: a loss of difference
-vectors of 1e-3 inherits the rounding of unit vectors, which is a thousand times larger than they are.
+The code is independent of ``naive``, so that their agreement is evidence. Each value and each gradient comes with
+a bound on the error of a computation whose operations have the relative error ``rounding``. The bounds are running
+error analyses to first order, and serve as tolerances: a loss of difference vectors of 1e-3 inherits the rounding
+of unit vectors, which are a thousand times longer.
 
-``u``, ``v``, ``m`` and the equation numbers are those of DiVE, arXiv 2511.09973; the prefix ``d`` stands for the
-derivative of the loss with respect to what follows.
+``u``, ``v``, ``m`` and the equation numbers are those of DiVE, arXiv 2511.09973; the prefix ``d`` denotes the
+derivative of the loss with respect to the variable.
 """
 
 import math
@@ -18,9 +18,9 @@ CLAMP = 1e-12
 
 
 class Evaluated(NamedTuple):
-    """``values`` by the names of naive's results, ``gradients`` of ``values["loss"]`` by argument name.
+    """Values by the names of naive's results, and gradients of ``values["loss"]`` by argument name.
 
-    A bound is a scalar, or ``(B, 1)``: one for all components of a row.
+    A bound is a scalar, or ``(B, 1)``: the same for all components of a row.
     """
 
     values: dict[str, np.ndarray]
@@ -34,7 +34,7 @@ def unit(features):
 
 
 def contrastive_loss(image_features, text_features, logit_scale, *, rounding=0.0):
-    """Eq. 1, one softmax at a time.
+    """Contrastive loss, Eq. 1, one softmax at a time.
 
     With p = softmax(l): d/dl_k (log sum_k exp l_k - l_i) = p_k - [k = i], and l = s cos.
     """
@@ -42,21 +42,21 @@ def contrastive_loss(image_features, text_features, logit_scale, *, rounding=0.0
     B, s = len(image), float(np.squeeze(logit_scale))
     cosine = image @ text.T
     losses, dscale, dcosine = [], 0.0, np.zeros((B, B))
-    mass = np.zeros((B, B))  # the softmax terms alone: what cancels against the labels' in dcosine
+    mass = np.zeros((B, B))  # the softmax terms without the labels, which nearly cancel in dcosine
     for i in range(B):
-        for of_pair in ((i, slice(None)), (slice(None), i)):  # all texts for image i, all images for text i
-            cosines = cosine[of_pair]
+        for index in ((i, slice(None)), (slice(None), i)):  # all texts for image i, all images for text i
+            cosines = cosine[index]
             log_sum = _log_sum_exp(s * cosines)
             error = np.exp(s * cosines - log_sum)
-            mass[of_pair] += error / (2 * B)
+            mass[index] += error / (2 * B)
             error[i] -= 1.0
             losses.append(log_sum - s * cosines[i])
-            dcosine[of_pair] += s * error / (2 * B)
+            dcosine[index] += s * error / (2 * B)
             dscale += np.dot(error, cosines) / (2 * B)
     loss = math.fsum(losses) / (2 * B)
     dimage, dtext = dcosine @ text, dcosine.T @ image
 
-    # A logit is off by s, a softmax by twice that and its own rounding, relative; the label's 1 by neither.
+    # Errors in units of ``rounding``: s of a logit, twice that and 1 of a softmax, relative; 0 of the label's 1.
     softmax_error = rounding * (1 + 4 * s)
     dimage_error = s * (softmax_error * mass.sum(1) + rounding / B)
     dtext_error = s * (softmax_error * mass.sum(0) + rounding / B)
@@ -87,7 +87,7 @@ def difference_loss(
     mean_gradient=True,
     rounding=0.0,
 ):
-    """Eq. 4-8.
+    """Average and pairwise vector loss, Eq. 4-8.
 
     With c = mean_j (u_j + v_j) / 2, m = decay m_prev + (1 - decay) c, and L the average loss::
 
@@ -124,7 +124,7 @@ def difference_loss(
         "average_vector": decay * dm,
     }
 
-    # Lengths of errors: of each u and v (their unit vectors' first of all), of m, and of what is squared.
+    # Lengths of the errors of each u and v (mostly those of their unit vectors), of m, and of the squared vectors.
     u_error = rounding * (_norms(image) + _norms(u))
     v_error = rounding * (_norms(text) + _norms(v))
     center_error = (u_error + v_error).mean() / 2 + rounding * _norms(center)
@@ -171,7 +171,7 @@ def dive_loss(
     rounding=0.0,
     **options,
 ):
-    """Eq. 9."""
+    """Joint loss, Eq. 9."""
     target = contrastive_loss(image_features, text_features, logit_scale, rounding=rounding)
     reference = difference_loss(
         reference_image_features,
@@ -185,20 +185,20 @@ def dive_loss(
     loss = target.values["loss"] + weight * reference.values["loss"]
     bound = target.value_bounds["loss"] + weight * reference.value_bounds["loss"] + rounding * loss
 
-    def of_reference(gradients):
-        prefix = {"image_features": "reference_image_features", "text_features": "reference_text_features"}
-        return {prefix.get(name, name): weight * gradient for name, gradient in gradients.items()}
+    def rename_and_weight(gradients):
+        names = {"image_features": "reference_image_features", "text_features": "reference_text_features"}
+        return {names.get(name, name): weight * gradient for name, gradient in gradients.items()}
 
     return Evaluated(
         reference.values | {"loss": loss, "contrastive_loss": target.values["loss"]},
-        target.gradients | of_reference(reference.gradients),
+        target.gradients | rename_and_weight(reference.gradients),
         reference.value_bounds | {"loss": bound, "contrastive_loss": target.value_bounds["loss"]},
-        target.gradient_bounds | of_reference(reference.gradient_bounds),
+        target.gradient_bounds | rename_and_weight(reference.gradient_bounds),
     )
 
 
 def _unit_backward(features, dz):
-    """For z = x / |x|: dx = (dz - z (z . dz)) / |x|. Below the clamp z = x / 1e-12, which is linear in x."""
+    """Backward of z = x / |x|: dx = (dz - z (z . dz)) / |x|. Below the clamp z = x / 1e-12 is linear in x."""
     dx = np.empty_like(features)
     for j, norm in enumerate(_norms(features)):
         if norm < CLAMP:
@@ -214,7 +214,7 @@ def _unit_backward_bound(features, dz, dz_error, rounding):
 
 
 def _mean_square_bound(rows, errors, rounding):
-    """Of mean_j |row_j|^2; to second order in the errors, as the rows may well be zero."""
+    """Bound for mean_j |row_j|^2, to second order in the errors, because rows may be zero."""
     norms = _norms(rows)
     return np.mean(2 * norms * errors + errors**2 + rounding * norms**2)
 

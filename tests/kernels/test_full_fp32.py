@@ -1,4 +1,4 @@
-"""Products of plain PyTorch keep fp32's precision where the process allows less, and leave its switches alone."""
+"""Products of plain PyTorch keep fp32's precision under reduced-precision settings, and restore the settings."""
 
 import pytest
 import torch
@@ -11,37 +11,37 @@ from dive_fast.kernels.precision import full_fp32, product
 MATMUL = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
 
 
-def by_the_newer_switch(precision):
+def set_fp32_precision(precision):
     MATMUL[0].fp32_precision = precision
 
 
-def by_both_switches(precision):
-    """PyTorch then refuses to say what the older one is, and with some versions to multiply."""
+def set_both(precision):
+    """Sets contradicting values: PyTorch then refuses to read the older setting, some versions to multiply."""
     torch.set_float32_matmul_precision("high")
     MATMUL[0].fp32_precision = precision
 
 
-def for_all_operations(precision):
+def set_generic(precision):
     torch.backends.fp32_precision = precision
 
 
-def by_allow_tf32(allowed):
-    """As the variable TORCH_ALLOW_TF32_CUBLAS_OVERRIDE of NVIDIA's containers sets it."""
+def set_allow_tf32(allowed):
+    """Sets the flag as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE does in NVIDIA's containers."""
     MATMUL[0].allow_tf32 = allowed
 
 
-WAYS = [
+SETTERS = [
     pytest.param(torch.set_float32_matmul_precision, "high", id="high"),
     pytest.param(torch.set_float32_matmul_precision, "medium", id="medium"),
-    pytest.param(by_allow_tf32, True, id="allow_tf32"),
-    pytest.param(by_the_newer_switch, "tf32", id="fp32_precision"),
-    pytest.param(by_both_switches, "ieee", id="contradiction"),
-    pytest.param(for_all_operations, "tf32", id="generic"),
+    pytest.param(set_allow_tf32, True, id="allow_tf32"),
+    pytest.param(set_fp32_precision, "tf32", id="fp32_precision"),
+    pytest.param(set_both, "ieee", id="contradiction"),
+    pytest.param(set_generic, "tf32", id="generic"),
 ]
 
 
 @pytest.fixture(autouse=True)
-def as_before():
+def restore_defaults():
     yield
     torch.backends.fp32_precision = "none"
     torch.set_float32_matmul_precision("highest")
@@ -49,62 +49,62 @@ def as_before():
         backend.fp32_precision = "none"
 
 
-def switches():
+def read_settings():
     try:
         general = torch.get_float32_matmul_precision()
     except RuntimeError:
-        general = "a contradiction"
+        general = "contradiction"
     return general, *(backend.fp32_precision for backend in MATMUL)
 
 
-class Products(TorchDispatchMode):
-    """What the switches are at each matrix product."""
+class RecordSettings(TorchDispatchMode):
+    """Records the settings at each matrix product."""
 
     def __init__(self):
         super().__init__()
-        self.switches = []
+        self.settings = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
-            self.switches.append((MATMUL[0].allow_tf32, *switches()))
+            self.settings.append((MATMUL[0].allow_tf32, *read_settings()))
         return function(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize(("switch", "value"), WAYS)
-def test_products_are_fp32_whatever_is_allowed(switch, value):
+@pytest.mark.parametrize(("setter", "value"), SETTERS)
+def test_products_are_fp32_under_any_setting(setter, value):
     tensors = to_tensors(select(make_inputs(drifted_pairs, 9, 16), CONTRASTIVE), torch.float32)
     halves, right = torch.rand(2, 9, 16, dtype=torch.float16), torch.rand(16, 5, dtype=torch.float16)
-    switch(value)
-    before = switches()
-    with Products() as products:
+    setter(value)
+    before = read_settings()
+    with RecordSettings() as products:
         naive.contrastive_loss(**tensors).backward()
         contrastive._matmul(tensors["image_features"][None], tensors["text_features"].T)
         contrastive._matmul(halves, right)
-    assert len(products.switches) == 5  # logits, two of their backward, and the two above
-    assert set(products.switches) == {(False, "highest", "ieee", "ieee")}
-    if before[0] == "a contradiction":
-        assert switches()[1:] == before[1:]
+    assert len(products.settings) == 5  # logits, two of their backward, and the two calls of _matmul
+    assert set(products.settings) == {(False, "highest", "ieee", "ieee")}
+    if before[0] == "contradiction":
+        assert read_settings()[1:] == before[1:]
     else:
-        assert switches() == before
+        assert read_settings() == before
 
 
-@pytest.mark.parametrize(("switch", "value"), WAYS)
-def test_switches_are_put_back_after_an_error(switch, value):
-    switch(value)
-    before = switches()
+@pytest.mark.parametrize(("setter", "value"), SETTERS)
+def test_settings_are_restored_after_an_error(setter, value):
+    setter(value)
+    before = read_settings()
     with pytest.raises(RuntimeError, match="shapes"), full_fp32(torch.device("cpu")):
         product(torch.ones(2, 3), torch.ones(2, 4))
-    assert switches()[1:] == before[1:]
+    assert read_settings()[1:] == before[1:]
 
 
-def test_defaults_are_not_touched():
-    before = switches()
+def test_default_settings_are_not_changed():
+    before = read_settings()
     with full_fp32(torch.device("cpu")):
-        assert switches() == before
-    assert switches() == before
+        assert read_settings() == before
+    assert read_settings() == before
 
 
-def test_product_is_differentiable_twice_and_ignores_autocast():
+def test_product_is_twice_differentiable_and_ignores_autocast():
     left, right = (torch.rand(count, 3, dtype=torch.float64, requires_grad=True) for count in (2, 4))
     assert torch.autograd.gradcheck(product, (left, right))
     assert torch.autograd.gradgradcheck(product, (left, right))

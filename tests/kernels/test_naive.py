@@ -1,4 +1,4 @@
-"""``naive`` is what every faster path is compared with, so it is itself held to NumPy, formula by formula."""
+"""``naive``, the reference of all faster paths, against NumPy, formula by formula."""
 
 import inspect
 import itertools
@@ -30,10 +30,10 @@ from dive_fast.kernels import naive
 
 BATCH_SIZES = (1, 2, 3, 7, 64, 70)
 WIDTHS = (1, 3, 16, 130)
-# What one operation may be off by, in units of the machine epsilon: sums over width and batch are part of it.
+# Allowed error of one operation in units of the machine epsilon, sums over width and batch included.
 OPERATION = 8
 
-# Weights at their default, switched off one by one, and where nothing agrees by chance.
+# Default weights, each one switched off, and values that do not agree by chance.
 DIFFERENCE_OPTIONS = [
     {"decay": decay, "average_weight": average, "pairwise_weight": pairwise, "mean_gradient": mean_gradient}
     for (average, pairwise), decay, mean_gradient in itertools.product(
@@ -44,7 +44,7 @@ DIFFERENCE_OPTIONS = [
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """At these sizes torch loses more by handing work to threads than it gains."""
+    """Tensors are too small for threads to save time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -54,35 +54,35 @@ def one_thread():
 # Comparison
 
 
-def assert_equals_numpy(name, tensors, computed_in=torch.float64, **options):
-    """Values and gradients of ``naive`` against NumPy's on the same numbers, within what rounding explains."""
+def assert_equals_numpy(name, tensors, compute_dtype=torch.float64, **options):
+    """Values and gradients of ``naive`` equal NumPy's on the same numbers within the bounds of rounding errors."""
     values, gradients = evaluate(getattr(naive, name), tensors, **options)
     expected = getattr(numpy_reference, name)(
         **{key: tensor.detach().double().numpy() for key, tensor in tensors.items()},
         **options,
-        rounding=OPERATION * torch.finfo(computed_in).eps,
+        rounding=OPERATION * torch.finfo(compute_dtype).eps,
     )
     assert values.keys() == expected.values.keys()
     for key, value in values.items():
-        assert value.dtype == computed_in, key
+        assert value.dtype == compute_dtype, key
         assert_within(value, expected.values[key], expected.value_bounds[key], key)
     assert gradients.keys() == expected.gradients.keys()
     for key, gradient in gradients.items():
         assert gradient.dtype == tensors[key].dtype, key
         bound = expected.gradient_bounds[key]
-        if gradient.dtype != computed_in:
-            # Half precision rounds the finished gradient, and to a multiple of its smallest number.
+        if gradient.dtype != compute_dtype:
+            # Half precision rounds the final gradient, also to a multiple of its smallest number.
             info = torch.finfo(gradient.dtype)
             bound = bound + info.eps / 2 * abs(expected.gradients[key]) + info.smallest_normal * info.eps / 2
         assert_within(gradient, expected.gradients[key], bound, f"gradient of {key}")
 
 
-def assert_within(actual, expected, bound, what):
+def assert_within(actual, expected, bound, name):
     actual = actual.double().numpy()
-    assert actual.shape == np.shape(expected), what
-    assert np.isfinite(bound).all(), what
+    assert actual.shape == np.shape(expected), name
+    assert np.isfinite(bound).all(), name
     error = np.abs(actual - expected)
-    assert (error <= bound).all(), f"{what}: off by {error.max()}, allowed {np.max(bound)}"
+    assert (error <= bound).all(), f"{name}: off by {error.max()}, allowed {np.max(bound)}"
 
 
 # float64 against NumPy
@@ -122,7 +122,7 @@ class TestAgainstNumpy:
         ("dive_loss", {"weight": 1000.0, "decay": 0.99, "mean_gradient": True}),
     ],
 )
-def test_defaults_are_the_papers(name, defaults):
+def test_defaults_are_those_of_the_paper(name, defaults):
     parameters = inspect.signature(getattr(naive, name)).parameters
     assert {key: parameters[key].default for key in defaults} == defaults
 
@@ -157,7 +157,7 @@ class TestNumpyGradients:
         inputs = select(make_inputs(kind, pairs, width), DIFFERENCE)
         evaluated = numpy_reference.difference_loss(**inputs, decay=0.5, mean_gradient=False)
         assert not evaluated.gradients.pop("average_vector").any()
-        # With decay 1 the average is what is passed in, whatever the batch: a constant by another road.
+        # With decay 1 the average vector equals the argument for any batch, and so is a constant.
         constant = inputs | {"average_vector": evaluated.values["average_vector"]}
         assert_finite_differences_agree(numpy_reference.difference_loss, constant, evaluated.gradients, decay=1.0)
 
@@ -169,18 +169,18 @@ def test_numpy_gradients_of_dive_loss():
 
 
 def assert_finite_differences_agree(function, inputs, gradients, **options):
-    """Five-point central differences of the loss, in steps relative to what is varied."""
+    """Gradients equal five-point central differences of the loss, with steps relative to the row's length."""
 
     def loss(name, index, offset):
-        moved = inputs[name].copy()
-        moved[index] += offset
-        return function(**inputs | {name: moved}, **options).values["loss"]
+        shifted = inputs[name].copy()
+        shifted[index] += offset
+        return function(**inputs | {name: shifted}, **options).values["loss"]
 
     for name, gradient in gradients.items():
         for index in np.ndindex(inputs[name].shape):
             size = 1.0
             if name.endswith("features"):
-                # The loss varies over a row's own length, or over the clamp's.
+                # The loss varies on the scale of the row's length, or of the clamp.
                 size = max(np.linalg.norm(inputs[name][index[0]]), numpy_reference.CLAMP)
             step = 3e-5 * size
             near = loss(name, index, step) - loss(name, index, -step)
@@ -234,10 +234,10 @@ class TestPrecision:
         dtypes |= {"image_teacher": teacher, "text_teacher": teacher}
         limit = torch.finfo(features).max / 2
         inputs = {key: np.clip(array, -limit, limit) for key, array in inputs.items()}
-        assert_equals_numpy(name, to_tensors(inputs, features, dtypes), computed_in=torch.float32, **options)
+        assert_equals_numpy(name, to_tensors(inputs, features, dtypes), compute_dtype=torch.float32, **options)
 
 
-def test_float64_features_keep_their_precision_beside_a_float32_teacher():
+def test_float64_features_keep_precision_with_float32_teacher():
     inputs = select(make_inputs(drifted_pairs, 7, 16), DIFFERENCE)
     dtypes = dict.fromkeys(("image_teacher", "text_teacher", "average_vector"), torch.float32)
     assert_equals_numpy("difference_loss", to_tensors(inputs, torch.float64, dtypes))
@@ -259,9 +259,9 @@ RANK_CASES = [
         [torch.float64, torch.float32],
     )
 ]
-# The ranks of each group, by its size. The pair leaves out rank 0, so that a rank's place in it is another one.
+# The ranks of each group, by its size. The pair is without rank 0, so that ranks have other numbers within it.
 GROUPS = {1: [2], 2: [1, 2], 3: [0, 1, 2]}
-SHARED = ("logit_scale", "average_vector")  # all ranks hold the same; everything else has rows of pairs
+SHARED = ("logit_scale", "average_vector")  # equal on all ranks; all other arguments have one row per pair
 
 
 def global_inputs(name, pairs, width):
@@ -272,7 +272,7 @@ def global_inputs(name, pairs, width):
 
 
 def evaluate_on_rank():
-    """Values and gradients of this rank, of every case and every group that it is in."""
+    """Values and gradients of this rank for every case and every group of which it is a member."""
     results = {}
     for world_size, members in GROUPS.items():
         group = dist.new_group(members)
@@ -283,7 +283,7 @@ def evaluate_on_rank():
             inputs = global_inputs(name, world_size * pairs, width)
             for key in inputs.keys() - set(SHARED):
                 inputs[key] = np.split(inputs[key], world_size)[dist.get_rank(group)]
-            # Column by column in memory: what is gathered has to be made contiguous.
+            # Column-major: tensors must be made contiguous before they are gathered.
             inputs = {key: np.array(array, order="F") for key, array in inputs.items()}
             tensors = {key: torch.from_numpy(array).to(dtype).requires_grad_() for key, array in inputs.items()}
             results[world_size, case] = evaluate(getattr(naive, name), tensors, **options, group=group)
@@ -298,14 +298,14 @@ def ranks():
 @pytest.mark.parametrize("world_size", GROUPS)
 class TestRanks:
     @pytest.mark.parametrize("case", range(len(RANK_CASES)))
-    def test_values_are_the_same_bit_for_bit(self, ranks, world_size, case):
+    def test_values_are_bit_identical_on_all_ranks(self, ranks, world_size, case):
         first, *others = [ranks[rank][world_size, case][0] for rank in GROUPS[world_size]]
         for other in others:
             for key in first:
                 assert torch.equal(other[key], first[key]), key
 
     @pytest.mark.parametrize(("name", "options", "pairs", "width", "dtype"), RANK_CASES)
-    def test_one_process_gives_the_same(self, ranks, world_size, name, options, pairs, width, dtype):
+    def test_ranks_give_the_result_of_one_process(self, ranks, world_size, name, options, pairs, width, dtype):
         tensors = to_tensors(global_inputs(name, world_size * pairs, width), dtype)
         values, gradients = evaluate(getattr(naive, name), tensors, **options)
         bounds = getattr(numpy_reference, name)(
@@ -319,13 +319,13 @@ class TestRanks:
             assert_within(on_ranks[0][0][key], value.double().numpy(), bounds.value_bounds[key], key)
         for key, gradient in gradients.items():
             parts = [gradients_of_rank[key] for _, gradients_of_rank in on_ranks]
-            # A parameter's gradient is averaged over ranks. What comes through a rank's rows is there once and
-            # so has to be too large by the number of ranks; what all ranks hold is averaged as it is.
+            # A parameter's gradient is averaged over ranks. The part through a rank's rows is on one rank only and
+            # must be W times as large; the gradient of an argument that all ranks share is averaged unchanged.
             actual = torch.stack(parts).mean(0) if key in SHARED else torch.cat(parts) / world_size
             assert_within(actual, gradient.double().numpy(), bounds.gradient_bounds[key], f"gradient of {key}")
 
 
-def test_autocast_does_not_reach_the_logits():
+def test_autocast_does_not_affect_logits():
     inputs = to_tensors(make_inputs(drifted_pairs, 16, 32, 0))
     arguments = {key: value.float() for key, value in select(inputs, CONTRASTIVE).items()}
     expected = naive.contrastive_loss(**arguments)
@@ -350,9 +350,9 @@ VALID["dive_loss"] = VALID["contrastive_loss"] | {
 
 
 def bad_inputs():
-    """Function, argument, and what is wrong with the argument."""
+    """Function, argument, and the attributes that make the argument invalid."""
     for name, shapes in VALID.items():
-        # Shapes are compared with the first matrix of a batch, so a wrong first one is wrong in itself.
+        # Shapes are compared with the first matrix of a batch, so the first one is invalid by itself.
         for argument, shape in shapes.items():
             if argument == "average_vector":
                 wrong_shapes = [(), (3,), (1, 4), (0,)]
@@ -374,7 +374,7 @@ def bad_inputs():
 
 
 @pytest.mark.parametrize("name", VALID)
-def test_valid_arguments_pass(name):
+def test_valid_arguments_are_accepted(name):
     for function in getattr(naive, name), getattr(kernels, name):
         function(**{key: torch.ones(shape) for key, shape in VALID[name].items()})
 
@@ -395,7 +395,7 @@ sizes = {"pairs": st.integers(1, 9), "width": st.integers(1, 20), "seed": st.int
 
 
 def losses(inputs):
-    """Of one batch in float64: every value by name, the contrastive loss among them."""
+    """All values of one batch in float64 by name, with the contrastive loss."""
     tensors = to_tensors(inputs)
     values = naive.difference_loss(**select(tensors, DIFFERENCE))._asdict()
     return values | {"contrastive_loss": naive.contrastive_loss(**select(tensors, CONTRASTIVE))}
@@ -428,7 +428,7 @@ def test_length_of_features_does_not_matter(pairs, width, seed):
 
 @given(**sizes)
 @settings(max_examples=30, deadline=None)
-def test_images_and_texts_play_the_same_part(pairs, width, seed):
+def test_losses_are_symmetric_in_images_and_texts(pairs, width, seed):
     inputs = make_inputs(drifted_pairs, pairs, width, seed)
     other = {"image": "text", "text": "image"}
     swapped = {key: inputs["_".join(other.get(word, word) for word in key.split("_"))] for key in inputs}
@@ -439,7 +439,7 @@ def test_images_and_texts_play_the_same_part(pairs, width, seed):
 
 @given(**sizes, dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]))
 @settings(max_examples=40, deadline=None)
-def test_a_model_that_has_not_moved_has_no_difference_loss(pairs, width, seed, dtype):
+def test_unchanged_model_has_no_difference_loss(pairs, width, seed, dtype):
     inputs = make_inputs(random_pairs, pairs, width, seed)
     image, text = (torch.tensor(inputs[key]).to(dtype) for key in CONTRASTIVE[:2])
     result = naive.difference_loss(image, text, naive.unit(image), naive.unit(text), torch.zeros(width))

@@ -1,8 +1,8 @@
-"""The Triton kernels, held to float64 beside plain PyTorch, which may err half as much.
+"""The Triton kernels against float64: their error is at most twice that of plain PyTorch.
 
-Without a GPU they run under Triton's interpreter. What it cannot show, an access out of bounds or a dependence of
-one program on another, is made visible here: NaN beyond every buffer, scratch memory full of NaN, and programs run
-in a random order.
+Without a GPU they run under Triton's interpreter. It detects neither accesses out of bounds nor programs that
+depend on one another, so the tests put NaN around every buffer, fill scratch memory with NaN, and run programs in
+random order.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from inputs import (
     CONTRASTIVE,
     DIFFERENCE,
     KINDS,
+    confident_pairs,
     drifted_pairs,
     evaluate,
     make_dive_inputs,
@@ -30,24 +31,24 @@ from inputs import (
     outlying_pairs,
     random_pairs,
     select,
-    sure_pairs,
     to_tensors,
     vanishing_pairs,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dive_fast.kernels as kernels
-from dive_fast.kernels import backend, blocks, contrastive, difference, dive, naive
+from dive_fast.kernels import backend, contrastive, difference, joint_step, naive, primitives
 
 DIVE = (*CONTRASTIVE, "reference_image_features", "reference_text_features", *DIFFERENCE[2:])
 LOSSES = ("contrastive_loss", "difference_loss", "dive_loss")
 SLOW = pytest.mark.slow
 # Only the interpreter computes in fp64.
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, *([torch.float64] if blocks.INTERPRETED else []))
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, *([torch.float64] if primitives.INTERPRETED else []))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and not blocks.INTERPRETED, reason="needs a GPU, or TRITON_INTERPRET=1 before the start"
+    DEVICE == "cpu" and not primitives.INTERPRETED, reason="needs a GPU, or TRITON_INTERPRET=1 before the start"
 )
 
 
@@ -57,19 +58,19 @@ PATHS += [("dive_loss", path) for path in ("fused", "chunked")]
 
 @pytest.fixture(params=PATHS, ids=lambda case: "-".join(filter(None, case)))
 def name(request, monkeypatch):
-    """Each loss, by every way to the contrastive gradient."""
+    """Each loss, with every path of the contrastive gradient."""
     name, path = request.param
-    take_path(path, monkeypatch.setattr)
+    force_path(path, monkeypatch.setattr)
     return name
 
 
-def take_path(path, setattr=setattr):
-    """What else depends on the size, at any size: the way to the gradient, and how much one program does."""
+def force_path(path, setattr=setattr):
+    """Chooses what otherwise depends on the size: the gradient path, and the amount of work of one program."""
     chunked = path == "chunked"
     setattr(contrastive, "FUSED_LOGITS", 0 if chunked else 2048 * 2048)
     setattr(contrastive, "CHUNK_LOGITS", 0 if chunked else 2**22)
-    setattr(contrastive, "CHUNK_ROWS", contrastive.TILE if chunked else 512)
-    # One program then walks over all columns of its rows, and owns wider slices of the gradient.
+    setattr(contrastive, "CHUNK_ROWS", contrastive.PAD_ROWS if chunked else 512)
+    # With one program, it iterates over all columns of its rows and handles wider slices of the gradient.
     setattr(contrastive, "_PROGRAMS", 128 if path == "fused" else 1)
 
 
@@ -77,7 +78,7 @@ def take_path(path, setattr=setattr):
 
 
 def inputs_of(name, kind, pairs, width, seed=0, scale=1 / 0.07):
-    """What the loss of this name takes; the reference batch of the joint one has another size."""
+    """Arguments of the loss of this name; the reference batch of the joint loss has another size."""
     if name == "dive_loss":
         inputs = make_dive_inputs(kind, pairs, pairs // 2 + 1, width, seed)
     else:
@@ -87,11 +88,11 @@ def inputs_of(name, kind, pairs, width, seed=0, scale=1 / 0.07):
 
 
 def tensors_of(inputs, dtype):
-    """Leaves on the device; teachers, average vector and scale in the dtype that losses are computed in."""
-    computed_in = torch.float64 if dtype == torch.float64 else torch.float32
+    """Leaf tensors on the device; teachers, average vector and scale in the dtype of the losses."""
+    compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     limit = torch.finfo(dtype).max / 2
     inputs = {key: np.clip(array, -limit, limit) for key, array in inputs.items()}
-    dtypes = {key: computed_in for key in inputs if not key.endswith("features")}
+    dtypes = {key: compute_dtype for key in inputs if not key.endswith("features")}
     tensors = to_tensors(inputs, dtype, dtypes)
     tensors = {key: tensor.detach().to(DEVICE) for key, tensor in tensors.items()}
     return {
@@ -101,7 +102,7 @@ def tensors_of(inputs, dtype):
 
 
 def run(name, tensors, **options):
-    """Values and gradients on the CPU, leaves untouched."""
+    """Values and gradients on the CPU; the leaves stay unchanged."""
     leaves = {key: tensor.detach().clone().requires_grad_(tensor.requires_grad) for key, tensor in tensors.items()}
     values, gradients = evaluate(getattr(kernels, name), leaves, **options)
     gradients = {key: gradients[key] for key, tensor in tensors.items() if tensor.requires_grad}
@@ -109,7 +110,7 @@ def run(name, tensors, **options):
 
 
 def assert_at_most_twice_the_error(name, inputs, dtype, **options):
-    """Per tensor: the error's norm is at most twice plain PyTorch's, and one rounding of each operation."""
+    """The norm of each tensor's error is at most twice plain PyTorch's plus one rounding of each operation."""
     tensors = tensors_of(inputs, dtype)
     rounding = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     expected = getattr(numpy_reference, name)(
@@ -117,16 +118,19 @@ def assert_at_most_twice_the_error(name, inputs, dtype, **options):
         **options,
         rounding=rounding,
     )
-    ours, plain = (run(name, tensors, **options, backend=backend) for backend in ("triton", "torch"))
-    exact = (expected.values, expected.gradients), (expected.value_bounds, expected.gradient_bounds)
-    for ours_, plain_, exact_, bounds in zip(ours, plain, *exact):
-        assert ours_.keys() == plain_.keys()
-        for key, actual in ours_.items():
-            assert actual.dtype == plain_[key].dtype, key
-            assert actual.shape == plain_[key].shape, key
-            error, allowed = (_norm(value.double().numpy() - exact_[key]) for value in (actual, plain_[key]))
-            bound = _norm(np.broadcast_to(bounds[key], exact_[key].shape))
-            assert error <= 2 * allowed + bound, f"{key}: off by {error}, PyTorch by {allowed}, {bound=}"
+    triton_results, torch_results = (
+        run(name, tensors, **options, backend=backend) for backend in ("triton", "torch")
+    )
+    exact_results = expected.values, expected.gradients
+    exact_bounds = expected.value_bounds, expected.gradient_bounds
+    for actual, plain, exact, bounds in zip(triton_results, torch_results, exact_results, exact_bounds):
+        assert actual.keys() == plain.keys()
+        for key, value in actual.items():
+            assert value.dtype == plain[key].dtype, key
+            assert value.shape == plain[key].shape, key
+            error, plain_error = (_norm(x.double().numpy() - exact[key]) for x in (value, plain[key]))
+            bound = _norm(np.broadcast_to(bounds[key], exact[key].shape))
+            assert error <= 2 * plain_error + bound, f"{key}: off by {error}, PyTorch by {plain_error}, {bound=}"
 
 
 def _norm(array):
@@ -136,12 +140,12 @@ def _norm(array):
 # Against float64
 
 
-def some_of(*axes):
-    """All combinations, most of them slow: `make test` has each pair of the first two with one of the third."""
-    for places in itertools.product(*(range(len(axis)) for axis in axes)):
-        values = [axis[place] for axis, place in zip(axes, places)]
+def mostly_slow_product(*axes):
+    """All combinations, most marked slow: `make test` runs each pair of the first two with one of the third."""
+    for indices in itertools.product(*(range(len(axis)) for axis in axes)):
+        values = [axis[index] for axis, index in zip(axes, indices)]
         name = "-".join(getattr(value, "__name__", str(value)) for value in values)
-        yield pytest.param(*values, id=name, marks=[SLOW] if sum(places) % len(axes[-1]) else [])
+        yield pytest.param(*values, id=name, marks=[SLOW] if sum(indices) % len(axes[-1]) else [])
 
 
 OPTIONS = {
@@ -151,8 +155,8 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(("name", "kind", "dtype"), some_of(LOSSES, [*KINDS, sure_pairs], DTYPES))
-def test_error_is_at_most_twice_plain_pytorchs(name, kind, dtype):
+@pytest.mark.parametrize(("name", "kind", "dtype"), mostly_slow_product(LOSSES, [*KINDS, confident_pairs], DTYPES))
+def test_error_at_most_twice_pytorchs(name, kind, dtype):
     if dtype == torch.float16 and kind == vanishing_pairs:
         pytest.skip(
             "in fp16 a row below the clamp is a row of zeros, and its gradient, dz / 1e-12, is out of range"
@@ -167,10 +171,12 @@ def test_error_is_at_most_twice_plain_pytorchs(name, kind, dtype):
 
 @pytest.mark.parametrize(
     ("path", "kind", "dtype"),
-    some_of(["serial", "chunked"], [drifted_pairs, outlying_pairs, opposed_pairs, sure_pairs], DTYPES),
+    mostly_slow_product(
+        ["serial", "chunked"], [drifted_pairs, outlying_pairs, opposed_pairs, confident_pairs], DTYPES
+    ),
 )
-def test_other_ways_to_the_gradient(path, kind, dtype, monkeypatch):
-    take_path(path, monkeypatch.setattr)
+def test_error_of_other_gradient_paths(path, kind, dtype, monkeypatch):
+    force_path(path, monkeypatch.setattr)
     for (pairs, width), scale in zip([(1, 16), (150, 130)], (1 / 0.07, 100.0)):
         inputs = inputs_of("contrastive_loss", kind, pairs, width, scale=scale)
         assert_at_most_twice_the_error("contrastive_loss", inputs, dtype)
@@ -178,27 +184,28 @@ def test_other_ways_to_the_gradient(path, kind, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("width", [512, pytest.param(640, marks=SLOW), 768, 1023, pytest.param(1280, marks=SLOW)])
-def test_widths_of_real_models(width):
+def test_error_at_widths_of_real_models(width):
     for name, dtype in zip(LOSSES, (torch.float16, torch.float32, torch.bfloat16)):
         assert_at_most_twice_the_error(name, inputs_of(name, drifted_pairs, 40, width), dtype)
 
 
 @contextlib.contextmanager
 def tensor_core_sums():
-    """Under the interpreter, products as tensor cores sum them: cut off after the depth of each instruction.
+    """Makes the interpreter sum products as tensor cores do: truncated after the depth of each instruction.
 
-    16 bits take 16 products an instruction, tf32 8; of fp32, tf32x3 computes high @ high and both mixed products.
+    An instruction sums 16 products of 16 bits or 8 of tf32; tf32x3 computes high @ high and both mixed products of
+    fp32.
     """
     from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
-    def cut(x):
+    def truncate(x):
         near = x.astype(np.float32)
         return np.where(np.abs(near) > np.abs(x), np.nextafter(near, np.float32(0)), near)
 
     def summed(left, right, total, depth):
         for k in range(0, left.shape[1], depth):
             product = left[:, k : k + depth].astype(np.float64) @ right[k : k + depth].astype(np.float64)
-            total = cut(total + product)
+            total = truncate(total + product)
         return total
 
     def high(x):
@@ -213,17 +220,17 @@ def tensor_core_sums():
         a_high, b_high = high(a), high(b)
         mixed = summed(high(a - a_high), b_high, np.zeros_like(accumulator), 8)
         mixed = summed(a_high, high(b - b_high), mixed, 8)
-        return TensorHandle(summed(a_high, b_high, cut(accumulator + mixed), 8), total.dtype.scalar)
+        return TensorHandle(summed(a_high, b_high, truncate(accumulator + mixed), 8), total.dtype.scalar)
 
     def is_bf16(x):
-        """Whether these are bf16's values, which the interpreter is given as fp32."""
+        """Whether all values are bf16's, which the interpreter receives as fp32."""
         return not (x.view(np.int32) & 0xFFFF).any()
 
     with unittest.mock.patch.object(interpreter_builder, "create_dot", create_dot):
         yield
 
 
-@pytest.mark.skipif(not blocks.INTERPRETED, reason="a GPU has the real thing")
+@pytest.mark.skipif(not primitives.INTERPRETED, reason="a GPU has tensor cores")
 @pytest.mark.parametrize(
     ("path", "dtype"),
     [
@@ -234,10 +241,10 @@ def tensor_core_sums():
         ("chunked", torch.bfloat16),
     ],
 )
-def test_sums_of_tensor_cores_leave_no_bias_between_label_and_logits(path, dtype, monkeypatch):
-    """The bounds are those of sums that round; a label summed elsewhere is off by the bias of all cut-off sums."""
-    take_path(path, monkeypatch.setattr)
-    for kind, pairs in (opposed_pairs, 20), (opposed_pairs, 70), (sure_pairs, 40):
+def test_truncated_sums_leave_no_bias_at_the_label(path, dtype, monkeypatch):
+    """The bounds are those of rounded sums; a label summed elsewhere is off by the bias of all truncated sums."""
+    force_path(path, monkeypatch.setattr)
+    for kind, pairs in (opposed_pairs, 20), (opposed_pairs, 70), (confident_pairs, 40):
         inputs = inputs_of("contrastive_loss", kind, pairs, 256, scale=100.0)
         with tensor_core_sums():
             assert_at_most_twice_the_error("contrastive_loss", inputs, dtype)
@@ -248,17 +255,17 @@ def test_sums_of_tensor_cores_leave_no_bias_between_label_and_logits(path, dtype
     pairs=st.integers(1, 140),
     width=st.integers(1, 200),
     dtype=st.sampled_from(DTYPES),
-    kind=st.sampled_from([drifted_pairs, outlying_pairs, sure_pairs]),
+    kind=st.sampled_from([drifted_pairs, outlying_pairs, confident_pairs]),
     seed=st.integers(0, 2**32 - 1),
 )
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_shape(name, pairs, width, dtype, kind, seed):
+def test_error_at_any_shape(name, pairs, width, dtype, kind, seed):
     assert_at_most_twice_the_error(name, inputs_of(name, kind, pairs, width, seed), dtype)
 
 
 @pytest.mark.parametrize("path", ["fused", "serial", "chunked"])
-def test_scale_100_with_cosines_from_minus_1_to_1_stays_finite(path, monkeypatch):
-    take_path(path, monkeypatch.setattr)
+def test_scale_100_with_cosines_from_minus_1_to_1_is_finite(path, monkeypatch):
+    force_path(path, monkeypatch.setattr)
     values, gradients = run(
         "contrastive_loss",
         tensors_of(inputs_of("contrastive_loss", opposed_pairs, 70, 16, scale=100.0), torch.float16),
@@ -269,21 +276,21 @@ def test_scale_100_with_cosines_from_minus_1_to_1_stays_finite(path, monkeypatch
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-def test_a_captured_graph_replays_on_new_inputs(name):
-    """Forward and backward of a loss ask the device for nothing: CUDA captures them, and replays the same bits."""
+def test_cuda_graph_replays_on_new_inputs(name):
+    """Forward and backward never synchronize: CUDA captures them in a graph, which replays the same bits."""
     first, second = (tensors_of(inputs_of(name, random_pairs, 130, 64, seed), torch.float16) for seed in (1, 2))
     leaves = {key: tensor.detach().clone().requires_grad_(tensor.requires_grad) for key, tensor in first.items()}
-    sought = [tensor for tensor in leaves.values() if tensor.requires_grad]
+    differentiable = [tensor for tensor in leaves.values() if tensor.requires_grad]
 
     def step():
         result = getattr(kernels, name)(**leaves, backend="triton")
-        return torch.autograd.grad(result if isinstance(result, torch.Tensor) else result.loss, sought)
+        return torch.autograd.grad(result if isinstance(result, torch.Tensor) else result.loss, differentiable)
 
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
+    warmup_stream = torch.cuda.Stream()
+    warmup_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warmup_stream):
         step()
-    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.current_stream().wait_stream(warmup_stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
@@ -296,7 +303,7 @@ def test_a_captured_graph_replays_on_new_inputs(name):
         assert all(torch.equal(one, other) for one, other in zip(replayed, step(), strict=True))
 
 
-@pytest.mark.skipif(not blocks.INTERPRETED, reason="fp64 runs under the interpreter only")
+@pytest.mark.skipif(not primitives.INTERPRETED, reason="fp64 runs under the interpreter only")
 @pytest.mark.parametrize("name", [*LOSSES[:2], pytest.param(LOSSES[2], marks=SLOW)])
 def test_gradcheck(name):
     tensors = tensors_of(inputs_of(name, random_pairs, 3, 3, scale=3.0), torch.float64)
@@ -309,14 +316,14 @@ def test_gradcheck(name):
 
     assert torch.autograd.gradcheck(loss, [tensors[key] for key in leaves])
     if name == "difference_loss":
-        # With decay 1 the average is what is passed in: a constant, as this gradient takes it to be.
+        # With decay 1 the average vector equals the argument: a constant, as this gradient assumes.
         tensors["average_vector"] = naive.difference_loss(**tensors, **options).average_vector
         options |= {"decay": 1.0, "mean_gradient": False}
         assert torch.autograd.gradcheck(loss, [tensors[key] for key in leaves])
 
 
 def test_upstream_gradient_is_applied_before_rounding():
-    """At |u| = 3e-3 a quarter of the gradients underflow fp16 unless the loss scale comes first."""
+    """At |u| = 3e-3 a quarter of the gradients underflow in fp16 unless the loss scale is applied first."""
     tensors = tensors_of(inputs_of("difference_loss", drifted_pairs, 512, 512), torch.float16)
     tensors["image_features"], tensors["text_features"] = (
         (10 * tensors[f"{half}_teacher"] + 0.03 * torch.randn(512, 512, device=DEVICE) / 512**0.5)
@@ -335,8 +342,8 @@ def test_upstream_gradient_is_applied_before_rounding():
 # Memory
 
 
-class Guarded:
-    """In place of ``blocks.empty``: buffers full of NaN, between bands of NaN that must survive."""
+class GuardedBuffers:
+    """Replacement of ``primitives.empty``: buffers full of NaN, between bands of NaN that must stay unchanged."""
 
     BAND = 512  # elements; a multiple of 16 bytes
 
@@ -352,9 +359,9 @@ class Guarded:
 
     def surround(self, tensor):
         """A copy of an input between bands."""
-        inside = self(*tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        inside.copy_(tensor)
-        return inside
+        copy = self(*tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        copy.copy_(tensor)
+        return copy
 
     def assert_intact(self):
         for buffer, count in self.buffers:
@@ -371,11 +378,11 @@ class Guarded:
         (129, 63, torch.float32),
     ],
 )
-def test_nothing_beyond_a_buffer_is_read_or_written(name, pairs, width, dtype, monkeypatch):
+def test_no_access_outside_of_buffers(name, pairs, width, dtype, monkeypatch):
     tensors = tensors_of(inputs_of(name, drifted_pairs, pairs, width), dtype)
     expected = run(name, tensors, backend="triton")
-    guard = Guarded()
-    monkeypatch.setattr(blocks, "empty", guard)
+    guard = GuardedBuffers()
+    monkeypatch.setattr(primitives, "empty", guard)
     guarded = {
         key: guard.surround(tensor.detach()).requires_grad_(tensor.requires_grad)
         for key, tensor in tensors.items()
@@ -390,14 +397,14 @@ def test_nothing_beyond_a_buffer_is_read_or_written(name, pairs, width, dtype, m
 
 @contextlib.contextmanager
 def checked_addresses():
-    """Under the interpreter, fails a load or store outside the tensors of its launch, its value used or not."""
+    """Makes the interpreter fail at a load or store outside of the launch's tensors, even of unused values."""
     from triton.runtime.interpreter import interpreter_builder as builder
 
-    ranges, launch = [], blocks.launch
+    ranges, launch = [], primitives.launch
     load, store = builder.create_masked_load, builder.create_masked_store
 
     def recorded(kernel, programs, *arguments, **options):
-        tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+        tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
         ranges[:] = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors]
         launch(kernel, programs, *arguments, **options)
 
@@ -406,7 +413,7 @@ def checked_addresses():
         known = np.zeros(addresses.shape, bool)
         for begin, end in ranges:
             known |= (addresses >= begin) & (addresses < end)
-        assert known.all(), "an address beyond every tensor of the launch"
+        assert known.all(), "an address outside of all tensors of the launch"
 
     def checked_load(pointers, mask, *rest):
         check(pointers, mask)
@@ -417,38 +424,38 @@ def checked_addresses():
         return store(pointers, value, mask, *rest)
 
     with (
-        unittest.mock.patch.object(blocks, "launch", recorded),
+        unittest.mock.patch.object(primitives, "launch", recorded),
         unittest.mock.patch.object(builder, "create_masked_load", checked_load),
         unittest.mock.patch.object(builder, "create_masked_store", checked_store),
     ):
         yield
 
 
-@pytest.mark.skipif(not blocks.INTERPRETED, reason="addresses are seen by the interpreter only")
+@pytest.mark.skipif(not primitives.INTERPRETED, reason="only the interpreter exposes addresses")
 @pytest.mark.parametrize(("pairs", "width"), [(1, 1), pytest.param(65, 130, marks=SLOW), (260, 16)])
-def test_no_address_lies_outside_the_tensors(name, pairs, width, monkeypatch):
-    """Also where what is read there is thrown away; chunks of two tiles, the last of them not full."""
-    monkeypatch.setattr(contrastive, "CHUNK_ROWS", 2 * contrastive.TILE)
+def test_no_address_outside_of_tensors(name, pairs, width, monkeypatch):
+    """Covers loads with unused values too; chunks have two tiles, the last one is partial."""
+    monkeypatch.setattr(contrastive, "CHUNK_ROWS", 2 * contrastive.PAD_ROWS)
     with checked_addresses():
         run(name, tensors_of(inputs_of(name, drifted_pairs, pairs, width), torch.float16), backend="triton")
 
 
-def test_any_layout_of_the_inputs():
+def test_layout_of_inputs_does_not_matter():
     tensors = tensors_of(inputs_of("dive_loss", drifted_pairs, 20, 33), torch.float16)
     expected = run("dive_loss", tensors, backend="triton")
-    strange = {}
+    rearranged = {}
     for position, (key, tensor) in enumerate(tensors.items()):
         if tensor.ndim == 2:
-            # Column by column in memory, every other column, and off by one element from any alignment.
+            # Column-major, every other column of a wider tensor, and one element after any alignment.
             layouts = (
                 tensor.detach().T.contiguous().T,
                 tensor.detach().repeat_interleave(2, dim=1)[:, ::2],
                 torch.cat([tensor.new_zeros(1), tensor.detach().flatten()])[1:].view(tensor.shape),
             )
-            strange[key] = layouts[position % 3].requires_grad_(tensor.requires_grad)
+            rearranged[key] = layouts[position % 3].requires_grad_(tensor.requires_grad)
         else:
-            strange[key] = tensor
-    values, gradients = evaluate(kernels.dive_loss, strange, backend="triton")
+            rearranged[key] = tensor
+    values, gradients = evaluate(kernels.dive_loss, rearranged, backend="triton")
     for key, value in expected[0].items():
         assert torch.equal(values[key].cpu(), value), key
     for key, gradient in expected[1].items():
@@ -458,7 +465,7 @@ def test_any_layout_of_the_inputs():
 # Determinism and launches
 
 
-def test_runs_agree_bit_for_bit(name):
+def test_two_runs_are_bit_identical(name):
     tensors = tensors_of(inputs_of(name, drifted_pairs, 150, 40), torch.float16)
     first, second = (run(name, tensors, backend="triton") for _ in range(2))
     for one, other in zip(first, second):
@@ -466,31 +473,31 @@ def test_runs_agree_bit_for_bit(name):
             assert torch.equal(one[key], other[key]), key
 
 
-@pytest.mark.skipif(not blocks.INTERPRETED, reason="on a GPU the order is its own affair")
+@pytest.mark.skipif(not primitives.INTERPRETED, reason="a GPU chooses the order itself")
 def test_order_of_programs_does_not_matter(name, monkeypatch):
-    """A program that needs another's result, or adds to it, gives something else when the order changes."""
+    """A program that reads another's result, or adds to it, gives another result when the order changes."""
     from triton.runtime.interpreter import interpreter_builder
 
     tensors = tensors_of(inputs_of(name, drifted_pairs, 150, 40), torch.float32)
     expected = run(name, tensors, backend="triton")
     random = np.random.default_rng(0)
-    set_grid_idx, permutations = interpreter_builder.set_grid_idx, {}
+    set_grid_idx, orders = interpreter_builder.set_grid_idx, {}
 
     def shuffled(x, y, z):
         if x == 0:
-            permutations["now"] = random.permutation(interpreter_builder.grid_dim[0])
-        set_grid_idx(int(permutations["now"][x]), y, z)
+            orders["current"] = random.permutation(interpreter_builder.grid_dim[0])
+        set_grid_idx(int(orders["current"][x]), y, z)
 
     monkeypatch.setattr(interpreter_builder, "set_grid_idx", shuffled)
     actual = run(name, tensors, backend="triton")
-    assert any(list(order) != sorted(order) for order in permutations.values())
+    assert any(list(order) != sorted(order) for order in orders.values())
     for one, other in zip(expected, actual):
         for key in one:
             assert torch.equal(one[key], other[key]), key
 
 
 class _Operations(TorchDispatchMode):
-    """Collects operators that may launch something: all but views and allocations."""
+    """Collects operators that may launch a kernel: all except views and allocations."""
 
     def __init__(self):
         super().__init__()
@@ -504,16 +511,16 @@ class _Operations(TorchDispatchMode):
 
 
 def count_launches(monkeypatch, call):
-    """Triton launches, not executed, and operators of PyTorch that are launches too."""
+    """Number of Triton launches, without executing them, PyTorch operators that launch, and the result."""
     launches = []
     with monkeypatch.context() as patch, _Operations() as operations:
-        patch.setattr(blocks, "launch", lambda kernel, *_, **__: launches.append(kernel))
+        patch.setattr(primitives, "launch", lambda kernel, *_, **__: launches.append(kernel))
         result = call()
     return len(launches), operations.names, result
 
 
-def test_launches(monkeypatch):
-    """Two forward and one backward for each loss; three in all for both at once."""
+def test_number_of_launches(monkeypatch):
+    """Each loss has two launches forward and one backward; so has the joint loss."""
     tensors = tensors_of(inputs_of("dive_loss", drifted_pairs, 20, 48), torch.float16)
     image, text, scale, *reference, average_vector = (tensors[key].detach() for key in DIVE)
     options, upstream = (0.99, 1.0, 1.0, True), torch.ones((), device=DEVICE)
@@ -527,13 +534,18 @@ def test_launches(monkeypatch):
     check(1, lambda: contrastive.launch_backward(upstream, scale, *saved, 20, 0, 48))
     _, _, average = check(2, lambda: difference.launch_forward(*reference, average_vector, *options, ""))
     check(1, lambda: difference.launch_backward(upstream, *reference, average, *options))
-    made = check(2, lambda: dive.launch_forward(image, text, scale, *reference, average_vector, 1e3, *options, ""))
+    made = check(
+        2, lambda: joint_step.launch_forward(image, text, scale, *reference, average_vector, 1e3, *options, "")
+    )
     saved = made[2:6]
-    check(1, lambda: dive.launch_backward(upstream, scale, *saved, *reference, average, 20, 0, 48, 1e3, *options))
+    check(
+        1,
+        lambda: joint_step.launch_backward(upstream, scale, *saved, *reference, average, 20, 0, 48, 1e3, *options),
+    )
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_without_gradient_only_the_forward_is_launched(name, monkeypatch):
+def test_no_grad_launches_the_forward_only(name, monkeypatch):
     tensors = tensors_of(inputs_of(name, drifted_pairs, 20, 48), torch.float16)
     with torch.no_grad():
         launches, _, result = count_launches(
@@ -544,7 +556,7 @@ def test_without_gradient_only_the_forward_is_launched(name, monkeypatch):
     assert not loss.requires_grad
 
 
-def test_backward_twice(name):
+def test_second_backward_gives_the_same_gradient(name):
     tensors = tensors_of(inputs_of(name, drifted_pairs, 20, 48), torch.float32)
     result = getattr(kernels, name)(**tensors, backend="triton")
     loss = result if name == "contrastive_loss" else result.loss
@@ -556,7 +568,7 @@ def test_backward_twice(name):
 
 @pytest.mark.parametrize("pairs", [2050, 8192, 65_536])
 def test_extra_memory_is_linear_in_the_batch(pairs, monkeypatch):
-    """All that a step allocates, at sizes whose B x B matrix would fill a GPU; on tensors without memory."""
+    """Counts all allocations of a step on meta tensors, at sizes whose B x B matrix would fill a GPU."""
     allocated = []
 
     def empty(*shape, dtype, device):
@@ -564,13 +576,13 @@ def test_extra_memory_is_linear_in_the_batch(pairs, monkeypatch):
         allocated.append(tensor.nbytes)
         return tensor
 
-    monkeypatch.setattr(blocks, "launch", lambda *_, **__: None)
-    monkeypatch.setattr(blocks, "empty", empty)
+    monkeypatch.setattr(primitives, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(primitives, "empty", empty)
     features = torch.empty(pairs, 768, dtype=torch.float16, device="meta")
     scale = torch.empty((), device="meta")
     _, *saved = contrastive.launch_forward(features, features, scale, "")
     contrastive.launch_backward(scale, scale, *saved, pairs, 0, 768)
-    # Packed rows and gradients, the chunk of weights, and vectors: nothing that grows faster than B.
+    # Packed rows and gradients, the chunk of weights, and vectors: all grow at most linearly with B.
     chunk = 4 * max(contrastive.CHUNK_LOGITS, contrastive.CHUNK_ROWS * pairs)
     assert sum(allocated) < 4.3 * features.nbytes + chunk + 256 * pairs
     assert chunk < 4 * pairs**2
@@ -591,8 +603,8 @@ def test_only_the_loss_carries_gradient(name):
     [(torch.float16, float("inf")), (torch.bfloat16, float("-inf")), (torch.float32, float("nan"))],
     ids=str,
 )
-def test_what_is_not_finite_is_not_hidden(name, dtype, value):
-    """The step is skipped by looking at gradients, so a bad feature has to reach loss and gradients."""
+def test_nonfinite_feature_reaches_loss_and_gradients(name, dtype, value):
+    """Steps are skipped because of their gradients, so a bad feature must reach the loss and the gradients."""
     for argument in [key for key in inputs_of(name, random_pairs, 2, 3) if key.endswith("features")]:
         tensors = tensors_of(inputs_of(name, random_pairs, 9, 20), dtype)
         tensors[argument].detach()[2, 7] = value
@@ -602,8 +614,8 @@ def test_what_is_not_finite_is_not_hidden(name, dtype, value):
 
 
 @pytest.mark.parametrize("scale", [float("inf"), float("nan")])
-@pytest.mark.parametrize("kind", [sure_pairs, opposed_pairs])
-def test_a_scale_that_is_not_finite_reaches_the_loss_and_all_gradients(kind, scale):
+@pytest.mark.parametrize("kind", [confident_pairs, opposed_pairs])
+def test_nonfinite_scale_reaches_loss_and_gradients(kind, scale):
     tensors = tensors_of(inputs_of("contrastive_loss", kind, 9, 20), torch.float32)
     tensors["logit_scale"].detach().fill_(scale)
     values, gradients = run("contrastive_loss", tensors, backend="triton")
@@ -613,9 +625,9 @@ def test_a_scale_that_is_not_finite_reaches_the_loss_and_all_gradients(kind, sca
 
 @pytest.mark.parametrize("path", ["fused", "chunked"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_a_scale_of_10000_which_nothing_bounds_is_computed_right(path, dtype, monkeypatch):
-    take_path(path, monkeypatch.setattr)
-    for kind in (opposed_pairs, sure_pairs, drifted_pairs):
+def test_error_at_scale_10000(path, dtype, monkeypatch):
+    force_path(path, monkeypatch.setattr)
+    for kind in (opposed_pairs, confident_pairs, drifted_pairs):
         inputs = inputs_of("contrastive_loss", kind, 33, 70, scale=1e4)
         assert_at_most_twice_the_error("contrastive_loss", inputs, dtype)
 
@@ -628,20 +640,20 @@ RANK_CASES = [
     for (name, path), (pairs, width), dtype in itertools.product(
         PATHS,
         [(1, 5), (5, 16), (70, 20)],  # pairs are those of one rank
-        [torch.float64 if blocks.INTERPRETED else torch.float32, torch.float16],
+        [torch.float64 if primitives.INTERPRETED else torch.float32, torch.float16],
     )
 ]
-# The label of a row has another column on each rank; sums that are cut off show whether it is the right one.
+# The label of a row has another column on each rank; truncated sums show whether it is the right one.
 RANK_CASES += [
     ("contrastive_loss", path, opposed_pairs, 5, 256, torch.float32)
-    for path in ("fused", "serial", "chunked", "chunked")  # an even number: some take every second case
+    for path in ("fused", "serial", "chunked", "chunked")  # an even number: some runs use every second case
 ]
 RANK_OPTIONS = {"contrastive_loss": {}, "difference_loss": {"decay": 0.5}, "dive_loss": {"weight": 2.5}}
 SHARED = ("logit_scale", "average_vector")
 
 
 def rank_inputs(name, kind, pairs, width):
-    """Of all ranks; the reference batch has as many pairs as the target batch, so that both can be shared out."""
+    """Arguments of all ranks; both batches have the same number of pairs, so that both can be split over ranks."""
     if name == "dive_loss":
         return make_dive_inputs(kind, pairs, pairs, width)
     return inputs_of(name, kind, pairs, width, scale=100.0 if kind == opposed_pairs else 1 / 0.07)
@@ -653,12 +665,12 @@ def evaluate_on_rank(cases):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     group = dist.group.WORLD
     for name, path, kind, pairs, width, dtype in cases:
-        take_path(path)
+        force_path(path)
         inputs = rank_inputs(name, kind, world_size * pairs, width)
         for key in inputs.keys() - set(SHARED):
             inputs[key] = np.split(inputs[key], world_size)[rank]
         with contextlib.ExitStack() as stack:
-            if blocks.INTERPRETED:
+            if primitives.INTERPRETED:
                 stack.enter_context(checked_addresses())
                 if kind == opposed_pairs:
                     stack.enter_context(tensor_core_sums())
@@ -677,8 +689,8 @@ def evaluate_on_rank(cases):
     ],
     ids=["2-some", "3-others", "1", "2", "3"],
 )
-def test_ranks(world_size, cases):
-    """Values are the same on all, bit for bit, and averaging over ranks gives the gradient of one process."""
+def test_ranks_give_the_result_of_one_process(world_size, cases):
+    """Values are bit-identical on all ranks, and the average over ranks is the gradient of one process."""
     if DEVICE == "cuda" and world_size > torch.cuda.device_count():
         pytest.skip("needs a GPU per rank")
     on_ranks = run_ranks(world_size, evaluate_on_rank, cases, timeout=300.0)
@@ -703,7 +715,7 @@ def test_ranks(world_size, cases):
 
 
 def operators():
-    """Every custom op with arguments."""
+    """Every custom op by name, with arguments for it."""
     tensors = tensors_of(inputs_of("dive_loss", drifted_pairs, 5, 16), torch.float32)
     image, text, scale, *reference, average_vector = (tensors[key] for key in DIVE)
     options, upstream = (0.9, 1.0, 2.0, True), torch.tensor(3.0, device=DEVICE)
@@ -717,9 +729,9 @@ def operators():
         "contrastive_backward": (contrastive.backward, (upstream, scale.detach(), *saved, *sizes)),
         "difference": (difference.forward, (*reference, average_vector, *options, "")),
         "difference_backward": (difference.backward, (upstream, *frozen, average, *options)),
-        "dive": (dive.forward, (image, text, scale, *reference, average_vector, 10.0, *options, "")),
+        "dive": (joint_step.forward, (image, text, scale, *reference, average_vector, 10.0, *options, "")),
         "dive_backward": (
-            dive.backward,
+            joint_step.backward,
             (upstream, scale.detach(), *saved, *frozen, average, *sizes, 10.0, *options),
         ),
     }
@@ -736,7 +748,7 @@ def test_opcheck(name):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_step_is_one_graph(compiler):
-    """Towers, losses and the average vector's update without a break, with the same result."""
+    """Towers, losses and the update of the average vector compile without a graph break, to the same result."""
     torch._dynamo.reset()
     tensors = tensors_of(inputs_of("dive_loss", drifted_pairs, 12, 16), torch.float32)
     tower = torch.nn.Linear(16, 16, device=DEVICE)
@@ -749,14 +761,14 @@ def test_compiled_step_is_one_graph(compiler):
             **others,
             backend="triton",
         )
-        apart = kernels.contrastive_loss(
+        separate = kernels.contrastive_loss(
             tower(image_features), others["text_features"], others["logit_scale"], backend="triton"
         )
-        return result.loss + apart, result.average_vector * 1.0, result.image_norm
+        return result.loss + separate, result.average_vector * 1.0, result.image_norm
 
     expected = step(**tensors)
     expected_gradient = torch.autograd.grad(expected[0], tower.weight)[0]
-    # Inductor's cache does not notice that an op has come to return other shapes.
+    # Inductor's cache does not notice that an op returns other shapes after a change.
     with torch._inductor.config.patch(force_disable_caches=True):
         actual = torch.compile(step, fullgraph=True, backend=compiler)(**tensors)
     actual_gradient = torch.autograd.grad(actual[0], tower.weight)[0]
@@ -765,8 +777,8 @@ def test_compiled_step_is_one_graph(compiler):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_fake_tensors(name):
-    """Shapes and dtypes without memory, as the prediction of peak memory needs them."""
+def test_fake_tensors_have_the_real_shapes(name):
+    """Fake tensors have the shapes and dtypes of real ones, as the prediction of peak memory needs them."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     real = tensors_of(inputs_of(name, drifted_pairs, 5, 16), torch.float16)
@@ -785,11 +797,11 @@ def test_fake_tensors(name):
 # Backends and bad input
 
 
-def test_auto_is_triton_where_it_runs(monkeypatch):
+def test_auto_backend_is_triton_where_it_runs(monkeypatch):
     features = torch.ones(2, 3, device=DEVICE)
     assert backend.uses_triton("auto", features)
     assert not backend.uses_triton("torch", features)
-    monkeypatch.setattr(blocks, "INTERPRETED", False)
+    monkeypatch.setattr(primitives, "INTERPRETED", False)
     assert not backend.uses_triton("auto", features.cpu())
 
 
@@ -802,15 +814,15 @@ def test_auto_is_triton_where_it_runs(monkeypatch):
         ("teacher", "text_teacher requires a gradient, which the kernels do not compute"),
     ],
 )
-def test_triton_where_it_cannot_run(obstacle, message, monkeypatch):
+def test_triton_backend_that_cannot_run(obstacle, message, monkeypatch):
     width = 2049 if obstacle == "width" else 4
-    place = "cpu" if obstacle == "no GPU" else DEVICE
-    arguments = {key: torch.ones(3, width, device=place) for key in DIFFERENCE[:4]}
-    arguments["average_vector"] = torch.ones(width, device=place)
+    device = "cpu" if obstacle == "no GPU" else DEVICE
+    arguments = {key: torch.ones(3, width, device=device) for key in DIFFERENCE[:4]}
+    arguments["average_vector"] = torch.ones(width, device=device)
     if obstacle == "no GPU":
-        monkeypatch.setattr(blocks, "INTERPRETED", False)
+        monkeypatch.setattr(primitives, "INTERPRETED", False)
     elif obstacle == "no Triton":
-        monkeypatch.setattr(backend, "blocks", None)
+        monkeypatch.setattr(backend, "primitives", None)
     elif obstacle == "teacher":
         arguments["text_teacher"].requires_grad_()
     with pytest.raises(ValueError, match=f'^backend: "triton" cannot run: {message}; use "auto" or "torch"$'):
@@ -819,6 +831,6 @@ def test_triton_where_it_cannot_run(obstacle, message, monkeypatch):
     assert torch.equal(kernels.difference_loss(**arguments).loss, expected.loss)
 
 
-def test_unknown_backend():
+def test_unknown_backend_is_refused():
     with pytest.raises(ValueError, match=r"^backend: expected one of auto, triton, torch, got 'cuda'$"):
         kernels.contrastive_loss(torch.ones(2, 3), torch.ones(2, 3), torch.ones(()), backend="cuda")

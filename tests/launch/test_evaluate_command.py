@@ -13,8 +13,8 @@ import tiny
 import torch
 from distributed import run_script
 
-from dive_fast.config.schema import Config
 from dive_fast.distributed import free_port
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import head as heads
 from dive_fast.model import towers
 
@@ -52,7 +52,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
     (folder / "names.txt").write_text("cat\ndog\nyurt\nteapot\n")
     written["evaluate"]["sets"]["other"]["class_names"] = str(folder / "names.txt")
-    model = towers.create(Config.model_validate_json(json.dumps(written)).model)
+    model = towers.create(RunConfig.model_validate_json(json.dumps(written)).model)
     torch.manual_seed(0)
     moved = {name: value + 0.05 * torch.randn(value.shape) for name, value in model.state_dict().items()}
     (folder / "run").mkdir()
@@ -158,5 +158,5 @@ def test_geometry_says_that_its_pairs_are_those_of_training(tree: dict[str, Any]
     config = str(Path(tree["train"]["output"]).parent / "config.json")
     done = call("--config", config, "--limit", "5", "--output", str(tmp_path), command="geometry")
     assert done.returncode == 0, done.stderr
-    assert "pairs: data.reference, on which training holds embeddings in place" in done.stdout
+    assert "pairs: data.reference, whose embeddings training keeps in place" in done.stdout
     assert json.loads((tmp_path / "geometry.json").read_text())["num_pairs"] == 5

@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from dive_fast.config.load import load_config as load_config
 from dive_fast.config.schema import Config
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.distributed import join
@@ -28,6 +27,7 @@ from dive_fast.engine.step import Engine, StepBatches
 from dive_fast.kernels import contrastive_loss
 from dive_fast.methods import method as objective
 from dive_fast.methods import registry
+from dive_fast.methods.run_config import load_run_config
 from dive_fast.model.features import Pairs
 from dive_fast.model.towers import create
 from dive_fast.planner.advice import advise
@@ -98,7 +98,7 @@ def layer_norm_as_on_cuda(layer_norm: Any) -> Any:
 def real_step(config: Config) -> tuple[int, int, int]:
     """Peak bytes, FLOP and parameters of a real step on real tensors, after one that makes optimizer state."""
     ranks = join()
-    data, goal = config.data, registry.create(config.objective, WIDTH)
+    data, method = config.data, registry.create(config.objective, WIDTH)
     dtype = torch.float16 if config.train.precision == "fp16" else torch.float32
 
     def pairs(section: Any) -> tuple[torch.Tensor, Text]:
@@ -109,7 +109,7 @@ def real_step(config: Config) -> tuple[int, int, int]:
     def batches() -> Any:
         labels = torch.zeros(TARGET, dtype=torch.long)
         target = TargetBatch(*pairs(data.target), labels, torch.empty(0), ())
-        if not goal.needs_reference:
+        if not method.needs.reference:
             return StepBatches(target)
         reference = ReferenceBatch(*pairs(data.reference), torch.empty(0), torch.empty(0), ())
         unit = [F.normalize(torch.randn(REFERENCE, WIDTH), dim=-1) for _ in range(2)]
@@ -120,9 +120,9 @@ def real_step(config: Config) -> tuple[int, int, int]:
     with unittest.mock.patch.object(F, "layer_norm", casts), unittest.mock.patch.object(F, "linear", F.linear):
         with live:
             towers = create(config.model)
-            if goal.needs_head:
+            if method.needs.head:
                 towers.head = torch.nn.Linear(WIDTH, len(open_clip.IMAGENET_CLASSNAMES))
-            engine = Engine(config, towers, goal, ranks, total_steps=9)
+            engine = Engine(config, towers, method, ranks, total_steps=9)
             # What it starts with overflows, and a step that is skipped allocates no moments.
             engine.scale.value.fill_(1.0)
             parameters = sum(getattr(p, "ds_numel", p.numel()) for p in towers.parameters())
@@ -137,7 +137,7 @@ def real_step(config: Config) -> tuple[int, int, int]:
 
 
 def real_steps(folder: Path, cases: dict[str, Case]) -> dict[str, tuple[int, int, int]]:
-    objective.Objective.backend = "torch"  # the interpreter's memory is NumPy's
+    objective.Part.backend = "torch"  # the interpreter's memory is NumPy's
     return {name: real_step(small_config(folder, **case)) for name, case in cases.items()}
 
 
@@ -217,7 +217,7 @@ def test_zero_shares_its_state_among_the_ranks_and_like_micro_batches_need_not_a
 
 def shipped_plans(wanted: dict[str, tuple[str, list[str]]]) -> dict[str, Plan]:
     return {
-        name: plan_run(load_config(config, overrides, CONFIGS)) for name, (config, overrides) in wanted.items()
+        name: plan_run(load_run_config(config, overrides, CONFIGS)) for name, (config, overrides) in wanted.items()
     }
 
 

@@ -23,6 +23,7 @@ from pyarrow import parquet
 from dive_fast.config.schema import Config
 from dive_fast.data.open_dataset import open_reference
 from dive_fast.distributed import Ranks, join
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.model.towers import Towers, create
 from dive_fast.teacher import build
 from dive_fast.teacher import cache_files as store
@@ -75,7 +76,7 @@ def rows(tree: dict[str, Any], towers: Towers, tmp_path_factory: pytest.TempPath
 
 
 def config(tree: dict[str, Any], **teacher: Any) -> Config:
-    return Config.model_validate(tree | {"teacher": {"batch_size": 4} | teacher})
+    return RunConfig.model_validate(tree | {"teacher": {"batch_size": 4} | teacher})
 
 
 def open_reference_of(tree: dict[str, Any]) -> Any:

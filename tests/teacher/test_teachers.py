@@ -12,12 +12,13 @@ import torch
 from distributed import run_ranks
 from torch import Tensor
 
-from dive_fast.config.schema import Config, ModelConfig
+from dive_fast.config.schema import ModelConfig
 from dive_fast.data.loaders.loader import Options, batches_of
 from dive_fast.data.open_dataset import open_reference
 from dive_fast.data.samples import ReferenceSamples
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.distributed import Ranks, join
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.model.towers import Towers, create, tokenizer_of
 from dive_fast.teacher import build
 from dive_fast.teacher import cache_files as store
@@ -157,7 +158,7 @@ def test_the_models_own_text_length_needs_no_other_cache(tmp_path: Path) -> None
     tree, lengths = tiny.write_config(tmp_path), []
     for length in (None, 77, 20):
         tree["data"]["reference"]["text_length"] = length
-        config = Config.model_validate(tree)
+        config = RunConfig.model_validate(tree)
         assert config.data.reference is not None
         towers = create(config.model)
         samples_of_config = build.reference_samples(config, open_reference(config.data.reference), towers)

@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dive_fast.checkpoint import manifest as checkpoint
-from dive_fast.checkpoint import resume
 from dive_fast.config.schema import Config
 from dive_fast.data.prepared import convert
 from dive_fast.data.prepared import write as prepare
@@ -32,7 +31,10 @@ from dive_fast.distributed import Ranks, join
 from dive_fast.engine import profiler as trace
 from dive_fast.engine.profiler import RANGES, SETTLING, WARMING
 from dive_fast.errors import ConfigError
-from dive_fast.methods.method import Objective
+from dive_fast.methods.dive import Dive
+from dive_fast.methods.method import Part
+from dive_fast.methods.noise_floor import NOISE_FLOOR, check_noise_floor
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.train import loop as train
 from dive_fast.train import metrics
 from dive_fast.train.monitors import in_run_folder
@@ -46,7 +48,7 @@ class KilledError(Exception):
 
 
 def load(tree: dict[str, Any], **train_options: Any) -> Config:
-    return Config.model_validate_json(json.dumps(tree | {"train": tree["train"] | train_options}))
+    return RunConfig.model_validate_json(json.dumps(tree | {"train": tree["train"] | train_options}))
 
 
 def run(tree: dict[str, Any], output: Path, ranks: Ranks, kill_at: int | None = None, **options: Any) -> Any:
@@ -72,7 +74,7 @@ def run_cases(folder: Path) -> dict[str, Any]:
     tree = json.loads((folder / "config.json").read_text())
     results: dict[str, Any] = {}
     # Interpreted, the kernels would take most of the time: they are in one run, and PyTorch in all others.
-    Objective.backend = "torch"
+    Part.backend = "torch"
     for stage in STAGES:
         tree["deepspeed"]["zero_optimization"]["stage"] = stage
         results[f"whole{stage}"] = run(tree, folder / f"whole{stage}", ranks)
@@ -87,7 +89,7 @@ def run_cases(folder: Path) -> dict[str, Any]:
         run(prepared, folder / "resumed-fast", ranks, kill_at=3, checkpoint_every=2)
     ranks.barrier()
     run(prepared, folder / "resumed-fast", ranks)
-    Objective.backend = "triton"
+    Part.backend = "triton"
     tree["teacher"] = {"mode": "online"}
     results["online"] = run(tree, folder / "online", ranks, schedule="joint", micro_batch_size=3)
     return results
@@ -164,7 +166,7 @@ def test_the_fast_loaders_train_alike_and_continue_to_the_same_weights(by_rank: 
             assert fast["contrastive_loss"] == pytest.approx(plain["contrastive_loss"], rel=1e-3)
             assert 0 <= fast["data_wait"] <= 1
     # Teacher and student have seen the same pixels, or the first difference vectors would be longer.
-    assert lines(folder / "fast")[0]["image_norm"] < train.NOISE_FLOOR["fp32"]
+    assert lines(folder / "fast")[0]["image_norm"] < NOISE_FLOOR["fp32"]
     whole, resumed = weights(folder / "fast"), weights(folder / "resumed-fast")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -186,7 +188,7 @@ def test_metrics_and_provenance_are_written(by_rank: list[Any], folder: Path) ->
         0
     ].keys()
     # At first the student is the teacher, and later it is not.
-    assert written[0]["image_norm"] < train.NOISE_FLOOR["fp32"] < written[3]["image_norm"]
+    assert written[0]["image_norm"] < NOISE_FLOOR["fp32"] < written[3]["image_norm"]
     assert 0 <= written[-1]["accuracy/seen"] <= 1
     assert (
         by_rank[0]["whole1"]["accuracy/seen"]
@@ -200,7 +202,7 @@ def test_metrics_and_provenance_are_written(by_rank: list[Any], folder: Path) ->
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    return [path for path in checkpoint.written_checkpoints(folder) if checkpoint.is_whole(path)]
+    return [path for path in checkpoint.list_checkpoints(folder) if checkpoint.is_complete(path)]
 
 
 def test_only_the_newest_checkpoints_stay(by_rank: list[Any], folder: Path) -> None:
@@ -218,7 +220,7 @@ def run_alone(tree: dict[str, Any], output: Path) -> Any:
 
 
 def _run_alone(tree: dict[str, Any], output: Path) -> Any:
-    Objective.backend = "torch"
+    Part.backend = "torch"
     try:
         return run(tree, output, join())
     except ConfigError as error:
@@ -258,7 +260,7 @@ def test_a_cache_whose_rows_are_wrong_is_found_before_the_first_update(tmp_path:
 def _warned(tree: dict[str, Any], output: Path) -> list[list[str]]:
     """What is said of noise: by a run in bf16 that hardly moves, by the same killed early, and by one in fp32."""
     ranks, found = join(), []
-    Objective.backend = "torch"
+    Part.backend = "torch"
     still = {"learning_rate": 1e-7, "warmup_steps": 2, "log_every": 1, "max_steps": 4, "precision": "bf16"}
 
     def warnings_of(name: str, **options: Any) -> None:
@@ -293,7 +295,7 @@ def test_rounding_that_drowns_difference_vectors_is_told_once(tmp_path: Path) ->
 def _traced(tree: dict[str, Any], output: Path) -> tuple[Counter[str], str, list[str]]:
     """Ranges in the trace of three steps, what is said of them, and what of a run too short to be traced."""
     ranks = join()
-    Objective.backend = "torch"
+    Part.backend = "torch"
     with contextlib.redirect_stdout(io.StringIO()) as said:
         run(tree, output, ranks, epochs=20, max_steps=SETTLING + WARMING + 3, trace_steps=3)
     events = json.loads(gzip.decompress((output / "trace.json.gz").read_bytes()))["traceEvents"]
@@ -328,7 +330,8 @@ def test_what_the_audit_lets_pass_is_no_noise(tmp_path: Path) -> None:
 
     def check(length: float, **teacher: Any) -> None:
         values = {"image_norm": torch.tensor(0.0), "text_norm": torch.tensor(length)}
-        train._check_noise_floor(values, Config.model_validate(tree | {"teacher": teacher}))
+        config = RunConfig.model_validate(tree | {"teacher": teacher})
+        check_noise_floor(train._first_step(values, config.train, config.teacher), Dive.norms)
 
     for allowed, refused, teacher in (
         (9e-5, 2e-4, {}),
@@ -341,56 +344,11 @@ def test_what_the_audit_lets_pass_is_no_noise(tmp_path: Path) -> None:
             check(refused, **teacher)
 
 
-def test_a_named_checkpoint_that_is_not_whole_is_refused(by_rank: list[Any], folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder / "resumed2/checkpoints", tmp_path, dirs_exist_ok=True)
-    older, newest = (tmp_path / f"step0000000{step}" for step in (4, 6))
-    alone = Ranks(0, 1, torch.device("cpu"))
-
-    def refused(path: Path, reason: str) -> None:
-        with pytest.raises(ConfigError, match=re.escape(f"no whole checkpoint there ({reason}")):
-            resume.find_checkpoint(str(path), tmp_path, alone)
-
-    assert resume.find_checkpoint("auto", tmp_path, alone) == newest
-    refused(tmp_path, f"no file manifest.json); there is {older} to step00000006")
-    refused(tmp_path / "Auto", f"no file manifest.json); there is {older} to ")
-    assert resume.find_checkpoint("never", tmp_path, alone) is None
-    with (newest / "rank00001.safetensors").open("r+b") as file:
-        file.truncate(1000)
-    assert resume.find_checkpoint("auto", tmp_path, alone) == older
-    refused(newest, "rank00001.safetensors is not there in its full size")
-    content = bytearray((older / "rank00000.safetensors").read_bytes())
-    content[len(content) // 2] ^= 1
-    (older / "rank00000.safetensors").write_bytes(content)
-    with pytest.raises(ConfigError, match="changed since it was written"):
-        resume.find_checkpoint(str(older), tmp_path, alone)
-    with pytest.raises(ConfigError, match=r"all checkpoints in .* are damaged"):
-        resume.find_checkpoint("auto", tmp_path, alone)
-    (older / "manifest.json").unlink()
-    with pytest.raises(
-        ConfigError, match=r"all checkpoints in .* \(.*rank00001.* in its full size\); train.resume=never"
-    ):
-        resume.find_checkpoint("auto", tmp_path, alone)
-    shutil.rmtree(newest)
-    assert resume.find_checkpoint("auto", tmp_path, alone) is None
-    refused(older, "no file manifest.json")
-
-
-def test_a_copy_that_a_user_has_put_beside_checkpoints_is_none_of_them(
-    by_rank: list[Any], folder: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(folder / "resumed2/checkpoints", tmp_path, dirs_exist_ok=True)
-    newest = whole_checkpoints(tmp_path)[-1]
-    for name in (f"{newest.name}.keep", f"{newest.name}0", "steps"):
-        shutil.copytree(newest, tmp_path / name)
-    assert whole_checkpoints(tmp_path)[-1] == newest
-    assert resume.find_checkpoint("auto", tmp_path, Ranks(0, 1, torch.device("cpu"))) == newest
-
-
 @pytest.mark.parametrize("named", [{}, {"output_path": "", "job_name": ""}, {"output_path": None}])
 def test_monitors_that_name_no_place_write_into_the_run_folder(tmp_path: Path, named: dict[str, Any]) -> None:
     tree = tiny.write_config(tmp_path)
     tree["deepspeed"]["csv_monitor"] = {"enabled": True} | named
-    section = in_run_folder(Config.model_validate(tree), tmp_path / "run").deepspeed["csv_monitor"]
+    section = in_run_folder(RunConfig.model_validate(tree), tmp_path / "run").deepspeed["csv_monitor"]
     assert section == {"enabled": True, "output_path": str(tmp_path / "run"), "job_name": "csv_monitor"}
 
 

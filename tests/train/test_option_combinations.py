@@ -21,8 +21,7 @@ import torch
 from distributed import run_ranks
 from safetensors.torch import load_file
 
-from dive_fast.config import load
-from dive_fast.config.schema import WITH_HEAD, WITHOUT_REFERENCE, Config, ObjectiveConfig
+from dive_fast.config.schema import Config
 from dive_fast.config.section import section_type, sections
 from dive_fast.data.prepared import convert, raw
 from dive_fast.data.prepared import write as prepare
@@ -31,7 +30,8 @@ from dive_fast.demo.pretrain import write_tokenizer
 from dive_fast.distributed import Ranks, join
 from dive_fast.engine import update
 from dive_fast.errors import ConfigError
-from dive_fast.methods import method as objective
+from dive_fast.methods import method, registry
+from dive_fast.methods.run_config import RunConfig, load_run_config
 from dive_fast.train import loop as train
 
 Value = Any
@@ -41,7 +41,10 @@ Row = Mapping[str, Value]
 RANKS, STAGE, REFERENCE, SETS = "ranks", "deepspeed.zero_optimization.stage", "data.reference", "evaluate.sets"
 SEEN, OTHER = ["seen"], ["other"]
 
+PRESETS = registry.table().presets
+
 VALUES: dict[str, tuple[Value, ...]] = {
+    "objective.name": tuple(PRESETS),
     "model.name": ("clip", "siglip", "dropping"),
     "model.logit_scale_max": (None, 10.0),
     "data.target.templates": ("simple", "a photo of a {}"),
@@ -105,6 +108,9 @@ CONSTANT = {
     "train.rank_timeout",
     "evaluate.geometry.pairs",
     "evaluate.batch_size",
+    # Parts without a method's name, which tests/methods has.
+    "objective.target",
+    "objective.reference",
     # Of a GPU.
     "data.target.hw_decoder_load",
     "data.reference.hw_decoder_load",
@@ -134,8 +140,8 @@ class Invalid(NamedTuple):
     """A part of the error."""
 
 
-NAMES = get_args(ObjectiveConfig.model_fields["name"].annotation)
-NEED_REFERENCE = tuple(name for name in NAMES if name not in WITHOUT_REFERENCE)
+NEED_REFERENCE = tuple(name for name, preset in PRESETS.items() if preset.reference is not None)
+WITH_HEAD = tuple(name for name, preset in PRESETS.items() if preset.target == "cross_entropy")
 RAW = ("folder", "webdataset", "csv")
 NEVER: dict[str, tuple[Value, ...]] = {"evaluate.every_steps": (None,), "evaluate.every_epochs": (None,)}
 
@@ -190,6 +196,9 @@ def leaves() -> dict[str, Any]:
         for key, field in section.model_fields.items():
             if section_type(field.annotation) is None and (place or key != "deepspeed"):
                 found[f"{place}.{key}".lstrip(".")] = field.annotation
+    for preset in PRESETS.values():
+        for key, part in registry.options_of(preset).items():
+            found[f"objective.{key}"] = part.Options.model_fields[key].annotation
     return found
 
 
@@ -411,7 +420,12 @@ def tree_of(folder: Path, output: Path, row: Row) -> dict[str, Any]:
         tree["data"]["reference"] = None
     if row["teacher.path"] is not None:
         tree["teacher"]["path"] = str(output.parent / "teacher")
-    tree["objective"] |= {"probe_epochs": 1}
+    # Options that the method lacks are refused.
+    preset = PRESETS[row["objective.name"]]
+    options = {"name", *registry.options_of(preset)}
+    options |= {"weight", "reference_every"} if preset.reference is not None else set()
+    tree["objective"]["probe_epochs"] = 1
+    tree["objective"] = {key: value for key, value in tree["objective"].items() if key in options}
     tree["train"] |= {
         "output": str(output),
         "epochs": 1,
@@ -482,14 +496,14 @@ def run_row(folder: Path, name: str, row: Row, ranks: Ranks) -> str:
     whole, again = place / "whole", place / "again"
     tree = tree_of(folder, whole, row)
     with left_after_one_step(whole, again, ranks):
-        train.train(Config.model_validate_json(json.dumps(tree)), whole, ranks)
+        train.train(RunConfig.model_validate_json(json.dumps(tree)), whole, ranks)
     resume = row.get("train.resume", "auto")
     if resume == "path":
         resume = str(again / "checkpoints/step00000001")
         again = place / "from-path"
     ranks.barrier()
     resumed = tree | {"train": tree["train"] | {"output": str(again), "resume": resume}}
-    train.train(Config.model_validate_json(json.dumps(resumed)), again, ranks)
+    train.train(RunConfig.model_validate_json(json.dumps(resumed)), again, ranks)
     ranks.barrier()
     if not ranks.is_main:
         return ""
@@ -535,7 +549,7 @@ def lines(folder: Path, first: int) -> list[dict[str, Any]]:
 def run_rows(folder: Path, chunk: Sequence[tuple[str, Row]]) -> dict[str, str]:
     """On one rank: what is wrong with each row, up to one that raises: the ranks may have parted then."""
     ranks = join()
-    objective.Objective.backend = "torch"  # the kernels have tests of their own
+    method.Part.backend = "torch"  # the kernels have tests of their own
     # From 2^16 a model of so few weights would skip both steps, and have nothing to resume.
     update.INITIAL_SCALE = 4.0
     found = {}
@@ -612,7 +626,7 @@ def refusals(folder: Path) -> list[str]:
             tree = tree_of(folder, folder / f"refused-{number}", row)
             (folder / "refused.json").write_text(json.dumps(tree))
             try:
-                train.train(load.load_config(str(folder / "refused.json")), folder / f"refused-{number}", ranks)
+                train.train(load_run_config(str(folder / "refused.json")), folder / f"refused-{number}", ranks)
                 said.append(f"nothing: {row}")
             except ConfigError as error:
                 said.append(str(error))

@@ -14,7 +14,8 @@ import torch
 
 from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks
-from dive_fast.errors import UserError, machine_error
+from dive_fast.errors import UserError
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.train import preflight
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -35,7 +36,7 @@ def changed(tree: dict[str, Any], **values: Any) -> Config:
         for name in sections:
             section = section.setdefault(name, {})
         section[key] = value
-    return Config.model_validate_json(json.dumps(copy))
+    return RunConfig.model_validate_json(json.dumps(copy))
 
 
 def refused(says: str, config: Config, folder: Path) -> None:
@@ -193,31 +194,3 @@ def test_a_disk_that_is_too_small_is_refused_and_a_tight_one_told(
         else:
             preflight.check_disk(config, tmp_path, towers, 24)
         assert ("train.keep_last" in caplog.text) == (outcome == "told")
-
-
-@pytest.mark.parametrize(
-    ("error", "says"),
-    [
-        (OSError(28, "No space left on device", "/x"), "/x: the disk is full"),
-        (PermissionError(13, "Permission denied", "/x"), "/x: permission denied"),
-        (FileExistsError(17, "File exists", "/x"), "/x: it is there already, and not a folder"),
-        (OSError(24, "Too many open files"), "too many open files: raise the limit (ulimit -n"),
-        (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"), "--shm-size"),
-        (RuntimeError("DataLoader worker (pid 3) is killed by signal: Bus error."), "--shm-size"),
-        (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), "memory of the machine"),
-        (RuntimeError("received 0 items of ancillary data"), "ulimit -n"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "train.activation_checkpointing"),
-        (torch.AcceleratorError("CUDA error: device-side assert triggered\nmore"), "device-side assert"),
-        (MemoryError(), "the memory of the machine is full"),
-    ],
-)
-def test_errors_of_the_machine_are_translated(error: Exception, says: str) -> None:
-    found = machine_error(error)
-    assert found is not None
-    assert says in str(found)
-    assert "\n" not in str(found)
-
-
-@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), FileNotFoundError(2, "x"), ValueError("memory")])
-def test_other_errors_keep_their_traceback(error: Exception) -> None:
-    assert machine_error(error) is None

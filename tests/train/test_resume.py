@@ -17,16 +17,16 @@ import torch
 from distributed import run_ranks
 from safetensors.torch import load_file
 
-from dive_fast.checkpoint import lineage, resume, saver
+from dive_fast.checkpoint import lineage, saver
 from dive_fast.checkpoint import manifest as checkpoint
-from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks, join
 from dive_fast.engine.update import INITIAL_SCALE, LossScale
 from dive_fast.errors import UserError
 from dive_fast.identity import Identity
 from dive_fast.locks import folder_lock
 from dive_fast.methods import registry
-from dive_fast.methods.method import Objective
+from dive_fast.methods.method import Part
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import head as heads
 from dive_fast.train import loop as train
 from dive_fast.train import run_identity
@@ -58,7 +58,7 @@ class Folder:
 
     def start(self, *overrides: tuple[str, Any], kill_at: int | None = None) -> str:
         """Trains; returns all that is said, an error too. ``kill_at`` ends it after so many steps."""
-        config = Config.model_validate_json(json.dumps(changed(self.tree, *overrides)))
+        config = RunConfig.model_validate_json(json.dumps(changed(self.tree, *overrides)))
         said, log = io.StringIO(), train.Metrics.log
         handler = logging.StreamHandler(said)
 
@@ -131,7 +131,7 @@ def other_files(folder: Path, kind: str) -> tuple[str, Any]:
 
 def cases(folder: Path) -> dict[str, Any]:
     ranks = join()
-    Objective.backend = "torch"
+    Part.backend = "torch"
     tree = json.loads((folder / "config.json").read_text())
     run = Folder(ranks, tree, folder / "run")
     found: dict[str, Any] = {"first": run.start()}
@@ -289,7 +289,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def of(tree: dict[str, Any], *overrides: tuple[str, Any]) -> Identity:
-    return run_identity.of_config(Config.model_validate_json(json.dumps(changed(tree, *overrides))))
+    return run_identity.of_config(RunConfig.model_validate_json(json.dumps(changed(tree, *overrides))))
 
 
 @pytest.mark.parametrize("key", REFUSED)
@@ -366,14 +366,14 @@ def test_never_does_not_meet_the_older_run_again(found: dict[str, Any], kill: st
 
 def test_checkpoint_of_an_older_version_is_refused_in_one_line(found: dict[str, Any]) -> None:
     refused, never = found["old"]
-    assert "a checkpoint of format 1, not 2 as now" in refused
+    assert "checkpoint format 1, but this version reads format 2" in refused
     assert "train.resume=never" in refused
     assert "error" not in never
 
 
 def test_keys_that_a_resume_ignores_exist() -> None:
     """A renamed key would be compared, or, worse, its old name never."""
-    tree = Config.model_validate(
+    tree = RunConfig.model_validate(
         {
             "model": {"name": "demo"},
             "data": {half: {"format": "csv", "path": "x"} for half in ("target", "reference")},
@@ -416,62 +416,12 @@ def test_settings_that_train_next_to_nothing_are_reported(found: dict[str, Any])
 
 
 def test_steps_beyond_the_epochs_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = Config.model_validate(tiny.write_config(tmp_path, max_steps=40))
-    run_module._warn_of_schedule(config, registry.create(config.objective, 24), 3)
+    config = RunConfig.model_validate(tiny.write_config(tmp_path, max_steps=40))
+    run_module._warn_of_schedule(config, registry.needs(config.objective), 3)
     assert "train.max_steps = 40, but train.epochs = 1 ends the run after 3 steps" in caplog.text
     caplog.clear()
-    run_module._warn_of_schedule(config, registry.create(config.objective, 24), 40)
+    run_module._warn_of_schedule(config, registry.needs(config.objective), 40)
     assert caplog.text == ""
-
-
-@pytest.mark.parametrize("name", ["config.json", "open_clip_config.json", "model.safetensors", "tensorboard"])
-def test_files_that_no_run_has_written_are_never_put_away(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text('{"model_type": "clip"}')
-    with pytest.raises(UserError, match=f"holds {name}, which no run has written"):
-        lineage.begin(tmp_path, tmp_path / "checkpoints")
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-def test_folder_of_a_run_without_its_checkpoints_begins_another(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"config": {}, "versions": {}, "device": "cpu", "commit": null}')
-    (tmp_path / "metrics.jsonl").touch()
-    lineage.begin(tmp_path, tmp_path / "checkpoints")
-    assert (tmp_path / lineage.REPLACED / "metrics.jsonl").exists()
-
-
-@pytest.mark.parametrize("operation", range(1, 8))
-def test_kill_while_a_run_replaces_another_leaves_one_of_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: int
-) -> None:
-    checkpoints = tmp_path / "checkpoints"
-    old = lineage.begin(tmp_path, checkpoints)
-    left = {name: f"old {name}" for name in ("metrics.jsonl", "model.safetensors", "config.json")}
-    for name, text in left.items():
-        (tmp_path / name).write_text(text)
-    calls = iter(range(1, 100))
-
-    def dies(function: Any) -> Any:
-        def wrapped(*arguments: Any) -> Any:
-            if next(calls) == operation:
-                raise KilledError
-            return function(*arguments)
-
-        return wrapped
-
-    with monkeypatch.context() as patch, contextlib.suppress(KilledError):
-        patch.setattr(lineage, "write_atomic", dies(lineage.write_atomic))
-        patch.setattr(Path, "rename", dies(Path.rename))
-        lineage.begin(tmp_path, checkpoints)
-    found = lineage.read(checkpoints)
-    assert found is not None
-    if found.run == old.run:
-        assert all((tmp_path / name).read_text() == text for name, text in left.items())
-        return
-    if not found.is_begun:
-        lineage.complete(tmp_path, checkpoints, found)
-    assert {name: (tmp_path / lineage.REPLACED / name).read_text() for name in left} == left
-    assert not any((tmp_path / name).exists() for name in left)
-    assert lineage.read(checkpoints) == found._replace(is_begun=True)
 
 
 def test_head_of_other_class_names_is_refused(tmp_path: Path) -> None:
@@ -481,7 +431,7 @@ def test_head_of_other_class_names_is_refused(tmp_path: Path) -> None:
 
 
 def _renamed_class(path: Path) -> tuple[str, list[str]]:
-    Objective.backend = "torch"
+    Part.backend = "torch"
     tree = tiny.write_config(path, max_steps=1)
     for number, name in enumerate(("grass", "sea", "sky")):
         (path / "images" / name).mkdir(parents=True)
@@ -493,12 +443,6 @@ def _renamed_class(path: Path) -> tuple[str, list[str]]:
     run.start()
     (path / "images/grass").rename(path / "images/zebra_grass")
     return run.start(), list(heads.load(run.path / heads.FILE).class_names)
-
-
-def test_unreadable_run_file_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / lineage.FILE).write_text("[]")
-    with pytest.raises(UserError, match=r"run.json: cannot read which run .*; remove it to resume"):
-        resume.find_checkpoint("auto", tmp_path, Ranks(0, 1, torch.device("cpu")))
 
 
 ACCURACIES = {1: 0.4, 2: 0.5, 3: 0.45, 4: 0.6, 5: 0.9, 6: 0.8, 7: 0.3, 8: 0.7}
@@ -514,9 +458,11 @@ def _decided(accuracies: dict[int, float]) -> Iterator[None]:
         steps[0] = step
         return evaluate(self, step)
 
-    def measured(self: train.Validation, folder: Path, options: Any) -> dict[str, float]:
-        chosen = folder.parent / "run/best/selected.json" if folder.name == "run" else None
-        step = json.loads(chosen.read_text())["step"] if chosen is not None and chosen.exists() else steps[0]
+    def measured(self: train.Validation, options: Any, exported: Path | None) -> dict[str, float]:
+        # Only the best weights are measured from their file, at the end of the run.
+        step = steps[0]
+        if exported is not None:
+            step = json.loads((exported / "best/selected.json").read_text())["step"]
         return {f"accuracy/{name}": accuracies[step] for name in options.sets}
 
     train.Validation.evaluate, train.Validation._measure = evaluate_at, measured  # type: ignore[method-assign]
@@ -528,7 +474,7 @@ def _decided(accuracies: dict[int, float]) -> Iterator[None]:
 
 def validation_cases(folder: Path) -> dict[str, Any]:
     ranks = join()
-    Objective.backend = "torch"
+    Part.backend = "torch"
     tree = json.loads((folder / "config.json").read_text())
     own = {key: tree["data"]["target"][key] for key in tiny.EVALUATION}
     tree["evaluate"] = {
@@ -624,7 +570,7 @@ def test_accuracies_of_another_set_are_not_compared(validated: dict[str, Any]) -
 def test_best_weights_of_a_later_step_stay_the_best(validated: dict[str, Any]) -> None:
     """The checkpoint of step 5 is damaged: step 4 is resumed from, and steps 6 and 8 are evaluated."""
     said, steps, _, is_best = validated["damaged"]
-    assert "passed over: " in said
+    assert "skipped a corrupt checkpoint: " in said
     assert steps == [2, 4, 6, 8, 8]
     assert is_best
 
@@ -659,7 +605,7 @@ def test_loss_scale_of_another_precision_is_not_taken_over() -> None:
 
 def _ranks_that_differ(folder: Path) -> dict[str, str]:
     ranks = join()
-    Objective.backend = "torch"
+    Part.backend = "torch"
     tree = json.loads((folder / "config.json").read_text())
     found = {}
     for name, overrides in UNLIKE_RANKS.items():
@@ -721,7 +667,7 @@ def _hold(folder: Path, connection: Any) -> None:
 
 
 def _second_run(folder: Path) -> tuple[str, str, bool, int]:
-    Objective.backend = "torch"
+    Part.backend = "torch"
     run = Folder(join(), json.loads((folder / "config.json").read_text()), folder / "run")
     first = run.start()
     before = run.contents()

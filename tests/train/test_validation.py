@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dive_fast.checkpoint import lineage
-from dive_fast.config.schema import Config
 from dive_fast.data.loaders.loader import Options
 from dive_fast.data.open_dataset import open_target
 from dive_fast.data.samples import EvaluationSamples
 from dive_fast.distributed import Ranks, join
-from dive_fast.methods.method import Objective
+from dive_fast.evaluate.zero_shot import Measured, measure_sets
+from dive_fast.methods.method import Part
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import head as heads
 from dive_fast.model.towers import Towers, create
 from dive_fast.train import linear_probe as probe
@@ -57,7 +58,7 @@ def run(tree: dict[str, Any], output: Path, ranks: Ranks, kill_at: int | None = 
 
     train.Validation.evaluate = evaluate  # type: ignore[method-assign]
     try:
-        return train.train(Config.model_validate_json(json.dumps(tree)), output, ranks)
+        return train.train(RunConfig.model_validate_json(json.dumps(tree)), output, ranks)
     finally:
         train.Validation.evaluate = measure  # type: ignore[method-assign]
 
@@ -68,16 +69,16 @@ def graded() -> Iterator[None]:
 
     What a few steps do to a random model's own accuracy, and whether anything, is the processor's rounding.
     """
-    measure = validation.evaluate
     known: dict[bytes, int] = {}
 
-    def evaluate(towers: Towers, *args: Any) -> dict[str, float]:
-        found = measure(towers, *args)
-        assert 0 <= found["seen"] <= 1
+    def graded_sets(towers: Towers, *args: Any) -> dict[str, Measured]:
+        measured = measure_sets(towers, *args)["seen"]
+        assert 0 <= measured.scores["top1"] <= 1
         weights = b"".join(value.numpy().tobytes() for value in towers.state_dict().values())
-        return found | {"seen": ACCURACIES[known.setdefault(weights, len(known))]}
+        accuracy = ACCURACIES[known.setdefault(weights, len(known))]
+        return {"seen": measured._replace(scores={"top1": accuracy})}
 
-    with unittest.mock.patch.object(validation, "evaluate", evaluate):
+    with unittest.mock.patch.object(validation, "measure_sets", graded_sets):
         yield
 
 
@@ -88,7 +89,7 @@ def changed(tree: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
 def cases(folder: Path) -> dict[str, Any]:
     """On one of two ranks."""
     ranks, results = join(), {}
-    Objective.backend = "torch"  # interpreted, the kernels would take most of the time
+    Part.backend = "torch"  # interpreted, the kernels would take most of the time
     tree = json.loads((folder / "config.json").read_text())
     selecting = changed(tree, evaluate={"every_epochs": 1, "select": "seen"})
     if ranks.is_main:
@@ -242,7 +243,7 @@ def test_lp_ft_first_trains_the_head_alone(by_rank: list[Any], folder: Path) -> 
     assert not begun["vanilla_ft"].bias.any()
     assert not torch.equal(begun["lp_ft"].weight, begun["vanilla_ft"].weight)
     # By the pictures it was trained on, as they are seen in evaluation.
-    config = Config.model_validate_json((folder / "config.json").read_text())
+    config = RunConfig.model_validate_json((folder / "config.json").read_text())
     towers, source = create(config.model), open_target(config.data.target)
     samples = EvaluationSamples(source, towers.preprocess)
     rows, labels = probe.embed(towers.eval(), samples, Ranks(0, 1, torch.device("cpu")), 8, Options())
@@ -252,7 +253,7 @@ def test_lp_ft_first_trains_the_head_alone(by_rank: list[Any], folder: Path) -> 
 
 def resources(folder: Path) -> tuple[list[tuple[int, int, int]], int]:
     """Descriptors, threads and memory in MiB at each of many evaluations; processes left at the end."""
-    Objective.backend = "torch"
+    Part.backend = "torch"
     process, found = psutil.Process(), []
     tree = json.loads((folder / "config.json").read_text())
     tree["evaluate"] |= {"every_steps": 1, "workers": 1, "select": "seen"}
@@ -266,7 +267,7 @@ def resources(folder: Path) -> tuple[list[tuple[int, int, int]], int]:
 
     train.Validation.evaluate = evaluate  # type: ignore[method-assign]
     longer = changed(tree, train={"epochs": EVALUATIONS // 3, "keep_last": 1})
-    train.train(Config.model_validate_json(json.dumps(longer)), folder / "resources", join())
+    train.train(RunConfig.model_validate_json(json.dumps(longer)), folder / "resources", join())
     _, left = psutil.wait_procs(process.children(recursive=True), timeout=10)
     return found, len(left)
 
@@ -330,7 +331,7 @@ def test_best_weights_of_another_step_count_only_where_they_come_again(
         (tmp_path / BEST).mkdir()
         (tmp_path / BEST / "model.safetensors").touch()
         (tmp_path / BEST / "selected.json").write_text(json.dumps({"step": kept[0], "value": kept[1]}))
-    ranks = SimpleNamespace(as_first=lambda found: found, say=said.append)
+    ranks = SimpleNamespace(broadcast=lambda found: found, print=said.append)
     options = SimpleNamespace(select="val", patience=None)
     resumed = Validation.__new__(Validation)
     resumed.__dict__ |= {

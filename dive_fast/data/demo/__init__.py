@@ -1,1 +1,1 @@
-"""The generated data sets of the embedded demo."""
+"""Data sets of the demo: vocabulary, rendering, and the splits on disk."""

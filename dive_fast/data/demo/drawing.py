@@ -1,4 +1,4 @@
-"""Draws the pictures of the demo."""
+"""Renders the pictures of the demo's generated world."""
 
 import functools
 from collections.abc import Callable
@@ -10,13 +10,14 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from dive_fast.data.demo.world import BACKDROPS, IMAGE_SIZE, SHADES, Facts
 
-Points = NDArray[np.float64]  # (n, 2), shapes live in the unit disc, y down
-
-Pixels = NDArray[np.floating[Any]]  # (h, w) or (h, w, 3), 0..1
+Points = NDArray[np.float64]
+"""``(n, 2)``: corners of a polygon in the unit disc; y points down."""
+Pixels = NDArray[np.floating[Any]]
+"""``(h, w)`` or ``(h, w, 3)``, from 0 to 1."""
 
 
 def _arc(start: float, stop: float, radius: float = 1.0, centre: tuple[float, float] = (0.0, 0.0)) -> Points:
-    """Points on a circle, angles in degrees, 0 = right, clockwise (y is down)."""
+    """Points on an arc; angles in degrees, 0 = right, clockwise since y points down."""
     angle = np.radians(np.linspace(start, stop, 40))
     return np.stack([centre[0] + radius * np.cos(angle), centre[1] + radius * np.sin(angle)], axis=1)
 
@@ -51,7 +52,7 @@ def _flower() -> Points:
 
 @functools.cache
 def _contours(shape: str) -> tuple[tuple[Points, int], ...]:
-    """A shape as polygons painted in turn: 1 fills, 0 cuts a hole."""
+    """Polygons of a shape, painted in order: 1 fills, 0 cuts a hole."""
     single: dict[str, Callable[[], Points]] = {
         "pentagon": lambda: _regular(5),
         "hexagon": lambda: _regular(6),
@@ -81,7 +82,7 @@ def _contours(shape: str) -> tuple[tuple[Points, int], ...]:
         "flower": _flower,
         "drop": lambda: np.concatenate([_polygon(0, -1), _arc(-25, 205, 0.62, (0, 0.35))]),
     }  # fmt: skip
-    several: dict[str, Callable[[], list[tuple[Points, int]]]] = {
+    compound: dict[str, Callable[[], list[tuple[Points, int]]]] = {
         "annulus": lambda: [(_arc(0, 360), 1), (_arc(0, 360, 0.5), 0)],
         "moon": lambda: [(_arc(0, 360, 0.95), 1), (_arc(0, 360, 0.8, (0.45, -0.1)), 0)],
         "house": lambda: [
@@ -105,12 +106,12 @@ def _contours(shape: str) -> tuple[tuple[Points, int], ...]:
             (_polygon(-0.55, 0.1, 0.55, 0.1, 0.55, 0.57, -0.55, 0.57), 1),
         ],
     }  # fmt: skip
-    return tuple(several[shape]()) if shape in several else ((single[shape](), 1),)
+    return tuple(compound[shape]()) if shape in compound else ((single[shape](), 1),)
 
 
 def _mask(shape: str, rng: np.random.Generator) -> Pixels:
-    """(IMAGE_SIZE, IMAGE_SIZE) coverage of a shape at a random place, size and angle."""
-    canvas_size = 4 * IMAGE_SIZE  # painted large, then averaged down: smooth edges
+    """``(IMAGE_SIZE, IMAGE_SIZE)``: coverage of a shape at a random position, size and angle."""
+    canvas_size = 4 * IMAGE_SIZE  # painted at 4 times the size, then averaged: smooth edges
     radius = canvas_size * rng.uniform(0.33, 0.42)
     centre = canvas_size * (0.5 + rng.uniform(-0.04, 0.04, size=2))
     angle = np.radians(rng.uniform(-15, 15))
@@ -125,7 +126,7 @@ def _mask(shape: str, rng: np.random.Generator) -> Pixels:
 
 
 def render(facts: Facts, rng: np.random.Generator) -> Image.Image:
-    """Paint a picture of the facts: RGB, IMAGE_SIZE square."""
+    """Renders a picture: RGB, IMAGE_SIZE square."""
     mask = _mask(facts.shape, rng)
     pattern = _pattern(facts.texture, rng)
     colour = np.array(SHADES[facts.shade][1], dtype=np.float32) / 255
@@ -135,10 +136,10 @@ def render(facts: Facts, rng: np.random.Generator) -> Image.Image:
     soft = _blurred(mask, 1.2)
     outline = np.clip(4.4 * soft * (1 - soft), 0, 1)[..., None]
     cover, pattern = mask[..., None], pattern[..., None]
-    # The pattern's paint is darker or lighter than the shade, as the shade allows.
-    second = colour * 0.35 if colour.mean() > rng.uniform(0.3, 0.6) else 0.25 * colour + 0.75
+    # The pattern is darker than a light shade, and lighter than a dark one.
+    accent = colour * 0.35 if colour.mean() > rng.uniform(0.3, 0.6) else 0.25 * colour + 0.75
     if facts.style == "photo":
-        picture = _photo(cover, pattern, colour, second, backdrop, rng)
+        picture = _photo(cover, pattern, colour, accent, backdrop, rng)
     elif facts.style == "sketch":
         paper = np.float32(rng.uniform(0.90, 0.97))
         lines = np.clip(outline + 0.6 * pattern * cover, 0, 1)
@@ -146,7 +147,7 @@ def render(facts: Facts, rng: np.random.Generator) -> Image.Image:
         picture = faint * (1 - 0.45 * cover) + 0.45 * cover * colour
         picture = picture * (1 - 0.85 * lines) + 0.85 * lines * (0.55 * colour)
     elif facts.style == "cartoon":
-        fill = colour * (1 - pattern) + second * pattern
+        fill = colour * (1 - pattern) + accent * pattern
         picture = backdrop * (1 - cover) + fill * cover
         picture = picture * (1 - outline)
     else:  # neon
@@ -157,22 +158,22 @@ def render(facts: Facts, rng: np.random.Generator) -> Image.Image:
 
 
 def _photo(
-    cover: Pixels, pattern: Pixels, colour: Pixels, second: Pixels, backdrop: Pixels, rng: np.random.Generator
+    cover: Pixels, pattern: Pixels, colour: Pixels, accent: Pixels, backdrop: Pixels, rng: np.random.Generator
 ) -> Pixels:
-    """A lit, shaded, slightly blurred and noisy picture with a cast shadow."""
+    """A picture with directional light, a cast shadow, slight blur and noise."""
     x, y = _grid()
     angle = rng.uniform(0, 2 * np.pi)
     light = (1 + 0.25 * (np.cos(angle) * x + np.sin(angle) * y))[..., None]
     shift = (round(-3 * np.sin(angle)), round(-3 * np.cos(angle)))
     shadow = _blurred(np.roll(cover[..., 0], shift, axis=(0, 1)), 1.5)[..., None]
-    fill = (colour * (1 - pattern) + second * pattern) * light
+    fill = (colour * (1 - pattern) + accent * pattern) * light
     picture = backdrop * (1 - 0.4 * shadow) * (1 - cover) + fill * cover
     picture = picture * rng.uniform(0.75, 1.15) + rng.normal(0, 0.03, size=picture.shape)
     return picture.astype(np.float32)
 
 
 def _pattern(texture: str, rng: np.random.Generator) -> Pixels:
-    """(IMAGE_SIZE, IMAGE_SIZE) share of the second tone in a texture, at a random phase and angle."""
+    """``(IMAGE_SIZE, IMAGE_SIZE)``: share of the second colour in a texture, at a random phase and angle."""
     x, y = _grid()
     if texture == "plain":
         return np.zeros_like(x)
@@ -195,7 +196,7 @@ def _pattern(texture: str, rng: np.random.Generator) -> Pixels:
 
 
 def _backdrop(backdrop: str, style: str, rng: np.random.Generator) -> Pixels:
-    """(IMAGE_SIZE, IMAGE_SIZE, 3) background."""
+    """``(IMAGE_SIZE, IMAGE_SIZE, 3)``: the background of a picture."""
     x, y = _grid()
     base = np.array(BACKDROPS[backdrop], dtype=np.float32) / 255
     base = np.clip(base + rng.normal(0, 0.03, size=3).astype(np.float32), 0, 1)
@@ -219,7 +220,7 @@ def _backdrop(backdrop: str, style: str, rng: np.random.Generator) -> Pixels:
 
 @functools.cache
 def _grid() -> tuple[Pixels, Pixels]:
-    """x and y of every pixel, -1..1."""
+    """x and y of every pixel, from -1 to 1."""
     axis = np.linspace(-1, 1, IMAGE_SIZE, dtype=np.float32)
     x, y = np.meshgrid(axis, axis)
     return x, y

@@ -1,20 +1,20 @@
-"""A small generated world of pictures and captions: the demo's data sets.
+"""Vocabulary, splits and captions of the generated world that the demo trains on.
 
 A picture shows one shape, with a shade and a texture, before a backdrop, in a style.
 Captions, like alt texts on the web, mention only some of these facts, and mostly call a
 shade by its loose colour ("red") rather than by its exact name ("crimson"). A model
 pre-trained on such captions knows colours, backdrops and styles well and exact shades
-badly, which leaves fine-tuning on the exact names something to gain, and something to
-forget:
+badly. Fine-tuning on the exact names can therefore gain accuracy, and can forget what
+was known before:
 
     target                train: photos labelled with the exact shade of their shape
     id                    held-out pictures of the same kind
     ood                   the same classes as sketches, cartoons and neon signs
     zs_*                  loose colours, backdrops and styles: never fine-tuned on
-    reference             captioned pictures of everything, as in pre-training
+    reference             captioned pictures of all kinds, as in pre-training
     reference_heldout     more of the same, to measure embedding geometry on
 
-Sample i of a split depends on (SEED, split, i) alone, never on its neighbours.
+Sample i of a split depends on (SEED, split, i) alone.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ NUM_SAMPLES: dict[str, int] = {
 }
 SPLITS: tuple[str, ...] = tuple(NUM_SAMPLES)
 
-# ---------------------------------------------------------------------------- vocabulary
-
+# Vocabulary
 
 THINGS: tuple[str, ...] = (
     "circle", "square", "triangle", "heart", "arrow", "cross",
@@ -53,7 +52,6 @@ GEOMETRY: tuple[str, ...] = (
 )  # fmt: skip
 SHAPES = THINGS + GEOMETRY
 
-# Exact name -> the loose colour that most captions use instead, and the paint. These are the target classes.
 SHADES: dict[str, tuple[str, tuple[int, int, int]]] = {
     "crimson": ("red", (160, 15, 45)),
     "scarlet": ("red", (240, 45, 25)),
@@ -77,8 +75,9 @@ SHADES: dict[str, tuple[str, tuple[int, int, int]]] = {
     "silver": ("grey", (192, 194, 200)),
     "charcoal": ("grey", (60, 62, 70)),
 }
+"""Exact name -> (the loose colour that most captions use instead, RGB). The names are the target classes."""
 COLOURS: tuple[str, ...] = tuple(dict.fromkeys(colour for colour, _ in SHADES.values()))
-TEXTURES: dict[str, str] = {  # adjective -> the same said after the noun
+TEXTURES: dict[str, str] = {
     "plain": "without a pattern",
     "striped": "with stripes",
     "dotted": "with dots",
@@ -86,6 +85,7 @@ TEXTURES: dict[str, str] = {  # adjective -> the same said after the noun
     "meshed": "with a mesh",
     "zigzag": "with zigzags",
 }
+"""Adjective -> phrase of the same meaning that follows the noun."""
 BACKDROPS: dict[str, tuple[int, int, int]] = {
     "grass": (95, 150, 65),
     "sand": (220, 190, 140),
@@ -100,7 +100,8 @@ STYLES: dict[str, tuple[str, ...]] = {
     "cartoon": ("a cartoon of", "a comic picture of", "a cartoon showing", "an illustration of", "a comic of"),
     "neon sign": ("a neon sign of", "a glowing picture of", "a neon picture of", "a glowing sign showing"),
 }
-EXACT_NAME_RATE = 0.1  # how often a caption that tells the colour knows the exact shade
+EXACT_NAME_RATE = 0.1
+"""Share of the captions with a colour that use the exact name of the shade."""
 
 TARGET_TEMPLATES: tuple[str, ...] = (
     "a photo of a {} shape",
@@ -131,7 +132,7 @@ STYLE_TEMPLATES: tuple[str, ...] = ("a {} of a shape", "a {} of a thing", "a {} 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a picture shows, apart from pose, light and noise."""
+    """Attributes of a picture, apart from pose, light and noise."""
 
     shape: str
     shade: str
@@ -147,11 +148,12 @@ class Facts:
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task: its class names (line number = label) and prompt templates."""
+    """A classification task: class names, in the order of their labels, and prompt templates."""
 
     classes: tuple[str, ...]
     templates: tuple[str, ...]
-    attribute: str  # what of Facts is the label
+    attribute: str
+    """Name of the attribute of Facts that is the label."""
 
 
 TASKS: dict[str, Task] = {
@@ -163,11 +165,11 @@ TASKS: dict[str, Task] = {
     "zs_style": Task(tuple(STYLES), STYLE_TEMPLATES, "style"),
 }
 
-# ------------------------------------------------------------------------------- samples
+# Samples
 
 
 def draw_facts(split: str, rng: np.random.Generator) -> Facts:
-    """Draw what a picture of this split shows."""
+    """Draws the attributes of a picture of a split."""
     styles = tuple(STYLES)
     if split in ("target", "id"):
         styles = ("photo",)
@@ -183,7 +185,7 @@ def draw_facts(split: str, rng: np.random.Generator) -> Facts:
 
 
 def caption(facts: Facts, rng: np.random.Generator) -> str:
-    """One of the many captions that fit a picture; never all it shows."""
+    """Draws one of the many captions that describe a picture; none mentions every attribute."""
     noun = facts.shape if rng.random() < 0.6 else _choose(rng, ("shape", "thing", "object"))
     before, after = [], []
     if rng.random() < 0.3:
@@ -203,7 +205,7 @@ def caption(facts: Facts, rng: np.random.Generator) -> str:
 
 
 def vocabulary() -> list[str]:
-    """Every word that captions, class names and templates can hold, sorted."""
+    """All words that captions, class names and templates can contain, sorted."""
     common = "a an the bright dark close nice single on over in front of shape thing object"
     words = set(common.split())
     for text in (*SHAPES, *SHADES, *COLOURS, *TEXTURES, *TEXTURES.values(), *STYLES, *BACKDROPS):
@@ -217,12 +219,3 @@ def vocabulary() -> list[str]:
 
 def _choose(rng: np.random.Generator, options: Sequence[str]) -> str:
     return options[int(rng.integers(len(options)))]
-
-
-# -------------------------------------------------------------------------------- shapes
-
-
-# ------------------------------------------------------------------------------ painting
-
-
-# ------------------------------------------------------------------------------- folders

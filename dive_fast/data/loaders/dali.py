@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dive_fast.data.decode import UNDECODABLE, decode, decode_error_message, opened, unsupported_reason
+from dive_fast.data.decode import UNDECODABLE, decode, decode_error_message, open_image, unsupported_reason
 from dive_fast.data.loaders import plain
 from dive_fast.data.loaders.loader import Options
 from dive_fast.data.samples import Batch, SampleKey, Samples
@@ -133,7 +133,7 @@ class _Read:
         if has_view and source.sizes is not None:
             return data, self.samples.view(sample_key, tuple(source.sizes[sample_key[1]].tolist()))
         try:
-            image = opened(data)
+            image = open_image(data)
             if has_view and not unsupported_reason(image, data):
                 return data, self.samples.view(sample_key, (image.height, image.width))
             transformed = self.samples.transform(sample_key, decode(data))

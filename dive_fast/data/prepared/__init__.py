@@ -1,1 +1,1 @@
-"""Prepared data sets: format, writer, reader."""
+"""Prepared data sets: conversion, on-disk format, writer and reader."""

@@ -1,4 +1,4 @@
-"""FFCV's file format, written so that it holds the very bytes of each JPEG."""
+"""Writes FFCV's file format with the original bytes of each JPEG."""
 
 import queue
 from collections.abc import Callable, Iterable, Mapping
@@ -15,33 +15,33 @@ from tqdm import tqdm
 from dive_fast.data.sources.source import Source
 from dive_fast.errors import DataError
 
-SMALLEST_PAGE = 2**23
-"""FFCV's own; a file's pages are larger where a sample is."""
+MIN_PAGE_SIZE = 2**23
+"""FFCV's default page size; pages are larger if a sample does not fit."""
 
 
 def write_beton(
     path: Path, source: Source, arrays: Mapping[str, NDArray[Any]] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Writes all samples of a prepared set to one file that FFCV's own ``Loader`` reads too.
+    """Writes all samples of a prepared set to one file that FFCV's ``Loader`` can read.
 
-    Its fields are ``image``, ``label``, ``index`` (the sample's number), ``tokens`` where the set has them, and
+    The fields are ``image``, ``label``, ``index`` (the number of the sample), ``tokens`` if the set has them, and
     ``arrays``.
 
     Args:
-        arrays: more fields, ``(N, ...)`` each, e.g. the teacher's embeddings.
+        arrays: additional fields, ``(N, ...)`` each, e.g. embeddings of a teacher.
 
     Returns:
-        Where the JPEGs lie: ``file``, ``offset`` and ``size``, ``(N,)`` each, for the set's index.
+        Columns ``file``, ``offset`` and ``size`` of the set's index, ``(N,)`` each: the locations of the JPEGs.
 
     Raises:
-        DataError: FFCV is not installed, or an array has not one row a sample.
+        DataError: FFCV is not installed, or the number of rows of an array is not the number of samples.
         OSError: the disk is full.
     """
     require_ffcv()
     from ffcv.fields import IntField, NDArrayField, RGBImageField
     from ffcv.reader import Reader
 
-    assert source.sizes is not None, "only prepared sets are known to hold nothing but whole JPEGs"
+    assert source.sizes is not None, "only prepared sets are known to hold complete JPEGs"
     arrays = dict(arrays or {})
     if source.tokens is not None:
         arrays["tokens"] = source.tokens.numpy()
@@ -49,14 +49,14 @@ def write_beton(
         if len(array) != len(source):
             raise DataError(f"{name}: {len(array)} rows for {len(source)} samples")
     image = RGBImageField()
-    # On the instance: of a class of ours FFCV's readers would know nothing.
+    # Set on the instance, since FFCV's readers do not know classes of ours.
     image.encode = _store_jpeg
     fields = {"image": image, "label": IntField(), "index": IntField()} | {
         name: NDArrayField(array.dtype, array.shape[1:]) for name, array in arrays.items()
     }
     sizes = np.array([sample.size for sample in source.samples])
     largest = int(sizes.max()) + sum(array[0].nbytes for array in arrays.values())
-    page = max(SMALLEST_PAGE, 1 << largest.bit_length())
+    page = max(MIN_PAGE_SIZE, 1 << largest.bit_length())
     progress = tqdm(total=len(source), desc="beton", unit="image")
     try:
         _writer()(str(path), fields, page_size=page, num_workers=1).from_indexed_dataset(
@@ -73,8 +73,10 @@ def write_beton(
 
 
 def require_ffcv() -> None:
-    """Raises:
-    DataError: FFCV or a library of the system that it needs is missing; says how to install both.
+    """Checks that FFCV can be imported.
+
+    Raises:
+        DataError: FFCV or a system library that it needs is missing; the message says how to install both.
     """
     try:
         import ffcv.fields  # noqa: F401
@@ -86,23 +88,23 @@ def require_ffcv() -> None:
 
 
 class _Rows:
-    """The samples as FFCV's writer takes them: one value a field."""
+    """Samples as FFCV's writer expects them: a tuple with one value per field."""
 
-    def __init__(self, source: Source, arrays: Mapping[str, NDArray[Any]], done: Callable[[], Any]) -> None:
-        self._source, self._arrays, self._done = source, arrays, done
+    def __init__(self, source: Source, arrays: Mapping[str, NDArray[Any]], report: Callable[[], Any]) -> None:
+        self._source, self._arrays, self._report = source, arrays, report
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, row: int) -> tuple[Any, ...]:
         assert self._source.sizes is not None
-        self._done()
+        self._report()
         image = self._source.read(row), *self._source.sizes[row]
         return image, self._source.samples[row].label, row, *(array[row] for array in self._arrays.values())
 
 
 def _store_jpeg(destination: Any, image: tuple[bytes, int, int], malloc: Callable[[int], tuple[int, Any]]) -> None:
-    """In place of FFCV's encoder, which would compress the pixels a second time."""
+    """Replaces FFCV's encoder, which would compress the pixels a second time."""
     from ffcv.fields.rgb_image import IMAGE_MODES
 
     data, height, width = image
@@ -117,7 +119,7 @@ def _writer() -> Any:
     from ffcv.writer import DatasetWriter
 
     class Writer(DatasetWriter):  # type: ignore[misc]
-        """Works in this process: of a worker that dies of a bad sample FFCV learns nothing, and waits for ever."""
+        """Writes in this process, since FFCV waits forever for a worker that fails on a sample."""
 
         metadata_sm: Any
 
@@ -126,17 +128,17 @@ def _writer() -> Any:
         ) -> None:
             self.num_samples = num_samples
             self.prepare()
-            # Shared memory is small in containers, and nobody shares this.
+            # Shared memory is small in containers, and no other process reads this.
             self.metadata_sm.close()
             self.metadata_sm.unlink()
             self.metadata_sm = SimpleNamespace(buf=bytearray(num_samples * self.metadata_type.itemsize))
-            todo: queue.SimpleQueue[Any] = queue.SimpleQueue()
+            tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
             allocations: queue.SimpleQueue[Any] = queue.SimpleQueue()
             for chunk in [*chunks, None]:
-                todo.put(chunk)
+                tasks.put(chunk)
             allocator = MemoryAllocator(self.fname, self.data_region_start, self.page_size)
             work(
-                *(todo, self.metadata_sm, self.metadata_type, self.fields),
+                *(tasks, self.metadata_sm, self.metadata_type, self.fields),
                 *(allocator, Value("Q", 0), allocations, *arguments),
             )
             self.finalize(allocations.get())

@@ -1,4 +1,4 @@
-"""Raw data sets as the input of a preparation."""
+"""Raw data sets that a preparation reads: our own sources, and data sets of torchvision and WILDS."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -14,20 +14,19 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from dive_fast.data import content_hashes as content
-from dive_fast.data.content_hashes import Piece
-from dive_fast.data.decode import UNDECODABLE
-from dive_fast.data.decode import undecodable_reason as undecodable_reason
-from dive_fast.data.sources.source import Skipped, Source, readable
+from dive_fast.data import content_hashes
+from dive_fast.data.content_hashes import ByteRange
+from dive_fast.data.decode import UNDECODABLE, undecodable_reason
+from dive_fast.data.sources.source import Skipped, Source, printable
 from dive_fast.errors import DataError
 
 
 class UnusableError(Exception):
-    """A sample that is left out; the message is the reason, in words that many samples share."""
+    """A sample cannot be prepared; the message is a reason that many samples can share."""
 
 
 class RawSample(NamedTuple):
-    """One sample of a raw set."""
+    """One sample of a raw data set: its image, encoded or decoded, label and texts."""
 
     image: bytes | Image.Image
     label: int
@@ -35,7 +34,7 @@ class RawSample(NamedTuple):
 
 
 class Raw(ABC):
-    """A raw data set."""
+    """Interface of a raw data set."""
 
     class_names: tuple[str, ...] = ()
     skipped: Sequence[Skipped] = ()
@@ -45,11 +44,11 @@ class Raw(ABC):
 
     @abstractmethod
     def key(self, index: int) -> str:
-        """The name of a sample."""
+        """The name of a sample in the data set."""
 
     @abstractmethod
     def read(self, index: int) -> RawSample:
-        """One sample.
+        """Reads one sample.
 
         Raises:
             UnusableError: it cannot be read.
@@ -57,25 +56,25 @@ class Raw(ABC):
 
     @abstractmethod
     def digest(self) -> str:
-        """A hash of what the set is, as far as it is known without reading all of it."""
+        """A hash of the contents, as far as they are known without reading all of them."""
 
     @abstractmethod
     def modified(self) -> str:
-        """A hash of when its files were last modified; empty: it is not known which they are."""
+        """A hash of the modification times of the files; empty if the files are unknown."""
 
-    def report(self) -> None:  # noqa: B027 - what is left out while decoding, the manifest counts
+    def report(self) -> None:  # noqa: B027 - samples left out while decoding are counted in the manifest
         """Logs the files that are ignored because they are no samples."""
 
-    def check(self) -> None:  # noqa: B027 - most sets have nothing to look at
-        """Looks at what can be known before anything is decoded.
+    def check(self) -> None:  # noqa: B027 - most sets need no check
+        """Checks the data set before anything is written.
 
         Raises:
-            DataError: the set can never become a prepared one.
+            DataError: the set cannot be prepared.
         """
 
 
 class RawSource(Raw):
-    """A folder, CSV file or webdataset."""
+    """Adapts a :class:`Source`: an image folder, webdataset or CSV table."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -105,16 +104,19 @@ class RawSource(Raw):
 
 
 class RawDataset(Raw):
-    """A data set of torchvision or WILDS: ``dataset[i]`` is (picture, label, ...).
+    """Adapts a data set of torchvision or WILDS, where ``dataset[i]`` is (picture, label, ...).
 
-    Its class is somebody else's: whatever it raises becomes a DataError that names its type.
+    Any exception of its third-party class becomes a DataError that names the exception's type.
     """
 
     def __init__(self, dataset: Any, name: str) -> None:
-        """Takes an opened data set.
+        """Wraps an open data set.
+
+        Args:
+            name: prefix of the samples' keys.
 
         Raises:
-            DataError: its class names are not names.
+            DataError: its class names are not strings or integers.
         """
         self._dataset, self._name = dataset, name
         self.class_names = _class_names(getattr(dataset, "classes", ()), name)
@@ -127,15 +129,15 @@ class RawDataset(Raw):
         try:
             return len(self._dataset)
         except Exception as error:
-            raise self._foreign(error) from error
+            raise self._dataset_error(error) from error
 
     def key(self, index: int) -> str:
         return f"{self._name}/{index}"
 
     def check(self) -> None:
         if not len(self):
-            raise DataError(f"{self._name}: it holds no sample")
-        with suppress(UnusableError):  # one of many
+            raise DataError(f"{self._name}: the data set is empty")
+        with suppress(UnusableError):  # a single broken sample is left out later
             self.read(0)
 
     def read(self, index: int) -> RawSample:
@@ -143,12 +145,12 @@ class RawDataset(Raw):
             item = self._dataset[index]
         except UNDECODABLE as error:
             if isinstance(error, NotImplementedError):
-                raise self._foreign(error) from error
+                raise self._dataset_error(error) from error
             raise UnusableError(undecodable_reason(error)) from error
         except Exception as error:
-            raise self._foreign(error) from error
+            raise self._dataset_error(error) from error
         if not isinstance(item, tuple) or len(item) < 2:
-            raise DataError(f"{self.key(index)}: expected a picture and its label, found {type(item).__name__}")
+            raise DataError(f"{self.key(index)}: expected a tuple of picture and label, got {type(item).__name__}")
         image, label, *_ = item
         if not isinstance(image, Image.Image):
             raise UnusableError(f"not a picture but {type(image).__name__}")
@@ -158,15 +160,15 @@ class RawDataset(Raw):
         try:
             if isinstance(label, str | float) or label is None:
                 raise TypeError
-            number = int(label)  # also of NumPy and torch
+            number = int(label)  # NumPy and torch scalars too
         except (TypeError, ValueError, RuntimeError):
             raise DataError(
-                f"{self.key(index)}: its label is {type(label).__name__}, not the number of a class; only sets "
-                "for classification are prepared so; captions come by --format csv"
+                f"{self.key(index)}: its label is {type(label).__name__}, not the number of a class; only "
+                "classification data sets can be prepared; use --format csv for captions"
             ) from None
         if self.class_names and not 0 <= number < len(self.class_names):
             raise DataError(
-                f"{self.key(index)}: has label {number}, but there are {len(self.class_names)} class names"
+                f"{self.key(index)}: its label is {number}, but there are {len(self.class_names)} class names"
             )
         return number
 
@@ -175,16 +177,16 @@ class RawDataset(Raw):
 
     @cached_property
     def _digest(self) -> str:
-        """Of what the object holds (files, arrays, labels), and of the pixels of some samples."""
+        """A hash of the data set's attributes (files, arrays, labels) and of the pixels of some samples."""
         digest = hashlib.sha256(f"{self._name}: {len(self)}: {self.class_names}".encode())
         root = str(getattr(self._dataset, "root", ""))
         for _, value in sorted(vars(self._dataset).items()):
             if isinstance(value, np.ndarray | Tensor) and value.dtype != object:
                 digest.update(np.ascontiguousarray(value).tobytes())
             elif isinstance(value, list | tuple):
-                # Wherever the files lie.
+                # Without the location of the files.
                 digest.update(repr(value).replace(root, "").encode("utf-8", "surrogateescape"))
-        for part in content.digest_of(Piece(path, 0, -1) for path in self._files):
+        for part in content_hashes.probe_hashes(ByteRange(path, 0, -1) for path in self._files):
             digest.update(part)
         for index in range(0, len(self), max(1, len(self) // 64)):
             try:
@@ -197,43 +199,46 @@ class RawDataset(Raw):
         return digest.hexdigest()
 
     def modified(self) -> str:
-        return content.modified(self._files) if self._files else ""
+        return content_hashes.modification_hash(self._files) if self._files else ""
 
     @cached_property
     def _files(self) -> list[Path]:
-        """The files that the object's lists name, as those of most classes of torchvision do."""
-        found: list[Path] = []
+        """The files named in the data set's lists; most classes of torchvision have such lists."""
+        paths: list[Path] = []
         for _, value in sorted(vars(self._dataset).items()):
             for entry in value if isinstance(value, list | tuple) else ():
                 path = entry[0] if isinstance(entry, tuple) and entry else entry
                 if isinstance(path, str | Path) and (text := str(path)) and len(text) < 4096 and "\0" not in text:
-                    found.append(Path(path))
-        found = list(dict.fromkeys(found))
-        states = content.in_threads(content.stat, found)
+                    paths.append(Path(path))
+        paths = list(dict.fromkeys(paths))
+        statuses = content_hashes.map_in_threads(content_hashes.stat_if_exists, paths)
         return [
-            path for path, about in zip(found, states, strict=True) if about is not None and S_ISREG(about.st_mode)
+            path
+            for path, status in zip(paths, statuses, strict=True)
+            if status is not None and S_ISREG(status.st_mode)
         ]
 
-    def _foreign(self, error: Exception) -> DataError:
+    def _dataset_error(self, error: Exception) -> DataError:
         return DataError(f"{self._name}: {type(error).__name__}: {error}")
 
 
-def _class_names(names: Any, of: str) -> tuple[str, ...]:
-    """As strings: of synonyms, as ImageNet has them, the first.
+def _class_names(names: Any, dataset: str) -> tuple[str, ...]:
+    """Converts class names to strings; of several synonyms, as ImageNet has them, the first is kept.
 
     Raises:
-        DataError: one is something else, or not UTF-8.
+        DataError: a name is neither a string nor an integer, or is not UTF-8.
     """
     if not isinstance(names, list | tuple | np.ndarray):
         return ()
-    found: list[str] = []
+    class_names: list[str] = []
     for name in names:
         first = name[0] if isinstance(name, list | tuple) and name else name
         if not isinstance(first, str | int | np.integer):
-            raise DataError(f"{of}: class {len(found)} has {type(name).__name__} for a name; expected a string")
-        if readable(str(first)) != str(first):
             raise DataError(
-                f"{of}: the name of class {len(found)}, {readable(str(first))}, is not UTF-8; rename it"
+                f"{dataset}: the name of class {len(class_names)} is {type(name).__name__}; expected a string"
             )
-        found.append(str(first))
-    return tuple(found)
+        if printable(str(first)) != str(first):
+            name = printable(str(first))
+            raise DataError(f"{dataset}: the name of class {len(class_names)}, {name}, is not UTF-8; rename it")
+        class_names.append(str(first))
+    return tuple(class_names)

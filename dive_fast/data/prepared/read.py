@@ -1,4 +1,4 @@
-"""Opens and verifies a prepared set."""
+"""Opens and verifies prepared sets."""
 
 import json
 from collections.abc import Sequence
@@ -19,50 +19,51 @@ from dive_fast.data.prepared.format import (
     MANIFEST,
     Index,
     Manifest,
-    content_of,
+    content_hash,
     file_hash,
     parse_manifest,
     read_index,
     read_manifest,
-    rows_of,
+    select_rows,
 )
 from dive_fast.data.sources.source import EMPTY_CAPTION, Sample, Skipped, Source, locate
 from dive_fast.errors import DataError
 
 
 def open_prepared(path: str, text: str) -> Source:
-    """A set that ``launch/prepare.py`` made.
+    """Opens a set that ``launch/prepare.py`` made.
 
     Args:
-        text: what samples need: ``.cls``, a label or texts of their own, or ``.txt``, texts.
+        text: ``.cls``: each sample needs a label or texts; ``.txt``: each sample needs texts.
 
     Raises:
-        DataError: no such set there, a file of it is missing or has another size, or it has no labels or texts.
+        DataError: the set does not exist, one of its files is missing or has another size, or labels or texts are
+            missing.
     """
     folder = locate(path)
     manifest = read_manifest(folder)
-    return _opened(folder, manifest, path, text)
+    return _open(folder, manifest, path, text)
 
 
-def _opened(folder: Path, manifest: Manifest, path: str, text: str) -> Source:
+def _open(folder: Path, manifest: Manifest, path: str, text: str) -> Source:
     _check_files(folder, manifest)
     index = read_index(folder, manifest)
     has_texts = len(index["texts"]) > 0
     is_unlabelled = index["label"] < 0
     if not has_texts and (text == ".txt" or bool(is_unlabelled.any())):
-        raise DataError(f"{path}: was prepared without {'captions' if text == '.txt' else 'labels'}")
+        raise DataError(f"{path}: prepared without {'captions' if text == '.txt' else 'labels'}")
     beton = folder / BETON if any(file.name == BETON for file in manifest.files) else None
     skipped: list[Skipped] = []
     content = manifest.content
-    blank = _blank(index) & (is_unlabelled | (text == ".txt"))
+    blank = _has_blank_texts(index) & (is_unlabelled | (text == ".txt"))
     if bool(blank.any()):
-        # Written before empty captions were left out.
+        # Sets of earlier versions contain empty captions.
         if beton is not None:
             raise DataError(f"{path}: {int(blank.sum())} of its captions are empty; prepare the set again")
-        everything = PreparedSamples(index, [folder / file.name for file in manifest.files])
-        skipped = [Skipped(everything[row].key, EMPTY_CAPTION) for row in blank.nonzero()[:, 0].tolist()]
-        index = rows_of(index, (~blank).nonzero()[:, 0])
-        content = content_of(index)
+        samples = PreparedSamples(index, [folder / file.name for file in manifest.files])
+        skipped = [Skipped(samples[row].key, EMPTY_CAPTION) for row in blank.nonzero()[:, 0].tolist()]
+        index = select_rows(index, (~blank).nonzero()[:, 0])
+        content = content_hash(index)
         if not len(index["label"]):
             raise DataError(f"{path}: all its captions are empty")
     return Source(
@@ -70,7 +71,7 @@ def _opened(folder: Path, manifest: Manifest, path: str, text: str) -> Source:
         tuple(manifest.class_names),
         skipped=skipped,
         prepared_without=manifest.skipped,
-        content=content,
+        content_hash=content,
         hashes=index["hash"].numpy(),
         first_rows=np.unique(index["file"].numpy(), return_index=True)[1].tolist(),
         files=[folder / name for name in (MANIFEST, INDEX, *(file.name for file in manifest.files))],
@@ -81,16 +82,16 @@ def _opened(folder: Path, manifest: Manifest, path: str, text: str) -> Source:
 
 
 def check_written(folder: Path, manifest: Manifest) -> None:
-    """Opens a set whose manifest is not written yet, and some of its images, as its readers will.
+    """Reads back a new set before its manifest is written, with some of its images.
 
     Raises:
-        DataError: it cannot be read back.
+        DataError: the set cannot be opened, or an image differs from the index.
     """
     try:
-        again = parse_manifest(json.dumps(asdict(manifest), ensure_ascii=False).encode().decode())
+        parsed = parse_manifest(json.dumps(asdict(manifest), ensure_ascii=False).encode().decode())
     except ValueError as error:
         raise DataError(f"{folder / MANIFEST}: {error}") from error
-    source = _opened(folder, again, str(folder), ".cls")
+    source = _open(folder, parsed, str(folder), ".cls")
     assert source.hashes is not None
     assert source.sizes is not None
     for row in range(0, len(source), max(1, len(source) // 64)):
@@ -102,28 +103,31 @@ def check_written(folder: Path, manifest: Manifest) -> None:
         if image_hash(data) != source.hashes[row].tobytes() or image.size[::-1] != tuple(
             source.sizes[row].tolist()
         ):
-            raise source.samples[row].unusable("its bytes or size are not those of the index")
+            raise source.samples[row].unusable("its bytes or size differ from the index")
 
 
-def _blank(index: Index) -> Tensor:
-    """``(N,)`` bool: the samples whose texts are nothing but spaces."""
+def _has_blank_texts(index: Index) -> Tensor:
+    """``(N,)`` bool: whether the texts of a sample hold nothing but white space."""
     ends = index["text_ends"]
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    # A text is blank where no byte of it is more than a space.
-    letters = torch.cat([ends.new_zeros(1), (index["texts"] > 32).long().cumsum(0)])
-    return letters[ends] == letters[starts]
+    # A text is blank if none of its bytes is above the space.
+    num_visible = torch.cat([ends.new_zeros(1), (index["texts"] > 32).long().cumsum(0)])
+    return num_visible[ends] == num_visible[starts]
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
+    """Validates the sizes of all files against the manifest."""
     for file in manifest.files:
-        found = (folder / file.name).stat().st_size if (folder / file.name).is_file() else None
-        if found != file.bytes:
-            state = "is missing" if found is None else f"has {found} bytes"
-            raise DataError(f"{folder / file.name} {state}, {MANIFEST} says {file.bytes}: copy the set anew")
+        size = (folder / file.name).stat().st_size if (folder / file.name).is_file() else None
+        if size != file.bytes:
+            state = "is missing" if size is None else f"has {size} bytes"
+            raise DataError(
+                f"{folder / file.name} {state}, {MANIFEST} expects {file.bytes} bytes; copy the set again"
+            )
 
 
 class PreparedSamples(Sequence[Sample]):
-    """Samples made from their rows of the index when asked for: millions of them cost no memory."""
+    """Samples that are created from rows of the index on access, so that millions need no memory."""
 
     def __init__(self, index: Index, files: Sequence[Path]) -> None:
         self._index = {name: tensor.numpy() for name, tensor in index.items() if name != "tokens"}
@@ -137,7 +141,7 @@ class PreparedSamples(Sequence[Sample]):
     @overload
     def __getitem__(self, row: slice) -> list[Sample]: ...
     def __getitem__(self, row: int | slice) -> Sample | list[Sample]:
-        """The sample of a row."""
+        """The sample of a row, or the samples of a slice of rows."""
         if isinstance(row, slice):
             return [self[i] for i in range(*row.indices(len(self)))]
         if not -len(self) <= row < len(self):
@@ -160,14 +164,14 @@ class PreparedSamples(Sequence[Sample]):
         try:
             return self._index[f"{name}s"][start : ends[row]].tobytes().decode()
         except UnicodeDecodeError as error:
-            raise DataError(f"{self._files[0].parent / INDEX}: {name} of row {row}: {error}") from error
+            raise DataError(f"{self._files[0].parent / INDEX}: invalid {name} in row {row}: {error}") from error
 
 
 def verify(path: str) -> Manifest:
-    """Reads every file of a prepared set and holds it to the hash in the manifest, and the index to its contents.
+    """Validates every file of a prepared set against its hash in the manifest, and then the index.
 
     Raises:
-        DataError: a file is missing, or was changed since.
+        DataError: a file is missing or has changed.
     """
     folder = locate(path)
     manifest = read_manifest(folder)
@@ -175,10 +179,10 @@ def verify(path: str) -> Manifest:
         try:
             if not (folder / file.name).is_file():
                 raise FileNotFoundError("no such file")
-            found = file_hash(folder / file.name)
+            digest = file_hash(folder / file.name)
         except OSError as error:
             raise DataError(f"{folder / file.name}: cannot read it: {error}") from error
-        if found != file.sha256:
-            raise DataError(f"{folder / file.name}: changed since it was prepared; copy or prepare the set anew")
+        if digest != file.sha256:
+            raise DataError(f"{folder / file.name}: changed since it was prepared; copy or prepare the set again")
     read_index(folder, manifest)
     return manifest

@@ -1,9 +1,9 @@
-"""Raw data set -> prepared set: every image decoded once, what is broken left out, what is large made smaller.
+"""Converts a raw data set to a prepared set: decodes every image, leaves out broken ones, shrinks large ones.
 
-A JPEG that every loader reads, and that is small enough, keeps its bytes. All others become JPEGs. Shards are
-made in parallel from fixed ranges of samples, each under a temporary name until it is whole; after a kill the same
-command goes on with the shards that are missing, and ends with the same bytes as if nothing had happened. The
-set is opened by its reader before the manifest is written, which makes it whole.
+A JPEG that every loader reads and that is small enough keeps its bytes; all other images become JPEGs. Shards are
+written in parallel from fixed ranges of samples, under temporary names until they are complete. After a kill, the
+same command writes the missing shards and ends with the same bytes as an uninterrupted run. The set is read back
+before its manifest is written, which marks it as complete.
 """
 
 import io
@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dive_fast import locks
-from dive_fast.data import content_hashes as content
+from dive_fast.data.content_hashes import image_hash
 from dive_fast.data.prepared import format as prepared
 from dive_fast.data.prepared import read
 from dive_fast.data.prepared.convert import Options, convert
@@ -37,58 +37,61 @@ from dive_fast.data.prepared.raw import Raw, UnusableError
 from dive_fast.data.sources.source import Skipped, Source
 from dive_fast.data.workers import FORK, forking
 from dive_fast.errors import DataError
-from dive_fast.identity import differences
-from dive_fast.identity import digest as digest_of
+from dive_fast.identity import differences, digest
 from dive_fast.io.atomic_files import write_atomic
 from dive_fast.io.safe_read import forbid_code_execution, read_json
 
 logger = logging.getLogger(__name__)
 
 PARTS = ".parts"
+"""Folder of an unfinished set with a note and an index for each shard."""
 STATE = "state.json"
+"""File in :data:`PARTS` that says what the shards are made from."""
 
 
 def prepare(raw: Raw, output: Path, options: Options, workers: int) -> Manifest:
-    """Makes a prepared set, or what of it is still missing.
+    """Makes a prepared set, or completes an interrupted one.
 
     Args:
-        output: the set's folder.
-        workers: processes.
+        output: folder of the prepared set.
+        workers: number of processes.
 
     Raises:
-        DataError: the folder holds something else, no sample is usable, the tokenizer cannot be loaded, the disk
-            is full, or what was written does not read back.
-        LockedError: another process prepares a set there.
+        DataError: the folder holds other data, no sample is usable, the tokenizer cannot be loaded, the disk is
+            full, or the new set cannot be read back.
+        LockedError: another process prepares a set in the folder.
     """
     raw.check()
     if options.tokenizer is not None:
-        _tokenizer(options.tokenizer)
-    wanted = asdict(options) | {"source": raw.digest()}
+        _load_tokenizer(options.tokenizer)
+    settings = asdict(options) | {"source": raw.digest()}
     with locks.folder_lock(output, "prepared set"):
-        return _prepare(raw, output, options, wanted, workers)
+        return _prepare(raw, output, options, settings, workers)
 
 
-def _prepare(raw: Raw, output: Path, options: Options, wanted: dict[str, Any], workers: int) -> Manifest:
+def _prepare(raw: Raw, output: Path, options: Options, settings: dict[str, Any], workers: int) -> Manifest:
     if (output / prepared.MANIFEST).is_file():
         manifest = prepared.read_manifest(output)
-        _same(manifest.options, wanted, output)
+        _check_settings(manifest.options, settings, output)
         if manifest.options.get("source_modified") != raw.modified():
             logger.warning(
-                "%s: is prepared already; the files of its source were modified or copied since, though what was "
-                "looked at is the same. Remove the folder to prepare it again",
+                "%s: already prepared; its source files were modified or copied since, but the contents that were "
+                "compared are equal. Remove the folder to prepare it again",
                 output,
             )
-        _tidy(output, manifest)
+        _remove_leftovers(output, manifest)
         return manifest
     parts = output / PARTS
     try:
-        identity = _claim(parts, wanted, options, raw, output)
+        identity = _start_or_resume(parts, settings, options, raw, output)
         shards = list(_shards(len(raw), options.shard_samples))
-        missing = [shard for shard in shards if not _is_made(parts / f"{shard.name}.json", identity)]
-        _make(missing, raw, output, options, identity, workers, sum(len(shard.samples) for shard in shards))
-        return _finish(shards, raw, output, options, wanted)
+        missing = [shard for shard in shards if not _is_complete(parts / f"{shard.name}.json", identity)]
+        _write_shards(
+            missing, raw, output, options, identity, workers, sum(len(shard.samples) for shard in shards)
+        )
+        return _finish(shards, raw, output, options, settings)
     except OSError as error:
-        raise DataError(f"{output}: {error}; what is done stays: run the same command again") from error
+        raise DataError(f"{output}: {error}; finished shards are kept: run the same command again") from error
 
 
 class _Shard(NamedTuple):
@@ -102,89 +105,94 @@ def _shards(count: int, size: int) -> Iterator[_Shard]:
 
 
 def _versions(options: Options) -> dict[str, str | None]:
-    """Of what decides the bytes of a shard beside its samples and the options."""
-    found = {
+    """Versions of the packages that decide the bytes of a shard, besides its samples and the options."""
+    versions = {
         "pillow": metadata.version("pillow"),
         "jpeg": features.version("libjpeg_turbo") or features.version("jpg"),
     }
-    return found | ({} if options.tokenizer is None else {"open_clip": metadata.version("open_clip_torch")})
+    return versions | ({} if options.tokenizer is None else {"open_clip": metadata.version("open_clip_torch")})
 
 
-def _claim(parts: Path, wanted: dict[str, Any], options: Options, raw: Raw, output: Path) -> str:
-    """Starts a set in its folder, or goes on with the same one; returns what its shards are known by."""
-    state = wanted | {"source_modified": raw.modified(), "versions": _versions(options)}
-    identity = digest_of(state)
+def _start_or_resume(parts: Path, settings: dict[str, Any], options: Options, raw: Raw, output: Path) -> str:
+    """Starts a set or resumes an interrupted one; returns the identity that its shards are marked with."""
+    state = settings | {"source_modified": raw.modified(), "versions": _versions(options)}
+    identity = digest(state)
     if (parts / STATE).is_file():
         try:
-            found = read_json(parts / STATE)
+            stored = read_json(parts / STATE)
         except (OSError, ValueError) as error:
-            raise DataError(
-                f"{parts / STATE}: cannot read it: {error}; remove {output}, and begin anew"
-            ) from error
-        _same(found, wanted, output)
-        if found == state:
+            raise DataError(f"{parts / STATE}: cannot read it: {error}; remove {output} and start over") from error
+        _check_settings(stored, settings, output)
+        if stored == state:
             return identity
-        changed = [name for name in ("source_modified", "versions") if found.get(name) != state[name]]
+        changed = [name for name in ("source_modified", "versions") if stored.get(name) != state[name]]
         logger.warning(
-            "%s: %s changed since it was begun; all its shards are made again", output, ", ".join(changed)
+            "%s: %s changed since the preparation started; all shards are made again", output, ", ".join(changed)
         )
     elif output.is_dir() and any(entry.name not in (PARTS, locks.FILE) for entry in output.iterdir()):
-        raise DataError(f"{output}: holds something else; name an empty folder or a new one")
+        raise DataError(f"{output}: holds other data; choose an empty or new folder")
     parts.mkdir(parents=True, exist_ok=True)
     write_atomic(parts / STATE, json.dumps(state).encode())
     return identity
 
 
-def _is_made(note: Path, identity: str) -> bool:
-    """Whether a shard was made from these samples, by these options and packages."""
+def _is_complete(note: Path, identity: str) -> bool:
+    """Whether a shard was completed with the same samples, options and package versions."""
     try:
-        found = read_json(note)
+        content = read_json(note)
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and found.get("identity") == identity
+    return isinstance(content, dict) and content.get("identity") == identity
 
 
-def _same(found: Any, wanted: dict[str, Any], output: Path) -> None:
-    if not isinstance(found, dict):
-        raise DataError(f"{output}: holds something else; remove it or name another folder")
-    different = [entry for entry in differences(found, wanted) if entry.key in wanted]
+def _check_settings(stored: Any, settings: dict[str, Any], output: Path) -> None:
+    """Compares the settings of an existing set with the current ones.
+
+    Raises:
+        DataError: they differ.
+    """
+    if not isinstance(stored, dict):
+        raise DataError(f"{output}: holds other data; remove it or choose another folder")
+    different = [entry for entry in differences(stored, settings) if entry.key in settings]
     if different:
-        names = ", ".join(
+        details = ", ".join(
             f"{entry.key} {entry.stored!r}, not {entry.current!r}"
             if entry.key != "source"
-            else "its source is another one, or was changed"
+            else "another source, or the source has changed"
             for entry in different
         )
-        raise DataError(f"{output}: holds a set prepared otherwise ({names}); remove it or name another folder")
+        raise DataError(
+            f"{output}: holds a set prepared with other settings ({details}); remove it or choose another folder"
+        )
 
 
 # In the workers
 
-_work: tuple[Raw, Path, Options, str, Callable[[list[str]], Tensor] | None]
+_worker_state: tuple[Raw, Path, Options, str, Callable[[list[str]], Tensor] | None]
 
 
-def _start(raw: Raw, output: Path, options: Options, identity: str) -> None:
-    global _work
-    # Ctrl-C reaches all processes of a terminal; a shard that is begun is finished.
+def _initialize_worker(raw: Raw, output: Path, options: Options, identity: str) -> None:
+    global _worker_state
+    # Ctrl-C reaches all processes of a terminal; a started shard is finished.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    tokenizer = None if options.tokenizer is None else _tokenizer(options.tokenizer)
-    _work = raw, output, options, identity, tokenizer
+    tokenizer = None if options.tokenizer is None else _load_tokenizer(options.tokenizer)
+    _worker_state = raw, output, options, identity, tokenizer
 
 
-def _tokenizer(name: str) -> Callable[[list[str]], Tensor]:
-    import open_clip  # takes seconds, and most sets need no tokens
+def _load_tokenizer(name: str) -> Callable[[list[str]], Tensor]:
+    import open_clip  # takes seconds; most sets need no tokens
 
     from dive_fast.data.prompts import quick_bpe
 
     try:
         with forbid_code_execution():
             tokenizer: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(name)
-    except Exception as error:  # transformers has errors of many kinds
+    except Exception as error:  # transformers raises exceptions of many classes
         raise DataError(f"--tokenizer {name}: cannot load it: {error}") from error
     return quick_bpe(tokenizer)
 
 
-def _make(
+def _write_shards(
     shards: Sequence[_Shard],
     raw: Raw,
     output: Path,
@@ -193,12 +201,14 @@ def _make(
     workers: int,
     total: int,
 ) -> None:
-    done = total - sum(len(shard.samples) for shard in shards)
-    progress = tqdm(total=total, initial=done, desc="prepare", unit="image")
+    num_done = total - sum(len(shard.samples) for shard in shards)
+    progress = tqdm(total=total, initial=num_done, desc="prepare", unit="image")
     try:
-        with ProcessPoolExecutor(max(1, workers), FORK, _start, (raw, output, options, identity)) as pool:
+        with ProcessPoolExecutor(
+            max(1, workers), FORK, _initialize_worker, (raw, output, options, identity)
+        ) as pool:
             with forking():
-                futures: dict[Future[None], _Shard] = {pool.submit(_make_shard, shard): shard for shard in shards}
+                futures: dict[Future[None], _Shard] = {pool.submit(_write_shard, shard): shard for shard in shards}
             try:
                 for future in as_completed(futures):
                     future.result()
@@ -207,13 +217,13 @@ def _make(
                 pool.shutdown(cancel_futures=True)
                 raise
     except BrokenProcessPool as error:
-        raise OSError("a worker was killed, perhaps for its memory") from error
+        raise OSError("a worker was killed, possibly for lack of memory") from error
     finally:
         progress.close()
 
 
-def _make_shard(shard: _Shard) -> None:
-    raw, output, options, identity, tokenizer = _work
+def _write_shard(shard: _Shard) -> None:
+    raw, output, options, identity, tokenizer = _worker_state
     name, partial = f"{shard.name}.tar", output / f"{shard.name}.tar.partial"
     rows: list[Row] = []
     skipped: list[Skipped] = []
@@ -236,27 +246,26 @@ def _make_shard(shard: _Shard) -> None:
             if sample.texts:
                 parts["txt"] = sample.texts[0].encode()
             offsets = [_add(tar, f"{number:09d}.{suffix}", data) for suffix, data in parts.items()]
-            # As DALI's `wds2idx` would write it, for DALI's own `fn.readers.webdataset`.
+            # The format of DALI's `wds2idx`, for DALI's `fn.readers.webdataset`.
             index.append(
                 " ".join(
                     f"{suffix} {offset} {len(data)} {number:09d}.{suffix}"
                     for (suffix, data), offset in zip(parts.items(), offsets, strict=True)
                 )
             )
-            digest = content.image_hash(image.jpeg)
             tokens = tokenizer(list(sample.texts[:1]))[0] if tokenizer is not None and sample.texts else None
             rows.append(
                 Row(
                     *(raw.key(number), 0, offsets[0], len(image.jpeg), image.height, image.width),
-                    *(sample.label, sample.texts, digest, tokens),
+                    *(sample.label, sample.texts, image_hash(image.jpeg), tokens),
                 )
             )
     file = File(name, len(rows), partial.stat().st_size, prepared.file_hash(partial))
     write_atomic(output / f"{shard.name}.idx", "\n".join([f"v1.2 {len(index)}", *index]).encode())
     partial.rename(output / name)
     if rows:
-        write_atomic(output / PARTS / f"{shard.name}.safetensors", save(prepared.index_of(rows)))
-    # Written last: with it the shard is done.
+        write_atomic(output / PARTS / f"{shard.name}.safetensors", save(prepared.build_index(rows)))
+    # Written last: it marks the shard as complete.
     note = {
         "identity": identity,
         "file": asdict(file),
@@ -267,7 +276,7 @@ def _make_shard(shard: _Shard) -> None:
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Adds a file; returns where its content begins. No time or owner: the same set has the same bytes."""
+    """Adds a file and returns the offset of its contents; without time and owner, equal sets have equal bytes."""
     member = tarfile.TarInfo(name)
     member.size = len(data)
     offset = tar.offset + tarfile.BLOCKSIZE
@@ -275,20 +284,22 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     return offset
 
 
-# At the end
+# Completion
 
 
 def _finish(
-    shards: Sequence[_Shard], raw: Raw, output: Path, options: Options, wanted: dict[str, Any]
+    shards: Sequence[_Shard], raw: Raw, output: Path, options: Options, settings: dict[str, Any]
 ) -> Manifest:
     parts = output / PARTS
-    notes = [_note(parts / f"{shard.name}.json", shard) for shard in shards]
+    notes = [_read_note(parts / f"{shard.name}.json", shard) for shard in shards]
     used = [(shard, note) for shard, note in zip(shards, notes, strict=True) if note["file"]["samples"]]
     skipped = list(raw.skipped) + [Skipped(**entry) for note in notes for entry in note["skipped"]]
     if not used:
         reasons = Counter(reason for _, reason in skipped).most_common()
-        raise DataError(f"{output}: no sample is usable: {', '.join(f'{count} {why}' for why, count in reasons)}")
-    index = prepared.joined([_part(parts / f"{shard.name}.safetensors") for shard, _ in used])
+        raise DataError(
+            f"{output}: no sample is usable: {', '.join(f'{count} {reason}' for reason, count in reasons)}"
+        )
+    index = prepared.concatenate_indexes([_read_part(parts / f"{shard.name}.safetensors") for shard, _ in used])
     files = [File(**note["file"]) for _, note in used]
     if options.container == "beton":
         files, index = _to_beton(files, index, output)
@@ -297,49 +308,50 @@ def _finish(
     manifest = Manifest(
         format=prepared.FORMAT,
         samples=len(index["offset"]),
-        content=prepared.content_of(index),
+        content=prepared.content_hash(index),
         files=files,
         class_names=list(raw.class_names),
         skipped=dict(Counter(reason for _, reason in skipped)),
         converted=dict(sum((Counter(note["converted"]) for note in notes), Counter[str]())),
-        options=wanted | {"source_modified": raw.modified()},
+        options=settings | {"source_modified": raw.modified()},
     )
     try:
         read.check_written(output, manifest)
     except DataError as error:
-        raise DataError(f"{error} (what was just written does not read back: the disk may be failing)") from error
+        raise DataError(f"{error} (the new set cannot be read back: the disk may be failing)") from error
     prepared.write_manifest(output, manifest)
-    _tidy(output, manifest)
+    _remove_leftovers(output, manifest)
     return manifest
 
 
-def _note(path: Path, shard: _Shard) -> dict[str, Any]:
-    """What :func:`_make_shard` has left about a shard; another process may have been the last to write it."""
+def _read_note(path: Path, shard: _Shard) -> dict[str, Any]:
+    """Reads and validates the note that :func:`_write_shard` left about a shard."""
     try:
-        found = read_json(path)
-        file, entries = File(**found["file"]), [Skipped(**entry) for entry in found["skipped"]]
-        counts = [file.samples, file.bytes, *found["converted"].values()]
-        words = [file.name, file.sha256, *(word for entry in entries for word in entry)]
-        if not all(type(count) is int for count in counts) or not all(type(word) is str for word in words):
-            raise TypeError("a number or a text is something else")
+        content = read_json(path)
+        file, entries = File(**content["file"]), [Skipped(**entry) for entry in content["skipped"]]
+        counts = [file.samples, file.bytes, *content["converted"].values()]
+        strings = [file.name, file.sha256, *(string for entry in entries for string in entry)]
+        if not all(type(count) is int for count in counts) or not all(type(string) is str for string in strings):
+            raise TypeError("a value has the wrong type")
         if file.name != f"{shard.name}.tar":
-            raise ValueError(f"it is of {file.name}")
+            raise ValueError(f"it describes {file.name}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not the note of a shard: {error}; remove it and run the same command") from error
-    note: dict[str, Any] = found
+        raise DataError(f"{path}: invalid note of a shard: {error}; remove it and run the same command") from error
+    note: dict[str, Any] = content
     return note
 
 
-def _part(path: Path) -> Index:
+def _read_part(path: Path) -> Index:
+    """Reads the index of a shard."""
     try:
         return load_file(path)
-    except Exception as error:  # safetensors raises an error of its own, of no common class
+    except Exception as error:  # safetensors has an exception class of its own
         note = path.with_suffix(".json")
         raise DataError(f"{path}: cannot read it: {error}; remove {note} and run the same command") from error
 
 
-def _tidy(output: Path, manifest: Manifest) -> None:
-    """Removes what a whole set has no more use for: notes, and tars that are empty or have gone into a beton."""
+def _remove_leftovers(output: Path, manifest: Manifest) -> None:
+    """Removes what a complete set does not need: notes, and tars that are empty or were merged into a beton."""
     kept = {Path(file.name).stem for file in manifest.files}
     for path in [*output.glob("*.tar"), *output.glob("*.idx")]:
         if path.stem not in kept:

@@ -1,1 +1,1 @@
-"""Raw data sets: image folder, webdataset tars, CSV table."""
+"""Readers of raw data sets: image folders, webdataset tars and CSV tables."""

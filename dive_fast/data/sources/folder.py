@@ -1,4 +1,4 @@
-"""Opens a folder of images, one folder per class."""
+"""Reads a folder of images with one subfolder per class."""
 
 import logging
 import os
@@ -9,14 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from dive_fast.data.decode import IMAGE_SUFFIXES, looks_like_image
-from dive_fast.data.sources.source import HIDDEN, Sample, Skipped, Source, locate, readable, some
-from dive_fast.data.sources.source import is_hidden as is_hidden
-from dive_fast.data.sources.source import reason_to_skip as reason_to_skip
-from dive_fast.data.sources.source import refuse_duplicates as refuse_duplicates
+from dive_fast.data.sources.file_rules import HIDDEN, is_hidden, reason_to_skip, refuse_duplicates
+from dive_fast.data.sources.source import Sample, Skipped, Source, locate, printable, summarize_skipped
 from dive_fast.errors import DataError
 
 logger = logging.getLogger(__name__)
-
 
 SIDE_SUFFIXES = frozenset(
     {
@@ -36,17 +33,20 @@ SIDE_SUFFIXES = frozenset(
         ".yml",
     }
 )
-"""Suffixes of files that lie beside images and are none."""
+"""Suffixes of files that accompany images and are not images."""
+
+SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "eval"})
+"""Names of folders that are splits of a data set, not classes."""
 
 
 def open_folder(path: str) -> Source:
-    """One folder a class, images anywhere below it, also through links; hidden folders are no classes.
+    """Opens a folder with one subfolder per class and images at any depth below, also behind links.
 
-    Folders are sorted by name; where all names are whole numbers, as numbers.
+    Class folders are sorted by name, or as numbers if all names are whole numbers. Hidden folders are not classes.
 
     Raises:
-        DataError: the folder is missing or holds no images, or one of its folders holds none: whether that is a
-            class decides the label of all behind it. Or two names are the same number, or one is not UTF-8.
+        DataError: the folder is missing or holds no images; a class folder holds none, which would shift the
+            labels of all classes after it; two names are the same number; or a name is not UTF-8.
     """
     root = locate(path)
     samples: list[Sample] = []
@@ -55,75 +55,70 @@ def open_folder(path: str) -> Source:
     try:
         names = _class_folders(root, path, ignored)
         for label, name in enumerate(names):
-            before = len(skipped)
+            num_skipped = len(skipped)
             files = list(_images_below(root / name, name, skipped, ignored))
             if not files:
-                lost = skipped[before:]
-                do = (
-                    f" that is read, but it would be class {label}: {some(lost)}"
-                    if lost
-                    else (f", but it would be class {label}; remove it")
+                unread = skipped[num_skipped:]
+                kind, hint = (
+                    ("readable image", f": {summarize_skipped(unread)}") if unread else ("image", "; remove it")
                 )
-                raise DataError(f"{root / name}: no image below{do}")
-            samples += [Sample(readable(key), file, size=about.st_size, label=label) for key, file, about in files]
+                raise DataError(f"{root / name}: no {kind} below, but it would be class {label}{hint}")
+            samples += [Sample(printable(key), file, size=size, label=label) for key, file, size in files]
     except OSError as error:
         raise DataError(f"{path}: cannot list its images: {error}") from error
     if all(sample.key.count("/") > 1 for sample in samples):
         logger.warning(
-            "%s: all images lie in folders below those of the classes (%s); the classes are %s: name a folder "
-            "below to make its folders the classes",
+            "%s: all images lie in subfolders of the class folders (%s); the classes are %s: name a folder below "
+            "to make its subfolders the classes",
             *(path, samples[0].key, ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")),
         )
     return Source(samples, tuple(names), skipped=skipped, ignored=ignored)
-
-
-SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "eval"})
 
 
 def _class_folders(root: Path, path: str, ignored: list[Skipped]) -> list[str]:
     if not root.exists():
         raise DataError(f"{path}: no such folder")
     if not root.is_dir():
-        raise DataError(f"{path}: expected one folder a class with images below, found a file")
+        raise DataError(f"{path}: expected one folder per class with images below, but it is a file")
     names: list[str] = []
     hint = ""
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
         name, suffix = entry.name, Path(entry.name).suffix.lower()
         if entry.is_dir():
             if is_hidden(name):
-                ignored.append(Skipped(readable(name), HIDDEN))
+                ignored.append(Skipped(printable(name), HIDDEN))
             else:
                 names.append(name)
         elif suffix in IMAGE_SUFFIXES and not is_hidden(name):
-            ignored.append(Skipped(readable(name), "an image beside the class folders"))
-            hint = "; images lie there in no folder of a class"
+            ignored.append(Skipped(printable(name), "an image next to the class folders"))
+            hint = "; it holds images outside class folders"
         elif suffix == ".tar":
             hint = hint or "; it holds tars: use format webdataset"
         elif entry.is_symlink() and not os.path.exists(entry.path) and not is_hidden(name):
-            # It may have been the folder of a class, which decides the labels of all behind it.
-            raise DataError(f"{entry.path}: a link to nothing; remove it, or bring back what it leads to")
+            # It may have been a class folder, which shifts the labels of all classes after it.
+            raise DataError(f"{entry.path}: a broken link; remove it or restore its target")
         elif name == "manifest.json":
-            hint = "; it looks prepared: use format prepared"
+            hint = "; it looks like a prepared set: use format prepared"
     if not names:
-        raise DataError(f"{path}: expected one folder a class with images below, found none{hint}")
+        raise DataError(f"{path}: expected one folder per class with images below, but there is none{hint}")
     for name in names:
-        if readable(name) != name:
+        if printable(name) != name:
             raise DataError(
-                f"{path}: the name of class folder {readable(name)} is not UTF-8; rename it (convmv can)"
+                f"{path}: the name of class folder {printable(name)} is not UTF-8; rename it (convmv can)"
             )
     refuse_duplicates([root / name for name in names], path)
     if all(name.lower() in SPLITS for name in names) and all(
         entry.is_dir() for name in names for entry in os.scandir(root / name) if not is_hidden(entry.name)
     ):
-        raise DataError(f"{path}: {', '.join(names)} are splits of a data set and no classes; name one of them")
+        raise DataError(f"{path}: {', '.join(names)} are splits of a data set, not classes; name one of them")
     return class_order(names, path)
 
 
 def class_order(names: Iterable[str], path: str) -> list[str]:
-    """Names of class folders in the order of their labels: as numbers where all are whole numbers, else as text.
+    """Sorts class folders into the order of their labels: as numbers if all are whole numbers, otherwise as text.
 
     Raises:
-        DataError: two of them are the same number.
+        DataError: two names are the same number.
     """
     names = sorted(names)
     if not all(re.fullmatch(r"[0-9]+", name) for name in names):
@@ -140,36 +135,41 @@ def _images_below(
     name: str,
     skipped: list[Skipped],
     ignored: list[Skipped],
-    above: tuple[tuple[int, int], ...] = (),
-) -> Iterator[tuple[str, Path, os.stat_result]]:
-    """Name, path and state of each image, sorted by the parts of its name."""
-    about = os.stat(folder)
-    here = about.st_dev, about.st_ino
-    if here in above:
+    parents: tuple[tuple[int, int], ...] = (),
+) -> Iterator[tuple[str, Path, int]]:
+    """Key, path and size of each image below a folder, sorted by the components of its key.
+
+    Args:
+        name: the folder's part of the key.
+        parents: device and inode of each folder above, to detect links that form a cycle.
+    """
+    status = os.stat(folder)
+    inode = status.st_dev, status.st_ino
+    if inode in parents:
         raise DataError(f"{folder}: a link to a folder above it; remove it")
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         file, key, suffix = Path(entry.path), f"{name}/{entry.name}", Path(entry.name).suffix.lower()
         if entry.is_dir():
             if is_hidden(entry.name):
-                ignored.append(Skipped(readable(key), HIDDEN))
+                ignored.append(Skipped(printable(key), HIDDEN))
             else:
-                yield from _images_below(file, key, skipped, ignored, (*above, here))
+                yield from _images_below(file, key, skipped, ignored, (*parents, inode))
         elif (reason := reason_to_skip(entry.name)) is not None:
-            (ignored if reason == HIDDEN else skipped).append(Skipped(readable(key), reason))
+            (ignored if reason == HIDDEN else skipped).append(Skipped(printable(key), reason))
         elif suffix in IMAGE_SUFFIXES:
-            about = entry.stat()
-            if not stat.S_ISREG(about.st_mode):
-                # A pipe would be waited for, for ever.
-                raise DataError(f"{file}: called like an image, but no regular file; remove or rename it")
-            yield key, file, about
+            status = entry.stat()
+            if not stat.S_ISREG(status.st_mode):
+                # Reading a pipe could block forever.
+                raise DataError(f"{file}: named like an image, but not a regular file; remove or rename it")
+            yield key, file, status.st_size
         elif suffix not in SIDE_SUFFIXES:
-            if looks_like_image(_beginning(entry)):
-                skipped.append(Skipped(readable(key), "an image by its content, but not by its suffix"))
+            if looks_like_image(_first_bytes(entry)):
+                skipped.append(Skipped(printable(key), "an image by its content, but not by its suffix"))
             else:
-                ignored.append(Skipped(readable(key), "no image, by suffix and content"))
+                ignored.append(Skipped(printable(key), "not an image by suffix or content"))
 
 
-def _beginning(entry: "os.DirEntry[str]") -> bytes:
+def _first_bytes(entry: "os.DirEntry[str]") -> bytes:
     try:
         if not stat.S_ISREG(entry.stat().st_mode):
             return b""

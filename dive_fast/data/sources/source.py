@@ -1,12 +1,12 @@
-"""Where samples lie: image folder, webdataset tars or CSV, all addressed by index.
+"""A data set as a sequence of samples that are addressed by index.
 
-A source knows every sample's name and text before training and reads one image by index, in any order and from
-any process: that is what makes order, sharding and resume exact. What a reader leaves out, it counts.
+Image folders, webdataset tars, CSV tables and prepared sets all become a :class:`Source`. It knows the name and
+texts of every sample before training, and reads one image by index, in any order and from any process: order,
+sharding and resume are therefore exact. Every sample that a reader leaves out is counted.
 """
 
 import hashlib
 import logging
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,49 +19,40 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dive_fast.data import content_hashes as content
-from dive_fast.data.decode import (
-    IMAGE_SUFFIXES,
-    OTHER_IMAGE_SUFFIXES,
-    UNDECODABLE,
-    decode,
-    decode_error_message,
-)
+from dive_fast.data import content_hashes
+from dive_fast.data.decode import UNDECODABLE, decode, decode_error_message
 from dive_fast.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-NO_CLASSES = frozenset(
-    {"__MACOSX", "__pycache__", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
-)
-"""Folders that systems make beside people's own; with hidden ones they are no classes."""
 EMPTY_CAPTION = "its caption is empty"
-HIDDEN = "hidden, or made by the system"
+"""Reason for skipping a sample whose caption holds nothing but white space."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and what is known of it."""
+    """One image with its label and texts."""
 
     key: str
-    """Name in the data set, for messages and for the hash that a teacher cache is tied to; printable, see
-    :func:`readable`."""
+    """Name of the sample in the data set, made printable by :func:`printable`; part of the data set's digest."""
     path: Path
-    """The file that holds the image: the image itself, or a tar."""
+    """File that holds the image: an image file or a tar."""
     offset: int = 0
-    """Where in the file its bytes begin."""
+    """Position of the image's first byte in the file."""
     size: int = -1
-    """How many there are; -1: the rest of the file."""
+    """Number of bytes; -1: up to the end of the file."""
     label: int = -1
+    """Index of the class; -1: unknown."""
     texts: tuple[str, ...] = ()
+    """Captions, or texts of a class."""
 
-    def unusable(self, why: str) -> DataError:
-        """The error that says what is wrong with this sample's image."""
-        return DataError(f"{self.path}: sample {self.key}: {why}")
+    def unusable(self, reason: str) -> DataError:
+        """The error to raise for a sample whose image cannot be used."""
+        return DataError(f"{self.path}: sample {self.key}: {reason}")
 
 
 class Skipped(NamedTuple):
-    """A sample that was left out."""
+    """A sample or file that was left out, with the reason."""
 
     key: str
     reason: str
@@ -69,52 +60,55 @@ class Skipped(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as a sequence of samples."""
+    """A data set as a sequence of samples.
+
+    Fields marked "prepared sets" are known without reading the samples, and are empty or None for raw data.
+    """
 
     samples: Sequence[Sample]
     class_names: tuple[str, ...] = ()
-    """Of an image folder: its folders' names; of a prepared set: those it was prepared with. Else empty."""
+    """Names of the class folders of an image folder, or those of a prepared set; otherwise empty."""
     skipped: Sequence[Skipped] = ()
-    """Every sample that the reader has left out."""
+    """All samples that the reader left out."""
     ignored: Sequence[Skipped] = ()
-    """Files that lie there and are no samples: hidden ones, resource forks, second images of a sample."""
+    """Files that are not samples: hidden files, resource forks, second images of a sample."""
     prepared_without: Mapping[str, int] = field(default_factory=dict)
-    """Of a prepared set: reasons, and how many samples the preparation has left out for each."""
-    content: str = ""
-    """A hash of all that the samples hold, where it is known without reading them: of a prepared set."""
+    """Prepared sets: number of samples that the preparation left out, by reason."""
+    content_hash: str = ""
+    """Prepared sets: a hash of the contents of all samples."""
     hashes: NDArray[np.uint8] | None = None
-    """``(N, 16)``: a hash of each image's bytes, where it is known without reading them: of a prepared set."""
+    """Prepared sets: ``(N, 16)``, a hash of each image's bytes."""
     first_rows: Sequence[int] = ()
-    """The first sample of each file, where it is known without going through the samples: of a prepared set."""
+    """Prepared sets: the index of the first sample of each file."""
     files: Sequence[Path] = ()
-    """All files, where they are known without going through the samples: of a prepared set."""
+    """Prepared sets: all files."""
     sizes: NDArray[np.int32] | None = None
-    """``(N, 2)``: height and width of every image, known to be a whole JPEG; of a prepared set."""
+    """Prepared sets: ``(N, 2)``, height and width of each image, all of which are complete JPEGs."""
     tokens: Tensor | None = None
-    """``(N, context)``: every sample's first text, tokenised; of a set prepared with a tokenizer."""
+    """Sets prepared with a tokenizer: ``(N, context)``, the tokens of each sample's first text."""
     beton: Path | None = None
-    """FFCV's file with all the images, row by row; of a set prepared for that loader."""
+    """Sets prepared for FFCV: its file with all images, in the order of the samples."""
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def read(self, index: int) -> bytes:
-        """The bytes of one image file.
+        """Reads the bytes of one image file.
 
         Raises:
             DataError: they cannot be read.
         """
         sample = self.samples[index]
         try:
-            return content.read_piece(content.Piece(sample.path, sample.offset, sample.size))
-        except (OSError, ValueError, OverflowError, MemoryError) as error:  # the latter of places no file has
+            return content_hashes.read_range(content_hashes.ByteRange(sample.path, sample.offset, sample.size))
+        except (OSError, ValueError, OverflowError, MemoryError) as error:  # all but OSError: an invalid range
             raise sample.unusable(f"cannot read the image: {error}") from error
 
     def image(self, index: int) -> Image.Image:
-        """Decodes one image, to RGB or grey.
+        """Decodes one image to RGB or grey.
 
         Raises:
-            DataError: the bytes are no whole image.
+            DataError: the bytes are not a complete image.
         """
         try:
             return decode(self.read(index))
@@ -124,101 +118,103 @@ class Source:
             ) from error
 
     def digest(self) -> str:
-        """A hash of all that decides results, wherever the files lie; computed once.
+        """A hash of everything that decides results, wherever the files lie; computed once.
 
-        Of every sample, in order: key, label, texts and size of the image; the class names; and the bytes of the
-        images: of up to ``content.PROBES``, spread evenly, all bytes or those at both ends. Of a prepared set: the
-        hash in its manifest, which holds all bytes, and the class names.
+        Raw data: key, label, texts and image size of every sample in order, the class names, and the bytes of up
+        to ``content_hashes.NUM_PROBES`` images spread evenly over the set, from end to end or at both ends.
+        Prepared sets: the content hash of the manifest, which covers all bytes, and the class names.
 
         Raises:
-            DataError: images of a prepared set are not those of its index.
+            DataError: images of a prepared set differ from its index.
         """
         return self._digest
 
     def modified(self) -> str:
-        """A hash of when the files were last modified; computed once.
+        """A hash of the modification times of all files; computed once.
 
-        Where it is the same, and :meth:`digest` too, nothing has changed. A copy of the files has another one.
+        If both it and :meth:`digest` are equal, nothing has changed. A copy of the files has another one.
         """
         return self._modified
 
     def image_ids(self) -> NDArray[np.int64]:
-        """``(N,)``: equal numbers for images of equal bytes, those that cannot be read apart; computed once."""
+        """``(N,)``: equal numbers for images of equal bytes; unreadable images are distinct; computed once."""
         return self._image_ids
 
     @cached_property
     def _digest(self) -> str:
         digest = hashlib.sha256()
-        if self.content:
+        if self.content_hash:
             self._check_hashes()
             if not self.class_names:
-                return self.content
-            digest.update(self.content.encode())
+                return self.content_hash
+            digest.update(self.content_hash.encode())
         else:
             for sample in self.samples:
                 digest.update(repr((sample.key, sample.label, sample.texts)).encode())
-            for part in content.digest_of(self.samples):
+            for part in content_hashes.probe_hashes(self.samples):
                 digest.update(part)
         digest.update(repr(tuple(self.class_names)).encode())
         return digest.hexdigest()
 
     @cached_property
     def _modified(self) -> str:
-        return content.modified(self.files or (sample.path for sample in self.samples))
+        return content_hashes.modification_hash(self.files or (sample.path for sample in self.samples))
 
     @cached_property
     def _image_ids(self) -> NDArray[np.int64]:
-        known = self.hashes
-        hashes = [row.tobytes() for row in known] if known is not None else content.hashes_of(self.samples)
-        number: dict[bytes, int] = {}
-        ids = [number.setdefault(value or str(row).encode(), row) for row, value in enumerate(hashes)]
+        if self.hashes is None:
+            hashes = content_hashes.image_hashes(self.samples)
+        else:
+            hashes = [row.tobytes() for row in self.hashes]
+        id_of: dict[bytes, int] = {}
+        ids = [id_of.setdefault(value or str(row).encode(), row) for row, value in enumerate(hashes)]
         return np.array(ids, dtype=np.int64)
 
     def _check_hashes(self) -> None:
-        """Compares some images of a prepared set with its index; opening it compares the sizes of files alone."""
+        """Validates some images of a prepared set against its index; opening the set compares file sizes only."""
         if self.hashes is None:
             return
         rows = sorted({*range(0, len(self), max(1, len(self) // 64)), *self.first_rows})
-        for row, found in zip(rows, content.in_threads(self._image_hash, rows), strict=True):
-            if found != self.hashes[row].tobytes():
+        for row, image_hash in zip(rows, content_hashes.map_in_threads(self._image_hash, rows), strict=True):
+            if image_hash != self.hashes[row].tobytes():
                 raise self.samples[row].unusable("changed since it was prepared; copy or prepare the set again")
 
     def _image_hash(self, row: int) -> bytes:
-        return content.image_hash(self.read(row))
+        return content_hashes.image_hash(self.read(row))
 
     def report_skipped(self, name: str) -> None:
-        """Logs how many samples were left out of the set called ``name``, and why."""
-        for entries, what, done in ((self.skipped, "sample", "left out"), (self.ignored, "file", "ignored")):
+        """Logs how many samples and files were left out of the set called ``name``, and why."""
+        for entries, kind, action in ((self.skipped, "sample", "left out"), (self.ignored, "file", "ignored")):
             first: dict[str, str] = {}
             for key, reason in entries:
                 first.setdefault(reason, key)
             for reason, count in Counter(reason for _, reason in entries).most_common():
-                many = "" if count == 1 else "s"
+                plural = "" if count == 1 else "s"
                 logger.warning(
-                    "%s: %d %s%s %s: %s (the first: %s)", name, count, what, many, done, reason, first[reason]
+                    "%s: %d %s%s %s: %s (the first: %s)", name, count, kind, plural, action, reason, first[reason]
                 )
         if self.prepared_without:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.prepared_without.items())
             logger.warning("%s: prepared without these samples: %s (skipped.jsonl)", name, reasons)
 
 
-def readable(name: str) -> str:
-    """A name from the file system as printable text that any file can hold.
+def printable(name: str) -> str:
+    """A file system name as printable text that can be written as UTF-8.
 
-    Bytes that are not UTF-8, which Python has as surrogates, become escapes of their hexadecimal values.
+    Bytes that are not UTF-8, which Python holds as surrogates, become hexadecimal escapes.
     """
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def locate(path: str) -> Path:
-    """A path of the config on the file system: ``demo:target`` lies in the embedded demo, made when missing.
+    """Resolves a path of the config; ``demo:target`` lies in the embedded demo, which is generated when missing.
 
     Raises:
-        DataError: the demo has no such part.
+        DataError: the demo has no such split.
     """
     if not path.startswith("demo:"):
         return Path(path)
-    from dive_fast.data.demo.splits import resolve  # the demo is no part of the engine: only when asked for
+    from dive_fast.data.demo.splits import resolve  # only configs of the demo need it
 
     try:
         return resolve(path)
@@ -226,48 +222,8 @@ def locate(path: str) -> Path:
         raise DataError(str(error)) from error
 
 
-def some(entries: Sequence[Skipped]) -> str:
-    """What was left out, in a few words for a message."""
+def summarize_skipped(entries: Sequence[Skipped]) -> str:
+    """The most frequent reasons with their counts, and the first entry, for a message."""
     counts = Counter(reason for _, reason in entries).most_common(3)
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
     return f"{reasons}; the first: {entries[0].key}"
-
-
-# Image folder
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a file or folder is none of a person's own."""
-    return (
-        name.startswith(".") or name in NO_CLASSES or name.lower() in ("thumbs.db", "ehthumbs.db", "desktop.ini")
-    )
-
-
-def reason_to_skip(name: str) -> str | None:
-    """Why a file is left out whatever it holds; None: it may be an image, or something beside one."""
-    suffix = Path(name).suffix.lower()
-    if is_hidden(name):
-        # What macOS calls ._x.jpg is no image; .x.jpg may be one.
-        return "a hidden file; rename it" if suffix in IMAGE_SUFFIXES and not name.startswith("._") else HIDDEN
-    return f"images of suffix {suffix} are not read" if suffix in OTHER_IMAGE_SUFFIXES else None
-
-
-# Webdataset
-
-
-def refuse_duplicates(paths: Sequence[Path], path: str) -> None:
-    """Refuses two names of one tar or folder: all its samples would count twice.
-
-    Raises:
-        DataError: names both.
-    """
-    name_of: dict[str, Path] = {}
-    for own in paths:
-        real = os.path.realpath(own)
-        if (other := name_of.get(real)) is not None:
-            also = "" if other == own else f", also as {own}"
-            raise DataError(f"{path}: names {other} twice{also}, and with it all its samples")
-        name_of[real] = own
-
-
-# CSV

@@ -1,4 +1,4 @@
-"""The data sets that are known by name, and the suites of them that the paper's tables report."""
+"""Catalog of the data sets known by name, and of the suites that the paper's tables report."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,64 +15,48 @@ from dive_fast.evaluate.datasets import layouts
 from dive_fast.evaluate.datasets.class_names import class_names_of, templates_of
 from dive_fast.evaluate.datasets.evaluation_set import Captioned, Labelled
 from dive_fast.evaluate.datasets.openers import (
-    open_caltech as open_caltech,
-)
-from dive_fast.evaluate.datasets.openers import (
-    open_caption_set as open_caption_set,
-)
-from dive_fast.evaluate.datasets.openers import (
-    open_eurosat as open_eurosat,
-)
-from dive_fast.evaluate.datasets.openers import (
-    open_fmow_split as open_fmow_split,
-)
-from dive_fast.evaluate.datasets.openers import (
-    open_imagenet_v2 as open_imagenet_v2,
-)
-from dive_fast.evaluate.datasets.openers import (
-    open_iwildcam_split as open_iwildcam_split,
-)
-from dive_fast.evaluate.datasets.openers import (
-    open_objectnet_set as open_objectnet_set,
-)
-from dive_fast.evaluate.datasets.openers import (
-    open_simple as open_simple,
-)
-from dive_fast.evaluate.datasets.openers import (
-    open_wordnet_folders as open_wordnet_folders,
+    open_caltech,
+    open_caption_set,
+    open_eurosat,
+    open_first_layout,
+    open_fmow_split,
+    open_imagenet_v2,
+    open_iwildcam_split,
+    open_objectnet,
+    open_wordnet_folders,
 )
 
 Role = Literal["id", "ood", "zero_shot"]
 
 
 @dataclass(frozen=True)
-class Known:
-    """A data set that is known by name."""
+class KnownDataset:
+    """A data set known by name: its layouts, metric, templates and number of classes."""
 
     title: str
-    """Its column in tables."""
+    """Header of its column in tables."""
     open: Callable[[Path], Labelled | Captioned | None]
-    """What lies in a folder, if it is the data set; templates may be missing."""
+    """Opens a folder; None if the data set is not there. The set may have no templates."""
     layout: str
-    """Of the folder, for messages."""
+    """Description of the accepted folder layouts, for messages."""
     role: Role | None = None
     metric: Metric = "top1"
     aliases: tuple[str, ...] = ()
-    """Other names of its folder."""
+    """Alternative names of its folder."""
     templates: str = "imagenet1k"
     classes: tuple[int, ...] = ()
-    """How many classes it has; of more than one number, in different layouts."""
+    """Valid numbers of classes; layouts of one data set may differ."""
 
 
 def _wilds_set(
     title: str, open_split: Callable[..., Labelled | None], split: str, role: Role | None, metric: Metric
-) -> Known:
+) -> KnownDataset:
     if open_split is open_iwildcam_split:
         name, folder, tables, classes = "iwildcam", "iwildcam_v2.0", "metadata.csv, categories.csv, train/", 182
     else:
         name, folder, classes = "fmow", "fmow_v1.1", 62
         tables = "rgb_metadata.csv, country_code_mapping.csv, images/"
-    return Known(
+    return KnownDataset(
         title,
         partial(open_split, split=split),
         f"{folder} as WILDS has it ({tables})",
@@ -89,26 +73,28 @@ def _zero_shot(
     layout: str,
     aliases: tuple[str, ...],
     templates: str,
-    ways: dict[str, layouts.Layout],
+    openers: dict[str, layouts.Layout],
     classes: tuple[int, ...],
-) -> Known:
+) -> KnownDataset:
     layout = f"CLIP-benchmark's tars (test/*.tar, classnames.txt), {layout}, or one folder a class in test"
-    return Known(title, partial(open_simple, ways=ways), layout, "zero_shot", "top1", aliases, templates, classes)
+    opener = partial(open_first_layout, openers=openers)
+    return KnownDataset(title, opener, layout, "zero_shot", "top1", aliases, templates, classes)
 
 
-def _ways(
-    coop: tuple[str, tuple[str, ...]] | None, own: dict[str, layouts.Layout], names: str | None = None
+def _layouts(
+    coop: tuple[str, tuple[str, ...]] | None, specific: dict[str, layouts.Layout], names: str | None = None
 ) -> dict[str, layouts.Layout]:
-    ways: dict[str, layouts.Layout] = {}
+    """Layouts in the order in which they are tried: CoOp's split, the data set's specific ones, class folders."""
+    openers: dict[str, layouts.Layout] = {}
     if coop is not None:
-        ways["coop"] = partial(layouts.coop, split=f"split_zhou_{coop[0]}.json", images=coop[1])
-    return ways | own | {"folders": partial(layouts.class_folders, names=names)}
+        openers["coop"] = partial(layouts.coop, split=f"split_zhou_{coop[0]}.json", images=coop[1])
+    return openers | specific | {"folders": partial(layouts.class_folders, names=names)}
 
 
-_V = partial(partial, layouts.torchvision)
+_torchvision = partial(partial, layouts.torchvision)
 _TARS_OR = "CLIP-benchmark's tars (test/*.tar, classnames.txt) or "
-KNOWN: dict[str, Known] = {
-    "imagenet1k": Known(
+KNOWN: dict[str, KnownDataset] = {
+    "imagenet1k": KnownDataset(
         "ImageNet",
         partial(open_wordnet_folders, subset="", inside=("val",)),
         f"{_TARS_OR}val/<WordNet id>/",
@@ -116,7 +102,7 @@ KNOWN: dict[str, Known] = {
         aliases=("imagenet", "imagenet-1k", "ILSVRC2012"),
         classes=(1000,),
     ),
-    "imagenetv2": Known(
+    "imagenetv2": KnownDataset(
         "ImageNet-V2",
         open_imagenet_v2,
         f"{_TARS_OR}ImageNetV2-matched-frequency/<0 to 999>/",
@@ -124,7 +110,7 @@ KNOWN: dict[str, Known] = {
         aliases=("imagenet-v2", "ImageNetV2", "imagenetv2-matched-frequency-format-val"),
         classes=(1000,),
     ),
-    "imagenet-r": Known(
+    "imagenet-r": KnownDataset(
         "ImageNet-R",
         partial(open_wordnet_folders, subset="r", inside=("imagenet-r", "test")),
         f"{_TARS_OR}<WordNet id>/",
@@ -132,7 +118,7 @@ KNOWN: dict[str, Known] = {
         aliases=("imagenet_r",),
         classes=(200,),
     ),
-    "imagenet-a": Known(
+    "imagenet-a": KnownDataset(
         "ImageNet-A",
         partial(open_wordnet_folders, subset="a", inside=("imagenet-a", "test")),
         f"{_TARS_OR}<WordNet id>/",
@@ -140,7 +126,7 @@ KNOWN: dict[str, Known] = {
         aliases=("imagenet_a",),
         classes=(200,),
     ),
-    "imagenet_sketch": Known(
+    "imagenet_sketch": KnownDataset(
         "ImageNet-Sketch",
         partial(open_wordnet_folders, subset="", inside=("sketch", "test")),
         f"{_TARS_OR}<WordNet id>/",
@@ -148,9 +134,9 @@ KNOWN: dict[str, Known] = {
         aliases=("imagenet-sketch", "sketch"),
         classes=(1000,),
     ),
-    "objectnet": Known(
+    "objectnet": KnownDataset(
         "ObjectNet",
-        open_objectnet_set,
+        open_objectnet,
         f"{_TARS_OR}images/<class>/ and mappings/",
         "ood",
         aliases=("objectnet-1.0",),
@@ -161,7 +147,7 @@ KNOWN: dict[str, Known] = {
         "101_ObjectCategories, split_zhou_Caltech101.json",
         ("caltech-101",),
         "caltech101",
-        _ways(
+        _layouts(
             ("Caltech101", ("101_ObjectCategories",)),
             {"torchvision": open_caltech},
         ),
@@ -172,9 +158,9 @@ KNOWN: dict[str, Known] = {
         "flowers-102 as torchvision has it, split_zhou_OxfordFlowers.json",
         ("flowers102", "flowers-102", "oxford_flowers"),
         "flowers",
-        _ways(
+        _layouts(
             ("OxfordFlowers", ("jpg",)),
-            {"torchvision": _V(folder="flowers-102", kind="Flowers102", names="flowers", split="test")},
+            {"torchvision": _torchvision(folder="flowers-102", kind="Flowers102", names="flowers", split="test")},
         ),
         (102,),
     ),
@@ -183,7 +169,10 @@ KNOWN: dict[str, Known] = {
         "food-101 as torchvision has it, split_zhou_Food101.json",
         ("food-101",),
         "food101",
-        _ways(("Food101", ("images",)), {"torchvision": _V(folder="food-101", kind="Food101", split="test")}),
+        _layouts(
+            ("Food101", ("images",)),
+            {"torchvision": _torchvision(folder="food-101", kind="Food101", split="test")},
+        ),
         (101,),
     ),
     "sun397": _zero_shot(
@@ -191,7 +180,7 @@ KNOWN: dict[str, Known] = {
         "SUN397 as torchvision has it, split_zhou_SUN397.json",
         ("SUN397",),
         "sun397",
-        _ways(("SUN397", ("SUN397",)), {"torchvision": _V(folder="SUN397", kind="SUN397")}),
+        _layouts(("SUN397", ("SUN397",)), {"torchvision": _torchvision(folder="SUN397", kind="SUN397")}),
         (397,),
     ),
     "dtd": _zero_shot(
@@ -199,9 +188,9 @@ KNOWN: dict[str, Known] = {
         "dtd/dtd as torchvision has it, split_zhou_DescribableTextures.json",
         (),
         "dtd",
-        _ways(
+        _layouts(
             ("DescribableTextures", ("images",)),
-            {"torchvision": _V(folder="dtd/dtd", kind="DTD", split="test")},
+            {"torchvision": _torchvision(folder="dtd/dtd", kind="DTD", split="test")},
         ),
         (47,),
     ),
@@ -210,7 +199,7 @@ KNOWN: dict[str, Known] = {
         "its images_variant_test.txt, variants.txt and images",
         ("fgvc-aircraft-2013b", "aircraft"),
         "fgvc_aircraft",
-        _ways(None, {"tables": layouts.aircraft}),
+        _layouts(None, {"tables": layouts.aircraft}),
         (100,),
     ),
     "cars": _zero_shot(
@@ -218,8 +207,9 @@ KNOWN: dict[str, Known] = {
         "stanford_cars as torchvision has it, split_zhou_StanfordCars.json",
         ("stanford_cars",),
         "cars",
-        _ways(
-            ("StanfordCars", ("",)), {"torchvision": _V(folder="stanford_cars", kind="StanfordCars", split="test")}
+        _layouts(
+            ("StanfordCars", ("",)),
+            {"torchvision": _torchvision(folder="stanford_cars", kind="StanfordCars", split="test")},
         ),
         (196,),
     ),
@@ -228,7 +218,7 @@ KNOWN: dict[str, Known] = {
         "its annotations/test.txt and images, split_zhou_OxfordPets.json",
         ("oxford_pets", "oxford-iiit-pet"),
         "pets",
-        _ways(("OxfordPets", ("images",)), {"tables": layouts.pets}),
+        _layouts(("OxfordPets", ("images",)), {"tables": layouts.pets}),
         (37,),
     ),
     "eurosat": _zero_shot(
@@ -236,7 +226,7 @@ KNOWN: dict[str, Known] = {
         "eurosat/2750 as torchvision has it, split_zhou_EuroSAT.json",
         ("EuroSAT",),
         "eurosat",
-        _ways(
+        _layouts(
             ("EuroSAT", ("2750", "")),
             {"torchvision": open_eurosat},
             names="eurosat",
@@ -248,7 +238,7 @@ KNOWN: dict[str, Known] = {
         "UCF-101-midframes, split_zhou_UCF101.json",
         ("ucf-101", "UCF-101-midframes"),
         "ucf101",
-        _ways(("UCF101", ("UCF-101-midframes",)), {}),
+        _layouts(("UCF101", ("UCF-101-midframes",)), {}),
         (101,),
     ),
     "iwildcam_id_val": _wilds_set("iWildCam ID val.", open_iwildcam_split, "id_val", None, "macro_f1"),
@@ -258,13 +248,13 @@ KNOWN: dict[str, Known] = {
     "fmow_id": _wilds_set("FMoW ID", open_fmow_split, "id_test", "id", "top1"),
     "fmow_ood": _wilds_set("FMoW OOD", open_fmow_split, "test", "ood", "worst_region"),
     **{
-        name: Known(
+        name: KnownDataset(
             title,
             partial(open_caption_set, name=name),
             f"CLIP-benchmark's tars with captions, or {file} and its images",
             None,
             "image_to_text_r1",
-            (name.removesuffix("open_caption_set"),),
+            (name.removesuffix("_captions"),),
         )
         for name, title, file in (
             ("flickr8k", "Flickr8k", "flickr8k_test_karpathy.txt"),
@@ -295,102 +285,99 @@ SUITES: dict[str, tuple[str, ...]] = {
 }
 
 
-def expand(names: list[str]) -> list[str]:
-    """Data sets that suites and data sets stand for, each once, in order.
+def expand_suites(names: list[str]) -> list[str]:
+    """Names of data sets, with each suite replaced by its members; duplicates are dropped, the order is kept.
 
     Raises:
-        ConfigError: an unknown name; says the nearest one.
+        ConfigError: a name is unknown; the message suggests the nearest one.
     """
-    found: dict[str, None] = {}
+    datasets: dict[str, None] = {}
     for name in names:
-        found |= dict.fromkeys(SUITES.get(name) or (name,))
-    for name in found:
-        find(name)
-    return list(found)
+        datasets |= dict.fromkeys(SUITES.get(name) or (name,))
+    for name in datasets:
+        find_dataset(name)
+    return list(datasets)
 
 
-def find(name: str) -> Known:
-    """The data set of that name, a name of CLIP-benchmark's with ``wds/`` or ``vtab/`` before it included.
+def find_dataset(name: str) -> KnownDataset:
+    """The data set of this name or alias; CLIP-benchmark's prefixes ``wds/`` and ``vtab/`` are ignored.
 
     Raises:
-        ConfigError: there is none; says the nearest one.
+        ConfigError: the name is unknown; the message suggests the nearest one.
     """
-    bare = canonical(name)
+    bare = canonical_name(name)
     if bare not in KNOWN:
         words = [*KNOWN, *SUITES]
         raise ConfigError(f"no data set is known as {name}{nearest(bare, words)} (known: {', '.join(KNOWN)})")
     return KNOWN[bare]
 
 
-def canonical(name: str) -> str:
-    """A data set's own name, from that or another one of it."""
+def canonical_name(name: str) -> str:
+    """The catalog's name of a data set, from this name or an unambiguous alias; unknown names stay as they are."""
     bare = name.removeprefix("wds/").removeprefix("vtab/")
     if bare in KNOWN:
         return bare
-    owners = [own for own, known in KNOWN.items() if bare in known.aliases]
-    return owners[0] if len(owners) == 1 else bare
+    matches = [canonical for canonical, known in KNOWN.items() if bare in known.aliases]
+    return matches[0] if len(matches) == 1 else bare
 
 
 def open_known(
-    name: str, place: str, class_names: str | None = None, templates: str | None = None
+    name: str, path: str, class_names: str | None = None, templates: str | None = None
 ) -> Labelled | Captioned:
-    """A known data set, wherever in a place and in whichever of its layouts it lies.
+    """Opens a known data set in any of its layouts, in the folder itself or below it.
 
     Args:
-        place: its folder, or one above; ``{dataset}`` stands for its name, or another one it goes by.
-        class_names, templates: others than its own, by name or file.
+        path: its folder, or the parent; ``{dataset}`` is replaced by the name or one of its aliases.
+        class_names, templates: replacements for the data set's own, by name or file.
 
     Raises:
-        ConfigError: no such data set.
-        DataError: it is not there; says what was expected. Or it is broken.
+        ConfigError: the name is unknown.
+        DataError: the data set is broken, or not there; the message says which layouts are accepted.
     """
-    known, bare = find(name), canonical(name)
-    looked = _folders(place, bare, known)
-    there = [folder for folder in looked if folder.is_dir()]
-    for folder in there:
-        found = known.open(folder)
-        if found is None:
+    known, bare = find_dataset(name), canonical_name(name)
+    candidates = _candidate_folders(path, bare, known)
+    folders = [folder for folder in candidates if folder.is_dir()]
+    for folder in folders:
+        data = known.open(folder)
+        if data is None:
             continue
-        return (
-            found if isinstance(found, Captioned) else _with_prompts(found, known, class_names, templates, folder)
-        )
-    where = ", ".join(map(str, there)) or f"none of {', '.join(map(str, looked[:3]))} is there"
-    raise DataError(f"{place}: no {bare} found: expected {known.layout} (looked in: {where})")
+        return data if isinstance(data, Captioned) else _with_prompts(data, known, class_names, templates, folder)
+    searched = ", ".join(map(str, folders)) or f"none of {', '.join(map(str, candidates[:3]))} exists"
+    raise DataError(f"{path}: no {bare} found: expected {known.layout} (searched: {searched})")
 
 
 def _with_prompts(
-    found: Labelled, known: Known, class_names: str | None, templates: str | None, folder: Path
+    data: Labelled, known: KnownDataset, class_names: str | None, templates: str | None, folder: Path
 ) -> Labelled:
-    labels = found.num_labels
+    """The set with its final class names and templates, after the number of classes and all labels are checked."""
+    labels = data.num_labels
     if labels not in known.classes:
-        raise DataError(f"{folder}: {known.title} has {known.classes[0]} classes, but {labels} lie there")
-    names, said = found.class_names, remark_on_repeated(found.class_names)
+        raise DataError(f"{folder}: {known.title} has {known.classes[0]} classes, but this folder has {labels}")
+    names, lines = data.class_names, remark_on_repeated(data.class_names)
     if class_names is not None:
-        names, folders = class_names_of(class_names), found.source.class_names
+        names, folders = class_names_of(class_names), data.source.class_names
         if are_wordnet_ids(folders):
-            names = join_names(found.source, names, class_names)
-        if len(names) != len(found.class_names):
+            names = join_names(data.source, names, class_names)
+        if len(names) != len(data.class_names):
             raise DataError(
-                f"{class_names}: {len(names)} class names, but {folder} has {len(found.class_names)} classes"
+                f"{class_names}: {len(names)} class names, but {folder} has {len(data.class_names)} classes"
             )
-        said = remarks(names, folders, class_names)
+        lines = remarks(names, folders, class_names)
     if class_names is None and (are_wordnet_ids(names) or are_numbers(names)):
         raise DataError(
-            f"{folder}: its classes are called by number, e.g. {names[0]}, which makes no prompt; name them by "
+            f"{folder}: its classes are numbered, e.g. {names[0]}, which makes no prompt; name them by "
             "class_names (--class-names), in the order of these numbers"
         )
-    prompts = (
-        templates_of(templates) if templates is not None else found.templates or templates_of(known.templates)
-    )
-    check_labels(found.source, names if found.members is None else tuple(map(str, found.members)))
-    return replace(found, class_names=names, templates=prompts, remarks=tuple(said))
+    prompts = templates_of(templates) if templates is not None else data.templates or templates_of(known.templates)
+    check_labels(data.source, names if data.members is None else tuple(map(str, data.members)))
+    return replace(data, class_names=names, templates=prompts, remarks=tuple(lines))
 
 
-def _folders(place: str, name: str, known: Known) -> list[Path]:
-    """Where it may lie, the likeliest first."""
+def _candidate_folders(path: str, name: str, known: KnownDataset) -> list[Path]:
+    """Folders that may hold the data set, the likeliest first."""
     names = (name, *known.aliases)
-    forms = [form for own in names for form in (own, f"wds_{own}", f"wds_vtab-{own}", f"wds/{own}")]
-    if "{dataset}" in place:
-        return [locate(place.replace("{dataset}", form)) for form in forms]
-    root = locate(place)
+    forms = [form for alias in names for form in (alias, f"wds_{alias}", f"wds_vtab-{alias}", f"wds/{alias}")]
+    if "{dataset}" in path:
+        return [locate(path.replace("{dataset}", form)) for form in forms]
+    root = locate(path)
     return [*(root / form for form in forms), root]

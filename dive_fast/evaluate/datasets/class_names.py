@@ -1,4 +1,4 @@
-"""Class names and templates by the name of a data set: CLIP-benchmark's, and those that WiSE-FT has for WILDS."""
+"""Class names and templates of known data sets: CLIP-benchmark's, CLIP's for UCF-101, WiSE-FT's for WILDS."""
 
 import importlib.util
 import json
@@ -11,26 +11,26 @@ from dive_fast.errors import DataError
 from dive_fast.io.safe_read import read_text
 
 _VIEWS = ("satellite", "aerial")
-_PLACES = ("asia", "africa", "the americas", "europe", "oceania")
-OWN: dict[str, tuple[str, ...]] = {
-    # WiSE-FT's, which FLYP and the paper's baselines use. <a> is the article and the name as words.
+_REGIONS = ("asia", "africa", "the americas", "europe", "oceania")
+EXTRA_TEMPLATES: dict[str, tuple[str, ...]] = {
+    # WiSE-FT's, which FLYP and the paper's baselines use. <a> stands for the article and the name as words.
     "iwildcam": ("a photo of {}.", "{} in the wild."),
     "fmow": (
         *(f"{view} photo of a {{}}." for view in _VIEWS),
         *(f"{view} photo of <a>." for view in _VIEWS),
-        *(f"{view} photo of a {{}} in {place}." for place in _PLACES for view in _VIEWS),
+        *(f"{view} photo of a {{}} in {region}." for region in _REGIONS for view in _VIEWS),
         "a photo of a {}.",
         "{}.",
     ),
-    # CLIP's 48 for UCF-101, which CLIP-benchmark does not have.
+    # CLIP's 48 for UCF-101; CLIP-benchmark has none.
     "ucf101": tuple(
-        f"a {medium} of {who} {verb}{{}}."
+        f"a {medium} of {person} {verb}{{}}."
         for verb in ("", "using ", "doing ", "during ", "performing ", "practicing ")
-        for who in ("a person", "the person")
+        for person in ("a person", "the person")
         for medium in ("photo", "video", "example", "demonstration")
     ),
 }
-CLIP_BENCHMARK = (
+CLIP_BENCHMARK_TEMPLATES = (
     "caltech101",
     "cars",
     "dtd",
@@ -45,34 +45,36 @@ CLIP_BENCHMARK = (
 
 
 def templates_of(name: str) -> tuple[Template, ...]:
-    """Templates by a data set's name, or as :func:`dive_fast.data.prompts.read_templates` has them.
+    """Templates by a data set's name, or whatever :func:`dive_fast.data.prompts.read_templates` accepts.
 
     Raises:
-        DataError: they cannot be had.
+        DataError: the file is missing or invalid, or CLIP-benchmark is not installed.
     """
     if name == "imagenet1k":
         return read_templates("imagenet")
-    lines = OWN.get(name) or (_clip_benchmark("templates", name) if name in CLIP_BENCHMARK else None)
+    lines = EXTRA_TEMPLATES.get(name)
+    if name in CLIP_BENCHMARK_TEMPLATES:
+        lines = _from_clip_benchmark("templates", name)
     return read_templates(name) if lines is None else tuple(DatasetTemplate(line) for line in lines)
 
 
 def class_names_of(name: str) -> tuple[str, ...]:
-    """Class names by a data set's name, or as :func:`dive_fast.data.prompts.read_class_names` has them.
+    """Class names by a data set's name, or whatever :func:`dive_fast.data.prompts.read_class_names` accepts.
 
     Raises:
-        DataError: they cannot be had.
+        DataError: the file is missing or invalid, or CLIP-benchmark is not installed.
     """
     if name == "imagenet1k":
         return read_class_names("imagenet")
     if name not in ("caltech101", "eurosat", "flowers", "pets"):
         return read_class_names(name)
-    names = _clip_benchmark("class names", name)
-    # Its first class holds pictures of anything, and is none here.
+    names = _from_clip_benchmark("class names", name)
+    # The first is Caltech's background class, whose images are not measured.
     return names[1:] if name == "caltech101" else names
 
 
 class DatasetTemplate(Template):
-    """A template of a known data set: ``{c}`` is the name too, as in CLIP-benchmark, ``<a>`` adds an article."""
+    """Template of a known data set: ``{}`` or ``{c}`` is the name, ``<a>`` an article and the name as words."""
 
     def __init__(self, template: str) -> None:
         super().__init__(template.replace("{c}", "{}"))
@@ -85,38 +87,42 @@ class DatasetTemplate(Template):
 
 
 def read_lines(path: Path) -> tuple[str, ...]:
-    """The lines of a text file.
+    """Non-empty lines of a text file, stripped.
 
     Raises:
-        DataError: it cannot be read, or is empty.
+        DataError: the file cannot be read, or has no such line.
     """
     try:
         lines = read_text(path, "utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot read it: {error}") from error
-    found = tuple(line.strip() for line in lines if line.strip())
-    if not found:
-        raise DataError(f"{path}: it is empty")
-    return found
+    stripped = tuple(line.strip() for line in lines if line.strip())
+    if not stripped:
+        raise DataError(f"{path}: the file is empty")
+    return stripped
 
 
-def _clip_benchmark(what: Literal["templates", "class names"], name: str) -> tuple[str, ...]:
-    file = "en_classnames.json" if what == "class names" else "en_zeroshot_classification_templates.json"
-    found: list[str] = _data(file, f"the {what} of {name}")[name]
-    return tuple(found)
+def _from_clip_benchmark(kind: Literal["templates", "class names"], name: str) -> tuple[str, ...]:
+    file = "en_classnames.json" if kind == "class names" else "en_zeroshot_classification_templates.json"
+    texts: list[str] = _read_package_json(file, f"the {kind} of {name}")[name]
+    return tuple(texts)
 
 
 @cache
-def _data(file: str, what: str) -> dict[str, Any]:
+def _read_package_json(file: str, wanted: str) -> dict[str, Any]:
+    """A JSON file of the clip_benchmark package, which is read without being imported.
+
+    Args:
+        wanted: what is read from it, for messages.
+    """
     spec = importlib.util.find_spec("clip_benchmark")
     if spec is None or not spec.submodule_search_locations:
         raise DataError(
-            f"{what} are CLIP-benchmark's: pip install clip-benchmark, or name files of your own as class_names "
-            "and templates"
+            f"{wanted} are CLIP-benchmark's: pip install clip-benchmark, or set class_names and templates to files"
         )
     path = Path(spec.submodule_search_locations[0]) / "datasets" / file
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot read {what}: {error}; reinstall clip-benchmark") from error
-    return found
+        raise DataError(f"{path}: cannot read {wanted}: {error}; reinstall clip-benchmark") from error
+    return content

@@ -1,4 +1,4 @@
-"""A labelled or captioned set, opened: what is measured, and against which prompts."""
+"""Opened evaluation sets, labelled or captioned, and the samples that loaders read from them."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -26,62 +26,62 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Labelled:
-    """Images with labels, and the classes that compete for them."""
+    """Images with labels, and the classes that are predicted."""
 
     source: Source
-    """Labels count what is predicted: the classes, or where ``members`` are given, these."""
+    """Labels index the rows of ``members``, or without these the classes."""
     class_names: tuple[str, ...]
     templates: tuple[Template, ...]
     members: Members | None = None
-    """For each label, the classes that stand for it; None: class i for label i."""
+    """For each label, the classes that count as it; None: class i is label i."""
     regions: Regions | None = None
     border: int = 0
-    """Pixels at each edge that are no part of the picture."""
+    """Pixels at each edge that are not part of the image."""
     layout: str = ""
-    """How it lies on the disk, in a word."""
+    """Name of the layout on disk."""
     imagenet_rows: tuple[int, ...] | None = None
-    """For each class, which of ImageNet's 1000 it is; None where that is not known."""
+    """For each class, its number among ImageNet's 1000; None if unknown."""
     remarks: tuple[str, ...] = ()
-    """Lines that a user should read before its figure."""
+    """Lines to print before the set is measured."""
     reports_skipped: bool = False
-    """Whether the set's owner accepts that broken images are left out of its figures and counted."""
+    """Whether broken images are left out and counted (``on_skipped: report``) instead of being an error."""
     remedy: str = ""
-    """What to do about a broken image, for messages."""
+    """Advice about a broken image, for messages."""
 
     @property
     def num_labels(self) -> int:
-        """How many labels compete: the classes, or where ``members`` are given, these."""
+        """Number of labels that are predicted: rows of ``members``, or without these the classes."""
         return len(self.class_names if self.members is None else self.members)
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """Images with all their captions; no two of the images are equal."""
+    """Distinct images with all their captions."""
 
     source: Source
     layout: str = ""
     remarks: tuple[str, ...] = ()
-    """As of :class:`Labelled`."""
+    """See :class:`Labelled`."""
     reports_skipped: bool = False
-    """As of :class:`Labelled`."""
+    """See :class:`Labelled`."""
     remedy: str = ""
-    """As of :class:`Labelled`."""
+    """See :class:`Labelled`."""
     num_samples: tuple[int, ...] = ()
-    """How many samples of the set each image stands for; empty: one each."""
+    """For each image, the number of samples with that image; empty: one each."""
 
     def captions(self) -> list[tuple[str, ...]]:
-        """Of each image."""
+        """Captions of each image."""
         return [sample.texts for sample in self.source.samples]
 
 
 BROKEN = -2
-"""Label of a sample whose image cannot be decoded and which is left out; no label of a data set is."""
+"""Label of a sample that is left out because its image cannot be decoded; data sets have no negative labels."""
 _LEFT_OUT = -1
-"""Epoch of such a sample's place; evaluation has no epochs."""
+"""Epoch in the key of such a sample; evaluation has no epochs."""
 
 
 class StrictSamples(EvaluationSamples):
-    """Images in the evaluation view, each counted once: a broken one is an error, or is left out and counted."""
+    """Images in the evaluation view, each exactly once: a broken one is an error, or is left out and counted."""
 
     def __init__(
         self,
@@ -91,59 +91,59 @@ class StrictSamples(EvaluationSamples):
         reports_skipped: bool = False,
         remedy: str = "",
     ) -> None:
-        """Takes the images of ``source``.
+        """Reads the images of ``source``.
 
         Args:
-            border: pixels at each edge that are not part of the picture.
-            reports_skipped: give a broken sample the label :data:`BROKEN`, instead of raising its error.
-            remedy: what such an error says to do.
+            border: pixels at each edge that are not part of the image.
+            reports_skipped: label a broken sample :data:`BROKEN` instead of raising its error.
+            remedy: advice that such an error ends with.
         """
         super().__init__(source, preprocess)
         self.border, self.reports_skipped, self.remedy = border, reports_skipped, remedy
 
-    def transform(self, place: SampleKey, image: Image.Image) -> Image.Image:
-        """The evaluation view of what is inside the border."""
+    def transform(self, key: SampleKey, image: Image.Image) -> Image.Image:
+        """The evaluation view of the image inside the border."""
         if self.border:
             width, height = image.size
             if min(width, height) <= 2 * self.border:
-                raise self.source.samples[place[1]].unusable(f"no larger than its border of {self.border} pixels")
+                raise self.source.samples[key[1]].unusable(f"no larger than its border of {self.border} pixels")
             image = image.crop((self.border, self.border, width - self.border, height - self.border))
-        return super().transform(place, image)
+        return super().transform(key, image)
 
-    def read_usable(self, place: SampleKey, read: Callable[[SampleKey], Item]) -> tuple[SampleKey, Item]:
-        """What ``read`` finds at a place; of a broken sample that is left out, what it finds at another place.
+    def read_usable(self, key: SampleKey, read: Callable[[SampleKey], Item]) -> tuple[SampleKey, Item]:
+        """The sample that ``read`` returns for a key; for a broken one that is left out, another sample's image.
 
         Raises:
-            DataError: the sample is broken, and is not to be left out; or so are many in a row.
+            DataError: the sample is broken and must not be left out, or too many in a row are broken.
         """
         try:
-            return place, read(place)
+            return key, read(key)
         except DataError as error:
             if not self.reports_skipped:
                 raise DataError(f"{error}; {self.remedy}" if self.remedy else str(error)) from error
             logger.warning("%s; it is left out", error)
             last = error
         count = len(self.source)
-        for sample in range(place[1] + 1, place[1] + MAX_REPLACEMENTS):
+        for sample in range(key[1] + 1, key[1] + MAX_REPLACEMENTS):
             try:
-                # Only so that the batch has an image there: nothing of it is counted.
-                return (_LEFT_OUT, place[1]), read((place[0], sample % count))
+                # Fills the row of the batch; the image is not counted.
+                return (_LEFT_OUT, key[1]), read((key[0], sample % count))
             except DataError as error:
                 last = error
         raise DataError(f"{MAX_REPLACEMENTS} samples in a row are unusable; the last: {last}")
 
-    def batch(self, places: Sequence[SampleKey], images: Tensor) -> EvaluationBatch:
-        """Images and labels; of a sample that is left out, :data:`BROKEN`."""
-        batch = super().batch(places, images)
-        left_out = torch.tensor([epoch == _LEFT_OUT for epoch, _ in places], dtype=torch.bool)
+    def batch(self, keys: Sequence[SampleKey], images: Tensor) -> EvaluationBatch:
+        """Images and labels; samples that are left out have the label :data:`BROKEN`."""
+        batch = super().batch(keys, images)
+        left_out = torch.tensor([epoch == _LEFT_OUT for epoch, _ in keys], dtype=torch.bool)
         return replace(batch, labels=batch.labels.masked_fill(left_out, BROKEN))
 
 
 def plain_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of folders as words."""
+    """Folder names with underscores replaced by spaces."""
     return tuple(name.replace("_", " ") for name in names)
 
 
 def progress(ranks: Ranks, total: int, name: str, unit: str) -> AbstractContextManager["tqdm[Any]"]:
-    """A bar for this rank's part, called ``name``; none without a name."""
+    """A progress bar called ``name`` for this rank's share; disabled if the name is empty."""
     return ranks.progress(total, name, unit) if name else tqdm(disable=True)

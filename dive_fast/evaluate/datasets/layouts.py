@@ -1,7 +1,7 @@
-"""The layouts that data sets have on people's disks: each opens what it knows, or says that it is another one.
+"""Layouts of data sets on disk: each function opens one layout in a folder.
 
-A layout is given a folder and returns None where nothing there looks like it. What looks like it and is broken is
-an error: nothing else must be taken for the data set that someone meant to have.
+A function returns None where the folder does not have its layout. A folder that has it but is broken is an error:
+the search for other layouts must not hide a damaged data set.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from dive_fast.data.classes import repeated
 from dive_fast.data.decode import IMAGE_SUFFIXES
 from dive_fast.data.prompts import read_class_names
 from dive_fast.data.sources.folder import open_folder
-from dive_fast.data.sources.source import Sample, Skipped, Source, some
+from dive_fast.data.sources.source import Sample, Skipped, Source, summarize_skipped
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.errors import DataError
 from dive_fast.evaluate.datasets.class_names import class_names_of, read_lines
@@ -22,17 +22,18 @@ from dive_fast.evaluate.datasets.evaluation_set import Captioned, plain_names
 from dive_fast.io.safe_read import below, read_json
 
 SHOWN_REASONS = 3
-"""Reasons for leaving samples out that a message names."""
+"""Number of reasons for skipped samples that a message lists."""
 Named = tuple[Source, tuple[str, ...]]
-"""Images, and the names of their labels."""
+"""Labelled images and the names of their labels."""
 Layout = Callable[[Path], Named | None]
+"""Opens a folder; None if it does not have this layout."""
 
 
 def webdataset(root: Path) -> tuple[Source, tuple[str, ...], tuple[str, ...]] | None:
-    """CLIP-benchmark's tars: ``test/*.tar``, ``classnames.txt`` and perhaps templates.
+    """CLIP-benchmark's tars: ``test/*.tar``, ``classnames.txt`` and optionally templates.
 
     Returns:
-        The images, their class names, and the templates, none where the file is missing.
+        The images, their class names, and the templates, empty if there is no such file.
     """
     tars = _tars(root)
     names = root / "classnames.txt"
@@ -40,18 +41,18 @@ def webdataset(root: Path) -> tuple[Source, tuple[str, ...], tuple[str, ...]] | 
         return None
     templates = root / "zeroshot_classification_templates.txt"
     source = open_webdataset(str(tars), ".cls")
-    _all_there(source, tars)
-    # An empty line among class names would shift all behind it.
+    _check_complete(source, tars)
+    # read_lines would drop an empty line among the class names, and shift the labels after it.
     return source, read_class_names(str(names)), read_lines(templates) if templates.is_file() else ()
 
 
 def webdataset_captions(root: Path) -> Captioned | None:
-    """CLIP-benchmark's tars with one caption a line in ``.txt``."""
+    """CLIP-benchmark's tars whose ``.txt`` has one caption per line."""
     tars = _tars(root)
     if tars is None:
         return None
     source = open_webdataset(str(tars), ".txt")
-    _all_there(source, tars)
+    _check_complete(source, tars)
     return Captioned(split_captions(source), "webdataset")
 
 
@@ -60,45 +61,45 @@ def karpathy(root: Path, name: str) -> Captioned | None:
     lines, annotations = root / f"{name}_test_karpathy.txt", root / "coco_test_karpathy.json"
     captions: dict[Path, list[str]] = {}
     if lines.is_file():
-        head, *rows = read_lines(lines)
-        if head.replace(" ", "").lower() != "image,caption":
-            raise DataError(f"{lines}: expected the first line image,caption; found {head[:60]!r}")
+        header, *rows = read_lines(lines)
+        if header.replace(" ", "").lower() != "image,caption":
+            raise DataError(f"{lines}: expected the first line image,caption; found {header[:60]!r}")
         for line in rows:
             file, comma, caption = line.partition(".jpg,")
             if not comma:
                 raise DataError(f"{lines}: expected image.jpg,caption; found {line[:60]!r}")
-            captions.setdefault(_first_of(root, f"{file}.jpg", f"Images/{file}.jpg"), []).append(caption)
+            captions.setdefault(_first_existing(root, f"{file}.jpg", f"Images/{file}.jpg"), []).append(caption)
     elif annotations.is_file():
         tree = _json(annotations)
         try:
             files = {image["id"]: image["file_name"] for image in tree["images"]}
             if len(files) < len(tree["images"]):
-                raise DataError(f"{annotations}: two images have one id; get the file again")
+                raise DataError(f"{annotations}: two images have the same id; get the file again")
             for entry in tree["annotations"]:
                 file = files[entry["image_id"]]
-                captions.setdefault(_first_of(root, f"val2014/{file}", file), []).append(entry["caption"])
-            if left := files.keys() - {entry["image_id"] for entry in tree["annotations"]}:
-                first = files[min(left, key=str)]
+                captions.setdefault(_first_existing(root, f"val2014/{file}", file), []).append(entry["caption"])
+            if without := files.keys() - {entry["image_id"] for entry in tree["annotations"]}:
+                first = files[min(without, key=str)]
                 raise DataError(
-                    f"{annotations}: {len(left)} images have no caption, e.g. {first}; get the file again"
+                    f"{annotations}: {len(without)} images have no caption, e.g. {first}; get the file again"
                 )
-            if not all(isinstance(caption, str) for own in captions.values() for caption in own):
-                raise TypeError("a caption as text")
+            if not all(isinstance(caption, str) for texts in captions.values() for caption in texts):
+                raise TypeError("a caption is not text")
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{annotations}: not COCO's captions: {error!r} is not found") from error
+            raise DataError(f"{annotations}: not COCO's captions: {error!r}") from error
     else:
         return None
-    blank = next((path for path, own in captions.items() if not all(text.strip() for text in own)), None)
+    blank = next((path for path, texts in captions.items() if not all(text.strip() for text in texts)), None)
     if blank is not None:
         raise DataError(f"{lines if lines.is_file() else annotations}: a caption of {blank.name} is empty")
-    samples = [Sample(path.name, path, texts=tuple(own)) for path, own in captions.items()]
+    samples = [Sample(path.name, path, texts=tuple(texts)) for path, texts in captions.items()]
     return Captioned(present(samples), "karpathy")
 
 
 def captioned(source: Source, layout: str) -> Captioned:
-    """A user's images with their captions, the lines of their texts; samples with equal images are one image.
+    """The user's images with their captions, one per line of text; samples with equal images become one image.
 
-    Known sets are measured as they are published.
+    Known sets are not merged: they are measured as published.
 
     Raises:
         DataError: a sample has no caption, or its bytes cannot be read.
@@ -108,12 +109,12 @@ def captioned(source: Source, layout: str) -> Captioned:
     first: dict[int, int] = {}
     images = source.image_ids().tolist()
     counts = Counter(images)
-    for at, image in enumerate(images):
-        first.setdefault(image, at)
-        texts.setdefault(image, []).extend(source.samples[at].texts)
+    for index, image in enumerate(images):
+        first.setdefault(image, index)
+        texts.setdefault(image, []).extend(source.samples[index].texts)
     if len(first) == len(source):
         return Captioned(source, layout)
-    samples = [replace(source.samples[at], texts=tuple(texts[image])) for image, at in first.items()]
+    samples = [replace(source.samples[index], texts=tuple(texts[image])) for image, index in first.items()]
     hashes = None if source.hashes is None else source.hashes[list(first.values())]
     merged = replace(source, samples=samples, hashes=hashes, sizes=None, beton=None)
     remark = f"{len(source)} samples are {len(first)} distinct images, each with all its captions"
@@ -121,10 +122,10 @@ def captioned(source: Source, layout: str) -> Captioned:
 
 
 def split_captions(source: Source) -> Source:
-    """With a sample's lines as its captions.
+    """The source with each non-empty line of a sample's text as a caption.
 
     Raises:
-        DataError: a sample has none.
+        DataError: a sample has no such line.
     """
     samples = [
         replace(sample, texts=tuple(line for text in sample.texts for line in text.splitlines() if line.strip()))
@@ -137,11 +138,11 @@ def split_captions(source: Source) -> Source:
 
 
 def coop(root: Path, split: str, images: Sequence[str]) -> Named | None:
-    """CoOp's: ``split_zhou_<name>.json`` with ``[file, label, class name]`` for every test image.
+    """CoOp's splits: ``split_zhou_<name>.json`` with ``[file, label, class name]`` for each test image.
 
     Args:
-        split: the JSON's name.
-        images: folders that the files may start from.
+        split: name of the JSON file.
+        images: folders that file paths may be relative to.
     """
     file = root / split
     if not file.is_file():
@@ -149,59 +150,58 @@ def coop(root: Path, split: str, images: Sequence[str]) -> Named | None:
     tree = _json(file)
     try:
         entries = [(str(path), int(label), str(name)) for path, label, name in tree["test"]]
-        called = {(int(label), str(name)) for part in tree.values() for _, label, name in part}
+        pairs = {(int(label), str(name)) for part in tree.values() for _, label, name in part}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(f"{file}: expected [file, label, class name] under test: {error!r}") from error
-    everyone = dict(called)
-    if len(everyone) < len(called):
-        label = next(label for label, name in called if everyone[label] != name)
-        names = sorted(name for other, name in called if other == label)
+    name_of = dict(pairs)
+    if len(name_of) < len(pairs):
+        label = next(label for label, name in pairs if name_of[label] != name)
+        names = sorted(name for other, name in pairs if other == label)
         raise DataError(f"{file}: label {label} is called both {names[0]!r} and {names[1]!r}; get the file again")
-    if not entries or sorted(everyone) != list(range(len(everyone))):
-        raise DataError(f"{file}: no test image, or labels that do not count from 0")
+    if not entries or sorted(name_of) != list(range(len(name_of))):
+        raise DataError(f"{file}: no test image, or its labels are not 0, 1, 2, ...")
     base = next((root / folder for folder in images if _below(root / folder, entries[0][0]).is_file()), None)
     if base is None:
         raise DataError(f"{root}: {entries[0][0]} of {split} is in none of {', '.join(images) or '.'}")
     samples = [Sample(path, _below(base, path), label=label) for path, label, _ in entries]
-    return present(samples), plain_names([everyone[label] for label in range(len(everyone))])
+    return present(samples), plain_names([name_of[label] for label in range(len(name_of))])
 
 
 def torchvision(root: Path, folder: str, kind: str, names: str | None = None, **options: Any) -> Named | None:
-    """A data set as torchvision's class of that name reads it.
+    """A data set in torchvision's layout, read by torchvision's class.
 
     Args:
-        folder: what the class looks for below its root; ``root`` may be on the way down to it.
-        kind: the class.
-        names: whose class names stand for those of the class, which may have none.
+        folder: folder that the class expects in its root; ``root`` may be its root, this folder, or one between.
+        kind: name of the class.
+        names: data set whose class names replace those of the class; required if it has none.
+        options: arguments of the class.
     """
-    above = _above(root, folder)
-    if above is None:
+    base_root = _torchvision_root(root, folder)
+    if base_root is None:
         return None
     import torchvision.datasets
 
     try:
-        # Its own loader would decode; ours reads by path.
-        found = getattr(torchvision.datasets, kind)(str(above), download=False, loader=_path, **options)
-        entries = [found[i] for i in range(len(found))]
+        # This loader returns the path instead of decoding the image.
+        dataset = getattr(torchvision.datasets, kind)(str(base_root), download=False, loader=str, **options)
+        entries = [dataset[i] for i in range(len(dataset))]
     except ImportError as error:
-        raise DataError(f"{above / folder}: torchvision reads it with scipy: pip install scipy") from error
+        raise DataError(f"{base_root / folder}: torchvision reads it with scipy: pip install scipy") from error
     except (RuntimeError, OSError, ValueError, KeyError) as error:
-        raise DataError(f"{above / folder}: torchvision's {kind} cannot read it: {error}") from error
-    base = above / folder
-    # SUN397 comes in the order of the disk.
+        raise DataError(f"{base_root / folder}: torchvision's {kind} cannot read it: {error}") from error
+    # SUN397 comes in the file system's order.
     samples = sorted(
-        (Sample(str(Path(path).relative_to(above)), Path(path), label=int(label)) for path, label in entries),
+        (Sample(str(Path(path).relative_to(base_root)), Path(path), label=int(label)) for path, label in entries),
         key=lambda sample: sample.key,
     )
     if not samples:
-        raise DataError(f"{base}: torchvision's {kind} finds no image there")
-    return present(samples), _names(
-        names, plain_names([n.replace("/", " ") for n in getattr(found, "classes", ())])
-    )
+        raise DataError(f"{base_root / folder}: torchvision's {kind} finds no image there")
+    class_names = plain_names([name.replace("/", " ") for name in getattr(dataset, "classes", ())])
+    return present(samples), _replace_names(names, class_names)
 
 
 def aircraft(root: Path) -> Named | None:
-    """FGVC-Aircraft's own tables, wherever they were moved."""
+    """FGVC-Aircraft in its original layout: ``images_variant_test.txt``, ``variants.txt`` and ``images/``."""
     for data in (root, root / "data", root / "fgvc-aircraft-2013b/data"):
         if (data / "images_variant_test.txt").is_file():
             names = read_lines(data / "variants.txt")
@@ -212,28 +212,28 @@ def aircraft(root: Path) -> Named | None:
             for line in read_lines(data / "images_variant_test.txt"):
                 image, _, name = line.partition(" ")
                 if name not in label_of:
-                    raise DataError(f"{data / 'variants.txt'}: no variant {name!r}, which image {image} has")
+                    raise DataError(f"{data / 'variants.txt'}: no variant {name!r}, the class of image {image}")
                 samples.append(Sample(image, _below(data, f"images/{image}.jpg"), label=label_of[name]))
             return present(samples), names
     return None
 
 
 def pets(root: Path) -> Named | None:
-    """Oxford-IIIT Pet's own list of test images."""
+    """Oxford-IIIT Pet in its original layout: ``annotations/test.txt`` and ``images/``."""
     for data in (root, root / "oxford-iiit-pet"):
-        listed = data / "annotations/test.txt"
-        if listed.is_file():
-            rows = [line.split() for line in read_lines(listed)]
+        list_file = data / "annotations/test.txt"
+        if list_file.is_file():
+            rows = [line.split() for line in read_lines(list_file)]
             try:
                 labels = {row[0]: int(row[1]) - 1 for row in rows}
             except (IndexError, ValueError) as error:
-                raise DataError(f"{listed}: expected image, class and more on each line: {error}") from error
-            called = {(label, image.rpartition("_")[0]) for image, label in labels.items()}
-            breeds = dict(called)
-            if len(breeds) < len(called) or len(labels) < len(rows):
-                raise DataError(f"{listed}: a class has images of two breeds, or an image is listed twice")
+                raise DataError(f"{list_file}: expected image and class first on each line: {error}") from error
+            pairs = {(label, image.rpartition("_")[0]) for image, label in labels.items()}
+            breeds = dict(pairs)
+            if len(breeds) < len(pairs) or len(labels) < len(rows):
+                raise DataError(f"{list_file}: a class has images of two breeds, or an image is listed twice")
             if sorted(breeds) != list(range(len(breeds))):
-                raise DataError(f"{listed}: its classes do not count from 1")
+                raise DataError(f"{list_file}: its classes are not numbered 1, 2, 3, ...")
             samples = [
                 Sample(image, _below(data, f"images/{image}.jpg"), label=label) for image, label in labels.items()
             ]
@@ -243,55 +243,54 @@ def pets(root: Path) -> Named | None:
 
 
 def class_folders(
-    root: Path, inside: Sequence[str] = (), names: str | None = None, without: Sequence[str] = ()
+    root: Path, inside: Sequence[str] = (), names: str | None = None, exclude: Sequence[str] = ()
 ) -> Named | None:
-    """One folder a class, below ``test``, ``val``, the root itself or one of ``inside``.
+    """Class folders in one of ``inside``, in ``test``, in ``val`` or in the root itself.
 
     Args:
-        names: whose class names stand for those of the folders; there must be as many.
-        without: folders that are no class.
+        names: data set whose class names replace those of the folders; there must be as many.
+        exclude: folders that are not classes.
     """
     for folder in (*inside, "test", "val", ""):
-        below = root / folder
-        if not _holds_classes(below):
+        parent = root / folder
+        if not _has_class_folders(parent):
             continue
-        source = complete(open_folder(str(below)), below)
-        kept = [name for name in source.class_names if name not in without]
+        source = complete(open_folder(str(parent)), parent)
+        kept = [name for name in source.class_names if name not in exclude]
         label_of = {name: label for label, name in enumerate(kept)}
-        place = [label_of.get(name, -1) for name in source.class_names]
-        samples = [replace(sample, label=place[sample.label]) for sample in source.samples]
-        return Source([sample for sample in samples if sample.label >= 0]), _names(names, plain_names(kept))
+        labels = [label_of.get(name, -1) for name in source.class_names]
+        samples = [replace(sample, label=labels[sample.label]) for sample in source.samples]
+        kept_samples = [sample for sample in samples if sample.label >= 0]
+        return Source(kept_samples), _replace_names(names, plain_names(kept))
     return None
 
 
-def _above(root: Path, folder: str) -> Path | None:
-    """What ``folder`` lies in, where ``root`` is that, or some way down to it."""
+def _torchvision_root(root: Path, folder: str) -> Path | None:
+    """The parent of ``folder``, where ``root`` is this parent, the folder itself, or one between."""
     root, parts = root.resolve(), Path(folder).parts
     for depth in range(len(parts) + 1):
-        passed = root.parts[len(root.parts) - depth :] == parts[:depth]
-        if passed and root.joinpath(*parts[depth:]).is_dir():
+        is_inside = root.parts[len(root.parts) - depth :] == parts[:depth]
+        if is_inside and root.joinpath(*parts[depth:]).is_dir():
             return root.parents[depth - 1] if depth else root
     return None
 
 
-def _path(path: Any) -> str:
-    return str(path)
-
-
-def _names(name: str | None, own: tuple[str, ...]) -> tuple[str, ...]:
+def _replace_names(name: str | None, defaults: tuple[str, ...]) -> tuple[str, ...]:
+    """Class names of the data set ``name``; None keeps the defaults."""
     if name is None:
-        return own
-    found = class_names_of(name)
-    if own and len(found) != len(own):
-        raise DataError(f"{len(own)} classes lie there, but {name} has {len(found)} class names")
-    return found
+        return defaults
+    names = class_names_of(name)
+    if defaults and len(names) != len(defaults):
+        raise DataError(f"the folder has {len(defaults)} classes, but {name} has {len(names)} class names")
+    return names
 
 
-def _holds_classes(folder: Path) -> bool:
+def _has_class_folders(folder: Path) -> bool:
+    """Whether the folder has subfolders, and each of them contains an image."""
     if not folder.is_dir():
         return False
-    below = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    return bool(below) and all(any(_is_image(file) for file in entry.iterdir()) for entry in below)
+    subfolders = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    return bool(subfolders) and all(any(_is_image(file) for file in entry.iterdir()) for entry in subfolders)
 
 
 def _is_image(file: Path) -> bool:
@@ -302,38 +301,38 @@ def _tars(root: Path) -> Path | None:
     return next((root / split for split in ("test", "val", "") if any((root / split).glob("*.tar"))), None)
 
 
-def _all_there(source: Source, tars: Path) -> None:
-    """Holds the tars to ``nshards.txt``, and every sample to be whole: what is skipped is not measured."""
-    count = tars / "nshards.txt"
-    found = len(list(tars.glob("*.tar")))
-    if count.is_file() and (wanted := "".join(read_lines(count))) != str(found):
-        raise DataError(f"{tars}: {found} tars, but nshards.txt says {wanted}; get the others")
+def _check_complete(source: Source, tars: Path) -> None:
+    """Checks the number of tars against ``nshards.txt``, and that no sample was skipped."""
+    count_file = tars / "nshards.txt"
+    count = len(list(tars.glob("*.tar")))
+    if count_file.is_file() and (expected := "".join(read_lines(count_file))) != str(count):
+        raise DataError(f"{tars}: {count} tars, but nshards.txt says {expected}; get the others")
     complete(source, tars)
 
 
 def complete(source: Source, path: Path) -> Source:
-    """The source itself, if no sample of it was left out: what is left out would not be measured.
+    """The source itself, after a check that no sample was skipped: skipped samples would not be measured.
 
     Raises:
-        DataError: samples were left out; names the first.
+        DataError: samples were skipped; the message names the first.
     """
     if source.skipped:
-        raise DataError(f"{path}: {skipped_in_words(source.skipped)}; get the data set again, or remove these")
+        raise DataError(f"{path}: {describe_skipped(source.skipped)}; get the data set again, or remove these")
     return source
 
 
 def remarks_on_files(source: Source) -> list[str]:
-    """What a user should know of samples and files that a set does not hold, a line each."""
-    found = [skipped_in_words(source.skipped)] if source.skipped else []
-    found += [f"{len(source.ignored)} files ignored: {some(source.ignored)}"] if source.ignored else []
+    """Lines about the samples and files of a folder that are not part of the set."""
+    lines = [describe_skipped(source.skipped)] if source.skipped else []
+    lines += [f"{len(source.ignored)} files ignored: {summarize_skipped(source.ignored)}"] if source.ignored else []
     if source.prepared_without:
         reasons = ", ".join(f"{count} {reason}" for reason, count in source.prepared_without.items())
-        found.append(f"was prepared without these samples: {reasons} (skipped.jsonl)")
-    return found
+        lines.append(f"was prepared without these samples: {reasons} (skipped.jsonl)")
+    return lines
 
 
-def skipped_in_words(skipped: Sequence[Skipped]) -> str:
-    """How many samples were left out, and for each reason how many and the first."""
+def describe_skipped(skipped: Sequence[Skipped]) -> str:
+    """One line with the number of skipped samples, and for each reason the number and the first key."""
     reasons = Counter(reason for _, reason in skipped).most_common()
     parts = []
     for reason, count in reasons[:SHOWN_REASONS]:
@@ -345,7 +344,7 @@ def skipped_in_words(skipped: Sequence[Skipped]) -> str:
 
 
 def present(samples: list[Sample]) -> Source:
-    """The samples as a data set, with the size of each file.
+    """A source of these samples, with the size of each file.
 
     Raises:
         DataError: a file is missing.
@@ -356,16 +355,17 @@ def present(samples: list[Sample]) -> Source:
     return Source([replace(sample, size=sample.path.stat().st_size) for sample in samples])
 
 
-def _first_of(root: Path, *files: str) -> Path:
-    places = [_below(root, file) for file in files]
-    return next((place for place in places if place.is_file()), places[0])
+def _first_existing(root: Path, *files: str) -> Path:
+    """The first of the files that exists; the first of all if none does."""
+    paths = [_below(root, file) for file in files]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def _below(root: Path, file: str) -> Path:
     try:
         return below(root, file)
     except (ValueError, TypeError) as error:
-        raise DataError(f"{root}: a list there names a file elsewhere: {error}; get the data set anew") from error
+        raise DataError(f"{root}: a list there names a file elsewhere: {error}; get the data set again") from error
 
 
 def _json(file: Path) -> Any:

@@ -11,24 +11,24 @@ from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 from dive_fast.evaluate.datasets import layouts
-from dive_fast.evaluate.datasets.catalog import find, open_known
+from dive_fast.evaluate.datasets.catalog import find_dataset, open_known
 from dive_fast.evaluate.datasets.class_names import class_names_of, templates_of
 from dive_fast.evaluate.datasets.evaluation_set import Captioned, Labelled
 
 Opened = dict[str, Labelled | Captioned]
-"""Sets by the name that the config gives them."""
+"""Opened sets by their name in the config."""
 
 
 def open_evaluation(config: EvaluationSet, place: str = "") -> Labelled | Captioned:
-    """What an evaluation set stands for.
+    """Opens an evaluation set: a known data set, or one of the user's own.
 
     Args:
-        place: the section of the config, for messages.
+        place: config section of the set, for messages.
 
     Raises:
-        ConfigError: no such known data set.
-        DataError: something of it is missing, a label has no class name, or samples cannot be measured and the set
-            is to be measured whole.
+        ConfigError: the known data set does not exist.
+        DataError: files are missing, a label has no class name, or samples cannot be measured and the set does not
+            accept this by ``on_skipped``.
     """
     if config.dataset is not None:
         return open_known(config.dataset, config.path, config.class_names, config.templates)
@@ -39,60 +39,60 @@ def open_evaluation(config: EvaluationSet, place: str = "") -> Labelled | Captio
 
 
 def _open_own(config: EvaluationSet, consent: str) -> Labelled | Captioned:
-    """A set of the user's.
+    """Opens a set of the user's own.
 
     Args:
-        consent: the override by which its owner accepts that samples are left out.
+        consent: config override that accepts results without the samples that cannot be measured.
     """
     reports = config.on_skipped == "report"
-    remedy = f"repair or remove it, or accept figures without it by {consent}"
+    remedy = f"repair or remove it, or accept results without it by {consent}"
     source = open_captioned(config) if config.task == "retrieval" else open_target(config)
     if source.skipped and not reports:
         raise DataError(
-            f"{config.path}: {layouts.skipped_in_words(source.skipped)}; repair or remove them, or accept figures "
+            f"{config.path}: {layouts.describe_skipped(source.skipped)}; repair or remove them, or accept results "
             f"without them by {consent}"
         )
     if config.task == "retrieval":
-        found = layouts.captioned(source, str(config.format))
-        said = (*layouts.remarks_on_files(source), *found.remarks)
-        return replace(found, reports_skipped=reports, remedy=remedy, remarks=said)
-    given = config.class_names
-    names = join_names(source, None if given is None else class_names_of(given), given or config.path)
+        captioned = layouts.captioned(source, str(config.format))
+        lines = (*layouts.remarks_on_files(source), *captioned.remarks)
+        return replace(captioned, reports_skipped=reports, remedy=remedy, remarks=lines)
+    listed = None if config.class_names is None else class_names_of(config.class_names)
+    names = join_names(source, listed, config.class_names or config.path)
     return Labelled(
         source,
         names,
         templates_of(config.templates or "imagenet"),
         layout=str(config.format),
         imagenet_rows=imagenet_rows(source.class_names),
-        remarks=(*layouts.remarks_on_files(source), *remarks(names, source.class_names, given)),
+        remarks=(*layouts.remarks_on_files(source), *remarks(names, source.class_names, config.class_names)),
         reports_skipped=reports,
         remedy=remedy,
     )
 
 
 def open_set(config: EvaluationSet) -> tuple[Source, tuple[str, ...], tuple[Template, ...]]:
-    """Samples, class names and templates of an evaluation set; of retrieval, the samples alone.
+    """Opens an evaluation set as samples, class names and templates; retrieval sets have only samples.
 
     Raises:
         ConfigError, DataError: as :func:`open_evaluation`.
     """
-    found = open_evaluation(config)
-    if isinstance(found, Captioned):
-        return found.source, (), ()
-    return found.source, found.class_names, found.templates
+    data = open_evaluation(config)
+    if isinstance(data, Captioned):
+        return data.source, (), ()
+    return data.source, data.class_names, data.templates
 
 
 def metric_of(config: EvaluationSet) -> Metric:
-    """What is reported of a set in one number."""
+    """The metric that summarizes a set in one number."""
     if config.metric is not None:
         return config.metric
     if config.dataset is not None:
-        return find(config.dataset).metric
+        return find_dataset(config.dataset).metric
     return "top1" if config.task == "classification" else "image_to_text_r1"
 
 
 def open_sets(sets: Mapping[str, EvaluationSet], ranks: Ranks) -> Opened:
-    """Opens evaluation sets and says what a user should know of them.
+    """Opens evaluation sets and prints their remarks.
 
     Raises:
         ConfigError, DataError: as :func:`open_evaluation`.
@@ -106,18 +106,18 @@ def open_sets(sets: Mapping[str, EvaluationSet], ranks: Ranks) -> Opened:
 
 
 def remarks_on_missing_classes(opened: Opened, target: Sequence[str]) -> list[str]:
-    """A line for each set with some of the classes that are trained on, but not all: fewer compete there.
+    """A line for each of the user's sets that has only some of the target's classes.
 
     Args:
-        target: the class names of the set that is trained on.
+        target: class names of the training set.
     """
-    found = []
+    lines = []
     for name, data in opened.items():
-        is_own = bool(data.remedy)  # known sets have the classes that they are known for
+        is_own = bool(data.remedy)  # known sets have their published classes
         if is_own and isinstance(data, Labelled) and set(data.class_names) < set(target):
-            missing = next(own for own in target if own not in data.class_names)
-            found.append(
+            missing = next(class_name for class_name in target if class_name not in data.class_names)
+            lines.append(
                 f"evaluate.sets.{name} has {len(set(data.class_names))} of the {len(set(target))} classes of "
-                f"data.target: {missing!r}, for one, competes for no image there"
+                f"data.target: {missing!r}, for example, is never predicted there"
             )
-    return found
+    return lines

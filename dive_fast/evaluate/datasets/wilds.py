@@ -1,6 +1,7 @@
-"""iWildCam and FMoW as the WILDS package leaves them on the disk, with its official splits and metrics.
+"""iWildCam and FMoW in the WILDS package's layout, with its official splits.
 
-The two tables are read here: the package itself brings pandas and a graph library. A test holds both to it.
+Their tables are read here, since the package depends on pandas and a graph library; a test compares the results
+with the package.
 """
 
 import csv
@@ -18,7 +19,10 @@ Row = dict[str, str]
 
 
 def open_iwildcam(root: Path, split: str) -> tuple[Source, tuple[str, ...]]:
-    """One official split; class names are FLYP's English ones where its ``labels.csv`` was put beside, else latin.
+    """Opens an official split of iWildCam.
+
+    Class names are FLYP's English ones if its ``labels.csv`` is in the folder, otherwise the Latin ones of
+    ``categories.csv``.
 
     Args:
         split: ``id_val``, ``id_test``, ``val`` or ``test``.
@@ -35,7 +39,7 @@ def open_iwildcam(root: Path, split: str) -> tuple[Source, tuple[str, ...]]:
 
 
 def open_fmow(root: Path, split: str) -> tuple[Source, tuple[str, ...], Regions]:
-    """One official split (ID: before 2013, OOD: from 2016 on) with the continent of each image.
+    """Opens an official split of FMoW (ID: before 2013, OOD: from 2016 on) with the continent of each image.
 
     Args:
         split: ``id_val``, ``id_test``, ``val`` or ``test``.
@@ -52,30 +56,31 @@ def open_fmow(root: Path, split: str) -> tuple[Source, tuple[str, ...], Regions]
     label_of = {name: label for label, name in enumerate(names)}
     regions: list[str] = []
     samples: list[Sample] = []
-    wanted = split.removeprefix("id_")
-    for place, row in enumerate(rows):
+    table_split = split.removeprefix("id_")
+    for index, row in enumerate(rows):
         year = _number(root, row["timestamp"][:4])
-        period = (
+        in_period = (
             year < 2013 if split.startswith("id_") else 2013 <= year < 2016 if split == "val" else year >= 2016
         )
-        if row["split"] == wanted and period:
-            file = f"rgb_img_{place}.png"
+        if row["split"] == table_split and in_period:
+            file = f"rgb_img_{index}.png"
             samples.append(Sample(file, root / "images" / file, label=label_of[row["category"]]))
             regions.append(region_of.get(row["country_code"], "Other"))
-    found = tuple(sorted(set(regions)))
-    of_sample = torch.tensor([found.index(region) for region in regions])
-    return _source(root, samples, split), names, Regions(of_sample, found, ("Other",))
+    region_names = tuple(sorted(set(regions)))
+    of_sample = torch.tensor([region_names.index(region) for region in regions])
+    return _source(root, samples, split), names, Regions(of_sample, region_names, ("Other",))
 
 
 def _species(root: Path) -> tuple[str, ...]:
+    """iWildCam's class names, in the order of the labels."""
     for file, column in (("labels.csv", "english"), ("categories.csv", "name")):
         if (root / file).is_file():
             rows = _read(root / file, "y", column)
-            named = {_number(root, row["y"]): row[column].lower() for row in rows}
-            kept = [label for label in sorted(named) if label < 99999]  # 99999: of no image
-            if len(named) < len(rows) or kept != list(range(len(kept))):
-                raise DataError(f"{root / file}: its column y does not count the species from 0, each once")
-            return tuple(named[label] for label in kept)
+            name_of = {_number(root, row["y"]): row[column].lower() for row in rows}
+            labels = [label for label in sorted(name_of) if label < 99999]  # no image has label 99999
+            if len(name_of) < len(rows) or labels != list(range(len(labels))):
+                raise DataError(f"{root / file}: its column y does not number the species 0, 1, 2, ..., each once")
+            return tuple(name_of[label] for label in labels)
     raise DataError(
         f"{root}: no class names: neither labels.csv (y, english) nor categories.csv (y, name) is there"
     )
@@ -83,7 +88,7 @@ def _species(root: Path) -> tuple[str, ...]:
 
 def _source(root: Path, samples: list[Sample], split: str) -> Source:
     if not samples:
-        raise DataError(f"{root}: no image is of split {split}")
+        raise DataError(f"{root}: split {split} has no images")
     return present(samples)
 
 
@@ -97,8 +102,8 @@ def _read(path: Path, *columns: str) -> list[Row]:
             rows = list(reader)
             for number, row in enumerate(rows, start=1):
                 if any(row[column] is None for column in columns) or len(row) > len(reader.fieldnames or ()):
-                    few = "many" if len(row) > len(reader.fieldnames or ()) else "few"
-                    raise DataError(f"{path}: row {number} has too {few} columns; get the data set anew")
+                    amount = "many" if len(row) > len(reader.fieldnames or ()) else "few"
+                    raise DataError(f"{path}: row {number} has too {amount} columns; get the data set again")
             return rows
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot read it: {error}") from error
@@ -108,11 +113,11 @@ def _below(folder: Path, file: str) -> Path:
     try:
         return below(folder, file)
     except ValueError as error:
-        raise DataError(f"{folder}: the table names a file elsewhere: {error}; get the data set anew") from error
+        raise DataError(f"{folder}: the table names a file elsewhere: {error}; get the data set again") from error
 
 
 def _number(root: Path, text: str) -> int:
     try:
         return int(text)
     except ValueError as error:
-        raise DataError(f"{root}: {text!r} in its tables is no number") from error
+        raise DataError(f"{root}: {text!r} in its tables is not a number") from error

@@ -1,1 +1,1 @@
-"""How far fine-tuning moved the geometry of the embeddings."""
+"""Geometry of the embeddings before and after fine-tuning: measures, embedding of pairs, reports, figures."""

@@ -1,4 +1,4 @@
-"""From one checkpoint to another: how far the geometry has moved on given pairs, as JSON, table and pictures."""
+"""Comparison of two checkpoints by the geometry of their embeddings: report, table and figures."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dive_fast.checkpoint.load_weights import exported
-from dive_fast.config.schema import Config, ReferenceConfig
+from dive_fast.config.schema import EvaluateConfig, ModelConfig, ReferenceConfig
 from dive_fast.data.open_dataset import open_reference
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError, UserError
@@ -26,89 +26,93 @@ PRETRAINED = "pre-trained"
 
 
 class Embedded(NamedTuple):
-    """The same pairs, embedded by two models."""
+    """Embeddings of the same pairs by two models."""
 
     before: Pairs
     after: Pairs
     num_available: int
-    """Pairs that the set has; fewer may have been embedded."""
+    """Number of pairs in the set; fewer may have been embedded."""
     num_undecodable: int = 0
-    """Of those that were to be embedded: left out, because the image cannot be decoded."""
+    """Number of selected pairs that were left out because the image cannot be decoded."""
     num_skipped: int = 0
-    """Samples of the set that are not pairs, for lack of an image or a caption."""
+    """Number of samples of the set that have no image or no caption."""
 
 
 def embed_both(
-    config: Config,
+    model_config: ModelConfig,
+    options: EvaluateConfig,
     before: Path | None,
     after: Path,
     data: ReferenceConfig,
     ranks: Ranks,
     limit: int | None = None,
+    place: str = "",
 ) -> Embedded:
-    """Embeds pairs by two checkpoints of the config's model; all ranks call it.
+    """Embeds pairs by two checkpoints of a model; all ranks must call this.
 
     Args:
-        before: a checkpoint as :func:`dive_fast.checkpoint.load_weights.load_into` takes it; None: the pre-trained model.
-        after: another.
-        limit: of pairs, spread evenly over the set; default: all.
+        options: batch size and workers.
+        before: a checkpoint that :func:`dive_fast.checkpoint.load_weights.load_into` accepts; None: pre-trained.
+        after: another checkpoint.
+        limit: number of pairs, spread evenly over the set; default: all.
+        place: option that ``data`` comes from, for messages; default: ``data.reference``.
 
     Raises:
-        ConfigError: the weights are not there, or not those of the model.
+        ConfigError: the weights do not exist, or do not fit the model.
         DataError: the pairs cannot be read.
     """
     with ranks.raise_on_all(UserError):
-        # Before a model is built and anything is embedded: a typo in a path should not cost minutes.
-        source = open_reference(data, "" if data is config.data.reference else "--pairs")
+        # Before a model is built and anything is embedded, so that a typo in a path is reported at once.
+        source = open_reference(data, place)
         if ranks.is_main:
             source.report_skipped(data.path)
-        model = towers.create(config.model, weights=before is None)
-        samples = open_pairs(config, data, model, source)
+        model = towers.create(model_config, weights=before is None)
+        samples = open_pairs(model_config, data, model, source)
         pretrained = {name: tensor.clone() for name, tensor in model.export(model.state_dict()).items()}
-        states = [pretrained if path is None else exported(model, config.model, path) for path in (before, after)]
+        states = [pretrained if path is None else exported(model, model_config, path) for path in (before, after)]
     model = model.to(ranks.device)
-    found = []
+    embedded = []
     for state in states:
         model.load_exported(state)
-        found.append(embed(model, samples, ranks, config.evaluate.batch_size, config.evaluate.workers, limit))
-    first, second = (len(pairs.image) for pairs in found)
-    if first != second:
+        embedded.append(embed(model, samples, ranks, options.batch_size, options.workers, limit))
+    num_before, num_after = (len(pairs.image) for pairs in embedded)
+    if num_before != num_after:
         raise DataError(
-            f"{data.path}: {first} pairs could be read for the model before, {second} for the one after: files "
-            "change or cannot be reached; measure again"
+            f"{data.path}: {num_before} pairs could be read for the model before, {num_after} for the one after: "
+            "files change or cannot be reached; measure again"
         )
-    undecodable = len(spread(len(source), limit)) - first
-    return Embedded(found[0], found[1], len(source), undecodable, len(source.skipped))
+    undecodable = len(spread(len(source), limit)) - num_before
+    return Embedded(embedded[0], embedded[1], len(source), undecodable, len(source.skipped))
 
 
-def measure(embedded: Embedded, about: dict[str, str]) -> dict[str, Any]:
-    """The report of two models on the same pairs.
+def measure(embedded: Embedded, labels: dict[str, str]) -> dict[str, Any]:
+    """Compares two models on the same pairs; returns the report.
 
     Args:
-        about: ``model``, ``before``, ``after``, ``pairs``: what is compared, and on what.
+        labels: names of what is compared: ``model``, ``before``, ``after``, ``pairs``.
 
     Raises:
-        DataError: the pairs are too few, or their embeddings have no geometry.
+        DataError: there are too few pairs, or their embeddings have no geometry.
     """
     try:
         metrics = compare(embedded.before, embedded.after)
-        own = describe(embedded.before)
+        metrics_before = describe(embedded.before)
     except GeometryError as error:
-        raise DataError(f"{about['pairs']}: {error}") from error
+        raise DataError(f"{labels['pairs']}: {error}") from error
     counts = {
         "num_pairs": len(embedded.before.image),
         "num_available": embedded.num_available,
         "num_undecodable": embedded.num_undecodable,
         "num_skipped": embedded.num_skipped,
     }
-    return {**about, **counts, "metrics": metrics, "metrics_before": own}
+    return {**labels, **counts, "metrics": metrics, "metrics_before": metrics_before}
 
 
 def write(report: dict[str, Any], embedded: Embedded, folder: Path, training: Path | None = None) -> list[Path]:
-    """Leaves ``geometry.json`` and pictures; returns what was written.
+    """Writes ``geometry.json`` and figures; returns the files.
 
     Args:
-        training: the run's ``metrics.jsonl``: its course is drawn too, where it tells of difference vectors.
+        training: the run's ``metrics.jsonl``; curves over training are drawn if it has geometry metrics.
     """
     with file_lock(folder / LOCK, f"results folder {folder}", wait=True):
         files = [folder / name for name in ("geometry.json", "geometry_rsa.png", "geometry_differences.png")]
@@ -120,8 +124,8 @@ def write(report: dict[str, Any], embedded: Embedded, folder: Path, training: Pa
                 lines = [parse_json(line) for line in read_text(training).splitlines()]
                 drawn = figures.has_course(lines)
             except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-                # All else is measured and written.
-                logger.warning("%s: its course is not drawn: a line is none of metrics: %s", training, error)
+                # Everything else is measured and written.
+                logger.warning("%s: curves are not drawn: a line is not a line of metrics: %s", training, error)
                 return files
             if drawn:
                 files.append(folder / "geometry_course.png")
@@ -131,29 +135,29 @@ def write(report: dict[str, Any], embedded: Embedded, folder: Path, training: Pa
 
 def table(report: dict[str, Any]) -> str:
     """The report as lines of text."""
-    found, own = report["metrics"], report["metrics_before"]
+    after, before = report["metrics"], report["metrics_before"]
     similarity = _columns(
         ("1: unchanged", "images", "captions", "pooled"),
-        *((name, *(f"{found[key + half]:.4f}" for half in _HALVES)) for key, name in _SIMILARITIES.items()),
+        *((name, *(f"{after[key + half]:.4f}" for half in _HALVES)) for key, name in _SIMILARITIES.items()),
     )
     models = _columns(
         ("each model", "before", "after"),
-        *((name, f"{own[key]:.4f}", f"{found[key]:.4f}") for key, name in _DESCRIPTIONS.items()),
+        *((name, f"{before[key]:.4f}", f"{after[key]:.4f}") for key, name in _DESCRIPTIONS.items()),
     )
     lengths = _columns(
         ("difference vectors", "images u", "captions v"),
-        *((name, *(f"{found[half + key]:.3g}" for half in ("image", "text"))) for key, name in _LENGTHS.items()),
+        *((name, *(f"{after[half + key]:.3g}" for half in ("image", "text"))) for key, name in _LENGTHS.items()),
     )
-    others = _columns(*((name, f"{found[key]:.3g}") for key, name in _SHARED.items()))
+    others = _columns(*((name, f"{after[key]:.3g}") for key, name in _SHARED.items()))
     counts = f"{report['num_pairs']} of {report['num_available']} pairs"
-    left = [
-        f"{report[key]} {what}"
-        for key, what in (("num_undecodable", "undecodable"), ("num_skipped", "without image or caption"))
+    left_out = [
+        f"{report[key]} {reason}"
+        for key, reason in (("num_undecodable", "undecodable"), ("num_skipped", "without image or caption"))
         if report.get(key)
     ]
-    counts += f" (left out: {', '.join(left)})" if left else ""
-    head = f"{counts} of {report['pairs']}: {report['before']} -> {report['after']}"
-    return "\n\n".join([head, similarity, models, f"{lengths}\n{others}"])
+    counts += f" (left out: {', '.join(left_out)})" if left_out else ""
+    header = f"{counts} of {report['pairs']}: {report['before']} -> {report['after']}"
+    return "\n\n".join([header, similarity, models, f"{lengths}\n{others}"])
 
 
 _HALVES = ("_image", "_text", "")

@@ -1,4 +1,4 @@
-"""Image-caption pairs and their embeddings, to measure geometry on."""
+"""Image-caption pairs for measures of geometry, and their embeddings in fp32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dive_fast.config.schema import Config, ReferenceConfig
+from dive_fast.config.schema import ModelConfig, ReferenceConfig
 from dive_fast.data.loaders.loader import Options, batches_of
 from dive_fast.data.open_dataset import open_reference
 from dive_fast.data.prepared.format import MANIFEST
@@ -19,44 +19,48 @@ from dive_fast.model.towers import Towers, tokenizer_of, unit
 
 
 def describe_pairs(
-    config: Config, path: str | None = None, kind: str | None = None, image_root: str | None = None
+    reference: ReferenceConfig | None,
+    path: str | None = None,
+    data_format: str | None = None,
+    image_root: str | None = None,
 ) -> ReferenceConfig:
-    """The captioned set at a path, or the config's ``data.reference``.
+    """The section of the captioned set at a path, by default ``data.reference``.
 
     Args:
-        kind: its format, as ``data.reference.format``; default: what lies at the path.
+        reference: the config's ``data.reference``, used if there is no path.
+        data_format: as ``data.reference.format``; default: guessed from the path.
         image_root: as ``data.reference.image_root``.
 
     Raises:
-        ConfigError: neither a path nor ``data.reference``, or arguments that do not go together.
+        ConfigError: there is neither a path nor ``data.reference``, or the arguments contradict each other.
     """
     if path is None:
-        if kind is not None or image_root is not None:
-            raise ConfigError("--format, --image-root: they tell of the set that --pairs names; name one")
-        if config.data.reference is None:
+        if data_format is not None or image_root is not None:
+            raise ConfigError("--format, --image-root: they describe the set of --pairs; add --pairs")
+        if reference is None:
             raise ConfigError(
                 "data.reference: the config has no pairs to measure geometry on; name some by --pairs"
             )
-        return config.data.reference
-    kind = kind or _format_at(path)
-    if image_root is not None and kind != "csv":
+        return reference
+    data_format = data_format or _format_at(path)
+    if image_root is not None and data_format != "csv":
         raise ConfigError("--image-root: only csv data has one; leave it out")
-    given = {"format": kind, "path": path, "image_root": image_root}
-    return ReferenceConfig.model_validate(given)
+    section = {"format": data_format, "path": path, "image_root": image_root}
+    return ReferenceConfig.model_validate(section)
 
 
 def open_pairs(
-    config: Config, data: ReferenceConfig, towers: Towers, source: Source | None = None
+    model: ModelConfig, data: ReferenceConfig, towers: Towers, source: Source | None = None
 ) -> ReferenceSamples:
-    """The samples of a captioned set, in the evaluation view.
+    """Opens the samples of a captioned set, in the evaluation view.
 
     Args:
-        source: the set, if it has been opened.
+        source: the opened set; None: it is opened here.
 
     Raises:
-        DataError: the set is not there, or not as its format says.
+        DataError: the set does not exist, or does not have its format.
     """
-    tokenizer = tokenizer_of(config.model, data.text_length)
+    tokenizer = tokenizer_of(model, data.text_length)
     source = open_reference(data) if source is None else source
     return ReferenceSamples(source, tokenizer, towers.preprocess, towers.pooled_at, seed=0)
 
@@ -70,52 +74,52 @@ def embed(
     workers: int = 0,
     limit: int | None = None,
 ) -> Pairs:
-    """Embeddings of pairs in fp32, each once on any number of ranks; all ranks call it.
+    """Embeds pairs in fp32, each on one rank; all ranks must call this, and all get the result.
 
-    A pair whose image cannot be decoded is left out; the log names it.
+    A pair whose image cannot be decoded is left out, with a warning that names it.
 
     Args:
-        towers: left as they were: mode and autocast.
+        towers: their mode and autocast are restored.
         batch_size: pairs encoded at once on each rank.
         workers: loader processes on each rank.
-        limit: how many, spread evenly over the set; default: all.
+        limit: number of pairs, spread evenly over the set; default: all.
 
     Returns:
-        ``(N, D)`` unit rows of each half in the set's order, the same on every rank, on its device.
+        Unit rows ``(N, D)`` of images and of texts, in the order of the set, on this rank's device.
 
     Raises:
         DataError: too many images in a row cannot be decoded.
     """
     chosen = spread(len(samples.source), limit)
-    share = ranks.local_range(len(chosen))
-    places: list[SampleKey] = [(0, sample) for sample in chosen[share.start : share.stop]]
+    local = ranks.local_range(len(chosen))
+    keys: list[SampleKey] = [(0, sample) for sample in chosen[local.start : local.stop]]
     with _in_fp32(towers):
-        nothing = torch.empty(0, towers.width, device=ranks.device)
-        images, texts = [nothing], [nothing]
-        with ranks.raise_on_all(DataError), ranks.progress(len(places), "embeddings", "pair") as bar:
+        empty = torch.empty(0, towers.width, device=ranks.device)
+        images, texts = [empty], [empty]
+        with ranks.raise_on_all(DataError), ranks.progress(len(keys), "embeddings", "pair") as bar:
             options = Options(workers=workers, device=ranks.device)
-            for number, batch in enumerate(batches_of(samples, places, batch_size, options)):
-                wanted = places[number * batch_size : (number + 1) * batch_size]
-                # A broken sample's neighbour has taken its place: it has one of its own.
-                itself = batch.sample == torch.tensor([sample for _, sample in wanted])
+            for number, batch in enumerate(batches_of(samples, keys, batch_size, options)):
+                requested = keys[number * batch_size : (number + 1) * batch_size]
+                # The loader replaces a broken sample by another one, which must not be counted twice.
+                is_requested = batch.sample == torch.tensor([sample for _, sample in requested])
                 batch = batch.to(ranks.device)
                 image, text = towers.encode_pairs(batch.images, batch.text)
-                kept = itself.to(ranks.device)
+                kept = is_requested.to(ranks.device)
                 images.append(unit(image)[kept])
                 texts.append(unit(text)[kept])
-                bar.update(len(wanted))
+                bar.update(len(requested))
     return Pairs(*(ranks.gather(torch.cat(half)) for half in (images, texts)))
 
 
 def spread(count: int, limit: int | None) -> list[int]:
-    """At most ``limit`` of ``count`` places, evenly spaced; None: all."""
-    wanted = count if limit is None else min(limit, count)
-    return [place * count // wanted for place in range(wanted)]
+    """At most ``limit`` of the indices 0 to ``count - 1``, evenly spaced; None: all."""
+    number = count if limit is None else min(limit, count)
+    return [index * count // number for index in range(number)]
 
 
 @contextmanager
 def _in_fp32(towers: Towers) -> Iterator[None]:
-    """Difference vectors may be shorter than what half precision rounds off."""
+    """Evaluation mode without autocast: difference vectors may be shorter than rounding in half precision."""
     training, autocast = towers.training, towers.autocast
     towers.eval()
     towers.autocast = None

@@ -1,4 +1,4 @@
-"""Figures of geometry: similarities before and after, difference vectors, their course over training."""
+"""Figures of geometry: distances before and after, difference vectors, and their curves over training."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,23 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dive_fast.evaluate.geometry import measures as geometry
+from dive_fast.evaluate.geometry import measures
 from dive_fast.evaluate.geometry.embed import spread
 from dive_fast.evaluate.plots import BLUE, GREEN, ORANGE, new_figure, save_figure, style_axes
 from dive_fast.model.features import Pairs
 
 SHOWN_ROWS = 1200
-"""Embeddings of which distances are drawn: their pairs are more than a picture has pixels."""
+"""Number of embeddings whose distances are drawn; their pairs outnumber the pixels of a figure."""
 
 GEOMETRY = "geometry/"
-"""What the names of :func:`geometry.compare` begin with in ``metrics.jsonl``."""
+"""Prefix of the names of :func:`dive_fast.evaluate.geometry.measures.compare` in ``metrics.jsonl``."""
 
 
 def draw_rsa(before: Pairs, after: Pairs, metrics: Mapping[str, float], path: Path) -> None:
-    """Distances of the same pairs of embeddings before and after: images, captions, and both pooled.
+    """Plots distances of the same pairs of embeddings before and after: images, captions, and both pooled.
 
     Args:
-        metrics: scores of all embeddings, of which some are drawn: ``rsa_image``, ``rsa_text``, ``rsa``.
+        metrics: ``rsa_image``, ``rsa_text`` and ``rsa`` of all embeddings, of which some are drawn.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -58,27 +58,27 @@ def draw_rsa(before: Pairs, after: Pairs, metrics: Mapping[str, float], path: Pa
 
 
 def draw_differences(before: Pairs, after: Pairs, path: Path) -> None:
-    """Difference vectors of images and captions: on their two main axes, their lengths, their cosines to m."""
-    found = geometry.differences(before, after)
-    halves = (("images, u", found.image, BLUE), ("captions, v", found.text, ORANGE))
-    m = found.average
+    """Plots difference vectors: on their two principal axes, their lengths, and their cosines to m."""
+    differences = measures.differences(before, after)
+    halves = (("images, u", differences.image, BLUE), ("captions, v", differences.text, ORANGE))
+    m = differences.average
     figure = new_figure(12.5, 4.1)
     plane, lengths, cosines = figure.subplots(1, 3)
 
-    # About zero, not about their mean: a part that all share is seen as a shift of the whole cloud.
-    axes, shares = _main_axes(torch.cat([found.image, found.text]))
+    # About zero, not about their mean, so that a shared component shows as a shift of all points.
+    axes, shares = _principal_axes(torch.cat([differences.image, differences.text]))
     for label, rows, colour in halves:
         x, y = (rows.double() @ axes).T.cpu().numpy()
         plane.plot(x, y, "o", color=colour, markersize=3, alpha=0.45, markeredgewidth=0, label=label)
     plane.plot(0, 0, "+", color="black", markersize=12, markeredgewidth=1.5, label="no movement")
-    across, up = (m @ axes).tolist()
-    plane.plot(across, up, "*", color=GREEN, markersize=15, markeredgecolor="white", label="their mean, m")
+    x_mean, y_mean = (m @ axes).tolist()
+    plane.plot(x_mean, y_mean, "*", color=GREEN, markersize=15, markeredgecolor="white", label="their mean, m")
     plane.set_aspect("equal", adjustable="datalim")
     for name, share, label in zip(("first", "second"), shares, (plane.set_xlabel, plane.set_ylabel), strict=True):
         label(f"{name} main axis ({100 * share:.0f} % of squared length)")
     plane.set_title("projection", fontsize=11)
 
-    measured = [geometry.lengths_of(rows).cpu() for _, rows, _ in halves]
+    measured = [measures.lengths_of(rows).cpu() for _, rows, _ in halves]
     norm = float(m.norm())
     edges = torch.linspace(0, 1.02 * max(*(float(values.max()) for values in measured), norm, 1e-12), 41).numpy()
     for (label, _, colour), values in zip(halves, measured, strict=True):
@@ -90,7 +90,7 @@ def draw_differences(before: Pairs, after: Pairs, path: Path) -> None:
 
     edges = torch.linspace(-1, 1, 41).numpy()
     for label, rows, colour in halves:
-        values = geometry.cosines_to(m, rows).cpu()
+        values = measures.cosines_to(m, rows).cpu()
         cosines.hist(values.numpy(), edges, color=colour, alpha=0.55, label=f"{label}: mean {values.mean():.2f}")
     cosines.set_xticks([-1, -0.5, 0, 0.5, 1])
     cosines.set_xlabel("cosine to m; 1: all vectors point the same way")
@@ -121,37 +121,37 @@ _COURSES = (
 
 
 def has_course(lines: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether metrics hold anything that :func:`course` draws."""
-    return any(_course_of(lines, prefix + name) for *_, names in _COURSES for name in names for prefix in _SOURCES)
+    """Whether the metrics have anything that :func:`draw_course` draws."""
+    return any(_points(lines, prefix + name) for *_, names in _COURSES for name in names for prefix in _SOURCES)
 
 
 def draw_course(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """How difference vectors, their losses and RSA go over training.
+    """Plots lengths and losses of difference vectors, and RSA, over training.
 
     Args:
-        lines: of a run's ``metrics.jsonl``. Curves are of its reference batches, points of pairs that are measured
-            beside them (``geometry/...``).
+        lines: lines of a run's ``metrics.jsonl``. Solid curves show reference batches, dashed ones the pairs of
+            ``evaluate.geometry`` (``geometry/...``).
     """
     drawn = [
         (kind, label, names)
         for kind, label, names in _COURSES
-        if any(_course_of(lines, prefix + name) for name in names for prefix in _SOURCES)
+        if any(_points(lines, prefix + name) for name in names for prefix in _SOURCES)
     ]
     figure = new_figure(4.3 * len(drawn), 3.7)
-    for axis, (kind, label, names) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+    for axis, (kind, y_label, names) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
         for name, (legend, colour) in names.items():
-            for prefix, (style, where) in _SOURCES.items():
-                points = _course_of(lines, prefix + name)
+            for prefix, (style, origin) in _SOURCES.items():
+                points = _points(lines, prefix + name)
                 if points:
                     steps, values = zip(*points, strict=True)
-                    told = legend if kind == "similarity" else legend + where
-                    axis.plot(steps, values, style, color=colour, markersize=5, linewidth=1.5, label=told)
+                    label = legend if kind == "similarity" else legend + origin
+                    axis.plot(steps, values, style, color=colour, markersize=5, linewidth=1.5, label=label)
         if kind == "length":
-            axis.set_yscale("log")  # m is far shorter than the vectors that it is the mean of
+            axis.set_yscale("log")  # m is far shorter than u and v
         if kind == "loss":
             axis.set_ylim(bottom=0)
         axis.set_xlabel("step")
-        axis.set_ylabel(label)
+        axis.set_ylabel(y_label)
         axis.legend(frameon=False, fontsize=8)
         axis.grid(alpha=0.25)
         style_axes(axis)
@@ -161,28 +161,28 @@ def draw_course(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
 _SOURCES = {"": ("-", ", reference batch"), GEOMETRY: ("o--", ", measured pairs")}
 
 
-def _course_of(lines: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
-    """Steps and values of a metric; of difference vectors from the first update on: before, they are rounding."""
-    known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+def _points(lines: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    """Steps and values of a metric; without the first step for difference vectors, which are rounding there."""
+    points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
     if name.removeprefix(GEOMETRY).startswith("rsa"):
-        return known
-    return [(step, value) for step, value in known if step > 1 and value > 0]
+        return points
+    return [(step, value) for step, value in points if step > 1 and value > 0]
 
 
 def _distances(rows: Tensor) -> Any:
-    """Cosine distances of all pairs i < j of unit rows."""
+    """Cosine distances of all pairs i < j of unit rows, as a flat array."""
     similarity = (rows.double() @ rows.double().T).cpu()
     above = torch.ones_like(similarity, dtype=torch.bool).triu(1)
     return 1 - similarity[above].numpy()
 
 
-def _main_axes(rows: Tensor) -> tuple[Tensor, list[float]]:
-    """``(D, 2)`` fp64: the two directions that hold most of the rows' squared length; and their shares of it."""
+def _principal_axes(rows: Tensor) -> tuple[Tensor, list[float]]:
+    """The two directions ``(D, 2)`` with the largest share of the rows' squared length, and these shares."""
     wide = rows.double()
     values, vectors = torch.linalg.eigh(wide.T @ wide)
     largest = values.clamp(min=0).flip(0)
     total = float(largest.sum())
     axes = vectors.flip(1)[:, :2]
-    # An axis has no sign of its own: most rows shall lie on its positive side.
+    # The sign of an axis is arbitrary: choose the one for which the rows' mean is positive.
     axes = axes * torch.where((wide @ axes).mean(0) < 0, -1.0, 1.0)
     return axes, [float(value) / total if total > 0 else 0.0 for value in largest[:2]]

@@ -1,4 +1,4 @@
-"""The demo's generated world and the small model that ships with it."""
+"""Tests of the demo's generated world and of the small model that ships with it."""
 
 import io
 import tarfile
@@ -28,7 +28,7 @@ EXPECTED_BRIGHTNESS = [109.11, 63.4, 166.28, 32.33]
 
 @pytest.fixture
 def small_world(monkeypatch: pytest.MonkeyPatch) -> int:
-    """A world of 5 samples a split, in shards of 3."""
+    """Reduces each split to 5 samples in shards of 3."""
     monkeypatch.setattr(world, "NUM_SAMPLES", dict.fromkeys(world.SPLITS, 5))
     monkeypatch.setattr(splits, "SHARD_SIZE", 3)
     return 5
@@ -46,11 +46,11 @@ def members(folder: Path) -> dict[str, bytes]:
     return contents
 
 
-# ------------------------------------------------------------------------------ samples
+# Samples
 
 
-def test_version_is_bumped_with_the_generator() -> None:
-    """Caches are keyed to WORLD_VERSION. If this fails, bump it and put the new numbers here.
+def test_world_version_is_bumped_with_the_generator() -> None:
+    """Caches are keyed by WORLD_VERSION. If this fails, bump it and put the new numbers here.
 
     Brightness is compared loosely, as floating point differs a little between machines.
     """
@@ -62,20 +62,20 @@ def test_version_is_bumped_with_the_generator() -> None:
 
 
 @pytest.mark.parametrize("split", world.SPLITS)
-def test_samples_stand_alone(split: str) -> None:
+def test_sample_is_independent_of_its_neighbours(split: str) -> None:
     forwards = [splits.sample(split, index) for index in (0, 1, 2)]
     again = splits.sample(split, 2)
     assert forwards[2].image.tobytes() == again.image.tobytes()
     assert (forwards[2].text, forwards[2].label) == (again.text, again.label)
 
 
-def test_no_picture_is_in_two_splits() -> None:
+def test_splits_share_no_picture() -> None:
     pictures = [splits.sample(split, index).image.tobytes() for split in world.SPLITS for index in range(20)]
     assert len(set(pictures)) == len(pictures)
 
 
 @pytest.mark.parametrize("split", world.TASKS)
-def test_labels_are_the_classes_shown(split: str) -> None:
+def test_labels_match_the_attributes_shown(split: str) -> None:
     task = world.TASKS[split]
     drawn = [splits.sample(split, index) for index in range(200)]
     for sample in drawn:
@@ -84,20 +84,20 @@ def test_labels_are_the_classes_shown(split: str) -> None:
     assert all(template.count("{}") == 1 for template in task.templates)
 
 
-def test_out_of_distribution_means_other_styles_of_the_same_classes() -> None:
+def test_ood_split_has_the_same_classes_in_other_styles() -> None:
     styles = {split: {splits.sample(split, i).facts.style for i in range(60)} for split in ("target", "id", "ood")}
     assert styles["target"] == styles["id"] == {"photo"}
     assert styles["ood"] == set(world.STYLES) - {"photo"}
     assert world.TASKS["ood"].classes == world.TASKS["target"].classes
 
 
-def test_zero_shot_classes_are_not_fine_tuned_on() -> None:
+def test_zero_shot_classes_are_no_target_classes() -> None:
     for split, task in world.TASKS.items():
         if split.startswith("zs_"):
             assert not set(task.classes) & set(world.SHADES)
 
 
-def test_reference_shows_everything_and_never_tells_a_label() -> None:
+def test_reference_covers_all_attributes_without_labels() -> None:
     drawn = [splits.sample("reference", index) for index in range(400)]
     assert {sample.facts.shape for sample in drawn} == set(world.SHAPES)
     assert {sample.facts.shade for sample in drawn} == set(world.SHADES)
@@ -105,16 +105,16 @@ def test_reference_shows_everything_and_never_tells_a_label() -> None:
     assert all(sample.label == -1 for sample in drawn)
 
 
-# ------------------------------------------------------------------------------ folders
+# Folders
 
 
-def test_same_bytes_in_two_roots(tmp_path: Path, small_world: int) -> None:
+def test_prepare_writes_equal_bytes_in_two_roots(tmp_path: Path, small_world: int) -> None:
     first, second = files(splits.prepare(tmp_path / "a")), files(splits.prepare(tmp_path / "b"))
     assert first == second
     assert {name.split("/")[0] for name in first} == set(world.SPLITS)
 
 
-def test_folders_hold_what_loaders_read(tmp_path: Path, small_world: int) -> None:
+def test_prepare_writes_what_loaders_read(tmp_path: Path, small_world: int) -> None:
     root = splits.prepare(tmp_path)
     for split in world.SPLITS:
         contents = members(root / split)
@@ -128,7 +128,7 @@ def test_folders_hold_what_loaders_read(tmp_path: Path, small_world: int) -> Non
         assert names[int(contents[f"{i:06d}.cls"])] == contents[f"{i:06d}.txt"].decode()
 
 
-def test_existing_splits_stay_and_missing_ones_come_back(tmp_path: Path, small_world: int) -> None:
+def test_prepare_keeps_existing_and_restores_missing_splits(tmp_path: Path, small_world: int) -> None:
     root = splits.prepare(tmp_path)
     (root / "id" / "mark").touch()
     shards = files(root / "ood")
@@ -140,7 +140,9 @@ def test_existing_splits_stay_and_missing_ones_come_back(tmp_path: Path, small_w
     assert files(root / "ood") == shards
 
 
-def test_failure_leaves_no_split_behind(tmp_path: Path, small_world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_failure_leaves_no_split(
+    tmp_path: Path, small_world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
@@ -151,15 +153,17 @@ def test_failure_leaves_no_split_behind(tmp_path: Path, small_world: int, monkey
     assert list((tmp_path / f"demo-{splits.WORLD_VERSION}").iterdir()) == []
 
 
-def test_several_at_once(tmp_path: Path, small_world: int) -> None:
-    """Threads race for the same renames as processes do."""
+def test_prepare_concurrent_calls(tmp_path: Path, small_world: int) -> None:
+    """Threads compete for the same renames as processes do."""
     with ThreadPoolExecutor(3) as pool:
         (folder,) = set(pool.map(splits.prepare, [tmp_path] * 3))
     assert {path.name for path in folder.iterdir()} == set(world.SPLITS)
     assert len(files(folder)) == len(files(splits.prepare(tmp_path / "alone")))
 
 
-def test_resolve(tmp_path: Path, small_world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_returns_paths_of_the_cache(
+    tmp_path: Path, small_world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DIVE_FAST_CACHE", str(tmp_path))
     root = tmp_path / f"demo-{splits.WORLD_VERSION}"
     assert splits.resolve("demo:target") == root / "target"
@@ -167,12 +171,12 @@ def test_resolve(tmp_path: Path, small_world: int, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("path", ["demo:nonsense", "demo:", "target", "other:target"])
-def test_resolve_names_the_splits_it_knows(path: str) -> None:
+def test_resolve_error_lists_the_splits(path: str) -> None:
     with pytest.raises(ValueError, match="demo:reference_heldout"):
         splits.resolve(path)
 
 
-# -------------------------------------------------------------------------------- model
+# Model
 
 
 @pytest.fixture(scope="module")
@@ -181,13 +185,13 @@ def tokenizer() -> Any:
 
 
 @pytest.mark.parametrize("force_custom_text", [False, True])
-def test_model_loads_in_fp32_and_is_small(force_custom_text: bool) -> None:
+def test_demo_model_loads_in_fp32_and_is_small(force_custom_text: bool) -> None:
     model = open_clip.create_model(f"local-dir:{towers.MODEL_DIR}", force_custom_text=force_custom_text)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert sum(path.stat().st_size for path in towers.MODEL_DIR.iterdir()) < 6_000_000
 
 
-def test_tokenizer_marks_the_end_with_the_highest_id(tokenizer: Any) -> None:
+def test_demo_tokenizer_has_the_highest_id_at_the_end(tokenizer: Any) -> None:
     inner = tokenizer.tokenizer
     assert inner.pad_token_id == 0
     assert inner.eos_token_id == len(inner) - 1 == max(inner.get_vocab().values())
@@ -198,7 +202,7 @@ def test_tokenizer_marks_the_end_with_the_highest_id(tokenizer: Any) -> None:
     assert inner.unk_token_id in ids[1]
 
 
-def test_tokenizer_knows_every_word_and_cuts_nothing(tokenizer: Any) -> None:
+def test_demo_tokenizer_knows_all_words_and_truncates_none(tokenizer: Any) -> None:
     rng = np.random.default_rng(0)
     texts = [world.caption(world.draw_facts("reference", rng), rng) for _ in range(3000)]
     for task in world.TASKS.values():
@@ -214,8 +218,8 @@ def test_tokenizer_knows_every_word_and_cuts_nothing(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("split", "least"), [("id", 3.0), ("ood", 3.0), ("zs_colour", 4.0), ("zs_backdrop", 4.0), ("zs_style", 2.5)]
 )
-def test_model_has_learned_its_world(split: str, least: float, tokenizer: Any) -> None:
-    """Accuracy on a part of the set is at least `least` times chance."""
+def test_demo_model_is_better_than_chance(split: str, least: float, tokenizer: Any) -> None:
+    """Accuracy on 100 samples of the split is at least ``least`` times chance."""
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{towers.MODEL_DIR}")
     task = world.TASKS[split]
     prompts = [template.format(name) for name in task.classes for template in task.templates]

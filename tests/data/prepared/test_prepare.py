@@ -1,4 +1,4 @@
-"""Preparing: what is kept, converted and left out, and that a kill, a full disk or another option lose nothing."""
+"""Tests of preparation: conversion, left-out samples, kills, full disks, and changed options or sources."""
 
 import dataclasses
 import io
@@ -79,7 +79,7 @@ def launch(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 # One image
 
 
-def test_a_jpeg_that_will_do_keeps_its_bytes() -> None:
+def test_convert_keeps_bytes_of_suitable_jpegs() -> None:
     for image in (picture(), picture(mode="L")):
         for options in ({}, {"progressive": True}, {"quality": 30}):
             data = encoded(image, **options)
@@ -101,17 +101,17 @@ def test_a_jpeg_that_will_do_keeps_its_bytes() -> None:
         ("RGB", "WEBP", "WEBP"),
     ],
 )
-def test_what_is_no_plain_jpeg_becomes_one_that_looks_alike(mode: str, kind: str, reason: str) -> None:
+def test_convert_other_formats_to_similar_jpegs(mode: str, kind: str, reason: str) -> None:
     data = encoded(picture(mode=mode), kind)
-    found = convert(data, Options())
-    assert (found.height, found.width, found.reason) == (60, 80, reason)
-    image = Image.open(io.BytesIO(found.jpeg))
+    converted = convert(data, Options())
+    assert (converted.height, converted.width, converted.reason) == (60, 80, reason)
+    image = Image.open(io.BytesIO(converted.jpeg))
     assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (80, 60))
-    if mode not in ("1", "P"):  # whose dots no JPEG keeps
-        assert np.abs(decoded(found.jpeg).astype(int) - decoded(data)).mean() < 2
+    if mode not in ("1", "P"):  # a JPEG does not keep dithering
+        assert np.abs(decoded(converted.jpeg).astype(int) - decoded(data)).mean() < 2
 
 
-def test_sixteen_bits_keep_their_upper_eight() -> None:
+def test_convert_16_bits_keep_their_upper_8() -> None:
     grey = np.asarray(picture(mode="L"))
     deep = Image.fromarray(grey.astype(np.uint16) * 256 + 77)
     assert np.abs(decoded(convert(encoded(deep, "PNG"), Options()).jpeg)[..., 0].astype(int) - grey).mean() < 2
@@ -120,13 +120,11 @@ def test_sixteen_bits_keep_their_upper_eight() -> None:
 @pytest.mark.parametrize(
     ("size", "expected"), [((128, 80), (102, 64)), ((65, 3000), (64, 2954)), ((640, 640), (64, 64))]
 )
-def test_a_large_image_is_made_smaller_by_its_shorter_side(
-    size: tuple[int, int], expected: tuple[int, int]
-) -> None:
-    found = convert(encoded(picture(*size), quality=95), SMALL)
-    assert (found.height, found.width, found.reason) == (*expected, "larger")
-    wanted = np.asarray(picture(*size).resize(expected[::-1], Image.Resampling.BICUBIC)).astype(int)
-    assert np.abs(decoded(found.jpeg) - wanted).mean() < 2
+def test_convert_resizes_by_the_shorter_side(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    converted = convert(encoded(picture(*size), quality=95), SMALL)
+    assert (converted.height, converted.width, converted.reason) == (*expected, "larger")
+    expected_pixels = np.asarray(picture(*size).resize(expected[::-1], Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(decoded(converted.jpeg) - expected_pixels).mean() < 2
 
 
 @pytest.mark.parametrize(
@@ -144,7 +142,7 @@ def test_a_large_image_is_made_smaller_by_its_shorter_side(
         ),
     ],
 )
-def test_what_is_no_picture_is_left_out_with_a_reason(data: bytes, reason: str) -> None:
+def test_convert_refuses_unusable_images_with_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(UnusableError, match=f"^{reason}$"):
         convert(data, Options())
 
@@ -152,7 +150,7 @@ def test_what_is_no_picture_is_left_out_with_a_reason(data: bytes, reason: str) 
 # A set
 
 
-def test_a_corpus_of_all_that_can_be_wrong(tmp_path: Path) -> None:
+def test_prepare_corpus_with_every_defect(tmp_path: Path) -> None:
     good = encoded(picture())
     tiny.write_tar(
         tmp_path / "0.tar",
@@ -173,8 +171,8 @@ def test_a_corpus_of_all_that_can_be_wrong(tmp_path: Path) -> None:
         member = tarfile.TarInfo("good.jpg")
         member.size = len(good)
         tar.addfile(member, io.BytesIO(good))
-    whole = write_set(tmp_path / "1.tar", 10).read_bytes()
-    (tmp_path / "1.tar").write_bytes(whole[: len(whole) // 2])
+    complete = write_set(tmp_path / "1.tar", 10).read_bytes()
+    (tmp_path / "1.tar").write_bytes(complete[: len(complete) // 2])
     tiny.write_tar(tmp_path / "2.tar", {})
     (tmp_path / "3.tar").write_bytes(b"")
 
@@ -185,37 +183,37 @@ def test_a_corpus_of_all_that_can_be_wrong(tmp_path: Path) -> None:
     assert keys[4:] == [f"1.tar/{i:03d}" for i in range(len(keys) - 4)]
     assert 2 <= len(keys) - 4 < 10
     assert source.samples[0].texts == ("schön",)
-    told = [json.loads(line) for line in (tmp_path / "set/skipped.jsonl").read_text().splitlines()]
-    reasons = {entry["key"]: entry["reason"] for entry in told}
+    entries = [json.loads(line) for line in (tmp_path / "set/skipped.jsonl").read_text().splitlines()]
+    reasons = {entry["key"]: entry["reason"] for entry in entries}
     assert reasons == reasons | {
-        "0.tar/good": "its name is taken",
+        "0.tar/good": "duplicate name",
         "0.tar/captionless": "no .txt",
         "0.tar/imageless": "no image",
         "0.tar/latin": "its caption is not UTF-8",
         "0.tar/cut": "a broken image",
         "0.tar/html": "not an image",
         "0.tar/pixel": "a side shorter than 8 pixels",
-        "1.tar": "the tar is not whole",
-        "3.tar": "the tar is not whole",
+        "1.tar": "the tar is incomplete",
+        "3.tar": "the tar is incomplete",
     }
-    assert manifest.skipped == Counter(entry["reason"] for entry in told)
+    assert manifest.skipped == Counter(entry["reason"] for entry in entries)
     assert manifest.converted == {"GIF": 1, "CMYK JPEG": 1}
     assert manifest.samples == len(keys)
     for index in range(len(source)):
         assert source.image(index).format == "JPEG"
 
 
-def test_shards_containers_and_workers_change_no_content(tmp_path: Path) -> None:
+def test_prepare_content_is_independent_of_shards_and_workers(tmp_path: Path) -> None:
     tar = write_set(tmp_path / "a.tar")
-    made = {
+    manifests = {
         "one": make(tar, tmp_path / "one"),
         "two": make(tar, tmp_path / "two", workers=2),
         "large": make(tar, tmp_path / "large", dataclasses.replace(SMALL, shard_samples=100)),
         "beton": make(tar, tmp_path / "beton", dataclasses.replace(SMALL, container="beton")),
     }
-    assert len({manifest.content for manifest in made.values()}) == 1
+    assert len({manifest.content for manifest in manifests.values()}) == 1
     assert files(tmp_path / "one") == files(tmp_path / "two")
-    assert [len(manifest.files) for manifest in made.values()] == [6, 6, 1, 1]
+    assert [len(manifest.files) for manifest in manifests.values()] == [6, 6, 1, 1]
     assert sorted(files(tmp_path / "beton")) == [
         "data.beton",
         "index.safetensors",
@@ -223,16 +221,16 @@ def test_shards_containers_and_workers_change_no_content(tmp_path: Path) -> None
         "skipped.jsonl",
     ]
     raw = open_webdataset(str(tar), ".cls")
-    for name in made:
+    for name in manifests:
         source = open_prepared(str(tmp_path / name), ".cls")
-        assert source.digest() == made["one"].content
+        assert source.digest() == manifests["one"].content
         assert [source.read(i) for i in range(22)] == [raw.read(i) for i in range(22)]
-    # Of another label, text or pixel it is another set.
-    assert make(tar, tmp_path / "texts", text=".txt").content != made["one"].content
-    assert make(write_set(tmp_path / "b.tar", 21), tmp_path / "less").content != made["one"].content
+    # Another label, text or pixel gives another set.
+    assert make(tar, tmp_path / "texts", text=".txt").content != manifests["one"].content
+    assert make(write_set(tmp_path / "b.tar", 21), tmp_path / "less").content != manifests["one"].content
 
 
-def test_every_format_is_prepared_with_its_texts_and_class_names(tmp_path: Path) -> None:
+def test_prepare_keeps_texts_and_class_names_of_every_format(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         (tmp_path / "folder" / name).mkdir(parents=True)
         (tmp_path / "folder" / name / "a.jpg").write_bytes(tiny.jpeg(len(name)))
@@ -255,7 +253,7 @@ def test_every_format_is_prepared_with_its_texts_and_class_names(tmp_path: Path)
         assert [sample.texts for sample in opened.samples] == texts
 
 
-def test_tokens_are_those_of_the_tokenizer(tmp_path: Path) -> None:
+def test_prepare_stores_tokens_of_the_tokenizer(tmp_path: Path) -> None:
     make(
         write_set(tmp_path / "a.tar", 6),
         tmp_path / "set",
@@ -268,7 +266,7 @@ def test_tokens_are_those_of_the_tokenizer(tmp_path: Path) -> None:
     assert torch.equal(source.tokens.long(), expected)
 
 
-def test_dali_reads_the_tars_by_their_index_files(tmp_path: Path) -> None:
+def test_dali_reads_prepared_tars_by_their_index_files(tmp_path: Path) -> None:
     from nvidia.dali import Pipeline, fn
 
     make(write_set(tmp_path / "a.tar"), tmp_path / "set", text=".txt")
@@ -292,8 +290,8 @@ def test_dali_reads_the_tars_by_their_index_files(tmp_path: Path) -> None:
         assert bytes(texts.at(index)).decode() == source.samples[index].texts[0]
 
 
-def test_ffcv_itself_reads_the_beton(tmp_path: Path) -> None:
-    """Its own reader and, compiled, its own fields."""
+def test_write_beton_is_read_by_ffcv(tmp_path: Path) -> None:
+    """Reads with FFCV's own reader and compiled fields."""
     from ffcv.fields import IntField, NDArrayField, RGBImageField
     from ffcv.loader import Loader
     from ffcv.reader import Reader
@@ -309,24 +307,24 @@ def test_ffcv_itself_reads_the_beton(tmp_path: Path) -> None:
     assert [type(field) for field in Reader(str(path)).handlers.values()] == kinds
     assert list(Reader(str(source.beton)).handlers) == ["image", "label", "index", "tokens"]
     loader = Loader(str(path), batch_size=22, num_workers=1, pipelines={"image": None}, drop_last=False)
-    ((label, index, found, tokens),) = loader
+    ((label, index, embeddings, tokens),) = loader
     assert source.tokens is not None
     assert label.flatten().tolist() == [-1] * 22
     assert index.flatten().tolist() == list(range(22))
     assert torch.equal(tokens, source.tokens)
-    assert torch.equal(found, torch.from_numpy(teacher))
+    assert torch.equal(embeddings, torch.from_numpy(teacher))
     with pytest.raises(DataError, match="image_teacher: 21 rows for 22 samples"):
         write_beton(path, source, {"image_teacher": teacher[1:]})
 
 
-# What goes wrong
+# Failures
 
 
 @pytest.mark.parametrize("container", ["tar", pytest.param("beton", marks=pytest.mark.slow)])
-def test_a_set_killed_at_any_moment_is_finished_by_the_same_command(tmp_path: Path, container: str) -> None:
+def test_prepare_resumes_after_kills(tmp_path: Path, container: str) -> None:
     command = ["--format", "webdataset", "--input", str(write_set(tmp_path / "a.tar", 300))]
     command += ["--shard-samples", "10", "--max-side", "30", "--workers", "2", "--container", container]
-    assert launch(*command, "--output", str(tmp_path / "whole")).returncode == 0
+    assert launch(*command, "--output", str(tmp_path / "uninterrupted")).returncode == 0
     output = tmp_path / "set"
     for shards in (1, random.Random(container).randrange(2, 30)):
         process = subprocess.Popen(
@@ -341,10 +339,10 @@ def test_a_set_killed_at_any_moment_is_finished_by_the_same_command(tmp_path: Pa
         process.wait()
         assert not (output / "manifest.json").exists()
     assert launch(*command, "--output", str(output)).returncode == 0
-    assert files(output) == files(tmp_path / "whole")
+    assert files(output) == files(tmp_path / "uninterrupted")
 
 
-def test_a_disk_that_is_full_leaves_no_half_file_and_loses_nothing(tmp_path: Path) -> None:
+def test_prepare_full_disk_leaves_no_partial_file(tmp_path: Path) -> None:
     tar = write_set(tmp_path / "a.tar", 40)
     command = ["--format", "webdataset", "--input", str(tar), "--output", str(tmp_path / "set"), "--workers", "1"]
     command += ["--shard-samples", "10"]
@@ -353,7 +351,7 @@ def test_a_disk_that_is_full_leaves_no_half_file_and_loses_nothing(tmp_path: Pat
         resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    # Coverage, which would watch this process too, has files of its own to write.
+    # Without coverage, which would write files in this process too.
     bare = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
     full = launch(*command, preexec_fn=limit, env=bare)
     assert full.returncode == 2
@@ -364,51 +362,51 @@ def test_a_disk_that_is_full_leaves_no_half_file_and_loses_nothing(tmp_path: Pat
     assert open_prepared(str(tmp_path / "set"), ".cls").samples[39].label == 39 % 5
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_prepare_leaves_folders_with_other_data_alone(tmp_path: Path) -> None:
     tar = write_set(tmp_path / "a.tar", 6)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
-    with pytest.raises(DataError, match="holds something else"):
+    with pytest.raises(DataError, match="holds other data"):
         make(tar, tmp_path / "mine")
     assert files(tmp_path / "mine") == {"thesis.tex": b"precious"}
     first = make(tar, tmp_path / "set")
     before = files(tmp_path / "set")
-    # Nothing left to do, but what a kill just after the manifest would leave.
+    # A complete set, with what a kill right after the manifest would leave.
     (tmp_path / "set" / ".parts").mkdir()
     (tmp_path / "set" / "000009.tar").touch()
     assert make(tar, tmp_path / "set") == first
     assert files(tmp_path / "set") == before
-    with pytest.raises(DataError, match=r"prepared otherwise .*quality 95, not 50"):
+    with pytest.raises(DataError, match=r"prepared with other settings .*quality 95, not 50"):
         make(tar, tmp_path / "set", dataclasses.replace(SMALL, quality=50))
-    with pytest.raises(DataError, match=r"prepared otherwise .*source"):
+    with pytest.raises(DataError, match=r"prepared with other settings .*source"):
         make(write_set(tmp_path / "b.tar", 7), tmp_path / "set")
     assert files(tmp_path / "set") == before
 
 
-def test_a_set_without_a_usable_sample_is_an_error_that_says_why(tmp_path: Path) -> None:
+def test_prepare_without_usable_sample_gives_reasons(tmp_path: Path) -> None:
     tar = tiny.write_tar(tmp_path / "a.tar", {f"{i}": {"jpg": b"<html>", "cls": b"0"} for i in range(3)})
     with pytest.raises(DataError, match="no sample is usable: 3 not an image"):
         make(tar, tmp_path / "set")
     assert not (tmp_path / "set/manifest.json").exists()
 
 
-def test_a_damaged_set_is_refused(tmp_path: Path) -> None:
+def test_open_and_verify_refuse_damaged_sets(tmp_path: Path) -> None:
     make(write_set(tmp_path / "a.tar"), tmp_path / "set")
     folder = tmp_path / "set"
     assert verify(str(folder)).samples == 22
     tar = folder / "000002.tar"
-    whole = tar.read_bytes()
-    tar.write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
+    intact = tar.read_bytes()
+    tar.write_bytes(intact[:700] + bytes([intact[700] ^ 1]) + intact[701:])
     with pytest.raises(DataError, match=r"000002.tar: changed since"):
         verify(str(folder))
     assert load_main()(["--verify", str(folder)]) == 2
-    for data, message in ((whole[:-512], "has .* bytes"), (None, "is missing")):
+    for data, message in ((intact[:-512], "has .* bytes"), (None, "is missing")):
         tar.unlink()
         if data is not None:
             tar.write_bytes(data)
         with pytest.raises(DataError, match=f"000002.tar {message}"):
             open_prepared(str(folder), ".cls")
-    tar.write_bytes(whole)
+    tar.write_bytes(intact)
     index = (folder / "index.safetensors").read_bytes()
     (folder / "index.safetensors").write_bytes(index[:100])
     with pytest.raises(DataError, match=r"index.safetensors: cannot read it"):
@@ -418,7 +416,7 @@ def test_a_damaged_set_is_refused(tmp_path: Path) -> None:
     for text, message in (
         ("{", "cannot read it"),
         ('{"format": 99}', "not of format 1"),
-        (None, "no prepared set"),
+        (None, "not a prepared set"),
     ):
         (folder / "manifest.json").unlink()
         if text is not None:
@@ -432,7 +430,7 @@ def test_a_damaged_set_is_refused(tmp_path: Path) -> None:
 # The command
 
 
-def test_the_command_prepares_data_sets_of_torchvision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prepares_torchvision_data_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for label in ("negative", "positive"):
         folder = tmp_path / "rendered-sst2" / "test" / label
         folder.mkdir(parents=True)
@@ -440,7 +438,7 @@ def test_the_command_prepares_data_sets_of_torchvision(tmp_path: Path, capsys: p
             (folder / f"{i}.png").write_bytes(encoded(picture(40, 50 + i), "PNG"))
     command = ["--format", "torchvision", "--name", "RenderedSST2", "--split", "test", "--input", str(tmp_path)]
     assert load_main()([*command, "--output", str(tmp_path / "set"), "--workers", "1"]) == 0
-    assert "4 samples in 1 files\n  encoded anew: 4 (decoded)" in capsys.readouterr().out
+    assert "4 samples in 1 files\n  re-encoded: 4 (decoded)" in capsys.readouterr().out
     source = open_prepared(str(tmp_path / "set"), ".cls")
     assert (source.class_names, [sample.label for sample in source.samples]) == (
         ("negative", "positive"),
@@ -453,18 +451,18 @@ def test_the_command_prepares_data_sets_of_torchvision(tmp_path: Path, capsys: p
     ("arguments", "message"),
     [
         (["--format", "folder", "--input", "nowhere", "--output", "x"], "nowhere: no such folder"),
-        (["--format", "torchvision", "--input", ".", "--output", "x"], "--format torchvision needs --name"),
+        (["--format", "torchvision", "--input", ".", "--output", "x"], "--format torchvision requires --name"),
         (["--format", "torchvision", "--name", "CIFAR", "--input", ".", "--output", "x"], "has no such data set"),
         (
             ["--format", "torchvision", "--name", "CIFAR10", "--input", ".", "--output", "x"],
             "not found or corrupted",
         ),
-        (["--format", "folder", "--input", "x"], "--format, --input and --output are needed"),
-        (["--format", "folder", "--input", "x", "--output", "y", "--quality", "0"], "--quality is 1 to 100"),
-        (["--verify", "nowhere"], "nowhere: no prepared set there"),
+        (["--format", "folder", "--input", "x"], "--format, --input and --output are required"),
+        (["--format", "folder", "--input", "x", "--output", "y", "--quality", "0"], "--quality must be 1 to 100"),
+        (["--verify", "nowhere"], "nowhere: not a prepared set"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(
+def test_command_reports_mistakes_in_one_line(
     tmp_path: Path,
     arguments: list[str],
     message: str,
@@ -482,15 +480,15 @@ def test_a_mistake_is_told_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-# Writers and their readers
+# Writers and readers
 
 
 def load_main() -> Any:
     return runpy.run_path(str(REPOSITORY / "launch" / "prepare.py"))["main"]
 
 
-def one_line_of(main: Any, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The message of a command that refuses."""
+def error_line(main: Any, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Runs a command that fails; returns its one-line message."""
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     line = err.rstrip("\n").splitlines()[-1]
@@ -500,7 +498,7 @@ def one_line_of(main: Any, arguments: list[str], capsys: pytest.CaptureFixture[s
     return line
 
 
-def test_every_class_of_torchvision_ends_in_one_line_on_an_empty_folder(
+def test_command_every_torchvision_class_fails_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import inspect
@@ -509,7 +507,7 @@ def test_every_class_of_torchvision_ends_in_one_line_on_an_empty_folder(
     from torchvision import datasets
 
     def no_network(*_: Any, **__: Any) -> None:
-        raise AssertionError("it asks the network")
+        raise AssertionError("network access")
 
     monkeypatch.setattr(socket.socket, "connect", no_network)
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
@@ -529,14 +527,14 @@ def test_every_class_of_torchvision_ends_in_one_line_on_an_empty_folder(
             "--output",
             str(tmp_path / "x"),
         ]
-        line = one_line_of(main, command, capsys)
+        line = error_line(main, command, capsys)
         assert name in line
         assert "network" not in line, line
         assert not (tmp_path / "x").exists()
 
 
-class Foreign:
-    """A data set of somebody else's."""
+class ThirdParty:
+    """A third-party data set."""
 
     classes: Any = ("cat", "dog")
 
@@ -560,36 +558,34 @@ class Foreign:
         ((picture(), "cat"), "its label is str"),
         ((picture(), 1.5), "its label is float"),
         ((picture(), torch.zeros(40)), "its label is Tensor"),
-        ((picture(), 2), "has label 2, but there are 2 class names"),
-        ((picture(), -1), "has label -1, but"),
-        (picture(), "expected a picture and its label, found Image"),
-        ((picture(),), "expected a picture and its label, found tuple"),
+        ((picture(), 2), "its label is 2, but there are 2 class names"),
+        ((picture(), -1), "its label is -1, but"),
+        (picture(), "expected a tuple of picture and label, got Image"),
+        ((picture(),), "expected a tuple of picture and label, got tuple"),
         (KeyError("label"), "^x: KeyError: 'label'$"),
         (NotImplementedError(), "^x: NotImplementedError"),
         (ZeroDivisionError("oh"), "^x: ZeroDivisionError: oh$"),
     ],
 )
-def test_items_that_can_never_be_samples_are_told_before_anything_is_written(
-    tmp_path: Path, item: Any, message: str
-) -> None:
+def test_prepare_refuses_invalid_items_before_writing(tmp_path: Path, item: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        prepare(RawDataset(Foreign(item), "x"), tmp_path / "set", SMALL, 1)
+        prepare(RawDataset(ThirdParty(item), "x"), tmp_path / "set", SMALL, 1)
     assert not (tmp_path / "set").exists()
 
 
-def test_items_without_a_picture_are_left_out_and_labels_of_numpy_and_torch_taken(tmp_path: Path) -> None:
-    class Mixed(Foreign):
+def test_prepare_skips_items_without_picture(tmp_path: Path) -> None:
+    class Mixed(ThirdParty):
         def __getitem__(self, index: int) -> Any:
             labels = (0, np.int64(1), torch.tensor(1), np.array(0), 0, 0)
             if index == 4:
                 raise FileNotFoundError("gone.jpg")
             return (np.zeros(3) if index == 5 else picture(), labels[index])
 
-    made = prepare(RawDataset(Mixed(None, 6), "x"), tmp_path / "set", SMALL, 1)
-    assert made.skipped == {"cannot be read": 1, "not a picture but ndarray": 1}
+    manifest = prepare(RawDataset(Mixed(None, 6), "x"), tmp_path / "set", SMALL, 1)
+    assert manifest.skipped == {"cannot be read": 1, "not a picture but ndarray": 1}
     assert [s.label for s in open_prepared(str(tmp_path / "set"), ".cls").samples] == [0, 1, 1, 0]
-    with pytest.raises(DataError, match=r"^x: it holds no sample$"):
-        prepare(RawDataset(Foreign(None, 0), "x"), tmp_path / "other", SMALL, 1)
+    with pytest.raises(DataError, match=r"^x: the data set is empty$"):
+        prepare(RawDataset(ThirdParty(None, 0), "x"), tmp_path / "other", SMALL, 1)
 
 
 @pytest.mark.parametrize(
@@ -600,15 +596,13 @@ def test_items_without_a_picture_are_left_out_and_labels_of_numpy_and_torch_take
         (["naïve", "猫"], ["naïve", "猫"]),
         ({"cat": 0}, []),
         (None, []),
-        ([None, "dog"], "class 0 has NoneType for a name"),
-        ([(), "dog"], "class 0 has tuple for a name"),
+        ([None, "dog"], "the name of class 0 is NoneType"),
+        ([(), "dog"], "the name of class 0 is tuple"),
         (["cat", b"do\xe9g".decode("utf-8", "surrogateescape")], r"the name of class 1, do\\xe9g, is not UTF-8"),
     ],
 )
-def test_class_names_are_strings_that_the_reader_takes_or_refused_at_once(
-    tmp_path: Path, classes: Any, names: Any
-) -> None:
-    dataset = Foreign((picture(), 1))
+def test_raw_dataset_class_names_become_strings(tmp_path: Path, classes: Any, names: Any) -> None:
+    dataset = ThirdParty((picture(), 1))
     dataset.classes = classes
     if isinstance(names, str):
         with pytest.raises(DataError, match=names):
@@ -618,7 +612,7 @@ def test_class_names_are_strings_that_the_reader_takes_or_refused_at_once(
     assert list(open_prepared(str(tmp_path / "set"), ".cls").class_names) == names
 
 
-def test_torchvisions_imagenet_is_a_set_that_opens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prepares_imagenet_of_torchvision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     classes = {"n02099601": ("golden retriever",), "n02123045": ("tabby", "tabby cat")}
     for wnid in classes:
         (tmp_path / "in/val" / wnid).mkdir(parents=True)
@@ -628,15 +622,15 @@ def test_torchvisions_imagenet_is_a_set_that_opens(tmp_path: Path, capsys: pytes
     assert load_main()([*command, "--output", str(tmp_path / "set"), "--workers", "1"]) == 0
     capsys.readouterr()
     assert verify(str(tmp_path / "set")).class_names == ["golden retriever", "tabby"]
-    # Sets that were written with all synonyms open too.
+    # Sets of earlier versions, written with all synonyms, open too.
     manifest = json.loads((tmp_path / "set/manifest.json").read_text())
     manifest["class_names"] = [["golden retriever"], ["tabby", "tabby cat"]]
     (tmp_path / "set/manifest.json").write_text(json.dumps(manifest))
     assert open_prepared(str(tmp_path / "set"), ".cls").class_names == ("golden retriever", "tabby")
 
 
-def test_oddest_names_and_texts_are_read_back(tmp_path: Path) -> None:
-    """Keys that are no UTF-8, in files, tars and skipped.jsonl; captions with every character."""
+def test_prepare_odd_names_and_texts_are_read_back(tmp_path: Path) -> None:
+    """Covers keys that are not UTF-8, in files, tars and skipped.jsonl, and captions with unusual characters."""
     latin = b"caf\xe9\n\x1b[2J".decode("utf-8", "surrogateescape")
     caption = "\ufeffnaïve 猫 \x00 \x1b[2J 👩\u200d🚀 \u202e"
     tiny.write_tar(
@@ -657,20 +651,20 @@ def test_oddest_names_and_texts_are_read_back(tmp_path: Path) -> None:
     }
     for name, raw in opened.items():
         ready = tmp_path / f"{name}_ready"
-        made = prepare(RawSource(raw), ready, SMALL, 1)
+        manifest = prepare(RawSource(raw), ready, SMALL, 1)
         source = open_prepared(str(ready), ".txt" if name == "tar" else ".cls")
         assert source.samples[0].key == raw.samples[0].key
         assert "caf\\xe9" in source.samples[0].key
-        told = [json.loads(line) for line in (ready / "skipped.jsonl").read_text().splitlines()]
-        assert Counter(entry["reason"] for entry in told) == made.skipped == source.prepared_without
+        entries = [json.loads(line) for line in (ready / "skipped.jsonl").read_text().splitlines()]
+        assert Counter(entry["reason"] for entry in entries) == manifest.skipped == source.prepared_without
         assert source.digest()
     (caption_read,) = open_prepared(str(tmp_path / "tar_ready"), ".txt").samples[0].texts
     assert caption_read == caption.removeprefix("\ufeff").replace("\0", " ").strip()
 
 
-def test_what_does_not_read_back_is_never_called_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_writes_no_manifest_if_reading_back_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tar = write_set(tmp_path / "a.tar", 6)
-    write = prepared.index_of
+    write = prepared.build_index
 
     def failing(rows: Any) -> Any:
         index = write(rows)
@@ -678,13 +672,13 @@ def test_what_does_not_read_back_is_never_called_done(tmp_path: Path, monkeypatc
         return index
 
     with monkeypatch.context() as disk:
-        disk.setattr(prepared, "index_of", failing)
-        with pytest.raises(DataError, match=r"0\.tar.*just written does not read back"):
+        disk.setattr(prepared, "build_index", failing)
+        with pytest.raises(DataError, match=r"0\.tar.*new set cannot be read back"):
             make(tar, tmp_path / "set")
     assert not (tmp_path / "set/manifest.json").exists()
 
 
-def test_files_have_the_mode_of_the_umask(tmp_path: Path) -> None:
+def test_prepare_file_modes_follow_the_umask(tmp_path: Path) -> None:
     tar = write_set(tmp_path / "a.tar", 6)
     before = os.umask(0o027)
     try:
@@ -696,7 +690,7 @@ def test_files_have_the_mode_of_the_umask(tmp_path: Path) -> None:
         assert path.stat().st_mode & 0o777 == 0o640, path
 
 
-def test_two_processes_do_not_prepare_one_folder(tmp_path: Path) -> None:
+def test_prepare_locks_its_folder(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     ours, theirs = FORK.Pipe()
 
@@ -719,11 +713,11 @@ def test_two_processes_do_not_prepare_one_folder(tmp_path: Path) -> None:
     assert make(tmp_path / "a.tar", tmp_path / "set").samples == 6
 
 
-# What was made before
+# Interrupted and existing sets
 
 
 def interrupted(tar: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes all shards and no manifest, as a kill at the end would."""
+    """Makes all shards but no manifest, like a kill at the end."""
 
     def end(*_: Any) -> Any:
         raise KeyboardInterrupt
@@ -734,7 +728,7 @@ def interrupted(tar: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             make(tar, output)
 
 
-def test_shards_of_bytes_changed_since_are_made_again(
+def test_prepare_remakes_shards_of_changed_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tar = write_set(tmp_path / "a.tar", 6)
@@ -746,37 +740,35 @@ def test_shards_of_bytes_changed_since_are_made_again(
     assert make(tar, tmp_path / "same") == make(tar, expected)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "same").glob("*.tar")} == times
     assert not caplog.messages
-    # The same bytes, written again: nothing tells them from others of the same size, but by reading all.
+    # Equal bytes with a new time; only reading all of them could show that they are equal.
     interrupted(tar, tmp_path / "copied", monkeypatch)
     os.utime(tar, ns=(1, 1))
-    made = make(tar, tmp_path / "copied")
-    assert "source_modified changed since it was begun; all its shards are made again" in caplog.text
-    assert made.content == prepared.read_manifest(expected).content
-    # Another label, and another encoder.
+    manifest = make(tar, tmp_path / "copied")
+    assert "source_modified changed since the preparation started; all shards are made again" in caplog.text
+    assert manifest.content == prepared.read_manifest(expected).content
+    # Another label, then another encoder version.
     interrupted(tar, tmp_path / "changed", monkeypatch)
     data = bytearray(tar.read_bytes())
     data[at[1] : at[1] + 1] = b"4"
     tar.write_bytes(data)
-    with pytest.raises(DataError, match=r"changed: holds a set prepared otherwise \(its source is another one"):
+    with pytest.raises(DataError, match=r"changed: holds a set prepared with other settings \(another source"):
         make(tar, tmp_path / "changed")
     interrupted(tar, tmp_path / "versions", monkeypatch)
     monkeypatch.setattr("dive_fast.data.prepared.write._versions", lambda _: {"pillow": "1"})
     make(tar, tmp_path / "versions")
-    assert "versions changed since it was begun; all its shards are made again" in caplog.text
+    assert "versions changed since the preparation started; all shards are made again" in caplog.text
 
 
-def test_shard_of_another_set_or_a_damaged_note_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prepare_remakes_shards_with_invalid_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tar = write_set(tmp_path / "a.tar", 6)
     for number, damage in enumerate(("{", "[]", '{"identity": "another"}')):
         output = tmp_path / f"{number}"
         interrupted(tar, output, monkeypatch)
         (output / ".parts/000001.json").write_text(damage)
-        assert make(tar, output) == make(tar, tmp_path / "whole")
+        assert make(tar, output) == make(tar, tmp_path / "uninterrupted")
 
 
-def test_a_set_that_is_done_tells_that_its_source_was_modified(
+def test_prepare_warns_of_modified_source_of_complete_set(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tar = write_set(tmp_path / "a.tar", 6)
@@ -785,11 +777,11 @@ def test_a_set_that_is_done_tells_that_its_source_was_modified(
     assert not caplog.messages
     os.utime(tar, ns=(1, 1))
     assert make(tar, tmp_path / "set") == first
-    assert "is prepared already; the files of its source were modified or copied since" in caplog.text
+    assert "already prepared; its source files were modified or copied since" in caplog.text
 
 
-def test_data_sets_of_torchvision_are_known_by_files_labels_and_pixels(tmp_path: Path) -> None:
-    class Listed(Foreign):
+def test_raw_dataset_digest_covers_files_labels_and_pixels(tmp_path: Path) -> None:
+    class Listed(ThirdParty):
         def __init__(self, root: Path) -> None:
             self.root = str(root)
             self.samples = [(str(root / f"{i}.bmp"), i % 2) for i in range(3)]
@@ -817,33 +809,33 @@ def test_data_sets_of_torchvision_are_known_by_files_labels_and_pixels(tmp_path:
     assert len({digest, listed(tmp_path / "c", red=1).digest(), listed(tmp_path / "d", label=1).digest()}) == 3
 
 
-# Prepared sets, opened
+# Opening prepared sets
 
 
-def test_digest_reads_an_image_of_every_file_of_a_prepared_set(tmp_path: Path) -> None:
+def test_prepared_digest_reads_an_image_of_every_file(tmp_path: Path) -> None:
     make(write_set(tmp_path / "a.tar", 130), tmp_path / "set", dataclasses.replace(SMALL, shard_samples=1))
     tar = tmp_path / "set/000003.tar"  # not among the rows that are spread over the set
-    whole = tar.read_bytes()
-    tar.write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
+    intact = tar.read_bytes()
+    tar.write_bytes(intact[:700] + bytes([intact[700] ^ 1]) + intact[701:])
     with pytest.raises(DataError, match=r"sample a\.tar/003: changed since it was prepared"):
         open_prepared(str(tmp_path / "set"), ".cls").digest()
 
 
-def test_bytes_changed_in_a_prepared_set_are_told_by_its_digest(tmp_path: Path) -> None:
+def test_prepared_digest_detects_changed_bytes(tmp_path: Path) -> None:
     make(write_set(tmp_path / "a.tar"), tmp_path / "set")
     source = open_prepared(str(tmp_path / "set"), ".cls")
     before = source.modified()
     assert source.image_ids().tolist() == list(range(22))
     tar = tmp_path / "set/000002.tar"
-    whole = tar.read_bytes()
-    tar.write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
+    intact = tar.read_bytes()
+    tar.write_bytes(intact[:700] + bytes([intact[700] ^ 1]) + intact[701:])
     changed = open_prepared(str(tmp_path / "set"), ".cls")
     assert changed.modified() != before
     with pytest.raises(DataError, match=r"sample a\.tar/008: changed since it was prepared; copy or prepare"):
         changed.digest()
 
 
-def test_pairs_of_one_image_have_one_id_raw_and_prepared(tmp_path: Path) -> None:
+def test_image_ids_of_pairs_are_equal_raw_and_prepared(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.png").write_bytes(tiny.jpeg(ord(name), kind="PNG"))
     rows = ["title\tfilepath", *(f"caption {i}\t{'ab'[i % 2]}.png" for i in range(6))]
@@ -854,7 +846,7 @@ def test_pairs_of_one_image_have_one_id_raw_and_prepared(tmp_path: Path) -> None
         assert source.image_ids().tolist() == [0, 1, 0, 1, 0, 1]
 
 
-def test_empty_captions_of_sets_prepared_before_are_left_out(tmp_path: Path) -> None:
+def test_open_prepared_skips_empty_captions_of_old_sets(tmp_path: Path) -> None:
     tar = write_set(tmp_path / "a.tar", 6)
     raw = open_webdataset(str(tar), ".txt")
     texts = ("one", "", "three", " \t", "five", "six")
@@ -878,11 +870,14 @@ def test_empty_captions_of_sets_prepared_before_are_left_out(tmp_path: Path) -> 
         (["--format", "csv", "--name", "x"], "--name is for --format torchvision and wilds; remove it"),
         (["--format", "folder", "--split", "val"], "--split is for --format torchvision and wilds; remove it"),
         (["--format", "torchvision", "--name", "CIFAR10", "--split", "val"], "--split val: it has train and test"),
-        (["--format", "torchvision", "--name", "Caltech101", "--split", "val"], "it has no parts; remove --split"),
-        (["--format", "torchvision", "--name", "FakeData"], "it is not read from a folder"),
+        (
+            ["--format", "torchvision", "--name", "Caltech101", "--split", "val"],
+            "it has no splits; remove --split",
+        ),
+        (["--format", "torchvision", "--name", "FakeData"], "it does not read a folder"),
     ],
 )
-def test_options_that_would_do_nothing_are_refused(
+def test_command_refuses_options_without_effect(
     tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
@@ -893,7 +888,7 @@ def test_options_that_would_do_nothing_are_refused(
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_the_home_folder_may_be_called_by_its_sign(
+def test_command_expands_the_home_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -906,7 +901,7 @@ def test_the_home_folder_may_be_called_by_its_sign(
     capsys.readouterr()
 
 
-def test_an_interrupted_preparation_ends_in_one_line(
+def test_command_interrupted_ends_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(*_: Any) -> Any:
@@ -918,21 +913,21 @@ def test_an_interrupted_preparation_ends_in_one_line(
     with monkeypatch.context() as pressed:
         pressed.setattr("dive_fast.data.prepared.write._finish", interrupt)
         assert load_main()([*command, "--workers", "1"]) == 130
-    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted; the same command goes on")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted; run the same command to resume")
     assert load_main()([*command, "--workers", "1"]) == 0
 
 
-def test_prepare_skips_negative_labels_before_its_work(tmp_path: Path) -> None:
+def test_command_skips_negative_labels(tmp_path: Path) -> None:
     samples = {str(row): {"jpg": encoded(picture()), "cls": str(row - 1).encode()} for row in range(3)}
     tiny.write_tar(tmp_path / "a.tar", samples)
-    made = launch("--format", "webdataset", "--input", str(tmp_path / "a.tar"), "--output", str(tmp_path / "set"))
-    assert made.returncode == 0, made.stderr
-    assert "left out: 1 (its label is not a whole number from 0 on)" in made.stdout
+    run = launch("--format", "webdataset", "--input", str(tmp_path / "a.tar"), "--output", str(tmp_path / "set"))
+    assert run.returncode == 0, run.stderr
+    assert "left out: 1 (its label is not a non-negative integer)" in run.stdout
 
 
-def test_prepare_refuses_an_output_that_would_be_a_class(tmp_path: Path) -> None:
+def test_command_refuses_output_inside_the_input_folder(tmp_path: Path) -> None:
     (tmp_path / "raw/cat").mkdir(parents=True)
     (tmp_path / "raw/cat/0.jpg").write_bytes(encoded(picture()))
-    made = launch("--format", "folder", "--input", str(tmp_path / "raw"), "--output", str(tmp_path / "raw/ready"))
-    assert made.returncode == 2
-    assert "--output lies in --input, where it would be a class" in made.stderr
+    run = launch("--format", "folder", "--input", str(tmp_path / "raw"), "--output", str(tmp_path / "raw/ready"))
+    assert run.returncode == 2
+    assert "--output lies in --input, where it would become a class" in run.stderr

@@ -1,4 +1,4 @@
-"""Image folders, webdataset tars and CSV files as sequences of samples."""
+"""Tests of the readers of image folders, webdataset tars and CSV tables."""
 
 import io
 import os
@@ -30,18 +30,18 @@ def write(path: Path, data: bytes | str = b"") -> Path:
     return path
 
 
-def assert_same_picture(found: Image.Image, data: bytes) -> None:
+def assert_same_picture(image: Image.Image, data: bytes) -> None:
     expected = Image.open(io.BytesIO(data))
     if expected.mode != "L":
         expected = expected.convert("RGB")
-    assert (found.mode, found.size) == (expected.mode, expected.size)
-    assert found.tobytes() == expected.tobytes()
+    assert (image.mode, image.size) == (expected.mode, expected.size)
+    assert image.tobytes() == expected.tobytes()
 
 
 # Image folder
 
 
-def test_a_folder_has_a_class_for_each_folder_in_order_of_names(tmp_path: Path) -> None:
+def test_open_folder_classes_in_order_of_names(tmp_path: Path) -> None:
     files = {
         "b/2.JPG": tiny.jpeg(2),
         "b/deeper/down/1.png": tiny.jpeg(1, kind="PNG"),
@@ -66,7 +66,7 @@ def test_a_folder_has_a_class_for_each_folder_in_order_of_names(tmp_path: Path) 
         assert_same_picture(source.image(index), files[sample.key])
 
 
-def test_a_class_folder_without_images_is_an_error_since_it_would_shift_the_labels(tmp_path: Path) -> None:
+def test_open_folder_refuses_class_without_images(tmp_path: Path) -> None:
     write(tmp_path / "a" / "1.jpg", tiny.jpeg(0))
     write(tmp_path / "b" / "list.txt")
     write(tmp_path / "c" / "1.jpg", tiny.jpeg(0))
@@ -74,7 +74,7 @@ def test_a_class_folder_without_images_is_an_error_since_it_would_shift_the_labe
         open_folder(str(tmp_path))
 
 
-def test_a_folder_that_is_missing_or_empty_or_a_file_is_an_error(tmp_path: Path) -> None:
+def test_open_folder_refuses_missing_empty_or_other_paths(tmp_path: Path) -> None:
     file, loose = write(tmp_path / "file"), write(tmp_path / "loose/1.jpg", tiny.jpeg(0)).parent
     (tmp_path / "empty").mkdir()
     tiny.write_tar(tmp_path / "tars/0.tar", {})
@@ -83,18 +83,18 @@ def test_a_folder_that_is_missing_or_empty_or_a_file_is_an_error(tmp_path: Path)
         write(tmp_path / "above" / split / "cat/1.jpg", tiny.jpeg(0))
     for path, message in {
         tmp_path / "missing": "no such folder",
-        file: "expected one folder a class with images below, found a file",
-        tmp_path / "empty": "expected one folder a class with images below, found none",
-        loose: "expected .* found none; images lie there in no folder of a class",
-        tmp_path / "tars": "expected .* found none; it holds tars: use format webdataset",
-        tmp_path / "ready": "expected .* found none; it looks prepared: use format prepared",
-        tmp_path / "above": "train, val are splits of a data set and no classes; name one of them",
+        file: "expected one folder per class with images below, but it is a file",
+        tmp_path / "empty": "expected one folder per class with images below, but there is none",
+        loose: "expected .* there is none; it holds images outside class folders",
+        tmp_path / "tars": "expected .* there is none; it holds tars: use format webdataset",
+        tmp_path / "ready": "expected .* there is none; it looks like a prepared set: use format prepared",
+        tmp_path / "above": "train, val are splits of a data set, not classes; name one of them",
     }.items():
         with pytest.raises(DataError, match=rf"^{path}: {message}$"):
             open_folder(str(path))
 
 
-def test_a_link_to_a_missing_image_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_open_folder_refuses_broken_link_to_an_image(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "gone.jpg").symlink_to(tmp_path / "nowhere")
     with pytest.raises(DataError, match=rf"^{tmp_path}: cannot list its images: .*a/gone\.jpg"):
@@ -104,7 +104,7 @@ def test_a_link_to_a_missing_image_is_an_error_that_names_it(tmp_path: Path) -> 
 # Webdataset
 
 
-def test_a_webdataset_is_named_by_tar_brace_range_glob_or_folder(tmp_path: Path) -> None:
+def test_open_webdataset_by_tar_brace_range_glob_or_folder(tmp_path: Path) -> None:
     for shard in range(12):
         samples = {f"{shard:02d}{i}": {"jpg": tiny.jpeg(9), "cls": b" 7\n"} for i in range(2)}
         tiny.write_tar(tmp_path / f"{shard:05d}.tar", samples)
@@ -113,23 +113,23 @@ def test_a_webdataset_is_named_by_tar_brace_range_glob_or_folder(tmp_path: Path)
     def keys(path: str) -> list[str]:
         return [sample.key for sample in open_webdataset(path, ".cls").samples]
 
-    def of(shards: range) -> list[str]:
+    def keys_of(shards: range) -> list[str]:
         return [f"{shard:05d}.tar/{shard:02d}{i}" for shard in shards for i in range(2)]
 
-    assert keys(f"{tmp_path}/00003.tar") == of(range(3, 4))
-    assert keys(f"{tmp_path}/{{00002..00010}}.tar") == of(range(2, 11))
-    assert keys(f"{tmp_path}/0000[12].tar") == of(range(1, 3))
-    assert keys(f"{tmp_path}/000{{0?,11}}.tar") == of(range(10)) + of(range(11, 12))
-    assert keys(str(tmp_path)) == of(range(12))
+    assert keys(f"{tmp_path}/00003.tar") == keys_of(range(3, 4))
+    assert keys(f"{tmp_path}/{{00002..00010}}.tar") == keys_of(range(2, 11))
+    assert keys(f"{tmp_path}/0000[12].tar") == keys_of(range(1, 3))
+    assert keys(f"{tmp_path}/000{{0?,11}}.tar") == keys_of(range(10)) + keys_of(range(11, 12))
+    assert keys(str(tmp_path)) == keys_of(range(12))
     assert {sample.label for sample in open_webdataset(str(tmp_path), ".cls").samples} == {7}
 
 
-def test_a_folder_of_tars_may_have_a_name_that_looks_like_a_glob(tmp_path: Path) -> None:
+def test_open_webdataset_folder_named_like_a_glob(tmp_path: Path) -> None:
     tiny.write_tar(tmp_path / "v[2]" / "a.tar", CAPTIONED)
     assert len(open_webdataset(str(tmp_path / "v[2]"), ".txt")) == 6
 
 
-def test_samples_without_image_or_text_are_skipped_and_counted(tmp_path: Path) -> None:
+def test_open_webdataset_skips_samples_without_image_or_text(tmp_path: Path) -> None:
     samples = {
         "a": {"jpg": tiny.jpeg(0), "txt": b"one"},
         "b": {"jpg": tiny.jpeg(1), "json": b"{}"},
@@ -145,7 +145,7 @@ def test_samples_without_image_or_text_are_skipped_and_counted(tmp_path: Path) -
     assert source.skipped == [("a.tar/b", "no .txt"), ("a.tar/c", "no image"), ("a.tar/d", "no .txt")]
 
 
-def test_suffixes_may_be_upper_case_and_names_nested_dotted_and_in_any_order(tmp_path: Path) -> None:
+def test_open_webdataset_nested_dotted_and_upper_case_names(tmp_path: Path) -> None:
     members = {
         "./train/n01/0.1/x.JPG": tiny.jpeg(0),
         "./train/n02/x.jpeg": tiny.jpeg(1),
@@ -175,7 +175,7 @@ def test_suffixes_may_be_upper_case_and_names_nested_dotted_and_in_any_order(tmp
         assert_same_picture(source.image(index), members[name])
 
 
-def test_names_too_long_for_a_plain_header_are_read_whatever_the_dialect(tmp_path: Path) -> None:
+def test_open_webdataset_long_names_in_gnu_and_pax_format(tmp_path: Path) -> None:
     name = "/".join(["deep" * 20] * 3) + "/picture"
     for dialect in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         with tarfile.open(tmp_path / "a.tar", "w", format=dialect) as tar:
@@ -188,40 +188,40 @@ def test_names_too_long_for_a_plain_header_are_read_whatever_the_dialect(tmp_pat
         assert content(source, 0) == tiny.jpeg(0)
 
 
-def test_a_tar_cut_off_anywhere_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_open_webdataset_refuses_truncated_tar(tmp_path: Path) -> None:
     path = tiny.write_tar(tmp_path / "a.tar", {key: {"jpg": b"x" * 700, "txt": b"y"} for key in "abc"})
-    whole = path.read_bytes()
+    complete = path.read_bytes()
     with tarfile.open(path) as tar:
         end = tar.getmembers()[-1].offset_data + 512
     for size in range(0, end + 1, 128):
-        path.write_bytes(whole[:size])
-        with pytest.raises(DataError, match=rf"^{path}: not a whole tar: "):
+        path.write_bytes(complete[:size])
+        with pytest.raises(DataError, match=rf"^{path}: not a complete tar: "):
             open_webdataset(str(path), ".txt")
-    # Of the zeros that fill up the last record, one block is enough.
-    path.write_bytes(whole[: end + 512])
+    # One block of the zeros that pad the last record is enough.
+    path.write_bytes(complete[: end + 512])
     assert len(open_webdataset(str(path), ".txt")) == 3
 
 
-def test_a_tar_with_a_broken_header_in_the_middle_is_an_error_and_not_a_shorter_tar(tmp_path: Path) -> None:
+def test_open_webdataset_refuses_broken_header_in_the_middle(tmp_path: Path) -> None:
     path = tiny.write_tar(tmp_path / "a.tar", CAPTIONED)
     with tarfile.open(path) as tar:
         header = tar.getmembers()[6].offset
     data = bytearray(path.read_bytes())
     data[header + 150] ^= 0xFF
     path.write_bytes(data)
-    with pytest.raises(DataError, match=rf"^{path}: not a whole tar: it breaks off at byte {header}$"):
+    with pytest.raises(DataError, match=rf"^{path}: not a complete tar: it breaks off at byte {header}$"):
         open_webdataset(str(tmp_path), ".txt")
 
 
 @pytest.mark.parametrize("data", [b"", b"not a tar", tiny.jpeg(0) * 3, b"\x1f\x8b\x08\x00" + bytes(600)])
-def test_a_file_that_is_no_tar_is_an_error_that_names_it(tmp_path: Path, data: bytes) -> None:
+def test_open_webdataset_refuses_files_that_are_not_tars(tmp_path: Path, data: bytes) -> None:
     tiny.write_tar(tmp_path / "a.tar", CAPTIONED)
     path = write(tmp_path / "b.tar", data)
-    with pytest.raises(DataError, match=rf"^{path}: not a whole tar: "):
+    with pytest.raises(DataError, match=rf"^{path}: not a complete tar: "):
         open_webdataset(str(tmp_path), ".txt")
 
 
-def test_an_empty_tar_adds_nothing_and_alone_is_an_error(tmp_path: Path) -> None:
+def test_open_webdataset_empty_tar(tmp_path: Path) -> None:
     empty = tiny.write_tar(tmp_path / "a.tar", {})
     with pytest.raises(DataError, match=rf"^{empty}: no sample has both an image and a \.txt file$"):
         open_webdataset(str(empty), ".txt")
@@ -230,21 +230,21 @@ def test_an_empty_tar_adds_nothing_and_alone_is_an_error(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("label", [b"cat", b"1.5", b"", b"\xff"])
-def test_a_label_that_is_no_integer_is_an_error_that_names_the_sample(tmp_path: Path, label: bytes) -> None:
+def test_open_webdataset_refuses_labels_that_are_not_integers(tmp_path: Path, label: bytes) -> None:
     samples = {"a": {"jpg": tiny.jpeg(0), "cls": b"3"}, "b": {"jpg": tiny.jpeg(0), "cls": label}}
     path = tiny.write_tar(tmp_path / "a.tar", samples)
     with pytest.raises(DataError, match=rf"^{path}: b\.cls: .*$"):
         open_webdataset(str(path), ".cls")
 
 
-def test_tars_that_are_not_there_are_an_error(tmp_path: Path) -> None:
+def test_open_webdataset_refuses_missing_tars(tmp_path: Path) -> None:
     tiny.write_tar(tmp_path / "0.tar", CAPTIONED)
     (tmp_path / "empty").mkdir()
     for name, message in {
-        "1.tar": rf"^{tmp_path}/1.tar: no tar there \({tmp_path}/1.tar does not exist\)$",
-        "{0..1}.tar": rf"^{tmp_path}/{{0..1}}.tar: no tar there \({tmp_path}/1.tar does not exist\)$",
-        "*.tra": rf"^{tmp_path}/\*.tra: no tar there ",
-        "empty": rf"^{tmp_path}/empty: no tar there$",
+        "1.tar": rf"^{tmp_path}/1.tar: no such tar \({tmp_path}/1.tar does not exist\)$",
+        "{0..1}.tar": rf"^{tmp_path}/{{0..1}}.tar: no such tar \({tmp_path}/1.tar does not exist\)$",
+        "*.tra": rf"^{tmp_path}/\*.tra: no such tar ",
+        "empty": rf"^{tmp_path}/empty: no tar in this folder$",
         "{0..1.tar": rf"^{tmp_path}/{{0..1.tar: not a brace range: ",
     }.items():
         with pytest.raises(DataError, match=message):
@@ -258,7 +258,7 @@ def write_csv(folder: Path, *rows: str, first: str = "title\tfilepath", name: st
     return str(write(folder / name, "".join(f"{row}\n" for row in (first, *rows))))
 
 
-def test_rows_of_one_file_are_its_prompts_where_they_are_grouped(tmp_path: Path) -> None:
+def test_open_csv_grouped_rows_are_texts_of_one_sample(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write(tmp_path / "images" / f"{name}.jpg", tiny.jpeg(ord(name)))
     rows = "a photo of a cat\timages/b.jpg", "a dog\timages/a.jpg", "a cat\timages/b.jpg", "a cat\timages/b.jpg"
@@ -271,7 +271,7 @@ def test_rows_of_one_file_are_its_prompts_where_they_are_grouped(tmp_path: Path)
     assert_same_picture(source.image(0), tiny.jpeg(ord("b")))
 
 
-def test_every_row_is_a_pair_where_they_are_not_grouped(tmp_path: Path) -> None:
+def test_open_csv_ungrouped_rows_are_samples(tmp_path: Path) -> None:
     write(tmp_path / "a.jpg", tiny.jpeg(0))
     source = open_csv(write_csv(tmp_path, "one\ta.jpg", "two\ta.jpg", "one\ta.jpg"), None, group=False)
     assert [(sample.key, sample.texts) for sample in source.samples] == [
@@ -281,16 +281,16 @@ def test_every_row_is_a_pair_where_they_are_not_grouped(tmp_path: Path) -> None:
     ]
 
 
-def test_relative_paths_start_at_image_root_and_absolute_ones_stay(tmp_path: Path) -> None:
+def test_open_csv_relative_and_absolute_paths(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     write(there / "a.jpg", tiny.jpeg(0))
-    absolute = write(tmp_path / "else" / "b.jpg", tiny.jpeg(1))
+    absolute = write(tmp_path / "other" / "b.jpg", tiny.jpeg(1))
     source = open_csv(write_csv(here, "one\ta.jpg", f"two\t{absolute}"), str(there), group=True)
     assert [sample.path for sample in source.samples] == [there / "a.jpg", absolute]
     assert_same_picture(source.image(1), tiny.jpeg(1))
 
 
-def test_titles_may_hold_quotes_tabs_line_breaks_and_any_letter(tmp_path: Path) -> None:
+def test_open_csv_quotes_tabs_line_breaks_and_unicode(tmp_path: Path) -> None:
     write(tmp_path / "größe 猫.jpg", tiny.jpeg(0))
     rows = (
         'größe 猫.jpg\t7\tit\'s a "cat"',
@@ -298,14 +298,14 @@ def test_titles_may_hold_quotes_tabs_line_breaks_and_any_letter(tmp_path: Path) 
         'größe 猫.jpg\t7\t"two\nlines"',
         "größe 猫.jpg\t7\t猫, 猫",
     )
-    # As pandas writes it; a spreadsheet puts a byte order mark first.
+    # As written by pandas; spreadsheets add a byte order mark.
     for mark in ("", "\ufeff"):
         path = write_csv(tmp_path, *rows, first=f"{mark}filepath\tid\ttitle")
         (sample,) = open_csv(path, None, group=True).samples
         assert sample.texts == ('it\'s a "cat"', 'a "quoted" title,\twith a tab', "two\nlines", "猫, 猫")
 
 
-def test_windows_line_ends_are_no_part_of_a_path(tmp_path: Path) -> None:
+def test_open_csv_windows_line_ends(tmp_path: Path) -> None:
     write(tmp_path / "a.jpg", tiny.jpeg(0))
     path = write(tmp_path / "list.csv", b"title\tfilepath\r\none\ta.jpg\r\n")
     assert [sample.path for sample in open_csv(str(path), None, group=True).samples] == [tmp_path / "a.jpg"]
@@ -314,25 +314,25 @@ def test_windows_line_ends_are_no_part_of_a_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("first", "missing"),
     [
-        ("filepath\tcaption", "no column title in its tab-separated first line"),
-        ("title\tpath", "no column filepath in its tab-separated first line"),
+        ("filepath\tcaption", "no column title in its tab-separated header"),
+        ("title\tpath", "no column filepath in its tab-separated header"),
         (
             "title,filepath",
-            "no column filepath and title in its tab-separated first line; separate its cells by tabs",
+            "no column filepath and title in its tab-separated header; separate its cells by tabs",
         ),
     ],
 )
-def test_a_missing_column_is_an_error_that_names_it(tmp_path: Path, first: str, missing: str) -> None:
+def test_open_csv_refuses_missing_column(tmp_path: Path, first: str, missing: str) -> None:
     path = write_csv(tmp_path, "one\ta.jpg", first=first)
     with pytest.raises(DataError, match=rf"^{path}: {missing}$"):
         open_csv(path, None, group=True)
 
 
-def test_a_csv_that_cannot_be_used_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_open_csv_refuses_unusable_files(tmp_path: Path) -> None:
     for path, message in {
         str(tmp_path / "missing.csv"): "no such file",
         str(tmp_path): "cannot read it: .*directory",
-        write_csv(tmp_path, name="empty.csv"): "no rows below its first line",
+        write_csv(tmp_path, name="empty.csv"): "no rows below its header",
         str(write(tmp_path / "nothing.csv")): "no column filepath and title",
         str(write(tmp_path / "latin.csv", b"title\tfilepath\n\xe4\ta.jpg\n")): "cannot read it: 'utf-8' codec",
         write_csv(tmp_path, "x" * 200_000 + "\ta.jpg", name="long.csv"): "cannot read it: field larger",
@@ -346,19 +346,17 @@ def test_a_csv_that_cannot_be_used_is_an_error_that_names_it(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
-@pytest.mark.parametrize("where", ["cut", "noise", "empty"])
-def test_an_image_that_cannot_be_decoded_is_an_error_that_names_file_and_sample(
-    tmp_path: Path, kind: str, where: str
-) -> None:
-    whole = tiny.jpeg(0, kind=kind)
-    data = {"cut": whole[: len(whole) // 2], "noise": b"<html>404</html>" * 9, "empty": b""}[where]
+@pytest.mark.parametrize("damage", ["cut", "noise", "empty"])
+def test_source_image_error_names_file_and_sample(tmp_path: Path, kind: str, damage: str) -> None:
+    intact = tiny.jpeg(0, kind=kind)
+    data = {"cut": intact[: len(intact) // 2], "noise": b"<html>404</html>" * 9, "empty": b""}[damage]
     path = tiny.write_tar(tmp_path / "a.tar", {"k": {"jpg": data, "txt": b"x"}})
     source = open_webdataset(str(path), ".txt")
     with pytest.raises(DataError, match=rf"^{path}: sample a\.tar/k: cannot decode the image: [^\n]+$"):
         source.image(0)
 
 
-def test_an_image_that_has_gone_is_an_error_too(tmp_path: Path) -> None:
+def test_source_image_error_for_removed_file(tmp_path: Path) -> None:
     path = write(tmp_path / "a" / "1.jpg", tiny.jpeg(0))
     source = open_folder(str(tmp_path))
     path.unlink()
@@ -366,7 +364,7 @@ def test_an_image_that_has_gone_is_an_error_too(tmp_path: Path) -> None:
         source.image(0)
 
 
-def test_the_digest_changes_with_names_texts_sizes_and_order_and_with_nothing_else(tmp_path: Path) -> None:
+def test_source_digest_depends_on_samples_only(tmp_path: Path) -> None:
     def digest(samples: dict[str, dict[str, bytes]], name: str = "a.tar") -> str:
         shutil.rmtree(tmp_path / "set", ignore_errors=True)
         tiny.write_tar(tmp_path / "set" / name, samples)
@@ -385,17 +383,17 @@ def test_the_digest_changes_with_names_texts_sizes_and_order_and_with_nothing_el
     ):
         assert digest(changed) != original
     assert digest(CAPTIONED, "b.tar") != original
-    # Where the data lies, and what it is not trained on, does not count.
+    # The location of the data and files that are not used for training do not count.
     digest(CAPTIONED)
     os.rename(tmp_path / "set", tmp_path / "moved")
     assert open_webdataset(str(tmp_path / "moved"), ".txt").digest() == original
     assert digest({key: parts | {"json": b"{}"} for key, parts in CAPTIONED.items()}) == original
 
 
-# What is left out
+# Skipped samples
 
 
-def test_a_name_that_is_taken_keeps_the_first_and_texts_that_are_no_utf8_are_skipped(
+def test_open_webdataset_skips_duplicates_and_non_utf8_texts(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tar = tiny.write_tar(
@@ -411,24 +409,24 @@ def test_a_name_that_is_taken_keeps_the_first_and_texts_that_are_no_utf8_are_ski
     assert [sample.texts for sample in source.samples] == [("one",)]
     assert content(source, 0) == tiny.jpeg(0)
     assert source.skipped == [
-        ("a.tar/a", "its name is taken"),
+        ("a.tar/a", "duplicate name"),
         ("a.tar/b", "its caption is not UTF-8"),
     ]
     source.report_skipped("data.reference")
     assert caplog.messages == [
-        "data.reference: 1 sample left out: its name is taken (the first: a.tar/a)",
+        "data.reference: 1 sample left out: duplicate name (the first: a.tar/a)",
         "data.reference: 1 sample left out: its caption is not UTF-8 (the first: a.tar/b)",
     ]
 
 
-def test_what_is_whole_of_a_broken_tar_is_taken_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_open_webdataset_keeps_complete_samples_unless_strict(tmp_path: Path) -> None:
     path = tiny.write_tar(tmp_path / "a.tar", {key: {"jpg": b"x" * 700, "cls": b"1"} for key in "abc"})
     labels = tiny.write_tar(tmp_path / "b.tar", {"d": {"jpg": b"x", "cls": b"cat"}})
-    whole = path.read_bytes()
+    complete = path.read_bytes()
     with tarfile.open(path) as tar:
         ends = {member.name: member.offset_data + member.size for member in tar.getmembers()}
     for size in (0, 100, ends["a.cls"], ends["b.jpg"] - 1, ends["b.cls"], ends["c.cls"]):
-        path.write_bytes(whole[:size])
+        path.write_bytes(complete[:size])
         expected = [key for key in "abc" if ends[f"{key}.cls"] <= size]
         if not expected:
             with pytest.raises(DataError, match="no sample has both"):
@@ -436,19 +434,19 @@ def test_what_is_whole_of_a_broken_tar_is_taken_where_that_is_asked_for(tmp_path
             continue
         source = open_webdataset(f"{tmp_path}/[ab].tar", ".cls", strict=False)
         assert [sample.key for sample in source.samples] == [f"a.tar/{key}" for key in expected]
-        assert ("a.tar", "the tar is not whole") in source.skipped
-        assert (f"{labels.name}/d", "its label is not a whole number from 0 on") in source.skipped
+        assert ("a.tar", "the tar is incomplete") in source.skipped
+        assert (f"{labels.name}/d", "its label is not a non-negative integer") in source.skipped
 
 
-# Links, and names of one thing twice
+# Links and duplicate names
 
 
-def test_open_folder_refuses_a_class_folder_that_is_a_broken_link(tmp_path: Path) -> None:
+def test_open_folder_refuses_broken_link_as_class_folder(tmp_path: Path) -> None:
     for name in ("a", "c"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "0.jpg").write_bytes(tiny.jpeg(0))
     (tmp_path / "b").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match="b: a link to nothing"):
+    with pytest.raises(DataError, match="b: a broken link"):
         open_folder(str(tmp_path))
 
 
@@ -477,7 +475,7 @@ def test_open_webdataset_reads_all_depths_of_two_stars(tmp_path: Path) -> None:
 def test_open_webdataset_refuses_or_skips_negative_labels(tmp_path: Path) -> None:
     samples = {f"{label + 1}": {"jpg": tiny.jpeg(0), "cls": str(label).encode()} for label in (-1, 0)}
     tar = str(tiny.write_tar(tmp_path / "0.tar", samples))
-    with pytest.raises(DataError, match="-1 is no label: classes are counted from 0"):
+    with pytest.raises(DataError, match="-1 is not a label: classes are counted from 0"):
         open_webdataset(tar, ".cls")
     source = open_webdataset(tar, ".cls", strict=False)
     assert [entry.key for entry in source.skipped] == ["0.tar/0"]

@@ -1,4 +1,4 @@
-"""From two checkpoints and some pairs to numbers and pictures: each pair once, by the right model."""
+"""Geometry of two checkpoints on the same pairs: embeddings, report, command and figures."""
 
 import io
 import itertools
@@ -20,10 +20,9 @@ from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError
 from dive_fast.evaluate import plots
-from dive_fast.evaluate.geometry import compare as movement
-from dive_fast.evaluate.geometry import figures
+from dive_fast.evaluate.geometry import compare, figures, measures
 from dive_fast.evaluate.geometry.embed import describe_pairs, embed, open_pairs, spread
-from dive_fast.evaluate.geometry.measures import compare, describe
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import towers
 from dive_fast.model.features import Pairs
 
@@ -36,11 +35,11 @@ SHARES = [(2, None), (100, None), (3, 5)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config, a tuned model in its run folder, and pairs of which one has a broken image."""
+    """A config, a tuned model in its run folder, and pairs with one broken image."""
     root = tmp_path_factory.mktemp("movement")
     tree = tiny.write_config(root)
     tree["evaluate"] = {"batch_size": 4, "workers": 0}
-    model = towers.create(Config.model_validate_json(json.dumps(tree)).model)
+    model = towers.create(RunConfig.model_validate_json(json.dumps(tree)).model)
     torch.manual_seed(0)
     moved = {name: value + 0.05 * torch.randn(value.shape) for name, value in model.state_dict().items()}
     (root / "run").mkdir()
@@ -56,18 +55,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(folder: Path) -> Config:
-    return Config.model_validate_json((folder / "config.json").read_text())
+    return RunConfig.model_validate_json((folder / "config.json").read_text())
 
 
 def embedded(folder: Path, ranks: Ranks, batch_size: int, limit: int | None) -> Pairs:
     config = config_of(folder)
     model = towers.create(config.model)
-    samples = open_pairs(config, describe_pairs(config, str(folder / "pairs")), model)
+    samples = open_pairs(config.model, describe_pairs(config.data.reference, str(folder / "pairs")), model)
     return embed(model, samples, ranks, batch_size, limit=limit)
 
 
 def by_open_clip(folder: Path, chosen: list[int]) -> Pairs:
-    """The same without any of the engine, pair by pair."""
+    """The same embeddings by open_clip alone."""
     name = config_of(folder).model.name
     model: Any = open_clip.create_model(name).eval()
     tokenizer, transform = open_clip.get_tokenizer(name), open_clip.image_transform(32, is_train=False)
@@ -82,109 +81,108 @@ def on_each_rank(folder: Path) -> list[tuple[Tensor, Tensor]]:
     return [tuple(embedded(folder, ranks, *share)) for share in [*SHARES, (4, 1)]]  # type: ignore[misc]
 
 
-def test_every_pair_is_embedded_once_and_in_order_whatever_the_ranks(folder: Path) -> None:
-    # The fifth pair's image is broken; of 5 out of 11 evenly spread, it is one.
+def test_embed_is_equal_on_any_number_of_ranks(folder: Path) -> None:
+    # The fifth pair has a broken image, and is one of the 5 that are spread over 11.
     chosen = {None: [i for i in range(COUNT) if i != BROKEN], 5: [0, 2, 6, 8], 1: [0]}
     assert spread(COUNT, 5) == [0, 2, 4, 6, 8]
-    # With two ranks and one pair one rank has none.
+    # With two ranks and one pair, one rank has no pair.
     for results in (
         [[tuple(embedded(folder, ALONE, *share)) for share in SHARES]],
         run_ranks(2, on_each_rank, folder),
     ):
         for on_rank in results:
-            for (_, limit), found in zip([*SHARES, (4, 1)], on_rank, strict=False):
-                for half, expected in zip(found, by_open_clip(folder, chosen[limit]), strict=True):
+            for (_, limit), pairs in zip([*SHARES, (4, 1)], on_rank, strict=False):
+                for half, expected in zip(pairs, by_open_clip(folder, chosen[limit]), strict=True):
                     assert half.dtype == torch.float32
                     torch.testing.assert_close(half, expected, rtol=0, atol=2e-6)
 
 
-def test_pairs_are_spread_evenly() -> None:
+def test_spread_is_even() -> None:
     assert spread(10, None) == spread(10, 10) == spread(10, 99) == list(range(10))
     assert spread(10, 3) == [0, 3, 6]
     for count, limit in itertools.product((1, 7, 100), (1, 3, 7)):
-        places = spread(count, limit)
-        assert len(set(places)) == len(places) == min(count, limit)
-        assert max(places) < count
+        indices = spread(count, limit)
+        assert len(set(indices)) == len(indices) == min(count, limit)
+        assert max(indices) < count
     assert spread(0, 5) == []
 
 
-def test_embedding_is_in_fp32_and_leaves_the_towers_as_they_were(folder: Path) -> None:
+def test_embed_runs_in_fp32_and_restores_towers(folder: Path) -> None:
     config = config_of(folder)
     model = towers.create(config.model).train()
-    samples = open_pairs(config, describe_pairs(config), model)
+    samples = open_pairs(config.model, describe_pairs(config.data.reference), model)
     exact = embed(model, samples, ALONE, 8)
     model.autocast = torch.bfloat16
-    again = embed(model, samples, ALONE, 8)
-    assert torch.equal(exact.image, again.image)
-    assert torch.equal(exact.text, again.text)
+    with_autocast = embed(model, samples, ALONE, 8)
+    assert torch.equal(exact.image, with_autocast.image)
+    assert torch.equal(exact.text, with_autocast.text)
     assert model.autocast == torch.bfloat16
     assert model.training
     assert not exact.image.requires_grad
 
 
-def test_pairs_may_be_of_any_format_and_are_seen_in_the_evaluation_view(folder: Path, tmp_path: Path) -> None:
+def test_pairs_of_any_format_use_the_evaluation_view(folder: Path, tmp_path: Path) -> None:
     config = config_of(folder)
     assert config.data.reference is not None
-    assert describe_pairs(config) is config.data.reference
+    assert describe_pairs(config.data.reference) is config.data.reference
     csv = tmp_path / "pairs.csv"
     csv.write_text("title\tfilepath\n" + "".join(f"caption {i}\t{i}.jpg\n" for i in range(3)))
     (tmp_path / "images").mkdir()
     for i in range(3):
         (tmp_path / f"images/{i}.jpg").write_bytes(tiny.jpeg(i))
     model = towers.create(config.model)
-    listed = describe_pairs(config, str(csv), image_root=str(tmp_path / "images"))
+    listed = describe_pairs(config.data.reference, str(csv), image_root=str(tmp_path / "images"))
     assert listed.format == "csv"
-    found = embed(model, open_pairs(config, listed, model), ALONE, 8)
-    torch.testing.assert_close(found.image, by_open_clip(folder, [0, 1, 2]).image, rtol=0, atol=2e-6)
+    embedded = embed(model, open_pairs(config.model, listed, model), ALONE, 8)
+    torch.testing.assert_close(embedded.image, by_open_clip(folder, [0, 1, 2]).image, rtol=0, atol=2e-6)
     (tmp_path / "manifest.json").touch()
-    assert describe_pairs(config, str(tmp_path)).format == "prepared"
-    assert describe_pairs(config, "there/{0..9}.tar").format == "webdataset"
-    assert describe_pairs(config, str(csv), "webdataset").format == "webdataset"
+    assert describe_pairs(config.data.reference, str(tmp_path)).format == "prepared"
+    assert describe_pairs(config.data.reference, "there/{0..9}.tar").format == "webdataset"
+    assert describe_pairs(config.data.reference, str(csv), "webdataset").format == "webdataset"
     crops = config.data.reference.model_copy(update={"views": 3})
-    assert open_pairs(config, crops, model).views == "eval"
+    assert open_pairs(config.model, crops, model).views == "eval"
     with pytest.raises(ConfigError, match="--image-root: only csv data has one"):
-        describe_pairs(config, "there", "webdataset", "images")
-    with pytest.raises(ConfigError, match="they tell of the set that --pairs names"):
-        describe_pairs(config, None, "csv")
-    flyp = config.model_copy(update={"data": config.data.model_copy(update={"reference": None})})
+        describe_pairs(config.data.reference, "there", "webdataset", "images")
+    with pytest.raises(ConfigError, match="they describe the set of --pairs"):
+        describe_pairs(config.data.reference, None, "csv")
     with pytest.raises(ConfigError, match=r"data\.reference: the config has no pairs .* --pairs"):
-        describe_pairs(flyp)
+        describe_pairs(None)
 
 
-def test_each_side_is_embedded_by_its_own_weights(folder: Path) -> None:
+def test_embed_both_uses_weights_of_each_side(folder: Path) -> None:
     config, tuned = config_of(folder), folder / "run/model.safetensors"
-    data = describe_pairs(config)
-    both = movement.embed_both(config, None, tuned, data, ALONE)
-    swapped = movement.embed_both(config, tuned, tuned, data, ALONE, limit=7)
+    data = describe_pairs(config.data.reference)
+    both = compare.embed_both(config.model, config.evaluate, None, tuned, data, ALONE)
+    swapped = compare.embed_both(config.model, config.evaluate, tuned, tuned, data, ALONE, limit=7)
     assert torch.equal(swapped.before.image, swapped.after.image)
     torch.testing.assert_close(swapped.before.text, both.after.text[spread(24, 7)], rtol=0, atol=2e-6)
     model = towers.create(config.model)
-    own = embed(model, open_pairs(config, data, model), ALONE, 4)
-    assert torch.equal(own.image, both.before.image)
-    about = {"model": "tiny", "before": "pre-trained", "after": str(tuned), "pairs": data.path}
+    before = embed(model, open_pairs(config.model, data, model), ALONE, 4)
+    assert torch.equal(before.image, both.before.image)
+    labels = {"model": "tiny", "before": "pre-trained", "after": str(tuned), "pairs": data.path}
     assert both.num_available == swapped.num_available == 24
-    report = movement.measure(both, about)
+    report = compare.measure(both, labels)
     assert report == {
-        **about,
+        **labels,
         "num_pairs": 24,
         "num_available": 24,
         "num_undecodable": 0,
         "num_skipped": 0,
-        "metrics": compare(both.before, both.after),
-        "metrics_before": describe(both.before),
+        "metrics": measures.compare(both.before, both.after),
+        "metrics_before": measures.describe(both.before),
     }
     assert 0 < report["metrics"]["rsa"] < 1
     first, second = (Pairs(half.image[:2], half.text[:2]) for half in both[:2])
-    some = movement.Embedded(first, second, 24)
+    two_pairs = compare.Embedded(first, second, 24)
     with pytest.raises(DataError, match=rf"^{data.path}: images and captions: .* at least 3, got 2 and 2$"):
-        movement.measure(some, about)
+        compare.measure(two_pairs, labels)
 
 
 def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return run_script("launch/geometry.py", "--config", str(folder / "config.json"), *arguments, cwd=ROOT)
 
 
-def test_the_command_leaves_a_table_a_report_and_pictures(folder: Path, tmp_path: Path) -> None:
+def test_geometry_command_writes_report_and_figures(folder: Path, tmp_path: Path) -> None:
     lines = [{"step": step, "image_norm": 0.1 * step, "rsa": None} for step in (1, 2, 3)]
     (folder / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     output = tmp_path / "out"
@@ -202,7 +200,7 @@ def test_the_command_leaves_a_table_a_report_and_pictures(folder: Path, tmp_path
     assert not list(output.glob(".*"))
 
 
-def test_the_command_tells_a_mistake_in_one_line(folder: Path, tmp_path: Path) -> None:
+def test_geometry_command_reports_error_in_one_line(folder: Path, tmp_path: Path) -> None:
     refused = call(folder, "--after", str(tmp_path / "nowhere.safetensors"))
     assert refused.returncode == 2
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
@@ -210,14 +208,21 @@ def test_the_command_tells_a_mistake_in_one_line(folder: Path, tmp_path: Path) -
     assert "Traceback" not in refused.stderr
 
 
-def test_weights_of_another_model_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_embed_both_rejects_weights_of_another_model(folder: Path, tmp_path: Path) -> None:
     config = config_of(folder)
     towers.save({"some": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ConfigError, match=r"other\.safetensors: not weights of local-dir:"):
-        movement.embed_both(config, None, tmp_path / "other.safetensors", describe_pairs(config), ALONE)
+        compare.embed_both(
+            config.model,
+            config.evaluate,
+            None,
+            tmp_path / "other.safetensors",
+            describe_pairs(config.data.reference),
+            ALONE,
+        )
 
 
-# Pictures
+# Figures
 
 
 def size(path: Path) -> tuple[int, int]:
@@ -227,29 +232,29 @@ def size(path: Path) -> tuple[int, int]:
         return picture.size
 
 
-def test_pictures_of_models_that_have_not_moved_and_of_few_pairs_are_drawn(folder: Path, tmp_path: Path) -> None:
+def test_figures_of_unchanged_models_and_few_pairs(folder: Path, tmp_path: Path) -> None:
     model = embedded(folder, ALONE, 4, 3)
     figures.draw_differences(model, model, tmp_path / "a.png")
-    figures.draw_rsa(model, model, compare(model, model), tmp_path / "b.png")
+    figures.draw_rsa(model, model, measures.compare(model, model), tmp_path / "b.png")
     assert size(tmp_path / "a.png")[0] > 1000
     assert size(tmp_path / "b.png")[0] > 1000
 
 
-def test_the_main_axes_are_those_of_most_squared_length_about_zero() -> None:
+def test_principal_axes_hold_most_squared_length() -> None:
     rows = torch.zeros(40, 5)
-    rows[:, 3] = -2.0  # all share it: it is the first axis, though nothing varies along it
+    rows[:, 3] = -2.0  # shared by all rows: the first axis, although nothing varies along it
     rows[:, 1] = torch.linspace(-1, 1.5, 40)
     rows[::2, 0] = 0.1
-    axes, shares = figures._main_axes(rows)
+    axes, shares = figures._principal_axes(rows)
     assert axes[:, 0].abs().argmax() == 3
     assert axes[:, 1].abs().argmax() == 1
-    # No axis has most rows on its negative side.
+    # The mean of the rows is on the positive side of each axis.
     assert bool(((rows.double() @ axes).mean(0) > 0).all())
     squares = rows.double().square().sum()
     assert shares == pytest.approx([float((rows.double() @ axis).square().sum() / squares) for axis in axes.T])
 
 
-def test_a_course_has_what_the_metrics_have(tmp_path: Path) -> None:
+def test_course_draws_the_metrics_that_exist(tmp_path: Path) -> None:
     plain = [{"step": step, "loss": 1.0, "image_norm": None} for step in range(5)]
     assert not figures.has_course(plain)
     batches = [{"step": step, "image_norm": 0.1 * step, "text_norm": 0.0} for step in (1, 10, 20)]
@@ -257,13 +262,13 @@ def test_a_course_has_what_the_metrics_have(tmp_path: Path) -> None:
     measured = [{"step": 10 * k, "geometry/rsa": 1 - 0.1 * k, "geometry/average_loss": 1e-6 * k} for k in range(3)]
     figures.draw_course(batches + measured, tmp_path / "three.png")
     assert size(tmp_path / "three.png")[0] > 2 * size(tmp_path / "one.png")[0]
-    # Before the first update difference vectors are rounding; RSA is 1.
+    # Before the first update difference vectors are only rounding, and RSA is 1.
     assert not figures.has_course(batches[:1])
-    assert figures._course_of(batches, "image_norm") == [(10, 1.0), (20, 2.0)]
-    assert figures._course_of(measured, "geometry/rsa")[0] == (0, 1)
+    assert figures._points(batches, "image_norm") == [(10, 1.0), (20, 2.0)]
+    assert figures._points(measured, "geometry/rsa")[0] == (0, 1)
 
 
-def test_methods_are_drawn_with_and_without_rsa_and_seeds(tmp_path: Path) -> None:
+def test_tradeoff_with_and_without_rsa_and_seeds(tmp_path: Path) -> None:
     rows = [
         {"method": "pretrained", "id": 0.6, "ood": 0.5, "zs": 0.7},
         {"method": "flyp", "id": 0.8, "ood": 0.5, "zs": 0.4},

@@ -9,8 +9,9 @@ import tiny
 from distributed import run_ranks
 
 from dive_fast.checkpoint.load_weights import head_of
-from dive_fast.config.schema import Config, ModelConfig
+from dive_fast.config.schema import ModelConfig
 from dive_fast.distributed import join
+from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import head as heads
 from dive_fast.model.model_identity import weights_digest
 from dive_fast.model.towers import create
@@ -29,7 +30,7 @@ def trained(root: Path) -> dict[str, dict[str, Any]]:
         tree["objective"] = {"name": method, "probe_epochs": 1}
         tree["evaluate"] = {"sets": {"seen": {key: tree["data"]["target"][key] for key in tiny.EVALUATION}}}
         tree["evaluate"]["workers"] = 0
-        found[method] = train.train(Config.model_validate_json(json.dumps(tree)), root / method, ranks)
+        found[method] = train.train(RunConfig.model_validate_json(json.dumps(tree)), root / method, ranks)
     return found
 
 
@@ -38,7 +39,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("one_class")
 
 
-def test_one_class_alone_trains(root: Path) -> None:
+def test_train_with_a_single_class(root: Path) -> None:
     (found,) = run_ranks(1, trained, root, init=False)
     for method in METHODS:
         assert found[method]["accuracy/seen"] == 1

@@ -1,0 +1,66 @@
+"""The config of a run with its method: ``python -m dive_fast.methods.run_config`` prints the reference, docs/config.md."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import model_validator
+
+from dive_fast.config.load import load_config
+from dive_fast.config.reference import reference, rows
+from dive_fast.config.schema import Config
+from dive_fast.config.section import KeyedError
+from dive_fast.methods import registry
+
+
+class RunConfig(Config):
+    """A config whose ``objective`` is validated by the methods' own options, which are filled in."""
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> "RunConfig":
+        objective = registry.resolve(self.objective)
+        needs = registry.choose(objective).needs
+        method = f"objective.name = {objective.name}" if objective.name else "this objective"
+        if needs.reference and self.data.reference is None:
+            raise KeyedError("data.reference", f"data.reference: {method} needs a reference set; name one")
+        if needs.head and self.data.target.format == "csv":
+            raise KeyedError(
+                "data.target.format",
+                f"data.target.format = csv has prompts and no classes, which {method} needs; "
+                "take folder, webdataset or prepared",
+            )
+        return self.model_copy(update={"objective": objective})
+
+    @classmethod
+    def drop_inherited(cls, tree: dict[str, Any], inherited: set[str]) -> None:
+        """Removes options of a base config's method that the method now chosen lacks."""
+        registry.drop_inherited(tree["objective"], inherited)
+
+
+def load_run_config(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -> RunConfig:
+    """Reads a config by path or by its name in ``folder``; see :func:`dive_fast.config.load.load_config`.
+
+    Raises:
+        ConfigError: as there; or the method lacks an option, or needs data that the config does not name.
+    """
+    return load_config(name, overrides, folder, RunConfig)
+
+
+def _methods() -> Iterator[str]:
+    table = registry.table()
+    yield from ("## Methods", "", "Values of `objective.name`; each has its options in `objective`.", "")
+    yield from ("| name | method | target loss | reference loss | weight | options |", "|---|---|---|---|---|---|")
+    for preset in table.presets.values():
+        options = ", ".join(f"`{option}`" for option in registry.options_of(preset))
+        reference = "" if preset.reference is None else f"`{preset.reference}`"
+        weight = "" if preset.reference is None else f"{table.references[preset.reference].default_weight:g}"
+        cells = (f"`{preset.name}`", f"{preset.title}: {preset.summary}", f"`{preset.target}`", reference, weight)
+        yield f"| {' | '.join((*cells, options))} |"
+    for half, parts in (("target", table.targets), ("reference", table.references)):
+        for name, part in parts.items():
+            if part.Options.model_fields:
+                yield from ("", f"### Options of the {half} loss `{name}`", "", *rows(part.Options))
+
+
+if __name__ == "__main__":
+    print(reference("dive_fast.methods.run_config", RunConfig, _methods()), end="")

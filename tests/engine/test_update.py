@@ -1,0 +1,66 @@
+"""The update: loss scale, learning rate."""
+
+import math
+
+import pytest
+import torch
+
+from dive_fast.engine.optimizer import learning_rate_schedule
+from dive_fast.engine.update import LossScale
+
+
+def test_what_a_smaller_scale_cannot_mend_is_no_overflow() -> None:
+    skipped, applied = torch.tensor(1.0), torch.tensor(0.0)
+    finite, nonfinite = torch.tensor(True), torch.tensor(False)
+    scale = LossScale("fp16", torch.device("cpu"))
+    first = scale.value.item()
+    for loss, found in ((nonfinite, (1, 1)), (nonfinite, (2, 2)), (finite, (2, 0)), (nonfinite, (3, 1))):
+        before = scale.value.item()
+        scale.update(skipped, loss)
+        assert (scale.nonfinite_steps, scale.nonfinite_in_row) == found
+        # Only the finite loss's gradient overflowed for the scale's sake.
+        assert scale.value == (before / 2 if loss is finite else before)
+    scale.update(applied, finite)
+    assert (scale.nonfinite_steps, scale.nonfinite_in_row, scale.skipped_steps) == (3, 0, 4)
+    scale.value.fill_(1.0)
+    scale.update(skipped, finite)
+    assert (scale.nonfinite_in_row, scale.value) == (1, 1.0)
+    assert first == 2.0**16
+    plain = LossScale("fp32", torch.device("cpu"))
+    plain.update(skipped, finite)
+    assert (plain.nonfinite_in_row, plain.skipped_steps) == (1, 1)
+
+
+def test_loss_scale_halves_on_overflow_and_doubles_after_a_good_while() -> None:
+    scale, good, bad = LossScale("fp16", torch.device("cpu")), torch.tensor(0.0), torch.tensor(1.0)
+    finite = torch.tensor(True)
+    first = scale.value.item()
+    scale.update(bad, finite)
+    assert scale.value == first / 2
+    for _ in range(1999):
+        scale.update(good, finite)
+    assert scale.value == first / 2
+    resumed = LossScale("fp16", torch.device("cpu"))
+    resumed.load_state_dict(scale.state_dict())
+    for each in (scale, resumed):
+        each.update(good, finite)
+        assert each.value == first
+        for _ in range(40):
+            each.update(bad, finite)
+        assert each.value == 1.0
+        assert each.skipped_steps == 41
+    fixed = LossScale("fp32", torch.device("cpu"))
+    fixed.update(bad, finite)
+    assert fixed.value == 1.0
+    assert "loss_scale" not in fixed.metrics()
+
+
+def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine_to_zero() -> None:
+    factor = learning_rate_schedule(warmup_steps=4, total_steps=12)
+    assert [factor(step) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert factor(8) == pytest.approx(0.5)
+    assert factor(12) == pytest.approx(0)
+    assert factor(6) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    # A run shorter than its warm-up, and one without.
+    assert learning_rate_schedule(500, 10)(9) == pytest.approx(10 / 500)
+    assert learning_rate_schedule(0, 10)(0) == 1
