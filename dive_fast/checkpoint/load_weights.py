@@ -99,9 +99,9 @@ def exported(towers: Towers, model: ModelConfig, path: Path) -> dict[str, Tensor
     state = load_into(towers, model, path).state_dict()
     if towers.preprocess != before:
         raise ConfigError(
-            f"{path}: trained on images with {summarize_preprocess(towers.preprocess)}, but {model.name} has "
-            f"{summarize_preprocess(before)}: the two cannot be compared on the same images; name the model of "
-            "that run"
+            f"{path}: trained on images with {summarize_preprocess(towers.preprocess)}, but {model.name} "
+            f"has {summarize_preprocess(before)}: the two cannot be compared on the same images; "
+            "name the model of that run"
         )
     return {name: tensor.clone() for name, tensor in towers.export(state).items()}
 

@@ -1,1 +1,1 @@
-"""The model: two towers, their features, a head, their weights' files."""
+"""Towers: models of open_clip, their weights, preprocessing, heads and transformer blocks."""

@@ -1,4 +1,4 @@
-"""Features of images and texts, as towers return them and losses take them."""
+"""Feature tuples: outputs of the towers and inputs of the losses."""
 
 from typing import NamedTuple
 
@@ -6,39 +6,39 @@ from torch import Tensor
 
 
 class Pairs(NamedTuple):
-    """Features of the two halves of each pair, ``(B, D)`` each."""
+    """Image and text features of pairs, ``(B, D)`` each."""
 
     image: Tensor
     text: Tensor
 
 
 class Outputs(NamedTuple):
-    """What the towers make of one half of a step, a row for each of its pairs."""
+    """Outputs of the towers for the target or reference half of a step, one row per pair."""
 
     image: Tensor
     """``(B, D)``"""
     text: Tensor | None
-    """``(B, D)``; None where the objective has no use for the texts of this half."""
+    """``(B, D)``; None if the objective does not use the texts of this half."""
     logit_scale: Tensor
     """``(1,)``"""
     logits: Tensor | None = None
-    """``(B, C)`` of the classification head; None where there is none."""
+    """``(B, C)`` of the classification head; None without one."""
 
     @property
     def pairs(self) -> Pairs:
-        """Both features of each pair."""
+        """Image and text features; there must be texts."""
         assert self.text is not None
         return Pairs(self.image, self.text)
 
 
 class Features(NamedTuple):
-    """What the towers make of a batch; features are un-normalised."""
+    """Outputs of the towers for a batch, with unnormalised features."""
 
     image: Tensor
     """``(B, D)``"""
     text: Tensor | None
-    """``(U, D)``, a row for each distinct text; ``text[index]`` has a row for each pair. None without texts."""
+    """``(U, D)``, one row per distinct text; ``text[index]`` has one row per pair. None without texts."""
     logit_scale: Tensor
-    """``(1,)``: s = 1 / tau itself, at most ``model.logit_scale_max``."""
+    """``(1,)``: s = 1 / tau (not its logarithm), at most ``model.logit_scale_max``."""
     logits: Tensor | None = None
-    """``(B, C)``, of the classification head on unit image features; None without one."""
+    """``(B, C)`` of the classification head on unit image features; None without one."""

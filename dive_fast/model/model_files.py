@@ -1,7 +1,7 @@
-"""What a file or folder of weights is: the description next to it, and the kinds of other tools' files.
+"""Files and folders of weights: the description next to them, and the recognition of other tools' files.
 
-``open_clip_config.json`` is open_clip's own description of a ``local-dir:`` or ``hf-hub:`` model. Exported weights
-have one beside them, so that what a model wants of its images travels with its weights.
+``open_clip_config.json`` is open_clip's description of a ``local-dir:`` or ``hf-hub:`` model. Exported weights
+have one next to them, which keeps a model's preprocessing with its weights.
 """
 
 import json
@@ -29,8 +29,9 @@ from dive_fast.io.safe_read import read_json
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "open_clip_config.json"
+"""Name of the description next to weights."""
 PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
-"""Of open_clip's preprocess config, without the size, which is the image tower's."""
+"""Keys of open_clip's preprocess config that are used; the size comes from the image tower."""
 
 NOT_COMPARED = {
     "": {"custom_text", "init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"},
@@ -38,23 +39,23 @@ NOT_COMPARED = {
     | {"timm_model_pretrained"},
     "text_cfg": {"context_length", "output_tokens", "hf_model_name", "hf_model_pretrained", "hf_tokenizer_name"},
 }
-"""Fields of an architecture that do not decide what a model computes of its weights: names, starting values, what
-is dropped in training, and sizes to which open_clip interpolates positions."""
+"""Fields of an architecture that do not change the function of given weights: names, initial values, dropout
+rates, and sizes to which open_clip interpolates positions."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """What ``open_clip_config.json`` says."""
+    """The contents of an ``open_clip_config.json``."""
 
     path: Path
     model_cfg: Mapping[str, Any]
     """open_clip's architecture."""
     preprocess_cfg: Mapping[str, Any]
-    """Of open_clip's preprocess config, by :data:`PREPROCESS_KEYS`; what is missing has open_clip's default."""
+    """open_clip's preprocess config by :data:`PREPROCESS_KEYS`; missing keys have open_clip's defaults."""
 
 
 def read_description(folder: Path) -> Description | None:
-    """The description in a folder; None where there is none.
+    """The description in a folder; None without one.
 
     Raises:
         ConfigError: it cannot be read, or is not a description.
@@ -65,24 +66,24 @@ def read_description(folder: Path) -> Description | None:
     try:
         tree = read_json(path)
         model_cfg, preprocess_cfg = tree["model_cfg"], tree.get("preprocess_cfg") or {}
-        known = {key: preprocess_cfg[key] for key in PREPROCESS_KEYS if preprocess_cfg.get(key) is not None}
+        preprocess = {key: preprocess_cfg[key] for key in PREPROCESS_KEYS if preprocess_cfg.get(key) is not None}
         if not isinstance(model_cfg, dict):
             raise TypeError("model_cfg is not an object")
-        check_preprocess(known)
+        check_preprocess(preprocess)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        why = f"no {error}" if isinstance(error, LookupError) else error
+        reason = f"no {error}" if isinstance(error, LookupError) else error
         raise ConfigError(
-            f"{path}: not a description of an open_clip model: {why}; copy it again, or remove it to use "
+            f"{path}: not a description of an open_clip model: {reason}; copy it again, or remove it to use "
             "open_clip's default preprocessing"
         ) from error
-    return Description(path, model_cfg, known)
+    return Description(path, model_cfg, preprocess)
 
 
 def check_preprocess(config: Mapping[str, Any]) -> None:
     """Validates the fields of a preprocess config.
 
     Raises:
-        ValueError: names the field.
+        ValueError: a field is invalid; the message names it.
     """
     for key in ("mean", "std"):
         values = config.get(key, (0.5,) * 3)
@@ -96,43 +97,46 @@ def check_preprocess(config: Mapping[str, Any]) -> None:
         ("resize_mode", ("shortest", "longest", "squash")),
     ):
         if config.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"preprocess_cfg.{key} is none of {', '.join(allowed)}")
+            raise ValueError(f"preprocess_cfg.{key} is not one of {', '.join(allowed)}")
 
 
 def with_preprocess_config(preprocess: Preprocess, config: Mapping[str, Any]) -> Preprocess:
-    """A preprocessing with open_clip's defaults and the given fields, for images of the same size."""
+    """A preprocessing of equal image size with the fields of ``config`` and open_clip's defaults."""
     cfg = PreprocessCfg(**{**config, "size": preprocess.size})
     return Preprocess.of(SimpleNamespace(preprocess_cfg=asdict(cfg)))
 
 
 def check_architecture(described: Description, name: str, model_cfg: Mapping[str, Any]) -> None:
-    """Compares a description with the architecture that its weights are to be loaded into.
+    """Checks that described weights fit the architecture into which they are loaded.
 
     Raises:
-        ConfigError: they compute different functions; names each field, and the built-in model that fits.
+        ConfigError: the architectures compute different functions; the message names the fields and, if there is
+            one, a built-in model that fits.
     """
-    found = list(differences(described.model_cfg, model_cfg))
-    if not found:
+    different = list(architecture_differences(described.model_cfg, model_cfg))
+    if not different:
         return
-    fitting = [other for other in open_clip.list_models() if _is_same(described, other)]
-    instead = f"; take model.name = {' or '.join(fitting[:3])}" if fitting else f"; see {described.path}"
+    fitting = [other for other in open_clip.list_models() if _has_architecture(described, other)]
+    remedy = f"; use model.name = {' or '.join(fitting[:3])}" if fitting else f"; see {described.path}"
     raise ConfigError(
         f"model.name: the weights in {described.path.parent} are of another architecture than {name}: "
-        f"{', '.join(found[:4])}{' ...' if len(found) > 4 else ''}{instead}"
+        f"{', '.join(different[:4])}{' ...' if len(different) > 4 else ''}{remedy}"
     )
 
 
-def _is_same(described: Description, name: str) -> bool:
+def _has_architecture(described: Description, name: str) -> bool:
     config = open_clip.get_model_config(name)
-    if next(differences(described.model_cfg, config), None) is not None:
+    if next(architecture_differences(described.model_cfg, config), None) is not None:
         return False
     sizes = (("vision_cfg", "image_size"), ("text_cfg", "context_length"))
-    return all(_plain(described.model_cfg)[part][key] == _plain(config)[part][key] for part, key in sizes)
+    return all(
+        _with_defaults(described.model_cfg)[part][key] == _with_defaults(config)[part][key] for part, key in sizes
+    )
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
-    """Each field in which two architectures compute different functions of their weights."""
-    first, second = _plain(there), _plain(here)
+def architecture_differences(described: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
+    """Lines for the fields that make two architectures compute different functions of equal weights."""
+    first, second = _with_defaults(described), _with_defaults(model)
     for part in sorted(first.keys() | second.keys()):
         one, other = first.get(part, {}), second.get(part, {})
         for key in sorted(one.keys() | other.keys()):
@@ -141,39 +145,38 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[s
                 yield f"{path} = {json.dumps(one.get(key))} there, {json.dumps(other.get(key))} in the model"
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """An architecture with all of open_clip's defaults, as JSON values by section."""
-    found: dict[str, dict[str, Any]] = {"": {"quick_gelu": False}}
+def _with_defaults(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """An architecture with open_clip's defaults filled in, as JSON values by section."""
+    sections: dict[str, dict[str, Any]] = {"": {"quick_gelu": False}}
     for key, value in config.items():
         defaults = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg}.get(key)
         if not isinstance(value, dict):
-            found[""][key] = value
+            sections[""][key] = value
             continue
-        own = {} if defaults is None else asdict(defaults())
-        found[key] = own | value
-    plain: dict[str, dict[str, Any]] = json.loads(json.dumps(found))
-    return plain
+        sections[key] = ({} if defaults is None else asdict(defaults())) | value
+    as_json: dict[str, dict[str, Any]] = json.loads(json.dumps(sections))
+    return as_json
 
 
 def write_description(
     folder: Path, model_cfg: Mapping[str, Any], preprocess: Preprocess, tokenizer: Tokenizer | None
 ) -> None:
-    """Writes what makes ``local-dir:<folder>`` a model, once its weights are there.
+    """Writes the files that, with weights, make ``local-dir:<folder>`` a model.
 
     Args:
-        tokenizer: of Hugging Face, which open_clip looks for in the folder; None for open_clip's own.
+        tokenizer: a Hugging Face tokenizer, which open_clip reads from the folder; None for open_clip's own.
     """
-    chosen = {key: value for key, value in asdict(preprocess).items() if key in PREPROCESS_KEYS}
-    text = json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {"size": preprocess.size} | chosen}, indent=2)
+    preprocess_cfg = {key: value for key, value in asdict(preprocess).items() if key in PREPROCESS_KEYS}
+    text = json.dumps(
+        {"model_cfg": model_cfg, "preprocess_cfg": {"size": preprocess.size} | preprocess_cfg}, indent=2
+    )
     if tokenizer is not None:
         _save_tokenizer(tokenizer, folder)
     write_atomic(folder / DESCRIPTION, (text + "\n").encode())
     if tokenizer is not None:
-        again = open_clip.get_tokenizer(f"local-dir:{folder}")
-        if not torch.equal(again(list(TOKENIZER_PROBES)), tokenizer(list(TOKENIZER_PROBES))):
-            warn_on_main_rank(
-                f"{folder}: the tokenizer saved there splits texts in another way than the model's own"
-            )
+        saved = open_clip.get_tokenizer(f"local-dir:{folder}")
+        if not torch.equal(saved(list(TOKENIZER_PROBES)), tokenizer(list(TOKENIZER_PROBES))):
+            warn_on_main_rank(f"{folder}: the saved tokenizer splits texts differently than the model's tokenizer")
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -182,51 +185,53 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
         save(str(folder))
 
 
-def interpolated(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Any]) -> str | None:
-    """How open_clip fits positional embeddings of another size; None where they have the model's.
+def describe_interpolation(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Any]) -> str | None:
+    """A line about positional embeddings that open_clip interpolates to the model's size; None if sizes are equal.
 
     Args:
-        shapes: of the tensors in a file, by name.
-        state: the model's own.
+        shapes: shapes of the tensors in a file by name.
+        state: state dict of the model.
     """
-    said = []
-    for names, what in (
+    descriptions = []
+    for names, size in (
         (("visual.positional_embedding",), "images of {} patches (with the class token)"),
         (("positional_embedding", "text.positional_embedding"), "texts of {} tokens"),
     ):
-        there = next((shapes[name] for name in names if name in shapes), None)
-        here = next((tuple(state[name].shape) for name in names if name in state), None)
-        if there and here and there[0] != here[0]:
-            said.append(f"{what.format(there[0])}, the model takes {here[0]}")
-    return f"made for {' and '.join(said)}: its positional embeddings are interpolated" if said else None
+        in_file = next((shapes[name] for name in names if name in shapes), None)
+        in_model = next((tuple(state[name].shape) for name in names if name in state), None)
+        if in_file and in_model and in_file[0] != in_model[0]:
+            descriptions.append(f"{size.format(in_file[0])}, the model takes {in_model[0]}")
+    if not descriptions:
+        return None
+    return f"made for {' and '.join(descriptions)}: its positional embeddings are interpolated"
 
 
-def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a file of weights, by name without ``module.``; empty where it cannot be read."""
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a file of weights by name without ``module.``; empty if it cannot be read."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        state = found.get("state_dict", found)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state = checkpoint.get("state_dict", checkpoint)
         return {
             name.removeprefix("module."): tuple(value.shape)
             for name, value in state.items()
             if isinstance(value, torch.Tensor)
         }
-    except Exception:  # whatever it is, the loader itself tells
+    except Exception:  # the loader reports the error
         return {}
 
 
-def kind_of(path: Path) -> str | None:
-    """What a file is that open_clip cannot load, and what to do; None where nothing is known. Executes nothing."""
+def describe_foreign_file(path: Path) -> str | None:
+    """A description of a file that open_clip cannot load, with a remedy; None if unknown. Executes no code."""
     try:
-        return _kind_of(path)
-    except Exception:  # of broken files, parsers have errors of their own
+        return _describe_file(path)
+    except Exception:  # parsers raise errors of many types for broken files
         return None
 
 
-def _kind_of(path: Path) -> str | None:
+def _describe_file(path: Path) -> str | None:
     with path.open("rb") as file:
         start = file.read(1024)
     if not start:
@@ -238,23 +243,21 @@ def _kind_of(path: Path) -> str | None:
     if start.lstrip()[:1] in (b"{", b"["):
         return "JSON text, such as a model's config; name the file of weights next to it"
     if zipfile.is_zipfile(path):
-        return _kind_of_archive(path)
-    shapes = shapes_of(path)
+        return _describe_archive(path)
+    shapes = tensor_shapes(path)
     if shapes:
-        return _kind_of_names(set(shapes))
+        return _describe_names(set(shapes))
     if path.suffix == ".safetensors" and start[:1] in (b"\x80", b"P"):
-        return "not safetensors, in spite of its name; torch.save's files are called .pt or .bin"
+        return "not safetensors, despite its name; files of torch.save are called .pt or .bin"
     if start[:1] == b"\x80":
         return f"an old pickle that holds more than tensors; {_CONVERT}"
     return None
 
 
-_CONVERT = (
-    "nothing in it is executed here; where you trust it and have its code, save its state dict alone by torch.save"
-)
+_CONVERT = "it is not executed here; if you trust it and have its code, save only its state dict with torch.save"
 
 
-def _kind_of_archive(path: Path) -> str | None:
+def _describe_archive(path: Path) -> str | None:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
@@ -264,18 +267,18 @@ def _kind_of_archive(path: Path) -> str | None:
             "and vocab_size"
         )
     if not any(name.endswith("data.pkl") for name in names):
-        return "a zip archive that torch.save has not written; unpack it and name the file of weights"
+        return "a zip archive that torch.save did not write; unpack it and name the file of weights"
     classes = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     if "argparse.Namespace" in classes:
         return f"a training checkpoint with its command line (argparse.Namespace) inside; {_CONVERT}"
     if classes:
-        return f"a pickle of Python objects ({', '.join(classes[:3])}), not of tensors alone; {_CONVERT}"
-    return _kind_of_names(set(shapes_of(path)))
+        return f"a pickle of Python objects ({', '.join(classes[:3])}), not only tensors; {_CONVERT}"
+    return _describe_names(set(tensor_shapes(path)))
 
 
-def _kind_of_names(names: set[str]) -> str | None:
+def _describe_names(names: set[str]) -> str | None:
     if any(name.startswith("vision_model.") for name in names):
-        return "weights in transformers' format; take open_clip's file of the model, e.g. model.name = hf-hub:..."
+        return "weights in transformers' format; use open_clip's file of the model, e.g. model.name = hf-hub:..."
     if names == {"weight", "bias"}:
         return "a classification head; name the model.safetensors next to it"
     if any(".lora_" in name for name in names):
@@ -286,13 +289,13 @@ def _kind_of_names(names: set[str]) -> str | None:
 
 
 def warn_on_main_rank(line: str) -> None:
-    """Warns of something once, by the first rank: every rank reads the same files."""
+    """Logs a warning on rank 0 only, as all ranks read the same files."""
     if os.environ.get("RANK", "0") == "0":
         logger.warning(line)
 
 
 def summarize_preprocess(preprocess: Preprocess) -> str:
-    """A preprocessing in one line."""
+    """A one-line summary of a preprocessing."""
 
     def numbers(values: tuple[float, ...]) -> str:
         return "/".join(f"{value:.3g}" for value in values)

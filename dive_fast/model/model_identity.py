@@ -1,4 +1,4 @@
-"""The identity of a model: architecture, preprocessing, weights."""
+"""The identity of a model: architecture, preprocessing and weights."""
 
 import hashlib
 from collections.abc import Mapping
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from dive_fast.identity import Identity
-from dive_fast.model.towers import Towers
+from dive_fast.model.towers import HEAD, Towers
 
 
-def model_identity(towers: "Towers") -> Identity:
-    """What decides a model's features: its architecture, its view of images, its tokenizer and its weights.
+def model_identity(towers: Towers) -> Identity:
+    """The identity of a model's features: architecture (which names the tokenizer), preprocessing and weights.
 
     Args:
-        towers: as :func:`dive_fast.model.towers.create` built them; a head is left out.
+        towers: from :func:`dive_fast.model.towers.create`; a head is ignored.
     """
     return {
         "architecture": towers.model_cfg,
@@ -23,18 +23,16 @@ def model_identity(towers: "Towers") -> Identity:
     }
 
 
-def weights_digest(towers: "Towers") -> str:
-    """A hash of all weights, bit for bit, names included; of a head's not."""
+def weights_digest(towers: Towers) -> str:
+    """A digest of the names and bits of all weights except a head's."""
     return state_digest(towers.state_dict())
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
-    """The hash of :func:`weights_digest`, from the towers' state."""
-    from dive_fast.model.towers import HEAD
-
-    found = hashlib.sha256()
+    """The digest of :func:`weights_digest` from a state dict of the towers."""
+    digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         if not name.startswith(HEAD):
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            found.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

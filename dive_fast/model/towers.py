@@ -1,4 +1,4 @@
-"""An open_clip model as two towers: images and texts -> features; text trimmed and encoded once per prompt."""
+"""Models of open_clip as two towers: construction, weights, tokenizers, and features of images and texts."""
 
 import contextlib
 import difflib
@@ -27,45 +27,47 @@ from dive_fast.model.model_files import (
     DESCRIPTION,
     PREPROCESS_KEYS,
     check_architecture,
-    interpolated,
-    kind_of,
+    describe_foreign_file,
+    describe_interpolation,
     read_description,
-    shapes_of,
     summarize_preprocess,
+    tensor_shapes,
     warn_on_main_rank,
     write_description,
 )
 from dive_fast.numerics import full_fp32
 
 MODEL_DIR = Path(__file__).parents[1] / "demo/model"
-
+"""Folder of the demo's model."""
 _AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
-
+"""Autocast dtype of a ``precision``; None: no autocast."""
 
 __all__ = ["Features", "Towers", "create", "tokenizer_of", "unit"]
 
 LOCAL = "local-dir:"
+"""Prefix of the names of models in a local folder."""
 BRING_WEIGHTS = ("hf-hub:", LOCAL)
+"""Prefixes of the names of models that include weights."""
 HEAD = "head."
-"""What the names of the head's parameters begin with."""
+"""Prefix of the parameter names of a head."""
 
 
 class Towers(nn.Module):
-    """Both towers and the logit scale of an open_clip model, under the names of open_clip's CustomTextCLIP.
+    """Both towers and the logit scale of an open_clip model, with the parameter names of CustomTextCLIP.
 
     ``logit_scale`` (and a SigLIP's ``logit_bias``) has shape ``(1,)``, since DeepSpeed refuses parameters without
-    dimensions; :meth:`export` gives it back as open_clip has it. The bias plays no part in a softmax loss and
-    stays as it is.
+    dimensions; :meth:`export` restores open_clip's shape. The bias has no effect on a softmax loss and is not
+    trained.
     """
 
     _causal_mask: Tensor | None
 
     def __init__(self, model: Any, layout: frozenset[str] | None = None) -> None:
-        """Takes the towers over from ``model``.
+        """Takes over the towers of ``model``.
 
         Args:
             model: an open_clip CustomTextCLIP (``force_custom_text=True``).
-            layout: the parameter names that :meth:`export` shall use; default: the model's own.
+            layout: parameter names that :meth:`export` uses; default: those of ``model``.
         """
         super().__init__()
         self.visual: Any = model.visual
@@ -78,29 +80,31 @@ class Towers(nn.Module):
         self._layout = layout or frozenset(model.state_dict())
         self._scalar = model.logit_scale.shape
         self.pooled_at: PooledAt = _pooled_at(self.text)
-        # Each call puts a part of it in the place of the tower's own mask; a buffer moves with the model.
+        # Each call replaces the tower's mask by a part of this one; a buffer moves with the model.
         self.register_buffer("_causal_mask", getattr(self.text, "attn_mask", None), persistent=False)
         self.preprocess = Preprocess.of(self.visual)
         self.config: ModelConfig | None = None
+        """The config passed to :func:`create`; None for towers created otherwise."""
         self.model_cfg: dict[str, Any] | None = None
-        """What :func:`create` was given, and open_clip's architecture; None for towers made by hand."""
+        """open_clip's architecture; None for towers not built by :func:`create`."""
         self.feature_consistency: Any = None
-        """What :mod:`dive_fast.engine.feature_consistency` has measured; None before."""
+        """The measurement of :mod:`dive_fast.engine.feature_consistency`; None before it."""
         self.is_settled = False
+        """Whether :mod:`dive_fast.engine.feature_consistency` has disabled drop path."""
         self.logit_scale_max: float | None = None
-        """Upper bound of the logit scale; None: no bound."""
+        """Upper bound of the logit scale; None: unbounded."""
         self.autocast: torch.dtype | None = None
-        """Precision of both towers' matrix products; None: fp32."""
+        """Dtype of the matrix products of both towers; None: fp32."""
         self.text_multiple = 1
-        """Trimmed texts have so many tokens or a multiple."""
+        """Lengths of trimmed texts are multiples of this many tokens."""
         self.head: nn.Linear | None = None
-        """Classifies unit image features, where an objective trains such a head; no part of the exported model."""
+        """Classification head on unit image features, if the objective trains one; not exported with the model."""
 
     def train(self, mode: bool = True) -> "Towers":
-        """As any module's, but BatchNorm keeps its running statistics, and is the same function of each sample.
+        """Sets the mode of all modules except BatchNorms, which always use their running statistics.
 
-        With the batch's statistics a feature would depend on the other samples: neither could a batch be cut into
-        pieces, nor would the tuned model begin as the frozen one. Scales and shifts are tuned.
+        With batch statistics, a feature would depend on other samples: a batch could not be split into
+        micro-batches, and the tuned model would not start equal to the frozen one. Scales and shifts are trained.
         """
         super().train(mode)
         for module in self.modules():
@@ -118,9 +122,9 @@ class Towers(nn.Module):
 
         Args:
             images: ``(B, 3, H, W)``.
-            tokens: ``(U, context)`` int64; None leaves the text tower out.
+            tokens: ``(U, context)`` int64; None skips the text tower.
             length: tokens of the longest text. A causal tower that reads its feature at the end of the text gets
-                only these, which is exact; any other tower gets all.
+                only these, which is exact; any other tower gets all tokens.
         """
         image = self.encode_image(images)
         text = None if tokens is None else self.encode_text(tokens, length)
@@ -128,45 +132,45 @@ class Towers(nn.Module):
         return Features(image, text, self.scale(), logits)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W) -> (B, D)``, un-normalised."""
+        """Unnormalised image features: ``(B, 3, H, W) -> (B, D)``."""
         with self._precision(images.device):
             features: Tensor = self.visual(images)
         return features
 
     def encode_text(self, tokens: Tensor, length: int | None = None) -> Tensor:
-        """``(U, context) -> (U, D)``, un-normalised; trimmed to ``length`` where that is exact."""
+        """Unnormalised text features: ``(U, context) -> (U, D)``. Trims to ``length`` tokens if that is exact."""
         if self.pooled_at is not None and self._causal_mask is not None:
             if length is not None:
                 tokens = tokens[:, : math.ceil(length / self.text_multiple) * self.text_multiple]
             context = tokens.shape[1]
-            # open_clip adds its whole mask to the attention scores whatever the length of the text.
+            # open_clip adds the mask to the attention scores without cropping it to the length of the text.
             self.text.attn_mask = self._causal_mask[:context, :context]
         with self._precision(tokens.device):
             features: Tensor = self.text(tokens)
         return features
 
     def encode_pairs(self, images: Tensor, text: Text) -> tuple[Tensor, Tensor]:
-        """Features of both halves of each pair, ``(B, D)`` each, un-normalised."""
+        """Unnormalised features of image-text pairs, ``(B, D)`` each."""
         features: Features = self(images, text.tokens, text.length)
         assert features.text is not None
         return features.image, features.text[text.index]
 
     @property
     def context_length(self) -> int | None:
-        """Tokens of the longest text that the text tower takes; None where open_clip does not say."""
+        """Maximum tokens of a text; None if open_clip does not define it."""
         return int(getattr(self.text, "context_length", 0)) or None
 
     @property
     def width(self) -> int:
-        """D, the embedding width, by encoding an empty text."""
+        """The embedding width D, determined by encoding an empty text."""
         context = int(getattr(self.text, "context_length", 77))
         with torch.no_grad():
             return int(self.encode_text(self.logit_scale.new_zeros(1, context, dtype=torch.long)).shape[1])
 
     def scale(self) -> Tensor:
-        """``(1,)``: the logit scale, bounded by ``logit_scale_max`` where that is set.
+        """The logit scale, ``(1,)``, bounded by ``logit_scale_max`` if that is set.
 
-        The bound is applied here and not to the parameter: DeepSpeed's master copy would undo a clamp in place.
+        The bound applies here and not to the parameter: DeepSpeed's master copy would undo a clamp in place.
         """
         if self.logit_scale_max is None:
             return self.logit_scale.exp()
@@ -175,7 +179,7 @@ class Towers(nn.Module):
 
     @contextlib.contextmanager
     def _precision(self, device: torch.device) -> Iterator[None]:
-        # TF32 has fp16's ten bits, which a teacher in fp32 must not have.
+        # TF32 has only the ten mantissa bits of fp16, too few for a teacher in fp32.
         with (
             full_fp32(self.autocast is None),
             torch.autocast(device.type, self.autocast, enabled=self.autocast is not None),
@@ -183,7 +187,7 @@ class Towers(nn.Module):
             yield
 
     def export(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict of this module, as open_clip's ``load_state_dict`` of the original model wants it."""
+        """Converts a state dict of this module to the names and shapes of the original open_clip model."""
         exported = {}
         for name, tensor in state.items():
             if name.startswith(HEAD):
@@ -195,29 +199,29 @@ class Towers(nn.Module):
         return exported
 
     def load_exported(self, state: dict[str, Tensor]) -> "Towers":
-        """Takes weights as :meth:`export` gives them; returns itself."""
-        own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(HEAD)}
-        taken = {name: state[self.exported_name(name)].reshape(tensor.shape) for name, tensor in own.items()}
-        # What was exported lacks a head's parameters and no others.
-        missing, unexpected = self.load_state_dict(taken, strict=False)
+        """Loads weights in the layout of :meth:`export`; returns itself."""
+        current = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(HEAD)}
+        weights = {name: state[self.exported_name(name)].reshape(tensor.shape) for name, tensor in current.items()}
+        # Exported weights lack only the parameters of a head.
+        missing, unexpected = self.load_state_dict(weights, strict=False)
         assert not unexpected
         assert all(name.startswith(HEAD) for name in missing)
         return self
 
     def exported_name(self, name: str) -> str:
-        """What open_clip's original model calls a parameter of this module."""
+        """The name of a parameter in the original open_clip model."""
         return name if name in self._layout else name.removeprefix("text.")
 
 
 class _BoundedExp(torch.autograd.Function):
-    """``min(exp(x), bound)``, with gradient ``exp(x)`` up to the bound and at it.
+    """``min(exp(x), bound)``, with gradient ``exp(x)`` up to and including the bound.
 
-    Above the bound the gradient is the bound where a descent lowers x, and 0 where it raises it further: a model
-    that starts there, or one step too far, comes back. "Above" is judged by logarithms: in fp32 exp(ln 100) is
-    100.0000076 > 100, so a comparison of exponentials freezes every model that starts at ln 100.
+    Above the bound, the gradient is the bound where a descent lowers x, and 0 where it would raise x. So a model
+    that starts there, or overshoots by a step, returns. The comparison uses logarithms: in fp32 exp(ln 100) is
+    100.0000076 > 100, so comparing exponentials would freeze every model that starts at ln 100.
 
-    Each call judges by itself: above the bound, and only there, two halves or ranks whose gradients have unlike
-    signs move x down a little faster than their sum would.
+    Each call decides separately. Only above the bound, two halves or ranks with gradients of opposite signs
+    therefore lower x slightly faster than their sum would.
     """
 
     @staticmethod
@@ -233,75 +237,74 @@ class _BoundedExp(torch.autograd.Function):
 
 
 def _fp32_log(bound: float) -> float:
-    """The logarithm as a parameter in fp32 holds it."""
+    """The logarithm of ``bound``, rounded to fp32 like a parameter."""
     return float(torch.tensor(math.log(bound), dtype=torch.float32))
 
 
 def create(config: ModelConfig, weights: bool = True) -> Towers:
-    """Builds the model with its pre-trained weights, in fp32, on the CPU.
+    """Builds a model with its pre-trained weights in fp32 on the CPU.
 
-    Images are preprocessed as the weights want it, with weights or without: as the pretrained tag says, or the
-    ``open_clip_config.json`` of the folder or next to the file; otherwise by open_clip's default, which is
-    reported.
+    The preprocessing is that of the weights, even if they are not loaded: from the pretrained tag, or from the
+    ``open_clip_config.json`` in the folder or next to the file; otherwise open_clip's default, with a warning.
 
     Args:
-        weights: false builds it at random, where others are loaded into it or its shapes alone matter.
+        weights: whether to load the weights; false if others will be loaded, or if only shapes matter.
 
     Raises:
-        ConfigError: no such model or weights; says which part of ``model`` to change.
+        ConfigError: the model or weights do not exist; the message names the key of ``model`` to change.
     """
     check(config, weights)
     name = _name(config)
-    loads = weights and not config.random
-    pretrained = config.pretrained if loads else None
+    load_weights = weights and not config.random
+    pretrained = config.pretrained if load_weights else None
     preprocess_cfg, is_described = _preprocess_cfg(config, name)
     path = None if config.pretrained is None else Path(config.pretrained)
     try:
         with (
             forbid_code_execution(),
-            contextlib.nullcontext() if loads else _without_warnings_about_random_weights(),
+            contextlib.nullcontext() if load_weights else _without_warnings_about_random_weights(),
             _random_weights() if config.random else contextlib.nullcontext(),
             warnings.catch_warnings(),
         ):
-            warnings.filterwarnings("ignore", "QuickGELU mismatch")  # said below, with what to do
+            warnings.filterwarnings("ignore", "QuickGELU mismatch")  # _warn_about_weights reports it
             model = open_clip.create_model(
                 name,
                 pretrained,
                 precision="fp32",
                 force_custom_text=True,
                 force_preprocess_cfg=preprocess_cfg,
-                require_pretrained=loads,
-                load_weights=loads,
-                pretrained_text=loads,
+                require_pretrained=load_weights,
+                load_weights=load_weights,
+                pretrained_text=load_weights,
             )
-    except Exception as error:  # torch, safetensors, pickle and transformers each have errors of their own
-        kind = kind_of(path) if path is not None and path.is_file() else None
-        why = _one_line(error) if kind is None else f"it is {kind}"
-        raise ConfigError(f"model: cannot load {config.name} ({config.pretrained}): {why}") from error
+    except Exception as error:  # torch, safetensors, pickle and transformers raise errors of many types
+        description = describe_foreign_file(path) if path is not None and path.is_file() else None
+        reason = _one_line(error) if description is None else f"it is {description}"
+        raise ConfigError(f"model: cannot load {config.name} ({config.pretrained}): {reason}") from error
     if hasattr(model, "text_decoder"):
         raise ConfigError(f"model.name: {config.name} has a text decoder; only two-tower models can be tuned")
     towers = Towers(model, _original_names(name, frozenset(model.state_dict())))
     towers.logit_scale_max = config.logit_scale_max
     towers.config, towers.model_cfg = config, open_clip.get_model_config(name)
-    if loads:
-        present = float(towers.logit_scale.detach().exp().max())
-        if config.logit_scale_max is not None and present > config.logit_scale_max * (1 + 1e-6):
+    if load_weights:
+        current_scale = float(towers.logit_scale.detach().exp().max())
+        if config.logit_scale_max is not None and current_scale > config.logit_scale_max * (1 + 1e-6):
             warn_on_main_rank(
                 f"model.logit_scale_max = {config.logit_scale_max:g} is below the model's own logit scale, "
-                f"{present:.4g}: training begins at the bound"
+                f"{current_scale:.4g}: training begins at the bound"
             )
-        _tell_about_weights(config, name, towers, is_described)
+        _warn_about_weights(config, name, towers, is_described)
     return towers
 
 
 def check(config: ModelConfig, weights: bool = True) -> None:
-    """Looks at names alone, before anything is loaded.
+    """Validates the names of a model and its weights without loading anything.
 
     Args:
-        weights: whether the model's own weights are wanted.
+        weights: whether the weights will be loaded.
 
     Raises:
-        ConfigError: no such model, or no such weights; names what comes nearest.
+        ConfigError: the model or weights do not exist; the message names the closest ones.
     """
     name, pretrained = _name(config), config.pretrained
     if name.startswith(BRING_WEIGHTS):
@@ -317,8 +320,8 @@ def check(config: ModelConfig, weights: bool = True) -> None:
         by_lower_case = {model.lower(): model for model in models}
         word = name.replace("/", "-").lower()
         close = difflib.get_close_matches(word, list(by_lower_case), n=1, cutoff=0.5)
-        near = f"; did you mean {by_lower_case[close[0]]}?" if close else "; see open_clip.list_models()"
-        raise ConfigError(f"model.name: open_clip has no model {name}{near}")
+        hint = f"; did you mean {by_lower_case[close[0]]}?" if close else "; see open_clip.list_models()"
+        raise ConfigError(f"model.name: open_clip has no model {name}{hint}")
     if not weights or config.random:
         return
     tags = open_clip.list_pretrained_tags_by_model(name)
@@ -342,19 +345,19 @@ def _check_folder(config: ModelConfig, folder: Path, weights: bool) -> None:
         raise ConfigError(f"model: cannot load {config.name} (None): folder not found: {folder}")
     if not (folder / DESCRIPTION).is_file():
         raise ConfigError(
-            f"model: cannot load {config.name} (None): no {DESCRIPTION} in it, which says what the weights are of"
+            f"model: cannot load {config.name} (None): the folder has no {DESCRIPTION}, which describes the model"
         )
     if weights and not any(
         file for pattern in ("*.safetensors", "*.bin", "*.pth") for file in folder.glob(pattern)
     ):
         raise ConfigError(
-            f"model: cannot load {config.name} (None): weights could not be loaded: the folder has no file of "
-            "them, such as model.safetensors; model.random = true starts from random weights"
+            f"model: cannot load {config.name} (None): weights could not be loaded: the folder has no weight "
+            "file such as model.safetensors; model.random = true starts from random weights"
         )
 
 
 def _preprocess_cfg(config: ModelConfig, name: str) -> tuple[dict[str, Any] | None, bool]:
-    """The preprocessing to force on open_clip, if any, and whether a tag, a folder or a file's folder says it."""
+    """The preprocessing that overrides open_clip's, if any, and whether a tag or a folder defines it."""
     if name.startswith(BRING_WEIGHTS) or config.pretrained is None:
         return None, name.startswith(BRING_WEIGHTS)
     if tag := open_clip.get_pretrained_cfg(name, config.pretrained):
@@ -367,7 +370,7 @@ def _preprocess_cfg(config: ModelConfig, name: str) -> tuple[dict[str, Any] | No
     return dict(described.preprocess_cfg), True
 
 
-def _tell_about_weights(config: ModelConfig, name: str, towers: Towers, is_described: bool) -> None:
+def _warn_about_weights(config: ModelConfig, name: str, towers: Towers, is_described: bool) -> None:
     if not is_described:
         warn_on_main_rank(
             f"{config.pretrained}: no {DESCRIPTION} next to it, so images are preprocessed by open_clip's default "
@@ -377,31 +380,32 @@ def _tell_about_weights(config: ModelConfig, name: str, towers: Towers, is_descr
         return
     tag = open_clip.get_pretrained_cfg(name, config.pretrained)
     if not tag:
-        if said := interpolated(shapes_of(Path(config.pretrained)), towers.export(towers.state_dict())):
-            warn_on_main_rank(f"{config.pretrained}: {said}")
+        shapes = tensor_shapes(Path(config.pretrained))
+        if line := describe_interpolation(shapes, towers.export(towers.state_dict())):
+            warn_on_main_rank(f"{config.pretrained}: {line}")
         return
     ours, theirs = bool((towers.model_cfg or {}).get("quick_gelu")), bool(tag.get("quick_gelu"))
     if ours != theirs:
         other = f"{name}-quickgelu" if theirs else name.removesuffix("-quickgelu")
         warn_on_main_rank(
             f"model.name: {name} computes {'with' if ours else 'without'} QuickGELU, the weights "
-            f"{config.pretrained} were trained {'with' if theirs else 'without'} it; take model.name = {other}"
+            f"{config.pretrained} were trained {'with' if theirs else 'without'} it; use model.name = {other}"
         )
 
 
 @contextlib.contextmanager
 def _random_weights() -> Iterator[None]:
-    """The same random weights in every command, run and rank; the process's own random numbers are left alone."""
+    """Makes random weights equal in every command, run and rank, without a change of global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
 
 
 def read_weights(config: ModelConfig, path: Path) -> dict[str, Tensor]:
-    """A checkpoint that open_clip's ``load_checkpoint`` reads, as :meth:`Towers.load_exported` wants it.
+    """Reads any checkpoint that open_clip can load, in the layout of :meth:`Towers.load_exported`.
 
     Raises:
-        ConfigError: it cannot be read without executing what is in it, or is not of this model.
+        ConfigError: the file cannot be read without executing code, or does not fit this model.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such checkpoint")
@@ -411,21 +415,21 @@ def read_weights(config: ModelConfig, path: Path) -> dict[str, Tensor]:
                 _name(config), None, precision="fp32", load_weights=False, pretrained_text=False
             )
             open_clip.load_checkpoint(model, str(path))
-    except Exception as error:  # as above
-        kind = kind_of(path)
-        why = _one_line(error) if kind is None else f"it is {kind}"
-        raise ConfigError(f"{path}: not weights of {config.name} that open_clip can load: {why}") from error
+    except Exception as error:  # errors of many types
+        description = describe_foreign_file(path)
+        reason = _one_line(error) if description is None else f"it is {description}"
+        raise ConfigError(f"{path}: not weights of {config.name} that open_clip can load: {reason}") from error
     state: dict[str, Tensor] = model.state_dict()
-    if said := interpolated(shapes_of(path), state):
-        warn_on_main_rank(f"{path}: {said}")
+    if line := describe_interpolation(tensor_shapes(path), state):
+        warn_on_main_rank(f"{path}: {line}")
     return state
 
 
 def tokenizer_of(config: ModelConfig, text_length: int | None = None) -> Tokenizer:
-    """The model's own tokenizer: texts -> ``(len, context)`` int64.
+    """The tokenizer of a model: texts -> ``(len, context)`` int64.
 
     Args:
-        text_length: context length, if not the model's.
+        text_length: context length; default: the model's.
 
     Raises:
         ConfigError: the tokenizer cannot be loaded.
@@ -433,7 +437,7 @@ def tokenizer_of(config: ModelConfig, text_length: int | None = None) -> Tokeniz
     try:
         with forbid_code_execution():
             tokenizer: Tokenizer = open_clip.get_tokenizer(_name(config), context_length=text_length)
-    except Exception as error:  # as above
+    except Exception as error:  # errors of many types
         raise ConfigError(f"model.name: cannot load the tokenizer of {config.name}: {_one_line(error)}") from error
     return quick_bpe(tokenizer)  # type: ignore[no-any-return]
 
@@ -447,7 +451,7 @@ def _name(config: ModelConfig) -> str:
 
 
 def _pooled_at(text: Any) -> PooledAt:
-    """Where the feature is read, if what stands behind it cannot change it; else None."""
+    """The token at which a text tower reads its feature if later tokens cannot change it, otherwise None."""
     causal = getattr(text, "attn_mask", None) is not None
     if not causal or getattr(text, "cls_emb", None) is not None or getattr(text, "use_pad_mask", False):
         return None
@@ -456,7 +460,7 @@ def _pooled_at(text: Any) -> PooledAt:
 
 
 def _original_names(name: str, custom: frozenset[str]) -> frozenset[str]:
-    """The parameter names that open_clip gives this model when it is not asked for a CustomTextCLIP."""
+    """The parameter names of this model in open_clip without ``force_custom_text``."""
     config = open_clip.get_model_config(name) or {}
     text_config = config.get("text_cfg", {})
     if config.get("custom_text") or "hf_model_name" in text_config or "multimodal_cfg" in config:
@@ -466,7 +470,7 @@ def _original_names(name: str, custom: frozenset[str]) -> frozenset[str]:
 
 @contextlib.contextmanager
 def _without_warnings_about_random_weights() -> Iterator[None]:
-    """A model asked for without weights (``pretrained: null``) is random on purpose."""
+    """Silences warnings about random weights for a model that is built without weights on purpose."""
     logger, level = logging.getLogger(), logging.getLogger().level
     logger.setLevel(logging.ERROR)
     try:
@@ -476,21 +480,21 @@ def _without_warnings_about_random_weights() -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
-    """What an error says, in one line, without advice to execute what a file holds."""
+    """The message of an error in one line, without advice to execute a file's code."""
     text = str(error)
     for advice in ("Weights only load failed. ", "Re-running `torch.load`", "(1) Re-running", "(1) In PyTorch"):
-        head, found, _ = text.partition(advice)
-        if found and head.strip():
-            text = head
+        before, separator, _ = text.partition(advice)
+        if separator and before.strip():
+            text = before
     text = textwrap.shorten(text, 300, placeholder=" ...") or type(error).__name__
-    words = ("Failed to download", "Failed initial config", "LocalEntryNotFound", "offline", "connection")
-    if any(word in str(error) for word in words):
+    network_errors = ("Failed to download", "Failed initial config", "LocalEntryNotFound", "offline", "connection")
+    if any(word in str(error) for word in network_errors):
         text += "; without a network, download the file elsewhere and name it as model.pretrained"
     return text
 
 
 def save_description(towers: Towers, folder: Path) -> None:
-    """Writes ``open_clip_config.json``, and a tokenizer of Hugging Face's, into the folder of exported weights."""
+    """Writes ``open_clip_config.json``, and a Hugging Face tokenizer if the model has one, into ``folder``."""
     if towers.config is None or towers.model_cfg is None:
         (folder / DESCRIPTION).unlink(missing_ok=True)
         return
@@ -500,7 +504,7 @@ def save_description(towers: Towers, folder: Path) -> None:
 
 
 def save(state: dict[str, Tensor], path: Path) -> None:
-    """Writes weights as safetensors, whole or not at all."""
+    """Writes weights atomically as safetensors."""
     from safetensors.torch import save_file
 
     with atomic_path(path) as partial:
@@ -511,7 +515,7 @@ def check_text_length(data: DataConfig, towers: Towers) -> None:
     """Validates ``text_length`` of both halves against the context of the text tower.
 
     Raises:
-        ConfigError: it exceeds the model's context, or the tower needs its whole context.
+        ConfigError: it exceeds the model's context, or the tower needs its complete context.
     """
     for half in ("target", "reference"):
         section = getattr(data, half)
@@ -523,5 +527,5 @@ def check_text_length(data: DataConfig, towers: Towers) -> None:
                 f"data.{half}.text_length = {section.text_length} exceeds the model's context of {context}"
             )
         if towers.pooled_at is None:
-            name = "this model" if towers.config is None else towers.config.name
-            raise ConfigError(f"data.{half}.text_length: the text tower of {name} needs its whole context")
+            name = "the model" if towers.config is None else towers.config.name
+            raise ConfigError(f"data.{half}.text_length: the text tower of {name} needs its complete context")

@@ -1,4 +1,4 @@
-"""The towers' transformer blocks: light on memory, compiled one by one, or run again in the backward."""
+"""Transformer blocks of the towers: less saved memory, compilation per block, and recomputation."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -15,15 +15,20 @@ from dive_fast.errors import ConfigError
 from dive_fast.model.towers import Towers
 
 TEXT_MULTIPLE = 8
-"""Compiled text towers take texts of so many tokens or a multiple: else every length would be compiled anew, and
-matrices whose sides are no multiples of 8 miss the fast paths of tensor cores."""
+"""Compiled text towers pad texts to a multiple of this many tokens. Otherwise every length would be compiled, and
+matrices whose sides are not multiples of 8 miss the fast paths of tensor cores."""
 
 BACKEND = "inductor"
+"""torch.compile's backend."""
 CHECKPOINTING = "train.activation_checkpointing"
+"""Config key of the recomputation, for messages."""
 
 
 def replace_quickgelu(towers: Towers) -> None:
-    """Has QuickGELU keep its input alone for the backward; open_clip's keeps its sigmoid too. Bits are equal."""
+    """Replaces each QuickGELU by one that saves only its input for the backward, with bit-equal results.
+
+    open_clip's QuickGELU also saves the sigmoid.
+    """
     for module in towers.modules():
         for name, child in module.named_children():
             if isinstance(child, QuickGELU):
@@ -31,15 +36,15 @@ def replace_quickgelu(towers: Towers) -> None:
 
 
 class SavedInputQuickGELU(nn.Module):
-    """``x * sigmoid(1.702 x)``, the activation of OpenAI's CLIP."""
+    """``x * sigmoid(1.702 x)``, the activation of OpenAI's CLIP, which saves only ``x`` for the backward."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Element by element."""
-        result: Tensor = _LightQuickGELU.apply(x)  # type: ignore[no-untyped-call]
+        """Applies the activation elementwise."""
+        result: Tensor = _SavedInputQuickGELU.apply(x)  # type: ignore[no-untyped-call]
         return result
 
 
-class _LightQuickGELU(torch.autograd.Function):
+class _SavedInputQuickGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x)
@@ -53,9 +58,9 @@ class _LightQuickGELU(torch.autograd.Function):
 
 
 def compile_blocks(towers: Towers) -> None:
-    """Compiles the blocks of both towers; all blocks of a tower share their code.
+    """Compiles the blocks of both towers; all blocks of a tower share one compilation.
 
-    A batch has as many distinct texts as it happens to have, so the text tower's sizes stay open in its code.
+    The number of distinct texts varies between batches, so the text tower is compiled for dynamic sizes.
 
     Raises:
         ConfigError: a tower has no blocks.
@@ -68,10 +73,10 @@ def compile_blocks(towers: Towers) -> None:
 
 
 def check_blocks(towers: Towers, checkpointing: str, compiled: bool) -> None:
-    """Looks at the towers' blocks alone, before anything expensive is done.
+    """Checks early that the towers have the blocks that compilation and recomputation need.
 
     Raises:
-        ConfigError: a tower has no blocks of the kind that the config asks for.
+        ConfigError: a tower has no blocks of the required kind.
     """
     for tower in (towers.visual, towers.text):
         if compiled:
@@ -83,7 +88,7 @@ def check_blocks(towers: Towers, checkpointing: str, compiled: bool) -> None:
 
 
 def recompute_blocks(towers: Towers) -> None:
-    """Makes the blocks of both towers keep only what enters them, and run again in the backward.
+    """Makes the blocks of both towers save only their inputs and run again in the backward.
 
     Raises:
         ConfigError: a tower has no blocks.
@@ -94,7 +99,7 @@ def recompute_blocks(towers: Towers) -> None:
 
 
 def recompute_activations(towers: Towers) -> None:
-    """Has the MLP of each block keep what enters its activation alone, and compute the rest in the backward again.
+    """Makes the MLP of each block save only the input of its activation and recompute the rest in the backward.
 
     Raises:
         ConfigError: a tower has no blocks, or blocks with another kind of MLP.
@@ -105,20 +110,20 @@ def recompute_activations(towers: Towers) -> None:
 
 
 class RecomputeMLP(nn.Sequential):
-    """An MLP under its own names that keeps for the backward what enters its activation, and not what leaves it.
+    """An MLP that saves the input of its activation for the backward, not the output; parameter names stay.
 
-    The backward runs again what lies between the two products: PyTorch ends this second run at the last tensor
-    that it asks for, which enters the second product. Under ZeRO-3 that product runs again too, since DeepSpeed's
-    keeps its operands only when it is done.
+    The backward recomputes the layers between the two matrix products. PyTorch stops this recomputation at the
+    last tensor it needs, which is the input of the second product. Under ZeRO-3 that product runs again too,
+    because DeepSpeed's linear layer saves its operands only after the product.
     """
 
     def __init__(self, mlp: nn.Module) -> None:
-        """Takes the layers over from ``mlp``, in the order in which it holds them."""
+        """Takes over the layers of ``mlp`` in their registered order."""
         super().__init__(OrderedDict(mlp.named_children()))
-        self._second = max(place for place, layer in enumerate(self) if isinstance(layer, nn.Linear))
+        self._second = max(i for i, layer in enumerate(self) if isinstance(layer, nn.Linear))
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the MLP's own."""
+        """The output of the original MLP."""
         first, *others = self
         hidden = first(x)
         result: Tensor = _recomputed(partial(_through, others[: self._second]), hidden)
@@ -126,21 +131,21 @@ class RecomputeMLP(nn.Sequential):
 
 
 def blocks_of(tower: nn.Module, key: str) -> list[nn.Module]:
-    """The layers of a tower that are built alike and hold most of its parameters, the embedding of words aside.
+    """The stack of equal layers that holds most parameters of a tower, not counting word embeddings.
 
     Raises:
-        ConfigError: there are none; names the ``key`` of the config that asks for them.
+        ConfigError: there is no such stack; the message names the config ``key`` that needs it.
     """
 
     def size(module: nn.Module) -> int:
-        words = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
-        return sum(parameter.numel() for parameter in module.parameters() if id(parameter) not in words)
+        word_embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+        return sum(parameter.numel() for parameter in module.parameters() if id(parameter) not in word_embeddings)
 
     stacks = [module for module in tower.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
-    alike = [stack for stack in stacks if len({type(block) for block in stack}) == 1]
-    largest = max(alike, key=size, default=None)
+    uniform = [stack for stack in stacks if len({type(block) for block in stack}) == 1]
+    largest = max(uniform, key=size, default=None)
     if largest is None or 2 * size(largest) < size(tower):
-        raise ConfigError(f"{key}: {type(tower).__name__} is no stack of equal blocks; leave it off")
+        raise ConfigError(f"{key}: {type(tower).__name__} is not a stack of equal blocks; turn it off")
     return list(largest)
 
 
@@ -149,13 +154,13 @@ def _mlp_of(block: nn.Module, tower: nn.Module) -> nn.Module:
     if not isinstance(mlp, nn.Module) or not _is_plain_mlp(mlp):
         raise ConfigError(
             f"{CHECKPOINTING} = selective: the blocks of {type(tower).__name__} have no MLP of two linear "
-            "layers; take full, or leave it off"
+            "layers; use full, or turn it off"
         )
     return mlp
 
 
 def _is_plain_mlp(mlp: nn.Module | None) -> bool:
-    """Whether it is two linear layers with others between, run in the order in which it holds them."""
+    """Whether ``mlp`` is two linear layers with other layers between, in registered order."""
     if not (isinstance(mlp, nn.Sequential) or type(mlp) is Mlp):
         return False
     is_linear = [isinstance(layer, nn.Linear) for layer in mlp.children()]

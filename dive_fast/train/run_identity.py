@@ -91,7 +91,10 @@ def fill_in(config: Config, folder: Path, towers: Towers, ranks: Ranks) -> Confi
     if objective.weight is None and choice.needs.reference:
         objective = objective.model_copy(update={"weight": choice.default_weight})
     if choice.needs.reference_teacher and teacher.mode == "cache":
-        cache = {"path": str(cache_folder(teacher, folder)), "tolerance": allowed(teacher.dtype, teacher.tolerance)}
+        cache = {
+            "path": str(cache_folder(teacher, folder)),
+            "tolerance": allowed(teacher.dtype, teacher.tolerance),
+        }
         teacher = teacher.model_copy(update=cache)
     if evaluate.during is None and (evaluate.every_steps or evaluate.every_epochs):
         evaluate = evaluate.model_copy(update={"during": list(evaluate.sets)})

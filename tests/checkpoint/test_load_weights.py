@@ -179,7 +179,7 @@ def test_weights_give_equal_results_by_every_route(tmp_path: Path) -> None:
     name, run = f"small-{tmp_path.name}", tmp_path / "run/run"
     message = (
         f"model.name: the weights in {run} are of another architecture than {name}-plain: quick_gelu = true "
-        f"there, false in the model; take model.name = {name}"
+        f"there, false in the model; use model.name = {name}"
     )
     assert results.pop("refused") == [message, message]
     last, (expected, accuracy) = results.pop("last line"), results["pretrained"]
@@ -330,18 +330,18 @@ def foreign(folder: Path) -> dict[str, str]:
         archive.writestr("readme.txt", "text")
     return {
         "jit.pt": "it is a TorchScript archive, as OpenAI publishes its models; save its tensors once: ",
-        "module.pt": "it is a pickle of Python objects (test_load_weights.Net), not of tensors alone; nothing",
-        "args.pt": "it is a training checkpoint with its command line (argparse.Namespace) inside; nothing in it",
-        "old.bin": "it is an old pickle that holds more than tensors; nothing in it is executed here; where you",
+        "module.pt": "it is a pickle of Python objects (test_load_weights.Net), not only tensors; it is not",
+        "args.pt": "it is a training checkpoint with its command line (argparse.Namespace) inside; it is not",
+        "old.bin": "it is an old pickle that holds more than tensors; it is not executed here; if you",
         "lfs.safetensors": "it is a Git LFS pointer and not the weights; run `git lfs pull`",
         "config.json": "it is JSON text, such as a model's config; name the file of weights next to it",
         "page.pt": "it is a web page, as a failed download leaves it; download the file again",
         "nothing.pt": "it is an empty file; copy it again",
-        "hf.safetensors": "it is weights in transformers' format; take open_clip's file of the model",
-        "pytorch_model.bin": "it is weights in transformers' format; take open_clip's file of the model",
+        "hf.safetensors": "it is weights in transformers' format; use open_clip's file of the model",
+        "pytorch_model.bin": "it is weights in transformers' format; use open_clip's file of the model",
         "head.safetensors": "it is a classification head; name the model.safetensors next to it",
         "renamed.safetensors": "it is a training checkpoint with its command line (argparse.Namespace) inside",
-        "some.zip": "it is a zip archive that torch.save has not written; unpack it and name the file of weights",
+        "some.zip": "it is a zip archive that torch.save did not write; unpack it and name the file of weights",
     }
 
 

@@ -1,4 +1,4 @@
-"""open_clip's models as two towers: the same features, and weights that open_clip takes back."""
+"""Towers: features equal to open_clip's, weights that open_clip can load, and errors for invalid models."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dive_fast import numerics as precision
+from dive_fast import numerics
 from dive_fast.config.schema import ModelConfig
 from dive_fast.data.prompts import pack
 from dive_fast.data.transforms import Preprocess
@@ -66,8 +66,8 @@ def towers_with(folder: Path, text: dict[str, Any], **model: Any) -> Towers:
     return create(ModelConfig(name=tiny.write_model(folder, config | model)))
 
 
-def tokens_seen(towers: Towers, tokens: Tensor, length: int) -> int:
-    """How many tokens of each text the tower is given."""
+def num_input_tokens(towers: Towers, tokens: Tensor, length: int) -> int:
+    """The number of tokens per text that the tower receives."""
     seen = []
     hook = towers.text.token_embedding.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
     with torch.no_grad():
@@ -80,7 +80,7 @@ def tokens_seen(towers: Towers, tokens: Tensor, length: int) -> int:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_features_are_open_clips(models: dict[str, Path], name: str) -> None:
+def test_features_equal_open_clip(models: dict[str, Path], name: str) -> None:
     config = config_of(models[name])
     towers, model = create(config).eval(), open_clip.create_model(config.name).eval()
     images, tokens = images_for(towers), tokenizer_of(config)(TEXTS)
@@ -108,11 +108,11 @@ ODD: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "resnet": ({"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}, {}, {}),
     "layer scale": (VISION | {"ls_init_value": 0.1}, {"ls_init_value": 0.1}, {}),
 }
-"""(vision_cfg, text_cfg, preprocess_cfg) beside the models above."""
+"""(vision_cfg, text_cfg, preprocess_cfg) of further kinds of models."""
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_features_and_views_of_odd_models_are_open_clips(tmp_path: Path, kind: str) -> None:
+def test_features_and_views_of_odd_models_equal_open_clip(tmp_path: Path, kind: str) -> None:
     vision, text, preprocess = ODD[kind]
     config = {"embed_dim": 24, "vision_cfg": vision or VISION, "text_cfg": TEXT | text}
     config["custom_text"] = "proj_bias" in text  # open_clip's other class cannot be given its own weights
@@ -121,13 +121,11 @@ def test_features_and_views_of_odd_models_are_open_clips(tmp_path: Path, kind: s
     model, _, transform = open_clip.create_model_and_transforms(name)
     tokens = tokenizer_of(ModelConfig(name=name))(TEXTS)
     assert torch.equal(tokens, open_clip.get_tokenizer(name)(TEXTS))
-    pictures = [
-        Image.open(io.BytesIO(tiny.jpeg(seed, size=size))) for seed, size in enumerate([(60, 33), (33, 60)])
-    ]
-    images = torch.stack([tiny.shown(towers.preprocess, picture) for picture in pictures])
-    assert torch.equal(images, torch.stack([transform(picture) for picture in pictures]))
+    images = [Image.open(io.BytesIO(tiny.jpeg(seed, size=size))) for seed, size in enumerate([(60, 33), (33, 60)])]
+    views = torch.stack([tiny.shown(towers.preprocess, image) for image in images])
+    assert torch.equal(views, torch.stack([transform(image) for image in images]))
     with torch.no_grad():
-        assert torch.equal(towers.encode_image(images), model.eval().encode_image(images))
+        assert torch.equal(towers.encode_image(views), model.eval().encode_image(views))
         assert torch.equal(towers.encode_text(tokens), model.encode_text(tokens))
         length = pack(tokens, towers.pooled_at).length
         trimmed = towers.encode_text(tokens, length)
@@ -135,7 +133,7 @@ def test_features_and_views_of_odd_models_are_open_clips(tmp_path: Path, kind: s
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_one_step_of_adamw_moves_every_weight(models: dict[str, Path], name: str) -> None:
+def test_adamw_step_changes_every_weight(models: dict[str, Path], name: str) -> None:
     config = config_of(models[name])
     towers = create(config)
     before = {name: parameter.detach().clone() for name, parameter in towers.named_parameters()}
@@ -144,12 +142,12 @@ def test_one_step_of_adamw_moves_every_weight(models: dict[str, Path], name: str
     image_features, text_features = towers.encode_pairs(images_for(towers), text)
     naive.contrastive_loss(image_features, text_features, towers.scale()).backward()
     optimizer.step()
-    unmoved = {name for name, parameter in towers.named_parameters() if torch.equal(parameter, before[name])}
-    # A SigLIP's bias has no part in a softmax loss.
-    assert unmoved == ({"logit_bias"} if name == SIGLIP else set())
+    unchanged = {name for name, parameter in towers.named_parameters() if torch.equal(parameter, before[name])}
+    # A SigLIP's bias does not affect a softmax loss.
+    assert unchanged == ({"logit_bias"} if name == SIGLIP else set())
 
 
-def test_a_siglip_is_preprocessed_as_its_config_says(models: dict[str, Path]) -> None:
+def test_siglip_has_the_preprocessing_of_its_config(models: dict[str, Path]) -> None:
     towers = create(config_of(models[SIGLIP]))
     assert towers.preprocess == Preprocess((160, 160), (0.5,) * 3, (0.5,) * 3, "bicubic", "squash")
     assert towers.logit_bias is not None
@@ -159,9 +157,7 @@ def test_a_siglip_is_preprocessed_as_its_config_says(models: dict[str, Path]) ->
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", SIGLIP])
-def test_pairs_with_equal_texts_have_the_features_of_each_encoded_by_itself(
-    models: dict[str, Path], name: str
-) -> None:
+def test_encode_pairs_equals_encoding_each_text_separately(models: dict[str, Path], name: str) -> None:
     config = config_of(models[name])
     towers = create(config).double()
     tokens = tokenizer_of(config)(TEXTS)
@@ -169,8 +165,8 @@ def test_pairs_with_equal_texts_have_the_features_of_each_encoded_by_itself(
     assert len(text.tokens) == 4
     with torch.no_grad():
         image_features, text_features = towers.encode_pairs(images_for(towers).double(), text)
-        alone = torch.cat([towers.encode_text(row[None]) for row in tokens])
-        assert torch.allclose(text_features, alone, rtol=1e-12, atol=1e-14)
+        separate = torch.cat([towers.encode_text(row[None]) for row in tokens])
+        assert torch.allclose(text_features, separate, rtol=1e-12, atol=1e-14)
         assert torch.equal(image_features, towers.encode_image(images_for(towers).double()))
 
 
@@ -180,42 +176,40 @@ def test_pairs_with_equal_texts_have_the_features_of_each_encoded_by_itself(
 @pytest.mark.parametrize(
     ("name", "pooled_at"), [("ViT-B-32-quickgelu", "argmax"), ("ViT-L-14", "argmax"), (EOS, 2)]
 )
-def test_trimming_is_exact_where_a_causal_tower_is_read_at_the_end_of_the_text(
-    models: dict[str, Path], name: str, pooled_at: Any
-) -> None:
+def test_trimming_is_exact_for_causal_towers(models: dict[str, Path], name: str, pooled_at: Any) -> None:
     config = config_of(models[name])
     towers, model = create(config).double(), open_clip.create_model(config.name).double()
     assert towers.pooled_at == pooled_at
     tokens = tokenizer_of(config)(TEXTS)
     length = pack(tokens, towers.pooled_at).length
     assert length < 15
-    assert tokens_seen(towers, tokens, length) == length
+    assert num_input_tokens(towers, tokens, length) == length
     # In fp64, since sums over 77 and over 15 keys round differently.
     gradients = {}
     for key, features in {
         "trimmed": lambda: towers.encode_text(tokens, length),
-        "whole": lambda: towers.encode_text(tokens),
+        "untrimmed": lambda: towers.encode_text(tokens),
         "trimmed again": lambda: towers.encode_text(tokens, length),
     }.items():
         towers.zero_grad()
-        found = features()
-        assert torch.allclose(found, model.encode_text(tokens), rtol=1e-12, atol=1e-14), key
-        found.square().sum().backward()
+        encoded = features()
+        assert torch.allclose(encoded, model.encode_text(tokens), rtol=1e-12, atol=1e-14), key
+        encoded.square().sum().backward()
         gradients[key] = {parameter: value.grad.clone() for parameter, value in towers.text.named_parameters()}
-    for parameter, gradient in gradients["whole"].items():
+    for parameter, gradient in gradients["untrimmed"].items():
         for key in ("trimmed", "trimmed again"):
             assert torch.allclose(gradients[key][parameter], gradient, rtol=1e-10, atol=1e-13), (key, parameter)
-    # One token less, and the longest text is another.
+    # One token less changes the longest text.
     with torch.no_grad():
         assert not torch.allclose(towers.encode_text(tokens, length - 1), model.encode_text(tokens), rtol=1e-3)
 
 
-def test_trimming_reaches_to_the_end_of_a_text_that_fills_the_context(models: dict[str, Path]) -> None:
+def test_trimming_keeps_a_text_that_fills_the_context(models: dict[str, Path]) -> None:
     config = config_of(models["ViT-B-32"])
     tokens = tokenizer_of(config)(["a cat", "cat " * 100])
     assert pack(tokens, "argmax").length == 77
     towers = create(config)
-    assert tokens_seen(towers, tokens, 77) == 77
+    assert num_input_tokens(towers, tokens, 77) == 77
 
 
 @pytest.mark.parametrize(
@@ -228,19 +222,19 @@ def test_trimming_reaches_to_the_end_of_a_text_that_fills_the_context(models: di
         {"no_causal_mask": True, "pool_type": "last"},
     ],
 )
-def test_nothing_is_trimmed_where_that_would_change_the_feature(tmp_path: Path, text: dict[str, Any]) -> None:
+def test_towers_with_other_pooling_are_not_trimmed(tmp_path: Path, text: dict[str, Any]) -> None:
     towers = towers_with(tmp_path, text, custom_text=True).double()
     assert towers.pooled_at is None
     tokens = open_clip.get_tokenizer("ViT-B-32")(TEXTS)
     assert pack(tokens, towers.pooled_at).length == 77
-    assert tokens_seen(towers, tokens, 12) == 77
+    assert num_input_tokens(towers, tokens, 12) == 77
     model = open_clip.create_model(f"local-dir:{tmp_path}").double()
     with torch.no_grad():
         assert torch.equal(towers.encode_text(tokens, 12), model.encode_text(tokens))
 
 
-def test_a_tower_that_masks_its_padding_is_not_trimmed() -> None:
-    # Such towers have no causal mask in open_clip today; the feature must not hang on that.
+def test_towers_with_a_padding_mask_are_not_trimmed() -> None:
+    # These towers have no causal mask in open_clip today; the result must not depend on that.
     tower = TextTransformer(no_causal_mask=True, use_pad_mask=True, width=32, heads=2, layers=1)
     assert _pooled_at(tower) is None
     tower.attn_mask = torch.zeros(77, 77)
@@ -249,19 +243,19 @@ def test_a_tower_that_masks_its_padding_is_not_trimmed() -> None:
     assert _pooled_at(tower) == "argmax"
 
 
-def test_a_siglip_gets_its_whole_context(models: dict[str, Path]) -> None:
+def test_siglip_is_not_trimmed(models: dict[str, Path]) -> None:
     config = config_of(models[SIGLIP])
     towers, tokens = create(config), tokenizer_of(config)(TEXTS)
     assert towers.pooled_at is None
     assert tokens.shape == (6, 64)
-    assert tokens_seen(towers, tokens, 5) == 64
+    assert num_input_tokens(towers, tokens, 5) == 64
 
 
 # Scale, normalisation, precision
 
 
 LN_100 = 4.605170249938965
-"""What the released RN50x4 and ViT-L-14 hold: fp32's ln 100, whose exponential is above 100."""
+"""Logit scale of the released RN50x4 and ViT-L-14: ln 100 in fp32, whose exponential exceeds 100."""
 
 
 @pytest.mark.parametrize("bound", [None, 100.0])
@@ -274,41 +268,39 @@ def test_logit_scale_and_its_gradient(models: dict[str, Path], bound: float | No
         for pushes_up in (True, False):
             towers.logit_scale.data.fill_(value)
             towers.zero_grad()
-            found = towers.scale()
-            (-found if pushes_up else found).sum().backward()
+            scale = towers.scale()
+            (-scale if pushes_up else scale).sum().backward()
             free = math.exp(towers.logit_scale.item())
-            wanted = free if bound is None else min(free, bound)
-            assert found.shape == (1,)
-            assert found.item() == pytest.approx(wanted, rel=1e-6)
-            assert bound is None or found.item() <= bound
+            expected = free if bound is None else min(free, bound)
+            assert scale.shape == (1,)
+            assert scale.item() == pytest.approx(expected, rel=1e-6)
+            assert bound is None or scale.item() <= bound
             is_above = bound is not None and free > bound * (1 + 1e-6)
-            gradient = 0.0 if is_above and pushes_up else wanted
+            gradient = 0.0 if is_above and pushes_up else expected
             assert towers.logit_scale.grad is not None
             assert abs(towers.logit_scale.grad.item()) == pytest.approx(gradient, rel=1e-6)
-            assert towers.logit_scale.item() == pytest.approx(value)  # the parameter itself stays
+            assert towers.logit_scale.item() == pytest.approx(value)  # the parameter is unchanged
 
 
 @pytest.mark.parametrize("bound", [None, 100.0])
-def test_logit_scale_that_starts_at_ln_100_trains_without_decay(
-    models: dict[str, Path], bound: float | None
-) -> None:
+def test_logit_scale_trains_from_ln_100(models: dict[str, Path], bound: float | None) -> None:
     towers = create(config_of(models["ViT-B-32"]).model_copy(update={"logit_scale_max": bound}))
     optimizer = torch.optim.AdamW([towers.logit_scale], lr=1e-3, weight_decay=0.0)
-    for start, target, lasts in [(LN_100, 90.0, 0.999), (math.log(101.0), 90.0, 0.999), (LN_100, 1e3, 1.001)]:
+    for start, target, limit in [(LN_100, 90.0, 0.999), (math.log(101.0), 90.0, 0.999), (LN_100, 1e3, 1.001)]:
         towers.logit_scale.data.fill_(start)
         for _ in range(4):
             optimizer.zero_grad()
             (towers.scale() - target).square().sum().backward()
             optimizer.step()
-        # Down from the bound and from above it; up only where there is none, or by the step that was under way.
-        moved = towers.logit_scale.exp().item() / math.exp(start)
-        assert moved < lasts if lasts < 1 else moved > lasts or bound is not None, (start, target)
-        assert moved != 1.0
+        # Decreases from the bound and above it; increases only without a bound, or by the momentum of a step.
+        ratio = towers.logit_scale.exp().item() / math.exp(start)
+        assert ratio < limit if limit < 1 else ratio > limit or bound is not None, (start, target)
+        assert ratio != 1.0
         optimizer.state.clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_unit_normalises_in_fp32_or_better(dtype: torch.dtype) -> None:
+def test_unit_normalises_in_at_least_fp32(dtype: torch.dtype) -> None:
     features = torch.randn(20, 512, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
     rows = unit(features)
     assert rows.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -317,7 +309,7 @@ def test_unit_normalises_in_fp32_or_better(dtype: torch.dtype) -> None:
     assert torch.equal(unit(torch.zeros(1, 3)), torch.zeros(1, 3))
 
 
-def test_autocast_changes_the_features_and_not_the_weights_and_its_absence_means_fp32(
+def test_autocast_changes_features_but_not_weights(
     models: dict[str, Path],
 ) -> None:
     config = config_of(models["ViT-B-32"])
@@ -327,28 +319,28 @@ def test_autocast_changes_the_features_and_not_the_weights_and_its_absence_means
         expected = frozen(images, tokens, 12)
         for dtype, tolerance in [(torch.float16, 5e-3), (torch.bfloat16, 4e-2)]:
             towers.autocast = dtype
-            # As a teacher in fp32 runs beside a student under autocast.
+            # A teacher in fp32 runs next to a student under autocast.
             with torch.autocast("cpu", dtype):
-                beside = frozen(images, tokens, 12)
-            found = towers(images, tokens, 12)
-            for own, other, reference in zip(found[:2], beside[:2], expected[:2], strict=True):
-                assert own.dtype == dtype
-                assert other.dtype == torch.float32
-                assert torch.equal(other, reference)
-                error = (unit(own) - unit(reference)).norm(dim=1).max()
+                teacher = frozen(images, tokens, 12)
+            student = towers(images, tokens, 12)
+            for low, full, reference in zip(student[:2], teacher[:2], expected[:2], strict=True):
+                assert low.dtype == dtype
+                assert full.dtype == torch.float32
+                assert torch.equal(full, reference)
+                error = (unit(low) - unit(reference)).norm(dim=1).max()
                 assert 1e-6 < error < tolerance
-            assert found.logit_scale.dtype == torch.float32
+            assert student.logit_scale.dtype == torch.float32
         towers.autocast = None
         assert torch.equal(towers(images, tokens, 12).image, expected.image)
     assert {parameter.dtype for parameter in towers.parameters()} == {torch.float32}
 
 
-# Weights out and in
+# Numerics and exported weights
 
 
 @pytest.fixture
 def switches() -> Iterator[None]:
-    """Puts PyTorch's defaults back, which other tests may rely on."""
+    """Restores PyTorch's defaults for other tests."""
     yield
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = True
@@ -359,7 +351,7 @@ def switches() -> Iterator[None]:
 
 @pytest.mark.usefixtures("switches")
 @pytest.mark.parametrize("name", ["matmul", "cudnn"])
-def test_fp32_towers_use_no_tf32_on_a_gpu(models: dict[str, Path], name: str) -> None:
+def test_fp32_towers_disable_tf32(models: dict[str, Path], name: str) -> None:
     backend = torch.backends.cuda.matmul if name == "matmul" else torch.backends.cudnn
     towers = create(config_of(next(iter(models.values()))))
     seen: list[bool] = []
@@ -369,25 +361,25 @@ def test_fp32_towers_use_no_tf32_on_a_gpu(models: dict[str, Path], name: str) ->
         for autocast in (None, torch.bfloat16):
             towers.autocast = autocast
             towers.encode_image(images_for(towers))
-            assert backend.allow_tf32 is chosen  # others' choice outside of the towers
+            assert backend.allow_tf32 is chosen  # unchanged outside the towers
     assert seen == [False, True, False, False]
 
 
 @pytest.mark.usefixtures("switches")
-def test_precision_is_configured_whatever_was_chosen_before() -> None:
+def test_configure_overrides_earlier_precision_settings() -> None:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
-    assert all(precision.state().values())
-    precision.configure()
-    assert precision.state() == dict.fromkeys(precision.state(), False)
+    assert all(numerics.state().values())
+    numerics.configure()
+    assert numerics.state() == dict.fromkeys(numerics.state(), False)
     assert torch.get_float32_matmul_precision() == "highest"
     assert torch.backends.cuda.flash_sdp_enabled()
     assert torch.backends.cuda.mem_efficient_sdp_enabled()
-    json.dumps(precision.state())
+    json.dumps(numerics.state())
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_exported_weights_load_in_open_clip_and_give_the_same_features(
+def test_exported_weights_load_in_open_clip_with_equal_features(
     models: dict[str, Path], name: str, tmp_path: Path
 ) -> None:
     towers = create(config_of(models[name])).eval()
@@ -399,7 +391,7 @@ def test_exported_weights_load_in_open_clip_and_give_the_same_features(
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
 
     model = open_clip.create_model(f"small-{name}", pretrained=str(path)).eval()
-    # To the names and shapes of open_clip's own class, which load_state_dict takes as they are.
+    # Names and shapes are those of open_clip's class, so load_state_dict accepts them.
     assert {key: value.shape for key, value in load_file(path).items()} == {
         key: value.shape for key, value in model.state_dict().items()
     }
@@ -412,23 +404,23 @@ def test_exported_weights_load_in_open_clip_and_give_the_same_features(
     if name == SIGLIP:
         assert torch.equal(model.logit_bias.reshape(1), towers.logit_bias)
 
-    # And back again: as the weights of a named model, and into towers that are there already.
-    for again in (
+    # And back again: as the weights of a named model, and into existing towers.
+    for loaded in (
         create(ModelConfig(name=f"small-{name}", pretrained=str(path))),
         create(config_of(models[name])).load_exported(load_file(path)),
     ):
-        for key, value in again.state_dict().items():
+        for key, value in loaded.state_dict().items():
             assert torch.equal(value, towers.state_dict()[key]), key
 
 
-def test_a_logit_scale_that_has_a_dimension_in_open_clip_keeps_it(tmp_path: Path) -> None:
+def test_export_keeps_a_nonscalar_logit_scale(tmp_path: Path) -> None:
     towers = towers_with(tmp_path, {}, nonscalar_logit_scale=True)
     model = open_clip.create_model(f"local-dir:{tmp_path}")
     model.load_state_dict(towers.export(towers.state_dict()))
     assert model.logit_scale.shape == (1,)
 
 
-def test_random_model_is_the_same_one_every_time_and_does_not_warn(
+def test_random_model_is_reproducible_and_silent(
     models: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.manual_seed(1)
@@ -439,7 +431,7 @@ def test_random_model_is_the_same_one_every_time_and_does_not_warn(
     ):
         torch.manual_seed(1)
         first = create(config)
-        assert torch.equal(torch.rand(1), drawn)  # others' random numbers stay as they are
+        assert torch.equal(torch.rand(1), drawn)  # the global random state is unchanged
         torch.manual_seed(2)
         second = create(config)
         assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
@@ -447,7 +439,7 @@ def test_random_model_is_the_same_one_every_time_and_does_not_warn(
     assert caplog.records == []
 
 
-# Mistakes
+# Errors
 
 
 def error_of(config: ModelConfig, make: Any = create) -> str:
@@ -468,7 +460,7 @@ def broken_model(folder: Path, config: Any = None, **weights: bytes) -> ModelCon
     return config_of(folder)
 
 
-def test_a_model_that_open_clip_does_not_know_is_an_error() -> None:
+def test_create_rejects_unknown_models_with_a_hint() -> None:
     for name, near in [
         ("ViT-B/16", "; did you mean ViT-B-16?"),
         ("ViT-L/14@336px", "; did you mean ViT-L-14-336?"),
@@ -481,7 +473,7 @@ def test_a_model_that_open_clip_does_not_know_is_an_error() -> None:
             assert message == f"model.name: open_clip has no model {name}{near}"
 
 
-def test_pretrained_that_is_missing_or_superfluous_is_an_error(models: dict[str, Path], tmp_path: Path) -> None:
+def test_create_rejects_missing_or_superfluous_pretrained(models: dict[str, Path], tmp_path: Path) -> None:
     message = error_of(ModelConfig(name="ViT-B-16-quickgelu"))
     assert message.startswith(
         "model.pretrained is missing: name a tag or a file of weights (the tags of ViT-B-16-"
@@ -499,7 +491,7 @@ def test_pretrained_that_is_missing_or_superfluous_is_an_error(models: dict[str,
         ModelConfig(name="ViT-B-32", pretrained="openai", random=True)
 
 
-def test_weights_that_are_not_there_are_an_error(models: dict[str, Path], tmp_path: Path) -> None:
+def test_create_rejects_missing_weights(models: dict[str, Path], tmp_path: Path) -> None:
     message = error_of(ModelConfig(name="small-ViT-B-32", pretrained=str(tmp_path / "missing.pt")))
     assert message.startswith(f"model: cannot load small-ViT-B-32 ({tmp_path}/missing.pt): ")
     assert "missing.pt is no known tag or valid file path: open_clip has no weights of small-ViT" in message
@@ -512,12 +504,12 @@ def test_weights_that_are_not_there_are_an_error(models: dict[str, Path], tmp_pa
     message = error_of(ModelConfig(name="hf-hub:nobody/nothing"))
     assert message.startswith("model: cannot load hf-hub:nobody/nothing (None): ")
     assert error_of(config_of(tmp_path / "nowhere")).endswith(f"not found: {tmp_path}/nowhere")
-    # Not silently a random model: a folder brings its weights.
+    # A folder without weights must not become a random model.
     message = error_of(broken_model(tmp_path / "weightless"))
     assert "could not be loaded" in message
 
 
-def test_weights_and_configs_that_cannot_be_read_are_an_error(models: dict[str, Path], tmp_path: Path) -> None:
+def test_create_rejects_unreadable_weights_and_configs(models: dict[str, Path], tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     save_file({"x": torch.ones(1)}, other)
     for number, config in enumerate(
@@ -537,7 +529,7 @@ def test_weights_and_configs_that_cannot_be_read_are_an_error(models: dict[str, 
         assert not message.endswith(": "), number
 
 
-def test_a_model_with_a_text_decoder_is_refused(tmp_path: Path) -> None:
+def test_create_rejects_a_text_decoder(tmp_path: Path) -> None:
     name = tiny.write_model(tmp_path, tiny.reduced("coca_ViT-B-32"))
     message = error_of(ModelConfig(name=name))
     assert message == f"model.name: {name} has a text decoder; only two-tower models can be tuned"
@@ -546,12 +538,12 @@ def test_a_model_with_a_text_decoder_is_refused(tmp_path: Path) -> None:
 # Tokenizers
 
 
-def test_a_tokenizer_is_the_models_own_and_cuts_to_the_length_asked_for(models: dict[str, Path]) -> None:
-    own = tokenizer_of(config_of(models["ViT-B-32"]))
-    assert torch.equal(own(TEXTS), open_clip.tokenize(TEXTS))
+def test_tokenizer_is_the_models_and_truncates_to_text_length(models: dict[str, Path]) -> None:
+    tokenizer = tokenizer_of(config_of(models["ViT-B-32"]))
+    assert torch.equal(tokenizer(TEXTS), open_clip.tokenize(TEXTS))
     short = tokenizer_of(config_of(models["ViT-B-32"]), text_length=6)
     assert short(TEXTS).shape == (6, 6)
-    # Cut texts end with the end-of-text token, so that they can be read there.
+    # Truncated texts end with the end-of-text token, where features are read.
     assert set(short(TEXTS).amax(1).tolist()) == {49407}
     words = tokenizer_of(config_of(models[SIGLIP]), text_length=5)(["A cat!", "the photo of a dog"])
     ids = tiny.VOCABULARY
@@ -561,7 +553,7 @@ def test_a_tokenizer_is_the_models_own_and_cuts_to_the_length_asked_for(models: 
     ]
 
 
-def test_a_tokenizer_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_tokenizer_of_rejects_missing_tokenizers(tmp_path: Path) -> None:
     broken = broken_model(tmp_path / "a", {"text_cfg": {"hf_tokenizer_name": "nobody/nothing"}})
     for config in (
         ModelConfig(name="ViT-B-16-SigLIP"),
@@ -574,7 +566,7 @@ def test_a_tokenizer_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         assert message.startswith(f"model.name: cannot load the tokenizer of {config.name}: ")
 
 
-def test_features_of_a_short_context_are_those_of_the_texts_cut_to_it(models: dict[str, Path]) -> None:
+def test_short_context_gives_the_features_of_truncated_texts(models: dict[str, Path]) -> None:
     config = config_of(models["ViT-B-32"])
     towers = create(config).double()
     tokens = tokenizer_of(config, text_length=5)(TEXTS)

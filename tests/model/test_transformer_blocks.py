@@ -1,4 +1,4 @@
-"""Compiled and recomputed blocks: the same gradients, less memory, no more compilations than kinds of blocks."""
+"""Compiled and recomputed blocks: equal gradients, less memory, and one compilation per kind of block."""
 
 import copy
 from pathlib import Path
@@ -44,7 +44,7 @@ def towers(folder: Path) -> Towers:
 
 
 def compiled(folder: Path, backend: str) -> dict[Any, Any]:
-    """On one rank: gradients of the step with compiled blocks, and how often code was compiled on the way."""
+    """On one rank: gradients of a step with compiled blocks, and the number of compilations."""
     from torch._dynamo.utils import counters
 
     blocks.BACKEND = backend
@@ -67,22 +67,20 @@ def compiled(folder: Path, backend: str) -> dict[Any, Any]:
     return results
 
 
-# What is traced is the same, but inductor takes minutes on a small machine.
+# Both backends trace the same code, but inductor takes minutes on a small machine.
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_blocks_give_the_papers_gradients_and_compile_a_few_times_only(
-    folder: Path, backend: str
-) -> None:
+def test_compiled_blocks_match_the_oracle_with_few_compilations(folder: Path, backend: str) -> None:
     (results,) = run_ranks(1, compiled, folder, backend, init=False, timeout=500)
     expected, losses = oracle(folder)
     graphs = results.pop("graphs")
     for gradients, metrics in results.values():
         assert_same_gradients(gradients, expected, 1e-5)
         assert metrics["loss"] == pytest.approx(losses["loss"], rel=1e-4)
-    # Twenty shapes: one code for them all, and one where a size happens to be 1 or 8.
+    # Twenty shapes need one compilation, and another one for sizes of 1 or 8.
     assert graphs <= 3
 
 
-def test_compiled_towers_take_texts_in_multiples(towers: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_multiple_pads_trimmed_texts(towers: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     monkeypatch.setattr(towers.text, "forward", lambda tokens: seen.append(tokens.shape[1]) or torch.zeros(1))
     tokens = torch.zeros(1, 77, dtype=torch.long)
@@ -92,8 +90,8 @@ def test_compiled_towers_take_texts_in_multiples(towers: Towers, monkeypatch: py
     assert seen == [8, 8, 16, 77, 77]
 
 
-class Saved(TorchDispatchMode):
-    """Counts the products that run inside."""
+class ProductCounter(TorchDispatchMode):
+    """Counts matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +103,7 @@ class Saved(TorchDispatchMode):
 
 
 def step(towers: Towers) -> tuple[int, int, dict[str, Tensor]]:
-    """Bytes saved for the backward, products run, gradients."""
+    """Bytes saved for the backward, number of products, and gradients."""
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -118,13 +116,13 @@ def step(towers: Towers) -> tuple[int, int, dict[str, Tensor]]:
     words, context = towers.text.vocab_size, towers.text.context_length
     tokens = torch.randint(1, words - 1, (4, context), generator=generator)
     tokens[:, -1] = words - 1
-    with Saved() as counted, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with ProductCounter() as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         features = towers(images, tokens, context)
         loss = features.image.square().sum() + features.text.square().sum()
-    with counted:
+    with counter:
         loss.backward()
     gradients = {name: p.grad for name, p in towers.named_parameters() if p.grad is not None}
-    return sum(saved.values()), counted.products, gradients
+    return sum(saved.values()), counter.products, gradients
 
 
 def test_recomputed_blocks_save_less_and_run_twice(towers: Towers) -> None:
@@ -137,12 +135,12 @@ def test_recomputed_blocks_save_less_and_run_twice(towers: Towers) -> None:
 
 
 CUSTOM = tiny.CLIP | {"vision_cfg": tiny.VISION | {"scale_fc": True}}
-"""With a layer norm inside the MLP."""
+"""A model with a layer norm inside the MLP."""
 
 
 @pytest.mark.parametrize("model", [tiny.QUICKGELU, CUSTOM, tiny.reduced("ViT-B-16-SigLIP")])
 @pytest.mark.parametrize("autocast", [None, torch.float16])
-def test_recomputed_activations_save_less_and_run_no_product_twice(
+def test_recomputed_activations_save_less_without_extra_products(
     tmp_path: Path, model: dict[str, Any], autocast: torch.dtype | None
 ) -> None:
     towers = create(ModelConfig(name=tiny.write_model(tmp_path, model)))
@@ -159,41 +157,41 @@ def test_recomputed_activations_save_less_and_run_no_product_twice(
     assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
 
 
-def test_a_light_mlp_runs_every_layer() -> None:
+def test_recompute_mlp_runs_every_layer() -> None:
     mlp = nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 3), nn.Tanh())
     x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     assert torch.equal(RecomputeMLP(mlp)(x), mlp(x))
 
 
-def test_blocks_without_a_plain_mlp_are_refused(towers: Towers) -> None:
+def test_recompute_activations_rejects_blocks_without_plain_mlp(towers: Towers) -> None:
     towers.text.transformer.resblocks[1].mlp = nn.Sequential(nn.Linear(32, 32), nn.GELU())
     with pytest.raises(ConfigError, match=r"selective: the blocks of TextTransformer have no MLP of two linear"):
         recompute_activations(towers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_quickgelu_keeps_its_input_alone_and_gives_open_clips_bits(dtype: torch.dtype) -> None:
+def test_saved_input_quickgelu_equals_open_clip_bit_for_bit(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     x = (3 * torch.randn(50, 70, generator=generator)).to(dtype).requires_grad_()
     upstream = torch.randn(50, 70, generator=generator).to(dtype)
-    found, saved = {}, {}
+    results, saved = {}, {}
     for activation in (QuickGELU(), SavedInputQuickGELU()):
-        kept: set[int] = set()
+        storages: set[int] = set()
 
-        def pack(tensor: Tensor, kept: set[int] = kept) -> Tensor:
-            kept.add(tensor.data_ptr())
+        def pack(tensor: Tensor, storages: set[int] = storages) -> Tensor:
+            storages.add(tensor.data_ptr())
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             result = activation(x)
-        found[activation] = result, *torch.autograd.grad(result, x, upstream)
-        saved[activation] = len(kept)
-    theirs, ours = found.values()
+        results[activation] = result, *torch.autograd.grad(result, x, upstream)
+        saved[activation] = len(storages)
+    theirs, ours = results.values()
     assert all(map(torch.equal, theirs, ours))
     assert list(saved.values()) == [2, 1]
 
 
-def test_every_quickgelu_of_the_towers_is_light(tmp_path: Path) -> None:
+def test_replace_quickgelu_replaces_every_module(tmp_path: Path) -> None:
     towers = create(ModelConfig(name=tiny.write_model(tmp_path, tiny.QUICKGELU)))
     names = list(towers.state_dict())
     assert sum(isinstance(module, QuickGELU) for module in towers.modules()) == 4
@@ -203,17 +201,17 @@ def test_every_quickgelu_of_the_towers_is_light(tmp_path: Path) -> None:
     assert list(towers.state_dict()) == names
 
 
-def test_blocks_are_found_in_any_transformer(towers: Towers, tmp_path: Path) -> None:
+def test_blocks_of_finds_the_stack_of_any_transformer(towers: Towers, tmp_path: Path) -> None:
     assert blocks_of(towers.visual, "x") == list(towers.visual.transformer.resblocks)
     siglip = create(ModelConfig(name=tiny.write_model(tmp_path / "siglip", tiny.reduced("ViT-B-16-SigLIP"))))
     assert blocks_of(siglip.visual, "x") == list(siglip.visual.trunk.blocks)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3}
     roberta = RobertaModel(RobertaConfig(vocab_size=1000, **sizes))
     assert blocks_of(roberta, "x") == list(roberta.encoder.layer)
-    with pytest.raises(ConfigError, match=r"train\.compile: Linear is no stack of equal blocks; leave it off"):
+    with pytest.raises(ConfigError, match=r"train\.compile: Linear is not a stack of equal blocks; turn it off"):
         blocks_of(nn.Linear(3, 3), "train.compile")
 
 
-def test_what_cannot_be_combined_is_refused(folder: Path) -> None:
+def test_compile_is_refused_under_zero_3(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.compile: ZeRO-3"):
         deepspeed_section(config(folder, 3, "sequential", None, compile=True), 1)

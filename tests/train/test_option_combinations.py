@@ -1,7 +1,7 @@
 """Runs of two steps, with a checkpoint and a resume, that combine every two values of all enumerated options.
 
-Options and values come from the config's schema and the methods: a new one whose values are neither flags nor words
-must be listed here.
+Options and values are those of the config's schema and the methods. One whose values are neither
+flags nor words must be listed here.
 """
 
 import contextlib
