@@ -47,7 +47,7 @@ def deepspeed_section(config: Config, world_size: int) -> dict[str, Any]:
     stage = zero.get("stage", 0)
     if stage != "auto" and (type(stage) is not int or stage not in range(4)):
         raise ConfigError(f"deepspeed.zero_optimization.stage = {json.dumps(stage)}: expected auto, 0, 1, 2 or 3")
-    if config.train.compile and zero_of(section).get("stage", 0) == 3:
+    if config.train.compile and zero_section(section).get("stage", 0) == 3:
         raise ConfigError(
             "train.compile: ZeRO-3 brings each block's parameters by hooks that cannot be compiled; turn it off, "
             "or take deepspeed.zero_optimization.stage = 2"
@@ -61,12 +61,12 @@ def deepspeed_section(config: Config, world_size: int) -> dict[str, Any]:
     for key, value in filled.items():
         if section.setdefault(key, value) != value:
             raise ConfigError(f"deepspeed.{key} = {section[key]} contradicts {value}, which the config implies")
-    if zero := zero_of(section):
+    if zero := zero_section(section):
         buckets = {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
         section["zero_optimization"] = buckets | zero
         if zero.get("stage") == "auto":
             # One rank has nothing to share out: ZeRO would only copy weights and gradients.
-            stage = 0 if world_size == 1 and not offloads(section) else 1
+            stage = 0 if world_size == 1 and not offloads_optimizer(section) else 1
             section["zero_optimization"]["stage"] = stage
     # DeepSpeed clips at 1.0 unless told otherwise; the paper does not clip.
     section.setdefault("gradient_clipping", 0.0)
@@ -126,18 +126,18 @@ class _Section(dict[str, Any]):
         return super().get(key, default)
 
 
-def runs_on_device(section: dict[str, Any]) -> bool:
+def updates_on_device(section: dict[str, Any]) -> bool:
     """Whether :class:`DeviceUpdate` does for this ``deepspeed`` section."""
-    return zero_of(section).get("stage", 0) < 3 and not offloads(section)
+    return zero_section(section).get("stage", 0) < 3 and not offloads_optimizer(section)
 
 
-def offloads(section: dict[str, Any]) -> bool:
+def offloads_optimizer(section: dict[str, Any]) -> bool:
     """Whether the optimizer runs on the CPU."""
-    offload = zero_of(section).get("offload_optimizer") or {}
+    offload = zero_section(section).get("offload_optimizer") or {}
     return bool(offload.get("device", "none") != "none")
 
 
-def zero_of(section: dict[str, Any]) -> dict[str, Any]:
+def zero_section(section: dict[str, Any]) -> dict[str, Any]:
     """Its ``zero_optimization``; empty where there is none, or what DeepSpeed will refuse."""
     zero = section.get("zero_optimization")
     return zero if isinstance(zero, dict) else {}

@@ -100,9 +100,9 @@ def settle(towers: nn.Module) -> list[str]:
                 rates.append(rate)
     changed = [f"drop path is 0 instead of {max(rates):.3g}"] if rates else []
     norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in towers.modules())
-    is_new = norms > 0 and not getattr(towers, "is_settled", False)
+    is_new = norms > 0 and not getattr(towers, "drop_path_disabled", False)
     if isinstance(towers, Towers):
-        towers.is_settled = True
+        towers.drop_path_disabled = True
     return changed + ([f"{norms} BatchNorms keep the statistics of pre-training"] if is_new else [])
 
 

@@ -18,7 +18,7 @@ RANGES = ("load", "teacher", "target", "reference", "joint", "loss", "optimizer"
 """``target``, ``reference`` and ``joint`` are the forward and the backward of a half, or of both in one graph, the
 forward of its loss included; ``load`` is the wait for a batch, ``teacher`` an online teacher's forward."""
 
-SETTLING, WARMING = 8, 2
+WAIT_STEPS, WARMUP_STEPS = 8, 2
 """Steps left alone first, in which code is compiled and memory is found; then those the profiler warms up in."""
 
 
@@ -47,11 +47,11 @@ def tracing(steps: int, path: Path, ranks: Ranks) -> Iterator[Callable[[], None]
         )
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ranks.device.type == "cuda" else [])]
-    plan = schedule(wait=SETTLING, warmup=WARMING, active=steps, repeat=1)
+    plan = schedule(wait=WAIT_STEPS, warmup=WARMUP_STEPS, active=steps, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=write) as profiler:
         yield profiler.step
     if not path.exists():
-        logger.warning("no trace: the run is shorter than %d steps", SETTLING + WARMING + 1)
+        logger.warning("no trace: the run is shorter than %d steps", WAIT_STEPS + WARMUP_STEPS + 1)
 
 
 def summary(found: Any, steps: int) -> str:

@@ -26,7 +26,7 @@ from dive_fast.config.schema import Config
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.distributed import Ranks
 from dive_fast.engine import feature_consistency, flat_groups
-from dive_fast.engine.deepspeed_config import deepspeed_section, offloads, runs_on_device, zero_of
+from dive_fast.engine.deepspeed_config import deepspeed_section, offloads_optimizer, updates_on_device, zero_section
 from dive_fast.engine.optimizer import learning_rate_schedule, make_optimizer
 from dive_fast.engine.profiler import span
 from dive_fast.engine.target_teacher import TargetTeacher
@@ -100,7 +100,7 @@ class Engine:
             self.towers.feature_consistency or feature_consistency.by_modules(self.towers)
         )
         feature_consistency.check(config, found)
-        self.is_random = found.is_random
+        self.features_are_random = found.is_random
         """Whether the same weights make other features of the same batch each time."""
         self.method = method.to(ranks.device)
         _choose_tuned(self.towers, method)
@@ -115,11 +115,11 @@ class Engine:
         if train.compile:
             compile_blocks(self.towers)
         section = deepspeed_section(config, ranks.world_size)
-        clipping, on_device = section["gradient_clipping"], runs_on_device(section)
+        clipping, on_device = section["gradient_clipping"], updates_on_device(section)
         check_hooks(section, method)
         if on_device:
             _disable_deepspeed_grad_norm(section)
-        optimizer = make_optimizer(train, towers, offloads(section))
+        optimizer = make_optimizer(train, towers, offloads_optimizer(section))
         schedule = learning_rate_schedule(train.warmup_steps, total_steps)
         self.deepspeed, *_ = deepspeed.initialize(
             model=self.towers,
@@ -127,7 +127,7 @@ class Engine:
             lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
             config=section,
         )
-        if ranks.world_size == 1 and zero_of(section).get("stage", 0) == 0:
+        if ranks.world_size == 1 and zero_section(section).get("stage", 0) == 0:
             # DeepSpeed would copy all gradients into one tensor and back, to average them over this one rank.
             self.deepspeed.enable_backward_allreduce = False
         if projections := method.projections():
@@ -182,7 +182,7 @@ class Engine:
         """Of the next update."""
         return float(self.deepspeed.get_lr()[0])
 
-    def at_step(self, step: int) -> None:
+    def set_step(self, step: int) -> None:
         """Sets the learning rate to that of a run which has made so many steps."""
         schedule = self.deepspeed.lr_scheduler
         rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
@@ -337,8 +337,8 @@ def check_hooks(section: dict[str, Any], method: Method) -> None:
         ConfigError: ZeRO-3 or an optimizer on the CPU.
     """
     hooks = method.hooks()
-    if hooks and not runs_on_device(section):
-        stage = zero_of(section).get("stage", 0)
+    if hooks and not updates_on_device(section):
+        stage = zero_section(section).get("stage", 0)
         place = "offload_optimizer" if stage < 3 else f"stage = {stage}"
         raise ConfigError(
             f"deepspeed.zero_optimization.{place}: this method has {', '.join(hooks)}, which need all weights "
@@ -352,7 +352,7 @@ def _added(loss: Loss, penalty: Loss | None) -> Loss:
 
 def _disable_deepspeed_grad_norm(section: dict[str, Any]) -> None:
     section["gradient_clipping"] = 0.0
-    if zero_of(section).get("stage", 0) > 0:
+    if zero_section(section).get("stage", 0) > 0:
         section["zero_optimization"]["compute_grad_norm"] = False
 
 

@@ -89,7 +89,7 @@ class Towers(nn.Module):
         """open_clip's architecture; None for towers not built by :func:`create`."""
         self.feature_consistency: Any = None
         """The measurement of :mod:`dive_fast.engine.feature_consistency`; None before it."""
-        self.is_settled = False
+        self.drop_path_disabled = False
         """Whether :mod:`dive_fast.engine.feature_consistency` has disabled drop path."""
         self.logit_scale_max: float | None = None
         """Upper bound of the logit scale; None: unbounded."""
