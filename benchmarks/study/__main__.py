@@ -1,7 +1,7 @@
 """The study: ``python -m study run``, then ``python -m study report``, in ``benchmarks``.
 
-``run`` works off the plan, one line of results for each run; killed and started again, it goes on where it was.
-With ``--settings small`` the plan is what the grid of that size has chosen, in the place of a grid of its own.
+``run`` works off the plan, one line of results for each run; the same command resumes after a kill.
+With ``--settings small`` the plan has the settings that the grid of that size has chosen, and no grid.
 """
 
 import argparse

@@ -46,7 +46,7 @@ class Size:
     tested: int
     corruptions: int
     references: tuple[int, ...]
-    """Sizes of reference sets, beside the whole one."""
+    """Sizes of further reference sets."""
     precision: str
     workers: int
     warmup_steps: int = 15
@@ -58,12 +58,12 @@ SIZES = {
 }
 """``small``: a run takes a minute on one core. ``full``: the same on a GPU, with all pictures."""
 REFERENCE = 25_000
-"""Pairs of the whole reference set: of 50 of CIFAR-100's classes."""
+"""Pairs of the complete reference set, from 50 of CIFAR-100's classes."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What defines a run, beside the size of its study and the pre-trained weights."""
+    """The settings of a run, apart from the size of its study and the pre-trained weights."""
 
     world: str
     method: str
@@ -141,8 +141,7 @@ class Study:
         evaluated = sets.evaluated(run.world)
         settings = tree(data, pretrained, place, evaluated)
         settings["objective"] = objective(run.method, run.weight, run.every, run.decay, Run.decay)
-        whole = run.reference == REFERENCE
-        reference = "reference" if whole else f"reference-{run.reference}"
+        reference = "reference" if run.reference == REFERENCE else f"reference-{run.reference}"
         settings["data"]["target"] |= {"batch_size": size.batch_size, "workers": size.workers}
         settings["data"]["reference"] |= {
             "path": str(data / reference),
