@@ -26,7 +26,12 @@ from dive_fast.config.schema import Config
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.distributed import Ranks
 from dive_fast.engine import feature_consistency, flat_groups
-from dive_fast.engine.deepspeed_config import deepspeed_section, offloads_optimizer, updates_on_device, zero_section
+from dive_fast.engine.deepspeed_config import (
+    deepspeed_section,
+    offloads_optimizer,
+    updates_on_device,
+    zero_section,
+)
 from dive_fast.engine.optimizer import learning_rate_schedule, make_optimizer
 from dive_fast.engine.profiler import span
 from dive_fast.engine.target_teacher import TargetTeacher

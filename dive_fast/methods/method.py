@@ -120,7 +120,12 @@ class Preset(NamedTuple):
 
 
 class Part(nn.Module):
-    """A loss on one half of a step. Buffers are its state: saved in checkpoints, equal on all ranks."""
+    """A loss on one half of a step. Buffers are its state: saved in checkpoints, equal on all ranks.
+
+    ``loss`` is a plain method and the part is never called as a module: hooks on modules, such as those of
+    :class:`torch.utils.flop_counter.FlopCounterMode`, cannot be used on leaves of :func:`torch.autograd.grad`, which
+    micro-batches need.
+    """
 
     name: ClassVar[str]
     """Name in ``objective.target`` or ``objective.reference``."""
@@ -183,7 +188,7 @@ class TargetLoss(Part):
     needs_head: ClassVar[bool] = False
     teacher: ClassVar[Literal["none", "frozen", "moving"]] = "none"
 
-    def forward(
+    def loss(
         self, outputs: Outputs, labels: Tensor, group: Group = None, teacher: TeacherOutputs | None = None
     ) -> Loss:
         """Loss of the target half.
@@ -210,7 +215,7 @@ class ReferenceLoss(Part):
     needs_teacher: ClassVar[bool] = True
     default_weight: ClassVar[float] = 1.0
 
-    def forward(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
+    def loss(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
         """Loss of the reference half.
 
         Args:
@@ -264,15 +269,13 @@ class Method(nn.Module):
     def target(
         self, outputs: Outputs, labels: Tensor, group: Group = None, teacher: TeacherOutputs | None = None
     ) -> Loss:
-        """Loss of the target half; arguments of :meth:`TargetLoss.forward`."""
-        loss: Loss = self.target_loss(outputs, labels, group, teacher)
-        return loss
+        """Loss of the target half; arguments of :meth:`TargetLoss.loss`."""
+        return self.target_loss.loss(outputs, labels, group, teacher)
 
     def reference(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
-        """Weighted loss of the reference half; arguments of :meth:`ReferenceLoss.forward`."""
+        """Weighted loss of the reference half; arguments of :meth:`ReferenceLoss.loss`."""
         assert self.reference_loss is not None
-        loss: Loss = self.reference_loss(outputs, teacher, group)
-        return loss
+        return self.reference_loss.loss(outputs, teacher, group)
 
     def joint(
         self,

@@ -104,10 +104,10 @@ class Toy(Contrastive):
         self.on = hooks
         self.register_buffer("updates", torch.zeros(()))
 
-    def forward(
+    def loss(
         self, outputs: Outputs, labels: Tensor, group: Group = None, teacher: TeacherOutputs | None = None
     ) -> Loss:
-        loss = super().forward(outputs, labels, group)
+        loss = super().loss(outputs, labels, group)
         if teacher is None:
             return loss
         assert outputs.text is not None

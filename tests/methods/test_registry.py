@@ -271,7 +271,7 @@ class Margin(TargetLoss):
         margin: float = 0.5
         """The margin."""
 
-    def forward(
+    def loss(
         self, outputs: Outputs, labels: Tensor, group: Group = None, teacher: TeacherOutputs | None = None
     ) -> Loss:
         """The sum of the images."""
