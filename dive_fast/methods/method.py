@@ -123,8 +123,8 @@ class Part(nn.Module):
     """A loss on one half of a step. Buffers are its state: saved in checkpoints, equal on all ranks.
 
     ``loss`` is a plain method and the part is never called as a module: hooks on modules, such as those of
-    :class:`torch.utils.flop_counter.FlopCounterMode`, cannot be used on leaves of :func:`torch.autograd.grad`, which
-    micro-batches need.
+    :class:`torch.utils.flop_counter.FlopCounterMode`, fail on leaves of :func:`torch.autograd.grad`, by which
+    micro-batches differentiate.
     """
 
     name: ClassVar[str]
