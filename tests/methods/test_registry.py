@@ -245,7 +245,7 @@ def test_weight_and_reference_every_reach_the_loss() -> None:
         ),
         (
             {"name": "flyp", "reference": {"decay": 0.5}},
-            "objective.reference.decay needs objective.reference.name: objective.name = flyp has no reference loss",
+            "objective.reference.decay needs objective.reference.name: objective.name = flyp has no reference",
         ),
     ],
 )
