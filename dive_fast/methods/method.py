@@ -32,7 +32,10 @@ Forward = Callable[[Tensor], Outputs]
 
 
 class Loss(NamedTuple):
-    """A loss, ``()``, with gradient, and metrics to log, ``()`` each on the device, without."""
+    """A loss, ``()``, with gradient, and metrics to log, ``()`` each on the device, without.
+
+    Both parts' metrics have different names, none of them ``loss``.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -93,6 +96,8 @@ class Needs(NamedTuple):
     """The text tower runs on the reference half."""
     target_teacher: Literal["none", "frozen", "moving"]
     """A copy of both towers that embeds the target batch."""
+    sequential: bool
+    """A part changes the weights for its own half alone, which one forward of both halves cannot do."""
 
     @property
     def texts(self) -> bool:
@@ -155,7 +160,11 @@ class Part(nn.Module):
         return images
 
     def change_weights(self, towers: nn.Module) -> AbstractContextManager[None]:
-        """A context around forward and backward of the half: changes weights and restores them after it."""
+        """A context around forward and backward of the half: changes weights and restores them after it.
+
+        Of two halves only this one sees the changed weights, so that ``train.schedule = joint`` is refused. A
+        penalty is taken at the weights of the half that runs last.
+        """
         return nullcontext()
 
     def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor | None:
@@ -243,7 +252,7 @@ class Method(nn.Module):
         """Joins two parts.
 
         Raises:
-            ValueError: both parts have a buffer of one name.
+            ValueError: both parts have a buffer of one name, or a part has parameters, which nothing would train.
         """
         super().__init__()
         self.target_loss, self.reference_loss = target_loss, reference_loss
@@ -251,6 +260,8 @@ class Method(nn.Module):
         buffers = [name for part in self.parts for name, _ in part.named_buffers()]
         if len(set(buffers)) < len(buffers):
             raise ValueError(f"both parts have a buffer of one name: {sorted(buffers)}")
+        if parameters := [name for name, _ in self.named_parameters()]:
+            raise ValueError(f"a part has parameters, which the optimizer does not have: {', '.join(parameters)}")
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -293,7 +304,7 @@ class Method(nn.Module):
             return fused
         first = self.target(target, labels, group, target_teacher)
         second = self.reference(reference, teacher, group)
-        return Loss(first.loss + second.loss, first.metrics | second.metrics)
+        return Loss(first.loss + second.loss, join_metrics(first.metrics, second.metrics))
 
     @contextmanager
     def change_weights(self, towers: nn.Module, parts: tuple[Part, ...]) -> Iterator[None]:
@@ -351,6 +362,8 @@ def needs_of(target: type[TargetLoss], reference: type[ReferenceLoss] | None) ->
         target_texts=target.needs_texts,
         reference_texts=reference is not None and reference.needs_texts,
         target_teacher=target.teacher,
+        sequential=reference is not None
+        and any(part.change_weights is not Part.change_weights for part in (target, reference)),
     )
 
 
@@ -367,6 +380,17 @@ def over_ranks(mean: Tensor, group: Group) -> Tensor:
     total = mean.detach().clone()
     dist.all_reduce(total, group=group)
     return mean + (total / dist.get_world_size(group) - mean.detach())
+
+
+def join_metrics(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Metrics of two losses as one.
+
+    Raises:
+        ValueError: both have a metric of one name, of which one would be lost.
+    """
+    if both := first.keys() & second.keys():
+        raise ValueError(f"two losses log a metric of one name: {', '.join(sorted(both))}")
+    return first | second
 
 
 def update_average(average: Tensor, new: Tensor) -> None:

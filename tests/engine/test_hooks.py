@@ -137,9 +137,6 @@ class Toy(Contrastive):
 
     @contextlib.contextmanager
     def change_weights(self, towers: nn.Module) -> Iterator[None]:
-        if "weights" not in self.on:
-            yield
-            return
         before = {name: p.detach().clone() for name, p in towers.named_parameters()}
         with torch.no_grad():
             for p in towers.parameters():
@@ -170,6 +167,8 @@ class FrozenTaught(Toy):
 
 def toy(*hooks: str) -> Method:
     kind = Taught if "teacher" in hooks else FrozenTaught if "frozen teacher" in hooks else Toy
+    if "weights" not in hooks:
+        kind = type(kind.__name__, (kind,), {"change_weights": Part.change_weights})
     return Method(kind(hooks), Replay(Replay.Options(), Setting(WIDTH, 0.5)))
 
 
@@ -258,7 +257,7 @@ def run_hooks(folder: Path, stages: tuple[int, ...]) -> dict[str, Any]:
     Part.backend = "torch"
     stage, found = Stage(folder), {}
     for hooks in CASES:
-        # In the joint schedule weights are changed for both halves, unlike the oracle's.
+        # The joint schedule cannot change the weights of one half.
         paths = {HOOKS: PATHS[:1], WITHOUT_WEIGHTS: PATHS[1:2]}.get(hooks)
         for zero, (schedule, micro) in itertools.product(stages, paths) if paths else [(stages[-1], PATHS[2])]:
             engine = stage.engine(zero, schedule, micro, toy(*hooks), **TRAIN)
@@ -437,10 +436,29 @@ def test_hooks_with_zero_3_or_offload_are_refused_in_one_line(hook: str) -> None
     offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     for zero, place in (({"stage": 3}, "stage = 3"), (offload, "offload_optimizer")):
         with pytest.raises(ConfigError, match=f"{place}.*take stage 0, 1 or 2") as refused:
-            check_hooks({"zero_optimization": zero}, only(hook))
+            check_hooks({"zero_optimization": zero}, only(hook), "joint")
         assert "\n" not in str(refused.value)
-        check_hooks({"zero_optimization": zero}, registry.create(ObjectiveConfig(), WIDTH))
-    check_hooks({"zero_optimization": {"stage": 2}}, only(hook))
+        check_hooks({"zero_optimization": zero}, registry.create(ObjectiveConfig(), WIDTH), "joint")
+    check_hooks({"zero_optimization": {"stage": 2}}, only(hook), "joint")
+
+
+def test_changed_weights_of_one_half_with_joint_schedule_are_refused() -> None:
+    for method in (
+        toy("weights"),
+        Method(Contrastive(Section(), Setting(WIDTH)), ChangedReplay(Section(), Setting(WIDTH))),
+    ):
+        assert method.needs.sequential
+        check_hooks({}, method, "sequential")
+        with pytest.raises(ConfigError, match=r"^train\.schedule = joint: .*change_weights.*; take sequential$"):
+            check_hooks({}, method, "joint")
+    # Without a second half there is nothing to join.
+    assert not only("weights").needs.sequential
+
+
+class ChangedReplay(Replay):
+    """Replay under changed weights."""
+
+    change_weights = Toy.change_weights
 
 
 def only(hook: str) -> Method:
