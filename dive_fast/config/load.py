@@ -18,6 +18,9 @@ from dive_fast.io.safe_read import read_text
 
 C = TypeVar("C", bound=Config)
 
+HALVES = ("target", "reference")
+"""Keys of ``objective`` that name a loss: by its name alone, or as a section with its options."""
+
 
 def load_config(name: str, overrides: Sequence[str], folder: Path | None, schema: type[C]) -> C:
     """Reads a config by path or by its name in ``folder``, and applies overrides.
@@ -60,6 +63,9 @@ class _Layers:
     def add_file(self, path: Path, tree: Mapping[str, Any]) -> None:
         """Merges a file over the layers below it."""
         before = copy.deepcopy(_objective_of(self.tree))
+        for half in HALVES:
+            if isinstance(_objective_of(tree).get(half), dict):
+                self._name_in_section(half)
         _merge(self.tree, tree)
         self.origins |= dict.fromkeys(_keys(tree), str(path))
         self._update_inherited(before, set(_keys(_objective_of(tree))))
@@ -74,6 +80,8 @@ class _Layers:
         set_here = set[str]()
         for override in overrides:
             keys, value = _parse_override(override)
+            if keys[0] == "objective" and len(keys) > 2:
+                self._name_in_section(keys[1])
             _apply(self.tree, keys, value, override)
             if keys == ["objective"]:
                 # The section is replaced: nothing in it is inherited.
@@ -83,23 +91,37 @@ class _Layers:
                 set_here |= set(_keys(value, f"{'.'.join(keys[1:])}.")) if isinstance(value, dict) else set()
         self._update_inherited(before, set_here)
 
+    def _name_in_section(self, half: str) -> None:
+        """Writes a loss that is only named as a section, so that options set above it belong to it."""
+        objective = self.tree.get("objective")
+        if isinstance(objective, dict) and half in HALVES and isinstance(objective.get(half), str):
+            objective[half] = {"name": objective[half]}
+
     def _update_inherited(self, before: Mapping[str, Any], set_here: set[str]) -> None:
         """Adds the options of ``before`` if its method was replaced; options set together with a name are not."""
         self.inherited = (self.inherited | _foreign(before, _objective_of(self.tree))) - set_here
 
 
-def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, "_Object"]]:
-    """A config file and its bases, the lowest base first.
+def _read_with_bases(path: Path) -> list[tuple[Path, "_Object"]]:
+    """A config file and its bases, the lowest base first."""
+    chain: list[tuple[Path, _Object]] = []
+    files: list[Path] = []
+    below: Path | None = path
+    while below is not None:
+        path, here = below, below.resolve()
+        if here in files:
+            raise ConfigError(f"{path}: base leads back to this file: {' -> '.join(map(str, (*files, here)))}")
+        tree = _read(path)
+        below = _pop_base(path, tree)
+        files.append(here)
+        chain.insert(0, (path, tree))
+    return chain
 
-    Args:
-        above: the files that lead to this one by their ``base``.
-    """
-    here = path.resolve()
-    if here in above:
-        raise ConfigError(f"{path}: base leads back to this file: {' -> '.join(map(str, (*above, here)))}")
-    tree = _read(path)
+
+def _pop_base(path: Path, tree: "_Object") -> Path | None:
+    """Removes ``base`` from a config file's tree; returns the file that it names, None where there is none."""
     if "base" not in tree:
-        return [(path, tree)]
+        return None
     base = tree.pop("base")
     if not isinstance(base, str) or not base.strip():
         raise ConfigError(
@@ -113,7 +135,7 @@ def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Pat
         raise ConfigError(f"{path}: base = {shorten(base)}: {error.strerror}") from error
     if not is_file:
         raise ConfigError(f"{path}: base = {shorten(base)}: no such file: {below}{nearest(below.name, known)}")
-    return [*_read_with_bases(below, (*above, here)), (path, tree)]
+    return below
 
 
 def _read(path: Path) -> "_Object":
@@ -164,10 +186,10 @@ def _foreign(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
     default = ObjectiveConfig().name
     if before.get("name", default) != after.get("name", default):
         return set(_keys(before)) - {"name"}
-    changed = [half for half in ("target", "reference") if part(before, half) != part(after, half)]
+    changed = [half for half in HALVES if part(before, half) != part(after, half)]
     if not changed:
         return set()
-    options = set(before) - {"name", "target", "reference"}
+    options = set(before) - {"name", *HALVES}
     nested = {key for key in _keys(before) if key.partition(".")[0] in changed and "." in key}
     return options | nested
 

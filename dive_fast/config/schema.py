@@ -116,7 +116,7 @@ class ReferenceConfig(Section):
 
 
 class DataConfig(Section):
-    """What is trained on."""
+    """The training data."""
 
     target: TargetConfig
     reference: ReferenceConfig | None = None
@@ -159,11 +159,11 @@ class TeacherConfig(Section):
     `float32`, 1e-3 for `float16`. Raise it knowingly, for embeddings computed in half precision elsewhere: it is
     noise on every difference vector."""
     verify: bool = True
-    """Hold each block of the cache to its checksum when it is first read."""
+    """Validate the checksum of each block of the cache when it is first read."""
 
 
 class TrainConfig(Section):
-    """How it is trained. The optimizer is AdamW with linear warm-up and cosine decay to zero."""
+    """Optimization, precision and checkpoints. The optimizer is AdamW: linear warm-up, cosine decay to zero."""
 
     output: PathText | None = None
     """Run folder; default: `runs/` and the config's name."""
@@ -182,7 +182,7 @@ class TrainConfig(Section):
     faster on this GPU among those that fit (docs/performance.md)."""
     micro_batch_size: Positive | None = None
     """Pairs that a rank puts through the towers at once, by cached embedding gradients: the memory of a small
-    batch, the gradients of the whole. Default: the whole batch."""
+    batch, the gradients of the full batch. Default: the full batch."""
     activation_checkpointing: Literal["off", "selective", "full"] = "off"
     """Memory for time. `selective`: the activation of each MLP is computed again in the backward, and no matrix
     product but, with ZeRO-3, the one behind it. `full`: transformer blocks keep only what enters them, and run
@@ -216,8 +216,8 @@ class TrainConfig(Section):
     """Where a checkpoint cannot be written (a full disk, say): `continue` warns and tries again when the next is
     due; `stop` ends the run. Older checkpoints are as they were. The last one must be written."""
     resume: PathText = "auto"
-    """`auto`: continue from the run folder's newest whole checkpoint, if any. `never`: start anew. Else a
-    checkpoint's folder. The number of ranks and the ZeRO stage may be others than those of the checkpoint."""
+    """`auto`: continue from the run folder's newest complete checkpoint, if any. `never`: start over. Otherwise
+    a checkpoint's folder. The number of ranks and the ZeRO stage may be others than those of the checkpoint."""
     nonfinite_limit: Positive = 20
     """The run stops after so many steps in a row whose loss or gradient is not finite, and writes down their
     samples. Such steps are skipped. That fp16's loss scale has overflowed is no such step."""
@@ -250,7 +250,7 @@ class EvaluationSet(Section):
     on_skipped: Literal["error", "report"] = "error"
     """Samples that cannot be measured: without an image, label or caption, or with an image that cannot be
     decoded. `error`: the set is refused. `report`: figures are of the others, and logs, tables and results say how
-    many are left out. Not used with `dataset`, which is measured whole."""
+    many are left out. Not used with `dataset`, which is measured completely."""
     role: Literal["id", "ood", "zero_shot"] | None = None
     """Which average of the results table it enters. Default: none, or with `dataset` its own."""
 
@@ -269,7 +269,7 @@ class GeometryConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """What the tuned model is measured on, when training has ended and on the way."""
+    """Data sets that the tuned model is measured on, during training and at its end."""
 
     sets: dict[str, EvaluationSet] = Field(default={})
     """Name -> data set; its `metric` goes to the metrics as `accuracy/<name>`."""
@@ -277,16 +277,16 @@ class EvaluateConfig(Section):
     """Pairs on which RSA, CKA and difference vectors are measured too (docs/geometry.md); the metrics have them as
     `geometry/<name>`."""
     every_steps: Positive | None = None
-    """Steps between evaluations on the way; default: none."""
+    """Steps between evaluations during training; default: none."""
     every_epochs: Positive | None = None
     """The same in epochs."""
     during: list[str] | None = None
-    """The sets measured on the way; default: all."""
+    """The sets measured during training; default: all."""
     select: str | None = None
     """The set, ID validation, whose accuracy chooses: the run ends with the weights of its best evaluation on the
     way. Default: it ends with the last."""
     patience: Positive | None = None
-    """Evaluations on the way without a better accuracy on `select`, after which training ends (early stopping)."""
+    """Evaluations without a better accuracy on `select` after which training ends (early stopping)."""
     batch_size: Positive = 256
     """Images encoded at once on each rank."""
     workers: NonNegative = 4
@@ -374,7 +374,7 @@ def _check_evaluation_set(place: str, evaluation: EvaluationSet) -> None:
     if not known and evaluation.format is None:
         raise ValueError(f"{place}.format is missing; or name a known data set as {place}.dataset")
     if known and evaluation.on_skipped != "error":
-        raise ValueError(f"{place}.on_skipped: a known dataset is measured whole; remove it")
+        raise ValueError(f"{place}.on_skipped: a known dataset is measured completely; remove it")
     if known and task == "retrieval":
         raise ValueError(f"{place}.task: a known dataset has its own; remove it")
     if not known and task == "retrieval" and evaluation.format == "folder":

@@ -193,7 +193,8 @@ def _select(objective: ObjectiveConfig, preset: Preset | None, half: str, flat: 
     if part is None:
         if section:
             raise KeyedError(
-                f"{key}.name", f"{key}.name is missing: objective.name = {preset.name} has no {half} loss"
+                next(iter(keys.values())),
+                f"{key}.name is missing: objective.name = {preset.name} has no {half} loss",
             )
         return _Selection(None, {}, {})
     own = _free_options(part, preset)
@@ -350,8 +351,12 @@ def drop_inherited(objective: dict[str, Any], inherited: set[str]) -> None:
             options = [] if part is None else [f"{half}.{option}" for option in part.Options.model_fields]
             allowed |= {half, f"{half}.name", *options}
         allowed |= {"weight", "reference_every"} if half == "reference" and part is not None else set()
+    parts = (*table().targets.values(), *table().references.values())
+    known = {*COMMON, *(option for part in parts for option in part.Options.model_fields)}
     for key in inherited - allowed:
         section_key, _, option = key.partition(".")
+        if (option or key) not in known:
+            continue  # a mistake in any method, which the validation reports
         section = objective.get(section_key) if option else objective
         if isinstance(section, dict):
             section.pop(option or key, None)

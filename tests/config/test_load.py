@@ -155,6 +155,13 @@ def test_circle_of_bases_is_refused(tmp_path: Path, length: int) -> None:
     assert str(caught.value).startswith(f"{tmp_path}/0.json: ")
 
 
+def test_chain_of_bases_can_be_long(tmp_path: Path) -> None:
+    write(tmp_path, SMALL, "0.json")
+    for index in range(1, 1100):
+        write(tmp_path, {"base": f"{index - 1}.json"}, f"{index}.json")
+    assert load_run_config(str(tmp_path / "1099.json")).model.name == "ViT-B-32"
+
+
 def test_two_configs_can_share_a_base(tmp_path: Path) -> None:
     # The lowest file is read once in each chain, which is not a circle.
     write(tmp_path, SMALL, "base.json")
@@ -316,6 +323,30 @@ def test_option_set_together_with_the_method_is_an_error(tmp_path: Path, overrid
     else:
         assert error_of(write(tmp_path, base), *overrides) == message
         assert error_of(write_pair(tmp_path, {"objective": {"name": "flyp"}}, base), *overrides) == message
+
+
+def test_options_belong_to_the_loss_that_a_base_names(tmp_path: Path) -> None:
+    base = SMALL | {"objective": {"reference": "cosine"}}
+    options = {"objective": {"reference": {"decay": 0.5}}}
+    for config in (
+        load_run_config(str(write_pair(tmp_path, options, base))),
+        load_run_config(str(write(tmp_path, base)), ["objective.reference.decay=0.5"]),
+        load_run_config(str(write(tmp_path)), ["objective.reference=cosine", "objective.reference.decay=0.5"]),
+    ):
+        assert (config.objective.name, config.objective.decay) == ("cosine", 0.5)
+    message = error_of(write(tmp_path, base), "objective.reference.x=1")
+    assert message.startswith("unknown key objective.reference.x (options of cosine: decay")
+
+
+def test_unknown_option_below_another_method_is_an_error(tmp_path: Path) -> None:
+    for objective, key in (
+        ({"decya": 0.9}, "objective.decya"),
+        ({"reference": {"name": "dive", "decya": 0.9}}, "objective.reference.decya"),
+    ):
+        base = SMALL | {"objective": objective}
+        own = {"name": "flyp"} if key == "objective.decya" else {"reference": {"name": "snd"}}
+        with pytest.raises(ConfigError, match=rf"base\.json: unknown key {key}"):
+            load_run_config(str(write_pair(tmp_path, {"objective": own}, base)))
 
 
 @pytest.mark.parametrize("objective", [5, None, [], {"name": []}, {"name": "x"}, {"name": {}, "reference": []}])

@@ -226,7 +226,7 @@ def test_weight_and_reference_every_reach_the_loss() -> None:
         ({"name": "dvie"}, 'objective.name = "dvie": expected one of '),
         (
             {"name": "dive", "target": "contrastve"},
-            'objective.target.name = "contrastve": expected one of contrastive, cross_entropy; did you mean contras',
+            'objective.target.name = "contrastve": expected one of contrastive, cross_entropy; did you mean ',
         ),
         (
             {"name": "dive", "reference": "snde"},
