@@ -144,7 +144,7 @@ def test_any_typo_in_any_key_names_the_intended_key(small: Path, typo: tuple[str
             "data.reference.loader = ffcv reads prepared sets alone: make one by python launch/prepare.py",
         ),
         ('evaluate={"every_steps": 2, "select": "val"}', "evaluate.select: evaluate.sets has no val"),
-        (evaluated(every_epochs=1), "evaluate.every_steps and every_epochs: name one"),
+        (evaluated(every_epochs=1), "evaluate.every_steps and every_epochs: set only one"),
         (evaluated(every_steps=None), "evaluate.during and evaluate.select need every_steps or every_epochs"),
         (evaluated(during=[]), "evaluate.during: add val, the set of evaluate.select"),
         (evaluated(select=None), "evaluate.patience needs evaluate.select"),
