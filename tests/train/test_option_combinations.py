@@ -157,7 +157,7 @@ INVALID = [
     Invalid({"model.name": ("dropping",), "train.micro_batch_size": (3,)}, "train.micro_batch_size"),
     Invalid({"evaluate.select": ("seen",), SETS: ("none",)}, "evaluate.sets has no seen"),
     Invalid({"evaluate.during": (SEEN, OTHER), SETS: ("none",)}, "evaluate.sets has no"),
-    Invalid({"evaluate.every_steps": (1,), "evaluate.every_epochs": (1,)}, "name one of them"),
+    Invalid({"evaluate.every_steps": (1,), "evaluate.every_epochs": (1,)}, "set only one of them"),
     Invalid({"evaluate.select": ("seen",)} | NEVER, "need every_steps or every_epochs"),
     Invalid({"evaluate.during": (SEEN, OTHER)} | NEVER, "need every_steps or every_epochs"),
     Invalid({"evaluate.during": (OTHER,), "evaluate.select": ("seen",)}, "evaluate.during: add seen"),
