@@ -252,7 +252,7 @@ class Method(nn.Module):
         """Joins two parts.
 
         Raises:
-            ValueError: both parts have a buffer of the same name, or a part has parameters, which nothing would train.
+            ValueError: both parts have a buffer of the same name, or a part has parameters, which nothing trains.
         """
         super().__init__()
         self.target_loss, self.reference_loss = target_loss, reference_loss
