@@ -16,6 +16,7 @@ from distributed import run_ranks
 
 from dive_fast.distributed import join
 from dive_fast.methods.method import Part
+from dive_fast.methods.noise_floor import NOISE_FLOOR
 from dive_fast.methods.run_config import RunConfig
 from dive_fast.train import loop as train
 
@@ -70,8 +71,8 @@ def test_a_run_over_real_photos_stays_finite_and_starts_at_the_noise_floor(
     skipped = [b["skipped_steps"] - a["skipped_steps"] for a, b in pairwise([{"skipped_steps": 0}, *lines])]
     assert unknown == [(line["step"], "gradient_norm") for line, more in zip(lines, skipped, strict=True) if more]
     assert all(abs(value) < float("inf") for line in lines for value in line.values() if value is not None)
-    assert lines[0]["image_norm"] < train.NOISE_FLOOR[precision]
-    assert lines[0]["text_norm"] < train.NOISE_FLOOR[precision]
+    assert lines[0]["image_norm"] < NOISE_FLOOR[precision]
+    assert lines[0]["text_norm"] < NOISE_FLOOR[precision]
     # fp16 may spend its first steps on finding a loss scale.
     if precision == "fp32":
         assert lines[-1]["image_norm"] > 10 * lines[0]["image_norm"]

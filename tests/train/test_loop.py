@@ -251,7 +251,7 @@ def test_wrong_cache_rows_are_refused_before_the_first_update(tmp_path: Path) ->
     shutil.rmtree(output / "checkpoints")
     for options, message in (
         ({}, "text.npy: rows 0 to 23 have changed since they were written"),
-        ({"verify": False}, "Most likely the captions or the tokenizer are others"),
+        ({"verify": False}, "Most likely the captions or the tokenizer changed"),
         ({"verify": False, "audit": 0}, "mean |v| before the first update is"),
     ):
         assert message in run_alone(tree | {"teacher": options}, output)
