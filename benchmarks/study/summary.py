@@ -248,7 +248,7 @@ def write(rows: Sequence[Row], size: str, folder: Path, grid: Sequence[Row] | No
         grid: of another size, where the rows have the settings that it chose: then methods are compared, no more.
     """
     path = folder / f"study-{size}.md"
-    lines = [f"# The study, {size}: figures", "", "Made by `python -m study report` from the lines beside it."]
+    lines = [f"# Figures of the {size} study", "", f"Written by `python -m study report` from study-{size}.jsonl."]
     for world, title in WORLDS.items():
         if not any(row["world"] == world for row in rows):
             continue

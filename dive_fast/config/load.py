@@ -99,7 +99,12 @@ class _Layers:
 
     def _update_inherited(self, before: Mapping[str, Any], set_here: set[str]) -> None:
         """Adds the options of ``before`` if its method was replaced; options set together with a name are not."""
-        self.inherited = (self.inherited | _foreign(before, _objective_of(self.tree))) - set_here
+        after = _objective_of(self.tree)
+        foreign = _foreign(before, after)
+        if "name" in set_here and after.get("name") is not None and any(_loss_of(before, half) for half in HALVES):
+            # A method that is named again replaces losses that were named below it.
+            foreign = set(_keys(before)) - {"name"}
+        self.inherited = (self.inherited | foreign) - set_here
 
 
 def _read_with_bases(path: Path) -> list[tuple[Path, "_Object"]]:
@@ -176,17 +181,18 @@ def _objective_of(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     return objective if isinstance(objective, dict) else {}
 
 
+def _loss_of(objective: Mapping[str, Any], half: str) -> Any:
+    """The name of the loss that an ``objective`` sets for a half; None where it leaves it to the method."""
+    section = objective.get(half)
+    return section.get("name") if isinstance(section, dict) else section
+
+
 def _foreign(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
     """The keys of ``before``, an ``objective``, that were set for another method than that of ``after``."""
-
-    def part(objective: Mapping[str, Any], half: str) -> Any:
-        section = objective.get(half)
-        return section.get("name") if isinstance(section, dict) else section
-
     default = ObjectiveConfig().name
     if before.get("name", default) != after.get("name", default):
         return set(_keys(before)) - {"name"}
-    changed = [half for half in HALVES if part(before, half) != part(after, half)]
+    changed = [half for half in HALVES if _loss_of(before, half) != _loss_of(after, half)]
     if not changed:
         return set()
     options = set(before) - {"name", *HALVES}

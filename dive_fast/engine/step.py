@@ -38,7 +38,7 @@ from dive_fast.engine.profiler import span
 from dive_fast.engine.target_teacher import TargetTeacher
 from dive_fast.engine.update import DeepSpeedUpdate, DeviceUpdate, LossScale
 from dive_fast.errors import ConfigError
-from dive_fast.methods.method import ImageInfo, Loss, Method, Part, overrides
+from dive_fast.methods.method import ImageInfo, Loss, Method, Part, join_metrics, overrides
 from dive_fast.model.features import Features, Outputs, Pairs
 from dive_fast.model.towers import Towers
 from dive_fast.model.transformer_blocks import (
@@ -120,7 +120,7 @@ class Engine:
             compile_blocks(self.towers)
         section = deepspeed_section(config, ranks.world_size)
         clipping, on_device = section["gradient_clipping"], updates_on_device(section)
-        check_hooks(section, method)
+        check_hooks(section, method, train.schedule)
         if on_device:
             _disable_deepspeed_grad_norm(section)
         optimizer = make_optimizer(train, towers, offloads_optimizer(section))
@@ -169,8 +169,8 @@ class Engine:
             with span(half.name):
                 loss = self._backward(half)
             total = total + loss.loss
-            metrics |= loss.metrics
-        return {"loss": total} | metrics
+            metrics = join_metrics(metrics, loss.metrics)
+        return join_metrics({"loss": total}, metrics)
 
     def update(self, loss: Tensor) -> Tensor:
         """Updates weights unless gradient or ``loss`` is not finite on some rank; returns the gradient's norm."""
@@ -335,12 +335,22 @@ def _freeze_untuned(towers: Towers, method: Method) -> None:
             parameter.requires_grad_(False)
 
 
-def check_hooks(section: dict[str, Any], method: Method) -> None:
-    """Validates that each rank has all weights if a method's hooks read or change them.
+def check_hooks(section: dict[str, Any], method: Method, schedule: str) -> None:
+    """Validates the schedule and the ZeRO options against a method's hooks on weights.
+
+    Args:
+        section: the ``deepspeed`` section.
+        schedule: ``train.schedule``.
 
     Raises:
-        ConfigError: ZeRO-3 or an optimizer on the CPU.
+        ConfigError: a hook needs weights that a rank lacks under ZeRO-3 or offload, or the two halves of a joint
+                forward need different weights.
     """
+    if schedule == "joint" and method.needs.sequential:
+        raise ConfigError(
+            "train.schedule = joint: this method has change_weights, which changes the weights of one half alone; "
+            "use sequential"
+        )
     hooks = method.hooks()
     if hooks and not updates_on_device(section):
         stage = zero_section(section).get("stage", 0)
@@ -352,7 +362,7 @@ def check_hooks(section: dict[str, Any], method: Method) -> None:
 
 
 def _add_penalty(loss: Loss, penalty: Loss | None) -> Loss:
-    return loss if penalty is None else Loss(loss.loss + penalty.loss, loss.metrics | penalty.metrics)
+    return loss if penalty is None else Loss(loss.loss + penalty.loss, join_metrics(loss.metrics, penalty.metrics))
 
 
 def _disable_deepspeed_grad_norm(section: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ class CrossEntropy(TargetLoss):
         probe_learning_rate: NonNegativeFloat = 1e-3
         """Peak learning rate of these passes; no warm-up, cosine decay to zero, `train.weight_decay`."""
 
-    def forward(
+    def loss(
         self, outputs: Outputs, labels: Tensor, group: Group = None, teacher: TeacherOutputs | None = None
     ) -> Loss:
         """The mean cross-entropy over all ranks' images."""

@@ -32,7 +32,10 @@ Forward = Callable[[Tensor], Outputs]
 
 
 class Loss(NamedTuple):
-    """A loss, ``()``, with gradient, and metrics to log, ``()`` each on the device, without."""
+    """A loss, ``()``, with gradient, and metrics to log, ``()`` each on the device, without.
+
+    Metrics of both parts have different names, none of them ``loss``.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -93,6 +96,8 @@ class Needs(NamedTuple):
     """The text tower runs on the reference half."""
     target_teacher: Literal["none", "frozen", "moving"]
     """A copy of both towers that embeds the target batch."""
+    sequential: bool
+    """Separate forwards of both halves, since a part changes weights for its half alone."""
 
     @property
     def texts(self) -> bool:
@@ -120,7 +125,12 @@ class Preset(NamedTuple):
 
 
 class Part(nn.Module):
-    """A loss on one half of a step. Buffers are its state: saved in checkpoints, equal on all ranks."""
+    """A loss on one half of a step. Buffers are its state: saved in checkpoints, equal on all ranks.
+
+    ``loss`` is a plain method and the part is never called as a module: hooks on modules, such as those of
+    :class:`torch.utils.flop_counter.FlopCounterMode`, fail on leaves of :func:`torch.autograd.grad`, by which
+    micro-batches differentiate.
+    """
 
     name: ClassVar[str]
     """Name in ``objective.target`` or ``objective.reference``."""
@@ -150,7 +160,11 @@ class Part(nn.Module):
         return images
 
     def change_weights(self, towers: nn.Module) -> AbstractContextManager[None]:
-        """A context around forward and backward of the half: changes weights and restores them after it."""
+        """A context around forward and backward of the half: changes weights and restores them after it.
+
+        Only this half sees the changed weights, so ``train.schedule = joint`` is refused. A penalty is computed at
+        the weights of the half that runs last.
+        """
         return nullcontext()
 
     def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor | None:
@@ -183,7 +197,7 @@ class TargetLoss(Part):
     needs_head: ClassVar[bool] = False
     teacher: ClassVar[Literal["none", "frozen", "moving"]] = "none"
 
-    def forward(
+    def loss(
         self, outputs: Outputs, labels: Tensor, group: Group = None, teacher: TeacherOutputs | None = None
     ) -> Loss:
         """Loss of the target half.
@@ -210,7 +224,7 @@ class ReferenceLoss(Part):
     needs_teacher: ClassVar[bool] = True
     default_weight: ClassVar[float] = 1.0
 
-    def forward(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
+    def loss(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
         """Loss of the reference half.
 
         Args:
@@ -238,7 +252,7 @@ class Method(nn.Module):
         """Joins two parts.
 
         Raises:
-            ValueError: both parts have a buffer of the same name.
+            ValueError: both parts have a buffer of the same name, or a part has parameters, which are not trained.
         """
         super().__init__()
         self.target_loss, self.reference_loss = target_loss, reference_loss
@@ -246,6 +260,8 @@ class Method(nn.Module):
         buffers = [name for part in self.parts for name, _ in part.named_buffers()]
         if len(set(buffers)) < len(buffers):
             raise ValueError(f"both parts have a buffer of the same name: {sorted(buffers)}")
+        if parameters := [name for name, _ in self.named_parameters()]:
+            raise ValueError(f"a part has parameters, which the optimizer does not have: {', '.join(parameters)}")
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -264,15 +280,13 @@ class Method(nn.Module):
     def target(
         self, outputs: Outputs, labels: Tensor, group: Group = None, teacher: TeacherOutputs | None = None
     ) -> Loss:
-        """Loss of the target half; arguments of :meth:`TargetLoss.forward`."""
-        loss: Loss = self.target_loss(outputs, labels, group, teacher)
-        return loss
+        """Loss of the target half; arguments of :meth:`TargetLoss.loss`."""
+        return self.target_loss.loss(outputs, labels, group, teacher)
 
     def reference(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
-        """Weighted loss of the reference half; arguments of :meth:`ReferenceLoss.forward`."""
+        """Weighted loss of the reference half; arguments of :meth:`ReferenceLoss.loss`."""
         assert self.reference_loss is not None
-        loss: Loss = self.reference_loss(outputs, teacher, group)
-        return loss
+        return self.reference_loss.loss(outputs, teacher, group)
 
     def joint(
         self,
@@ -290,7 +304,7 @@ class Method(nn.Module):
             return fused
         first = self.target(target, labels, group, target_teacher)
         second = self.reference(reference, teacher, group)
-        return Loss(first.loss + second.loss, first.metrics | second.metrics)
+        return Loss(first.loss + second.loss, join_metrics(first.metrics, second.metrics))
 
     @contextmanager
     def change_weights(self, towers: nn.Module, parts: tuple[Part, ...]) -> Iterator[None]:
@@ -348,6 +362,8 @@ def needs_of(target: type[TargetLoss], reference: type[ReferenceLoss] | None) ->
         target_texts=target.needs_texts,
         reference_texts=reference is not None and reference.needs_texts,
         target_teacher=target.teacher,
+        sequential=reference is not None
+        and any(part.change_weights is not Part.change_weights for part in (target, reference)),
     )
 
 
@@ -364,6 +380,17 @@ def over_ranks(mean: Tensor, group: Group) -> Tensor:
     total = mean.detach().clone()
     dist.all_reduce(total, group=group)
     return mean + (total / dist.get_world_size(group) - mean.detach())
+
+
+def join_metrics(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Joins the metrics of two losses.
+
+    Raises:
+        ValueError: both have a metric of the same name.
+    """
+    if both := first.keys() & second.keys():
+        raise ValueError(f"two losses log a metric of the same name: {', '.join(sorted(both))}")
+    return first | second
 
 
 def update_average(average: Tensor, new: Tensor) -> None:

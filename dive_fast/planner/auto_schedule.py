@@ -50,7 +50,8 @@ def choose(config: Config, ranks: int, gpu: str) -> str:
     from dive_fast.methods import registry
     from dive_fast.planner.simulate import plan_run
 
-    if not registry.needs(config.objective).reference:
+    needs = registry.needs(config.objective)
+    if not needs.reference or needs.sequential:
         return "sequential"
     sequential, joint = (plan_run(with_schedule(config, name), ranks) for name in ("sequential", "joint"))
     is_faster = joint.step_seconds(GPUS[gpu]) < MIN_SPEEDUP * sequential.step_seconds(GPUS[gpu])

@@ -21,8 +21,8 @@ from dive_fast.data.samples import ReferenceSamples, TargetSamples
 from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
 from dive_fast.engine import feature_consistency
-from dive_fast.engine.deepspeed_config import check_deepspeed
-from dive_fast.engine.step import Engine, StepBatches
+from dive_fast.engine.deepspeed_config import check_deepspeed, deepspeed_section
+from dive_fast.engine.step import Engine, StepBatches, check_hooks
 from dive_fast.evaluate.datasets.resolve import Opened, open_sets, remarks_on_missing_classes
 from dive_fast.methods import registry
 from dive_fast.methods.method import Needs
@@ -107,6 +107,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     total_steps = min(total_steps, config.train.max_steps or total_steps)
 
     method = registry.create(config.objective, towers.width)
+    # Before the teacher's cache is written, which can take hours.
+    check_hooks(deepspeed_section(config, ranks.world_size), method, config.train.schedule)
     needs = method.needs
     complete = fill_in(config, folder, towers, ranks)
     identity = run_identity(

@@ -338,6 +338,17 @@ def test_options_belong_to_the_loss_that_a_base_names(tmp_path: Path) -> None:
     assert message.startswith("unknown key objective.reference.x (options of cosine: decay")
 
 
+def test_method_named_above_a_base_replaces_its_losses(tmp_path: Path) -> None:
+    base = SMALL | {"objective": {"weight": 7.0, "reference": {"name": "cosine", "average_start": 1}}}
+    for config in (
+        load_run_config(str(write_pair(tmp_path, {"objective": {"name": "dive"}}, base))),
+        load_run_config(str(write(tmp_path, base)), ["objective.name=dive"]),
+    ):
+        assert (config.objective.name, config.objective.weight) == ("dive", 7.0)
+    config = load_run_config(str(write(tmp_path, base)), ["objective.name=dive", "objective.reference=snd"])
+    assert config.objective.name == "snd"
+
+
 def test_unknown_option_below_another_method_is_an_error(tmp_path: Path) -> None:
     for objective, key in (
         ({"decya": 0.9}, "objective.decya"),

@@ -104,10 +104,10 @@ class Toy(Contrastive):
         self.enabled = hooks
         self.register_buffer("updates", torch.zeros(()))
 
-    def forward(
+    def loss(
         self, outputs: Outputs, labels: Tensor, group: Group = None, teacher: TeacherOutputs | None = None
     ) -> Loss:
-        loss = super().forward(outputs, labels, group)
+        loss = super().loss(outputs, labels, group)
         if teacher is None:
             return loss
         assert outputs.text is not None
@@ -139,9 +139,6 @@ class Toy(Contrastive):
 
     @contextlib.contextmanager
     def change_weights(self, towers: nn.Module) -> Iterator[None]:
-        if "weights" not in self.enabled:
-            yield
-            return
         before = {name: p.detach().clone() for name, p in towers.named_parameters()}
         with torch.no_grad():
             for p in towers.parameters():
@@ -172,6 +169,8 @@ class FrozenTeacherToy(Toy):
 
 def toy(*hooks: str) -> Method:
     kind = MovingTeacherToy if "teacher" in hooks else FrozenTeacherToy if "frozen teacher" in hooks else Toy
+    if "weights" not in hooks:
+        kind = type(kind.__name__, (kind,), {"change_weights": Part.change_weights})
     return Method(kind(hooks), Replay(Replay.Options(), Setting(WIDTH, 0.5)))
 
 
@@ -260,7 +259,7 @@ def run_hooks(folder: Path, stages: tuple[int, ...]) -> dict[str, Any]:
     Part.backend = "torch"
     stage, results = Stage(folder), {}
     for hooks in CASES:
-        # The joint schedule changes weights for both halves, the oracle for the target half only.
+        # The joint schedule cannot change the weights of one half.
         paths = {HOOKS: PATHS[:1], WITHOUT_WEIGHTS: PATHS[1:2]}.get(hooks)
         for zero, (schedule, micro) in itertools.product(stages, paths) if paths else [(stages[-1], PATHS[2])]:
             engine = stage.engine(zero, schedule, micro, toy(*hooks), **TRAIN)
@@ -441,10 +440,29 @@ def test_hooks_are_refused_with_zero_3_or_offload(hook: str) -> None:
     offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     for zero, option in (({"stage": 3}, "stage = 3"), (offload, "offload_optimizer")):
         with pytest.raises(ConfigError, match=f"{option}.*use stage 0, 1 or 2") as refused:
-            check_hooks({"zero_optimization": zero}, method_with(hook))
+            check_hooks({"zero_optimization": zero}, method_with(hook), "joint")
         assert "\n" not in str(refused.value)
-        check_hooks({"zero_optimization": zero}, registry.create(ObjectiveConfig(), WIDTH))
-    check_hooks({"zero_optimization": {"stage": 2}}, method_with(hook))
+        check_hooks({"zero_optimization": zero}, registry.create(ObjectiveConfig(), WIDTH), "joint")
+    check_hooks({"zero_optimization": {"stage": 2}}, method_with(hook), "joint")
+
+
+def test_change_weights_is_refused_with_joint_schedule() -> None:
+    for method in (
+        toy("weights"),
+        Method(Contrastive(Section(), Setting(WIDTH)), ReplayWithChangedWeights(Section(), Setting(WIDTH))),
+    ):
+        assert method.needs.sequential
+        check_hooks({}, method, "sequential")
+        with pytest.raises(ConfigError, match=r"^train\.schedule = joint: .*change_weights.*; use sequential$"):
+            check_hooks({}, method, "joint")
+    # A method without a reference half has nothing to join.
+    assert not method_with("weights").needs.sequential
+
+
+class ReplayWithChangedWeights(Replay):
+    """Replay at changed weights."""
+
+    change_weights = Toy.change_weights
 
 
 def method_with(hook: str) -> Method:

@@ -1,11 +1,16 @@
 """Tests of the methods' losses, which combine those of the kernels, and of DiVE's average vector."""
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dive_fast.config.schema import ObjectiveConfig
+from dive_fast.config.section import Section
 from dive_fast.kernels import contrastive_loss, difference_loss, naive
 from dive_fast.methods import registry
+from dive_fast.methods.flyp import Contrastive
+from dive_fast.methods.flyp_replay import Replay
+from dive_fast.methods.method import Group, Loss, Method, Setting
 from dive_fast.model.features import Outputs, Pairs
 
 WIDTH = 6
@@ -83,3 +88,21 @@ def test_metrics_have_no_gradient() -> None:
     assert result.loss.requires_grad
     assert not any(value.requires_grad for value in result.metrics.values())
     assert not method.state()["average_vector"].requires_grad
+
+
+def test_part_with_parameters_is_refused() -> None:
+    part = Contrastive(Section(), Setting(WIDTH))
+    part.scale = nn.Parameter(torch.ones(()))
+    with pytest.raises(ValueError, match=r"a part has parameters, .*: target_loss\.scale"):
+        Method(part)
+
+
+def test_metric_that_both_parts_log_is_refused() -> None:
+    class Same(Replay):
+        def loss(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
+            loss = super().loss(outputs, teacher, group)
+            return Loss(loss.loss, {"contrastive_loss": loss.loss.detach()})
+
+    method = Method(Contrastive(Section(), Setting(WIDTH)), Same(Section(), Setting(WIDTH)))
+    with pytest.raises(ValueError, match="two losses log a metric of the same name: contrastive_loss"):
+        method.joint(outputs(0), LABELS, outputs(1), None)

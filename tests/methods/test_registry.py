@@ -245,7 +245,7 @@ def test_weight_and_reference_every_reach_the_loss() -> None:
         ),
         (
             {"name": "flyp", "reference": {"decay": 0.5}},
-            "objective.reference.name is missing: objective.name = flyp has no reference loss",
+            "objective.reference.decay needs objective.reference.name: objective.name = flyp has no reference",
         ),
     ],
 )
@@ -271,7 +271,7 @@ class Margin(TargetLoss):
         margin: float = 0.5
         """The margin."""
 
-    def forward(
+    def loss(
         self, outputs: Outputs, labels: Tensor, group: Group = None, teacher: TeacherOutputs | None = None
     ) -> Loss:
         """The sum of the images."""
