@@ -105,7 +105,7 @@ def tolerances(outputs: dict[str, Tensor], truth: dict[str, Tensor], case: Case)
 def check(
     outputs: dict[str, Tensor], truth: dict[str, Tensor], naive_errors: dict[str, float], case: Case
 ) -> dict[str, float]:
-    """The errors of all tensors; each may be twice naive's in this dtype, or as large as :func:`tolerances` allows.
+    """The errors of all tensors; each may be twice naive's in this dtype, or within :func:`tolerances`.
 
     Raises:
         AssertionError: one of them, named, is wrong.
