@@ -79,7 +79,7 @@ def expected(
 
 
 def tolerances(outputs: dict[str, Tensor], truth: dict[str, Tensor], case: Case) -> dict[str, float]:
-    """What each tensor's error may be whatever naive's is: one rounding of the result.
+    """Error allowed for each tensor whatever naive's is: one rounding of the result.
 
     A few numbers are few draws, and naive may be right by luck. They may be off by one rounding of what they are
     computed from, which is larger: logits; the cosines of unit vectors; those vectors' entries; differences.
@@ -105,7 +105,7 @@ def tolerances(outputs: dict[str, Tensor], truth: dict[str, Tensor], case: Case)
 def check(
     outputs: dict[str, Tensor], truth: dict[str, Tensor], naive_errors: dict[str, float], case: Case
 ) -> dict[str, float]:
-    """The errors of all tensors; each may be twice naive's in this dtype, or what ``tolerances`` says.
+    """The errors of all tensors; each may be twice naive's in this dtype, or within :func:`tolerances`.
 
     Raises:
         AssertionError: one of them, named, is wrong.

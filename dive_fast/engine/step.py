@@ -336,19 +336,20 @@ def _freeze_untuned(towers: Towers, method: Method) -> None:
 
 
 def check_hooks(section: dict[str, Any], method: Method, schedule: str) -> None:
-    """Validates that each rank has all weights if hooks read or change them, and each half its own weights.
+    """Validates the schedule and the ZeRO options against a method's hooks on weights.
 
     Args:
-        section: DeepSpeed's.
+        section: the ``deepspeed`` section.
         schedule: ``train.schedule``.
 
     Raises:
-        ConfigError: ZeRO-3, an optimizer on the CPU, or one forward of two halves with different weights.
+        ConfigError: a hook needs weights that a rank lacks under ZeRO-3 or offload, or the two halves of a joint
+                forward need different weights.
     """
     if schedule == "joint" and method.needs.sequential:
         raise ConfigError(
             "train.schedule = joint: this method has change_weights, which changes the weights of one half alone; "
-            "take sequential"
+            "use sequential"
         )
     hooks = method.hooks()
     if hooks and not updates_on_device(section):

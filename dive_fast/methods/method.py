@@ -34,7 +34,7 @@ Forward = Callable[[Tensor], Outputs]
 class Loss(NamedTuple):
     """A loss, ``()``, with gradient, and metrics to log, ``()`` each on the device, without.
 
-    Both parts' metrics have different names, none of them ``loss``.
+    Metrics of both parts have different names, none of them ``loss``.
     """
 
     loss: Tensor
@@ -97,7 +97,7 @@ class Needs(NamedTuple):
     target_teacher: Literal["none", "frozen", "moving"]
     """A copy of both towers that embeds the target batch."""
     sequential: bool
-    """A part changes the weights for its own half alone, which one forward of both halves cannot do."""
+    """Separate forwards of both halves, since a part changes weights for its half alone."""
 
     @property
     def texts(self) -> bool:
@@ -162,8 +162,8 @@ class Part(nn.Module):
     def change_weights(self, towers: nn.Module) -> AbstractContextManager[None]:
         """A context around forward and backward of the half: changes weights and restores them after it.
 
-        Of two halves only this one sees the changed weights, so that ``train.schedule = joint`` is refused. A
-        penalty is taken at the weights of the half that runs last.
+        Only this half sees the changed weights, so ``train.schedule = joint`` is refused. A penalty is computed at
+        the weights of the half that runs last.
         """
         return nullcontext()
 
@@ -252,7 +252,7 @@ class Method(nn.Module):
         """Joins two parts.
 
         Raises:
-            ValueError: both parts have a buffer of the same name, or a part has parameters, which nothing trains.
+            ValueError: both parts have a buffer of the same name, or a part has parameters, which are not trained.
         """
         super().__init__()
         self.target_loss, self.reference_loss = target_loss, reference_loss
@@ -383,13 +383,13 @@ def over_ranks(mean: Tensor, group: Group) -> Tensor:
 
 
 def join_metrics(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Metrics of two losses as one.
+    """Joins the metrics of two losses.
 
     Raises:
-        ValueError: both have a metric of one name, of which one would be lost.
+        ValueError: both have a metric of the same name.
     """
     if both := first.keys() & second.keys():
-        raise ValueError(f"two losses log a metric of one name: {', '.join(sorted(both))}")
+        raise ValueError(f"two losses log a metric of the same name: {', '.join(sorted(both))}")
     return first | second
 
 

@@ -446,21 +446,21 @@ def test_hooks_are_refused_with_zero_3_or_offload(hook: str) -> None:
     check_hooks({"zero_optimization": {"stage": 2}}, method_with(hook), "joint")
 
 
-def test_changed_weights_of_one_half_with_joint_schedule_are_refused() -> None:
+def test_change_weights_is_refused_with_joint_schedule() -> None:
     for method in (
         toy("weights"),
-        Method(Contrastive(Section(), Setting(WIDTH)), ChangedReplay(Section(), Setting(WIDTH))),
+        Method(Contrastive(Section(), Setting(WIDTH)), ReplayWithChangedWeights(Section(), Setting(WIDTH))),
     ):
         assert method.needs.sequential
         check_hooks({}, method, "sequential")
-        with pytest.raises(ConfigError, match=r"^train\.schedule = joint: .*change_weights.*; take sequential$"):
+        with pytest.raises(ConfigError, match=r"^train\.schedule = joint: .*change_weights.*; use sequential$"):
             check_hooks({}, method, "joint")
-    # Without a second half there is nothing to join.
+    # A method without a reference half has nothing to join.
     assert not method_with("weights").needs.sequential
 
 
-class ChangedReplay(Replay):
-    """Replay under changed weights."""
+class ReplayWithChangedWeights(Replay):
+    """Replay at changed weights."""
 
     change_weights = Toy.change_weights
 
