@@ -1,17 +1,17 @@
-# `make demo` and `make test` are all a fresh machine needs: both install first.
+# `make demo` and `make test` work on a fresh machine: both install everything first.
 bin := .venv/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all gpu-check format clean
 
 help:
-	@echo "make demo      fine-tune the embedded small model, install first if needed"
-	@echo "make test      lint, types, import contracts and the quick tests, install first if needed"
-	@echo "make test-all  the same with the slow tests, and coverage"
-	@echo "make gpu-check all that is claimed of a GPU, measured on this one in nine minutes"
-	@echo "make install   only the installation into .venv"
-	@echo "make format    apply ruff's format and its safe fixes"
-	@echo "make clean     remove caches and build files; .venv and runs stay"
+	@echo "make demo      fine-tune the embedded small model; installs first if needed"
+	@echo "make test      lint, types, import contracts and quick tests; installs first if needed"
+	@echo "make test-all  the same with slow tests and coverage"
+	@echo "make gpu-check measure all claims about GPUs on this GPU (nine minutes)"
+	@echo "make install   install into .venv"
+	@echo "make format    apply ruff's formatter and safe fixes"
+	@echo "make clean     remove caches and build files; keeps .venv and runs"
 
 install:
 	@bash tools/install.sh
@@ -19,12 +19,12 @@ install:
 demo: install
 	$(bin)/python launch/demo.py
 
-# The tests use no network: nothing may wait for a hub that cannot be reached.
+# The tests use no network; nothing waits for an unreachable hub.
 test test-all: export HF_HUB_OFFLINE := 1
 test test-all: export TOKENIZERS_PARALLELISM := false
 test: selection := -m "not slow"
 test-all: coverage := --cov --cov-report=term:skip-covered
-# Coverage would trace every operation of the Triton interpreter, and take several times as long.
+# Tests without coverage, which would trace every operation of the Triton interpreter and take several times as long.
 test test-all: interpreted := tests/kernels
 test test-all: install
 	@failed=; \

@@ -52,6 +52,17 @@ def test_step_ratios_use_largest_batch_measured_for_both(tmp_path: Path) -> None
     assert step_ratios(tmp_path / "none.json") == {}
 
 
+def test_words_that_parts_select_by_name_existing_tests(tmp_path: Path) -> None:
+    commands = {command for part in parts(tmp_path) for command in (part.command, part.rehearsal)}
+    selecting = [command for command in commands if "-k" in command and "tests/" in "".join(command)]
+    assert len(selecting) > 1
+    for command in selecting:
+        file = next(gpu_check.REPOSITORY / argument for argument in command if argument.endswith(".py"))
+        names = [line for line in file.read_text().splitlines() if line.startswith("def test_")]
+        for word in command[command.index("-k") + 1].split(" or "):
+            assert any(word in name for name in names), f"{file.name} has no test for -k {word}"
+
+
 def test_parts_are_existing_commands(tmp_path: Path) -> None:
     all_parts = parts(tmp_path)
     assert len({part.name for part in all_parts}) == len(all_parts)

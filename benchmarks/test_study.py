@@ -19,12 +19,14 @@ import torch
 from safetensors.torch import load_file
 from study import model, results, runs, sets
 from study import summary as report
-from study.experiments import LEARNING_RATES, MARGIN, SEEDS, WEIGHTS, chosen, grids, plan, settled, sweeps
+from study.experiments import LEARNING_RATES, MARGIN, SEEDS, chosen, grids, plan, settled, sweeps
+from study.methods import LITERAL_COSINE, OBJECTIVES, TABLE_ORDER, WEIGHTS
 from study.runs import SIZES, Run, Study
 
 from dive_fast.config.schema import EvaluationSet
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.distributed import Ranks
+from dive_fast.errors import ConfigError
 from dive_fast.evaluate.datasets.resolve import open_set
 from dive_fast.methods.run_config import load_run_config
 
@@ -274,15 +276,33 @@ def test_every_run_of_a_plan_is_a_config_of_the_engine(size: str, tmp_path: Path
     study.digests = dict.fromkeys(report.WORLDS, "0123456789abcdef")
     dive = Run("cifar10", "dive", 10.0, 1e-3)
     known = [*plan([], SIZES[size]), *sweeps(dive, SIZES[size])]
-    assert {run.method for run in known} == {*WEIGHTS, "cosine_literal"}
+    assert {run.method for run in known} == {*WEIGHTS, LITERAL_COSINE}
     for run in known[::3]:
         config = study.config(run)
         assert config.objective.weight == run.weight
         assert config.objective.reference_every == run.every
+        assert (config.objective.model_extra or {}).get("decay", run.decay) == run.decay
+        assert config.objective.name == OBJECTIVES.get(run.method, {"name": run.method})["name"]
         assert config.data.reference is not None
         assert config.data.reference.batch_size == run.reference_batch or run.reference_batch is None
         assert list(config.evaluate.sets) == list(sets.evaluated(run.world))
         assert ("pacs" in config.model.name) == (run.world == "pacs")
+
+
+def test_option_that_a_method_lacks_makes_its_run_impossible(tmp_path: Path) -> None:
+    study = Study(tmp_path, "small", Ranks(0, 1, torch.device("cpu")))
+    study.digests = dict.fromkeys(report.WORLDS, "0123456789abcdef")
+    with pytest.raises(ConfigError, match=r"unknown key objective\.decay \(options of objective\.name = flyp"):
+        study.config(Run("cifar10", "flyp", None, 1e-3, decay=0.5))
+    with pytest.raises(ConfigError, match=r"objective\.name = ") as caught:
+        study.config(Run("cifar10", "unheard_of", None, 1e-3))
+    assert "expected one of" in str(caught.value)
+
+
+def test_tables_have_every_method_of_the_grid() -> None:
+    assert sorted(TABLE_ORDER) == sorted(WEIGHTS)
+    assert report.LABELS["cosine"] == "Cosine, m from 1"
+    assert all(report.COLOURS[name].startswith("#") for name in TABLE_ORDER)
 
 
 def runs_worlds() -> tuple[str, ...]:

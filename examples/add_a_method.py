@@ -42,7 +42,7 @@ class BothTowers(ReferenceLoss):
         super().__init__(options, setting)
         self.text_share, self.weight = options.model_dump()["text_share"], setting.weight
 
-    def forward(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
+    def loss(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
         """(1 - share) mean |u|^2 + share mean |v|^2 over all ranks' rows."""
         assert teacher is not None
         u, v = ((unit(ours) - frozen).square().sum(1) for ours, frozen in zip(outputs.pairs, teacher, strict=True))

@@ -28,7 +28,9 @@ def parser(description: str | None, example: str, required: bool = True) -> argp
     config_parser = _Parser(description=description)
     config_parser.add_argument("--config", required=required, help="path of a config, or a name in launch/configs")
     config_parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
-    config_parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"e.g. {example}")
+    config_parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help=f"override of a config value, e.g. {example}"
+    )
     return config_parser
 
 

@@ -15,8 +15,10 @@ HERE = Path(__file__).parent
 def main() -> int:
     """Runs launch/train.py twice under DeepSpeed's launcher, then compares the models; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/demo"), help="output folder; default: %(default)s"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of both runs; default: %(default)s")
     options = parser.parse_args()
     started = time.perf_counter()
 

@@ -135,7 +135,9 @@ def _parser() -> argparse.ArgumentParser:
         "--head", type=Path, help="head file; default: the one next to the weights; `none`: prompts"
     )
     model.add_argument(
-        "--precision", choices=("fp16", "bf16", "fp32"), help="default: the config's; with --model fp32"
+        "--precision",
+        choices=("fp16", "bf16", "fp32"),
+        help="precision of the towers; default: the config's; with --model fp32",
     )
     data = parser.add_argument_group("data")
     data.add_argument("--suite", nargs="+", action="extend", metavar="NAME", help="suites of known data sets")

@@ -15,15 +15,19 @@ import cli
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; a user's mistake becomes one line and exit code 2."""
     parser = cli.parser(__doc__, "train.output=runs/mine")
-    parser.add_argument("--before", type=Path, metavar="WEIGHTS", help="default: the config's pre-trained model")
-    parser.add_argument("--after", type=Path, metavar="WEIGHTS", help="default: the run's model.safetensors")
+    parser.add_argument(
+        "--before", type=Path, metavar="WEIGHTS", help="exported weights; default: the config's pre-trained model"
+    )
+    parser.add_argument(
+        "--after", type=Path, metavar="WEIGHTS", help="exported weights; default: the run's model.safetensors"
+    )
     parser.add_argument(
         "--pairs", metavar="SET", help="captioned tars, CSV or prepared set; default: data.reference"
     )
     parser.add_argument(
         "--format", choices=("webdataset", "csv", "prepared"), help="format of --pairs; default: guessed"
     )
-    parser.add_argument("--image-root", help="folder of relative file paths in --pairs, csv only")
+    parser.add_argument("--image-root", help="csv: folder that relative file paths start from")
     # Time grows with the square of the pairs: a reference set of millions would take forever.
     parser.add_argument(
         "--limit",
@@ -32,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         default=10_000,
         help="number of pairs, spread evenly over the set; default: %(default)s",
     )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: the run folder")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="output folder; default: the run folder")
     options = parser.parse_intermixed_args(arguments)
 
     # Only pydantic is imported so far, so that a typo is reported at once.

@@ -12,7 +12,7 @@ from dive_fast.data.prepared.convert import Options
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns 2 after a one-line message if options or data are invalid."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--format",
         choices=["folder", "csv", "webdataset", "torchvision", "wilds"],
@@ -21,14 +21,19 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--input", help="folder, CSV file, tars, or root folder of the torchvision or WILDS set")
     parser.add_argument("--name", help="torchvision: the class, e.g. Flowers102; wilds: the data set, e.g. fmow")
-    parser.add_argument("--split", help="torchvision and wilds: the split; train if not given")
-    parser.add_argument("--text", choices=["cls", "txt"], default="cls", help="webdataset: labels or captions")
+    parser.add_argument("--split", help="torchvision and wilds: the split; default: train")
+    parser.add_argument(
+        "--text",
+        choices=["cls", "txt"],
+        default="cls",
+        help="webdataset: labels or captions; default: %(default)s",
+    )
     parser.add_argument(
         "--pairs", action="store_true", help="csv: each row is a separate pair (for a reference set)"
     )
     parser.add_argument(
         "--image-root",
-        help="csv: folder that relative file paths start from; the folder of the CSV file if not given",
+        help="csv: folder that relative file paths start from; default: the folder of the CSV file",
     )
     parser.add_argument(
         "--output", help="folder of the prepared set; after an interruption, the same command resumes"
@@ -37,21 +42,36 @@ def main(arguments: list[str] | None = None) -> int:
         "--container",
         choices=["tar", "beton"],
         default="tar",
-        help="file format of the images; beton is for the loader ffcv",
+        help="file format of the images; beton is for the loader ffcv; default: %(default)s",
     )
     parser.add_argument(
-        "--max-side", type=int, default=512, help="maximum shorter side in pixels; 0: no image is resized"
+        "--max-side",
+        type=int,
+        default=512,
+        help="maximum shorter side in pixels; 0: no image is resized; default: %(default)s",
     )
     parser.add_argument(
-        "--min-side", type=int, default=8, help="minimum shorter side in pixels; smaller images are left out"
+        "--min-side",
+        type=int,
+        default=8,
+        help="minimum shorter side in pixels; smaller images are left out; default: %(default)s",
     )
-    parser.add_argument("--quality", type=int, default=95, help="JPEG quality of re-encoded images")
-    parser.add_argument("--shard-samples", type=int, default=2000, help="number of raw samples per shard")
+    parser.add_argument(
+        "--quality", type=int, default=95, help="JPEG quality of re-encoded images; default: %(default)s"
+    )
+    parser.add_argument(
+        "--shard-samples", type=int, default=2000, help="number of raw samples per shard; default: %(default)s"
+    )
     parser.add_argument(
         "--tokenizer",
-        help="open_clip model whose tokenizer encodes the captions; no tokens are stored if not given",
+        help="open_clip model whose tokenizer encodes the captions; default: no tokens are stored",
     )
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="number of processes; default: all available CPUs, here %(default)s",
+    )
     parser.add_argument("--verify", metavar="FOLDER", help="only validate a prepared set against its hashes")
     options = parser.parse_args(arguments)
     if options.verify is None and not (options.format and options.input and options.output):

@@ -76,6 +76,6 @@ def make_engine(seed: int = 0, updates: int = 0) -> Any:
         method=SimpleNamespace(state=lambda: average),
         teacher=None,
         scale=LossScale("fp16", torch.device("cpu")),
-        at_step=steps.append,
+        set_step=steps.append,
         steps=steps,
     )

@@ -1,4 +1,4 @@
-"""The paper taken literally as gradients and losses, and an engine on the same batches."""
+"""Gradients and losses of a step by the equations of the paper, and engines on the same batches."""
 
 import copy
 import json
@@ -23,17 +23,9 @@ from dive_fast.model.towers import create, tokenizer_of
 from dive_fast.teacher.teacher import OnlineTeacher
 
 TARGET, REFERENCE, WIDTH = 8, 12, 24
-
-
 WEIGHT, DECAY = 1000.0, 0.9
-
-
 AVERAGE_COSINE = 0.8
-
-
 FP16_SCALE = 4.0
-
-
 PROMPTS = [
     "a photo of a dog",
     "a cat",
@@ -44,23 +36,15 @@ PROMPTS = [
     "a cat",
     "a cat",
 ]
-
-
 CAPTIONS = [f"picture number {i} of {'many many ' * (i % 3)}things" for i in range(REFERENCE - 1)] + ["a cat"]
-
-
-ALONE = ("vanilla_ft", "flyp")
-"""Those without a reference half."""
-
-
+TARGET_ONLY = ("vanilla_ft", "flyp")
+"""Methods without a reference half."""
 CLASSES = 5
-
-
 LABELS = [3, 1, 3, 1, 3, 0, 1, 4]
 
 
 def batches(folder: Path) -> dict[str, Tensor]:
-    """Pixels and tokens of one target and one reference batch, over all ranks."""
+    """Images and tokens of a target and a reference batch over all ranks, the average vector and the head."""
     tokenizer = tokenizer_of(ModelConfig(name=f"local-dir:{folder}"))
     generator = torch.Generator().manual_seed(7)
     return {
@@ -74,8 +58,8 @@ def batches(folder: Path) -> dict[str, Tensor]:
     }
 
 
-def moved(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The student's weights: the teacher's, a little off."""
+def add_noise(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The student's weights: the teacher's plus noise."""
     generator = torch.Generator().manual_seed(3)
     return {name: value + 0.02 * torch.randn(value.shape, generator=generator) for name, value in state.items()}
 
@@ -84,7 +68,7 @@ def oracle(folder: Path, name: str = "dive") -> tuple[dict[str, Tensor], dict[st
     """Parameter gradients and losses as the paper writes them."""
     frozen = open_clip.create_model(f"local-dir:{folder}").eval()
     student = copy.deepcopy(frozen)
-    student.load_state_dict(moved(frozen.state_dict()))
+    student.load_state_dict(add_noise(frozen.state_dict()))
     data = batches(folder)
 
     def embed(model: Any, half: str) -> tuple[Tensor, Tensor]:
@@ -105,13 +89,13 @@ def oracle(folder: Path, name: str = "dive") -> tuple[dict[str, Tensor], dict[st
     f, g = embed(student, "target")
     loss = contrastive = contrastive_as_written(f, g, student.logit_scale.exp())
     values = {"contrastive_loss": contrastive}
-    if name not in ALONE:
+    if name not in TARGET_ONLY:
         with torch.no_grad():
             frozen_pairs = embed(frozen, "reference")
         pairs = embed(student, "reference")
         average_vector = data["average_vector"]
-        term, found = reference_as_written(name, pairs, frozen_pairs, student.logit_scale.exp(), average_vector)
-        loss, values = contrastive + WEIGHT * term, values | found
+        term, metrics = reference_as_written(name, pairs, frozen_pairs, student.logit_scale.exp(), average_vector)
+        loss, values = contrastive + WEIGHT * term, values | metrics
     loss.backward()
     gradients = {name: p.grad for name, p in student.named_parameters()}
     return gradients, {name: value.item() for name, value in (values | {"loss": loss}).items()}
@@ -125,7 +109,7 @@ def contrastive_as_written(f: Tensor, g: Tensor, scale: Tensor) -> Tensor:
 def reference_as_written(
     name: str, pairs: tuple[Tensor, Tensor], frozen: tuple[Tensor, Tensor], scale: Tensor, average_vector: Tensor
 ) -> tuple[Any, dict[str, Any]]:
-    """The reference batch's loss, and what is logged of it."""
+    """The loss of the reference batch, and its metrics."""
     (f_ft, g_ft), (f_pre, g_pre) = pairs, frozen
     if name == "flyp_replay":
         replay = contrastive_as_written(f_ft, g_ft, scale)
@@ -149,7 +133,7 @@ def reference_as_written(
 
 
 def objective(name: str) -> dict[str, Any]:
-    """The section of a method, with the weight and decay of the oracle where it has them."""
+    """The ``objective`` section of a method, with the oracle's weight and decay if it has them."""
     preset = registry.table().presets[name]
     values = {"decay": DECAY} if "decay" in registry.options_of(preset) else {}
     return {"name": name} | values | ({} if preset.reference is None else {"weight": WEIGHT})
@@ -191,7 +175,7 @@ def config(
 
 
 class Stage:
-    """What every case on one rank starts from: student, teacher and this rank's share of the oracle's batches."""
+    """Common start of all cases on one rank: student, teacher and this rank's share of the oracle's batches."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.ranks = folder, join()
@@ -199,9 +183,11 @@ class Stage:
         self.student = create(model)
         self.teacher = OnlineTeacher(copy.deepcopy(self.student), self.ranks)
         # The oracle draws its noise in the order of open_clip's names.
-        own = self.student.state_dict()
-        noisy = moved(open_clip.create_model(model.name).state_dict())
-        self.student.load_state_dict({n: noisy[self.student.exported_name(n)].reshape(own[n].shape) for n in own})
+        state = self.student.state_dict()
+        noisy = add_noise(open_clip.create_model(model.name).state_dict())
+        self.student.load_state_dict(
+            {n: noisy[self.student.exported_name(n)].reshape(state[n].shape) for n in state}
+        )
         data = batches(folder)
         self.average_vector = data["average_vector"]
         self.head = {part: data[f"head.{part}"] for part in ("weight", "bias")}
@@ -242,12 +228,12 @@ class Stage:
             student.head.load_state_dict(self.head)
         engine = Engine(settings, student, method, self.ranks, total_steps=10)
         if engine.scale.dynamic:
-            # A model this far from its teacher overflows at the scale a run starts with.
+            # A student this far from its teacher overflows at the initial scale.
             engine.scale.value.fill_(FP16_SCALE)
         return engine
 
     def accumulate(self, engine: Engine) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Gradients (full, unscaled, under open_clip's names) and metrics of one step."""
+        """Gradients (full, unscaled, with open_clip's names) and metrics of one step."""
         from deepspeed.utils import safe_get_full_grad
 
         batches = StepBatches(self.target)
@@ -256,12 +242,12 @@ class Stage:
         metrics = engine.accumulate(batches)
         scale, towers = engine.scale.value.item(), engine.towers
         tuned = {name: p for name, p in towers.named_parameters() if p.requires_grad}
-        found = {towers.exported_name(name): safe_get_full_grad(p).clone() / scale for name, p in tuned.items()}
-        return found, {name: float(value) for name, value in metrics.items()}
+        gradients = {towers.exported_name(n): safe_get_full_grad(p).clone() / scale for n, p in tuned.items()}
+        return gradients, {name: float(value) for name, value in metrics.items()}
 
 
-def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert found.keys() == expected.keys()
+def assert_same_gradients(gradients: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
-        error = (found[name].reshape(gradient.shape) - gradient).norm() / gradient.norm()
+        error = (gradients[name].reshape(gradient.shape) - gradient).norm() / gradient.norm()
         assert error < tolerance, f"{name}: relative error {error:.1e}"

@@ -48,7 +48,15 @@ from dive_fast.teacher import write_cache as write
 from dive_fast.teacher.teacher import CachedTeacher
 
 CONFIGS = Path(__file__).parents[1] / "launch" / "configs"
-SHIPPED = [json.loads(path.read_text()) for path in sorted(CONFIGS.glob("*.json"))]
+SHIPPED: list[dict[str, Any]] = [json.loads(path.read_text()) for path in sorted(CONFIGS.glob("*.json"))]
+for tree in SHIPPED:
+    if "base" in tree:
+        tree["base"] = str(CONFIGS / tree["base"])
+# As large as the complete ones, which most of the files are not.
+SHIPPED += [
+    load_run_config(name, folder=CONFIGS).model_dump(mode="json")
+    for name in ("vitb16_flyp", "vitb16_lp_ft", "vitb16_cosine")
+]
 ALONE = Ranks(0, 1, torch.device("cpu"))
 TIMES = int(os.environ.get("DIVE_FUZZ", "1"))
 

@@ -229,7 +229,7 @@ def test_config_cannot_name_code(world: Path, marker: Path, monkeypatch: pytest.
     # DeepSpeed imports these names.
     section = {"torch_autocast": {"enabled": True, "lower_precision_safe_modules": ["evil.Evil"]}}
     config = load_run_config(path, [f"deepspeed={json.dumps(section)}"])
-    refused(lambda: deepspeed_section(config, 1), "deepspeed.torch_autocast has its home in train.precision")
+    refused(lambda: deepspeed_section(config, 1), "deepspeed.torch_autocast belongs to train.precision")
     assert "evil" not in sys.modules
 
 

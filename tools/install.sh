@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds .venv with the project and its extras in it. A second call returns at once and needs no network.
-# What cannot be had is named in one line, with what it costs, and the rest goes on.
+# Creates .venv with the project and its extras. A second call returns at once and needs no network.
+# A part that cannot be installed is reported in one line with the lost function, and the installation continues.
 set -euo pipefail
 cd -P "$(dirname "$0")/.."
 
@@ -22,8 +22,8 @@ note() {
 
 has_ffcv_libraries() { pkg-config --exists opencv4 libturbojpeg 2>/dev/null; }
 
-# The probe is part of the key so that installing the libraries by hand is enough for the next call to try again;
-# the folder is, because an editable installation points at it.
+# The key contains the probe, so that the next call tries again after the libraries were installed by hand, and the
+# folder, since an editable installation points to it.
 key() {
     {
         cat pyproject.toml constraints.txt tools/install.sh
@@ -48,7 +48,7 @@ apt_install() {
         sudo -n true 2>/dev/null || return 1
         sudo=(sudo -n)
     fi
-    say "asking apt for $*"
+    say "installing with apt-get: $*"
     if [ -z "$apt_updated" ]; then
         apt_updated=1
         "${sudo[@]}" apt-get update >>$log 2>&1 || true
@@ -57,7 +57,7 @@ apt_install() {
         apt-get install -y --no-install-recommends -o DPkg::Lock::Timeout=300 "$@" >>$log 2>&1
 }
 
-# Asks the interpreter itself: a version manager puts names on PATH that do not run.
+# Runs the interpreter, since a version manager puts names on PATH that do not run.
 is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 find_python() {
     local candidate
@@ -72,7 +72,7 @@ find_python() {
 has_compiler() { command -v c++ >/dev/null; }
 has_headers() { [ -f "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ]; }
 can_make_venv() { "$python" -c 'import ensurepip, venv' 2>/dev/null; }
-# The scripts of a venv name its folder: in a copied or moved checkout they are useless.
+# The scripts of a venv contain its path, and do not work in a copied or moved checkout.
 has_venv() { is_recent $venv/bin/python && grep -qsF "$PWD/$venv/" $venv/bin/pip; }
 
 if has_venv; then
@@ -81,7 +81,7 @@ elif ! python=$(find_python); then
     for package in python3.12 python3.11 python3; do
         if apt_install $package; then break; fi
     done
-    python=$(find_python) || die "Python 3.11 or newer is needed: install it, or name it as PYTHON=/path/to/python"
+    python=$(find_python) || die "Python 3.11 or newer is missing: install it, or set PYTHON=/path/to/python"
 fi
 
 debian_python=$("$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
@@ -100,7 +100,7 @@ if ! has_venv; then
     "$python" -m venv --clear $venv
 fi
 
-# Compiled at the end, by all cores: pip uses one.
+# Bytecode is compiled at the end on all cores; pip uses one.
 pip_install() {
     $venv/bin/python -m pip install --no-compile --constraint constraints.txt "$@" >>$log 2>&1
 }
@@ -109,15 +109,15 @@ project() { pip_install --build-constraint constraints.txt --editable ".[$1]"; }
 say "installing into $venv (several GB, a few minutes; log in $log)"
 if ! { pip_install pip setuptools && project test; }; then
     tail -n 20 $log >&2
-    die "the installation failed: see $log"
+    die "installation failed; see $log"
 fi
-# An extra counts once its module imports: a package can install and still lack a shared library.
+# An extra is installed if its module imports: an installed package can still lack a shared library.
 extra() { project "$1" && $venv/bin/python -c "import $2" >>$log 2>&1; }
 
-failed="could not be installed, see $log; rm $stamp to try again"
-extra triton triton || note "Triton kernels unavailable, losses run in plain PyTorch: triton $failed"
+failed="cannot be installed (see $log); to try again, remove $stamp"
+extra triton triton || note "Triton kernels unavailable (losses run in plain PyTorch): triton $failed"
 extra dali nvidia.dali || note "DALI loader unavailable: nvidia-dali $failed"
-extra evaluation clip_benchmark || note "Known data sets have no class names and templates: clip-benchmark $failed"
+extra evaluation clip_benchmark || note "class names and templates of known data sets unavailable: clip-benchmark $failed"
 if ! extra ffcv ffcv; then
     if has_ffcv_libraries; then
         note "FFCV loader unavailable: ffcv $failed"
@@ -126,7 +126,7 @@ if ! extra ffcv ffcv; then
     fi
 fi
 
-# Some packages hold tests in other languages than this Python's.
+# Some packages contain tests in the syntax of other Python versions.
 $venv/bin/python -m compileall -q -j 0 $venv/lib >>$log 2>&1 || true
 
 {

@@ -1,7 +1,7 @@
 """The study: ``python -m study run``, then ``python -m study report``, in ``benchmarks``.
 
-``run`` works off the plan, one line of results for each run; killed and started again, it goes on where it was.
-With ``--settings small`` the plan is what the grid of that size has chosen, in the place of a grid of its own.
+``run`` works off the plan, one line of results for each run; the same command resumes after a kill.
+With ``--settings small`` the plan has the settings that the grid of that size has chosen, and no grid.
 """
 
 import argparse
@@ -25,12 +25,12 @@ def main() -> None:
     """Parses and does one of the three."""
     begun = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="of data, models and runs")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="folder of data, models and runs")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks/results")
-    parser.add_argument("--settings", choices=SIZES, help="take those that the grid of this size has chosen")
+    parser.add_argument("--settings", choices=SIZES, help="use the settings that the grid of this size has chosen")
     parser.add_argument("--worlds", nargs="+", choices=report.WORLDS, default=list(report.WORLDS))
-    parser.add_argument("--minutes", type=float, help="start no run after so many")
+    parser.add_argument("--minutes", type=float, help="time limit after which no run starts")
     parser.add_argument("what", choices=["run", "plan", "report"])
     options = parser.parse_args()
     path = options.results / f"study-{options.size}.jsonl"

@@ -13,27 +13,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from study.methods import (
+    ABLATIONS,
+    AVERAGE_ALONE,
+    BASELINE,
+    FURTHER_WEIGHTS,
+    HEADS,
+    LITERAL_COSINE,
+    MAIN,
+    STUDIED,
+    WEIGHTS,
+)
 from study.runs import Run, Size
 
 SEEDS = (0, 1, 2)
 LEARNING_RATES = (1e-3, 3e-4, 3e-3)
-WEIGHTS: dict[str, tuple[float | None, ...]] = {
-    "flyp": (None,),
-    "dive": (1, 10, 100),
-    "flyp_replay": (0.3, 1, 3),
-    "snd": (1, 10, 100),
-    "avl": (1, 10, 100),
-    "pvl": (1, 10, 100),
-    "cosine": (1, 10, 100),
-    "vanilla_ft": (None,),
-    "lp_ft": (None,),
-}
-"""Of the grid, the most telling methods first."""
-MAIN = ("flyp", "dive", "flyp_replay", "snd")
-ABLATIONS = ("avl", "pvl", "cosine")
-HEADS = ("vanilla_ft", "lp_ft")
-FURTHER_WEIGHTS = {"dive": (0.1, 0.3, 3, 30, 1000), "flyp_replay": (0.1, 10, 30), "snd": (3, 30, 300)}
-"""For the curves of ID and ZS over the weight, at the method's best learning rate."""
 DECAYS = (0.0, 0.5, 0.9)
 EVERY = (2, 4, 8)
 HEAVY, GENTLE = 1000.0, (3e-4, 1e-4, 3e-5)
@@ -49,24 +43,24 @@ def plan(rows: Rows, size: Size) -> list[Run]:
     Args:
         rows: results so far, of this size and the same pre-trained models.
     """
-    dive = chosen(rows, "cifar10", "dive", "equal")
+    dive = chosen(rows, "cifar10", STUDIED, "equal")
 
     def table(world: str, methods: Iterable[str]) -> list[Run]:
         return grids(world, methods) + other_seeds(rows, world, methods)
 
     runs = table("cifar10", MAIN)
     runs += table("cifar10", HEADS)
-    runs += curves(rows, ["dive"])
+    runs += curves(rows, [STUDIED])
     runs += [] if dive is None else sweeps(dive, size)
     runs += table("pacs", MAIN)
     runs += curves(rows, FURTHER_WEIGHTS)
-    runs += [Run("cifar10", "dive", HEAVY, rate) for rate in GENTLE]
+    runs += [Run("cifar10", STUDIED, HEAVY, rate) for rate in GENTLE]
     runs += table("cifar10", ABLATIONS)
     runs += table("pacs", HEADS) + table("pacs", ABLATIONS)
     if dive is not None:
         for seed in SEEDS[1:]:
             runs += sweeps(replace(dive, seed=seed), size)
-    runs += [Run("cifar10", "cosine_literal", weight, LEARNING_RATES[0]) for weight in (1.0, 10.0)]
+    runs += [Run("cifar10", LITERAL_COSINE, weight, LEARNING_RATES[0]) for weight in (1.0, 10.0)]
     return list(dict.fromkeys(runs))
 
 
@@ -109,7 +103,7 @@ def sweeps(dive: Run, size: Size) -> list[Run]:
     runs += [replace(dive, every=every) for every in EVERY]
     runs += [replace(dive, decay=decay) for decay in DECAYS]
     # Table 6 is of AVL alone.
-    runs += [replace(dive, method="avl", decay=decay) for decay in (0.99, *DECAYS)]
+    runs += [replace(dive, method=AVERAGE_ALONE, decay=decay) for decay in (0.99, *DECAYS)]
     runs += [replace(dive, reference=count) for count in size.references]
     return runs
 
@@ -136,7 +130,7 @@ def chosen(rows: Rows, world: str, method: str, rule: str) -> Run | None:
     best = max(scores, key=lambda run: scores[run])
     if rule == "best" or best.weight is None:
         return best
-    flyp = validated(rows, world, "flyp")
+    flyp = validated(rows, world, BASELINE)
     if flyp is None:
         return None
     enough = [run for run in scores if scores[run] >= max(flyp.values()) - MARGIN]

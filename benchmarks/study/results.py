@@ -13,8 +13,8 @@ def read(path: Path) -> list[Row]:
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()]
+    complete = text[: text.rfind("\n") + 1]
+    return [json.loads(line) for line in complete.splitlines()]
 
 
 def latest(rows: list[Row]) -> list[Row]:
@@ -24,7 +24,7 @@ def latest(rows: list[Row]) -> list[Row]:
 
 
 def append(path: Path, row: Row) -> None:
-    """Adds a line, behind whole lines, and waits until it is on the disk."""
+    """Adds a line behind the last complete one, and waits until it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         size = file.seek(0, os.SEEK_END)

@@ -21,6 +21,7 @@ from dive_fast.methods.run_config import load_run_config
 from dive_fast.model.towers import Towers, create, tokenizer_of
 from dive_fast.train.loop import train
 from study import model, sets
+from study.methods import STUDIED, objective
 
 EVALUATED = ("validation", "id", "ood", "zs")
 HELDOUT = "heldout"
@@ -28,12 +29,6 @@ HELDOUT = "heldout"
 NORMS = {"u": "image_norm", "v": "text_norm", "m": "average_norm"}
 COURSE = 9
 """Points at most of the lengths of difference vectors over a run."""
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    # Eq. 6 starts the average at 0. Cosines begin at 1, and short runs are over before it has come there.
-    "cosine": {"name": "cosine", "average_start": 1},
-    "cosine_literal": {"name": "cosine", "average_start": 0},
-}
-"""Methods whose ``objective`` is more than their name."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ class Size:
     tested: int
     corruptions: int
     references: tuple[int, ...]
-    """Sizes of reference sets, beside the whole one."""
+    """Sizes of further reference sets."""
     precision: str
     workers: int
     warmup_steps: int = 15
@@ -63,12 +58,12 @@ SIZES = {
 }
 """``small``: a run takes a minute on one core. ``full``: the same on a GPU, with all pictures."""
 REFERENCE = 25_000
-"""Pairs of the whole reference set: of 50 of CIFAR-100's classes."""
+"""Pairs of the complete reference set, from 50 of CIFAR-100's classes."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What defines a run, beside the size of its study and the pre-trained weights."""
+    """The settings of a run, apart from the size of its study and the pre-trained weights."""
 
     world: str
     method: str
@@ -145,14 +140,8 @@ class Study:
         place = data if run.world == "cifar10" else data / run.world
         evaluated = sets.evaluated(run.world)
         settings = tree(data, pretrained, place, evaluated)
-        objective = dict(OBJECTIVES.get(run.method, {"name": run.method})) | {"decay": run.decay}
-        if run.weight is not None:
-            objective["weight"] = run.weight
-        if run.every != 1:
-            objective["reference_every"] = run.every
-        settings["objective"] = objective
-        whole = run.reference == REFERENCE
-        reference = "reference" if whole else f"reference-{run.reference}"
+        settings["objective"] = objective(run.method, run.weight, run.every, run.decay, Run.decay)
+        reference = "reference" if run.reference == REFERENCE else f"reference-{run.reference}"
         settings["data"]["target"] |= {"batch_size": size.batch_size, "workers": size.workers}
         settings["data"]["reference"] |= {
             "path": str(data / reference),
@@ -290,7 +279,7 @@ def tree(
                 "workers": 1,
             },
         },
-        "objective": {"name": "dive"},
+        "objective": {"name": STUDIED},
         "teacher": {"mode": "cache", "path": f"{pretrained}-teacher"},
         "train": {
             "epochs": 2,

@@ -128,7 +128,7 @@ def shuffled(pictures: Pictures, seed: int = 0) -> Pictures:
 
 
 def of_classes(pictures: Pictures, classes: Sequence[int]) -> Pictures:
-    """Those of some classes, numbered anew."""
+    """Those of some classes, renumbered."""
     place = {old: new for new, old in enumerate(classes)}
     kept = np.flatnonzero(np.isin(pictures.labels, classes))
     labels = np.array([place[label] for label in pictures.labels[kept].tolist()], dtype=np.int64)

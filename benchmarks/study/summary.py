@@ -12,13 +12,11 @@ import numpy as np
 from dive_fast.evaluate import plots
 from dive_fast.io.atomic_files import write_atomic
 from study import sets
-from study.experiments import ABLATIONS, HEADS, LEARNING_RATES, MAIN, MARGIN, SEEDS, chosen, grids, run_of
+from study.experiments import LEARNING_RATES, MARGIN, SEEDS, chosen, grids, run_of
+from study.methods import AVERAGE_ALONE, BASELINE, COLOURS, HEADS, LABELS, MAIN, STUDIED, TABLE_ORDER
 from study.runs import REFERENCE, SIZES, Run
 
 Row = dict[str, Any]
-METHODS = ("flyp", "flyp_replay", "snd", "dive", *ABLATIONS, *HEADS)
-LABELS = {name: label for name, (label, _) in plots.method_styles().items()} | {"cosine": "Cosine, m from 1"}
-COLOURS = {name: colour for name, (_, colour) in plots.method_styles().items()}
 WORLDS = {"cifar10": "CIFAR-10", "pacs": "PACS photo"}
 RULES = {
     "equal": f"Largest weight that costs at most {100 * MARGIN:g} point of FLYP's ID validation",
@@ -78,7 +76,7 @@ def main_table(rows: Sequence[Row], world: str, rule: str, grid: Sequence[Row]) 
                 f"{100 * value:.1f}" for value in (row["validation"], row["id"], ood(row), row["zs"], row["tiny"])
             ]
             lines.append(f"| pre-trained | | | | {' | '.join(cells)} | 1 | |")
-    for method in METHODS:
+    for method in TABLE_ORDER:
         run = chosen(grid, world, method, rule)
         found = over_seeds(rows, run) if run is not None else []
         if run is None or not found:
@@ -115,13 +113,13 @@ def at_level(points: Iterable[tuple[float, float]], level: float) -> float | Non
 
 def level_table(rows: Sequence[Row], world: str) -> list[str]:
     """Zero-shot accuracy, mean of both sets, and RSA at equal ID accuracy, from the grid's runs."""
-    flyp = [row for row in rows if (row["world"], row["method"], row["seed"]) == (world, "flyp", 0)]
+    flyp = [row for row in rows if (row["world"], row["method"], row["seed"]) == (world, BASELINE, 0)]
     if not flyp:
         return []
     reached = max(map(in_domain, flyp))
     heads = [f"FLYP's ID{f' - {100 * less:g}' if less else ''}" for less in LEVELS]
     lines = [f"| method | {' | '.join(heads)} | RSA, the same |", "|---" * (len(LEVELS) + 2) + "|"]
-    for method in METHODS:
+    for method in TABLE_ORDER:
         if method in HEADS:
             continue  # their ID is that of another classifier
         # The same grid for every method: who has more runs finds a better one.
@@ -156,7 +154,7 @@ def plain_runs(rows: Iterable[Row], world: str, method: str) -> list[Row]:
 
 def sweeps(dive: Run, batch_size: int) -> dict[str, dict[str, Run]]:
     """One thing about DiVE's setting after another: what is swept -> its values as words -> the run at seed 0."""
-    alone = replace(dive, method="avl")
+    alone = replace(dive, method=AVERAGE_ALONE)
     decays = (0.0, 0.5, 0.9, 0.99)
     smaller = {f"B/{part}": replace(dive, reference_batch=batch_size // part) for part in (2, 4, 8)}
     return {
@@ -174,7 +172,7 @@ def sweeps(dive: Run, batch_size: int) -> dict[str, dict[str, Run]]:
 
 def sweep_tables(rows: Sequence[Row], batch_size: int) -> list[str]:
     """The sweeps in Markdown."""
-    run = chosen(rows, "cifar10", "dive", "equal")
+    run = chosen(rows, "cifar10", STUDIED, "equal")
     lines: list[str] = []
     for title, cases in {} if run is None else sweeps(run, batch_size).items():
         lines += ["", f"| {title} | seeds | ID | OOD | ZS | Tiny | RSA | mean u, v, m |", "|---" * 8 + "|"]
@@ -198,12 +196,12 @@ def draw_sweeps(rows: Sequence[Row], batch_size: int, path: Path) -> bool:
     """ID and zero-shot accuracy over what is swept; whether there was anything to draw."""
     from matplotlib.figure import Figure as Canvas
 
-    run = chosen(rows, "cifar10", "dive", "equal")
+    run = chosen(rows, "cifar10", STUDIED, "equal")
     if run is None:
         return False
     swept = sweeps(run, batch_size)
     canvas = Canvas(figsize=(3.1 * len(swept), 3.6), layout="constrained")
-    looks = {"ID": (in_domain, "#3d3d3d", "s--"), "zero-shot, both sets": (zero_shot, COLOURS["dive"], "o-")}
+    looks = {"ID": (in_domain, "#3d3d3d", "s--"), "zero-shot, both sets": (zero_shot, COLOURS[STUDIED], "o-")}
     for axis, (title, cases) in zip(canvas.subplots(1, len(swept), sharey=True), swept.items(), strict=True):
         known = with_equal_seeds(rows, cases)
         for label, (of, colour, line) in looks.items():
@@ -224,7 +222,7 @@ def draw_sweeps(rows: Sequence[Row], batch_size: int, path: Path) -> bool:
 def compared(rows: Sequence[Row], world: str, rule: str, grid: Sequence[Row]) -> list[Row]:
     """The pre-trained model and each method's runs at the setting that a rule picks from a grid."""
     found = [row for row in rows if (row["world"], row["method"]) == (world, "pretrained")]
-    for method in METHODS:
+    for method in TABLE_ORDER:
         if (run := chosen(grid, world, method, rule)) is not None:
             found += over_seeds(rows, run)
     return [row | {"ood": ood(row), "zs": zero_shot(row)} for row in found]
@@ -232,7 +230,7 @@ def compared(rows: Sequence[Row], world: str, rule: str, grid: Sequence[Row]) ->
 
 def norm_table(rows: Sequence[Row]) -> list[str]:
     """Lengths of the difference vectors at the end of DiVE's runs, over weight and learning rate."""
-    found = sorted(plain_runs(rows, "cifar10", "dive"), key=lambda row: (row["learning_rate"], row["weight"]))
+    found = sorted(plain_runs(rows, "cifar10", STUDIED), key=lambda row: (row["learning_rate"], row["weight"]))
     lines = ["| lambda | learning rate | mean u | mean v | m | m over u | ID | ZS | RSA |", "|---" * 9 + "|"]
     for row in found:
         norms = " | ".join(f"{row[symbol]:.1e}" for symbol in "uvm")
@@ -250,7 +248,7 @@ def write(rows: Sequence[Row], size: str, folder: Path, grid: Sequence[Row] | No
         grid: of another size, where the rows have the settings that it chose: then methods are compared, no more.
     """
     path = folder / f"study-{size}.md"
-    lines = [f"# The study, {size}: figures", "", "Made by `python -m study report` from the lines beside it."]
+    lines = [f"# Figures of the {size} study", "", f"Written by `python -m study report` from study-{size}.jsonl."]
     for world, title in WORLDS.items():
         if not any(row["world"] == world for row in rows):
             continue
@@ -305,7 +303,7 @@ def draw_curves(rows: Sequence[Row], world: str, path: Path) -> None:
         ("RSA", _of("rsa"), 1),
     ]
     for axis, (title, of, factor) in zip(canvas.subplots(1, 2), measures, strict=True):
-        for method in METHODS:
+        for method in TABLE_ORDER:
             if method in HEADS:
                 continue
             # Those at gentler rates are there for the lengths of difference vectors, and learn little.
@@ -345,10 +343,10 @@ def draw_norms(rows: Sequence[Row], path: Path) -> bool:
     """Mean |u|, |v| and |m| along DiVE's runs of one learning rate, a line for each lambda; whether there are."""
     from matplotlib.figure import Figure as Canvas
 
-    best = chosen(rows, "cifar10", "dive", "best")
+    best = chosen(rows, "cifar10", STUDIED, "best")
     if best is None:
         return False
-    found = [row for row in plain_runs(rows, "cifar10", "dive") if row["learning_rate"] == best.learning_rate]
+    found = [row for row in plain_runs(rows, "cifar10", STUDIED) if row["learning_rate"] == best.learning_rate]
     found.sort(key=lambda row: row["weight"])
     canvas = Canvas(figsize=(11.5, 3.8), layout="constrained")
     titles = {"u": "mean |u|, images", "v": "mean |v|, captions", "m": "|m|"}

@@ -176,7 +176,7 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> Mapping[str, Any]:
     if ranks.device.type == "cuda" and (name := f"cuda/{ranks.rank}") in random:
         torch.cuda.set_rng_state(stored.read(RANDOM, name, on_cpu), ranks.device)
     engine.scale.load_state_dict(numbers["loss_scale"])
-    engine.at_step(numbers["step"])
+    engine.set_step(numbers["step"])
     return numbers
 
 

@@ -62,7 +62,7 @@ def explain(error: ValidationError) -> str:
 
 
 def key_path(mistake: ErrorDetails) -> str:
-    """The dotted key of a mistake; empty where it is of the whole file."""
+    """The dotted key of a mistake; empty where it concerns several sections."""
     if isinstance(cause := mistake.get("ctx", {}).get("error"), KeyedError):
         return cause.key
     keys: list[str] = []

@@ -58,12 +58,12 @@ class TargetConfig(Section):
     format: Literal["folder", "webdataset", "csv", "prepared"]
     """`folder`: one folder a class, as torchvision's ImageFolder. `webdataset`: tars of image + `.cls`. `csv`:
     tab-separated with columns `title` and `filepath`, as FLYP has it: rows of one file are its prompts.
-    `prepared`: what `launch/prepare.py` made of any of them."""
+    `prepared`: the output of `launch/prepare.py` for any of them."""
     path: PathText
     """Root folder, tar (a brace range such as `{00000..00012}.tar`, a glob or a folder of tars), CSV file, or
     the prepared folder."""
     image_root: PathText | None = None
-    """`csv` only: the folder that relative file paths start from; default: the CSV file's own."""
+    """`csv` only: the folder that relative file paths start from; default: the folder of the CSV file."""
     class_names: PathText | None = None
     """`imagenet`, or a text file with one class name a line in label order. `folder` defaults to its folders'
     names, `prepared` to those it was prepared with. Not used with `csv`."""
@@ -71,7 +71,7 @@ class TargetConfig(Section):
     """`imagenet` (open_clip's 80), `simple` (open_clip's 7), a text file with one template a line, or one
     template; `{}` stands for the class name. One is drawn for each sample and epoch."""
     loader: Loader = "plain"
-    """What decodes the images. `plain`: PIL, in processes. `dali`: DALI, on the GPU if there is one. `ffcv`:
+    """Image decoder. `plain`: PIL, in processes. `dali`: DALI, on the GPU if there is one. `ffcv`:
     threads over FFCV's memory-mapped file, made by `launch/prepare.py --container beton`. Samples, order, crops
     and texts are the same."""
     batch_size: Positive = 512
@@ -91,13 +91,13 @@ class ReferenceConfig(Section):
 
     format: Literal["webdataset", "csv", "prepared"]
     """`webdataset`: tars of image + `.txt`. `csv`: tab-separated with columns `title` and `filepath`; every row
-    is a pair. `prepared`: what `launch/prepare.py` made of either."""
+    is a pair. `prepared`: the output of `launch/prepare.py` for either."""
     path: PathText
     """Tar (a brace range, a glob or a folder of tars), CSV file, or the prepared folder."""
     image_root: PathText | None = None
-    """`csv` only: the folder that relative file paths start from; default: the CSV file's own."""
+    """`csv` only: the folder that relative file paths start from; default: the folder of the CSV file."""
     loader: Loader = "plain"
-    """What decodes the images. `plain`: PIL, in processes. `dali`: DALI, on the GPU if there is one. `ffcv`:
+    """Image decoder. `plain`: PIL, in processes. `dali`: DALI, on the GPU if there is one. `ffcv`:
     threads over FFCV's memory-mapped file, made by `launch/prepare.py --container beton`. Samples, order, crops
     and texts are the same."""
     batch_size: Positive = 512
@@ -116,7 +116,7 @@ class ReferenceConfig(Section):
 
 
 class DataConfig(Section):
-    """What is trained on."""
+    """The training data."""
 
     target: TargetConfig
     reference: ReferenceConfig | None = None
@@ -142,7 +142,7 @@ class ObjectiveConfig(Section):
 
 
 class TeacherConfig(Section):
-    """Where the frozen model's embeddings of the reference batch come from; always computed in fp32."""
+    """Source of the frozen model's embeddings of the reference batch, which are always computed in fp32."""
 
     mode: Literal["cache", "online"] = "cache"
     """`cache`: the reference set is embedded once, before training. `online`: at every step, by a frozen copy."""
@@ -151,108 +151,110 @@ class TeacherConfig(Section):
     batch_size: Positive = 256
     """Pairs embedded at once on each rank while the cache is written."""
     dtype: Literal["float32", "float16"] = "float32"
-    """What the cache stores; half the disk in `float16`, whose rounding lengthens difference vectors."""
+    """Dtype of the cached embeddings; `float16` halves the disk space, and rounding lengthens difference
+    vectors."""
     audit: NonNegative = 64
     """Pairs of the cache that are embedded again and compared before training; 0: none."""
     tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Longest difference of a cached unit row from a fresh one that the audit lets pass; default: 1e-4 for
+    """Largest difference between a cached and a recomputed unit row that the audit allows; default: 1e-4 for
     `float32`, 1e-3 for `float16`. Raise it knowingly, for embeddings computed in half precision elsewhere: it is
     noise on every difference vector."""
     verify: bool = True
-    """Hold each block of the cache to its checksum when it is first read."""
+    """Validate the checksum of each block of the cache when it is first read."""
 
 
 class TrainConfig(Section):
-    """How it is trained. The optimizer is AdamW with linear warm-up and cosine decay to zero."""
+    """Optimization, precision and checkpoints. The optimizer is AdamW: linear warm-up, cosine decay to zero."""
 
     output: PathText | None = None
     """Run folder; default: `runs/` and the config's name."""
     epochs: Positive = 10
     """Passes over the target set."""
     max_steps: Positive | None = None
-    """Stops here if the epochs have not ended before; the schedule then ends here too."""
+    """Upper limit of steps; the learning-rate schedule ends there too. Default: all epochs."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of the order of samples, the crops and the prompts; all of them repeat exactly with it."""
+    """Seed of the order of samples, the crops and the prompts, which it determines exactly."""
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Autocast precision of the towers; weights and losses stay in fp32. fp16 scales the loss dynamically. bf16 is
     too coarse for difference vectors of 1e-3 (docs/precision.md) and warns."""
     schedule: Literal["sequential", "joint", "auto"] = "sequential"
     """`sequential`: backward of the target half before the forward of the reference half, least memory. `joint`:
-    both halves in one forward and backward. The gradients are the same. `auto`: whichever is predicted to be
-    faster on this GPU among those that fit (docs/performance.md)."""
+    both halves in one forward and backward. The gradients are the same. `auto`: the one predicted to be faster on
+    this GPU among those that fit (docs/performance.md)."""
     micro_batch_size: Positive | None = None
-    """Pairs that a rank puts through the towers at once, by cached embedding gradients: the memory of a small
-    batch, the gradients of the whole. Default: the whole batch."""
+    """Pairs that a rank encodes at once, by cached embedding gradients: the memory of a small
+    batch, the gradients of the full batch. Default: the full batch."""
     activation_checkpointing: Literal["off", "selective", "full"] = "off"
-    """Memory for time. `selective`: the activation of each MLP is computed again in the backward, and no matrix
-    product but, with ZeRO-3, the one behind it. `full`: transformer blocks keep only what enters them, and run
-    again in the backward."""
+    """Saves memory for time. `selective`: recomputes the activation of each MLP in the backward, without matrix
+    products except, under ZeRO-3, the one after the activation. `full`: transformer blocks keep only their inputs
+    and run again in the backward."""
     compile: bool = False
     """torch.compile of the towers' transformer blocks. The first steps take minutes; not with ZeRO-3."""
     learning_rate: NonNegativeFloat = 1e-5
     """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.1
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     decay_all_parameters: bool = True
-    """Decay every parameter, as FLYP and the paper do; false spares biases, gains and logit_scale."""
+    """Decay every parameter, as FLYP and the paper do; false exempts biases, gains and logit_scale."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """Of AdamW."""
+    """Decay rates of AdamW's moments."""
     epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
-    """Of AdamW."""
+    """Epsilon of AdamW."""
     warmup_steps: NonNegative = 500
     """Steps in which the learning rate rises linearly to its peak."""
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
     trace_steps: NonNegative = 0
-    """Steps, after ten others, of which the run leaves a trace by torch's profiler in its folder."""
+    """Steps that torch's profiler traces after the first ten; the trace is in the run folder. 0: none."""
     checkpoint_every: Positive | None = None
     """Steps between checkpoints. One is always written before an evaluation, when the run is asked to stop, and at
     the end."""
     keep_last: Positive = 2
-    """How many of the newest checkpoints stay."""
+    """Number of newest checkpoints that are kept."""
     keep_best: bool = False
-    """The checkpoint of the step that is best on `evaluate.select` stays too, to go on training from."""
+    """Whether the checkpoint of the best step on `evaluate.select` is kept too, e.g. to continue training."""
     on_save_error: Literal["continue", "stop"] = "continue"
-    """Where a checkpoint cannot be written (a full disk, say): `continue` warns and tries again when the next is
-    due; `stop` ends the run. Older checkpoints are as they were. The last one must be written."""
+    """Action if a checkpoint cannot be written, e.g. to a full disk. `continue`: warn, and try again when the next
+    is due. `stop`: end the run. Older checkpoints are unchanged. The last checkpoint must be written."""
     resume: PathText = "auto"
-    """`auto`: continue from the run folder's newest whole checkpoint, if any. `never`: start anew. Else a
-    checkpoint's folder. The number of ranks and the ZeRO stage may be others than those of the checkpoint."""
+    """`auto`: continue from the run folder's newest complete checkpoint, if any. `never`: start over. Otherwise
+    a checkpoint's folder. The number of ranks and the ZeRO stage may differ from those of the checkpoint."""
     nonfinite_limit: Positive = 20
-    """The run stops after so many steps in a row whose loss or gradient is not finite, and writes down their
-    samples. Such steps are skipped. That fp16's loss scale has overflowed is no such step."""
+    """Steps in a row with a loss or gradient that is not finite after which the run stops and writes their samples
+    to a file. Such steps are skipped. Overflows of fp16's loss scale do not count."""
     rank_timeout: Annotated[float, Field(ge=1, le=3600)] = 600.0
-    """Seconds without a step after which all ranks end with an error that names the one they wait for. A rank that
-    has died is noticed within 60, or within this if it is less. Evaluations and the start are not timed."""
+    """Seconds without a step after which all ranks end with an error that names the one they wait for. A dead rank
+    is detected within 60 seconds, or within this time if it is shorter. Evaluations and the start are not
+    timed."""
 
 
 class EvaluationSet(Section):
     """An image set that the model is measured on: the user's, by `format`, or a known one, by `dataset`."""
 
     format: Literal["folder", "webdataset", "prepared"] | None = None
-    """As in `data.target`. Not used with `dataset`, whose layout is found."""
+    """As in `data.target`. Not used with `dataset`, whose layout is detected."""
     path: PathText
     """As in `data.target`. With `dataset`: its folder, or one above; `{dataset}` stands for its name."""
     dataset: str | None = None
     """A known data set, e.g. `imagenet-r` or `food101` (docs/evaluation.md): its layout, label map, class names,
     templates and metric."""
     task: Literal["classification", "retrieval"] = "classification"
-    """`retrieval`: each image's own captions are to be found among all, and the other way; `webdataset` with one
-    caption a line in `.txt`, `prepared` with captions, or a `dataset` of captions."""
+    """`retrieval`: ranks all captions for each image, and all images for each caption; needs `webdataset` with
+    one caption a line in `.txt`, `prepared` with captions, or a `dataset` of captions."""
     class_names: PathText | None = None
     """As in `data.target`, or `caltech101`, `eurosat`, `flowers` or `pets`. Default with `dataset`: its own."""
     templates: PathText | None = None
     """As in `data.target`, or one of the ten zero-shot sets (docs/evaluation.md), `iwildcam` or `fmow`, for its
     own; the prompts of a class are averaged. Default: `imagenet`, or with `dataset` its own."""
     metric: Metric | None = None
-    """What is reported of it in one number. Default: `top1`, for retrieval `image_to_text_r1`, or with `dataset`
-    its own."""
+    """Metric reported for the set. Default: `top1`, for retrieval `image_to_text_r1`, or with `dataset` its
+    own."""
     on_skipped: Literal["error", "report"] = "error"
     """Samples that cannot be measured: without an image, label or caption, or with an image that cannot be
-    decoded. `error`: the set is refused. `report`: figures are of the others, and logs, tables and results say how
-    many are left out. Not used with `dataset`, which is measured whole."""
+    decoded. `error`: the set is refused. `report`: the others are measured, and logs, tables and results count
+    those left out. Not used with `dataset`, which is measured completely."""
     role: Literal["id", "ood", "zero_shot"] | None = None
-    """Which average of the results table it enters. Default: none, or with `dataset` its own."""
+    """Average of the results table that the set enters. Default: none, or with `dataset` its own."""
 
 
 class GeometryConfig(Section):
@@ -261,15 +263,15 @@ class GeometryConfig(Section):
     format: Literal["webdataset", "csv", "prepared"]
     """As in `data.reference`."""
     path: PathText
-    """As in `data.reference`. Best of a set that is not trained on: the paper takes Flickr8K."""
+    """As in `data.reference`. Preferably a set that is not trained on; the paper uses Flickr8K."""
     image_root: PathText | None = None
     """As in `data.reference`."""
     pairs: Positive = 2000
-    """How many, spread evenly over the set; the time of comparing them grows with their square."""
+    """Number of pairs, spread evenly over the set; the time to compare them grows with its square."""
 
 
 class EvaluateConfig(Section):
-    """What the tuned model is measured on, when training has ended and on the way."""
+    """Data sets that the tuned model is measured on, during training and at its end."""
 
     sets: dict[str, EvaluationSet] = Field(default={})
     """Name -> data set; its `metric` goes to the metrics as `accuracy/<name>`."""
@@ -277,16 +279,16 @@ class EvaluateConfig(Section):
     """Pairs on which RSA, CKA and difference vectors are measured too (docs/geometry.md); the metrics have them as
     `geometry/<name>`."""
     every_steps: Positive | None = None
-    """Steps between evaluations on the way; default: none."""
+    """Steps between evaluations during training; default: none."""
     every_epochs: Positive | None = None
     """The same in epochs."""
     during: list[str] | None = None
-    """The sets measured on the way; default: all."""
+    """The sets measured during training; default: all."""
     select: str | None = None
-    """The set, ID validation, whose accuracy chooses: the run ends with the weights of its best evaluation on the
-    way. Default: it ends with the last."""
+    """The set, ID validation, that selects weights: the run ends with those of the best evaluation during
+    training. Default: the last weights."""
     patience: Positive | None = None
-    """Evaluations on the way without a better accuracy on `select`, after which training ends (early stopping)."""
+    """Evaluations without a better accuracy on `select` after which training ends (early stopping)."""
     batch_size: Positive = 256
     """Images encoded at once on each rank."""
     workers: NonNegative = 4
@@ -303,10 +305,9 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     deepspeed: dict[str, Any] = Field(default={})
-    """Passed to DeepSpeed as it stands. Batch sizes, optimizer, scheduler and precision have their home above:
+    """Passed to DeepSpeed unchanged. Batch sizes, optimizer, scheduler and precision belong to the sections above:
     the engine fills DeepSpeed's keys from there, and a contradiction is an error. One value is ours:
-    `zero_optimization.stage` may be `"auto"`, which is 1, or 0 where one
-    rank has nothing to share."""
+    `zero_optimization.stage` may be `"auto"`, which is 1 on several ranks or with offload, otherwise 0."""
 
     @classmethod
     def drop_inherited(cls, tree: dict[str, Any], inherited: set[str]) -> None:
@@ -323,7 +324,7 @@ class Config(Section):
             try:
                 json.dumps(value, allow_nan=False)
             except ValueError as error:
-                raise ValueError(f"deepspeed.{key}: a number of it is not finite; DeepSpeed takes none") from error
+                raise ValueError(f"deepspeed.{key} has a number that is not finite; remove it") from error
         return self
 
     @model_validator(mode="after")
@@ -331,57 +332,57 @@ class Config(Section):
         options = self.evaluate
         names = [("evaluate.during", name) for name in options.during or ()]
         names += [("evaluate.select", options.select)] if options.select is not None else []
-        for place, name in names:
+        for key, name in names:
             if name not in options.sets:
-                raise ValueError(f"{place}: evaluate.sets has no {name}{nearest(name, list(options.sets))}")
+                raise ValueError(f"{key}: evaluate.sets has no {name}{nearest(name, list(options.sets))}")
         if options.every_steps is not None and options.every_epochs is not None:
-            raise ValueError("evaluate.every_steps and every_epochs: name one of them")
-        on_the_way = options.every_steps is not None or options.every_epochs is not None
-        if not on_the_way and (options.during is not None or options.select is not None):
+            raise ValueError("evaluate.every_steps and every_epochs: set only one of them")
+        is_periodic = options.every_steps is not None or options.every_epochs is not None
+        if not is_periodic and (options.during is not None or options.select is not None):
             raise ValueError("evaluate.during and evaluate.select need every_steps or every_epochs")
         if self.train.keep_best and options.select is None:
-            raise ValueError("train.keep_best needs evaluate.select, which says on what")
+            raise ValueError("train.keep_best needs evaluate.select, the set that decides which is best")
         if options.select is not None and options.during is not None and options.select not in options.during:
-            raise ValueError(f"evaluate.during: add {options.select}, which evaluate.select chooses by")
+            raise ValueError(f"evaluate.during: add {options.select}, the set of evaluate.select")
         if options.patience is not None and options.select is None:
-            raise ValueError("evaluate.patience needs evaluate.select: the set that has to grow better")
+            raise ValueError("evaluate.patience needs evaluate.select: the set that has to improve")
         return self
 
     @model_validator(mode="after")
-    def _check_together(self) -> "Config":
+    def _check_data(self) -> "Config":
         reference = self.data.reference
-        for place, section in (("data.target", self.data.target), ("data.reference", reference)):
+        for key, section in (("data.target", self.data.target), ("data.reference", reference)):
             if section is None:
                 continue
             if section.image_root is not None and section.format != "csv":
-                raise ValueError(f"{place}.image_root: only csv data has one; remove it")
+                raise ValueError(f"{key}.image_root: only csv data has one; remove it")
             if section.loader == "ffcv" and section.format != "prepared":
                 raise ValueError(
-                    f"{place}.loader = ffcv reads prepared sets alone: make one by python launch/prepare.py "
-                    f"--container beton, then {place}.format=prepared"
+                    f"{key}.loader = ffcv reads prepared sets alone: make one by python launch/prepare.py "
+                    f"--container beton, then set {key}.format=prepared"
                 )
         if self.data.target.format == "webdataset" and self.data.target.class_names is None:
             raise ValueError("data.target.class_names: webdataset data needs imagenet or a text file of names")
-        for key, evaluation in self.evaluate.sets.items():
-            _check_evaluation_set(f"evaluate.sets.{key}", evaluation)
+        for name, evaluation in self.evaluate.sets.items():
+            _check_evaluation_set(f"evaluate.sets.{name}", evaluation)
         return self
 
 
-def _check_evaluation_set(place: str, evaluation: EvaluationSet) -> None:
+def _check_evaluation_set(key: str, evaluation: EvaluationSet) -> None:
     known, task, metric = evaluation.dataset is not None, evaluation.task, evaluation.metric
     if known and evaluation.format is not None:
-        raise ValueError(f"{place}.format: the layout of a known dataset is found; remove it")
+        raise ValueError(f"{key}.format: the layout of a known dataset is detected; remove it")
     if not known and evaluation.format is None:
-        raise ValueError(f"{place}.format is missing; or name a known data set as {place}.dataset")
+        raise ValueError(f"{key}.format is missing; or name a known data set as {key}.dataset")
     if known and evaluation.on_skipped != "error":
-        raise ValueError(f"{place}.on_skipped: a known dataset is measured whole; remove it")
+        raise ValueError(f"{key}.on_skipped: a known dataset is measured completely; remove it")
     if known and task == "retrieval":
-        raise ValueError(f"{place}.task: a known dataset has its own; remove it")
+        raise ValueError(f"{key}.task: a known dataset has its own; remove it")
     if not known and task == "retrieval" and evaluation.format == "folder":
-        raise ValueError(f"{place}.task: folders have no captions for retrieval; take webdataset or prepared")
+        raise ValueError(f"{key}.task: folders have no captions for retrieval; use webdataset or prepared")
     if evaluation.format == "webdataset" and task == "classification" and evaluation.class_names is None:
-        raise ValueError(f"{place}.class_names: webdataset data needs a text file of names")
+        raise ValueError(f"{key}.class_names: webdataset data needs a text file of names")
     if metric is not None and not known and ("_to_" in metric) != (task == "retrieval"):
-        raise ValueError(f"{place}.metric: {metric} is none of {task}")
+        raise ValueError(f"{key}.metric: {metric} is not a {task} metric")
     if metric == "worst_region" and not known:
-        raise ValueError(f"{place}.metric: only a known dataset has regions")
+        raise ValueError(f"{key}.metric: only a known dataset has regions")

@@ -7,32 +7,32 @@ from torch import Tensor
 
 
 class AsyncScalars:
-    """Numbers of the device on their way to the host, which does not wait for them."""
+    """Scalars that are copied from the device to the host in the background."""
 
     def __init__(self, values: dict[str, Tensor]) -> None:
-        """Sets them off; what happens to the tensors afterwards does not reach the numbers.
+        """Starts the copy; later changes of the tensors do not affect it.
 
         Args:
             values: ``()`` each, all on one device or on the CPU.
         """
         self._names = list(values)
         device = next((value.device for value in values.values() if value.is_cuda), torch.device("cpu"))
-        wide = [value.detach().to(device, torch.float64, non_blocking=True) for value in values.values()]
-        found = torch.stack(wide)
+        scalars = [value.detach().to(device, torch.float64, non_blocking=True) for value in values.values()]
+        stacked = torch.stack(scalars)
         self._copied: Any = None
         if device.type == "cuda":
-            pinned = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
-            found = pinned.copy_(found, non_blocking=True)
+            pinned = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
+            stacked = pinned.copy_(stacked, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
-        self._found = found
+        self._stacked = stacked
 
     def ready(self) -> bool:
-        """Whether they have arrived."""
+        """Whether the copy has finished."""
         return self._copied is None or bool(self._copied.query())
 
     def numbers(self) -> dict[str, float]:
-        """Waits for them."""
+        """Waits for the copy and returns the values by name."""
         if self._copied is not None:
             self._copied.synchronize()
-        return dict(zip(self._names, self._found.tolist(), strict=True))
+        return dict(zip(self._names, self._stacked.tolist(), strict=True))

@@ -1,8 +1,8 @@
-"""Whether the towers are the same function each time, measured before anything is embedded.
+"""Checks that features depend on weights and sample alone, before any data is embedded.
 
 DiVE compares a tuned model with a frozen copy of it, and micro-batches run each tower in pieces and twice. Both
-need features that depend on weights and sample alone: not on chance (drop path, dropout), and not on the other
-samples of a batch (BatchNorm with the batch's statistics).
+need features that depend neither on chance (drop path, dropout) nor on the other samples of a batch (BatchNorm
+with batch statistics).
 """
 
 from collections import Counter
@@ -20,110 +20,114 @@ from dive_fast.model.model_files import warn_on_main_rank
 from dive_fast.model.towers import Towers
 from dive_fast.model.transformer_blocks import check_blocks
 
-SAME = 1e-5
-"""Largest relative difference of features that counts as none: of one batch embedded again."""
-SAME_IN_PIECES = 1e-3
-"""The same for a batch in pieces, which other kernels may multiply in another order."""
-DROP_PATH = ("DropPath", "StochasticDepth", "DropBlock2d")
-RATES = ("drop_prob", "drop_path", "drop_path_rate", "p")
-"""What such modules, and those that drop by a function, call their rate."""
+MAX_REPEAT_ERROR = 1e-5
+"""Largest relative difference between features of one batch that is embedded twice."""
+MAX_SPLIT_ERROR = 1e-3
+"""Largest relative difference between features of a batch and of its pieces, which other kernels may multiply in
+another order."""
+DROP_PATH_CLASSES = ("DropPath", "StochasticDepth", "DropBlock2d")
+DROP_RATE_NAMES = ("drop_prob", "drop_path", "drop_path_rate", "p")
+"""Attributes that hold the rate, in modules of these classes and in those that call a drop-path function."""
 
 
 @dataclass(frozen=True)
 class FeatureConsistency:
-    """What was found of a model in training."""
+    """Properties of a model's features in training mode."""
 
     is_random: bool = False
-    """Whether the same weights make other features of the same batch each time."""
+    """Whether features of one batch by the same weights differ from call to call."""
     is_per_sample: bool = True
-    """Whether the features of a sample are the same whatever else is in its batch."""
-    is_as_evaluated: bool = True
-    """Whether features in training are those in evaluation, which the teacher's are."""
+    """Whether the features of a sample are independent of the rest of its batch."""
+    matches_evaluation: bool = True
+    """Whether features in training mode equal those in evaluation mode, which the teacher computes."""
     reason: str = ""
-    """What makes it so."""
+    """The cause of an inconsistency, in words; empty if there is none."""
 
 
 def prepare(config: Config, towers: Towers, ranks: Ranks) -> None:
-    """Makes the towers steady where it can, measures them, and refuses what they cannot do.
+    """Makes the towers consistent where possible, measures them, and refuses options that they do not support.
 
-    Leaves what was found in ``towers.feature_consistency``. The towers end on the device of ``ranks``.
+    Stores the measurement in ``towers.feature_consistency``. Moves the towers to the device of ``ranks``.
 
     Raises:
-        ConfigError: the config asks for what these towers cannot do; says which key, and why.
+        ConfigError: an option needs consistent features; names the key and the cause.
     """
-    needs, train = registry.needs(config.objective), config.train
-    uses_text = needs.texts
-    if changed := settle(towers):
-        warn_on_main_rank(
-            f"{config.model.name}: in training, {' and '.join(changed)}: the same features as in evaluation"
-        )
+    needs, train, name = registry.needs(config.objective), config.train, config.model.name
+    if changes := make_consistent(towers):
+        warn_on_main_rank(f"{name}: in training, {' and '.join(changes)}: the same features as in evaluation")
     check_blocks(towers, train.activation_checkpointing, train.compile)
-    found = towers.feature_consistency = measure(towers.to(ranks.device), uses_text)
-    check(config, found)
-    if found.is_random and needs.reference_teacher:
+    consistency = towers.feature_consistency = measure(towers.to(ranks.device), needs.texts)
+    check_config(config, consistency)
+    if consistency.is_random and needs.reference_teacher:
         warn_on_main_rank(
-            f"{config.model.name} {found.reason}: no noise floor is measured, and |u|, |v| have that noise too"
+            f"{name} {consistency.reason}: no noise floor is measured, and |u|, |v| have that noise too"
         )
 
 
-def check(config: Config, found: FeatureConsistency) -> None:
-    """Refuses what towers cannot do.
+def check_config(config: Config, consistency: FeatureConsistency) -> None:
+    """Validates options against the consistency of the features.
 
     Raises:
-        ConfigError: names the key, and why.
+        ConfigError: an option needs consistent features; names the key and the cause.
     """
-    if config.train.micro_batch_size is not None and (found.is_random or not found.is_per_sample):
+    name, reason = config.model.name, consistency.reason
+    if config.train.micro_batch_size is not None and (consistency.is_random or not consistency.is_per_sample):
         raise ConfigError(
-            f"train.micro_batch_size: {config.model.name} {found.reason}, so a batch in pieces has other "
-            "gradients than the whole; remove it"
+            f"train.micro_batch_size: {name} {reason}, so a batch in pieces has other gradients than the complete "
+            "batch; remove it"
         )
-    if registry.needs(config.objective).reference_teacher and not (found.is_random or found.is_as_evaluated):
+    needs_teacher = registry.needs(config.objective).reference_teacher
+    if needs_teacher and not (consistency.is_random or consistency.matches_evaluation):
         raise ConfigError(
-            f"model.name: {config.model.name} {found.reason}; objective.name = {config.objective.name} compares "
-            "both, so take another model, or an objective without a teacher"
+            f"model.name: {name} {reason}; objective.name = {config.objective.name} compares both, so use another "
+            "model, or a method without a teacher"
         )
 
 
-def settle(towers: nn.Module) -> list[str]:
-    """Turns drop path off, and counts the BatchNorms that :meth:`Towers.train` keeps in evaluation mode.
+def make_consistent(towers: nn.Module) -> list[str]:
+    """Disables drop path, and counts the BatchNorms that :meth:`Towers.train` keeps in evaluation mode.
 
     Returns:
-        What was changed, in words; nothing the second time.
+        The changes, in words; empty at the second call.
     """
     rates = []
     for module in towers.modules():
-        names = RATES if type(module).__name__ in DROP_PATH else ("drop_path", "drop_path_rate")
-        for name in names:
+        is_drop_path = type(module).__name__ in DROP_PATH_CLASSES
+        for name in DROP_RATE_NAMES if is_drop_path else ("drop_path", "drop_path_rate"):
             rate = getattr(module, name, None)
             if isinstance(rate, float) and rate > 0:
                 setattr(module, name, 0.0)
                 rates.append(rate)
-    changed = [f"drop path is 0 instead of {max(rates):.3g}"] if rates else []
-    norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in towers.modules())
-    is_new = norms > 0 and not getattr(towers, "is_settled", False)
+    changes = [f"drop path is 0 instead of {max(rates):.3g}"] if rates else []
+    num_norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in towers.modules())
+    is_first_call = not getattr(towers, "is_made_consistent", False)
     if isinstance(towers, Towers):
-        towers.is_settled = True
-    return changed + ([f"{norms} BatchNorms keep the statistics of pre-training"] if is_new else [])
+        towers.is_made_consistent = True
+    if num_norms > 0 and is_first_call:
+        changes.append(f"{num_norms} BatchNorms keep the statistics of pre-training")
+    return changes
 
 
-def by_modules(towers: nn.Module) -> FeatureConsistency:
-    """What is known of the towers by their modules, where nothing can be run."""
-    dropping = Counter(filter(None, map(_drops, towers.modules())))
-    if not dropping:
+def inspect_modules(towers: nn.Module) -> FeatureConsistency:
+    """Consistency as far as the module classes show it; for towers that cannot be run."""
+    dropouts = Counter(filter(None, map(_describe_dropout, towers.modules())))
+    if not dropouts:
         return FeatureConsistency()
-    kinds = ", ".join(f"{kind} in {count} module{'s' * (count > 1)}" for kind, count in dropping.most_common(3))
-    return FeatureConsistency(is_random=True, reason=f"drops features at random ({kinds})")
+    counts = ", ".join(f"{kind} in {count} module{'s' * (count > 1)}" for kind, count in dropouts.most_common(3))
+    return FeatureConsistency(is_random=True, reason=f"drops features at random ({counts})")
 
 
 @torch.no_grad()
 def measure(towers: Towers, uses_text: bool = True) -> FeatureConsistency:
-    """Embeds two random images and texts in training mode, again, one by one, and in evaluation mode.
+    """Measures consistency on two random images and texts.
+
+    Embeds them twice in training mode, then one by one, then in evaluation mode.
 
     Args:
-        uses_text: whether the text tower counts.
+        uses_text: whether to measure the text tower too.
 
     Raises:
-        ConfigError: features are not finite: the weights are broken.
+        ConfigError: features are not finite; the weights are broken.
     """
     device, was_training = towers.logit_scale.device, towers.training
     generator = torch.Generator().manual_seed(0)
@@ -131,65 +135,65 @@ def measure(towers: Towers, uses_text: bool = True) -> FeatureConsistency:
     context = int(getattr(towers.text, "context_length", 77))
     tokens = torch.randint(0, 8, (2, context), generator=generator).to(device)
     autocast, towers.autocast = towers.autocast, None
-    found = FeatureConsistency()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            found = _of_tower(towers, "image", towers.visual, towers.encode_image, images)
+            consistency = _measure_tower(towers, "image", towers.visual, towers.encode_image, images)
             if uses_text:
-                text = _of_tower(towers, "text", towers.text, towers.encode_text, tokens)
-                found = _both(found, text)
+                text = _measure_tower(towers, "text", towers.text, towers.encode_text, tokens)
+                consistency = _combine(consistency, text)
     finally:
         towers.train(was_training)
         towers.autocast = autocast
-    return found
+    return consistency
 
 
-def _of_tower(
+def _measure_tower(
     towers: Towers, name: str, tower: nn.Module, encode: Callable[[Tensor], Tensor], rows: Tensor
 ) -> FeatureConsistency:
     towers.train()
-    whole, again = encode(rows), encode(rows)
-    pieces = torch.cat([encode(row) for row in rows.split(1)])
+    features, repeated = encode(rows), encode(rows)
+    one_by_one = torch.cat([encode(row) for row in rows.split(1)])
     towers.eval()
     evaluated = encode(rows)
     if not bool(torch.isfinite(evaluated).all()):
         raise ConfigError(f"model: the {name} tower's features are not finite: its weights are broken")
-    known = by_modules(tower)
-    if known.is_random or not _same(whole, again, SAME):
+    inspected = inspect_modules(tower)
+    if inspected.is_random or not _is_close(features, repeated, MAX_REPEAT_ERROR):
         kind = type(tower).__name__
-        reason = known.reason or f"makes other {name} features of the same batch each time ({kind})"
+        reason = inspected.reason or f"computes different {name} features of one batch at each call ({kind})"
         return FeatureConsistency(True, False, False, reason)
-    is_per_sample, is_as_evaluated = _same(pieces, whole, SAME_IN_PIECES), _same(whole, evaluated, SAME)
+    is_per_sample = _is_close(one_by_one, features, MAX_SPLIT_ERROR)
+    matches_evaluation = _is_close(features, evaluated, MAX_REPEAT_ERROR)
     reason = ""
     if not is_per_sample:
-        reason = f"makes {name} features of a sample that depend on the other samples of its batch"
-    elif not is_as_evaluated:
-        reason = f"makes other {name} features in training than in evaluation"
-    return FeatureConsistency(False, is_per_sample, is_as_evaluated, reason)
+        reason = f"computes {name} features of a sample that depend on the other samples of its batch"
+    elif not matches_evaluation:
+        reason = f"computes other {name} features in training than in evaluation"
+    return FeatureConsistency(False, is_per_sample, matches_evaluation, reason)
 
 
-def _both(image: FeatureConsistency, text: FeatureConsistency) -> FeatureConsistency:
+def _combine(image: FeatureConsistency, text: FeatureConsistency) -> FeatureConsistency:
     return FeatureConsistency(
         image.is_random or text.is_random,
         image.is_per_sample and text.is_per_sample,
-        image.is_as_evaluated and text.is_as_evaluated,
+        image.matches_evaluation and text.matches_evaluation,
         " and ".join(dict.fromkeys(filter(None, (image.reason, text.reason)))),
     )
 
 
-def _same(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    return bool((one - other).norm(dim=1).max() <= tolerance * other.norm(dim=1).max())
+def _is_close(features: Tensor, expected: Tensor, tolerance: float) -> bool:
+    return bool((features - expected).norm(dim=1).max() <= tolerance * expected.norm(dim=1).max())
 
 
-def _drops(module: nn.Module) -> str | None:
-    """How a module drops features at random; None if it does not."""
+def _describe_dropout(module: nn.Module) -> str | None:
+    """Kind and rate of a module that drops features at random; None for any other."""
     kind = type(module).__name__
     if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
         return f"dropout {module.p:.3g}"
     if isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
         return f"dropout {module.dropout:.3g}"
-    for name in ("prob", *RATES):
+    for name in ("prob", *DROP_RATE_NAMES):
         rate = getattr(module, name, None)
-        if (kind.startswith("PatchDropout") or kind in DROP_PATH) and isinstance(rate, float) and rate > 0:
+        if (kind.startswith("PatchDropout") or kind in DROP_PATH_CLASSES) and isinstance(rate, float) and rate > 0:
             return f"{kind} {rate:.3g}"
     return None

@@ -1,7 +1,7 @@
-"""The parameter groups of torch's AdamW under ZeRO 0 to 2, as :class:`dive_fast.methods.projection.FlatGroup`.
+"""Parameter groups of torch's AdamW under ZeRO 0 to 2, as :class:`dive_fast.methods.projection.FlatGroup`.
 
-ZeRO 1 and 2 call the optimizer once for each group, whose one tensor is this rank's flat fp32 part; what a hook
-changes in it before DeepSpeed gathers the parts reaches all ranks. ZeRO-0 calls it once with all parameters.
+ZeRO 1 and 2 call the optimizer once for each group, whose only tensor is this rank's flat fp32 part. DeepSpeed
+then gathers the parts, so that changes made by a hook reach all ranks. ZeRO-0 calls it once with all parameters.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,36 +14,37 @@ from torch import Tensor, nn
 from dive_fast.methods.projection import FlatGroup, Projection, Segment
 
 
-def install(
+def register_projections(
     engine: Any, optimizer: torch.optim.Optimizer, towers: nn.Module, projections: Sequence[Projection]
 ) -> None:
-    """Lets projections run around each step of the optimizer.
+    """Registers projections to run before and after each step of the optimizer.
 
     Args:
         engine: DeepSpeed's, at ZeRO 0 to 2.
         optimizer: torch's fused AdamW inside it; it has ``grad_scale`` and ``found_inf`` before each step.
     """
     names = {id(parameter): name for name, parameter in towers.named_parameters()}
-    groups = _flat_groups(engine, names) if engine.zero_optimization_stage() else _whole_groups(optimizer, names)
+    is_partitioned = engine.zero_optimization_stage() > 0
+    groups = _partitioned_groups(engine, names) if is_partitioned else _replicated_groups(optimizer, names)
     for projection in projections:
         projection.start([group for _, group in groups])
 
-    def present(optimizer: Any) -> Iterator[FlatGroup]:
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    def current_groups(optimizer: Any) -> Iterator[FlatGroup]:
+        updated = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for first, group in groups:
-            if first in held:
+            if first in updated:
                 group.gradient_scale, group.skipped = optimizer.grad_scale, optimizer.found_inf
                 yield group
 
     @torch.no_grad()
     def before(optimizer: Any, *_: Any) -> None:
-        for group in present(optimizer):
+        for group in current_groups(optimizer):
             for projection in projections:
                 projection.before_step(group)
 
     @torch.no_grad()
     def after(optimizer: Any, *_: Any) -> None:
-        for group in present(optimizer):
+        for group in current_groups(optimizer):
             for projection in projections:
                 projection.after_step(group)
 
@@ -51,21 +52,21 @@ def install(
     optimizer.register_step_post_hook(after)
 
 
-def _whole_groups(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> list[tuple[int, FlatGroup]]:
-    """ZeRO-0: each parameter is one segment, on every rank."""
+def _replicated_groups(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> list[tuple[int, FlatGroup]]:
+    """Groups under ZeRO-0, with the id of each group's first tensor; every parameter is one segment."""
     groups = []
     for index, group in enumerate(optimizer.param_groups):
         segments = [
             Segment(names[id(p)], p.shape, 0, p.detach().view(-1), _gradient(p, slice(None)))
             for p in group["params"]
         ]
-        names_of = tuple(segment.name for segment in segments)
-        groups.append((id(group["params"][0]), FlatGroup(index, names_of, segments, lambda _: None)))
+        parameter_names = tuple(segment.name for segment in segments)
+        groups.append((id(group["params"][0]), FlatGroup(index, parameter_names, segments, lambda _: None)))
     return groups
 
 
-def _flat_groups(engine: Any, names: dict[int, str]) -> list[tuple[int, FlatGroup]]:
-    """ZeRO 1 and 2: the pieces of this rank's flat part, by DeepSpeed's table of fragments."""
+def _partitioned_groups(engine: Any, names: dict[int, str]) -> list[tuple[int, FlatGroup]]:
+    """Groups under ZeRO 1 and 2, with the id of each flat part: segments from DeepSpeed's table of fragments."""
     zero, groups = engine.optimizer, []
     for index, (parameters, flat) in enumerate(
         zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True)
@@ -74,13 +75,13 @@ def _flat_groups(engine: Any, names: dict[int, str]) -> list[tuple[int, FlatGrou
         for parameter in parameters:
             if (mapping := parameter._hp_mapping) is None:
                 continue
-            here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-            piece = slice(here.start, here.start + here.numel)
+            in_part, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
+            piece = slice(in_part.start, in_part.start + in_part.numel)
             weights, gradient = flat.detach()[piece], _gradient(flat, piece)
-            segments.append(Segment(names[id(parameter)], parameter.shape, there.start, weights, gradient))
-        names_of = tuple(names[id(parameter)] for parameter in parameters)
+            segments.append(Segment(names[id(parameter)], parameter.shape, in_parameter.start, weights, gradient))
+        parameter_names = tuple(names[id(parameter)] for parameter in parameters)
         group = zero.real_dp_process_group[index]
-        groups.append((id(flat), FlatGroup(index, names_of, segments, _sum_over(group))))
+        groups.append((id(flat), FlatGroup(index, parameter_names, segments, _sum_over(group))))
     return groups
 
 

@@ -11,11 +11,15 @@ from dive_fast.model.towers import Towers
 
 
 def make_optimizer(train: TrainConfig, towers: Towers, on_cpu: bool) -> torch.optim.Optimizer:
-    """AdamW on all that is tuned."""
+    """Creates AdamW on the parameters that require gradient.
+
+    Args:
+        on_cpu: whether DeepSpeed offloads the optimizer, which then is its CPU Adam.
+    """
     tuned = [parameter for parameter in towers.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in tuned if train.decay_all_parameters or parameter.ndim > 1]
-    spared = [parameter for parameter in tuned if not train.decay_all_parameters and parameter.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    undecayed = [parameter for parameter in tuned if not train.decay_all_parameters and parameter.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     options: dict[str, Any] = {"lr": train.learning_rate, "betas": train.betas, "eps": train.epsilon}
     groups = [group for group in groups if group["params"]]
     if on_cpu:

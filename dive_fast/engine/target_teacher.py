@@ -1,4 +1,4 @@
-"""The teacher of the target half: a copy of the towers, frozen, or moved towards the student after each update."""
+"""Teacher of the target half: a copy of the towers, frozen, or moved towards the student after each update."""
 
 import copy
 from collections.abc import Iterator
@@ -15,15 +15,16 @@ from dive_fast.model.towers import Towers
 class TargetTeacher:
     """A copy of the pre-trained towers that embeds the target batch without gradient, in the student's autocast.
 
-    It is whole on each rank: 4 bytes for each parameter. It shares the batch's distinct, trimmed texts.
+    Each rank holds a complete copy, 4 bytes a parameter. It encodes the batch's distinct, trimmed texts.
     """
 
     def __init__(self, towers: Towers, loss: TargetLoss) -> None:
         """Copies the towers.
 
         Args:
-            towers: as pre-trained, on their device, before blocks are replaced or compiled; the head is left out.
-            loss: says whether the teacher moves, and how far.
+            towers: the pre-trained towers on their device, before blocks are replaced or compiled. The head is not
+                copied.
+            loss: the target loss, which defines whether and how fast the teacher moves.
         """
         head, towers.head = towers.head, None
         self._towers = copy.deepcopy(towers).eval().requires_grad_(False)
@@ -32,12 +33,12 @@ class TargetTeacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, text: Text | None, micro_batch_size: int | None) -> TeacherOutputs:
-        """The target batch's embeddings.
+        """Embeds the target batch.
 
         Args:
             images: ``(B, 3, H, W)``.
-            text: distinct texts and their pairs; None leaves the text tower out.
-            micro_batch_size: images or texts embedded at once; None: all.
+            text: distinct texts and their pairs; None skips the text tower.
+            micro_batch_size: number of images or texts embedded at once; None: all.
         """
         size = micro_batch_size or len(images)
         image = torch.cat([unit(self._towers.encode_image(piece)) for piece in images.split(size)])
@@ -49,7 +50,7 @@ class TargetTeacher:
 
     @torch.no_grad()
     def move(self, student: Towers, skipped: Tensor) -> None:
-        """Moves a moving teacher towards the student, unless the update was skipped; the host waits for nothing.
+        """Moves a moving teacher towards the student unless the update was skipped; never waits for the device.
 
         Args:
             skipped: ``()``, 1 where the last update was skipped, otherwise 0.
@@ -58,15 +59,15 @@ class TargetTeacher:
             return
         applied = 1.0 - skipped.float()
         rate = self._loss.teacher_rate(applied) * applied
-        names, ours = zip(*self._towers.named_parameters(), strict=True)
-        tuned = dict(student.named_parameters())
-        moved = [name for name in names if tuned[name].requires_grad]
-        teacher = [parameter for name, parameter in zip(names, ours, strict=True) if name in set(moved)]
-        steps = torch._foreach_sub([tuned[name].detach() for name in moved], teacher)
+        names, parameters = zip(*self._towers.named_parameters(), strict=True)
+        student_parameters = dict(student.named_parameters())
+        tuned = [name for name in names if student_parameters[name].requires_grad]
+        teacher = [parameter for name, parameter in zip(names, parameters, strict=True) if name in set(tuned)]
+        steps = torch._foreach_sub([student_parameters[name].detach() for name in tuned], teacher)
         torch._foreach_mul_(steps, rate)
         torch._foreach_add_(teacher, steps)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights of a moving teacher by name; none of a frozen one, which are the pre-trained ones."""
+        """The weights of a moving teacher by name; nothing for a frozen one, which has the pre-trained weights."""
         if self.moves:
             yield from self._towers.named_parameters()

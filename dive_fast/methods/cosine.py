@@ -39,7 +39,7 @@ class Cosine(ReferenceLoss):
         self.weight = setting.weight
         self.register_buffer("average_cosine", torch.tensor(float(values["average_start"])))
 
-    def forward(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
+    def loss(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
         """The weighted losses; moves the average cosine."""
         assert teacher is not None
         u, v = ((unit(ours) * theirs).sum(1) for ours, theirs in zip(outputs.pairs, teacher, strict=True))

@@ -51,7 +51,7 @@ class Dive(ReferenceLoss):
         self.weight = setting.weight
         self.register_buffer("average_vector", torch.zeros(setting.width))
 
-    def forward(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
+    def loss(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
         """The weighted difference losses; moves the average vector."""
         assert teacher is not None
         result = difference_loss(

@@ -12,7 +12,7 @@ class Contrastive(TargetLoss):
 
     name, title = "contrastive", "contrastive"
 
-    def forward(
+    def loss(
         self, outputs: Outputs, labels: Tensor, group: Group = None, teacher: TeacherOutputs | None = None
     ) -> Loss:
         """The contrastive loss over all ranks' pairs."""

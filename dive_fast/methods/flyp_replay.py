@@ -20,7 +20,7 @@ class Replay(ReferenceLoss):
         super().__init__(options, setting)
         self.weight = setting.weight
 
-    def forward(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
+    def loss(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
         """The weighted contrastive loss over all ranks' pairs."""
         loss: Tensor = contrastive_loss(*outputs.pairs, outputs.logit_scale, group=group, backend=self.backend)
         return Loss(self.weight * loss, {"replay_loss": loss.detach()})

@@ -16,7 +16,7 @@ class CrossEntropy(TargetLoss):
     class Options(HeadOptions):
         """Options of the head."""
 
-    def forward(
+    def loss(
         self, outputs: Outputs, labels: Tensor, group: Group = None, teacher: TeacherOutputs | None = None
     ) -> Loss:
         """The mean cross-entropy over all ranks' images."""

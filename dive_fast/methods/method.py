@@ -42,7 +42,7 @@ class Loss(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """The values outside of its options that a part is built from."""
+    """Values other than its options that a part is built from."""
 
     width: int
     """Elements of an embedding, D."""
@@ -53,7 +53,7 @@ class Setting(NamedTuple):
 
 
 class ImageInfo(NamedTuple):
-    """Data of a half that belongs to its images."""
+    """Labels and teacher rows of the images passed to ``change_images``."""
 
     labels: Tensor | None
     """``(b,)`` int64, classes of the target half; None on the reference half."""
@@ -125,7 +125,12 @@ class Preset(NamedTuple):
 
 
 class Part(nn.Module):
-    """A loss on one half of a step. Buffers are its state: saved in checkpoints, equal on all ranks."""
+    """A loss on one half of a step. Buffers are its state: saved in checkpoints, equal on all ranks.
+
+    ``loss`` is a plain method and the part is never called as a module: hooks on modules, such as those of
+    :class:`torch.utils.flop_counter.FlopCounterMode`, fail on leaves of :func:`torch.autograd.grad`, by which
+    micro-batches differentiate.
+    """
 
     name: ClassVar[str]
     """Name in ``objective.target`` or ``objective.reference``."""
@@ -145,11 +150,11 @@ class Part(nn.Module):
         super().__init__()
 
     def change_images(self, images: Tensor, outputs: Forward, info: ImageInfo) -> Tensor:
-        """Images that replace those of the half before the forward, e.g. adversarial ones.
+        """Returns images that replace those of the half before the forward, e.g. adversarial ones.
 
         Args:
             images: ``(b, 3, H, W)``, normalised: a micro-batch of the half, or all of it.
-            outputs: of the student, which is in training mode.
+            outputs: forward of the student, which is in training mode.
             info: labels and teacher rows of these images.
         """
         return images
@@ -171,7 +176,7 @@ class Part(nn.Module):
         return None
 
     def tunes(self, parameter: str) -> bool:
-        """Whether a parameter of the towers is trained."""
+        """Whether the parameter of this name is trained."""
         return True
 
     def projection(self) -> Projection | None:
@@ -179,10 +184,10 @@ class Part(nn.Module):
         return None
 
     def check_first_step(self, first: FirstStep) -> None:
-        """Validates what only the first step shows.
+        """Validates the metrics of the first step, e.g. against the noise floor.
 
         Raises:
-            ConfigError: the run cannot be right.
+            ConfigError: the metrics show that the teacher or an option is wrong.
         """
 
 
@@ -208,7 +213,7 @@ class TargetLoss(Part):
     otherwise their defaults."""
     teacher: ClassVar[Literal["none", "frozen", "moving"]] = "none"
 
-    def forward(
+    def loss(
         self, outputs: Outputs, labels: Tensor, group: Group = None, teacher: TeacherOutputs | None = None
     ) -> Loss:
         """Loss of the target half.
@@ -235,7 +240,7 @@ class ReferenceLoss(Part):
     needs_teacher: ClassVar[bool] = True
     default_weight: ClassVar[float] = 1.0
 
-    def forward(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
+    def loss(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
         """Loss of the reference half.
 
         Args:
@@ -257,20 +262,20 @@ class ReferenceLoss(Part):
 
 
 class Method(nn.Module):
-    """A target loss and a reference loss, as the engine trains by them."""
+    """The pair of a target loss and an optional reference loss that the engine trains with."""
 
     def __init__(self, target_loss: TargetLoss, reference_loss: ReferenceLoss | None = None) -> None:
         """Joins two parts.
 
         Raises:
-            ValueError: both parts have a buffer of one name, or a part has parameters, which nothing would train.
+            ValueError: both parts have a buffer of the same name, or a part has parameters, which nothing trains.
         """
         super().__init__()
         self.target_loss, self.reference_loss = target_loss, reference_loss
         self.needs = needs_of(type(target_loss), None if reference_loss is None else type(reference_loss))
         buffers = [name for part in self.parts for name, _ in part.named_buffers()]
         if len(set(buffers)) < len(buffers):
-            raise ValueError(f"both parts have a buffer of one name: {sorted(buffers)}")
+            raise ValueError(f"both parts have a buffer of the same name: {sorted(buffers)}")
         if parameters := [name for name, _ in self.named_parameters()]:
             raise ValueError(f"a part has parameters, which the optimizer does not have: {', '.join(parameters)}")
 
@@ -285,21 +290,19 @@ class Method(nn.Module):
         return {name: symbol for part in self.parts for name, symbol in part.norms.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """The buffers of both parts by their own names."""
+        """The buffers of both parts by name, which checkpoints hold."""
         return {name: buffer for part in self.parts for name, buffer in part.named_buffers()}
 
     def target(
         self, outputs: Outputs, labels: Tensor, group: Group = None, teacher: TeacherOutputs | None = None
     ) -> Loss:
-        """Loss of the target half; arguments of :meth:`TargetLoss.forward`."""
-        loss: Loss = self.target_loss(outputs, labels, group, teacher)
-        return loss
+        """Loss of the target half; arguments of :meth:`TargetLoss.loss`."""
+        return self.target_loss.loss(outputs, labels, group, teacher)
 
     def reference(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
-        """Weighted loss of the reference half; arguments of :meth:`ReferenceLoss.forward`."""
+        """Weighted loss of the reference half; arguments of :meth:`ReferenceLoss.loss`."""
         assert self.reference_loss is not None
-        loss: Loss = self.reference_loss(outputs, teacher, group)
-        return loss
+        return self.reference_loss.loss(outputs, teacher, group)
 
     def joint(
         self,
@@ -310,7 +313,7 @@ class Method(nn.Module):
         group: Group = None,
         target_teacher: TeacherOutputs | None = None,
     ) -> Loss:
-        """Both losses; arguments as above."""
+        """Losses of both halves; arguments as in :meth:`target` and :meth:`reference`."""
         assert self.reference_loss is not None
         fused = self.reference_loss.fused(self.target_loss, target, labels, reference, teacher, group)
         if fused is not None:
@@ -321,7 +324,7 @@ class Method(nn.Module):
 
     @contextmanager
     def change_weights(self, towers: nn.Module, parts: tuple[Part, ...]) -> Iterator[None]:
-        """The contexts of the given parts around their halves' forward and backward."""
+        """A context around forward and backward that enters ``change_weights`` of these parts."""
         with ExitStack() as stack:
             for part in parts:
                 stack.enter_context(part.change_weights(towers))
@@ -336,7 +339,7 @@ class Method(nn.Module):
         return Loss(total, {"penalty": total.detach()})
 
     def tunes(self, parameter: str) -> bool:
-        """Whether all parts train a parameter of the towers."""
+        """Whether all parts train the parameter of this name."""
         return all(part.tunes(parameter) for part in self.parts)
 
     def projections(self) -> list[Projection]:
@@ -347,7 +350,7 @@ class Method(nn.Module):
         """Runs the parts' checks of the first step.
 
         Raises:
-            ConfigError: the run cannot be right.
+            ConfigError: as :meth:`Part.check_first_step`.
         """
         for part in self.parts:
             part.check_first_step(first)
@@ -362,7 +365,7 @@ WEIGHT_HOOKS = ("change_images", "change_weights", "penalty", "projection")
 
 
 def overrides(part: Part, hook: str) -> bool:
-    """Whether a part fills in a hook."""
+    """Whether a part overrides a hook of :class:`Part`."""
     return getattr(type(part), hook) is not getattr(Part, hook)
 
 

@@ -6,27 +6,28 @@ from dive_fast.errors import ConfigError
 from dive_fast.methods.method import FirstStep
 
 NOISE_FLOOR = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
-"""Largest mean |u| and |v| allowed at the first step, by precision: the tuned model still is the frozen one, and
-only the rounding of the forward pass is left (measured in docs/precision.md). Longer ones mean a wrong cache."""
+"""Largest mean |u| and |v| allowed at the first step, by precision. The tuned model still equals the frozen
+one, so that rounding of the forward is the only difference (measured in docs/precision.md). Larger values mean a
+wrong cache."""
 
 
 def check_noise_floor(first: FirstStep, norms: Mapping[str, str]) -> None:
-    """Validates mean lengths of difference vectors at the first step.
+    """Validates mean lengths of difference vectors at the first step against the noise floor.
 
     Args:
         norms: names of the metrics and their symbols.
 
     Raises:
-        ConfigError: one is longer than rounding explains.
+        ConfigError: a length exceeds the rounding of the precision.
     """
     bound, tolerance = NOISE_FLOOR[first.precision], first.cache_tolerance
     is_fp32 = first.precision == "fp32"
     if tolerance is None:
-        # The teacher is this model itself, with the same features each time: only rounding is left.
-        cause = "it is rounding alone, which drowns difference vectors"
+        # The teacher is a copy of this model with deterministic features: rounding is the only difference.
+        cause = "it is rounding alone, which hides difference vectors"
         remedy = "" if is_fp32 else "; take train.precision = fp32"
     else:
-        # Differences that the audit allows are there too.
+        # Adds differences that the audit allows.
         bound = max(bound, tolerance)
         cause = "the teacher's embeddings are not this model's; remove the teacher cache to write it again"
         remedy = "" if is_fp32 else ", or take train.precision = fp32 if rounding is that large"

@@ -192,9 +192,9 @@ def _select(objective: ObjectiveConfig, preset: Preset | None, half: str, flat: 
     part = _part_of(preset, half)
     if part is None:
         if section:
+            option = next(iter(keys.values()))
             raise KeyedError(
-                next(iter(keys.values())),
-                f"{key}.name is missing: objective.name = {preset.name} has no {half} loss",
+                option, f"{option} needs {key}.name: objective.name = {preset.name} has no {half} loss"
             )
         return _Selection(None, {}, {})
     own = _free_options(part, preset)

@@ -19,7 +19,7 @@ class Snd(ReferenceLoss):
         super().__init__(options, setting)
         self.weight = setting.weight
 
-    def forward(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
+    def loss(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
         """The weighted distillation loss."""
         assert teacher is not None
         square = (unit(outputs.image) - teacher.image).square().sum(1)

@@ -89,8 +89,8 @@ class Towers(nn.Module):
         """open_clip's architecture; None for towers not built by :func:`create`."""
         self.feature_consistency: Any = None
         """The measurement of :mod:`dive_fast.engine.feature_consistency`; None before it."""
-        self.is_settled = False
-        """Whether :mod:`dive_fast.engine.feature_consistency` has disabled drop path."""
+        self.is_made_consistent = False
+        """Whether :func:`dive_fast.engine.feature_consistency.make_consistent` was called."""
         self.logit_scale_max: float | None = None
         """Upper bound of the logit scale; None: unbounded."""
         self.autocast: torch.dtype | None = None

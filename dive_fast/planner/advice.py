@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dive_fast.config.schema import Config, DataConfig
-from dive_fast.engine.deepspeed_config import deepspeed_section, zero_of
+from dive_fast.engine.deepspeed_config import deepspeed_section, zero_section
 from dive_fast.errors import ConfigError
 from dive_fast.methods import registry
 from dive_fast.model.towers import create
@@ -96,7 +96,7 @@ def _free_changes(config: Config, plan: Plan) -> Iterator[tuple[str, int]]:
         yield "train.schedule=sequential", parts.get("activations", 0) + parts.get("loss", 0)
     if needs.reference_teacher and config.teacher.mode == "online":
         yield "teacher.mode=cache", parts.get("teacher", 0) + parts.get("activations", 0)
-    stage = zero_of(deepspeed_section(config, plan.ranks)).get("stage", 0)
+    stage = zero_section(deepspeed_section(config, plan.ranks)).get("stage", 0)
     state = sum(parts.get(part, 0) for part in ("weights", "gradients", "optimizer"))
     if plan.ranks > 1:
         yield from (

@@ -24,7 +24,7 @@ from dive_fast.data.loaders.loader import loader_options
 from dive_fast.data.prefetch import DEPTH
 from dive_fast.data.prompts import read_class_names
 from dive_fast.distributed import Ranks
-from dive_fast.engine.deepspeed_config import zero_of
+from dive_fast.engine.deepspeed_config import zero_section
 from dive_fast.engine.step import Engine, StepBatches
 from dive_fast.errors import ConfigError, DataError
 from dive_fast.kernels import backend
@@ -56,7 +56,7 @@ def plan_run(config: Config, ranks: int = 1) -> Plan:
         ConfigError: the config contradicts itself, its batches are not divisible by ``ranks``, the model's
             architecture is not available, or it offloads to the CPU, which is not supported.
     """
-    zero = zero_of(config.deepspeed)
+    zero = zero_section(config.deepspeed)
     for key in ("offload_optimizer", "offload_param"):
         if zero.get(key, {}).get("device", "none") != "none":
             raise ConfigError(f"deepspeed.zero_optimization.{key}: offloading cannot be planned; remove it")

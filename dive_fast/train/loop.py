@@ -133,7 +133,7 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
             learning_rate = engine.learning_rate
             values = engine.step(batch)
             step += 1
-            if step == 1 and not engine.is_random:
+            if step == 1 and not engine.features_are_random:
                 engine.method.check_first_step(_first_step(values, options, run.config.teacher))
             nonfinite.record_outcome(step, engine.scale.nonfinite_in_row)
             metrics.log(step, values, learning_rate)

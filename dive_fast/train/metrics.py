@@ -166,7 +166,7 @@ class Metrics:
         shown = {short: f"{self._last[name]:.3g}" for short, name in names.items() if name in self._last}
         self._bar.set_postfix(shown, refresh=False)
         self._write(step, self._last)
-        if self._run.engine.is_random:
+        if self._run.engine.features_are_random:
             return  # the floor would be that of dropped features, not of rounding
         if step == 1:
             self._noise_floor = self._last

@@ -21,7 +21,7 @@ from dive_fast.checkpoint.manifest import FOLDER as CHECKPOINTS
 from dive_fast.config.schema import Config, DataConfig, EvaluateConfig, TrainConfig
 from dive_fast.data.workers import PREFETCH
 from dive_fast.distributed import Ranks
-from dive_fast.engine.deepspeed_config import offloads
+from dive_fast.engine.deepspeed_config import offloads_optimizer
 from dive_fast.errors import ConfigError, UserError, machine_error
 from dive_fast.methods import registry
 from dive_fast.model.towers import Towers
@@ -156,7 +156,7 @@ def check_compiler(train: TrainConfig, deepspeed: dict[str, Any], on_gpu: bool) 
     Raises:
         ConfigError: names the option that needs it.
     """
-    if offloads(deepspeed) and not _is_installed("cpu_adam"):
+    if offloads_optimizer(deepspeed) and not _is_installed("cpu_adam"):
         _require_compiler("deepspeed.zero_optimization.offload_optimizer", "CXX", ("c++", "g++", "clang++"))
         default = _home("TORCH_EXTENSIONS_DIR") / ".cache/torch_extensions"
         _require_writable("TORCH_EXTENSIONS_DIR", default)

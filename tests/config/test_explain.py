@@ -144,9 +144,9 @@ def test_any_typo_in_any_key_names_the_intended_key(small: Path, typo: tuple[str
             "data.reference.loader = ffcv reads prepared sets alone: make one by python launch/prepare.py",
         ),
         ('evaluate={"every_steps": 2, "select": "val"}', "evaluate.select: evaluate.sets has no val"),
-        (evaluated(every_epochs=1), "evaluate.every_steps and every_epochs: name one"),
+        (evaluated(every_epochs=1), "evaluate.every_steps and every_epochs: set only one"),
         (evaluated(every_steps=None), "evaluate.during and evaluate.select need every_steps or every_epochs"),
-        (evaluated(during=[]), "evaluate.during: add val, which evaluate.select chooses by"),
+        (evaluated(during=[]), "evaluate.during: add val, the set of evaluate.select"),
         (evaluated(select=None), "evaluate.patience needs evaluate.select"),
         (
             'evaluate.sets.val={"format": "webdataset", "path": "x"}',
@@ -154,7 +154,7 @@ def test_any_typo_in_any_key_names_the_intended_key(small: Path, typo: tuple[str
         ),
         (
             'evaluate.sets.val={"dataset": "food101", "path": "x", "format": "folder"}',
-            "evaluate.sets.val.format: the layout of a known dataset is found; remove it",
+            "evaluate.sets.val.format: the layout of a known dataset is detected; remove it",
         ),
         (
             'evaluate.sets.val={"dataset": "flickr8k", "path": "x", "task": "retrieval"}',
@@ -166,7 +166,7 @@ def test_any_typo_in_any_key_names_the_intended_key(small: Path, typo: tuple[str
         ),
         (
             'evaluate.sets.val={"format": "folder", "path": "x", "metric": "text_to_image_r5"}',
-            "evaluate.sets.val.metric: text_to_image_r5 is none of classification",
+            "evaluate.sets.val.metric: text_to_image_r5 is not a classification metric",
         ),
         (
             'evaluate.sets.val={"format": "folder", "path": "x", "metric": "worst_region"}',

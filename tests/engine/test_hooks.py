@@ -1,7 +1,7 @@
-"""Every hook of a method, by a toy part that fills it in, against plain PyTorch on one process.
+"""Tests of every hook of a method, by a toy part, against plain PyTorch in one process.
 
-The oracle trains the same towers for a few steps in a loop of its own, with one AdamW and each hook written out.
-The engine has to end with its weights at every ZeRO stage, on one and two ranks, micro-batched and in one graph.
+The oracle trains the same towers for a few steps in a plain loop, with one AdamW and each hook written out. The
+engine has to end with the same weights at every ZeRO stage, on one and two ranks, with micro-batches and jointly.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ from dive_fast.model.towers import Towers
 STEPS, RATE, PENALTY, IMAGE_STEP, WEIGHT_STEP, PULL = 3, 0.25, 0.05, 0.02, 0.01, 0.2
 HOOKS = ("teacher", "penalty", "images", "weights", "projection", "tuned")
 TRAIN = {"learning_rate": 1e-2, "warmup_steps": 0, "epsilon": 1e-3, "weight_decay": 0.1}
-"""A large epsilon, so that AdamW does not turn rounding into signs."""
+"""Options of both loops; the large epsilon keeps AdamW from amplifying rounding to full steps."""
 FROZEN = "text.token_embedding"
 TOLERANCE = 5e-5
 STAGES = {1: (0, 2), 2: (0, 1, 2)}
@@ -62,7 +62,7 @@ PATHS: list[tuple[str, int | None]] = [("sequential", None), ("joint", 3), ("seq
 class Pull(Projection):
     """Adds the gradient of a pull to the anchor before the step, and moves weights back after it.
 
-    Both need a sum over the whole tensor, of which a rank may hold a piece or none.
+    Both need a sum over the complete tensor, of which a rank may hold a piece or none.
     """
 
     def start(self, groups: list[FlatGroup]) -> None:
@@ -101,33 +101,35 @@ class Toy(Contrastive):
 
     def __init__(self, hooks: tuple[str, ...]) -> None:
         super().__init__(self.Options(), Setting(WIDTH))
-        self.on = hooks
+        self.enabled = hooks
         self.register_buffer("updates", torch.zeros(()))
 
-    def forward(
+    def loss(
         self, outputs: Outputs, labels: Tensor, group: Group = None, teacher: TeacherOutputs | None = None
     ) -> Loss:
-        loss = super().forward(outputs, labels, group)
+        loss = super().loss(outputs, labels, group)
         if teacher is None:
             return loss
         assert outputs.text is not None
         assert teacher.text is not None
-        far = (F.normalize(outputs.image) - teacher.image).square().sum(1)
-        far = far + (F.normalize(outputs.text) - teacher.text).square().sum(1)
-        return Loss(loss.loss + over_ranks(far.mean(), group) * teacher.logit_scale.squeeze() / 10, loss.metrics)
+        distance = (F.normalize(outputs.image) - teacher.image).square().sum(1)
+        distance = distance + (F.normalize(outputs.text) - teacher.text).square().sum(1)
+        return Loss(
+            loss.loss + over_ranks(distance.mean(), group) * teacher.logit_scale.squeeze() / 10, loss.metrics
+        )
 
     def teacher_rate(self, applied: Tensor) -> Tensor:
-        # A schedule of its own, which a skipped step leaves alone.
+        # A schedule that counts updates; skipped steps do not count.
         self.updates += applied
         return RATE / self.updates.clamp(min=1)
 
     def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor | None:
-        if "penalty" not in self.on:
+        if "penalty" not in self.enabled:
             return None
         return PENALTY * torch.stack([p.square().sum() for p in parameters.values() if p.requires_grad]).sum()
 
     def change_images(self, images: Tensor, outputs: Any, info: ImageInfo) -> Tensor:
-        if "images" not in self.on:
+        if "images" not in self.enabled:
             return images
         assert info.labels is not None
         images = images.clone().requires_grad_()
@@ -147,26 +149,26 @@ class Toy(Contrastive):
                 p.copy_(before[name])
 
     def tunes(self, parameter: str) -> bool:
-        return "tuned" not in self.on or not parameter.startswith(FROZEN)
+        return "tuned" not in self.enabled or not parameter.startswith(FROZEN)
 
     def projection(self) -> Projection | None:
-        return Pull() if "projection" in self.on else None
+        return Pull() if "projection" in self.enabled else None
 
 
-class Taught(Toy):
+class MovingTeacherToy(Toy):
     """The toy with a moving teacher."""
 
     teacher = "moving"
 
 
-class FrozenTaught(Toy):
+class FrozenTeacherToy(Toy):
     """The toy with a frozen teacher."""
 
     teacher = "frozen"
 
 
 def toy(*hooks: str) -> Method:
-    kind = Taught if "teacher" in hooks else FrozenTaught if "frozen teacher" in hooks else Toy
+    kind = MovingTeacherToy if "teacher" in hooks else FrozenTeacherToy if "frozen teacher" in hooks else Toy
     if "weights" not in hooks:
         kind = type(kind.__name__, (kind,), {"change_weights": Part.change_weights})
     return Method(kind(hooks), Replay(Replay.Options(), Setting(WIDTH, 0.5)))
@@ -175,7 +177,7 @@ def toy(*hooks: str) -> Method:
 def oracle(
     stage: Stage, hooks: tuple[str, ...], steps: int = STEPS
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights of student and teacher after some steps, every hook written out; on one process."""
+    """Weights of student and teacher after some steps in one process, with every hook written out."""
     towers, teacher = (copy.deepcopy(stage.student).train() for _ in range(2))
     teacher.eval()
     data = batches(stage.folder)
@@ -208,8 +210,8 @@ def oracle(
         f, g = encode(towers, "target", images)
         loss = contrastive_as_written(f, g, towers.scale())
         if "teacher" in hooks or "frozen teacher" in hooks:
-            far = (f - frozen[0]).square().sum(1) + (g - frozen[1]).square().sum(1)
-            loss = loss + far.mean() * teacher.scale().detach().squeeze() / 10
+            distance = (f - frozen[0]).square().sum(1) + (g - frozen[1]).square().sum(1)
+            loss = loss + distance.mean() * teacher.scale().detach().squeeze() / 10
         loss.backward()
         with torch.no_grad():
             for name, p in towers.named_parameters():
@@ -232,16 +234,16 @@ def oracle(
                     difference = p - anchors[name]
                     p -= (PULL * difference.norm()).clamp(max=1.0) * difference
             if "teacher" in hooks:
-                for (_, ours), (_, theirs) in zip(
+                for (_, average), (_, student) in zip(
                     teacher.named_parameters(), towers.named_parameters(), strict=True
                 ):
-                    ours.lerp_(theirs, RATE / (step + 1))
+                    average.lerp_(student, RATE / (step + 1))
     weights = {name: p.detach().clone() for name, p in towers.named_parameters()}
     return weights, {name: p.detach().clone() for name, p in teacher.named_parameters()}
 
 
-def steps_of(stage: Stage, engine: Engine, count: int = STEPS) -> dict[str, Tensor]:
-    """Makes some steps; returns the newest metrics."""
+def make_steps(stage: Stage, engine: Engine, count: int = STEPS) -> dict[str, Tensor]:
+    """Makes some steps and returns the metrics of the last one."""
     metrics: dict[str, Tensor] = {}
     for _ in range(count):
         metrics = engine.step(StepBatches(stage.target, stage.reference))
@@ -253,51 +255,51 @@ CASES = [*((hook,) for hook in (*HOOKS, "frozen teacher")), HOOKS, WITHOUT_WEIGH
 
 
 def run_hooks(folder: Path, stages: tuple[int, ...]) -> dict[str, Any]:
-    """On one rank: every case along every path; what the first rank ends with."""
+    """Final weights, teacher and metrics of every case along every path on one rank."""
     Part.backend = "torch"
-    stage, found = Stage(folder), {}
+    stage, results = Stage(folder), {}
     for hooks in CASES:
         # The joint schedule cannot change the weights of one half.
         paths = {HOOKS: PATHS[:1], WITHOUT_WEIGHTS: PATHS[1:2]}.get(hooks)
         for zero, (schedule, micro) in itertools.product(stages, paths) if paths else [(stages[-1], PATHS[2])]:
             engine = stage.engine(zero, schedule, micro, toy(*hooks), **TRAIN)
-            metrics = steps_of(stage, engine)
+            metrics = make_steps(stage, engine)
             teacher = {} if engine.teacher is None else dict(engine.teacher.state())
-            found["+".join(hooks), zero, schedule, micro] = (
+            results["+".join(hooks), zero, schedule, micro] = (
                 full_state(engine),
                 {name: p.clone() for name, p in teacher.items()},
                 {name: float(value) for name, value in metrics.items()},
             )
             engine.deepspeed.destroy()
     for zero in stages:
-        found["skipped", zero] = skipped_step(stage, zero)
-        found["two groups", zero] = two_groups(stage, zero)
-    return found
+        results["skipped", zero] = skipped_step(stage, zero)
+        results["two groups", zero] = two_groups(stage, zero)
+    return results
 
 
 def skipped_step(stage: Stage, zero: int) -> dict[str, bool]:
-    """Whether a step with a NaN on the last rank leaves weights, teacher and its schedule alone; fp16."""
+    """Whether a step with NaNs on the last rank keeps the state, and whether the next one changes it; fp16."""
     engine = stage.engine(zero, method=toy(*HOOKS), precision="fp16", **TRAIN)
     assert engine.teacher is not None
-    steps_of(stage, engine, 1)
+    make_steps(stage, engine, 1)
 
     def state() -> dict[str, Tensor]:
         assert engine.teacher is not None
-        named = {f"teacher/{name}": p for name, p in engine.teacher.state()} | engine.method.state()
-        named |= full_state(engine)
-        return {name: tensor.clone() for name, tensor in named.items()}
+        tensors = {f"teacher/{name}": p for name, p in engine.teacher.state()} | engine.method.state()
+        tensors |= full_state(engine)
+        return {name: tensor.clone() for name, tensor in tensors.items()}
 
     before, images = state(), stage.target.images
     if stage.ranks.rank == stage.ranks.world_size - 1:
         images = torch.full_like(images, math.nan)
     engine.step(StepBatches(replace(stage.target, images=images), stage.reference))
     after = state()
-    steps_of(stage, engine, 1)
+    make_steps(stage, engine, 1)
     moved = state()
     engine.deepspeed.destroy()
     return {
-        "alone": all(torch.equal(before[name], after[name]) for name in before),
-        "moves on": float(moved["updates"]) == 2 and not torch.equal(moved["updates"], after["updates"]),
+        "kept": all(torch.equal(before[name], after[name]) for name in before),
+        "continues": float(moved["updates"]) == 2 and not torch.equal(moved["updates"], after["updates"]),
     }
 
 
@@ -305,7 +307,7 @@ def two_groups(stage: Stage, zero: int) -> dict[str, Tensor]:
     """The weights after some steps of a projection over two parameter groups, of which one decays."""
     options = TRAIN | {"decay_all_parameters": False, "weight_decay": 0.0}
     engine = stage.engine(zero, method=toy("projection"), **options)
-    steps_of(stage, engine)
+    make_steps(stage, engine)
     weights = full_state(engine)
     engine.deepspeed.destroy()
     return weights
@@ -331,47 +333,49 @@ def oracles(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = run_ranks(1, oracles, folder)[0]
-    return found
+    weights: dict[str, Any] = run_ranks(1, oracles, folder)[0]
+    return weights
 
 
-def far(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-    assert wanted.keys() <= found.keys()
-    return max(float((found[n].reshape(w.shape) - w).abs().max()) for n, w in wanted.items())
+def max_error(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    assert expected.keys() <= tensors.keys()
+    return max(float((tensors[n].reshape(t.shape) - t).abs().max()) for n, t in expected.items())
 
 
-def test_hooks_change_what_is_trained(expected: dict[str, Any]) -> None:
+def test_hooks_change_final_weights(expected: dict[str, Any]) -> None:
     plain = expected[""][0]
     for hooks in CASES:
-        assert far(expected["+".join(hooks)][0], plain) > 5 * TOLERANCE, hooks
+        assert max_error(expected["+".join(hooks)][0], plain) > 5 * TOLERANCE, hooks
 
 
 @pytest.mark.parametrize("ranks", STAGES)
-def test_hooks_along_every_path_equal_plain_pytorch(
+def test_hooks_equal_plain_pytorch_along_every_path(
     by_rank: dict[int, Any], expected: dict[str, Any], ranks: int
 ) -> None:
-    along = {key: value for key, value in by_rank[ranks].items() if len(key) == 4}
-    assert len(along) > len(CASES)
-    for (hooks, *path), (weights, teacher, _) in along.items():
-        assert far(weights, expected[hooks][0]) < TOLERANCE, (hooks, path)
+    paths = {key: value for key, value in by_rank[ranks].items() if len(key) == 4}
+    assert len(paths) > len(CASES)
+    for (hooks, *path), (weights, teacher, _) in paths.items():
+        assert max_error(weights, expected[hooks][0]) < TOLERANCE, (hooks, path)
         if "teacher" in hooks.split("+"):
-            assert far(teacher, expected[hooks][1]) < TOLERANCE, (hooks, path)
+            assert max_error(teacher, expected[hooks][1]) < TOLERANCE, (hooks, path)
         if "tuned" in hooks.split("+"):
             frozen = f"{FROZEN}.weight"
             assert torch.equal(weights[frozen], expected[hooks][0][frozen])
 
 
 @pytest.mark.parametrize("ranks", STAGES)
-def test_skipped_step_leaves_teacher_and_weights_alone(by_rank: dict[int, Any], ranks: int) -> None:
+def test_skipped_step_keeps_weights_and_teacher(by_rank: dict[int, Any], ranks: int) -> None:
     for zero in STAGES[ranks]:
-        assert by_rank[ranks]["skipped", zero] == {"alone": True, "moves on": True}, zero
+        assert by_rank[ranks]["skipped", zero] == {"kept": True, "continues": True}, zero
 
 
 def test_projection_over_two_groups_equals_one_group(by_rank: dict[int, Any]) -> None:
-    found = {(ranks, zero): by_rank[ranks]["two groups", zero] for ranks in STAGES for zero in STAGES[ranks]}
-    first = found[1, 0]
-    for path, weights in found.items():
-        assert far({n: w for n, w in weights.items() if n in first}, first) < TOLERANCE, path
+    weights_by_path = {
+        (ranks, zero): by_rank[ranks]["two groups", zero] for ranks in STAGES for zero in STAGES[ranks]
+    }
+    first = weights_by_path[1, 0]
+    for path, weights in weights_by_path.items():
+        assert max_error({n: w for n, w in weights.items() if n in first}, first) < TOLERANCE, path
 
 
 def test_penalty_is_part_of_the_reported_loss(by_rank: dict[int, Any], expected: dict[str, Any]) -> None:
@@ -382,64 +386,64 @@ def test_penalty_is_part_of_the_reported_loss(by_rank: dict[int, Any], expected:
 
 
 def save_and_resume(folder: Path, path: Path) -> dict[str, Any]:
-    """Two steps, a checkpoint, one more step; then that step again from the checkpoint."""
+    """States after a third step, uninterrupted and resumed from a checkpoint of the second."""
     Part.backend = "torch"
     stage = Stage(folder)
     engine = stage.engine(2, method=toy(*HOOKS), **TRAIN)
-    steps_of(stage, engine, 2)
+    make_steps(stage, engine, 2)
     saver = Saver(engine, path, TrainConfig(), RunRecord("run"))
     saver.save(2, {"best": None, "best_step": 0, "since_best": 0, "select": None}, {}, required=True)
     saver.finish(required=True)
-    steps_of(stage, engine, 1)
-    whole = ended(engine)
+    make_steps(stage, engine, 1)
+    uninterrupted = final_state(engine)
     engine.deepspeed.destroy()
-    return {"whole": whole, "resumed": resume_step(stage, path, 2)}
+    return {"uninterrupted": uninterrupted, "resumed": resume_step(stage, path, 2)}
 
 
-def resume_alone(folder: Path, path: Path) -> dict[str, Tensor]:
+def resume_on_one_rank(folder: Path, path: Path) -> dict[str, Tensor]:
     Part.backend = "torch"
     return resume_step(Stage(folder), path, 0)
 
 
 def resume_step(stage: Stage, path: Path, zero: int) -> dict[str, Tensor]:
-    """One step from the checkpoint."""
+    """The state after one step from the checkpoint."""
     engine = stage.engine(zero, method=toy(*HOOKS), **TRAIN)
     load_checkpoint(engine, checkpoint_path(path, 2))
-    steps_of(stage, engine, 1)
-    return ended(engine)
+    make_steps(stage, engine, 1)
+    return final_state(engine)
 
 
-def ended(engine: Engine) -> dict[str, Tensor]:
-    """Weights, teacher and the method's state."""
+def final_state(engine: Engine) -> dict[str, Tensor]:
+    """Copies of weights, teacher and the method's state."""
     assert engine.teacher is not None
     teacher = {f"teacher/{name}": p.clone() for name, p in engine.teacher.state()}
     return full_state(engine) | teacher | {name: value.clone() for name, value in engine.method.state().items()}
 
 
-def test_moving_teacher_resumes_bit_for_bit_and_on_other_ranks(folder: Path, tmp_path: Path) -> None:
+def test_moving_teacher_resumes_bit_equal_and_on_other_ranks(folder: Path, tmp_path: Path) -> None:
     first, second = run_ranks(2, save_and_resume, folder, tmp_path)
-    assert first["whole"].keys() == first["resumed"].keys()
-    for ended_here in (first, second):
-        for name, value in ended_here["whole"].items():
-            assert torch.equal(value, ended_here["resumed"][name]), name
+    assert first["uninterrupted"].keys() == first["resumed"].keys()
+    for states in (first, second):
+        for name, value in states["uninterrupted"].items():
+            assert torch.equal(value, states["resumed"][name]), name
     files = sorted(checkpoint_path(tmp_path, 2).glob("*.safetensors"))
-    held = [{name for name in load_file(file) if name.startswith(f"{TEACHER}/")} for file in files]
-    assert len(held) == 2
-    assert all(held)
-    assert not held[0] & held[1]
-    (alone,) = run_ranks(1, resume_alone, folder, tmp_path)
-    assert far(alone, first["whole"]) < TOLERANCE
+    names = [{name for name in load_file(file) if name.startswith(f"{TEACHER}/")} for file in files]
+    assert len(names) == 2
+    assert all(names)
+    assert not names[0] & names[1]
+    (on_one_rank,) = run_ranks(1, resume_on_one_rank, folder, tmp_path)
+    assert max_error(on_one_rank, first["uninterrupted"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("hook", HOOKS[:-1])
-def test_hooks_with_zero_3_or_offload_are_refused_in_one_line(hook: str) -> None:
+def test_hooks_are_refused_with_zero_3_or_offload(hook: str) -> None:
     offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
-    for zero, place in (({"stage": 3}, "stage = 3"), (offload, "offload_optimizer")):
-        with pytest.raises(ConfigError, match=f"{place}.*take stage 0, 1 or 2") as refused:
-            check_hooks({"zero_optimization": zero}, only(hook), "joint")
+    for zero, option in (({"stage": 3}, "stage = 3"), (offload, "offload_optimizer")):
+        with pytest.raises(ConfigError, match=f"{option}.*use stage 0, 1 or 2") as refused:
+            check_hooks({"zero_optimization": zero}, method_with(hook), "joint")
         assert "\n" not in str(refused.value)
         check_hooks({"zero_optimization": zero}, registry.create(ObjectiveConfig(), WIDTH), "joint")
-    check_hooks({"zero_optimization": {"stage": 2}}, only(hook), "joint")
+    check_hooks({"zero_optimization": {"stage": 2}}, method_with(hook), "joint")
 
 
 def test_changed_weights_of_one_half_with_joint_schedule_are_refused() -> None:
@@ -452,7 +456,7 @@ def test_changed_weights_of_one_half_with_joint_schedule_are_refused() -> None:
         with pytest.raises(ConfigError, match=r"^train\.schedule = joint: .*change_weights.*; take sequential$"):
             check_hooks({}, method, "joint")
     # Without a second half there is nothing to join.
-    assert not only("weights").needs.sequential
+    assert not method_with("weights").needs.sequential
 
 
 class ChangedReplay(Replay):
@@ -461,8 +465,8 @@ class ChangedReplay(Replay):
     change_weights = Toy.change_weights
 
 
-def only(hook: str) -> Method:
-    """A method that fills in one hook and no other."""
+def method_with(hook: str) -> Method:
+    """A method that overrides this hook only."""
     names = {"images": "change_images", "weights": "change_weights"}
     if hook == "teacher":
         return Method(type("Only", (Contrastive,), {"teacher": "moving"})(Section(), Setting(WIDTH)))
@@ -470,18 +474,18 @@ def only(hook: str) -> Method:
     return Method(type("Only", (Contrastive,), {name: getattr(Toy, name)})(Section(), Setting(WIDTH)))
 
 
-def test_check_after_the_first_step_reaches_both_parts() -> None:
-    seen: list[str] = []
+def test_check_first_step_calls_both_parts() -> None:
+    calls: list[str] = []
 
     class Target(Contrastive):
         def check_first_step(self, first: FirstStep) -> None:
-            seen.append(f"target {first.precision}")
+            calls.append(f"target {first.precision}")
 
     class Reference(Replay):
         def check_first_step(self, first: FirstStep) -> None:
-            raise ConfigError("wrong from the start")
+            raise ConfigError("wrong teacher")
 
     method = Method(Target(Section(), Setting(WIDTH)), Reference(Section(), Setting(WIDTH)))
-    with pytest.raises(ConfigError, match="wrong from the start"):
+    with pytest.raises(ConfigError, match="wrong teacher"):
         method.check_first_step(FirstStep({}, "fp32", None))
-    assert seen == ["target fp32"]
+    assert calls == ["target fp32"]

@@ -1,7 +1,7 @@
-"""Every fast path of the step against the paper taken literally.
+"""Tests of every fast path of the step against the equations of the paper.
 
-The oracle: one process, one joint graph, the frozen model run online, all 77 tokens, fp32, open_clip's own model
-and nothing of the engine. Student and teacher differ and the average vector is not zero, so no term vanishes.
+The oracle uses one process, one joint graph, an online teacher, all 77 tokens, fp32 and open_clip's model, and
+nothing of the engine. Student and teacher differ and the average vector is not zero, so no term vanishes.
 """
 
 import contextlib
@@ -24,31 +24,35 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dive_fast.checkpoint.export import full_state
 from dive_fast.engine.async_scalars import AsyncScalars
 from dive_fast.engine.step import StepBatches
-from dive_fast.methods import method as objective
+from dive_fast.methods.method import Part
 
 aten = torch.ops.aten
 
 STAGES = {1: (0, 2), 2: (0, 1, 2, 3)}
-"""ZeRO stages tried on so many ranks."""
+"""Number of ranks -> tested ZeRO stages."""
 PATHS = list(itertools.product(["sequential", "joint"], [None, 3]))
-"""(schedule, micro-batch size); 3 does not divide a rank's share, and makes more pieces than distinct prompts."""
+"""(schedule, micro-batch size); 3 does not divide a rank's batch, and gives more pieces than distinct texts."""
 RECOMPUTED = ("selective", "full")
-"""Kinds of activation checkpointing."""
-
-
+"""Modes of activation checkpointing."""
 METHODS = ("vanilla_ft", "flyp", "flyp_replay", "snd", "cosine", "avl", "pvl")
-"""All but DiVE itself, and LP-FT, whose loss is that of vanilla fine-tuning."""
+"""All methods except DiVE and LP-FT, whose loss is that of vanilla fine-tuning."""
 ONE_TOWER = ("vanilla_ft", "snd")
-"""Those that run one tower without the other, in a half or in both; tried at every stage."""
+"""Methods with a half that runs only one tower; tested at every stage."""
 CLIPPED = [("fp32", 0.0), ("fp32", 0.5), ("fp16", 0.5)]
 """(precision, largest norm of the gradient)."""
-STEADY: list[dict[str, Any]] = [{}, {"precision": "fp16"}, {"micro": 3}, {"schedule": "joint"}, {"clipping": 1.0}]
-"""Steps that are held to read nothing of the device."""
+NONBLOCKING: list[dict[str, Any]] = [
+    {},
+    {"precision": "fp16"},
+    {"micro": 3},
+    {"schedule": "joint"},
+    {"clipping": 1.0},
+]
+"""Options of steps that must not wait for the device."""
 
 
 def run_paths(folder: Path, stages: tuple[int, ...], backend: Any) -> dict[Any, Any]:
-    """On one rank: gradients, metrics and average vector of every path through the step, and more cases."""
-    objective.Part.backend = backend
+    """Gradients, metrics and average vector of every path through the step on one rank, and of further cases."""
+    Part.backend = backend
     stage = Stage(folder)
     results: dict[Any, Any] = {}
     for zero, (schedule, micro) in itertools.product(stages, PATHS):
@@ -57,27 +61,27 @@ def run_paths(folder: Path, stages: tuple[int, ...], backend: Any) -> dict[Any, 
         engine.deepspeed.destroy()
     for name, (schedule, micro) in itertools.product(METHODS, PATHS[::3]):
         for zero in stages if name in ONE_TOWER else stages[-1:]:
-            # Overlapped, ZeRO-1 reduces only what the last backward has a gradient for.
-            found = stage.accumulate(stage.engine(zero, schedule, micro, name=name, overlap=True))
-            results.setdefault((name, schedule, micro), {})[zero] = found
+            # With overlapped communication, ZeRO-1 reduces only gradients that the last backward computes.
+            step = stage.accumulate(stage.engine(zero, schedule, micro, name=name, overlap=True))
+            results.setdefault((name, schedule, micro), {})[zero] = step
     for zero in stages:
         results["fp16", zero] = stage.accumulate(stage.engine(zero, precision="fp16"))
         results["bf16", zero] = stage.accumulate(stage.engine(zero, precision="bf16"))
         for mode in RECOMPUTED:
             results[mode, zero] = stage.accumulate(stage.engine(zero, micro=3, activation_checkpointing=mode))
-        results["overflow", zero] = overflow(stage, zero)
+        results["nonfinite", zero] = step_with_nonfinite_images(stage, zero)
         for precision, clipping in CLIPPED:
-            results["clipped", zero, precision, clipping] = clipped(stage, zero, precision, clipping)
-        # The interpreter computes Triton's kernels in NumPy, and so reads everything.
+            results["clipped", zero, precision, clipping] = clipped_update(stage, zero, precision, clipping)
+        # The interpreter of Triton computes in NumPy and so reads every tensor.
         if backend == "torch" and zero < 3:
-            results["read", zero] = {str(how): read_by_step(stage, zero, **how) for how in STEADY}
+            results["reads", zero] = {str(how): find_read(stage, zero, **how) for how in NONBLOCKING}
     if stage.ranks.world_size == 1:
-        results["sent alone"] = {str(how): sent_by_step(stage, **how) for how in STEADY}
+        results["collectives"] = {str(how): collectives_of_step(stage, **how) for how in NONBLOCKING}
     return results
 
 
-def overflow(stage: Stage, zero: int) -> dict[str, Any]:
-    """A step whose images are not finite on one rank alone, between two good ones."""
+def step_with_nonfinite_images(stage: Stage, zero: int) -> dict[str, Any]:
+    """Outcome of a step whose images are not finite on one rank, between two finite ones."""
     engine = stage.engine(zero, precision="fp16")
     frozen = stage.teacher(stage.reference)
 
@@ -98,7 +102,7 @@ def overflow(stage: Stage, zero: int) -> dict[str, Any]:
         "nonfinite": int(metrics["nonfinite_steps"]),
         "unchanged": all(torch.equal(before[name], after[name]) for name in before),
         "scale": float(metrics["loss_scale"]),
-        "moved_on": stage.ranks.rank > 0 or any(not torch.equal(after[name], last[name]) for name in last),
+        "resumed": stage.ranks.rank > 0 or any(not torch.equal(after[name], last[name]) for name in last),
         "finite": bool(
             torch.isfinite(vector).all() and torch.isfinite(engine.method.state()["average_vector"]).all()
         ),
@@ -106,8 +110,8 @@ def overflow(stage: Stage, zero: int) -> dict[str, Any]:
     }
 
 
-def clipped(stage: Stage, zero: int, precision: str, clipping: float) -> tuple[dict[str, Tensor], float]:
-    """How far weights move in one step of AdamW whose large epsilon lets the gradient's size through; its norm."""
+def clipped_update(stage: Stage, zero: int, precision: str, clipping: float) -> tuple[dict[str, Tensor], float]:
+    """Change of weights in one step, and the gradient's norm; AdamW's large epsilon keeps the gradient's scale."""
     engine = stage.engine(
         zero,
         precision=precision,
@@ -120,30 +124,30 @@ def clipped(stage: Stage, zero: int, precision: str, clipping: float) -> tuple[d
     before = full_state(engine)
     metrics = engine.step(StepBatches(stage.target, stage.reference, stage.teacher(stage.reference)))
     after = full_state(engine)
-    moved = engine.towers.export({n: after[n] - before[n] for n in after}) if stage.ranks.is_main else {}
-    return moved, float(metrics["gradient_norm"])
+    change = engine.towers.export({n: after[n] - before[n] for n in after}) if stage.ranks.is_main else {}
+    return change, float(metrics["gradient_norm"])
 
 
-class NoReading(TorchDispatchMode):
-    """Fails where a step wants to know a number, for which the host would have to wait for the device."""
+class RefuseReads(TorchDispatchMode):
+    """Fails at operations that read a value, for which the host would wait for the device."""
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = op(*args, **kwargs or {})
-        assert not self._asks(op, args), f"{op} reads the device"
-        return found
+        result = op(*args, **kwargs or {})
+        assert not self._reads(op, args), f"{op} reads the device"
+        return result
 
     @staticmethod
-    def _asks(op: Any, args: Any) -> bool:
+    def _reads(op: Any, args: Any) -> bool:
         if op.overloadpacket is aten.index:
             return any(index is not None and index.dtype == torch.bool for index in args[1])
-        # An output whose size depends on values is such a question too: of nonzero, unique, a mask.
-        reads = op.overloadpacket in (aten._local_scalar_dense, aten.equal)
-        return reads or torch.Tag.dynamic_output_shape in op.tags
+        # An output whose size depends on values is a read too: nonzero, unique, a mask.
+        is_read = op.overloadpacket in (aten._local_scalar_dense, aten.equal)
+        return is_read or torch.Tag.dynamic_output_shape in op.tags
 
 
 @contextlib.contextmanager
-def no_reading() -> Iterator[None]:
-    """The CPU's stand-in for ``torch.cuda.set_sync_debug_mode("error")``."""
+def refusing_reads() -> Iterator[None]:
+    """A context that replaces ``torch.cuda.set_sync_debug_mode("error")`` on the CPU."""
 
     def refuse(*_: Any) -> None:
         raise AssertionError("the step reads the device")
@@ -154,27 +158,27 @@ def no_reading() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
-        stack.enter_context(NoReading())
+        stack.enter_context(RefuseReads())
         yield
 
 
-def read_by_step(stage: Stage, zero: int, **options: Any) -> str:
-    """What a step in the steady state reads of the device; nothing where all is well."""
+def find_read(stage: Stage, zero: int, **options: Any) -> str:
+    """The error of the first read of the device by a second step; empty if there is none."""
     engine = stage.engine(zero, **options)
     frozen = stage.teacher(stage.reference)
     engine.step(StepBatches(stage.target, stage.reference, frozen))
     try:
-        with no_reading():
+        with refusing_reads():
             values = engine.step(StepBatches(stage.target, stage.reference, frozen))
-            line = AsyncScalars(values)
+            scalars = AsyncScalars(values)
     except AssertionError as error:
         return str(error)
-    assert line.numbers()["loss"] == float(values["loss"])
+    assert scalars.numbers()["loss"] == float(values["loss"])
     return ""
 
 
-class Sent(TorchDispatchMode):
-    """Names of the collectives called."""
+class RecordCollectives(TorchDispatchMode):
+    """Records the names of collectives."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,11 +190,11 @@ class Sent(TorchDispatchMode):
         return op(*args, **kwargs or {})
 
 
-def sent_by_step(stage: Stage, **options: Any) -> list[str]:
+def collectives_of_step(stage: Stage, **options: Any) -> list[str]:
     engine = stage.engine(0, **options)
-    with Sent() as sent:
+    with RecordCollectives() as collectives:
         engine.step(StepBatches(stage.target, stage.reference, stage.teacher(stage.reference)))
-    return sent.names
+    return collectives.names
 
 
 @pytest.fixture(scope="module")
@@ -200,24 +204,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-PAIRWISE = [(1, "triton"), (2, "torch")]
-"""Numbers of ranks and backends of the losses that the quick tests try; the others are slow."""
+QUICK_CASES = [(1, "triton"), (2, "torch")]
+"""(number of ranks, backend of the losses) of the quick tests; other pairs are slow."""
 
 
-def both(world_size: int, backend: str) -> Any:
+def rank_case(world_size: int, backend: str) -> Any:
     """A parameter of :func:`by_rank`."""
-    marks = () if (world_size, backend) in PAIRWISE else pytest.mark.slow
+    marks = () if (world_size, backend) in QUICK_CASES else pytest.mark.slow
     return pytest.param((world_size, backend), id=f"{world_size}-{backend}", marks=marks)
 
 
-@pytest.fixture(scope="module", params=[both(*case) for case in itertools.product(STAGES, ["triton", "torch"])])
+@pytest.fixture(
+    scope="module", params=[rank_case(*pair) for pair in itertools.product(STAGES, ["triton", "torch"])]
+)
 def by_rank(folder: Path, request: pytest.FixtureRequest) -> list[dict[Any, Any]]:
-    """Results of each rank, with one rank and with two, by the Triton kernels and by plain PyTorch."""
+    """Results of each rank, for one rank and two, with the Triton kernels and plain PyTorch."""
     world_size, backend = request.param
     return run_ranks(world_size, run_paths, folder, STAGES[world_size], backend, init=False, timeout=300)
 
 
-def test_every_path_gives_the_papers_gradients(folder: Path, by_rank: list[dict[Any, Any]]) -> None:
+def test_paths_have_the_papers_gradients(folder: Path, by_rank: list[dict[Any, Any]]) -> None:
     expected, losses = oracle(folder)
     for zero, path in itertools.product(STAGES[len(by_rank)], PATHS):
         for results in by_rank:
@@ -225,11 +231,11 @@ def test_every_path_gives_the_papers_gradients(folder: Path, by_rank: list[dict[
             assert_same_gradients(gradients, expected, 1e-5)
             for name, value in losses.items():
                 assert metrics[name] == pytest.approx(value, rel=1e-4), (zero, path, name)
-            # Equal to the last bit, or the ranks' averages would drift apart over a run.
+            # Bit-equal; otherwise the ranks' averages would diverge over a run.
             assert torch.equal(average_vector, by_rank[0][zero, *path][2])
 
 
-def test_recomputed_blocks_give_the_papers_gradients(folder: Path, by_rank: list[dict[Any, Any]]) -> None:
+def test_recomputed_blocks_have_the_papers_gradients(folder: Path, by_rank: list[dict[Any, Any]]) -> None:
     expected, losses = oracle(folder)
     for zero, mode in itertools.product(STAGES[len(by_rank)], RECOMPUTED):
         gradients, metrics = by_rank[0][mode, zero]
@@ -238,7 +244,7 @@ def test_recomputed_blocks_give_the_papers_gradients(folder: Path, by_rank: list
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_gives_the_papers_gradients(folder: Path, by_rank: list[dict[Any, Any]], name: str) -> None:
+def test_methods_have_the_papers_gradients(folder: Path, by_rank: list[dict[Any, Any]], name: str) -> None:
     expected, losses = oracle(folder, name)
     for path, results in itertools.product(PATHS[::3], by_rank):
         for zero, (gradients, metrics) in results[name, *path].items():
@@ -253,63 +259,63 @@ def test_autocast_stays_near_fp32(
     folder: Path, by_rank: list[dict[Any, Any]], precision: str, tolerance: float
 ) -> None:
     expected, _ = oracle(folder)
-    wanted = torch.cat([gradient.flatten() for gradient in expected.values()])
+    expected_gradient = torch.cat([gradient.flatten() for gradient in expected.values()])
     for zero in STAGES[len(by_rank)]:
         gradients, _ = by_rank[0][precision, zero]
-        found = torch.cat([gradients[name].flatten() for name in expected])
-        error = float((found - wanted).norm() / wanted.norm())
-        # Not fp32 either: then autocast would not be on.
+        gradient = torch.cat([gradients[name].flatten() for name in expected])
+        error = float((gradient - expected_gradient).norm() / expected_gradient.norm())
+        # An error of fp32 would mean that autocast is off.
         assert 1e-5 < error < tolerance, f"{precision}, ZeRO {zero}: {error:.1e}"
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(by_rank: list[dict[Any, Any]]) -> None:
+def test_step_is_skipped_on_all_ranks_for_nonfinite_loss_of_one(by_rank: list[dict[Any, Any]]) -> None:
     for zero in STAGES[len(by_rank)]:
         for results in by_rank:
-            case = results["overflow", zero]
+            case = results["nonfinite", zero]
             assert case["skipped"] == 1, zero
             assert case["unchanged"]
-            assert case["moved_on"]
+            assert case["resumed"]
             assert case["finite"]
-            # No smaller scale would mend it.
+            # A smaller scale would not help, so it stays.
             assert (case["nonfinite"], case["scale"]) == (1, FP16_SCALE)
-            # It is a function of the step, skipped or not.
+            # The learning rate is a function of the step, skipped or not.
             assert case["learning_rate"] == pytest.approx(1e-3 * 4 / 5)
 
 
 @pytest.mark.parametrize(("precision", "clipping"), CLIPPED)
-def test_an_update_is_adamws_on_the_clipped_gradient(
+def test_update_is_adamw_on_the_clipped_gradient(
     folder: Path, by_rank: list[dict[Any, Any]], precision: str, clipping: float
 ) -> None:
     gradients, _ = oracle(folder)
     norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
     coefficient = min(1.0, clipping / float(norm)) if clipping else 1.0
-    moved = {name: -coefficient * g / (coefficient * g.abs() + 1) for name, g in gradients.items()}
+    expected = {name: -coefficient * g / (coefficient * g.abs() + 1) for name, g in gradients.items()}
     tolerance = {"fp32": 1e-4, "fp16": 0.03}[precision]
     for zero in STAGES[len(by_rank)]:
-        found, found_norm = by_rank[0]["clipped", zero, precision, clipping]
-        assert found_norm == pytest.approx(float(norm), rel=tolerance), zero
-        whole = [torch.cat([change[name].flatten() for name in moved]) for change in (found, moved)]
-        assert (whole[0] - whole[1]).norm() < tolerance * whole[1].norm(), zero
+        change, norm_of_engine = by_rank[0]["clipped", zero, precision, clipping]
+        assert norm_of_engine == pytest.approx(float(norm), rel=tolerance), zero
+        flat = [torch.cat([tensors[name].flatten() for name in expected]) for tensors in (change, expected)]
+        assert (flat[0] - flat[1]).norm() < tolerance * flat[1].norm(), zero
 
 
-def test_a_steady_step_reads_nothing_of_the_device(by_rank: list[dict[Any, Any]]) -> None:
+def test_step_does_not_read_the_device(by_rank: list[dict[Any, Any]]) -> None:
     for results in by_rank:
-        for key, found in results.items():
-            if key[0] == "read":
-                assert set(found.values()) == {""}, (key, found)
+        for key, reads in results.items():
+            if key[0] == "reads":
+                assert set(reads.values()) == {""}, (key, reads)
 
 
-def test_a_rank_that_is_alone_sends_nothing_to_itself(by_rank: list[dict[Any, Any]]) -> None:
+def test_step_on_one_rank_calls_no_collective(by_rank: list[dict[Any, Any]]) -> None:
     if len(by_rank) == 1:
-        assert not any(by_rank[0]["sent alone"].values()), by_rank[0]["sent alone"]
+        assert not any(by_rank[0]["collectives"].values()), by_rank[0]["collectives"]
 
 
-def steady_on_a_gpu(folder: Path) -> None:
-    """Steps in which CUDA itself refuses whatever the host would have to wait for."""
+def run_steps_on_gpu(folder: Path) -> None:
+    """Makes steps in which CUDA refuses operations that synchronize the host."""
     stage = Stage(folder)
     target, reference = stage.target.to(stage.ranks.device), stage.reference.to(stage.ranks.device)
     frozen = stage.teacher(reference)
-    for zero, how in itertools.product((0, 1, 2), STEADY):
+    for zero, how in itertools.product((0, 1, 2), NONBLOCKING):
         engine = stage.engine(zero, **how)
         for _ in range(2):
             engine.step(StepBatches(target, reference, frozen))
@@ -323,5 +329,5 @@ def steady_on_a_gpu(folder: Path) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_steady_step_never_waits_for_a_gpu(folder: Path) -> None:
-    run_ranks(1, steady_on_a_gpu, folder, init=False, timeout=300)
+def test_step_never_waits_for_the_gpu(folder: Path) -> None:
+    run_ranks(1, run_steps_on_gpu, folder, init=False, timeout=300)

@@ -1,4 +1,4 @@
-"""The update: loss scale, learning rate."""
+"""Tests of the loss scale and the learning-rate schedule."""
 
 import math
 
@@ -9,17 +9,18 @@ from dive_fast.engine.optimizer import learning_rate_schedule
 from dive_fast.engine.update import INITIAL_SCALE, LossScale
 
 
-def test_what_a_smaller_scale_cannot_mend_is_no_overflow() -> None:
+def test_loss_scale_counts_nonfinite_losses_apart_from_overflow() -> None:
     skipped, applied = torch.tensor(1.0), torch.tensor(0.0)
     finite, nonfinite = torch.tensor(True), torch.tensor(False)
     scale = LossScale("fp16", torch.device("cpu"))
     first = scale.value.item()
-    for loss, found in ((nonfinite, (1, 1)), (nonfinite, (2, 2)), (finite, (2, 0)), (nonfinite, (3, 1))):
+    cases = ((nonfinite, (1, 1)), (nonfinite, (2, 2)), (finite, (2, 0)), (nonfinite, (3, 1)))
+    for loss_is_finite, counts in cases:
         before = scale.value.item()
-        scale.update(skipped, loss)
-        assert (scale.nonfinite_steps, scale.nonfinite_in_row) == found
-        # Only the finite loss's gradient overflowed for the scale's sake.
-        assert scale.value == (before / 2 if loss is finite else before)
+        scale.update(skipped, loss_is_finite)
+        assert (scale.nonfinite_steps, scale.nonfinite_in_row) == counts
+        # Only where the loss is finite does a smaller scale help.
+        assert scale.value == (before / 2 if loss_is_finite is finite else before)
     scale.update(applied, finite)
     assert (scale.nonfinite_steps, scale.nonfinite_in_row, scale.skipped_steps) == (3, 0, 4)
     scale.value.fill_(1.0)
@@ -31,7 +32,7 @@ def test_what_a_smaller_scale_cannot_mend_is_no_overflow() -> None:
     assert (plain.nonfinite_in_row, plain.skipped_steps) == (1, 1)
 
 
-def test_loss_scale_halves_on_overflow_and_doubles_after_a_good_while() -> None:
+def test_loss_scale_halves_on_overflow_and_doubles_after_2000_steps() -> None:
     scale, good, bad = LossScale("fp16", torch.device("cpu")), torch.tensor(0.0), torch.tensor(1.0)
     finite = torch.tensor(True)
     first = scale.value.item()
@@ -55,7 +56,7 @@ def test_loss_scale_halves_on_overflow_and_doubles_after_a_good_while() -> None:
     assert "loss_scale" not in fixed.metrics()
 
 
-def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine_to_zero() -> None:
+def test_learning_rate_has_linear_warm_up_and_cosine_decay() -> None:
     factor = learning_rate_schedule(warmup_steps=4, total_steps=12)
     assert [factor(step) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     assert factor(8) == pytest.approx(0.5)
@@ -66,7 +67,7 @@ def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine_to_zero() -> None
     assert learning_rate_schedule(0, 10)(0) == 1
 
 
-def test_loss_scale_of_another_precision_is_not_restored() -> None:
+def test_loss_scale_is_not_restored_for_another_precision() -> None:
     cpu = torch.device("cpu")
     scale = LossScale("bf16", cpu)
     scale.skipped_steps += 3

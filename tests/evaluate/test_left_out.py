@@ -154,5 +154,5 @@ def test_left_out_count_is_in_rows_tables_and_logs(
 def test_known_sets_refuse_on_skipped(tmp_path: Path) -> None:
     tree = tiny.write_config(tmp_path)
     tree["evaluate"] = {"sets": {"pets": {"dataset": "pets", "path": "/data", "on_skipped": "report"}}}
-    with pytest.raises(ValueError, match=r"evaluate.sets.pets.on_skipped: a known dataset is measured whole"):
+    with pytest.raises(ValueError, match=r"evaluate.sets.pets.on_skipped: a known dataset is measured completely"):
         RunConfig.model_validate_json(json.dumps(tree))

@@ -72,8 +72,8 @@ def test_train_reports_missing_data_set_before_building_model(tmp_path: Path) ->
         ('deepspeed.gradient_clipping="1"', 'deepspeed.gradient_clipping = "1": expected a number'),
         ("deepspeed.gradient_clipping=null", "deepspeed.gradient_clipping = null: expected a number"),
         ("deepspeed.gradient_clipping=true", "deepspeed.gradient_clipping = true: expected a number"),
-        ("deepspeed.gradient_clipping=-1", "deepspeed.gradient_clipping = -1: expected a number from 0 on"),
-        ("deepspeed.steps_per_print=0", "deepspeed.steps_per_print = 0: expected a number from 1 on"),
+        ("deepspeed.gradient_clipping=-1", "deepspeed.gradient_clipping = -1: expected a number of at least 0"),
+        ("deepspeed.steps_per_print=0", "deepspeed.steps_per_print = 0: expected a number of at least 1"),
         ('deepspeed.prescale_gradients="no"', 'deepspeed.prescale_gradients = "no": expected true or false'),
     ],
 )

@@ -1,4 +1,4 @@
-"""Losses of the methods: the kernels' losses combined, and the average vector that DiVE carries."""
+"""Tests of the methods' losses, which combine those of the kernels, and of DiVE's average vector."""
 
 import pytest
 import torch
@@ -33,14 +33,14 @@ def outputs(seed: int, count: int = 5) -> Outputs:
     return Outputs(*pairs(seed, count), SCALE)
 
 
-def test_flyp_is_the_contrastive_loss_and_needs_no_reference() -> None:
+def test_flyp_is_contrastive_loss_without_reference() -> None:
     method = registry.create(ObjectiveConfig(name="flyp"), WIDTH)
     assert not method.needs.reference
     assert torch.equal(method.target(outputs(0), LABELS).loss, contrastive_loss(*pairs(0), SCALE))
     assert not method.state()
 
 
-def test_dive_weighs_the_difference_loss_and_moves_its_average_vector() -> None:
+def test_dive_weights_difference_loss_and_moves_average_vector() -> None:
     config = ObjectiveConfig(weight=30.0, decay=0.5, average_weight=2.0, pairwise_weight=3.0, mean_gradient=False)
     method = registry.create(config, WIDTH)
     vector: Tensor = torch.zeros(WIDTH)
@@ -62,16 +62,16 @@ def test_dive_weighs_the_difference_loss_and_moves_its_average_vector() -> None:
     assert torch.equal(method.state()["average_vector"], vector)
 
 
-def test_joint_is_the_sum_of_the_halves() -> None:
-    apart, together = (registry.create(ObjectiveConfig(), WIDTH) for _ in range(2))
-    first, second = apart.target(outputs(0), LABELS), apart.reference(outputs(1, 7), teacher(2, 7))
-    joint = together.joint(outputs(0), LABELS, outputs(1, 7), teacher(2, 7))
+def test_joint_loss_is_sum_of_both_halves() -> None:
+    separate, joint_method = (registry.create(ObjectiveConfig(), WIDTH) for _ in range(2))
+    first, second = separate.target(outputs(0), LABELS), separate.reference(outputs(1, 7), teacher(2, 7))
+    joint = joint_method.joint(outputs(0), LABELS, outputs(1, 7), teacher(2, 7))
     assert torch.equal(joint.loss, first.loss + second.loss)
     assert joint.metrics == first.metrics | second.metrics
-    assert torch.equal(apart.state()["average_vector"], together.state()["average_vector"])
+    assert torch.equal(separate.state()["average_vector"], joint_method.state()["average_vector"])
 
 
-def test_a_batch_with_a_nan_does_not_poison_the_average_vector() -> None:
+def test_average_vector_ignores_batch_with_nan() -> None:
     method = registry.create(ObjectiveConfig(), WIDTH)
     method.reference(outputs(0), teacher(1))
     before = method.state()["average_vector"].clone()
@@ -81,7 +81,7 @@ def test_a_batch_with_a_nan_does_not_poison_the_average_vector() -> None:
     assert torch.equal(method.state()["average_vector"], before)
 
 
-def test_metrics_carry_no_gradient() -> None:
+def test_metrics_have_no_gradient() -> None:
     method = registry.create(ObjectiveConfig(), WIDTH)
     features = Outputs(*(rows.requires_grad_() for rows in pairs(0)), SCALE.clone().requires_grad_())
     result = method.joint(features, LABELS, features, teacher(1))
@@ -99,8 +99,8 @@ def test_part_with_parameters_is_refused() -> None:
 
 def test_metric_that_both_parts_log_is_refused() -> None:
     class Same(Replay):
-        def forward(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
-            loss: Loss = super().forward(outputs, teacher, group)
+        def loss(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
+            loss: Loss = super().loss(outputs, teacher, group)
             return Loss(loss.loss, {"contrastive_loss": loss.loss.detach()})
 
     method = Method(Contrastive(Section(), Setting(WIDTH)), Same(Section(), Setting(WIDTH)))

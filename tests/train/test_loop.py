@@ -29,7 +29,7 @@ from dive_fast.data.prepared.write import prepare
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.distributed import Ranks, join
 from dive_fast.engine import profiler as trace
-from dive_fast.engine.profiler import RANGES, SETTLING, WARMING
+from dive_fast.engine.profiler import RANGES, WAIT_STEPS, WARMUP_STEPS
 from dive_fast.errors import ConfigError
 from dive_fast.methods.dive import Dive
 from dive_fast.methods.method import Part
@@ -297,11 +297,11 @@ def _traced(tree: dict[str, Any], output: Path) -> tuple[Counter[str], str, list
     ranks = join()
     Part.backend = "torch"
     with contextlib.redirect_stdout(io.StringIO()) as output_text:
-        run(tree, output, ranks, epochs=20, max_steps=SETTLING + WARMING + 3, trace_steps=3)
+        run(tree, output, ranks, epochs=20, max_steps=WAIT_STEPS + WARMUP_STEPS + 3, trace_steps=3)
     events = json.loads(gzip.decompress((output / "trace.json.gz").read_bytes()))["traceEvents"]
     ranges = Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
     with unittest.mock.patch.object(trace.logger, "warning") as warned:
-        run(tree, output.with_name("short"), ranks, epochs=20, max_steps=SETTLING, trace_steps=3)
+        run(tree, output.with_name("short"), ranks, epochs=20, max_steps=WAIT_STEPS, trace_steps=3)
     assert not output.with_name("short").joinpath("trace.json.gz").exists()
     return ranges, output_text.getvalue(), [call.args[0] % call.args[1:] for call in warned.call_args_list]
 
@@ -322,7 +322,7 @@ def test_trace_contains_the_parts_of_a_step(tmp_path: Path) -> None:
     }
     assert f"{output}/trace.json.gz: trace of 3 steps" in printed
     assert re.search(r"^  target +\d+\.\d\d$", printed, re.MULTILINE)
-    assert warned == [f"no trace: the run is shorter than {SETTLING + WARMING + 1} steps"]
+    assert warned == [f"no trace: the run is shorter than {WAIT_STEPS + WARMUP_STEPS + 1} steps"]
 
 
 def test_noise_floor_allows_the_tolerance_of_the_audit(tmp_path: Path) -> None:

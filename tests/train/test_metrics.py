@@ -30,7 +30,7 @@ def make_metrics(folder: Path, first_step: int = 0, *state: Any, rank: int = 0, 
         engine=SimpleNamespace(
             deepspeed=SimpleNamespace(monitor=SimpleNamespace(enabled=False)),
             method=SimpleNamespace(norms={"image_norm": "|u|"}),
-            is_random=False,
+            features_are_random=False,
         ),
         total_steps=STEPS,
         images_per_step=6,

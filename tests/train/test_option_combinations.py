@@ -1,7 +1,7 @@
 """Runs of two steps, with a checkpoint and a resume, that combine every two values of all enumerated options.
 
-Options and values come from the config's schema and the methods: a new one whose values are neither flags nor words
-must be listed here.
+Options and values are those of the config's schema and the methods. One whose values are neither
+flags nor words must be listed here.
 """
 
 import contextlib
@@ -157,7 +157,7 @@ INVALID = [
     Invalid({"model.name": ("dropping",), "train.micro_batch_size": (3,)}, "train.micro_batch_size"),
     Invalid({"evaluate.select": ("seen",), SETS: ("none",)}, "evaluate.sets has no seen"),
     Invalid({"evaluate.during": (SEEN, OTHER), SETS: ("none",)}, "evaluate.sets has no"),
-    Invalid({"evaluate.every_steps": (1,), "evaluate.every_epochs": (1,)}, "name one of them"),
+    Invalid({"evaluate.every_steps": (1,), "evaluate.every_epochs": (1,)}, "set only one of them"),
     Invalid({"evaluate.select": ("seen",)} | NEVER, "need every_steps or every_epochs"),
     Invalid({"evaluate.during": (SEEN, OTHER)} | NEVER, "need every_steps or every_epochs"),
     Invalid({"evaluate.during": (OTHER,), "evaluate.select": ("seen",)}, "evaluate.during: add seen"),

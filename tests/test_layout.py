@@ -1,4 +1,4 @@
-"""The layout of the package, as far as import contracts do not say it."""
+"""File names and installed folders, which the import contracts do not check."""
 
 import tomllib
 from collections import Counter
@@ -15,13 +15,13 @@ def test_no_two_modules_share_a_file_name() -> None:
 
 
 def test_no_two_test_files_share_a_name() -> None:
-    files = [path for room in ("tests", "benchmarks") for path in (REPOSITORY / room).rglob("*.py")]
+    files = [path for folder in ("tests", "benchmarks") for path in (REPOSITORY / folder).rglob("*.py")]
     names = Counter(path.name for path in files if path.name not in ("__init__.py", "conftest.py"))
     assert [name for name, count in names.items() if count > 1] == []
 
 
-def test_every_room_is_installed() -> None:
+def test_every_folder_is_installed() -> None:
     packages = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    rooms = {path.parent for path in (REPOSITORY / "dive_fast").rglob("__init__.py")}
-    names = {".".join(room.relative_to(REPOSITORY).parts) for room in rooms}
+    folders = {path.parent for path in (REPOSITORY / "dive_fast").rglob("__init__.py")}
+    names = {".".join(folder.relative_to(REPOSITORY).parts) for folder in folders}
     assert sorted(packages) == sorted(names | {"dive_fast.kernels"})

@@ -1,0 +1,215 @@
+"""Documents name only paths, modules, config keys, commands and options that exist."""
+
+import importlib
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from dive_fast.config.section import sections
+from dive_fast.errors import ConfigError
+from dive_fast.methods import registry
+from dive_fast.methods.run_config import RunConfig, load_run_config
+
+REPOSITORY = Path(__file__).parents[1]
+TOP = ("benchmarks", "dive_fast", "docs", "examples", "kernels", "launch", "tests", "tools")
+SECTIONS = ("data", "evaluate", "model", "objective", "teacher", "train")
+SUFFIXES = ("json", "jsonl", "md", "npy", "py", "safetensors")
+PATH = re.compile(rf"(?<![\w./<-])(?:{'|'.join(TOP)})/[\w./<>*-]*[\w/>*]")
+MODULE = re.compile(r"(?<![\w./])dive_fast(?:\.\w+)+")
+KEY = re.compile(rf"(?<![\w./-])(?:{'|'.join(SECTIONS)})(?:\.(?:\w+|<name>))+")
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+SCRIPT = re.compile(r"(?<![\w/])((?:launch|benchmarks)/\w+\.py)(.*)")
+OVERRIDE = re.compile(rf"(?:{'|'.join(SECTIONS)})\.[\w.]+=\S+")
+CODE = re.compile(r"`([^`]+)`|^ {4}(.*)$", re.MULTILINE)
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
+OTHERS_OPTIONS = {
+    *("--bind_cores_to_rank", "--ipc", "--master_addr", "--node_rank", "--num_accelerators", "--shm-size"),
+    *("--gpus-per-node", "--gpus-per-task", "--kill-on-bad-exit", "--wait"),
+}
+"""Options of DeepSpeed's launcher, containers and Slurm."""
+
+
+@cache
+def documents() -> tuple[Path, ...]:
+    """All documents but the changelog, which names what is gone."""
+    paths = [*REPOSITORY.glob("*.md"), *(path for folder in TOP for path in (REPOSITORY / folder).rglob("*.md"))]
+    return tuple(sorted(path for path in paths if path.name != "CHANGELOG.md"))
+
+
+def commands(text: str) -> Iterator[tuple[str, str]]:
+    """The scripts in code, each with the arguments after it; continued lines are joined."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    for code in CODE.finditer(joined):
+        for script, arguments in SCRIPT.findall(" ".join((code[1] or code[2] or "").split())):
+            yield script, arguments.partition(" #")[0]
+
+
+def missing_paths(text: str, folder: Path) -> set[str]:
+    """Paths that exist neither in the repository nor next to the document; ``<name>`` stands for any name."""
+    paths = {re.sub(r"<\w+>", "*", path).rstrip("/") for path in PATH.findall(text)}
+    return {path for path in paths if not any(any(base.glob(path)) for base in (REPOSITORY, folder))}
+
+
+def broken_links(text: str, document: Path) -> set[str]:
+    """Relative links whose file or heading does not exist."""
+    broken = set()
+    for path, anchor in LINK.findall(text):
+        target = document.parent / path if path else document
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
+            broken.add(f"{path}#{anchor}" if anchor else path)
+    return broken
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives to headings."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def missing_names(text: str) -> set[str]:
+    """Dotted names below ``dive_fast`` that are neither modules nor attributes of one."""
+    return {name for name in MODULE.findall(text) if not _exists(name.split("."))}
+
+
+def _exists(parts: list[str]) -> bool:
+    for length in range(len(parts), 0, -1):
+        try:
+            value = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[length:]:
+            if not hasattr(value, attribute):
+                return False
+            value = getattr(value, attribute)
+        return True
+    return False
+
+
+@cache
+def valid_keys() -> frozenset[str]:
+    """All config keys, with the options of methods and ``<name>`` for names that the user chooses."""
+    keys = set()
+    for place, section in sections(RunConfig, ""):
+        keys |= {place, *(f"{place}.{key}".lstrip(".") for key in section.model_fields)}
+    for preset in registry.table().presets.values():
+        keys |= {f"objective.{option}" for option in registry.options_of(preset)}
+    for half in registry.HALVES:
+        parts = getattr(registry.table(), f"{half}s").values()
+        keys |= {f"objective.{half}.{key}" for part in parts for key in ("name", *part.Options.model_fields)}
+    return frozenset(keys)
+
+
+def missing_keys(text: str) -> set[str]:
+    """Names of the form ``section.key`` in code that are not config keys."""
+    code = [match[1] or match[2] or "" for match in CODE.finditer(text)]
+    keys = {key for part in code for key in KEY.findall(part) if not key.endswith(SUFFIXES)}
+    return keys - valid_keys()
+
+
+@cache
+def options_of(file: Path) -> frozenset[str]:
+    """The command-line options that a file defines."""
+    return frozenset(re.findall(r'"(--[a-z][\w-]*)"', file.read_text(encoding="utf-8")))
+
+
+def missing_options(text: str) -> set[str]:
+    """Options of commands that their scripts lack, and options alone in code that no command has."""
+    shared = options_of(REPOSITORY / "launch/cli.py") | options_of(REPOSITORY / "benchmarks/conftest.py")
+    missing = set()
+    for script, arguments in commands(text):
+        if (path := REPOSITORY / script).exists():
+            unknown = set(OPTION.findall(arguments)) - options_of(path) - shared
+            missing |= {f"{script} {option}" for option in unknown}
+    scripts = [*REPOSITORY.glob("launch/*.py"), *REPOSITORY.glob("benchmarks/**/*.py")]
+    known = OTHERS_OPTIONS.union(*(options_of(script) for script in scripts))
+    return missing | (set(re.findall(r"`(--[a-z][\w-]*)", text)) - known)
+
+
+def refused_overrides(text: str) -> set[str]:
+    """Overrides in commands that the named config refuses."""
+    refused = set()
+    for script, arguments in commands(text):
+        config, overrides = re.search(r"--config (\w+\.json)", arguments), OVERRIDE.findall(arguments)
+        try:
+            if config:
+                load_run_config(config[1], overrides, REPOSITORY / "launch/configs")
+        except ConfigError as error:
+            refused.add(f"{script}{arguments}: {error}")
+    return refused
+
+
+def missing_targets(text: str) -> set[str]:
+    """Targets of ``make`` in code that the Makefile lacks."""
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    targets = {name for line in re.findall(r"^([\w -]+):(?!=)", makefile, re.MULTILINE) for name in line.split()}
+    named = {
+        name for match in CODE.finditer(text) for name in re.findall(r"^make ([\w-]+)", match[1] or match[2] or "")
+    }
+    return named - targets
+
+
+def mistakes(text: str, document: Path) -> list[str]:
+    """All names in a document that do not exist."""
+    return sorted(
+        missing_paths(text, document.parent)
+        | broken_links(text, document)
+        | missing_names(text)
+        | missing_keys(text)
+        | missing_options(text)
+        | refused_overrides(text)
+        | missing_targets(text)
+    )
+
+
+@pytest.mark.parametrize("document", documents(), ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_document_names_only_what_exists(document: Path) -> None:
+    assert mistakes(document.read_text(encoding="utf-8"), document) == []
+
+
+def test_documents_have_enough_names_to_check() -> None:
+    text = "\n".join(document.read_text(encoding="utf-8") for document in documents())
+    counts = [len(set(pattern.findall(text))) for pattern in (PATH, MODULE, KEY, OPTION, LINK)]
+    assert all(count >= least for count, least in zip(counts, (70, 5, 30, 50, 30), strict=True)), counts
+    assert len(list(commands(text))) > 30
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("see dive_fast/objective.py", "dive_fast/objective.py"),
+        ("a file `tests/methods/<name>_of_it.py`", "tests/methods/*_of_it.py"),
+        ("[guide](docs/guide.md)", "docs/guide.md"),
+        ("[guide](docs/reliability.md#no-such-heading)", "docs/reliability.md#no-such-heading"),
+        ("`dive_fast.evaluate.pairs.embed`", "dive_fast.evaluate.pairs.embed"),
+        ("`train.epoch=1`", "train.epoch"),
+        ("`objective.decoy`", "objective.decoy"),
+        ("`evaluate.sets.<name>.paths`", "evaluate.sets.<name>.paths"),
+        ("    python launch/evaluate.py --again\n", "launch/evaluate.py --again"),
+        ("the option `--again`", "--again"),
+        ("`make tests`", "tests"),
+    ],
+)
+def test_wrong_name_is_a_mistake(text: str, expected: str) -> None:
+    assert expected in mistakes(text, REPOSITORY / "README.md")
+
+
+def test_refused_override_is_a_mistake() -> None:
+    text = "    deepspeed launch/train.py --config vitb16_flyp.json objective.decay=0.9\n"
+    assert any("unknown key objective.decay" in mistake for mistake in mistakes(text, REPOSITORY / "README.md"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "dive_fast/data/loaders/<name>.py, and dive_fast/teacher.",
+        "`dive_fast.evaluate.geometry.measures.compare(before, after)`",
+        "`evaluate.sets.<name>.path`, `train.epochs=1`, `objective.decay`, `model.safetensors`",
+        "    deepspeed --hostfile hosts launch/train.py --config demo.json \\\n        train.max_steps=2 --json\n",
+        "`make test`, [main job](#training)",
+    ],
+)
+def test_existing_name_is_no_mistake(text: str) -> None:
+    assert mistakes(text, REPOSITORY / "README.md") == []
