@@ -1,11 +1,8 @@
 """Vanilla fine-tuning and LP-FT (Kumar et al. 2022): cross-entropy of a linear head on the image tower."""
 
-from typing import Literal
-
 from torch import Tensor, nn
 
-from dive_fast.config.section import NonNegativeFloat, Positive, Section
-from dive_fast.methods.method import Group, Loss, Preset, TargetLoss, TeacherOutputs, over_ranks
+from dive_fast.methods.method import Group, HeadOptions, Loss, Preset, TargetLoss, TeacherOutputs, over_ranks
 from dive_fast.model.features import Outputs
 
 
@@ -16,18 +13,8 @@ class CrossEntropy(TargetLoss):
     needs_texts = False
     needs_head = True
 
-    class Options(Section):
+    class Options(HeadOptions):
         """Options of the head."""
-
-        head_start: Literal["zero_shot", "random"] = "zero_shot"
-        """The head before training. `zero_shot`: the unit embeddings of the class prompts, times the logit scale.
-        `random`: PyTorch's start of a linear layer."""
-        probe: bool = False
-        """Train the head first, with the tower frozen (linear probing)."""
-        probe_epochs: Positive = 10
-        """Passes of the probed head over the target set. Images are embedded once, in their evaluation view."""
-        probe_learning_rate: NonNegativeFloat = 1e-3
-        """Peak learning rate of these passes; no warm-up, cosine decay to zero, `train.weight_decay`."""
 
     def loss(
         self, outputs: Outputs, labels: Tensor, group: Group = None, teacher: TeacherOutputs | None = None

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dive_fast.config.section import Section
+from dive_fast.config.section import NonNegativeFloat, Positive, Section
 from dive_fast.kernels.backend import Backend
 from dive_fast.methods.projection import Projection
 from dive_fast.model.features import Outputs, Pairs
@@ -191,10 +191,26 @@ class Part(nn.Module):
         """
 
 
+class HeadOptions(Section):
+    """Options of the head, for the options of a target loss that needs one."""
+
+    head_start: Literal["zero_shot", "random"] = "zero_shot"
+    """The head before training. `zero_shot`: the unit embeddings of the class prompts, times the logit scale.
+    `random`: PyTorch's start of a linear layer."""
+    probe: bool = False
+    """Train the head first, with the tower frozen (linear probing)."""
+    probe_epochs: Positive = 10
+    """Passes of the probed head over the target set. Images are embedded once, in their evaluation view."""
+    probe_learning_rate: NonNegativeFloat = 1e-3
+    """Peak learning rate of these passes; no warm-up, cosine decay to zero, `train.weight_decay`."""
+
+
 class TargetLoss(Part):
     """A loss on the target batch."""
 
     needs_head: ClassVar[bool] = False
+    """A linear head over the classes; its options are those of ``Options`` if it extends :class:`HeadOptions`,
+    otherwise their defaults."""
     teacher: ClassVar[Literal["none", "frozen", "moving"]] = "none"
 
     def loss(

@@ -19,7 +19,7 @@ from dive_fast.distributed import Ranks
 from dive_fast.engine.optimizer import learning_rate_schedule
 from dive_fast.evaluate.classifier import classifier
 from dive_fast.methods import registry
-from dive_fast.methods.linear_head import CrossEntropy
+from dive_fast.methods.method import HeadOptions
 from dive_fast.model.towers import Towers, tokenizer_of, unit
 
 
@@ -37,7 +37,8 @@ def make_head(
     """
     check_labels(source, class_names)
     options = registry.target_options(config.objective)
-    assert isinstance(options, CrossEntropy.Options)
+    if not isinstance(options, HeadOptions):
+        options = HeadOptions()
     data, train = config.data.target, config.train
     head = nn.Linear(towers.width, len(class_names))
     if is_trained:
