@@ -7,7 +7,7 @@ from it (``python -m dive_fast.methods.run_config``).
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from dive_fast.config.section import Decay, NonNegative, NonNegativeFloat, PathText, Positive, Section, Share
 from dive_fast.errors import nearest
@@ -274,7 +274,8 @@ class EvaluateConfig(Section):
     """Data sets that the tuned model is measured on, during training and at its end."""
 
     sets: dict[str, EvaluationSet] = Field(default={})
-    """Name -> data set; its `metric` goes to the metrics as `accuracy/<name>`."""
+    """Name -> data set; its `metric` goes to the metrics as `accuracy/<name>`. `null` removes a set of the
+    `base`."""
     geometry: GeometryConfig | None = None
     """Pairs on which RSA, CKA and difference vectors are measured too (docs/geometry.md); the metrics have them as
     `geometry/<name>`."""
@@ -293,6 +294,11 @@ class EvaluateConfig(Section):
     """Images encoded at once on each rank."""
     workers: NonNegative = 4
     """Loader processes on each rank."""
+
+    @field_validator("sets", mode="before")
+    @classmethod
+    def _remove_null_sets(cls, sets: Any) -> Any:
+        return {name: each for name, each in sets.items() if each is not None} if isinstance(sets, dict) else sets
 
 
 class Config(Section):

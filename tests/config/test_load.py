@@ -132,6 +132,18 @@ def test_null_and_value_replace_a_section_of_the_base(tmp_path: Path) -> None:
     assert load_run_config(str(write_pair(tmp_path, own))).data.reference is None
 
 
+def test_null_removes_an_evaluation_set_of_the_base(tmp_path: Path) -> None:
+    sets = {name: {"format": "folder", "path": name} for name in ("a", "b")}
+    own = {"evaluate": {"sets": {"a": None}}}
+    config = load_run_config(str(write_pair(tmp_path, own, SMALL | {"evaluate": {"sets": sets}})))
+    assert list(config.evaluate.sets) == ["b"]
+    (tmp_path / "chosen").mkdir()
+    chosen = {"sets": sets, "every_steps": 1, "select": "a"}
+    path = write_pair(tmp_path / "chosen", own, SMALL | {"evaluate": chosen})
+    with pytest.raises(ConfigError, match=r"evaluate\.select: evaluate\.sets has no a"):
+        load_run_config(str(path))
+
+
 def test_bases_form_a_chain_relative_to_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "some" / "where"
     folder.mkdir(parents=True)

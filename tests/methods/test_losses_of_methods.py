@@ -104,5 +104,5 @@ def test_metric_that_both_parts_log_is_refused() -> None:
             return Loss(loss.loss, {"contrastive_loss": loss.loss.detach()})
 
     method = Method(Contrastive(Section(), Setting(WIDTH)), Same(Section(), Setting(WIDTH)))
-    with pytest.raises(ValueError, match="two losses log a metric of one name: contrastive_loss"):
+    with pytest.raises(ValueError, match="two losses log a metric of the same name: contrastive_loss"):
         method.joint(outputs(0), LABELS, outputs(1), None)
