@@ -195,7 +195,9 @@ def _foreign(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
     changed = [half for half in HALVES if _loss_of(before, half) != _loss_of(after, half)]
     if not changed:
         return set()
-    options = set(before) - {"name", *HALVES}
+    # The weight belongs to the reference loss.
+    kept = set() if "reference" in changed else {"weight", "reference_every"}
+    options = set(before) - {"name", *HALVES} - kept
     nested = {key for key in _keys(before) if key.partition(".")[0] in changed and "." in key}
     return options | nested
 

@@ -36,7 +36,7 @@ class ModelConfig(Section):
     small model shipped with the project."""
     pretrained: PathText | None = None
     """open_clip's pretrained tag (`openai`) or a checkpoint file. Not used with `hf-hub:`, `local-dir:` and
-    `demo`, which bring their weights. Beside a file, `open_clip_config.json` says how its images are preprocessed,
+    `demo`, which bring their weights. `open_clip_config.json` next to a file says how its images are preprocessed,
     and of which architecture it is; every run exports one."""
     random: bool = False
     """Start from random weights, on purpose: the same ones in every command and run. Otherwise a model without

@@ -21,6 +21,7 @@ from dive_fast.config.schema import ObjectiveConfig
 from dive_fast.config.section import KeyedError, Section
 from dive_fast.errors import ConfigError, nearest
 from dive_fast.methods.method import Method, Needs, Part, Preset, ReferenceLoss, Setting, TargetLoss, needs_of
+from dive_fast.model.model_files import warn_on_main_rank
 
 NONE = "none"
 """The name of no reference loss."""
@@ -329,7 +330,9 @@ def resolve(objective: ObjectiveConfig) -> ObjectiveConfig:
 
 
 def drop_inherited(objective: dict[str, Any], inherited: set[str]) -> None:
-    """Removes options that were set for another method and that the method now chosen lacks.
+    """Removes options that were set for another method: those that the method now chosen lacks, and the weight.
+
+    A weight other than the method's default is reported, since the method could have kept it.
 
     Args:
         objective: the ``objective`` section, not validated; changed in place.
@@ -360,6 +363,15 @@ def drop_inherited(objective: dict[str, Any], inherited: set[str]) -> None:
         section = objective.get(section_key) if option else objective
         if isinstance(section, dict):
             section.pop(option or key, None)
+    # ``part`` is that of the reference loss, the last half.
+    if "weight" in inherited and "weight" in objective and part is not None:
+        default = getattr(part, "default_weight", None)
+        if objective["weight"] not in (None, default):
+            warn_on_main_rank(
+                f"objective.weight = {shorten_json(objective['weight'])} was set for another method and is not "
+                f"used: the default of {part.name} is {default:g}; set objective.weight together with the method"
+            )
+            del objective["weight"]
 
 
 def needs(objective: ObjectiveConfig) -> Needs:

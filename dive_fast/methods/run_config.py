@@ -59,7 +59,7 @@ def _methods() -> Iterator[str]:
         reference = "" if preset.reference is None else f"`{preset.reference}`"
         weight = "" if preset.reference is None else f"{table.references[preset.reference].default_weight:g}"
         cells = (f"`{preset.name}`", f"{preset.title}: {preset.summary}", f"`{preset.target}`", reference, weight)
-        yield f"| {' | '.join((*cells, options))} |"
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in (*cells, options))} |"
     for half, parts in (("target", table.targets), ("reference", table.references)):
         for name, part in parts.items():
             if part.Options.model_fields:

@@ -256,13 +256,12 @@ VECTORS = {"decay": 0.9, "average_weight": 0.5, "pairwise_weight": 0.25, "mean_g
     ("own", "resolved"),
     [
         ({"name": "flyp"}, {"name": "flyp"}),
-        ({"name": "snd"}, {"name": "snd", "weight": 7.0, "reference_every": 2}),
+        ({"name": "snd"}, {"name": "snd", "reference_every": 2}),
         ({"name": "snd", "weight": 3.0}, {"name": "snd", "weight": 3.0, "reference_every": 2}),
         (
             {"name": "avl"},
             {
                 "name": "avl",
-                "weight": 7.0,
                 "reference_every": 2,
                 **{key: value for key, value in VECTORS.items() if key != "pairwise_weight"},
             },
@@ -271,7 +270,6 @@ VECTORS = {"decay": 0.9, "average_weight": 0.5, "pairwise_weight": 0.25, "mean_g
             {"name": "cosine", "mean_gradient": True},
             {
                 "name": "cosine",
-                "weight": 7.0,
                 "reference_every": 2,
                 "decay": 0.9,
                 "average_start": 0,
@@ -279,12 +277,12 @@ VECTORS = {"decay": 0.9, "average_weight": 0.5, "pairwise_weight": 0.25, "mean_g
             },
         ),
         ({"reference": "none"}, {"name": "flyp"}),
-        ({"reference": "snd"}, {"name": "snd", "weight": 7.0, "reference_every": 2}),
-        ({"reference": {"name": "snd"}}, {"name": "snd", "weight": 7.0, "reference_every": 2}),
+        ({"reference": "snd"}, {"name": "snd", "reference_every": 2}),
+        ({"reference": {"name": "snd"}}, {"name": "snd", "reference_every": 2}),
         ({"target": "cross_entropy", "reference": "none"}, {"name": "vanilla_ft", "head_start": "zero_shot"}),
         (
             {"name": None, "target": "contrastive", "reference": "snd"},
-            {"name": "snd", "weight": 7.0, "reference_every": 2},
+            {"name": "snd", "reference_every": 2},
         ),
     ],
 )
@@ -300,6 +298,36 @@ def test_options_of_the_former_method_are_left_out(
         config = load_run_config(str(write(tmp_path, base)), overrides)
     common = {"weight": None, "reference_every": 1, "target": None, "reference": None}
     assert config.objective.model_dump() == common | resolved
+
+
+@pytest.mark.parametrize(
+    ("weight", "own", "kept", "lines"),
+    [
+        # A weight was chosen for its method: the new one starts with its own, in one line.
+        (7.0, {"name": "snd"}, None, 1),
+        (7.0, {"reference": "snd"}, None, 1),
+        (7.0, {"name": "snd", "weight": 3.0}, 3.0, 0),
+        (1000.0, {"name": "avl"}, 1000.0, 0),
+        (7.0, {"name": "flyp"}, None, 0),
+        (7.0, {"target": {"name": "cross_entropy"}}, 7.0, 0),
+        (7.0, {"decay": 0.5}, 7.0, 0),
+    ],
+)
+def test_weight_of_another_method_is_not_used_and_reported(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    weight: float,
+    own: dict[str, Any],
+    kept: float | None,
+    lines: int,
+) -> None:
+    base = SMALL | {"objective": {"weight": weight}}
+    assert load_run_config(str(write_pair(tmp_path, {"objective": own}, base))).objective.weight == kept
+    reports = [
+        record.message for record in caplog.records if "objective.weight = 7.0 was set for" in record.message
+    ]
+    assert len(reports) == lines
+    assert all("the default of snd is 1" in report for report in reports)
 
 
 def test_nested_options_of_the_former_loss_are_left_out(tmp_path: Path) -> None:
@@ -356,7 +384,7 @@ def test_method_named_above_a_base_replaces_its_losses(tmp_path: Path) -> None:
         load_run_config(str(write_pair(tmp_path, {"objective": {"name": "dive"}}, base))),
         load_run_config(str(write(tmp_path, base)), ["objective.name=dive"]),
     ):
-        assert (config.objective.name, config.objective.weight) == ("dive", 7.0)
+        assert (config.objective.name, config.objective.weight) == ("dive", None)
     config = load_run_config(str(write(tmp_path, base)), ["objective.name=dive", "objective.reference=snd"])
     assert config.objective.name == "snd"
 
