@@ -160,7 +160,7 @@ class Engine:
     def accumulate(self, batches: StepBatches) -> dict[str, Tensor]:
         """Computes the gradients of a step without its update; arguments and result as in :meth:`step`."""
         # ZeRO-3 would add to the previous step's gradient of a parameter that the first backward does not reach,
-        # e.g. of the text tower where SnD uses the images alone.
+        # e.g. of the text tower where a reference loss uses the images alone.
         if (partition := getattr(self.deepspeed.optimizer, "grad_partitions_flat_buffer", None)) is not None:
             partition.zero_()
         metrics: dict[str, Tensor] = {}
