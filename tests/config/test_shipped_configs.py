@@ -39,7 +39,7 @@ SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.json"))
 
 
 def test_every_shipped_config_is_the_papers_or_listed_as_another() -> None:
-    assert SHIPPED == sorted([*PAPER, *OTHERS])
+    assert sorted([*PAPER, *OTHERS]) == SHIPPED
 
 
 @pytest.mark.parametrize("name", SHIPPED)
