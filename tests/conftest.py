@@ -38,14 +38,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """What a test draws is the same whichever tests have run before it."""
+    """Seeds all generators, so that a test draws the same numbers whatever ran before it."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
 
 
 def _state() -> dict[str, Any]:
-    """What is common to all tests of a process, and which none may leave changed."""
+    """State shared by all tests of a process, which no test may leave changed."""
     names = (
         "RANK",
         "WORLD_SIZE",

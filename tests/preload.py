@@ -1,4 +1,4 @@
-"""What the process that ranks and scripts are forked from imports and prepares, once for all of them."""
+"""Imports and preparations of the process that ranks and scripts are forked from, once for all of them."""
 
 import importlib
 import os

@@ -65,7 +65,7 @@ def plan(rows: Rows, size: Size) -> list[Run]:
 
 
 def settled(rows: Rows, worlds: Sequence[str]) -> list[Run]:
-    """What another size's grid has chosen by ``equal``: every method, a seed after the other; no grid of its own.
+    """Every method as another size's grid chose it by ``equal``, seed by seed; without a grid of this size.
 
     Args:
         rows: results of that size.
@@ -87,7 +87,7 @@ def grids(world: str, methods: Iterable[str]) -> list[Run]:
 
 
 def other_seeds(rows: Rows, world: str, methods: Iterable[str]) -> list[Run]:
-    """What is chosen of the grids, again with the other seeds: first what is compared at equal ID."""
+    """The runs that the grids chose, with the other seeds: those compared at equal ID first."""
     found = []
     for rule in ("equal", "best"):
         settings = [setting for method in methods if (setting := chosen(rows, world, method, rule)) is not None]

@@ -18,7 +18,7 @@ from study import sets
 CONTEXT = 16
 WEIGHTS, EMBEDDING = "open_clip_model.safetensors", "token_embedding.weight"
 INITIAL_STD = 0.02
-"""Of word embeddings, as open_clip begins them."""
+"""Standard deviation of initial word embeddings, as in open_clip."""
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "small": ({"patch_size": 8, "width": 160, "layers": 4}, {"width": 96, "heads": 3, "layers": 2}),
     "large": ({"patch_size": 4, "width": 192, "layers": 8}, {"width": 128, "heads": 4, "layers": 4}),
@@ -99,7 +99,7 @@ def with_words(pretrained: Path, folder: Path, words: Iterable[str], seed: int =
 
 
 def digest(folder: Path) -> str:
-    """What a pre-trained model is known by: a hash of its weights."""
+    """A hash of a pre-trained model's weights, by which results name it."""
     return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:16]
 
 

@@ -25,7 +25,7 @@ from study.methods import STUDIED, objective
 
 EVALUATED = ("validation", "id", "ood", "zs")
 HELDOUT = "heldout"
-"""Of the sets: the geometry of the embeddings is measured on it."""
+"""The set on which the geometry of the embeddings is measured."""
 NORMS = {"u": "image_norm", "v": "text_norm", "m": "average_norm"}
 COURSE = 9
 """Points at most of the lengths of difference vectors over a run."""
@@ -36,7 +36,7 @@ class Size:
     """How large a study is."""
 
     shape: str
-    """Of :data:`study.model.SIZES`."""
+    """A key of :data:`study.model.SIZES`."""
     pretraining_epochs: int
     target: int
     """Pictures of CIFAR-10."""
@@ -68,7 +68,7 @@ class Run:
     world: str
     method: str
     weight: float | None
-    """Of the reference's loss; None: the method has none."""
+    """Weight of the reference loss; None: the method has none."""
     learning_rate: float
     seed: int = 0
     decay: float = 0.99
@@ -127,7 +127,7 @@ class Study:
         return self.folder / f"model-{self.size.shape}-{self.size.pretraining_epochs}{'-pacs' * (world == 'pacs')}"
 
     def key(self, run: Run) -> dict[str, Any]:
-        """What the run's line of the results is found by."""
+        """The fields that identify the run's line in the results."""
         return run.key(self.name, self.digests[run.world])
 
     def config(self, run: Run) -> Config:

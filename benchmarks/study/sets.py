@@ -67,7 +67,7 @@ PACS, CIFAR10, CIFAR100 = "pacs32/pacs32.npz", "cifar10/cifar10.npz", "cifar100/
 TINY = "zeroshot/tinyimagenet_val.npz"
 DOMAINS = ("art_painting", "cartoon", "sketch")
 PHOTOS = {"target": (0, 1000), "validation": (1000, 1300), "id": (1300, 1670)}
-"""Of PACS, shuffled: its file begins with equally many of each class and ends with persons."""
+"""Row ranges of PACS after shuffling: its file begins with equally many of each class and ends with persons."""
 IN_PACS = frozenset({"elephant", "house", "boy", "girl"})
 """Classes of CIFAR-100's zero-shot half that PACS has, or a kind of (person)."""
 DECISIONS = Path(__file__).with_name("tinyimagenet.tsv")
@@ -83,7 +83,7 @@ class Pictures(NamedTuple):
 
 
 def names(file: str, kind: str = "class") -> tuple[str, ...]:
-    """Of the classes of an ``.npz`` file, or of its superclasses, kind ``coarse``."""
+    """Names of the classes of an ``.npz`` file, or of its superclasses (``coarse``)."""
     with np.load(DATA / file) as arrays:
         return tuple(str(name).replace("_", " ").lower() for name in arrays[f"{kind}_names"])
 
@@ -155,7 +155,7 @@ def corrupted(pictures: Pictures) -> Pictures:
 
 
 def caption(fine: str, coarse: str, random: np.random.Generator) -> str:
-    """What a pre-training picture is said to show: mostly its class, sometimes its superclass, sometimes both."""
+    """The caption of a pre-training image: mostly its class, sometimes its superclass, sometimes both."""
     kind = random.random()
     if kind < 0.7:
         return str(random.choice(TEMPLATES)).format(fine)
@@ -178,7 +178,7 @@ def evaluated(world: str) -> tuple[str, ...]:
 
 
 class Decision(NamedTuple):
-    """What is to become of a class of Tiny-ImageNet."""
+    """Whether a class of Tiny-ImageNet is used, and for what."""
 
     wnid: str
     name: str

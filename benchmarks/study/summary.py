@@ -43,7 +43,7 @@ class Figure(NamedTuple):
 
 
 def figure(rows: Sequence[Row], of: Callable[[Row], float]) -> Figure:
-    """Of one measure of runs that differ in their seeds."""
+    """Mean and standard deviation of a measure over runs that differ in their seeds."""
     values = [of(row) for row in rows]
     return Figure(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
 

@@ -102,7 +102,7 @@ def _section_at(location: tuple[int | str, ...]) -> dict[str, FieldInfo]:
 
 
 def _inside(holder: Any, key: int | str) -> Any:
-    """What the config has at a key: a section, the type of a dict of sections, or None for a plain value."""
+    """The type at a key of the config: a section, a dict of sections, or None for a plain value."""
     if get_origin(holder) is dict:
         return get_args(holder)[1]  # the key is a name that the user chose
     field = getattr(holder, "model_fields", {}).get(key)

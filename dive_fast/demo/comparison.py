@@ -20,7 +20,7 @@ The demo shows that everything from config to exported model works, and that in 
 what FLYP forgets at the same steps and learning rate. Learning rate, lambda and epochs were chosen on these same
 sets: the rate for FLYP's best ID; lambda is 0.1 here, where embeddings move further than CLIP's, whose lambda is
 1000. The demo shows nothing about CLIP on natural images, nor about speed."""
-"""What the comparison does and does not show; printed below the table."""
+"""The limits of the comparison; printed below the table."""
 
 Report = dict[str, dict[str, float]]
 MEASURES = {

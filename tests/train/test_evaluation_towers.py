@@ -49,9 +49,9 @@ class Outcome(NamedTuple):
     freed: bool
     """Whether the towers hold no memory between evaluations."""
     hashes: list[str]
-    """Of weights and features, at each evaluation."""
+    """Hashes of weights and features at each evaluation."""
     accuracies: list[dict[str, float]]
-    """Of metrics.jsonl."""
+    """Accuracies in metrics.jsonl."""
 
 
 def features(towers: Towers) -> str:
