@@ -31,10 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     # Heavy imports follow later, so that a typo is reported at once.
     from dive_fast.errors import ConfigError, UserError
-    from dive_fast.methods.run_config import load_run_config
 
     try:
-        config = load_run_config(options.config, options.overrides, cli.CONFIGS)
+        config = cli.load_config(options.config, options.overrides)
         if config.data.reference is None:
             raise ConfigError("data.reference: a teacher cache needs a reference set; configure one")
         from dive_fast.data.open_dataset import open_reference

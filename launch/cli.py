@@ -9,10 +9,13 @@ import functools
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from dive_fast.methods.run_config import RunConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -53,6 +56,24 @@ def count(minimum: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def load_config(name: str, overrides: Sequence[str]) -> "RunConfig":
+    """Reads a config by path or by its name among the shipped ones.
+
+    The methods import torch, which takes seconds: everything but their options is validated before, by pydantic
+    alone, so that a typo is reported at once.
+
+    Raises:
+        ConfigError: as :func:`dive_fast.methods.run_config.load_run_config`.
+    """
+    from dive_fast.config.load import load_config
+    from dive_fast.config.schema import Config
+
+    load_config(name, overrides, CONFIGS, Config)
+    from dive_fast.methods.run_config import load_run_config
+
+    return load_run_config(name, overrides, CONFIGS)
 
 
 def run_folder(output: str | None, config: str) -> Path:

@@ -23,10 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     # Only pydantic is imported so far, so that a typo is reported at once.
     from dive_fast.errors import UserError
-    from dive_fast.methods.run_config import load_run_config
 
     try:
-        config = load_run_config(options.config, options.overrides, cli.CONFIGS)
+        config = cli.load_config(options.config, options.overrides)
         from dive_fast.distributed import join
         from dive_fast.evaluate import weight_ensemble
         from dive_fast.evaluate.early_checks import check_output, find_weights

@@ -38,12 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     # Only pydantic is imported so far, so that a typo is reported at once.
     from dive_fast.config.schema import EvaluateConfig, EvaluationSet, ModelConfig
     from dive_fast.errors import ConfigError, UserError
-    from dive_fast.methods.run_config import load_run_config
 
     try:
-        config = (
-            load_run_config(options.config, options.overrides, cli.CONFIGS) if options.config is not None else None
-        )
+        config = cli.load_config(options.config, options.overrides) if options.config is not None else None
         model = (
             config.model if config is not None else ModelConfig(name=options.model, pretrained=options.pretrained)
         )

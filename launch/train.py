@@ -36,10 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     # Heavy imports follow later, so that a typo is reported at once.
     from dive_fast.errors import UserError
-    from dive_fast.methods.run_config import load_run_config
 
     try:
-        config = load_run_config(options.config, options.overrides, cli.CONFIGS)
+        config = cli.load_config(options.config, options.overrides)
         if options.dry_run:
             return dry_run(config, options)
         from dive_fast.checkpoint.saver import SaveError

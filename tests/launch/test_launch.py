@@ -261,3 +261,18 @@ def test_launchers_in_bare_environment_with_non_ascii_names(tmp_path: Path) -> N
         assert (folder / start[0] / "model.safetensors").exists()
         saved = json.loads((folder / start[0] / "config.json").read_text())
         assert saved["config"]["data"]["target"]["templates"] == template
+
+
+def test_typo_outside_of_the_methods_options_is_reported_without_torch() -> None:
+    code = (
+        "import sys, cli\n"
+        "from dive_fast.errors import ConfigError\n"
+        "try: cli.load_config('demo.json', ['train.lr=1'])\n"
+        "except ConfigError as error: print(error)\n"
+        "print([name for name in ('torch', 'open_clip', 'deepspeed') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=ROOT / "launch", capture_output=True, text=True, check=True)
+    message, modules = run.stdout.splitlines()
+    assert "unknown key train.lr; did you mean train.learning_rate?" in message
+    assert modules == "[]"
