@@ -268,7 +268,7 @@ class Engine:
 
     def _penalty(self, half: _Half) -> Loss | None:
         """The penalty on parameters; None but in the last half, so that it counts once a step."""
-        return self.method.penalty(dict(self.towers.named_parameters())) if half.last else None
+        return self.method.penalty(self.towers) if half.last else None
 
     def _backward(self, half: _Half) -> Loss:
         """Runs forward and backward of one half."""

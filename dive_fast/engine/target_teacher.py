@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,11 +60,10 @@ class TargetTeacher:
             return
         applied = 1.0 - skipped.float()
         rate = self._loss.teacher_rate(applied) * applied
-        names, parameters = zip(*self._towers.named_parameters(), strict=True)
-        student_parameters = dict(student.named_parameters())
-        tuned = [name for name in names if student_parameters[name].requires_grad]
-        teacher = [parameter for name, parameter in zip(names, parameters, strict=True) if name in set(tuned)]
-        steps = torch._foreach_sub([student_parameters[name].detach() for name in tuned], teacher)
+        tuned = {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
+        moving = {name: p for name, p in self._towers.named_parameters() if name in tuned}
+        teacher: Any = list(moving.values())  # torch's stubs have lists of scalars here
+        steps = torch._foreach_sub([tuned[name] for name in moving], teacher)
         torch._foreach_mul_(steps, rate)
         torch._foreach_add_(teacher, steps)
 

@@ -330,9 +330,13 @@ class Method(nn.Module):
                 stack.enter_context(part.change_weights(towers))
             yield
 
-    def penalty(self, parameters: Mapping[str, Tensor]) -> Loss | None:
-        """The sum of the parts' penalties; None where no part has one."""
-        terms = [term for part in self.parts if (term := part.penalty(parameters)) is not None]
+    def penalty(self, towers: nn.Module) -> Loss | None:
+        """The sum of the parts' penalties; None where no part has one, which costs no walk through the towers."""
+        penalized = [part for part in self.parts if overrides(part, "penalty")]
+        if not penalized:
+            return None
+        parameters = dict(towers.named_parameters())
+        terms = [term for part in penalized if (term := part.penalty(parameters)) is not None]
         if not terms:
             return None
         total = torch.stack(terms).sum()
