@@ -1,9 +1,13 @@
-"""Every exception that a user sees, and the meaning of system errors."""
+"""Every exception that a user sees, warnings of rank 0, and the meaning of system errors."""
 
 import difflib
 import errno
+import logging
+import os
 import sys
 from collections.abc import Sequence
+
+logger = logging.getLogger(__name__)
 
 MAX_LENGTH = 4000
 """Maximum characters of a message; the middle is cut: the start names the file, the end says what to do."""
@@ -134,3 +138,9 @@ def nearest(word: str, words: Sequence[str]) -> str:
 
 class DataError(UserError):
     """Invalid data; the one-line message names the file and what is expected."""
+
+
+def warn_on_main_rank(line: str) -> None:
+    """Logs a warning on rank 0 only, as all ranks read the same files."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(line)

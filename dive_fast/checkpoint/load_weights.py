@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dive_fast.checkpoint.manifest import FIXED, MANIFEST, WEIGHTS, Tensors, read_identity
 from dive_fast.config.schema import ModelConfig
-from dive_fast.errors import ConfigError
+from dive_fast.errors import ConfigError, warn_on_main_rank
 from dive_fast.io.safe_read import forbid_code_execution
 from dive_fast.model import head as heads
 from dive_fast.model.head import Head
@@ -19,7 +19,6 @@ from dive_fast.model.model_files import (
     check_architecture,
     read_description,
     summarize_preprocess,
-    warn_on_main_rank,
     with_preprocess_config,
 )
 from dive_fast.model.towers import HEAD, Towers, read_weights

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks
-from dive_fast.errors import ConfigError
+from dive_fast.errors import ConfigError, warn_on_main_rank
 from dive_fast.methods import registry
-from dive_fast.model.model_files import warn_on_main_rank
 from dive_fast.model.towers import Towers
 from dive_fast.model.transformer_blocks import check_blocks
 

@@ -19,9 +19,8 @@ from dive_fast import methods
 from dive_fast.config.explain import nearest_key, shorten_json
 from dive_fast.config.schema import ObjectiveConfig
 from dive_fast.config.section import KeyedError, Section
-from dive_fast.errors import ConfigError, nearest
+from dive_fast.errors import ConfigError, nearest, warn_on_main_rank
 from dive_fast.methods.method import Method, Needs, Part, Preset, ReferenceLoss, Setting, TargetLoss, needs_of
-from dive_fast.model.model_files import warn_on_main_rank
 
 NONE = "none"
 """The name of no reference loss."""

@@ -5,8 +5,6 @@ have one next to them, which keeps a model's preprocessing with its weights.
 """
 
 import json
-import logging
-import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -22,11 +20,9 @@ from safetensors import safe_open
 
 from dive_fast.data.prompts import TOKENIZER_PROBES, Tokenizer
 from dive_fast.data.transforms import Preprocess
-from dive_fast.errors import ConfigError
+from dive_fast.errors import ConfigError, warn_on_main_rank
 from dive_fast.io.atomic_files import write_atomic
 from dive_fast.io.safe_read import read_json
-
-logger = logging.getLogger(__name__)
 
 DESCRIPTION = "open_clip_config.json"
 """Name of the description next to weights."""
@@ -286,12 +282,6 @@ def _describe_names(names: set[str]) -> str | None:
     if any(name.startswith("optimizer") for name in names):
         return "the state of an optimizer; name the file of weights"
     return None
-
-
-def warn_on_main_rank(line: str) -> None:
-    """Logs a warning on rank 0 only, as all ranks read the same files."""
-    if os.environ.get("RANK", "0") == "0":
-        logger.warning(line)
 
 
 def summarize_preprocess(preprocess: Preprocess) -> str:

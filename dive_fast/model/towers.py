@@ -18,7 +18,7 @@ from dive_fast.config.schema import DataConfig, ModelConfig
 from dive_fast.data.batch import Text
 from dive_fast.data.prompts import PooledAt, Tokenizer, quick_bpe
 from dive_fast.data.transforms import Preprocess
-from dive_fast.errors import ConfigError
+from dive_fast.errors import ConfigError, warn_on_main_rank
 from dive_fast.io.atomic_files import atomic_path
 from dive_fast.io.safe_read import forbid_code_execution
 from dive_fast.kernels.naive import unit
@@ -32,7 +32,6 @@ from dive_fast.model.model_files import (
     read_description,
     summarize_preprocess,
     tensor_shapes,
-    warn_on_main_rank,
     write_description,
 )
 from dive_fast.numerics import full_fp32
