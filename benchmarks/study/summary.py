@@ -78,17 +78,20 @@ def main_table(rows: Sequence[Row], world: str, rule: str, grid: Sequence[Row]) 
             lines.append(f"| pre-trained | | | | {' | '.join(cells)} | 1 | |")
     for method in TABLE_ORDER:
         run = chosen(grid, world, method, rule)
-        found = over_seeds(rows, run) if run is not None else []
-        if run is None or not found:
+        selected = over_seeds(rows, run) if run is not None else []
+        if run is None or not selected:
             continue
         cells = [
             LABELS[method],
             "" if run.weight is None else f"{run.weight:g}",
             f"{run.learning_rate:g}",
-            str(len(found)),
-            *(figure(found, of).percent() for of in (_of("validation"), _of("id"), ood, _of("zs"), _of("tiny"))),
-            figure(found, _of("rsa")).plain(),
-            ", ".join(f"{figure(found, _of(name)).mean:.1e}" for name in ("u", "v") if name in found[0]),
+            str(len(selected)),
+            *(
+                figure(selected, of).percent()
+                for of in (_of("validation"), _of("id"), ood, _of("zs"), _of("tiny"))
+            ),
+            figure(selected, _of("rsa")).plain(),
+            ", ".join(f"{figure(selected, _of(name)).mean:.1e}" for name in ("u", "v") if name in selected[0]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -124,12 +127,12 @@ def level_table(rows: Sequence[Row], world: str) -> list[str]:
             continue  # their ID is that of another classifier
         # The same grid for every method: who has more runs finds a better one.
         grid = set(grids(world, [method]))
-        found = [row for row in plain_runs(rows, world, method) if run_of(row) in grid]
-        if len(found) < len(grid):
+        selected = [row for row in plain_runs(rows, world, method) if run_of(row) in grid]
+        if len(selected) < len(grid):
             continue
         levels = [reached - less for less in LEVELS]
-        kept = [at_level([(in_domain(row), zero_shot(row)) for row in found], level) for level in levels]
-        geometry = [at_level([(in_domain(row), row["rsa"]) for row in found], level) for level in levels]
+        kept = [at_level([(in_domain(row), zero_shot(row)) for row in selected], level) for level in levels]
+        geometry = [at_level([(in_domain(row), row["rsa"]) for row in selected], level) for level in levels]
         cells = ["-" if value is None else f"{100 * value:.1f}" for value in kept]
         shapes = ", ".join("-" if value is None else f"{value:.3f}" for value in geometry)
         lines.append(f"| {LABELS[method]} | {' | '.join(cells)} | {shapes} |")
@@ -148,8 +151,8 @@ def zero_shot(row: Row) -> float:
 
 def plain_runs(rows: Iterable[Row], world: str, method: str) -> list[Row]:
     """Runs of seed 0 that differ from the default in weight and learning rate alone."""
-    found = [row for row in rows if (row["world"], row["method"], row["seed"]) == (world, method, 0)]
-    return [row for row in found if run_of(row).is_plain()]
+    selected = [row for row in rows if (row["world"], row["method"], row["seed"]) == (world, method, 0)]
+    return [row for row in selected if run_of(row).is_plain()]
 
 
 def sweeps(dive: Run, batch_size: int) -> dict[str, dict[str, Run]]:
@@ -176,20 +179,20 @@ def sweep_tables(rows: Sequence[Row], batch_size: int) -> list[str]:
     lines: list[str] = []
     for title, cases in {} if run is None else sweeps(run, batch_size).items():
         lines += ["", f"| {title} | seeds | ID | OOD | ZS | Tiny | RSA | mean u, v, m |", "|---" * 8 + "|"]
-        for name, found in with_equal_seeds(rows, cases).items():
-            cells = [figure(found, of).percent() for of in (_of("id"), ood, _of("zs"), _of("tiny"))]
-            norms = ", ".join(f"{figure(found, _of(symbol)).mean:.1e}" for symbol in "uvm")
-            shape = figure(found, _of("rsa")).plain()
-            lines.append(f"| {name} | {len(found)} | {' | '.join(cells)} | {shape} | {norms} |")
+        for name, selected in with_equal_seeds(rows, cases).items():
+            cells = [figure(selected, of).percent() for of in (_of("id"), ood, _of("zs"), _of("tiny"))]
+            norms = ", ".join(f"{figure(selected, _of(symbol)).mean:.1e}" for symbol in "uvm")
+            shape = figure(selected, _of("rsa")).plain()
+            lines.append(f"| {name} | {len(selected)} | {' | '.join(cells)} | {shape} | {norms} |")
     return lines
 
 
 def with_equal_seeds(rows: Sequence[Row], cases: dict[str, Run]) -> dict[str, list[Row]]:
     """Results of the cases that have any, over the seeds that all of these have."""
-    known = {name: found for name, case in cases.items() if (found := over_seeds(rows, case))}
-    seeds = [{row["seed"] for row in found} for found in known.values()]
+    known = {name: selected for name, case in cases.items() if (selected := over_seeds(rows, case))}
+    seeds = [{row["seed"] for row in selected} for selected in known.values()]
     common = set[int]().union(*seeds[:1]).intersection(*seeds)
-    return {name: [row for row in found if row["seed"] in common] for name, found in known.items()}
+    return {name: [row for row in selected if row["seed"] in common] for name, selected in known.items()}
 
 
 def draw_sweeps(rows: Sequence[Row], batch_size: int, path: Path) -> bool:
@@ -205,7 +208,7 @@ def draw_sweeps(rows: Sequence[Row], batch_size: int, path: Path) -> bool:
     for axis, (title, cases) in zip(canvas.subplots(1, len(swept), sharey=True), swept.items(), strict=True):
         known = with_equal_seeds(rows, cases)
         for label, (of, colour, line) in looks.items():
-            figures = [figure(found, of) for found in known.values()]
+            figures = [figure(selected, of) for selected in known.values()]
             means, deviations = [100 * one.mean for one in figures], [100 * one.deviation for one in figures]
             places = [list(cases).index(name) for name in known]
             axis.errorbar(places, means, deviations, fmt=line, color=colour, markersize=5, capsize=2, label=label)
@@ -221,18 +224,18 @@ def draw_sweeps(rows: Sequence[Row], batch_size: int, path: Path) -> bool:
 
 def compared(rows: Sequence[Row], world: str, rule: str, grid: Sequence[Row]) -> list[Row]:
     """The pre-trained model and each method's runs at the setting that a rule picks from a grid."""
-    found = [row for row in rows if (row["world"], row["method"]) == (world, "pretrained")]
+    selected = [row for row in rows if (row["world"], row["method"]) == (world, "pretrained")]
     for method in TABLE_ORDER:
         if (run := chosen(grid, world, method, rule)) is not None:
-            found += over_seeds(rows, run)
-    return [row | {"ood": ood(row), "zs": zero_shot(row)} for row in found]
+            selected += over_seeds(rows, run)
+    return [row | {"ood": ood(row), "zs": zero_shot(row)} for row in selected]
 
 
 def norm_table(rows: Sequence[Row]) -> list[str]:
     """Lengths of the difference vectors at the end of DiVE's runs, over weight and learning rate."""
-    found = sorted(plain_runs(rows, "cifar10", STUDIED), key=lambda row: (row["learning_rate"], row["weight"]))
+    selected = sorted(plain_runs(rows, "cifar10", STUDIED), key=lambda row: (row["learning_rate"], row["weight"]))
     lines = ["| lambda | learning rate | mean u | mean v | m | m over u | ID | ZS | RSA |", "|---" * 9 + "|"]
-    for row in found:
+    for row in selected:
         norms = " | ".join(f"{row[symbol]:.1e}" for symbol in "uvm")
         lines.append(
             f"| {row['weight']:g} | {row['learning_rate']:g} | {norms} | {row['m'] / row['u']:.2f} "
@@ -307,13 +310,13 @@ def draw_curves(rows: Sequence[Row], world: str, path: Path) -> None:
             if method in HEADS:
                 continue
             # Those at gentler rates are there for the lengths of difference vectors, and learn little.
-            found = [row for row in plain_runs(rows, world, method) if row["learning_rate"] in LEARNING_RATES]
-            if not found:
+            selected = [row for row in plain_runs(rows, world, method) if row["learning_rate"] in LEARNING_RATES]
+            if not selected:
                 continue
-            points = [(100 * in_domain(row), factor * of(row)) for row in found]
+            points = [(100 * in_domain(row), factor * of(row)) for row in selected]
             axis.plot(*zip(*points, strict=True), "o", color=COLOURS[method], markersize=3.5, alpha=0.35)
-            best = max(found, key=lambda row: row["validation"])
-            line = [row for row in found if row["learning_rate"] == best["learning_rate"]]
+            best = max(selected, key=lambda row: row["validation"])
+            line = [row for row in selected if row["learning_rate"] == best["learning_rate"]]
             line.sort(key=lambda row: row["weight"] or 0)
             points = [(100 * in_domain(row), factor * of(row)) for row in line]
             axis.plot(*zip(*points, strict=True), "o-", color=COLOURS[method], markersize=6, label=LABELS[method])
@@ -346,14 +349,14 @@ def draw_norms(rows: Sequence[Row], path: Path) -> bool:
     best = chosen(rows, "cifar10", STUDIED, "best")
     if best is None:
         return False
-    found = [row for row in plain_runs(rows, "cifar10", STUDIED) if row["learning_rate"] == best.learning_rate]
-    found.sort(key=lambda row: row["weight"])
+    selected = [row for row in plain_runs(rows, "cifar10", STUDIED) if row["learning_rate"] == best.learning_rate]
+    selected.sort(key=lambda row: row["weight"])
     canvas = Canvas(figsize=(11.5, 3.8), layout="constrained")
     titles = {"u": "mean |u|, images", "v": "mean |v|, captions", "m": "|m|"}
     for axis, (symbol, title) in zip(canvas.subplots(1, 3, sharey=True), titles.items(), strict=True):
-        for place, row in enumerate(found):
+        for place, row in enumerate(selected):
             points = [(point["step"], point[symbol]) for point in row["course"] if point["step"] > 1]
-            shade = 0.25 + 0.7 * place / max(1, len(found) - 1)
+            shade = 0.25 + 0.7 * place / max(1, len(selected) - 1)
             axis.plot(*zip(*points, strict=True), color=(0.1, 0.3, 0.6, shade), label=f"{row['weight']:g}")
             axis.annotate(f"{row['weight']:g}", points[-1], (3, -3), textcoords="offset points", fontsize=7)
         axis.axhspan(1e-4, 1e-3, color="#d98c3f", alpha=0.12, linewidth=0)
