@@ -189,7 +189,9 @@ class TrainConfig(Section):
     products except, under ZeRO-3, the one after the activation. `full`: transformer blocks keep only their inputs
     and run again in the backward."""
     compile: bool = False
-    """torch.compile of the towers' transformer blocks. The first steps take minutes; not with ZeRO-3."""
+    """torch.compile of the towers' transformer blocks. The first steps take minutes; not with ZeRO-3. Off by
+    default, since the fused kernels of the blocks move fewer bytes than torch.compile's fusion of plain blocks
+    (docs/performance.md). For towers without fused kernels, try it."""
     learning_rate: NonNegativeFloat = 1e-5
     """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.1

@@ -15,9 +15,9 @@ BUCKET_SIZE = 50_000_000
 1.9 GiB of each GPU, and more than these models have parameters."""
 
 ALIGNED_STAGES = (1, 2)
-"""Stages that lay out all parameters in one buffer. Without padding, ``logit_scale`` with its one element comes first, and
-every other parameter begins 4 bytes after a multiple of 16, where CUDA's layer norms, casts and products cannot use
-vector loads. The padding is at most 12 bytes a parameter and changes no value."""
+"""Stages that lay out all parameters in one buffer. Without padding, ``logit_scale`` with its one element comes
+first, and every other parameter begins 4 bytes after a multiple of 16, where CUDA's layer norms, casts and
+products cannot use vector loads. The padding is at most 12 bytes a parameter and changes no value."""
 
 TYPE_NAMES = {bool: "true or false", float: "a number", int: "an integer", str: "a string"}
 """Types of values that DeepSpeed does not validate, so that it would fail in training or misread them silently."""

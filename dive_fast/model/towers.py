@@ -48,9 +48,9 @@ LOCAL = "local-dir:"
 BRING_WEIGHTS = ("hf-hub:", LOCAL)
 """Prefixes of the names of models that include weights."""
 TEXT_MULTIPLE = 8
-"""Tokens of which the lengths of trimmed texts are multiples on a GPU, and in compiled towers. Matrices whose sides are
-multiples of 8 take the fast paths of tensor cores, and fewer shapes are fewer choices of kernels, sizes of buffers and
-compilations. Tokens after the end of a text do not change its feature."""
+"""On a GPU and in compiled towers, lengths of trimmed texts are multiples of this many tokens. Matrices whose
+sides are multiples of 8 take the fast paths of tensor cores, and fewer shapes are fewer choices of kernels, sizes
+of buffers and compilations. Tokens after the end of a text do not change its feature."""
 HEAD = "head."
 """Prefix of the parameter names of a head."""
 
@@ -99,8 +99,8 @@ class Towers(nn.Module):
         self.autocast: torch.dtype | None = None
         """Dtype of the matrix products of both towers; None: fp32."""
         self.text_multiple: int | None = None
-        """Lengths of trimmed texts are multiples of this many tokens; None: of :data:`TEXT_MULTIPLE` for tokens on a
-        GPU, otherwise of one."""
+        """Lengths of trimmed texts are multiples of this many tokens; None: of :data:`TEXT_MULTIPLE` for tokens on
+        a GPU, otherwise of one."""
         self.head: nn.Linear | None = None
         """Classification head on unit image features, if the objective trains one; not exported with the model."""
 

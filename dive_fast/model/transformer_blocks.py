@@ -56,8 +56,8 @@ class _SavedInputQuickGELU(torch.autograd.Function):
 def compile_blocks(towers: Towers) -> None:
     """Compiles the blocks of both towers; all blocks of a tower share one compilation.
 
-    The number of distinct texts varies between batches, so the text tower is compiled for dynamic sizes. Its texts have
-    multiples of :data:`TEXT_MULTIPLE` tokens on any device, since every other length would be compiled again.
+    The number of distinct texts varies between batches, so the text tower is compiled for dynamic sizes. Its texts
+    have a multiple of :data:`TEXT_MULTIPLE` tokens on any device; otherwise every length would be compiled.
 
     Raises:
         ConfigError: a tower has no blocks.

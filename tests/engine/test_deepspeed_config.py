@@ -19,7 +19,6 @@ from dive_fast.errors import ConfigError
 from dive_fast.methods.method import Part
 from dive_fast.methods.run_config import RunConfig
 
-
 STEPS = 3
 """Updates before a state is compared."""
 
