@@ -1,5 +1,6 @@
 """The step benchmarks: every case has an outcome within the time limit, and ratios are within one run."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -20,7 +21,13 @@ NO_BENCHMARK: Any = None  # for cases that end before they are timed
 
 
 def measured(seconds: float, mebibytes: int) -> dict[str, Any]:
-    return {"outcome": "measured", "seconds": seconds, "peak_bytes": mebibytes * 2**20, **FIGURES}
+    return {
+        "outcome": "measured",
+        "seconds": seconds,
+        "mean_over_median": 1.1,
+        "peak_bytes": mebibytes * 2**20,
+        **FIGURES,
+    }
 
 
 def report(folder: Path, minutes: float = 9) -> StepReport:
@@ -53,7 +60,7 @@ def test_report_has_outcome_of_every_case_after_each(tmp_path: Path, monkeypatch
                 test_steps.test_step(by_name[name], 0, reported, NO_BENCHMARK)
         expected[name] = outcome
         assert outcomes(reported.path) == expected
-        assert f"{NAMES[name].strip()} | {outcome if ends else '1.00 s | 1.00x'} |" in reported.table()
+        assert f"{NAMES[name].strip()} | {outcome if ends else '1.00 s | 1.00x | 1.10'} |" in reported.table()
 
 
 def test_case_that_may_exceed_time_limit_is_skipped(tmp_path: Path) -> None:
@@ -76,7 +83,7 @@ def test_report_ratios_are_to_published_flyp_of_same_size(tmp_path: Path) -> Non
     assert (peer["time_ratio"], peer["memory_ratio"]) == (1, 1)
     assert (dive["time_ratio"], dive["memory_ratio"]) == (1.5, 2.5)
     assert "time_ratio" not in alone
-    assert "| DiVE as published | 3.00 s | 1.50x | 100 MiB | 2.50x | 0.002 |" in reported.table()
+    assert "| DiVE as published | 3.00 s | 1.50x | 1.10 | 100 MiB | 2.50x | 0.002 |" in reported.table()
 
 
 def test_draw_with_unmeasured_cases(tmp_path: Path) -> None:
@@ -88,11 +95,11 @@ def test_draw_with_unmeasured_cases(tmp_path: Path) -> None:
 
 def test_settle_runs_until_step_is_not_skipped() -> None:
     scales, steps = iter([8.0, 4.0, 4.0, 2.0, 2.0, 2.0]), []
-    measure_steps.settle(Running(lambda: steps.append(1), lambda: next(scales)))
-    assert len(steps) == 3
+    measure_steps.settle(Running(steps.append, lambda: next(scales)), itertools.count())
+    assert steps == [0, 1, 2]
     falling = iter(range(100, 0, -1))
     with pytest.raises(AssertionError, match="overflow"):
-        measure_steps.settle(Running(dict, lambda: next(falling)))
+        measure_steps.settle(Running(lambda _: {}, lambda: next(falling)), itertools.count())
 
 
 @pytest.fixture(scope="module")

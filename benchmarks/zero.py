@@ -18,7 +18,7 @@ from loss_report import REPOSITORY, commit, device_name, slug, write_json
 from losses import DEVICE
 from measure_losses import peak_extra_bytes, timed
 from peers.levers import DiveWithLevers, Levers
-from steps import TOTAL_STEPS, Case, make_engine, make_inputs, random_model, teacher_rows
+from steps import TOTAL_STEPS, Case, make_batches, make_engine, make_inputs, random_model, teacher_rows
 
 from dive_fast.model.towers import Towers
 
@@ -31,16 +31,16 @@ FIRST_STEPS = 16 if DEVICE.type == "cuda" else 3
 
 def make_step(case: Case, stage: int | None) -> Callable[[], Any]:
     """Creates a step with its own copy of the model."""
-    model, inputs = copy.deepcopy(random_model(case.model)).to(DEVICE), make_inputs(*case.sizes)
+    model = copy.deepcopy(random_model(case.model)).to(DEVICE)
     if stage is not None:
-        linear = F.linear
-        engine, batches = make_engine(case, model, inputs, stage)
+        linear, batches = F.linear, make_batches(case)[0]
+        engine = make_engine(case, model, stage)
         return with_linear(lambda: engine.step(dataclasses.replace(batches)), linear)
     on_gpu = DEVICE.type == "cuda"
     levers = Levers(half_precision=on_gpu, sequential=True, cached_teacher=True, trimmed_text=True)
     levers = levers._replace(distinct_texts=True, fused_losses=on_gpu)
-    plain = DiveWithLevers(Towers(model), teacher_rows(*case.sizes), levers, total_steps=TOTAL_STEPS)
-    return partial(plain.step, levers.prepare(inputs))
+    plain = DiveWithLevers(Towers(model), None, levers, total_steps=TOTAL_STEPS)
+    return partial(plain.step, levers.prepare(make_inputs(*case.sizes), teacher_rows(*case.sizes)))
 
 
 def with_linear(step: Callable[[], Any], original: Any) -> Callable[[], Any]:
@@ -70,9 +70,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=REPOSITORY / "build/benchmarks")
     options = parser.parse_args()
     case = Case(options.model, options.batch, "dive_fast")
-    # Cached here, so that their memory does not count for the first step.
-    make_inputs(*case.sizes)
-    teacher_rows(*case.sizes)
+    make_batches(case)  # cached here, so that their memory does not count for the first step
     steps: dict[str, Callable[[], Any]] = {}
 
     def begin(name: str) -> None:
