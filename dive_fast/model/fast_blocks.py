@@ -6,14 +6,14 @@ One block of open_clip, with the residual stream x of shape ``(B, N, D)``::
     y = LN_2(x);    x = x + W_2 act(W_1 y + b_1) + b_2
 
 Everything between two matrix products is one kernel, forward and backward: the residual add with the bias of the
-product before it and the layer norm after it (:mod:`~dive_fast.kernels.layer_norm`), the activation with its bias
-(:mod:`~dive_fast.kernels.activation`), and the views of queries, keys and values, whose gradients are packed again
-(:mod:`~dive_fast.kernels.packed_qkv`). The second add of a block is left to the first layer norm of the next one.
+product before it and the layer norm after it, the activation with its bias, and the views of queries, keys and
+values, whose gradients are packed again (:mod:`dive_fast.kernels.layers`). The second add of a block is left to the
+first layer norm of the next one. The last block computes only the token that the tower pools: keys and values of
+all tokens, query, projection and MLP of one.
 
 Parameter names, dtypes of the residual stream and the mathematics are those of open_clip.
 """
 
-import logging
 from types import MethodType
 from typing import Any
 
@@ -31,13 +31,10 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dive_fast.kernels.activation import Kind, biased_activation
+from dive_fast.kernels import add_layer_norm, biased_activation, split_qkv
 from dive_fast.kernels.backend import Backend
-from dive_fast.kernels.layer_norm import add_layer_norm
-from dive_fast.kernels.packed_qkv import split_qkv
+from dive_fast.kernels.checks import Activation
 from dive_fast.model.towers import Towers
-
-logger = logging.getLogger(__name__)
 
 _NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
 _TEXT_POOLS = ("argmax", "eos", "first", "last")
@@ -279,7 +276,7 @@ def _take_token(x: Tensor, positions: Tensor | None) -> Tensor:
     return x.gather(1, positions[:, None, None].expand(-1, 1, x.shape[2]))
 
 
-def _activation_kind(activation: nn.Module) -> Kind | None:
+def _activation_kind(activation: nn.Module) -> Activation | None:
     """The kernel's name of an activation; None if the kernel does not have it."""
     if isinstance(activation, QuickGELU):
         return "quick_gelu"
