@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from typing import NamedTuple
 
@@ -146,6 +147,15 @@ def ours_apart(inputs: Inputs, operation: str) -> tuple[Tensor, Tensor | None]:
     return target + WEIGHT * reference, average_vector
 
 
+def memeff(inputs: Inputs, operation: str) -> tuple[Tensor, Tensor | None]:
+    """Contrastive loss of the package memeff, whose scale is a number and has no gradient."""
+    from memeff import MemoryEfficientCLIPLoss
+
+    # stable=True would return another gradient than that of the loss.
+    loss = MemoryEfficientCLIPLoss(temperature=1 / LOGIT_SCALE, stable=False)
+    return loss(inputs.image_features, inputs.text_features), None
+
+
 COMPETITORS: dict[str, Loss] = {
     "eager": eager,
     "compiled": torch.compile(eager, dynamic=False),
@@ -155,8 +165,11 @@ COMPETITORS: dict[str, Loss] = {
     "triton_fused": partial(ours_one_way, fused=True),
     "triton_chunked": partial(ours_one_way, fused=False),
 }
+if find_spec("memeff") and DEVICE.type == "cuda":  # it asks CUDA for its tiles
+    COMPETITORS["memeff"] = memeff
 # Competitors that apply to one operation only.
 _OPERATION = {"triton_apart": "joint", "triton_fused": "contrastive", "triton_chunked": "contrastive"}
+_OPERATION |= {"memeff": "contrastive"}
 
 # The most informative sizes first and compiled cases last, since time may be limited.
 _FIRST = [(512, 512), (32768, 768)]
@@ -171,9 +184,14 @@ CASES = [
 
 
 def step(loss: Loss, inputs: Inputs, operation: str, scale: Tensor) -> dict[str, Tensor]:
-    """Forward and backward: returns the loss, the average vector if any, and ``scale`` times the gradients."""
+    """Forward and backward: returns the loss, the average vector if any, and ``scale`` times the gradients.
+
+    Leaves that the loss does not differentiate have no entry.
+    """
     value, average_vector = loss(inputs, operation)
     names = LEAVES[operation]
     outputs = {"loss": value.detach()} | ({} if average_vector is None else {"average_vector": average_vector})
-    gradients = torch.autograd.grad(value, [getattr(inputs, name) for name in names], scale)
-    return outputs | {f"gradient of {name}": gradient for name, gradient in zip(names, gradients)}
+    leaves = [getattr(inputs, name) for name in names]
+    gradients = torch.autograd.grad(value, leaves, scale, allow_unused=True)
+    named = zip(names, gradients)
+    return outputs | {f"gradient of {name}": gradient for name, gradient in named if gradient is not None}

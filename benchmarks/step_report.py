@@ -21,6 +21,7 @@ NAMES = {
     "trimmed_text": "  + trimmed text",
     "distinct_texts": "  + distinct texts",
     "fused_losses": "  + fused losses",
+    "fast_blocks": "  + fast blocks",
     "compiled_blocks": "  + compiled blocks",
     "flyp_fast": "FLYP, dive_fast",
     "dive_fast": "DiVE, dive_fast",

@@ -43,6 +43,7 @@ PRECISION = "fp16" if DEVICE.type == "cuda" else "fp32"
 ZERO = 0
 """Stage that ``auto`` selects on one rank."""
 COMPILED = ("flyp_fast_compiled", "dive_fast_compiled")
+"""Engines with ``train.compile`` instead of ``train.fast_blocks``."""
 BF16, JOINT = "dive_fast_bf16", "dive_fast_joint"
 ENGINES = ("flyp_fast", "dive_fast", *COMPILED, BF16, JOINT)
 """Competitors that are the project's engine."""
@@ -87,6 +88,7 @@ class Running(NamedTuple):
     """Takes the number of the turn, from 0; texts repeat after :data:`NUM_TURNS`."""
     loss_scale: Callable[[], float]
     """Decreases if a step is skipped because of an overflow."""
+    optimizer: torch.optim.Optimizer
 
 
 def cases() -> list[Case]:
@@ -112,37 +114,47 @@ CASES = cases()
 
 
 @contextmanager
-def running(case: Case, zero: int) -> Iterator[Running]:
-    """Creates a competitor with its own copy of the model.
+def running(case: Case, zero: int, model: Any = None, teacher: Any = None) -> Iterator[Running]:
+    """Creates a competitor.
 
     Args:
         zero: DeepSpeed's ZeRO stage, for the engine.
+        model: open_clip model to train; default: a copy of its own.
+        teacher: frozen open_clip model; default: a copy of its own.
     """
 
     def without_scale() -> float:
         return 1.0
 
     batches = make_batches(case)
-    model = copy.deepcopy(random_model(case.model)).to(DEVICE)
+    model = copy.deepcopy(random_model(case.model)).to(DEVICE) if model is None else model
     recipe = {"total_steps": TOTAL_STEPS}
+
+    def frozen() -> Any:
+        return copy.deepcopy(model) if teacher is None else teacher
 
     def in_turns(step: Callable[[Any], dict[str, Tensor]]) -> Callable[[int], dict[str, Tensor]]:
         return lambda turn: step(batches[turn % NUM_TURNS])
 
     if case.competitor == "flyp_published":
-        yield Running(in_turns(Flyp(model, **recipe).step), without_scale)
+        flyp = Flyp(model, **recipe)
+        yield Running(in_turns(flyp.step), without_scale, flyp.optimizer)
     elif case.competitor == "dive_published":
-        yield Running(in_turns(DivePublished(model, copy.deepcopy(model), **recipe).step), without_scale)
+        published = DivePublished(model, frozen(), **recipe)
+        yield Running(in_turns(published.step), without_scale, published.optimizer)
     elif case.competitor in Levers._fields:
         levers = levers_of(case)
-        teacher = None if levers.cached_teacher else Towers(copy.deepcopy(model))
-        peer = DiveWithLevers(Towers(model), teacher, levers, **recipe)
-        yield Running(in_turns(peer.step), peer.scaler.get_scale)
+        # The frozen towers are copied before levers change the modules of the tuned ones.
+        towers = None if levers.cached_teacher else Towers(frozen())
+        peer = DiveWithLevers(Towers(model), towers, levers, **recipe)
+        yield Running(in_turns(peer.step), peer.scaler.get_scale, peer.optimizer)
     else:
         engine = make_engine(case, model, zero)
         try:
             # A step consumes its batches.
-            yield Running(in_turns(lambda each: engine.step(replace(each))), lambda: float(engine.scale.value))
+            step = in_turns(lambda each: engine.step(replace(each)))
+            optimizer = getattr(engine.deepspeed.optimizer, "optimizer", engine.deepspeed.optimizer)
+            yield Running(step, lambda: float(engine.scale.value), optimizer)
         finally:
             engine.deepspeed.destroy()
 
@@ -199,6 +211,7 @@ def engine_config(case: Case, precision: str, zero: int) -> Config:
     train = {
         "precision": "bf16" if case.competitor == BF16 else precision,
         "compile": case.competitor in COMPILED,
+        "fast_blocks": case.competitor not in COMPILED,
         "schedule": "joint" if case.competitor == JOINT else "sequential",
     }
     tree = {

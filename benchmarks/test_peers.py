@@ -111,7 +111,8 @@ def test_levers_keep_gradient(
 ) -> None:
     # Traces the same graph without inductor, which takes minutes on a small machine.
     monkeypatch.setattr(blocks, "BACKEND", "aot_eager")
-    levers = Levers(**{lever: True}) if lever in Levers._fields else Levers(False, *[True] * 6)
+    every = Levers(*[True] * len(Levers._fields))._replace(half_precision=False)
+    levers = Levers(**{lever: True}) if lever in Levers._fields else every
     if levers.fused_losses and not INTERPRETED and DEVICE.type != "cuda":
         pytest.skip("needs Triton and a GPU, or TRITON_INTERPRET=1")
     frozen = Towers(copy.deepcopy(teacher))

@@ -17,6 +17,7 @@ from steps import COMPETITORS, NEEDS_GPU, Case, Running
 
 CASES = [Case("ViT-tiny", 8, competitor) for competitor in COMPETITORS]
 FIGURES = {"mfu": None, "flop": 2e9, "images_per_second": 8.0, "minutes_per_epoch": 30.0}
+OPTIMIZER: Any = None  # not used to settle
 NO_BENCHMARK: Any = None  # for cases that end before they are timed
 
 
@@ -95,11 +96,11 @@ def test_draw_with_unmeasured_cases(tmp_path: Path) -> None:
 
 def test_settle_runs_until_step_is_not_skipped() -> None:
     scales, steps = iter([8.0, 4.0, 4.0, 2.0, 2.0, 2.0]), []
-    measure_steps.settle(Running(steps.append, lambda: next(scales)), itertools.count())
+    measure_steps.settle(Running(steps.append, lambda: next(scales), OPTIMIZER), itertools.count())
     assert steps == [0, 1, 2]
     falling = iter(range(100, 0, -1))
     with pytest.raises(AssertionError, match="overflow"):
-        measure_steps.settle(Running(lambda _: {}, lambda: next(falling)), itertools.count())
+        measure_steps.settle(Running(lambda _: {}, lambda: next(falling), OPTIMIZER), itertools.count())
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from torch import Tensor
 from dive_fast import kernels
 from dive_fast.data.batch import Text
 from dive_fast.data.prompts import pack
+from dive_fast.model import fast_blocks
 from dive_fast.model.towers import Towers, unit
 from dive_fast.model.transformer_blocks import compile_blocks
 from peers.dive_published import difference_losses
@@ -44,6 +45,8 @@ class Levers(NamedTuple):
     """Each distinct text of the batch is encoded once."""
     fused_losses: bool = False
     """The losses by the Triton kernels."""
+    fast_blocks: bool = False
+    """The tuned towers' blocks with fused kernels, the last one for the pooled token alone."""
     compiled_blocks: bool = False
     """The tuned towers' blocks by torch.compile."""
 
@@ -87,6 +90,8 @@ class DiveWithLevers(Flyp):
         """
         super().__init__(model, **recipe)
         model.autocast = torch.float16 if levers.half_precision else None
+        if levers.fast_blocks:
+            fast_blocks.install(model)
         if levers.compiled_blocks:
             compile_blocks(model)
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
