@@ -25,6 +25,7 @@ NAMES = {
     "compiled_blocks": "  + compiled blocks",
     "flyp_fast": "FLYP, dive_fast",
     "dive_fast": "DiVE, dive_fast",
+    "dive_fast_plain": "DiVE, dive_fast, plain blocks",
     "flyp_fast_compiled": "FLYP, dive_fast, compiled",
     "dive_fast_compiled": "DiVE, dive_fast, compiled",
     "dive_fast_bf16": "DiVE, dive_fast, bf16",

@@ -44,8 +44,8 @@ ZERO = 0
 """Stage that ``auto`` selects on one rank."""
 COMPILED = ("flyp_fast_compiled", "dive_fast_compiled")
 """Engines with ``train.compile`` instead of ``train.fast_blocks``."""
-BF16, JOINT = "dive_fast_bf16", "dive_fast_joint"
-ENGINES = ("flyp_fast", "dive_fast", *COMPILED, BF16, JOINT)
+PLAIN, BF16, JOINT = "dive_fast_plain", "dive_fast_bf16", "dive_fast_joint"
+ENGINES = ("flyp_fast", "dive_fast", PLAIN, *COMPILED, BF16, JOINT)
 """Competitors that are the project's engine."""
 NEEDS_GPU = ("half_precision", "fused_losses", "compiled_blocks", *COMPILED, BF16)
 TOTAL_STEPS = 25_020  # ten epochs of ImageNet at B = 512
@@ -97,7 +97,7 @@ def cases() -> list[Case]:
         return [*(Case("ViT-tiny", 8, name) for name in COMPETITORS), Case("ViT-tiny", 8, "dive_fast", 4)]
     # DiVE as published exceeds one GPU's memory at B = 512, so its levers are measured at half of it first.
     parts = [
-        ("ViT-B-16", 512, (*ENDS, *COMPILED)),
+        ("ViT-B-16", 512, (*ENDS, PLAIN, *COMPILED)),
         ("ViT-B-16", 256, ENDS),
         ("ViT-B-16", 256, Levers._fields),
         ("ViT-L-14", 256, (*ENDS, *COMPILED)),
@@ -166,9 +166,15 @@ def levers_of(case: Case) -> Levers:
     return Levers(**{case.competitor: True})
 
 
-def make_engine(case: Case, model: Any, zero: int) -> Engine:
-    """Creates the project's engine, which takes over the model."""
+def make_engine(case: Case, model: Any, zero: int, zero_options: dict[str, Any] | None = None) -> Engine:
+    """Creates the project's engine, which takes over the model.
+
+    Args:
+        zero: DeepSpeed's ZeRO stage.
+        zero_options: further keys of ``deepspeed.zero_optimization``.
+    """
     config = engine_config(case, PRECISION, zero)
+    config.deepspeed["zero_optimization"] |= zero_options or {}
     towers = Towers(model)
     return Engine(config, towers, registry.create(config.objective, towers.width), join(), TOTAL_STEPS)
 
@@ -211,7 +217,7 @@ def engine_config(case: Case, precision: str, zero: int) -> Config:
     train = {
         "precision": "bf16" if case.competitor == BF16 else precision,
         "compile": case.competitor in COMPILED,
-        "fast_blocks": case.competitor not in COMPILED,
+        "fast_blocks": case.competitor not in (PLAIN, *COMPILED),
         "schedule": "joint" if case.competitor == JOINT else "sequential",
     }
     tree = {
