@@ -144,6 +144,7 @@ def test_plans_match_measured_steps(tiny_run: Path) -> None:
     assert [row[1].strip("`") for row in rows] == [
         "flyp_fast",
         "dive_fast",
+        "dive_fast_plain",
         "dive_fast_joint",
         "dive_fast, B' = 4",
     ]

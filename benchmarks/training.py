@@ -15,7 +15,6 @@ import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from loss_report import REPOSITORY
 from losses import DEVICE
@@ -76,7 +75,8 @@ def kill_and_resume(folder: Path, steps: int, device: str) -> dict[int, float]:
         if time.monotonic() > deadline:
             break
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     return train(folder, steps, device)
 
@@ -98,20 +98,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         plain = train(folder / "plain", options.steps, device)
-        differences: dict[str, Any] = {
-            "killed and resumed": largest_difference(
-                kill_and_resume(folder / "killed", options.steps, device), plain
-            )
-        }
+        others = {"killed and resumed": kill_and_resume(folder / "killed", options.steps, device)}
         if device == "cuda":
-            differences["CPU"] = largest_difference(train(folder / "cpu", options.steps, "cpu"), plain)
-        if find_spec("nvidia.dali") is not None:
-            overrides = ("data.target.loader=dali", "data.reference.loader=dali")
-            differences["DALI"] = largest_difference(
-                train(folder / "dali", options.steps, device, *overrides), plain
-            )
+            others["CPU"] = train(folder / "cpu", options.steps, "cpu")
+        if find_spec("nvidia") and find_spec("nvidia.dali"):
+            dali = ("data.target.loader=dali", "data.reference.loader=dali")
+            others["DALI"] = train(folder / "dali", options.steps, device, *dali)
+    differences = {name: largest_difference(losses, plain) for name, losses in others.items()}
     write("training", {"losses": plain, "differences": differences}, options.results)
-    print("measured: largest difference of losses: " + ", ".join(f"{n} {x:.1e}" for n, x in differences.items()))
+    print(
+        "measured: losses differ by " + ", ".join(f"{value:.1e} ({name})" for name, value in differences.items())
+    )
     assert differences["killed and resumed"] == 0, "a resumed run must repeat the losses of the uninterrupted one"
     assert max(differences.values()) <= TOLERANCE, differences
 
