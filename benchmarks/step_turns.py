@@ -97,6 +97,7 @@ def main() -> None:
         parser.error("CPU seconds are no measure of a GPU's step; use steps.py")
     join()
     torch.set_num_threads(1)
+    about = {"device": device_name(), "commit": commit(), "threads": 1, "precision": "fp32"}
     model, teacher = random_model(options.model), copy.deepcopy(random_model(options.model))
     with ExitStack() as stack:
         competitors: dict[str, Running] = {}
@@ -114,7 +115,6 @@ def main() -> None:
         for turn in range(1, 1 + options.rounds):
             rounds.append({name: cpu_seconds(each, turn) for name, each in competitors.items()})
             summary = summarize(flop, rounds)
-            about = {"device": device_name(), "commit": commit(), "threads": 1, "precision": "fp32"}
             packages = {name: version(name) for name in ("torch", "deepspeed", "open_clip_torch")}
             sizes = {"model": options.model, "batch": options.batch}
             results = about | {"versions": packages} | sizes | {"summary": summary, "rounds": rounds}
