@@ -97,7 +97,7 @@ def parts(results: Path) -> list[Part]:
         Part(
             "profile",
             "How long do the kernels of a step at 512 + 512 pairs take?",
-            "210 ms, of them products 150; plain blocks 436, compiled 278",
+            "206 ms, of them products 139; plain blocks 409, compiled 256",
             script("profile_steps"),
             script("profile_steps"),
             130,
@@ -124,7 +124,7 @@ def parts(results: Path) -> list[Part]:
         Part(
             "steps",
             "What is the time of DiVE's step over FLYP as published?",
-            "0.145; with plain blocks 0.30, compiled 0.19",
+            "0.14; with plain blocks 0.27, compiled 0.17",
             script("steps", "--minutes", "4"),
             script("steps"),
             270,
