@@ -56,6 +56,20 @@ _WEIGHT_SCALE = tl.constexpr(2.0**14)
 
 # The tile of the logits is the larger one above this number of logits: a smaller batch has too few of those tiles.
 _LARGE_LOGITS = 2048 * 2048
+
+
+class Rates(NamedTuple):
+    """Predicted FLOP/s on an H200, for the choice of the gradient path alone."""
+
+    tile: float  # 64 rows of a program of the fused gradient
+    weights: float  # the weights of the chunked gradient, on all processors
+    cublas: float  # its sums
+
+
+_HALF_RATES = Rates(1.6e12, 450e12, 550e12)
+_FP32_RATES = Rates(0.27e12, 75e12, 50e12)
+# Seconds that the three launches of a chunk cost the GPU and the host, predicted as well.
+_CHUNK_LATENCY, _CHUNK_HOST_SECONDS = 12e-6, 45e-6
 # Block sums that the last program of the statistics adds at a time.
 BLOCKS = 256
 
@@ -107,6 +121,10 @@ class Shape(NamedTuple):
     @property
     def is_large(self) -> bool:
         return self.rows * self.total > _LARGE_LOGITS
+
+    @property
+    def rates(self) -> Rates:
+        return _HALF_RATES if self.is_half else _FP32_RATES
 
     @property
     def num_halves(self) -> int:
@@ -764,36 +782,76 @@ def _num_splits(shape: Shape, tile: Tile, processors: int) -> int:
     return min(range(1, min(column_tiles, 32) + 1), key=tiles_in_turn)
 
 
-def gradient_tile(shape: Shape, processors: int) -> tuple[Tile, int]:
-    """Tile of the fused gradient, and the slice of the width that one program handles.
+class GradientPlan(NamedTuple):
+    """The path of the gradient, and the launch of the fused one: its tile and the slice of the width of a program."""
+
+    path: Literal["fused", "chunked"]
+    tile: Tile
+    slice_width: int
+    programs: int
+    fused_seconds: float  # predicted
+    chunked_seconds: float
+
+
+@lru_cache
+def gradient_plan(shape: Shape, settings: Settings) -> GradientPlan:
+    """The gradient that is predicted to take the least time.
 
     Logits must equal those of the statistics bit for bit: where one text holds all of an image's probability, the
     errors of its logit and of the log-sum-exp cancel. So both use the same kind of matrix instruction, on Hopper
     the one with 64 rows.
     """
-    few = gradient_programs(shape, 64, 128) < processors
-    if shape.is_half:
-        return Tile(64, 64, 64, num_warps=8, num_stages=3), 64 if few else 128
-    return Tile(64, 32, 32, num_warps=8, num_stages=2), 64
+    if shape.dtype == torch.float16:
+        # Four warps for 64 rows: with eight, two groups of warps would exchange the weights' layout.
+        launches = (Tile(64, 64, 64, num_warps=4, num_stages=3), 64), (Tile(128, 64, 64, 8, 3), 128)
+    elif shape.dtype == torch.bfloat16:
+        # The second sum leaves four warps too few registers.
+        launches = (Tile(64, 64, 64, num_warps=8, num_stages=3), 64), (Tile(64, 64, 64, 8, 3), 128)
+    else:
+        launches = ((Tile(64, 32, 32, num_warps=4, num_stages=2), 64),)
+    seconds, tile, slice_width = min((_fused_seconds(shape, *launch, settings), *launch) for launch in launches)
+    chunked_seconds = _chunked_seconds(shape, settings)
+    path = settings.gradient
+    if path == "auto":
+        path = "fused" if seconds <= chunked_seconds else "chunked"
+    programs = _fused_programs(shape, tile, slice_width)
+    return GradientPlan(path, tile, slice_width, programs, seconds, chunked_seconds)
 
 
-def gradient_programs(shape: Shape, rows: int, slice_width: int) -> int:
-    """Number of programs of :func:`gradient_block`, each with ``rows`` rows and a slice of the width."""
-    return 2 * primitives.divide_up(shape.rows, rows) * primitives.divide_up(shape.width, slice_width)
+def _fused_programs(shape: Shape, tile: Tile, slice_width: int) -> int:
+    """Number of programs of :func:`gradient_block`."""
+    return 2 * primitives.divide_up(shape.rows, tile.ROWS) * primitives.divide_up(shape.width, slice_width)
 
 
-@lru_cache
+def _fused_seconds(shape: Shape, tile: Tile, slice_width: int, settings: Settings) -> float:
+    """Prediction of the fused gradient: complete waves of programs, each with all logits of its rows."""
+    resident = settings.processors * (2 if tile.num_warps == 4 else 1)
+    waves = primitives.divide_up(_fused_programs(shape, tile, slice_width), resident)
+    depth = shape.width_padded + shape.num_halves * slice_width
+    flop = 2 * tile.ROWS * depth * primitives.round_up(shape.total, tile.COLUMNS)
+    return waves * flop / (shape.rates.tile * tile.ROWS / 64)
+
+
+def _chunked_seconds(shape: Shape, settings: Settings) -> float:
+    """Prediction of the chunked gradient: the longer of its work on the GPU and of its launches by the host."""
+    chunk, columns = chunk_size(shape, settings)
+    num_chunks = 2 * primitives.divide_up(shape.rows, chunk)
+    flop = 4 * shape.rows * columns * shape.width_padded  # one product, both sides
+    products = flop / shape.rates.weights + shape.num_halves * flop / shape.rates.cublas
+    return max(products + num_chunks * _CHUNK_LATENCY, num_chunks * _CHUNK_HOST_SECONDS)
+
+
 def gradient_path(shape: Shape, settings: Settings) -> Literal["fused", "chunked"]:
     """The gradient path."""
-    if settings.gradient != "auto":
-        return settings.gradient
-    return "chunked" if shape.is_large else "fused"
+    return gradient_plan(shape, settings).path
 
 
 def gather_features(features: Tensor, group: str) -> Tensor:
     """Features of all ranks in rank order, contiguous: ``(B, D) -> (N, D)``."""
     features = primitives.dense(features)
-    return features if process_group.world_size(group) == 1 else process_group.gather(features, group).flatten(0, 1)
+    return (
+        features if process_group.world_size(group) == 1 else process_group.gather(features, group).flatten(0, 1)
+    )
 
 
 def gather_statistics(state: State, message: Tensor, shape: Shape) -> Tensor:
@@ -818,9 +876,7 @@ def reduction_of(state: State) -> Reduction:
     return Reduction(state.partials, local, state.blocks, state.slope)
 
 
-def launch_forward(
-    image: Tensor, text: Tensor, logit_scale: Tensor, group: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def launch_forward(image: Tensor, text: Tensor, logit_scale: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and the tensors of its backward: packed rows, and the :class:`State` as one tensor."""
     shape = shape_of(image, group)
     plan = geometry(shape, SETTINGS)
@@ -884,14 +940,14 @@ def launch_backward(
     if gradient_path(shape, SETTINGS) == "chunked":
         chunked_gradient(upstream, logit_scale, packed, buffers, shape, gradients)
         return gradients.image, gradients.text, gradients.scale
-    tile, slice_width = gradient_tile(shape, SETTINGS.processors)
+    launch = gradient_plan(shape, SETTINGS)
     primitives.launch(
         gradient_kernel,
-        gradient_programs(shape, tile.ROWS, slice_width),
+        launch.programs,
         *(Packed(packed, buffers.factors), logit_scale, buffers.statistics, upstream, buffers.slope, gradients),
         *(shape.rows, shape.total, shape.first, shape.total_padded, shape.width, shape.width_padded),
-        **tile.options(),
-        SLICE=slice_width,
+        **launch.tile.options(),
+        SLICE=launch.slice_width,
         ACC=plan.acc,
     )
     return gradients.image, gradients.text, gradients.scale
@@ -950,7 +1006,18 @@ def chunked_gradient(
                 primitives.launch(
                     finish_gradient_kernel,
                     primitives.divide_up(count, block.ROWS),
-                    *(sums, rows, logit_scale, state.statistics, upstream, gradient, side, start, count, shape.rows),
+                    *(
+                        sums,
+                        rows,
+                        logit_scale,
+                        state.statistics,
+                        upstream,
+                        gradient,
+                        side,
+                        start,
+                        count,
+                        shape.rows,
+                    ),
                     *(*sizes, shape.width, shape.width_padded),
                     BLOCK=block,
                     ACC=plan.acc,

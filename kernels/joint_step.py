@@ -206,7 +206,10 @@ def launch_forward(
     """The joint loss, the results of :mod:`difference` with the contrastive loss, packed rows, and the state."""
     options = Options(decay, average_weight, pairwise_weight, mean_gradient)
     target, reference = contrastive.shape_of(image, group), difference.shape_of(reference_image, group)
-    target_plan, reference_plan = contrastive.geometry(target, contrastive.SETTINGS), difference.geometry(reference)
+    target_plan, reference_plan = (
+        contrastive.geometry(target, contrastive.SETTINGS),
+        difference.geometry(reference),
+    )
     image, text = contrastive.gather_features(image, group), contrastive.gather_features(text, group)
     device = image.device
     results, packed, buffer = allocate(target, reference, device)
@@ -294,22 +297,21 @@ def launch_backward(
     gradients = contrastive.allocate_gradients(target, logit_scale)
     reference_gradients = difference.allocate_gradients(reference_image)
     average = reference_buffers.average
-    if contrastive.gradient_path(target, contrastive.SETTINGS) == "chunked":
+    launch = contrastive.gradient_plan(target, contrastive.SETTINGS)
+    if launch.path == "chunked":
         contrastive.chunked_gradient(upstream, logit_scale, packed, buffers, target, gradients)
         difference.launch_gradient(upstream, weight, inputs, average, options, reference_gradients)
         return *gradients, *reference_gradients
     plan = difference.geometry(reference)
-    tile, slice_width = contrastive.gradient_tile(target, contrastive.SETTINGS.processors)
-    contrastive_programs = contrastive.gradient_programs(target, tile.ROWS, slice_width)
     primitives.launch(
         dive_gradient_kernel,
-        contrastive_programs + plan.gradient_programs,
+        launch.programs + plan.gradient_programs,
         *(contrastive.Packed(packed, buffers.factors), logit_scale, buffers.statistics, upstream, buffers.slope),
-        *(gradients, inputs, average, reference_gradients, contrastive_programs),
+        *(gradients, inputs, average, reference_gradients, launch.programs),
         *(target.rows, target.total, target.first, target.total_padded, target.width, target.width_padded),
         *(reference.rows, reference.width),
-        **tile.options(),
-        SLICE=slice_width,
+        **launch.tile.options(),
+        SLICE=launch.slice_width,
         CONSTANTS=options.for_gradient(weight),
         REFERENCE_BLOCK=plan.block,
         ACC=plan.acc,

@@ -86,15 +86,46 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
+# Compiled kernels by everything that Triton specializes them for.
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
 def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-    """Runs ``programs`` programs of a kernel on the device of its first argument, a tensor or a tuple of some."""
+    """Runs ``programs`` programs of a kernel on the device of its first argument, a tensor or a tuple of some.
+
+    ``arguments`` are all that are not compile-time constants; tuples hold tensors only. Triton's own look-up of the
+    compiled kernel takes most of the host time of a launch, so each one is looked up by a simpler key.
+    """
+    if INTERPRETED:
+        kernel[(programs,)](*arguments, **options, **COMPILER_OPTIONS)
+        return
     first = arguments[0]
     device = (first if isinstance(first, Tensor) else first[0]).device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[(programs,)](*arguments, **options, **COMPILER_OPTIONS)
+            _launch_compiled(kernel, device.index, programs, arguments, options)
     else:
-        kernel[(programs,)](*arguments, **options, **COMPILER_OPTIONS)
+        _launch_compiled(kernel, device.index, programs, arguments, options)
+
+
+def _launch_compiled(
+    kernel: Any, device: int | None, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    key: list[Any] = [kernel.fn, device, *options.values()]
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            key += argument.dtype, argument.data_ptr() % 16 == 0
+        elif isinstance(argument, tuple):
+            for tensor in argument:
+                key += tensor.dtype, tensor.data_ptr() % 16 == 0
+        else:
+            key.append(argument)
+    compiled = _compiled.get(hashable := tuple(key))
+    if compiled is None:
+        _compiled[hashable] = kernel[(programs,)](*arguments, **options, **COMPILER_OPTIONS)
+    else:
+        constants = [options[name] for name in kernel.arg_names[len(arguments) :]]
+        compiled[(programs, 1, 1)](*arguments, *constants)
 
 
 @triton.jit
