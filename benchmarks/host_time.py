@@ -1,4 +1,4 @@
-"""Host time of the joint loss, forward and backward, relative to eager PyTorch's: ``python benchmarks/host_time.py``.
+"""Host time of the joint loss, relative to eager PyTorch: ``python benchmarks/host_time.py``.
 
 Needs no GPU: at B = 512 the host, not the GPU, bounds the losses. Eager PyTorch runs on tiny CPU tensors, whose
 kernels take the place of launches. Ours runs its real host code at the real size, once with the launches left out

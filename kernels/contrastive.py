@@ -33,9 +33,9 @@ recomputes its logits. *Chunked*: logits once per side, the weights p + q of som
 over j computed by cuBLAS. The first saves launches, the second saves work: :func:`gradient_path` predicts which is
 faster.
 
-**Rounding of the weights.** The sums are products in the features' dtype. In fp16 the weights are rounded to it once:
-their 11 bits are those of the result, and its error stays below twice that of the formula in fp32, rounded to fp16.
-In bf16, 8 bits are too few where a batch has equal rows, so the weights are the sum of a high and a low half.
+**Rounding of the weights.** The sums are products in the features' dtype. In fp16 the weights are rounded to it
+once: the gradient itself has no more bits, and its error stays below twice that of the formula in fp32, rounded to
+fp16. In bf16 it does not where a batch has equal rows, so weights are the sum of a high and a low half there.
 """
 
 from functools import lru_cache
@@ -75,10 +75,10 @@ BLOCKS = 256
 
 
 class Settings(NamedTuple):
-    """Choices that follow from a call's shape and, as predictions, from an H200; tests and benchmarks replace them."""
+    """Inputs of the choices that are made for each shape; tests and benchmarks replace them."""
 
     gradient: Literal["auto", "fused", "chunked"] = "auto"
-    processors: int = 132
+    processors: int = 132  # of an H200; other GPUs run the same programs
     chunk_logits: int = 2**24  # weights of the chunked gradient in memory at one time
     chunk_rows: int = 512  # the fewest rows that make a product fill a GPU
 
@@ -352,7 +352,7 @@ def statistics_block(
 
 @triton.jit
 def _merge_splits(reduction, o_row, side, B, num_splits, ROWS: tl.constexpr, ACC: tl.constexpr):
-    """Highest logit, sum of exponentials and weighted sum of a block of rows over all splits, in ascending order."""
+    """Highest logit, sum of exponentials and weighted sum of a block of rows over all splits, in a fixed order."""
     SPLITS: tl.constexpr = 8
     size = 2 * num_splits.to(tl.int64) * B
     b_highest = tl.full([ROWS], float("-inf"), ACC)
@@ -492,6 +492,7 @@ def gradient_block(
     ROWS: tl.constexpr = TILE.ROWS
     COLUMNS: tl.constexpr = TILE.COLUMNS
     DTYPE: tl.constexpr = packed.rows.dtype.element_ty
+    HAS_LOW_HALF: tl.constexpr = packed.rows.dtype.element_ty == tl.bfloat16
     N_padded = N_padded.to(tl.int64)
     num_slices = tl.cdiv(D, SLICE)
     side = pid % 2
@@ -505,7 +506,7 @@ def gradient_block(
     s = tl.load(logit_scale).to(ACC)
 
     b_acc = tl.zeros([ROWS, SLICE], ACC)
-    if DTYPE == tl.bfloat16:
+    if HAS_LOW_HALF:
         b_low_acc = tl.zeros([ROWS, SLICE], ACC)
     b_radial = tl.zeros([ROWS], ACC)  # z_i . dz_i, without f_i and the scale of the weights
     o_tile = tl.arange(0, COLUMNS)
@@ -520,13 +521,13 @@ def gradient_block(
         b_right = tl.load(p_slice + column0 * stride, mask=(o_depth < D_padded)[None, :], other=0.0)
         b_high = primitives.round_to(b_weight, DTYPE)
         b_acc = primitives.dot(b_high, b_right, b_acc)
-        if DTYPE == tl.bfloat16:
+        if HAS_LOW_HALF:
             # A sum of its own: chained products would recompute each other's rows and exchange their layouts.
             b_low_acc = primitives.dot(primitives.round_to(b_weight - b_high.to(ACC), DTYPE), b_right, b_low_acc)
         else:
             b_weight = b_high.to(ACC)  # of the weights that are summed, so that their rounding is projected out
         b_radial += tl.sum(b_weight * b_product, axis=1)
-    if DTYPE == tl.bfloat16:
+    if HAS_LOW_HALF:
         b_acc += b_low_acc
 
     m_store = (o_depth < D)[None, :] & (o_row < B)[:, None]
@@ -588,6 +589,7 @@ def weights_kernel(
     """
     pid = tl.program_id(0)
     DTYPE: tl.constexpr = weights.dtype.element_ty
+    HAS_LOW_HALF: tl.constexpr = weights.dtype.element_ty == tl.bfloat16
     N_padded = N_padded.to(tl.int64)
     # Rows vary fastest: neighbouring programs share a tile of columns in the cache.
     num_row_tiles = tl.num_programs(0) // (columns // TILE.COLUMNS)
@@ -603,7 +605,7 @@ def weights_kernel(
     o_weight = (row0 + tl.arange(0, TILE.ROWS)).to(tl.int64)[:, None] * columns + o_column[None, :]
     b_high = primitives.round_to(b_weight, DTYPE)
     tl.store(weights + o_weight, b_high)
-    if DTYPE == tl.bfloat16:
+    if HAS_LOW_HALF:
         low = weights + (num_row_tiles * TILE.ROWS).to(tl.int64) * columns
         tl.store(low + o_weight, primitives.round_to(b_weight - b_high.to(ACC), DTYPE))
 
@@ -613,7 +615,7 @@ def weights_kernel(
     do_not_specialize_on_alignment=["logit_scale", "upstream"],
 )
 def finish_gradient_kernel(
-    sums,  # (chunk, D_padded): sum_j (p_ij + q_ij) t_j, times the scale of the weights; in bf16 (2 chunk, D_padded)
+    sums,  # (chunk, D_padded): sum_j (p_ij + q_ij) t_j, scaled as the weights; in bf16 those of both halves
     packed,
     logit_scale,
     statistics,  # (8, N)
@@ -695,7 +697,7 @@ def statistics_kernel(
         tl.program_id(0), packed, logit_scale, reduction, tickets, B, N, first, N_padded, D_padded, num_splits,
         TILE, SPLIT, ACC,
     )  # fmt: skip
-    if is_finisher:
+    if is_finisher:  # noqa: SIM102 (Triton evaluates both sides of an "and")
         if primitives.is_last(tickets, num_blocks):
             tl.store(loss, finish_contrastive(reduction, B, num_blocks, BLOCKS, ACC))
 
@@ -783,7 +785,7 @@ def _num_splits(shape: Shape, tile: Tile, processors: int) -> int:
 
 
 class GradientPlan(NamedTuple):
-    """The path of the gradient, and the launch of the fused one: its tile and the slice of the width of a program."""
+    """The path of the gradient, and the launch of the fused one: its tile, and the slice of a program."""
 
     path: Literal["fused", "chunked"]
     tile: Tile
@@ -870,9 +872,9 @@ def allocate(shape: Shape, sizes: tuple[int, ...], dtype: torch.dtype, device: t
     return packed, primitives.empty(sum(sizes), dtype=dtype, device=device)
 
 
-def reduction_of(state: State) -> Reduction:
+def reduction_of(state: State, shape: Shape) -> Reduction:
     """The buffers that the statistics are written to."""
-    local = state.local_statistics if len(state.local_statistics) else state.statistics
+    local = state.statistics if shape.rows == shape.total else state.local_statistics
     return Reduction(state.partials, local, state.blocks, state.slope)
 
 
@@ -898,7 +900,7 @@ def launch_forward(image: Tensor, text: Tensor, logit_scale: Tensor, group: str)
     primitives.launch(
         statistics_kernel,
         plan.statistics_programs,
-        *(rows, logit_scale, reduction_of(state), loss, tickets),
+        *(rows, logit_scale, reduction_of(state, shape), loss, tickets),
         *(shape.rows, shape.total, shape.first, shape.total_padded, shape.width_padded, plan.num_splits),
         **plan.tile.options(),
         SPLIT=plan.num_splits > 1,

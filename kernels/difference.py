@@ -35,8 +35,8 @@ from dive_fast.kernels import direct, primitives, process_group
 # Most programs of the forward kernels: each one reads the sums of all.
 _PROGRAMS = tl.constexpr(128)
 _NUM_WARPS = 8
-# Predictions for an H200: seconds of a program for one block of rows, bytes/s of all reads from the L2 cache, and the
-# programs of the gradient, which read nothing of one another.
+# Predictions for an H200: seconds of a program for one block of rows, bytes/s of all reads from the L2 cache. The
+# programs of the gradient read nothing of one another.
 _BLOCK_SECONDS, _CACHE_RATE, _GRADIENT_PROGRAMS = 8e-7, 6.5e12, 4 * 132
 
 

@@ -111,7 +111,7 @@ def dive_values_kernel(
             pid - statistics_programs, values_programs, inputs, previous, buffers, reference_B, reference_N,
             reference_D, num_sums, CONSTANTS, REFERENCE_BLOCK, ACC,
         )  # fmt: skip
-    if is_finisher:
+    if is_finisher:  # noqa: SIM102 (Triton evaluates both sides of an "and")
         if primitives.is_last(tickets, num_blocks + values_programs):
             target = finish_contrastive(reduction, B, num_blocks, BLOCKS, ACC)
             reference = finish_difference(buffers, reference_B, reference_D, values_programs, CONSTANTS, ACC)
@@ -232,7 +232,7 @@ def launch_forward(
     primitives.launch(
         dive_values_kernel,
         target_plan.statistics_programs + reference_plan.values_programs,
-        *(rows, logit_scale, contrastive.reduction_of(state), inputs, primitives.dense(average_vector)),
+        *(rows, logit_scale, contrastive.reduction_of(state, target), inputs, primitives.dense(average_vector)),
         difference.Buffers(sums, reference_state.average, reference_state.partials, results, loss),
         *(tickets, target_plan.statistics_programs),
         *(target.rows, target.total, target.first, target.total_padded, target.width_padded),

@@ -93,8 +93,9 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
     """Runs ``programs`` programs of a kernel on the device of its first argument, a tensor or a tuple of some.
 
-    ``arguments`` are all that are not compile-time constants; tuples hold tensors only. Triton's own look-up of the
-    compiled kernel takes most of the host time of a launch, so each one is looked up by a simpler key.
+    ``arguments`` are all that are not compile-time constants; tuples hold tensors only. Triton binds arguments and
+    looks up the compiled kernel at each launch, which takes most of its host time; here launches after the first find
+    it by what Triton specializes for: dtypes, alignments, kinds of integers, and constants.
     """
     if INTERPRETED:
         kernel[(programs,)](*arguments, **options, **COMPILER_OPTIONS)
@@ -112,14 +113,19 @@ def _launch_compiled(
     kernel: Any, device: int | None, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
     key: list[Any] = [kernel.fn, device, *options.values()]
-    for argument in arguments:
+    for argument, parameter in zip(arguments, kernel.params):
         if isinstance(argument, Tensor):
-            key += argument.dtype, argument.data_ptr() % 16 == 0
+            is_aligned = parameter.do_not_specialize_on_alignment or argument.data_ptr() % 16 == 0
+            key += argument.dtype, is_aligned
         elif isinstance(argument, tuple):
             for tensor in argument:
                 key += tensor.dtype, tensor.data_ptr() % 16 == 0
+        elif type(argument) is int:
+            key.append(-(2**31) <= argument < 2**31)
+            if not parameter.do_not_specialize:
+                key += argument == 1, argument % 16 == 0
         else:
-            key.append(argument)
+            key += type(argument), argument
     compiled = _compiled.get(hashable := tuple(key))
     if compiled is None:
         _compiled[hashable] = kernel[(programs,)](*arguments, **options, **COMPILER_OPTIONS)

@@ -70,7 +70,7 @@ def force_path(path, setattr=setattr):
     if path == "chunked":
         settings = settings._replace(gradient="chunked", chunk_logits=0, chunk_rows=contrastive.PAD_ROWS)
     elif path is not None:
-        # With one processor, a program iterates over all columns of its rows and handles wider slices of the gradient.
+        # With one processor, a program iterates over all columns of its rows, in wider slices of the gradient.
         settings = settings._replace(gradient="fused", processors=1 if path == "serial" else settings.processors)
     setattr(contrastive, "SETTINGS", settings)
 
@@ -389,12 +389,51 @@ def test_no_access_outside_of_buffers(name, pairs, width, dtype, monkeypatch):
         key: guard.surround(tensor.detach()).requires_grad_(tensor.requires_grad)
         for key, tensor in tensors.items()
     }
-    values, gradients = evaluate(getattr(kernels, name), guarded, backend="triton")
+    with bands_inside_of_states():
+        values, gradients = evaluate(getattr(kernels, name), guarded, backend="triton")
+        sizes = state_sizes(name, tensors)
     guard.assert_intact()
+    (state,) = (buffer for buffer, count in guard.buffers if count == sum(sizes))
+    for end in itertools.accumulate(sizes, initial=guard.BAND):
+        assert state[end - BAND : end].isnan().all()
     for key, value in expected[0].items():
         assert torch.equal(values[key].cpu(), value), key
     for key, gradient in expected[1].items():
         assert torch.equal(gradients[key].cpu(), gradient), key
+
+
+BAND = 64  # elements at the end of each buffer of a state
+
+
+@contextlib.contextmanager
+def bands_inside_of_states():
+    """Separates the small buffers that lie in one tensor by bands."""
+    geometries = contrastive.geometry, difference.geometry
+    aligned = primitives.aligned
+
+    def with_bands(sizes):
+        return tuple(size + BAND for size in aligned(sizes))
+
+    try:
+        with unittest.mock.patch.object(primitives, "aligned", with_bands):
+            for geometry in geometries:
+                geometry.cache_clear()
+            yield
+    finally:
+        for geometry in geometries:
+            geometry.cache_clear()
+
+
+def state_sizes(name, tensors):
+    """Sizes of the buffers in the state of a loss."""
+    reference = "reference_image_features" if name == "dive_loss" else "image_features"
+    target = contrastive.geometry(contrastive.shape_of(tensors["image_features"], ""), contrastive.SETTINGS)
+    difference_sizes = difference.geometry(difference.shape_of(tensors[reference], "")).state_sizes
+    return {
+        "contrastive_loss": target.state_sizes,
+        "difference_loss": difference_sizes,
+        "dive_loss": target.state_sizes + difference_sizes,
+    }[name]
 
 
 @contextlib.contextmanager
