@@ -1,7 +1,6 @@
 """Cases of the loss benchmarks: inputs, and every implementation of the losses behind one signature."""
 
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -18,7 +17,7 @@ from dive_fast.kernels import contrastive, contrastive_loss, difference_loss, di
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
 
-FUSED_LOGITS = contrastive.FUSED_LOGITS
+SETTINGS = contrastive.SETTINGS
 
 LOGIT_SCALE = 100.0  # the bound that CLIP's pre-training clamps it to
 WEIGHT = 1000.0  # lambda of the difference loss
@@ -130,13 +129,13 @@ def ours(inputs: Inputs, operation: str, backend: str) -> tuple[Tensor, Tensor |
 
 def ours_one_way(inputs: Inputs, operation: str, fused: bool) -> tuple[Tensor, Tensor | None]:
     """Triton losses with a fused or a chunked contrastive gradient at every size."""
-    contrastive.FUSED_LOGITS = sys.maxsize if fused else 0
+    contrastive.SETTINGS = SETTINGS._replace(gradient="fused" if fused else "chunked")
     return ours(inputs, operation, "triton")
 
 
 def ours_by_size(inputs: Inputs, operation: str) -> tuple[Tensor, Tensor | None]:
     """Triton losses with the gradient chosen by size."""
-    contrastive.FUSED_LOGITS = FUSED_LOGITS
+    contrastive.SETTINGS = SETTINGS
     return ours(inputs, operation, "triton")
 
 
