@@ -190,6 +190,14 @@ def test_error_at_widths_of_real_models(width):
         assert_at_most_twice_the_error(name, inputs_of(name, drifted_pairs, 40, width), dtype)
 
 
+def test_error_with_many_splits():
+    """More splits of the columns than the last one of them merges at a time."""
+    inputs = inputs_of("contrastive_loss", drifted_pairs, 290, 16, scale=100.0)
+    shape = contrastive.shape_of(torch.empty(290, 16), "")
+    assert contrastive.geometry(shape, contrastive.SETTINGS).num_splits > 8
+    assert_at_most_twice_the_error("contrastive_loss", inputs, torch.float32)
+
+
 @contextlib.contextmanager
 def tensor_core_sums():
     """Makes the interpreter sum products as tensor cores do: truncated after the depth of each instruction.
@@ -581,6 +589,20 @@ def test_number_of_launches(monkeypatch):
         2, lambda: joint_step.launch_forward(image, text, scale, *reference, average_vector, 1e3, *options, "")
     )
     check(1, lambda: joint_step.launch_backward(upstream, scale, *saved, *reference, *sizes, 1e3, *options))
+
+
+def test_gradient_is_fused_until_chunks_are_predicted_faster():
+    """The wider the rows, the more often the fused gradient computes the logits, and the earlier chunks are faster."""
+    lines = []
+    for width in (256, 512, 768, 1280):
+        shapes = [contrastive.shape_of(torch.empty(64 * n, width).half(), "") for n in range(1, 65)]
+        paths = [contrastive.gradient_path(shape, contrastive.Settings()) for shape in shapes]
+        lines.append(paths.index("chunked"))
+        assert paths == ["fused"] * lines[-1] + ["chunked"] * (len(paths) - lines[-1])
+        for path in ("fused", "chunked"):
+            assert {contrastive.gradient_path(shape, contrastive.Settings(path)) for shape in shapes} == {path}
+    assert lines == sorted(lines, reverse=True)
+    assert lines[0] > lines[-1] > 8
 
 
 def test_host_path_is_short(monkeypatch):
