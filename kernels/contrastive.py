@@ -803,6 +803,7 @@ def gradient_plan(shape: Shape, settings: Settings) -> GradientPlan:
     errors of its logit and of the log-sum-exp cancel. So both use the same kind of matrix instruction, on Hopper
     the one with 64 rows.
     """
+    launches: tuple[tuple[Tile, int], ...]
     if shape.dtype == torch.float16:
         # Four warps for 64 rows: with eight, two groups of warps would exchange the weights' layout.
         launches = (Tile(64, 64, 64, num_warps=4, num_stages=3), 64), (Tile(128, 64, 64, 8, 3), 128)

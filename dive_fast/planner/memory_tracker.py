@@ -194,7 +194,7 @@ def _workspace(func: Any, args: tuple[Any, ...]) -> int:
     if _is_loss_kernel(func) and "backward" in func._schema.name:
         named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
         if "packed" in named:
-            saved = named["packed"], named["statistics"], named["count"], named["first"], named["width"]
+            saved = (named[name] for name in ("packed", "count", "total", "first", "width"))
             return contrastive.scratch_bytes(contrastive.saved_shape(*saved))
     return 0
 
@@ -207,9 +207,8 @@ def _loss_flop(func: Any, args: tuple[Any, ...]) -> int:
     named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
     if "logit_scale" not in named:
         return 0
-    if "statistics" in named:
-        rows, width, products = named["count"], named["width"], 4
-        columns = named["statistics"].shape[1]
+    if "packed" in named:
+        rows, columns, width, products = named["count"], named["total"], named["width"], 4
     else:
         (rows, width), products = named["image"].shape, 2
         columns = rows * process_group.world_size(named["group"])

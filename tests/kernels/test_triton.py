@@ -190,6 +190,14 @@ def test_error_at_widths_of_real_models(width):
         assert_at_most_twice_the_error(name, inputs_of(name, drifted_pairs, 40, width), dtype)
 
 
+def test_error_with_many_splits():
+    """More splits of the columns than the last one of them merges at a time."""
+    inputs = inputs_of("contrastive_loss", drifted_pairs, 290, 16, scale=100.0)
+    shape = contrastive.shape_of(torch.empty(290, 16), "")
+    assert contrastive.geometry(shape, contrastive.SETTINGS).num_splits > 8
+    assert_at_most_twice_the_error("contrastive_loss", inputs, torch.float32)
+
+
 @contextlib.contextmanager
 def tensor_core_sums():
     """Makes the interpreter sum products as tensor cores do: truncated after the depth of each instruction.
@@ -581,6 +589,63 @@ def test_number_of_launches(monkeypatch):
         2, lambda: joint_step.launch_forward(image, text, scale, *reference, average_vector, 1e3, *options, "")
     )
     check(1, lambda: joint_step.launch_backward(upstream, scale, *saved, *reference, *sizes, 1e3, *options))
+
+
+def test_gradient_is_fused_until_chunks_are_predicted_faster():
+    """The wider the rows, the more often the fused gradient computes the logits, and the earlier chunks are faster."""
+    lines = []
+    for width in (256, 512, 768, 1280):
+        shapes = [contrastive.shape_of(torch.empty(64 * n, width).half(), "") for n in range(1, 65)]
+        paths = [contrastive.gradient_path(shape, contrastive.Settings()) for shape in shapes]
+        lines.append(paths.index("chunked"))
+        assert paths == ["fused"] * lines[-1] + ["chunked"] * (len(paths) - lines[-1])
+        for path in ("fused", "chunked"):
+            assert {contrastive.gradient_path(shape, contrastive.Settings(path)) for shape in shapes} == {path}
+    assert lines == sorted(lines, reverse=True)
+    assert lines[0] > lines[-1] > 8
+
+
+def test_host_path_is_short(monkeypatch):
+    """A joint step allocates ten tensors; sizes are plain integers, and those of one shape are computed once."""
+    tensors = tensors_of(inputs_of("dive_loss", drifted_pairs, 20, 48), torch.float16)
+    allocations = []
+    monkeypatch.setattr(primitives, "launch", lambda *_, **__: None)
+    empty = primitives.empty
+
+    def counted(*shape, **kind):
+        allocations.append(shape)
+        return empty(*shape, **kind)
+
+    monkeypatch.setattr(primitives, "empty", counted)
+    for function in ("cdiv", "next_power_of_2"):  # wrapped functions: microseconds of host time each
+        monkeypatch.setattr(f"triton.{function}", None)
+    caches = contrastive.geometry, contrastive.gradient_plan, difference.geometry
+    for cache in caches:
+        cache.cache_clear()
+    for _ in range(3):
+        kernels.dive_loss(**tensors, backend="triton").loss.backward()
+    # The loss, its results, packed rows, the state and tickets; two gradients of each half, and the scale's.
+    assert len(allocations) == 3 * 10
+    assert [cache.cache_info().misses for cache in caches] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("path", ["eager", "observed"])
+def test_custom_ops_are_called_where_a_mode_observes_them(path, monkeypatch):
+    tensors = tensors_of(inputs_of("dive_loss", drifted_pairs, 20, 48), torch.float16)
+    monkeypatch.setattr(primitives, "launch", lambda *_, **__: None)
+    names = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function.name())
+            return function(*args, **kwargs or {})
+
+    with torch.profiler.profile() if path == "eager" else Names() as profiler:
+        kernels.dive_loss(**tensors, backend="triton").loss.backward()
+    if path == "eager":
+        names = [event.key for event in profiler.key_averages()]
+    operators = {name for name in names if name.startswith("dive_fast::")}
+    assert operators == (set() if path == "eager" else {"dive_fast::dive_loss", "dive_fast::dive_loss_backward"})
 
 
 @pytest.mark.parametrize("name", LOSSES)
