@@ -134,5 +134,6 @@ def test_aligned_parameters_train_as_without_padding(folder: Path) -> None:
             assert padded["norms"] == pytest.approx(plain["norms"], rel=1e-6), (zero, precision)
             assert padded["weights"].keys() == plain["weights"].keys()
             for name, value in padded["weights"].items():
-                # The last bits of a buffer's last elements depend on its length: they are left to scalar code.
-                torch.testing.assert_close(value, plain["weights"][name], rtol=1e-6, atol=0, msg=name)
+                # Products and vector code round by alignment, on some processors and in some precisions.
+                difference = (value - plain["weights"][name]).norm()
+                assert difference <= 1e-5 * plain["weights"][name].norm(), (zero, precision, name)
