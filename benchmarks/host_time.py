@@ -102,7 +102,7 @@ def _do_nothing(*_: Any, **__: Any) -> None:
 class Competitor(NamedTuple):
     """A forward and backward, and the context that it runs in."""
 
-    step: Callable[[], object]
+    step: Callable[[], dict[str, Tensor]]
     context: Callable[[], AbstractContextManager[None]]
 
 

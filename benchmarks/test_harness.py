@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ceiling
+import host_time
 import loss_report as report_module
 import losses
 import pytest
@@ -180,3 +181,14 @@ def test_tiny_run_prints_table(tmp_path: Path) -> None:
     assert {entry["outcome"] for entry in content["cases"]} == {"measured"}
     assert all(0 < entry["share_of_ceiling"] < 1 for entry in content["cases"])
     assert {entry["competitor"] for entry in content["cases"]} == COMPETITORS.keys() - {"compiled"}
+
+
+def test_host_time_measures_complete_steps() -> None:
+    competitors = host_time.competitors(BATCH, WIDTH, torch.bfloat16)
+    names = {"loss", "average_vector", *(f"gradient of {name}" for name in LEAVES["joint"])}
+    eager, ours = competitors["eager"], competitors["ours, without launches"]
+    with host_time.Operators() as operators:
+        assert eager.step().keys() == names
+    assert operators.count > 100
+    with ours.context():
+        assert ours.step().keys() == names

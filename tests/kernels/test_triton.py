@@ -592,7 +592,7 @@ def test_number_of_launches(monkeypatch):
 
 
 def test_gradient_is_fused_until_chunks_are_predicted_faster():
-    """The wider the rows, the more often the fused gradient computes the logits, and the earlier chunks are faster."""
+    """In wider rows the fused gradient computes logits more often, so that chunks are faster from fewer pairs."""
     lines = []
     for width in (256, 512, 768, 1280):
         shapes = [contrastive.shape_of(torch.empty(64 * n, width).half(), "") for n in range(1, 65)]
