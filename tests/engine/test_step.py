@@ -25,6 +25,7 @@ from dive_fast.checkpoint.export import full_state
 from dive_fast.engine.async_scalars import AsyncScalars
 from dive_fast.engine.step import StepBatches
 from dive_fast.methods.method import Part
+from dive_fast.model.fast_blocks import FastModule
 
 aten = torch.ops.aten
 
@@ -67,6 +68,10 @@ def run_paths(folder: Path, stages: tuple[int, ...], backend: Any) -> dict[Any, 
     for zero in stages:
         results["fp16", zero] = stage.accumulate(stage.engine(zero, precision="fp16"))
         results["bf16", zero] = stage.accumulate(stage.engine(zero, precision="bf16"))
+        for precision in ("fp32", "fp16"):
+            results["plain blocks", zero, precision] = stage.accumulate(
+                stage.engine(zero, precision=precision, fast_blocks=False)
+            )
         for mode in RECOMPUTED:
             results[mode, zero] = stage.accumulate(stage.engine(zero, micro=3, activation_checkpointing=mode))
         results["nonfinite", zero] = step_with_nonfinite_images(stage, zero)
@@ -75,6 +80,10 @@ def run_paths(folder: Path, stages: tuple[int, ...], backend: Any) -> dict[Any, 
         # The interpreter of Triton computes in NumPy and so reads every tensor.
         if backend == "torch" and zero < 3:
             results["reads", zero] = {str(how): find_read(stage, zero, **how) for how in NONBLOCKING}
+    with unittest.mock.patch.object(FastModule, "backend", "triton"):
+        # Interpreted kernels take seconds, so in one case; recomputation runs the kernels in the backward too.
+        engine = stage.engine(stages[-1], activation_checkpointing="selective")
+        results["kernels of blocks"] = stage.accumulate(engine)
     if stage.ranks.world_size == 1:
         results["collectives"] = {str(how): collectives_of_step(stage, **how) for how in NONBLOCKING}
     return results
@@ -241,6 +250,22 @@ def test_recomputed_blocks_have_the_papers_gradients(folder: Path, by_rank: list
         gradients, metrics = by_rank[0][mode, zero]
         assert_same_gradients(gradients, expected, 1e-5)
         assert metrics["loss"] == pytest.approx(losses["loss"], rel=1e-4), (zero, mode)
+
+
+def relative_error(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Error of the complete gradient over its norm."""
+    actual, reference = (torch.cat([each[n].flatten() for n in expected]) for each in (gradients, expected))
+    return float((actual - reference).norm() / reference.norm())
+
+
+def test_fast_blocks_are_as_exact_as_plain_ones(folder: Path, by_rank: list[dict[Any, Any]]) -> None:
+    expected, _ = oracle(folder)
+    for zero in STAGES[len(by_rank)]:
+        for precision, key in (("fp32", (zero, "sequential", None)), ("fp16", ("fp16", zero))):
+            plain = relative_error(by_rank[0]["plain blocks", zero, precision][0], expected)
+            fast = relative_error(by_rank[0][key][0], expected)
+            assert fast < max(2 * plain, 1e-6), (zero, precision)
+    assert relative_error(by_rank[0]["kernels of blocks"][0], expected) < 1e-6
 
 
 @pytest.mark.parametrize("name", METHODS)
