@@ -32,7 +32,8 @@ from dive_fast.model.features import Pairs
 from dive_fast.model.towers import create
 from dive_fast.planner.advice import advise
 from dive_fast.planner.gpu_specs import GPUS
-from dive_fast.planner.memory_tracker import MISSED_FLOP, Tracker
+from dive_fast.planner.memory_tracker import Tracker
+from dive_fast.planner.operations import MISSED_FLOP
 from dive_fast.planner.plan import LAUNCH_SECONDS, Estimate, Plan
 from dive_fast.planner.simulate import _SampledMicroBatches, plan_run
 from dive_fast.planner.table import as_json, as_table
@@ -209,7 +210,7 @@ def test_plan_run_divides_zero_state_and_samples_micro_batches(folder: Path) -> 
         assert many.parts["gradients"] <= (state if zero == "1" else state / 4) + buckets, zero
         assert many.flop_per_step == pytest.approx(single.flop_per_step, rel=1e-3)
     assert plans["one rank again"] == single
-    assert plans["sampled"].flop == plans["all"].flop
+    assert plans["sampled"].operations == plans["all"].operations
     assert plans["sampled"].parts == pytest.approx(plans["all"].parts, rel=0.02)
 
 
@@ -265,7 +266,7 @@ def test_vit_l14_memory_and_published_step_flop() -> None:
     assert plans["published"].flop_of("teacher") == pytest.approx(plans["published"].flop_per_step / 7, rel=0.01)
     assert plans["published"].parts["teacher"] == pytest.approx(plans["published"].parts["weights"], rel=0.01)
     assert plans["short"].flop_per_step <= 0.80 * plans["published"].flop_per_step
-    assert plans["published"].step_seconds(GPUS["h200"]) > 10 * plans["short"].step_seconds(GPUS["h200"])
+    assert plans["published"].step_seconds(GPUS["h200"]) > 7 * plans["short"].step_seconds(GPUS["h200"])
 
 
 JOINT: Case = {"train.schedule": "joint"}
@@ -334,8 +335,8 @@ def test_advise_returns_cheapest_change_that_fits(folder: Path, tmp_path: Path) 
 def test_estimates_count_in_fits_and_are_listed() -> None:
     gpu = GPUS["h100"]
     estimates: dict[Estimate, int] = {"context": 2**29, "nccl": 2**30, "scratch": 0, "allocator": 2**31}
-    full = Plan(1, 2, {}, 1, {"activations": gpu.memory}, estimates)
-    room = Plan(1, 2, {}, 1, {"activations": gpu.memory - 7 * 2**29}, estimates)
+    full = Plan(1, 2, {}, {"activations": gpu.memory}, estimates)
+    room = Plan(1, 2, {}, {"activations": gpu.memory - 7 * 2**29}, estimates)
     assert (full.fits(gpu), room.fits(gpu)) == (False, True)
     assert not dataclasses.replace(room, parts={"activations": gpu.memory - 7 * 2**29 + 1}).fits(gpu)
     table = as_table(room, ["h100"], {})
