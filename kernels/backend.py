@@ -16,7 +16,9 @@ except ModuleNotFoundError as error:
 Backend = Literal["auto", "triton", "torch"]
 
 
-def uses_triton(backend: Backend, features: Tensor, constants: dict[str, Tensor] | None = None) -> bool:
+def uses_triton(
+    backend: Backend, features: Tensor, constants: dict[str, Tensor] | None = None, *, any_width: bool = False
+) -> bool:
     """Whether to run the Triton kernels on these features.
 
     "auto" chooses them where they can run: on CUDA, or on any device under ``TRITON_INTERPRET=1``. "triton" also
@@ -24,6 +26,7 @@ def uses_triton(backend: Backend, features: Tensor, constants: dict[str, Tensor]
 
     Args:
         constants: tensors that get no gradient from the kernels, by argument name.
+        any_width: the kernels do not keep complete rows in registers.
 
     Raises:
         ValueError: the backend is unknown, or it is "triton" and the kernels cannot run; the message says why.
@@ -33,13 +36,15 @@ def uses_triton(backend: Backend, features: Tensor, constants: dict[str, Tensor]
     if backend == "torch":
         return False
     is_simulated = backend == "triton" and isinstance(features, FakeTensor)
-    obstacle = _find_obstacle(features, constants or {}, is_simulated)
+    obstacle = _find_obstacle(features, constants or {}, is_simulated, any_width)
     if obstacle is not None and backend == "triton":
         raise ValueError(f'backend: "triton" cannot run: {obstacle}; use "auto" or "torch"')
     return obstacle is None
 
 
-def _find_obstacle(features: Tensor, constants: dict[str, Tensor], is_simulated: bool) -> str | None:
+def _find_obstacle(
+    features: Tensor, constants: dict[str, Tensor], is_simulated: bool, any_width: bool
+) -> str | None:
     """The reason why the kernels cannot run on these tensors, or None."""
     if primitives is None:
         return "the package triton is not installed"
@@ -50,8 +55,8 @@ def _find_obstacle(features: Tensor, constants: dict[str, Tensor], is_simulated:
             return "features are fp64, which only the interpreter (TRITON_INTERPRET=1) supports"
         if not _has_tensor_cores(features.device):
             return f"{features.device} is older than compute capability 8.0"
-    if features.shape[1] > primitives.MAX_WIDTH:
-        return f"embeddings of {features.shape[1]} elements are wider than {primitives.MAX_WIDTH}"
+    if features.shape[-1] > primitives.MAX_WIDTH and not any_width:
+        return f"embeddings of {features.shape[-1]} elements are wider than {primitives.MAX_WIDTH}"
     if torch.is_grad_enabled():
         for name, tensor in constants.items():
             if tensor.requires_grad:

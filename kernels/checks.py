@@ -1,6 +1,12 @@
-"""Validation of the losses' arguments, for every backend."""
+"""Validation of the arguments of losses and layers, for every backend."""
 
+from typing import Literal, get_args
+
+import torch
 from torch import Tensor
+
+Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
+"""Name of an activation; :func:`dive_fast.kernels.naive.biased_activation` has their formulas."""
 
 
 def check_pairs(**matrices: Tensor) -> None:
@@ -61,6 +67,76 @@ def check_same_kind(image_features: Tensor, reference_image_features: Tensor) ->
         actual = reference_image_features.dtype
         raise ValueError(f"{name}: expected dtype {dtype} as image_features has, got {actual}")
     _check_device(name, reference_image_features, "image_features", image_features)
+
+
+def check_rows(name: str, rows: Tensor) -> None:
+    """Checks that a layer's input is floating-point with at least one column; it may have no rows.
+
+    Raises:
+        ValueError: its shape or dtype is wrong.
+    """
+    if rows.ndim == 0 or rows.shape[-1] == 0:
+        raise ValueError(f"{name}: expected shape (..., W) with W > 0, got {tuple(rows.shape)}")
+    if not rows.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point dtype, got {rows.dtype}")
+
+
+def check_columns(rows_name: str, rows: Tensor, **vectors: Tensor | None) -> None:
+    """Checks parameters with one element per column of ``rows``: shape ``(W,)``, floating-point, on its device.
+
+    Raises:
+        ValueError: the shape, dtype or device of one is wrong.
+    """
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if vector.shape != rows.shape[-1:]:
+            raise ValueError(f"{name}: expected shape {tuple(rows.shape[-1:])}, got {tuple(vector.shape)}")
+        if not vector.is_floating_point():
+            raise ValueError(f"{name}: expected a floating-point dtype, got {vector.dtype}")
+        _check_device(name, vector, rows_name, rows)
+
+
+def check_kind(kind: str) -> None:
+    """Checks the name of an activation.
+
+    Raises:
+        ValueError: it is unknown.
+    """
+    if kind not in get_args(Activation):
+        raise ValueError(f"kind: expected one of {', '.join(get_args(Activation))}, got {kind!r}")
+
+
+def check_branch(x: Tensor, branch: Tensor | None, branch_bias: Tensor | None, dtype: torch.dtype) -> None:
+    """Checks what is added to the residual stream ``x``, and the dtype of the norm's output.
+
+    Raises:
+        ValueError: the branch differs from x in shape or device or is not floating-point, there is a bias but no
+            branch, or ``dtype`` is not floating-point.
+    """
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating-point dtype, got {dtype}")
+    if branch is None:
+        if branch_bias is not None:
+            raise ValueError("branch_bias: expected None because branch is None")
+        return
+    if branch.shape != x.shape:
+        raise ValueError(f"branch: expected shape {tuple(x.shape)} as x has, got {tuple(branch.shape)}")
+    if not branch.is_floating_point():
+        raise ValueError(f"branch: expected a floating-point dtype, got {branch.dtype}")
+    _check_device("branch", branch, "x", x)
+
+
+def check_packed(qkv: Tensor, heads: int, parts: int) -> None:
+    """Checks that the columns of ``(B, N, parts * heads * width)`` divide into parts and heads.
+
+    Raises:
+        ValueError: the shape does not fit, or ``parts`` is not 2 or 3.
+    """
+    if parts not in (2, 3):
+        raise ValueError(f"parts: expected 2 (keys, values) or 3 (queries, keys, values), got {parts}")
+    if qkv.ndim != 3 or heads < 1 or qkv.shape[-1] % (parts * heads):
+        raise ValueError(f"qkv: expected shape (B, N, {parts} * {heads} * width), got {tuple(qkv.shape)}")
 
 
 def _check_device(name: str, tensor: Tensor, other: str, reference: Tensor) -> None:

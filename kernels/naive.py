@@ -8,6 +8,7 @@ gradient of the global loss.
 Equation numbers are those of DiVE, arXiv 2511.09973.
 """
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from dive_fast.kernels.checks import check_average_vector, check_pairs, check_same_kind, check_scale
+from dive_fast.kernels.checks import (
+    Activation,
+    check_average_vector,
+    check_branch,
+    check_columns,
+    check_kind,
+    check_packed,
+    check_pairs,
+    check_rows,
+    check_same_kind,
+    check_scale,
+)
 from dive_fast.kernels.precision import product
 
 
@@ -194,3 +206,113 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return ctx.world_size * gradient[ctx.first : ctx.first + ctx.count], None
+
+
+def biased_activation(x: Tensor, bias: Tensor | None, kind: Activation) -> Tensor:
+    """``act(x + bias)``, computed in fp32 (fp64 for fp64 inputs) and rounded once to the dtype of ``x``.
+
+    ::
+
+        quick_gelu(z) = z sigmoid(1.702 z)
+        gelu(z)       = z (1 + erf(z / sqrt 2)) / 2
+        gelu_tanh(z)  = z (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2
+
+    Args:
+        x: ``(..., W)``.
+        bias: ``(W,)``, or None.
+    """
+    check_rows("x", x)
+    check_columns("x", x, bias=bias)
+    check_kind(kind)
+    with _without_autocast(x):
+        z = _at_least_fp32(x)
+        if bias is not None:
+            z = z + bias.to(z.dtype)
+        if kind == "quick_gelu":
+            y = z * torch.sigmoid(1.702 * z)
+        else:
+            y = F.gelu(z, approximate="tanh" if kind == "gelu_tanh" else "none")
+        return y.to(x.dtype)
+
+
+def add_layer_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Residual addition and layer norm, in fp32 (fp64 for fp64 inputs).
+
+    ::
+
+        sum = x + branch + branch_bias                                  rounded once to the dtype of x
+        normed = (sum - mean) / sqrt(mean((sum - mean)^2) + eps) * weight + bias      rounded to ``dtype``
+
+    Args:
+        x: ``(..., D)``.
+        branch: like ``x``, or None, for which the sum is ``x`` itself; its dtype may differ.
+        branch_bias: ``(D,)``, or None.
+        weight, bias: ``(D,)``.
+
+    Returns:
+        ``sum`` and ``normed``.
+    """
+    check_rows("x", x)
+    check_branch(x, branch, branch_bias, dtype)
+    check_columns("x", x, branch_bias=branch_bias, weight=weight, bias=bias)
+    with _without_autocast(x):
+        total = x
+        if branch is not None:
+            total = _at_least_fp32(x) + branch
+            if branch_bias is not None:
+                total = total + branch_bias
+            total = total.to(x.dtype)
+        rows = _at_least_fp32(total)
+        normed = F.layer_norm(rows, weight.shape, weight.to(rows.dtype), bias.to(rows.dtype), eps)
+        return total, normed.to(dtype)
+
+
+def split_qkv(qkv: Tensor, bias: Tensor | None, heads: int, *, parts: int = 3) -> tuple[Tensor, ...]:
+    """Views of queries, keys and values, ``(B, N, 3 H d) -> (B, H, N, d)`` each.
+
+    Args:
+        qkv: the packed product, to which the bias has been added already.
+        bias: ``(3 H d,)``, receives the column sums of the gradient of ``qkv``; None: no sums.
+        heads: H.
+        parts: 2 for keys and values alone, ``(B, N, 2 H d)``.
+    """
+    check_rows("qkv", qkv)
+    check_packed(qkv, heads, parts)
+    check_columns("qkv", qkv, bias=bias)
+    if bias is not None:
+        qkv = _AddedBias.apply(qkv, bias)  # type: ignore[no-untyped-call]
+    return qkv.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class _AddedBias(torch.autograd.Function):
+    # The identity with the gradient of ``rows + bias``, for a bias that was added without a gradient.
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.dtype = bias.dtype
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        if not ctx.needs_input_grad[1]:
+            return gradient, None
+        dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+        return gradient, gradient.flatten(0, -2).sum(0, dtype=dtype).to(ctx.dtype)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Autocast would compute a layer norm of 16 bits in other dtypes on CPU and CUDA."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()

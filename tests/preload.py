@@ -19,4 +19,6 @@ if others:
     os.environ["PYTHONPATH"] = others
 for name in PRELOADED:
     importlib.import_module(name)
+# Interpreted kernels would take most of the time; tests of the blocks choose them.
+importlib.import_module("dive_fast.model.fast_blocks").FastTransformer.backend = "torch"
 tokens.keep()

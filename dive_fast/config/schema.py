@@ -188,6 +188,9 @@ class TrainConfig(Section):
     """Saves memory for time. `selective`: recomputes the activation of each MLP in the backward, without matrix
     products except, under ZeRO-3, the one after the activation. `full`: transformer blocks keep only their inputs
     and run again in the backward."""
+    fast_blocks: bool = True
+    """Fused kernels between the matrix products of open_clip's transformer blocks, and a last block that computes
+    only the token that is pooled. Other towers keep their blocks; the log says which."""
     compile: bool = False
     """torch.compile of the towers' transformer blocks. The first steps take minutes; not with ZeRO-3."""
     learning_rate: NonNegativeFloat = 1e-5

@@ -39,6 +39,7 @@ from dive_fast.engine.target_teacher import TargetTeacher
 from dive_fast.engine.update import DeepSpeedUpdate, DeviceUpdate, LossScale
 from dive_fast.errors import ConfigError
 from dive_fast.methods.method import ImageInfo, Loss, Method, Part, join_metrics, overrides
+from dive_fast.model import fast_blocks
 from dive_fast.model.features import Features, Outputs, Pairs
 from dive_fast.model.towers import Towers
 from dive_fast.model.transformer_blocks import (
@@ -108,6 +109,13 @@ class Engine:
         """Whether features of one batch by the same weights differ from call to call."""
         self.method = method.to(ranks.device)
         _freeze_untuned(self.towers, method)
+        section = deepspeed_section(config, ranks.world_size)
+        self.remark = "fast blocks: none (train.fast_blocks = false)"
+        """One line about the towers' blocks, for the start of a run."""
+        if train.fast_blocks:
+            is_partitioned = zero_section(section).get("stage", 0) == 3
+            defers = train.activation_checkpointing != "full" and not is_partitioned
+            self.remark = fast_blocks.install(self.towers, defers)
         self.teacher = (
             None if method.needs.target_teacher == "none" else TargetTeacher(self.towers, method.target_loss)
         )
@@ -118,7 +126,6 @@ class Engine:
             recompute_activations(self.towers)
         if train.compile:
             compile_blocks(self.towers)
-        section = deepspeed_section(config, ranks.world_size)
         clipping, on_device = section["gradient_clipping"], updates_on_device(section)
         check_hooks(section, method, train.schedule)
         if on_device:

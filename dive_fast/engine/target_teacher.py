@@ -23,8 +23,8 @@ class TargetTeacher:
         """Copies the towers.
 
         Args:
-            towers: the pre-trained towers on their device, before blocks are replaced or compiled. The head is not
-                copied.
+            towers: the pre-trained towers on their device, before blocks are recomputed or compiled; with fast
+                blocks where the student has them. The head is not copied.
             loss: the target loss, which defines whether and how fast the teacher moves.
         """
         head, towers.head = towers.head, None

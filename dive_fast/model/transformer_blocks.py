@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dive_fast.errors import ConfigError
+from dive_fast.model.fast_blocks import FastBlock
 from dive_fast.model.towers import Towers
 
 TEXT_MULTIPLE = 8
@@ -90,6 +91,8 @@ def check_blocks(towers: Towers, checkpointing: str, compiled: bool) -> None:
 def recompute_blocks(towers: Towers) -> None:
     """Makes the blocks of both towers save only their inputs and run again in the backward.
 
+    Fast blocks should not defer, since a deferred branch would be a second input.
+
     Raises:
         ConfigError: a tower has no blocks.
     """
@@ -106,7 +109,10 @@ def recompute_activations(towers: Towers) -> None:
     """
     for tower in (towers.visual, towers.text):
         for block in blocks_of(tower, CHECKPOINTING):
-            block.mlp = RecomputeMLP(_mlp_of(block, tower))
+            if isinstance(block, FastBlock):
+                block.recomputes_activation = True
+            else:
+                block.mlp = RecomputeMLP(_mlp_of(block, tower))
 
 
 class RecomputeMLP(nn.Sequential):

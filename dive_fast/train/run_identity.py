@@ -61,7 +61,8 @@ CONTINUES = ("train.epochs", "train.max_steps", "evaluate.*")
 """Keys that users change on purpose, to train longer or to select the best weights differently; reported."""
 ROUNDING = (
     *("data.*.loader", "data.*.decoder", "teacher.mode", "train.schedule", "train.micro_batch_size"),
-    *("train.activation_checkpointing", "train.compile", "deepspeed.zero_optimization", "versions.*", "ranks"),
+    *("train.activation_checkpointing", "train.fast_blocks", "train.compile", "deepspeed.zero_optimization"),
+    *("versions.*", "ranks"),
 )
 """Keys that change only the last bits of a result; reported."""
 

@@ -1,0 +1,97 @@
+"""The layers between two matrix products of a transformer block, forward and backward in one pass each.
+
+``x`` is the residual stream, ``(B, N, D)``. One block is::
+
+    sum, y = add_layer_norm(x, branch, branch_bias, ...)      branch: the product before, without its bias
+    q, k, v = split_qkv(y @ W_qkv.T + b_qkv, b_qkv, heads)
+    sum, y = add_layer_norm(sum, attention(q, k, v) @ W_o.T, b_o, ...)
+    branch = biased_activation(y @ W_1.T, b_1, kind) @ W_2.T
+
+Gradients of biases are sums over all rows in a fixed order, from the gradients that the same pass computes. No
+function here is affected by autocast.
+"""
+
+import torch
+from torch import Tensor
+
+from dive_fast.kernels import naive
+from dive_fast.kernels.backend import Backend
+from dive_fast.kernels.checks import Activation
+
+
+def biased_activation(x: Tensor, bias: Tensor | None, kind: Activation, backend: Backend = "auto") -> Tensor:
+    """``act(x + bias)`` in the dtype of ``x``, computed in fp32 (fp64 for fp64 inputs) and rounded once.
+
+    ::
+
+        quick_gelu(z) = z sigmoid(1.702 z)
+        gelu(z)       = z (1 + erf(z / sqrt 2)) / 2
+        gelu_tanh(z)  = z (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2
+
+    The Triton kernels save only the arguments for the backward.
+
+    Args:
+        x: ``(..., W)``, fp16, bf16 or fp32, contiguous (otherwise copied); may have no rows.
+        bias: ``(W,)`` of any floating-point dtype, or None.
+        backend: "triton", "torch", or "auto": triton where it can run (see :mod:`dive_fast.kernels.backend`).
+
+    Returns:
+        A tensor like ``x``.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, or the backend cannot run.
+    """
+    return naive.biased_activation(x, bias, kind)
+
+
+def add_layer_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Residual addition and layer norm, computed in fp32 (fp64 for fp64 inputs).
+
+    ::
+
+        sum = x + branch + branch_bias                                  rounded once to the dtype of x
+        normed = (sum - mean) / sqrt(mean((sum - mean)^2) + eps) * weight + bias      rounded to ``dtype``
+
+    Args:
+        x: ``(..., D)``, fp16, bf16 or fp32, contiguous (otherwise copied); may have no rows.
+        branch: like ``x``, or None, for which the sum is ``x`` itself; its dtype may differ.
+        branch_bias: ``(D,)`` of any floating-point dtype, or None.
+        weight, bias: ``(D,)`` of any floating-point dtype.
+        backend: as for :func:`biased_activation`.
+
+    Returns:
+        ``sum`` in the dtype of ``x`` and ``normed`` in ``dtype``.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, or the backend cannot run.
+    """
+    return naive.add_layer_norm(x, branch, branch_bias, weight, bias, eps, dtype)
+
+
+def split_qkv(
+    qkv: Tensor, bias: Tensor | None, heads: int, backend: Backend = "auto", *, parts: int = 3
+) -> tuple[Tensor, ...]:
+    """Views of queries, keys and values, ``(B, N, 3 H d) -> (B, H, N, d)`` each.
+
+    The backward writes the three gradients, of any strides, into one packed gradient.
+
+    Args:
+        qkv: the packed product, contiguous (otherwise copied), to which ``bias.detach()`` has been added already.
+        bias: ``(3 H d,)``, receives the column sums of the gradient of ``qkv``; None: no sums.
+        heads: H.
+        backend: as for :func:`biased_activation`.
+        parts: 2 for keys and values alone, ``(B, N, 2 H d)``.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, or the backend cannot run.
+    """
+    return naive.split_qkv(qkv, bias, heads, parts=parts)
