@@ -19,7 +19,7 @@ class Gpu(NamedTuple):
     single: float
     """fp32 FLOP/s, without matrix units."""
     half_product: float
-    """FLOP/s of 16-bit matrix products whose three sides are long."""
+    """FLOP/s of large 16-bit matrix products with long sums."""
     half_attention: float
     """FLOP/s of 16-bit attention with heads of width 64, forward and backward."""
     single_product: float
@@ -29,14 +29,14 @@ class Gpu(NamedTuple):
     elementwise: float
     """Bytes/s, read and written, of large element-wise kernels."""
 
-    def product_rate(self, shortest_side: int) -> float:
-        """FLOP/s of a 16-bit matrix product by its shortest side, reduction included."""
-        return self.half_product * shortest_side / (shortest_side + HALF_RATE_SIDE)
+    def product_rate(self, reduction: int) -> float:
+        """FLOP/s of a 16-bit matrix product whose sums have ``reduction`` terms."""
+        return self.half_product * reduction / (reduction + HALF_RATE_REDUCTION)
 
 
-HALF_RATE_SIDE = 144
-"""Side of a 16-bit product at which the assumed rate is half of that of long sides. It makes an H200 reach 645
-TFLOP/s at 640, within the 600 to 690 reported for products with sides of 512 to 768."""
+HALF_RATE_REDUCTION = 144
+"""Terms of a sum at which a 16-bit product has half of the rate of long sums: the start and end of each tile take as
+long as its sums then. It makes an H200 reach 645 TFLOP/s at 640 terms, within the 600 to 690 reported for 512 to 768."""
 
 
 def _gpu(memory: float, half: float, single: float, bandwidth: float) -> Gpu:

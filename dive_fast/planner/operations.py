@@ -37,8 +37,8 @@ class Operation(NamedTuple):
     """A multiply-add is two operations, as in torch's FlopCounterMode."""
     bytes: int
     """Bytes read and written."""
-    shortest_side: int
-    """The smallest of a product's sides and its reduction length, which limits its rate; 0 for other kinds."""
+    reduction: int
+    """Number of terms in each sum of a matrix product, which limits its rate; 0 for other kinds."""
 
 
 def _native_attention_flop(query: Any, key: Any, value: Any, width: int, *_: Any, **__: Any) -> int:
@@ -91,18 +91,18 @@ def operation_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resul
     if func.namespace not in ("aten", "dive_fast") or func.is_view or name in _ALLOCATIONS:
         return None
     kind: Kind = "elementwise"
-    flop = shortest_side = 0
+    flop = reduction = 0
     if is_loss_kernel(func):
         stage, kind = "loss", "product"
-        flop, shortest_side = _loss_work(func, args)
+        flop, reduction = _loss_work(func, args)
     elif (formula := _FLOP.get(func._overloadpacket)) is not None:
         kind = "attention" if "scaled_dot_product" in name or name.endswith("_attention_forward") else "product"
         flop = formula(*args, **kwargs, out_val=result)
-        shortest_side = _shortest_side(name, args) if kind == "product" else 0
+        reduction = _reduction(name, args) if kind == "product" else 0
     matrix = next((each for each in tree_leaves(args) if isinstance(each, Tensor) and each.ndim > 1), None)
     is_half = flop > 0 and matrix is not None and matrix.element_size() == 2
     return Operation(
-        stage, kind, name, is_half, flop, _moved_bytes(func, name, args, kwargs, result), shortest_side
+        stage, kind, name, is_half, flop, _moved_bytes(func, name, args, kwargs, result), reduction
     )
 
 
@@ -167,20 +167,16 @@ def _bytes(value: Any) -> int:
     return total
 
 
-def _shortest_side(name: str, args: tuple[Any, ...]) -> int:
+def _reduction(name: str, args: tuple[Any, ...]) -> int:
     if name.endswith("convolution"):
-        return _convolution_side(args[1])
+        return math.prod(args[1].shape[1:])
     if name == "convolution_backward":
-        return _convolution_side(args[2])
+        # The weight's gradient sums over images and pixels, that of the images over output channels.
+        gradient, weight = args[0], args[2]
+        return int(weight.shape[0] if args[-1][0] else gradient.numel() // weight.shape[0])
     matrices = [each for each in args if isinstance(each, Tensor) and each.ndim > 1]
-    if name in ("mm", "addmm", "bmm", "baddbmm"):
-        left, right = matrices[-2:]
-        return int(min(*left.shape[-2:], right.shape[-1]))
-    return int(matrices[0].shape[-1])
-
-
-def _convolution_side(weight: Tensor) -> int:
-    return min(weight.shape[0], math.prod(weight.shape[1:]))
+    left = matrices[-2] if name in ("mm", "addmm", "bmm", "baddbmm") else matrices[0]
+    return int(left.shape[-1])
 
 
 def _loss_work(func: Any, args: tuple[Any, ...]) -> tuple[int, int]:
@@ -197,4 +193,4 @@ def _loss_work(func: Any, args: tuple[Any, ...]) -> tuple[int, int]:
     else:
         (rows, width), products = named["image"].shape, 2
         columns = rows * process_group.world_size(named["group"])
-    return int(2 * products * rows * columns * width), int(min(rows, columns, width))
+    return int(2 * products * rows * columns * width), int(width)

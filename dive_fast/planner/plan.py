@@ -7,7 +7,7 @@ losses are the Triton kernels'. Attention stores its output and log-sum-exp but 
 CPU as on CUDA.
 
 The time of a step is that of the GPU or of the host, whichever is longer. The GPU's is a sum over operations: for
-a matrix product its FLOP at a rate that depends on its shortest side, or its bytes if they take longer; for
+a matrix product its FLOP at a rate that depends on the length of its sums, or its bytes if they take longer; for
 attention its FLOP at another rate; for any other operation its bytes. :mod:`dive_fast.planner.gpu_specs` has the
 rates. The host's is :data:`LAUNCH_SECONDS` for each operation. Communication and compilation are left out.
 
@@ -130,6 +130,6 @@ def _seconds(operation: Operation, gpu: Gpu) -> float:
     elif operation.kind == "attention":
         rate = gpu.half_attention
     else:
-        rate = gpu.product_rate(operation.shortest_side)
+        rate = gpu.product_rate(operation.reduction)
     arithmetic = operation.flop / rate if operation.flop else 0.0
     return max(arithmetic, operation.bytes / gpu.copy)

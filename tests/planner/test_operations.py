@@ -105,21 +105,21 @@ def test_fused_adamw_reads_and_writes_parameters_gradients_and_moments() -> None
 
 
 @pytest.mark.parametrize(
-    ("function", "arguments", "flop", "moved", "side"),
+    ("function", "arguments", "flop", "moved", "reduction"),
     [
         (torch.mm, (half(30, 7), half(7, 11)), 2 * 30 * 7 * 11, 2 * (210 + 77 + 330), 7),
-        (torch.bmm, (half(5, 30, 70), half(5, 70, 11)), 5 * 2 * 30 * 70 * 11, 5 * 2 * (2100 + 770 + 330), 11),
+        (torch.bmm, (half(5, 30, 70), half(5, 70, 11)), 5 * 2 * 30 * 70 * 11, 5 * 2 * (2100 + 770 + 330), 70),
         (F.linear, (half(30, 7), half(11, 7), half(11)), 2 * 30 * 7 * 11, 2 * (210 + 77 + 330 + 11), 7),
         (F.linear, (half(3, 10, 7), half(11, 7), half(11)), 2 * 30 * 7 * 11, 2 * (210 + 77 + 330 + 11), 7),
         (F.conv2d, (half(2, 3, 8, 8), half(50, 3, 4, 4), None, 4), 2 * 8 * 48 * 50, 2 * (384 + 2400 + 400), 48),
     ],
 )
-def test_product_has_flop_bytes_and_shortest_side(
-    function: Callable[..., Any], arguments: tuple[Any, ...], flop: int, moved: int, side: int
+def test_product_has_flop_bytes_and_reduction(
+    function: Callable[..., Any], arguments: tuple[Any, ...], flop: int, moved: int, reduction: int
 ) -> None:
     (operation,) = operations(function, *arguments)
     assert operation[1] == "product"
-    assert operation[3:] == (True, flop, moved, side)
+    assert operation[3:] == (True, flop, moved, reduction)
 
 
 def test_attention_is_counted_apart_from_products() -> None:
@@ -145,15 +145,15 @@ def test_loss_kernels_have_their_own_stage_and_products() -> None:
 
 
 def operation(kind: Any, **fields: Any) -> Operation:
-    work = {"is_half": True, "flop": 0, "bytes": 0, "shortest_side": 0} | fields
+    work = {"is_half": True, "flop": 0, "bytes": 0, "reduction": 0} | fields
     return Operation("target", kind, "name", **work)
 
 
 def test_seconds_of_plan_by_part() -> None:
     work: dict[Operation, float] = {
-        operation("product", flop=10**15, shortest_side=640): 2,
+        operation("product", flop=10**15, reduction=640): 2,
         # A product of few FLOP takes the time of its bytes, one in fp32 that of the other units.
-        operation("product", flop=10**6, bytes=43 * 10**9, shortest_side=640): 1,
+        operation("product", flop=10**6, bytes=43 * 10**9, reduction=640): 1,
         operation("product", flop=10**12, is_half=False): 1,
         operation("attention", flop=107 * 10**12): 1,
         operation("elementwise", bytes=41 * 10**9): 3,
