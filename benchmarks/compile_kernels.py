@@ -26,7 +26,16 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from dive_fast.kernels import contrastive, difference, joint_step, primitives
+from dive_fast.kernels import (
+    activation,
+    column_sums,
+    contrastive,
+    difference,
+    joint_step,
+    layer_norm,
+    packed_qkv,
+    primitives,
+)
 
 # Bytes of shared memory for one program, by compute capability (CUDA programming guide, technical specifications).
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -36,6 +45,12 @@ RESULTS = Path(__file__).parent / "results"
 WIDTHS = (70, 512, 768, 770, 1270, 1280)
 BATCHES = (1, 256, 2048, 4096)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# Residual streams, from the text tower of ViT-B to ViT-bigG, and a width that is not a multiple of 16 bytes.
+TOWER_WIDTHS = (512, 768, 1024, 1280, 1664, 70)
+MLP_WIDTHS = (2048, 3072, 4096, 70)
+HEADS = ((12, 64), (16, 80), (5, 14))
+TOKENS = 788
 
 
 class Variant(NamedTuple):
@@ -54,7 +69,7 @@ class Variant(NamedTuple):
 
 KERNELS = {
     name: kernel
-    for module in (contrastive, difference, joint_step)
+    for module in (activation, column_sums, contrastive, difference, joint_step, layer_norm, packed_qkv)
     for name, kernel in vars(module).items()
     if name.endswith("_kernel")
 }
@@ -72,6 +87,13 @@ def variants() -> list[Variant]:
     with unittest.mock.patch.object(primitives, "launch", record):
         for rows, width, dtype in itertools.product(BATCHES, WIDTHS, DTYPES):
             _launch_all(rows, width, dtype)
+        for dtype in DTYPES:
+            _launch_activation(dtype)
+            _launch_packed(dtype)
+        # Images have one dtype; the residual stream of texts is fp32 under autocast.
+        for stream, dtype in itertools.product(DTYPES, DTYPES):
+            if stream in (dtype, torch.float32):
+                _launch_layer_norm(stream, dtype)
     return list(recorded)
 
 
@@ -95,14 +117,43 @@ def _launch_all(rows: int, width: int, dtype: torch.dtype) -> None:
         joint_step.launch_backward(upstream, scale, *saved, *reference, average, rows, 0, width, 1000.0, *options)
 
 
+def _launch_activation(dtype: torch.dtype) -> None:
+    for width, kind in itertools.product(MLP_WIDTHS, ("quick_gelu", "gelu", "gelu_tanh")):
+        x, bias = torch.empty(TOKENS, width, dtype=dtype, device="meta"), torch.empty(width, device="meta")
+        activation.launch_forward(x, bias, kind)
+        for bias_gradient in (True, False):
+            activation.launch_backward(x, x, bias, kind, bias_gradient)
+
+
+def _launch_packed(dtype: torch.dtype) -> None:
+    for (heads, width), parts in itertools.product(HEADS, (2, 3)):
+        gradient = torch.empty(4, TOKENS // 4, heads, width, dtype=dtype, device="meta").transpose(1, 2)
+        packed_qkv.launch_backward([gradient] * parts, torch.float32)
+
+
+def _launch_layer_norm(stream: torch.dtype, dtype: torch.dtype) -> None:
+    for width in TOWER_WIDTHS:
+        x, branch = (torch.empty(TOKENS, width, dtype=dtype, device="meta") for dtype in (stream, dtype))
+        statistics, vector = torch.empty(TOKENS, device="meta"), torch.empty(width, device="meta")
+        layer_norm.launch_sum_and_norm(x, branch, vector, vector, vector, 1e-5, dtype)
+        layer_norm.launch_norm(x, vector, vector, 1e-5, dtype)
+        saved = x, statistics, statistics, vector, branch
+        branch_dtype = None if stream == dtype else dtype
+        layer_norm.launch_backward(*saved, x, branch_dtype, torch.float32, torch.float32, torch.float32)
+        layer_norm.launch_backward(*saved, None, None, None, torch.float32, torch.float32)
+
+
 def _variant(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Variant:
     """The variant that Triton's launcher would compile for this call."""
     signature: dict[str, Any] = {}
     aligned: list[tuple[int, ...]] = []
     for position, (parameter, argument) in enumerate(zip(kernel.params, arguments, strict=False)):
-        if isinstance(argument, tuple):
+        if argument is None:
+            options[parameter.name] = None
+        elif isinstance(argument, tuple):
             # Tensors only: Triton specializes on every integer in a tuple and ignores the parameter's flags.
-            signature[parameter.name] = type(argument)(*(TYPES[tensor.dtype] for tensor in argument))
+            types = [TYPES[tensor.dtype] for tensor in argument]
+            signature[parameter.name] = type(argument)._make(types) if hasattr(argument, "_make") else tuple(types)
             aligned += [(position, member) for member in range(len(argument))]
         elif isinstance(argument, torch.Tensor):
             signature[parameter.name] = TYPES[argument.dtype]
@@ -141,10 +192,14 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
 
 
 def _features_dtype(variant: Variant) -> str:
-    """The dtype of the features, or of the packed rows, that the kernel reads."""
+    """The dtype of the features or packed rows that a loss reads, or of a layer's first argument."""
     types = dict(variant.signature)
-    packed, inputs = types.get("packed"), types.get("inputs")
-    return (packed.rows if packed else inputs.image).removeprefix("*")
+    packed, inputs, first = types.get("packed"), types.get("inputs"), variant.signature[0][1]
+    if hasattr(packed, "rows"):
+        first = packed.rows
+    elif inputs:
+        first = inputs.image
+    return (first if isinstance(first, str) else first[0]).removeprefix("*")
 
 
 def _registers(ptx: str) -> dict[str, int]:

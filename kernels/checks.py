@@ -69,24 +69,68 @@ def check_same_kind(image_features: Tensor, reference_image_features: Tensor) ->
     _check_device(name, reference_image_features, "image_features", image_features)
 
 
-def check_rows(name: str, rows: Tensor) -> None:
-    """Checks that a layer's input is floating-point with at least one column; it may have no rows.
+def check_activation(x: Tensor, bias: Tensor | None, kind: str) -> None:
+    """Checks rows ``(..., W)``, of which there may be none, a bias ``(W,)``, and the name of an activation.
 
     Raises:
-        ValueError: its shape or dtype is wrong.
+        ValueError: a shape, dtype or device is wrong, or the name is unknown.
     """
+    _check_rows("x", x)
+    _check_columns("x", x, bias=bias)
+    if kind not in get_args(Activation):
+        raise ValueError(f"kind: expected one of {', '.join(get_args(Activation))}, got {kind!r}")
+
+
+def check_layer_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+) -> None:
+    """Checks rows ``(..., D)``, of which there may be none, what is added to them, and a norm of its rows.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong, or there is a bias of a branch without a branch.
+    """
+    _check_rows("x", x)
+    if branch is not None:
+        if branch.shape != x.shape:
+            raise ValueError(f"branch: expected shape {tuple(x.shape)} as x has, got {tuple(branch.shape)}")
+        if not branch.is_floating_point():
+            raise ValueError(f"branch: expected a floating-point dtype, got {branch.dtype}")
+        _check_device("branch", branch, "x", x)
+    elif branch_bias is not None:
+        raise ValueError("branch_bias: expected None because branch is None")
+    _check_columns("x", x, branch_bias=branch_bias, weight=weight, bias=bias)
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating-point dtype, got {dtype}")
+
+
+def check_packed(qkv: Tensor, bias: Tensor | None, heads: int, parts: int) -> None:
+    """Checks that the columns of ``(B, N, parts * heads * width)`` divide into parts and heads, and their bias.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong, or ``parts`` is not 2 or 3.
+    """
+    if parts not in (2, 3):
+        raise ValueError(f"parts: expected 2 (keys, values) or 3 (queries, keys, values), got {parts}")
+    _check_rows("qkv", qkv)
+    if qkv.ndim != 3 or heads < 1 or qkv.shape[-1] % (parts * heads):
+        raise ValueError(f"qkv: expected shape (B, N, {parts} * {heads} * width), got {tuple(qkv.shape)}")
+    _check_columns("qkv", qkv, bias=bias)
+
+
+def _check_rows(name: str, rows: Tensor) -> None:
     if rows.ndim == 0 or rows.shape[-1] == 0:
         raise ValueError(f"{name}: expected shape (..., W) with W > 0, got {tuple(rows.shape)}")
     if not rows.is_floating_point():
         raise ValueError(f"{name}: expected a floating-point dtype, got {rows.dtype}")
 
 
-def check_columns(rows_name: str, rows: Tensor, **vectors: Tensor | None) -> None:
-    """Checks parameters with one element per column of ``rows``: shape ``(W,)``, floating-point, on its device.
-
-    Raises:
-        ValueError: the shape, dtype or device of one is wrong.
-    """
+def _check_columns(rows_name: str, rows: Tensor, **vectors: Tensor | None) -> None:
+    """Checks vectors with one element for each column of ``rows``."""
     for name, vector in vectors.items():
         if vector is None:
             continue
@@ -95,48 +139,6 @@ def check_columns(rows_name: str, rows: Tensor, **vectors: Tensor | None) -> Non
         if not vector.is_floating_point():
             raise ValueError(f"{name}: expected a floating-point dtype, got {vector.dtype}")
         _check_device(name, vector, rows_name, rows)
-
-
-def check_kind(kind: str) -> None:
-    """Checks the name of an activation.
-
-    Raises:
-        ValueError: it is unknown.
-    """
-    if kind not in get_args(Activation):
-        raise ValueError(f"kind: expected one of {', '.join(get_args(Activation))}, got {kind!r}")
-
-
-def check_branch(x: Tensor, branch: Tensor | None, branch_bias: Tensor | None, dtype: torch.dtype) -> None:
-    """Checks what is added to the residual stream ``x``, and the dtype of the norm's output.
-
-    Raises:
-        ValueError: the branch differs from x in shape or device or is not floating-point, there is a bias but no
-            branch, or ``dtype`` is not floating-point.
-    """
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype: expected a floating-point dtype, got {dtype}")
-    if branch is None:
-        if branch_bias is not None:
-            raise ValueError("branch_bias: expected None because branch is None")
-        return
-    if branch.shape != x.shape:
-        raise ValueError(f"branch: expected shape {tuple(x.shape)} as x has, got {tuple(branch.shape)}")
-    if not branch.is_floating_point():
-        raise ValueError(f"branch: expected a floating-point dtype, got {branch.dtype}")
-    _check_device("branch", branch, "x", x)
-
-
-def check_packed(qkv: Tensor, heads: int, parts: int) -> None:
-    """Checks that the columns of ``(B, N, parts * heads * width)`` divide into parts and heads.
-
-    Raises:
-        ValueError: the shape does not fit, or ``parts`` is not 2 or 3.
-    """
-    if parts not in (2, 3):
-        raise ValueError(f"parts: expected 2 (keys, values) or 3 (queries, keys, values), got {parts}")
-    if qkv.ndim != 3 or heads < 1 or qkv.shape[-1] % (parts * heads):
-        raise ValueError(f"qkv: expected shape (B, N, {parts} * {heads} * width), got {tuple(qkv.shape)}")
 
 
 def _check_device(name: str, tensor: Tensor, other: str, reference: Tensor) -> None:

@@ -14,9 +14,14 @@ function here is affected by autocast.
 import torch
 from torch import Tensor
 
-from dive_fast.kernels import naive
+from dive_fast.kernels import backend as backends
+from dive_fast.kernels import checks, naive
 from dive_fast.kernels.backend import Backend
 from dive_fast.kernels.checks import Activation
+
+if backends.primitives is not None:
+    # The import registers the custom ops, which must happen before anything is traced.
+    from dive_fast.kernels import activation, layer_norm, packed_qkv
 
 
 def biased_activation(x: Tensor, bias: Tensor | None, kind: Activation, backend: Backend = "auto") -> Tensor:
@@ -41,7 +46,10 @@ def biased_activation(x: Tensor, bias: Tensor | None, kind: Activation, backend:
     Raises:
         ValueError: an argument has the wrong shape, dtype or device, or the backend cannot run.
     """
-    return naive.biased_activation(x, bias, kind)
+    if not backends.uses_triton(backend, x, any_width=True):
+        return naive.biased_activation(x, bias, kind)
+    checks.check_activation(x, bias, kind)
+    return activation.biased_activation(x, bias, kind)
 
 
 def add_layer_norm(
@@ -74,7 +82,10 @@ def add_layer_norm(
     Raises:
         ValueError: an argument has the wrong shape, dtype or device, or the backend cannot run.
     """
-    return naive.add_layer_norm(x, branch, branch_bias, weight, bias, eps, dtype)
+    if not backends.uses_triton(backend, x):
+        return naive.add_layer_norm(x, branch, branch_bias, weight, bias, eps, dtype)
+    checks.check_layer_norm(x, branch, branch_bias, weight, bias, dtype)
+    return layer_norm.add_layer_norm(x, branch, branch_bias, weight, bias, eps, dtype)
 
 
 def split_qkv(
@@ -94,4 +105,7 @@ def split_qkv(
     Raises:
         ValueError: an argument has the wrong shape, dtype or device, or the backend cannot run.
     """
-    return naive.split_qkv(qkv, bias, heads, parts=parts)
+    if not backends.uses_triton(backend, qkv, any_width=True):
+        return naive.split_qkv(qkv, bias, heads, parts=parts)
+    checks.check_packed(qkv, bias, heads, parts)
+    return packed_qkv.split_qkv(qkv, bias, heads, parts)

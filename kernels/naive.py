@@ -18,13 +18,11 @@ from torch import Tensor
 
 from dive_fast.kernels.checks import (
     Activation,
+    check_activation,
     check_average_vector,
-    check_branch,
-    check_columns,
-    check_kind,
+    check_layer_norm,
     check_packed,
     check_pairs,
-    check_rows,
     check_same_kind,
     check_scale,
 )
@@ -221,9 +219,7 @@ def biased_activation(x: Tensor, bias: Tensor | None, kind: Activation) -> Tenso
         x: ``(..., W)``.
         bias: ``(W,)``, or None.
     """
-    check_rows("x", x)
-    check_columns("x", x, bias=bias)
-    check_kind(kind)
+    check_activation(x, bias, kind)
     with _without_autocast(x):
         z = _at_least_fp32(x)
         if bias is not None:
@@ -260,9 +256,7 @@ def add_layer_norm(
     Returns:
         ``sum`` and ``normed``.
     """
-    check_rows("x", x)
-    check_branch(x, branch, branch_bias, dtype)
-    check_columns("x", x, branch_bias=branch_bias, weight=weight, bias=bias)
+    check_layer_norm(x, branch, branch_bias, weight, bias, dtype)
     with _without_autocast(x):
         total = x
         if branch is not None:
@@ -284,9 +278,7 @@ def split_qkv(qkv: Tensor, bias: Tensor | None, heads: int, *, parts: int = 3) -
         heads: H.
         parts: 2 for keys and values alone, ``(B, N, 2 H d)``.
     """
-    check_rows("qkv", qkv)
-    check_packed(qkv, heads, parts)
-    check_columns("qkv", qkv, bias=bias)
+    check_packed(qkv, bias, heads, parts)
     if bias is not None:
         qkv = _AddedBias.apply(qkv, bias)  # type: ignore[no-untyped-call]
     return qkv.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
