@@ -30,6 +30,7 @@ from dive_fast.errors import ConfigError, DataError
 from dive_fast.kernels import backend
 from dive_fast.methods import registry
 from dive_fast.methods.method import Loss, Method
+from dive_fast.model.fast_blocks import FastTransformer
 from dive_fast.model.features import Features, Pairs
 from dive_fast.model.towers import Towers, check_text_length, create
 from dive_fast.planner.memory_tracker import Part, Tracker
@@ -91,7 +92,7 @@ class _SimulatedStep:
             with tracker.within("weights"):
                 towers.head = nn.Linear(self.width, _num_classes(config.data.target))
         self.parameters = sum(parameter.numel() for parameter in towers.parameters())
-        if backend.primitives is not None and self.width <= backend.primitives.MAX_WIDTH:
+        if _has_kernels(self.width):
             for part in method.parts:
                 part.backend = "triton"
         self.online = None
@@ -99,6 +100,7 @@ class _SimulatedStep:
             with tracker.within("teacher"):
                 self.online = OnlineTeacher(create(config.model, weights=False), ranks)
         self.engine = _TrackedEngine(config, towers, method, ranks, tracker)
+        simulate_fast_blocks(towers)
 
     def run(self) -> Plan:
         config, tracker = self.config, self.tracker
@@ -268,6 +270,17 @@ class _SampledMicroBatches:
 
     def _repeat_counts(self, direction: str) -> None:
         self._tracker.operations.update(self._counts[direction, self._key])
+
+
+def simulate_fast_blocks(towers: Towers) -> None:
+    """Makes fast blocks use the Triton kernels for fake tensors, where the kernels can run on a GPU."""
+    for transformer in towers.modules():
+        if isinstance(transformer, FastTransformer) and _has_kernels(transformer.resblocks[0].ln_1.weight.numel()):
+            transformer.backend = "triton"
+
+
+def _has_kernels(width: int) -> bool:
+    return backend.primitives is not None and width <= backend.primitives.MAX_WIDTH
 
 
 def _as_on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
