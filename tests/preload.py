@@ -20,5 +20,5 @@ if others:
 for name in PRELOADED:
     importlib.import_module(name)
 # Interpreted kernels would take most of the time; tests of the blocks choose them.
-importlib.import_module("dive_fast.model.fast_blocks").FastTransformer.backend = "torch"
+importlib.import_module("dive_fast.model.fast_blocks").FastModule.backend = "torch"
 tokens.keep()

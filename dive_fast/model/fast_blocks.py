@@ -7,9 +7,9 @@ One block of open_clip, with the residual stream x of shape ``(B, N, D)``::
 
 Everything between two matrix products is one kernel, forward and backward: the residual add with the bias of the
 product before it and the layer norm after it, the activation with its bias, and the views of queries, keys and
-values, whose gradients are packed again (:mod:`dive_fast.kernels.layers`). The second add of a block is left to the
-first layer norm of the next one. The last block computes only the token that the tower pools: keys and values of
-all tokens, query, projection and MLP of one.
+values, whose gradients are packed again (:mod:`dive_fast.kernels.layers`). The second add of a block is left to
+the first layer norm of the next one. The last block computes only the token that the tower pools: keys and values
+of all tokens, query, projection and MLP of one.
 
 Parameter names, dtypes of the residual stream and the mathematics are those of open_clip.
 """
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from open_clip.transformer import (
     LayerNorm,
     LayerNormFp32,
+    LayerScale,
     QuickGELU,
     ResidualAttentionBlock,
     TextTransformer,
@@ -29,6 +30,7 @@ from open_clip.transformer import (
     VisionTransformer,
 )
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.checkpoint import checkpoint
 
 from dive_fast.kernels import add_layer_norm, biased_activation, split_qkv
@@ -37,6 +39,14 @@ from dive_fast.kernels.checks import Activation
 from dive_fast.model.towers import Towers
 
 _NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
+_LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
+_LAYERS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("ln_1", "ln_2"), _NORMS),
+    **dict.fromkeys(("ls_1", "ls_2"), (nn.Identity, LayerScale)),
+    **dict.fromkeys(("attn.out_proj", "mlp.c_fc", "mlp.c_proj"), _LINEAR),
+    **{"attn": (nn.MultiheadAttention,), "mlp": (nn.Sequential,)},
+}
+"""Classes of a block's layers by name; the activation may have any."""
 _TEXT_POOLS = ("argmax", "eos", "first", "last")
 """Pools of open_clip's text tower that read one token of each text."""
 
@@ -64,24 +74,52 @@ def install(towers: Towers, defers: bool = True) -> str:
 
 
 def find_obstacle(tower: Any) -> str | None:
-    """The reason why a tower cannot have fast blocks; None if it can."""
+    """The reason why a tower cannot have fast blocks; None if it can.
+
+    Fast blocks read parameters and do not call the layers that own them, so every layer has to be open_clip's own:
+    an adapter, a parametrization or a hook would be ignored.
+    """
     if type(tower) not in (VisionTransformer, TextTransformer):
         return f"{type(tower).__name__} is not a transformer of open_clip"
     transformer = tower.transformer
     if type(transformer) is not Transformer:
-        return f"its blocks are a {type(transformer).__name__}"
-    for block in transformer.resblocks:
-        if type(block) is not ResidualAttentionBlock or hasattr(block, "ln_1_kv"):
+        return f"its transformer is a {type(transformer).__name__}"
+    if "forward" in tower.__dict__ or any(map(_is_hooked, transformer.modules())):
+        return "its layers have hooks or another forward"
+    for number, block in enumerate(transformer.resblocks):
+        if type(block) is not ResidualAttentionBlock:
             return f"its blocks are {type(block).__name__}"
+        if list(dict(_children(block.mlp))) != ["c_fc", "gelu", "c_proj"]:
+            return f"resblocks.{number}.mlp has other layers than open_clip's"
+        children = dict(_children(block))
+        for parent in ("attn", "mlp"):
+            children |= {f"{parent}.{name}": kind for name, kind in _children(getattr(block, parent))}
+        del children["mlp.gelu"]
+        for name in sorted(children.keys() | _LAYERS.keys()):
+            kind = children.get(name)
+            if kind not in _LAYERS.get(name, ()):
+                return f"resblocks.{number}.{name} is {'missing' if kind is None else kind.__name__}"
         attention = block.attn
         if attention.in_proj_bias is None or attention.bias_k is not None or attention.add_zero_attn:
             return "its attention has other parameters than open_clip's"
         if attention.dropout > 0:
             return "its attention has dropout"
-        for norm in (block.ln_1, block.ln_2):
-            if type(norm) not in _NORMS or norm.weight is None or norm.bias is None:
-                return f"its norms are {type(norm).__name__}"
+        if any(norm.weight is None or norm.bias is None for norm in (block.ln_1, block.ln_2)):
+            return "its layer norms have no weight and bias"
     return None
+
+
+def _children(module: nn.Module) -> list[tuple[str, type]]:
+    return [(name, type(child)) for name, child in module.named_children()]
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does something besides its class's ``forward``."""
+    hooks = (
+        *(module._forward_hooks, module._forward_pre_hooks),
+        *(module._backward_hooks, module._backward_pre_hooks),
+    )
+    return "forward" in module.__dict__ or any(hooks)
 
 
 def _replace_transformer(tower: Any, defers: bool) -> None:
@@ -89,6 +127,8 @@ def _replace_transformer(tower: Any, defers: bool) -> None:
     # A class token or padding need a mask of their own; open_clip passes it with the causal one in it.
     is_causal = is_text and tower.attn_mask is not None and tower.cls_emb is None and not tower.use_pad_mask
     tower.transformer = FastTransformer(tower.transformer, is_causal, _pools_one_token(tower), defers)
+    if not is_text and type(tower.ln_pre) in _NORMS and not _is_hooked(tower.ln_pre):
+        tower.ln_pre = FastLayerNorm(tower.ln_pre)
     if is_text and tower.transformer.is_pooled:
         tower.forward = MethodType(_encode_text, tower)
 
@@ -102,11 +142,29 @@ def _pools_one_token(tower: Any) -> bool:
     return tower.attn_pool is None and tower.pool_type == "tok"
 
 
-class FastTransformer(nn.Module):
-    """open_clip's ``Transformer`` of ``ResidualAttentionBlock``, made of :class:`FastBlock`; parameter names stay."""
+class FastModule(nn.Module):
+    """A module that calls kernels."""
 
     backend: Backend = "auto"
     """Backend of the kernels; see :mod:`dive_fast.kernels.backend`."""
+
+
+class FastLayerNorm(FastModule):
+    """open_clip's ``LayerNorm``, from and to the input's dtype in one kernel; parameter names stay."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        """Takes over the parameters of ``norm``."""
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer norm of ``(..., D)``."""
+        _, normed = add_layer_norm(x, None, None, self.weight, self.bias, self.eps, x.dtype, backend=self.backend)
+        return normed
+
+
+class FastTransformer(nn.Module):
+    """open_clip's ``Transformer``, made of :class:`FastBlock`; parameter names stay."""
 
     def __init__(self, transformer: Transformer, is_causal: bool, is_pooled: bool, defers: bool) -> None:
         """Takes over the parameters of ``transformer``.
@@ -141,7 +199,7 @@ class FastTransformer(nn.Module):
             ``(B, N, D)``, or the pooled token, ``(B, 1, D)``.
         """
         mask = None if attn_mask is None or self.is_causal else attn_mask.unflatten(0, (len(x), -1))
-        options = {"mask": mask, "positions": positions, "backend": self.backend}
+        options = {"mask": mask, "positions": positions}
         branch = bias = None
         for block in self.resblocks:
             x, *deferred = block(x, branch=branch, bias=bias, **options)
@@ -149,7 +207,7 @@ class FastTransformer(nn.Module):
         return x
 
 
-class FastBlock(nn.Module):
+class FastBlock(FastModule):
     """One ``ResidualAttentionBlock``; see the equations of this module."""
 
     def __init__(self, block: Any, is_causal: bool, is_pooled: bool, defers: bool) -> None:
@@ -175,7 +233,6 @@ class FastBlock(nn.Module):
         bias: Tensor | None = None,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
-        backend: Backend = "auto",
     ) -> tuple[Tensor, ...]:
         """Adds the branch of the block before and computes attention and MLP.
 
@@ -189,41 +246,41 @@ class FastBlock(nn.Module):
         Returns:
             x and the branch to add to it, ``(B, N, D)`` each; x alone if the block does not defer.
         """
-        x, y = _add_norm(x, branch, bias, self.ln_1, backend)
+        x, y = self._add_norm(x, branch, bias, self.ln_1)
         if self.is_pooled:
-            x, y = self._attend_pooled(x, y, mask, positions, backend)
+            x, y = self._attend_pooled(x, y, mask, positions)
         else:
-            y = self._attend(y, mask, backend)
+            y = self._attend(y, mask)
         branch, bias = _project(y, self.attn.out_proj, self.ls_1)
-        x, y = _add_norm(x, branch, bias, self.ln_2, backend)
+        x, y = self._add_norm(x, branch, bias, self.ln_2)
         hidden = F.linear(y, self.mlp.c_fc.weight, self.mlp.c_fc.bias if self.kind is None else None)
         if self.recomputes_activation and torch.is_grad_enabled():
-            branch = checkpoint(self._finish_mlp, hidden, backend, use_reentrant=False)
+            branch = checkpoint(self._finish_mlp, hidden, use_reentrant=False)
         else:
-            branch = self._finish_mlp(hidden, backend)
+            branch = self._finish_mlp(hidden)
         return (x, branch) if self.defers else (x + branch,)
 
-    def _attend(self, y: Tensor, mask: Tensor | None, backend: Backend) -> Tensor:
+    def _attend(self, y: Tensor, mask: Tensor | None) -> Tensor:
         """Self-attention without the output's product, ``(B, N, D)``."""
         attention = self.attn
         # The bias is added by the product, and its gradient summed where the gradients of all three are packed.
         qkv = F.linear(y, attention.in_proj_weight, attention.in_proj_bias.detach())
-        queries, keys, values = split_qkv(qkv, attention.in_proj_bias, attention.num_heads, backend=backend)
+        queries, keys, values = split_qkv(qkv, attention.in_proj_bias, attention.num_heads, backend=self.backend)
         return _attention(queries, keys, values, None if self.is_causal else mask, self.is_causal)
 
     def _attend_pooled(
-        self, x: Tensor, y: Tensor, mask: Tensor | None, positions: Tensor | None, backend: Backend
+        self, x: Tensor, y: Tensor, mask: Tensor | None, positions: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The pooled token of ``x`` and its attention to all tokens, ``(B, 1, D)`` each."""
         attention, width = self.attn, x.shape[2]
         x = _take_token(x, positions)
         # Its layer norm again: a gradient of one token in that of all would be a tensor of zeros to add.
-        _, query_input = _add_norm(x, None, None, self.ln_1, backend)
+        _, query_input = self._add_norm(x, None, None, self.ln_1)
         weight, other_weights = attention.in_proj_weight.split([width, 2 * width])
         bias, other_biases = attention.in_proj_bias.split([width, 2 * width])
         queries = F.linear(query_input, weight, bias).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
         packed = F.linear(y, other_weights, other_biases.detach())
-        keys, values = split_qkv(packed, other_biases, attention.num_heads, parts=2, backend=backend)
+        keys, values = split_qkv(packed, other_biases, attention.num_heads, parts=2, backend=self.backend)
         if self.is_causal and positions is not None:
             mask = torch.arange(y.shape[1], device=y.device) <= positions[:, None]
             mask = mask[:, None, None]
@@ -231,27 +288,24 @@ class FastBlock(nn.Module):
             mask = mask.gather(2, positions[:, None, None, None].expand(-1, mask.shape[1], 1, mask.shape[3]))
         return x, _attention(queries, keys, values, mask, is_causal=False)
 
-    def _finish_mlp(self, hidden: Tensor, backend: Backend) -> Tensor:
+    def _add_norm(self, x: Tensor, branch: Tensor | None, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+        """``x + branch + bias`` and its layer norm, the latter in the dtype of the next product."""
+        if branch is not None:
+            # LayerScale's fp32 gain makes a 16-bit residual stream fp32, as in open_clip.
+            x = x.to(torch.promote_types(x.dtype, branch.dtype))
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return add_layer_norm(x, branch, bias, norm.weight, norm.bias, norm.eps, dtype, backend=self.backend)
+
+    def _finish_mlp(self, hidden: Tensor) -> Tensor:
         """The MLP after its first product; without the last bias if that is deferred."""
         if self.kind is None:
             activated = self.mlp.gelu(hidden)
         else:
-            activated = biased_activation(hidden, self.mlp.c_fc.bias, self.kind, backend=backend)
+            activated = biased_activation(hidden, self.mlp.c_fc.bias, self.kind, backend=self.backend)
         if not self.defers:
             return self.ls_2(F.linear(activated, self.mlp.c_proj.weight, self.mlp.c_proj.bias))  # type: ignore[no-any-return]
         return _project(activated, self.mlp.c_proj, self.ls_2)[0]
-
-
-def _add_norm(
-    x: Tensor, branch: Tensor | None, bias: Tensor | None, norm: Any, backend: Backend
-) -> tuple[Tensor, Tensor]:
-    """``x + branch + bias`` and its layer norm, the latter in the dtype of the next product."""
-    if branch is not None:
-        # LayerScale's fp32 gain makes a 16-bit residual stream fp32, as in open_clip.
-        x = x.to(torch.promote_types(x.dtype, branch.dtype))
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return add_layer_norm(x, branch, bias, norm.weight, norm.bias, norm.eps, dtype, backend=backend)
 
 
 def _project(rows: Tensor, linear: nn.Linear, scale: nn.Module) -> tuple[Tensor, Tensor | None]:
