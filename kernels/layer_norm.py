@@ -15,7 +15,8 @@ The forward reads x and branch and writes s and y; the backward reads s, dy and 
 if its dtype differs. Between them only s, mu and r are kept. Sums of columns add fp32 values, those of
 ``dbranch_bias`` before dx is rounded.
 
-A program holds complete rows in registers and iterates over its range of rows.
+A program holds complete rows in registers and iterates over its range of rows; the loads of its next rows (two
+stages) are under way while it reduces the current ones.
 """
 
 from typing import Any, NamedTuple
@@ -80,7 +81,7 @@ def layer_norm_kernel(
     b_one = tl.full([ROWS], 1.0, ACC)
     b_width = b_one * width
     end = tl.minimum((tl.program_id(0) + 1) * share, rows)
-    for row0 in range(tl.program_id(0) * share, end, ROWS):
+    for row0 in tl.range(tl.program_id(0) * share, end, ROWS, num_stages=2):
         o_row = row0 + tl.arange(0, ROWS)
         m_row = o_row < end
         o_x = o_row.to(tl.int64)[:, None] * width + o_column[None, :]
@@ -136,7 +137,7 @@ def layer_norm_gradient_kernel(
     b_weight_sum = tl.zeros([ROWS, WIDTH], ACC)
     b_bias_sum = tl.zeros([ROWS, WIDTH], ACC)
     end = tl.minimum((pid + 1) * share, rows)
-    for row0 in range(pid * share, end, ROWS):
+    for row0 in tl.range(pid * share, end, ROWS, num_stages=2):
         o_row = row0 + tl.arange(0, ROWS)
         m_row = o_row < end
         o_x = o_row.to(tl.int64)[:, None] * width + o_column[None, :]
