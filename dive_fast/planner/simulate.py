@@ -30,7 +30,7 @@ from dive_fast.errors import ConfigError, DataError
 from dive_fast.kernels import backend
 from dive_fast.methods import registry
 from dive_fast.methods.method import Loss, Method
-from dive_fast.model.fast_blocks import FastTransformer
+from dive_fast.model.fast_blocks import FastModule
 from dive_fast.model.features import Features, Pairs
 from dive_fast.model.towers import Towers, check_text_length, create
 from dive_fast.planner.memory_tracker import Part, Tracker
@@ -274,9 +274,10 @@ class _SampledMicroBatches:
 
 def simulate_fast_blocks(towers: Towers) -> None:
     """Makes fast blocks use the Triton kernels for fake tensors, where the kernels can run on a GPU."""
-    for transformer in towers.modules():
-        if isinstance(transformer, FastTransformer) and _has_kernels(transformer.resblocks[0].ln_1.weight.numel()):
-            transformer.backend = "triton"
+    for module in towers.modules():
+        # Layer norms keep complete rows in registers; no parameter has fewer elements than a row.
+        if isinstance(module, FastModule) and _has_kernels(min(map(len, module.parameters()))):
+            module.backend = "triton"
 
 
 def _has_kernels(width: int) -> bool:

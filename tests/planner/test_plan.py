@@ -1,5 +1,6 @@
 """Plans against real steps, measured by an independent tracker; FLOP against torch and formulas."""
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -24,7 +25,7 @@ from dive_fast.config.schema import Config
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.distributed import join
 from dive_fast.engine.step import Engine, StepBatches
-from dive_fast.kernels import contrastive_loss
+from dive_fast.kernels import contrastive_loss, primitives
 from dive_fast.methods import method as objective
 from dive_fast.methods import registry
 from dive_fast.methods.run_config import load_run_config
@@ -35,7 +36,7 @@ from dive_fast.planner.gpu_specs import GPUS
 from dive_fast.planner.memory_tracker import Tracker
 from dive_fast.planner.operations import MISSED_FLOP, Stage
 from dive_fast.planner.plan import LAUNCH_SECONDS, Estimate, Plan
-from dive_fast.planner.simulate import _SampledMicroBatches, plan_run
+from dive_fast.planner.simulate import _SampledMicroBatches, plan_run, simulate_fast_blocks
 from dive_fast.planner.table import as_json, as_table
 
 ROOT = Path(__file__).parents[2]
@@ -116,12 +117,18 @@ def real_step(config: Config) -> tuple[int, int, int]:
 
     live = LiveBytes()
     casts = layer_norm_as_on_cuda(F.layer_norm)
-    with unittest.mock.patch.object(F, "layer_norm", casts), unittest.mock.patch.object(F, "linear", F.linear):
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(unittest.mock.patch.object(F, "layer_norm", casts))
+        patches.enter_context(unittest.mock.patch.object(F, "linear", F.linear))
+        # The kernels of fast blocks only allocate: they would be slow, and write zeros as well as any numbers.
+        patches.enter_context(unittest.mock.patch.object(primitives, "launch", lambda *_, **__: None))
+        patches.enter_context(unittest.mock.patch.object(primitives, "empty", torch.zeros))
         with live:
             towers = create(config.model)
             if method.needs.head:
                 towers.head = torch.nn.Linear(WIDTH, len(open_clip.IMAGENET_CLASSNAMES))
             engine = Engine(config, towers, method, ranks, total_steps=9)
+            simulate_fast_blocks(towers)
             # The initial scale overflows, and a skipped step allocates no moments.
             engine.scale.value.fill_(1.0)
             parameters = sum(getattr(p, "ds_numel", p.numel()) for p in towers.parameters())

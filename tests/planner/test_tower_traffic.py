@@ -50,8 +50,7 @@ def block_bytes(towers: Towers, name: str) -> int:
     with Tracker() as tracker:
         with torch.autocast("cpu", torch.float16):
             if isinstance(block, fast_blocks.FastBlock):
-                backend = getattr(towers, name).transformer.backend
-                outputs: tuple[Tensor, ...] = block(x, branch=branch, bias=bias, backend=backend)
+                outputs: tuple[Tensor, ...] = block(x, branch=branch, bias=bias)
             else:
                 mask = None if name == "visual" else torch.empty(TEXT_LENGTH, TEXT_LENGTH)
                 outputs = (block(x, attn_mask=mask),)
