@@ -39,6 +39,8 @@ class Operation(NamedTuple):
     """Bytes read and written."""
     reduction: int
     """Number of terms in each sum of a matrix product, which limits its rate; 0 for other kinds."""
+    is_triton: bool = False
+    """Whether the host launches it by Triton, which takes longer."""
 
 
 def _native_attention_flop(query: Any, key: Any, value: Any, width: int, *_: Any, **__: Any) -> int:
@@ -79,7 +81,9 @@ _SLICE_BACKWARDS = ("select_backward", "slice_backward", "diagonal_backward")
 """Backwards of views, which fill a tensor with zeros and then copy the gradient into a part of it."""
 
 
-def operation_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, stage: Stage) -> Any:
+def operation_of(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, stage: Stage
+) -> Operation | None:
     """The work of a dispatched operation; None for one that launches nothing, such as a view.
 
     Args:
@@ -101,9 +105,8 @@ def operation_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resul
         reduction = _reduction(name, args) if kind == "product" else 0
     matrix = next((each for each in tree_leaves(args) if isinstance(each, Tensor) and each.ndim > 1), None)
     is_half = flop > 0 and matrix is not None and matrix.element_size() == 2
-    return Operation(
-        stage, kind, name, is_half, flop, _moved_bytes(func, name, args, kwargs, result), reduction
-    )
+    moved = _moved_bytes(func, name, args, kwargs, result)
+    return Operation(stage, kind, name, is_half, flop, moved, reduction, func.namespace == "dive_fast")
 
 
 def is_loss_kernel(func: Any) -> bool:

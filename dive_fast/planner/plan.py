@@ -9,7 +9,8 @@ CPU as on CUDA.
 The time of a step is that of the GPU or of the host, whichever is longer. The GPU's is a sum over operations: for
 a matrix product its FLOP at a rate that depends on the length of its sums, or its bytes if they take longer; for
 attention its FLOP at another rate; for any other operation its bytes. :mod:`dive_fast.planner.gpu_specs` has the
-rates. The host's is :data:`LAUNCH_SECONDS` for each operation. Communication and compilation are left out.
+rates. The host's is :data:`LAUNCH_SECONDS` for each operation, or :data:`TRITON_SECONDS` for a Triton kernel's. Communication
+and compilation are left out.
 
 Conventions: a multiply-add is two FLOP; element-wise operations count for none. Bytes are those of
 :mod:`dive_fast.planner.operations`. Peak memory is the memory of the
@@ -30,6 +31,10 @@ from dive_fast.planner.operations import Kind, Operation, Stage
 LAUNCH_SECONDS = 1e-5
 """Host time of one operation of an eager step with autograd and autocast. An assumption; it decides when a
 GPU has so few pairs that it waits for its host."""
+
+TRITON_SECONDS = 5e-5
+"""Host time of one Triton operation with its allocations and autograd; an assumption as well. Triton's launcher alone
+took about 30 us a kernel on a slow CPU with a mock driver."""
 
 Estimate = Literal["context", "nccl", "scratch", "allocator"]
 
@@ -106,7 +111,9 @@ class Plan:
         device: dict[Kind, float] = dict.fromkeys(get_args(Kind), 0.0)
         for operation, count in self.operations.items():
             device[operation.kind] += count * _seconds(operation, gpu)
-        return StepSeconds(**device, host=self.launches * LAUNCH_SECONDS)
+        num_triton = round(sum(count for each, count in self.operations.items() if each.is_triton))
+        host = (self.launches - num_triton) * LAUNCH_SECONDS + num_triton * TRITON_SECONDS
+        return StepSeconds(**device, host=host)
 
     def step_seconds(self, gpu: Gpu) -> float:
         """Predicted time of a step, without communication."""

@@ -54,7 +54,7 @@ def choices(folder: Path) -> dict[str, str]:
         chosen["does not fit"] = schedule.choose(config, 1, "small")
     # Enough pairs that the traffic of weights, which a joint graph halves, is a small share.
     many = {"data.target.batch_size": 512, "data.reference.batch_size": 512}
-    with unittest.mock.patch.object(plan, "LAUNCH_SECONDS", 0.0):
+    with unittest.mock.patch.multiple(plan, LAUNCH_SECONDS=0.0, TRITON_SECONDS=0.0):
         large = small_config(folder, **{"train.schedule": "auto"}, **many)
         chosen["computes"] = schedule.choose(large, 1, "h200")
     flyp = small_config(folder, **{"train.schedule": "auto", "objective.name": "flyp"})

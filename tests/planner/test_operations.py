@@ -14,7 +14,7 @@ from dive_fast.kernels import contrastive_loss
 from dive_fast.planner.gpu_specs import GPUS
 from dive_fast.planner.memory_tracker import Tracker
 from dive_fast.planner.operations import Operation
-from dive_fast.planner.plan import LAUNCH_SECONDS, Plan
+from dive_fast.planner.plan import LAUNCH_SECONDS, TRITON_SECONDS, Plan
 
 H200 = GPUS["h200"]
 
@@ -119,7 +119,7 @@ def test_product_has_flop_bytes_and_reduction(
 ) -> None:
     (operation,) = operations(function, *arguments)
     assert operation[1] == "product"
-    assert operation[3:] == (True, flop, moved, reduction)
+    assert operation[3:] == (True, flop, moved, reduction, False)
 
 
 def test_attention_is_counted_apart_from_products() -> None:
@@ -140,7 +140,7 @@ def test_loss_kernels_have_their_own_stage_and_products() -> None:
         features = [half(rows, width, grad=True) for _ in range(2)]
         contrastive_loss(*features, torch.ones(()), backend="triton").backward()
     losses = [each for each in tracker.operations if each.stage == "loss"]
-    assert [each.kind for each in losses] == ["product", "product"]
+    assert [(each.kind, each.is_triton) for each in losses] == [("product", True)] * 2
     assert sum(each.flop for each in losses) == 6 * 2 * rows**2 * width
 
 
@@ -157,6 +157,7 @@ def test_seconds_of_plan_by_part() -> None:
         operation("product", flop=10**12, is_half=False): 1,
         operation("attention", flop=107 * 10**12): 1,
         operation("elementwise", bytes=41 * 10**9): 3,
+        operation("elementwise", is_triton=True): 2,
     }
     plan = Plan(1, 2, work, {})
     seconds = plan.seconds(H200)
@@ -165,8 +166,8 @@ def test_seconds_of_plan_by_part() -> None:
     assert seconds.product == pytest.approx(2e15 / rate + 0.01 + 1e12 / 50.25e12)
     assert seconds.attention == pytest.approx(0.5)
     assert seconds.elementwise == pytest.approx(0.03)
-    assert plan.launches == 8
-    assert seconds.host == pytest.approx(8 * LAUNCH_SECONDS)
+    assert plan.launches == 10
+    assert seconds.host == pytest.approx(8 * LAUNCH_SECONDS + 2 * TRITON_SECONDS)
     assert plan.step_seconds(H200) == seconds.device == seconds.product + seconds.attention + seconds.elementwise
     assert plan.efficiency(H200) == pytest.approx((2e15 + 10**6 + 108e12) / (seconds.device * 989e12))
     assert plan.bytes_of("target") == plan.bytes_of() == 123 * 10**9
