@@ -82,23 +82,25 @@ def draw(steps: list[dict[str, Any]], picture: Path) -> None:
     rows = range(len(steps), 0, -1)
     for axis, (name, title, unit, template) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
         values = [step[name] / unit for step in steps]
+        ends = values
         colours = [GREEN if i >= len(steps) - 2 else GREY if i < 2 else BLUE for i in range(len(steps))]
         if name == "seconds":
+            old = [step["old_seconds"] for step in steps]
             starts = [0.0] * len(steps)
             for part, (_, opacity) in PARTS.items():
                 widths = [step["seconds_by_part"][part] for step in steps]
                 axis.barh(rows, widths, left=starts, color=colours, height=0.7, alpha=opacity)
                 starts = [start + width for start, width in zip(starts, widths, strict=True)]
-            old = [step["old_seconds"] for step in steps]
             axis.plot(old, rows, "d", color="#b91c1c", markersize=5)
+            ends = list(map(max, values, old))
             axis.legend(handles=_legend(), loc="lower right", fontsize=8, frameon=False)
         else:
             axis.barh(rows, values, color=colours, height=0.7)
-        for row, value in zip(rows, values, strict=True):
+        for row, value, end in zip(rows, values, ends, strict=True):
             axis.annotate(
                 f"{template.format(value)}  ({value / values[0]:.2f}x)",
-                (value, row),
-                xytext=(4, 0),
+                (end, row),
+                xytext=(6, 0),
                 textcoords="offset points",
                 va="center",
                 fontsize=9,

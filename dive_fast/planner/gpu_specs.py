@@ -35,8 +35,8 @@ class Gpu(NamedTuple):
 
 
 HALF_RATE_REDUCTION = 144
-"""Terms of a sum at which a 16-bit product has half of the rate of long sums: the start and end of each tile take as
-long as its sums then. It makes an H200 reach 645 TFLOP/s at 640 terms, within the 600 to 690 reported for 512 to 768."""
+"""Terms of a sum at which a 16-bit product has half of the rate of long sums: the start and end of each tile take
+as long as its sums. It makes an H200 reach 645 TFLOP/s at 640 terms; 600 to 690 are reported for 512 to 768."""
 
 
 def _gpu(memory: float, half: float, single: float, bandwidth: float) -> Gpu:

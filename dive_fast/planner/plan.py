@@ -9,8 +9,8 @@ CPU as on CUDA.
 The time of a step is that of the GPU or of the host, whichever is longer. The GPU's is a sum over operations: for
 a matrix product its FLOP at a rate that depends on the length of its sums, or its bytes if they take longer; for
 attention its FLOP at another rate; for any other operation its bytes. :mod:`dive_fast.planner.gpu_specs` has the
-rates. The host's is :data:`LAUNCH_SECONDS` for each operation, or :data:`TRITON_SECONDS` for a Triton kernel's. Communication
-and compilation are left out.
+rates. The host's is :data:`LAUNCH_SECONDS` for each operation, or :data:`TRITON_SECONDS` for a Triton kernel's.
+Communication and compilation are left out.
 
 Conventions: a multiply-add is two FLOP; element-wise operations count for none. Bytes are those of
 :mod:`dive_fast.planner.operations`. Peak memory is the memory of the
@@ -33,8 +33,8 @@ LAUNCH_SECONDS = 1e-5
 GPU has so few pairs that it waits for its host."""
 
 TRITON_SECONDS = 5e-5
-"""Host time of one Triton operation with its allocations and autograd; an assumption as well. Triton's launcher alone
-took about 30 us a kernel on a slow CPU with a mock driver."""
+"""Host time of one Triton operation with its allocations and autograd. An assumption as well: Triton's launcher
+alone took about 30 us a kernel on a slow CPU with a mock driver."""
 
 Estimate = Literal["context", "nccl", "scratch", "allocator"]
 

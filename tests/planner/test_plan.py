@@ -95,6 +95,10 @@ def layer_norm_as_on_cuda(layer_norm: Any) -> Any:
     return in_fp32
 
 
+def _launch_nothing(*_: Any, **__: Any) -> None:
+    """In place of ``primitives.launch``; a mock would keep the tensors alive."""
+
+
 def real_step(config: Config) -> tuple[int, int, int]:
     """Peak bytes, FLOP and parameters of a step on real tensors, after one that allocates optimizer state."""
     ranks = join()
@@ -121,7 +125,7 @@ def real_step(config: Config) -> tuple[int, int, int]:
         patches.enter_context(unittest.mock.patch.object(F, "layer_norm", casts))
         patches.enter_context(unittest.mock.patch.object(F, "linear", F.linear))
         # The kernels of fast blocks only allocate: they would be slow, and write zeros as well as any numbers.
-        patches.enter_context(unittest.mock.patch.object(primitives, "launch", lambda *_, **__: None))
+        patches.enter_context(unittest.mock.patch.object(primitives, "launch", _launch_nothing))
         patches.enter_context(unittest.mock.patch.object(primitives, "empty", torch.zeros))
         with live:
             towers = create(config.model)

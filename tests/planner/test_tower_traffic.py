@@ -65,8 +65,8 @@ def least_block_bytes(name: str) -> int:
     """Bytes if everything between two matrix products is one pass, forward and backward."""
     pairs, length, width = SHAPES[name]
     stream = STREAM_BYTES[name]
-    # Residual add and layer norm: stream and branch to stream and normed; in the backward, stream and the gradients
-    # of both results to that of the stream, and of the branch if its dtype differs.
+    # Residual add and layer norm: stream and branch to stream and normed; in the backward, stream and the
+    # gradients of both results to that of the stream, and of the branch if its dtype differs.
     add_and_norm = (2 * stream + 4) + (3 * stream + 2 + (0 if stream == 2 else 2))
     activation = 4 * (4 + 6)
     pack_qkv = 3 * (2 + 2)
