@@ -71,7 +71,7 @@ def add_layer_norm(
 
     Args:
         x: ``(..., D)``, fp16, bf16 or fp32, contiguous (otherwise copied); may have no rows.
-        branch: like ``x``, or None, for which the sum is ``x`` itself; its dtype may differ.
+        branch: like ``x``, or None, for which the sum is ``x`` itself, or a view of it; its dtype may differ.
         branch_bias: ``(D,)`` of any floating-point dtype, or None.
         weight, bias: ``(D,)`` of any floating-point dtype.
         backend: as for :func:`biased_activation`.

@@ -67,6 +67,10 @@ def run_paths(folder: Path, stages: tuple[int, ...], backend: Any) -> dict[Any, 
     for zero in stages:
         results["fp16", zero] = stage.accumulate(stage.engine(zero, precision="fp16"))
         results["bf16", zero] = stage.accumulate(stage.engine(zero, precision="bf16"))
+        for precision in ("fp32", "fp16"):
+            results["plain blocks", zero, precision] = stage.accumulate(
+                stage.engine(zero, precision=precision, fast_blocks=False)
+            )
         for mode in RECOMPUTED:
             results[mode, zero] = stage.accumulate(stage.engine(zero, micro=3, activation_checkpointing=mode))
         results["nonfinite", zero] = step_with_nonfinite_images(stage, zero)
@@ -241,6 +245,25 @@ def test_recomputed_blocks_have_the_papers_gradients(folder: Path, by_rank: list
         gradients, metrics = by_rank[0][mode, zero]
         assert_same_gradients(gradients, expected, 1e-5)
         assert metrics["loss"] == pytest.approx(losses["loss"], rel=1e-4), (zero, mode)
+
+
+def relative_error(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Error of the complete gradient over its norm."""
+    difference, norm = (
+        torch.cat([tensor.reshape(expected[name].shape).flatten() for name, tensor in tensors.items()]).norm()
+        for tensors in ({n: gradients[n].reshape(g.shape) - g for n, g in expected.items()}, expected)
+    )
+    return float(difference / norm)
+
+
+def test_fast_blocks_are_as_exact_as_plain_ones(folder: Path, by_rank: list[dict[Any, Any]]) -> None:
+    expected, _ = oracle(folder)
+    for zero in STAGES[len(by_rank)]:
+        for precision, key in (("fp32", (zero, "sequential", None)), ("fp16", ("fp16", zero))):
+            plain = relative_error(by_rank[0]["plain blocks", zero, precision][0], expected)
+            fast = relative_error(by_rank[0][key][0], expected)
+            print(zero, precision, plain, fast)
+            assert fast < max(2 * plain, 1e-6), (zero, precision)
 
 
 @pytest.mark.parametrize("name", METHODS)

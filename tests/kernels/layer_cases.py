@@ -25,9 +25,10 @@ def normal(seed, *shape, dtype, scale=2.0):
 
 
 def make_case(name, shape=(2, 7, 70), dtype=torch.float16, branch_dtype=None):
-    """The function of a layer without its backend, its tensors, and a gradient for each of its outputs.
+    """The function of a layer without its backend, and its tensors by name.
 
-    ``shape`` is that of the residual stream; packed attention has three times as many columns in two heads.
+    ``shape`` is that of the residual stream; packed attention has three times as many columns, in two heads if
+    possible.
     """
     *rows, width = shape
     columns = 3 * width if name == "split_qkv" else width
@@ -37,7 +38,7 @@ def make_case(name, shape=(2, 7, 70), dtype=torch.float16, branch_dtype=None):
     if name == "biased_activation":
         return lambda x, bias, **options: kernels.biased_activation(x, bias, "quick_gelu", **options), tensors
     if name == "split_qkv":
-        return lambda x, bias, **options: kernels.split_qkv(x, bias, 2, **options), tensors
+        return lambda x, bias, **options: kernels.split_qkv(x, bias, 2 - width % 2, **options), tensors
     tensors["weight"] = normal(2, width, dtype=parameter_dtype(dtype))
     output_dtype = branch_dtype or dtype
     if name == "layer_norm":

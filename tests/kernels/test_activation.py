@@ -113,7 +113,10 @@ def test_number_of_launches(monkeypatch):
 
         launches, operations, _ = count_launches(monkeypatch, step)
         assert launches == expected
-        assert operations == ["dive_fast.biased_activation.default", "dive_fast.biased_activation_backward.default"]
+        assert operations == [
+            "dive_fast.biased_activation.default",
+            "dive_fast.biased_activation_backward.default",
+        ]
 
 
 @pytest.mark.parametrize(
