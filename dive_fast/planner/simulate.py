@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import Any
@@ -379,7 +379,7 @@ def _mean_of_steps(
 
 def _split_by_pairs(operations: dict[Operation, float], target: int, reference: int) -> dict[Operation, float]:
     """Splits operations of a joint graph between the halves in proportion to their pairs, which cost the same."""
-    split: Counter[Operation] = Counter()
+    split: defaultdict[Operation, float] = defaultdict(float)
     for operation, count in operations.items():
         if operation.stage == "target":
             share = reference / (target + reference)
