@@ -8,7 +8,7 @@ help:
 	@echo "make demo      fine-tune the embedded small model; installs first if needed"
 	@echo "make test      lint, types, import contracts and quick tests; installs first if needed"
 	@echo "make test-all  the same with slow tests and coverage"
-	@echo "make gpu-check measure all claims about GPUs on this GPU (nine minutes)"
+	@echo "make gpu-check measure all claims about GPUs on this GPU: CALL=1, 2 and 3, nine minutes each"
 	@echo "make install   install into .venv"
 	@echo "make format    apply ruff's formatter and safe fixes"
 	@echo "make clean     remove caches and build files; keeps .venv and runs"
@@ -38,7 +38,7 @@ test test-all: install
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 gpu-check: install
-	$(bin)/python benchmarks/gpu_check.py
+	$(bin)/python benchmarks/gpu_check.py $(if $(CALL),--call $(CALL))
 
 format: install
 	$(bin)/ruff format .

@@ -43,7 +43,8 @@ RESULTS = Path(__file__).parent / "results"
 
 # Each power of two to which rows are padded, with rows that are multiples of 16 bytes and without.
 WIDTHS = (70, 512, 768, 770, 1270, 1280)
-BATCHES = (1, 256, 2048, 4096)
+# Batches for every tile of the contrastive loss, with one split of the columns and with several.
+BATCHES = (1, 256, 1024, 4096, 8192)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Residual streams, from the text tower of ViT-B to ViT-bigG, and a width that is not a multiple of 16 bytes.
@@ -108,13 +109,16 @@ def _launch_all(rows: int, width: int, dtype: torch.dtype) -> None:
     upstream = torch.empty((), device="meta")
     reference = image, text, teacher, teacher
     _, *saved = contrastive.launch_forward(image, text, scale, "")
-    contrastive.launch_backward(upstream, scale, *saved, rows, 0, width)
+    sizes = rows, rows, 0, width
+    contrastive.launch_backward(upstream, scale, *saved, *sizes)
     for mean_gradient in (True, False):
         options = 0.99, 1.0, 1.0, mean_gradient
-        _, _, average = difference.launch_forward(*reference, average_vector, *options, "")
-        difference.launch_backward(upstream, *reference, average, *options)
-        joint_step.launch_forward(image, text, scale, *reference, average_vector, 1000.0, *options, "")
-        joint_step.launch_backward(upstream, scale, *saved, *reference, average, rows, 0, width, 1000.0, *options)
+        _, _, state = difference.launch_forward(*reference, average_vector, *options, "")
+        difference.launch_backward(upstream, *reference, state, *options)
+        _, _, *saved = joint_step.launch_forward(
+            image, text, scale, *reference, average_vector, 1000.0, *options, ""
+        )
+        joint_step.launch_backward(upstream, scale, *saved, *reference, *sizes, 1000.0, *options)
 
 
 def _launch_activation(dtype: torch.dtype) -> None:

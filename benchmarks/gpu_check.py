@@ -1,9 +1,9 @@
-"""Checks all claims about GPUs on a GPU in nine minutes: ``make gpu-check``.
+"""Checks all claims about GPUs on a GPU in three calls of nine minutes: ``make gpu-check CALL=1``, then 2 and 3.
 
-Parts run one after another, each in its own process with its own time limit, the most informative first.
-results/<device>-gpu-check.json is written after each part, and keeps outcomes of earlier calls for parts that are
-not reached. ``--only`` selects parts. ``--rehearse`` runs every part at its smallest size, without a GPU, and
-writes to ``build``.
+Parts run one after another, each in its own process with its own time limit, the most informative first. Each has
+a question and a predicted answer, which is printed next to what was measured. results/<device>-gpu-check.json is
+written after each part, and keeps outcomes of earlier calls. ``--call`` selects the parts of a call, ``--only``
+single parts. ``--rehearse`` runs every part at its smallest size, without a GPU, and writes to ``build``.
 """
 
 import argparse
@@ -26,6 +26,8 @@ from losses import DEVICE
 PYTHON = sys.executable
 # Not `python -m pytest`: the folder `kernels` of the working directory would hide Hugging Face's package.
 PYTEST = (str(Path(sys.executable).with_name("pytest")), "-q", "-p", "no:cacheprovider")
+MEASURED = "measured: "
+"""Beginning of the line in which a benchmark sums up its figures."""
 TAIL = 1500
 """Number of last characters of a part's output that are kept."""
 SHORTEST = 30
@@ -39,11 +41,16 @@ class Part(NamedTuple):
     """One check with its command."""
 
     name: str
+    question: str
+    prediction: str
+    """The answer that is predicted for an H200, written down before any run on a GPU."""
     command: Sequence[str]
     rehearsal: Sequence[str]
     """The command at its smallest size, on a CPU."""
     seconds: int
     """Time limit on a GPU."""
+    call: int
+    """Number of the call that runs it; all parts of a call fit in nine minutes."""
     folder: Path = REPOSITORY
     """Working directory."""
 
@@ -51,56 +58,160 @@ class Part(NamedTuple):
 def parts(results: Path) -> list[Part]:
     """All parts, the most informative first; each writes its figures to ``results``."""
     folder = ("--results", str(results))
-    kernels, engine = "tests/kernels/test_triton.py", "tests/engine/test_step.py"
-    steps, precision = "benchmarks/steps.py", "benchmarks/precision.py"
-    cache, loaders, losses = "benchmarks/cache.py", "benchmarks/loaders.py", "benchmarks/test_losses.py"
-    saves, zero = "benchmarks/saves.py", "benchmarks/zero.py"
+    kernels, engine = "tests/kernels", "tests/engine/test_step.py"
+    interpreted = "tests/kernels/test_triton.py"
+    losses = "benchmarks/test_losses.py"
     study = ("-m", "study", "run", "--size", "full", "--settings", "small")
     gpu_precision = ("--results", str(results / f"{slug(device_name())}-precision.json"))
 
-    def sanitized(tool: str) -> Part:
-        """Checks kernels with a tool of compute-sanitizer: accesses out of bounds, or races in shared memory."""
-        tests = (*PYTEST, kernels, "-k", SANITIZED)
-        command = (sanitizer(), "--tool", tool, "--target-processes", "all", "--error-exitcode", "9", *tests)
-        return Part(tool, command, (*tests, "--collect-only"), 120)
+    def script(name: str, *options: str) -> tuple[str, ...]:
+        return (PYTHON, f"benchmarks/{name}.py", *options, *folder)
 
+    def sanitized(tool: str, question: str, tests: str, seconds: int) -> Part:
+        """Checks kernels with a tool of compute-sanitizer."""
+        selected = (*PYTEST, kernels, "-k", tests)
+        command = (sanitizer(), "--tool", tool, "--target-processes", "all", "--error-exitcode", "9", *selected)
+        return Part(tool, question, "no", command, (*selected, "--collect-only"), seconds, 3)
+
+    never_waits = (*PYTEST, engine, "-k", "never_waits")
     return [
-        Part("kernels", (*PYTEST, kernels, "-n", "8"), (*PYTEST, kernels, "-k", "upstream_gradient"), 200),
-        Part("steps", (PYTHON, steps, "--minutes", "3", *folder), (PYTHON, steps, *folder), 240),
-        Part("no waiting", (*PYTEST, engine, "-k", "never_waits"), (*PYTEST, engine, "-k", "never_waits"), 90),
-        Part("losses", (*PYTEST, losses, *folder), (*PYTEST, losses, "-k", "naive", *folder), 120),
         Part(
-            "ZeRO",
-            (PYTHON, zero, "--model", "ViT-B-16", "--batch", "256", *folder),
-            (PYTHON, zero, "--model", "ViT-tiny", "--rounds", "2", *folder),
-            60,
+            "device",
+            "Which precision switches are on, and what are the peak rates?",
+            "none; 740 to 790 TFLOP/s, 4.2 TB/s",
+            script("device"),
+            script("device"),
+            40,
+            1,
         ),
         Part(
-            "cache",
-            (PYTHON, cache, "--gib", "2", *folder),
-            (PYTHON, cache, "--gib", "0.1", "--batches", "20", *folder),
-            30,
+            "kernels",
+            "Are the results of all kernels right, in fp32 too?",
+            "yes",
+            (*PYTEST, kernels, "-n", "8"),
+            (*PYTEST, interpreted, "-k", "upstream_gradient"),
+            170,
+            1,
+        ),
+        Part("no waiting", "Does a steady step wait for the device?", "no", never_waits, never_waits, 60, 1),
+        Part(
+            "profile",
+            "How long do the kernels of a step at 512 + 512 pairs take?",
+            "206 ms, of them products 139; plain blocks 409, compiled 256",
+            script("profile_steps"),
+            script("profile_steps"),
+            130,
+            1,
+        ),
+        Part(
+            "layers",
+            "How long do the layers of a block and a block take, 512 images?",
+            "activation 0.76 ms, layer norm 0.30, packed QKV 0.23; a block 9.2, plain 16.3, compiled 10.4",
+            script("blocks"),
+            script("blocks"),
+            70,
+            1,
+        ),
+        Part(
+            "attention",
+            "Which backends stall at a new shape of text? Which is best for images?",
+            "cuDNN alone, 0.4 s or more a shape; images by flash 1.0 ms, by cuDNN 0.8",
+            script("attention"),
+            script("attention"),
+            60,
+            1,
+        ),
+        Part(
+            "steps",
+            "What is the time of DiVE's step over FLYP as published?",
+            "0.14; with plain blocks 0.27, compiled 0.17",
+            script("steps", "--minutes", "4"),
+            script("steps"),
+            270,
+            2,
+        ),
+        Part(
+            "losses",
+            "What is the time of the joint loss over eager PyTorch's, fp16?",
+            "B = 512: 0.3; 32768 x 768: 0.55; memory 0.016",
+            (*PYTEST, losses, *folder),
+            (*PYTEST, losses, "-k", "naive", *folder),
+            150,
+            2,
+        ),
+        Part(
+            "ZeRO",
+            "What do ZeRO's stages and alignment cost on one rank?",
+            "1.02 for stages 1 and 2, 1.05 for 3; without alignment 0.03 to 0.07 more",
+            script("zero", "--model", "ViT-B-16", "--batch", "256"),
+            script("zero", "--model", "ViT-tiny", "--rounds", "2"),
+            90,
+            2,
+        ),
+        Part(
+            "switches",
+            "What do fp16 partial sums, TF32 and cuDNN's attention change?",
+            "noise of images 1.5e-3 in fp16, in fp32 below 1e-5 and with TF32 5e-4; time within 2 %",
+            script("switches"),
+            script("switches"),
+            50,
+            3,
+        ),
+        Part(
+            "training",
+            "Do real runs agree with the CPU's, with DALI's and after a kill?",
+            "losses differ by less than 1e-3; after a kill not at all",
+            script("training"),
+            script("training"),
+            120,
+            3,
+        ),
+        sanitized("racecheck", "Do threads of a kernel race?", "two_runs", 60),
+        sanitized("memcheck", "Does a kernel read or write outside of its tensors?", SANITIZED, 70),
+        Part(
+            "saves",
+            "How long does a checkpoint block the loop?",
+            "ViT-L/14: 1 to 2 s for the first, 0.3 s for later ones",
+            script("saves", "--model", "ViT-L-14", "--batch", "64", "--rounds", "1"),
+            script("saves", "--model", "ViT-tiny", "--rounds", "1"),
+            70,
+            3,
         ),
         Part(
             "precision",
-            (PYTHON, precision, "--models", "ViT-B-16", *gpu_precision),
-            (PYTHON, precision, "--models", "demo", *gpu_precision),
+            "Does the gradient of difference vectors survive fp16?",
+            "cosine to fp32 at a difference of 3e-3: 0.97; bf16 0.45",
+            (PYTHON, "benchmarks/precision.py", "--models", "ViT-B-16", *gpu_precision),
+            (PYTHON, "benchmarks/precision.py", "--models", "demo", *gpu_precision),
             60,
+            3,
         ),
         Part(
-            "saves",
-            (PYTHON, saves, "--model", "ViT-L-14", "--batch", "64", "--rounds", "1", *folder),
-            (PYTHON, saves, "--model", "ViT-tiny", "--rounds", "1", *folder),
-            90,
+            "loaders",
+            "How many images a second does each loader deliver?",
+            "DALI on the GPU at least the 3,860 that a step of ViT-B/16 takes",
+            script("loaders"),
+            (PYTHON, "benchmarks/loaders.py", "--help"),
+            60,
+            3,
         ),
-        Part("loaders", (PYTHON, loaders, *folder), (PYTHON, loaders, "--help"), 60),
-        sanitized("memcheck"),
-        sanitized("racecheck"),
+        Part(
+            "cache",
+            "How long does a batch of the teacher's rows take?",
+            "0.6 to 0.8 ms from memory",
+            script("cache", "--gib", "2"),
+            script("cache", "--gib", "0.1", "--batches", "20"),
+            30,
+            3,
+        ),
         Part(
             "study",
+            "Do DiVE's gains hold for small CLIPs that a GPU trains?",
+            "docs/study.md",
             (PYTHON, *study, "--minutes", "8", *folder),
             (PYTHON, *study, "--help"),
             540,
+            4,
             REPOSITORY / "benchmarks",
         ),
     ]
@@ -144,7 +255,15 @@ def run(part: Part, command: Sequence[str], seconds: float) -> dict[str, Any]:
         output, _ = process.communicate()
         outcome = "out of time"
     result = {"part": part.name, "outcome": outcome, "seconds": round(time.monotonic() - start, 1)}
+    result |= {"question": part.question, "predicted": part.prediction, "measured": measured(output)}
     return result | {"command": _without_paths(" ".join(command)), "end": _without_paths(output[-TAIL:])}
+
+
+def measured(output: str) -> str:
+    """The last line of figures in an output; without any its last line, such as pytest's summary."""
+    lines = [line.strip(" =") for line in output.splitlines() if line.strip(" =")]
+    figures = [line.removeprefix(MEASURED) for line in lines if line.startswith(MEASURED)]
+    return _without_paths(next(reversed(figures or lines), ""))
 
 
 def _without_paths(text: str) -> str:
@@ -192,6 +311,8 @@ def main() -> int:
         help="time limit; no part starts in the last 30 s",
     )
     names = [part.name for part in parts(Path())]
+    calls = sorted({part.call for part in parts(Path())})
+    parser.add_argument("--call", type=int, choices=calls, help="only the parts of this call")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
     parser.add_argument(
         "--rehearse", action="store_true", help="run every part at its smallest size, on a CPU too"
@@ -208,7 +329,8 @@ def main() -> int:
     ends, failed = time.monotonic() + 60 * options.minutes, False
     for part in parts(results):
         left = ends - time.monotonic()
-        if part.name not in options.only or left < min(part.seconds, SHORTEST):
+        is_selected = part.name in options.only and options.call in (None, part.call)
+        if not is_selected or left < min(part.seconds, SHORTEST):
             continue
         command = part.rehearsal if options.rehearse else part.command
         result = run(part, command, left if options.rehearse else min(left, part.seconds))
@@ -216,6 +338,8 @@ def main() -> int:
             outcomes[part.name] = result | {"commit": commit()}
         failed |= result["outcome"] != "passed"
         print(f"{part.name:<12} {result['outcome']:<14} {result.get('seconds', 0):6.1f} s", flush=True)
+        print(f"  {part.question}\n  predicted: {part.prediction}", flush=True)
+        print(f"  measured:  {result.get('measured', '')}", flush=True)
         write_json(
             path,
             {

@@ -1,9 +1,9 @@
 """Cases of the loss benchmarks: inputs, and every implementation of the losses behind one signature."""
 
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from dive_fast.kernels import contrastive, contrastive_loss, difference_loss, di
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
 
-FUSED_LOGITS = contrastive.FUSED_LOGITS
+SETTINGS = contrastive.SETTINGS
 
 LOGIT_SCALE = 100.0  # the bound that CLIP's pre-training clamps it to
 WEIGHT = 1000.0  # lambda of the difference loss
@@ -129,13 +129,13 @@ def ours(inputs: Inputs, operation: str, backend: str) -> tuple[Tensor, Tensor |
 
 def ours_one_way(inputs: Inputs, operation: str, fused: bool) -> tuple[Tensor, Tensor | None]:
     """Triton losses with a fused or a chunked contrastive gradient at every size."""
-    contrastive.FUSED_LOGITS = sys.maxsize if fused else 0
+    contrastive.SETTINGS = SETTINGS._replace(gradient="fused" if fused else "chunked")
     return ours(inputs, operation, "triton")
 
 
 def ours_by_size(inputs: Inputs, operation: str) -> tuple[Tensor, Tensor | None]:
     """Triton losses with the gradient chosen by size."""
-    contrastive.FUSED_LOGITS = FUSED_LOGITS
+    contrastive.SETTINGS = SETTINGS
     return ours(inputs, operation, "triton")
 
 
@@ -144,6 +144,15 @@ def ours_apart(inputs: Inputs, operation: str) -> tuple[Tensor, Tensor | None]:
     target, _ = ours_by_size(inputs, "contrastive")
     reference, average_vector = ours_by_size(inputs, "difference")
     return target + WEIGHT * reference, average_vector
+
+
+def memeff(inputs: Inputs, operation: str) -> tuple[Tensor, Tensor | None]:
+    """Contrastive loss of the package memeff, whose scale is a number and has no gradient."""
+    from memeff import MemoryEfficientCLIPLoss
+
+    # stable=True would return another gradient than that of the loss.
+    loss = MemoryEfficientCLIPLoss(temperature=1 / LOGIT_SCALE, stable=False)
+    return loss(inputs.image_features, inputs.text_features), None
 
 
 COMPETITORS: dict[str, Loss] = {
@@ -155,8 +164,11 @@ COMPETITORS: dict[str, Loss] = {
     "triton_fused": partial(ours_one_way, fused=True),
     "triton_chunked": partial(ours_one_way, fused=False),
 }
+if find_spec("memeff") and DEVICE.type == "cuda":  # it asks CUDA for its tiles
+    COMPETITORS["memeff"] = memeff
 # Competitors that apply to one operation only.
 _OPERATION = {"triton_apart": "joint", "triton_fused": "contrastive", "triton_chunked": "contrastive"}
+_OPERATION |= {"memeff": "contrastive"}
 
 # The most informative sizes first and compiled cases last, since time may be limited.
 _FIRST = [(512, 512), (32768, 768)]
@@ -171,9 +183,14 @@ CASES = [
 
 
 def step(loss: Loss, inputs: Inputs, operation: str, scale: Tensor) -> dict[str, Tensor]:
-    """Forward and backward: returns the loss, the average vector if any, and ``scale`` times the gradients."""
+    """Forward and backward: returns the loss, the average vector if any, and ``scale`` times the gradients.
+
+    Leaves that the loss does not differentiate have no entry.
+    """
     value, average_vector = loss(inputs, operation)
     names = LEAVES[operation]
     outputs = {"loss": value.detach()} | ({} if average_vector is None else {"average_vector": average_vector})
-    gradients = torch.autograd.grad(value, [getattr(inputs, name) for name in names], scale)
-    return outputs | {f"gradient of {name}": gradient for name, gradient in zip(names, gradients)}
+    leaves = [getattr(inputs, name) for name in names]
+    gradients = torch.autograd.grad(value, leaves, scale, allow_unused=True)
+    named = zip(names, gradients)
+    return outputs | {f"gradient of {name}": gradient for name, gradient in named if gradient is not None}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from loss_report import REPOSITORY, commit, device_name, slug, write_json
 from measure_losses import timed
-from steps import Case, make_engine, make_inputs, random_model
+from steps import Case, make_batches, make_engine, random_model
 
 from dive_fast.checkpoint.saver import Saver
 from dive_fast.checkpoint.snapshot import RunRecord
@@ -35,7 +35,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     case = Case(options.model, options.batch, "dive_fast")
-    engine, batches = make_engine(case, random_model(options.model), make_inputs(*case.sizes), zero=1)
+    engine, batches = make_engine(case, random_model(options.model), zero=1), make_batches(case)[0]
 
     def step() -> object:
         return engine.step(dataclasses.replace(batches))

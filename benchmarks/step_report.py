@@ -21,9 +21,11 @@ NAMES = {
     "trimmed_text": "  + trimmed text",
     "distinct_texts": "  + distinct texts",
     "fused_losses": "  + fused losses",
+    "fast_blocks": "  + fast blocks",
     "compiled_blocks": "  + compiled blocks",
     "flyp_fast": "FLYP, dive_fast",
     "dive_fast": "DiVE, dive_fast",
+    "dive_fast_plain": "DiVE, dive_fast, plain blocks",
     "flyp_fast_compiled": "FLYP, dive_fast, compiled",
     "dive_fast_compiled": "DiVE, dive_fast, compiled",
     "dive_fast_bf16": "DiVE, dive_fast, bf16",
@@ -80,18 +82,20 @@ class StepReport:
     def table(self) -> str:
         """Markdown."""
         lines = [
-            "| model, B | step | time | / FLYP | peak memory | / FLYP | TFLOP | MFU | images/s | min/epoch |",
-            "|---" * 10 + "|",
+            "| model, B | step | time | / FLYP | mean / median | peak memory | / FLYP | TFLOP | MFU | images/s "
+            "| min/epoch |",
+            "|---" * 11 + "|",
         ]
         for entry in self.entries.values():
             head = f"| {entry['model']}, {entry['batch']} | {_name(entry).strip()} | "
             if entry["outcome"] != "measured":
-                lines.append(f"{head}{entry['outcome']} |" + " |" * 7)
+                lines.append(f"{head}{entry['outcome']} |" + " |" * 8)
                 continue
             time_ratio, memory_ratio = (_ratio(entry, name) for name in ("time_ratio", "memory_ratio"))
             mfu = "" if entry["mfu"] is None else f"{100 * entry['mfu']:.0f} %"
             lines.append(
-                f"{head}{_seconds(entry['seconds'])} | {time_ratio} | {_bytes(entry['peak_bytes'])} "
+                f"{head}{_seconds(entry['seconds'])} | {time_ratio} | {entry['mean_over_median']:.2f} "
+                f"| {_bytes(entry['peak_bytes'])} "
                 f"| {memory_ratio} | {entry['flop'] / 1e12:.3g} | {mfu} | {entry['images_per_second']:.0f} "
                 f"| {entry['minutes_per_epoch']:.1f} |"
             )

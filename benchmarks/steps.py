@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from loss_report import REPOSITORY
 from losses import DEVICE
 from peers.dive_published import DivePublished
 from peers.flyp import Flyp, Inputs
-from peers.levers import DiveWithLevers, Levers
+from peers.levers import DiveWithLevers, Levers, Prepared
 from step_report import RESULTS, draw, results_path
 from torch import Tensor
 
@@ -43,12 +43,18 @@ PRECISION = "fp16" if DEVICE.type == "cuda" else "fp32"
 ZERO = 0
 """Stage that ``auto`` selects on one rank."""
 COMPILED = ("flyp_fast_compiled", "dive_fast_compiled")
-BF16, JOINT = "dive_fast_bf16", "dive_fast_joint"
-ENGINES = ("flyp_fast", "dive_fast", *COMPILED, BF16, JOINT)
+"""Engines with ``train.compile`` instead of ``train.fast_blocks``."""
+PLAIN, BF16, JOINT = "dive_fast_plain", "dive_fast_bf16", "dive_fast_joint"
+ENGINES = ("flyp_fast", "dive_fast", PLAIN, *COMPILED, BF16, JOINT)
 """Competitors that are the project's engine."""
 NEEDS_GPU = ("half_precision", "fused_losses", "compiled_blocks", *COMPILED, BF16)
 TOTAL_STEPS = 25_020  # ten epochs of ImageNet at B = 512
+NUM_TURNS = 32
+"""Batches of texts that steps take turns with. Each has another number of distinct texts and another length, as in
+training, so that a cost of each new shape is measured."""
 CAPTION_TOKENS = 8, 30  # with start and end
+LONGEST_CAPTION = 20, CAPTION_TOKENS[1]  # of a turn
+REPEATED_CAPTIONS = 64  # at most one of so many captions of a turn repeats another
 PROMPT_TOKENS = 17  # length of the longest of 512 drawn prompts
 TEACHER_PIECE = 64  # pairs embedded at once for the cached rows
 
@@ -76,11 +82,13 @@ class Case(NamedTuple):
 
 
 class Running(NamedTuple):
-    """A competitor's step on fixed batches, and its loss scale."""
+    """A competitor's step on the batches of a turn, and its loss scale."""
 
-    step: Callable[[], dict[str, Tensor]]
+    step: Callable[[int], dict[str, Tensor]]
+    """Takes the number of the turn, from 0; texts repeat after :data:`NUM_TURNS`."""
     loss_scale: Callable[[], float]
     """Decreases if a step is skipped because of an overflow."""
+    optimizer: torch.optim.Optimizer
 
 
 def cases() -> list[Case]:
@@ -89,7 +97,7 @@ def cases() -> list[Case]:
         return [*(Case("ViT-tiny", 8, name) for name in COMPETITORS), Case("ViT-tiny", 8, "dive_fast", 4)]
     # DiVE as published exceeds one GPU's memory at B = 512, so its levers are measured at half of it first.
     parts = [
-        ("ViT-B-16", 512, (*ENDS, *COMPILED)),
+        ("ViT-B-16", 512, (*ENDS, PLAIN, *COMPILED)),
         ("ViT-B-16", 256, ENDS),
         ("ViT-B-16", 256, Levers._fields),
         ("ViT-L-14", 256, (*ENDS, *COMPILED)),
@@ -106,51 +114,94 @@ CASES = cases()
 
 
 @contextmanager
-def running(case: Case, zero: int) -> Iterator[Running]:
-    """Creates a competitor whose step repeats one batch.
+def running(case: Case, zero: int, model: Any = None, teacher: Any = None) -> Iterator[Running]:
+    """Creates a competitor.
 
     Args:
         zero: DeepSpeed's ZeRO stage, for the engine.
+        model: open_clip model to train; default: a copy of its own.
+        teacher: frozen open_clip model; default: a copy of its own.
     """
 
     def without_scale() -> float:
         return 1.0
 
-    inputs = make_inputs(*case.sizes)
-    model = copy.deepcopy(random_model(case.model)).to(DEVICE)
+    batches = make_batches(case)
+    model = copy.deepcopy(random_model(case.model)).to(DEVICE) if model is None else model
     recipe = {"total_steps": TOTAL_STEPS}
+
+    def frozen() -> Any:
+        return copy.deepcopy(model) if teacher is None else teacher
+
+    def in_turns(step: Callable[[Any], dict[str, Tensor]]) -> Callable[[int], dict[str, Tensor]]:
+        return lambda turn: step(batches[turn % NUM_TURNS])
+
     if case.competitor == "flyp_published":
-        yield Running(partial(Flyp(model, **recipe).step, inputs), without_scale)
+        flyp = Flyp(model, **recipe)
+        yield Running(in_turns(flyp.step), without_scale, flyp.optimizer)
     elif case.competitor == "dive_published":
-        peer = DivePublished(model, copy.deepcopy(model), **recipe)
-        yield Running(partial(peer.step, inputs), without_scale)
+        published = DivePublished(model, frozen(), **recipe)
+        yield Running(in_turns(published.step), without_scale, published.optimizer)
     elif case.competitor in Levers._fields:
-        levers = Levers(**{case.competitor: True})
-        rows = teacher_rows(*case.sizes)
-        teacher = rows if levers.cached_teacher else Towers(copy.deepcopy(model))
-        lever = DiveWithLevers(Towers(model), teacher, levers, **recipe)
-        yield Running(partial(lever.step, levers.prepare(inputs)), lever.scaler.get_scale)
+        levers = levers_of(case)
+        # The frozen towers are copied before levers change the modules of the tuned ones.
+        towers = None if levers.cached_teacher else Towers(frozen())
+        peer = DiveWithLevers(Towers(model), towers, levers, **recipe)
+        yield Running(in_turns(peer.step), peer.scaler.get_scale, peer.optimizer)
     else:
-        engine, batches = make_engine(case, model, inputs, zero)
+        engine = make_engine(case, model, zero)
         try:
-            yield Running(lambda: engine.step(replace(batches)), lambda: float(engine.scale.value))
+            # A step consumes its batches.
+            step = in_turns(lambda each: engine.step(replace(each)))
+            optimizer = getattr(engine.deepspeed.optimizer, "optimizer", engine.deepspeed.optimizer)
+            yield Running(step, lambda: float(engine.scale.value), optimizer)
         finally:
             engine.deepspeed.destroy()
 
 
-def make_engine(case: Case, model: Any, inputs: Inputs, zero: int) -> tuple[Engine, StepBatches]:
-    """Creates the project's engine and the batches of its steps."""
+def levers_of(case: Case) -> Levers:
+    """The levers of a competitor that is DiVE as published with one of them, and of the engine's texts."""
+    if case.competitor in ENGINES:
+        return Levers(trimmed_text=True, distinct_texts=True, cached_teacher=True)
+    return Levers(**{case.competitor: True})
+
+
+def make_engine(case: Case, model: Any, zero: int, zero_options: dict[str, Any] | None = None) -> Engine:
+    """Creates the project's engine, which takes over the model.
+
+    Args:
+        zero: DeepSpeed's ZeRO stage.
+        zero_options: further keys of ``deepspeed.zero_optimization``.
+    """
     config = engine_config(case, PRECISION, zero)
+    config.deepspeed["zero_optimization"] |= zero_options or {}
     towers = Towers(model)
-    method = registry.create(config.objective, towers.width)
-    engine = Engine(config, towers, method, join(), TOTAL_STEPS)
-    prepared = Levers(trimmed_text=True, distinct_texts=True).prepare(inputs)
+    return Engine(config, towers, registry.create(config.objective, towers.width), join(), TOTAL_STEPS)
+
+
+# Cases differ in their batches, which are no part of a case's memory.
+@lru_cache(maxsize=1)
+def make_batches(case: Case) -> list[Any]:
+    """The batches of every turn, as the competitor's step takes them."""
+    inputs = [make_inputs(*case.sizes, turn) for turn in range(NUM_TURNS)]
+    if case.competitor.endswith("_published"):
+        return inputs
+    levers = levers_of(case)
+    rows = [teacher_rows(*case.sizes, turn) if levers.cached_teacher else None for turn in range(NUM_TURNS)]
+    frozen_model.cache_clear()
+    prepared = [levers.prepare(each, teacher) for each, teacher in zip(inputs, rows, strict=True)]
+    return [step_batches(case, each) for each in prepared] if case.competitor in ENGINES else prepared
+
+
+def step_batches(case: Case, prepared: Prepared) -> StepBatches:
+    """Batches of the engine's step."""
     unused = torch.zeros(0, dtype=torch.long)  # the step reads neither labels nor samples
     target = TargetBatch(prepared.target_images, prepared.target_text, unused, unused, ())
-    if not method.needs.reference:
-        return engine, StepBatches(target)
+    if case.competitor.startswith("flyp"):
+        return StepBatches(target)
+    assert prepared.teacher is not None
     reference = ReferenceBatch(prepared.reference_images, prepared.reference_text, unused, unused, ())
-    return engine, StepBatches(target, reference, features.Pairs(*teacher_rows(*case.sizes)))
+    return StepBatches(target, reference, features.Pairs(*prepared.teacher))
 
 
 def engine_config(case: Case, precision: str, zero: int) -> Config:
@@ -166,6 +217,7 @@ def engine_config(case: Case, precision: str, zero: int) -> Config:
     train = {
         "precision": "bf16" if case.competitor == BF16 else precision,
         "compile": case.competitor in COMPILED,
+        "fast_blocks": case.competitor not in (PLAIN, *COMPILED),
         "schedule": "joint" if case.competitor == JOINT else "sequential",
     }
     tree = {
@@ -190,34 +242,57 @@ def random_model(name: str) -> Any:
 
 
 @lru_cache(maxsize=1)
-def make_inputs(model: str, batch: int, reference_batch: int) -> Inputs:
-    """Inputs of a step: noise images, ImageNet's prompts drawn as in FLYP, captions of random words."""
-    generator, draws = torch.Generator(DEVICE).manual_seed(0), random.Random(0)
+def make_images(model: str, batch: int, reference_batch: int) -> list[Tensor]:
+    """Noise, the same in every turn: images of the target and of the reference batch."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
     size = random_model(model).visual.image_size
-    images = [
-        torch.randn(count, 3, *size, device=DEVICE, generator=generator) for count in (batch, reference_batch)
-    ]
-    tokenizer = open_clip.get_tokenizer(model)
+    return [torch.randn(count, 3, *size, device=DEVICE, generator=generator) for count in (batch, reference_batch)]
+
+
+@lru_cache(maxsize=NUM_TURNS)
+def make_inputs(model: str, batch: int, reference_batch: int, turn: int = 0) -> Inputs:
+    """Inputs of a step: noise images, ImageNet's prompts drawn as in FLYP, captions of random words.
+
+    Args:
+        turn: selects the texts.
+    """
+    target_images, reference_images = make_images(model, batch, reference_batch)
+    draws, tokenizer = random.Random(turn), open_clip.get_tokenizer(model)
     names, templates = open_clip.IMAGENET_CLASSNAMES, open_clip.OPENAI_IMAGENET_TEMPLATES
     prompts = tokenizer([draws.choice(templates)(draws.choice(names)) for _ in range(batch)])
-    words = " ".join(names).split()
-    captions = tokenizer([" ".join(draws.choices(words, k=CAPTION_TOKENS[1])) for _ in range(reference_batch)])
-    for row in captions:
-        length = draws.randint(*CAPTION_TOKENS)
-        row[length - 1] = row.max()  # the end of a text has the largest id
-        row[length:] = 0
-    return Inputs(images[0], prompts.to(DEVICE), images[1], captions.to(DEVICE))
+    longest = draws.randint(*LONGEST_CAPTION) if turn else CAPTION_TOKENS[1]
+    rows = []
+    for _ in range(reference_batch):
+        length = draws.randint(CAPTION_TOKENS[0], longest)
+        words = draws.choices(range(1, tokenizer.sot_token_id), k=length - 2)
+        padding = [0] * (prompts.shape[1] - length)
+        rows.append([tokenizer.sot_token_id, *words, tokenizer.eot_token_id, *padding])
+    for _ in range(draws.randint(0, reference_batch // REPEATED_CAPTIONS)):
+        rows[draws.randrange(reference_batch)] = rows[draws.randrange(reference_batch)]
+    return Inputs(target_images, prompts.to(DEVICE), reference_images, torch.tensor(rows, device=DEVICE))
+
+
+@lru_cache(maxsize=1)
+def frozen_model(model: str) -> Any:
+    """The frozen model on the device."""
+    return copy.deepcopy(random_model(model)).to(DEVICE).eval()
 
 
 @lru_cache(maxsize=1)
 @torch.no_grad()
-def teacher_rows(model: str, batch: int, reference_batch: int) -> tuple[Tensor, Tensor]:
-    """Unit rows of the reference batch by the frozen model in fp32, as in a teacher cache."""
-    inputs = make_inputs(model, batch, reference_batch)
-    frozen = copy.deepcopy(random_model(model)).to(DEVICE).eval()
-    images = [frozen.encode_image(part) for part in inputs.reference_images.split(TEACHER_PIECE)]
-    texts = [frozen.encode_text(part) for part in inputs.reference_tokens.split(TEACHER_PIECE)]
-    return unit(torch.cat(images)), unit(torch.cat(texts))
+def teacher_images(model: str, batch: int, reference_batch: int) -> Tensor:
+    """Unit rows of the reference images by the frozen model in fp32, as in a teacher cache."""
+    _, images = make_images(model, batch, reference_batch)
+    return unit(torch.cat([frozen_model(model).encode_image(part) for part in images.split(TEACHER_PIECE)]))
+
+
+@lru_cache(maxsize=NUM_TURNS)
+@torch.no_grad()
+def teacher_rows(model: str, batch: int, reference_batch: int, turn: int = 0) -> tuple[Tensor, Tensor]:
+    """Unit rows of the reference batch of a turn by the frozen model in fp32, as in a teacher cache."""
+    tokens = make_inputs(model, batch, reference_batch, turn).reference_tokens
+    texts = torch.cat([frozen_model(model).encode_text(part) for part in tokens.split(TEACHER_PIECE)])
+    return teacher_images(model, batch, reference_batch), unit(texts)
 
 
 def main() -> int:

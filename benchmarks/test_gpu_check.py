@@ -15,8 +15,12 @@ def python(code: str) -> tuple[str, ...]:
     return (sys.executable, "-c", code)
 
 
+def fake_part(name: str, code: str = "", limit: int = 1) -> Part:
+    return Part(name, "Is it?", "It is.", python(code), python(code), limit, 1)
+
+
 def test_run_passes_fails_or_kills_part_with_its_children(tmp_path: Path) -> None:
-    part = Part("some", (), (), 1)
+    part = fake_part("some")
     assert run(part, python("print('fine')"), 30)["outcome"] == "passed"
     failed = run(part, python("import sys; sys.exit('x' * 5000)"), 30)
     assert failed["outcome"] == "failed"
@@ -57,10 +61,11 @@ def test_words_that_parts_select_by_name_existing_tests(tmp_path: Path) -> None:
     selecting = [command for command in commands if "-k" in command and "tests/" in "".join(command)]
     assert len(selecting) > 1
     for command in selecting:
-        file = next(gpu_check.REPOSITORY / argument for argument in command if argument.endswith(".py"))
-        names = [line for line in file.read_text().splitlines() if line.startswith("def test_")]
+        path = gpu_check.REPOSITORY / next(word for word in command if word.startswith("tests/"))
+        files = sorted(path.glob("test_*.py")) if path.is_dir() else [path]
+        names = [line for file in files for line in file.read_text().splitlines() if line.startswith("def test_")]
         for word in command[command.index("-k") + 1].split(" or "):
-            assert any(word in name for name in names), f"{file.name} has no test for -k {word}"
+            assert any(word in name for name in names), f"{path} has no test for -k {word}"
 
 
 def test_parts_are_existing_commands(tmp_path: Path) -> None:
@@ -70,17 +75,43 @@ def test_parts_are_existing_commands(tmp_path: Path) -> None:
         for command in (part.command, part.rehearsal):
             assert Path(command[0]).exists() or SANITIZER in command[0], part.name
             paths = [part.folder / word for word in command[1:]]
-            assert any(path.is_file() or (path / "__main__.py").is_file() for path in paths), part.name
+            modules = [path / "__main__.py" for path in paths]
+            tests = [part.folder / word for word in command if word.startswith("tests/")]
+            assert any(path.is_file() for path in [*paths, *modules]) or any(map(Path.is_dir, tests)), part.name
+
+
+def test_measured_is_the_line_of_figures_or_the_last(tmp_path: Path) -> None:
+    assert gpu_check.measured("a\nmeasured: 1 ms\nmeasured: 2 ms\nDone.\n") == "2 ms"
+    assert gpu_check.measured("..\n=== 3 passed in 1.0s ===\n\n") == "3 passed in 1.0s"
+    assert gpu_check.measured("") == ""
+    result = run(fake_part("one"), python("print('measured: 3 ms')"), 30)
+    assert (result["question"], result["predicted"], result["measured"]) == ("Is it?", "It is.", "3 ms")
+
+
+def test_parts_of_each_call_fit_in_nine_minutes(tmp_path: Path) -> None:
+    seconds: dict[int, int] = {}
+    order = [part.call for part in parts(tmp_path)]
+    assert order == sorted(order)
+    for part in parts(tmp_path):
+        seconds[part.call] = seconds.get(part.call, 0) + part.seconds
+    assert seconds.keys() == {1, 2, 3, 4}
+    assert max(seconds.values()) <= 540, seconds
+
+
+def test_readme_has_question_and_prediction_of_every_part(tmp_path: Path) -> None:
+    readme = Path(gpu_check.__file__).with_name("README.md").read_text()
+    rows = [f"| {part.call} | `{part.name}` | {part.question} | {part.prediction} |" for part in parts(tmp_path)]
+    assert [line for line in readme.splitlines() if line in rows] == rows
 
 
 def test_run_reports_missing_tool_as_outcome() -> None:
-    missing = run(Part("memcheck", (), (), 1), ("/nowhere/compute-sanitizer", "pytest"), 30)
+    missing = run(fake_part("memcheck"), ("/nowhere/compute-sanitizer", "pytest"), 30)
     assert missing == {"part": "memcheck", "outcome": "not installed", "command": SANITIZER}
 
 
 def test_main_keeps_outcomes_of_earlier_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def only(name: str, code: str, minutes: str = "9", limit: int = 30) -> tuple[int, dict[str, str]]:
-        fake_parts = [Part(name, python(code), python(code), limit) for name in ("one", "two", "three")]
+        fake_parts = [fake_part(name, code, limit) for name in ("one", "two", "three")]
         monkeypatch.setattr(gpu_check, "parts", lambda _: fake_parts)
         arguments = ["gpu_check.py", "--rehearse", "--minutes", minutes, *(["--only", name] if name else [])]
         monkeypatch.setattr(sys, "argv", arguments)

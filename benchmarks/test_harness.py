@@ -50,6 +50,22 @@ def with_factor_on_gradient(loss: losses.Loss, name: str, factor: float) -> loss
     return wrong
 
 
+def test_competitor_without_gradient_of_the_scale_is_verified() -> None:
+    def fixed_scale(inputs: Inputs, operation: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return naive.contrastive_loss(*inputs[:2], inputs.logit_scale.detach()), None
+
+    case, scale = Case("contrastive", BATCH, WIDTH, "memeff"), losses.loss_scale(BATCH, torch.float16)
+    truth, naive_errors = verify.expected(case.operation, BATCH, WIDTH, torch.float16)
+    outputs = losses.step(fixed_scale, losses.make_inputs(BATCH, WIDTH, torch.float16), case.operation, scale)
+    assert "gradient of logit_scale" not in outputs
+    assert verify.check(outputs, truth, naive_errors, case).keys() == outputs.keys()
+    with pytest.raises(AssertionError, match="logit_scale"):
+        verify.check(outputs, truth, naive_errors, case._replace(competitor="naive"))
+    del outputs["gradient of text_features"]
+    with pytest.raises(AssertionError, match="text_features"):
+        verify.check(outputs, truth, naive_errors, case)
+
+
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
 @pytest.mark.parametrize("name", ["text_features", "reference_image_features", "logit_scale"])
 @pytest.mark.parametrize(("competitor", "dtype"), [("naive", "float16"), ("eager", "float32")])

@@ -111,21 +111,21 @@ def test_levers_keep_gradient(
 ) -> None:
     # Traces the same graph without inductor, which takes minutes on a small machine.
     monkeypatch.setattr(blocks, "BACKEND", "aot_eager")
-    levers = Levers(**{lever: True}) if lever in Levers._fields else Levers(False, *[True] * 6)
+    every = Levers(*[True] * len(Levers._fields))._replace(half_precision=False)
+    levers = Levers(**{lever: True}) if lever in Levers._fields else every
     if levers.fused_losses and not INTERPRETED and DEVICE.type != "cuda":
         pytest.skip("needs Triton and a GPU, or TRITON_INTERPRET=1")
-    if levers.cached_teacher:  # it has the rows of one batch
-        batches = [batches[0]] * 2
-    frozen: Any = Towers(copy.deepcopy(teacher))
-    if levers.cached_teacher:
-        with torch.no_grad():
-            frozen = tuple(map(unit, features(frozen, *batches[0][2:])))
+    frozen = Towers(copy.deepcopy(teacher))
+    with torch.no_grad():
+        rows = [tuple(map(unit, features(frozen, *batch[2:]))) for batch in batches]
     towers = Towers(copy.deepcopy(student))
-    peer = DiveWithLevers(towers, frozen, levers, weight=WEIGHT, decay=DECAY, **STILL)
+    peer = DiveWithLevers(
+        towers, None if levers.cached_teacher else frozen, levers, weight=WEIGHT, decay=DECAY, **STILL
+    )
     if levers.half_precision:
         # A model this far from its teacher overflows at the initial scale.
         peer.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=4.0)
-    collected = by_steps(peer.step, towers, [levers.prepare(batch) for batch in batches])
+    collected = by_steps(peer.step, towers, [*map(levers.prepare, batches, rows)])
     for ours, expected in zip(collected, published(student, teacher, batches), strict=True):
         if levers.half_precision:
             actual, exact = (torch.cat(list(part.values())) for part in (ours, expected))

@@ -1,5 +1,6 @@
 """The step benchmarks: every case has an outcome within the time limit, and ratios are within one run."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -9,18 +10,32 @@ from typing import Any
 
 import measure_steps
 import pytest
+import step_turns
+import steps
 import test_steps
+import torch
 from loss_report import REPOSITORY
+from peers.levers import Levers
 from step_report import NAMES, StepReport, draw
 from steps import COMPETITORS, NEEDS_GPU, Case, Running
 
+from dive_fast.model import fast_blocks
+from dive_fast.model.towers import Towers
+
 CASES = [Case("ViT-tiny", 8, competitor) for competitor in COMPETITORS]
 FIGURES = {"mfu": None, "flop": 2e9, "images_per_second": 8.0, "minutes_per_epoch": 30.0}
+OPTIMIZER: Any = None  # not used to settle
 NO_BENCHMARK: Any = None  # for cases that end before they are timed
 
 
 def measured(seconds: float, mebibytes: int) -> dict[str, Any]:
-    return {"outcome": "measured", "seconds": seconds, "peak_bytes": mebibytes * 2**20, **FIGURES}
+    return {
+        "outcome": "measured",
+        "seconds": seconds,
+        "mean_over_median": 1.1,
+        "peak_bytes": mebibytes * 2**20,
+        **FIGURES,
+    }
 
 
 def report(folder: Path, minutes: float = 9) -> StepReport:
@@ -53,7 +68,7 @@ def test_report_has_outcome_of_every_case_after_each(tmp_path: Path, monkeypatch
                 test_steps.test_step(by_name[name], 0, reported, NO_BENCHMARK)
         expected[name] = outcome
         assert outcomes(reported.path) == expected
-        assert f"{NAMES[name].strip()} | {outcome if ends else '1.00 s | 1.00x'} |" in reported.table()
+        assert f"{NAMES[name].strip()} | {outcome if ends else '1.00 s | 1.00x | 1.10'} |" in reported.table()
 
 
 def test_case_that_may_exceed_time_limit_is_skipped(tmp_path: Path) -> None:
@@ -76,7 +91,7 @@ def test_report_ratios_are_to_published_flyp_of_same_size(tmp_path: Path) -> Non
     assert (peer["time_ratio"], peer["memory_ratio"]) == (1, 1)
     assert (dive["time_ratio"], dive["memory_ratio"]) == (1.5, 2.5)
     assert "time_ratio" not in alone
-    assert "| DiVE as published | 3.00 s | 1.50x | 100 MiB | 2.50x | 0.002 |" in reported.table()
+    assert "| DiVE as published | 3.00 s | 1.50x | 1.10 | 100 MiB | 2.50x | 0.002 |" in reported.table()
 
 
 def test_draw_with_unmeasured_cases(tmp_path: Path) -> None:
@@ -88,11 +103,55 @@ def test_draw_with_unmeasured_cases(tmp_path: Path) -> None:
 
 def test_settle_runs_until_step_is_not_skipped() -> None:
     scales, steps = iter([8.0, 4.0, 4.0, 2.0, 2.0, 2.0]), []
-    measure_steps.settle(Running(lambda: steps.append(1), lambda: next(scales)))
-    assert len(steps) == 3
+    measure_steps.settle(Running(steps.append, lambda: next(scales), OPTIMIZER), itertools.count())
+    assert steps == [0, 1, 2]
     falling = iter(range(100, 0, -1))
     with pytest.raises(AssertionError, match="overflow"):
-        measure_steps.settle(Running(dict, lambda: next(falling)))
+        measure_steps.settle(Running(lambda _: {}, lambda: next(falling), OPTIMIZER), itertools.count())
+
+
+def test_each_turn_has_other_texts_and_the_same_images() -> None:
+    inputs = [steps.make_inputs("ViT-tiny", 64, 64, turn) for turn in range(steps.NUM_TURNS)]
+    prepare = Levers(trimmed_text=True, distinct_texts=True).prepare
+    texts = [(each.target_text, each.reference_text) for each in map(prepare, inputs)]
+    shapes = {tuple((len(text.tokens), text.length) for text in both) for both in texts}
+    assert len(shapes) > 0.75 * steps.NUM_TURNS  # some repeat by chance
+    assert all(each.target_images is inputs[0].target_images for each in inputs)
+
+
+def test_steps_in_turns_share_weights_and_moments_but_no_modules() -> None:
+    model = steps.random_model("ViT-tiny")
+    first, second = map(step_turns.share_parameters, (model, model))
+    assert all(a is b for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    fast_blocks.install(Towers(first))
+    assert type(first.visual.transformer) is not type(second.visual.transformer)
+    optimizers = [torch.optim.AdamW(each.parameters()) for each in (first, second)]
+    for parameter in first.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizers[0].step()
+    step_turns.share_moments(*optimizers)
+    optimizers[1].step()
+    assert {float(state["step"]) for state in optimizers[0].state.values()} == {2.0}
+    with torch.no_grad():  # other tests use the model
+        for parameter, value in zip(model.parameters(), before, strict=True):
+            parameter.grad = None
+            parameter.copy_(value)
+
+
+def test_steps_in_turns_report_medians_of_ratios_within_rounds() -> None:
+    flop = {step_turns.FLYP: 100, step_turns.DIVE: 200, "dive_fast": 50}
+    rounds = [
+        {step_turns.FLYP: 1.0, step_turns.DIVE: 2.0, "dive_fast": 0.5},
+        {step_turns.FLYP: 10.0, step_turns.DIVE: 40.0, "dive_fast": 1.0},
+        {step_turns.FLYP: 1.0, step_turns.DIVE: 3.0, "dive_fast": 0.9},
+    ]
+    row = step_turns.summarize(flop, rounds)["dive_fast"]
+    assert row["seconds"] == 0.9
+    assert row["time_over_flyp_published"] == 0.5
+    assert row["time_over_dive_published"] == 0.25
+    assert (row["flop_over_flyp_published"], row["flop_over_dive_published"]) == (0.5, 0.25)
+    assert "| DiVE, dive_fast | 0.90 | 0.25 | 0.25 | 0.50 | 0.50 |" in step_turns.table({"dive_fast": row})
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +195,7 @@ def test_plans_match_measured_steps(tiny_run: Path) -> None:
     assert [row[1].strip("`") for row in rows] == [
         "flyp_fast",
         "dive_fast",
+        "dive_fast_plain",
         "dive_fast_joint",
         "dive_fast, B' = 4",
     ]

@@ -10,14 +10,17 @@ import pytest
 import torch
 from loss_report import REPOSITORY
 from steps import Case
-from zero import PLAIN, STEPS, make_step
+from zero import PLAIN, STEPS, UNALIGNED, make_step
 
 pytestmark = pytest.mark.slow
 
 
 def test_every_step_has_the_same_loss() -> None:
     linear = torch.nn.functional.linear
-    losses = {name: make_step(Case("ViT-tiny", 8, "dive_fast"), stage)()["loss"] for name, stage in STEPS.items()}
+    losses = {
+        name: make_step(Case("ViT-tiny", 8, "dive_fast"), stage, name != UNALIGNED)()["loss"]
+        for name, stage in STEPS.items()
+    }
     # ZeRO-3's replacement would slow the other steps down.
     assert torch.nn.functional.linear is linear
     for name, loss in losses.items():

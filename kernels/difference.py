@@ -21,6 +21,8 @@ With u_j = unit(x_j) - teacher, v_j likewise for texts, N pairs over all ranks, 
 Rows are divided by their norm, correctly rounded: differences of 1e-3 inherit the rounding of unit rows.
 """
 
+import itertools
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -28,13 +30,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dive_fast.kernels import primitives, process_group
+from dive_fast.kernels import direct, primitives, process_group
 
-# Most programs of the row kernels: enough to fill a GPU, few because each one reads the sums of all.
+# Most programs of the forward kernels: each one reads the sums of all.
 _PROGRAMS = tl.constexpr(128)
-_PROGRAMS_OF_SMALL_BATCH = 64
-_SMALL_BATCH = 4096
 _NUM_WARPS = 8
+# Predictions for an H200: seconds of a program for one block of rows, bytes/s of all reads from the L2 cache. The
+# programs of the gradient read nothing of one another.
+_BLOCK_SECONDS, _CACHE_RATE, _GRADIENT_PROGRAMS = 8e-7, 6.5e12, 4 * 132
 
 
 class ForwardConstants(NamedTuple):
@@ -84,11 +87,17 @@ class Shape(NamedTuple):
     width: int
     dtype: torch.dtype
 
-    @property
-    def programs(self) -> int:
-        """Number of programs of each of the three kernels."""
-        limit = _PROGRAMS_OF_SMALL_BATCH if self.rows <= _SMALL_BATCH else _PROGRAMS.value
-        return min(triton.cdiv(self.rows, primitives.row_block(self.width).ROWS), limit)
+
+class Geometry(NamedTuple):
+    """Launch parameters and sizes of the state, for one shape."""
+
+    block: primitives.RowBlock
+    sums_programs: int
+    values_programs: int
+    gradient_programs: int
+    state_sizes: tuple[int, ...]
+    acc: Any  # Triton's dtype
+    acc_dtype: torch.dtype
 
 
 class Inputs(NamedTuple):
@@ -100,13 +109,21 @@ class Inputs(NamedTuple):
     text_teacher: Tensor
 
 
-class Buffers(NamedTuple):
-    """Memory that a forward allocates; the backward needs ``average``."""
+class State(NamedTuple):
+    """Views of the tensor that holds all small buffers of a call; the backward reads ``average``."""
 
-    sums: Tensor  # (programs, D): sum of (u + v)/2 over the rows of each program; over ranks, of each rank
     average: Tensor  # (2, D): m, (1 - a)(c - m)
-    partials: Tensor  # (4, programs): average loss, pairwise loss, |u|, |v|, summed over rows
-    parts: Tensor  # (4,): the same, averaged over all rows
+    sums: Tensor  # (sums_programs, D): sum of (u + v)/2 over the rows of each program
+    partials: Tensor  # (4, values_programs): average loss, pairwise loss, |u|, |v|, summed over rows
+
+
+class Buffers(NamedTuple):
+    """Memory that the second launch reads and writes."""
+
+    sums: Tensor  # (num_sums, D): those of the state; over ranks, one row of each rank
+    average: Tensor  # (2, D)
+    partials: Tensor  # (4, programs)
+    results: Tensor  # (D + 4,): m, average loss, pairwise loss, mean |u|, mean |v|; the joint step's has one more
     loss: Tensor  # ()
 
 
@@ -121,6 +138,37 @@ def shape_of(image: Tensor, group: str) -> Shape:
     """Sizes of a call, from this rank's features."""
     rows, width = image.shape
     return Shape(rows, rows * process_group.world_size(group), width, image.dtype)
+
+
+@lru_cache
+def geometry(shape: Shape) -> Geometry:
+    """Launch parameters and sizes of the state."""
+    block = primitives.row_block(shape.width)
+    blocks = primitives.divide_up(shape.rows, block.ROWS)
+    sums_programs, values_programs = _forward_programs(blocks, 4 * shape.width)
+    return Geometry(
+        block=block,
+        sums_programs=sums_programs,
+        values_programs=values_programs,
+        gradient_programs=min(blocks, _GRADIENT_PROGRAMS),
+        state_sizes=primitives.aligned((2 * shape.width, sums_programs * shape.width, 4 * values_programs)),
+        acc=primitives.acc_dtype(shape.dtype),
+        acc_dtype=primitives.compute_dtype(shape.dtype),
+    )
+
+
+def _forward_programs(blocks: int, row_bytes: int) -> tuple[int, int]:
+    """Numbers of programs of the sums and of the values that are predicted to take the least time.
+
+    More programs have fewer blocks of rows each, but every program of the values reads the sums of all.
+    """
+    candidates = [min(blocks, _PROGRAMS.value >> shift) for shift in range(4)]
+
+    def seconds(programs: tuple[int, int]) -> float:
+        in_turn = sum(primitives.divide_up(blocks, count) for count in programs)
+        return in_turn * _BLOCK_SECONDS + programs[0] * programs[1] * row_bytes / _CACHE_RATE
+
+    return min(itertools.product(candidates, repeat=2), key=seconds)
 
 
 @triton.jit
@@ -207,6 +255,7 @@ def values_block(
     if pid == 0:
         tl.store(buffers.average + o_column, b_m, mask=o_column < D)
         tl.store(buffers.average + D + o_column, (b_center - b_m) * CONSTANTS.GROWTH, mask=o_column < D)
+        tl.store(buffers.results + o_column, b_m, mask=o_column < D)
 
     b_average_loss = tl.zeros([ROWS], ACC)
     b_pairwise_loss = tl.zeros([ROWS], ACC)
@@ -230,7 +279,7 @@ def values_block(
 
 
 @triton.jit
-def finish_difference(buffers, B, programs, CONSTANTS: tl.constexpr, ACC: tl.constexpr):
+def finish_difference(buffers, B, D, programs, CONSTANTS: tl.constexpr, ACC: tl.constexpr):
     """The loss ``w_avl L_avl + w_pvl L_pvl`` of this rank's rows from the partial sums of all programs.
 
     Writes the parts too. One program adds in a fixed order, so that the result does not depend on which program it
@@ -238,10 +287,11 @@ def finish_difference(buffers, B, programs, CONSTANTS: tl.constexpr, ACC: tl.con
     """
     average_loss = _total(buffers.partials, programs) / B.to(ACC)
     pairwise_loss = _total(buffers.partials + programs, programs) / B.to(ACC)
-    tl.store(buffers.parts, average_loss)
-    tl.store(buffers.parts + 1, pairwise_loss)
-    tl.store(buffers.parts + 2, _total(buffers.partials + 2 * programs, programs) / B.to(ACC))
-    tl.store(buffers.parts + 3, _total(buffers.partials + 3 * programs, programs) / B.to(ACC))
+    p_parts = buffers.results + D
+    tl.store(p_parts, average_loss)
+    tl.store(p_parts + 1, pairwise_loss)
+    tl.store(p_parts + 2, _total(buffers.partials + 2 * programs, programs) / B.to(ACC))
+    tl.store(p_parts + 3, _total(buffers.partials + 3 * programs, programs) / B.to(ACC))
     return average_loss * CONSTANTS.AVERAGE_WEIGHT + pairwise_loss * CONSTANTS.PAIRWISE_WEIGHT
 
 
@@ -348,7 +398,7 @@ def values_kernel(
         tl.program_id(0), programs, inputs, previous, buffers, B, N, D, num_sums, CONSTANTS, BLOCK, ACC
     )  # fmt: skip
     if primitives.is_last(ticket, programs):
-        value = finish_difference(buffers, B, programs, CONSTANTS, ACC)
+        value = finish_difference(buffers, B, D, programs, CONSTANTS, ACC)
         tl.store(buffers.loss, value)
 
 
@@ -373,18 +423,25 @@ def difference_gradient_kernel(
 # Host
 
 
-def allocate(shape: Shape, image: Tensor) -> Buffers:
-    """Uninitialized outputs and scratch memory of the forward."""
-    dtype = primitives.compute_dtype(image.dtype)
-    sizes = (shape.programs, shape.width), (2, shape.width), (4, shape.programs), (4,), ()
-    return Buffers(*(primitives.empty(*size, dtype=dtype, device=image.device) for size in sizes))
+def allocate(shape: Shape, num_results: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Uninitialized results of the user and state."""
+    plan = geometry(shape)
+    results = primitives.empty(num_results, dtype=plan.acc_dtype, device=device)
+    return results, primitives.empty(sum(plan.state_sizes), dtype=plan.acc_dtype, device=device)
 
 
-def gather_sums(buffers: Buffers, group: str) -> Buffers:
-    """The buffers with one row of sums per rank, ``(W, D)``; unchanged if this rank is alone."""
+def gather_sums(sums: Tensor, plan: Geometry, width: int, group: str) -> tuple[Tensor, int]:
+    """The sums that the values add, and their number: one row of each rank, or those of this rank's programs."""
     if process_group.world_size(group) == 1:
-        return buffers
-    return buffers._replace(sums=process_group.gather(buffers.sums.sum(0), group))
+        return sums, plan.sums_programs
+    of_rank = sums[: plan.sums_programs * width].view(-1, width).sum(0)
+    sums = process_group.gather(of_rank, group)
+    return sums, len(sums)
+
+
+def parts_of(results: Tensor, width: int) -> Tensor:
+    """Average loss, pairwise loss, mean |u| and mean |v|, ``(4,)``."""
+    return results[width : width + 4]
 
 
 def loss_of(parts: Tensor, options: Options) -> Tensor:
@@ -404,30 +461,34 @@ def launch_forward(
     mean_gradient: bool,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, its parts with mean |u| and |v| ``(4,)``, and m with the backward's (1 - a)(c - m) ``(2, D)``."""
+    """The loss, the other results ``(D + 4,)`` (see :class:`Buffers`), and the :class:`State` as one tensor."""
     options = Options(decay, average_weight, pairwise_weight, mean_gradient)
     shape = shape_of(image, group)
-    buffers = allocate(shape, image)
+    plan, device = geometry(shape), image.device
+    results, buffer = allocate(shape, shape.width + 4, device)
+    loss = primitives.empty(dtype=plan.acc_dtype, device=device)
+    ticket = primitives.empty(dtype=torch.int32, device=device)
+    state = State._make(buffer.split_with_sizes(plan.state_sizes))
     inputs = Inputs(*map(primitives.dense, (image, text, image_teacher, text_teacher)))
-    block, acc = primitives.row_block(shape.width), primitives.acc_dtype(shape.dtype)
-    constants = {"BLOCK": block, "ACC": acc, "num_warps": _NUM_WARPS}
-    ticket = primitives.empty(dtype=torch.int32, device=image.device)
+    constants = {"BLOCK": plan.block, "ACC": plan.acc, "num_warps": _NUM_WARPS}
     primitives.launch(
-        sums_kernel, shape.programs, inputs, buffers.sums, ticket, shape.rows, shape.width, **constants
+        sums_kernel, plan.sums_programs, inputs, state.sums, ticket, shape.rows, shape.width, **constants
     )
-    buffers = gather_sums(buffers, group)
+    sums, num_sums = gather_sums(state.sums, plan, shape.width, group)
     primitives.launch(
         values_kernel,
-        shape.programs,
-        *(inputs, primitives.dense(average_vector), buffers, ticket),
-        *(shape.rows, shape.total, shape.width, len(buffers.sums)),
+        plan.values_programs,
+        *(inputs, primitives.dense(average_vector)),
+        *(Buffers(sums, state.average, state.partials, results, loss), ticket),
+        *(shape.rows, shape.total, shape.width, num_sums),
         CONSTANTS=options.for_forward(),
         **constants,
     )
-    if process_group.world_size(group) == 1:
-        return buffers.loss, buffers.parts, buffers.average
-    parts = process_group.gather(buffers.parts, group).mean(0)
-    return loss_of(parts, options), parts, buffers.average
+    if shape.rows != shape.total:
+        parts = parts_of(results, shape.width)
+        parts.copy_(process_group.gather(parts, group).mean(0))
+        loss = loss_of(parts, options)
+    return loss, results, buffer
 
 
 forward = torch.library.custom_op("dive_fast::difference_loss", launch_forward, mutates_args=())
@@ -435,8 +496,10 @@ forward = torch.library.custom_op("dive_fast::difference_loss", launch_forward, 
 
 @forward.register_fake
 def _(image: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    buffers = allocate(shape_of(image, ""), image)
-    return buffers.loss, buffers.parts, buffers.average
+    *_, group = arguments
+    shape = shape_of(image, group)
+    results, buffer = allocate(shape, shape.width + 4, image.device)
+    return primitives.empty(dtype=results.dtype, device=image.device), results, buffer
 
 
 def launch_backward(
@@ -445,7 +508,7 @@ def launch_backward(
     text: Tensor,
     image_teacher: Tensor,
     text_teacher: Tensor,
-    average: Tensor,
+    state: Tensor,
     decay: float,
     average_weight: float,
     pairwise_weight: float,
@@ -454,7 +517,8 @@ def launch_backward(
     """Gradients of both feature matrices."""
     options = Options(decay, average_weight, pairwise_weight, mean_gradient)
     inputs = Inputs(*map(primitives.dense, (image, text, image_teacher, text_teacher)))
-    gradients = gradient(upstream, 1.0, inputs, average, options)
+    gradients = allocate_gradients(image)
+    launch_gradient(upstream, 1.0, inputs, state, options, gradients)
     return gradients.image, gradients.text
 
 
@@ -472,35 +536,38 @@ def allocate_gradients(image: Tensor) -> Gradients:
     return Gradients(*(primitives.empty(*image.shape, dtype=image.dtype, device=image.device) for _ in range(2)))
 
 
-def gradient(upstream: Tensor, weight: float, inputs: Inputs, average: Tensor, options: Options) -> Gradients:
-    """Gradients of ``weight * loss``, in one launch."""
+def launch_gradient(
+    upstream: Tensor, weight: float, inputs: Inputs, average: Tensor, options: Options, gradients: Gradients
+) -> None:
+    """Writes the gradients of ``weight * loss``, in one launch; ``average`` begins with those of the state."""
     shape = shape_of(inputs.image, "")
-    gradients = allocate_gradients(inputs.image)
+    plan = geometry(shape)
     primitives.launch(
         difference_gradient_kernel,
-        shape.programs,
+        plan.gradient_programs,
         *(inputs, average, upstream, gradients, shape.rows, shape.width),
         CONSTANTS=options.for_gradient(weight),
-        BLOCK=primitives.row_block(shape.width),
-        ACC=primitives.acc_dtype(shape.dtype),
+        BLOCK=plan.block,
+        ACC=plan.acc,
         num_warps=_NUM_WARPS,
     )
-    return gradients
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     image, text, image_teacher, text_teacher, _, *options, _ = inputs
-    _, parts, average = output
+    _, results, state = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(parts, average)
-    ctx.save_for_backward(image, text, image_teacher, text_teacher, average)
+    ctx.mark_non_differentiable(results, state)
+    ctx.save_for_backward(image, text, image_teacher, text_teacher, state)
     ctx.options = options
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if upstream is None:
         return (None,) * 10
-    return *backward(upstream, *ctx.saved_tensors, *ctx.options), *([None] * 8)
+    run = direct.first_order(launch_backward, backward, upstream)
+    return *run(upstream, *ctx.saved_tensors, *ctx.options), *([None] * 8)
 
 
 forward.register_autograd(_backward, setup_context=_setup_context)
+apply = direct.differentiable(launch_forward, _backward, _setup_context)

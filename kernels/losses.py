@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dive_fast.kernels import backend as backends
-from dive_fast.kernels import checks, naive, process_group
+from dive_fast.kernels import checks, direct, naive, process_group
 from dive_fast.kernels.backend import Backend
 from dive_fast.kernels.naive import DifferenceLoss, DiveLoss
 
@@ -48,7 +48,9 @@ def contrastive_loss(
     checks.check_scale(logit_scale, image_features)
     if not backends.uses_triton(backend, image_features):
         return naive.contrastive_loss(image_features, text_features, logit_scale, group=group)
-    loss, *_ = contrastive.forward(image_features, text_features, logit_scale, process_group.name_of(group))
+    tensors = image_features, text_features, logit_scale
+    run = contrastive.apply if direct.is_eager(*tensors) else contrastive.forward
+    loss, *_ = run(*tensors, process_group.name_of(group))
     return loss
 
 
@@ -106,14 +108,11 @@ def difference_loss(
     if not backends.uses_triton(backend, image_features, constants):
         return naive.difference_loss(image_features, text_features, **constants, **options, group=group)
     dtype = backends.primitives.compute_dtype(image_features.dtype)
-    loss, parts, average = difference.forward(
-        image_features,
-        text_features,
-        *(tensor.to(dtype) for tensor in constants.values()),
-        **options,
-        group=process_group.name_of(group),
-    )
-    return DifferenceLoss(loss, average[0], *parts.unbind())
+    tensors = image_features, text_features, *(tensor.to(dtype) for tensor in constants.values())
+    run = difference.apply if direct.is_eager(*tensors) else difference.forward
+    loss, results, _ = run(*tensors, *options.values(), process_group.name_of(group))
+    width = image_features.shape[1]
+    return DifferenceLoss(loss, results[:width], *results[width:].unbind())
 
 
 def dive_loss(
@@ -161,10 +160,9 @@ def dive_loss(
     if not backends.uses_triton(backend, image_features, constants):
         return naive.dive_loss(*features, **constants, **options, group=group)
     dtype = backends.primitives.compute_dtype(image_features.dtype)
-    loss, contrastive_part, *_, parts, average = joint_step.forward(
-        *features,
-        *(tensor.to(dtype) for tensor in constants.values()),
-        **options,
-        group=process_group.name_of(group),
-    )
-    return DiveLoss(loss, contrastive_part, average[0], *parts.unbind())
+    tensors = *features, *(tensor.to(dtype) for tensor in constants.values())
+    run = joint_step.apply if direct.is_eager(*tensors) else joint_step.forward
+    loss, results, *_ = run(*tensors, *options.values(), process_group.name_of(group))
+    width = reference_image_features.shape[1]
+    *parts, contrastive_part = results[width:].unbind()
+    return DiveLoss(loss, contrastive_part, results[:width], *parts)

@@ -11,8 +11,6 @@ inside a tuple, and would compile again for a batch of 1 or one that is not a mu
 ``upstream``, which the caller may pass at any alignment, stay outside for the same reason.
 """
 
-import contextlib
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +30,8 @@ CLAMPED_POWER = tl.constexpr(2.0**-40)
 # Row kernels hold complete rows in registers: this many elements of one matrix at a time.
 _ELEMENTS = 2048
 MAX_WIDTH = 2048
+# Elements of 4 or 8 bytes to which buffers inside of one tensor are rounded up.
+_ALIGNMENT = 32
 
 # Set explicitly because Triton's default differs between versions, and with it the last bits of every result.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
@@ -46,13 +46,23 @@ class RowBlock(NamedTuple):
 
 def row_block(width: int) -> RowBlock:
     """Block shape for rows of ``width`` elements."""
-    block = max(512, triton.next_power_of_2(width))
+    block = max(512, 1 << (width - 1).bit_length())
     return RowBlock(_ELEMENTS // block, block)
+
+
+def divide_up(count: int, size: int) -> int:
+    """Number of blocks of ``size`` that cover ``count``."""
+    return -(-count // size)
 
 
 def round_up(count: int, multiple: int) -> int:
     """The smallest multiple of ``multiple`` that is at least ``count``."""
-    return math.ceil(count / multiple) * multiple
+    return -(-count // multiple) * multiple
+
+
+def aligned(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes of buffers that lie one after another in a tensor and each begin at a multiple of 128 bytes."""
+    return tuple(round_up(size, _ALIGNMENT) for size in sizes)
 
 
 def compute_dtype(features: torch.dtype) -> torch.dtype:
@@ -76,12 +86,52 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
+# Compiled kernels by everything that Triton specializes them for.
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
 def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-    """Runs ``programs`` programs of a kernel on the device of its first argument, a tensor or a tuple of some."""
+    """Runs ``programs`` programs of a kernel on the device of its first argument, a tensor or a tuple of some.
+
+    ``arguments`` are all that are not compile-time constants; tuples hold tensors only. Triton binds arguments and
+    looks up the compiled kernel at each launch, which takes most of its host time; here launches after the first find
+    it by what Triton specializes for: dtypes, alignments, kinds of integers, and constants.
+    """
+    if INTERPRETED:
+        kernel[(programs,)](*arguments, **options, **COMPILER_OPTIONS)
+        return
     first = arguments[0]
     device = (first if isinstance(first, Tensor) else first[0]).device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*arguments, **options, **COMPILER_OPTIONS)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _launch_compiled(kernel, device.index, programs, arguments, options)
+    else:
+        _launch_compiled(kernel, device.index, programs, arguments, options)
+
+
+def _launch_compiled(
+    kernel: Any, device: int | None, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    key: list[Any] = [kernel.fn, device, *options.values()]
+    for argument, parameter in zip(arguments, kernel.params):
+        if isinstance(argument, Tensor):
+            is_aligned = parameter.do_not_specialize_on_alignment or argument.data_ptr() % 16 == 0
+            key += argument.dtype, is_aligned
+        elif isinstance(argument, tuple):
+            for tensor in argument:
+                key += tensor.dtype, tensor.data_ptr() % 16 == 0
+        elif type(argument) is int:
+            key.append(-(2**31) <= argument < 2**31)
+            if not parameter.do_not_specialize:
+                key += argument == 1, argument % 16 == 0
+        else:
+            key += type(argument), argument
+    compiled = _compiled.get(hashable := tuple(key))
+    if compiled is None:
+        _compiled[hashable] = kernel[(programs,)](*arguments, **options, **COMPILER_OPTIONS)
+    else:
+        constants = [options[name] for name in kernel.arg_names[len(arguments) :]]
+        compiled[(programs, 1, 1)](*arguments, *constants)
 
 
 @triton.jit
@@ -151,22 +201,6 @@ def dot(b_left, b_right, b_acc):
         b_left = b_left.to(tl.float32)
         b_right = b_right.to(tl.float32)
     return tl.dot(b_left, b_right, b_acc, input_precision="tf32x3", out_dtype=b_acc.dtype)
-
-
-@triton.jit
-def split_dot(b_weights, b_right, b_acc):
-    """``acc + weights @ right`` for weights of more precision than ``right``.
-
-    Where ``right`` is half precision, the weights are split into a high and a low half of its dtype: together 22
-    bits in fp16 and 16 in bf16, where one would hold 11 and 8.
-    """
-    if b_right.dtype.primitive_bitwidth == 16:
-        b_high = b_weights.to(b_right.dtype)
-        b_low = (b_weights - b_high.to(b_weights.dtype)).to(b_right.dtype)
-        b_acc = dot(b_high, b_right, b_acc)
-        return dot(b_low, b_right, b_acc)
-    else:
-        return dot(b_weights, b_right, b_acc)
 
 
 @triton.jit

@@ -148,6 +148,7 @@ def config(
     name: str = "dive",
     clipping: float = 0.0,
     overlap: bool = False,
+    zero_options: dict[str, Any] | None = None,
     **train_options: Any,
 ) -> Config:
     data = {"format": "webdataset", "path": "-", "workers": 0}
@@ -167,7 +168,7 @@ def config(
             **train_options,
         },
         "deepspeed": {
-            "zero_optimization": {"stage": stage, "overlap_comm": overlap},
+            "zero_optimization": {"stage": stage, "overlap_comm": overlap} | (zero_options or {}),
             "gradient_clipping": clipping,
         },
     }

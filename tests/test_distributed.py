@@ -75,6 +75,24 @@ def test_join_alone_leaves_the_environment_to_children(monkeypatch):
     assert run.stdout.count("Ranks(rank=0, world_size=1, ") == 2
 
 
+SWITCHES = """
+from dive_fast import numerics
+before = numerics.state()
+from dive_fast.distributed import join
+join()
+print(before["matmul_tf32"], sorted(set(numerics.state().values())))
+"""
+
+
+def test_join_configures_numerics_in_a_container_that_enables_tf32(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
+    run = subprocess.run([sys.executable, "-P", "-c", SWITCHES], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.endswith("True [False]\n"), run.stdout
+
+
 def test_error_of_a_rank_has_its_traceback_and_comes_first():
     with pytest.raises(RuntimeError, match=r"^rank 1 raised\n(.*\n)*.*in fail_on_rank_1\n(.*\n)*.*the cause"):
         run_ranks(2, fail_on_rank_1)

@@ -9,6 +9,7 @@ from torch import Tensor
 from dive_fast import kernels
 from dive_fast.data.batch import Text
 from dive_fast.data.prompts import pack
+from dive_fast.model import fast_blocks
 from dive_fast.model.towers import Towers, unit
 from dive_fast.model.transformer_blocks import compile_blocks
 from peers.dive_published import difference_losses
@@ -25,6 +26,8 @@ class Prepared(NamedTuple):
     target_text: Text
     reference_images: Tensor
     reference_text: Text
+    teacher: Rows | None = None
+    """Unit rows of the reference batch by the frozen model, for ``cached_teacher``."""
 
 
 class Levers(NamedTuple):
@@ -42,13 +45,20 @@ class Levers(NamedTuple):
     """Each distinct text of the batch is encoded once."""
     fused_losses: bool = False
     """The losses by the Triton kernels."""
+    fast_blocks: bool = False
+    """The tuned towers' blocks with fused kernels, the last one for the pooled token alone."""
     compiled_blocks: bool = False
     """The tuned towers' blocks by torch.compile."""
 
-    def prepare(self, inputs: Inputs) -> Prepared:
-        """Prepares a step's batches; in training, a loader does this in advance."""
+    def prepare(self, inputs: Inputs, teacher: Rows | None = None) -> Prepared:
+        """Prepares a step's batches; in training, a loader does this in advance.
+
+        Args:
+            teacher: unit rows of the reference batch by the frozen model; used with ``cached_teacher``.
+        """
         target, reference = (self.text(tokens) for tokens in (inputs.target_tokens, inputs.reference_tokens))
-        return Prepared(inputs.target_images, target, inputs.reference_images, reference)
+        rows = teacher if self.cached_teacher else None
+        return Prepared(inputs.target_images, target, inputs.reference_images, reference, rows)
 
     def text(self, tokens: Tensor) -> Text:
         """Packs token rows ``(B, context)``."""
@@ -65,7 +75,7 @@ class DiveWithLevers(Flyp):
     def __init__(
         self,
         model: Towers,
-        teacher: Towers | Rows,
+        teacher: Towers | None,
         levers: Levers,
         *,
         weight: float = 1000.0,
@@ -75,14 +85,16 @@ class DiveWithLevers(Flyp):
         """Takes over towers on their device.
 
         Args:
-            teacher: a copy of the towers; with ``cached_teacher`` the unit rows of every reference batch.
+            teacher: a copy of the towers; None with ``cached_teacher``, for which batches have rows.
             recipe: keyword arguments of :class:`Flyp`.
         """
         super().__init__(model, **recipe)
         model.autocast = torch.float16 if levers.half_precision else None
+        if levers.fast_blocks:
+            fast_blocks.install(model)
         if levers.compiled_blocks:
             compile_blocks(model)
-        self.teacher = teacher.eval().requires_grad_(False) if isinstance(teacher, Towers) else teacher
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
         self.levers, self.weight, self.decay = levers, weight, decay
         self.average_vector = model.logit_scale.detach().new_zeros(model.visual.output_dim)
         self.scaler = torch.amp.GradScaler(model.logit_scale.device.type, enabled=levers.half_precision)
@@ -90,7 +102,7 @@ class DiveWithLevers(Flyp):
     def step(self, inputs: Prepared) -> dict[str, Tensor]:  # type: ignore[override]
         """One update."""
         self.optimizer.zero_grad()
-        frozen = self.frozen_rows(inputs.reference_images, inputs.reference_text)
+        frozen = self.frozen_rows(inputs)
         target = partial(self.target_loss, inputs.target_images, inputs.target_text)
         reference = partial(self.reference_loss, inputs.reference_images, inputs.reference_text, frozen)
         halves = [target, reference] if self.levers.sequential else [lambda: target() + reference()]
@@ -105,12 +117,13 @@ class DiveWithLevers(Flyp):
         return {"loss": total}
 
     @torch.no_grad()
-    def frozen_rows(self, images: Tensor, text: Text) -> Rows:
+    def frozen_rows(self, inputs: Prepared) -> Rows:
         """Unit rows of the reference batch by the frozen model."""
-        if not isinstance(self.teacher, Towers):
-            return self.teacher
-        image, text_features = self.teacher.encode_pairs(images, text)
-        return unit(image), unit(text_features)
+        if inputs.teacher is not None:
+            return inputs.teacher
+        assert self.teacher is not None
+        image, text = self.teacher.encode_pairs(inputs.reference_images, inputs.reference_text)
+        return unit(image), unit(text)
 
     def target_loss(self, images: Tensor, text: Text) -> Tensor:
         """The contrastive loss."""

@@ -192,7 +192,9 @@ class TrainConfig(Section):
     """Fused kernels between the matrix products of open_clip's transformer blocks, and a last block that computes
     only the token that is pooled. Other towers keep their blocks; the log says which."""
     compile: bool = False
-    """torch.compile of the towers' transformer blocks. The first steps take minutes; not with ZeRO-3."""
+    """torch.compile of the towers' transformer blocks. The first steps take minutes; not with ZeRO-3. Off by
+    default, since the fused kernels of the blocks move fewer bytes than torch.compile's fusion of plain blocks
+    (docs/performance.md). For towers without fused kernels, try it."""
     learning_rate: NonNegativeFloat = 1e-5
     """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.1

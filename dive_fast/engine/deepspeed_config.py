@@ -14,6 +14,11 @@ BUCKET_SIZE = 50_000_000
 """Default number of elements that ZeRO reduces and gathers at once. DeepSpeed's default is ten times as many,
 1.9 GiB of each GPU, and more than these models have parameters."""
 
+ALIGNED_STAGES = (1, 2)
+"""Stages that lay out all parameters in one buffer. Without padding, ``logit_scale`` with its one element comes
+first, and every other parameter begins 4 bytes after a multiple of 16, where CUDA's layer norms, casts and
+products cannot use vector loads. The padding is at most 12 bytes a parameter and changes no value."""
+
 TYPE_NAMES = {bool: "true or false", float: "a number", int: "an integer", str: "a string"}
 """Types of values that DeepSpeed does not validate, so that it would fail in training or misread them silently."""
 
@@ -67,6 +72,8 @@ def deepspeed_section(config: Config, world_size: int) -> dict[str, Any]:
             # On one rank there is nothing to partition: ZeRO would only copy weights and gradients.
             stage = 0 if world_size == 1 and not offloads_optimizer(section) else 1
             section["zero_optimization"]["stage"] = stage
+        if section["zero_optimization"].get("stage") in ALIGNED_STAGES:
+            section["zero_optimization"].setdefault("parameter_alignment", True)
     # DeepSpeed clips at 1.0 by default; the paper does not clip.
     section.setdefault("gradient_clipping", 0.0)
     # DeepSpeed's throughput timer synchronizes twice per step; the metrics log throughput instead.

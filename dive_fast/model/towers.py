@@ -47,6 +47,10 @@ LOCAL = "local-dir:"
 """Prefix of the names of models in a local folder."""
 BRING_WEIGHTS = ("hf-hub:", LOCAL)
 """Prefixes of the names of models that include weights."""
+TEXT_MULTIPLE = 8
+"""On a GPU and in compiled towers, lengths of trimmed texts are multiples of this many tokens. Matrices whose
+sides are multiples of 8 take the fast paths of tensor cores, and fewer shapes are fewer choices of kernels, sizes
+of buffers and compilations. Tokens after the end of a text do not change its feature."""
 HEAD = "head."
 """Prefix of the parameter names of a head."""
 
@@ -94,8 +98,9 @@ class Towers(nn.Module):
         """Upper bound of the logit scale; None: unbounded."""
         self.autocast: torch.dtype | None = None
         """Dtype of the matrix products of both towers; None: fp32."""
-        self.text_multiple = 1
-        """Lengths of trimmed texts are multiples of this many tokens."""
+        self.text_multiple: int | None = None
+        """Lengths of trimmed texts are multiples of this many tokens; None: of :data:`TEXT_MULTIPLE` for tokens on
+        a GPU, otherwise of one."""
         self.head: nn.Linear | None = None
         """Classification head on unit image features, if the objective trains one; not exported with the model."""
 
@@ -140,7 +145,8 @@ class Towers(nn.Module):
         """Unnormalised text features: ``(U, context) -> (U, D)``. Trims to ``length`` tokens if that is exact."""
         if self.pooled_at is not None and self._causal_mask is not None:
             if length is not None:
-                tokens = tokens[:, : math.ceil(length / self.text_multiple) * self.text_multiple]
+                multiple = self.text_multiple or (TEXT_MULTIPLE if tokens.is_cuda else 1)
+                tokens = tokens[:, : math.ceil(length / multiple) * multiple]
             context = tokens.shape[1]
             # open_clip adds the mask to the attention scores without cropping it to the length of the text.
             self.text.attn_mask = self._causal_mask[:context, :context]

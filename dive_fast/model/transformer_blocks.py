@@ -13,11 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dive_fast.errors import ConfigError
 from dive_fast.model.fast_blocks import FastBlock
-from dive_fast.model.towers import Towers
-
-TEXT_MULTIPLE = 8
-"""Compiled text towers pad texts to a multiple of this many tokens. Otherwise every length would be compiled, and
-matrices whose sides are not multiples of 8 miss the fast paths of tensor cores."""
+from dive_fast.model.towers import TEXT_MULTIPLE, Towers
 
 BACKEND = "inductor"
 """torch.compile's backend."""
@@ -61,7 +57,8 @@ class _SavedInputQuickGELU(torch.autograd.Function):
 def compile_blocks(towers: Towers) -> None:
     """Compiles the blocks of both towers; all blocks of a tower share one compilation.
 
-    The number of distinct texts varies between batches, so the text tower is compiled for dynamic sizes.
+    The number of distinct texts varies between batches, so the text tower is compiled for dynamic sizes. Its texts
+    have a multiple of :data:`TEXT_MULTIPLE` tokens on any device; otherwise every length would be compiled.
 
     Raises:
         ConfigError: a tower has no blocks.

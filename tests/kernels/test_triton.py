@@ -66,12 +66,13 @@ def name(request, monkeypatch):
 
 def force_path(path, setattr=setattr):
     """Chooses what otherwise depends on the size: the gradient path, and the amount of work of one program."""
-    chunked = path == "chunked"
-    setattr(contrastive, "FUSED_LOGITS", 0 if chunked else 2048 * 2048)
-    setattr(contrastive, "CHUNK_LOGITS", 0 if chunked else 2**22)
-    setattr(contrastive, "CHUNK_ROWS", contrastive.PAD_ROWS if chunked else 512)
-    # With one program, it iterates over all columns of its rows and handles wider slices of the gradient.
-    setattr(contrastive, "_PROGRAMS", 128 if path == "fused" else 1)
+    settings = contrastive.Settings()
+    if path == "chunked":
+        settings = settings._replace(gradient="chunked", chunk_logits=0, chunk_rows=contrastive.PAD_ROWS)
+    elif path is not None:
+        # With one processor, a program iterates over all columns of its rows, in wider slices of the gradient.
+        settings = settings._replace(gradient="fused", processors=1 if path == "serial" else settings.processors)
+    setattr(contrastive, "SETTINGS", settings)
 
 
 # Inputs and comparison
@@ -364,6 +365,7 @@ class GuardedBuffers:
         return copy
 
     def assert_intact(self):
+        """No band has changed, also none of those that end the buffers inside of a state."""
         for buffer, count in self.buffers:
             for band in buffer[: self.BAND], buffer[self.BAND + count :]:
                 assert (band == 0x7F7F7F7F).all() if buffer.dtype == torch.int32 else band.isnan().all()
@@ -387,12 +389,51 @@ def test_no_access_outside_of_buffers(name, pairs, width, dtype, monkeypatch):
         key: guard.surround(tensor.detach()).requires_grad_(tensor.requires_grad)
         for key, tensor in tensors.items()
     }
-    values, gradients = evaluate(getattr(kernels, name), guarded, backend="triton")
+    with bands_inside_of_states():
+        values, gradients = evaluate(getattr(kernels, name), guarded, backend="triton")
+        sizes = state_sizes(name, tensors)
     guard.assert_intact()
+    (state,) = (buffer for buffer, count in guard.buffers if count == sum(sizes))
+    for end in itertools.accumulate(sizes, initial=guard.BAND):
+        assert state[end - BAND : end].isnan().all()
     for key, value in expected[0].items():
         assert torch.equal(values[key].cpu(), value), key
     for key, gradient in expected[1].items():
         assert torch.equal(gradients[key].cpu(), gradient), key
+
+
+BAND = 64  # elements at the end of each buffer of a state
+
+
+@contextlib.contextmanager
+def bands_inside_of_states():
+    """Separates the small buffers that lie in one tensor by bands."""
+    geometries = contrastive.geometry, difference.geometry
+    aligned = primitives.aligned
+
+    def with_bands(sizes):
+        return tuple(size + BAND for size in aligned(sizes))
+
+    try:
+        with unittest.mock.patch.object(primitives, "aligned", with_bands):
+            for geometry in geometries:
+                geometry.cache_clear()
+            yield
+    finally:
+        for geometry in geometries:
+            geometry.cache_clear()
+
+
+def state_sizes(name, tensors):
+    """Sizes of the buffers in the state of a loss."""
+    reference = "reference_image_features" if name == "dive_loss" else "image_features"
+    target = contrastive.geometry(contrastive.shape_of(tensors["image_features"], ""), contrastive.SETTINGS)
+    difference_sizes = difference.geometry(difference.shape_of(tensors[reference], "")).state_sizes
+    return {
+        "contrastive_loss": target.state_sizes,
+        "difference_loss": difference_sizes,
+        "dive_loss": target.state_sizes + difference_sizes,
+    }[name]
 
 
 @contextlib.contextmanager
@@ -435,7 +476,8 @@ def checked_addresses():
 @pytest.mark.parametrize(("pairs", "width"), [(1, 1), pytest.param(65, 130, marks=SLOW), (260, 16)])
 def test_no_address_outside_of_tensors(name, pairs, width, monkeypatch):
     """Covers loads with unused values too; chunks have two tiles, the last one is partial."""
-    monkeypatch.setattr(contrastive, "CHUNK_ROWS", 2 * contrastive.PAD_ROWS)
+    settings = contrastive.SETTINGS._replace(chunk_rows=2 * contrastive.PAD_ROWS)
+    monkeypatch.setattr(contrastive, "SETTINGS", settings)
     with checked_addresses():
         run(name, tensors_of(inputs_of(name, drifted_pairs, pairs, width), torch.float16), backend="triton")
 
@@ -530,18 +572,15 @@ def test_number_of_launches(monkeypatch):
         assert (launches, operations) == (expected, [])
         return result
 
+    sizes = 20, 20, 0, 48
     _, *saved = check(2, lambda: contrastive.launch_forward(image, text, scale, ""))
-    check(1, lambda: contrastive.launch_backward(upstream, scale, *saved, 20, 0, 48))
-    _, _, average = check(2, lambda: difference.launch_forward(*reference, average_vector, *options, ""))
-    check(1, lambda: difference.launch_backward(upstream, *reference, average, *options))
-    made = check(
+    check(1, lambda: contrastive.launch_backward(upstream, scale, *saved, *sizes))
+    _, _, state = check(2, lambda: difference.launch_forward(*reference, average_vector, *options, ""))
+    check(1, lambda: difference.launch_backward(upstream, *reference, state, *options))
+    _, _, *saved = check(
         2, lambda: joint_step.launch_forward(image, text, scale, *reference, average_vector, 1e3, *options, "")
     )
-    saved = made[2:6]
-    check(
-        1,
-        lambda: joint_step.launch_backward(upstream, scale, *saved, *reference, average, 20, 0, 48, 1e3, *options),
-    )
+    check(1, lambda: joint_step.launch_backward(upstream, scale, *saved, *reference, *sizes, 1e3, *options))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -581,11 +620,15 @@ def test_extra_memory_is_linear_in_the_batch(pairs, monkeypatch):
     features = torch.empty(pairs, 768, dtype=torch.float16, device="meta")
     scale = torch.empty((), device="meta")
     _, *saved = contrastive.launch_forward(features, features, scale, "")
-    contrastive.launch_backward(scale, scale, *saved, pairs, 0, 768)
-    # Packed rows and gradients, the chunk of weights, and vectors: all grow at most linearly with B.
-    chunk = 4 * max(contrastive.CHUNK_LOGITS, contrastive.CHUNK_ROWS * pairs)
-    assert sum(allocated) < 4.3 * features.nbytes + chunk + 256 * pairs
-    assert chunk < 4 * pairs**2
+    forward_bytes = sum(allocated)
+    contrastive.launch_backward(scale, scale, *saved, pairs, pairs, 0, 768)
+    # Packed rows and gradients, the chunk of weights with its sums, and vectors: all grow at most linearly with B.
+    shape = contrastive.shape_of(features, "")
+    scratch = contrastive.scratch_bytes(shape)
+    assert sum(allocated) < 4.3 * features.nbytes + scratch + 256 * pairs
+    assert sum(allocated) - forward_bytes == 2 * features.nbytes + scale.nbytes + scratch
+    chunk, columns = contrastive.chunk_size(shape, contrastive.SETTINGS)
+    assert chunk * columns <= max(contrastive.SETTINGS.chunk_logits, contrastive.SETTINGS.chunk_rows * columns)
 
 
 @pytest.mark.parametrize("name", ["difference_loss", "dive_loss"])
@@ -721,18 +764,20 @@ def operators():
     options, upstream = (0.9, 1.0, 2.0, True), torch.tensor(3.0, device=DEVICE)
     with torch.no_grad():
         _, *saved = contrastive.launch_forward(image, text, scale, "")
-        _, _, average = difference.launch_forward(*reference, average_vector, *options, "")
-    sizes = 5, 0, 16
+        _, _, state = difference.launch_forward(*reference, average_vector, *options, "")
+        joint = image, text, scale, *reference, average_vector, 10.0, *options, ""
+        _, _, *saved_joint = joint_step.launch_forward(*joint)
+    sizes = 5, 5, 0, 16
     frozen = [tensor.detach() for tensor in reference]
     return {
         "contrastive": (contrastive.forward, (image, text, scale, "")),
         "contrastive_backward": (contrastive.backward, (upstream, scale.detach(), *saved, *sizes)),
         "difference": (difference.forward, (*reference, average_vector, *options, "")),
-        "difference_backward": (difference.backward, (upstream, *frozen, average, *options)),
-        "dive": (joint_step.forward, (image, text, scale, *reference, average_vector, 10.0, *options, "")),
+        "difference_backward": (difference.backward, (upstream, *frozen, state, *options)),
+        "dive": (joint_step.forward, joint),
         "dive_backward": (
             joint_step.backward,
-            (upstream, scale.detach(), *saved, *frozen, average, *sizes, 10.0, *options),
+            (upstream, scale.detach(), *saved_joint, *frozen, *sizes, 10.0, *options),
         ),
     }
 
@@ -741,7 +786,9 @@ def operators():
     "name",
     ["contrastive", "contrastive_backward", "difference", "difference_backward", "dive", "dive_backward"],
 )
-def test_opcheck(name):
+def test_opcheck(name, monkeypatch):
+    # It compares all results of two calls, also the elements between the state's buffers that nothing writes.
+    monkeypatch.setattr(primitives, "empty", lambda *shape, **kind: torch.zeros(shape, **kind))
     operator, arguments = operators()[name]
     torch.library.opcheck(operator, arguments)
 

@@ -11,6 +11,7 @@ from distributed import run_ranks
 from open_clip.transformer import QuickGELU
 from step_oracle import Stage, assert_same_gradients, config, oracle
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import RobertaConfig, RobertaModel
 
@@ -84,10 +85,37 @@ def test_text_multiple_pads_trimmed_texts(towers: Towers, monkeypatch: pytest.Mo
     seen: list[int] = []
     monkeypatch.setattr(towers.text, "forward", lambda tokens: seen.append(tokens.shape[1]) or torch.zeros(1))
     tokens = torch.zeros(1, 77, dtype=torch.long)
+    lengths = (1, 8, 9, 76, None)
+    for length in lengths:
+        towers.encode_text(tokens, length)
+    assert seen == [1, 8, 9, 76, 77]  # a CPU gains nothing by padding
+    seen.clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        on_gpu = torch.zeros(1, 77, dtype=torch.long, device="cuda")
+        for length in lengths:
+            towers.encode_text(on_gpu, length)
+    assert seen == [8, 8, 16, 77, 77]
+    seen.clear()
     towers.text_multiple = TEXT_MULTIPLE
-    for length in (1, 8, 9, 76, None):
+    for length in lengths:
         towers.encode_text(tokens, length)
     assert seen == [8, 8, 16, 77, 77]
+
+
+def test_padded_texts_have_the_same_features(towers: Towers) -> None:
+    tokens = torch.randint(1, 1000, (5, 77))
+    tokens[:, 10:] = 0
+    tokens[:, 10] = 49407
+    towers = towers.double()
+    features, padded = [], copy.deepcopy(towers)
+    padded.text_multiple = TEXT_MULTIPLE
+    for model in (towers, padded):
+        feature = model.encode_text(tokens, length=11)
+        feature.square().sum().backward()
+        features.append(feature)
+    torch.testing.assert_close(*features, rtol=1e-12, atol=0)
+    for (name, plain), other in zip(towers.text.named_parameters(), padded.text.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, plain.grad, rtol=1e-12, atol=1e-12, msg=name)
 
 
 class ProductCounter(TorchDispatchMode):
