@@ -120,7 +120,9 @@ def flat(gradients: dict[str, Tensor]) -> Tensor:
 
 def assert_equal_steps(towers: Towers, expected: Towers, **sizes: Any) -> None:
     """Features and gradients to 1e-6; of each single parameter, with its own rounding, to 5e-6."""
-    (image, text, gradients), (*features, reference) = (differentiate(each, **sizes) for each in (towers, expected))
+    (image, text, gradients), (*features, reference) = (
+        differentiate(each, **sizes) for each in (towers, expected)
+    )
     assert max(distance(image, features[0]), distance(text, features[1])) < 1e-6
     assert list(gradients) == list(reference)
     assert distance(flat(gradients), flat(reference)) < 1e-6
@@ -128,7 +130,9 @@ def assert_equal_steps(towers: Towers, expected: Towers, **sizes: Any) -> None:
         assert distance(gradient, reference[name]) < 5e-6, name
 
 
-@pytest.mark.parametrize(("plain", "line"), [(case, CASES[case][1]) for case in CASES], indirect=["plain"], ids=CASES)
+@pytest.mark.parametrize(
+    ("plain", "line"), [(case, CASES[case][1]) for case in CASES], indirect=["plain"], ids=CASES
+)
 def test_fast_blocks_equal_open_clips(plain: Towers, line: str) -> None:
     towers = copy.deepcopy(plain)
     assert install(towers) == line
@@ -155,7 +159,9 @@ def test_fast_blocks_at_small_sizes(plain: Towers, sizes: tuple[int, int, int]) 
 def test_fast_blocks_round_at_most_twice_as_much(plain: Towers, precision: str, backend: str) -> None:
     sizes = {"images": 2, "num_texts": 3, "length": 9}
     exact = differentiate(copy.deepcopy(plain).double(), **sizes)
-    steps = [differentiate(each, autocast=PRECISIONS[precision], **sizes) for each in (plain, fast(plain, backend))]
+    steps = [
+        differentiate(each, autocast=PRECISIONS[precision], **sizes) for each in (plain, fast(plain, backend))
+    ]
     errors = [
         [distance(image, exact[0]), distance(text, exact[1]), distance(flat(gradients), flat(exact[2]))]
         for image, text, gradients in steps
