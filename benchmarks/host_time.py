@@ -12,12 +12,14 @@ import statistics
 import time
 import unittest.mock
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import losses
 import torch
 from losses import Inputs
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -74,32 +76,49 @@ class Result(NamedTuple):
 
 
 @contextmanager
-def simulated_gpu(launch: bool) -> Iterator[None]:
-    """Runs the kernels' host code on CPU tensors, with Triton's launcher or without any launch."""
-    with unittest.mock.patch.object(backend, "_find_obstacle", lambda *_: None):
-        if launch:
-            with unittest.mock.patch.object(driver, "_active", SubstituteDriver()):
-                yield
-        else:
-            with unittest.mock.patch.object(primitives, "launch", lambda *_, **__: None):
-                yield
+def without_launches() -> Iterator[None]:
+    """Runs the kernels' host code on CPU tensors, and no launch."""
+    with (
+        unittest.mock.patch.object(backend, "_find_obstacle", return_value=None),
+        unittest.mock.patch.object(primitives, "launch", _do_nothing),
+    ):
+        yield
 
 
-def steps(batch: int, width: int, dtype: torch.dtype) -> dict[str, tuple[Callable[[], object], Any]]:
-    """A forward and backward of each competitor, and the context it runs in."""
+@contextmanager
+def without_driver() -> Iterator[None]:
+    """Runs the kernels' host code on CPU tensors, with launches for an absent GPU."""
+    with (
+        unittest.mock.patch.object(backend, "_find_obstacle", return_value=None),
+        unittest.mock.patch.object(driver, "_active", SubstituteDriver()),
+    ):
+        yield
+
+
+def _do_nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+class Competitor(NamedTuple):
+    """A forward and backward, and the context that it runs in."""
+
+    step: Callable[[], object]
+    context: Callable[[], AbstractContextManager[None]]
+
+
+def competitors(batch: int, width: int, dtype: torch.dtype) -> dict[str, Competitor]:
+    """Eager PyTorch at a tiny size, and ours at the real one."""
     real, tiny = (losses.make_inputs(*size, dtype) for size in ((batch, width), (TINY, TINY)))
+    scale = losses.loss_scale(batch, dtype)
 
-    def step(loss: Callable[..., Any], inputs: Inputs) -> Callable[[], object]:
-        scale = losses.loss_scale(batch, dtype)
-        return lambda: losses.step(loss, inputs, "joint", scale)
-
-    def ours(inputs: Inputs, operation: str) -> Any:
+    def ours(inputs: Inputs, operation: str) -> tuple[Tensor, Tensor | None]:
         return losses.ours(inputs, operation, "triton")
 
+    eager, fast = partial(losses.step, losses.eager, tiny), partial(losses.step, ours, real)
     return {
-        "eager": (step(losses.eager, tiny), None),
-        "ours, without launches": (step(ours, real), False),
-        "ours, with Triton's launcher": (step(ours, real), True),
+        "eager": Competitor(lambda: eager("joint", scale), nullcontext),
+        "ours, without launches": Competitor(lambda: fast("joint", scale), without_launches),
+        "ours, without the driver": Competitor(lambda: fast("joint", scale), without_driver),
     }
 
 
@@ -116,18 +135,18 @@ class Operators(TorchDispatchMode):
 def measure(batch: int, width: int, dtype: torch.dtype, rounds: int) -> dict[str, Result]:
     """Medians over rounds; in each round every competitor takes one turn of ten calls."""
     torch.set_num_threads(1)
-    competitors = steps(batch, width, dtype)
-    times: dict[str, list[float]] = {name: [] for name in competitors}
+    times: dict[str, list[float]] = {}
+    turns = competitors(batch, width, dtype)
     for turn in range(rounds + 2):
-        for name, (call, launch) in competitors.items():
-            with simulated_gpu(launch) if launch is not None else unittest.mock.patch.object(torch, "e", torch.e):
-                call()
+        for name, (step, context) in turns.items():
+            with context():
+                step()
                 start = time.thread_time()
                 for _ in range(10):
-                    call()
+                    step()
                 seconds = (time.thread_time() - start) / 10
             if turn >= 2:  # the first turns compile and fill caches
-                times[name].append(seconds)
+                times.setdefault(name, []).append(seconds)
     medians = {name: 1e6 * statistics.median(values) for name, values in times.items()}
     return {name: Result(median, median / medians["eager"]) for name, median in medians.items()}
 
@@ -141,9 +160,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
-    call, _ = steps(TINY, TINY, dtype)["eager"]
+    step, _ = competitors(TINY, TINY, dtype)["eager"]
     with Operators() as operators:
-        call()
+        step()
     print(f"eager: {operators.count} operators that launch, forward and backward")
     results = measure(arguments.batch, arguments.width, dtype, arguments.rounds)
     for name, result in results.items():

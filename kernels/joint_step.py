@@ -295,13 +295,15 @@ def launch_backward(
     buffers, reference_buffers = _split_state(state, target, reference)
     inputs = Inputs(*map(primitives.dense, (reference_image, reference_text, image_teacher, text_teacher)))
     gradients = contrastive.allocate_gradients(target, logit_scale)
-    reference_gradients = difference.allocate_gradients(reference_image)
     average = reference_buffers.average
     launch = contrastive.gradient_plan(target, contrastive.SETTINGS)
     if launch.path == "chunked":
         contrastive.chunked_gradient(upstream, logit_scale, packed, buffers, target, gradients)
+        # After the chunk's memory is free again.
+        reference_gradients = difference.allocate_gradients(reference_image)
         difference.launch_gradient(upstream, weight, inputs, average, options, reference_gradients)
         return *gradients, *reference_gradients
+    reference_gradients = difference.allocate_gradients(reference_image)
     plan = difference.geometry(reference)
     primitives.launch(
         dive_gradient_kernel,

@@ -94,8 +94,8 @@ def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
     """Runs ``programs`` programs of a kernel on the device of its first argument, a tensor or a tuple of some.
 
     ``arguments`` are all that are not compile-time constants; tuples hold tensors only. Triton binds arguments and
-    looks up the compiled kernel at each launch, which takes most of its host time; here launches after the first find
-    it by what Triton specializes for: dtypes, alignments, kinds of integers, and constants.
+    looks up the compiled kernel at each launch, which takes most of its host time; here launches after the first
+    find it by what Triton specializes for: dtypes, alignments, kinds of integers, and constants.
     """
     if INTERPRETED:
         kernel[(programs,)](*arguments, **options, **COMPILER_OPTIONS)

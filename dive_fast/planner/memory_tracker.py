@@ -141,6 +141,6 @@ def _workspace(func: Any, args: tuple[Any, ...]) -> int:
     if is_loss_kernel(func) and "backward" in func._schema.name:
         named = arguments_by_name(func, args)
         if "packed" in named:
-            saved = named["packed"], named["statistics"], named["count"], named["first"], named["width"]
+            saved = (named[name] for name in ("packed", "count", "total", "first", "width"))
             return contrastive.scratch_bytes(contrastive.saved_shape(*saved))
     return 0

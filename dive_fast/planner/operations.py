@@ -190,9 +190,8 @@ def _loss_work(func: Any, args: tuple[Any, ...]) -> tuple[int, int]:
     named = arguments_by_name(func, args)
     if "logit_scale" not in named:
         return 0, 0
-    if "statistics" in named:
-        rows, width, products = named["count"], named["width"], 4
-        columns = named["statistics"].shape[1]
+    if "packed" in named:
+        rows, columns, width, products = named["count"], named["total"], named["width"], 4
     else:
         (rows, width), products = named["image"].shape, 2
         columns = rows * process_group.world_size(named["group"])

@@ -5,7 +5,7 @@ import torch
 from inputs import CONTRASTIVE, drifted_pairs, make_inputs, select, to_tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dive_fast.kernels import contrastive, naive
+from dive_fast.kernels import contrastive, naive, primitives
 from dive_fast.kernels.precision import full_fp32, product
 
 MATMUL = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
@@ -71,16 +71,20 @@ class RecordSettings(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("setter", "value"), SETTERS)
-def test_products_are_fp32_under_any_setting(setter, value):
+def test_products_are_fp32_under_any_setting(setter, value, monkeypatch):
     tensors = to_tensors(select(make_inputs(drifted_pairs, 9, 16), CONTRASTIVE), torch.float32)
-    halves, right = torch.rand(2, 9, 16, dtype=torch.float16), torch.rand(16, 5, dtype=torch.float16)
+    monkeypatch.setattr(primitives, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(contrastive, "SETTINGS", contrastive.Settings(gradient="chunked"))
     setter(value)
     before = read_settings()
     with RecordSettings() as products:
         naive.contrastive_loss(**tensors).backward()
-        contrastive._matmul(tensors["image_features"][None], tensors["text_features"].T)
-        contrastive._matmul(halves, right)
-    assert len(products.settings) == 5  # logits, two of their backward, and the two calls of _matmul
+        for dtype in torch.float32, torch.bfloat16:
+            features, scale = torch.rand(9, 16, dtype=dtype), torch.ones(())
+            _, *saved = contrastive.launch_forward(features, features, scale, "")
+            contrastive.launch_backward(scale, scale, *saved, 9, 9, 0, 16)
+    # Logits and two products of their backward; in each dtype the sums of both sides.
+    assert len(products.settings) == 3 + 2 * 2
     assert set(products.settings) == {(False, "highest", "ieee", "ieee")}
     if before[0] == "contradiction":
         assert read_settings()[1:] == before[1:]

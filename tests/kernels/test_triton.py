@@ -583,6 +583,49 @@ def test_number_of_launches(monkeypatch):
     check(1, lambda: joint_step.launch_backward(upstream, scale, *saved, *reference, *sizes, 1e3, *options))
 
 
+def test_host_path_is_short(monkeypatch):
+    """A joint step allocates ten tensors; sizes are plain integers, and those of one shape are computed once."""
+    tensors = tensors_of(inputs_of("dive_loss", drifted_pairs, 20, 48), torch.float16)
+    allocations = []
+    monkeypatch.setattr(primitives, "launch", lambda *_, **__: None)
+    empty = primitives.empty
+
+    def counted(*shape, **kind):
+        allocations.append(shape)
+        return empty(*shape, **kind)
+
+    monkeypatch.setattr(primitives, "empty", counted)
+    for function in ("cdiv", "next_power_of_2"):  # wrapped functions: microseconds of host time each
+        monkeypatch.setattr(f"triton.{function}", None)
+    caches = contrastive.geometry, contrastive.gradient_plan, difference.geometry
+    for cache in caches:
+        cache.cache_clear()
+    for _ in range(3):
+        kernels.dive_loss(**tensors, backend="triton").loss.backward()
+    # The loss, its results, packed rows, the state and tickets; two gradients of each half, and the scale's.
+    assert len(allocations) == 3 * 10
+    assert [cache.cache_info().misses for cache in caches] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("path", ["eager", "observed"])
+def test_custom_ops_are_called_where_a_mode_observes_them(path, monkeypatch):
+    tensors = tensors_of(inputs_of("dive_loss", drifted_pairs, 20, 48), torch.float16)
+    monkeypatch.setattr(primitives, "launch", lambda *_, **__: None)
+    names = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function.name())
+            return function(*args, **kwargs or {})
+
+    with torch.profiler.profile() if path == "eager" else Names() as profiler:
+        kernels.dive_loss(**tensors, backend="triton").loss.backward()
+    if path == "eager":
+        names = [event.key for event in profiler.key_averages()]
+    operators = {name for name in names if name.startswith("dive_fast::")}
+    assert operators == (set() if path == "eager" else {"dive_fast::dive_loss", "dive_fast::dive_loss_backward"})
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_grad_launches_the_forward_only(name, monkeypatch):
     tensors = tensors_of(inputs_of(name, drifted_pairs, 20, 48), torch.float16)
