@@ -240,8 +240,13 @@ def texts(target: int, reference: int | None = None) -> list[str]:
 
 
 def transformer_flop(tokens: int, width: int, layers: int) -> int:
-    """FLOP of one sequence, forward and backward; attention's backward recomputes scores, as its kernels do."""
-    return layers * (3 * 2 * 12 * tokens * width**2 + (2 + 5) * 2 * tokens**2 * width)
+    """FLOP of one sequence, forward and backward; attention's backward recomputes scores, as its kernels do.
+
+    The last layer computes keys and values of all tokens, and the rest of one.
+    """
+    layer = 3 * 2 * 12 * tokens * width**2 + (2 + 5) * 2 * tokens**2 * width
+    last = 3 * 2 * (2 * tokens + 10) * width**2 + (2 + 5) * 2 * tokens * width
+    return (layers - 1) * layer + last
 
 
 def test_vit_b16_flop_match_formula_and_dive_memory_flyp() -> None:
@@ -254,7 +259,8 @@ def test_vit_b16_flop_match_formula_and_dive_memory_flyp() -> None:
     assert plans[flyp].flop_of("reference") == 0
     assert plans[dive].flop_of("reference") == plans[dive].flop_of("target") == plans[flyp].flop_of("target")
     assert plans[flyp].parameters == 149_620_737
-    assert plans[dive].peak_memory_bytes <= 1.02 * plans[flyp].peak_memory_bytes
+    # Gradients of the target half and images of the reference half, next to activations that fast blocks reduce.
+    assert plans[dive].peak_memory_bytes <= 1.025 * plans[flyp].peak_memory_bytes
     assert plans[wilds].flop_of("target") == plans[flyp].flop_of("target") / 2
 
 
@@ -268,11 +274,12 @@ def test_plan_run_of_every_shipped_config() -> None:
 @pytest.mark.slow
 def test_vit_l14_memory_and_published_step_flop() -> None:
     large = ["data.target.batch_size=256"]
+    published = ["train.precision=fp32", "train.schedule=joint", "teacher.mode=online", "train.fast_blocks=false"]
     cases = {
         "flyp": ("vitl14_dive", [*large, *texts(32), "objective.name=flyp"]),
         "dive": ("vitl14_dive", [*large, *texts(32, 32)]),
         "short": ("vitb16_dive", texts(16, 32)),
-        "published": ("vitb16_dive", ["train.precision=fp32", "train.schedule=joint", "teacher.mode=online"]),
+        "published": ("vitb16_dive", published),
     }
     plans = run_ranks(1, shipped_plans, cases, init=False, timeout=600)[0]
     assert plans["dive"].peak_memory_bytes <= 1.03 * plans["flyp"].peak_memory_bytes
@@ -280,7 +287,7 @@ def test_vit_l14_memory_and_published_step_flop() -> None:
     assert plans["published"].flop_of("teacher") == pytest.approx(plans["published"].flop_per_step / 7, rel=0.01)
     assert plans["published"].parts["teacher"] == pytest.approx(plans["published"].parts["weights"], rel=0.01)
     assert plans["short"].flop_per_step <= 0.80 * plans["published"].flop_per_step
-    assert plans["published"].step_seconds(GPUS["h200"]) > 7 * plans["short"].step_seconds(GPUS["h200"])
+    assert plans["published"].step_seconds(GPUS["h200"]) > 14 * plans["short"].step_seconds(GPUS["h200"])
 
 
 JOINT: Case = {"train.schedule": "joint"}
