@@ -16,7 +16,7 @@ from steps import NUM_TURNS, Case, Running, make_batches, running
 from torch.utils.flop_counter import FlopCounterMode
 
 from dive_fast.planner.gpu_specs import GPUS, gpu_key
-from dive_fast.planner.memory_tracker import MISSED_FLOP
+from dive_fast.planner.operations import MISSED_FLOP
 
 SECONDS_PER_FIGURE = 5.0 if DEVICE.type == "cuda" else 0.5
 MIN_ROUNDS, MAX_ROUNDS = 3, NUM_TURNS - 12

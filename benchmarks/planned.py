@@ -1,4 +1,4 @@
-"""Plans memory and arithmetic of a step, lever by lever: ``python benchmarks/planned.py``.
+"""Plans memory and time of a step, lever by lever: ``python benchmarks/planned.py``.
 
 Needs no GPU: the engine's step runs on fake tensors (``dive_fast/planner/plan.py``). Writes results/planned.json
 and a picture. ``--against RESULTS``, a file of ``steps.py``, compares measured cases of the engine with their
@@ -20,27 +20,34 @@ from steps import COMPILED, ENGINES, Case, engine_config  # noqa: E402
 
 from dive_fast.methods.run_config import load_run_config  # noqa: E402
 from dive_fast.planner.gpu_specs import GPUS  # noqa: E402
+from dive_fast.planner.plan import Plan  # noqa: E402
 from dive_fast.planner.simulate import plan_run  # noqa: E402
 
 CONFIG, GPU = "vitb16_dive.json", "h200"
-PAPER = ("train.precision=fp32", "train.schedule=joint", "teacher.mode=online")
+PLAIN = "train.fast_blocks=false"
+PAPER = (PLAIN, "train.precision=fp32", "train.schedule=joint", "teacher.mode=online")
 FLYP = ("objective.name=flyp",)
 SHORT = ("data.target.text_length=16", "data.reference.text_length=32")
 STEPS = {
-    "FLYP, fp32": (*FLYP, PAPER[0]),
+    "FLYP, fp32": (*FLYP, *PAPER[:2]),
     "DiVE as in the paper": PAPER,
-    "  + cached teacher": PAPER[:2],
-    "  + sequential halves": PAPER[:1],
-    "  + fp16": (),
-    "  + trimmed texts": SHORT,
+    "  + cached teacher": PAPER[:3],
+    "  + sequential halves": PAPER[:2],
+    "  + fp16": PAPER[:1],
+    "  + trimmed texts": (*PAPER[:1], *SHORT),
+    "  + fast blocks": SHORT,
     "FLYP, dive_fast": (*FLYP, *SHORT),
 }
+OLD_EFFICIENCY = {True: 0.45, False: 0.75}
+"""Shares of peak arithmetic, in 16 bits and in fp32, by which earlier plans predicted time, for comparison."""
 GREEN, GREY, BLUE = "#1b7f4c", "#6b7280", "#a7c7e7"
+PARTS = {"product": ("matrix products", 1.0), "attention": ("attention", 0.65), "elementwise": ("all other", 0.35)}
+"""Parts of the GPU's time, with their labels and opacities."""
 RESULTS = REPOSITORY / "benchmarks/results/planned.json"
 
 
 def figures() -> list[dict[str, Any]]:
-    """Peak bytes, FLOP and predicted seconds of each step."""
+    """Peak bytes, FLOP, element-wise bytes and predicted seconds of each step."""
     rows = []
     for name, overrides in STEPS.items():
         plan = plan_run(load_run_config(CONFIG, list(overrides), REPOSITORY / "launch/configs"))
@@ -50,29 +57,50 @@ def figures() -> list[dict[str, Any]]:
                 "overrides": list(overrides),
                 "peak_memory_bytes": plan.peak_memory_bytes,
                 "flop": plan.flop_per_step,
+                "elementwise_bytes": plan.bytes_of(),
                 "seconds": plan.step_seconds(GPUS[GPU]),
+                "seconds_by_part": plan.seconds(GPUS[GPU])._asdict(),
+                "old_seconds": old_seconds(plan),
             }
         )
     return rows
 
 
+def old_seconds(plan: Plan) -> float:
+    """Seconds of a step at a fixed share of peak arithmetic, the prediction of earlier plans."""
+    rates = {True: OLD_EFFICIENCY[True] * GPUS[GPU].half, False: OLD_EFFICIENCY[False] * GPUS[GPU].single}
+    return sum(count * each.flop / rates[each.is_half] for each, count in plan.operations.items())
+
+
 def draw(steps: list[dict[str, Any]], picture: Path) -> None:
-    """Draws bars with their ratios to FLYP in fp32."""
+    """Draws bars with their ratios to FLYP in fp32; those of time are divided into parts."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    figure = Figure(figsize=(11, 3.7), layout="constrained")
     figure.suptitle("One step of ViT-B/16, B = B' = 512, on one H200: planned, not measured", fontsize=12)
     panels = (("peak_memory_bytes", "peak memory, GiB", 2**30, "{:.0f}"), ("seconds", "time, s", 1.0, "{:.2f}"))
     rows = range(len(steps), 0, -1)
     for axis, (name, title, unit, template) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
         values = [step[name] / unit for step in steps]
+        ends = values
         colours = [GREEN if i >= len(steps) - 2 else GREY if i < 2 else BLUE for i in range(len(steps))]
-        axis.barh(rows, values, color=colours, height=0.7)
-        for row, value in zip(rows, values, strict=True):
+        if name == "seconds":
+            old = [step["old_seconds"] for step in steps]
+            starts = [0.0] * len(steps)
+            for part, (_, opacity) in PARTS.items():
+                widths = [step["seconds_by_part"][part] for step in steps]
+                axis.barh(rows, widths, left=starts, color=colours, height=0.7, alpha=opacity)
+                starts = [start + width for start, width in zip(starts, widths, strict=True)]
+            axis.plot(old, rows, "d", color="#b91c1c", markersize=5)
+            ends = list(map(max, values, old))
+            axis.legend(handles=_legend(), loc="lower right", fontsize=8, frameon=False)
+        else:
+            axis.barh(rows, values, color=colours, height=0.7)
+        for row, value, end in zip(rows, values, ends, strict=True):
             axis.annotate(
                 f"{template.format(value)}  ({value / values[0]:.2f}x)",
-                (value, row),
-                xytext=(4, 0),
+                (end, row),
+                xytext=(6, 0),
                 textcoords="offset points",
                 va="center",
                 fontsize=9,
@@ -85,6 +113,15 @@ def draw(steps: list[dict[str, Any]], picture: Path) -> None:
         axis.tick_params(axis="y", length=0)
         axis.spines[["top", "right", "bottom"]].set_visible(False)
     figure.savefig(picture, dpi=110)
+
+
+def _legend() -> list[Any]:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    parts = [Patch(color=GREY, alpha=opacity, label=label) for label, opacity in PARTS.values()]
+    old = Line2D([], [], color="#b91c1c", marker="d", linestyle="", label="earlier prediction, by share of peak")
+    return [*parts, old]
 
 
 def against(results: Path) -> str:
@@ -127,7 +164,8 @@ def main() -> None:
     draw(steps, RESULTS.with_suffix(".png"))
     for step in steps:
         memory, tera = step["peak_memory_bytes"] / 2**30, step["flop"] / 1e12
-        print(f"{step['step']:<24} {memory:7.1f} GiB {tera:7.1f} TFLOP {step['seconds']:7.3f} s")
+        parts = "  ".join(f"{part} {seconds:.3f}" for part, seconds in step["seconds_by_part"].items())
+        print(f"{step['step']:<24} {memory:7.1f} GiB {tera:7.1f} TFLOP {step['seconds']:7.3f} s: {parts}")
 
 
 if __name__ == "__main__":

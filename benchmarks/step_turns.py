@@ -23,7 +23,7 @@ from steps import Case, Running, make_batches, random_model, running
 from torch.utils.flop_counter import FlopCounterMode
 
 from dive_fast.distributed import join
-from dive_fast.planner.memory_tracker import MISSED_FLOP
+from dive_fast.planner.operations import MISSED_FLOP
 
 FLYP, DIVE = "flyp_published", "dive_published"
 LEVERS = ("sequential", "cached_teacher", "trimmed_text", "distinct_texts", "fast_blocks")

@@ -1,4 +1,4 @@
-"""Tracks a computation's memory and arithmetic: bytes of live storages by part, operations by stage.
+"""Tracks a computation's memory and work: bytes of live storages by part, operations by stage.
 
 Works on real tensors and on fake tensors, which have shapes but no memory.
 """
@@ -8,58 +8,25 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
-from dive_fast.kernels import backend, process_group
+from dive_fast.kernels import backend
+from dive_fast.planner.operations import Operation, Stage, arguments_by_name, is_loss_kernel, operation_of
 
 if backend.primitives is not None:
     from dive_fast.kernels import contrastive
 
-_SILENT = {getattr(torch.ops.aten, name) for name in ("_unsafe_view", "empty", "empty_like", "empty_strided")}
 Part = Literal["weights", "gradients", "optimizer", "teacher", "batches", "activations", "loss"]
-Stage = Literal["target", "reference", "teacher", "loss"]
-
-
-def _native_attention_flop(query: Any, key: Any, value: Any, width: int, *_: Any, **__: Any) -> int:
-    batch, length, _ = query
-    return int(2 * batch * length * (4 * width**2 + 2 * length * width))
-
-
-def _cpu_attention_flop(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-def _cpu_attention_backward_flop(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(gradient, query, key, value))
-
-
-MISSED_FLOP = {
-    torch.ops.aten._native_multi_head_attention: _native_attention_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward_flop,
-}
-"""FLOP formulas missing from torch's registry: nn.MultiheadAttention in evaluation without gradient, as in an
-online teacher; in PyTorch 2.11 also attention on the CPU, where steps are planned."""
 _ATTENTION_BACKWARDS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
     torch.ops.aten._scaled_dot_product_flash_attention_backward,
 }
-_FLOP = flop_registry | {op: shape_wrapper(formula) for op, formula in MISSED_FLOP.items()}
-
-
-class Work(NamedTuple):
-    """The key under which floating-point operations are counted."""
-
-    stage: Stage
-    is_half: bool
-    """Whether a matrix unit computes them from 16-bit operands."""
 
 
 @dataclass
@@ -69,7 +36,7 @@ class _Storage:
 
 
 class Tracker(TorchDispatchMode):
-    """Dispatch mode that counts memory and operations; a multiply-add is two operations, as in FlopCounterMode.
+    """Dispatch mode that counts memory and operations.
 
     Scratch memory inside one operation is only estimated, in ``workspace``; rounding and fragmentation of an
     allocator are not seen.
@@ -82,9 +49,8 @@ class Tracker(TorchDispatchMode):
         """Part of the next allocations; while autograd runs, the node that it differentiates decides."""
         self.stage: Stage = "target"
         """Stage of the next operations, except those of the loss kernels."""
-        self.flop: Counter[Work] = Counter()
-        self.launches = 0
-        """Operations that the host launches on the device."""
+        self.operations: Counter[Operation] = Counter()
+        """Operations that the host launches on the device, each taken as one kernel."""
         self.live: Counter[Part] = Counter()
         """Bytes allocated now."""
         self.peak: Counter[Part] = Counter()
@@ -100,8 +66,9 @@ class Tracker(TorchDispatchMode):
             # Any norm or loss scale will do, so 1; 0 for a flag such as overflow.
             return 1.0 if args[0].is_floating_point() else 0
         result = func(*args, **(kwargs or {}))
-        self.launches += _launches(func)
-        self._count(func, args, kwargs or {}, result)
+        operation = operation_of(func, args, kwargs or {}, result, self.stage)
+        if operation is not None:
+            self.operations[operation] += 1
         self.workspace = max(self.workspace, _workspace(func, args))
         part = self._part_of(func)
         for tensor in tree_leaves(result):
@@ -129,12 +96,12 @@ class Tracker(TorchDispatchMode):
 
     def reset(self) -> None:
         """Resets the peak and the operation counts; live storages are kept."""
-        self.flop.clear()
-        self.launches = self.workspace = 0
+        self.operations.clear()
+        self.workspace = 0
         self.peak = self.live.copy()
 
     def _part_of(self, func: Any) -> Part:
-        if _is_loss_kernel(func):
+        if is_loss_kernel(func):
             return "loss"
         if torch._C._current_graph_task_id() < 0:
             return self.part
@@ -157,29 +124,9 @@ class Tracker(TorchDispatchMode):
         storage = self._storages.pop(key)
         self.live[storage.part] -= storage.bytes
 
-    def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        stage: Stage
-        if _is_loss_kernel(func):
-            stage, flop = "loss", _loss_flop(func, args)
-        elif (formula := _FLOP.get(func._overloadpacket)) is not None:
-            stage, flop = self.stage, formula(*args, **kwargs, out_val=result)
-        else:
-            return
-        operand = next(argument for argument in args if isinstance(argument, Tensor) and argument.ndim > 1)
-        self.flop[Work(stage, operand.element_size() == 2)] += flop
-
 
 def _is_unknown(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor) and tensor.constant is None
-
-
-def _launches(func: Any) -> bool:
-    """Whether an operation runs on the device; each is counted as one kernel, though some launch more."""
-    return func.namespace in ("aten", "dive_fast") and not func.is_view and func._overloadpacket not in _SILENT
-
-
-def _is_loss_kernel(func: Any) -> bool:
-    return func.namespace == "dive_fast"
 
 
 def _workspace(func: Any, args: tuple[Any, ...]) -> int:
@@ -191,25 +138,9 @@ def _workspace(func: Any, args: tuple[Any, ...]) -> int:
     if func._overloadpacket in _ATTENTION_BACKWARDS and args[1].element_size() == 2:
         batch, heads, length, width = args[1].shape
         return int(4 * batch * heads * -(-length // 128) * 128 * -(-width // 32) * 32)
-    if _is_loss_kernel(func) and "backward" in func._schema.name:
-        named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
+    if is_loss_kernel(func) and "backward" in func._schema.name:
+        named = arguments_by_name(func, args)
         if "packed" in named:
             saved = (named[name] for name in ("packed", "count", "total", "first", "width"))
             return contrastive.scratch_bytes(contrastive.saved_shape(*saved))
     return 0
-
-
-def _loss_flop(func: Any, args: tuple[Any, ...]) -> int:
-    """FLOP of a loss kernel: logits of both directions; in the backward, the logits again and the gradients' sums.
-
-    The difference loss has no matrix product; it counts for nothing, like all element-wise operations.
-    """
-    named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
-    if "logit_scale" not in named:
-        return 0
-    if "packed" in named:
-        rows, columns, width, products = named["count"], named["total"], named["width"], 4
-    else:
-        (rows, width), products = named["image"].shape, 2
-        columns = rows * process_group.world_size(named["group"])
-    return int(2 * products * rows * columns * width)

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import Any
@@ -30,9 +30,11 @@ from dive_fast.errors import ConfigError, DataError
 from dive_fast.kernels import backend
 from dive_fast.methods import registry
 from dive_fast.methods.method import Loss, Method
+from dive_fast.model.fast_blocks import FastModule
 from dive_fast.model.features import Features, Pairs
 from dive_fast.model.towers import Towers, check_text_length, create
-from dive_fast.planner.memory_tracker import Part, Tracker, Work
+from dive_fast.planner.memory_tracker import Part, Tracker
+from dive_fast.planner.operations import Operation
 from dive_fast.planner.plan import Estimate, Plan
 from dive_fast.teacher.teacher import OnlineTeacher
 
@@ -90,7 +92,7 @@ class _SimulatedStep:
             with tracker.within("weights"):
                 towers.head = nn.Linear(self.width, _num_classes(config.data.target))
         self.parameters = sum(parameter.numel() for parameter in towers.parameters())
-        if backend.primitives is not None and self.width <= backend.primitives.MAX_WIDTH:
+        if _has_kernels(self.width):
             for part in method.parts:
                 part.backend = "triton"
         self.online = None
@@ -98,6 +100,7 @@ class _SimulatedStep:
             with tracker.within("teacher"):
                 self.online = OnlineTeacher(create(config.model, weights=False), ranks)
         self.engine = _TrackedEngine(config, towers, method, ranks, tracker)
+        simulate_fast_blocks(towers)
 
     def run(self) -> Plan:
         config, tracker = self.config, self.tracker
@@ -107,18 +110,16 @@ class _SimulatedStep:
         tracker.reset()
         batches = [self._batches(target, reference) for _ in range(1 + DEPTH)]
         self._step(batches[0])
-        flop, launches, scratch = dict(tracker.flop), tracker.launches, tracker.workspace
+        operations, scratch = dict[Operation, float](tracker.operations), tracker.workspace
         if config.train.schedule == "joint" and reference is not None:
-            flop = _split_by_pairs(flop, target.batch_size, reference.batch_size)
+            operations = _split_by_pairs(operations, target.batch_size, reference.batch_size)
         every = config.objective.reference_every
         if every > 1 and reference is not None:
-            previous_flop, previous_launches = tracker.flop.copy(), tracker.launches
+            previous = tracker.operations.copy()
             self._step(self._batches(target, None))
-            target_flop, target_launches = tracker.flop - previous_flop, tracker.launches - previous_launches
-            flop = {work: (flop.get(work, 0) + (every - 1) * target_flop[work]) // every for work in flop}
-            launches = (launches + (every - 1) * target_launches) // every
+            operations = _mean_of_steps(operations, tracker.operations - previous, every)
         ranks, parts = self.ranks.world_size, dict(+tracker.peak)
-        return Plan(self.parameters, ranks, flop, launches, parts, _estimates(parts, scratch, ranks))
+        return Plan(self.parameters, ranks, operations, parts, _estimates(parts, scratch, ranks))
 
     @property
     def _needs_reference(self) -> bool:
@@ -135,8 +136,10 @@ class _SimulatedStep:
             tracker.stage = "teacher"
             with tracker.within("activations"):
                 batches.teacher = self.online(batches.reference)
+        tracker.stage = "target"
         with tracker.within("loss"):
             loss = self.engine.accumulate(batches)["loss"]
+        tracker.stage = "update"
         with tracker.within(updating):
             self.engine.update(loss)
 
@@ -220,7 +223,7 @@ class _SampledMicroBatches:
         self._boundary = False
         self._calls: Counter[Any] = Counter()
         self._features: dict[Any, list[Tensor | None]] = {}
-        self._counts: dict[Any, tuple[Counter[Work], int]] = {}
+        self._counts: dict[Any, Counter[Operation]] = {}
         self._key: Any = None
         self._is_executed = True
 
@@ -261,14 +264,24 @@ class _SampledMicroBatches:
 
     @contextlib.contextmanager
     def _store_counts(self, direction: str) -> Iterator[None]:
-        flop, launches = self._tracker.flop.copy(), self._tracker.launches
+        previous = self._tracker.operations.copy()
         yield
-        self._counts[direction, self._key] = self._tracker.flop - flop, self._tracker.launches - launches
+        self._counts[direction, self._key] = self._tracker.operations - previous
 
     def _repeat_counts(self, direction: str) -> None:
-        flop, launches = self._counts[direction, self._key]
-        self._tracker.flop.update(flop)
-        self._tracker.launches += launches
+        self._tracker.operations.update(self._counts[direction, self._key])
+
+
+def simulate_fast_blocks(towers: Towers) -> None:
+    """Makes fast blocks use the Triton kernels for fake tensors, where the kernels can run on a GPU."""
+    for module in towers.modules():
+        # Layer norms keep complete rows in registers; no parameter has fewer elements than a row.
+        if isinstance(module, FastModule) and _has_kernels(min(map(len, module.parameters()))):
+            module.backend = "triton"
+
+
+def _has_kernels(width: int) -> bool:
+    return backend.primitives is not None and width <= backend.primitives.MAX_WIDTH
 
 
 def _as_on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -354,13 +367,23 @@ def _num_classes(target: TargetConfig) -> int:
     return len(read_class_names("imagenet"))
 
 
-def _split_by_pairs(flop: dict[Work, int], target: int, reference: int) -> dict[Work, int]:
-    """Splits FLOP of a joint graph between the halves in proportion to their pairs, which cost the same."""
-    split: Counter[Work] = Counter()
-    for work, count in flop.items():
-        if work.stage == "target":
-            share = count * reference // (target + reference)
-            split[work._replace(stage="reference")] += share
-            count -= share
-        split[work] += count
+def _mean_of_steps(
+    with_reference: dict[Operation, float], without: Counter[Operation], every: int
+) -> dict[Operation, float]:
+    """Operations of a mean step if every ``every``-th step has a reference half."""
+    return {
+        operation: (with_reference.get(operation, 0) + (every - 1) * without[operation]) / every
+        for operation in with_reference.keys() | without.keys()
+    }
+
+
+def _split_by_pairs(operations: dict[Operation, float], target: int, reference: int) -> dict[Operation, float]:
+    """Splits operations of a joint graph between the halves in proportion to their pairs, which cost the same."""
+    split: defaultdict[Operation, float] = defaultdict(float)
+    for operation, count in operations.items():
+        if operation.stage == "target":
+            share = reference / (target + reference)
+            split[operation._replace(stage="reference")] += share * count
+            count *= 1 - share
+        split[operation] += count
     return dict(split)

@@ -52,8 +52,11 @@ def choices(folder: Path) -> dict[str, str]:
     tight = GPUS["h200"]._replace(memory=needs["joint"] - 1)
     with unittest.mock.patch.dict(gpus.GPUS, small=tight):
         chosen["does not fit"] = schedule.choose(config, 1, "small")
-    with unittest.mock.patch.object(plan, "LAUNCH_SECONDS", 0.0):
-        chosen["computes"] = schedule.choose(config, 1, "h200")
+    # Enough pairs that the traffic of weights, which a joint graph halves, is a small share.
+    many = {"data.target.batch_size": 512, "data.reference.batch_size": 512}
+    with unittest.mock.patch.multiple(plan, LAUNCH_SECONDS=0.0, TRITON_SECONDS=0.0):
+        large = small_config(folder, **{"train.schedule": "auto"}, **many)
+        chosen["computes"] = schedule.choose(large, 1, "h200")
     flyp = small_config(folder, **{"train.schedule": "auto", "objective.name": "flyp"})
     return chosen | {"has one half": schedule.choose(flyp, 1, "h200")}
 
