@@ -26,7 +26,7 @@ from dive_fast import kernels
 
 STEPS = 3
 COMPETITORS = ("dive_fast", "dive_fast_plain", "dive_fast_compiled") if DEVICE.type == "cuda" else ("dive_fast",)
-LAYER_MODULES = ("activation", "layer_norm", "packed_qkv")
+LAYER_MODULES = ("activation", "layer_norm", "packed_qkv", "column_sums")
 """Modules of the kernels between two products of a block; the other kernels are the losses'."""
 CLASSES = {
     "attention": r"flash|fmha|attention|sdpa",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import measure_steps
+import profile_steps
 import pytest
 import step_turns
 import steps
@@ -117,6 +118,28 @@ def test_each_turn_has_other_texts_and_the_same_images() -> None:
     shapes = {tuple((len(text.tokens), text.length) for text in both) for both in texts}
     assert len(shapes) > 0.75 * steps.NUM_TURNS  # some repeat by chance
     assert all(each.target_images is inputs[0].target_images for each in inputs)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "group"),
+    [
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NNT", "products"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_f16_s16816gemm>", "products"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits>", "attention"),
+        ("fmha_cutlassB_f16_aligned_64x64_k64_sm80", "attention"),
+        ("activation_gradient_kernel", "fused layers"),
+        ("statistics_kernel", "losses"),
+        ("triton_poi_fused_add_mul_sigmoid_3", "compiled"),
+        ("void at::native::vectorized_layer_norm_kernel<float, float>", "layer norm"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::sigmoid_kernel_cuda>", "element-wise"),
+        ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda>", "copies"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdam>", "optimizer"),
+        ("void at::native::reduce_kernel<512, 1>", "reductions"),
+        ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "other"),
+    ],
+)
+def test_profile_classifies_kernels_by_name(kernel: str, group: str) -> None:
+    assert profile_steps.class_of(kernel, profile_steps.our_kernels()) == group
 
 
 def test_steps_in_turns_share_weights_and_moments_but_no_modules() -> None:
