@@ -29,6 +29,7 @@ COMPETITORS = ("dive_fast", "dive_fast_plain", "dive_fast_compiled") if DEVICE.t
 LAYER_MODULES = ("activation", "layer_norm", "packed_qkv", "column_sums")
 """Modules of the kernels between two products of a block; the other kernels are the losses'."""
 CLASSES = {
+    "communication": r"nccl",
     "attention": r"flash|fmha|attention|sdpa",
     "products": r"gemm|nvjet|cutlass|xmma|splitk|\bmm\b|addmm|bmm|convolution|conv2d|linear",
     "compiled": r"^triton_",

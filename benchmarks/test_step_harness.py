@@ -135,7 +135,7 @@ def test_each_turn_has_other_texts_and_the_same_images() -> None:
         ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda>", "copies"),
         ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdam>", "optimizer"),
         ("void at::native::reduce_kernel<512, 1>", "reductions"),
-        ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "other"),
+        ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "communication"),
     ],
 )
 def test_profile_classifies_kernels_by_name(kernel: str, group: str) -> None:
