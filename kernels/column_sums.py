@@ -67,10 +67,12 @@ def column_sums_kernel(
             tl.store(sums[k] + o_column, primitives.round_to(b_sum, sums[k].dtype.element_ty), mask=m_column)
 
 
-def launch_column_sums(partials: Tensor, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """Adds ``(programs, sums, W)`` over programs: one ``(W,)`` for each sum, in its dtype."""
+def launch_column_sums(partials: Tensor, dtypes: Sequence[torch.dtype | None]) -> list[Tensor]:
+    """Adds ``(programs, sums, W)`` over programs: one ``(W,)`` for each dtype that is not None."""
     programs, _, width = partials.shape
-    sums = tuple(primitives.empty(width, dtype=dtype, device=partials.device) for dtype in dtypes)
+    sums = tuple(
+        primitives.empty(width, dtype=dtype, device=partials.device) for dtype in dtypes if dtype is not None
+    )
     primitives.launch(
         column_sums_kernel,
         len(sums) * -(-width // _COLUMNS),

@@ -15,7 +15,8 @@ The forward reads x and branch and writes s and y; the backward reads s, dy and 
 if its dtype differs. Between them only s, mu and r are kept. Sums of columns add fp32 values, those of
 ``dbranch_bias`` before dx is rounded.
 
-A program holds complete rows in registers and iterates over its range of rows.
+A program holds complete rows in registers and iterates over its range of rows; the loads of its next rows (two
+stages) are under way while it reduces the current ones.
 """
 
 from typing import Any, NamedTuple
@@ -27,7 +28,6 @@ from torch import Tensor
 
 from dive_fast.kernels import column_sums, direct, primitives
 
-_NUM_WARPS = 4
 # Most programs of a launch. The backward has fewer, because each of them writes three rows of partial sums.
 _FORWARD_PROGRAMS = 4224
 _BACKWARD_PROGRAMS = 1056
@@ -80,7 +80,7 @@ def layer_norm_kernel(
     b_one = tl.full([ROWS], 1.0, ACC)
     b_width = b_one * width
     end = tl.minimum((tl.program_id(0) + 1) * share, rows)
-    for row0 in range(tl.program_id(0) * share, end, ROWS):
+    for row0 in tl.range(tl.program_id(0) * share, end, ROWS, num_stages=2):
         o_row = row0 + tl.arange(0, ROWS)
         m_row = o_row < end
         o_x = o_row.to(tl.int64)[:, None] * width + o_column[None, :]
@@ -136,7 +136,7 @@ def layer_norm_gradient_kernel(
     b_weight_sum = tl.zeros([ROWS, WIDTH], ACC)
     b_bias_sum = tl.zeros([ROWS, WIDTH], ACC)
     end = tl.minimum((pid + 1) * share, rows)
-    for row0 in range(pid * share, end, ROWS):
+    for row0 in tl.range(pid * share, end, ROWS, num_stages=2):
         o_row = row0 + tl.arange(0, ROWS)
         m_row = o_row < end
         o_x = o_row.to(tl.int64)[:, None] * width + o_column[None, :]
@@ -190,7 +190,9 @@ def _rows_of(x: Tensor, max_programs: int) -> _Rows:
     width = x.shape[-1]
     rows = x.numel() // width
     block = primitives.row_block(width)
-    constants = {"BLOCK": block, "ACC": primitives.acc_dtype(x.dtype), "num_warps": _NUM_WARPS}
+    # At most four warps share a row of 1024; wider rows would need most of a thread's registers.
+    num_warps = 4 if block.WIDTH <= 1024 else 8
+    constants = {"BLOCK": block, "ACC": primitives.acc_dtype(x.dtype), "num_warps": num_warps}
     return _Rows(rows, width, column_sums.split_rows(rows, block.ROWS, max_programs), constants)
 
 
@@ -274,7 +276,7 @@ def launch_backward(
     weight_sum: torch.dtype | None,
     bias_sum: torch.dtype | None,
 ) -> list[Tensor]:
-    """``[dx]``, dbranch if ``branch_dtype`` is given, and each column sum that has a dtype; one or two launches."""
+    """``[dx]``, dbranch if it has a dtype, and each column sum that has one; one or two launches."""
     rows, width, split, constants = _rows_of(total, _BACKWARD_PROGRAMS)
     gradients = _allocate_gradients(total, branch_dtype)
     dtypes = branch_bias_sum, weight_sum, bias_sum
@@ -354,15 +356,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.sum_dtypes = None if branch_bias is None else branch_bias.dtype, weight.dtype, bias.dtype
 
 
-def _norm_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, *_ = inputs
-    _, mean, reciprocal = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(mean, reciprocal)
-    ctx.save_for_backward(x, mean, reciprocal, weight)
-    ctx.sum_dtypes = None, weight.dtype, bias.dtype
-
-
 def _backward(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if dnormed is None:
         return _addition_backward(ctx, dtotal)
@@ -388,23 +381,45 @@ def _addition_backward(ctx: Any, dtotal: Tensor | None) -> tuple[Any, ...]:
     return dtotal, dtotal.to(ctx.branch_dtype), dbranch_bias, None, None, None, None
 
 
-def _norm_backward(ctx: Any, dnormed: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    if dnormed is None:
-        return (None,) * 5
-    x, mean, reciprocal, weight = ctx.saved_tensors
-    sum_dtypes = [
-        dtype if needed else None for dtype, needed in zip(ctx.sum_dtypes, (False, *ctx.needs_input_grad[1:]))
-    ]
-    run = direct.first_order(launch_backward, backward, dnormed, x)
-    dx, *others = run(x, mean, reciprocal, weight, dnormed, None, None, *sum_dtypes)
-    sums = [None if dtype is None else others.pop(0) for dtype in sum_dtypes]
-    return dx, *sums[1:], None, None
-
-
 forward.register_autograd(_backward, setup_context=_setup_context)
-norm_forward.register_autograd(_norm_backward, setup_context=_norm_setup_context)
 _apply = direct.differentiable(launch_sum_and_norm, _backward, _setup_context)
-_norm_apply = direct.differentiable(launch_norm, _norm_backward, _norm_setup_context)
+
+
+class _InputAndNorm(torch.autograd.Function):
+    # The input is an output too, so that its gradient arrives here and is added in the same pass. A custom op
+    # cannot return its input.
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        normed, mean, reciprocal = _norm(x, weight, bias, eps, dtype)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, mean, reciprocal, weight)
+        ctx.sum_dtypes = weight.dtype, bias.dtype
+        return x.view_as(x), normed
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None
+    ) -> tuple[Any, ...]:
+        if dnormed is None:
+            return dtotal, None, None, None, None
+        x, mean, reciprocal, weight = ctx.saved_tensors
+        sum_dtypes = [
+            dtype if needed else None for dtype, needed in zip(ctx.sum_dtypes, ctx.needs_input_grad[1:3])
+        ]
+        run = direct.first_order(launch_backward, backward, dnormed, x)
+        dx, *others = run(x, mean, reciprocal, weight, dnormed, dtotal, None, None, *sum_dtypes)
+        sums = [None if dtype is None else others.pop(0) for dtype in sum_dtypes]
+        return dx, *sums, None, None
+
+
+def _norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm of x and each row's mean and reciprocal deviation, without a gradient."""
+    run = launch_norm if direct.is_eager(x, weight, bias) else norm_forward
+    return run(x, weight, bias, eps, dtype)  # type: ignore[no-any-return, operator]
 
 
 def add_layer_norm(
@@ -417,10 +432,11 @@ def add_layer_norm(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """``x + branch + branch_bias`` and its norm, with their gradient; arguments are checked by the caller."""
-    tensors = [tensor for tensor in (x, branch, branch_bias, weight, bias) if tensor is not None]
-    is_eager = direct.is_eager(*tensors)
     if branch is None:
-        normed, _, _ = (_norm_apply if is_eager else norm_forward)(x, weight, bias, eps, dtype)
-        return x, normed
-    total, normed, _, _ = (_apply if is_eager else forward)(x, branch, branch_bias, weight, bias, eps, dtype)
+        if torch.is_grad_enabled():
+            return _InputAndNorm.apply(x, weight, bias, eps, dtype)  # type: ignore[no-any-return, no-untyped-call]
+        return x, _norm(x, weight, bias, eps, dtype)[0]
+    tensors = [tensor for tensor in (x, branch, branch_bias, weight, bias) if tensor is not None]
+    run = _apply if direct.is_eager(*tensors) else forward
+    total, normed, _, _ = run(x, branch, branch_bias, weight, bias, eps, dtype)
     return total, normed

@@ -46,9 +46,9 @@ def biased_activation(x: Tensor, bias: Tensor | None, kind: Activation, backend:
     Raises:
         ValueError: an argument has the wrong shape, dtype or device, or the backend cannot run.
     """
+    checks.check_activation(x, bias, kind)
     if not backends.uses_triton(backend, x, any_width=True):
         return naive.biased_activation(x, bias, kind)
-    checks.check_activation(x, bias, kind)
     return activation.biased_activation(x, bias, kind)
 
 
@@ -71,7 +71,7 @@ def add_layer_norm(
 
     Args:
         x: ``(..., D)``, fp16, bf16 or fp32, contiguous (otherwise copied); may have no rows.
-        branch: like ``x``, or None, for which the sum is ``x`` itself; its dtype may differ.
+        branch: like ``x``, or None, for which the sum is ``x`` itself, or a view of it; its dtype may differ.
         branch_bias: ``(D,)`` of any floating-point dtype, or None.
         weight, bias: ``(D,)`` of any floating-point dtype.
         backend: as for :func:`biased_activation`.
@@ -82,9 +82,9 @@ def add_layer_norm(
     Raises:
         ValueError: an argument has the wrong shape, dtype or device, or the backend cannot run.
     """
+    checks.check_layer_norm(x, branch, branch_bias, weight, bias, dtype)
     if not backends.uses_triton(backend, x):
         return naive.add_layer_norm(x, branch, branch_bias, weight, bias, eps, dtype)
-    checks.check_layer_norm(x, branch, branch_bias, weight, bias, dtype)
     return layer_norm.add_layer_norm(x, branch, branch_bias, weight, bias, eps, dtype)
 
 
@@ -105,7 +105,7 @@ def split_qkv(
     Raises:
         ValueError: an argument has the wrong shape, dtype or device, or the backend cannot run.
     """
+    checks.check_packed(qkv, bias, heads, parts)
     if not backends.uses_triton(backend, qkv, any_width=True):
         return naive.split_qkv(qkv, bias, heads, parts=parts)
-    checks.check_packed(qkv, bias, heads, parts)
     return packed_qkv.split_qkv(qkv, bias, heads, parts)

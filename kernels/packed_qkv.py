@@ -162,4 +162,6 @@ def split(qkv: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
 
 def split_qkv(qkv: Tensor, bias: Tensor | None, heads: int, parts: int) -> tuple[Tensor, ...]:
     """:func:`split` with its gradient and that of the bias; arguments are checked by the caller."""
+    if not torch.is_grad_enabled():
+        return split(qkv, heads, parts)
     return _SplitQkv.apply(qkv, bias, heads, parts)  # type: ignore[no-any-return, no-untyped-call]
