@@ -184,8 +184,7 @@ class FastTransformer(nn.Module):
 
     def get_cast_dtype(self) -> torch.dtype:
         """Dtype of the weights, to which open_clip's text tower casts its embeddings."""
-        weight: Tensor = self.resblocks[0].mlp.c_fc.weight
-        return weight.dtype
+        return next(self.parameters()).dtype
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Runs all blocks.

@@ -98,8 +98,8 @@ def run_cases(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run")
-    # Two parameter groups, each with its own moments to save. With Adam's default epsilon, tokens that only captions
-    # have would make a full first step along the rounding of student and teacher, whose blocks differ.
+    # Two parameter groups, each with its own moments to save. With Adam's default epsilon, tokens that only
+    # captions have would make a full first step along the rounding of student and teacher, whose blocks differ.
     tree = tiny.write_config(path, epochs=2, learning_rate=1e-4, decay_all_parameters=False, epsilon=1e-3)
     # So small a weight that the teacher's rounding has no effect.
     tree["objective"] = {"weight": 1.0}

@@ -154,7 +154,7 @@ def cases(folder: Path) -> dict[str, Any]:
     silent += [("data.target.text_length", 77)]  # the model's own
     silent += [("train.log_every", 2), ("train.keep_last", 5), ("train.checkpoint_every", 7)]
     results["silent"] = run.start(*silent)
-    results["rounding"] = run.start(("train.micro_batch_size", 3))
+    results["rounding"] = run.start(("train.micro_batch_size", 3), ("train.fast_blocks", False))
     copied = run.copy("copied")
     results["longer"] = copied.start(("train.max_steps", 5))
     results["longer steps"] = copied.steps()
@@ -324,9 +324,13 @@ def test_every_refused_key_is_named_and_nothing_is_written(results: dict[str, An
 
 
 def test_settings_without_effect_are_not_reported(results: dict[str, Any]) -> None:
-    assert results["silent"].startswith("already complete")
+    blocks, *lines = results["silent"].splitlines()
+    assert blocks == "fast blocks: image and text tower"
+    assert lines[0].startswith("already complete")
     assert " there, " not in results["silent"]
     assert "train.micro_batch_size: nothing there, 3 here; the run continues, the last bits" in results["rounding"]
+    assert "train.fast_blocks: true there, false here; the run continues, the last bits" in results["rounding"]
+    assert "fast blocks: none (train.fast_blocks = false)" in results["rounding"]
 
 
 def test_longer_run_resumes_and_reports_its_learning_rate(results: dict[str, Any]) -> None:
