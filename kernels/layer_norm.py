@@ -28,7 +28,6 @@ from torch import Tensor
 
 from dive_fast.kernels import column_sums, direct, primitives
 
-_NUM_WARPS = 4
 # Most programs of a launch. The backward has fewer, because each of them writes three rows of partial sums.
 _FORWARD_PROGRAMS = 4224
 _BACKWARD_PROGRAMS = 1056
@@ -191,7 +190,9 @@ def _rows_of(x: Tensor, max_programs: int) -> _Rows:
     width = x.shape[-1]
     rows = x.numel() // width
     block = primitives.row_block(width)
-    constants = {"BLOCK": block, "ACC": primitives.acc_dtype(x.dtype), "num_warps": _NUM_WARPS}
+    # At most four warps share a row of 1024; wider rows would need most of a thread's registers.
+    num_warps = 4 if block.WIDTH <= 1024 else 8
+    constants = {"BLOCK": block, "ACC": primitives.acc_dtype(x.dtype), "num_warps": num_warps}
     return _Rows(rows, width, column_sums.split_rows(rows, block.ROWS, max_programs), constants)
 
 
