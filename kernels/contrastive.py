@@ -804,11 +804,8 @@ def gradient_plan(shape: Shape, settings: Settings) -> GradientPlan:
     the one with 64 rows.
     """
     launches: tuple[tuple[Tile, int], ...]
-    if shape.dtype == torch.float16:
-        # Four warps for 64 rows: with eight, two groups of warps would exchange the weights' layout.
-        launches = (Tile(64, 64, 64, num_warps=4, num_stages=3), 64), (Tile(128, 64, 64, 8, 3), 128)
-    elif shape.dtype == torch.bfloat16:
-        # The second sum leaves four warps too few registers.
+    if shape.is_half:
+        # Four warps, or 128 rows for eight, spill registers in the joint step's kernel.
         launches = (Tile(64, 64, 64, num_warps=8, num_stages=3), 64), (Tile(64, 64, 64, 8, 3), 128)
     else:
         launches = ((Tile(64, 32, 32, num_warps=4, num_stages=2), 64),)
