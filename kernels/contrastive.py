@@ -183,8 +183,11 @@ class Geometry(NamedTuple):
 
 
 def shape_of(image: Tensor, group: str) -> Shape:
-    """Sizes of a call, from this rank's features."""
-    rows, width = image.shape
+    """Sizes of a call, from this rank's features.
+
+    They are plain integers: a program compiled for symbolic sizes is specialized, as its launches are.
+    """
+    rows, width = map(int, image.shape)
     return _shape(rows, width, image.dtype, process_group.world_size(group), process_group.rank(group))
 
 
@@ -1055,7 +1058,7 @@ def _matmul(weights: Tensor, right: Tensor, sums: Tensor) -> None:
 def saved_shape(packed: Tensor, count: int, total: int, first: int, width: int) -> Shape:
     """Sizes of the forward that saved these tensors."""
     _, total_padded, width_padded = packed.shape
-    return Shape(count, total, first, width, total_padded, width_padded, packed.dtype)
+    return Shape(*map(int, (count, total, first, width, total_padded, width_padded)), packed.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

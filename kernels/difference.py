@@ -135,8 +135,8 @@ class Gradients(NamedTuple):
 
 
 def shape_of(image: Tensor, group: str) -> Shape:
-    """Sizes of a call, from this rank's features."""
-    rows, width = image.shape
+    """Sizes of a call, from this rank's features, as plain integers."""
+    rows, width = map(int, image.shape)
     return Shape(rows, rows * process_group.world_size(group), width, image.dtype)
 
 
