@@ -1065,7 +1065,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     image, _, logit_scale, group = inputs
     _, packed, state = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(packed, state)
+    # The packed rows stay differentiable. Features are not saved, so these tie a second derivative to them and
+    # make it an error instead of a constant.
+    ctx.mark_non_differentiable(state)
     ctx.save_for_backward(logit_scale, packed, state)
     shape = shape_of(image, group)
     ctx.sizes = shape.rows, shape.total, shape.first, shape.width

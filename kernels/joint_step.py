@@ -350,7 +350,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     )
     _, results, packed, state = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(results, packed, state)
+    # The packed rows stay differentiable for the reason given in the contrastive loss.
+    ctx.mark_non_differentiable(results, state)
     ctx.save_for_backward(logit_scale, packed, state, *reference)
     shape = contrastive.shape_of(image, group)
     options = weight, decay, average_weight, pairwise_weight, mean_gradient

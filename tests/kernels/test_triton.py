@@ -312,6 +312,21 @@ def test_cuda_graph_replays_on_new_inputs(name):
         assert all(torch.equal(one, other) for one, other in zip(replayed, step(), strict=True))
 
 
+@pytest.mark.parametrize("feature", ["image_features", "text_features"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_second_derivative_is_an_error_and_not_a_constant(name, feature):
+    # All else is constant, so that the features alone can tie the gradient to its graph.
+    tensors = {
+        key: tensor.detach().requires_grad_(key == feature)
+        for key, tensor in tensors_of(inputs_of(name, random_pairs, 3, 16), torch.float32).items()
+    }
+    result = getattr(kernels, name)(**tensors, backend="triton")
+    loss = result if isinstance(result, torch.Tensor) else result.loss
+    (gradient,) = torch.autograd.grad(loss, tensors[feature], create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        (loss + gradient.square().sum()).backward()
+
+
 @pytest.mark.skipif(not primitives.INTERPRETED, reason="fp64 runs under the interpreter only")
 @pytest.mark.parametrize("name", [*LOSSES[:2], pytest.param(LOSSES[2], marks=SLOW)])
 def test_gradcheck(name):
