@@ -14,7 +14,7 @@ of all tokens, query, projection and MLP of one.
 Parameter names, dtypes of the residual stream and the mathematics are those of open_clip.
 """
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,7 +130,8 @@ def _replace_transformer(tower: Any, defers: bool) -> None:
     if not is_text and type(tower.ln_pre) in _NORMS and not _is_hooked(tower.ln_pre):
         tower.ln_pre = FastLayerNorm(tower.ln_pre)
     if is_text and tower.transformer.is_pooled:
-        tower.forward = MethodType(_encode_text, tower)
+        # A bound method would be pickled by the name of its function, which the tower does not have.
+        tower.forward = partial(_encode_text, tower)
 
 
 def _pools_one_token(tower: Any) -> bool:

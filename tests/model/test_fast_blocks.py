@@ -1,6 +1,7 @@
 """Fast blocks: features and gradients of open_clip's own blocks, fewer operations, nothing ignored silently."""
 
 import copy
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,13 @@ def test_copy_of_fast_towers_is_independent(plain: Towers) -> None:
         for parameter in student.parameters():
             parameter.zero_()
     assert_equal_steps(teacher, plain)
+
+
+def test_fast_towers_can_be_pickled(plain: Towers) -> None:
+    content = io.BytesIO()
+    torch.save(fast(plain), content)
+    content.seek(0)
+    assert_equal_steps(torch.load(content, weights_only=False), plain, num_texts=2, length=6)
 
 
 class Adapter(nn.Module):
