@@ -84,6 +84,8 @@ def find_obstacle(tower: Any) -> str | None:
     transformer = tower.transformer
     if type(transformer) is not Transformer:
         return f"its transformer is a {type(transformer).__name__}"
+    if transformer.grad_checkpointing:
+        return "open_clip's grad_checkpointing is on; train.activation_checkpointing is for fast blocks"
     if "forward" in tower.__dict__ or any(map(_is_hooked, transformer.modules())):
         return "its layers have hooks or another forward"
     for number, block in enumerate(transformer.resblocks):

@@ -289,6 +289,11 @@ def test_changed_layers_are_never_ignored(plain: Towers, change: str) -> None:
     assert plain.visual.transformer is transformer
 
 
+def test_checkpointing_of_open_clip_is_not_ignored(plain: Towers) -> None:
+    plain.visual.set_grad_checkpointing()
+    assert "the image tower keeps its own (open_clip's grad_checkpointing is on;" in install(plain)
+
+
 def test_unknown_activation_is_called_as_it_is(plain: Towers) -> None:
     for block in [*plain.visual.transformer.resblocks, *plain.text.transformer.resblocks]:
         block.mlp.gelu = nn.SiLU()
