@@ -106,7 +106,7 @@ def parts(results: Path) -> list[Part]:
         Part(
             "layers",
             "How long do the layers of a block and a block take, 512 images?",
-            "activation 0.76 ms, layer norm 0.30, packed QKV 0.23; a block 9.2, plain 16.3, compiled 10.4",
+            "activation 0.76 ms, layer norm 0.30, packed QKV 0.23; a block 8.5, plain 15.6, compiled 9.6",
             script("blocks"),
             script("blocks"),
             70,
