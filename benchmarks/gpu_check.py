@@ -106,7 +106,7 @@ def parts(results: Path) -> list[Part]:
         Part(
             "layers",
             "How long do the layers of a block and a block take, 512 images?",
-            "activation 0.76 ms, layer norm 0.30, packed QKV 0.23; a block 9.2, plain 16.3, compiled 10.4",
+            "activation 0.76 ms, layer norm 0.30, packed QKV 0.23; a block 8.5, plain 15.6, compiled 9.6",
             script("blocks"),
             script("blocks"),
             70,
@@ -142,7 +142,7 @@ def parts(results: Path) -> list[Part]:
         Part(
             "tiles",
             "Are other tiles, splits, chunks or paths of the contrastive loss faster?",
-            "none by more than 10 %; fused up to 1,700 pairs at D = 512, chunked above",
+            "none by more than 10 %; fused up to 1,024 pairs at D = 512, chunked above",
             script("tiles"),
             (shutil.which("env") or "env", "TRITON_INTERPRET=1", *script("tiles")),
             80,
@@ -198,7 +198,7 @@ def parts(results: Path) -> list[Part]:
         Part(
             "loaders",
             "How many images a second does each loader deliver?",
-            "DALI on the GPU at least the 3,860 that a step of ViT-B/16 takes",
+            "DALI on the GPU at least the 4,970 that a step of ViT-B/16 takes",
             script("loaders"),
             (PYTHON, "benchmarks/loaders.py", "--help"),
             60,

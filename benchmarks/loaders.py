@@ -44,10 +44,8 @@ PREPROCESS = Preprocess(
 )
 ALWAYS, OPTIONAL = ("flyp", "plain"), {"dali": "nvidia.dali", "ffcv": "ffcv"}
 """Loaders that are always available, and optional ones with the package that they need."""
-STEP_TFLOP = {"ViT-B/16": 114.0 / 1024, "ViT-L/14": 0.52}
-"""TFLOP per image of a DiVE step, half target and half reference, forward and backward, with text."""
-TFLOP_PER_SECOND = 430
-"""Assumed rate of an H200 in fp16: 44 % of its peak of 989."""
+STEP_IMAGES_PER_SECOND = {"ViT-B/16": 1024 / 0.206, "ViT-L/14": 768 / 0.664}
+"""Images of both sets that an H200 takes per second, by the planned time of a DiVE step (docs/performance.md)."""
 ODD_SIZES = ((1, 500), (500, 1), (31, 33), (5000, 40))
 
 
@@ -205,12 +203,12 @@ def tables(figures: dict[str, dict[str, float]], rows: list[dict[str, Any]]) -> 
     """Markdown tables of speeds and pixel differences."""
     lines = [
         "| loader | images/s | / flyp | CPU s per 1,000 | / flyp | "
-        + " | ".join(f"cores for {name}" for name in STEP_TFLOP)
+        + " | ".join(f"cores for {name}" for name in STEP_IMAGES_PER_SECOND)
         + " |",
-        "|---" * (5 + len(STEP_TFLOP)) + "|",
+        "|---" * (5 + len(STEP_IMAGES_PER_SECOND)) + "|",
     ]
     for loader, row in figures.items():
-        cores = [TFLOP_PER_SECOND / tflop * row["cpu_seconds"] / 1000 for tflop in STEP_TFLOP.values()]
+        cores = [rate * row["cpu_seconds"] / 1000 for rate in STEP_IMAGES_PER_SECOND.values()]
         lines.append(
             f"| {loader} | {row['images_per_second']:.0f} "
             f"| {row['images_per_second_ratio']:.2f} "
