@@ -69,7 +69,7 @@ def install(towers: Towers, defers: bool = True) -> str:
             continue
         fast.append(name)
         _replace_transformer(tower, defers)
-    replaced = f"{' and '.join(fast)} tower" if fast else "none"
+    replaced = f"{' and '.join(fast)} tower{'s' * (len(fast) > 1)}" if fast else "none"
     return "; ".join([f"fast blocks: {replaced}", *remarks])
 
 

@@ -196,7 +196,7 @@ def _join(hosts: Sequence[Host], environments: list[dict[str, str]]) -> list[tup
 
 def _environment(**variables: str) -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path} | variables
+    return os.environ | {"PATH": path, "TRITON_INTERPRET": "0"} | variables
 
 
 def _exit_codes(started: list["subprocess.Popen[str]"], seconds: float = BUSY_SECONDS) -> list[int]:

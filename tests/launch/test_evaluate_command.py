@@ -26,7 +26,7 @@ def call(*arguments: str, ranks: int = 1, command: str = "evaluate") -> subproce
     if ranks == 1:
         return run_script(script, *arguments, cwd=ROOT, environment={"DS_ACCELERATOR": "cpu"})
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path}
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path, "TRITON_INTERPRET": "0"}
     launch = ["deepspeed", "--num_accelerators", str(ranks), f"--master_port={free_port()}", script, *arguments]
     return subprocess.run(
         launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False

@@ -21,7 +21,7 @@ from dive_fast.model.transformer_blocks import recompute_activations, recompute_
 from dive_fast.planner.simulate import fake_tensors
 
 VISION, TEXT = tiny.VISION, tiny.TEXT
-BOTH = "fast blocks: image and text tower"
+BOTH = "fast blocks: image and text towers"
 END, PAD = TEXT["vocab_size"] - 1, 5
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "gelu": (tiny.CLIP, BOTH),

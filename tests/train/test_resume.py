@@ -325,7 +325,7 @@ def test_every_refused_key_is_named_and_nothing_is_written(results: dict[str, An
 
 def test_settings_without_effect_are_not_reported(results: dict[str, Any]) -> None:
     blocks, *lines = results["silent"].splitlines()
-    assert blocks == "fast blocks: image and text tower"
+    assert blocks == "fast blocks: image and text towers"
     assert lines[0].startswith("already complete")
     assert " there, " not in results["silent"]
     assert "train.micro_batch_size: nothing there, 3 here; the run continues, the last bits" in results["rounding"]
