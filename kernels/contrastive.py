@@ -1057,8 +1057,8 @@ def _matmul(weights: Tensor, right: Tensor, sums: Tensor) -> None:
 
 def saved_shape(packed: Tensor, count: int, total: int, first: int, width: int) -> Shape:
     """Sizes of the forward that saved these tensors."""
-    _, total_padded, width_padded = packed.shape
-    return Shape(*map(int, (count, total, first, width, total_padded, width_padded)), packed.dtype)
+    _, total_padded, width_padded = map(int, packed.shape)
+    return Shape(int(count), int(total), int(first), int(width), total_padded, width_padded, packed.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
