@@ -153,7 +153,7 @@ def activation_gradient_kernel(
 
 def _split(rows: int, width: int) -> tuple[int, column_sums.RowSplit]:
     """Number of column blocks, and the ranges of rows."""
-    columns = -(-width // _BLOCK.COLUMNS)
+    columns = primitives.divide_up(width, _BLOCK.COLUMNS)
     return columns, column_sums.split_rows(rows, _BLOCK.ROWS, _MAX_PROGRAMS // columns)
 
 

@@ -30,9 +30,9 @@ class RowSplit(NamedTuple):
 
 def split_rows(rows: int, block_rows: int, max_programs: int) -> RowSplit:
     """Distributes rows in blocks of ``block_rows`` evenly over at most ``max_programs`` programs."""
-    blocks = -(-rows // block_rows)
-    share = block_rows * max(1, -(-blocks // max(1, max_programs)))
-    return RowSplit(-(-rows // share), share)
+    blocks = primitives.divide_up(rows, block_rows)
+    share = block_rows * max(1, primitives.divide_up(blocks, max(1, max_programs)))
+    return RowSplit(primitives.divide_up(rows, share), share)
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def launch_column_sums(partials: Tensor, dtypes: Sequence[torch.dtype | None]) -
     )
     primitives.launch(
         column_sums_kernel,
-        len(sums) * -(-width // _COLUMNS),
+        len(sums) * primitives.divide_up(width, _COLUMNS),
         *(partials, sums, programs, width),
         ROWS=_ROWS,
         COLUMNS=_COLUMNS,

@@ -74,6 +74,7 @@ def pack_gradient_kernel(
         tl.store(packed + o_packed, b_gradient, mask=m_row)
         b_sum += b_gradient.to(ACC)
     if partials is not None:
+        # column_sums.store_partial_sum would compute these offsets again, for some 20 more registers.
         o_partial = group.to(tl.int64) * (parts * width) + o_packed_column
         tl.store(partials + o_partial, tl.sum(b_sum, axis=0), mask=o_column < width)
 
@@ -86,7 +87,7 @@ def launch_backward(gradients: Sequence[Tensor], bias_dtype: torch.dtype | None)
     gradients = _uniform(gradients)
     batch, heads, length, head_width = gradients[0].shape
     width = heads * head_width
-    rows, columns = batch * length, -(-width // _BLOCK.COLUMNS)
+    rows, columns = batch * length, primitives.divide_up(width, _BLOCK.COLUMNS)
     split = column_sums.split_rows(rows, _BLOCK.ROWS, _MAX_PROGRAMS // (columns * len(gradients)))
     packed, partials = _allocate(gradients), None
     if bias_dtype is not None:

@@ -16,7 +16,7 @@ from layer_cases import (
     rows_of,
     upstream_of,
 )
-from test_triton import GuardedBuffers, checked_addresses
+from test_triton import GuardedBuffers, checked_addresses, shuffle_programs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
@@ -132,19 +132,9 @@ def test_two_runs_are_bit_identical(name, programs):
 @pytest.mark.skipif(not primitives.INTERPRETED, reason="a GPU chooses the order itself")
 @pytest.mark.parametrize("name", LAYERS)
 def test_order_of_programs_does_not_matter(name, programs, monkeypatch):
-    from triton.runtime.interpreter import interpreter_builder
-
     function, tensors = make_case(name, (5, 9, 40))
     expected = evaluate(function, tensors, backend="triton")
-    random = np.random.default_rng(0)
-    set_grid_idx, orders = interpreter_builder.set_grid_idx, {}
-
-    def shuffled(x, y, z):
-        if x == 0:
-            orders["current"] = random.permutation(interpreter_builder.grid_dim[0])
-        set_grid_idx(int(orders["current"][x]), y, z)
-
-    monkeypatch.setattr(interpreter_builder, "set_grid_idx", shuffled)
+    shuffle_programs(monkeypatch)
     assert_equal(evaluate(function, tensors, backend="triton"), expected)
 
 

@@ -538,13 +538,10 @@ def test_two_runs_are_bit_identical(name):
             assert torch.equal(one[key], other[key]), key
 
 
-@pytest.mark.skipif(not primitives.INTERPRETED, reason="a GPU chooses the order itself")
-def test_order_of_programs_does_not_matter(name, monkeypatch):
-    """A program that reads another's result, or adds to it, gives another result when the order changes."""
+def shuffle_programs(monkeypatch):
+    """Makes the interpreter run the programs of a launch in random order; the result holds the latest one."""
     from triton.runtime.interpreter import interpreter_builder
 
-    tensors = tensors_of(inputs_of(name, drifted_pairs, 150, 40), torch.float32)
-    expected = run(name, tensors, backend="triton")
     random = np.random.default_rng(0)
     set_grid_idx, orders = interpreter_builder.set_grid_idx, {}
 
@@ -554,6 +551,15 @@ def test_order_of_programs_does_not_matter(name, monkeypatch):
         set_grid_idx(int(orders["current"][x]), y, z)
 
     monkeypatch.setattr(interpreter_builder, "set_grid_idx", shuffled)
+    return orders
+
+
+@pytest.mark.skipif(not primitives.INTERPRETED, reason="a GPU chooses the order itself")
+def test_order_of_programs_does_not_matter(name, monkeypatch):
+    """A program that reads another's result, or adds to it, gives another result when the order changes."""
+    tensors = tensors_of(inputs_of(name, drifted_pairs, 150, 40), torch.float32)
+    expected = run(name, tensors, backend="triton")
+    orders = shuffle_programs(monkeypatch)
     actual = run(name, tensors, backend="triton")
     assert any(list(order) != sorted(order) for order in orders.values())
     for one, other in zip(expected, actual):
