@@ -8,16 +8,18 @@ in fp32 (fp64 stays fp64) and returns fp32 (fp64) scalars.
 
 from dive_fast.kernels import naive
 from dive_fast.kernels.layers import add_layer_norm, biased_activation, split_qkv
-from dive_fast.kernels.losses import contrastive_loss, difference_loss, dive_loss
-from dive_fast.kernels.naive import DifferenceLoss, DiveLoss
+from dive_fast.kernels.losses import contrastive_loss, difference_loss, distillation_loss, dive_loss
+from dive_fast.kernels.naive import DifferenceLoss, DistillationLoss, DiveLoss
 
 __all__ = [
     "DifferenceLoss",
+    "DistillationLoss",
     "DiveLoss",
     "add_layer_norm",
     "biased_activation",
     "contrastive_loss",
     "difference_loss",
+    "distillation_loss",
     "dive_loss",
     "naive",
     "split_qkv",

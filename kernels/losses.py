@@ -8,7 +8,7 @@ from torch import Tensor
 from dive_fast.kernels import backend as backends
 from dive_fast.kernels import checks, direct, naive, process_group
 from dive_fast.kernels.backend import Backend
-from dive_fast.kernels.naive import DifferenceLoss, DiveLoss
+from dive_fast.kernels.naive import DifferenceLoss, DistillationLoss, DiveLoss
 
 if backends.primitives is not None:
     # The import registers the custom ops, which must happen before anything is traced.
@@ -166,3 +166,37 @@ def dive_loss(
     width = reference_image_features.shape[1]
     *parts, contrastive_part = results[width:].unbind()
     return DiveLoss(loss, contrastive_part, results[:width], *parts)
+
+
+def distillation_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    image_teacher: Tensor,
+    text_teacher: Tensor,
+    teacher_scale: Tensor,
+    *,
+    feature_weight: float = 0.0,
+    relational_weight: float = 0.0,
+    interactive_weight: float = 0.0,
+    cross_weight: float = 0.0,
+    group: dist.ProcessGroup | None = None,
+    backend: Backend = "auto",
+) -> DistillationLoss:
+    """Distillation of features and of contrastive logits from a teacher of the same batch.
+
+    Arguments, result and errors are those of :func:`dive_fast.kernels.naive.distillation_loss`.
+    """
+    return naive.distillation_loss(
+        image_features,
+        text_features,
+        logit_scale,
+        image_teacher,
+        text_teacher,
+        teacher_scale,
+        feature_weight=feature_weight,
+        relational_weight=relational_weight,
+        interactive_weight=interactive_weight,
+        cross_weight=cross_weight,
+        group=group,
+    )

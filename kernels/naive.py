@@ -52,6 +52,17 @@ class DiveLoss(NamedTuple):
     text_norm: Tensor
 
 
+class DistillationLoss(NamedTuple):
+    """Result of :func:`distillation_loss`; only ``loss``, ``()``, carries gradient. Terms of weight 0 are 0."""
+
+    loss: Tensor
+    feature_loss: Tensor
+    relational_loss: Tensor
+    interactive_loss: Tensor
+    cross_loss: Tensor
+    teacher_entropy: Tensor
+
+
 def unit(features: Tensor) -> Tensor:
     """Rows normalized to unit length in fp32 (fp64 for fp64 features): ``x / max(|x|, 1e-12)``.
 
@@ -178,6 +189,92 @@ def dive_loss(
         group=group,
     )
     return DiveLoss(contrastive + weight * difference.loss, contrastive.detach(), *difference[1:])
+
+
+def distillation_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    image_teacher: Tensor,
+    text_teacher: Tensor,
+    teacher_scale: Tensor,
+    *,
+    feature_weight: float = 0.0,
+    relational_weight: float = 0.0,
+    interactive_weight: float = 0.0,
+    cross_weight: float = 0.0,
+    group: dist.ProcessGroup | None = None,
+) -> DistillationLoss:
+    """Distillation of features and of contrastive logits from a teacher of the same batch.
+
+    ::
+
+        f, g unit rows of images and texts, f~, g~ the teacher's;  s, s~ the scales
+        l = s f g^T,  l~ = s~ f~ g~^T,  a = s f g~^T,  b = s g f~^T          (B, B) each;  p(x) softmax of rows
+        feature     = mean over B D of (f - f~)^2  +  the same of g
+        relational  = 1/2 [ KL(p(l~) || p(l)) + KL(p(l~^T) || p(l^T)) ]      KL: sum over a row, mean over rows
+        interactive = 1/2 [ CE(a, diagonal) + CE(b, diagonal) ]
+        cross       = 1/2 [ KL(p(l~) || p(a)) + KL(p(l~^T) || p(b)) ]
+        entropy     = 1/2 [ H(p(l~)) + H(p(l~^T)) ]                          mean over rows, without gradient
+
+    These are FD, CRD, ICL and CKD of TRACER (arXiv 2605.29380), as its code has them. The cross-entropies of
+    CaRot (arXiv 2311.01723), sum over both directions, are ``2 (relational + entropy)``.
+
+    Args:
+        image_features, text_features: ``(B, D)``, un-normalized features of the model being tuned.
+        logit_scale: ``()`` or ``(1,)``, the scale ``1 / tau`` itself, with gradient.
+        image_teacher, text_teacher: ``(B, D)``, unit rows of the teacher for the same pairs.
+        teacher_scale: ``()`` or ``(1,)``, the teacher's scale.
+        group: ranks whose pairs form one batch (equal ``B`` on each); None: this rank alone.
+
+    Returns:
+        Global values: the weighted sum, the unweighted terms, and the teacher's entropy, which is computed with
+        the relational term. A term of weight 0 is not computed.
+
+    Raises:
+        ValueError: features or teachers are not non-empty matrices of one shape, or a scale is not one number.
+    """
+    check_pairs(
+        image_features=image_features,
+        text_features=text_features,
+        image_teacher=image_teacher,
+        text_teacher=text_teacher,
+    )
+    check_scale(logit_scale, image_features)
+    check_scale(teacher_scale, image_features)
+    f, g = (gather_rows(unit(rows), group) for rows in (image_features, text_features))
+    ft, gt = (gather_rows(rows.to(f.dtype).detach(), group) for rows in (image_teacher, text_teacher))
+    s, st = logit_scale.to(f.dtype).reshape(()), teacher_scale.to(f.dtype).detach().reshape(())
+    zero = f.new_zeros(())
+    feature = relational = interactive = cross = entropy = zero
+    if feature_weight:
+        feature = (f - ft).square().mean() + (g - gt).square().mean()
+    if relational_weight or cross_weight:
+        teacher_logits = st * product(ft, gt)
+        rows, columns = (F.log_softmax(logits, 1) for logits in (teacher_logits, teacher_logits.T))
+    if relational_weight:
+        logits = s * product(f, g)
+        relational = (_kl(rows, F.log_softmax(logits, 1)) + _kl(columns, F.log_softmax(logits.T, 1))) / 2
+        entropy = -((rows.exp() * rows).sum() + (columns.exp() * columns).sum()) / (2 * len(rows))
+    if interactive_weight or cross_weight:
+        a, b = s * product(f, gt), s * product(g, ft)
+    if interactive_weight:
+        labels = torch.arange(len(f), device=f.device)
+        interactive = (F.cross_entropy(a, labels) + F.cross_entropy(b, labels)) / 2
+    if cross_weight:
+        cross = (_kl(rows, F.log_softmax(a, 1)) + _kl(columns, F.log_softmax(b, 1))) / 2
+    loss = (
+        feature_weight * feature
+        + relational_weight * relational
+        + interactive_weight * interactive
+        + cross_weight * cross
+    )
+    return DistillationLoss(loss, *(term.detach() for term in (feature, relational, interactive, cross, entropy)))
+
+
+def _kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """Mean over rows of KL(teacher || student), from logarithms of probabilities."""
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -39,16 +39,22 @@ class TargetBatch:
     """``(B,)`` int64: indices of the samples in their data set."""
     keys: tuple[str, ...]
     """Names of the samples in their data set, for messages."""
+    second_text: Text | None = None
+    """The second prompts, for methods that need them."""
 
     def to(self, device: torch.device) -> "TargetBatch":
         """The batch on another device."""
         images, labels, sample = (_copy(tensor, device) for tensor in (self.images, self.labels, self.sample))
-        return replace(self, images=images, text=self.text.to(device), labels=labels, sample=sample)
+        second = None if self.second_text is None else self.second_text.to(device)
+        return replace(
+            self, images=images, text=self.text.to(device), labels=labels, sample=sample, second_text=second
+        )
 
     def pin_memory(self) -> "TargetBatch":
         """The batch in page-locked memory."""
         images, labels, sample = (tensor.pin_memory() for tensor in (self.images, self.labels, self.sample))
-        return replace(self, images=images, text=self.text.pin(), labels=labels, sample=sample)
+        second = None if self.second_text is None else self.second_text.pin()
+        return replace(self, images=images, text=self.text.pin(), labels=labels, sample=sample, second_text=second)
 
 
 @dataclass(frozen=True)

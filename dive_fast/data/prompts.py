@@ -257,11 +257,15 @@ def warn_once(message: str) -> None:
 def pack(tokens: Tensor, pooled_at: PooledAt) -> Text:
     """Packs token rows, ``(B, context)``, into the distinct texts of a batch."""
     distinct, index = torch.unique(tokens.long(), dim=0, return_inverse=True)
-    length = distinct.shape[1]
-    if pooled_at is not None:
-        ends = distinct if pooled_at == "argmax" else (distinct == pooled_at).int()
-        length = int(ends.argmax(1).max()) + 1
-    return Text(distinct, index, length)
+    return Text(distinct, index, text_length(distinct, pooled_at))
+
+
+def text_length(tokens: Tensor, pooled_at: PooledAt) -> int:
+    """Tokens up to the end-of-text token of the longest row of ``(N, context)``, inclusive."""
+    if pooled_at is None:
+        return tokens.shape[1]
+    ends = tokens if pooled_at == "argmax" else (tokens == pooled_at).int()
+    return int(ends.argmax(1).max()) + 1
 
 
 LONG_WORD = 64

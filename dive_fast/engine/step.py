@@ -35,7 +35,7 @@ from dive_fast.engine.feature_consistency import FeatureConsistency, check_confi
 from dive_fast.engine.flat_groups import register_projections
 from dive_fast.engine.optimizer import learning_rate_schedule, make_optimizer
 from dive_fast.engine.profiler import span
-from dive_fast.engine.target_teacher import TargetTeacher
+from dive_fast.engine.target_teacher import TargetTeacher, split_prompts
 from dive_fast.engine.update import DeepSpeedUpdate, DeviceUpdate, LossScale
 from dive_fast.errors import ConfigError
 from dive_fast.methods.method import ImageInfo, Loss, Method, Part, join_metrics, overrides
@@ -107,7 +107,7 @@ class Engine:
         check_config(config, consistency)
         self.features_are_random = consistency.is_random
         """Whether features of one batch by the same weights differ from call to call."""
-        self.method = method.to(ranks.device)
+        self.method, self.steps_done = method.to(ranks.device), 0
         _freeze_untuned(self.towers, method)
         section = deepspeed_section(config, ranks.world_size)
         self.remark = "fast blocks: none (train.fast_blocks = false)"
@@ -170,6 +170,7 @@ class Engine:
         # e.g. of the text tower where a reference loss uses the images alone.
         if (partition := getattr(self.deepspeed.optimizer, "grad_partitions_flat_buffer", None)) is not None:
             partition.zero_()
+        self.method.begin_step(self.steps_done)
         metrics: dict[str, Tensor] = {}
         total = torch.zeros((), device=self.ranks.device)
         for half in self._halves(batches):
@@ -186,6 +187,7 @@ class Engine:
         if self.teacher is not None:
             with span("target teacher"):
                 self.teacher.move(self.towers, self._update.skipped)
+        self.steps_done += 1
         return norm
 
     @property
@@ -194,7 +196,8 @@ class Engine:
         return float(self.deepspeed.get_lr()[0])
 
     def set_step(self, step: int) -> None:
-        """Sets the learning rate to that of a run after ``step`` steps."""
+        """Sets the engine to a run after ``step`` steps; weights and the optimizer's state are set elsewhere."""
+        self.steps_done = step
         schedule = self.deepspeed.lr_scheduler
         rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
         schedule.last_epoch, schedule._last_lr = step, rates
@@ -205,6 +208,9 @@ class Engine:
         method, group, needs = self.method, self.ranks.group, self.method.needs
         target, reference, teacher = batches.take()
         target_text = target.text if needs.target_texts else None
+        if needs.second_prompts:
+            assert target.second_text is not None, "this method needs second prompts"
+            target_text = _join_texts(target_text, target.second_text)
         reference_text = None if reference is None or not needs.reference_texts else reference.text
         labels = target.labels
         target_teacher = None
@@ -213,14 +219,15 @@ class Engine:
                 target_teacher = self.teacher(target.images, target_text, self.micro_batch_size)
 
         def target_loss(outputs: Outputs) -> Loss:
-            return method.target(outputs, labels, group, target_teacher)
+            return method.target(_split_prompts(outputs), labels, group, target_teacher)
 
         def reference_loss(outputs: Outputs) -> Loss:
             return method.reference(outputs, teacher, group)
 
         def joint_loss(outputs: Outputs) -> Loss:
-            first, second = _split_halves(outputs, sizes, [target_text is not None, reference_text is not None])
-            return method.joint(first, labels, second, teacher, group, target_teacher)
+            texts = [0 if text is None else len(text.index) for text in (target_text, reference_text)]
+            first, second = _split_halves(outputs, sizes, texts)
+            return method.joint(_split_prompts(first), labels, second, teacher, group, target_teacher)
 
         target_part, reference_part = method.target_loss, method.reference_loss
         images = self._change_images(target.images, target_text, target_part, labels, None)
@@ -255,7 +262,9 @@ class Engine:
         if not overrides(part, "change_images"):
             return images
         with torch.no_grad():
-            texts = None if text is None else self.towers.encode_text(text.tokens, text.length)[text.index]
+            # Without the second prompts, which follow the prompts.
+            index = None if text is None else text.index[: len(images)]
+            texts = None if text is None else self.towers.encode_text(text.tokens, text.length)[index]
         size = self.micro_batch_size or len(images)
         changed = []
         for start in range(0, len(images), size):
@@ -384,10 +393,17 @@ def _expand_texts(features: Features, text: Text | None) -> Outputs:
     return Outputs(features.image, rows, features.logit_scale, features.logits)
 
 
-def _split_halves(joint: Outputs, sizes: list[int], has_texts: list[bool]) -> tuple[Outputs, Outputs]:
+def _split_prompts(outputs: Outputs) -> Outputs:
+    """Outputs of the target half with its text rows split into those of prompts and of second prompts."""
+    if outputs.text is None:
+        return outputs
+    text, second = split_prompts(outputs.text, len(outputs.image))
+    return outputs._replace(text=text, second_text=second)
+
+
+def _split_halves(joint: Outputs, sizes: list[int], num_texts: list[int]) -> tuple[Outputs, Outputs]:
     """Splits outputs of a joint forward into those of the target and the reference half."""
     images, logits = joint.image.split(sizes), _split_rows(joint.logits, sizes)
-    num_texts = [size * has for size, has in zip(sizes, has_texts, strict=True)]
     texts = _split_rows(joint.text, num_texts)
     first, second = (
         Outputs(image, text if count else None, joint.logit_scale, logit)

@@ -8,9 +8,15 @@ import torch
 from torch import Tensor
 
 from dive_fast.data.batch import Text
+from dive_fast.data.prompts import text_length
 from dive_fast.kernels.naive import unit
 from dive_fast.methods.method import TargetLoss, TeacherOutputs
 from dive_fast.model.towers import Towers
+
+
+def split_prompts(rows: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
+    """Splits text rows into those of the prompts, ``(count, D)``, and those of the second prompts, if any."""
+    return (rows, None) if len(rows) == count else (rows[:count], rows[count:])
 
 
 class TargetTeacher:
@@ -28,26 +34,32 @@ class TargetTeacher:
             loss: the target loss, which defines whether and how fast the teacher moves.
         """
         head, towers.head = towers.head, None
-        self._towers = copy.deepcopy(towers).eval().requires_grad_(False)
+        # What the student does not tune stays equal, so that both share it.
+        shared: dict[int, Any] = {id(p): p for p in towers.parameters() if not p.requires_grad}
+        self._towers = copy.deepcopy(towers, shared).eval().requires_grad_(False)
         towers.head = head
         self._loss, self.moves = loss, loss.teacher == "moving"
 
     @torch.no_grad()
     def __call__(self, images: Tensor, text: Text | None, micro_batch_size: int | None) -> TeacherOutputs:
-        """Embeds the target batch.
+        """Embeds the target batch, and the texts that the target loss draws itself.
 
         Args:
             images: ``(B, 3, H, W)``.
-            text: distinct texts and their pairs; None skips the text tower.
+            text: distinct texts and those of each pair, all prompts before all second prompts; None: no texts.
             micro_batch_size: number of images or texts embedded at once; None: all.
         """
-        size = micro_batch_size or len(images)
+        size, count = micro_batch_size or len(images), len(images)
         image = torch.cat([unit(self._towers.encode_image(piece)) for piece in images.split(size)])
-        rows = None
+        rows = second = own = None
         if text is not None:
             encoded = [self._towers.encode_text(piece, text.length) for piece in text.tokens.split(size)]
-            rows = unit(torch.cat(encoded))[text.index]
-        return TeacherOutputs(image, rows, self._towers.scale().detach())
+            rows, second = split_prompts(unit(torch.cat(encoded))[text.index], count)
+        if (tokens := self._loss.teacher_tokens()) is not None:
+            length = text_length(tokens, self._towers.pooled_at)
+            tokens = tokens.to(images.device, non_blocking=True)
+            own = unit(torch.cat([self._towers.encode_text(piece, length) for piece in tokens.split(size)]))
+        return TeacherOutputs(image, rows, self._towers.scale().detach(), second, own)
 
     @torch.no_grad()
     def move(self, student: Towers, skipped: Tensor) -> None:
@@ -59,7 +71,9 @@ class TargetTeacher:
         if not self.moves:
             return
         applied = 1.0 - skipped.float()
-        rate = self._loss.teacher_rate(applied) * applied
+        if (rate := self._loss.teacher_rate(applied)) is None:
+            return
+        rate = rate * applied
         tuned = {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
         moving = {name: p for name, p in self._towers.named_parameters() if name in tuned}
         teacher: Any = list(moving.values())  # torch's stubs have lists of scalars here

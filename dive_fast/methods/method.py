@@ -8,14 +8,18 @@ over ``group`` (see :mod:`dive_fast.kernels`).
 
 The engine calls the hooks at these places of a step; each does nothing unless a part defines it::
 
+    before a run:   start
     for each half:  change_images, change_weights( forward, loss, backward )     penalty: with the last half
+                    teacher_tokens: texts that the target half's teacher embeds beside the batch
     update:         projection.before_step, AdamW, projection.after_step
     after it:       teacher_rate: the target half's teacher moves; after step 1: check_first_step
+
+``step`` of a part is the number of steps before the present one, also after a resume.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,6 +29,10 @@ from dive_fast.config.section import NonNegativeFloat, Positive, Section
 from dive_fast.kernels.backend import Backend
 from dive_fast.methods.projection import Projection
 from dive_fast.model.features import Outputs, Pairs
+
+if TYPE_CHECKING:  # these import open_clip, which would take seconds before a mistake in a config is reported
+    from dive_fast.data.prompts import PooledAt, Template, Tokenizer
+    from dive_fast.model.towers import Towers
 
 Group = dist.ProcessGroup | None
 Forward = Callable[[Tensor], Outputs]
@@ -50,6 +58,27 @@ class Setting(NamedTuple):
     """Factor on the reference loss: ``objective.weight`` times ``objective.reference_every``."""
     reference_every: int = 1
     """k, where every k-th step has a reference batch."""
+    total_steps: int = 1
+    """T, steps of the complete run."""
+    steps_per_epoch: int = 1
+    """Steps of one pass over the target set."""
+    seed: int = 0
+    """``train.seed``."""
+
+
+class Start(NamedTuple):
+    """The pre-trained model and the target's classes at the start of a run, for :meth:`Part.start`."""
+
+    embed_texts: Callable[[Sequence[str]], Tensor]
+    """Texts -> ``(N, D)`` unit rows of the pre-trained model, on its device."""
+    tokenizer: "Tokenizer"
+    vocabulary: int
+    """Number of different tokens."""
+    pooled_at: "PooledAt"
+    """The token at which the text tower reads its feature; None: elsewhere."""
+    class_names: tuple[str, ...]
+    """In label order; empty where the target has prompts and no classes."""
+    templates: "tuple[Template, ...]"
 
 
 class ImageInfo(NamedTuple):
@@ -70,6 +99,10 @@ class TeacherOutputs(NamedTuple):
     """``(B, D)`` unit rows; None where the part uses no texts."""
     logit_scale: Tensor
     """``(1,)``"""
+    second_text: Tensor | None = None
+    """``(B, D)`` unit rows of the second prompts; None without them."""
+    part_text: Tensor | None = None
+    """``(M, D)`` unit rows of :meth:`TargetLoss.teacher_tokens`; None without them."""
 
 
 class FirstStep(NamedTuple):
@@ -94,10 +127,14 @@ class Needs(NamedTuple):
     """The text tower runs on the target half."""
     reference_texts: bool
     """The text tower runs on the reference half."""
+    second_prompts: bool
+    """A second prompt for each image of the target half."""
     target_teacher: Literal["none", "frozen", "moving"]
     """A copy of both towers that embeds the target batch."""
     sequential: bool
     """Separate forwards of both halves, since a part changes weights for its half alone."""
+    run_length: bool
+    """The steps of the complete run, which a resumed run cannot change."""
 
     @property
     def texts(self) -> bool:
@@ -139,8 +176,12 @@ class Part(nn.Module):
     needs_texts: ClassVar[bool] = True
     norms: ClassVar[Mapping[str, str]] = {}
     """Logged lengths of difference vectors and their symbols; reports compare them with the rounding of step 1."""
+    needs_run_length: ClassVar[bool] = False
+    """Whether the loss or the teacher depends on the steps of the complete run or of an epoch."""
     backend: Backend = "auto"
     """Backend of the loss kernels."""
+    step: int = 0
+    """Number of steps before the present one; set by the engine."""
 
     class Options(Section):
         """No options."""
@@ -148,6 +189,13 @@ class Part(nn.Module):
     def __init__(self, options: Section, setting: Setting) -> None:
         """Builds the part from its validated options."""
         super().__init__()
+
+    def start(self, start: Start) -> None:
+        """Prepares what depends on the pre-trained model or the classes; called before each run, resumed or new.
+
+        Raises:
+            ConfigError: the model or the target lacks something that the part needs.
+        """
 
     def change_images(self, images: Tensor, outputs: Forward, info: ImageInfo) -> Tensor:
         """Returns images that replace those of the half before the forward, e.g. adversarial ones.
@@ -167,11 +215,11 @@ class Part(nn.Module):
         """
         return nullcontext()
 
-    def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor | None:
+    def penalty(self, towers: "Towers") -> Tensor | None:
         """A loss, ``()``, on parameters alone, added once a step; None: no penalty.
 
-        Args:
-            parameters: all parameters of the towers by name.
+        Raises:
+            ConfigError: the towers lack a parameter that the penalty is of.
         """
         return None
 
@@ -212,6 +260,24 @@ class TargetLoss(Part):
     """A linear head over the classes; its options are those of ``Options`` if it extends :class:`HeadOptions`,
     otherwise their defaults."""
     teacher: ClassVar[Literal["none", "frozen", "moving"]] = "none"
+    needs_second_prompts: ClassVar[bool] = False
+
+    @classmethod
+    def second_prompt(cls, prompt: str, draw: float) -> str:
+        """The second prompt of an image, where ``needs_second_prompts``; data loading calls it.
+
+        Args:
+            prompt: the image's prompt at this step.
+            draw: a random number in [0, 1), a function of seed, sample and epoch.
+        """
+        raise NotImplementedError
+
+    def teacher_tokens(self) -> Tensor | None:
+        """Token rows, ``(M, context)`` int64 on the CPU, which the teacher embeds at this step; None: none.
+
+        They are the same on all ranks.
+        """
+        return None
 
     def loss(
         self, outputs: Outputs, labels: Tensor, group: Group = None, teacher: TeacherOutputs | None = None
@@ -224,8 +290,10 @@ class TargetLoss(Part):
         """
         raise NotImplementedError
 
-    def teacher_rate(self, applied: Tensor) -> Tensor:
+    def teacher_rate(self, applied: Tensor) -> Tensor | None:
         """Share w of the student, ``()``, in the moved teacher: ``teacher += w (student - teacher)``.
+
+        None: the teacher does not move after this step.
 
         Args:
             applied: ``()`` fp32, 0 where the update was skipped, otherwise 1. The engine multiplies w by it; a
@@ -330,13 +398,27 @@ class Method(nn.Module):
                 stack.enter_context(part.change_weights(towers))
             yield
 
-    def penalty(self, towers: nn.Module) -> Loss | None:
-        """The sum of the parts' penalties; None where no part has one, which costs no walk through the towers."""
-        penalized = [part for part in self.parts if overrides(part, "penalty")]
-        if not penalized:
-            return None
-        parameters = dict(towers.named_parameters())
-        terms = [term for part in penalized if (term := part.penalty(parameters)) is not None]
+    def begin_step(self, step: int) -> None:
+        """Sets ``step`` of the parts."""
+        for part in self.parts:
+            part.step = step
+
+    def start(self, start: Start) -> None:
+        """Prepares the parts for a run.
+
+        Raises:
+            ConfigError: as :meth:`Part.start`.
+        """
+        for part in self.parts:
+            part.start(start)
+
+    def penalty(self, towers: "Towers") -> Loss | None:
+        """The sum of the parts' penalties; None where no part has one.
+
+        Raises:
+            ConfigError: as :meth:`Part.penalty`.
+        """
+        terms = [term for part in self.parts if (term := part.penalty(towers)) is not None]
         if not terms:
             return None
         total = torch.stack(terms).sum()
@@ -381,9 +463,11 @@ def needs_of(target: type[TargetLoss], reference: type[ReferenceLoss] | None) ->
         head=target.needs_head,
         target_texts=target.needs_texts,
         reference_texts=reference is not None and reference.needs_texts,
+        second_prompts=target.needs_second_prompts,
         target_teacher=target.teacher,
         sequential=reference is not None
         and any(part.change_weights is not Part.change_weights for part in (target, reference)),
+        run_length=target.needs_run_length or (reference is not None and reference.needs_run_length),
     )
 
 

@@ -382,20 +382,27 @@ def needs(objective: ObjectiveConfig) -> Needs:
     return _choose(objective).needs
 
 
-def create(objective: ObjectiveConfig, width: int) -> Method:
+def create(
+    objective: ObjectiveConfig, width: int, *, total_steps: int = 1, steps_per_epoch: int = 1, seed: int = 0
+) -> Method:
     """The method that an ``objective`` section chooses, for embeddings of ``width`` elements.
+
+    Args:
+        total_steps: steps of the complete run.
+        steps_per_epoch: steps of one pass over the target set.
+        seed: ``train.seed``.
 
     Raises:
         ConfigError: an unknown name or option.
     """
     choice, every = _choose(objective), objective.reference_every
-    setting = Setting(width)
+    setting = Setting(width, total_steps=total_steps, steps_per_epoch=steps_per_epoch, seed=seed)
     reference = None
     if choice.reference is not None:
         weight = choice.reference.default_weight if objective.weight is None else objective.weight
         # A batch at every k-th step counts k times as much.
-        setting = Setting(width, every * weight, every)
-        reference = choice.reference(choice.reference_options, setting)
+        weighted = setting._replace(weight=every * weight, reference_every=every)
+        reference = choice.reference(choice.reference_options, weighted)
     return Method(choice.target(choice.target_options, setting), reference)
 
 

@@ -23,6 +23,8 @@ class Outputs(NamedTuple):
     """``(1,)``"""
     logits: Tensor | None = None
     """``(B, C)`` of the classification head; None without one."""
+    second_text: Tensor | None = None
+    """``(B, D)`` of the second prompts; None without them."""
 
     @property
     def pairs(self) -> Pairs:

@@ -172,6 +172,14 @@ class Towers(nn.Module):
         with torch.no_grad():
             return int(self.encode_text(self.logit_scale.new_zeros(1, context, dtype=torch.long)).shape[1])
 
+    def projections(self) -> tuple[Tensor, Tensor]:
+        """The last linear map of each tower, image and text: ``(w, D)`` each, views of the parameters.
+
+        Raises:
+            ConfigError: a tower does not end with a linear map.
+        """
+        return _last_map(self.visual, "image", self.config), _last_map(self.text, "text", self.config)
+
     def scale(self) -> Tensor:
         """The logit scale, ``(1,)``, bounded by ``logit_scale_max`` if that is set.
 
@@ -216,6 +224,22 @@ class Towers(nn.Module):
     def exported_name(self, name: str) -> str:
         """The name of a parameter in the original open_clip model."""
         return name if name in self._layout else name.removeprefix("text.")
+
+
+def _last_map(tower: Any, name: str, config: ModelConfig | None) -> Tensor:
+    """The last linear map of a tower, ``(w, D)``.
+
+    open_clip's transformers have it as ``proj`` or ``text_projection``; all others as their last linear layer.
+    """
+    candidates = [getattr(tower, attribute, None) for attribute in ("proj", "text_projection")]
+    candidates += [module for module in tower.modules() if isinstance(module, nn.Linear)][-1:]
+    for candidate in candidates:
+        if isinstance(candidate, nn.Parameter) and candidate.ndim == 2:
+            return candidate
+        if isinstance(candidate, nn.Linear):
+            return candidate.weight.T
+    model = "this model" if config is None else config.name
+    raise ConfigError(f"model.name: the {name} tower of {model} does not end with a linear map")
 
 
 class _BoundedExp(torch.autograd.Function):

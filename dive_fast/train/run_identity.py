@@ -135,6 +135,7 @@ def run_identity(
     templates: Sequence[Template],
     reference: Source | None,
     ranks: Ranks,
+    total_steps: int,
 ) -> Identity:
     """Everything that determines a run's result.
 
@@ -144,6 +145,7 @@ def run_identity(
         class_names: class names of the target set, in label order; empty where it has prompts and no classes.
         templates: templates of the prompts.
         reference: None for a method without a reference batch.
+        total_steps: steps of the complete run, compared where the method depends on them.
     """
     identity = config_identity(config)
     identity["objective"] = {key: value for key, value in identity["objective"].items() if value is not None}
@@ -162,6 +164,8 @@ def run_identity(
         half = identity["data"]["reference"]
         half["content"] = reference.digest()
         half["decoder"] = decoder(loader_options(config, config.data.reference, ranks))
+    if registry.needs(config.objective).run_length:
+        identity["total_steps"] = total_steps
     return identity | {"precision": numerics.state(), "versions": versions(), "ranks": ranks.world_size}
 
 

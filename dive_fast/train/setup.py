@@ -106,7 +106,13 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     total_steps = target_order.steps_per_epoch * config.train.epochs
     total_steps = min(total_steps, config.train.max_steps or total_steps)
 
-    method = registry.create(config.objective, towers.width)
+    method = registry.create(
+        config.objective,
+        towers.width,
+        total_steps=total_steps,
+        steps_per_epoch=target_order.steps_per_epoch,
+        seed=config.train.seed,
+    )
     # Before the teacher's cache is written, which can take hours.
     check_hooks(deepspeed_section(config, ranks.world_size), method, config.train.schedule)
     needs = method.needs
@@ -115,6 +121,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         *(complete, model_identity(towers), sources.target, class_names, templates),
         reference=sources.reference if needs.reference else None,
         ranks=ranks,
+        total_steps=total_steps,
     )
     require_equal(ranks, identity)
     checkpoint, record = start_or_resume(config.train, folder, identity, total_steps, ranks)

@@ -123,10 +123,10 @@ class Toy(Contrastive):
         self.updates += applied
         return RATE / self.updates.clamp(min=1)
 
-    def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor | None:
+    def penalty(self, towers: Towers) -> Tensor | None:
         if "penalty" not in self.enabled:
             return None
-        return PENALTY * torch.stack([p.square().sum() for p in parameters.values() if p.requires_grad]).sum()
+        return PENALTY * torch.stack([p.square().sum() for p in towers.parameters() if p.requires_grad]).sum()
 
     def change_images(self, images: Tensor, outputs: Any, info: ImageInfo) -> Tensor:
         if "images" not in self.enabled:
