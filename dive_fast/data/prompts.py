@@ -190,6 +190,11 @@ class PromptTable:
         # int32: ImageNet's 80,000 prompts of 77 tokens are 25 MB, in every worker.
         self._tokens = torch.cat([tokenizer(prompts[i : i + 1024]).int() for i in range(0, len(prompts), 1024)])
 
+    @property
+    def are_texts(self) -> bool:
+        """Whether prompts are texts of the samples, which have no classes."""
+        return self._titles is not None
+
     def draw(self, sample: Sample, index: int, seed: int, epoch: int) -> Tensor:
         """The tokens, ``(context,)``, of a random prompt of a sample: a pure function of (seed, sample, epoch)."""
         draw = float(stream(seed, Draw.PROMPT, index, epoch).random())

@@ -10,7 +10,7 @@ The engine calls the hooks at these places of a step; each does nothing unless a
 
     before a run:   start
     for each half:  change_images, change_weights( forward, loss, backward )     penalty: with the last half
-                    teacher_tokens: texts that the target half's teacher embeds beside the batch
+                    teacher_texts: texts that the target half's teacher embeds beside the batch
     update:         projection.before_step, AdamW, projection.after_step
     after it:       teacher_rate: the target half's teacher moves; after step 1: check_first_step
 
@@ -31,6 +31,7 @@ from dive_fast.methods.projection import Projection
 from dive_fast.model.features import Outputs, Pairs
 
 if TYPE_CHECKING:  # these import open_clip, which would take seconds before a mistake in a config is reported
+    from dive_fast.data.batch import Text
     from dive_fast.data.prompts import PooledAt, Template, Tokenizer
     from dive_fast.model.towers import Towers
 
@@ -102,7 +103,7 @@ class TeacherOutputs(NamedTuple):
     second_text: Tensor | None = None
     """``(B, D)`` unit rows of the second prompts; None without them."""
     part_text: Tensor | None = None
-    """``(M, D)`` unit rows of :meth:`TargetLoss.teacher_tokens`; None without them."""
+    """``(M, D)`` unit rows of :meth:`TargetLoss.teacher_texts`; None without them."""
 
 
 class FirstStep(NamedTuple):
@@ -272,11 +273,8 @@ class TargetLoss(Part):
         """
         raise NotImplementedError
 
-    def teacher_tokens(self) -> Tensor | None:
-        """Token rows, ``(M, context)`` int64 on the CPU, which the teacher embeds at this step; None: none.
-
-        They are the same on all ranks.
-        """
+    def teacher_texts(self) -> "Text | None":
+        """M texts on the CPU, the same on all ranks, which the teacher embeds at this step; None: none."""
         return None
 
     def loss(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from dive_fast.checkpoint.snapshot import RunRecord
 from dive_fast.config.schema import Config, TargetConfig, TrainConfig
@@ -23,9 +24,10 @@ from dive_fast.distributed import Ranks
 from dive_fast.engine import feature_consistency
 from dive_fast.engine.deepspeed_config import check_deepspeed, deepspeed_section
 from dive_fast.engine.step import Engine, StepBatches, check_hooks
+from dive_fast.evaluate.classifier import embed_texts
 from dive_fast.evaluate.datasets.resolve import Opened, open_sets, remarks_on_missing_classes
 from dive_fast.methods import registry
-from dive_fast.methods.method import Needs
+from dive_fast.methods.method import Method, Needs, Start, overrides
 from dive_fast.model.model_identity import model_identity
 from dive_fast.model.towers import Towers, check_text_length, create, tokenizer_of
 from dive_fast.planner.auto_schedule import resolve
@@ -144,6 +146,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
                 "train.precision = bf16 rounds away difference vectors of 1e-3: at |u| = 3e-3 the gradient of the "
                 "difference losses has cosine 0.45 to that of fp32, in fp16 0.97 (docs/precision.md); prefer fp16"
             )
+    _start_method(method, config, towers, () if target.prompts.are_texts else class_names, templates, ranks)
     engine = Engine(config, towers, method, ranks, total_steps)
     ranks.print(engine.remark)
     return Run(
@@ -203,6 +206,33 @@ def _target_samples(
     tokenizer = tokenizer_of(config.model, config.data.target.text_length)
     prompts = PromptTable(source, class_names, templates, tokenizer)
     return TargetSamples(source, prompts, towers.preprocess, towers.pooled_at, config.train.seed)
+
+
+def _start_method(
+    method: Method,
+    config: Config,
+    towers: Towers,
+    class_names: tuple[str, ...],
+    templates: tuple[Template, ...],
+    ranks: Ranks,
+) -> None:
+    """Calls the parts' ``start`` with the pre-trained towers, in evaluation mode and in the run's precision.
+
+    Args:
+        class_names: empty where the target set has prompts and no classes.
+
+    Raises:
+        ConfigError: the model or the target lacks something that a part needs.
+    """
+    if not any(overrides(part, "start") for part in method.parts):
+        return
+    towers.to(ranks.device).eval().set_precision(config.train.precision)
+    tokenizer = tokenizer_of(config.model)
+
+    def embed(texts: Sequence[str]) -> Tensor:
+        return embed_texts(towers, tokenizer, texts, ranks)
+
+    method.start(Start(embed, tokenizer, towers.vocabulary, towers.pooled_at, class_names, templates))
 
 
 def _order(config: Config, half: str, count: int, ranks: Ranks) -> Order:
