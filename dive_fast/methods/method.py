@@ -124,6 +124,8 @@ class Needs(NamedTuple):
     """Embeddings of the reference batch by the frozen model, from a cache or online."""
     head: bool
     """A linear classifier over the target's classes on top of the image tower."""
+    classes: bool
+    """Labels that are classes."""
     target_texts: bool
     """The text tower runs on the target half."""
     reference_texts: bool
@@ -261,15 +263,17 @@ class TargetLoss(Part):
     """A linear head over the classes; its options are those of ``Options`` if it extends :class:`HeadOptions`,
     otherwise their defaults."""
     teacher: ClassVar[Literal["none", "frozen", "moving"]] = "none"
+    needs_classes: ClassVar[bool] = False
+    """Whether labels are classes; a set of prompts without classes is refused. A head needs classes too."""
     needs_second_prompts: ClassVar[bool] = False
 
-    @classmethod
-    def second_prompt(cls, prompt: str, draw: float) -> str:
-        """The second prompt of an image, where ``needs_second_prompts``; data loading calls it.
+    def second_templates(self) -> "tuple[Template, ...]":
+        """Templates of second prompts, where ``needs_second_prompts``: sentences with ``{}`` for a prompt.
 
-        Args:
-            prompt: the image's prompt at this step.
-            draw: a random number in [0, 1), a function of seed, sample and epoch.
+        Each image's prompt, without its final full stop, is put into one of them, drawn again for every epoch.
+
+        Raises:
+            DataError: they cannot be read.
         """
         raise NotImplementedError
 
@@ -459,6 +463,7 @@ def needs_of(target: type[TargetLoss], reference: type[ReferenceLoss] | None) ->
         reference=reference is not None,
         reference_teacher=reference is not None and reference.needs_teacher,
         head=target.needs_head,
+        classes=target.needs_classes or target.needs_head,
         target_texts=target.needs_texts,
         reference_texts=reference is not None and reference.needs_texts,
         second_prompts=target.needs_second_prompts,

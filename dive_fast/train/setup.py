@@ -16,7 +16,7 @@ from dive_fast.data.classes import remarks, target_names
 from dive_fast.data.loaders.loader import loader_options, training_batches
 from dive_fast.data.open_dataset import open_reference, open_target
 from dive_fast.data.prefetch import Prefetcher
-from dive_fast.data.prompts import PromptTable, Template, read_templates
+from dive_fast.data.prompts import PromptTable, SecondPrompts, Template, read_templates
 from dive_fast.data.sampler import Order
 from dive_fast.data.samples import ReferenceSamples, TargetSamples
 from dive_fast.data.sources.source import Source
@@ -103,7 +103,6 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     towers = _build_towers(config, folder, sources.reference, ranks)
     class_names = _class_names(config.data.target, sources, ranks)
     templates = read_templates(config.data.target.templates, "data.target.templates")
-    target = _target_samples(config, sources.target, class_names, templates, towers)
     target_order = _order(config, "target", len(sources.target), ranks)
     total_steps = target_order.steps_per_epoch * config.train.epochs
     total_steps = min(total_steps, config.train.max_steps or total_steps)
@@ -115,6 +114,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         steps_per_epoch=target_order.steps_per_epoch,
         seed=config.train.seed,
     )
+    second_templates = method.target_loss.second_templates() if method.needs.second_prompts else ()
+    target = _target_samples(config, sources.target, class_names, templates, second_templates, towers)
     # Before the teacher's cache is written, which can take hours.
     check_hooks(deepspeed_section(config, ranks.world_size), method, config.train.schedule)
     needs = method.needs
@@ -124,6 +125,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         reference=sources.reference if needs.reference else None,
         ranks=ranks,
         total_steps=total_steps,
+        second_templates=second_templates,
     )
     require_equal(ranks, identity)
     checkpoint, record = start_or_resume(config.train, folder, identity, total_steps, ranks)
@@ -201,11 +203,19 @@ def _class_names(data: TargetConfig, sources: _Sources, ranks: Ranks) -> tuple[s
 
 
 def _target_samples(
-    config: Config, source: Source, class_names: Sequence[str], templates: Sequence[Template], towers: Towers
+    config: Config,
+    source: Source,
+    class_names: Sequence[str],
+    templates: Sequence[Template],
+    second_templates: Sequence[Template],
+    towers: Towers,
 ) -> TargetSamples:
-    tokenizer = tokenizer_of(config.model, config.data.target.text_length)
-    prompts = PromptTable(source, class_names, templates, tokenizer)
-    return TargetSamples(source, prompts, towers.preprocess, towers.pooled_at, config.train.seed)
+    tokenizer, seed = tokenizer_of(config.model, config.data.target.text_length), config.train.seed
+    prompts, second = PromptTable(source, class_names, templates, tokenizer), None
+    if second_templates:
+        second = SecondPrompts(prompts, second_templates, tokenizer)
+        second.warn_about_truncated(source, seed)
+    return TargetSamples(source, prompts, towers.preprocess, towers.pooled_at, seed, second)
 
 
 def _start_method(

@@ -24,7 +24,7 @@ PAPER: dict[str, dict[str, Any]] = {
     # 3e-5 is DiVE's; the baselines have 1e-5 there too (appendix C).
     **{f"{name}_flyp": WILDS | {"learning_rate": 1e-5, "batches": (256, None)} for name in ("iwildcam", "fmow")},
 }
-OTHERS = ("demo", "vitb16_lipsum")
+OTHERS = ("demo", "vitb16_car_ft", "vitb16_lipsum", "vitb16_starft")
 """Configs of methods or data that are not the paper's."""
 VECTORS = {"decay": 0.99, "average_weight": 1, "pairwise_weight": 1, "mean_gradient": True}
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -154,7 +154,6 @@ INVALID = [
     Invalid({"objective.name": NEED_REFERENCE, REFERENCE: ("none",)}, "needs a reference set"),
     Invalid({"objective.name": WITH_HEAD, "data.target.format": ("csv",)}, "csv has prompts and no classes"),
     Invalid({"objective.name": WITH_TEACHER, STAGE: (3,)}, "a teacher on the target half"),
-    Invalid({"objective.name": ("lipsum",), "model.name": ("siglip",)}, "lipsum needs a causal text tower"),
     Invalid({"data.target.loader": ("ffcv",), "data.target.format": RAW}, "reads prepared sets alone"),
     Invalid(
         {"data.reference.loader": ("ffcv",), "data.reference.format": RAW[1:], REFERENCE: ("given",)},
