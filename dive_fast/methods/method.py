@@ -271,6 +271,7 @@ class TargetLoss(Part):
         """Templates of second prompts, where ``needs_second_prompts``: sentences with ``{}`` for a prompt.
 
         Each image's prompt, without its final full stop, is put into one of them, drawn again for every epoch.
+        Without templates, batches have no second prompts.
 
         Raises:
             DataError: they cannot be read.
