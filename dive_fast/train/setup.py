@@ -115,6 +115,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     )
     # Before the teacher's cache is written, which can take hours.
     check_hooks(deepspeed_section(config, ranks.world_size), method, config.train.schedule)
+    method.penalty(towers)  # raises where a tower lacks the parameters of the penalty
     needs = method.needs
     complete = fill_in(config, folder, towers, ranks)
     identity = run_identity(
