@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dive_fast.errors import DataError
+from dive_fast.evaluate import calibration
 from dive_fast.evaluate.datasets.catalog import IMAGENET_OOD, KNOWN, SUITES, ZERO_SHOT_10
 from dive_fast.io.atomic_files import write_atomic
 from dive_fast.io.safe_read import parse_json, read_text
@@ -39,12 +40,15 @@ class Results:
         self.folder = folder
         self.rows = _read(folder / FILE)
 
-    def find(self, key: str, label: str, name: str, metric: str) -> Row | None:
+    def find(self, key: str, label: str, name: str, needed: Sequence[str]) -> Row | None:
         """The newest row with this key, renamed to this label and set; None if there is none.
 
-        Rows without the metric or the number of samples, from another version or edited by hand, are ignored.
+        Args:
+            needed: fields besides the number of samples. Rows that lack one of them, from another version or
+                edited by hand, are ignored.
         """
-        rows = (row for row in reversed(self.rows) if row.get("key") == key and metric in row and "samples" in row)
+        fields = {*needed, "samples"}
+        rows = (row for row in reversed(self.rows) if row.get("key") == key and fields <= row.keys())
         return next((row | {"label": label, "set": name} for row in rows), None)
 
     def latest(self, label: str, name: str) -> Row | None:
@@ -111,6 +115,12 @@ def _check_row(row: Row) -> None:
     for name in ("value", row["metric"], "top1", *METRICS, *recalls):
         if name in row and (type(row[name]) not in (int, float) or not 0 <= row[name] <= 1):
             raise ValueError(f"{name} is {row[name]!r}, not between 0 and 1")
+    for name, largest in calibration.METRICS.items():
+        if name in row and (type(row[name]) not in (int, float) or not 0 <= row[name] <= largest):
+            bounds = f"between 0 and {largest:g}" if largest < 10 else "a finite number of at least 0"
+            raise ValueError(f"{name} is {str(row[name])[:20]}, not {bounds}")
+    if "reliability" in row:
+        _check_bins(row["reliability"])
     if row.get(row["metric"], row["value"]) != row["value"]:
         raise ValueError(f"its value is {row['value']}, but its {row['metric']} is {row[row['metric']]}")
     for name in ("samples", "left_out"):
@@ -118,14 +128,29 @@ def _check_row(row: Row) -> None:
             raise ValueError(f"{name} is {row[name]!r}, not a count")
 
 
+def _check_bins(bins: Any) -> None:
+    fields = calibration.Bins._fields
+    if not isinstance(bins, dict) or set(bins) != set(fields):
+        raise ValueError(f"its reliability has other fields than {', '.join(sorted(fields))}")
+    for name, values in bins.items():
+        is_complete = isinstance(values, list) and len(values) == calibration.BINS
+        if name == "samples":
+            if not is_complete or not all(type(value) is int and 0 <= value < 2**53 for value in values):
+                raise ValueError(f"the samples of its reliability are not {calibration.BINS} counts")
+        elif not is_complete or not all(type(value) in (int, float) and 0 <= value <= 1 for value in values):
+            raise ValueError(f"the {name} of its reliability is not {calibration.BINS} values in [0, 1]")
+
+
 RECALLS = [(direction, k) for direction in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
 """Directions and cut-offs of retrieval."""
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """The rows as CSV; metrics are in [0, 1]."""
+    """The rows as CSV, without the identity and the bins of the reliability diagram."""
     names = [
-        name for name in dict.fromkeys([*REQUIRED, *(name for row in rows for name in row)]) if name != "identity"
+        name
+        for name in dict.fromkeys([*REQUIRED, *(name for row in rows for name in row)])
+        if name not in ("identity", "reliability")
     ]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n", extrasaction="ignore")

@@ -14,6 +14,7 @@ from dive_fast.config.schema import EvaluateConfig, ModelConfig
 from dive_fast.data.prompts import read_templates
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
+from dive_fast.evaluate import calibration
 from dive_fast.evaluate.classifier import cached_classifier
 from dive_fast.evaluate.datasets.catalog import IMAGENET_OOD, SUITES, ZERO_SHOT_10, find_dataset
 from dive_fast.evaluate.evaluator import Options, measure_all, open_all
@@ -216,6 +217,7 @@ def test_results_ignore_only_an_incomplete_last_line(tmp_path: Path, caplog: pyt
         Results(tmp_path)
 
 
+BINS: dict[str, Any] = {"samples": [1] * 10, "confidence": [0.5] * 10, "accuracy": [0.5] * 10}
 ROW = {"label": "a", "set": "s", "title": "S", "role": None, "metric": "top1", "value": 0.5, "top1": 0.5}
 
 
@@ -227,6 +229,14 @@ ROW = {"label": "a", "set": "s", "title": "S", "role": None, "metric": "top1", "
         ({"top1": "50 %"}, "top1 is '50 %', not between 0 and 1"),
         ({"image_to_text_r1": 0.5}, "a retrieval row needs"),
         ({"samples": "many"}, "samples is 'many', not a count"),
+        ({"ece": 1.5}, "ece is 1.5, not between 0 and 1"),
+        ({"brier": 2.5}, "brier is 2.5, not between 0 and 2"),
+        ({"nll": -1}, "nll is -1, not a finite number of at least 0"),
+        ({"nll": 10**400}, "nll is 10*, not a finite number of at least 0"),
+        ({"confidence": None}, "confidence is None, not between 0 and 1"),
+        ({"reliability": {"samples": [1]}}, "its reliability has other fields than accuracy, confidence, samples"),
+        ({"reliability": BINS | {"samples": [0.5] * 10}}, "the samples of its reliability are not 10 counts"),
+        ({"reliability": BINS | {"accuracy": [2] * 10}}, "the accuracy of its reliability is not 10 values in"),
         ({"label": 1}, "its label, set, title or metric is not text"),
     ],
 )
@@ -242,7 +252,23 @@ def test_results_find_needs_metric_and_samples(tmp_path: Path, missing: str) -> 
     incomplete = {name: row[name] for name in row if name != missing}
     for stored, is_found in ((row, True), (incomplete, False)):
         (tmp_path / "results.jsonl").write_text(json.dumps(stored) + "\n")
-        assert (Results(tmp_path).find("k", "a", "s", "top1") is not None) is is_found
+        assert (Results(tmp_path).find("k", "a", "s", ("top1",)) is not None) is is_found
+
+
+def test_row_without_calibration_is_measured_again(
+    model: ModelConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counted = Counted(model)
+    target = tiny.write_target(tmp_path / "set")
+    tree = {"seen": {key: target[key] for key in tiny.EVALUATION}}
+    (row,), _ = measured(counted, tree, tmp_path / "out")
+    for field in (*calibration.METRICS, "reliability"):
+        old = {name: value for name, value in row.items() if name != field}
+        (tmp_path / "out/results.jsonl").write_text(json.dumps(old) + "\n")
+        assert as_markdown(Results(tmp_path / "out").rows)  # old rows can still be read
+        (again,), images = measured(counted, tree, tmp_path / "out")
+        assert (images, again[field]) == (24, row[field])
+        assert f"(measured again: the stored row has no {field})" in capsys.readouterr().out
 
 
 def write_classifier(name: str, folder: Path, process: int) -> Any:
