@@ -51,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
         from dive_fast.evaluate import evaluator
         from dive_fast.evaluate.datasets.catalog import expand_suites
         from dive_fast.evaluate.early_checks import check_output
-        from dive_fast.evaluate.results import Results, as_markdown
+        from dive_fast.evaluate.results import Results
+        from dive_fast.evaluate.tables import as_markdown
         from dive_fast.model import head as heads
         from dive_fast.model import towers
 

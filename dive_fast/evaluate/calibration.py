@@ -58,8 +58,8 @@ def summarize_probabilities(logits: Tensor, labels: Tensor) -> Probabilities:
 def calibration(probabilities: Probabilities, right: Tensor) -> dict[str, float]:
     """All metrics of calibration.
 
-    ``confidence``, ``nll`` and ``brier`` are means over samples. ``ece`` is the calibration error over all samples;
-    ``ece_batched`` is that of batches of 512 in the order of the data set, as CaRot and TRACER publish it.
+    ``confidence``, ``nll`` and ``brier`` are means over the samples; ``ece`` is the calibration error over all of
+    them, and ``ece_batched`` that of batches of 512 in the order of the data set, as CaRot and TRACER publish it.
 
     Args:
         right: ``(N,)`` bool: whether the predicted class is the true one.

@@ -17,7 +17,8 @@ from dive_fast.evaluate.datasets.catalog import canonical_name, find_dataset
 from dive_fast.evaluate.datasets.evaluation_set import Captioned, Labelled
 from dive_fast.evaluate.datasets.resolve import Opened, metric_of, open_sets
 from dive_fast.evaluate.feature_identity import features_identity, prompts_digest
-from dive_fast.evaluate.results import Results, Row
+from dive_fast.evaluate.results import Results
+from dive_fast.evaluate.tables import Row
 from dive_fast.evaluate.zero_shot import measure
 from dive_fast.identity import Identity, differences, digest
 from dive_fast.model.head import Head

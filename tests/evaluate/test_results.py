@@ -18,7 +18,8 @@ from dive_fast.evaluate import calibration
 from dive_fast.evaluate.classifier import cached_classifier
 from dive_fast.evaluate.datasets.catalog import IMAGENET_OOD, SUITES, ZERO_SHOT_10, find_dataset
 from dive_fast.evaluate.evaluator import Options, measure_all, open_all
-from dive_fast.evaluate.results import Results, as_markdown
+from dive_fast.evaluate.results import Results
+from dive_fast.evaluate.tables import as_markdown
 from dive_fast.model.head import Head
 from dive_fast.model.towers import Towers, create, tokenizer_of
 
@@ -129,17 +130,38 @@ def test_tables_equal_the_papers_and_mark_partial_averages() -> None:
     text = as_markdown(rows)
     assert (
         "| Method | ImageNet (ID) | ImageNet-V2 | ImageNet-R | ImageNet-A | ImageNet-Sketch | ObjectNet "
-        "| OOD avg. |\n"
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
-        "| DiVE | 82.5 | 73.8 | 77.3 | 54.9 | 52.9 | 56.9 | 63.2 |\n"
-        "| half |  |  | 50.0 | 50.0 |  |  | 50.0 (2 of 5) |\n"
+        "| OOD-4 avg. | OOD-5 avg. |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        "| DiVE | 82.5 | 73.8 | 77.3 | 54.9 | 52.9 | 56.9 | 64.7 | 63.2 |\n"
+        "| half |  |  | 50.0 | 50.0 |  |  | 50.0 (2 of 4) | 50.0 (2 of 5) |\n"
+        "\nOOD-4 avg. of half is without ImageNet-V2, ImageNet-Sketch.\n"
+        "\nOOD-5 avg. of half is without ImageNet-V2, ImageNet-Sketch, ObjectNet.\n"
     ) in text
+    assert "DiVE is without" not in text
     assert (
         "| Method | Caltech | Flowers | Food | SUN | DTD | Aircraft | Cars | Pets | EuroSAT | UCF | ZS avg. |"
     ) in text
     assert "| DiVE | 88.4 | 66.0 | 84.3 | 64.7 | 47.0 | 22.1 | 55.5 | 88.4 | 51.4 | 68.9 | 63.7 |" in text
     assert "| Method | iWildCam ID | iWildCam OOD | FMoW ID | FMoW OOD | ZS avg. |" in text
     assert "| DiVE | 53.1 | 37.2 | 69.9 | 42.3 | 63.7 |" in text
+
+
+def test_tables_of_calibration_have_both_averages() -> None:
+    # TRACER's published errors in batches of 512.
+    errors = dict(zip(("imagenet1k", *IMAGENET_OOD), (0.045, 0.039, 0.041, 0.104, 0.078, 0.103), strict=True))
+    rows = [
+        row("TRACER", name, 0.5, top1=0.5, ece_batched=error, ece=error / 2, confidence=0.25, nll=1.5, brier=1.25)
+        for name, error in errors.items()
+    ]
+    rows += [row("TRACER", "pets", 0.5, top1=0.5), row("TRACER", "cars", 0.5, top1=0.5, ece=0.25)]
+    text = as_markdown(rows)
+    published = text[text.index("## ECE on ImageNet and its shifts, batches of 512") :]
+    assert "| TRACER | 0.045 | 0.039 | 0.041 | 0.104 | 0.078 | 0.103 | 0.066 | 0.073 |" in published
+    pooled = text[text.index("## ECE on ImageNet and its shifts, all samples") : text.index(published)]
+    assert "| 0.033 | 0.036 |" in pooled
+    assert "| TRACER | ImageNet | 50.0 | 25.0 | 0.022 | 0.045 | 1.500 | 1.250 |" in text
+    assert "| TRACER | Cars | 50.0 |  | 0.250 |  |  |  |" in text
+    assert "Pets" not in text[text.index("## Calibration") :]
 
 
 def test_table_separates_weights_under_one_label() -> None:
@@ -167,7 +189,7 @@ def test_table_shows_every_row() -> None:
     ]
     for order in (rows, rows[::-1]):
         text = as_markdown(order)
-        assert "| run |  |  | 10.0 |  |  |  | 10.0 (1 of 5) |" in text
+        assert "| run |  |  | 10.0 |  |  |  | 10.0 (1 of 4) | 10.0 (1 of 5) |" in text
         header, _, values = text[text.index("## Other sets") :].splitlines()[2:5]
         cells = dict(zip(header.split(" | "), values.split(" | "), strict=True))
         assert {name.strip("| "): cell.strip("| ") for name, cell in cells.items()} == {
