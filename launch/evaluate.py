@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 RESULTS = Path("runs/evaluate")
 """Default output folder with --model."""
+VARIANT = ("label", "weights_digest", "precision")
+"""Fields of a row that the sets of one figure share."""
 
 
 @cli.guarded
@@ -125,8 +127,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(as_markdown(rows), end="")
         if compared is not None:
             print(f"\n{published.comparison(compared, results.rows)}", end="")
-        this = {name: rows[0][name] for name in ("label", "weights_digest", "precision")}
-        (line,) = lines_of([row for row in results.rows if this.items() <= row.items()]).values()
+        variant = [rows[0].get(name) for name in VARIANT]
+        same = [row for row in results.rows if [row.get(name) for name in VARIANT] == variant]
+        (line,) = lines_of(same).values()
         figure = f"reliability_{re.sub(r'[^A-Za-z0-9._-]+', '_', evaluation.label)}.png"
         written = "results.jsonl, results.csv, results.md"
         if plots.reliability(list(line.values()), folder / figure, f"{evaluation.label}, {precision}"):

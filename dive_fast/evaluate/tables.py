@@ -67,7 +67,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
             _table(f"ECE on ImageNet and its shifts, {batches}", lines, imagenet, OOD_AVERAGES, field, _decimal)
             for field, batches in (
                 ("ece", "all samples"),
-                ("ece_batched", f"batches of {calibration.ECE_BATCH}, as CaRot and TRACER publish it"),
+                ("ece_batched", f"batches of {calibration.ECE_BATCH}, as published for CaRot"),
             )
         ),
     ]
