@@ -208,8 +208,7 @@ class Engine:
         method, group, needs = self.method, self.ranks.group, self.method.needs
         target, reference, teacher = batches.take()
         target_text = target.text if needs.target_texts else None
-        if needs.second_prompts:
-            assert target.second_text is not None, "this method needs second prompts"
+        if needs.second_prompts and target.second_text is not None:
             target_text = _join_texts(target_text, target.second_text)
         reference_text = None if reference is None or not needs.reference_texts else reference.text
         labels = target.labels

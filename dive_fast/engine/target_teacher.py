@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dive_fast.data.batch import Text
-from dive_fast.data.prompts import text_length
 from dive_fast.kernels import MovingAverage
 from dive_fast.kernels.naive import unit
 from dive_fast.methods.method import TargetLoss, TeacherOutputs
@@ -67,18 +66,16 @@ class TargetTeacher:
         image = torch.cat([unit(self.towers.encode_image(piece)) for piece in images.split(size)])
         rows = second = own = None
         if text is not None:
-            encoded = self._encode_texts(text.tokens, text.length, pieces)
-            rows, second = split_prompts(unit(encoded)[text.index], count)
-        if (tokens := self._loss.teacher_tokens()) is not None:
-            length = text_length(tokens, self.towers.pooled_at)
-            tokens = tokens.to(images.device, non_blocking=True)
-            own = unit(self._encode_texts(tokens, length, math.ceil(len(tokens) / size)))
+            rows, second = split_prompts(self._encode(text, pieces), count)
+        if (texts := self._loss.teacher_texts()) is not None:
+            own = self._encode(texts.to(images.device), math.ceil(len(texts.tokens) / size))
         return TeacherOutputs(image, rows, self.towers.scale().detach(), second, own)
 
-    def _encode_texts(self, tokens: Tensor, length: int, pieces: int) -> Tensor:
-        """Unnormalised features of texts, in at most ``pieces`` pieces."""
-        parts = tokens.tensor_split(pieces)
-        return torch.cat([self.towers.encode_text(part, length) for part in parts if len(part)])
+    def _encode(self, text: Text, pieces: int) -> Tensor:
+        """Unit rows of the texts of each pair; distinct texts are encoded in at most ``pieces`` pieces."""
+        parts = [tokens for tokens in text.tokens.tensor_split(pieces) if len(tokens)]
+        encoded = [self.towers.encode_text(tokens, text.length) for tokens in parts]
+        return unit(torch.cat(encoded))[text.index]
 
     @torch.no_grad()
     def move(self, skipped: Tensor) -> None:
