@@ -70,12 +70,7 @@ class Variant(NamedTuple):
 
 
 MODULES = (activation, column_sums, contrastive, difference, joint_step, layer_norm, moving_average, packed_qkv)
-KERNELS = {
-    name: kernel
-    for module in MODULES
-    for name, kernel in vars(module).items()
-    if name.endswith("_kernel")
-}
+KERNELS = {name: kernel for module in MODULES for name, kernel in vars(module).items() if name.endswith("_kernel")}
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
 TYPES |= {torch.int64: "*i64"}
 

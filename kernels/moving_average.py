@@ -4,12 +4,12 @@
 
     psi <- psi + w (theta - psi)        w = 0 changes no bit, whatever theta is
 
-psi and theta are read once and psi is written once, 12 bytes an element. The kernel finds the tensors in a table of
-addresses, with a row for each piece of at most :data:`_PIECE` elements; a program computes one piece. No program
-reads what another writes, so that results do not depend on their order.
+psi and theta are read once and psi is written once, 12 bytes an element. The kernel finds the tensors in a
+table of addresses, with a row for each piece of at most :data:`_PIECE` elements; a program computes one piece.
+No program reads what another writes, so that results do not depend on their order.
 
-The table is valid as long as no tensor moves: :class:`Table` compares addresses, which takes some 50 us for 300
-pairs of tensors, and is built again if one has changed, e.g. after ZeRO has moved parameters to another buffer.
+The table is valid as long as no tensor moves: the host compares addresses at each call, and builds the table
+again if one has changed, e.g. after ZeRO has moved parameters to another buffer.
 """
 
 from collections.abc import Sequence
@@ -78,7 +78,7 @@ class Table:
         """Copies the addresses to the device.
 
         Args:
-            averages, values: pairs of contiguous fp32 tensors of equal shape on one device, which the caller keeps.
+            averages, values: pairs of contiguous fp32 tensors of equal shape on one device; the caller keeps them.
         """
         self.addresses = addresses_of(averages, values)
         pairs = zip(self.addresses[: len(averages)], self.addresses[len(averages) :], strict=True)

@@ -45,7 +45,7 @@ NCCL_BYTES = 2**30
 """Estimated memory of one communicator's buffers, per GPU: the number of channels depends on the links."""
 
 ASSUMED_STEPS, ASSUMED_EPOCHS = 10_000, 10
-"""Steps and epochs of a planned run, whose data are not opened; schedules of methods depend on them, costs do not."""
+"""Steps and epochs of a planned run, whose data are not opened; costs of a step do not depend on them."""
 
 NUM_COMMUNICATORS = 2
 """The default process group and DeepSpeed's copy of it."""
@@ -241,7 +241,7 @@ class _TrackedEngine(Engine):
 
 
 class _SampledTowers:
-    """Wraps a teacher's towers for one step: one piece of each shape is executed, whose counts stand for the others."""
+    """Wraps a teacher's towers for one step: of each shape one piece is executed and counts for all."""
 
     def __init__(self, towers: Towers, tracker: Tracker) -> None:
         self._towers, self._tracker = towers, tracker

@@ -1,4 +1,4 @@
-"""Tests of the target half's teacher: what it copies, its pieces and their order, its move, and its exported weights."""
+"""Tests of the target half's teacher: what it copies, its pieces and their order, its move and its export."""
 
 import itertools
 from pathlib import Path
@@ -186,9 +186,7 @@ def test_teacher_encodes_trimmed_distinct_texts_in_the_students_pieces(folder: P
         assert [call[0] for call in by_both[: len(teacher)]] == ["teacher"] * len(teacher)
         student = [call[1:] for call in by_both[len(teacher) :]]
         assert sorted(teacher) == sorted(student[: len(teacher)])
-        images, texts = (
-            [call for call in teacher if call[0] == kind] for kind in ("image", "text")
-        )
+        images, texts = ([call for call in teacher if call[0] == kind] for kind in ("image", "text"))
         assert sum(shape[0] for _, shape, _ in images) == TARGET
         # Four distinct prompts of eight, the longest of which has seven tokens.
         assert sum(shape[0] for _, shape, _ in texts) == 4
