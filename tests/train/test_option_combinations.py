@@ -58,6 +58,7 @@ VALUES: dict[str, tuple[Value, ...]] = {
     "objective.reference_every": (1, 2),
     "objective.average_weight": (1.0, 0.0),
     "objective.pairwise_weight": (1.0, 0.0),
+    "objective.teacher_every": (1, 2),
     "teacher.path": (None, "shared"),
     "teacher.audit": (64, 0),
     "teacher.tolerance": (None, 1e-2),
@@ -94,6 +95,16 @@ CONSTANT = {
     "data.reference.batch_size",
     "objective.decay",
     "objective.distillation_weight",
+    "objective.feature_weight",
+    "objective.relational_weight",
+    "objective.interactive_weight",
+    "objective.cross_weight",
+    "objective.projection_weight",
+    "objective.orthogonality_weight",
+    "objective.kernel_beta",
+    "objective.decay_start",
+    "objective.decay_end",
+    "objective.decay_ramp",
     "objective.backgrounds",
     "objective.random_texts",
     "objective.random_tokens",
@@ -152,6 +163,7 @@ WITH_CLASSES = tuple(
     if TARGETS[preset.target].needs_head or TARGETS[preset.target].needs_classes
 )
 WITH_TEACHER = tuple(name for name, preset in PRESETS.items() if TARGETS[preset.target].teacher != "none")
+WITH_PENALTY = tuple(name for name, preset in PRESETS.items() if preset.target in ("tracer", "carot"))
 RAW = ("folder", "webdataset", "csv")
 NEVER: dict[str, tuple[Value, ...]] = {"evaluate.every_steps": (None,), "evaluate.every_epochs": (None,)}
 
@@ -159,6 +171,7 @@ INVALID = [
     Invalid({"objective.name": NEED_REFERENCE, REFERENCE: ("none",)}, "needs a reference set"),
     Invalid({"objective.name": WITH_CLASSES, "data.target.format": ("csv",)}, "csv has prompts and no classes"),
     Invalid({"objective.name": WITH_TEACHER, STAGE: (3,)}, "a teacher on the target half"),
+    Invalid({"objective.name": WITH_PENALTY, "model.name": ("siglip",)}, "does not end with a linear map"),
     Invalid({"objective.name": ("car_ft",), "data.target.templates": ("a photo of a {}",)}, "at least two"),
     Invalid({"data.target.loader": ("ffcv",), "data.target.format": RAW}, "reads prepared sets alone"),
     Invalid(
