@@ -163,7 +163,6 @@ WITH_CLASSES = tuple(
     if TARGETS[preset.target].needs_head or TARGETS[preset.target].needs_classes
 )
 WITH_TEACHER = tuple(name for name, preset in PRESETS.items() if TARGETS[preset.target].teacher != "none")
-WITH_PENALTY = tuple(name for name, preset in PRESETS.items() if preset.target in ("tracer", "carot"))
 RAW = ("folder", "webdataset", "csv")
 NEVER: dict[str, tuple[Value, ...]] = {"evaluate.every_steps": (None,), "evaluate.every_epochs": (None,)}
 
@@ -171,7 +170,6 @@ INVALID = [
     Invalid({"objective.name": NEED_REFERENCE, REFERENCE: ("none",)}, "needs a reference set"),
     Invalid({"objective.name": WITH_CLASSES, "data.target.format": ("csv",)}, "csv has prompts and no classes"),
     Invalid({"objective.name": WITH_TEACHER, STAGE: (3,)}, "a teacher on the target half"),
-    Invalid({"objective.name": WITH_PENALTY, "model.name": ("siglip",)}, "does not end with a linear map"),
     Invalid({"objective.name": ("car_ft",), "data.target.templates": ("a photo of a {}",)}, "at least two"),
     Invalid({"data.target.loader": ("ffcv",), "data.target.format": RAW}, "reads prepared sets alone"),
     Invalid(
