@@ -141,7 +141,7 @@ def teacher_inputs(stage: Stage) -> dict[str, tuple[int, ...]]:
     engine = stage.engine(0, method=method_of(name="tracer"))
     sizes: dict[str, tuple[int, ...]] = {}
     assert engine.teacher is not None
-    for name, towers in (("teacher", engine.teacher._towers), ("student", engine.towers)):
+    for name, towers in (("teacher", engine.teacher.towers), ("student", engine.towers)):
 
         def record(_: Any, inputs: Any, name: str = name) -> None:
             sizes[name] = tuple(inputs[0].shape)
