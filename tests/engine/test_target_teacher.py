@@ -231,7 +231,7 @@ def test_moving_teacher_is_exported_beside_the_model(folder: Path, tmp_path: Pat
 
 
 def test_methods_with_a_teacher_are_refused_with_zero_3_or_offload() -> None:
-    offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    offload, refused_names = {"stage": 2, "offload_optimizer": {"device": "cpu"}}, set()
     for name in registry.table().presets:
         config = ObjectiveConfig(name=name)
         if (needs := registry.needs(config)).target_teacher == "none":
@@ -243,3 +243,5 @@ def test_methods_with_a_teacher_are_refused_with_zero_3_or_offload() -> None:
             with pytest.raises(ConfigError, match=f"{option}.*a teacher.*use stage 0, 1 or 2") as refused:
                 check_hooks({"zero_optimization": zero}, method, "sequential")
             assert "\n" not in str(refused.value)
+        refused_names.add(name)
+    assert refused_names >= {"tracer", "tracer_fd", "tracer_dive", "carot", "lipsum", "starft"}
