@@ -40,6 +40,9 @@ class Classifier(NamedTuple):
     """``(C,)``"""
     members: Members | None = None
     """None: class i is label i."""
+    scale: float = 1.0
+    """Factor of the logits in the softmax: the model's logit scale for prompts, whose logits are cosines; 1 for a
+    head, whose rows contain its scale."""
 
     @property
     def num_labels(self) -> int:
