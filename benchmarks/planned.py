@@ -153,27 +153,24 @@ def against(results: Path) -> str:
     return "\n".join(lines)
 
 
-def methods() -> str:
-    """Markdown table of the planned step of each method on each model, in fp16, next to FLYP's."""
-    lines = [
-        "| model | method | FLOP | / FLYP | other, GB | memory, GiB | teacher, GiB | step, ms | / FLYP |",
-        "|---" * 9 + "|",
-    ]
+def print_methods() -> None:
+    """Prints a Markdown table of the planned step of each method on each model, in fp16, next to FLYP's."""
+    print("| model | method | FLOP | / FLYP | other, GB | memory, GiB | teacher, GiB | step, ms | / FLYP |")
+    print("|---" * 9 + "|")
     for model, config in MODELS.items():
         flyp: Plan | None = None
         for method in METHODS:
-            plan = plan_run(
-                load_run_config(config, [f"objective.name={method}", *SHORT], REPOSITORY / "launch/configs")
-            )
+            overrides = [f"objective.name={method}", *SHORT]
+            plan = plan_run(load_run_config(config, overrides, REPOSITORY / "launch/configs"))
             flyp = flyp or plan
             flop, seconds = plan.flop_per_step, plan.step_seconds(GPUS[GPU])
             memory, teacher = plan.peak_memory_bytes / 2**30, plan.parts.get("target_teacher", 0) / 2**30
-            lines.append(
+            print(
                 f"| {model} | `{method}` | {flop / 1e12:.1f} T | {flop / flyp.flop_per_step:.2f} "
                 f"| {plan.bytes_of() / 1e9:.0f} | {memory:.1f} | {teacher:.2f} "
-                f"| {1000 * seconds:.0f} | {seconds / flyp.step_seconds(GPUS[GPU]):.2f} |"
+                f"| {1000 * seconds:.0f} | {seconds / flyp.step_seconds(GPUS[GPU]):.2f} |",
+                flush=True,
             )
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -183,7 +180,7 @@ def main() -> None:
     parser.add_argument("--methods", action="store_true", help="print a table of all methods")
     options = parser.parse_args()
     if options.methods:
-        print(methods())
+        print_methods()
         return
     if options.against:
         print(against(options.against))

@@ -140,7 +140,7 @@ def teacher_inputs(stage: Stage) -> dict[str, tuple[int, ...]]:
     engine = stage.engine(0, method=method_of(name="tracer"))
     sizes: dict[str, tuple[int, ...]] = {}
     assert engine.teacher is not None
-    for name, towers in (("teacher", engine.teacher._towers), ("student", engine.towers)):
+    for name, towers in (("teacher", engine.teacher.towers), ("student", engine.towers)):
 
         def record(_: Any, inputs: Any, name: str = name) -> None:
             sizes[name] = tuple(inputs[0].shape)
@@ -280,7 +280,7 @@ def test_weights_zero_train_as_flyp_bit_for_bit(by_rank: list[dict[Any, Any]]) -
 
 
 def save_and_resume(folder: Path, path: Path) -> dict[str, Any]:
-    """States after two more steps, uninterrupted and resumed from a checkpoint between two moves of the teacher."""
+    """States after two more steps, uninterrupted and resumed from a checkpoint between two moves."""
     Part.backend = "torch"
     stage, results = Stage(folder), {}
     for name, options in RUNS.items():

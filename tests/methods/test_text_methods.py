@@ -130,7 +130,7 @@ class TextStage(Stage):
         pretrained = dict(self.pretrained.named_parameters())
         assert engine.teacher is not None
         with torch.no_grad():
-            for key, parameter in engine.teacher._towers.named_parameters():
+            for key, parameter in engine.teacher.towers.named_parameters():
                 if id(parameter) not in student:
                     parameter.copy_(pretrained[key])
         return engine
