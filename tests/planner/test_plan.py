@@ -32,7 +32,7 @@ from dive_fast.methods import registry
 from dive_fast.methods.run_config import load_run_config
 from dive_fast.model.features import Pairs
 from dive_fast.model.towers import create
-from dive_fast.planner.advice import advise
+from dive_fast.planner.advice import _free_changes, advise
 from dive_fast.planner.gpu_specs import GPUS
 from dive_fast.planner.memory_tracker import Tracker
 from dive_fast.planner.operations import MISSED_FLOP, Stage
@@ -409,6 +409,13 @@ def test_advise_returns_cheapest_change_that_fits(folder: Path, tmp_path: Path) 
     for _, advice in (recomputed, resnet):
         (override,) = advice.overrides
         assert override.startswith("train.micro_batch_size=")
+
+
+@pytest.mark.parametrize(("name", "stages"), [("flyp", "123"), ("tracer", "12"), ("lipsum", "12")])
+def test_zero_3_is_no_advice_for_methods_that_it_refuses(folder: Path, name: str, stages: str) -> None:
+    config = small_config(folder, **{"objective.name": name}, zero=0)
+    overrides = [override for override, _ in _free_changes(config, Plan(1, 4, {}, {"weights": 1}))]
+    assert overrides == [f"deepspeed.zero_optimization.stage={stage}" for stage in stages]
 
 
 def test_estimates_count_in_fits_and_are_listed() -> None:
