@@ -408,6 +408,8 @@ def test_keys_ignored_by_a_resume_exist() -> None:
     keys = [f"{section}.{key}" for section, held in tree.model_dump().items() for key in held]
     for section in ("target", "reference"):
         keys += [f"data.{section}.{key}" for key in tree.model_dump()["data"][section]]
+    options = [name for part in registry.table().targets.values() for name in part.Options.model_fields]
+    keys += [f"objective.{prefix}{name}" for name in options for prefix in ("", "target.")]
     own = ("deepspeed.", "versions.", "ranks", "data.*.decoder")
     patterns = (*run_identity.NO_RESULT, *run_identity.CONTINUES, *run_identity.ROUNDING)
     for pattern in patterns:
