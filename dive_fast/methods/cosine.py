@@ -37,7 +37,7 @@ class Cosine(ReferenceLoss):
         # One update stands for k steps.
         self.decay, self.mean_gradient = values["decay"] ** setting.reference_every, values["mean_gradient"]
         self.weight = setting.weight
-        self.register_buffer("average_cosine", torch.tensor(float(values["average_start"])))
+        self.register_buffer("average_cosine", torch.full((), float(values["average_start"])))
 
     def loss(self, outputs: Outputs, teacher: Pairs | None, group: Group = None) -> Loss:
         """The weighted losses; moves the average cosine."""

@@ -80,7 +80,8 @@ class Tracer(SelfDistillation):
             values[f] for f in ("kernel_beta", "kernel_clock", "teacher_every")
         )
         self._total_steps = setting.total_steps
-        self.register_buffer("kernel_sum", torch.tensor(self._kernel(0), dtype=torch.float64))
+        # Not torch.tensor: on the planner's fake tensors it keeps a real one, and plans after this one crashed.
+        self.register_buffer("kernel_sum", torch.full((), self._kernel(0), dtype=torch.float64))
 
     @property
     def distills(self) -> bool:

@@ -8,6 +8,7 @@ import open_clip
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from dive_fast.config.schema import ObjectiveConfig
 from dive_fast.config.section import KeyedError, Section
@@ -124,6 +125,16 @@ def test_preset_resolves_to_itself_with_all_options(name: str) -> None:
     equal = registry.choose(objective(name=None, **sections))
     assert equal._replace(preset=None) == choice._replace(preset=None)
     assert {key: values[key] for key in preset.fixed} == dict(preset.fixed)
+
+
+@pytest.mark.parametrize("name", sorted(registry.table().presets))
+def test_state_on_fake_tensors_keeps_no_real_tensor(name: str) -> None:
+    # With one, later plans of the same process crashed.
+    with FakeTensorMode():
+        state = registry.create(objective(name=name), WIDTH, total_steps=4).state()
+    for buffer in state.values():
+        assert isinstance(buffer, FakeTensor)
+        assert buffer.constant is None
 
 
 def test_preset_is_found_by_its_parts_and_fixed_options() -> None:
