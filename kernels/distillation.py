@@ -17,14 +17,15 @@ equal models would have unequal logits, and the KL terms would be the square of 
 
 **Differences come first.** Cosines are taken relative to the label's, c_ij = z_i.t_j - z_i.t_i, before s magnifies
 them, and all three log-sum-exps run through the same operations: that over j != i, then the label; log-sum-exp =
-highest logit + rest, stored apart. With both, in logits relative to the label's::
+highest logit + rest, stored apart. In logits relative to the label's::
 
-    KL(p~_i || p_i) = sum_j p~_ij d_ij + (highest_i - highest~_i) + (rest_i - rest~_i)
-    d_ij = l~_ij - l_ij = s~ (c~_ij - c_ij) + (s~ - s) c_ij
+    KL(p~_i || p_i) = sum_j p~_ij (l~_ij - l_ij) + (highest_i - highest~_i) + (rest_i - rest~_i)
 
-Every bracket is a difference of close numbers where the models are close: the error is a few roundings of 1, not of
-logits of 100, and equal models give 0. Where ``enable_fp_fusion`` may contract a product and a sum, both cosines
-are rounded already, so that their difference is exact.
+Every bracket is a difference of close numbers where the models are close, and equal rows give exactly 0. The
+logits of the sum are those of the log-sum-exps, with the same rounding: it changes the distributions that are
+compared, of which the divergence is the square, and adds nothing to it. So the error is a few roundings of 1, not of
+logits of 100. (A selection between logit and -inf keeps the compiler from contracting its product with a later
+subtraction, which would leave the rounding of one logit in the difference.)
 
 **Gradients.** With q of the columns, e the label's error 1 - p_ii, w the weights of the terms::
 
@@ -168,7 +169,7 @@ def shape_of(image: Tensor, terms: Terms, group: str) -> Shape:
 @lru_cache
 def geometry(shape: Shape, terms: Terms, is_alone: bool, settings: Settings) -> Geometry:
     """Launch parameters and sizes of the state; ``is_alone``: whether the group is this rank."""
-    tile, block = contrastive.logits_tile(shape), primitives.row_block(shape.width_padded)
+    tile, block = logits_tile(shape), primitives.row_block(shape.width_padded)
     row_tiles = primitives.divide_up(shape.rows, tile.ROWS) if terms.has_logits else 0
     num_splits = contrastive.num_splits(shape, tile, settings.processors, _SPLITS)
     is_split = num_splits > 1 and terms.has_logits
@@ -193,6 +194,12 @@ def geometry(shape: Shape, terms: Terms, is_alone: bool, settings: Settings) -> 
         state_sizes=primitives.aligned(sizes),
         acc=primitives.acc_dtype(shape.dtype),
     )
+
+
+def logits_tile(shape: Shape) -> Tile:
+    """Tile of the statistics and of the weights, which hold up to three products at a time."""
+    # With 64 columns the statistics of all terms spill registers.
+    return contrastive.logits_tile(shape)._replace(COLUMNS=32)
 
 
 # Unit rows and the feature term
@@ -323,24 +330,24 @@ def distillation_statistics_kernel(
         if TERMS.TEACHER:
             b_t_cosine = primitives.row_products(teacher, teachers + offset, D_padded, ROWS, COLUMNS, DEPTH, ACC)
             b_t_cosine -= b_t_label[:, None]
-            b_logit = tl.where(m_negative, b_t_cosine * ts, float("-inf"))
-            b_t_highest, b_t_mass, b_t_rescale = masses(b_t_highest, b_logit)
+            b_t_logit = tl.where(m_negative, b_t_cosine * ts, float("-inf"))
+            b_t_highest, b_t_mass, b_t_rescale = masses(b_t_highest, b_t_logit)
             b_t_total = b_t_total * b_t_rescale + tl.sum(b_t_mass, axis=1)
         if TERMS.RELATIONAL:
             b_t_mean = b_t_mean * b_t_rescale + tl.sum(b_t_mass * b_t_cosine, axis=1)
             b_t_student = b_t_student * b_t_rescale + tl.sum(b_t_mass * b_cosine, axis=1)
-            b_difference = (b_t_cosine - b_cosine) * ts + b_cosine * (ts - s)
+            b_difference = tl.where(m_negative, b_t_logit - b_logit, 0.0)
             b_t_kl = b_t_kl * b_t_rescale + tl.sum(b_t_mass * b_difference, axis=1)
         if TERMS.MIXED:
             b_m_cosine = primitives.row_products(student, teachers + offset, D_padded, ROWS, COLUMNS, DEPTH, ACC)
             b_m_cosine -= b_m_label[:, None]
-            b_logit = tl.where(m_negative, b_m_cosine * s, float("-inf"))
-            b_m_highest, b_mass, b_rescale = masses(b_m_highest, b_logit)
+            b_m_logit = tl.where(m_negative, b_m_cosine * s, float("-inf"))
+            b_m_highest, b_mass, b_rescale = masses(b_m_highest, b_m_logit)
             b_m_total = b_m_total * b_rescale + tl.sum(b_mass, axis=1)
             b_m_mean = b_m_mean * b_rescale + tl.sum(b_mass * b_m_cosine, axis=1)
         if TERMS.CROSS:
             b_t_mixed = b_t_mixed * b_t_rescale + tl.sum(b_t_mass * b_m_cosine, axis=1)
-            b_difference = (b_t_cosine - b_m_cosine) * ts + b_m_cosine * (ts - s)
+            b_difference = tl.where(m_negative, b_t_logit - b_m_logit, 0.0)
             b_t_cross = b_t_cross * b_t_rescale + tl.sum(b_t_mass * b_difference, axis=1)
 
     is_finisher = num_splits >= 1  # true, as a value of the kernel
@@ -540,6 +547,7 @@ def distillation_weights_kernel(
     o_column = column0 + tl.arange(0, COLUMNS)
     m_valid = (o_label < N)[:, None] & (o_column < N)[None, :]
     m_label = o_label[:, None] == o_column[None, :]
+    m_negative = m_valid & (o_label[:, None] != o_column[None, :])
     stride = D_padded.to(tl.int64)
     size = N_padded * stride
     student = packed + 2 * side * size + (first + chunk0 + row0) * stride
@@ -560,14 +568,14 @@ def distillation_weights_kernel(
 
     if TERMS.RELATIONAL:
         b_product = primitives.row_products(student, students, D_padded, ROWS, COLUMNS, DEPTH, ACC)
-        b_weight = _row_softmax(b_product, p_row, 0, N, o_label, s)
-        b_weight += _column_softmax(b_product, p_column, p_label_of_column, 0, N, o_column, s)
+        b_weight = _row_softmax(b_product, p_row, 0, N, o_label, m_negative, s)
+        b_weight += _column_softmax(b_product, p_column, p_label_of_column, 0, N, o_column, m_negative, s)
     if TERMS.TEACHER:
         b_product = primitives.row_products(teacher, teachers, D_padded, ROWS, COLUMNS, DEPTH, ACC)
-        b_teacher = _row_softmax(b_product, p_row, 4, N, o_label, ts)
+        b_teacher = _row_softmax(b_product, p_row, 4, N, o_label, m_negative, ts)
         b_t_error = _statistic(p_row, 6, N, o_label)
     if TERMS.RELATIONAL:
-        b_teacher_sum = b_teacher + _column_softmax(b_product, p_column, p_label_of_column, 4, N, o_column, ts)
+        b_teacher_sum = b_teacher + _column_softmax(b_product, p_column, p_label_of_column, 4, N, o_column, m_negative, ts)
         b_row_error = b_t_error - _statistic(p_row, 2, N, o_label)
         b_column_error = _statistic(p_column, 6, N, o_column) - _statistic(p_column, 2, N, o_column)
         b_error = b_row_error[:, None] + b_column_error[None, :]
@@ -577,7 +585,7 @@ def distillation_weights_kernel(
     if TERMS.MIXED:
         MIXED_WEIGHT: tl.constexpr = TERMS.INTERACTIVE_WEIGHT + TERMS.CROSS_WEIGHT
         b_product = primitives.row_products(student, teachers, D_padded, ROWS, COLUMNS, DEPTH, ACC)
-        b_weight = _row_softmax(b_product, p_row, 8, N, o_label, s) * MIXED_WEIGHT
+        b_weight = _row_softmax(b_product, p_row, 8, N, o_label, m_negative, s) * MIXED_WEIGHT
         b_error = _statistic(p_row, 10, N, o_label) * -MIXED_WEIGHT
         if TERMS.CROSS:
             b_weight -= b_teacher * TERMS.CROSS_WEIGHT
@@ -593,18 +601,18 @@ def _statistic(p_statistics, index: tl.constexpr, N, o_row):
 
 
 @triton.jit
-def _row_softmax(b_cosine, p_row, index: tl.constexpr, N, o_label, s):
-    """``p_ij = exp(l_ij - l_ii - highest_i - rest_i)``, the log-sum-exp subtracted part by part."""
+def _row_softmax(b_cosine, p_row, index: tl.constexpr, N, o_label, m_negative, s):
+    """``p_ij = exp(l_ij - l_ii - highest_i - rest_i)``, the log-sum-exp subtracted part by part; 0 at labels."""
     b_relative = b_cosine - _statistic(p_row, index + 3, N, o_label)[:, None]
-    b_logit = b_relative * s - _statistic(p_row, index, N, o_label)[:, None]
+    b_logit = tl.where(m_negative, b_relative * s, float("-inf")) - _statistic(p_row, index, N, o_label)[:, None]
     return tl.exp(b_logit - _statistic(p_row, index + 1, N, o_label)[:, None])
 
 
 @triton.jit
-def _column_softmax(b_cosine, p_column, p_label, index: tl.constexpr, N, o_column, s):
-    """``q_ij = exp(l_ij - l_jj - highest_j - rest_j)`` with the log-sum-exp of the columns."""
+def _column_softmax(b_cosine, p_column, p_label, index: tl.constexpr, N, o_column, m_negative, s):
+    """``q_ij = exp(l_ij - l_jj - highest_j - rest_j)`` with the log-sum-exp of the columns; 0 at labels."""
     b_relative = b_cosine - _statistic(p_label, index + 3, N, o_column)[None, :]
-    b_logit = b_relative * s - _statistic(p_column, index, N, o_column)[None, :]
+    b_logit = tl.where(m_negative, b_relative * s, float("-inf")) - _statistic(p_column, index, N, o_column)[None, :]
     return tl.exp(b_logit - _statistic(p_column, index + 1, N, o_column)[None, :])
 
 
@@ -816,7 +824,7 @@ def launch_backward(
             _sum(weights, packed, sums, rows, terms)
         primitives.launch(
             distillation_gradient_kernel,
-            2 * primitives.divide_up(rows, block.ROWS),
+            2 * primitives.divide_up(min(rows, shape.rows - start), block.ROWS),
             *(packed, sums, buffers.inverses, logit_scale, upstream, buffers.slope, gradients, start, rows),
             *(shape.rows, shape.first, shape.total_padded, shape.width, shape.width_padded),
             BLOCK=block,
