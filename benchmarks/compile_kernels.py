@@ -73,7 +73,16 @@ class Variant(NamedTuple):
 
 KERNELS = {
     name: kernel
-    for module in (activation, column_sums, contrastive, difference, distillation, joint_step, layer_norm, packed_qkv)
+    for module in (
+        activation,
+        column_sums,
+        contrastive,
+        difference,
+        distillation,
+        joint_step,
+        layer_norm,
+        packed_qkv,
+    )
     for name, kernel in vars(module).items()
     if name.endswith("_kernel")
 }

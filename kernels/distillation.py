@@ -108,6 +108,12 @@ def terms_of(feature: float, relational: float, interactive: float, cross: float
     )
 
 
+def products(terms: Terms) -> tuple[int, int]:
+    """Products of ``(B, D)`` and ``(D, N)`` in the forward, and in the backward those again and the sums."""
+    logits = terms.RELATIONAL + terms.TEACHER + terms.MIXED
+    return 2 * logits, 2 * (logits + terms.RELATIONAL + terms.MIXED)
+
+
 class Inputs(NamedTuple):
     """Features and the teacher's unit rows of all ranks' pairs, ``(N, D)`` each, dense."""
 
@@ -575,7 +581,9 @@ def distillation_weights_kernel(
         b_teacher = _row_softmax(b_product, p_row, 4, N, o_label, m_negative, ts)
         b_t_error = _statistic(p_row, 6, N, o_label)
     if TERMS.RELATIONAL:
-        b_teacher_sum = b_teacher + _column_softmax(b_product, p_column, p_label_of_column, 4, N, o_column, m_negative, ts)
+        b_teacher_sum = b_teacher + _column_softmax(
+            b_product, p_column, p_label_of_column, 4, N, o_column, m_negative, ts
+        )
         b_row_error = b_t_error - _statistic(p_row, 2, N, o_label)
         b_column_error = _statistic(p_column, 6, N, o_column) - _statistic(p_column, 2, N, o_column)
         b_error = b_row_error[:, None] + b_column_error[None, :]
@@ -612,7 +620,9 @@ def _row_softmax(b_cosine, p_row, index: tl.constexpr, N, o_label, m_negative, s
 def _column_softmax(b_cosine, p_column, p_label, index: tl.constexpr, N, o_column, m_negative, s):
     """``q_ij = exp(l_ij - l_jj - highest_j - rest_j)`` with the log-sum-exp of the columns; 0 at labels."""
     b_relative = b_cosine - _statistic(p_label, index + 3, N, o_column)[None, :]
-    b_logit = tl.where(m_negative, b_relative * s, float("-inf")) - _statistic(p_column, index, N, o_column)[None, :]
+    b_logit = (
+        tl.where(m_negative, b_relative * s, float("-inf")) - _statistic(p_column, index, N, o_column)[None, :]
+    )
     return tl.exp(b_logit - _statistic(p_column, index + 1, N, o_column)[None, :])
 
 
@@ -759,7 +769,9 @@ def _gather_results(state: State, results: Tensor, shape: Shape, terms: Terms, g
     state.message[size : size + 5].copy_(results)
     message = process_group.gather(state.message[: size + 5], group)
     if size:
-        statistics = state.statistics[: 2 * _NUM_STATISTICS * shape.total].view(2 * _NUM_STATISTICS, -1, shape.rows)
+        statistics = state.statistics[: 2 * _NUM_STATISTICS * shape.total].view(
+            2 * _NUM_STATISTICS, -1, shape.rows
+        )
         statistics.copy_(message[:, :size].view(-1, 2 * _NUM_STATISTICS, shape.rows).transpose(0, 1))
     results.copy_(message[:, size:].mean(0))
     weights = terms.FEATURE_WEIGHT, terms.RELATIONAL_WEIGHT, terms.INTERACTIVE_WEIGHT, terms.CROSS_WEIGHT
