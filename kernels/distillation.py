@@ -23,8 +23,8 @@ highest logit + rest, stored apart. In logits relative to the label's::
 
 Every bracket is a difference of close numbers where the models are close, and equal rows give exactly 0. The
 logits of the sum are those of the log-sum-exps, with the same rounding: it changes the distributions that are
-compared, of which the divergence is the square, and adds nothing to it. So the error is a few roundings of 1, not of
-logits of 100. (A selection between logit and -inf keeps the compiler from contracting its product with a later
+compared, and the divergence grows with the square of that. So the error is a few roundings of 1, not of logits of
+100. (A selection between logit and -inf keeps the compiler from contracting its product with a later
 subtraction, which would leave the rounding of one logit in the difference.)
 
 **Gradients.** With q of the columns, e the label's error 1 - p_ii, w the weights of the terms::
@@ -50,8 +50,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dive_fast.kernels import contrastive, difference, direct, primitives, process_group
-from dive_fast.kernels.contrastive import Gradients, Shape, Tile, log_sums, masses, mean_relative
+from dive_fast.kernels import contrastive, direct, primitives, process_group
+from dive_fast.kernels.contrastive import Shape, Tile, log_sums, masses, mean_relative
 from dive_fast.kernels.difference import difference_rows, load_rows
 from dive_fast.kernels.precision import full_fp32
 
@@ -409,7 +409,7 @@ def distillation_statistics_kernel(
         p_block = reduction.blocks + block
         b_slope = b_zero
         if TERMS.TEACHER:
-            # An infinite scale leaves a confident row without any negative: s - s makes it NaN, and is 0 otherwise.
+            # An infinite scale leaves a confident row without any negative: s - s makes it NaN, else it is 0.
             b_t_total += ts - ts
             b_t_top, b_t_rest, b_t_error = log_sums(b_t_highest, b_t_total)
             _store_statistics(p_row, 4, B, m_row, b_t_top, b_t_rest, b_t_error, b_t_label)
@@ -539,7 +539,10 @@ def distillation_weights_kernel(
     TERMS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """W and W^ of a chunk of rows and of all columns, both sides; 0 outside of the matrix. One tile per program."""
+    """W and W^ of a chunk of rows and of all columns, both sides; 0 outside of the matrix.
+
+    Each program writes one tile.
+    """
     ROWS: tl.constexpr = TILE.ROWS
     COLUMNS: tl.constexpr = TILE.COLUMNS
     DEPTH: tl.constexpr = TILE.DEPTH
@@ -649,7 +652,10 @@ def distillation_gradient_kernel(
     TERMS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """``dz_i = s/(2B) sums_i + 2 w_feature/(B D) (z_i - z~_i)``,  ``dx_i = g (dz_i - z_i (z_i . dz_i)) / |x_i|``."""
+    """``dz_i = s/(2B) sums_i + 2 w_feature/(B D) (z_i - z~_i)``, then the normalization's backward.
+
+    With the upstream gradient g, ``dx_i = g (dz_i - z_i (z_i . dz_i)) / |x_i|``.
+    """
     pid = tl.program_id(0)
     side = pid % 2
     o_chunk_row = pid // 2 * BLOCK.ROWS + tl.arange(0, BLOCK.ROWS)
@@ -848,10 +854,8 @@ def launch_backward(
 
 def _sum(weights: Tensor, packed: Tensor, sums: Tensor, rows: int, terms: Terms) -> None:
     """``W t + W^ t~`` of ``rows`` rows, both sides in one product: each side's rows follow one another."""
-    if terms.RELATIONAL and terms.MIXED:
-        right = packed.flatten(1, 2)
-    else:
-        right = packed[:, 0 if terms.RELATIONAL else 1]
+    is_both = terms.RELATIONAL and terms.MIXED
+    right = packed.flatten(1, 2) if is_both else packed[:, 0 if terms.RELATIONAL else 1]
     _, columns, width = right.shape
     left = weights[: 2 * rows * columns].view(2, rows, columns)
     with full_fp32(packed.device):
