@@ -106,10 +106,11 @@ def test_terms_of_weight_zero_are_left_out(weights, monkeypatch):
     monkeypatch.setattr(primitives, "launch", recorded)
     assert_at_most_twice_the_error(NAME, arguments(drifted_pairs, 9, 16), torch.float32, **weights)
     terms = flags[-1]
-    has_cross = "cross_weight" in weights
-    assert terms.RELATIONAL == ("relational_weight" in weights)
-    assert terms.TEACHER == ("relational_weight" in weights or has_cross)
-    assert terms.MIXED == ("interactive_weight" in weights or has_cross)
+    has_relational, has_cross = ("relational_weight" in weights), ("cross_weight" in weights)
+    has_teacher, is_mixed = has_relational or has_cross, has_cross or "interactive_weight" in weights
+    assert (terms.RELATIONAL, terms.TEACHER, terms.MIXED) == (has_relational, has_teacher, is_mixed)
+    logits, sums = has_relational + has_teacher + is_mixed, has_relational + is_mixed
+    assert distillation.products(terms) == (2 * logits, 2 * (logits + sums))
     if weights.keys() == {"feature_weight"}:
         assert len(flags) == 3  # rows, sum, gradient
 

@@ -779,7 +779,7 @@ RANK_CASES += [
     ("contrastive_loss", path, opposed_pairs, 5, 256, torch.float32)
     for path in ("fused", "serial", "chunked", "chunked")  # an even number: some runs use every second case
 ]
-# Each half of the cases with both numbers of pairs and both dtypes.
+# Each half of the cases has both numbers of pairs.
 _DISTILLATIONS = [("distillation_loss", None, drifted_pairs, *size) for size in ((5, 16), (70, 20))]
 RANK_CASES += [(*case, dtype) for case in _DISTILLATIONS for dtype in (torch.float32, torch.float16)]
 RANK_OPTIONS = {"contrastive_loss": {}, "difference_loss": {"decay": 0.5}, "dive_loss": {"weight": 2.5}}
