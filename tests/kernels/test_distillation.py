@@ -51,7 +51,7 @@ FP64 = torch.float64 if primitives.INTERPRETED else torch.float32
 
 @pytest.fixture(autouse=True)
 def large_row_blocks(request, monkeypatch):
-    """Sixteen times as many rows in a program of the row kernels: the interpreter runs one program after another."""
+    """Sixteen times as many rows in a program of the row kernels, which the interpreter runs one by one."""
     if primitives.INTERPRETED and request.node.originalname != "test_error_at_widths_of_real_models":
         monkeypatch.setattr(primitives, "_ELEMENTS", 16 * primitives._ELEMENTS)
     distillation.geometry.cache_clear()
@@ -105,7 +105,7 @@ def test_terms_of_weight_zero_are_left_out(weights, monkeypatch):
     terms = flags[-1]
     has_relational, has_cross = ("relational_weight" in weights), ("cross_weight" in weights)
     has_teacher, is_mixed = has_relational or has_cross, has_cross or "interactive_weight" in weights
-    assert (terms.RELATIONAL, terms.TEACHER, terms.MIXED) == (has_relational, has_teacher, is_mixed)
+    assert [terms.RELATIONAL, terms.TEACHER, terms.MIXED] == [has_relational, has_teacher, is_mixed]
     logits, sums = has_relational + has_teacher + is_mixed, has_relational + is_mixed
     assert distillation.products(terms) == (2 * logits, 2 * (logits + sums))
     if list(weights) == ["feature_weight"]:
