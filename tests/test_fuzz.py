@@ -37,7 +37,7 @@ from dive_fast.data.sources.source import Source
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.distributed import Ranks
 from dive_fast.errors import MAX_LENGTH, ConfigError, DataError
-from dive_fast.evaluate import results
+from dive_fast.evaluate import results, tables
 from dive_fast.evaluate.datasets import layouts
 from dive_fast.methods.run_config import RunConfig, load_run_config
 from dive_fast.model import head as heads
@@ -596,7 +596,7 @@ ROW = {"label": "a", "set": "b", "title": "B", "role": None, "metric": "top1", "
 def test_results_with_changed_rows(folder: Path, text: str, data: bytes) -> None:
     for line in (text.encode(), data):
         (folder / results.FILE).write_bytes(line + b"\n")
-        check_reader(lambda: results.as_markdown(results.Results(folder).rows), folder)
+        check_reader(lambda: tables.as_markdown(results.Results(folder).rows), folder)
     (folder / results.FILE).unlink()
 
 

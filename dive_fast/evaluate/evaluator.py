@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,14 @@ from dive_fast.config.schema import EvaluationSet
 from dive_fast.data.prompts import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError, UserError
+from dive_fast.evaluate import calibration
 from dive_fast.evaluate.classifier import HeadRows, first_missing_class, select_head_rows
 from dive_fast.evaluate.datasets.catalog import canonical_name, find_dataset
 from dive_fast.evaluate.datasets.evaluation_set import Captioned, Labelled
 from dive_fast.evaluate.datasets.resolve import Opened, metric_of, open_sets
 from dive_fast.evaluate.feature_identity import features_identity, prompts_digest
-from dive_fast.evaluate.results import Results, Row
+from dive_fast.evaluate.results import Results
+from dive_fast.evaluate.tables import Row
 from dive_fast.evaluate.zero_shot import measure
 from dive_fast.identity import Identity, differences, digest
 from dive_fast.model.head import Head
@@ -87,7 +89,8 @@ def measure_all(
     set_fields = {name: _describe_set(name, sets[name], data, head) for name, data in opened.items()}
     with ranks.raise_on_all(UserError):
         common = features_identity(towers, tokenizer, ranks.device) if ranks.is_main else {}
-        local = _identities(common, opened, options, head) if ranks.is_main else {}
+        scale = float(towers.scale().detach())
+        local = _identities(common, opened, options, head, scale) if ranks.is_main else {}
         if ranks.is_main and head is not None and head.trained_with not in ("", common["model"]["weights"]):
             logger.warning(
                 "%s: the head was trained with other weights than these; it may not classify their features well",
@@ -100,7 +103,8 @@ def measure_all(
         fields = set_fields[name] | {"prompts_digest": identity["classes"].get("prompts", "")}
         key = digest(identity)
         metric = str(fields["metric"])
-        stored = ranks.broadcast(results.find(key, options.label, name, metric) if ranks.is_main else None)
+        needed = (metric,) if isinstance(data, Captioned) else (metric, *calibration.METRICS, "reliability")
+        stored = ranks.broadcast(results.find(key, options.label, name, needed) if ranks.is_main else None)
         if stored is not None and not options.force:
             stored.pop("head_lacks", None)  # from a run with a head that did not classify this set
             row = stored | model_fields | fields | {"value": stored[metric]}
@@ -135,7 +139,10 @@ def measure_all(
                 "key": key,
                 "identity": identity,
             }
-            ranks.print(f"{name}: {_summary(row)}{_changes(results.latest(options.label, name), identity)}")
+            if measured.reliability is not None:
+                row["reliability"] = {field: list(bins) for field, bins in measured.reliability._asdict().items()}
+            again = _changes(results.latest(options.label, name), identity, needed)
+            ranks.print(f"{name}: {_summary(row)}{again}")
         rows.append(row)
         with ranks.raise_on_all(UserError):
             if ranks.is_main:
@@ -143,11 +150,14 @@ def measure_all(
     return rows
 
 
-def _identities(common: Identity, opened: Opened, options: Options, head: Head | None) -> dict[str, Identity]:
+def _identities(
+    common: Identity, opened: Opened, options: Options, head: Head | None, scale: float
+) -> dict[str, Identity]:
     """The identity of each set's metrics.
 
     Args:
         common: identity of the model's features.
+        scale: the model's logit scale, with its bound.
     """
     common = common | {"precision": common["precision"] | {"named": options.precision}}
     identities = {}
@@ -155,15 +165,16 @@ def _identities(common: Identity, opened: Opened, options: Options, head: Head |
         rows = None
         if head is not None and isinstance(data, Labelled):
             rows = select_head_rows(head, data.class_names, data.imagenet_rows)
-        identities[name] = common | _set_identity(data, rows)
+        identities[name] = common | _set_identity(data, rows, scale)
     return identities
 
 
-def _set_identity(data: Labelled | Captioned, head: HeadRows | None) -> Identity:
+def _set_identity(data: Labelled | Captioned, head: HeadRows | None, scale: float) -> Identity:
     """The part of the identity that comes from the set: contents, labels, and classes or captions.
 
     Args:
         head: the head's rows for the set's classes; None if prompts classify.
+        scale: the logit scale that the probabilities of prompts depend on.
     """
     identity: Identity = {
         "data": {
@@ -186,7 +197,8 @@ def _set_identity(data: Labelled | Captioned, head: HeadRows | None) -> Identity
     }
     classes: Identity = {"names": digest(data.class_names), "members": digest(data.members)}
     if head is None:
-        classes |= {"classifier": "prompts", "prompts": prompts_digest(data.class_names, data.templates)}
+        prompts = prompts_digest(data.class_names, data.templates)
+        classes |= {"classifier": "prompts", "prompts": prompts, "logit_scale": scale}
     else:
         # Prompts do not matter where a head classifies.
         classes |= {"classifier": "head", "rows": digest([head.weight.tolist(), head.bias.tolist()])}
@@ -219,17 +231,25 @@ def _describe_set(
     return fields | {"classifier": "head", "head_rows": head_rows}
 
 
-def _changes(latest: Row | None, identity: Identity) -> str:
-    """The keys that have changed since the same set was last measured under the same label."""
+def _changes(latest: Row | None, identity: Identity, needed: Sequence[str]) -> str:
+    """The reason why a set that was measured before under the same label is measured again.
+
+    Args:
+        needed: fields that a stored row must have to be used.
+    """
     if latest is None or not isinstance(latest.get("identity"), dict):
         return ""
     # Only keys: most values are hashes.
-    changed = ", ".join(difference.key for difference in differences(latest["identity"], identity))
-    return f" (measured again: {changed} changed)" if changed else ""
+    if changed := ", ".join(difference.key for difference in differences(latest["identity"], identity)):
+        return f" (measured again: {changed} changed)"
+    missing = ", ".join(field for field in needed if field not in latest)
+    return f" (measured again: the stored row has no {missing})" if missing else ""
 
 
 def _summary(row: Row) -> str:
     text = f"{row['metric']} {100 * row['value']:.2f} % of {row['samples']} samples"
+    if "ece" in row:
+        text += f", ECE {row['ece']:.3f}"
     if row.get("left_out"):
         text += f", {row['left_out']} left out"
     if row["classifier"] == "head":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dive_fast.evaluate.calibration import ECE_BATCH, METRICS
 from dive_fast.io.atomic_files import write_atomic
 from dive_fast.methods import registry
 
@@ -97,6 +98,77 @@ def ensemble(report: Mapping[str, Any], path: Path) -> None:
         style_axes(axis)
         axis.legend(frameon=False, fontsize=8)
     save_figure(figure, path)
+
+
+def reliability(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> bool:
+    """Draws a reliability diagram of each set: accuracy over confidence, and the samples in each bin below.
+
+    Args:
+        rows: rows of results; those without calibration (retrieval, older versions) are left out.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    rows = [row for row in rows if {"top1", "reliability", *METRICS} <= row.keys()]
+    if not rows:
+        return False
+    titles = [row["title"] for row in rows]
+    across = min(4, len(rows))
+    down = -(-len(rows) // across)
+    figure = new_figure(3.1 * across + 0.2, 4.1 * down + 0.6)
+    panels = figure.subplots(2 * down, across, squeeze=False, gridspec_kw={"height_ratios": [3, 1] * down})
+    for index in range(across * down):
+        above, below = (panels[2 * (index // across) + part][index % across] for part in range(2))
+        if index >= len(rows):
+            above.axis("off")
+            below.axis("off")
+            continue
+        row = rows[index]
+        title_of_set = f"{row['title']} ({row['set']})" if titles.count(row["title"]) > 1 else row["title"]
+        above.set_title(title_of_set, loc="left", fontsize=11, pad=28)
+        _reliability_panel(above, below, row)
+        if index % across == 0:
+            above.set_ylabel("accuracy")
+            below.set_ylabel("samples")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    columns = len(labels) if across > 2 else across
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=12)
+    save_figure(figure, path)
+    return True
+
+
+def _reliability_panel(above: "Axes", below: "Axes", row: Mapping[str, Any]) -> None:
+    bins = row["reliability"]
+    count = len(bins["samples"])
+    centers = [(index + 0.5) / count for index in range(count)]
+    filled = [index for index in range(count) if bins["samples"][index]]
+    x, accuracy, confidence = (
+        [values[index] for index in filled] for values in (centers, bins["accuracy"], bins["confidence"])
+    )
+    width = 0.94 / count
+    lower = [min(pair) for pair in zip(accuracy, confidence, strict=True)]
+    above.bar(x, lower, width, color=BLUE, label="accuracy")
+    for sign, colour, label in (
+        (1, ORANGE, "confidence above accuracy"),
+        (-1, GREEN, "accuracy above confidence"),
+    ):
+        gaps = [max(0.0, sign * (c - a)) for a, c in zip(accuracy, confidence, strict=True)]
+        above.bar(x, gaps, width, lower, color=colour, alpha=0.75, label=label)
+    above.plot([0, 1], [0, 1], "--", color="#3d3d3d", linewidth=1, label="calibrated")
+    text = (
+        f"ECE {row['ece']:.3f} ({row['ece_batched']:.3f} in batches of {ECE_BATCH})\n"
+        f"accuracy {100 * row['top1']:.1f} %, mean confidence {100 * row['confidence']:.1f} %"
+    )
+    above.text(0, 1.03, text, fontsize=8, va="bottom", transform=above.transAxes)
+    above.set(xlim=(0, 1), ylim=(0, 1), xticks=[])
+    style_axes(above)
+    below.bar(centers, bins["samples"], width, color=GREY)
+    below.set(xlim=(0, 1), xlabel="confidence")
+    below.ticklabel_format(axis="y", style="plain")
+    below.locator_params(axis="y", nbins=2, integer=True)
+    style_axes(below)
 
 
 def new_figure(width: float, height: float) -> "Figure":

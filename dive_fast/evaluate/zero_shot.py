@@ -16,6 +16,7 @@ from dive_fast.data.samples import EvaluationSamples
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError
 from dive_fast.evaluate import retrieval
+from dive_fast.evaluate.calibration import Bins, Probabilities, calibration, reliability, summarize_probabilities
 from dive_fast.evaluate.classifier import Classifier, cached_classifier, first_missing_class, select_head_rows
 from dive_fast.evaluate.datasets.evaluation_set import BROKEN, Captioned, Labelled, StrictSamples, progress
 from dive_fast.evaluate.datasets.resolve import Opened, metric_of, open_evaluation
@@ -30,12 +31,15 @@ class Measured(NamedTuple):
     """Metrics of one set."""
 
     scores: dict[str, float]
-    """Values in [0, 1], named as in :func:`dive_fast.evaluate.scores.scores` or as recalls of retrieval."""
+    """Values named as in :func:`dive_fast.evaluate.scores.scores` and
+    :func:`dive_fast.evaluate.calibration.calibration`, or as recalls of retrieval."""
     classifier: Literal["prompts", "head", "captions"]
     samples: int
     """Number of samples measured."""
     left_out: int = 0
     """Number of samples of the set that could not be read."""
+    reliability: Bins | None = None
+    """Bins of the reliability diagram; None for retrieval."""
 
 
 def classifier_for(
@@ -62,7 +66,7 @@ def classifier_for(
         if ranks.is_main:
             warn_about_prompts(data.class_names, data.templates, tokenizer)
         weight = cached_classifier(towers, tokenizer, data.class_names, data.templates, ranks, cache)
-        return Classifier("prompts", weight, None, data.members)
+        return Classifier("prompts", weight, None, data.members, float(towers.scale().detach()))
     weight, bias, _ = rows
     if weight.shape[1] != towers.width:
         raise ConfigError(f"the head is for features of width {weight.shape[1]}, the model's have {towers.width}")
@@ -78,8 +82,10 @@ def predict(
     batch_size: int,
     workers: int,
     name: str = "",
-) -> Predictions:
-    """Predictions for all images, each encoded by one rank; all ranks must call this, and all get the result.
+) -> tuple[Predictions, Probabilities]:
+    """Predictions and their probabilities for all images; all ranks must call this, and all get the result.
+
+    Each image is encoded by one rank.
 
     Args:
         batch_size: images encoded at once on each rank.
@@ -91,6 +97,7 @@ def predict(
     keys = [(0, sample) for sample in ranks.local_range(len(samples.source))]
     # Each image's column is nonzero on one rank only, so the sum over ranks has all predictions in order.
     columns = torch.zeros(3, len(samples.source), dtype=torch.int64, device=ranks.device)
+    summaries = torch.zeros(3, len(samples.source), dtype=torch.float64, device=ranks.device)
     column = keys[0][1] if keys else 0
     finite = torch.ones((), dtype=torch.bool, device=ranks.device)
     with ranks.raise_on_all(DataError), progress(ranks, len(keys), name, "image") as bar:
@@ -100,8 +107,10 @@ def predict(
             predicted, top = logits.argmax(1), logits.topk(min(5, logits.shape[1]), dim=1).indices
             labels = batch.labels
             in_top = (top == labels[:, None]).any(1) | (predicted == labels)
-            columns[:, column : column + len(labels)] = torch.stack([labels, predicted, in_top.long()])
-            finite &= logits.isfinite().all()
+            rows = slice(column, column + len(labels))
+            columns[:, rows] = torch.stack([labels, predicted, in_top.long()])
+            summaries[:, rows] = torch.stack(summarize_probabilities(logits.double() * classes.scale, labels))
+            finite &= logits.isfinite().all() & summaries[:, rows].isfinite().all()
             column += len(labels)
             bar.update(len(labels))
         if not bool(finite):
@@ -110,7 +119,8 @@ def predict(
             )
     if ranks.group is not None:
         dist.all_reduce(columns, group=ranks.group)
-    return Predictions(*columns.cpu())
+        dist.all_reduce(summaries, group=ranks.group)
+    return Predictions(*columns.cpu()), Probabilities(*summaries.cpu())
 
 
 def accuracy(
@@ -122,7 +132,7 @@ def accuracy(
         weights: ``(C, D)`` rows of :func:`dive_fast.evaluate.classifier.classifier`.
         batch_size: images encoded at once on each rank.
     """
-    predictions = predict(towers, Classifier("prompts", weights), samples, ranks, batch_size, workers)
+    predictions, _ = predict(towers, Classifier("prompts", weights), samples, ranks, batch_size, workers)
     return scores(predictions)["top1"]
 
 
@@ -154,16 +164,19 @@ def measure(
         return Measured(recalls, "captions", count, len(data.source.skipped) + broken)
     classes = classifier_for(towers, tokenizer, data, ranks, head, cache)
     samples = StrictSamples(data.source, towers.preprocess, data.border, data.reports_skipped, data.remedy)
-    predictions = predict(towers, classes, samples, ranks, batch_size, workers, name)
+    predictions, probabilities = predict(towers, classes, samples, ranks, batch_size, workers, name)
     kept, regions = predictions.label != BROKEN, data.regions
     count = int(kept.sum())
     if count == 0:
         raise DataError(f"{name or 'the set'}: none of its {len(kept)} images can be read")
     if count < len(kept):
         predictions = Predictions(*(column[kept] for column in predictions))
+        probabilities = Probabilities(*(column[kept] for column in probabilities))
         regions = None if regions is None else regions._replace(of_sample=regions.of_sample[kept])
     left_out = len(data.source.skipped) + len(kept) - count
-    return Measured(scores(predictions, regions), classes.kind, count, left_out)
+    right = predictions.label == predictions.predicted
+    metrics = scores(predictions, regions) | calibration(probabilities, right)
+    return Measured(metrics, classes.kind, count, left_out, reliability(probabilities.confidence, right))
 
 
 def measure_sets(

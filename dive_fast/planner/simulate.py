@@ -5,7 +5,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import deepspeed
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_map
 
@@ -22,14 +22,14 @@ from dive_fast.config.schema import Config, ReferenceConfig, TargetConfig
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.data.loaders.loader import loader_options
 from dive_fast.data.prefetch import DEPTH
-from dive_fast.data.prompts import read_class_names
+from dive_fast.data.prompts import Template, read_class_names, read_templates
 from dive_fast.distributed import Ranks
 from dive_fast.engine.deepspeed_config import zero_section
 from dive_fast.engine.step import Engine, StepBatches
 from dive_fast.errors import ConfigError, DataError
 from dive_fast.kernels import backend
 from dive_fast.methods import registry
-from dive_fast.methods.method import Loss, Method
+from dive_fast.methods.method import Loss, Method, Start, TeacherOutputs
 from dive_fast.model.fast_blocks import FastModule
 from dive_fast.model.features import Features, Pairs
 from dive_fast.model.towers import Towers, check_text_length, create
@@ -43,6 +43,9 @@ CONTEXT_BYTES = int(0.7 * 2**30)
 
 NCCL_BYTES = 2**30
 """Estimated memory of one communicator's buffers, per GPU: the number of channels depends on the links."""
+
+ASSUMED_STEPS, ASSUMED_EPOCHS = 10_000, 10
+"""Steps and epochs of a planned run, whose data are not opened; costs of a step do not depend on them."""
 
 NUM_COMMUNICATORS = 2
 """The default process group and DeepSpeed's copy of it."""
@@ -87,10 +90,16 @@ class _SimulatedStep:
         check_text_length(config.data, towers)
         self.towers = towers
         self.width = towers.width
-        method = registry.create(config.objective, self.width)
+        method = registry.create(
+            config.objective,
+            self.width,
+            total_steps=ASSUMED_STEPS,
+            steps_per_epoch=ASSUMED_STEPS // ASSUMED_EPOCHS,
+            seed=config.train.seed,
+        )
         if method.needs.head:
             with tracker.within("weights"):
-                towers.head = nn.Linear(self.width, _num_classes(config.data.target))
+                towers.head = nn.Linear(self.width, len(_class_names(config.data.target)))
         self.parameters = sum(parameter.numel() for parameter in towers.parameters())
         if _has_kernels(self.width):
             for part in method.parts:
@@ -99,13 +108,17 @@ class _SimulatedStep:
         if method.needs.reference_teacher and config.teacher.mode == "online":
             with tracker.within("teacher"):
                 self.online = OnlineTeacher(create(config.model, weights=False), ranks)
+        _start_method(method, towers, config.data.target)
         self.engine = _TrackedEngine(config, towers, method, ranks, tracker)
         simulate_fast_blocks(towers)
+        if self.engine.teacher is not None:
+            simulate_fast_blocks(self.engine.teacher.towers)
 
     def run(self) -> Plan:
         config, tracker = self.config, self.tracker
         target, reference = config.data.target, config.data.reference if self._needs_reference else None
-        # The first update allocates the optimizer's state, which does not depend on the batch.
+        # The first update allocates the optimizer's state, which does not depend on the batch. The planned step is
+        # the second one: some methods have no distillation at the first.
         self._step(self._batches(target, reference, pairs=1), updating="optimizer")
         tracker.reset()
         batches = [self._batches(target, reference) for _ in range(1 + DEPTH)]
@@ -156,7 +169,9 @@ class _SimulatedStep:
 
     def _target(self, data: TargetConfig, pairs: int | None) -> TargetBatch:
         images, text = self._pairs(data, pairs)
-        return TargetBatch(images, text, torch.zeros(len(images), dtype=torch.long), torch.empty(0), ())
+        second = self._text(data, len(images)) if self.engine.method.needs.second_prompts else None
+        labels = torch.zeros(len(images), dtype=torch.long)
+        return TargetBatch(images, text, labels, torch.empty(0), (), second)
 
     def _reference(self, data: ReferenceConfig, pairs: int | None) -> ReferenceBatch:
         return ReferenceBatch(*self._pairs(data, pairs), torch.empty(0), torch.empty(0), ())
@@ -170,9 +185,13 @@ class _SimulatedStep:
         on_gpu = Ranks(0, self.ranks.world_size, torch.device("cuda"))
         dtype = loader_options(self.config, data, on_gpu).dtype
         images = torch.empty(count, 3, *self.towers.preprocess.size, dtype=dtype)
+        return images, self._text(data, count)
+
+    def _text(self, data: TargetConfig | ReferenceConfig, count: int) -> Text:
+        """Texts that differ and fill the context."""
         length = data.text_length or int(getattr(self.towers.text, "context_length", 77))
         tokens = torch.zeros(count, length, dtype=torch.long)
-        return images, Text(tokens, torch.zeros(count, dtype=torch.long), length)
+        return Text(tokens, torch.zeros(count, dtype=torch.long), length)
 
 
 class _TrackedEngine(Engine):
@@ -186,9 +205,11 @@ class _TrackedEngine(Engine):
                     lambda tuned: tracker.assign([tuned.grad], "gradients")
                 )
         with tracker.within("optimizer"):
-            super().__init__(config, towers, method, ranks, total_steps=1)
+            super().__init__(config, towers, method, ranks, ASSUMED_STEPS)
         weights = [getattr(parameter, "ds_tensor", parameter) for parameter in towers.parameters()]
         tracker.assign([*weights, *towers.buffers()], "weights")
+        if self.teacher is not None:
+            tracker.assign([*self.teacher.copies.values(), *self.teacher.towers.buffers()], "target_teacher")
         if self.deepspeed.zero_optimization_stage() == 3:
             zero = self.deepspeed.optimizer
             # These buffers are allocated once and reused.
@@ -203,9 +224,48 @@ class _TrackedEngine(Engine):
         finally:
             self.deepspeed = engine
 
+    def _teach(self, images: Tensor, text: Text | None) -> TeacherOutputs:
+        assert self.teacher is not None
+        tracker, teacher = self.tracker, self.teacher
+        towers, sampled = teacher.towers, _SampledTowers(teacher.towers, tracker)
+        tracker.stage, teacher.towers = "target_teacher", cast("Towers", sampled)
+        try:
+            with tracker.within("activations"):
+                return super()._teach(images, text)
+        finally:
+            tracker.stage, teacher.towers = "target", towers
+
     def _backward(self, half: Any) -> Loss:
         self.tracker.stage = "reference" if half.name == "reference" else "target"
         return super()._backward(half)
+
+
+class _SampledTowers:
+    """Wraps a teacher's towers for one step: of each shape one piece is executed and counts for all."""
+
+    def __init__(self, towers: Towers, tracker: Tracker) -> None:
+        self._towers, self._tracker = towers, tracker
+        self._executed: dict[Any, tuple[Tensor, Counter[Operation]]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._towers, name)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return self._encode(self._towers.encode_image, images)
+
+    def encode_text(self, tokens: Tensor, length: int | None = None) -> Tensor:
+        return self._encode(self._towers.encode_text, tokens, length)
+
+    def _encode(self, encode: Callable[..., Tensor], rows: Tensor, *arguments: Any) -> Tensor:
+        key, operations = (encode.__name__, rows.shape, *arguments), self._tracker.operations
+        if key in self._executed:
+            features, counts = self._executed[key]
+            operations.update(counts)
+            return torch.empty_like(features, device=rows.device)
+        previous = operations.copy()
+        features = encode(rows, *arguments)
+        self._executed[key] = torch.empty_like(features, device="meta"), operations - previous
+        return features
 
 
 class _SampledMicroBatches:
@@ -360,11 +420,42 @@ def _fake_process_group(ranks: int) -> Iterator[Ranks]:
             deepspeed.utils.groups.mesh_device = None
 
 
-def _num_classes(target: TargetConfig) -> int:
-    """Classes of the target set; ImageNet's number if it names no file: a head is a thousandth of a model."""
+def _class_names(target: TargetConfig) -> tuple[str, ...]:
+    """Class names of the target set; ImageNet's if it names no file: a head is a thousandth of a model."""
     with contextlib.suppress(DataError):
-        return len(read_class_names(target.class_names or "imagenet"))
-    return len(read_class_names("imagenet"))
+        return read_class_names(target.class_names or "imagenet")
+    return read_class_names("imagenet")
+
+
+def _templates(target: TargetConfig) -> tuple[Template, ...]:
+    """Templates of the target set; CLIP's for ImageNet if their file does not exist here."""
+    with contextlib.suppress(DataError):
+        return read_templates(target.templates)
+    return read_templates("imagenet")
+
+
+def _start_method(method: Method, towers: Towers, target: TargetConfig) -> None:
+    """Calls the parts' ``start`` with fake embeddings and with a tokenizer that needs no files."""
+    context, width, vocabulary = towers.context_length or 77, towers.width, towers.vocabulary
+    end = vocabulary - 1 if isinstance(towers.pooled_at, str) else towers.pooled_at or 0
+
+    def tokenize(texts: list[str]) -> Tensor:
+        """Each word as the token 0."""
+        rows = torch.zeros(len(texts), context, dtype=torch.long)
+        for row, text in enumerate(texts):
+            rows[row, min(len(text.split()), context - 1)] = end
+        return rows
+
+    # Parts read the values of tokens, which fake tensors lack.
+    with unset_fake_temporarily() as mode:
+        assert mode is not None
+
+        def embed(texts: Sequence[str]) -> Tensor:
+            with mode:
+                return torch.empty(len(texts), width)
+
+        names, templates = _class_names(target), _templates(target)
+        method.start(Start(embed, tokenize, vocabulary, towers.pooled_at, names, templates))
 
 
 def _mean_of_steps(

@@ -14,10 +14,12 @@ from dive_fast.config.schema import EvaluateConfig, ModelConfig
 from dive_fast.data.prompts import read_templates
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
+from dive_fast.evaluate import calibration
 from dive_fast.evaluate.classifier import cached_classifier
 from dive_fast.evaluate.datasets.catalog import IMAGENET_OOD, SUITES, ZERO_SHOT_10, find_dataset
 from dive_fast.evaluate.evaluator import Options, measure_all, open_all
-from dive_fast.evaluate.results import Results, as_markdown
+from dive_fast.evaluate.results import Results
+from dive_fast.evaluate.tables import as_markdown
 from dive_fast.model.head import Head
 from dive_fast.model.towers import Towers, create, tokenizer_of
 
@@ -128,17 +130,38 @@ def test_tables_equal_the_papers_and_mark_partial_averages() -> None:
     text = as_markdown(rows)
     assert (
         "| Method | ImageNet (ID) | ImageNet-V2 | ImageNet-R | ImageNet-A | ImageNet-Sketch | ObjectNet "
-        "| OOD avg. |\n"
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
-        "| DiVE | 82.5 | 73.8 | 77.3 | 54.9 | 52.9 | 56.9 | 63.2 |\n"
-        "| half |  |  | 50.0 | 50.0 |  |  | 50.0 (2 of 5) |\n"
+        "| OOD-4 avg. | OOD-5 avg. |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        "| DiVE | 82.5 | 73.8 | 77.3 | 54.9 | 52.9 | 56.9 | 64.7 | 63.2 |\n"
+        "| half |  |  | 50.0 | 50.0 |  |  | 50.0 (2 of 4) | 50.0 (2 of 5) |\n"
+        "\nOOD-4 avg. of half is without ImageNet-V2, ImageNet-Sketch.\n"
+        "\nOOD-5 avg. of half is without ImageNet-V2, ImageNet-Sketch, ObjectNet.\n"
     ) in text
+    assert "DiVE is without" not in text
     assert (
         "| Method | Caltech | Flowers | Food | SUN | DTD | Aircraft | Cars | Pets | EuroSAT | UCF | ZS avg. |"
     ) in text
     assert "| DiVE | 88.4 | 66.0 | 84.3 | 64.7 | 47.0 | 22.1 | 55.5 | 88.4 | 51.4 | 68.9 | 63.7 |" in text
     assert "| Method | iWildCam ID | iWildCam OOD | FMoW ID | FMoW OOD | ZS avg. |" in text
     assert "| DiVE | 53.1 | 37.2 | 69.9 | 42.3 | 63.7 |" in text
+
+
+def test_tables_of_calibration_have_both_averages() -> None:
+    # TRACER's published errors in batches of 512.
+    errors = dict(zip(("imagenet1k", *IMAGENET_OOD), (0.045, 0.039, 0.041, 0.104, 0.078, 0.103), strict=True))
+    rows = [
+        row("TRACER", name, 0.5, top1=0.5, ece_batched=error, ece=error / 2, confidence=0.25, nll=1.5, brier=1.25)
+        for name, error in errors.items()
+    ]
+    rows += [row("TRACER", "pets", 0.5, top1=0.5), row("TRACER", "cars", 0.5, top1=0.5, ece=0.25)]
+    text = as_markdown(rows)
+    published = text[text.index("## ECE on ImageNet and its shifts, batches of 512") :]
+    assert "| TRACER | 0.045 | 0.039 | 0.041 | 0.104 | 0.078 | 0.103 | 0.066 | 0.073 |" in published
+    pooled = text[text.index("## ECE on ImageNet and its shifts, all samples") : text.index(published)]
+    assert "| 0.033 | 0.036 |" in pooled
+    assert "| TRACER | ImageNet | 50.0 | 25.0 | 0.022 | 0.045 | 1.500 | 1.250 |" in text
+    assert "| TRACER | Cars | 50.0 |  | 0.250 |  |  |  |" in text
+    assert "Pets" not in text[text.index("## Calibration") :]
 
 
 def test_table_separates_weights_under_one_label() -> None:
@@ -166,7 +189,7 @@ def test_table_shows_every_row() -> None:
     ]
     for order in (rows, rows[::-1]):
         text = as_markdown(order)
-        assert "| run |  |  | 10.0 |  |  |  | 10.0 (1 of 5) |" in text
+        assert "| run |  |  | 10.0 |  |  |  | 10.0 (1 of 4) | 10.0 (1 of 5) |" in text
         header, _, values = text[text.index("## Other sets") :].splitlines()[2:5]
         cells = dict(zip(header.split(" | "), values.split(" | "), strict=True))
         assert {name.strip("| "): cell.strip("| ") for name, cell in cells.items()} == {
@@ -216,6 +239,7 @@ def test_results_ignore_only_an_incomplete_last_line(tmp_path: Path, caplog: pyt
         Results(tmp_path)
 
 
+BINS: dict[str, Any] = {"samples": [1] * 10, "confidence": [0.5] * 10, "accuracy": [0.5] * 10}
 ROW = {"label": "a", "set": "s", "title": "S", "role": None, "metric": "top1", "value": 0.5, "top1": 0.5}
 
 
@@ -227,6 +251,14 @@ ROW = {"label": "a", "set": "s", "title": "S", "role": None, "metric": "top1", "
         ({"top1": "50 %"}, "top1 is '50 %', not between 0 and 1"),
         ({"image_to_text_r1": 0.5}, "a retrieval row needs"),
         ({"samples": "many"}, "samples is 'many', not a count"),
+        ({"ece": 1.5}, "ece is 1.5, not between 0 and 1"),
+        ({"brier": 2.5}, "brier is 2.5, not between 0 and 2"),
+        ({"nll": -1}, "nll is -1, not a finite number of at least 0"),
+        ({"nll": 10**400}, "nll is 10*, not a finite number of at least 0"),
+        ({"confidence": None}, "confidence is None, not between 0 and 1"),
+        ({"reliability": {"samples": [1]}}, "its reliability has other fields than accuracy, confidence, samples"),
+        ({"reliability": BINS | {"samples": [0.5] * 10}}, "the samples of its reliability are not 10 counts"),
+        ({"reliability": BINS | {"accuracy": [2] * 10}}, "the accuracy of its reliability is not 10 values in"),
         ({"label": 1}, "its label, set, title or metric is not text"),
     ],
 )
@@ -242,7 +274,23 @@ def test_results_find_needs_metric_and_samples(tmp_path: Path, missing: str) -> 
     incomplete = {name: row[name] for name in row if name != missing}
     for stored, is_found in ((row, True), (incomplete, False)):
         (tmp_path / "results.jsonl").write_text(json.dumps(stored) + "\n")
-        assert (Results(tmp_path).find("k", "a", "s", "top1") is not None) is is_found
+        assert (Results(tmp_path).find("k", "a", "s", ("top1",)) is not None) is is_found
+
+
+def test_row_without_calibration_is_measured_again(
+    model: ModelConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counted = Counted(model)
+    target = tiny.write_target(tmp_path / "set")
+    tree = {"seen": {key: target[key] for key in tiny.EVALUATION}}
+    (row,), _ = measured(counted, tree, tmp_path / "out")
+    for field in (*calibration.METRICS, "reliability"):
+        old = {name: value for name, value in row.items() if name != field}
+        (tmp_path / "out/results.jsonl").write_text(json.dumps(old) + "\n")
+        assert as_markdown(Results(tmp_path / "out").rows)  # old rows can still be read
+        (again,), images = measured(counted, tree, tmp_path / "out")
+        assert (images, again[field]) == (24, row[field])
+        assert f"(measured again: the stored row has no {field})" in capsys.readouterr().out
 
 
 def write_classifier(name: str, folder: Path, process: int) -> Any:

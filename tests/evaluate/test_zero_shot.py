@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 from PIL import Image
+from same_metrics import assert_same_metrics
 from torch import Tensor, nn
 
 from dive_fast.config.schema import EvaluateConfig, EvaluationSet, ModelConfig
@@ -163,7 +164,8 @@ def test_metrics_are_equal_on_two_ranks(folder: Path) -> None:
     }
     for results in run_ranks(2, on_each_rank, folder):
         assert results.pop("sets") == evaluate_sets(folder, ALONE)
-        assert results.pop("scores") == all_scores(folder, ALONE)
+        for metrics, expected in zip(results.pop("scores"), all_scores(folder, ALONE), strict=True):
+            assert_same_metrics(metrics, expected)
         towers, tokenizer = towers_of(folder)
         weight = classifier(towers, tokenizer, NAMES[:3], read_templates("simple"))
         for case in range(3):
@@ -209,7 +211,7 @@ def test_measure_equals_open_clip_on_imagenet_r(folder: Path, tmp_path: Path) ->
     class_names = [open_clip.IMAGENET_CLASSNAMES[synsets().index(wnid)] for wnid in wnids]
     prompts = open_clip.SIMPLE_IMAGENET_TEMPLATES
     weights = open_clip.build_zero_shot_classifier(model, tokenizer, class_names, prompts)
-    labels, nearest, in_top5 = [], [], 0
+    labels, nearest, in_top5, logits_of_all = [], [], 0, []
     for path in sorted((tmp_path / "imagenet-r").rglob("*.jpg")):
         with torch.no_grad():
             features = model.encode_image(transform(Image.open(path))[None], normalize=True)
@@ -217,6 +219,7 @@ def test_measure_equals_open_clip_on_imagenet_r(folder: Path, tmp_path: Path) ->
         labels.append(wnids.index(path.parent.name))
         nearest.append(int(logits.argmax()))
         in_top5 += labels[-1] in logits.topk(5).indices
+        logits_of_all.append(logits / 100 * model.logit_scale.exp().detach())
     towers, tokenizer = towers_of(folder)
     data = open_evaluation(EvaluationSet(dataset="imagenet-r", path=str(tmp_path), templates="simple"))
     measured = measure(towers, tokenizer, data, ALONE, batch_size=16, workers=0)
@@ -227,17 +230,30 @@ def test_measure_equals_open_clip_on_imagenet_r(folder: Path, tmp_path: Path) ->
     hits = [sum(a == b == label for a, b in zip(labels, nearest, strict=True)) for label in range(200)]
     recalls = [hit / labels.count(label) for label, hit in enumerate(hits)]
     assert measured.scores["mean_class_recall"] == pytest.approx(sum(recalls) / 200)
-    # A head of all 1000 classes, two of which share a name, as vanilla_ft trains it on ImageNet.
+    probabilities = torch.stack(logits_of_all).double().softmax(1)
+    of_label = probabilities[range(300), labels]
+    one_hot = torch.nn.functional.one_hot(torch.tensor(labels), 200)
+    expected = {
+        "confidence": probabilities.amax(1).mean(),
+        "nll": -of_label.log().mean(),
+        "brier": (probabilities - one_hot).square().sum(1).mean(),
+    }
+    for metric, value in expected.items():
+        assert measured.scores[metric] == pytest.approx(float(value), rel=1e-5)
+    # A head of all 1000 classes, two of which share a name, as vanilla_ft trains it on ImageNet. Its rows contain
+    # the scale of its logits.
     head_names = tuple(open_clip.IMAGENET_CLASSNAMES)
     weight = torch.zeros(1000, 24)
-    weight[list(imagenet.classes_of("r"))] = classifier(towers, tokenizer, class_names, prompts)
+    rows = classifier(towers, tokenizer, class_names, prompts) * towers.scale().detach()
+    weight[list(imagenet.classes_of("r"))] = rows
     by_head = measure(
         *(towers, tokenizer, data, ALONE),
         batch_size=16,
         workers=0,
         head=Head(weight, torch.zeros(1000), head_names),
     )
-    assert by_head == measured._replace(classifier="head")
+    assert_same_metrics(by_head.scores, measured.scores)
+    assert (by_head.classifier, by_head.samples) == ("head", 300)
 
 
 def test_remarks_on_missing_classes_name_one(folder: Path) -> None:
@@ -301,7 +317,8 @@ def test_evaluate_reports_metric_of_each_set(folder: Path) -> None:
     tree = EvaluateConfig.model_validate_json(json.dumps({"sets": config, "workers": 0}))
     metrics = evaluate(towers, tokenizer, tree, ALONE)
     data = open_evaluation(tree.sets["top1"])
-    assert metrics == measure(towers, tokenizer, data, ALONE, batch_size=256, workers=0).scores
+    measured = measure(towers, tokenizer, data, ALONE, batch_size=256, workers=0)
+    assert metrics == {name: measured.scores[name] for name in config}
     assert metrics["top5"] == 1  # there are four classes
 
 

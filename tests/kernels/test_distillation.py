@@ -107,7 +107,8 @@ def test_terms_of_weight_zero_are_left_out(weights, monkeypatch):
     has_teacher, is_mixed = has_relational or has_cross, has_cross or "interactive_weight" in weights
     assert [terms.RELATIONAL, terms.TEACHER, terms.MIXED] == [has_relational, has_teacher, is_mixed]
     logits, sums = has_relational + has_teacher + is_mixed, has_relational + is_mixed
-    assert distillation.products(terms) == (2 * logits, 2 * (logits + sums))
+    expected = 2 * logits, 2 * (logits + sums)
+    assert distillation.products(terms) == expected
     if list(weights) == ["feature_weight"]:
         assert len(flags) == 3  # rows, sum, gradient
 

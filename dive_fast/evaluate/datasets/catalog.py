@@ -263,7 +263,9 @@ KNOWN: dict[str, KnownDataset] = {
         )
     },
 }
-IMAGENET_OOD = ("imagenetv2", "imagenet-r", "imagenet-a", "imagenet_sketch", "objectnet")
+IMAGENET_OOD_4 = ("imagenetv2", "imagenet-r", "imagenet-a", "imagenet_sketch")
+"""ImageNet's shifts with ImageNet's own classes, unlike ObjectNet, which papers measure in different ways."""
+IMAGENET_OOD = (*IMAGENET_OOD_4, "objectnet")
 ZERO_SHOT_10 = (
     "caltech101",
     "flowers",
