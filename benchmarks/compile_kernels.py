@@ -123,7 +123,7 @@ def _launch_all(rows: int, width: int, dtype: torch.dtype) -> None:
             image, text, scale, *reference, average_vector, 1000.0, *options, ""
         )
         joint_step.launch_backward(upstream, scale, *saved, *reference, *sizes, 1000.0, *options)
-    for weights in DISTILLATIONS:
+    for weights in DISTILLATIONS if width == 512 else DISTILLATIONS[:1]:  # their widths differ in the rows alone
         _, _, *saved = distillation.launch_forward(image, text, scale, teacher, teacher, scale, *weights, "")
         distillation.launch_backward(upstream, scale, scale, *saved, *sizes, True, dtype, *weights)
 

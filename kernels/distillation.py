@@ -172,6 +172,11 @@ def shape_of(image: Tensor, terms: Terms, group: str) -> Shape:
     return contrastive.shape_of_sizes(rows, width, dtype, group)
 
 
+def saved_shape(packed: Tensor, count: int, total: int, first: int, width: int) -> Shape:
+    """Sizes of the forward that saved these unit rows."""
+    return contrastive.saved_shape(packed[0], count, total, first, width)
+
+
 @lru_cache
 def geometry(shape: Shape, terms: Terms, is_alone: bool, settings: Settings) -> Geometry:
     """Launch parameters and sizes of the state; ``is_alone``: whether the group is this rank."""
@@ -815,7 +820,7 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of both feature matrices, ``(count, width)`` each, and of the scale."""
     terms = terms_of(feature_weight, relational_weight, interactive_weight, cross_weight)
-    shape = contrastive.saved_shape(packed[0], count, total, first, width)
+    shape = saved_shape(packed, count, total, first, width)
     plan = geometry(shape, terms, is_alone, SETTINGS)
     buffers = State._make(state.split_with_sizes(plan.state_sizes))
     gradients = contrastive.allocate_gradients(shape._replace(dtype=dtype), logit_scale)
@@ -873,6 +878,14 @@ def chunk_size(shape: Shape, terms: Terms, settings: Settings) -> tuple[int, int
     return min(max(settings.chunk_weights // (2 * columns) // pad * pad, settings.chunk_rows), rows), columns
 
 
+def scratch_bytes(shape: Shape, terms: Terms) -> int:
+    """Memory that the backward allocates besides its results: a chunk of weights and its sums."""
+    if not terms.has_logits:
+        return 0
+    chunk, columns = chunk_size(shape, terms, SETTINGS)
+    return 2 * chunk * (columns + shape.width_padded) * shape.dtype.itemsize
+
+
 backward = torch.library.custom_op("dive_fast::distillation_loss_backward", launch_backward, mutates_args=())
 
 
@@ -891,7 +904,7 @@ def _(
     dtype: torch.dtype,
     *weights: float,
 ) -> tuple[Tensor, ...]:
-    shape = contrastive.saved_shape(packed[0], count, total, first, width)
+    shape = saved_shape(packed, count, total, first, width)
     gradients = contrastive.allocate_gradients(shape._replace(dtype=dtype), logit_scale)
     return gradients.image, gradients.text, gradients.scale
 

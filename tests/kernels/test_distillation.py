@@ -105,7 +105,8 @@ def test_terms_of_weight_zero_are_left_out(weights, monkeypatch):
     terms = flags[-1]
     has_relational, has_cross = ("relational_weight" in weights), ("cross_weight" in weights)
     has_teacher, is_mixed = has_relational or has_cross, has_cross or "interactive_weight" in weights
-    assert [terms.RELATIONAL, terms.TEACHER, terms.MIXED] == [has_relational, has_teacher, is_mixed]
+    needed = has_relational, has_teacher, is_mixed
+    assert needed == (terms.RELATIONAL, terms.TEACHER, terms.MIXED)
     logits, sums = has_relational + has_teacher + is_mixed, has_relational + is_mixed
     expected = 2 * logits, 2 * (logits + sums)
     assert distillation.products(terms) == expected
