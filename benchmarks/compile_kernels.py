@@ -216,8 +216,8 @@ def _features_dtype(variant: Variant) -> str:
         first = packed.rows
     elif inputs:
         first = inputs.image
-    elif "gradients" in types:
-        first = types["gradients"].image
+    elif hasattr(gradients := types.get("gradients"), "image"):
+        first = gradients.image
     return (first if isinstance(first, str) else first[0]).removeprefix("*")
 
 
