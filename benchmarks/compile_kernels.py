@@ -2,29 +2,39 @@
 
     python benchmarks/compile_kernels.py                   # for sm_90, table in benchmarks/results/kernels_sm90.md
     python benchmarks/compile_kernels.py --capability 80 90 100 --output build
+    python benchmarks/compile_kernels.py --sample          # some variants of each kernel, compared with the table
 
 The real host code runs on meta tensors while its launches are recorded, so that exactly the variants that would
 be launched are compiled. Too much shared memory, or on Hopper a spilled register, ends the command with an error
 and no table.
+
+A digest of code and variants in each row of the table shows whether the row is up to date. If so, compiling again
+would give the same: ``--sample`` then compiles as few variants as cover each value of each constant and type.
 """
 
 import argparse
+import ast
+import hashlib
 import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 import unittest.mock
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.runtime import JITFunction
 
 from dive_fast.kernels import (
     activation,
@@ -42,6 +52,7 @@ from dive_fast.kernels import (
 # Bytes of shared memory for one program, by compute capability (CUDA programming guide, technical specifications).
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 RESULTS = Path(__file__).parent / "results"
+RESOURCES = "registers", "spilled_bytes", "shared"
 
 # Each power of two to which rows are padded, with rows that are multiples of 16 bytes and without.
 WIDTHS = (70, 512, 768, 770, 1270, 1280)
@@ -201,6 +212,7 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
         constexprs={(names.index(name),): value for name, value in variant.constants},
         attrs={path: [["tt.divisibility", 16]] for path in variant.aligned},
     )
+    knobs.runtime.add_stages_inspection_hook = _stop_at_ptx
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(variant.options))
     row: dict[str, Any] = {"kernel": variant.kernel, "dtype": _features_dtype(variant)}
     row |= {name: str(value).removeprefix("triton.language.") for name, value in variant.constants}
@@ -221,6 +233,19 @@ def _features_dtype(variant: Variant) -> str:
     return (first if isinstance(first, str) else first[0]).removeprefix("*")
 
 
+def _stop_at_ptx(
+    backend: Any = None, stages: Any = None, options: Any = None, language: Any = None, capability: Any = None
+) -> tuple[str, str] | None:
+    """Triton's hook into its stages: leaves the assembler to :func:`_registers`.
+
+    Called without stages, returns a key and its hash, by which Triton caches the kernels apart from others.
+    """
+    if stages is None:
+        return "ptx", "ptx"
+    stages["cubin"] = lambda source, metadata: b""
+    return None
+
+
 def _registers(ptx: str) -> dict[str, int]:
     """Registers and spilled bytes, as reported by Triton's assembler."""
     (target,) = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
@@ -236,6 +261,62 @@ def _registers(ptx: str) -> dict[str, int]:
     return {"registers": int(registers), "spilled_bytes": int(stores) + int(loads)}
 
 
+def sample(recorded: list[Variant]) -> list[Variant]:
+    """Few variants that cover, for each kernel, every value of every constant, type and option."""
+    remaining = {variant: set(_values(variant)) for variant in recorded}
+    chosen = []
+    while remaining:
+        variant = max(remaining, key=lambda each: len(remaining[each]))
+        covered = remaining[variant]
+        if not covered:
+            break
+        chosen.append(variant)
+        remaining = {each: values - covered for each, values in remaining.items() if each is not variant}
+    return chosen
+
+
+def _values(variant: Variant) -> Iterator[tuple[Any, ...]]:
+    """Each value that a variant has, with its kernel."""
+    values = *variant.signature, *variant.constants, *variant.options, ("aligned", variant.aligned)
+    return ((variant.kernel, *value) for value in values)
+
+
+def digest(kernel: JITFunction[Any], recorded: list[Variant]) -> str:
+    """Digest of a kernel's variants and of the code that they compile: comments and docstrings do not count."""
+    functions: dict[str, str] = {}
+    constants: dict[str, str] = {}
+    remaining = [kernel]
+    while remaining:
+        function = remaining.pop()
+        tree = ast.parse(textwrap.dedent(function.src))
+        if (name := f"{function.__module__}.{function.__name__}") in functions:
+            continue
+        body = tree.body[0].body  # type: ignore[attr-defined]
+        if ast.get_docstring(tree.body[0]):  # type: ignore[arg-type]
+            del body[0]
+        functions[name] = ast.dump(tree)
+        for node in ast.walk(tree):
+            used = None
+            if isinstance(node, ast.Name):
+                used = function.__globals__.get(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                used = getattr(function.__globals__.get(node.value.id), node.attr, None)
+            if isinstance(used, JITFunction):
+                remaining.append(used)
+            elif isinstance(used, (int, float, triton.language.constexpr)):
+                constants[ast.unparse(node)] = repr(used)
+    content = sorted(functions.items()), sorted(constants.items()), sorted(map(repr, recorded))
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
+
+
+def digests(recorded: list[Variant]) -> dict[tuple[str, str], str]:
+    """Digest of each row of the table: of each kernel and dtype."""
+    rows: dict[tuple[str, str], list[Variant]] = {}
+    for variant in recorded:
+        rows.setdefault((variant.kernel, _features_dtype(variant)), []).append(variant)
+    return {row: digest(KERNELS[row[0]], group) for row, group in sorted(rows.items())}
+
+
 def faults(rows: list[dict[str, Any]], capability: int) -> list[str]:
     """Messages about variants with too much shared memory and, on Hopper, the tiles' target, with spills."""
     limit = SHARED_MEMORY[capability]
@@ -245,19 +326,63 @@ def faults(rows: list[dict[str, Any]], capability: int) -> list[str]:
     return messages
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], row_digests: dict[tuple[str, str], str]) -> str:
     """The heaviest variant of each kernel and dtype, as Markdown."""
     heaviest: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         heaviest.setdefault((row["kernel"], row["dtype"]), []).append(row)
     lines = [
-        "| kernel | dtype | variants | registers | spilled bytes | shared memory |",
-        "|---|---|---|---|---|---|",
+        "| kernel | dtype | variants | registers | spilled bytes | shared memory | digest |",
+        "|---|---|---|---|---|---|---|",
     ]
     for (kernel, dtype), group in sorted(heaviest.items()):
-        worst = [max(row[name] for row in group) for name in ("registers", "spilled_bytes", "shared")]
-        lines.append(f"| {kernel} | {dtype} | {len(group)} | " + " | ".join(map(str, worst)) + " |")
+        worst = [max(row[name] for row in group) for name in RESOURCES]
+        cells = [kernel, dtype, len(group), *worst, row_digests[kernel, dtype]]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def outdated(text: str, recorded: list[Variant]) -> list[str]:
+    """Messages about rows of a table that are not of this code, these variants and this Triton."""
+    expected = digests(recorded)
+    listed = re.finditer(r"^\| (\w+_kernel) \| (\w+) \|.* (\w+) \|$", text, re.MULTILINE)
+    found = {row.group(1, 2): row[3] for row in listed}
+    messages = [
+        f"{kernel}, {dtype}: the table is of other code or other variants"
+        for kernel, dtype in sorted(expected.keys() | found.keys())
+        if expected.get((kernel, dtype)) != found.get((kernel, dtype))
+    ]
+    if f"Triton {triton.__version__}." not in text:
+        messages.append(f"the table is not of Triton {triton.__version__}")
+    return messages
+
+
+def compile_all(recorded: list[Variant], capability: int) -> list[dict[str, Any]]:
+    """Compiles the variants on all cores."""
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_variant, recorded, itertools.repeat(capability), chunksize=4))
+
+
+def check_sample(recorded: list[Variant], capability: int, folder: Path) -> list[str]:
+    """Compiles a sample; returns messages about it and about a table that it does not agree with."""
+    path = folder / f"kernels_sm{capability}.md"
+    text = path.read_text()
+    remedy = f"run `python benchmarks/compile_kernels.py --capability {capability}` and commit {path}"
+    if messages := outdated(text, recorded):
+        return [*messages, remedy]
+    chosen = sample(recorded)
+    rows = compile_all(chosen, capability)
+    messages = faults(rows, capability)
+    listed = re.findall(r"^\| (\w+_kernel) \| (\w+) \| \d+ \| (\d+) \| (\d+) \| (\d+) \|", text, re.MULTILINE)
+    limits = {row[:2]: dict(zip(RESOURCES, map(int, row[2:]), strict=True)) for row in listed}
+    for row in rows:
+        for name, limit in limits[row["kernel"], row["dtype"]].items():
+            if row[name] > limit:
+                messages.append(f"{name} above the table's {limit}: {row}")
+    if messages:
+        return [*messages, remedy]
+    print(f"{path}: up to date; {len(chosen)} of {len(recorded)} variants compiled again")
+    return []
 
 
 def main() -> int:
@@ -265,25 +390,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--capability", type=int, nargs="+", default=[90], choices=sorted(SHARED_MEMORY))
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the tables")
+    parser.add_argument("--sample", action="store_true", help="compile a sample and compare it with the tables")
     arguments = parser.parse_args()
     if primitives.INTERPRETED:
         parser.error("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
     recorded = variants()
     failed = False
     for capability in arguments.capability:
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
-            rows = list(pool.map(compile_variant, recorded, itertools.repeat(capability), chunksize=4))
-        if messages := faults(rows, capability):
+        if arguments.sample:
+            messages, rows = check_sample(recorded, capability, arguments.output), []
+        else:
+            rows = compile_all(recorded, capability)
+            messages = faults(rows, capability)
+        if messages:
             print("\n".join(messages), file=sys.stderr)
             failed = True
-            continue
-        text = (
-            f"# Kernels on sm_{capability}\n\nThe most that any variant uses, compiled without a GPU by "
-            f"`benchmarks/compile_kernels.py` with Triton {triton.__version__}.\n\n{table(rows)}\n"
-        )
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / f"kernels_sm{capability}.md").write_text(text)
-        print(text)
+        elif rows:
+            text = (
+                f"# Kernels on sm_{capability}\n\nThe most that any variant uses, compiled without a GPU by "
+                f"`benchmarks/compile_kernels.py` with Triton {triton.__version__}. The digest is of the code and "
+                f"of the variants.\n\n{table(rows, digests(recorded))}\n"
+            )
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            (arguments.output / f"kernels_sm{capability}.md").write_text(text)
+            print(text)
     return int(failed)
 
 

@@ -1,8 +1,8 @@
 """Plans memory and time of a step, lever by lever: ``python benchmarks/planned.py``.
 
 Needs no GPU: the engine's step runs on fake tensors (``dive_fast/planner/plan.py``). Writes results/planned.json
-and a picture. ``--against RESULTS``, a file of ``steps.py``, compares measured cases of the engine with their
-plans.
+and a picture. ``--methods`` prints a table of all methods on two models instead. ``--against RESULTS``, a file of
+``steps.py``, compares measured cases of the engine with their plans.
 """
 
 import argparse
@@ -38,6 +38,8 @@ STEPS = {
     "  + fast blocks": SHORT,
     "FLYP, dive_fast": (*FLYP, *SHORT),
 }
+METHODS = ("flyp", "dive", "tracer", "carot", "tracer_dive", "lipsum", "starft")
+MODELS = {"ViT-B/16": CONFIG, "ViT-L/14": "vitl14_dive.json"}
 OLD_EFFICIENCY = {True: 0.45, False: 0.75}
 """Shares of peak arithmetic, in 16 bits and in fp32, by which earlier plans predicted time, for comparison."""
 GREEN, GREY, BLUE = "#1b7f4c", "#6b7280", "#a7c7e7"
@@ -151,11 +153,35 @@ def against(results: Path) -> str:
     return "\n".join(lines)
 
 
+def print_methods() -> None:
+    """Prints a Markdown table of the planned step of each method on each model, in fp16, next to FLYP's."""
+    print("| model | method | FLOP | / FLYP | other, GB | memory, GiB | teacher, GiB | step, ms | / FLYP |")
+    print("|---" * 9 + "|")
+    for model, config in MODELS.items():
+        flyp: Plan | None = None
+        for method in METHODS:
+            overrides = [f"objective.name={method}", *SHORT]
+            plan = plan_run(load_run_config(config, overrides, REPOSITORY / "launch/configs"))
+            flyp = flyp or plan
+            flop, seconds = plan.flop_per_step, plan.step_seconds(GPUS[GPU])
+            memory, teacher = plan.peak_memory_bytes / 2**30, plan.parts.get("target_teacher", 0) / 2**30
+            print(
+                f"| {model} | `{method}` | {flop / 1e12:.1f} T | {flop / flyp.flop_per_step:.2f} "
+                f"| {plan.bytes_of() / 1e9:.0f} | {memory:.1f} | {teacher:.2f} "
+                f"| {1000 * seconds:.0f} | {seconds / flyp.step_seconds(GPUS[GPU]):.2f} |",
+                flush=True,
+            )
+
+
 def main() -> None:
     """Plans all steps, writes and draws them; or compares results with plans."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--against", type=Path, metavar="RESULTS", help="results file of steps.py")
+    parser.add_argument("--methods", action="store_true", help="print a table of all methods")
     options = parser.parse_args()
+    if options.methods:
+        print_methods()
+        return
     if options.against:
         print(against(options.against))
         return

@@ -168,6 +168,8 @@ def _run_script(command: tuple[str, ...], cwd: Path, environment: dict[str, str]
         runpy.run_path(command[0], run_name="__main__")
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)  # as the interpreter does
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -109,7 +109,7 @@ def contrastive_as_written(f: Tensor, g: Tensor, scale: Tensor) -> Tensor:
 
 
 def self_distillation_oracle(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Parameter gradients and losses in float64 of a step of TRACER or CaRot, the teacher having weights of its own.
+    """Parameter gradients and losses in float64 of a step of TRACER or CaRot with distillation.
 
     The teacher has the pre-trained weights and the student other ones, as in :class:`Stage`.
     """

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from distributed import run_script
 
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLE = REPOSITORY / "examples/add_a_method.py"
@@ -35,8 +36,7 @@ def test_added_method_trains_in_under_80_lines(tmp_path: Path) -> None:
 
 
 def test_added_method_refuses_an_option_it_lacks(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLE), "objective.decay=0.5"]
-    run = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    run = run_script(str(EXAMPLE), "objective.decay=0.5", cwd=tmp_path)
     assert run.returncode == 1
     assert "Traceback" not in run.stderr
     assert "unknown key objective.decay" in run.stderr

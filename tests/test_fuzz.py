@@ -589,6 +589,7 @@ def test_weights_and_index_with_changed_headers(model: Path, ready: Path, data: 
 
 
 ROW = {"label": "a", "set": "b", "title": "B", "role": None, "metric": "top1", "value": 0.5, "key": "k"}
+ROW |= {"ece": 0.1, "nll": 2.5, "reliability": {name: [0] * 10 for name in ("samples", "confidence", "accuracy")}}
 
 
 @fuzzed(150)

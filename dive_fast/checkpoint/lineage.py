@@ -25,6 +25,7 @@ RUN_FILES = (
     "model.safetensors",
     "open_clip_config.json",
     "head.safetensors",
+    "moving_teacher.safetensors",
     "audit.json",
     "nonfinite",
     "trace.json.gz",

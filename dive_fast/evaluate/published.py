@@ -82,7 +82,11 @@ def read() -> list[Published]:
     """All published values."""
     text = resources.files("dive_fast.evaluate").joinpath(FILE).read_text("utf-8")
     lines = csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
-    return [Published(**line | {"value": Decimal(line["value"])}) for line in lines]
+    entries = []
+    for line in lines:
+        value = Decimal(line.pop("value"))
+        entries.append(Published(value=value, **line))
+    return entries
 
 
 def find_model(name: str) -> str:

@@ -152,13 +152,13 @@ def _table(
     cells = [["Method", *titles.values(), *averages]]
     partial = []
     for line, rows in shown.items():
-        values = [show(rows[name][field]) + _left_out(rows[name]) if name in rows else "" for name in titles]
+        row = [show(rows[name][field]) + _left_out(rows[name]) if name in rows else "" for name in titles]
         for average, members in averages.items():
-            values.append(_mean([rows[name][field] for name in members if name in rows], len(members), show))
+            row.append(_mean([rows[name][field] for name in members if name in rows], len(members), show))
             missing = [titles.get(name) or KNOWN[name].title for name in members if name not in rows]
             if 0 < len(missing) < len(members):
                 partial.append(f"{average} of {line} is without {', '.join(missing)}.")
-        cells.append([line, *values])
+        cells.append([line, *row])
     return markdown(title, cells) + "".join(f"\n{_one_line(note)}\n" for note in partial)
 
 

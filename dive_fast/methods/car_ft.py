@@ -35,7 +35,7 @@ class CarFT(CrossEntropy):
         """Options of the head and of the distillation."""
 
         distillation_weight: NonNegativeFloat = 1.0
-        """Factor on the divergence of context distributions; a reconstruction, the paper's value is not known."""
+        """Factor on the divergence of context distributions; a reconstruction: the paper's value was not read."""
 
     def __init__(self, options: Section, setting: Setting) -> None:
         """Takes the weight."""

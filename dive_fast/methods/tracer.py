@@ -12,6 +12,11 @@
 so that the teacher psi_k is the mean of theta_0 .. theta_k with weights kappa. Terms and weights are those of the
 authors' code; the paper writes FD as squared lengths and CRD without the 1/2. The sum A starts at kappa_0
 (Definition 3.3, and the code), not at 0 as in Algorithm 1, where the first update would overwrite theta_0.
+
+The shipped configs train as published: bf16, weight decay .1 (appendix and code; the main text has .01), batches
+of 512 or, for ViT-L/14, 224. TRACER + DiVE is in neither paper: it has DiVE's default weight, and fp16, since bf16
+rounds difference vectors away. For ``teacher_every`` above 1 the paper does not say at which steps the teacher
+moves; ours moves after the first one, as CaRot's.
 """
 
 import math

@@ -215,6 +215,10 @@ def check_resumable(checkpoint: Path, stored: Identity, current: Identity) -> li
 
 def _describe(change: Difference) -> str:
     """A difference as text, without the digests of data."""
+    if change.key == "total_steps":
+        return (
+            f"{change}, set by train.epochs and train.max_steps; this objective depends on the length of the run"
+        )
     section = change.key.removesuffix(".content")
     return f"{section}: other data, or changed since" if section != change.key else str(change)
 

@@ -50,6 +50,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "carot": {"name": "carot", "teacher_every": 2, "decay_ramp": 0.3},
 }
 """Objectives of complete runs; FD's weight makes all terms count in a model of this size."""
+RESUMED = {name: RUNS[name] for name in ("tracer", "carot")}
 TOLERANCE = 5e-5
 
 
@@ -140,7 +141,7 @@ def teacher_inputs(stage: Stage) -> dict[str, tuple[int, ...]]:
     engine = stage.engine(0, method=method_of(name="tracer"))
     sizes: dict[str, tuple[int, ...]] = {}
     assert engine.teacher is not None
-    for name, towers in (("teacher", engine.teacher._towers), ("student", engine.towers)):
+    for name, towers in (("teacher", engine.teacher.towers), ("student", engine.towers)):
 
         def record(_: Any, inputs: Any, name: str = name) -> None:
             sizes[name] = tuple(inputs[0].shape)
@@ -246,12 +247,14 @@ def test_runs_have_the_weights_and_the_teacher_of_float64(
 ) -> None:
     expected = run_oracle(folder, RUNS[name])
     moved = [
-        (expected[n.removeprefix("teacher/")] - p).abs().max() for n, p in expected.items() if "teacher/" in n
+        (expected[n.removeprefix("teacher/")] - p).abs().max().item()
+        for n, p in expected.items()
+        if "teacher/" in n
     ]
     assert max(moved) > 5 * TOLERANCE
     for path in (path for path in by_rank[0] if path[:2] == ("run", name)):
         state = {key.replace("text.", "", 1): value for key, value in by_rank[0][path].items()}
-        errors = {key: float((state[key].reshape(p.shape) - p).abs().max()) for key, p in expected.items()}
+        errors = {key: (state[key].reshape(p.shape) - p).abs().max().item() for key, p in expected.items()}
         assert max(errors.values()) < TOLERANCE, (path, max(errors, key=lambda key: errors[key]))
         # Every rank has the same teacher, bit for bit; the others hold a part of the student's weights.
         for results in by_rank[1:]:
@@ -280,10 +283,10 @@ def test_weights_zero_train_as_flyp_bit_for_bit(by_rank: list[dict[Any, Any]]) -
 
 
 def save_and_resume(folder: Path, path: Path) -> dict[str, Any]:
-    """States after two more steps, uninterrupted and resumed from a checkpoint between two moves of the teacher."""
+    """States after two more steps, uninterrupted and resumed; the teacher moves before and after."""
     Part.backend = "torch"
     stage, results = Stage(folder), {}
-    for name, options in RUNS.items():
+    for name, options in RESUMED.items():
         engine = stage.engine(2, method=method_of(**options), **TRAIN)
         make_steps(stage, engine, 2)
         saver = Saver(engine, path / name, TrainConfig(), RunRecord("run"))
@@ -305,16 +308,16 @@ def resume(stage: Stage, path: Path, zero: int, options: dict[str, Any]) -> dict
 
 def resume_on_one_rank(folder: Path, path: Path) -> dict[str, dict[str, Tensor]]:
     Part.backend = "torch"
-    return {name: resume(Stage(folder), path / name, 0, options) for name, options in RUNS.items()}
+    return {name: resume(Stage(folder), path / name, 0, options) for name, options in RESUMED.items()}
 
 
 def test_run_resumes_bit_equal_and_on_another_number_of_ranks(folder: Path, tmp_path: Path) -> None:
     by_rank = run_ranks(2, save_and_resume, folder, tmp_path)
     (on_one_rank,) = run_ranks(1, resume_on_one_rank, folder, tmp_path)
-    for name in RUNS:
+    for name in RESUMED:
         uninterrupted = by_rank[0]["uninterrupted", name]
         for results in by_rank:
-            assert results["resumed", name].keys() == uninterrupted.keys()
+            assert results["resumed", name].keys() == results["uninterrupted", name].keys()
             for key, value in results["uninterrupted", name].items():
                 assert torch.equal(value, results["resumed", name][key]), (name, key)
         for key, value in uninterrupted.items():

@@ -94,9 +94,9 @@ def test_train_alone_optimized_and_on_two_ranks(tmp_path: Path) -> None:
         command = str(ROOT / "launch/train.py"), "--config", str(config), f"train.output={run}"
         alone = name != "two"
         if name == "one":
-            result = call(sys.executable, *command)
+            result = call_alone(*command)
         elif alone:
-            # Without asserts, and with another hash seed.
+            # In a new process, without asserts, and with another hash seed.
             result = call(sys.executable, "-O", *command, PYTHONHASHSEED="1")
         else:
             result = call("deepspeed", "--num_accelerators", "2", *command)

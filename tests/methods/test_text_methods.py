@@ -126,13 +126,11 @@ class TextStage(Stage):
         )
         engine = self.engine(zero, schedule, micro, method, name=name)
         engine.set_step(STEP)
-        student = {id(parameter) for parameter in engine.towers.parameters()}
         pretrained = dict(self.pretrained.named_parameters())
         assert engine.teacher is not None
         with torch.no_grad():
-            for key, parameter in engine.teacher._towers.named_parameters():
-                if id(parameter) not in student:
-                    parameter.copy_(pretrained[key])
+            for key, parameter in engine.teacher.copies.items():
+                parameter.copy_(pretrained[key])
         return engine
 
     def accumulate(self, engine: Engine) -> tuple[dict[str, Tensor], dict[str, float]]:

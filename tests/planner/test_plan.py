@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dive_fast.config.schema import Config
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
+from dive_fast.data.prompts import read_templates
 from dive_fast.distributed import join
 from dive_fast.engine.step import Engine, StepBatches
 from dive_fast.kernels import contrastive_loss, primitives
@@ -31,7 +32,7 @@ from dive_fast.methods import registry
 from dive_fast.methods.run_config import load_run_config
 from dive_fast.model.features import Pairs
 from dive_fast.model.towers import create
-from dive_fast.planner.advice import advise
+from dive_fast.planner.advice import _free_changes, advise
 from dive_fast.planner.gpu_specs import GPUS
 from dive_fast.planner.memory_tracker import Tracker
 from dive_fast.planner.operations import MISSED_FLOP, Stage
@@ -48,6 +49,7 @@ QUICK: dict[str, Case] = {
     "flyp, fp16": {"objective.name": "flyp", "train.precision": "fp16", "data.target.text_length": 10},
     "micro-batches": {"train.micro_batch_size": 3, "zero": 0},
     "selective": {"train.activation_checkpointing": "selective"},
+    "random texts of a teacher": {"objective.name": "lipsum"},
     "teacher, micro-batches": {"objective.name": "tracer_fd", "train.micro_batch_size": 5},
 }
 SLOW: dict[str, Case] = {
@@ -63,6 +65,8 @@ SLOW: dict[str, Case] = {
     "full": {"train.activation_checkpointing": "full"},
     "vanilla fine-tuning": {"objective.name": "vanilla_ft"},
     "SnD": {"objective.name": "snd"},
+    "teacher, second prompts, micro-batches": {"objective.name": "starft", "train.micro_batch_size": 5},
+    "contexts of a teacher": {"objective.name": "car_ft"},
     "teacher, fp16": {"objective.name": "tracer_fd", "train.precision": "fp16", "zero": 1},
     "SnD, joint, micro-batches": {"objective.name": "snd", "train.schedule": "joint", "train.micro_batch_size": 5},
 }
@@ -104,6 +108,21 @@ def _launch_nothing(*_: Any, **__: Any) -> None:
     """In place of ``primitives.launch``; a mock would keep the tensors alive."""
 
 
+def start_method(method: objective.Method) -> None:
+    """Starts a method with a tokenizer that fits the small model's vocabulary."""
+
+    def tokenize(texts: list[str]) -> torch.Tensor:
+        rows = torch.zeros(len(texts), CONTEXT, dtype=torch.long)
+        rows[range(len(texts)), [len(text.split()) for text in texts]] = 499
+        return rows
+
+    def embed(texts: Any) -> torch.Tensor:
+        return torch.randn(len(texts), WIDTH)
+
+    names = tuple(open_clip.IMAGENET_CLASSNAMES)
+    method.start(objective.Start(embed, tokenize, 500, "argmax", names, read_templates("imagenet")))
+
+
 def real_step(config: Config) -> tuple[int, int, int]:
     """Peak bytes, FLOP and parameters of a step on real tensors, after one that allocates optimizer state."""
     ranks = join()
@@ -117,7 +136,8 @@ def real_step(config: Config) -> tuple[int, int, int]:
 
     def batches() -> Any:
         labels = torch.zeros(TARGET, dtype=torch.long)
-        target = TargetBatch(*pairs(data.target), labels, torch.empty(0), ())
+        second = pairs(data.target)[1] if method.needs.second_prompts else None
+        target = TargetBatch(*pairs(data.target), labels, torch.empty(0), (), second)
         if not method.needs.reference:
             return StepBatches(target)
         reference = ReferenceBatch(*pairs(data.reference), torch.empty(0), torch.empty(0), ())
@@ -136,6 +156,7 @@ def real_step(config: Config) -> tuple[int, int, int]:
             towers = create(config.model)
             if method.needs.head:
                 towers.head = torch.nn.Linear(WIDTH, len(open_clip.IMAGENET_CLASSNAMES))
+            start_method(method)
             engine = Engine(config, towers, method, ranks, total_steps=9)
             simulate_fast_blocks(towers)
             if engine.teacher is not None:
@@ -182,12 +203,15 @@ def test_plan_run_matches_memory_and_flop_of_real_step(folder: Path, cases: dict
         assert plans[name].estimates["scratch"] == (4 * batch * 2 * 128 * 64 if is_half else 0)
         assert plans[name].peak_memory_bytes == pytest.approx(peak, rel=0.01), name
         # The CPU computes one matrix of logits and differentiates it: three products of B x B x D.
-        plain_loss = 0 if "vanilla" in name else 6 * TARGET**2 * WIDTH
+        has_head = registry.needs(small_config(folder, **cases[name]).objective).head
+        plain_loss = 0 if has_head else 6 * TARGET**2 * WIDTH
         towers = sum(plans[name].flop_of(stage) for stage in TOWERS)
         assert towers == flop - plain_loss
-        has_teacher = name.startswith("teacher")
+        has_teacher, tower = "teacher" in name, create(small_config(folder).model).visual
         assert (plans[name].flop_of("target_teacher") > 0) == has_teacher
-        assert plans[name].parts.get("target_teacher", 0) == pytest.approx(4 * parameters * has_teacher, rel=0.05)
+        # With a head, the teacher shares the text tower, which is frozen.
+        copied = sum(map(torch.numel, tower.parameters())) if has_head else parameters
+        assert plans[name].parts.get("target_teacher", 0) == pytest.approx(4 * copied * has_teacher, rel=0.05)
 
 
 def test_reference_every_averages_steps_with_and_without_reference(folder: Path) -> None:
@@ -385,6 +409,13 @@ def test_advise_returns_cheapest_change_that_fits(folder: Path, tmp_path: Path) 
     for _, advice in (recomputed, resnet):
         (override,) = advice.overrides
         assert override.startswith("train.micro_batch_size=")
+
+
+@pytest.mark.parametrize(("name", "stages"), [("flyp", "123"), ("tracer", "12"), ("lipsum", "12")])
+def test_zero_3_is_no_advice_for_methods_that_it_refuses(folder: Path, name: str, stages: str) -> None:
+    config = small_config(folder, **{"objective.name": name}, zero=0)
+    overrides = [override for override, _ in _free_changes(config, Plan(1, 4, {}, {"weights": 1}))]
+    assert overrides == [f"deepspeed.zero_optimization.stage={stage}" for stage in stages]
 
 
 def test_estimates_count_in_fits_and_are_listed() -> None:

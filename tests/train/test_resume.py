@@ -408,6 +408,8 @@ def test_keys_ignored_by_a_resume_exist() -> None:
     keys = [f"{section}.{key}" for section, held in tree.model_dump().items() for key in held]
     for section in ("target", "reference"):
         keys += [f"data.{section}.{key}" for key in tree.model_dump()["data"][section]]
+    options = [name for part in registry.table().targets.values() for name in part.Options.model_fields]
+    keys += [f"objective.{prefix}{name}" for name in options for prefix in ("", "target.")]
     own = ("deepspeed.", "versions.", "ranks", "data.*.decoder")
     patterns = (*run_identity.NO_RESULT, *run_identity.CONTINUES, *run_identity.ROUNDING)
     for pattern in patterns:
@@ -470,6 +472,45 @@ def _renamed_class(path: Path) -> tuple[str, list[str]]:
     run.start()
     (path / "images/grass").rename(path / "images/zebra_grass")
     return run.start(), list(heads.load(run.path / heads.FILE).class_names)
+
+
+def test_other_length_is_refused_where_the_teacher_depends_on_it(tmp_path: Path) -> None:
+    shorter, longer, again = run_ranks(1, _lengths, tmp_path, init=False)[0]
+    for printed, there, here in ((longer, 2, 3), (shorter, 2, 1)):
+        assert (
+            f"(total_steps: {there} there, {here} here, set by train.epochs and train.max_steps; this" in printed
+        )
+    assert "already complete: step 2 of 2" in again
+
+
+def _lengths(path: Path) -> list[str]:
+    """The output of runs of TRACER that resume one of two steps, with one step, with three, and with two."""
+    Part.backend = "torch"
+    tree = flyp(path)
+    tree["objective"] = {"name": "tracer"}
+    run = Folder(join(), tree, path / "run")
+    run.start(("train.max_steps", 2))
+    return [run.start(("train.max_steps", steps)) for steps in (1, 3, 2)]
+
+
+def test_missing_linear_map_is_an_error_before_the_teachers_cache(tmp_path: Path) -> None:
+    printed, folders = run_ranks(1, _without_linear_map, tmp_path, init=False)[0]
+    assert "the image tower of local-dir" in printed
+    assert "does not end with a linear map" in printed
+    assert "teacher" not in folders
+
+
+def _without_linear_map(path: Path) -> tuple[str, list[str]]:
+    Part.backend = "torch"
+    tree = tiny.write_config(path)
+    config = tiny.reduced("ViT-B-16-SigLIP")
+    (path / "siglip").mkdir()
+    tiny.write_tokenizer(path / "siglip")
+    config["text_cfg"]["hf_tokenizer_name"] = str(path / "siglip")
+    tree["model"]["name"] = tiny.write_model(path / "siglip", config)
+    tree["objective"] = {"name": "tracer_dive"}
+    run = Folder(join(), tree, path / "run")
+    return run.start(), [each.name for each in run.path.glob("*")]
 
 
 ACCURACIES = {1: 0.4, 2: 0.5, 3: 0.45, 4: 0.6, 5: 0.9, 6: 0.8, 7: 0.3, 8: 0.7}
