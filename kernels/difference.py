@@ -179,7 +179,7 @@ def _row_range(pid, programs, B, ROWS: tl.constexpr):
 
 
 @triton.jit
-def load_rows(matrix, row0, end, D, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def _load_rows(matrix, row0, end, D, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Rows ``row0 ... row0 + ROWS`` of a ``(..., D)`` matrix, zeros from row ``end`` on and beyond the width."""
     o_row = row0 + tl.arange(0, ROWS)
     o_column = tl.arange(0, WIDTH)
@@ -188,15 +188,15 @@ def load_rows(matrix, row0, end, D, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def difference_rows(features, teacher, row0, end, D, BLOCK: tl.constexpr, ACC: tl.constexpr):
+def _difference_rows(features, teacher, row0, end, D, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """``z = x / max(|x|, 1e-12)``, ``u = z - teacher`` and ``|x|`` of a block of rows; 0 outside of the matrix."""
     ROWS: tl.constexpr = BLOCK.ROWS
     WIDTH: tl.constexpr = BLOCK.WIDTH
-    b_x = load_rows(features, row0, end, D, ROWS, WIDTH).to(ACC)
+    b_x = _load_rows(features, row0, end, D, ROWS, WIDTH).to(ACC)
     b_norm = primitives.row_norms(b_x)
     b_length = tl.broadcast_to(primitives.clamp_norms(b_norm)[:, None], [ROWS, WIDTH])
     b_z = primitives.divide(b_x, b_length)
-    return b_z, b_z - load_rows(teacher, row0, end, D, ROWS, WIDTH), b_norm
+    return b_z, b_z - _load_rows(teacher, row0, end, D, ROWS, WIDTH), b_norm
 
 
 @triton.jit
@@ -215,8 +215,8 @@ def sums_block(
     b_acc = tl.zeros([WIDTH], ACC)
     begin, end = _row_range(pid, programs, B, BLOCK.ROWS)
     for row0 in range(begin, end, BLOCK.ROWS):
-        _, b_u, _ = difference_rows(inputs.image, inputs.image_teacher, row0, end, D, BLOCK, ACC)
-        _, b_v, _ = difference_rows(inputs.text, inputs.text_teacher, row0, end, D, BLOCK, ACC)
+        _, b_u, _ = _difference_rows(inputs.image, inputs.image_teacher, row0, end, D, BLOCK, ACC)
+        _, b_v, _ = _difference_rows(inputs.text, inputs.text_teacher, row0, end, D, BLOCK, ACC)
         b_acc += tl.sum((b_u + b_v) * 0.5, axis=0)
     o_column = tl.arange(0, WIDTH)
     tl.store(sums + pid.to(tl.int64) * D + o_column, b_acc, mask=o_column < D)
@@ -248,7 +248,7 @@ def values_block(
     o_column = tl.arange(0, WIDTH)
     b_center = tl.zeros([WIDTH], ACC)
     for sum0 in range(0, num_sums, SUMS):
-        b_center += tl.sum(load_rows(buffers.sums, sum0, num_sums, D, SUMS, WIDTH), axis=0)
+        b_center += tl.sum(_load_rows(buffers.sums, sum0, num_sums, D, SUMS, WIDTH), axis=0)
     b_center = b_center / N.to(ACC)
     b_previous = tl.load(previous + o_column, mask=o_column < D, other=0.0)
     b_m = b_previous * CONSTANTS.DECAY + b_center * CONSTANTS.GROWTH
@@ -263,8 +263,8 @@ def values_block(
     b_text_norm = tl.zeros([ROWS], ACC)
     begin, end = _row_range(pid, programs, B, ROWS)
     for row0 in range(begin, end, ROWS):
-        _, b_u, _ = difference_rows(inputs.image, inputs.image_teacher, row0, end, D, BLOCK, ACC)
-        _, b_v, _ = difference_rows(inputs.text, inputs.text_teacher, row0, end, D, BLOCK, ACC)
+        _, b_u, _ = _difference_rows(inputs.image, inputs.image_teacher, row0, end, D, BLOCK, ACC)
+        _, b_v, _ = _difference_rows(inputs.text, inputs.text_teacher, row0, end, D, BLOCK, ACC)
         m_row = row0 + tl.arange(0, ROWS) < end
         b_u_to_m, b_v_to_m = b_u - b_m[None, :], b_v - b_m[None, :]
         b_squares = tl.sum(b_u_to_m * b_u_to_m + b_v_to_m * b_v_to_m, axis=1)
@@ -332,8 +332,8 @@ def difference_gradient_block(
     scale = tl.load(upstream).to(ACC) * CONSTANTS.WEIGHT * 2.0 / B.to(ACC)
     begin, end = _row_range(pid, programs, B, ROWS)
     for row0 in range(begin, end, ROWS):
-        b_z, b_u, b_x_norm = difference_rows(inputs.image, inputs.image_teacher, row0, end, D, BLOCK, ACC)
-        b_t, b_v, b_y_norm = difference_rows(inputs.text, inputs.text_teacher, row0, end, D, BLOCK, ACC)
+        b_z, b_u, b_x_norm = _difference_rows(inputs.image, inputs.image_teacher, row0, end, D, BLOCK, ACC)
+        b_t, b_v, b_y_norm = _difference_rows(inputs.text, inputs.text_teacher, row0, end, D, BLOCK, ACC)
         b_pair = (b_u - b_v) * CONSTANTS.PAIRWISE_WEIGHT
         m_column = (o_column < D)[None, :]
         b_dz = tl.where(m_column, (b_u - b_m[None, :]) * CONSTANTS.AVERAGE_WEIGHT + b_pair, 0.0)

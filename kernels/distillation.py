@@ -52,7 +52,6 @@ from torch import Tensor
 
 from dive_fast.kernels import contrastive, direct, primitives, process_group
 from dive_fast.kernels.contrastive import Shape, Tile, log_sums, masses, mean_relative
-from dive_fast.kernels.difference import difference_rows, load_rows
 from dive_fast.kernels.precision import full_fp32
 
 # Most splits of the columns of a row; the last one to finish reads all of them at a time.
@@ -236,23 +235,27 @@ def distillation_rows_kernel(
 ):
     """``z = x / max(|x|, 1e-12)``, ``z~``, ``1/|x|``, and ``sum |z - z~|^2`` over this rank's rows of a block."""
     pid = tl.program_id(0)
-    row0 = pid * BLOCK.ROWS
     N_padded = N_padded.to(tl.int64)
-    o_row = row0 + tl.arange(0, BLOCK.ROWS)
+    o_row = pid * BLOCK.ROWS + tl.arange(0, BLOCK.ROWS)
     o_column = tl.arange(0, BLOCK.WIDTH)
+    o_source = o_row.to(tl.int64)[:, None] * D + o_column[None, :]
+    m_source = (o_row < N)[:, None] & (o_column < D)[None, :]
     o_packed = o_row.to(tl.int64)[:, None] * D_padded + o_column[None, :]
     m_packed = (o_row >= 0)[:, None] & (o_column < D_padded)[None, :]
     size = N_padded * D_padded
     b_squares = tl.zeros([BLOCK.ROWS], ACC)
     for side in tl.static_range(2):
-        b_z, b_difference, b_norm = difference_rows(inputs[side], inputs[side + 2], row0, N, D, BLOCK, ACC)
-        b_teacher = load_rows(inputs[side + 2], row0, N, D, BLOCK.ROWS, BLOCK.WIDTH)
+        b_x = tl.load(inputs[side] + o_source, mask=m_source, other=0.0).to(ACC)
+        b_teacher = tl.load(inputs[side + 2] + o_source, mask=m_source, other=0.0)
+        b_norm = primitives.row_norms(b_x)
+        b_length = primitives.clamp_norms(b_norm)
+        b_z = primitives.divide(b_x, tl.broadcast_to(b_length[:, None], [BLOCK.ROWS, BLOCK.WIDTH]))
         tl.store(packed + 2 * side * size + o_packed, b_z, mask=m_packed)
         tl.store(packed + (2 * side + 1) * size + o_packed, b_teacher, mask=m_packed)
         b_one = tl.full(b_norm.shape, 1.0, b_norm.dtype)
-        tl.store(inverses + side * N_padded + o_row, primitives.divide(b_one, primitives.clamp_norms(b_norm)))
+        tl.store(inverses + side * N_padded + o_row, primitives.divide(b_one, b_length))
         if FEATURE:
-            b_squares += tl.sum(b_difference * b_difference, axis=1)
+            b_squares += tl.sum((b_z - b_teacher) * (b_z - b_teacher), axis=1)
     if FEATURE:
         m_own = (o_row >= first) & (o_row < first + B)
         tl.store(feature_sums + pid, tl.sum(tl.where(m_own, b_squares, 0.0), axis=0))
