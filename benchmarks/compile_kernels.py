@@ -41,6 +41,7 @@ from dive_fast.kernels import (
     column_sums,
     contrastive,
     difference,
+    distillation,
     joint_step,
     layer_norm,
     moving_average,
@@ -58,6 +59,8 @@ WIDTHS = (70, 512, 768, 770, 1270, 1280)
 # Batches for every tile of the contrastive loss, with one split of the columns and with several.
 BATCHES = (1, 256, 1024, 4096, 8192)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Weights of the feature, relational, interactive and cross terms: TRACER's, its feature term alone, and CaRot's.
+DISTILLATIONS = ((2000.0, 1.0, 1.0, 1.0), (2000.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0))
 
 # Residual streams, from the text tower of ViT-B to ViT-bigG, and a width that is not a multiple of 16 bytes.
 TOWER_WIDTHS = (512, 768, 1024, 1280, 1664, 70)
@@ -80,7 +83,8 @@ class Variant(NamedTuple):
     options: tuple[tuple[str, int], ...]
 
 
-MODULES = (activation, column_sums, contrastive, difference, joint_step, layer_norm, moving_average, packed_qkv)
+LOSSES = (contrastive, difference, distillation, joint_step)
+MODULES = (activation, column_sums, *LOSSES, layer_norm, moving_average, packed_qkv)
 KERNELS = {name: kernel for module in MODULES for name, kernel in vars(module).items() if name.endswith("_kernel")}
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
 TYPES |= {torch.int64: "*i64"}
@@ -110,7 +114,7 @@ def variants() -> list[Variant]:
 
 
 def _launch_all(rows: int, width: int, dtype: torch.dtype) -> None:
-    """Launches all three losses, forward and backward."""
+    """Launches all losses, forward and backward."""
 
     def features() -> torch.Tensor:
         return torch.empty(rows, width, dtype=dtype, device="meta")
@@ -130,6 +134,9 @@ def _launch_all(rows: int, width: int, dtype: torch.dtype) -> None:
             image, text, scale, *reference, average_vector, 1000.0, *options, ""
         )
         joint_step.launch_backward(upstream, scale, *saved, *reference, *sizes, 1000.0, *options)
+    for weights in DISTILLATIONS if width == 512 else DISTILLATIONS[:1]:  # their widths differ in the rows alone
+        _, _, *saved = distillation.launch_forward(image, text, scale, teacher, teacher, scale, *weights, "")
+        distillation.launch_backward(upstream, scale, scale, *saved, *sizes, True, dtype, *weights)
 
 
 def _launch_activation(dtype: torch.dtype) -> None:
@@ -221,6 +228,8 @@ def _features_dtype(variant: Variant) -> str:
         first = packed.rows
     elif inputs:
         first = inputs.image
+    elif hasattr(gradients := types.get("gradients"), "image"):
+        first = gradients.image
     return (first if isinstance(first, str) else first[0]).removeprefix("*")
 
 

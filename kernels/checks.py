@@ -30,17 +30,17 @@ def check_pairs(**matrices: Tensor) -> None:
         _check_device(name, matrix, first, reference)
 
 
-def check_scale(logit_scale: Tensor, image_features: Tensor) -> None:
-    """Checks that the scale is one floating-point number on the features' device.
+def check_scale(scale: Tensor, image_features: Tensor, name: str = "logit_scale") -> None:
+    """Checks that a scale is one floating-point number on the features' device.
 
     Raises:
         ValueError: its shape, dtype or device is wrong.
     """
-    if logit_scale.shape not in ((), (1,)):
-        raise ValueError(f"logit_scale: expected shape () or (1,), got {tuple(logit_scale.shape)}")
-    if not logit_scale.is_floating_point():
-        raise ValueError(f"logit_scale: expected a floating-point dtype, got {logit_scale.dtype}")
-    _check_device("logit_scale", logit_scale, "image_features", image_features)
+    if scale.shape not in ((), (1,)):
+        raise ValueError(f"{name}: expected shape () or (1,), got {tuple(scale.shape)}")
+    if not scale.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point dtype, got {scale.dtype}")
+    _check_device(name, scale, "image_features", image_features)
 
 
 def check_average_vector(average_vector: Tensor, image_features: Tensor) -> None:

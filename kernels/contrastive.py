@@ -70,6 +70,8 @@ _HALF_RATES = Rates(1.6e12, 450e12, 550e12)
 _FP32_RATES = Rates(0.27e12, 75e12, 50e12)
 # Seconds that the three launches of a chunk cost the GPU and the host, predicted as well.
 _CHUNK_LATENCY, _CHUNK_HOST_SECONDS = 12e-6, 45e-6
+# Most splits of the columns of a row.
+MAX_SPLITS = 32
 # Block sums that the last program of the statistics adds at a time.
 BLOCKS = 256
 
@@ -188,7 +190,12 @@ def shape_of(image: Tensor, group: str) -> Shape:
     They are plain integers: a program compiled for symbolic sizes is specialized, as its launches are.
     """
     rows, width = map(int, image.shape)
-    return _shape(rows, width, image.dtype, process_group.world_size(group), process_group.rank(group))
+    return shape_of_sizes(rows, width, image.dtype, group)
+
+
+def shape_of_sizes(rows: int, width: int, dtype: torch.dtype, group: str) -> Shape:
+    """Sizes of a call on this rank's ``(rows, width)`` features, packed in ``dtype``."""
+    return _shape(rows, width, dtype, process_group.world_size(group), process_group.rank(group))
 
 
 @lru_cache
@@ -299,12 +306,8 @@ def statistics_block(
     s = tl.load(logit_scale).to(ACC)
 
     # The labels' cosines are the diagonal of a product like those below, so that equal logits differ by nothing.
-    b_label_cosine = tl.zeros([ROWS], ACC)
-    for offset in range(0, ROWS, COLUMNS):
-        label = first + row0 + offset
-        b_product = primitives.row_products(left, right + label * stride, D_padded, ROWS, COLUMNS, TILE.DEPTH, ACC)
-        m_label = offset + tl.arange(0, COLUMNS)[None, :] == tl.arange(0, ROWS)[:, None]
-        b_label_cosine += tl.sum(tl.where(m_label, b_product, 0.0), axis=1)
+    labels = right + (first + row0) * stride
+    b_label_cosine = primitives.diagonal_products(left, labels, D_padded, ROWS, COLUMNS, TILE.DEPTH, ACC)
     b_label_cosine *= b_row_factor * tl.load(packed.factors + (1 - side) * N_padded + first + o_row)
 
     b_highest = tl.full([ROWS], float("-inf"), ACC)
@@ -321,14 +324,9 @@ def statistics_block(
         b_relative = b_product * (b_row_factor[:, None] * b_column_factor[None, :]) - b_label_cosine[:, None]
         m_negative = (o_column < N)[None, :] & (o_column[None, :] != first + o_row[:, None])
         b_logit = tl.where(m_negative, b_relative * s, float("-inf"))
-        b_new_highest = tl.maximum(b_highest, tl.max(b_logit, axis=1))
-        # A row without a negative so far has no highest logit to subtract.
-        b_shift = tl.where(b_new_highest == float("-inf"), 0.0, b_new_highest)
-        b_mass = tl.exp(b_logit - b_shift[:, None])
-        b_rescale = tl.exp(b_highest - b_shift)
+        b_highest, b_mass, b_rescale = masses(b_highest, b_logit)
         b_total = b_total * b_rescale + tl.sum(b_mass, axis=1)
         b_weighted = b_weighted * b_rescale + tl.sum(b_mass * b_relative, axis=1)
-        b_highest = b_new_highest
     # An infinite scale leaves a confident row without any negative: s - s makes it NaN, and is 0 otherwise.
     b_total += s - s
 
@@ -351,6 +349,15 @@ def statistics_block(
             reduction, o_row, side, block, num_blocks, B, b_highest, b_total, b_weighted, b_label_cosine
         )  # fmt: skip
     return is_finisher
+
+
+@triton.jit
+def masses(b_highest, b_logit):
+    """Highest logit of each row including a tile, ``exp(logit - highest)``, and the factor of earlier sums."""
+    b_new_highest = tl.maximum(b_highest, tl.max(b_logit, axis=1))
+    # A row without a negative so far has no highest logit to subtract.
+    b_shift = tl.where(b_new_highest == float("-inf"), 0.0, b_new_highest)
+    return b_new_highest, tl.exp(b_logit - b_shift[:, None]), tl.exp(b_highest - b_shift)
 
 
 @triton.jit
@@ -384,18 +391,10 @@ def _merge_splits(reduction, o_row, side, B, num_splits, ROWS: tl.constexpr, ACC
 def _finish_rows(
     reduction, o_row, side, block, num_blocks, B, b_highest, b_total, b_weighted, b_label_cosine
 ):  # fmt: skip
-    """Statistics of a block of rows, and the block's sums of losses and of their derivatives by s.
-
-    With d the log-sum-exp over j != i: ``r_i = softplus(d)``, ``1 - p_ii = sigmoid(d)``.
-    """
+    """Statistics of a block of rows, and the block's sums of losses and of their derivatives by s."""
     m_row = o_row < B
-    b_top = tl.where(b_highest < 0, 0.0, b_highest)  # a comparison that propagates NaN
-    b_mass = b_total * tl.exp(b_highest - b_top)
-    # The highest logit, label included, contributes 1, which stays out of log1p's argument.
-    b_rest = primitives.log1p(tl.where(b_top == 0.0, b_mass, b_mass - 1.0 + tl.exp(-b_top)))
-    b_log_sum = tl.where(b_total == 0.0, float("-inf"), b_highest + tl.log(b_total))
-    b_error = 1.0 / (1.0 + tl.exp(-b_log_sum))
-    b_slope = tl.where(m_row & (b_total != 0.0), b_error * b_weighted / b_total, 0.0)
+    b_top, b_rest, b_error = log_sums(b_highest, b_total)
+    b_slope = tl.where(m_row, mean_relative(b_error, b_weighted, b_total), 0.0)
     stride = B.to(tl.int64)
     p_row = reduction.statistics + side * stride + o_row
     tl.store(p_row, b_top, mask=m_row)
@@ -404,6 +403,27 @@ def _finish_rows(
     tl.store(p_row + 6 * stride, b_label_cosine, mask=m_row)
     tl.store(reduction.blocks + block, tl.sum(tl.where(m_row, b_top + b_rest, 0.0), axis=0))
     tl.store(reduction.blocks + num_blocks + block, tl.sum(b_slope, axis=0))
+
+
+@triton.jit
+def log_sums(b_highest, b_total):
+    """Log-sum-exp with the label, whose relative logit is 0, and the label's error.
+
+    With d the log-sum-exp over j != i: ``r_i = softplus(d)``, as its highest logit and the rest, and
+    ``1 - p_ii = sigmoid(d)``.
+    """
+    b_top = tl.where(b_highest < 0, 0.0, b_highest)  # a comparison that propagates NaN
+    b_mass = b_total * tl.exp(b_highest - b_top)
+    # The highest logit, label included, contributes 1, which stays out of log1p's argument.
+    b_rest = primitives.log1p(tl.where(b_top == 0.0, b_mass, b_mass - 1.0 + tl.exp(-b_top)))
+    b_log_sum = tl.where(b_total == 0.0, float("-inf"), b_highest + tl.log(b_total))
+    return b_top, b_rest, 1.0 / (1.0 + tl.exp(-b_log_sum))
+
+
+@triton.jit
+def mean_relative(b_error, b_weighted, b_total):
+    """``sum_j p_ij x_ij`` with ``x_ii = 0``, from the sums over j != i; 0 in a row without a negative."""
+    return tl.where(b_total != 0.0, b_error * b_weighted / b_total, 0.0)
 
 
 @triton.jit
@@ -739,13 +759,13 @@ def geometry(shape: Shape, settings: Settings) -> Geometry:
     """Launch parameters of the forward, and sizes of the state."""
     tile, block = logits_tile(shape), primitives.row_block(shape.width_padded)
     row_tiles = primitives.divide_up(shape.rows, tile.ROWS)
-    num_splits = _num_splits(shape, tile, settings.processors)
-    is_split, is_alone = num_splits > 1, shape.rows == shape.total
+    splits = num_splits(shape, tile, settings.processors, MAX_SPLITS)
+    is_split, is_alone = splits > 1, shape.rows == shape.total
     sizes = (  # in the order of State
         4 * shape.total_padded,
         8 * shape.total,
         1,
-        6 * num_splits * shape.rows if is_split else 0,
+        6 * splits * shape.rows if is_split else 0,
         4 * row_tiles,
         0 if is_alone else 8 * shape.rows,
     )
@@ -753,9 +773,9 @@ def geometry(shape: Shape, settings: Settings) -> Geometry:
         block=block,
         pack_programs=shape.total_padded // block.ROWS,
         tile=tile,
-        num_splits=num_splits,
+        num_splits=splits,
         num_blocks=2 * row_tiles,
-        statistics_programs=2 * row_tiles * num_splits,
+        statistics_programs=2 * row_tiles * splits,
         num_tickets=1 + (2 * row_tiles if is_split else 0),
         state_sizes=primitives.aligned(sizes),
         acc=primitives.acc_dtype(shape.dtype),
@@ -770,7 +790,7 @@ def logits_tile(shape: Shape) -> Tile:
     return Tile(128, 64, 32, num_warps=8, num_stages=3) if shape.is_large else Tile(64, 32, 32, 4, 3)
 
 
-def _num_splits(shape: Shape, tile: Tile, processors: int) -> int:
+def num_splits(shape: Shape, tile: Tile, processors: int, most: int) -> int:
     """Number of parts into which the columns of a row are split, so that a small batch keeps the full GPU busy.
 
     The fewest tiles one after another: each program has those of its split and those of its labels, and as many
@@ -780,11 +800,11 @@ def _num_splits(shape: Shape, tile: Tile, processors: int) -> int:
     row_programs = 2 * primitives.divide_up(shape.rows, tile.ROWS)
     resident = processors * (3 if tile.num_warps == 4 else 1)
 
-    def tiles_in_turn(num_splits: int) -> int:
-        tiles = primitives.divide_up(column_tiles, num_splits) + tile.ROWS // tile.COLUMNS
-        return primitives.divide_up(row_programs * num_splits, resident) * tiles
+    def tiles_in_turn(splits: int) -> int:
+        tiles = primitives.divide_up(column_tiles, splits) + tile.ROWS // tile.COLUMNS
+        return primitives.divide_up(row_programs * splits, resident) * tiles
 
-    return min(range(1, min(column_tiles, 32) + 1), key=tiles_in_turn)
+    return min(range(1, min(column_tiles, most) + 1), key=tiles_in_turn)
 
 
 class GradientPlan(NamedTuple):

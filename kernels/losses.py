@@ -12,7 +12,7 @@ from dive_fast.kernels.naive import DifferenceLoss, DistillationLoss, DiveLoss
 
 if backends.primitives is not None:
     # The import registers the custom ops, which must happen before anything is traced.
-    from dive_fast.kernels import contrastive, difference, joint_step
+    from dive_fast.kernels import contrastive, difference, distillation, joint_step
 
 
 def contrastive_loss(
@@ -185,18 +185,32 @@ def distillation_loss(
 ) -> DistillationLoss:
     """Distillation of features and of contrastive logits from a teacher of the same batch.
 
-    Arguments, result and errors are those of :func:`dive_fast.kernels.naive.distillation_loss`.
+    Arguments, result and errors are those of :func:`dive_fast.kernels.naive.distillation_loss`. With the Triton
+    kernels extra memory is linear in B.
     """
-    return naive.distillation_loss(
-        image_features,
-        text_features,
-        logit_scale,
-        image_teacher,
-        text_teacher,
-        teacher_scale,
-        feature_weight=feature_weight,
-        relational_weight=relational_weight,
-        interactive_weight=interactive_weight,
-        cross_weight=cross_weight,
-        group=group,
+    checks.check_pairs(
+        image_features=image_features,
+        text_features=text_features,
+        image_teacher=image_teacher,
+        text_teacher=text_teacher,
     )
+    checks.check_scale(logit_scale, image_features)
+    checks.check_scale(teacher_scale, image_features, "teacher_scale")
+    features = image_features, text_features, logit_scale
+    teachers = image_teacher.detach(), text_teacher.detach(), teacher_scale.detach()
+    weights = feature_weight, relational_weight, interactive_weight, cross_weight
+    if not any(weights) or not backends.uses_triton(backend, image_features):
+        return naive.distillation_loss(
+            *features,
+            *teachers,
+            feature_weight=feature_weight,
+            relational_weight=relational_weight,
+            interactive_weight=interactive_weight,
+            cross_weight=cross_weight,
+            group=group,
+        )
+    dtype = backends.primitives.compute_dtype(image_features.dtype)
+    tensors = *features, *(tensor.to(dtype) for tensor in teachers)
+    run = distillation.apply if direct.is_eager(*tensors) else distillation.forward
+    loss, results, *_ = run(*tensors, *weights, process_group.name_of(group))
+    return DistillationLoss(loss, *results.unbind())

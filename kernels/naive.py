@@ -242,7 +242,7 @@ def distillation_loss(
         text_teacher=text_teacher,
     )
     check_scale(logit_scale, image_features)
-    check_scale(teacher_scale, image_features)
+    check_scale(teacher_scale, image_features, "teacher_scale")
     f, g = (gather_rows(unit(rows), group) for rows in (image_features, text_features))
     ft, gt = (gather_rows(rows.to(f.dtype).detach(), group) for rows in (image_teacher, text_teacher))
     s, st = logit_scale.to(f.dtype).reshape(()), teacher_scale.to(f.dtype).detach().reshape(())

@@ -223,6 +223,19 @@ def row_products(
 
 
 @triton.jit
+def diagonal_products(
+    left, right, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, ACC: tl.constexpr
+):
+    """``left_i . right_i`` of ``(ROWS, width)`` each: diagonals of the same tiles as :func:`row_products`."""
+    b_diagonal = tl.zeros([ROWS], ACC)
+    for offset in range(0, ROWS, COLUMNS):
+        b_product = row_products(left, right + offset * width, width, ROWS, COLUMNS, DEPTH, ACC)
+        m_diagonal = offset + tl.arange(0, COLUMNS)[None, :] == tl.arange(0, ROWS)[:, None]
+        b_diagonal += tl.sum(tl.where(m_diagonal, b_product, 0.0), axis=1)
+    return b_diagonal
+
+
+@triton.jit
 def is_last(ticket, programs):
     """Whether this program is the last of ``programs`` to call; it then sees the stores of all others.
 

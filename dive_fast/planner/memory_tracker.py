@@ -17,10 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dive_fast.kernels import backend
-from dive_fast.planner.operations import Operation, Stage, arguments_by_name, is_loss_kernel, operation_of
+from dive_fast.planner.operations import (
+    Operation,
+    Stage,
+    arguments_by_name,
+    distillation_terms,
+    is_loss_kernel,
+    operation_of,
+)
 
 if backend.primitives is not None:
-    from dive_fast.kernels import contrastive
+    from dive_fast.kernels import contrastive, distillation
 
 Part = Literal["weights", "gradients", "optimizer", "teacher", "target_teacher", "batches", "activations", "loss"]
 _ATTENTION_BACKWARDS = {
@@ -133,7 +140,7 @@ def _workspace(func: Any, args: tuple[Any, ...]) -> int:
     """Scratch memory of one operation on CUDA, in bytes.
 
     For 16-bit inputs, flash attention's backward sums the queries' gradients in fp32, with lengths padded to 128
-    and head widths to 32. The loss kernels' chunked gradient stores a chunk of weights and its sums.
+    and head widths to 32. The loss kernels' chunked gradients store a chunk of weights and its sums.
     """
     if func._overloadpacket in _ATTENTION_BACKWARDS and args[1].element_size() == 2:
         batch, heads, length, width = args[1].shape
@@ -142,5 +149,7 @@ def _workspace(func: Any, args: tuple[Any, ...]) -> int:
         named = arguments_by_name(func, args)
         if "packed" in named:
             saved = (named[name] for name in ("packed", "count", "total", "first", "width"))
+            if "teacher_scale" in named:
+                return distillation.scratch_bytes(distillation.saved_shape(*saved), distillation_terms(named))
             return contrastive.scratch_bytes(contrastive.saved_shape(*saved))
     return 0

@@ -17,7 +17,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
-from dive_fast.kernels import process_group
+from dive_fast.kernels import backend, process_group
+
+if backend.primitives is not None:
+    from dive_fast.kernels import distillation
 
 Stage = Literal["target", "reference", "teacher", "target_teacher", "loss", "update"]
 Kind = Literal["product", "attention", "elementwise"]
@@ -104,7 +107,7 @@ def operation_of(
         flop = formula(*args, **kwargs, out_val=result)
         reduction = _reduction(name, args) if kind == "product" else 0
     matrix = next((each for each in tree_leaves(args) if isinstance(each, Tensor) and each.ndim > 1), None)
-    is_half = flop > 0 and matrix is not None and matrix.element_size() == 2
+    is_half = flop > 0 and matrix is not None and matrix.element_size() == 2 and name != "distillation_loss"
     moved = _moved_bytes(func, name, args, kwargs, result)
     return Operation(stage, kind, name, is_half, flop, moved, reduction, func.namespace == "dive_fast")
 
@@ -185,7 +188,8 @@ def _reduction(name: str, args: tuple[Any, ...]) -> int:
 def _loss_work(func: Any, args: tuple[Any, ...]) -> tuple[int, int]:
     """FLOP and width of a loss kernel: logits of both directions; in the backward, logits again and sums.
 
-    The difference loss has no matrix product; it counts for nothing, like all element-wise operations.
+    The distillation losses have up to three kinds of logits. The difference loss has no matrix product; it counts
+    for nothing, like all element-wise operations.
     """
     named = arguments_by_name(func, args)
     if "logit_scale" not in named:
@@ -195,4 +199,13 @@ def _loss_work(func: Any, args: tuple[Any, ...]) -> tuple[int, int]:
     else:
         (rows, width), products = named["image"].shape, 2
         columns = rows * process_group.world_size(named["group"])
+    if "teacher_scale" in named:
+        forward, backward = distillation.products(distillation_terms(named))
+        products = backward if "packed" in named else forward
     return int(2 * products * rows * columns * width), int(width)
+
+
+def distillation_terms(named: dict[str, Any]) -> "distillation.Terms":
+    """Terms of the distillation losses, from the arguments of one of their operations."""
+    names = ("feature_weight", "relational_weight", "interactive_weight", "cross_weight")
+    return distillation.terms_of(*(named[name] for name in names))

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 CONTRASTIVE = ("image_features", "text_features", "logit_scale")
+DISTILLATION = (*CONTRASTIVE, "image_teacher", "text_teacher", "teacher_scale")
 DIFFERENCE = ("image_features", "text_features", "image_teacher", "text_teacher", "average_vector")
 
 
@@ -78,7 +79,7 @@ KINDS = (
 
 
 def make_inputs(kind, pairs, width, seed=0):
-    """All arguments of both losses for one batch, as float64 arrays; tests replace the scale."""
+    """All arguments of the losses of one batch, as float64 arrays; tests replace the scale."""
     random = np.random.default_rng([seed, pairs, width])
     (image, text), (image_teacher, text_teacher) = kind(random, pairs, width)
     return {
@@ -88,6 +89,7 @@ def make_inputs(kind, pairs, width, seed=0):
         "image_teacher": image_teacher,
         "text_teacher": text_teacher,
         "average_vector": 1e-2 * random.standard_normal(width),
+        "teacher_scale": np.array(1 / 0.05),
     }
 
 

@@ -197,6 +197,87 @@ def dive_loss(
     )
 
 
+def distillation_loss(
+    image_features,
+    text_features,
+    logit_scale,
+    image_teacher,
+    text_teacher,
+    teacher_scale,
+    *,
+    feature_weight=0.0,
+    relational_weight=0.0,
+    interactive_weight=0.0,
+    cross_weight=0.0,
+    rounding=0.0,
+):
+    """Distillation of features and of logits from a teacher, one softmax at a time, and one side after the other.
+
+    With p, p~ and r the softmax of student, teacher and mixed logits, KL(p~ || p) has the derivative p - p~ by the
+    student's logits, and p~_k (log p~_k / p_k - KL) by the teacher's, through which the teacher's errors enter.
+    """
+    z, teachers = (unit(image_features), unit(text_features)), (image_teacher, text_teacher)
+    (B, D), s, ts = image_features.shape, float(np.squeeze(logit_scale)), float(np.squeeze(teacher_scale))
+    error, teacher_error = rounding * (1 + 4 * s), rounding * (1 + 4 * ts)  # of a softmax, relative
+    terms, bounds = np.zeros(5), np.zeros(5)  # feature, relational, interactive, cross, entropy
+    dz, dz_error = [np.zeros((B, D)), np.zeros((B, D))], [np.zeros(B), np.zeros(B)]
+    dscale = dscale_error = 0.0
+    for side, other in (0, 1), (1, 0):
+        difference = z[side] - teachers[side]
+        difference_error = rounding * (1 + _norms(difference))
+        terms[0] += np.square(difference).sum() / (B * D)
+        bounds[0] += _mean_square_bound(difference, difference_error, rounding) / D
+        dz[side] += 2 * feature_weight / (B * D) * difference
+        dz_error[side] += 2 * feature_weight / (B * D) * difference_error
+        cosine, mixed_cosine = z[side] @ z[other].T, z[side] @ teachers[other].T
+        teacher_logits = ts * teachers[side] @ teachers[other].T
+        for i in range(B):
+            log_p, log_t, log_r = (
+                logits - _log_sum_exp(logits) for logits in (s * cosine[i], teacher_logits[i], s * mixed_cosine[i])
+            )
+            p, t, r = np.exp(log_p), np.exp(log_t), np.exp(log_r)
+            label = np.arange(B) == i
+            kl, cross = np.dot(t, log_t - log_p), np.dot(t, log_t - log_r)
+            terms[1:] += np.array([kl, -log_r[i], cross, -np.dot(t, log_t)]) / (2 * B)
+            sums = rounding * (math.log(B) + 1)
+            for index, value, q in (1, kl, log_p), (3, cross, log_r):
+                by_student = 4 * s * np.abs(np.exp(q) - t).sum()
+                by_teacher = 4 * ts * np.dot(t, np.abs(log_t - q - value))
+                bounds[index] += (rounding * (by_student + by_teacher + value) + sums) / (2 * B)
+            bounds[2] += (rounding * (2 * s - log_r[i]) + sums) / (2 * B)
+            entropy = -np.dot(t, log_t)
+            bounds[4] += (rounding * (4 * ts * np.dot(t, np.abs(log_t + entropy)) + entropy) + sums) / (2 * B)
+
+            dlogits = relational_weight * (p - t) / (2 * B)
+            dmixed = (interactive_weight * (r - label) + cross_weight * (r - t)) / (2 * B)
+            dz[side][i] += s * (dlogits @ z[other] + dmixed @ teachers[other])
+            dz[other] += s * np.outer(dlogits, z[side][i])
+            dscale += np.dot(dlogits, cosine[i]) + np.dot(dmixed, mixed_cosine[i])
+            # Errors of all weights but the label's 1, whose is one rounding.
+            weight_error = relational_weight * (error * p + teacher_error * t) / (2 * B)
+            mixed_error = (interactive_weight + cross_weight) * error * r + cross_weight * teacher_error * t
+            mixed_error = (mixed_error + interactive_weight * rounding * label) / (2 * B)
+            dz_error[side][i] += s * (weight_error.sum() + mixed_error.sum())
+            dz_error[other] += s * weight_error
+            dscale_error += 2 * (weight_error.sum() + mixed_error.sum())
+    weights = np.array([feature_weight, relational_weight, interactive_weight, cross_weight])
+    loss = np.dot(weights, terms[:4])
+    used = np.append(weights, relational_weight) != 0
+    names = ("feature_loss", "relational_loss", "interactive_loss", "cross_loss", "teacher_entropy")
+    features = {"image_features": image_features, "text_features": text_features}
+    return Evaluated(
+        dict(zip(names, np.where(used, terms, 0.0))) | {"loss": np.float64(loss)},
+        {name: _unit_backward(x, dz[side]) for side, (name, x) in enumerate(features.items())}
+        | {"logit_scale": np.reshape(dscale, np.shape(logit_scale))},
+        dict(zip(names, bounds)) | {"loss": np.dot(weights, bounds[:4]) + rounding * abs(loss)},
+        {
+            name: _unit_backward_bound(x, dz[side], dz_error[side], rounding)
+            for side, (name, x) in enumerate(features.items())
+        }
+        | {"logit_scale": dscale_error},
+    )
+
+
 def _unit_backward(features, dz):
     """Backward of z = x / |x|: dx = (dz - z (z . dz)) / |x|. Below the clamp z = x / 1e-12 is linear in x."""
     dx = np.empty_like(features)

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from inputs import (
     CONTRASTIVE,
     DIFFERENCE,
+    DISTILLATION,
     KINDS,
     confident_pairs,
     drifted_pairs,
@@ -42,6 +43,7 @@ from dive_fast.kernels import backend, contrastive, difference, joint_step, naiv
 
 DIVE = (*CONTRASTIVE, "reference_image_features", "reference_text_features", *DIFFERENCE[2:])
 LOSSES = ("contrastive_loss", "difference_loss", "dive_loss")
+ARGUMENTS = {"contrastive_loss": CONTRASTIVE, "difference_loss": DIFFERENCE, "distillation_loss": DISTILLATION}
 SLOW = pytest.mark.slow
 # Only the interpreter computes in fp64.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, *([torch.float64] if primitives.INTERPRETED else []))
@@ -84,7 +86,7 @@ def inputs_of(name, kind, pairs, width, seed=0, scale=1 / 0.07):
         inputs = make_dive_inputs(kind, pairs, pairs // 2 + 1, width, seed)
     else:
         inputs = make_inputs(kind, pairs, width, seed)
-        inputs = select(inputs, CONTRASTIVE if name == "contrastive_loss" else DIFFERENCE)
+        inputs = select(inputs, ARGUMENTS[name])
     return inputs | {"logit_scale": np.array(scale)} if "logit_scale" in inputs else inputs
 
 
@@ -777,8 +779,14 @@ RANK_CASES += [
     ("contrastive_loss", path, opposed_pairs, 5, 256, torch.float32)
     for path in ("fused", "serial", "chunked", "chunked")  # an even number: some runs use every second case
 ]
+RANK_CASES += [
+    ("distillation_loss", None, drifted_pairs, 33, 20, dtype) for dtype in (torch.float32, torch.float16)
+]
 RANK_OPTIONS = {"contrastive_loss": {}, "difference_loss": {"decay": 0.5}, "dive_loss": {"weight": 2.5}}
-SHARED = ("logit_scale", "average_vector")
+RANK_OPTIONS["distillation_loss"] = {
+    "feature_weight": 20.0, "relational_weight": 1.0, "interactive_weight": 0.5, "cross_weight": 2.0
+}  # fmt: skip
+SHARED = ("logit_scale", "average_vector", "teacher_scale")
 
 
 def rank_inputs(name, kind, pairs, width):
@@ -801,6 +809,8 @@ def evaluate_on_rank(cases):
         with contextlib.ExitStack() as stack:
             if primitives.INTERPRETED:
                 stack.enter_context(checked_addresses())
+                if name == "distillation_loss":  # fewer programs that handle rows: they run one after another
+                    stack.enter_context(unittest.mock.patch.object(primitives, "_ELEMENTS", 2**15))
                 if kind == opposed_pairs:
                     stack.enter_context(tensor_core_sums())
             results.append(

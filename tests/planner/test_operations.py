@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dive_fast.kernels import contrastive_loss
+from dive_fast.kernels import contrastive_loss, distillation_loss
 from dive_fast.planner.gpu_specs import GPUS
 from dive_fast.planner.memory_tracker import Tracker
 from dive_fast.planner.operations import Operation
@@ -142,6 +142,26 @@ def test_loss_kernels_have_their_own_stage_and_products() -> None:
     losses = [each for each in tracker.operations if each.stage == "loss"]
     assert [(each.kind, each.is_triton) for each in losses] == [("product", True)] * 2
     assert sum(each.flop for each in losses) == 6 * 2 * rows**2 * width
+
+
+@pytest.mark.parametrize(
+    ("weights", "products"),
+    [({"relational_weight": 1.0}, 10), ({"cross_weight": 1.0}, 10), ({"feature_weight": 1.0}, 0)],
+)
+def test_distillation_losses_multiply_fp32_rows(weights: dict[str, float], products: int) -> None:
+    rows, width = 256, 64
+    with FakeTensorMode(), Tracker() as tracker:
+        features = [half(rows, width, grad=True) for _ in range(2)]
+        teachers = [torch.ones(rows, width) for _ in range(2)]
+        scale = torch.ones(())
+        distillation_loss(*features, scale, *teachers, scale, **weights, backend="triton").loss.backward()
+    losses = [each for each in tracker.operations if each.stage == "loss"]
+    assert len(losses) == 2
+    assert sum(each.flop for each in losses) == products * 2 * rows**2 * width
+    assert not any(each.is_half for each in losses)
+    # The weights of all rows and columns, both sides, and their sums, in fp32.
+    sums = 0 if "feature_weight" in weights else 2 * rows * (rows + width) * 4
+    assert tracker.workspace == sums
 
 
 def operation(kind: Any, **fields: Any) -> Operation:
