@@ -176,7 +176,8 @@ def make_engine(case: Case, model: Any, zero: int, zero_options: dict[str, Any] 
     config = engine_config(case, PRECISION, zero)
     config.deepspeed["zero_optimization"] |= zero_options or {}
     towers = Towers(model)
-    return Engine(config, towers, registry.create(config.objective, towers.width), join(), TOTAL_STEPS)
+    method = registry.create(config.objective, towers.width, total_steps=TOTAL_STEPS)
+    return Engine(config, towers, method, join(), TOTAL_STEPS)
 
 
 # Cases differ in their batches, which are no part of a case's memory.

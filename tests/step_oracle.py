@@ -39,6 +39,8 @@ PROMPTS = [
 CAPTIONS = [f"picture number {i} of {'many many ' * (i % 3)}things" for i in range(REFERENCE - 1)] + ["a cat"]
 TARGET_ONLY = ("vanilla_ft", "flyp")
 """Methods without a reference half."""
+TOTAL_STEPS = 10
+"""Steps of the run that an engine is created for."""
 CLASSES = 5
 LABELS = [3, 1, 3, 1, 3, 0, 1, 4]
 
@@ -217,7 +219,7 @@ class Stage:
         **options: Any,
     ) -> Engine:
         settings = config(self.folder, zero, schedule, micro, **options)
-        method = method or registry.create(settings.objective, WIDTH)
+        method = method or registry.create(settings.objective, WIDTH, total_steps=TOTAL_STEPS)
         state = method.state()
         if "average_vector" in state:
             state["average_vector"].copy_(self.average_vector)
@@ -227,7 +229,7 @@ class Stage:
         if method.needs.head:
             student.head = torch.nn.Linear(WIDTH, CLASSES)
             student.head.load_state_dict(self.head)
-        engine = Engine(settings, student, method, self.ranks, total_steps=10)
+        engine = Engine(settings, student, method, self.ranks, TOTAL_STEPS)
         if engine.scale.dynamic:
             # A student this far from its teacher overflows at the initial scale.
             engine.scale.value.fill_(FP16_SCALE)

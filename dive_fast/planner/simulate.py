@@ -87,7 +87,8 @@ class _SimulatedStep:
         check_text_length(config.data, towers)
         self.towers = towers
         self.width = towers.width
-        method = registry.create(config.objective, self.width)
+        # Three steps at most: the first, a step with and one without a reference batch.
+        method = registry.create(config.objective, self.width, total_steps=3)
         if method.needs.head:
             with tracker.within("weights"):
                 towers.head = nn.Linear(self.width, _num_classes(config.data.target))

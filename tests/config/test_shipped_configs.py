@@ -24,7 +24,16 @@ PAPER: dict[str, dict[str, Any]] = {
     # 3e-5 is DiVE's; the baselines have 1e-5 there too (appendix C).
     **{f"{name}_flyp": WILDS | {"learning_rate": 1e-5, "batches": (256, None)} for name in ("iwildcam", "fmow")},
 }
-OTHERS = ("demo",)
+SELF_DISTILLED: dict[str, dict[str, Any]] = {
+    "vitb16_tracer": IMAGENET | {"batches": (512, None), "precision": "bf16"},
+    "vitb16_tracer_fd": IMAGENET | {"batches": (512, None), "precision": "bf16"},
+    "vitl14_tracer": IMAGENET | {"batches": (224, None), "precision": "bf16"},
+    "vitb16_carot": IMAGENET | {"batches": (512, None), "precision": "fp16"},
+    # Of neither paper; fp16, since bf16 rounds DiVE's difference vectors away.
+    "vitb16_tracer_dive": IMAGENET | {"batches": (512, 512), "precision": "fp16"},
+}
+"""Hyper-parameters of TRACER (arXiv 2605.29380) and CaRot (arXiv 2311.01723), as their code has them."""
+OTHERS = ("demo", *SELF_DISTILLED)
 """Configs of methods or data that are not the paper's."""
 VECTORS = {"decay": 0.99, "average_weight": 1, "pairwise_weight": 1, "mean_gradient": True}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -85,6 +94,28 @@ def test_shipped_config_has_the_papers_hyper_parameters(name: str) -> None:
     )
     # Early stopping on ID validation: the best epoch is kept.
     assert (config.evaluate.every_epochs, config.evaluate.select) == (1, next(iter(config.evaluate.sets)))
+
+
+@pytest.mark.parametrize("name", SELF_DISTILLED)
+def test_self_distilled_config_has_its_papers_hyper_parameters(name: str) -> None:
+    config, paper = load_run_config(name, folder=CONFIGS), SELF_DISTILLED[name]
+    data, train = config.data, config.train
+    assert (data.target.batch_size, data.reference and data.reference.batch_size) == paper["batches"]
+    assert (train.learning_rate, train.weight_decay, train.epochs) == (1e-5, 0.1, 10)
+    assert (train.warmup_steps, train.betas, train.epsilon, train.precision) == (
+        *(500, (0.9, 0.999), 1e-8),
+        paper["precision"],
+    )
+    assert (config.model.pretrained, config.deepspeed["gradient_clipping"]) == ("openai", 0)
+    choice, method = registry.choose(config.objective), name.partition("_")[2]
+    assert config.objective.name == method
+    options = choice.target_options.model_dump()
+    if choice.target.name == "carot":
+        weights, teacher = (1.5, 0.2, 0.05), (500, 0.05, 0.9, 0.2)
+    else:
+        logits = 0.0 if method == "tracer_fd" else 1.0
+        weights, teacher = (0.9, 2000.0, logits, logits, logits, 0.05), (0.5, "steps", 1)
+    assert tuple(options.values()) == (*weights, *teacher)
 
 
 def write_flyp(folder: Path) -> None:
