@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import islice
 from typing import Any, Literal
 
 import open_clip
@@ -115,12 +116,13 @@ def _json_list(name: str, text: str, entry: str, entries: str) -> tuple[str, ...
     return tuple(value.strip() for value in values)
 
 
-def read_templates(name: str, key: str = "") -> tuple[Template, ...]:
+def read_templates(name: str, key: str = "", content: str = "the class name") -> tuple[Template, ...]:
     """Templates from open_clip (``imagenet``, ``simple``), a file with one per line, or ``name`` as the only one.
 
     Args:
         name: ``imagenet``, ``simple``, a file, or a template itself.
         key: config key for messages.
+        content: the noun for what ``{}`` stands for, for messages.
 
     Raises:
         DataError: the file does not exist, or a template has no ``{}``.
@@ -129,22 +131,22 @@ def read_templates(name: str, key: str = "") -> tuple[Template, ...]:
         shipped = {"imagenet": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
         return tuple(Template(template("{}")) for template in shipped[name])
     try:
-        lines = [name] if "{}" in name else _templates_in(name)
+        lines = [name] if "{}" in name else _templates_in(name, content)
         for line in lines:
             if "{}" not in line:
-                raise DataError(f"{name}: template {line!r} has no {{}} for the class name")
+                raise DataError(f"{name}: template {line!r} has no {{}} for {content}")
             if (field := re.search(r"\{\w+\}", line)) is not None:
                 raise DataError(
-                    f"{name}: template {line!r} has an unknown placeholder {field[0]}; use {{}} for the class name"
+                    f"{name}: template {line!r} has an unknown placeholder {field[0]}; use {{}} for {content}"
                 )
     except DataError as error:
         raise DataError(f"{key}: {error}" if key else str(error)) from error
     return tuple(Template(line) for line in lines)
 
 
-def _templates_in(name: str) -> Sequence[str]:
+def _templates_in(name: str, content: str) -> Sequence[str]:
     if not name.startswith("demo:") and not locate(name).exists():
-        raise DataError(f"{name}: no such file of templates; a template itself must have {{}} for the class name")
+        raise DataError(f"{name}: no such file of templates; a template itself must have {{}} for {content}")
     text = _text(name, "templates")
     if text.lstrip().startswith("["):
         return _json_list(name, text, "template", "templates, or one template per line")
@@ -179,7 +181,7 @@ class PromptTable:
             DataError: a label has no class name.
         """
         self._titles: dict[str, int] | None = None
-        self._num_templates = len(templates)
+        self._class_names, self._templates = class_names, templates
         if any(sample.texts for sample in source.samples):
             prompts = list(dict.fromkeys(text for sample in source.samples for text in sample.texts))
             self._titles = {title: row for row, title in enumerate(prompts)}
@@ -190,12 +192,70 @@ class PromptTable:
         # int32: ImageNet's 80,000 prompts of 77 tokens are 25 MB, in every worker.
         self._tokens = torch.cat([tokenizer(prompts[i : i + 1024]).int() for i in range(0, len(prompts), 1024)])
 
+    @property
+    def are_texts(self) -> bool:
+        """Whether prompts are texts of the samples, which have no classes."""
+        return self._titles is not None
+
     def draw(self, sample: Sample, index: int, seed: int, epoch: int) -> Tensor:
         """The tokens, ``(context,)``, of a random prompt of a sample: a pure function of (seed, sample, epoch)."""
-        draw = float(stream(seed, Draw.PROMPT, index, epoch).random())
+        number = self._number(sample, index, seed, epoch)
         if self._titles is not None:
-            return self._tokens[self._titles[sample.texts[int(draw * len(sample.texts))]]]
-        return self._tokens[sample.label * self._num_templates + int(draw * self._num_templates)]
+            return self._tokens[self._titles[sample.texts[number]]]
+        return self._tokens[sample.label * len(self._templates) + number]
+
+    def text(self, sample: Sample, index: int, seed: int, epoch: int) -> str:
+        """The prompt whose tokens :meth:`draw` returns."""
+        number = self._number(sample, index, seed, epoch)
+        if self._titles is not None:
+            return sample.texts[number]
+        return self._templates[number](self._class_names[sample.label])
+
+    def _number(self, sample: Sample, index: int, seed: int, epoch: int) -> int:
+        """The number of the drawn text or template."""
+        count = len(self._templates) if self._titles is None else len(sample.texts)
+        return int(float(stream(seed, Draw.PROMPT, index, epoch).random()) * count)
+
+
+CACHED_PROMPTS = 1 << 15
+"""Second prompts whose tokens a loader process keeps: 10 MB at 77 tokens."""
+
+
+class SecondPrompts:
+    """Second prompts: each image's prompt, without its final full stop, in one of the templates."""
+
+    def __init__(self, prompts: PromptTable, templates: Sequence[Template], tokenizer: Tokenizer) -> None:
+        """Takes the prompts that are put into the templates; they are tokenised when they are drawn."""
+        self._prompts, self._templates, self._tokenizer = prompts, templates, tokenizer
+        self._tokens: dict[str, Tensor] = {}
+
+    def text(self, sample: Sample, index: int, seed: int, epoch: int) -> str:
+        """The second prompt of a sample: a pure function of (seed, sample, epoch)."""
+        number = int(float(stream(seed, Draw.SECOND_PROMPT, index, epoch).random()) * len(self._templates))
+        return self._templates[number](self._prompts.text(sample, index, seed, epoch).removesuffix("."))
+
+    def draw(self, samples: Sequence[tuple[Sample, int, int]], seed: int) -> Tensor:
+        """The tokens, ``(B, context)``, of the second prompts of samples.
+
+        Args:
+            samples: each with its index and the epoch.
+        """
+        texts = [self.text(sample, index, seed, epoch) for sample, index, epoch in samples]
+        missing = [text for text in dict.fromkeys(texts) if text not in self._tokens]
+        if missing:
+            # int32 rows of their own, so that one that is kept does not keep all.
+            rows = self._tokenizer(missing).int()
+            self._tokens.update((text, row.clone()) for text, row in zip(missing, rows, strict=True))
+        drawn = torch.stack([self._tokens[text] for text in texts])
+        for text in list(islice(self._tokens, max(0, len(self._tokens) - CACHED_PROMPTS))):
+            del self._tokens[text]  # the oldest
+        return drawn
+
+    def warn_about_truncated(self, source: Source, seed: int) -> None:
+        """Warns about second prompts of the first epoch that are truncated to the model's context."""
+        every = max(1, -(-len(source) // 1024))
+        texts = [self.text(source.samples[row], row, seed, 0) for row in range(0, len(source), every)]
+        warn_about_truncated_captions(texts, self._tokenizer, "second prompts")
 
 
 def warn_about_prompts(class_names: Sequence[str], templates: Sequence[Template], tokenizer: Tokenizer) -> None:

@@ -12,6 +12,8 @@ class Draw(IntEnum):
     PROMPT = 1
     ORDER = 2
     AUDIT = 3
+    RANDOM_TEXT = 4
+    SECOND_PROMPT = 5
 
 
 def stream(seed: int, purpose: Draw, first: int, second: int = 0) -> np.random.Generator:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from dive_fast.data.batch import EvaluationBatch, ReferenceBatch, TargetBatch, Text
-from dive_fast.data.prompts import PooledAt, PromptTable, Tokenizer, pack
+from dive_fast.data.prompts import PooledAt, PromptTable, SecondPrompts, Tokenizer, pack
 from dive_fast.data.sources.source import Sample, Source
 from dive_fast.data.transforms import Crop, Preprocess, View, random_crop
 from dive_fast.errors import DataError
@@ -77,13 +77,20 @@ class Samples(ABC, Generic[Batch]):
 
 
 class TargetSamples(Samples[TargetBatch]):
-    """Labelled images; crop and prompt are drawn again for every epoch."""
+    """Labelled images; crop and prompts are drawn again for every epoch."""
 
     def __init__(
-        self, source: Source, prompts: PromptTable, preprocess: Preprocess, pooled_at: PooledAt, seed: int
+        self,
+        source: Source,
+        prompts: PromptTable,
+        preprocess: Preprocess,
+        pooled_at: PooledAt,
+        seed: int,
+        second_prompts: SecondPrompts | None = None,
     ) -> None:
         super().__init__(source, preprocess)
-        self.prompts, self.pooled_at, self.seed = prompts, pooled_at, seed
+        self.prompts, self.second_prompts = prompts, second_prompts
+        self.pooled_at, self.seed = pooled_at, seed
 
     def crop(self, sample_key: SampleKey, size: tuple[int, int]) -> Crop:
         """The random crop of a sample, which differs between epochs."""
@@ -91,8 +98,12 @@ class TargetSamples(Samples[TargetBatch]):
         return random_crop(size, self.seed, sample, epoch)
 
     def batch(self, sample_keys: Sequence[SampleKey], images: Tensor) -> TargetBatch:
-        """The batch of these samples; draws their prompts."""
+        """The batch of these samples; draws their prompts, and second prompts if the method needs them."""
         entries = self._entries(sample_keys)
+        second = None
+        if self.second_prompts is not None:
+            drawn = [(entry, sample, epoch) for entry, (epoch, sample) in zip(entries, sample_keys, strict=True)]
+            second = pack(self.second_prompts.draw(drawn, self.seed), self.pooled_at)
         tokens = [
             self.prompts.draw(entry, sample, self.seed, epoch)
             for entry, (epoch, sample) in zip(entries, sample_keys, strict=True)
@@ -103,6 +114,7 @@ class TargetSamples(Samples[TargetBatch]):
             labels=torch.tensor([entry.label for entry in entries]),
             sample=torch.tensor([sample for _, sample in sample_keys]),
             keys=tuple(entry.key for entry in entries),
+            second_text=second,
         )
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dive_fast.data.batch import Text
-from dive_fast.data.prompts import text_length
 from dive_fast.kernels.naive import unit
 from dive_fast.methods.method import TargetLoss, TeacherOutputs
 from dive_fast.model.towers import Towers
@@ -53,13 +52,15 @@ class TargetTeacher:
         image = torch.cat([unit(self._towers.encode_image(piece)) for piece in images.split(size)])
         rows = second = own = None
         if text is not None:
-            encoded = [self._towers.encode_text(piece, text.length) for piece in text.tokens.split(size)]
-            rows, second = split_prompts(unit(torch.cat(encoded))[text.index], count)
-        if (tokens := self._loss.teacher_tokens()) is not None:
-            length = text_length(tokens, self._towers.pooled_at)
-            tokens = tokens.to(images.device, non_blocking=True)
-            own = unit(torch.cat([self._towers.encode_text(piece, length) for piece in tokens.split(size)]))
+            rows, second = split_prompts(self._encode(text, size), count)
+        if (texts := self._loss.teacher_texts()) is not None:
+            own = self._encode(texts.to(images.device), size)
         return TeacherOutputs(image, rows, self._towers.scale().detach(), second, own)
+
+    def _encode(self, text: Text, size: int) -> Tensor:
+        """Unit rows of the texts of each pair; encodes ``size`` texts at once."""
+        encoded = [self._towers.encode_text(piece, text.length) for piece in text.tokens.split(size)]
+        return unit(torch.cat(encoded))[text.index]
 
     @torch.no_grad()
     def move(self, student: Towers, skipped: Tensor) -> None:

@@ -26,6 +26,9 @@ from dive_fast.model.towers import Towers, unit
 Members = tuple[tuple[int, ...], ...]
 """For each label, the classes that count as it."""
 
+TEXTS_AT_ONCE = 256
+"""Texts that :func:`embed_texts` encodes at once."""
+
 
 class Classifier(NamedTuple):
     """Weights of classes; the logit of a label is the largest over its classes."""
@@ -84,6 +87,17 @@ def classifier(
     if ranks is not None and ranks.group is not None:
         dist.all_reduce(weights, group=ranks.group)  # each row is nonzero on one rank
     return weights
+
+
+@torch.no_grad()
+def embed_texts(towers: Towers, tokenizer: Tokenizer, texts: Sequence[str], ranks: Ranks) -> Tensor:
+    """Unit rows ``(N, D)`` of texts; each rank encodes a part of them, and all ranks must call this."""
+    mine = [texts[row] for row in ranks.local_range(len(texts))]
+    rows = [torch.empty(0, towers.width, device=ranks.device)]
+    for first in range(0, len(mine), TEXTS_AT_ONCE):
+        text = pack(tokenizer(mine[first : first + TEXTS_AT_ONCE]), towers.pooled_at).to(ranks.device)
+        rows.append(unit(towers.encode_text(text.tokens, text.length))[text.index])
+    return ranks.gather(torch.cat(rows))
 
 
 def cached_classifier(

@@ -10,7 +10,7 @@ The engine calls the hooks at these places of a step; each does nothing unless a
 
     before a run:   start
     for each half:  change_images, change_weights( forward, loss, backward )     penalty: with the last half
-                    teacher_tokens: texts that the target half's teacher embeds beside the batch
+                    teacher_texts: texts that the target half's teacher embeds beside the batch
     update:         projection.before_step, AdamW, projection.after_step
     after it:       teacher_rate: the target half's teacher moves; after step 1: check_first_step
 
@@ -31,6 +31,7 @@ from dive_fast.methods.projection import Projection
 from dive_fast.model.features import Outputs, Pairs
 
 if TYPE_CHECKING:  # these import open_clip, which would take seconds before a mistake in a config is reported
+    from dive_fast.data.batch import Text
     from dive_fast.data.prompts import PooledAt, Template, Tokenizer
     from dive_fast.model.towers import Towers
 
@@ -102,7 +103,7 @@ class TeacherOutputs(NamedTuple):
     second_text: Tensor | None = None
     """``(B, D)`` unit rows of the second prompts; None without them."""
     part_text: Tensor | None = None
-    """``(M, D)`` unit rows of :meth:`TargetLoss.teacher_tokens`; None without them."""
+    """``(M, D)`` unit rows of :meth:`TargetLoss.teacher_texts`; None without them."""
 
 
 class FirstStep(NamedTuple):
@@ -123,6 +124,8 @@ class Needs(NamedTuple):
     """Embeddings of the reference batch by the frozen model, from a cache or online."""
     head: bool
     """A linear classifier over the target's classes on top of the image tower."""
+    classes: bool
+    """Labels that are classes."""
     target_texts: bool
     """The text tower runs on the target half."""
     reference_texts: bool
@@ -260,23 +263,22 @@ class TargetLoss(Part):
     """A linear head over the classes; its options are those of ``Options`` if it extends :class:`HeadOptions`,
     otherwise their defaults."""
     teacher: ClassVar[Literal["none", "frozen", "moving"]] = "none"
+    needs_classes: ClassVar[bool] = False
+    """Whether labels are classes; a set of prompts without classes is refused. A head needs classes too."""
     needs_second_prompts: ClassVar[bool] = False
 
-    @classmethod
-    def second_prompt(cls, prompt: str, draw: float) -> str:
-        """The second prompt of an image, where ``needs_second_prompts``; data loading calls it.
+    def second_templates(self) -> "tuple[Template, ...]":
+        """Templates of second prompts, where ``needs_second_prompts``: sentences with ``{}`` for a prompt.
 
-        Args:
-            prompt: the image's prompt at this step.
-            draw: a random number in [0, 1), a function of seed, sample and epoch.
+        Each image's prompt, without its final full stop, is put into one of them, drawn again for every epoch.
+
+        Raises:
+            DataError: they cannot be read.
         """
         raise NotImplementedError
 
-    def teacher_tokens(self) -> Tensor | None:
-        """Token rows, ``(M, context)`` int64 on the CPU, which the teacher embeds at this step; None: none.
-
-        They are the same on all ranks.
-        """
+    def teacher_texts(self) -> "Text | None":
+        """M texts on the CPU, the same on all ranks, which the teacher embeds at this step; None: none."""
         return None
 
     def loss(
@@ -461,6 +463,7 @@ def needs_of(target: type[TargetLoss], reference: type[ReferenceLoss] | None) ->
         reference=reference is not None,
         reference_teacher=reference is not None and reference.needs_teacher,
         head=target.needs_head,
+        classes=target.needs_classes or target.needs_head,
         target_texts=target.needs_texts,
         reference_texts=reference is not None and reference.needs_texts,
         second_prompts=target.needs_second_prompts,

@@ -26,7 +26,7 @@ class RunConfig(Config):
         method = f"objective.name = {objective.name}" if objective.name else "this objective"
         if needs.reference and self.data.reference is None:
             raise KeyedError("data.reference", f"data.reference: {method} needs a reference set; name one")
-        if needs.head and self.data.target.format == "csv":
+        if needs.classes and self.data.target.format == "csv":
             raise KeyedError(
                 "data.target.format",
                 f"data.target.format = csv has prompts and no classes, which {method} needs; "

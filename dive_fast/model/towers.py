@@ -166,6 +166,11 @@ class Towers(nn.Module):
         return int(getattr(self.text, "context_length", 0)) or None
 
     @property
+    def vocabulary(self) -> int:
+        """Number of different tokens of the text tower; 0 if open_clip does not define it."""
+        return int(getattr(self.text, "vocab_size", 0))
+
+    @property
     def width(self) -> int:
         """The embedding width D, determined by encoding an empty text."""
         context = int(getattr(self.text, "context_length", 77))

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_map
 
@@ -22,14 +22,14 @@ from dive_fast.config.schema import Config, ReferenceConfig, TargetConfig
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.data.loaders.loader import loader_options
 from dive_fast.data.prefetch import DEPTH
-from dive_fast.data.prompts import read_class_names
+from dive_fast.data.prompts import Template, read_class_names, read_templates
 from dive_fast.distributed import Ranks
 from dive_fast.engine.deepspeed_config import zero_section
 from dive_fast.engine.step import Engine, StepBatches
 from dive_fast.errors import ConfigError, DataError
 from dive_fast.kernels import backend
 from dive_fast.methods import registry
-from dive_fast.methods.method import Loss, Method
+from dive_fast.methods.method import Loss, Method, Start
 from dive_fast.model.fast_blocks import FastModule
 from dive_fast.model.features import Features, Pairs
 from dive_fast.model.towers import Towers, check_text_length, create
@@ -91,7 +91,7 @@ class _SimulatedStep:
         method = registry.create(config.objective, self.width, total_steps=3)
         if method.needs.head:
             with tracker.within("weights"):
-                towers.head = nn.Linear(self.width, _num_classes(config.data.target))
+                towers.head = nn.Linear(self.width, len(_class_names(config.data.target)))
         self.parameters = sum(parameter.numel() for parameter in towers.parameters())
         if _has_kernels(self.width):
             for part in method.parts:
@@ -100,6 +100,7 @@ class _SimulatedStep:
         if method.needs.reference_teacher and config.teacher.mode == "online":
             with tracker.within("teacher"):
                 self.online = OnlineTeacher(create(config.model, weights=False), ranks)
+        _start_method(method, towers, config.data.target)
         self.engine = _TrackedEngine(config, towers, method, ranks, tracker)
         simulate_fast_blocks(towers)
 
@@ -157,7 +158,9 @@ class _SimulatedStep:
 
     def _target(self, data: TargetConfig, pairs: int | None) -> TargetBatch:
         images, text = self._pairs(data, pairs)
-        return TargetBatch(images, text, torch.zeros(len(images), dtype=torch.long), torch.empty(0), ())
+        second = self._text(data, len(images)) if self.engine.method.needs.second_prompts else None
+        labels = torch.zeros(len(images), dtype=torch.long)
+        return TargetBatch(images, text, labels, torch.empty(0), (), second)
 
     def _reference(self, data: ReferenceConfig, pairs: int | None) -> ReferenceBatch:
         return ReferenceBatch(*self._pairs(data, pairs), torch.empty(0), torch.empty(0), ())
@@ -171,9 +174,13 @@ class _SimulatedStep:
         on_gpu = Ranks(0, self.ranks.world_size, torch.device("cuda"))
         dtype = loader_options(self.config, data, on_gpu).dtype
         images = torch.empty(count, 3, *self.towers.preprocess.size, dtype=dtype)
+        return images, self._text(data, count)
+
+    def _text(self, data: TargetConfig | ReferenceConfig, count: int) -> Text:
+        """Texts that differ and fill the context."""
         length = data.text_length or int(getattr(self.towers.text, "context_length", 77))
         tokens = torch.zeros(count, length, dtype=torch.long)
-        return images, Text(tokens, torch.zeros(count, dtype=torch.long), length)
+        return Text(tokens, torch.zeros(count, dtype=torch.long), length)
 
 
 class _TrackedEngine(Engine):
@@ -361,11 +368,42 @@ def _fake_process_group(ranks: int) -> Iterator[Ranks]:
             deepspeed.utils.groups.mesh_device = None
 
 
-def _num_classes(target: TargetConfig) -> int:
-    """Classes of the target set; ImageNet's number if it names no file: a head is a thousandth of a model."""
+def _class_names(target: TargetConfig) -> tuple[str, ...]:
+    """Class names of the target set; ImageNet's if it names no file: a head is a thousandth of a model."""
     with contextlib.suppress(DataError):
-        return len(read_class_names(target.class_names or "imagenet"))
-    return len(read_class_names("imagenet"))
+        return read_class_names(target.class_names or "imagenet")
+    return read_class_names("imagenet")
+
+
+def _templates(target: TargetConfig) -> tuple[Template, ...]:
+    """Templates of the target set; CLIP's for ImageNet if their file does not exist here."""
+    with contextlib.suppress(DataError):
+        return read_templates(target.templates)
+    return read_templates("imagenet")
+
+
+def _start_method(method: Method, towers: Towers, target: TargetConfig) -> None:
+    """Calls the parts' ``start`` with fake embeddings and with a tokenizer that needs no files."""
+    context, width, vocabulary = towers.context_length or 77, towers.width, towers.vocabulary
+    end = vocabulary - 1 if isinstance(towers.pooled_at, str) else towers.pooled_at or 0
+
+    def tokenize(texts: list[str]) -> Tensor:
+        """Each word as the token 0."""
+        rows = torch.zeros(len(texts), context, dtype=torch.long)
+        for row, text in enumerate(texts):
+            rows[row, min(len(text.split()), context - 1)] = end
+        return rows
+
+    # Parts read the values of tokens, which fake tensors lack.
+    with unset_fake_temporarily() as mode:
+        assert mode is not None
+
+        def embed(texts: Sequence[str]) -> Tensor:
+            with mode:
+                return torch.empty(len(texts), width)
+
+        names, templates = _class_names(target), _templates(target)
+        method.start(Start(embed, tokenize, vocabulary, towers.pooled_at, names, templates))
 
 
 def _mean_of_steps(

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 LOCATIONS = (
     *("model.name", "model.pretrained"),
     *("data.*.format", "data.*.path", "data.*.image_root", "data.*.class_names", "data.*.templates"),
-    *("teacher.path", "train.output"),
+    *("objective.backgrounds", "objective.target.backgrounds", "teacher.path", "train.output"),
 )
 """Keys whose contents are compared instead, or which only give a location."""
 PER_MACHINE = ("data.*.workers", "data.*.hw_decoder_load", "evaluate.workers")
@@ -54,7 +54,7 @@ NO_RESULT = (
 """Keys that change neither weights nor metrics; never compared."""
 RANKS_MAY_DIFFER = (
     *("model.name", "model.pretrained", "data.*.path", "data.*.image_root", "data.*.class_names"),
-    *("data.*.templates", *PER_MACHINE),
+    *("data.*.templates", "objective.backgrounds", "objective.target.backgrounds", *PER_MACHINE),
 )
 """Keys that may differ between ranks; the contents behind paths may not."""
 CONTINUES = ("train.epochs", "train.max_steps", "evaluate.*")
@@ -136,6 +136,7 @@ def run_identity(
     reference: Source | None,
     ranks: Ranks,
     total_steps: int,
+    second_templates: Sequence[Template] = (),
 ) -> Identity:
     """Everything that determines a run's result.
 
@@ -145,6 +146,7 @@ def run_identity(
         class_names: class names of the target set, in label order; empty where it has prompts and no classes.
         templates: templates of the prompts.
         reference: None for a method without a reference batch.
+        second_templates: templates of the second prompts; empty for a method without them.
         total_steps: steps of the complete run, compared where the method depends on them.
     """
     identity = config_identity(config)
@@ -156,6 +158,8 @@ def run_identity(
     if class_names:
         half["class_names"] = list(class_names)
         half["templates"] = [template("{}") for template in templates]
+    if second_templates:
+        half["second_templates"] = [template("{}") for template in second_templates]
     half["decoder"] = decoder(loader_options(config, config.data.target, ranks))
     if reference is None:
         # The section has no effect, whether it is there or not.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from dive_fast.checkpoint.snapshot import RunRecord
 from dive_fast.config.schema import Config, TargetConfig, TrainConfig
@@ -15,7 +16,7 @@ from dive_fast.data.classes import remarks, target_names
 from dive_fast.data.loaders.loader import loader_options, training_batches
 from dive_fast.data.open_dataset import open_reference, open_target
 from dive_fast.data.prefetch import Prefetcher
-from dive_fast.data.prompts import PromptTable, Template, read_templates
+from dive_fast.data.prompts import PromptTable, SecondPrompts, Template, read_templates
 from dive_fast.data.sampler import Order
 from dive_fast.data.samples import ReferenceSamples, TargetSamples
 from dive_fast.data.sources.source import Source
@@ -23,9 +24,10 @@ from dive_fast.distributed import Ranks
 from dive_fast.engine import feature_consistency
 from dive_fast.engine.deepspeed_config import check_deepspeed, deepspeed_section
 from dive_fast.engine.step import Engine, StepBatches, check_hooks
+from dive_fast.evaluate.classifier import embed_texts
 from dive_fast.evaluate.datasets.resolve import Opened, open_sets, remarks_on_missing_classes
 from dive_fast.methods import registry
-from dive_fast.methods.method import Needs
+from dive_fast.methods.method import Method, Needs, Start, overrides
 from dive_fast.model.model_identity import model_identity
 from dive_fast.model.towers import Towers, check_text_length, create, tokenizer_of
 from dive_fast.planner.auto_schedule import resolve
@@ -101,7 +103,6 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     towers = _build_towers(config, folder, sources.reference, ranks)
     class_names = _class_names(config.data.target, sources, ranks)
     templates = read_templates(config.data.target.templates, "data.target.templates")
-    target = _target_samples(config, sources.target, class_names, templates, towers)
     target_order = _order(config, "target", len(sources.target), ranks)
     total_steps = target_order.steps_per_epoch * config.train.epochs
     total_steps = min(total_steps, config.train.max_steps or total_steps)
@@ -113,6 +114,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         steps_per_epoch=target_order.steps_per_epoch,
         seed=config.train.seed,
     )
+    second_templates = method.target_loss.second_templates() if method.needs.second_prompts else ()
+    target = _target_samples(config, sources.target, class_names, templates, second_templates, towers)
     # Before the teacher's cache is written, which can take hours.
     check_hooks(deepspeed_section(config, ranks.world_size), method, config.train.schedule)
     needs = method.needs
@@ -122,6 +125,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         reference=sources.reference if needs.reference else None,
         ranks=ranks,
         total_steps=total_steps,
+        second_templates=second_templates,
     )
     require_equal(ranks, identity)
     checkpoint, record = start_or_resume(config.train, folder, identity, total_steps, ranks)
@@ -144,6 +148,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
                 "train.precision = bf16 rounds away difference vectors of 1e-3: at |u| = 3e-3 the gradient of the "
                 "difference losses has cosine 0.45 to that of fp32, in fp16 0.97 (docs/precision.md); prefer fp16"
             )
+    _start_method(method, config, towers, () if target.prompts.are_texts else class_names, templates, ranks)
     engine = Engine(config, towers, method, ranks, total_steps)
     ranks.print(engine.remark)
     return Run(
@@ -198,11 +203,46 @@ def _class_names(data: TargetConfig, sources: _Sources, ranks: Ranks) -> tuple[s
 
 
 def _target_samples(
-    config: Config, source: Source, class_names: Sequence[str], templates: Sequence[Template], towers: Towers
+    config: Config,
+    source: Source,
+    class_names: Sequence[str],
+    templates: Sequence[Template],
+    second_templates: Sequence[Template],
+    towers: Towers,
 ) -> TargetSamples:
-    tokenizer = tokenizer_of(config.model, config.data.target.text_length)
-    prompts = PromptTable(source, class_names, templates, tokenizer)
-    return TargetSamples(source, prompts, towers.preprocess, towers.pooled_at, config.train.seed)
+    tokenizer, seed = tokenizer_of(config.model, config.data.target.text_length), config.train.seed
+    prompts, second = PromptTable(source, class_names, templates, tokenizer), None
+    if second_templates:
+        second = SecondPrompts(prompts, second_templates, tokenizer)
+        second.warn_about_truncated(source, seed)
+    return TargetSamples(source, prompts, towers.preprocess, towers.pooled_at, seed, second)
+
+
+def _start_method(
+    method: Method,
+    config: Config,
+    towers: Towers,
+    class_names: tuple[str, ...],
+    templates: tuple[Template, ...],
+    ranks: Ranks,
+) -> None:
+    """Calls the parts' ``start`` with the pre-trained towers, in evaluation mode and in the run's precision.
+
+    Args:
+        class_names: empty where the target set has prompts and no classes.
+
+    Raises:
+        ConfigError: the model or the target lacks something that a part needs.
+    """
+    if not any(overrides(part, "start") for part in method.parts):
+        return
+    towers.to(ranks.device).eval().set_precision(config.train.precision)
+    tokenizer = tokenizer_of(config.model)
+
+    def embed(texts: Sequence[str]) -> Tensor:
+        return embed_texts(towers, tokenizer, texts, ranks)
+
+    method.start(Start(embed, tokenizer, towers.vocabulary, towers.pooled_at, class_names, templates))
 
 
 def _order(config: Config, half: str, count: int, ranks: Ranks) -> Order:

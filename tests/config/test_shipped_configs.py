@@ -33,7 +33,7 @@ SELF_DISTILLED: dict[str, dict[str, Any]] = {
     "vitb16_tracer_dive": IMAGENET | {"batches": (512, 512), "precision": "fp16"},
 }
 """Hyper-parameters of TRACER (arXiv 2605.29380) and CaRot (arXiv 2311.01723), as their code has them."""
-OTHERS = ("demo", *SELF_DISTILLED)
+OTHERS = ("demo", "vitb16_car_ft", "vitb16_lipsum", "vitb16_starft", *SELF_DISTILLED)
 """Configs of methods or data that are not the paper's."""
 VECTORS = {"decay": 0.99, "average_weight": 1, "pairwise_weight": 1, "mean_gradient": True}
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -42,7 +42,7 @@ Row = Mapping[str, Value]
 RANKS, STAGE, REFERENCE, SETS = "ranks", "deepspeed.zero_optimization.stage", "data.reference", "evaluate.sets"
 SEEN, OTHER = ["seen"], ["other"]
 
-PRESETS = registry.table().presets
+PRESETS, TARGETS = registry.table().presets, registry.table().targets
 
 VALUES: dict[str, tuple[Value, ...]] = {
     "objective.name": tuple(PRESETS),
@@ -93,6 +93,9 @@ CONSTANT = {
     "data.target.batch_size",
     "data.reference.batch_size",
     "objective.decay",
+    "objective.distillation_weight",
+    "objective.random_texts",
+    "objective.random_tokens",
     "objective.probe_epochs",
     "objective.probe_learning_rate",
     "teacher.batch_size",
@@ -142,13 +145,15 @@ class Invalid(NamedTuple):
 
 
 NEED_REFERENCE = tuple(name for name, preset in PRESETS.items() if preset.reference is not None)
-WITH_HEAD = tuple(name for name, preset in PRESETS.items() if preset.target == "cross_entropy")
+WITH_HEAD = tuple(name for name, preset in PRESETS.items() if TARGETS[preset.target].needs_head)
+WITH_TEACHER = tuple(name for name, preset in PRESETS.items() if TARGETS[preset.target].teacher != "none")
 RAW = ("folder", "webdataset", "csv")
 NEVER: dict[str, tuple[Value, ...]] = {"evaluate.every_steps": (None,), "evaluate.every_epochs": (None,)}
 
 INVALID = [
     Invalid({"objective.name": NEED_REFERENCE, REFERENCE: ("none",)}, "needs a reference set"),
     Invalid({"objective.name": WITH_HEAD, "data.target.format": ("csv",)}, "csv has prompts and no classes"),
+    Invalid({"objective.name": WITH_TEACHER, STAGE: (3,)}, "a teacher on the target half"),
     Invalid({"data.target.loader": ("ffcv",), "data.target.format": RAW}, "reads prepared sets alone"),
     Invalid(
         {"data.reference.loader": ("ffcv",), "data.reference.format": RAW[1:], REFERENCE: ("given",)},
