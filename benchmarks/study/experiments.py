@@ -1,11 +1,13 @@
 """Which runs a study makes, the most telling first; what is chosen is chosen on ID validation.
 
-Every method has the same grid: three learning rates and three weights of the reference's loss, at seed 0. Two
-settings of it are chosen, and run with the other seeds:
+Every method has the same grid: three learning rates and three strengths, at seed 0. Two settings of it are
+chosen, and run with the other seeds:
 
-* ``best``: the highest ID validation accuracy, as in the paper. It favours small weights, which protect little.
-* ``equal``: the largest weight whose ID validation, at its best learning rate, is within :data:`MARGIN` of FLYP's
-  best: what a method keeps without giving up ID accuracy.
+* ``best``: the highest ID validation accuracy, as in the paper. It favours small strengths, which protect little.
+* ``equal``: the largest strength whose ID validation, at its best learning rate, is within :data:`MARGIN` of
+  FLYP's best: the strongest protection that costs no ID accuracy.
+
+The runs that ``equal`` chooses are compared with calibration; results without it are measured again.
 """
 
 import itertools
@@ -17,14 +19,17 @@ from study.methods import (
     ABLATIONS,
     AVERAGE_ALONE,
     BASELINE,
-    FURTHER_WEIGHTS,
+    CORE,
+    FURTHER_STRENGTHS,
     HEADS,
     LITERAL_COSINE,
     MAIN,
+    SELF_DISTILLING,
+    STRENGTHS,
     STUDIED,
-    WEIGHTS,
+    grid_of,
 )
-from study.runs import Run, Size
+from study.runs import PRETRAINED, Run, Size
 
 SEEDS = (0, 1, 2)
 LEARNING_RATES = (1e-3, 3e-4, 3e-3)
@@ -48,19 +53,21 @@ def plan(rows: Rows, size: Size) -> list[Run]:
     def table(world: str, methods: Iterable[str]) -> list[Run]:
         return grids(world, methods) + other_seeds(rows, world, methods)
 
-    runs = table("cifar10", MAIN)
+    runs = table("cifar10", CORE) + table("cifar10", MAIN)
+    runs += table("cifar10", SELF_DISTILLING)
     runs += table("cifar10", HEADS)
     runs += curves(rows, [STUDIED])
     runs += [] if dive is None else sweeps(dive, size)
     runs += table("pacs", MAIN)
-    runs += curves(rows, FURTHER_WEIGHTS)
+    runs += table("pacs", CORE)
+    runs += curves(rows, FURTHER_STRENGTHS)
     runs += [Run("cifar10", STUDIED, HEAVY, rate) for rate in GENTLE]
     runs += table("cifar10", ABLATIONS)
-    runs += table("pacs", HEADS) + table("pacs", ABLATIONS)
+    runs += table("pacs", HEADS) + table("pacs", ABLATIONS) + table("pacs", SELF_DISTILLING)
     if dive is not None:
         for seed in SEEDS[1:]:
             runs += sweeps(replace(dive, seed=seed), size)
-    runs += [Run("cifar10", LITERAL_COSINE, weight, LEARNING_RATES[0]) for weight in (1.0, 10.0)]
+    runs += [Run("cifar10", LITERAL_COSINE, strength, LEARNING_RATES[0]) for strength in (1.0, 10.0)]
     return list(dict.fromkeys(runs))
 
 
@@ -71,7 +78,7 @@ def settled(rows: Rows, worlds: Sequence[str]) -> list[Run]:
         rows: results of that size.
     """
     settings = [
-        setting for world in worlds for method in WEIGHTS if (setting := chosen(rows, world, method, "equal"))
+        setting for world in worlds for method in STRENGTHS if (setting := chosen(rows, world, method, "equal"))
     ]
     return [replace(setting, seed=seed) for seed in SEEDS for setting in settings]
 
@@ -79,11 +86,7 @@ def settled(rows: Rows, worlds: Sequence[str]) -> list[Run]:
 def grids(world: str, methods: Iterable[str]) -> list[Run]:
     """The methods' grids at seed 0, a learning rate after the other."""
     cases = itertools.product(LEARNING_RATES, methods)
-    return [
-        Run(world, method, None if weight is None else float(weight), rate)
-        for rate, method in cases
-        for weight in WEIGHTS[method]
-    ]
+    return [Run(world, method, strength, rate) for rate, method in cases for strength in grid_of(method)]
 
 
 def other_seeds(rows: Rows, world: str, methods: Iterable[str]) -> list[Run]:
@@ -109,12 +112,12 @@ def sweeps(dive: Run, size: Size) -> list[Run]:
 
 
 def curves(rows: Rows, methods: Iterable[str]) -> list[Run]:
-    """Further weights on CIFAR-10 at each method's best learning rate."""
+    """Further strengths on CIFAR-10 at each method's best learning rate."""
     found = []
     for method in methods:
         best = chosen(rows, "cifar10", method, "best")
         if best is not None:
-            found += [replace(best, weight=float(weight)) for weight in FURTHER_WEIGHTS[method]]
+            found += [replace(best, strength=strength) for strength in FURTHER_STRENGTHS[method]]
     return found
 
 
@@ -122,19 +125,32 @@ def chosen(rows: Rows, world: str, method: str, rule: str) -> Run | None:
     """The grid's run that a rule picks; None until the method's grid, and for ``equal`` FLYP's, is through.
 
     Args:
-        rule: ``best`` or ``equal``, as above. Where no weight is within the margin, ``equal`` is ``best``.
+        rule: ``best`` or ``equal``, as above. Where no strength is within the margin, ``equal`` is ``best``.
     """
     scores = validated(rows, world, method)
     if scores is None:
         return None
     best = max(scores, key=lambda run: scores[run])
-    if rule == "best" or best.weight is None:
+    if rule == "best" or best.strength is None:
         return best
     flyp = validated(rows, world, BASELINE)
     if flyp is None:
         return None
     enough = [run for run in scores if scores[run] >= max(flyp.values()) - MARGIN]
-    return max(enough, key=lambda run: (run.weight or 0, scores[run]), default=best)
+    return max(enough, key=lambda run: (run.strength or 0, scores[run]), default=best)
+
+
+def compared_runs(rows: Rows) -> set[Run]:
+    """The runs that ``equal`` chooses, with all seeds."""
+    worlds = {row["world"] for row in rows}
+    settings = [chosen(rows, world, method, "equal") for world in worlds for method in STRENGTHS]
+    return {replace(setting, seed=seed) for setting in settings if setting is not None for seed in SEEDS}
+
+
+def complete(rows: Rows) -> list[dict[str, Any]]:
+    """The rows without those that lack the calibration of a compared run or of the pre-trained model."""
+    needed = compared_runs(rows)
+    return [row for row in rows if "ece" in row or (row["method"] != PRETRAINED and run_of(row) not in needed)]
 
 
 def validated(rows: Rows, world: str, method: str) -> dict[Run, float] | None:

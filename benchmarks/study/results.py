@@ -5,7 +5,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from study.runs import PRETRAINED, Run
+
 Row = dict[str, Any]
+KEY = ("size", "model", *Run.__dataclass_fields__)
+"""Fields that identify a run."""
 
 
 def read(path: Path) -> list[Row]:
@@ -18,9 +22,15 @@ def read(path: Path) -> list[Row]:
 
 
 def latest(rows: list[Row]) -> list[Row]:
-    """Those that start from the same weights as the last run of their world."""
+    """The last line of each run, of the runs that start from the same weights as the last one of their world."""
     model = {row["world"]: row["model"] for row in rows}
-    return [row for row in rows if row["model"] == model[row["world"]]]
+    return list({_key(row): row for row in rows if row["model"] == model[row["world"]]}.values())
+
+
+def _key(row: Row) -> str:
+    # The settings in the line of a pre-trained model are those of some run that starts from it.
+    names = ("size", "model", "world", "method") if row["method"] == PRETRAINED else KEY
+    return json.dumps([row.get(name) for name in names])
 
 
 def append(path: Path, row: Row) -> None:
