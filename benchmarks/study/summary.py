@@ -414,7 +414,7 @@ def _about_dive(rows: Sequence[Row], size: str, folder: Path) -> list[str]:
 
 
 def draw_curves(rows: Sequence[Row], world: str, methods: Iterable[str], path: Path) -> None:
-    """ID against zero-shot accuracy and RSA: a line for each method over its strengths, at its best learning rate."""
+    """ID against zero-shot accuracy and RSA: a line a method over its strengths at its best learning rate."""
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(11.5, 5.2), layout="constrained")
