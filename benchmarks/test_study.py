@@ -218,6 +218,9 @@ def test_more_words_leave_the_old_ones_as_they_were(tmp_path: Path) -> None:
     assert model.digest(made) != model.digest(more)
 
 
+MODELS = {"cifar10": "digest", "pacs": "digest"}
+
+
 def row_of(run: Run, validation: float, **figures: float) -> dict[str, Any]:
     measured = {name: 0.5 for name in ("id", "ood", "zs", "tiny", "rsa")} | {"seconds": 1.0, "course": []}
     norms = {} if run.method == "flyp" else {"u": 1e-3, "v": 1e-3, "m": 1e-4}
@@ -251,7 +254,7 @@ def test_a_plan_worked_off_has_every_method_with_every_seed_and_ends() -> None:
     rows: list[dict[str, Any]] = []
     for _ in range(1000):
         known = [runs.Run(**{name: row[name] for name in Run.__dataclass_fields__}) for row in rows]
-        left = [run for run in plan(rows, SIZES["small"]) if run not in known]
+        left = [run for run in plan(rows, SIZES["small"], MODELS) if run not in known]
         if not left:
             break
         # Runs may come in any order, as long as the first one comes first.
@@ -267,6 +270,22 @@ def test_a_plan_worked_off_has_every_method_with_every_seed_and_ends() -> None:
     assert dive is not None
     for change in ({"every": 8}, {"reference_batch": 8}, {"decay": 0.0}, {"reference": 500}):
         assert {replace(dive, seed=seed, **change) for seed in SEEDS} <= set(known)
+
+
+def test_settings_chosen_for_earlier_weights_are_taken_over() -> None:
+    rows = grid_rows("flyp", lambda run: 0.5) + grid_rows("dive", lambda run: 0.5 - (run.strength or 0) * 1e-5)
+    left = plan(rows, SIZES["small"], MODELS | {"cifar10": "new"})
+    dive = chosen(rows, "cifar10", "dive", "equal")
+    assert dive is not None
+    assert [run for run in left if run.method == "dive" and run.is_plain()][:3] == [
+        replace(dive, seed=seed) for seed in SEEDS
+    ]
+    # The level that methods are compared at is that of the new weights, and so are the grids of other methods.
+    assert set(grids("cifar10", ["flyp", DISTILLED])) <= set(left)
+    assert not set(grids("cifar10", ["dive"])) <= set(left)
+    # A grid for the new weights takes precedence.
+    new = [row | {"model": "new"} for row in grid_rows("dive", lambda run: run.learning_rate)]
+    assert chosen([*rows, *new], "cifar10", "dive", "best") == chosen(new, "cifar10", "dive", "best")
 
 
 def test_settings_of_another_size_are_taken_over_a_seed_after_the_other() -> None:
@@ -287,7 +306,7 @@ def test_every_run_of_a_plan_is_a_config_of_the_engine(size: str, tmp_path: Path
     study = Study(tmp_path, size, Ranks(0, 1, torch.device("cpu")))
     study.digests = dict.fromkeys(report.WORLDS, "0123456789abcdef")
     dive = Run("cifar10", "dive", 10.0, 1e-3)
-    known = [*plan([], SIZES[size]), *sweeps(dive, SIZES[size])]
+    known = [*plan([], SIZES[size], MODELS), *sweeps(dive, SIZES[size])]
     assert {run.method for run in known} == {*STRENGTHS, LITERAL_COSINE}
     for run in known[::3]:
         config = study.config(run)
@@ -384,7 +403,11 @@ def test_results_outlive_a_kill(tmp_path: Path) -> None:
     for other in (Run("cifar10", "flyp", None, 1e-3, seed=1), Run("cifar10", "flyp", 1.0, 1e-3)):
         assert not results.has([first], other.key("small", "digest"))
     assert not results.has([first], Run("cifar10", "flyp", None, 1e-3).key("small", "another"))
-    assert results.latest([first, second, first | {"model": "new"}]) == [second, first | {"model": "new"}]
+    again = first | {"ece": {}}
+    assert results.latest([first, second, again]) == [second, again]
+    other = first | {"model": "new"}
+    assert results.of_one_model([other, first, second, first], "cifar10", ["flyp"]) == [first, first]
+    assert results.of_one_model([first, second, other], "pacs", ["flyp"]) == []
 
 
 def test_accuracies_are_compared_at_equal_id() -> None:

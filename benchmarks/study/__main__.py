@@ -47,7 +47,7 @@ def main() -> None:
     def planned(rows: Rows) -> list[Run]:
         if grid is not None:
             return settled(grid, options.worlds)
-        return [run for run in plan(rows, study.size) if run.world in options.worlds]
+        return [run for run in plan(rows, study.size, study.digests) if run.world in options.worlds]
 
     work(study, path, planned, options.minutes, begun, dry=options.what == "plan")
 
@@ -71,8 +71,7 @@ def work(
     """
     impossible = set[Run]()
     while minutes is None or time.perf_counter() - begun < 60 * minutes:
-        rows = [row for row in results.read(path) if row["model"] == study.digests.get(row["world"])]
-        rows = results.latest(rows)
+        rows = [row for row in results.latest(results.read(path)) if row["world"] in study.digests]
         measured = complete(rows)
         left = [
             run for run in planned(rows) if run not in impossible and not results.has(measured, study.key(run))

@@ -8,10 +8,13 @@ chosen, and run with the other seeds:
   FLYP's best: the strongest protection that costs no ID accuracy.
 
 The runs that ``equal`` chooses are compared with calibration; results without it are measured again.
+
+Pre-training on another processor gives other weights, and results of different weights are not compared. Settings
+are taken over: a method whose grid is complete for earlier weights is run at the settings that it chose there.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,16 +45,19 @@ MARGIN = 0.01
 Rows = Sequence[dict[str, Any]]
 
 
-def plan(rows: Rows, size: Size) -> list[Run]:
+def plan(rows: Rows, size: Size, models: Mapping[str, str]) -> list[Run]:
     """All runs that can be named with what is known, in order; more can be once the grids are through.
 
     Args:
-        rows: results so far, of this size and the same pre-trained models.
+        rows: results so far, of this size.
+        models: digest of the weights that the runs of each world start from; rows may have others.
     """
     dive = chosen(rows, "cifar10", STUDIED, "equal")
 
     def table(world: str, methods: Iterable[str]) -> list[Run]:
-        return grids(world, methods) + other_seeds(rows, world, methods)
+        earlier = [row for row in rows if row["model"] != models[world]]
+        searched = [name for name in methods if name == BASELINE or not chosen(earlier, world, name, "best")]
+        return grids(world, searched) + with_seeds(rows, world, methods)
 
     runs = table("cifar10", CORE) + table("cifar10", MAIN)
     runs += table("cifar10", SELF_DISTILLING)
@@ -89,12 +95,12 @@ def grids(world: str, methods: Iterable[str]) -> list[Run]:
     return [Run(world, method, strength, rate) for rate, method in cases for strength in grid_of(method)]
 
 
-def other_seeds(rows: Rows, world: str, methods: Iterable[str]) -> list[Run]:
-    """The runs that the grids chose, with the other seeds: those compared at equal ID first."""
+def with_seeds(rows: Rows, world: str, methods: Iterable[str]) -> list[Run]:
+    """The runs that the grids chose, with each seed: those compared at equal ID first."""
     found = []
     for rule in ("equal", "best"):
         settings = [setting for method in methods if (setting := chosen(rows, world, method, rule)) is not None]
-        found += [replace(setting, seed=seed) for seed in SEEDS[1:] for setting in settings]
+        found += [replace(setting, seed=seed) for seed in SEEDS for setting in settings]
     return found
 
 
@@ -125,8 +131,15 @@ def chosen(rows: Rows, world: str, method: str, rule: str) -> Run | None:
     """The grid's run that a rule picks; None until the method's grid, and for ``equal`` FLYP's, is through.
 
     Args:
+        rows: of the latest pre-trained weights for which the grids are through, where there are several.
         rule: ``best`` or ``equal``, as above. Where no strength is within the margin, ``equal`` is ``best``.
     """
+    models = dict.fromkeys(row["model"] for row in reversed(rows) if row["world"] == world)
+    choices = (_choose([row for row in rows if row["model"] == model], world, method, rule) for model in models)
+    return next((choice for choice in choices if choice is not None), None)
+
+
+def _choose(rows: Rows, world: str, method: str, rule: str) -> Run | None:
     scores = validated(rows, world, method)
     if scores is None:
         return None

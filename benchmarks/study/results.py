@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,19 @@ def read(path: Path) -> list[Row]:
 
 
 def latest(rows: list[Row]) -> list[Row]:
-    """The last line of each run, of the runs that start from the same weights as the last one of their world."""
-    model = {row["world"]: row["model"] for row in rows}
-    return list({_key(row): row for row in rows if row["model"] == model[row["world"]]}.values())
+    """The last line of each run."""
+    lines: dict[str, Row] = {}
+    for row in reversed(rows):
+        lines.setdefault(_key(row), row)
+    return list(lines.values())[::-1]
+
+
+def of_one_model(rows: Sequence[Row], world: str, methods: Iterable[str]) -> list[Row]:
+    """The rows of a world that start from the pre-trained weights which most runs of the methods start from."""
+    wanted = set(methods)
+    rows = [row for row in rows if row["world"] == world]
+    count = Counter(row["model"] for row in rows if row["method"] in wanted)
+    return [row for row in rows if count and row["model"] == count.most_common(1)[0][0]]
 
 
 def _key(row: Row) -> str:

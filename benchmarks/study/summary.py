@@ -27,6 +27,7 @@ from study.methods import (
     SELF_DISTILLING,
     STUDIED,
 )
+from study.results import of_one_model
 from study.runs import PRETRAINED, REFERENCE, SIZES, Run
 
 Row = dict[str, Any]
@@ -362,7 +363,7 @@ def write(rows: Sequence[Row], size: str, folder: Path, grid: Sequence[Row] | No
         if any(row["world"] == world for row in rows):
             lines += _about_world(rows, size, world, folder, grid)
     if grid is None:
-        lines += _about_dive(rows, size, folder)
+        lines += _about_dive(of_one_model(rows, "cifar10", PAPER), size, folder)
     write_atomic(path, ("\n".join(lines) + "\n").encode())
     return path
 
@@ -373,30 +374,32 @@ def _about_world(
     title, settings = WORLDS[world], rows if grid is None else grid
     lines: list[str] = []
     for group in GROUPS:
-        if not any(row["world"] == world and row["method"] in group.methods for row in rows):
+        own = of_one_model(rows, world, group.methods)
+        if not own:
             continue
+        lines += ["", f"Runs from the pre-trained weights {own[0]['model']}."]
         # Settings from elsewhere are those of one rule.
         for rule in RULES if grid is None else ("equal",):
             tables = {
-                RULES[rule]: main_table(rows, world, rule, settings, group.order),
-                f"Calibration. {RULES[rule]}": calibration_table(rows, world, rule, settings, group.order),
+                RULES[rule]: main_table(own, world, rule, settings, group.order),
+                f"Calibration. {RULES[rule]}": calibration_table(own, world, rule, settings, group.order),
             }
             for heading, table in tables.items():
                 if len(table) > 3:
                     lines += ["", f"## {title}. {heading}", "", *table]
-        selected = compared(rows, world, group.order, settings)
+        selected = compared(own, world, group.order, settings)
         if any(row["method"] in group.methods for row in selected):
             name, rule = f"study-{size}-{world}-methods{group.ending}.png", RULES["equal"]
             plots.tradeoff(selected, folder / name, f"{title}: {rule[0].lower()}{rule[1:]}")
             lines += ["", f"![Methods: ID, OOD, zero-shot accuracy and RSA]({name})"]
-        if COMBINED in group.methods and len(table := difference_table(rows, world, settings)) > 2:
+        if COMBINED in group.methods and len(table := difference_table(own, world, settings)) > 2:
             lines += ["", f"## {title}. {LABELS[COMBINED]}, differences within seeds, in points", "", *table]
         if grid is None:
-            if table := level_table(rows, world, group.order):
+            if table := level_table(own, world, group.order):
                 heading = f"## {title}. Zero-shot accuracy (mean of both sets) at equal ID, from the grid"
                 lines += ["", heading, "", *table]
             name = f"study-{size}-{world}-curves{group.ending}.png"
-            draw_curves(rows, world, group.order, folder / name)
+            draw_curves(own, world, group.order, folder / name)
             lines += ["", f"![ID against zero-shot accuracy and RSA]({name})"]
     return lines
 
