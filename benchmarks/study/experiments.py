@@ -59,8 +59,10 @@ def plan(rows: Rows, size: Size, models: Mapping[str, str]) -> list[Run]:
         searched = [name for name in methods if name == BASELINE or not chosen(earlier, world, name, "best")]
         return grids(world, searched) + with_seeds(rows, world, methods)
 
-    runs = table("cifar10", CORE) + table("cifar10", MAIN)
-    runs += table("cifar10", SELF_DISTILLING)
+    runs = table("cifar10", CORE)
+    for method in SELF_DISTILLING:
+        runs += table("cifar10", [method])
+    runs += table("cifar10", MAIN)
     runs += table("cifar10", HEADS)
     runs += curves(rows, [STUDIED])
     runs += [] if dive is None else sweeps(dive, size)

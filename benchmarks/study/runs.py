@@ -15,7 +15,7 @@ from torch import Tensor
 from dive_fast.checkpoint.load_weights import head_of
 from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks
-from dive_fast.evaluate.datasets.resolve import open_evaluation
+from dive_fast.evaluate.datasets.resolve import Opened, open_evaluation
 from dive_fast.evaluate.geometry.embed import describe_pairs, embed, open_pairs
 from dive_fast.evaluate.geometry.measures import rsa
 from dive_fast.evaluate.zero_shot import measure_sets, values
@@ -107,6 +107,7 @@ class Study:
         self.folder, self.name, self.size, self.ranks = folder, size, SIZES[size], ranks
         self.digests: dict[str, str] = {}
         self._before: dict[str, Tensor] = {}
+        self._opened: Opened = {}
 
     def prepare(self, worlds: tuple[str, ...] = ("cifar10", "pacs")) -> None:
         """Writes the data and pre-trains."""
@@ -221,7 +222,10 @@ class Study:
     def _scores(self, config: Config, towers: Towers, head: Head | None = None) -> dict[str, Any]:
         """Accuracy on each set by its name, and each of :data:`CALIBRATION` on all sets."""
         sections, tokenizer = config.evaluate.sets, tokenizer_of(config.model)
-        opened = {name: open_evaluation(section, name) for name, section in sections.items()}
+        for section in sections.values():
+            if section.path not in self._opened:
+                self._opened[section.path] = open_evaluation(section)
+        opened = {name: self._opened[section.path] for name, section in sections.items()}
         towers = towers.to(self.ranks.device)
         measured = measure_sets(towers, tokenizer, config.evaluate, opened, self.ranks, head)
         return values(measured, sections) | {
