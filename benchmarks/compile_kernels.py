@@ -33,6 +33,7 @@ from dive_fast.kernels import (
     difference,
     joint_step,
     layer_norm,
+    moving_average,
     packed_qkv,
     primitives,
 )
@@ -68,13 +69,10 @@ class Variant(NamedTuple):
     options: tuple[tuple[str, int], ...]
 
 
-KERNELS = {
-    name: kernel
-    for module in (activation, column_sums, contrastive, difference, joint_step, layer_norm, packed_qkv)
-    for name, kernel in vars(module).items()
-    if name.endswith("_kernel")
-}
+MODULES = (activation, column_sums, contrastive, difference, joint_step, layer_norm, moving_average, packed_qkv)
+KERNELS = {name: kernel for module in MODULES for name, kernel in vars(module).items() if name.endswith("_kernel")}
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+TYPES |= {torch.int64: "*i64"}
 
 
 def variants() -> list[Variant]:
@@ -95,6 +93,8 @@ def variants() -> list[Variant]:
         for stream, dtype in itertools.product(DTYPES, DTYPES):
             if stream in (dtype, torch.float32):
                 _launch_layer_norm(stream, dtype)
+        for offset in (0, 1):
+            _launch_moving_average(offset)
     return list(recorded)
 
 
@@ -145,6 +145,12 @@ def _launch_layer_norm(stream: torch.dtype, dtype: torch.dtype) -> None:
         branch_dtype = None if stream == dtype else dtype
         layer_norm.launch_backward(*saved, x, branch_dtype, torch.float32, torch.float32, torch.float32)
         layer_norm.launch_backward(*saved, None, None, None, torch.float32, torch.float32)
+
+
+def _launch_moving_average(offset: int) -> None:
+    """Launches on real tensors, which have addresses, ``offset`` elements after an aligned one."""
+    tensors = [torch.empty(5000)[offset:] for _ in range(2)]
+    moving_average.launch_once(tensors[:1], tensors[1:], torch.empty(()))
 
 
 def _variant(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Variant:

@@ -1,4 +1,6 @@
-"""The losses of DiVE and the layers of its towers; the package imports torch and triton and nothing of the engine.
+"""The losses of DiVE, the layers of its towers, and moving averages.
+
+The package imports torch and triton and nothing of the engine.
 
 Shapes: ``B`` pairs on this rank, ``D`` embedding width. Every loss takes *un-normalized* features, normalizes them
 in fp32 (fp64 stays fp64) and returns fp32 (fp64) scalars.
@@ -7,6 +9,7 @@ in fp32 (fp64 stays fp64) and returns fp32 (fp64) scalars.
 """
 
 from dive_fast.kernels import naive
+from dive_fast.kernels.averages import MovingAverage
 from dive_fast.kernels.layers import add_layer_norm, biased_activation, split_qkv
 from dive_fast.kernels.losses import contrastive_loss, difference_loss, distillation_loss, dive_loss
 from dive_fast.kernels.naive import DifferenceLoss, DistillationLoss, DiveLoss
@@ -15,6 +18,7 @@ __all__ = [
     "DifferenceLoss",
     "DistillationLoss",
     "DiveLoss",
+    "MovingAverage",
     "add_layer_norm",
     "biased_activation",
     "contrastive_loss",

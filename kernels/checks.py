@@ -1,5 +1,6 @@
 """Validation of the arguments of losses and layers, for every backend."""
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -67,6 +68,37 @@ def check_same_kind(image_features: Tensor, reference_image_features: Tensor) ->
         actual = reference_image_features.dtype
         raise ValueError(f"{name}: expected dtype {dtype} as image_features has, got {actual}")
     _check_device(name, reference_image_features, "image_features", image_features)
+
+
+def check_averages(averages: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Checks pairs of fp32 tensors of equal shape on one device; there may be none.
+
+    Raises:
+        ValueError: their numbers differ, or a tensor has another shape, dtype or device.
+    """
+    if len(averages) != len(values):
+        raise ValueError(f"values: expected {len(averages)} tensors as averages has, got {len(values)}")
+    for index, (average, value) in enumerate(zip(averages, values, strict=True)):
+        for name, tensor in (f"averages[{index}]", average), (f"values[{index}]", value):
+            if tensor.dtype != torch.float32:
+                raise ValueError(f"{name}: expected fp32, got {tensor.dtype}")
+            _check_device(name, tensor, "averages[0]", averages[0])
+        if average.shape != value.shape:
+            expected, actual = tuple(average.shape), tuple(value.shape)
+            raise ValueError(f"values[{index}]: expected shape {expected} as averages has, got {actual}")
+
+
+def check_rate(rate: Tensor, average: Tensor) -> None:
+    """Checks that the rate of a moving average is one fp32 number on its device.
+
+    Raises:
+        ValueError: its shape, dtype or device is wrong.
+    """
+    if rate.shape not in ((), (1,)):
+        raise ValueError(f"rate: expected shape () or (1,), got {tuple(rate.shape)}")
+    if rate.dtype != torch.float32:
+        raise ValueError(f"rate: expected fp32, got {rate.dtype}")
+    _check_device("rate", rate, "averages", average)
 
 
 def check_activation(x: Tensor, bias: Tensor | None, kind: str) -> None:

@@ -9,6 +9,7 @@ Equation numbers are those of DiVE, arXiv 2511.09973.
 """
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -379,6 +380,18 @@ def split_qkv(qkv: Tensor, bias: Tensor | None, heads: int, *, parts: int = 3) -
     if bias is not None:
         qkv = _AddedBias.apply(qkv, bias)  # type: ignore[no-untyped-call]
     return qkv.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def move_averages(averages: Sequence[Tensor], values: Sequence[Tensor], rate: Tensor) -> None:
+    """``psi <- psi + w (theta - psi)`` of each pair, in place; w = 0 changes no bit, whatever theta is.
+
+    Args:
+        averages, values: psi and theta, of equal shapes.
+        rate: w, ``()`` or ``(1,)``, on their device.
+    """
+    rate = rate.reshape(())
+    for average, value in zip(averages, values, strict=True):
+        average.copy_(torch.where(rate == 0, average, average + rate * (value - average)))
 
 
 class _AddedBias(torch.autograd.Function):

@@ -1,11 +1,13 @@
 """Evaluates a model on image sets: that of a run by ``python launch/evaluate.py --config vitb16_dive.json``.
 
 ``python launch/evaluate.py --model ViT-B-16-quickgelu --pretrained openai --suite imagenet_ood --root /data``
-evaluates one of open_clip's models. On several GPUs: ``deepspeed launch/evaluate.py ...``. See docs/evaluation.md.
+evaluates one of open_clip's models, and ``python launch/evaluate.py --compare ViT-B/16`` prints published results.
+On several GPUs: ``deepspeed launch/evaluate.py ...``. See docs/evaluation.md.
 """
 
 import argparse
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,14 +17,23 @@ import cli
 if TYPE_CHECKING:
     from dive_fast.config.schema import Config, ModelConfig
 
+RESULTS = Path("runs/evaluate")
+"""Default output folder with --model."""
+VARIANT = ("label", "weights_digest", "precision")
+"""Fields of a row that the sets of one figure share."""
+
 
 @cli.guarded
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; a user's mistake becomes one line and exit code 2."""
     parser = _parser()
     options = parser.parse_intermixed_args(arguments)
+    if options.compare and options.config is None and options.model is None:
+        if options.suite or options.datasets or options.weights or options.overrides:
+            parser.error("to measure a model before --compare, name it by --config or --model")
+        return _compare(options, options.output or RESULTS)
     if (options.config is None) == (options.model is None):
-        parser.error("name a run by --config, or a model by --model")
+        parser.error("name a run by --config, a model by --model, or published results by --compare MODEL")
     if options.model is not None and options.overrides:
         parser.error(f"{options.overrides[0]}: overrides go with --config")
     if options.config is not None and options.pretrained is not None:
@@ -48,11 +59,11 @@ def main(arguments: list[str] | None = None) -> int:
         weights = _weights(options, config)
         from dive_fast.checkpoint.load_weights import head_of, load_into
         from dive_fast.distributed import join
-        from dive_fast.evaluate import evaluator
+        from dive_fast.evaluate import evaluator, plots, published
         from dive_fast.evaluate.datasets.catalog import expand_suites
         from dive_fast.evaluate.early_checks import check_output
         from dive_fast.evaluate.results import Results
-        from dive_fast.evaluate.tables import as_markdown
+        from dive_fast.evaluate.tables import as_markdown, lines_of
         from dive_fast.model import head as heads
         from dive_fast.model import towers
 
@@ -65,6 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
             for name in expand_suites(names)
         } or defaults.sets
+        compared = None if options.compare is None else published.find_model(options.compare or model.name)
         towers.check(model, weights=weights is None)
         if not sets:
             raise ConfigError("evaluate.sets is empty; add sets there, or name some by --suite and --root")
@@ -113,8 +125,34 @@ def main(arguments: list[str] | None = None) -> int:
         return cli.report_error(error, options)
     if ranks.is_main:
         print(as_markdown(rows), end="")
-        print(f"\n{folder}/results.jsonl, results.csv, results.md")
+        if compared is not None:
+            print(f"\n{published.comparison(compared, results.rows)}", end="")
+        variant = [rows[0].get(name) for name in VARIANT]
+        same = [row for row in results.rows if [row.get(name) for name in VARIANT] == variant]
+        (line,) = lines_of(same).values()
+        figure = f"reliability_{re.sub(r'[^A-Za-z0-9._-]+', '_', evaluation.label)}.png"
+        written = "results.jsonl, results.csv, results.md"
+        if plots.reliability(list(line.values()), folder / figure, f"{evaluation.label}, {precision}"):
+            written += f", {figure}"
+        print(f"\n{folder}/{written}")
     ranks.leave()
+    return 0
+
+
+def _compare(options: argparse.Namespace, folder: Path) -> int:
+    """Prints published results next to those of a results folder, without measuring."""
+    from dive_fast.errors import UserError
+    from dive_fast.evaluate import published
+    from dive_fast.evaluate.results import FILE, Results
+
+    try:
+        model = published.find_model(options.compare)
+        rows = Results(folder).rows
+    except UserError as error:
+        return cli.report_error(error, options)
+    print(published.comparison(model, rows), end="")
+    if not rows:
+        print(f"\n{folder / FILE} has no measured rows; --output names the folder of other results")
     return 0
 
 
@@ -155,6 +193,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--classifiers", type=Path, help="cache folder of prompt embeddings; default: in the output folder"
     )
+    parser.add_argument(
+        "--compare",
+        nargs="?",
+        const="",
+        metavar="MODEL",
+        help="print published results of a model, e.g. ViT-B/16, next to the measured ones; default: the "
+        "evaluated model; without --config and --model nothing is measured",
+    )
     parser.add_argument("--force", action="store_true", help="measure sets again even if the results have them")
     return parser
 
@@ -164,7 +210,7 @@ def _run(options: argparse.Namespace, config: "Config") -> Path:
 
 
 def _folder(options: argparse.Namespace, config: "Config | None") -> Path:
-    return Path("runs/evaluate") if config is None else _run(options, config)
+    return RESULTS if config is None else _run(options, config)
 
 
 def _weights(options: argparse.Namespace, config: "Config | None") -> Path | None:

@@ -108,6 +108,94 @@ def contrastive_as_written(f: Tensor, g: Tensor, scale: Tensor) -> Tensor:
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
+def self_distillation_oracle(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Parameter gradients and losses in float64 of a step of TRACER or CaRot, the teacher having weights of its own.
+
+    The teacher has the pre-trained weights and the student other ones, as in :class:`Stage`.
+    """
+    teacher = open_clip.create_model(f"local-dir:{folder}").eval()
+    student = copy.deepcopy(teacher)
+    student.load_state_dict(add_noise(teacher.state_dict()))
+    teacher, student = teacher.double(), student.double()
+    data = in_float64(batches(folder))
+    loss, values = self_distillation_as_written(name.removesuffix("_dive"), student, teacher, data)
+    if name.endswith("_dive"):
+        with torch.no_grad():
+            frozen = embedded(teacher, data, "reference")
+        pairs = embedded(student, data, "reference")
+        scale, average_vector = student.logit_scale.exp(), data["average_vector"]
+        term, metrics = reference_as_written("dive", pairs, frozen, scale, average_vector)
+        loss, values = loss + WEIGHT * term, values | metrics
+    loss.backward()
+    gradients = {name: p.grad for name, p in student.named_parameters()}
+    return gradients, {name: value.item() for name, value in (values | {"loss": loss}).items()}
+
+
+def in_float64(data: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Batches for models in float64."""
+    return {key: value.double() if value.is_floating_point() else value for key, value in data.items()}
+
+
+def embedded(model: Any, data: dict[str, Tensor], half: str) -> tuple[Tensor, Tensor]:
+    """Unit embeddings of a half's images and texts."""
+    image, text = model.encode_image(data[f"{half}_images"]), model.encode_text(data[f"{half}_tokens"])
+    return image / image.square().sum(1, keepdim=True).sqrt(), text / text.square().sum(1, keepdim=True).sqrt()
+
+
+def self_distillation_as_written(
+    name: str,
+    student: Any,
+    teacher: Any,
+    data: dict[str, Tensor],
+    first: bool = False,
+    feature_weight: float = 2000,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of TRACER or CaRot with the weights of their code, and its terms.
+
+    Args:
+        student, teacher: models of open_clip.
+        first: whether it is the first step, which has no distillation.
+        feature_weight: weight of FD inside TRACER's sum.
+    """
+    f, g = embedded(student, data, "target")
+    s, image_map, text_map = student.logit_scale.exp(), student.visual.proj, student.text_projection
+    contrastive = contrastive_as_written(f, g, s)
+    cross_norm = (image_map @ text_map.T).square().sum().sqrt()
+    values = {"contrastive_loss": contrastive, "penalty": 0.05 * cross_norm}
+    if name == "carot":
+        gram = image_map.T @ image_map - torch.eye(WIDTH, dtype=f.dtype)
+        values["penalty"] = values["penalty"] + 0.2 * gram.square().sum().sqrt()
+    loss = contrastive + values["penalty"]
+    if first:
+        return loss, values
+    with torch.no_grad():
+        f_teacher, g_teacher = embedded(teacher, data, "target")
+        teacher_logits = teacher.logit_scale.exp() * f_teacher @ g_teacher.T
+    logits, count = s * f @ g.T, len(f)
+
+    def cross_entropy(targets: Tensor, logits: Tensor) -> Tensor:
+        probabilities = targets.exp() / targets.exp().sum(1, keepdim=True)
+        return -(probabilities * (logits - logits.exp().sum(1, keepdim=True).log())).sum() / count
+
+    def divergence(targets: Tensor, logits: Tensor) -> Tensor:
+        return cross_entropy(targets, logits) - cross_entropy(targets, targets)
+
+    if name == "carot":
+        distillation = cross_entropy(teacher_logits, logits) + cross_entropy(teacher_logits.T, logits.T)
+        return loss + 1.5 * distillation, values | {"self_distillation_loss": distillation}
+    a, b = s * f @ g_teacher.T, s * g @ f_teacher.T
+    squares = [(x[i] - y[i]) @ (x[i] - y[i]) for x, y in ((f, f_teacher), (g, g_teacher)) for i in range(count)]
+    terms = {
+        "feature_loss": torch.stack(squares).sum() / (count * WIDTH),
+        "relational_loss": (divergence(teacher_logits, logits) + divergence(teacher_logits.T, logits.T)) / 2,
+        "interactive_loss": sum(F.cross_entropy(each, torch.arange(count)) for each in (a, b)) / 2,
+        "cross_loss": (divergence(teacher_logits, a) + divergence(teacher_logits.T, b)) / 2,
+    }
+    weights = (feature_weight, 1, 1, 1)
+    distillation = torch.stack([weight * term for weight, term in zip(weights, terms.values(), strict=True)]).sum()
+    return loss + 0.9 * distillation, values | terms
+
+
 def reference_as_written(
     name: str, pairs: tuple[Tensor, Tensor], frozen: tuple[Tensor, Tensor], scale: Tensor, average_vector: Tensor
 ) -> tuple[Any, dict[str, Any]]:
@@ -237,11 +325,16 @@ class Stage:
 
     def accumulate(self, engine: Engine) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Gradients (full, unscaled, with open_clip's names) and metrics of one step."""
-        from deepspeed.utils import safe_get_full_grad
-
         batches = StepBatches(self.target)
         if engine.method.needs.reference:
             batches = StepBatches(self.target, self.reference, self.teacher(self.reference))
+        return self.gradients(engine, batches)
+
+    @staticmethod
+    def gradients(engine: Engine, batches: StepBatches) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """As :meth:`accumulate`, on other batches."""
+        from deepspeed.utils import safe_get_full_grad
+
         metrics = engine.accumulate(batches)
         scale, towers = engine.scale.value.item(), engine.towers
         tuned = {name: p for name, p in towers.named_parameters() if p.requires_grad}

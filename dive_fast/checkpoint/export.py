@@ -18,6 +18,8 @@ from dive_fast.model.model_identity import state_digest
 
 MODEL = "model.safetensors"
 """Exported weights, in the run folder."""
+TEACHER = "moving_teacher.safetensors"
+"""Weights of the target half's teacher next to them, where it moves."""
 SELECTED = "selected.json"
 """Step and accuracy of a run's best weights, next to them."""
 
@@ -27,7 +29,7 @@ def write_model(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -
 
     All ranks call it; the first one writes: the weights, ``open_clip_config.json`` with architecture and
     preprocessing, and a Hugging Face tokenizer where the model has one. A trained head is written to a file next
-    to them; the head of another run is removed.
+    to them, and so are the weights of a moving teacher; those of another run are removed.
 
     Args:
         class_names: names of the head's rows.
@@ -38,6 +40,7 @@ def write_model(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -
         # The description first: weights of this run must not be preprocessed as an older description says.
         towers.save_description(engine.towers, folder)
         towers.save(engine.towers.export(weights), folder / MODEL)
+        _write_teacher(engine, folder / TEACHER)
         if engine.towers.head is None:
             (folder / heads.FILE).unlink(missing_ok=True)
         else:
@@ -46,12 +49,21 @@ def write_model(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -
     engine.ranks.barrier()
 
 
+def _write_teacher(engine: Engine, path: Path) -> None:
+    """Writes a moving teacher's weights, which every rank has, like the model's; removes those of another run."""
+    if engine.teacher is None or not engine.teacher.moves:
+        path.unlink(missing_ok=True)
+        return
+    state = {name: tensor.cpu().clone() for name, tensor in engine.teacher.towers.state_dict().items()}
+    towers.save(engine.towers.export(state), path)
+
+
 def copy_model(source: Path, folder: Path) -> None:
     """Replaces the model in ``folder`` by the one that :func:`write_model` wrote to ``source``."""
     names = {file.name for file in source.iterdir() if file.is_file() and file.name != SELECTED}
     # The weights last, as in write_model. Files of another run are removed: its head would classify instead of
     # prompts, and its description would determine how images are preprocessed.
-    for name in sorted(names | {heads.FILE, DESCRIPTION}, key=lambda name: name == MODEL):
+    for name in sorted(names | {heads.FILE, DESCRIPTION, TEACHER}, key=lambda name: name == MODEL):
         if name in names:
             partial = folder / f".{name}.partial"
             shutil.copyfile(source / name, partial)

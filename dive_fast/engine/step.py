@@ -38,7 +38,7 @@ from dive_fast.engine.profiler import span
 from dive_fast.engine.target_teacher import TargetTeacher, split_prompts
 from dive_fast.engine.update import DeepSpeedUpdate, DeviceUpdate, LossScale
 from dive_fast.errors import ConfigError
-from dive_fast.methods.method import ImageInfo, Loss, Method, Part, join_metrics, overrides
+from dive_fast.methods.method import ImageInfo, Loss, Method, Part, TeacherOutputs, join_metrics, overrides
 from dive_fast.model import fast_blocks
 from dive_fast.model.features import Features, Outputs, Pairs
 from dive_fast.model.towers import Towers
@@ -186,7 +186,7 @@ class Engine:
             norm = self._update.apply(loss)
         if self.teacher is not None:
             with span("target teacher"):
-                self.teacher.move(self.towers, self._update.skipped)
+                self.teacher.move(self._update.skipped)
         self.steps_done += 1
         return norm
 
@@ -208,15 +208,12 @@ class Engine:
         method, group, needs = self.method, self.ranks.group, self.method.needs
         target, reference, teacher = batches.take()
         target_text = target.text if needs.target_texts else None
-        if needs.second_prompts:
-            assert target.second_text is not None, "this method needs second prompts"
+        if needs.second_prompts and target.second_text is not None:
             target_text = _join_texts(target_text, target.second_text)
         reference_text = None if reference is None or not needs.reference_texts else reference.text
         labels = target.labels
-        target_teacher = None
-        if self.teacher is not None:
-            with span("target teacher"):
-                target_teacher = self.teacher(target.images, target_text, self.micro_batch_size)
+        # Before the student's forward, whose activations would add to the teacher's.
+        target_teacher = None if self.teacher is None else self._teach(target.images, target_text)
 
         def target_loss(outputs: Outputs) -> Loss:
             return method.target(_split_prompts(outputs), labels, group, target_teacher)
@@ -254,6 +251,12 @@ class Engine:
         # Memory peaks in the second half, which holds the gradients of the first; its images are freed.
         del first
         yield second
+
+    def _teach(self, images: Tensor, text: Text | None) -> TeacherOutputs:
+        """The target batch by the target half's teacher."""
+        assert self.teacher is not None
+        with span("target teacher"):
+            return self.teacher(images, text, self.micro_batch_size)
 
     def _change_images(
         self, images: Tensor, text: Text | None, part: Part, labels: Tensor | None, teacher: Pairs | None

@@ -1,6 +1,7 @@
 """Teacher of the target half: a copy of the towers, frozen, or moved towards the student after each update."""
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dive_fast.data.batch import Text
+from dive_fast.kernels import MovingAverage
 from dive_fast.kernels.naive import unit
 from dive_fast.methods.method import TargetLoss, TeacherOutputs
 from dive_fast.model.towers import Towers
@@ -21,7 +23,9 @@ def split_prompts(rows: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
 class TargetTeacher:
     """A copy of the pre-trained towers that embeds the target batch without gradient, in the student's autocast.
 
-    Each rank holds a complete copy, 4 bytes a parameter. It encodes the batch's distinct, trimmed texts.
+    Each rank holds a copy of every parameter that the student tunes, 4 bytes each; the others are the student's
+    own, since they stay equal. It encodes the batch's distinct, trimmed texts, and is in evaluation mode: no
+    dropout, and BatchNorms with the statistics of pre-training, as the student has them.
     """
 
     def __init__(self, towers: Towers, loss: TargetLoss) -> None:
@@ -29,15 +33,22 @@ class TargetTeacher:
 
         Args:
             towers: the pre-trained towers on their device, before blocks are recomputed or compiled; with fast
-                blocks where the student has them. The head is not copied.
+                blocks where the student has them, and without gradient where it is not tuned. The head is not
+                copied.
             loss: the target loss, which defines whether and how fast the teacher moves.
         """
         head, towers.head = towers.head, None
-        # What the student does not tune stays equal, so that both share it.
+        tuned = {name: parameter for name, parameter in towers.named_parameters() if parameter.requires_grad}
         shared: dict[int, Any] = {id(p): p for p in towers.parameters() if not p.requires_grad}
-        self._towers = copy.deepcopy(towers, shared).eval().requires_grad_(False)
+        self.towers = copy.deepcopy(towers, shared).eval().requires_grad_(False)
         towers.head = head
+        self.copies = {name: p for name, p in self.towers.named_parameters() if name in tuned}
+        """The parameters that are not the student's own, by name."""
         self._loss, self.moves = loss, loss.teacher == "moving"
+        if self.moves:
+            # The student's parameters themselves, whose `.data` DeepSpeed moves to other memory.
+            students = [tuned[name] for name in self.copies]
+            self._average = MovingAverage(list(self.copies.values()), students, loss.backend)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, text: Text | None, micro_batch_size: int | None) -> TeacherOutputs:
@@ -46,25 +57,31 @@ class TargetTeacher:
         Args:
             images: ``(B, 3, H, W)``.
             text: distinct texts and those of each pair, all prompts before all second prompts; None: no texts.
-            micro_batch_size: number of images or texts embedded at once; None: all.
+            micro_batch_size: number of images embedded at once; texts are cut into as many pieces as images, like
+                the student's. None: all at once.
         """
-        size, count = micro_batch_size or len(images), len(images)
-        image = torch.cat([unit(self._towers.encode_image(piece)) for piece in images.split(size)])
+        count = len(images)
+        size = micro_batch_size or count
+        pieces = math.ceil(count / size)
+        image = torch.cat([unit(self.towers.encode_image(piece)) for piece in images.split(size)])
         rows = second = own = None
         if text is not None:
-            rows, second = split_prompts(self._encode(text, size), count)
+            rows, second = split_prompts(self._encode(text, pieces), count)
         if (texts := self._loss.teacher_texts()) is not None:
-            own = self._encode(texts.to(images.device), size)
-        return TeacherOutputs(image, rows, self._towers.scale().detach(), second, own)
+            own = self._encode(texts.to(images.device), math.ceil(len(texts.tokens) / size))
+        return TeacherOutputs(image, rows, self.towers.scale().detach(), second, own)
 
-    def _encode(self, text: Text, size: int) -> Tensor:
-        """Unit rows of the texts of each pair; encodes ``size`` texts at once."""
-        encoded = [self._towers.encode_text(piece, text.length) for piece in text.tokens.split(size)]
+    def _encode(self, text: Text, pieces: int) -> Tensor:
+        """Unit rows of the texts of each pair; distinct texts are encoded in at most ``pieces`` pieces."""
+        parts = [tokens for tokens in text.tokens.tensor_split(pieces) if len(tokens)]
+        encoded = [self.towers.encode_text(tokens, text.length) for tokens in parts]
         return unit(torch.cat(encoded))[text.index]
 
     @torch.no_grad()
-    def move(self, student: Towers, skipped: Tensor) -> None:
+    def move(self, skipped: Tensor) -> None:
         """Moves a moving teacher towards the student unless the update was skipped; never waits for the device.
+
+        ``psi <- psi + w (theta - psi)`` with w of :meth:`TargetLoss.teacher_rate`, in fp32.
 
         Args:
             skipped: ``()``, 1 where the last update was skipped, otherwise 0.
@@ -72,17 +89,10 @@ class TargetTeacher:
         if not self.moves:
             return
         applied = 1.0 - skipped.float()
-        if (rate := self._loss.teacher_rate(applied)) is None:
-            return
-        rate = rate * applied
-        tuned = {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
-        moving = {name: p for name, p in self._towers.named_parameters() if name in tuned}
-        teacher: Any = list(moving.values())  # torch's stubs have lists of scalars here
-        steps = torch._foreach_sub([tuned[name] for name in moving], teacher)
-        torch._foreach_mul_(steps, rate)
-        torch._foreach_add_(teacher, steps)
+        if (rate := self._loss.teacher_rate(applied)) is not None:
+            self._average.move((rate * applied).float())
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights of a moving teacher by name; nothing for a frozen one, which has the pre-trained weights."""
+        """The weights that a moving teacher does not share with the student, by name; nothing for a frozen one."""
         if self.moves:
-            yield from self._towers.named_parameters()
+            yield from self.copies.items()

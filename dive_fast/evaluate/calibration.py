@@ -11,7 +11,7 @@ from torch import Tensor
 BINS = 10
 """Number of bins of equal width in [0, 1] that confidences are divided into."""
 ECE_BATCH = 512
-"""Samples of a batch of ``ece_batched``, the evaluation batch of CaRot and TRACER."""
+"""Samples of a batch of ``ece_batched``, the evaluation batch of CaRot's code."""
 
 
 class Probabilities(NamedTuple):
@@ -59,7 +59,7 @@ def calibration(probabilities: Probabilities, right: Tensor) -> dict[str, float]
     """All metrics of calibration.
 
     ``confidence``, ``nll`` and ``brier`` are means over the samples; ``ece`` is the calibration error over all of
-    them, and ``ece_batched`` that of batches of 512 in the order of the data set, as CaRot and TRACER publish it.
+    them, and ``ece_batched`` that of batches of 512 in the order of the data set, as CaRot's code measures it.
 
     Args:
         right: ``(N,)`` bool: whether the predicted class is the true one.

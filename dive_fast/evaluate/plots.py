@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dive_fast.evaluate.calibration import ECE_BATCH, METRICS
 from dive_fast.io.atomic_files import write_atomic
 from dive_fast.methods import registry
 
@@ -99,17 +100,22 @@ def ensemble(report: Mapping[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
-def reliability(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
+def reliability(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> bool:
     """Draws a reliability diagram of each set: accuracy over confidence, and the samples in each bin below.
 
     Args:
-        rows: rows of results; those without bins (retrieval, rows of older versions) are left out.
+        rows: rows of results; those without calibration (retrieval, older versions) are left out.
+
+    Returns:
+        Whether there was anything to draw.
     """
-    rows = [row for row in rows if "reliability" in row]
+    rows = [row for row in rows if {"top1", "reliability", *METRICS} <= row.keys()]
+    if not rows:
+        return False
     titles = [row["title"] for row in rows]
     across = min(4, len(rows))
     down = -(-len(rows) // across)
-    figure = new_figure(3.1 * across + 0.2, 3.8 * down + 0.6)
+    figure = new_figure(3.1 * across + 0.2, 4.1 * down + 0.6)
     panels = figure.subplots(2 * down, across, squeeze=False, gridspec_kw={"height_ratios": [3, 1] * down})
     for index in range(across * down):
         above, below = (panels[2 * (index // across) + part][index % across] for part in range(2))
@@ -118,7 +124,8 @@ def reliability(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") 
             below.axis("off")
             continue
         row = rows[index]
-        above.set_title(f"{row['title']} ({row['set']})" if titles.count(row["title"]) > 1 else row["title"])
+        title_of_set = f"{row['title']} ({row['set']})" if titles.count(row["title"]) > 1 else row["title"]
+        above.set_title(title_of_set, loc="left", fontsize=11, pad=28)
         _reliability_panel(above, below, row)
         if index % across == 0:
             above.set_ylabel("accuracy")
@@ -129,6 +136,7 @@ def reliability(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") 
     if title:
         figure.suptitle(title, fontsize=12)
     save_figure(figure, path)
+    return True
 
 
 def _reliability_panel(above: "Axes", below: "Axes", row: Mapping[str, Any]) -> None:
@@ -149,14 +157,11 @@ def _reliability_panel(above: "Axes", below: "Axes", row: Mapping[str, Any]) -> 
         gaps = [max(0.0, sign * (c - a)) for a, c in zip(accuracy, confidence, strict=True)]
         above.bar(x, gaps, width, lower, color=colour, alpha=0.75, label=label)
     above.plot([0, 1], [0, 1], "--", color="#3d3d3d", linewidth=1, label="calibrated")
-    lines = [
-        f"ECE {row['ece']:.3f}; {row['ece_batched']:.3f} in batches",
-        f"accuracy {100 * row['top1']:.1f} %",
-        f"mean confidence {100 * row['confidence']:.1f} %",
-    ]
-    # The corner above the diagonal is empty unless the model is very underconfident.
-    box = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1.5}
-    above.text(0.04, 0.97, "\n".join(lines), fontsize=8, va="top", transform=above.transAxes, bbox=box)
+    text = (
+        f"ECE {row['ece']:.3f} ({row['ece_batched']:.3f} in batches of {ECE_BATCH})\n"
+        f"accuracy {100 * row['top1']:.1f} %, mean confidence {100 * row['confidence']:.1f} %"
+    )
+    above.text(0, 1.03, text, fontsize=8, va="bottom", transform=above.transAxes)
     above.set(xlim=(0, 1), ylim=(0, 1), xticks=[])
     style_axes(above)
     below.bar(centers, bins["samples"], width, color=GREY)

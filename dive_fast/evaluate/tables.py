@@ -67,7 +67,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
             _table(f"ECE on ImageNet and its shifts, {batches}", lines, imagenet, OOD_AVERAGES, field, _decimal)
             for field, batches in (
                 ("ece", "all samples"),
-                ("ece_batched", f"batches of {calibration.ECE_BATCH}, as CaRot and TRACER publish it"),
+                ("ece_batched", f"batches of {calibration.ECE_BATCH}, as published for CaRot"),
             )
         ),
     ]
@@ -210,6 +210,18 @@ def markdown(title: str, cells: list[list[str]]) -> str:
     """A titled table; the first row of cells is its header."""
     header, *body = [[_one_line(cell).replace("|", r"\|") for cell in row] for row in cells]
     rows = [header, ["---", *("---:" for _ in header[1:])], *body]
+    return f"## {title}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def aligned(title: str, cells: list[list[str]]) -> str:
+    """As :func:`markdown`, padded for a terminal; the last column is text."""
+    cells = [[_one_line(cell).replace("|", r"\|") for cell in row] for row in cells]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:-1]), "-" * widths[-1]]
+    rows = []
+    for row in (cells[0], rule, *cells[1:]):
+        middle = (cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True))
+        rows.append([row[0].ljust(widths[0]), *middle, row[-1].ljust(widths[-1])])
     return f"## {title}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

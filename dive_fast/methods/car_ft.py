@@ -1,4 +1,4 @@
-"""CAR-FT (Mao et al. 2022, arXiv 2211.16175), reconstructed: cross-entropy, and the contexts of images as they were."""
+"""CAR-FT (Mao et al. 2022, arXiv 2211.16175), reconstructed: cross-entropy, and kept contexts of images."""
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,10 @@ class CarFT(CrossEntropy):
         loss = cross-entropy + distillation_weight mean_i KL(p(s0 f0_i C^T) || p(s0 f_i C^T))
         c_k  = unit(mean over classes of t(template k, class))      the rows of C (K, D)
 
-    f, f0 unit rows of the images by the tuned and the frozen tower; t unit embeddings of prompts by the pre-trained
-    model; s0 its logit scale; p the softmax over the K templates, which are the contexts.
+    f, f0 unit rows of the images by the tuned and the frozen tower; t unit embeddings of prompts by the
+    pre-trained model; s0 its logit scale; p the softmax over the K templates, which are the contexts.
 
-    This is a reconstruction from a one-line description: the direction of the divergence, the scale s0, the
+    This is a reconstruction from the abstract of the paper: the direction of the divergence, the scale s0, the
     contexts' unit length and the weight 1 are this project's choices.
     """
 

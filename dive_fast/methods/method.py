@@ -138,6 +138,8 @@ class Needs(NamedTuple):
     """Separate forwards of both halves, since a part changes weights for its half alone."""
     run_length: bool
     """The steps of the complete run, which a resumed run cannot change."""
+    all_weights: bool
+    """All weights on each rank's device, for a hook or a teacher on the target half: no ZeRO-3, no offload."""
 
     @property
     def texts(self) -> bool:
@@ -271,6 +273,7 @@ class TargetLoss(Part):
         """Templates of second prompts, where ``needs_second_prompts``: sentences with ``{}`` for a prompt.
 
         Each image's prompt, without its final full stop, is put into one of them, drawn again for every epoch.
+        Without templates, batches have no second prompts.
 
         Raises:
             DataError: they cannot be read.
@@ -445,8 +448,7 @@ class Method(nn.Module):
 
     def hooks(self) -> list[str]:
         """The hooks of the parts that need all weights on each rank's device."""
-        names = [name for name in WEIGHT_HOOKS if any(overrides(part, name) for part in self.parts)]
-        return names + ["a teacher on the target half"] * (self.needs.target_teacher != "none")
+        return _weight_hooks(*map(type, self.parts)) + _teachers(self.needs.target_teacher)
 
 
 WEIGHT_HOOKS = ("change_images", "change_weights", "penalty", "projection")
@@ -455,6 +457,14 @@ WEIGHT_HOOKS = ("change_images", "change_weights", "penalty", "projection")
 def overrides(part: Part, hook: str) -> bool:
     """Whether a part overrides a hook of :class:`Part`."""
     return getattr(type(part), hook) is not getattr(Part, hook)
+
+
+def _weight_hooks(*parts: type[Part]) -> list[str]:
+    return [name for name in WEIGHT_HOOKS if any(getattr(each, name) is not getattr(Part, name) for each in parts)]
+
+
+def _teachers(kind: str) -> list[str]:
+    return [] if kind == "none" else ["a teacher on the target half"]
 
 
 def needs_of(target: type[TargetLoss], reference: type[ReferenceLoss] | None) -> Needs:
@@ -471,6 +481,7 @@ def needs_of(target: type[TargetLoss], reference: type[ReferenceLoss] | None) ->
         sequential=reference is not None
         and any(part.change_weights is not Part.change_weights for part in (target, reference)),
         run_length=target.needs_run_length or (reference is not None and reference.needs_run_length),
+        all_weights=bool(_weight_hooks(*filter(None, (target, reference))) or _teachers(target.teacher)),
     )
 
 

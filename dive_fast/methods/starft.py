@@ -1,4 +1,4 @@
-"""StarFT (IJCAI 2025, arXiv 2505.13232): contrastive, and similarities to prompts with backgrounds as they were."""
+"""StarFT (IJCAI 2025, arXiv 2505.13232): contrastive, and kept similarities to prompts with backgrounds."""
 
 import math
 from pathlib import Path
@@ -30,9 +30,9 @@ class StarFT(Contrastive):
         l = s0 f g'^T,  l0 = s0 f0 g0'^T      (B, B) over all ranks; entries of equal classes are left out of both
 
     f, g' unit rows of the images and of their second prompts, f0, g0' those of the frozen model; s0 its logit
-    scale; p the softmax of a row; e the epoch, from 0, of E: the last one has no distillation. A row counts 0 where
-    all prompts of the batch are of the image's class. A second prompt is the image's prompt, without its final full
-    stop, in a background such as "{} at the bottom of a dry well.".
+    scale; p the softmax of a row; e the epoch, from 0, of E: the last one has no distillation. A row counts 0
+    where all prompts of the batch are of the image's class. A second prompt is the image's prompt, without its
+    final full stop, in a background such as "{} at the bottom of a dry well.".
     """
 
     name, title = "starft", "StarFT"
@@ -66,7 +66,9 @@ class StarFT(Contrastive):
             )
 
     def second_templates(self) -> tuple[Template, ...]:
-        """The backgrounds."""
+        """The backgrounds; none without distillation, so that second prompts cost nothing."""
+        if not self.options.distillation_weight:
+            return ()
         path = str(BACKGROUNDS) if self.options.backgrounds is None else self.options.backgrounds
         return read_templates(path, "objective.backgrounds", "the prompt")
 

@@ -232,19 +232,41 @@ class Towers(nn.Module):
 
 
 def _last_map(tower: Any, name: str, config: ModelConfig | None) -> Tensor:
-    """The last linear map of a tower, ``(w, D)``.
+    """The last linear map of a tower, ``(w, D)``, a view of its parameter.
 
-    open_clip's transformers have it as ``proj`` or ``text_projection``; all others as their last linear layer.
+    Raises:
+        ConfigError: the tower does not end with a linear map.
     """
-    candidates = [getattr(tower, attribute, None) for attribute in ("proj", "text_projection")]
-    candidates += [module for module in tower.modules() if isinstance(module, nn.Linear)][-1:]
-    for candidate in candidates:
-        if isinstance(candidate, nn.Parameter) and candidate.ndim == 2:
-            return candidate
-        if isinstance(candidate, nn.Linear):
-            return candidate.weight.T
+    layer = _last_layer(tower)
+    while (inner := _last_layer_of(layer)) is not None:
+        layer = inner
+    if isinstance(layer, nn.Linear):
+        return layer.weight.T
+    if isinstance(layer, nn.Parameter) and layer.ndim == 2:
+        return layer
     model = "this model" if config is None else config.name
-    raise ConfigError(f"model.name: the {name} tower of {model} does not end with a linear map")
+    raise ConfigError(
+        f"model.name: the {name} tower of {model} does not end with a linear map, on which this objective has a "
+        "penalty; set the penalty's weight to 0, or take another model"
+    )
+
+
+def _last_layer(tower: Any) -> Any:
+    """The layer or parameter that computes the feature of an open_clip tower; None where there is none."""
+    if hasattr(tower, "trunk"):  # TimmModel: its own head, otherwise the classifier of timm's model
+        return tower.head if len(tower.head) else tower.trunk.get_classifier()
+    if hasattr(tower, "attnpool"):  # ModifiedResNet
+        return tower.attnpool.c_proj
+    # HFTextEncoder and VisionTransformer; TextTransformer
+    return getattr(tower, "proj", getattr(tower, "text_projection", None))
+
+
+def _last_layer_of(layer: Any) -> Any:
+    """The last layer within an MLP or an attention pooling; None for other layers."""
+    if isinstance(layer, nn.Sequential):
+        return layer[-1] if len(layer) else None
+    within = {"Mlp": "fc2", "AttentionPool2d": "proj", "RotAttentionPool2d": "proj"}  # timm's
+    return getattr(layer, within[type(layer).__name__]) if type(layer).__name__ in within else None
 
 
 class _BoundedExp(torch.autograd.Function):

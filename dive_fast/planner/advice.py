@@ -100,7 +100,9 @@ def _free_changes(config: Config, plan: Plan) -> Iterator[tuple[str, int]]:
     state = sum(parts.get(part, 0) for part in ("weights", "gradients", "optimizer"))
     if plan.ranks > 1:
         yield from (
-            (f"deepspeed.zero_optimization.stage={higher}", state) for higher in (1, 2, 3) if higher > stage
+            (f"deepspeed.zero_optimization.stage={higher}", state)
+            for higher in ((1, 2) if needs.all_weights else (1, 2, 3))
+            if higher > stage
         )
 
 

@@ -22,7 +22,7 @@ from dive_fast.planner.operations import Operation, Stage, arguments_by_name, is
 if backend.primitives is not None:
     from dive_fast.kernels import contrastive
 
-Part = Literal["weights", "gradients", "optimizer", "teacher", "batches", "activations", "loss"]
+Part = Literal["weights", "gradients", "optimizer", "teacher", "target_teacher", "batches", "activations", "loss"]
 _ATTENTION_BACKWARDS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
     torch.ops.aten._scaled_dot_product_flash_attention_backward,

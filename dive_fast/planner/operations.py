@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from dive_fast.kernels import process_group
 
-Stage = Literal["target", "reference", "teacher", "loss", "update"]
+Stage = Literal["target", "reference", "teacher", "target_teacher", "loss", "update"]
 Kind = Literal["product", "attention", "elementwise"]
 
 

@@ -13,12 +13,16 @@ rates. The host's is :data:`LAUNCH_SECONDS` for each operation, or :data:`TRITON
 Communication and compilation are left out.
 
 Conventions: a multiply-add is two FLOP; element-wise operations count for none. Bytes are those of
-:mod:`dive_fast.planner.operations`. Peak memory is the memory of the
-tensors in the steady state, including batches that wait on the GPU. Other memory of a GPU is estimated by
-arithmetic, listed separately, and included in whether a plan fits: CUDA context and cuBLAS, NCCL's buffers,
-scratch memory of attention and the losses, rounding by the allocator. DALI's buffers on the GPU are left out: they
-take gigabytes, which depend on its threads and the images. All prompts of a batch are assumed to be distinct and
-as long as ``text_length``, or the model's context.
+:mod:`dive_fast.planner.operations`. Peak memory is the memory of the tensors in the steady state, including
+batches that wait on the GPU. Other memory of a GPU is estimated by arithmetic, listed separately, and included
+in whether a plan fits: CUDA context and cuBLAS, NCCL's buffers, scratch memory of attention and the losses,
+rounding by the allocator. DALI's buffers on the GPU are left out: they take gigabytes, which depend on its
+threads and the images. All prompts of a batch are assumed to be distinct and as long as ``text_length``, or the
+model's context.
+
+The teacher of the target half has lines of its own: its weights, as far as it does not share them with the
+student, and its forward. Its move is part of the update. The planned step is not the first of a run, at which
+some methods have no distillation.
 """
 
 from dataclasses import dataclass, field

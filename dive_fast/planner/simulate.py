@@ -5,7 +5,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import deepspeed
@@ -29,7 +29,7 @@ from dive_fast.engine.step import Engine, StepBatches
 from dive_fast.errors import ConfigError, DataError
 from dive_fast.kernels import backend
 from dive_fast.methods import registry
-from dive_fast.methods.method import Loss, Method, Start
+from dive_fast.methods.method import Loss, Method, Start, TeacherOutputs
 from dive_fast.model.fast_blocks import FastModule
 from dive_fast.model.features import Features, Pairs
 from dive_fast.model.towers import Towers, check_text_length, create
@@ -43,6 +43,9 @@ CONTEXT_BYTES = int(0.7 * 2**30)
 
 NCCL_BYTES = 2**30
 """Estimated memory of one communicator's buffers, per GPU: the number of channels depends on the links."""
+
+ASSUMED_STEPS, ASSUMED_EPOCHS = 10_000, 10
+"""Steps and epochs of a planned run, whose data are not opened; costs of a step do not depend on them."""
 
 NUM_COMMUNICATORS = 2
 """The default process group and DeepSpeed's copy of it."""
@@ -87,8 +90,13 @@ class _SimulatedStep:
         check_text_length(config.data, towers)
         self.towers = towers
         self.width = towers.width
-        # Three steps at most: the first, a step with and one without a reference batch.
-        method = registry.create(config.objective, self.width, total_steps=3)
+        method = registry.create(
+            config.objective,
+            self.width,
+            total_steps=ASSUMED_STEPS,
+            steps_per_epoch=ASSUMED_STEPS // ASSUMED_EPOCHS,
+            seed=config.train.seed,
+        )
         if method.needs.head:
             with tracker.within("weights"):
                 towers.head = nn.Linear(self.width, len(_class_names(config.data.target)))
@@ -103,11 +111,14 @@ class _SimulatedStep:
         _start_method(method, towers, config.data.target)
         self.engine = _TrackedEngine(config, towers, method, ranks, tracker)
         simulate_fast_blocks(towers)
+        if self.engine.teacher is not None:
+            simulate_fast_blocks(self.engine.teacher.towers)
 
     def run(self) -> Plan:
         config, tracker = self.config, self.tracker
         target, reference = config.data.target, config.data.reference if self._needs_reference else None
-        # The first update allocates the optimizer's state, which does not depend on the batch.
+        # The first update allocates the optimizer's state, which does not depend on the batch. The planned step is
+        # the second one: some methods have no distillation at the first.
         self._step(self._batches(target, reference, pairs=1), updating="optimizer")
         tracker.reset()
         batches = [self._batches(target, reference) for _ in range(1 + DEPTH)]
@@ -194,9 +205,11 @@ class _TrackedEngine(Engine):
                     lambda tuned: tracker.assign([tuned.grad], "gradients")
                 )
         with tracker.within("optimizer"):
-            super().__init__(config, towers, method, ranks, total_steps=1)
+            super().__init__(config, towers, method, ranks, ASSUMED_STEPS)
         weights = [getattr(parameter, "ds_tensor", parameter) for parameter in towers.parameters()]
         tracker.assign([*weights, *towers.buffers()], "weights")
+        if self.teacher is not None:
+            tracker.assign([*self.teacher.copies.values(), *self.teacher.towers.buffers()], "target_teacher")
         if self.deepspeed.zero_optimization_stage() == 3:
             zero = self.deepspeed.optimizer
             # These buffers are allocated once and reused.
@@ -211,9 +224,48 @@ class _TrackedEngine(Engine):
         finally:
             self.deepspeed = engine
 
+    def _teach(self, images: Tensor, text: Text | None) -> TeacherOutputs:
+        assert self.teacher is not None
+        tracker, teacher = self.tracker, self.teacher
+        towers, sampled = teacher.towers, _SampledTowers(teacher.towers, tracker)
+        tracker.stage, teacher.towers = "target_teacher", cast("Towers", sampled)
+        try:
+            with tracker.within("activations"):
+                return super()._teach(images, text)
+        finally:
+            tracker.stage, teacher.towers = "target", towers
+
     def _backward(self, half: Any) -> Loss:
         self.tracker.stage = "reference" if half.name == "reference" else "target"
         return super()._backward(half)
+
+
+class _SampledTowers:
+    """Wraps a teacher's towers for one step: of each shape one piece is executed and counts for all."""
+
+    def __init__(self, towers: Towers, tracker: Tracker) -> None:
+        self._towers, self._tracker = towers, tracker
+        self._executed: dict[Any, tuple[Tensor, Counter[Operation]]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._towers, name)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return self._encode(self._towers.encode_image, images)
+
+    def encode_text(self, tokens: Tensor, length: int | None = None) -> Tensor:
+        return self._encode(self._towers.encode_text, tokens, length)
+
+    def _encode(self, encode: Callable[..., Tensor], rows: Tensor, *arguments: Any) -> Tensor:
+        key, operations = (encode.__name__, rows.shape, *arguments), self._tracker.operations
+        if key in self._executed:
+            features, counts = self._executed[key]
+            operations.update(counts)
+            return torch.empty_like(features, device=rows.device)
+        previous = operations.copy()
+        features = encode(rows, *arguments)
+        self._executed[key] = torch.empty_like(features, device="meta"), operations - previous
+        return features
 
 
 class _SampledMicroBatches:

@@ -43,6 +43,7 @@ def as_table(plan: Plan, gpus: Sequence[str], advice: dict[str, Advice | None]) 
         "target": "target half",
         "reference": "reference half",
         "teacher": "online teacher",
+        "target_teacher": "target's teacher",
         "loss": "loss",
         "update": "update",
     }
@@ -50,7 +51,9 @@ def as_table(plan: Plan, gpus: Sequence[str], advice: dict[str, Advice | None]) 
     lines.append(f"element-wise     {_giga(plan.bytes_of())} read and written on each GPU")
     lines += [f"  {names[stage]:<16} {_giga(count)}" for stage in names if (count := plan.bytes_of(stage))]
     lines.append(f"peak memory      {_gib(plan.peak_memory_bytes)} on each GPU")
-    lines += [f"  {part:<16} {_gib(plan.parts[part])}" for part in get_args(Part) if plan.parts.get(part)]
+    parts: dict[Part, str] = {part: part for part in get_args(Part)}
+    parts |= {"teacher": names["teacher"], "target_teacher": names["target_teacher"]}
+    lines += [f"  {parts[part]:<16} {_gib(plan.parts[part])}" for part in parts if plan.parts.get(part)]
     lines.append(f"with estimates   {_gib(plan.needed_memory_bytes)}, which has to fit")
     labels: dict[Estimate, str] = {
         "context": "CUDA, cuBLAS",

@@ -118,6 +118,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     target = _target_samples(config, sources.target, class_names, templates, second_templates, towers)
     # Before the teacher's cache is written, which can take hours.
     check_hooks(deepspeed_section(config, ranks.world_size), method, config.train.schedule)
+    method.penalty(towers)  # raises where a tower lacks the parameters of the penalty
     needs = method.needs
     complete = fill_in(config, folder, towers, ranks)
     identity = run_identity(

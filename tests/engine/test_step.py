@@ -47,6 +47,7 @@ NONBLOCKING: list[dict[str, Any]] = [
     {"micro": 3},
     {"schedule": "joint"},
     {"clipping": 1.0},
+    {"name": "tracer_dive"},
 ]
 """Options of steps that must not wait for the device."""
 

@@ -1,12 +1,15 @@
 """Metrics of calibration, compared with sums over samples, with scikit-learn and with a calibrated classifier."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from dive_fast.evaluate import plots
 from dive_fast.evaluate.calibration import (
     BINS,
     METRICS,
@@ -127,6 +130,21 @@ def test_reliability_puts_edges_into_the_lower_bin() -> None:
     assert bins.samples == (2, 1, 0, 0, 1, 0, 0, 0, 0, 2)
     assert bins.accuracy == (0.5, 1, 0, 0, 1, 0, 0, 0, 0, 0.5)
     assert bins.confidence == pytest.approx((0.075, 0.1, 0, 0, 0.5, 0, 0, 0, 0, 0.975))
+
+
+def test_diagrams_leave_out_rows_without_calibration(tmp_path: Path) -> None:
+    retrieval = {"title": "pairs", "set": "pairs", "image_to_text_r1": 0.5}
+    assert not plots.reliability([retrieval], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    logits, labels = draw(100, 3)
+    summaries, right = summarize_probabilities(logits, labels), logits.argmax(1) == labels
+    row = {"title": "set", "set": "set", "top1": 0.6} | calibration(summaries, right)
+    row["reliability"] = reliability(summaries.confidence, right)._asdict()
+    for count in (1, 5):
+        assert plots.reliability([retrieval, *[row] * count], tmp_path / f"{count}.png", "a model")
+    sizes = [Image.open(tmp_path / f"{count}.png").size for count in (1, 5)]
+    assert sizes[1][0] > 3 * sizes[0][0]  # four panels in a row, the fifth below
+    assert sizes[1][1] > 1.5 * sizes[0][1]
 
 
 def test_summaries_of_extreme_logits_are_finite() -> None:

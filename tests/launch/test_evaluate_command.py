@@ -103,9 +103,14 @@ def test_evaluate_open_clip_model_on_known_data_set(tree: dict[str, Any], tmp_pa
     folder = Path(tree["train"]["output"]).parent
     model = ["--model", tree["model"]["name"], "--output", str(tmp_path), "--workers", "0", "--precision", "bf16"]
     data = ["--datasets", "pets", "--templates", "a photo of a {}.", "--root", str(folder / "data/{dataset}")]
-    completed = call(*model, *data)
+    completed = call(*model, *data, "--compare", "ViT-B/16")
     assert completed.returncode == 0, completed.stderr
     (row,) = rows_of(tmp_path)
+    assert "| Pets |" in completed.stdout[completed.stdout.index("## Calibration") :]
+    assert f"{row['label']} (measured)" in completed.stdout
+    assert f"{row['label']} is measured with {tree['model']['name']}" in completed.stdout
+    (figure,) = tmp_path.glob("reliability_*.png")
+    assert completed.stdout.endswith(f"results.md, {figure.name}\n")
     assert (row["dataset"], row["samples"], row["layout"], row["role"]) == ("pets", 74, "folders", "zero_shot")
     assert (row["precision"], row["classes"], row["templates"]) == ("bf16", 37, 1)
     assert "(1 of 10)" in (tmp_path / "results.md").read_text()
@@ -120,6 +125,17 @@ def test_evaluate_reports_mistakes_in_one_line(tree: dict[str, Any], tmp_path: P
     assert "no pets found: expected CLIP-benchmark's tars (test/*.tar, classnames.txt)" in line
     (line,) = errors(call("--model", "ViT-B-16", "--datasets", "pets"))
     assert "--suite and --datasets need --root" in line
+    (line,) = errors(call("--config", config, "--compare"))
+    assert (
+        f"there are no published results of {tree['model']['name']}; name a model by --compare MODEL: ViT-B"
+        in line
+    )
+    (line,) = errors(call("--compare", "ViT-B/16", "--suite", "imagenet"))
+    assert "to measure a model before --compare, name it by --config or --model" in line
+    published = call("--compare", "ViT-L-14", "--output", str(tmp_path / "none"))
+    assert published.returncode == 0, published.stderr
+    assert "## ViT-L/14 tuned on ImageNet: top-1 accuracy" in published.stdout
+    assert "none/results.jsonl has no measured rows" in published.stdout
 
 
 @pytest.mark.parametrize("name", ["evaluate", "geometry", "ensemble"])

@@ -4,15 +4,17 @@ import itertools
 import types
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from torch import Tensor
 
 from dive_fast.config.schema import ObjectiveConfig
 from dive_fast.config.section import KeyedError, Section
+from dive_fast.data.prompts import read_templates
 from dive_fast.errors import ConfigError
 from dive_fast.methods import registry
-from dive_fast.methods.method import Group, Loss, Preset, ReferenceLoss, TargetLoss, TeacherOutputs
+from dive_fast.methods.method import Group, Loss, Preset, ReferenceLoss, Start, TargetLoss, TeacherOutputs
 from dive_fast.model.features import Outputs, Pairs
 
 WIDTH, CLASSES, COUNT = 6, 3, 4
@@ -43,8 +45,19 @@ def features(seed: int, *, has_logits: bool) -> tuple[Outputs, list[Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     leaves = [torch.randn(COUNT, WIDTH, generator=generator, requires_grad=True) for _ in range(2)]
     logits = torch.randn(COUNT, CLASSES, generator=generator, requires_grad=True) if has_logits else None
-    outputs = Outputs(*leaves, torch.tensor([14.0]), logits)
+    second = torch.randn(COUNT, WIDTH, generator=generator)
+    outputs = Outputs(*leaves, torch.tensor([14.0]), logits, second)
     return outputs, leaves if logits is None else [*leaves, logits]
+
+
+def unit_rows(count: int) -> Tensor:
+    return torch.nn.functional.normalize(torch.randn(count, WIDTH), dim=1)
+
+
+def start() -> Start:
+    templates = read_templates("simple")
+    tokenizer = open_clip.get_tokenizer("ViT-B-16")
+    return Start(lambda texts: unit_rows(len(texts)), tokenizer, 49408, "argmax", ("ant", "bee", "cat"), templates)
 
 
 # Combinations
@@ -53,20 +66,26 @@ def features(seed: int, *, has_logits: bool) -> tuple[Outputs, list[Tensor]]:
 @pytest.mark.parametrize(("target", "reference"), PAIRS)
 def test_every_target_loss_trains_with_every_reference_loss(target: str, reference: str) -> None:
     section = objective(name=None, target=target, reference=reference)
-    method = registry.create(section, WIDTH)
+    method = registry.create(section, WIDTH, total_steps=4)
     for part in method.parts:
         part.backend = "torch"
+    method.start(start())
     assert method.needs == registry.needs(section)
     assert method.needs.reference == (reference != registry.NONE)
     assert type(method.target_loss) is TABLE.targets[target]
     outputs, leaves = features(0, has_logits=method.needs.head)
     labels = torch.arange(COUNT) % CLASSES
+    frozen = None
+    if method.needs.target_teacher != "none":
+        frozen = TeacherOutputs(
+            *(unit_rows(COUNT) for _ in range(2)), outputs.logit_scale, unit_rows(COUNT), unit_rows(5)
+        )
     if method.reference_loss is None:
-        loss = method.target(outputs, labels)
+        loss = method.target(outputs, labels, teacher=frozen)
     else:
         others, more = features(1, has_logits=False)
-        teacher = Pairs(*torch.nn.functional.normalize(torch.randn(2, COUNT, WIDTH), dim=2))
-        loss = method.joint(outputs, labels, others, teacher if method.needs.reference_teacher else None)
+        teacher = Pairs(unit_rows(COUNT), unit_rows(COUNT)) if method.needs.reference_teacher else None
+        loss = method.joint(outputs, labels, others, teacher, target_teacher=frozen)
         loss.loss.backward()
         assert any(leaf.grad is not None and leaf.grad.abs().sum() > 0 for leaf in more)
     assert loss.loss.shape == ()

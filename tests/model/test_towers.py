@@ -251,6 +251,97 @@ def test_siglip_is_not_trimmed(models: dict[str, Path]) -> None:
     assert num_input_tokens(towers, tokens, 5) == 64
 
 
+# Last linear maps
+
+
+HF = {"hf_model_name": "", "hf_tokenizer_name": "", "hf_pooler_type": "cls_pooler"}
+TIMM = {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": None, "image_size": 160}
+MAPS: dict[str, tuple[dict[str, Any], dict[str, Any], int, tuple[int, int] | str]] = {
+    "clip": (VISION, {}, 24, (32, 32)),
+    "attentional pool": (VISION | {"attentional_pool": True, "attn_pooler_heads": 2}, {}, 24, (24, 32)),
+    "average pool": (VISION | {"pool_type": "avg", "final_ln_after_pool": True}, {}, 24, (32, 32)),
+    "biased text projection": (VISION, {"proj_bias": True}, 24, (32, 32)),
+    "resnet": ({"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}, {}, 24, (256, 32)),
+    "eva": (TIMM, {}, 24, (64, 32)),
+    "timm, linear": (TIMM | {"timm_proj": "linear", "timm_pool": "avg"}, {}, 24, (64, 32)),
+    "timm, pool and classifier": (TIMM | {"timm_pool": "map"}, {}, 24, (64, 32)),
+    "convnext, mlp": (
+        TIMM | {"timm_model_name": "test_convnext", "timm_pool": "", "timm_proj": "mlp"},
+        {},
+        24,
+        (48, 32),
+    ),
+    "convnext": (TIMM | {"timm_model_name": "test_convnext", "timm_pool": "avg"}, {}, 24, (64, 32)),
+    "timm, attention pool": (
+        TIMM | {"timm_model_name": "test_byobnet", "timm_pool": "abs_attn", "timm_proj": ""},
+        *({}, 24, (256, 32)),
+    ),
+    "timm, rotary attention pool": (
+        TIMM | {"timm_model_name": "test_byobnet", "timm_pool": "rot_attn", "timm_proj": ""},
+        *({}, 24, (256, 32)),
+    ),
+    "siglip": (TIMM | {"timm_pool": "map", "timm_proj": "none"}, {"proj_bias": True}, 64, "image"),
+    "timm, no classifier": (TIMM | {"timm_proj": "none"}, {}, 64, "image"),
+    "text without projection": (VISION, {"proj_type": "none", "width": 24}, 24, "text"),
+    "transformers, linear": (VISION, HF | {"hf_proj_type": "linear"}, 24, (32, 16)),
+    "transformers, mlp": (VISION, HF | {"hf_proj_type": "mlp"}, 24, (32, 20)),
+    "transformers, equal width": (VISION, HF | {"hf_proj_type": None}, 16, "text"),
+}
+"""(vision_cfg, text_cfg, D, widths of both maps or the tower that has none) of kinds of models."""
+
+
+def write_bert(folder: Path) -> str:
+    """The config of a small text tower of transformers."""
+    folder.mkdir()
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = {"model_type": "roberta", "vocab_size": len(tiny.VOCABULARY), "pad_token_id": 0, **sizes}
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
+    tiny.write_tokenizer(folder)
+    return str(folder)
+
+
+def towers_of_kind(folder: Path, kind: str) -> Towers:
+    vision, text, width, _ = MAPS[kind]
+    if "hf_model_name" in text:
+        bert = write_bert(folder / "bert")
+        text = text | {"hf_model_name": bert, "hf_tokenizer_name": bert, "context_length": 16}
+    else:
+        text = TEXT | {"vocab_size": 100} | text
+    config = {"embed_dim": width, "vision_cfg": vision, "text_cfg": text, "custom_text": True}
+    return create(ModelConfig(name=tiny.write_model(folder / "model", config))).eval()
+
+
+@pytest.mark.parametrize("kind", MAPS)
+def test_projections_are_the_last_linear_maps(tmp_path: Path, kind: str) -> None:
+    towers, (_, _, width, expected) = towers_of_kind(tmp_path, kind), MAPS[kind]
+    if isinstance(expected, str):
+        with pytest.raises(
+            ConfigError, match=f"the {expected} tower of local-dir.* does not end with a linear map"
+        ):
+            towers.projections()
+        return
+    maps = towers.projections()
+    assert [tuple(each.shape) for each in maps] == [(width_of_tower, width) for width_of_tower in expected]
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(3, 3, *towers.preprocess.size, generator=generator)
+    # With the end token of the vocabulary last.
+    tokens = torch.randint(3, 9, (3, 16), generator=generator)
+    tokens[:, 8] = len(tiny.VOCABULARY) - 1
+    encoders = (lambda: towers.encode_image(images)), (lambda: towers.encode_text(tokens))
+    with torch.no_grad():
+        for last, encode in zip(maps, encoders, strict=True):
+            before, value = encode(), last.clone()
+            last.zero_()
+            bias = encode()
+            last.copy_(2 * value)
+            doubled = encode()
+            last.copy_(value)
+            assert not torch.allclose(before, before[:1].expand_as(before))
+            assert torch.equal(bias, bias[:1].expand_as(bias))
+            assert torch.allclose(doubled - bias, 2 * (before - bias), rtol=1e-4, atol=1e-5)
+    assert all(each.requires_grad for each in maps)
+
+
 # Scale, normalisation, precision
 
 

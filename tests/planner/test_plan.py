@@ -48,6 +48,7 @@ QUICK: dict[str, Case] = {
     "flyp, fp16": {"objective.name": "flyp", "train.precision": "fp16", "data.target.text_length": 10},
     "micro-batches": {"train.micro_batch_size": 3, "zero": 0},
     "selective": {"train.activation_checkpointing": "selective"},
+    "teacher, micro-batches": {"objective.name": "tracer_fd", "train.micro_batch_size": 5},
 }
 SLOW: dict[str, Case] = {
     "flyp": {"objective.name": "flyp"},
@@ -62,8 +63,12 @@ SLOW: dict[str, Case] = {
     "full": {"train.activation_checkpointing": "full"},
     "vanilla fine-tuning": {"objective.name": "vanilla_ft"},
     "SnD": {"objective.name": "snd"},
+    "teacher, fp16": {"objective.name": "tracer_fd", "train.precision": "fp16", "zero": 1},
     "SnD, joint, micro-batches": {"objective.name": "snd", "train.schedule": "joint", "train.micro_batch_size": 5},
 }
+
+
+TOWERS: tuple[Stage, ...] = ("target", "reference", "target_teacher")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -102,7 +107,7 @@ def _launch_nothing(*_: Any, **__: Any) -> None:
 def real_step(config: Config) -> tuple[int, int, int]:
     """Peak bytes, FLOP and parameters of a step on real tensors, after one that allocates optimizer state."""
     ranks = join()
-    data, method = config.data, registry.create(config.objective, WIDTH)
+    data, method = config.data, registry.create(config.objective, WIDTH, total_steps=9)
     dtype = torch.float16 if config.train.precision == "fp16" else torch.float32
 
     def pairs(section: Any) -> tuple[torch.Tensor, Text]:
@@ -133,6 +138,8 @@ def real_step(config: Config) -> tuple[int, int, int]:
                 towers.head = torch.nn.Linear(WIDTH, len(open_clip.IMAGENET_CLASSNAMES))
             engine = Engine(config, towers, method, ranks, total_steps=9)
             simulate_fast_blocks(towers)
+            if engine.teacher is not None:
+                simulate_fast_blocks(engine.teacher.towers)
             # The initial scale overflows, and a skipped step allocates no moments.
             engine.scale.value.fill_(1.0)
             parameters = sum(getattr(p, "ds_numel", p.numel()) for p in towers.parameters())
@@ -176,7 +183,11 @@ def test_plan_run_matches_memory_and_flop_of_real_step(folder: Path, cases: dict
         assert plans[name].peak_memory_bytes == pytest.approx(peak, rel=0.01), name
         # The CPU computes one matrix of logits and differentiates it: three products of B x B x D.
         plain_loss = 0 if "vanilla" in name else 6 * TARGET**2 * WIDTH
-        assert plans[name].flop_of("target") + plans[name].flop_of("reference") == flop - plain_loss
+        towers = sum(plans[name].flop_of(stage) for stage in TOWERS)
+        assert towers == flop - plain_loss
+        has_teacher = name.startswith("teacher")
+        assert (plans[name].flop_of("target_teacher") > 0) == has_teacher
+        assert plans[name].parts.get("target_teacher", 0) == pytest.approx(4 * parameters * has_teacher, rel=0.05)
 
 
 def test_reference_every_averages_steps_with_and_without_reference(folder: Path) -> None:
@@ -249,9 +260,18 @@ def transformer_flop(tokens: int, width: int, layers: int) -> int:
     return (layers - 1) * layer + last
 
 
+def forward_flop(tokens: int, width: int, layers: int) -> int:
+    """FLOP of one sequence without gradient, as :func:`transformer_flop` counts them."""
+    layer = 2 * 12 * tokens * width**2 + 2 * 2 * tokens**2 * width
+    last = 2 * (2 * tokens + 10) * width**2 + 2 * 2 * tokens * width
+    return (layers - 1) * layer + last
+
+
 def test_vit_b16_flop_match_formula_and_dive_memory_flyp() -> None:
-    flyp, dive, wilds = "vitb16_flyp", "vitb16_dive", "iwildcam_flyp"
+    flyp, dive, wilds, tracer = "vitb16_flyp", "vitb16_dive", "iwildcam_flyp", "vitb16_tracer"
     cases = {flyp: (flyp, texts(32)), dive: (dive, texts(32, 32)), wilds: (wilds, texts(32))}
+    # FLYP's precision: the batches of bf16 are fp32.
+    cases[tracer] = (tracer, [*texts(32), "train.precision=fp16"])
     plans = run_ranks(1, shipped_plans, cases, init=False, timeout=300)[0]
     patches = 2 * 2 * 196 * 768 * 3 * 16**2
     expected = 512 * (transformer_flop(197, 768, 12) + transformer_flop(32, 512, 12) + patches)
@@ -262,6 +282,20 @@ def test_vit_b16_flop_match_formula_and_dive_memory_flyp() -> None:
     # Gradients of the target half and images of the reference half, next to activations that fast blocks reduce.
     assert plans[dive].peak_memory_bytes <= 1.025 * plans[flyp].peak_memory_bytes
     assert plans[wilds].flop_of("target") == plans[flyp].flop_of("target") / 2
+    # A teacher that runs without gradient, and one fp32 copy of the weights.
+    forward = 512 * (forward_flop(197, 768, 12) + forward_flop(32, 512, 12) + patches / 2)
+    weights = 4 * plans[flyp].parameters
+    assert plans[tracer].flop_of("target_teacher") == pytest.approx(forward, rel=0.02)
+    assert plans[tracer].flop_per_step <= 1.36 * plans[flyp].flop_per_step
+    assert plans[tracer].parts["target_teacher"] == pytest.approx(weights, rel=1e-3)
+    assert plans[tracer].peak_memory_bytes <= 1.03 * plans[flyp].peak_memory_bytes + weights
+    # The move reads both copies and writes one, next to FLYP's update.
+    moved = plans[tracer].bytes_of("update") - plans[flyp].bytes_of("update")
+    assert moved == pytest.approx(3 * weights, rel=1e-3)
+    table = as_table(plans[tracer], ["h200"], {"h200": None})
+    assert "  target's teacher    17." in table
+    assert "  target's teacher     0.56 GiB" in table
+    assert "online" not in table
 
 
 @pytest.mark.slow

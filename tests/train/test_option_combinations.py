@@ -94,6 +94,7 @@ CONSTANT = {
     "data.reference.batch_size",
     "objective.decay",
     "objective.distillation_weight",
+    "objective.backgrounds",
     "objective.random_texts",
     "objective.random_tokens",
     "objective.probe_epochs",
@@ -145,15 +146,20 @@ class Invalid(NamedTuple):
 
 
 NEED_REFERENCE = tuple(name for name, preset in PRESETS.items() if preset.reference is not None)
-WITH_HEAD = tuple(name for name, preset in PRESETS.items() if TARGETS[preset.target].needs_head)
+WITH_CLASSES = tuple(
+    name
+    for name, preset in PRESETS.items()
+    if TARGETS[preset.target].needs_head or TARGETS[preset.target].needs_classes
+)
 WITH_TEACHER = tuple(name for name, preset in PRESETS.items() if TARGETS[preset.target].teacher != "none")
 RAW = ("folder", "webdataset", "csv")
 NEVER: dict[str, tuple[Value, ...]] = {"evaluate.every_steps": (None,), "evaluate.every_epochs": (None,)}
 
 INVALID = [
     Invalid({"objective.name": NEED_REFERENCE, REFERENCE: ("none",)}, "needs a reference set"),
-    Invalid({"objective.name": WITH_HEAD, "data.target.format": ("csv",)}, "csv has prompts and no classes"),
+    Invalid({"objective.name": WITH_CLASSES, "data.target.format": ("csv",)}, "csv has prompts and no classes"),
     Invalid({"objective.name": WITH_TEACHER, STAGE: (3,)}, "a teacher on the target half"),
+    Invalid({"objective.name": ("car_ft",), "data.target.templates": ("a photo of a {}",)}, "at least two"),
     Invalid({"data.target.loader": ("ffcv",), "data.target.format": RAW}, "reads prepared sets alone"),
     Invalid(
         {"data.reference.loader": ("ffcv",), "data.reference.format": RAW[1:], REFERENCE: ("given",)},

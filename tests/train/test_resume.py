@@ -171,6 +171,7 @@ def cases(folder: Path) -> dict[str, Any]:
     results["old"] = _old_format(run.copy("old"))
     results["link"] = _on_another_disk(Folder(ranks, tree, folder / "linked"), folder / "disk")
     results["monitors"] = _monitored(Folder(ranks, tree, folder / "monitored"))
+    results["backgrounds"] = _with_backgrounds(Folder(ranks, tree, folder / "starft"), folder)
     few = [("train.warmup_steps", 500), ("data.target.batch_size", 1), ("train.max_steps", 1)]
     results["few"] = Folder(ranks, tree, folder / "few").start(*few)
     return results
@@ -187,6 +188,19 @@ def _on_another_disk(folder: Folder, disk: Path) -> tuple[str, str, list[str], b
     again = folder.start(("train.resume", "never"), *rotating)
     kept = sorted(path.name for path in disk.iterdir())
     return resumed, again, kept, (folder.path / "checkpoints").is_symlink()
+
+
+def _with_backgrounds(run: Folder, folder: Path) -> dict[str, str]:
+    """A StarFT run that is started again with the same backgrounds in another file, with others and without."""
+    files = {"first": "{} here\n{} there\n", "same": "{} here\n{} there\n", "other": "{} here\n{} there.\n"}
+    outputs = {}
+    for name, content in files.items():
+        path = folder / f"{name} backgrounds.txt"
+        path.write_text(content)
+        outputs[name] = run.start(("objective", {"name": "starft", "backgrounds": str(path)}))
+    outputs["shipped"] = run.start(("objective", {"name": "starft"}))
+    outputs["longer"] = run.start(("objective", {"name": "starft"}), ("train.max_steps", STEPS + 1))
+    return outputs
 
 
 def _monitored(folder: Folder) -> tuple[list[str], list[int], list[int]]:
@@ -313,6 +327,16 @@ def test_keys_without_a_result_are_not_compared(tree: dict[str, Any]) -> None:
 def test_changed_files_are_refused(results: dict[str, Any], kind: str, key: str) -> None:
     assert f"{key}: " in results["files"], kind
     assert "belongs to a run with other settings" in results["files"]
+
+
+def test_changed_backgrounds_stop_a_resume(results: dict[str, Any]) -> None:
+    outputs = results["backgrounds"]
+    assert "error" not in outputs["first"]
+    assert "already complete" in outputs["same"]
+    for name in ("other", "shipped"):
+        assert "data.target.second_templates" in outputs[name]
+        assert "belongs to a run with other settings" in outputs[name]
+    assert "total_steps: 3 there, 4 here" in outputs["longer"]
 
 
 def test_every_refused_key_is_named_and_nothing_is_written(results: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from dive_fast.data.prepared import convert
 from dive_fast.data.prepared.raw import RawSource
 from dive_fast.data.prepared.read import open_prepared
 from dive_fast.data.prepared.write import prepare
-from dive_fast.data.prompts import PromptTable, read_templates
+from dive_fast.data.prompts import PromptTable, SecondPrompts, read_templates
 from dive_fast.data.sampler import Order
 from dive_fast.data.samples import EvaluationSamples, ReferenceSamples, TargetSamples
 from dive_fast.data.sources import source
@@ -83,7 +83,8 @@ def captioned(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 def target_samples(source: Source, tokenizer: Any) -> TargetSamples:
     prompts = PromptTable(source, [f"thing {i}" for i in range(5)], read_templates("simple"), tokenizer)
-    return TargetSamples(source, prompts, PREPROCESS, "argmax", SEED)
+    second = SecondPrompts(prompts, read_templates("{} at night."), tokenizer)
+    return TargetSamples(source, prompts, PREPROCESS, "argmax", SEED, second)
 
 
 def difference(one: torch.Tensor, other: torch.Tensor, preprocess: Preprocess = PREPROCESS) -> torch.Tensor:

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.data.loaders.loader import Options, batches_of, training_batches
-from dive_fast.data.prompts import PromptTable, pack, read_templates
+from dive_fast.data.prompts import PromptTable, SecondPrompts, pack, read_templates
 from dive_fast.data.sampler import Order
 from dive_fast.data.samples import MAX_REPLACEMENTS, EvaluationSamples, ReferenceSamples, TargetSamples
 from dive_fast.data.sources.csv_table import open_csv
@@ -45,7 +45,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def target_samples(shards: Path, tokenizer: Any) -> TargetSamples:
     source = open_webdataset(str(shards), ".cls")
-    return TargetSamples(source, PromptTable(source, NAMES, TEMPLATES, tokenizer), PREPROCESS, "argmax", SEED)
+    prompts = PromptTable(source, NAMES, TEMPLATES, tokenizer)
+    second = SecondPrompts(prompts, read_templates("{} at night."), tokenizer)
+    return TargetSamples(source, prompts, PREPROCESS, "argmax", SEED, second)
 
 
 def reference_samples(shards: Path, tokenizer: Any, views: Any = "eval") -> ReferenceSamples:
@@ -144,12 +146,15 @@ def test_batch_to_device_keeps_its_values() -> None:
     text = Text(torch.ones(2, 3, dtype=torch.long), torch.tensor([0, 1, 0]), 2)
     images, three = torch.rand(3, 3, 2, 2), torch.arange(3)
     for batch in (
-        TargetBatch(images, text, three, three + 1, ("a", "b", "c")),
+        TargetBatch(images, text, three, three + 1, ("a", "b", "c"), text),
         ReferenceBatch(images, text, three, three + 1, ("a", "b", "c")),
     ):
         assert_equal(batch.to(torch.device("cpu")), batch)
         moved = batch.to(torch.device("meta"))
         assert {moved.images.device.type, moved.text.tokens.device.type, moved.text.index.device.type} == {"meta"}
+        if isinstance(moved, TargetBatch):
+            assert moved.second_text is not None
+            assert moved.second_text.tokens.device.type == "meta"
         # Reference indices stay on the CPU, where the teacher's rows are.
         assert (moved.sample.device.type == "meta") == isinstance(batch, TargetBatch)
     assert batch.to(torch.device("meta")).view.device.type == "cpu"
@@ -191,8 +196,10 @@ def test_shares_of_ranks_concatenate_to_the_full_batch(shards: Path, tokenizer: 
     for full, *shares in zip(batches(0, 1), batches(0, 2), batches(1, 2), strict=True):
         assert torch.equal(torch.cat([share.images for share in shares]), full.images)
         assert torch.cat([share.sample for share in shares]).tolist() == full.sample.tolist()
-        rows = torch.cat([share.text.tokens[share.text.index] for share in shares])
-        assert torch.equal(rows, full.text.tokens[full.text.index])
+        for name in ("text", "second_text") if isinstance(full, TargetBatch) else ("text",):
+            texts, expected = [getattr(share, name) for share in shares], getattr(full, name)
+            rows = torch.cat([text.tokens[text.index] for text in texts])
+            assert torch.equal(rows, expected.tokens[expected.index])
 
 
 # Images that cannot be decoded
