@@ -55,7 +55,7 @@ def plan(rows: Rows, size: Size, models: Mapping[str, str]) -> list[Run]:
     dive = chosen(rows, "cifar10", STUDIED, "equal")
 
     def table(world: str, methods: Iterable[str]) -> list[Run]:
-        earlier = [row for row in rows if row["model"] != models[world]]
+        earlier = [row for row in rows if row["model"] != models.get(world)]
         searched = [name for name in methods if name == BASELINE or not chosen(earlier, world, name, "best")]
         return grids(world, searched) + with_seeds(rows, world, methods)
 
