@@ -1,7 +1,7 @@
 """Which runs a study makes, the most telling first; what is chosen is chosen on ID validation.
 
-Every method has the same grid: three learning rates and three strengths, at seed 0. Two settings of it are
-chosen, and run with the other seeds:
+The methods that are compared closely have the same grid: three learning rates and three strengths, at seed 0; the
+others have one of the learning rates. Two settings of a grid are chosen, and run with the other seeds:
 
 * ``best``: the highest ID validation accuracy, as in the paper. It favours small strengths, which protect little.
 * ``equal``: the largest strength whose ID validation, at its best learning rate, is within :data:`MARGIN` of
@@ -27,6 +27,7 @@ from study.methods import (
     HEADS,
     LITERAL_COSINE,
     MAIN,
+    NARROW,
     SELF_DISTILLING,
     STRENGTHS,
     STUDIED,
@@ -59,9 +60,7 @@ def plan(rows: Rows, size: Size, models: Mapping[str, str]) -> list[Run]:
         searched = [name for name in methods if name == BASELINE or not chosen(earlier, world, name, "best")]
         return grids(world, searched) + with_seeds(rows, world, methods)
 
-    runs = table("cifar10", CORE)
-    for method in SELF_DISTILLING:
-        runs += table("cifar10", [method])
+    runs = table("cifar10", list(dict.fromkeys((*CORE, *SELF_DISTILLING))))
     runs += table("cifar10", MAIN)
     runs += table("cifar10", HEADS)
     runs += curves(rows, [STUDIED])
@@ -92,9 +91,14 @@ def settled(rows: Rows, worlds: Sequence[str]) -> list[Run]:
 
 
 def grids(world: str, methods: Iterable[str]) -> list[Run]:
-    """The methods' grids at seed 0, a learning rate after the other."""
+    """The methods' grids at seed 0, a learning rate after the other; :data:`NARROW` ones have the first alone."""
     cases = itertools.product(LEARNING_RATES, methods)
-    return [Run(world, method, strength, rate) for rate, method in cases for strength in grid_of(method)]
+    return [
+        Run(world, method, strength, rate)
+        for rate, method in cases
+        if rate == LEARNING_RATES[0] or method not in NARROW
+        for strength in grid_of(method)
+    ]
 
 
 def with_seeds(rows: Rows, world: str, methods: Iterable[str]) -> list[Run]:

@@ -41,11 +41,13 @@ COMBINED = "tracer_dive"
 """``DISTILLED`` on the target batch and ``STUDIED`` on the reference batch. Its grid is that of the reference
 loss; the distillation weight is the default."""
 MAIN = (BASELINE, STUDIED, "flyp_replay", "snd")
-SELF_DISTILLING = (DISTILLED, COMBINED, "tracer_fd", "carot", "lipsum", "car_ft")
+SELF_DISTILLING = (DISTILLED, COMBINED, "tracer_fd", "carot", "lipsum")
 """Methods with a teacher on the target batch. StarFT is not one of the study's: its distillation is 0 in the last
 epoch, which is the only one on CIFAR-10, and its backgrounds are words that the small model has never read."""
 CORE = (BASELINE, STUDIED, DISTILLED, COMBINED)
 """Methods that answer whether the combination keeps what each of its halves keeps."""
+NARROW = ("tracer_fd", "carot", "lipsum")
+"""Methods whose grid has only the learning rate that is best for the baseline."""
 ABLATIONS = (AVERAGE_ALONE, "pvl", "cosine")
 STRENGTHS: dict[str, Strength | None] = {
     BASELINE: None,

@@ -123,7 +123,7 @@ def main_table(
         if run is None or not selected:
             continue
         cells = [
-            LABELS[method],
+            _label(method, selected, rows),
             _strength(run),
             f"{run.learning_rate:g}",
             str(len(selected)),
@@ -156,7 +156,8 @@ def calibration_table(
     ]
     for method in methods:
         if (run := chosen(grid, world, method, rule)) is not None:
-            selections.append((LABELS[method], _strength(run), over_seeds(rows, run)))
+            selected = over_seeds(rows, run)
+            selections.append((_label(method, selected, rows), _strength(run), selected))
     for label, strength, selected in selections:
         measured = [row for row in selected if "ece" in row]
         if not measured:
@@ -221,7 +222,7 @@ def at_level(points: Iterable[tuple[float, float]], level: float) -> float | Non
 
 def level_table(rows: Sequence[Row], world: str, methods: Iterable[str]) -> list[str]:
     """Zero-shot accuracy, mean of both sets, and RSA at equal ID accuracy, from the grid's runs."""
-    flyp = [row for row in rows if (row["world"], row["method"], row["seed"]) == (world, BASELINE, 0)]
+    flyp = searched_runs(rows, world, BASELINE)
     if not flyp:
         return []
     reached = max(map(in_domain, flyp))
@@ -232,15 +233,15 @@ def level_table(rows: Sequence[Row], world: str, methods: Iterable[str]) -> list
             continue  # their ID is that of another classifier
         # The same grid for every method: who has more runs finds a better one.
         grid = set(grids(world, [method]))
-        selected = [row for row in plain_runs(rows, world, method) if run_of(row) in grid]
-        if len(selected) < len(grid):
+        selected = [row for row in searched_runs(rows, world, method) if run_of(row) in grid]
+        if not selected:
             continue
         levels = [reached - less for less in LEVELS]
         kept = [at_level([(in_domain(row), zero_shot(row)) for row in selected], level) for level in levels]
         geometry = [at_level([(in_domain(row), row["rsa"]) for row in selected], level) for level in levels]
         cells = ["-" if value is None else f"{100 * value:.1f}" for value in kept]
         shapes = ", ".join("-" if value is None else f"{value:.3f}" for value in geometry)
-        lines.append(f"| {LABELS[method]} | {' | '.join(cells)} | {shapes} |")
+        lines.append(f"| {_label(method, selected, flyp)} | {' | '.join(cells)} | {shapes} |")
     return lines
 
 
@@ -258,6 +259,17 @@ def plain_runs(rows: Iterable[Row], world: str, method: str) -> list[Row]:
     """Runs of seed 0 that differ from the default in strength and learning rate alone."""
     selected = [row for row in rows if (row["world"], row["method"], row["seed"]) == (world, method, 0)]
     return [row for row in selected if run_of(row).is_plain()]
+
+
+def searched_runs(rows: Sequence[Row], world: str, method: str) -> list[Row]:
+    """Plain runs from the latest pre-trained weights for which the method's grid is complete; none without it."""
+    grid = set(grids(world, [method]))
+    selected = plain_runs(rows, world, method)
+    for model in dict.fromkeys(row["model"] for row in reversed(selected)):
+        runs = [row for row in selected if row["model"] == model]
+        if grid <= {run_of(row) for row in runs}:
+            return runs
+    return []
 
 
 def sweeps(dive: Run, batch_size: int) -> dict[str, dict[str, Run]]:
@@ -377,6 +389,11 @@ def _about_world(
         own = of_one_model(rows, world, group.methods)
         if not own:
             continue
+        # Runs and grids of methods that other groups have may be of earlier weights.
+        searched = rows if group.others else own
+        missing = set(group.others) - {row["method"] for row in own}
+        for name in missing:
+            own += [row for row in of_one_model(rows, world, [name]) if row["method"] == name]
         lines += ["", f"Runs from the pre-trained weights {own[0]['model']}."]
         # Settings from elsewhere are those of one rule.
         for rule in RULES if grid is None else ("equal",):
@@ -395,11 +412,11 @@ def _about_world(
         if COMBINED in group.methods and len(table := difference_table(own, world, settings)) > 2:
             lines += ["", f"## {title}. {LABELS[COMBINED]}, differences within seeds, in points", "", *table]
         if grid is None:
-            if table := level_table(own, world, group.order):
+            if table := level_table(searched, world, group.order):
                 heading = f"## {title}. Zero-shot accuracy (mean of both sets) at equal ID, from the grid"
                 lines += ["", heading, "", *table]
             name = f"study-{size}-{world}-curves{group.ending}.png"
-            draw_curves(own, world, group.order, folder / name)
+            draw_curves(searched, world, group.order, folder / name)
             lines += ["", f"![ID against zero-shot accuracy and RSA]({name})"]
     return lines
 
@@ -430,7 +447,8 @@ def draw_curves(rows: Sequence[Row], world: str, methods: Iterable[str], path: P
             if method in HEADS:
                 continue
             # Those at gentler rates are there for the lengths of difference vectors, and learn little.
-            selected = [row for row in plain_runs(rows, world, method) if row["learning_rate"] in LEARNING_RATES]
+            runs = searched_runs(rows, world, method) or plain_runs(rows, world, method)
+            selected = [row for row in runs if row["learning_rate"] in LEARNING_RATES]
             if not selected:
                 continue
             points = [(100 * in_domain(row), factor * of(row)) for row in selected]
@@ -443,7 +461,7 @@ def draw_curves(rows: Sequence[Row], world: str, methods: Iterable[str], path: P
             for row, point in zip(line, points, strict=True):
                 if row["strength"] is not None and method not in ABLATIONS:
                     axis.annotate(f"{row['strength']:g}", point, (5, 3), textcoords="offset points", fontsize=7)
-        started = [row for row in rows if (row["world"], row["method"]) == (world, PRETRAINED)]
+        started = [row for row in rows if (row["world"], row["method"]) == (world, PRETRAINED)][-1:]
         for row in started:
             axis.axhline(factor * of(row), color=COLOURS[PRETRAINED], linewidth=1, linestyle=":")
             axis.annotate(
@@ -499,6 +517,12 @@ def _mean_of(metric: str, names: Sequence[str]) -> Callable[[Row], float]:
 
 def _overconfidence(names: Sequence[str]) -> Callable[[Row], float]:
     return lambda row: statistics.fmean(row["confidence"][name] - row[name] for name in names)
+
+
+def _label(method: str, selected: Sequence[Row], rows: Sequence[Row]) -> str:
+    """The method's name, with a remark if the selected runs start from other weights than the first of the rows."""
+    is_earlier = bool(selected) and selected[0]["model"] != rows[0]["model"]
+    return LABELS[method] + " (earlier weights)" * is_earlier
 
 
 def _strength(run: Run) -> str:
