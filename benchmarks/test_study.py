@@ -19,9 +19,20 @@ import torch
 from safetensors.torch import load_file
 from study import model, results, runs, sets
 from study import summary as report
-from study.experiments import LEARNING_RATES, MARGIN, SEEDS, chosen, grids, plan, settled, sweeps
-from study.methods import LITERAL_COSINE, OBJECTIVES, TABLE_ORDER, WEIGHTS
-from study.runs import SIZES, Run, Study
+from study.experiments import LEARNING_RATES, MARGIN, SEEDS, chosen, complete, grids, plan, settled, sweeps
+from study.methods import (
+    COMBINED,
+    DISTILLED,
+    LITERAL_COSINE,
+    OBJECTIVES,
+    PUBLISHED_STEPS,
+    PUBLISHED_WIDTH,
+    STRENGTHS,
+    Strength,
+    grid_of,
+    objective,
+)
+from study.runs import CALIBRATION, SIZES, Run, Study
 
 from dive_fast.config.schema import EvaluationSet
 from dive_fast.data.sources.webdataset import open_webdataset
@@ -207,10 +218,14 @@ def test_more_words_leave_the_old_ones_as_they_were(tmp_path: Path) -> None:
     assert model.digest(made) != model.digest(more)
 
 
+MODELS = {"cifar10": "digest", "pacs": "digest"}
+
+
 def row_of(run: Run, validation: float, **figures: float) -> dict[str, Any]:
     measured = {name: 0.5 for name in ("id", "ood", "zs", "tiny", "rsa")} | {"seconds": 1.0, "course": []}
     norms = {} if run.method == "flyp" else {"u": 1e-3, "v": 1e-3, "m": 1e-4}
-    return run.key("small", "digest") | measured | norms | {"validation": validation} | figures
+    calibration = {metric: dict.fromkeys(("id", "ood"), 0.25) for metric in CALIBRATION}
+    return run.key("small", "digest") | measured | norms | calibration | {"validation": validation} | figures
 
 
 def grid_rows(method: str, score: Any) -> list[dict[str, Any]]:
@@ -220,9 +235,9 @@ def grid_rows(method: str, score: Any) -> list[dict[str, Any]]:
 def test_what_is_chosen_is_chosen_on_validation() -> None:
     rates = {rate: 0.5 - 0.05 * place for place, rate in enumerate(LEARNING_RATES)}
     rows = grid_rows("flyp", lambda run: rates[run.learning_rate])
-    light, middle, heavy = map(float, WEIGHTS["dive"])  # type: ignore[arg-type]
+    light, middle, heavy = map(float, grid_of("dive"))  # type: ignore[arg-type]
     lost = {light: -0.02, middle: MARGIN, heavy: 2 * MARGIN}
-    rows += grid_rows("dive", lambda run: round(rates[run.learning_rate] - lost[run.weight], 6))
+    rows += grid_rows("dive", lambda run: round(rates[run.learning_rate] - lost[run.strength], 6))
     assert chosen(rows, "cifar10", "flyp", "equal") == Run("cifar10", "flyp", None, LEARNING_RATES[0])
     assert chosen(rows, "cifar10", "dive", "best") == Run("cifar10", "dive", light, LEARNING_RATES[0])
     assert chosen(rows, "cifar10", "dive", "equal") == Run("cifar10", "dive", middle, LEARNING_RATES[0])
@@ -239,15 +254,15 @@ def test_a_plan_worked_off_has_every_method_with_every_seed_and_ends() -> None:
     rows: list[dict[str, Any]] = []
     for _ in range(1000):
         known = [runs.Run(**{name: row[name] for name in Run.__dataclass_fields__}) for row in rows]
-        left = [run for run in plan(rows, SIZES["small"]) if run not in known]
+        left = [run for run in plan(rows, SIZES["small"], MODELS) if run not in known]
         if not left:
             break
         # Runs may come in any order, as long as the first one comes first.
-        rows += [row_of(run, 0.5 - (run.weight or 0) * 1e-5) for run in left[:7]]
+        rows += [row_of(run, 0.5 - (run.strength or 0) * 1e-5) for run in left[:7]]
     assert not left
     assert len(set(known)) == len(known)
     for world in runs_worlds():
-        for method in WEIGHTS:
+        for method in STRENGTHS:
             run = chosen(rows, world, method, "equal")
             assert run is not None
             assert {replace(run, seed=seed) for seed in SEEDS} <= set(known)
@@ -255,6 +270,22 @@ def test_a_plan_worked_off_has_every_method_with_every_seed_and_ends() -> None:
     assert dive is not None
     for change in ({"every": 8}, {"reference_batch": 8}, {"decay": 0.0}, {"reference": 500}):
         assert {replace(dive, seed=seed, **change) for seed in SEEDS} <= set(known)
+
+
+def test_settings_chosen_for_earlier_weights_are_taken_over() -> None:
+    rows = grid_rows("flyp", lambda run: 0.5) + grid_rows("dive", lambda run: 0.5 - (run.strength or 0) * 1e-5)
+    left = plan(rows, SIZES["small"], MODELS | {"cifar10": "new"})
+    dive = chosen(rows, "cifar10", "dive", "equal")
+    assert dive is not None
+    assert [run for run in left if run.method == "dive" and run.is_plain()][:3] == [
+        replace(dive, seed=seed) for seed in SEEDS
+    ]
+    # The level that methods are compared at is that of the new weights, and so are the grids of other methods.
+    assert set(grids("cifar10", ["flyp", DISTILLED])) <= set(left)
+    assert not set(grids("cifar10", ["dive"])) <= set(left)
+    # A grid for the new weights takes precedence.
+    new = [row | {"model": "new"} for row in grid_rows("dive", lambda run: run.learning_rate)]
+    assert chosen([*rows, *new], "cifar10", "dive", "best") == chosen(new, "cifar10", "dive", "best")
 
 
 def test_settings_of_another_size_are_taken_over_a_seed_after_the_other() -> None:
@@ -275,11 +306,13 @@ def test_every_run_of_a_plan_is_a_config_of_the_engine(size: str, tmp_path: Path
     study = Study(tmp_path, size, Ranks(0, 1, torch.device("cpu")))
     study.digests = dict.fromkeys(report.WORLDS, "0123456789abcdef")
     dive = Run("cifar10", "dive", 10.0, 1e-3)
-    known = [*plan([], SIZES[size]), *sweeps(dive, SIZES[size])]
-    assert {run.method for run in known} == {*WEIGHTS, LITERAL_COSINE}
+    known = [*plan([], SIZES[size], MODELS), *sweeps(dive, SIZES[size])]
+    assert {run.method for run in known} == {*STRENGTHS, LITERAL_COSINE}
     for run in known[::3]:
         config = study.config(run)
-        assert config.objective.weight == run.weight
+        known = STRENGTHS.get(run.method, Strength("weight", ()))
+        values = {"weight": config.objective.weight} | (config.objective.model_extra or {})
+        assert known is None or values[known.option] == run.strength
         assert config.objective.reference_every == run.every
         assert (config.objective.model_extra or {}).get("decay", run.decay) == run.decay
         assert config.objective.name == OBJECTIVES.get(run.method, {"name": run.method})["name"]
@@ -300,9 +333,57 @@ def test_option_that_a_method_lacks_makes_its_run_impossible(tmp_path: Path) -> 
 
 
 def test_tables_have_every_method_of_the_grid() -> None:
-    assert sorted(TABLE_ORDER) == sorted(WEIGHTS)
+    orders = [group.order for group in report.GROUPS]
+    assert {method for order in orders for method in order} == set(STRENGTHS)
+    assert all(len(set(order)) == len(order) for order in orders)
     assert report.LABELS["cosine"] == "Cosine, m from 1"
-    assert all(report.COLOURS[name].startswith("#") for name in TABLE_ORDER)
+    assert all(report.COLOURS[name].startswith("#") for name in STRENGTHS)
+
+
+def test_strength_is_the_option_that_a_grid_varies() -> None:
+    tracer, combined, flyp = (
+        objective(method, strength, 1, 0.99, 0.99, width=PUBLISHED_WIDTH, steps=PUBLISHED_STEPS)
+        for method, strength in ((DISTILLED, 3.0), (COMBINED, 10.0), ("flyp", None))
+    )
+    assert tracer["distillation_weight"] == 3
+    assert "weight" not in tracer
+    assert combined["weight"] == 10
+    # The default, which is the middle of the distilled method's grid.
+    assert "distillation_weight" not in combined
+    assert grid_of(DISTILLED) == (0.09, 0.9, 9.0)
+    assert flyp == {"name": "flyp"}
+
+
+def test_options_of_published_sizes_are_rescaled() -> None:
+    for width, steps, feature_weight, every in (
+        (PUBLISHED_WIDTH, PUBLISHED_STEPS, 2000, 500),
+        (64, 156, 250, 3),
+        (64, 10, 250, 1),
+    ):
+        sections = (
+            objective(method, None, 1, 0.99, 0.99, width=width, steps=steps) for method in (DISTILLED, "carot")
+        )
+        tracer, carot = sections
+        assert tracer["feature_weight"] == feature_weight
+        assert tracer["teacher_every"] == 1
+        assert carot["teacher_every"] == every
+        assert "feature_weight" not in carot
+    assert SIZES["small"].steps("cifar10") == 156
+    assert SIZES["small"].steps("pacs") == 150
+
+
+def test_compared_runs_without_calibration_are_measured_again() -> None:
+    rows = grid_rows("flyp", lambda run: 0.5) + grid_rows("dive", lambda run: 0.5 - (run.strength or 0) * 1e-5)
+    rows = [{name: value for name, value in row.items() if name not in CALIBRATION} for row in rows]
+    dive = chosen(rows, "cifar10", "dive", "equal")
+    assert dive is not None
+    left_out = [row for row in rows if row not in complete(rows)]
+    assert [row["method"] for row in left_out] == ["flyp", "dive"]
+    assert results.has(left_out, dive.key("small", "digest"))
+    again = row_of(dive, 0.5)
+    latest = results.latest([*rows, again])
+    assert len(latest) == len(rows)
+    assert again in complete(latest)
 
 
 def runs_worlds() -> tuple[str, ...]:
@@ -322,7 +403,11 @@ def test_results_outlive_a_kill(tmp_path: Path) -> None:
     for other in (Run("cifar10", "flyp", None, 1e-3, seed=1), Run("cifar10", "flyp", 1.0, 1e-3)):
         assert not results.has([first], other.key("small", "digest"))
     assert not results.has([first], Run("cifar10", "flyp", None, 1e-3).key("small", "another"))
-    assert results.latest([first, second, first | {"model": "new"}]) == [second, first | {"model": "new"}]
+    again = first | {"ece": {}}
+    assert results.latest([first, second, again]) == [second, again]
+    other = first | {"model": "new"}
+    assert results.of_one_model([other, first, second, first], "cifar10", ["flyp"]) == [first, first]
+    assert results.of_one_model([first, second, other], "pacs", ["flyp"]) == []
 
 
 def test_accuracies_are_compared_at_equal_id() -> None:
@@ -341,7 +426,7 @@ def test_a_report_is_made_of_what_there_is(tmp_path: Path) -> None:
     report.write(rows, "small", tmp_path)
     course = [{"step": step, "u": 1e-3, "v": 1e-3, "m": 1e-4} for step in (1, 5)]
     for method in ("dive", "snd"):
-        rows += grid_rows(method, lambda run: 0.5 + run.weight * 1e-4)
+        rows += grid_rows(method, lambda run: 0.5 + run.strength * 1e-4)
     rows = [row | {"course": course} for row in rows]
     run = chosen(rows, "cifar10", "dive", "equal")
     assert run is not None
@@ -353,19 +438,39 @@ def test_a_report_is_made_of_what_there_is(tmp_path: Path) -> None:
     mean = (run_id(rows, run) + 0.7) / 2
     line = next(line for line in text.splitlines() if line.startswith("| DiVE |"))
     assert f"| {100 * mean:.1f} ± " in line
+    assert f"| DiVE | {run.strength:g} | 2 | 0.250 ± 0.000 | 0.250 ± 0.000 |" in text
+    assert "-distilling" not in text
     # What is compared has the same seeds.
     assert "| k = 1 | 1 |" in text
     assert "| k = 4 | 1 |" in text
     assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".png"}
 
 
+def test_report_compares_the_combination_with_its_halves_seed_by_seed(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    for method in ("flyp", "dive", DISTILLED, COMBINED):
+        rows += grid_rows(method, lambda run: 0.5)
+        run = chosen(rows, "cifar10", method, "equal")
+        assert run is not None
+        better = 0.01 * (method == COMBINED)
+        rows += [row_of(replace(run, seed=seed), 0.5, zs=0.1 * seed + seed * better) for seed in (1, 2)]
+    course = [{"step": step, "u": 1e-3, "v": 1e-3, "m": 1e-4} for step in (1, 5)]
+    text = report.write([row | {"course": course} for row in rows], "small", tmp_path).read_text()
+    # 0, 1 and 2 points at seeds 0, 1 and 2; the seeds' own differences have no part in it.
+    lines = [line for line in text.splitlines() if line.startswith("| TRACER | 3 |")]
+    assert any("| +1.0 ± 1.0 |" in line for line in lines)
+    assert {f"study-small-cifar10-{kind}-distilling.png" for kind in ("methods", "curves")} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+
+
 def test_a_report_of_settings_from_elsewhere_compares_methods_and_no_more(tmp_path: Path) -> None:
     grid = grid_rows("flyp", lambda run: 0.5) + grid_rows("dive", lambda run: 0.5)
     rows = [row_of(run, 0.6, id=0.65) for run in settled(grid, ["cifar10"])]
     text = report.write(rows, "full", tmp_path, grid).read_text()
-    assert [line.split(" | ")[3] for line in text.splitlines() if line.startswith(("| FLYP |", "| DiVE |"))] == [
-        "3"
-    ] * 2
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith(("| FLYP |", "| DiVE |"))]
+    # Accuracies, then calibration.
+    assert [line[3] for line in lines[:2]] + [line[2] for line in lines[2:]] == ["3"] * 4
     assert "Sweeps" not in text
     assert {path.name for path in tmp_path.iterdir()} == {"study-full.md", "study-full-cifar10-methods.png"}
 

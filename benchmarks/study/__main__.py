@@ -15,8 +15,8 @@ from dive_fast.distributed import join
 from dive_fast.errors import ConfigError
 from study import results
 from study import summary as report
-from study.experiments import SEEDS, Rows, plan, settled
-from study.runs import SIZES, Run, Study
+from study.experiments import SEEDS, Rows, complete, plan, settled
+from study.runs import PRETRAINED, SIZES, Run, Study
 
 FOLDER = REPOSITORY / "build/study"
 
@@ -47,7 +47,7 @@ def main() -> None:
     def planned(rows: Rows) -> list[Run]:
         if grid is not None:
             return settled(grid, options.worlds)
-        return [run for run in plan(rows, study.size) if run.world in options.worlds]
+        return [run for run in plan(rows, study.size, study.digests) if run.world in options.worlds]
 
     work(study, path, planned, options.minutes, begun, dry=options.what == "plan")
 
@@ -71,8 +71,11 @@ def work(
     """
     impossible = set[Run]()
     while minutes is None or time.perf_counter() - begun < 60 * minutes:
-        rows = [row for row in results.read(path) if row["model"] == study.digests.get(row["world"])]
-        left = [run for run in planned(rows) if run not in impossible and not results.has(rows, study.key(run))]
+        rows = [row for row in results.latest(results.read(path)) if row["world"] in study.digests]
+        measured = complete(rows)
+        left = [
+            run for run in planned(rows) if run not in impossible and not results.has(measured, study.key(run))
+        ]
         if dry:
             print("\n".join(map(str, left)), f"{len(left)} runs left", sep="\n")
             return
@@ -85,8 +88,8 @@ def work(
             impossible.add(run)
             print(f"left out: {run}: {error}", flush=True)
             continue
-        first = {"method": "pretrained", "world": run.world, "model": study.digests[run.world]}
-        if not results.has(rows, first):
+        first = {"method": PRETRAINED, "world": run.world, "model": study.digests[run.world]}
+        if not results.has(measured, first):
             results.append(path, study.pretrained_row(run))
         # What is run again with other seeds, and is no sweep, is what was chosen.
         keep = study.folder / "weights" if run.seed == SEEDS[1] and run.is_plain() else None

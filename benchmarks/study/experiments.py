@@ -1,15 +1,20 @@
 """Which runs a study makes, the most telling first; what is chosen is chosen on ID validation.
 
-Every method has the same grid: three learning rates and three weights of the reference's loss, at seed 0. Two
-settings of it are chosen, and run with the other seeds:
+The methods that are compared closely have the same grid: three learning rates and three strengths, at seed 0; the
+others have one of the learning rates. Two settings of a grid are chosen, and run with the other seeds:
 
-* ``best``: the highest ID validation accuracy, as in the paper. It favours small weights, which protect little.
-* ``equal``: the largest weight whose ID validation, at its best learning rate, is within :data:`MARGIN` of FLYP's
-  best: what a method keeps without giving up ID accuracy.
+* ``best``: the highest ID validation accuracy, as in the paper. It favours small strengths, which protect little.
+* ``equal``: the largest strength whose ID validation, at its best learning rate, is within :data:`MARGIN` of
+  FLYP's best: the strongest protection that costs no ID accuracy.
+
+The runs that ``equal`` chooses are compared with calibration; results without it are measured again.
+
+Pre-training on another processor gives other weights, and results of different weights are not compared. Settings
+are taken over: a method whose grid is complete for earlier weights is run at the settings that it chose there.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,14 +22,18 @@ from study.methods import (
     ABLATIONS,
     AVERAGE_ALONE,
     BASELINE,
-    FURTHER_WEIGHTS,
+    CORE,
+    FURTHER_STRENGTHS,
     HEADS,
     LITERAL_COSINE,
     MAIN,
+    NARROW,
+    SELF_DISTILLING,
+    STRENGTHS,
     STUDIED,
-    WEIGHTS,
+    grid_of,
 )
-from study.runs import Run, Size
+from study.runs import PRETRAINED, Run, Size
 
 SEEDS = (0, 1, 2)
 LEARNING_RATES = (1e-3, 3e-4, 3e-3)
@@ -37,30 +46,35 @@ MARGIN = 0.01
 Rows = Sequence[dict[str, Any]]
 
 
-def plan(rows: Rows, size: Size) -> list[Run]:
+def plan(rows: Rows, size: Size, models: Mapping[str, str]) -> list[Run]:
     """All runs that can be named with what is known, in order; more can be once the grids are through.
 
     Args:
-        rows: results so far, of this size and the same pre-trained models.
+        rows: results so far, of this size.
+        models: digest of the weights that the runs of each world start from; rows may have others.
     """
     dive = chosen(rows, "cifar10", STUDIED, "equal")
 
     def table(world: str, methods: Iterable[str]) -> list[Run]:
-        return grids(world, methods) + other_seeds(rows, world, methods)
+        earlier = [row for row in rows if row["model"] != models.get(world)]
+        searched = [name for name in methods if name == BASELINE or not chosen(earlier, world, name, "best")]
+        return grids(world, searched) + with_seeds(rows, world, methods)
 
-    runs = table("cifar10", MAIN)
+    runs = table("cifar10", list(dict.fromkeys((*CORE, *SELF_DISTILLING))))
+    runs += table("cifar10", MAIN)
     runs += table("cifar10", HEADS)
     runs += curves(rows, [STUDIED])
     runs += [] if dive is None else sweeps(dive, size)
     runs += table("pacs", MAIN)
-    runs += curves(rows, FURTHER_WEIGHTS)
+    runs += table("pacs", CORE)
+    runs += curves(rows, FURTHER_STRENGTHS)
     runs += [Run("cifar10", STUDIED, HEAVY, rate) for rate in GENTLE]
     runs += table("cifar10", ABLATIONS)
-    runs += table("pacs", HEADS) + table("pacs", ABLATIONS)
+    runs += table("pacs", HEADS) + table("pacs", ABLATIONS) + table("pacs", SELF_DISTILLING)
     if dive is not None:
         for seed in SEEDS[1:]:
             runs += sweeps(replace(dive, seed=seed), size)
-    runs += [Run("cifar10", LITERAL_COSINE, weight, LEARNING_RATES[0]) for weight in (1.0, 10.0)]
+    runs += [Run("cifar10", LITERAL_COSINE, strength, LEARNING_RATES[0]) for strength in (1.0, 10.0)]
     return list(dict.fromkeys(runs))
 
 
@@ -71,27 +85,28 @@ def settled(rows: Rows, worlds: Sequence[str]) -> list[Run]:
         rows: results of that size.
     """
     settings = [
-        setting for world in worlds for method in WEIGHTS if (setting := chosen(rows, world, method, "equal"))
+        setting for world in worlds for method in STRENGTHS if (setting := chosen(rows, world, method, "equal"))
     ]
     return [replace(setting, seed=seed) for seed in SEEDS for setting in settings]
 
 
 def grids(world: str, methods: Iterable[str]) -> list[Run]:
-    """The methods' grids at seed 0, a learning rate after the other."""
+    """The methods' grids at seed 0, a learning rate after the other; :data:`NARROW` ones have the first alone."""
     cases = itertools.product(LEARNING_RATES, methods)
     return [
-        Run(world, method, None if weight is None else float(weight), rate)
+        Run(world, method, strength, rate)
         for rate, method in cases
-        for weight in WEIGHTS[method]
+        if rate == LEARNING_RATES[0] or method not in NARROW
+        for strength in grid_of(method)
     ]
 
 
-def other_seeds(rows: Rows, world: str, methods: Iterable[str]) -> list[Run]:
-    """The runs that the grids chose, with the other seeds: those compared at equal ID first."""
+def with_seeds(rows: Rows, world: str, methods: Iterable[str]) -> list[Run]:
+    """The runs that the grids chose, with each seed: those compared at equal ID first."""
     found = []
     for rule in ("equal", "best"):
         settings = [setting for method in methods if (setting := chosen(rows, world, method, rule)) is not None]
-        found += [replace(setting, seed=seed) for seed in SEEDS[1:] for setting in settings]
+        found += [replace(setting, seed=seed) for seed in SEEDS for setting in settings]
     return found
 
 
@@ -109,12 +124,12 @@ def sweeps(dive: Run, size: Size) -> list[Run]:
 
 
 def curves(rows: Rows, methods: Iterable[str]) -> list[Run]:
-    """Further weights on CIFAR-10 at each method's best learning rate."""
+    """Further strengths on CIFAR-10 at each method's best learning rate."""
     found = []
     for method in methods:
         best = chosen(rows, "cifar10", method, "best")
         if best is not None:
-            found += [replace(best, weight=float(weight)) for weight in FURTHER_WEIGHTS[method]]
+            found += [replace(best, strength=strength) for strength in FURTHER_STRENGTHS[method]]
     return found
 
 
@@ -122,19 +137,39 @@ def chosen(rows: Rows, world: str, method: str, rule: str) -> Run | None:
     """The grid's run that a rule picks; None until the method's grid, and for ``equal`` FLYP's, is through.
 
     Args:
-        rule: ``best`` or ``equal``, as above. Where no weight is within the margin, ``equal`` is ``best``.
+        rows: of the latest pre-trained weights for which the grids are through, where there are several.
+        rule: ``best`` or ``equal``, as above. Where no strength is within the margin, ``equal`` is ``best``.
     """
+    models = dict.fromkeys(row["model"] for row in reversed(rows) if row["world"] == world)
+    choices = (_choose([row for row in rows if row["model"] == model], world, method, rule) for model in models)
+    return next((choice for choice in choices if choice is not None), None)
+
+
+def _choose(rows: Rows, world: str, method: str, rule: str) -> Run | None:
     scores = validated(rows, world, method)
     if scores is None:
         return None
     best = max(scores, key=lambda run: scores[run])
-    if rule == "best" or best.weight is None:
+    if rule == "best" or best.strength is None:
         return best
     flyp = validated(rows, world, BASELINE)
     if flyp is None:
         return None
     enough = [run for run in scores if scores[run] >= max(flyp.values()) - MARGIN]
-    return max(enough, key=lambda run: (run.weight or 0, scores[run]), default=best)
+    return max(enough, key=lambda run: (run.strength or 0, scores[run]), default=best)
+
+
+def compared_runs(rows: Rows) -> set[Run]:
+    """The runs that ``equal`` chooses, with all seeds."""
+    worlds = {row["world"] for row in rows}
+    settings = [chosen(rows, world, method, "equal") for world in worlds for method in STRENGTHS]
+    return {replace(setting, seed=seed) for setting in settings if setting is not None for seed in SEEDS}
+
+
+def complete(rows: Rows) -> list[dict[str, Any]]:
+    """The rows without those that lack the calibration of a compared run or of the pre-trained model."""
+    needed = compared_runs(rows)
+    return [row for row in rows if "ece" in row or (row["method"] != PRETRAINED and run_of(row) not in needed)]
 
 
 def validated(rows: Rows, world: str, method: str) -> dict[Run, float] | None:

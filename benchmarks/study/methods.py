@@ -1,14 +1,34 @@
 """The methods of the study: names, settings and order. The other modules of the study name no method.
 
-Titles, colours, needs and options are the registry's.
+Titles, colours, needs and options are the registry's. A method's *strength* is the option that its grid varies:
+the weight of its reference loss, or that of its distillation on the target batch.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from dive_fast.config.schema import ObjectiveConfig
 from dive_fast.evaluate import plots
 from dive_fast.methods import registry
 
+REFERENCE_WEIGHT, DISTILLATION_WEIGHT = "weight", "distillation_weight"
+
+
+class Strength(NamedTuple):
+    """The option of ``objective`` that a method's grid varies."""
+
+    option: str
+    grid: tuple[float, ...]
+    """Its values in the grid, a decade apart (replay: half of one)."""
+
+
+def _around_default(method: str) -> Strength:
+    """The distillation weight's default, a tenth of it and ten times it."""
+    part = registry.options_of(registry.table().presets[method])[DISTILLATION_WEIGHT]
+    default = float(part.Options.model_fields[DISTILLATION_WEIGHT].default)
+    return Strength(DISTILLATION_WEIGHT, tuple(round(default * factor, 9) for factor in (0.1, 1, 10)))
+
+
+_DECADES = Strength(REFERENCE_WEIGHT, (1.0, 10.0, 100.0))
 BASELINE = "flyp"
 """Its ID validation accuracy is the level at which methods are compared."""
 STUDIED = "dive"
@@ -16,26 +36,40 @@ STUDIED = "dive"
 AVERAGE_ALONE = "avl"
 """The method of the paper's sweep over alpha, Table 6."""
 LITERAL_COSINE = "cosine_literal"
-WEIGHTS: dict[str, tuple[float | None, ...]] = {
-    BASELINE: (None,),
-    STUDIED: (1, 10, 100),
-    "flyp_replay": (0.3, 1, 3),
-    "snd": (1, 10, 100),
-    AVERAGE_ALONE: (1, 10, 100),
-    "pvl": (1, 10, 100),
-    "cosine": (1, 10, 100),
-    "vanilla_ft": (None,),
-    "lp_ft": (None,),
-}
-"""Weights of the grid; the most important methods first."""
+DISTILLED = "tracer"
+COMBINED = "tracer_dive"
+"""``DISTILLED`` on the target batch and ``STUDIED`` on the reference batch. Its grid is that of the reference
+loss; the distillation weight is the default."""
 MAIN = (BASELINE, STUDIED, "flyp_replay", "snd")
+SELF_DISTILLING = (DISTILLED, COMBINED, "tracer_fd", "carot", "lipsum")
+"""Methods with a teacher on the target batch. StarFT is not one of the study's: its distillation is 0 in the last
+epoch, which is the only one on CIFAR-10, and its backgrounds are words that the small model has never read."""
+CORE = (BASELINE, STUDIED, DISTILLED, COMBINED)
+"""Methods that answer whether the combination keeps what each of its halves keeps."""
+NARROW = ("tracer_fd", "carot", "lipsum")
+"""Methods whose grid has only the learning rate that is best for the baseline."""
 ABLATIONS = (AVERAGE_ALONE, "pvl", "cosine")
-HEADS = tuple(name for name in WEIGHTS if registry.needs(ObjectiveConfig(name=name)).head)
+STRENGTHS: dict[str, Strength | None] = {
+    BASELINE: None,
+    STUDIED: _DECADES,
+    "flyp_replay": Strength(REFERENCE_WEIGHT, (0.3, 1.0, 3.0)),
+    "snd": _DECADES,
+    **{name: _DECADES if name == COMBINED else _around_default(name) for name in SELF_DISTILLING},
+    **dict.fromkeys(ABLATIONS, _DECADES),
+    "vanilla_ft": None,
+    "lp_ft": None,
+}
+"""Every method of the study and its strength; None: it has no such option."""
+HEADS = tuple(name for name in STRENGTHS if registry.needs(ObjectiveConfig(name=name)).head)
 """Methods with a classifier of their own, whose ID accuracy is not that of the text embeddings."""
-TABLE_ORDER = (BASELINE, "flyp_replay", "snd", STUDIED, *ABLATIONS, *HEADS)
-"""Order of methods in tables and figures."""
-FURTHER_WEIGHTS = {STUDIED: (0.1, 0.3, 3, 30, 1000), "flyp_replay": (0.1, 10, 30), "snd": (3, 30, 300)}
-"""Further weights for the curves of ID and ZS, at the method's best learning rate."""
+PAPER = (BASELINE, "flyp_replay", "snd", STUDIED, *ABLATIONS, "vanilla_ft", "lp_ft")
+"""Methods of DiVE's paper, in the order of tables and figures."""
+FURTHER_STRENGTHS = {
+    STUDIED: (0.1, 0.3, 3.0, 30.0, 1000.0),
+    "flyp_replay": (0.1, 10.0, 30.0),
+    "snd": (3.0, 30.0, 300.0),
+}
+"""Further strengths for the curves of ID and ZS, at the method's best learning rate."""
 OBJECTIVES: dict[str, dict[str, Any]] = {
     # Eq. 6 starts the average at 0. Cosines begin at 1, and short runs end before the average is there.
     "cosine": {"name": "cosine", "average_start": 1},
@@ -44,20 +78,62 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 """Methods whose ``objective`` is more than their name."""
 LABELS = {name: label for name, (label, _) in plots.method_styles().items()} | {"cosine": "Cosine, m from 1"}
 COLOURS = {name: colour for name, (_, colour) in plots.method_styles().items()}
+PUBLISHED_WIDTH, PUBLISHED_STEPS = 512, 25_030
+"""Embedding width of ViT-B/16 and steps of 10 epochs of ImageNet at a batch of 512, for which TRACER's and CaRot's
+defaults are chosen."""
 
 
-def objective(method: str, weight: float | None, every: int, decay: float, default_decay: float) -> dict[str, Any]:
+def grid_of(method: str) -> tuple[float | None, ...]:
+    """The strengths of a method's grid."""
+    strength = STRENGTHS[method]
+    return (None,) if strength is None else strength.grid
+
+
+def objective(
+    method: str,
+    strength: float | None,
+    every: int,
+    decay: float,
+    default_decay: float,
+    *,
+    width: int,
+    steps: int,
+) -> dict[str, Any]:
     """The ``objective`` section of a run.
 
     Args:
         decay: set for methods that have this option; for others, if it is not the default.
+        width: elements of an embedding.
+        steps: of the run.
     """
     section = dict(OBJECTIVES.get(method, {"name": method}))
     preset = registry.table().presets.get(section["name"])
-    if decay != default_decay or (preset is not None and "decay" in registry.options_of(preset)):
+    options = {} if preset is None else registry.options_of(preset)
+    if decay != default_decay or "decay" in options:
         section["decay"] = decay
-    if weight is not None:
-        section["weight"] = weight
+    section |= {
+        name: rescaled(name, part.Options.model_fields[name].default, width, steps)
+        for name, part in options.items()
+        if name in RESCALED
+    }
+    if strength is not None:
+        known = STRENGTHS.get(method)
+        section[REFERENCE_WEIGHT if known is None else known.option] = strength
     if every != 1:
         section["reference_every"] = every
     return section
+
+
+RESCALED = ("feature_weight", "teacher_every")
+
+
+def rescaled(option: str, default: float, width: int, steps: int) -> float:
+    """The default of an option in :data:`RESCALED`, for a smaller model or a shorter run.
+
+    ``feature_weight`` multiplies a mean over the D elements of a difference; its weight per squared length,
+    ``feature_weight / D``, stays what it is at :data:`PUBLISHED_WIDTH`. ``teacher_every`` stays the same share of
+    the run, and is a step at least.
+    """
+    if option == "feature_weight":
+        return default * width / PUBLISHED_WIDTH
+    return max(1, round(default * steps / PUBLISHED_STEPS))

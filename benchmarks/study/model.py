@@ -16,6 +16,8 @@ from dive_fast.demo import pretrain
 from study import sets
 
 CONTEXT = 16
+WIDTH = 64
+"""Elements of an embedding."""
 WEIGHTS, EMBEDDING = "open_clip_model.safetensors", "token_embedding.weight"
 INITIAL_STD = 0.02
 """Standard deviation of initial word embeddings, as in open_clip."""
@@ -36,7 +38,7 @@ def write_shape(folder: Path, size: str, vocabulary: Iterable[str] | None = None
     vision, text = SIZES[size]
     config = {
         "model_cfg": {
-            "embed_dim": 64,
+            "embed_dim": WIDTH,
             "vision_cfg": {"image_size": 32, "head_width": 32, **vision},
             "text_cfg": {"context_length": CONTEXT, "vocab_size": words, "hf_tokenizer_name": "cifar", **text},
         },

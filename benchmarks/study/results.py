@@ -2,10 +2,16 @@
 
 import json
 import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from study.runs import PRETRAINED, Run
+
 Row = dict[str, Any]
+KEY = ("size", "model", *Run.__dataclass_fields__)
+"""Fields that identify a run."""
 
 
 def read(path: Path) -> list[Row]:
@@ -18,9 +24,25 @@ def read(path: Path) -> list[Row]:
 
 
 def latest(rows: list[Row]) -> list[Row]:
-    """Those that start from the same weights as the last run of their world."""
-    model = {row["world"]: row["model"] for row in rows}
-    return [row for row in rows if row["model"] == model[row["world"]]]
+    """The last line of each run."""
+    lines: dict[str, Row] = {}
+    for row in reversed(rows):
+        lines.setdefault(_key(row), row)
+    return list(lines.values())[::-1]
+
+
+def of_one_model(rows: Sequence[Row], world: str, methods: Iterable[str]) -> list[Row]:
+    """The rows of a world that start from the pre-trained weights which most runs of the methods start from."""
+    wanted = set(methods)
+    rows = [row for row in rows if row["world"] == world]
+    count = Counter(row["model"] for row in rows if row["method"] in wanted)
+    return [row for row in rows if count and row["model"] == count.most_common(1)[0][0]]
+
+
+def _key(row: Row) -> str:
+    # The settings in the line of a pre-trained model are those of some run that starts from it.
+    names = ("size", "model", "world", "method") if row["method"] == PRETRAINED else KEY
+    return json.dumps([row.get(name) for name in names])
 
 
 def append(path: Path, row: Row) -> None:

@@ -12,20 +12,27 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dive_fast.checkpoint.load_weights import head_of
 from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks
+from dive_fast.evaluate.datasets.resolve import Opened, open_evaluation
 from dive_fast.evaluate.geometry.embed import describe_pairs, embed, open_pairs
 from dive_fast.evaluate.geometry.measures import rsa
-from dive_fast.evaluate.zero_shot import evaluate
+from dive_fast.evaluate.zero_shot import measure_sets, values
 from dive_fast.methods.run_config import load_run_config
+from dive_fast.model.head import Head
 from dive_fast.model.towers import Towers, create, tokenizer_of
 from dive_fast.train.loop import train
 from study import model, sets
 from study.methods import STUDIED, objective
 
+PRETRAINED = "pretrained"
+"""Method of the line of the results that is of a model before its runs."""
 EVALUATED = ("validation", "id", "ood", "zs")
 HELDOUT = "heldout"
 """The set on which the geometry of the embeddings is measured."""
+CALIBRATION = ("ece", "ece_batched", "confidence")
+"""Metrics of calibration, which a line of the results has for each set."""
 NORMS = {"u": "image_norm", "v": "text_norm", "m": "average_norm"}
 COURSE = 9
 """Points at most of the lengths of difference vectors over a run."""
@@ -51,6 +58,11 @@ class Size:
     workers: int
     warmup_steps: int = 15
 
+    def steps(self, world: str) -> int:
+        """Steps of a world's runs."""
+        first, last = (0, self.target) if world == "cifar10" else sets.PHOTOS["target"]
+        return self.epochs[world] * ((last - first) // self.batch_size)
+
 
 SIZES = {
     "small": Size("small", 12, 10_000, 64, {"cifar10": 1, "pacs": 10}, 2000, 250, (500, 2500), "fp32", 0),
@@ -67,8 +79,8 @@ class Run:
 
     world: str
     method: str
-    weight: float | None
-    """Weight of the reference loss; None: the method has none."""
+    strength: float | None
+    """Value of the method's :class:`study.methods.Strength`; None: the method has none."""
     learning_rate: float
     seed: int = 0
     decay: float = 0.99
@@ -80,8 +92,8 @@ class Run:
     """Pairs of the reference set."""
 
     def is_plain(self) -> bool:
-        """Whether all but method, weight, learning rate and seed is as it is by default."""
-        return self == Run(self.world, self.method, self.weight, self.learning_rate, self.seed)
+        """Whether all but method, strength, learning rate and seed is as it is by default."""
+        return self == Run(self.world, self.method, self.strength, self.learning_rate, self.seed)
 
     def key(self, size: str, digest: str) -> dict[str, Any]:
         """As its line of the results says it."""
@@ -95,6 +107,7 @@ class Study:
         self.folder, self.name, self.size, self.ranks = folder, size, SIZES[size], ranks
         self.digests: dict[str, str] = {}
         self._before: dict[str, Tensor] = {}
+        self._opened: Opened = {}
 
     def prepare(self, worlds: tuple[str, ...] = ("cifar10", "pacs")) -> None:
         """Writes the data and pre-trains."""
@@ -140,7 +153,15 @@ class Study:
         place = data if run.world == "cifar10" else data / run.world
         evaluated = sets.evaluated(run.world)
         settings = tree(data, pretrained, place, evaluated)
-        settings["objective"] = objective(run.method, run.weight, run.every, run.decay, Run.decay)
+        settings["objective"] = objective(
+            run.method,
+            run.strength,
+            run.every,
+            run.decay,
+            Run.decay,
+            width=model.WIDTH,
+            steps=size.steps(run.world),
+        )
         reference = "reference" if run.reference == REFERENCE else f"reference-{run.reference}"
         settings["data"]["target"] |= {"batch_size": size.batch_size, "workers": size.workers}
         settings["data"]["reference"] |= {
@@ -172,9 +193,12 @@ class Study:
         config, begun = self.config(run), time.perf_counter()
         place = self.folder / "run"
         shutil.rmtree(place, ignore_errors=True)
-        found = train(config, place, self.ranks)
-        seconds = time.perf_counter() - begun
+        # All metrics of the sets are measured below, in one pass.
+        unmeasured = config.evaluate.model_copy(update={"sets": {}})
+        found = train(config.model_copy(update={"evaluate": unmeasured}), place, self.ranks)
         tuned = create(config.model).load_exported(load_file(place / "model.safetensors")).eval()
+        scores = self._scores(config, tuned, head_of(place / "model.safetensors"))
+        seconds = time.perf_counter() - begun
         after = self._embed(config, tuned)
         lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
         if keep is not None:
@@ -183,7 +207,7 @@ class Study:
         shutil.rmtree(place)
         return (
             self.key(run)
-            | _accuracies(found)
+            | scores
             | {"rsa": rsa(self._pretrained_embeddings(run.world, config), after)}
             | {symbol: found[name] for symbol, name in NORMS.items() if name in found}
             | {"course": course(lines), "seconds": round(seconds, 1)}
@@ -192,10 +216,21 @@ class Study:
     def pretrained_row(self, run: Run) -> dict[str, Any]:
         """The line of the model that all runs of a world start from: no run, so no method either."""
         config = self.config(run)
-        towers = create(config.model).to(self.ranks.device).eval()
-        found = evaluate(towers, tokenizer_of(config.model), config.evaluate, self.ranks)
-        accuracies = {f"accuracy/{name}": value for name, value in found.items()}
-        return self.key(run) | {"method": "pretrained"} | _accuracies(accuracies) | {"rsa": 1.0}
+        scores = self._scores(config, create(config.model).eval())
+        return self.key(run) | {"method": PRETRAINED} | scores | {"rsa": 1.0}
+
+    def _scores(self, config: Config, towers: Towers, head: Head | None = None) -> dict[str, Any]:
+        """Accuracy on each set by its name, and each of :data:`CALIBRATION` on all sets."""
+        sections, tokenizer = config.evaluate.sets, tokenizer_of(config.model)
+        for section in sections.values():
+            if section.path not in self._opened:
+                self._opened[section.path] = open_evaluation(section)
+        opened = {name: self._opened[section.path] for name, section in sections.items()}
+        towers = towers.to(self.ranks.device)
+        measured = measure_sets(towers, tokenizer, config.evaluate, opened, self.ranks, head)
+        return values(measured, sections) | {
+            metric: {name: result.scores[metric] for name, result in measured.items()} for metric in CALIBRATION
+        }
 
     def _pretrained_embeddings(self, world: str, config: Config) -> Tensor:
         if world not in self._before:
@@ -213,11 +248,6 @@ def named(key: dict[str, Any]) -> str:
     """A file name for what a run left: its world, its method and a hash of the rest."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
     return f"{key['world']}-{key['method']}-{key['seed']}-{digest}"
-
-
-def _accuracies(found: dict[str, float]) -> dict[str, float]:
-    mark = "accuracy/"
-    return {name.removeprefix(mark): value for name, value in found.items() if name.startswith(mark)}
 
 
 def course(lines: list[dict[str, Any]]) -> list[dict[str, float]]:

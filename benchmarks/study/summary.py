@@ -13,15 +13,50 @@ from dive_fast.evaluate import plots
 from dive_fast.io.atomic_files import write_atomic
 from study import sets
 from study.experiments import LEARNING_RATES, MARGIN, SEEDS, chosen, grids, run_of
-from study.methods import AVERAGE_ALONE, BASELINE, COLOURS, HEADS, LABELS, MAIN, STUDIED, TABLE_ORDER
-from study.runs import REFERENCE, SIZES, Run
+from study.methods import (
+    ABLATIONS,
+    AVERAGE_ALONE,
+    BASELINE,
+    COLOURS,
+    COMBINED,
+    DISTILLED,
+    HEADS,
+    LABELS,
+    MAIN,
+    PAPER,
+    SELF_DISTILLING,
+    STUDIED,
+)
+from study.results import of_one_model
+from study.runs import PRETRAINED, REFERENCE, SIZES, Run
 
 Row = dict[str, Any]
 WORLDS = {"cifar10": "CIFAR-10", "pacs": "PACS photo"}
 RULES = {
-    "equal": f"Largest weight that costs at most {100 * MARGIN:g} point of FLYP's ID validation",
-    "best": "Weight and learning rate of the best ID validation",
+    "equal": f"Largest strength that costs at most {100 * MARGIN:g} point of FLYP's ID validation",
+    "best": "Strength and learning rate of the best ID validation",
 }
+
+
+class Group(NamedTuple):
+    """Methods that share tables and charts."""
+
+    ending: str
+    """Ending of the charts' names."""
+    methods: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    """Methods of other groups that these are compared with."""
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """Order in tables and figures."""
+        return (*self.others, *self.methods)
+
+
+GROUPS = (
+    Group("", PAPER),
+    Group("-distilling", SELF_DISTILLING, tuple(method for method in PAPER if method in MAIN)),
+)
 LEVELS = (0.0, 0.01, 0.02)
 """ID accuracy given up against FLYP's best, at which zero-shot accuracies are compared."""
 
@@ -50,8 +85,12 @@ def figure(rows: Sequence[Row], of: Callable[[Row], float]) -> Figure:
 
 def ood(row: Row) -> float:
     """Accuracy under shift: the mean over domains, where there are several."""
-    shifted = sets.DOMAINS if row["world"] == "pacs" else ("ood",)
-    return statistics.fmean(row[name] for name in shifted)
+    return statistics.fmean(row[name] for name in shifted(row["world"]))
+
+
+def shifted(world: str) -> tuple[str, ...]:
+    """Names of the OOD sets of a world."""
+    return sets.DOMAINS if world == "pacs" else ("ood",)
 
 
 def over_seeds(rows: Iterable[Row], run: Run) -> list[Row]:
@@ -60,30 +99,32 @@ def over_seeds(rows: Iterable[Row], run: Run) -> list[Row]:
     return [row for row in rows if row["method"] == run.method and run_of(row) in wanted]
 
 
-def main_table(rows: Sequence[Row], world: str, rule: str, grid: Sequence[Row]) -> list[str]:
+def main_table(
+    rows: Sequence[Row], world: str, rule: str, grid: Sequence[Row], methods: Iterable[str]
+) -> list[str]:
     """Methods at the setting that a rule picks, in Markdown.
 
     Args:
         grid: the rows that it picks from.
     """
     lines = [
-        "| method | weight | learning rate | seeds | validation | ID | OOD | ZS | Tiny | RSA | mean u, v |",
+        "| method | strength | learning rate | seeds | validation | ID | OOD | ZS | Tiny | RSA | mean u, v |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        if (row["world"], row["method"]) == (world, "pretrained"):
+        if (row["world"], row["method"]) == (world, PRETRAINED):
             cells = [
                 f"{100 * value:.1f}" for value in (row["validation"], row["id"], ood(row), row["zs"], row["tiny"])
             ]
             lines.append(f"| pre-trained | | | | {' | '.join(cells)} | 1 | |")
-    for method in TABLE_ORDER:
+    for method in methods:
         run = chosen(grid, world, method, rule)
         selected = over_seeds(rows, run) if run is not None else []
         if run is None or not selected:
             continue
         cells = [
-            LABELS[method],
-            "" if run.weight is None else f"{run.weight:g}",
+            _label(method, selected, rows),
+            _strength(run),
             f"{run.learning_rate:g}",
             str(len(selected)),
             *(
@@ -94,6 +135,71 @@ def main_table(rows: Sequence[Row], world: str, rule: str, grid: Sequence[Row]) 
             ", ".join(f"{figure(selected, _of(name)).mean:.1e}" for name in ("u", "v") if name in selected[0]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def calibration_table(
+    rows: Sequence[Row], world: str, rule: str, grid: Sequence[Row], methods: Iterable[str]
+) -> list[str]:
+    """Calibration of the methods at the setting that a rule picks, in Markdown; of the runs that have it.
+
+    Args:
+        grid: the rows that it picks from.
+    """
+    lines = [
+        "| method | strength | seeds | ECE, ID | ECE, OOD | ECE by 512, ID | ECE by 512, OOD "
+        "| confidence - accuracy, ID | the same, OOD |",
+        "|---" * 9 + "|",
+    ]
+    selections: list[tuple[str, str, list[Row]]] = [
+        ("pre-trained", "", [row for row in rows if (row["world"], row["method"]) == (world, PRETRAINED)])
+    ]
+    for method in methods:
+        if (run := chosen(grid, world, method, rule)) is not None:
+            selected = over_seeds(rows, run)
+            selections.append((_label(method, selected, rows), _strength(run), selected))
+    for label, strength, selected in selections:
+        measured = [row for row in selected if "ece" in row]
+        if not measured:
+            continue
+        cells = [label, strength, str(len(measured))]
+        for metric in ("ece", "ece_batched"):
+            for names in (("id",), shifted(world)):
+                # A set smaller than a batch has one batch.
+                is_known = metric == "ece" or world == "cifar10"
+                cells.append(figure(measured, _mean_of(metric, names)).plain() if is_known else "")
+        for names in (("id",), shifted(world)):
+            gap = figure(measured, _overconfidence(names))
+            cells.append(f"{gap.mean:+.3f}" + (f" ± {gap.deviation:.3f}" if gap.count > 1 else ""))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def difference_table(rows: Sequence[Row], world: str, grid: Sequence[Row]) -> list[str]:
+    """TRACER + DiVE minus each of its halves, in points, seed by seed: methods share batches within a seed.
+
+    Args:
+        grid: the rows that settings are chosen from, by ``equal``.
+    """
+    measures: dict[str, Callable[[Row], float]] = {
+        "ID": _of("id"), "OOD": ood, "ZS": _of("zs"), "Tiny": _of("tiny"), "RSA x 100": _of("rsa")
+    }  # fmt: skip
+    lines = [f"| {LABELS[COMBINED]} minus | seeds | {' | '.join(measures)} |", "|---" * (len(measures) + 2) + "|"]
+    combined = chosen(grid, world, COMBINED, "equal")
+    for method in (BASELINE, DISTILLED, STUDIED):
+        other = chosen(grid, world, method, "equal")
+        if combined is None or other is None:
+            continue
+        first, second = ({row["seed"]: row for row in over_seeds(rows, run)} for run in (combined, other))
+        seeds = sorted(first.keys() & second.keys())
+        if not seeds:
+            continue
+        cells = []
+        for of in measures.values():
+            differences = [100 * (of(first[seed]) - of(second[seed])) for seed in seeds]
+            mean, deviation = statistics.fmean(differences), statistics.stdev(differences) if len(seeds) > 1 else 0
+            cells.append(f"{mean:+.1f}" + (f" ± {deviation:.1f}" if len(seeds) > 1 else ""))
+        lines.append(f"| {LABELS[method]} | {len(seeds)} | {' | '.join(cells)} |")
     return lines
 
 
@@ -114,28 +220,28 @@ def at_level(points: Iterable[tuple[float, float]], level: float) -> float | Non
     return float(np.interp(level, [x for x, _ in line], [y for _, y in line]))
 
 
-def level_table(rows: Sequence[Row], world: str) -> list[str]:
+def level_table(rows: Sequence[Row], world: str, methods: Iterable[str]) -> list[str]:
     """Zero-shot accuracy, mean of both sets, and RSA at equal ID accuracy, from the grid's runs."""
-    flyp = [row for row in rows if (row["world"], row["method"], row["seed"]) == (world, BASELINE, 0)]
+    flyp = searched_runs(rows, world, BASELINE)
     if not flyp:
         return []
     reached = max(map(in_domain, flyp))
     heads = [f"FLYP's ID{f' - {100 * less:g}' if less else ''}" for less in LEVELS]
     lines = [f"| method | {' | '.join(heads)} | RSA, the same |", "|---" * (len(LEVELS) + 2) + "|"]
-    for method in TABLE_ORDER:
+    for method in methods:
         if method in HEADS:
             continue  # their ID is that of another classifier
         # The same grid for every method: who has more runs finds a better one.
         grid = set(grids(world, [method]))
-        selected = [row for row in plain_runs(rows, world, method) if run_of(row) in grid]
-        if len(selected) < len(grid):
+        selected = [row for row in searched_runs(rows, world, method) if run_of(row) in grid]
+        if not selected:
             continue
         levels = [reached - less for less in LEVELS]
         kept = [at_level([(in_domain(row), zero_shot(row)) for row in selected], level) for level in levels]
         geometry = [at_level([(in_domain(row), row["rsa"]) for row in selected], level) for level in levels]
         cells = ["-" if value is None else f"{100 * value:.1f}" for value in kept]
         shapes = ", ".join("-" if value is None else f"{value:.3f}" for value in geometry)
-        lines.append(f"| {LABELS[method]} | {' | '.join(cells)} | {shapes} |")
+        lines.append(f"| {_label(method, selected, flyp)} | {' | '.join(cells)} | {shapes} |")
     return lines
 
 
@@ -150,9 +256,20 @@ def zero_shot(row: Row) -> float:
 
 
 def plain_runs(rows: Iterable[Row], world: str, method: str) -> list[Row]:
-    """Runs of seed 0 that differ from the default in weight and learning rate alone."""
+    """Runs of seed 0 that differ from the default in strength and learning rate alone."""
     selected = [row for row in rows if (row["world"], row["method"], row["seed"]) == (world, method, 0)]
     return [row for row in selected if run_of(row).is_plain()]
+
+
+def searched_runs(rows: Sequence[Row], world: str, method: str) -> list[Row]:
+    """Plain runs from the latest pre-trained weights for which the method's grid is complete; none without it."""
+    grid = set(grids(world, [method]))
+    selected = plain_runs(rows, world, method)
+    for model in dict.fromkeys(row["model"] for row in reversed(selected)):
+        runs = [row for row in selected if row["model"] == model]
+        if grid <= {run_of(row) for row in runs}:
+            return runs
+    return []
 
 
 def sweeps(dive: Run, batch_size: int) -> dict[str, dict[str, Run]]:
@@ -222,23 +339,25 @@ def draw_sweeps(rows: Sequence[Row], batch_size: int, path: Path) -> bool:
     return True
 
 
-def compared(rows: Sequence[Row], world: str, rule: str, grid: Sequence[Row]) -> list[Row]:
-    """The pre-trained model and each method's runs at the setting that a rule picks from a grid."""
-    selected = [row for row in rows if (row["world"], row["method"]) == (world, "pretrained")]
-    for method in TABLE_ORDER:
-        if (run := chosen(grid, world, method, rule)) is not None:
+def compared(rows: Sequence[Row], world: str, methods: Iterable[str], grid: Sequence[Row]) -> list[Row]:
+    """The pre-trained model and each method's runs at the setting that ``equal`` picks from a grid."""
+    selected = [row for row in rows if (row["world"], row["method"]) == (world, PRETRAINED)]
+    for method in methods:
+        if (run := chosen(grid, world, method, "equal")) is not None:
             selected += over_seeds(rows, run)
     return [row | {"ood": ood(row), "zs": zero_shot(row)} for row in selected]
 
 
 def norm_table(rows: Sequence[Row]) -> list[str]:
     """Lengths of the difference vectors at the end of DiVE's runs, over weight and learning rate."""
-    selected = sorted(plain_runs(rows, "cifar10", STUDIED), key=lambda row: (row["learning_rate"], row["weight"]))
+    selected = sorted(
+        plain_runs(rows, "cifar10", STUDIED), key=lambda row: (row["learning_rate"], row["strength"])
+    )
     lines = ["| lambda | learning rate | mean u | mean v | m | m over u | ID | ZS | RSA |", "|---" * 9 + "|"]
     for row in selected:
         norms = " | ".join(f"{row[symbol]:.1e}" for symbol in "uvm")
         lines.append(
-            f"| {row['weight']:g} | {row['learning_rate']:g} | {norms} | {row['m'] / row['u']:.2f} "
+            f"| {row['strength']:g} | {row['learning_rate']:g} | {norms} | {row['m'] / row['u']:.2f} "
             f"| {100 * row['id']:.1f} | {100 * row['zs']:.1f} | {row['rsa']:.4f} |"
         )
     return lines
@@ -252,36 +371,54 @@ def write(rows: Sequence[Row], size: str, folder: Path, grid: Sequence[Row] | No
     """
     path = folder / f"study-{size}.md"
     lines = [f"# Figures of the {size} study", "", f"Written by `python -m study report` from study-{size}.jsonl."]
-    for world, title in WORLDS.items():
-        if not any(row["world"] == world for row in rows):
-            continue
-        for rule, meaning in RULES.items():
-            table = main_table(rows, world, rule, rows if grid is None else grid)
-            # Settings from elsewhere are those of one rule.
-            if len(table) > 3 and (grid is None or rule == "equal"):
-                lines += ["", f"## {title}. {meaning}", "", *table]
-        name = f"study-{size}-{world}-methods.png"
-        methods = compared(rows, world, "equal", rows if grid is None else grid)
-        if any(row["method"] != "pretrained" for row in methods):
-            plots.tradeoff(methods, folder / name, f"{title}: {RULES['equal'][0].lower()}{RULES['equal'][1:]}")
-            lines += ["", f"![Methods: ID, OOD, zero-shot accuracy and RSA]({name})"]
-        if grid is not None:
-            continue
-        table = level_table(rows, world)
-        if table:
-            lines += [
-                "",
-                f"## {title}. Zero-shot accuracy (mean of both sets) at equal ID, from the grid",
-                "",
-                *table,
-            ]
-        name = f"study-{size}-{world}-curves.png"
-        draw_curves(rows, world, folder / name)
-        lines += ["", f"![ID against zero-shot accuracy and RSA]({name})"]
+    for world in WORLDS:
+        if any(row["world"] == world for row in rows):
+            lines += _about_world(rows, size, world, folder, grid)
     if grid is None:
-        lines += _about_dive(rows, size, folder)
+        lines += _about_dive(of_one_model(rows, "cifar10", PAPER), size, folder)
     write_atomic(path, ("\n".join(lines) + "\n").encode())
     return path
+
+
+def _about_world(
+    rows: Sequence[Row], size: str, world: str, folder: Path, grid: Sequence[Row] | None
+) -> list[str]:
+    title, settings = WORLDS[world], rows if grid is None else grid
+    lines: list[str] = []
+    for group in GROUPS:
+        own = of_one_model(rows, world, group.methods)
+        if not own:
+            continue
+        # Runs and grids of methods that other groups have may be of earlier weights.
+        searched = rows if group.others else own
+        missing = set(group.others) - {row["method"] for row in own}
+        for name in missing:
+            own += [row for row in of_one_model(rows, world, [name]) if row["method"] == name]
+        lines += ["", f"Runs from the pre-trained weights {own[0]['model']}."]
+        # Settings from elsewhere are those of one rule.
+        for rule in RULES if grid is None else ("equal",):
+            tables = {
+                RULES[rule]: main_table(own, world, rule, settings, group.order),
+                f"Calibration. {RULES[rule]}": calibration_table(own, world, rule, settings, group.order),
+            }
+            for heading, table in tables.items():
+                if len(table) > 3:
+                    lines += ["", f"## {title}. {heading}", "", *table]
+        selected = compared(own, world, group.order, settings)
+        if any(row["method"] in group.methods for row in selected):
+            name, rule = f"study-{size}-{world}-methods{group.ending}.png", RULES["equal"]
+            plots.tradeoff(selected, folder / name, f"{title}: {rule[0].lower()}{rule[1:]}")
+            lines += ["", f"![Methods: ID, OOD, zero-shot accuracy and RSA]({name})"]
+        if COMBINED in group.methods and len(table := difference_table(own, world, settings)) > 2:
+            lines += ["", f"## {title}. {LABELS[COMBINED]}, differences within seeds, in points", "", *table]
+        if grid is None:
+            if table := level_table(searched, world, group.order):
+                heading = f"## {title}. Zero-shot accuracy (mean of both sets) at equal ID, from the grid"
+                lines += ["", heading, "", *table]
+            name = f"study-{size}-{world}-curves{group.ending}.png"
+            draw_curves(searched, world, group.order, folder / name)
+            lines += ["", f"![ID against zero-shot accuracy and RSA]({name})"]
+    return lines
 
 
 def _about_dive(rows: Sequence[Row], size: str, folder: Path) -> list[str]:
@@ -296,8 +433,8 @@ def _about_dive(rows: Sequence[Row], size: str, folder: Path) -> list[str]:
     return lines
 
 
-def draw_curves(rows: Sequence[Row], world: str, path: Path) -> None:
-    """ID against zero-shot accuracy and RSA: for each method a line over its weights at its best learning rate."""
+def draw_curves(rows: Sequence[Row], world: str, methods: Iterable[str], path: Path) -> None:
+    """ID against zero-shot accuracy and RSA: a line a method over its strengths at its best learning rate."""
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(11.5, 5.2), layout="constrained")
@@ -306,36 +443,37 @@ def draw_curves(rows: Sequence[Row], world: str, path: Path) -> None:
         ("RSA", _of("rsa"), 1),
     ]
     for axis, (title, of, factor) in zip(canvas.subplots(1, 2), measures, strict=True):
-        for method in TABLE_ORDER:
+        for method in methods:
             if method in HEADS:
                 continue
             # Those at gentler rates are there for the lengths of difference vectors, and learn little.
-            selected = [row for row in plain_runs(rows, world, method) if row["learning_rate"] in LEARNING_RATES]
+            runs = searched_runs(rows, world, method) or plain_runs(rows, world, method)
+            selected = [row for row in runs if row["learning_rate"] in LEARNING_RATES]
             if not selected:
                 continue
             points = [(100 * in_domain(row), factor * of(row)) for row in selected]
             axis.plot(*zip(*points, strict=True), "o", color=COLOURS[method], markersize=3.5, alpha=0.35)
             best = max(selected, key=lambda row: row["validation"])
             line = [row for row in selected if row["learning_rate"] == best["learning_rate"]]
-            line.sort(key=lambda row: row["weight"] or 0)
+            line.sort(key=lambda row: row["strength"] or 0)
             points = [(100 * in_domain(row), factor * of(row)) for row in line]
             axis.plot(*zip(*points, strict=True), "o-", color=COLOURS[method], markersize=6, label=LABELS[method])
             for row, point in zip(line, points, strict=True):
-                if row["weight"] is not None and method in MAIN:
-                    axis.annotate(f"{row['weight']:g}", point, (5, 3), textcoords="offset points", fontsize=7)
-        started = [row for row in rows if (row["world"], row["method"]) == (world, "pretrained")]
+                if row["strength"] is not None and method not in ABLATIONS:
+                    axis.annotate(f"{row['strength']:g}", point, (5, 3), textcoords="offset points", fontsize=7)
+        started = [row for row in rows if (row["world"], row["method"]) == (world, PRETRAINED)][-1:]
         for row in started:
-            axis.axhline(factor * of(row), color=COLOURS["pretrained"], linewidth=1, linestyle=":")
+            axis.axhline(factor * of(row), color=COLOURS[PRETRAINED], linewidth=1, linestyle=":")
             axis.annotate(
                 "pre-trained", (0.01, factor * of(row)), (0, 3), xycoords=("axes fraction", "data"),
-                textcoords="offset points", fontsize=8, color=COLOURS["pretrained"],
+                textcoords="offset points", fontsize=8, color=COLOURS[PRETRAINED],
             )  # fmt: skip
         axis.set_xlabel("ID accuracy (validation and test), %")
         axis.set_ylabel(title)
         axis.spines[["top", "right"]].set_visible(False)
     canvas.axes[0].legend(frameon=False, fontsize=8, loc="lower left")
     canvas.suptitle(
-        f"Fine-tuning on {WORLDS[world]}, seed 0: lines over the weight (numbers) at each method's best "
+        f"Fine-tuning on {WORLDS[world]}, seed 0: lines over the strength (numbers) at each method's best "
         "learning rate; faint: the other ones",
         fontsize=10,
     )
@@ -350,15 +488,15 @@ def draw_norms(rows: Sequence[Row], path: Path) -> bool:
     if best is None:
         return False
     selected = [row for row in plain_runs(rows, "cifar10", STUDIED) if row["learning_rate"] == best.learning_rate]
-    selected.sort(key=lambda row: row["weight"])
+    selected.sort(key=lambda row: row["strength"])
     canvas = Canvas(figsize=(11.5, 3.8), layout="constrained")
     titles = {"u": "mean |u|, images", "v": "mean |v|, captions", "m": "|m|"}
     for axis, (symbol, title) in zip(canvas.subplots(1, 3, sharey=True), titles.items(), strict=True):
         for place, row in enumerate(selected):
             points = [(point["step"], point[symbol]) for point in row["course"] if point["step"] > 1]
             shade = 0.25 + 0.7 * place / max(1, len(selected) - 1)
-            axis.plot(*zip(*points, strict=True), color=(0.1, 0.3, 0.6, shade), label=f"{row['weight']:g}")
-            axis.annotate(f"{row['weight']:g}", points[-1], (3, -3), textcoords="offset points", fontsize=7)
+            axis.plot(*zip(*points, strict=True), color=(0.1, 0.3, 0.6, shade), label=f"{row['strength']:g}")
+            axis.annotate(f"{row['strength']:g}", points[-1], (3, -3), textcoords="offset points", fontsize=7)
         axis.axhspan(1e-4, 1e-3, color="#d98c3f", alpha=0.12, linewidth=0)
         axis.set_yscale("log")
         axis.set_title(title, fontsize=10)
@@ -371,6 +509,24 @@ def draw_norms(rows: Sequence[Row], path: Path) -> bool:
     )
     canvas.savefig(path, dpi=130)
     return True
+
+
+def _mean_of(metric: str, names: Sequence[str]) -> Callable[[Row], float]:
+    return lambda row: statistics.fmean(row[metric][name] for name in names)
+
+
+def _overconfidence(names: Sequence[str]) -> Callable[[Row], float]:
+    return lambda row: statistics.fmean(row["confidence"][name] - row[name] for name in names)
+
+
+def _label(method: str, selected: Sequence[Row], rows: Sequence[Row]) -> str:
+    """The method's name, with a remark if the selected runs start from other weights than the first of the rows."""
+    is_earlier = bool(selected) and selected[0]["model"] != rows[0]["model"]
+    return LABELS[method] + " (earlier weights)" * is_earlier
+
+
+def _strength(run: Run) -> str:
+    return "" if run.strength is None else f"{run.strength:g}"
 
 
 def _of(name: str) -> Callable[[Row], float]:
