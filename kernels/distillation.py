@@ -94,16 +94,17 @@ class Terms(NamedTuple):
 @lru_cache
 def terms_of(feature: float, relational: float, interactive: float, cross: float) -> Terms:
     """Terms from the weights that users pass."""
-    weights = tuple(map(float, (feature, relational, interactive, cross)))
-    has_feature, has_relational, has_interactive, has_cross = (weight != 0 for weight in weights)
     return Terms(
-        *weights,
-        has_feature,
-        has_relational,
-        has_interactive,
-        has_cross,
-        TEACHER=has_relational or has_cross,
-        MIXED=has_interactive or has_cross,
+        float(feature),
+        float(relational),
+        float(interactive),
+        float(cross),
+        FEATURE=feature != 0,
+        RELATIONAL=relational != 0,
+        INTERACTIVE=interactive != 0,
+        CROSS=cross != 0,
+        TEACHER=relational != 0 or cross != 0,
+        MIXED=interactive != 0 or cross != 0,
     )
 
 

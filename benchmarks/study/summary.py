@@ -520,7 +520,7 @@ def _overconfidence(names: Sequence[str]) -> Callable[[Row], float]:
 
 
 def _label(method: str, selected: Sequence[Row], rows: Sequence[Row]) -> str:
-    """The method's name, with a remark if the selected runs start from other weights than the first of the rows."""
+    """The method's name, with a remark if the selected runs start from other weights than the first row."""
     is_earlier = bool(selected) and selected[0]["model"] != rows[0]["model"]
     return LABELS[method] + " (earlier weights)" * is_earlier
 
