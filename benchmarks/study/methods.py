@@ -40,13 +40,15 @@ DISTILLED = "tracer"
 COMBINED = "tracer_dive"
 """``DISTILLED`` on the target batch and ``STUDIED`` on the reference batch. Its grid is that of the reference
 loss; the distillation weight is the default."""
+LIGHT = "tracer_dive_light"
+"""``COMBINED`` with a tenth of its distillation."""
 MAIN = (BASELINE, STUDIED, "flyp_replay", "snd")
-SELF_DISTILLING = (DISTILLED, COMBINED, "tracer_fd", "carot", "lipsum")
+SELF_DISTILLING = (DISTILLED, COMBINED, LIGHT, "tracer_fd", "carot", "lipsum")
 """Methods with a teacher on the target batch. StarFT is not one of the study's: its distillation is 0 in the last
 epoch, which is the only one on CIFAR-10, and its backgrounds are words that the small model has never read."""
 CORE = (BASELINE, STUDIED, DISTILLED, COMBINED)
 """Methods that answer whether the combination keeps what each of its halves keeps."""
-NARROW = ("tracer_fd", "carot", "lipsum")
+NARROW = (LIGHT, "tracer_fd", "carot", "lipsum")
 """Methods whose grid has only the learning rate that is best for the baseline."""
 ABLATIONS = (AVERAGE_ALONE, "pvl", "cosine")
 STRENGTHS: dict[str, Strength | None] = {
@@ -54,13 +56,22 @@ STRENGTHS: dict[str, Strength | None] = {
     STUDIED: _DECADES,
     "flyp_replay": Strength(REFERENCE_WEIGHT, (0.3, 1.0, 3.0)),
     "snd": _DECADES,
-    **{name: _DECADES if name == COMBINED else _around_default(name) for name in SELF_DISTILLING},
+    **{name: _DECADES if name in (COMBINED, LIGHT) else _around_default(name) for name in SELF_DISTILLING},
     **dict.fromkeys(ABLATIONS, _DECADES),
     "vanilla_ft": None,
     "lp_ft": None,
 }
 """Every method of the study and its strength; None: it has no such option."""
-HEADS = tuple(name for name in STRENGTHS if registry.needs(ObjectiveConfig(name=name)).head)
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    # Eq. 6 starts the average at 0. Cosines begin at 1, and short runs end before the average is there.
+    "cosine": {"name": "cosine", "average_start": 1},
+    LITERAL_COSINE: {"name": "cosine", "average_start": 0},
+    LIGHT: {"name": COMBINED, "distillation_weight": _around_default(DISTILLED).grid[0]},
+}
+"""Methods whose ``objective`` is more than their name."""
+HEADS = tuple(
+    name for name in STRENGTHS if registry.needs(ObjectiveConfig(**OBJECTIVES.get(name, {"name": name}))).head
+)
 """Methods with a classifier of their own, whose ID accuracy is not that of the text embeddings."""
 PAPER = (BASELINE, "flyp_replay", "snd", STUDIED, *ABLATIONS, "vanilla_ft", "lp_ft")
 """Methods of DiVE's paper, in the order of tables and figures."""
@@ -70,14 +81,11 @@ FURTHER_STRENGTHS = {
     "snd": (3.0, 30.0, 300.0),
 }
 """Further strengths for the curves of ID and ZS, at the method's best learning rate."""
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    # Eq. 6 starts the average at 0. Cosines begin at 1, and short runs end before the average is there.
-    "cosine": {"name": "cosine", "average_start": 1},
-    LITERAL_COSINE: {"name": "cosine", "average_start": 0},
+LABELS = {name: label for name, (label, _) in plots.method_styles().items()} | {
+    "cosine": "Cosine, m from 1",
+    LIGHT: f"{OBJECTIVES[LIGHT]['distillation_weight']:g} TRACER + DiVE",
 }
-"""Methods whose ``objective`` is more than their name."""
-LABELS = {name: label for name, (label, _) in plots.method_styles().items()} | {"cosine": "Cosine, m from 1"}
-COLOURS = {name: colour for name, (_, colour) in plots.method_styles().items()}
+COLOURS = {name: colour for name, (_, colour) in plots.method_styles().items()} | {LIGHT: "#7f95d1"}
 PUBLISHED_WIDTH, PUBLISHED_STEPS = 512, 25_030
 """Embedding width of ViT-B/16 and steps of 10 epochs of ImageNet at a batch of 512, for which TRACER's and CaRot's
 defaults are chosen."""

@@ -345,7 +345,13 @@ def compared(rows: Sequence[Row], world: str, methods: Iterable[str], grid: Sequ
     for method in methods:
         if (run := chosen(grid, world, method, "equal")) is not None:
             selected += over_seeds(rows, run)
-    return [row | {"ood": ood(row), "zs": zero_shot(row)} for row in selected]
+    registered = plots.method_styles()
+    return [
+        row
+        | {"ood": ood(row), "zs": zero_shot(row)}
+        | {"method": row["method"] if row["method"] in registered else LABELS[row["method"]]}
+        for row in selected
+    ]
 
 
 def norm_table(rows: Sequence[Row]) -> list[str]:
