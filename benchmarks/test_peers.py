@@ -16,6 +16,7 @@ from torch import Tensor
 from dive_fast.engine.optimizer import learning_rate_schedule
 from dive_fast.kernels import naive
 from dive_fast.model import transformer_blocks as blocks
+from dive_fast.model.fast_blocks import FastModule
 from dive_fast.model.towers import Towers, unit
 
 BATCH = 6
@@ -111,6 +112,9 @@ def test_levers_keep_gradient(
 ) -> None:
     # Traces the same graph without inductor, which takes minutes on a small machine.
     monkeypatch.setattr(blocks, "BACKEND", "aot_eager")
+    if INTERPRETED:
+        # The interpreter takes minutes for these layers; the tests of the step and of the model have it.
+        monkeypatch.setattr(FastModule, "backend", "torch")
     every = Levers(*[True] * len(Levers._fields))._replace(half_precision=False)
     levers = Levers(**{lever: True}) if lever in Levers._fields else every
     if levers.fused_losses and not INTERPRETED and DEVICE.type != "cuda":

@@ -149,7 +149,7 @@ def test_left_out_count_is_in_rows_tables_and_logs(
         assert f"% of {GOOD} samples, {BROKEN + LOST} left out" in out
         table = (tmp_path / "results.md").read_text()
         assert "| mine (macro F1) |" in table
-        assert table.count(f"({BROKEN + LOST} left out)") == 2
+        assert table.count(f"({BROKEN + LOST} left out)") == 3  # retrieval, accuracy and calibration
         assert "captions: 8 samples are 7 distinct images" in out  # the broken images have the same bytes
     caplog.clear()
     evaluate(towers, tokenizer, config, ALONE)
