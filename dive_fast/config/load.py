@@ -57,8 +57,9 @@ class _Layers:
         self.tree: dict[str, Any] = {}
         self.origins: dict[str, str] = {}
         """The file that sets each dotted key."""
-        self.inherited: set[str] = set()
-        """Keys of ``objective`` that were set for another method than the one it names now."""
+        self.inherited: dict[str, Mapping[str, Any]] = {}
+        """Keys of ``objective`` that were set for another method than the one it names now, each with the
+        ``objective`` that they were set for."""
 
     def add_file(self, path: Path, tree: Mapping[str, Any]) -> None:
         """Merges a file over the layers below it."""
@@ -85,7 +86,7 @@ class _Layers:
             _apply(self.tree, keys, value, override)
             if keys == ["objective"]:
                 # The section is replaced: nothing in it is inherited.
-                before, self.inherited = {}, set()
+                before, self.inherited = {}, {}
             elif keys[0] == "objective":
                 set_here |= {".".join(keys[1:end]) for end in range(2, len(keys) + 1)}
                 set_here |= set(_keys(value, f"{'.'.join(keys[1:])}.")) if isinstance(value, dict) else set()
@@ -104,7 +105,9 @@ class _Layers:
         if "name" in set_here and after.get("name") is not None and any(_loss_of(before, half) for half in HALVES):
             # A method that is named again replaces losses that were named below it.
             foreign = set(_keys(before)) - {"name"}
-        self.inherited = (self.inherited | foreign) - set_here
+        # The first method of a key is the one that it was set for.
+        former = dict.fromkeys(foreign, before) | self.inherited
+        self.inherited = {key: objective for key, objective in former.items() if key not in set_here}
 
 
 def _read_with_bases(path: Path) -> list[tuple[Path, "_Object"]]:

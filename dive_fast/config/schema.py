@@ -5,6 +5,7 @@ from it (``python -m dive_fast.methods.run_config``).
 """
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -321,12 +322,13 @@ class Config(Section):
     `zero_optimization.stage` may be `"auto"`, which is 1 on several ranks or with offload, otherwise 0."""
 
     @classmethod
-    def drop_inherited(cls, tree: dict[str, Any], inherited: set[str]) -> None:
+    def drop_inherited(cls, tree: dict[str, Any], inherited: Mapping[str, Mapping[str, Any]]) -> None:
         """Removes keys of ``objective`` that were set for another method; without methods, keeps all.
 
         Args:
             tree: the config before validation; changed in place.
-            inherited: dotted keys of its ``objective`` that were set for another method.
+            inherited: dotted keys of its ``objective`` that were set for another method, each with the
+                ``objective`` that they were set for.
         """
 
     @model_validator(mode="after")

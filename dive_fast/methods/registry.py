@@ -328,14 +328,16 @@ def resolve(objective: ObjectiveConfig) -> ObjectiveConfig:
     return ObjectiveConfig(**section, name=None, target=target, reference=reference)
 
 
-def drop_inherited(objective: dict[str, Any], inherited: set[str]) -> None:
+def drop_inherited(objective: dict[str, Any], inherited: Mapping[str, Mapping[str, Any]]) -> None:
     """Removes options that were set for another method: those that the method now chosen lacks, and the weight.
 
-    A weight other than the method's default is reported, since the method could have kept it.
+    Options of one name and different defaults are of different size in the two methods, as weights are; they are
+    removed too. A value that the method could have kept and that is not its default is reported.
 
     Args:
         objective: the ``objective`` section, not validated; changed in place.
-        inherited: keys of it that were set for another method, e.g. ``decay`` and ``reference.decay``.
+        inherited: keys of it that were set for another method, e.g. ``decay`` and ``reference.decay``, each with
+            the ``objective`` that they were set for.
     """
     name = objective.get("name", ObjectiveConfig().name)
     preset = table().presets.get(name) if isinstance(name, str) else None
@@ -355,13 +357,15 @@ def drop_inherited(objective: dict[str, Any], inherited: set[str]) -> None:
         allowed |= {"weight", "reference_every"} if half == "reference" and part is not None else set()
     parts = (*table().targets.values(), *table().references.values())
     known = {*COMMON, *(option for part in parts for option in part.Options.model_fields)}
-    for key in inherited - allowed:
+    for key in inherited.keys() - allowed:
         section_key, _, option = key.partition(".")
         if (option or key) not in known:
             continue  # a mistake in any method, which the validation reports
         section = objective.get(section_key) if option else objective
         if isinstance(section, dict):
             section.pop(option or key, None)
+    for key in sorted(inherited.keys() & allowed):
+        _drop_of_other_size(objective, key, inherited[key])
     # ``part`` is that of the reference loss, the last half.
     if "weight" in inherited and "weight" in objective and part is not None:
         default = getattr(part, "default_weight", None)
@@ -371,6 +375,49 @@ def drop_inherited(objective: dict[str, Any], inherited: set[str]) -> None:
                 f"used: the default of {part.name} is {default:g}; set objective.weight together with the method"
             )
             del objective["weight"]
+
+
+def _drop_of_other_size(objective: dict[str, Any], key: str, former: Mapping[str, Any]) -> None:
+    """Removes an inherited option whose default is another one in the part that it was set for.
+
+    Args:
+        key: dotted key in ``objective``.
+        former: the ``objective`` that it was set for.
+    """
+    half, _, option = key.rpartition(".")
+    section = objective.get(half) if half else objective
+    parts = [_part_with(each, half, option) for each in (former, objective)]
+    if not isinstance(section, dict) or option not in section or None in parts:
+        return
+    old, new = (part.Options.model_fields[option].default for part in parts if part is not None)
+    if parts[0] is parts[1] or old == new:
+        return
+    if section[option] not in (old, new):
+        assert parts[1] is not None
+        warn_on_main_rank(
+            f"objective.{key} = {shorten_json(section[option])} was set for another method and is not used: the "
+            f"default of {parts[1].name} is {shorten_json(new)}; set objective.{key} together with the method"
+        )
+    del section[option]
+
+
+def _part_with(objective: Mapping[str, Any], half: str, option: str) -> type[Part] | None:
+    """The part of an ``objective``, not validated, that has an option.
+
+    Args:
+        half: the half in whose section the option stands; empty: it stands in ``objective`` itself.
+    """
+    name = objective.get("name", ObjectiveConfig().name)
+    preset = table().presets.get(name) if isinstance(name, str) else None
+    for each in (half,) if half else HALVES:
+        section = objective.get(each)
+        named = section.get("name") if isinstance(section, Mapping) else section
+        part = _known_parts(each).get(named) if isinstance(named, str) else None
+        if named is None and preset is not None:
+            part = _part_of(preset, each)
+        if part is not None and option in part.Options.model_fields:
+            return part
+    return None
 
 
 def needs(objective: ObjectiveConfig) -> Needs:

@@ -3,7 +3,7 @@
 ``python -m dive_fast.methods.run_config`` prints the configuration reference, docs/config.md.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class RunConfig(Config):
         return self.model_copy(update={"objective": objective})
 
     @classmethod
-    def drop_inherited(cls, tree: dict[str, Any], inherited: set[str]) -> None:
+    def drop_inherited(cls, tree: dict[str, Any], inherited: Mapping[str, Mapping[str, Any]]) -> None:
         """Removes options of a base config's method that the method now chosen lacks."""
         registry.drop_inherited(tree["objective"], inherited)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dive_fast.config.section import NonNegativeFloat, PathText, Section
 from dive_fast.data.prompts import Template, read_templates
-from dive_fast.errors import ConfigError
+from dive_fast.errors import ConfigError, warn_on_main_rank
 from dive_fast.kernels.naive import gather_rows, unit
 from dive_fast.kernels.precision import product
 from dive_fast.methods.flyp import Contrastive
@@ -58,7 +58,12 @@ class StarFT(Contrastive):
         self.epochs = math.ceil(setting.total_steps / setting.steps_per_epoch)
 
     def start(self, start: Start) -> None:
-        """Validates that the target set has classes."""
+        """Validates that the target set has classes; warns of a run without distillation."""
+        if self.epochs == 1 and self.options.distillation_weight:
+            warn_on_main_rank(
+                "train.epochs, train.max_steps: the run ends within one epoch, and starft's last epoch has no "
+                "distillation, so that it trains as flyp; train for two epochs or more"
+            )
         if not start.class_names:
             raise ConfigError(
                 "data.target: it has prompts and no classes, which starft needs to leave out pairs of equal "

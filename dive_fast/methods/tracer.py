@@ -60,7 +60,7 @@ class Tracer(SelfDistillation):
         """Weight of CKD: KL divergence of ICL's logits from the teacher's."""
         projection_weight: NonNegativeFloat = 0.05
         """Weight of the norm of the product of both towers' last maps."""
-        kernel_beta: Annotated[float, Field(gt=0, le=10)] = 0.5
+        kernel_beta: Annotated[float, Field(ge=0.01, le=10)] = 0.5
         """Shape beta of the Beta(beta, beta) density by which the teacher averages the run's weights. 1: all count
         alike; below 1: those of begin and end count more."""
         kernel_clock: Literal["steps", "updates"] = "steps"

@@ -232,9 +232,11 @@ def check_disk(config: Config, folder: Path, towers: Towers, pairs: int) -> None
         return  # a resumed run has written most of it
     options, path = config.train, config.teacher.path
     weights = sum(parameter.numel() * 4 for parameter in towers.parameters())
-    checkpoint = 3 * weights  # with AdamW's moments
+    teacher = registry.needs(config.objective).target_teacher == "moving"
+    checkpoint = (3 + teacher) * weights  # with AdamW's moments
+    exported = (1 + teacher) * weights
     # By disk: folders on one disk share its free space.
-    minimum = {_existing(folder).stat().st_dev: (folder, checkpoint + weights)}
+    minimum = {_existing(folder).stat().st_dev: (folder, checkpoint + exported)}
     if _writes_cache(config) and not (folder / "teacher" if path is None else Path(path)).exists():
         assert config.data.reference is not None
         views = config.data.reference.views
@@ -252,7 +254,7 @@ def check_disk(config: Config, folder: Path, towers: Towers, pairs: int) -> None
                 "teacher.path"
             )
     # The next checkpoint is written before the oldest is removed.
-    maximum = (options.keep_last + 1 + options.keep_best) * checkpoint + 2 * weights
+    maximum = (options.keep_last + 1 + options.keep_best) * checkpoint + 2 * exported
     free = shutil.disk_usage(_existing(folder)).free
     if maximum > free:
         logger.warning(

@@ -10,6 +10,7 @@ from config_files import CONFIGS, REPOSITORY, SMALL, error_of, write
 from dive_fast.config.load import find_config
 from dive_fast.config.section import Section
 from dive_fast.errors import ConfigError
+from dive_fast.methods.registry import choose
 from dive_fast.methods.run_config import RunConfig, load_run_config
 
 
@@ -328,6 +329,38 @@ def test_weight_of_another_method_is_not_used_and_reported(
     ]
     assert len(reports) == lines
     assert all("the default of snd is 1" in report for report in reports)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_option_of_another_size_in_the_former_method_is_not_used_and_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, nested: bool
+) -> None:
+    options = {"distillation_weight": 0.5, "teacher_every": 1, "projection_weight": 0.2}
+    former = {"name": "tracer", **options}
+    pair = {"name": None, "target": former, "reference": "none"}
+    base = SMALL | {"objective": pair if nested else former}
+    keys = ["objective.name=null", 'objective.target.name="{}"'] if nested else ['objective.name="{}"']
+    prefix = "objective.target" if nested else "objective"
+
+    def resolved(name: str, *overrides: str) -> dict[str, Any]:
+        caplog.clear()
+        named = [key.format(name) for key in keys]
+        config = load_run_config(str(write(tmp_path, base)), [*named, *overrides])
+        return choose(config.objective).target_options.model_dump()
+
+    carot = resolved("carot")
+    # The last one has the same default in both.
+    assert [carot[key] for key in options] == [1.5, 500, 0.2]
+    assert f"{prefix}.distillation_weight = 0.5 was set for another method" in caplog.text
+    assert "the default of carot is 1.5" in caplog.text
+    # The former method's default is not reported: nobody chose it.
+    assert "teacher_every" not in caplog.text
+    assert resolved("carot", f"{prefix}.distillation_weight=0.7")["distillation_weight"] == 0.7
+    assert not caplog.text
+    if not nested:
+        # The same part, in another method.
+        assert resolved("tracer_fd")["distillation_weight"] == 0.5
+        assert not caplog.text
 
 
 def test_nested_options_of_the_former_loss_are_left_out(tmp_path: Path) -> None:

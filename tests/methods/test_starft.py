@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import open_clip
@@ -55,6 +56,17 @@ def distillation(labels: list[int], frozen: Tensor = FROZEN) -> tuple[float, Ten
     base = registry.create(ObjectiveConfig(name="flyp"), 6).target(outputs, torch.tensor(labels)).loss
     (gradient,) = torch.autograd.grad(loss.loss - base, images)
     return float(value), gradient
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"), [({"epochs": 1}, 1), ({"epochs": 2}, 0), ({"epochs": 1, "distillation_weight": 0.0}, 0)]
+)
+def test_run_of_one_epoch_is_reported(
+    caplog: pytest.LogCaptureFixture, options: dict[str, Any], lines: int
+) -> None:
+    start: Any = SimpleNamespace(class_names=("cat", "dog"))
+    part(**options).start(start)
+    assert sum("the run ends within one epoch" in record.message for record in caplog.records) == lines
 
 
 def test_distillation_equals_worked_example() -> None:

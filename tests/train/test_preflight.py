@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 
-from dive_fast.config.schema import Config
+from dive_fast.config.schema import Config, ObjectiveConfig, TeacherConfig
 from dive_fast.distributed import Ranks
 from dive_fast.errors import UserError
 from dive_fast.methods.run_config import RunConfig
@@ -202,3 +202,8 @@ def test_small_disk_is_refused_and_tight_disk_warns(
         else:
             preflight.check_disk(config, tmp_path, towers, 24)
         assert ("train.keep_last" in caplog.text) == (outcome == "warned")
+    # Each checkpoint and the exported model have the weights of a moving teacher too.
+    moving = config.model_copy(update={"objective": ObjectiveConfig(name="tracer"), "teacher": TeacherConfig()})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**40, 0, 6 * 2**20 - 1))
+    with pytest.raises(UserError, match=r"the run needs at least 6.0 MiB"):
+        preflight.check_disk(moving, tmp_path, towers, 24)
