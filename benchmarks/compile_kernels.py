@@ -346,11 +346,11 @@ def outdated(text: str, recorded: list[Variant]) -> list[str]:
     """Messages about rows of a table that are not of this code, these variants and this Triton."""
     expected = digests(recorded)
     listed = re.finditer(r"^\| (\w+_kernel) \| (\w+) \|.* (\w+) \|$", text, re.MULTILINE)
-    found = {row.group(1, 2): row[3] for row in listed}
+    actual = {row.group(1, 2): row[3] for row in listed}
     messages = [
         f"{kernel}, {dtype}: the table is of other code or other variants"
-        for kernel, dtype in sorted(expected.keys() | found.keys())
-        if expected.get((kernel, dtype)) != found.get((kernel, dtype))
+        for kernel, dtype in sorted(expected.keys() | actual.keys())
+        if expected.get((kernel, dtype)) != actual.get((kernel, dtype))
     ]
     if f"Triton {triton.__version__}." not in text:
         messages.append(f"the table is not of Triton {triton.__version__}")

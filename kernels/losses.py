@@ -198,19 +198,16 @@ def distillation_loss(
     checks.check_scale(teacher_scale, image_features, "teacher_scale")
     features = image_features, text_features, logit_scale
     teachers = image_teacher.detach(), text_teacher.detach(), teacher_scale.detach()
-    weights = feature_weight, relational_weight, interactive_weight, cross_weight
-    if not any(weights) or not backends.uses_triton(backend, image_features):
-        return naive.distillation_loss(
-            *features,
-            *teachers,
-            feature_weight=feature_weight,
-            relational_weight=relational_weight,
-            interactive_weight=interactive_weight,
-            cross_weight=cross_weight,
-            group=group,
-        )
+    weights: dict[str, Any] = {
+        "feature_weight": feature_weight,
+        "relational_weight": relational_weight,
+        "interactive_weight": interactive_weight,
+        "cross_weight": cross_weight,
+    }
+    if not any(weights.values()) or not backends.uses_triton(backend, image_features):
+        return naive.distillation_loss(*features, *teachers, **weights, group=group)
     dtype = backends.primitives.compute_dtype(image_features.dtype)
     tensors = *features, *(tensor.to(dtype) for tensor in teachers)
     run = distillation.apply if direct.is_eager(*tensors) else distillation.forward
-    loss, results, *_ = run(*tensors, *weights, process_group.name_of(group))
+    loss, results, *_ = run(*tensors, *weights.values(), process_group.name_of(group))
     return DistillationLoss(loss, *results.unbind())

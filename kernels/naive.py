@@ -255,7 +255,9 @@ def distillation_loss(
         rows, columns = (F.log_softmax(logits, 1) for logits in (teacher_logits, teacher_logits.T))
     if relational_weight:
         logits = s * product(f, g)
-        relational = (_kl(rows, F.log_softmax(logits, 1)) + _kl(columns, F.log_softmax(logits.T, 1))) / 2
+        relational = (
+            kl_divergence(rows, F.log_softmax(logits, 1)) + kl_divergence(columns, F.log_softmax(logits.T, 1))
+        ) / 2
         entropy = -((rows.exp() * rows).sum() + (columns.exp() * columns).sum()) / (2 * len(rows))
     if interactive_weight or cross_weight:
         a, b = s * product(f, gt), s * product(g, ft)
@@ -263,7 +265,7 @@ def distillation_loss(
         labels = torch.arange(len(f), device=f.device)
         interactive = (F.cross_entropy(a, labels) + F.cross_entropy(b, labels)) / 2
     if cross_weight:
-        cross = (_kl(rows, F.log_softmax(a, 1)) + _kl(columns, F.log_softmax(b, 1))) / 2
+        cross = (kl_divergence(rows, F.log_softmax(a, 1)) + kl_divergence(columns, F.log_softmax(b, 1))) / 2
     loss = (
         feature_weight * feature
         + relational_weight * relational
@@ -273,7 +275,7 @@ def distillation_loss(
     return DistillationLoss(loss, *(term.detach() for term in (feature, relational, interactive, cross, entropy)))
 
 
-def _kl(teacher: Tensor, student: Tensor) -> Tensor:
+def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
     """Mean over rows of KL(teacher || student), from logarithms of probabilities."""
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 

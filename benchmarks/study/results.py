@@ -36,7 +36,8 @@ def of_one_model(rows: Sequence[Row], world: str, methods: Iterable[str]) -> lis
     wanted = set(methods)
     rows = [row for row in rows if row["world"] == world]
     count = Counter(row["model"] for row in rows if row["method"] in wanted)
-    return [row for row in rows if count and row["model"] == count.most_common(1)[0][0]]
+    model = count.most_common(1)[0][0] if count else None
+    return [row for row in rows if row["model"] == model]
 
 
 def _key(row: Row) -> str:

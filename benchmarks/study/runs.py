@@ -194,8 +194,8 @@ class Study:
         place = self.folder / "run"
         shutil.rmtree(place, ignore_errors=True)
         # All metrics of the sets are measured below, in one pass.
-        unmeasured = config.evaluate.model_copy(update={"sets": {}})
-        found = train(config.model_copy(update={"evaluate": unmeasured}), place, self.ranks)
+        without_sets = config.evaluate.model_copy(update={"sets": {}})
+        metrics = train(config.model_copy(update={"evaluate": without_sets}), place, self.ranks)
         tuned = create(config.model).load_exported(load_file(place / "model.safetensors")).eval()
         scores = self._scores(config, tuned, head_of(place / "model.safetensors"))
         seconds = time.perf_counter() - begun
@@ -209,7 +209,7 @@ class Study:
             self.key(run)
             | scores
             | {"rsa": rsa(self._pretrained_embeddings(run.world, config), after)}
-            | {symbol: found[name] for symbol, name in NORMS.items() if name in found}
+            | {symbol: metrics[name] for symbol, name in NORMS.items() if name in metrics}
             | {"course": course(lines), "seconds": round(seconds, 1)}
         )
 

@@ -76,10 +76,18 @@ class Figure(NamedTuple):
         """As it is."""
         return f"{self.mean:{digits}}" + (f" ± {self.deviation:{digits}}" if self.count > 1 else "")
 
+    def signed(self, digits: str) -> str:
+        """With the sign of the mean, as a difference."""
+        return f"{self.mean:+{digits}}" + (f" ± {self.deviation:{digits}}" if self.count > 1 else "")
+
 
 def figure(rows: Sequence[Row], of: Callable[[Row], float]) -> Figure:
     """Mean and standard deviation of a measure over runs that differ in their seeds."""
-    values = [of(row) for row in rows]
+    return spread([of(row) for row in rows])
+
+
+def spread(values: Sequence[float]) -> Figure:
+    """Mean and standard deviation of values."""
     return Figure(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
 
 
@@ -169,8 +177,7 @@ def calibration_table(
                 is_known = metric == "ece" or world == "cifar10"
                 cells.append(figure(measured, _mean_of(metric, names)).plain() if is_known else "")
         for names in (("id",), shifted(world)):
-            gap = figure(measured, _overconfidence(names))
-            cells.append(f"{gap.mean:+.3f}" + (f" ± {gap.deviation:.3f}" if gap.count > 1 else ""))
+            cells.append(figure(measured, _overconfidence(names)).signed(".3f"))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -197,8 +204,7 @@ def difference_table(rows: Sequence[Row], world: str, grid: Sequence[Row]) -> li
         cells = []
         for of in measures.values():
             differences = [100 * (of(first[seed]) - of(second[seed])) for seed in seeds]
-            mean, deviation = statistics.fmean(differences), statistics.stdev(differences) if len(seeds) > 1 else 0
-            cells.append(f"{mean:+.1f}" + (f" ± {deviation:.1f}" if len(seeds) > 1 else ""))
+            cells.append(spread(differences).signed(".1f"))
         lines.append(f"| {LABELS[method]} | {len(seeds)} | {' | '.join(cells)} |")
     return lines
 
@@ -392,30 +398,30 @@ def _about_world(
     title, settings = WORLDS[world], rows if grid is None else grid
     lines: list[str] = []
     for group in GROUPS:
-        own = of_one_model(rows, world, group.methods)
-        if not own:
+        group_rows = of_one_model(rows, world, group.methods)
+        if not group_rows:
             continue
         # Runs and grids of methods that other groups have may be of earlier weights.
-        searched = rows if group.others else own
-        missing = set(group.others) - {row["method"] for row in own}
-        for name in missing:
-            own += [row for row in of_one_model(rows, world, [name]) if row["method"] == name]
-        lines += ["", f"Runs from the pre-trained weights {own[0]['model']}."]
+        searched = rows if group.others else group_rows
+        known = {row["method"] for row in group_rows}
+        for name in (method for method in group.others if method not in known):
+            group_rows += [row for row in of_one_model(rows, world, [name]) if row["method"] == name]
+        lines += ["", f"Runs from the pre-trained weights {group_rows[0]['model']}."]
         # Settings from elsewhere are those of one rule.
         for rule in RULES if grid is None else ("equal",):
             tables = {
-                RULES[rule]: main_table(own, world, rule, settings, group.order),
-                f"Calibration. {RULES[rule]}": calibration_table(own, world, rule, settings, group.order),
+                RULES[rule]: main_table(group_rows, world, rule, settings, group.order),
+                f"Calibration. {RULES[rule]}": calibration_table(group_rows, world, rule, settings, group.order),
             }
             for heading, table in tables.items():
                 if len(table) > 3:
                     lines += ["", f"## {title}. {heading}", "", *table]
-        selected = compared(own, world, group.order, settings)
+        selected = compared(group_rows, world, group.order, settings)
         if any(row["method"] in group.methods for row in selected):
             name, rule = f"study-{size}-{world}-methods{group.ending}.png", RULES["equal"]
             plots.tradeoff(selected, folder / name, f"{title}: {rule[0].lower()}{rule[1:]}")
             lines += ["", f"![Methods: ID, OOD, zero-shot accuracy and RSA]({name})"]
-        if COMBINED in group.methods and len(table := difference_table(own, world, settings)) > 2:
+        if COMBINED in group.methods and len(table := difference_table(group_rows, world, settings)) > 2:
             lines += ["", f"## {title}. {LABELS[COMBINED]}, differences within seeds, in points", "", *table]
         if grid is None:
             if table := level_table(searched, world, group.order):

@@ -107,7 +107,9 @@ class Engine:
         check_config(config, consistency)
         self.features_are_random = consistency.is_random
         """Whether features of one batch by the same weights differ from call to call."""
-        self.method, self.steps_done = method.to(ranks.device), 0
+        self.method = method.to(ranks.device)
+        self.steps_done = 0
+        """Number of steps before the present one."""
         _freeze_untuned(self.towers, method)
         section = deepspeed_section(config, ranks.world_size)
         self.remark = "fast blocks: none (train.fast_blocks = false)"

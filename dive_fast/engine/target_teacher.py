@@ -64,12 +64,12 @@ class TargetTeacher:
         size = micro_batch_size or count
         pieces = math.ceil(count / size)
         image = torch.cat([unit(self.towers.encode_image(piece)) for piece in images.split(size)])
-        rows = second = own = None
+        prompts = second_prompts = part_texts = None
         if text is not None:
-            rows, second = split_prompts(self._encode(text, pieces), count)
+            prompts, second_prompts = split_prompts(self._encode(text, pieces), count)
         if (texts := self._loss.teacher_texts()) is not None:
-            own = self._encode(texts.to(images.device), math.ceil(len(texts.tokens) / size))
-        return TeacherOutputs(image, rows, self.towers.scale().detach(), second, own)
+            part_texts = self._encode(texts.to(images.device), math.ceil(len(texts.tokens) / size))
+        return TeacherOutputs(image, prompts, self.towers.scale().detach(), second_prompts, part_texts)
 
     def _encode(self, text: Text, pieces: int) -> Tensor:
         """Unit rows of the texts of each pair; distinct texts are encoded in at most ``pieces`` pieces."""

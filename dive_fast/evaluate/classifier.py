@@ -80,10 +80,8 @@ def classifier(
     rows = range(len(class_names)) if ranks is None else ranks.local_range(len(class_names))
     weights = torch.zeros(len(class_names), towers.width, device=device, dtype=towers.logit_scale.dtype)
     for row in rows:
-        tokens = tokenizer([template(class_names[row]) for template in templates])
-        text = pack(tokens, towers.pooled_at).to(device)
-        embeddings = unit(towers.encode_text(text.tokens, text.length))[text.index]
-        weights[row] = unit(embeddings.mean(0))
+        prompts = [template(class_names[row]) for template in templates]
+        weights[row] = unit(_embed(towers, tokenizer, prompts, device).mean(0))
     if ranks is not None and ranks.group is not None:
         dist.all_reduce(weights, group=ranks.group)  # each row is nonzero on one rank
     return weights
@@ -95,9 +93,14 @@ def embed_texts(towers: Towers, tokenizer: Tokenizer, texts: Sequence[str], rank
     mine = [texts[row] for row in ranks.local_range(len(texts))]
     rows = [torch.empty(0, towers.width, device=ranks.device)]
     for first in range(0, len(mine), TEXTS_AT_ONCE):
-        text = pack(tokenizer(mine[first : first + TEXTS_AT_ONCE]), towers.pooled_at).to(ranks.device)
-        rows.append(unit(towers.encode_text(text.tokens, text.length))[text.index])
+        rows.append(_embed(towers, tokenizer, mine[first : first + TEXTS_AT_ONCE], ranks.device))
     return ranks.gather(torch.cat(rows))
+
+
+def _embed(towers: Towers, tokenizer: Tokenizer, texts: list[str], device: torch.device) -> Tensor:
+    """Unit rows of texts that are encoded at once."""
+    text = pack(tokenizer(texts), towers.pooled_at).to(device)
+    return unit(towers.encode_text(text.tokens, text.length))[text.index]
 
 
 def cached_classifier(

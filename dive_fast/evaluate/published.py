@@ -190,10 +190,10 @@ def _cells(values: Values) -> tuple[list[str], list[str]]:
 
 def computed_average(values: Values, members: Sequence[str]) -> Decimal | None:
     """The mean of the printed values of these sets; None if one is missing or suspect."""
-    found = [values[name] for name in members if name in values and not values[name].note.startswith(SUSPECT)]
-    if len(found) < len(members):
+    entries = [values[name] for name in members if name in values and not values[name].note.startswith(SUSPECT)]
+    if len(entries) < len(members):
         return None
-    return sum((entry.value for entry in found), Decimal(0)) / len(found)
+    return sum((entry.value for entry in entries), Decimal(0)) / len(entries)
 
 
 def _printed(entry: Published) -> str:

@@ -208,20 +208,27 @@ def _others(lines: Lines, tabled: set[str]) -> str:
 
 def markdown(title: str, cells: list[list[str]]) -> str:
     """A titled table; the first row of cells is its header."""
-    header, *body = [[_one_line(cell).replace("|", r"\|") for cell in row] for row in cells]
-    rows = [header, ["---", *("---:" for _ in header[1:])], *body]
-    return f"## {title}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    header, *body = _escaped(cells)
+    return _joined(title, [header, ["---", *("---:" for _ in header[1:])], *body])
 
 
 def aligned(title: str, cells: list[list[str]]) -> str:
     """As :func:`markdown`, padded for a terminal; the last column is text."""
-    cells = [[_one_line(cell).replace("|", r"\|") for cell in row] for row in cells]
+    cells = _escaped(cells)
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:-1]), "-" * widths[-1]]
     rows = []
     for row in (cells[0], rule, *cells[1:]):
         middle = (cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True))
         rows.append([row[0].ljust(widths[0]), *middle, row[-1].ljust(widths[-1])])
+    return _joined(title, rows)
+
+
+def _escaped(cells: list[list[str]]) -> list[list[str]]:
+    return [[_one_line(cell).replace("|", r"\|") for cell in row] for row in cells]
+
+
+def _joined(title: str, rows: list[list[str]]) -> str:
     return f"## {title}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dive_fast.config.section import NonNegativeFloat, Section
 from dive_fast.errors import ConfigError
-from dive_fast.kernels.naive import unit
+from dive_fast.kernels.naive import kl_divergence, unit
 from dive_fast.kernels.precision import product
 from dive_fast.methods.linear_head import CrossEntropy
 from dive_fast.methods.method import Group, HeadOptions, Loss, Preset, Setting, Start, TeacherOutputs, over_ranks
@@ -77,7 +77,7 @@ class CarFT(CrossEntropy):
             F.log_softmax(teacher.logit_scale * product(images, contexts), 1)
             for images in (unit(outputs.image), teacher.image)
         )
-        loss = over_ranks(F.kl_div(student, frozen, reduction="batchmean", log_target=True), group)
+        loss = over_ranks(kl_divergence(frozen, student), group)
         metrics = {**cross_entropy.metrics, "context_loss": loss.detach()}
         return Loss(cross_entropy.loss + self.options.distillation_weight * loss, metrics)
 

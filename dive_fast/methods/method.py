@@ -454,13 +454,14 @@ class Method(nn.Module):
 WEIGHT_HOOKS = ("change_images", "change_weights", "penalty", "projection")
 
 
-def overrides(part: Part, hook: str) -> bool:
-    """Whether a part overrides a hook of :class:`Part`."""
-    return getattr(type(part), hook) is not getattr(Part, hook)
+def overrides(part: Part | type[Part], hook: str) -> bool:
+    """Whether a part, or a class of parts, overrides a hook of :class:`Part`."""
+    kind = part if isinstance(part, type) else type(part)
+    return getattr(kind, hook) is not getattr(Part, hook)
 
 
 def _weight_hooks(*parts: type[Part]) -> list[str]:
-    return [name for name in WEIGHT_HOOKS if any(getattr(each, name) is not getattr(Part, name) for each in parts)]
+    return [name for name in WEIGHT_HOOKS if any(overrides(part, name) for part in parts)]
 
 
 def _teachers(kind: str) -> list[str]:
@@ -479,7 +480,7 @@ def needs_of(target: type[TargetLoss], reference: type[ReferenceLoss] | None) ->
         second_prompts=target.needs_second_prompts,
         target_teacher=target.teacher,
         sequential=reference is not None
-        and any(part.change_weights is not Part.change_weights for part in (target, reference)),
+        and any(overrides(part, "change_weights") for part in (target, reference)),
         run_length=target.needs_run_length or (reference is not None and reference.needs_run_length),
         all_weights=bool(_weight_hooks(*filter(None, (target, reference))) or _teachers(target.teacher)),
     )

@@ -346,12 +346,10 @@ def drop_inherited(objective: dict[str, Any], inherited: Mapping[str, Mapping[st
     allowed = {"name"}
     for half in HALVES:
         section = None if half in inherited else objective.get(half)
-        part = None if preset is None else _part_of(preset, half)
+        part = _part_in(section, half, preset)
         if section is None:
             allowed |= set() if preset is None or part is None else set(_free_options(part, preset))
         else:
-            name = section.get("name") if isinstance(section, dict) else section
-            part = part if name is None else _known_parts(half).get(name) if isinstance(name, str) else None
             options = [] if part is None else [f"{half}.{option}" for option in part.Options.model_fields]
             allowed |= {half, f"{half}.name", *options}
         allowed |= {"weight", "reference_every"} if half == "reference" and part is not None else set()
@@ -370,10 +368,7 @@ def drop_inherited(objective: dict[str, Any], inherited: Mapping[str, Mapping[st
     if "weight" in inherited and "weight" in objective and part is not None:
         default = getattr(part, "default_weight", None)
         if objective["weight"] not in (None, default):
-            warn_on_main_rank(
-                f"objective.weight = {shorten_json(objective['weight'])} was set for another method and is not "
-                f"used: the default of {part.name} is {default:g}; set objective.weight together with the method"
-            )
+            _report_unused("weight", objective["weight"], part, f"{default:g}")
             del objective["weight"]
 
 
@@ -394,11 +389,15 @@ def _drop_of_other_size(objective: dict[str, Any], key: str, former: Mapping[str
         return
     if section[option] not in (old, new):
         assert parts[1] is not None
-        warn_on_main_rank(
-            f"objective.{key} = {shorten_json(section[option])} was set for another method and is not used: the "
-            f"default of {parts[1].name} is {shorten_json(new)}; set objective.{key} together with the method"
-        )
+        _report_unused(key, section[option], parts[1], shorten_json(new))
     del section[option]
+
+
+def _report_unused(key: str, value: Any, part: type[Part], default: str) -> None:
+    warn_on_main_rank(
+        f"objective.{key} = {shorten_json(value)} was set for another method and is not used: the default of "
+        f"{part.name} is {default}; set objective.{key} together with the method"
+    )
 
 
 def _part_with(objective: Mapping[str, Any], half: str, option: str) -> type[Part] | None:
@@ -410,14 +409,18 @@ def _part_with(objective: Mapping[str, Any], half: str, option: str) -> type[Par
     name = objective.get("name", ObjectiveConfig().name)
     preset = table().presets.get(name) if isinstance(name, str) else None
     for each in (half,) if half else HALVES:
-        section = objective.get(each)
-        named = section.get("name") if isinstance(section, Mapping) else section
-        part = _known_parts(each).get(named) if isinstance(named, str) else None
-        if named is None and preset is not None:
-            part = _part_of(preset, each)
+        part = _part_in(objective.get(each), each, preset)
         if part is not None and option in part.Options.model_fields:
             return part
     return None
+
+
+def _part_in(section: Any, half: str, preset: Preset | None) -> type[Part] | None:
+    """The part that a half's section, not validated, names; the preset's where it names none."""
+    name = section.get("name") if isinstance(section, Mapping) else section
+    if name is None:
+        return None if preset is None else _part_of(preset, half)
+    return _known_parts(half).get(name) if isinstance(name, str) else None
 
 
 def needs(objective: ObjectiveConfig) -> Needs:

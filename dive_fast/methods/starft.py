@@ -9,7 +9,7 @@ from torch import Tensor
 from dive_fast.config.section import NonNegativeFloat, PathText, Section
 from dive_fast.data.prompts import Template, read_templates
 from dive_fast.errors import ConfigError, warn_on_main_rank
-from dive_fast.kernels.naive import gather_rows, unit
+from dive_fast.kernels.naive import gather_rows, kl_divergence, unit
 from dive_fast.kernels.precision import product
 from dive_fast.methods.flyp import Contrastive
 from dive_fast.methods.method import Group, Loss, Preset, Setting, Start, TeacherOutputs
@@ -96,7 +96,7 @@ class StarFT(Contrastive):
         is_equal, scale = classes[:, None] == classes, teacher.logit_scale
         student = _log_probabilities(f, g, scale, is_equal)
         frozen = _log_probabilities(frozen_f, frozen_g, scale, is_equal)
-        loss = F.kl_div(student, frozen, reduction="batchmean", log_target=True)
+        loss = kl_divergence(frozen, student)
         total = contrastive.loss + self.present_weight() * loss
         return Loss(total, {**contrastive.metrics, "second_prompt_loss": loss.detach()})
 

@@ -26,6 +26,7 @@ from test_triton import (
     checked_addresses,
     count_launches,
     inputs_of,
+    record_allocations,
     run,
     shuffle_programs,
     tensor_core_sums,
@@ -266,15 +267,7 @@ def test_number_of_launches(weights, forward, backward, operators, monkeypatch):
 @pytest.mark.parametrize("pairs", [512, 8192, 65_536])
 def test_extra_memory_is_linear_in_the_batch(pairs, monkeypatch):
     """Counts all allocations of a step on meta tensors, at sizes whose B x B matrix would fill a GPU."""
-    allocated = []
-
-    def empty(*shape, dtype, device):
-        tensor = torch.empty(shape, dtype=dtype, device=device)
-        allocated.append(tensor.nbytes)
-        return tensor
-
-    monkeypatch.setattr(primitives, "launch", lambda *_, **__: None)
-    monkeypatch.setattr(primitives, "empty", empty)
+    allocated = record_allocations(monkeypatch)
     features = torch.empty(pairs, 768, dtype=torch.float16, device="meta")
     teacher, scale = features.float(), torch.empty((), device="meta")
     _, _, *saved = distillation.launch_forward(

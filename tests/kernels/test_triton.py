@@ -693,9 +693,8 @@ def test_second_backward_gives_the_same_gradient(name):
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("pairs", [2050, 8192, 65_536])
-def test_extra_memory_is_linear_in_the_batch(pairs, monkeypatch):
-    """Counts all allocations of a step on meta tensors, at sizes whose B x B matrix would fill a GPU."""
+def record_allocations(monkeypatch):
+    """Bytes of each allocation from now on, without launches: for host code on meta tensors."""
     allocated = []
 
     def empty(*shape, dtype, device):
@@ -705,6 +704,13 @@ def test_extra_memory_is_linear_in_the_batch(pairs, monkeypatch):
 
     monkeypatch.setattr(primitives, "launch", lambda *_, **__: None)
     monkeypatch.setattr(primitives, "empty", empty)
+    return allocated
+
+
+@pytest.mark.parametrize("pairs", [2050, 8192, 65_536])
+def test_extra_memory_is_linear_in_the_batch(pairs, monkeypatch):
+    """Counts all allocations of a step on meta tensors, at sizes whose B x B matrix would fill a GPU."""
+    allocated = record_allocations(monkeypatch)
     features = torch.empty(pairs, 768, dtype=torch.float16, device="meta")
     scale = torch.empty((), device="meta")
     _, *saved = contrastive.launch_forward(features, features, scale, "")
