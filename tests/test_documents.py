@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dive_fast.commands.console import ALIASES
 from dive_fast.config.section import sections
 from dive_fast.errors import ConfigError
 from dive_fast.methods import registry
@@ -21,7 +22,7 @@ PATH = re.compile(rf"(?<![\w./<-])(?:{'|'.join(TOP)})/[\w./<>*-]*[\w/>*]")
 MODULE = re.compile(r"(?<![\w./])dive_fast(?:\.\w+)+")
 KEY = re.compile(rf"(?<![\w./-])(?:{'|'.join(SECTIONS)})(?:\.(?:\w+|<name>))+")
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
-SCRIPT = re.compile(r"(?<![\w/])((?:launch|benchmarks)/\w+\.py)(.*)")
+SCRIPT = re.compile(r"(?<![\w/])((?:launch|benchmarks)/\w+\.py|dive-fast [a-z]+)(.*)")
 OVERRIDE = re.compile(rf"(?:{'|'.join(SECTIONS)})\.[\w.]+=\S+")
 CODE = re.compile(r"`([^`]+)`|^ {4}(.*)$", re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
@@ -40,7 +41,7 @@ def documents() -> tuple[Path, ...]:
 
 
 def commands(text: str) -> Iterator[tuple[str, str]]:
-    """The scripts in code, each with the arguments after it; continued lines are joined."""
+    """The scripts and commands in code, each with the arguments after it; continued lines are joined."""
     joined = re.sub(r"\\\n\s*", " ", text)
     for code in CODE.finditer(joined):
         for script, arguments in SCRIPT.findall(" ".join((code[1] or code[2] or "").split())):
@@ -109,6 +110,14 @@ def missing_keys(text: str) -> set[str]:
     return keys - valid_keys()
 
 
+def source_of(script: str) -> Path:
+    """The file that reads the options of a script or command."""
+    command = re.fullmatch(r"(?:dive-fast |launch/)(\w+)(?:\.py)?", script)
+    if command is None:
+        return REPOSITORY / script
+    return REPOSITORY / f"dive_fast/commands/{ALIASES.get(command[1], (command[1],))[0]}.py"
+
+
 @cache
 def options_of(file: Path) -> frozenset[str]:
     """The command-line options that a file defines."""
@@ -117,13 +126,17 @@ def options_of(file: Path) -> frozenset[str]:
 
 def missing_options(text: str) -> set[str]:
     """Options of commands that their scripts lack, and options alone in code that no command has."""
-    shared = options_of(REPOSITORY / "launch/cli.py") | options_of(REPOSITORY / "benchmarks/conftest.py")
+    shared = options_of(REPOSITORY / "dive_fast/commands/cli.py") | options_of(
+        REPOSITORY / "benchmarks/conftest.py"
+    )
     missing = set()
     for script, arguments in commands(text):
-        if (path := REPOSITORY / script).exists():
-            unknown = set(OPTION.findall(arguments)) - options_of(path) - shared
+        if (source := source_of(script)).exists():
+            unknown = set(OPTION.findall(arguments)) - options_of(source) - shared
             missing |= {f"{script} {option}" for option in unknown}
-    scripts = [*REPOSITORY.glob("launch/*.py"), *REPOSITORY.glob("benchmarks/**/*.py")]
+        elif script.startswith("dive-fast"):
+            missing.add(script)
+    scripts = [*REPOSITORY.glob("dive_fast/commands/*.py"), *REPOSITORY.glob("benchmarks/**/*.py")]
     known = OTHERS_OPTIONS.union(*(options_of(script) for script in scripts))
     return missing | (set(re.findall(r"`(--[a-z][\w-]*)", text)) - known)
 

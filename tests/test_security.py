@@ -109,12 +109,11 @@ def refused(read: Callable[[], Any], *words: str) -> str:
 
 
 def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str:
-    """The error line of a launch command, which exits with code 2."""
-    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    """The error line of a command, which exits with code 2."""
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr("dive_fast.distributed.join", lambda *_: ALONE)
-    launch = import_module(name)
-    assert launch.main(arguments) == 2
+    module = import_module(f"dive_fast.commands.{name}")
+    assert module.main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     return str(line)
@@ -416,10 +415,9 @@ def test_tar_members_are_not_used_as_paths(
     assert keys == ["a.tar/../../x", "a.tar/abs/y", "a.tar/fine"]
     assert not any("link" in key for key in keys)
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.syspath_prepend(str(ROOT / "launch"))
     out = tmp_path / "out"
     arguments = ["--format", "webdataset", "--input", str(tmp_path / "in"), "--output", str(out), "--workers", "1"]
-    assert import_module("prepare").main(arguments) == 0
+    assert import_module("dive_fast.commands.prepare").main(arguments) == 0
     assert sorted(path for path in tmp_path.rglob("*") if out not in (path, *path.parents)) == before
     assert {path.parent for path in out.rglob("*")} == {out}
     capsys.readouterr()

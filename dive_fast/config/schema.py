@@ -59,7 +59,7 @@ class TargetConfig(Section):
     format: Literal["folder", "webdataset", "csv", "prepared"]
     """`folder`: one folder a class, as torchvision's ImageFolder. `webdataset`: tars of image + `.cls`. `csv`:
     tab-separated with columns `title` and `filepath`, as FLYP has it: rows of one file are its prompts.
-    `prepared`: the output of `launch/prepare.py` for any of them."""
+    `prepared`: the output of `dive-fast prepare` for any of them."""
     path: PathText
     """Root folder, tar (a brace range such as `{00000..00012}.tar`, a glob or a folder of tars), CSV file, or
     the prepared folder."""
@@ -73,7 +73,7 @@ class TargetConfig(Section):
     template; `{}` stands for the class name. One is drawn for each sample and epoch."""
     loader: Loader = "plain"
     """Image decoder. `plain`: PIL, in processes. `dali`: DALI, on the GPU if there is one. `ffcv`:
-    threads over FFCV's memory-mapped file, made by `launch/prepare.py --container beton`. Samples, order, crops
+    threads over FFCV's memory-mapped file, made by `dive-fast prepare --container beton`. Samples, order, crops
     and texts are the same."""
     batch_size: Positive = 512
     """B, over all ranks."""
@@ -92,14 +92,14 @@ class ReferenceConfig(Section):
 
     format: Literal["webdataset", "csv", "prepared"]
     """`webdataset`: tars of image + `.txt`. `csv`: tab-separated with columns `title` and `filepath`; every row
-    is a pair. `prepared`: the output of `launch/prepare.py` for either."""
+    is a pair. `prepared`: the output of `dive-fast prepare` for either."""
     path: PathText
     """Tar (a brace range, a glob or a folder of tars), CSV file, or the prepared folder."""
     image_root: PathText | None = None
     """`csv` only: the folder that relative file paths start from; default: the folder of the CSV file."""
     loader: Loader = "plain"
     """Image decoder. `plain`: PIL, in processes. `dali`: DALI, on the GPU if there is one. `ffcv`:
-    threads over FFCV's memory-mapped file, made by `launch/prepare.py --container beton`. Samples, order, crops
+    threads over FFCV's memory-mapped file, made by `dive-fast prepare --container beton`. Samples, order, crops
     and texts are the same."""
     batch_size: Positive = 512
     """B', over all ranks."""
@@ -371,7 +371,7 @@ class Config(Section):
                 raise ValueError(f"{key}.image_root: only csv data has one; remove it")
             if section.loader == "ffcv" and section.format != "prepared":
                 raise ValueError(
-                    f"{key}.loader = ffcv reads prepared sets alone: make one by python launch/prepare.py "
+                    f"{key}.loader = ffcv reads prepared sets alone: make one by dive-fast prepare "
                     f"--container beton, then set {key}.format=prepared"
                 )
         if self.data.target.format == "webdataset" and self.data.target.class_names is None:

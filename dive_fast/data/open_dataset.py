@@ -54,7 +54,7 @@ def _open(config: Any, text: str, section: str) -> Source:
         source = _source(config, text)
         if getattr(config, "loader", None) == "ffcv" and source.beton is None:
             raise DataError(
-                f"{config.path}: loader = ffcv needs a set prepared for it: launch/prepare.py --container beton"
+                f"{config.path}: loader = ffcv needs a set prepared for it: dive-fast prepare --container beton"
             )
     except DataError as error:
         raise DataError(f"{section}: {error}" if section else str(error)) from error

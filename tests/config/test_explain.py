@@ -141,7 +141,7 @@ def test_any_typo_in_any_key_names_the_intended_key(small: Path, typo: tuple[str
         ),
         (
             "data.reference.loader=ffcv",
-            "data.reference.loader = ffcv reads prepared sets alone: make one by python launch/prepare.py",
+            "data.reference.loader = ffcv reads prepared sets alone: make one by dive-fast prepare",
         ),
         ('evaluate={"every_steps": 2, "select": "val"}', "evaluate.select: evaluate.sets has no val"),
         (evaluated(every_epochs=1), "evaluate.every_steps and every_epochs: set only one"),

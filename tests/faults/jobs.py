@@ -197,9 +197,9 @@ def _run_rank(environment: dict[str, str], arguments: list[str], log: Path, even
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
     begin()
-    sys.path.insert(0, str(REPOSITORY / "launch"))
     import torch
-    import train
+
+    from dive_fast.commands import train
 
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
     # The kernels have separate tests; interpreted, they would take most of the time of these.

@@ -139,7 +139,7 @@ def test_cache_command_writes_rejects_and_rebuilds(tmp_path: Path) -> None:
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
     assert "views: the cache has 1, this run 2" in line
     rebuild = f"--config {config} --rebuild train.output={tmp_path}/run data.reference.views=2"
-    assert line.endswith(f"or rebuild it: deepspeed launch/cache.py {rebuild}")
+    assert line.endswith(f"or rebuild it: dive-fast cache {rebuild}")
     assert (tmp_path / "run/teacher/image.npy").stat().st_mtime_ns == before.st_mtime_ns
     rebuilt = call_alone(*command, "data.reference.views=2", "--rebuild", "teacher.audit=0")
     assert rebuilt.returncode == 0, rebuilt.stderr
@@ -149,15 +149,14 @@ def test_cache_command_writes_rejects_and_rebuilds(tmp_path: Path) -> None:
 def test_report_error_appends_rebuild_command_for_stale_cache(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "launch"))
     monkeypatch.delenv("RANK", raising=False)
-    import cli
+    from dive_fast.commands import cli
 
     parser = cli.parser(None, "")
     words = ["--config", "my config.json", "train.epochs=1", 'data.target.path="a b"']
     stale = StaleCacheError("teacher cache x: changed; rebuild it")
     assert cli.report_error(stale, parser.parse_intermixed_args(words)) == 2
-    rebuild = "deepspeed launch/cache.py --config 'my config.json' --rebuild"
+    rebuild = "dive-fast cache --config 'my config.json' --rebuild"
     overrides = """train.epochs=1 'data.target.path="a b"'"""
     assert capsys.readouterr().err == f"error: {stale}: {rebuild} {overrides}\n"
     parser.add_argument("--adopt")
@@ -265,14 +264,15 @@ def test_launchers_in_bare_environment_with_non_ascii_names(tmp_path: Path) -> N
 
 def test_typo_outside_of_the_methods_options_is_reported_without_torch() -> None:
     code = (
-        "import sys, cli\n"
+        "import sys\n"
+        "from dive_fast.commands import cli\n"
         "from dive_fast.errors import ConfigError\n"
         "try: cli.load_config('demo.json', ['train.lr=1'])\n"
         "except ConfigError as error: print(error)\n"
         "print([name for name in ('torch', 'open_clip', 'deepspeed') if name in sys.modules])"
     )
     command = [sys.executable, "-c", code]
-    run = subprocess.run(command, cwd=ROOT / "launch", capture_output=True, text=True, check=True)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     message, modules = run.stdout.splitlines()
     assert "unknown key train.lr; did you mean train.learning_rate?" in message
     assert modules == "[]"

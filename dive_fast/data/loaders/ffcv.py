@@ -35,7 +35,7 @@ def load(samples: Samples[Batch], batches: Iterable[list[SampleKey]], options: O
     """
     require_ffcv()
     if samples.source.beton is None:
-        raise DataError("loader ffcv needs a set prepared for it: python launch/prepare.py --container beton ...")
+        raise DataError("loader ffcv needs a set prepared for it: dive-fast prepare --container beton ...")
     if samples.preprocess.resize_mode == "longest":
         raise DataError("loader ffcv does not support the borders of resize_mode longest; use loader plain")
     # One process draws crops and texts; a thread would compete with the training loop for the interpreter's lock.

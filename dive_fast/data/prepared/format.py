@@ -139,13 +139,11 @@ def read_manifest(folder: Path) -> Manifest:
         text = read_text(path)
         fields = parse_json(text)
     except FileNotFoundError:
-        raise DataError(
-            f"{folder}: not a prepared set (no {MANIFEST}); make one with python launch/prepare.py"
-        ) from None
+        raise DataError(f"{folder}: not a prepared set (no {MANIFEST}); make one with dive-fast prepare") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot read it: {error}; copy the set again") from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise DataError(f"{path}: not of format {FORMAT}; prepare the set again: python launch/prepare.py")
+        raise DataError(f"{path}: not of format {FORMAT}; prepare the set again: dive-fast prepare")
     try:
         manifest = parse_manifest(text)
         for file in manifest.files:

@@ -31,7 +31,7 @@ from dive_fast.errors import DataError
 
 
 def open_prepared(path: str, text: str) -> Source:
-    """Opens a set that ``launch/prepare.py`` made.
+    """Opens a set that ``dive-fast prepare`` made.
 
     Args:
         text: ``.cls``: each sample needs a label or texts; ``.txt``: each sample needs texts.

@@ -11,13 +11,23 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from dive_fast.methods.run_config import RunConfig
 
-CONFIGS = Path(__file__).parent / "configs"
+
+def _configs() -> Path:
+    """The folder of the shipped configs, in the package of launch scripts."""
+    spec = find_spec("dive_fast.launch")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(next(iter(spec.submodule_search_locations))) / "configs"
+
+
+CONFIGS = _configs()
+"""Folder of the shipped configs."""
 
 
 def parser(description: str | None, example: str, required: bool = True) -> argparse.ArgumentParser:
@@ -186,4 +196,4 @@ def _rebuild_command(options: argparse.Namespace) -> str:
     """The command that rebuilds the teacher cache of a config."""
     adopt = getattr(options, "adopt", None)
     arguments = ["--config", options.config, "--rebuild", *(["--adopt", str(adopt)] if adopt else [])]
-    return f"deepspeed launch/cache.py {shlex.join(arguments + options.overrides)}"
+    return f"dive-fast cache {shlex.join(arguments + options.overrides)}"

@@ -1,0 +1,53 @@
+"""Interpolates between pre-trained and tuned weights: ``dive-fast ensemble --config vitb16_dive.json``.
+
+Alpha is chosen on the config's first evaluation set (ID validation), or on that of ``--choose-on``.
+"""
+
+import logging
+from pathlib import Path
+
+from dive_fast.commands import cli
+
+
+@cli.guarded
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; a user's mistake becomes one line and exit code 2."""
+    parser = cli.parser(__doc__, "train.output=runs/mine")
+    parser.add_argument("--weights", type=Path, help="fine-tuned weights; default: the run's model.safetensors")
+    parser.add_argument(
+        "--choose-on", metavar="SET", help="evaluation set on which alpha is chosen; default: the first"
+    )
+    parser.add_argument("--output", type=Path, help="output folder; default: the run folder")
+    options = parser.parse_intermixed_args(arguments)
+
+    # Only pydantic is imported so far, so that a typo is reported at once.
+    from dive_fast.errors import UserError
+
+    try:
+        config = cli.load_config(options.config, options.overrides)
+        from dive_fast.distributed import join
+        from dive_fast.evaluate import weight_ensemble
+        from dive_fast.evaluate.early_checks import check_output, find_weights
+        from dive_fast.model import towers
+
+        run = cli.run_folder(config.train.output, options.config)
+        weights = find_weights(options.weights, "--weights", run)
+        folder = options.output or run
+        check_output(folder)
+        towers.check(config.model)
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        ranks = join()
+    except UserError as error:
+        return cli.report_error(error, options)
+    try:
+        result = weight_ensemble.ensemble(config, weights, ranks, chosen_on=options.choose_on)
+    except UserError as error:
+        return cli.report_error(error, options)
+    if ranks.is_main:
+        weight_ensemble.write(result, folder)
+        report = result.report
+        print(weight_ensemble.table(report))
+        print(f"{folder / weight_ensemble.WEIGHTS}: alpha = {report['alpha']:g}, chosen on {report['chosen_on']}")
+    ranks.leave()
+    return 0

@@ -1,0 +1,262 @@
+"""Evaluates a model on image sets: that of a run by ``dive-fast evaluate --config vitb16_dive.json``.
+
+``dive-fast evaluate --model ViT-B-16-quickgelu --pretrained openai --suite imagenet_ood --root /data``
+evaluates one of open_clip's models, and ``dive-fast evaluate --compare ViT-B/16`` prints published results.
+On several GPUs: ``deepspeed launch/evaluate.py ...``. See docs/evaluation.md.
+"""
+
+import argparse
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dive_fast.commands import cli
+
+if TYPE_CHECKING:
+    from dive_fast.config.schema import Config, ModelConfig
+
+RESULTS = Path("runs/evaluate")
+"""Default output folder with --model."""
+VARIANT = ("label", "weights_digest", "precision")
+"""Fields of a row that the sets of one figure share."""
+
+
+@cli.guarded
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; a user's mistake becomes one line and exit code 2."""
+    parser = _parser()
+    options = parser.parse_intermixed_args(arguments)
+    if options.compare and options.config is None and options.model is None:
+        if options.suite or options.datasets or options.weights or options.overrides:
+            parser.error("to measure a model before --compare, name it by --config or --model")
+        return _compare(options, options.output or RESULTS)
+    if (options.config is None) == (options.model is None):
+        parser.error("name a run by --config, a model by --model, or published results by --compare MODEL")
+    if options.model is not None and options.overrides:
+        parser.error(f"{options.overrides[0]}: overrides go with --config")
+    if options.config is not None and options.pretrained is not None:
+        parser.error("--pretrained goes with --model; a config has model.pretrained")
+    names = [*(options.suite or []), *(options.datasets or [])]
+    if names and options.root is None:
+        parser.error("--suite and --datasets need --root, e.g. --root /data/{dataset}")
+    if not names and (options.class_names or options.templates):
+        parser.error("--class-names and --templates go with --suite or --datasets")
+    if not names and (options.config is None or options.root is not None):
+        parser.error("name data sets by --suite or --datasets")
+
+    # Only pydantic is imported so far, so that a typo is reported at once.
+    from dive_fast.config.schema import EvaluateConfig, EvaluationSet, ModelConfig
+    from dive_fast.errors import ConfigError, UserError
+
+    try:
+        config = cli.load_config(options.config, options.overrides) if options.config is not None else None
+        model = (
+            config.model if config is not None else ModelConfig(name=options.model, pretrained=options.pretrained)
+        )
+        defaults = config.evaluate if config is not None else EvaluateConfig()
+        weights = _weights(options, config)
+        from dive_fast.checkpoint.load_weights import head_of, load_into
+        from dive_fast.distributed import join
+        from dive_fast.evaluate import evaluator, plots, published
+        from dive_fast.evaluate.datasets.catalog import expand_suites
+        from dive_fast.evaluate.early_checks import check_output
+        from dive_fast.evaluate.results import Results
+        from dive_fast.evaluate.tables import as_markdown, lines_of
+        from dive_fast.model import head as heads
+        from dive_fast.model import towers
+
+        sets: dict[str, EvaluationSet] = {
+            name: EvaluationSet(
+                path=options.root,
+                dataset=name,
+                class_names=options.class_names,
+                templates=options.templates,
+            )
+            for name in expand_suites(names)
+        } or defaults.sets
+        compared = None if options.compare is None else published.find_model(options.compare or model.name)
+        towers.check(model, weights=weights is None)
+        if not sets:
+            raise ConfigError("evaluate.sets is empty; add sets there, or name some by --suite and --root")
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        ranks = join()
+    except UserError as error:
+        return cli.report_error(error, options)
+    head_file = _head(options, weights)
+    if weights is None and options.head is None and (unused := _head_of_folder(model)) is not None:
+        ranks.print(f"{model.name} has a trained head, which is not used; --head {unused} evaluates it")
+    precision = options.precision or (config.train.precision if config is not None else "fp32")
+    folder = options.output or _folder(options, config)
+    evaluation = evaluator.Options(
+        options.label or _label(options, model, weights),
+        precision,
+        options.batch_size or defaults.batch_size,
+        defaults.workers if options.workers is None else options.workers,
+        options.classifiers or folder / "classifiers",
+        options.force,
+    )
+    try:
+        with ranks.raise_on_all(UserError):
+            check_output(folder)
+            results = Results(folder)
+            head = None
+            if head_file is not None:
+                head = head_of(head_file) if head_file.is_dir() else heads.load(head_file)
+            opened = evaluator.open_all(sets, ranks, options.skip_missing)
+            evaluated = towers.create(model, weights=weights is None)
+            if weights is not None:
+                load_into(evaluated, model, weights)
+            tokenizer = towers.tokenizer_of(model)
+        evaluated = evaluated.to(ranks.device).eval()
+        evaluated.set_precision(precision)
+        model_fields = {
+            "model": model.name,
+            "pretrained": model.pretrained,
+            "weights": None if weights is None else str(weights),
+            "head": None if head is None else str(head_file),
+        }
+        rows = evaluator.measure_all(
+            evaluated, tokenizer, sets, opened, ranks, results, evaluation, model_fields, head
+        )
+    except UserError as error:
+        return cli.report_error(error, options)
+    if ranks.is_main:
+        print(as_markdown(rows), end="")
+        if compared is not None:
+            print(f"\n{published.comparison(compared, results.rows)}", end="")
+        variant = [rows[0].get(name) for name in VARIANT]
+        same = [row for row in results.rows if [row.get(name) for name in VARIANT] == variant]
+        (line,) = lines_of(same).values()
+        figure = f"reliability_{re.sub(r'[^A-Za-z0-9._-]+', '_', evaluation.label)}.png"
+        written = "results.jsonl, results.csv, results.md"
+        if plots.reliability(list(line.values()), folder / figure, f"{evaluation.label}, {precision}"):
+            written += f", {figure}"
+        print(f"\n{folder}/{written}")
+    ranks.leave()
+    return 0
+
+
+def _compare(options: argparse.Namespace, folder: Path) -> int:
+    """Prints published results next to those of a results folder, without measuring."""
+    from dive_fast.errors import UserError
+    from dive_fast.evaluate import published
+    from dive_fast.evaluate.results import FILE, Results
+
+    try:
+        model = published.find_model(options.compare)
+        rows = Results(folder).rows
+    except UserError as error:
+        return cli.report_error(error, options)
+    print(published.comparison(model, rows), end="")
+    if not rows:
+        print(f"\n{folder / FILE} has no measured rows; --output names the folder of other results")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.parser(__doc__, "evaluate.batch_size=64", required=False)
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", help="open_clip's name of a model, instead of a config")
+    model.add_argument("--pretrained", help="open_clip's tag, or a file, with --model")
+    model.add_argument(
+        "--weights",
+        type=Path,
+        help="a checkpoint: .safetensors, a file that open_clip loads, or <run>/checkpoints/step<number>; "
+        "`pretrained`: a config's model before training; default: with --config the run's model.safetensors",
+    )
+    model.add_argument(
+        "--head", type=Path, help="head file; default: the one next to the weights; `none`: prompts"
+    )
+    model.add_argument(
+        "--precision",
+        choices=("fp16", "bf16", "fp32"),
+        help="precision of the towers; default: the config's; with --model fp32",
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--suite", nargs="+", action="extend", metavar="NAME", help="suites of known data sets")
+    data.add_argument("--datasets", nargs="+", action="extend", metavar="NAME", help="known data sets")
+    data.add_argument("--root", help="folder with all data sets, or a pattern, e.g. /data/{dataset}")
+    data.add_argument("--class-names", help="class names for all data sets: a text file, or e.g. flowers")
+    data.add_argument(
+        "--templates", help="templates for all data sets: a text file, one template, or e.g. food101"
+    )
+    data.add_argument("--skip-missing", action="store_true", help="leave out data sets that cannot be opened")
+    parser.add_argument("--batch-size", type=cli.count(1), help="images encoded at once on each rank")
+    parser.add_argument("--workers", type=int, help="loader processes on each rank")
+    parser.add_argument(
+        "--output", type=Path, help="output folder; default: the run folder; with --model runs/evaluate"
+    )
+    parser.add_argument("--label", help="name of the model in tables; default: name of the run or model")
+    parser.add_argument(
+        "--classifiers", type=Path, help="cache folder of prompt embeddings; default: in the output folder"
+    )
+    parser.add_argument(
+        "--compare",
+        nargs="?",
+        const="",
+        metavar="MODEL",
+        help="print published results of a model, e.g. ViT-B/16, next to the measured ones; default: the "
+        "evaluated model; without --config and --model nothing is measured",
+    )
+    parser.add_argument("--force", action="store_true", help="measure sets again even if the results have them")
+    return parser
+
+
+def _run(options: argparse.Namespace, config: "Config") -> Path:
+    return cli.run_folder(config.train.output, options.config)
+
+
+def _folder(options: argparse.Namespace, config: "Config | None") -> Path:
+    return RESULTS if config is None else _run(options, config)
+
+
+def _weights(options: argparse.Namespace, config: "Config | None") -> Path | None:
+    """The checkpoint to evaluate; None: the pre-trained model."""
+    from dive_fast.errors import ConfigError
+    from dive_fast.evaluate.early_checks import find_weights
+
+    if options.weights == Path("pretrained"):
+        return None
+    if options.weights is None and config is None:
+        return None
+    run = _folder(options, config)
+    try:
+        return find_weights(options.weights, "--weights", run)
+    except ConfigError as error:
+        if options.weights is not None:
+            raise
+        raise ConfigError(f"{error}; --weights pretrained measures the model before training") from None
+
+
+def _head(options: argparse.Namespace, weights: Path | None) -> Path | None:
+    """A head file, or a checkpoint folder that may contain a head; None: prompts classify."""
+    from dive_fast.model.head import find_head
+
+    if options.head is not None:
+        return None if options.head == Path("none") else Path(options.head)
+    if weights is None or weights.is_dir():
+        return weights
+    return find_head(weights)
+
+
+def _head_of_folder(model: "ModelConfig") -> Path | None:
+    """The head in the folder of a ``local-dir:<run>`` model, if there is one."""
+    from dive_fast.model.head import FILE
+
+    if not model.name.startswith("local-dir:"):
+        return None
+    path = Path(model.name.removeprefix("local-dir:")).expanduser() / FILE
+    return path if path.is_file() else None
+
+
+def _label(options: argparse.Namespace, model: "ModelConfig", weights: Path | None) -> str:
+    """The default label: the model's name, or the run's name with the checkpoint."""
+    if weights is None:
+        return model.name if model.pretrained is None else f"{model.name}/{model.pretrained}"
+    folder = weights.parent
+    run = folder.absolute().parent.name  # if the folder is <run>/checkpoints or <run>/best
+    if weights.name == "model.safetensors":
+        return f"{run}/best" if folder.name == "best" else folder.name
+    return f"{run if folder.name == 'checkpoints' else folder.name}/{weights.name}"

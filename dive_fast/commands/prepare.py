@@ -1,0 +1,213 @@
+"""Prepares a data set: ``dive-fast prepare --format folder --input imagenet/train --output ready``."""
+
+import argparse
+import inspect
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from dive_fast.data.prepared.convert import Options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns 2 after a one-line message if options or data are invalid."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--format",
+        choices=["folder", "csv", "webdataset", "torchvision", "wilds"],
+        help="format of the raw data: one folder per class; a tab-separated table with title and filepath, as "
+        "FLYP writes it; webdataset tars, as img2dataset writes them; a data set of torchvision or WILDS",
+    )
+    parser.add_argument("--input", help="folder, CSV file, tars, or root folder of the torchvision or WILDS set")
+    parser.add_argument("--name", help="torchvision: the class, e.g. Flowers102; wilds: the data set, e.g. fmow")
+    parser.add_argument("--split", help="torchvision and wilds: the split; default: train")
+    parser.add_argument(
+        "--text",
+        choices=["cls", "txt"],
+        default="cls",
+        help="webdataset: labels or captions; default: %(default)s",
+    )
+    parser.add_argument(
+        "--pairs", action="store_true", help="csv: each row is a separate pair (for a reference set)"
+    )
+    parser.add_argument(
+        "--image-root",
+        help="csv: folder that relative file paths start from; default: the folder of the CSV file",
+    )
+    parser.add_argument(
+        "--output", help="folder of the prepared set; after an interruption, the same command resumes"
+    )
+    parser.add_argument(
+        "--container",
+        choices=["tar", "beton"],
+        default="tar",
+        help="file format of the images; beton is for the loader ffcv; default: %(default)s",
+    )
+    parser.add_argument(
+        "--max-side",
+        type=int,
+        default=512,
+        help="maximum shorter side in pixels; 0: no image is resized; default: %(default)s",
+    )
+    parser.add_argument(
+        "--min-side",
+        type=int,
+        default=8,
+        help="minimum shorter side in pixels; smaller images are left out; default: %(default)s",
+    )
+    parser.add_argument(
+        "--quality", type=int, default=95, help="JPEG quality of re-encoded images; default: %(default)s"
+    )
+    parser.add_argument(
+        "--shard-samples", type=int, default=2000, help="number of raw samples per shard; default: %(default)s"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        help="open_clip model whose tokenizer encodes the captions; default: no tokens are stored",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="number of processes; default: all available CPUs, here %(default)s",
+    )
+    parser.add_argument("--verify", metavar="FOLDER", help="only validate a prepared set against its hashes")
+    options = parser.parse_args(arguments)
+    if options.verify is None and not (options.format and options.input and options.output):
+        parser.error("--format, --input and --output are required, or --verify")
+    if (
+        options.quality not in range(1, 101)
+        or options.max_side < 0
+        or min(options.min_side, options.shard_samples) < 1
+    ):
+        parser.error(
+            "--quality must be 1 to 100, --max-side at least 0, --min-side and --shard-samples at least 1"
+        )
+    for option, value, formats in (
+        ("--pairs", options.pairs, ("csv",)),
+        ("--image-root", options.image_root, ("csv",)),
+        ("--name", options.name, ("torchvision", "wilds")),
+        ("--split", options.split, ("torchvision", "wilds")),
+    ):
+        if value and options.verify is None and options.format not in formats:
+            parser.error(f"{option} is for --format {' and '.join(formats)}; remove it")
+    for option in ("input", "output", "image_root", "verify"):
+        if getattr(options, option) is not None:
+            setattr(options, option, os.path.expanduser(getattr(options, option)))
+
+    if options.verify is None and options.format == "folder":
+        source, output_path = os.path.realpath(options.input), os.path.realpath(options.output)
+        if os.path.commonpath([source, output_path]) == source:
+            parser.error("--output lies in --input, where it would become a class; choose another folder")
+
+    from dive_fast.data.prepared.format import MANIFEST, SKIPPED
+    from dive_fast.data.prepared.read import verify
+    from dive_fast.data.prepared.write import prepare
+    from dive_fast.errors import UserError
+
+    try:
+        if options.verify is not None:
+            manifest, state = verify(options.verify), ", hashes match"
+        else:
+            settings = Options(
+                options.container,
+                options.max_side or None,
+                options.min_side,
+                options.quality,
+                options.shard_samples,
+                options.tokenizer,
+            )
+            raw, output = _raw(options), Path(options.output)
+            raw.report()
+            state = ", already prepared" if (output / MANIFEST).is_file() else ""
+            manifest = prepare(raw, output, settings, options.workers)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command to resume", file=sys.stderr)
+        return 130
+    folder = options.verify or options.output
+    print(f"{folder}: {manifest.samples} samples in {len(manifest.files)} files{state}")
+    for reason, count in sorted(manifest.converted.items()):
+        print(f"  re-encoded: {count} ({reason})")
+    for reason, count in sorted(manifest.skipped.items()):
+        print(f"  left out: {count} ({reason})")
+    if manifest.skipped:
+        print(f"  all of them are listed in {Path(folder) / SKIPPED}")
+    return 0
+
+
+def _raw(options: argparse.Namespace) -> Any:
+    """Opens the raw data set that the options name."""
+    from dive_fast.data.prepared.raw import RawDataset, RawSource
+    from dive_fast.data.sources.csv_table import open_csv
+    from dive_fast.data.sources.folder import open_folder
+    from dive_fast.data.sources.webdataset import open_webdataset
+    from dive_fast.errors import DataError
+
+    if options.format == "folder":
+        return RawSource(open_folder(options.input))
+    if options.format == "csv":
+        return RawSource(open_csv(options.input, options.image_root, group=not options.pairs))
+    if options.format == "webdataset":
+        try:
+            return RawSource(open_webdataset(options.input, f".{options.text}", strict=False))
+        except DataError as error:
+            hint = "; use --text txt for captions" if "no .cls" in str(error) else ""
+            raise DataError(f"{error}{hint}") from error
+    if options.name is None:
+        raise DataError(f"--format {options.format} requires --name")
+    try:
+        # Third-party classes can raise any exception.
+        dataset = _torchvision(options) if options.format == "torchvision" else _wilds(options)
+    except DataError as error:
+        raise DataError(f"--format {options.format} --name {options.name}: {error}") from error
+    except ModuleNotFoundError as error:
+        raise DataError(f"--format {options.format}: {error}; pip install {error.name}") from error
+    except Exception as error:
+        raise DataError(
+            f"--format {options.format} --name {options.name}: {type(error).__name__}: {error}"
+        ) from error
+    return RawDataset(dataset, f"{options.name}/{options.split or 'train'}")
+
+
+def _wilds(options: argparse.Namespace) -> Any:
+    from wilds import get_dataset
+
+    from dive_fast.io.safe_read import forbid_code_execution
+
+    with forbid_code_execution():
+        dataset = get_dataset(options.name, root_dir=options.input, download=False)
+    return dataset.get_subset(options.split or "train")
+
+
+def _torchvision(options: argparse.Namespace) -> Any:
+    from PIL import EpsImagePlugin
+    from torchvision import datasets
+
+    from dive_fast.errors import DataError
+    from dive_fast.io.safe_read import forbid_code_execution
+
+    if not inspect.isclass(getattr(datasets, options.name, None)):
+        raise DataError("torchvision has no such data set")
+    dataset_class: Any = getattr(datasets, options.name)
+    if options.name.startswith("LSUN"):
+        raise DataError("torchvision reads it with a pickle stored next to the data; prepare it as a folder")
+    # torchvision's loader would run Ghostscript on PostScript files named .jpg.
+    EpsImagePlugin.gs_binary = False
+    parameters = inspect.signature(dataset_class).parameters
+    if next(iter(parameters), None) != "root":
+        raise DataError("it does not read a folder")
+    # Some download by default.
+    keywords: dict[str, Any] = {"download": False} if "download" in parameters else {}
+    part = next((name for name in ("split", "image_set", "train") if name in parameters), None)
+    if part is None and options.split is not None:
+        raise DataError("it has no splits; remove --split")
+    if part == "train" and options.split not in (None, "train", "test"):
+        raise DataError(f"--split {options.split}: it has train and test only")
+    if part is not None:
+        keywords[part] = (options.split or "train") == "train" if part == "train" else options.split or "train"
+    with forbid_code_execution():
+        return dataset_class(options.input, **keywords)
