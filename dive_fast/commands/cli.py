@@ -6,6 +6,7 @@ mistake in the command, config or data. docs/reliability.md lists the exit codes
 
 import argparse
 import functools
+import logging
 import os
 import shlex
 import sys
@@ -68,11 +69,14 @@ def count(minimum: int) -> Callable[[str], int]:
     return parse
 
 
-def load_config(name: str, overrides: Sequence[str]) -> "RunConfig":
+def load_config(name: str, overrides: Sequence[str], announcement: str = "") -> "RunConfig":
     """Reads a config by path or by its name among the shipped ones.
 
     The methods import torch, which takes seconds: everything but their options is validated before, by pydantic
     alone, so that a typo is reported at once.
+
+    Args:
+        announcement: line that rank 0 prints after that, before the seconds of imports.
 
     Raises:
         ConfigError: as :func:`dive_fast.methods.run_config.load_run_config`.
@@ -81,9 +85,23 @@ def load_config(name: str, overrides: Sequence[str]) -> "RunConfig":
     from dive_fast.config.schema import Config
 
     load_config(name, overrides, CONFIGS, Config)
+    if announcement and os.environ.get("RANK", "0") == "0":
+        print(announcement, flush=True)
+    use_cpu_without_gpu()
     from dive_fast.methods.run_config import load_run_config
 
     return load_run_config(name, overrides, CONFIGS)
+
+
+def use_cpu_without_gpu() -> None:
+    """Sets DeepSpeed's accelerator to the CPU if there is no GPU; its import would warn otherwise.
+
+    To be called before anything imports DeepSpeed.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def run_folder(output: str | None, config: str) -> Path:
@@ -132,6 +150,9 @@ def guarded(main: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(main)
     def guarded_main(arguments: list[str] | None = None) -> int:
         with ignore_closed_output():
+            handler = logging.StreamHandler()
+            handler.setFormatter(_LogFormatter())
+            logging.basicConfig(handlers=[handler])
             try:
                 return main(arguments)
             except KeyboardInterrupt:
@@ -146,6 +167,13 @@ def guarded(main: Callable[..., int]) -> Callable[..., int]:
                 return 76 if isinstance(error, StalledError) else 1
 
     return guarded_main
+
+
+class _LogFormatter(logging.Formatter):
+    """Formats ``warning: message``, without the name of the module."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {super().format(record)}"
 
 
 def _rank_prefix() -> str:
