@@ -12,23 +12,13 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from dive_fast.config.shipped import CONFIGS
+
 if TYPE_CHECKING:
     from dive_fast.methods.run_config import RunConfig
-
-
-def _configs() -> Path:
-    """The folder of the shipped configs, in the package of launch scripts."""
-    spec = find_spec("dive_fast.launch")
-    assert spec is not None and spec.submodule_search_locations
-    return Path(next(iter(spec.submodule_search_locations))) / "configs"
-
-
-CONFIGS = _configs()
-"""Folder of the shipped configs."""
 
 
 def parser(description: str | None, example: str, required: bool = True) -> argparse.ArgumentParser:

@@ -92,6 +92,6 @@ def _help() -> str:
         "usage: dive-fast COMMAND [options] [section.key=value ...]\n\n"
         "Fine-tunes CLIP on your data without losing what it knows about everything else.\n\n"
         f"commands:\n{lines}\n\n"
-        f"--gpus N or --gpus all runs {', '.join(ON_SEVERAL_GPUS[:-1])} or {ON_SEVERAL_GPUS[-1]} on several GPUs.\n"
+        f"--gpus N, or --gpus all: runs {', '.join(ON_SEVERAL_GPUS)} on several GPUs.\n"
         "dive-fast COMMAND --help describes a command."
     )

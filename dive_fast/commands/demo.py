@@ -5,8 +5,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from dive_fast.commands.cli import CONFIGS
 from dive_fast.commands.launcher import launcher_command, launcher_environment
+from dive_fast.config.shipped import CONFIGS
 from dive_fast.data.demo import splits
 
 
