@@ -2,7 +2,7 @@
 
 Needs no GPU: the engine's step runs on fake tensors (``dive_fast/planner/plan.py``). Writes results/planned.json
 and a picture. ``--methods`` prints a table of all methods on two models instead. ``--against RESULTS``, a file of
-``steps.py``, compares measured cases of the engine with their plans.
+``steps.py``, compares measured cases of the engine with their plans. ``--draw PICTURE`` draws what is stored.
 """
 
 import argparse
@@ -185,13 +185,17 @@ def main() -> None:
     """Plans all steps, writes and draws them; or compares results with plans."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--against", type=Path, metavar="RESULTS", help="results file of steps.py")
+    parser.add_argument("--draw", type=Path, metavar="PICTURE", help="draw the stored plans, and plan nothing")
     parser.add_argument("--methods", action="store_true", help="print a table of all methods")
     options = parser.parse_args()
+    if options.draw:
+        draw(json.loads(RESULTS.read_text())["steps"], options.draw)
     if options.methods:
         print_methods()
         return
     if options.against:
         print(against(options.against))
+    if options.draw or options.against:
         return
     steps = figures()
     write_json(RESULTS, {"config": CONFIG, "gpu": GPU, "commit": commit(), "steps": steps})

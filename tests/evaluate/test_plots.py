@@ -17,9 +17,12 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are saved from now on."""
     figures: list[Any] = []
     original = plots.save_figure
-    monkeypatch.setattr(
-        plots, "save_figure", lambda figure, path: (figures.append(figure), original(figure, path))
-    )
+
+    def save(figure: Any, path: Path) -> None:
+        figures.append(figure)
+        original(figure, path)
+
+    monkeypatch.setattr(plots, "save_figure", save)
     return figures
 
 
@@ -60,7 +63,7 @@ def test_level_far_from_all_points_does_not_stretch_the_axis(
 def test_labels_of_close_points_do_not_overlap() -> None:
     figure = plots.new_figure(5, 4)
     axis = figure.subplots()
-    labels = [plots.Label(1 + 0.01 * k, 1.0, f"a method {k}") for k in range(5)]
+    labels = [plots.Label(1 + 0.08 * k, 1.0, f"a method {k}") for k in range(5)]
     axis.plot([label.x for label in labels], [label.y for label in labels], "o")
     axis.plot([0, 2], [0, 2], ",")
     plots.place_labels(axis, labels)
