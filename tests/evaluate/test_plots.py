@@ -63,7 +63,7 @@ def test_level_far_from_all_points_does_not_stretch_the_axis(
 def test_labels_of_close_points_do_not_overlap() -> None:
     figure = plots.new_figure(5, 4)
     axis = figure.subplots()
-    labels = [plots.Label(1 + 0.08 * k, 1.0, f"a method {k}") for k in range(5)]
+    labels = [plots.Label(1 + 0.08 * k, 1 + 0.05 * (k % 2), f"a method {k}") for k in range(5)]
     axis.plot([label.x for label in labels], [label.y for label in labels], "o")
     axis.plot([0, 2], [0, 2], ",")
     plots.place_labels(axis, labels)
