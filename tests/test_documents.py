@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dive_fast.commands.console import ALIASES
+from dive_fast.commands.console import ALIASES, ON_SEVERAL_GPUS
 from dive_fast.config.section import sections
 from dive_fast.errors import ConfigError
 from dive_fast.methods import registry
@@ -28,7 +28,7 @@ CODE = re.compile(r"`([^`]+)`|^ {4}(.*)$", re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 OTHERS_OPTIONS = {
     *("--bind_cores_to_rank", "--ipc", "--master_addr", "--node_rank", "--num_accelerators", "--shm-size"),
-    *("--gpus-per-node", "--gpus-per-task", "--kill-on-bad-exit", "--wait"),
+    *("--gpus-per-node", "--gpus-per-task", "--kill-on-bad-exit", "--module", "--num_gpus", "--wait"),
 }
 """Options of DeepSpeed's launcher, containers and Slurm."""
 
@@ -133,6 +133,8 @@ def missing_options(text: str) -> set[str]:
     for script, arguments in commands(text):
         if (source := source_of(script)).exists():
             unknown = set(OPTION.findall(arguments)) - options_of(source) - shared
+            if script.removeprefix("dive-fast ") in ON_SEVERAL_GPUS:
+                unknown -= {"--gpus"}
             missing |= {f"{script} {option}" for option in unknown}
         elif script.startswith("dive-fast"):
             missing.add(script)
@@ -221,7 +223,7 @@ def test_refused_override_is_a_mistake() -> None:
         "`dive_fast.evaluate.geometry.measures.compare(before, after)`",
         "`evaluate.sets.<name>.path`, `train.epochs=1`, `objective.decay`, `model.safetensors`",
         "    deepspeed --hostfile hosts launch/train.py --config demo.json \\\n        train.max_steps=2 --json\n",
-        "`make test`, [main job](#training)",
+        "`make test`, [main job](#evidence)",
     ],
 )
 def test_existing_name_is_no_mistake(text: str) -> None:
