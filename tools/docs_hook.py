@@ -1,7 +1,7 @@
 """Hook of mkdocs: pages and files of the site that are outside of ``docs``.
 
-CONTRIBUTING.md and CHANGELOG.md become pages, and every file that a page links to becomes a file of the site, under its
-path in the repository. So the same relative links work on GitHub, in a checkout and on the site.
+CONTRIBUTING.md and CHANGELOG.md become pages, and every file that a page links to becomes a file of the site,
+under its path in the repository. So the same relative links work on GitHub, in a checkout and on the site.
 """
 
 import os
