@@ -1,8 +1,8 @@
 """Tunes CLIP on folders of pictures from Python: ``python examples/own_data.py [folder]``.
 
 The pictures are the demo's, written as your data would be: a folder for each class, and a csv of captioned
-pictures that have nothing to do with the classes. The model is the demo's too, so that all of it takes seconds on a
-CPU: too few pictures and steps to learn much.
+pictures that have nothing to do with the classes. The model is the demo's too, so that all of it takes seconds on
+a CPU: too few pictures and steps to learn much.
 ``dive-fast init`` and ``dive-fast train`` do the same from the command line (docs/own_data.md).
 """
 
