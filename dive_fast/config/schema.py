@@ -8,8 +8,9 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
+from dive_fast.config.origins import Origins
 from dive_fast.config.section import Decay, NonNegative, NonNegativeFloat, PathText, Positive, Section, Share
 from dive_fast.errors import nearest
 
@@ -320,6 +321,16 @@ class Config(Section):
     """Passed to DeepSpeed unchanged. Batch sizes, optimizer, scheduler and precision belong to the sections above:
     the engine fills DeepSpeed's keys from there, and a contradiction is an error. One value is ours:
     `zero_optimization.stage` may be `"auto"`, which is 1 on several ranks or with offload, otherwise 0."""
+    _origins: Origins = PrivateAttr(default_factory=Origins)
+
+    @property
+    def origins(self) -> Origins:
+        """Where the values come from; no part of the config's value."""
+        return self._origins
+
+    def set_origins(self, origins: Origins) -> None:
+        """Records where the values come from."""
+        self._origins = origins
 
     @classmethod
     def drop_inherited(cls, tree: dict[str, Any], inherited: Mapping[str, Mapping[str, Any]]) -> None:

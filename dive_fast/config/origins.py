@@ -1,0 +1,59 @@
+"""Where the values of a config come from: a line of a file, the command line, or a default."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+_KEY = re.compile(r"[a-z_]+(?:\.[^\s.:=,;()]+)+")
+
+
+class Origins:
+    """The origin of each dotted key that a file or an override sets; the others are defaults.
+
+    Any two are equal: configs are compared by their values.
+    """
+
+    def __init__(self) -> None:
+        """Starts without keys."""
+        self._origins: dict[str, str] = {}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Origins)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def set_in_file(self, keys: Iterable[str], file: str, lines: Mapping[str, int]) -> None:
+        """Records the keys of a file, by its path and the lines that are known."""
+        self._origins |= {key: f"{file}:{lines[key]}" if key in lines else file for key in keys}
+
+    def set_by_override(self, keys: Iterable[str], override: str) -> None:
+        """Records the keys of an override, quoted and shortened."""
+        self._origins |= dict.fromkeys(keys, f"command line ({override})")
+
+    def keep(self, keys: Iterable[str]) -> None:
+        """Forgets all other keys: they were removed, and have their defaults."""
+        kept = set(keys)
+        self._origins = {key: origin for key, origin in self._origins.items() if key in kept}
+
+    def nearest(self, key: str) -> str | None:
+        """The origin of a key or, where it is missing, of the section around it: to begin a message with."""
+        while key and key not in self._origins:
+            key = key.rpartition(".")[0]
+        return self._origins.get(key)
+
+    def of(self, key: str) -> str:
+        """The origin of a key: ``set in mine.yaml:12``, ``set on the command line`` or ``the default``."""
+        origin = self._origins.get(key)
+        if origin is None:
+            return "the default"
+        return "set on the command line" if origin.startswith("command line (") else f"set in {origin}"
+
+    def explain(self, message: str) -> str:
+        """A message that begins with a key, and the origin of the key at its end; other messages are unchanged."""
+        match = _KEY.match(message)
+        if match is None:
+            return message
+        key = match[0]
+        if key not in self._origins or f"{key}.path" in self._origins:
+            # A message about a section is about its data.
+            key = f"{key}.path" if f"{key}.path" in self._origins else key
+        return f"{message} ({'' if key == match[0] else f'{key}: '}{self.of(key)})"
