@@ -22,6 +22,7 @@ from dive_fast.config.file_formats import (
     read_tree,
 )
 from dive_fast.config.origins import Origins
+from dive_fast.config.recorded import FILE, config_of_run, is_recorded
 from dive_fast.config.schema import Config, ObjectiveConfig
 from dive_fast.errors import ConfigError, nearest
 
@@ -47,11 +48,7 @@ def load_config(name: str, overrides: Sequence[str], folder: Path | None, schema
         ConfigError: no such file, invalid JSON or YAML, a circle of bases, an unknown or ill-typed key, or keys
             that do not go together.
     """
-    path = find_config(name, folder)
-    layers = _Layers()
-    for file, content in _read_with_bases(path, folder):
-        layers.add_file(file, content)
-    layers.add_overrides(overrides)
+    path, layers = _merge_layers(name, overrides, folder)
     if layers.inherited and isinstance(layers.tree["objective"], dict):
         schema.drop_inherited(layers.tree, layers.inherited)
     layers.origins.keep(_keys(layers.tree))
@@ -61,6 +58,25 @@ def load_config(name: str, overrides: Sequence[str], folder: Path | None, schema
         raise ConfigError(f"{_origin(error, path, overrides, layers.origins)}: {explain(error)}") from None
     config.set_origins(layers.origins)
     return config
+
+
+def read_origins(name: str, overrides: Sequence[str], folder: Path | None) -> Origins:
+    """Where the keys of a config are set, without validating it; arguments as in :func:`load_config`.
+
+    Raises:
+        ConfigError: the files cannot be read, or an override is invalid.
+    """
+    return _merge_layers(name, overrides, folder)[1].origins
+
+
+def _merge_layers(name: str, overrides: Sequence[str], folder: Path | None) -> tuple[Path, "_Layers"]:
+    path = find_config(name, folder)
+    layers = _Layers()
+    for file, content in _read_with_bases(path, folder, layers.origins):
+        layers.add_file(file, content)
+    layers.add_overrides(overrides)
+    layers.origins.keep(_keys(layers.tree))
+    return path, layers
 
 
 class _Layers:
@@ -125,7 +141,7 @@ class _Layers:
         self.inherited = {key: objective for key, objective in former.items() if key not in set_here}
 
 
-def _read_with_bases(path: Path, folder: Path | None) -> list[tuple[Path, Content]]:
+def _read_with_bases(path: Path, folder: Path | None, origins: Origins) -> list[tuple[Path, Content]]:
     """A config file and its bases, the lowest base first."""
     chain: list[tuple[Path, Content]] = []
     files: list[Path] = []
@@ -134,11 +150,21 @@ def _read_with_bases(path: Path, folder: Path | None) -> list[tuple[Path, Conten
         path, here = below, below.resolve()
         if here in files:
             raise ConfigError(f"{path}: base leads back to this file: {' -> '.join(map(str, (*files, here)))}")
-        content = _read(path)
+        content = _use_recorded(path, _read(path), bool(chain), origins)
         below = _pop_base(path, content, folder)
         files.append(here)
         chain.insert(0, (path, content))
     return chain
+
+
+def _use_recorded(path: Path, content: Content, is_base: bool, origins: Origins) -> Content:
+    """The config in a run's ``config.json``; the content of other files is unchanged."""
+    if not is_recorded(content.tree):
+        return content
+    config = config_of_run(content.tree, path, is_base)
+    used = "without its train.output" if is_base else f"train.output = {config['train']['output']}"
+    origins.remarks.append(f"{path} is the config of a run: {used}")
+    return Content(config, {})
 
 
 def _pop_base(path: Path, content: Content, folder: Path | None) -> Path | None:
@@ -228,20 +254,31 @@ def _foreign(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
 
 
 def find_config(name: str, folder: Path | None = None) -> Path:
-    """The file of a config's name: a path, otherwise a file in ``folder``.
+    """The file of a config's name: a path, a file in ``folder``, or a run folder with ``config.json``.
 
     Raises:
-        ConfigError: none exists; names the nearest one that does.
+        ConfigError: none exists, and the message names the nearest one that does; or two do.
     """
-    candidates = [Path(name)]
-    if folder is not None:
-        candidates += [folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)]
-    for candidate in candidates:
+    if Path(name).is_file():
+        return Path(name)
+    recorded = Path(name) / FILE
+    names = (name, *(f"{name}{suffix}" for suffix in SUFFIXES)) if folder is not None else ()
+    for candidate in (folder / each for each in names if folder is not None):
         if candidate.is_file():
+            if recorded.is_file():
+                raise ConfigError(
+                    f"--config {name} is a folder here and a shipped config: write {recorded} or {candidate.name}"
+                )
             return candidate
-    known = sorted(Path(file).stem for file in config_files(folder)) if folder is not None else []
-    hint = f"; shipped configs: {', '.join(known)}{nearest(Path(name).stem, known)}" if known else ""
-    raise ConfigError(f"--config {name}: no such file{hint}")
+    if recorded.is_file():
+        return recorded
+    near = config_files(Path(name).parent) if Path(name).parent.is_dir() else []
+    shipped = sorted(Path(file).stem for file in config_files(folder)) if folder is not None else []
+    hint = nearest(Path(name).name, near) or nearest(Path(name).stem, shipped)
+    if not hint and shipped:
+        hint = f"; shipped configs: {', '.join(shipped)}"
+    is_folder = f" (a folder without {FILE})" if Path(name).is_dir() else ""
+    raise ConfigError(f"--config {name}: no such file{is_folder}{hint}")
 
 
 def _parse_override(override: str) -> tuple[list[str], Any]:

@@ -1,9 +1,6 @@
 """Where the values of a config come from: a line of a file, the command line, or a default."""
 
-import re
 from collections.abc import Iterable, Mapping
-
-_KEY = re.compile(r"[a-z_]+(?:\.[^\s.:=,;()]+)+")
 
 
 class Origins:
@@ -15,6 +12,8 @@ class Origins:
     def __init__(self) -> None:
         """Starts without keys."""
         self._origins: dict[str, str] = {}
+        self.remarks: list[str] = []
+        """Lines about the files that the user should know."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Origins)
@@ -34,6 +33,9 @@ class Origins:
         kept = set(keys)
         self._origins = {key: origin for key, origin in self._origins.items() if key in kept}
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._origins
+
     def nearest(self, key: str) -> str | None:
         """The origin of a key or, where it is missing, of the section around it: to begin a message with."""
         while key and key not in self._origins:
@@ -46,14 +48,3 @@ class Origins:
         if origin is None:
             return "the default"
         return "set on the command line" if origin.startswith("command line (") else f"set in {origin}"
-
-    def explain(self, message: str) -> str:
-        """A message that begins with a key, and the origin of the key at its end; other messages are unchanged."""
-        match = _KEY.match(message)
-        if match is None:
-            return message
-        key = match[0]
-        if key not in self._origins or f"{key}.path" in self._origins:
-            # A message about a section is about its data.
-            key = f"{key}.path" if f"{key}.path" in self._origins else key
-        return f"{message} ({'' if key == match[0] else f'{key}: '}{self.of(key)})"

@@ -208,7 +208,7 @@ class TrainConfig(Section):
     epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     """Epsilon of AdamW."""
     warmup_steps: NonNegative = 500
-    """Steps in which the learning rate rises linearly to its peak."""
+    """Steps of the warm-up, in which the learning rate rises linearly to its peak."""
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
     trace_steps: NonNegative = 0
