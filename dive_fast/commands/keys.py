@@ -44,8 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     options = parser.parse_args(arguments)
     word = (options.word or "").strip().strip(".")
-    word = SYNONYMS.get(word.rpartition(".")[2], word)
     groups = list(_plain())
+    last = word.rpartition(".")[2]
+    if not any(last == key.name for group in groups for key in group.keys):
+        word = SYNONYMS.get(last, word)
     known = {name for group in groups for name in (group.place, *(_path(group, key) for key in group.keys))}
     has_options = options.all or word == "objective" or (word.startswith("objective.") and word not in known)
     if has_options:

@@ -78,7 +78,9 @@ def key_path(mistake: ErrorDetails) -> str:
     return ".".join(keys)
 
 
-_KEY = re.compile(r"[a-z]+(?:\.[\w\[\]-]+)+")
+_KEY = re.compile(r"[a-z]+(?:\.[\w\[\]-]+)+|model(?=:)")
+_SUBJECTS = ("path", "pretrained", "name")
+"""Keys that a message is about if it names only their section."""
 
 
 def named_key(message: str) -> str | None:
@@ -100,9 +102,10 @@ def with_origin(message: str, origins: Origins) -> str:
     key = named_key(message)
     if key is None:
         return message
-    if f"{key}.path" in origins:  # a message about a data set
-        return f"{message} ({key}.path is {origins.of(f'{key}.path')})"
-    return message if section_at(key) is not None else f"{message} ({origins.of(key)})"
+    if section_at(key) is None:
+        return message if message.startswith(f"{key} is missing") else f"{message} ({origins.of(key)})"
+    subject = next((f"{key}.{name}" for name in _SUBJECTS if f"{key}.{name}" in origins), None)
+    return message if subject is None else f"{message} ({subject} is {origins.of(subject)})"
 
 
 def section_at(key: str) -> type[Section] | None:
@@ -110,7 +113,7 @@ def section_at(key: str) -> type[Section] | None:
     holder: Any = Config
     for part in key.split("."):
         holder = _inside(holder, part)
-    return holder if isinstance(holder, type) else None
+    return holder if isinstance(holder, type) and issubclass(holder, Section) else None
 
 
 def shorten(text: str) -> str:

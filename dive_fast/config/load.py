@@ -75,6 +75,11 @@ def _merge_layers(name: str, overrides: Sequence[str], folder: Path | None) -> t
     for file, content in _read_with_bases(path, folder, layers.origins):
         layers.add_file(file, content)
     layers.add_overrides(overrides)
+    if layers.origins.is_run:
+        train = layers.tree.get("train")
+        output = train.get("output") if isinstance(train, dict) else None
+        origin = layers.origins.of("train.output").replace(f"set in {path}", "the run's")
+        layers.origins.remarks.append(f"{path} is the config of a run: train.output = {output} ({origin})")
     layers.origins.keep(_keys(layers.tree))
     return path, layers
 
@@ -162,8 +167,9 @@ def _use_recorded(path: Path, content: Content, is_base: bool, origins: Origins)
     if not is_recorded(content.tree):
         return content
     config = config_of_run(content.tree, path, is_base)
-    used = "without its train.output" if is_base else f"train.output = {config['train']['output']}"
-    origins.remarks.append(f"{path} is the config of a run: {used}")
+    origins.is_run = origins.is_run or not is_base
+    if is_base:
+        origins.remarks.append(f"base {path} is the config of a run: used without its train.output")
     return Content(config, {})
 
 

@@ -12,6 +12,9 @@ class Origins:
     def __init__(self) -> None:
         """Starts without keys."""
         self._origins: dict[str, str] = {}
+        self._is_read = False
+        self.is_run = False
+        """Whether the config is that of a run."""
         self.remarks: list[str] = []
         """Lines about the files that the user should know."""
 
@@ -22,6 +25,7 @@ class Origins:
 
     def set_in_file(self, keys: Iterable[str], file: str, lines: Mapping[str, int]) -> None:
         """Records the keys of a file, by its path and the lines that are known."""
+        self._is_read = True
         self._origins |= {key: f"{file}:{lines[key]}" if key in lines else file for key in keys}
 
     def set_by_override(self, keys: Iterable[str], override: str) -> None:
@@ -43,7 +47,12 @@ class Origins:
         return self._origins.get(key)
 
     def of(self, key: str) -> str:
-        """The origin of a key: ``set in mine.yaml:12``, ``set on the command line`` or ``the default``."""
+        """The origin of a key: ``set in mine.yaml:12``, ``set on the command line`` or ``the default``.
+
+        ``config in Python`` for every key of a config that is not read from files.
+        """
+        if not self._is_read:
+            return "config in Python"
         origin = self._origins.get(key)
         if origin is None:
             return "the default"

@@ -15,23 +15,24 @@ def is_recorded(tree: Any) -> bool:
     return isinstance(tree, Mapping) and all(key in tree for key in KEYS) and isinstance(tree["config"], dict)
 
 
-def config_of_run(tree: Mapping[str, Any], path: Path, is_base: bool) -> dict[str, Any]:
+def config_of_run(tree: Mapping[str, Any], file: Path, is_base: bool) -> dict[str, Any]:
     """The config of a run, for the folder in which it lies now.
 
     Args:
         tree: content of its ``config.json``.
-        path: path of the file.
+        file: path of the file.
         is_base: whether another config is based on it, whose run has a folder of its own.
     """
     config: dict[str, Any] = dict(tree["config"])
     train, teacher = _section(config, "train"), _section(config, "teacher")
-    before, now = train.pop("output", None), _folder(path)
+    before, now = train.pop("output", None), _folder(file)
     if not is_base:
         train["output"] = str(now)
-    if before is None:
+    if not isinstance(before, str):
         return config
     # Defaults that were filled in: the teacher cache moves with its folder, monitors write to the new run's.
-    if teacher.get("path") is not None and Path(teacher["path"]) == Path(before) / "teacher":
+    path = teacher.get("path")
+    if isinstance(path, str) and Path(path) == Path(before) / "teacher":
         teacher["path"] = str(now / "teacher")
     for name, options in _section(config, "deepspeed").items():
         if isinstance(options, dict) and (options.get("output_path"), options.get("job_name")) == (before, name):
@@ -50,6 +51,6 @@ def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
     return config[name]
 
 
-def _folder(path: Path) -> Path:
+def _folder(file: Path) -> Path:
     # A run folder has a name, which tables show.
-    return path.parent if path.parent.name else path.parent.absolute()
+    return file.parent if file.parent.name else file.parent.absolute()

@@ -50,7 +50,9 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _check_weights(self) -> "ModelConfig":
         if self.random and self.pretrained is not None:
-            raise ValueError("random = true starts from random weights, pretrained names others; keep one")
+            raise ValueError(
+                "model.random = true starts from random weights, model.pretrained names others; keep one"
+            )
         return self
 
 

@@ -37,7 +37,9 @@ def test_config_is_found_by_path_and_by_name(tmp_path: Path, monkeypatch: pytest
 def test_missing_config_names_the_nearest_shipped_one() -> None:
     with pytest.raises(ConfigError, match=r"^--config vitl14_dve: no such file; did you mean vitl14_dive\?$"):
         load_run_config("vitl14_dve", folder=CONFIGS)
-    with pytest.raises(ConfigError, match=r"^--config some/vitl14_dive.jsn: no such file; did you mean vitl14_dive\?$"):
+    with pytest.raises(
+        ConfigError, match=r"^--config some/vitl14_dive.jsn: no such file; did you mean vitl14_dive\?$"
+    ):
         load_run_config("some/vitl14_dive.jsn", folder=CONFIGS)
     with pytest.raises(ConfigError, match=r"^--config qqq: no such file; shipped configs: .*vitb16_dive[^?]*$"):
         load_run_config("qqq", folder=CONFIGS)
