@@ -13,6 +13,7 @@ COMMANDS = {
     "ensemble": "interpolate between pre-trained and tuned weights",
     "prepare": "prepare a data set for fast reading",
     "cache": "write the teacher cache of a config",
+    "keys": "list the keys of a config with their types, defaults and meanings",
     "demo": "fine-tune the embedded small model with FLYP and with DiVE, and compare them",
 }
 """Each command and its summary for ``dive-fast --help``."""

@@ -8,8 +8,9 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
+from dive_fast.config.origins import Origins
 from dive_fast.config.section import Decay, NonNegative, NonNegativeFloat, PathText, Positive, Section, Share
 from dive_fast.errors import nearest
 
@@ -49,7 +50,9 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _check_weights(self) -> "ModelConfig":
         if self.random and self.pretrained is not None:
-            raise ValueError("random = true starts from random weights, pretrained names others; keep one")
+            raise ValueError(
+                "model.random = true starts from random weights, model.pretrained names others; keep one"
+            )
         return self
 
 
@@ -207,7 +210,7 @@ class TrainConfig(Section):
     epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     """Epsilon of AdamW."""
     warmup_steps: NonNegative = 500
-    """Steps in which the learning rate rises linearly to its peak."""
+    """Steps of the warm-up, in which the learning rate rises linearly to its peak."""
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
     trace_steps: NonNegative = 0
@@ -320,6 +323,16 @@ class Config(Section):
     """Passed to DeepSpeed unchanged. Batch sizes, optimizer, scheduler and precision belong to the sections above:
     the engine fills DeepSpeed's keys from there, and a contradiction is an error. One value is ours:
     `zero_optimization.stage` may be `"auto"`, which is 1 on several ranks or with offload, otherwise 0."""
+    _origins: Origins = PrivateAttr(default_factory=Origins)
+
+    @property
+    def origins(self) -> Origins:
+        """Where the values come from; no part of the config's value."""
+        return self._origins
+
+    def set_origins(self, origins: Origins) -> None:
+        """Records where the values come from."""
+        self._origins = origins
 
     @classmethod
     def drop_inherited(cls, tree: dict[str, Any], inherited: Mapping[str, Mapping[str, Any]]) -> None:
