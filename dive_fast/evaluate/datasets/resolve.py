@@ -58,13 +58,18 @@ def _open_own(config: EvaluationSet, consent: str) -> Labelled | Captioned:
         return replace(captioned, reports_skipped=reports, remedy=remedy, remarks=lines)
     listed = None if config.class_names is None else class_names_of(config.class_names)
     names = join_names(source, listed, config.class_names or config.path)
+    held_out = [source.held_out] if source.held_out else []
     return Labelled(
         source,
         names,
         templates_of(config.templates or "imagenet"),
         layout=str(config.format),
         imagenet_rows=imagenet_rows(source.class_names),
-        remarks=(*layouts.remarks_on_files(source), *remarks(names, source.class_names, config.class_names)),
+        remarks=(
+            *held_out,
+            *layouts.remarks_on_files(source),
+            *remarks(names, source.class_names, config.class_names),
+        ),
         reports_skipped=reports,
         remedy=remedy,
     )
