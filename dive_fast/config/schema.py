@@ -425,10 +425,10 @@ def _check_held_out_set(key: str, evaluation: EvaluationSet, target: TargetConfi
             f"{key}.holdout: the set must have the path and format of data.target, whose held-out part it measures"
         )
     if evaluation.holdout != target.holdout:
+        share = "null" if target.holdout is None else f"{target.holdout:g}"
         raise ValueError(
-            f"{key}.holdout = {evaluation.holdout:g}, but data.target.holdout = "
-            f"{'null' if target.holdout is None else f'{target.holdout:g}'}: set both to the same share, otherwise "
-            "the model is measured on images that it trains on"
+            f"{key}.holdout = {evaluation.holdout:g}, but data.target.holdout = {share}: set both to the same share, "
+            "otherwise the model is measured on images that it trains on"
         )
 
 
