@@ -1,7 +1,7 @@
 """Writes a config for your own data: ``dive-fast init --target photos/ [--reference pairs.tar]``.
 
-It looks at the data and chooses settings for it; docs/own_data.md explains them. Nothing is downloaded, and no file
-of the data is changed.
+It looks at the data and chooses settings for it; docs/own_data.md explains them. Nothing is downloaded, and no
+file of the data is changed.
 """
 
 import argparse
@@ -37,13 +37,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--target",
         required=True,
-        help="data to learn: a folder with one folder of images per class, or with train/ and val/ of such folders; "
-        "tars of image + .cls; a csv with title and filepath; or a prepared set",
+        help="data to learn: a folder with one folder of images per class, or with train/ and val/ of such "
+        "folders; tars of image + .cls; a csv with title and filepath; or a prepared set",
     )
     parser.add_argument("--val", help="data to measure on; default: the target's val/, or a part of each class")
     parser.add_argument(
         "--reference",
-        help="image-caption pairs on which the model must not change: tars of image + .txt, a csv, or a prepared set",
+        help="image-caption pairs on which the model must not change: tars of image + .txt, a csv, or a "
+        "prepared set",
     )
     parser.add_argument("--model", help="open_clip model, demo, local-dir:, hf-hub:; default: ViT-B-16-quickgelu")
     parser.add_argument("--pretrained", help="open_clip's tag, or a file of weights; default: openai if it exists")

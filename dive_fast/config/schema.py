@@ -427,8 +427,8 @@ def _check_held_out_set(key: str, evaluation: EvaluationSet, target: TargetConfi
     if evaluation.holdout != target.holdout:
         share = "null" if target.holdout is None else f"{target.holdout:g}"
         raise ValueError(
-            f"{key}.holdout = {evaluation.holdout:g}, but data.target.holdout = {share}: set both to the same share, "
-            "otherwise the model is measured on images that it trains on"
+            f"{key}.holdout = {evaluation.holdout:g}, but data.target.holdout = {share}: set both to the same "
+            "share, otherwise the model is measured on images that it trains on"
         )
 
 

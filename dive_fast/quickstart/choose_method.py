@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from dive_fast.errors import ConfigError, nearest
 
 WITH_REFERENCE, WITHOUT_REFERENCE = "dive", "tracer"
-"""The methods of docs/methods.md for either case: the one that preserves most, and the one without reference set."""
+"""The methods that docs/methods.md recommends for either case."""
 KNOWN: Mapping[str, bool] = {"dive": True, "tracer": False, "flyp": False}
 """Whether common methods need a reference set; the registry has all methods, but imports torch."""
 SOURCES = (
-    "COCO captions (118,000 pairs), Flickr8k (8,000), CC3M by img2dataset, or captioned images of your own; "
-    "docs/data.md has the commands"
+    "to be had: COCO captions (118,000 pairs), Flickr8k (8,000), CC3M by img2dataset (docs/data.md), your own"
 )
 """Reference sets that can be had."""
 
@@ -34,8 +33,8 @@ def choose_method(name: str | None, has_reference: bool, has_classes: bool = Tru
         needs_reference = _needs_reference(name, has_classes)
     if needs_reference and not has_reference:
         raise ConfigError(
-            f"--method {name} needs a reference set: name one by --reference, or use a method without, e.g. --method "
-            f"{WITHOUT_REFERENCE}"
+            f"--method {name} needs a reference set: name one by --reference, or use a method without, e.g. "
+            f"--method {WITHOUT_REFERENCE}"
         )
     if has_reference and not needs_reference:
         raise ConfigError(

@@ -29,8 +29,8 @@ class ModelChoice(NamedTuple):
 def choose_model(name: str | None, pretrained: str | None = None) -> ModelChoice:
     """The model of a name, with OpenAI's weights if there are some, otherwise LAION's or DataComp's, or any.
 
-    Weights that were trained with QuickGELU need the architecture of that name: ``ViT-B-16`` with ``openai`` becomes
-    ``ViT-B-16-quickgelu``.
+    Weights that were trained with QuickGELU need the architecture of that name: ``ViT-B-16`` with ``openai``
+    becomes ``ViT-B-16-quickgelu``.
 
     Args:
         name: an open_clip name, ``demo``, or a name with one of :data:`SCHEMES`; None: the default.
@@ -56,9 +56,9 @@ def choose_model(name: str | None, pretrained: str | None = None) -> ModelChoice
             )
         pretrained = next((tag for start in PREFERRED for tag in tags if tag.startswith(start)), tags[0])
     elif pretrained not in tags and not Path(pretrained).is_file():
+        known = ", ".join(tags) or "which has none"
         raise ConfigError(
-            f"--pretrained {pretrained}: neither a file nor a tag of {name} ({', '.join(tags) or 'which has none'})"
-            f"{nearest(pretrained, tags)}"
+            f"--pretrained {pretrained}: neither a file nor a tag of {name} ({known}){nearest(pretrained, tags)}"
         )
     is_quick = bool((open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu"))
     if is_quick and not name.endswith(QUICKGELU) and f"{name}{QUICKGELU}" in models:

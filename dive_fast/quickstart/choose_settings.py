@@ -1,7 +1,7 @@
 """Starting values for a fine-tuning run, by the size of the data and the machine. docs/own_data.md explains each.
 
-The tables of that page are those of this module: ``python -m dive_fast.quickstart.choose_settings`` prints them, and a
-test compares them.
+The tables of that page are those of this module: ``python -m dive_fast.quickstart.choose_settings`` prints them,
+and a test compares them.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ SIZE_RULES = (
 )
 """From the largest size down."""
 MIN_IMAGES = 8
-"""Smallest training set: the loss of a batch contrasts at least two pairs, and an epoch has at least four steps."""
+"""Smallest training set: the loss contrasts at least two pairs, and an epoch has at least four steps."""
 MIN_BATCHES = 4
 """Smallest number of batches in an epoch."""
 MAX_WARMUP_STEPS = 500
@@ -168,7 +168,8 @@ def tables() -> Iterator[str]:
     yield "| images | epochs | B at most | evidence |"
     yield "|---|---|---|---|"
     for rule in SIZE_RULES[::-1]:
-        yield f"| from {max(rule.min_images, MIN_IMAGES):,} | {rule.epochs} | {rule.max_batch_size} | {rule.evidence} |"
+        start = max(rule.min_images, MIN_IMAGES)
+        yield f"| from {start:,} | {rule.epochs} | {rule.max_batch_size} | {rule.evidence} |"
 
 
 if __name__ == "__main__":

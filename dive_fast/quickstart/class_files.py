@@ -62,8 +62,8 @@ def _train_names(target: Target, class_names: str | None) -> PromptNames:
     if not source.class_names:
         count = len(target.train.class_sizes())
         raise DataError(
-            f"{target.train.path}: labels 0 to {count - 1}, and no names for them: list one a line, in label order, in "
-            f"{CLASS_FILES[0]} next to the tars, or name such a file (or imagenet) by --class-names"
+            f"{target.train.path}: labels 0 to {count - 1}, without names: list one a line, in label order, "
+            f"in {CLASS_FILES[0]} next to the tars, or name such a file (or imagenet) by --class-names"
         )
     return prompt_names(source.class_names)
 

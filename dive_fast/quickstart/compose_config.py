@@ -91,8 +91,8 @@ def _target(choices: Choices, comments: dict[str, str]) -> dict[str, Any]:
         )
     section["batch_size"] = settings.batch_size
     comments[f"{key}.batch_size"] = (
-        f"A power of two, over all GPUs: at most {size_rule(choices.num_train).max_batch_size}, and a quarter of the "
-        f"{choices.num_train:,} images. Too large for the GPU? Set train.micro_batch_size, the result stays the same."
+        f"A power of two, over all GPUs: at most {size_rule(choices.num_train).max_batch_size}, and a quarter of "
+        f"the {choices.num_train:,} images. Too large for the GPU? train.micro_batch_size changes no result."
     )
     section["workers"] = settings.workers
     comments[f"{key}.workers"] = "Processes that decode images, on each GPU, by the cores of this machine."
@@ -103,8 +103,8 @@ def _reference_batch_comment(settings: Settings) -> str:
     if settings.reference_batch_size == settings.batch_size:
         return "As many pairs as images, as in the paper."
     return (
-        "Fewer pairs than images, which costs less time: with half as many, accuracy fell by 0.4 points and nothing "
-        "more was forgotten (docs/study.md)."
+        "Fewer pairs than images, which costs less time: with half as many, accuracy fell by 0.4 points and "
+        "nothing more was forgotten (docs/study.md)."
     )
 
 
@@ -121,13 +121,13 @@ def _objective(choices: Choices, comments: dict[str, str]) -> dict[str, Any]:
         )
     elif choices.method == "tracer":
         comments[key] = (
-            "Learns the target with a moving teacher; needs no reference pairs. dive keeps more, with data.reference. "
-            "flyp is the plainest: weigh its result with the pre-trained weights by dive-fast ensemble."
+            "Learns the target with a moving teacher; needs no reference pairs. dive keeps more, with "
+            "data.reference. flyp is the plainest: dive-fast ensemble averages it with the pre-trained model."
         )
     elif choices.method == "flyp":
         comments[key] = (
-            "Plain fine-tuning by the loss of pre-training. Afterwards dive-fast ensemble finds a mean of tuned and "
-            "pre-trained weights that forgets less."
+            "Plain fine-tuning by the loss of pre-training. Afterwards dive-fast ensemble finds a mean of tuned "
+            "and pre-trained weights that forgets less."
         )
     else:
         comments[key] = "docs/methods.md explains each method."

@@ -6,7 +6,7 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,7 +105,10 @@ def inspect_target(path: str, val_path: str | None = None) -> Target:
     root = locate(path)
     _refuse_working_folder(root, path)
     splits = _splits(root, path)
+    if val_path is not None and locate(val_path).exists() and root.exists() and root.samefile(locate(val_path)):
+        raise DataError(f"--val {val_path}: is the target; remove it, and a part of each class is measured")
     with _collect_warnings() as remarks:
+        remarks += _remarks_on_folders(root, path, splits)
         train = _open(splits.get("train", path))
         val = _open(val_path if val_path is not None else splits["val"]) if val_path or "val" in splits else None
         test = _open(splits["test"]) if "test" in splits else None
@@ -115,7 +118,8 @@ def inspect_target(path: str, val_path: str | None = None) -> Target:
     if train.has_classes and len(train.class_sizes()) == 1:
         name = train.source.class_names[0] if train.source.class_names else "0"
         raise DataError(
-            f"{train.path}: only one class, {name!r}; fine-tuning contrasts classes: add a folder for each other class"
+            f"{train.path}: only one class, {name!r}; fine-tuning contrasts classes: add a folder for each other "
+            "class"
         )
     class_file = _class_file(root, path) if train.format == "webdataset" else None
     return Target(_name(root, path), train, val, test, class_file, tuple(remarks))
@@ -253,9 +257,14 @@ def _splits(root: Path, path: str) -> dict[str, str]:
     named = {split: f"{path}/{name}" for name in folders if (split := _split_of(name)) is not None}
     if "train" not in named or not (len(named) > 1 or len(folders) == 1):
         return {}
-    # Photos of trains next to photos of tests are classes.
-    if any(_content(locate(each), each).images for each in named.values()):
+    flat = next((each for each in named.values() if _content(Path(each), each).images), None)
+    if flat is not None and len(folders) > len(named):
         return {}
+    if flat is not None:
+        raise DataError(
+            f"{flat}: images without class folders, so nothing says what they show; move the images of each "
+            "class to a folder of its name"
+        )
     return named
 
 
@@ -268,6 +277,21 @@ def _splits_of_tars(tars: Sequence[str], path: str) -> dict[str, str]:
             return {}
         named[split] = f"{path}/{name[: match.end()]}*.tar"
     return named if "train" in named else {}
+
+
+def _remarks_on_folders(root: Path, path: str, splits: Mapping[str, str]) -> Iterator[str]:
+    """Lines about folders that are not read, next to or below the data."""
+    if splits and root.is_dir():
+        read = {Path(each).name for each in splits.values()}
+        folders = (entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name))
+        if not next(root.glob("*.tar"), None) and (others := sorted(set(folders) - read)):
+            yield f"only {', '.join(sorted(read))} of {path} are read, not {', '.join(others[:3])}"
+    elif _split_of(root.name) == "train" and root.parent.is_dir():
+        siblings = sorted(entry.name for entry in os.scandir(root.parent) if entry.is_dir())
+        if (
+            other := next((name for name in siblings if _split_of(name) not in (None, "train")), None)
+        ) is not None:
+            yield f"{root.parent / other} lies next to it: --target {root.parent} measures on it"
 
 
 def _split_of(name: str) -> str | None:

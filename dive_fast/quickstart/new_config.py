@@ -115,8 +115,8 @@ def _check(request: Request) -> None:
     is_list = request.template in ("imagenet", "simple") or Path(request.template).is_file()
     if "{}" not in request.template and not is_list:
         raise ConfigError(
-            f"--template {request.template!r}: has no {{}} for the class name, e.g. 'a photo of a {{}}'; or name a file "
-            "of templates, imagenet or simple"
+            f"--template {request.template!r}: has no {{}} for the class name, e.g. 'a photo of a {{}}'; or name "
+            "a file of templates, imagenet or simple"
         )
 
 

@@ -134,7 +134,7 @@ def _word(name: str) -> str:
 
 
 def class_file_text(names: Sequence[str]) -> str:
-    """The names as a file with one a line; as a JSON list where lines could be read as something that is no name."""
+    """The names as a file with one a line; as a JSON list where the lines could be read as more than names."""
     looks_like_code = names[0][0] in "[{#" or all(name[0] in "\"'-0123456789nN" for name in names)
     if not looks_like_code or all(name.isalnum() for name in names):
         return "".join(f"{name}\n" for name in names)

@@ -12,8 +12,8 @@ from dive_fast.quickstart.compose_config import Choices
 from dive_fast.quickstart.inspect_data import FORMATS, Images, LabelledSet, imbalance, probe
 from dive_fast.quickstart.inspect_reference import Reference
 
-MAX_SHOWN = 5
-"""Changed class names that are shown, and remarks of a kind."""
+MAX_SHOWN, MAX_REMARKS = 5, 3
+"""Changed class names, and remarks of a kind, that are shown."""
 MAX_CHARACTERS = 160
 """Characters of a remark that are shown."""
 LARGE_RATIO = 10
@@ -28,31 +28,36 @@ def summary(choices: Choices, path: Path) -> Iterator[str]:
     Args:
         path: the config that was written.
     """
-    yield from _target(choices)
-    yield from _names(choices)
-    yield from _evaluation(choices)
-    yield from _reference(choices.reference)
-    yield from _choices(choices)
     files = [path, *(choices.class_files.texts if choices.class_files is not None else ())]
-    yield f"wrote    {', '.join(map(str, files))}"
-    yield f"next     dive-fast train --config {shlex.quote(str(path))}"
+    sections = {
+        "target": _target(choices),
+        "classes": _names(choices),
+        "measure": _evaluation(choices),
+        "keep": _reference(choices.reference),
+        "train": _choices(choices),
+        "wrote": [", ".join(map(str, files))],
+        "next": [f"dive-fast train --config {shlex.quote(str(path))}"],
+    }
+    for title, lines in sections.items():
+        for number, line in enumerate(lines):
+            yield f"{'' if number else title:8} {line}"
 
 
 def _target(choices: Choices) -> Iterator[str]:
     train = choices.target.train
     images = probe(train.source)
-    yield f"target   {_count(train)}{_typical(images)}"
+    yield f"{_count(train)}{_typical(images)}"
     if train.has_classes:
         yield from _classes(train)
     for key, reason, count in _reasons([*train.source.skipped, *train.source.ignored]):
-        yield f"         left out: {count:,}, {reason}; the first: {key}"
+        yield f"left out: {count:,}, {reason}; the first: {key}"
     if images.broken:
         checked = f"{len(images.broken)} of {images.checked} images that were tried"
-        yield f"         cannot be decoded: {checked}; {_short(images.broken[0])}"
+        yield f"cannot be decoded: {checked}; {_short(images.broken[0])}"
     if images.size is not None and min(images.size) > LARGE_SIDE:
-        yield f"         large photos slow the training down: {_prepare(train)} makes them small once"
-    for remark in choices.target.remarks[:MAX_SHOWN]:
-        yield f"         note: {_short(remark)}"
+        yield f"large photos slow the training down: {_prepare(train)} makes them small once"
+    for remark in choices.target.remarks[:MAX_REMARKS]:
+        yield f"note: {_short(remark)}"
 
 
 def _count(data: LabelledSet) -> str:
@@ -75,13 +80,12 @@ def _classes(data: LabelledSet) -> Iterator[str]:
         return f"{_short(names[label]) if names else f'label {label}'} ({sizes[label]:,})"
 
     if sizes[smallest] == sizes[largest]:
-        yield f"         {sizes[smallest]:,} images in each class"
+        yield f"{sizes[smallest]:,} images in each class"
         return
     ratio = imbalance(sizes)
     unbalanced = "; unbalanced: the model will prefer large classes" if ratio >= LARGE_RATIO else ""
-    yield (
-        f"         smallest class {described(smallest)}, largest {described(largest)}, {ratio:.1f} times as many{unbalanced}"
-    )
+    times = f"{ratio:.1f} times as many{unbalanced}"
+    yield f"smallest class {described(smallest)}, largest {described(largest)}, {times}"
 
 
 def _reasons(entries: Sequence[Skipped]) -> list[tuple[str, str, int]]:
@@ -89,7 +93,7 @@ def _reasons(entries: Sequence[Skipped]) -> list[tuple[str, str, int]]:
     first: dict[str, str] = {}
     for key, reason in entries:
         first.setdefault(reason, key)
-    counts = Counter(reason for _, reason in entries).most_common(MAX_SHOWN)
+    counts = Counter(reason for _, reason in entries).most_common(MAX_REMARKS)
     return [(_short(first[reason]), reason, count) for reason, count in counts]
 
 
@@ -100,16 +104,16 @@ def _prepare(data: LabelledSet) -> str:
 def _names(choices: Choices) -> Iterator[str]:
     files = choices.class_files
     if files is None:
-        yield "classes  none: the titles of the csv are the prompts"
+        yield "none: the titles of the csv are the prompts"
         return
     folders = choices.target.train.source.class_names
     changes = files.names.changes(folders) if folders else []
     state = f"{len(changes)} changed for prompts" if changes else "as they are"
-    yield f"classes  {files.path_of['train']}, {state}; prompt: {choices.template}"
+    yield f"{files.path_of['train']}, {state}; prompt: {choices.template}"
     for folder, name in changes[:MAX_SHOWN]:
-        yield f"         {_short(folder)!r} -> {_short(name)!r}"
+        yield f"{_short(folder)!r} -> {_short(name)!r}"
     for remark in files.names.remarks:
-        yield f"         note: {remark}"
+        yield f"note: {remark}"
 
 
 def _evaluation(choices: Choices) -> Iterator[str]:
@@ -118,46 +122,48 @@ def _evaluation(choices: Choices) -> Iterator[str]:
     if choices.holdout is not None:
         held_out = total - choices.num_train
         yield (
-            f"measure  {held_out:,} of {total:,} images ({choices.holdout:.1%} of each class, at least 1) are held out, "
+            f"{held_out:,} of {total:,} images ({choices.holdout:.1%} of each class, at least 1) are held out, "
             f"{choices.num_train:,} train; no file is moved"
         )
         single = sum(size == 1 for size in target.train.class_sizes())
         if single:
-            yield f"         {single} classes have a single image, which trains: they are not measured"
+            yield f"{single} classes have a single image, which trains: they are not measured"
     for name, data in (("val", target.val), ("test", target.test)):
         if data is not None:
             use = "chooses the weights" if name == "val" else "is measured at the end"
-            yield f"measure  {_count(data)}; {use}"
+            yield f"{_count(data)}; {use}"
     if choices.class_files is None:
-        yield "measure  nothing: a csv has no classes; see evaluate in the config"
+        yield "nothing: a csv has no classes; see evaluate in the config"
 
 
 def _reference(reference: Reference | None) -> Iterator[str]:
     if reference is None:
-        yield "keep     no reference set: pairs of images and captions on which the model must not change, so that it"
-        yield f"         keeps what it knows. Use {SOURCES}"
+        yield "no --reference: captioned images on which it must not change keep the model from forgetting"
+        yield SOURCES
         return
     about = "about " if reference.is_estimate else ""
-    yield f"keep     {reference.path}: {about}{reference.pairs:,} pairs, e.g. {_short(reference.source.samples[0].texts[0])!r}"
+    example = _short(reference.source.samples[0].texts[0])
+    yield f"{reference.path}: {about}{reference.pairs:,} pairs, e.g. {example!r}"
     if reference.pairs < ENOUGH_PAIRS:
-        yield f"         few: {ENOUGH_PAIRS:,} kept as much as 25,000 in docs/study.md; broader sets keep more"
+        yield f"few: {ENOUGH_PAIRS:,} kept as much as 25,000 in docs/study.md; broader sets keep more"
 
 
 def _choices(choices: Choices) -> Iterator[str]:
     model, settings = choices.model, choices.settings
     weights = "" if model.pretrained is None else f", weights {model.pretrained}"
-    yield f"model    {model.name}{weights}"
+    yield f"model {model.name}{weights}"
     reason = "" if choices.reference is not None else " (needs no reference set; docs/methods.md has others)"
-    yield f"method   {choices.method}{reason}"
+    yield f"method {choices.method}{reason}"
     batch = f"batch {settings.batch_size}"
     if settings.reference_batch_size is not None:
         batch += f" + {settings.reference_batch_size}"
     yield (
-        f"train    {batch}, {settings.epochs} epochs = {settings.total_steps:,} steps, warm-up {settings.warmup_steps}, "
+        f"{batch}, {settings.epochs} epochs = {settings.total_steps:,} steps, warm-up {settings.warmup_steps}, "
         f"learning rate {settings.learning_rate:g}, {choices.precision}"
     )
 
 
 def _short(text: str) -> str:
-    line = " ".join(text.split())
+    """One line of printable characters."""
+    line = " ".join("".join(each if each.isprintable() else " " for each in text).split())
     return line if len(line) <= MAX_CHARACTERS else f"{line[: MAX_CHARACTERS - 3]}..."

@@ -46,19 +46,24 @@ def write_files(path: Path, text: str, class_texts: Mapping[Path, str], force: b
         force: whether existing files are replaced.
 
     Raises:
-        ConfigError: a file exists, or the folder cannot be written to.
+        ConfigError: a file exists, and is not a file of the same class names; or the folder cannot be written to.
     """
-    existing = next((file for file in (path, *class_texts) if file.exists() or file.is_symlink()), None)
+    changed = [file for file, content in class_texts.items() if not _has_content(file, content)]
+    existing = next((file for file in (path, *changed) if file.exists() or file.is_symlink()), None)
     if existing is not None and not force:
         raise ConfigError(f"{existing} exists: name another file by --output, or replace it with --force")
     try:
         with atomic_path(path) as partial:
             partial.write_text(text, encoding="utf-8")
             _load(partial)
-            for file, class_text in class_texts.items():
-                write_atomic(file, class_text.encode())
+            for file in changed:
+                write_atomic(file, class_texts[file].encode())
     except OSError as error:
         raise ConfigError(f"{path}: cannot write it: {error.strerror or error}") from error
+
+
+def _has_content(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_bytes() == text.encode()
 
 
 def _load(path: Path) -> None:
