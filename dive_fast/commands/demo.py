@@ -1,13 +1,12 @@
 """Runs the demo: fine-tunes a small CLIP with FLYP and with DiVE on two CPU ranks, and compares them."""
 
 import argparse
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-from dive_fast.commands.cli import CONFIGS
+from dive_fast.commands.launcher import launcher_command, launcher_environment
+from dive_fast.config.shipped import CONFIGS
 from dive_fast.data.demo import splits
 
 
@@ -42,13 +41,6 @@ def main() -> int:
 
 
 def _train(folder: Path, *overrides: str) -> int:
-    from dive_fast.distributed import free_port
-
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "--quiet", "--num_accelerators", "2", "--master_port", str(free_port())]
-    command += ["--module", "dive_fast.launch.train", "--config", "demo.json"]
-    command += [f"train.output={folder}", "train.resume=never", *overrides]
-    # The launcher looks up its Python on PATH.
-    path = f"{launcher.parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, env=environment, check=False).returncode
+    arguments = ["--config", "demo.json", f"train.output={folder}", "train.resume=never", *overrides]
+    environment = launcher_environment() | {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(launcher_command("train", arguments, 2), env=environment, check=False).returncode
