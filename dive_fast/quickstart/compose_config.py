@@ -174,7 +174,7 @@ def _evaluate(choices: Choices, comments: dict[str, str]) -> dict[str, Any]:
     comments["evaluate.workers"] = "Loader processes on each GPU."
     if not sets:
         comments["evaluate"] = (
-            "There is nothing to measure: a csv has no classes. Add class folders: "
+            "There is nothing to measure: no classes, or one image of each. Add class folders: "
             "sets: {val: {format: folder, path: ..., class_names: ..., templates: ...}}"
         )
         return {"workers": settings.evaluate_workers}
@@ -199,11 +199,10 @@ def _measured(data: LabelledSet, choices: Choices, name: str, keys: dict[str, An
     return _data_section(data) | names | keys | {"on_skipped": "report", "role": "id"}
 
 
-def header(command: str, choices: Choices) -> str:
-    """The comment at the top of the file."""
-    train = choices.target.train
+def header(command: str, choices: Choices) -> tuple[str, ...]:
+    """The lines of the comment at the top of the file."""
     return (
-        f"Written by: {command}\n"
-        f"{choices.num_train:,} images to train on in {train.path}. Each number is a starting value, explained in "
-        "docs/own_data.md; `dive-fast keys` lists all keys."
+        f"Written by: {command}",
+        f"{choices.num_train:,} images to train on in {choices.target.train.path}.",
+        "Each number is a starting value, explained in docs/own_data.md; `dive-fast keys` lists all keys.",
     )

@@ -62,11 +62,7 @@ def new_config(request: Request, methods: Path) -> NewConfig:
     method = choose_method(request.method, request.reference is not None, train.has_classes)
     reference = None if request.reference is None else inspect_reference(request.reference)
     files = class_files(target, request.class_names, output) if train.has_classes else None
-    share = (
-        None
-        if target.val is not None or files is None
-        else holdout_share(len(train.source), len(files.names.names))
-    )
+    share = None if target.val is not None else _holdout_share(target)
     num_train = len(train.source) - _num_held_out(target, share)
     cores = len(os.sched_getaffinity(0))
     shipped = _shipped_train(methods, method)
@@ -134,6 +130,14 @@ def _output(request: Request, name: str) -> tuple[Path, str]:
     if request.file_format not in (None, FORMATS[suffix]):
         raise ConfigError(f"--output {request.output} is not --format {request.file_format}: remove one of them")
     return request.output, FORMATS[suffix]
+
+
+def _holdout_share(target: Target) -> float | None:
+    """The share to hold out; None where there are no classes, or no class has two images."""
+    train = target.train
+    if not train.has_classes or max(train.class_sizes()) < 2:
+        return None
+    return holdout_share(len(train.source), len(train.class_sizes()))
 
 
 def _num_held_out(target: Target, share: float | None) -> int:

@@ -64,7 +64,7 @@ def _count(data: LabelledSet) -> str:
     count = f"{len(data.source):,} images"
     if data.has_classes:
         count += f" in {len(data.class_sizes()):,} classes"
-    return f"{data.path}: {FORMATS[data.format]}, {count}"
+    return f"{_short(data.path)}: {FORMATS[data.format]}, {count}"
 
 
 def _typical(images: Images) -> str:
@@ -132,8 +132,9 @@ def _evaluation(choices: Choices) -> Iterator[str]:
         if data is not None:
             use = "chooses the weights" if name == "val" else "is measured at the end"
             yield f"{_count(data)}; {use}"
-    if choices.class_files is None:
-        yield "nothing: a csv has no classes; see evaluate in the config"
+    if choices.holdout is None and target.val is None:
+        reason = "a csv has no classes" if choices.class_files is None else "no class has two images"
+        yield f"nothing to choose weights by: {reason}; see evaluate in the config"
 
 
 def _reference(reference: Reference | None) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import json
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,16 @@ FORMATS = {".yaml": "yaml", ".yml": "yaml", ".json": "json"}
 """The format of each suffix."""
 
 
-def config_text(tree: Tree, comments: Mapping[str, str], header: str, file_format: str) -> str:
+def config_text(tree: Tree, comments: Mapping[str, str], header: Sequence[str], file_format: str) -> str:
     """A config as text, with comments above their keys.
 
     Args:
         comments: by dotted key.
-        header: the comment at the top.
+        header: the lines of the comment at the top.
         file_format: ``yaml`` or ``json``.
     """
     mark = "#" if file_format == "yaml" else "//"
-    lines = [*_comment(header, mark, ""), ""]
+    lines = [*(f"{mark} {_printable(line)}" for line in header), ""]
     if file_format == "yaml":
         lines += _yaml(tree, comments, "", "")
     else:
@@ -71,14 +71,18 @@ def _load(path: Path) -> None:
 
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
-        text = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("//"))
-    Config.model_validate_json(json.dumps(yaml.safe_load(text)))
+        text = "\n".join(line for line in text.split("\n") if not line.lstrip().startswith("//"))
+    Config.model_validate_json(text if path.suffix == ".json" else json.dumps(yaml.safe_load(text)))
 
 
 def _comment(text: str, mark: str, indent: str) -> list[str]:
     width = WIDTH - len(indent) - len(mark) - 1
-    lines = [line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, width) or [""]]
-    return [f"{indent}{mark} {line}".rstrip() for line in lines]
+    return [f"{indent}{mark} {line}" for line in textwrap.wrap(_printable(text), width)]
+
+
+def _printable(text: str) -> str:
+    """A comment as one line, without characters that YAML does not allow."""
+    return "".join(each if each.isprintable() else "?" for each in text)
 
 
 def _yaml(tree: Tree, comments: Mapping[str, str], prefix: str, indent: str) -> Iterator[str]:
