@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     command = shlex.join(["dive-fast", "init", *(sys.argv[1:] if arguments is None else arguments)])
     try:
-        written = new_config(Request(command=command, **vars(options)), cli.CONFIGS)
+        written = new_config(Request(command=command, **vars(options)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from dive_fast.config.schema import TrainConfig
+from dive_fast.config.load import load_config
+from dive_fast.config.schema import Config, TrainConfig
+from dive_fast.config.shipped import CONFIGS
 from dive_fast.data.holdout import num_held_out
 from dive_fast.data.sources.source import printable
 from dive_fast.errors import ConfigError
@@ -43,11 +45,8 @@ class NewConfig(NamedTuple):
     choices: Choices
 
 
-def new_config(request: Request, methods: Path) -> NewConfig:
+def new_config(request: Request) -> NewConfig:
     """Looks at the data, chooses settings, and writes the config and its files of class names.
-
-    Args:
-        methods: folder of the shipped configs, whose precision and weight decay a method gets.
 
     Raises:
         ConfigError, DataError: a mistake in the options or the data; nothing is written.
@@ -65,7 +64,7 @@ def new_config(request: Request, methods: Path) -> NewConfig:
     share = None if target.val is not None else _holdout_share(target)
     num_train = len(train.source) - _num_held_out(target, share)
     cores = len(os.sched_getaffinity(0))
-    shipped = _shipped_train(methods, method)
+    shipped = _shipped_train(method)
     choices = Choices(
         target=target,
         num_train=num_train,
@@ -146,10 +145,7 @@ def _num_held_out(target: Target, share: float | None) -> int:
     return sum(num_held_out(size, share) for size in target.train.class_sizes() if size)
 
 
-def _shipped_train(methods: Path, method: str) -> TrainConfig:
+def _shipped_train(method: str) -> TrainConfig:
     """The ``train`` section of the config that the project ships for a method; the default where there is none."""
-    from dive_fast.config.load import load_config
-    from dive_fast.config.schema import Config
-
-    path = methods / f"vitb16_{method}.json"
+    path = CONFIGS / f"vitb16_{method}.json"
     return load_config(str(path), (), None, Config).train if path.is_file() else TrainConfig()

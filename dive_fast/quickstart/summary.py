@@ -139,7 +139,7 @@ def _evaluation(choices: Choices) -> Iterator[str]:
 
 def _reference(reference: Reference | None) -> Iterator[str]:
     if reference is None:
-        yield "no --reference: captioned images on which it must not change keep the model from forgetting"
+        yield "no --reference: captioned images that keep the model from forgetting other tasks"
         yield SOURCES
         return
     about = "about " if reference.is_estimate else ""
