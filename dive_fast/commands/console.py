@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from importlib import import_module, metadata
 
 COMMANDS = {
+    "init": "look at your data, and write a config that fits it",
     "train": "fine-tune CLIP by a config",
     "plan": "predict memory, FLOP and time of a step; same as train --dry-run",
     "evaluate": "measure a model on image sets, and write tables",

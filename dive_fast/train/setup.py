@@ -181,6 +181,8 @@ def _open_sources(config: Config, ranks: Ranks) -> _Sources:
     data, geometry = config.data, config.evaluate.geometry
     target = open_target(data.target)
     reference = None if data.reference is None else open_reference(data.reference)
+    if target.held_out:
+        ranks.print(f"data.target: {target.held_out}")
     if ranks.is_main:
         target.report_skipped("data.target")
         if reference is not None:
