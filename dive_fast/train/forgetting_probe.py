@@ -21,6 +21,9 @@ MIN_PAIRS = 50
 MAX_SHARE = 10
 """At most one in this many reference pairs is held out."""
 PROBE, GEOMETRY = "probe", "geometry"
+"""Names of the two kinds of pairs that a run may measure."""
+BEFORE, PAIRS = "before/", "pairs"
+"""Prefix of the pre-trained model's metrics, and name of the number of pairs that were read."""
 
 
 class HeldOut(NamedTuple):
@@ -50,8 +53,8 @@ def hold_out(requested: int, count: int, batch_size: int) -> HeldOut:
     if requested < MIN_PAIRS:
         return HeldOut(remark=f"no forgetting probe: evaluate.probe = {requested} is below {MIN_PAIRS} pairs")
     return HeldOut(
-        remark=f"no forgetting probe: of the {count} pairs of data.reference, {max(0, number)} can be held out, and "
-        f"it needs {MIN_PAIRS}; to compare embeddings on other pairs, set evaluate.geometry"
+        remark=f"no forgetting probe: {max(0, number)} of the {count} pairs of data.reference can be held out, and it "
+        f"needs {MIN_PAIRS}; to compare embeddings on other pairs, set evaluate.geometry"
     )
 
 
@@ -75,7 +78,7 @@ class PairMeasure:
 
     def embed(self, towers: Towers) -> EmbeddedPairs:
         """Embeds the pairs in fp32; all ranks call it."""
-        return embed_readable(towers, self._samples, self._ranks, *self._sizes, self.count)
+        return embed_readable(towers, self._samples, self._ranks, *self._sizes, self.count, name="")
 
     def identity(self) -> Identity:
         """The pairs: everything but the models that determines the metrics."""
@@ -90,8 +93,8 @@ class PairMeasure:
         """
         assert self.before is not None
         if self.name == GEOMETRY:
-            described = describe(self.before.pairs)
-            return compare(self.before.pairs, after.pairs) | _named_before(described)
+            metrics = compare(self.before.pairs, after.pairs) | {PAIRS: len(after.samples)}
+            return metrics | _named_before(describe(self.before.pairs))
         samples = sorted(set(self.before.samples) & set(after.samples))
         return self._probe(self.before.of(samples), after.of(samples), samples)
 
@@ -101,7 +104,7 @@ class PairMeasure:
         recalls = (paired_recalls(pairs, captions, self._ranks, self._sizes[0]) for pairs in (before, after))
         recalls_before, recalls_after = recalls
         similarity = rsa(torch.cat(before), torch.cat(after))
-        return recalls_after | {"rsa": similarity, "pairs": len(samples)} | _named_before(recalls_before)
+        return recalls_after | {"rsa": similarity, PAIRS: len(samples)} | _named_before(recalls_before)
 
 
 def caption_numbers(captions: Sequence[str], tokenizer: Tokenizer) -> Tensor:
@@ -112,4 +115,4 @@ def caption_numbers(captions: Sequence[str], tokenizer: Tokenizer) -> Tensor:
 
 
 def _named_before(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {f"before/{name}": value for name, value in metrics.items()}
+    return {f"{BEFORE}{name}": value for name, value in metrics.items()}

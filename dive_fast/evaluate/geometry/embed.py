@@ -15,6 +15,7 @@ from dive_fast.data.samples import ReferenceSamples, SampleKey
 from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError
+from dive_fast.evaluate.datasets.evaluation_set import progress
 from dive_fast.model.features import Pairs
 from dive_fast.model.towers import Towers, tokenizer_of, unit
 
@@ -112,7 +113,7 @@ def embed_readable(
         batch_size: pairs encoded at once on each rank.
         workers: loader processes on each rank.
         limit: number of pairs, spread evenly over the set; default: all.
-        name: name on the progress bar.
+        name: name on the progress bar; empty disables the bar.
 
     Raises:
         DataError: too many images in a row cannot be decoded.
@@ -124,7 +125,7 @@ def embed_readable(
         empty = torch.empty(0, towers.width, device=ranks.device)
         images, texts = [empty], [empty]
         samples_read = [torch.empty(0, dtype=torch.int64, device=ranks.device)]
-        with ranks.raise_on_all(DataError), ranks.progress(len(keys), name, "pair") as bar:
+        with ranks.raise_on_all(DataError), progress(ranks, len(keys), name, "pair") as bar:
             options = Options(workers=workers, device=ranks.device)
             for number, batch in enumerate(batches_of(samples, keys, batch_size, options)):
                 requested = keys[number * batch_size : (number + 1) * batch_size]
