@@ -39,15 +39,15 @@ class ModelConfig(Section):
     """open_clip's pretrained tag (`openai`) or a checkpoint file. Not used with `hf-hub:`, `local-dir:` and
     `demo`, which bring their weights. `open_clip_config.json` next to a file says how its images are preprocessed,
     and of which architecture it is; every run exports one."""
-    license: str | None = None
-    """License of the tuned model for its model card, an identifier of Hugging Face such as `apache-2.0`. Default:
-    unknown, so that of the pre-trained weights applies."""
     random: bool = False
     """Start from random weights, on purpose: the same ones in every command and run. Otherwise a model without
     `pretrained` is an error."""
     logit_scale_max: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Upper bound of the logit scale s = 1 / tau. open_clip and OpenAI's CLIP bound it at 100; FLYP and the paper
     do not (null). The loss sees min(s, bound); above the bound only gradients that lower s are let through."""
+    license: str | None = None
+    """License of the tuned model for its model card, an identifier of Hugging Face such as `apache-2.0`. Default:
+    unknown, so that of the pre-trained weights applies."""
 
     @model_validator(mode="after")
     def _check_weights(self) -> "ModelConfig":
