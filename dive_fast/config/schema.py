@@ -55,6 +55,9 @@ class ModelConfig(Section):
     logit_scale_max: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Upper bound of the logit scale s = 1 / tau. open_clip and OpenAI's CLIP bound it at 100; FLYP and the paper
     do not (null). The loss sees min(s, bound); above the bound only gradients that lower s are let through."""
+    license: str | None = None
+    """License of the tuned model for its model card, an identifier of Hugging Face such as `apache-2.0`. Default:
+    unknown, so that of the pre-trained weights applies."""
 
     @model_validator(mode="after")
     def _check_weights(self) -> "ModelConfig":
@@ -304,6 +307,13 @@ class EvaluateConfig(Section):
     geometry: GeometryConfig | None = None
     """Pairs on which RSA, CKA and difference vectors are measured too (docs/geometry.md); the metrics have them as
     `geometry/<name>`."""
+    baseline: bool = True
+    """Measure the pre-trained model on all sets too, for the report at the end of a run. The values are stored in
+    the run folder."""
+    probe: NonNegative = 500
+    """Number of pairs of `data.reference` that are held out of training, at most a tenth of the set. Recall@1 and
+    RSA on them, before and after training, show how much the model forgets (docs/evaluation.md). 0: none, as
+    where fewer than 50 pairs can be held out."""
     every_steps: Positive | None = None
     """Steps between evaluations during training; default: none."""
     every_epochs: Positive | None = None
