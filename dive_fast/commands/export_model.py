@@ -1,7 +1,7 @@
 """Exports a model for other libraries: ``dive-fast export --to transformers runs/mine exported``.
 
-The model is a run folder, local-dir:FOLDER, hf:FOLDER or hf:owner/name (transformers), hf-hub:owner/name, or a name of
-open_clip with --pretrained. The new folder is read back and compared with the model before it gets its name.
+The model is a run folder, local-dir:FOLDER, hf:FOLDER or hf:owner/name (transformers), hf-hub:owner/name, or a
+name of open_clip with --pretrained. The new folder is read back and compared before it gets its name.
 """
 
 import argparse

@@ -41,11 +41,11 @@ class _Unit(nn.Module):
 
 
 def export(towers: Towers, tokenizer: Tokenizer, output: Path) -> tuple[str, float]:
-    """Writes ``image.onnx``, ``text.onnx``, ``model.json``, and preprocessing and tokenizer as transformers has them.
+    """Writes ``image.onnx``, ``text.onnx``, ``model.json``, and preprocessing and tokenizer as in transformers.
 
-    The images are normalised, ``(B, 3, H, W)`` fp32; the tokens are ``(B, context)`` int64; the features are unit rows,
-    so that their products are cosines. ONNX Runtime runs both graphs, for batches of several sizes, before the folder
-    gets its name.
+    The images are normalised, ``(B, 3, H, W)`` fp32; the tokens are ``(B, context)`` int64; the features are unit
+    rows, so that their products are cosines. ONNX Runtime runs both graphs, for batches of several sizes, before
+    the folder gets its name.
 
     Args:
         towers: from :func:`dive_fast.model.towers.create`, on the CPU.
@@ -75,10 +75,10 @@ def export(towers: Towers, tokenizer: Tokenizer, output: Path) -> tuple[str, flo
             for name, inputs in (("image", probe.images), ("text", probe.tokens))
         )
         bias = 0.0 if towers.logit_bias is None else float(towers.logit_bias)
-        error = difference(probe, image, text, probe.scale * image @ text.T + bias)
-        if not error <= TOLERANCE:
+        largest = difference(probe, image, text, probe.scale * image @ text.T + bias)
+        if not largest <= TOLERANCE:
             raise ConfigError(
-                f"{towers.config.name}: features of ONNX Runtime differ by {error:.2g}, more than {TOLERANCE:g}"
+                f"{towers.config.name}: features of ONNX Runtime differ by {largest:.2g}, more than {TOLERANCE:g}"
             )
         left_out = _write_inputs(towers, tokenizer, folder)
         description = {
@@ -89,11 +89,11 @@ def export(towers: Towers, tokenizer: Tokenizer, output: Path) -> tuple[str, flo
             "logit_scale": probe.scale,
             "logit_bias": bias,
             "preprocess": asdict(towers.preprocess),
-            "largest_difference": error,
+            "largest_difference": largest,
             "left_out": left_out,
         }
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
-    return f"ONNX, opset {OPSET}", error
+    return f"ONNX, opset {OPSET}", largest
 
 
 def _write(tower: nn.Module, name: str, example: Tensor, path: Path) -> None:
@@ -120,7 +120,7 @@ def _bytes(tower: nn.Module) -> int:
 
 def _run(path: Path, inputs: Tensor) -> Tensor:
     """The features of ONNX Runtime, of one sample and of the others."""
-    import onnxruntime
+    import onnxruntime  # type: ignore[import-untyped]
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
@@ -129,7 +129,7 @@ def _run(path: Path, inputs: Tensor) -> Tensor:
 
 
 def _write_inputs(towers: Towers, tokenizer: Tokenizer, folder: Path) -> list[str]:
-    """Writes preprocessing and tokenizer as files of transformers; returns a line for each without a counterpart."""
+    """Writes preprocessing and tokenizer as files of transformers; returns the reasons for those left out."""
     left_out = []
     context = int((towers.model_cfg or {}).get("text_cfg", {}).get("context_length", 77))
     for write in (

@@ -24,8 +24,8 @@ _PIXELS = 4 / 255
 def export(towers: Towers, tokenizer: Tokenizer, output: Path) -> tuple[str, float]:
     """Writes ``config.json``, ``model.safetensors``, ``preprocessor_config.json`` and the tokenizer into a folder.
 
-    transformers reads the folder back, and features, logits, tokens and pixels are compared, before the folder gets
-    its name.
+    transformers reads the folder back, and features, logits, tokens and pixels are compared, before the folder
+    gets its name.
 
     Args:
         towers: from :func:`dive_fast.model.towers.create`, on the CPU.

@@ -30,8 +30,8 @@ def parse(tree: Mapping[str, Any]) -> Any:
     family = tree.get("model_type")
     if family == "siglip2":
         raise ValueError(
-            "model_type = siglip2: images of any size (NaFlex) with masked patches, which open_clip does not have; "
-            "SigLIP 2 of a fixed size, such as google/siglip2-base-patch16-224, is of the type siglip"
+            "model_type = siglip2: images of any size (NaFlex) with masked patches, unlike open_clip; SigLIP 2 of "
+            "a fixed size, such as google/siglip2-base-patch16-224, is of the type siglip"
         )
     if family not in FAMILIES:
         raise ValueError(f"model_type = {family!r} is not one of {', '.join(FAMILIES)} (CLIPModel, SiglipModel)")
@@ -82,8 +82,8 @@ def _clip(config: Any) -> dict[str, Any]:
     vision, text = config.vision_config, config.text_config
     if (vision.hidden_act == "quick_gelu") != (text.hidden_act == "quick_gelu"):
         raise ValueError(
-            f"vision_config.hidden_act = {vision.hidden_act} and text_config.hidden_act = {text.hidden_act}: open_clip "
-            "has QuickGELU in both towers or in none"
+            f"vision_config.hidden_act = {vision.hidden_act} and text_config.hidden_act = {text.hidden_act}: "
+            "open_clip has QuickGELU in both towers or in none"
         )
     vision_cfg = {
         "image_size": vision.image_size,
@@ -261,7 +261,7 @@ def _their_eos(text: Mapping[str, Any]) -> int:
     pool, eos = text.get("pool_type", "argmax"), text.get("eos_id", 2)
     if pool == "eos" and eos == _LEGACY_EOS:
         raise ValueError(
-            "text_cfg.eos_id = 2: with this number transformers' CLIP reads the largest token id instead of the first 2"
+            "text_cfg.eos_id = 2: for this number, transformers' CLIP reads the largest token id instead"
         )
     if pool not in ("argmax", "eos"):
         raise ValueError(

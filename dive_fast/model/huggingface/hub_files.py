@@ -58,8 +58,8 @@ def _reason(repository: str, error: Exception) -> str:
 
     if constants.HF_HUB_OFFLINE:
         return (
-            f"no folder {repository}, and the hub's cache ({constants.HF_HUB_CACHE}) does not have it; HF_HUB_OFFLINE "
-            "forbids the download"
+            f"no folder {repository}, and the hub's cache ({constants.HF_HUB_CACHE}) does not have it; "
+            "HF_HUB_OFFLINE forbids the download"
         )
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return f"no folder {repository}, and the hub does not give it: {first[:200]}"

@@ -1,4 +1,4 @@
-"""Image preprocessing: ``preprocessor_config.json`` of transformers as open_clip's preprocess config, and the reverse."""
+"""Image preprocessing: ``preprocessor_config.json`` of transformers from and to open_clip's preprocess config."""
 
 import re
 from pathlib import Path

@@ -1,6 +1,6 @@
 """SigLIP's image tower at any size, as timm models whose names say everything about them.
 
-open_clip builds SigLIP's image tower from a timm model by name, and timm has names only for the published sizes, most
+open_clip builds SigLIP's image tower from a timm model by name. timm has names only for the published sizes, most
 of them with another activation than transformers. :func:`register` adds the named model to timm's registry.
 """
 
@@ -89,8 +89,9 @@ def register(name: str | None) -> None:
     match = re.fullmatch(pattern, name.removeprefix(PREFIX))
     if match is None:
         raise ValueError(f"vision_cfg.timm_model_name = {name} is incomplete")
-    *sizes, epsilon, activation = match.groups()
-    tower = ImageTower(*map(int, sizes), activation, float(epsilon.replace("d", ".").replace("m", "-")))
+    image_size, patch_size, width, layers, heads, mlp_width = map(int, match.groups()[:6])
+    epsilon = float(match[7].replace("d", ".").replace("m", "-"))
+    tower = ImageTower(image_size, patch_size, width, layers, heads, mlp_width, match[8], epsilon)
 
     def create(**arguments: Any) -> VisionTransformer:
         return tower.create(**arguments)

@@ -148,5 +148,6 @@ def _check(ours: Any, theirs: Any, context: int) -> None:
         is_padded = len(padding) <= 1 and (not padding or padding <= {0, theirs.pad_token_id})
         if not torch.equal(tokens[: len(row)], torch.tensor(row)) or not is_padded:
             raise ValueError(
-                f"transformers' tokenizer splits {probe[:40]!r} differently: {row[:8]}, open_clip {tokens[:8].tolist()}"
+                f"transformers' tokenizer splits {probe[:40]!r} differently: {row[:8]}, "
+                f"open_clip's {tokens[:8].tolist()}"
             )
