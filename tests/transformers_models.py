@@ -94,3 +94,21 @@ def write_bpe(folder: Path) -> None:
     AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
     (folder / "vocab.json").unlink()
     (folder / "merges.txt").unlink()
+
+
+def put_into_cache(folder: Path, cache: Path, repository: str, leave_out: tuple[str, ...] = ()) -> Path:
+    """Copies files into the cache of the hub, as a download leaves them; returns the snapshot."""
+    root = cache / f"models--{repository.replace('/', '--')}"
+    snapshot = root / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True, exist_ok=True)
+    (root / "refs").mkdir(exist_ok=True)
+    (root / "refs/main").write_text("0" * 40)
+    (root / "blobs").mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        blob = root / "blobs" / f"{len(list((root / 'blobs').iterdir()))}"
+        if path.name in leave_out:
+            continue
+        blob.write_bytes(path.read_bytes())
+        (snapshot / path.name).unlink(missing_ok=True)
+        (snapshot / path.name).symlink_to(blob)
+    return snapshot

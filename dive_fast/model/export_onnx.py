@@ -86,6 +86,7 @@ def export(towers: Towers, tokenizer: Tokenizer, output: Path) -> tuple[str, flo
             "unit_features": True,
             "width": image.shape[1],
             "context_length": probe.tokens.shape[1],
+            "pad_id": getattr(getattr(tokenizer, "tokenizer", None), "pad_token_id", 0),
             "logit_scale": probe.scale,
             "logit_bias": bias,
             "preprocess": asdict(towers.preprocess),

@@ -292,7 +292,8 @@ def _check_equal(model_cfg: Mapping[str, Any], config: Any) -> None:
     again = open_clip_config(config)
     differences = list(architecture_differences(_comparable(model_cfg), _comparable(again)))
     if differences:
-        raise ValueError(f"transformers has no counterpart of {', '.join(differences[:4])}")
+        names = [line.partition(" there, ")[0] for line in differences[:4]]
+        raise ValueError(f"transformers has no counterpart of {', '.join(names)}")
 
 
 def _comparable(model_cfg: Mapping[str, Any]) -> dict[str, Any]:

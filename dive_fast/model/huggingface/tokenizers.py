@@ -14,6 +14,8 @@ from open_clip.tokenizer import HFTokenizer, get_clean_fn
 
 from dive_fast.data.prompts import TOKENIZER_PROBES
 
+_VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken")
+"""Files that hold the vocabulary of a tokenizer."""
 _PROBES = [*TOKENIZER_PROBES, "A photo of TWO dogs, isn't it?", "an e-mail: 3.5 x 10 (90%)"]
 
 
@@ -65,6 +67,9 @@ def load(folder: Path, text_cfg: dict[str, Any], context: int | None) -> Any:
 def _load(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
+    # Without them, transformers silently begins with an empty vocabulary.
+    if not any(path.is_file() for pattern in _VOCABULARIES for path in folder.glob(pattern)):
+        raise ValueError(f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
     try:
         return AutoTokenizer.from_pretrained(str(folder))
     except Exception as error:  # transformers raises errors of many types
