@@ -43,10 +43,11 @@ class ModelConfig(Section):
     """Which two-tower open_clip model is tuned."""
 
     name: PathText
-    """open_clip model name (`ViT-B-16-quickgelu`), `hf-hub:owner/repo`, `local-dir:folder`, or `demo`, the
-    small model shipped with the project."""
+    """open_clip model name (`ViT-B-16-quickgelu`), `hf-hub:owner/repo`, `local-dir:folder`, `hf:` with a CLIPModel
+    or SiglipModel of transformers (a hub id such as `hf:openai/clip-vit-base-patch32`, or a folder), or `demo`,
+    the small model shipped with the project."""
     pretrained: PathText | None = None
-    """open_clip's pretrained tag (`openai`) or a checkpoint file. Not used with `hf-hub:`, `local-dir:` and
+    """open_clip's pretrained tag (`openai`) or a checkpoint file. Not used with `hf-hub:`, `local-dir:`, `hf:` and
     `demo`, which bring their weights. `open_clip_config.json` next to a file says how its images are preprocessed,
     and of which architecture it is; every run exports one."""
     random: bool = False
