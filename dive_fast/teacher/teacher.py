@@ -6,6 +6,7 @@ Both compute in fp32: a difference vector of length 1e-3 is lost in a half-preci
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +49,7 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def text(self, batch: ReferenceBatch) -> Tensor:
-        """Unit rows ``(B, D)`` fp32 of the batch's captions."""
+        """Unit rows fp32 of the batch's captions, ``(B, D)`` where it has one per image."""
         return unit(self.towers.encode_text(batch.text.tokens, batch.text.length))[batch.text.index]
 
 
@@ -83,12 +84,13 @@ class CachedTeacher:
         """
         device = batch.images.device
         sample, view = batch.sample.numpy(), batch.view.numpy()
+        caption = np.zeros_like(sample) if batch.caption is None else batch.caption.numpy()
         dtype = getattr(torch, self.store.layout.dtype)
         rows = []
         for half in HALVES:
             # New page-locked memory for each call: the previous copy to the device may still be in progress.
             shape = len(sample), self.store.layout.width
             buffer = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
-            self.store.read(half, sample, view, buffer.numpy())
+            self.store.read(half, sample, view if half == "image" else caption, buffer.numpy())
             rows.append(buffer.to(device, non_blocking=True).float())
         return Pairs(*rows)

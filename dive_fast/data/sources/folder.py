@@ -56,7 +56,7 @@ def open_folder(path: str) -> Source:
         names = _class_folders(root, path, ignored)
         for label, name in enumerate(names):
             num_skipped = len(skipped)
-            files = list(_images_below(root / name, name, skipped, ignored))
+            files = list(images_below(root / name, name, skipped, ignored))
             if not files:
                 unread = skipped[num_skipped:]
                 kind, hint = (
@@ -130,7 +130,7 @@ def class_order(names: Iterable[str], path: str) -> list[str]:
     return names
 
 
-def _images_below(
+def images_below(
     folder: Path,
     name: str,
     skipped: list[Skipped],
@@ -153,7 +153,7 @@ def _images_below(
             if is_hidden(entry.name):
                 ignored.append(Skipped(printable(key), HIDDEN))
             else:
-                yield from _images_below(file, key, skipped, ignored, (*parents, inode))
+                yield from images_below(file, key, skipped, ignored, (*parents, inode))
         elif (reason := reason_to_skip(entry.name)) is not None:
             (ignored if reason == HIDDEN else skipped).append(Skipped(printable(key), reason))
         elif suffix in IMAGE_SUFFIXES:
