@@ -162,7 +162,10 @@ def _one_line(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # an error of generating a set has the actual one as its cause
+            cause = cause.__cause__
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())
         raise DataError(f"{path}: datasets cannot load it: {reason[:300]}") from error
 
 
