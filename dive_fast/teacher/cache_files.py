@@ -325,22 +325,32 @@ class Store:
             raise StaleCacheError(f"teacher cache {folder}: its arrays do not match its {MANIFEST}; rebuild it")
         self._verified = np.zeros((len(self.layout.blocks), len(HALVES)), bool)
 
-    def read(self, half: str, sample: NDArray[np.int64], number: NDArray[np.int64], out: NDArray[Any]) -> None:
-        """Copies rows, ``(B,)``, into ``out``, ``(B, D)``.
+    def read(
+        self,
+        half: str,
+        sample: NDArray[np.int64],
+        view: NDArray[np.int64],
+        out: NDArray[Any],
+        caption: NDArray[np.int64] | None = None,
+    ) -> None:
+        """Copies the rows of ``sample`` and ``view``, ``(B,)`` each, into ``out``, ``(B, D)``.
 
         Args:
-            number: the view of each image, or the caption of each text.
+            view: not used for texts.
+            caption: ``(B,)``, the number of the caption of each sample; None: the first; not used for images.
 
         Raises:
             StaleCacheError: bytes of these blocks have changed since they were written.
         """
         layout = self.layout
-        view = number if half == "image" else np.zeros_like(number)
+        view = view if half == "image" else np.zeros_like(view)
         if self._verify:
             for block in self._unverified(half, view * layout.blocks_per_view + sample // BLOCK):
                 self._check(half, block)
-        rows = view * layout.samples + sample if half == "image" else layout.first_texts[sample] + number
-        assert half == "image" or (rows < layout.first_texts[sample + 1]).all()
+        rows = view * layout.samples + sample
+        if half == "text":
+            rows = layout.first_texts[sample] + (0 if caption is None else caption)
+            assert (rows < layout.first_texts[sample + 1]).all()
         assert len(rows) == 0 or 0 <= rows.min() <= rows.max() < len(self._rows[half])
         self._prefetch(half, rows)
         # With mode "raise" numpy gathers into a temporary array and copies it.

@@ -6,7 +6,6 @@ Both compute in fp32: a difference vector of length 1e-3 is lost in a half-preci
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,13 +83,13 @@ class CachedTeacher:
         """
         device = batch.images.device
         sample, view = batch.sample.numpy(), batch.view.numpy()
-        caption = np.zeros_like(sample) if batch.caption is None else batch.caption.numpy()
+        caption = None if batch.caption is None else batch.caption.numpy()
         dtype = getattr(torch, self.store.layout.dtype)
         rows = []
         for half in HALVES:
             # New page-locked memory for each call: the previous copy to the device may still be in progress.
             shape = len(sample), self.store.layout.width
             buffer = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
-            self.store.read(half, sample, view if half == "image" else caption, buffer.numpy())
+            self.store.read(half, sample, view, buffer.numpy(), caption)
             rows.append(buffer.to(device, non_blocking=True).float())
         return Pairs(*rows)

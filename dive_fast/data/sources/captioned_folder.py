@@ -35,7 +35,7 @@ def open_captioned_folder(path: str) -> Source:
     skipped: list[Skipped] = []
     ignored: list[Skipped] = []
     try:
-        files = [(key.lstrip("/"), file, size) for key, file, size in images_below(root, "", skipped, ignored)]
+        files = list(images_below(root, "", skipped, ignored))
     except OSError as error:
         raise DataError(f"{path}: cannot list its images: {error}") from error
     samples: list[Sample] = []

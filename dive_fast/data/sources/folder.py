@@ -140,7 +140,7 @@ def images_below(
     """Key, path and size of each image below a folder, sorted by the components of its key.
 
     Args:
-        name: the folder's part of the key.
+        name: the folder's part of the key; may be empty.
         parents: device and inode of each folder above, to detect links that form a cycle.
     """
     status = os.stat(folder)
@@ -148,7 +148,8 @@ def images_below(
     if inode in parents:
         raise DataError(f"{folder}: a link to a folder above it; remove it")
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        file, key, suffix = Path(entry.path), f"{name}/{entry.name}", Path(entry.name).suffix.lower()
+        key = f"{name}/{entry.name}" if name else entry.name
+        file, suffix = Path(entry.path), Path(entry.name).suffix.lower()
         if entry.is_dir():
             if is_hidden(entry.name):
                 ignored.append(Skipped(printable(key), HIDDEN))

@@ -310,7 +310,7 @@ def test_files_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
 def test_damaged_state_is_refused(tmp_path: Path, content: str) -> None:
     dataset().save_to_disk(tmp_path)
     (tmp_path / "state.json").write_text(content, encoding="latin1")
-    with pytest.raises(DataError, match="save_to_disk$"):
+    with pytest.raises(DataError, match=r"save_to_disk$"):
         read(tmp_path, None)
 
 
