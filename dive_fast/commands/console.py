@@ -1,5 +1,6 @@
 """The console command ``dive-fast``: runs one of the commands of this package by its name."""
 
+import os
 import sys
 from difflib import get_close_matches
 from importlib import import_module, metadata
@@ -17,6 +18,8 @@ COMMANDS = {
 """Each command and its summary for ``dive-fast --help``."""
 ALIASES = {"plan": ("train", "--dry-run")}
 """Commands that are another command with an option."""
+ON_SEVERAL_GPUS = ("train", "cache", "evaluate", "geometry", "ensemble")
+"""Commands that take ``--gpus``."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
         hint = f"; did you mean {near[0]}?" if near else ""
         print(f"error: dive-fast has no command {name!r}{hint} (commands: {', '.join(COMMANDS)})", file=sys.stderr)
         return 2
+    if name in ON_SEVERAL_GPUS and (index := _index_of_gpus(arguments)) is not None:
+        return _launch(name, arguments[1:index], arguments[index:])
     module, *inserted = ALIASES.get(name, (name,))
     # argparse shows this name in usage lines.
     sys.argv = [f"dive-fast {name}", *inserted, *arguments[1:]]
@@ -52,6 +57,34 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
+def _index_of_gpus(arguments: list[str]) -> int | None:
+    """The position of ``--gpus`` among the arguments; None without it."""
+    return next((at for at, word in enumerate(arguments) if word.partition("=")[0] == "--gpus"), None)
+
+
+def _launch(name: str, before: list[str], option: list[str]) -> int:
+    """Replaces this process by DeepSpeed's launcher; returns only after a mistake.
+
+    Args:
+        before: the command's arguments before ``--gpus``.
+        option: ``--gpus``, its value and the arguments after it.
+    """
+    from dive_fast.commands.launcher import count_ranks, launcher_command, launcher_environment
+    from dive_fast.errors import LaunchError
+
+    _, separator, value = option[0].partition("=")
+    after = option[1:] if separator else option[2:]
+    print(f"dive-fast {name}: starting ranks", flush=True)
+    try:
+        if not separator:
+            value = option[1] if len(option) > 1 else ""
+        command = launcher_command(name, [*before, *after], count_ranks(value))
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    os.execve(command[0], command, launcher_environment())
+
+
 def _help() -> str:
     width = max(map(len, COMMANDS))
     lines = "\n".join(f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items())
@@ -59,5 +92,6 @@ def _help() -> str:
         "usage: dive-fast COMMAND [options] [section.key=value ...]\n\n"
         "Fine-tunes CLIP on your data without losing what it knows about everything else.\n\n"
         f"commands:\n{lines}\n\n"
+        f"--gpus N, or --gpus all: runs {', '.join(ON_SEVERAL_GPUS)} on several GPUs.\n"
         "dive-fast COMMAND --help describes a command."
     )
