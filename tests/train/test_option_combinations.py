@@ -84,8 +84,8 @@ FEWER: dict[str, tuple[Value, ...]] = dict.fromkeys(
     ("data.target.format", "data.reference.format", "evaluate.geometry.format"),
     ("folder", "webdataset", "csv", "prepared"),
 )
-"""Values of options of which the schema enumerates more. A fifth format would add a fourth of all rows, and an opened
-`huggingface` set is like an opened `webdataset`: byte ranges of files. Evaluation sets have it, and
+"""Values of options of which the schema enumerates more. A fifth format would add a fourth of all rows, and an
+opened `huggingface` set is like an opened `webdataset`: byte ranges of files. Evaluation sets have it, and
 tests/train/test_inputs.py trains on it."""
 
 CONSTANT = {
