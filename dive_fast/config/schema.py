@@ -8,10 +8,12 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
+from dive_fast.config.origins import Origins
 from dive_fast.config.section import (
     Decay,
+    HeldOut,
     NonNegative,
     NonNegativeFloat,
     PathText,
@@ -42,10 +44,11 @@ class ModelConfig(Section):
     """Which two-tower open_clip model is tuned."""
 
     name: PathText
-    """open_clip model name (`ViT-B-16-quickgelu`), `hf-hub:owner/repo`, `local-dir:folder`, or `demo`, the
-    small model shipped with the project."""
+    """open_clip model name (`ViT-B-16-quickgelu`), `hf-hub:owner/repo`, `local-dir:folder`, `hf:` with a CLIPModel
+    or SiglipModel of transformers (a hub id such as `hf:openai/clip-vit-base-patch32`, or a folder), or `demo`,
+    the small model shipped with the project."""
     pretrained: PathText | None = None
-    """open_clip's pretrained tag (`openai`) or a checkpoint file. Not used with `hf-hub:`, `local-dir:` and
+    """open_clip's pretrained tag (`openai`) or a checkpoint file. Not used with `hf-hub:`, `local-dir:`, `hf:` and
     `demo`, which bring their weights. `open_clip_config.json` next to a file says how its images are preprocessed,
     and of which architecture it is; every run exports one."""
     random: bool = False
@@ -54,11 +57,16 @@ class ModelConfig(Section):
     logit_scale_max: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Upper bound of the logit scale s = 1 / tau. open_clip and OpenAI's CLIP bound it at 100; FLYP and the paper
     do not (null). The loss sees min(s, bound); above the bound only gradients that lower s are let through."""
+    license: str | None = None
+    """License of the tuned model for its model card, an identifier of Hugging Face such as `apache-2.0`. Default:
+    unknown, so that of the pre-trained weights applies."""
 
     @model_validator(mode="after")
     def _check_weights(self) -> "ModelConfig":
         if self.random and self.pretrained is not None:
-            raise ValueError("random = true starts from random weights, pretrained names others; keep one")
+            raise ValueError(
+                "model.random = true starts from random weights, model.pretrained names others; keep one"
+            )
         return self
 
 
@@ -108,6 +116,10 @@ class TargetConfig(Section):
     process."""
     hw_decoder_load: Share = 0.65
     """`dali` on a GPU: the share of JPEGs that its hardware decoder takes; the best depends on `workers`."""
+    holdout: HeldOut | None = None
+    """Share of each class that is not trained on (rounded, at least one image): the part that a set of
+    `evaluate.sets` with the same `path` and `holdout` measures. A hash of each sample's name chooses it, whatever
+    the seed. Not for `csv`. Default: all samples are trained on."""
     text_length: Positive | None = None
     """Context length of the prompts; longer ones are cut. Default: the model's, trimmed to each batch's longest
     prompt where that is exact."""
@@ -250,7 +262,7 @@ class TrainConfig(Section):
     epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     """Epsilon of AdamW."""
     warmup_steps: NonNegative = 500
-    """Steps in which the learning rate rises linearly to its peak."""
+    """Steps of the warm-up, in which the learning rate rises linearly to its peak."""
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
     trace_steps: NonNegative = 0
@@ -296,6 +308,9 @@ class EvaluationSet(Section):
     """`huggingface` only: as in `data.target`."""
     text_column: str | None = None
     """`huggingface` with `task = retrieval` only: as in `data.reference`."""
+    holdout: HeldOut | None = None
+    """Measures only the part of the set that `data.target.holdout` leaves out of training; both shares must be
+    equal. Samples that cannot be read are in neither part. Not used with `dataset`. Default: the complete set."""
     task: Literal["classification", "retrieval"] = "classification"
     """`retrieval`: ranks all captions for each image, and all images for each caption; needs captions, where each
     line of a text is one, or a `dataset` of captions."""
@@ -343,6 +358,13 @@ class EvaluateConfig(Section):
     geometry: GeometryConfig | None = None
     """Pairs on which RSA, CKA and difference vectors are measured too (docs/geometry.md); the metrics have them as
     `geometry/<name>`."""
+    baseline: bool = True
+    """Measure the pre-trained model on all sets too, for the report at the end of a run. The values are stored in
+    the run folder."""
+    probe: NonNegative = 500
+    """Number of pairs of `data.reference` that are held out of training, at most a tenth of the set. Recall@1 and
+    RSA on them, before and after training, show how much the model forgets (docs/evaluation.md). 0: none, as
+    where fewer than 50 pairs can be held out."""
     every_steps: Positive | None = None
     """Steps between evaluations during training; default: none."""
     every_epochs: Positive | None = None
@@ -378,6 +400,16 @@ class Config(Section):
     """Passed to DeepSpeed unchanged. Batch sizes, optimizer, scheduler and precision belong to the sections above:
     the engine fills DeepSpeed's keys from there, and a contradiction is an error. One value is ours:
     `zero_optimization.stage` may be `"auto"`, which is 1 on several ranks or with offload, otherwise 0."""
+    _origins: Origins = PrivateAttr(default_factory=Origins)
+
+    @property
+    def origins(self) -> Origins:
+        """Where the values come from; no part of the config's value."""
+        return self._origins
+
+    def set_origins(self, origins: Origins) -> None:
+        """Records where the values come from."""
+        self._origins = origins
 
     @classmethod
     def drop_inherited(cls, tree: dict[str, Any], inherited: Mapping[str, Mapping[str, Any]]) -> None:
@@ -435,8 +467,11 @@ class Config(Section):
         if self.data.target.format == "webdataset" and self.data.target.class_names is None:
             raise ValueError("data.target.class_names: webdataset data needs imagenet or a text file of names")
         _check_sampling(self.data.target)
+        if self.data.target.holdout is not None:
+            _check_holdout(self.data.target)
         for name, evaluation in self.evaluate.sets.items():
             _check_evaluation_set(f"evaluate.sets.{name}", evaluation)
+            _check_held_out_set(f"evaluate.sets.{name}", evaluation, self.data.target)
         sections: dict[str, Section | None] = {"data.target": self.data.target, "data.reference": reference}
         sections |= {f"evaluate.sets.{name}": each for name, each in self.evaluate.sets.items()}
         for key, described in (sections | {"evaluate.geometry": self.evaluate.geometry}).items():
@@ -466,6 +501,40 @@ def _check_sampling(target: TargetConfig) -> None:
         raise ValueError(
             f"data.target.balance = class: a set of {origin} has prompts and no classes; set "
             "data.target.balance=none"
+        )
+
+
+def _check_holdout(target: TargetConfig) -> None:
+    key = "data.target.holdout"
+    if target.has_prompts:
+        origin = "csv data" if target.format == "csv" else "data with text_column"
+        raise ValueError(f"{key}: {origin} has prompts and no classes to hold images out of; remove it")
+    if target.loader == "ffcv":
+        raise ValueError(f"{key}: loader ffcv reads complete sets; use plain or dali, or prepare both parts")
+
+
+def _check_held_out_set(key: str, evaluation: EvaluationSet, target: TargetConfig) -> None:
+    """Validates that a set of the target's data measures exactly what the target holds out."""
+    is_target = all(getattr(evaluation, name) == getattr(target, name) for name in ("path", "format", "split"))
+    if evaluation.holdout is None:
+        if is_target and target.holdout is not None:
+            raise ValueError(
+                f"{key} is the data of data.target, which trains on most of it: set {key}.holdout = "
+                f"{target.holdout:g} to measure the part that is held out"
+            )
+        return
+    if evaluation.dataset is not None or evaluation.task == "retrieval":
+        raise ValueError(f"{key}.holdout: only labelled sets of your own have one; remove it")
+    if not is_target:
+        raise ValueError(
+            f"{key}.holdout: the set must have the path, format and split of data.target, whose held-out part it "
+            "measures"
+        )
+    if evaluation.holdout != target.holdout:
+        share = "null" if target.holdout is None else f"{target.holdout:g}"
+        raise ValueError(
+            f"{key}.holdout = {evaluation.holdout:g}, but data.target.holdout = {share}: set both to the same "
+            "share, otherwise the model is measured on images that it trains on"
         )
 
 

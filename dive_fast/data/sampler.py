@@ -29,8 +29,11 @@ class Order:
     seed: int = 0
     key: str = "batch_size"
     """Config key of ``batch_size``, for messages."""
+    held_out: tuple[int, ...] = ()
+    """Samples that no step has, in ascending order; all steps shuffle the others."""
     classes: "Classes | None" = field(default=None, compare=False)
-    """None: each sample once per epoch. Otherwise, each class equally often, in epochs of the same length."""
+    """None: each sample once per epoch. Otherwise, each class equally often, in epochs of the same length; without
+    the samples that are held out."""
 
     def __post_init__(self) -> None:
         """Validates that every step has a full batch and equal shares.
@@ -40,21 +43,26 @@ class Order:
         """
         if self.batch_size % self.world_size:
             raise DataError(f"{self.key} {self.batch_size} is not divisible by the {self.world_size} ranks")
-        if self.batch_size > self.num_samples:
+        if self.batch_size > self.num_trained:
             raise DataError(
-                f"{self.key} {self.batch_size} exceeds the {self.num_samples} samples of the data set; "
-                f"set it to at most {self.num_samples}"
+                f"{self.key} {self.batch_size} exceeds the {self.num_trained} samples of the data set; "
+                f"set it to at most {self.num_trained}"
             )
+
+    @property
+    def num_trained(self) -> int:
+        """Number of samples that are not held out."""
+        return self.num_samples - len(self.held_out)
 
     @property
     def steps_per_epoch(self) -> int:
         """Full batches per epoch; the incomplete last batch of a shuffle is dropped."""
-        return self.num_samples // self.batch_size
+        return self.num_trained // self.batch_size
 
     def at(self, step: int) -> tuple[int, NDArray[np.int64]]:
         """The epoch and this rank's samples, ``(batch_size / world_size,)``, of a step (counted from 0)."""
-        epoch, share = self._share(step)
-        return epoch, self._epoch(epoch)[0][share]
+        epoch, samples, _ = self._at(step)
+        return epoch, samples
 
     def sample_keys(self, step: int) -> list[tuple[int, int]]:
         """The keys of this rank's samples of a step: the epoch and the sample.
@@ -62,23 +70,33 @@ class Order:
         A sample that a balanced epoch draws again has another number instead of the epoch, so that its crop and
         its text are drawn again too.
         """
-        epoch, share = self._share(step)
-        samples, repeats = self._epoch(epoch)
-        numbers = [epoch] * len(samples[share]) if repeats is None else (epoch + repeats[share] * _REPEAT).tolist()
-        return list(zip(numbers, samples[share].tolist(), strict=True))
+        epoch, samples, repeats = self._at(step)
+        numbers = [epoch] * len(samples) if repeats is None else (epoch + repeats * _REPEAT).tolist()
+        return list(zip(numbers, samples.tolist(), strict=True))
 
-    def _share(self, step: int) -> tuple[int, slice]:
-        """The epoch of a step, and this rank's part of the epoch's samples."""
+    def _at(self, step: int) -> tuple[int, NDArray[np.int64], NDArray[np.int64] | None]:
+        """The epoch, this rank's samples, and the number of earlier draws of each in the epoch; None: all 0."""
         epoch, position = divmod(step, self.steps_per_epoch)
         size = self.batch_size // self.world_size
         first = position * self.batch_size + self.rank * size
-        return epoch, slice(first, first + size)
+        share = slice(first, first + size)
+        if self.classes is not None:
+            samples, repeats = _balanced(self.classes, self.num_trained, self.seed, epoch)
+            return epoch, samples[share], repeats[share]
+        return epoch, skip(_shuffle(self.num_trained, self.seed, epoch)[share], self.held_out), None
 
-    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
-        """All samples of an epoch, and for each the number of its earlier draws in the epoch; None: all 0."""
-        if self.classes is None:
-            return _shuffle(self.num_samples, self.seed, epoch), None
-        return _balanced(self.classes, self.num_samples, self.seed, epoch)
+
+def skip(positions: NDArray[np.int64], held_out: Sequence[int]) -> NDArray[np.int64]:
+    """The samples at positions that count only the samples not held out.
+
+    Args:
+        held_out: samples in ascending order.
+    """
+    if not held_out:
+        return positions
+    # The number of counted samples in front of each held-out one.
+    ahead = np.asarray(held_out) - np.arange(len(held_out))
+    return positions + np.searchsorted(ahead, positions, side="right")
 
 
 @lru_cache(maxsize=4)
@@ -94,16 +112,19 @@ class Classes:
     """Indices of the samples of each class that has any."""
 
     @classmethod
-    def of(cls, labels: Sequence[int]) -> "Classes":
-        """Groups samples by their labels.
+    def of(cls, labels: Sequence[int], held_out: Sequence[int] = ()) -> "Classes":
+        """Groups the samples that are not held out by their labels.
 
         Raises:
             DataError: a sample has no label.
         """
         array = np.asarray(labels, np.int64)
         if len(array) and array.min() < 0:
-            raise DataError("balance = class needs labelled samples; this set has prompts and no classes")
+            raise DataError(
+                "balance = class needs labelled samples; this set has prompts and no classes; set balance=none"
+            )
         order = np.argsort(array, kind="stable")
+        order = order[~np.isin(order, held_out)]
         return cls(tuple(np.split(order, np.flatnonzero(np.diff(array[order])) + 1)))
 
     def describe(self) -> str:

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dive_fast.data.sampler import Classes, Order
+from dive_fast.data.sampler import Classes, Order, skip
 from dive_fast.errors import DataError
 
 
@@ -69,6 +69,30 @@ def test_order_rejects_indivisible_and_oversized_batches() -> None:
         Order(7, 8)
 
 
+@pytest.mark.parametrize(("count", "held"), [(24, ()), (24, (0,)), (24, (23,)), (24, (0, 1, 2)), (31, (4, 5, 30))])
+def test_order_never_has_held_out_samples_and_has_all_others(count: int, held: tuple[int, ...]) -> None:
+    order = Order(count, 1, seed=3, held_out=held)
+    for epoch in range(3):
+        assert sorted(epoch_of(order, epoch)) == sorted(set(range(count)) - set(held))
+    assert order.steps_per_epoch == count - len(held)
+
+
+def test_order_with_evenly_held_out_samples_is_complete_for_any_size() -> None:
+    for count in range(2, 40):
+        for number in range(1, count):
+            held = tuple(index * count // number for index in range(number))
+            kept = skip(np.arange(count - number), held)
+            assert sorted([*kept.tolist(), *held]) == list(range(count))
+            assert (np.diff(kept) > 0).all()
+
+
+def test_order_with_held_out_samples_drops_less_than_a_batch() -> None:
+    order = Order(33, 8, 1, 2, seed=3, held_out=(5, 20))
+    assert order.steps_per_epoch == 3
+    with pytest.raises(DataError, match=r"^batch_size 32 exceeds the 31 samples"):
+        Order(33, 32, held_out=(5, 20))
+
+
 # Balanced classes
 
 LABELS = [0] * 3 + [5] * 40 + [2] * 1 + [7] * 9
@@ -127,6 +151,14 @@ def test_balanced_shares_of_ranks_concatenate_to_the_full_batch(world_size: int)
     for step in (9, 0, 4, 17):  # in any order
         shares = [key for order in ranks for key in order.sample_keys(step)]
         assert shares == balanced().sample_keys(step)
+
+
+def test_balanced_order_never_has_held_out_samples() -> None:
+    held_out = (0, 5, 43)  # the last is the only one of its class
+    order = Order(len(LABELS), 8, held_out=held_out, classes=Classes.of(LABELS, held_out))
+    assert order.steps_per_epoch == (len(LABELS) - 3) // 8
+    drawn = [sample for epoch in range(30) for sample in epoch_of(order, epoch)]
+    assert set(drawn) == set(range(len(LABELS))) - set(held_out)
 
 
 def test_balanced_epochs_differ_between_epochs_and_seeds() -> None:
