@@ -9,7 +9,7 @@ from dive_fast.data.sources.csv_table import open_csv
 from dive_fast.data.sources.folder import open_folder
 from dive_fast.data.sources.source import Source
 from dive_fast.data.sources.webdataset import open_webdataset
-from dive_fast.errors import DataError
+from dive_fast.errors import DataError, naming
 
 
 def open_target(config: TargetConfig | EvaluationSet, section: str = "") -> Source:
@@ -58,14 +58,12 @@ def open_captioned(config: EvaluationSet, section: str = "") -> Source:
 
 
 def _open(config: Any, text: str, section: str) -> Source:
-    try:
+    with naming(section):
         source = _source(config, text)
         if getattr(config, "loader", None) == "ffcv" and source.beton is None:
             raise DataError(
                 f"{config.path}: loader = ffcv needs a set prepared for it: dive-fast prepare --container beton"
             )
-    except DataError as error:
-        raise DataError(f"{section}: {error}" if section else str(error)) from error
     return source
 
 
