@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 LOCATIONS = (
     *("model.name", "model.pretrained"),
     *("data.*.format", "data.*.path", "data.*.image_root", "data.*.class_names", "data.*.templates"),
+    *("data.*.split", "data.*.image_column", "data.*.label_column", "data.*.text_column"),
     *("objective.backgrounds", "objective.target.backgrounds", "teacher.path", "train.output"),
 )
 """Keys whose contents are compared instead, or which only give a location."""
