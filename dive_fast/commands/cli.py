@@ -6,28 +6,19 @@ mistake in the command, config or data. docs/reliability.md lists the exit codes
 
 import argparse
 import functools
+import logging
 import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from dive_fast.config.shipped import CONFIGS
+
 if TYPE_CHECKING:
     from dive_fast.methods.run_config import RunConfig
-
-
-def _configs() -> Path:
-    """The folder of the shipped configs, in the package of launch scripts."""
-    spec = find_spec("dive_fast.launch")
-    assert spec is not None and spec.submodule_search_locations
-    return Path(next(iter(spec.submodule_search_locations))) / "configs"
-
-
-CONFIGS = _configs()
-"""Folder of the shipped configs."""
 
 
 def parser(description: str | None, example: str, required: bool = True) -> argparse.ArgumentParser:
@@ -78,11 +69,14 @@ def count(minimum: int) -> Callable[[str], int]:
     return parse
 
 
-def load_config(name: str, overrides: Sequence[str]) -> "RunConfig":
+def load_config(name: str, overrides: Sequence[str], announcement: str = "") -> "RunConfig":
     """Reads a config by path or by its name among the shipped ones.
 
     The methods import torch, which takes seconds: everything but their options is validated before, by pydantic
     alone, so that a typo is reported at once.
+
+    Args:
+        announcement: line that rank 0 prints after that, before the seconds of imports.
 
     Raises:
         ConfigError: as :func:`dive_fast.methods.run_config.load_run_config`.
@@ -94,9 +88,23 @@ def load_config(name: str, overrides: Sequence[str]) -> "RunConfig":
     if os.environ.get("RANK", "0") == "0":
         for remark in checked.origins.remarks:
             print(remark, file=sys.stderr)
+        if announcement:
+            print(announcement, flush=True)
+    use_cpu_without_gpu()
     from dive_fast.methods.run_config import load_run_config
 
     return load_run_config(name, overrides, CONFIGS)
+
+
+def use_cpu_without_gpu() -> None:
+    """Sets DeepSpeed's accelerator to the CPU if there is no GPU; its import would warn otherwise.
+
+    To be called before anything imports DeepSpeed.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def run_folder(output: str | None, config: str) -> Path:
@@ -159,6 +167,9 @@ def guarded(main: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(main)
     def guarded_main(arguments: list[str] | None = None) -> int:
         with ignore_closed_output():
+            handler = logging.StreamHandler()
+            handler.setFormatter(_LogFormatter())
+            logging.basicConfig(handlers=[handler])
             try:
                 return main(arguments)
             except KeyboardInterrupt:
@@ -173,6 +184,13 @@ def guarded(main: Callable[..., int]) -> Callable[..., int]:
                 return 76 if isinstance(error, StalledError) else 1
 
     return guarded_main
+
+
+class _LogFormatter(logging.Formatter):
+    """Formats ``warning: message``, without the name of the module."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {super().format(record)}"
 
 
 def _rank_prefix() -> str:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from dive_fast.config.schema import EvaluationSet, GeometryConfig, ReferenceConfig, TargetConfig
+from dive_fast.data.holdout import split
 from dive_fast.data.prepared.read import open_prepared
 from dive_fast.data.sources.csv_table import open_csv
 from dive_fast.data.sources.folder import open_folder
@@ -20,8 +21,15 @@ def open_target(config: TargetConfig | EvaluationSet, section: str = "") -> Sour
     Raises:
         DataError: the files are missing or do not have the configured format.
     """
-    default = "data.target" if isinstance(config, TargetConfig) else ""
-    return _open(config, ".cls", section or default)
+    is_target = isinstance(config, TargetConfig)
+    section = section or ("data.target" if is_target else "")
+    source = _open(config, ".cls", section)
+    if config.holdout is None:
+        return source
+    try:
+        return split(source, config.holdout, "train" if is_target else "held_out")
+    except DataError as error:
+        raise DataError(f"{section}: {error}" if section else str(error)) from error
 
 
 def open_reference(config: ReferenceConfig | GeometryConfig, section: str = "") -> Source:

@@ -27,6 +27,7 @@ from dive_fast.engine.step import Engine, StepBatches, check_hooks
 from dive_fast.errors import naming
 from dive_fast.evaluate.classifier import embed_texts
 from dive_fast.evaluate.datasets.resolve import Opened, open_sets, remarks_on_missing_classes
+from dive_fast.evaluate.geometry.embed import open_pairs
 from dive_fast.methods import registry
 from dive_fast.methods.method import Method, Start, overrides
 from dive_fast.model.model_identity import model_identity
@@ -34,6 +35,7 @@ from dive_fast.model.towers import Towers, check_text_length, create, tokenizer_
 from dive_fast.planner.auto_schedule import resolve
 from dive_fast.teacher.build import open_teacher, reference_samples
 from dive_fast.teacher.teacher import Teacher
+from dive_fast.train.forgetting_probe import HeldOut, hold_out
 from dive_fast.train.guard_rails import warn_of_evaluation, warn_of_schedule
 from dive_fast.train.linear_probe import make_head
 from dive_fast.train.monitors import with_output_paths
@@ -57,6 +59,10 @@ class Run:
     target_order: Order
     reference: ReferenceSamples | None
     reference_order: Order | None
+    probe: ReferenceSamples | None
+    """The complete reference set if pairs of it are held out for the forgetting probe."""
+    held_out: HeldOut
+    """The reference pairs that are not trained on."""
     teacher: Teacher | None
     total_steps: int
     class_names: tuple[str, ...]
@@ -101,10 +107,11 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     # Before any model is built: a typo in a path should not cost minutes.
     sources = _open_sources(config, ranks)
     needs = registry.needs(config.objective)
+    held_out = _hold_out(config, sources.reference)
     target_order, reference_order = _order(config, "target", len(sources.target), ranks), None
     if needs.reference:
         assert sources.reference is not None
-        reference_order = _order(config, "reference", len(sources.reference), ranks)
+        reference_order = _order(config, "reference", len(sources.reference), ranks, held_out.samples)
 
     torch.manual_seed(config.train.seed)
     towers = _build_towers(config, folder, sources.reference, ranks)
@@ -132,6 +139,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         ranks=ranks,
         total_steps=total_steps,
         second_templates=second_templates,
+        num_held_out=len(held_out.samples),
     )
     require_equal(ranks, identity)
     checkpoint, record = start_or_resume(config.train, folder, identity, total_steps, ranks)
@@ -144,10 +152,12 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     if needs.head:
         is_trained = checkpoint is not None
         towers.head = make_head(config, towers, sources.target, class_names, ranks, is_trained)
-    reference = teacher = None
+    probe = reference = teacher = None
+    if held_out.samples and config.data.reference is not None:
+        probe = open_pairs(config.model, config.data.reference, towers, sources.reference)
     if needs.reference:
         assert sources.reference is not None
-        reference = reference_samples(config, sources.reference, towers)
+        reference = reference_samples(config, sources.reference, towers).without(held_out.samples)
         if needs.reference_teacher:
             teacher = open_teacher(config, folder, towers, reference, ranks)
         if config.train.precision == "bf16" and ranks.is_main:
@@ -167,6 +177,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         target_order=target_order,
         reference=reference,
         reference_order=reference_order,
+        probe=probe,
+        held_out=held_out,
         teacher=teacher,
         total_steps=total_steps,
         class_names=class_names,
@@ -181,6 +193,8 @@ def _open_sources(config: Config, ranks: Ranks) -> _Sources:
     data, geometry = config.data, config.evaluate.geometry
     target = open_target(data.target)
     reference = None if data.reference is None else open_reference(data.reference)
+    if target.held_out:
+        ranks.print(f"data.target: {target.held_out}")
     if ranks.is_main:
         target.report_skipped("data.target")
         if reference is not None:
@@ -254,12 +268,20 @@ def _start_method(
     method.start(Start(embed, tokenizer, towers.vocabulary, towers.pooled_at, class_names, templates))
 
 
-def _order(config: Config, half: str, count: int, ranks: Ranks) -> Order:
+def _hold_out(config: Config, reference: Source | None) -> HeldOut:
+    """The reference pairs for the forgetting probe."""
+    data = config.data.reference
+    if reference is None or data is None:
+        return hold_out(config.evaluate.probe, 0, 0)
+    return hold_out(config.evaluate.probe, len(reference), data.batch_size)
+
+
+def _order(config: Config, half: str, count: int, ranks: Ranks, held_out: tuple[int, ...] = ()) -> Order:
     """The order of a half's samples."""
     # The halves have different random streams; otherwise both sets would be shuffled alike.
     seed = config.train.seed + (half == "reference")
     batch_size = getattr(config.data, half).batch_size
-    return Order(count, batch_size, ranks.rank, ranks.world_size, seed, f"data.{half}.batch_size")
+    return Order(count, batch_size, ranks.rank, ranks.world_size, seed, f"data.{half}.batch_size", held_out)
 
 
 LoadedBatches = tuple[TargetBatch, ReferenceBatch | None]

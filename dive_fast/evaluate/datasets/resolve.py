@@ -58,13 +58,18 @@ def _open_own(config: EvaluationSet, place: str) -> Labelled | Captioned:
         names = join_names(source, listed, config.class_names or config.path)
     with naming(place and f"{place}.templates"):
         templates = templates_of(config.templates or "imagenet")
+    held_out = [source.held_out] if source.held_out else []
     return Labelled(
         source,
         names,
         templates,
         layout=str(config.format),
         imagenet_rows=imagenet_rows(source.class_names),
-        remarks=(*layouts.remarks_on_files(source), *remarks(names, source.class_names, config.class_names)),
+        remarks=(
+            *held_out,
+            *layouts.remarks_on_files(source),
+            *remarks(names, source.class_names, config.class_names),
+        ),
         reports_skipped=reports,
         remedy=remedy,
     )
