@@ -126,7 +126,7 @@ def test_accuracy_on_the_selecting_set_is_called_optimistic(
     assert both.endswith("report that on test")
     same, chosen = warned_of_evaluation(caplog, folder, sets={"val": val, "again": val, "test": test}, **options)
     assert same.startswith(
-        f"evaluate.sets.again.path = {val['path']} (set on the command line) is also that of eval"
+        f"evaluate.sets.again.path = {val['path']} (set on the command line) has 6 of the 6 images"
     )
     assert chosen.endswith("report that on test")
     assert warned_of_evaluation(caplog, folder, sets={"val": val, "test": test}) == []
