@@ -140,6 +140,9 @@ CONSTANT = {
     "train.rank_timeout",
     "evaluate.geometry.pairs",
     "evaluate.batch_size",
+    # A part of the samples, which is read as any other set: in tests/data/test_holdout.py.
+    "data.target.holdout",
+    "evaluate.sets.<name>.holdout",
     # Parts without a method's name: in tests/methods.
     "objective.target",
     "objective.reference",
