@@ -4,7 +4,6 @@ Embeds image-caption pairs with the pre-trained and the fine-tuned model and com
 uniformity, modality gap, difference vectors. Writes geometry.json and figures.
 """
 
-import logging
 from pathlib import Path
 
 from dive_fast.commands import cli
@@ -57,7 +56,6 @@ def main(arguments: list[str] | None = None) -> int:
         check_output(options.output or run)
         towers.check(config.model, weights=options.before is None)
 
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         ranks = join()
     except UserError as error:
         return cli.report_error(error, options)

@@ -15,6 +15,8 @@ NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
+HeldOut = Annotated[float, Field(gt=0, le=0.5)]
+
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
