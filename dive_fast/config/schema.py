@@ -39,6 +39,9 @@ class ModelConfig(Section):
     """open_clip's pretrained tag (`openai`) or a checkpoint file. Not used with `hf-hub:`, `local-dir:` and
     `demo`, which bring their weights. `open_clip_config.json` next to a file says how its images are preprocessed,
     and of which architecture it is; every run exports one."""
+    license: str | None = None
+    """License of the tuned model for its model card, an identifier of Hugging Face such as `apache-2.0`. Default:
+    unknown, so that of the pre-trained weights applies."""
     random: bool = False
     """Start from random weights, on purpose: the same ones in every command and run. Otherwise a model without
     `pretrained` is an error."""
@@ -285,6 +288,13 @@ class EvaluateConfig(Section):
     geometry: GeometryConfig | None = None
     """Pairs on which RSA, CKA and difference vectors are measured too (docs/geometry.md); the metrics have them as
     `geometry/<name>`."""
+    baseline: bool = True
+    """Measure the pre-trained model on all sets too, for the report at the end of a run. The values are stored in
+    the run folder."""
+    probe: NonNegative = 500
+    """Number of pairs of `data.reference` that are held out of training, at most a tenth of the set. Recall@1 and
+    RSA on them, before and after training, show how much the model forgets (docs/evaluation.md). 0: none, as
+    where fewer than 50 pairs can be held out."""
     every_steps: Positive | None = None
     """Steps between evaluations during training; default: none."""
     every_epochs: Positive | None = None

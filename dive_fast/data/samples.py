@@ -1,9 +1,10 @@
 """Samples of a data set, independent of the loader: crops, texts, labels and the batches they form."""
 
+import copy
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Generic, Literal, TypeVar
+from collections.abc import Callable, Collection, Sequence
+from typing import Generic, Literal, Self, TypeVar
 
 import torch
 from PIL import Image
@@ -30,6 +31,14 @@ class Samples(ABC, Generic[Batch]):
 
     def __init__(self, source: Source, preprocess: Preprocess) -> None:
         self.source, self.preprocess = source, preprocess
+        self.held_out: frozenset[int] = frozenset()
+        """Samples that never replace an unusable one."""
+
+    def without(self, held_out: Collection[int]) -> Self:
+        """The same samples, of which those held out never replace an unusable one."""
+        samples = copy.copy(self)
+        samples.held_out = frozenset(held_out)
+        return samples
 
     @abstractmethod
     def crop(self, sample_key: SampleKey, size: tuple[int, int]) -> Crop | None:
@@ -65,6 +74,8 @@ class Samples(ABC, Generic[Batch]):
         epoch, first = sample_key
         for sample in range(first, first + MAX_REPLACEMENTS):
             candidate = epoch, sample % len(self.source)
+            if candidate[1] in self.held_out and sample != first:
+                continue
             try:
                 return candidate, read(candidate)
             except DataError as error:

@@ -163,8 +163,9 @@ class Metrics:
             return
         norms = {symbol.strip("|"): name for name, symbol in self._run.engine.method.norms.items()}
         names = {"loss": "loss", **norms, "img/s": "images_per_second", "wait": "data_wait"}
-        shown = {short: f"{self._last[name]:.3g}" for short, name in names.items() if name in self._last}
-        self._bar.set_postfix(shown, refresh=False)
+        shown = [f"{short}={self._last[name]:.3g}" for short, name in names.items() if name in self._last]
+        # The bar is ahead of its values: the device is never waited for.
+        self._bar.set_postfix_str(f"step {step}: {', '.join(shown)}", refresh=False)
         self._write(step, self._last)
         if self._run.engine.features_are_random:
             return  # the floor would be that of dropped features, not of rounding

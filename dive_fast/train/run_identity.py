@@ -44,7 +44,7 @@ NO_RESULT = (
     *("teacher.batch_size", "teacher.audit", "teacher.tolerance", "teacher.verify"),
     *("train.log_every", "train.trace_steps", "train.checkpoint_every", "train.keep_last", "train.keep_best"),
     *("train.on_save_error", "train.resume", "train.nonfinite_limit", "train.rank_timeout"),
-    *("evaluate.batch_size",),
+    *("model.license", "evaluate.batch_size", "evaluate.baseline", "evaluate.probe"),
     *("deepspeed.tensorboard", "deepspeed.wandb", "deepspeed.csv_monitor", "deepspeed.comet"),
     *("deepspeed.monitor_config", "deepspeed.flops_profiler", "deepspeed.comms_logger", "deepspeed.timers"),
     *("deepspeed.steps_per_print", "deepspeed.wall_clock_breakdown", "deepspeed.dump_state"),
@@ -137,6 +137,7 @@ def run_identity(
     ranks: Ranks,
     total_steps: int,
     second_templates: Sequence[Template] = (),
+    num_held_out: int = 0,
 ) -> Identity:
     """Everything that determines a run's result.
 
@@ -148,6 +149,7 @@ def run_identity(
         reference: None for a method without a reference batch.
         second_templates: templates of the second prompts; empty for a method without them.
         total_steps: steps of the complete run, compared where the method depends on them.
+        num_held_out: reference pairs that are not trained on, chosen by ``evaluate.probe``.
     """
     identity = config_identity(config)
     identity["objective"] = {key: value for key, value in identity["objective"].items() if value is not None}
@@ -168,6 +170,8 @@ def run_identity(
         half = identity["data"]["reference"]
         half["content"] = reference.digest()
         half["decoder"] = decoder(loader_options(config, config.data.reference, ranks))
+        if num_held_out:
+            half["held_out"] = num_held_out
     if registry.needs(config.objective).run_length:
         identity["total_steps"] = total_steps
     return identity | {"precision": numerics.state(), "versions": versions(), "ranks": ranks.world_size}
@@ -219,6 +223,8 @@ def _describe(change: Difference) -> str:
         return (
             f"{change}, set by train.epochs and train.max_steps; this objective depends on the length of the run"
         )
+    if change.key == "data.reference.held_out":
+        return f"evaluate.probe: {change.stored or 0} pairs held out there, {change.current or 0} here"
     section = change.key.removesuffix(".content")
     return f"{section}: other data, or changed since" if section != change.key else str(change)
 

@@ -26,6 +26,7 @@ from dive_fast.engine.deepspeed_config import check_deepspeed, deepspeed_section
 from dive_fast.engine.step import Engine, StepBatches, check_hooks
 from dive_fast.evaluate.classifier import embed_texts
 from dive_fast.evaluate.datasets.resolve import Opened, open_sets, remarks_on_missing_classes
+from dive_fast.evaluate.geometry.embed import open_pairs
 from dive_fast.methods import registry
 from dive_fast.methods.method import Method, Needs, Start, overrides
 from dive_fast.model.model_identity import model_identity
@@ -33,6 +34,7 @@ from dive_fast.model.towers import Towers, check_text_length, create, tokenizer_
 from dive_fast.planner.auto_schedule import resolve
 from dive_fast.teacher.build import open_teacher, reference_samples
 from dive_fast.teacher.teacher import Teacher
+from dive_fast.train.forgetting_probe import HeldOut, hold_out
 from dive_fast.train.linear_probe import make_head
 from dive_fast.train.monitors import with_output_paths
 from dive_fast.train.preflight import check_sizes
@@ -55,6 +57,10 @@ class Run:
     target_order: Order
     reference: ReferenceSamples | None
     reference_order: Order | None
+    probe: ReferenceSamples | None
+    """The complete reference set if pairs of it are held out for the forgetting probe."""
+    held_out: HeldOut
+    """The reference pairs that are not trained on."""
     teacher: Teacher | None
     total_steps: int
     class_names: tuple[str, ...]
@@ -120,6 +126,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     check_hooks(deepspeed_section(config, ranks.world_size), method, config.train.schedule)
     method.penalty(towers)  # raises where a tower lacks the parameters of the penalty
     needs = method.needs
+    held_out = _hold_out(config, sources.reference)
     complete = fill_in(config, folder, towers, ranks)
     identity = run_identity(
         *(complete, model_identity(towers), sources.target, class_names, templates),
@@ -127,6 +134,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         ranks=ranks,
         total_steps=total_steps,
         second_templates=second_templates,
+        num_held_out=len(held_out.samples),
     )
     require_equal(ranks, identity)
     checkpoint, record = start_or_resume(config.train, folder, identity, total_steps, ranks)
@@ -137,11 +145,13 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     if needs.head:
         is_trained = checkpoint is not None
         towers.head = make_head(config, towers, sources.target, class_names, ranks, is_trained)
-    reference = reference_order = teacher = None
+    probe = reference = reference_order = teacher = None
+    if held_out.samples and config.data.reference is not None:
+        probe = open_pairs(config.model, config.data.reference, towers, sources.reference)
     if needs.reference:
         assert sources.reference is not None
-        reference = reference_samples(config, sources.reference, towers)
-        reference_order = _order(config, "reference", len(sources.reference), ranks)
+        reference = reference_samples(config, sources.reference, towers).without(held_out.samples)
+        reference_order = _order(config, "reference", len(sources.reference), ranks, held_out.samples)
         if needs.reference_teacher:
             teacher = open_teacher(config, folder, towers, reference, ranks)
         if config.train.precision == "bf16" and ranks.is_main:
@@ -161,6 +171,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         target_order=target_order,
         reference=reference,
         reference_order=reference_order,
+        probe=probe,
+        held_out=held_out,
         teacher=teacher,
         total_steps=total_steps,
         class_names=class_names,
@@ -246,12 +258,20 @@ def _start_method(
     method.start(Start(embed, tokenizer, towers.vocabulary, towers.pooled_at, class_names, templates))
 
 
-def _order(config: Config, half: str, count: int, ranks: Ranks) -> Order:
+def _hold_out(config: Config, reference: Source | None) -> HeldOut:
+    """The reference pairs for the forgetting probe."""
+    data = config.data.reference
+    if reference is None or data is None:
+        return hold_out(config.evaluate.probe, 0, 0)
+    return hold_out(config.evaluate.probe, len(reference), data.batch_size)
+
+
+def _order(config: Config, half: str, count: int, ranks: Ranks, held_out: tuple[int, ...] = ()) -> Order:
     """The order of a half's samples."""
     # The halves have different random streams; otherwise both sets would be shuffled alike.
     seed = config.train.seed + (half == "reference")
     batch_size = getattr(config.data, half).batch_size
-    return Order(count, batch_size, ranks.rank, ranks.world_size, seed, f"data.{half}.batch_size")
+    return Order(count, batch_size, ranks.rank, ranks.world_size, seed, f"data.{half}.batch_size", held_out)
 
 
 LoadedBatches = tuple[TargetBatch, ReferenceBatch | None]

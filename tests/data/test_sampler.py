@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dive_fast.data.sampler import Order
+from dive_fast.data.sampler import Order, skip
 from dive_fast.errors import DataError
 
 
@@ -65,3 +65,27 @@ def test_order_rejects_indivisible_and_oversized_batches() -> None:
         DataError, match=r"^batch_size 8 exceeds the 7 samples of the data set; set it to at most 7$"
     ):
         Order(7, 8)
+
+
+@pytest.mark.parametrize(("count", "held"), [(24, ()), (24, (0,)), (24, (23,)), (24, (0, 1, 2)), (31, (4, 5, 30))])
+def test_order_never_has_held_out_samples_and_has_all_others(count: int, held: tuple[int, ...]) -> None:
+    order = Order(count, 1, seed=3, held_out=held)
+    for epoch in range(3):
+        assert sorted(epoch_of(order, epoch)) == sorted(set(range(count)) - set(held))
+    assert order.steps_per_epoch == count - len(held)
+
+
+def test_order_with_evenly_held_out_samples_is_complete_for_any_size() -> None:
+    for count in range(2, 40):
+        for number in range(1, count):
+            held = tuple(index * count // number for index in range(number))
+            kept = skip(np.arange(count - number), held)
+            assert sorted([*kept.tolist(), *held]) == list(range(count))
+            assert (np.diff(kept) > 0).all()
+
+
+def test_order_with_held_out_samples_drops_less_than_a_batch() -> None:
+    order = Order(33, 8, 1, 2, seed=3, held_out=(5, 20))
+    assert order.steps_per_epoch == 3
+    with pytest.raises(DataError, match=r"^batch_size 32 exceeds the 31 samples"):
+        Order(33, 32, held_out=(5, 20))

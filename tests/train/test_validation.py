@@ -31,7 +31,7 @@ from dive_fast.model import head as heads
 from dive_fast.model.towers import Towers, create
 from dive_fast.train import linear_probe as probe
 from dive_fast.train import loop as train
-from dive_fast.train import validation
+from dive_fast.train import run_evaluation
 from dive_fast.train.validation import BEST, Validation
 
 EPOCHS, STEPS = 3, 9
@@ -78,7 +78,7 @@ def fixed_accuracies() -> Iterator[None]:
         accuracy = ACCURACIES[known.setdefault(weights, len(known))]
         return {"seen": measured._replace(scores={"top1": accuracy})}
 
-    with unittest.mock.patch.object(validation, "measure_sets", measure_fixed):
+    with unittest.mock.patch.object(run_evaluation, "measure_sets", measure_fixed):
         yield
 
 
@@ -136,6 +136,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "sets": {"seen": {key: tree["data"]["target"][key] for key in tiny.EVALUATION}},
         "geometry": {"format": "webdataset", "path": tree["data"]["reference"]["path"], "pairs": 7},
         "workers": 0,
+        "baseline": False,
     }
     tree["deepspeed"]["zero_optimization"]["stage"] = 3
     (path / "config.json").write_text(json.dumps(tree))
