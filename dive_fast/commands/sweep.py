@@ -8,7 +8,6 @@ keeps most. See docs/sweep.md.
 """
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -30,6 +29,9 @@ if TYPE_CHECKING:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns 1 if a run failed, 2 for a user's mistake, 75 if the sweep was asked to stop."""
     options = _parser().parse_intermixed_args(arguments)
+    # Overrides that follow the names of sets are not names.
+    options.overrides += [word for word in options.kept or () if "=" in word]
+    options.kept = tuple(word for word in options.kept or () if "=" not in word)
 
     # Heavy imports follow later, so that a typo is reported at once.
     from dive_fast.errors import UserError
@@ -60,19 +62,18 @@ def _plan(options: argparse.Namespace) -> "tuple[Sweep, int | None]":
         lambda: _load(options.config, [*options.overrides, *first]).train.warmup_steps,
     )
     overrides, output = [*options.overrides, *length], options.output
-    plan(over, overrides, output, lambda each: _load(options.config, each))
-    count = math.prod(map(len, over.values()))
-    print(f"sweep: {count} run{'s' * (count != 1)} in {output}: {describe_over(over)}", flush=True)
-    gpus = None if options.gpus is None else count_ranks(options.gpus)
-    planned = plan(over, overrides, output, lambda each: cli.load_config(options.config, each))
-    kept = tuple(options.kept or ())
-    id_name = id_validation(_load(options.config, planned[0].overrides).evaluate, options.id, kept)
+    runs = plan(over, overrides, output, lambda each: _load(options.config, each))
+    id_name = id_validation(_load(options.config, runs[0].overrides).evaluate, options.id, options.kept)
+    print(f"sweep: {len(runs)} run{'s' * (len(runs) != 1)} in {output}: {describe_over(over)}")
     if length:
         print(f"short runs: {' '.join(length)}")
-    print(f"ID validation: {id_name}; kept: the mean of {kept_text(kept)}", flush=True)
+    print(f"ID validation: {id_name}; kept: the mean of {kept_text(options.kept)}", flush=True)
+    gpus = None if options.gpus is None else count_ranks(options.gpus)
+    # Again with the options of the methods, whose import takes seconds.
+    planned = plan(over, overrides, output, lambda each: cli.load_config(options.config, each))
     full = ["dive-fast", "train", "--config", options.config]
     full += [] if gpus is None else ["--gpus", str(gpus)]
-    selection = Selection(id_name, kept, options.within / 100)
+    selection = Selection(id_name, options.kept, options.within / 100)
     return Sweep(output, over, tuple(planned), selection, (*full, *options.overrides)), gpus
 
 
