@@ -133,7 +133,6 @@ def recommendation(choice: Choice, id_name: str, kept_before: float | None) -> s
 def caveats(
     choice: Choice,
     points: Sequence[Point],
-    over: Mapping[str, Sequence[Value]],
     strength: str | None,
     within: float,
     metric: str,
@@ -153,7 +152,8 @@ def caveats(
             sentences.append(f"Within the margin, {describe(rival.values)} keeps more: {100 * most:.1f}.")
     elif strength is None and choice.point.kept is None and len(points) > 1:
         sentences.append("What is kept is not known for all settings, so only ID validation was compared.")
-    sentences += edges(choice.point.values, over)
+    considered = [point.values for point in points if point.is_complete and point.id is not None]
+    sentences += edges(choice.point.values, considered)
     sentences += _sampling_remarks(choice, points, within, metric, samples)
     ignored = [point for point in points if not point.is_complete or point.id is None]
     if ignored:
@@ -164,12 +164,12 @@ def caveats(
     return sentences
 
 
-def edges(values: Values, over: Mapping[str, Sequence[Value]]) -> list[str]:
-    """A sentence for each chosen number that is the largest or smallest one tried."""
+def edges(values: Values, considered: Sequence[Values]) -> list[str]:
+    """A sentence for each chosen number that is the largest or smallest one of the settings considered."""
     sentences = []
     for key, value in values.items():
         number = value.number
-        tried = [each.number for each in over.get(key, ()) if each.number is not None]
+        tried = {each.number for point in considered if (each := point[key]).number is not None}
         if key == SEED or number is None or len(tried) < 2:
             continue
         is_largest = number == max(tried)

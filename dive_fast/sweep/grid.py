@@ -235,7 +235,7 @@ def _check_overrides(over: Mapping[str, object], overrides: Sequence[str]) -> No
         key = override.partition("=")[0]
         if key in over:
             raise ConfigError(f"{key} is in --over and in the override {override}; keep one")
-        if key in ("train.output", "train.resume"):
+        if key == "train.output":
             raise ConfigError(f"{override}: the sweep sets this key itself; --output names its folder")
 
 

@@ -147,13 +147,16 @@ def summarize(sweep: Sweep, outcomes: Outcomes) -> Summary:
     axes = _axes(table, selection)
     points = _points(sweep, outcomes, table, axes)
     strength = strength_key(sweep.over)
-    choice = choose(points, strength, selection.within)
+    left = sum(outcome is None for outcome in outcomes)
+    choice = None if left else choose(points, strength, selection.within)
     if choice is None or axes is None:
         reason = "No recommendation: no setting has an ID validation in all its runs."
+        if left:
+            reason = f"No recommendation yet: {left} of {len(outcomes)} runs have not finished."
         return Summary(sweep, outcomes, table, axes, points, None, (reason,))
     column = table.columns[axes.id]
     sentences = [recommendation(choice, selection.id_name, before_of(table, axes)[1])]
-    sentences += caveats(choice, points, sweep.over, strength, selection.within, column.metric, column.total)
+    sentences += caveats(choice, points, strength, selection.within, column.metric, column.total)
     if absent := [name for name in selection.kept if not any(each.is_named(name) for each in table.columns)]:
         sentences.append(f"--kept {', '.join(absent)}: not measured.")
     if not axes.kept:
