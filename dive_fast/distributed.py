@@ -126,7 +126,7 @@ class Ranks:
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
-class ProgressLines(tqdm):  # type: ignore[type-arg]
+class ProgressLines(tqdm):  # type: ignore[misc, type-arg]
     """Progress as plain lines on stderr, for log files: no carriage returns, and at most one line in ten seconds.
 
     Lines become rarer with time, down to one for each twentieth of the time so far or a minute, whichever is

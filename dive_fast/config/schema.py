@@ -8,9 +8,19 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
-from dive_fast.config.section import Decay, NonNegative, NonNegativeFloat, PathText, Positive, Section, Share
+from dive_fast.config.origins import Origins
+from dive_fast.config.section import (
+    Decay,
+    HeldOut,
+    NonNegative,
+    NonNegativeFloat,
+    PathText,
+    Positive,
+    Section,
+    Share,
+)
 from dive_fast.errors import nearest
 
 Loader = Literal["plain", "dali", "ffcv"]
@@ -33,26 +43,29 @@ class ModelConfig(Section):
     """Which two-tower open_clip model is tuned."""
 
     name: PathText
-    """open_clip model name (`ViT-B-16-quickgelu`), `hf-hub:owner/repo`, `local-dir:folder`, or `demo`, the
-    small model shipped with the project."""
+    """open_clip model name (`ViT-B-16-quickgelu`), `hf-hub:owner/repo`, `local-dir:folder`, `hf:` with a CLIPModel
+    or SiglipModel of transformers (a hub id such as `hf:openai/clip-vit-base-patch32`, or a folder), or `demo`,
+    the small model shipped with the project."""
     pretrained: PathText | None = None
-    """open_clip's pretrained tag (`openai`) or a checkpoint file. Not used with `hf-hub:`, `local-dir:` and
+    """open_clip's pretrained tag (`openai`) or a checkpoint file. Not used with `hf-hub:`, `local-dir:`, `hf:` and
     `demo`, which bring their weights. `open_clip_config.json` next to a file says how its images are preprocessed,
     and of which architecture it is; every run exports one."""
-    license: str | None = None
-    """License of the tuned model for its model card, an identifier of Hugging Face such as `apache-2.0`. Default:
-    unknown, so that of the pre-trained weights applies."""
     random: bool = False
     """Start from random weights, on purpose: the same ones in every command and run. Otherwise a model without
     `pretrained` is an error."""
     logit_scale_max: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Upper bound of the logit scale s = 1 / tau. open_clip and OpenAI's CLIP bound it at 100; FLYP and the paper
     do not (null). The loss sees min(s, bound); above the bound only gradients that lower s are let through."""
+    license: str | None = None
+    """License of the tuned model for its model card, an identifier of Hugging Face such as `apache-2.0`. Default:
+    unknown, so that of the pre-trained weights applies."""
 
     @model_validator(mode="after")
     def _check_weights(self) -> "ModelConfig":
         if self.random and self.pretrained is not None:
-            raise ValueError("random = true starts from random weights, pretrained names others; keep one")
+            raise ValueError(
+                "model.random = true starts from random weights, model.pretrained names others; keep one"
+            )
         return self
 
 
@@ -85,6 +98,10 @@ class TargetConfig(Section):
     process."""
     hw_decoder_load: Share = 0.65
     """`dali` on a GPU: the share of JPEGs that its hardware decoder takes; the best depends on `workers`."""
+    holdout: HeldOut | None = None
+    """Share of each class that is not trained on (rounded, at least one image): the part that a set of
+    `evaluate.sets` with the same `path` and `holdout` measures. A hash of each sample's name chooses it, whatever
+    the seed. Not for `csv`. Default: all samples are trained on."""
     text_length: Positive | None = None
     """Context length of the prompts; longer ones are cut. Default: the model's, trimmed to each batch's longest
     prompt where that is exact."""
@@ -210,7 +227,7 @@ class TrainConfig(Section):
     epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     """Epsilon of AdamW."""
     warmup_steps: NonNegative = 500
-    """Steps in which the learning rate rises linearly to its peak."""
+    """Steps of the warm-up, in which the learning rate rises linearly to its peak."""
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
     trace_steps: NonNegative = 0
@@ -247,6 +264,9 @@ class EvaluationSet(Section):
     dataset: str | None = None
     """A known data set, e.g. `imagenet-r` or `food101` (docs/evaluation.md): its layout, label map, class names,
     templates and metric."""
+    holdout: HeldOut | None = None
+    """Measures only the part of the set that `data.target.holdout` leaves out of training; both shares must be
+    equal. Samples that cannot be read are in neither part. Not used with `dataset`. Default: the complete set."""
     task: Literal["classification", "retrieval"] = "classification"
     """`retrieval`: ranks all captions for each image, and all images for each caption; needs `webdataset` with
     one caption a line in `.txt`, `prepared` with captions, or a `dataset` of captions."""
@@ -330,6 +350,16 @@ class Config(Section):
     """Passed to DeepSpeed unchanged. Batch sizes, optimizer, scheduler and precision belong to the sections above:
     the engine fills DeepSpeed's keys from there, and a contradiction is an error. One value is ours:
     `zero_optimization.stage` may be `"auto"`, which is 1 on several ranks or with offload, otherwise 0."""
+    _origins: Origins = PrivateAttr(default_factory=Origins)
+
+    @property
+    def origins(self) -> Origins:
+        """Where the values come from; no part of the config's value."""
+        return self._origins
+
+    def set_origins(self, origins: Origins) -> None:
+        """Records where the values come from."""
+        self._origins = origins
 
     @classmethod
     def drop_inherited(cls, tree: dict[str, Any], inherited: Mapping[str, Mapping[str, Any]]) -> None:
@@ -386,9 +416,44 @@ class Config(Section):
                 )
         if self.data.target.format == "webdataset" and self.data.target.class_names is None:
             raise ValueError("data.target.class_names: webdataset data needs imagenet or a text file of names")
+        if self.data.target.holdout is not None:
+            _check_holdout(self.data.target)
         for name, evaluation in self.evaluate.sets.items():
             _check_evaluation_set(f"evaluate.sets.{name}", evaluation)
+            _check_held_out_set(f"evaluate.sets.{name}", evaluation, self.data.target)
         return self
+
+
+def _check_holdout(target: TargetConfig) -> None:
+    key = "data.target.holdout"
+    if target.format == "csv":
+        raise ValueError(f"{key}: csv data has prompts and no classes to hold images out of; remove it")
+    if target.loader == "ffcv":
+        raise ValueError(f"{key}: loader ffcv reads complete sets; use plain or dali, or prepare both parts")
+
+
+def _check_held_out_set(key: str, evaluation: EvaluationSet, target: TargetConfig) -> None:
+    """Validates that a set of the target's data measures exactly what the target holds out."""
+    is_target = evaluation.path == target.path and evaluation.format == target.format
+    if evaluation.holdout is None:
+        if is_target and target.holdout is not None:
+            raise ValueError(
+                f"{key} is the data of data.target, which trains on most of it: set {key}.holdout = "
+                f"{target.holdout:g} to measure the part that is held out"
+            )
+        return
+    if evaluation.dataset is not None or evaluation.task == "retrieval":
+        raise ValueError(f"{key}.holdout: only labelled sets of your own have one; remove it")
+    if not is_target:
+        raise ValueError(
+            f"{key}.holdout: the set must have the path and format of data.target, whose held-out part it measures"
+        )
+    if evaluation.holdout != target.holdout:
+        share = "null" if target.holdout is None else f"{target.holdout:g}"
+        raise ValueError(
+            f"{key}.holdout = {evaluation.holdout:g}, but data.target.holdout = {share}: set both to the same "
+            "share, otherwise the model is measured on images that it trains on"
+        )
 
 
 def _check_evaluation_set(key: str, evaluation: EvaluationSet) -> None:

@@ -3,12 +3,13 @@
 from typing import Any
 
 from dive_fast.config.schema import EvaluationSet, GeometryConfig, ReferenceConfig, TargetConfig
+from dive_fast.data.holdout import split
 from dive_fast.data.prepared.read import open_prepared
 from dive_fast.data.sources.csv_table import open_csv
 from dive_fast.data.sources.folder import open_folder
 from dive_fast.data.sources.source import Source
 from dive_fast.data.sources.webdataset import open_webdataset
-from dive_fast.errors import DataError
+from dive_fast.errors import DataError, naming
 
 
 def open_target(config: TargetConfig | EvaluationSet, section: str = "") -> Source:
@@ -20,8 +21,15 @@ def open_target(config: TargetConfig | EvaluationSet, section: str = "") -> Sour
     Raises:
         DataError: the files are missing or do not have the configured format.
     """
-    default = "data.target" if isinstance(config, TargetConfig) else ""
-    return _open(config, ".cls", section or default)
+    is_target = isinstance(config, TargetConfig)
+    section = section or ("data.target" if is_target else "")
+    source = _open(config, ".cls", section)
+    if config.holdout is None:
+        return source
+    try:
+        return split(source, config.holdout, "train" if is_target else "held_out")
+    except DataError as error:
+        raise DataError(f"{section}: {error}" if section else str(error)) from error
 
 
 def open_reference(config: ReferenceConfig | GeometryConfig, section: str = "") -> Source:
@@ -50,14 +58,12 @@ def open_captioned(config: EvaluationSet, section: str = "") -> Source:
 
 
 def _open(config: Any, text: str, section: str) -> Source:
-    try:
+    with naming(section):
         source = _source(config, text)
         if getattr(config, "loader", None) == "ffcv" and source.beton is None:
             raise DataError(
                 f"{config.path}: loader = ffcv needs a set prepared for it: dive-fast prepare --container beton"
             )
-    except DataError as error:
-        raise DataError(f"{section}: {error}" if section else str(error)) from error
     return source
 
 

@@ -53,8 +53,8 @@ def hold_out(requested: int, count: int, batch_size: int) -> HeldOut:
     if requested < MIN_PAIRS:
         return HeldOut(remark=f"no forgetting probe: evaluate.probe = {requested} is below {MIN_PAIRS} pairs")
     return HeldOut(
-        remark=f"no forgetting probe: {max(0, number)} of the {count} pairs of data.reference can be held out, and it "
-        f"needs {MIN_PAIRS}; to compare embeddings on other pairs, set evaluate.geometry"
+        remark=f"no forgetting probe: of the {count} pairs of data.reference, {max(0, number)} can be held out; "
+        f"it needs {MIN_PAIRS}; to compare on other pairs, set evaluate.geometry"
     )
 
 

@@ -24,9 +24,9 @@ from dive_fast.train.metrics import Metrics
 from dive_fast.train.model_card import write_card
 from dive_fast.train.preflight import check_environment, check_inputs
 from dive_fast.train.run_folder import check_shared
-from dive_fast.train.run_report import write_report
 from dive_fast.train.setup import Run, batches, build
 from dive_fast.train.validation import Validation
+from dive_fast.train.write_report import write_report
 
 logger = logging.getLogger(__name__)
 

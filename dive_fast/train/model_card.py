@@ -11,8 +11,9 @@ from dive_fast.config.schema import ModelConfig, ReferenceConfig, TargetConfig
 from dive_fast.identity import versions
 from dive_fast.io.atomic_files import write_atomic
 from dive_fast.model.head import FILE as HEAD
-from dive_fast.train.run_report import FIGURE, Report
+from dive_fast.train.run_report import Report
 from dive_fast.train.setup import Run
+from dive_fast.train.write_report import FIGURE
 
 logger = logging.getLogger(__name__)
 

@@ -95,10 +95,12 @@ def check_inputs(config: Config, folder: Path) -> None:
     Raises:
         ConfigError: names the key.
     """
-    scheme, output = "local-dir:", folder.resolve()
+    output = folder.resolve()
     model, pretrained = config.model.name, config.model.pretrained
     inputs = {
-        "model.name": model.removeprefix(scheme) if model.startswith(scheme) else None,
+        "model.name": next(
+            (model.removeprefix(scheme) for scheme in ("local-dir:", "hf:") if model.startswith(scheme)), None
+        ),
         "model.pretrained": pretrained if pretrained is not None and Path(pretrained).is_file() else None,
         "teacher.path": config.teacher.path if _writes_cache(config) else None,
     }

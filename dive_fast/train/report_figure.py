@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dive_fast.evaluate.plots import BLUE, GREEN, GREY, ORANGE, new_figure, save_figure, style_axes
+from dive_fast.train.run_report import Report, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from dive_fast.train.run_report import Report, Row
 
 COLOURS = {"id": BLUE, "ood": ORANGE, "zero_shot": GREEN, "probe": "#7b5ea7", "other": GREY}
 """Colours of the kinds of sets."""
@@ -20,7 +19,7 @@ MAX_NAME = 34
 """Characters of a name on the axis."""
 
 
-def draw(report: "Report", path: Path) -> None:
+def draw(report: Report, path: Path) -> None:
     """Draws a bar for each metric with a change, and a panel for shares and one for similarities."""
     shown = [row for row in report.rows if row.change is not None]
     panels = [
@@ -46,7 +45,7 @@ def draw(report: "Report", path: Path) -> None:
     save_figure(figure, path, dpi=200)
 
 
-def _panel(axis: "Axes", rows: Sequence["Row"], label: str) -> None:
+def _panel(axis: "Axes", rows: Sequence[Row], label: str) -> None:
     """Horizontal bars from the pre-trained value, each with its values."""
     changes = [row.change or 0.0 for row in rows]
     largest = max(map(abs, changes)) or 1.0

@@ -12,8 +12,9 @@ from dive_fast.io.atomic_files import write_atomic
 from dive_fast.io.safe_read import read_json
 from dive_fast.train.evaluation_towers import has_all_weights
 from dive_fast.train.run_evaluation import RunEvaluation
-from dive_fast.train.run_report import Report, accuracy_line, make_report
+from dive_fast.train.run_report import Report, accuracy_line
 from dive_fast.train.setup import Run
+from dive_fast.train.write_report import make_report
 
 BEST, LATEST = "best", "latest"
 """Folders in the run folder: the best weights on ``evaluate.select`` so far, and weights under evaluation."""

@@ -47,7 +47,8 @@ def test_unknown_key_is_reported_before_a_missing_one(tmp_path: Path) -> None:
     tree = {"model": {"nmae": "x"}, "data": SMALL["data"]}
     assert (
         error_of(write(tmp_path, tree))
-        == "unknown key model.nmae; did you mean model.name? (valid: name, pretrained, random, logit_scale_max)"
+        == "unknown key model.nmae; did you mean model.name? (valid: name, pretrained, random, logit_scale_max, "
+        "license)"
     )
 
 

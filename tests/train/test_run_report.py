@@ -30,7 +30,8 @@ from dive_fast.model.towers import create, tokenizer_of
 from dive_fast.train import loop, run_evaluation
 from dive_fast.train.forgetting_probe import PairMeasure
 from dive_fast.train.model_card import base_model, write_card
-from dive_fast.train.run_report import Report, Row, write_report
+from dive_fast.train.run_report import Report, Row
+from dive_fast.train.write_report import write_report
 
 COUNT, HELD_OUT = 500, 50
 REPORT = ("report.json", "report.md", "README.md")
