@@ -122,7 +122,7 @@ def recommendation(choice: Choice, id_name: str, kept_before: float | None) -> s
     point, best = choice.point, choice.best
     assert point.id is not None and best.id is not None
     figures = f"{id_name} {point.id.percent()} %"
-    if point is not best:
+    if best.id.mean > point.id.mean:
         figures += f" (best: {best.id.percent()} % at {describe(best.values)})"
     if point.kept is not None:
         before = "" if kept_before is None else f" (before training {100 * kept_before:.1f})"
@@ -207,6 +207,8 @@ def _sampling_remarks(
     assert choice.best.id is not None
     error, difference = standard_error(choice.best.id.mean, samples), max(ids) - min(ids)
     size = f"standard error of {100 * error:.1f} points, at {samples} samples"
+    if not difference:
+        return ["ID validation is the same for all settings: it does not tell them apart."]
     if difference <= 2 * error:
         return [
             f"ID validation differs by at most {100 * difference:.1f} points between the settings, within twice "

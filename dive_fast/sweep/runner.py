@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 LOG, RECORD = "log.txt", "sweep_record.json"
 """A run's output, and the record of its end, in its folder."""
+MEASUREMENTS = "measurements.json"
+"""The values that a run has measured, by the identity of model and data (dive_fast.train.measurements)."""
 SIGNALS = {
     signal.SIGINT: signal.SIGINT,
     signal.SIGTERM: signal.SIGTERM,
@@ -63,6 +65,8 @@ class Runner:
             environment: environment of the runs.
         """
         self._command, self._environment = command, environment
+        self._measured: Path | None = None
+        """Measurements of a finished run, of which those of the pre-trained model are the same for other runs."""
         self._process: subprocess.Popen[bytes] | None = None
         self._signal: int | None = None
 
@@ -96,13 +100,16 @@ class Runner:
         if self._signal is not None:
             raise Interrupted
         if not again and (seconds := finished_seconds(run, folder)) is not None:
+            self._measured = folder / MEASUREMENTS
             return Outcome(True, seconds, was_finished=True)
         folder.mkdir(parents=True, exist_ok=True)
+        self._copy_measurements(folder)
         earlier = _earlier_seconds(run, folder)
         started = time.monotonic()
         code, start = self._train(run, folder)
         seconds = earlier + time.monotonic() - started
         if code == 0 and (folder / REPORT).is_file():
+            self._measured = folder / MEASUREMENTS
             _write_record(run, folder, seconds, is_finished=True)
             return Outcome(True, seconds)
         _write_record(run, folder, seconds, is_finished=False)
@@ -110,6 +117,15 @@ class Runner:
             raise Interrupted
         reason = "no report was written" if code == 0 else f"exit code {code}"
         return Outcome(False, seconds, f"{reason}: {last_line(folder / LOG, start)}")
+
+    def _copy_measurements(self, folder: Path) -> None:
+        """Copies the measurements of a finished run, which a run uses only where their identities are its own."""
+        if self._measured is None or (folder / MEASUREMENTS).exists():
+            return
+        try:
+            write_atomic(folder / MEASUREMENTS, self._measured.read_bytes())
+        except OSError as error:
+            logger.warning("%s: cannot copy %s: %s; the run measures again", folder, self._measured, error)
 
     def _train(self, run: Planned, folder: Path) -> tuple[int, int]:
         """The exit code of a run, and the size of its log before it."""

@@ -6,6 +6,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,30 +37,35 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def stop_when(condition: Any) -> threading.Thread:
-    """Sends SIGTERM to this process once the condition holds."""
+@contextmanager
+def stopping_when(condition: Callable[[], bool]) -> Iterator[None]:
+    """Sends SIGTERM to this process as soon as the condition holds in the block."""
+    ended = threading.Event()
 
     def wait() -> None:
-        for _ in range(2400):
+        while not ended.wait(0.05):
             if condition():
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
-            time.sleep(0.05)
 
     thread = threading.Thread(target=wait)
     thread.start()
-    return thread
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_killed_sweep_resumes_and_shares_one_teacher_cache(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     output = tmp_path / "sweep"
     arguments = ["--config", str(config), "--over", "objective.weight=1,10", "--output", str(output)]
-    thread = stop_when((output / "weight-10" / "log.txt").exists)
-    assert command.main(arguments) == 75
-    thread.join()
+    with stopping_when((output / "weight-10" / "log.txt").exists):
+        assert command.main(arguments) == 75
     shown = capsys.readouterr()
     assert "restart the same command to resume" in shown.err
     assert "No recommendation yet: 1 of 2 runs" in shown.out
@@ -66,10 +73,18 @@ def test_killed_sweep_resumes_and_shares_one_teacher_cache(
     cache = {path.name: path.stat().st_mtime_ns for path in (output / "teacher").iterdir()}
     weights = (output / "weight-1" / "model.safetensors").stat().st_mtime_ns
 
+    # The first run has measured the pre-trained model; the second one takes its values, here changed ones.
+    copied = output / "weight-10" / "measurements.json"
+    values = json.loads(copied.read_text())
+    copied.write_text(json.dumps({key: each | {"scores": {"top1": 0.123}} for key, each in values.items()}))
+
     assert command.main(arguments) == 0
     assert {path.name: path.stat().st_mtime_ns for path in (output / "teacher").iterdir()} == cache
     assert (output / "weight-1" / "model.safetensors").stat().st_mtime_ns == weights
     shown = capsys.readouterr()
+    assert {row["before"] for row in json.loads((output / "weight-10" / "report.json").read_text())["rows"]} == {
+        0.123
+    }
     assert "[1/2] objective.weight=1: val " in shown.out
     assert "finished before" in shown.out
     assert "Recommended: objective.weight=" in shown.out
