@@ -31,7 +31,7 @@ from dive_fast.methods.method import Part
 from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import head as heads
 from dive_fast.train import loop as train
-from dive_fast.train import run_folder, run_identity, setup
+from dive_fast.train import run_folder, run_identity
 from dive_fast.train.run_evaluation import Results, RunEvaluation
 
 STEPS = 3
