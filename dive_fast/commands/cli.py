@@ -30,7 +30,11 @@ def parser(description: str | None, example: str, required: bool = True) -> argp
         required: whether the command needs a config.
     """
     config_parser = _Parser(description=description)
-    config_parser.add_argument("--config", required=required, help="path of a config, or a name in launch/configs")
+    config_parser.add_argument(
+        "--config",
+        required=required,
+        help="path of a config, JSON or YAML; a run folder, for its config; or the name of a shipped config",
+    )
     config_parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
     config_parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help=f"override of a config value, e.g. {example}"
@@ -39,13 +43,19 @@ def parser(description: str | None, example: str, required: bool = True) -> argp
 
 
 class _Parser(argparse.ArgumentParser):
-    """Argument parser that lists the shipped configs if ``--config`` is missing."""
+    """Argument parser that says where configs come from if ``--config`` is missing."""
 
     def error(self, message: str) -> NoReturn:
-        if "required: --config" in message:
-            names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
-            message += f" (shipped configs: {names}; docs/config.md describes all keys)"
-        super().error(message)
+        if "required: --config" not in message:
+            super().error(message)
+        names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
+        self.exit(
+            2,
+            "error: --config is missing: name a config file, a run folder or a shipped config\n"
+            "  dive-fast init --target photos/  writes a config for your data\n"
+            "  dive-fast keys                   lists the keys of a config\n"
+            f"  shipped configs: {names}\n",
+        )
 
 
 def count(minimum: int) -> Callable[[str], int]:
@@ -74,9 +84,12 @@ def load_config(name: str, overrides: Sequence[str], announcement: str = "") -> 
     from dive_fast.config.load import load_config
     from dive_fast.config.schema import Config
 
-    load_config(name, overrides, CONFIGS, Config)
-    if announcement and os.environ.get("RANK", "0") == "0":
-        print(announcement, flush=True)
+    checked = load_config(name, overrides, CONFIGS, Config)
+    if os.environ.get("RANK", "0") == "0":
+        for remark in checked.origins.remarks:
+            print(remark, file=sys.stderr)
+        if announcement:
+            print(announcement, flush=True)
     use_cpu_without_gpu()
     from dive_fast.methods.run_config import load_run_config
 
@@ -113,8 +126,22 @@ def report_error(error: Exception, options: argparse.Namespace) -> int:
     command = f": {_rebuild_command(options)}" if isinstance(error, StaleCacheError) else ""
     if _should_report(error):
         prefix = "" if os.environ.get("RANK", "0") == "0" else _rank_prefix()
-        print(f"{prefix}error: {error}{command}", file=sys.stderr)
+        print(f"{prefix}error: {_with_origin(str(error), options)}{command}", file=sys.stderr)
     return 2
+
+
+def _with_origin(message: str, options: argparse.Namespace) -> str:
+    """A message that begins with a config key, and where the key is set; other messages are unchanged."""
+    from dive_fast.config.explain import named_key, with_origin
+    from dive_fast.config.load import read_origins
+    from dive_fast.errors import ConfigError
+
+    if named_key(message) is None or getattr(options, "config", None) is None:
+        return message
+    try:
+        return with_origin(message, read_origins(options.config, options.overrides, CONFIGS))
+    except ConfigError:  # the files have changed since
+        return message
 
 
 def _should_report(error: Exception) -> bool:

@@ -6,18 +6,23 @@ from difflib import get_close_matches
 from importlib import import_module, metadata
 
 COMMANDS = {
+    "init": "look at your data, and write a config that fits it",
     "train": "fine-tune CLIP by a config",
     "plan": "predict memory, FLOP and time of a step; same as train --dry-run",
     "evaluate": "measure a model on image sets, and write tables",
+    "sweep": "run a grid of short runs, and recommend one of its settings",
+    "report": "compare any runs in one table and one chart",
     "geometry": "compare the geometry of embeddings before and after fine-tuning",
     "ensemble": "interpolate between pre-trained and tuned weights",
+    "export": "write a model for transformers or as ONNX",
     "prepare": "prepare a data set for fast reading",
     "cache": "write the teacher cache of a config",
+    "keys": "list the keys of a config with their types, defaults and meanings",
     "demo": "fine-tune the embedded small model with FLYP and with DiVE, and compare them",
 }
 """Each command and its summary for ``dive-fast --help``."""
-ALIASES = {"plan": ("train", "--dry-run")}
-"""Commands that are another command with an option."""
+ALIASES = {"plan": ("train", "--dry-run"), "export": ("export_model",)}
+"""Modules and options of commands that are not the module of their name; `export` is one of checkpoints."""
 ON_SEVERAL_GPUS = ("train", "cache", "evaluate", "geometry", "ensemble")
 """Commands that take ``--gpus``."""
 

@@ -5,19 +5,24 @@ import subprocess
 import time
 from pathlib import Path
 
+from dive_fast.commands import cli
 from dive_fast.commands.launcher import launcher_command, launcher_environment
 from dive_fast.config.shipped import CONFIGS
 from dive_fast.data.demo import splits
 
 
-def main() -> int:
+@cli.guarded
+def main(arguments: list[str] | None = None) -> int:
     """Trains twice under DeepSpeed's launcher, then compares the models; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--output", type=Path, default=Path("runs/demo"), help="output folder; default: %(default)s"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of both runs; default: %(default)s")
-    options = parser.parse_args()
+    parser.add_argument("--steps", type=cli.count(1), help="steps of each run; default: as in demo.json")
+    options = parser.parse_args(arguments)
+    overrides = [f"train.seed={options.seed}"]
+    overrides += [f"train.max_steps={options.steps}"] if options.steps else []
     started = time.perf_counter()
 
     from dive_fast.demo import comparison
@@ -28,7 +33,7 @@ def main() -> int:
     for method in ("flyp", "dive"):
         folder = options.output / method
         print(f"\n{method}: dive-fast train --config demo.json on 2 CPU ranks, ZeRO-2", flush=True)
-        exit_code = _train(folder, f"objective.name={method}", f"train.seed={options.seed}")
+        exit_code = _train(folder, f"objective.name={method}", *overrides)
         if exit_code:
             return exit_code
         models[method] = folder / "model.safetensors"

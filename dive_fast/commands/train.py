@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         return cli.report_error(error, options)
     folder = cli.run_folder(config.train.output, options.config)
     try:
-        results = train(config, folder, ranks)
+        train(config, folder, ranks)
     except UserError as error:
         return cli.report_error(error, options)
     except Stopped as stopped:
@@ -69,9 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return error.code
     if ranks.is_main:
-        print(
-            f"{folder}/model.safetensors", *(f"{name}={value:.4g}" for name, value in results.items()), sep="\n  "
-        )
+        print(f"\nmodel: {folder}/model.safetensors, described in README.md")
+        print(f"report: {folder}/report.md, .json and .png; metrics of each step: metrics.jsonl")
     ranks.leave()
     return 0
 
