@@ -1,13 +1,17 @@
 """Documents name only paths, modules, config keys, commands and options that exist."""
 
 import importlib
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+import dive_fast
 from dive_fast.commands.console import ALIASES, ON_SEVERAL_GPUS
 from dive_fast.config.section import sections
 from dive_fast.errors import ConfigError
@@ -228,3 +232,18 @@ def test_refused_override_is_a_mistake() -> None:
 )
 def test_existing_name_is_no_mistake(text: str) -> None:
     assert mistakes(text, REPOSITORY / "README.md") == []
+
+
+def test_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # Files from outside of docs, at the links of a page; and the Python API.
+    study = (tmp_path / "study/index.html").read_text(encoding="utf-8")
+    (picture,) = set(re.findall(r'src="\.\./([^"]*cifar10-methods\.png)"', study))
+    assert (tmp_path / picture).is_file()
+    assert "CONTRIBUTING.md" not in (tmp_path / "methods/index.html").read_text(encoding="utf-8")
+    page = (tmp_path / "api/index.html").read_text(encoding="utf-8")
+    missing = [name for name in dive_fast.__all__ if name != "Config" and f">{name}</span>" not in page]
+    assert missing == []
