@@ -594,10 +594,9 @@ def draw_norms(rows: Sequence[Row], path: Path) -> bool:
         "the paper's CLIP, lambda = 1000", (0.03, PUBLISHED_LENGTHS[0]), (0, 4),
         xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=9, color="#8a5a1e",
     )  # fmt: skip
-    longer = min(row["u"] for row in selected) / PUBLISHED_LENGTHS[1]
-    plots.add_title(
-        canvas, f"Images move {longer:.0f} times as far as the paper's, or more, at any lambda (numbers)"
-    )
+    longer = f"{min(row['u'] for row in selected) / PUBLISHED_LENGTHS[1]:.0f}x the paper's or more"
+    title = f"Learning rate {best.learning_rate:g}: images move {longer}, at any lambda (numbers)"
+    plots.add_title(canvas, title)
     plots.save_figure(canvas, path)
     return True
 
