@@ -5,7 +5,6 @@
 
 import argparse
 import json
-import logging
 import os
 import sys
 import warnings
@@ -37,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     from dive_fast.errors import UserError
 
     try:
-        config = cli.load_config(options.config, options.overrides)
+        announcement = "" if options.json else f"{options.config}: the config is valid; loading libraries"
+        config = cli.load_config(options.config, options.overrides, announcement)
         if options.dry_run:
             return dry_run(config, options)
         from dive_fast.checkpoint.saver import SaveError
@@ -47,7 +47,6 @@ def main(arguments: list[str] | None = None) -> int:
         from dive_fast.train.loop import Stopped, train
         from dive_fast.train.metrics import MetricsError
 
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         ranks = join(config.train.rank_timeout)
     except UserError as error:
         return cli.report_error(error, options)
@@ -100,7 +99,6 @@ def dry_run(config: "Config", options: argparse.Namespace) -> int:
     from dive_fast.planner.simulate import plan_run
     from dive_fast.planner.table import as_json, as_table
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     gpus = [options.device] if options.device else list(GPUS)
     if config.train.schedule == "auto":
         config = with_schedule(config, choose(config, ranks, gpus[0]))

@@ -45,11 +45,14 @@ class Options:
     """Measure sets again even if the results have them."""
 
 
-def open_all(sets: Mapping[str, EvaluationSet], ranks: Ranks, skip_missing: bool = False) -> Opened:
+def open_all(
+    sets: Mapping[str, EvaluationSet], ranks: Ranks, skip_missing: bool = False, place: str = "evaluate.sets"
+) -> Opened:
     """Opens every set before a model is built, so that a wrong path is reported within seconds.
 
     Args:
         skip_missing: leave out sets that cannot be opened, with a message, instead of raising.
+        place: config section of the sets, for messages; empty where they are not those of a config.
 
     Raises:
         ConfigError, DataError: as :func:`dive_fast.evaluate.datasets.resolve.open_evaluation`.
@@ -57,7 +60,7 @@ def open_all(sets: Mapping[str, EvaluationSet], ranks: Ranks, skip_missing: bool
     opened: Opened = {}
     for name, config in sets.items():
         try:
-            opened |= open_sets({name: config}, ranks)
+            opened |= open_sets({name: config}, ranks, place)
         except DataError as error:
             if not skip_missing:
                 raise

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dive_fast.engine.async_scalars import AsyncScalars
 from dive_fast.io.atomic_files import write_atomic
+from dive_fast.train.guard_rails import ReferenceShare
 from dive_fast.train.monitors import discard_after
 from dive_fast.train.setup import Batches, Run
 
@@ -62,6 +63,7 @@ class Metrics:
         """The values of step 1 until they are compared with those after the warm-up; then empty."""
         self._unwritten = ""
         if self._enabled:
+            self._reference_share = ReferenceShare(run.config, run.engine.method, run.total_steps, first_step)
             self._path = run.folder / "metrics.jsonl"
             lines = self._read_lines(first_step)
             if evaluation is not None:
@@ -83,6 +85,8 @@ class Metrics:
         self._bar.update()
         # Values of the reference half stay those of the last step with a reference batch.
         self._latest |= values
+        if self._enabled:
+            self._reference_share.add(step, values)
         if step % self._options.log_every == 0 or step in (1, self._run.total_steps):
             self._pending.append(_Line(step, AsyncScalars(self._latest), self._host_values(step, learning_rate)))
         while self._pending and self._pending[0].scalars.ready():
@@ -137,6 +141,8 @@ class Metrics:
         """
         self.write(step, results)
         self.write_waiting()
+        if self._enabled:
+            self._reference_share.close()
         self._bar.close()
         weights_step = int(results.get("best_step", step))
         # The losses of the last step are not those of the weights of another step.

@@ -22,6 +22,7 @@ from dive_fast.distributed import Ranks
 from dive_fast.engine.deepspeed_config import deepspeed_section
 from dive_fast.engine.optimizer import learning_rate_schedule
 from dive_fast.errors import ConfigError
+from dive_fast.evaluate.datasets.resolve import with_defaults
 from dive_fast.identity import Difference, Identity, differences, digest, versions
 from dive_fast.methods import registry
 from dive_fast.model.towers import Towers, tokenizer_of
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 LOCATIONS = (
     *("model.name", "model.pretrained"),
     *("data.*.format", "data.*.path", "data.*.image_root", "data.*.class_names", "data.*.templates"),
+    *("data.*.split", "data.*.image_column", "data.*.label_column", "data.*.text_column"),
     *("objective.backgrounds", "objective.target.backgrounds", "teacher.path", "train.output"),
 )
 """Keys whose contents are compared instead, or which only give a location."""
@@ -67,6 +69,41 @@ ROUNDING = (
 """Keys that change only the last bits of a result; reported."""
 
 
+NULLS = {
+    "model.pretrained": "the model brings its weights, or starts from random ones",
+    "model.logit_scale_max": "no bound",
+    "model.license": "unknown: that of the pre-trained weights applies",
+    "data.reference": "no reference set",
+    "data.target.holdout": "no sample is held out",
+    "data.*.image_root": "the format has none",
+    "data.target.class_names": "the names in the data set",
+    "objective.name": "a pair of losses without a name",
+    "objective.weight": "no reference loss",
+    "objective.target": "that of objective.name",
+    "objective.reference": "that of objective.name",
+    "*.backgrounds": "the sentences of this project",
+    "teacher.path": "no cache",
+    "teacher.tolerance": "no cache",
+    "train.max_steps": "no limit besides train.epochs",
+    "train.micro_batch_size": "the full batch",
+    "train.checkpoint_every": "none between evaluations",
+    "evaluate.geometry": "not measured",
+    "evaluate.geometry.image_root": "the format has none",
+    "evaluate.every_*": "no evaluation during training",
+    "evaluate.during": "no evaluation during training",
+    "evaluate.select": "the last weights",
+    "evaluate.patience": "no early stopping",
+    "evaluate.sets.*.format": "detected, as for every known data set",
+    "evaluate.sets.*.dataset": "a set of the user's own",
+    "evaluate.sets.*.holdout": "all samples are measured",
+    "evaluate.sets.*.class_names": "the names in the data set",
+    "evaluate.sets.*.templates": "those of the known data set, or none for retrieval",
+    "evaluate.sets.*.role": "no average",
+    "deepspeed.*": "as DeepSpeed defines it",
+}
+"""The keys that may be null in a run's ``config.json``, and the meaning; :func:`fill_in` replaces all others."""
+
+
 def matches(key: str, patterns: Sequence[str]) -> bool:
     """Whether a dotted key, or a section around it, matches a pattern; ``*`` stands for one part or more."""
     parts = key.split(".")
@@ -86,8 +123,7 @@ def fill_in(config: Config, folder: Path, towers: Towers, ranks: Ranks) -> Confi
     for half in ("target", "reference"):
         if (section := getattr(data, half)) is not None:
             length = section.text_length or towers.context_length
-            root = section.image_root or (str(Path(section.path).parent) if section.format == "csv" else None)
-            halves[half] = section.model_copy(update={"text_length": length, "image_root": root})
+            halves[half] = _with_image_root(section).model_copy(update={"text_length": length})
     objective, choice = registry.resolve(objective), registry.choose(objective)
     if objective.weight is None and choice.needs.reference:
         objective = objective.model_copy(update={"weight": choice.default_weight})
@@ -99,6 +135,12 @@ def fill_in(config: Config, folder: Path, towers: Towers, ranks: Ranks) -> Confi
         teacher = teacher.model_copy(update=cache)
     if evaluate.during is None and (evaluate.every_steps or evaluate.every_epochs):
         evaluate = evaluate.model_copy(update={"during": list(evaluate.sets)})
+    evaluate = evaluate.model_copy(
+        update={
+            "sets": {name: with_defaults(each) for name, each in evaluate.sets.items()},
+            "geometry": None if evaluate.geometry is None else _with_image_root(evaluate.geometry),
+        }
+    )
     deepspeed = dict(config.deepspeed)
     if zero := deepspeed_section(config, ranks.world_size).get("zero_optimization"):
         deepspeed["zero_optimization"] = deepspeed["zero_optimization"] | {"stage": zero.get("stage", 0)}
@@ -112,6 +154,12 @@ def fill_in(config: Config, folder: Path, towers: Towers, ranks: Ranks) -> Confi
             "deepspeed": deepspeed,
         }
     )
+
+
+def _with_image_root(section: Any) -> Any:
+    """A section of captioned or labelled images with its default ``image_root``."""
+    root = section.image_root or (str(Path(section.path).parent) if section.format == "csv" else None)
+    return section.model_copy(update={"image_root": root})
 
 
 def config_identity(config: Config, without: Sequence[str] = NO_RESULT) -> Identity:

@@ -19,7 +19,7 @@ from distributed import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dive_fast.checkpoint import lineage
+from dive_fast.config import recorded
 from dive_fast.data.loaders.loader import Options
 from dive_fast.data.open_dataset import open_target
 from dive_fast.data.samples import EvaluationSamples
@@ -95,7 +95,7 @@ def cases(folder: Path) -> dict[str, Any]:
     if ranks.is_main:
         for name in ("never", "selected"):
             (folder / name).mkdir()
-            (folder / name / "config.json").write_text(json.dumps(dict.fromkeys(lineage.PROVENANCE)))
+            (folder / name / "config.json").write_text(json.dumps({key: {} for key in recorded.KEYS}))
             # The head of another run: it would classify instead of the prompts.
             heads.save(heads.Head(torch.zeros(5, 24), torch.zeros(5), CLASSES), folder / name / heads.FILE)
     results["never"] = run(tree, folder / "never", ranks)
