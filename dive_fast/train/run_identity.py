@@ -61,6 +61,11 @@ RANKS_MAY_DIFFER = (
 """Keys that may differ between ranks; the contents behind paths may not."""
 CONTINUES = ("train.epochs", "train.max_steps", "evaluate.*")
 """Keys that users change on purpose, to train longer or to select the best weights differently; reported."""
+ADDED: dict[str, Any] = {
+    **{"data.target.balance": "none", "data.target.crop_scale": [0.9, 1.0], "data.target.horizontal_flip": 0.0},
+    "data.reference.captions": "one",
+}
+"""Keys that checkpoints of earlier versions lack, with the only values that they had."""
 ROUNDING = (
     *("data.*.loader", "data.*.decoder", "teacher.mode", "train.schedule", "train.micro_batch_size"),
     *("train.activation_checkpointing", "train.fast_blocks", "train.compile", "deepspeed.zero_optimization"),
@@ -260,7 +265,11 @@ def check_resumable(checkpoint: Path, stored: Identity, current: Identity) -> li
     """
     # Options that the method lacks have no effect.
     objective = {key: value for key, value in stored["objective"].items() if key in current["objective"]}
-    changes = differences({**stored, "objective": objective}, current)
+    changes = [
+        change
+        for change in differences({**stored, "objective": objective}, current)
+        if change.stored is not None or change.current != ADDED.get(change.key, change.stored)
+    ]
     refused = [change for change in changes if not matches(change.key, (*CONTINUES, *ROUNDING))]
     if refused:
         listed = "; ".join(map(_describe, refused))
