@@ -76,6 +76,7 @@ VALUES: dict[str, tuple[Value, ...]] = {
     "evaluate.during": (None, SEEN, OTHER),
     "evaluate.select": (None, "seen"),
     "evaluate.patience": (None, 1),
+    "evaluate.probe": (500, 0),
     "evaluate.workers": (0, 1),
 }
 """Values, of options that the schema does not enumerate, that take different paths through the code."""
@@ -105,6 +106,8 @@ CONSTANT = {
     *(f"evaluate.sets.<name>.{key}" for key in ("split", "image_column", "label_column", "text_column")),
     *(f"evaluate.geometry.{key}" for key in ("split", "image_column", "text_column")),
     "model.pretrained",
+    # A line of the model card.
+    "model.license",
     "train.output",
     # Numbers, all of which take the same path.
     "data.target.batch_size",
