@@ -38,7 +38,8 @@ def _parser() -> argparse.ArgumentParser:
         "--target",
         required=True,
         help="data to learn: a folder with one folder of images per class, or with train/ and val/ of such "
-        "folders; tars of image + .cls; a csv with title and filepath; a prepared set; or a Hugging Face data set",
+        "folders; tars of image + .cls; a csv with title and filepath; a prepared set; or a data set of Hugging "
+        "Face",
     )
     parser.add_argument("--val", help="data to measure on; default: the target's val/, or a part of each class")
     parser.add_argument(
