@@ -288,6 +288,13 @@ def test_dali_reads_prepared_tars_by_their_index_files(tmp_path: Path) -> None:
         assert bytes(texts.at(index)).decode() == source.samples[index].texts[0]
 
 
+@pytest.mark.parametrize("name", ["ViT-B-99", "hf:openai/clip-vit-base-patch32"])
+def test_tokenizer_unknown_to_open_clip_is_refused(tmp_path: Path, name: str) -> None:
+    options = dataclasses.replace(SMALL, tokenizer=name)
+    with pytest.raises(DataError, match=f"--tokenizer {name}: open_clip has no such model; without --tokenizer"):
+        make(write_set(tmp_path / "a.tar"), tmp_path / "set", options, ".txt")
+
+
 def test_write_beton_is_read_by_ffcv(tmp_path: Path) -> None:
     """Reads with FFCV's own reader and compiled fields."""
     from ffcv.fields import IntField, NDArrayField, RGBImageField
