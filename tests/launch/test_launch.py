@@ -55,7 +55,8 @@ def test_train_reports_missing_data_set_before_building_model(tmp_path: Path) ->
     result = call_alone("launch/train.py", "--config", "vitb16_flyp", *arguments)
     assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert errors == [f"error: data.target: {tmp_path}/nowhere: no such folder"]
+    origin = "data.target.path is set on the command line"
+    assert errors == [f"error: data.target: {tmp_path}/nowhere: no such folder ({origin})"]
     assert "Traceback" not in result.stderr
 
 
