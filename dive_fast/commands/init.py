@@ -44,8 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--val", help="data to measure on; default: the target's val/, or a part of each class")
     parser.add_argument(
         "--reference",
-        help="image-caption pairs on which the model must not change: tars of image + .txt, a folder of images with "
-        "a .txt next to each, a csv, a prepared set, or a Hugging Face data set",
+        help="image-caption pairs on which the model must not change: tars of image + .txt, a folder of images "
+        "with a .txt next to each, a csv, a prepared set, or a data set of Hugging Face",
     )
     parser.add_argument(
         "--model", help="open_clip model, demo, local-dir:, hf-hub:, hf:; default: ViT-B-16-quickgelu"
