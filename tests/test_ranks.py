@@ -193,7 +193,8 @@ def test_progress_without_a_terminal_is_plain_lines(capsys: pytest.CaptureFixtur
     assert line.startswith("train: 50/50 [")
     assert line.endswith(", step 50: loss=1]")
     assert "\r" not in printed.err
-    with ranks.progress(50, "nothing", "step", done=10), Ranks(1, 2, ranks.device).progress(3, "other", "x") as bar:
+    other = Ranks(1, 2, ranks.device)
+    with ranks.progress(50, "nothing", "step", done=10), other.progress(3, "other", "x") as bar:
         bar.update()
     assert capsys.readouterr().err == ""
 
