@@ -10,6 +10,8 @@ COMMANDS = {
     "train": "fine-tune CLIP by a config",
     "plan": "predict memory, FLOP and time of a step; same as train --dry-run",
     "evaluate": "measure a model on image sets, and write tables",
+    "sweep": "run a grid of short runs, and recommend one of its settings",
+    "report": "compare any runs in one table and one chart",
     "geometry": "compare the geometry of embeddings before and after fine-tuning",
     "ensemble": "interpolate between pre-trained and tuned weights",
     "export": "write a model for transformers or as ONNX",

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 LOCATIONS = (
     *("model.name", "model.pretrained"),
     *("data.*.format", "data.*.path", "data.*.image_root", "data.*.class_names", "data.*.templates"),
+    *("data.*.split", "data.*.image_column", "data.*.label_column", "data.*.text_column"),
     *("objective.backgrounds", "objective.target.backgrounds", "teacher.path", "train.output"),
 )
 """Keys whose contents are compared instead, or which only give a location."""
@@ -60,6 +61,11 @@ RANKS_MAY_DIFFER = (
 """Keys that may differ between ranks; the contents behind paths may not."""
 CONTINUES = ("train.epochs", "train.max_steps", "evaluate.*")
 """Keys that users change on purpose, to train longer or to select the best weights differently; reported."""
+ADDED: dict[str, Any] = {
+    **{"data.target.balance": "none", "data.target.crop_scale": [0.9, 1.0], "data.target.horizontal_flip": 0.0},
+    "data.reference.captions": "one",
+}
+"""Keys that checkpoints of earlier versions lack, with the only values that they had."""
 ROUNDING = (
     *("data.*.loader", "data.*.decoder", "teacher.mode", "train.schedule", "train.micro_batch_size"),
     *("train.activation_checkpointing", "train.fast_blocks", "train.compile", "deepspeed.zero_optimization"),
@@ -71,8 +77,12 @@ ROUNDING = (
 NULLS = {
     "model.pretrained": "the model brings its weights, or starts from random ones",
     "model.logit_scale_max": "no bound",
+    "model.license": "unknown: that of the pre-trained weights applies",
     "data.reference": "no reference set",
+    "data.target.holdout": "no sample is held out",
     "data.*.image_root": "the format has none",
+    "data.*.split": "the only split, or the format has none",
+    "data.*.*_column": "the default column, or the format has none",
     "data.target.class_names": "the names in the data set",
     "objective.name": "a pair of losses without a name",
     "objective.weight": "no reference loss",
@@ -86,12 +96,17 @@ NULLS = {
     "train.checkpoint_every": "none between evaluations",
     "evaluate.geometry": "not measured",
     "evaluate.geometry.image_root": "the format has none",
+    "evaluate.geometry.split": "the only split, or the format has none",
+    "evaluate.geometry.*_column": "the default column, or the format has none",
     "evaluate.every_*": "no evaluation during training",
     "evaluate.during": "no evaluation during training",
     "evaluate.select": "the last weights",
     "evaluate.patience": "no early stopping",
     "evaluate.sets.*.format": "detected, as for every known data set",
     "evaluate.sets.*.dataset": "a set of the user's own",
+    "evaluate.sets.*.holdout": "all samples are measured",
+    "evaluate.sets.*.split": "the only split, or the format has none",
+    "evaluate.sets.*.*_column": "the default column, or the format has none",
     "evaluate.sets.*.class_names": "the names in the data set",
     "evaluate.sets.*.templates": "those of the known data set, or none for retrieval",
     "evaluate.sets.*.role": "no average",
@@ -250,7 +265,11 @@ def check_resumable(checkpoint: Path, stored: Identity, current: Identity) -> li
     """
     # Options that the method lacks have no effect.
     objective = {key: value for key, value in stored["objective"].items() if key in current["objective"]}
-    changes = differences({**stored, "objective": objective}, current)
+    changes = [
+        change
+        for change in differences({**stored, "objective": objective}, current)
+        if change.stored is not None or change.current != ADDED.get(change.key, change.stored)
+    ]
     refused = [change for change in changes if not matches(change.key, (*CONTINUES, *ROUNDING))]
     if refused:
         listed = "; ".join(map(_describe, refused))

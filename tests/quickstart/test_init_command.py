@@ -1,22 +1,22 @@
 """``dive-fast init`` as a user runs it: files that train as they are, a short summary, mistakes in one line."""
 
-import json
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
-import yaml
 from distributed import run_ranks
-from test_inspect_data import write_csv, write_photos, write_tar
+from test_inspect_data import rows, write_csv, write_photos, write_tar
 
 from dive_fast.commands import init
+from dive_fast.data.open_dataset import open_target
 from dive_fast.distributed import join
 from dive_fast.methods import registry
 from dive_fast.methods.method import Part
-from dive_fast.methods.run_config import RunConfig
+from dive_fast.methods.run_config import RunConfig, load_run_config
 from dive_fast.quickstart import new_config
 from dive_fast.quickstart.choose_settings import batch_size
 from dive_fast.train.loop import train
@@ -31,9 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def read(path: Path) -> RunConfig:
-    lines = path.read_text(encoding="utf-8").split("\n")
-    text = "\n".join(line for line in lines if not line.lstrip().startswith("//"))
-    return RunConfig.model_validate_json(text if path.suffix == ".json" else json.dumps(yaml.safe_load(text)))
+    return load_run_config(str(path))
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -166,6 +164,19 @@ def test_init_of_csv_has_nothing_to_measure(folder: Path, capsys: pytest.Capture
     assert not config.evaluate.sets
     assert not (folder / "list_classes.txt").exists()
     assert "measure  nothing to choose weights by: a csv has no classes" in capsys.readouterr().out
+
+
+def test_init_of_huggingface_data_set_holds_out_of_its_training_split(folder: Path) -> None:
+    datasets.DatasetDict({"train": rows(20), "test": rows(8)}).save_to_disk(folder / "hf")
+    assert init.main(["--target", "hf"]) == 0
+    config = read(folder / "hf.yaml")
+    assert (config.data.target.split, config.data.target.holdout) == ("train", 0.2)
+    val, test = config.evaluate.sets["val"], config.evaluate.sets["test"]
+    assert (val.split, val.holdout, test.split, test.holdout) == ("train", 0.2, "test", None)
+    assert (folder / "hf_classes.txt").read_text() == "b 1\na\n"
+    train, held_out = open_target(config.data.target), open_target(val)
+    assert (len(train), len(held_out)) == (16, 4)
+    assert not {sample.key for sample in train.samples} & {sample.key for sample in held_out.samples}
 
 
 def test_init_refuses_to_overwrite(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
