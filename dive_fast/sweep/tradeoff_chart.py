@@ -51,7 +51,7 @@ def draw_tradeoff(
     for dot in dots:
         x, y = 100 * dot.id.mean, 100 * dot.kept.mean
         errors = [100 * dot.kept.deviation], [100 * dot.id.deviation]
-        if dot.id.count > 1:
+        if dot.id.seeds > 1:
             axis.errorbar(x, y, *errors, color=dot.colour, linewidth=1, zorder=2)
         marker, size, colour = ("*", 17, GREEN) if dot.is_chosen else ("o", 8, dot.colour)
         axis.plot(x, y, marker, color=colour, markersize=size, markeredgecolor="white", zorder=3)

@@ -89,6 +89,7 @@ def test_killed_sweep_resumes_and_shares_one_teacher_cache(
     assert "finished before" in shown.out
     assert "Recommended: objective.weight=" in shown.out
     assert f"To train it in full: dive-fast train --config {config} objective.weight=" in shown.out
+    assert f" teacher.path={output}/teacher\n" in shown.out
     content = json.loads((output / "sweep.json").read_text())
     assert [run["state"] for run in content["runs"]] == ["finished", "finished"]
     assert (content["id"], content["kept"]) == ("val", ["other"])
