@@ -199,7 +199,7 @@ def _described(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[s
 def _unfinished(folder: Path, run: RunResult) -> str:
     """The state of a run without a report."""
     if (folder / WEIGHTS).exists():
-        return f"no {REPORT}; measure its weights by dive-fast evaluate"
+        return f"no {REPORT}: restart its command to measure it, or measure its weights by dive-fast evaluate"
     step = 0
     try:
         lines = read_text(folder / METRICS).splitlines()

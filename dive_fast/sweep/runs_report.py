@@ -11,7 +11,16 @@ from dive_fast.io.atomic_files import write_atomic
 from dive_fast.sweep.choice import Spread
 from dive_fast.sweep.html_page import page
 from dive_fast.sweep.run_results import CONFIG
-from dive_fast.sweep.runs_table import Axes, RunsTable, as_cells, before_of, kept_of, notes_of, table_text
+from dive_fast.sweep.runs_table import (
+    MARKDOWN_GAP,
+    Axes,
+    RunsTable,
+    as_cells,
+    before_of,
+    kept_of,
+    notes_of,
+    table_text,
+)
 from dive_fast.sweep.tradeoff_chart import Dot, draw_tradeoff
 
 TEXT, DATA, FIGURE, PAGE = "report.md", "report.json", "report.png", "report.html"
@@ -49,7 +58,7 @@ def _write(table: RunsTable, axes: Axes | None, folder: Path, with_page: bool) -
         image = (folder / FIGURE).read_bytes()
         written.append(FIGURE)
     figure = f"\n![{caption}]({FIGURE})\n" if image is not None else ""
-    write_atomic(folder / TEXT, f"# {TITLE}\n\n{table_text('Runs', table, axes)}\n{figure}".encode())
+    write_atomic(folder / TEXT, f"# {TITLE}\n\n{table_text('Runs', table, axes, MARKDOWN_GAP)}\n{figure}".encode())
     write_atomic(folder / DATA, (json.dumps(as_json(table, axes), indent=2, allow_nan=False) + "\n").encode())
     if with_page:
         html = page(TITLE, as_cells(table, axes), notes_of(table, axes), image, caption)

@@ -17,6 +17,8 @@ KEPT_PROBES = ("image_to_text_r1", "text_to_image_r1", "rsa")
 RECALLS = {"image_to_text_r1": "image to text R@1", "text_to_image_r1": "text to image R@1"}
 TITLES: Mapping[str, str] = SIMILARITIES | RECALLS | METRICS
 """Names of the metrics; top-1 is not named."""
+MARKDOWN_GAP = "\n\n"
+"""Between paragraphs."""
 SHOWN_VALUES = 40
 """Maximum characters of a value in a remark."""
 
@@ -289,10 +291,10 @@ def _cell(column: Column, measure: Measure | None) -> str:
     return f"{text}, {measure.left_out} left out" if measure.left_out else text
 
 
-def table_text(title: str, table: RunsTable, axes: Axes | None) -> str:
-    """The table with its notes, for a terminal and as Markdown."""
+def table_text(title: str, table: RunsTable, axes: Axes | None, gap: str = "\n") -> str:
+    """The table with its notes, for a terminal or with a ``gap`` of an empty line as Markdown."""
     lines = [aligned(title, as_cells(table, axes))] if any(not run.problem for run in table.runs) else []
-    return "\n".join([*lines, *notes_of(table, axes)])
+    return "\n".join([*lines, gap.join(notes_of(table, axes))])
 
 
 def notes_of(table: RunsTable, axes: Axes | None) -> list[str]:

@@ -24,6 +24,7 @@ from dive_fast.sweep.grid import CACHE, SEED, Planned, Value, describe
 from dive_fast.sweep.run_results import RunResult, read_report
 from dive_fast.sweep.runner import Outcome
 from dive_fast.sweep.runs_table import (
+    MARKDOWN_GAP,
     Axes,
     RunsTable,
     before_of,
@@ -225,7 +226,7 @@ def _mark(summary: Summary, point: Point) -> str:
     if summary.choice is not None and point is summary.choice.point:
         return "recommended"
     if not point.is_complete:
-        return "incomplete"
+        return "not finished"
     if summary.choice is not None and any(point is other for other in summary.choice.enough):
         return "within the margin"
     return ""
@@ -254,7 +255,7 @@ def write_summary(summary: Summary) -> list[str]:
     else:
         (folder / FIGURE).unlink(missing_ok=True)
     runs = aligned("Runs", [["run", *sweep.over, "minutes", "state"], *_run_rows(summary)])
-    text = f"# Sweep\n\n{text_of(summary)}{figure}\n{runs}\n{table_text('Sets', table, axes)}\n"
+    text = f"# Sweep\n\n{text_of(summary)}{figure}\n{runs}\n{table_text('Sets', table, axes, MARKDOWN_GAP)}\n"
     write_atomic(folder / TEXT, text.encode())
     write_atomic(folder / DATA, (json.dumps(as_json(summary), indent=2, allow_nan=False) + "\n").encode())
     return written

@@ -68,12 +68,13 @@ def draw_tradeoff(
         limits = axis.get_xlim()
         axis.axvspan(100 * lowest_id, max(limits[1], 100 * lowest_id), color=GREEN, alpha=0.08, linewidth=0)
         axis.set_xlim(limits)
-    axis.set_xlabel(f"{id_label}, % (ID: the tuned task)", fontsize=FONT)
+    green = "" if lowest_id is None else "; green: within the margin of the best"
+    axis.set_xlabel(f"{id_label}, % (the tuned task{green})", fontsize=FONT, parse_math=False)
     axis.set_ylabel("kept, % (mean of what is not tuned)", fontsize=FONT)
     axis.grid(alpha=0.25)
     style_axes(axis)
     axis.tick_params(labelsize=FONT)
-    axis.set_title(title, fontsize=FONT + 1, loc="left", fontweight="bold", wrap=True)
+    axis.set_title(title, parse_math=False, fontsize=FONT + 1, loc="left", fontweight="bold", wrap=True)
     figure.draw_without_rendering()  # a constrained layout is made when the figure is drawn
     _label(axis, dots)
     save_figure(figure, path)
@@ -91,6 +92,7 @@ def _front(dots: Sequence[Dot]) -> list[tuple[float, float]]:
 def _label(axis: "Axes", dots: Sequence[Dot]) -> None:
     """Writes the labels next to their points, without overlaps where there is room."""
     from adjustText import adjust_text
+    from matplotlib.patheffects import withStroke
 
     x, y = ([100 * getattr(dot, name).mean for dot in dots] for name in ("id", "kept"))
     texts = [
@@ -99,11 +101,12 @@ def _label(axis: "Axes", dots: Sequence[Dot]) -> None:
             fontsize=FONT,
             fontweight="bold" if dot.is_chosen else "normal",
             parse_math=False,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )
         for at_x, at_y, dot in zip(x, y, dots, strict=True)
     ]
     arrows = {"arrowstyle": "-", "color": GREY, "linewidth": 0.8}
-    adjust_text(texts, x=x, y=y, ax=axis, arrowprops=arrows, iter_lim=LABEL_ITERATIONS)
+    adjust_text(texts, x=x, y=y, ax=axis, arrowprops=arrows, expand=(1.15, 1.35), iter_lim=LABEL_ITERATIONS)
 
 
 def _shortened(label: str) -> str:

@@ -100,7 +100,7 @@ def test_runs_without_results_are_listed_with_the_reason(tmp_path: Path) -> None
     assert [run.problem for run in table.runs] == [
         "",
         "unfinished: step 40 of 100",
-        "no report.json; measure its weights by dive-fast evaluate",
+        "no report.json: restart its command to measure it, or measure its weights by dive-fast evaluate",
         "report.json is not a run's report: no 'metric'",
         "report.json cannot be read: Expecting value: line 1 column 11 (char 10)",
         "nothing was measured: evaluate.sets is empty",
