@@ -23,7 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--pairs", metavar="SET", help="captioned tars, CSV or prepared set; default: data.reference"
     )
     parser.add_argument(
-        "--format", choices=("webdataset", "csv", "prepared"), help="format of --pairs; default: guessed"
+        "--format",
+        choices=("folder", "webdataset", "csv", "huggingface", "prepared"),
+        help="format of --pairs; default: guessed",
     )
     parser.add_argument("--image-root", help="csv: folder that relative file paths start from")
     # Time grows with the square of the pairs: a reference set of millions would take forever.

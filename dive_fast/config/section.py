@@ -9,6 +9,8 @@ from pydantic_core import PydanticCustomError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
+Scale = Annotated[float, Field(gt=0, le=1)]
+
 Positive = Annotated[int, Field(gt=0, lt=2**63)]
 
 NonNegative = Annotated[int, Field(ge=0, lt=2**63)]

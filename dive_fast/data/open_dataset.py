@@ -3,10 +3,13 @@
 from typing import Any
 
 from dive_fast.config.schema import EvaluationSet, GeometryConfig, ReferenceConfig, TargetConfig
+from dive_fast.data.captions import with_lines
 from dive_fast.data.holdout import split
 from dive_fast.data.prepared.read import open_prepared
+from dive_fast.data.sources.captioned_folder import open_captioned_folder
 from dive_fast.data.sources.csv_table import open_csv
 from dive_fast.data.sources.folder import open_folder
+from dive_fast.data.sources.huggingface import Columns, open_huggingface
 from dive_fast.data.sources.source import Source
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.errors import DataError, naming
@@ -68,8 +71,31 @@ def _open(config: Any, text: str, section: str) -> Source:
 
 
 def _source(config: Any, text: str) -> Source:
+    has_lines = getattr(config, "captions", "one") == "lines"
+    source = _whole_texts(config, text, has_lines)
+    return with_lines(source) if has_lines else source
+
+
+def _whole_texts(config: Any, text: str, groups_captions: bool) -> Source:
+    """The set with the texts as they are stored.
+
+    Args:
+        groups_captions: whether the rows of a CSV that name the same file are one image.
+    """
     if config.format == "folder":
-        return open_folder(config.path)
+        return (open_folder if text == ".cls" else open_captioned_folder)(config.path)
     if config.format == "csv":
-        return open_csv(config.path, config.image_root, group=text == ".cls")
+        return open_csv(config.path, config.image_root, group=text == ".cls" or groups_captions)
+    if config.format == "huggingface":
+        return _huggingface(config, text)
     return (open_webdataset if config.format == "webdataset" else open_prepared)(config.path, text)
+
+
+def _huggingface(config: Any, text: str) -> Source:
+    label_column = getattr(config, "label_column", None)
+    texts = text == ".txt" or config.text_column is not None
+    columns = Columns(config.image_column, label_column, config.text_column)
+    source = open_huggingface(config.path, columns, config.split, has_texts=texts)
+    if not texts and not source.class_names and config.class_names is None:
+        raise DataError(f"{config.path}: its labels are numbers without names; set class_names to a file of names")
+    return source

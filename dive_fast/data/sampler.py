@@ -1,7 +1,7 @@
 """The samples of each rank at each step, as a pure function of (seed, step)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from dive_fast.data.random_streams import Draw, stream
 from dive_fast.errors import DataError
+
+_REPEAT = 1 << 32
+"""Added to the epoch in a sample's key for each earlier draw in the same epoch; more than any run's epochs."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class Order:
     """Config key of ``batch_size``, for messages."""
     held_out: tuple[int, ...] = ()
     """Samples that no step has, in ascending order; all steps shuffle the others."""
+    classes: "Classes | None" = field(default=None, compare=False)
+    """None: each sample once per epoch. Otherwise, each class equally often, in epochs of the same length; without
+    the samples that are held out."""
 
     def __post_init__(self) -> None:
         """Validates that every step has a full batch and equal shares.
@@ -55,11 +61,29 @@ class Order:
 
     def at(self, step: int) -> tuple[int, NDArray[np.int64]]:
         """The epoch and this rank's samples, ``(batch_size / world_size,)``, of a step (counted from 0)."""
+        epoch, samples, _ = self._at(step)
+        return epoch, samples
+
+    def sample_keys(self, step: int) -> list[tuple[int, int]]:
+        """The keys of this rank's samples of a step: the epoch and the sample.
+
+        A sample that a balanced epoch draws again has another number instead of the epoch, so that its crop and
+        its text are drawn again too.
+        """
+        epoch, samples, repeats = self._at(step)
+        numbers = [epoch] * len(samples) if repeats is None else (epoch + repeats * _REPEAT).tolist()
+        return list(zip(numbers, samples.tolist(), strict=True))
+
+    def _at(self, step: int) -> tuple[int, NDArray[np.int64], NDArray[np.int64] | None]:
+        """The epoch, this rank's samples, and the number of earlier draws of each in the epoch; None: all 0."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        share = self.batch_size // self.world_size
-        first = position * self.batch_size + self.rank * share
-        positions = _shuffle(self.num_trained, self.seed, epoch)[first : first + share]
-        return epoch, skip(positions, self.held_out)
+        size = self.batch_size // self.world_size
+        first = position * self.batch_size + self.rank * size
+        share = slice(first, first + size)
+        if self.classes is not None:
+            samples, repeats = _balanced(self.classes, self.num_trained, self.seed, epoch)
+            return epoch, samples[share], repeats[share]
+        return epoch, skip(_shuffle(self.num_trained, self.seed, epoch)[share], self.held_out), None
 
 
 def skip(positions: NDArray[np.int64], held_out: Sequence[int]) -> NDArray[np.int64]:
@@ -78,3 +102,53 @@ def skip(positions: NDArray[np.int64], held_out: Sequence[int]) -> NDArray[np.in
 @lru_cache(maxsize=4)
 def _shuffle(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return stream(seed, Draw.ORDER, epoch).permutation(num_samples)
+
+
+@dataclass(frozen=True, eq=False)
+class Classes:
+    """The samples of each class, for class-balanced epochs."""
+
+    samples: tuple[NDArray[np.int64], ...]
+    """Indices of the samples of each class that has any."""
+
+    @classmethod
+    def of(cls, labels: Sequence[int], held_out: Sequence[int] = ()) -> "Classes":
+        """Groups the samples that are not held out by their labels.
+
+        Raises:
+            DataError: a sample has no label.
+        """
+        array = np.asarray(labels, np.int64)
+        if len(array) and array.min() < 0:
+            raise DataError(
+                "balance = class needs labelled samples; this set has prompts and no classes; set balance=none"
+            )
+        order = np.argsort(array, kind="stable")
+        order = order[~np.isin(order, held_out)]
+        return cls(tuple(np.split(order, np.flatnonzero(np.diff(array[order])) + 1)))
+
+    def describe(self) -> str:
+        """The sizes of the smallest and the largest class."""
+        sizes = [len(group) for group in self.samples]
+        return f"{min(sizes)} to {max(sizes)} images" if min(sizes) < max(sizes) else f"{sizes[0]} images each"
+
+
+@lru_cache(maxsize=4)
+def _balanced(classes: Classes, length: int, seed: int, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The samples of a balanced epoch, and the number of earlier draws of each in the epoch, ``(length,)`` both.
+
+    Classes come in shuffled rounds, so that their counts differ by at most one. Within a class, samples come in
+    shuffled rounds too: a small class is repeated, a large one gives other samples in each epoch.
+    """
+    count = len(classes.samples)
+    rounds = np.tile(np.arange(count), (-(-length // count), 1))
+    labels = stream(seed, Draw.ORDER, epoch).permuted(rounds, axis=1).ravel()[:length]
+    samples, repeats = np.empty(length, np.int64), np.empty(length, np.int64)
+    ends = np.cumsum(np.bincount(labels, minlength=count))
+    for number, positions in enumerate(np.split(np.argsort(labels, kind="stable"), ends[:-1])):
+        group, draws = classes.samples[number], stream(seed, Draw.BALANCE, epoch, number)
+        needed = -(-len(positions) // len(group))
+        shuffled = np.concatenate([group[:0], *(draws.permutation(group) for _ in range(needed))])
+        samples[positions] = shuffled[: len(positions)]
+        repeats[positions] = np.arange(len(positions)) // len(group)
+    return samples, repeats

@@ -184,8 +184,8 @@ def style_axes(axis: "Axes") -> None:
     axis.tick_params(labelsize=9)
 
 
-def save_figure(figure: "Figure", path: Path, dpi: int = 130) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
     """Writes a figure as PNG, atomically."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=dpi)
+    figure.savefig(content, format="png", dpi=130)
     write_atomic(path, content.getvalue())

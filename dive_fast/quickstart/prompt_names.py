@@ -134,8 +134,12 @@ def _word(name: str) -> str:
 
 
 def class_file_text(names: Sequence[str]) -> str:
-    """The names as a file with one a line; as a JSON list where the lines could be read as more than names."""
-    looks_like_code = names[0][0] in "[{#" or all(name[0] in "\"'-0123456789nN" for name in names)
-    if not looks_like_code or all(name.isalnum() for name in names):
-        return "".join(f"{name}\n" for name in names)
-    return json.dumps(list(names), ensure_ascii=False, indent=0) + "\n"
+    """The names as a file with one a line; as a JSON list where lines could be read as more than names."""
+    if names[0][0] in "[{#" or any(_look_like_code(rows) for rows in (names, names[1:]) if rows):
+        return json.dumps(list(names), ensure_ascii=False, indent=0) + "\n"
+    return "".join(f"{name}\n" for name in names)
+
+
+def _look_like_code(rows: Sequence[str]) -> bool:
+    """Whether all lines could be quoted, list items, or numbered; the first line may be a header."""
+    return all(row[0] in "\"'-0123456789nN" and not row.isalnum() for row in rows)

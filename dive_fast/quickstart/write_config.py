@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dive_fast.config.load import load_config
 from dive_fast.config.schema import Config
 from dive_fast.errors import ConfigError
 from dive_fast.io.atomic_files import atomic_path, write_atomic
@@ -55,7 +56,7 @@ def write_files(path: Path, text: str, class_texts: Mapping[Path, str], force: b
     try:
         with atomic_path(path) as partial:
             partial.write_text(text, encoding="utf-8")
-            _load(partial)
+            load_config(str(partial), (), None, Config)
             for file in changed:
                 write_atomic(file, class_texts[file].encode())
     except OSError as error:
@@ -64,15 +65,6 @@ def write_files(path: Path, text: str, class_texts: Mapping[Path, str], force: b
 
 def _has_content(path: Path, text: str) -> bool:
     return path.is_file() and path.read_bytes() == text.encode()
-
-
-def _load(path: Path) -> None:
-    import yaml
-
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        text = "\n".join(line for line in text.split("\n") if not line.lstrip().startswith("//"))
-    Config.model_validate_json(text if path.suffix == ".json" else json.dumps(yaml.safe_load(text)))
 
 
 def _comment(text: str, mark: str, indent: str) -> list[str]:

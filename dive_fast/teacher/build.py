@@ -36,7 +36,10 @@ def reference_samples(config: Config, source: Source, towers: Towers) -> Referen
     data = config.data.reference
     assert data is not None
     tokenizer = tokenizer_of(config.model, data.text_length)
-    return ReferenceSamples(source, tokenizer, towers.preprocess, towers.pooled_at, config.train.seed, data.views)
+    draws = data.captions == "lines"
+    return ReferenceSamples(
+        *(source, tokenizer, towers.preprocess, towers.pooled_at, config.train.seed, data.views, draws)
+    )
 
 
 def open_teacher(config: Config, folder: Path, towers: Towers, samples: ReferenceSamples, ranks: Ranks) -> Teacher:

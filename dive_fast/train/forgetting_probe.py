@@ -12,7 +12,7 @@ from dive_fast.distributed import Ranks
 from dive_fast.evaluate.geometry.embed import EmbeddedPairs, embed_readable, spread
 from dive_fast.evaluate.geometry.measures import compare, describe, rsa
 from dive_fast.evaluate.retrieval import paired_recalls
-from dive_fast.identity import Identity
+from dive_fast.identity import Identity, digest
 from dive_fast.model.features import Pairs
 from dive_fast.model.towers import Towers
 
@@ -82,8 +82,11 @@ class PairMeasure:
 
     def identity(self) -> Identity:
         """The pairs: everything but the models that determines the metrics."""
-        source = self._samples.source
-        return {"name": self.name, "pairs": [source.digest(), source.modified(), self.count]}
+        return {"name": self.name, "pairs": self.data(), "modified": self._samples.source.modified()}
+
+    def data(self) -> str:
+        """A digest of the contents of the pairs."""
+        return digest([self._samples.source.digest(), self.count])
 
     def compare(self, after: EmbeddedPairs) -> dict[str, float]:
         """The metrics of the tuned embeddings; those of the pre-trained ones are named ``before/...``.

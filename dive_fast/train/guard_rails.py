@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dive_fast.config.schema import Config, EvaluationSet, TargetConfig
+from dive_fast.config.schema import Config
 from dive_fast.data.sources.source import Source
 from dive_fast.engine.async_scalars import AsyncScalars
 from dive_fast.methods import registry
@@ -64,25 +64,27 @@ def warn_of_evaluation(config: Config, target: Source, opened: Mapping[str, Sour
         opened: the sources of ``evaluate.sets``.
     """
     options, origins = config.evaluate, config.origins
-    for name, source in opened.items():
-        shared = num_shared(config.data.target, target, options.sets[name], source)
-        if shared:
+    images = {name: _images(source) for name, source in opened.items()}
+    training = _images(target) if images else set()
+    for name, evaluated in images.items():
+        if shared := len(evaluated & training):
             key = f"evaluate.sets.{name}.path"
             logger.warning(
                 "%s = %s (%s): %d of its %d images are training images (data.target.path, %s), so its accuracy "
                 "says nothing of new images; hold some out",
-                *(key, options.sets[name].path, origins.of(key), shared, len(source)),
+                *(key, options.sets[name].path, origins.of(key), shared, len(evaluated)),
                 origins.of("data.target.path"),
             )
     if options.select is None:
         return
-    chosen, origin = options.sets[options.select], origins.of("evaluate.select")
-    same = [name for name, each in options.sets.items() if name != options.select and _is_same(each, chosen)]
+    chosen, origin = images[options.select], origins.of("evaluate.select")
+    same = [name for name in images if name != options.select and images[name] & chosen]
     if same:
         logger.warning(
-            "evaluate.sets.%s.path = %s (%s) is also that of evaluate.select = %s (%s): its accuracy is "
-            "optimistic, as the best of many; report another set",
-            *(same[0], chosen.path, origins.of(f"evaluate.sets.{same[0]}.path"), options.select, origin),
+            "evaluate.sets.%s.path = %s (%s) has %d of the %d images of evaluate.select = %s (%s): its accuracy "
+            "is optimistic, as the best of many; report another set",
+            *(same[0], options.sets[same[0]].path, origins.of(f"evaluate.sets.{same[0]}.path")),
+            *(len(images[same[0]] & chosen), len(chosen), options.select, origin),
         )
     others = [name for name in options.sets if name not in (options.select, *same)]
     logger.warning(
@@ -94,21 +96,10 @@ def warn_of_evaluation(config: Config, target: Source, opened: Mapping[str, Sour
     )
 
 
-def num_shared(target: TargetConfig, training: Source, evaluation: EvaluationSet, source: Source) -> int:
-    """The number of an evaluation set's samples that are in the training set, by their files."""
-    if _real(target.path) == _real(evaluation.path) and evaluation.dataset is None:
-        return len(source)
-    files = {(sample.path, sample.offset) for sample in source.samples}
-    shared = files & {(sample.path, sample.offset) for sample in training.samples}
-    return sum((sample.path, sample.offset) in shared for sample in source.samples)
-
-
-def _is_same(one: EvaluationSet, other: EvaluationSet) -> bool:
-    return (_real(one.path), one.dataset) == (_real(other.path), other.dataset)
-
-
-def _real(path: str) -> str:
-    return os.path.realpath(path) if os.path.exists(path) else path
+def _images(source: Source) -> set[tuple[str, str, int]]:
+    """The images of a set by folder, file and position, whatever the path that the set was opened by."""
+    folders = {folder: os.path.realpath(folder) for folder in {sample.path.parent for sample in source.samples}}
+    return {(folders[sample.path.parent], sample.path.name, sample.offset) for sample in source.samples}
 
 
 class ReferenceShare:

@@ -42,7 +42,7 @@ def draw(report: Report, path: Path) -> None:
         handles = [Patch(color=COLOURS[kind], label=NAMES[kind]) for kind in kinds]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(kinds), frameon=False, fontsize=FONT)
     figure.suptitle(report.message(), fontsize=FONT + 2, fontweight="bold", wrap=True)
-    save_figure(figure, path, dpi=200)
+    save_figure(figure, path)
 
 
 def _panel(axis: "Axes", rows: Sequence[Row], label: str) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,8 @@ class Results(NamedTuple):
     """Metrics of each evaluation set."""
     pairs: dict[str, dict[str, float]]
     """Metrics of :class:`PairMeasure` by its name."""
+    data: Mapping[str, str] = MappingProxyType({})
+    """Digests of the contents of sets and pairs by name; only of the final model, on rank 0."""
 
     def metrics(self, options: EvaluateConfig) -> dict[str, float]:
         """Values by name, as in ``metrics.jsonl``; not those of the model before training."""
@@ -122,9 +125,8 @@ class RunEvaluation:
         for name, metrics in compared.items():
             self._store.add_values(pair_identities[name], metrics)
         self._store.remove_unused()
-        return Results(
-            measured, {name: (stored | compared)[name] for name in measures if name in stored | compared}
-        )
+        pairs = {name: (stored | compared)[name] for name in measures if name in stored | compared}
+        return Results(measured, pairs, self._data())
 
     def _measures(self) -> dict[str, PairMeasure]:
         """The pairs to measure: those of ``evaluate.geometry``, and the forgetting probe."""
@@ -188,6 +190,13 @@ class RunEvaluation:
                 for name, measure in measures.items():
                     comparisons[name] = {"before": before, "after": after} | measure.identity()
         return comparisons
+
+    def _data(self) -> dict[str, str]:
+        """Digests of the contents of all sets and pairs on rank 0, where their identities had them computed."""
+        if not self._run.ranks.is_main:
+            return {}
+        data = {name: opened.source.digest() for name, opened in self._run.evaluation_sets.items()}
+        return data | {name: measure.data() for name, measure in self._measures().items()}
 
     def _evaluation_towers(self) -> EvaluationTowers:
         if self._towers is None:

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 LOCATIONS = (
     *("model.name", "model.pretrained"),
     *("data.*.format", "data.*.path", "data.*.image_root", "data.*.class_names", "data.*.templates"),
+    *("data.*.split", "data.*.image_column", "data.*.label_column", "data.*.text_column"),
     *("objective.backgrounds", "objective.target.backgrounds", "teacher.path", "train.output"),
 )
 """Keys whose contents are compared instead, or which only give a location."""
@@ -71,7 +72,9 @@ ROUNDING = (
 NULLS = {
     "model.pretrained": "the model brings its weights, or starts from random ones",
     "model.logit_scale_max": "no bound",
+    "model.license": "unknown: that of the pre-trained weights applies",
     "data.reference": "no reference set",
+    "data.target.holdout": "no sample is held out",
     "data.*.image_root": "the format has none",
     "data.target.class_names": "the names in the data set",
     "objective.name": "a pair of losses without a name",
@@ -92,6 +95,7 @@ NULLS = {
     "evaluate.patience": "no early stopping",
     "evaluate.sets.*.format": "detected, as for every known data set",
     "evaluate.sets.*.dataset": "a set of the user's own",
+    "evaluate.sets.*.holdout": "all samples are measured",
     "evaluate.sets.*.class_names": "the names in the data set",
     "evaluate.sets.*.templates": "those of the known data set, or none for retrieval",
     "evaluate.sets.*.role": "no average",

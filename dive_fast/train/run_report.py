@@ -26,6 +26,8 @@ class Row:
     after: float
     samples: int
     left_out: int = 0
+    data: str | None = None
+    """Digest of the contents of the set, or of the pairs."""
 
     @property
     def is_similarity(self) -> bool:

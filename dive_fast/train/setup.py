@@ -12,14 +12,16 @@ from torch import Tensor
 from dive_fast.checkpoint.snapshot import RunRecord
 from dive_fast.config.schema import Config, TargetConfig
 from dive_fast.data.batch import ReferenceBatch, TargetBatch
+from dive_fast.data.captions import caption_counts, remark_on_captions
 from dive_fast.data.classes import remarks, target_names
 from dive_fast.data.loaders.loader import loader_options, training_batches
 from dive_fast.data.open_dataset import open_reference, open_target
 from dive_fast.data.prefetch import Prefetcher
 from dive_fast.data.prompts import PromptTable, SecondPrompts, Template, read_templates
-from dive_fast.data.sampler import Order
+from dive_fast.data.sampler import Classes, Order
 from dive_fast.data.samples import ReferenceSamples, TargetSamples
 from dive_fast.data.sources.source import Source
+from dive_fast.data.transforms import Augmentation
 from dive_fast.distributed import Ranks
 from dive_fast.engine import feature_consistency
 from dive_fast.engine.deepspeed_config import check_deepspeed, deepspeed_section
@@ -108,7 +110,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     sources = _open_sources(config, ranks)
     needs = registry.needs(config.objective)
     held_out = _hold_out(config, sources.reference)
-    target_order, reference_order = _order(config, "target", len(sources.target), ranks), None
+    classes = _classes(config.data.target, sources.target, ranks)
+    target_order, reference_order = _order(config, "target", len(sources.target), ranks, classes=classes), None
     if needs.reference:
         assert sources.reference is not None
         reference_order = _order(config, "reference", len(sources.reference), ranks, held_out.samples)
@@ -199,6 +202,8 @@ def _open_sources(config: Config, ranks: Ranks) -> _Sources:
         target.report_skipped("data.target")
         if reference is not None:
             reference.report_skipped("data.reference")
+            for remark in remark_on_captions(reference):
+                ranks.print(f"data.reference: {remark}")
     evaluation_sets = open_sets(config.evaluate.sets, ranks)
     return _Sources(target, reference, evaluation_sets, None if geometry is None else open_reference(geometry))
 
@@ -207,7 +212,9 @@ def _build_towers(config: Config, folder: Path, reference: Source | None, ranks:
     """The pre-trained towers, validated against the config and the machine."""
     towers = create(config.model)
     check_text_length(config.data, towers)
-    check_sizes(config, folder, towers, 0 if reference is None else len(reference), ranks)
+    counts = None if reference is None else caption_counts(reference)
+    pairs = 0 if reference is None else len(reference)
+    check_sizes(config, folder, towers, pairs, ranks, pairs if counts is None else int(counts.sum()))
     feature_consistency.prepare(config, towers, ranks)
     return towers
 
@@ -238,7 +245,8 @@ def _target_samples(
     if second_templates:
         second = SecondPrompts(prompts, second_templates, tokenizer)
         second.warn_about_truncated(source, seed)
-    return TargetSamples(source, prompts, towers.preprocess, towers.pooled_at, seed, second)
+    augmentation = Augmentation(config.data.target.crop_scale, config.data.target.horizontal_flip)
+    return TargetSamples(source, prompts, towers.preprocess, towers.pooled_at, seed, second, augmentation)
 
 
 def _start_method(
@@ -268,6 +276,21 @@ def _start_method(
     method.start(Start(embed, tokenizer, towers.vocabulary, towers.pooled_at, class_names, templates))
 
 
+def _classes(data: TargetConfig, source: Source, ranks: Ranks) -> Classes | None:
+    """The samples of each class where classes are drawn equally often; otherwise None.
+
+    Raises:
+        DataError: classes are to be drawn, and the set has none.
+    """
+    labels = [sample.label for sample in source.samples] if data.balance == "class" else []
+    if not labels:
+        return None
+    with naming("data.target"):
+        classes = Classes.of(labels)
+    ranks.print(f"data.target: classes have {classes.describe()}; balance = class draws each equally often")
+    return classes
+
+
 def _hold_out(config: Config, reference: Source | None) -> HeldOut:
     """The reference pairs for the forgetting probe."""
     data = config.data.reference
@@ -276,12 +299,21 @@ def _hold_out(config: Config, reference: Source | None) -> HeldOut:
     return hold_out(config.evaluate.probe, len(reference), data.batch_size)
 
 
-def _order(config: Config, half: str, count: int, ranks: Ranks, held_out: tuple[int, ...] = ()) -> Order:
+def _order(
+    config: Config,
+    half: str,
+    count: int,
+    ranks: Ranks,
+    held_out: tuple[int, ...] = (),
+    classes: Classes | None = None,
+) -> Order:
     """The order of a half's samples."""
     # The halves have different random streams; otherwise both sets would be shuffled alike.
     seed = config.train.seed + (half == "reference")
     batch_size = getattr(config.data, half).batch_size
-    return Order(count, batch_size, ranks.rank, ranks.world_size, seed, f"data.{half}.batch_size", held_out)
+    return Order(
+        count, batch_size, ranks.rank, ranks.world_size, seed, f"data.{half}.batch_size", held_out, classes
+    )
 
 
 LoadedBatches = tuple[TargetBatch, ReferenceBatch | None]

@@ -33,7 +33,7 @@ def make_report(
     choice = registry.choose(objective)
     names = [part.name for part in (choice.target, choice.reference) if part is not None]
     weight = choice.default_weight if objective.weight is None else objective.weight
-    rows = _set_rows(options, before, after.sets) + _pair_rows(after.pairs, len(run.held_out.samples))
+    rows = _set_rows(options, before, after) + _pair_rows(after, len(run.held_out.samples))
     return Report(
         run=run.folder.absolute().name,
         weights_step=weights_step,
@@ -48,13 +48,13 @@ def make_report(
     )
 
 
-def _set_rows(options: EvaluateConfig, before: Mapping[str, Measured], after: Mapping[str, Measured]) -> list[Row]:
+def _set_rows(options: EvaluateConfig, before: Mapping[str, Measured], after: Results) -> list[Row]:
     rows = []
-    for name, measured in after.items():
+    for name, measured in after.sets.items():
         metric = metric_of(options.sets[name])
-        start = before[name].scores[metric] if name in before else None
-        kind = kind_of(options, name)
-        rows.append(Row(name, kind, metric, start, measured.scores[metric], measured.samples, measured.left_out))
+        values = before[name].scores[metric] if name in before else None, measured.scores[metric]
+        counts = measured.samples, measured.left_out
+        rows.append(Row(name, kind_of(options, name), metric, *values, *counts, after.data.get(name)))
     return rows
 
 
@@ -65,16 +65,17 @@ def kind_of(options: EvaluateConfig, name: str) -> Kind:
     return config.role or known or ("id" if name == options.select else "other")
 
 
-def _pair_rows(pairs: Mapping[str, Mapping[str, float]], num_held_out: int) -> list[Row]:
+def _pair_rows(after: Results, num_held_out: int) -> list[Row]:
     """Rows of the pairs: recalls and RSA of the probe, RSA and CKA of ``evaluate.geometry``."""
     rows: list[Row] = []
-    for name, metrics in pairs.items():
+    for name, metrics in after.pairs.items():
         count = int(metrics[PAIRS])
-        left_out = num_held_out - count if name == PROBE else 0
+        counts = count, num_held_out - count if name == PROBE else 0
         for metric in (*RECALLS, *SIMILARITIES):
             if metric in metrics:
                 before = 1.0 if metric in SIMILARITIES else metrics[f"{BEFORE}{metric}"]
-                rows.append(Row(f"{name}/{metric}", "probe", metric, before, metrics[metric], count, left_out))
+                values = before, metrics[metric]
+                rows.append(Row(f"{name}/{metric}", "probe", metric, *values, *counts, after.data.get(name)))
     return rows
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,26 @@ def test_pickled_code_is_not_executed(folder: Path, capsys: pytest.CaptureFixtur
     torch.save({"weight": Code()}, folder / "pytorch_model.bin")
     assert "pytorch_model.bin cannot be read without executing code" in refusal(config_of(folder))
     assert "executed" not in capsys.readouterr().out
+
+
+def test_code_of_a_folder_is_not_executed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (folder / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'marker')!r})\nclass Evil: pass\n")
+    names = ("AutoConfig", "AutoModel", "AutoImageProcessor", "AutoProcessor")
+    automatic = dict.fromkeys(names, "evil.Evil") | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    for file, changes in (
+        ("tokenizer_config.json", {"tokenizer_class": "Evil", "auto_map": automatic}),
+        ("preprocessor_config.json", {"image_processor_type": "Evil", "auto_map": automatic}),
+        ("config.json", {"auto_map": automatic, "trust_remote_code": True}),
+    ):
+        content = (folder / file).read_text()
+        edit(folder / file, lambda tree, changes=changes: tree.update(changes))
+        with suppress(ConfigError):
+            create(config_of(folder))
+        (folder / file).write_text(content)
+    assert not (tmp_path / "marker").exists()
+    assert not (tmp_path / "modules").exists()
 
 
 def test_model_is_read_from_the_cache_of_the_hub(

@@ -1,6 +1,5 @@
 """``dive-fast init`` as a user runs it: files that train as they are, a short summary, mistakes in one line."""
 
-import json
 import os
 import shlex
 import subprocess
@@ -8,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from distributed import run_ranks
 from test_inspect_data import write_csv, write_photos, write_tar
 
@@ -16,7 +14,7 @@ from dive_fast.commands import init
 from dive_fast.distributed import join
 from dive_fast.methods import registry
 from dive_fast.methods.method import Part
-from dive_fast.methods.run_config import RunConfig
+from dive_fast.methods.run_config import RunConfig, load_run_config
 from dive_fast.quickstart import new_config
 from dive_fast.quickstart.choose_settings import batch_size
 from dive_fast.train.loop import train
@@ -31,9 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def read(path: Path) -> RunConfig:
-    lines = path.read_text(encoding="utf-8").split("\n")
-    text = "\n".join(line for line in lines if not line.lstrip().startswith("//"))
-    return RunConfig.model_validate_json(text if path.suffix == ".json" else json.dumps(yaml.safe_load(text)))
+    return load_run_config(str(path))
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

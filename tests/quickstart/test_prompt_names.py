@@ -66,8 +66,9 @@ FOLDERS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(FOLDERS)
+@example(["!", "0:", "1 0"])
 @example(["- a", "- b"])
 @example(["# a", "b"])
 @example(["1 a", "2 b"])

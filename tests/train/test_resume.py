@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import unittest.mock
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from safetensors.torch import load_file
 
 from dive_fast.checkpoint import lineage, saver
 from dive_fast.checkpoint import manifest as checkpoint
+from dive_fast.config.schema import EvaluateConfig
 from dive_fast.distributed import Ranks, join
 from dive_fast.errors import UserError
+from dive_fast.evaluate.zero_shot import Measured
 from dive_fast.identity import Identity
 from dive_fast.locks import folder_lock
 from dive_fast.methods import registry
@@ -29,6 +32,7 @@ from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import head as heads
 from dive_fast.train import loop as train
 from dive_fast.train import run_folder, run_identity
+from dive_fast.train.run_evaluation import Results, RunEvaluation
 
 STEPS = 3
 
@@ -513,24 +517,28 @@ ACCURACIES = {1: 0.4, 2: 0.5, 3: 0.45, 4: 0.6, 5: 0.9, 6: 0.8, 7: 0.3, 8: 0.7}
 @contextlib.contextmanager
 def _decided(accuracies: dict[int, float]) -> Iterator[None]:
     """Replaces the measured accuracies by fixed ones."""
-    evaluate, measure, steps = train.Validation.evaluate, train.Validation._measure, [0]
+    evaluate, steps, patch = train.Validation.evaluate, [0], unittest.mock.patch.object
 
     def evaluate_at(self: train.Validation, step: int) -> dict[str, float]:
         steps[0] = step
         return evaluate(self, step)
 
-    def measured(self: train.Validation, options: Any, exported: Path | None) -> dict[str, float]:
+    def measured(self: RunEvaluation, options: EvaluateConfig, exported: Path | None) -> Results:
         # Only the best weights are measured from their file, at the end of the run.
         step = steps[0]
         if exported is not None:
             step = json.loads((exported / "best/selected.json").read_text())["step"]
-        return {f"accuracy/{name}": accuracies[step] for name in options.sets}
+        return Results({name: Measured({"top1": accuracies[step]}, "prompts", 1) for name in options.sets}, {})
 
-    train.Validation.evaluate, train.Validation._measure = evaluate_at, measured  # type: ignore[method-assign]
-    try:
+    def measured_at_the_end(self: RunEvaluation, exported: Path | None) -> Results:
+        return measured(self, self._options, exported)
+
+    with (
+        patch(train.Validation, "evaluate", evaluate_at),
+        patch(RunEvaluation, "measure_during", measured),
+        patch(RunEvaluation, "measure_after", measured_at_the_end),
+    ):
         yield
-    finally:
-        train.Validation.evaluate, train.Validation._measure = evaluate, measure  # type: ignore[method-assign]
 
 
 def validation_cases(folder: Path) -> dict[str, Any]:
@@ -543,6 +551,7 @@ def validation_cases(folder: Path) -> dict[str, Any]:
         "select": "seen",
         "every_steps": 2,
         "workers": 0,
+        "baseline": False,
     }
     tree["train"] |= {"max_steps": 5, "keep_last": 9}
     results: dict[str, Any] = {}

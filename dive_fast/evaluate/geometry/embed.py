@@ -12,6 +12,7 @@ from dive_fast.data.loaders.loader import Options, batches_of
 from dive_fast.data.open_dataset import open_reference
 from dive_fast.data.prepared.format import MANIFEST
 from dive_fast.data.samples import ReferenceSamples, SampleKey
+from dive_fast.data.sources.huggingface import is_dataset
 from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError
@@ -164,4 +165,9 @@ def _in_fp32(towers: Towers) -> Iterator[None]:
 def _format_at(path: str) -> str:
     if Path(path).suffix.lower() in (".csv", ".tsv"):
         return "csv"
-    return "prepared" if (Path(path) / MANIFEST).is_file() else "webdataset"
+    if (Path(path) / MANIFEST).is_file():
+        return "prepared"
+    if is_dataset(path):
+        return "huggingface"
+    has_tars = not Path(path).is_dir() or any(entry.suffix == ".tar" for entry in Path(path).iterdir())
+    return "webdataset" if has_tars else "folder"
