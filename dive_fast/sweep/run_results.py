@@ -11,12 +11,10 @@ from dive_fast.errors import DataError, one_line
 from dive_fast.evaluate.results import FILE as MEASURED
 from dive_fast.evaluate.results import Results
 from dive_fast.io.safe_read import parse_json, read_text
+from dive_fast.train.run_report import KINDS, SIMILARITIES
 
 REPORT, CONFIG, METRICS, WEIGHTS = "report.json", "config.json", "metrics.jsonl", "model.safetensors"
 """Files of a run folder."""
-KINDS = ("id", "ood", "zero_shot", "probe", "other")
-SIMILARITIES = {"rsa": "RSA", "cka": "CKA"}
-"""Metrics that compare with the pre-trained model, for which they are 1."""
 NO_MEASUREMENT = ("role", "on_skipped", "metric")
 """Keys of an evaluation set that do not change the data, or that stand in the row itself."""
 
@@ -27,7 +25,7 @@ class Measure:
 
     name: str
     kind: str
-    """One of :data:`KINDS`."""
+    """One of :data:`dive_fast.train.run_report.KINDS`."""
     metric: str
     before: float | None
     """The value of the pre-trained model; None: unknown."""

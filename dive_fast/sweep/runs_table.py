@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from dive_fast.errors import ConfigError, nearest
 from dive_fast.evaluate.tables import METRICS, aligned
 from dive_fast.sweep.grid import number_text
-from dive_fast.sweep.run_results import KINDS, SIMILARITIES, Measure, RunResult
+from dive_fast.sweep.run_results import Measure, RunResult
+from dive_fast.train.run_report import KINDS, RECALLS, SIMILARITIES
 
 KEPT_KINDS = ("ood", "zero_shot")
 KEPT_PROBES = ("image_to_text_r1", "text_to_image_r1", "rsa")
 """Kinds of sets, and metrics of the probe, whose mean is what a run keeps."""
-RECALLS = {"image_to_text_r1": "image to text R@1", "text_to_image_r1": "text to image R@1"}
 TITLES: Mapping[str, str] = SIMILARITIES | RECALLS | METRICS
 """Names of the metrics; top-1 is not named."""
 MARKDOWN_GAP = "\n\n"
@@ -92,8 +92,9 @@ def compare_runs(runs: Sequence[RunResult]) -> RunsTable:
             index = _column_of(measure, columns)
             row[index] = measure
         values.append(row)
+    kinds: list[str] = list(KINDS)
     order = sorted(
-        range(len(columns)), key=lambda index: (KINDS.index(columns[index].kind), _first(columns, index))
+        range(len(columns)), key=lambda index: (kinds.index(columns[index].kind), _first(columns, index))
     )
     position = {index: place for place, index in enumerate(order)}
     table = RunsTable(

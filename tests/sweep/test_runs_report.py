@@ -49,13 +49,13 @@ def test_runs_are_compared_by_id_and_mean_of_what_is_kept(tmp_path: Path) -> Non
     assert kept_of(table, axes, 0) == pytest.approx((0.6 + 0.7 + 0.3 + 0.9) / 4)
     header, first, _ = as_cells(table, axes)
     assert header == [
-        *("run", "val", "ood", "zs", "probe (image to text R@1)", "probe (RSA)", "more"),
+        *("run", "val", "ood", "zs", "more", "probe (image to text R@1)", "probe (RSA)"),
         *("kept", "weight", "step", "method"),
     ]
-    assert first == ["a", "80.0 (+30.0)", "60.0 (+10.0)", "70.0 (+20.0)", "30.0 (-20.0)", "0.900", "10.0 (-40.0)",
+    assert first == ["a", "80.0 (+30.0)", "60.0 (+10.0)", "70.0 (+20.0)", "10.0 (-40.0)", "30.0 (-20.0)", "0.900",
                      "62.5", "1000", "90", "DiVE"]  # fmt: skip
     assert find_axes(table, "ood", ["zs", "probe"])._asdict() | {"remarks": ()} == {  # type: ignore[union-attr]
-        "id": 1, "kept": (2, 3, 4), "runs": (0, 1), "remarks": ()
+        "id": 1, "kept": (2, 4, 5), "runs": (0, 1), "remarks": ()
     }  # fmt: skip
     with pytest.raises(ConfigError, match="--kept oodd: no run has measured it; did you mean ood"):
         find_axes(table, None, ["oodd"])
