@@ -21,7 +21,7 @@ from dive_fast.sweep.runs_table import (
     notes_of,
     table_text,
 )
-from dive_fast.sweep.tradeoff_chart import Dot, draw_tradeoff
+from dive_fast.sweep.tradeoff_chart import Dot, draw_tradeoff, headline
 
 TEXT, DATA, FIGURE, PAGE = "report.md", "report.json", "report.png", "report.html"
 """Names of the files."""
@@ -52,9 +52,10 @@ def _write(table: RunsTable, axes: Axes | None, folder: Path, with_page: bool) -
     written, caption, image = [TEXT, DATA], "", None
     if axes is not None and axes.kept and len(axes.runs) > 1:
         column = table.columns[axes.id]
-        caption = f"Trade-off between {column.title} and what is kept"
         before = before_of(table, axes)[1]
-        draw_tradeoff(_dots(table, axes), folder / FIGURE, column.title, TITLE, before)
+        dots = _dots(table, axes)
+        draw_tradeoff(dots, folder / FIGURE, column.title, headline(dots, column.title), before)
+        caption = headline(dots, column.title).replace("[", "(").replace("]", ")")
         image = (folder / FIGURE).read_bytes()
         written.append(FIGURE)
     figure = f"\n![{caption}]({FIGURE})\n" if image is not None else ""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from dive_fast.errors import ConfigError, nearest
+from dive_fast.errors import ConfigError, nearest, one_line
 from dive_fast.evaluate.tables import METRICS, aligned
 from dive_fast.sweep.grid import number_text
 from dive_fast.sweep.run_results import Measure, RunResult
@@ -138,7 +138,7 @@ def _differences(column: Column, total: int | None, data: Mapping[str, Any]) -> 
     ignored = {"path", "format"} if "digest" in shared else set()
     for key in sorted(shared - ignored):
         if column.data[key] != data[key]:
-            new, old = (str(value)[:SHOWN_VALUES] for value in (data[key], column.data[key]))
+            new, old = (one_line(str(value))[:SHOWN_VALUES] for value in (data[key], column.data[key]))
             lines.append("other contents" if key == "digest" else f"{key} {new}, not {old}")
     return lines
 

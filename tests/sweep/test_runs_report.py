@@ -162,6 +162,7 @@ def test_report_writes_table_chart_and_a_page(tmp_path: Path, capsys: pytest.Cap
         rows = [row("val", 0.8 + index / 100), row("<script>", 0.6 - index / 50, "ood")]
         write_run(tmp_path / "runs" / name, rows, method=("dive", "mine", "flyp")[index])
     write_run(tmp_path / "runs" / "d", None)
+    write_run(tmp_path / "runs" / "\x1b[2Jnew\nline", None)
     output = tmp_path / "out"
     assert report.main([str(tmp_path / "runs"), "--output", str(output), "--html"]) == 0
     shown = capsys.readouterr().out
@@ -176,7 +177,11 @@ def test_report_writes_table_chart_and_a_page(tmp_path: Path, capsys: pytest.Cap
     assert 'src="data:image/png;base64,' in html
     assert "http" not in html.replace("http-equiv", "")
     content = json.loads((output / "report.json").read_text())
-    assert [run["problem"] for run in content["runs"]] == [None, None, None, "unfinished: step 0 of 100"]
+    assert [run["problem"] for run in content["runs"]] == [
+        *("unfinished: step 0 of 100", None, None, None, "unfinished: step 0 of 100")
+    ]
+    assert "\x1b" not in shown
+    assert "- \\x1b[2Jnew line: unfinished" in shown
     assert report.main([str(tmp_path / "runs"), "--output", str(tmp_path / "runs" / "b")]) == 2
     assert "a run folder, whose own report would be replaced" in capsys.readouterr().err
     assert report.main([str(tmp_path / "nowhere"), "--output", str(output)]) == 2
