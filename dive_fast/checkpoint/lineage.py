@@ -30,8 +30,7 @@ RUN_FILES = (
     "nonfinite",
     "trace.json.gz",
     "config.json",
-    "tensorboard",
-    "csv_monitor",
+    "tracking",
 )
 """Names in a run folder that belong to one run. Teacher cache and evaluations have identities of their own."""
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from dive_fast.config.section import Decay, NonNegative, NonNegativeFloat, PathText, Positive, Section, Share
 from dive_fast.errors import nearest
@@ -27,6 +27,9 @@ Metric = Literal[
     "text_to_image_r5",
     "text_to_image_r10",
 ]
+
+
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 class ModelConfig(Section):
@@ -307,6 +310,23 @@ class EvaluateConfig(Section):
         return {name: each for name, each in sets.items() if each is not None} if isinstance(sets, dict) else sets
 
 
+MONITORS = {
+    "tensorboard": 'set track=["tensorboard"] instead',
+    "wandb": 'set track=["wandb"] instead',
+    "csv_monitor": "metrics.jsonl has each line, so remove it",
+    "comet": "name other trackers in track",
+}
+"""DeepSpeed's own monitors, with their replacements."""
+
+
+def _as_list(names: Any) -> Any:
+    """One name as a list, as ``track=wandb`` on the command line has it; without repetitions."""
+    names = [names] if isinstance(names, str) else names
+    return (
+        list(dict.fromkeys(names)) if isinstance(names, list) and all(isinstance(n, str) for n in names) else names
+    )
+
+
 class Config(Section):
     """All sections. :class:`dive_fast.methods.run_config.RunConfig` validates the options in ``objective`` too."""
 
@@ -316,6 +336,9 @@ class Config(Section):
     teacher: TeacherConfig = TeacherConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    track: Annotated[list[Tracker], BeforeValidator(_as_list)] = Field(default=[])
+    """Experiment trackers that receive the lines of metrics.jsonl: any of `tensorboard`, `wandb`, `mlflow` and
+    `trackio` (docs/tracking.md). Each needs its package: `pip install 'dive_fast[wandb]'`."""
     deepspeed: dict[str, Any] = Field(default={})
     """Passed to DeepSpeed unchanged. Batch sizes, optimizer, scheduler and precision belong to the sections above:
     the engine fills DeepSpeed's keys from there, and a contradiction is an error. One value is ours:
@@ -334,6 +357,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_deepspeed(self) -> "Config":
         for key, value in self.deepspeed.items():
+            if key in MONITORS:
+                raise ValueError(f"deepspeed.{key}: DeepSpeed's monitors are not used; {MONITORS[key]}")
             try:
                 json.dumps(value, allow_nan=False)
             except ValueError as error:
