@@ -26,6 +26,8 @@ RUN_FILES = (
     "open_clip_config.json",
     "head.safetensors",
     "moving_teacher.safetensors",
+    "ema.safetensors",
+    "ema_head.safetensors",
     "audit.json",
     "nonfinite",
     "trace.json.gz",

@@ -211,6 +211,13 @@ class TrainConfig(Section):
     """Epsilon of AdamW."""
     warmup_steps: NonNegative = 500
     """Steps in which the learning rate rises linearly to its peak."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the weights, e.g. 0.999, which averages over 1 / (1 - decay) steps
+    and begins with the pre-trained weights. Skipped steps do not move it. It changes neither training nor the
+    weights, and is exported as `ema.safetensors`. Not with ZeRO-3."""
+    export_ema: bool = False
+    """Export the averaged weights of `ema` as `model.safetensors`, instead of `ema.safetensors` next to the last
+    weights: evaluations measure, and `evaluate.select` selects, the averaged weights."""
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
     trace_steps: NonNegative = 0
@@ -299,6 +306,8 @@ class EvaluateConfig(Section):
     training. Default: the last weights."""
     patience: Positive | None = None
     """Evaluations without a better accuracy on `select` after which training ends (early stopping)."""
+    ema: bool = False
+    """Measure the averaged weights of `train.ema` too; the metrics have them as `ema_accuracy/<name>`."""
     batch_size: Positive = 256
     """Images encoded at once on each rank."""
     workers: NonNegative = 4
@@ -375,6 +384,11 @@ class Config(Section):
                 raise ValueError(f"{key}: evaluate.sets has no {name}{nearest(name, list(options.sets))}")
         if options.every_steps is not None and options.every_epochs is not None:
             raise ValueError("evaluate.every_steps and every_epochs: set only one of them")
+        if (self.train.export_ema or options.ema) and self.train.ema is None:
+            key = "train.export_ema" if self.train.export_ema else "evaluate.ema"
+            raise ValueError(f"{key} needs train.ema, the decay of the average; set it, e.g. to 0.999")
+        if self.train.export_ema and options.ema:
+            raise ValueError("evaluate.ema: with train.export_ema accuracy/<name> is that of the averaged weights")
         is_periodic = options.every_steps is not None or options.every_epochs is not None
         if not is_periodic and (options.during is not None or options.select is not None):
             raise ValueError("evaluate.during and evaluate.select need every_steps or every_epochs")

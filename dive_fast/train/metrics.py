@@ -141,8 +141,9 @@ class Metrics:
         self.write_waiting()
         self._bar.close()
         weights_step = int(results.get("best_step", step))
-        # The losses of the last step are not those of the weights of another step.
-        final = {"weights_step": weights_step} | (self._last if weights_step == step else {}) | results
+        # The losses of the last step are not those of the weights of another step, nor of averaged weights.
+        has_losses = weights_step == step and not self._options.export_ema
+        final = {"weights_step": weights_step} | (self._last if has_losses else {}) | results
         if self._trackers is not None:
             self._trackers.summarize(final)
         return final

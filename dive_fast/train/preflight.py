@@ -215,8 +215,9 @@ def check_disk(config: Config, folder: Path, towers: Towers, pairs: int) -> None
     options, path = config.train, config.teacher.path
     weights = sum(parameter.numel() * 4 for parameter in towers.parameters())
     teacher = registry.needs(config.objective).target_teacher == "moving"
-    checkpoint = (3 + teacher) * weights  # with AdamW's moments
-    exported = (1 + teacher) * weights
+    averaged = options.ema is not None
+    checkpoint = (3 + teacher + averaged) * weights  # with AdamW's moments
+    exported = (1 + teacher + (averaged and not options.export_ema)) * weights
     # By disk: folders on one disk share its free space.
     minimum = {_existing(folder).stat().st_dev: (folder, checkpoint + exported)}
     if _writes_cache(config) and not (folder / "teacher" if path is None else Path(path)).exists():

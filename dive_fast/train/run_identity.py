@@ -56,7 +56,7 @@ RANKS_MAY_DIFFER = (
     *("data.*.templates", "objective.backgrounds", "objective.target.backgrounds", *PER_MACHINE),
 )
 """Keys that may differ between ranks; the contents behind paths may not."""
-CONTINUES = ("train.epochs", "train.max_steps", "evaluate.*")
+CONTINUES = ("train.epochs", "train.max_steps", "train.export_ema", "evaluate.*")
 """Keys that users change on purpose, to train longer or to select the best weights differently; reported."""
 ROUNDING = (
     *("data.*.loader", "data.*.decoder", "teacher.mode", "train.schedule", "train.micro_batch_size"),

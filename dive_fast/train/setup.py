@@ -307,6 +307,12 @@ def _warn_of_schedule(train: TrainConfig, target_batch_size: int, needs: Needs, 
             else f"rises for {warmup / total_steps:.0%} of it",
             max(1, total_steps // 10),
         )
+    if train.ema is not None and total_steps * (1 - train.ema) < 1:
+        logger.warning(
+            "train.ema = %g averages over about %.0f steps, this run has %d: the average stays close to the "
+            "pre-trained weights; set train.ema=%.3g for a tenth of the run",
+            *(train.ema, 1 / (1 - train.ema), total_steps, max(1 - 10 / total_steps, 0.1)),
+        )
     if target_batch_size == 1 and not needs.head:
         logger.warning(
             "data.target.batch_size = 1: the contrastive loss of a single pair is 0, so nothing is learned from "

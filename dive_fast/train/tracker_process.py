@@ -1,7 +1,7 @@
 """The process of one experiment tracker: passes events from its standard input to the tracker's client.
 
-:class:`dive_fast.train.trackers.Trackers` starts one for each tracker. A client that fails, waits for its server or
-leaves threads behind can neither stop nor delay training. Events are lines of JSON; the replies on the standard
+:class:`dive_fast.train.trackers.Trackers` starts one for each tracker. A client that fails, waits for its server
+or leaves threads behind can neither stop nor delay training. Events are lines of JSON; the replies on the standard
 output are ``{"at": ...}``, where the tracker writes, and ``{"error": ..., "events": ...}``, why it ended and after
 how many events. All other output goes to a log. The end of the input without a last event means that the run was
 killed. ``<tracker>.json`` next to the tracker's folder says where it writes; it exists once the tracker knows the
@@ -50,6 +50,9 @@ class Client(Protocol):
     at: str
     """Folder or address where the tracker writes."""
 
+    def __init__(self, run: TrackedRun) -> None:
+        """Starts or resumes the run."""
+
     def log(self, step: int, values: Values) -> None:
         """Writes metrics of a step."""
 
@@ -81,7 +84,7 @@ class TensorBoard:
         self._writer.add_text("config", f"| key | value |\n|---|---|\n{rows}", run.step)
         # Without the experiment's summary, TensorBoard shows all scalars in the table of hyper-parameters.
         _, start, self._end = hparams(settings, {})
-        self._writer.file_writer.add_summary(start)
+        self._add_summary(start)
 
     def log(self, step: int, values: Values) -> None:
         """Writes scalars."""
@@ -100,8 +103,11 @@ class TensorBoard:
         statuses = {"finished": "STATUS_SUCCESS", "failed": "STATUS_FAILURE", "stopped": "STATUS_UNKNOWN"}
         content.session_end_info.status = Status.Value(statuses[state])
         plugin_data.content = content.SerializeToString()
-        self._writer.file_writer.add_summary(self._end)
+        self._add_summary(self._end)
         self._writer.close()
+
+    def _add_summary(self, summary: Any) -> None:
+        self._writer.file_writer.add_summary(summary)
 
 
 class Wandb:
@@ -193,7 +199,7 @@ class Trackio:
     def __init__(self, run: TrackedRun) -> None:
         """Starts or resumes the run of this name."""
         os.environ.setdefault("TRACKIO_DIR", run.folder)  # read when the package is imported
-        import trackio
+        import trackio  # type: ignore[import-not-found]
 
         self._run: Any = trackio.init(
             project=PROJECT,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dive_fast.checkpoint.export import MODEL, SELECTED, copy_model, write_model
-from dive_fast.config.schema import EvaluateConfig, GeometryConfig, ReferenceConfig
+from dive_fast.config.schema import Config, EvaluateConfig, GeometryConfig, ReferenceConfig
 from dive_fast.data.samples import ReferenceSamples
 from dive_fast.evaluate.geometry.embed import embed, open_pairs
 from dive_fast.evaluate.geometry.measures import GeometryError, compare
@@ -18,6 +18,7 @@ from dive_fast.io.atomic_files import write_atomic
 from dive_fast.io.safe_read import read_json
 from dive_fast.model.features import Pairs
 from dive_fast.model.towers import Towers, create, tokenizer_of
+from dive_fast.train.average_evaluation import AverageEvaluation
 from dive_fast.train.evaluation_towers import EvaluationTowers, has_all_weights
 from dive_fast.train.setup import Run
 
@@ -44,11 +45,12 @@ class Validation:
             self._every = options.every_epochs * run.target_order.steps_per_epoch
         during = list(options.sets) if options.during is None else options.during
         self._during = options.model_copy(update={"sets": {name: options.sets[name] for name in during}})
+        self._average = AverageEvaluation(run)
         self._tokenizer = tokenizer_of(run.config.model)
         self._towers: EvaluationTowers | None = None
         self._pairs: tuple[ReferenceSamples, Pairs] | None = None
         """The pairs of ``evaluate.geometry`` with their pre-trained embeddings, once they have been measured."""
-        self._select = None if options.select is None else digest(options.sets[options.select].model_dump())
+        self._select = None if options.select is None else _digest_of_selection(run.config, options.select)
         """Digest of the set of ``evaluate.select``; accuracies on another set are not comparable."""
         self._best: float | None = None
         self._best_step = self._since_best = 0
@@ -74,6 +76,7 @@ class Validation:
         if needs_file:
             write_model(run.engine, folder, run.class_names)
         results = self._measure(self._during, folder if needs_file else None)
+        results |= self._average.measure(self._during)
         run.ranks.barrier()
         if self._options.select is not None:
             accuracy = results[f"accuracy/{self._options.select}"]
@@ -107,11 +110,13 @@ class Validation:
             if run.ranks.is_main:
                 copy_model(run.folder / BEST, run.folder)
             run.ranks.barrier()
-            return self._measure(self._options, run.folder) | {"best_step": float(selected.step)}
+            results = self._measure(self._options, run.folder) | {"best_step": float(selected.step)}
+            return results | self._average.measure(self._options, run.folder)
         if self._best is not None:
             run.ranks.print(f"warning: {run.folder / BEST} is gone; the last weights are exported instead")
         write_model(run.engine, run.folder, run.class_names)
-        return self._measure(self._options, None if has_all_weights(run.engine) else run.folder)
+        results = self._measure(self._options, None if has_all_weights(run.engine) else run.folder)
+        return results | self._average.measure(self._options)
 
     def state_dict(self) -> dict[str, Any]:
         """The best accuracy, its step, and the digest of the set it was measured on."""
@@ -195,6 +200,12 @@ class Validation:
             # Collapsed embeddings are reported, but do not end the run.
             ranks.print(f"geometry: {error}")
             return {}
+
+
+def _digest_of_selection(config: Config, name: str) -> str:
+    """Digest of a set, and of the fact that averaged weights are exported, and so selected."""
+    content = config.evaluate.sets[name].model_dump()
+    return digest(content | {"export_ema": True} if config.train.export_ema else content)
 
 
 def _read_selected(folder: Path) -> _Selected | None:
