@@ -23,7 +23,7 @@ from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import head as heads
 from dive_fast.model.towers import create
 
-DECAY, SKIPPED, STEPS = 0.75, 2, 4
+DECAY, SKIPPED, STEPS = 0.75, 2, 3
 """Decay, the step with values that are not finite on the last rank, and the number of steps."""
 CASES: dict[str, dict[str, Any]] = {
     "zero 0": {"zero": 0, "name": "flyp", "micro": 3},
@@ -46,13 +46,9 @@ def step(stage: Stage, engine: Engine, is_skipped: bool) -> None:
 
 
 def run_case(stage: Stage, name: str, path: Path) -> dict[str, Any]:
-    """Errors of an average, and whether the weights are those of a run without one."""
-    engine, plain = (
-        stage.engine(
-            method=toy("teacher") if name == "moving teacher" else None, **{**TRAIN, **CASES[name]}, ema=ema
-        )
-        for ema in (DECAY, None)
-    )
+    """Errors of an average, and whether it begins and is kept as it should be."""
+    options = {**TRAIN, **CASES[name], "method": toy("teacher") if name == "moving teacher" else None}
+    engine = stage.engine(**options, ema=DECAY)
     assert engine.average is not None
     if name == "kernel":
         engine.average._average._backend = "triton"
@@ -62,7 +58,6 @@ def run_case(stage: Stage, name: str, path: Path) -> dict[str, Any]:
     for number in range(1, STEPS + 1):
         before = {n: p.clone() for n, p in averages.items()}
         step(stage, engine, number == SKIPPED)
-        step(stage, plain, number == SKIPPED)
         if number == SKIPPED:
             results["kept"] = all(torch.equal(before[n], p) for n, p in averages.items())
         else:
@@ -70,11 +65,9 @@ def run_case(stage: Stage, name: str, path: Path) -> dict[str, Any]:
             expected = {n: DECAY * expected[n] + (1 - DECAY) * p.double() for n, p in tuned(engine).items()}
     results["error"] = max_error({n: p.double() for n, p in averages.items()}, expected)
     results["distance"] = max_error({n: p.double() for n, p in tuned(engine).items()}, expected)
-    results["raw"] = all(torch.equal(p, tuned(plain)[n]) for n, p in tuned(engine).items())
     if name in ("zero 1", "head"):
         results["export"] = exports(stage, engine, path / name)
-    for each in (engine, plain):
-        each.deepspeed.destroy()
+    engine.deepspeed.destroy()
     return results
 
 
@@ -136,11 +129,6 @@ def test_average_is_that_of_the_weights_after_each_update(by_rank: list[dict[str
 @pytest.mark.parametrize("case", CASES)
 def test_skipped_step_keeps_the_average(by_rank: list[dict[str, Any]], case: str) -> None:
     assert all(rank[case]["kept"] for rank in by_rank)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_average_changes_no_bit_of_the_weights(by_rank: list[dict[str, Any]], case: str) -> None:
-    assert all(rank[case]["raw"] for rank in by_rank)
 
 
 @pytest.mark.parametrize("case", ["zero 1", "head"])

@@ -100,6 +100,7 @@ REFUSED: dict[str, Any] = {
     "train.betas": [0.8, 0.999],
     "train.warmup_steps": 2,
     "train.precision": "bf16",
+    "train.ema": 0.9,
     "objective.name": "vanilla_ft",
     "data.target.batch_size": 12,
     "data.target.text_length": 20,
@@ -170,7 +171,6 @@ def cases(folder: Path) -> dict[str, Any]:
     results["never"] = {name: _never(run.copy(f"never {name}"), kill) for name, kill in KILLS.items()}
     results["old"] = _old_format(run.copy("old"))
     results["link"] = _on_another_disk(Folder(ranks, tree, folder / "linked"), folder / "disk")
-    results["monitors"] = _monitored(Folder(ranks, tree, folder / "monitored"))
     results["backgrounds"] = _with_backgrounds(Folder(ranks, tree, folder / "starft"), folder)
     few = [("train.warmup_steps", 500), ("data.target.batch_size", 1), ("train.max_steps", 1)]
     results["few"] = Folder(ranks, tree, folder / "few").start(*few)
@@ -201,23 +201,6 @@ def _with_backgrounds(run: Folder, folder: Path) -> dict[str, str]:
     outputs["shipped"] = run.start(("objective", {"name": "starft"}))
     outputs["longer"] = run.start(("objective", {"name": "starft"}), ("train.max_steps", STEPS + 1))
     return outputs
-
-
-def _monitored(folder: Folder) -> tuple[list[str], list[int], list[int]]:
-    """Header and steps of the CSV file, and steps of the TensorBoard file, of a killed and resumed run."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    on: list[tuple[str, Any]] = [
-        (f"deepspeed.{name}", {"enabled": True}) for name in ("tensorboard", "csv_monitor")
-    ]
-    folder.start(*on, ("train.checkpoint_every", 1), kill_at=3)
-    shutil.rmtree(max((folder.path / "checkpoints").glob("step*")))
-    folder.start(*on)
-    (csv,) = (folder.path / "csv_monitor").glob("train_loss.csv")
-    rows = [line.split(",")[0] for line in csv.read_text().splitlines()]
-    events = EventAccumulator(str(folder.path / "tensorboard"))
-    events.Reload()
-    return rows[:1], [int(row) for row in rows[1:]], [event.step for event in events.Scalars("train/loss")]
 
 
 @contextlib.contextmanager
@@ -316,7 +299,7 @@ def test_changed_key_is_refused_with_both_values(tree: dict[str, Any], key: str)
 
 def test_keys_without_a_result_are_not_compared(tree: dict[str, Any]) -> None:
     others = [("train.log_every", 9), ("train.output", "b"), ("data.target.workers", 3), ("train.keep_last", 7)]
-    others += [("train.rank_timeout", 9.0), ("deepspeed.tensorboard", {"enabled": True})]
+    others += [("train.rank_timeout", 9.0), ("track", ["wandb"])]
     assert identity_of(tree) == identity_of(tree, *others)
     longer = [("train.epochs", 11), ("deepspeed.zero_optimization.stage", 1)]
     changes = run_identity.check_resumable(Path("a"), identity_of(tree), identity_of(tree, *longer))
@@ -405,7 +388,7 @@ def test_keys_ignored_by_a_resume_exist() -> None:
             "data": {half: {"format": "csv", "path": "x"} for half in ("target", "reference")},
         }
     )
-    keys = [f"{section}.{key}" for section, held in tree.model_dump().items() for key in held]
+    keys = ["track", *(f"{section}.{key}" for section, held in tree.model_dump().items() for key in held)]
     for section in ("target", "reference"):
         keys += [f"data.{section}.{key}" for key in tree.model_dump()["data"][section]]
     options = [name for part in registry.table().targets.values() for name in part.Options.model_fields]
@@ -421,11 +404,6 @@ def test_run_files_follow_the_umask(results: dict[str, Any]) -> None:
     os.umask(mask := os.umask(0))
     assert {name: mode for name, mode in results["modes"].items() if mode != 0o666 & ~mask} == {}
     assert "model.safetensors" in results["modes"]
-
-
-def test_monitors_contain_each_step_once_after_a_resume(results: dict[str, Any]) -> None:
-    _, rows, events = results["monitors"]
-    assert rows == events == [4 * step for step in (1, 2, 3)]
 
 
 def test_checkpoints_behind_a_symlink_rotate_and_resume(results: dict[str, Any]) -> None:
