@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import tiny
 import torch
 from distributed import run_ranks
 from safetensors.torch import load_file
+from test_trackers import ALONE, wandb_exits, wandb_history, wandb_segments
 
 from dive_fast.checkpoint import lineage, saver
 from dive_fast.checkpoint import manifest as checkpoint
@@ -171,6 +173,7 @@ def cases(folder: Path) -> dict[str, Any]:
     results["never"] = {name: _never(run.copy(f"never {name}"), kill) for name, kill in KILLS.items()}
     results["old"] = _old_format(run.copy("old"))
     results["link"] = _on_another_disk(Folder(ranks, tree, folder / "linked"), folder / "disk")
+    results["tracked"] = _tracked(Folder(ranks, tree, folder / "tracked"))
     results["backgrounds"] = _with_backgrounds(Folder(ranks, tree, folder / "starft"), folder)
     few = [("train.warmup_steps", 500), ("data.target.batch_size", 1), ("train.max_steps", 1)]
     results["few"] = Folder(ranks, tree, folder / "few").start(*few)
@@ -201,6 +204,15 @@ def _with_backgrounds(run: Folder, folder: Path) -> dict[str, str]:
     outputs["shipped"] = run.start(("objective", {"name": "starft"}))
     outputs["longer"] = run.start(("objective", {"name": "starft"}), ("train.max_steps", STEPS + 1))
     return outputs
+
+
+def _tracked(folder: Folder) -> tuple[str, str]:
+    """Output of a run with a tracker, killed after its last step, and resumed from an earlier checkpoint."""
+    os.environ["WANDB_MODE"] = "offline"
+    on: list[tuple[str, Any]] = [("track", ["wandb"])]
+    killed = folder.start(*on, ("train.checkpoint_every", 1), kill_at=3)
+    shutil.rmtree(max((folder.path / "checkpoints").glob("step*")))
+    return killed, folder.start(*on)
 
 
 @contextlib.contextmanager
@@ -404,6 +416,32 @@ def test_run_files_follow_the_umask(results: dict[str, Any]) -> None:
     os.umask(mask := os.umask(0))
     assert {name: mode for name, mode in results["modes"].items() if mode != 0o666 & ~mask} == {}
     assert "model.safetensors" in results["modes"]
+
+
+def test_tracker_has_each_step_once_after_a_resume(results: dict[str, Any], folder: Path) -> None:
+    killed, resumed = results["tracked"]
+    assert "track: wandb: offline, wandb sync " in killed
+    assert "track: wandb: cannot rewind: the values of steps" in resumed
+    segments = wandb_segments(folder / "tracked")
+    assert [step for step, _ in wandb_history(segments)["loss"]] == [1, 2, 3]
+    assert wandb_exits(segments) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("error", "state"), [(None, "finished"), (train.Stopped("SIGTERM"), "stopped"), (KilledError(), "failed")]
+)
+def test_trackers_learn_how_the_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException | None, state: str
+) -> None:
+    states: list[str] = []
+    monkeypatch.setattr(train.Trackers, "close", lambda _, state: states.append(state))
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(track=[]), folder=tmp_path, record=SimpleNamespace(run="id"), ranks=ALONE
+    )
+    with contextlib.suppress(KilledError, train.Stopped), train._tracking(run):
+        if error is not None:
+            raise error
+    assert states == [state]
 
 
 def test_checkpoints_behind_a_symlink_rotate_and_resume(results: dict[str, Any]) -> None:

@@ -129,7 +129,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
 
 def wandb_segments(folder: Path) -> list[list[Any]]:
     """The records of each time that a run was started or resumed."""
-    paths = sorted((folder / "tracking/wandb").glob(f"offline-run-*-{RUN}/run-{RUN}.wandb"))
+    paths = sorted((folder / "tracking/wandb").glob("offline-run-*/run-*.wandb"))
     return [list(wandb_records(path)) for path in paths]
 
 
