@@ -416,9 +416,13 @@ def test_advise_returns_cheapest_change_that_fits(folder: Path, tmp_path: Path) 
         assert override.startswith("train.micro_batch_size=")
 
 
-@pytest.mark.parametrize(("name", "stages"), [("flyp", "123"), ("tracer", "12"), ("lipsum", "12")])
+@pytest.mark.parametrize(
+    ("name", "stages"), [("flyp", "123"), ("flyp ema", "12"), ("tracer", "12"), ("lipsum", "12")]
+)
 def test_zero_3_is_no_advice_for_methods_that_it_refuses(folder: Path, name: str, stages: str) -> None:
-    config = small_config(folder, **{"objective.name": name}, zero=0)
+    name, _, ema = name.partition(" ")
+    options = {"objective.name": name} | ({"train.ema": 0.9} if ema else {})
+    config = small_config(folder, **options, zero=0)
     overrides = [override for override, _ in _free_changes(config, Plan(1, 4, {}, {"weights": 1}))]
     assert overrides == [f"deepspeed.zero_optimization.stage={stage}" for stage in stages]
 

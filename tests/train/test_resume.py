@@ -459,6 +459,17 @@ def test_settings_that_hardly_train_are_reported(results: dict[str, Any]) -> Non
     assert "data.target.batch_size = 1: the contrastive loss of a single pair is 0" in printed
 
 
+def test_average_longer_than_the_run_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = RunConfig.model_validate(tiny.write_config(tmp_path, ema=0.9999))
+    needs = registry.needs(config.objective)
+    setup._warn_of_schedule(config.train, 8, needs, 500)
+    assert "train.ema = 0.9999 averages over about 10000 steps, this run has 500" in caplog.text
+    assert "set train.ema=0.98 for a tenth of the run" in caplog.text
+    caplog.clear()
+    setup._warn_of_schedule(config.train, 8, needs, 20000)
+    assert caplog.text == ""
+
+
 def test_max_steps_beyond_the_epochs_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = RunConfig.model_validate(tiny.write_config(tmp_path, max_steps=40))
     batch_size, needs = config.data.target.batch_size, registry.needs(config.objective)
