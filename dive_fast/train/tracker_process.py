@@ -10,6 +10,7 @@ run.
 
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -127,8 +128,8 @@ class Wandb:
             allow_val_change=True,
             settings=wandb.Settings(console="off", silent=True),
         )
-        is_offline = self._run.offline
-        self.at = f"offline, wandb sync {Path(self._run.dir).parent}" if is_offline else str(self._run.url)
+        command = f"wandb sync {shlex.quote(str(Path(self._run.dir).parent))}"
+        self.at = f"offline; upload by: {command}" if self._run.offline else str(self._run.url)
 
     def log(self, step: int, values: Values) -> None:
         """Sends metrics; wandb drops those of a step before its last one."""

@@ -74,7 +74,6 @@ VALUES: dict[str, tuple[Value, ...]] = {
     "evaluate.select": (None, "seen"),
     "evaluate.patience": (None, 1),
     "evaluate.workers": (0, 1),
-    "track": ([], ["tensorboard"]),
 }
 """Values, of options that the schema does not enumerate, that take different paths through the code."""
 
@@ -129,6 +128,8 @@ CONSTANT = {
     # Parts without a method's name: in tests/methods.
     "objective.target",
     "objective.reference",
+    # Processes that change no weights: in test_trackers.
+    "track",
     # Only for GPUs.
     "data.target.hw_decoder_load",
     "data.reference.hw_decoder_load",

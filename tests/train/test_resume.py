@@ -420,7 +420,7 @@ def test_run_files_follow_the_umask(results: dict[str, Any]) -> None:
 
 def test_tracker_has_each_step_once_after_a_resume(results: dict[str, Any], folder: Path) -> None:
     killed, resumed = results["tracked"]
-    assert "track: wandb: offline, wandb sync " in killed
+    assert "track: wandb: offline; upload by: wandb sync " in killed
     assert "track: wandb: cannot rewind: the values of steps" in resumed
     segments = wandb_segments(folder / "tracked")
     assert [step for step, _ in wandb_history(segments)["loss"]] == [1, 2, 3]
