@@ -46,8 +46,7 @@ NO_RESULT = (
     *("teacher.batch_size", "teacher.audit", "teacher.tolerance", "teacher.verify"),
     *("train.log_every", "train.trace_steps", "train.checkpoint_every", "train.keep_last", "train.keep_best"),
     *("train.on_save_error", "train.resume", "train.nonfinite_limit", "train.rank_timeout"),
-    *("model.license", "evaluate.batch_size", "evaluate.baseline", "evaluate.probe"),
-    *("deepspeed.tensorboard", "deepspeed.wandb", "deepspeed.csv_monitor", "deepspeed.comet"),
+    *("model.license", "evaluate.batch_size", "evaluate.baseline", "evaluate.probe", "track"),
     *("deepspeed.monitor_config", "deepspeed.flops_profiler", "deepspeed.comms_logger", "deepspeed.timers"),
     *("deepspeed.steps_per_print", "deepspeed.wall_clock_breakdown", "deepspeed.dump_state"),
     *("deepspeed.memory_breakdown", "deepspeed.train_batch_size", "deepspeed.gradient_accumulation_steps"),
@@ -59,7 +58,7 @@ RANKS_MAY_DIFFER = (
     *("data.*.templates", "objective.backgrounds", "objective.target.backgrounds", *PER_MACHINE),
 )
 """Keys that may differ between ranks; the contents behind paths may not."""
-CONTINUES = ("train.epochs", "train.max_steps", "evaluate.*")
+CONTINUES = ("train.epochs", "train.max_steps", "train.export_ema", "evaluate.*")
 """Keys that users change on purpose, to train longer or to select the best weights differently; reported."""
 ADDED: dict[str, Any] = {
     **{"data.target.balance": "none", "data.target.crop_scale": [0.9, 1.0], "data.target.horizontal_flip": 0.0},

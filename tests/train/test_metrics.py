@@ -28,7 +28,6 @@ def make_metrics(folder: Path, first_step: int = 0, *state: Any, rank: int = 0, 
         folder=folder,
         ranks=Ranks(rank, 1, torch.device("cpu")),
         engine=SimpleNamespace(
-            deepspeed=SimpleNamespace(monitor=SimpleNamespace(enabled=False)),
             method=SimpleNamespace(norms={"image_norm": "|u|"}),
             features_are_random=False,
         ),
