@@ -153,8 +153,8 @@ def dive_loss(
 
     Returns:
         Global values: ``loss``, ``contrastive_loss``, the updated ``average_vector`` for the next step,
-        ``average_loss`` and ``pairwise_loss`` without weights, and the mean lengths ``image_norm`` and ``text_norm``
-        of u and v.
+        ``average_loss`` and ``pairwise_loss`` without weights, and the mean lengths ``image_norm`` and
+        ``text_norm`` of u and v.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype or device, or the backend cannot run.
