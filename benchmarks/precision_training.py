@@ -62,6 +62,7 @@ def main() -> None:
                 name = f"{precision}, lambda {weight:g}, seed {seed}"
                 folder = options.output / options.world / name
                 overrides = [f"objective.weight={weight}", f"train.precision={precision}", f"train.seed={seed}"]
+                overrides.append("evaluate.probe=0")
                 if options.learning_rate is not None:
                     overrides.append(f"train.learning_rate={options.learning_rate}")
                 config = load_run_config(config_path, overrides, CONFIGS)

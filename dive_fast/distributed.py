@@ -1,5 +1,6 @@
 """The process group of a run: joining it, collectives between ranks, and the device of this rank."""
 
+import io
 import ipaddress
 import os
 import signal
@@ -53,11 +54,9 @@ class Ranks:
         return self.rank == 0
 
     def progress(self, total: int, description: str, unit: str, done: int = 0) -> "tqdm[Any]":
-        """A progress bar on the first rank; without a terminal, a line every half minute."""
-        interval = 0.1 if sys.stderr.isatty() else 30
-        return tqdm(
-            total=total, initial=done, desc=description, unit=unit, mininterval=interval, disable=not self.is_main
-        )
+        """A progress bar on the first rank; without a terminal, lines."""
+        kind = tqdm if sys.stderr.isatty() else ProgressLines
+        return kind(total=total, initial=done, desc=description, unit=unit, disable=not self.is_main)
 
     def barrier(self) -> None:
         """Waits until every rank has reached this call."""
@@ -125,6 +124,41 @@ class Ranks:
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+class ProgressLines(tqdm):  # type: ignore[misc, type-arg]
+    """Progress as plain lines on stderr, for log files: no carriage returns, and at most one line in ten seconds.
+
+    Lines become rarer with time, down to one for each twentieth of the time so far or a minute, whichever is
+    shorter. The last line is written at the end.
+    """
+
+    SECONDS = 10.0, 60.0
+    """Shortest and longest time between lines."""
+    FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
+    def __init__(self, **options: Any) -> None:
+        # gui: tqdm leaves the output to this class. miniters: each update looks at the clock.
+        # file: tqdm.write repeats the bars of its own file after each line.
+        options |= {"gui": True, "file": io.StringIO(), "miniters": 1, "mininterval": self.SECONDS[0]}
+        super().__init__(**options)
+
+    def display(self, *args: Any, **kwargs: Any) -> None:
+        """Writes a line."""
+        state = self.format_dict
+        shortest, longest = self.SECONDS
+        self.mininterval = max(shortest, min(longest, state["elapsed"] / 20))
+        sys.stderr.write(tqdm.format_meter(**state | {"bar_format": self.FORMAT}) + "\n")
+        sys.stderr.flush()
+
+    def clear(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: lines stay."""
+
+    def close(self) -> None:
+        """Writes the last line."""
+        if not self.disable and self.n > max(self.initial, self.last_print_n):
+            self.display()
+        super().close()
 
 
 class Launch(NamedTuple):

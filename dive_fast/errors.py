@@ -5,7 +5,8 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,17 @@ def nearest(word: str, words: Sequence[str]) -> str:
 
 class DataError(UserError):
     """Invalid data; the one-line message names the file and what is expected."""
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Puts a config key in front of the messages of errors in the context; an empty key changes nothing."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        if not key:
+            raise
+        raise type(error)(f"{key}: {error}") from error
 
 
 def warn_on_main_rank(line: str) -> None:

@@ -107,6 +107,7 @@ pip_install() {
 project() { pip_install --build-constraint constraints.txt --editable ".[$1]"; }
 
 say "installing into $venv (several GB, a few minutes; log in $log)"
+say "1 of 5: torch, DeepSpeed, open_clip and what the tests need"
 if ! { pip_install pip setuptools && project test; }; then
     tail -n 20 $log >&2
     die "installation failed; see $log"
@@ -115,9 +116,13 @@ fi
 extra() { project "$1" && $venv/bin/python -c "import $2" >>$log 2>&1; }
 
 failed="cannot be installed (see $log); to try again, remove $stamp"
+say "2 of 5: Triton"
 extra triton triton || note "Triton kernels unavailable (losses run in plain PyTorch): triton $failed"
+say "3 of 5: DALI"
 extra dali nvidia.dali || note "DALI loader unavailable: nvidia-dali $failed"
+say "4 of 5: class names and templates of known data sets"
 extra evaluation clip_benchmark || note "class names and templates of known data sets unavailable: clip-benchmark $failed"
+say "5 of 5: FFCV"
 if ! extra ffcv ffcv; then
     if has_ffcv_libraries; then
         note "FFCV loader unavailable: ffcv $failed"

@@ -179,7 +179,8 @@ class Study:
             "log_every": 5,
             "resume": "never",
         }
-        settings["evaluate"]["workers"] = size.workers
+        # All pairs are trained on, as when the published results were measured.
+        settings["evaluate"] |= {"workers": size.workers, "probe": 0}
         path = self.folder / "run.json"
         path.write_text(json.dumps(settings, indent=2) + "\n")
         return load_run_config(str(path))

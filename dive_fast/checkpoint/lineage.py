@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from dive_fast.config import recorded
 from dive_fast.errors import ConfigError
 from dive_fast.io.atomic_files import write_atomic
 from dive_fast.io.safe_read import read_json
@@ -29,15 +30,16 @@ RUN_FILES = (
     "ema.safetensors",
     "ema_head.safetensors",
     "audit.json",
+    "report.md",
+    "report.json",
+    "report.png",
+    "README.md",
     "nonfinite",
     "trace.json.gz",
     "config.json",
     "tracking",
 )
 """Names in a run folder that belong to one run. Teacher cache and evaluations have identities of their own."""
-
-PROVENANCE = ("config", "versions", "device", "commit")
-"""Keys that distinguish a run's ``config.json`` from that of other tools, such as Hugging Face models."""
 
 
 class Lineage(NamedTuple):
@@ -102,7 +104,7 @@ def _has_run(folder: Path, checkpoints: Path) -> bool:
         return True
     try:
         # The checkpoints may have been removed.
-        return set(PROVENANCE) <= read_json(folder / "config.json").keys()
+        return recorded.is_recorded(read_json(folder / recorded.FILE))
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -4,7 +4,6 @@ An interrupted command resumes when it is restarted. ``--adopt`` makes the cache
 clip-retrieval; ``--export`` writes an existing cache to clip-retrieval's files.
 """
 
-import logging
 from pathlib import Path
 
 from dive_fast.commands import cli
@@ -43,7 +42,6 @@ def main(arguments: list[str] | None = None) -> int:
         from dive_fast.teacher.audit import write_audit
         from dive_fast.train.preflight import check_environment
 
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         ranks = join(config.train.rank_timeout)
     except UserError as error:
         return cli.report_error(error, options)

@@ -6,28 +6,19 @@ mistake in the command, config or data. docs/reliability.md lists the exit codes
 
 import argparse
 import functools
+import logging
 import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from dive_fast.config.shipped import CONFIGS
+
 if TYPE_CHECKING:
     from dive_fast.methods.run_config import RunConfig
-
-
-def _configs() -> Path:
-    """The folder of the shipped configs, in the package of launch scripts."""
-    spec = find_spec("dive_fast.launch")
-    assert spec is not None and spec.submodule_search_locations
-    return Path(next(iter(spec.submodule_search_locations))) / "configs"
-
-
-CONFIGS = _configs()
-"""Folder of the shipped configs."""
 
 
 def parser(description: str | None, example: str, required: bool = True) -> argparse.ArgumentParser:
@@ -39,7 +30,11 @@ def parser(description: str | None, example: str, required: bool = True) -> argp
         required: whether the command needs a config.
     """
     config_parser = _Parser(description=description)
-    config_parser.add_argument("--config", required=required, help="path of a config, or a name in launch/configs")
+    config_parser.add_argument(
+        "--config",
+        required=required,
+        help="path of a config, JSON or YAML; a run folder, for its config; or the name of a shipped config",
+    )
     config_parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
     config_parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help=f"override of a config value, e.g. {example}"
@@ -48,13 +43,19 @@ def parser(description: str | None, example: str, required: bool = True) -> argp
 
 
 class _Parser(argparse.ArgumentParser):
-    """Argument parser that lists the shipped configs if ``--config`` is missing."""
+    """Argument parser that says where configs come from if ``--config`` is missing."""
 
     def error(self, message: str) -> NoReturn:
-        if "required: --config" in message:
-            names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
-            message += f" (shipped configs: {names}; docs/config.md describes all keys)"
-        super().error(message)
+        if "required: --config" not in message:
+            super().error(message)
+        names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
+        self.exit(
+            2,
+            "error: --config is missing: name a config file, a run folder or a shipped config\n"
+            "  dive-fast init --target photos/  writes a config for your data\n"
+            "  dive-fast keys                   lists the keys of a config\n"
+            f"  shipped configs: {names}\n",
+        )
 
 
 def count(minimum: int) -> Callable[[str], int]:
@@ -68,11 +69,14 @@ def count(minimum: int) -> Callable[[str], int]:
     return parse
 
 
-def load_config(name: str, overrides: Sequence[str]) -> "RunConfig":
+def load_config(name: str, overrides: Sequence[str], announcement: str = "") -> "RunConfig":
     """Reads a config by path or by its name among the shipped ones.
 
     The methods import torch, which takes seconds: everything but their options is validated before, by pydantic
     alone, so that a typo is reported at once.
+
+    Args:
+        announcement: line that rank 0 prints after that, before the seconds of imports.
 
     Raises:
         ConfigError: as :func:`dive_fast.methods.run_config.load_run_config`.
@@ -80,10 +84,27 @@ def load_config(name: str, overrides: Sequence[str]) -> "RunConfig":
     from dive_fast.config.load import load_config
     from dive_fast.config.schema import Config
 
-    load_config(name, overrides, CONFIGS, Config)
+    checked = load_config(name, overrides, CONFIGS, Config)
+    if os.environ.get("RANK", "0") == "0":
+        for remark in checked.origins.remarks:
+            print(remark, file=sys.stderr)
+        if announcement:
+            print(announcement, flush=True)
+    use_cpu_without_gpu()
     from dive_fast.methods.run_config import load_run_config
 
     return load_run_config(name, overrides, CONFIGS)
+
+
+def use_cpu_without_gpu() -> None:
+    """Sets DeepSpeed's accelerator to the CPU if there is no GPU; its import would warn otherwise.
+
+    To be called before anything imports DeepSpeed.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def run_folder(output: str | None, config: str) -> Path:
@@ -105,8 +126,22 @@ def report_error(error: Exception, options: argparse.Namespace) -> int:
     command = f": {_rebuild_command(options)}" if isinstance(error, StaleCacheError) else ""
     if _should_report(error):
         prefix = "" if os.environ.get("RANK", "0") == "0" else _rank_prefix()
-        print(f"{prefix}error: {error}{command}", file=sys.stderr)
+        print(f"{prefix}error: {_with_origin(str(error), options)}{command}", file=sys.stderr)
     return 2
+
+
+def _with_origin(message: str, options: argparse.Namespace) -> str:
+    """A message that begins with a config key, and where the key is set; other messages are unchanged."""
+    from dive_fast.config.explain import named_key, with_origin
+    from dive_fast.config.load import read_origins
+    from dive_fast.errors import ConfigError
+
+    if named_key(message) is None or getattr(options, "config", None) is None:
+        return message
+    try:
+        return with_origin(message, read_origins(options.config, options.overrides, CONFIGS))
+    except ConfigError:  # the files have changed since
+        return message
 
 
 def _should_report(error: Exception) -> bool:
@@ -132,6 +167,9 @@ def guarded(main: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(main)
     def guarded_main(arguments: list[str] | None = None) -> int:
         with ignore_closed_output():
+            handler = logging.StreamHandler()
+            handler.setFormatter(_LogFormatter())
+            logging.basicConfig(handlers=[handler])
             try:
                 return main(arguments)
             except KeyboardInterrupt:
@@ -146,6 +184,13 @@ def guarded(main: Callable[..., int]) -> Callable[..., int]:
                 return 76 if isinstance(error, StalledError) else 1
 
     return guarded_main
+
+
+class _LogFormatter(logging.Formatter):
+    """Formats ``warning: message``, without the name of the module."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {super().format(record)}"
 
 
 def _rank_prefix() -> str:

@@ -1,24 +1,28 @@
 """Runs the demo: fine-tunes a small CLIP with FLYP and with DiVE on two CPU ranks, and compares them."""
 
 import argparse
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-from dive_fast.commands.cli import CONFIGS
+from dive_fast.commands import cli
+from dive_fast.commands.launcher import launcher_command, launcher_environment
+from dive_fast.config.shipped import CONFIGS
 from dive_fast.data.demo import splits
 
 
-def main() -> int:
+@cli.guarded
+def main(arguments: list[str] | None = None) -> int:
     """Trains twice under DeepSpeed's launcher, then compares the models; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--output", type=Path, default=Path("runs/demo"), help="output folder; default: %(default)s"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of both runs; default: %(default)s")
-    options = parser.parse_args()
+    parser.add_argument("--steps", type=cli.count(1), help="steps of each run; default: as in demo.json")
+    options = parser.parse_args(arguments)
+    overrides = [f"train.seed={options.seed}"]
+    overrides += [f"train.max_steps={options.steps}"] if options.steps else []
     started = time.perf_counter()
 
     from dive_fast.demo import comparison
@@ -29,7 +33,7 @@ def main() -> int:
     for method in ("flyp", "dive"):
         folder = options.output / method
         print(f"\n{method}: dive-fast train --config demo.json on 2 CPU ranks, ZeRO-2", flush=True)
-        exit_code = _train(folder, f"objective.name={method}", f"train.seed={options.seed}")
+        exit_code = _train(folder, f"objective.name={method}", *overrides)
         if exit_code:
             return exit_code
         models[method] = folder / "model.safetensors"
@@ -42,13 +46,6 @@ def main() -> int:
 
 
 def _train(folder: Path, *overrides: str) -> int:
-    from dive_fast.distributed import free_port
-
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "--quiet", "--num_accelerators", "2", "--master_port", str(free_port())]
-    command += ["--module", "dive_fast.launch.train", "--config", "demo.json"]
-    command += [f"train.output={folder}", "train.resume=never", *overrides]
-    # The launcher looks up its Python on PATH.
-    path = f"{launcher.parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, env=environment, check=False).returncode
+    arguments = ["--config", "demo.json", f"train.output={folder}", "train.resume=never", *overrides]
+    environment = launcher_environment() | {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(launcher_command("train", arguments, 2), env=environment, check=False).returncode

@@ -3,7 +3,6 @@
 Alpha is chosen on the config's first evaluation set (ID validation), or on that of ``--choose-on``.
 """
 
-import logging
 from pathlib import Path
 
 from dive_fast.commands import cli
@@ -36,7 +35,6 @@ def main(arguments: list[str] | None = None) -> int:
         check_output(folder)
         towers.check(config.model)
 
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         ranks = join()
     except UserError as error:
         return cli.report_error(error, options)

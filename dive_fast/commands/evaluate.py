@@ -6,7 +6,6 @@ On several GPUs: ``deepspeed launch/evaluate.py ...``. See docs/evaluation.md.
 """
 
 import argparse
-import logging
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         defaults = config.evaluate if config is not None else EvaluateConfig()
         weights = _weights(options, config)
+        cli.use_cpu_without_gpu()
         from dive_fast.checkpoint.load_weights import head_of, load_into
         from dive_fast.distributed import join
         from dive_fast.evaluate import evaluator, plots, published
@@ -80,7 +80,6 @@ def main(arguments: list[str] | None = None) -> int:
         if not sets:
             raise ConfigError("evaluate.sets is empty; add sets there, or name some by --suite and --root")
 
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         ranks = join()
     except UserError as error:
         return cli.report_error(error, options)
@@ -104,7 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
             head = None
             if head_file is not None:
                 head = head_of(head_file) if head_file.is_dir() else heads.load(head_file)
-            opened = evaluator.open_all(sets, ranks, options.skip_missing)
+            place = "" if names else "evaluate.sets"
+            opened = evaluator.open_all(sets, ranks, options.skip_missing, place)
             evaluated = towers.create(model, weights=weights is None)
             if weights is not None:
                 load_into(evaluated, model, weights)

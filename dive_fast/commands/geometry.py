@@ -4,7 +4,6 @@ Embeds image-caption pairs with the pre-trained and the fine-tuned model and com
 uniformity, modality gap, difference vectors. Writes geometry.json and figures.
 """
 
-import logging
 from pathlib import Path
 
 from dive_fast.commands import cli
@@ -24,7 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--pairs", metavar="SET", help="captioned tars, CSV or prepared set; default: data.reference"
     )
     parser.add_argument(
-        "--format", choices=("webdataset", "csv", "prepared"), help="format of --pairs; default: guessed"
+        "--format",
+        choices=("folder", "webdataset", "csv", "huggingface", "prepared"),
+        help="format of --pairs; default: guessed",
     )
     parser.add_argument("--image-root", help="csv: folder that relative file paths start from")
     # Time grows with the square of the pairs: a reference set of millions would take forever.
@@ -57,7 +58,6 @@ def main(arguments: list[str] | None = None) -> int:
         check_output(options.output or run)
         towers.check(config.model, weights=options.before is None)
 
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         ranks = join()
     except UserError as error:
         return cli.report_error(error, options)

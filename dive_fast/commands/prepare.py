@@ -15,18 +15,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--format",
-        choices=["folder", "csv", "webdataset", "torchvision", "wilds"],
+        choices=["folder", "csv", "webdataset", "huggingface", "torchvision", "wilds"],
         help="format of the raw data: one folder per class; a tab-separated table with title and filepath, as "
-        "FLYP writes it; webdataset tars, as img2dataset writes them; a data set of torchvision or WILDS",
+        "FLYP writes it; webdataset tars, as img2dataset writes them; a data set that Hugging Face's datasets "
+        "saved to disk; a data set of torchvision or WILDS",
     )
     parser.add_argument("--input", help="folder, CSV file, tars, or root folder of the torchvision or WILDS set")
     parser.add_argument("--name", help="torchvision: the class, e.g. Flowers102; wilds: the data set, e.g. fmow")
-    parser.add_argument("--split", help="torchvision and wilds: the split; default: train")
+    parser.add_argument(
+        "--split",
+        help="torchvision and wilds: the split; default: train. huggingface: the split of a set that has several",
+    )
+    parser.add_argument("--image-column", help="huggingface: default: the first image column")
+    parser.add_argument("--label-column", help="huggingface: default: the only ClassLabel column")
+    parser.add_argument("--text-column", help="huggingface with --text txt: default: the only column of texts")
     parser.add_argument(
         "--text",
         choices=["cls", "txt"],
         default="cls",
-        help="webdataset: labels or captions; default: %(default)s",
+        help="folder, webdataset, huggingface: labels or captions; default: %(default)s. In a folder, "
+        "the captions of x.jpg are in x.txt",
     )
     parser.add_argument(
         "--pairs", action="store_true", help="csv: each row is a separate pair (for a reference set)"
@@ -88,10 +96,18 @@ def main(arguments: list[str] | None = None) -> int:
         ("--pairs", options.pairs, ("csv",)),
         ("--image-root", options.image_root, ("csv",)),
         ("--name", options.name, ("torchvision", "wilds")),
-        ("--split", options.split, ("torchvision", "wilds")),
+        ("--split", options.split, ("huggingface", "torchvision", "wilds")),
+        ("--image-column", options.image_column, ("huggingface",)),
+        ("--label-column", options.label_column, ("huggingface",)),
+        ("--text-column", options.text_column, ("huggingface",)),
+        ("--text", options.text == "txt", ("folder", "webdataset", "huggingface")),
     ):
         if value and options.verify is None and options.format not in formats:
-            parser.error(f"{option} is for --format {' and '.join(formats)}; remove it")
+            parser.error(f"{option} is for --format {' or '.join(formats)}; remove it")
+    if options.verify is None and options.text == "txt" and options.label_column is not None:
+        parser.error("--label-column is for --text cls; remove one of them")
+    if options.verify is None and options.text == "cls" and options.text_column is not None:
+        parser.error("--text-column is for --text txt; add it")
     for option in ("input", "output", "image_root", "verify"):
         if getattr(options, option) is not None:
             setattr(options, option, os.path.expanduser(getattr(options, option)))
@@ -142,13 +158,19 @@ def main(arguments: list[str] | None = None) -> int:
 def _raw(options: argparse.Namespace) -> Any:
     """Opens the raw data set that the options name."""
     from dive_fast.data.prepared.raw import RawDataset, RawSource
+    from dive_fast.data.sources.captioned_folder import open_captioned_folder
     from dive_fast.data.sources.csv_table import open_csv
     from dive_fast.data.sources.folder import open_folder
+    from dive_fast.data.sources.huggingface import Columns, open_huggingface
     from dive_fast.data.sources.webdataset import open_webdataset
     from dive_fast.errors import DataError
 
     if options.format == "folder":
-        return RawSource(open_folder(options.input))
+        return RawSource((open_folder if options.text == "cls" else open_captioned_folder)(options.input))
+    if options.format == "huggingface":
+        columns = Columns(options.image_column, options.label_column, options.text_column)
+        source = open_huggingface(options.input, columns, options.split, has_texts=options.text == "txt")
+        return RawSource(source)
     if options.format == "csv":
         return RawSource(open_csv(options.input, options.image_root, group=not options.pairs))
     if options.format == "webdataset":

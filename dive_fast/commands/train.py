@@ -5,7 +5,6 @@
 
 import argparse
 import json
-import logging
 import os
 import sys
 import warnings
@@ -37,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     from dive_fast.errors import UserError
 
     try:
-        config = cli.load_config(options.config, options.overrides)
+        announcement = "" if options.json else f"{options.config}: the config is valid; loading libraries"
+        config = cli.load_config(options.config, options.overrides, announcement)
         if options.dry_run:
             return dry_run(config, options)
         from dive_fast.checkpoint.saver import SaveError
@@ -47,13 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
         from dive_fast.train.loop import Stopped, train
         from dive_fast.train.metrics import MetricsError
 
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         ranks = join(config.train.rank_timeout)
     except UserError as error:
         return cli.report_error(error, options)
     folder = cli.run_folder(config.train.output, options.config)
     try:
-        results = train(config, folder, ranks)
+        train(config, folder, ranks)
     except UserError as error:
         return cli.report_error(error, options)
     except Stopped as stopped:
@@ -70,9 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return error.code
     if ranks.is_main:
-        print(
-            f"{folder}/model.safetensors", *(f"{name}={value:.4g}" for name, value in results.items()), sep="\n  "
-        )
+        print(f"\nmodel: {folder}/model.safetensors, described in README.md")
+        print(f"report: {folder}/report.md, .json and .png; metrics of each step: metrics.jsonl")
     ranks.leave()
     return 0
 
@@ -101,7 +99,6 @@ def dry_run(config: "Config", options: argparse.Namespace) -> int:
     from dive_fast.planner.simulate import plan_run
     from dive_fast.planner.table import as_json, as_table
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     gpus = [options.device] if options.device else list(GPUS)
     if config.train.schedule == "auto":
         config = with_schedule(config, choose(config, ranks, gpus[0]))

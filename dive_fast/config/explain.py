@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, get_args, get_origin
 
@@ -9,8 +10,9 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from dive_fast.config.origins import Origins
 from dive_fast.config.schema import Config
-from dive_fast.config.section import KeyedError, section_type, sections
+from dive_fast.config.section import KeyedError, Section, section_type, sections
 
 
 def first_mistake(error: ValidationError) -> ErrorDetails:
@@ -74,6 +76,44 @@ def key_path(mistake: ErrorDetails) -> str:
         keys.append(str(key))
         holder = _inside(holder, key)
     return ".".join(keys)
+
+
+_KEY = re.compile(r"[a-z]+(?:\.[\w\[\]-]+)+|model(?=:)")
+_SUBJECTS = ("path", "pretrained", "name")
+"""Keys that a message is about if it names only their section."""
+
+
+def named_key(message: str) -> str | None:
+    """The dotted key that a message begins with; None where it begins with something that is not a key."""
+    match = _KEY.match(message)
+    if match is None:
+        return None
+    holder: Any = Config
+    for part in match[0].split("."):
+        if holder is None or (get_origin(holder) is not dict and part not in getattr(holder, "model_fields", {})):
+            # Options of methods and of DeepSpeed are not fields of a section.
+            return match[0] if match[0].startswith(("objective.", "deepspeed.")) else None
+        holder = _inside(holder, part)
+    return match[0]
+
+
+def with_origin(message: str, origins: Origins) -> str:
+    """A message that begins with a key, with the origin of the key at its end; other messages are unchanged."""
+    key = named_key(message)
+    if key is None:
+        return message
+    if section_at(key) is None:
+        return message if message.startswith(f"{key} is missing") else f"{message} ({origins.of(key)})"
+    subject = next((f"{key}.{name}" for name in _SUBJECTS if f"{key}.{name}" in origins), None)
+    return message if subject is None else f"{message} ({subject} is {origins.of(subject)})"
+
+
+def section_at(key: str) -> type[Section] | None:
+    """The section at a dotted key; None where the key is a value."""
+    holder: Any = Config
+    for part in key.split("."):
+        holder = _inside(holder, part)
+    return holder if isinstance(holder, type) and issubclass(holder, Section) else None
 
 
 def shorten(text: str) -> str:

@@ -1,10 +1,8 @@
-"""Reads a config: a JSON file, the files it is based on, and overrides from the command line."""
+"""Reads a config: a JSON or YAML file, the files it is based on, and overrides from the command line."""
 
-import contextlib
 import copy
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,9 +10,21 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from dive_fast.config.explain import explain, first_mistake, key_path, shorten
+from dive_fast.config.file_formats import (
+    MAX_DEPTH,
+    SUFFIXES,
+    TOO_DEEP,
+    Content,
+    FormatError,
+    check_values,
+    duplicate_key,
+    parse_json,
+    read_tree,
+)
+from dive_fast.config.origins import Origins
+from dive_fast.config.recorded import FILE, config_of_run, is_recorded
 from dive_fast.config.schema import Config, ObjectiveConfig
 from dive_fast.errors import ConfigError, nearest
-from dive_fast.io.safe_read import read_text
 
 C = TypeVar("C", bound=Config)
 
@@ -25,29 +35,53 @@ HALVES = ("target", "reference")
 def load_config(name: str, overrides: Sequence[str], folder: Path | None, schema: type[C]) -> C:
     """Reads a config by path or by its name in ``folder``, and applies overrides.
 
-    A file may name a ``base``, relative to it: its own sections are merged into the base's, key by key. Where a
-    file or an override names another method, options of the former method that the new one lacks are left out.
+    A file may name a ``base``, relative to it, otherwise in ``folder``: its own sections are merged into the
+    base's, key by key. Where a file or an override names another method, options of the former method that the
+    new one lacks are left out.
 
     Args:
-        name: a path, or the name of a file in ``folder`` with or without ``.json``.
+        name: a path, or the name of a file in ``folder`` with or without its suffix.
         overrides: ``section.key=value``; the value is JSON, otherwise a string.
         schema: the config's type.
 
     Raises:
-        ConfigError: no such file, invalid JSON, a circle of bases, an unknown or ill-typed key, or keys that do
-            not go together.
+        ConfigError: no such file, invalid JSON or YAML, a circle of bases, an unknown or ill-typed key, or keys
+            that do not go together.
     """
-    path = find_config(name, folder)
-    layers = _Layers()
-    for file, tree in _read_with_bases(path):
-        layers.add_file(file, tree)
-    layers.add_overrides(overrides)
+    path, layers = _merge_layers(name, overrides, folder)
     if layers.inherited and isinstance(layers.tree["objective"], dict):
         schema.drop_inherited(layers.tree, layers.inherited)
+    layers.origins.keep(_keys(layers.tree))
     try:
-        return schema.model_validate_json(json.dumps(layers.tree))
+        config = schema.model_validate_json(json.dumps(layers.tree))
     except ValidationError as error:
         raise ConfigError(f"{_origin(error, path, overrides, layers.origins)}: {explain(error)}") from None
+    config.set_origins(layers.origins)
+    return config
+
+
+def read_origins(name: str, overrides: Sequence[str], folder: Path | None) -> Origins:
+    """Where the keys of a config are set, without validating it; arguments as in :func:`load_config`.
+
+    Raises:
+        ConfigError: the files cannot be read, or an override is invalid.
+    """
+    return _merge_layers(name, overrides, folder)[1].origins
+
+
+def _merge_layers(name: str, overrides: Sequence[str], folder: Path | None) -> tuple[Path, "_Layers"]:
+    path = find_config(name, folder)
+    layers = _Layers()
+    for file, content in _read_with_bases(path, folder, layers.origins):
+        layers.add_file(file, content)
+    layers.add_overrides(overrides)
+    if layers.origins.is_run:
+        train = layers.tree.get("train")
+        output = train.get("output") if isinstance(train, dict) else None
+        origin = layers.origins.of("train.output").replace(f"set in {path}", "the run's")
+        layers.origins.remarks.append(f"{path} is the config of a run: train.output = {output} ({origin})")
+    layers.origins.keep(_keys(layers.tree))
+    return path, layers
 
 
 class _Layers:
@@ -55,20 +89,20 @@ class _Layers:
 
     def __init__(self) -> None:
         self.tree: dict[str, Any] = {}
-        self.origins: dict[str, str] = {}
-        """The file that sets each dotted key."""
+        self.origins = Origins()
         self.inherited: dict[str, Mapping[str, Any]] = {}
         """Keys of ``objective`` that were set for another method than the one it names now, each with the
         ``objective`` that they were set for."""
 
-    def add_file(self, path: Path, tree: Mapping[str, Any]) -> None:
+    def add_file(self, path: Path, content: Content) -> None:
         """Merges a file over the layers below it."""
+        tree = content.tree
         before = copy.deepcopy(_objective_of(self.tree))
         for half in HALVES:
             if isinstance(_objective_of(tree).get(half), dict):
                 self._name_in_section(half)
         _merge(self.tree, tree)
-        self.origins |= dict.fromkeys(_keys(tree), str(path))
+        self.origins.set_in_file(_keys(tree), str(path), content.lines)
         self._update_inherited(before, set(_keys(_objective_of(tree))))
 
     def add_overrides(self, overrides: Sequence[str]) -> None:
@@ -84,6 +118,8 @@ class _Layers:
             if keys[0] == "objective" and len(keys) > 2:
                 self._name_in_section(keys[1])
             _apply(self.tree, keys, value, override)
+            below = _keys(value, f"{'.'.join(keys)}.") if isinstance(value, dict) else ()
+            self.origins.set_by_override([".".join(keys), *below], shorten(override))
             if keys == ["objective"]:
                 # The section is replaced: nothing in it is inherited.
                 before, self.inherited = {}, {}
@@ -110,55 +146,73 @@ class _Layers:
         self.inherited = {key: objective for key, objective in former.items() if key not in set_here}
 
 
-def _read_with_bases(path: Path) -> list[tuple[Path, "_Object"]]:
+def _read_with_bases(path: Path, folder: Path | None, origins: Origins) -> list[tuple[Path, Content]]:
     """A config file and its bases, the lowest base first."""
-    chain: list[tuple[Path, _Object]] = []
+    chain: list[tuple[Path, Content]] = []
     files: list[Path] = []
     below: Path | None = path
     while below is not None:
         path, here = below, below.resolve()
         if here in files:
             raise ConfigError(f"{path}: base leads back to this file: {' -> '.join(map(str, (*files, here)))}")
-        tree = _read(path)
-        below = _pop_base(path, tree)
+        content = _use_recorded(path, _read(path), bool(chain), origins)
+        below = _pop_base(path, content, folder)
         files.append(here)
-        chain.insert(0, (path, tree))
+        chain.insert(0, (path, content))
     return chain
 
 
-def _pop_base(path: Path, tree: "_Object") -> Path | None:
+def _use_recorded(path: Path, content: Content, is_base: bool, origins: Origins) -> Content:
+    """The config in a run's ``config.json``; the content of other files is unchanged."""
+    if not is_recorded(content.tree):
+        return content
+    config = config_of_run(content.tree, path, is_base)
+    origins.is_run = origins.is_run or not is_base
+    if is_base:
+        origins.remarks.append(f"base {path} is the config of a run: used without its train.output")
+    return Content(config, {})
+
+
+def _pop_base(path: Path, content: Content, folder: Path | None) -> Path | None:
     """Removes ``base`` from a config file's tree; returns the file that it names, None where there is none."""
-    if "base" not in tree:
+    if "base" not in content.tree:
         return None
-    base = tree.pop("base")
+    base = content.tree.pop("base")
+    origin = f"{path}:{content.lines['base']}" if "base" in content.lines else str(path)
     if not isinstance(base, str) or not base.strip():
         raise ConfigError(
-            f'{path}: base = {shorten(json.dumps(base))}: expected a config file, e.g. "vitb16_dive.json"'
+            f'{origin}: base = {shorten(json.dumps(base))}: expected a config file, e.g. "vitb16_dive.json"'
         )
-    below = path.parent / os.path.expanduser(base)
+    # The folder of the file itself, where a link leads to it.
+    beside = (path.resolve() if path.is_symlink() else path).parent / os.path.expanduser(base)
+    candidates = [beside, *(folder / name for name in (base, f"{base}.json") if folder is not None)]
     try:
-        is_file = below.is_file()
-        known = [] if is_file else sorted(each.name for each in below.parent.glob("*.json"))
+        for candidate in candidates:
+            if candidate.is_file():
+                return candidate
+        known = config_files(beside.parent)
     except OSError as error:
-        raise ConfigError(f"{path}: base = {shorten(base)}: {error.strerror}") from error
-    if not is_file:
-        raise ConfigError(f"{path}: base = {shorten(base)}: no such file: {below}{nearest(below.name, known)}")
-    return below
+        raise ConfigError(f"{origin}: base = {shorten(base)}: {error.strerror}") from error
+    shipped = [] if folder is None else config_files(folder)
+    hint = nearest(beside.name, [*known, *shipped])
+    raise ConfigError(f"{origin}: base = {shorten(base)}: no such file: {beside}{hint}")
 
 
-def _read(path: Path) -> "_Object":
+def config_files(folder: Path) -> list[str]:
+    """The names of the files in a folder that may be configs."""
+    return sorted(file.name for file in folder.glob("*") if file.suffix.lower() in SUFFIXES)
+
+
+def _read(path: Path) -> Content:
     try:
-        tree = _parse(read_text(path))
-        _check_values(tree)
+        content = read_tree(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read it: {error}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}{_guess_format(path)}") from error
-    if not isinstance(tree, _Object):
-        raise ConfigError(f"{path}: expected a JSON object with sections {', '.join(Config.model_fields)}")
-    if (key := _duplicate_key(tree)) is not None:
-        raise ConfigError(f"{path}: duplicate key {key}")
-    return tree
+    except FormatError as error:
+        raise ConfigError(f"{path}{'' if error.line is None else f':{error.line}'}: {error}") from error
+    if not isinstance(content.tree, dict):
+        raise ConfigError(f"{path}: expected an object with sections {', '.join(Config.model_fields)}")
+    return content
 
 
 def _merge(tree: dict[str, Any], layer: Mapping[str, Any]) -> None:
@@ -206,70 +260,31 @@ def _foreign(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
 
 
 def find_config(name: str, folder: Path | None = None) -> Path:
-    """The file of a config's name: a path, otherwise a file in ``folder``.
+    """The file of a config's name: a path, a file in ``folder``, or a run folder with ``config.json``.
 
     Raises:
-        ConfigError: none exists; names the nearest one that does.
+        ConfigError: none exists, and the message names the nearest one that does; or two do.
     """
-    candidates = [Path(name)]
-    if folder is not None:
-        candidates += [folder / name, folder / f"{name}.json"]
-    for candidate in candidates:
+    if Path(name).is_file():
+        return Path(name)
+    recorded = Path(name) / FILE
+    names = (name, *(f"{name}{suffix}" for suffix in SUFFIXES)) if folder is not None else ()
+    for candidate in (folder / each for each in names if folder is not None):
         if candidate.is_file():
+            if recorded.is_file():
+                raise ConfigError(
+                    f"--config {name} is a folder here and a shipped config: write {recorded} or {candidate.name}"
+                )
             return candidate
-    known = sorted(path.stem for path in folder.glob("*.json")) if folder is not None else []
-    hint = f"; shipped configs: {', '.join(known)}{nearest(Path(name).stem, known)}" if known else ""
-    raise ConfigError(f"--config {name}: no such file{hint}")
-
-
-class _Object(dict[str, Any]):
-    """A JSON object that remembers its first duplicate key."""
-
-    duplicate: str | None = None
-
-    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
-        super().__init__(pairs)
-        if len(self) < len(pairs):
-            self.duplicate = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-
-
-def _parse(text: str) -> Any:
-    """The value of a JSON text; numbers that are not finite are left to the section that has them."""
-    try:
-        return json.loads(text, object_pairs_hook=_Object)
-    except RecursionError:
-        raise ValueError(_TOO_DEEP) from None
-
-
-def _duplicate_key(tree: Any) -> str | None:
-    """The dotted key of the first duplicate in an object of a tree."""
-    if isinstance(tree, _Object) and tree.duplicate is not None:
-        return tree.duplicate
-    children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    below = ((key, _duplicate_key(value)) for key, value in children)
-    return next((f"{key}.{duplicate}" for key, duplicate in below if duplicate is not None), None)
-
-
-MAX_DEPTH = 64
-"""Maximum depth of nested objects and lists; a config needs five, DeepSpeed's section a few more."""
-
-_TOO_DEEP = f"nested more than {MAX_DEPTH} deep; no section needs that"
-
-
-def _check_values(value: Any, depth: int = 0) -> None:
-    """Validates what holds for the values of all sections.
-
-    Raises:
-        ValueError: a text is not Unicode or has a zero byte, which no path can hold; or nested too deeply.
-    """
-    if isinstance(value, str):
-        if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-            raise ValueError(f"{shorten(value)} contains a zero byte, or is not valid UTF-8")
-    elif isinstance(value, dict | list):
-        if depth >= MAX_DEPTH:
-            raise ValueError(_TOO_DEEP)
-        for child in [*value, *value.values()] if isinstance(value, dict) else value:
-            _check_values(child, depth + 1)
+    if recorded.is_file():
+        return recorded
+    near = config_files(Path(name).parent) if Path(name).parent.is_dir() else []
+    shipped = sorted(Path(file).stem for file in config_files(folder)) if folder is not None else []
+    hint = nearest(Path(name).name, near) or nearest(Path(name).stem, shipped)
+    if not hint and shipped:
+        hint = f"; shipped configs: {', '.join(shipped)}"
+    is_folder = f" (a folder without {FILE})" if Path(name).is_dir() else ""
+    raise ConfigError(f"--config {name}: no such file{is_folder}{hint}")
 
 
 def _parse_override(override: str) -> tuple[list[str], Any]:
@@ -283,16 +298,16 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
             f"override {shorten(override)}: only a file can have a base; name the config by --config"
         )
     try:
-        value = _parse(text)
+        value = parse_json(text)
     except ValueError:
         value = text
     try:
         if len(keys) > MAX_DEPTH:
-            raise ValueError(_TOO_DEEP)
-        _check_values([*keys, value])
+            raise ValueError(TOO_DEEP)
+        check_values([*keys, value])
     except ValueError as error:
         raise ConfigError(f"override {shorten(override)}: {error}") from error
-    if (duplicate := _duplicate_key(value)) is not None:
+    if (duplicate := duplicate_key(value)) is not None:
         raise ConfigError(f"override {shorten(override)}: duplicate key {duplicate}")
     return keys, value
 
@@ -306,18 +321,7 @@ def _apply(tree: dict[str, Any], keys: Sequence[str], value: Any, override: str)
     tree[keys[-1]] = value
 
 
-def _guess_format(path: Path) -> str:
-    """The probable format of a file that is not JSON, for the end of a message."""
-    if path.suffix.lower() in (".yaml", ".yml"):
-        return "; a config is JSON, not YAML"
-    with contextlib.suppress(OSError, ValueError):
-        for number, line in enumerate(read_text(path).splitlines(), start=1):
-            if line.lstrip().startswith(("//", "#", "/*")):
-                return f"; line {number} is a comment, which JSON does not have: remove it"
-    return ""
-
-
-def _origin(error: ValidationError, path: Path, overrides: Sequence[str], origins: Mapping[str, str]) -> str:
+def _origin(error: ValidationError, path: Path, overrides: Sequence[str], origins: Origins) -> str:
     """The source of the first mistake: the last override of its key or section, or the file that sets it."""
     mistake = first_mistake(error)
     # A validator of several sections begins its message with the key.
@@ -328,6 +332,4 @@ def _origin(error: ValidationError, path: Path, overrides: Sequence[str], origin
         if place != "." and (place.startswith(overridden) or overridden.startswith(place)):
             return f"command line ({shorten(override)})"
     # A missing key has the origin of its section.
-    while key and key not in origins:
-        key = key.rpartition(".")[0]
-    return origins.get(key, str(path))
+    return origins.nearest(key) or str(path)

@@ -8,9 +8,20 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
-from dive_fast.config.section import Decay, NonNegative, NonNegativeFloat, PathText, Positive, Section, Share
+from dive_fast.config.origins import Origins
+from dive_fast.config.section import (
+    Decay,
+    HeldOut,
+    NonNegative,
+    NonNegativeFloat,
+    PathText,
+    Positive,
+    Scale,
+    Section,
+    Share,
+)
 from dive_fast.errors import nearest
 
 Loader = Literal["plain", "dali", "ffcv"]
@@ -36,10 +47,11 @@ class ModelConfig(Section):
     """Which two-tower open_clip model is tuned."""
 
     name: PathText
-    """open_clip model name (`ViT-B-16-quickgelu`), `hf-hub:owner/repo`, `local-dir:folder`, or `demo`, the
-    small model shipped with the project."""
+    """open_clip model name (`ViT-B-16-quickgelu`), `hf-hub:owner/repo`, `local-dir:folder`, `hf:` with a CLIPModel
+    or SiglipModel of transformers (a hub id such as `hf:openai/clip-vit-base-patch32`, or a folder), or `demo`,
+    the small model shipped with the project."""
     pretrained: PathText | None = None
-    """open_clip's pretrained tag (`openai`) or a checkpoint file. Not used with `hf-hub:`, `local-dir:` and
+    """open_clip's pretrained tag (`openai`) or a checkpoint file. Not used with `hf-hub:`, `local-dir:`, `hf:` and
     `demo`, which bring their weights. `open_clip_config.json` next to a file says how its images are preprocessed,
     and of which architecture it is; every run exports one."""
     random: bool = False
@@ -48,24 +60,38 @@ class ModelConfig(Section):
     logit_scale_max: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Upper bound of the logit scale s = 1 / tau. open_clip and OpenAI's CLIP bound it at 100; FLYP and the paper
     do not (null). The loss sees min(s, bound); above the bound only gradients that lower s are let through."""
+    license: str | None = None
+    """License of the tuned model for its model card, an identifier of Hugging Face such as `apache-2.0`. Default:
+    unknown, so that of the pre-trained weights applies."""
 
     @model_validator(mode="after")
     def _check_weights(self) -> "ModelConfig":
         if self.random and self.pretrained is not None:
-            raise ValueError("random = true starts from random weights, pretrained names others; keep one")
+            raise ValueError(
+                "model.random = true starts from random weights, model.pretrained names others; keep one"
+            )
         return self
 
 
 class TargetConfig(Section):
     """The labelled data set to fine-tune on. Paths beginning with `demo:` lie in the embedded demo."""
 
-    format: Literal["folder", "webdataset", "csv", "prepared"]
+    format: Literal["folder", "webdataset", "csv", "huggingface", "prepared"]
     """`folder`: one folder a class, as torchvision's ImageFolder. `webdataset`: tars of image + `.cls`. `csv`:
     tab-separated with columns `title` and `filepath`, as FLYP has it: rows of one file are its prompts.
+    `huggingface`: a data set of Hugging Face's `datasets`, written by `save_to_disk`, or parquet or arrow files.
     `prepared`: the output of `dive-fast prepare` for any of them."""
     path: PathText
     """Root folder, tar (a brace range such as `{00000..00012}.tar`, a glob or a folder of tars), CSV file, or
     the prepared folder."""
+    split: str | None = None
+    """`huggingface` only: the split of a set that has several, e.g. `train`."""
+    image_column: str | None = None
+    """`huggingface` only: the column of images; default: the first image column."""
+    label_column: str | None = None
+    """`huggingface` only: the column of labels; default: the only ClassLabel column."""
+    text_column: str | None = None
+    """`huggingface` only: a column of texts, one or a list for each image, which are prompts instead of labels."""
     image_root: PathText | None = None
     """`csv` only: the folder that relative file paths start from; default: the folder of the CSV file."""
     class_names: PathText | None = None
@@ -74,6 +100,14 @@ class TargetConfig(Section):
     templates: PathText = "imagenet"
     """`imagenet` (open_clip's 80), `simple` (open_clip's 7), a text file with one template a line, or one
     template; `{}` stands for the class name. One is drawn for each sample and epoch."""
+    balance: Literal["none", "class"] = "none"
+    """`none`: each image once an epoch. `class`: each class equally often, in epochs of the same length: images of
+    small classes are repeated, with other crops and prompts."""
+    crop_scale: tuple[Scale, Scale] = (0.9, 1.0)
+    """Range of the share of an image's area that its random crop covers; open_clip fine-tunes with 0.9 to 1. A
+    smaller share is a stronger augmentation."""
+    horizontal_flip: Share = 0.0
+    """Probability that an image is mirrored from left to right. Not for texts that name a side."""
     loader: Loader = "plain"
     """Image decoder. `plain`: PIL, in processes. `dali`: DALI, on the GPU if there is one. `ffcv`:
     threads over FFCV's memory-mapped file, made by `dive-fast prepare --container beton`. Samples, order, crops
@@ -85,19 +119,40 @@ class TargetConfig(Section):
     process."""
     hw_decoder_load: Share = 0.65
     """`dali` on a GPU: the share of JPEGs that its hardware decoder takes; the best depends on `workers`."""
+    holdout: HeldOut | None = None
+    """Share of each class that is not trained on (rounded, at least one image): the part that a set of
+    `evaluate.sets` with the same `path` and `holdout` measures. A hash of each sample's name chooses it, whatever
+    the seed. Not for `csv`. Default: all samples are trained on."""
     text_length: Positive | None = None
     """Context length of the prompts; longer ones are cut. Default: the model's, trimmed to each batch's longest
     prompt where that is exact."""
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether the images have prompts instead of classes."""
+        return self.format == "csv" or self.text_column is not None
 
 
 class ReferenceConfig(Section):
     """Image-caption pairs that resemble the pre-training data; they keep the geometry of the embeddings."""
 
-    format: Literal["webdataset", "csv", "prepared"]
-    """`webdataset`: tars of image + `.txt`. `csv`: tab-separated with columns `title` and `filepath`; every row
-    is a pair. `prepared`: the output of `dive-fast prepare` for either."""
+    format: Literal["folder", "webdataset", "csv", "huggingface", "prepared"]
+    """`folder`: images at any depth, each with its captions in a file of the same name and suffix `.txt`.
+    `webdataset`: tars of image + `.txt`. `csv`: tab-separated with columns `title` and `filepath`; every row is a
+    pair. `huggingface`: as in `data.target`. `prepared`: the output of `dive-fast prepare` for any of them."""
     path: PathText
-    """Tar (a brace range, a glob or a folder of tars), CSV file, or the prepared folder."""
+    """Root folder, tar (a brace range, a glob or a folder of tars), CSV file, or the prepared folder."""
+    split: str | None = None
+    """`huggingface` only: as in `data.target`."""
+    image_column: str | None = None
+    """`huggingface` only: as in `data.target`."""
+    text_column: str | None = None
+    """`huggingface` only: the column of captions, one or a list for each image; default: the only column of
+    texts."""
+    captions: Literal["one", "lines"] = "one"
+    """`one`: an image has one caption, its text, also of several lines; of several texts the first. `lines`: each
+    line of a `.txt` file, each text of a list, and each csv row of the same image is a caption; one is drawn for
+    each image and epoch."""
     image_root: PathText | None = None
     """`csv` only: the folder that relative file paths start from; default: the folder of the CSV file."""
     loader: Loader = "plain"
@@ -210,7 +265,7 @@ class TrainConfig(Section):
     epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     """Epsilon of AdamW."""
     warmup_steps: NonNegative = 500
-    """Steps in which the learning rate rises linearly to its peak."""
+    """Steps of the warm-up, in which the learning rate rises linearly to its peak."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights, e.g. 0.999, which averages over 1 / (1 - decay) steps
     and begins with the pre-trained weights. Skipped steps do not move it. It changes neither training nor the
@@ -247,16 +302,28 @@ class TrainConfig(Section):
 class EvaluationSet(Section):
     """An image set that the model is measured on: the user's, by `format`, or a known one, by `dataset`."""
 
-    format: Literal["folder", "webdataset", "prepared"] | None = None
-    """As in `data.target`. Not used with `dataset`, whose layout is detected."""
+    format: Literal["folder", "webdataset", "huggingface", "prepared"] | None = None
+    """As in `data.target`, for retrieval as in `data.reference`. Not used with `dataset`, whose layout is
+    detected."""
     path: PathText
     """As in `data.target`. With `dataset`: its folder, or one above; `{dataset}` stands for its name."""
     dataset: str | None = None
     """A known data set, e.g. `imagenet-r` or `food101` (docs/evaluation.md): its layout, label map, class names,
     templates and metric."""
+    split: str | None = None
+    """`huggingface` only: as in `data.target`."""
+    image_column: str | None = None
+    """`huggingface` only: as in `data.target`."""
+    label_column: str | None = None
+    """`huggingface` only: as in `data.target`."""
+    text_column: str | None = None
+    """`huggingface` with `task = retrieval` only: as in `data.reference`."""
+    holdout: HeldOut | None = None
+    """Measures only the part of the set that `data.target.holdout` leaves out of training; both shares must be
+    equal. Samples that cannot be read are in neither part. Not used with `dataset`. Default: the complete set."""
     task: Literal["classification", "retrieval"] = "classification"
-    """`retrieval`: ranks all captions for each image, and all images for each caption; needs `webdataset` with
-    one caption a line in `.txt`, `prepared` with captions, or a `dataset` of captions."""
+    """`retrieval`: ranks all captions for each image, and all images for each caption; needs captions, where each
+    line of a text is one, or a `dataset` of captions."""
     class_names: PathText | None = None
     """As in `data.target`, or `caltech101`, `eurosat`, `flowers` or `pets`. Default with `dataset`: its own."""
     templates: PathText | None = None
@@ -276,10 +343,16 @@ class EvaluationSet(Section):
 class GeometryConfig(Section):
     """Captioned images on which the tuned embeddings are compared with the pre-trained ones."""
 
-    format: Literal["webdataset", "csv", "prepared"]
-    """As in `data.reference`."""
+    format: Literal["folder", "webdataset", "csv", "huggingface", "prepared"]
+    """As in `data.reference`; of several captions of an image, the first is measured."""
     path: PathText
     """As in `data.reference`. Preferably a set that is not trained on; the paper uses Flickr8K."""
+    split: str | None = None
+    """`huggingface` only: as in `data.reference`."""
+    image_column: str | None = None
+    """`huggingface` only: as in `data.reference`."""
+    text_column: str | None = None
+    """`huggingface` only: as in `data.reference`."""
     image_root: PathText | None = None
     """As in `data.reference`."""
     pairs: Positive = 2000
@@ -295,6 +368,13 @@ class EvaluateConfig(Section):
     geometry: GeometryConfig | None = None
     """Pairs on which RSA, CKA and difference vectors are measured too (docs/geometry.md); the metrics have them as
     `geometry/<name>`."""
+    baseline: bool = True
+    """Measure the pre-trained model on all sets too, for the report at the end of a run. The values are stored in
+    the run folder."""
+    probe: NonNegative = 500
+    """Number of pairs of `data.reference` that are held out of training, at most a tenth of the set. Recall@1 and
+    RSA on them, before and after training, show how much the model forgets (docs/evaluation.md). 0: none, as
+    where fewer than 50 pairs can be held out."""
     every_steps: Positive | None = None
     """Steps between evaluations during training; default: none."""
     every_epochs: Positive | None = None
@@ -352,6 +432,16 @@ class Config(Section):
     """Passed to DeepSpeed unchanged. Batch sizes, optimizer, scheduler and precision belong to the sections above:
     the engine fills DeepSpeed's keys from there, and a contradiction is an error. One value is ours:
     `zero_optimization.stage` may be `"auto"`, which is 1 on several ranks or with offload, otherwise 0."""
+    _origins: Origins = PrivateAttr(default_factory=Origins)
+
+    @property
+    def origins(self) -> Origins:
+        """Where the values come from; no part of the config's value."""
+        return self._origins
+
+    def set_origins(self, origins: Origins) -> None:
+        """Records where the values come from."""
+        self._origins = origins
 
     @classmethod
     def drop_inherited(cls, tree: dict[str, Any], inherited: Mapping[str, Mapping[str, Any]]) -> None:
@@ -415,9 +505,76 @@ class Config(Section):
                 )
         if self.data.target.format == "webdataset" and self.data.target.class_names is None:
             raise ValueError("data.target.class_names: webdataset data needs imagenet or a text file of names")
+        _check_sampling(self.data.target)
+        if self.data.target.holdout is not None:
+            _check_holdout(self.data.target)
         for name, evaluation in self.evaluate.sets.items():
             _check_evaluation_set(f"evaluate.sets.{name}", evaluation)
+            _check_held_out_set(f"evaluate.sets.{name}", evaluation, self.data.target)
+        sections: dict[str, Section | None] = {"data.target": self.data.target, "data.reference": reference}
+        sections |= {f"evaluate.sets.{name}": each for name, each in self.evaluate.sets.items()}
+        for key, described in (sections | {"evaluate.geometry": self.evaluate.geometry}).items():
+            _check_columns(key, described)
         return self
+
+
+COLUMNS = ("split", "image_column", "label_column", "text_column")
+"""Keys that only sets of format `huggingface` have."""
+
+
+def _check_columns(key: str, section: Section | None) -> None:
+    values = {} if section is None else {name: getattr(section, name, None) for name in COLUMNS}
+    name = next((name for name, value in values.items() if value is not None), None)
+    if name is not None and getattr(section, "format", None) != "huggingface":
+        raise ValueError(f"{key}.{name}: only huggingface data has one; remove it")
+    if values.get("label_column") is not None and values["text_column"] is not None:
+        raise ValueError(f"{key}: label_column and text_column: set only one of them")
+
+
+def _check_sampling(target: TargetConfig) -> None:
+    low, high = target.crop_scale
+    if low > high:
+        raise ValueError(f"data.target.crop_scale: {low:g} is more than {high:g}; set the smaller share first")
+    if target.balance == "class" and target.has_prompts:
+        origin = "csv" if target.format == "csv" else "text_column"
+        raise ValueError(
+            f"data.target.balance = class: a set of {origin} has prompts and no classes; set "
+            "data.target.balance=none"
+        )
+
+
+def _check_holdout(target: TargetConfig) -> None:
+    key = "data.target.holdout"
+    if target.has_prompts:
+        origin = "csv data" if target.format == "csv" else "data with text_column"
+        raise ValueError(f"{key}: {origin} has prompts and no classes to hold images out of; remove it")
+    if target.loader == "ffcv":
+        raise ValueError(f"{key}: loader ffcv reads complete sets; use plain or dali, or prepare both parts")
+
+
+def _check_held_out_set(key: str, evaluation: EvaluationSet, target: TargetConfig) -> None:
+    """Validates that a set of the target's data measures exactly what the target holds out."""
+    is_target = all(getattr(evaluation, name) == getattr(target, name) for name in ("path", "format", "split"))
+    if evaluation.holdout is None:
+        if is_target and target.holdout is not None:
+            raise ValueError(
+                f"{key} is the data of data.target, which trains on most of it: set {key}.holdout = "
+                f"{target.holdout:g} to measure the part that is held out"
+            )
+        return
+    if evaluation.dataset is not None or evaluation.task == "retrieval":
+        raise ValueError(f"{key}.holdout: only labelled sets of your own have one; remove it")
+    if not is_target:
+        raise ValueError(
+            f"{key}.holdout: the set must have the path, format and split of data.target, whose held-out part it "
+            "measures"
+        )
+    if evaluation.holdout != target.holdout:
+        share = "null" if target.holdout is None else f"{target.holdout:g}"
+        raise ValueError(
+            f"{key}.holdout = {evaluation.holdout:g}, but data.target.holdout = {share}: set both to the same "
+            "share, otherwise the model is measured on images that it trains on"
+        )
 
 
 def _check_evaluation_set(key: str, evaluation: EvaluationSet) -> None:
@@ -430,8 +587,9 @@ def _check_evaluation_set(key: str, evaluation: EvaluationSet) -> None:
         raise ValueError(f"{key}.on_skipped: a known dataset is measured completely; remove it")
     if known and task == "retrieval":
         raise ValueError(f"{key}.task: a known dataset has its own; remove it")
-    if not known and task == "retrieval" and evaluation.format == "folder":
-        raise ValueError(f"{key}.task: folders have no captions for retrieval; use webdataset or prepared")
+    column = "label_column" if task == "retrieval" else "text_column"
+    if getattr(evaluation, column) is not None:
+        raise ValueError(f"{key}.{column}: {task} does not use it; remove it")
     if evaluation.format == "webdataset" and task == "classification" and evaluation.class_names is None:
         raise ValueError(f"{key}.class_names: webdataset data needs a text file of names")
     if metric is not None and not known and ("_to_" in metric) != (task == "retrieval"):

@@ -9,24 +9,28 @@ from pydantic_core import PydanticCustomError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
+Scale = Annotated[float, Field(gt=0, le=1)]
+
 Positive = Annotated[int, Field(gt=0, lt=2**63)]
 
 NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
+HeldOut = Annotated[float, Field(gt=0, le=0.5)]
+
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _expanded(path: str) -> str:
-    """With a home folder for ``~`` at the beginning, also behind ``local-dir:``.
+    """With a home folder for ``~`` at the beginning, also behind ``local-dir:`` and ``hf:``.
 
     Raises:
         ValueError: it is empty, as where a shell's variable is not set; it would stand for the present folder.
     """
     if not path.strip():
         raise PydanticCustomError("empty", "is empty: name something, or null where the key has a default")
-    scheme = "local-dir:" if path.startswith("local-dir:") else ""
+    scheme = next((scheme for scheme in ("local-dir:", "hf:") if path.startswith(scheme)), "")
     rest = path.removeprefix(scheme)
     # A template may begin with ~, and has {} in it.
     return path if not rest.startswith("~") or "{}" in rest else scheme + os.path.expanduser(rest)

@@ -70,9 +70,11 @@ class ReferenceBatch:
     """``(B,)`` int64 on the CPU: the number of the view among the fixed views of its pair."""
     keys: tuple[str, ...]
     """Names of the pairs in their data set, for messages."""
+    caption: Tensor | None = None
+    """``(B,)`` int64 on the CPU: the number of the caption among those of its image; None: each image has one."""
 
     def to(self, device: torch.device) -> "ReferenceBatch":
-        """The batch on another device; ``sample`` and ``view`` stay on the CPU."""
+        """The batch on another device; ``sample``, ``view`` and ``caption`` stay on the CPU."""
         return replace(self, images=_copy(self.images, device), text=self.text.to(device))
 
     def pin_memory(self) -> "ReferenceBatch":

@@ -3,7 +3,7 @@
 import logging
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
@@ -186,9 +186,10 @@ def _by_position(folders: Sequence[str], names: tuple[str, ...], origin: str) ->
             f"{origin}: the 1000 class folders are not WordNet ids, numbers or names, e.g. {folders[0]}, so the "
             "names cannot be assigned to them; list the names in a file, in the order of the sorted folders"
         )
-    index = {_word(name): i for i, name in enumerate(names)}
-    for label, folder in enumerate(folders):
-        if (other := index.get(_word(folder), label)) != label:
+    index, labels = _rows_of_words(names), _rows_of_words(folders)
+    for word, label in labels.items():
+        folder = folders[label]
+        if (other := index.get(word, label)) != label:
             raise DataError(
                 f"{origin}: class {folder!r} is number {label}, for which the list has {names[label]!r}, but "
                 f"{names[other]!r} is number {other}: list the names in the order of the sorted folders"
@@ -202,6 +203,13 @@ def _unequal(folders: Sequence[str], names: Sequence[str], origin: str) -> str:
         f"{origin}: {len(names)} class names, but the data set has {len(folders)} classes ({examples}); "
         "list one name for each class, in the order of the sorted folders"
     )
+
+
+def _rows_of_words(names: Sequence[str]) -> dict[str, int]:
+    """The row of each name that no other one equals as a word."""
+    words = [_word(name) for name in names]
+    counts = Counter(words)
+    return {word: row for row, word in enumerate(words) if counts[word] == 1}
 
 
 def _word(name: str) -> str:

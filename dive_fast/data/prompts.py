@@ -16,7 +16,7 @@ from torch import Tensor
 from dive_fast.data.batch import Text
 from dive_fast.data.random_streams import Draw, stream
 from dive_fast.data.sources.source import Sample, Source, locate
-from dive_fast.errors import DataError
+from dive_fast.errors import DataError, naming
 from dive_fast.io.safe_read import parse_json, read_text
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def read_templates(name: str, key: str = "", content: str = "the class name") ->
     if name in ("imagenet", "simple"):
         shipped = {"imagenet": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
         return tuple(Template(template("{}")) for template in shipped[name])
-    try:
+    with naming(key):
         lines = [name] if "{}" in name else _templates_in(name, content)
         for line in lines:
             if "{}" not in line:
@@ -139,8 +139,6 @@ def read_templates(name: str, key: str = "", content: str = "the class name") ->
                 raise DataError(
                     f"{name}: template {line!r} has an unknown placeholder {field[0]}; use {{}} for {content}"
                 )
-    except DataError as error:
-        raise DataError(f"{key}: {error}" if key else str(error)) from error
     return tuple(Template(line) for line in lines)
 
 
@@ -396,7 +394,8 @@ def _text(name: str, contents: str) -> str:
     try:
         return read_text(locate(name), "utf-8-sig").rstrip()
     except (OSError, ValueError) as error:
-        raise DataError(f"{name}: cannot read {contents}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{name}: cannot read {contents}: {reason}") from error
 
 
 def _lines(name: str, text: str, contents: str) -> Sequence[str]:

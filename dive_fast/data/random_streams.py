@@ -14,6 +14,9 @@ class Draw(IntEnum):
     AUDIT = 3
     RANDOM_TEXT = 4
     SECOND_PROMPT = 5
+    FLIP = 6
+    CAPTION = 7
+    BALANCE = 8
 
 
 def stream(seed: int, purpose: Draw, first: int, second: int = 0) -> np.random.Generator:

@@ -1,18 +1,21 @@
 """Samples of a data set, independent of the loader: crops, texts, labels and the batches they form."""
 
+import copy
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Generic, Literal, TypeVar
+from collections.abc import Callable, Collection, Sequence
+from typing import Generic, Literal, Self, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from dive_fast.data.batch import EvaluationBatch, ReferenceBatch, TargetBatch, Text
+from dive_fast.data.captions import caption_counts
 from dive_fast.data.prompts import PooledAt, PromptTable, SecondPrompts, Tokenizer, pack
+from dive_fast.data.random_streams import Draw, stream
 from dive_fast.data.sources.source import Sample, Source
-from dive_fast.data.transforms import Crop, Preprocess, View, random_crop
+from dive_fast.data.transforms import Augmentation, Crop, Preprocess, View, random_crop
 from dive_fast.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -20,7 +23,8 @@ logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch", TargetBatch, ReferenceBatch, EvaluationBatch)
 Item = TypeVar("Item")
 SampleKey = tuple[int, int]
-"""(epoch, sample index). With the seed, it determines crop and text of a sample."""
+"""(epoch, sample index). With the seed, it determines crop and text of a sample. Repeats of a sample in one epoch
+have other numbers instead of the epoch."""
 MAX_REPLACEMENTS = 16
 """Consecutive unusable samples after which reading fails."""
 
@@ -30,6 +34,14 @@ class Samples(ABC, Generic[Batch]):
 
     def __init__(self, source: Source, preprocess: Preprocess) -> None:
         self.source, self.preprocess = source, preprocess
+        self.held_out: frozenset[int] = frozenset()
+        """Samples that never replace an unusable one."""
+
+    def without(self, held_out: Collection[int]) -> Self:
+        """The same samples, of which those held out never replace an unusable one."""
+        samples = copy.copy(self)
+        samples.held_out = frozenset(held_out)
+        return samples
 
     @abstractmethod
     def crop(self, sample_key: SampleKey, size: tuple[int, int]) -> Crop | None:
@@ -65,6 +77,8 @@ class Samples(ABC, Generic[Batch]):
         epoch, first = sample_key
         for sample in range(first, first + MAX_REPLACEMENTS):
             candidate = epoch, sample % len(self.source)
+            if candidate[1] in self.held_out and sample != first:
+                continue
             try:
                 return candidate, read(candidate)
             except DataError as error:
@@ -87,15 +101,16 @@ class TargetSamples(Samples[TargetBatch]):
         pooled_at: PooledAt,
         seed: int,
         second_prompts: SecondPrompts | None = None,
+        augmentation: Augmentation = Augmentation(),  # noqa: B008 - immutable
     ) -> None:
         super().__init__(source, preprocess)
         self.prompts, self.second_prompts = prompts, second_prompts
-        self.pooled_at, self.seed = pooled_at, seed
+        self.pooled_at, self.seed, self.augmentation = pooled_at, seed, augmentation
 
     def crop(self, sample_key: SampleKey, size: tuple[int, int]) -> Crop:
         """The random crop of a sample, which differs between epochs."""
         epoch, sample = sample_key
-        return random_crop(size, self.seed, sample, epoch)
+        return self.augmentation.crop(size, self.seed, sample, epoch)
 
     def batch(self, sample_keys: Sequence[SampleKey], images: Tensor) -> TargetBatch:
         """The batch of these samples; draws their prompts, and second prompts if the method needs them."""
@@ -119,7 +134,7 @@ class TargetSamples(Samples[TargetBatch]):
 
 
 class ReferenceSamples(Samples[ReferenceBatch]):
-    """Captioned images in the evaluation view, or in one of K fixed crops."""
+    """Captioned images in the evaluation view, or in one of K fixed crops, each with one of its captions."""
 
     def __init__(
         self,
@@ -129,10 +144,19 @@ class ReferenceSamples(Samples[ReferenceBatch]):
         pooled_at: PooledAt,
         seed: int,
         views: Literal["eval"] | int = "eval",
+        draws_captions: bool = False,
     ) -> None:
+        """Reads the pairs of a captioned set.
+
+        Args:
+            draws_captions: draw one of an image's captions in each epoch; otherwise the first is used.
+        """
         super().__init__(source, preprocess)
         self.tokenizer, self.pooled_at = tokenizer, pooled_at
         self.seed, self.views = seed, views
+        self.caption_counts = caption_counts(source) if draws_captions else None
+        """``(N,)``: the number of captions of each image; None: one each."""
+        self._packs_all_captions = False
         self._tokens = self._prepared_tokens()
 
     @property
@@ -145,22 +169,42 @@ class ReferenceSamples(Samples[ReferenceBatch]):
         epoch, sample = sample_key
         return None if self.views == "eval" else random_crop(size, self.seed, sample, epoch % self.num_views)
 
+    def with_all_captions(self) -> "ReferenceSamples":
+        """The same samples with all captions of each image in a batch's text, image by image."""
+        samples = copy.copy(self)
+        samples._packs_all_captions = True
+        return samples
+
+    def caption(self, sample_key: SampleKey) -> int:
+        """The number of the caption that is drawn for a sample: a pure function of (seed, sample, epoch)."""
+        if self.caption_counts is None:
+            return 0
+        epoch, sample = sample_key
+        count = int(self.caption_counts[sample])
+        return int(float(stream(self.seed, Draw.CAPTION, sample, epoch).random()) * count)
+
     def batch(self, sample_keys: Sequence[SampleKey], images: Tensor) -> ReferenceBatch:
         """The batch of these samples; tokenises their captions unless the prepared set has their tokens."""
         entries = self._entries(sample_keys)
         sample = torch.tensor([sample for _, sample in sample_keys])
+        captions = [self.caption(sample_key) for sample_key in sample_keys]
         return ReferenceBatch(
             images=images,
-            text=self._text(entries, sample),
+            text=self._text(entries, sample, captions),
             sample=sample,
             view=torch.tensor([epoch % self.num_views for epoch, _ in sample_keys]),
             keys=tuple(entry.key for entry in entries),
+            caption=None if self.caption_counts is None else torch.tensor(captions),
         )
 
-    def _text(self, entries: Sequence[Sample], sample: Tensor) -> Text:
+    def _text(self, entries: Sequence[Sample], sample: Tensor, captions: Sequence[int]) -> Text:
         if self._tokens is not None:
             return pack(self._tokens[sample].long(), self.pooled_at)
-        return pack(self.tokenizer([entry.texts[0] for entry in entries]), self.pooled_at)
+        if self._packs_all_captions and self.caption_counts is not None:
+            texts = [text for entry in entries for text in entry.texts]
+        else:
+            texts = [entry.texts[caption] for entry, caption in zip(entries, captions, strict=True)]
+        return pack(self.tokenizer(texts), self.pooled_at)
 
     def _prepared_tokens(self) -> Tensor | None:
         """The tokens of a prepared set, if this tokenizer gives equal tokens; otherwise None."""

@@ -4,7 +4,7 @@ Random numbers are counter-based (Philox): the crop of a sample does not depend 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -27,13 +27,16 @@ class Crop:
     left: int
     height: int
     width: int
+    is_flipped: bool = False
+    """Whether the resized crop is mirrored from left to right."""
 
 
 @dataclass(frozen=True)
 class View:
     """The part of an image that becomes a model's input, for loaders with their own decoder.
 
-    The loader crops the image to ``crop``, then resizes ``region`` of the crop to the model's size.
+    The loader crops the image to ``crop``, resizes ``region`` of the crop to the model's size, and mirrors the
+    result if the crop is flipped.
     """
 
     crop: Crop
@@ -48,6 +51,25 @@ ASPECT_RATIO = (3 / 4, 4 / 3)
 """Aspect ratios (width / height) of random crops."""
 ATTEMPTS = 10
 """Random crops that are drawn before the central crop is used."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of training images."""
+
+    crop_scale: tuple[float, float] = TRAIN_SCALE
+    """Range of a crop's fraction of the image's area."""
+    horizontal_flip: float = 0.0
+    """Probability that an image is mirrored from left to right."""
+
+    def crop(self, size: tuple[int, int], seed: int, sample: int, epoch: int) -> Crop:
+        """The crop of an image of ``size`` (height, width): a pure function of (seed, sample, epoch)."""
+        crop = random_crop(size, seed, sample, epoch, self.crop_scale)
+        # A stream of its own, so that the crops do not depend on the probability.
+        is_flipped = bool(self.horizontal_flip) and (
+            float(stream(seed, Draw.FLIP, sample, epoch).random()) < self.horizontal_flip
+        )
+        return replace(crop, is_flipped=is_flipped)
 
 
 def random_crop(
@@ -123,7 +145,8 @@ class Preprocess:
         if crop is None:
             return self._evaluation(image)
         image = image.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
-        return image.resize(self.size[::-1], self.resampling).convert("RGB")
+        resized = image.resize(self.size[::-1], self.resampling).convert("RGB")
+        return resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.is_flipped else resized
 
     def to_tensor(self, image: Image.Image) -> Tensor:
         """The normalised tensor, ``(3, H, W)`` fp32, of an image that :meth:`transform` returned."""

@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.context import ForkContext
@@ -73,19 +74,21 @@ def in_workers(
             "worker_init_fn": _initialize_worker,
             "multiprocessing_context": FORK,
         }
-    loader: DataLoader[Any] = DataLoader(
-        _TaskDataset(function),
-        sampler=tasks,  # type: ignore[arg-type]
-        batch_size=None,
-        collate_fn=_identity,
-        num_workers=workers,
-        pin_memory=pin,
-        # A generator of its own, since the default one holds the random state of a resumed run.
-        generator=torch.Generator(),
-        **options,
-    )
     try:
-        with forking(), _blocking_signals():
+        with warnings.catch_warnings(), forking(), _blocking_signals():
+            # More workers than cores are no mistake: they wait for disks.
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            loader: DataLoader[Any] = DataLoader(
+                _TaskDataset(function),
+                sampler=tasks,  # type: ignore[arg-type]
+                batch_size=None,
+                collate_fn=_identity,
+                num_workers=workers,
+                pin_memory=pin,
+                # A generator of its own, since the default one holds the random state of a resumed run.
+                generator=torch.Generator(),
+                **options,
+            )
             results = iter(loader)
     except (OSError, RuntimeError) as error:
         raise machine_error(error) or error from error

@@ -45,11 +45,14 @@ class Options:
     """Measure sets again even if the results have them."""
 
 
-def open_all(sets: Mapping[str, EvaluationSet], ranks: Ranks, skip_missing: bool = False) -> Opened:
+def open_all(
+    sets: Mapping[str, EvaluationSet], ranks: Ranks, skip_missing: bool = False, place: str = "evaluate.sets"
+) -> Opened:
     """Opens every set before a model is built, so that a wrong path is reported within seconds.
 
     Args:
         skip_missing: leave out sets that cannot be opened, with a message, instead of raising.
+        place: config section of the sets, for messages; empty where they are not those of a config.
 
     Raises:
         ConfigError, DataError: as :func:`dive_fast.evaluate.datasets.resolve.open_evaluation`.
@@ -57,7 +60,7 @@ def open_all(sets: Mapping[str, EvaluationSet], ranks: Ranks, skip_missing: bool
     opened: Opened = {}
     for name, config in sets.items():
         try:
-            opened |= open_sets({name: config}, ranks)
+            opened |= open_sets({name: config}, ranks, place)
         except DataError as error:
             if not skip_missing:
                 raise
@@ -90,16 +93,17 @@ def measure_all(
     with ranks.raise_on_all(UserError):
         common = features_identity(towers, tokenizer, ranks.device) if ranks.is_main else {}
         scale = float(towers.scale().detach())
-        local = _identities(common, opened, options, head, scale) if ranks.is_main else {}
+        named = common | {"precision": common["precision"] | {"named": options.precision}} if ranks.is_main else {}
+        local = identities(named, opened, head, scale) if ranks.is_main else {}
         if ranks.is_main and head is not None and head.trained_with not in ("", common["model"]["weights"]):
             logger.warning(
                 "%s: the head was trained with other weights than these; it may not classify their features well",
                 options.label,
             )
-    identities: dict[str, Identity] = ranks.broadcast(local)
+    identity_of: dict[str, Identity] = ranks.broadcast(local)
     rows: list[Row] = []
     for name, data in opened.items():
-        identity = identities[name]
+        identity = identity_of[name]
         fields = set_fields[name] | {"prompts_digest": identity["classes"].get("prompts", "")}
         key = digest(identity)
         metric = str(fields["metric"])
@@ -150,23 +154,20 @@ def measure_all(
     return rows
 
 
-def _identities(
-    common: Identity, opened: Opened, options: Options, head: Head | None, scale: float
-) -> dict[str, Identity]:
+def identities(features: Identity, opened: Opened, head: Head | None, scale: float) -> dict[str, Identity]:
     """The identity of each set's metrics.
 
     Args:
-        common: identity of the model's features.
+        features: identity of the model's features.
         scale: the model's logit scale, with its bound.
     """
-    common = common | {"precision": common["precision"] | {"named": options.precision}}
-    identities = {}
+    identity_of = {}
     for name, data in opened.items():
         rows = None
         if head is not None and isinstance(data, Labelled):
             rows = select_head_rows(head, data.class_names, data.imagenet_rows)
-        identities[name] = common | _set_identity(data, rows, scale)
-    return identities
+        identity_of[name] = features | _set_identity(data, rows, scale)
+    return identity_of
 
 
 def _set_identity(data: Labelled | Captioned, head: HeadRows | None, scale: float) -> Identity:

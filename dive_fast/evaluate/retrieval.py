@@ -10,6 +10,7 @@ from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 from dive_fast.evaluate.datasets.evaluation_set import BROKEN, Captioned, StrictSamples, progress
 from dive_fast.evaluate.scores import recall_at
+from dive_fast.model.features import Pairs
 from dive_fast.model.towers import Towers, unit
 
 CUT_OFFS = (1, 5, 10)
@@ -96,6 +97,30 @@ def recalls(
     return shares, len(kept), left_out
 
 
+def paired_recalls(pairs: Pairs, captions: Tensor, ranks: Ranks, block: int) -> dict[str, float]:
+    """Recall at 1 among pairs in both directions; all ranks call it.
+
+    Pairs of equal captions are right for each other. Ties are ranked in the order of the set.
+
+    Args:
+        pairs: unit rows ``(N, D)``.
+        captions: ``(N,)``, the number of each pair's caption, counted from 0 by first occurrence.
+        block: queries whose similarities are in memory at once.
+    """
+    first_row: dict[int, int] = {}
+    for row, number in enumerate(captions.tolist()):
+        first_row.setdefault(number, row)
+    first = torch.tensor(list(first_row.values()), device=captions.device)
+    # Equal captions get one embedding: rows of different batches may differ in their last bits.
+    texts = pairs.text[first]
+    each_text, each_image = (torch.arange(len(rows), device=captions.device) for rows in (texts, pairs.image))
+    positions = {
+        "image_to_text": _positions(pairs.image, texts, each_text, captions, each_text, block, ranks),
+        "text_to_image": _positions(texts[captions], pairs.image, each_image, captions, captions, block, ranks),
+    }
+    return {f"{direction}_r1": recall_at(rows, (1,))[0] for direction, rows in positions.items()}
+
+
 def _positions(
     queries: Tensor,
     rows: Tensor,
@@ -111,7 +136,7 @@ def _positions(
         queries: ``(Q, D)``
         rows: ``(R, D)``, embeddings of the distinct answers.
         row_of: ``(A,)``, the row of each answer.
-        query_image, answer_image: ``(Q,)`` and ``(A,)``, the image that each belongs to.
+        query_image, answer_image: ``(Q,)`` and ``(A,)``, the image or caption that each belongs to.
         block: queries whose similarities are in memory at once.
     """
     positions = torch.zeros(len(queries), dtype=torch.int64, device=ranks.device)

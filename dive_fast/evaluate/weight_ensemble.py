@@ -88,7 +88,9 @@ def ensemble(
         # Steps that fail on a typo come before those that take minutes.
         opened = open_sets(config.evaluate.sets, ranks)
         trained = head_of(weights)
-        templates = () if trained is None else read_templates(config.data.target.templates)
+        templates = (
+            () if trained is None else read_templates(config.data.target.templates, "data.target.templates")
+        )
         model = towers.create(config.model)
         tokenizer = towers.tokenizer_of(config.model)
         pretrained = {name: tensor.clone() for name, tensor in model.export(model.state_dict()).items()}

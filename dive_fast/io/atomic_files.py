@@ -1,5 +1,8 @@
 """Atomic writes: a file appears under its name when it is complete, or not at all."""
 
+import errno
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,3 +43,23 @@ def new_file(path: Path) -> BinaryIO:
     """Creates a file and replaces any other at its path; a link in a folder from others is not written through."""
     path.unlink(missing_ok=True)
     return path.open("xb")
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A new folder that appears under its name when it is complete, or not at all.
+
+    Raises:
+        FileExistsError: there is something under its name.
+    """
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    partial = path.with_name(f".partial-{path.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -11,6 +11,7 @@ class Contrastive(TargetLoss):
     """The contrastive loss of images and texts, Eq. 1; pairs of one class stay negatives of each other."""
 
     name, title = "contrastive", "contrastive"
+    loss_metric = "contrastive_loss"
 
     def loss(
         self, outputs: Outputs, labels: Tensor, group: Group = None, teacher: TeacherOutputs | None = None

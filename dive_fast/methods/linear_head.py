@@ -10,6 +10,7 @@ class CrossEntropy(TargetLoss):
     """Cross-entropy of a linear head's logits; the text tower does not run."""
 
     name, title = "cross_entropy", "cross-entropy"
+    loss_metric = "cross_entropy"
     needs_texts = False
     needs_head = True
 

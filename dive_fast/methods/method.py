@@ -40,6 +40,10 @@ Forward = Callable[[Tensor], Outputs]
 """Images of a half -> outputs of the student, differentiable by the images; text features without gradient."""
 
 
+Teacher = Literal["none", "frozen", "moving"]
+"""The copy of both towers that embeds the target batch."""
+
+
 class Loss(NamedTuple):
     """A loss, ``()``, with gradient, and metrics to log, ``()`` each on the device, without.
 
@@ -132,7 +136,7 @@ class Needs(NamedTuple):
     """The text tower runs on the reference half."""
     second_prompts: bool
     """A second prompt for each image of the target half."""
-    target_teacher: Literal["none", "frozen", "moving"]
+    target_teacher: Teacher
     """A copy of both towers that embeds the target batch."""
     sequential: bool
     """Separate forwards of both halves, since a part changes weights for its half alone."""
@@ -264,10 +268,12 @@ class TargetLoss(Part):
     needs_head: ClassVar[bool] = False
     """A linear head over the classes; its options are those of ``Options`` if it extends :class:`HeadOptions`,
     otherwise their defaults."""
-    teacher: ClassVar[Literal["none", "frozen", "moving"]] = "none"
+    teacher: ClassVar[Teacher] = "none"
     needs_classes: ClassVar[bool] = False
     """Whether labels are classes; a set of prompts without classes is refused. A head needs classes too."""
     needs_second_prompts: ClassVar[bool] = False
+    loss_metric: ClassVar[str | None] = None
+    """The logged metric that is the loss of this class, not of its subclasses; None where it has further terms."""
 
     def second_templates(self) -> "tuple[Template, ...]":
         """Templates of second prompts, where ``needs_second_prompts``: sentences with ``{}`` for a prompt.

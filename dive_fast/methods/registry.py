@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Mapping
 from functools import cache
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from pydantic import ValidationError
 
@@ -20,13 +20,24 @@ from dive_fast.config.explain import nearest_key, shorten_json
 from dive_fast.config.schema import ObjectiveConfig
 from dive_fast.config.section import KeyedError, Section
 from dive_fast.errors import ConfigError, nearest, warn_on_main_rank
-from dive_fast.methods.method import Method, Needs, Part, Preset, ReferenceLoss, Setting, TargetLoss, needs_of
+from dive_fast.methods.method import (
+    Method,
+    Needs,
+    Part,
+    Preset,
+    ReferenceLoss,
+    Setting,
+    TargetLoss,
+    Teacher,
+    needs_of,
+)
 
 NONE = "none"
 """The name of no reference loss."""
 COMMON = ("name", "weight", "reference_every", "target", "reference")
 """Keys of ``objective`` that are options of no part."""
 HALVES = ("target", "reference")
+TEACHERS = get_args(Teacher)
 
 
 class Table(NamedTuple):
@@ -67,7 +78,13 @@ class Choice(NamedTuple):
 
 @cache
 def table() -> Table:
-    """All parts and presets."""
+    """All parts and presets, with those of :func:`add`."""
+    shipped = _shipped()
+    return Table(dict(shipped.targets), dict(shipped.references), dict(shipped.presets))
+
+
+@cache
+def _shipped() -> Table:
     known = Table({}, {}, {})
     for module in sorted(pkgutil.iter_modules(methods.__path__), key=lambda module: module.name):
         known = _extended(known, importlib.import_module(f"{methods.__name__}.{module.name}"))
@@ -79,7 +96,8 @@ def add(module: ModuleType) -> None:
     """Adds the parts and presets of a module from outside of this folder, for configs read after it.
 
     Raises:
-        ValueError: a name exists already, or a preset names a part that does not; nothing is added.
+        ValueError: a name exists already or cannot be used, a part's teacher is unknown, or a preset names a part
+            that does not exist; nothing is added.
     """
     extended = _extended(table(), module)
     _check(extended)
@@ -108,7 +126,15 @@ def _extended(known: Table, module: ModuleType) -> Table:
 
 
 def _check(known: Table) -> None:
-    """Validates that the presets name parts that exist, and that their options are unambiguous."""
+    """Validates names and teachers of the parts, and that presets name parts with unambiguous options."""
+    if NONE in known.references:
+        raise ValueError(f"a reference loss named {NONE}: a config says so for no reference loss; rename it")
+    for loss in (*known.targets.values(), *known.references.values()):
+        if "name" in loss.Options.model_fields:
+            raise ValueError(f"loss {loss.name}: an option called name: a config names the loss so; rename it")
+    for target in known.targets.values():
+        if target.teacher not in TEACHERS:
+            raise ValueError(f"loss {target.name}: teacher = {target.teacher!r}: expected {', '.join(TEACHERS)}")
     for preset in known.presets.values():
         parts: list[type[Part] | None] = [known.targets.get(preset.target)]
         parts += [] if preset.reference is None else [known.references.get(preset.reference)]
@@ -430,6 +456,20 @@ def needs(objective: ObjectiveConfig) -> Needs:
         ConfigError: an unknown name or option.
     """
     return _choose(objective).needs
+
+
+def is_shipped(objective: ObjectiveConfig) -> bool:
+    """Whether a new process knows the method that an ``objective`` section chooses, without :func:`add`.
+
+    Raises:
+        ConfigError: an unknown name or option.
+    """
+    choice, shipped = _choose(objective), _shipped()
+    parts = [shipped.targets.get(choice.target.name) is choice.target]
+    parts += (
+        [] if choice.reference is None else [shipped.references.get(choice.reference.name) is choice.reference]
+    )
+    return all(parts) and (objective.name is None or objective.name in shipped.presets)
 
 
 def create(

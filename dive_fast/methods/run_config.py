@@ -26,11 +26,13 @@ class RunConfig(Config):
         method = f"objective.name = {objective.name}" if objective.name else "this objective"
         if needs.reference and self.data.reference is None:
             raise KeyedError("data.reference", f"data.reference: {method} needs a reference set; name one")
-        if needs.classes and self.data.target.format == "csv":
+        target = self.data.target
+        if needs.classes and target.has_prompts:
+            key, value = ("format", "csv") if target.format == "csv" else ("text_column", target.text_column)
             raise KeyedError(
-                "data.target.format",
-                f"data.target.format = csv has prompts and no classes, which {method} needs; "
-                "take folder, webdataset or prepared",
+                f"data.target.{key}",
+                f"data.target.{key} = {value} has prompts and no classes, which {method} needs; "
+                + ("take folder, webdataset or prepared" if key == "format" else "set label_column instead"),
             )
         return self.model_copy(update={"objective": objective})
 

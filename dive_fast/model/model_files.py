@@ -274,7 +274,7 @@ def _describe_archive(path: Path) -> str | None:
 
 def _describe_names(names: set[str]) -> str | None:
     if any(name.startswith("vision_model.") for name in names):
-        return "weights in transformers' format; use open_clip's file of the model, e.g. model.name = hf-hub:..."
+        return "weights in transformers' format; name their folder, with its config.json: model.name = hf:FOLDER"
     if names == {"weight", "bias"}:
         return "a classification head; name the model.safetensors next to it"
     if any(".lora_" in name for name in names):

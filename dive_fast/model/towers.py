@@ -1,12 +1,13 @@
 """Models of open_clip as two towers: construction, weights, tokenizers, and features of images and texts."""
 
 import contextlib
+import copy
 import difflib
 import logging
 import math
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from dive_fast.io.atomic_files import atomic_path
 from dive_fast.io.safe_read import forbid_code_execution
 from dive_fast.kernels.naive import unit
 from dive_fast.model.features import Features
+from dive_fast.model.huggingface import import_model, siglip_tower
+from dive_fast.model.huggingface.hub_files import SCHEME
+from dive_fast.model.huggingface.import_model import ForeignModel
 from dive_fast.model.model_files import (
     DESCRIPTION,
     PREPROCESS_KEYS,
@@ -45,7 +49,7 @@ __all__ = ["Features", "Towers", "create", "tokenizer_of", "unit"]
 
 LOCAL = "local-dir:"
 """Prefix of the names of models in a local folder."""
-BRING_WEIGHTS = ("hf-hub:", LOCAL)
+BRING_WEIGHTS = ("hf-hub:", LOCAL, SCHEME)
 """Prefixes of the names of models that include weights."""
 TEXT_MULTIPLE = 8
 """On a GPU and in compiled towers, lengths of trimmed texts are multiples of this many tokens. Matrices whose
@@ -297,6 +301,25 @@ def _fp32_log(bound: float) -> float:
     return float(torch.tensor(math.log(bound), dtype=torch.float32))
 
 
+def named(name: str, pretrained: str | None = None) -> ModelConfig:
+    """The config of a model by a name, or by its folder: a run, or a model of open_clip or transformers.
+
+    Args:
+        pretrained: open_clip's tag or a file of weights, for a name that does not include weights.
+
+    Raises:
+        ConfigError: the folder is not a model.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        schemes = ((DESCRIPTION, LOCAL), ("config.json", SCHEME))
+        scheme = next((scheme for file, scheme in schemes if (folder / file).is_file()), None)
+        if scheme is None:
+            raise ConfigError(f"{folder} is not a model: it has neither {DESCRIPTION} nor a config.json")
+        name = f"{scheme}{folder}"
+    return ModelConfig(name=name, pretrained=pretrained)
+
+
 def create(config: ModelConfig, weights: bool = True) -> Towers:
     """Builds a model with its pre-trained weights in fp32 on the CPU.
 
@@ -315,6 +338,7 @@ def create(config: ModelConfig, weights: bool = True) -> Towers:
     pretrained = config.pretrained if load_weights else None
     preprocess_cfg, is_described = _preprocess_cfg(config, name)
     path = None if config.pretrained is None else Path(config.pretrained)
+    foreign = _foreign(config, load_weights)
     try:
         with (
             forbid_code_execution(),
@@ -323,25 +347,32 @@ def create(config: ModelConfig, weights: bool = True) -> Towers:
             warnings.catch_warnings(),
         ):
             warnings.filterwarnings("ignore", "QuickGELU mismatch")  # _warn_about_weights reports it
-            model = open_clip.create_model(
-                name,
-                pretrained,
-                precision="fp32",
-                force_custom_text=True,
-                force_preprocess_cfg=preprocess_cfg,
-                require_pretrained=load_weights,
-                load_weights=load_weights,
-                pretrained_text=load_weights,
-            )
+            if foreign is None:
+                siglip_tower.register(_timm_name(name))
+                model = open_clip.create_model(
+                    name,
+                    pretrained,
+                    precision="fp32",
+                    force_custom_text=True,
+                    force_preprocess_cfg=preprocess_cfg,
+                    require_pretrained=load_weights,
+                    load_weights=load_weights,
+                    pretrained_text=load_weights,
+                )
+            else:
+                model = foreign.build()
+                if load_weights:
+                    model.load_state_dict(foreign.weights(model))
     except Exception as error:  # torch, safetensors, pickle and transformers raise errors of many types
         description = describe_foreign_file(path) if path is not None and path.is_file() else None
         reason = _one_line(error) if description is None else f"it is {description}"
         raise ConfigError(f"model: cannot load {config.name} ({config.pretrained}): {reason}") from error
     if hasattr(model, "text_decoder"):
         raise ConfigError(f"model.name: {config.name} has a text decoder; only two-tower models can be tuned")
-    towers = Towers(model, _original_names(name, frozenset(model.state_dict())))
+    model_cfg = open_clip.get_model_config(name) if foreign is None else copy.deepcopy(foreign.model_cfg)
+    towers = Towers(model, _original_names(model_cfg or {}, frozenset(model.state_dict())))
     towers.logit_scale_max = config.logit_scale_max
-    towers.config, towers.model_cfg = config, open_clip.get_model_config(name)
+    towers.config, towers.model_cfg = config, model_cfg
     if load_weights:
         current_scale = float(towers.logit_scale.detach().exp().max())
         if config.logit_scale_max is not None and current_scale > config.logit_scale_max * (1 + 1e-6):
@@ -370,6 +401,7 @@ def check(config: ModelConfig, weights: bool = True) -> None:
             )
         if name.startswith(LOCAL):
             _check_folder(config, Path(name.removeprefix(LOCAL)), weights and not config.random)
+        _foreign(config, weights and not config.random)
         return
     models = open_clip.list_models()
     if name not in models:
@@ -394,6 +426,32 @@ def check(config: ModelConfig, weights: bool = True) -> None:
             f"model: cannot load {config.name} ({pretrained}): {pretrained} is no known tag or valid file path: "
             + valid
         )
+
+
+def _foreign(config: ModelConfig, weights: bool) -> ForeignModel | None:
+    """The description of a model in transformers' format; None for other models.
+
+    Args:
+        weights: whether the weights will be loaded.
+
+    Raises:
+        ConfigError: there is no such model, or open_clip has no counterpart.
+    """
+    if not config.name.startswith(SCHEME):
+        return None
+    try:
+        return import_model.read(config.name, weights)
+    except ValueError as error:
+        raise ConfigError(f"model: cannot load {config.name}: {error}") from error
+
+
+def _timm_name(name: str) -> str | None:
+    """timm's name of the image tower in the description of a folder."""
+    if not name.startswith(LOCAL):
+        return None
+    described = read_description(Path(name.removeprefix(LOCAL)))
+    vision = {} if described is None else described.model_cfg.get("vision_cfg")
+    return vision.get("timm_model_name") if isinstance(vision, Mapping) else None
 
 
 def _check_folder(config: ModelConfig, folder: Path, weights: bool) -> None:
@@ -465,11 +523,16 @@ def read_weights(config: ModelConfig, path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such checkpoint")
+    foreign = _foreign(config, weights=False)
     try:
         with forbid_code_execution(), _without_warnings_about_random_weights():
-            model = open_clip.create_model(
-                _name(config), None, precision="fp32", load_weights=False, pretrained_text=False
-            )
+            siglip_tower.register(_timm_name(_name(config)))
+            if foreign is None:
+                model = open_clip.create_model(
+                    _name(config), None, precision="fp32", load_weights=False, pretrained_text=False
+                )
+            else:
+                model = foreign.build(custom_text=False)
             open_clip.load_checkpoint(model, str(path))
     except Exception as error:  # errors of many types
         description = describe_foreign_file(path)
@@ -490,9 +553,14 @@ def tokenizer_of(config: ModelConfig, text_length: int | None = None) -> Tokeniz
     Raises:
         ConfigError: the tokenizer cannot be loaded.
     """
+    foreign = _foreign(config, weights=False)
     try:
         with forbid_code_execution():
-            tokenizer: Tokenizer = open_clip.get_tokenizer(_name(config), context_length=text_length)
+            tokenizer: Tokenizer = (
+                open_clip.get_tokenizer(_name(config), context_length=text_length)
+                if foreign is None
+                else foreign.tokenizer(text_length)
+            )
     except Exception as error:  # errors of many types
         raise ConfigError(f"model.name: cannot load the tokenizer of {config.name}: {_one_line(error)}") from error
     return quick_bpe(tokenizer)  # type: ignore[no-any-return]
@@ -515,9 +583,8 @@ def _pooled_at(text: Any) -> PooledAt:
     return "argmax" if pool == "argmax" else int(text.eos_id) if pool == "eos" else None
 
 
-def _original_names(name: str, custom: frozenset[str]) -> frozenset[str]:
+def _original_names(config: Mapping[str, Any], custom: frozenset[str]) -> frozenset[str]:
     """The parameter names of this model in open_clip without ``force_custom_text``."""
-    config = open_clip.get_model_config(name) or {}
     text_config = config.get("text_cfg", {})
     if config.get("custom_text") or "hf_model_name" in text_config or "multimodal_cfg" in config:
         return custom

@@ -83,6 +83,13 @@ def choose_in_subprocess(config: Config, ranks: int, gpu: str) -> str:
     Raises:
         ConfigError: the config cannot be planned.
     """
+    from dive_fast.methods import registry
+
+    if not registry.is_shipped(config.objective):
+        raise ConfigError(
+            "train.schedule = auto: planning runs in a new process, which does not know this objective's method, "
+            "added by registry.add; name the schedule: sequential or joint"
+        )
     inherited = {
         name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     }

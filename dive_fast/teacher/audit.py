@@ -35,8 +35,8 @@ class Audit:
 
     def __str__(self) -> str:
         return (
-            f"{self.pairs} pairs embedded again: image rows differ by {self.image_mean:.1e} on average, "
-            f"{self.image_max:.1e} at most, text rows by {self.text_mean:.1e} and {self.text_max:.1e}"
+            f"{self.pairs} pairs embedded again differ by at most {self.image_max:.1e} (image rows) and "
+            f"{self.text_max:.1e} (text rows)"
         )
 
     def within(self, tolerance: float) -> bool:

@@ -36,7 +36,10 @@ def reference_samples(config: Config, source: Source, towers: Towers) -> Referen
     data = config.data.reference
     assert data is not None
     tokenizer = tokenizer_of(config.model, data.text_length)
-    return ReferenceSamples(source, tokenizer, towers.preprocess, towers.pooled_at, config.train.seed, data.views)
+    draws = data.captions == "lines"
+    return ReferenceSamples(
+        *(source, tokenizer, towers.preprocess, towers.pooled_at, config.train.seed, data.views, draws)
+    )
 
 
 def open_teacher(config: Config, folder: Path, towers: Towers, samples: ReferenceSamples, ranks: Ranks) -> Teacher:
@@ -52,11 +55,11 @@ def open_teacher(config: Config, folder: Path, towers: Towers, samples: Referenc
     if config.teacher.mode == "online":
         return OnlineTeacher(copy.deepcopy(towers), ranks)
     path = cache_folder(config.teacher, folder)
-    if not store.is_there(path) and ranks.is_main:
-        logger.warning("no teacher cache in %s: embedding the reference set once before training", path)
+    if not store.is_there(path):
+        ranks.print(f"teacher cache: embedding the reference set once, into {path}")
     teacher, result = open_cache(config, path, towers, samples, ranks)
     if ranks.is_main and result is not None:
-        ranks.print(f"teacher cache {path}: {result}")
+        ranks.print(f"teacher cache {path} is valid: {result}")
         folder.mkdir(parents=True, exist_ok=True)
         write_audit(folder / "audit.json", result)
     return teacher

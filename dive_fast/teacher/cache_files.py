@@ -1,12 +1,14 @@
 """The files of a teacher cache: rows of both towers in blocks, each block with a checksum.
 
 ``image.npy`` is ``(views * N, D)``, view by view: the row of a sample is ``view * N + sample``. ``text.npy`` is
-``(N, D)``. A block is BLOCK consecutive samples of one view, their captions with the first view.
+``(N, D)``. If images have several captions, it has the rows of all captions, image by image, and ``captions.npy``
+has their numbers, ``(N,)``. A block is BLOCK consecutive samples of one view, their captions with the first view.
 
 An unfinished cache has another name. Each rank records every written block in its own journal, after the rows are
 on disk; an interrupted run resumes with the blocks that are in no journal, on any number of ranks.
 """
 
+import hashlib
 import json
 import math
 import mmap
@@ -15,7 +17,9 @@ import shutil
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from dataclasses import replace as replace_fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -28,7 +32,7 @@ from dive_fast.io.safe_read import inside, map_array, read_json
 
 FORMAT = 4
 BLOCK = 1024
-MANIFEST, CHECKSUMS = "cache.json", "checksums.npy"
+MANIFEST, CHECKSUMS, CAPTIONS = "cache.json", "checksums.npy", "captions.npy"
 HALVES = ("image", "text")
 COMPUTED = "computed"
 """Origin of a cache embedded by this project; the origin of an adopted cache names the folder of its files."""
@@ -53,6 +57,32 @@ class Layout:
     width: int
     dtype: str
     """``float32`` or ``float16``."""
+    texts: int | None = None
+    """Number of all captions; None: one per sample."""
+    caption_counts: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
+    """``(N,)``: captions of each sample, where samples have several."""
+
+    @classmethod
+    def of(
+        cls, samples: int, views: int, width: int, dtype: str, caption_counts: NDArray[np.int64] | None
+    ) -> "Layout":
+        """The layout for samples with these numbers of captions; None: one each."""
+        if caption_counts is None:
+            return cls(samples, views, width, dtype)
+        return cls(samples, views, width, dtype, int(caption_counts.sum()), caption_counts)
+
+    @cached_property
+    def first_texts(self) -> NDArray[np.int64]:
+        """``(N + 1,)``: the row of each sample's first caption, and the number of rows."""
+        counts = np.ones(self.samples, np.int64) if self.caption_counts is None else self.caption_counts
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+
+    @property
+    def tree(self) -> dict[str, Any]:
+        """The sizes and dtype, for the manifest."""
+        tree: dict[str, Any] = {"samples": self.samples, "views": self.views}
+        tree |= {"width": self.width, "dtype": self.dtype}
+        return tree if self.texts is None else tree | {"texts": self.texts}
 
     @property
     def blocks_per_view(self) -> int:
@@ -70,13 +100,16 @@ class Layout:
 
     def shape(self, half: str) -> tuple[int, int]:
         """Shape of the array of a half."""
-        return (self.samples * (self.views if half == "image" else 1), self.width)
+        if half == "text":
+            return (self.samples if self.texts is None else self.texts, self.width)
+        return (self.samples * self.views, self.width)
 
     def rows(self, half: str, block: int) -> range:
         """Rows of a block in the array of a half; empty for texts of later views."""
         view, samples = self.view_and_samples(block)
         if half == "text":
-            return samples if view == 0 else range(0)
+            first, end = self.first_texts[samples.start], self.first_texts[samples.stop]
+            return range(int(first), int(end)) if view == 0 else range(0)
         first = view * self.samples + samples.start
         return range(first, first + len(samples))
 
@@ -123,7 +156,10 @@ def create(
             # Allocated now, since a disk that fills up under a memory map hours later kills the process.
             os.posix_fallocate(file.fileno(), 0, file.tell() + shape[0] * shape[1] * dtype.itemsize)
     manifest = {"format": FORMAT, "origin": origin, "modified": modified}
-    manifest |= {"layout": asdict(layout), "fingerprint": fingerprint}
+    manifest |= {"layout": layout.tree, "fingerprint": fingerprint}
+    if layout.caption_counts is not None:
+        with new_file(folder / CAPTIONS) as file:
+            np.save(file, layout.caption_counts)
     # Written last: a folder with a manifest can be resumed.
     write_json(folder / MANIFEST, manifest)
 
@@ -156,12 +192,12 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _layout(tree: dict[str, Any]) -> Layout:
-    minima = {"samples": 0, "views": 1, "width": 1}
+    minima = {"samples": 0, "views": 1, "width": 1} | ({"texts": 0} if "texts" in tree else {})
     # The exact type, since True is an instance of int.
     sizes = [(tree.get(name), minimum) for name, minimum in minima.items()]
-    if len(tree) != 4 or any(type(size) is not int or size < minimum for size, minimum in sizes):
+    if len(tree) != len(sizes) + 1 or any(type(size) is not int or size < minimum for size, minimum in sizes):
         raise ValueError("layout: expected samples, views, width and dtype, the first three as counts")
-    if max(tree["samples"], 1) * tree["views"] * tree["width"] >= 2**60:
+    if max(tree["samples"], tree.get("texts", 0), 1) * tree["views"] * tree["width"] >= 2**60:
         raise ValueError("layout: more rows than fit on a disk")
     if tree.get("dtype") not in ("float32", "float16"):
         raise ValueError("layout.dtype: expected float32 or float16")
@@ -278,6 +314,8 @@ class Store:
                     # Rows are read in random order; without this, each read loads 128 KiB of neighbors as well.
                     rows._mmap.madvise(mmap.MADV_RANDOM)
             self._checksums = map_array(inside(folder, CHECKSUMS))
+            if self.layout.texts is not None:
+                self.layout = replace_fields(self.layout, caption_counts=self._caption_counts())
         except (OSError, ValueError) as error:
             raise StaleCacheError(f"teacher cache {folder}: a file is damaged: {error}; rebuild it") from error
         expected: dict[str, Any] = {half: (self.layout.shape(half), self.layout.dtype) for half in HALVES}
@@ -287,17 +325,32 @@ class Store:
             raise StaleCacheError(f"teacher cache {folder}: its arrays do not match its {MANIFEST}; rebuild it")
         self._verified = np.zeros((len(self.layout.blocks), len(HALVES)), bool)
 
-    def read(self, half: str, sample: NDArray[np.int64], view: NDArray[np.int64], out: NDArray[Any]) -> None:
+    def read(
+        self,
+        half: str,
+        sample: NDArray[np.int64],
+        view: NDArray[np.int64],
+        out: NDArray[Any],
+        caption: NDArray[np.int64] | None = None,
+    ) -> None:
         """Copies the rows of ``sample`` and ``view``, ``(B,)`` each, into ``out``, ``(B, D)``.
+
+        Args:
+            view: not used for texts.
+            caption: ``(B,)``, the number of the caption of each sample; None: the first; not used for images.
 
         Raises:
             StaleCacheError: bytes of these blocks have changed since they were written.
         """
+        layout = self.layout
         view = view if half == "image" else np.zeros_like(view)
         if self._verify:
-            for block in self._unverified(half, view * self.layout.blocks_per_view + sample // BLOCK):
+            for block in self._unverified(half, view * layout.blocks_per_view + sample // BLOCK):
                 self._check(half, block)
-        rows = view * self.layout.samples + sample
+        rows = view * layout.samples + sample
+        if half == "text":
+            rows = layout.first_texts[sample] + (0 if caption is None else caption)
+            assert (rows < layout.first_texts[sample + 1]).all()
         assert len(rows) == 0 or 0 <= rows.min() <= rows.max() < len(self._rows[half])
         self._prefetch(half, rows)
         # With mode "raise" numpy gathers into a temporary array and copies it.
@@ -313,7 +366,7 @@ class Store:
             memory._mmap.madvise(mmap.MADV_WILLNEED, start, begin + stride - start)
 
     def rows(self, half: str) -> NDArray[Any]:
-        """All rows of a half, ``(views * N, D)`` or ``(N, D)``, memory-mapped; not verified."""
+        """All rows of a half, in the shape of its file, memory-mapped; not verified."""
         # Not the map that is advised for random reads: callers read all rows in order.
         return np.load(self.folder / f"{half}.npy", mmap_mode="r")
 
@@ -326,6 +379,19 @@ class Store:
         for half in HALVES:
             for block in self.layout.blocks:
                 self._check(half, block)
+
+    def _caption_counts(self) -> NDArray[np.int64]:
+        """The number of captions of each sample.
+
+        Raises:
+            ValueError: the file is not the one that the cache was written with.
+        """
+        counts = np.array(map_array(inside(self.folder, CAPTIONS)))
+        if (counts.shape, counts.dtype.name) != ((self.layout.samples,), "int64"):
+            raise ValueError(f"{CAPTIONS} is not the array of {MANIFEST}")
+        if counts_digest(counts) != self.fingerprint.get("captions") or int(counts.sum()) != self.layout.texts:
+            raise ValueError(f"{CAPTIONS} has changed since it was written")
+        return counts
 
     def _unverified(self, half: str, blocks: NDArray[np.int64]) -> Iterator[int]:
         verified = self._verified[:, HALVES.index(half)]
@@ -342,6 +408,11 @@ class Store:
                 "written, by the disk or a copy; rebuild it"
             )
         self._verified[block, column] = True
+
+
+def counts_digest(counts: NDArray[np.int64]) -> str:
+    """A hash of the number of captions of each sample, for the fingerprint of a cache."""
+    return hashlib.sha256(counts.tobytes()).hexdigest()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

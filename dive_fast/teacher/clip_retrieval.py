@@ -52,6 +52,11 @@ def check(reference: ReferenceConfig, teacher: TeacherConfig, adopt: bool) -> No
             f"data.reference.views = {reference.views}: clip-retrieval's files contain only evaluation views; "
             "set data.reference.views=eval"
         )
+    if reference.captions == "lines":
+        raise CacheError(
+            "data.reference.captions = lines: clip-retrieval's files contain one caption per image; set "
+            "data.reference.captions=one"
+        )
     if adopt and teacher.audit == 0:
         raise CacheError(
             "teacher.audit = 0: only the audit proves that adopted rows belong to this model; set it to 64"

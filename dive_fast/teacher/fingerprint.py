@@ -12,6 +12,7 @@ from dive_fast.data.samples import ReferenceSamples
 from dive_fast.identity import Identity
 from dive_fast.model import model_identity
 from dive_fast.model.towers import Towers
+from dive_fast.teacher.cache_files import counts_digest
 
 Fingerprint = Identity
 
@@ -31,7 +32,9 @@ def fingerprint(
         options: loader options: loaders differ in the last bits of pixels, and DALI between CPU and GPU.
         dtype: dtype of the stored rows, which are computed in fp32.
     """
-    switches = numerics.state()
+    switches, counts = numerics.state(), samples.caption_counts
+    # Caches of sets with one caption per image have no such field.
+    captions = {} if counts is None else {"captions": counts_digest(counts)}
     return {
         **model_identity.model_identity(towers),
         "tokenizer": hashlib.sha256(samples.tokenizer(list(TOKENIZER_PROBES)).numpy().tobytes()).hexdigest(),
@@ -42,6 +45,7 @@ def fingerprint(
         "dtype": dtype,
         "data": samples.source.digest(),
         "tf32": options.device.type == "cuda" and (switches["matmul_tf32"] or switches["cudnn_tf32"]),
+        **captions,
     }
 
 

@@ -48,7 +48,7 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def text(self, batch: ReferenceBatch) -> Tensor:
-        """Unit rows ``(B, D)`` fp32 of the batch's captions."""
+        """Unit rows fp32 of the batch's captions, ``(B, D)`` where it has one per image."""
         return unit(self.towers.encode_text(batch.text.tokens, batch.text.length))[batch.text.index]
 
 
@@ -83,12 +83,13 @@ class CachedTeacher:
         """
         device = batch.images.device
         sample, view = batch.sample.numpy(), batch.view.numpy()
+        caption = None if batch.caption is None else batch.caption.numpy()
         dtype = getattr(torch, self.store.layout.dtype)
         rows = []
         for half in HALVES:
             # New page-locked memory for each call: the previous copy to the device may still be in progress.
             shape = len(sample), self.store.layout.width
             buffer = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
-            self.store.read(half, sample, view, buffer.numpy())
+            self.store.read(half, sample, view, buffer.numpy(), caption)
             rows.append(buffer.to(device, non_blocking=True).float())
         return Pairs(*rows)

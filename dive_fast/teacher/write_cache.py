@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dive_fast.data.loaders.loader import Options, load
@@ -42,7 +44,8 @@ def write_cache(
     """
     partial = store.partial_name(folder)
     embed = OnlineTeacher(towers, ranks)
-    layout = Layout(len(samples.source), samples.num_views, embed.towers.width, fingerprint["dtype"])
+    sizes = len(samples.source), samples.num_views, embed.towers.width, fingerprint["dtype"]
+    layout = Layout.of(*sizes, samples.caption_counts)
     try:
         todo = begin(partial, layout, fingerprint, store.COMPUTED, ranks, samples.source.modified())
         _write_blocks(partial, layout, todo, embed, samples, ranks, batch_size, options)
@@ -107,18 +110,22 @@ def _write_blocks(
     # Batches end with blocks, so that a resumed run forms the same batches and computes the same bits.
     batches = {block: list(_batches(layout, block, batch_size)) for block in todo}
     in_order = list(chain.from_iterable(batches.values()))
-    loaded = load(samples, in_order, options)
+    loaded = load(samples.with_all_captions(), in_order, options)
     prefetched = Prefetcher(loaded, lambda batch: batch.to(ranks.device), ranks.device, limit=options.timeout)
     writer = store.Writer(partial, layout, ranks.rank)
     progress = ranks.progress(sum(map(len, in_order)), "teacher cache", "pair")
     try:
         for block in todo:
             rows: dict[str, list[Tensor]] = {half: [] for half in store.HALVES}
-            for _ in batches[block]:
+            for sample_keys in batches[block]:
                 batch = next(prefetched)
                 rows["image"].append(embed.image(batch).cpu())
                 if layout.rows("text", block):  # later views have the texts of the first
-                    rows["text"].append(embed.text(batch).cpu())
+                    texts = embed.text(batch).cpu()
+                    if layout.caption_counts is not None:
+                        requested = torch.tensor([sample for _, sample in sample_keys])
+                        texts = texts[_text_rows(layout.caption_counts, batch.sample, requested)]
+                    rows["text"].append(texts)
                 progress.update(len(rows["image"][-1]))
             empty = torch.empty(0, layout.width)
             writer.write(block, {half: torch.cat([empty, *parts]).numpy() for half, parts in rows.items()})
@@ -126,6 +133,22 @@ def _write_blocks(
         prefetched.close()
         writer.close()
         progress.close()
+
+
+def _text_rows(counts: NDArray[np.int64], read: Tensor, requested: Tensor) -> Tensor:
+    """For each caption of the requested samples, its row among the captions of the samples that were read.
+
+    They differ where the next image replaces an unusable one. The rows of that sample only fill their space: a
+    training batch has the replacing sample too.
+    """
+    available = torch.from_numpy(counts)[read]
+    first = available.cumsum(0) - available
+    return torch.cat(
+        [
+            start + torch.arange(int(counts[sample])).clamp(max=count - 1)
+            for start, count, sample in zip(first.tolist(), available.tolist(), requested.tolist(), strict=True)
+        ]
+    )
 
 
 def _batches(layout: Layout, block: int, batch_size: int) -> Iterator[list[SampleKey]]:

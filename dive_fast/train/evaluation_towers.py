@@ -25,13 +25,21 @@ class EvaluationTowers:
 
     def __init__(self, model: ModelConfig, engine: Engine) -> None:
         """Builds the copy on the engine's device; draws random numbers."""
-        self._engine = engine
+        self._engine, self._model = engine, model
         self._towers = create(model, weights=False).to(engine.ranks.device).eval()
         self._towers.preprocess = engine.towers.preprocess
         self._towers.autocast = engine.towers.autocast
         tensors = self._towers.state_dict(keep_vars=True).values()
         self._layouts = [(tensor, tensor.shape, tensor.stride()) for tensor in tensors]
         self._free()
+
+    @contextmanager
+    def pretrained(self) -> Iterator[Towers]:
+        """The towers with the weights that the run started from."""
+        state = create(self._model).state_dict()
+        with self._allocated():
+            self._towers.load_state_dict(state)
+            yield self._towers
 
     @contextmanager
     def exported(self, folder: Path) -> Iterator[tuple[Towers, Head | None]]:

@@ -22,11 +22,13 @@ from dive_fast.locks import folder_lock
 from dive_fast.methods.method import FirstStep
 from dive_fast.teacher.audit import allowed
 from dive_fast.train.metrics import Metrics
+from dive_fast.train.model_card import write_card
 from dive_fast.train.preflight import check_environment, check_inputs
 from dive_fast.train.run_folder import check_shared
 from dive_fast.train.setup import Run, batches, build
 from dive_fast.train.trackers import Trackers
 from dive_fast.train.validation import Validation
+from dive_fast.train.write_report import write_report
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +94,7 @@ def _loop(run: Run, watch: Watch, trackers: Trackers) -> dict[str, float]:
     engine, options, folder = run.engine, run.config.train, run.folder
     checkpoints, ranks = folder / manifest.FOLDER, run.ranks
     validation, step, latest, evaluation = Validation(run), 0, {}, None
+    is_complete = False
     if run.checkpoint is not None:
         state = load_checkpoint(engine, run.checkpoint)
         step, latest = state["step"], state["metrics"]
@@ -106,6 +109,10 @@ def _loop(run: Run, watch: Watch, trackers: Trackers) -> dict[str, float]:
             if is_complete
             else f"continues after {position}, from {run.checkpoint}"
         )
+    if not is_complete:
+        watch.set_phase(step, "evaluation", is_saved=True)
+        validation.start()
+        watch.set_phase(step, "start", is_saved=True)
     saver, consensus = Saver(engine, checkpoints, options, run.record), Consensus(ranks)
     nonfinite = NonFinite(options.nonfinite_limit, folder, ranks)
     loaded = batches(run, range(step, step if validation.is_over else run.total_steps))
@@ -181,7 +188,13 @@ def _loop(run: Run, watch: Watch, trackers: Trackers) -> dict[str, float]:
                 evaluate(manifest.checkpoint_path(checkpoints, step) if saver.newest == step else None)
         consensus.settle()
     watch.set_phase(step, "end", is_saved=True)
-    return metrics.close(step, validation.finish())
+    results, report = validation.finish(step)
+    final = metrics.close(step, results)
+    if ranks.is_main:
+        write_report(report, folder)
+        write_card(report, run)
+    ranks.print(f"\n{report.text()}")
+    return final
 
 
 def _add_evaluation(checkpoint: Path, validation: Validation, results: dict[str, float]) -> None:

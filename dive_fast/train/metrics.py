@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dive_fast.engine.async_scalars import AsyncScalars
 from dive_fast.io.atomic_files import write_atomic
+from dive_fast.train.guard_rails import ReferenceShare
 from dive_fast.train.setup import Batches, Run
 from dive_fast.train.trackers import Trackers
 
@@ -64,6 +65,7 @@ class Metrics:
         """The values of step 1 until they are compared with those after the warm-up; then empty."""
         self._unwritten = ""
         if self._enabled:
+            self._reference_share = ReferenceShare(run.config, run.engine.method, run.total_steps, first_step)
             self._path = run.folder / "metrics.jsonl"
             logged, lines = self._read_lines(math.inf), self._read_lines(first_step)
             if evaluation is not None:
@@ -85,6 +87,8 @@ class Metrics:
         self._bar.update()
         # Values of the reference half stay those of the last step with a reference batch.
         self._latest |= values
+        if self._enabled:
+            self._reference_share.add(step, values)
         if step % self._options.log_every == 0 or step in (1, self._run.total_steps):
             self._pending.append(_Line(step, AsyncScalars(self._latest), self._host_values(step, learning_rate)))
         while self._pending and self._pending[0].scalars.ready():
@@ -139,6 +143,8 @@ class Metrics:
         """
         self.write(step, results)
         self.write_waiting()
+        if self._enabled:
+            self._reference_share.close()
         self._bar.close()
         weights_step = int(results.get("best_step", step))
         # The losses of the last step are not those of the weights of another step, nor of averaged weights.
@@ -169,8 +175,9 @@ class Metrics:
             return
         norms = {symbol.strip("|"): name for name, symbol in self._run.engine.method.norms.items()}
         names = {"loss": "loss", **norms, "img/s": "images_per_second", "wait": "data_wait"}
-        shown = {short: f"{self._last[name]:.3g}" for short, name in names.items() if name in self._last}
-        self._bar.set_postfix(shown, refresh=False)
+        shown = [f"{short}={self._last[name]:.3g}" for short, name in names.items() if name in self._last]
+        # The bar is ahead of its values: the device is never waited for.
+        self._bar.set_postfix_str(f"step {step}: {', '.join(shown)}", refresh=False)
         self._write(step, self._last)
         if self._run.engine.features_are_random:
             return  # the floor would be that of dropped features, not of rounding

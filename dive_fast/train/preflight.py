@@ -56,11 +56,14 @@ def check_environment(config: Config, folder: Path | None, ranks: Ranks) -> None
         check_open_files(config.data, config.evaluate)
 
 
-def check_sizes(config: Config, folder: Path, towers: Towers, pairs: int, ranks: Ranks) -> None:
+def check_sizes(
+    config: Config, folder: Path, towers: Towers, pairs: int, ranks: Ranks, captions: int | None = None
+) -> None:
     """Checks shared memory and disk, once the sizes of images and weights are known; all ranks call it.
 
     Args:
         pairs: pairs in the reference set; 0 where there is none.
+        captions: captions of all pairs; default: one each.
 
     Raises:
         UserError: there is too little of them.
@@ -68,7 +71,7 @@ def check_sizes(config: Config, folder: Path, towers: Towers, pairs: int, ranks:
     with ranks.raise_on_all(UserError):
         check_shared_memory(config, towers.preprocess.size, ranks)
         if ranks.is_main:
-            check_disk(config, folder, towers, pairs)
+            check_disk(config, folder, towers, pairs, captions)
 
 
 def check_folder(folder: Path, key: str) -> None:
@@ -89,10 +92,12 @@ def check_inputs(config: Config, folder: Path) -> None:
     Raises:
         ConfigError: names the key.
     """
-    scheme, output = "local-dir:", folder.resolve()
+    output = folder.resolve()
     model, pretrained = config.model.name, config.model.pretrained
     inputs = {
-        "model.name": model.removeprefix(scheme) if model.startswith(scheme) else None,
+        "model.name": next(
+            (model.removeprefix(scheme) for scheme in ("local-dir:", "hf:") if model.startswith(scheme)), None
+        ),
         "model.pretrained": pretrained if pretrained is not None and Path(pretrained).is_file() else None,
         "teacher.path": config.teacher.path if _writes_cache(config) else None,
     }
@@ -204,7 +209,7 @@ def check_shared_memory(config: Config, size: tuple[int, int], ranks: Ranks) -> 
         )
 
 
-def check_disk(config: Config, folder: Path, towers: Towers, pairs: int) -> None:
+def check_disk(config: Config, folder: Path, towers: Towers, pairs: int, captions: int | None = None) -> None:
     """Compares an estimate of what a run writes with the free disk space; warns if its checkpoints may not fit.
 
     Raises:
@@ -223,7 +228,7 @@ def check_disk(config: Config, folder: Path, towers: Towers, pairs: int) -> None
     if _writes_cache(config) and not (folder / "teacher" if path is None else Path(path)).exists():
         assert config.data.reference is not None
         views = config.data.reference.views
-        rows = pairs * (1 + (views if isinstance(views, int) else 1))
+        rows = pairs * (views if isinstance(views, int) else 1) + (pairs if captions is None else captions)
         parent = folder if path is None else Path(path).parent
         disk = _existing(parent).stat().st_dev
         size = minimum.get(disk, (parent, 0))[1]

@@ -22,6 +22,7 @@ from dive_fast.distributed import Ranks
 from dive_fast.engine.deepspeed_config import deepspeed_section
 from dive_fast.engine.optimizer import learning_rate_schedule
 from dive_fast.errors import ConfigError
+from dive_fast.evaluate.datasets.resolve import with_defaults
 from dive_fast.identity import Difference, Identity, differences, digest, versions
 from dive_fast.methods import registry
 from dive_fast.model.towers import Towers, tokenizer_of
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 LOCATIONS = (
     *("model.name", "model.pretrained"),
     *("data.*.format", "data.*.path", "data.*.image_root", "data.*.class_names", "data.*.templates"),
+    *("data.*.split", "data.*.image_column", "data.*.label_column", "data.*.text_column"),
     *("objective.backgrounds", "objective.target.backgrounds", "teacher.path", "train.output"),
 )
 """Keys whose contents are compared instead, or which only give a location."""
@@ -44,7 +46,7 @@ NO_RESULT = (
     *("teacher.batch_size", "teacher.audit", "teacher.tolerance", "teacher.verify"),
     *("train.log_every", "train.trace_steps", "train.checkpoint_every", "train.keep_last", "train.keep_best"),
     *("train.on_save_error", "train.resume", "train.nonfinite_limit", "train.rank_timeout"),
-    *("evaluate.batch_size", "track"),
+    *("model.license", "evaluate.batch_size", "evaluate.baseline", "evaluate.probe", "track"),
     *("deepspeed.monitor_config", "deepspeed.flops_profiler", "deepspeed.comms_logger", "deepspeed.timers"),
     *("deepspeed.steps_per_print", "deepspeed.wall_clock_breakdown", "deepspeed.dump_state"),
     *("deepspeed.memory_breakdown", "deepspeed.train_batch_size", "deepspeed.gradient_accumulation_steps"),
@@ -58,12 +60,58 @@ RANKS_MAY_DIFFER = (
 """Keys that may differ between ranks; the contents behind paths may not."""
 CONTINUES = ("train.epochs", "train.max_steps", "train.export_ema", "evaluate.*")
 """Keys that users change on purpose, to train longer or to select the best weights differently; reported."""
+ADDED: dict[str, Any] = {
+    **{"data.target.balance": "none", "data.target.crop_scale": [0.9, 1.0], "data.target.horizontal_flip": 0.0},
+    "data.reference.captions": "one",
+}
+"""Keys that checkpoints of earlier versions lack, with the only values that they had."""
 ROUNDING = (
     *("data.*.loader", "data.*.decoder", "teacher.mode", "train.schedule", "train.micro_batch_size"),
     *("train.activation_checkpointing", "train.fast_blocks", "train.compile", "deepspeed.zero_optimization"),
     *("versions.*", "ranks"),
 )
 """Keys that change only the last bits of a result; reported."""
+
+
+NULLS = {
+    "model.pretrained": "the model brings its weights, or starts from random ones",
+    "model.logit_scale_max": "no bound",
+    "model.license": "unknown: that of the pre-trained weights applies",
+    "data.reference": "no reference set",
+    "data.target.holdout": "no sample is held out",
+    "data.*.image_root": "the format has none",
+    "data.*.split": "the only split, or the format has none",
+    "data.*.*_column": "the default column, or the format has none",
+    "data.target.class_names": "the names in the data set",
+    "objective.name": "a pair of losses without a name",
+    "objective.weight": "no reference loss",
+    "objective.target": "that of objective.name",
+    "objective.reference": "that of objective.name",
+    "*.backgrounds": "the sentences of this project",
+    "teacher.path": "no cache",
+    "teacher.tolerance": "no cache",
+    "train.max_steps": "no limit besides train.epochs",
+    "train.micro_batch_size": "the full batch",
+    "train.checkpoint_every": "none between evaluations",
+    "evaluate.geometry": "not measured",
+    "evaluate.geometry.image_root": "the format has none",
+    "evaluate.geometry.split": "the only split, or the format has none",
+    "evaluate.geometry.*_column": "the default column, or the format has none",
+    "evaluate.every_*": "no evaluation during training",
+    "evaluate.during": "no evaluation during training",
+    "evaluate.select": "the last weights",
+    "evaluate.patience": "no early stopping",
+    "evaluate.sets.*.format": "detected, as for every known data set",
+    "evaluate.sets.*.dataset": "a set of the user's own",
+    "evaluate.sets.*.holdout": "all samples are measured",
+    "evaluate.sets.*.split": "the only split, or the format has none",
+    "evaluate.sets.*.*_column": "the default column, or the format has none",
+    "evaluate.sets.*.class_names": "the names in the data set",
+    "evaluate.sets.*.templates": "those of the known data set, or none for retrieval",
+    "evaluate.sets.*.role": "no average",
+    "deepspeed.*": "as DeepSpeed defines it",
+}
+"""The keys that may be null in a run's ``config.json``, and the meaning; :func:`fill_in` replaces all others."""
 
 
 def matches(key: str, patterns: Sequence[str]) -> bool:
@@ -85,8 +133,7 @@ def fill_in(config: Config, folder: Path, towers: Towers, ranks: Ranks) -> Confi
     for half in ("target", "reference"):
         if (section := getattr(data, half)) is not None:
             length = section.text_length or towers.context_length
-            root = section.image_root or (str(Path(section.path).parent) if section.format == "csv" else None)
-            halves[half] = section.model_copy(update={"text_length": length, "image_root": root})
+            halves[half] = _with_image_root(section).model_copy(update={"text_length": length})
     objective, choice = registry.resolve(objective), registry.choose(objective)
     if objective.weight is None and choice.needs.reference:
         objective = objective.model_copy(update={"weight": choice.default_weight})
@@ -98,6 +145,12 @@ def fill_in(config: Config, folder: Path, towers: Towers, ranks: Ranks) -> Confi
         teacher = teacher.model_copy(update=cache)
     if evaluate.during is None and (evaluate.every_steps or evaluate.every_epochs):
         evaluate = evaluate.model_copy(update={"during": list(evaluate.sets)})
+    evaluate = evaluate.model_copy(
+        update={
+            "sets": {name: with_defaults(each) for name, each in evaluate.sets.items()},
+            "geometry": None if evaluate.geometry is None else _with_image_root(evaluate.geometry),
+        }
+    )
     deepspeed = dict(config.deepspeed)
     if zero := deepspeed_section(config, ranks.world_size).get("zero_optimization"):
         deepspeed["zero_optimization"] = deepspeed["zero_optimization"] | {"stage": zero.get("stage", 0)}
@@ -111,6 +164,12 @@ def fill_in(config: Config, folder: Path, towers: Towers, ranks: Ranks) -> Confi
             "deepspeed": deepspeed,
         }
     )
+
+
+def _with_image_root(section: Any) -> Any:
+    """A section of captioned or labelled images with its default ``image_root``."""
+    root = section.image_root or (str(Path(section.path).parent) if section.format == "csv" else None)
+    return section.model_copy(update={"image_root": root})
 
 
 def config_identity(config: Config, without: Sequence[str] = NO_RESULT) -> Identity:
@@ -136,6 +195,7 @@ def run_identity(
     ranks: Ranks,
     total_steps: int,
     second_templates: Sequence[Template] = (),
+    num_held_out: int = 0,
 ) -> Identity:
     """Everything that determines a run's result.
 
@@ -147,6 +207,7 @@ def run_identity(
         reference: None for a method without a reference batch.
         second_templates: templates of the second prompts; empty for a method without them.
         total_steps: steps of the complete run, compared where the method depends on them.
+        num_held_out: reference pairs that are not trained on, chosen by ``evaluate.probe``.
     """
     identity = config_identity(config)
     identity["objective"] = {key: value for key, value in identity["objective"].items() if value is not None}
@@ -167,6 +228,8 @@ def run_identity(
         half = identity["data"]["reference"]
         half["content"] = reference.digest()
         half["decoder"] = decoder(loader_options(config, config.data.reference, ranks))
+        if num_held_out:
+            half["held_out"] = num_held_out
     if registry.needs(config.objective).run_length:
         identity["total_steps"] = total_steps
     return identity | {"precision": numerics.state(), "versions": versions(), "ranks": ranks.world_size}
@@ -201,7 +264,11 @@ def check_resumable(checkpoint: Path, stored: Identity, current: Identity) -> li
     """
     # Options that the method lacks have no effect.
     objective = {key: value for key, value in stored["objective"].items() if key in current["objective"]}
-    changes = differences({**stored, "objective": objective}, current)
+    changes = [
+        change
+        for change in differences({**stored, "objective": objective}, current)
+        if change.stored is not None or change.current != ADDED.get(change.key, change.stored)
+    ]
     refused = [change for change in changes if not matches(change.key, (*CONTINUES, *ROUNDING))]
     if refused:
         listed = "; ".join(map(_describe, refused))
@@ -218,6 +285,8 @@ def _describe(change: Difference) -> str:
         return (
             f"{change}, set by train.epochs and train.max_steps; this objective depends on the length of the run"
         )
+    if change.key == "data.reference.held_out":
+        return f"evaluate.probe: {change.stored or 0} pairs held out there, {change.current or 0} here"
     section = change.key.removesuffix(".content")
     return f"{section}: other data, or changed since" if section != change.key else str(change)
 

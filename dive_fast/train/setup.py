@@ -10,29 +10,35 @@ import torch
 from torch import Tensor
 
 from dive_fast.checkpoint.snapshot import RunRecord
-from dive_fast.config.schema import Config, TargetConfig, TrainConfig
+from dive_fast.config.schema import Config, TargetConfig
 from dive_fast.data.batch import ReferenceBatch, TargetBatch
+from dive_fast.data.captions import caption_counts, remark_on_captions
 from dive_fast.data.classes import remarks, target_names
 from dive_fast.data.loaders.loader import loader_options, training_batches
 from dive_fast.data.open_dataset import open_reference, open_target
 from dive_fast.data.prefetch import Prefetcher
 from dive_fast.data.prompts import PromptTable, SecondPrompts, Template, read_templates
-from dive_fast.data.sampler import Order
+from dive_fast.data.sampler import Classes, Order
 from dive_fast.data.samples import ReferenceSamples, TargetSamples
 from dive_fast.data.sources.source import Source
+from dive_fast.data.transforms import Augmentation
 from dive_fast.distributed import Ranks
 from dive_fast.engine import feature_consistency
 from dive_fast.engine.deepspeed_config import check_deepspeed, deepspeed_section
 from dive_fast.engine.step import Engine, StepBatches, check_hooks
+from dive_fast.errors import naming
 from dive_fast.evaluate.classifier import embed_texts
 from dive_fast.evaluate.datasets.resolve import Opened, open_sets, remarks_on_missing_classes
+from dive_fast.evaluate.geometry.embed import open_pairs
 from dive_fast.methods import registry
-from dive_fast.methods.method import Method, Needs, Start, overrides
+from dive_fast.methods.method import Method, Start, overrides
 from dive_fast.model.model_identity import model_identity
 from dive_fast.model.towers import Towers, check_text_length, create, tokenizer_of
 from dive_fast.planner.auto_schedule import resolve
 from dive_fast.teacher.build import open_teacher, reference_samples
 from dive_fast.teacher.teacher import Teacher
+from dive_fast.train.forgetting_probe import HeldOut, hold_out
+from dive_fast.train.guard_rails import warn_of_evaluation, warn_of_schedule
 from dive_fast.train.linear_probe import make_head
 from dive_fast.train.preflight import check_sizes
 from dive_fast.train.provenance import write_provenance
@@ -54,6 +60,10 @@ class Run:
     target_order: Order
     reference: ReferenceSamples | None
     reference_order: Order | None
+    probe: ReferenceSamples | None
+    """The complete reference set if pairs of it are held out for the forgetting probe."""
+    held_out: HeldOut
+    """The reference pairs that are not trained on."""
     teacher: Teacher | None
     total_steps: int
     class_names: tuple[str, ...]
@@ -96,12 +106,18 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     config = resolve(config, ranks)
     # Before any model is built: a typo in a path should not cost minutes.
     sources = _open_sources(config, ranks)
+    needs = registry.needs(config.objective)
+    held_out = _hold_out(config, sources.reference)
+    classes = _classes(config.data.target, sources.target, ranks)
+    target_order, reference_order = _order(config, "target", len(sources.target), ranks, classes=classes), None
+    if needs.reference:
+        assert sources.reference is not None
+        reference_order = _order(config, "reference", len(sources.reference), ranks, held_out.samples)
 
     torch.manual_seed(config.train.seed)
     towers = _build_towers(config, folder, sources.reference, ranks)
     class_names = _class_names(config.data.target, sources, ranks)
     templates = read_templates(config.data.target.templates, "data.target.templates")
-    target_order = _order(config, "target", len(sources.target), ranks)
     total_steps = target_order.steps_per_epoch * config.train.epochs
     total_steps = min(total_steps, config.train.max_steps or total_steps)
 
@@ -117,7 +133,6 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     # Before the teacher's cache is written, which can take hours.
     check_hooks(deepspeed_section(config, ranks.world_size), method, config.train.schedule)
     method.penalty(towers)  # raises where a tower lacks the parameters of the penalty
-    needs = method.needs
     complete = fill_in(config, folder, towers, ranks)
     identity = run_identity(
         *(complete, model_identity(towers), sources.target, class_names, templates),
@@ -125,21 +140,25 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         ranks=ranks,
         total_steps=total_steps,
         second_templates=second_templates,
+        num_held_out=len(held_out.samples),
     )
     require_equal(ranks, identity)
     checkpoint, record = start_or_resume(config.train, folder, identity, total_steps, ranks)
     if ranks.is_main:
         write_provenance(complete, folder, ranks, identity, total_steps)
-        _warn_of_schedule(config.train, config.data.target.batch_size, needs, total_steps)
+        warn_of_schedule(config, needs, total_steps)
+        evaluated = {name: opened.source for name, opened in sources.evaluation_sets.items()}
+        warn_of_evaluation(config, sources.target, evaluated)
 
     if needs.head:
         is_trained = checkpoint is not None
         towers.head = make_head(config, towers, sources.target, class_names, ranks, is_trained)
-    reference = reference_order = teacher = None
+    probe = reference = teacher = None
+    if held_out.samples and config.data.reference is not None:
+        probe = open_pairs(config.model, config.data.reference, towers, sources.reference)
     if needs.reference:
         assert sources.reference is not None
-        reference = reference_samples(config, sources.reference, towers)
-        reference_order = _order(config, "reference", len(sources.reference), ranks)
+        reference = reference_samples(config, sources.reference, towers).without(held_out.samples)
         if needs.reference_teacher:
             teacher = open_teacher(config, folder, towers, reference, ranks)
         if config.train.precision == "bf16" and ranks.is_main:
@@ -159,6 +178,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         target_order=target_order,
         reference=reference,
         reference_order=reference_order,
+        probe=probe,
+        held_out=held_out,
         teacher=teacher,
         total_steps=total_steps,
         class_names=class_names,
@@ -173,10 +194,14 @@ def _open_sources(config: Config, ranks: Ranks) -> _Sources:
     data, geometry = config.data, config.evaluate.geometry
     target = open_target(data.target)
     reference = None if data.reference is None else open_reference(data.reference)
+    if target.held_out:
+        ranks.print(f"data.target: {target.held_out}")
     if ranks.is_main:
         target.report_skipped("data.target")
         if reference is not None:
             reference.report_skipped("data.reference")
+            for remark in remark_on_captions(reference):
+                ranks.print(f"data.reference: {remark}")
     evaluation_sets = open_sets(config.evaluate.sets, ranks)
     return _Sources(target, reference, evaluation_sets, None if geometry is None else open_reference(geometry))
 
@@ -185,14 +210,17 @@ def _build_towers(config: Config, folder: Path, reference: Source | None, ranks:
     """The pre-trained towers, validated against the config and the machine."""
     towers = create(config.model)
     check_text_length(config.data, towers)
-    check_sizes(config, folder, towers, 0 if reference is None else len(reference), ranks)
+    counts = None if reference is None else caption_counts(reference)
+    pairs = 0 if reference is None else len(reference)
+    check_sizes(config, folder, towers, pairs, ranks, pairs if counts is None else int(counts.sum()))
     feature_consistency.prepare(config, towers, ranks)
     return towers
 
 
 def _class_names(data: TargetConfig, sources: _Sources, ranks: Ranks) -> tuple[str, ...]:
     """Class names of the target set, in label order; prints remarks on them."""
-    names = target_names(sources.target, data.class_names)
+    with naming("data.target.class_names"):
+        names = target_names(sources.target, data.class_names)
     if not sources.target.samples[0].texts:
         for remark in remarks(names, sources.target.class_names, data.class_names):
             ranks.print(f"data.target: {remark}")
@@ -210,11 +238,13 @@ def _target_samples(
     towers: Towers,
 ) -> TargetSamples:
     tokenizer, seed = tokenizer_of(config.model, config.data.target.text_length), config.train.seed
-    prompts, second = PromptTable(source, class_names, templates, tokenizer), None
+    with naming("data.target.class_names"):
+        prompts, second = PromptTable(source, class_names, templates, tokenizer), None
     if second_templates:
         second = SecondPrompts(prompts, second_templates, tokenizer)
         second.warn_about_truncated(source, seed)
-    return TargetSamples(source, prompts, towers.preprocess, towers.pooled_at, seed, second)
+    augmentation = Augmentation(config.data.target.crop_scale, config.data.target.horizontal_flip)
+    return TargetSamples(source, prompts, towers.preprocess, towers.pooled_at, seed, second, augmentation)
 
 
 def _start_method(
@@ -244,12 +274,44 @@ def _start_method(
     method.start(Start(embed, tokenizer, towers.vocabulary, towers.pooled_at, class_names, templates))
 
 
-def _order(config: Config, half: str, count: int, ranks: Ranks) -> Order:
+def _classes(data: TargetConfig, source: Source, ranks: Ranks) -> Classes | None:
+    """The samples of each class where classes are drawn equally often; otherwise None.
+
+    Raises:
+        DataError: classes are to be drawn, and the set has none.
+    """
+    labels = [sample.label for sample in source.samples] if data.balance == "class" else []
+    if not labels:
+        return None
+    with naming("data.target"):
+        classes = Classes.of(labels)
+    ranks.print(f"data.target: classes have {classes.describe()}; balance = class draws each equally often")
+    return classes
+
+
+def _hold_out(config: Config, reference: Source | None) -> HeldOut:
+    """The reference pairs for the forgetting probe."""
+    data = config.data.reference
+    if reference is None or data is None:
+        return hold_out(config.evaluate.probe, 0, 0)
+    return hold_out(config.evaluate.probe, len(reference), data.batch_size)
+
+
+def _order(
+    config: Config,
+    half: str,
+    count: int,
+    ranks: Ranks,
+    held_out: tuple[int, ...] = (),
+    classes: Classes | None = None,
+) -> Order:
     """The order of a half's samples."""
     # The halves have different random streams; otherwise both sets would be shuffled alike.
     seed = config.train.seed + (half == "reference")
     batch_size = getattr(config.data, half).batch_size
-    return Order(count, batch_size, ranks.rank, ranks.world_size, seed, f"data.{half}.batch_size")
+    return Order(
+        count, batch_size, ranks.rank, ranks.world_size, seed, f"data.{half}.batch_size", held_out, classes
+    )
 
 
 LoadedBatches = tuple[TargetBatch, ReferenceBatch | None]
@@ -281,40 +343,3 @@ def batches(run: Run, steps: range) -> Batches:
         return StepBatches(target.to(device), reference, rows)
 
     return Prefetcher(load(), move, device)
-
-
-LONG_WARMUP = 0.2
-"""Share of a run's steps above which a warm-up is reported."""
-
-
-def _warn_of_schedule(train: TrainConfig, target_batch_size: int, needs: Needs, total_steps: int) -> None:
-    """Reports settings under which hardly anything is trained."""
-    warmup = train.warmup_steps
-    if train.max_steps is not None and train.max_steps > total_steps:
-        logger.warning(
-            "train.max_steps = %d, but train.epochs = %d ends the run after %d steps: raise train.epochs",
-            *(train.max_steps, train.epochs, total_steps),
-        )
-    if warmup > LONG_WARMUP * total_steps and warmup > 1:
-        peak = min(1.0, total_steps / warmup) * train.learning_rate
-        logger.warning(
-            "train.warmup_steps = %d of the %d steps of this run: the learning rate %s; set train.warmup_steps=%d "
-            "for a tenth of the run",
-            warmup,
-            total_steps,
-            f"only rises, to {peak:.2g} of {train.learning_rate:.2g}"
-            if warmup >= total_steps
-            else f"rises for {warmup / total_steps:.0%} of it",
-            max(1, total_steps // 10),
-        )
-    if train.ema is not None and total_steps * (1 - train.ema) < 1:
-        logger.warning(
-            "train.ema = %g averages over about %.0f steps, this run has %d: the average stays close to the "
-            "pre-trained weights; set train.ema=%.3g for a tenth of the run",
-            *(train.ema, 1 / (1 - train.ema), total_steps, max(1 - 10 / total_steps, 0.1)),
-        )
-    if target_batch_size == 1 and not needs.head:
-        logger.warning(
-            "data.target.batch_size = 1: the contrastive loss of a single pair is 0, so nothing is learned from "
-            "the target set; raise it"
-        )

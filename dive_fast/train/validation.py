@@ -5,22 +5,18 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from dive_fast.checkpoint.export import MODEL, SELECTED, copy_model, write_model
-from dive_fast.config.schema import Config, EvaluateConfig, GeometryConfig, ReferenceConfig
-from dive_fast.data.samples import ReferenceSamples
-from dive_fast.evaluate.geometry.embed import embed, open_pairs
-from dive_fast.evaluate.geometry.measures import GeometryError, compare
-from dive_fast.evaluate.zero_shot import measure_sets, report_left_out, values
+from dive_fast.config.schema import Config
+from dive_fast.evaluate.zero_shot import values
 from dive_fast.identity import digest
 from dive_fast.io.atomic_files import write_atomic
 from dive_fast.io.safe_read import read_json
-from dive_fast.model.features import Pairs
-from dive_fast.model.towers import Towers, create, tokenizer_of
 from dive_fast.train.average_evaluation import AverageEvaluation
-from dive_fast.train.evaluation_towers import EvaluationTowers, has_all_weights
+from dive_fast.train.evaluation_towers import has_all_weights
+from dive_fast.train.run_evaluation import RunEvaluation
+from dive_fast.train.run_report import Report, accuracy_line
 from dive_fast.train.setup import Run
+from dive_fast.train.write_report import make_report
 
 BEST, LATEST = "best", "latest"
 """Folders in the run folder: the best weights on ``evaluate.select`` so far, and weights under evaluation."""
@@ -45,11 +41,8 @@ class Validation:
             self._every = options.every_epochs * run.target_order.steps_per_epoch
         during = list(options.sets) if options.during is None else options.during
         self._during = options.model_copy(update={"sets": {name: options.sets[name] for name in during}})
+        self._evaluation = RunEvaluation(run)
         self._average = AverageEvaluation(run)
-        self._tokenizer = tokenizer_of(run.config.model)
-        self._towers: EvaluationTowers | None = None
-        self._pairs: tuple[ReferenceSamples, Pairs] | None = None
-        """The pairs of ``evaluate.geometry`` with their pre-trained embeddings, once they have been measured."""
         self._select = None if options.select is None else _digest_of_selection(run.config, options.select)
         """Digest of the set of ``evaluate.select``; accuracies on another set are not comparable."""
         self._best: float | None = None
@@ -65,6 +58,12 @@ class Validation:
         is_last = step == self._run.total_steps and self._options.select is not None
         return self._every is not None and (step % self._every == 0 or is_last)
 
+    def start(self) -> None:
+        """Measures the pre-trained model before the first step of this process; all ranks call it."""
+        self._evaluation.measure_before(embeds_pairs=True)
+        if before := values(self._evaluation.before, self._options.sets):
+            self._run.ranks.print(f"pre-trained: {accuracy_line(before)}")
+
     def evaluate(self, step: int) -> dict[str, float]:
         """Measures the weights after ``step`` steps and keeps them if they are the best; all ranks call it.
 
@@ -75,7 +74,8 @@ class Validation:
         needs_file = not has_all_weights(run.engine)
         if needs_file:
             write_model(run.engine, folder, run.class_names)
-        results = self._measure(self._during, folder if needs_file else None)
+        measured = self._evaluation.measure_during(self._during, folder if needs_file else None)
+        results = measured.metrics(self._during)
         results |= self._average.measure(self._during)
         run.ranks.barrier()
         if self._options.select is not None:
@@ -92,16 +92,23 @@ class Validation:
                     shutil.rmtree(run.folder / BEST, ignore_errors=True)
                     folder.rename(run.folder / BEST)
             results["best_step"] = self._best_step
+        if measured.sets:
+            best = self._options.select if self._best_step == step else None
+            accuracies = accuracy_line(values(measured.sets, self._during.sets), best)
+            run.ranks.print(f"step {step} of {run.total_steps}: {accuracies}")
         if run.ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)
         run.ranks.barrier()
         return results
 
-    def finish(self) -> dict[str, float]:
+    def finish(self, step: int) -> tuple[dict[str, float], Report]:
         """Exports the weights of the run, the best ones if they were kept, and measures them on every set.
 
+        Args:
+            step: the last step of the run.
+
         Returns:
-            Metrics to log.
+            Metrics to log, and the report of the run.
         """
         run = self._run
         # The step in the folder: after a resume from an older checkpoint it may be later than that of the state.
@@ -110,13 +117,26 @@ class Validation:
             if run.ranks.is_main:
                 copy_model(run.folder / BEST, run.folder)
             run.ranks.barrier()
-            results = self._measure(self._options, run.folder) | {"best_step": float(selected.step)}
-            return results | self._average.measure(self._options, run.folder)
-        if self._best is not None:
-            run.ranks.print(f"warning: {run.folder / BEST} is gone; the last weights are exported instead")
-        write_model(run.engine, run.folder, run.class_names)
-        results = self._measure(self._options, None if has_all_weights(run.engine) else run.folder)
-        return results | self._average.measure(self._options)
+            exported: Path | None = run.folder
+        else:
+            if self._best is not None:
+                run.ranks.print(f"warning: {run.folder / BEST} is gone; the last weights are exported instead")
+            write_model(run.engine, run.folder, run.class_names)
+            exported = None if has_all_weights(run.engine) else run.folder
+        measured = self._evaluation.measure_after(exported)
+        metrics = measured.metrics(self._options)
+        metrics |= self._average.measure(self._options, None if selected is None else run.folder)
+        if selected is not None:
+            metrics["best_step"] = float(selected.step)
+        weights_step = step if selected is None else selected.step
+        report = make_report(
+            run,
+            self._evaluation.before,
+            measured,
+            weights_step,
+            None if selected is None else self._options.select,
+        )
+        return metrics, report
 
     def state_dict(self) -> dict[str, Any]:
         """The best accuracy, its step, and the digest of the set it was measured on."""
@@ -157,49 +177,6 @@ class Validation:
             )
             return
         self._best, self._best_step, self._since_best = (state[key] for key in ("best", "best_step", "since_best"))
-
-    def _measure(self, options: EvaluateConfig, exported: Path | None) -> dict[str, float]:
-        """Accuracy on each set, and the change of geometry.
-
-        Args:
-            exported: folder of the weights to measure; None measures the engine's.
-        """
-        run = self._run
-        if not options.sets and options.geometry is None:
-            return {}
-        # A run draws the same random numbers with and without evaluations.
-        with torch.random.fork_rng(devices=[]):
-            if self._towers is None:
-                self._towers = EvaluationTowers(run.config.model, run.engine)
-            if exported is None:
-                weights = self._towers.trained(run.class_names)
-            else:
-                weights = self._towers.exported(exported)
-            with weights as (towers, head):
-                opened = {name: run.evaluation_sets[name] for name in options.sets}
-                measured = measure_sets(towers, self._tokenizer, options, opened, run.ranks, head)
-                report_left_out(measured, run.ranks)
-                geometry = {} if options.geometry is None else self._geometry(towers, options.geometry)
-        accuracies = values(measured, options.sets)
-        results = {f"accuracy/{name}": value for name, value in accuracies.items()}
-        return results | {f"geometry/{name}": value for name, value in geometry.items()}
-
-    def _geometry(self, towers: Towers, options: GeometryConfig) -> dict[str, float]:
-        config, ranks = self._run.config, self._run.ranks
-        batch_size, workers = self._options.batch_size, self._options.workers
-        if self._pairs is None:
-            frozen = create(config.model).to(ranks.device)
-            data = ReferenceConfig(format=options.format, path=options.path, image_root=options.image_root)
-            samples = open_pairs(config.model, data, frozen, self._run.geometry_source)
-            self._pairs = samples, embed(frozen, samples, ranks, batch_size, workers, options.pairs)
-        samples, before = self._pairs
-        after = embed(towers, samples, ranks, batch_size, workers, options.pairs)
-        try:
-            return compare(before, after)
-        except GeometryError as error:
-            # Collapsed embeddings are reported, but do not end the run.
-            ranks.print(f"geometry: {error}")
-            return {}
 
 
 def _digest_of_selection(config: Config, name: str) -> str:

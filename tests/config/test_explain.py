@@ -47,7 +47,8 @@ def test_unknown_key_is_reported_before_a_missing_one(tmp_path: Path) -> None:
     tree = {"model": {"nmae": "x"}, "data": SMALL["data"]}
     assert (
         error_of(write(tmp_path, tree))
-        == "unknown key model.nmae; did you mean model.name? (valid: name, pretrained, random, logit_scale_max)"
+        == "unknown key model.nmae; did you mean model.name? (valid: name, pretrained, random, logit_scale_max, "
+        "license)"
     )
 
 
@@ -102,7 +103,8 @@ def test_any_typo_in_any_key_names_the_intended_key(small: Path, typo: tuple[str
         ("evaluate.sets.val=a", 'evaluate.sets.val = "a": input should be an object'),
         (
             "evaluate.sets.str.format=csv",
-            "evaluate.sets.str.format = \"csv\": input should be 'folder', 'webdataset' or 'prepared'",
+            "evaluate.sets.str.format = \"csv\": input should be 'folder', 'webdataset', 'huggingface' or "
+            "'prepared'",
         ),
         ("deepspeed=[]", "deepspeed = []: input should be an object"),
         ("objective.mean_gradient=1", "objective.mean_gradient = 1: input should be a valid boolean"),
@@ -161,8 +163,8 @@ def test_any_typo_in_any_key_names_the_intended_key(small: Path, typo: tuple[str
             "evaluate.sets.val.task: a known dataset has its own; remove it",
         ),
         (
-            'evaluate.sets.val={"format": "folder", "path": "x", "task": "retrieval"}',
-            "evaluate.sets.val.task: folders have no captions for retrieval",
+            'evaluate.sets.val={"format": "huggingface", "path": "x", "task": "retrieval", "label_column": "y"}',
+            "evaluate.sets.val.label_column: retrieval does not use it; remove it",
         ),
         (
             'evaluate.sets.val={"format": "folder", "path": "x", "metric": "text_to_image_r5"}',

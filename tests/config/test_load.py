@@ -35,9 +35,11 @@ def test_config_is_found_by_path_and_by_name(tmp_path: Path, monkeypatch: pytest
 
 
 def test_missing_config_names_the_nearest_shipped_one() -> None:
-    with pytest.raises(ConfigError, match=r"^--config vitl14_dve: no such file; .*; did you mean vitl14_dive\?$"):
+    with pytest.raises(ConfigError, match=r"^--config vitl14_dve: no such file; did you mean vitl14_dive\?$"):
         load_run_config("vitl14_dve", folder=CONFIGS)
-    with pytest.raises(ConfigError, match=r"^--config some/vitl14_dive.jsn: .*; did you mean vitl14_dive\?$"):
+    with pytest.raises(
+        ConfigError, match=r"^--config some/vitl14_dive.jsn: no such file; did you mean vitl14_dive\?$"
+    ):
         load_run_config("some/vitl14_dive.jsn", folder=CONFIGS)
     with pytest.raises(ConfigError, match=r"^--config qqq: no such file; shipped configs: .*vitb16_dive[^?]*$"):
         load_run_config("qqq", folder=CONFIGS)
@@ -241,7 +243,7 @@ def test_error_names_the_file_that_sets_the_key(tmp_path: Path) -> None:
     assert source_of(own, "train.epochs=x").startswith("command line ('train.epochs=x'): train.epochs = ")
     # Corrected above the base, the base's value is not an error.
     assert load_run_config(str(write_pair(tmp_path, {"train": {"epochs": 2}}, SMALL | {"train": {"epochs": "x"}})))
-    for content, message in (('{"model": {}, "model": {}}', "duplicate key model"), ("[]", "expected a JSON obj")):
+    for content, message in (('{"model": {}, "model": {}}', "duplicate key model"), ("[]", "expected an object")):
         own = write_pair(tmp_path, {}, content)
         assert source_of(own).startswith(f"base.json: {message}")
     write(tmp_path, '{"base": "base.json", "base": "base.json"}', "config.json")
@@ -454,31 +456,17 @@ def test_invalid_objective_over_a_base_is_an_error(tmp_path: Path, objective: An
         ),
         ('{"model":\n {"name": ', "not valid JSON: Expecting value: line 2 column 11 (char 20)"),
         ("", "not valid JSON: Expecting value: line 1 column 1 (char 0)"),
-        ("[]", "expected a JSON object with sections model, data, objective, teacher, train, evaluate, deepspeed"),
+        ("[]", "expected an object with sections model, data, objective, teacher, train, evaluate, deepspeed"),
         (
             "null",
-            "expected a JSON object with sections model, data, objective, teacher, train, evaluate, deepspeed",
+            "expected an object with sections model, data, objective, teacher, train, evaluate, deepspeed",
         ),
         ("{}", "model is missing"),
-        (b"\x80\x02\x00\xff", "not valid JSON: 'utf-8' codec can't decode byte 0x80 in position 0: "),
+        (b"\x80\x02\x00\xff", "not valid UTF-8 at byte 0: save the file as UTF-8"),
     ],
 )
 def test_invalid_file_is_an_error_of_one_line(tmp_path: Path, content: str | bytes, message: str) -> None:
     assert error_of(write(tmp_path, content)).startswith(message)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "says"),
-    [
-        ("a.yaml", "model:\n  name: x\n", "a config is JSON, not YAML"),
-        ("a.json", '{\n  // the model\n  "model": {}\n}', "line 2 is a comment"),
-        ("a.json", '# mine\n{"model": {}}', "line 1 is a comment"),
-    ],
-)
-def test_file_in_another_format_is_named(tmp_path: Path, name: str, text: str, says: str) -> None:
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError, match=says):
-        load_run_config(str(tmp_path / name))
 
 
 def test_home_folder_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ def test_reference_documents_every_method_and_option() -> None:
 @pytest.mark.parametrize(
     ("key", "kind", "default"),
     [
-        ("format", "`folder` or `webdataset` or `csv` or `prepared`", "required"),
+        ("format", "`folder` or `webdataset` or `csv` or `huggingface` or `prepared`", "required"),
         ("batch_size", "integer", "`512`"),
         ("views", "`eval` or integer", '`"eval"`'),
         ("pretrained", "string or `null`", "`null`"),

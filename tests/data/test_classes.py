@@ -131,3 +131,8 @@ def test_join_names_accepts_upper_case_wordnet_ids() -> None:
 def test_join_names_warns_about_labels_from_one(caplog: pytest.LogCaptureFixture) -> None:
     join_names(Source([Sample("0", Path("0"), label=1)]), ["a", "b"], "a file")
     assert "no sample has label 0, which is 'a'" in caplog.text
+
+
+def test_join_names_accepts_names_of_folders_that_differ_in_case() -> None:
+    source = Source([Sample(name, Path("x"), label=label) for label, name in enumerate("Bb")], ("B", "b"))
+    assert join_names(source, ("B", "b"), "classes.txt") == ("B", "b")

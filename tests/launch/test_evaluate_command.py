@@ -84,10 +84,8 @@ def test_evaluate_run_once_and_equal_on_two_ranks(tree: dict[str, Any], tmp_path
         ("other", "prompts", "run"),
     ]
     assert "| run | " in completed.stdout
-    assert (
-        f"seen: top1 {100 * rows[0]['top1']:.2f} % of 24 samples, by the head (5 of 5 rows, by position)\n"
-        in completed.stdout
-    )
+    measured = f"seen: top1 {100 * rows[0]['top1']:.2f} % of 24 samples, ECE {rows[0]['ece']:.3f}"
+    assert f"{measured}, by the head (5 of 5 rows, by position)\n" in completed.stdout
     again = call("--config", config)
     assert again.stdout.count("(measured before)") == 2
     assert rows_of(run) == rows

@@ -309,6 +309,30 @@ class Margin(TargetLoss):
         return Loss(outputs.image.sum(), {})
 
 
+class Typo(Margin):
+    """A loss with a teacher that does not exist."""
+
+    name, teacher = "typo", "movin"  # type: ignore[assignment]
+
+
+class Named(Margin):
+    """A loss with an option that configs use for its name."""
+
+    name = "named"
+
+    class Options(Margin.Options):
+        """An option called name."""
+
+        name: str = "x"
+        """Something."""
+
+
+class NoLoss(ReferenceLoss):
+    """A reference loss with the name of none."""
+
+    name, title = "none", "none"
+
+
 class Other(ReferenceLoss):
     """A reference loss of this test, with an option of the same name."""
 
@@ -372,6 +396,9 @@ def test_added_parts_and_presets_can_be_chosen(table: registry.Table) -> None:
             module_of(Margin, PRESETS=(preset("new", hidden=("size",)),)),
             "method new: fixes or hides size, which no part has",
         ),
+        (module_of(Typo), "loss typo: teacher = 'movin': expected none, frozen, moving"),
+        (module_of(Named), "loss named: an option called name: a config names the loss so; rename it"),
+        (module_of(NoLoss), "a reference loss named none: a config says so for no reference loss; rename it"),
         (module_of(TABLE.references["snd"]), "outside: a part named snd exists already"),
         (module_of(TABLE.targets["contrastive"]), "outside: a part named contrastive exists already"),
     ],
@@ -382,6 +409,16 @@ def test_invalid_module_is_refused_and_adds_nothing(
     with pytest.raises(ValueError, match=message):
         registry.add(module)
     assert table == TABLE
+
+
+def test_methods_from_outside_are_not_shipped(table: registry.Table) -> None:
+    registry.add(module_of(Margin, Other, PRESETS=(preset("wide"), preset("same", "contrastive"))))
+    assert registry.is_shipped(objective(name="dive"))
+    assert registry.is_shipped(objective(name=None, target="contrastive", reference="none"))
+    assert not registry.is_shipped(objective(name="wide"))
+    # Its part is known everywhere, its name is not.
+    assert not registry.is_shipped(objective(name="same"))
+    assert not registry.is_shipped(objective(name=None, target="contrastive", reference="other"))
 
 
 def test_module_can_be_added_twice(table: registry.Table) -> None:

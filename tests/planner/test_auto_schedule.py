@@ -13,6 +13,7 @@ from small_configs import SMALL, small_config
 from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError
+from dive_fast.methods import registry
 from dive_fast.planner import auto_schedule as schedule
 from dive_fast.planner import gpu_specs as gpus
 from dive_fast.planner import plan, simulate
@@ -94,6 +95,14 @@ def test_choose_in_subprocess_reports_planning_error(folder: Path) -> None:
     config = small_config(folder, **{"train.schedule": "auto", "data.target.batch_size": 15})
     with pytest.raises(ConfigError, match=r"(?s)planning failed; name the schedule.*not divisible by 2 ranks"):
         schedule.choose_in_subprocess(config, 2, "h200")
+
+
+def test_choose_in_subprocess_refuses_methods_from_outside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_shipped", lambda: registry.Table({}, {}, {}))
+    with pytest.raises(
+        ConfigError, match=r"^train\.schedule = auto: .* added by registry\.add; name the schedule: seq"
+    ):
+        schedule.choose_in_subprocess(small_config(folder, **{"train.schedule": "auto"}), 2, "h200")
 
 
 def test_gpu_key_of_driver_names() -> None:

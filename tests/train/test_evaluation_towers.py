@@ -23,7 +23,7 @@ from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import head as heads
 from dive_fast.model.head import Head
 from dive_fast.model.towers import Towers, create
-from dive_fast.train import evaluation_towers, loop, validation
+from dive_fast.train import evaluation_towers, loop, run_evaluation, validation
 from dive_fast.train.evaluation_towers import EvaluationTowers
 
 CASES: dict[str, dict[str, dict[str, Any]]] = {
@@ -94,8 +94,8 @@ def run(tree: dict[str, Any], output: Path) -> Outcome:
         patch = unittest.mock.patch.object
         opens = stack.enter_context(patch(open_dataset, "_open", wraps=open_dataset._open))
         reads = stack.enter_context(patch(evaluation_towers, "load_file", wraps=load_file))
-        stack.enter_context(patch(validation, "measure_sets", hashed))
-        stack.enter_context(patch(validation, "EvaluationTowers", copied))
+        stack.enter_context(patch(run_evaluation, "measure_sets", hashed))
+        stack.enter_context(patch(run_evaluation, "EvaluationTowers", copied))
         loop.train(config, output, join())
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     accuracies = [{key: line[key] for key in line if "/" in key} for line in lines if "accuracy/seen" in line]
@@ -126,7 +126,7 @@ def cases(folder: Path) -> dict[str, tuple[Outcome, Outcome]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("evaluation")
     tree = tiny.write_config(path, epochs=2, learning_rate=1e-3)
-    tree["evaluate"] = {"every_epochs": 1, "workers": 0, "sets": {}}
+    tree["evaluate"] = {"every_epochs": 1, "workers": 0, "baseline": False, "sets": {}}
     for name in ("seen", "other"):
         options = tiny.write_target(path / name)
         tree["evaluate"]["sets"][name] = {key: options[key] for key in tiny.EVALUATION}

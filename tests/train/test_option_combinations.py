@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
+import datasets
 import numpy as np
 import pytest
 import tiny
@@ -26,6 +27,7 @@ from dive_fast.config.schema import Config
 from dive_fast.config.section import section_type, sections
 from dive_fast.data.prepared import convert, raw
 from dive_fast.data.prepared.write import prepare
+from dive_fast.data.sources.source import Source
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.demo.pretrain import write_tokenizer
 from dive_fast.distributed import Ranks, join
@@ -51,6 +53,8 @@ VALUES: dict[str, tuple[Value, ...]] = {
     "data.target.templates": ("simple", "a photo of a {}"),
     "data.target.workers": (0, 1),
     "data.target.text_length": (None, 8),
+    "data.target.crop_scale": ([0.9, 1.0], [0.3, 0.8]),
+    "data.target.horizontal_flip": (0.0, 0.5),
     "data.reference.workers": (0, 1),
     "data.reference.text_length": (None, 8),
     "data.reference.views": ("eval", 2),
@@ -73,9 +77,18 @@ VALUES: dict[str, tuple[Value, ...]] = {
     "evaluate.during": (None, SEEN, OTHER),
     "evaluate.select": (None, "seen"),
     "evaluate.patience": (None, 1),
+    "evaluate.probe": (500, 0),
     "evaluate.workers": (0, 1),
 }
 """Values, of options that the schema does not enumerate, that take different paths through the code."""
+
+FEWER: dict[str, tuple[Value, ...]] = dict.fromkeys(
+    ("data.target.format", "data.reference.format", "evaluate.geometry.format"),
+    ("folder", "webdataset", "csv", "prepared"),
+)
+"""Values of options of which the schema enumerates more. A fifth format would add a fourth of all rows, and an
+opened `huggingface` set is like an opened `webdataset`: byte ranges of files. Evaluation sets have it, and
+tests/train/test_inputs.py trains on it."""
 
 CONSTANT = {
     # Locations, whose kinds `format` covers.
@@ -84,12 +97,18 @@ CONSTANT = {
     "data.target.class_names",
     "data.reference.path",
     "data.reference.image_root",
+    *(f"{section}.{key}" for section in ("data.target", "data.reference") for key in ("split", "image_column")),
+    *("data.target.label_column", "data.target.text_column", "data.reference.text_column"),
     "evaluate.sets.<name>.path",
     "evaluate.sets.<name>.class_names",
     "evaluate.sets.<name>.templates",
     "evaluate.geometry.path",
     "evaluate.geometry.image_root",
+    *(f"evaluate.sets.<name>.{key}" for key in ("split", "image_column", "label_column", "text_column")),
+    *(f"evaluate.geometry.{key}" for key in ("split", "image_column", "text_column")),
     "model.pretrained",
+    # A line of the model card.
+    "model.license",
     "train.output",
     # Numbers, all of which take the same path.
     "data.target.batch_size",
@@ -125,6 +144,9 @@ CONSTANT = {
     "train.rank_timeout",
     "evaluate.geometry.pairs",
     "evaluate.batch_size",
+    # A part of the samples, which is read as any other set: in tests/data/test_holdout.py.
+    "data.target.holdout",
+    "evaluate.sets.<name>.holdout",
     # Parts without a method's name: in tests/methods.
     "objective.target",
     "objective.reference",
@@ -176,7 +198,7 @@ INVALID = [
     Invalid({"objective.name": ("car_ft",), "data.target.templates": ("a photo of a {}",)}, "at least two"),
     Invalid({"data.target.loader": ("ffcv",), "data.target.format": RAW}, "reads prepared sets alone"),
     Invalid(
-        {"data.reference.loader": ("ffcv",), "data.reference.format": RAW[1:], REFERENCE: ("given",)},
+        {"data.reference.loader": ("ffcv",), "data.reference.format": RAW, REFERENCE: ("given",)},
         "reads prepared sets alone",
     ),
     Invalid({"model.name": ("dropping",), "train.micro_batch_size": (3,)}, "train.micro_batch_size"),
@@ -188,14 +210,7 @@ INVALID = [
     Invalid({"evaluate.during": (OTHER,), "evaluate.select": ("seen",)}, "evaluate.during: add seen"),
     Invalid({"train.keep_best": (True,), "evaluate.select": (None,)}, "train.keep_best needs evaluate.select"),
     Invalid({"evaluate.patience": (1,), "evaluate.select": (None,)}, "evaluate.patience needs evaluate.select"),
-    Invalid(
-        {
-            "evaluate.sets.<name>.task": ("retrieval",),
-            "evaluate.sets.<name>.format": ("folder",),
-            SETS: ("given",),
-        },
-        "folders have no captions",
-    ),
+    Invalid({"data.target.balance": ("class",), "data.target.format": ("csv",)}, "has prompts and no classes"),
     Invalid({"train.compile": (True,), STAGE: (3,)}, "train.compile: ZeRO-3"),
     Invalid({"train.ema": (0.5,), STAGE: (3,)}, "train.ema: under ZeRO-3"),
     Invalid({"train.export_ema": (True,), "train.ema": (None,)}, "train.export_ema needs train.ema"),
@@ -257,7 +272,7 @@ def axes() -> dict[str, tuple[Value, ...]]:
             continue
         if values is not None and key.startswith("evaluate.sets"):
             values = tuple(value for value in values if value is not None)  # the schema's "as dataset has it"
-        found[key] = VALUES.get(key, ()) if values is None else values
+        found[key] = VALUES.get(key, ()) if values is None else FEWER.get(key, values)
     return found
 
 
@@ -411,8 +426,32 @@ def write_material(folder: Path) -> None:
             path = folder / f"{half}-folder" / f"class {sample.label}" / f"{index}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(tiny.jpeg(index + 1000 * (half == "reference")))
-            lines.append(f"caption {index}\t{path}")
+            path.with_suffix(".txt").write_text("\n".join(several_captions(index)))
+            lines += [f"{caption}\t{path}" for caption in several_captions(index)]
         (folder / f"{half}.csv").write_text("\n".join(lines) + "\n")
+        write_dataset(folder / f"{half}-huggingface", source)
+
+
+def several_captions(index: int) -> list[str]:
+    return [f"caption {index}", f"a photo of number {index}"][: 1 + index % 2]
+
+
+def write_dataset(folder: Path, source: Source) -> None:
+    """Writes a data set of Hugging Face's `datasets`."""
+    labels = [max(sample.label, 0) for sample in source.samples]
+    names = [f"class number {label}" for label in range(max(labels) + 1)]
+    features = {
+        "image": datasets.Image(),
+        "label": datasets.ClassLabel(names=names),
+        "captions": datasets.Sequence(datasets.Value("string")),
+    }
+    columns = {
+        "image": [{"bytes": source.read(row), "path": None} for row in range(len(source))],
+        "label": labels,
+        "captions": [several_captions(row) for row in range(len(source))],
+    }
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).save_to_disk(folder)
 
 
 def data_of(folder: Path, half: str, kind: str) -> dict[str, Any]:
@@ -423,6 +462,7 @@ def data_of(folder: Path, half: str, kind: str) -> dict[str, Any]:
         "folder": folder / f"{half}-folder",
         "csv": folder / f"{half}.csv",
         "prepared": folder / f"{half}-prepared",
+        "huggingface": folder / f"{half}-huggingface",
     }[kind]
     return {"format": kind, "path": str(path)} | (names if kind in ("webdataset", "prepared") else {})
 

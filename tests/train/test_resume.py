@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import unittest.mock
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,16 +22,19 @@ from test_trackers import ALONE, wandb_exits, wandb_history, wandb_segments
 
 from dive_fast.checkpoint import lineage, saver
 from dive_fast.checkpoint import manifest as checkpoint
+from dive_fast.config.schema import EvaluateConfig
 from dive_fast.distributed import Ranks, join
 from dive_fast.errors import UserError
+from dive_fast.evaluate.zero_shot import Measured
 from dive_fast.identity import Identity
 from dive_fast.locks import folder_lock
 from dive_fast.methods import registry
 from dive_fast.methods.method import Part
 from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import head as heads
+from dive_fast.train import guard_rails, run_folder, run_identity
 from dive_fast.train import loop as train
-from dive_fast.train import run_folder, run_identity, setup
+from dive_fast.train.run_evaluation import Results, RunEvaluation
 
 STEPS = 3
 
@@ -454,29 +458,23 @@ def test_checkpoints_behind_a_symlink_rotate_and_resume(results: dict[str, Any])
 
 def test_settings_that_hardly_train_are_reported(results: dict[str, Any]) -> None:
     printed = results["few"]
-    assert "train.warmup_steps = 500 of the 1 steps of this run: the learning rate only rises, to 2e-07" in printed
+    assert (
+        "train.warmup_steps = 500 (config in Python) of the 1 steps of this run: the learning rate only" in printed
+    )
+    assert "rises, to 2e-07" in printed
     assert "set train.warmup_steps=1 " in printed
-    assert "data.target.batch_size = 1: the contrastive loss of a single pair is 0" in printed
+    assert "data.target.batch_size = 1 (config in Python): the contrastive loss of a single pair is 0" in printed
 
 
 def test_average_longer_than_the_run_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = RunConfig.model_validate(tiny.write_config(tmp_path, ema=0.9999))
+    config = RunConfig.model_validate(tiny.write_config(tmp_path, ema=0.9999, warmup_steps=0))
     needs = registry.needs(config.objective)
-    setup._warn_of_schedule(config.train, 8, needs, 500)
-    assert "train.ema = 0.9999 averages over about 10000 steps, this run has 500" in caplog.text
+    guard_rails.warn_of_schedule(config, needs, 500)
+    line = "train.ema = 0.9999 (config in Python) averages over about 10000 steps, and this run has 500"
+    assert line in caplog.text
     assert "set train.ema=0.98 for a tenth of the run" in caplog.text
     caplog.clear()
-    setup._warn_of_schedule(config.train, 8, needs, 20000)
-    assert caplog.text == ""
-
-
-def test_max_steps_beyond_the_epochs_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = RunConfig.model_validate(tiny.write_config(tmp_path, max_steps=40))
-    batch_size, needs = config.data.target.batch_size, registry.needs(config.objective)
-    setup._warn_of_schedule(config.train, batch_size, needs, 3)
-    assert "train.max_steps = 40, but train.epochs = 1 ends the run after 3 steps" in caplog.text
-    caplog.clear()
-    setup._warn_of_schedule(config.train, batch_size, needs, 40)
+    guard_rails.warn_of_schedule(config, needs, 20000)
     assert caplog.text == ""
 
 
@@ -547,24 +545,28 @@ ACCURACIES = {1: 0.4, 2: 0.5, 3: 0.45, 4: 0.6, 5: 0.9, 6: 0.8, 7: 0.3, 8: 0.7}
 @contextlib.contextmanager
 def _decided(accuracies: dict[int, float]) -> Iterator[None]:
     """Replaces the measured accuracies by fixed ones."""
-    evaluate, measure, steps = train.Validation.evaluate, train.Validation._measure, [0]
+    evaluate, steps, patch = train.Validation.evaluate, [0], unittest.mock.patch.object
 
     def evaluate_at(self: train.Validation, step: int) -> dict[str, float]:
         steps[0] = step
         return evaluate(self, step)
 
-    def measured(self: train.Validation, options: Any, exported: Path | None) -> dict[str, float]:
+    def measured(self: RunEvaluation, options: EvaluateConfig, exported: Path | None) -> Results:
         # Only the best weights are measured from their file, at the end of the run.
         step = steps[0]
         if exported is not None:
             step = json.loads((exported / "best/selected.json").read_text())["step"]
-        return {f"accuracy/{name}": accuracies[step] for name in options.sets}
+        return Results({name: Measured({"top1": accuracies[step]}, "prompts", 1) for name in options.sets}, {})
 
-    train.Validation.evaluate, train.Validation._measure = evaluate_at, measured  # type: ignore[method-assign]
-    try:
+    def measured_at_the_end(self: RunEvaluation, exported: Path | None) -> Results:
+        return measured(self, self._options, exported)
+
+    with (
+        patch(train.Validation, "evaluate", evaluate_at),
+        patch(RunEvaluation, "measure_during", measured),
+        patch(RunEvaluation, "measure_after", measured_at_the_end),
+    ):
         yield
-    finally:
-        train.Validation.evaluate, train.Validation._measure = evaluate, measure  # type: ignore[method-assign]
 
 
 def validation_cases(folder: Path) -> dict[str, Any]:
@@ -577,6 +579,7 @@ def validation_cases(folder: Path) -> dict[str, Any]:
         "select": "seen",
         "every_steps": 2,
         "workers": 0,
+        "baseline": False,
     }
     tree["train"] |= {"max_steps": 5, "keep_last": 9}
     results: dict[str, Any] = {}

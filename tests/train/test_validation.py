@@ -19,7 +19,7 @@ from distributed import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dive_fast.checkpoint import lineage
+from dive_fast.config import recorded
 from dive_fast.data.loaders.loader import Options
 from dive_fast.data.open_dataset import open_target
 from dive_fast.data.samples import EvaluationSamples
@@ -31,7 +31,7 @@ from dive_fast.model import head as heads
 from dive_fast.model.towers import Towers, create
 from dive_fast.train import linear_probe as probe
 from dive_fast.train import loop as train
-from dive_fast.train import validation
+from dive_fast.train import run_evaluation
 from dive_fast.train.validation import BEST, Validation
 
 EPOCHS, STEPS = 3, 9
@@ -78,7 +78,7 @@ def fixed_accuracies() -> Iterator[None]:
         accuracy = ACCURACIES[known.setdefault(weights, len(known))]
         return {"seen": measured._replace(scores={"top1": accuracy})}
 
-    with unittest.mock.patch.object(validation, "measure_sets", measure_fixed):
+    with unittest.mock.patch.object(run_evaluation, "measure_sets", measure_fixed):
         yield
 
 
@@ -95,7 +95,7 @@ def cases(folder: Path) -> dict[str, Any]:
     if ranks.is_main:
         for name in ("never", "selected"):
             (folder / name).mkdir()
-            (folder / name / "config.json").write_text(json.dumps(dict.fromkeys(lineage.PROVENANCE)))
+            (folder / name / "config.json").write_text(json.dumps({key: {} for key in recorded.KEYS}))
             # The head of another run: it would classify instead of the prompts.
             heads.save(heads.Head(torch.zeros(5, 24), torch.zeros(5), CLASSES), folder / name / heads.FILE)
     results["never"] = run(tree, folder / "never", ranks)
@@ -136,6 +136,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "sets": {"seen": {key: tree["data"]["target"][key] for key in tiny.EVALUATION}},
         "geometry": {"format": "webdataset", "path": tree["data"]["reference"]["path"], "pairs": 7},
         "workers": 0,
+        "baseline": False,
     }
     tree["deepspeed"]["zero_optimization"]["stage"] = 3
     (path / "config.json").write_text(json.dumps(tree))

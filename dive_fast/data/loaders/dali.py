@@ -11,7 +11,7 @@ import io
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Generic
 
@@ -97,13 +97,14 @@ class _Encoded(Generic[Batch]):
     """``(bytes,)`` uint8: the concatenated files, in one block of shared memory."""
     sizes: list[int]
     views: Tensor
-    """``(B, 8)`` fp32: top, left, height, width of the crop; top, left, bottom, right of the region."""
+    """``(B, 9)`` fp32: top, left, height, width of the crop; top, left, bottom, right of the region; flipped."""
 
     def inputs(self) -> list[Any]:
-        """The inputs of the pipeline: files, then the four column pairs of ``views``."""
+        """The inputs of the pipeline: files, the four column pairs of ``views``, and its last column."""
         files = [part.numpy() for part in self.data.split(self.sizes)]
-        anchor, shape, start, end = (pair.contiguous() for pair in self.views.split(2, dim=1))
-        return [files, anchor.int().numpy(), shape.int().numpy(), start.numpy(), end.numpy()]
+        anchor, shape, start, end, flips = (part.contiguous() for part in self.views.split(2, dim=1))
+        rectangles: list[Any] = [anchor.int().numpy(), shape.int().numpy(), start.numpy(), end.numpy()]
+        return [files, *rectangles, flips.int().numpy()]
 
 
 class _Read:
@@ -116,7 +117,7 @@ class _Read:
         results = [self.samples.read_usable(key, self._file) for key in sample_keys]
         usable_keys = [key for key, _ in results]
         files = [np.frombuffer(file, np.uint8) for _, (file, _) in results]
-        views = [(*astuple(view.crop), *view.region) for _, (_, view) in results]
+        views = [_numbers(view) for _, (_, view) in results]
         return _Encoded(
             usable_keys,
             self.samples.batch(usable_keys, torch.empty(0)),
@@ -146,6 +147,11 @@ class _Read:
         return content.getvalue(), preprocess.train_view(Crop(0, 0, transformed.height, transformed.width))
 
 
+def _numbers(view: View) -> tuple[float, ...]:
+    crop = view.crop
+    return (crop.top, crop.left, crop.height, crop.width, *view.region, float(crop.is_flipped))
+
+
 # The pipeline
 
 
@@ -161,10 +167,10 @@ def _pipeline(feed: Callable[[], list[Any]], batch_size: int, preprocess: Prepro
         prefetch_queue_depth=PREFETCH,
     )
     with pipeline:
-        files, anchor, shape, start, end = fn.external_source(
+        files, anchor, shape, start, end, flips = fn.external_source(
             source=feed,
-            num_outputs=5,
-            dtype=[types.UINT8, types.INT32, types.INT32, types.FLOAT, types.FLOAT],
+            num_outputs=6,
+            dtype=[types.UINT8, types.INT32, types.INT32, types.FLOAT, types.FLOAT, types.INT32],
             ndim=1,
         )
         gpu_arguments: dict[str, Any] = {
@@ -196,6 +202,7 @@ def _pipeline(feed: Callable[[], list[Any]], batch_size: int, preprocess: Prepro
             output_layout="HWC" if options.channels_last else "CHW",
             mean=[255 * value for value in preprocess.mean],
             std=[255 * value for value in preprocess.std],
+            mirror=fn.squeeze(flips, axes=[0]),
         )
         pipeline.set_outputs(images)
     pipeline.build()

@@ -133,3 +133,5 @@ class Beton:
         crop = view.crop
         part = image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
         resize(part, np.array(view.region), pixels, bilinear)
+        if crop.is_flipped:
+            pixels[:] = pixels[:, ::-1].copy()

@@ -82,8 +82,7 @@ def _identity(batch: Batch) -> Batch:
 
 def _keys_of_steps(order: Order, steps: range) -> Iterator[list[SampleKey]]:
     for step in steps:
-        epoch, samples = order.at(step)
-        yield [(epoch, sample) for sample in samples.tolist()]
+        yield order.sample_keys(step)
 
 
 def loader_options(config: Config, data: TargetConfig | ReferenceConfig, ranks: Ranks) -> Options:

@@ -200,6 +200,12 @@ def _load_tokenizer(name: str) -> Callable[[list[str]], Tensor]:
 
     from dive_fast.data.prompts import quick_bpe
 
+    # open_clip gives the tokenizer of CLIP to names that it does not know.
+    if not name.startswith(("hf-hub:", "local-dir:")) and name not in open_clip.list_models():
+        raise DataError(
+            f"--tokenizer {name}: open_clip has no such model; without --tokenizer, texts are tokenised when they "
+            "are read, by the tokenizer of any model"
+        )
     try:
         with forbid_code_execution():
             tokenizer: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(name)

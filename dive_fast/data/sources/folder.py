@@ -56,7 +56,7 @@ def open_folder(path: str) -> Source:
         names = _class_folders(root, path, ignored)
         for label, name in enumerate(names):
             num_skipped = len(skipped)
-            files = list(_images_below(root / name, name, skipped, ignored))
+            files = list(images_below(root / name, name, skipped, ignored))
             if not files:
                 unread = skipped[num_skipped:]
                 kind, hint = (
@@ -130,7 +130,7 @@ def class_order(names: Iterable[str], path: str) -> list[str]:
     return names
 
 
-def _images_below(
+def images_below(
     folder: Path,
     name: str,
     skipped: list[Skipped],
@@ -140,7 +140,7 @@ def _images_below(
     """Key, path and size of each image below a folder, sorted by the components of its key.
 
     Args:
-        name: the folder's part of the key.
+        name: the folder's part of the key; may be empty.
         parents: device and inode of each folder above, to detect links that form a cycle.
     """
     status = os.stat(folder)
@@ -148,12 +148,13 @@ def _images_below(
     if inode in parents:
         raise DataError(f"{folder}: a link to a folder above it; remove it")
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        file, key, suffix = Path(entry.path), f"{name}/{entry.name}", Path(entry.name).suffix.lower()
+        key = f"{name}/{entry.name}" if name else entry.name
+        file, suffix = Path(entry.path), Path(entry.name).suffix.lower()
         if entry.is_dir():
             if is_hidden(entry.name):
                 ignored.append(Skipped(printable(key), HIDDEN))
             else:
-                yield from _images_below(file, key, skipped, ignored, (*parents, inode))
+                yield from images_below(file, key, skipped, ignored, (*parents, inode))
         elif (reason := reason_to_skip(entry.name)) is not None:
             (ignored if reason == HIDDEN else skipped).append(Skipped(printable(key), reason))
         elif suffix in IMAGE_SUFFIXES:

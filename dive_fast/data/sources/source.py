@@ -12,16 +12,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from dive_fast.data import content_hashes
 from dive_fast.data.decode import UNDECODABLE, decode, decode_error_message
 from dive_fast.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +86,12 @@ class Source:
     """Prepared sets: all files."""
     sizes: NDArray[np.int32] | None = None
     """Prepared sets: ``(N, 2)``, height and width of each image, all of which are complete JPEGs."""
-    tokens: Tensor | None = None
+    tokens: "Tensor | None" = None
     """Sets prepared with a tokenizer: ``(N, context)``, the tokens of each sample's first text."""
     beton: Path | None = None
     """Sets prepared for FFCV: its file with all images, in the order of the samples."""
+    held_out: str = ""
+    """The part of the data set that ``holdout`` leaves, for the user; empty for a complete set."""
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -47,7 +47,7 @@ def open_webdataset(path: str, text: str, *, strict: bool = True) -> Source:
     samples: list[Sample] = []
     skipped: list[Skipped] = []
     ignored: list[Skipped] = []
-    for tar in _tars(path, skipped, ignored):
+    for tar in list_tars(path, skipped, ignored):
         members = read_members(tar)
         if members.error is not None:
             if strict:
@@ -165,7 +165,12 @@ def _label(text: str) -> int:
     return int(text)
 
 
-def _tars(path: str, skipped: list[Skipped], ignored: list[Skipped]) -> list[Path]:
+def list_tars(path: str, skipped: list[Skipped], ignored: list[Skipped]) -> list[Path]:
+    """The tars that a path names: a tar, a brace range, a glob, or a folder of tars.
+
+    Raises:
+        DataError: there is no tar, or one of them does not exist.
+    """
     root = locate(path)
     if root.is_dir():
         return _tars_in(root, path, skipped, ignored)

@@ -9,7 +9,7 @@ from dive_fast.data.open_dataset import open_captioned, open_target
 from dive_fast.data.prompts import Template
 from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
-from dive_fast.errors import DataError
+from dive_fast.errors import DataError, naming
 from dive_fast.evaluate.datasets import layouts
 from dive_fast.evaluate.datasets.catalog import find_dataset, open_known
 from dive_fast.evaluate.datasets.class_names import class_names_of, templates_of
@@ -31,40 +31,45 @@ def open_evaluation(config: EvaluationSet, place: str = "") -> Labelled | Captio
             accept this by ``on_skipped``.
     """
     if config.dataset is not None:
-        return open_known(config.dataset, config.path, config.class_names, config.templates)
-    try:
-        return _open_own(config, f"{place or 'evaluate.sets.<name>'}.on_skipped=report")
-    except DataError as error:
-        raise DataError(f"{place}: {error}" if place else str(error)) from error
+        with naming(place and f"{place}.dataset"):
+            find_dataset(config.dataset)
+        with naming(place):
+            return open_known(config.dataset, config.path, config.class_names, config.templates)
+    return _open_own(config, place)
 
 
-def _open_own(config: EvaluationSet, consent: str) -> Labelled | Captioned:
-    """Opens a set of the user's own.
-
-    Args:
-        consent: config override that accepts results without the samples that cannot be measured.
-    """
-    reports = config.on_skipped == "report"
+def _open_own(config: EvaluationSet, place: str) -> Labelled | Captioned:
+    """Opens a set of the user's own; arguments as in :func:`open_evaluation`."""
+    reports, consent = config.on_skipped == "report", f"{place or 'evaluate.sets.<name>'}.on_skipped=report"
     remedy = f"repair or remove it, or accept results without it by {consent}"
-    source = open_captioned(config) if config.task == "retrieval" else open_target(config)
-    if source.skipped and not reports:
-        raise DataError(
-            f"{config.path}: {layouts.describe_skipped(source.skipped)}; repair or remove them, or accept results "
-            f"without them by {consent}"
-        )
-    if config.task == "retrieval":
-        captioned = layouts.captioned(source, str(config.format))
-        lines = (*layouts.remarks_on_files(source), *captioned.remarks)
-        return replace(captioned, reports_skipped=reports, remedy=remedy, remarks=lines)
-    listed = None if config.class_names is None else class_names_of(config.class_names)
-    names = join_names(source, listed, config.class_names or config.path)
+    with naming(place):
+        source = open_captioned(config) if config.task == "retrieval" else open_target(config)
+        if source.skipped and not reports:
+            raise DataError(
+                f"{config.path}: {layouts.describe_skipped(source.skipped)}; repair or remove them, or accept "
+                f"results without them by {consent}"
+            )
+        if config.task == "retrieval":
+            captioned = layouts.captioned(source, str(config.format))
+            lines = (*layouts.remarks_on_files(source), *captioned.remarks)
+            return replace(captioned, reports_skipped=reports, remedy=remedy, remarks=lines)
+    with naming(place if config.class_names is None or not place else f"{place}.class_names"):
+        listed = None if config.class_names is None else class_names_of(config.class_names)
+        names = join_names(source, listed, config.class_names or config.path)
+    with naming(place and f"{place}.templates"):
+        templates = templates_of(config.templates or "imagenet")
+    held_out = [source.held_out] if source.held_out else []
     return Labelled(
         source,
         names,
-        templates_of(config.templates or "imagenet"),
+        templates,
         layout=str(config.format),
         imagenet_rows=imagenet_rows(source.class_names),
-        remarks=(*layouts.remarks_on_files(source), *remarks(names, source.class_names, config.class_names)),
+        remarks=(
+            *held_out,
+            *layouts.remarks_on_files(source),
+            *remarks(names, source.class_names, config.class_names),
+        ),
         reports_skipped=reports,
         remedy=remedy,
     )
@@ -91,15 +96,31 @@ def metric_of(config: EvaluationSet) -> Metric:
     return "top1" if config.task == "classification" else "image_to_text_r1"
 
 
-def open_sets(sets: Mapping[str, EvaluationSet], ranks: Ranks) -> Opened:
+def with_defaults(config: EvaluationSet) -> EvaluationSet:
+    """An evaluation set with the defaults that do not depend on its files."""
+    known = None if config.dataset is None else find_dataset(config.dataset)
+    is_own = known is None and config.task == "classification"
+    return config.model_copy(
+        update={
+            "metric": metric_of(config),
+            "role": config.role or (None if known is None else known.role),
+            "templates": config.templates or ("imagenet" if is_own else None),
+        }
+    )
+
+
+def open_sets(sets: Mapping[str, EvaluationSet], ranks: Ranks, place: str = "evaluate.sets") -> Opened:
     """Opens evaluation sets and prints their remarks.
+
+    Args:
+        place: config section of the sets, for messages; empty where they are not those of a config.
 
     Raises:
         ConfigError, DataError: as :func:`open_evaluation`.
     """
     opened = {}
     for name, config in sets.items():
-        opened[name] = open_evaluation(config, f"evaluate.sets.{name}")
+        opened[name] = open_evaluation(config, place and f"{place}.{name}")
         for remark in opened[name].remarks:
             ranks.print(f"{name}: {remark}")
     return opened

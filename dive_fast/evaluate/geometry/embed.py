@@ -1,8 +1,9 @@
 """Image-caption pairs for measures of geometry, and their embeddings in fp32."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -11,11 +12,28 @@ from dive_fast.data.loaders.loader import Options, batches_of
 from dive_fast.data.open_dataset import open_reference
 from dive_fast.data.prepared.format import MANIFEST
 from dive_fast.data.samples import ReferenceSamples, SampleKey
+from dive_fast.data.sources.huggingface import is_dataset
 from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError
+from dive_fast.evaluate.datasets.evaluation_set import progress
 from dive_fast.model.features import Pairs
 from dive_fast.model.towers import Towers, tokenizer_of, unit
+
+
+class EmbeddedPairs(NamedTuple):
+    """Embeddings of the pairs that could be read, in the order of the set."""
+
+    pairs: Pairs
+    """Unit rows ``(N, D)`` fp32 of images and of texts, on this rank's device."""
+    samples: list[int]
+    """Index of each pair in the set."""
+
+    def of(self, samples: Sequence[int]) -> Pairs:
+        """The rows of some of these samples."""
+        row_of = {sample: row for row, sample in enumerate(self.samples)}
+        rows = [row_of[sample] for sample in samples]
+        return Pairs(*(half[rows] for half in self.pairs))
 
 
 def describe_pairs(
@@ -65,7 +83,6 @@ def open_pairs(
     return ReferenceSamples(source, tokenizer, towers.preprocess, towers.pooled_at, seed=0)
 
 
-@torch.no_grad()
 def embed(
     towers: Towers,
     samples: ReferenceSamples,
@@ -74,6 +91,20 @@ def embed(
     workers: int = 0,
     limit: int | None = None,
 ) -> Pairs:
+    """The unit rows of :func:`embed_readable`; all ranks must call this, and all get the result."""
+    return embed_readable(towers, samples, ranks, batch_size, workers, limit).pairs
+
+
+@torch.no_grad()
+def embed_readable(
+    towers: Towers,
+    samples: ReferenceSamples,
+    ranks: Ranks,
+    batch_size: int,
+    workers: int = 0,
+    limit: int | None = None,
+    name: str = "embeddings",
+) -> EmbeddedPairs:
     """Embeds pairs in fp32, each on one rank; all ranks must call this, and all get the result.
 
     A pair whose image cannot be decoded is left out, with a warning that names it.
@@ -83,9 +114,7 @@ def embed(
         batch_size: pairs encoded at once on each rank.
         workers: loader processes on each rank.
         limit: number of pairs, spread evenly over the set; default: all.
-
-    Returns:
-        Unit rows ``(N, D)`` of images and of texts, in the order of the set, on this rank's device.
+        name: name on the progress bar; empty disables the bar.
 
     Raises:
         DataError: too many images in a row cannot be decoded.
@@ -96,7 +125,8 @@ def embed(
     with _in_fp32(towers):
         empty = torch.empty(0, towers.width, device=ranks.device)
         images, texts = [empty], [empty]
-        with ranks.raise_on_all(DataError), ranks.progress(len(keys), "embeddings", "pair") as bar:
+        samples_read = [torch.empty(0, dtype=torch.int64, device=ranks.device)]
+        with ranks.raise_on_all(DataError), progress(ranks, len(keys), name, "pair") as bar:
             options = Options(workers=workers, device=ranks.device)
             for number, batch in enumerate(batches_of(samples, keys, batch_size, options)):
                 requested = keys[number * batch_size : (number + 1) * batch_size]
@@ -107,8 +137,10 @@ def embed(
                 kept = is_requested.to(ranks.device)
                 images.append(unit(image)[kept])
                 texts.append(unit(text)[kept])
+                samples_read.append(batch.sample.to(ranks.device)[kept])
                 bar.update(len(requested))
-    return Pairs(*(ranks.gather(torch.cat(half)) for half in (images, texts)))
+    pairs = Pairs(*(ranks.gather(torch.cat(half)) for half in (images, texts)))
+    return EmbeddedPairs(pairs, ranks.gather(torch.cat(samples_read)).tolist())
 
 
 def spread(count: int, limit: int | None) -> list[int]:
@@ -133,4 +165,9 @@ def _in_fp32(towers: Towers) -> Iterator[None]:
 def _format_at(path: str) -> str:
     if Path(path).suffix.lower() in (".csv", ".tsv"):
         return "csv"
-    return "prepared" if (Path(path) / MANIFEST).is_file() else "webdataset"
+    if (Path(path) / MANIFEST).is_file():
+        return "prepared"
+    if is_dataset(path):
+        return "huggingface"
+    has_tars = not Path(path).is_dir() or any(entry.suffix == ".tar" for entry in Path(path).iterdir())
+    return "webdataset" if has_tars else "folder"

@@ -243,6 +243,14 @@ def test_replacement_has_its_own_text_label_and_index(tmp_path: Path, tokenizer:
     assert batch.keys == ("a.tar/002",)
 
 
+def test_held_out_sample_is_read_but_never_replaces_another(tmp_path: Path) -> None:
+    samples = evaluation_samples(broken_source(tmp_path, {1, 5}, 6))
+    (batch,) = batches_of(samples.without({0, 2, 3}), [(0, sample) for sample in (0, 1, 3, 5)], 4, Options())
+    assert batch.labels.tolist() == [0, 4, 3, 4]
+    (unchanged,) = batches_of(samples, [(0, 1), (0, 5)], 2, Options())
+    assert unchanged.labels.tolist() == [2, 0]
+
+
 def assert_too_many_are_unusable(folder: Path, count: int, workers: int) -> None:
     last = f"a.tar/{(2 + MAX_REPLACEMENTS - 1) % count:03d}"
     samples = evaluation_samples(broken_source(folder, set(range(2, 2 + MAX_REPLACEMENTS)) | {0, 1}, count))

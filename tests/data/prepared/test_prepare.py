@@ -288,6 +288,13 @@ def test_dali_reads_prepared_tars_by_their_index_files(tmp_path: Path) -> None:
         assert bytes(texts.at(index)).decode() == source.samples[index].texts[0]
 
 
+@pytest.mark.parametrize("name", ["ViT-B-99", "hf:openai/clip-vit-base-patch32"])
+def test_tokenizer_unknown_to_open_clip_is_refused(tmp_path: Path, name: str) -> None:
+    options = dataclasses.replace(SMALL, tokenizer=name)
+    with pytest.raises(DataError, match=f"--tokenizer {name}: open_clip has no such model; without --tokenizer"):
+        make(write_set(tmp_path / "a.tar"), tmp_path / "set", options, ".txt")
+
+
 def test_write_beton_is_read_by_ffcv(tmp_path: Path) -> None:
     """Reads with FFCV's own reader and compiled fields."""
     from ffcv.fields import IntField, NDArrayField, RGBImageField
@@ -865,7 +872,10 @@ def test_open_prepared_skips_empty_captions_of_old_sets(tmp_path: Path) -> None:
         (["--format", "folder", "--pairs"], "--pairs is for --format csv; remove it"),
         (["--format", "webdataset", "--image-root", "x"], "--image-root is for --format csv; remove it"),
         (["--format", "csv", "--name", "x"], "--name is for --format torchvision and wilds; remove it"),
-        (["--format", "folder", "--split", "val"], "--split is for --format torchvision and wilds; remove it"),
+        (
+            ["--format", "folder", "--split", "val"],
+            "--split is for --format huggingface or torchvision or wilds; remove it",
+        ),
         (["--format", "torchvision", "--name", "CIFAR10", "--split", "val"], "--split val: it has train and test"),
         (
             ["--format", "torchvision", "--name", "Caltech101", "--split", "val"],

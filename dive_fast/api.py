@@ -1,0 +1,127 @@
+"""The commands' functions for Python: read a config, train, evaluate, compare.
+
+Under a launcher (``torchrun script.py``) every rank calls them; otherwise they use one GPU, or the CPU.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Before DeepSpeed is imported, which otherwise warns on a machine without a GPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from dive_fast.config.schema import EvaluateConfig, EvaluationSet, ModelConfig
+from dive_fast.config.shipped import CONFIGS
+from dive_fast.distributed import Ranks, join
+from dive_fast.evaluate import zero_shot
+from dive_fast.evaluate.geometry import compare as geometry
+from dive_fast.evaluate.geometry.embed import describe_pairs
+from dive_fast.methods.run_config import RunConfig as Config
+from dive_fast.methods.run_config import load_run_config
+from dive_fast.model import towers
+from dive_fast.train import loop
+
+__all__ = ["Config", "compare", "evaluate", "load", "train"]
+
+
+def load(name: str | Path, *overrides: str) -> Config:
+    """Reads a config by path, or by its name among the shipped ones (``"vitb16_dive"``).
+
+    Args:
+        overrides: ``section.key=value``, as on the command line.
+
+    Raises:
+        ConfigError: no such file, or an invalid config; names the key and its file.
+    """
+    return load_run_config(str(name), overrides, CONFIGS)
+
+
+def train(config: Config, output: str | Path | None = None) -> dict[str, float]:
+    """Fine-tunes a model, or resumes the run in ``output``; returns the final metrics.
+
+    The run folder then has the model, its report and its metrics, as after ``dive-fast train``.
+
+    Args:
+        output: run folder; default: ``train.output`` of the config.
+
+    Raises:
+        ValueError: neither names a run folder.
+        ConfigError, DataError: invalid config or data; the message says what to change.
+        Stopped: a signal asked the run to stop; it is saved, and the same call resumes it.
+    """
+    folder = output or config.train.output
+    if folder is None:
+        raise ValueError("name a run folder: train(config, output), or train.output in the config")
+    return loop.train(config, Path(folder), _ranks(config.train.rank_timeout))
+
+
+def evaluate(
+    model: str | Path | ModelConfig,
+    sets: Mapping[str, EvaluationSet | Mapping[str, Any]],
+    **options: Any,
+) -> dict[str, float]:
+    """Measures a model on data sets; returns each set's metric, in [0, 1], by name.
+
+    Args:
+        model: a run folder, a folder of transformers, a name that brings its weights (``hf:``, ``hf-hub:``,
+            ``local-dir:``), or a ``model`` section, e.g.
+            ``ModelConfig(name="ViT-B-16-quickgelu", pretrained="openai")``.
+        sets: name -> data set, as ``evaluate.sets`` of a config.
+        options: other keys of the section ``evaluate``: ``batch_size``, ``workers``.
+
+    Raises:
+        ConfigError, DataError: the model or a set cannot be read.
+        ValidationError: an unknown key.
+    """
+    described = _model(model)
+    config = EvaluateConfig.model_validate(
+        {"sets": {name: _section(each) for name, each in sets.items()}} | options
+    )
+    ranks = _ranks()
+    evaluated = towers.create(described).to(ranks.device).eval()
+    with torch.no_grad():
+        return zero_shot.evaluate(evaluated, towers.tokenizer_of(described), config, ranks)
+
+
+def compare(
+    before: str | Path | ModelConfig, after: str | Path, pairs: str | Path, limit: int | None = 2000
+) -> dict[str, Any]:
+    """Compares the geometry of a model's embeddings before and after fine-tuning: RSA, CKA, difference vectors.
+
+    Args:
+        before: the pre-trained model, as for :func:`evaluate`.
+        after: a run folder, or its weights.
+        pairs: captioned tars, CSV file or prepared set, preferably not trained on.
+        limit: number of pairs, spread evenly over the set; None: all.
+
+    Returns:
+        The report that ``dive-fast geometry`` writes; its measures are in ``"metrics"``.
+
+    Raises:
+        ConfigError, DataError: a model or the pairs cannot be read.
+    """
+    weights = Path(after)
+    weights = weights / "model.safetensors" if weights.is_dir() else weights
+    described = _model(before)
+    data = describe_pairs(None, str(pairs))
+    embedded = geometry.embed_both(described, EvaluateConfig(), None, weights, data, _ranks(), limit, "pairs")
+    labels = {"model": described.name, "before": geometry.PRETRAINED, "after": str(weights), "pairs": str(pairs)}
+    return geometry.measure(embedded, labels)
+
+
+def _ranks(timeout: float | None = None) -> Ranks:
+    return join() if timeout is None else join(timeout)
+
+
+def _model(model: str | Path | ModelConfig) -> ModelConfig:
+    if isinstance(model, ModelConfig):
+        return model
+    return towers.named(str(model))
+
+
+def _section(evaluation: EvaluationSet | Mapping[str, Any]) -> dict[str, Any]:
+    return evaluation.model_dump() if isinstance(evaluation, EvaluationSet) else dict(evaluation)

@@ -1,0 +1,110 @@
+"""Splits a labelled data set into a part to train on and a part to measure on, without a list of files.
+
+A sample belongs to the held-out part by a hash of its key and the number of samples of its class. Two sections of
+a config that name the same data and the same share therefore see parts that never overlap, in every command and on
+every machine. The seed of a run does not move a sample from one part to the other.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dive_fast.data.sources.source import Sample, Source
+from dive_fast.errors import DataError
+
+Part = Literal["train", "held_out"]
+
+
+def split(source: Source, share: float, part: Part) -> Source:
+    """One part of a labelled data set.
+
+    Args:
+        share: share of each class that is held out; see :func:`num_held_out`.
+        part: ``train`` for the other samples, ``held_out`` for the held-out ones. Samples that the reader left
+            out stay in the training part, where they are reported.
+
+    Raises:
+        DataError: a sample has no label, or no sample is held out.
+    """
+    is_held_out = held_out(source.samples, share)
+    if not is_held_out.any():
+        raise DataError(
+            f"holdout = {share:g} holds out none of the {len(source)} images: every class has only one; add "
+            "images, or remove holdout"
+        )
+    rows = np.flatnonzero(is_held_out if part == "held_out" else ~is_held_out)
+    count, others = len(rows), len(source) - len(rows)
+    remark = (
+        f"{count:,} images, the held-out part of {len(source):,}"
+        if part == "held_out"
+        else f"holds out {others:,} of {len(source):,} images for evaluation, trains on {count:,}"
+    )
+    content = source.content_hash
+    if content:
+        content = hashlib.sha256(content.encode() + rows.astype("<i8").tobytes()).hexdigest()
+    return replace(
+        source,
+        samples=_Rows(source.samples, rows),
+        skipped=() if part == "held_out" else source.skipped,
+        content_hash=content,
+        hashes=None if source.hashes is None else source.hashes[rows],
+        first_rows=_first_rows(source.first_rows, rows),
+        sizes=None if source.sizes is None else source.sizes[rows],
+        tokens=None if source.tokens is None else source.tokens[rows.tolist()],
+        # FFCV's file contains the samples of both parts.
+        beton=None,
+        held_out=remark,
+    )
+
+
+def held_out(samples: Sequence[Sample], share: float) -> NDArray[np.bool_]:
+    """``(N,)``: whether each sample is held out: those of its class with the smallest hashes of their keys.
+
+    Raises:
+        DataError: a sample has no label.
+    """
+    classes: dict[int, list[tuple[bytes, int]]] = defaultdict(list)
+    for row, sample in enumerate(samples):
+        if sample.label < 0:
+            raise sample.unusable("holdout needs a class for each image")
+        classes[sample.label].append((hashlib.sha256(f"holdout {sample.key}".encode()).digest(), row))
+    chosen = np.zeros(len(samples), dtype=np.bool_)
+    for members in classes.values():
+        chosen[[row for _, row in sorted(members)[: num_held_out(len(members), share)]]] = True
+    return chosen
+
+
+def num_held_out(count: int, share: float) -> int:
+    """Number of held-out images of a class: the rounded share, at least one, and never all of them."""
+    return min(count - 1, max(1, int(count * share + 0.5)))
+
+
+class _Rows(Sequence[Sample]):
+    """Some rows of a sequence of samples, which are created only on access where the sequence does so."""
+
+    def __init__(self, samples: Sequence[Sample], rows: NDArray[np.int64]) -> None:
+        self._samples, self._rows = samples, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, row: int) -> Sample: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Sample]: ...
+    def __getitem__(self, row: int | slice) -> Sample | list[Sample]:
+        """The sample of a row, or the samples of a slice of rows."""
+        if isinstance(row, slice):
+            return [self._samples[i] for i in self._rows[row].tolist()]
+        return self._samples[int(self._rows[row])]
+
+
+def _first_rows(first_rows: Sequence[int], rows: NDArray[np.int64]) -> list[int]:
+    """The first row of each file among ``rows``; a file without one has the row that follows."""
+    positions = np.searchsorted(rows, np.asarray(first_rows, dtype=np.int64))
+    return np.unique(positions[positions < len(rows)]).tolist()

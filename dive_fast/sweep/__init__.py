@@ -1,0 +1,1 @@
+"""Runs over a grid of settings, the choice among them, and tables and charts that compare any runs."""
