@@ -29,7 +29,7 @@ def make_metrics(folder: Path, first_step: int = 0, *state: Any, rank: int = 0, 
         ranks=Ranks(rank, 1, torch.device("cpu")),
         engine=SimpleNamespace(
             deepspeed=SimpleNamespace(monitor=SimpleNamespace(enabled=False)),
-            method=SimpleNamespace(norms={"image_norm": "|u|"}),
+            method=SimpleNamespace(norms={"image_norm": "|u|"}, target_loss=None),
             features_are_random=False,
         ),
         total_steps=STEPS,
