@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from dive_fast.commands import cli
 from dive_fast.commands.launcher import count_ranks, launcher_command, launcher_environment
+from dive_fast.config.shipped import CONFIGS
 
 if TYPE_CHECKING:
     from dive_fast.config.schema import Config
@@ -90,7 +91,7 @@ def _load(config: str, overrides: Sequence[str]) -> "Config":
     from dive_fast.config.load import load_config
     from dive_fast.config.schema import Config
 
-    return load_config(config, overrides, cli.CONFIGS, Config)
+    return load_config(config, overrides, CONFIGS, Config)
 
 
 def _run_all(sweep: "Sweep", gpus: int | None, options: argparse.Namespace) -> int:
@@ -139,8 +140,11 @@ def _line(sweep: "Sweep", run: "Planned", outcome: "Outcome", seconds: Sequence[
     text = run_line(folder, sweep.selection)
     if outcome.was_finished:
         return f"{text}, finished before"
-    text += f", {outcome.seconds / 60:.1f} min"
-    return text if not left else f"{text}; about {left * sum(seconds) / len(seconds) / 60:.0f} min left"
+    text += f", {(outcome.seconds or 0.0) / 60:.1f} min"
+    if not left:
+        return text
+    minutes = left * sum(seconds) / len(seconds) / 60
+    return f"{text}; {f'about {minutes:.0f}' if minutes >= 1 else 'less than 1'} min left"
 
 
 def _parser() -> argparse.ArgumentParser:

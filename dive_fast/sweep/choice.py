@@ -27,11 +27,11 @@ class Spread(NamedTuple):
 
     mean: float
     deviation: float
-    count: int
+    seeds: int
 
     def percent(self) -> str:
         """As a share of 100."""
-        return f"{100 * self.mean:.1f}" + (f" ± {100 * self.deviation:.1f}" if self.count > 1 else "")
+        return f"{100 * self.mean:.1f}" + (f" ± {100 * self.deviation:.1f}" if self.seeds > 1 else "")
 
 
 def spread(values: Sequence[float | None]) -> Spread | None:

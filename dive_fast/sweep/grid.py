@@ -14,8 +14,8 @@ from dive_fast.config.schema import Config
 from dive_fast.errors import ConfigError
 from dive_fast.identity import digest
 
-SEED = "train.seed"
-SET_BY_SWEEP = ("train.output", "train.resume", "teacher.path")
+SEED, CACHE = "train.seed", "teacher.path"
+SET_BY_SWEEP = ("train.output", "train.resume", CACHE)
 """Keys that a sweep sets itself."""
 MEASUREMENT = ("evaluate.sets", "evaluate.geometry", "evaluate.probe")
 """Sections that say what is measured: runs that differ in them cannot be compared."""
@@ -211,15 +211,16 @@ def plan(
     if grid and grid[0][2].train.resume != "auto":
         raise ConfigError("train.resume: a sweep resumes its own runs; remove the key, or start a run by train")
     caches = _caches([config for _, _, config in grid], output)
-    runs, known = [], dict[str, Values]()
+    runs: list[Planned] = []
+    known: dict[str, Values] = {}
     for (values, chosen, config), cache in zip(grid, caches, strict=True):
         content = digest(config.model_dump(mode="json"))
         if content in known:
             raise ConfigError(f"--over: {describe(known[content])} and {describe(values)} are the same settings")
         known[content] = values
         name = run_name({labels[key]: values[key] for key in varied})
-        own = [f"train.output={json.dumps(str(output / name))}"]
-        own += [] if cache is None else [f"teacher.path={json.dumps(str(cache))}"]
+        own = [_path_override("train.output", output / name)]
+        own += [] if cache is None else [_path_override(CACHE, cache)]
         label = describe({key: values[key] for key in varied})
         runs.append(Planned(name, values, (*chosen, *own), digest([content, *own]), label))
     names = [run.name.lower() for run in runs]
@@ -228,6 +229,12 @@ def plan(
             f"--over: several runs would have the name {repeated}; make their values differ in letters"
         )
     return runs
+
+
+def _path_override(key: str, path: Path) -> str:
+    """The override of a path, in quotes if it would be read as a number or other JSON."""
+    text = str(path)
+    return f"{key}={text if isinstance(Value(text).parsed, str) else json.dumps(text)}"
 
 
 def _check_overrides(over: Mapping[str, object], overrides: Sequence[str]) -> None:

@@ -11,12 +11,10 @@ from dive_fast.errors import DataError, one_line
 from dive_fast.evaluate.results import FILE as MEASURED
 from dive_fast.evaluate.results import Results
 from dive_fast.io.safe_read import parse_json, read_text
+from dive_fast.train.run_report import KINDS, SIMILARITIES
 
 REPORT, CONFIG, METRICS, WEIGHTS = "report.json", "config.json", "metrics.jsonl", "model.safetensors"
 """Files of a run folder."""
-KINDS = ("id", "ood", "zero_shot", "probe", "other")
-SIMILARITIES = {"rsa": "RSA", "cka": "CKA"}
-"""Metrics that compare with the pre-trained model, for which they are 1."""
 NO_MEASUREMENT = ("role", "on_skipped", "metric")
 """Keys of an evaluation set that do not change the data, or that stand in the row itself."""
 
@@ -27,7 +25,7 @@ class Measure:
 
     name: str
     kind: str
-    """One of :data:`KINDS`."""
+    """One of :data:`dive_fast.train.run_report.KINDS`."""
     metric: str
     before: float | None
     """The value of the pre-trained model; None: unknown."""
@@ -140,7 +138,7 @@ def read_report(folder: Path) -> RunResult:
         run = replace(
             run,
             method=str(report["method"]),
-            title=str(report.get("title") or report["method"]),
+            title=one_line(str(report.get("title") or report["method"])),
             weight=_number(report["weight"]),
             seed=_count(report["seed"]),
             weights_step=_count(report["weights_step"]),
@@ -199,7 +197,7 @@ def _described(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[s
 def _unfinished(folder: Path, run: RunResult) -> str:
     """The state of a run without a report."""
     if (folder / WEIGHTS).exists():
-        return f"no {REPORT}; measure its weights by dive-fast evaluate"
+        return f"no {REPORT}: restart its command to measure it, or measure its weights by dive-fast evaluate"
     step = 0
     try:
         lines = read_text(folder / METRICS).splitlines()
@@ -220,7 +218,7 @@ def _reported(row: Mapping[str, Any], settings: Mapping[str, Any]) -> Measure:
     Raises:
         LookupError, TypeError, ValueError: it is not one.
     """
-    name, metric, kind = str(row["name"]), str(row["metric"]), str(row["kind"])
+    name, metric, kind = (one_line(str(row[key])) for key in ("name", "metric", "kind"))
     return Measure(
         name=name,
         kind=kind if kind in KINDS else "other",
@@ -251,10 +249,8 @@ def _measured(row: Mapping[str, Any]) -> Measure:
         data["digest"] = row["data_digest"]
     kind = row.get("role")
     samples, left_out = row.get("samples"), row.get("left_out") or 0
-    metric, value = str(row["metric"]), float(row["value"])
-    return Measure(
-        str(row["set"]), kind if kind in KINDS else "other", metric, None, value, samples, left_out, data
-    )
+    name, metric, value = one_line(str(row["set"])), one_line(str(row["metric"])), float(row["value"])
+    return Measure(name, kind if kind in KINDS else "other", metric, None, value, samples, left_out, data)
 
 
 def _number(value: Any) -> float | None:
@@ -285,9 +281,9 @@ def _with_unique_names(runs: Sequence[RunResult]) -> list[RunResult]:
     folders = {run.folder for run in runs}
     names = [folder.absolute().name for folder in folders]
     shared = {name for name in names if names.count(name) > 1}
-    return [
-        replace(run, name=f"{run.folder}{run.name.removeprefix(run.folder.absolute().name)}")
-        if run.folder.absolute().name in shared
-        else run
-        for run in runs
-    ]
+    named = []
+    for run in runs:
+        folder = run.folder.absolute().name
+        name = f"{run.folder}{run.name.removeprefix(folder)}" if folder in shared else run.name
+        named.append(replace(run, name=one_line(name)))
+    return named

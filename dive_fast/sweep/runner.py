@@ -20,13 +20,12 @@ from dive_fast.io.atomic_files import write_atomic
 from dive_fast.io.safe_read import read_json
 from dive_fast.sweep.grid import Planned
 from dive_fast.sweep.run_results import REPORT
+from dive_fast.train.measurements import FILE as MEASUREMENTS
 
 logger = logging.getLogger(__name__)
 
 LOG, RECORD = "log.txt", "sweep_record.json"
 """A run's output, and the record of its end, in its folder."""
-MEASUREMENTS = "measurements.json"
-"""The values that a run has measured, by the identity of model and data (dive_fast.train.measurements)."""
 SIGNALS = {
     signal.SIGINT: signal.SIGINT,
     signal.SIGTERM: signal.SIGTERM,

@@ -11,8 +11,17 @@ from dive_fast.io.atomic_files import write_atomic
 from dive_fast.sweep.choice import Spread
 from dive_fast.sweep.html_page import page
 from dive_fast.sweep.run_results import CONFIG
-from dive_fast.sweep.runs_table import Axes, RunsTable, as_cells, before_of, kept_of, notes_of, table_text
-from dive_fast.sweep.tradeoff_chart import Dot, draw_tradeoff
+from dive_fast.sweep.runs_table import (
+    MARKDOWN_GAP,
+    Axes,
+    RunsTable,
+    as_cells,
+    before_of,
+    kept_of,
+    notes_of,
+    table_text,
+)
+from dive_fast.sweep.tradeoff_chart import Dot, draw_tradeoff, headline
 
 TEXT, DATA, FIGURE, PAGE = "report.md", "report.json", "report.png", "report.html"
 """Names of the files."""
@@ -43,13 +52,14 @@ def _write(table: RunsTable, axes: Axes | None, folder: Path, with_page: bool) -
     written, caption, image = [TEXT, DATA], "", None
     if axes is not None and axes.kept and len(axes.runs) > 1:
         column = table.columns[axes.id]
-        caption = f"Trade-off between {column.title} and what is kept"
         before = before_of(table, axes)[1]
-        draw_tradeoff(_dots(table, axes), folder / FIGURE, column.title, TITLE, before)
+        dots = _dots(table, axes)
+        draw_tradeoff(dots, folder / FIGURE, column.title, headline(dots, column.title), before)
+        caption = headline(dots, column.title).replace("[", "(").replace("]", ")")
         image = (folder / FIGURE).read_bytes()
         written.append(FIGURE)
     figure = f"\n![{caption}]({FIGURE})\n" if image is not None else ""
-    write_atomic(folder / TEXT, f"# {TITLE}\n\n{table_text('Runs', table, axes)}\n{figure}".encode())
+    write_atomic(folder / TEXT, f"# {TITLE}\n\n{table_text('Runs', table, axes, MARKDOWN_GAP)}\n{figure}".encode())
     write_atomic(folder / DATA, (json.dumps(as_json(table, axes), indent=2, allow_nan=False) + "\n").encode())
     if with_page:
         html = page(TITLE, as_cells(table, axes), notes_of(table, axes), image, caption)

@@ -6,17 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from dive_fast.errors import ConfigError, nearest
+from dive_fast.errors import ConfigError, nearest, one_line
 from dive_fast.evaluate.tables import METRICS, aligned
 from dive_fast.sweep.grid import number_text
-from dive_fast.sweep.run_results import KINDS, SIMILARITIES, Measure, RunResult
+from dive_fast.sweep.run_results import Measure, RunResult
+from dive_fast.train.run_report import KINDS, RECALLS, SIMILARITIES
 
 KEPT_KINDS = ("ood", "zero_shot")
 KEPT_PROBES = ("image_to_text_r1", "text_to_image_r1", "rsa")
 """Kinds of sets, and metrics of the probe, whose mean is what a run keeps."""
-RECALLS = {"image_to_text_r1": "image to text R@1", "text_to_image_r1": "text to image R@1"}
 TITLES: Mapping[str, str] = SIMILARITIES | RECALLS | METRICS
 """Names of the metrics; top-1 is not named."""
+MARKDOWN_GAP = "\n\n"
+"""Between paragraphs."""
 SHOWN_VALUES = 40
 """Maximum characters of a value in a remark."""
 
@@ -90,8 +92,9 @@ def compare_runs(runs: Sequence[RunResult]) -> RunsTable:
             index = _column_of(measure, columns)
             row[index] = measure
         values.append(row)
+    kinds: list[str] = list(KINDS)
     order = sorted(
-        range(len(columns)), key=lambda index: (KINDS.index(columns[index].kind), _first(columns, index))
+        range(len(columns)), key=lambda index: (kinds.index(columns[index].kind), _first(columns, index))
     )
     position = {index: place for place, index in enumerate(order)}
     table = RunsTable(
@@ -135,7 +138,7 @@ def _differences(column: Column, total: int | None, data: Mapping[str, Any]) -> 
     ignored = {"path", "format"} if "digest" in shared else set()
     for key in sorted(shared - ignored):
         if column.data[key] != data[key]:
-            new, old = (str(value)[:SHOWN_VALUES] for value in (data[key], column.data[key]))
+            new, old = (one_line(str(value))[:SHOWN_VALUES] for value in (data[key], column.data[key]))
             lines.append("other contents" if key == "digest" else f"{key} {new}, not {old}")
     return lines
 
@@ -289,10 +292,10 @@ def _cell(column: Column, measure: Measure | None) -> str:
     return f"{text}, {measure.left_out} left out" if measure.left_out else text
 
 
-def table_text(title: str, table: RunsTable, axes: Axes | None) -> str:
-    """The table with its notes, for a terminal and as Markdown."""
+def table_text(title: str, table: RunsTable, axes: Axes | None, gap: str = "\n") -> str:
+    """The table with its notes, for a terminal or with a ``gap`` of an empty line as Markdown."""
     lines = [aligned(title, as_cells(table, axes))] if any(not run.problem for run in table.runs) else []
-    return "\n".join([*lines, *notes_of(table, axes)])
+    return "\n".join([*lines, gap.join(notes_of(table, axes))])
 
 
 def notes_of(table: RunsTable, axes: Axes | None) -> list[str]:

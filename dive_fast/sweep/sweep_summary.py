@@ -20,10 +20,11 @@ from dive_fast.sweep.choice import (
     spread,
     strength_key,
 )
-from dive_fast.sweep.grid import SEED, Planned, Value, describe
+from dive_fast.sweep.grid import CACHE, SEED, Planned, Value, describe
 from dive_fast.sweep.run_results import RunResult, read_report
 from dive_fast.sweep.runner import Outcome
 from dive_fast.sweep.runs_table import (
+    MARKDOWN_GAP,
     Axes,
     RunsTable,
     before_of,
@@ -189,8 +190,13 @@ def _points(sweep: Sweep, outcomes: Outcomes, table: RunsTable, axes: Axes | Non
 
 
 def full_command(sweep: Sweep, point: Point) -> str:
-    """The command line that trains a setting in full."""
-    return shlex.join([*sweep.full_command, *(f"{key}={value.text}" for key, value in point.values.items())])
+    """The command line that trains a setting in full, with the teacher cache of the sweep."""
+    values = [f"{key}={value.text}" for key, value in point.values.items()]
+    if SEED not in sweep.over:  # a cache of random crops is that of a seed
+        runs = (run for run in sweep.planned if run.values == point.values)
+        named = (override for run in runs for override in run.overrides if override.startswith(f"{CACHE}="))
+        values += [override for override in named if override not in sweep.full_command]
+    return shlex.join([*sweep.full_command, *values])
 
 
 def points_table(summary: Summary) -> str:
@@ -206,7 +212,7 @@ def points_table(summary: Summary) -> str:
     header += ["kept"] * bool(axes and axes.kept) + ["seeds"] * has_seeds + [""]
     rows = []
     for point in summary.points:
-        count = 0 if point.id is None else point.id.count
+        count = 0 if point.id is None else point.id.seeds
         cells = [str(value) for value in point.values.values()] or ["the config"]
         cells.append("" if point.id is None else point.id.percent())
         if axes and axes.kept:
@@ -220,7 +226,7 @@ def _mark(summary: Summary, point: Point) -> str:
     if summary.choice is not None and point is summary.choice.point:
         return "recommended"
     if not point.is_complete:
-        return "incomplete"
+        return "not finished"
     if summary.choice is not None and any(point is other for other in summary.choice.enough):
         return "within the margin"
     return ""
@@ -249,7 +255,7 @@ def write_summary(summary: Summary) -> list[str]:
     else:
         (folder / FIGURE).unlink(missing_ok=True)
     runs = aligned("Runs", [["run", *sweep.over, "minutes", "state"], *_run_rows(summary)])
-    text = f"# Sweep\n\n{text_of(summary)}{figure}\n{runs}\n{table_text('Sets', table, axes)}\n"
+    text = f"# Sweep\n\n{text_of(summary)}{figure}\n{runs}\n{table_text('Sets', table, axes, MARKDOWN_GAP)}\n"
     write_atomic(folder / TEXT, text.encode())
     write_atomic(folder / DATA, (json.dumps(as_json(summary), indent=2, allow_nan=False) + "\n").encode())
     return written

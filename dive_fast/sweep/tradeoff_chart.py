@@ -9,6 +9,7 @@ from dive_fast.sweep.choice import Spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.text import Text
 
 WIDTH, HEIGHT, FONT = 8.3, 5.2, 10
 """Size in inches and font size in points: readable at 830 pixels."""
@@ -51,31 +52,25 @@ def draw_tradeoff(
     for dot in dots:
         x, y = 100 * dot.id.mean, 100 * dot.kept.mean
         errors = [100 * dot.kept.deviation], [100 * dot.id.deviation]
-        if dot.id.count > 1:
+        if dot.id.seeds > 1:
             axis.errorbar(x, y, *errors, color=dot.colour, linewidth=1, zorder=2)
         marker, size, colour = ("*", 17, GREEN) if dot.is_chosen else ("o", 8, dot.colour)
         axis.plot(x, y, marker, color=colour, markersize=size, markeredgecolor="white", zorder=3)
-    axis.margins(0.12)
-    if kept_before is not None:
-        axis.axhline(100 * kept_before, color=GREY, linewidth=1.5)
-        text = f"before training: {100 * kept_before:.1f}"
-        at = axis.get_yaxis_transform()
-        axis.text(
-            0.995, 100 * kept_before, text, fontsize=FONT, color="#5f6368", ha="right", va="bottom", transform=at
-        )
-        axis.margins(0.12)
+    avoided = [] if kept_before is None else [_draw_level(axis, 100 * kept_before)]
+    axis.margins(0.14)
     if lowest_id is not None:
         limits = axis.get_xlim()
         axis.axvspan(100 * lowest_id, max(limits[1], 100 * lowest_id), color=GREEN, alpha=0.08, linewidth=0)
         axis.set_xlim(limits)
-    axis.set_xlabel(f"{id_label}, % (ID: the tuned task)", fontsize=FONT)
+    green = "" if lowest_id is None else "; green: within the margin of the best"
+    axis.set_xlabel(f"{id_label}, % (the tuned task{green})", fontsize=FONT, parse_math=False)
     axis.set_ylabel("kept, % (mean of what is not tuned)", fontsize=FONT)
     axis.grid(alpha=0.25)
     style_axes(axis)
     axis.tick_params(labelsize=FONT)
-    axis.set_title(title, fontsize=FONT + 1, loc="left", fontweight="bold", wrap=True)
+    axis.set_title(title, parse_math=False, fontsize=FONT + 1, loc="left", fontweight="bold", wrap=True)
     figure.draw_without_rendering()  # a constrained layout is made when the figure is drawn
-    _label(axis, dots)
+    _label(axis, dots, avoided)
     save_figure(figure, path)
 
 
@@ -88,9 +83,28 @@ def _front(dots: Sequence[Dot]) -> list[tuple[float, float]]:
     return front[::-1]
 
 
-def _label(axis: "Axes", dots: Sequence[Dot]) -> None:
+def headline(dots: Sequence[Dot], id_label: str) -> str:
+    """The points of the best ID accuracy and of what is kept, as a title."""
+    best = max(dots, key=lambda dot: (dot.id.mean, dot.kept.mean))
+    most = max(dots, key=lambda dot: (dot.kept.mean, dot.id.mean))
+    figures = f"{id_label} {100 * best.id.mean:.1f} %", f"kept {100 * most.kept.mean:.1f}"
+    if best is most:
+        return f"{_shortened(best.label)} is best in both: {', '.join(figures)}"
+    return f"Best: {_shortened(best.label)}, {figures[0]}; most kept: {_shortened(most.label)}, {figures[1]}"
+
+
+def _draw_level(axis: "Axes", kept: float) -> "Text":
+    """Draws the line of the pre-trained model; returns its label."""
+    axis.axhline(kept, color=GREY, linewidth=1.5)
+    at = axis.get_yaxis_transform()
+    style = {"fontsize": FONT, "color": "#5f6368", "ha": "left", "va": "bottom", "transform": at}
+    return axis.text(0.01, kept, f"before training: {kept:.1f}", **style)
+
+
+def _label(axis: "Axes", dots: Sequence[Dot], avoided: "Sequence[Text]") -> None:
     """Writes the labels next to their points, without overlaps where there is room."""
     from adjustText import adjust_text
+    from matplotlib.patheffects import withStroke
 
     x, y = ([100 * getattr(dot, name).mean for dot in dots] for name in ("id", "kept"))
     texts = [
@@ -99,11 +113,13 @@ def _label(axis: "Axes", dots: Sequence[Dot]) -> None:
             fontsize=FONT,
             fontweight="bold" if dot.is_chosen else "normal",
             parse_math=False,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )
         for at_x, at_y, dot in zip(x, y, dots, strict=True)
     ]
     arrows = {"arrowstyle": "-", "color": GREY, "linewidth": 0.8}
-    adjust_text(texts, x=x, y=y, ax=axis, arrowprops=arrows, iter_lim=LABEL_ITERATIONS)
+    options = {"arrowprops": arrows, "expand": (1.15, 1.35), "iter_lim": LABEL_ITERATIONS}
+    adjust_text(texts, x=x, y=y, objects=list(avoided) or None, ax=axis, **options)
 
 
 def _shortened(label: str) -> str:

@@ -49,13 +49,13 @@ def test_runs_are_compared_by_id_and_mean_of_what_is_kept(tmp_path: Path) -> Non
     assert kept_of(table, axes, 0) == pytest.approx((0.6 + 0.7 + 0.3 + 0.9) / 4)
     header, first, _ = as_cells(table, axes)
     assert header == [
-        *("run", "val", "ood", "zs", "probe (image to text R@1)", "probe (RSA)", "more"),
+        *("run", "val", "ood", "zs", "more", "probe (image to text R@1)", "probe (RSA)"),
         *("kept", "weight", "step", "method"),
     ]
-    assert first == ["a", "80.0 (+30.0)", "60.0 (+10.0)", "70.0 (+20.0)", "30.0 (-20.0)", "0.900", "10.0 (-40.0)",
+    assert first == ["a", "80.0 (+30.0)", "60.0 (+10.0)", "70.0 (+20.0)", "10.0 (-40.0)", "30.0 (-20.0)", "0.900",
                      "62.5", "1000", "90", "DiVE"]  # fmt: skip
     assert find_axes(table, "ood", ["zs", "probe"])._asdict() | {"remarks": ()} == {  # type: ignore[union-attr]
-        "id": 1, "kept": (2, 3, 4), "runs": (0, 1), "remarks": ()
+        "id": 1, "kept": (2, 4, 5), "runs": (0, 1), "remarks": ()
     }  # fmt: skip
     with pytest.raises(ConfigError, match="--kept oodd: no run has measured it; did you mean ood"):
         find_axes(table, None, ["oodd"])
@@ -100,7 +100,7 @@ def test_runs_without_results_are_listed_with_the_reason(tmp_path: Path) -> None
     assert [run.problem for run in table.runs] == [
         "",
         "unfinished: step 40 of 100",
-        "no report.json; measure its weights by dive-fast evaluate",
+        "no report.json: restart its command to measure it, or measure its weights by dive-fast evaluate",
         "report.json is not a run's report: no 'metric'",
         "report.json cannot be read: Expecting value: line 1 column 11 (char 10)",
         "nothing was measured: evaluate.sets is empty",
@@ -162,6 +162,7 @@ def test_report_writes_table_chart_and_a_page(tmp_path: Path, capsys: pytest.Cap
         rows = [row("val", 0.8 + index / 100), row("<script>", 0.6 - index / 50, "ood")]
         write_run(tmp_path / "runs" / name, rows, method=("dive", "mine", "flyp")[index])
     write_run(tmp_path / "runs" / "d", None)
+    write_run(tmp_path / "runs" / "\x1b[2Jnew\nline", None)
     output = tmp_path / "out"
     assert report.main([str(tmp_path / "runs"), "--output", str(output), "--html"]) == 0
     shown = capsys.readouterr().out
@@ -176,7 +177,11 @@ def test_report_writes_table_chart_and_a_page(tmp_path: Path, capsys: pytest.Cap
     assert 'src="data:image/png;base64,' in html
     assert "http" not in html.replace("http-equiv", "")
     content = json.loads((output / "report.json").read_text())
-    assert [run["problem"] for run in content["runs"]] == [None, None, None, "unfinished: step 0 of 100"]
+    assert [run["problem"] for run in content["runs"]] == [
+        *("unfinished: step 0 of 100", None, None, None, "unfinished: step 0 of 100")
+    ]
+    assert "\x1b" not in shown
+    assert "- \\x1b[2Jnew line: unfinished" in shown
     assert report.main([str(tmp_path / "runs"), "--output", str(tmp_path / "runs" / "b")]) == 2
     assert "a run folder, whose own report would be replaced" in capsys.readouterr().err
     assert report.main([str(tmp_path / "nowhere"), "--output", str(output)]) == 2

@@ -89,6 +89,7 @@ def test_killed_sweep_resumes_and_shares_one_teacher_cache(
     assert "finished before" in shown.out
     assert "Recommended: objective.weight=" in shown.out
     assert f"To train it in full: dive-fast train --config {config} objective.weight=" in shown.out
+    assert f" teacher.path={output}/teacher\n" in shown.out
     content = json.loads((output / "sweep.json").read_text())
     assert [run["state"] for run in content["runs"]] == ["finished", "finished"]
     assert (content["id"], content["kept"]) == ("val", ["other"])
@@ -215,7 +216,7 @@ def test_summary_has_means_over_seeds_failures_and_a_chart(tmp_path: Path) -> No
     text = text_of(summary)
     assert "| 1                | 91.0 ± 1.4 |" in text
     assert "within the margin" in text
-    assert "incomplete" in text
+    assert "not finished" in text
     assert "10 is the largest weight tried; try 30 too." in text
     assert "dive-fast train --config 'my config.yaml' objective.weight=10" in text
     assert write_summary(summary) == ["sweep.md", "sweep.json", "sweep.png"]
