@@ -67,8 +67,9 @@ def evaluate(
     """Measures a model on data sets; returns each set's metric, in [0, 1], by name.
 
     Args:
-        model: a run folder, one of open_clip's names that bring their weights (``hf-hub:``, ``local-dir:``), or a
-            ``model`` section, e.g. ``ModelConfig(name="ViT-B-16-quickgelu", pretrained="openai")``.
+        model: a run folder, a folder of transformers, a name that brings its weights (``hf:``, ``hf-hub:``,
+            ``local-dir:``), or a ``model`` section, e.g.
+            ``ModelConfig(name="ViT-B-16-quickgelu", pretrained="openai")``.
         sets: name -> data set, as ``evaluate.sets`` of a config.
         options: other keys of the section ``evaluate``: ``batch_size``, ``workers``.
 
@@ -119,7 +120,7 @@ def _ranks(timeout: float | None = None) -> Ranks:
 def _model(model: str | Path | ModelConfig) -> ModelConfig:
     if isinstance(model, ModelConfig):
         return model
-    return ModelConfig(name=f"local-dir:{model}" if Path(model).is_dir() else str(model))
+    return towers.named(str(model))
 
 
 def _section(evaluation: EvaluationSet | Mapping[str, Any]) -> dict[str, Any]:

@@ -176,3 +176,40 @@ def test_barrier_reports_a_wait_and_leave_ends_the_group() -> None:
 
 def test_barrier_of_a_single_rank_returns() -> None:
     Ranks(0, 1, torch.device("cpu")).barrier()
+
+
+def test_progress_without_a_terminal_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    with ranks.progress(50, "train", "step", done=10) as bar:
+        for step in range(11, 51):
+            bar.set_postfix_str(f"step {step}: loss=1", refresh=False)
+            bar.update()
+            ranks.print("a line between")
+        bar.update(0)
+    printed = capsys.readouterr()
+    assert printed.out == "a line between\n" * 40
+    # A short loop has only its last line.
+    (line,) = printed.err.splitlines()
+    assert line.startswith("train: 50/50 [")
+    assert line.endswith(", step 50: loss=1]")
+    assert "\r" not in printed.err
+    other = Ranks(1, 2, ranks.device)
+    with ranks.progress(50, "nothing", "step", done=10), other.progress(3, "other", "x") as bar:
+        bar.update()
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_lines_become_rarer(capsys: pytest.CaptureFixture[str]) -> None:
+    bar: Any = Ranks(0, 1, torch.device("cpu")).progress(1000, "train", "step")
+    now = bar.start_t = bar.last_print_t = 0.0
+    bar._time = lambda: now
+    times = []
+    for _ in range(1000):
+        now += 4.0
+        bar.update()
+        times += [now] * len(capsys.readouterr().err.splitlines())
+    bar.close()
+    gaps = [after - before for before, after in zip([0.0, *times], times)]
+    assert (gaps[0], gaps[-1]) == (12.0, 60.0)
+    assert gaps == sorted(gaps)
+    assert 4000 / 60 < len(gaps) < 130

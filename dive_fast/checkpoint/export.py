@@ -20,6 +20,8 @@ MODEL = "model.safetensors"
 """Exported weights, in the run folder."""
 TEACHER = "moving_teacher.safetensors"
 """Weights of the target half's teacher next to them, where it moves."""
+AVERAGE = "ema.safetensors"
+"""Averaged weights next to them, with ``train.ema``."""
 SELECTED = "selected.json"
 """Step and accuracy of a run's best weights, next to them."""
 
@@ -29,7 +31,8 @@ def write_model(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -
 
     All ranks call it; the first one writes: the weights, ``open_clip_config.json`` with architecture and
     preprocessing, and a Hugging Face tokenizer where the model has one. A trained head is written to a file next
-    to them, and so are the weights of a moving teacher; those of another run are removed.
+    to them, and so are the weights of a moving teacher and averaged weights; those of another run are removed.
+    With ``train.export_ema`` the averaged weights and their head are the model's.
 
     Args:
         class_names: names of the head's rows.
@@ -39,14 +42,29 @@ def write_model(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -
         folder.mkdir(parents=True, exist_ok=True)
         # The description first: weights of this run must not be preprocessed as an older description says.
         towers.save_description(engine.towers, folder)
-        towers.save(engine.towers.export(weights), folder / MODEL)
+        averaged = None if engine.average is None else engine.average.replace(weights)
+        if engine.average is not None and engine.average.is_exported and averaged is not None:
+            weights, averaged = averaged, None
+        _write_weights(engine, weights, folder / MODEL, class_names)
+        _write_weights(engine, averaged, folder / AVERAGE, class_names)
         _write_teacher(engine, folder / TEACHER)
-        if engine.towers.head is None:
-            (folder / heads.FILE).unlink(missing_ok=True)
-        else:
-            head = Head(weights["head.weight"], weights["head.bias"], tuple(class_names), state_digest(weights))
-            heads.save(head, folder / heads.FILE)
     engine.ranks.barrier()
+
+
+def _write_weights(
+    engine: Engine, weights: dict[str, Tensor] | None, path: Path, class_names: Sequence[str]
+) -> None:
+    """Writes weights and the head next to them; removes those of another run where there are none."""
+    head = heads.head_path(path)
+    if weights is None:
+        path.unlink(missing_ok=True)
+    else:
+        towers.save(engine.towers.export(weights), path)
+    if weights is None or engine.towers.head is None:
+        head.unlink(missing_ok=True)
+    else:
+        names = tuple(class_names)
+        heads.save(Head(weights["head.weight"], weights["head.bias"], names, state_digest(weights)), head)
 
 
 def _write_teacher(engine: Engine, path: Path) -> None:
@@ -63,7 +81,8 @@ def copy_model(source: Path, folder: Path) -> None:
     names = {file.name for file in source.iterdir() if file.is_file() and file.name != SELECTED}
     # The weights last, as in write_model. Files of another run are removed: its head would classify instead of
     # prompts, and its description would determine how images are preprocessed.
-    for name in sorted(names | {heads.FILE, DESCRIPTION, TEACHER}, key=lambda name: name == MODEL):
+    optional = {heads.FILE, DESCRIPTION, TEACHER, AVERAGE, heads.head_path(Path(AVERAGE)).name}
+    for name in sorted(names | optional, key=lambda name: name == MODEL):
         if name in names:
             partial = folder / f".{name}.partial"
             shutil.copyfile(source / name, partial)

@@ -27,6 +27,8 @@ RUN_FILES = (
     "open_clip_config.json",
     "head.safetensors",
     "moving_teacher.safetensors",
+    "ema.safetensors",
+    "ema_head.safetensors",
     "audit.json",
     "report.md",
     "report.json",
@@ -35,8 +37,7 @@ RUN_FILES = (
     "nonfinite",
     "trace.json.gz",
     "config.json",
-    "tensorboard",
-    "csv_monitor",
+    "tracking",
 )
 """Names in a run folder that belong to one run. Teacher cache and evaluations have identities of their own."""
 

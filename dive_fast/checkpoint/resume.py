@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dive_fast.checkpoint import lineage, zero_state
 from dive_fast.checkpoint.manifest import (
+    AVERAGE,
     FIXED,
     FOLDER,
     OBJECTIVE,
@@ -152,8 +153,10 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> Mapping[str, Any]:
         state = engine.towers.state_dict(keep_vars=True)
         fixed = {name: tuple(zero_state.full_shape(tensor)) for name, tensor in state.items() if name not in tuned}
         _require_equal_shapes(checkpoint, fixed, stored.shapes(FIXED))
-        teacher = {} if engine.teacher is None else dict(engine.teacher.state())
-        for kind, tensors in ((OBJECTIVE, engine.method.state()), (TEACHER, teacher)):
+        states = {OBJECTIVE: engine.method.state()}
+        for kind, holder in ((TEACHER, engine.teacher), (AVERAGE, engine.average)):
+            states[kind] = {} if holder is None else dict(holder.state())
+        for kind, tensors in states.items():
             if stored.shapes(kind) != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
                 raise ConfigError(
                     f"{checkpoint}: belongs to another objective; start a new run, or set train.output"
@@ -166,7 +169,7 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> Mapping[str, Any]:
     zero_state.scatter(engine, read, numbers["updates"])
     for name in fixed:
         _set_fixed(state[name], stored.read(FIXED, name, ranks.device))
-    for kind, tensors in ((OBJECTIVE, engine.method.state()), (TEACHER, teacher)):
+    for kind, tensors in states.items():
         for name, tensor in tensors.items():
             tensor.copy_(stored.read(kind, name, ranks.device))
     # Ranks that did not exist when the checkpoint was written keep the random state from their seed.

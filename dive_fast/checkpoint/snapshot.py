@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dive_fast.checkpoint import zero_state
 from dive_fast.checkpoint.export import full_state
-from dive_fast.checkpoint.manifest import FIXED, OBJECTIVE, RANDOM, TEACHER, WEIGHTS
+from dive_fast.checkpoint.manifest import AVERAGE, FIXED, OBJECTIVE, RANDOM, TEACHER, WEIGHTS
 from dive_fast.engine.step import Engine
 from dive_fast.identity import Identity
 
@@ -68,10 +68,10 @@ def _copies(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     if ranks.is_main:
         for name, tensor in engine.method.state().items():
             yield f"{OBJECTIVE}/{name}", _copy_to_cpu(tensor)
-    if engine.teacher is not None:
-        for index, (name, tensor) in enumerate(engine.teacher.state()):
+    for kind, holder in ((TEACHER, engine.teacher), (AVERAGE, engine.average)):
+        for index, (name, tensor) in enumerate(() if holder is None else holder.state()):
             if index % ranks.world_size == ranks.rank:
-                yield f"{TEACHER}/{name}", _copy_to_cpu(tensor)
+                yield f"{kind}/{name}", _copy_to_cpu(tensor)
     yield f"{RANDOM}/cpu/{ranks.rank}", torch.get_rng_state()
     if ranks.device.type == "cuda":
         yield f"{RANDOM}/cuda/{ranks.rank}", torch.cuda.get_rng_state(ranks.device)

@@ -7,12 +7,8 @@ name of open_clip with --pretrained. The new folder is read back and compared be
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dive_fast.commands import cli
-
-if TYPE_CHECKING:
-    from dive_fast.config.schema import ModelConfig
 
 FORMATS = {"transformers": "a CLIPModel or SiglipModel", "onnx": "image.onnx and text.onnx, with unit features"}
 
@@ -46,7 +42,7 @@ def _export(options: argparse.Namespace) -> int:
     _silence_transformers()
     if options.output.exists():
         raise ConfigError(f"{options.output} exists: name a new folder")
-    config = model_config(options.model, options.pretrained)
+    config = towers.named(options.model, options.pretrained)
     towers.check(config)
     model, tokenizer = towers.create(config), towers.tokenizer_of(config)
     export = export_transformers.export if options.to == "transformers" else export_onnx.export
@@ -56,28 +52,6 @@ def _export(options: argparse.Namespace) -> int:
     if config.name.startswith(towers.LOCAL) and (folder / head.FILE).is_file():
         print(f"{folder / head.FILE}, the trained head, is not exported: the text tower classifies instead")
     return 0
-
-
-def model_config(name: str, pretrained: str | None) -> "ModelConfig":
-    """The config of a model by the argument of a command: a folder of open_clip or transformers, or a name.
-
-    Raises:
-        ConfigError: the folder is not a model.
-    """
-    from dive_fast.config.schema import ModelConfig
-    from dive_fast.errors import ConfigError
-    from dive_fast.model import towers
-    from dive_fast.model.huggingface.hub_files import SCHEME
-    from dive_fast.model.model_files import DESCRIPTION
-
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        schemes = [(DESCRIPTION, towers.LOCAL), ("config.json", SCHEME)]
-        scheme = next((scheme for file, scheme in schemes if (folder / file).is_file()), None)
-        if scheme is None:
-            raise ConfigError(f"{folder} is not a model: it has neither {DESCRIPTION} nor a config.json")
-        name = f"{scheme}{folder}"
-    return ModelConfig(name=name, pretrained=pretrained)
 
 
 def _silence_transformers() -> None:

@@ -38,15 +38,18 @@ def _parser() -> argparse.ArgumentParser:
         "--target",
         required=True,
         help="data to learn: a folder with one folder of images per class, or with train/ and val/ of such "
-        "folders; tars of image + .cls; a csv with title and filepath; or a prepared set",
+        "folders; tars of image + .cls; a csv with title and filepath; a prepared set; or a data set of Hugging "
+        "Face",
     )
     parser.add_argument("--val", help="data to measure on; default: the target's val/, or a part of each class")
     parser.add_argument(
         "--reference",
-        help="image-caption pairs on which the model must not change: tars of image + .txt, a csv, or a "
-        "prepared set",
+        help="image-caption pairs on which the model must not change: tars of image + .txt, a folder of images "
+        "with a .txt next to each, a csv, a prepared set, or a data set of Hugging Face",
     )
-    parser.add_argument("--model", help="open_clip model, demo, local-dir:, hf-hub:; default: ViT-B-16-quickgelu")
+    parser.add_argument(
+        "--model", help="open_clip model, demo, local-dir:, hf-hub:, hf:; default: ViT-B-16-quickgelu"
+    )
     parser.add_argument("--pretrained", help="open_clip's tag, or a file of weights; default: openai if it exists")
     parser.add_argument("--method", help="default: dive with a reference set, otherwise tracer (docs/methods.md)")
     parser.add_argument(

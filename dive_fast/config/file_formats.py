@@ -172,7 +172,7 @@ _CONSTRUCTORS: dict[str, Callable[[str], Any]] = {
 def _read_yaml(text: str) -> Content:
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml is not typed
         """PyYAML's parser with the scalars of YAML 1.2."""
 
         yaml_implicit_resolvers: Any = {}  # noqa: RUF012 - as in PyYAML

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from dive_fast.config.origins import Origins
 from dive_fast.config.section import (
@@ -38,6 +38,9 @@ Metric = Literal[
     "text_to_image_r5",
     "text_to_image_r10",
 ]
+
+
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 class ModelConfig(Section):
@@ -263,6 +266,13 @@ class TrainConfig(Section):
     """Epsilon of AdamW."""
     warmup_steps: NonNegative = 500
     """Steps of the warm-up, in which the learning rate rises linearly to its peak."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the weights, e.g. 0.999, which averages over 1 / (1 - decay) steps
+    and begins with the pre-trained weights. Skipped steps do not move it. It changes neither training nor the
+    weights, and is exported as `ema.safetensors`. Not with ZeRO-3."""
+    export_ema: bool = False
+    """Export the averaged weights of `ema` as `model.safetensors`, instead of `ema.safetensors` next to the last
+    weights: evaluations measure, and `evaluate.select` selects, the averaged weights."""
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
     trace_steps: NonNegative = 0
@@ -376,6 +386,8 @@ class EvaluateConfig(Section):
     training. Default: the last weights."""
     patience: Positive | None = None
     """Evaluations without a better accuracy on `select` after which training ends (early stopping)."""
+    ema: bool = False
+    """Measure the averaged weights of `train.ema` too; the metrics have them as `ema_accuracy/<name>`."""
     batch_size: Positive = 256
     """Images encoded at once on each rank."""
     workers: NonNegative = 4
@@ -387,6 +399,23 @@ class EvaluateConfig(Section):
         return {name: each for name, each in sets.items() if each is not None} if isinstance(sets, dict) else sets
 
 
+MONITORS = {
+    "tensorboard": 'set track=["tensorboard"] instead',
+    "wandb": 'set track=["wandb"] instead',
+    "csv_monitor": "metrics.jsonl has each line, so remove it",
+    "comet": "name other trackers in track",
+}
+"""DeepSpeed's own monitors, with their replacements."""
+
+
+def _as_list(names: Any) -> Any:
+    """One name as a list, as ``track=wandb`` on the command line has it; without repetitions."""
+    names = [names] if isinstance(names, str) else names
+    return (
+        list(dict.fromkeys(names)) if isinstance(names, list) and all(isinstance(n, str) for n in names) else names
+    )
+
+
 class Config(Section):
     """All sections. :class:`dive_fast.methods.run_config.RunConfig` validates the options in ``objective`` too."""
 
@@ -396,6 +425,9 @@ class Config(Section):
     teacher: TeacherConfig = TeacherConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    track: Annotated[list[Tracker], BeforeValidator(_as_list)] = Field(default=[])
+    """Experiment trackers that receive the lines of metrics.jsonl: any of `tensorboard`, `wandb`, `mlflow` and
+    `trackio` (docs/tracking.md). Each needs its package: `pip install 'dive_fast[wandb]'`."""
     deepspeed: dict[str, Any] = Field(default={})
     """Passed to DeepSpeed unchanged. Batch sizes, optimizer, scheduler and precision belong to the sections above:
     the engine fills DeepSpeed's keys from there, and a contradiction is an error. One value is ours:
@@ -424,6 +456,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_deepspeed(self) -> "Config":
         for key, value in self.deepspeed.items():
+            if key in MONITORS:
+                raise ValueError(f"deepspeed.{key}: DeepSpeed's monitors are not used; {MONITORS[key]}")
             try:
                 json.dumps(value, allow_nan=False)
             except ValueError as error:
@@ -440,6 +474,11 @@ class Config(Section):
                 raise ValueError(f"{key}: evaluate.sets has no {name}{nearest(name, list(options.sets))}")
         if options.every_steps is not None and options.every_epochs is not None:
             raise ValueError("evaluate.every_steps and every_epochs: set only one of them")
+        if (self.train.export_ema or options.ema) and self.train.ema is None:
+            key = "train.export_ema" if self.train.export_ema else "evaluate.ema"
+            raise ValueError(f"{key} needs train.ema, the decay of the average; set it, e.g. to 0.999")
+        if self.train.export_ema and options.ema:
+            raise ValueError("evaluate.ema: with train.export_ema accuracy/<name> is that of the averaged weights")
         is_periodic = options.every_steps is not None or options.every_epochs is not None
         if not is_periodic and (options.during is not None or options.select is not None):
             raise ValueError("evaluate.during and evaluate.select need every_steps or every_epochs")

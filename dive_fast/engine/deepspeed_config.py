@@ -56,6 +56,11 @@ def deepspeed_section(config: Config, world_size: int) -> dict[str, Any]:
             "train.compile: ZeRO-3 gathers each block's parameters by hooks that cannot be compiled; turn it off, "
             "or use deepspeed.zero_optimization.stage = 2"
         )
+    if config.train.ema is not None and zero_section(section).get("stage", 0) == 3:
+        raise ConfigError(
+            "train.ema: under ZeRO-3 no rank has all weights to average; remove it, or use "
+            "deepspeed.zero_optimization.stage = 2"
+        )
     batch_size = config.data.target.batch_size
     implied = {
         "train_batch_size": batch_size,

@@ -37,6 +37,7 @@ from dive_fast.engine.optimizer import learning_rate_schedule, make_optimizer
 from dive_fast.engine.profiler import span
 from dive_fast.engine.target_teacher import TargetTeacher, split_prompts
 from dive_fast.engine.update import DeepSpeedUpdate, DeviceUpdate, LossScale
+from dive_fast.engine.weight_average import WeightAverage
 from dive_fast.errors import ConfigError
 from dive_fast.methods.method import ImageInfo, Loss, Method, Part, TeacherOutputs, join_metrics, overrides
 from dive_fast.model import fast_blocks
@@ -140,6 +141,12 @@ class Engine:
             lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
             config=section,
         )
+        self.average = (
+            None
+            if train.ema is None
+            else WeightAverage(self.towers, train.ema, train.export_ema, method.target_loss.backend)
+        )
+        """Averaged weights; None without ``train.ema``."""
         if ranks.world_size == 1 and zero_section(section).get("stage", 0) == 0:
             # DeepSpeed would copy all gradients into one tensor and back to average them over a single rank.
             self.deepspeed.enable_backward_allreduce = False
@@ -186,6 +193,8 @@ class Engine:
         """Updates weights unless gradient or ``loss`` is not finite on some rank; returns the gradient's norm."""
         with span("optimizer"):
             norm = self._update.apply(loss)
+            if self.average is not None:
+                self.average.move(self._update.skipped)
         if self.teacher is not None:
             with span("target teacher"):
                 self.teacher.move(self._update.skipped)

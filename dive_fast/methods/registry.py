@@ -79,7 +79,8 @@ class Choice(NamedTuple):
 @cache
 def table() -> Table:
     """All parts and presets, with those of :func:`add`."""
-    return Table(*(dict(names) for names in _shipped()))
+    shipped = _shipped()
+    return Table(dict(shipped.targets), dict(shipped.references), dict(shipped.presets))
 
 
 @cache
@@ -128,9 +129,9 @@ def _check(known: Table) -> None:
     """Validates names and teachers of the parts, and that presets name parts with unambiguous options."""
     if NONE in known.references:
         raise ValueError(f"a reference loss named {NONE}: a config says so for no reference loss; rename it")
-    for part in (*known.targets.values(), *known.references.values()):
-        if "name" in part.Options.model_fields:
-            raise ValueError(f"loss {part.name}: an option called name: a config names the loss so; rename it")
+    for loss in (*known.targets.values(), *known.references.values()):
+        if "name" in loss.Options.model_fields:
+            raise ValueError(f"loss {loss.name}: an option called name: a config names the loss so; rename it")
     for target in known.targets.values():
         if target.teacher not in TEACHERS:
             raise ValueError(f"loss {target.name}: teacher = {target.teacher!r}: expected {', '.join(TEACHERS)}")

@@ -301,6 +301,25 @@ def _fp32_log(bound: float) -> float:
     return float(torch.tensor(math.log(bound), dtype=torch.float32))
 
 
+def named(name: str, pretrained: str | None = None) -> ModelConfig:
+    """The config of a model by a name, or by its folder: a run, or a model of open_clip or transformers.
+
+    Args:
+        pretrained: open_clip's tag or a file of weights, for a name that does not include weights.
+
+    Raises:
+        ConfigError: the folder is not a model.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        schemes = ((DESCRIPTION, LOCAL), ("config.json", SCHEME))
+        scheme = next((scheme for file, scheme in schemes if (folder / file).is_file()), None)
+        if scheme is None:
+            raise ConfigError(f"{folder} is not a model: it has neither {DESCRIPTION} nor a config.json")
+        name = f"{scheme}{folder}"
+    return ModelConfig(name=name, pretrained=pretrained)
+
+
 def create(config: ModelConfig, weights: bool = True) -> Towers:
     """Builds a model with its pre-trained weights in fp32 on the CPU.
 

@@ -101,7 +101,7 @@ def _free_changes(config: Config, plan: Plan) -> Iterator[tuple[str, int]]:
     if plan.ranks > 1:
         yield from (
             (f"deepspeed.zero_optimization.stage={higher}", state)
-            for higher in ((1, 2) if needs.all_weights else (1, 2, 3))
+            for higher in ((1, 2) if needs.all_weights or config.train.ema is not None else (1, 2, 3))
             if higher > stage
         )
 

@@ -29,7 +29,17 @@ from dive_fast.planner.operations import (
 if backend.primitives is not None:
     from dive_fast.kernels import contrastive, distillation
 
-Part = Literal["weights", "gradients", "optimizer", "teacher", "target_teacher", "batches", "activations", "loss"]
+Part = Literal[
+    "weights",
+    "gradients",
+    "optimizer",
+    "average",
+    "teacher",
+    "target_teacher",
+    "batches",
+    "activations",
+    "loss",
+]
 _ATTENTION_BACKWARDS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
     torch.ops.aten._scaled_dot_product_flash_attention_backward,

@@ -210,6 +210,8 @@ class _TrackedEngine(Engine):
         tracker.assign([*weights, *towers.buffers()], "weights")
         if self.teacher is not None:
             tracker.assign([*self.teacher.copies.values(), *self.teacher.towers.buffers()], "target_teacher")
+        if self.average is not None:
+            tracker.assign(self.average.weights.values(), "average")
         if self.deepspeed.zero_optimization_stage() == 3:
             zero = self.deepspeed.optimizer
             # These buffers are allocated once and reused.

@@ -82,7 +82,11 @@ def _known_name(name: str, models: list[str]) -> str:
     plain = {model.replace("/", "-").lower(): model for model in models}
     if (known := plain.get(name.replace("/", "-").replace("_", "-").lower())) is not None:
         return known
-    hub = f"; a repository of the Hugging Face Hub is named hf-hub:{name}" if "/" in name else ""
+    hub = (
+        f"; a repository of the Hugging Face Hub is named hf-hub:{name}, or hf:{name} for transformers"
+        if "/" in name
+        else ""
+    )
     raise ConfigError(
         f"--model {name}: open_clip has no such model{nearest(name, models)}{hub} "
         "(python -c 'import open_clip; print(open_clip.list_models())' lists all)"

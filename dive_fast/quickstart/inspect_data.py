@@ -6,24 +6,26 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from dive_fast.config.schema import TargetConfig
 from dive_fast.data.decode import IMAGE_SUFFIXES, UNDECODABLE, open_image, undecodable_reason
 from dive_fast.data.sources.csv_table import open_csv
 from dive_fast.data.sources.file_rules import is_hidden
 from dive_fast.data.sources.folder import open_folder
+from dive_fast.data.sources.huggingface import DICT, STATE, is_dataset
 from dive_fast.data.sources.source import Source, locate, printable
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.errors import DataError
+from dive_fast.io.safe_read import read_json
 
 EXPECTED = (
     "expected a folder with one folder of images per class (or with train/ and val/ of such folders), tars of "
-    "image + .cls, a tab-separated csv with title and filepath, or a prepared set"
+    "image + .cls, a tab-separated csv with title and filepath, a prepared set, or a Hugging Face data set on disk"
 )
 """The formats of a target, for messages."""
 FORMATS = {
@@ -109,9 +111,10 @@ def inspect_target(path: str, val_path: str | None = None) -> Target:
         raise DataError(f"--val {val_path}: is the target; remove it, and a part of each class is measured")
     with _collect_warnings() as remarks:
         remarks += _remarks_on_folders(root, path, splits)
-        train = _open(splits.get("train", path))
-        val = _open(val_path if val_path is not None else splits["val"]) if val_path or "val" in splits else None
-        test = _open(splits["test"]) if "test" in splits else None
+        train = _open(splits.get("train", Location(path)))
+        if val_path is not None:
+            splits["val"] = Location(val_path)
+        val, test = (_open(splits[name]) if name in splits else None for name in ("val", "test"))
     for name, other in (("val", val), ("test", test)):
         if other is not None and not other.has_classes:
             raise DataError(f"{other.path}: no classes, which the set {name} needs to be measured")
@@ -146,12 +149,8 @@ def detect_format(path: str) -> str:
     content = _content(root, path)
     if _is_prepared(root):
         return "prepared"
-    if is_huggingface(root):
-        if "huggingface" in get_args(TargetConfig.model_fields["format"].annotation):
-            return "huggingface"
-        raise DataError(
-            f"{path}: a data set of Hugging Face datasets, which this version does not read; {EXPECTED}"
-        )
+    if is_dataset(str(root)):
+        return "huggingface"
     if content.tars:
         return "webdataset"
     if content.folders:
@@ -162,11 +161,6 @@ def detect_format(path: str) -> str:
             "class to a folder of its name"
         )
     raise DataError(f"{path}: {content}; {EXPECTED}")
-
-
-def is_huggingface(root: Path) -> bool:
-    """Whether a folder was written by ``save_to_disk`` of Hugging Face's datasets."""
-    return (root / "dataset_dict.json").is_file() or (root / "state.json").is_file()
 
 
 def probe(source: Source) -> Images:
@@ -242,22 +236,33 @@ def _is_prepared(root: Path) -> bool:
     return (root / "manifest.json").is_file() and (root / "index.safetensors").is_file()
 
 
-def _splits(root: Path, path: str) -> dict[str, str]:
-    """Paths of the splits ``train``, ``val`` and ``test`` below a folder; empty where it is one set.
+class Location(NamedTuple):
+    """Where an image set lies."""
+
+    path: str
+    split: str | None = None
+    """The split of a Hugging Face data set that has several."""
+
+
+def _splits(root: Path, path: str) -> dict[str, Location]:
+    """Locations of the splits ``train``, ``val`` and ``test`` below a folder; empty where it is one set.
 
     A folder named train alone may be a class; with another split next to it, or as the only folder, it is a split.
     """
-    if not root.is_dir() or _is_prepared(root) or is_huggingface(root):
+    if not root.is_dir() or _is_prepared(root):
         return {}
+    if is_dataset(str(root)):
+        return splits_of_huggingface(root, path)
     entries = sorted(entry.name for entry in os.scandir(root) if not is_hidden(entry.name))
     tars = [name for name in entries if name.lower().endswith(".tar")]
     if tars:
         return _splits_of_tars(tars, path)
     folders = [name for name in entries if (root / name).is_dir()]
-    named = {split: f"{path}/{name}" for name in folders if (split := _split_of(name)) is not None}
+    named = {split: Location(f"{path}/{name}") for name in folders if (split := _split_of(name)) is not None}
     if "train" not in named or not (len(named) > 1 or len(folders) == 1):
         return {}
-    flat = next((each for each in named.values() if _content(Path(each), each).images), None)
+    paths = [location.path for location in named.values()]
+    flat = next((each for each in paths if _content(Path(each), each).images), None)
     if flat is not None and len(folders) > len(named):
         return {}
     if flat is not None:
@@ -268,21 +273,42 @@ def _splits(root: Path, path: str) -> dict[str, str]:
     return named
 
 
-def _splits_of_tars(tars: Sequence[str], path: str) -> dict[str, str]:
-    named: dict[str, str] = {}
+def splits_of_huggingface(root: Path, path: str) -> dict[str, Location]:
+    """The splits that ``save_to_disk`` lists, or that names of parquet and arrow files begin with."""
+    names: Iterable[str]
+    if (root / DICT).is_file():
+        try:
+            names = map(str, read_json(root / DICT)["splits"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{path}: {DICT} does not list its splits: {error}") from error
+    elif (root / STATE).is_file():
+        return {}
+    else:
+        files = (file for pattern in ("*.parquet", "*.arrow") for file in root.rglob(pattern))
+        words = {match[0] for file in files if (match := re.match(r"[a-z]+", file.name))}
+        # The names that datasets uses for files of such names.
+        names = (
+            {"val": "validation"}.get(split, split) for word in words if (split := _split_of(word)) is not None
+        )
+    named = {split: Location(path, name) for name in names if (split := _split_of(name)) is not None}
+    return named if "train" in named else {}
+
+
+def _splits_of_tars(tars: Sequence[str], path: str) -> dict[str, Location]:
+    named: dict[str, Location] = {}
     for name in tars:
         match = re.match(r"[a-z]+(?=[^a-z])", name.lower())
         split = None if match is None else _split_of(match[0])
         if match is None or split is None:
             return {}
-        named[split] = f"{path}/{name[: match.end()]}*.tar"
+        named[split] = Location(f"{path}/{name[: match.end()]}*.tar")
     return named if "train" in named else {}
 
 
-def _remarks_on_folders(root: Path, path: str, splits: Mapping[str, str]) -> Iterator[str]:
+def _remarks_on_folders(root: Path, path: str, splits: Mapping[str, Location]) -> Iterator[str]:
     """Lines about folders that are not read, next to or below the data."""
-    if splits and root.is_dir():
-        read = {Path(each).name for each in splits.values()}
+    if splits and root.is_dir() and not any(location.split for location in splits.values()):
+        read = {Path(location.path).name for location in splits.values()}
         folders = (entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name))
         if not next(root.glob("*.tar"), None) and (others := sorted(set(folders) - read)):
             yield f"only {', '.join(sorted(read))} of {path} are read, not {', '.join(others[:3])}"
@@ -298,9 +324,10 @@ def _split_of(name: str) -> str | None:
     return next((split for split, names in SPLIT_NAMES.items() if name.lower() in names), None)
 
 
-def _open(path: str) -> LabelledSet:
+def _open(location: Location) -> LabelledSet:
+    path, split = location
     kind = detect_format(path)
-    keys: dict[str, Any] = {}
+    keys: dict[str, Any] = {} if split is None else {"split": split}
     if kind == "folder":
         source = open_folder(path)
     elif kind == "csv":
@@ -318,7 +345,9 @@ def _open(path: str) -> LabelledSet:
     else:
         from dive_fast.data.open_dataset import open_target  # imports torch
 
-        source = open_target(TargetConfig.model_validate({"format": kind, "path": path}))
+        # Labels without names are named later, or refused there.
+        section = {"format": kind, "path": path, "class_names": "-", **keys}
+        source = open_target(TargetConfig.model_validate(section))
     return LabelledSet(kind, path, source, keys)
 
 

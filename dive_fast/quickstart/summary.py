@@ -83,7 +83,7 @@ def _classes(data: LabelledSet) -> Iterator[str]:
         yield f"{sizes[smallest]:,} images in each class"
         return
     ratio = imbalance(sizes)
-    unbalanced = "; unbalanced: the model will prefer large classes" if ratio >= LARGE_RATIO else ""
+    unbalanced = "; data.target.balance = class draws all alike" if ratio >= LARGE_RATIO else ""
     times = f"{ratio:.1f} times as many{unbalanced}"
     yield f"smallest class {described(smallest)}, largest {described(largest)}, {times}"
 

@@ -1,14 +1,14 @@
 """The towers that a run evaluates: built once, and with weights only during an evaluation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor
 
-from dive_fast.checkpoint.export import MODEL
+from dive_fast.checkpoint.export import AVERAGE, MODEL
 from dive_fast.config.schema import ModelConfig
 from dive_fast.engine.step import Engine
 from dive_fast.model import head as heads
@@ -44,22 +44,51 @@ class EvaluationTowers:
     @contextmanager
     def exported(self, folder: Path) -> Iterator[tuple[Towers, Head | None]]:
         """The towers with the weights of an exported model, and the head next to it."""
-        path = heads.find_head(folder / MODEL)
-        with self._allocated():
-            self._towers.load_exported(load_file(folder / MODEL))
-            yield self._towers, None if path is None else heads.load(path)
+        with self._loaded(folder / MODEL) as loaded:
+            yield loaded
+
+    @contextmanager
+    def exported_average(self, folder: Path) -> Iterator[tuple[Towers, Head | None]]:
+        """The towers with the averaged weights next to an exported model, and their head."""
+        with self._loaded(folder / AVERAGE) as loaded:
+            yield loaded
 
     @contextmanager
     def trained(self, class_names: tuple[str, ...]) -> Iterator[tuple[Towers, Head | None]]:
-        """The towers with the engine's present weights, and its head; only where :func:`has_all_weights`.
+        """The towers with the weights that an export would have now, and their head.
+
+        Only where :func:`has_all_weights`. With ``train.export_ema`` they are the averaged ones.
 
         Args:
             class_names: names of the head's rows.
         """
-        linear, state = self._engine.towers.head, self._engine.towers.state_dict()
+        average, state = self._engine.average, self._engine.towers.state_dict()
+        is_averaged = average is not None and average.is_exported
+        with self._with_state(average.replace(state) if average and is_averaged else state, class_names) as loaded:
+            yield loaded
+
+    @contextmanager
+    def averaged(self, class_names: tuple[str, ...]) -> Iterator[tuple[Towers, Head | None]]:
+        """The towers with the averaged weights of ``train.ema``, and their head; as :meth:`trained`."""
+        average = self._engine.average
+        assert average is not None
+        with self._with_state(average.replace(self._engine.towers.state_dict()), class_names) as loaded:
+            yield loaded
+
+    @contextmanager
+    def _loaded(self, weights: Path) -> Iterator[tuple[Towers, Head | None]]:
+        path = heads.find_head(weights)
+        with self._allocated():
+            self._towers.load_exported(load_file(weights))
+            yield self._towers, None if path is None else heads.load(path)
+
+    @contextmanager
+    def _with_state(
+        self, state: Mapping[str, Tensor], class_names: tuple[str, ...]
+    ) -> Iterator[tuple[Towers, Head | None]]:
         with self._allocated():
             self._towers.load_state_dict({name: state[name] for name in state if not name.startswith(HEAD)})
-            yield self._towers, None if linear is None else _head(linear, class_names)
+            yield self._towers, _head(state, class_names) if f"{HEAD}weight" in state else None
 
     @contextmanager
     def _allocated(self) -> Iterator[None]:
@@ -75,8 +104,9 @@ class EvaluationTowers:
             tensor.data = tensor.new_empty(0)
 
 
-def _head(linear: nn.Linear, class_names: tuple[str, ...]) -> Head:
-    return Head(linear.weight.detach().float(), linear.bias.detach().float(), class_names)
+def _head(state: Mapping[str, Tensor], class_names: tuple[str, ...]) -> Head:
+    weight, bias = (state[f"{HEAD}{name}"].detach().float() for name in ("weight", "bias"))
+    return Head(weight, bias, class_names)
 
 
 def has_all_weights(engine: Engine) -> bool:

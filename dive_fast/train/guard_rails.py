@@ -48,6 +48,13 @@ def warn_of_schedule(config: Config, needs: Needs, total_steps: int) -> None:
             else f"rises for {warmup / total_steps:.0%} of it",
             max(1, total_steps // 10),
         )
+    if train.ema is not None and total_steps * (1 - train.ema) < 1:
+        logger.warning(
+            "train.ema = %g (%s) averages over about %.0f steps, and this run has %d: the average stays close to "
+            "the pre-trained weights; set train.ema=%.3g for a tenth of the run",
+            *(train.ema, origins.of("train.ema"), 1 / (1 - train.ema), total_steps),
+            max(1 - 10 / total_steps, 0.1),
+        )
     if batch_size == 1 and not needs.head:
         logger.warning(
             "data.target.batch_size = 1 (%s): the contrastive loss of a single pair is 0, so nothing is learned "

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from dive_fast.train.model_card import write_card
 from dive_fast.train.preflight import check_environment, check_inputs
 from dive_fast.train.run_folder import check_shared
 from dive_fast.train.setup import Run, batches, build
+from dive_fast.train.trackers import Trackers
 from dive_fast.train.validation import Validation
 from dive_fast.train.write_report import write_report
 
@@ -60,7 +62,9 @@ def train(config: Config, folder: Path, ranks: Ranks) -> dict[str, float]:
             check_environment(config, folder, ranks)
             with folder_lock(folder, "run folder", ranks=ranks, remedy="set train.output to another folder"):
                 check_shared(folder, ranks)
-                return _loop(build(config, folder, ranks), watch)
+                run = build(config, folder, ranks)
+                with _tracking(run) as trackers:
+                    return _loop(run, watch, trackers)
         except (OSError, RuntimeError, MemoryError) as error:
             # This rank's own error first: another rank that is only late is not its cause.
             if (translated := machine_error(error)) is not None:
@@ -71,7 +75,22 @@ def train(config: Config, folder: Path, ranks: Ranks) -> dict[str, float]:
             raise
 
 
-def _loop(run: Run, watch: Watch) -> dict[str, float]:
+@contextmanager
+def _tracking(run: Run) -> Iterator[Trackers]:
+    """The trackers of a run, which learn at the end whether it has finished, was stopped or failed."""
+    trackers = Trackers(run.config.track, run.folder, run.record.run, run.ranks)
+    state = "failed"
+    try:
+        yield trackers
+        state = "finished"
+    except Stopped:
+        state = "stopped"
+        raise
+    finally:
+        trackers.close(state)
+
+
+def _loop(run: Run, watch: Watch, trackers: Trackers) -> dict[str, float]:
     engine, options, folder = run.engine, run.config.train, run.folder
     checkpoints, ranks = folder / manifest.FOLDER, run.ranks
     validation, step, latest, evaluation = Validation(run), 0, {}, None
@@ -97,7 +116,7 @@ def _loop(run: Run, watch: Watch) -> dict[str, float]:
     saver, consensus = Saver(engine, checkpoints, options, run.record), Consensus(ranks)
     nonfinite = NonFinite(options.nonfinite_limit, folder, ranks)
     loaded = batches(run, range(step, step if validation.is_over else run.total_steps))
-    metrics = Metrics(run, step, loaded, latest, None if evaluation is None else evaluation.metrics)
+    metrics = Metrics(run, step, loaded, latest, None if evaluation is None else evaluation.metrics, trackers)
 
     def evaluate(checkpoint: Path | None) -> None:
         watch.set_phase(step, "evaluation", is_saved=checkpoint is not None)

@@ -1,4 +1,4 @@
-"""Metrics of a running run: progress bar, ``metrics.jsonl`` and DeepSpeed's monitor."""
+"""Metrics of a running run: progress bar, ``metrics.jsonl`` and trackers."""
 
 import errno
 import json
@@ -17,8 +17,8 @@ from torch import Tensor
 from dive_fast.engine.async_scalars import AsyncScalars
 from dive_fast.io.atomic_files import write_atomic
 from dive_fast.train.guard_rails import ReferenceShare
-from dive_fast.train.monitors import discard_after
 from dive_fast.train.setup import Batches, Run
+from dive_fast.train.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -41,14 +41,16 @@ class Metrics:
         batches: Batches,
         latest: Mapping[str, float | None] | None = None,
         evaluation: Mapping[str, float | None] | None = None,
+        trackers: Trackers | None = None,
     ) -> None:
         """Starts or resumes a run: lines of steps and evaluations that will be made again are removed.
 
         Args:
             latest: the values of :meth:`state_dict` after ``first_step`` steps.
             evaluation: results of the evaluation after ``first_step`` steps, unless it is repeated.
+            trackers: started here; they receive each line.
         """
-        self._run, self._batches, self._options = run, batches, run.config.train
+        self._run, self._batches, self._options, self._trackers = run, batches, run.config.train, trackers
         self._enabled = run.ranks.is_main
         device = run.ranks.device
         self._latest = {
@@ -65,15 +67,15 @@ class Metrics:
         if self._enabled:
             self._reference_share = ReferenceShare(run.config, run.engine.method, run.total_steps, first_step)
             self._path = run.folder / "metrics.jsonl"
-            lines = self._read_lines(first_step)
+            logged, lines = self._read_lines(math.inf), self._read_lines(first_step)
             if evaluation is not None:
                 lines.append(json.dumps({"step": first_step} | dict(evaluation)))
             write_atomic(self._path, "".join(f"{line}\n" for line in lines).encode())
             first = json.loads(lines[0]) if lines else {}
             if first.get("step") == 1:
                 self._noise_floor = {name: value for name, value in first.items() if value is not None}
-            if run.engine.deepspeed.monitor.enabled:
-                discard_after(run.engine.deepspeed.monitor, first_step * run.config.data.target.batch_size)
+            if trackers is not None:
+                trackers.start(first_step, lines, logged)
         self._bar = run.ranks.progress(run.total_steps, "train", "step", done=first_step)
 
     def log(self, step: int, values: dict[str, Tensor], learning_rate: float) -> None:
@@ -145,8 +147,12 @@ class Metrics:
             self._reference_share.close()
         self._bar.close()
         weights_step = int(results.get("best_step", step))
-        # The losses of the last step are not those of the weights of another step.
-        return {"weights_step": weights_step} | (self._last if weights_step == step else {}) | results
+        # The losses of the last step are not those of the weights of another step, nor of averaged weights.
+        has_losses = weights_step == step and not self._options.export_ema
+        final = {"weights_step": weights_step} | (self._last if has_losses else {}) | results
+        if self._trackers is not None:
+            self._trackers.summarize(final)
+        return final
 
     def _host_values(self, step: int, learning_rate: float) -> dict[str, float]:
         """The metrics that are measured on the host."""
@@ -209,10 +215,8 @@ class Metrics:
                 self._run.ranks.print(
                     f"warning: {error}; its lines wait in memory (train.on_save_error = continue)"
                 )
-        monitor = self._run.engine.deepspeed.monitor
-        if monitor.enabled:
-            pairs = step * self._run.config.data.target.batch_size
-            monitor.write_events([(f"train/{name}", value, pairs) for name, value in values.items()])
+        if self._trackers is not None:
+            self._trackers.log(step, values)
 
     def _append(self) -> None:
         """Appends the unwritten lines to the file; keeps all of them if that fails."""
@@ -227,7 +231,7 @@ class Metrics:
             raise MetricsError(f"cannot write {self._path}: {error}") from error
         self._unwritten = ""
 
-    def _read_lines(self, last_step: int) -> list[str]:
+    def _read_lines(self, last_step: float) -> list[str]:
         """The lines up to a step, without an incomplete one and without the evaluation at the step."""
         lines = []
         for line in self._path.read_text().splitlines() if self._path.exists() else []:

@@ -11,6 +11,7 @@ from dive_fast.config.schema import ModelConfig, ReferenceConfig, TargetConfig
 from dive_fast.identity import versions
 from dive_fast.io.atomic_files import write_atomic
 from dive_fast.model.head import FILE as HEAD
+from dive_fast.model.huggingface.hub_files import SCHEME, repository_of
 from dive_fast.train.run_report import Report
 from dive_fast.train.setup import Run
 from dive_fast.train.write_report import FIGURE
@@ -71,6 +72,8 @@ def base_model(model: ModelConfig) -> str | None:
     """The pre-trained model's name on the Hugging Face Hub; None for local files and unknown names."""
     if model.name.startswith("hf-hub:"):
         return model.name.removeprefix("hf-hub:").partition("@")[0]
+    if model.name.startswith(SCHEME):
+        return repository_of(model.name)
     tag = model.pretrained
     known = {name.lower() for name in open_clip.list_pretrained_tags_by_model(model.name)} if tag else set()
     if tag is None or tag.lower() not in known:
@@ -89,7 +92,8 @@ def _summary(report: Report, model: ModelConfig) -> str:
 def _shown_model(model: ModelConfig) -> str:
     """The model's name and weights; of local files only the last part of the path."""
     scheme, separator, rest = model.name.partition(":")
-    name = f"{scheme}:{Path(rest).name}" if separator and scheme != "hf-hub" else model.name
+    is_local = separator and scheme != "hf-hub" and (scheme != "hf" or repository_of(model.name) is None)
+    name = f"{scheme}:{Path(rest).name}" if is_local else model.name
     if model.pretrained is None:
         return name
     return f"{name} ({Path(model.pretrained).name})"

@@ -12,7 +12,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,11 @@ from dive_fast.errors import ConfigError, UserError, machine_error
 from dive_fast.methods import registry
 from dive_fast.model.towers import Towers
 from dive_fast.teacher import cache_files
+from dive_fast.train.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
-TRACKERS = {
-    "wandb": ("wandb", "wandb"),
-    "comet": ("comet_ml", "comet-ml"),
-    "tensorboard": ("tensorboard", "tensorboard"),
-}
-"""Trackers' sections of DeepSpeed's config: the package that each imports, and its name for pip."""
 BASE_FILES, FILES_PER_WORKER = 100, 3
 """Open files of a run without loader processes, and the least number that each process adds."""
 
@@ -56,7 +50,7 @@ def check_environment(config: Config, folder: Path | None, ranks: Ranks) -> None
             if _writes_cache(config) and config.teacher.path is not None:
                 check_folder(Path(config.teacher.path).parent, "teacher.path")
                 check_cache_folder(Path(config.teacher.path))
-        check_trackers(config.deepspeed)
+            check_trackers(config.track)
         check_temporary_folder()
         check_compiler(config.train, config.deepspeed, ranks.device.type == "cuda")
         check_open_files(config.data, config.evaluate)
@@ -128,18 +122,6 @@ def check_cache_folder(path: Path) -> None:
     """
     if path.is_dir() and not cache_files.is_there(path) and any(path.iterdir()):
         raise ConfigError(f"teacher.path = {path} is not empty, and not a teacher cache: name another folder")
-
-
-def check_trackers(deepspeed: dict[str, Any]) -> None:
-    """Checks that the packages of the trackers in the ``deepspeed`` section are installed.
-
-    Raises:
-        ConfigError: names the package.
-    """
-    for key, (module, package) in TRACKERS.items():
-        section = deepspeed.get(key)
-        if isinstance(section, dict) and section.get("enabled") is True and find_spec(module) is None:
-            raise ConfigError(f"deepspeed.{key}: the package {package} is not installed: pip install {package}")
 
 
 def check_temporary_folder() -> None:
@@ -238,8 +220,9 @@ def check_disk(config: Config, folder: Path, towers: Towers, pairs: int, caption
     options, path = config.train, config.teacher.path
     weights = sum(parameter.numel() * 4 for parameter in towers.parameters())
     teacher = registry.needs(config.objective).target_teacher == "moving"
-    checkpoint = (3 + teacher) * weights  # with AdamW's moments
-    exported = (1 + teacher) * weights
+    averaged = options.ema is not None
+    checkpoint = (3 + teacher + averaged) * weights  # with AdamW's moments
+    exported = (1 + teacher + (averaged and not options.export_ema)) * weights
     # By disk: folders on one disk share its free space.
     minimum = {_existing(folder).stat().st_dev: (folder, checkpoint + exported)}
     if _writes_cache(config) and not (folder / "teacher" if path is None else Path(path)).exists():

@@ -46,8 +46,7 @@ NO_RESULT = (
     *("teacher.batch_size", "teacher.audit", "teacher.tolerance", "teacher.verify"),
     *("train.log_every", "train.trace_steps", "train.checkpoint_every", "train.keep_last", "train.keep_best"),
     *("train.on_save_error", "train.resume", "train.nonfinite_limit", "train.rank_timeout"),
-    *("model.license", "evaluate.batch_size", "evaluate.baseline", "evaluate.probe"),
-    *("deepspeed.tensorboard", "deepspeed.wandb", "deepspeed.csv_monitor", "deepspeed.comet"),
+    *("model.license", "evaluate.batch_size", "evaluate.baseline", "evaluate.probe", "track"),
     *("deepspeed.monitor_config", "deepspeed.flops_profiler", "deepspeed.comms_logger", "deepspeed.timers"),
     *("deepspeed.steps_per_print", "deepspeed.wall_clock_breakdown", "deepspeed.dump_state"),
     *("deepspeed.memory_breakdown", "deepspeed.train_batch_size", "deepspeed.gradient_accumulation_steps"),
@@ -59,8 +58,13 @@ RANKS_MAY_DIFFER = (
     *("data.*.templates", "objective.backgrounds", "objective.target.backgrounds", *PER_MACHINE),
 )
 """Keys that may differ between ranks; the contents behind paths may not."""
-CONTINUES = ("train.epochs", "train.max_steps", "evaluate.*")
+CONTINUES = ("train.epochs", "train.max_steps", "train.export_ema", "evaluate.*")
 """Keys that users change on purpose, to train longer or to select the best weights differently; reported."""
+ADDED: dict[str, Any] = {
+    **{"data.target.balance": "none", "data.target.crop_scale": [0.9, 1.0], "data.target.horizontal_flip": 0.0},
+    "data.reference.captions": "one",
+}
+"""Keys that checkpoints of earlier versions lack, with the only values that they had."""
 ROUNDING = (
     *("data.*.loader", "data.*.decoder", "teacher.mode", "train.schedule", "train.micro_batch_size"),
     *("train.activation_checkpointing", "train.fast_blocks", "train.compile", "deepspeed.zero_optimization"),
@@ -76,6 +80,8 @@ NULLS = {
     "data.reference": "no reference set",
     "data.target.holdout": "no sample is held out",
     "data.*.image_root": "the format has none",
+    "data.*.split": "the only split, or the format has none",
+    "data.*.*_column": "the default column, or the format has none",
     "data.target.class_names": "the names in the data set",
     "objective.name": "a pair of losses without a name",
     "objective.weight": "no reference loss",
@@ -89,6 +95,8 @@ NULLS = {
     "train.checkpoint_every": "none between evaluations",
     "evaluate.geometry": "not measured",
     "evaluate.geometry.image_root": "the format has none",
+    "evaluate.geometry.split": "the only split, or the format has none",
+    "evaluate.geometry.*_column": "the default column, or the format has none",
     "evaluate.every_*": "no evaluation during training",
     "evaluate.during": "no evaluation during training",
     "evaluate.select": "the last weights",
@@ -96,6 +104,8 @@ NULLS = {
     "evaluate.sets.*.format": "detected, as for every known data set",
     "evaluate.sets.*.dataset": "a set of the user's own",
     "evaluate.sets.*.holdout": "all samples are measured",
+    "evaluate.sets.*.split": "the only split, or the format has none",
+    "evaluate.sets.*.*_column": "the default column, or the format has none",
     "evaluate.sets.*.class_names": "the names in the data set",
     "evaluate.sets.*.templates": "those of the known data set, or none for retrieval",
     "evaluate.sets.*.role": "no average",
@@ -254,7 +264,11 @@ def check_resumable(checkpoint: Path, stored: Identity, current: Identity) -> li
     """
     # Options that the method lacks have no effect.
     objective = {key: value for key, value in stored["objective"].items() if key in current["objective"]}
-    changes = differences({**stored, "objective": objective}, current)
+    changes = [
+        change
+        for change in differences({**stored, "objective": objective}, current)
+        if change.stored is not None or change.current != ADDED.get(change.key, change.stored)
+    ]
     refused = [change for change in changes if not matches(change.key, (*CONTINUES, *ROUNDING))]
     if refused:
         listed = "; ".join(map(_describe, refused))

@@ -40,7 +40,6 @@ from dive_fast.teacher.teacher import Teacher
 from dive_fast.train.forgetting_probe import HeldOut, hold_out
 from dive_fast.train.guard_rails import warn_of_evaluation, warn_of_schedule
 from dive_fast.train.linear_probe import make_head
-from dive_fast.train.monitors import with_output_paths
 from dive_fast.train.preflight import check_sizes
 from dive_fast.train.provenance import write_provenance
 from dive_fast.train.run_folder import start_or_resume
@@ -103,7 +102,6 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     """
     # Before the first collective operation: ranks with different settings would wait for each other.
     require_equal(ranks, config_identity(config, RANKS_MAY_DIFFER) | {"run folder": str(folder)})
-    config = config.model_copy(update={"deepspeed": with_output_paths(config.deepspeed, folder)})
     check_deepspeed(config, ranks.world_size)
     config = resolve(config, ranks)
     # Before any model is built: a typo in a path should not cost minutes.

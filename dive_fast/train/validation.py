@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dive_fast.checkpoint.export import MODEL, SELECTED, copy_model, write_model
+from dive_fast.config.schema import Config
 from dive_fast.evaluate.zero_shot import values
 from dive_fast.identity import digest
 from dive_fast.io.atomic_files import write_atomic
 from dive_fast.io.safe_read import read_json
+from dive_fast.train.average_evaluation import AverageEvaluation
 from dive_fast.train.evaluation_towers import has_all_weights
 from dive_fast.train.run_evaluation import RunEvaluation
 from dive_fast.train.run_report import Report, accuracy_line
@@ -40,7 +42,8 @@ class Validation:
         during = list(options.sets) if options.during is None else options.during
         self._during = options.model_copy(update={"sets": {name: options.sets[name] for name in during}})
         self._evaluation = RunEvaluation(run)
-        self._select = None if options.select is None else digest(options.sets[options.select].model_dump())
+        self._average = AverageEvaluation(run)
+        self._select = None if options.select is None else _digest_of_selection(run.config, options.select)
         """Digest of the set of ``evaluate.select``; accuracies on another set are not comparable."""
         self._best: float | None = None
         self._best_step = self._since_best = 0
@@ -73,6 +76,7 @@ class Validation:
             write_model(run.engine, folder, run.class_names)
         measured = self._evaluation.measure_during(self._during, folder if needs_file else None)
         results = measured.metrics(self._during)
+        results |= self._average.measure(self._during)
         run.ranks.barrier()
         if self._options.select is not None:
             accuracy = results[f"accuracy/{self._options.select}"]
@@ -121,6 +125,7 @@ class Validation:
             exported = None if has_all_weights(run.engine) else run.folder
         measured = self._evaluation.measure_after(exported)
         metrics = measured.metrics(self._options)
+        metrics |= self._average.measure(self._options, None if selected is None else run.folder)
         if selected is not None:
             metrics["best_step"] = float(selected.step)
         weights_step = step if selected is None else selected.step
@@ -172,6 +177,12 @@ class Validation:
             )
             return
         self._best, self._best_step, self._since_best = (state[key] for key in ("best", "best_step", "since_best"))
+
+
+def _digest_of_selection(config: Config, name: str) -> str:
+    """Digest of a set, and of the fact that averaged weights are exported, and so selected."""
+    content = config.evaluate.sets[name].model_dump()
+    return digest(content | {"export_ema": True} if config.train.export_ema else content)
 
 
 def _read_selected(folder: Path) -> _Selected | None:

@@ -24,7 +24,7 @@ def test_new_run_is_read_back(tmp_path: Path) -> None:
     assert lineage.begin(tmp_path, tmp_path / "checkpoints").run != begun.run
 
 
-@pytest.mark.parametrize("name", ["config.json", "open_clip_config.json", "model.safetensors", "tensorboard"])
+@pytest.mark.parametrize("name", ["config.json", "open_clip_config.json", "model.safetensors", "tracking"])
 def test_begin_refuses_files_that_no_run_has_written(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"model_type": "clip"}')
     with pytest.raises(UserError, match=f"holds {name}, which no run has written"):

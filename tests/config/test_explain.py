@@ -103,7 +103,8 @@ def test_any_typo_in_any_key_names_the_intended_key(small: Path, typo: tuple[str
         ("evaluate.sets.val=a", 'evaluate.sets.val = "a": input should be an object'),
         (
             "evaluate.sets.str.format=csv",
-            "evaluate.sets.str.format = \"csv\": input should be 'folder', 'webdataset', 'huggingface' or 'prepared'",
+            "evaluate.sets.str.format = \"csv\": input should be 'folder', 'webdataset', 'huggingface' or "
+            "'prepared'",
         ),
         ("deepspeed=[]", "deepspeed = []: input should be an object"),
         ("objective.mean_gradient=1", "objective.mean_gradient = 1: input should be a valid boolean"),

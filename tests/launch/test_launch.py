@@ -55,7 +55,8 @@ def test_train_reports_missing_data_set_before_building_model(tmp_path: Path) ->
     result = call_alone("launch/train.py", "--config", "vitb16_flyp", *arguments)
     assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert errors == [f"error: data.target: {tmp_path}/nowhere: no such folder"]
+    origin = "data.target.path is set on the command line"
+    assert errors == [f"error: data.target: {tmp_path}/nowhere: no such folder ({origin})"]
     assert "Traceback" not in result.stderr
 
 
@@ -191,6 +192,7 @@ def test_rank_without_process_group_reports_its_own_error(
     assert [message in line and line.startswith("rank ") for line in lines] == [True] * (message is not None)
 
 
+WITHOUT_KEY = {"HOME": "/nowhere", "NETRC": "/nowhere", "WANDB_MODE": "online"}
 PARTIAL_LAUNCHES = {"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
 
 
@@ -200,7 +202,8 @@ PARTIAL_LAUNCHES = {"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_PROC
         *((variables, [], "unset") for variables in PARTIAL_LAUNCHES),
         ({"WORLD_SIZE": ""}, ["--dry-run"], "WORLD_SIZE = '': expected a number"),
         ({"WORLD_SIZE": "many"}, ["--dry-run"], "WORLD_SIZE = 'many': expected a number"),
-        ({}, ['deepspeed.wandb={"enabled": true}'], "deepspeed.wandb: the package wandb is not installed"),
+        ({}, ['deepspeed.wandb={"enabled": true}'], 'monitors are not used; set track=["wandb"] instead'),
+        (WITHOUT_KEY, ["track=wandb"], "track: wandb has no API key: run `wandb login`"),
         ({}, ["train.output=README.md", "objective.name=flyp"], "train.output = README.md: cannot write there"),
     ],
 )

@@ -296,6 +296,7 @@ def test_vit_b16_flop_match_formula_and_dive_memory_flyp() -> None:
     cases = {flyp: (flyp, texts(32)), dive: (dive, texts(32, 32)), wilds: (wilds, texts(32))}
     # FLYP's precision: the batches of bf16 are fp32.
     cases[tracer] = (tracer, [*texts(32), "train.precision=fp16"])
+    cases["ema"] = (flyp, [*texts(32), "train.ema=0.999"])
     plans = run_ranks(1, shipped_plans, cases, init=False, timeout=300)[0]
     patches = 2 * 2 * 196 * 768 * 3 * 16**2
     expected = 512 * (transformer_flop(197, 768, 12) + transformer_flop(32, 512, 12) + patches)
@@ -316,6 +317,10 @@ def test_vit_b16_flop_match_formula_and_dive_memory_flyp() -> None:
     # The move reads both copies and writes one, next to FLYP's update.
     moved = plans[tracer].bytes_of("update") - plans[flyp].bytes_of("update")
     assert moved == pytest.approx(3 * weights, rel=1e-3)
+    # The same for averaged weights.
+    assert plans["ema"].parts == plans[flyp].parts | {"average": pytest.approx(weights, rel=1e-3)}
+    averaged = plans["ema"].bytes_of("update") - plans[flyp].bytes_of("update")
+    assert averaged == pytest.approx(3 * weights, rel=1e-3)
     table = as_table(plans[tracer], ["h200"], {"h200": None})
     assert "  target's teacher    17." in table
     assert "  target's teacher     0.56 GiB" in table
@@ -411,9 +416,13 @@ def test_advise_returns_cheapest_change_that_fits(folder: Path, tmp_path: Path) 
         assert override.startswith("train.micro_batch_size=")
 
 
-@pytest.mark.parametrize(("name", "stages"), [("flyp", "123"), ("tracer", "12"), ("lipsum", "12")])
+@pytest.mark.parametrize(
+    ("name", "stages"), [("flyp", "123"), ("flyp ema", "12"), ("tracer", "12"), ("lipsum", "12")]
+)
 def test_zero_3_is_no_advice_for_methods_that_it_refuses(folder: Path, name: str, stages: str) -> None:
-    config = small_config(folder, **{"objective.name": name}, zero=0)
+    name, _, ema = name.partition(" ")
+    options = {"objective.name": name} | ({"train.ema": 0.9} if ema else {})
+    config = small_config(folder, **options, zero=0)
     overrides = [override for override, _ in _free_changes(config, Plan(1, 4, {}, {"weights": 1}))]
     assert overrides == [f"deepspeed.zero_optimization.stage={stage}" for stage in stages]
 

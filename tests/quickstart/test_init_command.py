@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 from distributed import run_ranks
-from test_inspect_data import write_csv, write_photos, write_tar
+from test_inspect_data import rows, write_csv, write_photos, write_tar
 
 from dive_fast.commands import init
+from dive_fast.data.open_dataset import open_target
 from dive_fast.distributed import join
 from dive_fast.methods import registry
 from dive_fast.methods.method import Part
@@ -162,6 +164,19 @@ def test_init_of_csv_has_nothing_to_measure(folder: Path, capsys: pytest.Capture
     assert not config.evaluate.sets
     assert not (folder / "list_classes.txt").exists()
     assert "measure  nothing to choose weights by: a csv has no classes" in capsys.readouterr().out
+
+
+def test_init_of_huggingface_data_set_holds_out_of_its_training_split(folder: Path) -> None:
+    datasets.DatasetDict({"train": rows(20), "test": rows(8)}).save_to_disk(folder / "hf")
+    assert init.main(["--target", "hf"]) == 0
+    config = read(folder / "hf.yaml")
+    assert (config.data.target.split, config.data.target.holdout) == ("train", 0.2)
+    val, test = config.evaluate.sets["val"], config.evaluate.sets["test"]
+    assert (val.split, val.holdout, test.split, test.holdout) == ("train", 0.2, "test", None)
+    assert (folder / "hf_classes.txt").read_text() == "b 1\na\n"
+    train, held_out = open_target(config.data.target), open_target(val)
+    assert (len(train), len(held_out)) == (16, 4)
+    assert not {sample.key for sample in train.samples} & {sample.key for sample in held_out.samples}
 
 
 def test_init_refuses_to_overwrite(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
+import datasets
 import pytest
 import tiny
 
@@ -166,7 +167,10 @@ def test_inspect_reports_classes_one_level_deeper(tmp_path: Path) -> None:
         (lambda root: write_photos(root, train=1, val=1), "train: images without class folders, so nothing says"),
         (lambda root: write_photos(root, cat=3), "only one class, 'cat'; fine-tuning contrasts classes"),
         (lambda root: write_photos(root, cat=3, dog=0), "dog: no image below, but it would be class 1; remove it"),
-        (lambda root: write(write_photos(root) / "dataset_dict.json").parent, "a data set of Hugging Face"),
+        (
+            lambda root: write(write_photos(root) / "dataset_dict.json").parent,
+            "dataset_dict.json does not list its splits",
+        ),
         (lambda root: write_tar(root / "a.tar", 2, ".txt", str), "image-caption pairs are named by --reference"),
         (lambda root: write_tar(root / "a.tar", 2, ".cls", lambda _: "0"), "only one class, '0'"),
     ],
@@ -241,3 +245,47 @@ def test_inspect_reference_refuses_in_one_line(tmp_path: Path, make: Callable[[P
         inspect_reference(str(make(tmp_path)))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def rows(count: int, captions: bool = False) -> datasets.Dataset:
+    """Images of two classes, or with captions."""
+    pictures = [{"bytes": tiny.jpeg(number), "path": None} for number in range(count)]
+    if captions:
+        features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+        return datasets.Dataset.from_dict({"image": pictures, "text": ["a"] * count}, features=features)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["b_1", "a"])})
+    labels = [number % 2 for number in range(count)]
+    return datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
+
+
+def test_inspect_huggingface_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets.disable_progress_bars()
+    # Parquet files are converted there.
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    splits = {"train": rows(6), "validation": rows(4), "test": rows(2)}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "dict")
+    rows(6).save_to_disk(tmp_path / "single")
+    for name, count in (("train", 6), ("test", 2)):
+        (tmp_path / "parquet/data").mkdir(parents=True, exist_ok=True)
+        rows(count).to_parquet(tmp_path / f"parquet/data/{name}-00000-of-00001.parquet")
+    target = inspect_target(str(tmp_path / "dict"))
+    assert seen(target) == ("huggingface", 6, 4, 2)
+    assert target.train.source.class_names == ("b_1", "a")
+    assert target.val is not None
+    assert (target.train.keys, target.val.keys) == ({"split": "train"}, {"split": "validation"})
+    single = inspect_target(str(tmp_path / "single"))
+    assert (seen(single), single.train.keys) == (("huggingface", 6, None, None), {})
+    parquet = inspect_target(str(tmp_path / "parquet"))
+    assert (seen(parquet), parquet.train.keys) == (("huggingface", 6, None, 2), {"split": "train"})
+
+
+def test_inspect_reference_of_folder_and_of_huggingface(tmp_path: Path) -> None:
+    root = write_photos(tmp_path / "pairs", x=3)
+    for number in range(3):
+        (root / f"x/{number}.txt").write_text(f"caption {number}")
+    assert inspect_reference(str(root))[:3] == ("folder", str(root), 3)
+    datasets.DatasetDict({"train": rows(5, captions=True), "test": rows(1, captions=True)}).save_to_disk(
+        tmp_path / "hf"
+    )
+    reference = inspect_reference(str(tmp_path / "hf"))
+    assert (reference.format, reference.pairs, reference.keys) == ("huggingface", 5, {"split": "train"})

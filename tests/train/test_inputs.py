@@ -121,22 +121,39 @@ def test_resumed_run_has_the_same_weights(folder: Path, outcome: Any) -> None:
     assert losses(folder / "complete") == losses(folder / "resumed")
 
 
-@pytest.mark.parametrize(
-    ("half", "key", "value"),
-    [
-        ("target", "balance", "none"),
-        ("target", "horizontal_flip", 0.0),
-        ("target", "crop_scale", [0.9, 1.0]),
-        ("reference", "captions", "one"),
-    ],
-)
-def test_changed_option_stops_a_resume(folder: Path, half: str, key: str, value: Any) -> None:
+CHANGED = {
+    ("target", "balance"): "none",
+    ("target", "horizontal_flip"): 0.0,
+    ("target", "crop_scale"): [0.9, 1.0],
+    ("reference", "captions"): "one",
+}
+"""Other values of the options of the runs."""
+
+
+@pytest.mark.parametrize(("half", "key"), CHANGED)
+def test_changed_option_stops_a_resume(folder: Path, half: str, key: str) -> None:
     tree = json.loads((folder / "config.json").read_text())
     stored = config_identity(RunConfig.model_validate_json(json.dumps(tree)))
-    tree["data"][half][key] = value
+    tree["data"][half][key] = CHANGED[half, key]
     current = config_identity(RunConfig.model_validate_json(json.dumps(tree)))
     with pytest.raises(ConfigError, match=rf"a run with other settings \(data\.{half}\.{key}: [^;]*\):"):
         check_resumable(folder, stored, current)
+
+
+def test_checkpoints_without_the_keys_resume_with_the_defaults(folder: Path) -> None:
+    tree = json.loads((folder / "config.json").read_text())
+    for key in ("balance", "horizontal_flip", "crop_scale"):
+        del tree["data"]["target"][key]
+    del tree["data"]["reference"]["captions"]
+    current = config_identity(RunConfig.model_validate_json(json.dumps(tree)))
+    stored = json.loads(json.dumps(current))
+    for half, key in CHANGED:
+        del stored["data"][half][key]
+    assert check_resumable(folder, stored, current) == []
+    changed = json.loads(json.dumps(current))
+    changed["data"]["target"]["balance"] = "class"
+    with pytest.raises(ConfigError, match=r"data\.target\.balance: nothing there, \"class\" here"):
+        check_resumable(folder, stored, changed)
 
 
 def test_moved_columns_and_splits_are_locations(folder: Path) -> None:

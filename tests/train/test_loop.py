@@ -37,10 +37,11 @@ from dive_fast.methods.noise_floor import NOISE_FLOOR, check_noise_floor
 from dive_fast.methods.run_config import RunConfig
 from dive_fast.train import loop as train
 from dive_fast.train import metrics
-from dive_fast.train.monitors import with_output_paths
 
 STAGES = (0, 1, 2, 3)
 STEPS = 6
+EMA = {0: 0.5, 2: 0.9}
+"""Stages that average the weights, with the decay."""
 
 
 class KilledError(Exception):
@@ -68,6 +69,14 @@ def run(tree: dict[str, Any], output: Path, ranks: Ranks, kill_at: int | None = 
         train.Metrics.log = log  # type: ignore[method-assign]
 
 
+def copied(complete: Path, folder: Path, ranks: Ranks) -> Path:
+    """A copy of a run folder."""
+    if ranks.is_main:
+        shutil.copytree(complete, folder)
+    ranks.barrier()
+    return folder
+
+
 def run_cases(folder: Path) -> dict[str, Any]:
     """Runs on one of two ranks: at each ZeRO stage a complete run, and one that is killed and resumed."""
     ranks = join()
@@ -77,12 +86,17 @@ def run_cases(folder: Path) -> dict[str, Any]:
     Part.backend = "torch"
     for stage in STAGES:
         tree["deepspeed"]["zero_optimization"]["stage"] = stage
-        results[f"complete{stage}"] = run(tree, folder / f"complete{stage}", ranks)
+        ema = {"ema": EMA[stage]} if stage in EMA else {}
+        results[f"complete{stage}"] = run(tree, folder / f"complete{stage}", ranks, **ema)
         resumed = folder / f"resumed{stage}"
         with pytest.raises(KilledError):
-            run(tree, resumed, ranks, kill_at=5, checkpoint_every=2)
+            run(tree, resumed, ranks, kill_at=5, checkpoint_every=2, **ema)
         ranks.barrier()
-        results[f"resumed{stage}"] = run(tree, resumed, ranks, checkpoint_every=2)
+        results[f"resumed{stage}"] = run(tree, resumed, ranks, checkpoint_every=2, **ema)
+    # The average of a checkpoint does not depend on the stage that wrote it.
+    moved = copied(folder / "complete2", folder / "moved", ranks)
+    tree["deepspeed"]["zero_optimization"]["stage"] = 0
+    results["moved"] = run(tree, moved, ranks, ema=EMA[2], export_ema=True)
     prepared = json.loads((folder / "prepared.json").read_text())
     results["fast"] = run(prepared, folder / "fast", ranks)
     with pytest.raises(KilledError):
@@ -138,6 +152,26 @@ def test_killed_run_resumes_to_the_same_weights(by_rank: list[Any], folder: Path
     ]
     assert len(losses[0]) == STEPS
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_run_resumes_to_the_same_average(by_rank: list[Any], folder: Path, stage: int) -> None:
+    paths = [folder / f"{run}{stage}" / "ema.safetensors" for run in ("complete", "resumed")]
+    assert [path.exists() for path in paths] == [stage in EMA] * 2
+    if stage in EMA:
+        complete, resumed = map(load_file, paths)
+        assert all(torch.equal(complete[name], resumed[name]) for name in complete)
+        raw = weights(folder / f"complete{stage}")
+        assert any(not torch.equal(raw[name], complete[name]) for name in raw)
+
+
+def test_average_is_exported_at_another_stage(by_rank: list[Any], folder: Path) -> None:
+    exported, average = weights(folder / "moved"), load_file(folder / "complete2/ema.safetensors")
+    assert all(torch.equal(exported[name], average[name]) for name in average)
+    assert not (folder / "moved/ema.safetensors").exists()
+    # Losses are those of the raw weights.
+    assert {"accuracy/seen", "weights_step"} <= by_rank[0]["moved"].keys()
+    assert "loss" not in by_rank[0]["moved"]
 
 
 def test_zero_stages_train_alike(by_rank: list[Any], folder: Path) -> None:
@@ -343,22 +377,3 @@ def test_noise_floor_allows_the_tolerance_of_the_audit(tmp_path: Path) -> None:
         check(allowed, **teacher)
         with pytest.raises(ConfigError, match=r"mean \|v\| before the first update"):
             check(refused, **teacher)
-
-
-@pytest.mark.parametrize("named", [{}, {"output_path": "", "job_name": ""}, {"output_path": None}])
-def test_monitors_default_to_the_run_folder(tmp_path: Path, named: dict[str, Any]) -> None:
-    tree = tiny.write_config(tmp_path)
-    tree["deepspeed"]["csv_monitor"] = {"enabled": True} | named
-    section = with_output_paths(tree["deepspeed"], tmp_path / "run")["csv_monitor"]
-    assert section == {"enabled": True, "output_path": str(tmp_path / "run"), "job_name": "csv_monitor"}
-
-
-def test_deepspeed_monitor_receives_the_metrics(tmp_path: Path) -> None:
-    tree, output = alone(tmp_path)
-    tree["deepspeed"]["tensorboard"] = {"enabled": True, "output_path": str(tmp_path / "board"), "job_name": "run"}
-    run_alone(tree, output)
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(next((tmp_path / "board").rglob("events*")).parent))
-    events.Reload()
-    assert {"train/loss", "train/image_norm"} <= set(events.Tags()["scalars"])

@@ -28,7 +28,6 @@ def make_metrics(folder: Path, first_step: int = 0, *state: Any, rank: int = 0, 
         folder=folder,
         ranks=Ranks(rank, 1, torch.device("cpu")),
         engine=SimpleNamespace(
-            deepspeed=SimpleNamespace(monitor=SimpleNamespace(enabled=False)),
             method=SimpleNamespace(norms={"image_norm": "|u|"}),
             features_are_random=False,
         ),
@@ -182,3 +181,13 @@ def test_noise_above_a_third_is_reported_once(
     for step in (3, 4):
         metrics.log(step, values(1.0, image_norm=norm), 0.0)
     assert caplog.text.count("mean |u| is 2.9e+00 after the warm-up") == warns
+
+
+def test_progress_names_the_step_of_its_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = make_metrics(tmp_path, log_every=4)
+    for step in range(1, 4):
+        metrics.log(step, values(step / 2, image_norm=2.0), 0.0)
+    metrics._bar.close()
+    line = capsys.readouterr().err
+    assert line.startswith("train: 3/10 [")
+    assert ", step 1: loss=0.5, u=2, img/s=" in line

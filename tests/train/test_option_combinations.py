@@ -70,12 +70,14 @@ VALUES: dict[str, tuple[Value, ...]] = {
     "train.micro_batch_size": (None, 3),
     "train.warmup_steps": (0, 1),
     "train.trace_steps": (0, 1),
+    "train.ema": (None, 0.5),
     "train.resume": ("auto", "never", "path"),
     "evaluate.every_steps": (None, 1),
     "evaluate.every_epochs": (None, 1),
     "evaluate.during": (None, SEEN, OTHER),
     "evaluate.select": (None, "seen"),
     "evaluate.patience": (None, 1),
+    "evaluate.probe": (500, 0),
     "evaluate.workers": (0, 1),
 }
 """Values, of options that the schema does not enumerate, that take different paths through the code."""
@@ -105,6 +107,8 @@ CONSTANT = {
     *(f"evaluate.sets.<name>.{key}" for key in ("split", "image_column", "label_column", "text_column")),
     *(f"evaluate.geometry.{key}" for key in ("split", "image_column", "text_column")),
     "model.pretrained",
+    # A line of the model card.
+    "model.license",
     "train.output",
     # Numbers, all of which take the same path.
     "data.target.batch_size",
@@ -146,6 +150,8 @@ CONSTANT = {
     # Parts without a method's name: in tests/methods.
     "objective.target",
     "objective.reference",
+    # Processes that change no weights: in test_trackers.
+    "track",
     # Only for GPUs.
     "data.target.hw_decoder_load",
     "data.reference.hw_decoder_load",
@@ -206,6 +212,10 @@ INVALID = [
     Invalid({"evaluate.patience": (1,), "evaluate.select": (None,)}, "evaluate.patience needs evaluate.select"),
     Invalid({"data.target.balance": ("class",), "data.target.format": ("csv",)}, "has prompts and no classes"),
     Invalid({"train.compile": (True,), STAGE: (3,)}, "train.compile: ZeRO-3"),
+    Invalid({"train.ema": (0.5,), STAGE: (3,)}, "train.ema: under ZeRO-3"),
+    Invalid({"train.export_ema": (True,), "train.ema": (None,)}, "train.export_ema needs train.ema"),
+    Invalid({"evaluate.ema": (True,), "train.ema": (None,)}, "evaluate.ema needs train.ema"),
+    Invalid({"evaluate.ema": (True,), "train.export_ema": (True,)}, "evaluate.ema: with train.export_ema"),
 ]
 """All refused combinations; every other one must run."""
 
@@ -520,6 +530,8 @@ DEFAULTS: dict[str, Value] = {
     "model.random": False,
     "train.precision": "fp32",
     "train.keep_best": False,
+    "train.export_ema": False,
+    "evaluate.ema": False,
     "evaluate.sets.<name>.format": "webdataset",
     "evaluate.geometry": "none",
 }
@@ -573,7 +585,7 @@ def run_row(folder: Path, name: str, row: Row, ranks: Ranks) -> str:
 def differences(complete: Path, again: Path, folder: Path, row: Row) -> str:
     """The first difference between the files of a resumed and an uninterrupted run, or nothing."""
     last = "checkpoints/step00000002"
-    for pattern in ("model.safetensors", "head.safetensors", f"{last}/*.safetensors"):
+    for pattern in ("model.safetensors", "head.safetensors", "ema*.safetensors", f"{last}/*.safetensors"):
         files = sorted(complete.glob(pattern))
         if [file.relative_to(complete) for file in files] != [
             f.relative_to(again) for f in sorted(again.glob(pattern))

@@ -97,20 +97,6 @@ def test_folder_on_read_only_disk_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("key", "package"), [("wandb", "wandb"), ("comet", "comet-ml"), ("tensorboard", "tensorboard")]
-)
-def test_tracker_without_its_package_is_refused(
-    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, package: str
-) -> None:
-    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
-    enabled = changed(tree, **{f"deepspeed.{key}": {"enabled": True}})
-    check_refused(
-        f"deepspeed.{key}: the package {package} is not installed: pip install {package}", enabled, tmp_path
-    )
-    preflight.check_trackers(changed(tree, **{f"deepspeed.{key}": {"enabled": False}}).deepspeed)
-
-
-@pytest.mark.parametrize(
     ("values", "option"),
     [
         ({"train.compile": True}, "train.compile needs a compiler"),
@@ -207,3 +193,8 @@ def test_small_disk_is_refused_and_tight_disk_warns(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**40, 0, 6 * 2**20 - 1))
     with pytest.raises(UserError, match=r"the run needs at least 6.0 MiB"):
         preflight.check_disk(moving, tmp_path, towers, 24)
+    # So they have averaged weights, unless those are the model's.
+    for values, size in (({"train.ema": 0.9}, 6), ({"train.ema": 0.9, "train.export_ema": True}, 5)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, size=size: Usage(2**40, 0, size * 2**20 - 1))
+        with pytest.raises(UserError, match=rf"the run needs at least {size}.0 MiB"):
+            preflight.check_disk(changed(tree, **values), tmp_path, towers, 24)

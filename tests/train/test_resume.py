@@ -10,6 +10,7 @@ import shutil
 import unittest.mock
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import tiny
 import torch
 from distributed import run_ranks
 from safetensors.torch import load_file
+from test_trackers import ALONE, wandb_exits, wandb_history, wandb_segments
 
 from dive_fast.checkpoint import lineage, saver
 from dive_fast.checkpoint import manifest as checkpoint
@@ -30,8 +32,8 @@ from dive_fast.methods import registry
 from dive_fast.methods.method import Part
 from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import head as heads
+from dive_fast.train import guard_rails, run_folder, run_identity
 from dive_fast.train import loop as train
-from dive_fast.train import run_folder, run_identity
 from dive_fast.train.run_evaluation import Results, RunEvaluation
 
 STEPS = 3
@@ -104,6 +106,7 @@ REFUSED: dict[str, Any] = {
     "train.betas": [0.8, 0.999],
     "train.warmup_steps": 2,
     "train.precision": "bf16",
+    "train.ema": 0.9,
     "objective.name": "vanilla_ft",
     "data.target.batch_size": 12,
     "data.target.text_length": 20,
@@ -174,7 +177,7 @@ def cases(folder: Path) -> dict[str, Any]:
     results["never"] = {name: _never(run.copy(f"never {name}"), kill) for name, kill in KILLS.items()}
     results["old"] = _old_format(run.copy("old"))
     results["link"] = _on_another_disk(Folder(ranks, tree, folder / "linked"), folder / "disk")
-    results["monitors"] = _monitored(Folder(ranks, tree, folder / "monitored"))
+    results["tracked"] = _tracked(Folder(ranks, tree, folder / "tracked"))
     results["backgrounds"] = _with_backgrounds(Folder(ranks, tree, folder / "starft"), folder)
     few = [("train.warmup_steps", 500), ("data.target.batch_size", 1), ("train.max_steps", 1)]
     results["few"] = Folder(ranks, tree, folder / "few").start(*few)
@@ -207,21 +210,13 @@ def _with_backgrounds(run: Folder, folder: Path) -> dict[str, str]:
     return outputs
 
 
-def _monitored(folder: Folder) -> tuple[list[str], list[int], list[int]]:
-    """Header and steps of the CSV file, and steps of the TensorBoard file, of a killed and resumed run."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    on: list[tuple[str, Any]] = [
-        (f"deepspeed.{name}", {"enabled": True}) for name in ("tensorboard", "csv_monitor")
-    ]
-    folder.start(*on, ("train.checkpoint_every", 1), kill_at=3)
+def _tracked(folder: Folder) -> tuple[str, str]:
+    """Output of a run with a tracker, killed after its last step, and resumed from an earlier checkpoint."""
+    os.environ["WANDB_MODE"] = "offline"
+    on: list[tuple[str, Any]] = [("track", ["wandb"])]
+    killed = folder.start(*on, ("train.checkpoint_every", 1), kill_at=3)
     shutil.rmtree(max((folder.path / "checkpoints").glob("step*")))
-    folder.start(*on)
-    (csv,) = (folder.path / "csv_monitor").glob("train_loss.csv")
-    rows = [line.split(",")[0] for line in csv.read_text().splitlines()]
-    events = EventAccumulator(str(folder.path / "tensorboard"))
-    events.Reload()
-    return rows[:1], [int(row) for row in rows[1:]], [event.step for event in events.Scalars("train/loss")]
+    return killed, folder.start(*on)
 
 
 @contextlib.contextmanager
@@ -320,7 +315,7 @@ def test_changed_key_is_refused_with_both_values(tree: dict[str, Any], key: str)
 
 def test_keys_without_a_result_are_not_compared(tree: dict[str, Any]) -> None:
     others = [("train.log_every", 9), ("train.output", "b"), ("data.target.workers", 3), ("train.keep_last", 7)]
-    others += [("train.rank_timeout", 9.0), ("deepspeed.tensorboard", {"enabled": True})]
+    others += [("train.rank_timeout", 9.0), ("track", ["wandb"])]
     assert identity_of(tree) == identity_of(tree, *others)
     longer = [("train.epochs", 11), ("deepspeed.zero_optimization.stage", 1)]
     changes = run_identity.check_resumable(Path("a"), identity_of(tree), identity_of(tree, *longer))
@@ -409,7 +404,7 @@ def test_keys_ignored_by_a_resume_exist() -> None:
             "data": {half: {"format": "csv", "path": "x"} for half in ("target", "reference")},
         }
     )
-    keys = [f"{section}.{key}" for section, held in tree.model_dump().items() for key in held]
+    keys = ["track", *(f"{section}.{key}" for section, held in tree.model_dump().items() for key in held)]
     for section in ("target", "reference"):
         keys += [f"data.{section}.{key}" for key in tree.model_dump()["data"][section]]
     options = [name for part in registry.table().targets.values() for name in part.Options.model_fields]
@@ -427,9 +422,30 @@ def test_run_files_follow_the_umask(results: dict[str, Any]) -> None:
     assert "model.safetensors" in results["modes"]
 
 
-def test_monitors_contain_each_step_once_after_a_resume(results: dict[str, Any]) -> None:
-    _, rows, events = results["monitors"]
-    assert rows == events == [4 * step for step in (1, 2, 3)]
+def test_tracker_has_each_step_once_after_a_resume(results: dict[str, Any], folder: Path) -> None:
+    killed, resumed = results["tracked"]
+    assert "track: wandb: offline; upload by: wandb sync " in killed
+    assert "track: wandb: cannot rewind: the values of steps" in resumed
+    segments = wandb_segments(folder / "tracked")
+    assert [step for step, _ in wandb_history(segments)["loss"]] == [1, 2, 3]
+    assert wandb_exits(segments) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("error", "state"), [(None, "finished"), (train.Stopped("SIGTERM"), "stopped"), (KilledError(), "failed")]
+)
+def test_trackers_learn_how_the_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException | None, state: str
+) -> None:
+    states: list[str] = []
+    monkeypatch.setattr(train.Trackers, "close", lambda _, state: states.append(state))
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(track=[]), folder=tmp_path, record=SimpleNamespace(run="id"), ranks=ALONE
+    )
+    with contextlib.suppress(KilledError, train.Stopped), train._tracking(run):
+        if error is not None:
+            raise error
+    assert states == [state]
 
 
 def test_checkpoints_behind_a_symlink_rotate_and_resume(results: dict[str, Any]) -> None:
@@ -448,6 +464,18 @@ def test_settings_that_hardly_train_are_reported(results: dict[str, Any]) -> Non
     assert "rises, to 2e-07" in printed
     assert "set train.warmup_steps=1 " in printed
     assert "data.target.batch_size = 1 (config in Python): the contrastive loss of a single pair is 0" in printed
+
+
+def test_average_longer_than_the_run_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = RunConfig.model_validate(tiny.write_config(tmp_path, ema=0.9999, warmup_steps=0))
+    needs = registry.needs(config.objective)
+    guard_rails.warn_of_schedule(config, needs, 500)
+    line = "train.ema = 0.9999 (config in Python) averages over about 10000 steps, and this run has 500"
+    assert line in caplog.text
+    assert "set train.ema=0.98 for a tenth of the run" in caplog.text
+    caplog.clear()
+    guard_rails.warn_of_schedule(config, needs, 20000)
+    assert caplog.text == ""
 
 
 def test_resume_with_other_class_names_is_refused(tmp_path: Path) -> None:

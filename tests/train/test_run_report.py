@@ -312,6 +312,8 @@ def test_edited_model_card_is_kept(by_rank: list[Any], folder: Path, caplog: pyt
     [
         ("ViT-B-16-quickgelu", "openai", "timm/vit_base_patch16_clip_224.openai"),
         ("hf-hub:someone/some-clip", None, "someone/some-clip"),
+        ("hf:openai/clip-vit-base-patch32", None, "openai/clip-vit-base-patch32"),
+        ("hf:/home/someone/model", None, None),
         ("local-dir:/home/someone/model", None, None),
         ("ViT-B-16", "/home/someone/weights.pt", None),
         ("demo", None, None),

@@ -37,6 +37,12 @@ def folder_of(name: str, weights: bool) -> Path:
     return _snapshot(name, weights)
 
 
+def repository_of(name: str) -> str | None:
+    """The hub id of a name with or without :data:`SCHEME`; None for a local folder."""
+    name = name.removeprefix(SCHEME)
+    return None if Path(name).expanduser().is_dir() or name.startswith((".", "~", "/")) else name
+
+
 @cache
 def _snapshot(repository: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download

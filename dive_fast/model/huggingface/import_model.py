@@ -94,9 +94,7 @@ def read(name: str, weights: bool = True) -> ForeignModel:
     folder = hub_files.folder_of(name, weights)
     if weights:
         hub_files.weight_files(folder)
-    name = name.removeprefix(hub_files.SCHEME)
-    is_local = Path(name).expanduser().is_dir()
-    return _read(folder, None if is_local else name, _digest(folder))
+    return _read(folder, hub_files.repository_of(name), _digest(folder))
 
 
 @lru_cache(maxsize=8)
