@@ -1,6 +1,6 @@
 """The process of one experiment tracker: passes events from its standard input to the tracker's client.
 
-:class:`dive_fast.training.trackers.Trackers` starts one for each tracker. A client that fails, waits for its server
+:class:`dive_fast.training.trackers.Trackers` starts one for each tracker. A client that fails, waits for a server
 or leaves threads behind can neither stop nor delay training. Events are lines of JSON; replies on standard output
 are ``{"at": ...}``, where the tracker writes, and ``{"error": ..., "events": ...}``, why it ended and after
 how many events. All other output goes to a log. The end of the input without a last event means that the run was
