@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dive_fast.evaluate.plots import BLUE, GREEN, GREY, new_figure, save_figure, style_axes
+from dive_fast.evaluation.plots import BLUE, GREEN, GREY, new_figure, save_figure, style_axes
 from dive_fast.sweep.choice import Spread
 
 if TYPE_CHECKING:
