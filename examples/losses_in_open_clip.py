@@ -41,7 +41,7 @@ def batches(split: str, first: int, count: int) -> Iterator[Batch]:
 
 
 def tune(weight: float, steps: int) -> tuple[Any, Any]:
-    """Fine-tunes by ``contrastive_loss(target) + weight * difference_loss(reference)``; returns both models, (before, after).
+    """Fine-tunes by ``contrastive_loss(target) + weight * difference_loss(reference)``; returns (before, after).
 
     Args:
         weight: lambda; 0: plain contrastive fine-tuning (FLYP). For CLIP ViT-B/16 at 1e-5 the paper has 1000.
