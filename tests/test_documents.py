@@ -13,6 +13,7 @@ from dive_fast.config.section import sections
 from dive_fast.errors import ConfigError
 from dive_fast.methods import registry
 from dive_fast.methods.run_config import RunConfig, load_run_config
+from dive_fast.sweep.grid import split_values
 
 REPOSITORY = Path(__file__).parents[1]
 TOP = ("benchmarks", "dive_fast", "docs", "examples", "kernels", "launch", "tests", "tools")
@@ -146,9 +147,13 @@ def refused_overrides(text: str) -> set[str]:
     refused = set()
     for script, arguments in commands(text):
         config, overrides = re.search(r"--config (\w+\.json)", arguments), OVERRIDE.findall(arguments)
+        runs = [overrides]
+        if "--over " in arguments:
+            values = {key: split_values(text) for key, _, text in (item.partition("=") for item in overrides)}
+            runs = [[f"{key}={texts[end]}" for key, texts in values.items()] for end in (0, -1)]
         try:
-            if config:
-                load_run_config(config[1], overrides, REPOSITORY / "launch/configs")
+            for chosen in runs if config else ():
+                load_run_config(config[1], chosen, REPOSITORY / "launch/configs")
         except ConfigError as error:
             refused.add(f"{script}{arguments}: {error}")
     return refused

@@ -97,8 +97,8 @@ def _draw_level(axis: "Axes", kept: float) -> "Text":
     """Draws the line of the pre-trained model; returns its label."""
     axis.axhline(kept, color=GREY, linewidth=1.5)
     at = axis.get_yaxis_transform()
-    style = {"fontsize": FONT, "color": "#5f6368", "ha": "left", "va": "bottom", "transform": at}
-    return axis.text(0.01, kept, f"before training: {kept:.1f}", **style)
+    text = f"before training: {kept:.1f}"
+    return axis.text(0.01, kept, text, fontsize=FONT, color="#5f6368", ha="left", va="bottom", transform=at)
 
 
 def _label(axis: "Axes", dots: Sequence[Dot], avoided: "Sequence[Text]") -> None:
