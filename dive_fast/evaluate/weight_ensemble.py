@@ -35,7 +35,8 @@ class Ensemble(NamedTuple):
 
     report: dict[str, Any]
     """``alpha``: the best one on ``chosen_on``, the smallest of equally good ones; ``accuracies``: a row for each
-    alpha, 0 and 1 included, with each set's metric (``metrics``) in [0, 1]; ``left_out``: unreadable samples."""
+    alpha, 0 and 1 included, with each set's metric (``metrics``) in [0, 1]; ``samples`` measured and
+    ``left_out`` (unreadable) of each set."""
     weights: State
     """Weights under open_clip's names."""
     head: Head | None
@@ -118,6 +119,7 @@ def ensemble(
         "alpha": best,
         "chosen_on": chosen_on,
         "metrics": {name: metric_of(evaluation) for name, evaluation in config.evaluate.sets.items()},
+        "samples": {name: result.samples for name, result in measured.items()},
         "left_out": {name: result.left_out for name, result in measured.items() if result.left_out},
         "accuracies": rows,
     }

@@ -92,6 +92,7 @@ NULLS = {
     "teacher.tolerance": "no cache",
     "train.max_steps": "no limit besides train.epochs",
     "train.micro_batch_size": "the full batch",
+    "train.ema": "no average",
     "train.checkpoint_every": "none between evaluations",
     "evaluate.geometry": "not measured",
     "evaluate.geometry.image_root": "the format has none",

@@ -86,6 +86,8 @@ def _notes(run: Run, rows: Sequence[Row], before: Mapping[str, Measured], after:
         notes = ["In percent, and change in percentage points; RSA and CKA are 1 where the geometry is unchanged."]
     elif rows:
         notes = ["In percent; change in percentage points."]
+    if run.config.train.export_ema:
+        notes.append("After: the moving average of the weights (train.export_ema).")
     if any(measured.classifier == "head" for measured in after.sets.values()) and before:
         notes.append(
             "Before: zero-shot, by class prompts; after: by the trained head, for sets whose classes it has."

@@ -24,11 +24,14 @@ def make_metrics(folder: Path, first_step: int = 0, *state: Any, rank: int = 0, 
         config=SimpleNamespace(
             train=TrainConfig(**{"log_every": 1, "warmup_steps": 2, "precision": "bf16"} | train),
             data=SimpleNamespace(target=SimpleNamespace(batch_size=4)),
+            objective=SimpleNamespace(reference_every=1),
         ),
         folder=folder,
         ranks=Ranks(rank, 1, torch.device("cpu")),
         engine=SimpleNamespace(
-            method=SimpleNamespace(norms={"image_norm": "|u|"}),
+            method=SimpleNamespace(
+                norms={"image_norm": "|u|"}, target_loss=None, needs=SimpleNamespace(reference=False)
+            ),
             features_are_random=False,
         ),
         total_steps=STEPS,

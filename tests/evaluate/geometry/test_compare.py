@@ -19,7 +19,6 @@ from torch import Tensor
 from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError
-from dive_fast.evaluate import plots
 from dive_fast.evaluate.geometry import compare, figures, measures
 from dive_fast.evaluate.geometry.embed import describe_pairs, embed, open_pairs, spread
 from dive_fast.methods.run_config import RunConfig
@@ -261,20 +260,8 @@ def test_course_draws_the_metrics_that_exist(tmp_path: Path) -> None:
     figures.draw_course(batches, tmp_path / "one.png")
     measured = [{"step": 10 * k, "geometry/rsa": 1 - 0.1 * k, "geometry/average_loss": 1e-6 * k} for k in range(3)]
     figures.draw_course(batches + measured, tmp_path / "three.png")
-    assert size(tmp_path / "three.png")[0] > 2 * size(tmp_path / "one.png")[0]
+    assert size(tmp_path / "three.png")[0] == pytest.approx(3 * size(tmp_path / "one.png")[0], abs=2)
     # Before the first update difference vectors are only rounding, and RSA is 1.
     assert not figures.has_course(batches[:1])
     assert figures._points(batches, "image_norm") == [(10, 1.0), (20, 2.0)]
     assert figures._points(measured, "geometry/rsa")[0] == (0, 1)
-
-
-def test_tradeoff_with_and_without_rsa_and_seeds(tmp_path: Path) -> None:
-    rows = [
-        {"method": "pretrained", "id": 0.6, "ood": 0.5, "zs": 0.7},
-        {"method": "flyp", "id": 0.8, "ood": 0.5, "zs": 0.4},
-        *({"method": "dive", "id": 0.8 + 0.01 * k, "ood": 0.6, "zs": 0.6} for k in range(3)),
-        *({"method": f"other {k}", "id": 0.7, "ood": 0.5, "zs": 0.5} for k in range(7)),
-    ]
-    plots.tradeoff(rows, tmp_path / "two.png")
-    plots.tradeoff([row | {"rsa": 0.9} for row in rows], tmp_path / "three.png", "a title")
-    assert size(tmp_path / "three.png")[0] > size(tmp_path / "two.png")[0]
