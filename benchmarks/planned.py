@@ -18,7 +18,7 @@ warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTen
 from loss_report import REPOSITORY, commit, write_json  # noqa: E402
 from steps import COMPILED, ENGINES, Case, engine_config  # noqa: E402
 
-from dive_fast.evaluate import plots  # noqa: E402
+from dive_fast.evaluation import plots  # noqa: E402
 from dive_fast.methods.run_config import load_run_config  # noqa: E402
 from dive_fast.planner.gpu_specs import GPUS  # noqa: E402
 from dive_fast.planner.plan import Plan  # noqa: E402

@@ -10,7 +10,7 @@ import csv
 import sys
 from pathlib import Path
 
-from dive_fast.api import Config, compare, evaluate, train
+from dive_fast import Config, compare, evaluate, train
 from dive_fast.data.demo import splits
 
 

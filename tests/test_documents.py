@@ -207,7 +207,7 @@ def test_documents_have_enough_names_to_check() -> None:
         ("a file `tests/methods/<name>_of_it.py`", "tests/methods/*_of_it.py"),
         ("[guide](docs/guide.md)", "docs/guide.md"),
         ("[guide](docs/reliability.md#no-such-heading)", "docs/reliability.md#no-such-heading"),
-        ("`dive_fast.evaluate.pairs.embed`", "dive_fast.evaluate.pairs.embed"),
+        ("`dive_fast.evaluation.pairs.embed`", "dive_fast.evaluation.pairs.embed"),
         ("`train.epoch=1`", "train.epoch"),
         ("`objective.decoy`", "objective.decoy"),
         ("`evaluate.sets.<name>.paths`", "evaluate.sets.<name>.paths"),
@@ -229,7 +229,7 @@ def test_refused_override_is_a_mistake() -> None:
     "text",
     [
         "dive_fast/data/loaders/<name>.py, and dive_fast/teacher.",
-        "`dive_fast.evaluate.geometry.measures.compare(before, after)`",
+        "`dive_fast.evaluation.geometry.measures.compare(before, after)`",
         "`evaluate.sets.<name>.path`, `train.epochs=1`, `objective.decay`, `model.safetensors`",
         "    deepspeed --hostfile hosts launch/train.py --config demo.json \\\n        train.max_steps=2 --json\n",
         "`make test`, [main job](#evidence)",

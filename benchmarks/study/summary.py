@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dive_fast.evaluate import plots
+from dive_fast.evaluation import plots
 from dive_fast.io.atomic_files import write_atomic
 from study import sets
 from study.experiments import LEARNING_RATES, MARGIN, SEEDS, chosen, grids, run_of

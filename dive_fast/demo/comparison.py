@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 
 from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks
-from dive_fast.evaluate import plots
-from dive_fast.evaluate.geometry.embed import describe_pairs, embed, open_pairs
-from dive_fast.evaluate.geometry.measures import rsa
-from dive_fast.evaluate.zero_shot import evaluate
+from dive_fast.evaluation import plots
+from dive_fast.evaluation.geometry.embed import describe_pairs, embed, open_pairs
+from dive_fast.evaluation.geometry.measures import rsa
+from dive_fast.evaluation.zero_shot import evaluate
 from dive_fast.model.features import Pairs
 from dive_fast.model.towers import create, tokenizer_of
 

@@ -20,7 +20,7 @@ from dive_fast.io.atomic_files import write_atomic
 from dive_fast.io.safe_read import read_json
 from dive_fast.sweep.grid import Planned
 from dive_fast.sweep.run_results import REPORT
-from dive_fast.train.measurements import FILE as MEASUREMENTS
+from dive_fast.training.measurements import FILE as MEASUREMENTS
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dive_fast.evaluate.plots import (
+<<<<<<< HEAD
+from dive_fast.evaluation.plots import (
     BLUE,
     GREEN,
     GREY,
@@ -15,6 +16,9 @@ from dive_fast.evaluate.plots import (
     save_figure,
     style_axes,
 )
+=======
+from dive_fast.evaluation.plots import BLUE, GREEN, GREY, new_figure, save_figure, style_axes
+>>>>>>> main
 from dive_fast.sweep.choice import Spread
 
 if TYPE_CHECKING:
