@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-<<<<<<< HEAD
 from dive_fast.evaluation.plots import (
     BLUE,
     GREEN,
@@ -16,9 +15,6 @@ from dive_fast.evaluation.plots import (
     save_figure,
     style_axes,
 )
-=======
-from dive_fast.evaluation.plots import BLUE, GREEN, GREY, new_figure, save_figure, style_axes
->>>>>>> main
 from dive_fast.sweep.choice import Spread
 
 if TYPE_CHECKING:
