@@ -7,7 +7,7 @@ With a model and batches of yours, the part that matters is the function :func:`
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
@@ -40,7 +40,7 @@ def batches(split: str, first: int, count: int) -> Iterator[Batch]:
         yield Batch(images, tokenizer([sample.text for sample in samples]))
 
 
-def tune(weight: float, steps: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+def tune(weight: float, steps: int) -> tuple[Any, Any]:
     """Fine-tunes by ``contrastive_loss(target) + weight * difference_loss(reference)``; returns (before, after).
 
     Args:
@@ -70,7 +70,7 @@ def tune(weight: float, steps: int) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 @torch.no_grad()
-def geometry_kept(before: torch.nn.Module, after: torch.nn.Module) -> float:
+def geometry_kept(before: Any, after: Any) -> float:
     """RSA: correlation of the distances between embeddings of held-out pairs, before and after."""
     distances = []
     batch = next(batches("reference_heldout", 0, 1))

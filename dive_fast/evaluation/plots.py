@@ -114,7 +114,9 @@ def place_labels(axis: "Axes", labels: Sequence[Label], size: float = 9, avoided
 
     if not labels:
         return
-    axis.figure.draw_without_rendering()  # the layout's final size, which the positions depend on
+    figure = axis.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # the layout's final size, which the positions depend on
     texts = [
         axis.text(
             *(label.x, label.y, label.text),

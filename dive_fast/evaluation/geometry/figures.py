@@ -45,7 +45,7 @@ def draw_rsa(before: Pairs, after: Pairs, metrics: Mapping[str, float], path: Pa
     )
     room = 0.02 * float(high - low) + 1e-9
     limits = (float(low) - room, float(high) + room)
-    figure = new_figure(WIDTH, 3.5)
+    figure = new_figure(WIDTH, 3.1)
     axes = figure.subplots(1, 3, sharex=True, sharey=True)
     panels = []
     for axis, (score, title, *_), (x, y) in zip(axes, halves, drawn, strict=True):
@@ -74,7 +74,7 @@ def draw_differences(before: Pairs, after: Pairs, path: Path) -> None:
     differences = measures.differences(before, after)
     halves = (("images, u", differences.image, BLUE), ("captions, v", differences.text, ORANGE))
     m = differences.average
-    figure = new_figure(WIDTH, 3.7)
+    figure = new_figure(WIDTH, 3.5)
     plane, lengths, cosines = figure.subplots(1, 3)
 
     # About zero, not about their mean, so that a shared component shows as a shift of all points.
@@ -118,8 +118,9 @@ def draw_differences(before: Pairs, after: Pairs, path: Path) -> None:
     add_title(figure, "Difference vectors, after - before: DiVE's aim is that all are equal")
     for axis in (plane, lengths, cosines):
         style_axes(axis)
-    for axis in (lengths, cosines):
-        axis.legend(frameon=False, fontsize=9, loc="upper left", handlelength=1.2, borderaxespad=0.2)
+    # Long vectors are few, and so are those that point away from m.
+    for axis, corner in ((lengths, "upper right"), (cosines, "upper left")):
+        axis.legend(frameon=False, fontsize=9, loc=corner, handlelength=1.2, borderaxespad=0.2)
     figure.legend(
         *plane.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
     )
