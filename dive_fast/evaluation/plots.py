@@ -110,12 +110,13 @@ def place_labels(axis: "Axes", labels: Sequence[Label], size: float = 9, avoided
         avoided: other texts that they do not overlap either.
     """
     from adjustText import adjust_text
+    from matplotlib.figure import Figure
     from matplotlib.patheffects import withStroke
 
     if not labels:
         return
     figure = axis.get_figure(root=True)
-    assert figure is not None
+    assert isinstance(figure, Figure)
     figure.draw_without_rendering()  # the layout's final size, which the positions depend on
     texts = [
         axis.text(
