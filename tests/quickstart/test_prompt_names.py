@@ -69,6 +69,7 @@ FOLDERS = st.lists(
 @settings(deadline=None, max_examples=150)
 @given(FOLDERS)
 @example(["!", "0:", "1 0"])
+@example(["-a", "a"])
 @example(["- a", "- b"])
 @example(["# a", "b"])
 @example(["1 a", "2 b"])

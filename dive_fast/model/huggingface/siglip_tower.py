@@ -10,7 +10,8 @@ from functools import partial
 from typing import Any
 
 import timm
-from timm.layers import GELUTanh, LayerNorm, QuickGELU
+from timm.layers import GELUTanh, QuickGELU
+from timm.layers.norm import LayerNorm
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
