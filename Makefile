@@ -2,12 +2,13 @@
 bin := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all gpu-check format clean
+.PHONY: help install demo test test-all docs gpu-check format clean
 
 help:
 	@echo "make demo      fine-tune the embedded small model; installs first if needed"
 	@echo "make test      lint, types, import contracts and quick tests; installs first if needed"
 	@echo "make test-all  the same with slow tests and coverage"
+	@echo "make docs      build the documentation as a site, into build/site"
 	@echo "make gpu-check measure all claims about GPUs on this GPU: CALL=1, 2 and 3, nine minutes each"
 	@echo "make install   install into .venv"
 	@echo "make format    apply ruff's formatter and safe fixes"
@@ -36,6 +37,11 @@ test test-all: install
 	check kernels $(bin)/pytest $(selection) $(interpreted) -n logical --maxprocesses 4; \
 	check tests $(bin)/pytest $(selection) $(addprefix --ignore=,$(interpreted)) $(coverage) -n 2 --dist loadfile; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+# Fails on a broken link. The variable turns off an advertisement.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: install
+	$(bin)/mkdocs build --strict
 
 gpu-check: install
 	$(bin)/python benchmarks/gpu_check.py $(if $(CALL),--call $(CALL))

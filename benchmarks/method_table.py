@@ -1,7 +1,7 @@
 """The table of methods in docs/methods.md: ``python benchmarks/method_table.py``.
 
 Names, needs and configs are the registry's and the shipped configs', published numbers those of
-``dive_fast/evaluate/published.tsv``. ``--plan`` plans FLOP and memory of a step of each method again, on fake
+``dive_fast/evaluation/published.tsv``. ``--plan`` plans FLOP and memory of a step of each method again, on fake
 tensors, and writes results/method_costs.json.
 """
 
@@ -17,7 +17,7 @@ warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTen
 
 from loss_report import REPOSITORY, commit, write_json  # noqa: E402
 
-from dive_fast.evaluate import published  # noqa: E402
+from dive_fast.evaluation import published  # noqa: E402
 from dive_fast.methods import registry  # noqa: E402
 from dive_fast.methods.method import Needs, Preset, needs_of  # noqa: E402
 from dive_fast.methods.run_config import load_run_config  # noqa: E402

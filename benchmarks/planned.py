@@ -2,7 +2,7 @@
 
 Needs no GPU: the engine's step runs on fake tensors (``dive_fast/planner/plan.py``). Writes results/planned.json
 and a picture. ``--methods`` prints a table of all methods on two models instead. ``--against RESULTS``, a file of
-``steps.py``, compares measured cases of the engine with their plans.
+``steps.py``, compares measured cases of the engine with their plans. ``--draw PICTURE`` draws what is stored.
 """
 
 import argparse
@@ -18,6 +18,7 @@ warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTen
 from loss_report import REPOSITORY, commit, write_json  # noqa: E402
 from steps import COMPILED, ENGINES, Case, engine_config  # noqa: E402
 
+from dive_fast.evaluation import plots  # noqa: E402
 from dive_fast.methods.run_config import load_run_config  # noqa: E402
 from dive_fast.planner.gpu_specs import GPUS  # noqa: E402
 from dive_fast.planner.plan import Plan  # noqa: E402
@@ -29,20 +30,20 @@ PAPER = (PLAIN, "train.precision=fp32", "train.schedule=joint", "teacher.mode=on
 FLYP = ("objective.name=flyp",)
 SHORT = ("data.target.text_length=16", "data.reference.text_length=32")
 STEPS = {
-    "FLYP, fp32": (*FLYP, *PAPER[:2]),
-    "DiVE as in the paper": PAPER,
+    "FLYP, published": (*FLYP, *PAPER[:2]),
+    "DiVE, published": PAPER,
     "  + cached teacher": PAPER[:3],
     "  + sequential halves": PAPER[:2],
     "  + fp16": PAPER[:1],
     "  + trimmed texts": (*PAPER[:1], *SHORT),
     "  + fast blocks": SHORT,
-    "FLYP, dive_fast": (*FLYP, *SHORT),
+    "FLYP, here": (*FLYP, *SHORT),
 }
 METHODS = ("flyp", "dive", "tracer", "carot", "tracer_dive", "lipsum", "starft")
 MODELS = {"ViT-B/16": CONFIG, "ViT-L/14": "vitl14_dive.json"}
 OLD_EFFICIENCY = {True: 0.45, False: 0.75}
 """Shares of peak arithmetic, in 16 bits and in fp32, by which earlier plans predicted time, for comparison."""
-GREEN, GREY, BLUE = "#1b7f4c", "#6b7280", "#a7c7e7"
+GREEN, GREY, BLUE, PALE = "#1b7f4c", "#6b7280", "#a7c7e7", "#b9bec5"
 PARTS = {"product": ("matrix products", 1.0), "attention": ("attention", 0.65), "elementwise": ("all other", 0.35)}
 """Parts of the GPU's time, with their labels and opacities."""
 RESULTS = REPOSITORY / "benchmarks/results/planned.json"
@@ -75,55 +76,62 @@ def old_seconds(plan: Plan) -> float:
 
 
 def draw(steps: list[dict[str, Any]], picture: Path) -> None:
-    """Draws bars with their ratios to FLYP in fp32; those of time are divided into parts."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.7), layout="constrained")
-    figure.suptitle("One step of ViT-B/16, B = B' = 512, on one H200: planned, not measured", fontsize=12)
+    """Draws bars with their ratios to FLYP as published; those of time are divided into parts."""
+    figure = plots.new_figure(plots.WIDTH, 4.2)
+    plots.add_title(figure, "Planned, not measured: one step of ViT-B/16, B = B' = 512, on one H200")
     panels = (("peak_memory_bytes", "peak memory, GiB", 2**30, "{:.0f}"), ("seconds", "time, s", 1.0, "{:.2f}"))
-    rows = range(len(steps), 0, -1)
+    # Levers from the top; below a gap, another method.
+    rows = [float(len(steps) - i) for i in range(len(steps) - 1)] + [0.4]
+    colours = [GREY, GREY, *[BLUE] * (len(steps) - 4), GREEN, PALE]
     for axis, (name, title, unit, template) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
         values = [step[name] / unit for step in steps]
-        ends = values
-        colours = [GREEN if i >= len(steps) - 2 else GREY if i < 2 else BLUE for i in range(len(steps))]
         if name == "seconds":
-            old = [step["old_seconds"] for step in steps]
             starts = [0.0] * len(steps)
             for part, (_, opacity) in PARTS.items():
                 widths = [step["seconds_by_part"][part] for step in steps]
                 axis.barh(rows, widths, left=starts, color=colours, height=0.7, alpha=opacity)
                 starts = [start + width for start, width in zip(starts, widths, strict=True)]
-            axis.plot(old, rows, "d", color="#b91c1c", markersize=5)
-            ends = list(map(max, values, old))
-            axis.legend(handles=_legend(), loc="lower right", fontsize=8, frameon=False)
+            axis.legend(
+                handles=_legend(), loc="center right", fontsize=9, frameon=False, bbox_to_anchor=(1.02, 0.33)
+            )
         else:
             axis.barh(rows, values, color=colours, height=0.7)
-        for row, value, end in zip(rows, values, ends, strict=True):
+            axis.legend(handles=_key(), loc="center right", fontsize=9, frameon=False, bbox_to_anchor=(1.06, 0.33))
+        for row, value in zip(rows, values, strict=True):
             axis.annotate(
-                f"{template.format(value)}  ({value / values[0]:.2f}x)",
-                (end, row),
-                xytext=(6, 0),
+                f"{template.format(value)} ({value / values[0]:.2f}x)",
+                *((value, row), (5, 0)),
                 textcoords="offset points",
                 va="center",
                 fontsize=9,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
             )
         axis.axvline(values[0], color="#444444", linewidth=1, linestyle="--", zorder=0)
+        axis.annotate(
+            "FLYP, published", (values[0], 0), (4, -1), xycoords=("data", "axes fraction"),
+            textcoords="offset points", fontsize=9, color="#444444",
+        )  # fmt: skip
         axis.set_yticks(rows, list(STEPS))
-        axis.set_title(title, fontsize=11, loc="left")
-        axis.set_xlim(0, 1.25 * max(values))
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlim(0, 1.42 * max(values))
+        axis.set_ylim(-0.6, len(steps) + 0.6)
         axis.set_xticks([])
-        axis.tick_params(axis="y", length=0)
+        axis.tick_params(axis="y", length=0, labelsize=10)
         axis.spines[["top", "right", "bottom"]].set_visible(False)
-    figure.savefig(picture, dpi=110)
+    plots.save_figure(figure, picture)
+
+
+def _key() -> list[Any]:
+    from matplotlib.patches import Patch
+
+    names = {GREY: "as published", BLUE: "one lever more", GREEN: "all: DiVE, here", PALE: "another method"}
+    return [Patch(color=colour, label=name) for colour, name in names.items()]
 
 
 def _legend() -> list[Any]:
-    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    parts = [Patch(color=GREY, alpha=opacity, label=label) for label, opacity in PARTS.values()]
-    old = Line2D([], [], color="#b91c1c", marker="d", linestyle="", label="earlier prediction, by share of peak")
-    return [*parts, old]
+    return [Patch(color=GREY, alpha=opacity, label=label) for label, opacity in PARTS.values()]
 
 
 def against(results: Path) -> str:
@@ -177,13 +185,17 @@ def main() -> None:
     """Plans all steps, writes and draws them; or compares results with plans."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--against", type=Path, metavar="RESULTS", help="results file of steps.py")
+    parser.add_argument("--draw", type=Path, metavar="PICTURE", help="draw the stored plans, and plan nothing")
     parser.add_argument("--methods", action="store_true", help="print a table of all methods")
     options = parser.parse_args()
+    if options.draw:
+        draw(json.loads(RESULTS.read_text())["steps"], options.draw)
     if options.methods:
         print_methods()
         return
     if options.against:
         print(against(options.against))
+    if options.draw or options.against:
         return
     steps = figures()
     write_json(RESULTS, {"config": CONFIG, "gpu": GPU, "commit": commit(), "steps": steps})

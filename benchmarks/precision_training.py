@@ -19,7 +19,7 @@ from dive_fast.data.demo import splits
 from dive_fast.demo import comparison as report
 from dive_fast.distributed import join
 from dive_fast.methods.run_config import load_run_config
-from dive_fast.train.loop import train
+from dive_fast.training.loop import train
 
 CONFIGS = REPOSITORY / "launch/configs"
 STUDY = REPOSITORY / "build/study"

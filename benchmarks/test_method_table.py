@@ -7,7 +7,7 @@ from pathlib import Path
 import method_table
 import pytest
 
-from dive_fast.evaluate import published
+from dive_fast.evaluation import published
 from dive_fast.methods import registry
 from dive_fast.methods.method import Preset
 from dive_fast.methods.run_config import load_run_config

@@ -213,7 +213,9 @@ def test_tiny_run_writes_figures_and_picture(tiny_run: Path) -> None:
 
 @pytest.mark.slow  # tests/planner/test_plan.py also compares plans with steps
 def test_plans_match_measured_steps(tiny_run: Path) -> None:
-    printed = call("benchmarks/planned.py", "--against", str(tiny_run / "cpu-steps.json"))
+    picture = tiny_run / "planned.png"
+    printed = call("benchmarks/planned.py", "--against", str(tiny_run / "cpu-steps.json"), "--draw", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")
     rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ViT-tiny")]
     assert [row[1].strip("`") for row in rows] == [
         "flyp_fast",

@@ -38,7 +38,7 @@ from dive_fast.config.schema import EvaluationSet
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError
-from dive_fast.evaluate.datasets.resolve import open_set
+from dive_fast.evaluation.datasets.resolve import open_set
 from dive_fast.methods.run_config import load_run_config
 
 REAL = [

@@ -17,13 +17,13 @@ if not torch.cuda.is_available():
 from dive_fast.config.schema import EvaluateConfig, EvaluationSet, ModelConfig
 from dive_fast.config.shipped import CONFIGS
 from dive_fast.distributed import Ranks, join
-from dive_fast.evaluate import zero_shot
-from dive_fast.evaluate.geometry import compare as geometry
-from dive_fast.evaluate.geometry.embed import describe_pairs
+from dive_fast.evaluation import zero_shot
+from dive_fast.evaluation.geometry import compare as geometry
+from dive_fast.evaluation.geometry.embed import describe_pairs
 from dive_fast.methods.run_config import RunConfig as Config
 from dive_fast.methods.run_config import load_run_config
 from dive_fast.model import towers
-from dive_fast.train import loop
+from dive_fast.training import loop
 
 __all__ = ["Config", "compare", "evaluate", "load", "train"]
 

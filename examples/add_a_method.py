@@ -19,7 +19,7 @@ from dive_fast.methods.method import FirstStep, Group, Loss, Preset, ReferenceLo
 from dive_fast.methods.noise_floor import check_noise_floor
 from dive_fast.methods.run_config import load_run_config
 from dive_fast.model.features import Outputs, Pairs
-from dive_fast.train.loop import train
+from dive_fast.training.loop import train
 
 CONFIGS = Path(__file__).parents[1] / "launch/configs"
 

@@ -36,6 +36,8 @@ def check_scale(scale: Tensor, image_features: Tensor, name: str = "logit_scale"
     Raises:
         ValueError: its shape, dtype or device is wrong.
     """
+    if not isinstance(scale, Tensor):
+        raise ValueError(f"{name}: expected a tensor, such as torch.tensor({scale}), got {type(scale).__name__}")
     if scale.shape not in ((), (1,)):
         raise ValueError(f"{name}: expected shape () or (1,), got {tuple(scale.shape)}")
     if not scale.is_floating_point():

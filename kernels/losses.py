@@ -135,8 +135,29 @@ def dive_loss(
 ) -> DiveLoss:
     """The objective of DiVE, Eq. 9: ``contrastive_loss(target) + weight * difference_loss(reference)``.
 
-    Arguments, shapes and errors are those of the two functions; ``weight`` is the paper's lambda. The two batches
-    may differ in size. The Triton kernels take three launches, backward included; separate losses take six.
+    The two batches may differ in size. The Triton kernels take three launches, backward included; separate losses
+    take six.
+
+    Args:
+        image_features, text_features: ``(B, D)``, un-normalized features of the target batch.
+        logit_scale: tensor of shape ``()`` or ``(1,)``, the scale ``1 / tau`` itself, not its logarithm.
+        reference_image_features, reference_text_features: ``(B', D)``, un-normalized, of the reference batch.
+        image_teacher, text_teacher: ``(B', D)``, unit rows of the frozen model for the reference batch.
+        average_vector: ``(D,)``, m of the previous step; zeros before the first.
+        weight: lambda; the paper has 1000 for CLIP ViT-B/16 at a learning rate of 1e-5.
+        decay: of the average vector; the paper's alpha.
+        average_weight, pairwise_weight: weights of AVL and PVL.
+        mean_gradient: whether this batch's share of m carries gradient, as in the literal Eq. 6-7.
+        group: ranks whose pairs form one batch (equal sizes on each); None: this rank alone.
+        backend: "triton", "torch", or "auto": triton where it can run.
+
+    Returns:
+        Global values: ``loss``, ``contrastive_loss``, the updated ``average_vector`` for the next step,
+        ``average_loss`` and ``pairwise_loss`` without weights, and the mean lengths ``image_norm`` and
+        ``text_norm`` of u and v.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, or the backend cannot run.
     """
     checks.check_pairs(image_features=image_features, text_features=text_features)
     checks.check_scale(logit_scale, image_features)

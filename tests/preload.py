@@ -9,7 +9,7 @@ PRELOADED = (
     "deepspeed",
     "deepspeed.runtime.zero.muon.original_muon",  # which compiles, and so imports inductor, at a run's start
     "dive_fast.data.loaders.dali",
-    "dive_fast.train.loop",
+    "dive_fast.training.loop",
     "transformers",
 )
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from dive_fast.evaluate import calibration
+from dive_fast.evaluation import calibration
 
 
 def assert_same_metrics(metrics: Mapping[str, float], expected: Mapping[str, float]) -> None:

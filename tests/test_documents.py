@@ -1,18 +1,23 @@
 """Documents name only paths, modules, config keys, commands and options that exist."""
 
 import importlib
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from dive_fast.commands.console import ALIASES
+import dive_fast
+from dive_fast.commands.console import ALIASES, ON_SEVERAL_GPUS
 from dive_fast.config.section import sections
 from dive_fast.errors import ConfigError
 from dive_fast.methods import registry
 from dive_fast.methods.run_config import RunConfig, load_run_config
+from dive_fast.sweep.grid import split_values
 
 REPOSITORY = Path(__file__).parents[1]
 TOP = ("benchmarks", "dive_fast", "docs", "examples", "kernels", "launch", "tests", "tools")
@@ -28,7 +33,7 @@ CODE = re.compile(r"`([^`]+)`|^ {4}(.*)$", re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 OTHERS_OPTIONS = {
     *("--bind_cores_to_rank", "--ipc", "--master_addr", "--node_rank", "--num_accelerators", "--shm-size"),
-    *("--gpus-per-node", "--gpus-per-task", "--kill-on-bad-exit", "--wait"),
+    *("--gpus-per-node", "--gpus-per-task", "--kill-on-bad-exit", "--module", "--num_gpus", "--wait"),
 }
 """Options of DeepSpeed's launcher, containers and Slurm."""
 
@@ -133,6 +138,8 @@ def missing_options(text: str) -> set[str]:
     for script, arguments in commands(text):
         if (source := source_of(script)).exists():
             unknown = set(OPTION.findall(arguments)) - options_of(source) - shared
+            if script.removeprefix("dive-fast ") in ON_SEVERAL_GPUS:
+                unknown -= {"--gpus"}
             missing |= {f"{script} {option}" for option in unknown}
         elif script.startswith("dive-fast"):
             missing.add(script)
@@ -146,9 +153,13 @@ def refused_overrides(text: str) -> set[str]:
     refused = set()
     for script, arguments in commands(text):
         config, overrides = re.search(r"--config (\w+\.json)", arguments), OVERRIDE.findall(arguments)
+        runs = [overrides]
+        if "--over " in arguments:
+            values = {key: split_values(text) for key, _, text in (item.partition("=") for item in overrides)}
+            runs = [[f"{key}={texts[end]}" for key, texts in values.items()] for end in (0, -1)]
         try:
-            if config:
-                load_run_config(config[1], overrides, REPOSITORY / "launch/configs")
+            for chosen in runs if config else ():
+                load_run_config(config[1], chosen, REPOSITORY / "launch/configs")
         except ConfigError as error:
             refused.add(f"{script}{arguments}: {error}")
     return refused
@@ -196,7 +207,7 @@ def test_documents_have_enough_names_to_check() -> None:
         ("a file `tests/methods/<name>_of_it.py`", "tests/methods/*_of_it.py"),
         ("[guide](docs/guide.md)", "docs/guide.md"),
         ("[guide](docs/reliability.md#no-such-heading)", "docs/reliability.md#no-such-heading"),
-        ("`dive_fast.evaluate.pairs.embed`", "dive_fast.evaluate.pairs.embed"),
+        ("`dive_fast.evaluation.pairs.embed`", "dive_fast.evaluation.pairs.embed"),
         ("`train.epoch=1`", "train.epoch"),
         ("`objective.decoy`", "objective.decoy"),
         ("`evaluate.sets.<name>.paths`", "evaluate.sets.<name>.paths"),
@@ -218,11 +229,26 @@ def test_refused_override_is_a_mistake() -> None:
     "text",
     [
         "dive_fast/data/loaders/<name>.py, and dive_fast/teacher.",
-        "`dive_fast.evaluate.geometry.measures.compare(before, after)`",
+        "`dive_fast.evaluation.geometry.measures.compare(before, after)`",
         "`evaluate.sets.<name>.path`, `train.epochs=1`, `objective.decay`, `model.safetensors`",
         "    deepspeed --hostfile hosts launch/train.py --config demo.json \\\n        train.max_steps=2 --json\n",
-        "`make test`, [main job](#training)",
+        "`make test`, [main job](#evidence)",
     ],
 )
 def test_existing_name_is_no_mistake(text: str) -> None:
     assert mistakes(text, REPOSITORY / "README.md") == []
+
+
+def test_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # Files from outside of docs, at the links of a page; and the Python API.
+    study = (tmp_path / "study/index.html").read_text(encoding="utf-8")
+    (picture,) = set(re.findall(r'src="\.\./([^"]*cifar10-methods\.png)"', study))
+    assert (tmp_path / picture).is_file()
+    assert "CONTRIBUTING.md" not in (tmp_path / "methods/index.html").read_text(encoding="utf-8")
+    page = (tmp_path / "api/index.html").read_text(encoding="utf-8")
+    missing = [name for name in dive_fast.__all__ if name != "Config" and f">{name}</span>" not in page]
+    assert missing == []

@@ -37,8 +37,8 @@ from dive_fast.data.sources.source import Source
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.distributed import Ranks
 from dive_fast.errors import MAX_LENGTH, ConfigError, DataError
-from dive_fast.evaluate import results, tables
-from dive_fast.evaluate.datasets import layouts
+from dive_fast.evaluation import results, tables
+from dive_fast.evaluation.datasets import layouts
 from dive_fast.methods.run_config import RunConfig, load_run_config
 from dive_fast.model import head as heads
 from dive_fast.model import towers

@@ -17,7 +17,7 @@ from dive_fast import locks
 from dive_fast.distributed import Ranks, join
 from dive_fast.errors import UserError
 from dive_fast.locks import FILE, LockedError, folder_lock
-from dive_fast.train.run_folder import check_shared
+from dive_fast.training.run_folder import check_shared
 
 FORK = multiprocessing.get_context("fork")
 

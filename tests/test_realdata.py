@@ -18,7 +18,7 @@ from dive_fast.distributed import join
 from dive_fast.methods.method import Part
 from dive_fast.methods.noise_floor import NOISE_FLOOR
 from dive_fast.methods.run_config import RunConfig
-from dive_fast.train import loop as train
+from dive_fast.training import loop as train
 
 
 def run(tree: dict[str, Any], folder: Path) -> dict[str, float]:

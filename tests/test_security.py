@@ -35,8 +35,8 @@ from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.distributed import Ranks
 from dive_fast.engine.deepspeed_config import deepspeed_section
 from dive_fast.errors import MAX_LENGTH, ConfigError, DataError
-from dive_fast.evaluate import results
-from dive_fast.evaluate.datasets import imagenet, layouts, wilds
+from dive_fast.evaluation import results
+from dive_fast.evaluation.datasets import imagenet, layouts, wilds
 from dive_fast.io.atomic_files import write_atomic
 from dive_fast.methods.run_config import load_run_config
 from dive_fast.model import head as heads

@@ -7,7 +7,7 @@ the weight of its reference loss, or that of its distillation on the target batc
 from typing import Any, NamedTuple
 
 from dive_fast.config.schema import ObjectiveConfig
-from dive_fast.evaluate import plots
+from dive_fast.evaluation import plots
 from dive_fast.methods import registry
 
 REFERENCE_WEIGHT, DISTILLATION_WEIGHT = "weight", "distillation_weight"

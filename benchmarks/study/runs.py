@@ -15,14 +15,14 @@ from torch import Tensor
 from dive_fast.checkpoint.load_weights import head_of
 from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks
-from dive_fast.evaluate.datasets.resolve import Opened, open_evaluation
-from dive_fast.evaluate.geometry.embed import describe_pairs, embed, open_pairs
-from dive_fast.evaluate.geometry.measures import rsa
-from dive_fast.evaluate.zero_shot import measure_sets, values
+from dive_fast.evaluation.datasets.resolve import Opened, open_evaluation
+from dive_fast.evaluation.geometry.embed import describe_pairs, embed, open_pairs
+from dive_fast.evaluation.geometry.measures import rsa
+from dive_fast.evaluation.zero_shot import measure_sets, values
 from dive_fast.methods.run_config import load_run_config
 from dive_fast.model.head import Head
 from dive_fast.model.towers import Towers, create, tokenizer_of
-from dive_fast.train.loop import train
+from dive_fast.training.loop import train
 from study import model, sets
 from study.methods import STUDIED, objective
 

@@ -1,20 +1,18 @@
 """Tables and charts of a study, from its file of results alone."""
 
 import statistics
-import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dive_fast.evaluate import plots
+from dive_fast.evaluation import plots
 from dive_fast.io.atomic_files import write_atomic
 from study import sets
 from study.experiments import LEARNING_RATES, MARGIN, SEEDS, chosen, grids, run_of
 from study.methods import (
-    ABLATIONS,
     AVERAGE_ALONE,
     BASELINE,
     COLOURS,
@@ -46,6 +44,8 @@ class Group(NamedTuple):
     methods: tuple[str, ...]
     others: tuple[str, ...] = ()
     """Methods of other groups that these are compared with."""
+    highlighted: tuple[str, ...] = (STUDIED,)
+    """Methods in their colours in figures, all others in grey."""
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -55,8 +55,14 @@ class Group(NamedTuple):
 
 GROUPS = (
     Group("", PAPER),
-    Group("-distilling", SELF_DISTILLING, tuple(method for method in PAPER if method in MAIN)),
+    Group(
+        "-distilling", SELF_DISTILLING, tuple(method for method in PAPER if method in MAIN), (STUDIED, COMBINED)
+    ),
 )
+_KEPT = {"zs": "zero-shot (mean of two sets), %", "rsa": plots.MEASURES["rsa"]}
+# CIFAR-10's OOD, corruptions, does not distinguish the methods; PACS' is a shift.
+MEASURES = {"cifar10": _KEPT, "pacs": {"ood": plots.MEASURES["ood"], **_KEPT, "rsa": "RSA"}}
+"""Panels of the figures of methods, with their titles."""
 LEVELS = (0.0, 0.01, 0.02)
 """ID accuracy given up against FLYP's best, at which zero-shot accuracies are compared."""
 
@@ -319,30 +325,63 @@ def with_equal_seeds(rows: Sequence[Row], cases: dict[str, Run]) -> dict[str, li
 
 
 def draw_sweeps(rows: Sequence[Row], batch_size: int, path: Path) -> bool:
-    """ID and zero-shot accuracy over what is swept; whether there was anything to draw."""
-    from matplotlib.figure import Figure as Canvas
-
+    """Change of ID and zero-shot accuracy from DiVE's setting; whether there was anything to draw."""
     run = chosen(rows, "cifar10", STUDIED, "equal")
     if run is None:
         return False
     swept = sweeps(run, batch_size)
-    canvas = Canvas(figsize=(3.1 * len(swept), 3.6), layout="constrained")
-    looks = {"ID": (in_domain, "#3d3d3d", "s--"), "zero-shot, both sets": (zero_shot, COLOURS[STUDIED], "o-")}
-    for axis, (title, cases) in zip(canvas.subplots(1, len(swept), sharey=True), swept.items(), strict=True):
+    canvas = plots.new_figure(plots.WIDTH, 5.6)
+    axes = list(canvas.subplots(2, 3, sharey=True).flat)
+    looks = {"ID": (in_domain, "#4a4f57", "s--"), "zero-shot": (zero_shot, COLOURS[STUDIED], "o-")}
+    for axis, (title, cases) in zip(axes, swept.items()):
         known = with_equal_seeds(rows, cases)
+        # The default is each sweep's case with DiVE's own options; AVL alone is compared with itself.
+        default = next((name for name, case in cases.items() if replace(case, method=STUDIED) == run), None)
+        axis.axhline(0, color=plots.GREY, linewidth=1)
         for label, (of, colour, line) in looks.items():
-            figures = [figure(selected, of) for selected in known.values()]
-            means, deviations = [100 * one.mean for one in figures], [100 * one.deviation for one in figures]
-            places = [list(cases).index(name) for name in known]
-            axis.errorbar(places, means, deviations, fmt=line, color=colour, markersize=5, capsize=2, label=label)
-        axis.set_xticks(range(len(cases)), list(cases), fontsize=8)
-        axis.set_title(textwrap.fill(title, 34), fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
+            changes = {
+                name: _changes(selected, known.get(default or "", []), of) for name, selected in known.items()
+            }
+            drawn = {name: figure for name, figure in changes.items() if figure is not None}
+            axis.errorbar(
+                [list(cases).index(name) for name in drawn],
+                [each.mean for each in drawn.values()],
+                [each.deviation for each in drawn.values()],
+                fmt=line, color=colour, markersize=5, capsize=2, label=label,
+            )  # fmt: skip
+        axis.set_xticks(range(len(cases)), [f"{name}*" if name == default else name for name in cases], fontsize=9)
+        axis.set_title(SWEPT.get(title, title), fontsize=10, loc="left")
+        axis.margins(x=0.12)
         axis.grid(axis="y", alpha=0.25)
-    canvas.axes[0].set_ylabel("accuracy, %")
-    canvas.axes[0].legend(frameon=False, fontsize=8)
-    canvas.savefig(path, dpi=130)
+        plots.style_axes(axis)
+    for axis in axes[::3]:
+        axis.set_ylabel("change, points")
+    for axis in axes[len(swept) :]:
+        axis.axis("off")
+        axis.legend(
+            *axes[0].get_legend_handles_labels(), loc="center left", frameon=False,
+            title="* DiVE's setting\nbars: deviation of the\nchange over seeds", alignment="left",
+        )  # fmt: skip
+    plots.add_title(canvas, "DiVE on CIFAR-10: half of the reference pairs costs half a point of ID or less")
+    plots.save_figure(canvas, path)
     return True
+
+
+SWEPT = {
+    "reference batch B'": "pairs in a reference batch",
+    "a reference batch at every k-th step, weight x k, decay ^ k": "a reference batch every k-th step",
+    "alpha, DiVE": "alpha of the running average",
+    "alpha, AVL alone": "alpha, AVL alone",
+    "pairs in the reference set": "pairs in the reference set",
+}
+"""Titles of panels."""
+
+
+def _changes(rows: Sequence[Row], defaults: Sequence[Row], of: Callable[[Row], float]) -> Figure | None:
+    """Differences from the default's runs with the same seeds, in points; None without any."""
+    started = {row["seed"]: of(row) for row in defaults}
+    changes = [100 * (of(row) - started[row["seed"]]) for row in rows if row["seed"] in started]
+    return spread(changes) if changes else None
 
 
 def compared(rows: Sequence[Row], world: str, methods: Iterable[str], grid: Sequence[Row]) -> list[Row]:
@@ -358,6 +397,19 @@ def compared(rows: Sequence[Row], world: str, methods: Iterable[str], grid: Sequ
         | {"method": row["method"] if row["method"] in registered else LABELS[row["method"]]}
         for row in selected
     ]
+
+
+def _message(rows: Sequence[Row], title: str) -> str:
+    """The title of the figure of methods: shares of the pre-trained zero-shot accuracy that are kept."""
+    means = {
+        name: statistics.fmean(row["zs"] for row in rows if row["method"] == name)
+        for name in (PRETRAINED, BASELINE, STUDIED)
+        if any(row["method"] == name for row in rows)
+    }
+    if len(means) < 3:
+        return f"{title}: what fine-tuning keeps"
+    kept = {name: f"{LABELS[name]} {100 * means[name] / means[PRETRAINED]:.0f} %" for name in (BASELINE, STUDIED)}
+    return f"Tuned on {title}: {kept[STUDIED]} of the zero-shot accuracy kept, {kept[BASELINE]}"
 
 
 def norm_table(rows: Sequence[Row]) -> list[str]:
@@ -418,9 +470,11 @@ def _about_world(
                     lines += ["", f"## {title}. {heading}", "", *table]
         selected = compared(group_rows, world, group.order, settings)
         if any(row["method"] in group.methods for row in selected):
-            name, rule = f"study-{size}-{world}-methods{group.ending}.png", RULES["equal"]
-            plots.tradeoff(selected, folder / name, f"{title}: {rule[0].lower()}{rule[1:]}")
-            lines += ["", f"![Methods: ID, OOD, zero-shot accuracy and RSA]({name})"]
+            name, alt = f"study-{size}-{world}-methods{group.ending}.png", _message(selected, title)
+            plots.tradeoff(
+                *(selected, folder / name, alt), highlighted=group.highlighted, measures=MEASURES[world]
+            )
+            lines += ["", f"![{alt}]({name})"]
         if COMBINED in group.methods and len(table := difference_table(group_rows, world, settings)) > 2:
             lines += ["", f"## {title}. {LABELS[COMBINED]}, differences within seeds, in points", "", *table]
         if grid is None:
@@ -428,8 +482,9 @@ def _about_world(
                 heading = f"## {title}. Zero-shot accuracy (mean of both sets) at equal ID, from the grid"
                 lines += ["", heading, "", *table]
             name = f"study-{size}-{world}-curves{group.ending}.png"
-            draw_curves(searched, world, group.order, folder / name)
-            lines += ["", f"![ID against zero-shot accuracy and RSA]({name})"]
+            drawn = [method for method in group.order if method in (BASELINE, STUDIED, *group.methods)]
+            draw_curves(searched, world, drawn, folder / name, group.highlighted)
+            lines += ["", f"![ID against zero-shot accuracy and RSA, over the weight]({name})"]
     return lines
 
 
@@ -445,82 +500,123 @@ def _about_dive(rows: Sequence[Row], size: str, folder: Path) -> list[str]:
     return lines
 
 
-def draw_curves(rows: Sequence[Row], world: str, methods: Iterable[str], path: Path) -> None:
+def draw_curves(
+    rows: Sequence[Row], world: str, methods: Iterable[str], path: Path, highlighted: Collection[str] = (STUDIED,)
+) -> None:
     """ID against zero-shot accuracy and RSA: a line a method over its strengths at its best learning rate."""
-    from matplotlib.figure import Figure as Canvas
-
-    canvas = Canvas(figsize=(11.5, 5.2), layout="constrained")
+    canvas = plots.new_figure(plots.WIDTH, 4.6)
     measures: list[tuple[str, Callable[[Row], float], float]] = [
-        ("zero-shot accuracy (mean of both sets), %", zero_shot, 100),
-        ("RSA", _of("rsa"), 1),
+        ("zero-shot accuracy (mean of two sets), %", zero_shot, 100),
+        ("RSA to the pre-trained model", _of("rsa"), 1),
     ]
     for axis, (title, of, factor) in zip(canvas.subplots(1, 2), measures, strict=True):
-        for method in methods:
-            if method in HEADS:
+        labels = []
+        for method in (name for name in methods if name not in HEADS):
+            line = curve(rows, world, method)
+            if not line:
                 continue
-            # Those at gentler rates are there for the lengths of difference vectors, and learn little.
-            runs = searched_runs(rows, world, method) or plain_runs(rows, world, method)
-            selected = [row for row in runs if row["learning_rate"] in LEARNING_RATES]
-            if not selected:
-                continue
-            points = [(100 * in_domain(row), factor * of(row)) for row in selected]
-            axis.plot(*zip(*points, strict=True), "o", color=COLOURS[method], markersize=3.5, alpha=0.35)
-            best = max(selected, key=lambda row: row["validation"])
-            line = [row for row in selected if row["learning_rate"] == best["learning_rate"]]
-            line.sort(key=lambda row: row["strength"] or 0)
-            points = [(100 * in_domain(row), factor * of(row)) for row in line]
-            axis.plot(*zip(*points, strict=True), "o-", color=COLOURS[method], markersize=6, label=LABELS[method])
-            for row, point in zip(line, points, strict=True):
-                if row["strength"] is not None and method not in ABLATIONS:
-                    axis.annotate(f"{row['strength']:g}", point, (5, 3), textcoords="offset points", fontsize=7)
-        started = [row for row in rows if (row["world"], row["method"]) == (world, PRETRAINED)][-1:]
-        for row in started:
-            axis.axhline(factor * of(row), color=COLOURS[PRETRAINED], linewidth=1, linestyle=":")
+            is_shown = method in highlighted
+            colour = COLOURS[method] if is_shown else GREYS.get(method, "#aab0b8")
+            points = [plots.Label(100 * in_domain(row), factor * of(row), "", colour, is_shown) for row in line]
+            x, y = [point.x for point in points], [point.y for point in points]
+            axis.plot(
+                x, y, "o-", color=colour, markersize=5 if is_shown else 3.5, linewidth=2 if is_shown else 1.2
+            )
+            if is_shown:
+                labels += [
+                    point._replace(text=f"{row['strength']:g}", is_bold=False)
+                    for row, point in zip(line, points, strict=True)
+                ]
+            # The name is written at the left end, where the strength is largest and lines are apart.
+            end = min(range(len(points)), key=lambda index: points[index].x)
+            text = f"{LABELS[method]}, {line[end]['strength']:g}" if is_shown else LABELS[method]
+            named = points[end]._replace(text=text, colour=colour if is_shown else "#4a4f57")
+            labels = [*(label for label in labels if label[:2] != named[:2]), named]
+        axis.margins(0.12)
+        for row in [row for row in rows if (row["world"], row["method"]) == (world, PRETRAINED)][-1:]:
+            axis.axhline(factor * of(row), color=plots.GREY, linewidth=1.2, linestyle="--", zorder=0)
             axis.annotate(
-                "pre-trained", (0.01, factor * of(row)), (0, 3), xycoords=("axes fraction", "data"),
-                textcoords="offset points", fontsize=8, color=COLOURS[PRETRAINED],
+                "pre-trained", (0.01, factor * of(row)), (0, -11), xycoords=("axes fraction", "data"),
+                textcoords="offset points", fontsize=9, color="#6b7280",
             )  # fmt: skip
         axis.set_xlabel("ID accuracy (validation and test), %")
-        axis.set_ylabel(title)
-        axis.spines[["top", "right"]].set_visible(False)
-    canvas.axes[0].legend(frameon=False, fontsize=8, loc="lower left")
-    canvas.suptitle(
-        f"Fine-tuning on {WORLDS[world]}, seed 0: lines over the strength (numbers) at each method's best "
-        "learning rate; faint: the other ones",
-        fontsize=10,
-    )
-    canvas.savefig(path, dpi=130)
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.grid(alpha=0.25)
+        plots.style_axes(axis)
+        plots.place_labels(axis, labels, 8.5)
+    plots.add_title(canvas, f"Tuned on {WORLDS[world]}: a larger weight (numbers) keeps more and learns less")
+    plots.save_figure(canvas, path)
+
+
+GREYS = {"flyp_replay": "#7d8590", "snd": "#7d8590", BASELINE: "#4a4f57"}
+"""Methods in a darker grey than the ablations."""
+
+
+def curve(rows: Sequence[Row], world: str, method: str) -> list[Row]:
+    """Runs of seed 0 at the method's best learning rate, by rising strength."""
+    # Those at gentler rates are there for the lengths of difference vectors, and learn little.
+    runs = searched_runs(rows, world, method) or plain_runs(rows, world, method)
+    selected = [row for row in runs if row["learning_rate"] in LEARNING_RATES]
+    if not selected:
+        return []
+    best = max(selected, key=lambda row: row["validation"])
+    line = [row for row in selected if row["learning_rate"] == best["learning_rate"]]
+    return sorted(line, key=lambda row: row["strength"] or 0)
 
 
 def draw_norms(rows: Sequence[Row], path: Path) -> bool:
     """Mean |u|, |v| and |m| along DiVE's runs of one learning rate, a line for each lambda; whether there are."""
-    from matplotlib.figure import Figure as Canvas
-
     best = chosen(rows, "cifar10", STUDIED, "best")
     if best is None:
         return False
     selected = [row for row in plain_runs(rows, "cifar10", STUDIED) if row["learning_rate"] == best.learning_rate]
     selected.sort(key=lambda row: row["strength"])
-    canvas = Canvas(figsize=(11.5, 3.8), layout="constrained")
+    canvas = plots.new_figure(plots.WIDTH, 4.5)
     titles = {"u": "mean |u|, images", "v": "mean |v|, captions", "m": "|m|"}
     for axis, (symbol, title) in zip(canvas.subplots(1, 3, sharey=True), titles.items(), strict=True):
+        ends = []
         for place, row in enumerate(selected):
             points = [(point["step"], point[symbol]) for point in row["course"] if point["step"] > 1]
             shade = 0.25 + 0.7 * place / max(1, len(selected) - 1)
-            axis.plot(*zip(*points, strict=True), color=(0.1, 0.3, 0.6, shade), label=f"{row['strength']:g}")
-            axis.annotate(f"{row['strength']:g}", points[-1], (3, -3), textcoords="offset points", fontsize=7)
-        axis.axhspan(1e-4, 1e-3, color="#d98c3f", alpha=0.12, linewidth=0)
+            axis.plot(*zip(*points, strict=True), color=(0.1, 0.3, 0.6, shade))
+            ends.append((f"{row['strength']:g}", points[-1]))
+        for text, point in _joined(ends):
+            axis.annotate(text, point, (4, -3), textcoords="offset points", fontsize=9, annotation_clip=False)
+        axis.axhspan(*PUBLISHED_LENGTHS, color="#d98c3f", alpha=0.18, linewidth=0)
         axis.set_yscale("log")
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel("step")
-        axis.spines[["top", "right"]].set_visible(False)
-    canvas.suptitle(
-        f"Difference vectors along DiVE runs at learning rate {best.learning_rate:g}; numbers: lambda; "
-        "band: what the paper reports for CLIP",
-        fontsize=10,
-    )
-    canvas.savefig(path, dpi=130)
+        axis.set_xlim(right=axis.get_xlim()[1] * 1.28)
+        axis.set_xticks(range(0, max(end[0] for _, end in ends) + 1, 50))
+        plots.style_axes(axis)
+    axis = canvas.axes[0]
+    axis.annotate(
+        "the paper's CLIP, lambda = 1000", (0.03, PUBLISHED_LENGTHS[0]), (0, 4),
+        xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=9, color="#8a5a1e",
+    )  # fmt: skip
+    longer = f"{min(row['u'] for row in selected) / PUBLISHED_LENGTHS[1]:.0f}x the paper's or more"
+    title = f"Learning rate {best.learning_rate:g}: images move {longer}, at any lambda (numbers)"
+    plots.add_title(canvas, title)
+    plots.save_figure(canvas, path)
     return True
+
+
+PUBLISHED_LENGTHS = (1e-4, 1e-3)
+"""Lengths of difference vectors of CLIP that the paper reports."""
+
+
+def _joined(ends: Sequence[tuple[str, tuple[float, float]]]) -> list[tuple[str, tuple[float, float]]]:
+    """Labels of lines at their ends, on a logarithmic axis; those that would overlap become one."""
+    joined: list[tuple[list[str], tuple[float, float]]] = []
+    for text, point in sorted(ends, key=lambda end: -end[1][1]):
+        if joined and joined[-1][1][1] < 1.42 * point[1]:
+            joined[-1][0].append(text)
+        else:
+            joined.append(([text], point))
+    ordered = [(sorted(texts, key=float), point) for texts, point in joined]
+    return [
+        (f"{texts[0]} to {texts[-1]}" if len(texts) > 2 else ", ".join(texts), point) for texts, point in ordered
+    ]
 
 
 def _mean_of(metric: str, names: Sequence[str]) -> Callable[[Row], float]:

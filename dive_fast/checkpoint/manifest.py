@@ -6,7 +6,7 @@ executes nothing:
 =============================  ==========================================================================
 ``rank<number>.safetensors``   weights and moments of the parameters that this rank wrote; its random state
 ``trainer.json``               everything but tensors: steps, updates, loss scale, evaluations so far, the run's id
-``identity.json``              everything that determines the run's result (:mod:`dive_fast.train.run_identity`)
+``identity.json``              everything that determines the run's result (:mod:`dive_fast.training.run_identity`)
 ``manifest.json``              size and SHA-256 of each file; written last
 ``evaluation.json``            result of an evaluation of these weights, added when it is available
 =============================  ==========================================================================

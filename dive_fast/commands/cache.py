@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         from dive_fast.teacher import build
         from dive_fast.teacher import clip_retrieval as retrieval
         from dive_fast.teacher.audit import write_audit
-        from dive_fast.train.preflight import check_environment
+        from dive_fast.training.preflight import check_environment
 
         ranks = join(config.train.rank_timeout)
     except UserError as error:

@@ -25,8 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = cli.load_config(options.config, options.overrides)
         from dive_fast.distributed import join
-        from dive_fast.evaluate import weight_ensemble
-        from dive_fast.evaluate.early_checks import check_output, find_weights
+        from dive_fast.evaluation import weight_ensemble
+        from dive_fast.evaluation.early_checks import check_output, find_weights
         from dive_fast.model import towers
 
         run = cli.run_folder(config.train.output, options.config)

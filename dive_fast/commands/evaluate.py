@@ -58,11 +58,11 @@ def main(arguments: list[str] | None = None) -> int:
         cli.use_cpu_without_gpu()
         from dive_fast.checkpoint.load_weights import head_of, load_into
         from dive_fast.distributed import join
-        from dive_fast.evaluate import evaluator, plots, published
-        from dive_fast.evaluate.datasets.catalog import expand_suites
-        from dive_fast.evaluate.early_checks import check_output
-        from dive_fast.evaluate.results import Results
-        from dive_fast.evaluate.tables import as_markdown, lines_of
+        from dive_fast.evaluation import evaluator, plots, published
+        from dive_fast.evaluation.datasets.catalog import expand_suites
+        from dive_fast.evaluation.early_checks import check_output
+        from dive_fast.evaluation.results import Results
+        from dive_fast.evaluation.tables import as_markdown, lines_of
         from dive_fast.model import head as heads
         from dive_fast.model import towers
 
@@ -141,8 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _compare(options: argparse.Namespace, folder: Path) -> int:
     """Prints published results next to those of a results folder, without measuring."""
     from dive_fast.errors import UserError
-    from dive_fast.evaluate import published
-    from dive_fast.evaluate.results import FILE, Results
+    from dive_fast.evaluation import published
+    from dive_fast.evaluation.results import FILE, Results
 
     try:
         model = published.find_model(options.compare)
@@ -215,7 +215,7 @@ def _folder(options: argparse.Namespace, config: "Config | None") -> Path:
 def _weights(options: argparse.Namespace, config: "Config | None") -> Path | None:
     """The checkpoint to evaluate; None: the pre-trained model."""
     from dive_fast.errors import ConfigError
-    from dive_fast.evaluate.early_checks import find_weights
+    from dive_fast.evaluation.early_checks import find_weights
 
     if options.weights == Path("pretrained"):
         return None

@@ -45,9 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = cli.load_config(options.config, options.overrides)
         from dive_fast.distributed import join
-        from dive_fast.evaluate.early_checks import check_output, find_weights
-        from dive_fast.evaluate.geometry import compare
-        from dive_fast.evaluate.geometry.embed import describe_pairs
+        from dive_fast.evaluation.early_checks import check_output, find_weights
+        from dive_fast.evaluation.geometry import compare
+        from dive_fast.evaluation.geometry.embed import describe_pairs
         from dive_fast.model import towers
 
         data = describe_pairs(config.data.reference, options.pairs, options.format, options.image_root)

@@ -44,8 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
         from dive_fast.distributed import join
         from dive_fast.fault_tolerance.heartbeat import STOPPED, LostError
         from dive_fast.fault_tolerance.nonfinite import NonFiniteError
-        from dive_fast.train.loop import Stopped, train
-        from dive_fast.train.metrics import MetricsError
+        from dive_fast.training.loop import Stopped, train
+        from dive_fast.training.metrics import MetricsError
 
         ranks = join(config.train.rank_timeout)
     except UserError as error:

@@ -474,11 +474,11 @@ class Config(Section):
                 raise ValueError(f"{key}: evaluate.sets has no {name}{nearest(name, list(options.sets))}")
         if options.every_steps is not None and options.every_epochs is not None:
             raise ValueError("evaluate.every_steps and every_epochs: set only one of them")
+        if self.train.export_ema and options.ema:
+            raise ValueError("evaluate.ema: with train.export_ema accuracy/<name> is that of the averaged weights")
         if (self.train.export_ema or options.ema) and self.train.ema is None:
             key = "train.export_ema" if self.train.export_ema else "evaluate.ema"
             raise ValueError(f"{key} needs train.ema, the decay of the average; set it, e.g. to 0.999")
-        if self.train.export_ema and options.ema:
-            raise ValueError("evaluate.ema: with train.export_ema accuracy/<name> is that of the averaged weights")
         is_periodic = options.every_steps is not None or options.every_epochs is not None
         if not is_periodic and (options.during is not None or options.select is not None):
             raise ValueError("evaluate.during and evaluate.select need every_steps or every_epochs")

@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 
 from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks
-from dive_fast.evaluate.geometry.embed import describe_pairs, embed, open_pairs
-from dive_fast.evaluate.geometry.measures import rsa
-from dive_fast.evaluate.plots import method_styles
-from dive_fast.evaluate.zero_shot import evaluate
+from dive_fast.evaluation import plots
+from dive_fast.evaluation.geometry.embed import describe_pairs, embed, open_pairs
+from dive_fast.evaluation.geometry.measures import rsa
+from dive_fast.evaluation.zero_shot import evaluate
 from dive_fast.model.features import Pairs
 from dive_fast.model.towers import create, tokenizer_of
 
@@ -24,10 +24,10 @@ sets: the rate for FLYP's best ID; lambda is 0.1 here, where embeddings move fur
 
 Report = dict[str, dict[str, float]]
 MEASURES = {
-    "id": "ID: held-out target",
-    "ood": "OOD: other styles",
-    "zs": "zero-shot: never tuned on",
-    "rsa": "RSA: geometry kept",
+    "id": "ID: the task, held-out pictures, %",
+    "ood": "OOD: the task in other styles, %",
+    "zs": "zero-shot: what tuning never mentions, %",
+    "rsa": "RSA: geometry kept (1: unchanged)",
 }
 
 
@@ -77,32 +77,46 @@ def table(report: Report) -> str:
 
 
 def draw(report: Report, path: Path) -> None:
-    """Draws the report as a PNG: a panel for each measure, a bar for each model."""
-    import matplotlib
+    """Draws the report as a PNG: a panel for each measure, a bar for each model with its change from the first."""
+    figure = plots.new_figure(plots.WIDTH, 4.3)
+    names = list(report)
+    labels = [_style(name)[0] for name in names]
+    for axis, (measure, title) in zip(figure.subplots(2, 2, sharey=True).flat, MEASURES.items(), strict=True):
+        factor, digits = (1.0, 3) if measure == "rsa" else (100.0, 1)
+        values = [factor * report[name][measure] for name in names]
+        axis.axvline(values[0], color=plots.GREY, linewidth=1, linestyle="--", zorder=0)
+        for row, (name, value) in enumerate(zip(names, values, strict=True)):
+            axis.barh(row, value, height=0.66, color=_style(name)[1])
+            change = f"  ({value - values[0]:+.{digits}f})" if row else ""
+            axis.annotate(
+                f"{value:.{digits}f}{change}",
+                *((value, row), (5, 0)),
+                textcoords="offset points",
+                va="center",
+                fontsize=9.5,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            )
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlim(0, 1.5 * max(values))
+        axis.set_xticks([])
+        axis.tick_params(axis="y", length=0)
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+    figure.axes[0].set_yticks(range(len(names)), labels, fontsize=10)
+    figure.axes[0].invert_yaxis()
+    plots.add_title(figure, message(report))
+    plots.save_figure(figure, path)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(MEASURES), figsize=(11, 3.4), layout="constrained")
-    for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
-        for position, (name, values) in enumerate(report.items()):
-            value = values[measure] if measure == "rsa" else 100 * values[measure]
-            axis.bar(position, value, width=0.7, color=_style(name)[1])
-            text = f"{value:.3f}" if measure == "rsa" else f"{value:.1f} %"
-            axis.annotate(text, (position, value), (0, 2), textcoords="offset points", ha="center", fontsize=9)
-        axis.set_title(title, fontsize=10)
-        axis.set_ylim(0, 1.12 if measure == "rsa" else 112)
-        axis.set_xticks(range(len(report)), [_style(name)[0] for name in report], fontsize=9)
-        axis.set_yticks([])
-        axis.spines[["top", "right", "left"]].set_visible(False)
-    figure.suptitle("dive_fast demo: a small CLIP in a small generated world", fontsize=11)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def message(report: Report) -> str:
+    """The title of the figure: the zero-shot accuracy of each model."""
+    first, *tuned = ((_style(name)[0], 100 * values["zs"]) for name, values in report.items())
+    after = ", ".join(f"{value:.0f} % after {name}" for name, value in tuned)
+    return f"Demo: zero-shot accuracy is {first[1]:.0f} % before tuning, {after}"
 
 
 def _style(name: str) -> tuple[str, str]:
     """Name and colour of a model in tables and figures."""
-    return method_styles().get(name, (name, "#3d3d3d"))
+    return plots.method_styles().get(name, (name, "#3d3d3d"))
 
 
 def write(report: Report, folder: Path) -> None:

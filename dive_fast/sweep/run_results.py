@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dive_fast.errors import DataError, one_line
-from dive_fast.evaluate.results import FILE as MEASURED
-from dive_fast.evaluate.results import Results
+from dive_fast.evaluation.results import FILE as MEASURED
+from dive_fast.evaluation.results import Results
 from dive_fast.io.safe_read import parse_json, read_text
-from dive_fast.train.run_report import KINDS, SIMILARITIES
+from dive_fast.training.run_report import KINDS, SIMILARITIES
 
 REPORT, CONFIG, METRICS, WEIGHTS = "report.json", "config.json", "metrics.jsonl", "model.safetensors"
 """Files of a run folder."""
@@ -25,7 +25,7 @@ class Measure:
 
     name: str
     kind: str
-    """One of :data:`dive_fast.train.run_report.KINDS`."""
+    """One of :data:`dive_fast.training.run_report.KINDS`."""
     metric: str
     before: float | None
     """The value of the pre-trained model; None: unknown."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dive_fast.errors import UserError
-from dive_fast.evaluate.plots import OTHERS, method_styles
+from dive_fast.evaluation.plots import OTHERS, method_styles
 from dive_fast.io.atomic_files import write_atomic
 from dive_fast.sweep.choice import Spread
 from dive_fast.sweep.html_page import page

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from dive_fast.errors import ConfigError, nearest, one_line
-from dive_fast.evaluate.tables import METRICS, aligned
+from dive_fast.evaluation.tables import METRICS, aligned
 from dive_fast.sweep.grid import number_text
 from dive_fast.sweep.run_results import Measure, RunResult
-from dive_fast.train.run_report import KINDS, RECALLS, SIMILARITIES
+from dive_fast.training.run_report import KINDS, RECALLS, SIMILARITIES
 
 KEPT_KINDS = ("ood", "zero_shot")
 KEPT_PROBES = ("image_to_text_r1", "text_to_image_r1", "rsa")

@@ -9,7 +9,7 @@ from typing import Any
 
 from dive_fast.config.schema import EvaluateConfig
 from dive_fast.errors import ConfigError, nearest
-from dive_fast.evaluate.tables import aligned
+from dive_fast.evaluation.tables import aligned
 from dive_fast.io.atomic_files import write_atomic
 from dive_fast.sweep.choice import (
     Choice,
@@ -109,7 +109,7 @@ def id_validation(options: EvaluateConfig, name: str | None, kept: Sequence[str]
 
 
 def _first_id(options: EvaluateConfig) -> str | None:
-    from dive_fast.evaluate.datasets.catalog import find_dataset
+    from dive_fast.evaluation.datasets.catalog import find_dataset
 
     for name, config in options.sets.items():
         role = config.role

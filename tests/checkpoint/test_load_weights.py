@@ -118,9 +118,9 @@ def registered(folder: Path) -> ModelConfig:
 def by_every_route(folder: Path) -> dict[str, Any]:
     """Features of a few images, and accuracy, by each way to name the same weights."""
     from dive_fast.distributed import join
-    from dive_fast.evaluate.zero_shot import evaluate
+    from dive_fast.evaluation.zero_shot import evaluate
     from dive_fast.methods import method as objective
-    from dive_fast.train import loop as train
+    from dive_fast.training import loop as train
 
     objective.Part.backend = "torch"
     model, ranks = registered(folder), join()
@@ -361,7 +361,7 @@ def test_files_of_other_tools_are_identified(tmp_path: Path) -> None:
 def run(trees: list[dict[str, Any]]) -> None:
     from dive_fast.checkpoint import saver
     from dive_fast.distributed import join
-    from dive_fast.train import loop as train
+    from dive_fast.training import loop as train
 
     ranks, save = join(), saver.Saver.save
 

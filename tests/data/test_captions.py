@@ -21,8 +21,8 @@ from dive_fast.data.sources.captioned_folder import open_captioned_folder
 from dive_fast.data.sources.source import Source
 from dive_fast.data.transforms import Preprocess
 from dive_fast.errors import DataError
-from dive_fast.evaluate.datasets.resolve import open_evaluation
-from dive_fast.evaluate.geometry.embed import describe_pairs
+from dive_fast.evaluation.datasets.resolve import open_evaluation
+from dive_fast.evaluation.geometry.embed import describe_pairs
 
 PREPROCESS = Preprocess((16, 16), (0.5,) * 3, (0.3,) * 3, "bicubic", "shortest")
 COUNT, SEED = 9, 7

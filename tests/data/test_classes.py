@@ -15,7 +15,7 @@ from dive_fast.data.prepared.write import prepare
 from dive_fast.data.sources.folder import open_folder
 from dive_fast.data.sources.source import Sample, Source
 from dive_fast.errors import DataError
-from dive_fast.evaluate.datasets.resolve import open_evaluation
+from dive_fast.evaluation.datasets.resolve import open_evaluation
 
 IMAGENET = tuple(open_clip.IMAGENET_CLASSNAMES)
 WNIDS = ("n02099601", "n02123045", "n04086273")

@@ -20,7 +20,7 @@ from dive_fast.data.prepared.write import prepare
 from dive_fast.data.sources.folder import open_folder
 from dive_fast.data.sources.source import Sample, Source
 from dive_fast.errors import DataError
-from dive_fast.evaluate.datasets.resolve import open_evaluation
+from dive_fast.evaluation.datasets.resolve import open_evaluation
 
 SIZES = {"one": 1, "two": 2, "ten": 10, "many": 37}
 

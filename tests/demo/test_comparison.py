@@ -34,7 +34,9 @@ def test_compare_measures_models_against_the_first(tmp_path: Path, monkeypatch: 
     comparison.write(report, tmp_path)
     assert json.loads((tmp_path / "report.json").read_text()) == report
     with Image.open(tmp_path / "report.png") as picture:
-        assert picture.width > 1000
+        assert picture.width == 1660
+    assert comparison.message(report).startswith("Demo: zero-shot accuracy is ")
+    assert comparison.message(report).endswith(" % after DiVE")
     header, first, second = comparison.table(report).splitlines()
     assert header.split()[:4] == ["id", "ood", "zs", "rsa"]
     assert first.split()[0] == "pre-trained"

@@ -218,7 +218,7 @@ def test_consistent_towers_have_the_papers_gradients(tmp_path: Path) -> None:
 def train_all(trees: list[dict[str, Any]]) -> list[Any]:
     """Complete runs in one process: the first line of metrics of each, or the error."""
     from dive_fast.distributed import join
-    from dive_fast.train.loop import train
+    from dive_fast.training.loop import train
 
     Part.backend = "torch"
     ranks, results = join(), []

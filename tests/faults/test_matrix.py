@@ -334,7 +334,7 @@ for activity, place in (
 def _(case: Case) -> None:
     measured = {key: case.tree["data"]["target"][key] for key in tiny.EVALUATION}
     options = ("evaluate.every_steps=3", f"evaluate.sets={json.dumps({'seen': measured})}", "evaluate.workers=0")
-    job = case.job.start(At("dive_fast.train.validation:measure_sets", "hangs"), overrides=options)
+    job = case.job.start(At("dive_fast.training.validation:measure_sets", "hangs"), overrides=options)
     while not (job.checkpoints() and job.checkpoints()[-1].name == "step00000003"):
         time.sleep(0.05)
     time.sleep(1)
@@ -357,7 +357,7 @@ def _(case: Case) -> None:
     outcome = case.job.go(
         At(WRITE, "disk full", rank=1, call=2),
         At("evaluation 3", "SIGTERM", rank=1),
-        At("dive_fast.train.validation:measure_sets", "lingers"),
+        At("dive_fast.training.validation:measure_sets", "lingers"),
         overrides=options,
     )
     check(outcome, STOPPED, STOPPED, says="saved after step")
@@ -388,7 +388,10 @@ def _(case: Case) -> None:
 @fault("SIGTERM before the first step", f"all ranks exit {STOPPED}; {RESTARTED}")
 def _(case: Case) -> None:
     check(
-        case.job.go(At("dive_fast.train.setup:Engine", "SIGTERM")), STOPPED, STOPPED, says="SIGTERM: exited while"
+        case.job.go(At("dive_fast.training.setup:Engine", "SIGTERM")),
+        STOPPED,
+        STOPPED,
+        says="SIGTERM: exited while",
     )
     case.same()
 
@@ -469,7 +472,7 @@ def _(case: Case) -> None:
     quick=True,
 )
 def _(case: Case) -> None:
-    outcome = case.job.go(At("dive_fast.train.setup:open_target", "data missing", rank=1))
+    outcome = case.job.go(At("dive_fast.training.setup:open_target", "data missing", rank=1))
     check(outcome, LOST, 2, says="failed starting: DataError: data.target: no tar there")
     case.same()
 
@@ -536,7 +539,7 @@ def _(case: Case) -> None:
 def _(case: Case) -> None:
     outcome = case.job.go(
         At("dive_fast.fault_tolerance.heartbeat:Watch.should_leave", "lingers", rank=1, call=3),
-        At("dive_fast.train.loop:build", "impatient"),
+        At("dive_fast.training.loop:build", "impatient"),
     )
     check(outcome, 0, 0, says="rank 1 has waited")
     case.same()
@@ -555,14 +558,14 @@ def _(case: Case) -> None:
 @fault("the disk hangs for a while at a checkpoint", "reported after 30 s, and the run continues: " + SAME)
 def _(case: Case) -> None:
     # Steps continue until the next checkpoint is due.
-    outcome = case.job.go(At(WRITE, "lingers", rank=1), At("dive_fast.train.loop:build", "impatient"))
+    outcome = case.job.go(At(WRITE, "lingers", rank=1), At("dive_fast.training.loop:build", "impatient"))
     check(outcome, 0, 0, says="s for the checkpoint of step 4 or the one before it")
     case.same()
 
 
 @fault("the disk is full at lines of `metrics.jsonl`", "warned of, and they wait: " + SAME, quick=True)
 def _(case: Case) -> None:
-    full = At("dive_fast.train.metrics:Metrics._append", "ten bytes left", rank=0, call=3, until=4)
+    full = At("dive_fast.training.metrics:Metrics._append", "ten bytes left", rank=0, call=3, until=4)
     outcome = case.job.go(full)
     check(outcome, 0, 0, says="its lines wait")
     assert outcome.output.count("its lines wait") == 1
@@ -571,7 +574,7 @@ def _(case: Case) -> None:
 
 @fault("the disk is full at the last line of `metrics.jsonl`", f"exit 1; {RESTARTED}")
 def _(case: Case) -> None:
-    full = At("dive_fast.train.metrics:Metrics._append", "ten bytes left", rank=0, call=6, until=9)
+    full = At("dive_fast.training.metrics:Metrics._append", "ten bytes left", rank=0, call=6, until=9)
     outcome = case.job.go(full)
     check(outcome, 1, 1, says="metrics.jsonl: [Errno 28]")
     assert [path.name for path in case.job.checkpoints()] == ["step00000002", "step00000004"]

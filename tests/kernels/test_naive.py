@@ -388,6 +388,15 @@ def test_error_names_the_argument(name, argument, wrong):
             function(**bad)
 
 
+def test_number_instead_of_a_tensor_is_an_error():
+    features = torch.ones(4, 8)
+    for package in (naive, kernels):
+        with pytest.raises(
+            ValueError, match=r"^logit_scale: expected a tensor, such as torch.tensor\(10.0\), got float$"
+        ):
+            package.contrastive_loss(features, features, 10.0)
+
+
 # Invariances
 
 

@@ -52,7 +52,7 @@ def test_wheel_contains_package_configs_and_types(site: Path) -> None:
     assert modules - names == set()
     configs = {f"dive_fast/launch/configs/{path.name}" for path in (ROOT / "launch/configs").iterdir()}
     data = {"dive_fast/py.typed", "dive_fast/__init__.pyi", "dive_fast/demo/model/open_clip_model.safetensors"}
-    data |= {"dive_fast/evaluate/published.tsv", "dive_fast/methods/starft_backgrounds.txt"}
+    data |= {"dive_fast/evaluation/published.tsv", "dive_fast/methods/starft_backgrounds.txt"}
     assert configs | data <= names
     others = {name.partition("/")[0] for name in names}
     assert {name for name in others if not name.startswith("dive_fast")} == set()

@@ -19,7 +19,7 @@ from dive_fast.methods.method import Part
 from dive_fast.methods.run_config import RunConfig, load_run_config
 from dive_fast.quickstart import new_config
 from dive_fast.quickstart.choose_settings import batch_size
-from dive_fast.train.loop import train
+from dive_fast.training.loop import train
 
 
 @pytest.fixture

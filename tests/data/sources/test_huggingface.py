@@ -25,7 +25,7 @@ from dive_fast.data.sources.huggingface import Columns, is_dataset, open_hugging
 from dive_fast.data.sources.source import Source
 from dive_fast.data.transforms import Preprocess
 from dive_fast.errors import DataError
-from dive_fast.evaluate.datasets.resolve import open_evaluation
+from dive_fast.evaluation.datasets.resolve import open_evaluation
 
 NAMES = ["cat", "dog", "eel"]
 COUNT = 12

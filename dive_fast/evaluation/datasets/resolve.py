@@ -1,0 +1,144 @@
+"""Opens the evaluation sets of a config."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from dive_fast.config.schema import EvaluationSet, Metric
+from dive_fast.data.classes import imagenet_rows, join_names, remarks
+from dive_fast.data.open_dataset import open_captioned, open_target
+from dive_fast.data.prompts import Template
+from dive_fast.data.sources.source import Source
+from dive_fast.distributed import Ranks
+from dive_fast.errors import DataError, naming
+from dive_fast.evaluation.datasets import layouts
+from dive_fast.evaluation.datasets.catalog import find_dataset, open_known
+from dive_fast.evaluation.datasets.class_names import class_names_of, templates_of
+from dive_fast.evaluation.datasets.evaluation_set import Captioned, Labelled
+
+Opened = dict[str, Labelled | Captioned]
+"""Opened sets by their name in the config."""
+
+
+def open_evaluation(config: EvaluationSet, place: str = "") -> Labelled | Captioned:
+    """Opens an evaluation set: a known data set, or one of the user's own.
+
+    Args:
+        place: config section of the set, for messages.
+
+    Raises:
+        ConfigError: the known data set does not exist.
+        DataError: files are missing, a label has no class name, or samples cannot be measured and the set does not
+            accept this by ``on_skipped``.
+    """
+    if config.dataset is not None:
+        with naming(place and f"{place}.dataset"):
+            find_dataset(config.dataset)
+        with naming(place):
+            return open_known(config.dataset, config.path, config.class_names, config.templates)
+    return _open_own(config, place)
+
+
+def _open_own(config: EvaluationSet, place: str) -> Labelled | Captioned:
+    """Opens a set of the user's own; arguments as in :func:`open_evaluation`."""
+    reports, consent = config.on_skipped == "report", f"{place or 'evaluate.sets.<name>'}.on_skipped=report"
+    remedy = f"repair or remove it, or accept results without it by {consent}"
+    with naming(place):
+        source = open_captioned(config) if config.task == "retrieval" else open_target(config)
+        if source.skipped and not reports:
+            raise DataError(
+                f"{config.path}: {layouts.describe_skipped(source.skipped)}; repair or remove them, or accept "
+                f"results without them by {consent}"
+            )
+        if config.task == "retrieval":
+            captioned = layouts.captioned(source, str(config.format))
+            lines = (*layouts.remarks_on_files(source), *captioned.remarks)
+            return replace(captioned, reports_skipped=reports, remedy=remedy, remarks=lines)
+    with naming(place if config.class_names is None or not place else f"{place}.class_names"):
+        listed = None if config.class_names is None else class_names_of(config.class_names)
+        names = join_names(source, listed, config.class_names or config.path)
+    with naming(place and f"{place}.templates"):
+        templates = templates_of(config.templates or "imagenet")
+    held_out = [source.held_out] if source.held_out else []
+    return Labelled(
+        source,
+        names,
+        templates,
+        layout=str(config.format),
+        imagenet_rows=imagenet_rows(source.class_names),
+        remarks=(
+            *held_out,
+            *layouts.remarks_on_files(source),
+            *remarks(names, source.class_names, config.class_names),
+        ),
+        reports_skipped=reports,
+        remedy=remedy,
+    )
+
+
+def open_set(config: EvaluationSet) -> tuple[Source, tuple[str, ...], tuple[Template, ...]]:
+    """Opens an evaluation set as samples, class names and templates; retrieval sets have only samples.
+
+    Raises:
+        ConfigError, DataError: as :func:`open_evaluation`.
+    """
+    data = open_evaluation(config)
+    if isinstance(data, Captioned):
+        return data.source, (), ()
+    return data.source, data.class_names, data.templates
+
+
+def metric_of(config: EvaluationSet) -> Metric:
+    """The metric that summarizes a set in one number."""
+    if config.metric is not None:
+        return config.metric
+    if config.dataset is not None:
+        return find_dataset(config.dataset).metric
+    return "top1" if config.task == "classification" else "image_to_text_r1"
+
+
+def with_defaults(config: EvaluationSet) -> EvaluationSet:
+    """An evaluation set with the defaults that do not depend on its files."""
+    known = None if config.dataset is None else find_dataset(config.dataset)
+    is_own = known is None and config.task == "classification"
+    return config.model_copy(
+        update={
+            "metric": metric_of(config),
+            "role": config.role or (None if known is None else known.role),
+            "templates": config.templates or ("imagenet" if is_own else None),
+        }
+    )
+
+
+def open_sets(sets: Mapping[str, EvaluationSet], ranks: Ranks, place: str = "evaluate.sets") -> Opened:
+    """Opens evaluation sets and prints their remarks.
+
+    Args:
+        place: config section of the sets, for messages; empty where they are not those of a config.
+
+    Raises:
+        ConfigError, DataError: as :func:`open_evaluation`.
+    """
+    opened = {}
+    for name, config in sets.items():
+        opened[name] = open_evaluation(config, place and f"{place}.{name}")
+        for remark in opened[name].remarks:
+            ranks.print(f"{name}: {remark}")
+    return opened
+
+
+def remarks_on_missing_classes(opened: Opened, target: Sequence[str]) -> list[str]:
+    """A line for each of the user's sets that has only some of the target's classes.
+
+    Args:
+        target: class names of the training set.
+    """
+    lines = []
+    for name, data in opened.items():
+        is_own = bool(data.remedy)  # known sets have their published classes
+        if is_own and isinstance(data, Labelled) and set(data.class_names) < set(target):
+            missing = next(class_name for class_name in target if class_name not in data.class_names)
+            lines.append(
+                f"evaluate.sets.{name} has {len(set(data.class_names))} of the {len(set(target))} classes of "
+                f"data.target: {missing!r}, for example, is never predicted there"
+            )
+    return lines

@@ -1,0 +1,260 @@
+"""Evaluation of one model on many sets; results with an unchanged identity are reused, not measured again."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dive_fast.config.schema import EvaluationSet
+from dive_fast.data.prompts import Tokenizer
+from dive_fast.distributed import Ranks
+from dive_fast.errors import DataError, UserError
+from dive_fast.evaluation import calibration
+from dive_fast.evaluation.classifier import HeadRows, first_missing_class, select_head_rows
+from dive_fast.evaluation.datasets.catalog import canonical_name, find_dataset
+from dive_fast.evaluation.datasets.evaluation_set import Captioned, Labelled
+from dive_fast.evaluation.datasets.resolve import Opened, metric_of, open_sets
+from dive_fast.evaluation.feature_identity import features_identity, prompts_digest
+from dive_fast.evaluation.results import Results
+from dive_fast.evaluation.tables import Row
+from dive_fast.evaluation.zero_shot import measure
+from dive_fast.identity import Identity, differences, digest
+from dive_fast.model.head import Head
+from dive_fast.model.towers import Towers
+
+logger = logging.getLogger(__name__)
+
+SHOWN_VERSIONS = ("dive_fast", "torch", "open_clip_torch")
+"""Packages whose versions a row has; its identity has all."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of an evaluation that are the same for all sets."""
+
+    label: str
+    """Name of the model in tables."""
+    precision: str
+    batch_size: int
+    workers: int
+    classifiers: Path | None = None
+    """Folder where the embeddings of prompts are cached."""
+    force: bool = False
+    """Measure sets again even if the results have them."""
+
+
+def open_all(
+    sets: Mapping[str, EvaluationSet], ranks: Ranks, skip_missing: bool = False, place: str = "evaluate.sets"
+) -> Opened:
+    """Opens every set before a model is built, so that a wrong path is reported within seconds.
+
+    Args:
+        skip_missing: leave out sets that cannot be opened, with a message, instead of raising.
+        place: config section of the sets, for messages; empty where they are not those of a config.
+
+    Raises:
+        ConfigError, DataError: as :func:`dive_fast.evaluation.datasets.resolve.open_evaluation`.
+    """
+    opened: Opened = {}
+    for name, config in sets.items():
+        try:
+            opened |= open_sets({name: config}, ranks, place)
+        except DataError as error:
+            if not skip_missing:
+                raise
+            ranks.print(f"left out: {error}")
+    if not opened:
+        raise DataError("none of the sets could be opened")
+    return opened
+
+
+def measure_all(
+    towers: Towers,
+    tokenizer: Tokenizer,
+    sets: Mapping[str, EvaluationSet],
+    opened: Opened,
+    ranks: Ranks,
+    results: Results,
+    options: Options,
+    model_fields: Row,
+    head: Head | None = None,
+) -> list[Row]:
+    """Measures each opened set and adds its row to the results; all ranks must call this, and all get the rows.
+
+    Args:
+        model_fields: fields of a row that describe the model.
+
+    Raises:
+        ConfigError, DataError: invalid config or data; the message says what to change. Earlier rows remain.
+    """
+    set_fields = {name: _describe_set(name, sets[name], data, head) for name, data in opened.items()}
+    with ranks.raise_on_all(UserError):
+        common = features_identity(towers, tokenizer, ranks.device) if ranks.is_main else {}
+        scale = float(towers.scale().detach())
+        named = common | {"precision": common["precision"] | {"named": options.precision}} if ranks.is_main else {}
+        local = identities(named, opened, head, scale) if ranks.is_main else {}
+        if ranks.is_main and head is not None and head.trained_with not in ("", common["model"]["weights"]):
+            logger.warning(
+                "%s: the head was trained with other weights than these; it may not classify their features well",
+                options.label,
+            )
+    identity_of: dict[str, Identity] = ranks.broadcast(local)
+    rows: list[Row] = []
+    for name, data in opened.items():
+        identity = identity_of[name]
+        fields = set_fields[name] | {"prompts_digest": identity["classes"].get("prompts", "")}
+        key = digest(identity)
+        metric = str(fields["metric"])
+        needed = (metric,) if isinstance(data, Captioned) else (metric, *calibration.METRICS, "reliability")
+        stored = ranks.broadcast(results.find(key, options.label, name, needed) if ranks.is_main else None)
+        if stored is not None and not options.force:
+            stored.pop("head_lacks", None)  # from a run with a head that did not classify this set
+            row = stored | model_fields | fields | {"value": stored[metric]}
+            ranks.print(f"{name}: {_summary(row)} (measured before)")
+        else:
+            started = time.monotonic()
+            measured = measure(
+                towers,
+                tokenizer,
+                data,
+                ranks,
+                batch_size=options.batch_size,
+                workers=options.workers,
+                head=head,
+                cache=options.classifiers,
+                name=name,
+            )
+            row = model_fields | {
+                "label": options.label,
+                "precision": options.precision,
+                "weights_digest": identity["model"]["weights"],
+                "data_digest": identity["data"]["content"],
+                "ranks": ranks.world_size,
+                "device": identity["device"],
+                "versions": {package: identity["versions"][package] for package in SHOWN_VERSIONS},
+            }
+            row |= fields | {"value": measured.scores[metric]} | measured.scores
+            row |= {
+                "samples": measured.samples,
+                "left_out": measured.left_out,
+                "seconds": round(time.monotonic() - started, 2),
+                "key": key,
+                "identity": identity,
+            }
+            if measured.reliability is not None:
+                row["reliability"] = {field: list(bins) for field, bins in measured.reliability._asdict().items()}
+            again = _changes(results.latest(options.label, name), identity, needed)
+            ranks.print(f"{name}: {_summary(row)}{again}")
+        rows.append(row)
+        with ranks.raise_on_all(UserError):
+            if ranks.is_main:
+                results.add(row)
+    return rows
+
+
+def identities(features: Identity, opened: Opened, head: Head | None, scale: float) -> dict[str, Identity]:
+    """The identity of each set's metrics.
+
+    Args:
+        features: identity of the model's features.
+        scale: the model's logit scale, with its bound.
+    """
+    identity_of = {}
+    for name, data in opened.items():
+        rows = None
+        if head is not None and isinstance(data, Labelled):
+            rows = select_head_rows(head, data.class_names, data.imagenet_rows)
+        identity_of[name] = features | set_identity(data, rows, scale)
+    return identity_of
+
+
+def set_identity(data: Labelled | Captioned, head: HeadRows | None, scale: float) -> Identity:
+    """The part of the identity that comes from the set: contents, labels, and classes or captions.
+
+    Args:
+        head: the head's rows for the set's classes; None if prompts classify.
+        scale: the logit scale that the probabilities of prompts depend on.
+    """
+    identity: Identity = {
+        "data": {
+            "content": data.source.digest(),
+            "modified": data.source.modified(),
+            "samples": len(data.source),
+            "layout": data.layout,
+            "on_skipped": "report" if data.reports_skipped else "error",
+        }
+    }
+    if isinstance(data, Captioned):
+        return identity | {"task": "retrieval", "classes": {}, "captions": digest(data.captions())}
+    regions = None
+    if data.regions is not None:
+        regions = digest([data.regions.of_sample.tolist(), data.regions.names, data.regions.left_out])
+    identity["data"] |= {
+        "labels": digest([sample.label for sample in data.source.samples]),
+        "border": data.border,
+        "regions": regions,
+    }
+    classes: Identity = {"names": digest(data.class_names), "members": digest(data.members)}
+    if head is None:
+        prompts = prompts_digest(data.class_names, data.templates)
+        classes |= {"classifier": "prompts", "prompts": prompts, "logit_scale": scale}
+    else:
+        # Prompts do not matter where a head classifies.
+        classes |= {"classifier": "head", "rows": digest([head.weight.tolist(), head.bias.tolist()])}
+    return identity | {"task": "classification", "classes": classes}
+
+
+def _describe_set(
+    name: str, config: EvaluationSet, data: Labelled | Captioned, head: Head | None
+) -> dict[str, Any]:
+    """The fields of a row that describe the set and its classifier."""
+    known = find_dataset(config.dataset) if config.dataset is not None else None
+    fields: dict[str, Any] = {
+        "set": name,
+        "dataset": None if config.dataset is None else canonical_name(config.dataset),
+        "title": known.title if known is not None else name,
+        "role": config.role or (known.role if known is not None else None),
+        "metric": metric_of(config),
+        "path": config.path,
+        "layout": data.layout,
+    }
+    if isinstance(data, Captioned):
+        return fields | {"classifier": "captions", "captions": sum(len(texts) for texts in data.captions())}
+    fields |= {"classes": data.num_labels, "templates": len(data.templates)}
+    rows = None if head is None else select_head_rows(head, data.class_names, data.imagenet_rows)
+    if head is None:
+        return fields | {"classifier": "prompts"}
+    if rows is None:
+        return fields | {"classifier": "prompts", "head_lacks": first_missing_class(head, data.class_names)}
+    head_rows = f"{len(rows.weight)} of {len(head.bias)} rows, by {rows.joined_by}"
+    return fields | {"classifier": "head", "head_rows": head_rows}
+
+
+def _changes(latest: Row | None, identity: Identity, needed: Sequence[str]) -> str:
+    """The reason why a set that was measured before under the same label is measured again.
+
+    Args:
+        needed: fields that a stored row must have to be used.
+    """
+    if latest is None or not isinstance(latest.get("identity"), dict):
+        return ""
+    # Only keys: most values are hashes.
+    if changed := ", ".join(difference.key for difference in differences(latest["identity"], identity)):
+        return f" (measured again: {changed} changed)"
+    missing = ", ".join(field for field in needed if field not in latest)
+    return f" (measured again: the stored row has no {missing})" if missing else ""
+
+
+def _summary(row: Row) -> str:
+    text = f"{row['metric']} {100 * row['value']:.2f} % of {row['samples']} samples"
+    if "ece" in row:
+        text += f", ECE {row['ece']:.3f}"
+    if row.get("left_out"):
+        text += f", {row['left_out']} left out"
+    if row["classifier"] == "head":
+        text += f", by the head ({row['head_rows']})"
+    elif "head_lacks" in row:
+        text += f", by prompts: the head has no class {row['head_lacks']!r}"
+    return text

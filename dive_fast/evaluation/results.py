@@ -1,0 +1,136 @@
+"""Results of evaluations: one row per model and set in ``results.jsonl``, and the files made from them."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dive_fast.errors import DataError
+from dive_fast.evaluation import calibration
+from dive_fast.evaluation.tables import METRICS, RECALLS, REQUIRED, Row, as_csv, as_markdown
+from dive_fast.io.atomic_files import write_atomic
+from dive_fast.io.safe_read import parse_json, read_text
+from dive_fast.locks import file_lock
+
+logger = logging.getLogger(__name__)
+
+FILE = "results.jsonl"
+LOCK = ".results.lock"
+"""Separate from the folder's run lock, which a training run in the same folder holds."""
+
+
+class Results:
+    """The rows of a results folder; each added row is on disk when the call returns.
+
+    Several processes may add rows to one folder: each takes the lock, reads the rows, and rewrites the files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Reads the existing rows.
+
+        Raises:
+            DataError: the file cannot be read, or a line of it is not a row.
+        """
+        self.folder = folder
+        self.rows = _read(folder / FILE)
+
+    def find(self, key: str, label: str, name: str, needed: Sequence[str]) -> Row | None:
+        """The newest row with this key, renamed to this label and set; None if there is none.
+
+        Args:
+            needed: fields besides the number of samples. Rows that lack one of them, from another version or
+                edited by hand, are ignored.
+        """
+        fields = {*needed, "samples"}
+        rows = (row for row in reversed(self.rows) if row.get("key") == key and fields <= row.keys())
+        return next((row | {"label": label, "set": name} for row in rows), None)
+
+    def latest(self, label: str, name: str) -> Row | None:
+        """The newest row of a label and set."""
+        rows = (row for row in reversed(self.rows) if (row["label"], row["set"]) == (label, name))
+        return next(rows, None)
+
+    def add(self, row: Row) -> None:
+        """Adds a row, replacing one with the same label, set and key, and writes all files.
+
+        Raises:
+            DataError: the file has changed on disk and cannot be read any more.
+            UserError: the folder cannot be written.
+        """
+        identifying = ("label", "set", "key")
+        with file_lock(self.folder / LOCK, f"results folder {self.folder}", wait=True):
+            rows = _read(self.folder / FILE)
+            self.rows = [other for other in rows if any(other.get(name) != row.get(name) for name in identifying)]
+            self.rows.append(row)
+            lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+            try:
+                write_atomic(self.folder / FILE, lines.encode())
+                write_atomic(self.folder / "results.csv", as_csv(self.rows).encode())
+                write_atomic(self.folder / "results.md", as_markdown(self.rows).encode())
+            except OSError as error:
+                raise DataError(f"{self.folder}: cannot write the results: {error}") from error
+
+
+def _read(path: Path) -> list[Row]:
+    rows: list[Row] = []
+    try:
+        text = read_text(path)
+    except FileNotFoundError:
+        return rows
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot read it: {error}") from error
+    lines = text.splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = parse_json(line)
+            if not isinstance(row, dict) or not set(REQUIRED) <= set(row):
+                raise ValueError(f"a row needs {', '.join(REQUIRED)}")
+            _check_row(row)
+        except ValueError as error:
+            if number == len(lines) and not text.endswith("\n"):
+                logger.warning("%s: its last line is incomplete and is ignored: %s", path, line[:60])
+                break
+            raise DataError(f"{path}: line {number} is not a result: {error}; remove it") from error
+        rows.append(row)
+    return rows
+
+
+def _check_row(row: Row) -> None:
+    """Validates the fields that tables are made from.
+
+    Raises:
+        ValueError: a field is missing or invalid; the message names it.
+    """
+    if not all(isinstance(row[name], str) for name in ("label", "set", "title", "metric")):
+        raise ValueError("its label, set, title or metric is not text")
+    recalls = {f"{direction}_r{k}" for direction, k in RECALLS}
+    if recalls & row.keys() and not recalls <= row.keys():
+        raise ValueError(f"a retrieval row needs {', '.join(sorted(recalls))}")
+    for name in ("value", row["metric"], "top1", *METRICS, *recalls):
+        if name in row and (type(row[name]) not in (int, float) or not 0 <= row[name] <= 1):
+            raise ValueError(f"{name} is {row[name]!r}, not between 0 and 1")
+    for name, largest in calibration.METRICS.items():
+        if name in row and (type(row[name]) not in (int, float) or not 0 <= row[name] <= largest):
+            bounds = f"between 0 and {largest:g}" if largest < 10 else "a finite number of at least 0"
+            raise ValueError(f"{name} is {str(row[name])[:20]}, not {bounds}")
+    if "reliability" in row:
+        _check_bins(row["reliability"])
+    if row.get(row["metric"], row["value"]) != row["value"]:
+        raise ValueError(f"its value is {row['value']}, but its {row['metric']} is {row[row['metric']]}")
+    for name in ("samples", "left_out"):
+        if name in row and (type(row[name]) is not int or row[name] < 0):
+            raise ValueError(f"{name} is {row[name]!r}, not a count")
+
+
+def _check_bins(bins: Any) -> None:
+    fields = calibration.Bins._fields
+    if not isinstance(bins, dict) or set(bins) != set(fields):
+        raise ValueError(f"its reliability has other fields than {', '.join(sorted(fields))}")
+    for name, values in bins.items():
+        is_complete = isinstance(values, list) and len(values) == calibration.BINS
+        if name == "samples":
+            if not is_complete or not all(type(value) is int and 0 <= value < 2**53 for value in values):
+                raise ValueError(f"the samples of its reliability are not {calibration.BINS} counts")
+        elif not is_complete or not all(type(value) in (int, float) and 0 <= value <= 1 for value in values):
+            raise ValueError(f"the {name} of its reliability is not {calibration.BINS} values in [0, 1]")
