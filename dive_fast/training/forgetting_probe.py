@@ -40,7 +40,7 @@ class HeldOut(NamedTuple):
 
 
 def hold_out_images(requested: int, reference: Source | None, batch_size: int) -> HeldOut:
-    """As :func:`hold_out`; the other pairs of the held-out images, such as rows of a CSV, are not trained on either.
+    """As :func:`hold_out`; the other pairs of the held-out images, e.g. rows of a CSV, are not trained on either.
 
     Args:
         reference: the set; None: the config has none.
