@@ -17,6 +17,7 @@ from dive_fast.config.section import sections
 from dive_fast.errors import ConfigError
 from dive_fast.methods import registry
 from dive_fast.methods.run_config import RunConfig, load_run_config
+from dive_fast.sweep.grid import split_values
 
 REPOSITORY = Path(__file__).parents[1]
 TOP = ("benchmarks", "dive_fast", "docs", "examples", "kernels", "launch", "tests", "tools")
@@ -152,11 +153,13 @@ def refused_overrides(text: str) -> set[str]:
     refused = set()
     for script, arguments in commands(text):
         config, overrides = re.search(r"--config (\w+\.json)", arguments), OVERRIDE.findall(arguments)
-        if script == "dive-fast sweep":  # the first of the values
-            overrides = [override.partition(",")[0] for override in overrides]
+        runs = [overrides]
+        if "--over " in arguments:
+            values = {key: split_values(text) for key, _, text in (item.partition("=") for item in overrides)}
+            runs = [[f"{key}={texts[end]}" for key, texts in values.items()] for end in (0, -1)]
         try:
-            if config:
-                load_run_config(config[1], overrides, REPOSITORY / "launch/configs")
+            for chosen in runs if config else ():
+                load_run_config(config[1], chosen, REPOSITORY / "launch/configs")
         except ConfigError as error:
             refused.add(f"{script}{arguments}: {error}")
     return refused
@@ -245,9 +248,8 @@ def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     study = (tmp_path / "study/index.html").read_text(encoding="utf-8")
     (picture,) = set(re.findall(r'src="\.\./([^"]*cifar10-methods\.png)"', study))
     assert (tmp_path / picture).is_file()
-    assert 'href="../contributing/#adding-a-method"' in (tmp_path / "methods/index.html").read_text(
-        encoding="utf-8"
-    )
+    methods = (tmp_path / "methods/index.html").read_text(encoding="utf-8")
+    assert not re.search(r'href="[^"]*CONTRIBUTING\.md', methods)
     page = (tmp_path / "api/index.html").read_text(encoding="utf-8")
     missing = [name for name in dive_fast.__all__ if name != "Config" and f">{name}</span>" not in page]
     assert missing == []

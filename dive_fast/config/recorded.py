@@ -30,15 +30,10 @@ def config_of_run(tree: Mapping[str, Any], file: Path, is_base: bool) -> dict[st
         train["output"] = str(now)
     if not isinstance(before, str):
         return config
-    # Defaults that were filled in: the teacher cache moves with its folder, monitors write to the new run's.
+    # A default that was filled in: the teacher cache moves with its folder.
     path = teacher.get("path")
     if isinstance(path, str) and Path(path) == Path(before) / "teacher":
         teacher["path"] = str(now / "teacher")
-    for name, options in _section(config, "deepspeed").items():
-        if isinstance(options, dict) and (options.get("output_path"), options.get("job_name")) == (before, name):
-            config["deepspeed"][name] = {
-                key: value for key, value in options.items() if key not in ("output_path", "job_name")
-            }
     return config
 
 

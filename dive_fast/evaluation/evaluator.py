@@ -166,11 +166,11 @@ def identities(features: Identity, opened: Opened, head: Head | None, scale: flo
         rows = None
         if head is not None and isinstance(data, Labelled):
             rows = select_head_rows(head, data.class_names, data.imagenet_rows)
-        identity_of[name] = features | _set_identity(data, rows, scale)
+        identity_of[name] = features | set_identity(data, rows, scale)
     return identity_of
 
 
-def _set_identity(data: Labelled | Captioned, head: HeadRows | None, scale: float) -> Identity:
+def set_identity(data: Labelled | Captioned, head: HeadRows | None, scale: float) -> Identity:
     """The part of the identity that comes from the set: contents, labels, and classes or captions.
 
     Args:

@@ -15,6 +15,7 @@ from dive_fast.methods import registry
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 GREY, BLUE, ORANGE, GREEN = "#9aa0a6", "#2f6fb0", "#d98c3f", "#1b7f4c"
 OTHERS = ("#7b5ea7", "#b5485d", "#4a9ba8", "#8a7a3d", "#3d3d3d", "#d67fb0", "#6fae5a")
@@ -102,15 +103,20 @@ class Label(NamedTuple):
     is_bold: bool = False
 
 
-def place_labels(axis: "Axes", labels: Sequence[Label], size: float = 9) -> None:
-    """Writes names next to their points, moved so that they overlap neither each other nor the points."""
+def place_labels(axis: "Axes", labels: Sequence[Label], size: float = 9, avoided: "Sequence[Text]" = ()) -> None:
+    """Writes names next to their points, moved so that they overlap neither each other nor the points.
+
+    Args:
+        avoided: other texts that they do not overlap either.
+    """
     from adjustText import adjust_text
+    from matplotlib.figure import Figure
     from matplotlib.patheffects import withStroke
 
     if not labels:
         return
     figure = axis.get_figure(root=True)
-    assert figure is not None
+    assert isinstance(figure, Figure)
     figure.draw_without_rendering()  # the layout's final size, which the positions depend on
     texts = [
         axis.text(
@@ -118,6 +124,7 @@ def place_labels(axis: "Axes", labels: Sequence[Label], size: float = 9) -> None
             color=label.colour,
             fontsize=size,
             fontweight="bold" if label.is_bold else "normal",
+            parse_math=False,
             path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )
         for label in labels
@@ -126,6 +133,7 @@ def place_labels(axis: "Axes", labels: Sequence[Label], size: float = 9) -> None
         texts,
         x=[label.x for label in labels],
         y=[label.y for label in labels],
+        objects=list(avoided) or None,
         ax=axis,
         expand=(1.15, 1.35),
         iter_lim=300,

@@ -205,7 +205,7 @@ def plan(
     labels = _labels(varied)
     grid: list[tuple[Values, list[str], Config]] = []
     for combination in itertools.product(*over.values()):
-        values = dict(zip(over, combination, strict=True))
+        values: Values = dict(zip(over, combination, strict=True))
         chosen = [*overrides, *(f"{key}={value.text}" for key, value in values.items())]
         grid.append((values, chosen, load(chosen)))
     if grid and grid[0][2].train.resume != "auto":

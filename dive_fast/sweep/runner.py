@@ -103,12 +103,14 @@ class Runner:
             return Outcome(True, seconds, was_finished=True)
         folder.mkdir(parents=True, exist_ok=True)
         self._copy_measurements(folder)
-        earlier = _earlier_seconds(run, folder)
+        before, earlier = _read_record(folder), _earlier_seconds(run, folder)
         started = time.monotonic()
         code, start = self._train(run, folder)
         seconds = earlier + time.monotonic() - started
         if code == 0 and (folder / REPORT).is_file():
             self._measured = folder / MEASUREMENTS
+            if before.get("report") == _report_digest(folder):  # it was complete
+                seconds = _seconds(before)
             _write_record(run, folder, seconds, is_finished=True)
             return Outcome(True, seconds)
         _write_record(run, folder, seconds, is_finished=False)

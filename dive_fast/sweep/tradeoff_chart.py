@@ -4,19 +4,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dive_fast.evaluation.plots import BLUE, GREEN, GREY, new_figure, save_figure, style_axes
+from dive_fast.evaluation.plots import (
+    BLUE,
+    GREEN,
+    GREY,
+    WIDTH,
+    Label,
+    new_figure,
+    place_labels,
+    save_figure,
+    style_axes,
+)
 from dive_fast.sweep.choice import Spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.text import Text
 
-WIDTH, HEIGHT, FONT = 8.3, 5.2, 10
-"""Size in inches and font size in points: readable at 830 pixels."""
+HEIGHT, FONT = 5.2, 10
+"""Height in inches and font size in points."""
 MAX_LABEL = 32
 """Characters of a label."""
-LABEL_ITERATIONS = 300
-"""Steps of arranging the labels, so that the same runs give the same chart."""
 
 
 class Dot(NamedTuple):
@@ -69,8 +77,10 @@ def draw_tradeoff(
     style_axes(axis)
     axis.tick_params(labelsize=FONT)
     axis.set_title(title, parse_math=False, fontsize=FONT + 1, loc="left", fontweight="bold", wrap=True)
-    figure.draw_without_rendering()  # a constrained layout is made when the figure is drawn
-    _label(axis, dots, avoided)
+    labels = [
+        Label(100 * dot.id.mean, 100 * dot.kept.mean, _shortened(dot.label), is_bold=dot.is_chosen) for dot in dots
+    ]
+    place_labels(axis, labels, FONT, avoided)
     save_figure(figure, path)
 
 
@@ -97,29 +107,8 @@ def _draw_level(axis: "Axes", kept: float) -> "Text":
     """Draws the line of the pre-trained model; returns its label."""
     axis.axhline(kept, color=GREY, linewidth=1.5)
     at = axis.get_yaxis_transform()
-    style = {"fontsize": FONT, "color": "#5f6368", "ha": "left", "va": "bottom", "transform": at}
-    return axis.text(0.01, kept, f"before training: {kept:.1f}", **style)
-
-
-def _label(axis: "Axes", dots: Sequence[Dot], avoided: "Sequence[Text]") -> None:
-    """Writes the labels next to their points, without overlaps where there is room."""
-    from adjustText import adjust_text
-    from matplotlib.patheffects import withStroke
-
-    x, y = ([100 * getattr(dot, name).mean for dot in dots] for name in ("id", "kept"))
-    texts = [
-        axis.text(
-            *(at_x, at_y, _shortened(dot.label)),
-            fontsize=FONT,
-            fontweight="bold" if dot.is_chosen else "normal",
-            parse_math=False,
-            path_effects=[withStroke(linewidth=2.5, foreground="white")],
-        )
-        for at_x, at_y, dot in zip(x, y, dots, strict=True)
-    ]
-    arrows = {"arrowstyle": "-", "color": GREY, "linewidth": 0.8}
-    options = {"arrowprops": arrows, "expand": (1.15, 1.35), "iter_lim": LABEL_ITERATIONS}
-    adjust_text(texts, x=x, y=y, objects=list(avoided) or None, ax=axis, **options)
+    text = f"before training: {kept:.1f}"
+    return axis.text(0.01, kept, text, fontsize=FONT, color="#5f6368", ha="left", va="bottom", transform=at)
 
 
 def _shortened(label: str) -> str:

@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dive_fast.data.prompts import Tokenizer
 from dive_fast.data.samples import ReferenceSamples
+from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
 from dive_fast.evaluation.geometry.embed import EmbeddedPairs, embed_readable, spread
 from dive_fast.evaluation.geometry.measures import compare, describe, rsa
@@ -33,6 +35,34 @@ class HeldOut(NamedTuple):
     """In ascending order, spread evenly over the set."""
     remark: str = ""
     """The reason why there are none, with a remedy."""
+    untrained: tuple[int, ...] = ()
+    """The held-out pairs and all others of their images, in ascending order."""
+
+
+def hold_out_images(requested: int, reference: Source | None, batch_size: int) -> HeldOut:
+    """As :func:`hold_out`; the other pairs of the held-out images, e.g. rows of a CSV, are not trained on either.
+
+    Args:
+        reference: the set; None: the config has none.
+    """
+    count = 0 if reference is None else len(reference)
+    chosen = hold_out(requested, count, batch_size)
+    if reference is None or not chosen.samples:
+        return chosen
+    untrained = _pairs_of_images(reference, chosen.samples)
+    if count - len(untrained) < batch_size:
+        return HeldOut(remark=f"no forgetting probe: {len(untrained)} of the {count} pairs have its images")
+    return chosen._replace(untrained=untrained)
+
+
+def _pairs_of_images(reference: Source, chosen: Sequence[int]) -> tuple[int, ...]:
+    """All pairs with the images of the chosen ones: the same file, or in a prepared set equal bytes."""
+    if reference.hashes is not None:
+        ids = np.ascontiguousarray(reference.hashes[:, :8]).view(np.uint64).ravel()
+        return tuple(np.flatnonzero(np.isin(ids, ids[list(chosen)])).tolist())
+    images = {(sample.path, sample.offset) for sample in map(reference.samples.__getitem__, chosen)}
+    samples = enumerate(reference.samples)
+    return tuple(row for row, sample in samples if (sample.path, sample.offset) in images)
 
 
 def hold_out(requested: int, count: int, batch_size: int) -> HeldOut:
@@ -49,7 +79,8 @@ def hold_out(requested: int, count: int, batch_size: int) -> HeldOut:
         return HeldOut(remark="no forgetting probe: it needs image-caption pairs, set data.reference")
     number = min(requested, count // MAX_SHARE, count - batch_size)
     if number >= MIN_PAIRS:
-        return HeldOut(tuple(spread(count, number)))
+        chosen = tuple(spread(count, number))
+        return HeldOut(chosen, untrained=chosen)
     if requested < MIN_PAIRS:
         return HeldOut(remark=f"no forgetting probe: evaluate.probe = {requested} is below {MIN_PAIRS} pairs")
     return HeldOut(

@@ -4,11 +4,13 @@ import logging
 import math
 import os
 from collections.abc import Mapping
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from dive_fast.config.schema import Config
+from dive_fast.data.content_hashes import image_hashes
 from dive_fast.data.sources.source import Source
 from dive_fast.engine.async_scalars import AsyncScalars
 from dive_fast.methods import registry
@@ -20,6 +22,8 @@ LONG_WARMUP = 0.2
 """Share of a run's steps above which a warm-up is reported."""
 LARGE_SHARE = 0.9
 """Share of the reference loss in the loss above which it is reported."""
+MAX_READ = 4096
+"""Images of a set that are read at most, to recognize copies."""
 SHARE_STEPS = 10
 """Reference batches whose losses are averaged for this share."""
 
@@ -82,6 +86,14 @@ def warn_of_evaluation(config: Config, target: Source, opened: Mapping[str, Sour
                 *(key, options.sets[name].path, origins.of(key), shared, len(evaluated)),
                 origins.of("data.target.path"),
             )
+        elif copies := _copies(opened[name], target):
+            key, first = f"evaluate.sets.{name}.path", copies[0]
+            logger.warning(
+                "%s = %s (%s): at least %d of its %d images are copies of training images (the first: %s is %s), "
+                "so its accuracy is optimistic; remove one of each",
+                *(key, options.sets[name].path, origins.of(key), len(copies), len(evaluated)),
+                *first,
+            )
     if options.select is None:
         return
     chosen, origin = images[options.select], origins.of("evaluate.select")
@@ -107,6 +119,22 @@ def _images(source: Source) -> set[tuple[str, str, int]]:
     """The images of a set by folder, file and position, whatever the path that the set was opened by."""
     folders = {folder: os.path.realpath(folder) for folder in {sample.path.parent for sample in source.samples}}
     return {(folders[sample.path.parent], sample.path.name, sample.offset) for sample in source.samples}
+
+
+def _copies(evaluated: Source, training: Source) -> list[tuple[str, str]]:
+    """The keys of images of a set that have the bytes of a training image, and of that image.
+
+    Only images of equal size are read, and at most :data:`MAX_READ` of each set.
+    """
+    sizes = {sample.size for sample in evaluated.samples} & {sample.size for sample in training.samples} - {-1, 0}
+    halves = [
+        list(islice((sample for sample in source.samples if sample.size in sizes), MAX_READ))
+        for source in (evaluated, training)
+    ]
+    here, there = (image_hashes(half) for half in halves)
+    key_of = {value: sample.key for value, sample in zip(there, halves[1], strict=True) if value}
+    rows = zip(here, halves[0], strict=True)
+    return [(sample.key, key_of[value]) for value, sample in rows if value in key_of]
 
 
 class ReferenceShare:

@@ -208,7 +208,7 @@ def run_identity(
         reference: None for a method without a reference batch.
         second_templates: templates of the second prompts; empty for a method without them.
         total_steps: steps of the complete run, compared where the method depends on them.
-        num_held_out: reference pairs that are not trained on, chosen by ``evaluate.probe``.
+        num_held_out: reference pairs that are not trained on, those of the images chosen by ``evaluate.probe``.
     """
     identity = config_identity(config)
     identity["objective"] = {key: value for key, value in identity["objective"].items() if value is not None}

@@ -37,7 +37,7 @@ from dive_fast.model.towers import Towers, check_text_length, create, tokenizer_
 from dive_fast.planner.auto_schedule import resolve
 from dive_fast.teacher.build import open_teacher, reference_samples
 from dive_fast.teacher.teacher import Teacher
-from dive_fast.training.forgetting_probe import HeldOut, hold_out
+from dive_fast.training.forgetting_probe import HeldOut, hold_out_images
 from dive_fast.training.guard_rails import warn_of_evaluation, warn_of_schedule
 from dive_fast.training.linear_probe import make_head
 from dive_fast.training.preflight import check_sizes
@@ -112,7 +112,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     target_order, reference_order = _order(config, "target", len(sources.target), ranks, classes=classes), None
     if needs.reference:
         assert sources.reference is not None
-        reference_order = _order(config, "reference", len(sources.reference), ranks, held_out.samples)
+        reference_order = _order(config, "reference", len(sources.reference), ranks, held_out.untrained)
 
     torch.manual_seed(config.train.seed)
     towers = _build_towers(config, folder, sources.reference, ranks)
@@ -140,7 +140,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         ranks=ranks,
         total_steps=total_steps,
         second_templates=second_templates,
-        num_held_out=len(held_out.samples),
+        num_held_out=len(held_out.untrained),
     )
     require_equal(ranks, identity)
     checkpoint, record = start_or_resume(config.train, folder, identity, total_steps, ranks)
@@ -158,7 +158,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         probe = open_pairs(config.model, config.data.reference, towers, sources.reference)
     if needs.reference:
         assert sources.reference is not None
-        reference = reference_samples(config, sources.reference, towers).without(held_out.samples)
+        reference = reference_samples(config, sources.reference, towers).without(held_out.untrained)
         if needs.reference_teacher:
             teacher = open_teacher(config, folder, towers, reference, ranks)
         if config.train.precision == "bf16" and ranks.is_main:
@@ -293,8 +293,8 @@ def _hold_out(config: Config, reference: Source | None) -> HeldOut:
     """The reference pairs for the forgetting probe."""
     data = config.data.reference
     if reference is None or data is None:
-        return hold_out(config.evaluate.probe, 0, 0)
-    return hold_out(config.evaluate.probe, len(reference), data.batch_size)
+        return hold_out_images(config.evaluate.probe, None, 0)
+    return hold_out_images(config.evaluate.probe, reference, data.batch_size)
 
 
 def _order(

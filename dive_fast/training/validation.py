@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dive_fast.checkpoint.export import MODEL, SELECTED, copy_model, write_model
-from dive_fast.config.schema import Config
+from dive_fast.errors import UserError
+from dive_fast.evaluation.datasets.resolve import metric_of
+from dive_fast.evaluation.evaluator import set_identity
 from dive_fast.evaluation.zero_shot import values
 from dive_fast.identity import digest
 from dive_fast.io.atomic_files import write_atomic
@@ -43,7 +45,7 @@ class Validation:
         self._during = options.model_copy(update={"sets": {name: options.sets[name] for name in during}})
         self._evaluation = RunEvaluation(run)
         self._average = AverageEvaluation(run)
-        self._select = None if options.select is None else _digest_of_selection(run.config, options.select)
+        self._select = None if options.select is None else _digest_of_selection(run, options.select)
         """Digest of the set of ``evaluate.select``; accuracies on another set are not comparable."""
         self._best: float | None = None
         self._best_step = self._since_best = 0
@@ -179,10 +181,21 @@ class Validation:
         self._best, self._best_step, self._since_best = (state[key] for key in ("best", "best_step", "since_best"))
 
 
-def _digest_of_selection(config: Config, name: str) -> str:
-    """Digest of a set, and of the fact that averaged weights are exported, and so selected."""
-    content = config.evaluate.sets[name].model_dump()
-    return digest(content | {"export_ema": True} if config.train.export_ema else content)
+def _digest_of_selection(run: Run, name: str) -> str:
+    """Digest of everything that an accuracy for selection depends on besides the weights; all ranks call it.
+
+    It has the contents of the set instead of its paths: a set that was moved is the same, and one that was changed
+    in place is another. With ``train.export_ema`` the averaged weights are selected.
+    """
+    opened, config = run.evaluation_sets[name], run.config
+    value = ""
+    with run.ranks.raise_on_all(UserError):
+        if run.ranks.is_main:
+            content = set_identity(opened, None, 0.0)
+            del content["data"]["modified"]
+            content["metric"] = metric_of(config.evaluate.sets[name])
+            value = digest(content | {"export_ema": True} if config.train.export_ema else content)
+    return run.ranks.broadcast(value)
 
 
 def _read_selected(folder: Path) -> _Selected | None:

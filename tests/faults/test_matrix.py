@@ -334,7 +334,9 @@ for activity, place in (
 def _(case: Case) -> None:
     measured = {key: case.tree["data"]["target"][key] for key in tiny.EVALUATION}
     options = ("evaluate.every_steps=3", f"evaluate.sets={json.dumps({'seen': measured})}", "evaluate.workers=0")
-    job = case.job.start(At("dive_fast.training.validation:measure_sets", "hangs"), overrides=options)
+    # The first call measures the pre-trained model.
+    measures = "dive_fast.training.run_evaluation:measure_sets"
+    job = case.job.start(At(measures, "hangs", call=2), overrides=options)
     while not (job.checkpoints() and job.checkpoints()[-1].name == "step00000003"):
         time.sleep(0.05)
     time.sleep(1)
@@ -357,7 +359,7 @@ def _(case: Case) -> None:
     outcome = case.job.go(
         At(WRITE, "disk full", rank=1, call=2),
         At("evaluation 3", "SIGTERM", rank=1),
-        At("dive_fast.training.validation:measure_sets", "lingers"),
+        At("dive_fast.training.run_evaluation:measure_sets", "lingers", call=2),
         overrides=options,
     )
     check(outcome, STOPPED, STOPPED, says="saved after step")

@@ -125,7 +125,9 @@ def test_finished_run_is_started_again_only_if_something_changed(tmp_path: Path)
     assert working.run(planned("run"), folder).was_finished
     assert not working.run(planned("run", "other settings"), folder).was_finished
     assert not working.run(planned("run"), folder).was_finished
-    assert not working.run(planned("run"), folder, again=True).was_finished
+    record = folder / "sweep_record.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"seconds": 99.0}))
+    assert working.run(planned("run"), folder, again=True) == Outcome(True, 99.0)
     (folder / "report.json").write_text("other")
     assert not working.run(planned("run"), folder).was_finished
 

@@ -1,14 +1,19 @@
 """The forgetting probe: which pairs are held out, and recalls among pairs with equal captions."""
 
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
 
+from dive_fast.data.sources.source import Sample, Source
 from dive_fast.distributed import Ranks
 from dive_fast.evaluation.retrieval import paired_recalls
 from dive_fast.model.features import Pairs
-from dive_fast.training.forgetting_probe import MIN_PAIRS, caption_numbers, hold_out
+from dive_fast.training.forgetting_probe import MIN_PAIRS, caption_numbers, hold_out, hold_out_images
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -79,3 +84,17 @@ def test_caption_numbers_compare_tokens() -> None:
 
     captions = ["a cat", "the dog", "a cat", "the dog of a", "a photo"]
     assert caption_numbers(captions, tokenizer).tolist() == [0, 1, 0, 1, 2]
+
+
+def test_no_pair_of_a_held_out_image_is_trained_on() -> None:
+    """Each image has two rows, as in tables of captions."""
+    files = [Path(f"{row // 2}.jpg") for row in range(1200)]
+    table = Source([Sample(f"{row}", file, texts=(f"caption {row}",)) for row, file in enumerate(files)])
+    held_out = hold_out_images(60, table, 8)
+    images = {files[row] for row in held_out.samples}
+    assert len(held_out.samples) == 60
+    assert list(held_out.untrained) == [row for row, file in enumerate(files) if file in images]
+    hashes = np.array([[row // 2 % 256, row // 512, *[7] * 14] for row in range(1200)], np.uint8)
+    assert hold_out_images(60, replace(table, hashes=hashes), 8) == held_out
+    single = Source([Sample(f"{row}", files[0]) for row in range(600)])
+    assert hold_out_images(60, single, 8).remark.startswith("no forgetting probe: 600 of the 600 pairs have its")

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,8 @@ def set_of(folder: Path, name: str) -> dict[str, Any]:
     section = config_of(folder).data.target.model_dump()
     if not (folder / name).exists():
         section = tiny.write_target(folder / name, count=6)
+        images = {f"{i:04d}": {"jpg": tiny.jpeg(500 + i), "cls": str(i % 5).encode()} for i in range(6)}
+        tiny.write_tar(folder / name / "shard-00000.tar", images)
     return {key: section[key] for key in tiny.EVALUATION} | {"path": str(folder / name)}
 
 
@@ -110,6 +113,12 @@ def test_evaluation_on_training_images_is_reported(
         )
         assert f"(data.target.path, set in {folder}/mine.yaml:" in line
     assert warned_of_evaluation(caplog, folder, sets={"val": set_of(folder, "other")}) == []
+
+
+def test_copies_of_training_images_are_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(folder / "target", folder / "copied")
+    (line,) = warned_of_evaluation(caplog, folder, sets={"val": set_of(folder, "copied")})
+    assert "at least 24 of its 24 images are copies of training images (the first: " in line
 
 
 def test_accuracy_on_the_selecting_set_is_called_optimistic(

@@ -616,6 +616,11 @@ def validation_cases(folder: Path) -> dict[str, Any]:
             if name == "damaged":
                 (run.path / "checkpoints/step00000005/rank00000.safetensors").write_bytes(b"")
             results[name] = state(run, run.start(*longer, *options))
+        shutil.copytree(own["path"], folder / "elsewhere")
+        tiny.write_target(folder / "fewer", count=6)
+        moved, edited = copy(complete, "moved"), copy(complete, "edited")
+        results["moved"] = state(moved, moved.start(("evaluate.sets.seen.path", str(folder / "elsewhere"))))
+        results["edited"] = edited.start(("evaluate.sets.seen.path", str(folder / "fewer")))
         for name in ("noted", "kept"):
             run = new(name)
             with _raises_in(checkpoint, "write_evaluation", call=2, after=name == "kept"):
@@ -663,6 +668,13 @@ def test_accuracies_on_another_set_are_not_compared(validated: dict[str, Any]) -
     printed, _, best, _ = validated["other"]
     assert "evaluate.select: another set, or other settings of it, before step 5" in printed
     assert best == 6
+
+
+def test_selection_compares_contents_of_the_set_and_no_paths(validated: dict[str, Any]) -> None:
+    printed, _, best, is_best = validated["moved"]
+    assert "another set" not in printed
+    assert (best, is_best) == (validated["complete"][2], True)
+    assert "evaluate.select: another set, or other settings of it, before step 5" in validated["edited"]
 
 
 def test_best_weights_of_a_later_step_are_kept(validated: dict[str, Any]) -> None:
