@@ -156,7 +156,7 @@ def remarks_on_untrained_classes(config: EvaluateConfig, opened: Opened, target:
         if is_target and isinstance(data, Labelled) and (extra := sorted(set(data.class_names) - set(target))):
             key = "evaluate.select" if name == config.select else f"evaluate.sets.{name}.role"
             lines.append(
-                f"{key}: {len(extra)} of the {len(set(data.class_names))} classes of {name} are none of data.target, "
-                f"e.g. {extra[0]!r}: not trained; if only their names differ, use the same class_names"
+                f"{key}: {len(extra)} of the {len(set(data.class_names))} classes of {name} are none of "
+                f"data.target, e.g. {extra[0]!r}: not trained; if only names differ, use the same class_names"
             )
     return lines
