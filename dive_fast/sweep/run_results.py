@@ -56,6 +56,8 @@ class RunResult:
     weights_step: int | None = None
     steps: int | None = None
     measures: tuple[Measure, ...] = ()
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Digests of the contents of what was trained, and of what it was trained on."""
     problem: str = ""
     """The reason why the run cannot be compared; empty if it can."""
     remarks: tuple[str, ...] = ()
@@ -191,7 +193,18 @@ def _described(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[s
         "weight": _number_or_none(objective.get("weight")),
         "seed": train.get("seed") if isinstance(train.get("seed"), int) else None,
         "steps": config.get("steps") if isinstance(config.get("steps"), int) else None,
+        "inputs": _inputs(config),
     }
+
+
+def _inputs(config: Mapping[str, Any]) -> dict[str, str]:
+    """The digests in the identity of a run."""
+    digests = {
+        "the pre-trained model": _section(config, "identity", "model").get("weights"),
+        "data.target": _section(config, "identity", "data", "target").get("content"),
+        "data.reference": _section(config, "identity", "data", "reference").get("content"),
+    }
+    return {name: digest for name, digest in digests.items() if isinstance(digest, str)}
 
 
 def _unfinished(folder: Path, run: RunResult) -> str:

@@ -103,7 +103,8 @@ def compare_runs(runs: Sequence[RunResult]) -> RunsTable:
         tuple({position[index]: measure for index, measure in row.items()} for row in values),
         (),
     )
-    return replace(table, remarks=tuple([*_data_remarks(table), *_count_remarks(table), *_run_remarks(runs)]))
+    remarks = [*_data_remarks(table), *_count_remarks(table), *remarks_on_inputs(runs), *_run_remarks(runs)]
+    return replace(table, remarks=tuple(remarks))
 
 
 def _first(columns: Sequence[Column], index: int) -> int:
@@ -161,6 +162,20 @@ def _count_remarks(table: RunsTable) -> list[str]:
     compared = sum(not run.problem for run in table.runs)
     counts = [(column.title, len(table.measured_in(index))) for index, column in enumerate(table.columns)]
     return [f"{title}: measured in {count} of {compared} runs." for title, count in counts if count < compared]
+
+
+def remarks_on_inputs(runs: Sequence[RunResult]) -> list[str]:
+    """A sentence for each of model, target and reference that is not the same in all runs with results."""
+    remarks = []
+    compared = [run for run in runs if not run.problem]
+    for name in dict.fromkeys(name for run in compared for name in run.inputs):
+        groups: dict[str, list[str]] = {}
+        for run in compared:
+            if name in run.inputs:
+                groups.setdefault(run.inputs[name], []).append(run.name)
+        if len(groups) > 1:
+            remarks.append(f"Not the same {name}: {' | '.join(map(', '.join, groups.values()))}.")
+    return remarks
 
 
 def _run_remarks(runs: Sequence[RunResult]) -> list[str]:

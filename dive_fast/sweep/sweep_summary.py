@@ -32,6 +32,7 @@ from dive_fast.sweep.runs_table import (
     find_axes,
     kept_of,
     notes_of,
+    remarks_on_inputs,
     table_text,
 )
 from dive_fast.sweep.tradeoff_chart import Dot, draw_tradeoff
@@ -164,6 +165,7 @@ def summarize(sweep: Sweep, outcomes: Outcomes) -> Summary:
         sentences.append(
             "Nothing that is not tuned was measured by all runs: name sets by --kept, or give them roles."
         )
+    sentences += remarks_on_inputs(table.runs)
     sentences.append(f"To train it in full: {full_command(sweep, choice.point)}")
     return Summary(sweep, outcomes, table, axes, points, choice, tuple(sentences))
 

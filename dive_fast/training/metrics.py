@@ -94,15 +94,18 @@ class Metrics:
         while self._pending and self._pending[0].scalars.ready():
             self._finish(self._pending.popleft())
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, float], is_tracked: bool = True) -> None:
         """Writes a line of values on the host, after the lines of earlier steps.
+
+        Args:
+            is_tracked: whether trackers get the values too.
 
         Raises:
             MetricsError: the line cannot be written, and ``train.on_save_error`` is ``stop``.
         """
         self.flush()
         if self._enabled and values:
-            self._write(step, values)
+            self._write(step, values, is_tracked)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -141,12 +144,13 @@ class Metrics:
         Raises:
             MetricsError: some line could not be written.
         """
-        self.write(step, results)
+        weights_step = int(results.get("best_step", step))
+        # Trackers show results of another step's weights only as the final ones, not as values of this step.
+        self.write(step, results, is_tracked=weights_step == step)
         self.write_waiting()
         if self._enabled:
             self._reference_share.close()
         self._bar.close()
-        weights_step = int(results.get("best_step", step))
         # The losses of the last step are not those of the weights of another step, nor of averaged weights.
         has_losses = weights_step == step and not self._options.export_ema
         final = {"weights_step": weights_step} | (self._last if has_losses else {}) | results
@@ -201,7 +205,7 @@ class Metrics:
                     floor[name],
                 )
 
-    def _write(self, step: int, values: dict[str, float]) -> None:
+    def _write(self, step: int, values: dict[str, float], is_tracked: bool = True) -> None:
         # JSON has no infinity, the norm of a gradient that overflowed.
         numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
         is_first_failure = not self._unwritten
@@ -215,7 +219,7 @@ class Metrics:
                 self._run.ranks.print(
                     f"warning: {error}; its lines wait in memory (train.on_save_error = continue)"
                 )
-        if self._trackers is not None:
+        if self._trackers is not None and is_tracked:
             self._trackers.log(step, values)
 
     def _append(self) -> None:

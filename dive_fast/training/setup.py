@@ -28,7 +28,12 @@ from dive_fast.engine.deepspeed_config import check_deepspeed, deepspeed_section
 from dive_fast.engine.step import Engine, StepBatches, check_hooks
 from dive_fast.errors import naming
 from dive_fast.evaluation.classifier import embed_texts
-from dive_fast.evaluation.datasets.resolve import Opened, open_sets, remarks_on_missing_classes
+from dive_fast.evaluation.datasets.resolve import (
+    Opened,
+    open_sets,
+    remarks_on_missing_classes,
+    remarks_on_untrained_classes,
+)
 from dive_fast.evaluation.geometry.embed import open_pairs
 from dive_fast.methods import registry
 from dive_fast.methods.method import Method, Start, overrides
@@ -116,7 +121,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
 
     torch.manual_seed(config.train.seed)
     towers = _build_towers(config, folder, sources.reference, ranks)
-    class_names = _class_names(config.data.target, sources, ranks)
+    class_names = _class_names(config, sources, ranks)
     templates = read_templates(config.data.target.templates, "data.target.templates")
     total_steps = target_order.steps_per_epoch * config.train.epochs
     total_steps = min(total_steps, config.train.max_steps or total_steps)
@@ -217,8 +222,9 @@ def _build_towers(config: Config, folder: Path, reference: Source | None, ranks:
     return towers
 
 
-def _class_names(data: TargetConfig, sources: _Sources, ranks: Ranks) -> tuple[str, ...]:
+def _class_names(config: Config, sources: _Sources, ranks: Ranks) -> tuple[str, ...]:
     """Class names of the target set, in label order; prints remarks on them."""
+    data = config.data.target
     with naming("data.target.class_names"):
         names = target_names(sources.target, data.class_names)
     if not sources.target.samples[0].texts:
@@ -226,6 +232,9 @@ def _class_names(data: TargetConfig, sources: _Sources, ranks: Ranks) -> tuple[s
             ranks.print(f"data.target: {remark}")
         for remark in remarks_on_missing_classes(sources.evaluation_sets, names):
             ranks.print(remark)
+        if ranks.is_main:
+            for remark in remarks_on_untrained_classes(config.evaluate, sources.evaluation_sets, names):
+                logger.warning("%s", remark)
     return names
 
 

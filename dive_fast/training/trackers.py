@@ -64,6 +64,8 @@ class Trackers:
         self._sent: set[tuple[int, str]] = set()
         """Steps and names of the metrics that were sent before the run resumed."""
         self._first_step = self._step = 0
+        self._shown: dict[str, float] = {}
+        """Values of the present step."""
         self._final: dict[str, float] = {}
 
     def start(self, step: int, kept: Iterable[str], logged: Iterable[str]) -> None:
@@ -106,7 +108,11 @@ class Trackers:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Sends metrics of a step, except those that a tracker has."""
-        self._step = max(self._step, step)
+        if step > self._step:
+            self._step, self._shown = step, {}
+        # The results at the end repeat those of an evaluation after the last step.
+        values = {name: value for name, value in values.items() if self._shown.get(name) != value}
+        self._shown |= values
         for process in self._processes:
             is_new = not process.is_known or (process.rewinds and step > self._first_step)
             new = {name: value for name, value in values.items() if is_new or (step, name) not in self._sent}

@@ -27,7 +27,13 @@ from dive_fast.errors import ConfigError, DataError
 from dive_fast.evaluation.classifier import cached_classifier, classifier
 from dive_fast.evaluation.datasets import imagenet
 from dive_fast.evaluation.datasets.evaluation_set import StrictSamples
-from dive_fast.evaluation.datasets.resolve import open_evaluation, open_set, open_sets, remarks_on_missing_classes
+from dive_fast.evaluation.datasets.resolve import (
+    open_evaluation,
+    open_set,
+    open_sets,
+    remarks_on_missing_classes,
+    remarks_on_untrained_classes,
+)
 from dive_fast.evaluation.zero_shot import accuracy, evaluate, measure
 from dive_fast.model.head import Head
 from dive_fast.model.towers import Towers, create, tokenizer_of, unit
@@ -254,6 +260,22 @@ def test_measure_equals_open_clip_on_imagenet_r(folder: Path, tmp_path: Path) ->
     )
     assert_same_metrics(by_head.scores, measured.scores)
     assert (by_head.classifier, by_head.samples) == ("head", 300)
+
+
+def test_untrained_classes_of_the_sets_of_the_target_are_reported(folder: Path) -> None:
+    own = sets(folder)["images"]
+    tree = {"sets": {"val": own | {"role": "id"}, "other": own, "far": own | {"role": "ood"}}}
+    config = EvaluateConfig.model_validate_json(json.dumps(tree))
+    opened = open_sets(config.sets, ALONE)
+    kinds = [f"kind {i}" for i in range(4)]
+    assert remarks_on_untrained_classes(config, opened, kinds) == []
+    (line,) = remarks_on_untrained_classes(config, opened, kinds[1:])
+    assert line.startswith(
+        "evaluate.sets.val.role: 1 of the 4 classes of val are none of data.target, e.g. 'kind 0'"
+    )
+    selecting = config.model_copy(update={"select": "other"})
+    keys = [line.split(":")[0] for line in remarks_on_untrained_classes(selecting, opened, kinds[1:])]
+    assert keys == ["evaluate.sets.val.role", "evaluate.select"]
 
 
 def test_remarks_on_missing_classes_name_one(folder: Path) -> None:

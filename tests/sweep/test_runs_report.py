@@ -87,6 +87,14 @@ def test_other_path_is_other_data_unless_contents_are_equal(tmp_path: Path) -> N
     assert len(compare_runs(read_runs([tmp_path])).columns) == 1
 
 
+def test_runs_of_other_training_data_are_named(tmp_path: Path) -> None:
+    for name, content in {"a": "first", "b": "first", "c": "changed"}.items():
+        path = write_run(tmp_path / name, [row("val", 0.8)]) / "config.json"
+        target = {"identity": {"model": {"weights": "same"}, "data": {"target": {"content": content}}}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | target))
+    assert compare_runs(read_runs([tmp_path])).remarks == ("Not the same data.target: a, b | c.",)
+
+
 def test_runs_without_results_are_listed_with_the_reason(tmp_path: Path) -> None:
     write_run(tmp_path / "good", [row("val", 0.8), row("ood", None, "ood")])
     (write_run(tmp_path / "half", None) / "metrics.jsonl").write_text('{"step": 40, "loss": 1}\n{"ste')

@@ -194,3 +194,18 @@ def test_progress_names_the_step_of_its_values(tmp_path: Path, capsys: pytest.Ca
     line = capsys.readouterr().err
     assert line.startswith("train: 3/10 [")
     assert ", step 1: loss=0.5, u=2, img/s=" in line
+
+
+def test_trackers_get_results_only_of_the_weights_of_their_step(tmp_path: Path) -> None:
+    logged: list[tuple[int, dict[str, float]]] = []
+    trackers = SimpleNamespace(
+        start=lambda *_: None,
+        log=lambda *line: logged.append(line),
+        summarize=lambda final: logged.append((0, final)),
+    )
+    metrics = make_metrics(tmp_path, 0, {}, None, trackers)
+    metrics.write(STEPS, {"accuracy/val": 0.5})
+    metrics.close(STEPS, {"accuracy/val": 0.75, "best_step": 5.0})
+    assert logged[0] == (STEPS, {"accuracy/val": 0.5})
+    assert [(step, values["accuracy/val"]) for step, values in logged[1:]] == [(0, 0.75)]
+    assert lines(tmp_path)[-1]["accuracy/val"] == 0.75

@@ -72,6 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, environment: None) -> Path:
             resumed.log(step, {"accuracy/val": 0.4})
     final = {"weights_step": 5, "accuracy/val": 0.7}
     resumed.log(5, {"accuracy/val": 0.7})
+    resumed.log(5, {"accuracy/val": 0.7, "weights_step": 5.0})  # the end repeats the last evaluation
     resumed.summarize(final)
     resumed.close("finished")
     logged += [line(5, loss=0.2, gradient_norm=1.0), line(5, **{"accuracy/val": 0.7})]

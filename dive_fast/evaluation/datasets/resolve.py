@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from dive_fast.config.schema import EvaluationSet, Metric
+from dive_fast.config.schema import EvaluateConfig, EvaluationSet, Metric
 from dive_fast.data.classes import imagenet_rows, join_names, remarks
 from dive_fast.data.open_dataset import open_captioned, open_target
 from dive_fast.data.prompts import Template
@@ -140,5 +140,23 @@ def remarks_on_missing_classes(opened: Opened, target: Sequence[str]) -> list[st
             lines.append(
                 f"evaluate.sets.{name} has {len(set(data.class_names))} of the {len(set(target))} classes of "
                 f"data.target: {missing!r}, for example, is never predicted there"
+            )
+    return lines
+
+
+def remarks_on_untrained_classes(config: EvaluateConfig, opened: Opened, target: Sequence[str]) -> list[str]:
+    """A line for each set that measures the target itself, and has classes that the target lacks.
+
+    Args:
+        target: class names of the training set.
+    """
+    lines = []
+    for name, data in opened.items():
+        is_target = name == config.select or config.sets[name].role == "id"
+        if is_target and isinstance(data, Labelled) and (extra := sorted(set(data.class_names) - set(target))):
+            key = "evaluate.select" if name == config.select else f"evaluate.sets.{name}.role"
+            lines.append(
+                f"{key}: {len(extra)} of the {len(set(data.class_names))} classes of {name} are none of "
+                f"data.target, e.g. {extra[0]!r}: not trained; if only names differ, use the same class_names"
             )
     return lines
