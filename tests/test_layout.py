@@ -24,4 +24,7 @@ def test_every_folder_is_installed() -> None:
     packages = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {path.parent for path in (REPOSITORY / "dive_fast").rglob("__init__.py")}
     names = {".".join(folder.relative_to(REPOSITORY).parts) for folder in folders}
-    assert sorted(packages) == sorted(names | {"dive_fast.kernels", "dive_fast.launch"})
+    mapped = {"dive_fast.kernels", "dive_fast.launch"}
+    # Folders of data files, which setuptools takes for packages without code.
+    data = {"dive_fast.demo.model", "dive_fast.launch.configs"}
+    assert sorted(packages) == sorted(names | mapped | data)
