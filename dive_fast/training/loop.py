@@ -187,6 +187,8 @@ def _loop(run: Run, watch: Watch, trackers: Trackers) -> dict[str, float]:
             if is_due:
                 evaluate(manifest.checkpoint_path(checkpoints, step) if saver.newest == step else None)
         consensus.settle()
+    if start < step < run.total_steps:
+        ranks.print(f"stops after step {step} of {run.total_steps}: {validation.patience_in_words}")
     watch.set_phase(step, "end", is_saved=True)
     results, report = validation.finish(step)
     final = metrics.close(step, results)

@@ -55,6 +55,12 @@ class Validation:
         """Whether ``evaluate.patience`` has run out."""
         return self._options.patience is not None and self._since_best >= self._options.patience
 
+    @property
+    def patience_in_words(self) -> str:
+        """The reason of an early stop."""
+        evaluations = f"{self._since_best} evaluation{'s' * (self._since_best != 1)}"
+        return f"{evaluations} without a better accuracy on {self._options.select} (evaluate.patience)"
+
     def is_due(self, step: int) -> bool:
         """Whether an evaluation follows ``step`` steps; with ``evaluate.select`` one follows the last step too."""
         is_last = step == self._run.total_steps and self._options.select is not None

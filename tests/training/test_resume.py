@@ -686,8 +686,9 @@ def test_best_weights_of_a_later_step_are_kept(validated: dict[str, Any]) -> Non
 
 
 def test_raised_patience_resumes_a_stopped_run(validated: dict[str, Any]) -> None:
-    (_, first, *_), (again, second, *_), (raised, third, best, is_best) = validated["patience"]
+    (stopped, first, *_), (again, second, *_), (raised, third, best, is_best) = validated["patience"]
     assert first == second == [1, 2, 2]
+    assert "stops after step 2 of 5: 1 evaluation without a better accuracy on " in stopped
     assert "already complete: step 2 of 5, evaluate.patience ran out" in again
     assert "continues after step 2 of 5" in raised
     assert third == [1, 2, 3, 4, 4]
