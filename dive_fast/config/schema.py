@@ -409,8 +409,8 @@ MONITORS = {
 
 
 def _as_list(names: Any) -> Any:
-    """One name as a list, as ``track=wandb`` on the command line has it; without repetitions."""
-    names = [names] if isinstance(names, str) else names
+    """Names as a list, as ``track=wandb`` or ``track=[wandb,mlflow]`` on the command line; without repetitions."""
+    names = [name.strip() for name in names.strip("[]").split(",")] if isinstance(names, str) else names
     return (
         list(dict.fromkeys(names)) if isinstance(names, list) and all(isinstance(n, str) for n in names) else names
     )

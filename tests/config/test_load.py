@@ -488,3 +488,10 @@ def test_home_folder_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch) 
     assert config.data.target.image_root == "/home/someone"
     assert config.data.target.templates == "~{}~/x"
     assert (config.train.output, config.train.resume) == ("/home/someone/runs/a", "auto")
+
+
+@pytest.mark.parametrize(
+    "override", ["track=wandb, mlflow", "track=[wandb,mlflow]", 'track=["wandb","mlflow","wandb"]']
+)
+def test_trackers_are_a_list_of_names(override: str) -> None:
+    assert load_run_config("demo", [override], CONFIGS).track == ["wandb", "mlflow"]
