@@ -41,12 +41,12 @@ def class_files(target: Target, class_names: str | None, output: Path) -> ClassF
             _require_names(data, names.names)
             files.path_of[split] = str(path)
         else:
-            own = Path(f"{output.with_suffix('')}_{split}_classes.txt")
+            split_file = Path(f"{output.with_suffix('')}_{split}_classes.txt")
             cleaned = prompt_names(data.source.class_names).names
             listed = [
                 name_of.get(folder, name) for folder, name in zip(data.source.class_names, cleaned, strict=True)
             ]
-            files.path_of[split], files.texts[own] = str(own), class_file_text(listed)
+            files.path_of[split], files.texts[split_file] = str(split_file), class_file_text(listed)
     return files
 
 

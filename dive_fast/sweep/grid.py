@@ -219,10 +219,10 @@ def plan(
             raise ConfigError(f"--over: {describe(known[content])} and {describe(values)} are the same settings")
         known[content] = values
         name = run_name({labels[key]: values[key] for key in varied})
-        own = [_path_override("train.output", output / name)]
-        own += [] if cache is None else [_path_override(CACHE, cache)]
+        paths = [_path_override("train.output", output / name)]
+        paths += [] if cache is None else [_path_override(CACHE, cache)]
         label = describe({key: values[key] for key in varied})
-        runs.append(Planned(name, values, (*chosen, *own), digest([content, *own]), label))
+        runs.append(Planned(name, values, (*chosen, *paths), digest([content, *paths]), label))
     names = [run.name.lower() for run in runs]
     if repeated := next((run.name for run in runs if names.count(run.name.lower()) > 1), None):
         raise ConfigError(

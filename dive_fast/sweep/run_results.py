@@ -70,7 +70,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunResult]:
     Several lines may have the same folder: its report, and other weights that ``dive-fast evaluate`` has measured.
     """
     results: list[RunResult] = []
-    for folder in dict.fromkeys(path for given in folders for path in _expanded(given)):
+    for folder in dict.fromkeys(path for pattern in folders for path in _expanded(pattern)):
         results += read_folder(folder)
     return _with_unique_names(results)
 
