@@ -75,6 +75,7 @@ def make_engine(seed: int = 0, updates: int = 0) -> Any:
         deepspeed=SimpleNamespace(optimizer=optimizer),
         method=SimpleNamespace(state=lambda: average),
         teacher=None,
+        average=None,
         scale=LossScale("fp16", torch.device("cpu")),
         set_step=steps.append,
         steps=steps,

@@ -151,10 +151,15 @@ def test_signal_is_passed_on_once_and_ends_the_sweep(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
-    thread.start()
-    with stopped.handling_signals(), pytest.raises(Interrupted):
-        stopped.run(planned("run"), folder)
-    thread.join()
+    # A shell starts background processes with the signal ignored, and then the sweep ignores it too.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        thread.start()
+        with stopped.handling_signals(), pytest.raises(Interrupted):
+            stopped.run(planned("run"), folder)
+        thread.join()
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert last_line(folder / "log.txt") == "got it"
     with pytest.raises(Interrupted):
         stopped.run(planned("other"), tmp_path / "other")

@@ -359,7 +359,7 @@ def test_adopt_that_fails_audit_keeps_existing_cache(
 ) -> None:
     folder, cache = write(tmp_path / "foreign", noisy(rows, 0.01), "float16"), tmp_path / "cache"
     message = (
-        r"image rows differ by .*; teacher.tolerance allows 1e-03, nothing is adopted. Most likely other weights"
+        r"differ by at most .*; teacher.tolerance allows 1e-03, nothing is adopted. Most likely other weights"
     )
     with pytest.raises(CacheError, match=message):
         adopt(tree, towers, folder, cache, dtype="float16")

@@ -871,7 +871,7 @@ def test_open_prepared_skips_empty_captions_of_old_sets(tmp_path: Path) -> None:
     [
         (["--format", "folder", "--pairs"], "--pairs is for --format csv; remove it"),
         (["--format", "webdataset", "--image-root", "x"], "--image-root is for --format csv; remove it"),
-        (["--format", "csv", "--name", "x"], "--name is for --format torchvision and wilds; remove it"),
+        (["--format", "csv", "--name", "x"], "--name is for --format torchvision or wilds; remove it"),
         (
             ["--format", "folder", "--split", "val"],
             "--split is for --format huggingface or torchvision or wilds; remove it",
