@@ -3,20 +3,19 @@
 Under a launcher (``torchrun script.py``) every rank calls them; otherwise they use one GPU, or the CPU.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-# Before DeepSpeed is imported, which otherwise warns on a machine without a GPU.
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+from dive_fast.distributed import Ranks, join, use_cpu_without_gpu
+
+# Before the imports below, which import DeepSpeed.
+use_cpu_without_gpu()
 
 from dive_fast.config.schema import EvaluateConfig, EvaluationSet, ModelConfig
 from dive_fast.config.shipped import CONFIGS
-from dive_fast.distributed import Ranks, join
 from dive_fast.evaluation import zero_shot
 from dive_fast.evaluation.geometry import compare as geometry
 from dive_fast.evaluation.geometry.embed import describe_pairs

@@ -265,6 +265,15 @@ def join(timeout: float = START_TIMEOUT) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
+def use_cpu_without_gpu() -> None:
+    """Sets DeepSpeed's accelerator to the CPU if there is no GPU; its import would warn otherwise.
+
+    To be called before anything imports DeepSpeed.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def _uses_cuda() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 

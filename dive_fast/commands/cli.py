@@ -42,6 +42,17 @@ def parser(description: str | None, example: str, required: bool = True) -> argp
     return config_parser
 
 
+def add_kept(group: argparse._ActionsContainer) -> None:
+    """Adds ``--kept``, the sets that a comparison of runs weighs against the ID set."""
+    group.add_argument(
+        "--kept",
+        nargs="+",
+        metavar="SET",
+        help="sets whose mean is what is kept (`probe`: all of the probe); default: OOD and zero-shot sets, R@1 "
+        "and RSA of the probe",
+    )
+
+
 class _Parser(argparse.ArgumentParser):
     """Argument parser that says where configs come from if ``--config`` is missing."""
 
@@ -90,21 +101,12 @@ def load_config(name: str, overrides: Sequence[str], announcement: str = "") -> 
             print(remark, file=sys.stderr)
         if announcement:
             print(announcement, flush=True)
+    from dive_fast.distributed import use_cpu_without_gpu
+
     use_cpu_without_gpu()
     from dive_fast.methods.run_config import load_run_config
 
     return load_run_config(name, overrides, CONFIGS)
-
-
-def use_cpu_without_gpu() -> None:
-    """Sets DeepSpeed's accelerator to the CPU if there is no GPU; its import would warn otherwise.
-
-    To be called before anything imports DeepSpeed.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def run_folder(output: str | None, config: str) -> Path:

@@ -55,9 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
         )
         defaults = config.evaluate if config is not None else EvaluateConfig()
         weights = _weights(options, config)
-        cli.use_cpu_without_gpu()
+        from dive_fast.distributed import join, use_cpu_without_gpu
+
+        use_cpu_without_gpu()
         from dive_fast.checkpoint.load_weights import head_of, load_into
-        from dive_fast.distributed import join
         from dive_fast.evaluation import evaluator, plots, published
         from dive_fast.evaluation.datasets.catalog import expand_suites
         from dive_fast.evaluation.early_checks import check_output

@@ -21,13 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--id", metavar="SET", help="set of the horizontal axis; default: the ID set that most runs have"
     )
-    parser.add_argument(
-        "--kept",
-        nargs="+",
-        metavar="SET",
-        help="sets whose mean is what is kept (`probe`: all of the probe); default: OOD and zero-shot sets, R@1 "
-        "and RSA of the probe",
-    )
+    cli.add_kept(parser)
     options = parser.parse_intermixed_args(arguments)
 
     from dive_fast.errors import UserError

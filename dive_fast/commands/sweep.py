@@ -177,13 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     choice.add_argument(
         "--id", metavar="SET", help="ID validation; default: evaluate.select, or the first set of role id"
     )
-    choice.add_argument(
-        "--kept",
-        nargs="+",
-        metavar="SET",
-        help="sets whose mean is what is kept (`probe`: all of the probe); default: OOD and zero-shot sets, R@1 "
-        "and RSA of the probe",
-    )
+    cli.add_kept(choice)
     choice.add_argument(
         "--within",
         type=_margin,

@@ -4,12 +4,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dive_fast.data.sources.source import Sample, Source
+from dive_fast.data.sources.source import LazySamples, Sample, Source
 
 _NEW_LINE = re.compile(r"\r\n|\r|\n")
 """Ends of lines; ``str.splitlines`` also splits at form feeds and Unicode separators."""
@@ -24,8 +23,8 @@ def lines(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(captions)
 
 
-class CaptionedSamples(Sequence[Sample]):
-    """Samples whose texts are split into lines on access, so that millions need no memory."""
+class CaptionedSamples(LazySamples):
+    """Samples whose texts are split into lines on access."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self._samples = samples
@@ -33,14 +32,8 @@ class CaptionedSamples(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._samples)
 
-    @overload
-    def __getitem__(self, row: int) -> Sample: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[Sample]: ...
-    def __getitem__(self, row: int | slice) -> Sample | list[Sample]:
-        """The sample of a row, or the samples of a slice of rows."""
-        if isinstance(row, slice):
-            return [self[i] for i in range(*row.indices(len(self)))]
+    def sample(self, row: int) -> Sample:
+        """The sample of a row, with its lines as texts."""
         sample = self._samples[row]
         captions = lines(sample.texts)
         return sample if captions == sample.texts else replace(sample, texts=captions)

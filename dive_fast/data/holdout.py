@@ -9,12 +9,12 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, overload
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dive_fast.data.sources.source import Sample, Source
+from dive_fast.data.sources.source import LazySamples, Sample, Source
 from dive_fast.errors import DataError
 
 Part = Literal["train", "held_out"]
@@ -84,7 +84,7 @@ def num_held_out(count: int, share: float) -> int:
     return min(count - 1, max(1, int(count * share + 0.5)))
 
 
-class _Rows(Sequence[Sample]):
+class _Rows(LazySamples):
     """Some rows of a sequence of samples, which are created only on access where the sequence does so."""
 
     def __init__(self, samples: Sequence[Sample], rows: NDArray[np.int64]) -> None:
@@ -93,14 +93,8 @@ class _Rows(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, row: int) -> Sample: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[Sample]: ...
-    def __getitem__(self, row: int | slice) -> Sample | list[Sample]:
-        """The sample of a row, or the samples of a slice of rows."""
-        if isinstance(row, slice):
-            return [self._samples[i] for i in self._rows[row].tolist()]
+    def sample(self, row: int) -> Sample:
+        """The sample of one of the rows."""
         return self._samples[int(self._rows[row])]
 
 

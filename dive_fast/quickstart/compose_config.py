@@ -169,7 +169,7 @@ def _evaluate(choices: Choices, comments: dict[str, str]) -> dict[str, Any]:
         sets["val"] = _measured(target.val, choices, "val", {})
     if target.test is not None:
         sets["test"] = _measured(target.test, choices, "test", {})
-        comments["evaluate.sets.test"] = "Measured at the end alone: a set that chooses weights is no test."
+        comments["evaluate.sets.test"] = "Measured at the end alone: a set that chooses weights is not a test."
     section: dict[str, Any] = {}
     comments["evaluate.workers"] = "Loader processes on each GPU."
     if not sets:

@@ -84,10 +84,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_mistake_noticed_while_training_names_key_and_origin(
     folder: Path, overrides: list[str], message: str
 ) -> None:
-    given = [override.format(folder=folder) for override in overrides]
+    formatted = [override.format(folder=folder) for override in overrides]
     environment = {"DS_ACCELERATOR": "cpu"}
     result = run_script(
-        "launch/train.py", "--config", str(folder / "mine.yaml"), *given, cwd=ROOT, environment=environment
+        "launch/train.py", "--config", str(folder / "mine.yaml"), *formatted, cwd=ROOT, environment=environment
     )
     assert result.returncode == 2, result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]

@@ -263,8 +263,8 @@ def test_measure_equals_open_clip_on_imagenet_r(folder: Path, tmp_path: Path) ->
 
 
 def test_untrained_classes_of_the_sets_of_the_target_are_reported(folder: Path) -> None:
-    own = sets(folder)["images"]
-    tree = {"sets": {"val": own | {"role": "id"}, "other": own, "far": own | {"role": "ood"}}}
+    section = sets(folder)["images"]
+    tree = {"sets": {"val": section | {"role": "id"}, "other": section, "far": section | {"role": "ood"}}}
     config = EvaluateConfig.model_validate_json(json.dumps(tree))
     opened = open_sets(config.sets, ALONE)
     kinds = [f"kind {i}" for i in range(4)]

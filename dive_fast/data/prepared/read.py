@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from dive_fast.data.prepared.format import (
     read_manifest,
     select_rows,
 )
-from dive_fast.data.sources.source import EMPTY_CAPTION, Sample, Skipped, Source, locate
+from dive_fast.data.sources.source import EMPTY_CAPTION, LazySamples, Sample, Skipped, Source, locate
 from dive_fast.errors import DataError
 
 
@@ -126,8 +125,8 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             )
 
 
-class PreparedSamples(Sequence[Sample]):
-    """Samples that are created from rows of the index on access, so that millions need no memory."""
+class PreparedSamples(LazySamples):
+    """Samples that are created from rows of the index."""
 
     def __init__(self, index: Index, files: Sequence[Path]) -> None:
         self._index = {name: tensor.numpy() for name, tensor in index.items() if name != "tokens"}
@@ -136,17 +135,8 @@ class PreparedSamples(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._index["offset"])
 
-    @overload
-    def __getitem__(self, row: int) -> Sample: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[Sample]: ...
-    def __getitem__(self, row: int | slice) -> Sample | list[Sample]:
-        """The sample of a row, or the samples of a slice of rows."""
-        if isinstance(row, slice):
-            return [self[i] for i in range(*row.indices(len(self)))]
-        if not -len(self) <= row < len(self):
-            raise IndexError(row)
-        row %= len(self)
+    def sample(self, row: int) -> Sample:
+        """The sample of a row of the index."""
         index = self._index
         texts = self._string("text", row)
         return Sample(

@@ -7,12 +7,13 @@ sharding and resume are therefore exact. Every sample that a reader leaves out i
 
 import hashlib
 import logging
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +59,26 @@ class Skipped(NamedTuple):
 
     key: str
     reason: str
+
+
+class LazySamples(ABC, Sequence[Sample]):
+    """Samples that are created on access, so that millions need no memory."""
+
+    @abstractmethod
+    def sample(self, row: int) -> Sample:
+        """The sample of a row in [0, N)."""
+
+    @overload
+    def __getitem__(self, row: int) -> Sample: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Sample]: ...
+    def __getitem__(self, row: int | slice) -> Sample | list[Sample]:
+        """The sample of a row, or the samples of a slice of rows."""
+        if isinstance(row, slice):
+            return [self.sample(i) for i in range(*row.indices(len(self)))]
+        if not -len(self) <= row < len(self):
+            raise IndexError(row)
+        return self.sample(row % len(self))
 
 
 @dataclass(frozen=True)
