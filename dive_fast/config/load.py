@@ -134,7 +134,11 @@ class _Layers:
     def _drop_rule_options(self, layer: Any) -> None:
         """Removes the options of the projection below, which belong to its rule, where a layer names another."""
         below = self.tree.get("projection")
-        if isinstance(layer, dict) and isinstance(below, dict) and layer.get("name", below.get("name")) != below.get("name"):
+        if (
+            isinstance(layer, dict)
+            and isinstance(below, dict)
+            and layer.get("name", below.get("name")) != below.get("name")
+        ):
             self.tree["projection"] = {"name": layer["name"]}
 
     def _name_in_section(self, half: str) -> None:

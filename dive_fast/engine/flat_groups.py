@@ -65,18 +65,14 @@ def _replicated(
     groups = []
     for index, group in enumerate(optimizer.param_groups):
         parameters = list(group["params"])
-        segments = [
-            Segment(names[id(p)], 0, p.detach().view(-1), _gradient(p, slice(None))) for p in parameters
-        ]
+        segments = [Segment(names[id(p)], 0, p.detach().view(-1), _gradient(p, slice(None))) for p in parameters]
 
         def new_state(key: str, parameters: list[Tensor] = parameters) -> list[Tensor]:
             return [states.zeros(key, parameter).view(-1) for parameter in parameters]
 
         shapes = {names[id(p)]: p.shape for p in parameters}
         device = parameters[0].device
-        groups.append(
-            (id(parameters[0]), FlatGroup(index, shapes, segments, device, lambda _: None, new_state))
-        )
+        groups.append((id(parameters[0]), FlatGroup(index, shapes, segments, device, lambda _: None, new_state)))
     return groups
 
 

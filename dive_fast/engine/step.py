@@ -40,7 +40,16 @@ from dive_fast.engine.weight_average import WeightAverage
 from dive_fast.engine.weight_projection import WeightProjection
 from dive_fast.errors import ConfigError
 from dive_fast.methods import registry
-from dive_fast.methods.method import HeadOptions, ImageInfo, Loss, Method, Part, TeacherOutputs, join_metrics, overrides
+from dive_fast.methods.method import (
+    HeadOptions,
+    ImageInfo,
+    Loss,
+    Method,
+    Part,
+    TeacherOutputs,
+    join_metrics,
+    overrides,
+)
 from dive_fast.model import fast_blocks
 from dive_fast.model.features import Features, Outputs, Pairs
 from dive_fast.model.towers import Towers

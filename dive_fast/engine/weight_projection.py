@@ -1,6 +1,6 @@
 """A method in weight space on DeepSpeed: hooks around the optimizer's step, anchors, metrics and checkpointed state."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -117,18 +117,18 @@ class WeightProjection:
             | {f"{CHECKSUM}/{name}": value for name, value in self._checksums().items()}
         )
 
-    def load(self, read: Callable[[str], Tensor], updates: int) -> None:
+    def load(self, state: Mapping[str, Tensor], updates: int) -> None:
         """Restores the state; the previous deviations are restored with the optimizer's moments.
 
         Args:
-            read: returns a stored tensor of :meth:`state` by its name, on the device.
+            state: as of :meth:`state`, on the device.
             updates: updates that were applied.
 
         Raises:
             ConfigError: an anchor differs from that of the run that wrote the checkpoint.
         """
         for name, anchor in self._head_anchors.items():
-            anchor.copy_(read(f"{ANCHOR}/{name}"))
+            anchor.copy_(state[f"{ANCHOR}/{name}"])
         for group in self.groups:
             for segment, anchor in zip(group.segments, group.anchors, strict=True):
                 if segment.name in self._head_anchors:
@@ -136,16 +136,16 @@ class WeightProjection:
                     anchor.copy_(flat[segment.start : segment.start + len(anchor)])
             group.updates.fill_(updates)
         for name, value in self._checksums().items():
-            if int(read(f"{CHECKSUM}/{name}")) != int(value):
+            if int(state[f"{CHECKSUM}/{name}"]) != int(value):
                 raise ConfigError(
                     f"projection: the weights that {name} starts from differ from those of the run that wrote the "
                     "checkpoint; start it again from the same pre-trained weights"
                 )
         for name, value in self._values():
-            value.copy_(read(f"{VALUES}/{name}"))
+            value.copy_(state[f"{VALUES}/{name}"])
         for group in self.groups:
             for name, rows in group.full_rows():
-                rows.copy_(read(f"{ROWS}/{name}"))
+                rows.copy_(state[f"{ROWS}/{name}"])
 
     @torch.no_grad()
     def _before(self, optimizer: Any, *_: Any) -> None:

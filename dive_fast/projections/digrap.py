@@ -34,7 +34,9 @@ class DiGraP(Projection):
     """Projects gradients that lead away from the anchor, as far as a learned strength says."""
 
     name, title = "digrap", "DiGraP"
-    summary = "Removes from each gradient, by a learned share, the part that leads away from the pre-trained weights."
+    summary = (
+        "Removes from each gradient, by a learned share, the part that leads away from the pre-trained weights."
+    )
     values = ("omega", "mean", "square", "previous_product", "previous_square")
     strength = "omega"
 
