@@ -210,8 +210,8 @@ class ProjectionConfig(Section):
     model_config = ConfigDict(extra="allow")
 
     name: str = NO_PROJECTION
-    """`none`, or one of the rules listed below with their options, which stand in this section. They act around each
-    update and need all weights on the GPUs: ZeRO 0, 1 or 2 without offload."""
+    """`none`, or one of the rules listed below with their options, which stand in this section. They act around
+    each update and need all weights on the GPUs: ZeRO 0, 1 or 2 without offload."""
 
 
 class TeacherConfig(Section):

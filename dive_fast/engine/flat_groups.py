@@ -1,4 +1,4 @@
-"""Parameter groups of torch's AdamW under ZeRO 0 to 2, as :class:`dive_fast.projections.projection.FlatGroup`.
+"""Parameter groups of torch's AdamW under ZeRO 0 to 2, as :class:`dive_fast.projections.flat_group.FlatGroup`.
 
 ZeRO 1 and 2 call the optimizer once for each group, whose only tensor is this rank's flat fp32 part. DeepSpeed
 then gathers the parts, so that changes made by a hook reach all ranks. ZeRO-0 calls it once with all parameters.
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dive_fast.projections.projection import FlatGroup, Segment
+from dive_fast.projections.flat_group import FlatGroup, Segment
 
 
 class States:

@@ -422,8 +422,8 @@ def check_projection(section: dict[str, Any], projection: ProjectionConfig) -> N
         stage = zero_section(section).get("stage", 0)
         option = "offload_optimizer" if stage < 3 else f"stage = {stage}"
         raise ConfigError(
-            f"deepspeed.zero_optimization.{option}: projection.name = {projection.name} changes weights on the GPUs "
-            "around each update; use stage 0, 1 or 2 without offload"
+            f"deepspeed.zero_optimization.{option}: projection.name = {projection.name} needs the optimizer's "
+            "weights on each rank's device; use stage 0, 1 or 2 without offload"
         )
 
 

@@ -1,4 +1,4 @@
-"""A method in weight space on DeepSpeed: hooks around the optimizer's step, anchors, metrics and checkpointed state."""
+"""A method in weight space on DeepSpeed: hooks around the optimizer's step, anchors, metrics and saved state."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,7 +10,8 @@ from dive_fast.engine.flat_groups import States, flat_groups
 from dive_fast.errors import ConfigError
 from dive_fast.kernels.backend import Backend
 from dive_fast.projections.anchored_group import AnchoredGroup
-from dive_fast.projections.projection import FlatGroup, Projection
+from dive_fast.projections.flat_group import FlatGroup
+from dive_fast.projections.projection import Projection
 
 HEAD = "head."
 """Prefix of the parameters whose anchor a resumed run cannot build again, so that checkpoints store it."""
@@ -60,7 +61,7 @@ class WeightProjection:
         self.left_out = tuple(name for name in shapes if not takes_part(name))
         """Names of the tuned parameters that do not take part."""
         kept = [(first, group) for first, group in groups if any(map(takes_part, group.shapes))]
-        self.groups = [AnchoredGroup(group, takes_part, rule, backend) for _, group in kept]
+        self.groups = [AnchoredGroup(group, takes_part, rule.layout, backend) for _, group in kept]
         """The parameter groups with at least one tensor that takes part."""
         self._flat_groups = [(first, group, anchored) for (first, group), anchored in zip(kept, self.groups)]
         parameters = dict(towers.named_parameters())

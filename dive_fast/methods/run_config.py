@@ -18,7 +18,7 @@ from dive_fast.projections import registry as projections
 
 
 class RunConfig(Config):
-    """A config whose ``objective`` and ``projection`` are validated by the methods' options, which are filled in."""
+    """A config whose ``objective`` and ``projection`` are validated by their methods; options are filled in."""
 
     @model_validator(mode="after")
     def _check_objective(self) -> "RunConfig":

@@ -2,18 +2,28 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dive_fast.kernels import Deviations, Slots
 from dive_fast.kernels.backend import Backend
-from dive_fast.projections.projection import FlatGroup, Projection
+from dive_fast.projections.flat_group import FlatGroup
 
 PREVIOUS = "previous_deviation"
 """Key of the deviation of the previous update in the optimizer's state."""
 _CHUNK = 256
 """Rows that are summed at once."""
+
+
+class Layout(NamedTuple):
+    """What a group keeps and sums for a rule; see the attributes of ``Projection``."""
+
+    values: tuple[str, ...] = ()
+    by_rows: bool = False
+    keeps_previous: bool = False
+    keeps_rows: bool = False
 
 
 class AnchoredGroup:
@@ -24,7 +34,7 @@ class AnchoredGroup:
     """
 
     def __init__(
-        self, group: FlatGroup, takes_part: Callable[[str], bool], rule: Projection, backend: Backend = "auto"
+        self, group: FlatGroup, takes_part: Callable[[str], bool], layout: Layout, backend: Backend = "auto"
     ) -> None:
         """Copies the anchors: the weights as they are now.
 
@@ -38,24 +48,24 @@ class AnchoredGroup:
         """``(n,)`` fp32 for each segment."""
         self.num_rows = {name: _num_rows(shape) for name, shape in self.shapes.items()}
         previous = None
-        if rule.keeps_previous:
+        if layout.keeps_previous:
             states = group.new_state(PREVIOUS)
             previous = [
                 state for segment, state in zip(group.segments, states, strict=True) if segment.name in self.shapes
             ]
-        slots = self._slots(rule.by_rows)
+        slots = self._slots(layout.by_rows)
         weights = [segment.weights for segment in self.segments]
         self._deviations = Deviations(weights, self.anchors, slots, previous, backend)
-        self._by_rows, self._names = rule.by_rows, {name: index for index, name in enumerate(rule.values)}
-        self.values = self._zeros(len(self.shapes), len(rule.values))
-        """``(P, k)``, the rule's numbers of each tensor, in the order of ``rule.values``."""
-        self.row_norms = self._zeros(sum(self.num_rows.values())) if rule.keeps_rows else None
+        self._by_rows, self._names = layout.by_rows, {name: index for index, name in enumerate(layout.values)}
+        self.values = self._zeros(len(self.shapes), len(layout.values))
+        """``(P, k)``, the rule's numbers of each tensor, in the order of ``Layout.values``."""
+        self.row_norms = self._zeros(sum(self.num_rows.values())) if layout.keeps_rows else None
         """``(R,)``, a number of each row that the rule keeps from one update to the next."""
         self.updates = self._zeros()
         """``()``, updates that were applied."""
         self.measures: dict[str, Tensor] = {}
         """Numbers of the last step: ``(P,)`` for each tensor. ``squares`` are those of d."""
-        if rule.by_rows:
+        if layout.by_rows:
             self._tensor_of_row = self._indices(
                 [index for index, rows in enumerate(self.num_rows.values()) for _ in range(rows)]
             )
@@ -79,7 +89,7 @@ class AnchoredGroup:
         return self._group.skipped.to(self._group.device) == 0
 
     def sums(self, *products: str, with_gradients: bool = True) -> tuple[Tensor, ...]:
-        """Sums over complete tensors, ``(P,)`` each, or over rows, ``(R,)`` each, as ``Projection.by_rows`` says.
+        """Sums over complete tensors, ``(P,)`` each, or over rows, ``(R,)`` each, as ``Layout.by_rows`` says.
 
         Args:
             products: as of :meth:`dive_fast.kernels.Deviations.sums`.
@@ -102,12 +112,12 @@ class AnchoredGroup:
         return self._reduced(squares)
 
     def add_to_weights(self, coefficients: Tensor, with_squares: bool = False) -> Tensor | None:
-        """``W += c d``, and keeps d where the rule says so; arguments and result as in :meth:`add_to_gradients`."""
+        """``W += c d``, and keeps d where the rule says so; as :meth:`add_to_gradients`."""
         squares = self._deviations.add_to_weights(coefficients, self._group.skipped, with_squares)
         return self._reduced(squares)
 
     def value(self, name: str) -> Tensor:
-        """``(P,)``, a number of the rule, by its name in ``Projection.values``."""
+        """``(P,)``, a number of the rule, by its name in ``Layout.values``."""
         return self.values[:, self._names[name]]
 
     def keep(self, **values: Tensor) -> None:

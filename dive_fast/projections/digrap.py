@@ -1,4 +1,4 @@
-"""DiGraP, Directional Gradient Projection (arXiv 2502.15895): removes the part of G that leads away from the anchor.
+"""DiGraP (arXiv 2502.15895), Directional Gradient Projection: removes what leads G away from the anchor.
 
 ::
 
@@ -8,13 +8,13 @@
             omega <- clamp(omega - AdamStep(h; mu, t), 0, 1)
     a < 0:  G <- G - omega (a / b) d                      otherwise G stays; AdamW on G
 
-omega, one number for each tensor, is learned: where successive gradients agree along d it falls, where they disagree it
-rises. It moves before the gradient is projected.
+omega, one number for each tensor, is learned: where successive gradients agree along d it falls, where they
+disagree it rises. It moves before the gradient is projected.
 
-Certain: the projection, its trigger (figure 1 and the public prototype; the paper's Algorithm 1 reads the other way) and
-omega's range. Reconstructed: ``h`` as the cosine of complete tensors. The prototype sums cosines of rows
-(``cosine = row``), which its code can compute for matrices alone; for it we count all dimensions but the first as a row,
-and a vector as one row. ``direction = current`` replaces d_prev by d, and spares a copy of the weights.
+Certain: the projection, its trigger (figure 1 and the public prototype; the paper's Algorithm 1 reads the other
+way) and omega's range. Reconstructed: ``h`` as the cosine of complete tensors. The prototype sums cosines of rows
+(``cosine = row``), which its code can compute for matrices alone; for it we count all dimensions but the first as
+a row, and a vector as one row. ``direction = current`` replaces d_prev by d, and spares a copy of the weights.
 """
 
 from typing import Any, Literal
@@ -46,8 +46,8 @@ class DiGraP(Projection):
         mu: NonNegativeFloat = 0.5
         """Learning rate of omega; the paper's experiments have 0.01 to 10. At 0 the rule does nothing."""
         cosine: Literal["tensor", "row"] = "tensor"
-        """`tensor`: omega's gradient is the cosine of complete tensors, as the paper writes it. `row`: the sum of the
-        rows' cosines, as the authors' prototype has it."""
+        """`tensor`: omega's gradient is the cosine of complete tensors, as the paper writes it. `row`: the sum of
+        the rows' cosines, as the authors' prototype has it."""
         direction: Literal["previous", "current"] = "previous"
         """`previous`: the cosine is that with the deviation before the last update, as published; it is kept, one
         more fp32 copy of the weights. `current`: with the present one; omega is nearly the same."""

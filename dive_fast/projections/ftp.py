@@ -1,4 +1,4 @@
-"""FTP, Fast Trainable Projection (arXiv 2310.19182): rows of d are cut to a radius that is learned for each tensor.
+"""FTP (arXiv 2310.19182), Fast Trainable Projection: cuts rows of d to a radius that each tensor learns.
 
 ::
 
@@ -9,9 +9,9 @@
             gamma <- clamp(gamma - 1e-2 AdamStep(g), 1e-8, max N)
     W <- W0 + clamp(gamma / N, 0, 1) C;   C_prev, N_prev = C, N
 
-All of it follows the authors' code. The radius is in units of the weights: at CLIP's learning rates it grows faster than
-the weights move, so that the rule binds only where g > 0 persists. Two public programs convert k to an integer, so that
-0.5 runs there as 0.
+All of it follows the authors' code. The radius is in units of the weights: at CLIP's learning rates it grows
+faster than the weights move, so that the rule binds only where g > 0 persists. Two public programs convert k to an
+integer, so that 0.5 runs there as 0.
 """
 
 from typing import Any

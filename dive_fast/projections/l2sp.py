@@ -3,12 +3,12 @@
 ::
 
     L + strength / 2 sum |W - W0|^2                       d = W - W0
-    coupled:    G <- G + strength d                       before AdamW's moments, as SPD's paper states "Adam + L2-SP"
+    coupled:    G <- G + strength d                       before AdamW's moments, as SPD's paper states it
     decoupled:  W <- W - lr u - lr strength d             u: AdamW's step on G
 
-With AdamW the pull of ``coupled`` is divided by the square root of the second moment, so a strength of one form says
-nothing about the other. The paper has a second term for tensors without a pre-trained start, which take no part here.
-``decoupled`` is this project's, after AdamW's weight decay.
+With AdamW the pull of ``coupled`` is divided by the square root of the second moment, so a strength of one form
+says nothing about the other. The paper has a second term for tensors without a pre-trained start, which take no
+part here. ``decoupled`` is this project's, after AdamW's weight decay.
 """
 
 from typing import Any, Literal

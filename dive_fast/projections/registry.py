@@ -1,7 +1,7 @@
 """The methods in weight space by name: from the ``projection`` section of a config to a rule.
 
-Every module of this folder is read once, for its :class:`Projection` classes. A new rule is one new file; nothing is
-listed here.
+Every module of this folder is read once, for its :class:`Projection` classes. A new rule is one new file; nothing
+is listed here.
 """
 
 import importlib

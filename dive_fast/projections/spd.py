@@ -1,14 +1,14 @@
-"""SPD, Selective Projection Decay (arXiv 2411.01713): shrinks d = W - W0 where the loss itself points back to W0.
+"""SPD (arXiv 2411.01713), Selective Projection Decay: shrinks d = W - W0 where the loss points back to W0.
 
 ::
 
     a = <G, d>,  Wn = W - lr u,  e = Wn - W0              u: AdamW's step on G
     if a > 0:   W <- Wn - strength r e,   r = clamp((|e| - |d|) / |e|, 0, 1)
 
-a > 0 says that the descent direction -G leads towards the anchor; r > 0 that the step, which momentum carries on, still
-leads away. All norms are those of complete tensors. The authors' code has lambda, our ``strength``, as its
-``weight_decay``, and no other decay; above 1 / r it overshoots the anchor. Its variant with row-wise L1 norms and the
-rule with a < 0 that a third party shipped, which freezes the radius, are not here.
+a > 0 says that the descent direction -G leads towards the anchor; r > 0 that the step still leads away, carried by
+momentum. All norms are those of complete tensors. The authors' code has lambda, our ``strength``, as its
+``weight_decay``, and no other decay; above 1 / r it overshoots the anchor. Its variant with row-wise L1 norms is
+not here, nor the rule with a < 0 that a third party shipped, which freezes the radius.
 """
 
 from typing import Any
