@@ -7,7 +7,7 @@ from layer_cases import DEVICE
 
 from dive_fast.kernels import Deviations, Slots, naive_deviations
 
-BACKENDS = ("torch",)
+BACKENDS = ("triton", "torch")
 PRODUCTS = ("gd", "dd", "gg", "gp", "pp", "d1")
 # (slot, start, length, elements) of pieces: rows cut at both ends; several pieces of a slot; one element; none.
 PIECES = (
