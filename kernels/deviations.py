@@ -104,8 +104,8 @@ def _store_sums(row, gradient, p_sum, stride, o_run, m_run, COLUMNS: tl.constexp
     """Stores the sums of one run; the address of its gradient may be 0."""
     # All loads come before the first sum, at which warps wait for each other.
     if COLUMNS.gd >= 0 or COLUMNS.dd >= 0 or COLUMNS.d1 >= 0:
-        b_weight = _load(_pointer(tl.load(row), ALIGNED), o_run, m_run)
-        b_d = (b_weight - _load(_pointer(tl.load(row + 1), ALIGNED), o_run, m_run)).to(tl.float64)
+        weight, anchor = _pointer(tl.load(row), ALIGNED), _pointer(tl.load(row + 1), ALIGNED)
+        b_d = (_load(weight, o_run, m_run) - _load(anchor, o_run, m_run)).to(tl.float64)
     if COLUMNS.gp >= 0 or COLUMNS.pp >= 0:
         b_p = _load(_pointer(tl.load(row + 2), ALIGNED), o_run, m_run).to(tl.float64)
     if COLUMNS.gd >= 0 or COLUMNS.gg >= 0 or COLUMNS.gp >= 0:
@@ -132,9 +132,9 @@ def _store_sums(row, gradient, p_sum, stride, o_run, m_run, COLUMNS: tl.constexp
 @triton.jit
 def _add(row, target, b_c, is_added, is_stored, p_square, o_run, m_run, ALIGNED: tl.constexpr):
     """``x <- x + c d``, ``p <- d`` and ``sum d^2`` of one run; without a target, x is W."""
-    weight = _pointer(tl.load(row), ALIGNED)
+    weight, anchor = _pointer(tl.load(row), ALIGNED), _pointer(tl.load(row + 1), ALIGNED)
     b_weight = _load(weight, o_run, m_run)
-    b_d = b_weight - _load(_pointer(tl.load(row + 1), ALIGNED), o_run, m_run)
+    b_d = b_weight - _load(anchor, o_run, m_run)
     b_exact = b_d.to(tl.float64)
     if is_added:
         if target is None:
