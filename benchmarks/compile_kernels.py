@@ -69,8 +69,8 @@ MLP_WIDTHS = (2048, 3072, 4096, 70)
 HEADS = ((12, 64), (16, 80), (5, 14))
 TOKENS = 788
 
-# Sums of DiGraP, with the current deviations too, of SPD before and after the step, of FTP, and all of them.
-PRODUCTS = ("gd dd gg gp", "gd dd gg", "gd dd", "dd", "d1 gp", "gd dd gg gp pp d1")
+# Sums of DiGraP, with the current deviations, and by rows; of SPD before and after a step; of FTP; all of them.
+PRODUCTS = ("gd dd gg gp", "gd dd gg", "gd dd gg gp pp", "gd dd", "dd", "d1 gp dd", "gd dd gg gp pp d1")
 
 
 class Variant(NamedTuple):

@@ -163,7 +163,7 @@ class Deviations:
                 *(weights, anchors, self._slots),
                 *(coefficients, self._previous, skipped, with_squares),
             )
-        factors, skip = coefficients.double(), None if skipped is None else skipped.float()
+        factors, skip = coefficients.double().contiguous(), None if skipped is None else skipped.float()
         previous = self._previous or []
         if self._is_eager([*(gradients or []), factors, skip]):
             addresses = None if gradients is None else self._find_addresses(gradients)

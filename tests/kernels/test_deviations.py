@@ -248,6 +248,17 @@ def test_size_of_blocks_does_not_matter(monkeypatch):
     assert_close(inputs.gradients, before)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_coefficients_may_have_any_strides(name):
+    column, expanded = Inputs(), Inputs()
+    column.coefficients = torch.stack([column.coefficients] * 3, 1)[:, 1]
+    expanded.coefficients = torch.full((), 0.3, device=DEVICE).expand(COUNT)
+    for inputs in (column, expanded):
+        expected = inputs.changed(inputs.gradients)
+        inputs.deviations(name).add_to_gradients(inputs.coefficients, inputs.gradients)
+        assert_close(inputs.gradients, expected)
+
+
 # Triton alone
 
 
