@@ -55,7 +55,7 @@ class AnchoredGroup:
             ]
         slots = self._slots(layout.by_rows)
         weights = [segment.weights for segment in self.segments]
-        self._deviations = Deviations(weights, self.anchors, slots, previous, backend)
+        self._deviations = Deviations(weights, self.anchors, slots, previous, backend, group.device)
         self._by_rows, self._names = layout.by_rows, {name: index for index, name in enumerate(layout.values)}
         self.values = self._zeros(len(self.shapes), len(layout.values))
         """``(P, k)``, the rule's numbers of each tensor, in the order of ``Layout.values``."""
