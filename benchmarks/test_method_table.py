@@ -1,4 +1,4 @@
-"""docs/methods.md has every method, with the options, needs and configs that exist."""
+"""docs/methods.md has every method and every rule in weight space, with the options and configs that exist."""
 
 import json
 import re
@@ -12,9 +12,11 @@ from dive_fast.evaluation import published
 from dive_fast.methods import registry
 from dive_fast.methods.method import Preset
 from dive_fast.methods.run_config import load_run_config
+from dive_fast.projections import registry as projections
 
 TEXT = method_table.DOCUMENT.read_text()
-PRESETS = registry.table().presets
+PRESETS, RULES = registry.table().presets, projections.table()
+WEIGHT_SPACE = TEXT[TEXT.index("## Methods in weight space") : TEXT.index("## Combining losses")]
 UNPUBLISHED = {"avl", "pvl", "cosine", "starft", "tracer_dive"}
 """Methods without published averages over the shifts of ImageNet."""
 OPTION = re.compile(r'`(\w+)` ("\w+"|[\d.]*\d|true|false|null)(?=[,.])')
@@ -81,6 +83,33 @@ def test_example_combines_losses(tmp_path: Path) -> None:
     choice = registry.choose(load_run_config(str(tmp_path / "example.json")).objective)
     assert choice.reference is not None
     assert (choice.target.name, choice.reference.name) == ("carot", "dive")
+
+
+def test_table_of_rules_is_that_of_the_registry() -> None:
+    configs: dict[str, list[str]] = {name: [] for name in RULES}
+    for path in sorted(method_table.CONFIGS.glob("*.json")):
+        if (name := load_run_config(path.name, (), method_table.CONFIGS).projection.name) != NO_PROJECTION:
+            configs[name].append(f"`{path.stem}`")
+    rows = re.findall(r"^\| \[(.*)\]\(#.*\) \| `(\w+)` \| (.*?) \| (\d): ", WEIGHT_SPACE, re.MULTILINE)
+    assert {name: (title, listed) for title, name, listed, _ in rows} == {
+        name: (rule.title, ", ".join(configs[name])) for name, rule in RULES.items()
+    }
+    copies = {name: 1 + rule(rule.Options()).keeps_previous for name, rule in RULES.items()}
+    assert {name: int(count) for _, name, _, count in rows} == copies
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_section_of_a_rule_lists_its_options_and_configs(name: str) -> None:
+    rule = RULES[name]
+    (text,) = re.findall(rf"^### {re.escape(rule.title)}\n(.*?)(?=^##)", WEIGHT_SPACE, re.MULTILINE | re.DOTALL)
+    _, _, listed = " ".join(text.split()).partition("Options: ")
+    options, _, rest = listed.partition("Start from")
+    defaults = {key: field.default for key, field in rule.Options.model_fields.items()}
+    assert {key: json.loads(value) for key, value in OPTION.findall(options)} == defaults
+    named = re.findall(r"`(\w+)`", rest.partition(".")[0])
+    assert named
+    for config in named:
+        assert load_run_config(config, (), method_table.CONFIGS).projection.name == name
 
 
 def test_losses_of_both_halves_are_named() -> None:

@@ -237,7 +237,8 @@ MODELS = {"cifar10": "digest", "pacs": "digest"}
 
 
 def row_of(run: Run, validation: float, **figures: float) -> dict[str, Any]:
-    measured = {name: 0.5 for name in ("id", "ood", "zs", "tiny", "rsa")} | {"seconds": 1.0, "course": []}
+    measured = {name: 0.5 for name in ("id", "ood", "zs", "tiny", "rsa", "distance", "relative_distance")}
+    measured |= {"seconds": 1.0, "course": []}
     norms = {} if run.method == "flyp" else {"u": 1e-3, "v": 1e-3, "m": 1e-4}
     calibration = {metric: dict.fromkeys(("id", "ood"), 0.25) for metric in CALIBRATION}
     return run.key("small", "digest") | measured | norms | calibration | {"validation": validation} | figures
@@ -313,7 +314,7 @@ def test_methods_in_weight_space_are_run_next_to_flyp_and_dive_of_earlier_weight
     assert {run.learning_rate for run in first} == {LEARNING_RATES[0]}
     # Their level is FLYP without decay, from the same weights: the strongest within the margin of it.
     rows += [row | {"model": "new"} for row in grid_rows(UNDECAYED, lambda run: 0.4)]
-    lost = dict(zip(grid_of("flyp_spd"), (0.0, MARGIN, 2 * MARGIN), strict=True))
+    lost = {strength: place * MARGIN for place, strength in enumerate(grid_of("flyp_spd"))}
     rows += [row | {"model": "new"} for row in grid_rows("flyp_spd", lambda run: 0.4 - lost[run.strength])]
     spd = chosen(rows, "cifar10", "flyp_spd", "equal")
     assert spd == Run("cifar10", "flyp_spd", grid_of("flyp_spd")[1], LEARNING_RATES[0])
@@ -407,9 +408,10 @@ def test_options_of_published_sizes_are_rescaled() -> None:
     assert SIZES["small"].steps("pacs") == 150
 
 
-def test_compared_runs_without_calibration_are_measured_again() -> None:
+@pytest.mark.parametrize("missing", [CALIBRATION, ("distance",)])
+def test_compared_runs_without_calibration_or_distance_are_measured_again(missing: tuple[str, ...]) -> None:
     rows = grid_rows("flyp", lambda run: 0.5) + grid_rows("dive", lambda run: 0.5 - (run.strength or 0) * 1e-5)
-    rows = [{name: value for name, value in row.items() if name not in CALIBRATION} for row in rows]
+    rows = [{name: value for name, value in row.items() if name not in missing} for row in rows]
     dive = chosen(rows, "cifar10", "dive", "equal")
     assert dive is not None
     left_out = [row for row in rows if row not in complete(rows)]

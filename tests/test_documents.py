@@ -17,12 +17,13 @@ from dive_fast.config.section import sections
 from dive_fast.errors import ConfigError
 from dive_fast.methods import registry
 from dive_fast.methods.run_config import RunConfig, load_run_config
+from dive_fast.projections import registry as projections
 from dive_fast.sweep.grid import split_values
 
 REPOSITORY = Path(__file__).parents[1]
 TOP = ("benchmarks", "dive_fast", "docs", "examples", "kernels", "launch", "tests", "tools")
-SECTIONS = ("data", "evaluate", "model", "objective", "teacher", "train")
-SUFFIXES = ("json", "jsonl", "md", "npy", "py", "safetensors")
+SECTIONS = ("data", "evaluate", "model", "objective", "projection", "teacher", "train")
+SUFFIXES = ("json", "jsonl", "md", "npy", "png", "py", "safetensors")
 PATH = re.compile(rf"(?<![\w./<-])(?:{'|'.join(TOP)})/[\w./<>*-]*[\w/>*]")
 MODULE = re.compile(r"(?<![\w./])dive_fast(?:\.\w+)+")
 KEY = re.compile(rf"(?<![\w./-])(?:{'|'.join(SECTIONS)})(?:\.(?:\w+|<name>))+")
@@ -102,6 +103,8 @@ def valid_keys() -> frozenset[str]:
         keys |= {place, *(f"{place}.{key}".lstrip(".") for key in section.model_fields)}
     for preset in registry.table().presets.values():
         keys |= {f"objective.{option}" for option in registry.options_of(preset)}
+    for rule in projections.table().values():
+        keys |= {f"projection.{option}" for option in rule.Options.model_fields}
     for half in registry.HALVES:
         parts = getattr(registry.table(), f"{half}s").values()
         keys |= {f"objective.{half}.{key}" for part in parts for key in ("name", *part.Options.model_fields)}

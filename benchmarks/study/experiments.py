@@ -8,7 +8,8 @@ others have one of the learning rates. Two settings of a grid are chosen, and ru
   FLYP's best: the strongest protection that costs no ID accuracy. For methods in weight space it is FLYP without
   weight decay, at their learning rate.
 
-The runs that ``equal`` chooses are compared with calibration; results without it are measured again.
+The runs that ``equal`` chooses are compared with calibration, and those next to methods in weight space with their
+distance from the pre-trained weights; results without these are measured again.
 
 Pre-training on another processor gives other weights, and results of different weights are not compared. Settings
 are taken over: a method whose grid is complete for earlier weights is run at the settings that it chose there.
@@ -186,9 +187,19 @@ def compared_runs(rows: Rows) -> set[Run]:
 
 
 def complete(rows: Rows) -> list[dict[str, Any]]:
-    """The rows without those that lack the calibration of a compared run or of the pre-trained model."""
+    """The rows without those of compared runs, or of the pre-trained model, that lack calibration or distance."""
     needed = compared_runs(rows)
-    return [row for row in rows if "ece" in row or (row["method"] != PRETRAINED and run_of(row) not in needed)]
+    return [
+        row
+        for row in rows
+        if (row["method"] != PRETRAINED and run_of(row) not in needed)
+        or ("ece" in row and ("distance" in row or not _has_distance(row)))
+    ]
+
+
+def _has_distance(row: Mapping[str, Any]) -> bool:
+    """Whether methods in weight space are compared with a row by their distance from the pre-trained weights."""
+    return row["world"] == "cifar10" and row["method"] in (BASELINE, STUDIED, *IN_WEIGHT_SPACE)
 
 
 def validated(rows: Rows, world: str, method: str) -> dict[Run, float] | None:
