@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dive_fast.engine.flat_groups import States, flat_groups
 from dive_fast.errors import ConfigError
 from dive_fast.kernels.backend import Backend
-from dive_fast.projections.anchored_group import AnchoredGroup
+from dive_fast.projections.anchored_group import PREVIOUS, AnchoredGroup
 from dive_fast.projections.flat_group import FlatGroup
 from dive_fast.projections.projection import Projection
 
@@ -61,6 +61,10 @@ class WeightProjection:
         self.left_out = tuple(name for name in shapes if not takes_part(name))
         """Names of the tuned parameters that do not take part."""
         kept = [(first, group) for first, group in groups if any(map(takes_part, group.shapes))]
+        for _, group in groups:
+            if rule.keeps_previous and not any(map(takes_part, group.shapes)):
+                # Checkpoints read each key of the state from every parameter.
+                group.new_state(PREVIOUS)
         self.groups = [AnchoredGroup(group, takes_part, rule.layout, backend) for _, group in kept]
         """The parameter groups with at least one tensor that takes part."""
         self._flat_groups = [(first, group, anchored) for (first, group), anchored in zip(kept, self.groups)]

@@ -8,7 +8,7 @@
 
 With AdamW the pull of ``coupled`` is divided by the square root of the second moment, so a strength of one form
 says nothing about the other. The paper has a second term for tensors without a pre-trained start, which take no
-part here. ``decoupled`` is this project's, after AdamW's weight decay.
+part here. ``decoupled`` is this project's; AdamW's weight decay follows it.
 """
 
 from typing import Any, Literal
@@ -41,17 +41,12 @@ class L2SP(Projection):
         self._strength, self._is_coupled = values["strength"], values["form"] == "coupled"
 
     def before_step(self, group: AnchoredGroup) -> None:
-        """Adds the gradient of the penalty."""
+        """Adds the gradient of the penalty, or makes its step: AdamW's own does not depend on the weights."""
         if self._is_coupled:
             pull = self._strength * group.gradient_scale.double()
             squares = group.add_to_gradients(pull.expand(len(group.shapes)), with_squares=True)
-            assert squares is not None
-            group.measures["squares"] = squares
-
-    def after_step(self, group: AnchoredGroup) -> None:
-        """Makes the decoupled step."""
-        if not self._is_coupled:
+        else:
             pull = torch.where(group.applied, -group.learning_rate * self._strength, 0.0).double()
             squares = group.add_to_weights(pull.expand(len(group.shapes)), with_squares=True)
-            assert squares is not None
-            group.measures["squares"] = squares
+        assert squares is not None
+        group.measures["squares"] = squares

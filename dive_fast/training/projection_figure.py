@@ -47,7 +47,7 @@ def draw(lines: Sequence[Mapping[str, Any]], rule: Projection, path: Path) -> No
     figure = new_figure(WIDTH, 2.6 + 2.6 * bool(names))
     above, *below = figure.subplots(1 + bool(names), 1, squeeze=False, sharex=True)[:, 0]
     _curve(above, lines, "relative_distance", BLUE, "", scale=100)
-    above.set_ylabel("distance, % of the anchors' length", fontsize=FONT)
+    above.set_ylabel("|W - W0| / |W0|, %", fontsize=FONT)
     above.set_ylim(bottom=0)
     for axis in below:
         for name, colour in zip(names, COLOURS, strict=False):
