@@ -1,10 +1,10 @@
 """Extra time of each method in weight space over plain AdamW: ``python benchmarks/projections.py``.
 
 Predicted: the bytes that the optimizer's step of each rule moves besides AdamW's, counted on fake tensors with the
-kernels, over the reachable rate of an H200. Measured, on a CPU: AdamW's step with the rule's hooks over AdamW's
-alone, in plain PyTorch. Rules take turns in one process, on the same weights, gradients and moments; figures are
-CPU seconds of the process, which other processes on the machine disturb less than wall time, and ratios are within
-a round. Both are steps without ZeRO, on one rank.
+kernels, over the reachable rate of an H200. Measured: AdamW's step with the rule's hooks over AdamW's alone, in
+turns in one process, on the same weights, gradients and moments; ratios are within a round. On a CPU, where plain
+PyTorch runs, figures are CPU seconds of the process, which other processes on the machine disturb less than wall
+time. All are steps without ZeRO, on one rank.
 """
 
 import argparse
@@ -18,7 +18,9 @@ from typing import Any
 
 import open_clip
 import torch
-from loss_report import REPOSITORY, commit, device_name, write_json
+from loss_report import REPOSITORY, commit, device_name, slug, write_json
+from losses import DEVICE
+from measure_losses import timed
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -30,6 +32,7 @@ from dive_fast.planner.memory_tracker import Tracker
 from dive_fast.planner.operations import Operation
 from dive_fast.projections import registry
 
+open_clip.add_model_config(Path(__file__).with_name("models"))
 ADAMW = "AdamW"
 RULES: dict[str, dict[str, Any]] = {
     "L2-SP": {"name": "l2sp"},
@@ -41,7 +44,12 @@ RULES: dict[str, dict[str, Any]] = {
 MODELS = {"ViT-B/16": "ViT-B-16", "ViT-L/14": "ViT-L-14"}
 GPU = "h200"
 SCALE = 1e-3
-"""Standard deviation of gradients, which are noise, and of the learning rate's order."""
+"""Standard deviation of gradients, which are noise."""
+CPU_REMARK = (
+    ", of CPU seconds with one thread; the machine was not idle. The kernels do not run on a CPU: plain PyTorch "
+    "makes some ten passes over each block in the cache, in fp64, which take longer than the memory"
+)
+"""Why ratios on a CPU are not those of the bytes."""
 
 
 class Step:
@@ -56,8 +64,9 @@ class Step:
         """
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
         # As the engine sets them before each step.
-        self.optimizer.grad_scale = torch.ones(())  # type: ignore[attr-defined]
-        self.optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
+        device = next(model.parameters()).device
+        self.optimizer.grad_scale = torch.ones((), device=device)  # type: ignore[attr-defined]
+        self.optimizer.found_inf = torch.zeros((), device=device)  # type: ignore[attr-defined]
         self.projection = None
         if rule is not None:
             created = registry.create(ProjectionConfig(**rule))
@@ -124,18 +133,19 @@ def _fake_model(name: str) -> nn.Module:
 # Measured
 
 
-def measure(name: str, blocks: int, rounds: int) -> dict[str, Any]:
-    """CPU seconds of each rule's step in turns, and medians of their ratios to AdamW's in the same round."""
+def measure(name: str, blocks: int | None, rounds: int) -> dict[str, Any]:
+    """Seconds of each rule's step in turns, and medians of their ratios to AdamW's in the same round."""
     torch.manual_seed(0)
-    model = make_model(name, blocks)
+    model = make_model(name, blocks).to(DEVICE)
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter)
-    steps = {title: Step(model, rule, "torch") for title, rule in ({ADAMW: None} | RULES).items()}
+    backend: Backend = "triton" if DEVICE.type == "cuda" else "torch"
+    steps = {title: Step(model, rule, backend) for title, rule in ({ADAMW: None} | RULES).items()}
     draw_gradients(model)
     steps[ADAMW].optimizer.step()
     for step in steps.values():
         step.optimizer.state = steps[ADAMW].optimizer.state
-    seconds = [{title: cpu_seconds(step, model) for title, step in steps.items()} for _ in range(rounds + 1)]
+    seconds = [{title: step_seconds(step, model) for title, step in steps.items()} for _ in range(rounds + 1)]
     # The first round allocates.
     return {
         "model": name,
@@ -154,9 +164,12 @@ def draw_gradients(model: nn.Module) -> None:
         parameter.grad.normal_(std=SCALE)
 
 
-def cpu_seconds(step: Step, model: nn.Module) -> float:
-    """CPU seconds of a step of this process."""
+def step_seconds(step: Step, model: nn.Module) -> float:
+    """Seconds of a step: CPU seconds of this process, or the GPU's."""
     draw_gradients(model)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        return timed(step.optimizer.step)
     start = time.process_time()
     step.optimizer.step()
     return time.process_time() - start
@@ -205,23 +218,21 @@ def report(results: dict[str, Any]) -> str:
             )
     lines += [
         "",
-        "## Measured on a CPU",
+        f"## Measured on {'a CPU' if DEVICE.type == 'cpu' else results['device']}",
         "",
-        f"{results['device']}, one thread, plain PyTorch; {measured['model']} with {measured['blocks']} blocks in "
-        f"each tower: {measured['tensors']} tensors, {measured['parameters'] / 1e6:.1f} M parameters "
-        f"({100 * share:.0f} % of the model). Medians of {len(measured['rounds'])} rounds in turns, of CPU "
-        "seconds; the machine was not idle. On a CPU there is no kernel of the rules: PyTorch's many passes over "
-        "blocks in the cache take the time, in fp64, and not the memory.",
+        f"{measured['model']} with {measured['blocks'] or 'all'} blocks in each tower: {measured['tensors']} "
+        f"tensors, {measured['parameters'] / 1e6:.1f} M parameters ({100 * share:.0f} % of the model). Medians of "
+        f"{len(measured['rounds'])} rounds in turns{CPU_REMARK if DEVICE.type == 'cpu' else ''}.",
         "",
-        "| step | CPU ms | / AdamW | ns per parameter besides AdamW |",
+        "| step | ms | / AdamW | ns per parameter besides AdamW |",
         "|---" * 4 + "|",
     ]
     alone = measured["summary"][ADAMW]["seconds"]
     for title, row in measured["summary"].items():
         extra = 1e9 * (row["seconds"] - alone) / measured["parameters"]
         lines.append(
-            f"| {title} | {1e3 * row['seconds']:.0f} | {row['over_adamw']:.2f} "
-            f"| {'-' if title == ADAMW else f'{extra:.1f}'} |"
+            f"| {title} | {1e3 * row['seconds']:.2f} | {row['over_adamw']:.2f} "
+            f"| {'-' if title == ADAMW else f'{extra:.3g}'} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -230,7 +241,9 @@ def main() -> None:
     """Predicts and measures; prints the report and writes it with all figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="ViT-B-16", help="open_clip model that is measured")
-    parser.add_argument("--blocks", type=int, default=3, help="measured blocks of each tower")
+    parser.add_argument(
+        "--blocks", type=int, default=None if DEVICE.type == "cuda" else 3, help="measured blocks of each tower"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--results", type=Path, default=REPOSITORY / "build/benchmarks", help="folder")
     options = parser.parse_args()
@@ -245,14 +258,17 @@ def main() -> None:
         "predicted": {name: predict(name) for name in MODELS.values()},
         "measured": measure(options.model, options.blocks, options.rounds),
     }
-    write_json(options.results / "projections.json", results)
+    name = "projections" if DEVICE.type == "cpu" else f"{slug(device_name())}-projections"
+    write_json(options.results / f"{name}.json", results)
     text = report(results)
-    (options.results / "projections.md").write_text(text)
+    (options.results / f"{name}.md").write_text(text)
     print(text)
-    for title in RULES:
-        predicted = results["predicted"][MODELS["ViT-B/16"]][title]["over_adamw"]
-        measured = results["measured"]["summary"][title]["over_adamw"]
-        print(f"{title}: {1 + predicted:.2f} by bytes on a GPU, {measured:.2f} on this CPU")
+    extra = {
+        title: 1e3 * (row["seconds"] - results["measured"]["summary"][ADAMW]["seconds"])
+        for title, row in results["measured"]["summary"].items()
+    }
+    figures = ", ".join(f"{title} {extra[title]:.2f} ms" for title in RULES)
+    print(f"measured: {figures}, besides AdamW's {1e3 * results['measured']['summary'][ADAMW]['seconds']:.2f}")
 
 
 if __name__ == "__main__":
