@@ -7,10 +7,14 @@ import torch
 from torch import Tensor
 
 from dive_fast.kernels import backend as backends
-from dive_fast.kernels import checks, naive_deviations
+from dive_fast.kernels import checks, direct, naive_deviations
 from dive_fast.kernels.backend import Backend
 from dive_fast.kernels.naive_deviations import Product
 from dive_fast.kernels.slots import Slots
+
+if backends.primitives is not None:
+    # The import registers the custom ops, which must happen before anything is traced.
+    from dive_fast.kernels import deviations
 
 
 class Deviations:
@@ -53,6 +57,8 @@ class Deviations:
         self._previous = None if previous is None else list(previous)
         self._slots, self._backend = slots, backend
         self._device = weights[0].device if weights else torch.device("cpu") if device is None else device
+        self._table: deviations.Table | None = None
+        self._addresses: deviations.Gradients | None = None
 
     @torch.no_grad()
     def sums(self, products: Sequence[Product], gradients: Sequence[Tensor | None] | None = None) -> Tensor:
@@ -75,9 +81,27 @@ class Deviations:
         """
         self._check_products(products)
         gradients = self._check_gradients(gradients)
-        self._uses_triton()
-        return naive_deviations.sums(
-            self._weights, self._anchors, self._slots, products, gradients, self._previous, self._device
+        if not self._uses_triton():
+            return naive_deviations.sums(
+                self._weights, self._anchors, self._slots, products, gradients, self._previous, self._device
+            )
+        names, has_gradients = " ".join(products), any("g" in product for product in products)
+        if self._is_eager(gradients):
+            return deviations.launch_sums(
+                self._find_table(), self._find_addresses(gradients) if has_gradients else None, names
+            )
+        has_d, has_p = ("d" in names, "p" in names)
+        pieces = [piece for piece, gradient in enumerate(gradients) if gradient is not None and has_gradients]
+        return deviations.sums(
+            self._weights if has_d else [],
+            self._anchors if has_d else [],
+            self._previous if has_p else [],
+            [gradients[piece] for piece in pieces],
+            pieces,
+            names,
+            *self._slot_lists(),
+            list(map(len, self._weights)),
+            self._device,
         )
 
     @torch.no_grad()
@@ -102,8 +126,7 @@ class Deviations:
         Raises:
             ValueError: an argument has the wrong shape, dtype or device, or the backend cannot run.
         """
-        gradients = self._check_gradients(gradients)
-        return self._add(gradients, coefficients, skipped, with_squares)
+        return self._add(self._check_gradients(gradients), coefficients, skipped, with_squares)
 
     @torch.no_grad()
     def add_to_weights(
@@ -122,18 +145,64 @@ class Deviations:
         Raises:
             ValueError: an argument has the wrong shape, dtype or device, or the backend cannot run.
         """
-        return self._add(self._weights, coefficients, skipped, with_squares)
+        return self._add(None, coefficients, skipped, with_squares)
 
     def _add(
-        self, targets: Sequence[Tensor | None], coefficients: Tensor, skipped: Tensor | None, with_squares: bool
+        self,
+        gradients: Sequence[Tensor | None] | None,
+        coefficients: Tensor,
+        skipped: Tensor | None,
+        with_squares: bool,
     ) -> Tensor | None:
+        """Changes the gradients, or the weights if there are no gradients."""
         checks.check_coefficients(coefficients, skipped, self._slots.count, self._device)
-        self._uses_triton()
-        return naive_deviations.add(
-            targets,
-            *(self._weights, self._anchors, self._slots),
-            *(coefficients, self._previous, skipped, with_squares),
-        )
+        weights, anchors = self._weights, self._anchors
+        if not self._uses_triton():
+            return naive_deviations.add(
+                weights if gradients is None else gradients,
+                *(weights, anchors, self._slots),
+                *(coefficients, self._previous, skipped, with_squares),
+            )
+        factors, skip = coefficients.double().contiguous(), None if skipped is None else skipped.float()
+        previous = self._previous or []
+        if self._is_eager([*(gradients or []), factors, skip]):
+            addresses = None if gradients is None else self._find_addresses(gradients)
+            squares = deviations.launch_add(
+                self._find_table(), addresses, factors, skip, bool(previous), with_squares
+            )
+        elif gradients is None:
+            arguments = weights, anchors, previous, factors, skip, with_squares, *self._slot_lists()
+            squares = deviations.add_to_weights(*arguments)
+        else:
+            pieces = [piece for piece, gradient in enumerate(gradients) if gradient is not None]
+            changed = [gradients[piece] for piece in pieces]
+            tensors = changed, pieces, weights, anchors, previous, factors
+            squares = deviations.add_to_gradients(*tensors, skip, with_squares, *self._slot_lists())
+        return squares if with_squares else None
+
+    def _is_eager(self, arguments: Sequence[Tensor | None]) -> bool:
+        tensors = *self._weights, *self._anchors, *(self._previous or ()), *arguments
+        return direct.is_eager(*(tensor for tensor in tensors if tensor is not None))
+
+    def _find_table(self) -> "deviations.Table":
+        """The table of the weights' addresses, which is built once."""
+        if self._table is None:
+            sizes = [len(weight) for weight in self._weights]
+            tensors = self._weights, self._anchors, self._previous or []
+            self._table = deviations.Table(self._slots, sizes, *tensors, self._device)
+        return self._table
+
+    def _find_addresses(self, gradients: Sequence[Tensor | None]) -> "deviations.Gradients":
+        """The table of these gradients' addresses."""
+        if self._addresses is None:
+            self._addresses = deviations.Gradients(self._device)
+        self._addresses.update(gradients)
+        return self._addresses
+
+    def _slot_lists(self) -> tuple[int, list[int], list[int], list[int]]:
+        """The slots as arguments of a custom op."""
+        slots = self._slots
+        return slots.count, list(slots.first), list(slots.start), list(slots.length)
 
     def _check_products(self, products: Sequence[Product]) -> None:
         for product in products:
@@ -141,6 +210,8 @@ class Deviations:
                 raise ValueError(f"products: expected names among {', '.join(get_args(Product))}, got {product!r}")
             if "p" in product and self._previous is None:
                 raise ValueError(f"products: {product!r} needs previous deviations, but previous is None")
+        if not products or len(set(products)) != len(products):
+            raise ValueError(f"products: expected at least one name and each once, got {tuple(products)}")
 
     def _check_gradients(self, gradients: Sequence[Tensor | None] | None) -> Sequence[Tensor | None]:
         if gradients is None:

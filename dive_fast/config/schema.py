@@ -469,16 +469,12 @@ class Config(Section):
                 ``objective`` that they were set for.
         """
 
-    @model_validator(mode="before")
-    @classmethod
-    def _default_weight_decay(cls, tree: Any) -> Any:
+    @model_validator(mode="after")
+    def _default_weight_decay(self) -> "Config":
         """A projection's default of ``train.weight_decay`` is 0."""
-        projection = tree.get("projection") if isinstance(tree, dict) else None
-        train = tree.get("train", {}) if isinstance(tree, dict) else None
-        name = projection.get("name", NO_PROJECTION) if isinstance(projection, dict) else NO_PROJECTION
-        if name == NO_PROJECTION or not isinstance(train, dict) or "weight_decay" in train:
-            return tree
-        return tree | {"train": train | {"weight_decay": 0.0}}
+        if self.projection.name == NO_PROJECTION or "weight_decay" in self.train.model_fields_set:
+            return self
+        return self.model_copy(update={"train": self.train.model_copy(update={"weight_decay": 0.0})})
 
     @model_validator(mode="after")
     def _check_deepspeed(self) -> "Config":

@@ -4,7 +4,7 @@ ZeRO 1 and 2 call the optimizer once for each group, whose only tensor is this r
 then gathers the parts, so that changes made by a hook reach all ranks. ZeRO-0 calls it once with all parameters.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,6 +32,11 @@ class States:
         state = torch.zeros_like(parameter, requires_grad=False)
         self._tensors.setdefault(key, {})[parameter] = state
         return state
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors."""
+        for tensors in self._tensors.values():
+            yield from tensors.values()
 
     def link(self) -> None:
         """Adds the tensors to the optimizer's state, where DeepSpeed's accessors read them.

@@ -89,6 +89,15 @@ class WeightProjection:
             f"{elements:,} parameters{left_out}"
         )
 
+    def memory(self) -> Iterator[Tensor]:
+        """The tensors that the rule keeps besides those of the run without it."""
+        for group in self.groups:
+            yield from group.anchors
+            yield group.values
+            yield from () if group.row_norms is None else (group.row_norms,)
+        yield from self.states.tensors()
+        yield from self._head_anchors.values()
+
     def metrics(self) -> dict[str, Tensor]:
         """Numbers of the last step, ``()`` each on the device.
 

@@ -1,8 +1,8 @@
 """The interface of a method in weight space: a rule around the optimizer's step, for each parameter group.
 
 Every tuned tensor W has an anchor W0, its value before the first update, and a deviation d = W - W0. A rule is one
-class in one file of this folder. It sees an :class:`~dive_fast.projections.anchored_group.AnchoredGroup`, which has
-sums over complete tensors, whatever piece of them this rank updates, and changes gradients or weights along d.
+class in one file of this folder. It sees an :class:`AnchoredGroup`, which has sums over complete tensors, whatever
+piece of them this rank updates, and changes gradients or weights along d.
 """
 
 from typing import ClassVar

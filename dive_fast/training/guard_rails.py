@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from dive_fast.config.schema import Config
+from dive_fast.config.schema import NO_PROJECTION, Config
 from dive_fast.data.content_hashes import image_hashes
 from dive_fast.data.sources.source import Source
 from dive_fast.engine.async_scalars import AsyncScalars
@@ -58,6 +58,13 @@ def warn_of_schedule(config: Config, needs: Needs, total_steps: int) -> None:
             "the pre-trained weights; set train.ema=%.3g for a tenth of the run",
             *(train.ema, origins.of("train.ema"), 1 / (1 - train.ema), total_steps),
             max(1 - 10 / total_steps, 0.1),
+        )
+    rule = config.projection.name
+    if rule != NO_PROJECTION and train.weight_decay > 0:
+        logger.warning(
+            "train.weight_decay = %g (%s) with projection.name = %s (%s): decay pulls the weights to zero and not "
+            "to the pre-trained ones, and the projection sees its pull as a deviation; set train.weight_decay=0",
+            *(train.weight_decay, origins.of("train.weight_decay"), rule, origins.of("projection.name")),
         )
     if batch_size == 1 and not needs.head:
         logger.warning(

@@ -80,6 +80,8 @@ class Report:
     rows: tuple[Row, ...]
     title: str = ""
     """Name of the method in tables and figures."""
+    projection: str | None = None
+    """Name of the method in weight space; None without one."""
     selected_on: str | None = None
     """The set that the weights were selected on; None: the last weights."""
     notes: tuple[str, ...] = ()
