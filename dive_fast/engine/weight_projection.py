@@ -10,7 +10,6 @@ from dive_fast.engine.flat_groups import States, flat_groups
 from dive_fast.errors import ConfigError
 from dive_fast.kernels.backend import Backend
 from dive_fast.projections.anchored_group import PREVIOUS, AnchoredGroup
-from dive_fast.projections.flat_group import FlatGroup
 from dive_fast.projections.projection import Projection
 
 HEAD = "head."
@@ -75,9 +74,7 @@ class WeightProjection:
             for name in group.shapes
             if name.startswith(HEAD)
         }
-        self._anchor_square = self._total(
-            [self._sum_of_squares(flat, anchored) for _, flat, anchored in self._flat_groups]
-        )
+        self._anchor_square = self._sum_of_squares()
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
 
@@ -149,6 +146,7 @@ class WeightProjection:
                     flat = self._head_anchors[segment.name].view(-1)
                     anchor.copy_(flat[segment.start : segment.start + len(anchor)])
             group.updates.fill_(updates)
+        self._anchor_square = self._sum_of_squares()
         for name, value in self._checksums().items():
             if int(state[f"{CHECKSUM}/{name}"]) != int(value):
                 raise ConfigError(
@@ -202,14 +200,16 @@ class WeightProjection:
             sums |= dict(zip(index, checksums, strict=True))
         return sums
 
-    @staticmethod
-    def _sum_of_squares(flat: FlatGroup, group: AnchoredGroup) -> Tensor:
-        """``|W0|^2`` of a group."""
-        total = torch.zeros((), dtype=torch.float64, device=flat.device)
-        for anchor in group.anchors:
-            total += torch.linalg.vector_norm(anchor, dtype=torch.float64).square()
-        flat.reduce(total)
-        return total
+    def _sum_of_squares(self) -> Tensor:
+        """``|W0|^2`` of all tensors."""
+        totals = []
+        for _, flat, group in self._flat_groups:
+            total = torch.zeros((), dtype=torch.float64, device=flat.device)
+            for anchor in group.anchors:
+                total += torch.linalg.vector_norm(anchor, dtype=torch.float64).square()
+            flat.reduce(total)
+            totals.append(total)
+        return self._total(totals)
 
     @staticmethod
     def _total(values: list[Tensor]) -> Tensor:
