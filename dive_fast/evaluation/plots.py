@@ -259,14 +259,13 @@ def alphas(report: Mapping[str, Any], path: Path) -> None:
         every = max(1, -(-len(blocks) // 12))
         shown = [place for place, name in enumerate(order) if name not in blocks or not blocks.index(name) % every]
         axis.set_xticks(shown, [labels[place] for place in shown])
-        axis.set_xlabel("block")
+        axis.set_xlabel("block (line: mean of its tensors)")
         number = sum(map(len, groups.values()))
         axis.set_title(f"{tower}: alpha of {number} tensors", loc="left", fontsize=10)
         axis.axhline(0.5, color=GREY, linewidth=1, linestyle="--", zorder=0)
         axis.grid(alpha=0.25)
         style_axes(axis)
     panels[0].set(ylim=(-0.03, 1.03), ylabel="alpha: 0 pre-trained, 1 tuned")
-    panels[0].legend(loc="best", fontsize=9, framealpha=0.9)
     means_of = [
         f"{tower} {sum(values) / len(values):.2f}"
         for tower, groups in by_tower.items()
