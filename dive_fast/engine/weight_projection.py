@@ -187,7 +187,7 @@ class WeightProjection:
 
     def _checksums(self) -> dict[str, Tensor]:
         """A checksum of the bits of each complete anchor: ``()`` int64 by name, the same at any partition."""
-        sums = {}
+        sums: dict[str, Tensor] = {}
         for _, flat, group in self._flat_groups:
             index = {name: position for position, name in enumerate(group.shapes)}
             checksums = torch.zeros(len(index), dtype=torch.int64, device=flat.device)
