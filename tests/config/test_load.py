@@ -519,7 +519,10 @@ def test_another_projection_has_none_of_the_former_options(tmp_path: Path) -> No
     [
         (["projection.name=spdd"], r'projection.name = "spdd": expected one of none, digrap, .*mean spd'),
         (["projection.mu=1"], r"unknown key projection.mu: projection.name = none has no options"),
-        (["projection.name=digrap", "projection.nu=1"], r"unknown key projection.nu; did you mean projection.mu.*options of"),
+        (
+            ["projection.name=digrap", "projection.nu=1"],
+            r"unknown key projection.nu; did you mean projection.mu.*options of",
+        ),
         (["projection.name=ftp", "projection.k=1.5"], r"projection.k = 1.5: .*less than or equal to 1"),
     ],
 )
