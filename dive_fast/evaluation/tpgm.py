@@ -53,7 +53,7 @@ from dive_fast.locks import file_lock
 from dive_fast.methods import registry
 from dive_fast.methods.flyp import Contrastive
 from dive_fast.methods.linear_head import CrossEntropy
-from dive_fast.methods.method import Group, HeadOptions, Setting
+from dive_fast.methods.method import Group, Setting
 from dive_fast.model import towers
 from dive_fast.model.features import Outputs
 from dive_fast.model.head import Head
@@ -294,7 +294,7 @@ def tpgm(
     _announce(unseen, not_reported, settings, ranks)
     model.to(ranks.device).eval()
     anchor = None
-    if trained is not None and _has_anchor(config):
+    if trained is not None and registry.has_head_anchor(config.objective):
         # In fp32, as at the start of training.
         model.load_exported(prepared.pretrained)
         names = trained.class_names
@@ -452,12 +452,6 @@ def _learn(
         return radii, history, None
     weight, bias = (head[f"{HEAD}{name}"].detach().cpu() for name in ("weight", "bias"))
     return radii, history, Head(weight, bias, trained.class_names)
-
-
-def _has_anchor(config: Config) -> bool:
-    """Whether the head before training is known: it was made from class prompts, or probed."""
-    options = registry.target_options(config.objective)
-    return not isinstance(options, HeadOptions) or options.head_start == "zero_shot" or options.probe
 
 
 def _head_rows(head: Head, unseen: Unseen) -> list[int]:
