@@ -1,4 +1,4 @@
-"""Each rule around torch's fused AdamW, without DeepSpeed: published numbers, the float64 oracle, and edge cases."""
+"""Each rule around torch's fused AdamW, without DeepSpeed: published numbers, the float64 oracle, edge cases."""
 
 import itertools
 import math
