@@ -141,7 +141,8 @@ class GivenEngine(Engine):
         )
         rule = projections.create(ProjectionConfig(**case.projection))
         assert rule is not None
-        self.projection = WeightProjection(rule, self.deepspeed, optimizer, self.towers, case.has_head_anchor)
+        has_anchor = case.has_head_anchor
+        self.projection = WeightProjection(rule, self.deepspeed, optimizer, self.towers, has_anchor, "torch")
         self.average = self.teacher = None
         self.method = registry.create(ObjectiveConfig(name="flyp"), WIDTH)
         self.scale = LossScale("fp16", self.ranks.device)
