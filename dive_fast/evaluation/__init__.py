@@ -1,1 +1,1 @@
-"""Evaluation of a model: zero-shot and head accuracy, retrieval, weight ensembles, geometry of the embeddings."""
+"""Evaluation of a model: prompts and heads, retrieval, weight ensembles, TPGM, geometry of the embeddings."""

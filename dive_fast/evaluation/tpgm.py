@@ -49,11 +49,13 @@ from dive_fast.evaluation.weight_ensemble import (
 )
 from dive_fast.evaluation.zero_shot import Measured, measure_sets, report_left_out, values
 from dive_fast.io.atomic_files import write_atomic
-from dive_fast.kernels import contrastive_loss
 from dive_fast.locks import file_lock
 from dive_fast.methods import registry
-from dive_fast.methods.method import Group, HeadOptions, over_ranks
+from dive_fast.methods.flyp import Contrastive
+from dive_fast.methods.linear_head import CrossEntropy
+from dive_fast.methods.method import Group, HeadOptions, Setting
 from dive_fast.model import towers
+from dive_fast.model.features import Outputs
 from dive_fast.model.head import Head
 from dive_fast.model.model_identity import state_digest, weights_digest
 from dive_fast.model.towers import HEAD, Towers, unit
@@ -216,29 +218,33 @@ def learn_radii(
         assign(parameters, radii)
         loss = loss_of(batch)
         history.losses.append(float(loss.detach()))
-        is_finite = bool(torch.isfinite(loss.detach()))
-        while is_finite:
-            repeats = loss_scale > 1
-            gradients = torch.autograd.grad(loss * loss_scale, leaves, allow_unused=True, retain_graph=repeats)
-            by_name = dict(zip(radii.names, gradients, strict=True))
-            total = radii.gradient(by_name)
-            if group is not None:
-                dist.all_reduce(total, group=group)
-                total /= dist.get_world_size(group)
-            values.grad = total / loss_scale
-            is_finite = bool(values.grad.isfinite().all())
-            if is_finite or not repeats:
+        scale = loss_scale if math.isfinite(history.losses[-1]) else 0.0
+        while scale:
+            repeats = scale > 1
+            gradients = torch.autograd.grad(loss * scale, leaves, allow_unused=True, retain_graph=repeats)
+            values.grad = (
+                _over_ranks(radii.gradient(dict(zip(radii.names, gradients, strict=True))), group) / scale
+            )
+            if bool(values.grad.isfinite().all()):
+                optimizer.step()
+                loss_scale = scale
+                missing = [name for name, each in zip(radii.names, gradients, strict=True) if each is None]
+                history.unreached = tuple(missing)
                 break
-            loss_scale, is_finite = loss_scale / 2, True
-        if is_finite:
-            optimizer.step()
-            history.unreached = tuple(name for name in radii.names if by_name[name] is None)
-        else:
-            history.skipped += 1
+            scale = scale / 2 if repeats else 0.0
+        history.skipped += not scale
         after()
     radii.values = values.detach()
     assign(parameters, radii)
     return history
+
+
+def _over_ranks(gradient: Tensor, group: Group) -> Tensor:
+    """The mean of all ranks' gradients, equal on each of them."""
+    if group is None:
+        return gradient
+    dist.all_reduce(gradient, group=group)
+    return gradient / dist.get_world_size(group)
 
 
 @torch.no_grad()
@@ -422,14 +428,18 @@ def _learn(
 
     def contrastive(batch: TargetBatch) -> Tensor:
         batch = batch.to(ranks.device)
-        return contrastive_loss(*model.encode_pairs(batch.images, batch.text), model.scale(), group=ranks.group)
+        outputs = Outputs(*model.encode_pairs(batch.images, batch.text), model.scale())
+        return flyp.loss(outputs, batch.labels, ranks.group).loss
 
     def cross_entropy(batch: EvaluationBatch) -> Tensor:
         batch = batch.to(ranks.device)
+        images = model.encode_image(batch.images)
         weight, bias = (head[f"{HEAD}{name}"][prepared.head_rows] for name in ("weight", "bias"))
-        logits = Classifier("head", weight, bias).logits(unit(model.encode_image(batch.images)))
-        return over_ranks(nn.functional.cross_entropy(logits, batch.labels), ranks.group)
+        outputs = Outputs(images, None, model.scale(), Classifier("head", weight, bias).logits(unit(images)))
+        return linear_head.loss(outputs, batch.labels, ranks.group).loss
 
+    setting = Setting(model.width)
+    flyp, linear_head = Contrastive(Contrastive.Options(), setting), CrossEntropy(CrossEntropy.Options(), setting)
     loss_of: Callable[[Any], Tensor] = contrastive if trained is None else cross_entropy
     with ranks.progress(settings.iterations, "TPGM", "iteration") as bar:
         history = learn_radii(

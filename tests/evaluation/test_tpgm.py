@@ -299,6 +299,11 @@ def with_head(run: Path, folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
+@pytest.fixture(autouse=True)
+def _plain_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Part, "backend", "torch")
+
+
 def results(tree: dict[str, Any], paths: list[Path], seed: int = 0) -> list[tpgm.Projected]:
     ranks = ALONE
     if dist.is_initialized():
@@ -308,6 +313,7 @@ def results(tree: dict[str, Any], paths: list[Path], seed: int = 0) -> list[tpgm
 
 
 def reports(tree: dict[str, Any], paths: list[Path]) -> list[dict[str, Any]]:
+    Part.backend = "torch"  # on a rank, whose process no fixture changes
     return [result.report for result in results(tree, paths)]
 
 
