@@ -51,7 +51,7 @@ def sums(
             for index, product in enumerate(products):
                 if "g" in product and gradient is None:
                     continue
-                left, right = product
+                left, right = product[0], product[1]
                 terms = values["d"].abs() if right == "1" else values[left] * values[right]
                 result[block.slot : block.slot + block.rows, index] += terms.sum(1)
     return result

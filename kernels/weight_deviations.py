@@ -90,17 +90,17 @@ class Deviations:
             return deviations.launch_sums(
                 self._find_table(), self._find_addresses(gradients) if has_gradients else None, names
             )
-        has_d, has_p = ("d" in names, "p" in names)
-        pieces = [piece for piece, gradient in enumerate(gradients) if gradient is not None and has_gradients]
+        has_d, has_p = "d" in names, "p" in names
+        present = _present(gradients) if has_gradients else {}
         return deviations.sums(
             self._weights if has_d else [],
             self._anchors if has_d else [],
             self._previous if has_p else [],
-            [gradients[piece] for piece in pieces],
-            pieces,
+            list(present.values()),
+            list(present),
             names,
             *self._slot_lists(),
-            list(map(len, self._weights)),
+            [len(weight) for weight in self._weights],
             self._device,
         )
 
@@ -174,9 +174,8 @@ class Deviations:
             arguments = weights, anchors, previous, factors, skip, with_squares, *self._slot_lists()
             squares = deviations.add_to_weights(*arguments)
         else:
-            pieces = [piece for piece, gradient in enumerate(gradients) if gradient is not None]
-            changed = [gradients[piece] for piece in pieces]
-            tensors = changed, pieces, weights, anchors, previous, factors
+            present = _present(gradients)
+            tensors = list(present.values()), list(present), weights, anchors, previous, factors
             squares = deviations.add_to_gradients(*tensors, skip, with_squares, *self._slot_lists())
         return squares if with_squares else None
 
@@ -221,6 +220,11 @@ class Deviations:
 
     def _uses_triton(self) -> bool:
         return bool(self._weights) and backends.uses_triton(self._backend, self._weights[0], any_width=True)
+
+
+def _present(gradients: Sequence[Tensor | None]) -> dict[int, Tensor]:
+    """The gradients that are not None, by the number of their piece."""
+    return {piece: gradient for piece, gradient in enumerate(gradients) if gradient is not None}
 
 
 def _check_slots(slots: Slots, weights: Sequence[Tensor]) -> None:

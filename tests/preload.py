@@ -1,7 +1,9 @@
 """Imports and preparations of the process that ranks and scripts are forked from, once for all of them."""
 
+import functools
 import importlib
 import os
+from importlib import metadata
 
 import tokens
 
@@ -22,3 +24,6 @@ for name in PRELOADED:
 # Interpreted kernels would take most of the time; tests of the blocks choose them.
 importlib.import_module("dive_fast.model.fast_blocks").FastModule.backend = "torch"
 tokens.keep()
+# A run asks for the versions of eight packages several times, which reads and parses their files each time.
+metadata.version = functools.cache(metadata.version)
+importlib.import_module("dive_fast.identity").versions()

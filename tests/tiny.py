@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import WordLevel, WordPiece
+from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -24,12 +25,26 @@ TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "lay
 CLIP: dict[str, Any] = {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}
 QUICKGELU = CLIP | {"quick_gelu": True}
 
+SPELLING = "spelling"
+"""Name of the tokenizer of :data:`FEW_TOKENS`; open_clip reads it from the folder of the model."""
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'-_()"
+PIECES = ["<pad>", "<start>", "<unk>", *CHARACTERS, *(f"##{character}" for character in CHARACTERS)]
+WORDS_OF_TESTS = (
+    "and birds blurry caption cat class dog in many number of on photo picture rather so the things tree two"
+)
+PIECES += [*WORDS_OF_TESTS.split(), "<end>"]
+FEW_TOKENS: dict[str, Any] = CLIP | {"text_cfg": TEXT | {"vocab_size": len(PIECES), "hf_tokenizer_name": SPELLING}}
+"""CLIP with a tokenizer that spells unknown words. The embeddings of CLIP's vocabulary would be 96 % of the
+weights, which every step, checkpoint and export of a training handles."""
+
 
 def write_model(
-    folder: Path, config: dict[str, Any] = CLIP, seed: int = 0, preprocess: dict[str, Any] | None = None
+    folder: Path, config: dict[str, Any] = FEW_TOKENS, seed: int = 0, preprocess: dict[str, Any] | None = None
 ) -> str:
     """An open_clip ``local-dir`` model with random weights; returns its ``model.name``."""
     folder.mkdir(parents=True, exist_ok=True)
+    if config["text_cfg"].get("hf_tokenizer_name") == SPELLING:
+        write_spelling_tokenizer(folder)
     (folder / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": config, "preprocess_cfg": preprocess or {"size": 32}})
     )
@@ -76,6 +91,23 @@ def write_tokenizer(folder: Path) -> None:
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
     fast.save_pretrained(folder)
+
+
+def write_spelling_tokenizer(folder: Path) -> None:
+    """The tokenizer of :data:`FEW_TOKENS`, for which no two texts are the same.
+
+    The end has the largest id, at which open_clip reads a text.
+    """
+    rows = {piece: row for row, piece in enumerate(PIECES)}
+    tokenizer = Tokenizer(WordPiece(rows, unk_token="<unk>"))
+    tokenizer.normalizer = Lowercase()
+    tokenizer.pre_tokenizer = Whitespace()
+    special = [(token, rows[token]) for token in ("<start>", "<end>")]
+    tokenizer.post_processor = TemplateProcessing(single="<start> $A <end>", special_tokens=special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": TEXT["context_length"]}
+    names = {"bos_token": "<start>", "eos_token": "<end>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | names))
 
 
 def jpeg(seed: int, size: tuple[int, int] = (40, 36), kind: str = "JPEG") -> bytes:

@@ -1,4 +1,4 @@
-"""The methods in weight space and AdamW in float64, one tensor and one row after another, as their papers write them.
+"""The methods in weight space and AdamW in float64, tensor by tensor and row by row, as the papers write them.
 
 Every tensor is complete and in one process: the oracle knows no shards, scales, skipped steps or kernels.
 """
@@ -9,9 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-TRIGGERS: dict[str, Any] = {"digrap": lambda a: a < 0, "spd": lambda a: a > 0}
-"""Whether a rule acts, by ``a = <G, W - W0>``."""
 
 
 class Adam:
@@ -30,11 +27,12 @@ class Adam:
 class TensorOracle:
     """One tensor under AdamW and a rule."""
 
-    def __init__(self, name: str, options: dict[str, Any], weight: Tensor, adamw: dict[str, Any]) -> None:
+    def __init__(
+        self, name: str, options: dict[str, Any], weight: Tensor, adamw: dict[str, Any], decay: float
+    ) -> None:
         self.rule, self.options = name, options
         self.weight, self.anchor = weight.double().clone(), weight.double().clone()
-        self.adam = Adam(adamw["betas"], adamw["epsilon"])
-        self.decay: float = adamw["weight_decay"]
+        self.adam, self.decay = Adam(**adamw), decay
         self.hyper = Adam((0.9, 0.999), 1e-8)
         self.steps, self.numbers = 0, {"omega": 0.0, "gamma": 0.0, "r": 0.0}
         self.previous: dict[str, Any] = {}
@@ -114,12 +112,14 @@ class Oracle:
         weights: Mapping[str, Tensor],
         betas: tuple[float, float] = (0.9, 0.999),
         epsilon: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: Mapping[str, float] | None = None,
         left_out: tuple[str, ...] = (),
     ) -> None:
-        adamw = {"betas": betas, "epsilon": epsilon, "weight_decay": weight_decay}
+        adamw = {"betas": betas, "epsilon": epsilon}
         self.tensors = {
-            key: TensorOracle("none" if key in left_out else name, options, weight, adamw)
+            key: TensorOracle(
+                "none" if key in left_out else name, options, weight, adamw, (weight_decay or {}).get(key, 0.0)
+            )
             for key, weight in weights.items()
         }
 

@@ -22,7 +22,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from dive_fast.config.schema import NO_PROJECTION, Config, ObjectiveConfig, ProjectionConfig
+from dive_fast.config.schema import NO_PROJECTION, Config, ProjectionConfig
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.distributed import Ranks
 from dive_fast.engine.deepspeed_config import (
@@ -41,7 +41,6 @@ from dive_fast.engine.weight_projection import WeightProjection
 from dive_fast.errors import ConfigError
 from dive_fast.methods import registry
 from dive_fast.methods.method import (
-    HeadOptions,
     ImageInfo,
     Loss,
     Method,
@@ -167,7 +166,7 @@ class Engine:
         """The method in weight space; None without ``projection``."""
         if (rule := projections.create(config.projection)) is not None:
             backend = method.target_loss.backend
-            has_anchor = has_head_anchor(config.objective)
+            has_anchor = registry.has_head_anchor(config.objective)
             self.projection = WeightProjection(rule, self.deepspeed, optimizer, self.towers, has_anchor, backend)
         self.scale = LossScale(train.precision, ranks.device if on_device else torch.device("cpu"))
         self._update = (
@@ -425,16 +424,6 @@ def check_projection(section: dict[str, Any], projection: ProjectionConfig) -> N
             f"deepspeed.zero_optimization.{option}: projection.name = {projection.name} needs the optimizer's "
             "weights on each rank's device; use stage 0, 1 or 2 without offload"
         )
-
-
-def has_head_anchor(objective: ObjectiveConfig) -> bool:
-    """Whether a head starts from class prompts or from a linear probe, and not at random.
-
-    Raises:
-        ConfigError: an unknown name or option.
-    """
-    options = registry.target_options(objective)
-    return not isinstance(options, HeadOptions) or options.head_start != "random" or options.probe
 
 
 def _add_penalty(loss: Loss, penalty: Loss | None) -> Loss:

@@ -10,7 +10,6 @@ from dive_fast.engine.flat_groups import States, flat_groups
 from dive_fast.errors import ConfigError
 from dive_fast.kernels.backend import Backend
 from dive_fast.projections.anchored_group import PREVIOUS, AnchoredGroup
-from dive_fast.projections.flat_group import FlatGroup
 from dive_fast.projections.projection import Projection
 
 HEAD = "head."
@@ -21,8 +20,8 @@ METRICS = "projection/"
 """Prefix of the metrics' names."""
 VALUES, ROWS, ANCHOR, CHECKSUM = "values", "rows", "anchor", "checksum"
 """Kinds of tensors in :meth:`WeightProjection.state`, by which their names begin."""
-_MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64
-"""An odd number of 64 bits, signed, which spreads the position of an element over all bits."""
+_CHECKSUM_PART = 1 << 22
+"""Elements of which checksums are summed at once."""
 
 
 class WeightProjection:
@@ -75,9 +74,8 @@ class WeightProjection:
             for name in group.shapes
             if name.startswith(HEAD)
         }
-        self._anchor_square = self._total(
-            [self._sum_of_squares(flat, anchored) for _, flat, anchored in self._flat_groups]
-        )
+        self._anchor_square = self._sum_of_squares()
+        self._known_checksums: dict[str, Tensor] | None = None
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
 
@@ -149,6 +147,7 @@ class WeightProjection:
                     flat = self._head_anchors[segment.name].view(-1)
                     anchor.copy_(flat[segment.start : segment.start + len(anchor)])
             group.updates.fill_(updates)
+        self._anchor_square, self._known_checksums = self._sum_of_squares(), None
         for name, value in self._checksums().items():
             if int(state[f"{CHECKSUM}/{name}"]) != int(value):
                 raise ConfigError(
@@ -188,29 +187,47 @@ class WeightProjection:
                 yield from zip(group.shapes, group.values, strict=True)
 
     def _checksums(self) -> dict[str, Tensor]:
-        """A checksum of the bits of each complete anchor: ``()`` int64 by name, the same at any partition."""
-        sums = {}
-        for _, flat, group in self._flat_groups:
-            index = {name: position for position, name in enumerate(group.shapes)}
-            checksums = torch.zeros(len(index), dtype=torch.int64, device=flat.device)
-            for segment, anchor in zip(group.segments, group.anchors, strict=True):
-                positions = torch.arange(segment.start, segment.start + len(anchor), device=anchor.device)
-                bits = anchor.view(torch.int32).long()
-                # Sums and products of 64 bits wrap around.
-                checksums[index[segment.name]] += ((bits + 1) * (2 * positions + 1) * _MULTIPLIER).sum()
-            flat.reduce(checksums)
-            sums |= dict(zip(index, checksums, strict=True))
-        return sums
+        """A checksum of the bits of each complete anchor: ``()`` int64 by name, the same at any partition.
 
-    @staticmethod
-    def _sum_of_squares(flat: FlatGroup, group: AnchoredGroup) -> Tensor:
-        """``|W0|^2`` of a group."""
-        total = torch.zeros((), dtype=torch.float64, device=flat.device)
-        for anchor in group.anchors:
-            total += torch.linalg.vector_norm(anchor, dtype=torch.float64).square()
-        flat.reduce(total)
-        return total
+        A collective operation at the first call and after :meth:`load`.
+        """
+        if self._known_checksums is None:
+            self._known_checksums = {}
+            for _, flat, group in self._flat_groups:
+                checksums = dict.fromkeys(group.shapes, torch.zeros((), dtype=torch.int64, device=flat.device))
+                for segment, anchor in zip(group.segments, group.anchors, strict=True):
+                    checksums[segment.name] = checksums[segment.name] + _checksum(anchor, segment.start)
+                sums = torch.stack(list(checksums.values()))
+                flat.reduce(sums)
+                self._known_checksums |= dict(zip(checksums, sums, strict=True))
+        return self._known_checksums
+
+    def _sum_of_squares(self) -> Tensor:
+        """``|W0|^2`` of all tensors."""
+        totals = []
+        for _, flat, group in self._flat_groups:
+            total = torch.zeros((), dtype=torch.float64, device=flat.device)
+            for anchor in group.anchors:
+                total += torch.linalg.vector_norm(anchor, dtype=torch.float64).square()
+            flat.reduce(total)
+            totals.append(total)
+        return self._total(totals)
 
     @staticmethod
     def _total(values: list[Tensor]) -> Tensor:
         return torch.stack(values).sum()
+
+
+def _checksum(piece: Tensor, start: int) -> Tensor:
+    """``sum_i bits_i (2 i + 1)`` modulo 2^64, ``()`` int64, for elements ``start`` and on of a flattened tensor.
+
+    The checksums of a tensor's pieces add up to its own. A change of a single element always changes it.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=piece.device)
+    # In parts, since positions and bits take 16 bytes an element.
+    for part in piece.split(_CHECKSUM_PART):
+        positions = torch.arange(start, start + len(part), device=piece.device)
+        # Sums and products of 64 bits wrap around.
+        total += (part.view(torch.int32) * (2 * positions + 1)).sum()
+        start += len(part)
+    return total

@@ -1,5 +1,6 @@
 """The tensors of one parameter group with their anchors: sums over tensors, numbers of each, and changes."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -169,7 +170,7 @@ class AnchoredGroup:
     def _slots(self, by_rows: bool) -> Slots:
         names = list(self.shapes)
         if by_rows:
-            ends = torch.tensor([0, *self.num_rows.values()]).cumsum(0).tolist()
+            ends = list(itertools.accumulate(self.num_rows.values(), initial=0))
             first = dict(zip(names, ends[:-1], strict=True))
             count, length = ends[-1], {n: max(1, s.numel() // self.num_rows[n]) for n, s in self.shapes.items()}
         else:

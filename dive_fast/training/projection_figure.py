@@ -77,5 +77,5 @@ def _curve(
 ) -> None:
     points = [(line["step"], value) for line in lines if (value := line.get(METRICS + name)) is not None]
     steps, values = zip(*points, strict=True)
-    style = {"marker": "o", "markersize": 3} if len(points) < 30 else {}
+    style: dict[str, Any] = {"marker": "o", "markersize": 3} if len(points) < 30 else {}
     axis.plot(steps, [scale * value for value in values], color=colour, label=label or None, **style)

@@ -80,12 +80,12 @@ class Report:
     rows: tuple[Row, ...]
     title: str = ""
     """Name of the method in tables and figures."""
-    projection: str | None = None
-    """Name of the method in weight space; None without one."""
     selected_on: str | None = None
     """The set that the weights were selected on; None: the last weights."""
     notes: tuple[str, ...] = ()
     """Sentences below the table."""
+    projection: str | None = None
+    """Name of the method in weight space; None without one."""
 
     def message(self) -> str:
         """The main result in words: the change of the tuned task, and the largest loss."""

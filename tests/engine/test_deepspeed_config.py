@@ -10,6 +10,7 @@ import tiny
 import torch
 from distributed import run_ranks
 from step_oracle import Stage, config
+from torch import Tensor
 
 from dive_fast.checkpoint import zero_state
 from dive_fast.checkpoint.export import full_state
@@ -135,5 +136,10 @@ def test_aligned_parameters_train_as_without_padding(folder: Path) -> None:
             assert padded["weights"].keys() == plain["weights"].keys()
             for name, value in padded["weights"].items():
                 # Products and vector code round by alignment, on some processors and in some precisions.
-                difference = (value - plain["weights"][name]).norm()
-                assert difference <= 1e-5 * plain["weights"][name].norm(), (zero, precision, name)
+                value, expected = without_key(name, value), without_key(name, plain["weights"][name])
+                assert (value - expected).norm() <= 1e-5 * expected.norm(), (zero, precision, name)
+
+
+def without_key(name: str, value: Tensor) -> Tensor:
+    """A tensor without a key's bias, whose gradient is 0 in exact arithmetic: Adam makes steps of its rounding."""
+    return value.reshape(3, -1)[[0, 2]] if "in_proj_bias" in name else value

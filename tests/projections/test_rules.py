@@ -1,4 +1,4 @@
-"""Each rule around torch's fused AdamW, without DeepSpeed: published numbers, the float64 oracle, and edge cases."""
+"""Each rule around torch's fused AdamW, without DeepSpeed: published numbers, the float64 oracle, edge cases."""
 
 import itertools
 import math
@@ -57,7 +57,7 @@ class Run:
             rule = registry.create(ProjectionConfig(**options))
             assert rule is not None
             engine = SimpleNamespace(zero_optimization_stage=lambda: 0)
-            self.projection = WeightProjection(rule, engine, self.optimizer, self.module, has_head_anchor=True)
+            self.projection = WeightProjection(rule, engine, self.optimizer, self.module, True, "torch")
 
     def step(self, gradients: dict[str, Tensor], scale: float = 1.0, skipped: bool = False) -> None:
         """One step on scaled gradients; the gradients that AdamW saw stay in ``grad``."""
@@ -462,7 +462,7 @@ def test_group_without_a_piece_sums_on_its_device() -> None:
     device, reduced = torch.device("meta"), []
     flat = FlatGroup(0, {"w": torch.Size([3, 4])}, [], device, reduced.append, lambda _: [])
     flat.skipped = torch.zeros((), device=device)
-    group = AnchoredGroup(flat, lambda _: True, Layout())
+    group = AnchoredGroup(flat, lambda _: True, Layout(), "torch")
     group.sums("dd", "gd")
     group.add_to_weights(torch.zeros(1, device=device), with_squares=True)
     assert [tensor.device.type for tensor in reduced] == ["meta", "meta"]

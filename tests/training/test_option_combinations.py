@@ -727,6 +727,8 @@ def refused_rows(one: Invalid) -> list[Row]:
         # Values that other rules require.
         if row.get("evaluate.select") == "seen" and not row.keys() & NEVER.keys():
             row["evaluate.every_steps"] = 1
+        if "projection.name" in row:
+            row["objective.name"] = "flyp"  # without a teacher, which ZeRO-3 refuses first
         if row.get("evaluate.during") is not None and not row.keys() & NEVER.keys():
             row["evaluate.every_steps"] = 1
         found.append(row)
