@@ -40,6 +40,7 @@ from dive_fast.kernels import (
     activation,
     column_sums,
     contrastive,
+    deviations,
     difference,
     distillation,
     joint_step,
@@ -68,6 +69,9 @@ MLP_WIDTHS = (2048, 3072, 4096, 70)
 HEADS = ((12, 64), (16, 80), (5, 14))
 TOKENS = 788
 
+# Sums of DiGraP, with the current deviations, and by rows; of SPD before and after a step; of FTP; all of them.
+PRODUCTS = ("gd dd gg gp", "gd dd gg", "gd dd gg gp pp", "gd dd", "dd", "d1 gp dd", "gd dd gg gp pp d1")
+
 
 class Variant(NamedTuple):
     """One compilation: the kernel, its argument types, constants, aligned arguments and the compiler's options.
@@ -84,10 +88,10 @@ class Variant(NamedTuple):
 
 
 LOSSES = (contrastive, difference, distillation, joint_step)
-MODULES = (activation, column_sums, *LOSSES, layer_norm, moving_average, packed_qkv)
+MODULES = (activation, column_sums, deviations, *LOSSES, layer_norm, moving_average, packed_qkv)
 KERNELS = {name: kernel for module in MODULES for name, kernel in vars(module).items() if name.endswith("_kernel")}
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
-TYPES |= {torch.int64: "*i64"}
+TYPES |= {torch.int64: "*i64", torch.float64: "*fp64"}
 
 
 def variants() -> list[Variant]:
@@ -110,6 +114,8 @@ def variants() -> list[Variant]:
                 _launch_layer_norm(stream, dtype)
         for offset in (0, 1):
             _launch_moving_average(offset)
+            for length in (768, 80_000):
+                _launch_deviations(offset, length)
     return list(recorded)
 
 
@@ -169,6 +175,22 @@ def _launch_moving_average(offset: int) -> None:
     """Launches on real tensors, which have addresses, ``offset`` elements after an aligned one."""
     tensors = [torch.empty(5000)[offset:] for _ in range(2)]
     moving_average.launch_once(tensors[:1], tensors[1:], torch.empty(()))
+
+
+def _launch_deviations(offset: int, length: int) -> None:
+    """Launches for slots of ``length`` elements, on real tensors ``offset`` elements after an aligned address."""
+    weights, anchors, previous, gradients = ([torch.empty(80_000)[offset:]] for _ in range(4))
+    slots = 105, [0], [0], [length]
+    for products in PRODUCTS:
+        tensors = weights, anchors, previous, gradients
+        sizes = [len(weight) for weight in weights]
+        deviations.launch_sums_once(*tensors, [0], products, *slots, sizes, torch.device("cpu"))
+    coefficients, flag = torch.empty(105, dtype=torch.float64), torch.empty(())
+    for stored, skipped in (([], None), (previous, None), (previous, flag)):
+        for with_squares in (False, True):
+            options = stored, coefficients, skipped, with_squares, *slots
+            deviations.launch_add_to_gradients_once(gradients, [0], weights, anchors, *options)
+            deviations.launch_add_to_weights_once(weights, anchors, *options)
 
 
 def _variant(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Variant:

@@ -17,6 +17,7 @@ warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTen
 
 from loss_report import REPOSITORY, commit, write_json  # noqa: E402
 
+from dive_fast.config.schema import NO_PROJECTION  # noqa: E402
 from dive_fast.evaluation import published  # noqa: E402
 from dive_fast.methods import registry  # noqa: E402
 from dive_fast.methods.method import Needs, Preset, needs_of  # noqa: E402
@@ -84,12 +85,14 @@ def anchor(preset: Preset) -> str:
 
 
 def configs() -> dict[str, list[str]]:
-    """The shipped configs of each method, in code."""
+    """The shipped configs of each method, in code; not those with a method in weight space."""
     names: dict[str, list[str]] = {name: [] for name in registry.table().presets}
     for path in sorted(CONFIGS.glob("*.json")):
-        name = load_run_config(path.name, (), CONFIGS).objective.name
+        config = load_run_config(path.name, (), CONFIGS)
+        name = config.objective.name
         assert name is not None, f"{path.name}: a pair of losses without a name has no row"
-        names[name].append(f"`{path.stem}`")
+        if config.projection.name == NO_PROJECTION:
+            names[name].append(f"`{path.stem}`")
     return names
 
 

@@ -19,15 +19,30 @@ import torch
 from safetensors.torch import load_file
 from study import model, results, runs, sets
 from study import summary as report
-from study.experiments import LEARNING_RATES, MARGIN, SEEDS, chosen, complete, grids, plan, settled, sweeps
+from study.experiments import (
+    LEARNING_RATES,
+    MARGIN,
+    SEEDS,
+    chosen,
+    complete,
+    grids,
+    in_weight_space,
+    plan,
+    settled,
+    sweeps,
+)
 from study.methods import (
     COMBINED,
     DISTILLED,
+    ENSEMBLE,
+    IN_WEIGHT_SPACE,
     LITERAL_COSINE,
     OBJECTIVES,
+    PROJECTIONS,
     PUBLISHED_STEPS,
     PUBLISHED_WIDTH,
     STRENGTHS,
+    UNDECAYED,
     Strength,
     grid_of,
     objective,
@@ -264,8 +279,8 @@ def test_a_plan_worked_off_has_every_method_with_every_seed_and_ends() -> None:
     for world in runs_worlds():
         for method in STRENGTHS:
             run = chosen(rows, world, method, "equal")
-            assert run is not None
-            assert {replace(run, seed=seed) for seed in SEEDS} <= set(known)
+            assert (run is None) == (world == "pacs" and method in IN_WEIGHT_SPACE)
+            assert run is None or {replace(run, seed=seed) for seed in SEEDS} <= set(known)
     dive = chosen(rows, "cifar10", "dive", "equal")
     assert dive is not None
     for change in ({"every": 8}, {"reference_batch": 8}, {"decay": 0.0}, {"reference": 500}):
@@ -286,6 +301,23 @@ def test_settings_chosen_for_earlier_weights_are_taken_over() -> None:
     # A grid for the new weights takes precedence.
     new = [row | {"model": "new"} for row in grid_rows("dive", lambda run: run.learning_rate)]
     assert chosen([*rows, *new], "cifar10", "dive", "best") == chosen(new, "cifar10", "dive", "best")
+
+
+def test_methods_in_weight_space_are_run_next_to_flyp_and_dive_of_earlier_weights() -> None:
+    rows = grid_rows("flyp", lambda run: 0.5) + grid_rows("dive", lambda run: 0.5 - (run.strength or 0) * 1e-5)
+    models = {"cifar10": "new"}
+    first = in_weight_space(rows, models)
+    dive = chosen(rows, "cifar10", "dive", "equal")
+    assert first[:2] == [chosen(rows, "cifar10", "flyp", "equal"), dive]
+    assert set(grids("cifar10", IN_WEIGHT_SPACE)) <= set(first)
+    assert {run.learning_rate for run in first} == {LEARNING_RATES[0]}
+    # Their level is FLYP without decay, from the same weights: the strongest within the margin of it.
+    rows += [row | {"model": "new"} for row in grid_rows(UNDECAYED, lambda run: 0.4)]
+    lost = dict(zip(grid_of("flyp_spd"), (0.0, MARGIN, 2 * MARGIN), strict=True))
+    rows += [row | {"model": "new"} for row in grid_rows("flyp_spd", lambda run: 0.4 - lost[run.strength])]
+    spd = chosen(rows, "cifar10", "flyp_spd", "equal")
+    assert spd == Run("cifar10", "flyp_spd", grid_of("flyp_spd")[1], LEARNING_RATES[0])
+    assert {replace(spd, seed=seed) for seed in SEEDS} <= set(in_weight_space(rows, models))
 
 
 def test_settings_of_another_size_are_taken_over_a_seed_after_the_other() -> None:
@@ -312,7 +344,10 @@ def test_every_run_of_a_plan_is_a_config_of_the_engine(size: str, tmp_path: Path
         config = study.config(run)
         known = STRENGTHS.get(run.method, Strength("weight", ()))
         values = {"weight": config.objective.weight} | (config.objective.model_extra or {})
+        values |= (config.projection.model_extra or {}) | {"1 - alpha": run.strength}
         assert known is None or values[known.option] == run.strength
+        assert config.projection.name == PROJECTIONS.get(run.method, "none")
+        assert config.train.weight_decay == (0 if run.method in IN_WEIGHT_SPACE else 0.1)
         assert config.objective.reference_every == run.every
         assert (config.objective.model_extra or {}).get("decay", run.decay) == run.decay
         assert config.objective.name == OBJECTIVES.get(run.method, {"name": run.method})["name"]
@@ -475,6 +510,35 @@ def test_a_report_of_settings_from_elsewhere_compares_methods_and_no_more(tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {"study-full.md", "study-full-cifar10-methods.png"}
 
 
+def test_report_says_how_much_methods_in_weight_space_act(tmp_path: Path) -> None:
+    rows = [row for method in IN_WEIGHT_SPACE for row in grid_rows(method, lambda run: 0.5)]
+    for row in rows:
+        row |= {"distance": 2.0, "relative_distance": 0.25}
+        if PROJECTIONS.get(row["method"]) == "digrap":
+            row["projection"] = {"triggered": 0.5, "applied": 0.25, "omega": 0.125}
+    lines = report.distance_table(rows, "cifar10", rows, IN_WEIGHT_SPACE)
+    assert "| FLYP, no decay |  | 1 | 2.00 | 25.0 |  |  |  |" in lines
+    assert "| FLYP + DiGraP | 10 | 1 | 2.00 | 25.0 | 50.0 | 25.0 | omega 0.12 |" in lines
+    assert lines[-1].startswith(f"| FLYP, ensemble | {max(grid_of(ENSEMBLE)):g} | 1 | 2.00 |")  # type: ignore[type-var]
+    # A method without a strength has a point without a number.
+    path = tmp_path / "curves.png"
+    report.draw_curves(rows, "cifar10", [UNDECAYED], path, [UNDECAYED])
+    assert path.stat().st_size > 0
+
+
+def test_distance_is_that_of_all_tensors_but_the_scale() -> None:
+    before = {"a": torch.tensor([3.0, 0.0]), "b.weight": torch.tensor([[4.0]]), "logit_scale": torch.tensor(1.0)}
+    after = {"a": torch.tensor([3.0, 1.0]), "b.weight": torch.tensor([[4.0]]), "logit_scale": torch.tensor(9.0)}
+    assert runs.distance(before, after) == {"distance": 1, "relative_distance": pytest.approx(0.2)}
+    lines = [
+        {"step": 1, "projection/omega": 0.0, "projection/distance": 1.0},
+        {"step": 2},
+        {"step": 3, "projection/omega": 0.5, "projection/relative_distance": 1.0},
+    ]
+    assert runs.projected(lines) == {"projection": {"omega": 0.25}}
+    assert runs.projected([{"step": 1}]) == {}
+
+
 def run_id(rows: list[dict[str, Any]], run: Run) -> float:
     return float(next(row["id"] for row in rows if results.has([row], run.key("small", "digest"))))
 
@@ -490,7 +554,9 @@ size = Size("small", 0, 64, 16, {"cifar10": 1, "pacs": 1}, 40, 5, (16, 32), "fp3
 runs.SIZES["test"], runs.REFERENCE = size, 48
 study = Study(Path(sys.argv[1]), "test", join())
 study.prepare(("cifar10",))
-for method, weight, every in [("flyp", None, 1), ("dive", 10.0, 2), ("flyp", None, 1)][int(sys.argv[2]) :]:
+cases = [("flyp", None, 1), ("dive", 10.0, 2), ("flyp_ensemble", 0.5, 1), ("flyp_digrap", 0.5, 1)]
+cases.append(cases[0])
+for method, weight, every in cases[int(sys.argv[2]) :]:
     run = Run("cifar10", method, weight, 1e-3, every=every, reference=48)
     results.append(Path(sys.argv[1], "found"), study.measure(run, Path(sys.argv[1], "weights")))
 """
@@ -501,16 +567,20 @@ for method, weight, every in [("flyp", None, 1), ("dive", 10.0, 2), ("flyp", Non
 def test_a_run_is_the_same_alone_and_after_another(tmp_path: Path) -> None:
     path = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
-    for skipped in ("0", "2"):
+    for skipped in ("0", "4"):
         command = [sys.executable, "-c", ONCE, str(tmp_path), skipped]
         subprocess.run(command, env=environment, check=True, timeout=300)
-    first, dive, again, alone = results.read(tmp_path / "found")
+    first, dive, ensemble, digrap, again, alone = results.read(tmp_path / "found")
     del first["seconds"], again["seconds"], alone["seconds"]
     assert first == again == alone
     assert set(sets.evaluated("cifar10")) <= set(first)
     assert 0 < first["rsa"] < 1
     assert dive["course"][0]["step"] == 1
     assert dive["u"] > 0
-    assert len(list((tmp_path / "weights").iterdir())) == 2
+    # The weights that an ensemble is made of are trained for it.
+    assert len(list((tmp_path / "weights").iterdir())) == 4
+    assert 0 < ensemble["distance"] < first["distance"]
+    assert digrap["projection"].keys() == {"triggered", "applied", "omega"}
+    assert digrap["relative_distance"] > 0
     weights = load_file(next((tmp_path / "weights").glob("*flyp*")))
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())

@@ -1,4 +1,4 @@
-"""The losses of DiVE, the layers of its towers, and moving averages.
+"""The losses of DiVE, the layers of its towers, moving averages, and deviations of weights from their anchors.
 
 The package imports torch and triton and nothing of the engine.
 
@@ -13,12 +13,16 @@ from dive_fast.kernels.averages import MovingAverage
 from dive_fast.kernels.layers import add_layer_norm, biased_activation, split_qkv
 from dive_fast.kernels.losses import contrastive_loss, difference_loss, distillation_loss, dive_loss
 from dive_fast.kernels.naive import DifferenceLoss, DistillationLoss, DiveLoss
+from dive_fast.kernels.slots import Slots
+from dive_fast.kernels.weight_deviations import Deviations
 
 __all__ = [
+    "Deviations",
     "DifferenceLoss",
     "DistillationLoss",
     "DiveLoss",
     "MovingAverage",
+    "Slots",
     "add_layer_norm",
     "biased_activation",
     "contrastive_loss",

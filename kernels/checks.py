@@ -103,6 +103,69 @@ def check_rate(rate: Tensor, average: Tensor) -> None:
     _check_device("rate", rate, "averages", average)
 
 
+def check_deviations(
+    weights: Sequence[Tensor], anchors: Sequence[Tensor], previous: Sequence[Tensor] | None
+) -> None:
+    """Checks pieces of flattened fp32 weights, and others of equal shape on one device; there may be none.
+
+    Raises:
+        ValueError: their numbers differ, or a tensor has another shape, dtype or device, or gaps.
+    """
+    for name, tensors in ("weights", weights), ("anchors", anchors), ("previous", previous):
+        if tensors is None:
+            continue
+        if len(tensors) != len(weights):
+            raise ValueError(f"{name}: expected {len(weights)} tensors as weights has, got {len(tensors)}")
+        for index, tensor in enumerate(tensors):
+            if weights[index].ndim != 1:
+                raise ValueError(f"weights[{index}]: expected one dimension, got {tuple(weights[index].shape)}")
+            _check_piece(f"{name}[{index}]", tensor, weights[index])
+            _check_device(f"{name}[{index}]", tensor, "weights[0]", weights[0])
+
+
+def check_gradients(gradients: Sequence[Tensor | None], weights: Sequence[Tensor]) -> None:
+    """Checks gradients of pieces, of which some or all may be None.
+
+    Raises:
+        ValueError: their number differs, or a gradient has another shape, dtype or device, or gaps.
+    """
+    if len(gradients) != len(weights):
+        raise ValueError(f"gradients: expected {len(weights)} tensors as weights has, got {len(gradients)}")
+    for index, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
+        if gradient is not None:
+            _check_piece(f"gradients[{index}]", gradient, weight)
+            _check_device(f"gradients[{index}]", gradient, "weights", weight)
+
+
+def check_coefficients(coefficients: Tensor, skipped: Tensor | None, count: int, device: torch.device) -> None:
+    """Checks one coefficient for each slot, and whether the step is skipped.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong.
+    """
+    if coefficients.shape != (count,):
+        raise ValueError(f"coefficients: expected shape ({count},), got {tuple(coefficients.shape)}")
+    if coefficients.dtype not in (torch.float64, torch.float32):
+        raise ValueError(f"coefficients: expected fp64 or fp32, got {coefficients.dtype}")
+    if skipped is not None:
+        if skipped.shape not in ((), (1,)):
+            raise ValueError(f"skipped: expected shape () or (1,), got {tuple(skipped.shape)}")
+        if skipped.dtype not in (torch.float32, torch.bool):
+            raise ValueError(f"skipped: expected fp32 or bool, got {skipped.dtype}")
+    for name, tensor in ("coefficients", coefficients), ("skipped", skipped):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}: expected device {device} as weights have, got {tensor.device}")
+
+
+def _check_piece(name: str, tensor: Tensor, weight: Tensor) -> None:
+    if tensor.dtype != torch.float32:
+        raise ValueError(f"{name}: expected fp32, got {tensor.dtype}")
+    if tensor.shape != weight.shape:
+        raise ValueError(f"{name}: expected shape {tuple(weight.shape)} as weights has, got {tuple(tensor.shape)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got stride {tensor.stride()[0]}")
+
+
 def check_activation(x: Tensor, bias: Tensor | None, kind: str) -> None:
     """Checks rows ``(..., W)``, of which there may be none, a bias ``(W,)``, and the name of an activation.
 

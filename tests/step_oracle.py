@@ -239,6 +239,7 @@ def config(
     clipping: float = 0.0,
     overlap: bool = False,
     zero_options: dict[str, Any] | None = None,
+    projection: dict[str, Any] | None = None,
     **train_options: Any,
 ) -> Config:
     data = {"format": "webdataset", "path": "-", "workers": 0}
@@ -249,6 +250,7 @@ def config(
             "reference": data | {"batch_size": REFERENCE},
         },
         "objective": objective(name),
+        "projection": projection or {"name": "none"},
         "train": {
             "schedule": schedule,
             "micro_batch_size": micro,

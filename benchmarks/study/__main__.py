@@ -1,7 +1,8 @@
 """The study: ``python -m study run``, then ``python -m study report``, in ``benchmarks``.
 
 ``run`` works off the plan, one line of results for each run; the same command resumes after a kill.
-With ``--settings small`` the plan has the settings that the grid of that size has chosen, and no grid.
+With ``--settings small`` the plan has the settings that the grid of that size has chosen, and no grid; with
+``--part weights`` it has the methods in weight space, and FLYP and DiVE next to them.
 """
 
 import argparse
@@ -15,7 +16,8 @@ from dive_fast.distributed import join
 from dive_fast.errors import ConfigError
 from study import results
 from study import summary as report
-from study.experiments import SEEDS, Rows, complete, plan, settled
+from study.experiments import SEEDS, Rows, complete, in_weight_space, plan, settled
+from study.methods import UNDECAYED
 from study.runs import PRETRAINED, SIZES, Run, Study
 
 FOLDER = REPOSITORY / "build/study"
@@ -30,6 +32,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks/results")
     parser.add_argument("--settings", choices=SIZES, help="use the settings that the grid of this size has chosen")
     parser.add_argument("--worlds", nargs="+", choices=report.WORLDS, default=list(report.WORLDS))
+    parser.add_argument("--part", choices=["all", "weights"], default="all")
     parser.add_argument("--minutes", type=float, help="time limit after which no run starts")
     parser.add_argument("what", choices=["run", "plan", "report"])
     options = parser.parse_args()
@@ -47,6 +50,8 @@ def main() -> None:
     def planned(rows: Rows) -> list[Run]:
         if grid is not None:
             return settled(grid, options.worlds)
+        if options.part == "weights":
+            return in_weight_space(rows, study.digests)
         return [run for run in plan(rows, study.size, study.digests) if run.world in options.worlds]
 
     work(study, path, planned, options.minutes, begun, dry=options.what == "plan")
@@ -91,8 +96,9 @@ def work(
         first = {"method": PRETRAINED, "world": run.world, "model": study.digests[run.world]}
         if not results.has(measured, first):
             results.append(path, study.pretrained_row(run))
-        # What is run again with other seeds, and is no sweep, is what was chosen.
-        keep = study.folder / "weights" if run.seed == SEEDS[1] and run.is_plain() else None
+        # What is run again with other seeds, and is no sweep, is what was chosen. Ensembles need UNDECAYED's.
+        is_kept = run.is_plain() and (run.seed == SEEDS[1] or run.method == UNDECAYED)
+        keep = study.folder / "weights" if is_kept else None
         row = study.measure(run, keep)
         results.append(path, row)
         print(f"{row['seconds']:.0f} s, {len(left) - 1} left: {row}", flush=True)

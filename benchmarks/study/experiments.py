@@ -5,7 +5,8 @@ others have one of the learning rates. Two settings of a grid are chosen, and ru
 
 * ``best``: the highest ID validation accuracy, as in the paper. It favours small strengths, which protect little.
 * ``equal``: the largest strength whose ID validation, at its best learning rate, is within :data:`MARGIN` of
-  FLYP's best: the strongest protection that costs no ID accuracy.
+  FLYP's best: the strongest protection that costs no ID accuracy. For methods in weight space it is FLYP without
+  weight decay, at their learning rate.
 
 The runs that ``equal`` chooses are compared with calibration; results without it are measured again.
 
@@ -25,12 +26,14 @@ from study.methods import (
     CORE,
     FURTHER_STRENGTHS,
     HEADS,
+    IN_WEIGHT_SPACE,
     LITERAL_COSINE,
     MAIN,
     NARROW,
     SELF_DISTILLING,
     STRENGTHS,
     STUDIED,
+    UNDECAYED,
     grid_of,
 )
 from study.runs import PRETRAINED, Run, Size
@@ -56,9 +59,7 @@ def plan(rows: Rows, size: Size, models: Mapping[str, str]) -> list[Run]:
     dive = chosen(rows, "cifar10", STUDIED, "equal")
 
     def table(world: str, methods: Iterable[str]) -> list[Run]:
-        earlier = [row for row in rows if row["model"] != models.get(world)]
-        searched = [name for name in methods if name == BASELINE or not chosen(earlier, world, name, "best")]
-        return grids(world, searched) + with_seeds(rows, world, methods)
+        return _searched(rows, models, world, methods) + with_seeds(rows, world, methods)
 
     runs = table("cifar10", list(dict.fromkeys((*CORE, *SELF_DISTILLING))))
     runs += table("cifar10", MAIN)
@@ -70,12 +71,30 @@ def plan(rows: Rows, size: Size, models: Mapping[str, str]) -> list[Run]:
     runs += curves(rows, FURTHER_STRENGTHS)
     runs += [Run("cifar10", STUDIED, HEAVY, rate) for rate in GENTLE]
     runs += table("cifar10", ABLATIONS)
+    runs += in_weight_space(rows, models)
     runs += table("pacs", HEADS) + table("pacs", ABLATIONS) + table("pacs", SELF_DISTILLING)
     if dive is not None:
         for seed in SEEDS[1:]:
             runs += sweeps(replace(dive, seed=seed), size)
     runs += [Run("cifar10", LITERAL_COSINE, strength, LEARNING_RATES[0]) for strength in (1.0, 10.0)]
     return list(dict.fromkeys(runs))
+
+
+def in_weight_space(rows: Rows, models: Mapping[str, str]) -> list[Run]:
+    """Methods in weight space on CIFAR-10, next to FLYP and DiVE at the settings that were chosen: seed 0 first.
+
+    Args:
+        rows, models: as of :func:`plan`.
+    """
+    known = [chosen(rows, "cifar10", method, "equal") for method in (BASELINE, STUDIED)]
+    runs = [run for run in known if run is not None] + _searched(rows, models, "cifar10", IN_WEIGHT_SPACE)
+    return list(dict.fromkeys(runs + with_seeds(rows, "cifar10", (BASELINE, STUDIED, *IN_WEIGHT_SPACE))))
+
+
+def _searched(rows: Rows, models: Mapping[str, str], world: str, methods: Iterable[str]) -> list[Run]:
+    """The grids of methods that have no setting from earlier weights."""
+    earlier = [row for row in rows if row["model"] != models.get(world)]
+    return grids(world, [name for name in methods if name == BASELINE or not chosen(earlier, world, name, "best")])
 
 
 def settled(rows: Rows, worlds: Sequence[str]) -> list[Run]:
@@ -152,7 +171,7 @@ def _choose(rows: Rows, world: str, method: str, rule: str) -> Run | None:
     best = max(scores, key=lambda run: scores[run])
     if rule == "best" or best.strength is None:
         return best
-    flyp = validated(rows, world, BASELINE)
+    flyp = validated(rows, world, UNDECAYED if method in IN_WEIGHT_SPACE else BASELINE)
     if flyp is None:
         return None
     enough = [run for run in scores if scores[run] >= max(flyp.values()) - MARGIN]

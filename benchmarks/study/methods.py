@@ -1,20 +1,21 @@
 """The methods of the study: names, settings and order. The other modules of the study name no method.
 
 Titles, colours, needs and options are the registry's. A method's *strength* is the option that its grid varies:
-the weight of its reference loss, or that of its distillation on the target batch.
+the weight of its reference loss, that of its distillation on the target batch, or an option of its projection.
 """
 
 from typing import Any, NamedTuple
 
-from dive_fast.config.schema import ObjectiveConfig
+from dive_fast.config.schema import NO_PROJECTION, ObjectiveConfig
 from dive_fast.evaluation import plots
 from dive_fast.methods import registry
+from dive_fast.projections import registry as projections
 
 REFERENCE_WEIGHT, DISTILLATION_WEIGHT = "weight", "distillation_weight"
 
 
 class Strength(NamedTuple):
-    """The option of ``objective`` that a method's grid varies."""
+    """The option of ``objective``, or of ``projection``, that a method's grid varies."""
 
     option: str
     grid: tuple[float, ...]
@@ -48,7 +49,14 @@ SELF_DISTILLING = (DISTILLED, COMBINED, LIGHT, "tracer_fd", "carot", "lipsum")
 epoch, which is the only one on CIFAR-10, and its backgrounds are words that the small model has never read."""
 CORE = (BASELINE, STUDIED, DISTILLED, COMBINED)
 """Methods that answer whether the combination keeps what each of its halves keeps."""
-NARROW = (LIGHT, "tracer_fd", "carot", "lipsum")
+UNDECAYED = "flyp_undecayed"
+"""FLYP without weight decay, as all methods in weight space are run; their level instead of ``BASELINE``."""
+PROJECTIONS = {f"flyp_{rule}": rule for rule in ("l2sp", "spd", "ftp", "digrap")}
+"""FLYP with a method in weight space, and ``projection.name``."""
+ENSEMBLE = "flyp_ensemble"
+"""Weights between the pre-trained ones and those that a run of ``UNDECAYED`` left."""
+IN_WEIGHT_SPACE = (UNDECAYED, *PROJECTIONS, ENSEMBLE)
+NARROW = (LIGHT, "tracer_fd", "carot", "lipsum", *IN_WEIGHT_SPACE)
 """Methods whose grid has only the learning rate that is best for the baseline."""
 ABLATIONS = (AVERAGE_ALONE, "pvl", "cosine")
 STRENGTHS: dict[str, Strength | None] = {
@@ -60,6 +68,12 @@ STRENGTHS: dict[str, Strength | None] = {
     **dict.fromkeys(ABLATIONS, _DECADES),
     "vanilla_ft": None,
     "lp_ft": None,
+    UNDECAYED: None,
+    "flyp_l2sp": Strength("strength", (1e-3, 1e-2, 1e-1)),
+    "flyp_spd": Strength("strength", (0.5, 1.0, 5.0)),
+    "flyp_ftp": Strength("k", (0.0, 0.5, 1.0)),
+    "flyp_digrap": Strength("mu", (0.1, 0.5, 10.0)),
+    ENSEMBLE: Strength("1 - alpha", (0.1, 0.2, 0.3, 0.5, 0.7)),
 }
 """Every method of the study and its strength; None: it has no such option."""
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -67,6 +81,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "cosine": {"name": "cosine", "average_start": 1},
     LITERAL_COSINE: {"name": "cosine", "average_start": 0},
     LIGHT: {"name": COMBINED, "distillation_weight": _around_default(DISTILLED).grid[0]},
+    **{method: {"name": BASELINE} for method in IN_WEIGHT_SPACE},
 }
 """Methods whose ``objective`` is more than their name."""
 HEADS = tuple(
@@ -84,8 +99,15 @@ FURTHER_STRENGTHS = {
 LABELS = {name: label for name, (label, _) in plots.method_styles().items()} | {
     "cosine": "Cosine, m from 1",
     LIGHT: f"{OBJECTIVES[LIGHT]['distillation_weight']:g} TRACER + DiVE",
+    UNDECAYED: "FLYP, no decay",
+    **{method: f"FLYP + {projections.table()[rule].title}" for method, rule in PROJECTIONS.items()},
+    ENSEMBLE: "FLYP, ensemble",
 }
-COLOURS = {name: colour for name, (_, colour) in plots.method_styles().items()} | {LIGHT: "#7f95d1"}
+COLOURS = {name: colour for name, (_, colour) in plots.method_styles().items()} | {
+    LIGHT: "#7f95d1",
+    # In the order in which figures of methods choose colours.
+    **dict(zip(IN_WEIGHT_SPACE, plots.OTHERS)),
+}
 PUBLISHED_WIDTH, PUBLISHED_STEPS = 512, 25_030
 """Embedding width of ViT-B/16 and steps of 10 epochs of ImageNet at a batch of 512, for which TRACER's and CaRot's
 defaults are chosen."""
@@ -124,12 +146,21 @@ def objective(
         for name, part in options.items()
         if name in RESCALED
     }
-    if strength is not None:
+    if strength is not None and method not in IN_WEIGHT_SPACE:
         known = STRENGTHS.get(method)
         section[REFERENCE_WEIGHT if known is None else known.option] = strength
     if every != 1:
         section["reference_every"] = every
     return section
+
+
+def projection(method: str, strength: float | None) -> dict[str, Any]:
+    """The ``projection`` section of a run."""
+    if method not in PROJECTIONS:
+        return {"name": NO_PROJECTION}
+    known = STRENGTHS[method]
+    assert known is not None
+    return {"name": PROJECTIONS[method], known.option: strength}
 
 
 RESCALED = ("feature_weight", "teacher_every")

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import math
 import shutil
+import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,18 @@ from torch import Tensor
 from dive_fast.checkpoint.load_weights import head_of
 from dive_fast.config.schema import Config
 from dive_fast.distributed import Ranks
+from dive_fast.engine.weight_projection import EXCLUDED, METRICS
 from dive_fast.evaluation.datasets.resolve import Opened, open_evaluation
 from dive_fast.evaluation.geometry.embed import describe_pairs, embed, open_pairs
 from dive_fast.evaluation.geometry.measures import rsa
+from dive_fast.evaluation.weight_ensemble import State, interpolate
 from dive_fast.evaluation.zero_shot import measure_sets, values
 from dive_fast.methods.run_config import load_run_config
 from dive_fast.model.head import Head
 from dive_fast.model.towers import Towers, create, tokenizer_of
 from dive_fast.training.loop import train
 from study import model, sets
-from study.methods import STUDIED, objective
+from study.methods import ENSEMBLE, IN_WEIGHT_SPACE, STUDIED, UNDECAYED, objective, projection
 
 PRETRAINED = "pretrained"
 """Method of the line of the results that is of a model before its runs."""
@@ -162,6 +166,7 @@ class Study:
             width=model.WIDTH,
             steps=size.steps(run.world),
         )
+        settings["projection"] = projection(run.method, run.strength)
         reference = "reference" if run.reference == REFERENCE else f"reference-{run.reference}"
         settings["data"]["target"] |= {"batch_size": size.batch_size, "workers": size.workers}
         settings["data"]["reference"] |= {
@@ -179,6 +184,8 @@ class Study:
             "log_every": 5,
             "resume": "never",
         }
+        if run.method in IN_WEIGHT_SPACE:
+            settings["train"]["weight_decay"] = 0.0
         # All pairs are trained on, as when the published results were measured.
         settings["evaluate"] |= {"workers": size.workers, "probe": 0}
         path = self.folder / "run.json"
@@ -186,33 +193,55 @@ class Study:
         return load_run_config(str(path))
 
     def measure(self, run: Run, keep: Path | None = None) -> dict[str, Any]:
-        """Trains and measures; returns the run's line of the results.
+        """Trains, or interpolates, and measures; returns the run's line of the results.
 
         Args:
             keep: folder that the tuned weights are left in, if any, under a hash of the run's key.
         """
         config, begun = self.config(run), time.perf_counter()
+        before = weights_of(create(config.model))
+        if run.method == ENSEMBLE:
+            tuned, head, measured = self._ensemble(run, config), None, dict[str, Any]()
+        else:
+            tuned, head, measured = self._train(run, config, keep)
+        scores = self._scores(config, tuned, head)
+        seconds = time.perf_counter() - begun
+        after = self._embed(config, tuned)
+        return (
+            self.key(run)
+            | scores
+            | {"rsa": rsa(self._pretrained_embeddings(run.world, config), after)}
+            | measured
+            | distance(before, weights_of(tuned))
+            | {"seconds": round(seconds, 1)}
+        )
+
+    def _train(self, run: Run, config: Config, keep: Path | None) -> tuple[Towers, Head | None, dict[str, Any]]:
+        """The tuned towers, their head if they have one, and fields of the results from the run's metrics."""
         place = self.folder / "run"
         shutil.rmtree(place, ignore_errors=True)
         # All metrics of the sets are measured below, in one pass.
         without_sets = config.evaluate.model_copy(update={"sets": {}})
         metrics = train(config.model_copy(update={"evaluate": without_sets}), place, self.ranks)
         tuned = create(config.model).load_exported(load_file(place / "model.safetensors")).eval()
-        scores = self._scores(config, tuned, head_of(place / "model.safetensors"))
-        seconds = time.perf_counter() - begun
-        after = self._embed(config, tuned)
+        head = head_of(place / "model.safetensors")
         lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
         if keep is not None:
             keep.mkdir(parents=True, exist_ok=True)
             (place / "model.safetensors").replace(keep / f"{named(self.key(run))}.safetensors")
         shutil.rmtree(place)
-        return (
-            self.key(run)
-            | scores
-            | {"rsa": rsa(self._pretrained_embeddings(run.world, config), after)}
-            | {symbol: metrics[name] for symbol, name in NORMS.items() if name in metrics}
-            | {"course": course(lines), "seconds": round(seconds, 1)}
-        )
+        measured = {symbol: metrics[name] for symbol, name in NORMS.items() if name in metrics}
+        return tuned, head, measured | {"course": course(lines)} | projected(lines)
+
+    def _ensemble(self, run: Run, config: Config) -> Towers:
+        """Weights between the pre-trained ones and those of ``UNDECAYED``, which is trained if it is missing."""
+        tuned, folder = replace(run, method=UNDECAYED, strength=None), self.folder / "weights"
+        path = folder / f"{named(self.key(tuned))}.safetensors"
+        if not path.exists():
+            self.measure(tuned, folder)
+        assert run.strength is not None
+        towers = create(config.model)
+        return towers.load_exported(interpolate(weights_of(towers), load_file(path), 1 - run.strength)).eval()
 
     def pretrained_row(self, run: Run) -> dict[str, Any]:
         """The line of the model that all runs of a world start from: no run, so no method either."""
@@ -249,6 +278,30 @@ def named(key: dict[str, Any]) -> str:
     """A file name for what a run left: its world, its method and a hash of the rest."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
     return f"{key['world']}-{key['method']}-{key['seed']}-{digest}"
+
+
+def weights_of(towers: Towers) -> State:
+    """A copy of all weights, under open_clip's names, on the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in towers.export(towers.state_dict()).items()}
+
+
+def distance(before: State, after: State) -> dict[str, float]:
+    """``|W - W0|``, and relative to ``|W0|``, over the tensors that take part in a projection."""
+    names = [name for name in before if name.rpartition(".")[2] not in EXCLUDED]
+    moved, length = (
+        math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
+        for tensors in ((after[name] - before[name] for name in names), (before[name] for name in names))
+    )
+    return {"distance": moved, "relative_distance": moved / length}
+
+
+def projected(lines: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Means over the lines of ``metrics.jsonl`` of a projection's strength, and of the tensors that it changes."""
+    values: dict[str, list[float]] = {}
+    for name, value in (item for line in lines for item in line.items()):
+        if name.startswith(METRICS) and "distance" not in name and value is not None:
+            values.setdefault(name.removeprefix(METRICS), []).append(value)
+    return {"projection": {name: statistics.fmean(each) for name, each in values.items()}} if values else {}
 
 
 def course(lines: list[dict[str, Any]]) -> list[dict[str, float]]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from dive_fast.evaluation import plots
 from dive_fast.io.atomic_files import write_atomic
+from dive_fast.projections import registry as projections
 from study import sets
 from study.experiments import LEARNING_RATES, MARGIN, SEEDS, chosen, grids, run_of
 from study.methods import (
@@ -19,9 +20,11 @@ from study.methods import (
     COMBINED,
     DISTILLED,
     HEADS,
+    IN_WEIGHT_SPACE,
     LABELS,
     MAIN,
     PAPER,
+    PROJECTIONS,
     SELF_DISTILLING,
     STUDIED,
 )
@@ -46,6 +49,8 @@ class Group(NamedTuple):
     """Methods of other groups that these are compared with."""
     highlighted: tuple[str, ...] = (STUDIED,)
     """Methods in their colours in figures, all others in grey."""
+    has_levels: bool = True
+    """Whether grids have all learning rates, so that methods are compared at FLYP's ID."""
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -58,6 +63,7 @@ GROUPS = (
     Group(
         "-distilling", SELF_DISTILLING, tuple(method for method in PAPER if method in MAIN), (STUDIED, COMBINED)
     ),
+    Group("-weights", IN_WEIGHT_SPACE, (BASELINE, STUDIED), (STUDIED, *IN_WEIGHT_SPACE), has_levels=False),
 )
 _KEPT = {"zs": "zero-shot (mean of two sets), %", "rsa": plots.MEASURES["rsa"]}
 # CIFAR-10's OOD, corruptions, does not distinguish the methods; PACS' is a shift.
@@ -184,6 +190,35 @@ def calibration_table(
                 cells.append(figure(measured, _mean_of(metric, names)).plain() if is_known else "")
         for names in (("id",), shifted(world)):
             cells.append(figure(measured, _overconfidence(names)).signed(".3f"))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def distance_table(rows: Sequence[Row], world: str, grid: Sequence[Row], methods: Iterable[str]) -> list[str]:
+    """Distances from the pre-trained weights, and how much projections act, in Markdown.
+
+    Args:
+        grid: the rows that settings are chosen from, by ``equal``.
+    """
+    lines = [
+        "| method | strength | seeds | \\|W - W0\\| | relative, % | triggered, % | changed, % | the rule's mean |",
+        "|---" * 8 + "|",
+    ]
+    for method in methods:
+        run = chosen(grid, world, method, "equal")
+        selected = [row for row in over_seeds(rows, run) if "distance" in row] if run is not None else []
+        if run is None or not selected:
+            continue
+        cells = [LABELS[method], _strength(run), str(len(selected))]
+        cells.append(figure(selected, _of("distance")).plain(".2f"))
+        cells.append(figure(selected, _of("relative_distance")).percent())
+        measured = [row["projection"] for row in selected if "projection" in row]
+        for name in ("triggered", "applied"):
+            known = [each[name] for each in measured if name in each]
+            cells.append(spread(known).percent() if known else "")
+        name = projections.table()[PROJECTIONS[method]].strength if method in PROJECTIONS else None
+        strengths = [each[name] for each in measured if name in each]
+        cells.append(f"{name} {spread(strengths).plain('.2g')}" if name is not None and strengths else "")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -390,13 +425,12 @@ def compared(rows: Sequence[Row], world: str, methods: Iterable[str], grid: Sequ
     for method in methods:
         if (run := chosen(grid, world, method, "equal")) is not None:
             selected += over_seeds(rows, run)
-    registered = plots.method_styles()
-    return [
-        row
-        | {"ood": ood(row), "zs": zero_shot(row)}
-        | {"method": row["method"] if row["method"] in registered else LABELS[row["method"]]}
-        for row in selected
-    ]
+    return [row | {"ood": ood(row), "zs": zero_shot(row)} | {"method": _style(row["method"])} for row in selected]
+
+
+def _style(method: str) -> str:
+    """The name by which figures know a method: its label, where the registry has none of this name."""
+    return method if method in plots.method_styles() else LABELS[method]
 
 
 def _message(rows: Sequence[Row], title: str) -> str:
@@ -454,7 +488,7 @@ def _about_world(
         if not group_rows:
             continue
         # Runs and grids of methods that other groups have may be of earlier weights.
-        searched = rows if group.others else group_rows
+        searched = rows if group.others and group.has_levels else group_rows
         known = {row["method"] for row in group_rows}
         for name in (method for method in group.others if method not in known):
             group_rows += [row for row in of_one_model(rows, world, [name]) if row["method"] == name]
@@ -469,16 +503,22 @@ def _about_world(
                 if len(table) > 3:
                     lines += ["", f"## {title}. {heading}", "", *table]
         selected = compared(group_rows, world, group.order, settings)
-        if any(row["method"] in group.methods for row in selected):
+        if any(row["method"] in map(_style, group.methods) for row in selected):
             name, alt = f"study-{size}-{world}-methods{group.ending}.png", _message(selected, title)
             plots.tradeoff(
-                *(selected, folder / name, alt), highlighted=group.highlighted, measures=MEASURES[world]
+                *(selected, folder / name, alt),
+                highlighted=[_style(method) for method in group.highlighted],
+                measures=MEASURES[world],
             )
             lines += ["", f"![{alt}]({name})"]
         if COMBINED in group.methods and len(table := difference_table(group_rows, world, settings)) > 2:
             lines += ["", f"## {title}. {LABELS[COMBINED]}, differences within seeds, in points", "", *table]
+        if set(PROJECTIONS) & set(group.methods):
+            table = distance_table(group_rows, world, settings, group.order)
+            if len(table) > 2:
+                lines += ["", f"## {title}. Distance from the pre-trained weights. {RULES['equal']}", "", *table]
         if grid is None:
-            if table := level_table(searched, world, group.order):
+            if group.has_levels and (table := level_table(searched, world, group.order)):
                 heading = f"## {title}. Zero-shot accuracy (mean of both sets) at equal ID, from the grid"
                 lines += ["", heading, "", *table]
             name = f"study-{size}-{world}-curves{group.ending}.png"
@@ -524,12 +564,13 @@ def draw_curves(
             )
             if is_shown:
                 labels += [
-                    point._replace(text=f"{row['strength']:g}", is_bold=False)
+                    point._replace(text=_strength(run_of(row)), is_bold=False)
                     for row, point in zip(line, points, strict=True)
                 ]
             # The name is written at the left end, where the strength is largest and lines are apart.
             end = min(range(len(points)), key=lambda index: points[index].x)
-            text = f"{LABELS[method]}, {line[end]['strength']:g}" if is_shown else LABELS[method]
+            strength = _strength(run_of(line[end])) if is_shown else ""
+            text = f"{LABELS[method]}, {strength}" if strength else LABELS[method]
             named = points[end]._replace(text=text, colour=colour if is_shown else "#4a4f57")
             labels = [*(label for label in labels if label[:2] != named[:2]), named]
         axis.margins(0.12)

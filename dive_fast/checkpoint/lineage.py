@@ -33,6 +33,7 @@ RUN_FILES = (
     "report.md",
     "report.json",
     "report.png",
+    "projection.png",
     "README.md",
     "nonfinite",
     "trace.json.gz",

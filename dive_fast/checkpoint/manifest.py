@@ -42,9 +42,9 @@ MANIFEST, TRAINER, IDENTITY = "manifest.json", "trainer.json", "identity.json"
 EVALUATION = "evaluation.json"
 """Not listed in the manifest, since it is written after the checkpoint."""
 WEIGHTS, FIXED, OBJECTIVE, TEACHER, RANDOM = "weights", "fixed", "objective", "teacher", "random"
-AVERAGE = "average"
+AVERAGE, PROJECTION = "average", "projection"
 """Prefixes of tensor names: tuned weights, untuned weights and buffers, state of the method, weights of a moving
-teacher, states of the random generators; averaged weights."""
+teacher, states of the random generators; averaged weights, state of a projection."""
 
 
 class CorruptCheckpointError(ConfigError):

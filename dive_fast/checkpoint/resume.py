@@ -14,6 +14,7 @@ from dive_fast.checkpoint.manifest import (
     FIXED,
     FOLDER,
     OBJECTIVE,
+    PROJECTION,
     RANDOM,
     TEACHER,
     WEIGHTS,
@@ -26,7 +27,7 @@ from dive_fast.checkpoint.manifest import (
     read_manifest,
     read_trainer,
 )
-from dive_fast.checkpoint.zero_state import MOMENTS, ParameterState
+from dive_fast.checkpoint.zero_state import ParameterState
 from dive_fast.distributed import Ranks
 from dive_fast.engine.step import Engine
 from dive_fast.errors import ConfigError
@@ -145,10 +146,13 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> Mapping[str, Any]:
         ConfigError: the checkpoint belongs to another model or objective, or other parameters are tuned.
     """
     ranks = engine.ranks
+    # A collective operation, which an error on one rank must not skip.
+    projected = {} if engine.projection is None else engine.projection.state()
     with ranks.raise_on_all(ConfigError):
         numbers, stored = read_trainer(checkpoint), Tensors(checkpoint)
         tuned = {name: tuple(zero_state.full_shape(p)) for name, p in zero_state.tuned_parameters(engine)}
-        for kind in (WEIGHTS, *MOMENTS):
+        keys = zero_state.state_keys(engine)
+        for kind in (WEIGHTS, *keys):
             _require_equal_shapes(checkpoint, tuned, stored.shapes(kind))
         state = engine.towers.state_dict(keep_vars=True)
         fixed = {name: tuple(zero_state.full_shape(tensor)) for name, tensor in state.items() if name not in tuned}
@@ -161,9 +165,11 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> Mapping[str, Any]:
                 raise ConfigError(
                     f"{checkpoint}: belongs to another objective; start a new run, or set train.output"
                 )
+        if stored.shapes(PROJECTION) != {name: tuple(tensor.shape) for name, tensor in projected.items()}:
+            raise ConfigError(f"{checkpoint}: belongs to another projection; start a new run, or set train.output")
 
     def read(name: str) -> ParameterState:
-        moments = {key: stored.read(key, name, ranks.device) for key in MOMENTS}
+        moments = {key: stored.read(key, name, ranks.device) for key in keys}
         return ParameterState(name, stored.read(WEIGHTS, name, ranks.device), moments)
 
     zero_state.scatter(engine, read, numbers["updates"])
@@ -172,6 +178,9 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> Mapping[str, Any]:
     for kind, tensors in states.items():
         for name, tensor in tensors.items():
             tensor.copy_(stored.read(kind, name, ranks.device))
+    if engine.projection is not None:
+        state = {name: stored.read(PROJECTION, name, ranks.device) for name in projected}
+        engine.projection.load(state, numbers["updates"])
     # Ranks that did not exist when the checkpoint was written keep the random state from their seed.
     on_cpu, random = torch.device("cpu"), stored.shapes(RANDOM)
     if (name := f"cpu/{ranks.rank}") in random:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dive_fast.checkpoint import zero_state
 from dive_fast.checkpoint.export import full_state
-from dive_fast.checkpoint.manifest import AVERAGE, FIXED, OBJECTIVE, RANDOM, TEACHER, WEIGHTS
+from dive_fast.checkpoint.manifest import AVERAGE, FIXED, OBJECTIVE, PROJECTION, RANDOM, TEACHER, WEIGHTS
 from dive_fast.engine.step import Engine
 from dive_fast.identity import Identity
 
@@ -65,9 +65,12 @@ def _copies(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     tuned = {name for name, _ in zero_state.tuned_parameters(engine)}
     for name, tensor in full_state(engine, without=tuned).items():
         yield f"{FIXED}/{name}", tensor.clone()
+    # On all ranks: its checksums are sums over them.
+    projected = {} if engine.projection is None else engine.projection.state()
     if ranks.is_main:
-        for name, tensor in engine.method.state().items():
-            yield f"{OBJECTIVE}/{name}", _copy_to_cpu(tensor)
+        for kind, state in ((OBJECTIVE, engine.method.state()), (PROJECTION, projected)):
+            for name, tensor in state.items():
+                yield f"{kind}/{name}", _copy_to_cpu(tensor)
     for kind, holder in ((TEACHER, engine.teacher), (AVERAGE, engine.average)):
         for index, (name, tensor) in enumerate(() if holder is None else holder.state()):
             if index % ranks.world_size == ranks.rank:

@@ -25,25 +25,31 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter."""
 
 
+def state_keys(engine: Engine) -> tuple[str, ...]:
+    """Keys of the optimizer's state of a parameter: AdamW's moments, and what a projection adds."""
+    return MOMENTS if engine.projection is None else (*MOMENTS, *engine.projection.states.keys)
+
+
 class ParameterState(NamedTuple):
-    """A tuned parameter and its moments: full tensors in fp32, on the parameter's device."""
+    """A tuned parameter and its state in the optimizer: full tensors in fp32, on the parameter's device."""
 
     name: str
     weights: Tensor
     moments: dict[str, Tensor]
-    """By the names in :data:`MOMENTS`; zeros before the first update."""
+    """By the names of :func:`state_keys`; zeros before the first update."""
 
 
 def gather(engine: Engine) -> Iterator[ParameterState]:
     """Yields the state of each tuned parameter in turn; all ranks iterate over all of them."""
     _link_moments(engine)
+    keys = state_keys(engine)
     for name, parameter in tuned_parameters(engine):
         if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
             weights = safe_get_full_fp32_param(parameter)
-            moments = {key: _moment(engine, parameter, key) for key in MOMENTS}
+            moments = {key: _moment(engine, parameter, key) for key in keys}
         else:
             weights, state = parameter.detach(), _torch_optimizer(engine).state.get(parameter, {})
-            moments = {key: state.get(key, torch.zeros_like(weights)) for key in MOMENTS}
+            moments = {key: state.get(key, torch.zeros_like(weights)) for key in keys}
         yield ParameterState(name, weights.reshape(full_shape(parameter)), moments)
 
 
@@ -128,6 +134,8 @@ def _prepare_optimizer(engine: Engine, updates: int) -> None:
                 state[key] = torch.zeros_like(flat, requires_grad=False)
         old = state.get("step")
         state["step"] = torch.tensor(float(updates), device=flat.device) if not isinstance(old, int) else updates
+    if engine.projection is not None:
+        engine.projection.states.link()
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._lazy_init_hp_params_optimizer_state()
 

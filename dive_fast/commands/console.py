@@ -14,6 +14,7 @@ COMMANDS = {
     "report": "compare any runs in one table and one chart",
     "geometry": "compare the geometry of embeddings before and after fine-tuning",
     "ensemble": "interpolate between pre-trained and tuned weights",
+    "tpgm": "project tuned weights towards the pre-trained ones, tensor by tensor",
     "export": "write a model for transformers or as ONNX",
     "prepare": "prepare a data set for fast reading",
     "cache": "write the teacher cache of a config",
@@ -23,7 +24,7 @@ COMMANDS = {
 """Each command and its summary for ``dive-fast --help``."""
 ALIASES = {"plan": ("train", "--dry-run"), "export": ("export_model",)}
 """Modules and options of commands that are not the module of their name; `export` is one of checkpoints."""
-ON_SEVERAL_GPUS = ("train", "cache", "evaluate", "geometry", "ensemble")
+ON_SEVERAL_GPUS = ("train", "cache", "evaluate", "geometry", "ensemble", "tpgm")
 """Commands that take ``--gpus``."""
 
 

@@ -49,7 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not any(last == key.name for group in groups for key in group.keys):
         word = SYNONYMS.get(last, word)
     known = {name for group in groups for name in (group.place, *(_path(group, key) for key in group.keys))}
-    has_options = options.all or word == "objective" or (word.startswith("objective.") and word not in known)
+    is_option = word.startswith(("objective.", "projection.")) and word not in known
+    has_options = options.all or word in ("objective", "projection") or is_option
     if has_options:
         groups += _methods()
     selected, remark = _select(groups, word)
@@ -80,6 +81,7 @@ def _plain() -> Iterable[Group]:
 def _methods() -> list[Group]:
     """The methods, and the options of their parts."""
     from dive_fast.methods import registry
+    from dive_fast.projections import registry as projections
 
     table = registry.table()
     names = [
@@ -93,6 +95,15 @@ def _methods() -> list[Group]:
             if part.Options.model_fields:
                 title = f"Options of the {half} loss {name} (methods: {', '.join(users) or 'none'})"
                 groups.append(Group("objective", title, list(keys_of(part.Options)), (name, *users)))
+    rules = projections.table()
+    names = [
+        Key(f"name={name}", "method", None, False, True, f"{rule.title}: {rule.summary}")
+        for name, rule in rules.items()
+    ]
+    groups.append(Group("projection", "Methods in weight space; each has its own options, listed below.", names))
+    for name, rule in rules.items():
+        title = f"Options of the projection {name}"
+        groups.append(Group("projection", title, list(keys_of(rule.Options)), (name,)))
     return groups
 
 
@@ -104,7 +115,8 @@ def _select(groups: list[Group], word: str) -> tuple[list[Group], str]:
     if word in places:
         return [group for group in groups if f"{group.place}.".startswith(f"{word}.")], ""
     if named := [group for group in groups if word in group.words]:
-        return [*_having(groups, lambda path, key: path == f"objective.name={word}"), *named], ""
+        names = (f"objective.name={word}", f"projection.name={word}")
+        return [*_having(groups, lambda path, key: path in names), *named], ""
     if exact := _having(groups, lambda path, key: word in (path, key.name)):
         return exact, ""
     hint = _nearest(groups, word)

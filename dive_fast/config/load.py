@@ -37,7 +37,7 @@ def load_config(name: str, overrides: Sequence[str], folder: Path | None, schema
 
     A file may name a ``base``, relative to it, otherwise in ``folder``: its own sections are merged into the
     base's, key by key. Where a file or an override names another method, options of the former method that the
-    new one lacks are left out.
+    new one lacks are left out. Where it names another projection, all options of the former one are.
 
     Args:
         name: a path, or the name of a file in ``folder`` with or without its suffix.
@@ -97,6 +97,7 @@ class _Layers:
     def add_file(self, path: Path, content: Content) -> None:
         """Merges a file over the layers below it."""
         tree = content.tree
+        self._drop_rule_options(tree.get("projection"))
         before = copy.deepcopy(_objective_of(self.tree))
         for half in HALVES:
             if isinstance(_objective_of(tree).get(half), dict):
@@ -115,6 +116,8 @@ class _Layers:
         set_here = set[str]()
         for override in overrides:
             keys, value = _parse_override(override)
+            if keys == ["projection", "name"]:
+                self._drop_rule_options({"name": value})
             if keys[0] == "objective" and len(keys) > 2:
                 self._name_in_section(keys[1])
             _apply(self.tree, keys, value, override)
@@ -127,6 +130,16 @@ class _Layers:
                 set_here |= {".".join(keys[1:end]) for end in range(2, len(keys) + 1)}
                 set_here |= set(_keys(value, f"{'.'.join(keys[1:])}.")) if isinstance(value, dict) else set()
         self._update_inherited(before, set_here)
+
+    def _drop_rule_options(self, layer: Any) -> None:
+        """Removes the options of the projection below, which belong to its rule, where a layer names another."""
+        below = self.tree.get("projection")
+        if (
+            isinstance(layer, dict)
+            and isinstance(below, dict)
+            and layer.get("name", below.get("name")) != below.get("name")
+        ):
+            self.tree["projection"] = {"name": layer["name"]}
 
     def _name_in_section(self, half: str) -> None:
         """Writes a loss that is only named as a section, so that options set above it belong to it."""

@@ -200,6 +200,20 @@ class ObjectiveConfig(Section):
     """Reference loss instead of the method's own, likewise; `none` for no reference batch."""
 
 
+NO_PROJECTION = "none"
+"""Value of ``projection.name`` without a method in weight space."""
+
+
+class ProjectionConfig(Section):
+    """A method in weight space, which keeps the weights near the pre-trained ones, with any objective."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = NO_PROJECTION
+    """`none`, or one of the rules listed below with their options, which stand in this section. They act around
+    each update and need all weights on the GPUs: ZeRO 0, 1 or 2 without offload."""
+
+
 class TeacherConfig(Section):
     """Source of the frozen model's embeddings of the reference batch, which are always computed in fp32."""
 
@@ -257,7 +271,8 @@ class TrainConfig(Section):
     learning_rate: NonNegativeFloat = 1e-5
     """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.1
-    """Weight decay of AdamW."""
+    """Weight decay of AdamW. Default with a `projection`: 0, since decay pulls to zero and not to the pre-trained
+    weights."""
     decay_all_parameters: bool = True
     """Decay every parameter, as FLYP and the paper do; false exempts biases, gains and logit_scale."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
@@ -417,11 +432,12 @@ def _as_list(names: Any) -> Any:
 
 
 class Config(Section):
-    """All sections. :class:`dive_fast.methods.run_config.RunConfig` validates the options in ``objective`` too."""
+    """All sections. :class:`dive_fast.methods.run_config.RunConfig` validates options of methods too."""
 
     model: ModelConfig
     data: DataConfig
     objective: ObjectiveConfig = ObjectiveConfig()
+    projection: ProjectionConfig = ProjectionConfig()
     teacher: TeacherConfig = TeacherConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -452,6 +468,13 @@ class Config(Section):
             inherited: dotted keys of its ``objective`` that were set for another method, each with the
                 ``objective`` that they were set for.
         """
+
+    @model_validator(mode="after")
+    def _default_weight_decay(self) -> "Config":
+        """A projection's default of ``train.weight_decay`` is 0."""
+        if self.projection.name == NO_PROJECTION or "weight_decay" in self.train.model_fields_set:
+            return self
+        return self.model_copy(update={"train": self.train.model_copy(update={"weight_decay": 0.0})})
 
     @model_validator(mode="after")
     def _check_deepspeed(self) -> "Config":

@@ -1,87 +1,109 @@
-"""Parameter groups of torch's AdamW under ZeRO 0 to 2, as :class:`dive_fast.methods.projection.FlatGroup`.
+"""Parameter groups of torch's AdamW under ZeRO 0 to 2, as :class:`dive_fast.projections.flat_group.FlatGroup`.
 
 ZeRO 1 and 2 call the optimizer once for each group, whose only tensor is this rank's flat fp32 part. DeepSpeed
 then gathers the parts, so that changes made by a hook reach all ranks. ZeRO-0 calls it once with all parameters.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dive_fast.methods.projection import FlatGroup, Projection, Segment
+from dive_fast.projections.flat_group import FlatGroup, Segment
 
 
-def register_projections(
-    engine: Any, optimizer: torch.optim.Optimizer, towers: nn.Module, projections: Sequence[Projection]
-) -> None:
-    """Registers projections to run before and after each step of the optimizer.
+class States:
+    """Further state of the optimizer, a tensor for each of its parameters, by keys of its own."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        """Starts without state."""
+        self._optimizer = optimizer
+        self._tensors: dict[str, dict[Tensor, Tensor]] = {}
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys, in order of their creation."""
+        return tuple(self._tensors)
+
+    def zeros(self, key: str, parameter: Tensor) -> Tensor:
+        """Allocates the state of a parameter of the optimizer, of its shape."""
+        state = torch.zeros_like(parameter, requires_grad=False)
+        self._tensors.setdefault(key, {})[parameter] = state
+        return state
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors."""
+        for tensors in self._tensors.values():
+            yield from tensors.values()
+
+    def link(self) -> None:
+        """Adds the tensors to the optimizer's state, where DeepSpeed's accessors read them.
+
+        Not before the optimizer has created its own state: it does so for a parameter only if there is none.
+        """
+        for key, tensors in self._tensors.items():
+            for parameter, tensor in tensors.items():
+                if self._optimizer.state.get(parameter):
+                    self._optimizer.state[parameter][key] = tensor
+
+
+def flat_groups(
+    engine: Any, optimizer: torch.optim.Optimizer, towers: nn.Module, states: States
+) -> list[tuple[int, FlatGroup]]:
+    """The groups of the optimizer, each with the id of its first tensor.
 
     Args:
         engine: DeepSpeed's, at ZeRO 0 to 2.
-        optimizer: torch's fused AdamW inside it; it has ``grad_scale`` and ``found_inf`` before each step.
+        optimizer: torch's fused AdamW inside it.
     """
     names = {id(parameter): name for name, parameter in towers.named_parameters()}
     is_partitioned = engine.zero_optimization_stage() > 0
-    groups = _partitioned_groups(engine, names) if is_partitioned else _replicated_groups(optimizer, names)
-    for projection in projections:
-        projection.start([group for _, group in groups])
-
-    def current_groups(optimizer: Any) -> Iterator[FlatGroup]:
-        updated = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for first, group in groups:
-            if first in updated:
-                group.gradient_scale, group.skipped = optimizer.grad_scale, optimizer.found_inf
-                yield group
-
-    @torch.no_grad()
-    def before(optimizer: Any, *_: Any) -> None:
-        for group in current_groups(optimizer):
-            for projection in projections:
-                projection.before_step(group)
-
-    @torch.no_grad()
-    def after(optimizer: Any, *_: Any) -> None:
-        for group in current_groups(optimizer):
-            for projection in projections:
-                projection.after_step(group)
-
-    optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(after)
+    return _partitioned(engine, names, states) if is_partitioned else _replicated(optimizer, names, states)
 
 
-def _replicated_groups(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> list[tuple[int, FlatGroup]]:
-    """Groups under ZeRO-0, with the id of each group's first tensor; every parameter is one segment."""
+def _replicated(
+    optimizer: torch.optim.Optimizer, names: dict[int, str], states: States
+) -> list[tuple[int, FlatGroup]]:
+    """Groups under ZeRO-0: every parameter is one segment."""
     groups = []
     for index, group in enumerate(optimizer.param_groups):
-        segments = [
-            Segment(names[id(p)], p.shape, 0, p.detach().view(-1), _gradient(p, slice(None)))
-            for p in group["params"]
-        ]
-        parameter_names = tuple(segment.name for segment in segments)
-        groups.append((id(group["params"][0]), FlatGroup(index, parameter_names, segments, lambda _: None)))
+        parameters = list(group["params"])
+        segments = [Segment(names[id(p)], 0, p.detach().view(-1), _gradient(p, slice(None))) for p in parameters]
+
+        def new_state(key: str, parameters: list[Tensor] = parameters) -> list[Tensor]:
+            return [states.zeros(key, parameter).view(-1) for parameter in parameters]
+
+        shapes = {names[id(p)]: p.shape for p in parameters}
+        device = parameters[0].device
+        groups.append((id(parameters[0]), FlatGroup(index, shapes, segments, device, lambda _: None, new_state)))
     return groups
 
 
-def _partitioned_groups(engine: Any, names: dict[int, str]) -> list[tuple[int, FlatGroup]]:
-    """Groups under ZeRO 1 and 2, with the id of each flat part: segments from DeepSpeed's table of fragments."""
+def _partitioned(engine: Any, names: dict[int, str], states: States) -> list[tuple[int, FlatGroup]]:
+    """Groups under ZeRO 1 and 2: segments from DeepSpeed's table of fragments."""
     zero, groups = engine.optimizer, []
     for index, (parameters, flat) in enumerate(
         zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True)
     ):
-        segments = []
+        segments, pieces = [], []
         for parameter in parameters:
             if (mapping := parameter._hp_mapping) is None:
                 continue
             in_part, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
             piece = slice(in_part.start, in_part.start + in_part.numel)
             weights, gradient = flat.detach()[piece], _gradient(flat, piece)
-            segments.append(Segment(names[id(parameter)], parameter.shape, in_parameter.start, weights, gradient))
-        parameter_names = tuple(names[id(parameter)] for parameter in parameters)
-        group = zero.real_dp_process_group[index]
-        groups.append((id(flat), FlatGroup(index, parameter_names, segments, _sum_over(group))))
+            segments.append(Segment(names[id(parameter)], in_parameter.start, weights, gradient))
+            pieces.append(piece)
+
+        def new_state(key: str, flat: Tensor = flat, pieces: list[slice] = pieces) -> list[Tensor]:
+            state = states.zeros(key, flat)
+            return [state[piece] for piece in pieces]
+
+        shapes = {names[id(parameter)]: parameter.shape for parameter in parameters}
+        reduce = _sum_over(zero.real_dp_process_group[index])
+        groups.append((id(flat), FlatGroup(index, shapes, segments, flat.device, reduce, new_state)))
     return groups
 
 

@@ -22,7 +22,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from dive_fast.config.schema import Config
+from dive_fast.config.schema import NO_PROJECTION, Config, ProjectionConfig
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.distributed import Ranks
 from dive_fast.engine.deepspeed_config import (
@@ -32,14 +32,23 @@ from dive_fast.engine.deepspeed_config import (
     zero_section,
 )
 from dive_fast.engine.feature_consistency import FeatureConsistency, check_config, inspect_modules, make_consistent
-from dive_fast.engine.flat_groups import register_projections
 from dive_fast.engine.optimizer import learning_rate_schedule, make_optimizer
 from dive_fast.engine.profiler import span
 from dive_fast.engine.target_teacher import TargetTeacher, split_prompts
 from dive_fast.engine.update import DeepSpeedUpdate, DeviceUpdate, LossScale
 from dive_fast.engine.weight_average import WeightAverage
+from dive_fast.engine.weight_projection import WeightProjection
 from dive_fast.errors import ConfigError
-from dive_fast.methods.method import ImageInfo, Loss, Method, Part, TeacherOutputs, join_metrics, overrides
+from dive_fast.methods import registry
+from dive_fast.methods.method import (
+    ImageInfo,
+    Loss,
+    Method,
+    Part,
+    TeacherOutputs,
+    join_metrics,
+    overrides,
+)
 from dive_fast.model import fast_blocks
 from dive_fast.model.features import Features, Outputs, Pairs
 from dive_fast.model.towers import Towers
@@ -49,6 +58,7 @@ from dive_fast.model.transformer_blocks import (
     recompute_blocks,
     replace_quickgelu,
 )
+from dive_fast.projections import registry as projections
 
 PER_ROW = ("image", "text", "logits")
 """Fields of :class:`Features` with a row for each image or text, which micro-batches split."""
@@ -97,7 +107,8 @@ class Engine:
             total_steps: updates of the complete run, for the learning rate's schedule.
 
         Raises:
-            ConfigError: as :func:`check_config`, :func:`deepspeed_section` and :func:`check_hooks`.
+            ConfigError: as :func:`check_config`, :func:`deepspeed_section`, :func:`check_hooks` and
+                :func:`check_projection`.
         """
         train = config.train
         self.ranks, self.schedule, self.micro_batch_size = ranks, train.schedule, train.micro_batch_size
@@ -131,6 +142,7 @@ class Engine:
             compile_blocks(self.towers)
         clipping, on_device = section["gradient_clipping"], updates_on_device(section)
         check_hooks(section, method, train.schedule)
+        check_projection(section, config.projection)
         if on_device:
             _disable_deepspeed_grad_norm(section)
         optimizer = make_optimizer(train, towers, offloads_optimizer(section))
@@ -150,8 +162,12 @@ class Engine:
         if ranks.world_size == 1 and zero_section(section).get("stage", 0) == 0:
             # DeepSpeed would copy all gradients into one tensor and back to average them over a single rank.
             self.deepspeed.enable_backward_allreduce = False
-        if projections := method.projections():
-            register_projections(self.deepspeed, optimizer, self.towers, projections)
+        self.projection = None
+        """The method in weight space; None without ``projection``."""
+        if (rule := projections.create(config.projection)) is not None:
+            backend = method.target_loss.backend
+            has_anchor = registry.has_head_anchor(config.objective)
+            self.projection = WeightProjection(rule, self.deepspeed, optimizer, self.towers, has_anchor, backend)
         self.scale = LossScale(train.precision, ranks.device if on_device else torch.device("cpu"))
         self._update = (
             DeviceUpdate(self.deepspeed, optimizer, self.scale, clipping)
@@ -171,7 +187,8 @@ class Engine:
         """
         metrics = self.accumulate(batches)
         norm = self.update(metrics["loss"])
-        return metrics | {"gradient_norm": norm} | self.scale.metrics()
+        metrics |= {"gradient_norm": norm} | self.scale.metrics()
+        return metrics if self.projection is None else metrics | self.projection.metrics()
 
     def accumulate(self, batches: StepBatches) -> dict[str, Tensor]:
         """Computes the gradients of a step without its update; arguments and result as in :meth:`step`."""
@@ -388,6 +405,24 @@ def check_hooks(section: dict[str, Any], method: Method, schedule: str) -> None:
         raise ConfigError(
             f"deepspeed.zero_optimization.{option}: this method has {', '.join(hooks)}, which need all weights "
             "on each rank's device; use stage 0, 1 or 2 without offload"
+        )
+
+
+def check_projection(section: dict[str, Any], projection: ProjectionConfig) -> None:
+    """Validates the ZeRO options against a method in weight space.
+
+    Args:
+        section: the ``deepspeed`` section.
+
+    Raises:
+        ConfigError: the rule needs weights that a rank lacks under ZeRO-3 or offload.
+    """
+    if projection.name != NO_PROJECTION and not updates_on_device(section):
+        stage = zero_section(section).get("stage", 0)
+        option = "offload_optimizer" if stage < 3 else f"stage = {stage}"
+        raise ConfigError(
+            f"deepspeed.zero_optimization.{option}: projection.name = {projection.name} needs the optimizer's "
+            "weights on each rank's device; use stage 0, 1 or 2 without offload"
         )
 
 

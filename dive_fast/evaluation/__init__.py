@@ -1,1 +1,1 @@
-"""Evaluation of a model: zero-shot and head accuracy, retrieval, weight ensembles, geometry of the embeddings."""
+"""Accuracy, retrieval, calibration and geometry of models, and weights between pre-trained and tuned ones."""

@@ -1,7 +1,8 @@
-"""Figures of methods and of weight ensembles, and the style shared with the figures of geometry."""
+"""Figures of methods, weight ensembles and projections, and the style shared with the figures of geometry."""
 
 import io
 import itertools
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -217,6 +218,69 @@ def ensemble(report: Mapping[str, Any], path: Path) -> None:
     note = "bars: one standard error; " if samples else ""
     add_title(figure, f"Weights between pre-trained and fine-tuned; {note}ring: best {chosen_on}")
     save_figure(figure, path)
+
+
+FIRST, LAST = "in", "out"
+"""Tensors before and after the blocks of a tower."""
+_BLOCK = re.compile(r".*?\b(?:resblocks|blocks|layers?|stages)\.?\d+(?:\.blocks\.\d+)?(?=\.)")
+"""The beginning of the name of a tensor in a block of a transformer or a ConvNeXt, or in a stage of a ResNet."""
+_ENDS = ("attn_pool", "attnpool", "head", "ln_final", "ln_post", "norm", "proj", "text_projection")
+"""Beginnings of the names of layers after the blocks."""
+
+
+def alphas(report: Mapping[str, Any], path: Path) -> None:
+    """Plots the share of its change that each tensor keeps over the depth of its tower.
+
+    Args:
+        report: the report of :func:`dive_fast.evaluation.tpgm.tpgm`; names of tensors are open_clip's.
+    """
+    by_tower: dict[str, dict[str, list[float]]] = {}
+    shares: dict[str, float] = report["alphas"]
+    for name, alpha in shares.items():
+        if name == "logit_scale":
+            continue
+        tower = "image tower" if name.startswith(("visual.", "head.")) else "text tower"
+        by_tower.setdefault(tower, {}).setdefault(_depth(name.removeprefix("visual.")), []).append(alpha)
+    figure = new_figure(WIDTH, 3.6)
+    panels = figure.subplots(1, max(len(by_tower), 1), sharey=True, squeeze=False)[0]
+    for axis, (tower, groups) in zip(panels, by_tower.items(), strict=False):
+        blocks = [name for name in groups if name not in (FIRST, LAST)]
+        order = [name for name in (FIRST, *blocks, LAST) if name in groups]
+        for position, name in enumerate(order):
+            # Equal values would hide each other.
+            values = sorted(groups[name])
+            x = [position + 0.3 * ((index + 0.5) / len(values) - 0.5) for index in range(len(values))]
+            axis.plot(x, values, "o", color=BLUE, alpha=0.5, markersize=4, markeredgewidth=0)
+        means = [sum(groups[name]) / len(groups[name]) for name in order]
+        axis.plot(
+            range(len(order)), means, "-o", color=ORANGE, linewidth=1.8, markersize=5, label="mean of a block"
+        )
+        labels = [str(blocks.index(name) + 1) if name in blocks else name for name in order]
+        every = max(1, -(-len(blocks) // 12))
+        shown = [place for place, name in enumerate(order) if name not in blocks or not blocks.index(name) % every]
+        axis.set_xticks(shown, [labels[place] for place in shown])
+        axis.set_xlabel("block (line: mean of its tensors)")
+        number = sum(map(len, groups.values()))
+        axis.set_title(f"{tower}: alpha of {number} tensors", loc="left", fontsize=10)
+        axis.axhline(0.5, color=GREY, linewidth=1, linestyle="--", zorder=0)
+        axis.grid(alpha=0.25)
+        style_axes(axis)
+    panels[0].set(ylim=(-0.03, 1.03), ylabel="alpha: 0 pre-trained, 1 tuned")
+    means_of = [
+        f"{tower} {sum(values) / len(values):.2f}"
+        for tower, groups in by_tower.items()
+        if (values := [alpha for group in groups.values() for alpha in group])
+    ]
+    add_title(figure, f"Share of the change that TPGM keeps: {', '.join(means_of)}")
+    save_figure(figure, path)
+
+
+def _depth(name: str) -> str:
+    """The block of a tensor, or :data:`FIRST` or :data:`LAST`."""
+    block = _BLOCK.match(name)
+    if block is not None:
+        return block[0]
+    return LAST if name.removeprefix("text.").removeprefix("trunk.").startswith(_ENDS) else FIRST
 
 
 def _standard_error(percent: float, samples: int | None) -> float:

@@ -100,7 +100,7 @@ def ensemble(
     start = None
     if trained is not None:
         # In fp32, as at the start of training; on the device and on all ranks, since there may be 80,000 prompts.
-        start = _head_of_prompts(model.load_exported(pretrained), tokenizer, trained.class_names, templates, ranks)
+        start = head_of_prompts(model.load_exported(pretrained), tokenizer, trained.class_names, templates, ranks)
     model.set_precision(config.train.precision)
     points = sorted({0.0, *alphas, 1.0})
     rows: list[dict[str, float]] = []
@@ -108,7 +108,7 @@ def ensemble(
     with ranks.progress(len(points), "ensembles", "model") as bar:
         for alpha in points:
             model.load_exported(interpolate(pretrained, tuned, alpha))
-            head = _interpolate_heads(start, trained, alpha)
+            head = interpolate_heads(start, trained, alpha)
             measured = measure_sets(model, tokenizer, config.evaluate, opened, ranks, head)
             rows.append({"alpha": alpha} | values(measured, config.evaluate.sets))
             bar.update()
@@ -123,11 +123,11 @@ def ensemble(
         "left_out": {name: result.left_out for name, result in measured.items() if result.left_out},
         "accuracies": rows,
     }
-    head = _interpolate_heads(start, trained, best)
+    head = interpolate_heads(start, trained, best)
     return Ensemble(report, interpolate(pretrained, tuned, best), head, model)
 
 
-def _head_of_prompts(
+def head_of_prompts(
     model: towers.Towers,
     tokenizer: Tokenizer,
     names: Sequence[str],
@@ -139,7 +139,8 @@ def _head_of_prompts(
     return Head((rows * model.scale().detach()).cpu(), torch.zeros(len(names)), tuple(names))
 
 
-def _interpolate_heads(start: Head | None, trained: Head | None, alpha: float) -> Head | None:
+def interpolate_heads(start: Head | None, trained: Head | None, alpha: float) -> Head | None:
+    """The head between two heads of the same classes; None without one of them."""
     if start is None or trained is None:
         return None
     first, last = ({"weight": head.weight, "bias": head.bias} for head in (start, trained))
@@ -150,16 +151,25 @@ def _interpolate_heads(start: Head | None, trained: Head | None, alpha: float) -
 def write(result: Ensemble, folder: Path) -> None:
     """Writes :data:`WEIGHTS` for open_clip, the head if there is one, ``ensemble.json`` and its figure."""
     with file_lock(folder / LOCK, f"results folder {folder}", wait=True):
-        towers.save(result.weights, folder / WEIGHTS)
-        if not (folder / DESCRIPTION).exists():
-            towers.save_description(result.model, folder)
-        path = heads.head_path(folder / WEIGHTS)
-        if result.head is None:
-            path.unlink(missing_ok=True)  # an earlier ensemble's head would be used instead of prompts
-        else:
-            heads.save(result.head, path)
+        write_weights(result.weights, result.head, result.model, folder / WEIGHTS)
         write_atomic(folder / "ensemble.json", (json.dumps(result.report, indent=2) + "\n").encode())
         plots.ensemble(result.report, folder / "ensemble.png")
+
+
+def write_weights(weights: State, head: Head | None, model: towers.Towers, path: Path) -> None:
+    """Writes weights for open_clip, the head next to them, and a description of the model if there is none yet.
+
+    Args:
+        weights: under open_clip's names.
+        head: None removes that of earlier weights of this name, which would be used instead of prompts.
+    """
+    towers.save(weights, path)
+    if not (path.parent / DESCRIPTION).exists():
+        towers.save_description(model, path.parent)
+    if head is None:
+        heads.head_path(path).unlink(missing_ok=True)
+    else:
+        heads.save(head, heads.head_path(path))
 
 
 def table(report: dict[str, Any]) -> str:

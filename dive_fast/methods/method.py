@@ -11,7 +11,7 @@ The engine calls the hooks at these places of a step; each does nothing unless a
     before a run:   start
     for each half:  change_images, change_weights( forward, loss, backward )     penalty: with the last half
                     teacher_texts: texts that the target half's teacher embeds beside the batch
-    update:         projection.before_step, AdamW, projection.after_step
+    update:         AdamW, within the config's projection (:mod:`dive_fast.projections`)
     after it:       teacher_rate: the target half's teacher moves; after step 1: check_first_step
 
 ``step`` of a part is the number of steps before the present one, also after a resume.
@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from dive_fast.config.section import NonNegativeFloat, Positive, Section
 from dive_fast.kernels.backend import Backend
-from dive_fast.methods.projection import Projection
 from dive_fast.model.features import Outputs, Pairs
 
 if TYPE_CHECKING:  # these import open_clip, which would take seconds before a mistake in a config is reported
@@ -236,10 +235,6 @@ class Part(nn.Module):
         """Whether the parameter of this name is trained."""
         return True
 
-    def projection(self) -> Projection | None:
-        """A change of gradients and weights around the optimizer's step; None: no projection."""
-        return None
-
     def check_first_step(self, first: FirstStep) -> None:
         """Validates the metrics of the first step, e.g. against the noise floor.
 
@@ -439,10 +434,6 @@ class Method(nn.Module):
         """Whether all parts train the parameter of this name."""
         return all(part.tunes(parameter) for part in self.parts)
 
-    def projections(self) -> list[Projection]:
-        """The projections of the parts."""
-        return [projection for part in self.parts if (projection := part.projection()) is not None]
-
     def check_first_step(self, first: FirstStep) -> None:
         """Runs the parts' checks of the first step.
 
@@ -457,7 +448,7 @@ class Method(nn.Module):
         return _weight_hooks(*map(type, self.parts)) + _teachers(self.needs.target_teacher)
 
 
-WEIGHT_HOOKS = ("change_images", "change_weights", "penalty", "projection")
+WEIGHT_HOOKS = ("change_images", "change_weights", "penalty")
 
 
 def overrides(part: Part | type[Part], hook: str) -> bool:

@@ -21,6 +21,7 @@ from dive_fast.config.schema import ObjectiveConfig
 from dive_fast.config.section import KeyedError, Section
 from dive_fast.errors import ConfigError, nearest, warn_on_main_rank
 from dive_fast.methods.method import (
+    HeadOptions,
     Method,
     Needs,
     Part,
@@ -503,6 +504,16 @@ def target_options(objective: ObjectiveConfig) -> Section:
         ConfigError: an unknown name or option.
     """
     return _choose(objective).target_options
+
+
+def has_head_anchor(objective: ObjectiveConfig) -> bool:
+    """Whether a head has a start worth keeping to: made from class prompts, or probed, and not random.
+
+    Raises:
+        ConfigError: an unknown name or option.
+    """
+    options = target_options(objective)
+    return not isinstance(options, HeadOptions) or options.head_start == "zero_shot" or options.probe
 
 
 def title_of(objective: ObjectiveConfig) -> str:

@@ -14,10 +14,11 @@ from dive_fast.config.reference import reference, rows
 from dive_fast.config.schema import Config
 from dive_fast.config.section import KeyedError
 from dive_fast.methods import registry
+from dive_fast.projections import registry as projections
 
 
 class RunConfig(Config):
-    """A config whose ``objective`` is validated by the methods' own options, which are filled in."""
+    """A config whose ``objective`` and ``projection`` are validated by their methods; options are filled in."""
 
     @model_validator(mode="after")
     def _check_objective(self) -> "RunConfig":
@@ -34,7 +35,7 @@ class RunConfig(Config):
                 f"data.target.{key} = {value} has prompts and no classes, which {method} needs; "
                 + ("take folder, webdataset or prepared" if key == "format" else "set label_column instead"),
             )
-        return self.model_copy(update={"objective": objective})
+        return self.model_copy(update={"objective": objective, "projection": projections.resolve(self.projection)})
 
     @classmethod
     def drop_inherited(cls, tree: dict[str, Any], inherited: Mapping[str, Mapping[str, Any]]) -> None:
@@ -68,9 +69,23 @@ def _methods() -> Iterator[str]:
                 yield from ("", f"### Options of the {half} loss `{name}`", "", *rows(part.Options))
 
 
+def _projections() -> Iterator[str]:
+    """The lines of the reference on methods in weight space and their options."""
+    table = projections.table()
+    yield from ("", "## Methods in weight space", "")
+    yield from ("Values of `projection.name`; each has its options in `projection`.", "")
+    yield from ("| name | method | options |", "|---|---|---|")
+    for name, rule in table.items():
+        options = ", ".join(f"`{option}`" for option in rule.Options.model_fields)
+        yield f"| `{name}` | {rule.title}: {rule.summary} | {options} |"
+    for name, rule in table.items():
+        if rule.Options.model_fields:
+            yield from ("", f"### Options of `{name}`", "", *rows(rule.Options))
+
+
 def config_reference() -> str:
     """The configuration reference in Markdown, docs/config.md."""
-    return reference("dive_fast.methods.run_config", RunConfig, _methods())
+    return reference("dive_fast.methods.run_config", RunConfig, [*_methods(), *_projections()])
 
 
 if __name__ == "__main__":

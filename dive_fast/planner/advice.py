@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from dive_fast.config.schema import Config, DataConfig
+from dive_fast.config.schema import NO_PROJECTION, Config, DataConfig
 from dive_fast.engine.deepspeed_config import deepspeed_section, zero_section
 from dive_fast.errors import ConfigError
 from dive_fast.methods import registry
@@ -98,10 +98,11 @@ def _free_changes(config: Config, plan: Plan) -> Iterator[tuple[str, int]]:
         yield "teacher.mode=cache", parts.get("teacher", 0) + parts.get("activations", 0)
     stage = zero_section(deepspeed_section(config, plan.ranks)).get("stage", 0)
     state = sum(parts.get(part, 0) for part in ("weights", "gradients", "optimizer"))
+    needs_weights = needs.all_weights or config.train.ema is not None or config.projection.name != NO_PROJECTION
     if plan.ranks > 1:
         yield from (
             (f"deepspeed.zero_optimization.stage={higher}", state)
-            for higher in ((1, 2) if needs.all_weights or config.train.ema is not None else (1, 2, 3))
+            for higher in ((1, 2) if needs_weights else (1, 2, 3))
             if higher > stage
         )
 

@@ -34,6 +34,7 @@ Part = Literal[
     "gradients",
     "optimizer",
     "average",
+    "projection",
     "teacher",
     "target_teacher",
     "batches",

@@ -76,6 +76,8 @@ _FILLS = {
     *("_foreach_zero_", "_foreach_copy_"),
 }
 """In-place operations that do not read what they overwrite."""
+_WRITTEN = {"add_deviations_to_gradients": "previous", "add_deviations_to_weights": "previous"}
+"""Operations of :mod:`dive_fast.kernels` with an argument that they overwrite without reading it, and its name."""
 _GATHERS = {"embedding": 1, "index": 1, "index_select": 2, "gather": 2, "take": 1}
 """Operations that read only some rows of their first argument, and the position of the indices."""
 _SCATTERS = {"index_put_": 2, "_index_put_impl_": 2, "index_add_": 3, "index_copy_": 3, "scatter_add_": 3}
@@ -135,7 +137,7 @@ def _moved_bytes(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, 
     seen: set[tuple[Any, ...]] = set()
     for argument, value in _schema_arguments(func, args, kwargs):
         is_changed = argument.alias_info is not None and argument.alias_info.is_write
-        is_read = not (is_changed and (name in _FILLS or argument.is_out))
+        is_read = not (is_changed and (name in _FILLS or argument.is_out or argument.name == _WRITTEN.get(name)))
         for tensor in tree_leaves(value):
             if not isinstance(tensor, Tensor):
                 continue

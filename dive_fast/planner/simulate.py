@@ -212,6 +212,8 @@ class _TrackedEngine(Engine):
             tracker.assign([*self.teacher.copies.values(), *self.teacher.towers.buffers()], "target_teacher")
         if self.average is not None:
             tracker.assign(self.average.weights.values(), "average")
+        if self.projection is not None:
+            tracker.assign(self.projection.memory(), "projection")
         if self.deepspeed.zero_optimization_stage() == 3:
             zero = self.deepspeed.optimizer
             # These buffers are allocated once and reused.

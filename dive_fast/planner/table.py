@@ -53,7 +53,7 @@ def as_table(plan: Plan, gpus: Sequence[str], advice: dict[str, Advice | None]) 
     lines.append(f"peak memory      {_gib(plan.peak_memory_bytes)} on each GPU")
     part_names: dict[Part, str] = {part: part for part in get_args(Part)}
     part_names |= {"teacher": names["teacher"], "target_teacher": names["target_teacher"]}
-    part_names |= {"average": "averaged weights"}
+    part_names |= {"average": "averaged weights", "projection": "anchors"}
     lines += [f"  {part_names[part]:<16} {_gib(plan.parts[part])}" for part in part_names if plan.parts.get(part)]
     lines.append(f"with estimates   {_gib(plan.needed_memory_bytes)}, which has to fit")
     labels: dict[Estimate, str] = {

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dive_fast.config.schema import NO_PROJECTION
 from dive_fast.errors import DataError, one_line
 from dive_fast.evaluation.results import FILE as MEASURED
 from dive_fast.evaluation.results import Results
@@ -139,7 +140,7 @@ def read_report(folder: Path) -> RunResult:
         measures = tuple(_reported(row, settings) for row in rows)
         run = replace(
             run,
-            method=str(report["method"]),
+            method="+".join(str(report[key]) for key in ("method", "projection") if report.get(key)),
             title=one_line(str(report.get("title") or report["method"])),
             weight=_number(report["weight"]),
             seed=_count(report["seed"]),
@@ -186,7 +187,8 @@ def _section(tree: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 def _described(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a run that its ``config.json`` has."""
     objective, train = _section(settings, "objective"), _section(settings, "train")
-    name = str(objective.get("name") or "")
+    name, projection = str(objective.get("name") or ""), _section(settings, "projection").get("name")
+    name += f"+{projection}" if projection not in (None, NO_PROJECTION) else ""
     return {
         "method": name,
         "title": name,

@@ -2,15 +2,13 @@
 
 import logging
 import math
-import os
 from collections.abc import Mapping
-from itertools import islice
 
 import torch
 from torch import Tensor
 
-from dive_fast.config.schema import Config
-from dive_fast.data.content_hashes import image_hashes
+from dive_fast.config.schema import NO_PROJECTION, Config
+from dive_fast.data.shared_images import copies, image_files
 from dive_fast.data.sources.source import Source
 from dive_fast.engine.async_scalars import AsyncScalars
 from dive_fast.methods import registry
@@ -22,8 +20,6 @@ LONG_WARMUP = 0.2
 """Share of a run's steps above which a warm-up is reported."""
 LARGE_SHARE = 0.9
 """Share of the reference loss in the loss above which it is reported."""
-MAX_READ = 4096
-"""Images of a set that are read at most, to recognize copies."""
 SHARE_STEPS = 10
 """Reference batches whose losses are averaged for this share."""
 
@@ -59,6 +55,13 @@ def warn_of_schedule(config: Config, needs: Needs, total_steps: int) -> None:
             *(train.ema, origins.of("train.ema"), 1 / (1 - train.ema), total_steps),
             max(1 - 10 / total_steps, 0.1),
         )
+    rule = config.projection.name
+    if rule != NO_PROJECTION and train.weight_decay > 0:
+        logger.warning(
+            "train.weight_decay = %g (%s) with projection.name = %s (%s): decay pulls the weights to zero and not "
+            "to the pre-trained ones, and the projection sees its pull as a deviation; set train.weight_decay=0",
+            *(train.weight_decay, origins.of("train.weight_decay"), rule, origins.of("projection.name")),
+        )
     if batch_size == 1 and not needs.head:
         logger.warning(
             "data.target.batch_size = 1 (%s): the contrastive loss of a single pair is 0, so nothing is learned "
@@ -75,8 +78,8 @@ def warn_of_evaluation(config: Config, target: Source, opened: Mapping[str, Sour
         opened: the sources of ``evaluate.sets``.
     """
     options, origins = config.evaluate, config.origins
-    images = {name: _images(source) for name, source in opened.items()}
-    training = _images(target) if images else set()
+    images = {name: image_files(source) for name, source in opened.items()}
+    training = image_files(target) if images else set()
     for name, evaluated in images.items():
         if shared := len(evaluated & training):
             key = f"evaluate.sets.{name}.path"
@@ -86,12 +89,12 @@ def warn_of_evaluation(config: Config, target: Source, opened: Mapping[str, Sour
                 *(key, options.sets[name].path, origins.of(key), shared, len(evaluated)),
                 origins.of("data.target.path"),
             )
-        elif copies := _copies(opened[name], target):
-            key, first = f"evaluate.sets.{name}.path", copies[0]
+        elif pairs := copies(opened[name], target):
+            key, first = f"evaluate.sets.{name}.path", pairs[0]
             logger.warning(
                 "%s = %s (%s): at least %d of its %d images are copies of training images (the first: %s is %s), "
                 "so its accuracy is optimistic; remove one of each",
-                *(key, options.sets[name].path, origins.of(key), len(copies), len(evaluated)),
+                *(key, options.sets[name].path, origins.of(key), len(pairs), len(evaluated)),
                 *first,
             )
     if options.select is None:
@@ -113,28 +116,6 @@ def warn_of_evaluation(config: Config, target: Source, opened: Mapping[str, Sour
         origin,
         f"report that on {', '.join(others)}" if others else "add a test set to evaluate.sets, and report that",
     )
-
-
-def _images(source: Source) -> set[tuple[str, str, int]]:
-    """The images of a set by folder, file and position, whatever the path that the set was opened by."""
-    folders = {folder: os.path.realpath(folder) for folder in {sample.path.parent for sample in source.samples}}
-    return {(folders[sample.path.parent], sample.path.name, sample.offset) for sample in source.samples}
-
-
-def _copies(evaluated: Source, training: Source) -> list[tuple[str, str]]:
-    """The keys of images of a set that have the bytes of a training image, and of that image.
-
-    Only images of equal size are read, and at most :data:`MAX_READ` of each set.
-    """
-    sizes = {sample.size for sample in evaluated.samples} & {sample.size for sample in training.samples} - {-1, 0}
-    halves = [
-        list(islice((sample for sample in source.samples if sample.size in sizes), MAX_READ))
-        for source in (evaluated, training)
-    ]
-    here, there = (image_hashes(half) for half in halves)
-    key_of = {value: sample.key for value, sample in zip(there, halves[1], strict=True) if value}
-    rows = zip(here, halves[0], strict=True)
-    return [(sample.key, key_of[value]) for value, sample in rows if value in key_of]
 
 
 class ReferenceShare:

@@ -193,7 +193,7 @@ def _loop(run: Run, watch: Watch, trackers: Trackers) -> dict[str, float]:
     results, report = validation.finish(step)
     final = metrics.close(step, results)
     if ranks.is_main:
-        write_report(report, folder)
+        write_report(report, folder, None if engine.projection is None else engine.projection.rule)
         write_card(report, run)
     ranks.print(f"\n{report.text()}")
     return final

@@ -133,13 +133,15 @@ def _data_name(data: TargetConfig | ReferenceConfig) -> str:
 def _method(report: Report, run: Run) -> str:
     train, data = run.config.train, run.config.data
     weight = "" if report.weight is None else f", weight of the reference loss {report.weight:g}"
+    projection = "" if report.projection is None else f", `projection.name = {report.projection}`"
     batch = f"batch size {data.target.batch_size}"
     if run.reference is not None and data.reference is not None:
         batch += f" and {data.reference.batch_size} reference pairs"
     installed = {"dive_fast": metadata.version("dive_fast")} | versions()
     packages = ", ".join(f"{name} {installed[name]}" for name in SHOWN_VERSIONS if name in installed)
+    names = f"`objective.name = {report.method}`{projection}"
     return (
-        f"\n{report.title} (`objective.name = {report.method}`{weight}), {run.total_steps} steps, {batch}, "
+        f"\n{report.title} ({names}{weight}), {run.total_steps} steps, {batch}, "
         f"learning rate {train.learning_rate:g}, weight decay {train.weight_decay:g}, {train.precision}, seed "
         f"{train.seed}. All settings are in `config.json`. Versions: {packages}.\n"
     )

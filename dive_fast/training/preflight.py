@@ -24,6 +24,7 @@ from dive_fast.engine.deepspeed_config import offloads_optimizer
 from dive_fast.errors import ConfigError, UserError, machine_error
 from dive_fast.methods import registry
 from dive_fast.model.towers import Towers
+from dive_fast.projections import registry as projections
 from dive_fast.teacher import cache_files
 from dive_fast.training.trackers import check_trackers
 
@@ -221,7 +222,9 @@ def check_disk(config: Config, folder: Path, towers: Towers, pairs: int, caption
     weights = sum(parameter.numel() * 4 for parameter in towers.parameters())
     teacher = registry.needs(config.objective).target_teacher == "moving"
     averaged = options.ema is not None
-    checkpoint = (3 + teacher + averaged) * weights  # with AdamW's moments
+    rule = projections.create(config.projection)
+    previous = rule is not None and rule.keeps_previous
+    checkpoint = (3 + teacher + averaged + previous) * weights  # with AdamW's moments
     exported = (1 + teacher + (averaged and not options.export_ema)) * weights
     # By disk: folders on one disk share its free space.
     minimum = {_existing(folder).stat().st_dev: (folder, checkpoint + exported)}

@@ -84,6 +84,8 @@ class Report:
     """The set that the weights were selected on; None: the last weights."""
     notes: tuple[str, ...] = ()
     """Sentences below the table."""
+    projection: str | None = None
+    """Name of the method in weight space; None without one."""
 
     def message(self) -> str:
         """The main result in words: the change of the tuned task, and the largest loss."""

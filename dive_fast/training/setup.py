@@ -25,7 +25,7 @@ from dive_fast.data.transforms import Augmentation
 from dive_fast.distributed import Ranks
 from dive_fast.engine import feature_consistency
 from dive_fast.engine.deepspeed_config import check_deepspeed, deepspeed_section
-from dive_fast.engine.step import Engine, StepBatches, check_hooks
+from dive_fast.engine.step import Engine, StepBatches, check_hooks, check_projection
 from dive_fast.errors import naming
 from dive_fast.evaluation.classifier import embed_texts
 from dive_fast.evaluation.datasets.resolve import (
@@ -136,7 +136,9 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     second_templates = method.target_loss.second_templates() if method.needs.second_prompts else ()
     target = _target_samples(config, sources.target, class_names, templates, second_templates, towers)
     # Before the teacher's cache is written, which can take hours.
-    check_hooks(deepspeed_section(config, ranks.world_size), method, config.train.schedule)
+    section = deepspeed_section(config, ranks.world_size)
+    check_hooks(section, method, config.train.schedule)
+    check_projection(section, config.projection)
     method.penalty(towers)  # raises where a tower lacks the parameters of the penalty
     complete = fill_in(config, folder, towers, ranks)
     identity = run_identity(
@@ -174,6 +176,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     _start_method(method, config, towers, () if target.prompts.are_texts else class_names, templates, ranks)
     engine = Engine(config, towers, method, ranks, total_steps)
     ranks.print(engine.remark)
+    if engine.projection is not None:
+        ranks.print(engine.projection.remark)
     return Run(
         config=config,
         folder=folder,

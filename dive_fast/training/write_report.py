@@ -4,12 +4,15 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dive_fast.config.schema import EvaluateConfig, EvaluationSet
+from dive_fast.config.schema import Config, EvaluateConfig, EvaluationSet
 from dive_fast.evaluation.datasets.catalog import find_dataset
 from dive_fast.evaluation.datasets.resolve import metric_of
 from dive_fast.evaluation.zero_shot import Measured
 from dive_fast.io.atomic_files import write_atomic
 from dive_fast.methods import registry
+from dive_fast.projections import registry as projections
+from dive_fast.projections.projection import Projection
+from dive_fast.training import projection_figure
 from dive_fast.training.forgetting_probe import BEFORE, PAIRS, PROBE
 from dive_fast.training.report_figure import draw
 from dive_fast.training.run_evaluation import Results
@@ -42,10 +45,17 @@ def make_report(
         weight=None if choice.reference is None else weight,
         seed=run.config.train.seed,
         rows=tuple(sorted(rows, key=lambda row: list(KINDS).index(row.kind))),
-        title=choice.title,
+        title=title_of(run.config),
+        projection=None if run.engine.projection is None else run.engine.projection.rule.name,
         selected_on=selected_on,
         notes=tuple(_notes(run, rows, before, after)),
     )
+
+
+def title_of(config: Config) -> str:
+    """The name of a run's method in tables and figures, with that of its projection."""
+    title, projection = registry.title_of(config.objective), projections.title_of(config.projection)
+    return title if projection is None else f"{title} + {projection}"
 
 
 def _set_rows(options: EvaluateConfig, before: Mapping[str, Measured], after: Results) -> list[Row]:
@@ -102,8 +112,12 @@ def _notes(run: Run, rows: Sequence[Row], before: Mapping[str, Measured], after:
     return notes
 
 
-def write_report(report: Report, folder: Path) -> None:
-    """Writes ``report.json``, ``report.md`` and, if there are changes, ``report.png`` into the run folder."""
+def write_report(report: Report, folder: Path, rule: Projection | None = None) -> None:
+    """Writes ``report.json``, ``report.md`` and, if there are changes, ``report.png`` into the run folder.
+
+    Args:
+        rule: the run's projection, whose metrics in the folder are drawn as ``projection.png``.
+    """
     write_atomic(folder / DATA, (json.dumps(report.as_json(), indent=2) + "\n").encode())
     figure = ""
     if any(row.change is not None for row in report.rows):
@@ -111,5 +125,17 @@ def write_report(report: Report, folder: Path) -> None:
         figure = f"\n![{report.message()}]({FIGURE})\n"
     else:
         (folder / FIGURE).unlink(missing_ok=True)
+    figure += _draw_projection(folder, rule)
     heading = ": ".join(part for part in (report.run, report.message()) if part)
     write_atomic(folder / TEXT, f"# {heading}\n\n{report.markdown()}{figure}".encode())
+
+
+def _draw_projection(folder: Path, rule: Projection | None) -> str:
+    """Draws the figure of a projection, if its metrics were logged; returns its line for the report."""
+    path = folder / projection_figure.FIGURE
+    lines = [] if rule is None else projection_figure.read_metrics(folder / "metrics.jsonl")
+    if rule is None or not lines:
+        path.unlink(missing_ok=True)
+        return ""
+    projection_figure.draw(lines, rule, path)
+    return f"\n![{rule.title} over the steps]({path.name})\n"

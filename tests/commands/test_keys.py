@@ -11,6 +11,7 @@ from dive_fast.commands.console import COMMANDS
 from dive_fast.config.schema import Config, TrainConfig
 from dive_fast.config.section import sections
 from dive_fast.methods import registry
+from dive_fast.projections import registry as projections
 
 
 def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
@@ -27,6 +28,19 @@ def test_keys_without_methods_import_no_torch() -> None:
     assert "train.learning_rate = 1e-05  [number]\n      Peak learning rate." in completed.stdout
     assert completed.stdout.endswith(f"\n{keys.OPTIONS}\n")
     assert "`" not in completed.stdout
+
+
+def test_projections_and_their_options_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert listed(capsys, "digrap") == [
+        *("projection.name=digrap", "projection.mu", "projection.cosine", "projection.direction"),
+    ]
+    names = [f"projection.name={name}" for name in projections.table()]
+    assert listed(capsys, "projection") == [
+        "projection.name",
+        *names,
+        *(f"projection.{key}" for rule in projections.table().values() for key in rule.Options.model_fields),
+    ]
+    assert listed(capsys, "projection.mu") == ["projection.mu"]
 
 
 def test_all_keys_and_options_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -495,3 +495,46 @@ def test_home_folder_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_trackers_are_a_list_of_names(override: str) -> None:
     assert load_run_config("demo", [override], CONFIGS).track == ["wandb", "mlflow"]
+
+
+def test_another_projection_has_none_of_the_former_options(tmp_path: Path) -> None:
+    pair = write_pair(
+        tmp_path,
+        {"projection": {"name": "l2sp", "form": "decoupled"}},
+        SMALL | {"projection": {"name": "digrap", "mu": 0.1}},
+    )
+
+    def options(*overrides: str) -> dict[str, Any]:
+        return load_run_config(str(pair), overrides).projection.model_dump()
+
+    assert options() == {"name": "l2sp", "strength": 0.01, "form": "decoupled"}
+    assert options("projection.strength=3") == {"name": "l2sp", "strength": 3, "form": "decoupled"}
+    assert options("projection.name=spd", "projection.strength=3") == {"name": "spd", "strength": 3}
+    assert options("projection.name=none") == {"name": "none"}
+    assert options("projection.name=l2sp") == options()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["projection.name=spdd"], r'projection.name = "spdd": expected one of none, digrap, .*mean spd'),
+        (["projection.mu=1"], r"unknown key projection.mu: projection.name = none has no options"),
+        (
+            ["projection.name=digrap", "projection.nu=1"],
+            r"unknown key projection.nu; did you mean projection.mu.*options of",
+        ),
+        (["projection.name=ftp", "projection.k=1.5"], r"projection.k = 1.5: .*less than or equal to 1"),
+    ],
+)
+def test_mistake_in_a_projection_names_its_key(tmp_path: Path, overrides: list[str], message: str) -> None:
+    path = write(tmp_path, SMALL)
+    with pytest.raises(ConfigError, match=message):
+        load_run_config(str(path), overrides)
+
+
+def test_projection_changes_the_default_weight_decay_alone(tmp_path: Path) -> None:
+    path = str(write(tmp_path, SMALL))
+    assert load_run_config(path).train.weight_decay == 0.1
+    assert load_run_config(path, ["projection.name=spd"]).train.weight_decay == 0
+    both = ["projection.name=spd", "train.weight_decay=0.2"]
+    assert load_run_config(path, both).train.weight_decay == 0.2

@@ -10,6 +10,7 @@ from PIL import Image
 from dive_fast.data.open_dataset import open_target
 from dive_fast.methods import registry
 from dive_fast.methods.run_config import load_run_config
+from dive_fast.projections import registry as projections
 
 # The paper's hyper-parameters (arXiv 2511.09973, Table 11)
 
@@ -33,7 +34,12 @@ SELF_DISTILLED: dict[str, dict[str, Any]] = {
     "vitb16_tracer_dive": IMAGENET | {"batches": (512, 512), "precision": "fp16"},
 }
 """Hyper-parameters of TRACER (arXiv 2605.29380) and CaRot (arXiv 2311.01723), as their code has them."""
-OTHERS = ("demo", "vitb16_car_ft", "vitb16_lipsum", "vitb16_starft", *SELF_DISTILLED)
+PROJECTED = {
+    **{f"vitb16_flyp_{rule}": ("vitb16_flyp", rule) for rule in ("digrap", "spd", "ftp", "l2sp")},
+    **{f"{base}_digrap": (base, "digrap") for base in ("vitb16_dive", "vitb16_vanilla_ft")},
+}
+"""Configs with a method in weight space: the config that they start from, and ``projection.name``."""
+OTHERS = ("demo", "vitb16_car_ft", "vitb16_lipsum", "vitb16_starft", *SELF_DISTILLED, *PROJECTED)
 """Configs of methods or data that are not the paper's."""
 VECTORS = {"decay": 0.99, "average_weight": 1, "pairwise_weight": 1, "mean_gradient": True}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -116,6 +122,18 @@ def test_self_distilled_config_has_its_papers_hyper_parameters(name: str) -> Non
         logits = 0.0 if method == "tracer_fd" else 1.0
         weights, teacher = (0.9, 2000.0, logits, logits, logits, 0.05), (0.5, "steps", 1)
     assert tuple(options.values()) == (*weights, *teacher)
+
+
+@pytest.mark.parametrize("name", PROJECTED)
+def test_projected_config_differs_from_its_base_in_rule_and_decay(name: str) -> None:
+    base, rule = PROJECTED[name]
+    projected, plain = (load_run_config(each, folder=CONFIGS) for each in (name, base))
+    assert (projected.projection.name, plain.projection.name) == (rule, "none")
+    assert (projected.train.weight_decay, plain.train.weight_decay) == (0, 0.1)
+    options = projections.table()[rule].Options().model_dump()
+    assert (projected.projection.model_extra or {}) | options == options
+    decayed = projected.train.model_copy(update={"weight_decay": 0.1})
+    assert projected.model_copy(update={"projection": plain.projection, "train": decayed}) == plain
 
 
 def write_flyp(folder: Path) -> None:

@@ -45,52 +45,17 @@ from dive_fast.methods.method import (
     TeacherOutputs,
     over_ranks,
 )
-from dive_fast.methods.projection import FlatGroup, Projection, Segment
 from dive_fast.model.features import Outputs
 from dive_fast.model.towers import Towers
 
-STEPS, RATE, PENALTY, IMAGE_STEP, WEIGHT_STEP, PULL = 3, 0.25, 0.05, 0.02, 0.01, 0.2
-HOOKS = ("teacher", "penalty", "images", "weights", "projection", "tuned")
+STEPS, RATE, PENALTY, IMAGE_STEP, WEIGHT_STEP = 3, 0.25, 0.05, 0.02, 0.01
+HOOKS = ("teacher", "penalty", "images", "weights", "tuned")
 TRAIN = {"learning_rate": 1e-2, "warmup_steps": 0, "epsilon": 1e-3, "weight_decay": 0.1}
 """Options of both loops; the large epsilon keeps AdamW from amplifying rounding to full steps."""
 FROZEN = "text.token_embedding"
 TOLERANCE = 5e-5
 STAGES = {1: (0, 2), 2: (0, 1, 2)}
 PATHS: list[tuple[str, int | None]] = [("sequential", None), ("joint", 3), ("sequential", 3)]
-
-
-class Pull(Projection):
-    """Adds the gradient of a pull to the anchor before the step, and moves weights back after it.
-
-    Both need a sum over the complete tensor, of which a rank may hold a piece or none.
-    """
-
-    def start(self, groups: list[FlatGroup]) -> None:
-        self.anchors = {
-            (group.index, segment.name): segment.weights.clone() for group in groups for segment in group.segments
-        }
-
-    def _norms(self, group: FlatGroup) -> dict[str, Tensor]:
-        sums = torch.zeros(len(group.names))
-        for segment in group.segments:
-            sums[group.names.index(segment.name)] = self._difference(group, segment).square().sum()
-        group.reduce(sums)
-        return dict(zip(group.names, sums.sqrt(), strict=True))
-
-    def _difference(self, group: FlatGroup, segment: Segment) -> Tensor:
-        return segment.weights - self.anchors[group.index, segment.name]
-
-    def before_step(self, group: FlatGroup) -> None:
-        norms = self._norms(group)
-        for segment in group.segments:
-            if (gradient := segment.gradient()) is not None:
-                gradient += group.gradient_scale * PULL * norms[segment.name] * self._difference(group, segment)
-
-    def after_step(self, group: FlatGroup) -> None:
-        norms = self._norms(group)
-        for segment in group.segments:
-            back = (PULL * (1 - group.skipped) * norms[segment.name]).clamp(max=1.0)
-            segment.weights.sub_(back * self._difference(group, segment))
 
 
 class Toy(Contrastive):
@@ -151,9 +116,6 @@ class Toy(Contrastive):
     def tunes(self, parameter: str) -> bool:
         return "tuned" not in self.enabled or not parameter.startswith(FROZEN)
 
-    def projection(self) -> Projection | None:
-        return Pull() if "projection" in self.enabled else None
-
 
 class MovingTeacherToy(Toy):
     """The toy with a moving teacher."""
@@ -184,7 +146,6 @@ def oracle(
     tuned = {n: p for n, p in towers.named_parameters() if "tuned" not in hooks or not n.startswith(FROZEN)}
     for name, p in towers.named_parameters():
         p.requires_grad_(name in tuned)
-    anchors = {name: p.detach().clone() for name, p in tuned.items()}
     groups = [{"params": list(tuned.values()), "weight_decay": TRAIN["weight_decay"]}]
     optimizer = torch.optim.AdamW(groups, lr=TRAIN["learning_rate"], eps=TRAIN["epsilon"])
 
@@ -221,18 +182,9 @@ def oracle(
         if "penalty" in hooks:
             loss = loss + PENALTY * torch.stack([p.square().sum() for p in tuned.values()]).sum()
         loss.backward()
-        with torch.no_grad():
-            for name, p in tuned.items():
-                if "projection" in hooks:
-                    difference = p - anchors[name]
-                    p.grad += PULL * difference.norm() * difference
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            for name, p in tuned.items():
-                if "projection" in hooks:
-                    difference = p - anchors[name]
-                    p -= (PULL * difference.norm()).clamp(max=1.0) * difference
             if "teacher" in hooks:
                 for (_, average), (_, student) in zip(
                     teacher.named_parameters(), towers.named_parameters(), strict=True
@@ -273,7 +225,6 @@ def run_hooks(folder: Path, stages: tuple[int, ...]) -> dict[str, Any]:
             engine.deepspeed.destroy()
     for zero in stages:
         results["skipped", zero] = skipped_step(stage, zero)
-        results["two groups", zero] = two_groups(stage, zero)
     return results
 
 
@@ -301,16 +252,6 @@ def skipped_step(stage: Stage, zero: int) -> dict[str, bool]:
         "kept": all(torch.equal(before[name], after[name]) for name in before),
         "continues": float(moved["updates"]) == 2 and not torch.equal(moved["updates"], after["updates"]),
     }
-
-
-def two_groups(stage: Stage, zero: int) -> dict[str, Tensor]:
-    """The weights after some steps of a projection over two parameter groups, of which one decays."""
-    options = TRAIN | {"decay_all_parameters": False, "weight_decay": 0.0}
-    engine = stage.engine(zero, method=toy("projection"), **options)
-    make_steps(stage, engine)
-    weights = full_state(engine)
-    engine.deepspeed.destroy()
-    return weights
 
 
 @pytest.fixture(scope="module")
@@ -370,15 +311,6 @@ def test_hooks_equal_plain_pytorch_along_every_path(
 def test_skipped_step_keeps_weights_and_teacher(by_rank: dict[int, Any], ranks: int) -> None:
     for zero in STAGES[ranks]:
         assert by_rank[ranks]["skipped", zero] == {"kept": True, "continues": True}, zero
-
-
-def test_projection_over_two_groups_equals_one_group(by_rank: dict[int, Any]) -> None:
-    weights_by_path = {
-        (ranks, zero): by_rank[ranks]["two groups", zero] for ranks in STAGES for zero in STAGES[ranks]
-    }
-    first = weights_by_path[1, 0]
-    for path, weights in weights_by_path.items():
-        assert max_error({n: w for n, w in weights.items() if n in first}, first) < TOLERANCE, path
 
 
 def test_penalty_is_part_of_the_reported_loss(by_rank: dict[int, Any], expected: dict[str, Any]) -> None:

@@ -87,6 +87,43 @@ def test_ensemble_labels_points_with_alpha(tmp_path: Path, monkeypatch: pytest.M
     assert {"pre-trained", "0.25", "alpha = 0.5", "0.75", "fine-tuned"} <= texts
 
 
+def test_alphas_are_drawn_by_tower_and_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = captured(monkeypatch)
+    blocks = {
+        f"{tower}resblocks.{block}.mlp.c_fc.{name}": block / 20
+        for tower in ("visual.transformer.", "transformer.")
+        for block in range(14)
+        for name in ("weight", "bias")
+    }
+    others = {"visual.proj": 0.9, "visual.conv1.weight": 0.1, "head.bias": 0.5, "token_embedding.weight": 0.2}
+    plots.alphas({"alphas": others | blocks | {"logit_scale": 1.0}}, tmp_path / "alphas.png")
+    image, text = figures[0].axes
+    assert image.get_title(loc="left") == "image tower: alpha of 31 tensors"
+    assert text.get_title(loc="left") == "text tower: alpha of 29 tensors"
+    labels = [label.get_text() for label in image.get_xticklabels()]
+    assert labels == ["in", "1", "3", "5", "7", "9", "11", "13", "out"]
+    means = image.lines[-2].get_ydata()  # the last line is the level of 0.5
+    assert list(means) == pytest.approx([0.1, *(block / 20 for block in range(14)), 0.7])
+    with Image.open(tmp_path / "alphas.png") as picture:
+        assert picture.width == WIDTH
+
+
+@pytest.mark.parametrize(
+    ("name", "depth"),
+    [
+        ("text.transformer.resblocks.11.ln_1.weight", "text.transformer.resblocks.11"),
+        ("trunk.stages.2.blocks.13.mlp.fc1.weight", "trunk.stages.2.blocks.13"),
+        ("layer3.0.conv1.weight", "layer3"),
+        ("trunk.attn_pool.mlp.fc1.weight", plots.LAST),
+        ("text.text_projection.weight", plots.LAST),
+        ("trunk.stem.0.weight", plots.FIRST),
+        ("class_embedding", plots.FIRST),
+    ],
+)
+def test_depth_of_a_tensor_is_its_block(name: str, depth: str) -> None:
+    assert plots._depth(name) == depth
+
+
 def test_standard_error_is_that_of_a_share() -> None:
     assert plots._standard_error(50, 100) == pytest.approx(5)
     assert plots._standard_error(50, None) == plots._standard_error(100, 10) == 0

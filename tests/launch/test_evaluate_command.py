@@ -136,7 +136,7 @@ def test_evaluate_reports_mistakes_in_one_line(tree: dict[str, Any], tmp_path: P
     assert "none/results.jsonl has no measured rows" in published.stdout
 
 
-@pytest.mark.parametrize("name", ["evaluate", "geometry", "ensemble"])
+@pytest.mark.parametrize("name", ["evaluate", "geometry", "ensemble", "tpgm"])
 def test_commands_check_paths_before_loading_weights(tree: dict[str, Any], tmp_path: Path, name: str) -> None:
     """The model's weights are broken: a command that loads them before its checks reports another error."""
     option = "--after" if name == "geometry" else "--weights"

@@ -297,6 +297,7 @@ def test_vit_b16_flop_match_formula_and_dive_memory_flyp() -> None:
     # FLYP's precision: the batches of bf16 are fp32.
     cases[tracer] = (tracer, [*texts(32), "train.precision=fp16"])
     cases["ema"] = (flyp, [*texts(32), "train.ema=0.999"])
+    cases |= {rule: (flyp, [*texts(32), f"projection.name={rule}"]) for rule in ("l2sp", "digrap")}
     plans = run_ranks(1, shipped_plans, cases, init=False, timeout=300)[0]
     patches = 2 * 2 * 196 * 768 * 3 * 16**2
     expected = 512 * (transformer_flop(197, 768, 12) + transformer_flop(32, 512, 12) + patches)
@@ -321,6 +322,14 @@ def test_vit_b16_flop_match_formula_and_dive_memory_flyp() -> None:
     assert plans["ema"].parts == plans[flyp].parts | {"average": pytest.approx(weights, rel=1e-3)}
     averaged = plans["ema"].bytes_of("update") - plans[flyp].bytes_of("update")
     assert averaged == pytest.approx(3 * weights, rel=1e-3)
+    # A projection keeps the anchors, and DiGraP the previous deviations too.
+    anchored = {rule: plans[rule].parts["projection"] for rule in ("l2sp", "digrap")}
+    assert anchored == {"l2sp": pytest.approx(weights, rel=1e-3), "digrap": pytest.approx(2 * weights, rel=1e-3)}
+    extra = {rule: plans[rule].bytes_of("update") - plans[flyp].bytes_of("update") for rule in anchored}
+    # L2-SP reads W, W0 and g, and writes g. DiGraP reads g, W, W0 and d_prev for its sums, then W, W0 and g, and
+    # writes g and d_prev; d_prev counts as read where a kernel changes it in place.
+    assert extra == {"l2sp": pytest.approx(4 * weights, rel=1e-2), "digrap": pytest.approx(10 * weights, rel=1e-2)}
+    assert "  anchors              1.11 GiB" in as_table(plans["digrap"], ["h200"], {"h200": None})
     table = as_table(plans[tracer], ["h200"], {"h200": None})
     assert "  target's teacher    17." in table
     assert "  target's teacher     0.56 GiB" in table
@@ -417,11 +426,14 @@ def test_advise_returns_cheapest_change_that_fits(folder: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("name", "stages"), [("flyp", "123"), ("flyp ema", "12"), ("tracer", "12"), ("lipsum", "12")]
+    ("name", "stages"),
+    [("flyp", "123"), ("flyp ema", "12"), ("flyp spd", "12"), ("tracer", "12"), ("lipsum", "12")],
 )
 def test_zero_3_is_no_advice_for_methods_that_it_refuses(folder: Path, name: str, stages: str) -> None:
-    name, _, ema = name.partition(" ")
-    options = {"objective.name": name} | ({"train.ema": 0.9} if ema else {})
+    name, _, further = name.partition(" ")
+    options = {"": {}, "ema": {"train.ema": 0.9}, "spd": {"projection.name": "spd"}}[further] | {
+        "objective.name": name
+    }
     config = small_config(folder, **options, zero=0)
     overrides = [override for override, _ in _free_changes(config, Plan(1, 4, {}, {"weights": 1}))]
     assert overrides == [f"deepspeed.zero_optimization.stage={stage}" for stage in stages]

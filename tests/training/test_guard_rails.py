@@ -53,6 +53,18 @@ def warned_of_schedule(caplog: pytest.LogCaptureFixture, config: Config, total_s
     return [record.message for record in caplog.records]
 
 
+def test_weight_decay_with_a_projection_is_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    both = ["projection.name=spd", "train.weight_decay=0.1", "train.warmup_steps=0"]
+    (line,) = warned_of_schedule(caplog, config_of(folder, *both), 18)
+    assert line.startswith(
+        "train.weight_decay = 0.1 (set on the command line) with projection.name = spd (set on the command line): "
+    )
+    assert "train.weight_decay" not in str(warned_of_schedule(caplog, config_of(folder, both[1]), 18))
+    default = config_of(folder, both[0])
+    assert default.train.weight_decay == 0
+    assert not warned_of_schedule(caplog, default, 10**6)
+
+
 def test_long_warmup_names_key_origin_and_remedy(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (line,) = warned_of_schedule(caplog, config_of(folder, "train.warmup_steps=500"), 18)
     assert line.startswith(

@@ -35,6 +35,7 @@ from dive_fast.engine import update
 from dive_fast.errors import ConfigError
 from dive_fast.methods import method, registry
 from dive_fast.methods.run_config import RunConfig, load_run_config
+from dive_fast.projections import registry as projections
 from dive_fast.training import loop as train
 
 Value = Any
@@ -45,6 +46,7 @@ RANKS, STAGE, REFERENCE, SETS = "ranks", "deepspeed.zero_optimization.stage", "d
 SEEN, OTHER = ["seen"], ["other"]
 
 PRESETS, TARGETS = registry.table().presets, registry.table().targets
+RULES = projections.table()
 
 VALUES: dict[str, tuple[Value, ...]] = {
     "objective.name": tuple(PRESETS),
@@ -63,6 +65,7 @@ VALUES: dict[str, tuple[Value, ...]] = {
     "objective.average_weight": (1.0, 0.0),
     "objective.pairwise_weight": (1.0, 0.0),
     "objective.teacher_every": (1, 2),
+    "projection.name": ("none", *RULES),
     "teacher.path": (None, "shared"),
     "teacher.audit": (64, 0),
     "teacher.tolerance": (None, 1e-2),
@@ -130,6 +133,9 @@ CONSTANT = {
     "objective.random_tokens",
     "objective.probe_epochs",
     "objective.probe_learning_rate",
+    "projection.mu",
+    "projection.k",
+    "projection.strength",
     "teacher.batch_size",
     "train.epochs",
     "train.seed",
@@ -213,6 +219,7 @@ INVALID = [
     Invalid({"data.target.balance": ("class",), "data.target.format": ("csv",)}, "has prompts and no classes"),
     Invalid({"train.compile": (True,), STAGE: (3,)}, "train.compile: ZeRO-3"),
     Invalid({"train.ema": (0.5,), STAGE: (3,)}, "train.ema: under ZeRO-3"),
+    Invalid({"projection.name": tuple(RULES), STAGE: (3,)}, "needs the optimizer's weights"),
     Invalid({"train.export_ema": (True,), "train.ema": (None,)}, "train.export_ema needs train.ema"),
     Invalid({"evaluate.ema": (True,), "train.ema": (None,)}, "evaluate.ema needs train.ema"),
     Invalid({"evaluate.ema": (True,), "train.export_ema": (True,)}, "evaluate.ema: with train.export_ema"),
@@ -244,6 +251,9 @@ def leaves() -> dict[str, Any]:
     for preset in PRESETS.values():
         for key, part in registry.options_of(preset).items():
             found[f"objective.{key}"] = part.Options.model_fields[key].annotation
+    for rule in RULES.values():
+        for key, option in rule.Options.model_fields.items():
+            found[f"projection.{key}"] = option.annotation
     return found
 
 
@@ -496,6 +506,8 @@ def tree_of(folder: Path, output: Path, row: Row) -> dict[str, Any]:
     options |= {"weight", "reference_every"} if preset.reference is not None else set()
     tree["objective"]["probe_epochs"] = 1
     tree["objective"] = {key: value for key, value in tree["objective"].items() if key in options}
+    options = {"name", *(RULES[rule].Options.model_fields if (rule := row["projection.name"]) in RULES else ())}
+    tree["projection"] = {key: value for key, value in tree["projection"].items() if key in options}
     tree["train"] |= {
         "output": str(output),
         "epochs": 1,
@@ -715,6 +727,8 @@ def refused_rows(one: Invalid) -> list[Row]:
         # Values that other rules require.
         if row.get("evaluate.select") == "seen" and not row.keys() & NEVER.keys():
             row["evaluate.every_steps"] = 1
+        if "projection.name" in row:
+            row["objective.name"] = "flyp"  # without a teacher, which ZeRO-3 refuses first
         if row.get("evaluate.during") is not None and not row.keys() & NEVER.keys():
             row["evaluate.every_steps"] = 1
         found.append(row)

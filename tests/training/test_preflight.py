@@ -193,6 +193,11 @@ def test_small_disk_is_refused_and_tight_disk_warns(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**40, 0, 6 * 2**20 - 1))
     with pytest.raises(UserError, match=r"the run needs at least 6.0 MiB"):
         preflight.check_disk(moving, tmp_path, towers, 24)
+    # DiGraP's checkpoints have the previous deviations.
+    for name, size in (("digrap", 5), ("spd", 4)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, size=size: Usage(2**40, 0, size * 2**20 - 1))
+        with pytest.raises(UserError, match=rf"the run needs at least {size}.0 MiB"):
+            preflight.check_disk(changed(tree, **{"projection.name": name}), tmp_path, towers, 24)
     # So they have averaged weights, unless those are the model's.
     for values, size in (({"train.ema": 0.9}, 6), ({"train.ema": 0.9, "train.export_ema": True}, 5)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, size=size: Usage(2**40, 0, size * 2**20 - 1))

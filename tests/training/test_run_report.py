@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
+from dive_fast.config.schema import ProjectionConfig
 from dive_fast.data.open_dataset import open_reference
 from dive_fast.distributed import Ranks, join
 from dive_fast.engine.step import Engine
@@ -27,6 +28,7 @@ from dive_fast.evaluation.zero_shot import evaluate
 from dive_fast.methods.method import Part
 from dive_fast.methods.run_config import RunConfig
 from dive_fast.model.towers import create, tokenizer_of
+from dive_fast.projections import registry
 from dive_fast.training import loop, run_evaluation
 from dive_fast.training.forgetting_probe import PairMeasure
 from dive_fast.training.model_card import base_model, write_card
@@ -324,6 +326,9 @@ def test_base_model_is_its_name_on_the_hub(name: str, pretrained: str | None, ex
     assert base_model(model) == expected
 
 
+METRICS = ("omega", "triggered", "applied", "distance", "relative_distance")
+
+
 def test_report_message_and_rounding(tmp_path: Path) -> None:
     rows = (
         Row("val", "id", "top1", 0.743, 0.842, 1200, 3),
@@ -345,8 +350,17 @@ def test_report_message_and_rounding(tmp_path: Path) -> None:
     write_report(report, tmp_path)
     with Image.open(tmp_path / "report.png") as image:
         assert image.width >= 830
+    assert not (tmp_path / "projection.png").exists()
+    lines = [{"step": step} | {f"projection/{name}": 0.1 * step for name in METRICS} for step in (1, 2, 3)]
+    broken = '{"step": 4, "projection/dist'
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + broken)
+    write_report(report, tmp_path, registry.create(ProjectionConfig(name="digrap")))
+    with Image.open(tmp_path / "projection.png") as image:
+        assert image.width >= 830
+    assert "![DiGraP over the steps](projection.png)" in (tmp_path / "report.md").read_text()
     unknown = Report("mine", 1, 1, "flyp", None, 0, (Row("val", "id", "top1", None, 0.5, 10),), "FLYP")
     assert unknown.message() == "val 50.0 %"
     assert "|      - |  50.0 |      - |" in unknown.table()
     write_report(unknown, tmp_path)
+    assert not (tmp_path / "projection.png").exists()
     assert not (tmp_path / "report.png").exists()

@@ -1,0 +1,91 @@
+"""FTP (arXiv 2310.19182), Fast Trainable Projection: cuts rows of d to a radius that each tensor learns.
+
+::
+
+    C = (W - lr u) - W0                                   u: AdamW's step on G, weight decay included
+    N = rows of |C|, summed, + 1e-8                       rows: all dimensions but the first
+    t = 1:  gamma = 1e-8
+    t > 1:  g = sum over rows of (row of <G, C_prev>) / N_prev;   g <- k g where g > 0
+            gamma <- clamp(gamma - 1e-2 AdamStep(g), 1e-8, max N)
+    W <- W0 + clamp(gamma / N, 0, 1) C;   C_prev, N_prev = C, N
+
+All of it follows the authors' code. The radius is in units of the weights: at CLIP's learning rates it grows
+faster than the weights move, so that the rule binds only where g > 0 persists. Two public programs convert k to an
+integer, so that 0.5 runs there as 0.
+"""
+
+from typing import Any
+
+import torch
+
+from dive_fast.config.section import Section, Share
+from dive_fast.projections.anchored_group import AnchoredGroup
+from dive_fast.projections.projection import Projection
+
+RATE = 1e-2
+"""Learning rate of the radii, in the code a constant."""
+SMALLEST = 1e-8
+"""Smallest radius, and the term that keeps norms above 0."""
+DECAYS, EPSILON = (0.9, 0.999), 1e-8
+"""Constants of the radii's Adam."""
+
+
+class FTP(Projection):
+    """Projects the rows of each tensor onto a ball in the L1 norm, around the anchor; learns its radius."""
+
+    name, title = "ftp", "FTP"
+    summary = "Rows of the weights stay within a radius around the pre-trained ones, which Adam learns."
+    values = ("radius", "mean", "square")
+    keeps_rows = True
+    strength = "cut"
+
+    class Options(Section):
+        """Options of FTP."""
+
+        k: Share = 1.0
+        """Share of the shrinking steps of the radii: 1 is the strongest, at 0 a radius never shrinks."""
+
+    def __init__(self, options: Section) -> None:
+        """Reads the options."""
+        values: dict[str, Any] = options.model_dump()
+        self._k: float = values["k"]
+
+    @property
+    def by_rows(self) -> bool:
+        """Radii are compared with the norms of rows."""
+        return True
+
+    @property
+    def keeps_previous(self) -> bool:
+        """C_prev is kept."""
+        return True
+
+    def after_step(self, group: AnchoredGroup) -> None:
+        """Moves the radii and projects the weights. AdamW has divided the gradients by their scale."""
+        lengths, products, squares = group.sums("d1", "gp", "dd")
+        norms, step = lengths + SMALLEST, group.updates + 1
+        assert group.row_norms is not None
+        gradient = group.sum_rows(products / torch.where(group.row_norms > 0, group.row_norms, 1.0))
+        gradient = torch.where(gradient > 0, self._k * gradient, gradient)
+        is_first = step == 1
+        gradient = torch.where(is_first, 0.0, gradient)
+        mean = DECAYS[0] * group.value("mean") + (1 - DECAYS[0]) * gradient
+        square = DECAYS[1] * group.value("square") + (1 - DECAYS[1]) * gradient.square()
+        # Powers of a number by a tensor: the step is on the device.
+        corrections = [1 - torch.pow(decay, step) for decay in DECAYS]
+        moved = group.value("radius") - RATE * (mean / corrections[0]) / (
+            (square / corrections[1]).sqrt() + EPSILON
+        )
+        largest = group.max_rows(norms)
+        radius = torch.where(is_first, SMALLEST, torch.minimum(moved.clamp(min=SMALLEST), largest))
+        ratio = (group.to_rows(radius) / norms).clamp(0, 1)
+        group.add_to_weights(torch.where(group.applied, ratio - 1, 0.0))
+        group.keep(radius=radius, mean=mean, square=square)
+        group.keep_rows(norms)
+        group.measures |= {
+            "triggered": (gradient > 0).double(),
+            "applied": (radius < largest).double(),
+            # The share of a tensor's rows' lengths that is removed.
+            "cut": 1 - group.sum_rows(ratio * lengths) / (group.sum_rows(lengths) + SMALLEST),
+            "squares": group.sum_rows(ratio.square() * squares),
+        }
