@@ -211,7 +211,7 @@ def collectives_of_step(stage: Stage, **options: Any) -> list[str]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    tiny.write_model(path)
+    tiny.write_model(path, tiny.FEW_TOKENS)
     return path
 
 
