@@ -331,7 +331,7 @@ def everything(inputs, name="triton"):
     return [sums, squares, *inputs.gradients, *inputs.weights, *inputs.previous]
 
 
-def test_two_calls_give_the_same_bits():
+def test_two_runs_give_the_same_bits():
     for one, other in zip(everything(Inputs()), everything(Inputs()), strict=True):
         assert torch.equal(one, other)
 
