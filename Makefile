@@ -27,15 +27,17 @@ test: selection := -m "not slow"
 test-all: coverage := --cov --cov-report=term:skip-covered
 # Tests without coverage, which would trace every operation of the Triton interpreter and take several times as long.
 test test-all: interpreted := tests/kernels
+# mypy, which uses one core for a minute, runs next to the tests.
 test test-all: install
 	@failed=; \
 	check() { name=$$1; shift; "$$@" || failed="$$failed $$name"; }; \
 	check lint $(bin)/ruff check .; \
 	check format $(bin)/ruff format --check .; \
-	check types $(bin)/mypy; \
+	mkdir -p build; $(bin)/mypy >build/types.log 2>&1 & types=$$!; \
 	check imports $(bin)/lint-imports --no-logo; \
 	check kernels $(bin)/pytest $(selection) $(interpreted) -n logical --maxprocesses 4; \
-	check tests $(bin)/pytest $(selection) $(addprefix --ignore=,$(interpreted)) $(coverage) -n 2 --dist loadfile; \
+	check tests $(bin)/pytest $(selection) $(addprefix --ignore=,$(interpreted)) $(coverage) -n 2 --dist loadfile --no-loadscope-reorder; \
+	wait $$types || failed="$$failed types"; cat build/types.log; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 # Fails on a broken link. The variable turns off an advertisement.

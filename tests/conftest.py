@@ -36,6 +36,25 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+LONG = (
+    "test_step.py",
+    "test_matrix.py",
+    "test_wheel.py",
+    "test_launch.py",
+    "test_option_combinations.py",
+    "test_resume.py",
+    "test_loop.py",
+    "test_validation.py",
+    "test_run_folder_as_model.py",
+)
+"""Files that take tens of seconds, longest first. They start first, so that no worker waits for one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Moves tests of long files to the front; workers take the files in this order."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """Seeds all generators, so that a test draws the same numbers whatever ran before it."""

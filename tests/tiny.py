@@ -39,7 +39,7 @@ weights, which every step, checkpoint and export of a training handles."""
 
 
 def write_model(
-    folder: Path, config: dict[str, Any] = FEW_TOKENS, seed: int = 0, preprocess: dict[str, Any] | None = None
+    folder: Path, config: dict[str, Any] = CLIP, seed: int = 0, preprocess: dict[str, Any] | None = None
 ) -> str:
     """An open_clip ``local-dir`` model with random weights; returns its ``model.name``."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,7 @@ def write_reference(folder: Path, count: int = 24) -> dict[str, Any]:
 def write_config(folder: Path, **train: Any) -> dict[str, Any]:
     """A whole config over the above, for ``RunConfig.model_validate`` or a file."""
     return {
-        "model": {"name": write_model(folder / "model")},
+        "model": {"name": write_model(folder / "model", FEW_TOKENS)},
         "data": {"target": write_target(folder / "target"), "reference": write_reference(folder / "reference")},
         "train": {
             "output": str(folder / "run"),

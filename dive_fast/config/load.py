@@ -114,10 +114,12 @@ class _Layers:
         """
         before = copy.deepcopy(_objective_of(self.tree))
         set_here = set[str]()
-        for override in overrides:
-            keys, value = _parse_override(override)
+        parsed = [_parse_override(override) for override in overrides]
+        # Before all options, which belong to this rule, also those that stand before its name.
+        for keys, value in parsed:
             if keys == ["projection", "name"]:
                 self._drop_rule_options({"name": value})
+        for override, (keys, value) in zip(overrides, parsed, strict=True):
             if keys[0] == "objective" and len(keys) > 2:
                 self._name_in_section(keys[1])
             _apply(self.tree, keys, value, override)
@@ -134,11 +136,8 @@ class _Layers:
     def _drop_rule_options(self, layer: Any) -> None:
         """Removes the options of the projection below, which belong to its rule, where a layer names another."""
         below = self.tree.get("projection")
-        if (
-            isinstance(layer, dict)
-            and isinstance(below, dict)
-            and layer.get("name", below.get("name")) != below.get("name")
-        ):
+        is_named = isinstance(layer, dict) and isinstance(below, dict) and "name" in layer and "name" in below
+        if is_named and layer["name"] != below["name"]:
             self.tree["projection"] = {"name": layer["name"]}
 
     def _name_in_section(self, half: str) -> None:

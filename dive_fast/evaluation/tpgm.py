@@ -385,7 +385,8 @@ def _prepare(config: Config, weights: Path, ranks: Ranks, settings: Settings, le
         unseen = open_unseen(config, learn_on, weights, opened)
         shared = shared_with(unseen, opened) if ranks.is_main else {}
         order = _order(unseen, settings, ranks)
-        trained, head_rows, templates = head_of(weights), [], ()
+        trained, head_rows = head_of(weights), list[int]()
+        templates: tuple[Template, ...] = ()
         if trained is not None:
             head_rows = _head_rows(trained, unseen)
             templates = read_templates(config.data.target.templates, "data.target.templates")

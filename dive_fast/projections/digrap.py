@@ -90,7 +90,7 @@ class DiGraP(Projection):
         group.measures |= {
             "triggered": (a < 0).double(),
             "applied": (strength > 0).double(),
-            "omega": omega,
+            "omega": group.value("omega"),
             "squares": b,
         }
 

@@ -78,8 +78,8 @@ class FTP(Projection):
         )
         largest = group.max_rows(norms)
         radius = torch.where(is_first, SMALLEST, torch.minimum(moved.clamp(min=SMALLEST), largest))
-        ratio = (group.to_rows(radius) / norms).clamp(0, 1)
-        group.add_to_weights(torch.where(group.applied, ratio - 1, 0.0))
+        ratio = torch.where(group.applied, (group.to_rows(radius) / norms).clamp(0, 1), 1.0)
+        group.add_to_weights(ratio - 1)
         group.keep(radius=radius, mean=mean, square=square)
         group.keep_rows(norms)
         group.measures |= {

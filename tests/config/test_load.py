@@ -450,10 +450,11 @@ def test_invalid_objective_over_a_base_is_an_error(tmp_path: Path, objective: An
         ),
         ('{"model":\n {"name": ', "not valid JSON: Expecting value: line 2 column 11 (char 20)"),
         ("", "not valid JSON: Expecting value: line 1 column 1 (char 0)"),
-        ("[]", "expected an object with sections model, data, objective, teacher, train, "),
+        ("[]", "expected an object with sections model, data, objective, projection, teacher, train, "),
         (
             "null",
-            "expected an object with sections model, data, objective, teacher, train, evaluate, track, deepspeed",
+            "expected an object with sections model, data, objective, projection, teacher, train, evaluate, "
+            "track, deepspeed",
         ),
         ("{}", "model is missing"),
         (b"\x80\x02\x00\xff", "not valid UTF-8 at byte 0: save the file as UTF-8"),
@@ -509,9 +510,18 @@ def test_another_projection_has_none_of_the_former_options(tmp_path: Path) -> No
 
     assert options() == {"name": "l2sp", "strength": 0.01, "form": "decoupled"}
     assert options("projection.strength=3") == {"name": "l2sp", "strength": 3, "form": "decoupled"}
-    assert options("projection.name=spd", "projection.strength=3") == {"name": "spd", "strength": 3}
+    spd = {"name": "spd", "strength": 3}
+    assert options("projection.name=spd", "projection.strength=3") == spd
+    assert options("projection.strength=3", "projection.name=spd") == spd
     assert options("projection.name=none") == {"name": "none"}
     assert options("projection.name=l2sp") == options()
+    # An option that was set without a name is of the rule that is named above it.
+    unnamed = write_pair(tmp_path, {"projection": {"name": "ftp"}}, SMALL | {"projection": {"k": 0.5}})
+    assert load_run_config(str(unnamed)).projection.model_dump() == {"name": "ftp", "k": 0.5}
+    assert (
+        load_run_config(str(write(tmp_path, SMALL)), ["projection.k=0.5", "projection.name=ftp"]).projection.k
+        == 0.5
+    )  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    tiny.write_model(path)
+    tiny.write_model(path, tiny.FEW_TOKENS)
     return path
 
 

@@ -257,7 +257,7 @@ def skipped_step(stage: Stage, zero: int) -> dict[str, bool]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    tiny.write_model(path)
+    tiny.write_model(path, tiny.FEW_TOKENS)
     return path
 
 

@@ -81,10 +81,11 @@ def run_paths(folder: Path, stages: tuple[int, ...], backend: Any) -> dict[Any, 
         # The interpreter of Triton computes in NumPy and so reads every tensor.
         if backend == "torch" and zero < 3:
             results["reads", zero] = {str(how): find_read(stage, zero, **how) for how in NONBLOCKING}
-    with unittest.mock.patch.object(FastModule, "backend", "triton"):
-        # Interpreted kernels take seconds, so in one case; recomputation runs the kernels in the backward too.
-        engine = stage.engine(stages[-1], activation_checkpointing="selective")
-        results["kernels of blocks"] = stage.accumulate(engine)
+    if backend == "triton":
+        with unittest.mock.patch.object(FastModule, "backend", "triton"):
+            # Interpreted kernels take seconds, so in one case; recomputation runs them in the backward too.
+            engine = stage.engine(stages[-1], activation_checkpointing="selective")
+            results["kernels of blocks"] = stage.accumulate(engine)
     if stage.ranks.world_size == 1:
         results["collectives"] = {str(how): collectives_of_step(stage, **how) for how in NONBLOCKING}
     return results
@@ -210,7 +211,7 @@ def collectives_of_step(stage: Stage, **options: Any) -> list[str]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    tiny.write_model(path)
+    tiny.write_model(path, tiny.FEW_TOKENS)
     return path
 
 
@@ -266,7 +267,8 @@ def test_fast_blocks_are_as_exact_as_plain_ones(folder: Path, by_rank: list[dict
             plain = relative_error(by_rank[0]["plain blocks", zero, precision][0], expected)
             fast = relative_error(by_rank[0][key][0], expected)
             assert fast < max(2 * plain, 1e-6), (zero, precision)
-    assert relative_error(by_rank[0]["kernels of blocks"][0], expected) < 1e-6
+    if "kernels of blocks" in by_rank[0]:
+        assert relative_error(by_rank[0]["kernels of blocks"][0], expected) < 1e-6
 
 
 @pytest.mark.parametrize("name", METHODS)

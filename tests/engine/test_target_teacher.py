@@ -29,7 +29,7 @@ ZERO = (0, 1, 2)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    tiny.write_model(path)
+    tiny.write_model(path, tiny.FEW_TOKENS)
     return path
 
 
@@ -74,7 +74,7 @@ def test_teacher_copies_tuned_parameters_alone(folder: Path) -> None:
 
 
 def test_teacher_has_neither_dropout_nor_graph(tmp_path: Path) -> None:
-    config = tiny.CLIP | {"vision_cfg": tiny.VISION | {"patch_dropout": 0.5}}
+    config = tiny.FEW_TOKENS | {"vision_cfg": tiny.VISION | {"patch_dropout": 0.5}}
     towers = create(ModelConfig(name=tiny.write_model(tmp_path, config))).train()
     teacher = TargetTeacher(towers, FrozenTeacherToy(()))
     images = torch.randn(3, 3, 32, 32)

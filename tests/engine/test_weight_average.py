@@ -114,7 +114,7 @@ def run_cases(folder: Path, path: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("model")
-    tiny.write_model(folder)
+    tiny.write_model(folder, tiny.FEW_TOKENS)
     results: list[dict[str, Any]] = run_ranks(2, run_cases, folder, tmp_path_factory.mktemp("export"), timeout=300)
     return results
 

@@ -231,6 +231,8 @@ def test_held_out_images_are_never_reported(tree: dict[str, Any], weights: Path)
 def test_split_without_unseen_images_is_refused(
     tree: dict[str, Any], weights: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    reference = tiny.write_reference(weights.parents[1] / "pairs")
+    pairs = {"format": "webdataset", "path": reference["path"], "task": "retrieval"}
     for config, learn_on, message in (
         (changed(tree, holdout=None), None, r"holdout is not set, so .* --learn-on SET \(other\)"),
         (
@@ -239,6 +241,7 @@ def test_split_without_unseen_images_is_refused(
             r"^data\.target\.holdout = 0\.5, but .* was trained with 0\.25: it may",
         ),
         (with_set(tree), "vall", r"evaluate\.sets has val, other; did you mean val\?"),
+        (with_set(tree, pairs=pairs), "pairs", r"^--learn-on pairs: a retrieval set has no labels"),
         (
             with_set(
                 changed(tree, holdout=None).model_dump(), all={**tree["evaluate"]["sets"]["val"], "holdout": None}

@@ -688,7 +688,7 @@ def _(case: Case) -> None:
 @fault("the checkpoint belongs to another model", "exit 2, names each key that differs")
 def _(case: Case) -> None:
     check(case.job.go(LATE), KILLED, KILLED)
-    other = tiny.write_model(case.job.folder / "other", tiny.CLIP | {"embed_dim": 16})
+    other = tiny.write_model(case.job.folder / "other", tiny.FEW_TOKENS | {"embed_dim": 16})
     overrides = (f"model.name={other}", f"teacher.path={case.job.folder}/other-teacher")
     check(
         case.job.go(overrides=overrides),
@@ -804,7 +804,7 @@ def _(case: Case) -> None:
 def _(case: Case) -> None:
     check(case.job.go(), 0, 0)
     shutil.rmtree(case.job.run / "checkpoints")
-    other = tiny.write_model(case.job.folder / "other", seed=1)
+    other = tiny.write_model(case.job.folder / "other", tiny.FEW_TOKENS, seed=1)
     check(case.job.go(overrides=(f"model.name={other}",)), 2, 2, says="belongs to another configuration")
 
 
@@ -817,7 +817,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
         prepare(raw, folder / f"{half}-beton", convert.Options("beton"), workers=1)
         prepared[half] = str(folder / f"{half}-beton")
     vision = tiny.VISION | {"patch_dropout": 0.5}
-    dropping = tiny.write_model(folder / "dropping", tiny.CLIP | {"vision_cfg": vision})
+    dropping = tiny.write_model(folder / "dropping", tiny.FEW_TOKENS | {"vision_cfg": vision})
 
     @functools.cache
     def undisturbed(overrides: tuple[str, ...], ranks: int) -> Any:

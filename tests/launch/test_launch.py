@@ -10,9 +10,11 @@ import open_clip
 import pytest
 import tiny
 import torch
-from distributed import run_script
+from distributed import run_ranks, run_script
 from safetensors.torch import load_file
 
+from dive_fast.commands import train
+from dive_fast.methods.method import Part
 from dive_fast.teacher.cache_files import CacheError, StaleCacheError
 
 ROOT = Path(__file__).parents[2]
@@ -86,19 +88,32 @@ def test_train_validates_deepspeed_section_at_start(override: str, message: str)
     assert "Traceback" not in result.stderr
 
 
+WITHOUT_ASSERTS = f"""if True:
+    import runpy, sys
+    from importlib.machinery import SourceFileLoader
+    folders, get_code = {(f"{ROOT}/dive_fast/", f"{ROOT}/kernels/")!r}, SourceFileLoader.get_code
+    def optimized(loader, name):
+        if not loader.path.startswith(folders):
+            return get_code(loader, name)
+        return compile(loader.get_data(loader.path), loader.path, "exec", dont_inherit=True, optimize=1)
+    SourceFileLoader.get_code = optimized
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""As ``python -O script`` for this repository's modules: to compile PyTorch's takes longer than the training."""
+
+
 def test_train_alone_optimized_and_on_two_ranks(tmp_path: Path) -> None:
     tree = tiny.write_config(tmp_path, max_steps=2)
     config = tmp_path / "config.json"
     config.write_text(json.dumps(tree))
-    for name in ("one", "one, optimized", "two"):
+    for name in ("one, optimized", "two"):
         run = tmp_path / name
         command = str(ROOT / "launch/train.py"), "--config", str(config), f"train.output={run}"
         alone = name != "two"
-        if name == "one":
-            result = call(sys.executable, *command)
-        elif alone:
+        if alone:
             # Without asserts, and with another hash seed.
-            result = call(sys.executable, "-O", *command, PYTHONHASHSEED="1")
+            result = call(sys.executable, "-c", WITHOUT_ASSERTS, *command, PYTHONHASHSEED="1")
         else:
             result = call("deepspeed", "--num_accelerators", "2", *command)
         assert result.returncode == 0, result.stderr
@@ -107,6 +122,7 @@ def test_train_alone_optimized_and_on_two_ranks(tmp_path: Path) -> None:
         assert json.loads((run / "config.json").read_text())["ranks"] == (1 if alone else 2)
         model = open_clip.create_model(tree["model"]["name"], load_weights=False)
         open_clip.load_checkpoint(model, str(run / "model.safetensors"))
+    run_ranks(1, train_alone, str(config), f"train.output={tmp_path}/one", init=False)
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "one, optimized")]
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
     metrics = [
@@ -114,6 +130,12 @@ def test_train_alone_optimized_and_on_two_ranks(tmp_path: Path) -> None:
         for name in ("one", "two")
     ]
     assert metrics[0][0]["contrastive_loss"] == pytest.approx(metrics[1][0]["contrastive_loss"], rel=1e-5)
+
+
+def train_alone(config: str, *overrides: str) -> None:
+    """Trains with asserts and without Triton's interpreter."""
+    Part.backend = "torch"
+    assert train.main(["--config", config, *overrides]) == 0
 
 
 def test_deepspeed_launcher_returns_exit_code_2(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / f"pairs/{row:02d}.txt").write_text("\n".join(f"text {n} of {row}" for n in range(1 + row % 3)))
     target = {"format": "huggingface", "path": str(root / "target")}
     tree: dict[str, Any] = {
-        "model": {"name": tiny.write_model(root / "model")},
+        "model": {"name": tiny.write_model(root / "model", tiny.FEW_TOKENS)},
         "data": {
             "target": target
             | {"split": "train", "templates": "simple", "batch_size": 8, "workers": 1}

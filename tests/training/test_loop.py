@@ -267,7 +267,7 @@ def test_cache_of_other_data_or_model_is_refused(tmp_path: Path) -> None:
     run_alone(tree, output)
     shutil.rmtree(tmp_path / "reference")
     tree["data"]["reference"] = tiny.write_reference(tmp_path / "reference", count=25)
-    tree["model"]["name"] = tiny.write_model(tmp_path / "other", seed=1)
+    tree["model"]["name"] = tiny.write_model(tmp_path / "other", tiny.FEW_TOKENS, seed=1)
     tree["teacher"] = {"path": str(output / "teacher")}
     message = run_alone(tree, tmp_path / "other run")
     assert "teacher cache" in message

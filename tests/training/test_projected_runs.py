@@ -13,8 +13,8 @@ from test_resume import Folder, flyp
 
 from dive_fast.config.schema import ObjectiveConfig
 from dive_fast.distributed import join
-from dive_fast.engine.step import has_head_anchor
 from dive_fast.methods.method import Part
+from dive_fast.methods.registry import has_head_anchor
 from dive_fast.model import head as heads
 
 RULE = ("projection", {"name": "digrap", "mu": 1.0})

@@ -125,7 +125,7 @@ OTHER_FILES = {
 def other_files(folder: Path, kind: str) -> tuple[str, Any]:
     """The override for a path with other contents."""
     if kind == "model":
-        return "model.name", tiny.write_model(folder / "other model", seed=1)
+        return "model.name", tiny.write_model(folder / "other model", tiny.FEW_TOKENS, seed=1)
     if kind == "target":
         return "data.target.path", tiny.write_target(folder / "other target", count=25)["path"]
     lines = (folder / "target" / kind).read_text().splitlines()

@@ -256,6 +256,7 @@ def resources(folder: Path) -> tuple[list[tuple[int, int, int]], int]:
     Part.backend = "torch"
     process, usage = psutil.Process(), []
     tree = json.loads((folder / "config.json").read_text())
+    tree["model"]["name"] = tiny.write_model(folder / "large", tiny.CLIP)
     tree["evaluate"] |= {"every_steps": 1, "workers": 1, "select": "seen"}
     tree["deepspeed"]["zero_optimization"]["stage"] = 0
     measure = train.Validation.evaluate

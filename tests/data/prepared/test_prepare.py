@@ -21,6 +21,7 @@ import open_clip
 import pytest
 import tiny
 import torch
+from distributed import run_script
 from PIL import Image
 
 from dive_fast.data.prepared.beton import write_beton
@@ -70,7 +71,11 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def launch(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "launch" / "prepare.py"), *arguments]
+    """Runs the command; with options of a process, in one that has to import everything first."""
+    script = str(REPOSITORY / "launch" / "prepare.py")
+    if not options:
+        return run_script(script, *arguments, cwd=REPOSITORY)
+    command = [sys.executable, script, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
 
 
