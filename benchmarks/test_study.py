@@ -520,8 +520,8 @@ def test_report_says_how_much_methods_in_weight_space_act(tmp_path: Path) -> Non
             row["projection"] = {"triggered": 0.5, "applied": 0.25, "omega": 0.125}
     lines = report.distance_table(rows, "cifar10", rows, IN_WEIGHT_SPACE)
     assert "| FLYP, no decay |  | 1 | 2.00 | 25.0 |  |  |  |" in lines
-    assert "| FLYP + DiGraP | 10 | 1 | 2.00 | 25.0 | 50.0 | 25.0 | omega 0.12 |" in lines
-    assert lines[-1].startswith(f"| FLYP, ensemble | {max(grid_of(ENSEMBLE)):g} | 1 | 2.00 |")  # type: ignore[type-var]
+    assert "| + DiGraP | 10 | 1 | 2.00 | 25.0 | 50.0 | 25.0 | omega 0.12 |" in lines
+    assert lines[-1].startswith(f"| + ensemble | {max(grid_of(ENSEMBLE)):g} | 1 | 2.00 |")  # type: ignore[type-var]
     # A method without a strength has a point without a number.
     path = tmp_path / "curves.png"
     report.draw_curves(rows, "cifar10", [UNDECAYED], path, [UNDECAYED])

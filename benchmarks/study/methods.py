@@ -100,8 +100,8 @@ LABELS = {name: label for name, (label, _) in plots.method_styles().items()} | {
     "cosine": "Cosine, m from 1",
     LIGHT: f"{OBJECTIVES[LIGHT]['distillation_weight']:g} TRACER + DiVE",
     UNDECAYED: "FLYP, no decay",
-    **{method: f"FLYP + {projections.table()[rule].title}" for method, rule in PROJECTIONS.items()},
-    ENSEMBLE: "FLYP, ensemble",
+    **{method: f"+ {projections.table()[rule].title}" for method, rule in PROJECTIONS.items()},
+    ENSEMBLE: "+ ensemble",
 }
 COLOURS = {name: colour for name, (_, colour) in plots.method_styles().items()} | {
     LIGHT: "#7f95d1",

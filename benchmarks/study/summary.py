@@ -1,5 +1,6 @@
 """Tables and charts of a study, from its file of results alone."""
 
+import math
 import statistics
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from study.methods import (
     COLOURS,
     COMBINED,
     DISTILLED,
+    ENSEMBLE,
     HEADS,
     IN_WEIGHT_SPACE,
     LABELS,
@@ -51,6 +53,8 @@ class Group(NamedTuple):
     """Methods in their colours in figures, all others in grey."""
     has_levels: bool = True
     """Whether grids have all learning rates, so that methods are compared at FLYP's ID."""
+    curves: str = "a larger weight (numbers) keeps more and learns less"
+    """The message of the figure of curves."""
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -63,7 +67,11 @@ GROUPS = (
     Group(
         "-distilling", SELF_DISTILLING, tuple(method for method in PAPER if method in MAIN), (STUDIED, COMBINED)
     ),
-    Group("-weights", IN_WEIGHT_SPACE, (BASELINE, STUDIED), (STUDIED, *IN_WEIGHT_SPACE), has_levels=False),
+    Group(
+        *("-weights", IN_WEIGHT_SPACE, (BASELINE, STUDIED), (STUDIED, *PROJECTIONS, ENSEMBLE)),
+        has_levels=False,
+        curves="all rules but DiGraP keep more with strength (numbers)",
+    ),
 )
 _KEPT = {"zs": "zero-shot (mean of two sets), %", "rsa": plots.MEASURES["rsa"]}
 # CIFAR-10's OOD, corruptions, does not distinguish the methods; PACS' is a shift.
@@ -443,7 +451,16 @@ def _message(rows: Sequence[Row], title: str) -> str:
     if len(means) < 3:
         return f"{title}: what fine-tuning keeps"
     kept = {name: f"{LABELS[name]} {100 * means[name] / means[PRETRAINED]:.0f} %" for name in (BASELINE, STUDIED)}
-    return f"Tuned on {title}: {kept[STUDIED]} of the zero-shot accuracy kept, {kept[BASELINE]}"
+    message = f"Tuned on {title}: {kept[STUDIED]} of the zero-shot accuracy kept, {kept[BASELINE]}"
+    ruled = {
+        name: statistics.fmean(row["zs"] for row in rows if row["method"] == name)
+        for name in map(_style, PROJECTIONS)
+        if any(row["method"] == name for row in rows)
+    }
+    if ruled:
+        best = max(ruled, key=lambda name: ruled[name])
+        message += f" ({best}: {100 * ruled[best] / means[PRETRAINED]:.0f} %)"
+    return message
 
 
 def norm_table(rows: Sequence[Row]) -> list[str]:
@@ -523,7 +540,7 @@ def _about_world(
                 lines += ["", heading, "", *table]
             name = f"study-{size}-{world}-curves{group.ending}.png"
             drawn = [method for method in group.order if method in (BASELINE, STUDIED, *group.methods)]
-            draw_curves(searched, world, drawn, folder / name, group.highlighted)
+            draw_curves(searched, world, drawn, folder / name, group.highlighted, group.curves)
             lines += ["", f"![ID against zero-shot accuracy and RSA, over the weight]({name})"]
     return lines
 
@@ -541,7 +558,12 @@ def _about_dive(rows: Sequence[Row], size: str, folder: Path) -> list[str]:
 
 
 def draw_curves(
-    rows: Sequence[Row], world: str, methods: Iterable[str], path: Path, highlighted: Collection[str] = (STUDIED,)
+    rows: Sequence[Row],
+    world: str,
+    methods: Iterable[str],
+    path: Path,
+    highlighted: Collection[str] = (STUDIED,),
+    message: str = "",
 ) -> None:
     """ID against zero-shot accuracy and RSA: a line a method over its strengths at its best learning rate."""
     canvas = plots.new_figure(plots.WIDTH, 4.6)
@@ -572,7 +594,7 @@ def draw_curves(
             strength = _strength(run_of(line[end])) if is_shown else ""
             text = f"{LABELS[method]}, {strength}" if strength else LABELS[method]
             named = points[end]._replace(text=text, colour=colour if is_shown else "#4a4f57")
-            labels = [*(label for label in labels if label[:2] != named[:2]), named]
+            labels = [*(label for label in labels if not _overlap(label, named)), named]
         axis.margins(0.12)
         for row in [row for row in rows if (row["world"], row["method"]) == (world, PRETRAINED)][-1:]:
             axis.axhline(factor * of(row), color=plots.GREY, linewidth=1.2, linestyle="--", zorder=0)
@@ -585,8 +607,13 @@ def draw_curves(
         axis.grid(alpha=0.25)
         plots.style_axes(axis)
         plots.place_labels(axis, labels, 8.5)
-    plots.add_title(canvas, f"Tuned on {WORLDS[world]}: a larger weight (numbers) keeps more and learns less")
+    plots.add_title(canvas, f"Tuned on {WORLDS[world]}: {message}")
     plots.save_figure(canvas, path)
+
+
+def _overlap(first: plots.Label, second: plots.Label) -> bool:
+    """Whether two labels belong to points that cannot be distinguished in a panel."""
+    return math.isclose(first.x, second.x, rel_tol=3e-3) and math.isclose(first.y, second.y, rel_tol=8e-3)
 
 
 GREYS = {"flyp_replay": "#7d8590", "snd": "#7d8590", BASELINE: "#4a4f57"}
