@@ -29,7 +29,7 @@ from dive_fast.kernels.backend import Backend
 from dive_fast.planner.gpu_specs import GPUS
 from dive_fast.planner.memory_tracker import Tracker
 from dive_fast.planner.operations import Operation
-from dive_fast.projections import registry
+from dive_fast.projections import rules
 
 open_clip.add_model_config(Path(__file__).with_name("models"))
 ADAMW = "AdamW"
@@ -70,7 +70,7 @@ class Step:
         self.optimizer.found_inf = torch.zeros((), device=device)  # type: ignore[attr-defined]
         self.projection = None
         if rule is not None:
-            created = registry.create(ProjectionConfig(**rule))
+            created = rules.create(ProjectionConfig(**rule))
             assert created is not None
             engine = SimpleNamespace(zero_optimization_stage=lambda: 0)
             self.projection = WeightProjection(created, engine, self.optimizer, model, False, backend)

@@ -12,7 +12,7 @@ from dive_fast.evaluation import published
 from dive_fast.methods import registry
 from dive_fast.methods.method import Preset
 from dive_fast.methods.run_config import load_run_config
-from dive_fast.projections import registry as projections
+from dive_fast.projections import rules as projections
 
 TEXT = method_table.DOCUMENT.read_text()
 PRESETS, RULES = registry.table().presets, projections.table()

@@ -17,7 +17,7 @@ from dive_fast.config.section import sections
 from dive_fast.errors import ConfigError
 from dive_fast.methods import registry
 from dive_fast.methods.run_config import RunConfig, load_run_config
-from dive_fast.projections import registry as projections
+from dive_fast.projections import rules as projections
 from dive_fast.sweep.grid import split_values
 
 REPOSITORY = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from dive_fast.config.schema import NO_PROJECTION, ObjectiveConfig
 from dive_fast.evaluation import plots
 from dive_fast.methods import registry
-from dive_fast.projections import registry as projections
+from dive_fast.projections import rules as projections
 
 REFERENCE_WEIGHT, DISTILLATION_WEIGHT = "weight", "distillation_weight"
 

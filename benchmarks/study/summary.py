@@ -11,7 +11,7 @@ import numpy as np
 
 from dive_fast.evaluation import plots
 from dive_fast.io.atomic_files import write_atomic
-from dive_fast.projections import registry as projections
+from dive_fast.projections import rules as projections
 from study import sets
 from study.experiments import LEARNING_RATES, MARGIN, SEEDS, chosen, grids, run_of
 from study.methods import (

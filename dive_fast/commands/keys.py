@@ -81,7 +81,7 @@ def _plain() -> Iterable[Group]:
 def _methods() -> list[Group]:
     """The methods, and the options of their parts."""
     from dive_fast.methods import registry
-    from dive_fast.projections import registry as projections
+    from dive_fast.projections import rules as projections
 
     table = registry.table()
     names = [

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = cli.load_config(options.config, options.overrides)
         from dive_fast.distributed import join
-        from dive_fast.evaluation import tpgm
+        from dive_fast.evaluation import learned_radii
         from dive_fast.evaluation.early_checks import check_output, find_weights
         from dive_fast.model import towers
 
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder = options.output or run
         check_output(folder)
         towers.check(config.model)
-        settings = tpgm.Settings(
+        settings = learned_radii.Settings(
             options.norm, options.iterations, options.batch_size, options.learning_rate, options.seed
         )
 
@@ -62,13 +62,13 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         return cli.report_error(error, options)
     try:
-        result = tpgm.tpgm(config, weights, ranks, settings, learn_on=options.learn_on)
+        result = learned_radii.tpgm(config, weights, ranks, settings, learn_on=options.learn_on)
     except UserError as error:
         return cli.report_error(error, options)
     if ranks.is_main:
-        tpgm.write(result, folder)
-        print(tpgm.table(result.report))
-        print(f"{folder / tpgm.WEIGHTS}: {tpgm.summarize(result.report)}")
+        learned_radii.write(result, folder)
+        print(learned_radii.table(result.report))
+        print(f"{folder / learned_radii.WEIGHTS}: {learned_radii.summarize(result.report)}")
     ranks.leave()
     return 0
 

@@ -58,7 +58,7 @@ from dive_fast.model.transformer_blocks import (
     recompute_blocks,
     replace_quickgelu,
 )
-from dive_fast.projections import registry as projections
+from dive_fast.projections import rules as projections
 
 PER_ROW = ("image", "text", "logits")
 """Fields of :class:`Features` with a row for each image or text, which micro-batches split."""

@@ -232,7 +232,7 @@ def alphas(report: Mapping[str, Any], path: Path) -> None:
     """Plots the share of its change that each tensor keeps over the depth of its tower.
 
     Args:
-        report: the report of :func:`dive_fast.evaluation.tpgm.tpgm`; names of tensors are open_clip's.
+        report: the report of :func:`dive_fast.evaluation.learned_radii.tpgm`; names of tensors are open_clip's.
     """
     by_tower: dict[str, dict[str, list[float]]] = {}
     shares: dict[str, float] = report["alphas"]

@@ -14,7 +14,7 @@ from dive_fast.config.reference import reference, rows
 from dive_fast.config.schema import Config
 from dive_fast.config.section import KeyedError
 from dive_fast.methods import registry
-from dive_fast.projections import registry as projections
+from dive_fast.projections import rules as projections
 
 
 class RunConfig(Config):

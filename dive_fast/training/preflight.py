@@ -24,7 +24,7 @@ from dive_fast.engine.deepspeed_config import offloads_optimizer
 from dive_fast.errors import ConfigError, UserError, machine_error
 from dive_fast.methods import registry
 from dive_fast.model.towers import Towers
-from dive_fast.projections import registry as projections
+from dive_fast.projections import rules as projections
 from dive_fast.teacher import cache_files
 from dive_fast.training.trackers import check_trackers
 

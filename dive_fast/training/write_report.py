@@ -10,7 +10,7 @@ from dive_fast.evaluation.datasets.resolve import metric_of
 from dive_fast.evaluation.zero_shot import Measured
 from dive_fast.io.atomic_files import write_atomic
 from dive_fast.methods import registry
-from dive_fast.projections import registry as projections
+from dive_fast.projections import rules as projections
 from dive_fast.projections.projection import Projection
 from dive_fast.training import projection_figure
 from dive_fast.training.forgetting_probe import BEFORE, PAIRS, PROBE

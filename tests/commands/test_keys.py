@@ -11,7 +11,7 @@ from dive_fast.commands.console import COMMANDS
 from dive_fast.config.schema import Config, TrainConfig
 from dive_fast.config.section import sections
 from dive_fast.methods import registry
-from dive_fast.projections import registry as projections
+from dive_fast.projections import rules as projections
 
 
 def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:

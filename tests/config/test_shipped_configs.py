@@ -10,7 +10,7 @@ from PIL import Image
 from dive_fast.data.open_dataset import open_target
 from dive_fast.methods import registry
 from dive_fast.methods.run_config import load_run_config
-from dive_fast.projections import registry as projections
+from dive_fast.projections import rules as projections
 
 # The paper's hyper-parameters (arXiv 2511.09973, Table 11)
 

@@ -35,7 +35,7 @@ from dive_fast.errors import ConfigError
 from dive_fast.methods import registry
 from dive_fast.methods.method import Part
 from dive_fast.methods.run_config import RunConfig
-from dive_fast.projections import registry as projections
+from dive_fast.projections import rules as projections
 from dive_fast.projections.anchored_group import PREVIOUS
 
 WORLDS, STAGES = (1, 2, 3), (0, 1, 2)

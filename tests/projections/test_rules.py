@@ -13,7 +13,7 @@ from weight_space_oracle import Oracle
 
 from dive_fast.config.schema import ProjectionConfig
 from dive_fast.engine.weight_projection import WeightProjection
-from dive_fast.projections import registry
+from dive_fast.projections import rules
 from dive_fast.projections.anchored_group import PREVIOUS, AnchoredGroup, Layout
 from dive_fast.projections.flat_group import FlatGroup
 
@@ -54,7 +54,7 @@ class Run:
         self.optimizer: Any = torch.optim.AdamW(self.module.parameters(), fused=True, **adamw)
         self.projection: WeightProjection | None = None
         if options is not None:
-            rule = registry.create(ProjectionConfig(**options))
+            rule = rules.create(ProjectionConfig(**options))
             assert rule is not None
             engine = SimpleNamespace(zero_optimization_stage=lambda: 0)
             self.projection = WeightProjection(rule, engine, self.optimizer, self.module, True, "torch")
@@ -93,7 +93,7 @@ class Run:
 
 def complete(options: dict[str, Any]) -> dict[str, Any]:
     """Options with their defaults, for the oracle."""
-    return registry.resolve(ProjectionConfig(**options)).model_dump()
+    return rules.resolve(ProjectionConfig(**options)).model_dump()
 
 
 def start(shapes: dict[str, tuple[int, ...]] = SHAPES, seed: int = 0) -> dict[str, Tensor]:

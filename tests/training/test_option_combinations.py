@@ -35,7 +35,7 @@ from dive_fast.engine import update
 from dive_fast.errors import ConfigError
 from dive_fast.methods import method, registry
 from dive_fast.methods.run_config import RunConfig, load_run_config
-from dive_fast.projections import registry as projections
+from dive_fast.projections import rules as projections
 from dive_fast.training import loop as train
 
 Value = Any

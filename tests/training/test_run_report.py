@@ -28,7 +28,7 @@ from dive_fast.evaluation.zero_shot import evaluate
 from dive_fast.methods.method import Part
 from dive_fast.methods.run_config import RunConfig
 from dive_fast.model.towers import create, tokenizer_of
-from dive_fast.projections import registry
+from dive_fast.projections import rules
 from dive_fast.training import loop, run_evaluation
 from dive_fast.training.forgetting_probe import PairMeasure
 from dive_fast.training.model_card import base_model, write_card
@@ -354,7 +354,7 @@ def test_report_message_and_rounding(tmp_path: Path) -> None:
     lines = [{"step": step} | {f"projection/{name}": 0.1 * step for name in METRICS} for step in (1, 2, 3)]
     broken = '{"step": 4, "projection/dist'
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + broken)
-    write_report(report, tmp_path, registry.create(ProjectionConfig(name="digrap")))
+    write_report(report, tmp_path, rules.create(ProjectionConfig(name="digrap")))
     with Image.open(tmp_path / "projection.png") as image:
         assert image.width >= 830
     assert "![DiGraP over the steps](projection.png)" in (tmp_path / "report.md").read_text()

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from dive_fast.distributed import Ranks, join
 from dive_fast.errors import ConfigError
-from dive_fast.evaluation import tpgm
+from dive_fast.evaluation import learned_radii
 from dive_fast.evaluation.datasets.resolve import open_sets
-from dive_fast.evaluation.tpgm import Radii, Settings, learn_radii, project, radius_gradient, row_norms
+from dive_fast.evaluation.learned_radii import Radii, Settings, learn_radii, project, radius_gradient, row_norms
 from dive_fast.evaluation.unseen_images import Unseen, open_unseen, shared_with, warn_of_size
 from dive_fast.methods.method import Part
 from dive_fast.methods.run_config import RunConfig
@@ -54,7 +54,7 @@ def test_projection_equals_reference_numbers() -> None:
 
 @pytest.mark.parametrize("norm", ["l2", "mars"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_radius_gradient_equals_autograd(norm: tpgm.Norm, shape: tuple[int, ...]) -> None:
+def test_radius_gradient_equals_autograd(norm: learned_radii.Norm, shape: tuple[int, ...]) -> None:
     anchor, change = torch.randn(2, *shape, dtype=torch.float64)
     norms = row_norms(change, norm)
     largest = float(norms.max())
@@ -100,7 +100,9 @@ def test_radii_start_at_half_and_leave_equal_tensors_out() -> None:
 # Learning
 
 
-def learned(norm: tpgm.Norm, goal: float, **options: Any) -> tuple[Radii, dict[str, nn.Parameter], tpgm.History]:
+def learned(
+    norm: learned_radii.Norm, goal: float, **options: Any
+) -> tuple[Radii, dict[str, nn.Parameter], learned_radii.History]:
     """Radii learned on the squared distance to the point at ``goal`` between both ends."""
     anchors, tuned = endpoints()
     radii = Radii(anchors, tuned, norm)
@@ -115,7 +117,7 @@ def learned(norm: tpgm.Norm, goal: float, **options: Any) -> tuple[Radii, dict[s
 
 
 @pytest.mark.parametrize("norm", ["l2", "mars"])
-def test_alphas_follow_the_better_end(norm: tpgm.Norm) -> None:
+def test_alphas_follow_the_better_end(norm: learned_radii.Norm) -> None:
     anchors, tuned = endpoints()
     for goal, end in ((1.5, tuned), (-0.5, anchors)):
         radii, parameters, history = learned(norm, goal)
@@ -140,7 +142,7 @@ def test_iterations_that_are_not_finite_change_nothing() -> None:
     assert history.skipped == 2
     assert radii.alphas() == pytest.approx(dict.fromkeys(radii.names, 0.5), abs=1e-6)
     # 3e34 times the scale of 2^16 is not finite in fp32, the gradient itself is.
-    history = learn_radii(radii, parameters, loss, [3e34], 1e-2, loss_scale=tpgm.LOSS_SCALE)
+    history = learn_radii(radii, parameters, loss, [3e34], 1e-2, loss_scale=learned_radii.LOSS_SCALE)
     assert history.skipped == 0
     assert radii.alphas()[used] != pytest.approx(0.5, abs=1e-6)
     assert radii.alphas()[unused] == pytest.approx(0.5, abs=1e-6)
@@ -307,12 +309,12 @@ def _plain_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Part, "backend", "torch")
 
 
-def results(tree: dict[str, Any], paths: list[Path], seed: int = 0) -> list[tpgm.Projected]:
+def results(tree: dict[str, Any], paths: list[Path], seed: int = 0) -> list[learned_radii.Projected]:
     ranks = ALONE
     if dist.is_initialized():
         ranks = Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     settings = Settings(iterations=4, batch_size=6, seed=seed)
-    return [tpgm.tpgm(with_set(tree), path, ranks, settings) for path in paths]
+    return [learned_radii.tpgm(with_set(tree), path, ranks, settings) for path in paths]
 
 
 def reports(tree: dict[str, Any], paths: list[Path]) -> list[dict[str, Any]]:
@@ -354,7 +356,7 @@ def test_projected_weights_lie_between_both_ends(tree: dict[str, Any], weights: 
     assert "token_embedding.weight" in report["unreached"]
     assert report["alphas"]["token_embedding.weight"] == pytest.approx(0.5, abs=1e-6)
     random = with_set(tree | {"objective": {"name": "vanilla_ft", "head_start": "random"}})
-    kept = tpgm.tpgm(random, path, ALONE, Settings(iterations=1, batch_size=6))
+    kept = learned_radii.tpgm(random, path, ALONE, Settings(iterations=1, batch_size=6))
     assert kept.head is not None
     assert torch.equal(kept.head.weight, trained.weight)
     assert kept.report["head"] == "kept"
