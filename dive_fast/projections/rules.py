@@ -58,7 +58,10 @@ def choose(section: ProjectionConfig) -> Choice | None:
     if section.name == NO_PROJECTION:
         if options:
             key = f"projection.{next(iter(options))}"
-            raise KeyedError(key, f"unknown key {key}: projection.name = none has no options")
+            hint = nearest_key(key, ["name"])
+            raise KeyedError(
+                key, f"unknown key {key}{hint} (valid: name; projection.name = {NO_PROJECTION} has no options)"
+            )
         return None
     rule = table()[section.name]
     return Choice(rule, _validate(rule, options))
@@ -74,7 +77,7 @@ def _validate(rule: type[Projection], options: dict[str, Any]) -> Section:
         key = f"projection.{option}"
         if mistake["type"] == "extra_forbidden":
             valid = list(rule.Options.model_fields)
-            hint = nearest_key(key, valid)
+            hint = nearest_key(key, ["name", *valid])
             raise KeyedError(
                 key, f"unknown key {key}{hint} (options of {rule.name}: {', '.join(valid) or 'none'})"
             ) from None

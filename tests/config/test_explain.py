@@ -36,7 +36,7 @@ from dive_fast.methods.run_config import load_run_config
             "evaluate.sets.v[2].pth=x",
             "unknown key evaluate.sets.v[2].pth; did you mean evaluate.sets.v[2].path? (valid: format, ",
         ),
-        ("zzz(q=1", "unknown key zzz(q (valid: model, data, objective, teacher, train, evaluate, "),
+        ("zzz(q=1", "unknown key zzz(q (valid: model, data, objective, projection, teacher, train, evaluate, "),
     ],
 )
 def test_unknown_key_names_the_nearest_valid_one(tmp_path: Path, override: str, message: str) -> None:
