@@ -285,7 +285,7 @@ def tpgm(
 
     Raises:
         ConfigError: as :func:`dive_fast.evaluation.unseen_images.open_unseen`; or the weights do not fit the
-            model, equal the pre-trained ones, or have a head without one of the split's classes.
+            model, are not finite, equal the pre-trained ones, or have a head without one of the split's classes.
         DataError: a set cannot be opened or measured, or the batch size does not suit the ranks.
     """
     prepared = _prepare(config, weights, ranks, settings, learn_on)
@@ -396,13 +396,26 @@ def _prepare(config: Config, weights: Path, ranks: Ranks, settings: Settings, le
         pretrained = {name: tensor.clone() for name, tensor in model.export(model.state_dict()).items()}
         tuned = exported(model, config.model, weights)
         digests["weights"] = weights_digest(model)
-        if trained is not None:
-            digests["head"] = state_digest({"weight": trained.weight, "bias": trained.bias})
+        head = {} if trained is None else {"weight": trained.weight, "bias": trained.bias}
+        _require_finite(weights, tuned | {f"{HEAD}{name}": tensor for name, tensor in head.items()})
+        if head:
+            digests["head"] = state_digest(head)
         samples = _samples(config, unseen, model, settings.seed, has_prompts=trained is None)
         return _Prepared(
             *(opened, unseen, shared, samples, order, model, tokenizer),
             *(pretrained, tuned, trained, head_rows, templates, digests),
         )
+
+
+def _require_finite(weights: Path, tensors: State) -> None:
+    """Validates weights that are projected.
+
+    Raises:
+        ConfigError: a tensor has an element that is not finite.
+    """
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise ConfigError(f"{weights}: {name} is not finite; name other weights by --weights")
 
 
 def _learn(

@@ -12,7 +12,7 @@ from dive_fast.data.classes import imagenet_rows, target_names
 from dive_fast.data.holdout import split
 from dive_fast.data.open_dataset import open_target
 from dive_fast.data.prompts import Template, check_labels, read_templates
-from dive_fast.data.shared_images import copies, image_files
+from dive_fast.data.shared_images import MAX_READ, copies, image_files
 from dive_fast.data.sources.source import Source
 from dive_fast.errors import ConfigError, DataError, naming, nearest, warn_on_main_rank
 from dive_fast.evaluation.datasets.evaluation_set import Labelled
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 MIN_PER_CLASS = 10
 """Images per class below which the split is reported as small."""
+MAX_COPIES = 0.1
+"""Share of an evaluation set's images that may be copies of training images."""
 
 
 class Unseen(NamedTuple):
@@ -140,6 +142,7 @@ def _held_out(config: Config, weights: Path) -> Unseen:
     elif mistake := _mismatch(record, config, weights, training):
         raise ConfigError(f"{mistake}: it may have been trained on images that are held out here; use its config")
     name = f"data.target.holdout = {data.holdout:g}"
+    _check_copies(name, source, training)
     with naming("data.target.class_names"):
         class_names = target_names(source, data.class_names)
         check_labels(source, class_names)
@@ -186,11 +189,24 @@ def _check_untrained(config: Config, name: str, source: Source, weights: Path) -
         raise ConfigError(f"{mistake}: it may have been trained on images of {name}; use its config")
     elif mistake:
         warn_on_main_rank(f"{mistake}; whether it was trained on images of {name} is not known")
-    if pairs := copies(source, training):
-        warn_on_main_rank(
-            f"{name}: at least {len(pairs)} of its {len(images)} images are copies of training images (the first: "
-            f"{pairs[0][0]} is {pairs[0][1]}); remove one of each"
-        )
+    _check_copies(name, source, training)
+
+
+def _check_copies(name: str, source: Source, training: Source) -> None:
+    """Reports images of a split that are copies of training images.
+
+    Raises:
+        ConfigError: more than :data:`MAX_COPIES` of the images that were read are.
+    """
+    if not (pairs := copies(source, training)):
+        return
+    shared = (
+        f"{name}: at least {len(pairs)} of its {len(source)} images are copies of training images (the first: "
+        f"{pairs[0][0]} is {pairs[0][1]})"
+    )
+    if len(pairs) > MAX_COPIES * min(len(source), MAX_READ):
+        raise ConfigError(f"{shared}; learn on other images")
+    warn_on_main_rank(f"{shared}; remove one of each")
 
 
 def _parts(config: Config) -> tuple[Source, Source]:

@@ -1,7 +1,9 @@
 """TPGM: projections and their gradients, the learning of radii, and the command on a run with held-out images."""
 
 import json
+import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +265,32 @@ def test_split_without_unseen_images_is_refused(
     assert "whether it was trained on images of evaluate.sets.other is not known" in caplog.text
 
 
+def test_copies_of_training_images_are_refused_unless_they_are_few(
+    tree: dict[str, Any], weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    section = tree["evaluate"]["sets"]["other"]
+
+    def of(name: str, seeds: Iterable[int]) -> dict[str, Any]:
+        """A set of pictures by their seeds; those of the run are 0 to 39."""
+        images = {f"{i:04d}": {"jpg": tiny.jpeg(seed), "cls": str(i % 5).encode()} for i, seed in enumerate(seeds)}
+        tiny.write_tar(tmp_path / name / "0.tar", images)
+        return section | {"path": str(tmp_path / name)}
+
+    config = with_set(tree, same=of("same", range(40)), near=of("near", [*range(800, 820), 0]))
+    message = r"^evaluate\.sets\.same: at least 30 of its 40 images are copies of .*; learn on other images$"
+    with pytest.raises(ConfigError, match=message):
+        chosen(config, weights, "same")
+    caplog.clear()
+    assert len(chosen(config, weights, "near")[0].source) == 21
+    assert "evaluate.sets.near: at least 1 of its 21 images are copies of training images" in caplog.text
+    # Pairs of equal images in the data that were trained on.
+    twice = changed(tree, path=of("twice", [i // 2 for i in range(40)])["path"])
+    with pytest.raises(
+        ConfigError, match=r"^data\.target\.holdout = 0\.25: at least \d+ of its 10 images are copies"
+    ):
+        chosen(twice, tmp_path / "model.safetensors")
+
+
 def test_run_is_known_by_its_checkpoint_and_by_its_folder(
     tree: dict[str, Any], weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -363,9 +391,7 @@ def test_projected_weights_lie_between_both_ends(tree: dict[str, Any], weights: 
     assert not any(name.startswith("head.") for name in kept.report["alphas"])
 
 
-def test_head_without_a_class_and_equal_weights_are_refused(
-    tree: dict[str, Any], weights: Path, tmp_path: Path
-) -> None:
+def test_weights_that_cannot_be_projected_are_refused(tree: dict[str, Any], weights: Path, tmp_path: Path) -> None:
     path = with_head(weights.parent, tmp_path / "head")
     heads.save(heads.Head(torch.randn(4, 24), torch.randn(4), NAMES[:4]), path.parent / "head.safetensors")
     with pytest.raises(ConfigError, match=r"the head has no class 'class number 4'"):
@@ -374,6 +400,11 @@ def test_head_without_a_class_and_equal_weights_are_refused(
     model = towers.create(with_set(tree).model)
     towers.save(model.export(model.state_dict()), path)
     with pytest.raises(ConfigError, match=r"they equal the pre-trained weights"):
+        results(tree, [path])
+    state = model.export(model.state_dict())
+    state["visual.proj"][0, 0] = math.nan
+    towers.save(state, path)
+    with pytest.raises(ConfigError, match=r"model\.safetensors: visual\.proj is not finite; name other weights"):
         results(tree, [path])
 
 
