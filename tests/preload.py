@@ -28,5 +28,5 @@ tokens.keep()
 # A run asks for the versions of eight packages several times, which reads and parses their files each time.
 metadata.version = functools.cache(metadata.version)
 importlib.import_module("dive_fast.identity").versions()
-# DeepSpeed formats every parameter for a debug log, which is a fifth of the time of ZeRO-3's start.
+# DeepSpeed formats every parameter for a debug log, which is a tenth of the time of ZeRO-3's start.
 torch.nn.Parameter.__repr__ = object.__repr__
