@@ -46,6 +46,9 @@ class WeightProjection:
             engine: DeepSpeed's, at ZeRO 0 to 2.
             optimizer: torch's fused AdamW inside it; it has ``grad_scale`` and ``found_inf`` before each step.
             has_head_anchor: whether the head is no random start, and takes part.
+
+        Raises:
+            ConfigError: no tuned parameter takes part.
         """
         self.rule, self._optimizer = rule, optimizer
         self.states = States(optimizer)
@@ -67,6 +70,11 @@ class WeightProjection:
         self.groups = [AnchoredGroup(group, takes_part, rule.layout, backend) for _, group in kept]
         """The parameter groups with at least one tensor that takes part."""
         self._flat_groups = [(first, group, anchored) for (first, group), anchored in zip(kept, self.groups)]
+        if not kept:
+            raise ConfigError(
+                f"projection.name = {rule.name}: no tuned parameter takes part ({', '.join(self.left_out)}); set "
+                "projection.name=none"
+            )
         parameters = dict(towers.named_parameters())
         self._head_anchors = {
             name: parameters[name].detach().clone()

@@ -13,6 +13,7 @@ from weight_space_oracle import Oracle
 
 from dive_fast.config.schema import ProjectionConfig
 from dive_fast.engine.weight_projection import WeightProjection
+from dive_fast.errors import ConfigError
 from dive_fast.projections import rules
 from dive_fast.projections.anchored_group import PREVIOUS, AnchoredGroup, Layout
 from dive_fast.projections.flat_group import FlatGroup
@@ -466,3 +467,10 @@ def test_group_without_a_piece_sums_on_its_device() -> None:
     group.sums("dd", "gd")
     group.add_to_weights(torch.zeros(1, device=device), with_squares=True)
     assert [tensor.device.type for tensor in reduced] == ["meta", "meta"]
+
+
+def test_rule_without_any_tensor_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^projection.name = spd: no tuned parameter takes part \(logit_scale\)"
+    ):
+        Run({"logit_scale": torch.ones(())}, RULES["spd"])
