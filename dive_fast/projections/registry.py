@@ -58,7 +58,11 @@ def choose(section: ProjectionConfig) -> Choice | None:
     if section.name == NO_PROJECTION:
         if options:
             key = f"projection.{next(iter(options))}"
-            raise KeyedError(key, f"unknown key {key}: projection.name = none has no options")
+            raise KeyedError(
+                key,
+                f"unknown key {key}: projection.name = none has no options; set projection.name to one of "
+                f"{', '.join(names[1:])}",
+            )
         return None
     rule = table()[section.name]
     return Choice(rule, _validate(rule, options))
