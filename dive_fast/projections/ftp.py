@@ -82,10 +82,11 @@ class FTP(Projection):
         group.add_to_weights(ratio - 1)
         group.keep(radius=radius, mean=mean, square=square)
         group.keep_rows(norms)
+        total, kept = group.sum_rows(lengths), group.sum_rows(ratio * lengths)
         group.measures |= {
             "triggered": (gradient > 0).double(),
-            "applied": (radius < largest).double(),
+            "applied": ((radius < largest) & group.applied).double(),
             # The share of a tensor's rows' lengths that is removed.
-            "cut": 1 - group.sum_rows(ratio * lengths) / (group.sum_rows(lengths) + SMALLEST),
+            "cut": torch.where(total > 0, 1 - kept / torch.where(total > 0, total, 1.0), 0.0),
             "squares": group.sum_rows(ratio.square() * squares),
         }

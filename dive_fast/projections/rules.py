@@ -60,7 +60,9 @@ def choose(section: ProjectionConfig) -> Choice | None:
             key = f"projection.{next(iter(options))}"
             hint = nearest_key(key, ["name"])
             raise KeyedError(
-                key, f"unknown key {key}{hint} (valid: name; projection.name = {NO_PROJECTION} has no options)"
+                key,
+                f"unknown key {key}{hint} (valid: name; projection.name = {NO_PROJECTION} has no options: set it to "
+                f"one of {', '.join(names[1:])})",
             )
         return None
     rule = table()[section.name]

@@ -407,6 +407,8 @@ def test_skipped_steps_leave_no_trace(rule: str, value: float) -> None:
             broken["matrix"][1, 2] = value
             run.step(broken, skipped=True)
             assert same(before, run.state() if number else run.weights())
+            measures = run.group.measures
+            assert not any(measures[name].any() for name in ("applied", "decay", "cut") if name in measures)
         run.step(gradients)
         other.step(gradients)
     assert same(run.state(), other.state())
