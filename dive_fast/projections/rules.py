@@ -61,7 +61,7 @@ def choose(section: ProjectionConfig) -> Choice | None:
             hint = nearest_key(key, ["name"])
             raise KeyedError(
                 key,
-                f"unknown key {key}{hint} (valid: name; projection.name = {NO_PROJECTION} has no options: set it to "
+                f"unknown key {key}{hint} (valid: name; projection.name = {NO_PROJECTION} has no options: name "
                 f"one of {', '.join(names[1:])})",
             )
         return None

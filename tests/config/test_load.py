@@ -530,7 +530,7 @@ def test_another_projection_has_none_of_the_former_options(tmp_path: Path) -> No
         (["projection.name=spdd"], r'projection.name = "spdd": expected one of none, digrap, .*mean spd'),
         (
             ["projection.mu=1"],
-            r"unknown key projection.mu.*none has no options: set it to one of digrap, .*spd\)$",
+            r"unknown key projection.mu.*none has no options: name one of digrap, .*spd\)$",
         ),
         (
             ["projection.name=digrap", "projection.nu=1"],
