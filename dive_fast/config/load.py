@@ -136,8 +136,9 @@ class _Layers:
     def _drop_rule_options(self, layer: Any) -> None:
         """Removes the options of the projection below, which belong to its rule, where a layer names another."""
         below = self.tree.get("projection")
-        is_named = isinstance(layer, dict) and isinstance(below, dict) and "name" in layer and "name" in below
-        if is_named and layer["name"] != below["name"]:
+        if not isinstance(layer, dict) or not isinstance(below, dict):
+            return
+        if "name" in layer and "name" in below and layer["name"] != below["name"]:
             self.tree["projection"] = {"name": layer["name"]}
 
     def _name_in_section(self, half: str) -> None:
