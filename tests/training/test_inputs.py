@@ -149,11 +149,15 @@ def test_checkpoints_without_the_keys_resume_with_the_defaults(folder: Path) -> 
     stored = json.loads(json.dumps(current))
     for half, key in CHANGED:
         del stored["data"][half][key]
+    del stored["projection"]
     assert check_resumable(folder, stored, current) == []
     changed = json.loads(json.dumps(current))
     changed["data"]["target"]["balance"] = "class"
     with pytest.raises(ConfigError, match=r"data\.target\.balance: nothing there, \"class\" here"):
         check_resumable(folder, stored, changed)
+    projected = json.loads(json.dumps(current)) | {"projection": {"name": "spd", "strength": 1.0}}
+    with pytest.raises(ConfigError, match=r"projection: nothing there, .*spd.* here"):
+        check_resumable(folder, stored, projected)
 
 
 def test_moved_columns_and_splits_are_locations(folder: Path) -> None:
