@@ -76,6 +76,7 @@ def make_engine(seed: int = 0, updates: int = 0) -> Any:
         method=SimpleNamespace(state=lambda: average),
         teacher=None,
         average=None,
+        projection=None,
         scale=LossScale("fp16", torch.device("cpu")),
         set_step=steps.append,
         steps=steps,

@@ -36,6 +36,6 @@ def small_config(folder: Path, **overrides: Any) -> Config:
         *sections, key = place.split(".")
         section = tree
         for name in sections:
-            section = section[name]
+            section = section.setdefault(name, {})
         section[key] = value
     return RunConfig.model_validate_json(json.dumps(tree))

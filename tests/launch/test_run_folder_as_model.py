@@ -33,9 +33,9 @@ def run(folder: Path, name: str, config: str, *options: str) -> None:
 
 def test_run_folder_of_a_siglip_is_a_model_for_every_command(tmp_path: Path) -> None:
     config = tiny.reduced("ViT-B-16-SigLIP") | {"custom_text": True, "init_logit_bias": -10}
-    tiny.write_tokenizer(tmp_path / "model")
     config["text_cfg"]["hf_tokenizer_name"] = str(tmp_path / "model")
     tree = tiny.write_config(tmp_path, max_steps=2)
+    tiny.write_tokenizer(tmp_path / "model")
     tree["model"]["name"] = tiny.write_model(tmp_path / "model", config, 0, PREPROCESS)
     tree["evaluate"] = {
         "sets": {"val": {key: tree["data"]["target"][key] for key in tiny.EVALUATION}},
