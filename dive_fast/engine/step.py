@@ -398,14 +398,8 @@ def check_hooks(section: dict[str, Any], method: Method, schedule: str) -> None:
             "train.schedule = joint: this method has change_weights, which changes the weights of one half alone; "
             "use sequential"
         )
-    hooks = method.hooks()
-    if hooks and not updates_on_device(section):
-        stage = zero_section(section).get("stage", 0)
-        option = "offload_optimizer" if stage < 3 else f"stage = {stage}"
-        raise ConfigError(
-            f"deepspeed.zero_optimization.{option}: this method has {', '.join(hooks)}, which need all weights "
-            "on each rank's device; use stage 0, 1 or 2 without offload"
-        )
+    if hooks := method.hooks():
+        _require_device_weights(section, f"this method has {', '.join(hooks)}, which need all weights")
 
 
 def check_projection(section: dict[str, Any], projection: ProjectionConfig) -> None:
@@ -417,13 +411,19 @@ def check_projection(section: dict[str, Any], projection: ProjectionConfig) -> N
     Raises:
         ConfigError: the rule needs weights that a rank lacks under ZeRO-3 or offload.
     """
-    if projection.name != NO_PROJECTION and not updates_on_device(section):
-        stage = zero_section(section).get("stage", 0)
-        option = "offload_optimizer" if stage < 3 else f"stage = {stage}"
-        raise ConfigError(
-            f"deepspeed.zero_optimization.{option}: projection.name = {projection.name} needs the optimizer's "
-            "weights on each rank's device; use stage 0, 1 or 2 without offload"
-        )
+    if projection.name != NO_PROJECTION:
+        _require_device_weights(section, f"projection.name = {projection.name} needs the optimizer's weights")
+
+
+def _require_device_weights(section: dict[str, Any], need: str) -> None:
+    """Refuses ZeRO-3 and offload; ``need`` is the beginning of the reason."""
+    if updates_on_device(section):
+        return
+    stage = zero_section(section).get("stage", 0)
+    option = "offload_optimizer" if stage < 3 else f"stage = {stage}"
+    raise ConfigError(
+        f"deepspeed.zero_optimization.{option}: {need} on each rank's device; use stage 0, 1 or 2 without offload"
+    )
 
 
 def _add_penalty(loss: Loss, penalty: Loss | None) -> Loss:

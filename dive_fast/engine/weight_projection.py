@@ -50,7 +50,7 @@ class WeightProjection:
         Raises:
             ConfigError: no tuned parameter takes part.
         """
-        self.rule, self._optimizer = rule, optimizer
+        self.rule = rule
         self.states = States(optimizer)
         """State of the optimizer that the rule adds, one fp32 tensor each of the weights' size."""
         groups = flat_groups(engine, optimizer, towers, self.states)
@@ -111,7 +111,8 @@ class WeightProjection:
         """Numbers of the last step, ``()`` each on the device.
 
         ``triggered`` and ``applied``: share of tensors for which the rule's condition holds, and which it changes;
-        the mean of the rule's own strength; ``distance``: ``|W - W0|`` over all tensors, and relative to ``|W0|``.
+        the mean of the rule's own strength; ``distance``: ``|W - W0|`` over all tensors, and relative to ``|W0|``,
+        where the rule measures it: before the update, for FTP after it.
         """
         names = [name for name in ("triggered", "applied", self.rule.strength) if name is not None]
         metrics = {}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dive_fast.kernels import Deviations, Slots
 from dive_fast.kernels.backend import Backend
+from dive_fast.kernels.naive_deviations import Product
 from dive_fast.projections.flat_group import FlatGroup
 
 PREVIOUS = "previous_deviation"
@@ -57,7 +58,7 @@ class AnchoredGroup:
         slots = self._slots(layout.by_rows)
         weights = [segment.weights for segment in self.segments]
         self._deviations = Deviations(weights, self.anchors, slots, previous, backend, group.device)
-        self._by_rows, self._names = layout.by_rows, {name: index for index, name in enumerate(layout.values)}
+        self._names = {name: index for index, name in enumerate(layout.values)}
         self.values = self._zeros(len(self.shapes), len(layout.values))
         """``(P, k)``, the rule's numbers of each tensor, in the order of ``Layout.values``."""
         self.row_norms = self._zeros(sum(self.num_rows.values())) if layout.keeps_rows else None
@@ -89,20 +90,19 @@ class AnchoredGroup:
         """``()`` bool, whether this update is applied."""
         return self._group.skipped.to(self._group.device) == 0
 
-    def sums(self, *products: str, with_gradients: bool = True) -> tuple[Tensor, ...]:
+    def sums(self, *products: Product) -> tuple[Tensor, ...]:
         """Sums over complete tensors, ``(P,)`` each, or over rows, ``(R,)`` each, as ``Layout.by_rows`` says.
 
         Args:
             products: as of :meth:`dive_fast.kernels.Deviations.sums`.
-            with_gradients: whether a product has the gradient as a factor.
         """
-        gradients = self._gradients() if with_gradients else None
-        sums = self._deviations.sums(products, gradients)  # type: ignore[arg-type]
+        gradients = self._gradients() if any("g" in product for product in products) else None
+        sums = self._deviations.sums(products, gradients)
         self._group.reduce(sums)
         return sums.unbind(1)
 
     def add_to_gradients(self, coefficients: Tensor, with_squares: bool = False) -> Tensor | None:
-        """``g += c d``, and keeps d where the rule says so; see :meth:`dive_fast.kernels.Deviations`.
+        """``g += c d``, and keeps d where the rule says so; see :class:`dive_fast.kernels.Deviations`.
 
         Args:
             coefficients: c, ``(P,)`` or ``(R,)``; 0 changes no bit.

@@ -47,7 +47,7 @@ class SPD(Projection):
     def after_step(self, group: AnchoredGroup) -> None:
         """Shrinks the deviations."""
         before, triggered = group.measures["squares"].sqrt(), group.measures["triggered"]
-        after = group.sums("dd", with_gradients=False)[0].sqrt()
+        after = group.sums("dd")[0].sqrt()
         ratio = torch.where(after > 0, (after - before) / torch.where(after > 0, after, 1.0), 0.0).clamp(0, 1)
         decay = torch.where(group.applied & (triggered > 0), self._strength * ratio, 0.0)
         group.add_to_weights(-decay)

@@ -140,7 +140,7 @@ def read_report(folder: Path) -> RunResult:
         measures = tuple(_reported(row, settings) for row in rows)
         run = replace(
             run,
-            method="+".join(str(report[key]) for key in ("method", "projection") if report.get(key)),
+            method="+".join(map(str, filter(None, (report["method"], report.get("projection"))))),
             title=one_line(str(report.get("title") or report["method"])),
             weight=_number(report["weight"]),
             seed=_count(report["seed"]),

@@ -58,16 +58,30 @@ def test_wheel_contains_package_configs_and_types(site: Path) -> None:
     assert {name for name in others if not name.startswith("dive_fast")} == set()
 
 
-def test_demo_runs_from_the_wheel(site: Path, tmp_path: Path) -> None:
+def require_no_noise(completed: subprocess.CompletedProcess[str]) -> None:
+    assert completed.returncode == 0, completed.stderr
+    assert "Traceback" not in completed.stderr
+    assert "INFO" not in completed.stderr + completed.stdout  # of DeepSpeed's launcher
+    assert "accelerator" not in completed.stderr + completed.stdout
+
+
+def test_training_runs_from_the_wheel(site: Path, tmp_path: Path) -> None:
     version = run(site, str(site / "bin/dive-fast"), "--version", cwd=tmp_path)
     assert version.stdout == f"dive_fast {metadata.version('dive_fast')}\n"
+    options = ("objective.name=flyp", "train.max_steps=1", "evaluate.sets={}", "evaluate.probe=0")
+    done = run(
+        site, "-m", "dive_fast", "train", "--config", "demo", *options, "train.output=runs/one", cwd=tmp_path
+    )
+    require_no_noise(done)
+    assert (tmp_path / "runs/one/model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_demo_runs_from_the_wheel(site: Path, tmp_path: Path) -> None:
     demo = run(site, "-m", "dive_fast", "demo", "--steps", "2", cwd=tmp_path)
-    assert demo.returncode == 0, demo.stderr
+    require_no_noise(demo)
     assert (tmp_path / "runs/demo/report.png").exists()
     assert {"pre-trained", "FLYP", "DiVE"} <= {line.split()[0] for line in demo.stdout.splitlines() if line}
-    assert "Traceback" not in demo.stderr
-    assert "INFO" not in demo.stderr + demo.stdout  # of DeepSpeed's launcher
-    assert "accelerator" not in demo.stderr + demo.stdout
 
 
 def test_losses_need_no_package_of_the_engine(site: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import json
 import shutil
 import traceback
 import types
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -65,7 +66,6 @@ VALUES: dict[str, tuple[Value, ...]] = {
     "objective.average_weight": (1.0, 0.0),
     "objective.pairwise_weight": (1.0, 0.0),
     "objective.teacher_every": (1, 2),
-    "projection.name": ("none", *RULES),
     "teacher.path": (None, "shared"),
     "teacher.audit": (64, 0),
     "teacher.tolerance": (None, 1e-2),
@@ -133,9 +133,10 @@ CONSTANT = {
     "objective.random_tokens",
     "objective.probe_epochs",
     "objective.probe_learning_rate",
-    "projection.mu",
-    "projection.k",
-    "projection.strength",
+    # Each row without ZeRO-3 has a rule or none, by turns: all values with all stages would be five times as many
+    # choices. Options are in tests/projections and tests/engine/test_weight_projection.py.
+    *("projection.name", "projection.cosine", "projection.direction", "projection.form"),
+    *("projection.mu", "projection.k", "projection.strength"),
     "teacher.batch_size",
     "train.epochs",
     "train.seed",
@@ -219,7 +220,6 @@ INVALID = [
     Invalid({"data.target.balance": ("class",), "data.target.format": ("csv",)}, "has prompts and no classes"),
     Invalid({"train.compile": (True,), STAGE: (3,)}, "train.compile: ZeRO-3"),
     Invalid({"train.ema": (0.5,), STAGE: (3,)}, "train.ema: under ZeRO-3"),
-    Invalid({"projection.name": tuple(RULES), STAGE: (3,)}, "needs the optimizer's weights"),
     Invalid({"train.export_ema": (True,), "train.ema": (None,)}, "train.export_ema needs train.ema"),
     Invalid({"evaluate.ema": (True,), "train.ema": (None,)}, "evaluate.ema needs train.ema"),
     Invalid({"evaluate.ema": (True,), "train.export_ema": (True,)}, "evaluate.ema: with train.export_ema"),
@@ -371,9 +371,19 @@ def connected(options: Mapping[str, Any]) -> list[list[str]]:
 
 
 @functools.cache
-def rows() -> tuple[list[dict[str, Value]], int]:
-    """Rows that cover every allowed pair of values, and how many of the first rows cover every single value."""
-    table, found = Table(), []
+def quick_rows() -> list[Row]:
+    """Rows that cover every value."""
+    return _rows(with_pairs=False)
+
+
+@functools.cache
+def rows() -> list[Row]:
+    """Rows that cover every allowed pair of values; the quick ones come first."""
+    return _rows(with_pairs=True)
+
+
+def _rows(with_pairs: bool) -> list[Row]:
+    table, found = Table(), list[Row]()
 
     def take(*start: int) -> None:
         if (row := table.completed(*start)) is not None:
@@ -385,25 +395,29 @@ def rows() -> tuple[list[dict[str, Value]], int]:
     for number, (key, value) in enumerate(table.values):
         if not any(row[key] == value for row in found):
             take(number)
-    quick = len(found)
-    for one, other in np.argwhere(np.triu(table.uncovered)).tolist():
+    for one, other in np.argwhere(np.triu(table.uncovered)).tolist() if with_pairs else []:
         if table.uncovered[one, other]:
             take(one, other)
-    return found, quick
+    return found
 
 
+def test_quick_rows_cover_every_value() -> None:
+    for key, values in axes().items():
+        for value in values:
+            assert any(row[key] == value for row in quick_rows()), (key, value)
+
+
+@pytest.mark.slow
 def test_rows_cover_every_allowed_pair_of_values() -> None:
-    found, quick = rows()
     table = Table()
-    for row in found:
+    assert rows()[: len(quick_rows())] == quick_rows()
+    for row in rows():
         numbers = [table.number(key, value) for key, value in row.items()]
         assert len(numbers) == len(axes())
         assert table.allowed(set(numbers))
         table.take(numbers)
     for one, other in np.argwhere(np.triu(table.uncovered)).tolist():
         assert table.completed(one, other) is None, (table.values[one], table.values[other])
-    for key, value in table.values:
-        assert any(row[key] == value for row in found[:quick]), (key, value)
 
 
 # Configs
@@ -506,8 +520,8 @@ def tree_of(folder: Path, output: Path, row: Row) -> dict[str, Any]:
     options |= {"weight", "reference_every"} if preset.reference is not None else set()
     tree["objective"]["probe_epochs"] = 1
     tree["objective"] = {key: value for key, value in tree["objective"].items() if key in options}
-    options = {"name", *(RULES[rule].Options.model_fields if (rule := row["projection.name"]) in RULES else ())}
-    tree["projection"] = {key: value for key, value in tree["projection"].items() if key in options}
+    turn = zlib.crc32(json.dumps(sorted(row.items())).encode())
+    tree["projection"] = {"name": "none" if row[STAGE] == 3 else ("none", *RULES)[turn % (1 + len(RULES))]}
     tree["train"] |= {
         "output": str(output),
         "epochs": 1,
@@ -659,44 +673,48 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@functools.cache
-def chunks() -> dict[str, list[tuple[str, Row]]]:
-    """Name of a row -> the rows that run in the same processes; quick and slow ones are separate."""
-    found, quick = rows()
-    named = [(f"{number:02d}", row) for number, row in enumerate(found)]
-    parts: dict[str, list[tuple[str, Row]]] = {}
-    for some in (named[:quick], named[quick:]):
-        for world_size in OTHER_AXES[RANKS]:
-            chosen = [(name, row) for name, row in some if row[RANKS] == world_size]
-            for at in range(0, len(chosen), CHUNK):
-                parts |= dict.fromkeys((name for name, _ in chosen[at : at + CHUNK]), chosen[at : at + CHUNK])
-    return parts
+def chunks(chosen: Sequence[Row], first: int) -> Iterator[list[tuple[str, Row]]]:
+    """Rows that run in the same processes, with their names.
+
+    Args:
+        first: number of the first row.
+    """
+    named = [(f"{number:02d}", row) for number, row in enumerate(chosen, first)]
+    for world_size in OTHER_AXES[RANKS]:
+        of_size = [(name, row) for name, row in named if row[RANKS] == world_size]
+        for at in range(0, len(of_size), CHUNK):
+            yield of_size[at : at + CHUNK]
 
 
-@pytest.fixture(scope="module")
-def outcomes(folder: Path) -> dict[str, str]:
-    """Outcomes of the rows that have run."""
-    return {}
+def outcomes_of(folder: Path, chunk: list[tuple[str, Row]]) -> dict[str, str]:
+    """The outcome of each row of a chunk; where one raises, the rows after it run in new processes."""
+    outcomes: dict[str, str] = {}
+    while len(outcomes) < len(chunk):
+        left = chunk[len(outcomes) :]
+        for found in run_ranks(left[0][1][RANKS], run_rows, folder, left, init=False, timeout=500):
+            outcomes.update({name: wrong for name, wrong in found.items() if wrong or name not in outcomes})
+    return outcomes
 
 
-def named_rows() -> list[Any]:
-    found, quick = rows()
-    return [
-        pytest.param(f"{number:02d}", id=f"{number:02d}", marks=() if number < quick else pytest.mark.slow)
-        for number in range(len(found))
-    ]
+def require_equal_runs(folder: Path, chosen: Sequence[Row], first: int = 0) -> None:
+    wrong = {}
+    for chunk in chunks(chosen, first):
+        outcomes = outcomes_of(folder, chunk)
+        wrong |= {name: (outcomes[name], row) for name, row in chunk if outcomes[name]}
+    assert not wrong, "\n".join(
+        f"{name}: {text}\n{json.dumps(row, indent=1)}" for name, (text, row) in wrong.items()
+    )
 
 
-@pytest.mark.parametrize("name", named_rows())
-def test_resumed_run_is_bit_equal(name: str, folder: Path, outcomes: dict[str, str]) -> None:
-    chunk = chunks()[name]
-    number = [other for other, _ in chunk].index(name)
-    if name not in outcomes:
-        # If a row before it failed, it has not run yet.
-        first = next((at for at, (other, _) in enumerate(chunk) if other not in outcomes), number)
-        for found in run_ranks(dict(chunk)[name][RANKS], run_rows, folder, chunk[first:], init=False, timeout=500):
-            outcomes.update({other: wrong for other, wrong in found.items() if wrong or other not in outcomes})
-    assert outcomes[name] == "", f"{outcomes[name]}\n{json.dumps(dict(chunk)[name], indent=1)}"
+def test_resumed_run_of_each_value_is_bit_equal(folder: Path) -> None:
+    require_equal_runs(folder, quick_rows())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_resumed_run_of_each_pair_of_values_is_bit_equal(folder: Path) -> None:
+    first = len(quick_rows())
+    require_equal_runs(folder, rows()[first:], first)
 
 
 # Refused combinations
@@ -727,8 +745,6 @@ def refused_rows(one: Invalid) -> list[Row]:
         # Values that other rules require.
         if row.get("evaluate.select") == "seen" and not row.keys() & NEVER.keys():
             row["evaluate.every_steps"] = 1
-        if "projection.name" in row:
-            row["objective.name"] = "flyp"  # without a teacher, which ZeRO-3 refuses first
         if row.get("evaluate.during") is not None and not row.keys() & NEVER.keys():
             row["evaluate.every_steps"] = 1
         found.append(row)
