@@ -276,7 +276,8 @@ NO_BATCH = At("dive_fast.data.loaders.plain:_Decode.__call__", "hangs", call=4)
 def stopped_without_a_batch(ranks: int, case: Case) -> None:
     options = ("data.target.workers=1", "data.reference.workers=1")
     job = case.job.start(NO_BATCH, ranks=ranks, overrides=options)
-    job.until_step(2)
+    job.until_step(3)
+    time.sleep(0.5)  # a signal before the wait for step 4 would end the run without it
     start = time.monotonic()
     job.kill(ranks - 1, signal.SIGTERM)
     check(job.wait(), *[STOPPED] * ranks, says="saved after step 3 of 6, no batch has come")
