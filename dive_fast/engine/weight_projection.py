@@ -45,7 +45,7 @@ class WeightProjection:
         Args:
             engine: DeepSpeed's, at ZeRO 0 to 2.
             optimizer: torch's fused AdamW inside it; it has ``grad_scale`` and ``found_inf`` before each step.
-            has_head_anchor: whether the head is no random start, and takes part.
+            has_head_anchor: whether the head takes part; a random start has no anchor.
 
         Raises:
             ConfigError: no tuned parameter takes part.

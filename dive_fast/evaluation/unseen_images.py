@@ -64,7 +64,7 @@ def open_unseen(config: Config, learn_on: str | None, weights: Path, opened: Ope
         opened: the sets of ``evaluate.sets``.
 
     Raises:
-        ConfigError: there is no held-out part or no labelled set of that name, or the weights were trained on
+        ConfigError: the config has no held-out part or labelled set of that name, or the weights were trained on
             images of it.
         DataError: the data set cannot be opened, or a label has no class name.
     """

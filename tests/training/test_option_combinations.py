@@ -383,22 +383,22 @@ def rows() -> list[Row]:
 
 
 def _rows(with_pairs: bool) -> list[Row]:
-    table, found = Table(), list[Row]()
+    table, chosen = Table(), list[Row]()
 
     def take(*start: int) -> None:
         if (row := table.completed(*start)) is not None:
             table.take(row)
-            found.append({key: value for key, value in (table.values[number] for number in sorted(row))})
+            chosen.append({key: value for key, value in (table.values[number] for number in sorted(row))})
 
     for first in FIRST:
         take(*(table.number(key, value) for key, value in first.items()))
     for number, (key, value) in enumerate(table.values):
-        if not any(row[key] == value for row in found):
+        if not any(row[key] == value for row in chosen):
             take(number)
     for one, other in np.argwhere(np.triu(table.uncovered)).tolist() if with_pairs else []:
         if table.uncovered[one, other]:
             take(one, other)
-    return found
+    return chosen
 
 
 def test_quick_rows_cover_every_value() -> None:
