@@ -94,7 +94,7 @@ def test_table_of_rules_is_that_of_the_registry() -> None:
     assert {name: (title, listed) for title, name, listed, _ in rows} == {
         name: (rule.title, ", ".join(configs[name])) for name, rule in RULES.items()
     }
-    copies = {name: 1 + rule(rule.Options()).keeps_previous for name, rule in RULES.items()}
+    copies = {name: 1 + rule(rule.Options()).layout.keeps_previous for name, rule in RULES.items()}
     assert {name: int(count) for _, name, _, count in rows} == copies
 
 

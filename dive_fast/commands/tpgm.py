@@ -46,14 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
         config = cli.load_config(options.config, options.overrides)
         from dive_fast.distributed import join
         from dive_fast.evaluation import learned_radii
-        from dive_fast.evaluation.early_checks import check_output, find_weights
-        from dive_fast.model import towers
+        from dive_fast.evaluation.early_checks import check_tuned
 
         run = cli.run_folder(config.train.output, options.config)
-        weights = find_weights(options.weights, "--weights", run)
-        folder = options.output or run
-        check_output(folder)
-        towers.check(config.model)
+        weights, folder = check_tuned(config.model, run, options.weights, options.output)
         settings = learned_radii.Settings(
             options.norm, options.iterations, options.batch_size, options.learning_rate, options.seed
         )

@@ -64,7 +64,7 @@ class WeightProjection:
         """Names of the tuned parameters that do not take part."""
         kept = [(first, group) for first, group in groups if any(map(takes_part, group.shapes))]
         for _, group in groups:
-            if rule.keeps_previous and not any(map(takes_part, group.shapes)):
+            if rule.layout.keeps_previous and not any(map(takes_part, group.shapes)):
                 # Checkpoints read each key of the state from every parameter.
                 group.new_state(PREVIOUS)
         self.groups = [AnchoredGroup(group, takes_part, rule.layout, backend) for _, group in kept]

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from dive_fast.config.schema import ModelConfig
 from dive_fast.errors import ConfigError
 
 MODEL = "model.safetensors"
@@ -40,3 +41,22 @@ def check_output(folder: Path) -> None:
         raise ConfigError(f"{folder}: results cannot be written there: {existing} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"{folder}: results cannot be written there: no permission to write to {existing}")
+
+
+def check_tuned(model: ModelConfig, run: Path, weights: Path | None, output: Path | None) -> tuple[Path, Path]:
+    """The weights and the output folder of a command on a run's weights, after all of these checks.
+
+    Args:
+        run: the run folder, which both default to.
+        weights, output: values of ``--weights`` and ``--output``.
+
+    Raises:
+        ConfigError: as :func:`find_weights`, :func:`check_output` and :func:`dive_fast.model.towers.check`.
+    """
+    from dive_fast.model import towers  # imports open_clip, which takes seconds
+
+    path = find_weights(weights, "--weights", run)
+    folder = output or run
+    check_output(folder)
+    towers.check(model)
+    return path, folder

@@ -13,10 +13,9 @@ from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple, get_args
 
-from pydantic import ValidationError
-
 from dive_fast import methods
 from dive_fast.config.explain import nearest_key, shorten_json
+from dive_fast.config.options import validate_options
 from dive_fast.config.schema import ObjectiveConfig
 from dive_fast.config.section import KeyedError, Section
 from dive_fast.errors import ConfigError, nearest, warn_on_main_rank
@@ -264,24 +263,7 @@ def _free_options(part: type[Part], preset: Preset) -> list[str]:
 
 def _validate(selection: _Selection) -> Section:
     part, options, keys = selection
-    if part is None:
-        return Section()
-    try:
-        return part.Options.model_validate_json(json.dumps(options))
-    except ValidationError as error:
-        mistakes = error.errors(include_url=False)
-        mistake = next((each for each in mistakes if each["type"] == "extra_forbidden"), mistakes[0])
-        option = str(mistake["loc"][0])
-        key = keys[option]
-        if mistake["type"] == "extra_forbidden":
-            valid = list(part.Options.model_fields)
-            hint = nearest_key(key, valid)
-            raise KeyedError(
-                key, f"unknown key {key}{hint} (options of {part.name}: {', '.join(valid) or 'none'})"
-            ) from None
-        messages = [each["msg"] for each in mistakes if each["loc"][0] == option]
-        expected = " or ".join(message[0].lower() + message[1:] for message in messages)
-        raise KeyedError(key, f"{key} = {shorten_json(mistake['input'])}: {expected}") from None
+    return Section() if part is None else validate_options(part.Options, options, keys, part.name)
 
 
 def _preset_of(choice: Choice, named: Preset | None) -> Preset | None:

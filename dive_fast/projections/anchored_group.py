@@ -20,12 +20,16 @@ _CHUNK = 256
 
 
 class Layout(NamedTuple):
-    """What a group keeps and sums for a rule; see the attributes of ``Projection``."""
+    """What a group keeps and sums for a rule."""
 
     values: tuple[str, ...] = ()
+    """Names of the rule's numbers for each tensor, kept in ``AnchoredGroup.values`` and saved in checkpoints."""
     by_rows: bool = False
+    """Whether sums are those of rows (all dimensions but the first) instead of complete tensors."""
     keeps_previous: bool = False
+    """Whether the deviation of the previous update is kept, one more fp32 copy of the weights."""
     keeps_rows: bool = False
+    """Whether a number of each row is kept from one update to the next, in ``AnchoredGroup.row_norms``."""
 
 
 class AnchoredGroup:
@@ -135,15 +139,17 @@ class AnchoredGroup:
 
     def sum_rows(self, values: Tensor) -> Tensor:
         """``(R,) -> (P,)``: the sum over the rows of each tensor, in a fixed order."""
-        padded = torch.cat([values, values.new_zeros(1)])
-        chunks = padded[self._chunks].sum(1)
-        return torch.cat([chunks, chunks.new_zeros(1)])[self._chunks_of_tensor].sum(1)
+        return self._reduce_rows(values, torch.sum)
 
     def max_rows(self, values: Tensor) -> Tensor:
         """``(R,) -> (P,)``: the largest of the rows of each tensor, of values above 0."""
-        padded = torch.cat([values, values.new_zeros(1)])
-        chunks = padded[self._chunks].amax(1)
-        return torch.cat([chunks, chunks.new_zeros(1)])[self._chunks_of_tensor].amax(1)
+        return self._reduce_rows(values, torch.amax)
+
+    def _reduce_rows(self, values: Tensor, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """Reduces the rows of each tensor in two steps; 0 stands for unused entries."""
+        for indices in (self._chunks, self._chunks_of_tensor):
+            values = reduce(torch.cat([values, values.new_zeros(1)])[indices], 1)
+        return values
 
     def to_rows(self, values: Tensor) -> Tensor:
         """``(P,) -> (R,)``: the value of each row's tensor."""

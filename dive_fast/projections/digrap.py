@@ -23,11 +23,9 @@ import torch
 from torch import Tensor
 
 from dive_fast.config.section import NonNegativeFloat, Section
-from dive_fast.projections.anchored_group import AnchoredGroup
+from dive_fast.projections.adam import ADAM, adam_step
+from dive_fast.projections.anchored_group import AnchoredGroup, Layout
 from dive_fast.projections.projection import Projection
-
-DECAYS, EPSILON = (0.9, 0.999), 1e-8
-"""Constants of omega's Adam."""
 
 
 class DiGraP(Projection):
@@ -37,7 +35,6 @@ class DiGraP(Projection):
     summary = (
         "Removes from each gradient, by a learned share, the part that leads away from the pre-trained weights."
     )
-    values = ("omega", "mean", "square", "previous_product", "previous_square")
     strength = "omega"
 
     class Options(Section):
@@ -57,36 +54,21 @@ class DiGraP(Projection):
         values: dict[str, Any] = options.model_dump()
         self._mu: float = values["mu"]
         self._has_rows, self._has_previous = values["cosine"] == "row", values["direction"] == "previous"
-
-    @property
-    def by_rows(self) -> bool:
-        """Whether cosines are those of rows."""
-        return self._has_rows
-
-    @property
-    def keeps_previous(self) -> bool:
-        """Whether d_prev is kept."""
-        return self._has_previous
+        numbers = ("omega", *ADAM, "previous_product", "previous_square")
+        self.layout = Layout(numbers, self._has_rows, self._has_previous)
 
     def before_step(self, group: AnchoredGroup) -> None:
         """Moves omega and projects the gradients. Both are the same at every scale of the gradients."""
         a, b, cosine = self._products(group)
-        step, sign = group.updates + 1, group.value("previous_product").sign()
+        is_first, sign = group.updates == 0, group.value("previous_product").sign()
         h = torch.where(group.value("previous_square") > 0, sign * cosine, 0.0)
-        is_first = step == 1
-        h = torch.where(is_first, 0.0, h)
-        mean = DECAYS[0] * group.value("mean") + (1 - DECAYS[0]) * h
-        square = DECAYS[1] * group.value("square") + (1 - DECAYS[1]) * h.square()
-        # Powers of a number by a tensor: the step is on the device.
-        corrections = [1 - torch.pow(decay, step) for decay in DECAYS]
-        moved = group.value("omega") - self._mu * (mean / corrections[0]) / (
-            (square / corrections[1]).sqrt() + EPSILON
-        )
+        move, moments = adam_step(group, torch.where(is_first, 0.0, h), self._mu)
+        moved = group.value("omega") - move
         omega = torch.where(is_first, 0.0, moved.clamp(0, 1))
         is_away = (a < 0) & (b > 0) & group.applied
         strength = torch.where(is_away, omega * -a / torch.where(b > 0, b, 1.0), 0.0)
         group.add_to_gradients(group.to_rows(strength) if self._has_rows else strength)
-        group.keep(omega=omega, mean=mean, square=square, previous_product=a, previous_square=b)
+        group.keep(omega=omega, previous_product=a, previous_square=b, **moments)
         group.measures |= {
             "triggered": (a < 0).double(),
             "applied": (strength > 0).double(),

@@ -19,15 +19,14 @@ from typing import Any
 import torch
 
 from dive_fast.config.section import Section, Share
-from dive_fast.projections.anchored_group import AnchoredGroup
+from dive_fast.projections.adam import ADAM, adam_step
+from dive_fast.projections.anchored_group import AnchoredGroup, Layout
 from dive_fast.projections.projection import Projection
 
 RATE = 1e-2
 """Learning rate of the radii, in the code a constant."""
 SMALLEST = 1e-8
 """Smallest radius, and the term that keeps norms above 0."""
-DECAYS, EPSILON = (0.9, 0.999), 1e-8
-"""Constants of the radii's Adam."""
 
 
 class FTP(Projection):
@@ -35,8 +34,7 @@ class FTP(Projection):
 
     name, title = "ftp", "FTP"
     summary = "Rows of the weights stay within a radius around the pre-trained ones, which Adam learns."
-    values = ("radius", "mean", "square")
-    keeps_rows = True
+    layout = Layout(("radius", *ADAM), by_rows=True, keeps_previous=True, keeps_rows=True)
     strength = "cut"
 
     class Options(Section):
@@ -50,37 +48,20 @@ class FTP(Projection):
         values: dict[str, Any] = options.model_dump()
         self._k: float = values["k"]
 
-    @property
-    def by_rows(self) -> bool:
-        """Radii are compared with the norms of rows."""
-        return True
-
-    @property
-    def keeps_previous(self) -> bool:
-        """C_prev is kept."""
-        return True
-
     def after_step(self, group: AnchoredGroup) -> None:
         """Moves the radii and projects the weights. AdamW has divided the gradients by their scale."""
         lengths, products, squares = group.sums("d1", "gp", "dd")
-        norms, step = lengths + SMALLEST, group.updates + 1
+        norms, is_first = lengths + SMALLEST, group.updates == 0
         assert group.row_norms is not None
         gradient = group.sum_rows(products / torch.where(group.row_norms > 0, group.row_norms, 1.0))
         gradient = torch.where(gradient > 0, self._k * gradient, gradient)
-        is_first = step == 1
-        gradient = torch.where(is_first, 0.0, gradient)
-        mean = DECAYS[0] * group.value("mean") + (1 - DECAYS[0]) * gradient
-        square = DECAYS[1] * group.value("square") + (1 - DECAYS[1]) * gradient.square()
-        # Powers of a number by a tensor: the step is on the device.
-        corrections = [1 - torch.pow(decay, step) for decay in DECAYS]
-        moved = group.value("radius") - RATE * (mean / corrections[0]) / (
-            (square / corrections[1]).sqrt() + EPSILON
-        )
+        move, moments = adam_step(group, torch.where(is_first, 0.0, gradient), RATE)
+        moved = group.value("radius") - move
         largest = group.max_rows(norms)
         radius = torch.where(is_first, SMALLEST, torch.minimum(moved.clamp(min=SMALLEST), largest))
         ratio = torch.where(group.applied, (group.to_rows(radius) / norms).clamp(0, 1), 1.0)
         group.add_to_weights(ratio - 1)
-        group.keep(radius=radius, mean=mean, square=square)
+        group.keep(radius=radius, **moments)
         group.keep_rows(norms)
         total, kept = group.sum_rows(lengths), group.sum_rows(ratio * lengths)
         group.measures |= {

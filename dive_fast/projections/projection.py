@@ -20,33 +20,17 @@ class Projection:
     """Name in figures and tables."""
     summary: ClassVar[str]
     """One sentence for the configuration reference."""
-    values: ClassVar[tuple[str, ...]] = ()
-    """Names of the rule's numbers for each tensor, kept in ``AnchoredGroup.values`` and saved in checkpoints."""
-    keeps_rows: ClassVar[bool] = False
-    """Whether a number of each row is kept from one update to the next, in ``AnchoredGroup.row_norms``."""
     strength: ClassVar[str | None] = None
     """The number in ``AnchoredGroup.measures`` that says how strongly the rule acts, for metrics and figures."""
+
+    layout: Layout = Layout()
+    """What a group keeps and sums for the rule."""
 
     class Options(Section):
         """No options."""
 
     def __init__(self, options: Section) -> None:
         """Reads the rule's validated options."""
-
-    @property
-    def by_rows(self) -> bool:
-        """Whether sums are those of rows (all dimensions but the first) instead of complete tensors."""
-        return False
-
-    @property
-    def keeps_previous(self) -> bool:
-        """Whether the deviation of the previous update is kept, one more fp32 copy of the weights."""
-        return False
-
-    @property
-    def layout(self) -> Layout:
-        """What a group keeps and sums for the rule."""
-        return Layout(self.values, self.by_rows, self.keeps_previous, self.keeps_rows)
 
     def before_step(self, group: AnchoredGroup) -> None:
         """Changes gradients in place; they are still multiplied by ``group.gradient_scale``."""

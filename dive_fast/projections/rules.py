@@ -5,15 +5,13 @@ is listed here.
 """
 
 import importlib
-import json
 import pkgutil
 from functools import cache
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
-
 from dive_fast import projections
 from dive_fast.config.explain import nearest_key, shorten_json
+from dive_fast.config.options import validate_options
 from dive_fast.config.schema import NO_PROJECTION, ProjectionConfig
 from dive_fast.config.section import KeyedError, Section
 from dive_fast.errors import ConfigError, nearest
@@ -66,26 +64,8 @@ def choose(section: ProjectionConfig) -> Choice | None:
             )
         return None
     rule = table()[section.name]
-    return Choice(rule, _validate(rule, options))
-
-
-def _validate(rule: type[Projection], options: dict[str, Any]) -> Section:
-    try:
-        return rule.Options.model_validate_json(json.dumps(options))
-    except ValidationError as error:
-        mistakes = error.errors(include_url=False)
-        mistake = next((each for each in mistakes if each["type"] == "extra_forbidden"), mistakes[0])
-        option = str(mistake["loc"][0])
-        key = f"projection.{option}"
-        if mistake["type"] == "extra_forbidden":
-            valid = list(rule.Options.model_fields)
-            hint = nearest_key(key, ["name", *valid])
-            raise KeyedError(
-                key, f"unknown key {key}{hint} (options of {rule.name}: {', '.join(valid) or 'none'})"
-            ) from None
-        messages = [each["msg"] for each in mistakes if each["loc"][0] == option]
-        expected = " or ".join(message[0].lower() + message[1:] for message in messages)
-        raise KeyedError(key, f"{key} = {shorten_json(mistake['input'])}: {expected}") from None
+    keys = {option: f"projection.{option}" for option in options}
+    return Choice(rule, validate_options(rule.Options, options, keys, rule.name, others=["name"]))
 
 
 def resolve(section: ProjectionConfig) -> ProjectionConfig:

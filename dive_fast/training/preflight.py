@@ -223,7 +223,7 @@ def check_disk(config: Config, folder: Path, towers: Towers, pairs: int, caption
     teacher = registry.needs(config.objective).target_teacher == "moving"
     averaged = options.ema is not None
     rule = projections.create(config.projection)
-    previous = rule is not None and rule.keeps_previous
+    previous = rule is not None and rule.layout.keeps_previous
     checkpoint = (3 + teacher + averaged + previous) * weights  # with AdamW's moments
     exported = (1 + teacher + (averaged and not options.export_ema)) * weights
     # By disk: folders on one disk share its free space.

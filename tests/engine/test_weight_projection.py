@@ -218,7 +218,7 @@ def run_case(case: Case, zero: int) -> dict[str, Any]:
     """The trajectory of a case on this rank."""
     engine = GivenEngine(case, zero)
     assert engine.projection is not None
-    keys = [name for name in ("omega", "radius") if name in engine.projection.rule.values]
+    keys = [name for name in ("omega", "radius") if name in engine.projection.rule.layout.values]
     result: dict[str, Any] = {"weights": [], "numbers": [], "metrics": [], "kept": [], "layout": layout(engine)}
     for index in range(STEPS):
         before = engine.everything() if index else engine.weights()
