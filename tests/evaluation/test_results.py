@@ -11,7 +11,7 @@ import torch
 from distributed import context
 
 from dive_fast.config.schema import EvaluateConfig, ModelConfig
-from dive_fast.data.prompts import read_templates
+from dive_fast.data.prompt_files import read_templates
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 from dive_fast.evaluation import calibration

@@ -12,7 +12,7 @@ from typing import Any
 
 from dive_fast.data.classes import repeated
 from dive_fast.data.decode import IMAGE_SUFFIXES
-from dive_fast.data.prompts import read_class_names
+from dive_fast.data.prompt_files import read_class_names
 from dive_fast.data.sources.folder import open_folder
 from dive_fast.data.sources.source import Sample, Skipped, Source, summarize_skipped
 from dive_fast.data.sources.webdataset import open_webdataset
