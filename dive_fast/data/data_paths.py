@@ -30,11 +30,11 @@ def check_data(data: DataConfig) -> None:
         "data.target": data.target,
         "data.reference": data.reference,
     }
+    check_names(data.target.class_names, data.target.templates, "data.target")
     for name, section in sections.items():
         if section is not None:
             check_loader(section, name)
             check_path(section, name)
-    check_names(data.target.class_names, data.target.templates, "data.target")
 
 
 def check_names(class_names: str | None, templates: str | None, section: str) -> None:

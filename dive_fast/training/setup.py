@@ -1,7 +1,7 @@
 """Everything that the training loop needs, built from a config."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -201,7 +201,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     )
 
 
-def _check_method(config: Config, section: Mapping[str, Any], towers: Towers) -> None:
+def _check_method(config: Config, section: dict[str, Any], towers: Towers) -> None:
     """Checks a method's files and hooks by creating it once; the run's own method needs the number of steps.
 
     Args:
