@@ -7,6 +7,7 @@ On several GPUs: ``deepspeed launch/evaluate.py ...``. See docs/evaluation.md.
 
 import argparse
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,9 +136,10 @@ def main(arguments: list[str] | None = None) -> int:
             "weights": None if weights is None else str(weights),
             "head": None if head is None else str(head_file),
         }
-        rows = evaluator.measure_all(
-            evaluated, tokenizer, sets, opened, ranks, results, evaluation, model_fields, head
-        )
+        with results.writing_tables() if ranks.is_main else nullcontext():
+            rows = evaluator.measure_all(
+                evaluated, tokenizer, sets, opened, ranks, results, evaluation, model_fields, head
+            )
     except UserError as error:
         return cli.report_error(error, options)
     if ranks.is_main:
