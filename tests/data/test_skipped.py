@@ -17,7 +17,7 @@ from dive_fast.data.decode import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES
 from dive_fast.data.open_dataset import open_reference, open_target
 from dive_fast.data.sources.csv_table import open_csv
 from dive_fast.data.sources.folder import open_folder
-from dive_fast.data.sources.sample_table import SampleTable
+from dive_fast.data.sources.sample_table import Sample, SampleTable
 from dive_fast.data.sources.source import Source
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.errors import DataError
@@ -480,12 +480,8 @@ def test_digest_depends_on_labels_texts_order_and_class_names(tmp_path: Path) ->
     digests = {
         source.digest(),
         replace(source, class_names=("b", "a")).digest(),
-        replace(
-            source, samples=SampleTable.of([replace(source.samples[0], label=1), *source.samples[1:]])
-        ).digest(),
-        replace(
-            source, samples=SampleTable.of([replace(source.samples[0], texts=("x",)), *source.samples[1:]])
-        ).digest(),
+        with_samples(replace(first, label=1), *others),
+        with_samples(replace(first, texts=("x",)), *others),
         with_samples(*source.samples[::-1]),
     }
     assert len(digests) == 5
