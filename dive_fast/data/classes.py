@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 
+import numpy as np
+
 from dive_fast.data.prompt_files import imagenet_names, read_class_names
 from dive_fast.data.sources.source import Source
 from dive_fast.errors import DataError
@@ -50,12 +52,14 @@ def check_labels(source: Source, class_names: Sequence[str]) -> None:
     Raises:
         DataError: a label has no class name.
     """
-    for sample in source.samples:
-        if not 0 <= sample.label < len(class_names):
-            raise DataError(
-                f"{sample.path}: sample {sample.key} has label {sample.label}, "
-                f"but there are {len(class_names)} class names"
-            )
+    labels = source.samples.labels
+    invalid = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
+    if invalid.size:
+        sample = source.samples[int(invalid[0])]
+        raise DataError(
+            f"{sample.path}: sample {sample.key} has label {sample.label}, "
+            f"but there are {len(class_names)} class names"
+        )
 
 
 def join_names(source: Source, names: Sequence[str] | None, origin: str) -> tuple[str, ...]:
@@ -85,7 +89,7 @@ def join_names(source: Source, names: Sequence[str] | None, origin: str) -> tupl
             joined = _by_position(folders, names, origin)
         names = joined
     check_labels(source, names)
-    if not folders and len(source) and min(sample.label for sample in source.samples) == 1:
+    if not folders and len(source) and int(source.samples.labels.min()) == 1:
         logger.warning(
             "%s: no sample has label 0, which is %r; if labels are counted from 1, every image gets the name of "
             "the next class",
@@ -106,8 +110,7 @@ def target_names(source: Source, class_names: str | None) -> tuple[str, ...]:
     if class_names is None:
         return source.class_names
     names = read_class_names(class_names)
-    has_texts = any(sample.texts for sample in source.samples)
-    return names if has_texts else join_names(source, names, class_names)
+    return names if source.samples.has_texts else join_names(source, names, class_names)
 
 
 def format_pairs(folders: Sequence[str], names: Sequence[str]) -> str:

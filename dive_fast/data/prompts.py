@@ -16,7 +16,8 @@ from dive_fast.data.batch import Text
 from dive_fast.data.classes import check_labels
 from dive_fast.data.prompt_files import Template
 from dive_fast.data.random_streams import Draw, stream
-from dive_fast.data.sources.source import Sample, Source
+from dive_fast.data.sources.sample_table import Sample
+from dive_fast.data.sources.source import Source
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,8 @@ class PromptTable:
         """
         self._titles: dict[str, int] | None = None
         self._class_names, self._templates = class_names, templates
-        if any(sample.texts for sample in source.samples):
-            prompts = list(dict.fromkeys(text for sample in source.samples for text in sample.texts))
+        if source.samples.has_texts:
+            prompts = list(dict.fromkeys(text for texts in source.samples.text_lists() for text in texts))
             self._titles = {title: row for row, title in enumerate(prompts)}
         else:
             check_labels(source, class_names)

@@ -8,7 +8,8 @@ import csv
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dive_fast.data.sources.source import Sample, Source
+from dive_fast.data.sources.sample_table import Sample
+from dive_fast.data.sources.source import Source
 from dive_fast.errors import DataError
 from dive_fast.evaluation.datasets.layouts import present
 from dive_fast.io.safe_read import below
