@@ -6,17 +6,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from typing import Generic, Literal, Self, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from dive_fast.data.batch import EvaluationBatch, ReferenceBatch, TargetBatch, Text
 from dive_fast.data.captions import caption_counts
-from dive_fast.data.prompts import PooledAt, PromptTable, SecondPrompts, Tokenizer, pack
+from dive_fast.data.prompts import PooledAt, PromptTable, SecondPrompts, pack
 from dive_fast.data.random_streams import Draw, stream
 from dive_fast.data.sources.sample_table import Sample
 from dive_fast.data.sources.source import Source
+from dive_fast.data.text_tokenizer import Tokenizer
+from dive_fast.data.token_cache import CaptionTokens, kept_captions
 from dive_fast.data.transforms import Augmentation, Crop, Preprocess, View, random_crop
+from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -116,17 +120,13 @@ class TargetSamples(Samples[TargetBatch]):
     def batch(self, sample_keys: Sequence[SampleKey], images: Tensor) -> TargetBatch:
         """The batch of these samples; draws their prompts, and second prompts if the method needs them."""
         entries = self._entries(sample_keys)
+        drawn = [(entry, sample, epoch) for entry, (epoch, sample) in zip(entries, sample_keys, strict=True)]
         second = None
         if self.second_prompts is not None:
-            drawn = [(entry, sample, epoch) for entry, (epoch, sample) in zip(entries, sample_keys, strict=True)]
             second = pack(self.second_prompts.draw(drawn, self.seed), self.pooled_at)
-        tokens = [
-            self.prompts.draw(entry, sample, self.seed, epoch)
-            for entry, (epoch, sample) in zip(entries, sample_keys, strict=True)
-        ]
         return TargetBatch(
             images=images,
-            text=pack(torch.stack(tokens), self.pooled_at),
+            text=pack(self.prompts.draw(drawn, self.seed), self.pooled_at),
             labels=torch.tensor([entry.label for entry in entries]),
             sample=torch.tensor([sample for _, sample in sample_keys]),
             keys=tuple(entry.key for entry in entries),
@@ -159,6 +159,7 @@ class ReferenceSamples(Samples[ReferenceBatch]):
         """``(N,)``: the number of captions of each image; None: one each."""
         self._packs_all_captions = False
         self._tokens = self._prepared_tokens()
+        self._kept_tokens: CaptionTokens | None = None
 
     @property
     def num_views(self) -> int:
@@ -169,6 +170,17 @@ class ReferenceSamples(Samples[ReferenceBatch]):
         """The fixed crop of this epoch's view, or None for the evaluation view."""
         epoch, sample = sample_key
         return None if self.views == "eval" else random_crop(size, self.seed, sample, epoch % self.num_views)
+
+    def with_kept_tokens(self, ranks: Ranks) -> "ReferenceSamples":
+        """The same samples with the tokens of all captions from the cache, if there are many; all ranks call it.
+
+        Otherwise captions are tokenised in every epoch, when they are drawn.
+        """
+        samples = copy.copy(self)
+        if self._tokens is None:
+            first_only = self.caption_counts is None
+            samples._kept_tokens = kept_captions(self.source.samples, self.tokenizer, first_only, ranks)
+        return samples
 
     def with_all_captions(self) -> "ReferenceSamples":
         """The same samples with all captions of each image in a batch's text, image by image."""
@@ -185,7 +197,7 @@ class ReferenceSamples(Samples[ReferenceBatch]):
         return int(float(stream(self.seed, Draw.CAPTION, sample, epoch).random()) * count)
 
     def batch(self, sample_keys: Sequence[SampleKey], images: Tensor) -> ReferenceBatch:
-        """The batch of these samples; tokenises their captions unless the prepared set has their tokens."""
+        """The batch of these samples; tokenises their captions unless their tokens are kept or prepared."""
         entries = self._entries(sample_keys)
         sample = torch.tensor([sample for _, sample in sample_keys])
         captions = [self.caption(sample_key) for sample_key in sample_keys]
@@ -201,7 +213,12 @@ class ReferenceSamples(Samples[ReferenceBatch]):
     def _text(self, entries: Sequence[Sample], sample: Tensor, captions: Sequence[int]) -> Text:
         if self._tokens is not None:
             return pack(self._tokens[sample].long(), self.pooled_at)
-        if self._packs_all_captions and self.caption_counts is not None:
+        packs_all = self._packs_all_captions and self.caption_counts is not None
+        if self._kept_tokens is not None:
+            kept = self._kept_tokens
+            rows = kept.all_rows(sample.numpy()) if packs_all else kept.rows(sample.numpy(), np.array(captions))
+            return pack(rows, self.pooled_at)
+        if packs_all:
             texts = [text for entry in entries for text in entry.texts]
         else:
             texts = [entry.texts[caption] for entry, caption in zip(entries, captions, strict=True)]

@@ -176,7 +176,7 @@ def test_second_prompt_puts_the_prompt_without_full_stop_into_a_background() -> 
     seen = set()
     for row, sample in enumerate(SOURCE.samples):
         prompt, text = table.text(sample, row, 5, 2), second.text(sample, row, 5, 2)
-        assert prompt == read(table.draw(sample, row, 5, 2))
+        assert prompt == read(table.draw([(sample, row, 2)], 5)[0])
         assert NAMES[sample.label] in prompt
         bare = prompt.removesuffix(".")
         assert text in [place.replace("{}", bare) for place in PLACES]
