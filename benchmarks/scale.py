@@ -20,10 +20,11 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 from loss_report import REPOSITORY, commit, write_json
+from scale_report import key, report
 from scale_sets import (
     CSV_PROMPTS,
     FOLDER,
@@ -34,7 +35,7 @@ from scale_sets import (
     TARS_LABELS,
     SyntheticSets,
 )
-from scale_tasks import IMAGE_FOLDER, READ_COUNTS, WEBDATASET, memory
+from scale_tasks import GROWTH, IMAGE_FOLDER, READ_COUNTS, WEBDATASET, memory
 
 SIZES = (10_000, 100_000, 1_000_000)
 RANKS = 4
@@ -48,57 +49,7 @@ LABELLED = (FOLDER, TARS_LABELS, PREPARED)
 STEPS = (FOLDER, PREPARED, TARS_CAPTIONS, PREPARED_PAIRS)
 """Kinds of sets of which the parts of a step are measured."""
 SAMPLING_SECONDS = 0.1
-PARTS = ("open", "ranks", "workers", "first", "labels", "step")
-
-
-class Law(NamedTuple):
-    """``a + b N^p`` with its largest relative error."""
-
-    a: float
-    b: float
-    p: float
-    error: float
-
-    def at(self, count: float) -> float:
-        """The predicted cost."""
-        return self.a + self.b * count**self.p
-
-
-def fit(costs: dict[int, float]) -> Law | None:
-    """The law of least squares of relative errors, with ``a >= 0`` and ``0 <= p <= 2``; None for one size.
-
-    Two sizes decide ``p`` only with ``a = 0``. A cost of zero or less says nothing and is left out.
-    """
-    points = {count: cost for count, cost in costs.items() if cost > 0}
-    if len(points) < 2:
-        return None
-    laws = []
-    for step in range(201):
-        p = step / 100
-        # Columns are divided by the costs, so that residuals are relative.
-        ones = [1 / cost for cost in points.values()]
-        powers = [count**p / cost for count, cost in points.items()]
-        laws.append(_least_squares(ones, powers, p, has_constant=len(points) > 2 and p > 0))
-    return min(laws, key=lambda law: (round(law[0], 9), law[1].p))[1]._replace()
-
-
-def _least_squares(ones: list[float], powers: list[float], p: float, has_constant: bool) -> tuple[float, Law]:
-    """The sum of squared residuals of ``a ones + b powers = 1``, and the law; ``a`` and ``b`` are not negative."""
-    oo, pp = sum(x * x for x in ones), sum(x * x for x in powers)
-    op, o, q = sum(x * y for x, y in zip(ones, powers)), sum(ones), sum(powers)
-    candidates = [(0.0, q / pp)]
-    determinant = oo * pp - op * op
-    if has_constant and determinant > 1e-12 * oo * pp:
-        candidates += [((o * pp - q * op) / determinant, (q * oo - o * op) / determinant), (o / oo, 0.0)]
-    best = None
-    for a, b in candidates:
-        if a < 0 or b < 0:
-            continue
-        residuals = [a * x + b * y - 1 for x, y in zip(ones, powers)]
-        law = Law(a, b, p if b > 0 else 0.0, max(map(abs, residuals)))
-        best = min(filter(None, (best, (sum(x * x for x in residuals), law))), key=lambda each: each[0])
-    assert best is not None
-    return best
+PARTS = ("open", "ranks", "workers", "first", "labels", "step", "growth")
 
 
 # Processes
@@ -308,6 +259,14 @@ class Measurement:
                 for line in Task("step", arguments, cache).lines():
                     self.add(**{"part": "step", **row, "step": line.pop("part")}, **line)
 
+    def growth(self, longest: int) -> None:
+        """Measures other work that grows, up to a length."""
+        for name, (_, lengths) in GROWTH.items():
+            for count in (length for length in lengths if length <= longest):
+                with self._cache() as cache:
+                    (figures,) = Task("growth", {"name": name, "count": count}, cache).lines()
+                self.add(part="growth", kind=name, count=count, **figures)
+
     @contextlib.contextmanager
     def _cache(self) -> Iterator[Path]:
         """A folder for what is kept between starts, empty at first."""
@@ -336,8 +295,8 @@ def cpu_name() -> str:
     return "unknown"
 
 
-def about(options: argparse.Namespace) -> dict[str, Any]:
-    """Machine, versions and settings of a run."""
+def about() -> dict[str, Any]:
+    """Machine and versions of a run."""
     packages = ("torch", "torchvision", "webdataset", "datasets", "numpy")
     return {
         "cpu": cpu_name(),
@@ -346,14 +305,11 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
         "python": sys.version.split()[0],
         "versions": {name: version(name) for name in packages if _is_installed(name)},
         "commit": commit(),
-        "sizes": options.sizes,
-        "ranks": options.ranks,
-        "minutes": None,
     }
 
 
 def main() -> None:
-    """Measures all sizes, writes the figures after each, and the report at the end."""
+    """Measures all sizes; writes the figures and the report after each."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of samples, e.g. 3000000")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
@@ -362,18 +318,38 @@ def main() -> None:
     parser.add_argument("--ranks-up-to", type=int, default=SIZES[-1], help="largest size that several ranks open")
     parser.add_argument("--read", type=int, default=READ_COUNTS[-1], help="samples that workers read at most")
     parser.add_argument("--shard", type=int, default=10_000, help="samples in a tar")
+    parser.add_argument("--longest", type=int, default=10_000, help="largest length of other work that grows")
     parser.add_argument("--folder", type=Path, help="parent of the temporary sets; default: the system's")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "build/benchmarks", help="folder")
-    parser.add_argument("--name", default="scale", help="name of the file of results")
+    parser.add_argument("--name", default="scale", help="name of the files of results")
+    parser.add_argument("--add", action="store_true", help="keep rows of the file that this run does not measure")
+    parser.add_argument("--before", type=Path, help="file of an earlier run, for comparison in the report")
     options = parser.parse_args()
-    start = time.monotonic()
+    file, start = options.results / f"{options.name}.json", time.monotonic()
+    kept = json.loads(file.read_text()) if options.add and file.exists() else {"rows": []}
+    if kept["rows"] and kept["commit"] != commit():
+        raise SystemExit(f"{file} was measured at commit {kept['commit']}, this is {commit()}: remove --add")
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="scale-") as folder:
         measurement = Measurement(Path(folder), options)
-        results = about(options)
+        results = {name: value for name, value in kept.items() if name == "before"} | about()
+        if options.before is not None:
+            results["before"] = json.loads(options.before.read_text())
+
+        def write() -> None:
+            measured = set(map(key, measurement.rows))
+            rows = [row for row in kept["rows"] if key(row) not in measured] + measurement.rows
+            results["rows"] = sorted(rows, key=lambda row: row["count"])
+            results["minutes"] = (time.monotonic() - start) / 60 + kept.get("minutes", 0)
+            write_json(file, results)
+            file.with_suffix(".md").write_text(report(results))
+
+        if "growth" in options.parts:
+            measurement.growth(options.longest)
+            write()
         for count in options.sizes:
             measurement.measure(count)
-            results |= {"minutes": (time.monotonic() - start) / 60, "rows": measurement.rows}
-            write_json(options.results / f"{options.name}.json", results)
+            write()
+    print(file.with_suffix(".md").read_text())
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -316,7 +317,75 @@ def step(arguments: dict[str, Any]) -> None:
         say(part=name, **{kind: value / repeats for kind, value in clock.read().items()})
 
 
-TASKS = {"open": open_, "first": first_sample, "workers": workers, "labels": labels, "step": step}
+def results_tables(rows: int) -> None:
+    """Adds the results of models on 16 sets each to a folder, one after the other."""
+    from dive_fast.evaluation.results import Results
+
+    with tempfile.TemporaryDirectory() as folder:
+        results = Results(Path(folder))
+        for number in range(rows):
+            set_, label = f"set{number % 16}", f"run{number // 16}"
+            row = {"label": label, "set": set_, "title": set_, "role": "id", "metric": "top1", "value": 0.5}
+            results.add(row | {"key": f"{number:064x}", "samples": 50_000})
+
+
+def geometry(pairs: int) -> None:
+    """All measures of geometry between two models' embeddings of pairs, 512 wide."""
+    from dive_fast.evaluation.geometry.measures import compare
+
+    compare(_embeddings(pairs, 0), _embeddings(pairs, 1))
+
+
+def retrieval(pairs: int) -> None:
+    """Recall at 1 in both directions among pairs, 512 wide."""
+    import torch
+
+    from dive_fast.distributed import Ranks
+    from dive_fast.evaluation.retrieval import paired_recalls
+
+    captions = torch.arange(pairs)
+    paired_recalls(_embeddings(pairs, 0), captions, Ranks(0, 1, torch.device("cpu")), 1024)
+
+
+def _embeddings(pairs: int, seed: int) -> Any:
+    import torch
+
+    from dive_fast.model.features import Pairs
+
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(seed)
+    image, text = (torch.randn(pairs, 512, generator=generator) for _ in range(2))
+    return Pairs(torch.nn.functional.normalize(image), torch.nn.functional.normalize(text))
+
+
+GROWTH: dict[str, tuple[Callable[[int], None], tuple[int, ...]]] = {
+    "results tables": (results_tables, (160, 480, 1600)),
+    "geometry": (geometry, (1000, 3000, 10_000)),
+    "retrieval": (retrieval, (1000, 3000, 10_000)),
+}
+"""Other work that grows with its length: its function and the lengths that are measured."""
+
+
+def growth(arguments: dict[str, Any]) -> None:
+    """CPU seconds of other work of a length, and the peak of its memory."""
+    function, (least, *_) = GROWTH[arguments["name"]]
+    function(min(least, 64))
+    gc.collect()
+    before = memory()["rss"]
+    reset_peak()
+    clock = Clock()
+    function(arguments["count"])
+    say(**clock.read(), peak=peak() - before)
+
+
+TASKS = {
+    "open": open_,
+    "first": first_sample,
+    "workers": workers,
+    "labels": labels,
+    "step": step,
+    "growth": growth,
+}
 
 
 if __name__ == "__main__":
