@@ -25,7 +25,8 @@ from dive_fast.config.schema import ModelConfig
 from dive_fast.data.batch import ReferenceBatch
 from dive_fast.data.loaders.loader import Options, batches_of
 from dive_fast.data.samples import ReferenceSamples
-from dive_fast.data.sources.source import Sample, Source
+from dive_fast.data.sources.sample_table import Sample
+from dive_fast.data.sources.source import Source
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.kernels import naive
 from dive_fast.model.features import Pairs
@@ -185,7 +186,7 @@ class Subject:
         return [after - before for after, before in zip(tuned, self._frozen, strict=True)]
 
     def _samples(self, samples: Sequence[Sample]) -> ReferenceSamples:
-        source, tokenizer = Source(samples), tokenizer_of(self.config)
+        source, tokenizer = Source.of(samples), tokenizer_of(self.config)
         return ReferenceSamples(source, tokenizer, self.towers.preprocess, self.towers.pooled_at, 0)
 
 

@@ -8,12 +8,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import psutil
 import torch
@@ -33,6 +34,9 @@ START_TIMEOUT = 1800.0
 """Seconds that ranks wait for one another at the start: nodes of a cluster may start minutes apart."""
 RESOLVE_TIMEOUT = 30.0
 """Seconds until a host name that cannot be resolved is an error."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,26 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
+    def once_per_node(self, function: Callable[[], T], *errors: type[Exception]) -> T:
+        """The result of a function that the first rank of each node calls, on all ranks of that node.
+
+        Args:
+            function: must not contain collectives; its result is pickled.
+            errors: exceptions of any rank that all ranks raise.
+        """
+        if self.world_size == 1:
+            return function()
+        with self._waiting():
+            nodes = self.collect(_node())
+        first = nodes.index(nodes[self.rank])
+        result: T | None = None
+        with self.raise_on_all(*errors):
+            if first == self.rank:
+                result = function()
+        with self._waiting():
+            results: list[T] = self.collect(result)
+        return results[first]
+
     def print(self, line: str) -> None:
         """Prints a line on the first rank, above its progress bar."""
         if self.is_main:
@@ -124,6 +148,15 @@ class Ranks:
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def _node() -> tuple[str, str]:
+    """The name of this machine, with what tells machines of one name apart."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        boot = ""
+    return socket.gethostname(), boot
 
 
 class ProgressLines(tqdm):  # type: ignore[misc, type-arg]

@@ -585,7 +585,9 @@ def test_name_that_is_not_text_is_refused_when_read(world: Path) -> None:
     index = {name: tensor.clone() for name, tensor in load_file(path).items()}
     index["keys"][0] = 255
     save_file(index, path)
-    refused(lambda: open_prepared(str(world / "set"), ".cls").samples[0], f"{path}: invalid key in row 0")
+    refused(
+        lambda: open_prepared(str(world / "set"), ".cls").samples[0], f"{world / 'set'}: invalid text in row 0"
+    )
 
 
 def test_deeply_nested_json_is_refused(world: Path, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def join_names(source: Source, names: Sequence[str] | None, origin: str) -> tupl
             joined = _by_position(folders, names, origin)
         names = joined
     check_labels(source, names)
-    if not folders and len(source) and min(sample.label for sample in source.samples) == 1:
+    if not folders and len(source) and int(source.samples.labels.min()) == 1:
         logger.warning(
             "%s: no sample has label 0, which is %r; if labels are counted from 1, every image gets the name of "
             "the next class",
@@ -94,8 +94,7 @@ def target_names(source: Source, class_names: str | None) -> tuple[str, ...]:
     if class_names is None:
         return source.class_names
     names = read_class_names(class_names)
-    has_texts = any(sample.texts for sample in source.samples)
-    return names if has_texts else join_names(source, names, class_names)
+    return names if source.samples.has_texts else join_names(source, names, class_names)
 
 
 def format_pairs(folders: Sequence[str], names: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 NUM_PROBES = 4096
 """Maximum number of images whose bytes are hashed, spread evenly over the set."""
@@ -74,27 +75,28 @@ def read_range(location: ByteRange) -> bytes:
         return file.read(location.size)
 
 
-def probe_hashes(samples: Iterable[StoredImage]) -> list[bytes]:
-    """The sizes of all images, followed by hashes of the bytes of up to :data:`NUM_PROBES` of them.
+def probe_hashes(images: Sequence[StoredImage], sizes: NDArray[np.int64]) -> list[bytes]:
+    """The sizes of images that lack one, followed by hashes of the bytes of up to :data:`NUM_PROBES` images.
 
     A missing file has size -1: the set is another one once the file exists.
+
+    Args:
+        sizes: ``(N,)``: the size of each image; -1: the complete file.
     """
-    ranges = list(dict.fromkeys(ByteRange(sample.path, sample.offset, sample.size) for sample in samples))
-    unsized = [location.path for location in ranges if location.size < 0]
-    stats = dict(zip(unsized, map_in_threads(stat_if_exists, unsized), strict=True))
-
-    def with_size(location: ByteRange) -> ByteRange:
-        if location.size >= 0:
-            return location
-        status = stats[location.path]
-        return location._replace(size=-1 if status is None else status.st_size - location.offset)
-
-    ranges = [with_size(location) for location in ranges]
-    rows = np.linspace(0, len(ranges) - 1, min(NUM_PROBES, len(ranges))).round().astype(int)
-    probes = [ranges[row] for row in rows]
+    unsized = np.flatnonzero(sizes < 0).tolist()
+    stats = map_in_threads(lambda row: stat_if_exists(images[row].path), unsized)
+    size_of = {
+        row: -1 if status is None else status.st_size - images[row].offset
+        for row, status in zip(unsized, stats, strict=True)
+    }
+    rows = np.linspace(0, len(images) - 1, min(NUM_PROBES, len(images))).round().astype(int).tolist()
+    probes = [
+        ByteRange(image.path, image.offset, size_of.get(row, image.size))
+        for row, image in ((row, images[row]) for row in rows)
+    ]
     edge = None if sum(location.size for location in probes) <= MAX_FULL_BYTES else EDGE_BYTES
     hashes = map_in_threads(lambda location: _hash(location, edge), probes)
-    return [repr([location.size for location in ranges]).encode(), *hashes]
+    return [repr(list(size_of.values())).encode(), *hashes]
 
 
 def image_hashes(samples: Iterable[StoredImage]) -> list[bytes]:

@@ -6,7 +6,6 @@ every machine. The seed of a run does not move a sample from one part to the oth
 """
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
@@ -14,7 +13,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dive_fast.data.sources.source import LazySamples, Sample, Source
+from dive_fast.data.sources.sample_table import SampleTable
+from dive_fast.data.sources.source import Source
 from dive_fast.errors import DataError
 
 Part = Literal["train", "held_out"]
@@ -49,7 +49,7 @@ def split(source: Source, share: float, part: Part) -> Source:
         content = hashlib.sha256(content.encode() + rows.astype("<i8").tobytes()).hexdigest()
     return replace(
         source,
-        samples=_Rows(source.samples, rows),
+        samples=source.samples.select(rows),
         skipped=() if part == "held_out" else source.skipped,
         content_hash=content,
         hashes=None if source.hashes is None else source.hashes[rows],
@@ -62,40 +62,30 @@ def split(source: Source, share: float, part: Part) -> Source:
     )
 
 
-def held_out(samples: Sequence[Sample], share: float) -> NDArray[np.bool_]:
+def held_out(samples: SampleTable, share: float) -> NDArray[np.bool_]:
     """``(N,)``: whether each sample is held out: those of its class with the smallest hashes of their keys.
 
     Raises:
         DataError: a sample has no label.
     """
-    classes: dict[int, list[tuple[bytes, int]]] = defaultdict(list)
-    for row, sample in enumerate(samples):
-        if sample.label < 0:
-            raise sample.unusable("holdout needs a class for each image")
-        classes[sample.label].append((hashlib.sha256(f"holdout {sample.key}".encode()).digest(), row))
+    labels = samples.labels
+    if (unlabelled := np.flatnonzero(labels < 0)).size:
+        raise samples[int(unlabelled[0])].unusable("holdout needs a class for each image")
+    hashes = b"".join(
+        hashlib.sha256(f"holdout {samples.key(row)}".encode()).digest() for row in range(len(samples))
+    )
+    # By class, then by hash, then by row.
+    order = np.lexsort((np.arange(len(samples)), *np.frombuffer(hashes, ">u8").reshape(-1, 4).T[::-1], labels))
+    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
     chosen = np.zeros(len(samples), dtype=np.bool_)
-    for members in classes.values():
-        chosen[[row for _, row in sorted(members)[: num_held_out(len(members), share)]]] = True
+    for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
+        chosen[order[start : start + num_held_out(count, share)]] = True
     return chosen
 
 
 def num_held_out(count: int, share: float) -> int:
     """Number of held-out images of a class: the rounded share, at least one, and never all of them."""
     return min(count - 1, max(1, int(count * share + 0.5)))
-
-
-class _Rows(LazySamples):
-    """Some rows of a sequence of samples, which are created only on access where the sequence does so."""
-
-    def __init__(self, samples: Sequence[Sample], rows: NDArray[np.int64]) -> None:
-        self._samples, self._rows = samples, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def sample(self, row: int) -> Sample:
-        """The sample of one of the rows."""
-        return self._samples[int(self._rows[row])]
 
 
 def _first_rows(first_rows: Sequence[int], rows: NDArray[np.int64]) -> list[int]:

@@ -12,21 +12,23 @@ from dive_fast.data.sources.folder import open_folder
 from dive_fast.data.sources.huggingface import Columns, open_huggingface
 from dive_fast.data.sources.source import Source
 from dive_fast.data.sources.webdataset import open_webdataset
+from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError, naming
 
 
-def open_target(config: TargetConfig | EvaluationSet, section: str = "") -> Source:
+def open_target(config: TargetConfig | EvaluationSet, section: str = "", ranks: Ranks | None = None) -> Source:
     """The labelled images of ``data.target`` or of a set of ``evaluate.sets``.
 
     Args:
         section: config section for messages; default: ``data.target`` for a :class:`TargetConfig`, otherwise none.
+        ranks: all ranks call this, and one process of each node reads a raw set; None: this process does.
 
     Raises:
         DataError: the files are missing or do not have the configured format.
     """
     is_target = isinstance(config, TargetConfig)
     section = section or ("data.target" if is_target else "")
-    source = _open(config, ".cls", section)
+    source = _open(config, ".cls", section, ranks)
     if config.holdout is None:
         return source
     try:
@@ -35,34 +37,38 @@ def open_target(config: TargetConfig | EvaluationSet, section: str = "") -> Sour
         raise DataError(f"{section}: {error}" if section else str(error)) from error
 
 
-def open_reference(config: ReferenceConfig | GeometryConfig, section: str = "") -> Source:
+def open_reference(
+    config: ReferenceConfig | GeometryConfig, section: str = "", ranks: Ranks | None = None
+) -> Source:
     """The captioned images of ``data.reference`` or of ``evaluate.geometry``.
 
     Args:
         section: config section for messages; default: the section of the config's type.
+        ranks: as for :func:`open_target`.
 
     Raises:
         DataError: the files are missing or do not have the configured format.
     """
     default = "data.reference" if isinstance(config, ReferenceConfig) else "evaluate.geometry"
-    return _open(config, ".txt", section or default)
+    return _open(config, ".txt", section or default, ranks)
 
 
-def open_captioned(config: EvaluationSet, section: str = "") -> Source:
+def open_captioned(config: EvaluationSet, section: str = "", ranks: Ranks | None = None) -> Source:
     """The captioned images of a set of ``evaluate.sets`` with ``task = retrieval``.
 
     Args:
         section: config section for messages.
+        ranks: as for :func:`open_target`.
 
     Raises:
         DataError: the files are missing or do not have the configured format.
     """
-    return _open(config, ".txt", section)
+    return _open(config, ".txt", section, ranks)
 
 
-def _open(config: Any, text: str, section: str) -> Source:
+def _open(config: Any, text: str, section: str, ranks: Ranks | None) -> Source:
     with naming(section):
-        source = _source(config, text)
+        source = _source(config, text, ranks)
         if getattr(config, "loader", None) == "ffcv" and source.beton is None:
             raise DataError(
                 f"{config.path}: loader = ffcv needs a set prepared for it: dive-fast prepare --container beton"
@@ -70,13 +76,13 @@ def _open(config: Any, text: str, section: str) -> Source:
     return source
 
 
-def _source(config: Any, text: str) -> Source:
+def _source(config: Any, text: str, ranks: Ranks | None) -> Source:
     has_lines = getattr(config, "captions", "one") == "lines"
-    source = _whole_texts(config, text, has_lines)
+    source = _complete_texts(config, text, has_lines, ranks)
     return with_lines(source) if has_lines else source
 
 
-def _whole_texts(config: Any, text: str, groups_captions: bool) -> Source:
+def _complete_texts(config: Any, text: str, groups_captions: bool, ranks: Ranks | None) -> Source:
     """The set with the texts as they are stored.
 
     Args:
@@ -88,7 +94,9 @@ def _whole_texts(config: Any, text: str, groups_captions: bool) -> Source:
         return open_csv(config.path, config.image_root, group=text == ".cls" or groups_captions)
     if config.format == "huggingface":
         return _huggingface(config, text)
-    return (open_webdataset if config.format == "webdataset" else open_prepared)(config.path, text)
+    if config.format == "webdataset":
+        return open_webdataset(config.path, text, ranks=ranks)
+    return open_prepared(config.path, text)
 
 
 def _huggingface(config: Any, text: str) -> Source:

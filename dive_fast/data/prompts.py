@@ -9,13 +9,15 @@ from functools import cache
 from itertools import islice
 from typing import Any, Literal
 
+import numpy as np
 import open_clip
 import torch
 from torch import Tensor
 
 from dive_fast.data.batch import Text
 from dive_fast.data.random_streams import Draw, stream
-from dive_fast.data.sources.source import Sample, Source, locate
+from dive_fast.data.sources.sample_table import Sample
+from dive_fast.data.sources.source import Source, locate
 from dive_fast.errors import DataError, naming
 from dive_fast.io.safe_read import parse_json, read_text
 
@@ -159,12 +161,14 @@ def check_labels(source: Source, class_names: Sequence[str]) -> None:
     Raises:
         DataError: a label has no class name.
     """
-    for sample in source.samples:
-        if not 0 <= sample.label < len(class_names):
-            raise DataError(
-                f"{sample.path}: sample {sample.key} has label {sample.label}, "
-                f"but there are {len(class_names)} class names"
-            )
+    labels = source.samples.labels
+    invalid = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
+    if invalid.size:
+        sample = source.samples[int(invalid[0])]
+        raise DataError(
+            f"{sample.path}: sample {sample.key} has label {sample.label}, "
+            f"but there are {len(class_names)} class names"
+        )
 
 
 class PromptTable:
@@ -180,8 +184,8 @@ class PromptTable:
         """
         self._titles: dict[str, int] | None = None
         self._class_names, self._templates = class_names, templates
-        if any(sample.texts for sample in source.samples):
-            prompts = list(dict.fromkeys(text for sample in source.samples for text in sample.texts))
+        if source.samples.has_texts:
+            prompts = list(dict.fromkeys(text for texts in source.samples.text_lists() for text in texts))
             self._titles = {title: row for row, title in enumerate(prompts)}
         else:
             check_labels(source, class_names)

@@ -112,7 +112,7 @@ class Classes:
     """Indices of the samples of each class that has any."""
 
     @classmethod
-    def of(cls, labels: Sequence[int], held_out: Sequence[int] = ()) -> "Classes":
+    def of(cls, labels: Sequence[int] | NDArray[np.int64], held_out: Sequence[int] = ()) -> "Classes":
         """Groups the samples that are not held out by their labels.
 
         Raises:

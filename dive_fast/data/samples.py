@@ -14,7 +14,8 @@ from dive_fast.data.batch import EvaluationBatch, ReferenceBatch, TargetBatch, T
 from dive_fast.data.captions import caption_counts
 from dive_fast.data.prompts import PooledAt, PromptTable, SecondPrompts, Tokenizer, pack
 from dive_fast.data.random_streams import Draw, stream
-from dive_fast.data.sources.source import Sample, Source
+from dive_fast.data.sources.sample_table import Sample
+from dive_fast.data.sources.source import Source
 from dive_fast.data.transforms import Augmentation, Crop, Preprocess, View, random_crop
 from dive_fast.errors import DataError
 

@@ -1,7 +1,8 @@
 """Images that two data sets have in common: the same files, or copies of the same bytes."""
 
 import os
-from itertools import islice
+
+import numpy as np
 
 from dive_fast.data.content_hashes import image_hashes
 from dive_fast.data.sources.source import Source
@@ -12,8 +13,12 @@ MAX_READ = 4096
 
 def image_files(source: Source) -> set[tuple[str, str, int]]:
     """The images of a set by folder, file and position, whatever the path that the set was opened by."""
-    folders = {folder: os.path.realpath(folder) for folder in {sample.path.parent for sample in source.samples}}
-    return {(folders[sample.path.parent], sample.path.name, sample.offset) for sample in source.samples}
+    samples = source.samples
+    files = {row: samples.file_path(row) for row in np.unique(samples.file_rows).tolist()}
+    folders = {folder: os.path.realpath(folder) for folder in {file.parent for file in files.values()}}
+    real = {row: (folders[file.parent], file.name) for row, file in files.items()}
+    rows = zip(samples.file_rows.tolist(), samples.offsets.tolist(), strict=True)
+    return {(*real[file], offset) for file, offset in rows}
 
 
 def copies(evaluated: Source, training: Source) -> list[tuple[str, str]]:
@@ -21,9 +26,10 @@ def copies(evaluated: Source, training: Source) -> list[tuple[str, str]]:
 
     Only images of equal size are read, and at most :data:`MAX_READ` of each set.
     """
-    sizes = {sample.size for sample in evaluated.samples} & {sample.size for sample in training.samples} - {-1, 0}
+    sizes = np.intersect1d(evaluated.samples.sizes, training.samples.sizes)
+    sizes = sizes[sizes > 0]
     halves = [
-        list(islice((sample for sample in source.samples if sample.size in sizes), MAX_READ))
+        [source.samples[row] for row in np.flatnonzero(np.isin(source.samples.sizes, sizes))[:MAX_READ].tolist()]
         for source in (evaluated, training)
     ]
     here, there = (image_hashes(half) for half in halves)

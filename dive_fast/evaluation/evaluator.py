@@ -192,7 +192,7 @@ def set_identity(data: Labelled | Captioned, head: HeadRows | None, scale: float
     if data.regions is not None:
         regions = digest([data.regions.of_sample.tolist(), data.regions.names, data.regions.left_out])
     identity["data"] |= {
-        "labels": digest([sample.label for sample in data.source.samples]),
+        "labels": digest(data.source.samples.labels.tolist()),
         "border": data.border,
         "regions": regions,
     }

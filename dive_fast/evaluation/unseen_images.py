@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dive_fast.checkpoint.manifest import MANIFEST, read_identity
 from dive_fast.config.recorded import FILE, is_recorded
 from dive_fast.config.schema import Config
@@ -43,7 +45,7 @@ class Unseen(NamedTuple):
     @property
     def num_classes(self) -> int:
         """Number of classes that have images."""
-        return len({sample.label for sample in self.source.samples})
+        return len(np.unique(self.source.samples.labels))
 
 
 class Record(NamedTuple):
@@ -214,7 +216,7 @@ def _parts(config: Config) -> tuple[Source, Source]:
     data = config.data.target
     if data.holdout is None:
         training = open_target(data)
-        return Source(()), training
+        return Source.of(()), training
     complete = open_target(data.model_copy(update={"holdout": None}))
     with naming("data.target"):
         return split(complete, data.holdout, "held_out"), split(complete, data.holdout, "train")

@@ -12,13 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dive_fast.config.schema import TargetConfig
 from dive_fast.data.decode import IMAGE_SUFFIXES, UNDECODABLE, open_image, undecodable_reason
 from dive_fast.data.sources.csv_table import open_csv
 from dive_fast.data.sources.file_rules import is_hidden
 from dive_fast.data.sources.folder import open_folder
 from dive_fast.data.sources.huggingface import DICT, STATE, is_dataset
-from dive_fast.data.sources.source import Source, locate, printable
+from dive_fast.data.sources.sample_table import printable
+from dive_fast.data.sources.source import Source, locate
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.errors import DataError
 from dive_fast.io.safe_read import read_json
@@ -65,8 +68,7 @@ class LabelledSet:
 
     def class_sizes(self) -> list[int]:
         """Number of images of each class, in label order."""
-        counts = Counter(sample.label for sample in self.source.samples)
-        return [counts[label] for label in range(max(max(counts) + 1, len(self.source.class_names)))]
+        return np.bincount(self.source.samples.labels, minlength=len(self.source.class_names)).tolist()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dive_fast.config.load import load_config
 from dive_fast.config.schema import Config, TrainConfig
 from dive_fast.config.shipped import CONFIGS
 from dive_fast.data.holdout import num_held_out
-from dive_fast.data.sources.source import printable
+from dive_fast.data.sources.sample_table import printable
 from dive_fast.errors import ConfigError
 from dive_fast.quickstart.choose_method import choose_method
 from dive_fast.quickstart.choose_model import choose_model

@@ -142,7 +142,8 @@ class Embeddings:
         Raises:
             CacheError: a sample has no row or more than one, or two samples are indistinguishable.
         """
-        digests = _digests((sample.key, sample.texts[0]) for sample in source.samples)
+        samples = source.samples
+        digests = _digests((samples.key(row), samples.texts(row)[0]) for row in range(len(samples)))
         order, duplicates = _sorted(digests)
         if len(duplicates):
             one, other = (source.samples[int(order[i])] for i in (duplicates[0], duplicates[0] + 1))
@@ -204,9 +205,9 @@ class Embeddings:
             f"{self.folder}: {len(missing)} of the {len(source)} pairs of data.reference are not among its "
             f"{len(self)} entries (the first: {keys})"
         )
-        samples = {stem(source.samples[sample].key): sample for sample in missing[:_MAX_EXPLAINED].tolist()}
+        rows = {stem(source.samples.key(sample)): sample for sample in missing[:_MAX_EXPLAINED].tolist()}
         for name, caption in self._entries():
-            if (sample := samples.get(stem(name))) is not None:
+            if (sample := rows.get(stem(name))) is not None:
                 key, expected = source.samples[sample].key, source.samples[sample].texts[0]
                 return CacheError(
                     f"{message}; the captions differ: that of {key} is {_short(caption)} there and "

@@ -60,9 +60,9 @@ def _pairs_of_images(reference: Source, chosen: Sequence[int]) -> tuple[int, ...
     if reference.hashes is not None:
         ids = np.ascontiguousarray(reference.hashes[:, :8]).view(np.uint64).ravel()
         return tuple(np.flatnonzero(np.isin(ids, ids[list(chosen)])).tolist())
-    images = {(sample.path, sample.offset) for sample in map(reference.samples.__getitem__, chosen)}
-    samples = enumerate(reference.samples)
-    return tuple(row for row, sample in samples if (sample.path, sample.offset) in images)
+    images = np.stack([reference.samples.file_rows, reference.samples.offsets], axis=1)
+    images = np.ascontiguousarray(images).view("V16").ravel()
+    return tuple(np.flatnonzero(np.isin(images, images[list(chosen)])).tolist())
 
 
 def hold_out(requested: int, count: int, batch_size: int) -> HeldOut:
@@ -133,7 +133,7 @@ class PairMeasure:
         return self._probe(self.before.of(samples), after.of(samples), samples)
 
     def _probe(self, before: Pairs, after: Pairs, samples: Sequence[int]) -> dict[str, float]:
-        texts = [self._samples.source.samples[row].texts[0] for row in samples]
+        texts = [self._samples.source.samples.texts(row)[0] for row in samples]
         captions = caption_numbers(texts, self._samples.tokenizer).to(self._ranks.device)
         recalls = (paired_recalls(pairs, captions, self._ranks, self._sizes[0]) for pairs in (before, after))
         recalls_before, recalls_after = recalls

@@ -201,8 +201,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
 
 def _open_sources(config: Config, ranks: Ranks) -> _Sources:
     data, geometry = config.data, config.evaluate.geometry
-    target = open_target(data.target)
-    reference = None if data.reference is None else open_reference(data.reference)
+    target = open_target(data.target, ranks=ranks)
+    reference = None if data.reference is None else open_reference(data.reference, ranks=ranks)
     if target.held_out:
         ranks.print(f"data.target: {target.held_out}")
     if ranks.is_main:
@@ -212,7 +212,9 @@ def _open_sources(config: Config, ranks: Ranks) -> _Sources:
             for remark in remark_on_captions(reference):
                 ranks.print(f"data.reference: {remark}")
     evaluation_sets = open_sets(config.evaluate.sets, ranks)
-    return _Sources(target, reference, evaluation_sets, None if geometry is None else open_reference(geometry))
+    return _Sources(
+        target, reference, evaluation_sets, None if geometry is None else open_reference(geometry, ranks=ranks)
+    )
 
 
 def _build_towers(config: Config, folder: Path, reference: Source | None, ranks: Ranks) -> Towers:
@@ -231,7 +233,7 @@ def _class_names(config: Config, sources: _Sources, ranks: Ranks) -> tuple[str, 
     data = config.data.target
     with naming("data.target.class_names"):
         names = target_names(sources.target, data.class_names)
-    if not sources.target.samples[0].texts:
+    if not sources.target.samples.has_texts:
         for remark in remarks(names, sources.target.class_names, data.class_names):
             ranks.print(f"data.target: {remark}")
         for remark in remarks_on_missing_classes(sources.evaluation_sets, names):
@@ -293,11 +295,10 @@ def _classes(data: TargetConfig, source: Source, ranks: Ranks) -> Classes | None
     Raises:
         DataError: classes are to be drawn, and the set has none.
     """
-    labels = [sample.label for sample in source.samples] if data.balance == "class" else []
-    if not labels:
+    if data.balance != "class":
         return None
     with naming("data.target"):
-        classes = Classes.of(labels)
+        classes = Classes.of(source.samples.labels)
     ranks.print(f"data.target: classes have {classes.describe()}; balance = class draws each equally often")
     return classes
 

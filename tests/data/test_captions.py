@@ -12,12 +12,13 @@ import torch
 
 from dive_fast.commands.prepare import main as prepare_main
 from dive_fast.config.schema import EvaluationSet, ReferenceConfig
-from dive_fast.data.captions import caption_counts, lines, remark_on_captions
+from dive_fast.data.captions import caption_counts, remark_on_captions
 from dive_fast.data.loaders.loader import Options, batches_of, training_batches
 from dive_fast.data.open_dataset import open_reference
 from dive_fast.data.sampler import Order
 from dive_fast.data.samples import ReferenceSamples
 from dive_fast.data.sources.captioned_folder import open_captioned_folder
+from dive_fast.data.sources.sample_table import split_lines
 from dive_fast.data.sources.source import Source
 from dive_fast.data.transforms import Preprocess
 from dive_fast.errors import DataError
@@ -140,10 +141,10 @@ def test_one_caption_is_the_default_and_reported_where_there_are_more(
 
 
 def test_lines_are_those_of_text_files() -> None:
-    assert lines(["a\nb", "c"]) == ("a", "b", "c")
-    assert lines(["a\r\n\r\n b \rc\n"]) == ("a", "b", "c")
-    assert lines(["one \x0b line"]) == ("one \x0b line",)
-    assert lines([" single line \n"]) == (" single line \n",)  # as it is without captions=lines
+    assert split_lines(["a\nb", "c"]) == ("a", "b", "c")
+    assert split_lines(["a\r\n\r\n b \rc\n"]) == ("a", "b", "c")
+    assert split_lines(["one \x0b line"]) == ("one \x0b line",)
+    assert split_lines([" single line \n"]) == (" single line \n",)  # as it is without captions=lines
 
 
 def test_caption_is_drawn_by_sample_and_epoch(paths: Any, tokenizer: Any) -> None:

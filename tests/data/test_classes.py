@@ -13,7 +13,8 @@ from dive_fast.data.prepared.convert import Options
 from dive_fast.data.prepared.raw import RawSource
 from dive_fast.data.prepared.write import prepare
 from dive_fast.data.sources.folder import open_folder
-from dive_fast.data.sources.source import Sample, Source
+from dive_fast.data.sources.sample_table import Sample
+from dive_fast.data.sources.source import Source
 from dive_fast.errors import DataError
 from dive_fast.evaluation.datasets.resolve import open_evaluation
 
@@ -25,7 +26,7 @@ NUMBERS = tuple(str(number) for number in range(12))
 def folders(*names: str) -> Source:
     """A set with one sample in each class."""
     samples = [Sample(f"{name}/0.jpg", Path(name), label=label) for label, name in enumerate(names)]
-    return Source(samples, tuple(names))
+    return Source.of(samples, tuple(names))
 
 
 def test_join_names_joins_wordnet_ids_by_id() -> None:
@@ -119,20 +120,20 @@ def test_join_names_works_for_folder_and_prepared_sets(tmp_path: Path) -> None:
 def test_join_names_ignores_unicode_normal_form() -> None:
     names = ["\u00e9cole", "\u00eatre"]
     folders = tuple(sorted((unicodedata.normalize("NFD", name) for name in names), reverse=True))
-    source = Source([Sample("0", Path("0"), label=0), Sample("1", Path("1"), label=1)], folders)
+    source = Source.of([Sample("0", Path("0"), label=0), Sample("1", Path("1"), label=1)], folders)
     assert join_names(source, names, "a file") == tuple(reversed(names))
 
 
 def test_join_names_accepts_upper_case_wordnet_ids() -> None:
-    source = Source([Sample("0", Path("0"), label=0)], ("N02099601",))
+    source = Source.of([Sample("0", Path("0"), label=0)], ("N02099601",))
     assert join_names(source, open_clip.IMAGENET_CLASSNAMES, "imagenet") == (IMAGENET[207],)
 
 
 def test_join_names_warns_about_labels_from_one(caplog: pytest.LogCaptureFixture) -> None:
-    join_names(Source([Sample("0", Path("0"), label=1)]), ["a", "b"], "a file")
+    join_names(Source.of([Sample("0", Path("0"), label=1)]), ["a", "b"], "a file")
     assert "no sample has label 0, which is 'a'" in caplog.text
 
 
 def test_join_names_accepts_names_of_folders_that_differ_in_case() -> None:
-    source = Source([Sample(name, Path("x"), label=label) for label, name in enumerate("Bb")], ("B", "b"))
+    source = Source.of([Sample(name, Path("x"), label=label) for label, name in enumerate("Bb")], ("B", "b"))
     assert join_names(source, ("B", "b"), "classes.txt") == ("B", "b")

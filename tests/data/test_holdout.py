@@ -18,7 +18,8 @@ from dive_fast.data.prepared.convert import Options
 from dive_fast.data.prepared.raw import RawSource
 from dive_fast.data.prepared.write import prepare
 from dive_fast.data.sources.folder import open_folder
-from dive_fast.data.sources.source import Sample, Source
+from dive_fast.data.sources.sample_table import Sample, SampleTable
+from dive_fast.data.sources.source import Source
 from dive_fast.errors import DataError
 from dive_fast.evaluation.datasets.resolve import open_evaluation
 
@@ -100,8 +101,8 @@ def test_parts_of_prepared_set_keep_its_columns(tmp_path: Path) -> None:
 )
 def test_parts_do_not_depend_on_the_order_of_samples(entries: list[tuple[int, str]], share: float) -> None:
     samples = [Sample(f"{label}/{name}", Path("x"), label=label) for label, name in entries]
-    chosen = held_out(samples, share)
-    backwards = held_out(samples[::-1], share)[::-1]
+    chosen = held_out(SampleTable.of(samples), share)
+    backwards = held_out(SampleTable.of(samples[::-1]), share)[::-1]
     assert chosen.tolist() == backwards.tolist()
     for label in {label for label, _ in entries}:
         members = [bool(chosen[row]) for row, sample in enumerate(samples) if sample.label == label]

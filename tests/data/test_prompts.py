@@ -20,7 +20,8 @@ from dive_fast.data.prompts import (
     warn_about_prompts,
     warn_about_truncated_captions,
 )
-from dive_fast.data.sources.source import Sample, Source
+from dive_fast.data.sources.sample_table import Sample
+from dive_fast.data.sources.source import Source
 from dive_fast.errors import DataError
 
 NAMES = ("cat", "dog", "sea lion")
@@ -48,7 +49,7 @@ def write(path: Path, text: str) -> str:
 
 
 def labelled(*labels: int) -> Source:
-    return Source([Sample(f"k{i}", Path("a.tar"), label=label) for i, label in enumerate(labels)])
+    return Source.of([Sample(f"k{i}", Path("a.tar"), label=label) for i, label in enumerate(labels)])
 
 
 @pytest.fixture
@@ -150,7 +151,7 @@ def test_draw_uses_the_texts_of_a_sample_as_prompts(tmp_path: Path) -> None:
     cat = Sample("a.jpg", Path("a.jpg"), texts=("a cat", "the cat", "a cat"))
     dog = Sample("b.jpg", Path("b.jpg"), texts=("a dog",))
     tokenizer = Letters()
-    table = PromptTable(Source([cat, dog]), (), (), tokenizer)
+    table = PromptTable(Source.of([cat, dog]), (), (), tokenizer)
     drawn = Counter(read(table.draw(cat, 0, 0, epoch)) for epoch in range(900))
     assert drawn.keys() == {"a cat", "the cat"}
     assert 540 < drawn["a cat"] < 660  # a duplicate title is drawn twice as often

@@ -17,6 +17,7 @@ from dive_fast.data.decode import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES
 from dive_fast.data.open_dataset import open_reference, open_target
 from dive_fast.data.sources.csv_table import open_csv
 from dive_fast.data.sources.folder import open_folder
+from dive_fast.data.sources.sample_table import Sample, SampleTable
 from dive_fast.data.sources.source import Source
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.errors import DataError
@@ -425,7 +426,7 @@ def unsized(root: Path) -> Source:
     from dataclasses import replace
 
     source = open_folder(str(root / "set"))
-    return Source([replace(sample, size=-1) for sample in source.samples], source.class_names)
+    return Source.of([replace(sample, size=-1) for sample in source.samples], source.class_names)
 
 
 def tars(root: Path) -> Source:
@@ -471,12 +472,17 @@ def test_digest_depends_on_labels_texts_order_and_class_names(tmp_path: Path) ->
     from dataclasses import replace
 
     source = folder(write_bitmaps(tmp_path))
+    first, *others = source.samples
+
+    def with_samples(*samples: Sample) -> str:
+        return replace(source, samples=SampleTable.of(samples)).digest()
+
     digests = {
         source.digest(),
         replace(source, class_names=("b", "a")).digest(),
-        replace(source, samples=[replace(source.samples[0], label=1), *source.samples[1:]]).digest(),
-        replace(source, samples=[replace(source.samples[0], texts=("x",)), *source.samples[1:]]).digest(),
-        replace(source, samples=source.samples[::-1]).digest(),
+        with_samples(replace(first, label=1), *others),
+        with_samples(replace(first, texts=("x",)), *others),
+        with_samples(*source.samples[::-1]),
     }
     assert len(digests) == 5
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from dive_fast.config.schema import ObjectiveConfig
 from dive_fast.data.prompts import PromptTable, SecondPrompts, Template
 from dive_fast.data.samples import TargetSamples
-from dive_fast.data.sources.source import Sample, Source
+from dive_fast.data.sources.sample_table import Sample
+from dive_fast.data.sources.source import Source
 from dive_fast.data.transforms import Preprocess
 from dive_fast.errors import ConfigError, DataError
 from dive_fast.methods import registry
@@ -161,7 +162,7 @@ def read(row: Tensor) -> str:
 
 NAMES, TEMPLATES = ("cat", "dog", "sea lion"), ("a photo of a {}.", "the {}", "{}..")
 PLACES = ("{} at night.", "{} in snow", "grass under {}")
-SOURCE = Source([Sample(f"k{i}", Path("a.tar"), label=i % 3) for i in range(300)])
+SOURCE = Source.of([Sample(f"k{i}", Path("a.tar"), label=i % 3) for i in range(300)])
 
 
 def second_prompts(tokenizer: Words, source: Source = SOURCE) -> tuple[PromptTable, SecondPrompts]:
@@ -216,7 +217,7 @@ def test_tokens_of_second_prompts_are_cached_up_to_a_bound(monkeypatch: pytest.M
 
 
 def test_truncated_second_prompts_are_reported(caplog: pytest.LogCaptureFixture) -> None:
-    source = Source([Sample("k", Path("a.tar"), texts=("x" * 60,)), Sample("l", Path("a.tar"), texts=("y",))])
+    source = Source.of([Sample("k", Path("a.tar"), texts=("x" * 60,)), Sample("l", Path("a.tar"), texts=("y",))])
     table = PromptTable(source, (), (), Words())
     SecondPrompts(table, (Template("{} at night."),), Words()).warn_about_truncated(source, 0)
     assert "second prompts: 1 of 2 sampled captions fill the model's context of 64 tokens" in caplog.text

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from dive_fast.data.classes import join_names
 from dive_fast.data.prompts import read_class_names
-from dive_fast.data.sources.source import Sample, Source
+from dive_fast.data.sources.sample_table import Sample
+from dive_fast.data.sources.source import Source
 from dive_fast.quickstart.prompt_names import class_file_text, prompt_names
 
 
@@ -85,6 +86,8 @@ def test_file_of_prompt_names_is_read_back_for_the_same_classes(
     file = tmp_path_factory.getbasetemp() / "classes.txt"
     file.write_bytes(class_file_text(names).encode())
     assert read_class_names(str(file)) == names
-    source = Source([Sample(name, Path("x"), label=label) for label, name in enumerate(folders)], tuple(folders))
+    source = Source.of(
+        [Sample(name, Path("x"), label=label) for label, name in enumerate(folders)], tuple(folders)
+    )
     if not all(name.isdecimal() for name in folders):
         assert join_names(source, names, "classes.txt") == names

@@ -9,7 +9,8 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from dive_fast.data.sources.source import Sample, Source
+from dive_fast.data.sources.sample_table import Sample
+from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
 from dive_fast.evaluation.retrieval import paired_recalls
 from dive_fast.model.features import Pairs
@@ -89,12 +90,12 @@ def test_caption_numbers_compare_tokens() -> None:
 def test_no_pair_of_a_held_out_image_is_trained_on() -> None:
     """Each image has two rows, as in tables of captions."""
     files = [Path(f"{row // 2}.jpg") for row in range(1200)]
-    table = Source([Sample(f"{row}", file, texts=(f"caption {row}",)) for row, file in enumerate(files)])
+    table = Source.of([Sample(f"{row}", file, texts=(f"caption {row}",)) for row, file in enumerate(files)])
     held_out = hold_out_images(60, table, 8)
     images = {files[row] for row in held_out.samples}
     assert len(held_out.samples) == 60
     assert list(held_out.untrained) == [row for row, file in enumerate(files) if file in images]
     hashes = np.array([[row // 2 % 256, row // 512, *[7] * 14] for row in range(1200)], np.uint8)
     assert hold_out_images(60, replace(table, hashes=hashes), 8) == held_out
-    single = Source([Sample(f"{row}", files[0]) for row in range(600)])
+    single = Source.of([Sample(f"{row}", files[0]) for row in range(600)])
     assert hold_out_images(60, single, 8).remark.startswith("no forgetting probe: 600 of the 600 pairs have its")

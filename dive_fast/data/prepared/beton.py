@@ -54,7 +54,7 @@ def write_beton(
     fields = {"image": image, "label": IntField(), "index": IntField()} | {
         name: NDArrayField(array.dtype, array.shape[1:]) for name, array in arrays.items()
     }
-    sizes = np.array([sample.size for sample in source.samples])
+    sizes = source.samples.sizes
     largest = int(sizes.max()) + sum(array[0].nbytes for array in arrays.values())
     page = max(MIN_PAGE_SIZE, 1 << largest.bit_length())
     progress = tqdm(total=len(source), desc="beton", unit="image")

@@ -17,7 +17,8 @@ from torch import Tensor
 from dive_fast.data import content_hashes
 from dive_fast.data.content_hashes import ByteRange
 from dive_fast.data.decode import UNDECODABLE, undecodable_reason
-from dive_fast.data.sources.source import Skipped, Source, printable
+from dive_fast.data.sources.sample_table import printable
+from dive_fast.data.sources.source import Skipped, Source
 from dive_fast.errors import DataError
 
 
@@ -186,7 +187,8 @@ class RawDataset(Raw):
             elif isinstance(value, list | tuple):
                 # Without the location of the files.
                 digest.update(repr(value).replace(root, "").encode("utf-8", "surrogateescape"))
-        for part in content_hashes.probe_hashes(ByteRange(path, 0, -1) for path in self._files):
+        files = [ByteRange(path, 0, -1) for path in self._files]
+        for part in content_hashes.probe_hashes(files, np.full(len(files), -1)):
             digest.update(part)
         for index in range(0, len(self), max(1, len(self) // 64)):
             try:

@@ -1,13 +1,13 @@
 """Opens and verifies prepared sets."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dive_fast.data.content_hashes import image_hash
@@ -16,6 +16,7 @@ from dive_fast.data.prepared.format import (
     BETON,
     INDEX,
     MANIFEST,
+    File,
     Index,
     Manifest,
     content_hash,
@@ -25,7 +26,8 @@ from dive_fast.data.prepared.format import (
     read_manifest,
     select_rows,
 )
-from dive_fast.data.sources.source import EMPTY_CAPTION, LazySamples, Sample, Skipped, Source, locate
+from dive_fast.data.sources.sample_table import SampleTable, Strings
+from dive_fast.data.sources.source import EMPTY_CAPTION, Skipped, Source, locate
 from dive_fast.errors import DataError
 
 
@@ -59,14 +61,14 @@ def _open(folder: Path, manifest: Manifest, path: str, text: str) -> Source:
         # Sets of earlier versions contain empty captions.
         if beton is not None:
             raise DataError(f"{path}: {int(blank.sum())} of its captions are empty; prepare the set again")
-        samples = PreparedSamples(index, [folder / file.name for file in manifest.files])
-        skipped = [Skipped(samples[row].key, EMPTY_CAPTION) for row in blank.nonzero()[:, 0].tolist()]
+        samples = samples_of(index, folder, manifest.files)
+        skipped = [Skipped(samples.key(row), EMPTY_CAPTION) for row in blank.nonzero()[:, 0].tolist()]
         index = select_rows(index, (~blank).nonzero()[:, 0])
         content = content_hash(index)
         if not len(index["label"]):
             raise DataError(f"{path}: all its captions are empty")
     return Source(
-        PreparedSamples(index, [folder / file.name for file in manifest.files]),
+        samples_of(index, folder, manifest.files),
         tuple(manifest.class_names),
         skipped=skipped,
         prepared_without=manifest.skipped,
@@ -125,36 +127,21 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             )
 
 
-class PreparedSamples(LazySamples):
-    """Samples that are created from rows of the index."""
-
-    def __init__(self, index: Index, files: Sequence[Path]) -> None:
-        self._index = {name: tensor.numpy() for name, tensor in index.items() if name != "tokens"}
-        self._files = files
-
-    def __len__(self) -> int:
-        return len(self._index["offset"])
-
-    def sample(self, row: int) -> Sample:
-        """The sample of a row of the index."""
-        index = self._index
-        texts = self._string("text", row)
-        return Sample(
-            self._string("key", row),
-            self._files[index["file"][row]],
-            int(index["offset"][row]),
-            int(index["size"][row]),
-            int(index["label"][row]),
-            tuple(text for text in texts.split("\0") if text.strip()) if len(index["texts"]) else (),
-        )
-
-    def _string(self, name: str, row: int) -> str:
-        ends: NDArray[np.int64] = self._index[f"{name}_ends"]
-        start = ends[row - 1] if row else 0
-        try:
-            return self._index[f"{name}s"][start : ends[row]].tobytes().decode()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self._files[0].parent / INDEX}: invalid {name} in row {row}: {error}") from error
+def samples_of(index: Index, folder: Path, files: Sequence[File]) -> SampleTable:
+    """The samples of a prepared set, as views of its index."""
+    columns = {name: tensor.numpy() for name, tensor in index.items() if name != "tokens"}
+    has_texts = len(columns["texts"]) > 0
+    return SampleTable(
+        str(folder),
+        Strings.of(os.fsencode(file.name) for file in files),
+        Strings(columns["keys"], columns["key_ends"]),
+        columns["file"],
+        columns["offset"],
+        columns["size"],
+        columns["label"],
+        Strings(columns["texts"], columns["text_ends"]) if has_texts else Strings.of(()),
+        None,
+    )
 
 
 def verify(path: str) -> Manifest:

@@ -49,7 +49,7 @@ from dive_fast.data.prepared.format import (
     write_skipped,
 )
 from dive_fast.data.prepared.raw import Raw, UnusableError
-from dive_fast.data.prepared.read import PreparedSamples, check_written
+from dive_fast.data.prepared.read import check_written, samples_of
 from dive_fast.data.sources.source import Skipped, Source
 from dive_fast.data.workers import FORK, forking
 from dive_fast.errors import DataError
@@ -386,7 +386,7 @@ def _to_beton(files: Sequence[File], index: Index, output: Path) -> tuple[list[F
 
     path = output / BETON
     partial = path.with_name(f"{BETON}.partial")
-    samples = PreparedSamples(index, [output / file.name for file in files])
+    samples = samples_of(index, output, files)
     sizes = np.stack([index["height"].numpy(), index["width"].numpy()], axis=1)
     source = Source(samples, sizes=sizes, tokens=index.get("tokens"))
     index = index | write_beton(partial, source)

@@ -4,13 +4,12 @@ from pathlib import Path
 
 from dive_fast.data.content_hashes import map_in_threads
 from dive_fast.data.sources.folder import images_below
+from dive_fast.data.sources.sample_table import Sample, printable
 from dive_fast.data.sources.source import (
     EMPTY_CAPTION,
-    Sample,
     Skipped,
     Source,
     locate,
-    printable,
     summarize_skipped,
 )
 from dive_fast.errors import DataError
@@ -50,7 +49,7 @@ def open_captioned_folder(path: str) -> Source:
         reasons = f" ({summarize_skipped(skipped)})" if skipped else ""
         hint = "; it holds tars: use format webdataset" if not files and any(root.glob("*.tar")) else ""
         raise DataError(f"{path}: no image has a .txt of the same name next to it{reasons}{hint}")
-    return Source(samples, skipped=skipped, ignored=ignored)
+    return Source.of(samples, skipped=skipped, ignored=ignored)
 
 
 def _text(image: Path) -> tuple[str, str]:

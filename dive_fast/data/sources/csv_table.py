@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dive_fast.data.content_hashes import map_in_threads, stat_if_exists
-from dive_fast.data.sources.source import EMPTY_CAPTION, Sample, Skipped, Source, locate
+from dive_fast.data.sources.sample_table import Sample
+from dive_fast.data.sources.source import EMPTY_CAPTION, Skipped, Source, locate
 from dive_fast.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def open_csv(path: str, image_root: str | None, *, group: bool) -> Source:
             Sample(f"{row.name}#{row.number}", files[row.name][0], size=files[row.name][1], texts=(row.title,))
             for row in rows
         ]
-    return Source(samples, skipped=skipped)
+    return Source.of(samples, skipped=skipped)
 
 
 def _csv_rows(file: Path, path: str) -> list[_Row]:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from dive_fast.data.decode import IMAGE_SUFFIXES, looks_like_image
 from dive_fast.data.sources.file_rules import HIDDEN, is_hidden, reason_to_skip, refuse_duplicates
-from dive_fast.data.sources.source import Sample, Skipped, Source, locate, printable, summarize_skipped
+from dive_fast.data.sources.sample_table import Sample, printable
+from dive_fast.data.sources.source import Skipped, Source, locate, summarize_skipped
 from dive_fast.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def open_folder(path: str) -> Source:
             "to make its subfolders the classes",
             *(path, samples[0].key, ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")),
         )
-    return Source(samples, tuple(names), skipped=skipped, ignored=ignored)
+    return Source.of(samples, tuple(names), skipped=skipped, ignored=ignored)
 
 
 def _class_folders(root: Path, path: str, ignored: list[Skipped]) -> list[str]:

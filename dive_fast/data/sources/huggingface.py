@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from dive_fast.data.decode import IMAGE_SUFFIXES
 from dive_fast.data.sources.folder import class_order
-from dive_fast.data.sources.source import EMPTY_CAPTION, Sample, Skipped, Source, locate, summarize_skipped
+from dive_fast.data.sources.sample_table import Sample
+from dive_fast.data.sources.source import EMPTY_CAPTION, Skipped, Source, locate, summarize_skipped
 from dive_fast.errors import DataError, nearest
 from dive_fast.io.safe_read import inside, read_json
 
@@ -214,7 +215,7 @@ def _read(table: _Table, columns: Columns, has_texts: bool) -> Source:
     if not samples:
         reasons = f" ({summarize_skipped(skipped)})" if skipped else ""
         raise DataError(f"no row has an image and a {'text' if has_texts else 'label'}{reasons}")
-    return Source(samples, names, skipped=skipped)
+    return Source.of(samples, names, skipped=skipped)
 
 
 def _image_column(table: _Table) -> str:

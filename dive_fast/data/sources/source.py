@@ -7,13 +7,12 @@ sharding and resume are therefore exact. Every sample that a reader leaves out i
 
 import hashlib
 import logging
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +20,7 @@ from PIL import Image
 
 from dive_fast.data import content_hashes
 from dive_fast.data.decode import UNDECODABLE, decode, decode_error_message
+from dive_fast.data.sources.sample_table import Sample, SampleTable
 from dive_fast.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,53 +32,11 @@ EMPTY_CAPTION = "its caption is empty"
 """Reason for skipping a sample whose caption holds nothing but white space."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One image with its label and texts."""
-
-    key: str
-    """Name of the sample in the data set, made printable by :func:`printable`; part of the data set's digest."""
-    path: Path
-    """File that holds the image: an image file or a tar."""
-    offset: int = 0
-    """Position of the image's first byte in the file."""
-    size: int = -1
-    """Number of bytes; -1: up to the end of the file."""
-    label: int = -1
-    """Index of the class; -1: unknown."""
-    texts: tuple[str, ...] = ()
-    """Captions, or texts of a class."""
-
-    def unusable(self, reason: str) -> DataError:
-        """The error to raise for a sample whose image cannot be used."""
-        return DataError(f"{self.path}: sample {self.key}: {reason}")
-
-
 class Skipped(NamedTuple):
     """A sample or file that was left out, with the reason."""
 
     key: str
     reason: str
-
-
-class LazySamples(ABC, Sequence[Sample]):
-    """Samples that are created on access, so that millions need no memory."""
-
-    @abstractmethod
-    def sample(self, row: int) -> Sample:
-        """The sample of a row in [0, N)."""
-
-    @overload
-    def __getitem__(self, row: int) -> Sample: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[Sample]: ...
-    def __getitem__(self, row: int | slice) -> Sample | list[Sample]:
-        """The sample of a row, or the samples of a slice of rows."""
-        if isinstance(row, slice):
-            return [self.sample(i) for i in range(*row.indices(len(self)))]
-        if not -len(self) <= row < len(self):
-            raise IndexError(row)
-        return self.sample(row % len(self))
 
 
 @dataclass(frozen=True)
@@ -88,7 +46,7 @@ class Source:
     Fields marked "prepared sets" are known without reading the samples, and are empty or None for raw data.
     """
 
-    samples: Sequence[Sample]
+    samples: SampleTable
     class_names: tuple[str, ...] = ()
     """Names of the class folders of an image folder, or those of a prepared set; otherwise empty."""
     skipped: Sequence[Skipped] = ()
@@ -111,8 +69,22 @@ class Source:
     """Sets prepared with a tokenizer: ``(N, context)``, the tokens of each sample's first text."""
     beton: Path | None = None
     """Sets prepared for FFCV: its file with all images, in the order of the samples."""
+    modified_hash: str = ""
+    """Raw data: the result of :meth:`modified` where the reader knows it; otherwise empty."""
     held_out: str = ""
     """The part of the data set that ``holdout`` leaves, for the user; empty for a complete set."""
+
+    @classmethod
+    def of(
+        cls,
+        samples: Iterable[Sample],
+        class_names: tuple[str, ...] = (),
+        *,
+        skipped: Sequence[Skipped] = (),
+        ignored: Sequence[Skipped] = (),
+    ) -> "Source":
+        """A raw set of some samples."""
+        return cls(SampleTable.of(samples), class_names, skipped=skipped, ignored=ignored)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -145,8 +117,9 @@ class Source:
     def digest(self) -> str:
         """A hash of everything that decides results, wherever the files lie; computed once.
 
-        Raw data: key, label, texts and image size of every sample in order, the class names, and the bytes of up
-        to ``content_hashes.NUM_PROBES`` images spread evenly over the set, from end to end or at both ends.
+        Raw data: :meth:`SampleTable.digest`, which covers key, label, texts and image size of every sample in
+        order, the class names, and the bytes of up to ``content_hashes.NUM_PROBES`` images spread evenly over the
+        set, from end to end or at both ends.
         Prepared sets: the content hash of the manifest, which covers all bytes, and the class names.
 
         Raises:
@@ -174,16 +147,15 @@ class Source:
                 return self.content_hash
             digest.update(self.content_hash.encode())
         else:
-            for sample in self.samples:
-                digest.update(repr((sample.key, sample.label, sample.texts)).encode())
-            for part in content_hashes.probe_hashes(self.samples):
+            digest.update(self.samples.digest().encode())
+            for part in content_hashes.probe_hashes(self.samples, self.samples.sizes):
                 digest.update(part)
         digest.update(repr(tuple(self.class_names)).encode())
         return digest.hexdigest()
 
     @cached_property
     def _modified(self) -> str:
-        return content_hashes.modification_hash(self.files or (sample.path for sample in self.samples))
+        return self.modified_hash or content_hashes.modification_hash(self.files or self.samples.used_files())
 
     @cached_property
     def _image_ids(self) -> NDArray[np.int64]:
@@ -221,14 +193,6 @@ class Source:
         if self.prepared_without:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.prepared_without.items())
             logger.warning("%s: prepared without these samples: %s (skipped.jsonl)", name, reasons)
-
-
-def printable(name: str) -> str:
-    """A file system name as printable text that can be written as UTF-8.
-
-    Bytes that are not UTF-8, which Python holds as surrogates, become hexadecimal escapes.
-    """
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def locate(path: str) -> Path:

@@ -11,17 +11,19 @@ import braceexpand
 
 from dive_fast.data.decode import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES
 from dive_fast.data.sources.file_rules import HIDDEN, is_hidden, reason_to_skip, refuse_duplicates
+from dive_fast.data.sources.node_index import Listing, RawSet, open_raw
+from dive_fast.data.sources.sample_table import Sample, TableBuilder, printable
 from dive_fast.data.sources.source import (
     EMPTY_CAPTION,
-    Sample,
     Skipped,
     Source,
     locate,
-    printable,
     summarize_skipped,
 )
 from dive_fast.data.sources.tar_index import Member, read_members
+from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
+from dive_fast.identity import Identity
 
 DUPLICATE = "duplicate name"
 """Reason for skipping a sample whose name an earlier sample of the tar has."""
@@ -30,7 +32,7 @@ DOTTED = "a dot before the suffix: webdataset ends the name of a sample at its f
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
 
 
-def open_webdataset(path: str, text: str, *, strict: bool = True) -> Source:
+def open_webdataset(path: str, text: str, *, strict: bool = True, ranks: Ranks | None = None) -> Source:
     """Opens webdataset tars, in which files whose names differ only in their suffix form a sample.
 
     Samples without an image or a text, with an empty text or one that is not UTF-8, or with a duplicate name are
@@ -40,29 +42,54 @@ def open_webdataset(path: str, text: str, *, strict: bool = True) -> Source:
         path: a tar, a brace range, a glob, or a folder of tars.
         text: suffix of the file that a sample needs besides its image: ``.cls`` (label) or ``.txt`` (caption).
         strict: whether a broken tar or label is an error; otherwise incomplete samples are skipped.
+        ranks: see :func:`open_raw`.
 
     Raises:
         DataError: there is no tar, a tar is broken, or no sample is complete.
     """
-    samples: list[Sample] = []
-    skipped: list[Skipped] = []
-    ignored: list[Skipped] = []
-    for tar in list_tars(path, skipped, ignored):
-        members = read_members(tar)
-        if members.error is not None:
-            if strict:
-                raise DataError(f"{tar}: not a complete tar: {members.error}")
-            is_compressed = "compressed" in members.error
-            reason = "a compressed tar" if is_compressed else "the tar is incomplete"
-            skipped.append(Skipped(printable(tar.name), reason))
-        try:
-            samples += _tar_samples(tar, members.files, text, strict, skipped, ignored)
-        except OSError as error:
-            raise DataError(f"{tar}: cannot read it: {error}") from error
-    if not samples:
-        reasons = f" ({summarize_skipped(skipped)})" if skipped else ""
-        raise DataError(f"{path}: no sample has both an image and a {text} file{reasons}")
-    return Source(samples, skipped=skipped, ignored=ignored)
+    return open_raw(Tars(path, text, strict), ranks)
+
+
+class Tars(RawSet):
+    """The tars of a set."""
+
+    def __init__(self, path: str, text: str, strict: bool) -> None:
+        """Takes the arguments of :func:`open_webdataset`."""
+        self.path, self._text, self._strict = path, text, strict
+        self._tars: list[Path] = []
+        self._skipped: list[Skipped] = []
+        self._ignored: list[Skipped] = []
+
+    def identity(self) -> Identity:
+        return {"format": "webdataset", "text": self._text, "strict": self._strict}
+
+    def list_files(self) -> Listing:
+        self._tars = list_tars(self.path, self._skipped, self._ignored)
+        self.root = os.path.commonpath([tar.parent for tar in self._tars])
+        return Listing.of(self.root, self._tars)
+
+    def read(self, listing: Listing) -> tuple[Source, Sequence[str]]:
+        table = TableBuilder(self.root, shares_texts=False)
+        skipped, ignored = list(self._skipped), list(self._ignored)
+        for tar, name in zip(self._tars, listing.names, strict=True):
+            members = read_members(tar)
+            if members.error is not None:
+                if self._strict:
+                    raise DataError(f"{tar}: not a complete tar: {members.error}")
+                is_compressed = "compressed" in members.error
+                reason = "a compressed tar" if is_compressed else "the tar is incomplete"
+                skipped.append(Skipped(printable(tar.name), reason))
+            file = table.file(name)
+            try:
+                for sample in _tar_samples(tar, members.files, self._text, self._strict, skipped, ignored):
+                    where = {"offset": sample.offset, "label": sample.label}
+                    table.add(sample.key, file, sample.size, sample.texts, **where)
+            except OSError as error:
+                raise DataError(f"{tar}: cannot read it: {error}") from error
+        if not len(table):
+            reasons = f" ({summarize_skipped(skipped)})" if skipped else ""
+            raise DataError(f"{self.path}: no sample has both an image and a {self._text} file{reasons}")
+        return Source(table.build(), skipped=skipped, ignored=ignored), ()
 
 
 def _tar_samples(

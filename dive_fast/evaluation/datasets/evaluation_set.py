@@ -71,7 +71,7 @@ class Captioned:
 
     def captions(self) -> list[tuple[str, ...]]:
         """Captions of each image."""
-        return [sample.texts for sample in self.source.samples]
+        return [self.source.samples.texts(row) for row in range(len(self.source))]
 
 
 BROKEN = -2

@@ -3,7 +3,6 @@
 Class lists come from timm, a dependency of open_clip; ObjectNet's map is part of the data set.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from dive_fast.data.sources.folder import open_folder
 from dive_fast.data.sources.source import Source
 from dive_fast.errors import DataError
 from dive_fast.evaluation.classifier import Members
-from dive_fast.evaluation.datasets.layouts import complete
+from dive_fast.evaluation.datasets.layouts import complete, relabelled
 from dive_fast.io.safe_read import parse_json, read_text
 
 OBJECTNET_BORDER = 2
@@ -51,7 +50,7 @@ def open_numbered_folders(path: Path) -> Source:
     """
     _validate_folders(path, tuple(str(label) for label in range(1000)), "folders 0 to 999")
     source = complete(open_folder(str(path)), path)
-    return _relabelled(source, [int(name) for name in source.class_names])
+    return relabelled(source, [int(name) for name in source.class_names])
 
 
 def open_objectnet(images: Path, mappings: Path) -> tuple[Source, Members, tuple[str, ...]]:
@@ -98,7 +97,7 @@ def open_objectnet(images: Path, mappings: Path) -> tuple[Source, Members, tuple
         raise DataError(f"{images}: {len(missing)} of {len(folders)} class folders are missing, e.g. {missing[0]}")
     source = complete(open_folder(str(images)), images)
     label_of = {folder: label for label, folder in enumerate(folders)}
-    source = _relabelled(source, [label_of.get(folder, -1) for folder in source.class_names])
+    source = relabelled(source, [label_of.get(folder, -1) for folder in source.class_names])
     members = tuple(by_folder[folder][1] for folder in folders)
     return source, members, tuple(by_folder[folder][0].lower() for folder in folders)
 
@@ -114,9 +113,3 @@ def _validate_folders(path: Path, expected: tuple[str, ...], description: str) -
             f"{len(missing)} are missing, e.g. {missing[0]}" if missing else f"{unknown[0]} is not one of them"
         )
         raise DataError(f"{path}: expected {description}: {problem}")
-
-
-def _relabelled(source: Source, labels: list[int]) -> Source:
-    """The source with label i replaced by ``labels[i]``; samples whose new label is -1 are left out."""
-    samples = [replace(sample, label=labels[sample.label]) for sample in source.samples]
-    return Source([sample for sample in samples if sample.label >= 0])

@@ -10,11 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dive_fast.data.classes import repeated
 from dive_fast.data.decode import IMAGE_SUFFIXES
 from dive_fast.data.prompts import read_class_names
 from dive_fast.data.sources.folder import open_folder
-from dive_fast.data.sources.source import Sample, Skipped, Source, summarize_skipped
+from dive_fast.data.sources.sample_table import Sample, SampleTable
+from dive_fast.data.sources.source import Skipped, Source, summarize_skipped
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.errors import DataError
 from dive_fast.evaluation.datasets.class_names import class_names_of, read_lines
@@ -111,12 +114,12 @@ def captioned(source: Source, layout: str) -> Captioned:
     counts = Counter(images)
     for index, image in enumerate(images):
         first.setdefault(image, index)
-        texts.setdefault(image, []).extend(source.samples[index].texts)
+        texts.setdefault(image, []).extend(source.samples.texts(index))
     if len(first) == len(source):
         return Captioned(source, layout)
     samples = [replace(source.samples[index], texts=tuple(texts[image])) for image, index in first.items()]
     hashes = None if source.hashes is None else source.hashes[list(first.values())]
-    merged = replace(source, samples=samples, hashes=hashes, sizes=None, beton=None)
+    merged = replace(source, samples=SampleTable.of(samples), hashes=hashes, sizes=None, beton=None)
     remark = f"{len(source)} samples are {len(first)} distinct images, each with all its captions"
     return Captioned(merged, layout, (remark,), num_samples=tuple(counts[image] for image in first))
 
@@ -134,7 +137,7 @@ def split_captions(source: Source) -> Source:
     empty = next((sample for sample in samples if not sample.texts), None)
     if empty is not None:
         raise empty.unusable("it has no caption")
-    return replace(source, samples=samples, tokens=None)
+    return replace(source, samples=SampleTable.of(samples), tokens=None)
 
 
 def coop(root: Path, split: str, images: Sequence[str]) -> Named | None:
@@ -259,10 +262,14 @@ def class_folders(
         kept = [name for name in source.class_names if name not in exclude]
         label_of = {name: label for label, name in enumerate(kept)}
         labels = [label_of.get(name, -1) for name in source.class_names]
-        samples = [replace(sample, label=labels[sample.label]) for sample in source.samples]
-        kept_samples = [sample for sample in samples if sample.label >= 0]
-        return Source(kept_samples), _replace_names(names, plain_names(kept))
+        return relabelled(source, labels), _replace_names(names, plain_names(kept))
     return None
+
+
+def relabelled(source: Source, labels: Sequence[int]) -> Source:
+    """The source with label i replaced by ``labels[i]``; samples whose new label is -1 are left out."""
+    samples = source.samples.with_labels(np.array(labels)[source.samples.labels])
+    return Source(samples.select(np.flatnonzero(samples.labels >= 0)))
 
 
 def _torchvision_root(root: Path, folder: str) -> Path | None:
@@ -353,7 +360,7 @@ def present(samples: list[Sample]) -> Source:
     missing = [sample for sample in samples if not sample.path.is_file()]
     if missing:
         raise DataError(f"{len(missing)} of {len(samples)} images are missing, e.g. {missing[0].path}")
-    return Source([replace(sample, size=sample.path.stat().st_size) for sample in samples])
+    return Source.of(replace(sample, size=sample.path.stat().st_size) for sample in samples)
 
 
 def _first_existing(root: Path, *files: str) -> Path:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from dive_fast.data.sources.source import Sample, Source
+from dive_fast.data.sources.sample_table import Sample
+from dive_fast.data.sources.source import Source
 from dive_fast.errors import DataError
 from dive_fast.evaluation.datasets.layouts import present
 from dive_fast.evaluation.scores import Regions

@@ -32,6 +32,7 @@ from dive_fast.data.prepared.read import open_prepared, verify
 from dive_fast.data.prepared.write import prepare
 from dive_fast.data.sources.csv_table import open_csv
 from dive_fast.data.sources.folder import open_folder
+from dive_fast.data.sources.sample_table import SampleTable
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.data.workers import FORK
 from dive_fast.errors import DataError
@@ -860,7 +861,7 @@ def test_open_prepared_skips_empty_captions_of_old_sets(tmp_path: Path) -> None:
     raw = open_webdataset(str(tar), ".txt")
     texts = ("one", "", "three", " \t", "five", "six")
     blank = [dataclasses.replace(s, texts=(text,)) for s, text in zip(raw.samples, texts, strict=True)]
-    prepare(RawSource(dataclasses.replace(raw, samples=blank)), tmp_path / "set", SMALL, 1)
+    prepare(RawSource(dataclasses.replace(raw, samples=SampleTable.of(blank))), tmp_path / "set", SMALL, 1)
     source = open_prepared(str(tmp_path / "set"), ".txt")
     assert [s.texts for s in source.samples] == [("one",), ("three",), ("five",), ("six",)]
     assert [key for key, _ in source.skipped] == ["a.tar/001", "a.tar/003"]

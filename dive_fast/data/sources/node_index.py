@@ -1,0 +1,292 @@
+"""The index of a raw data set: built by one process of a node, kept between runs, memory-mapped by all its ranks.
+
+Reading the names, texts and positions of millions of samples takes minutes, and the same set is opened at every
+start. The index is kept in the cache folder, under the files' names, sizes and modification times: a set with a
+changed file has another index. Its contents decide results only through ``Source.digest``.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dive_fast import __version__
+from dive_fast.data.sources.sample_table import Columns, SampleTable, Strings
+from dive_fast.data.sources.source import Skipped, Source
+from dive_fast.distributed import Ranks
+from dive_fast.errors import DataError
+from dive_fast.identity import Identity, digest
+from dive_fast.io.atomic_files import atomic_folder
+from dive_fast.io.cache_folder import cache_folder, mark_used, remove_unused
+from dive_fast.io.safe_read import read_json
+from dive_fast.locks import file_lock
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Version of the stored columns and of the rules by which readers choose samples; change it with either."""
+FOLDER, ABOUT = "indexes", "index.json"
+"""Folder of the indexes in the cache, and the description in each of them."""
+SMALL_FILES, SMALL_BYTES = 10_000, 2**26
+"""A set of fewer files and bytes is read at each start: that takes no longer than checking its index."""
+RACY_SECONDS = 2.0
+"""A file that was modified so shortly before it was listed may change again without another modification time."""
+
+
+class Listing(NamedTuple):
+    """The files that decide the samples of a raw set."""
+
+    names: Strings
+    """Names relative to the set's root, as bytes of the file system."""
+    sizes: NDArray[np.int64]
+    """``(F,)``: bytes of each file."""
+    times: NDArray[np.int64]
+    """``(F,)``: modification time of each file, in nanoseconds."""
+
+    @classmethod
+    def of(cls, root: str, files: Sequence[Path]) -> "Listing":
+        """The listing of files that exist, by the names that they have relative to ``root``.
+
+        Raises:
+            DataError: a file cannot be examined.
+        """
+        try:
+            statuses = [os.stat(file) for file in files]
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot read it: {error.strerror or error}") from error
+        return cls(
+            Strings.of(os.fsencode(os.path.relpath(file, root or ".")) for file in files),
+            np.array([status.st_size for status in statuses], np.int64),
+            np.array([status.st_mtime_ns for status in statuses], np.int64),
+        )
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the set is read at each start, and no index is kept."""
+        return len(self.names) < SMALL_FILES and int(self.sizes.sum()) < SMALL_BYTES
+
+    @property
+    def is_racy(self) -> bool:
+        """Whether a file was modified a moment ago or has a time in the future."""
+        return len(self.times) > 0 and int(self.times.max()) > (time.time() - RACY_SECONDS) * 1e9
+
+    def digest(self) -> str:
+        """A hash of names, sizes and times."""
+        columns: Columns = {"names": self.names.values, "ends": self.names.ends, "sizes": self.sizes}
+        return _hash(columns | {"times": self.times})
+
+    def modified(self) -> str:
+        """A hash of the modification times."""
+        return hashlib.sha256(self.times.astype("<i8").tobytes()).hexdigest()
+
+
+class RawSet(ABC):
+    """A raw data set on disk, which :func:`open_raw` opens."""
+
+    path: str
+    """The path in the config, for messages."""
+    root: str
+    """Folder that names of files are relative to: the same set in another folder has another index."""
+
+    @abstractmethod
+    def identity(self) -> Identity:
+        """Format and options, all that decides the samples besides the files."""
+
+    @abstractmethod
+    def list_files(self) -> Listing:
+        """Lists the files.
+
+        Raises:
+            DataError: a file or folder is missing, or cannot be read.
+        """
+
+    @abstractmethod
+    def read(self, listing: Listing) -> tuple[Source, Sequence[str]]:
+        """Reads the set: its samples, and warnings about it.
+
+        Raises:
+            DataError: the files do not have the configured format.
+        """
+
+
+def open_raw(raw: RawSet, ranks: Ranks | None = None) -> Source:
+    """Opens a raw set by its kept index, which is built if it is missing or a file has changed.
+
+    Args:
+        ranks: all ranks call this; the first rank of each node opens the set, and the others map its index. None:
+            this process opens it, after any other process that builds the same index.
+
+    Raises:
+        DataError: as :meth:`RawSet.read`; all ranks raise it.
+    """
+    if ranks is None or ranks.world_size == 1:
+        return _open(raw)[0]
+    opened: list[Source] = []
+
+    def open_first() -> "Source | Path":
+        source, index = _open(raw)
+        opened.append(source)
+        return index or source  # a small set travels whole
+
+    shared = ranks.once_per_node(open_first, DataError)
+    if opened:
+        return opened[0]
+    if isinstance(shared, Source):
+        return shared
+    return _load(shared, raw, None) or _open(raw)[0]
+
+
+def _open(raw: RawSet) -> tuple[Source, Path | None]:
+    """The set and the folder of its index; None if none is kept."""
+    listing = raw.list_files()
+    if listing.is_small:
+        return _read(raw, listing)[0], None
+    stamp = digest([FORMAT, __version__, raw.identity(), listing.digest()])
+    # A changed set replaces its former index.
+    prefix = digest([os.path.realpath(raw.root or "."), raw.identity()])[:20]
+    folder = _folder()
+    if folder is None:
+        return _read(raw, listing)[0], None
+    index = folder / f"{prefix}-{stamp[:20]}"
+    if (source := _load(index, raw, stamp, warn=True)) is not None:
+        return source, index
+    with file_lock(folder / f"{prefix}.lock", f"the index of {raw.path}", wait=True):
+        if (source := _load(index, raw, stamp, warn=True)) is not None:
+            return source, index
+        source, warnings = _read(raw, listing)
+        if listing.is_racy or not _save(index, source, warnings, stamp):
+            return source, None
+        for other in folder.glob(f"{prefix}-*"):
+            if other != index:
+                shutil.rmtree(other, ignore_errors=True)
+        remove_unused(folder)
+        # Mapped, so that forked processes and other ranks share its pages.
+        return _load(index, raw, stamp) or source, index
+
+
+def _read(raw: RawSet, listing: Listing) -> tuple[Source, Sequence[str]]:
+    source, warnings = raw.read(listing)
+    for warning in warnings:
+        logger.warning("%s", warning)
+    return replace(source, modified_hash=listing.modified()), warnings
+
+
+def _folder() -> Path | None:
+    try:
+        return cache_folder(FOLDER)
+    except OSError as error:
+        logger.warning("indexes of data sets are not kept: %s", error)
+        return None
+
+
+# Files
+
+
+class SkippedEntries(Sequence[Skipped]):
+    """Skipped samples that are created on access."""
+
+    def __init__(self, strings: Strings) -> None:
+        """Takes the stored entries: key, a zero byte, and reason."""
+        self._strings = strings
+
+    def __len__(self) -> int:
+        return len(self._strings)
+
+    @overload
+    def __getitem__(self, row: int) -> Skipped: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Skipped]: ...
+    def __getitem__(self, row: int | slice) -> Skipped | list[Skipped]:
+        """The entry of a row, or the entries of a slice of rows."""
+        if isinstance(row, slice):
+            return [self[each] for each in range(*row.indices(len(self)))]
+        if not -len(self) <= row < len(self):
+            raise IndexError(row)
+        return Skipped(*self._strings[row % len(self)].decode().split("\0", 1))
+
+
+def _save(folder: Path, source: Source, warnings: Sequence[str], stamp: str) -> bool:
+    """Writes an index, a folder of one array a column; returns False, with a warning, if the disk refuses it."""
+    columns = source.samples.columns()
+    for name, entries in (("skipped", source.skipped), ("ignored", source.ignored)):
+        strings = Strings.of(f"{key}\0{reason}".encode() for key, reason in entries)
+        columns |= {name: strings.values, f"{name}_ends": strings.ends}
+    about = {
+        "stamp": stamp,
+        "checksum": _hash(columns),
+        "digest": source.samples.digest_of_columns(),
+        "modified": source.modified_hash,
+        "class_names": list(source.class_names),
+        "warnings": list(warnings),
+        "lengths": {name: len(column) for name, column in columns.items()},
+    }
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        with atomic_folder(folder) as partial:
+            for name, column in columns.items():
+                np.save(partial / f"{name}.npy", column, allow_pickle=False)
+            (partial / ABOUT).write_text(json.dumps(about))
+    except OSError as error:
+        logger.warning("%s: the index of this data set is not kept: %s", folder, error)
+        return False
+    return True
+
+
+def _load(folder: Path, raw: RawSet, stamp: str | None, *, warn: bool = False) -> Source | None:
+    """The set of an index, memory-mapped; None if there is none, or it is damaged.
+
+    Args:
+        stamp: the expected stamp, and the order to validate the checksum; None: another process of the node has
+            just done so.
+        warn: log the warnings of the reader.
+    """
+    try:
+        about = read_json(folder / ABOUT)
+        columns = {
+            name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r" if length else None))
+            for name, length in about["lengths"].items()
+        }
+        if stamp is not None and (about["stamp"] != stamp or about["checksum"] != _hash(columns)):
+            raise ValueError("its contents do not match its name or checksum")
+        entries = [
+            SkippedEntries(Strings(columns.pop(name), columns.pop(f"{name}_ends")))
+            for name in ("skipped", "ignored")
+        ]
+        table = SampleTable.from_columns(columns, raw.root, about["digest"])
+        source = Source(
+            table,
+            tuple(about["class_names"]),
+            skipped=entries[0],
+            ignored=entries[1],
+            modified_hash=about["modified"],
+        )
+        warnings = list(about["warnings"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s: the index is damaged (%s); it is built again", folder, error)
+        return None
+    mark_used(folder)
+    for warning in warnings if warn else ():
+        logger.warning("%s", warning)
+    return source
+
+
+def _hash(columns: Columns) -> str:
+    """A hash of columns and their names."""
+    result = hashlib.sha256()
+    for name in sorted(columns):
+        column = np.ascontiguousarray(columns[name])
+        result.update(f"{name} {column.dtype} {column.shape}".encode())
+        result.update(column.view(np.uint8).data if column.size else b"")
+    return result.hexdigest()
