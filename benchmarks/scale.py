@@ -7,7 +7,6 @@ machine disturb less than wall time. A law ``a + b N^p`` is fitted over the size
 
 import argparse
 import contextlib
-import inspect
 import json
 import os
 import shutil
@@ -149,13 +148,6 @@ class Peak:
             self.bytes = max(self.bytes, node_memory(self._pids))
 
 
-def takes_ranks() -> bool:
-    """Whether the ranks of a run open a set together."""
-    from dive_fast.data import open_dataset
-
-    return "ranks" in inspect.signature(open_dataset.open_target).parameters
-
-
 def opening(section: dict[str, Any], tiny: dict[str, Any], cache: Path, ranks: int = 1) -> dict[str, Any]:
     """The cost of opening a set in fresh processes at the same time: their sums, and the time of the slowest."""
     with tempfile.TemporaryDirectory() as folder:
@@ -163,7 +155,6 @@ def opening(section: dict[str, Any], tiny: dict[str, Any], cache: Path, ranks: i
             "section": section,
             "tiny": tiny,
             "ranks": ranks,
-            "takes_ranks": ranks > 1 and takes_ranks(),
             "rendezvous": f"{folder}/rendezvous",
         }
         tasks = [Task("open", arguments | {"rank": rank}, cache) for rank in range(ranks)]

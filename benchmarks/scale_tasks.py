@@ -110,7 +110,7 @@ def open_(arguments: dict[str, Any]) -> None:
     """Opens a set when a line comes on stdin, prints the cost, and stays until stdin is closed."""
     opener(arguments["tiny"])()
     ranks = join(arguments)
-    function = opener(arguments["section"], ranks if arguments["takes_ranks"] else ())
+    function = opener(arguments["section"], ranks)
     gc.collect()
     before = memory()
     reset_peak()
@@ -157,7 +157,7 @@ def workers(arguments: dict[str, Any]) -> None:
     section, counts = arguments["section"], arguments.get("counts", READ_COUNTS)
     opener(arguments["tiny"])()
     source = opener(section)()
-    batches, size = _batches_in_workers(section, source, max(counts))
+    batches, size = batches_in_workers(section, source, max(counts))
     say(owner=memory())
     done = 0
     next(batches)  # the workers have started
@@ -165,11 +165,11 @@ def workers(arguments: dict[str, Any]) -> None:
         while done < count:  # in addition to the few batches that are read ahead
             done += size
             next(batches)
-        say(count=count, workers=[memory(pid) for pid in _children()])
+        say(count=count, workers=[memory(pid) for pid in children()])
     os._exit(0)
 
 
-def _batches_in_workers(section: dict[str, Any], source: Any, largest: int) -> tuple[Iterator[Any], int]:
+def batches_in_workers(section: dict[str, Any], source: Any, largest: int) -> tuple[Iterator[Any], int]:
     """Batches of samples that processes read, and the size of a batch; the processes end with this one."""
     size = 64 if section["format"] == WEBDATASET else min(64, len(source))
     num_batches = largest // size + 2
@@ -221,7 +221,7 @@ def _read(source: Any, sample_keys: list[tuple[int, int]]) -> int:
     return size
 
 
-def _children() -> list[int]:
+def children() -> list[int]:
     """Processes that this one has started."""
     import psutil
 
@@ -244,7 +244,7 @@ def labels(arguments: dict[str, Any]) -> None:
         return {
             "class names": lambda: target_names(source, listed),
             "prompt table without its tokens": lambda: PromptTable(source, names, templates, _no_tokens),
-            "class balance": lambda: Classes.of(_labels(source)),
+            "class balance": lambda: Classes.of(source.samples.labels),
             "holdout": lambda: split(source, 0.1, "train"),
             "digest": source.digest,
             "modification hash": source.modified,
@@ -256,11 +256,6 @@ def labels(arguments: dict[str, Any]) -> None:
         clock = Clock()
         function()
         say(part=name, **clock.read())
-
-
-def _labels(source: Any) -> Any:
-    """Labels as training reads them for class-balanced epochs."""
-    return [sample.label for sample in source.samples]
 
 
 def _no_tokens(texts: list[str]) -> Any:
