@@ -34,7 +34,7 @@ from scale_sets import (
     TARS_LABELS,
     SyntheticSets,
 )
-from scale_tasks import GROWTH, IMAGE_FOLDER, READ_COUNTS, WEBDATASET, memory
+from scale_tasks import GROWTH, IMAGE_FOLDER, READ_COUNTS, WEBDATASET, WORKERS, memory
 
 SIZES = (10_000, 100_000, 1_000_000)
 RANKS = 4
@@ -217,7 +217,8 @@ class Measurement:
     def _peer(peer: str, section: dict[str, Any]) -> dict[str, Any]:
         path = section["path"]
         if peer == WEBDATASET:
-            path = sorted(map(str, Path(path).glob("*.tar")))
+            tars = sorted(map(str, Path(path).glob("*.tar")))
+            path = tars if len(tars) >= WORKERS else tars * WORKERS  # a worker without a tar ends
         return {"format": peer, "path": path, "half": section["half"]}
 
     def _kind(self, kind: str, count: int, section: dict[str, Any], tiny: dict[str, Any]) -> None:
