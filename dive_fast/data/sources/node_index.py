@@ -5,6 +5,8 @@ start. The index is kept in the cache folder, under the files' names, sizes and 
 changed file has another index. Its contents decide results only through ``Source.digest``.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import logging
@@ -15,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +25,15 @@ from numpy.typing import NDArray
 from dive_fast import __version__
 from dive_fast.data.sources.sample_table import Columns, SampleTable, Strings
 from dive_fast.data.sources.source import Skipped, Source
-from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 from dive_fast.identity import Identity, digest
 from dive_fast.io.atomic_files import atomic_folder
 from dive_fast.io.cache_folder import cache_folder, mark_used, remove_unused
 from dive_fast.io.safe_read import read_json
 from dive_fast.locks import file_lock
+
+if TYPE_CHECKING:
+    from dive_fast.distributed import Ranks  # imports torch, which takes seconds
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +58,7 @@ class Listing(NamedTuple):
     """``(F,)``: modification time of each file, in nanoseconds."""
 
     @classmethod
-    def of(cls, root: str, files: Sequence[Path]) -> "Listing":
+    def of(cls, root: str, files: Sequence[Path]) -> Listing:
         """The listing of files that exist, by the names that they have relative to ``root``.
 
         Raises:
@@ -133,7 +137,7 @@ def open_raw(raw: RawSet, ranks: Ranks | None = None) -> Source:
         return _open(raw)[0]
     opened: list[Source] = []
 
-    def open_first() -> "Source | Path":
+    def open_first() -> Source | Path:
         source, index = _open(raw)
         opened.append(source)
         return index or source  # a small set travels whole
