@@ -126,7 +126,7 @@ class _Read:
         """A file that DALI can decode, and its view."""
         source, preprocess = self.samples.source, self.samples.preprocess
         data = source.read(sample_key[1])
-        has_view = preprocess.resize_mode != "longest"
+        has_view = _has_views(preprocess)
         if has_view and source.sizes is not None:
             return data, self.samples.view(sample_key, tuple(source.sizes[sample_key[1]].tolist()))
         try:
@@ -141,6 +141,11 @@ class _Read:
         content = io.BytesIO()
         transformed.save(content, "BMP")
         return content.getvalue(), preprocess.train_view(Crop(0, 0, transformed.height, transformed.width))
+
+
+def _has_views(preprocess: Preprocess) -> bool:
+    """Whether the pipeline can make all views of this preprocessing: without borders, and with one filter."""
+    return preprocess.resize_mode != "longest" and preprocess.eval_view((1, 1)).resampling == preprocess.resampling
 
 
 def _numbers(view: View) -> tuple[float, ...]:
