@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
@@ -200,17 +199,3 @@ class Preprocess:
             return target_height, int(target_width * width / height)
         ratio = min(height / target_height, width / target_width)  # ResizeKeepRatio rounds to nearest
         return round(height / ratio), round(width / ratio)
-
-
-def normalise(pixels: Tensor, preprocess: Preprocess, dtype: torch.dtype, channels_last: bool = False) -> Tensor:
-    """Normalises pixels on their device: ``(B, H, W, 3)`` uint8 -> ``(B, 3, H, W)`` in ``dtype``.
-
-    Computes in fp32 with torchvision's order of operations, then rounds to ``dtype``.
-    """
-    shape = (3, 1, 1)
-    mean, std = (
-        torch.tensor(values, device=pixels.device).view(shape) for values in (preprocess.mean, preprocess.std)
-    )
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
-    return images.div_(255).sub_(mean).div_(std).to(dtype)

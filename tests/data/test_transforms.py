@@ -18,7 +18,7 @@ from torchvision.transforms import functional as TF
 
 from dive_fast.data.loaders.pil_resize import resize
 from dive_fast.data.random_streams import Draw, stream
-from dive_fast.data.transforms import ASPECT_RATIO, TRAIN_SCALE, Crop, Preprocess, normalise, random_crop
+from dive_fast.data.transforms import ASPECT_RATIO, TRAIN_SCALE, Crop, Preprocess, random_crop
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 ODD_SIZES = [(1, 500), (500, 1), (31, 33), (5000, 40), (40, 5000), (1, 1), (2, 3), (375, 500)]
@@ -233,18 +233,6 @@ def test_resized_view_region_equals_open_clip(size: tuple[int, int], resize_mode
 def test_eval_view_rejects_borders() -> None:
     with pytest.raises(ValueError, match="resize_mode longest has no view"):
         preprocess((48, 48), resize_mode="longest").eval_view((60, 80))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_normalise_equals_torchvision(dtype: torch.dtype, channels_last: bool) -> None:
-    images = [noise_image(48, 48), noise_image(48, 48).rotate(90)]
-    config = preprocess((48, 48))
-    expected = torch.stack([config.to_tensor(image) for image in images]).to(dtype)
-    pixels = torch.stack([torch.from_numpy(np.asarray(image).copy()) for image in images])
-    actual = normalise(pixels, config, dtype, channels_last)
-    assert torch.equal(actual, expected)
-    assert actual.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 @pytest.mark.parametrize("bilinear", [False, True])

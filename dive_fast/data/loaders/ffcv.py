@@ -22,13 +22,13 @@ from dive_fast.data.loaders.loader import Options
 from dive_fast.data.prepared.beton import require_ffcv
 from dive_fast.data.samples import Batch, SampleKey, Samples
 from dive_fast.data.sources.source import Source
-from dive_fast.data.transforms import View, normalise
+from dive_fast.data.transforms import View
 from dive_fast.data.workers import in_workers
 from dive_fast.errors import DataError
 
 
 def load(samples: Samples[Batch], batches: Iterable[list[SampleKey]], options: Options) -> Iterator[Batch]:
-    """The batches of these sample keys, with images on ``options.device``, as every loader returns them.
+    """The batches of these sample keys, with pixels on the CPU, in page-locked memory for a GPU.
 
     Raises:
         DataError: FFCV is not installed, or the data is not prepared for it.
@@ -53,13 +53,7 @@ def _load(samples: Samples[Batch], plans: Iterator["_Planned[Batch]"], options: 
             pixels = torch.empty((len(plan.sample_keys), height, width, 3), dtype=torch.uint8, pin_memory=pin)
             for _ in threads.map(file.decode, plan.sample_keys, plan.views, pixels.numpy(), repeat(bilinear)):
                 pass
-            images = normalise(
-                pixels.to(options.device, non_blocking=True),
-                samples.preprocess,
-                options.dtype,
-                options.channels_last,
-            )
-            yield replace(plan.batch, images=images)
+            yield replace(plan.batch, images=pixels)
 
 
 @dataclass(frozen=True)

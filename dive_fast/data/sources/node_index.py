@@ -137,7 +137,8 @@ def open_raw(raw: RawSet, ranks: Ranks | None = None) -> Source:
         opened.append(source)
         return index or source  # a small set travels whole
 
-    shared = ranks.once_per_node(open_first, DataError)
+    # Ranks may have other paths; each rank opens its own.
+    shared = ranks.once_per_node((raw.path, raw.identity()), open_first, DataError)
     if opened:
         return opened[0]
     if isinstance(shared, Source):

@@ -18,7 +18,8 @@ from PIL import Image, ImageOps
 
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.data.loaders.loader import Options, batches_of, training_batches
-from dive_fast.data.prompts import PromptTable, SecondPrompts, pack, read_templates
+from dive_fast.data.prompt_files import read_templates
+from dive_fast.data.prompts import PromptTable, SecondPrompts, pack
 from dive_fast.data.sampler import Order
 from dive_fast.data.samples import MAX_REPLACEMENTS, EvaluationSamples, ReferenceSamples, TargetSamples
 from dive_fast.data.sources.csv_table import open_csv
