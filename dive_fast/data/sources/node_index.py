@@ -56,6 +56,8 @@ class Listing(NamedTuple):
     """``(F,)``: bytes of each file."""
     times: NDArray[np.int64]
     """``(F,)``: modification time of each file, in nanoseconds."""
+    details: str = ""
+    """A hash of everything else that the listing has shown and the samples or messages depend on."""
 
     @classmethod
     def of(cls, root: str, files: Sequence[Path]) -> Listing:
@@ -75,11 +77,6 @@ class Listing(NamedTuple):
         )
 
     @property
-    def is_small(self) -> bool:
-        """Whether the set is read at each start, and no index is kept."""
-        return len(self.names) < SMALL_FILES and int(self.sizes.sum()) < SMALL_BYTES
-
-    @property
     def is_racy(self) -> bool:
         """Whether a file was modified a moment ago or has a time in the future."""
         return len(self.times) > 0 and int(self.times.max()) > (time.time() - RACY_SECONDS) * 1e9
@@ -87,7 +84,7 @@ class Listing(NamedTuple):
     def digest(self) -> str:
         """A hash of names, sizes and times."""
         columns: Columns = {"names": self.names.values, "ends": self.names.ends, "sizes": self.sizes}
-        return _hash(columns | {"times": self.times})
+        return digest([_hash(columns | {"times": self.times}), self.details])
 
     def modified(self) -> str:
         """A hash of the modification times."""
@@ -101,6 +98,8 @@ class RawSet(ABC):
     """The path in the config, for messages."""
     root: str
     """Folder that names of files are relative to: the same set in another folder has another index."""
+    reads_all_bytes: bool = True
+    """Whether reading the set takes the longer, the larger its files are."""
 
     @abstractmethod
     def identity(self) -> Identity:
@@ -154,11 +153,12 @@ def open_raw(raw: RawSet, ranks: Ranks | None = None) -> Source:
 def _open(raw: RawSet) -> tuple[Source, Path | None]:
     """The set and the folder of its index; None if none is kept."""
     listing = raw.list_files()
-    if listing.is_small:
+    small_bytes = not raw.reads_all_bytes or int(listing.sizes.sum()) < SMALL_BYTES
+    if len(listing.sizes) < SMALL_FILES and small_bytes:
         return _read(raw, listing)[0], None
     stamp = digest([FORMAT, __version__, raw.identity(), listing.digest()])
     # A changed set replaces its former index.
-    prefix = digest([os.path.realpath(raw.root or "."), raw.identity()])[:20]
+    prefix = digest([os.path.realpath(raw.root or "."), raw.path, raw.identity()])[:20]
     folder = _folder()
     if folder is None:
         return _read(raw, listing)[0], None
