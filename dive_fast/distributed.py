@@ -106,17 +106,18 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def once_per_node(self, function: Callable[[], T], *errors: type[Exception]) -> T:
+    def once_per_node(self, key: Any, function: Callable[[], T], *errors: type[Exception]) -> T:
         """The result of a function that the first rank of each node calls, on all ranks of that node.
 
         Args:
+            key: ranks of a node with another value call the function apart.
             function: must not contain collectives; its result is pickled.
             errors: exceptions of any rank that all ranks raise.
         """
         if self.world_size == 1:
             return function()
         with self._waiting():
-            nodes = self.collect(_node())
+            nodes = self.collect((*_node(), key))
         first = nodes.index(nodes[self.rank])
         result: T | None = None
         with self.raise_on_all(*errors):
