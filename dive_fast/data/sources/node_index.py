@@ -5,6 +5,8 @@ start. The index is kept in the cache folder, under the files' names, sizes and 
 changed file has another index. Its contents decide results only through ``Source.digest``.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import logging
@@ -15,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +25,15 @@ from numpy.typing import NDArray
 from dive_fast import __version__
 from dive_fast.data.sources.sample_table import Columns, SampleTable, Strings
 from dive_fast.data.sources.source import Skipped, Source
-from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 from dive_fast.identity import Identity, digest
 from dive_fast.io.atomic_files import atomic_folder
 from dive_fast.io.cache_folder import cache_folder, mark_used, remove_unused
 from dive_fast.io.safe_read import read_json
 from dive_fast.locks import file_lock
+
+if TYPE_CHECKING:
+    from dive_fast.distributed import Ranks  # imports torch, which takes seconds
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +56,11 @@ class Listing(NamedTuple):
     """``(F,)``: bytes of each file."""
     times: NDArray[np.int64]
     """``(F,)``: modification time of each file, in nanoseconds."""
+    details: str = ""
+    """A hash of everything else that the listing has shown and the samples or messages depend on."""
 
     @classmethod
-    def of(cls, root: str, files: Sequence[Path]) -> "Listing":
+    def of(cls, root: str, files: Sequence[Path]) -> Listing:
         """The listing of files that exist, by the names that they have relative to ``root``.
 
         Raises:
@@ -71,11 +77,6 @@ class Listing(NamedTuple):
         )
 
     @property
-    def is_small(self) -> bool:
-        """Whether the set is read at each start, and no index is kept."""
-        return len(self.names) < SMALL_FILES and int(self.sizes.sum()) < SMALL_BYTES
-
-    @property
     def is_racy(self) -> bool:
         """Whether a file was modified a moment ago or has a time in the future."""
         return len(self.times) > 0 and int(self.times.max()) > (time.time() - RACY_SECONDS) * 1e9
@@ -83,7 +84,7 @@ class Listing(NamedTuple):
     def digest(self) -> str:
         """A hash of names, sizes and times."""
         columns: Columns = {"names": self.names.values, "ends": self.names.ends, "sizes": self.sizes}
-        return _hash(columns | {"times": self.times})
+        return digest([_hash(columns | {"times": self.times}), self.details])
 
     def modified(self) -> str:
         """A hash of the modification times."""
@@ -97,6 +98,8 @@ class RawSet(ABC):
     """The path in the config, for messages."""
     root: str
     """Folder that names of files are relative to: the same set in another folder has another index."""
+    reads_all_bytes: bool = True
+    """Whether reading the set takes the longer, the larger its files are."""
 
     @abstractmethod
     def identity(self) -> Identity:
@@ -133,7 +136,7 @@ def open_raw(raw: RawSet, ranks: Ranks | None = None) -> Source:
         return _open(raw)[0]
     opened: list[Source] = []
 
-    def open_first() -> "Source | Path":
+    def open_first() -> Source | Path:
         source, index = _open(raw)
         opened.append(source)
         return index or source  # a small set travels whole
@@ -150,11 +153,12 @@ def open_raw(raw: RawSet, ranks: Ranks | None = None) -> Source:
 def _open(raw: RawSet) -> tuple[Source, Path | None]:
     """The set and the folder of its index; None if none is kept."""
     listing = raw.list_files()
-    if listing.is_small:
+    small_bytes = not raw.reads_all_bytes or int(listing.sizes.sum()) < SMALL_BYTES
+    if len(listing.sizes) < SMALL_FILES and small_bytes:
         return _read(raw, listing)[0], None
     stamp = digest([FORMAT, __version__, raw.identity(), listing.digest()])
     # A changed set replaces its former index.
-    prefix = digest([os.path.realpath(raw.root or "."), raw.identity()])[:20]
+    prefix = digest([os.path.realpath(raw.root or "."), raw.path, raw.identity()])[:20]
     folder = _folder()
     if folder is None:
         return _read(raw, listing)[0], None

@@ -1,10 +1,13 @@
 """Reads webdataset tars of images with captions or labels."""
 
+from __future__ import annotations
+
 import glob
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import braceexpand
 
@@ -13,9 +16,11 @@ from dive_fast.data.sources.node_index import Listing, RawSet, open_raw
 from dive_fast.data.sources.sample_table import Strings, TableBuilder, printable
 from dive_fast.data.sources.source import Skipped, Source, locate, summarize_skipped
 from dive_fast.data.sources.tar_scan import scan_tar
-from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 from dive_fast.identity import Identity
+
+if TYPE_CHECKING:
+    from dive_fast.distributed import Ranks  # imports torch, which takes seconds
 
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
 
