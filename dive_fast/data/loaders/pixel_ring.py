@@ -19,7 +19,7 @@ Task = TypeVar("Task")
 class PixelRing:
     """Slots for batches of pixels, in memory that processes forked later share.
 
-    A batch is written where it is read: nothing is stacked, copied to another process, allocated or freed in a step.
+    A batch is written where it is read: a step neither stacks images nor copies, allocates or frees their memory.
     Slot ``n % slots`` holds batch ``n``. The memory is anonymous, so that its size is not limited by ``/dev/shm``.
     """
 

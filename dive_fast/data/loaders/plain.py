@@ -36,7 +36,7 @@ def load(samples: Samples[Batch], batches: Iterable[list[SampleKey]], options: O
 def _batches(decoded: Iterator["_Decoded[Batch]"], ring: PixelRing, device: torch.device) -> Iterator[Batch]:
     try:
         for each in decoded:
-            for pixels in ring.read(each.number, each.count, device):
+            for pixels in ring.read(each.number, each.size, device):
                 yield replace(each.batch, images=pixels)
     finally:
         ring.close()
@@ -46,7 +46,7 @@ class _Decoded(NamedTuple, Generic[Batch]):
     """A batch whose pixels are in the ring."""
 
     number: int
-    count: int
+    size: int
     batch: Batch
     """The batch without images."""
 
