@@ -1,10 +1,12 @@
 """Reads a folder of images with captions in text files next to them."""
 
+from __future__ import annotations
+
 import os
 import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +27,12 @@ from dive_fast.data.sources.source import (
     locate,
     summarize_skipped,
 )
-from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 from dive_fast.identity import Identity
 from dive_fast.io.safe_read import MAX_TEXT_BYTES
+
+if TYPE_CHECKING:
+    from dive_fast.distributed import Ranks  # imports torch, which takes seconds
 
 NO_TEXT = "no .txt of the same name"
 """Reason for skipping an image without a caption file."""
@@ -97,11 +101,11 @@ class CaptionedFolder(RawSet):
             raise DataError(f"{self.path}: no image has a .txt of the same name next to it{reasons}{hint}")
         files = names if len(kept) == len(names) else names.select(kept)
         sizes = listing.sizes[: len(names)][kept]
-        texts = Strings(*lists.columns())
-        table = SampleTable.of_files(self.root, files, printable_names(files), sizes, lists=texts)
+        captions = Strings(*lists.columns())
+        table = SampleTable.of_files(self.root, files, printable_names(files), sizes, lists=captions)
         return Source(table, skipped=skipped, ignored=self._images.ignored), ()
 
-    def _read_texts(self, names: Strings, has_text: NDArray[np.bool_], rows: range) -> "_Texts":
+    def _read_texts(self, names: Strings, has_text: NDArray[np.bool_], rows: range) -> _Texts:
         """The texts of some images."""
         lists, skipped = StringsBuilder(), list[Skipped]()
         is_kept = np.zeros(len(rows), bool)
