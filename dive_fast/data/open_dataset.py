@@ -92,7 +92,7 @@ def _complete_texts(config: Any, text: str, groups_captions: bool, ranks: Ranks 
         groups_captions: whether the rows of a CSV that name the same file are one image.
     """
     if config.format == "folder":
-        return (open_folder if text == ".cls" else open_captioned_folder)(config.path)
+        return (open_folder if text == ".cls" else open_captioned_folder)(config.path, ranks)
     if config.format == "csv":
         return open_csv(config.path, config.image_root, group=text == ".cls" or groups_captions)
     if config.format == "huggingface":

@@ -54,7 +54,7 @@ class Samples(ABC, Generic[Batch]):
 
     @abstractmethod
     def batch(self, sample_keys: Sequence[SampleKey], images: Tensor) -> Batch:
-        """The batch of these samples, from their images ``(B, 3, H, W)``."""
+        """The batch of these samples, from their pixels ``(B, H, W, 3)``."""
 
     def view(self, sample_key: SampleKey, size: tuple[int, int]) -> View:
         """The view of an image of ``size`` (height, width), for loaders with their own decoder."""
@@ -177,9 +177,8 @@ class ReferenceSamples(Samples[ReferenceBatch]):
         Otherwise captions are tokenised in every epoch, when they are drawn.
         """
         samples = copy.copy(self)
-        if self._tokens is None:
-            first_only = self.caption_counts is None
-            samples._kept_tokens = kept_captions(self.source.samples, self.tokenizer, first_only, ranks)
+        table = self.source.samples if self._tokens is None else None
+        samples._kept_tokens = kept_captions(table, self.tokenizer, self.caption_counts is None, ranks)
         return samples
 
     def with_all_captions(self) -> "ReferenceSamples":

@@ -21,6 +21,7 @@ from dive_fast.data.sources.sample_table import SampleTable
 from dive_fast.data.text_tokenizer import TOKENIZER_PROBES, Tokenizer
 from dive_fast.data.workers import in_workers
 from dive_fast.distributed import Ranks
+from dive_fast.errors import MachineError, UserError
 from dive_fast.identity import Identity, digest, versions
 from dive_fast.io.cache_folder import cache_folder, remove_unused
 from dive_fast.io.column_folder import load_columns, save_columns
@@ -163,6 +164,9 @@ class Captions(Texts):
         """A hash of all texts."""
         lists, is_first = self._samples.lists, self.first_row is None
         result = hashlib.sha256(f"{is_first} {self._samples.captions_are_lines}".encode())
+        if self._samples.stored_digest:  # it has the texts, among other columns
+            result.update(self._samples.stored_digest.encode())
+            return result.hexdigest()
         result.update(lists.lengths.astype("<i8").tobytes())
         result.update(np.ascontiguousarray(lists.values).data)
         return result.hexdigest()
@@ -196,10 +200,13 @@ class CaptionTokens:
 # The cache
 
 
-def kept_tokens(texts: Texts, tokenizer: Tokenizer, name: str, ranks: Ranks | None = None) -> TokenRows | None:
+def kept_tokens(
+    texts: Texts | None, tokenizer: Tokenizer, name: str, ranks: Ranks | None = None
+) -> TokenRows | None:
     """The tokens of many texts from the cache; they are made and kept if they are missing.
 
     Args:
+        texts: None: none are wanted on this rank.
         name: name of the texts for messages: ``captions``.
         ranks: all ranks call this; the first rank of each node makes the tokens, and the others map them. None:
             this process makes them.
@@ -207,29 +214,33 @@ def kept_tokens(texts: Texts, tokenizer: Tokenizer, name: str, ranks: Ranks | No
     Returns:
         None for fewer than :data:`MIN_TEXTS`, for a tokenizer of unknown state, and if nothing can be kept.
     """
-    if len(texts) < MIN_TEXTS or (identity := tokenizer_identity(tokenizer)) is None:
-        return None
+    stamp = None
+    if texts is not None and len(texts) >= MIN_TEXTS and (identity := tokenizer_identity(tokenizer)) is not None:
+        stamp = digest([FORMAT, identity, texts.digest()])
 
     def keep() -> Path | None:
-        return _keep(texts, tokenizer, identity, name)
+        return None if texts is None or stamp is None else _keep(texts, tokenizer, stamp, name)
 
-    folder = keep() if ranks is None else ranks.once_per_node(keep)
+    # Ranks may have other texts, which is reported later; each rank has the tokens of its own.
+    folder = keep() if ranks is None else ranks.once_per_node(stamp, keep, UserError, MachineError)
     return None if folder is None else _load(folder, None)
 
 
 def kept_captions(
-    samples: SampleTable, tokenizer: Tokenizer, first_only: bool, ranks: Ranks | None = None
+    samples: SampleTable | None, tokenizer: Tokenizer, first_only: bool, ranks: Ranks | None = None
 ) -> CaptionTokens | None:
-    """The tokens of a data set's captions; ``ranks`` and None as in :func:`kept_tokens`.
+    """The tokens of a data set's captions; arguments and None as in :func:`kept_tokens`.
 
     Args:
         first_only: whether only the first caption of each sample is used.
     """
-    if samples.rows is not None or not samples.has_texts:  # a part of a set, which may be small
-        return None
-    captions = Captions(samples, first_only)
+    captions = None
+    if samples is not None and samples.rows is None and samples.has_texts:  # not a part, which may be small
+        captions = Captions(samples, first_only)
     tokens = kept_tokens(captions, tokenizer, "captions", ranks)
-    return None if tokens is None else CaptionTokens(samples, tokens, captions.first_row)
+    if samples is None or captions is None or tokens is None:
+        return None
+    return CaptionTokens(samples, tokens, captions.first_row)
 
 
 def tokens_of(texts: Sequence[str], tokenizer: Tokenizer) -> TokenRows:
@@ -246,7 +257,7 @@ def tokenizer_identity(tokenizer: Tokenizer) -> Identity | None:
         return None
     if {"encoder", "bpe_ranks"} <= state.keys():
         vocabulary = repr((list(state["encoder"].items()), list(state["bpe_ranks"].items()), state.get("pat")))
-    elif hasattr(backend := getattr(state.get("tokenizer"), "backend_tokenizer", None), "to_str"):
+    elif (backend := getattr(state.get("tokenizer"), "backend_tokenizer", None)) is not None:
         vocabulary = backend.to_str() + repr(state["tokenizer"].init_kwargs)
     else:
         return None
@@ -261,14 +272,17 @@ def tokenizer_identity(tokenizer: Tokenizer) -> Identity | None:
     }
 
 
-def _keep(texts: Texts, tokenizer: Tokenizer, identity: Identity, name: str) -> Path | None:
-    """The folder of the tokens, which are made if they are missing; None if they cannot be kept."""
+def _keep(texts: Texts, tokenizer: Tokenizer, stamp: str, name: str) -> Path | None:
+    """The folder of the tokens, which are made if they are missing; None if they cannot be kept.
+
+    Args:
+        stamp: digest of the tokenizer and the texts.
+    """
     try:
         parent = cache_folder(FOLDER)
     except OSError as error:
         logger.warning("tokens of %s are not kept: %s", name, error)
         return None
-    stamp = digest([FORMAT, identity, texts.digest()])
     folder = parent / stamp[:32]
     if _load(folder, stamp) is not None:
         return folder

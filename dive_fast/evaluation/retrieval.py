@@ -16,6 +16,8 @@ from dive_fast.model.features import Pairs
 from dive_fast.model.towers import Towers, unit
 
 CUT_OFFS = (1, 5, 10)
+SIMILARITIES_AT_ONCE = 1 << 23
+"""Similarities that are in memory at once: 32 MiB in fp32, and up to nine times as much for equal answers."""
 
 
 @torch.no_grad()
@@ -138,23 +140,54 @@ def _positions(
         queries: ``(Q, D)``
         rows: ``(R, D)``, embeddings of the distinct answers.
         row_of: ``(A,)``, the row of each answer.
-        query_image, answer_image: ``(Q,)`` and ``(A,)``, the image or caption that each belongs to.
-        block: queries whose similarities are in memory at once.
+        query_image, answer_image: ``(Q,)`` and ``(A,)``, the image or caption that each belongs to. Each query has
+            a right answer.
+        block: queries whose similarities are in memory at once, fewer if these are many.
     """
-    positions = torch.zeros(len(queries), dtype=torch.int64, device=ranks.device)
-    order = torch.arange(len(row_of), device=ranks.device)
+    num_answers, device = len(row_of), ranks.device
+    positions = torch.zeros(len(queries), dtype=torch.int64, device=device)
+    order = torch.arange(num_answers, device=device)
+    are_distinct = num_answers == len(rows) and bool((row_of == order).all())
+    right_answers = _RightAnswers(query_image, answer_image)
+    block = max(1, min(block, SIMILARITIES_AT_ONCE // num_answers))
     local = ranks.local_range(len(queries))
     for first in range(local.start, local.stop, block):
         part = slice(first, min(first + block, local.stop))
-        # Columns are copied, so equal answers have equal similarities whatever blocks the product uses.
-        similarity = (queries[part] @ rows.T)[:, row_of]
-        right = query_image[part, None] == answer_image[None]
-        best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        first_best = (
-            order.expand_as(right).masked_fill(~right | (similarity < best), len(order)).amin(1, keepdim=True)
-        )
-        ahead = (similarity > best) | ((similarity == best) & (order < first_best))
-        positions[part] = (ahead & ~right).sum(1)
+        similarity = queries[part] @ rows.T
+        if not are_distinct:
+            # Columns are copied, so equal answers have equal similarities whatever blocks the product uses.
+            similarity = similarity[:, row_of]
+        query, answer = right_answers.of(part)
+        values = similarity[query, answer]
+        best = similarity.new_full((len(similarity),), -torch.inf).scatter_reduce_(0, query, values, "amax")
+        is_best = values == best[query]
+        first_best = torch.full((len(similarity),), num_answers, device=device)
+        first_best.scatter_reduce_(0, query[is_best], answer[is_best], "amin")
+        # No right answer is ahead of the first best one, so only wrong answers are counted.
+        ahead = (similarity > best[:, None]).sum(1)
+        tied = torch.nonzero((similarity >= best[:, None]).sum(1) > ahead + 1).flatten()
+        if len(tied):
+            is_tied = similarity[tied] == best[tied, None]
+            ahead[tied] += (is_tied & (order < first_best[tied, None])).sum(1)
+        positions[part] = ahead
     if ranks.group is not None:
         dist.all_reduce(positions, group=ranks.group)
     return positions.cpu()
+
+
+class _RightAnswers:
+    """The right answers of queries, in sparse form."""
+
+    def __init__(self, query_image: Tensor, answer_image: Tensor) -> None:
+        self._query_image = query_image
+        self._counts = torch.bincount(answer_image, minlength=int(query_image.max()) + 1)
+        self._starts = self._counts.cumsum(0) - self._counts
+        self._answers = answer_image.argsort(stable=True)
+
+    def of(self, queries: slice) -> tuple[Tensor, Tensor]:
+        """Each right answer of these queries: the number of the query among them, and the answer."""
+        images = self._query_image[queries]
+        counts = self._counts[images]
+        query = torch.arange(len(images), device=images.device).repeat_interleave(counts)
+        number = torch.arange(len(query), device=images.device) - (counts.cumsum(0) - counts)[query]
+        return query, self._answers[self._starts[images][query] + number]

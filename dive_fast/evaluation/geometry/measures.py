@@ -1,17 +1,29 @@
 """Measures of how far fine-tuning has moved the geometry of the embeddings.
 
-Embeddings are unit rows; ``before`` and ``after`` have the same samples in the same order. Sums are accumulated in
-fp64 over blocks of rows: memory grows with N, not with N squared.
+Embeddings are unit rows; ``before`` and ``after`` have the same samples in the same order. Sums are fp64 and over
+blocks of rows, on their device: memory besides the rows is a few numbers for each pair. Time grows with N D^2, and
+for uniformity with N^2 D.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dive_fast.evaluation.geometry.pair_moments import (
+    Moments,
+    Spreads,
+    in_fp64,
+    mean_row,
+    moments,
+    pool,
+    spreads_of_distances,
+)
 from dive_fast.model.features import Pairs
+from dive_fast.numerics import full_fp32
 
 UNIFORMITY_SCALE = 2.0
 """t of the uniformity, as in Wang & Isola (2020)."""
@@ -19,43 +31,76 @@ QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
 """Quantiles of the lengths of difference vectors that are reported."""
 ROUNDING = 1e-13
 """Squared distance of unit rows that fp32 rounding alone explains; rows no further apart have no geometry."""
+BLOCK = 2048
+"""Rows that are in memory in fp64 at once: 8 MiB at width 512, and 16 MiB for similarities in fp32."""
+WELL_CONDITIONED = 2
+"""Rows for each dimension from which the moments of all distances come from sums over rows."""
 
 
 class GeometryError(ValueError):
     """The embeddings have no geometry to measure; the message is one line and says why."""
 
 
-class Differences(NamedTuple):
+@dataclass(frozen=True)
+class Differences:
     """Difference vectors of N pairs, Eq. 4-5, and their mean."""
 
-    image: Tensor
-    """``(N, D)``: u_j"""
-    text: Tensor
-    """``(N, D)``: v_j"""
+    before: Pairs
+    after: Pairs
     average: Tensor
     """``(D,)`` fp64: m = mean_j (u_j + v_j) / 2 over these pairs; Eq. 6 without its memory of other batches."""
 
+    @property
+    def image(self) -> Tensor:
+        """``(N, D)``: u_j"""
+        return self.after.image - self.before.image
 
-def compare(before: Pairs, after: Pairs, block: int = 1024) -> dict[str, float]:
+    @property
+    def text(self) -> Tensor:
+        """``(N, D)``: v_j"""
+        return self.after.text - self.before.text
+
+    def blocks(self, block: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """u and v, some rows at a time."""
+        return _differences(self.before, self.after, block)
+
+
+def _differences(before: Pairs, after: Pairs, block: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for first in range(0, len(before.image), block):
+        part = slice(first, first + block)
+        yield after.image[part] - before.image[part], after.text[part] - before.text[part]
+
+
+def compare(before: Pairs, after: Pairs, block: int = BLOCK) -> dict[str, float]:
     """All measures of this module by name; docs/geometry.md describes each. Names are stable.
 
     Args:
         before, after: ``(N, D)`` unit rows for the same N >= 3 pairs, on one device.
-        block: rows whose similarities are in memory at once.
+        block: rows that are in memory in fp64 at once.
 
     Raises:
         GeometryError: too few or unequal rows, rows that are not finite, or embeddings that all coincide.
     """
     for pairs in (before, after):
         _check_counts("images and captions", len(pairs.image), len(pairs.text))
-    both = torch.cat(before), torch.cat(after)
-    halves = {"_image": (before.image, after.image), "_text": (before.text, after.text), "": both}
-    metrics = {f"rsa{half}": rsa(*rows, block, name=f"rsa{half}") for half, rows in halves.items()}
-    metrics |= {f"cka{half}": cka(*rows, block, name=f"cka{half}") for half, rows in halves.items()}
-    return metrics | describe(after, block) | difference_statistics(differences(before, after))
+    halves = {
+        "_image": ([before.image], [after.image]),
+        "_text": ([before.text], [after.text]),
+        "": (list(before), list(after)),
+    }
+    for half in ("_image", "_text"):
+        _check_rows(f"rsa{half}", halves[half][0][0], halves[half][1][0])
+    of_image, of_text = (
+        moments(*first, *last, block, normalize=True) for first, last in (halves["_image"], halves["_text"])
+    )
+    of_half = {"_image": of_image, "_text": of_text, "": pool([of_image, of_text])}
+    metrics = {f"rsa{half}": _rsa(of_half[half], *rows, block, f"rsa{half}") for half, rows in halves.items()} | {
+        f"cka{half}": _cka(of_half[half], f"cka{half}") for half in halves
+    }
+    return metrics | describe(after, block) | difference_statistics(differences(before, after, block), block)
 
 
-def describe(pairs: Pairs, block: int = 1024) -> dict[str, float]:
+def describe(pairs: Pairs, block: int = BLOCK) -> dict[str, float]:
     """Measures of one model: ``alignment``, ``uniformity_image``, ``uniformity_text``, ``modality_gap``.
 
     Args:
@@ -66,50 +111,18 @@ def describe(pairs: Pairs, block: int = 1024) -> dict[str, float]:
     """
     _check_counts("images and captions", len(pairs.image), len(pairs.text))
     return {
-        "alignment": alignment(pairs),
+        "alignment": alignment(pairs, block),
         "uniformity_image": uniformity(pairs.image, block),
         "uniformity_text": uniformity(pairs.text, block),
-        "modality_gap": modality_gap(pairs),
+        "modality_gap": modality_gap(pairs, block),
     }
 
 
-def rsa(before: Tensor, after: Tensor, block: int = 1024, *, name: str = "rsa") -> float:
+def rsa(before: Tensor, after: Tensor, block: int = BLOCK, *, name: str = "rsa") -> float:
     """Representation similarity analysis (paper, appendix D): correlation of distances before and after.
 
-    The Pearson correlation between the cosine distances of all pairs i < j before and after fine-tuning.
-
-    Args:
-        before, after: ``(N, D)`` unit rows for the same N >= 3 samples; D may differ.
-        block: rows in a tile; memory is ``block * block`` in addition to the rows.
-        name: name of the score in errors.
-
-    Raises:
-        GeometryError: fewer than three rows, different numbers of rows, rows that are not finite, or rows that all
-            have the same distance, whose correlation is undefined.
-    """
-    _check_rows(name, before, after)
-    # Correlation does not depend on a constant shift; subtracting the mean keeps the sums well conditioned.
-    shifts = [_mean_similarity(rows, block) for rows in (before, after)]
-    sums = torch.zeros(5, dtype=torch.float64, device=before.device)
-    for similarities in _similarities((before, after), block):
-        x, y = (values - shift for values, shift in zip(similarities, shifts, strict=True))
-        sums += torch.stack([x.sum(), y.sum(), x.dot(x), y.dot(y), x.dot(y)])
-    x_mean, y_mean, xx, yy, xy = (sums / _num_pairs(len(before))).tolist()
-    spreads = {"before": xx - x_mean**2, "after": yy - y_mean**2}
-    for when, spread in spreads.items():
-        if spread <= ROUNDING**2:
-            raise GeometryError(
-                f"{name}: {when} fine-tuning all embeddings are equally far from one another; "
-                "a correlation needs distances that differ"
-            )
-    return _within_one((xy - x_mean * y_mean) / math.sqrt(spreads["before"] * spreads["after"]))
-
-
-def cka(before: Tensor, after: Tensor, block: int = 1024, *, name: str = "cka") -> float:
-    """Linear centred kernel alignment (Kornblith et al. 2019, Eq. 4 by features): 1 for equal geometries.
-
-    ``|Y'X|^2 / (|X'X| |Y'Y|)`` in Frobenius norms, with X and Y the rows minus their mean. Biased towards 1 unless
-    N is much larger than D.
+    The Pearson correlation between the cosine distances of all pairs i < j before and after fine-tuning, in time
+    that grows with N D^2: see :mod:`dive_fast.evaluation.geometry.pair_moments`.
 
     Args:
         before, after: ``(N, D)`` unit rows for the same N >= 3 samples; D may differ.
@@ -117,31 +130,91 @@ def cka(before: Tensor, after: Tensor, block: int = 1024, *, name: str = "cka") 
         name: name of the score in errors.
 
     Raises:
+        GeometryError: fewer than three rows, different numbers of rows, rows that are not finite, or rows that all
+            have the same distance, whose correlation is undefined.
+    """
+    _check_rows(name, before, after)
+    return _rsa(moments(before, after, block, normalize=True), [before], [after], block, name)
+
+
+def _rsa(moments: Moments, before: list[Tensor], after: list[Tensor], block: int, name: str) -> float:
+    """RSA of rows in parts, and the moments of all of them."""
+    width = max(len(mean) for mean in moments.means)
+    if moments.count >= WELL_CONDITIONED * width:
+        spreads = spreads_of_distances(moments, before, after, block)
+    else:
+        spreads = _spreads_by_pairs(moments, torch.cat(before), torch.cat(after), block)
+    for when, spread in (("before", spreads.before), ("after", spreads.after)):
+        if spread <= ROUNDING**2:
+            raise GeometryError(
+                f"{name}: {when} fine-tuning all embeddings are equally far from one another; "
+                "a correlation needs distances that differ"
+            )
+    return _within_one(spreads.both / math.sqrt(spreads.before * spreads.after))
+
+
+def _spreads_by_pairs(moments: Moments, before: Tensor, after: Tensor, block: int) -> Spreads:
+    """Variances and covariance of the distances of few rows, pair by pair."""
+    count = moments.count
+    means = [float(product.trace()) / (count - 1) for product in (moments.xx, moments.yy)]
+    sums = torch.zeros(5, dtype=torch.float64, device=before.device)
+    tiles = (_distances(rows, centre, block) for rows, centre in zip((before, after), moments.means, strict=True))
+    for distances in zip(*tiles, strict=True):
+        # Correlation does not depend on a constant shift; subtracting the mean keeps the sums well conditioned.
+        x, y = (tile - mean for tile, mean in zip(distances, means, strict=True))
+        sums += torch.stack([x.sum(), y.sum(), x.dot(x), y.dot(y), x.dot(y)])
+    x_mean, y_mean, xx, yy, xy = (sums / (count * (count - 1) / 2)).tolist()
+    return Spreads(xx - x_mean**2, yy - y_mean**2, xy - x_mean * y_mean)
+
+
+def _distances(rows: Tensor, centre: Tensor, block: int) -> Iterator[Tensor]:
+    """Cosine distances of all pairs i < j in fp64, tile by tile, flat."""
+    for first in range(0, len(rows), block):
+        (left,) = in_fp64(rows[first : first + block], block, normalize=True, centre=centre)
+        for second in range(first, len(rows), block):
+            (right,) = in_fp64(rows[second : second + block], block, normalize=True, centre=centre)
+            tile = (left.square().sum(1)[:, None] + right.square().sum(1)) / 2 - left @ right.T
+            yield tile[torch.ones_like(tile, dtype=torch.bool).triu(1)] if second == first else tile.flatten()
+
+
+def cka(before: Tensor, after: Tensor, block: int = BLOCK, *, name: str = "cka") -> float:
+    """Linear centred kernel alignment (Kornblith et al. 2019, Eq. 4 by features): 1 for equal geometries.
+
+    ``|Y'X|^2 / (|X'X| |Y'Y|)`` in Frobenius norms, with X and Y the rows minus their mean. Biased towards 1 unless
+    N is much larger than D.
+
+    Args:
+        before, after: ``(N, D)`` rows for the same N >= 3 samples; D may differ.
+        block: rows that are in memory in fp64 at once.
+        name: name of the score in errors.
+
+    Raises:
         GeometryError: fewer than three rows, different numbers of rows, rows that are not finite, or all equal.
     """
     _check_rows(name, before, after)
-    means = [rows.mean(0, dtype=torch.float64) for rows in (before, after)]
-    products: list[Tensor] = []
-    for first in range(0, len(before), block):
-        x, y = (
-            rows[first : first + block].double() - mean for rows, mean in zip((before, after), means, strict=True)
-        )
-        block_products = [x.T @ x, y.T @ y, y.T @ x]
-        products = [a + b for a, b in zip(products, block_products, strict=True)] if products else block_products
-    for when, product in zip(("before", "after"), products[:2], strict=True):
-        if float(product.trace()) / len(before) <= ROUNDING:
+    return _cka(moments(before, after, block, normalize=False), name)
+
+
+def _cka(moments: Moments, name: str) -> float:
+    for when, product in (("before", moments.xx), ("after", moments.yy)):
+        if float(product.trace()) / moments.count <= ROUNDING:
             raise GeometryError(f"{name}: {when} fine-tuning all embeddings coincide; they have no geometry")
-    xx, yy, xy = (float(product.norm()) for product in products)
+    xx, yy, xy = (float(product.norm()) for product in (moments.xx, moments.yy, moments.xy))
     return _within_one(xy * xy / (xx * yy))
 
 
-def alignment(pairs: Pairs) -> float:
+def alignment(pairs: Pairs, block: int = BLOCK) -> float:
     """Mean squared distance between an image and its caption (Wang & Isola 2020, alpha = 2): 0 to 4."""
-    return _mean_square(pairs.image - pairs.text)
+    parts = zip(pairs.image.split(block), pairs.text.split(block), strict=True)
+    return _mean([lengths_of(image - text).square() for image, text in parts])
 
 
-def uniformity(rows: Tensor, block: int = 1024) -> float:
+def uniformity(rows: Tensor, block: int = BLOCK) -> float:
     """Uniformity of rows on the sphere (Wang & Isola 2020): ``log mean_{i<j} exp(-2 |x_i - x_j|^2)``.
+
+    Distances come from products of rows minus their mean in the data type of the rows. In fp32 their errors are at
+    most about D 2^-24 of the squared distances from the mean; errors of single distances cancel, and the result is
+    exact to 1e-6.
 
     Args:
         rows: ``(N, D)`` unit rows, N >= 2.
@@ -149,20 +222,33 @@ def uniformity(rows: Tensor, block: int = 1024) -> float:
     Returns:
         0 where all rows coincide, lower the more even they are; not below -4 except for small N.
     """
+    count, dtype = len(rows), rows.dtype
+    centre = mean_row(rows, block, normalize=True)
     total = torch.zeros((), dtype=torch.float64, device=rows.device)
-    for (similarity,) in _similarities((rows,), block):
-        # |x - y|^2 = 2 - 2 x.y for unit rows.
-        total += (2 * UNIFORMITY_SCALE * (similarity - 1)).exp_().sum()
-    return math.log(float(total) / _num_pairs(len(rows)))
+
+    def extended(first: int) -> tuple[Tensor, Tensor]:
+        """Two factors with -t |x_i - x_j|^2 = 2 t x_i.x_j - t |x_i|^2 - t |x_j|^2 as their product."""
+        (wide,) = in_fp64(rows[first : first + block], block, normalize=True, centre=centre)
+        square, one = -UNIFORMITY_SCALE * wide.square().sum(1, keepdim=True), wide.new_ones(len(wide), 1)
+        left = torch.cat([2 * UNIFORMITY_SCALE * wide, square, one], 1)
+        return left.to(dtype), torch.cat([wide, one, square], 1).to(dtype)
+
+    with full_fp32():
+        for first in range(0, count, block):
+            left, right = extended(first)
+            total += (left @ right.T).expm1_().triu_(1).sum(1).double().sum()
+            for second in range(first + block, count, block):
+                total += (left @ extended(second)[1].T).expm1_().sum(1).double().sum()
+    return math.log1p(float(total) / (count * (count - 1) / 2))
 
 
-def modality_gap(pairs: Pairs) -> float:
+def modality_gap(pairs: Pairs, block: int = BLOCK) -> float:
     """Distance between the mean image and the mean caption embedding (Liang et al. 2022)."""
-    image, text = (rows.mean(0, dtype=torch.float64) for rows in pairs)
+    image, text = (mean_row(rows, block) for rows in pairs)
     return float((image - text).norm())
 
 
-def differences(before: Pairs, after: Pairs) -> Differences:
+def differences(before: Pairs, after: Pairs, block: int = BLOCK) -> Differences:
     """Difference vectors: each embedding after fine-tuning minus the one before.
 
     Args:
@@ -176,33 +262,63 @@ def differences(before: Pairs, after: Pairs) -> Differences:
             f"difference vectors need embeddings of one shape, got {tuple(before.image.shape)} before and "
             f"{tuple(after.image.shape)} after fine-tuning"
         )
-    u, v = after.image - before.image, after.text - before.text
-    return Differences(u, v, (u.mean(0, dtype=torch.float64) + v.mean(0, dtype=torch.float64)) / 2)
+    sums = [
+        u.sum(0, dtype=torch.float64) + v.sum(0, dtype=torch.float64)
+        for u, v in _differences(before, after, block)
+    ]
+    return Differences(before, after, torch.stack(sums).sum(0) / (2 * len(before.image)))
 
 
-def difference_statistics(vectors: Differences) -> dict[str, float]:
+def difference_statistics(vectors: Differences, block: int = BLOCK) -> dict[str, float]:
     """Lengths of u, v and m, the losses AVL and PVL, and the equality of the vectors; see docs/geometry.md."""
     m, average_norm = vectors.average, float(vectors.average.norm())
-    lengths = {name: lengths_of(rows) for name, rows in (("image", vectors.image), ("text", vectors.text))}
+    parts = [_statistics_of_rows(u, v, m) for u, v in vectors.blocks(block)]
+    of_rows = _OfRows(*(torch.cat(each) for each in zip(*parts, strict=True)))
+    lengths = {"image": of_rows.image_length, "text": of_rows.text_length}
     statistics: dict[str, float] = {}
     for name, values in lengths.items():
         statistics |= {f"{name}_norm": float(values.mean()), f"{name}_norm_std": float(values.std(correction=0))}
         statistics |= {f"{name}_norm_{key}": float(values.quantile(share)) for key, share in QUANTILES.items()}
     total = sum(float(values.square().mean()) for values in lengths.values())
-    # A vector of length 0 has no direction: its cosine counts as 0.
-    cosines = {name: cosines_to(m, rows) for name, rows in (("image", vectors.image), ("text", vectors.text))}
-    product = (vectors.image.double() * vectors.text.double()).sum(1)
-    pair_cosines = product / (lengths["image"] * lengths["text"]).clamp(min=torch.finfo(torch.float64).tiny)
     return statistics | {
         "average_norm": average_norm,
-        "average_loss": _mean_square(vectors.image - m) + _mean_square(vectors.text - m),
-        "pairwise_loss": _mean_square(vectors.image - vectors.text),
+        "average_loss": float(of_rows.from_average.mean()),
+        "pairwise_loss": float(of_rows.from_each_other.mean()),
         # If nothing has moved, all difference vectors are equal.
         "equality": 2 * average_norm**2 / total if total > 0 else 1.0,
-        "image_cosine_to_average": float(cosines["image"].mean()),
-        "text_cosine_to_average": float(cosines["text"].mean()),
-        "pair_cosine": float(pair_cosines.mean()),
+        "image_cosine_to_average": float(of_rows.image_cosine.mean()),
+        "text_cosine_to_average": float(of_rows.text_cosine.mean()),
+        "pair_cosine": float(of_rows.pair_cosine.mean()),
     }
+
+
+class _OfRows(NamedTuple):
+    """Statistics ``(N,)`` fp64 of each pair's difference vectors."""
+
+    image_length: Tensor
+    text_length: Tensor
+    image_cosine: Tensor
+    """Cosine of u to m; a vector of length 0 has no direction: its cosine counts as 0."""
+    text_cosine: Tensor
+    pair_cosine: Tensor
+    """Cosine of u to v."""
+    from_average: Tensor
+    """|u - m|^2 + |v - m|^2"""
+    from_each_other: Tensor
+    """|u - v|^2"""
+
+
+def _statistics_of_rows(u: Tensor, v: Tensor, m: Tensor) -> _OfRows:
+    lengths = lengths_of(u), lengths_of(v)
+    product = (u.double() * v.double()).sum(1)
+    return _OfRows(
+        *lengths,
+        cosines_to(m, u),
+        cosines_to(m, v),
+        product / (lengths[0] * lengths[1]).clamp(min=torch.finfo(torch.float64).tiny),
+        lengths_of(u - m).square() + lengths_of(v - m).square(),
+        lengths_of(u - v).square(),
+    )
 
 
 def lengths_of(rows: Tensor) -> Tensor:
@@ -217,41 +333,8 @@ def cosines_to(direction: Tensor, rows: Tensor) -> Tensor:
     return (rows.double() @ direction.double()) / scale.clamp(min=torch.finfo(torch.float64).tiny)
 
 
-def _similarities(sets: Sequence[Tensor], block: int) -> Iterator[list[Tensor]]:
-    """Yields cosines of all pairs i < j of rows, tile by tile: one flat fp64 tensor for each set."""
-    count = len(sets[0])
-    for first in range(0, count, block):
-        left = [_directions(rows[first : first + block]) for rows in sets]
-        for second in range(first, count, block):
-            right = [_directions(rows[second : second + block]) for rows in sets]
-            tiles = [a @ b.T for a, b in zip(left, right, strict=True)]
-            if second == first:
-                above = torch.ones_like(tiles[0], dtype=torch.bool).triu(1)
-                yield [tile[above] for tile in tiles]
-            else:
-                yield [tile.flatten() for tile in tiles]
-
-
-def _mean_similarity(rows: Tensor, block: int) -> Tensor:
-    """Mean cosine of all pairs, up to rounding."""
-    parts = [_directions(part).sum(0) for part in rows.split(block)]
-    total, count = torch.stack(parts).sum(0), len(rows)
-    return (total @ total - count) / (count * (count - 1))
-
-
-def _directions(rows: Tensor) -> Tensor:
-    """Unit rows normalized in fp64: errors of fp32 lengths exceed the distances of embeddings in a narrow cone."""
-    wide = rows.double()
-    return wide / wide.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-
-
-def _mean_square(rows: Tensor) -> float:
-    """Mean squared length of the rows."""
-    return float(lengths_of(rows).square().mean())
-
-
-def _num_pairs(count: int) -> float:
-    return count * (count - 1) / 2
+def _mean(parts: list[Tensor]) -> float:
+    return float(torch.cat(parts).mean())
 
 
 def _within_one(value: float) -> float:
@@ -262,7 +345,7 @@ def _within_one(value: float) -> float:
 def _check_rows(name: str, before: Tensor, after: Tensor) -> None:
     _check_counts(name, len(before), len(after))
     for when, rows in (("before", before), ("after", after)):
-        if not bool(rows.isfinite().all()):
+        if not bool(torch.stack(rows.aminmax()).isfinite().all()):  # a NaN is both
             raise GeometryError(f"{name}: {when} fine-tuning not all embeddings are finite")
 
 
