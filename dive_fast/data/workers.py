@@ -16,12 +16,11 @@ from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from dive_fast.data.worker_memory import MAX_AHEAD
 from dive_fast.errors import DataError, MachineError, machine_error
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-PREFETCH = 4
-"""Number of batches that each process prepares ahead; all of them can be in shared memory at once."""
 BLOCKED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals that launchers and Slurm send to all processes of a run at once."""
 PARENT_CHECK_SECONDS = 1.0
@@ -52,7 +51,11 @@ FORK = _Context()
 
 
 def in_workers(
-    function: Callable[[Task], Result], tasks: Iterable[Task], workers: int, pin: bool = False
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    workers: int,
+    pin: bool = False,
+    ahead: int = MAX_AHEAD,
 ) -> Generator[Result, None, None]:
     """Applies a function to tasks in worker processes of torch's DataLoader and yields the results in order.
 
@@ -63,6 +66,7 @@ def in_workers(
         function: called in the workers, with its state at the time of this call.
         workers: number of processes; 0 computes each result in this process when it is requested.
         pin: whether results are copied to page-locked memory, for asynchronous copies to a GPU.
+        ahead: results that each process computes ahead.
 
     Raises:
         DataError: ``function`` raised it; the message is one line.
@@ -71,7 +75,7 @@ def in_workers(
     options: dict[str, Any] = {}
     if workers:
         options = {
-            "prefetch_factor": PREFETCH,
+            "prefetch_factor": ahead,
             "worker_init_fn": _initialize_worker,
             "multiprocessing_context": FORK,
         }

@@ -1,10 +1,13 @@
 """Reads a folder of images with one subfolder per class."""
 
+from __future__ import annotations
+
 import os
 import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,9 +17,11 @@ from dive_fast.data.sources.image_files import ImageFiles, ImageLister, printabl
 from dive_fast.data.sources.node_index import Listing, RawSet, open_raw
 from dive_fast.data.sources.sample_table import SampleTable, printable
 from dive_fast.data.sources.source import Skipped, Source, locate, summarize_skipped
-from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 from dive_fast.identity import Identity
+
+if TYPE_CHECKING:
+    from dive_fast.distributed import Ranks  # imports torch, which takes seconds
 
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "eval"})
 """Names of folders that are splits of a data set, not classes."""
