@@ -317,11 +317,20 @@ def results_tables(rows: int) -> None:
     from dive_fast.evaluation.results import Results
 
     with tempfile.TemporaryDirectory() as folder:
-        results = Results(Path(folder))
-        for number in range(rows):
-            set_, label = f"set{number % 16}", f"run{number // 16}"
-            row = {"label": label, "set": set_, "title": set_, "role": "id", "metric": "top1", "value": 0.5}
-            results.add(row | {"key": f"{number:064x}", "samples": 50_000})
+        for first in range(0, rows, 16):  # a command for each model
+            results = Results(Path(folder))
+            with results.writing_tables():
+                for number in range(first, min(first + 16, rows)):
+                    set_, label = f"set{number - first}", f"run{first // 16}"
+                    row = {
+                        "label": label,
+                        "set": set_,
+                        "title": set_,
+                        "role": "id",
+                        "metric": "top1",
+                        "value": 0.5,
+                    }
+                    results.add(row | {"key": f"{number:064x}", "samples": 50_000})
 
 
 def geometry(pairs: int) -> None:
