@@ -188,6 +188,7 @@ class Measurement:
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self.folder, self.options = folder, options
+        self._commit = commit()
         self.rows: list[dict[str, Any]] = []
         self.write: Callable[[], None] = lambda: None
         """Called after each kind of set, so that an interrupted run leaves its figures."""
@@ -195,7 +196,7 @@ class Measurement:
 
     def add(self, **row: Any) -> None:
         """Records and prints one row."""
-        self.rows.append(row)
+        self.rows.append(row | {"commit": self._commit})
         print(json.dumps(row), flush=True)
 
     def measure(self, count: int) -> None:
@@ -299,7 +300,6 @@ def about() -> dict[str, Any]:
         "load": os.getloadavg()[0],
         "python": sys.version.split()[0],
         "versions": {name: version(name) for name in packages if _is_installed(name)},
-        "commit": commit(),
     }
 
 
@@ -322,8 +322,6 @@ def main() -> None:
     options = parser.parse_args()
     file, start = options.results / f"{options.name}.json", time.monotonic()
     kept = json.loads(file.read_text()) if options.add and file.exists() else {"rows": []}
-    if kept["rows"] and kept["commit"] != commit():
-        raise SystemExit(f"{file} was measured at commit {kept['commit']}, this is {commit()}: remove --add")
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="scale-") as folder:
         measurement = Measurement(Path(folder), options)
         results = {name: value for name, value in kept.items() if name == "before"} | about()

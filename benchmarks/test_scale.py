@@ -68,12 +68,12 @@ def test_sets_that_fill_no_tar_are_refused(tmp_path: Path) -> None:
 def test_report_compares_with_an_earlier_run() -> None:
     def run(seconds: float, commit: str) -> dict[str, object]:
         rows = [
-            {"part": "open", "kind": "folder", "count": count, "start": start}
+            {"part": "open", "kind": "folder", "count": count, "start": start, "commit": commit}
             | {"cpu": seconds * count, "kept_dirty": 7 * count, "kept_rss": 8 * count, "node_peak": 9 * count}
             for count in (1000, 2000)
             for start in ("first", "second")
         ]
-        return {"cpu": "a CPU", "cores": 2, "python": "3", "versions": {}, "commit": commit, "rows": rows}
+        return {"cpu": "a CPU", "cores": 2, "python": "3", "versions": {}, "rows": rows}
 
     text = report(run(1e-3, "new") | {"before": run(4e-3, "old")})
     assert "at commit new, on 2 cores of a CPU" in text
