@@ -91,7 +91,7 @@ def _complete_texts(config: Any, text: str, groups_captions: bool, ranks: Ranks 
     if config.format == "folder":
         return (open_folder if text == ".cls" else open_captioned_folder)(config.path, ranks)
     if config.format == "csv":
-        return open_csv(config.path, config.image_root, group=text == ".cls" or groups_captions)
+        return open_csv(config.path, config.image_root, group=text == ".cls" or groups_captions, ranks=ranks)
     if config.format == "huggingface":
         return _huggingface(config, text)
     if config.format == "webdataset":

@@ -4,7 +4,7 @@ import os
 import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +25,12 @@ from dive_fast.data.sources.source import (
     locate,
     summarize_skipped,
 )
-from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 from dive_fast.identity import Identity
 from dive_fast.io.safe_read import MAX_TEXT_BYTES
+
+if TYPE_CHECKING:
+    from dive_fast.distributed import Ranks
 
 NO_TEXT = "no .txt of the same name"
 """Reason for skipping an image without a caption file."""
@@ -36,7 +38,7 @@ THREADS, CHUNK = 16, 1024
 """Number of threads that read texts, and number of texts that one of them reads at a time."""
 
 
-def open_captioned_folder(path: str, ranks: Ranks | None = None) -> Source:
+def open_captioned_folder(path: str, ranks: "Ranks | None" = None) -> Source:
     """Opens a folder of images at any depth, also behind links; ``x.txt`` next to ``x.jpg`` is its text.
 
     Images without a text, with an empty text or one that is not UTF-8 are skipped.

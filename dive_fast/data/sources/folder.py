@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,15 +15,17 @@ from dive_fast.data.sources.image_files import ImageFiles, ImageLister, printabl
 from dive_fast.data.sources.node_index import Listing, RawSet, open_raw
 from dive_fast.data.sources.sample_table import SampleTable, printable
 from dive_fast.data.sources.source import Skipped, Source, locate, summarize_skipped
-from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 from dive_fast.identity import Identity
+
+if TYPE_CHECKING:
+    from dive_fast.distributed import Ranks
 
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "eval"})
 """Names of folders that are splits of a data set, not classes."""
 
 
-def open_folder(path: str, ranks: Ranks | None = None) -> Source:
+def open_folder(path: str, ranks: "Ranks | None" = None) -> Source:
     """Opens a folder with one subfolder per class and images at any depth below, also behind links.
 
     Class folders are sorted by name, or as numbers if all names are whole numbers. Hidden folders are not classes.

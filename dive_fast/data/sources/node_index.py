@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +23,15 @@ from numpy.typing import NDArray
 from dive_fast import __version__
 from dive_fast.data.sources.sample_table import Columns, SampleTable, Strings
 from dive_fast.data.sources.source import Skipped, Source
-from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 from dive_fast.identity import Identity, digest
 from dive_fast.io.atomic_files import atomic_folder
 from dive_fast.io.cache_folder import cache_folder, mark_used, remove_unused
 from dive_fast.io.safe_read import read_json
 from dive_fast.locks import file_lock
+
+if TYPE_CHECKING:
+    from dive_fast.distributed import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +120,7 @@ class RawSet(ABC):
         """
 
 
-def open_raw(raw: RawSet, ranks: Ranks | None = None) -> Source:
+def open_raw(raw: RawSet, ranks: "Ranks | None" = None) -> Source:
     """Opens a raw set by its kept index, which is built if it is missing or a file has changed.
 
     Args:
