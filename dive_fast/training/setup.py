@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dive_fast.checkpoint.snapshot import RunRecord
 from dive_fast.config.schema import Config, TargetConfig
+from dive_fast.config.worker_counts import cores_of_rank
 from dive_fast.data.batch import ReferenceBatch, TargetBatch
 from dive_fast.data.captions import caption_counts, remark_on_captions
 from dive_fast.data.classes import remarks, target_names
@@ -178,6 +179,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     _start_method(method, config, towers, () if target.prompts.are_texts else class_names, templates, ranks)
     engine = Engine(config, towers, method, ranks, total_steps)
     ranks.print(engine.remark)
+    ranks.print(_describe_workers(config))
     if engine.projection is not None:
         ranks.print(engine.projection.remark)
     return Run(
@@ -257,6 +259,16 @@ def _class_names(config: Config, sources: _Sources, ranks: Ranks) -> tuple[str, 
             for remark in remarks_on_untrained_classes(config.evaluate, sources.evaluation_sets, names):
                 logger.warning("%s", remark)
     return names
+
+
+def _describe_workers(config: Config) -> str:
+    """The workers of all loaders, which ``auto`` chooses by the cores."""
+    data, evaluate = config.data, config.evaluate
+    counts = [f"{data.target.workers} for data.target ({data.target.loader})"]
+    if data.reference is not None:
+        counts.append(f"{data.reference.workers} for data.reference ({data.reference.loader})")
+    counts.append(f"{evaluate.workers} for evaluations")
+    return f"loader workers on each rank: {', '.join(counts)}; it has {cores_of_rank()} cores"
 
 
 def _target_samples(

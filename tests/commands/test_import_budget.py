@@ -39,6 +39,8 @@ COMMANDS = {
     "unknown model of a name": ["evaluate", "--model", "ViT-B-61", "--datasets", "pets", "--root", "/data"],
     "unknown model to export": ["export", "--to", "onnx", "ViT-B-61", "/no-such-folder/model"],
     "no weights": ["ensemble", "--config", "vitb16_dive", "train.output=/no-such-folder/run"],
+    "help of prepare": ["prepare", "--help"],
+    "nothing to prepare": ["prepare", "--format", "folder", "--input", "/no-such-folder", "--output", "x"],
     "no output folder": ["tpgm", "--config", "vitb16_dive", "--weights", "/", "--output", "/dev/null/x"],
 }
 PROGRAM = """
@@ -84,4 +86,5 @@ def test_mistakes_are_named(outcomes: dict[str, tuple[int, str, list[str]]]) -> 
         assert "model.name: open_clip has no model ViT-B-61; did you mean ViT-B-16?" in outcomes[name][1]
     assert "no pets found" in outcomes["known set that is not there"][1]
     assert "evaluate.sets.typo.dataset" in outcomes["unknown set of a config"][1]
+    assert "/no-such-folder: no such folder" in outcomes["nothing to prepare"][1]
     assert "/no-such-folder/run/model.safetensors is missing" in outcomes["no weights"][1]

@@ -24,7 +24,9 @@ from dive_fast.data.decode import UNDECODABLE, decode, decode_error_message, ope
 from dive_fast.data.loaders import plain
 from dive_fast.data.loaders.loader import Options
 from dive_fast.data.samples import Batch, SampleKey, Samples
+from dive_fast.data.sources.source import Source
 from dive_fast.data.transforms import Crop, Preprocess, View
+from dive_fast.data.worker_memory import FILE_BYTES, batch_bytes, batches_ahead, largest_batch, processes
 from dive_fast.data.workers import in_workers
 from dive_fast.errors import DataError
 
@@ -32,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 PREFETCH = 3
 """Batches in the pipeline at a time."""
-READERS = 2
-"""Processes that read files; each reads thousands of images per second."""
 
 
 def load(samples: Samples[Batch], batches: Iterable[list[SampleKey]], options: Options) -> Iterator[Batch]:
@@ -46,7 +46,17 @@ def load(samples: Samples[Batch], batches: Iterable[list[SampleKey]], options: O
         import nvidia.dali  # noqa: F401
     except ImportError as error:
         raise DataError(f"DALI cannot be imported ({error}): pip install nvidia-dali-cuda130") from error
-    return _load(samples, in_workers(_Read(samples), batches, min(READERS, options.workers)), options)
+    images, batches = largest_batch(batches)
+    readers = processes("dali", options.workers)
+    batch = batch_bytes("dali", images, samples.preprocess.size, _mean_file_bytes(samples.source))
+    ahead = batches_ahead(batch, readers)
+    return _load(samples, in_workers(_Read(samples), batches, readers, ahead=ahead), options)
+
+
+def _mean_file_bytes(source: Source) -> float:
+    """Mean size of an image's file, from up to 1,000 of them."""
+    sizes = source.samples.sizes[:: max(1, len(source) // 1000)]
+    return float(sizes.mean()) if len(sizes) and sizes.min() > 0 else FILE_BYTES
 
 
 def _load(samples: Samples[Batch], read: Iterator["_Encoded[Batch]"], options: Options) -> Iterator[Batch]:
@@ -126,7 +136,7 @@ class _Read:
         """A file that DALI can decode, and its view."""
         source, preprocess = self.samples.source, self.samples.preprocess
         data = source.read(sample_key[1])
-        has_view = preprocess.resize_mode != "longest"
+        has_view = _has_views(preprocess)
         if has_view and source.sizes is not None:
             return data, self.samples.view(sample_key, tuple(source.sizes[sample_key[1]].tolist()))
         try:
@@ -141,6 +151,11 @@ class _Read:
         content = io.BytesIO()
         transformed.save(content, "BMP")
         return content.getvalue(), preprocess.train_view(Crop(0, 0, transformed.height, transformed.width))
+
+
+def _has_views(preprocess: Preprocess) -> bool:
+    """Whether the pipeline can make all views of this preprocessing: without borders, and with one filter."""
+    return preprocess.resize_mode != "longest" and preprocess.eval_view((1, 1)).resampling == preprocess.resampling
 
 
 def _numbers(view: View) -> tuple[float, ...]:

@@ -1,5 +1,7 @@
 """Reads a folder of images with captions in text files next to them."""
 
+from __future__ import annotations
+
 import os
 import stat
 from collections.abc import Sequence
@@ -30,7 +32,7 @@ from dive_fast.identity import Identity
 from dive_fast.io.safe_read import MAX_TEXT_BYTES
 
 if TYPE_CHECKING:
-    from dive_fast.distributed import Ranks
+    from dive_fast.distributed import Ranks  # imports torch, which takes seconds
 
 NO_TEXT = "no .txt of the same name"
 """Reason for skipping an image without a caption file."""
@@ -38,7 +40,7 @@ THREADS, CHUNK = 16, 1024
 """Number of threads that read texts, and number of texts that one of them reads at a time."""
 
 
-def open_captioned_folder(path: str, ranks: "Ranks | None" = None) -> Source:
+def open_captioned_folder(path: str, ranks: Ranks | None = None) -> Source:
     """Opens a folder of images at any depth, also behind links; ``x.txt`` next to ``x.jpg`` is its text.
 
     Images without a text, with an empty text or one that is not UTF-8 are skipped.
@@ -99,11 +101,11 @@ class CaptionedFolder(RawSet):
             raise DataError(f"{self.path}: no image has a .txt of the same name next to it{reasons}{hint}")
         files = names if len(kept) == len(names) else names.select(kept)
         sizes = listing.sizes[: len(names)][kept]
-        texts = Strings(*lists.columns())
-        table = SampleTable.of_files(self.root, files, printable_names(files), sizes, lists=texts)
+        captions = Strings(*lists.columns())
+        table = SampleTable.of_files(self.root, files, printable_names(files), sizes, lists=captions)
         return Source(table, skipped=skipped, ignored=self._images.ignored), ()
 
-    def _read_texts(self, names: Strings, has_text: NDArray[np.bool_], rows: range) -> "_Texts":
+    def _read_texts(self, names: Strings, has_text: NDArray[np.bool_], rows: range) -> _Texts:
         """The texts of some images."""
         lists, skipped = StringsBuilder(), list[Skipped]()
         is_kept = np.zeros(len(rows), bool)

@@ -1,5 +1,7 @@
 """Reads a folder of images with one subfolder per class."""
 
+from __future__ import annotations
+
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -19,13 +21,13 @@ from dive_fast.errors import DataError
 from dive_fast.identity import Identity
 
 if TYPE_CHECKING:
-    from dive_fast.distributed import Ranks
+    from dive_fast.distributed import Ranks  # imports torch, which takes seconds
 
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "eval"})
 """Names of folders that are splits of a data set, not classes."""
 
 
-def open_folder(path: str, ranks: "Ranks | None" = None) -> Source:
+def open_folder(path: str, ranks: Ranks | None = None) -> Source:
     """Opens a folder with one subfolder per class and images at any depth below, also behind links.
 
     Class folders are sorted by name, or as numbers if all names are whole numbers. Hidden folders are not classes.
