@@ -1,5 +1,7 @@
 """Reads a tab-separated table of image files and captions."""
 
+from __future__ import annotations
+
 import csv
 import os
 import stat
@@ -15,10 +17,13 @@ from numpy.typing import NDArray
 
 from dive_fast.data.sources.node_index import Listing, RawSet, open_raw
 from dive_fast.data.sources.sample_table import (
+    MAX_SHARED,
     SEPARATOR,
     SampleTable,
+    SharedStrings,
     Strings,
     StringsBuilder,
+    in_order_of_use,
     is_own_row,
     pack_texts,
 )
@@ -29,13 +34,11 @@ from dive_fast.identity import Identity, digest
 if TYPE_CHECKING:
     from dive_fast.distributed import Ranks
 
-MAX_SHARED = 1 << 18
-"""Number of distinct texts up to which equal ones are stored once; bounds the memory of the table of them."""
 THREADS, CHUNK = 16, 4096
 """Number of threads that examine files, and number of files that one of them examines at a time."""
 
 
-def open_csv(path: str, image_root: str | None, *, group: bool, ranks: "Ranks | None" = None) -> Source:
+def open_csv(path: str, image_root: str | None, *, group: bool, ranks: Ranks | None = None) -> Source:
     """Opens a tab-separated file with columns ``title`` and ``filepath``, as FLYP writes it.
 
     Rows without a title and rows whose file does not exist are skipped. If no file exists, the paths may begin
@@ -153,8 +156,8 @@ class CsvSet(RawSet):
 
 def _compact(table: SampleTable, rows: NDArray[np.int64]) -> SampleTable:
     """Some rows of a table, without the columns of the others."""
-    files, file = _in_order_of_use(table.file_rows[rows])
-    lists, list_of = _in_order_of_use(table.list_rows[rows])
+    files, file = in_order_of_use(table.file_rows[rows])
+    lists, list_of = in_order_of_use(table.list_rows[rows])
     names = table.files.select(files)
     has_own_name = table.keys is table.files
     return replace(
@@ -196,35 +199,18 @@ Run = tuple[int, str, list[str]]
 of the file; and the title of each row, as it is written."""
 
 
-class _Texts:
-    """Texts in one array; equal ones among the first :data:`MAX_SHARED` share a row."""
-
-    def __init__(self) -> None:
-        self.strings = StringsBuilder()
-        self._rows: dict[str, int] = {}
-
-    def row(self, text: str) -> int:
-        row = self._rows.get(text)
-        if row is None:
-            row = len(self.strings)
-            self.strings.append(pack_texts((text,)))
-            if row < MAX_SHARED:
-                self._rows[text] = row
-        return row
-
-
 def _ungrouped(runs: Iterator[Run], skipped: list[Skipped]) -> SampleTable:
     """The table of all rows with a title."""
-    names, titles, keys = _Texts(), _Texts(), StringsBuilder()
+    names, titles, keys = SharedStrings(), SharedStrings(), StringsBuilder()
     file, list_of = array("i"), array("i")
     for first, name, run in runs:
         name_row = None
         for number, written in enumerate(run, first):
             if title := written.strip():
-                name_row = names.row(name) if name_row is None else name_row
+                name_row = names.row(name.encode()) if name_row is None else name_row
                 keys.append(f"{name}#{number}".encode())
                 file.append(name_row)
-                list_of.append(titles.row(title))
+                list_of.append(titles.row(pack_texts((title,))))
             else:
                 skipped.append(Skipped(f"{name}#{number}", EMPTY_CAPTION))
     files, lists = Strings(*names.strings.columns()), Strings(*titles.strings.columns())
@@ -234,7 +220,7 @@ def _ungrouped(runs: Iterator[Run], skipped: list[Skipped]) -> SampleTable:
 def _grouped(runs: Iterator[Run], skipped: list[Skipped]) -> SampleTable:
     """The table of the files: each has the titles of all its rows, in order."""
     names: dict[str, int] = {}
-    titles, lists = _Texts(), _Lists()
+    titles, lists = SharedStrings(), _Lists()
     row_of: dict[str, int] = {}  # of titles as they are written; -1: blank
     run_file, run_list = array("i"), array("i")
     for first, name, run in runs:
@@ -252,7 +238,7 @@ def _grouped(runs: Iterator[Run], skipped: list[Skipped]) -> SampleTable:
     files = Strings.of(name.encode() for name in names)
     del names, row_of
     list_of = _joined(np.array(run_file, np.int32), np.array(run_list, np.int32), len(files), lists)
-    used, list_of = _in_order_of_use(list_of)
+    used, list_of = in_order_of_use(list_of)
     stored = Strings(*titles.strings.columns())
     texts = Strings.of(
         SEPARATOR.encode().join([stored[title] for title in lists.titles(row)]) for row in used.tolist()
@@ -260,10 +246,10 @@ def _grouped(runs: Iterator[Run], skipped: list[Skipped]) -> SampleTable:
     return _table(files, files, np.arange(len(files), dtype=np.int32), texts, list_of.astype(np.int32))
 
 
-def _title_row(written: str, titles: _Texts, row_of: dict[str, int]) -> int:
+def _title_row(written: str, titles: SharedStrings, row_of: dict[str, int]) -> int:
     row = row_of.get(written)
     if row is None:
-        row = titles.row(title) if (title := written.strip()) else -1
+        row = titles.row(pack_texts((title,))) if (title := written.strip()) else -1
         if len(row_of) < MAX_SHARED:
             row_of[written] = row
     return row
@@ -286,7 +272,7 @@ class _Lists:
                 self._rows[titles] = row
         return row
 
-    def titles(self, row: int) -> "array[int]":
+    def titles(self, row: int) -> array[int]:
         return self._titles[self._ends[row] : self._ends[row + 1]]
 
 
@@ -307,15 +293,6 @@ def _joined(
         )
         start = end
     return list_of
-
-
-def _in_order_of_use(rows: NDArray[np.int64] | NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Distinct rows in the order in which they first occur, and the position of each row among them."""
-    distinct, first, position = np.unique(rows, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order))
-    return distinct[order].astype(np.int64), rank[position]
 
 
 def _table(

@@ -20,6 +20,8 @@ from dive_fast.errors import DataError
 
 Columns = dict[str, NDArray[Any]]
 """Arrays by name, as they are stored."""
+MAX_SHARED = 1 << 18
+"""Number of distinct strings up to which equal ones are stored once; bounds the memory that finding them takes."""
 SEPARATOR = "\0"
 """Separates several texts of a sample; in a text itself it becomes a space."""
 
@@ -135,6 +137,24 @@ class StringsBuilder:
     def columns(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Values and ends, without a copy; nothing can be added afterwards."""
         return np.frombuffer(self.values, np.uint8), np.frombuffer(self.ends, np.int64)
+
+
+class SharedStrings:
+    """Byte strings of which equal ones share a row, as far as the first :data:`MAX_SHARED` are equal to others."""
+
+    def __init__(self) -> None:
+        self.strings = StringsBuilder()
+        self._rows: dict[bytes, int] = {}
+
+    def row(self, string: bytes) -> int:
+        """The row of a string, which is added if it is new."""
+        row = self._rows.get(string)
+        if row is None:
+            row = len(self.strings)
+            self.strings.append(string)
+            if row < MAX_SHARED:
+                self._rows[string] = row
+        return row
 
 
 @dataclass(frozen=True, eq=False)
@@ -516,9 +536,18 @@ def split_lines(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(captions)
 
 
-def is_own_row(rows: NDArray[np.int32], count: int) -> bool:
+def in_order_of_use(rows: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Distinct rows in the order in which they first occur, and the position of each row among them."""
+    distinct, first, position = np.unique(rows, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    return distinct[order].astype(np.int64), rank[position]
+
+
+def is_own_row(rows: NDArray[Any], count: int) -> bool:
     """Whether each of ``count`` samples has its own row, in order: such a column is not stored."""
-    return len(rows) == count and bool((rows == np.arange(count, dtype=np.int32)).all())
+    return len(rows) == count and bool((rows == np.arange(count, dtype=rows.dtype)).all())
 
 
 def _checked(columns: Mapping[str, NDArray[Any]], name: str, kind: str, count: int | None = None) -> NDArray[Any]:
