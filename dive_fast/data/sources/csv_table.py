@@ -237,8 +237,8 @@ def _grouped(runs: Iterator[Run], skipped: list[Skipped]) -> SampleTable:
             run_list.append(lists.row(rows))
     files = Strings.of(name.encode() for name in names)
     del names, row_of
-    list_of = _joined(np.array(run_file, np.int32), np.array(run_list, np.int32), len(files), lists)
-    used, list_of = in_order_of_use(list_of)
+    joined = _joined(np.array(run_file, np.int32), np.array(run_list, np.int32), len(files), lists)
+    used, list_of = in_order_of_use(joined)
     stored = Strings(*titles.strings.columns())
     texts = Strings.of(
         SEPARATOR.encode().join([stored[title] for title in lists.titles(row)]) for row in used.tolist()

@@ -259,10 +259,17 @@ def _read(table: _Table, columns: Columns, has_texts: bool, root: str, names: St
         raise DataError(f"no row has an image and a {'text' if has_texts else 'label'}{reasons}")
     lists, list_of = texts.select(rows) if texts is not None else (Strings.of(()), None)
     label = None if labels is None else labels[rows]
-    file = np.concatenate(files)[rows]
+    file_of = np.concatenate(files)[rows]
     samples = SampleTable(
-        *(root, names, _numbers(rows), None if is_own_row(file, len(names)) else file, offsets[rows], sizes[rows]),
-        *(label, lists, list_of),
+        root,
+        names,
+        _numbers(rows),
+        None if is_own_row(file_of, len(names)) else file_of,
+        offsets[rows],
+        sizes[rows],
+        label,
+        lists,
+        list_of,
     )
     return Source(samples, class_names, skipped=skipped)
 
