@@ -86,9 +86,9 @@ def ensemble(
         raise ConfigError(
             f"evaluate.sets has no {chosen_on}{nearest(chosen_on, names)}; it has {', '.join(names)}"
         )
+    # Steps that fail on a typo come before those that take minutes.
+    opened = open_sets(config.evaluate.sets, ranks)
     with ranks.raise_on_all(UserError):
-        # Steps that fail on a typo come before those that take minutes.
-        opened = open_sets(config.evaluate.sets, ranks)
         trained = head_of(weights)
         templates = (
             () if trained is None else read_templates(config.data.target.templates, "data.target.templates")
