@@ -260,7 +260,7 @@ def _load(folder: Path, raw: RawSet, stamp: str | None, *, warn: bool = False) -
         warnings = list(about["warnings"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s: the index is damaged (%s); it is built again", folder, error)
         return None
     mark_used(folder)

@@ -241,6 +241,10 @@ class SampleTable(Sequence[Sample]):
         """The key of a sample."""
         return self._text(self.keys, self._at(row))
 
+    def iter_keys(self) -> Iterator[bytes]:
+        """The keys of all samples, UTF-8."""
+        return iter(self.keys) if self.rows is None else (self.keys[row] for row in self.rows.tolist())
+
     def path(self, row: int) -> Path:
         """The file of a sample."""
         return self._path(self._at(row))
@@ -479,13 +483,14 @@ class TableBuilder:
         columns = part.file_rows + len(self.files), part.offsets, part.sizes, part.labels
         for column, values in zip(self._numbers(), columns, strict=True):
             column.frombytes(values.astype(column.typecode).tobytes())
-        rows: NDArray[np.int64]
-        if self._shares_texts:
-            rows = np.array([self._list_row(stored) for stored in part.lists], np.int64)
+        if not part.has_texts:
+            rows = np.full(len(part), self._list_row(b"") if len(part) else 0)
+        elif self._shares_texts:
+            rows = np.array([self._list_row(stored) for stored in part.lists], np.int64)[part.list_rows]
         else:
-            rows = np.arange(len(part.lists)) + len(self.lists)
+            rows = part.list_rows + len(self.lists)
             self.lists.extend(part.lists)
-        self._list_of.frombytes(rows[part.list_rows].astype(np.int32).tobytes() if len(rows) else b"")
+        self._list_of.frombytes(rows.astype(np.int32).tobytes())
         self.files.extend(part.files)
         self.keys.extend(part.keys)
 
