@@ -74,7 +74,8 @@ class _Decode:
             pixels[:] = np.asarray(self.samples.transform(sample_key, image))
         else:
             view = self.samples.view(sample_key, (image.height, image.width))
-            self.view_pixels(np.asarray(image.convert("RGB")), view, pixels)
+            colours = image if image.mode == "RGB" else image.convert("RGB")  # which copies RGB too
+            self.view_pixels(np.asarray(colours), view, pixels)
 
 
 def _compiled_views(preprocess: Preprocess) -> Callable[..., None] | None:
