@@ -24,6 +24,7 @@ import torch
 from distributed import run_script
 from PIL import Image
 
+from dive_fast.commands import prepare as prepare_command
 from dive_fast.data.prepared.beton import write_beton
 from dive_fast.data.prepared.convert import Options, convert
 from dive_fast.data.prepared.format import Manifest, build_index, read_manifest
@@ -944,3 +945,62 @@ def test_command_refuses_output_inside_the_input_folder(tmp_path: Path) -> None:
     run = launch("--format", "folder", "--input", str(tmp_path / "raw"), "--output", str(tmp_path / "raw/ready"))
     assert run.returncode == 2
     assert "--output lies in --input, where it would become a class" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "side"),
+    [
+        (["--max-side", "ViT-B-16"], 288),
+        (["--max-side", "ViT-L-14-336"], 416),
+        (["--max-side", "ViT-B-16", "--crop-share", "0.08"], 928),
+        (["--max-side", "100"], 100),
+        (["--max-side", "0"], 1000),
+    ],
+)
+def test_max_side_may_be_the_model_that_needs_it(tmp_path: Path, options: list[str], side: int) -> None:
+    (tmp_path / "raw/0").mkdir(parents=True)
+    Image.new("RGB", (1000, 1100)).save(tmp_path / "raw/0/a.jpg")
+    command = [
+        "--format",
+        "folder",
+        "--input",
+        f"{tmp_path}/raw",
+        "--output",
+        f"{tmp_path}/ready",
+        "--workers",
+        "1",
+    ]
+    assert prepare_command.main([*command, *options]) == 0
+    sizes = open_prepared(str(tmp_path / "ready"), ".cls").sizes
+    assert sizes is not None
+    assert sizes.min() == side
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-side", "ViT-B-61"], "did you mean ViT-B-16"),
+        (["--crop-share", "0.5"], "goes with a model in --max-side"),
+        (["--max-side", "ViT-B-16", "--crop-share", "90"], "--crop-share is a share of 1"),
+        (["--max-side", "-5"], "--max-side at least 0"),
+    ],
+)
+def test_wrong_side_is_refused(
+    tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "raw").mkdir()
+    command = [
+        "--format",
+        "folder",
+        "--input",
+        f"{tmp_path}/raw",
+        "--output",
+        f"{tmp_path}/ready",
+        "--workers",
+        "1",
+    ]
+    try:
+        assert prepare_command.main([*command, *options]) == 2
+    except SystemExit as error:
+        assert error.code == 2
+    assert message in capsys.readouterr().err
