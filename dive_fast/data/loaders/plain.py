@@ -60,6 +60,7 @@ class _Decode:
 
     def __call__(self, numbered: tuple[int, list[SampleKey]]) -> _Decoded[Any]:
         number, sample_keys = numbered
+        self.samples.draw_crops(sample_keys)
         pixels = self.ring.slot(number)[: len(sample_keys)]
         keys = [
             self.samples.read_usable(sample_key, partial(self._write, row))[0]
