@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.context import ForkContext
 from multiprocessing.queues import Queue
@@ -55,7 +55,7 @@ def in_workers(
     workers: int,
     pin: bool = False,
     ahead: int = MAX_AHEAD,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Applies a function to tasks in worker processes of torch's DataLoader and yields the results in order.
 
     The processes start at once. Call it before other threads run: a forked process inherits their locks, which may
@@ -140,7 +140,7 @@ def _identity(result: Result) -> Result:
     return result
 
 
-def _with_plain_errors(results: Iterator[Result]) -> Iterator[Result]:
+def _with_plain_errors(results: Iterator[Result]) -> Generator[Result, None, None]:
     """Yields the results, and restores the one-line messages of errors."""
     try:
         yield from results

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import braceexpand
 
 from dive_fast.data.sources.file_rules import HIDDEN, is_hidden, refuse_duplicates
 from dive_fast.data.sources.node_index import Listing, RawSet, open_raw
-from dive_fast.data.sources.sample_table import Strings, TableBuilder, printable
-from dive_fast.data.sources.source import Skipped, Source, locate, summarize_skipped
+from dive_fast.data.sources.sample_table import SampleTable, Strings, StringsBuilder, TableBuilder, printable
+from dive_fast.data.sources.source import Skipped, SkippedEntries, Source, locate, summarize_skipped
 from dive_fast.data.sources.tar_scan import scan_tar
 from dive_fast.errors import DataError
 from dive_fast.identity import Identity
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from dive_fast.distributed import Ranks  # imports torch, which takes seconds
 
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
+MIN_PARALLEL_BYTES = 2**28
+"""Sets of fewer bytes are read by this process alone: others would not have started by then."""
+MAX_PROCESSES = 32
+"""Maximum number of processes that read a set; more would wait for the disk."""
 
 
 def open_webdataset(path: str, text: str, *, strict: bool = True, ranks: Ranks | None = None) -> Source:
@@ -63,16 +68,47 @@ class Tars(RawSet):
 
     def read(self, listing: Listing) -> tuple[Source, Sequence[str]]:
         table = TableBuilder(self.root, shares_texts=False)
-        skipped, ignored = list(self._skipped), list(self._ignored)
-        for tar, name in zip(self._tars, listing.names, strict=True):
-            scan = scan_tar(tar, self._text, self._strict)
-            table.extend(replace(scan.table, files=Strings.of([name])))
-            skipped += scan.skipped
-            ignored += scan.ignored
+        skipped, ignored = StringsBuilder(), StringsBuilder()
+        skipped.extend(SkippedEntries.of(self._skipped).strings)
+        ignored.extend(SkippedEntries.of(self._ignored).strings)
+        for row, part in enumerate(self._scan_all(int(listing.sizes.sum()))):
+            table.extend(replace(part.table, files=Strings.of([listing.names[row]])))
+            skipped.extend(part.skipped)
+            ignored.extend(part.ignored)
+        left_out = SkippedEntries(Strings(*skipped.columns()))
         if not len(table):
-            reasons = f" ({summarize_skipped(skipped)})" if skipped else ""
+            reasons = f" ({summarize_skipped(left_out)})" if left_out else ""
             raise DataError(f"{self.path}: no sample has both an image and a {self._text} file{reasons}")
-        return Source(table.build(), skipped=skipped, ignored=ignored), ()
+        ignored_files = SkippedEntries(Strings(*ignored.columns()))
+        return Source(table.build(), skipped=left_out, ignored=ignored_files), ()
+
+    def _scan_all(self, num_bytes: int) -> Iterator[_Part]:
+        """The parts of the set in order, read by a process a core if there are many bytes."""
+        if num_bytes < MIN_PARALLEL_BYTES or len(self._tars) == 1:
+            yield from map(self._scan, range(len(self._tars)))
+            return
+        # They import torch, which takes seconds.
+        from dive_fast.data.workers import in_workers
+        from dive_fast.distributed import progress
+
+        workers = min(len(os.sched_getaffinity(0)), len(self._tars), MAX_PROCESSES)
+        parts = in_workers(self._scan, range(len(self._tars)), workers)
+        with closing(parts), progress(len(self._tars), f"reading {self.path}", "tar") as bar:
+            for part in parts:
+                yield part
+                bar.update()
+
+    def _scan(self, row: int) -> _Part:
+        table, skipped, ignored = scan_tar(self._tars[row], self._text, self._strict)
+        return _Part(table, SkippedEntries.of(skipped).strings, SkippedEntries.of(ignored).strings)
+
+
+class _Part(NamedTuple):
+    """A :class:`TarScan` in arrays alone, which are cheap to send between processes."""
+
+    table: SampleTable
+    skipped: Strings
+    ignored: Strings
 
 
 def list_tars(path: str, skipped: list[Skipped], ignored: list[Skipped]) -> list[Path]:
