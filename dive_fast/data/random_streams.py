@@ -43,7 +43,7 @@ def uniforms(seed: int, purpose: Draw, firsts: ArrayLike, seconds: ArrayLike, co
         counter = [high_2 ^ counter[1] ^ key_0, low_2, high_0 ^ counter[3] ^ key_1, low_0]
         keys = [(key + step) % 2**64 for key, step in zip(keys, _KEY_STEPS, strict=True)]
     numbers = np.stack(counter, axis=-1).reshape(len(first), -1)[:, :count]
-    return (numbers >> np.uint64(11)) * 2.0**-53
+    return (numbers >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 # Philox 4x64 with 10 rounds (Salmon et al. 2011), which NumPy's generator implements.

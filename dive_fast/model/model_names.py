@@ -4,6 +4,7 @@ import difflib
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from dive_fast.config.schema import ModelConfig
 from dive_fast.errors import ConfigError
@@ -86,7 +87,7 @@ def image_size(name: str) -> int:
     """
     check_name(ModelConfig(name=name))
     paths = [folder / f"model_configs/{name}.json" for folder in _open_clip_folders()]
-    description = next((parse_json(read_text(path)) for path in paths if path.is_file()), {})
+    description: Any = next((parse_json(read_text(path)) for path in paths if path.is_file()), {})
     size = description.get("vision_cfg", {}).get("image_size")
     sides = size if isinstance(size, list) else [size]
     if not all(isinstance(side, int) for side in sides):
