@@ -15,7 +15,7 @@ from torch import Tensor
 from dive_fast.data.batch import Text
 from dive_fast.data.classes import check_labels
 from dive_fast.data.prompt_files import Template
-from dive_fast.data.random_streams import Draw, stream
+from dive_fast.data.random_streams import Draw, stream, uniforms
 from dive_fast.data.sources.sample_table import Sample
 from dive_fast.data.sources.source import Source
 
@@ -58,24 +58,29 @@ class PromptTable:
         """Whether prompts are texts of the samples, which have no classes."""
         return self._titles is not None
 
-    def draw(self, sample: Sample, index: int, seed: int, epoch: int) -> Tensor:
-        """The tokens, ``(context,)``, of a random prompt of a sample: a pure function of (seed, sample, epoch)."""
-        number = self._number(sample, index, seed, epoch)
+    def draw(self, samples: Sequence[Sample], indices: Sequence[int], seed: int, epochs: Sequence[int]) -> Tensor:
+        """The tokens, ``(B, context)``, of random prompts of samples: pure functions of (seed, index, epoch)."""
+        draws = uniforms(seed, Draw.PROMPT, indices, epochs, 1)[:, 0].tolist()
+        rows = [
+            self._row(sample, int(draw * self._count(sample))) for sample, draw in zip(samples, draws, strict=True)
+        ]
+        return self._tokens[rows]
+
+    def _row(self, sample: Sample, number: int) -> int:
         if self._titles is not None:
-            return self._tokens[self._titles[sample.texts[number]]]
-        return self._tokens[sample.label * len(self._templates) + number]
+            return self._titles[sample.texts[number]]
+        return sample.label * len(self._templates) + number
 
     def text(self, sample: Sample, index: int, seed: int, epoch: int) -> str:
         """The prompt whose tokens :meth:`draw` returns."""
-        number = self._number(sample, index, seed, epoch)
+        number = int(float(stream(seed, Draw.PROMPT, index, epoch).random()) * self._count(sample))
         if self._titles is not None:
             return sample.texts[number]
         return self._templates[number](self._class_names[sample.label])
 
-    def _number(self, sample: Sample, index: int, seed: int, epoch: int) -> int:
-        """The number of the drawn text or template."""
-        count = len(self._templates) if self._titles is None else len(sample.texts)
-        return int(float(stream(seed, Draw.PROMPT, index, epoch).random()) * count)
+    def _count(self, sample: Sample) -> int:
+        """Number of prompts of a sample: its texts, or the templates."""
+        return len(self._templates) if self._titles is None else len(sample.texts)
 
 
 CACHED_PROMPTS = 1 << 15

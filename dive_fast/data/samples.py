@@ -6,7 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from typing import Generic, Literal, Self, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from dive_fast.data.prompts import PooledAt, PromptTable, SecondPrompts, Tokeniz
 from dive_fast.data.random_streams import Draw, stream
 from dive_fast.data.sources.sample_table import Sample
 from dive_fast.data.sources.source import Source
-from dive_fast.data.transforms import Augmentation, Crop, Preprocess, View, random_crop
+from dive_fast.data.transforms import Augmentation, Crop, Preprocess, View, crop_draws, random_crop
 from dive_fast.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -37,12 +39,25 @@ class Samples(ABC, Generic[Batch]):
         self.source, self.preprocess = source, preprocess
         self.held_out: frozenset[int] = frozenset()
         """Samples that never replace an unusable one."""
+        self._crop_draws: dict[SampleKey, NDArray[np.float64]] = {}
 
     def without(self, held_out: Collection[int]) -> Self:
         """The same samples, of which those held out never replace an unusable one."""
         samples = copy.copy(self)
         samples.held_out = frozenset(held_out)
         return samples
+
+    def draw_crops(self, sample_keys: Sequence[SampleKey]) -> None:
+        """Draws the random numbers of the crops of a batch at once, for the next calls of :meth:`crop`."""
+        seed_and_views = self._crop_seed_and_views(sample_keys)
+        if seed_and_views is not None:
+            seed, views = seed_and_views
+            draws = crop_draws(seed, [sample for _, sample in sample_keys], views)
+            self._crop_draws = dict(zip(sample_keys, draws, strict=True))
+
+    def _crop_seed_and_views(self, sample_keys: Sequence[SampleKey]) -> tuple[int, list[int]] | None:
+        """The seed and the views from which crops are drawn; None: no crop is random."""
+        return None
 
     @abstractmethod
     def crop(self, sample_key: SampleKey, size: tuple[int, int]) -> Crop | None:
@@ -111,7 +126,10 @@ class TargetSamples(Samples[TargetBatch]):
     def crop(self, sample_key: SampleKey, size: tuple[int, int]) -> Crop:
         """The random crop of a sample, which differs between epochs."""
         epoch, sample = sample_key
-        return self.augmentation.crop(size, self.seed, sample, epoch)
+        return self.augmentation.crop(size, self.seed, sample, epoch, self._crop_draws.get(sample_key))
+
+    def _crop_seed_and_views(self, sample_keys: Sequence[SampleKey]) -> tuple[int, list[int]]:
+        return self.seed, [epoch for epoch, _ in sample_keys]
 
     def batch(self, sample_keys: Sequence[SampleKey], images: Tensor) -> TargetBatch:
         """The batch of these samples; draws their prompts, and second prompts if the method needs them."""
@@ -120,13 +138,10 @@ class TargetSamples(Samples[TargetBatch]):
         if self.second_prompts is not None:
             drawn = [(entry, sample, epoch) for entry, (epoch, sample) in zip(entries, sample_keys, strict=True)]
             second = pack(self.second_prompts.draw(drawn, self.seed), self.pooled_at)
-        tokens = [
-            self.prompts.draw(entry, sample, self.seed, epoch)
-            for entry, (epoch, sample) in zip(entries, sample_keys, strict=True)
-        ]
+        epochs, indices = zip(*sample_keys, strict=True)
         return TargetBatch(
             images=images,
-            text=pack(torch.stack(tokens), self.pooled_at),
+            text=pack(self.prompts.draw(entries, indices, self.seed, epochs), self.pooled_at),
             labels=torch.tensor([entry.label for entry in entries]),
             sample=torch.tensor([sample for _, sample in sample_keys]),
             keys=tuple(entry.key for entry in entries),
@@ -168,7 +183,15 @@ class ReferenceSamples(Samples[ReferenceBatch]):
     def crop(self, sample_key: SampleKey, size: tuple[int, int]) -> Crop | None:
         """The fixed crop of this epoch's view, or None for the evaluation view."""
         epoch, sample = sample_key
-        return None if self.views == "eval" else random_crop(size, self.seed, sample, epoch % self.num_views)
+        if self.views == "eval":
+            return None
+        draws = self._crop_draws.get(sample_key)
+        return random_crop(size, self.seed, sample, epoch % self.num_views, draws=draws)
+
+    def _crop_seed_and_views(self, sample_keys: Sequence[SampleKey]) -> tuple[int, list[int]] | None:
+        if self.views == "eval":
+            return None
+        return self.seed, [epoch % self.num_views for epoch, _ in sample_keys]
 
     def with_all_captions(self) -> "ReferenceSamples":
         """The same samples with all captions of each image in a batch's text, image by image."""
