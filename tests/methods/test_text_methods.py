@@ -20,7 +20,7 @@ from torch import Tensor
 from dive_fast.config.schema import ModelConfig, ObjectiveConfig
 from dive_fast.data.prompts import Template, pack
 from dive_fast.engine.step import Engine, StepBatches
-from dive_fast.evaluation.classifier import embed_texts
+from dive_fast.evaluation.text_features import embed_texts
 from dive_fast.methods import registry
 from dive_fast.methods.method import Method, Part, Start
 from dive_fast.model.towers import create, tokenizer_of
