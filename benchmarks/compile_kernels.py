@@ -46,6 +46,7 @@ from dive_fast.kernels import (
     joint_step,
     layer_norm,
     moving_average,
+    normalise,
     packed_qkv,
     primitives,
 )
@@ -88,10 +89,10 @@ class Variant(NamedTuple):
 
 
 LOSSES = (contrastive, difference, distillation, joint_step)
-MODULES = (activation, column_sums, deviations, *LOSSES, layer_norm, moving_average, packed_qkv)
+MODULES = (activation, column_sums, deviations, *LOSSES, layer_norm, moving_average, normalise, packed_qkv)
 KERNELS = {name: kernel for module in MODULES for name, kernel in vars(module).items() if name.endswith("_kernel")}
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
-TYPES |= {torch.int64: "*i64", torch.float64: "*fp64"}
+TYPES |= {torch.int64: "*i64", torch.float64: "*fp64", torch.uint8: "*u8"}
 
 
 def variants() -> list[Variant]:
@@ -108,6 +109,7 @@ def variants() -> list[Variant]:
         for dtype in DTYPES:
             _launch_activation(dtype)
             _launch_packed(dtype)
+            _launch_normalise(dtype)
         # Images have one dtype; the residual stream of texts is fp32 under autocast.
         for stream, dtype in itertools.product(DTYPES, DTYPES):
             if stream in (dtype, torch.float32):
@@ -157,6 +159,12 @@ def _launch_packed(dtype: torch.dtype) -> None:
     for (heads, width), parts in itertools.product(HEADS, (2, 3)):
         gradient = torch.empty(4, TOKENS // 4, heads, width, dtype=dtype, device="meta").transpose(1, 2)
         packed_qkv.launch_backward([gradient] * parts, torch.float32)
+
+
+def _launch_normalise(dtype: torch.dtype) -> None:
+    pixels = torch.empty(2, 224, 224, 3, dtype=torch.uint8, device="meta")
+    for channels_last in (False, True):
+        normalise.launch_forward(pixels, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), dtype, channels_last)
 
 
 def _launch_layer_norm(stream: torch.dtype, dtype: torch.dtype) -> None:
@@ -209,6 +217,8 @@ def _variant(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -
             signature[parameter.name] = TYPES[argument.dtype]
             if not parameter.do_not_specialize_on_alignment:
                 aligned.append((position,))
+        elif isinstance(argument, float):
+            signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32"
             if not parameter.do_not_specialize and argument % 16 == 0:

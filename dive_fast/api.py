@@ -22,6 +22,7 @@ from dive_fast.evaluation.geometry.embed import describe_pairs
 from dive_fast.methods.run_config import RunConfig as Config
 from dive_fast.methods.run_config import load_run_config
 from dive_fast.model import towers
+from dive_fast.model.model_names import named
 from dive_fast.training import loop
 
 __all__ = ["Config", "compare", "evaluate", "load", "train"]
@@ -119,7 +120,7 @@ def _ranks(timeout: float | None = None) -> Ranks:
 def _model(model: str | Path | ModelConfig) -> ModelConfig:
     if isinstance(model, ModelConfig):
         return model
-    return towers.named(str(model))
+    return named(str(model))
 
 
 def _section(evaluation: EvaluationSet | Mapping[str, Any]) -> dict[str, Any]:

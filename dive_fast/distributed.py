@@ -32,6 +32,8 @@ phases without such supervision, the last shards of a cache or a long evaluation
 than the usual ten minutes."""
 START_TIMEOUT = 1800.0
 """Seconds that ranks wait for one another at the start: nodes of a cluster may start minutes apart."""
+PROGRESS_DELAY = 3.0
+"""Seconds of work before :func:`progress` shows it."""
 RESOLVE_TIMEOUT = 30.0
 """Seconds until a host name that cannot be resolved is an error."""
 
@@ -59,8 +61,7 @@ class Ranks:
 
     def progress(self, total: int, description: str, unit: str, done: int = 0) -> "tqdm[Any]":
         """A progress bar on the first rank; without a terminal, lines."""
-        kind = tqdm if sys.stderr.isatty() else ProgressLines
-        return kind(total=total, initial=done, desc=description, unit=unit, disable=not self.is_main)
+        return _progress_type()(total=total, initial=done, desc=description, unit=unit, disable=not self.is_main)
 
     def barrier(self) -> None:
         """Waits until every rank has reached this call."""
@@ -106,17 +107,18 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def once_per_node(self, function: Callable[[], T], *errors: type[Exception]) -> T:
+    def once_per_node(self, key: Any, function: Callable[[], T], *errors: type[Exception]) -> T:
         """The result of a function that the first rank of each node calls, on all ranks of that node.
 
         Args:
+            key: ranks of a node with another value call the function apart.
             function: must not contain collectives; its result is pickled.
             errors: exceptions of any rank that all ranks raise.
         """
         if self.world_size == 1:
             return function()
         with self._waiting():
-            nodes = self.collect(_node())
+            nodes = self.collect((*_node(), key))
         first = nodes.index(nodes[self.rank])
         result: T | None = None
         with self.raise_on_all(*errors):
@@ -159,6 +161,19 @@ def _node() -> tuple[str, str]:
     return socket.gethostname(), boot
 
 
+def progress(total: int, description: str, unit: str) -> "tqdm[Any]":
+    """A progress bar of this process, unless it is one of several ranks and not the first.
+
+    Nothing is printed for work of less than :data:`PROGRESS_DELAY` seconds.
+    """
+    disable = os.environ.get("RANK", "0") != "0"
+    return _progress_type()(total=total, desc=description, unit=unit, disable=disable, delay=PROGRESS_DELAY)
+
+
+def _progress_type() -> "type[tqdm[Any]]":
+    return tqdm if sys.stderr.isatty() else ProgressLines
+
+
 class ProgressLines(tqdm):  # type: ignore[misc, type-arg]
     """Progress as plain lines on stderr, for log files: no carriage returns, and at most one line in ten seconds.
 
@@ -189,7 +204,8 @@ class ProgressLines(tqdm):  # type: ignore[misc, type-arg]
 
     def close(self) -> None:
         """Writes the last line."""
-        if not self.disable and self.n > max(self.initial, self.last_print_n):
+        is_shown = not self.disable and time.time() >= self.start_t + self.delay
+        if is_shown and self.n > max(self.initial, self.last_print_n):
             self.display()
         super().close()
 

@@ -7,6 +7,8 @@ that closes any descriptor of the file loses its lock, so the holder never opens
 it.
 """
 
+from __future__ import annotations
+
 import errno
 import fcntl
 import logging
@@ -16,11 +18,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from dive_fast.distributed import Ranks
 from dive_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from dive_fast.distributed import Ranks  # imports torch, which takes seconds
 
 logger = logging.getLogger(__name__)
 

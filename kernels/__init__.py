@@ -10,7 +10,7 @@ in fp32 (fp64 stays fp64) and returns fp32 (fp64) scalars.
 
 from dive_fast.kernels import naive
 from dive_fast.kernels.averages import MovingAverage
-from dive_fast.kernels.layers import add_layer_norm, biased_activation, split_qkv
+from dive_fast.kernels.layers import add_layer_norm, biased_activation, normalise_images, split_qkv
 from dive_fast.kernels.losses import contrastive_loss, difference_loss, distillation_loss, dive_loss
 from dive_fast.kernels.naive import DifferenceLoss, DistillationLoss, DiveLoss
 from dive_fast.kernels.slots import Slots
@@ -30,5 +30,6 @@ __all__ = [
     "distillation_loss",
     "dive_loss",
     "naive",
+    "normalise_images",
     "split_qkv",
 ]

@@ -178,6 +178,23 @@ def check_activation(x: Tensor, bias: Tensor | None, kind: str) -> None:
         raise ValueError(f"kind: expected one of {', '.join(get_args(Activation))}, got {kind!r}")
 
 
+def check_pixels(pixels: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> None:
+    """Checks 8-bit images ``(B, H, W, 3)``, of which there may be none, and the numbers that normalise them.
+
+    Raises:
+        ValueError: a shape or dtype is wrong.
+    """
+    if pixels.ndim != 4 or pixels.shape[-1] != 3:
+        raise ValueError(f"pixels: expected shape (B, H, W, 3), got {tuple(pixels.shape)}")
+    if pixels.dtype != torch.uint8:
+        raise ValueError(f"pixels: expected dtype torch.uint8, got {pixels.dtype}")
+    for name, values in {"mean": mean, "std": std}.items():
+        if len(values) != 3:
+            raise ValueError(f"{name}: expected 3 numbers, got {len(values)}")
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"dtype: expected float16, bfloat16 or float32, got {dtype}")
+
+
 def check_layer_norm(
     x: Tensor,
     branch: Tensor | None,

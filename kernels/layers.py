@@ -1,4 +1,6 @@
-"""The layers between two matrix products of a transformer block, forward and backward in one pass each.
+"""The layers around the matrix products of a tower: normalisation of its images, and the layers of its blocks.
+
+The layers between two matrix products of a block take one pass each way.
 
 ``x`` is the residual stream, ``(B, N, D)``. One block is::
 
@@ -11,6 +13,8 @@ Gradients of biases are sums over all rows in a fixed order, from the gradients 
 function here is affected by autocast.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,7 +25,7 @@ from dive_fast.kernels.checks import Activation
 
 if backends.primitives is not None:
     # The import registers the custom ops, which must happen before anything is traced.
-    from dive_fast.kernels import activation, layer_norm, packed_qkv
+    from dive_fast.kernels import activation, layer_norm, normalise, packed_qkv
 
 
 def biased_activation(x: Tensor, bias: Tensor | None, kind: Activation, backend: Backend = "auto") -> Tensor:
@@ -109,3 +113,34 @@ def split_qkv(
     if not backends.uses_triton(backend, qkv, any_width=True):
         return naive.split_qkv(qkv, bias, heads, parts=parts)
     return packed_qkv.split_qkv(qkv, bias, heads, parts)
+
+
+def normalise_images(
+    pixels: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """``(x / 255 - mean_c) / std_c`` of 8-bit images, computed in fp32 and rounded once to ``dtype``.
+
+    The values are those of torchvision's ``to_tensor`` and ``normalize``, bit for bit in fp32; without gradients.
+
+    Args:
+        pixels: ``(B, H, W, 3)`` uint8, contiguous (otherwise copied).
+        mean, std: one number for each channel.
+        dtype: fp16, bf16 or fp32.
+        channels_last: memory format of the result.
+        backend: as for :func:`biased_activation`.
+
+    Returns:
+        ``(B, 3, H, W)``.
+
+    Raises:
+        ValueError: an argument has the wrong shape or dtype, or the backend cannot run.
+    """
+    checks.check_pixels(pixels, mean, std, dtype)
+    if not backends.uses_triton(backend, pixels, any_width=True):
+        return naive.normalise_images(pixels, mean, std, dtype, channels_last)
+    return normalise.normalise_images(pixels, mean, std, dtype, channels_last)

@@ -24,6 +24,7 @@ from dive_fast.kernels.checks import (
     check_layer_norm,
     check_packed,
     check_pairs,
+    check_pixels,
     check_same_kind,
     check_scale,
 )
@@ -394,6 +395,36 @@ def move_averages(averages: Sequence[Tensor], values: Sequence[Tensor], rate: Te
     rate = rate.reshape(())
     for average, value in zip(averages, values, strict=True):
         average.copy_(torch.where(rate == 0, average, average + rate * (value - average)))
+
+
+def normalise_images(
+    pixels: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+) -> Tensor:
+    """``(x / 255 - mean_c) / std_c`` of 8-bit images, computed in fp32 and rounded once to ``dtype``.
+
+    The order of operations is that of torchvision's ``to_tensor`` and ``normalize``.
+
+    Args:
+        pixels: ``(B, H, W, 3)`` uint8.
+        mean, std: one number for each channel.
+        channels_last: memory format of the result.
+
+    Returns:
+        ``(B, 3, H, W)``.
+    """
+    check_pixels(pixels, mean, std, dtype)
+    # Tensors on the device: CUDA multiplies by the reciprocal of a number.
+    white, means, stds = (
+        torch.tensor(values, dtype=torch.float32, device=pixels.device).view(-1, 1, 1)
+        for values in ([255.0], list(mean), list(std))
+    )
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
+    return images.div_(white).sub_(means).div_(stds).to(dtype, memory_format=layout)
 
 
 class _AddedBias(torch.autograd.Function):

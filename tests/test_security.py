@@ -28,7 +28,7 @@ from dive_fast.data.prepared.format import MANIFEST
 from dive_fast.data.prepared.raw import RawSource
 from dive_fast.data.prepared.read import open_prepared, verify
 from dive_fast.data.prepared.write import prepare
-from dive_fast.data.prompts import read_class_names
+from dive_fast.data.prompt_files import read_class_names
 from dive_fast.data.sources.csv_table import open_csv
 from dive_fast.data.sources.folder import open_folder
 from dive_fast.data.sources.webdataset import open_webdataset

@@ -13,8 +13,8 @@ from dive_fast.engine.step import Engine
 from dive_fast.model import head as heads
 from dive_fast.model import towers
 from dive_fast.model.head import Head
-from dive_fast.model.model_files import DESCRIPTION
 from dive_fast.model.model_identity import state_digest
+from dive_fast.model.model_names import DESCRIPTION
 
 MODEL = "model.safetensors"
 """Exported weights, in the run folder."""

@@ -15,12 +15,12 @@ from dive_fast.io.safe_read import forbid_code_execution
 from dive_fast.model import head as heads
 from dive_fast.model.head import Head
 from dive_fast.model.model_files import (
-    DESCRIPTION,
     check_architecture,
     read_description,
     summarize_preprocess,
     with_preprocess_config,
 )
+from dive_fast.model.model_names import DESCRIPTION
 from dive_fast.model.towers import HEAD, Towers, read_weights
 
 

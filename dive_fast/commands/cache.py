@@ -29,14 +29,15 @@ def main(arguments: list[str] | None = None) -> int:
 
     # Heavy imports follow later, so that a typo is reported at once.
     from dive_fast.errors import ConfigError, UserError
+    from dive_fast.evaluation.early_checks import check_reference
 
     try:
-        config = cli.load_config(options.config, options.overrides)
+        config = cli.load_config(options.config, options.overrides, check=check_reference)
         if config.data.reference is None:
             raise ConfigError("data.reference: a teacher cache needs a reference set; configure one")
         from dive_fast.data.open_dataset import open_reference
         from dive_fast.distributed import join
-        from dive_fast.model.towers import create
+        from dive_fast.model.towers import check_text_length, create
         from dive_fast.teacher import build
         from dive_fast.teacher import clip_retrieval as retrieval
         from dive_fast.teacher.audit import write_audit
@@ -52,8 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.adopt or options.export:
             retrieval.check(config.data.reference, config.teacher, options.adopt is not None)
         embeddings = retrieval.Embeddings(options.adopt, config.teacher.dtype) if options.adopt else None
-        source = open_reference(config.data.reference)
         towers = create(config.model)
+        check_text_length(config.data, towers)
+        source = open_reference(config.data.reference)
         samples = build.reference_samples(config, source, towers)
         summary = f"{path}: {len(source)} pairs"
         if options.export:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dive_fast.config.shipped import CONFIGS
 
 if TYPE_CHECKING:
+    from dive_fast.config.schema import Config
     from dive_fast.methods.run_config import RunConfig
 
 
@@ -80,7 +81,9 @@ def count(minimum: int) -> Callable[[str], int]:
     return parse
 
 
-def load_config(name: str, overrides: Sequence[str], announcement: str = "") -> "RunConfig":
+def load_config(
+    name: str, overrides: Sequence[str], announcement: str = "", check: "Callable[[Config], None] | None" = None
+) -> "RunConfig":
     """Reads a config by path or by its name among the shipped ones.
 
     The methods import torch, which takes seconds: everything but their options is validated before, by pydantic
@@ -88,14 +91,18 @@ def load_config(name: str, overrides: Sequence[str], announcement: str = "") -> 
 
     Args:
         announcement: line that rank 0 prints after that, before the seconds of imports.
+        check: validates the config further, before the announcement (:mod:`dive_fast.evaluation.early_checks`).
 
     Raises:
         ConfigError: as :func:`dive_fast.methods.run_config.load_run_config`.
+        UserError: as ``check``.
     """
     from dive_fast.config.load import load_config
     from dive_fast.config.schema import Config
 
     checked = load_config(name, overrides, CONFIGS, Config)
+    if check is not None:
+        check(checked)
     if os.environ.get("RANK", "0") == "0":
         for remark in checked.origins.remarks:
             print(remark, file=sys.stderr)

@@ -4,8 +4,12 @@ Alpha is chosen on the config's first evaluation set (ID validation), or on that
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dive_fast.commands import cli
+
+if TYPE_CHECKING:
+    from dive_fast.config.schema import Config
 
 
 @cli.guarded
@@ -21,15 +25,23 @@ def main(arguments: list[str] | None = None) -> int:
 
     # Only pydantic is imported so far, so that a typo is reported at once.
     from dive_fast.errors import UserError
+    from dive_fast.evaluation.early_checks import check_tuned, find_weights
+
+    def run_of(config: "Config") -> Path:
+        return cli.run_folder(config.train.output, options.config)
+
+    def check(config: "Config") -> None:
+        check_tuned(config, run_of(config), options.weights, options.output)
 
     try:
-        config = cli.load_config(options.config, options.overrides)
+        config = cli.load_config(options.config, options.overrides, check=check)
         from dive_fast.distributed import join
         from dive_fast.evaluation import weight_ensemble
-        from dive_fast.evaluation.early_checks import check_tuned
+        from dive_fast.model import towers
 
-        run = cli.run_folder(config.train.output, options.config)
-        weights, folder = check_tuned(config.model, run, options.weights, options.output)
+        towers.check(config.model)
+        weights = find_weights(options.weights, "--weights", run_of(config))
+        folder = options.output or run_of(config)
 
         ranks = join()
     except UserError as error:

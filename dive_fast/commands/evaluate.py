@@ -7,6 +7,7 @@ On several GPUs: ``deepspeed launch/evaluate.py ...``. See docs/evaluation.md.
 
 import argparse
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,27 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
     # Only pydantic is imported so far, so that a typo is reported at once.
     from dive_fast.config.schema import EvaluateConfig, EvaluationSet, ModelConfig
     from dive_fast.errors import ConfigError, UserError
+    from dive_fast.evaluation.datasets.catalog import expand_suites
+    from dive_fast.evaluation.early_checks import check_output, check_sets
+    from dive_fast.model.model_names import check_name
 
-    try:
-        config = cli.load_config(options.config, options.overrides) if options.config is not None else None
-        model = (
-            config.model if config is not None else ModelConfig(name=options.model, pretrained=options.pretrained)
-        )
-        defaults = config.evaluate if config is not None else EvaluateConfig()
-        weights = _weights(options, config)
-        from dive_fast.distributed import join, use_cpu_without_gpu
-
-        use_cpu_without_gpu()
-        from dive_fast.checkpoint.load_weights import head_of, load_into
-        from dive_fast.evaluation import evaluator, plots, published
-        from dive_fast.evaluation.datasets.catalog import expand_suites
-        from dive_fast.evaluation.early_checks import check_output
-        from dive_fast.evaluation.results import Results
-        from dive_fast.evaluation.tables import as_markdown, lines_of
-        from dive_fast.model import head as heads
-        from dive_fast.model import towers
-
-        sets: dict[str, EvaluationSet] = {
+    def named_sets() -> dict[str, EvaluationSet]:
+        return {
             name: EvaluationSet(
                 path=options.root,
                 dataset=name,
@@ -75,7 +61,39 @@ def main(arguments: list[str] | None = None) -> int:
                 templates=options.templates,
             )
             for name in expand_suites(names)
-        } or defaults.sets
+        }
+
+    def check(model: ModelConfig, config: "Config | None") -> None:
+        weights = _weights(options, config)
+        check_output(options.output or _folder(options, config))
+        check_name(model, weights=weights is None)
+        if names:
+            check_sets(named_sets(), "", options.skip_missing)
+        elif config is not None:
+            check_sets(config.evaluate.sets, skips_missing=options.skip_missing)
+
+    try:
+        if options.config is not None:
+            config = cli.load_config(
+                options.config, options.overrides, check=lambda checked: check(checked.model, checked)
+            )
+            model, defaults = config.model, config.evaluate
+        else:
+            config, defaults = None, EvaluateConfig()
+            model = ModelConfig(name=options.model, pretrained=options.pretrained)
+            check(model, None)
+        weights = _weights(options, config)
+        from dive_fast.distributed import join, use_cpu_without_gpu
+
+        use_cpu_without_gpu()
+        from dive_fast.checkpoint.load_weights import head_of, load_into
+        from dive_fast.evaluation import evaluator, plots, published
+        from dive_fast.evaluation.results import Results
+        from dive_fast.evaluation.tables import as_markdown, lines_of
+        from dive_fast.model import head as heads
+        from dive_fast.model import towers
+
+        sets = named_sets() or defaults.sets
         compared = None if options.compare is None else published.find_model(options.compare or model.name)
         towers.check(model, weights=weights is None)
         if not sets:
@@ -118,9 +136,10 @@ def main(arguments: list[str] | None = None) -> int:
             "weights": None if weights is None else str(weights),
             "head": None if head is None else str(head_file),
         }
-        rows = evaluator.measure_all(
-            evaluated, tokenizer, sets, opened, ranks, results, evaluation, model_fields, head
-        )
+        with results.writing_tables() if ranks.is_main else nullcontext():
+            rows = evaluator.measure_all(
+                evaluated, tokenizer, sets, opened, ranks, results, evaluation, model_fields, head
+            )
     except UserError as error:
         return cli.report_error(error, options)
     if ranks.is_main:

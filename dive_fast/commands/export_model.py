@@ -37,19 +37,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     from dive_fast.errors import ConfigError
+    from dive_fast.model.model_names import LOCAL, check_name, named
+
+    if options.output.exists():
+        raise ConfigError(f"{options.output} exists: name a new folder")
+    config = named(options.model, options.pretrained)
+    check_name(config)
     from dive_fast.model import export_onnx, export_transformers, head, towers
 
     _silence_transformers()
-    if options.output.exists():
-        raise ConfigError(f"{options.output} exists: name a new folder")
-    config = towers.named(options.model, options.pretrained)
     towers.check(config)
     model, tokenizer = towers.create(config), towers.tokenizer_of(config)
     export = export_transformers.export if options.to == "transformers" else export_onnx.export
     kind, error = export(model, tokenizer, options.output)
     print(f"{options.output}: {kind}, read back; features and logits differ by at most {error:.2g}")
-    folder = Path(config.name.removeprefix(towers.LOCAL))
-    if config.name.startswith(towers.LOCAL) and (folder / head.FILE).is_file():
+    folder = Path(config.name.removeprefix(LOCAL))
+    if config.name.startswith(LOCAL) and (folder / head.FILE).is_file():
         print(f"{folder / head.FILE}, the trained head, is not exported: the text tower classifies instead")
     return 0
 

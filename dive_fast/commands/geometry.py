@@ -5,8 +5,12 @@ uniformity, modality gap, difference vectors. Writes geometry.json and figures.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dive_fast.commands import cli
+
+if TYPE_CHECKING:
+    from dive_fast.config.schema import Config
 
 
 @cli.guarded
@@ -40,22 +44,34 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
 
     # Only pydantic is imported so far, so that a typo is reported at once.
+    from dive_fast.data.data_paths import check_path
     from dive_fast.errors import UserError
+    from dive_fast.evaluation.early_checks import check_output, find_weights
+    from dive_fast.model.model_names import check_name
+
+    def run_of(config: "Config") -> Path:
+        return cli.run_folder(config.train.output, options.config)
+
+    def check(config: "Config") -> None:
+        run = run_of(config)
+        find_weights(options.after, "--after", run)
+        if options.before is not None:
+            find_weights(options.before, "--before", run)
+        check_output(options.output or run)
+        check_name(config.model, weights=options.before is None)
+        if options.pairs is None and config.data.reference is not None:
+            check_path(config.data.reference, "data.reference")
 
     try:
-        config = cli.load_config(options.config, options.overrides)
+        config = cli.load_config(options.config, options.overrides, check=check)
         from dive_fast.distributed import join
-        from dive_fast.evaluation.early_checks import check_output, find_weights
         from dive_fast.evaluation.geometry import compare
         from dive_fast.evaluation.geometry.embed import describe_pairs
         from dive_fast.model import towers
 
         data = describe_pairs(config.data.reference, options.pairs, options.format, options.image_root)
-        run = cli.run_folder(config.train.output, options.config)
+        run = run_of(config)
         after = find_weights(options.after, "--after", run)
-        if options.before is not None:
-            find_weights(options.before, "--before", run)
-        check_output(options.output or run)
         towers.check(config.model, weights=options.before is None)
 
         ranks = join()

@@ -117,6 +117,12 @@ def main(arguments: list[str] | None = None) -> int:
         if os.path.commonpath([source, output_path]) == source:
             parser.error("--output lies in --input, where it would become a class; choose another folder")
 
+    if options.verify is None and options.format != "webdataset" and not os.path.exists(options.input):
+        # Before torch is imported, which takes seconds.
+        kind = "file" if options.format == "csv" else "folder"
+        print(f"error: {options.input}: no such {kind}", file=sys.stderr)
+        return 2
+
     from dive_fast.data.prepared.format import MANIFEST, SKIPPED
     from dive_fast.data.prepared.read import verify
     from dive_fast.data.prepared.write import prepare

@@ -7,8 +7,12 @@ data.target.holdout leaves out of training, or a labelled evaluation set (``--le
 import argparse
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dive_fast.commands import cli
+
+if TYPE_CHECKING:
+    from dive_fast.config.schema import Config
 
 
 @cli.guarded
@@ -41,15 +45,23 @@ def main(arguments: list[str] | None = None) -> int:
 
     # Only pydantic is imported so far, so that a typo is reported at once.
     from dive_fast.errors import UserError
+    from dive_fast.evaluation.early_checks import check_tuned, find_weights
+
+    def run_of(config: "Config") -> Path:
+        return cli.run_folder(config.train.output, options.config)
+
+    def check(config: "Config") -> None:
+        check_tuned(config, run_of(config), options.weights, options.output)
 
     try:
-        config = cli.load_config(options.config, options.overrides)
+        config = cli.load_config(options.config, options.overrides, check=check)
         from dive_fast.distributed import join
         from dive_fast.evaluation import learned_radii
-        from dive_fast.evaluation.early_checks import check_tuned
+        from dive_fast.model import towers
 
-        run = cli.run_folder(config.train.output, options.config)
-        weights, folder = check_tuned(config.model, run, options.weights, options.output)
+        towers.check(config.model)
+        weights = find_weights(options.weights, "--weights", run_of(config))
+        folder = options.output or run_of(config)
         settings = learned_radii.Settings(
             options.norm, options.iterations, options.batch_size, options.learning_rate, options.seed
         )

@@ -34,10 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     # Heavy imports follow later, so that a typo is reported at once.
     from dive_fast.errors import UserError
+    from dive_fast.evaluation.early_checks import check_training
 
     try:
         announcement = "" if options.json else f"{options.config}: the config is valid; loading libraries"
-        config = cli.load_config(options.config, options.overrides, announcement)
+        check = None if options.dry_run else check_training
+        config = cli.load_config(options.config, options.overrides, announcement, check)
         if options.dry_run:
             return dry_run(config, options)
         from dive_fast.checkpoint.saver import SaveError

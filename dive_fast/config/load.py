@@ -24,6 +24,7 @@ from dive_fast.config.file_formats import (
 from dive_fast.config.origins import Origins
 from dive_fast.config.recorded import FILE, config_of_run, is_recorded
 from dive_fast.config.schema import Config, ObjectiveConfig
+from dive_fast.config.worker_counts import with_worker_counts
 from dive_fast.errors import ConfigError, nearest
 
 C = TypeVar("C", bound=Config)
@@ -44,6 +45,9 @@ def load_config(name: str, overrides: Sequence[str], folder: Path | None, schema
         overrides: ``section.key=value``; the value is JSON, otherwise a string.
         schema: the config's type.
 
+    Returns:
+        The config, with numbers for this machine where ``workers`` is ``auto``.
+
     Raises:
         ConfigError: no such file, invalid JSON or YAML, a circle of bases, an unknown or ill-typed key, or keys
             that do not go together.
@@ -53,7 +57,7 @@ def load_config(name: str, overrides: Sequence[str], folder: Path | None, schema
         schema.drop_inherited(layers.tree, layers.inherited)
     layers.origins.keep(_keys(layers.tree))
     try:
-        config = schema.model_validate_json(json.dumps(layers.tree))
+        config = schema.model_validate_json(json.dumps(with_worker_counts(layers.tree)))
     except ValidationError as error:
         raise ConfigError(f"{_origin(error, path, overrides, layers.origins)}: {explain(error)}") from None
     config.set_origins(layers.origins)

@@ -116,7 +116,7 @@ class TargetConfig(Section):
     """B, over all ranks."""
     workers: NonNegative = 4
     """On each rank: decoding processes (`plain`) or threads (`dali`, `ffcv`); 0 decodes in the training
-    process."""
+    process. `auto`: by the cores of this rank and the images of both halves (docs/data.md)."""
     hw_decoder_load: Share = 0.65
     """`dali` on a GPU: the share of JPEGs that its hardware decoder takes; the best depends on `workers`."""
     holdout: HeldOut | None = None
@@ -163,7 +163,7 @@ class ReferenceConfig(Section):
     """B', over all ranks."""
     workers: NonNegative = 4
     """On each rank: decoding processes (`plain`) or threads (`dali`, `ffcv`); 0 decodes in the training
-    process."""
+    process. `auto`: by the cores of this rank and the images of both halves (docs/data.md)."""
     hw_decoder_load: Share = 0.65
     """`dali` on a GPU: the share of JPEGs that its hardware decoder takes; the best depends on `workers`."""
     text_length: Positive | None = None
@@ -406,7 +406,7 @@ class EvaluateConfig(Section):
     batch_size: Positive = 256
     """Images encoded at once on each rank."""
     workers: NonNegative = 4
-    """Loader processes on each rank."""
+    """Loader processes on each rank; `auto`: by its cores."""
 
     @field_validator("sets", mode="before")
     @classmethod

@@ -1,4 +1,7 @@
-"""The batches that every loader returns."""
+"""The batches that every loader returns.
+
+Inside of a loader their images are pixels, ``(B, H, W, 3)`` uint8.
+"""
 
 from dataclasses import dataclass, replace
 

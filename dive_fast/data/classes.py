@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 
-import open_clip
+import numpy as np
 
-from dive_fast.data.prompts import check_labels, read_class_names
+from dive_fast.data.prompt_files import imagenet_names, read_class_names
 from dive_fast.data.sources.source import Source
 from dive_fast.errors import DataError
 
@@ -44,6 +44,22 @@ def imagenet_rows(folders: Sequence[str]) -> tuple[int, ...] | None:
     row_of = {wnid: row for row, wnid in enumerate(synsets())}
     rows = tuple(row_of.get(folder.lower(), -1) for folder in folders)
     return rows if rows and min(rows) >= 0 else None
+
+
+def check_labels(source: Source, class_names: Sequence[str]) -> None:
+    """Checks that every label has a class name.
+
+    Raises:
+        DataError: a label has no class name.
+    """
+    labels = source.samples.labels
+    invalid = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
+    if invalid.size:
+        sample = source.samples[int(invalid[0])]
+        raise DataError(
+            f"{sample.path}: sample {sample.key} has label {sample.label}, "
+            f"but there are {len(class_names)} class names"
+        )
 
 
 def join_names(source: Source, names: Sequence[str] | None, origin: str) -> tuple[str, ...]:
@@ -149,7 +165,7 @@ def remarks(names: Sequence[str], folders: Sequence[str] = (), origin: str | Non
 
 
 def _by_wordnet_id(folders: Sequence[str], names: tuple[str, ...], origin: str) -> tuple[str, ...] | None:
-    if names != tuple(open_clip.IMAGENET_CLASSNAMES) or not are_wordnet_ids(folders):
+    if names != imagenet_names() or not are_wordnet_ids(folders):
         return None
     rows = imagenet_rows(folders)
     if rows is None:
@@ -165,7 +181,7 @@ def _by_word(folders: Sequence[str], names: tuple[str, ...], origin: str) -> tup
         return None
     index = {word: i for i, word in enumerate(listed) if listed.count(word) == 1}
     if all(word in index for word in words):
-        if len(names) != len(folders) and names != tuple(open_clip.IMAGENET_CLASSNAMES):
+        if len(names) != len(folders) and names != imagenet_names():
             raise DataError(_unequal(folders, names, origin))
         return tuple(names[index[word]] for word in words)
     return None
@@ -180,7 +196,7 @@ def _by_position(folders: Sequence[str], names: tuple[str, ...], origin: str) ->
             raise DataError(f"{origin}: two class folders are the same number, e.g. 1 and 01; rename one")
         name_of = dict(zip(order, names, strict=True))
         return tuple(name_of[label] for label in range(len(folders)))
-    if names == tuple(open_clip.IMAGENET_CLASSNAMES) and tuple(folders) != synsets():
+    if names == imagenet_names() and tuple(folders) != synsets():
         raise DataError(
             f"{origin}: the 1000 class folders are not WordNet ids, numbers or names, e.g. {folders[0]}, so the "
             "names cannot be assigned to them; list the names in a file, in the order of the sorted folders"

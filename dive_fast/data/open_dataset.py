@@ -1,19 +1,22 @@
 """Opens the data sets that a config names."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from dive_fast.config.schema import EvaluationSet, GeometryConfig, ReferenceConfig, TargetConfig
 from dive_fast.data.captions import with_lines
 from dive_fast.data.holdout import split
-from dive_fast.data.prepared.read import open_prepared
 from dive_fast.data.sources.captioned_folder import open_captioned_folder
 from dive_fast.data.sources.csv_table import open_csv
 from dive_fast.data.sources.folder import open_folder
 from dive_fast.data.sources.huggingface import Columns, open_huggingface
 from dive_fast.data.sources.source import Source
 from dive_fast.data.sources.webdataset import open_webdataset
-from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError, naming
+
+if TYPE_CHECKING:
+    from dive_fast.distributed import Ranks  # imports torch, which takes seconds
 
 
 def open_target(config: TargetConfig | EvaluationSet, section: str = "", ranks: Ranks | None = None) -> Source:
@@ -89,13 +92,15 @@ def _complete_texts(config: Any, text: str, groups_captions: bool, ranks: Ranks 
         groups_captions: whether the rows of a CSV that name the same file are one image.
     """
     if config.format == "folder":
-        return (open_folder if text == ".cls" else open_captioned_folder)(config.path)
+        return (open_folder if text == ".cls" else open_captioned_folder)(config.path, ranks)
     if config.format == "csv":
         return open_csv(config.path, config.image_root, group=text == ".cls" or groups_captions)
     if config.format == "huggingface":
         return _huggingface(config, text)
     if config.format == "webdataset":
         return open_webdataset(config.path, text, ranks=ranks)
+    from dive_fast.data.prepared.read import open_prepared  # imports torch, which takes seconds
+
     return open_prepared(config.path, text)
 
 

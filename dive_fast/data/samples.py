@@ -50,7 +50,7 @@ class Samples(ABC, Generic[Batch]):
 
     @abstractmethod
     def batch(self, sample_keys: Sequence[SampleKey], images: Tensor) -> Batch:
-        """The batch of these samples, from their images ``(B, 3, H, W)``."""
+        """The batch of these samples, from their pixels ``(B, H, W, 3)``."""
 
     def view(self, sample_key: SampleKey, size: tuple[int, int]) -> View:
         """The view of an image of ``size`` (height, width), for loaders with their own decoder."""

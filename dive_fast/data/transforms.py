@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
@@ -35,14 +34,29 @@ class Crop:
 class View:
     """The part of an image that becomes a model's input, for loaders with their own decoder.
 
-    The loader crops the image to ``crop``, resizes ``region`` of the crop to the model's size, and mirrors the
-    result if the crop is flipped.
+    The loader crops the image to ``crop``, resizes the crop to ``resized``, cuts out the part of ``size`` at
+    ``offset``, and mirrors it if the crop is flipped.
     """
 
     crop: Crop
-    region: tuple[float, float, float, float]
-    """(top, left, bottom, right) in pixels of the crop. The filter reads pixels beyond it, as when an image is
-    resized first and cropped afterwards."""
+    resized: tuple[int, int]
+    """(height, width) in pixels."""
+    offset: tuple[int, int]
+    """(top, left) in pixels of the resized crop."""
+    size: tuple[int, int]
+    """(height, width) of the view."""
+    resampling: Image.Resampling
+    """PIL's resize filter."""
+
+    @property
+    def region(self) -> tuple[float, float, float, float]:
+        """(top, left, bottom, right) of the view in pixels of the crop.
+
+        Resizing this region gives the same view, if the filter reads pixels beyond it.
+        """
+        vertical, horizontal = self.crop.height / self.resized[0], self.crop.width / self.resized[1]
+        (top, left), (height, width) = self.offset, self.size
+        return top * vertical, left * horizontal, (top + height) * vertical, (left + width) * horizontal
 
 
 TRAIN_SCALE = (0.9, 1.0)
@@ -168,12 +182,10 @@ class Preprocess:
 
     def train_view(self, crop: Crop) -> View:
         """The view of :meth:`transform` with this crop."""
-        return View(crop, (0.0, 0.0, float(crop.height), float(crop.width)))
+        return View(crop, self.size, (0, 0), self.size, self.resampling)
 
     def eval_view(self, size: tuple[int, int]) -> View:
         """The view of :meth:`transform` without a crop, for an image of ``size`` (height, width).
-
-        Resizing an image and cropping its centre equals resizing the part that ends up in the centre.
 
         Raises:
             ValueError: resize mode `longest` adds borders, which a view cannot describe.
@@ -186,9 +198,9 @@ class Preprocess:
             raise ValueError(f"resize_mode {self.resize_mode} has no view")
         resized = self._shortest(size)
         top, left = (round((long - short) / 2) for long, short in zip(resized, self.size, strict=True))
-        vertical, horizontal = height / resized[0], width / resized[1]
-        bottom, right = top + self.size[0], left + self.size[1]
-        return View(full, (top * vertical, left * horizontal, bottom * vertical, right * horizontal))
+        # open_clip's ResizeKeepRatio, for views that are not square, does not get the interpolation of the config.
+        resampling = self.resampling if self.size[0] == self.size[1] else Image.Resampling.BICUBIC
+        return View(full, resized, (top, left), self.size, resampling)
 
     def _shortest(self, size: tuple[int, int]) -> tuple[int, int]:
         """The size to which open_clip resizes an image before it crops the centre."""
@@ -200,17 +212,3 @@ class Preprocess:
             return target_height, int(target_width * width / height)
         ratio = min(height / target_height, width / target_width)  # ResizeKeepRatio rounds to nearest
         return round(height / ratio), round(width / ratio)
-
-
-def normalise(pixels: Tensor, preprocess: Preprocess, dtype: torch.dtype, channels_last: bool = False) -> Tensor:
-    """Normalises pixels on their device: ``(B, H, W, 3)`` uint8 -> ``(B, 3, H, W)`` in ``dtype``.
-
-    Computes in fp32 with torchvision's order of operations, then rounds to ``dtype``.
-    """
-    shape = (3, 1, 1)
-    mean, std = (
-        torch.tensor(values, device=pixels.device).view(shape) for values in (preprocess.mean, preprocess.std)
-    )
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
-    return images.div_(255).sub_(mean).div_(std).to(dtype)

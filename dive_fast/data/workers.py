@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.context import ForkContext
 from multiprocessing.queues import Queue
@@ -15,12 +15,11 @@ import torch
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
+from dive_fast.data.worker_memory import MAX_AHEAD
 from dive_fast.errors import DataError, MachineError, machine_error
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-PREFETCH = 4
-"""Number of batches that each process prepares ahead; all of them can be in shared memory at once."""
 BLOCKED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals that launchers and Slurm send to all processes of a run at once."""
 PARENT_CHECK_SECONDS = 1.0
@@ -51,8 +50,12 @@ FORK = _Context()
 
 
 def in_workers(
-    function: Callable[[Task], Result], tasks: Iterable[Task], workers: int, pin: bool = False
-) -> Iterator[Result]:
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    workers: int,
+    pin: bool = False,
+    ahead: int = MAX_AHEAD,
+) -> Generator[Result, None, None]:
     """Applies a function to tasks in worker processes of torch's DataLoader and yields the results in order.
 
     The processes start at once. Call it before other threads run: a forked process inherits their locks, which may
@@ -62,6 +65,7 @@ def in_workers(
         function: called in the workers, with its state at the time of this call.
         workers: number of processes; 0 computes each result in this process when it is requested.
         pin: whether results are copied to page-locked memory, for asynchronous copies to a GPU.
+        ahead: results that each process computes ahead.
 
     Raises:
         DataError: ``function`` raised it; the message is one line.
@@ -70,7 +74,7 @@ def in_workers(
     options: dict[str, Any] = {}
     if workers:
         options = {
-            "prefetch_factor": PREFETCH,
+            "prefetch_factor": ahead,
             "worker_init_fn": _initialize_worker,
             "multiprocessing_context": FORK,
         }
@@ -136,7 +140,7 @@ def _identity(result: Result) -> Result:
     return result
 
 
-def _with_plain_errors(results: Iterator[Result]) -> Iterator[Result]:
+def _with_plain_errors(results: Iterator[Result]) -> Generator[Result, None, None]:
     """Yields the results, and restores the one-line messages of errors."""
     try:
         yield from results

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dive_fast.data.demo import splits, world
 from dive_fast.kernels import contrastive_loss
-from dive_fast.model import towers
+from dive_fast.model.model_names import MODEL_DIR
 
 CONTEXT = 20
 """Number of tokens of the longest caption, with its start and end tokens."""
@@ -172,7 +172,7 @@ def zero_shot_accuracy(model: Any, folder: Path, split: str) -> float:
 def main() -> None:
     """Parses the arguments, trains, writes the folder when all of it is there, and prints zero-shot accuracies."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=towers.MODEL_DIR)
+    parser.add_argument("--out", type=Path, default=MODEL_DIR)
     parser.add_argument("--images", type=int, default=24_000)
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--batch-size", type=int, default=256)

@@ -30,7 +30,8 @@ from dive_fast.config.schema import Config
 from dive_fast.data.batch import EvaluationBatch, TargetBatch
 from dive_fast.data.loaders.loader import Options, training_batches
 from dive_fast.data.prefetch import Prefetcher
-from dive_fast.data.prompts import PromptTable, Template, Tokenizer, read_templates
+from dive_fast.data.prompt_files import Template, read_templates
+from dive_fast.data.prompts import PromptTable, Tokenizer
 from dive_fast.data.sampler import Order
 from dive_fast.data.samples import EvaluationSamples, SampleKey, TargetSamples
 from dive_fast.distributed import Ranks

@@ -2,9 +2,10 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dive_fast.errors import DataError
 from dive_fast.evaluation import calibration
@@ -21,9 +22,10 @@ LOCK = ".results.lock"
 
 
 class Results:
-    """The rows of a results folder; each added row is on disk when the call returns.
+    """The rows of a results folder; each added row is on disk when the call returns, tables are written later.
 
-    Several processes may add rows to one folder: each takes the lock, reads the rows, and rewrites the files.
+    Several processes may add rows to one folder. A row is one appended line, which replaces earlier lines with the
+    same label, set and key: the cost of a row does not depend on the number of rows.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,8 +34,16 @@ class Results:
         Raises:
             DataError: the file cannot be read, or a line of it is not a row.
         """
-        self.folder = folder
-        self.rows = _read(folder / FILE)
+        self.folder, self._file = folder, folder / FILE
+        self._rows: dict[str, Row] = {}
+        self._num_lines = 0
+        self._position = _Position()
+        self._read_new_lines()
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows, in the order in which they were added."""
+        return list(self._rows.values())
 
     def find(self, key: str, label: str, name: str, needed: Sequence[str]) -> Row | None:
         """The newest row with this key, renamed to this label and set; None if there is none.
@@ -43,43 +53,117 @@ class Results:
                 edited by hand, are ignored.
         """
         fields = {*needed, "samples"}
-        rows = (row for row in reversed(self.rows) if row.get("key") == key and fields <= row.keys())
+        rows = (row for row in reversed(self._rows.values()) if row.get("key") == key and fields <= row.keys())
         return next((row | {"label": label, "set": name} for row in rows), None)
 
     def latest(self, label: str, name: str) -> Row | None:
         """The newest row of a label and set."""
-        rows = (row for row in reversed(self.rows) if (row["label"], row["set"]) == (label, name))
+        rows = (row for row in reversed(self._rows.values()) if (row["label"], row["set"]) == (label, name))
         return next(rows, None)
 
     def add(self, row: Row) -> None:
-        """Adds a row, replacing one with the same label, set and key, and writes all files.
+        """Adds a row, replacing one with the same label, set and key, by one line of the file.
 
         Raises:
             DataError: the file has changed on disk and cannot be read any more.
             UserError: the folder cannot be written.
         """
-        identifying = ("label", "set", "key")
+        with self._changing():
+            if not self._position.is_complete:
+                self._rewrite()  # a line that is appended to an incomplete one would be lost
+            with self._file.open("ab") as file:
+                file.write(json.dumps(row).encode() + b"\n")
+            self._read_new_lines()
+
+    @contextmanager
+    def writing_tables(self) -> Iterator[None]:
+        """Writes the tables once at the end of the context, also of one that an error ends.
+
+        Raises:
+            DataError, UserError: as :meth:`write_tables`.
+        """
+        try:
+            yield
+        finally:
+            self.write_tables()
+
+    def write_tables(self) -> None:
+        """Writes ``results.csv`` and ``results.md`` from all rows, and removes replaced lines of the file.
+
+        Raises:
+            DataError, UserError: as :meth:`add`.
+        """
+        with self._changing():
+            if self._num_lines > len(self._rows) or not self._position.is_complete:
+                self._rewrite()
+            write_atomic(self.folder / "results.csv", as_csv(self.rows).encode())
+            write_atomic(self.folder / "results.md", as_markdown(self.rows).encode())
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Holds the lock of the folder, with the rows of other processes read."""
         with file_lock(self.folder / LOCK, f"results folder {self.folder}", wait=True):
-            rows = _read(self.folder / FILE)
-            self.rows = [other for other in rows if any(other.get(name) != row.get(name) for name in identifying)]
-            self.rows.append(row)
-            lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+            self._read_new_lines()
             try:
-                write_atomic(self.folder / FILE, lines.encode())
-                write_atomic(self.folder / "results.csv", as_csv(self.rows).encode())
-                write_atomic(self.folder / "results.md", as_markdown(self.rows).encode())
+                yield
             except OSError as error:
                 raise DataError(f"{self.folder}: cannot write the results: {error}") from error
 
+    def _rewrite(self) -> None:
+        """Replaces the file by one with a line for each row."""
+        write_atomic(self._file, "".join(json.dumps(row) + "\n" for row in self._rows.values()).encode())
+        status = self._file.stat()
+        self._position, self._num_lines = _Position(status.st_ino, status.st_size), len(self._rows)
 
-def _read(path: Path) -> list[Row]:
-    rows: list[Row] = []
+    def _read_new_lines(self) -> None:
+        """Reads what has been appended since the last call, or everything if the file was replaced."""
+        try:
+            content, self._position, is_continued = _read_after(self._file, self._position)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self._file}: cannot read it: {error}") from error
+        lines = _parse(self._file, content)
+        if not is_continued:
+            self._rows, self._num_lines = {}, 0
+        self._num_lines += len(lines)
+        for row in lines:
+            identifying = repr([row.get(name) for name in ("label", "set", "key")])
+            self._rows.pop(identifying, None)
+            self._rows[identifying] = row
+
+
+class _Position(NamedTuple):
+    """The part of a results file that has been read."""
+
+    inode: int = 0
+    size: int = 0
+    """Bytes."""
+    is_complete: bool = True
+    """Whether it ends with the end of a line."""
+
+
+def _read_after(path: Path, position: _Position) -> tuple[str, _Position, bool]:
+    """The text of a file after a position, the position after that, and whether it is still the same file.
+
+    Raises:
+        OSError, ValueError: as :func:`dive_fast.io.safe_read.read_text`.
+    """
     try:
-        text = read_text(path)
+        status = path.stat()
+        is_continued = status.st_ino == position.inode and status.st_size >= position.size and position.is_complete
+        if is_continued:
+            with path.open("rb") as file:
+                file.seek(position.size)
+                text = file.read().decode()
+        else:
+            text = read_text(path)
     except FileNotFoundError:
-        return rows
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot read it: {error}") from error
+        return "", _Position(), False
+    size = len(text.encode()) + (position.size if is_continued else 0)
+    return text, _Position(status.st_ino, size, not text or text.endswith("\n")), is_continued
+
+
+def _parse(path: Path, text: str) -> list[Row]:
+    rows: list[Row] = []
     lines = text.splitlines()
     for number, line in enumerate(lines, start=1):
         try:

@@ -8,7 +8,8 @@ from dive_fast.data.loaders.loader import Options, batches_of
 from dive_fast.data.prompts import Tokenizer, warn_about_truncated_captions
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
-from dive_fast.evaluation.datasets.evaluation_set import BROKEN, Captioned, StrictSamples, progress
+from dive_fast.evaluation.datasets.evaluation_set import Captioned
+from dive_fast.evaluation.datasets.strict_samples import BROKEN, StrictSamples, progress
 from dive_fast.evaluation.scores import recall_at
 from dive_fast.evaluation.text_features import embed_texts
 from dive_fast.model.features import Pairs

@@ -10,10 +10,10 @@ import numpy as np
 from dive_fast.checkpoint.manifest import MANIFEST, read_identity
 from dive_fast.config.recorded import FILE, is_recorded
 from dive_fast.config.schema import Config
-from dive_fast.data.classes import imagenet_rows, target_names
+from dive_fast.data.classes import check_labels, imagenet_rows, target_names
 from dive_fast.data.holdout import split
 from dive_fast.data.open_dataset import open_target
-from dive_fast.data.prompts import Template, check_labels, read_templates
+from dive_fast.data.prompt_files import Template, read_templates
 from dive_fast.data.shared_images import MAX_READ, copies, image_files
 from dive_fast.data.sources.source import Source
 from dive_fast.errors import ConfigError, DataError, naming, nearest, warn_on_main_rank

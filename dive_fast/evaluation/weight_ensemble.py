@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dive_fast.checkpoint.load_weights import exported, head_of
 from dive_fast.config.schema import Config
-from dive_fast.data.prompts import Template, Tokenizer, read_templates
+from dive_fast.data.prompt_files import Template, read_templates
+from dive_fast.data.prompts import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, UserError, nearest
 from dive_fast.evaluation import plots
@@ -23,7 +24,7 @@ from dive_fast.locks import file_lock
 from dive_fast.model import head as heads
 from dive_fast.model import towers
 from dive_fast.model.head import Head
-from dive_fast.model.model_files import DESCRIPTION
+from dive_fast.model.model_names import DESCRIPTION
 
 WEIGHTS = "ensemble.safetensors"
 ALPHAS = tuple(step / 10 for step in range(1, 10))

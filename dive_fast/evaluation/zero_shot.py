@@ -18,8 +18,9 @@ from dive_fast.errors import ConfigError, DataError
 from dive_fast.evaluation import retrieval
 from dive_fast.evaluation.calibration import Bins, Probabilities, calibration, reliability, summarize_probabilities
 from dive_fast.evaluation.classifier import Classifier, cached_classifier, first_missing_class, select_head_rows
-from dive_fast.evaluation.datasets.evaluation_set import BROKEN, Captioned, Labelled, StrictSamples, progress
+from dive_fast.evaluation.datasets.evaluation_set import Captioned, Labelled
 from dive_fast.evaluation.datasets.resolve import Opened, metric_of, open_evaluation
+from dive_fast.evaluation.datasets.strict_samples import BROKEN, StrictSamples, progress
 from dive_fast.evaluation.scores import Predictions, scores
 from dive_fast.model import head as heads
 from dive_fast.model.towers import Towers, unit

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dive_fast.config.section import NonNegativeFloat, PathText, Section
-from dive_fast.data.prompts import Template, read_templates
+from dive_fast.data.prompt_files import Template, read_templates
 from dive_fast.errors import ConfigError, warn_on_main_rank
 from dive_fast.kernels.naive import gather_rows, kl_divergence, unit
 from dive_fast.kernels.precision import product

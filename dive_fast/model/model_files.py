@@ -23,9 +23,8 @@ from dive_fast.data.transforms import Preprocess
 from dive_fast.errors import ConfigError, warn_on_main_rank
 from dive_fast.io.atomic_files import write_atomic
 from dive_fast.io.safe_read import read_json
+from dive_fast.model.model_names import DESCRIPTION
 
-DESCRIPTION = "open_clip_config.json"
-"""Name of the description next to weights."""
 PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 """Keys of open_clip's preprocess config that are used; the size comes from the image tower."""
 

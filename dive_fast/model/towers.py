@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import difflib
 import logging
 import math
 import textwrap
@@ -25,10 +24,8 @@ from dive_fast.io.safe_read import forbid_code_execution
 from dive_fast.kernels.naive import unit
 from dive_fast.model.features import Features
 from dive_fast.model.huggingface import import_model, siglip_tower
-from dive_fast.model.huggingface.hub_files import SCHEME
 from dive_fast.model.huggingface.import_model import ForeignModel
 from dive_fast.model.model_files import (
-    DESCRIPTION,
     PREPROCESS_KEYS,
     check_architecture,
     describe_foreign_file,
@@ -38,19 +35,14 @@ from dive_fast.model.model_files import (
     tensor_shapes,
     write_description,
 )
+from dive_fast.model.model_names import BRING_WEIGHTS, DESCRIPTION, LOCAL, SCHEME, check_name, full_name
 from dive_fast.numerics import full_fp32
 
-MODEL_DIR = Path(__file__).parents[1] / "demo/model"
-"""Folder of the demo's model."""
 _AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
 """Autocast dtype of a ``precision``; None: no autocast."""
 
 __all__ = ["Features", "Towers", "create", "tokenizer_of", "unit"]
 
-LOCAL = "local-dir:"
-"""Prefix of the names of models in a local folder."""
-BRING_WEIGHTS = ("hf-hub:", LOCAL, SCHEME)
-"""Prefixes of the names of models that include weights."""
 TEXT_MULTIPLE = 8
 """On a GPU and in compiled towers, lengths of trimmed texts are multiples of this many tokens. Matrices whose
 sides are multiples of 8 take the fast paths of tensor cores, and fewer shapes are fewer choices of kernels, sizes
@@ -301,25 +293,6 @@ def _fp32_log(bound: float) -> float:
     return float(torch.tensor(math.log(bound), dtype=torch.float32))
 
 
-def named(name: str, pretrained: str | None = None) -> ModelConfig:
-    """The config of a model by a name, or by its folder: a run, or a model of open_clip or transformers.
-
-    Args:
-        pretrained: open_clip's tag or a file of weights, for a name that does not include weights.
-
-    Raises:
-        ConfigError: the folder is not a model.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        schemes = ((DESCRIPTION, LOCAL), ("config.json", SCHEME))
-        scheme = next((scheme for file, scheme in schemes if (folder / file).is_file()), None)
-        if scheme is None:
-            raise ConfigError(f"{folder} is not a model: it has neither {DESCRIPTION} nor a config.json")
-        name = f"{scheme}{folder}"
-    return ModelConfig(name=name, pretrained=pretrained)
-
-
 def create(config: ModelConfig, weights: bool = True) -> Towers:
     """Builds a model with its pre-trained weights in fp32 on the CPU.
 
@@ -333,7 +306,7 @@ def create(config: ModelConfig, weights: bool = True) -> Towers:
         ConfigError: the model or weights do not exist; the message names the key of ``model`` to change.
     """
     check(config, weights)
-    name = _name(config)
+    name = full_name(config)
     load_weights = weights and not config.random
     pretrained = config.pretrained if load_weights else None
     preprocess_cfg, is_described = _preprocess_cfg(config, name)
@@ -393,23 +366,11 @@ def check(config: ModelConfig, weights: bool = True) -> None:
     Raises:
         ConfigError: the model or weights do not exist; the message names the closest ones.
     """
-    name, pretrained = _name(config), config.pretrained
+    name, pretrained = full_name(config), config.pretrained
+    check_name(config, weights)
     if name.startswith(BRING_WEIGHTS):
-        if pretrained is not None:
-            raise ConfigError(
-                f"model.pretrained: {config.name} brings its own weights; remove it, or name a model of open_clip"
-            )
-        if name.startswith(LOCAL):
-            _check_folder(config, Path(name.removeprefix(LOCAL)), weights and not config.random)
         _foreign(config, weights and not config.random)
         return
-    models = open_clip.list_models()
-    if name not in models:
-        by_lower_case = {model.lower(): model for model in models}
-        word = name.replace("/", "-").lower()
-        close = difflib.get_close_matches(word, list(by_lower_case), n=1, cutoff=0.5)
-        hint = f"; did you mean {by_lower_case[close[0]]}?" if close else "; see open_clip.list_models()"
-        raise ConfigError(f"model.name: open_clip has no model {name}{hint}")
     if not weights or config.random:
         return
     tags = open_clip.list_pretrained_tags_by_model(name)
@@ -452,22 +413,6 @@ def _timm_name(name: str) -> str | None:
     described = read_description(Path(name.removeprefix(LOCAL)))
     vision = {} if described is None else described.model_cfg.get("vision_cfg")
     return vision.get("timm_model_name") if isinstance(vision, Mapping) else None
-
-
-def _check_folder(config: ModelConfig, folder: Path, weights: bool) -> None:
-    if not folder.is_dir():
-        raise ConfigError(f"model: cannot load {config.name} (None): folder not found: {folder}")
-    if not (folder / DESCRIPTION).is_file():
-        raise ConfigError(
-            f"model: cannot load {config.name} (None): the folder has no {DESCRIPTION}, which describes the model"
-        )
-    if weights and not any(
-        file for pattern in ("*.safetensors", "*.bin", "*.pth") for file in folder.glob(pattern)
-    ):
-        raise ConfigError(
-            f"model: cannot load {config.name} (None): weights could not be loaded: the folder has no weight "
-            "file such as model.safetensors; model.random = true starts from random weights"
-        )
 
 
 def _preprocess_cfg(config: ModelConfig, name: str) -> tuple[dict[str, Any] | None, bool]:
@@ -526,10 +471,10 @@ def read_weights(config: ModelConfig, path: Path) -> dict[str, Tensor]:
     foreign = _foreign(config, weights=False)
     try:
         with forbid_code_execution(), _without_warnings_about_random_weights():
-            siglip_tower.register(_timm_name(_name(config)))
+            siglip_tower.register(_timm_name(full_name(config)))
             if foreign is None:
                 model = open_clip.create_model(
-                    _name(config), None, precision="fp32", load_weights=False, pretrained_text=False
+                    full_name(config), None, precision="fp32", load_weights=False, pretrained_text=False
                 )
             else:
                 model = foreign.build(custom_text=False)
@@ -557,21 +502,13 @@ def tokenizer_of(config: ModelConfig, text_length: int | None = None) -> Tokeniz
     try:
         with forbid_code_execution():
             tokenizer: Tokenizer = (
-                open_clip.get_tokenizer(_name(config), context_length=text_length)
+                open_clip.get_tokenizer(full_name(config), context_length=text_length)
                 if foreign is None
                 else foreign.tokenizer(text_length)
             )
     except Exception as error:  # errors of many types
         raise ConfigError(f"model.name: cannot load the tokenizer of {config.name}: {_one_line(error)}") from error
     return quick_bpe(tokenizer)  # type: ignore[no-any-return]
-
-
-def _name(config: ModelConfig) -> str:
-    if config.name.startswith(LOCAL + "~"):
-        return LOCAL + str(Path(config.name.removeprefix(LOCAL)).expanduser())
-    if config.name != "demo":
-        return config.name
-    return f"local-dir:{MODEL_DIR}"
 
 
 def _pooled_at(text: Any) -> PooledAt:

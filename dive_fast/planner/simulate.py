@@ -22,7 +22,7 @@ from dive_fast.config.schema import Config, ReferenceConfig, TargetConfig
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.data.loaders.loader import loader_options
 from dive_fast.data.prefetch import DEPTH
-from dive_fast.data.prompts import Template, read_class_names, read_templates
+from dive_fast.data.prompt_files import Template, read_class_names, read_templates
 from dive_fast.distributed import Ranks
 from dive_fast.engine.deepspeed_config import zero_section
 from dive_fast.engine.step import Engine, StepBatches

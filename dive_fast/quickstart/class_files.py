@@ -56,7 +56,7 @@ def _train_names(target: Target, class_names: str | None) -> PromptNames:
         class_names = str(target.class_file)
     if class_names is not None:
         from dive_fast.data.classes import join_names  # imports torch
-        from dive_fast.data.prompts import read_class_names
+        from dive_fast.data.prompt_files import read_class_names
 
         return PromptNames(join_names(source, read_class_names(class_names), class_names), ())
     if not source.class_names:

@@ -53,7 +53,7 @@ def prompt_names(folders: Sequence[str]) -> PromptNames:
 def _imagenet_names(folders: Sequence[str], remarks: list[str]) -> list[str]:
     """ImageNet's names of WordNet ids; other ids stay as they are."""
     from dive_fast.data.classes import synsets  # imports torch
-    from dive_fast.data.prompts import read_class_names
+    from dive_fast.data.prompt_files import read_class_names
 
     name_of = dict(zip(synsets(), read_class_names("imagenet"), strict=True))
     names = [name_of.get(folder.lower(), folder) for folder in folders]

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dive_fast.config.schema import Config
+from dive_fast.data.classes import check_labels
 from dive_fast.data.loaders.loader import Options, batches_of, loader_options
-from dive_fast.data.prompts import check_labels, read_templates
+from dive_fast.data.prompt_files import read_templates
 from dive_fast.data.samples import EvaluationSamples
 from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks

@@ -11,7 +11,8 @@ from dive_fast.config.schema import ModelConfig, ReferenceConfig, TargetConfig
 from dive_fast.identity import versions
 from dive_fast.io.atomic_files import write_atomic
 from dive_fast.model.head import FILE as HEAD
-from dive_fast.model.huggingface.hub_files import SCHEME, repository_of
+from dive_fast.model.huggingface.hub_files import repository_of
+from dive_fast.model.model_names import SCHEME
 from dive_fast.training.run_report import Report
 from dive_fast.training.setup import Run
 from dive_fast.training.write_report import FIGURE

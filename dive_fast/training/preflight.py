@@ -5,7 +5,6 @@ written, a full disk, a missing compiler or package, or too little shared memory
 """
 
 import logging
-import math
 import os
 import resource
 import shutil
@@ -18,7 +17,7 @@ from typing import Any
 from dive_fast.checkpoint.lineage import REPLACED, RUN_FILES
 from dive_fast.checkpoint.manifest import FOLDER as CHECKPOINTS
 from dive_fast.config.schema import Config, DataConfig, EvaluateConfig, TrainConfig
-from dive_fast.data.workers import PREFETCH
+from dive_fast.data import worker_memory
 from dive_fast.distributed import Ranks
 from dive_fast.engine.deepspeed_config import offloads_optimizer
 from dive_fast.errors import ConfigError, UserError, machine_error
@@ -30,7 +29,6 @@ from dive_fast.training.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
-SHARED_MEMORY = Path("/dev/shm")
 BASE_FILES, FILES_PER_WORKER = 100, 3
 """Open files of a run without loader processes, and the least number that each process adds."""
 
@@ -60,7 +58,7 @@ def check_environment(config: Config, folder: Path | None, ranks: Ranks) -> None
 def check_sizes(
     config: Config, folder: Path, towers: Towers, pairs: int, ranks: Ranks, captions: int | None = None
 ) -> None:
-    """Checks shared memory and disk, once the sizes of images and weights are known; all ranks call it.
+    """Checks memory and disk, once the sizes of images and weights are known; all ranks call it.
 
     Args:
         pairs: pairs in the reference set; 0 where there is none.
@@ -70,7 +68,7 @@ def check_sizes(
         UserError: there is too little of them.
     """
     with ranks.raise_on_all(UserError):
-        check_shared_memory(config, towers.preprocess.size, ranks)
+        check_loader_memory(config, towers.preprocess.size, ranks)
         if ranks.is_main:
             check_disk(config, folder, towers, pairs, captions)
 
@@ -167,7 +165,7 @@ def check_open_files(data: DataConfig, evaluate: EvaluateConfig) -> None:
     workers += evaluate.workers if evaluate.sets or evaluate.geometry else 0
     needed = BASE_FILES + FILES_PER_WORKER * workers
     # Each tensor of a prefetched batch is an open file until it is used.
-    wanted = needed + 8 * (PREFETCH + 1) * workers
+    wanted = needed + 8 * (worker_memory.MAX_AHEAD + 1) * workers
     if hard == resource.RLIM_INFINITY or soft < min(wanted, hard):
         wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         if soft < wanted:
@@ -180,33 +178,52 @@ def check_open_files(data: DataConfig, evaluate: EvaluateConfig) -> None:
         )
 
 
-def check_shared_memory(config: Config, size: tuple[int, int], ranks: Ranks) -> None:
-    """Checks that the batches that loader processes prefetch fit into ``/dev/shm``.
+def check_loader_memory(config: Config, size: tuple[int, int], ranks: Ranks) -> None:
+    """Checks that the batches of loader processes fit into memory and ``/dev/shm``; warns if few fit.
 
     Args:
         size: height and width of an image.
 
     Raises:
-        ConfigError: they do not fit.
+        ConfigError: not even one batch ahead of each process fits.
     """
-    if not SHARED_MEMORY.is_dir():
-        return
+    evaluate = config.evaluate
     halves = [half for half in (config.data.target, config.data.reference) if half is not None]
-    is_fp16 = config.train.precision == "fp16" and config.teacher.mode == "cache" and ranks.device.type == "cuda"
-    image_bytes = 3 * math.prod(size) * (2 if is_fp16 else 4)
-    needed = sum(
-        half.batch_size // ranks.world_size * image_bytes * half.workers * PREFETCH
-        for half in halves
-        if half.loader == "plain"
-    )
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    usage = shutil.disk_usage(SHARED_MEMORY)
-    if needed * local_ranks > usage.free:
-        raise ConfigError(
-            f"shared memory ({SHARED_MEMORY}) is too small: loaders keep up to {_size(needed * local_ranks)} "
-            f"of batches there, {_size(usage.free)} of {_size(usage.total)} are free: give the container more "
-            "(docker run --shm-size=16g, or --ipc=host), or use fewer data.target.workers and "
-            "data.reference.workers"
+    loaders = [(half.loader, half.workers, half.batch_size // ranks.world_size) for half in halves]
+    if evaluate.sets or evaluate.geometry:
+        loaders.append(("plain", evaluate.workers, evaluate.batch_size))
+    batches = [
+        (worker_memory.batch_bytes(loader, images, size), worker_memory.processes(loader, workers))
+        for loader, workers, images in loaders
+        if workers
+    ]
+    least = [worker_memory.loader_bytes(batch, processes, 1) for batch, processes in batches]
+    local_ranks = worker_memory.local_ranks()
+    for name, needed, free, remedy in (
+        (
+            f"shared memory ({worker_memory.SHARED_MEMORY})",
+            local_ranks * sum(each.shared for each in least),
+            worker_memory.free_shared_memory(),
+            "give the container more (docker run --shm-size=16g, or --ipc=host), or use fewer",
+        ),
+        (
+            "the memory of this machine or container",
+            local_ranks * sum(each.pixels for each in least),
+            worker_memory.available_memory(),
+            "use fewer",
+        ),
+    ):
+        if needed > free:
+            raise ConfigError(
+                f"{name} is too small: loaders keep at least {_size(needed)} of batches there, {_size(free)} are "
+                f"free: {remedy} data.target.workers, data.reference.workers and evaluate.workers"
+            )
+    ahead = min((worker_memory.batches_ahead(*each) for each in batches), default=worker_memory.MAX_AHEAD)
+    if ahead < worker_memory.MAX_AHEAD and ranks.is_main:
+        logger.warning(
+            "loader processes prepare %d batch ahead instead of %d: %s of memory and %s of %s are free",
+            *(ahead, worker_memory.MAX_AHEAD, _size(worker_memory.available_memory())),
+            *(_size(worker_memory.free_shared_memory()), worker_memory.SHARED_MEMORY),
         )
 
 

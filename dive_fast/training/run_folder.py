@@ -12,7 +12,7 @@ from dive_fast.config.schema import TrainConfig
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError
 from dive_fast.identity import Identity
-from dive_fast.training.run_identity import check_resumable, report_resumed
+from dive_fast.training.run_identity import check_resumable, check_settings, report_resumed
 
 SHARED_SECONDS = 60.0
 """Time until a file that one machine has written must be visible on all others."""
@@ -38,20 +38,40 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
             time.sleep(0.5)
 
 
-def start_or_resume(
-    train: TrainConfig, folder: Path, identity: Identity, total_steps: int, ranks: Ranks
-) -> tuple[Path | None, RunRecord]:
-    """Finds the checkpoint to resume from and claims the folder; all ranks call it.
+def find_resumable(train: TrainConfig, folder: Path, config: Identity, ranks: Ranks) -> Path | None:
+    """Finds the checkpoint to resume from, before the data is opened; all ranks call it.
+
+    Args:
+        config: the part of the run's identity that stands in its config.
 
     Returns:
-        The checkpoint, validated to be of this run, or None for a new run; and the run's record for its own
-        checkpoints.
+        The verified checkpoint, or None for a new run.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or it is of a run with other settings.
+    """
+    checkpoint = find_checkpoint(train.resume, folder / manifest.FOLDER, ranks)
+    with ranks.raise_on_all(ConfigError):
+        if checkpoint is not None and ranks.is_main:
+            check_settings(checkpoint, manifest.read_identity(checkpoint), config)
+    return checkpoint
+
+
+def start_or_resume(
+    train: TrainConfig, folder: Path, checkpoint: Path | None, identity: Identity, total_steps: int, ranks: Ranks
+) -> RunRecord:
+    """Validates the checkpoint to resume from and claims the folder; all ranks call it.
+
+    Args:
+        checkpoint: result of :func:`find_resumable`.
+
+    Returns:
+        The run's record for its own checkpoints.
 
     Raises:
         ConfigError: the checkpoint is of another run or beyond this one's end, or the folder cannot be claimed.
     """
     checkpoints = folder / manifest.FOLDER
-    checkpoint = find_checkpoint(train.resume, checkpoints, ranks)
     with ranks.raise_on_all(ConfigError):
         if checkpoint is not None and ranks.is_main:
             trainer = manifest.read_trainer(checkpoint)
@@ -67,7 +87,7 @@ def start_or_resume(
     with ranks.raise_on_all(ConfigError):
         run = _claim(folder, checkpoints, train.resume, checkpoint) if ranks.is_main else None
     run = ranks.broadcast(run)
-    return checkpoint, RunRecord(run.run, total_steps, identity, None if run.start is None else Path(run.start))
+    return RunRecord(run.run, total_steps, identity, None if run.start is None else Path(run.start))
 
 
 def _claim(folder: Path, checkpoints: Path, resume: str, checkpoint: Path | None) -> lineage.Lineage:

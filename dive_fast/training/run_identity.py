@@ -16,7 +16,8 @@ from typing import Any
 from dive_fast import numerics
 from dive_fast.config.schema import Config, TrainConfig
 from dive_fast.data.loaders.loader import loader_options
-from dive_fast.data.prompts import TOKENIZER_PROBES, Template
+from dive_fast.data.prompt_files import Template
+from dive_fast.data.prompts import TOKENIZER_PROBES
 from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
 from dive_fast.engine.deepspeed_config import deepspeed_section
@@ -270,6 +271,26 @@ def check_resumable(checkpoint: Path, stored: Identity, current: Identity) -> li
         for change in differences({**stored, "objective": objective}, current)
         if change.stored is not None or change.current != ADDED.get(change.key, change.stored)
     ]
+    _refuse(checkpoint, changes)
+    return changes
+
+
+def check_settings(checkpoint: Path, stored: Identity, config: Identity) -> None:
+    """Compares the settings of a checkpoint's run with the present ones, as far as they are known without data.
+
+    Args:
+        stored: the identity of the checkpoint's run.
+        config: the part of the present run's identity that stands in its config.
+
+    Raises:
+        ConfigError: as :func:`check_resumable`, which compares everything else later.
+    """
+    changes = differences(stored, config)
+    _refuse(checkpoint, [change for change in changes if None not in (change.stored, change.current)])
+
+
+def _refuse(checkpoint: Path, changes: Sequence[Difference]) -> None:
+    """Refuses to resume after changes that change the result."""
     refused = [change for change in changes if not matches(change.key, (*CONTINUES, *ROUNDING))]
     if refused:
         listed = "; ".join(map(_describe, refused))
@@ -277,7 +298,6 @@ def check_resumable(checkpoint: Path, stored: Identity, current: Identity) -> li
             f"{checkpoint} belongs to a run with other settings ({listed}): set them back to continue that run, "
             "set train.output to another folder to keep both, or train.resume=never to train again here"
         )
-    return changes
 
 
 def _describe(change: Difference) -> str:

@@ -4,20 +4,22 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dive_fast.checkpoint.snapshot import RunRecord
 from dive_fast.config.schema import Config, TargetConfig
+from dive_fast.config.worker_counts import cores_of_rank
 from dive_fast.data.batch import ReferenceBatch, TargetBatch
 from dive_fast.data.captions import caption_counts, remark_on_captions
 from dive_fast.data.classes import remarks, target_names
 from dive_fast.data.loaders.loader import loader_options, training_batches
 from dive_fast.data.open_dataset import open_reference, open_target
 from dive_fast.data.prefetch import Prefetcher
-from dive_fast.data.prompts import PromptTable, SecondPrompts, Template, read_templates
+from dive_fast.data.prompt_files import Template, read_templates
+from dive_fast.data.prompts import PromptTable, SecondPrompts
 from dive_fast.data.sampler import Classes, Order
 from dive_fast.data.samples import ReferenceSamples, TargetSamples
 from dive_fast.data.sources.source import Source
@@ -47,7 +49,7 @@ from dive_fast.training.guard_rails import warn_of_evaluation, warn_of_schedule
 from dive_fast.training.linear_probe import make_head
 from dive_fast.training.preflight import check_sizes
 from dive_fast.training.provenance import write_provenance
-from dive_fast.training.run_folder import start_or_resume
+from dive_fast.training.run_folder import find_resumable, start_or_resume
 from dive_fast.training.run_identity import RANKS_MAY_DIFFER, config_identity, fill_in, require_equal, run_identity
 
 logger = logging.getLogger(__name__)
@@ -109,9 +111,18 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     require_equal(ranks, config_identity(config, RANKS_MAY_DIFFER) | {"run folder": str(folder)})
     check_deepspeed(config, ranks.world_size)
     config = resolve(config, ranks)
-    # Before any model is built: a typo in a path should not cost minutes.
-    sources = _open_sources(config, ranks)
-    needs = registry.needs(config.objective)
+    # Small things first: opening sets of millions can take minutes.
+    evaluation_sets = open_sets(config.evaluate.sets, ranks)
+    torch.manual_seed(config.train.seed)
+    towers = create(config.model)
+    check_text_length(config.data, towers)
+    feature_consistency.prepare(config, towers, ranks)
+    needs, section = registry.needs(config.objective), deepspeed_section(config, ranks.world_size)
+    _check_method(config, section, towers)
+    templates = read_templates(config.data.target.templates, "data.target.templates")
+    complete = fill_in(config, folder, towers, ranks)
+    checkpoint = find_resumable(config.train, folder, config_identity(complete), ranks)
+    sources = _open_sources(config, evaluation_sets, ranks)
     held_out = _hold_out(config, sources.reference)
     classes = _classes(config.data.target, sources.target, ranks)
     target_order, reference_order = _order(config, "target", len(sources.target), ranks, classes=classes), None
@@ -119,10 +130,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         assert sources.reference is not None
         reference_order = _order(config, "reference", len(sources.reference), ranks, held_out.untrained)
 
-    torch.manual_seed(config.train.seed)
-    towers = _build_towers(config, folder, sources.reference, ranks)
+    _check_sizes(config, folder, towers, sources.reference, ranks)
     class_names = _class_names(config, sources, ranks)
-    templates = read_templates(config.data.target.templates, "data.target.templates")
     total_steps = target_order.steps_per_epoch * config.train.epochs
     total_steps = min(total_steps, config.train.max_steps or total_steps)
 
@@ -135,12 +144,6 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     )
     second_templates = method.target_loss.second_templates() if method.needs.second_prompts else ()
     target = _target_samples(config, sources.target, class_names, templates, second_templates, towers)
-    # Before the teacher's cache is written, which can take hours.
-    section = deepspeed_section(config, ranks.world_size)
-    check_hooks(section, method, config.train.schedule)
-    check_projection(section, config.projection)
-    method.penalty(towers)  # raises where a tower lacks the parameters of the penalty
-    complete = fill_in(config, folder, towers, ranks)
     identity = run_identity(
         *(complete, model_identity(towers), sources.target, class_names, templates),
         reference=sources.reference if needs.reference else None,
@@ -150,7 +153,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         num_held_out=len(held_out.untrained),
     )
     require_equal(ranks, identity)
-    checkpoint, record = start_or_resume(config.train, folder, identity, total_steps, ranks)
+    record = start_or_resume(config.train, folder, checkpoint, identity, total_steps, ranks)
     if ranks.is_main:
         write_provenance(complete, folder, ranks, identity, total_steps)
         warn_of_schedule(config, needs, total_steps)
@@ -176,6 +179,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     _start_method(method, config, towers, () if target.prompts.are_texts else class_names, templates, ranks)
     engine = Engine(config, towers, method, ranks, total_steps)
     ranks.print(engine.remark)
+    ranks.print(_describe_workers(config))
     if engine.projection is not None:
         ranks.print(engine.projection.remark)
     return Run(
@@ -199,7 +203,25 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     )
 
 
-def _open_sources(config: Config, ranks: Ranks) -> _Sources:
+def _check_method(config: Config, section: dict[str, Any], towers: Towers) -> None:
+    """Checks a method's files and hooks by creating it once; the run's own method needs the number of steps.
+
+    Args:
+        section: the DeepSpeed config.
+
+    Raises:
+        ConfigError, DataError: a file of the method is missing, or the model or an option does not fit it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        method = registry.create(config.objective, towers.width, seed=config.train.seed)
+    if method.needs.second_prompts:
+        method.target_loss.second_templates()
+    check_hooks(section, method, config.train.schedule)
+    check_projection(section, config.projection)
+    method.penalty(towers)  # raises where a tower lacks the parameters of the penalty
+
+
+def _open_sources(config: Config, evaluation_sets: Opened, ranks: Ranks) -> _Sources:
     data, geometry = config.data, config.evaluate.geometry
     target = open_target(data.target, ranks=ranks)
     reference = None if data.reference is None else open_reference(data.reference, ranks=ranks)
@@ -211,21 +233,16 @@ def _open_sources(config: Config, ranks: Ranks) -> _Sources:
             reference.report_skipped("data.reference")
             for remark in remark_on_captions(reference):
                 ranks.print(f"data.reference: {remark}")
-    evaluation_sets = open_sets(config.evaluate.sets, ranks)
     return _Sources(
         target, reference, evaluation_sets, None if geometry is None else open_reference(geometry, ranks=ranks)
     )
 
 
-def _build_towers(config: Config, folder: Path, reference: Source | None, ranks: Ranks) -> Towers:
-    """The pre-trained towers, validated against the config and the machine."""
-    towers = create(config.model)
-    check_text_length(config.data, towers)
+def _check_sizes(config: Config, folder: Path, towers: Towers, reference: Source | None, ranks: Ranks) -> None:
+    """Checks that batches, checkpoints and the teacher cache fit the machine."""
     counts = None if reference is None else caption_counts(reference)
     pairs = 0 if reference is None else len(reference)
     check_sizes(config, folder, towers, pairs, ranks, pairs if counts is None else int(counts.sum()))
-    feature_consistency.prepare(config, towers, ranks)
-    return towers
 
 
 def _class_names(config: Config, sources: _Sources, ranks: Ranks) -> tuple[str, ...]:
@@ -242,6 +259,16 @@ def _class_names(config: Config, sources: _Sources, ranks: Ranks) -> tuple[str, 
             for remark in remarks_on_untrained_classes(config.evaluate, sources.evaluation_sets, names):
                 logger.warning("%s", remark)
     return names
+
+
+def _describe_workers(config: Config) -> str:
+    """The workers of all loaders, which ``auto`` chooses by the cores."""
+    data, evaluate = config.data, config.evaluate
+    counts = [f"{data.target.workers} for data.target ({data.target.loader})"]
+    if data.reference is not None:
+        counts.append(f"{data.reference.workers} for data.reference ({data.reference.loader})")
+    counts.append(f"{evaluate.workers} for evaluations")
+    return f"loader workers on each rank: {', '.join(counts)}; it has {cores_of_rank()} cores"
 
 
 def _target_samples(

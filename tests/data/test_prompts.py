@@ -10,16 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dive_fast.data.prompts import (
-    PromptTable,
-    Template,
-    pack,
-    quick_bpe,
-    read_class_names,
-    read_templates,
-    warn_about_prompts,
-    warn_about_truncated_captions,
-)
+from dive_fast.data.prompt_files import Template, read_class_names, read_templates
+from dive_fast.data.prompts import PromptTable, pack, quick_bpe, warn_about_prompts, warn_about_truncated_captions
 from dive_fast.data.sources.sample_table import Sample
 from dive_fast.data.sources.source import Source
 from dive_fast.errors import DataError

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dive_fast.config.schema import ModelConfig
 from dive_fast.data.classes import synsets
-from dive_fast.data.prompts import read_templates
+from dive_fast.data.prompt_files import read_templates
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError
 from dive_fast.evaluation.classifier import Classifier, cached_classifier, classifier, select_head_rows

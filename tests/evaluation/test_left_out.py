@@ -142,7 +142,9 @@ def test_left_out_count_is_in_rows_tables_and_logs(
     config = EvaluateConfig.model_validate_json(json.dumps({"sets": tree, "workers": 0}))
     for _ in range(2):
         opened, options = open_all(config.sets, ALONE), Options("run", "fp32", 4, 0)
-        rows = measure_all(*(towers, tokenizer, config.sets, opened, ALONE, Results(tmp_path), options, {}))
+        results = Results(tmp_path)
+        with results.writing_tables():
+            rows = measure_all(*(towers, tokenizer, config.sets, opened, ALONE, results, options, {}))
         assert [(row["samples"], row["left_out"]) for row in rows] == [(GOOD, BROKEN + LOST)] * 2
         out = capsys.readouterr().out
         assert f"mine: {LOST} samples are left out: no image" in out

@@ -11,10 +11,11 @@ import torch
 from distributed import context
 
 from dive_fast.config.schema import EvaluateConfig, ModelConfig
-from dive_fast.data.prompts import read_templates
+from dive_fast.data.prompt_files import read_templates
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 from dive_fast.evaluation import calibration
+from dive_fast.evaluation import results as results_module
 from dive_fast.evaluation.classifier import cached_classifier
 from dive_fast.evaluation.datasets.catalog import IMAGENET_OOD, SUITES, ZERO_SHOT_10, find_dataset
 from dive_fast.evaluation.evaluator import Options, measure_all, open_all
@@ -52,17 +53,19 @@ def measured(
     options = Options(**({"label": "mine", "precision": "fp32", "batch_size": 5, "workers": 0} | changed))
     before = counted.images
     opened = open_all(config.sets, ALONE)
-    rows = measure_all(
-        counted.towers,
-        counted.tokenizer,
-        config.sets,
-        opened,
-        ALONE,
-        Results(folder),
-        options,
-        {},
-        head,
-    )
+    results = Results(folder)
+    with results.writing_tables():
+        rows = measure_all(
+            counted.towers,
+            counted.tokenizer,
+            config.sets,
+            opened,
+            ALONE,
+            results,
+            options,
+            {},
+            head,
+        )
     return rows, counted.images - before
 
 
@@ -208,6 +211,7 @@ def add(folder: Path, process: int, count: int) -> None:
     for number in range(count):
         fields = {"label": f"model {process}", "set": f"set {number}", "title": "t", "role": None}
         results.add(fields | {"metric": "top1", "value": 0.5, "key": f"{process} {number}"})
+    results.write_tables()
 
 
 def test_results_of_two_processes_are_all_kept(tmp_path: Path) -> None:
@@ -237,6 +241,38 @@ def test_results_ignore_only_an_incomplete_last_line(tmp_path: Path, caplog: pyt
     (tmp_path / "results.jsonl").write_text("\n".join([lines[0][:-5], *lines[1:]]) + "\n")
     with pytest.raises(DataError, match="line 1 is not a result"):
         Results(tmp_path)
+
+
+def test_results_add_appends_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed, written = [], []
+    parse = results_module.parse_json
+    monkeypatch.setattr(results_module, "parse_json", lambda text: parsed.append(text) or parse(text))
+    write = results_module.write_atomic
+    monkeypatch.setattr(
+        results_module, "write_atomic", lambda path, data: written.append(path.name) or write(path, data)
+    )
+    add(tmp_path, 0, 20)
+    assert len(parsed) == 20  # each line once, however many there are
+    assert written == ["results.csv", "results.md"]  # once a command
+    parsed.clear()
+    Results(tmp_path).add(ROW | {"key": "k"})
+    assert len(parsed) == 21
+    add(tmp_path, 0, 20)
+    assert written[2:] == ["results.jsonl", "results.csv", "results.md"]  # replaced lines are removed
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert rows == Results(tmp_path).rows
+    assert [row["set"] for row in rows] == ["s", *(f"set {number}" for number in range(20))]
+
+
+def test_results_follow_other_processes(tmp_path: Path) -> None:
+    one, other = Results(tmp_path), Results(tmp_path)
+    one.add(ROW | {"key": "1"})
+    other.add(ROW | {"key": "2"})
+    assert [row["key"] for row in other.rows] == ["1", "2"]
+    other.add(ROW | {"key": "1"})
+    one.write_tables()  # replaces the file that the other has read
+    other.add(ROW | {"key": "3"})
+    assert [row["key"] for row in other.rows] == [row["key"] for row in Results(tmp_path).rows] == ["2", "1", "3"]
 
 
 BINS: dict[str, Any] = {"samples": [1] * 10, "confidence": [0.5] * 10, "accuracy": [0.5] * 10}

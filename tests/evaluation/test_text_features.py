@@ -12,7 +12,7 @@ from open_clip import IMAGENET_CLASSNAMES
 from torch import Tensor
 
 from dive_fast.config.schema import ModelConfig
-from dive_fast.data.prompts import read_templates
+from dive_fast.data.prompt_files import read_templates
 from dive_fast.distributed import Ranks
 from dive_fast.evaluation import text_features
 from dive_fast.evaluation.classifier import classifier

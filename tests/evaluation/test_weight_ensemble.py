@@ -17,7 +17,7 @@ from distributed import run_ranks, run_script
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dive_fast.data.prompts import read_templates
+from dive_fast.data.prompt_files import read_templates
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError
 from dive_fast.evaluation import weight_ensemble

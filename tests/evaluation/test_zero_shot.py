@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dive_fast.config.schema import EvaluateConfig, EvaluationSet, ModelConfig
 from dive_fast.data.classes import synsets
-from dive_fast.data.prompts import read_templates
+from dive_fast.data.prompt_files import read_templates
 from dive_fast.data.samples import EvaluationSamples
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.data.transforms import Preprocess
@@ -26,7 +26,6 @@ from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError
 from dive_fast.evaluation.classifier import cached_classifier, classifier
 from dive_fast.evaluation.datasets import imagenet
-from dive_fast.evaluation.datasets.evaluation_set import StrictSamples
 from dive_fast.evaluation.datasets.resolve import (
     open_evaluation,
     open_set,
@@ -34,6 +33,7 @@ from dive_fast.evaluation.datasets.resolve import (
     remarks_on_missing_classes,
     remarks_on_untrained_classes,
 )
+from dive_fast.evaluation.datasets.strict_samples import StrictSamples
 from dive_fast.evaluation.zero_shot import accuracy, evaluate, measure
 from dive_fast.model.head import Head
 from dive_fast.model.towers import Towers, create, tokenizer_of, unit

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dive_fast.config.schema import ObjectiveConfig
-from dive_fast.data.prompts import Template
+from dive_fast.data.prompt_files import Template
 from dive_fast.errors import ConfigError
 from dive_fast.kernels.naive import unit
 from dive_fast.methods import registry

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from dive_fast.config.schema import ObjectiveConfig
 from dive_fast.config.section import KeyedError, Section
-from dive_fast.data.prompts import read_templates
+from dive_fast.data.prompt_files import read_templates
 from dive_fast.errors import ConfigError
 from dive_fast.methods import registry
 from dive_fast.methods.method import Group, Loss, Preset, ReferenceLoss, Start, TargetLoss, TeacherOutputs

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dive_fast.config.schema import ObjectiveConfig
-from dive_fast.data.prompts import PromptTable, SecondPrompts, Template
+from dive_fast.data.prompt_files import Template
+from dive_fast.data.prompts import PromptTable, SecondPrompts
 from dive_fast.data.samples import TargetSamples
 from dive_fast.data.sources.sample_table import Sample
 from dive_fast.data.sources.source import Source

@@ -18,7 +18,8 @@ from step_oracle import LABELS, PROMPTS, WIDTH, Stage, add_noise, assert_same_gr
 from torch import Tensor
 
 from dive_fast.config.schema import ModelConfig, ObjectiveConfig
-from dive_fast.data.prompts import Template, pack
+from dive_fast.data.prompt_files import Template
+from dive_fast.data.prompts import pack
 from dive_fast.engine.step import Engine, StepBatches
 from dive_fast.evaluation.text_features import embed_texts
 from dive_fast.methods import registry

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dive_fast.config.schema import Config
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
-from dive_fast.data.prompts import read_templates
+from dive_fast.data.prompt_files import read_templates
 from dive_fast.distributed import join
 from dive_fast.engine.step import Engine, StepBatches
 from dive_fast.kernels import contrastive_loss, primitives

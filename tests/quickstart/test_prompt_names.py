@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dive_fast.data.classes import join_names
-from dive_fast.data.prompts import read_class_names
+from dive_fast.data.prompt_files import read_class_names
 from dive_fast.data.sources.sample_table import Sample
 from dive_fast.data.sources.source import Source
 from dive_fast.quickstart.prompt_names import class_file_text, prompt_names

@@ -13,6 +13,7 @@ import tiny
 import torch
 
 from dive_fast.config.schema import Config, ObjectiveConfig, TeacherConfig
+from dive_fast.data import worker_memory
 from dive_fast.distributed import Ranks
 from dive_fast.errors import UserError
 from dive_fast.methods.run_config import RunConfig
@@ -151,25 +152,46 @@ def test_open_files_limit_is_raised_or_refused(tree: dict[str, Any], monkeypatch
         preflight.check_open_files(many.data, many.evaluate)
 
 
-def test_shared_memory_too_small_for_prefetched_batches_is_refused(
-    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("loader", "memory"), [("plain", "available_memory"), ("dali", "free_shared_memory")])
+def test_memory_too_small_for_loaders_is_refused(
+    tree: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    loader: str,
+    memory: str,
 ) -> None:
-    monkeypatch.setattr(preflight, "SHARED_MEMORY", tmp_path)
-    workers = {"data.target.workers": 2, "data.target.batch_size": 16}
-    # 16 images of 3 x 32 x 32 fp32, 2 workers with 4 prefetched batches each.
-    needed = 16 * 3 * 32 * 32 * 4 * 2 * 4
-    for free, fits in ((needed, True), (needed - 1, False)):
-        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: Usage(2**26, 0, free))
-        preflight.check_shared_memory(changed(tree), (32, 32), ALONE)
-        if fits:
-            preflight.check_shared_memory(changed(tree, **workers), (32, 32), ALONE)
-        else:
-            with pytest.raises(UserError, match=r"loaders keep up to 1.5 MiB .* of 64.0 MiB.*--shm-size"):
-                preflight.check_shared_memory(changed(tree, **workers), (32, 32), ALONE)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**26, 0, needed))
+    config = changed(
+        tree, **{"data.target.workers": 2, "data.target.batch_size": 16, "data.target.loader": loader}
+    )
+    # 16 images: pixels of 32 x 32, two batches more than each process has ahead; or files, one batch more.
+    batch = worker_memory.batch_bytes(loader, 16, (32, 32))
+    one, two = (max(worker_memory.loader_bytes(batch, 2, ahead)) for ahead in (1, 2))
+    assert (one, two) == (
+        (4 * 16 * 3 * 32 * 32, 6 * 16 * 3 * 32 * 32) if loader == "plain" else (3 * batch.shared, 5 * batch.shared)
+    )
+    shares = worker_memory.LOADERS
+    for free, warns in ((one, True), (shares * two - 1, True), (shares * two, False)):
+        caplog.clear()
+        monkeypatch.setattr(worker_memory, memory, lambda free=free: free)
+        preflight.check_loader_memory(config, (32, 32), ALONE)
+        assert ("1 batch ahead instead of 2" in caplog.text) == warns
+    monkeypatch.setattr(worker_memory, memory, lambda: one - 1)
+    preflight.check_loader_memory(changed(tree), (32, 32), ALONE)  # without workers
+    with pytest.raises(UserError, match=r"loaders keep at least .*are free: .*use fewer data.target.workers"):
+        preflight.check_loader_memory(config, (32, 32), ALONE)
     # Each rank has half of the batch, but both ranks share the memory.
-    preflight.check_shared_memory(changed(tree, **workers), (32, 32), Ranks(0, 2, torch.device("cpu")))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(worker_memory, memory, lambda: one)
+    preflight.check_loader_memory(config, (32, 32), Ranks(0, 2, torch.device("cpu")))
+
+
+def test_evaluation_counts_in_the_memory_of_loaders(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = {"val": {"format": "folder", "path": "val"}}
+    config = changed(tree, **{"evaluate.sets": sets, "evaluate.workers": 1, "evaluate.batch_size": 8})
+    batch = worker_memory.batch_bytes("plain", 8, (32, 32))
+    monkeypatch.setattr(worker_memory, "available_memory", lambda: 3 * batch.pixels - 1)
+    with pytest.raises(UserError, match=r"evaluate\.workers"):
+        preflight.check_loader_memory(config, (32, 32), ALONE)
 
 
 def test_small_disk_is_refused_and_tight_disk_warns(

@@ -1,4 +1,4 @@
-"""The DALI loader: worker processes read files; DALI decodes, resizes and normalises them, on a GPU if possible.
+"""The DALI loader: worker processes read files; DALI decodes and resizes them, on a GPU if possible.
 
 DALI's readers shuffle through a buffer and crop with internal random state. This loader draws samples and crops as
 every loader does and passes them in with the bytes, so that a resumed run needs no state of the pipeline.
@@ -24,7 +24,9 @@ from dive_fast.data.decode import UNDECODABLE, decode, decode_error_message, ope
 from dive_fast.data.loaders import plain
 from dive_fast.data.loaders.loader import Options
 from dive_fast.data.samples import Batch, SampleKey, Samples
+from dive_fast.data.sources.source import Source
 from dive_fast.data.transforms import Crop, Preprocess, View
+from dive_fast.data.worker_memory import FILE_BYTES, batch_bytes, batches_ahead, largest_batch, processes
 from dive_fast.data.workers import in_workers
 from dive_fast.errors import DataError
 
@@ -32,12 +34,10 @@ logger = logging.getLogger(__name__)
 
 PREFETCH = 3
 """Batches in the pipeline at a time."""
-READERS = 2
-"""Processes that read files; each reads thousands of images per second."""
 
 
 def load(samples: Samples[Batch], batches: Iterable[list[SampleKey]], options: Options) -> Iterator[Batch]:
-    """The batches of these sample keys, with images on ``options.device``, as every loader returns them.
+    """The batches of these sample keys, with pixels on ``options.device``.
 
     Raises:
         DataError: DALI is not installed.
@@ -46,7 +46,17 @@ def load(samples: Samples[Batch], batches: Iterable[list[SampleKey]], options: O
         import nvidia.dali  # noqa: F401
     except ImportError as error:
         raise DataError(f"DALI cannot be imported ({error}): pip install nvidia-dali-cuda130") from error
-    return _load(samples, in_workers(_Read(samples), batches, min(READERS, options.workers)), options)
+    images, batches = largest_batch(batches)
+    readers = processes("dali", options.workers)
+    batch = batch_bytes("dali", images, samples.preprocess.size, _mean_file_bytes(samples.source))
+    ahead = batches_ahead(batch, readers)
+    return _load(samples, in_workers(_Read(samples), batches, readers, ahead=ahead), options)
+
+
+def _mean_file_bytes(source: Source) -> float:
+    """Mean size of an image's file, from up to 1,000 of them."""
+    sizes = source.samples.sizes[:: max(1, len(source) // 1000)]
+    return float(sizes.mean()) if len(sizes) and sizes.min() > 0 else FILE_BYTES
 
 
 def _load(samples: Samples[Batch], read: Iterator["_Encoded[Batch]"], options: Options) -> Iterator[Batch]:
@@ -71,16 +81,12 @@ def _load(samples: Samples[Batch], read: Iterator["_Encoded[Batch]"], options: O
             # DALI stops the complete pipeline and does not report which of its batches failed.
             cause = str(error).rpartition("encountered:")[2].strip().splitlines()[0]
             logger.warning("DALI failed (%s), PIL decodes %d batches instead", cause, len(in_flight))
-            yield from _decode_with_pil(samples, [encoded.sample_keys for encoded in in_flight], options)
+            failed = [encoded.sample_keys for encoded in in_flight]
+            yield from plain.load(samples, failed, replace(options, workers=0))
             in_flight.clear()
             pipeline = _pipeline(feed, len(first.sample_keys), samples.preprocess, options)
             continue
         yield replace(in_flight.popleft().batch, images=images)
-
-
-def _decode_with_pil(samples: Samples[Batch], batches: list[list[SampleKey]], options: Options) -> Iterator[Batch]:
-    for batch in plain.load(samples, batches, replace(options, workers=0)):
-        yield replace(batch, images=batch.images.to(options.device))
 
 
 # In the workers
@@ -130,7 +136,7 @@ class _Read:
         """A file that DALI can decode, and its view."""
         source, preprocess = self.samples.source, self.samples.preprocess
         data = source.read(sample_key[1])
-        has_view = preprocess.resize_mode != "longest"
+        has_view = _has_views(preprocess)
         if has_view and source.sizes is not None:
             return data, self.samples.view(sample_key, tuple(source.sizes[sample_key[1]].tolist()))
         try:
@@ -145,6 +151,11 @@ class _Read:
         content = io.BytesIO()
         transformed.save(content, "BMP")
         return content.getvalue(), preprocess.train_view(Crop(0, 0, transformed.height, transformed.width))
+
+
+def _has_views(preprocess: Preprocess) -> bool:
+    """Whether the pipeline can make all views of this preprocessing: without borders, and with one filter."""
+    return preprocess.resize_mode != "longest" and preprocess.eval_view((1, 1)).resampling == preprocess.resampling
 
 
 def _numbers(view: View) -> tuple[float, ...]:
@@ -196,25 +207,16 @@ def _pipeline(feed: Callable[[], list[Any]], batch_size: int, preprocess: Prepro
             interp_type=types.INTERP_LINEAR if bilinear else types.INTERP_CUBIC,
             antialias=True,
         )
-        images = fn.crop_mirror_normalize(
-            images,
-            dtype=types.FLOAT16 if options.dtype == torch.float16 else types.FLOAT,
-            output_layout="HWC" if options.channels_last else "CHW",
-            mean=[255 * value for value in preprocess.mean],
-            std=[255 * value for value in preprocess.std],
-            mirror=fn.squeeze(flips, axes=[0]),
-        )
+        images = fn.flip(images, horizontal=fn.squeeze(flips, axes=[0]))
         pipeline.set_outputs(images)
     pipeline.build()
     return pipeline
 
 
 def _run(pipeline: Any, options: Options) -> Tensor:
-    """The images of the next batch, ``(B, 3, H, W)``; a copy, since DALI reuses its memory."""
+    """The pixels of the next batch, ``(B, H, W, 3)``; a copy, since DALI reuses its memory."""
     if options.device.type == "cuda":
         (output,) = pipeline.run(torch.cuda.current_stream(options.device))
-        images = torch.utils.dlpack.from_dlpack(output.as_tensor()).clone()
-    else:
-        (output,) = pipeline.run()
-        images = torch.from_numpy(output.as_array().copy())
-    return images.permute(0, 3, 1, 2) if options.channels_last else images
+        return torch.utils.dlpack.from_dlpack(output.as_tensor()).clone()
+    (output,) = pipeline.run()
+    return torch.from_numpy(output.as_array().copy())

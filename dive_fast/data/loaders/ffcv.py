@@ -10,25 +10,23 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import repeat
 from typing import Any, Generic
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from dive_fast.data.loaders.loader import Options
 from dive_fast.data.prepared.beton import require_ffcv
 from dive_fast.data.samples import Batch, SampleKey, Samples
 from dive_fast.data.sources.source import Source
-from dive_fast.data.transforms import View, normalise
+from dive_fast.data.transforms import View
 from dive_fast.data.workers import in_workers
 from dive_fast.errors import DataError
 
 
 def load(samples: Samples[Batch], batches: Iterable[list[SampleKey]], options: Options) -> Iterator[Batch]:
-    """The batches of these sample keys, with images on ``options.device``, as every loader returns them.
+    """The batches of these sample keys, with pixels on the CPU, in page-locked memory for a GPU.
 
     Raises:
         DataError: FFCV is not installed, or the data is not prepared for it.
@@ -46,20 +44,13 @@ def load(samples: Samples[Batch], batches: Iterable[list[SampleKey]], options: O
 def _load(samples: Samples[Batch], plans: Iterator["_Planned[Batch]"], options: Options) -> Iterator[Batch]:
     file = Beton(samples.source)
     height, width = samples.preprocess.size
-    bilinear = samples.preprocess.resampling == Image.Resampling.BILINEAR
     pin = options.device.type == "cuda"
     with ThreadPoolExecutor(max(1, options.workers), "ffcv") as threads:
         for plan in plans:
             pixels = torch.empty((len(plan.sample_keys), height, width, 3), dtype=torch.uint8, pin_memory=pin)
-            for _ in threads.map(file.decode, plan.sample_keys, plan.views, pixels.numpy(), repeat(bilinear)):
+            for _ in threads.map(file.decode, plan.sample_keys, plan.views, pixels.numpy()):
                 pass
-            images = normalise(
-                pixels.to(options.device, non_blocking=True),
-                samples.preprocess,
-                options.dtype,
-                options.channels_last,
-            )
-            yield replace(plan.batch, images=images)
+            yield replace(plan.batch, images=pixels)
 
 
 @dataclass(frozen=True)
@@ -107,7 +98,7 @@ class Beton:
             raise DataError(f"{self._path}: {count} samples, its index has {len(source)}; prepare the set again")
         self._bytes: NDArray[np.uint8] = np.memmap(self._path, np.uint8, "r")
 
-    def decode(self, sample_key: SampleKey, view: View, pixels: NDArray[np.uint8], bilinear: bool) -> None:
+    def decode(self, sample_key: SampleKey, view: View, pixels: NDArray[np.uint8]) -> None:
         """Writes a view of an image into ``pixels``, ``(H, W, 3)``.
 
         Raises:
@@ -115,7 +106,7 @@ class Beton:
         """
         import cv2
 
-        from dive_fast.data.loaders.pil_resize import resize
+        from dive_fast.data.loaders.pil_resize import view_pixels
 
         sample = self._source.samples[sample_key[1]]
         encoded = self._bytes[sample.offset : sample.offset + sample.size]
@@ -130,8 +121,4 @@ class Beton:
         # The view is only valid for the size in the index.
         if sizes is not None and image.shape[:2] != tuple(sizes[sample_key[1]].tolist()):
             raise sample.unusable(f"its size is {image.shape[:2]}, the index says {sizes[sample_key[1]].tolist()}")
-        crop = view.crop
-        part = image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-        resize(part, np.array(view.region), pixels, bilinear)
-        if crop.is_flipped:
-            pixels[:] = pixels[:, ::-1].copy()
+        view_pixels(image, view, pixels)

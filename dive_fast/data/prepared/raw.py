@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from dive_fast.data import content_hashes
 from dive_fast.data.content_hashes import ByteRange
@@ -179,6 +178,8 @@ class RawDataset(Raw):
     @cached_property
     def _digest(self) -> str:
         """A hash of the data set's attributes (files, arrays, labels) and of the pixels of some samples."""
+        from torch import Tensor  # data sets of torchvision and WILDS have it imported
+
         digest = hashlib.sha256(f"{self._name}: {len(self)}: {self.class_names}".encode())
         root = str(getattr(self._dataset, "root", ""))
         for _, value in sorted(vars(self._dataset).items()):

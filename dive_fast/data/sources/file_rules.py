@@ -24,9 +24,15 @@ def is_hidden(name: str) -> bool:
     )
 
 
+def lower_suffix(name: str) -> str:
+    """The suffix of a file name in lower case, with its dot; empty if it has none, as that of `.x` and `x.`."""
+    dot = name.rfind(".")
+    return name[dot:].lower() if 0 < dot < len(name) - 1 else ""
+
+
 def reason_to_skip(name: str) -> str | None:
     """Why a file is left out regardless of its contents; None: it may be an image or a side file."""
-    suffix = Path(name).suffix.lower()
+    suffix = lower_suffix(name)
     if is_hidden(name):
         # macOS writes ._x.jpg, which is not an image; .x.jpg may be one.
         return "a hidden file; rename it" if suffix in IMAGE_SUFFIXES and not name.startswith("._") else HIDDEN

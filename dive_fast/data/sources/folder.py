@@ -1,79 +1,99 @@
 """Reads a folder of images with one subfolder per class."""
 
-import logging
+from __future__ import annotations
+
 import os
 import re
-import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dive_fast.data.decode import IMAGE_SUFFIXES, looks_like_image
-from dive_fast.data.sources.file_rules import HIDDEN, is_hidden, reason_to_skip, refuse_duplicates
-from dive_fast.data.sources.sample_table import Sample, printable
+import numpy as np
+
+from dive_fast.data.decode import IMAGE_SUFFIXES
+from dive_fast.data.sources.file_rules import HIDDEN, is_hidden, lower_suffix, refuse_duplicates
+from dive_fast.data.sources.image_files import ImageFiles, ImageLister, printable_names
+from dive_fast.data.sources.node_index import Listing, RawSet, open_raw
+from dive_fast.data.sources.sample_table import SampleTable, printable
 from dive_fast.data.sources.source import Skipped, Source, locate, summarize_skipped
 from dive_fast.errors import DataError
+from dive_fast.identity import Identity
 
-logger = logging.getLogger(__name__)
-
-SIDE_SUFFIXES = frozenset(
-    {
-        ".csv",
-        ".htm",
-        ".html",
-        ".ini",
-        ".json",
-        ".jsonl",
-        ".log",
-        ".md",
-        ".parquet",
-        ".tsv",
-        ".txt",
-        ".xml",
-        ".yaml",
-        ".yml",
-    }
-)
-"""Suffixes of files that accompany images and are not images."""
+if TYPE_CHECKING:
+    from dive_fast.distributed import Ranks  # imports torch, which takes seconds
 
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "eval"})
 """Names of folders that are splits of a data set, not classes."""
 
 
-def open_folder(path: str) -> Source:
+def open_folder(path: str, ranks: Ranks | None = None) -> Source:
     """Opens a folder with one subfolder per class and images at any depth below, also behind links.
 
     Class folders are sorted by name, or as numbers if all names are whole numbers. Hidden folders are not classes.
+
+    Args:
+        ranks: see :func:`open_raw`.
 
     Raises:
         DataError: the folder is missing or holds no images; a class folder holds none, which would shift the
             labels of all classes after it; two names are the same number; or a name is not UTF-8.
     """
-    root = locate(path)
-    samples: list[Sample] = []
-    skipped: list[Skipped] = []
-    ignored: list[Skipped] = []
-    try:
-        names = _class_folders(root, path, ignored)
-        for label, name in enumerate(names):
-            num_skipped = len(skipped)
-            files = list(images_below(root / name, name, skipped, ignored))
-            if not files:
-                unread = skipped[num_skipped:]
-                kind, hint = (
-                    ("readable image", f": {summarize_skipped(unread)}") if unread else ("image", "; remove it")
-                )
-                raise DataError(f"{root / name}: no {kind} below, but it would be class {label}{hint}")
-            samples += [Sample(printable(key), file, size=size, label=label) for key, file, size in files]
-    except OSError as error:
-        raise DataError(f"{path}: cannot list its images: {error}") from error
-    if all(sample.key.count("/") > 1 for sample in samples):
-        logger.warning(
-            "%s: all images lie in subfolders of the class folders (%s); the classes are %s: name a folder below "
-            "to make its subfolders the classes",
-            *(path, samples[0].key, ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")),
+    return open_raw(ClassFolders(path), ranks)
+
+
+class ClassFolders(RawSet):
+    """The images of a folder with one subfolder per class."""
+
+    reads_all_bytes = False
+
+    def __init__(self, path: str) -> None:
+        """Takes the argument of :func:`open_folder`."""
+        self.path = path
+        self._images = ImageFiles()
+        self._counts: list[int] = []
+        self._class_names: tuple[str, ...] = ()
+        self._is_deep = False
+
+    def identity(self) -> Identity:
+        return {"format": "folder"}
+
+    def list_files(self) -> Listing:
+        root = locate(self.path)
+        self.root = str(root)
+        num_direct = 0
+        try:
+            names = _class_folders(root, self.path, self._images.ignored)
+            with ImageLister() as lister:
+                for label, images in enumerate(lister.list_each(self.root, names)):
+                    if not len(images):
+                        raise _no_images(root / names[label], label, images.skipped)
+                    self._counts.append(len(images))
+                    self._images.extend(images)
+                    num_direct += images.num_direct
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot list its images: {error}") from error
+        self._class_names, self._is_deep = tuple(names), not num_direct
+        return self._images.listing(names)
+
+    def read(self, listing: Listing) -> tuple[Source, Sequence[str]]:
+        keys, names = printable_names(listing.names), self._class_names
+        labels = np.repeat(np.arange(len(names)), self._counts)
+        table = SampleTable.of_files(self.root, listing.names, keys, listing.sizes, label=labels)
+        source = Source(table, names, skipped=self._images.skipped, ignored=self._images.ignored)
+        if not self._is_deep:
+            return source, ()
+        warning = (
+            f"{self.path}: all images lie in subfolders of the class folders ({table.key(0)}); the classes are "
+            f"{', '.join(names[:3]) + (', ...' if len(names) > 3 else '')}: name a folder below to make its "
+            "subfolders the classes"
         )
-    return Source.of(samples, tuple(names), skipped=skipped, ignored=ignored)
+        return source, (warning,)
+
+
+def _no_images(folder: Path, label: int, skipped: Sequence[Skipped]) -> DataError:
+    kind, hint = ("readable image", f": {summarize_skipped(skipped)}") if skipped else ("image", "; remove it")
+    return DataError(f"{folder}: no {kind} below, but it would be class {label}{hint}")
 
 
 def _class_folders(root: Path, path: str, ignored: list[Skipped]) -> list[str]:
@@ -84,7 +104,7 @@ def _class_folders(root: Path, path: str, ignored: list[Skipped]) -> list[str]:
     names: list[str] = []
     hint = ""
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-        name, suffix = entry.name, Path(entry.name).suffix.lower()
+        name, suffix = entry.name, lower_suffix(entry.name)
         if entry.is_dir():
             if is_hidden(name):
                 ignored.append(Skipped(printable(name), HIDDEN))
@@ -129,53 +149,3 @@ def class_order(names: Iterable[str], path: str) -> list[str]:
         if int(one) == int(other):
             raise DataError(f"{path}: class folders {one} and {other} are the same number; rename one of them")
     return names
-
-
-def images_below(
-    folder: Path,
-    name: str,
-    skipped: list[Skipped],
-    ignored: list[Skipped],
-    parents: tuple[tuple[int, int], ...] = (),
-) -> Iterator[tuple[str, Path, int]]:
-    """Key, path and size of each image below a folder, sorted by the components of its key.
-
-    Args:
-        name: the folder's part of the key; may be empty.
-        parents: device and inode of each folder above, to detect links that form a cycle.
-    """
-    status = os.stat(folder)
-    inode = status.st_dev, status.st_ino
-    if inode in parents:
-        raise DataError(f"{folder}: a link to a folder above it; remove it")
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        key = f"{name}/{entry.name}" if name else entry.name
-        file, suffix = Path(entry.path), Path(entry.name).suffix.lower()
-        if entry.is_dir():
-            if is_hidden(entry.name):
-                ignored.append(Skipped(printable(key), HIDDEN))
-            else:
-                yield from images_below(file, key, skipped, ignored, (*parents, inode))
-        elif (reason := reason_to_skip(entry.name)) is not None:
-            (ignored if reason == HIDDEN else skipped).append(Skipped(printable(key), reason))
-        elif suffix in IMAGE_SUFFIXES:
-            status = entry.stat()
-            if not stat.S_ISREG(status.st_mode):
-                # Reading a pipe could block forever.
-                raise DataError(f"{file}: named like an image, but not a regular file; remove or rename it")
-            yield key, file, status.st_size
-        elif suffix not in SIDE_SUFFIXES:
-            if looks_like_image(_first_bytes(entry)):
-                skipped.append(Skipped(printable(key), "an image by its content, but not by its suffix"))
-            else:
-                ignored.append(Skipped(printable(key), "not an image by suffix or content"))
-
-
-def _first_bytes(entry: "os.DirEntry[str]") -> bytes:
-    try:
-        if not stat.S_ISREG(entry.stat().st_mode):
-            return b""
-        with open(entry.path, "rb") as file:
-            return file.read(12)
-    except OSError:
-        return b""

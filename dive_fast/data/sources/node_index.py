@@ -5,6 +5,8 @@ start. The index is kept in the cache folder, under the files' names, sizes and 
 changed file has another index. Its contents decide results only through ``Source.digest``.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import logging
@@ -13,23 +15,26 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dive_fast import __version__
 from dive_fast.data.sources.sample_table import Columns, SampleTable, Strings
-from dive_fast.data.sources.source import Skipped, Source
-from dive_fast.distributed import Ranks
-from dive_fast.errors import DataError
+from dive_fast.data.sources.source import SkippedEntries, Source
+from dive_fast.errors import DataError, MachineError, UserError
 from dive_fast.identity import Identity, digest
 from dive_fast.io.atomic_files import atomic_folder
 from dive_fast.io.cache_folder import cache_folder, mark_used, remove_unused
 from dive_fast.io.safe_read import read_json
 from dive_fast.locks import file_lock
+
+if TYPE_CHECKING:
+    from dive_fast.distributed import Ranks  # imports torch, which takes seconds
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +46,8 @@ SMALL_FILES, SMALL_BYTES = 10_000, 2**26
 """A set of fewer files and bytes is read at each start: that takes no longer than checking its index."""
 RACY_SECONDS = 2.0
 """A file that was modified so shortly before it was listed may change again without another modification time."""
+UNUSED_DAYS = 7
+"""Days without use after which the former index of a changed set is removed: a run may still map its files."""
 
 
 class Listing(NamedTuple):
@@ -52,9 +59,11 @@ class Listing(NamedTuple):
     """``(F,)``: bytes of each file."""
     times: NDArray[np.int64]
     """``(F,)``: modification time of each file, in nanoseconds."""
+    details: str = ""
+    """A hash of everything else that the listing has shown and the samples or messages depend on."""
 
     @classmethod
-    def of(cls, root: str, files: Sequence[Path]) -> "Listing":
+    def of(cls, root: str, files: Sequence[Path]) -> Listing:
         """The listing of files that exist, by the names that they have relative to ``root``.
 
         Raises:
@@ -71,19 +80,14 @@ class Listing(NamedTuple):
         )
 
     @property
-    def is_small(self) -> bool:
-        """Whether the set is read at each start, and no index is kept."""
-        return len(self.names) < SMALL_FILES and int(self.sizes.sum()) < SMALL_BYTES
-
-    @property
     def is_racy(self) -> bool:
-        """Whether a file was modified a moment ago or has a time in the future."""
-        return len(self.times) > 0 and int(self.times.max()) > (time.time() - RACY_SECONDS) * 1e9
+        """Whether a file was modified a moment ago."""
+        return bool((np.abs(self.times / 1e9 - time.time()) < RACY_SECONDS).any())
 
     def digest(self) -> str:
         """A hash of names, sizes and times."""
         columns: Columns = {"names": self.names.values, "ends": self.names.ends, "sizes": self.sizes}
-        return _hash(columns | {"times": self.times})
+        return digest([_hash(columns | {"times": self.times}), self.details])
 
     def modified(self) -> str:
         """A hash of the modification times."""
@@ -97,6 +101,8 @@ class RawSet(ABC):
     """The path in the config, for messages."""
     root: str
     """Folder that names of files are relative to: the same set in another folder has another index."""
+    reads_all_bytes: bool = True
+    """Whether reading the set takes the longer, the larger its files are."""
 
     @abstractmethod
     def identity(self) -> Identity:
@@ -133,45 +139,47 @@ def open_raw(raw: RawSet, ranks: Ranks | None = None) -> Source:
         return _open(raw)[0]
     opened: list[Source] = []
 
-    def open_first() -> "Source | Path":
+    def open_first() -> tuple[Source | Path | None, str]:
         source, index = _open(raw)
         opened.append(source)
-        return index or source  # a small set travels whole
+        # A small set travels whole; a large one without an index is too large for that.
+        return index or (source if len(source) < SMALL_FILES else None), raw.root
 
-    shared = ranks.once_per_node(open_first, DataError)
+    # Ranks may have other paths; each rank opens its own.
+    shared, raw.root = ranks.once_per_node((raw.path, raw.identity()), open_first, UserError, MachineError)
     if opened:
         return opened[0]
     if isinstance(shared, Source):
         return shared
-    return _load(shared, raw, None) or _open(raw)[0]
+    return (shared and _load(shared, raw, None)) or _open(raw)[0]
 
 
 def _open(raw: RawSet) -> tuple[Source, Path | None]:
     """The set and the folder of its index; None if none is kept."""
     listing = raw.list_files()
-    if listing.is_small:
+    small_bytes = not raw.reads_all_bytes or int(listing.sizes.sum()) < SMALL_BYTES
+    if len(listing.sizes) < SMALL_FILES and small_bytes:
         return _read(raw, listing)[0], None
     stamp = digest([FORMAT, __version__, raw.identity(), listing.digest()])
-    # A changed set replaces its former index.
-    prefix = digest([os.path.realpath(raw.root or "."), raw.identity()])[:20]
-    folder = _folder()
-    if folder is None:
-        return _read(raw, listing)[0], None
-    index = folder / f"{prefix}-{stamp[:20]}"
-    if (source := _load(index, raw, stamp, warn=True)) is not None:
-        return source, index
-    with file_lock(folder / f"{prefix}.lock", f"the index of {raw.path}", wait=True):
+    prefix = digest([os.path.realpath(raw.root or "."), raw.path, raw.identity()])[:20]
+    with ExitStack() as lock:
+        try:
+            folder = cache_folder(FOLDER)
+            index = folder / f"{prefix}-{stamp[:20]}"
+            if (source := _load(index, raw, stamp, warn=True)) is not None:
+                return source, index
+            lock.enter_context(file_lock(folder / f"{prefix}.lock", f"the index of {raw.path}", wait=True))
+        except (OSError, UserError) as error:
+            logger.warning("%s: its index is not kept: %s", raw.path, error)
+            return _read(raw, listing)[0], None
         if (source := _load(index, raw, stamp, warn=True)) is not None:
             return source, index
         source, warnings = _read(raw, listing)
         if listing.is_racy or not _save(index, source, warnings, stamp):
             return source, None
-        for other in folder.glob(f"{prefix}-*"):
-            if other != index:
-                shutil.rmtree(other, ignore_errors=True)
-        remove_unused(folder)
+        _remove_former(folder, prefix, index)
         # Mapped, so that forked processes and other ranks share its pages.
-        return _load(index, raw, stamp) or source, index
+        return _load(index, raw, None) or source, index
 
 
 def _read(raw: RawSet, listing: Listing) -> tuple[Source, Sequence[str]]:
@@ -181,45 +189,24 @@ def _read(raw: RawSet, listing: Listing) -> tuple[Source, Sequence[str]]:
     return replace(source, modified_hash=listing.modified()), warnings
 
 
-def _folder() -> Path | None:
-    try:
-        return cache_folder(FOLDER)
-    except OSError as error:
-        logger.warning("indexes of data sets are not kept: %s", error)
-        return None
+def _remove_former(folder: Path, prefix: str, index: Path) -> None:
+    """Removes the indexes of the same set before a change, unless they were used lately, and all unused ones."""
+    oldest = time.time() - 86400 * UNUSED_DAYS
+    for other in folder.glob(f"{prefix}-*"):
+        with suppress(OSError):
+            if other != index and other.stat().st_mtime < oldest:
+                shutil.rmtree(other, ignore_errors=True)
+    remove_unused(folder)
 
 
 # Files
-
-
-class SkippedEntries(Sequence[Skipped]):
-    """Skipped samples that are created on access."""
-
-    def __init__(self, strings: Strings) -> None:
-        """Takes the stored entries: key, a zero byte, and reason."""
-        self._strings = strings
-
-    def __len__(self) -> int:
-        return len(self._strings)
-
-    @overload
-    def __getitem__(self, row: int) -> Skipped: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[Skipped]: ...
-    def __getitem__(self, row: int | slice) -> Skipped | list[Skipped]:
-        """The entry of a row, or the entries of a slice of rows."""
-        if isinstance(row, slice):
-            return [self[each] for each in range(*row.indices(len(self)))]
-        if not -len(self) <= row < len(self):
-            raise IndexError(row)
-        return Skipped(*self._strings[row % len(self)].decode().split("\0", 1))
 
 
 def _save(folder: Path, source: Source, warnings: Sequence[str], stamp: str) -> bool:
     """Writes an index, a folder of one array a column; returns False, with a warning, if the disk refuses it."""
     columns = source.samples.columns()
     for name, entries in (("skipped", source.skipped), ("ignored", source.ignored)):
-        strings = Strings.of(f"{key}\0{reason}".encode() for key, reason in entries)
+        strings = SkippedEntries.of(entries).strings
         columns |= {name: strings.values, f"{name}_ends": strings.ends}
     about = {
         "stamp": stamp,

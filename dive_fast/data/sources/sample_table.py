@@ -94,6 +94,14 @@ class Strings(Sequence[bytes]):
                 yield self.values[start:end].tobytes()
                 start = end
 
+    def select(self, rows: NDArray[np.int64]) -> "Strings":
+        """The strings of some rows, in this order."""
+        lengths = self.lengths[rows]
+        ends = np.cumsum(lengths)
+        # The position of each byte: that of the string's first byte there, and the distance from it.
+        shift = np.repeat(self.ends[rows] - ends, lengths)
+        return Strings(self.values[np.arange(len(shift)) + shift], ends)
+
     @property
     def lengths(self) -> NDArray[np.int64]:
         """``(N,)``: the number of bytes of each string."""
@@ -161,6 +169,24 @@ class SampleTable(Sequence[Sample]):
             place = {"offset": sample.offset, "label": sample.label}
             builder.add(sample.key, file, sample.size, sample.texts, **place)
         return builder.build()
+
+    @classmethod
+    def of_files(
+        cls,
+        root: str,
+        files: Strings,
+        keys: Strings,
+        size: NDArray[np.int64],
+        *,
+        label: NDArray[np.int64] | None = None,
+        lists: Strings | None = None,
+    ) -> "SampleTable":
+        """The table of samples that are a complete file each.
+
+        Args:
+            lists: the list of texts of each sample; None: none has texts.
+        """
+        return cls(root, files, keys, None, None, size, label, lists or Strings.of(()), None)
 
     def __len__(self) -> int:
         return len(self.size) if self.rows is None else len(self.rows)

@@ -5,14 +5,16 @@ texts of every sample before training, and reads one image by index, in any orde
 sharding and resume are therefore exact. Every sample that a reader leaves out is counted.
 """
 
+from __future__ import annotations
+
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +22,7 @@ from PIL import Image
 
 from dive_fast.data import content_hashes
 from dive_fast.data.decode import UNDECODABLE, decode, decode_error_message
-from dive_fast.data.sources.sample_table import Sample, SampleTable
+from dive_fast.data.sources.sample_table import Sample, SampleTable, Strings
 from dive_fast.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,6 +39,48 @@ class Skipped(NamedTuple):
 
     key: str
     reason: str
+
+
+class SkippedEntries(Sequence[Skipped]):
+    """Skipped samples that are created on access: millions of them are two arrays."""
+
+    def __init__(self, strings: Strings) -> None:
+        """Takes the stored entries: key, a zero byte, and reason."""
+        self.strings = strings
+
+    @classmethod
+    def of(cls, entries: Iterable[Skipped]) -> SkippedEntries:
+        """The stored form of some entries."""
+        if isinstance(entries, SkippedEntries):
+            return entries
+        return cls(Strings.of(f"{key}\0{reason}".encode() for key, reason in entries))
+
+    def __len__(self) -> int:
+        return len(self.strings)
+
+    @overload
+    def __getitem__(self, row: int) -> Skipped: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Skipped]: ...
+    def __getitem__(self, row: int | slice) -> Skipped | list[Skipped]:
+        """The entry of a row, or the entries of a slice of rows."""
+        if isinstance(row, slice):
+            return [self[each] for each in range(*row.indices(len(self)))]
+        if not -len(self) <= row < len(self):
+            raise IndexError(row)
+        return _entry(self.strings[row % len(self)])
+
+    def __iter__(self) -> Iterator[Skipped]:
+        return map(_entry, self.strings)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _entry(stored: bytes) -> Skipped:
+    return Skipped(*stored.decode().split("\0", 1))
 
 
 @dataclass(frozen=True)
@@ -65,7 +109,7 @@ class Source:
     """Prepared sets: all files."""
     sizes: NDArray[np.int32] | None = None
     """Prepared sets: ``(N, 2)``, height and width of each image, all of which are complete JPEGs."""
-    tokens: "Tensor | None" = None
+    tokens: Tensor | None = None
     """Sets prepared with a tokenizer: ``(N, context)``, the tokens of each sample's first text."""
     beton: Path | None = None
     """Sets prepared for FFCV: its file with all images, in the order of the samples."""
@@ -82,7 +126,7 @@ class Source:
         *,
         skipped: Sequence[Skipped] = (),
         ignored: Sequence[Skipped] = (),
-    ) -> "Source":
+    ) -> Source:
         """A raw set of some samples."""
         return cls(SampleTable.of(samples), class_names, skipped=skipped, ignored=ignored)
 

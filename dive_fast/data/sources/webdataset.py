@@ -1,35 +1,33 @@
 """Reads webdataset tars of images with captions or labels."""
 
+from __future__ import annotations
+
 import glob
 import os
-import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import braceexpand
 
-from dive_fast.data.decode import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES
-from dive_fast.data.sources.file_rules import HIDDEN, is_hidden, reason_to_skip, refuse_duplicates
+from dive_fast.data.sources.file_rules import HIDDEN, is_hidden, refuse_duplicates
 from dive_fast.data.sources.node_index import Listing, RawSet, open_raw
-from dive_fast.data.sources.sample_table import Sample, TableBuilder, printable
-from dive_fast.data.sources.source import (
-    EMPTY_CAPTION,
-    Skipped,
-    Source,
-    locate,
-    summarize_skipped,
-)
-from dive_fast.data.sources.tar_index import Member, read_members
-from dive_fast.distributed import Ranks
+from dive_fast.data.sources.sample_table import SampleTable, Strings, StringsBuilder, TableBuilder, printable
+from dive_fast.data.sources.source import Skipped, SkippedEntries, Source, locate, summarize_skipped
+from dive_fast.data.sources.tar_scan import scan_tar
 from dive_fast.errors import DataError
 from dive_fast.identity import Identity
 
-DUPLICATE = "duplicate name"
-"""Reason for skipping a sample whose name an earlier sample of the tar has."""
-DOTTED = "a dot before the suffix: webdataset ends the name of a sample at its first dot"
-"""Reason for skipping a sample whose name contains a dot."""
+if TYPE_CHECKING:
+    from dive_fast.distributed import Ranks  # imports torch, which takes seconds
+
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
+MIN_PARALLEL_BYTES = 2**28
+"""Sets of fewer bytes are read by this process alone: others would not have started by then."""
+MAX_PROCESSES = 32
+"""Maximum number of processes that read a set; more would wait for the disk."""
 
 
 def open_webdataset(path: str, text: str, *, strict: bool = True, ranks: Ranks | None = None) -> Source:
@@ -70,126 +68,47 @@ class Tars(RawSet):
 
     def read(self, listing: Listing) -> tuple[Source, Sequence[str]]:
         table = TableBuilder(self.root, shares_texts=False)
-        skipped, ignored = list(self._skipped), list(self._ignored)
-        for tar, name in zip(self._tars, listing.names, strict=True):
-            members = read_members(tar)
-            if members.error is not None:
-                if self._strict:
-                    raise DataError(f"{tar}: not a complete tar: {members.error}")
-                is_compressed = "compressed" in members.error
-                reason = "a compressed tar" if is_compressed else "the tar is incomplete"
-                skipped.append(Skipped(printable(tar.name), reason))
-            file = table.file(name)
-            try:
-                for sample in _tar_samples(tar, members.files, self._text, self._strict, skipped, ignored):
-                    where = {"offset": sample.offset, "label": sample.label}
-                    table.add(sample.key, file, sample.size, sample.texts, **where)
-            except OSError as error:
-                raise DataError(f"{tar}: cannot read it: {error}") from error
+        skipped, ignored = StringsBuilder(), StringsBuilder()
+        skipped.extend(SkippedEntries.of(self._skipped).strings)
+        ignored.extend(SkippedEntries.of(self._ignored).strings)
+        for row, part in enumerate(self._scan_all(int(listing.sizes.sum()))):
+            table.extend(replace(part.table, files=Strings.of([listing.names[row]])))
+            skipped.extend(part.skipped)
+            ignored.extend(part.ignored)
+        left_out = SkippedEntries(Strings(*skipped.columns()))
         if not len(table):
-            reasons = f" ({summarize_skipped(skipped)})" if skipped else ""
+            reasons = f" ({summarize_skipped(left_out)})" if left_out else ""
             raise DataError(f"{self.path}: no sample has both an image and a {self._text} file{reasons}")
-        return Source(table.build(), skipped=skipped, ignored=ignored), ()
+        ignored_files = SkippedEntries(Strings(*ignored.columns()))
+        return Source(table.build(), skipped=left_out, ignored=ignored_files), ()
+
+    def _scan_all(self, num_bytes: int) -> Iterator[_Part]:
+        """The parts of the set in order, read by a process a core if there are many bytes."""
+        if num_bytes < MIN_PARALLEL_BYTES or len(self._tars) == 1:
+            yield from map(self._scan, range(len(self._tars)))
+            return
+        # They import torch, which takes seconds.
+        from dive_fast.data.workers import in_workers
+        from dive_fast.distributed import progress
+
+        workers = min(len(os.sched_getaffinity(0)), len(self._tars), MAX_PROCESSES)
+        parts = in_workers(self._scan, range(len(self._tars)), workers)
+        with closing(parts), progress(len(self._tars), f"reading {self.path}", "tar") as bar:
+            for part in parts:
+                yield part
+                bar.update()
+
+    def _scan(self, row: int) -> _Part:
+        table, skipped, ignored = scan_tar(self._tars[row], self._text, self._strict)
+        return _Part(table, SkippedEntries.of(skipped).strings, SkippedEntries.of(ignored).strings)
 
 
-def _tar_samples(
-    tar: Path, files: Sequence[Member], text: str, strict: bool, skipped: list[Skipped], ignored: list[Skipped]
-) -> Iterator[Sample]:
-    name = printable(tar.name)
-    complete = _complete_samples(name, files, text, skipped, ignored)
-    if not complete:
-        return
-    with tar.open("rb") as file:
-        for key, (image, text_member) in complete.items():
-            file.seek(text_member.offset)
-            try:
-                value = file.read(text_member.size).decode("utf-8-sig").strip()
-                label, texts = (_label(value), ()) if text == ".cls" else (-1, (value,))
-            except ValueError as error:
-                if strict and text == ".cls":
-                    raise DataError(f"{tar}: {key}{text}: {error}") from error
-                is_label = text == ".cls"
-                reason = "its label is not a non-negative integer" if is_label else "its caption is not UTF-8"
-                skipped.append(Skipped(f"{name}/{key}", reason))
-                continue
-            if texts == ("",):
-                skipped.append(Skipped(f"{name}/{key}", EMPTY_CAPTION))
-                continue
-            yield Sample(f"{name}/{key}", tar, image.offset, image.size, label, texts)
+class _Part(NamedTuple):
+    """A :class:`TarScan` in arrays alone, which are cheap to send between processes."""
 
-
-def _complete_samples(
-    tar: str, files: Sequence[Member], text: str, skipped: list[Skipped], ignored: list[Skipped]
-) -> dict[str, tuple[Member, Member]]:
-    """Maps the name of each complete sample to its image and text; counts every other sample once."""
-    samples: dict[str, dict[str, Member]] = {}
-    duplicates: dict[str, Counter[str]] = {}
-    for file in files:
-        folder, _, name = file.name.rpartition("/")
-        hidden = any(is_hidden(part) for part in folder.split("/") if part not in (".", ".."))
-        if (reason := HIDDEN if hidden else reason_to_skip(name)) is not None and "suffix" not in reason:
-            (ignored if reason == HIDDEN else skipped).append(Skipped(printable(f"{tar}/{file.name}"), reason))
-            continue
-        stem, _, suffix = name.partition(".")
-        key, suffix = printable(f"{folder}/{stem}".lstrip("/")), printable(f".{suffix.lower()}")
-        parts = samples.setdefault(key, {})
-        if suffix not in parts:
-            parts[suffix] = file
-        elif suffix in IMAGE_SUFFIXES or suffix == text:
-            duplicates.setdefault(key, Counter())[suffix] += 1
-    for key, counts in duplicates.items():
-        skipped += [Skipped(f"{tar}/{key}", DUPLICATE)] * max(counts.values())
-    complete: dict[str, tuple[Member, Member]] = {}
-    for key, parts in samples.items():
-        images = [suffix for suffix in parts if suffix in IMAGE_SUFFIXES]
-        ignored += [Skipped(f"{tar}/{key}{suffix}", "a second image of its sample") for suffix in images[1:]]
-        dotted: dict[str, set[str]] = {}
-        for suffix in parts:
-            before, _, last = suffix.rpartition(".")
-            if before:
-                dotted.setdefault(key + before, set()).add(f".{last}")
-        # Names up to the last dot that were meant as samples.
-        dotted_samples = {name for name, ends in dotted.items() if text in ends and ends & IMAGE_SUFFIXES}
-        reason = _incomplete_reason(parts, images, text)
-        if reason is None:
-            complete[key] = parts[images[0]], parts[text]
-        elif not images and text not in parts:
-            # No file has a plain suffix: all of them belong to names with dots.
-            dotted_samples |= {name for name, ends in dotted.items() if text in ends or ends & IMAGE_SUFFIXES}
-            other = next((suffix for suffix in parts if suffix in OTHER_IMAGE_SUFFIXES), None)
-            if other is not None:
-                skipped.append(Skipped(f"{tar}/{key}", f"images of suffix {other} are not read"))
-            elif not dotted_samples:
-                ignored.append(Skipped(f"{tar}/{key}", "not a file of a sample"))
-        elif not dotted_samples:
-            has_dotted_part = any(ends & IMAGE_SUFFIXES or text in ends for ends in dotted.values())
-            skipped.append(Skipped(f"{tar}/{key}", f"{reason}; {DOTTED}" if has_dotted_part else reason))
-        else:
-            skipped.append(Skipped(f"{tar}/{key}", reason))
-        skipped += [Skipped(f"{tar}/{name}", DOTTED) for name in sorted(dotted_samples)]
-    return complete
-
-
-def _incomplete_reason(parts: Mapping[str, Member], images: Sequence[str], text: str) -> str | None:
-    """Why files of one name do not form a sample; None if they do."""
-    if not images:
-        other = next((suffix for suffix in parts if suffix in OTHER_IMAGE_SUFFIXES), None)
-        return "no image" if other is None else f"images of suffix {other} are not read"
-    if text not in parts:
-        return f"no {text}"
-    if min(parts[images[0]].offset, parts[text].offset) < 0:
-        return "a link or a sparse file: the tar does not hold its bytes"
-    return None
-
-
-def _label(text: str) -> int:
-    if not re.fullmatch(r"[+-]?[0-9]+", text):  # int() also accepts 1_000 and digits of other scripts
-        raise ValueError(f"{text[:40]!r} is not an integer")
-    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
-        raise ValueError(f"{text[:40]} is not a label: it exceeds 64 bits")
-    if int(text) < 0:
-        raise ValueError(f"{text} is not a label: classes are counted from 0")
-    return int(text)
+    table: SampleTable
+    skipped: Strings
+    ignored: Strings
 
 
 def list_tars(path: str, skipped: list[Skipped], ignored: list[Skipped]) -> list[Path]:

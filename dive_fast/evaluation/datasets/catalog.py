@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 from dive_fast.config.schema import Metric
-from dive_fast.data.classes import are_numbers, are_wordnet_ids, join_names, remark_on_repeated, remarks
-from dive_fast.data.prompts import check_labels
+from dive_fast.data.classes import (
+    are_numbers,
+    are_wordnet_ids,
+    check_labels,
+    join_names,
+    remark_on_repeated,
+    remarks,
+)
 from dive_fast.data.sources.source import locate
 from dive_fast.errors import ConfigError, DataError, nearest
 from dive_fast.evaluation.datasets import layouts
@@ -337,7 +343,7 @@ def open_known(
         DataError: the data set is broken, or not there; the message says which layouts are accepted.
     """
     known, bare = find_dataset(name), canonical_name(name)
-    candidates = _candidate_folders(path, bare, known)
+    candidates = candidate_folders(name, path)
     folders = [folder for folder in candidates if folder.is_dir()]
     for folder in folders:
         data = known.open(folder)
@@ -375,9 +381,13 @@ def _with_prompts(
     return replace(data, class_names=names, templates=prompts, remarks=tuple(lines))
 
 
-def _candidate_folders(path: str, name: str, known: KnownDataset) -> list[Path]:
-    """Folders that may hold the data set, the likeliest first."""
-    names = (name, *known.aliases)
+def candidate_folders(name: str, path: str) -> list[Path]:
+    """Folders that may hold the data set of this name, the likeliest first; arguments as in :func:`open_known`.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    names = (canonical_name(name), *find_dataset(name).aliases)
     forms = [form for alias in names for form in (alias, f"wds_{alias}", f"wds_vtab-{alias}", f"wds/{alias}")]
     if "{dataset}" in path:
         return [locate(path.replace("{dataset}", form)) for form in forms]

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from dive_fast.data.prompts import Template, read_class_names, read_templates
+from dive_fast.data.prompt_files import Template, read_class_names, read_templates
 from dive_fast.errors import DataError
 from dive_fast.io.safe_read import read_text
 
@@ -44,8 +44,22 @@ CLIP_BENCHMARK_TEMPLATES = (
 )
 
 
+OWN_NAMES = ("caltech101", "eurosat", "flowers", "pets")
+"""Data sets whose class names CLIP-benchmark has."""
+
+
+def has_own_names(name: str) -> bool:
+    """Whether class names are chosen by the name of a data set, and not by a file."""
+    return name in ("imagenet1k", *OWN_NAMES)
+
+
+def has_own_templates(name: str) -> bool:
+    """Whether templates are chosen by the name of a data set, and not by a file."""
+    return name in CLIP_BENCHMARK_TEMPLATES or name in EXTRA_TEMPLATES
+
+
 def templates_of(name: str) -> tuple[Template, ...]:
-    """Templates by a data set's name, or whatever :func:`dive_fast.data.prompts.read_templates` accepts.
+    """Templates by a data set's name, or whatever :func:`dive_fast.data.prompt_files.read_templates` accepts.
 
     Raises:
         DataError: the file is missing or invalid, or CLIP-benchmark is not installed.
@@ -59,14 +73,14 @@ def templates_of(name: str) -> tuple[Template, ...]:
 
 
 def class_names_of(name: str) -> tuple[str, ...]:
-    """Class names by a data set's name, or whatever :func:`dive_fast.data.prompts.read_class_names` accepts.
+    """Class names by a data set's name, or whatever :func:`dive_fast.data.prompt_files.read_class_names` accepts.
 
     Raises:
         DataError: the file is missing or invalid, or CLIP-benchmark is not installed.
     """
     if name == "imagenet1k":
         return read_class_names("imagenet")
-    if name not in ("caltech101", "eurosat", "flowers", "pets"):
+    if name not in OWN_NAMES:
         return read_class_names(name)
     names = _from_clip_benchmark("class names", name)
     # The first is Caltech's background class, whose images are not measured.

@@ -4,15 +4,17 @@ Class lists come from timm, a dependency of open_clip; ObjectNet's map is part o
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dive_fast.data.classes import repeated, synsets
 from dive_fast.data.sources.folder import open_folder
 from dive_fast.data.sources.source import Source
 from dive_fast.errors import DataError
-from dive_fast.evaluation.classifier import Members
 from dive_fast.evaluation.datasets.layouts import complete, relabelled
 from dive_fast.io.safe_read import parse_json, read_text
+
+if TYPE_CHECKING:
+    from dive_fast.evaluation.classifier import Members
 
 OBJECTNET_BORDER = 2
 """Pixels; ObjectNet's README asks that the red edge be cut off."""
@@ -53,7 +55,7 @@ def open_numbered_folders(path: Path) -> Source:
     return relabelled(source, [int(name) for name in source.class_names])
 
 
-def open_objectnet(images: Path, mappings: Path) -> tuple[Source, Members, tuple[str, ...]]:
+def open_objectnet(images: Path, mappings: Path) -> "tuple[Source, Members, tuple[str, ...]]":
     """Opens ObjectNet's images of the classes that ImageNet has as well.
 
     Args:

@@ -14,7 +14,7 @@ import numpy as np
 
 from dive_fast.data.classes import repeated
 from dive_fast.data.decode import IMAGE_SUFFIXES
-from dive_fast.data.prompts import read_class_names
+from dive_fast.data.prompt_files import read_class_names
 from dive_fast.data.sources.folder import open_folder
 from dive_fast.data.sources.sample_table import Sample, SampleTable
 from dive_fast.data.sources.source import Skipped, Source, summarize_skipped

@@ -6,7 +6,7 @@ from dataclasses import replace
 from dive_fast.config.schema import EvaluateConfig, EvaluationSet, Metric
 from dive_fast.data.classes import imagenet_rows, join_names, remarks
 from dive_fast.data.open_dataset import open_captioned, open_target
-from dive_fast.data.prompts import Template
+from dive_fast.data.prompt_files import Template
 from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError, naming

@@ -6,15 +6,16 @@ with the package.
 
 import csv
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from dive_fast.data.sources.sample_table import Sample
 from dive_fast.data.sources.source import Source
 from dive_fast.errors import DataError
 from dive_fast.evaluation.datasets.layouts import present
-from dive_fast.evaluation.scores import Regions
 from dive_fast.io.safe_read import below
+
+if TYPE_CHECKING:
+    from dive_fast.evaluation.scores import Regions
 
 Row = dict[str, str]
 
@@ -39,7 +40,7 @@ def open_iwildcam(root: Path, split: str) -> tuple[Source, tuple[str, ...]]:
     return _source(root, samples, split), _species(root)
 
 
-def open_fmow(root: Path, split: str) -> tuple[Source, tuple[str, ...], Regions]:
+def open_fmow(root: Path, split: str) -> "tuple[Source, tuple[str, ...], Regions]":
     """Opens an official split of FMoW (ID: before 2013, OOD: from 2016 on) with the continent of each image.
 
     Args:
@@ -48,6 +49,11 @@ def open_fmow(root: Path, split: str) -> tuple[Source, tuple[str, ...], Regions]
     Raises:
         DataError: a table or one of its columns is missing.
     """
+    # Imported here, so that names of data sets are known without torch.
+    import torch
+
+    from dive_fast.evaluation.scores import Regions
+
     rows = _read(root / "rgb_metadata.csv", "split", "timestamp", "category", "country_code")
     countries = _read(root / "country_code_mapping.csv", "alpha-3", "region")
     region_of = {row["alpha-3"]: row["region"] for row in countries}

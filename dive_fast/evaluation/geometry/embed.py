@@ -16,7 +16,7 @@ from dive_fast.data.sources.huggingface import is_dataset
 from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError
-from dive_fast.evaluation.datasets.evaluation_set import progress
+from dive_fast.evaluation.datasets.strict_samples import progress
 from dive_fast.model.features import Pairs
 from dive_fast.model.towers import Towers, tokenizer_of, unit
 

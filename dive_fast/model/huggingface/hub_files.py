@@ -10,9 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dive_fast.io.safe_read import below, read_json
+from dive_fast.model.model_names import SCHEME
 
-SCHEME = "hf:"
-"""Prefix of the names of models in transformers' format."""
 _DESCRIPTIONS = ("*.json", "*.txt", "*.model")
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 """File of weights in either format; ``.index.json`` behind it names several."""

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from dive_fast.data.demo import splits, world
-from dive_fast.model import towers
+from dive_fast.model.model_names import MODEL_DIR
 
 CAPTIONED = ("reference", "reference_heldout")
 EXPECTED_TEXTS = [
@@ -181,14 +181,14 @@ def test_resolve_error_lists_the_splits(path: str) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return open_clip.get_tokenizer(f"local-dir:{towers.MODEL_DIR}")
+    return open_clip.get_tokenizer(f"local-dir:{MODEL_DIR}")
 
 
 @pytest.mark.parametrize("force_custom_text", [False, True])
 def test_demo_model_loads_in_fp32_and_is_small(force_custom_text: bool) -> None:
-    model = open_clip.create_model(f"local-dir:{towers.MODEL_DIR}", force_custom_text=force_custom_text)
+    model = open_clip.create_model(f"local-dir:{MODEL_DIR}", force_custom_text=force_custom_text)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert sum(path.stat().st_size for path in towers.MODEL_DIR.iterdir()) < 6_000_000
+    assert sum(path.stat().st_size for path in MODEL_DIR.iterdir()) < 6_000_000
 
 
 def test_demo_tokenizer_has_the_highest_id_at_the_end(tokenizer: Any) -> None:
@@ -220,7 +220,7 @@ def test_demo_tokenizer_knows_all_words_and_truncates_none(tokenizer: Any) -> No
 )
 def test_demo_model_is_better_than_chance(split: str, least: float, tokenizer: Any) -> None:
     """Accuracy on 100 samples of the split is at least ``least`` times chance."""
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{towers.MODEL_DIR}")
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{MODEL_DIR}")
     task = world.TASKS[split]
     prompts = [template.format(name) for name in task.classes for template in task.templates]
     per_prompt = F.normalize(model.eval().encode_text(tokenizer(prompts)), dim=-1)

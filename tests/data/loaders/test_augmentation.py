@@ -16,7 +16,8 @@ from dive_fast.data.prepared import convert
 from dive_fast.data.prepared.raw import RawSource
 from dive_fast.data.prepared.read import open_prepared
 from dive_fast.data.prepared.write import prepare
-from dive_fast.data.prompts import PromptTable, read_templates
+from dive_fast.data.prompt_files import read_templates
+from dive_fast.data.prompts import PromptTable
 from dive_fast.data.sampler import Classes, Order
 from dive_fast.data.samples import TargetSamples
 from dive_fast.data.sources.source import Source

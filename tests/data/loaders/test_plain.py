@@ -5,6 +5,7 @@ import gc
 import io
 import logging
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ import torch
 from PIL import Image, ImageOps
 
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
+from dive_fast.data.loaders import plain
 from dive_fast.data.loaders.loader import Options, batches_of, training_batches
-from dive_fast.data.prompts import PromptTable, SecondPrompts, pack, read_templates
+from dive_fast.data.prompt_files import read_templates
+from dive_fast.data.prompts import PromptTable, SecondPrompts, pack
 from dive_fast.data.sampler import Order
 from dive_fast.data.samples import MAX_REPLACEMENTS, EvaluationSamples, ReferenceSamples, TargetSamples
 from dive_fast.data.sources.csv_table import open_csv
@@ -377,3 +380,30 @@ def test_real_oddities_equal_open_clip(photos: Source, real_data: Path) -> None:
             assert torch.equal(batch.images[0], transform(upright)) == (int(match[1]) == 0)
             seen["orientation"] += 1
     assert seen == {"grey": 23, "orientation": 3, "size": 12}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_images_without_numba_are_equal_bit_for_bit(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    sizes = [(30, 70), (90, 25), (24, 24), (300, 40), (61, 80)]
+    files = {}
+    for index, size in enumerate(sizes):
+        content = io.BytesIO()
+        noise = np.random.default_rng(index).integers(0, 256, (*size, 3), np.uint8)
+        Image.fromarray(noise).convert(mode).save(content, "PNG")
+        files[str(index)] = {"png": content.getvalue(), "cls": b"0"}
+    tiny.write_tar(tmp_path / "a.tar", files)
+    samples = target_samples(tmp_path / "a.tar", tokenizer)
+    order = Order(len(sizes), len(sizes), seed=SEED)
+
+    def batch() -> TargetBatch:
+        (batch,) = training_batches(samples, order, range(1), Options())
+        return batch
+
+    assert plain._compiled_views(PREPROCESS) is not None
+    compiled = batch()
+    monkeypatch.setitem(sys.modules, "dive_fast.data.loaders.pil_resize", None)
+    monkeypatch.delattr("dive_fast.data.loaders.pil_resize", raising=False)
+    assert plain._compiled_views(PREPROCESS) is None
+    assert_equal(batch(), compiled)

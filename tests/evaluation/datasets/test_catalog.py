@@ -18,7 +18,8 @@ from dive_fast.data.transforms import Preprocess
 from dive_fast.errors import ConfigError, DataError
 from dive_fast.evaluation.datasets import class_names, imagenet, wilds
 from dive_fast.evaluation.datasets.catalog import KNOWN, SUITES, canonical_name, expand_suites, open_known
-from dive_fast.evaluation.datasets.evaluation_set import Captioned, Labelled, StrictSamples
+from dive_fast.evaluation.datasets.evaluation_set import Captioned, Labelled
+from dive_fast.evaluation.datasets.strict_samples import StrictSamples
 from dive_fast.evaluation.scores import Predictions, scores
 
 JPEG = tiny.jpeg(0)
