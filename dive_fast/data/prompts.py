@@ -188,10 +188,15 @@ def pack(tokens: Tensor, pooled_at: PooledAt) -> Text:
 
 def text_length(tokens: Tensor, pooled_at: PooledAt) -> int:
     """Tokens up to the end-of-text token of the longest row of ``(N, context)``, inclusive."""
+    return int(text_lengths(tokens, pooled_at).max())
+
+
+def text_lengths(tokens: Tensor, pooled_at: PooledAt) -> Tensor:
+    """Tokens of each row of ``(N, context)`` up to its end-of-text token, inclusive: ``(N,)`` int64."""
     if pooled_at is None:
-        return tokens.shape[1]
+        return torch.full((len(tokens),), tokens.shape[1])
     ends = tokens if pooled_at == "argmax" else (tokens == pooled_at).int()
-    return int(ends.argmax(1).max()) + 1
+    return ends.argmax(1) + 1
 
 
 LONG_WORD = 64

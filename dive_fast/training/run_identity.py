@@ -63,7 +63,7 @@ CONTINUES = ("train.epochs", "train.max_steps", "train.export_ema", "evaluate.*"
 """Keys that users change on purpose, to train longer or to select the best weights differently; reported."""
 ADDED: dict[str, Any] = {
     **{"data.target.balance": "none", "data.target.crop_scale": [0.9, 1.0], "data.target.horizontal_flip": 0.0},
-    **{"data.reference.captions": "one", "projection": {"name": "none"}},
+    **{"data.reference.captions": "one", "projection": {"name": "none"}, "evaluate.loader": "plain"},
 }
 """Keys that checkpoints of earlier versions lack, with the only values that they had."""
 ROUNDING = (

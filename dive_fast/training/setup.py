@@ -29,7 +29,6 @@ from dive_fast.engine import feature_consistency
 from dive_fast.engine.deepspeed_config import check_deepspeed, deepspeed_section
 from dive_fast.engine.step import Engine, StepBatches, check_hooks, check_projection
 from dive_fast.errors import naming
-from dive_fast.evaluation.classifier import embed_texts
 from dive_fast.evaluation.datasets.resolve import (
     Opened,
     open_sets,
@@ -37,6 +36,7 @@ from dive_fast.evaluation.datasets.resolve import (
     remarks_on_untrained_classes,
 )
 from dive_fast.evaluation.geometry.embed import open_pairs
+from dive_fast.evaluation.text_features import embed_texts
 from dive_fast.methods import registry
 from dive_fast.methods.method import Method, Start, overrides
 from dive_fast.model.model_identity import model_identity
