@@ -406,7 +406,7 @@ class EvaluateConfig(Section):
     batch_size: Positive = 256
     """Images encoded at once on each rank."""
     loader: Loader = "plain"
-    """Image decoder of the sets. Default: `data.target.loader`. Sets that it cannot read are decoded by `plain`, and
+    """Image decoder of the sets. Default: `data.target.loader`. `plain` decodes sets that it cannot read, and
     a line says why."""
     workers: NonNegative = 4
     """Loader processes on each rank; `auto`: by its cores. Default: those of `data.target`."""
