@@ -11,7 +11,7 @@ from torch import Tensor
 from dive_fast.checkpoint.load_weights import exported, head_of
 from dive_fast.config.schema import Config
 from dive_fast.data.prompt_files import Template, read_templates
-from dive_fast.data.prompts import Tokenizer
+from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, UserError, nearest
 from dive_fast.evaluation import plots

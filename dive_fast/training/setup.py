@@ -143,7 +143,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         seed=config.train.seed,
     )
     second_templates = method.target_loss.second_templates() if method.needs.second_prompts else ()
-    target = _target_samples(config, sources.target, class_names, templates, second_templates, towers)
+    target = _target_samples(config, sources.target, class_names, templates, second_templates, towers, ranks)
     identity = run_identity(
         *(complete, model_identity(towers), sources.target, class_names, templates),
         reference=sources.reference if needs.reference else None,
@@ -168,7 +168,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         probe = open_pairs(config.model, config.data.reference, towers, sources.reference)
     if needs.reference:
         assert sources.reference is not None
-        reference = reference_samples(config, sources.reference, towers).without(held_out.untrained)
+        reference = reference_samples(config, sources.reference, towers).with_kept_tokens(ranks)
+        reference = reference.without(held_out.untrained)
         if needs.reference_teacher:
             teacher = open_teacher(config, folder, towers, reference, ranks)
         if config.train.precision == "bf16" and ranks.is_main:
@@ -278,10 +279,11 @@ def _target_samples(
     templates: Sequence[Template],
     second_templates: Sequence[Template],
     towers: Towers,
+    ranks: Ranks,
 ) -> TargetSamples:
     tokenizer, seed = tokenizer_of(config.model, config.data.target.text_length), config.train.seed
     with naming("data.target.class_names"):
-        prompts, second = PromptTable(source, class_names, templates, tokenizer), None
+        prompts, second = PromptTable(source, class_names, templates, tokenizer, ranks), None
     if second_templates:
         second = SecondPrompts(prompts, second_templates, tokenizer)
         second.warn_about_truncated(source, seed)

@@ -295,16 +295,23 @@ class SampleTable(Sequence[Sample]):
         """The distinct files of all samples."""
         return [self.file_path(row) for row in np.unique(self.file_rows).tolist()]
 
+    def texts_of_list(self, list_row: int) -> tuple[str, ...]:
+        """The texts of a row of :attr:`list_rows`."""
+        return self._split(self.lists[list_row], list_row)
+
     def text_lists(self) -> Iterator[tuple[str, ...]]:
         """The distinct stored lists of texts of the samples, in the order of their rows."""
         for row in np.unique(self.list_rows).tolist() if self.has_texts else ():
             yield self._split(self.lists[row], row)
 
-    @cached_property
+    @property
     def text_counts(self) -> NDArray[np.int64]:
         """``(N,)``: the number of texts of each sample."""
-        if not self.has_texts:
-            return np.zeros(len(self), np.int64)
+        return self.list_counts[self.list_rows] if self.has_texts else np.zeros(len(self), np.int64)
+
+    @cached_property
+    def list_counts(self) -> NDArray[np.int64]:
+        """The number of texts of each row of :attr:`list_rows`."""
         values, ends = self.lists.values, self.lists.ends
         counts = (self.lists.lengths > 0).astype(np.int64)
         marks = np.flatnonzero(values == 0)
@@ -313,7 +320,7 @@ class SampleTable(Sequence[Sample]):
         # Rows with a separator, or with an end of line that may separate: few of millions.
         for row in np.unique(np.searchsorted(ends, marks, "right")).tolist():
             counts[row] = len(self._split(self.lists[row], row))
-        return counts[self.list_rows]
+        return counts
 
     @cached_property
     def _lines_are_split(self) -> bool:
