@@ -94,9 +94,9 @@ def _complete_texts(config: Any, text: str, groups_captions: bool, ranks: Ranks 
     if config.format == "folder":
         return (open_folder if text == ".cls" else open_captioned_folder)(config.path, ranks)
     if config.format == "csv":
-        return open_csv(config.path, config.image_root, group=text == ".cls" or groups_captions)
+        return open_csv(config.path, config.image_root, group=text == ".cls" or groups_captions, ranks=ranks)
     if config.format == "huggingface":
-        return _huggingface(config, text)
+        return _huggingface(config, text, ranks)
     if config.format == "webdataset":
         return open_webdataset(config.path, text, ranks=ranks)
     from dive_fast.data.prepared.read import open_prepared  # imports torch, which takes seconds
@@ -104,11 +104,11 @@ def _complete_texts(config: Any, text: str, groups_captions: bool, ranks: Ranks 
     return open_prepared(config.path, text)
 
 
-def _huggingface(config: Any, text: str) -> Source:
+def _huggingface(config: Any, text: str, ranks: Ranks | None) -> Source:
     label_column = getattr(config, "label_column", None)
     texts = text == ".txt" or config.text_column is not None
     columns = Columns(config.image_column, label_column, config.text_column)
-    source = open_huggingface(config.path, columns, config.split, has_texts=texts)
+    source = open_huggingface(config.path, columns, config.split, has_texts=texts, ranks=ranks)
     if not texts and not source.class_names and config.class_names is None:
         raise DataError(f"{config.path}: its labels are numbers without names; set class_names to a file of names")
     return source

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from dive_fast.data.batch import EvaluationBatch, ReferenceBatch, TargetBatch, Text
 from dive_fast.data.captions import caption_counts
-from dive_fast.data.prompts import PooledAt, PromptTable, SecondPrompts, Tokenizer, pack
+from dive_fast.data.prompts import PooledAt, PromptTable, SecondPrompts, pack
 from dive_fast.data.random_streams import Draw, stream
 from dive_fast.data.sources.sample_table import Sample
 from dive_fast.data.sources.source import Source
+from dive_fast.data.text_tokenizer import Tokenizer
+from dive_fast.data.token_cache import CaptionTokens, kept_captions
 from dive_fast.data.transforms import Augmentation, Crop, Preprocess, View, crop_draws, random_crop
+from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -174,6 +177,7 @@ class ReferenceSamples(Samples[ReferenceBatch]):
         """``(N,)``: the number of captions of each image; None: one each."""
         self._packs_all_captions = False
         self._tokens = self._prepared_tokens()
+        self._kept_tokens: CaptionTokens | None = None
 
     @property
     def num_views(self) -> int:
@@ -193,6 +197,16 @@ class ReferenceSamples(Samples[ReferenceBatch]):
             return None
         return self.seed, [epoch % self.num_views for epoch, _ in sample_keys]
 
+    def with_kept_tokens(self, ranks: Ranks) -> "ReferenceSamples":
+        """The same samples with the tokens of all captions from the cache, if there are many; all ranks call it.
+
+        Otherwise captions are tokenised in every epoch, when they are drawn.
+        """
+        samples = copy.copy(self)
+        table = self.source.samples if self._tokens is None else None
+        samples._kept_tokens = kept_captions(table, self.tokenizer, self.caption_counts is None, ranks)
+        return samples
+
     def with_all_captions(self) -> "ReferenceSamples":
         """The same samples with all captions of each image in a batch's text, image by image."""
         samples = copy.copy(self)
@@ -208,7 +222,7 @@ class ReferenceSamples(Samples[ReferenceBatch]):
         return int(float(stream(self.seed, Draw.CAPTION, sample, epoch).random()) * count)
 
     def batch(self, sample_keys: Sequence[SampleKey], images: Tensor) -> ReferenceBatch:
-        """The batch of these samples; tokenises their captions unless the prepared set has their tokens."""
+        """The batch of these samples; tokenises their captions unless their tokens are kept or prepared."""
         entries = self._entries(sample_keys)
         sample = torch.tensor([sample for _, sample in sample_keys])
         captions = [self.caption(sample_key) for sample_key in sample_keys]
@@ -224,7 +238,12 @@ class ReferenceSamples(Samples[ReferenceBatch]):
     def _text(self, entries: Sequence[Sample], sample: Tensor, captions: Sequence[int]) -> Text:
         if self._tokens is not None:
             return pack(self._tokens[sample].long(), self.pooled_at)
-        if self._packs_all_captions and self.caption_counts is not None:
+        packs_all = self._packs_all_captions and self.caption_counts is not None
+        if self._kept_tokens is not None:
+            kept = self._kept_tokens
+            rows = kept.all_rows(sample.numpy()) if packs_all else kept.rows(sample.numpy(), np.array(captions))
+            return pack(rows, self.pooled_at)
+        if packs_all:
             texts = [text for entry in entries for text in entry.texts]
         else:
             texts = [entry.texts[caption] for entry, caption in zip(entries, captions, strict=True)]

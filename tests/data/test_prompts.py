@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dive_fast.data.prompt_files import Template, read_class_names, read_templates
-from dive_fast.data.prompts import PromptTable, pack, quick_bpe, warn_about_prompts, warn_about_truncated_captions
+from dive_fast.data.prompts import PromptTable, pack, warn_about_prompts, warn_about_truncated_captions
 from dive_fast.data.sources.sample_table import Sample
 from dive_fast.data.sources.source import Source
+from dive_fast.data.text_tokenizer import quick_bpe
 from dive_fast.errors import DataError
 
 NAMES = ("cat", "dog", "sea lion")
@@ -156,12 +157,12 @@ def test_draw_uses_the_texts_of_a_sample_as_prompts(tmp_path: Path) -> None:
     assert tokenizer.longest_call == 3  # each distinct title is tokenised once
 
 
-def test_prompt_table_tokenises_in_pieces_and_stores_int32() -> None:
+def test_prompt_table_tokenises_in_pieces() -> None:
     tokenizer = Letters()
     table = PromptTable(labelled(999), read_class_names("imagenet"), read_templates("simple"), tokenizer)
     assert tokenizer.longest_call <= 1024
     tokens = draw(table, Sample("k", Path("a"), label=999), 0, 0, 0)
-    assert tokens.dtype == torch.int32
+    assert tokens.dtype == torch.int64
     assert "toilet paper" in read(tokens)
 
 
