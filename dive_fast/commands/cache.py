@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         towers = create(config.model)
         check_text_length(config.data, towers)
         source = open_reference(config.data.reference, ranks=ranks)
-        samples = build.reference_samples(config, source, towers)
+        samples = build.reference_samples(config, source, towers).with_kept_tokens(ranks)
         summary = f"{path}: {len(source)} pairs"
         if options.export:
             if ranks.is_main:

@@ -112,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
         precision,
         options.batch_size or defaults.batch_size,
         defaults.workers if options.workers is None else options.workers,
+        defaults.loader,
         options.classifiers or folder / "classifiers",
         options.force,
     )

@@ -31,9 +31,10 @@ from dive_fast.data.batch import EvaluationBatch, TargetBatch
 from dive_fast.data.loaders.loader import Options, training_batches
 from dive_fast.data.prefetch import Prefetcher
 from dive_fast.data.prompt_files import Template, read_templates
-from dive_fast.data.prompts import PromptTable, Tokenizer
+from dive_fast.data.prompts import PromptTable
 from dive_fast.data.sampler import Order
 from dive_fast.data.samples import EvaluationSamples, SampleKey, TargetSamples
+from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError, StalledError, UserError
 from dive_fast.evaluation import plots

@@ -17,8 +17,8 @@ from dive_fast import numerics
 from dive_fast.config.schema import Config, TrainConfig
 from dive_fast.data.loaders.loader import loader_options
 from dive_fast.data.prompt_files import Template
-from dive_fast.data.prompts import TOKENIZER_PROBES
 from dive_fast.data.sources.source import Source
+from dive_fast.data.text_tokenizer import TOKENIZER_PROBES
 from dive_fast.distributed import Ranks
 from dive_fast.engine.deepspeed_config import deepspeed_section
 from dive_fast.engine.optimizer import learning_rate_schedule
@@ -63,7 +63,7 @@ CONTINUES = ("train.epochs", "train.max_steps", "train.export_ema", "evaluate.*"
 """Keys that users change on purpose, to train longer or to select the best weights differently; reported."""
 ADDED: dict[str, Any] = {
     **{"data.target.balance": "none", "data.target.crop_scale": [0.9, 1.0], "data.target.horizontal_flip": 0.0},
-    **{"data.reference.captions": "one", "projection": {"name": "none"}},
+    **{"data.reference.captions": "one", "projection": {"name": "none"}, "evaluate.loader": "plain"},
 }
 """Keys that checkpoints of earlier versions lack, with the only values that they had."""
 ROUNDING = (

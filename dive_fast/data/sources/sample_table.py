@@ -241,6 +241,10 @@ class SampleTable(Sequence[Sample]):
         """The key of a sample."""
         return self._text(self.keys, self._at(row))
 
+    def iter_keys(self) -> Iterator[bytes]:
+        """The keys of all samples, UTF-8."""
+        return iter(self.keys) if self.rows is None else (self.keys[row] for row in self.rows.tolist())
+
     def path(self, row: int) -> Path:
         """The file of a sample."""
         return self._path(self._at(row))
@@ -291,16 +295,23 @@ class SampleTable(Sequence[Sample]):
         """The distinct files of all samples."""
         return [self.file_path(row) for row in np.unique(self.file_rows).tolist()]
 
+    def texts_of_list(self, list_row: int) -> tuple[str, ...]:
+        """The texts of a row of :attr:`list_rows`."""
+        return self._split(self.lists[list_row], list_row)
+
     def text_lists(self) -> Iterator[tuple[str, ...]]:
         """The distinct stored lists of texts of the samples, in the order of their rows."""
         for row in np.unique(self.list_rows).tolist() if self.has_texts else ():
             yield self._split(self.lists[row], row)
 
-    @cached_property
+    @property
     def text_counts(self) -> NDArray[np.int64]:
         """``(N,)``: the number of texts of each sample."""
-        if not self.has_texts:
-            return np.zeros(len(self), np.int64)
+        return self.list_counts[self.list_rows] if self.has_texts else np.zeros(len(self), np.int64)
+
+    @cached_property
+    def list_counts(self) -> NDArray[np.int64]:
+        """The number of texts of each row of :attr:`list_rows`."""
         values, ends = self.lists.values, self.lists.ends
         counts = (self.lists.lengths > 0).astype(np.int64)
         marks = np.flatnonzero(values == 0)
@@ -309,7 +320,7 @@ class SampleTable(Sequence[Sample]):
         # Rows with a separator, or with an end of line that may separate: few of millions.
         for row in np.unique(np.searchsorted(ends, marks, "right")).tolist():
             counts[row] = len(self._split(self.lists[row], row))
-        return counts[self.list_rows]
+        return counts
 
     @cached_property
     def _lines_are_split(self) -> bool:
@@ -479,13 +490,14 @@ class TableBuilder:
         columns = part.file_rows + len(self.files), part.offsets, part.sizes, part.labels
         for column, values in zip(self._numbers(), columns, strict=True):
             column.frombytes(values.astype(column.typecode).tobytes())
-        rows: NDArray[np.int64]
-        if self._shares_texts:
-            rows = np.array([self._list_row(stored) for stored in part.lists], np.int64)
+        if not part.has_texts:
+            rows = np.full(len(part), self._list_row(b"") if len(part) else 0)
+        elif self._shares_texts:
+            rows = np.array([self._list_row(stored) for stored in part.lists], np.int64)[part.list_rows]
         else:
-            rows = np.arange(len(part.lists)) + len(self.lists)
+            rows = part.list_rows + len(self.lists)
             self.lists.extend(part.lists)
-        self._list_of.frombytes(rows[part.list_rows].astype(np.int32).tobytes() if len(rows) else b"")
+        self._list_of.frombytes(rows.astype(np.int32).tobytes())
         self.files.extend(part.files)
         self.keys.extend(part.keys)
 

@@ -166,7 +166,6 @@ def read_plain_members(descriptor: int, suffix: str, max_bytes: int) -> PlainMem
     names, offsets, sizes, contents = members
     encoding, ending = tarfile.ENCODING, suffix.encode()
     headers = bytearray()
-    file_size = os.fstat(descriptor).st_size
     window, start, position, after_pax = b"", 0, 0, False
     while True:
         at = position - start
@@ -185,7 +184,7 @@ def read_plain_members(descriptor: int, suffix: str, max_bytes: int) -> PlainMem
         except ValueError:
             return None
         following = position + _BLOCK + (size + _BLOCK - 1) // _BLOCK * _BLOCK
-        if size < 0 or following > file_size:
+        if size < 0:
             return None
         headers += window[at : at + _BLOCK]
         if len(headers) == _CHECKED_HEADERS * _BLOCK:
@@ -223,10 +222,9 @@ def read_plain_members(descriptor: int, suffix: str, max_bytes: int) -> PlainMem
 def _are_plain(headers: bytearray) -> bool:
     """Whether all headers are valid, and of a form that is read as it is written here."""
     rows = np.frombuffer(headers, np.uint8).reshape(-1, _BLOCK)
-    is_gnu = (rows[:, _MAGIC] == np.frombuffer(_GNU, np.uint8)).all(1)
-    is_posix = (rows[:, _MAGIC] == np.frombuffer(_POSIX, np.uint8)).all(1)
-    # GNU's headers may hold times where others hold the beginning of a name.
-    plain = is_posix | (is_gnu & (rows[:, _PREFIX] == 0))
+    plain = np.zeros(len(rows), np.bool_)
+    for magic in (_POSIX, _GNU):
+        plain |= (rows[:, _MAGIC] == np.frombuffer(magic, np.uint8)).all(1)
     # A number is digits, then blanks.
     kinds = _KINDS_OF_BYTES[rows[:, _IN_NUMBERS].T]
     plain &= (kinds < _OTHER).all(0) & ~((kinds[1:] < kinds[:-1]) & _CONTINUES[1:]).any(0)
