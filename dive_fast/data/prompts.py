@@ -14,7 +14,7 @@ from torch import Tensor
 from dive_fast.data.batch import Text
 from dive_fast.data.classes import check_labels
 from dive_fast.data.prompt_files import Template
-from dive_fast.data.random_streams import Draw, stream
+from dive_fast.data.random_streams import Draw, stream, uniforms
 from dive_fast.data.sources.sample_table import Sample
 from dive_fast.data.sources.source import Source
 from dive_fast.data.text_tokenizer import Tokenizer
@@ -64,13 +64,12 @@ class PromptTable:
         """Whether prompts are texts of the samples, which have no classes."""
         return self._titles is not None
 
-    def draw(self, samples: Sequence[tuple[Sample, int, int]], seed: int) -> Tensor:
-        """The tokens, ``(B, context)``, of random prompts of samples: a function of (seed, sample, epoch).
-
-        Args:
-            samples: each with its index and the epoch.
-        """
-        rows = [self._row(sample, self._number(sample, index, seed, epoch)) for sample, index, epoch in samples]
+    def draw(self, samples: Sequence[Sample], indices: Sequence[int], seed: int, epochs: Sequence[int]) -> Tensor:
+        """The tokens, ``(B, context)``, of random prompts of samples: pure functions of (seed, index, epoch)."""
+        draws = uniforms(seed, Draw.PROMPT, indices, epochs, 1)[:, 0].tolist()
+        rows = [
+            self._row(sample, int(draw * self._count(sample))) for sample, draw in zip(samples, draws, strict=True)
+        ]
         return self._tokens.rows(np.array(rows, np.int64))
 
     def _row(self, sample: Sample, number: int) -> int:
@@ -80,15 +79,14 @@ class PromptTable:
 
     def text(self, sample: Sample, index: int, seed: int, epoch: int) -> str:
         """The prompt whose tokens :meth:`draw` returns."""
-        number = self._number(sample, index, seed, epoch)
+        number = int(float(stream(seed, Draw.PROMPT, index, epoch).random()) * self._count(sample))
         if self._titles is not None:
             return sample.texts[number]
         return self._templates[number](self._class_names[sample.label])
 
-    def _number(self, sample: Sample, index: int, seed: int, epoch: int) -> int:
-        """The number of the drawn text or template."""
-        count = len(self._templates) if self._titles is None else len(sample.texts)
-        return int(float(stream(seed, Draw.PROMPT, index, epoch).random()) * count)
+    def _count(self, sample: Sample) -> int:
+        """Number of prompts of a sample: its texts, or the templates."""
+        return len(self._templates) if self._titles is None else len(sample.texts)
 
 
 CACHED_PROMPTS = 1 << 15
@@ -196,7 +194,12 @@ def pack(tokens: Tensor, pooled_at: PooledAt) -> Text:
 
 def text_length(tokens: Tensor, pooled_at: PooledAt) -> int:
     """Tokens up to the end-of-text token of the longest row of ``(N, context)``, inclusive."""
+    return int(text_lengths(tokens, pooled_at).max())
+
+
+def text_lengths(tokens: Tensor, pooled_at: PooledAt) -> Tensor:
+    """Tokens of each row of ``(N, context)`` up to its end-of-text token, inclusive: ``(N,)`` int64."""
     if pooled_at is None:
-        return tokens.shape[1]
+        return torch.full((len(tokens),), tokens.shape[1])
     ends = tokens if pooled_at == "argmax" else (tokens == pooled_at).int()
-    return int(ends.argmax(1).max()) + 1
+    return ends.argmax(1) + 1

@@ -382,8 +382,8 @@ class _Prepared(NamedTuple):
 
 def _prepare(config: Config, weights: Path, ranks: Ranks, settings: Settings, learn_on: str | None) -> _Prepared:
     """Everything that may fail on a typo, before steps that take minutes; raises as :func:`tpgm`."""
+    opened = open_sets(config.evaluate.sets, ranks)
     with ranks.raise_on_all(UserError):
-        opened = open_sets(config.evaluate.sets, ranks)
         unseen = open_unseen(config, learn_on, weights, opened)
         shared = shared_with(unseen, opened) if ranks.is_main else {}
         order = _order(unseen, settings, ranks)

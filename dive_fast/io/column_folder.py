@@ -33,7 +33,7 @@ def save_columns(folder: Path, columns: Columns, about: Mapping[str, Any], stamp
     description = {
         **about,
         "stamp": stamp,
-        "checksum": columns_hash(columns),
+        "checksum": _checksum(columns, about),
         "lengths": {name: len(column) for name, column in columns.items()},
     }
     shutil.rmtree(folder, ignore_errors=True)
@@ -47,8 +47,8 @@ def load_columns(folder: Path, stamp: str | None) -> tuple[dict[str, NDArray[Any
     """The memory-mapped columns of a folder and their description; None if there is no such folder.
 
     Args:
-        stamp: the expected stamp, and the order to validate the checksum; None: another process of the node has
-            just done so.
+        stamp: the expected stamp; it and the checksum are validated. None: another process of the node has just
+            done so.
 
     Raises:
         OSError, ValueError, KeyError, TypeError, AttributeError: the folder is damaged.
@@ -61,10 +61,15 @@ def load_columns(folder: Path, stamp: str | None) -> tuple[dict[str, NDArray[Any
         name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r" if length else None))
         for name, length in about["lengths"].items()
     }
-    if stamp is not None and (about["stamp"] != stamp or about["checksum"] != columns_hash(columns)):
+    stored = {name: about.pop(name) for name in ("stamp", "checksum", "lengths")}
+    if stamp is not None and (stored["stamp"] != stamp or stored["checksum"] != _checksum(columns, about)):
         raise ValueError("its contents do not match its name or checksum")
     mark_used(folder)
     return columns, about
+
+
+def _checksum(columns: Columns, about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(f"{columns_hash(columns)} {json.dumps(about, sort_keys=True)}".encode()).hexdigest()
 
 
 def columns_hash(columns: Columns) -> str:

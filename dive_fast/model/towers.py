@@ -172,7 +172,7 @@ class Towers(nn.Module):
         """The embedding width D, determined by encoding an empty text."""
         context = int(getattr(self.text, "context_length", 77))
         with torch.no_grad():
-            return int(self.encode_text(self.logit_scale.new_zeros(1, context, dtype=torch.long)).shape[1])
+            return int(self.encode_text(self.logit_scale.new_zeros(1, context, dtype=torch.long), 1).shape[1])
 
     def projections(self) -> tuple[Tensor, Tensor]:
         """The last linear map of each tower, image and text: ``(w, D)`` each, views of the parameters.

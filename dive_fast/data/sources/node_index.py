@@ -224,8 +224,7 @@ def _load(folder: Path, raw: RawSet, stamp: str | None, *, warn: bool = False) -
     """The set of an index, memory-mapped; None if there is none, or it is damaged.
 
     Args:
-        stamp: the expected stamp, and the order to validate the checksum; None: another process of the node has
-            just done so.
+        stamp: as for :func:`load_columns`.
         warn: log the warnings of the reader.
     """
     try:
@@ -245,7 +244,7 @@ def _load(folder: Path, raw: RawSet, stamp: str | None, *, warn: bool = False) -
             modified_hash=about["modified"],
         )
         warnings = list(about["warnings"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s: the index is damaged (%s); it is built again", folder, error)
         return None
     for warning in warnings if warn else ():
