@@ -22,6 +22,11 @@ from scale_sets import (
 SIZES = 1000, 10_000, 100_000, 1_000_000
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIVE_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.mark.parametrize(
     "law", [Law(0, 3e-5, 1, 0), Law(2, 1e-6, 1, 0), Law(0.01, 1e-9, 2, 0), Law(0.5, 2e-4, 0.5, 0)], ids=str
 )
