@@ -12,6 +12,7 @@ from dive_fast.data.sources.csv_table import open_csv
 from dive_fast.data.sources.folder import open_folder
 from dive_fast.data.sources.huggingface import Columns, open_huggingface
 from dive_fast.data.sources.source import Source
+from dive_fast.data.sources.tar_stream import TarStream, open_tar_stream
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.errors import DataError, naming
 
@@ -53,7 +54,22 @@ def open_reference(
         DataError: the files are missing or do not have the configured format.
     """
     default = "data.reference" if isinstance(config, ReferenceConfig) else "evaluate.geometry"
+    if isinstance(config, ReferenceConfig) and config.order == "stream":
+        raise DataError(
+            f"{section or default}.order = stream: only training reads a stream, this needs all pairs; set "
+            f"{section or default}.order=indexed"
+        )
     return _open(config, ".txt", section or default, ranks)
+
+
+def open_stream(config: ReferenceConfig) -> TarStream:
+    """The tars of ``data.reference`` with ``order = stream``, in which training reads its pairs.
+
+    Raises:
+        DataError: there are no tars.
+    """
+    with naming("data.reference"):
+        return open_tar_stream(config.path, config.stream_buffer, config.captions == "lines")
 
 
 def open_captioned(config: EvaluationSet, section: str = "", ranks: Ranks | None = None) -> Source:

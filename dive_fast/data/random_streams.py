@@ -18,6 +18,7 @@ class Draw(IntEnum):
     FLIP = 6
     CAPTION = 7
     BALANCE = 8
+    WINDOW = 9
 
 
 def stream(seed: int, purpose: Draw, first: int, second: int = 0) -> np.random.Generator:

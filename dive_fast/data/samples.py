@@ -17,7 +17,7 @@ from dive_fast.data.captions import caption_counts
 from dive_fast.data.prompts import PooledAt, PromptTable, SecondPrompts, pack
 from dive_fast.data.random_streams import Draw, stream
 from dive_fast.data.sources.sample_table import Sample
-from dive_fast.data.sources.source import Source
+from dive_fast.data.sources.source import Images, Source
 from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.data.token_cache import CaptionTokens, kept_captions
 from dive_fast.data.transforms import Augmentation, Crop, Preprocess, View, crop_draws, random_crop
@@ -38,11 +38,17 @@ MAX_REPLACEMENTS = 16
 class Samples(ABC, Generic[Batch]):
     """A data set as loaders read it: every result is a pure function of the seed and the sample key."""
 
-    def __init__(self, source: Source, preprocess: Preprocess) -> None:
-        self.source, self.preprocess = source, preprocess
+    def __init__(self, images: Images, preprocess: Preprocess) -> None:
+        self.images, self.preprocess = images, preprocess
         self.held_out: frozenset[int] = frozenset()
         """Samples that never replace an unusable one."""
         self._crop_draws: dict[SampleKey, NDArray[np.float64]] = {}
+
+    @property
+    def source(self) -> Source:
+        """The images as a set whose samples are all known; a stream is not one."""
+        assert isinstance(self.images, Source)
+        return self.images
 
     def without(self, held_out: Collection[int]) -> Self:
         """The same samples, of which those held out never replace an unusable one."""
@@ -85,7 +91,7 @@ class Samples(ABC, Generic[Batch]):
             return self.preprocess.transform(image, self.crop(sample_key, (image.height, image.width)))
         except ValueError as error:
             reason = f"cannot resize {image.width} x {image.height} pixels: {error}"
-            raise self.source.samples[sample_key[1]].unusable(reason) from error
+            raise self.images.sample(sample_key[1]).unusable(reason) from error
 
     def read_usable(self, sample_key: SampleKey, read: Callable[[SampleKey], Item]) -> tuple[SampleKey, Item]:
         """Reads a sample or, if it is unusable, the next usable one; returns the key of the sample that was read.
@@ -93,11 +99,13 @@ class Samples(ABC, Generic[Batch]):
         Raises:
             DataError: :data:`MAX_REPLACEMENTS` samples in a row are unusable.
         """
-        epoch, first = sample_key
-        for sample in range(first, first + MAX_REPLACEMENTS):
-            candidate = epoch, sample % len(self.source)
-            if candidate[1] in self.held_out and sample != first:
-                continue
+        epoch, number = sample_key
+        for attempt in range(MAX_REPLACEMENTS):
+            if attempt:
+                number = self.images.after(number)
+                if number in self.held_out:
+                    continue
+            candidate = epoch, number
             try:
                 return candidate, read(candidate)
             except DataError as error:
@@ -106,7 +114,7 @@ class Samples(ABC, Generic[Batch]):
         raise DataError(f"{MAX_REPLACEMENTS} samples in a row are unusable; the last: {last}")
 
     def _entries(self, sample_keys: Sequence[SampleKey]) -> list[Sample]:
-        return [self.source.samples[sample] for _, sample in sample_keys]
+        return [self.images.sample(number) for _, number in sample_keys]
 
 
 class TargetSamples(Samples[TargetBatch]):
@@ -157,7 +165,7 @@ class ReferenceSamples(Samples[ReferenceBatch]):
 
     def __init__(
         self,
-        source: Source,
+        images: Images,
         tokenizer: Tokenizer,
         preprocess: Preprocess,
         pooled_at: PooledAt,
@@ -170,11 +178,12 @@ class ReferenceSamples(Samples[ReferenceBatch]):
         Args:
             draws_captions: draw one of an image's captions in each epoch; otherwise the first is used.
         """
-        super().__init__(source, preprocess)
+        super().__init__(images, preprocess)
         self.tokenizer, self.pooled_at = tokenizer, pooled_at
         self.seed, self.views = seed, views
-        self.caption_counts = caption_counts(source) if draws_captions else None
-        """``(N,)``: the number of captions of each image; None: one each."""
+        self._draws_captions = draws_captions
+        self.caption_counts = caption_counts(images) if draws_captions and isinstance(images, Source) else None
+        """``(N,)``: the number of captions of each image; None: one each, or a stream."""
         self._packs_all_captions = False
         self._tokens = self._prepared_tokens()
         self._kept_tokens: CaptionTokens | None = None
@@ -200,10 +209,12 @@ class ReferenceSamples(Samples[ReferenceBatch]):
     def with_kept_tokens(self, ranks: Ranks) -> "ReferenceSamples":
         """The same samples with the tokens of all captions from the cache, if there are many; all ranks call it.
 
-        Otherwise captions are tokenised in every epoch, when they are drawn.
+        Otherwise captions are tokenised in every epoch, when they are drawn, as those of a stream are.
         """
+        if not isinstance(self.images, Source):
+            return self
         samples = copy.copy(self)
-        table = self.source.samples if self._tokens is None else None
+        table = self.images.samples if self._tokens is None else None
         samples._kept_tokens = kept_captions(table, self.tokenizer, self.caption_counts is None, ranks)
         return samples
 
@@ -215,10 +226,12 @@ class ReferenceSamples(Samples[ReferenceBatch]):
 
     def caption(self, sample_key: SampleKey) -> int:
         """The number of the caption that is drawn for a sample: a pure function of (seed, sample, epoch)."""
-        if self.caption_counts is None:
+        if not self._draws_captions:
             return 0
         epoch, sample = sample_key
-        count = int(self.caption_counts[sample])
+        count = (
+            len(self.images.sample(sample).texts) if self.caption_counts is None else self.caption_counts[sample]
+        )
         return int(float(stream(self.seed, Draw.CAPTION, sample, epoch).random()) * count)
 
     def batch(self, sample_keys: Sequence[SampleKey], images: Tensor) -> ReferenceBatch:
@@ -251,7 +264,7 @@ class ReferenceSamples(Samples[ReferenceBatch]):
 
     def _prepared_tokens(self) -> Tensor | None:
         """The tokens of a prepared set, if this tokenizer gives equal tokens; otherwise None."""
-        tokens = self.source.tokens
+        tokens = self.images.tokens if isinstance(self.images, Source) else None
         if tokens is None:
             return None
         probes = range(0, len(self.source), max(1, len(self.source) // 64))

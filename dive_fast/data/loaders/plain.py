@@ -70,7 +70,7 @@ class _Decode:
 
     def _write(self, pixels: NDArray[np.uint8], sample_key: SampleKey) -> None:
         """Writes the view of a sample into ``pixels``, ``(H, W, 3)``."""
-        image = self.samples.source.image(sample_key[1])
+        image = self.samples.images.image(sample_key[1])
         if self.view_pixels is None:
             pixels[:] = np.asarray(self.samples.transform(sample_key, image))
         else:

@@ -210,8 +210,8 @@ def read_plain_members(descriptor: int, suffix: str, max_bytes: int) -> PlainMem
         elif kind == tarfile.XHDTYPE[0]:
             if at + following - position > len(window):
                 window, start, at = os.pread(descriptor, _WINDOW, position), position, 0
-            records = window[at + _BLOCK : at + following - position]
-            if after_pax or at + following - position > len(window) or not _has_only_times(records):
+            end = at + following - position
+            if after_pax or end > len(window) or not _has_only_times(window, at + _BLOCK, end):
                 return None
             after_pax = True
         elif kind != tarfile.DIRTYPE[0] or size or after_pax:
@@ -236,11 +236,11 @@ def _are_plain(headers: bytearray) -> bool:
     return bool((plain & (checksums == sums) & (rows[:, 135] < ord("0"))).all())
 
 
-def _has_only_times(records: bytes) -> bool:
-    """Whether the contents of a PAX header are nothing but times."""
-    end = 0
-    while (record := _TIME_RECORD.match(records, end)) is not None:
-        if int(record[1]) != record.end() - end:
+def _has_only_times(window: bytes, first: int, end: int) -> bool:
+    """Whether the contents of a PAX header, a range of the window, are nothing but times."""
+    at = first
+    while (record := _TIME_RECORD.match(window, at, end)) is not None:
+        if int(record[1]) != record.end() - at:
             return False
-        end = record.end()
-    return end > 0 and not records[end:].strip(b"\0")
+        at = record.end()
+    return at > first and window.count(0, at, end) == end - at

@@ -124,6 +124,13 @@ def test_open_raw_notices_changed_files(tars: Path, scans: list[str], change: st
     assert len(before.samples[3].key)
 
 
+def test_open_raw_notices_files_next_to_the_tars(tars: Path) -> None:
+    assert not open_webdataset(str(tars), ".cls").skipped
+    (tars / "3.tar.gz").write_bytes(b"")
+    for _ in range(2):
+        assert [entry.key for entry in open_webdataset(str(tars), ".cls").skipped] == ["3.tar.gz"]
+
+
 def test_open_raw_removes_former_indexes_after_a_week(tars: Path) -> None:
     for count in range(1, 4):
         open_webdataset(str(tars), ".cls")
