@@ -75,7 +75,7 @@ def test_report_compares_with_an_earlier_run() -> None:
         rows = [
             {"part": "open", "kind": "folder", "count": count, "start": start, "commit": commit}
             | {"cpu": seconds * count, "kept_dirty": 7 * count, "kept_rss": 8 * count, "node_peak": 9 * count}
-            for count in (1000, 2000)
+            for count in (1000, 2000, 4000)
             for start in ("first", "second")
         ]
         return {"cpu": "a CPU", "cores": 2, "python": "3", "versions": {}, "rows": rows}
@@ -83,8 +83,8 @@ def test_report_compares_with_an_earlier_run() -> None:
     text = report(run(1e-3, "new") | {"before": run(4e-3, "old")})
     assert "at commit new, on 2 cores of a CPU" in text
     assert '"Before" is commit old' in text
-    assert "| folder | 1 | 2 | 0.001 N^1.00 | 12,000 | 2 at 2 k | 4 at 2 k |" in text
-    assert "| folder | 0.007 | 0.014 | 7 | 0.018 at 2 k | 0.016 | 1 at 2 k |" in text
+    assert "| folder | 1 | 2 | 4 | 0.001 N^1.00 | 12,000 | 4 at 4 k | 4 at 4 k |" in text
+    assert "| folder | 0.007 | 0.014 | 0.028 | 7 | 0.036 at 4 k | 0.032 | 1 at 4 k |" in text
 
 
 def test_workers_read_samples_and_have_memory(tmp_path: Path) -> None:
