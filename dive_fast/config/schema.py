@@ -411,8 +411,11 @@ class EvaluateConfig(Section):
     """Measure the averaged weights of `train.ema` too; the metrics have them as `ema_accuracy/<name>`."""
     batch_size: Positive = 256
     """Images encoded at once on each rank."""
+    loader: Loader = "plain"
+    """Image decoder of the sets. Default: `data.target.loader`. `plain` decodes sets that it cannot read, and
+    a line says why."""
     workers: NonNegative = 4
-    """Loader processes on each rank; `auto`: by its cores."""
+    """Loader processes on each rank; `auto`: by its cores. Default: those of `data.target`."""
 
     @field_validator("sets", mode="before")
     @classmethod
@@ -481,6 +484,14 @@ class Config(Section):
         if self.projection.name == NO_PROJECTION or "weight_decay" in self.train.model_fields_set:
             return self
         return self.model_copy(update={"train": self.train.model_copy(update={"weight_decay": 0.0})})
+
+    @model_validator(mode="after")
+    def _default_loader(self) -> "Config":
+        """Evaluations load images as training does, unless they have a loader or workers of their own."""
+        target, options = self.data.target, self.evaluate
+        defaults = {"loader": target.loader, "workers": target.workers}
+        missing = {name: value for name, value in defaults.items() if name not in options.model_fields_set}
+        return self.model_copy(update={"evaluate": options.model_copy(update=missing)}) if missing else self
 
     @model_validator(mode="after")
     def _check_deepspeed(self) -> "Config":

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from open_clip import IMAGENET_CLASSNAMES
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -14,10 +13,11 @@ from torch import Tensor
 
 from dive_fast.data.classes import composed, repeated, synsets
 from dive_fast.data.prompt_files import Template
-from dive_fast.data.prompts import Tokenizer, pack
+from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, UserError
 from dive_fast.evaluation.feature_identity import classifier_identity
+from dive_fast.evaluation.text_features import embed_texts
 from dive_fast.identity import digest
 from dive_fast.io.atomic_files import atomic_path
 from dive_fast.locks import folder_lock
@@ -27,8 +27,8 @@ from dive_fast.model.towers import Towers, unit
 Members = tuple[tuple[int, ...], ...]
 """For each label, the classes that count as it."""
 
-TEXTS_AT_ONCE = 256
-"""Texts that :func:`embed_texts` encodes at once."""
+PROMPTS_AT_ONCE = 1 << 16
+"""Prompts whose embeddings are in memory at once: 134 MB in fp32 at width 512."""
 
 
 class Classifier(NamedTuple):
@@ -74,34 +74,21 @@ def classifier(
 ) -> Tensor:
     """Class embeddings ``(C, D)``: the normalized mean of each class's unit prompt embeddings, as in CLIP.
 
+    Prompts of all classes are encoded together, by :func:`dive_fast.evaluation.text_features.embed_texts`.
+
     Args:
-        ranks: divide the classes among them; all ranks must call this. None: this process encodes all classes.
+        ranks: divide the prompts among them; all ranks must call this. None: this process encodes all prompts.
     """
-    device = next(towers.parameters()).device
-    rows = range(len(class_names)) if ranks is None else ranks.local_range(len(class_names))
-    weights = torch.zeros(len(class_names), towers.width, device=device, dtype=towers.logit_scale.dtype)
-    for row in rows:
-        prompts = [template(class_names[row]) for template in templates]
-        weights[row] = unit(_embed(towers, tokenizer, prompts, device).mean(0))
-    if ranks is not None and ranks.group is not None:
-        dist.all_reduce(weights, group=ranks.group)  # each row is nonzero on one rank
-    return weights
-
-
-@torch.no_grad()
-def embed_texts(towers: Towers, tokenizer: Tokenizer, texts: Sequence[str], ranks: Ranks) -> Tensor:
-    """Unit rows ``(N, D)`` of texts; each rank encodes a part of them, and all ranks must call this."""
-    mine = [texts[row] for row in ranks.local_range(len(texts))]
-    rows = [torch.empty(0, towers.width, device=ranks.device)]
-    for first in range(0, len(mine), TEXTS_AT_ONCE):
-        rows.append(_embed(towers, tokenizer, mine[first : first + TEXTS_AT_ONCE], ranks.device))
-    return ranks.gather(torch.cat(rows))
-
-
-def _embed(towers: Towers, tokenizer: Tokenizer, texts: list[str], device: torch.device) -> Tensor:
-    """Unit rows of texts that are encoded at once."""
-    text = pack(tokenizer(texts), towers.pooled_at).to(device)
-    return unit(towers.encode_text(text.tokens, text.length))[text.index]
+    if ranks is None:
+        ranks = Ranks(0, 1, next(towers.parameters()).device)
+    at_once = max(1, PROMPTS_AT_ONCE // max(1, len(templates)))
+    weights = []
+    for first in range(0, len(class_names), at_once):
+        names = class_names[first : first + at_once]
+        prompts = [template(name) for name in names for template in templates]
+        features = embed_texts(towers, tokenizer, prompts, ranks)
+        weights.append(unit(features.view(len(names), len(templates), -1).mean(1)))
+    return torch.cat(weights)
 
 
 def cached_classifier(

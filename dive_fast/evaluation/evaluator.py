@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dive_fast.config.schema import EvaluationSet
-from dive_fast.data.prompts import Tokenizer
+from dive_fast.config.schema import EvaluationSet, Loader
+from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError, UserError
 from dive_fast.evaluation import calibration
@@ -16,6 +16,7 @@ from dive_fast.evaluation.classifier import HeadRows, first_missing_class, selec
 from dive_fast.evaluation.datasets.catalog import canonical_name, find_dataset
 from dive_fast.evaluation.datasets.evaluation_set import Captioned, Labelled
 from dive_fast.evaluation.datasets.resolve import Opened, metric_of, open_sets
+from dive_fast.evaluation.datasets.set_loader import loader_of, remark_on_loaders
 from dive_fast.evaluation.feature_identity import features_identity, prompts_digest
 from dive_fast.evaluation.results import Results
 from dive_fast.evaluation.tables import Row
@@ -39,6 +40,8 @@ class Options:
     precision: str
     batch_size: int
     workers: int
+    loader: Loader = "plain"
+    """Used for the sets that it can read; ``plain`` decodes the others."""
     classifiers: Path | None = None
     """Folder where the embeddings of prompts are cached."""
     force: bool = False
@@ -89,12 +92,14 @@ def measure_all(
     Raises:
         ConfigError, DataError: invalid config or data; the message says what to change. Earlier rows remain.
     """
+    remark_on_loaders(options.loader, opened, towers.preprocess, ranks)
     set_fields = {name: _describe_set(name, sets[name], data, head) for name, data in opened.items()}
     with ranks.raise_on_all(UserError):
         common = features_identity(towers, tokenizer, ranks.device) if ranks.is_main else {}
         scale = float(towers.scale().detach())
         named = common | {"precision": common["precision"] | {"named": options.precision}} if ranks.is_main else {}
-        local = identities(named, opened, head, scale) if ranks.is_main else {}
+        loaders = {name: loader_of(options.loader, data, towers.preprocess).name for name, data in opened.items()}
+        local = identities(named, opened, head, scale, loaders) if ranks.is_main else {}
         if ranks.is_main and head is not None and head.trained_with not in ("", common["model"]["weights"]):
             logger.warning(
                 "%s: the head was trained with other weights than these; it may not classify their features well",
@@ -122,6 +127,7 @@ def measure_all(
                 ranks,
                 batch_size=options.batch_size,
                 workers=options.workers,
+                loader=options.loader,
                 head=head,
                 cache=options.classifiers,
                 name=name,
@@ -154,28 +160,34 @@ def measure_all(
     return rows
 
 
-def identities(features: Identity, opened: Opened, head: Head | None, scale: float) -> dict[str, Identity]:
+def identities(
+    features: Identity, opened: Opened, head: Head | None, scale: float, loaders: Mapping[str, Loader]
+) -> dict[str, Identity]:
     """The identity of each set's metrics.
 
     Args:
         features: identity of the model's features.
         scale: the model's logit scale, with its bound.
+        loaders: the loader of each set.
     """
     identity_of = {}
     for name, data in opened.items():
         rows = None
         if head is not None and isinstance(data, Labelled):
             rows = select_head_rows(head, data.class_names, data.imagenet_rows)
-        identity_of[name] = features | set_identity(data, rows, scale)
+        identity_of[name] = features | set_identity(data, rows, scale, loaders[name])
     return identity_of
 
 
-def set_identity(data: Labelled | Captioned, head: HeadRows | None, scale: float) -> Identity:
+def set_identity(
+    data: Labelled | Captioned, head: HeadRows | None, scale: float, loader: Loader = "plain"
+) -> Identity:
     """The part of the identity that comes from the set: contents, labels, and classes or captions.
 
     Args:
         head: the head's rows for the set's classes; None if prompts classify.
         scale: the logit scale that the probabilities of prompts depend on.
+        loader: decodes the images; another one gives other last bits.
     """
     identity: Identity = {
         "data": {
@@ -186,6 +198,8 @@ def set_identity(data: Labelled | Captioned, head: HeadRows | None, scale: float
             "on_skipped": "report" if data.reports_skipped else "error",
         }
     }
+    if loader != "plain":  # a key of its own, so that stored results of earlier versions remain valid
+        identity["data"]["loader"] = loader
     if isinstance(data, Captioned):
         return identity | {"task": "retrieval", "classes": {}, "captions": digest(data.captions())}
     regions = None

@@ -5,12 +5,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dive_fast.data.loaders.loader import Options, batches_of
-from dive_fast.data.prompts import Tokenizer, pack, warn_about_truncated_captions
+from dive_fast.data.prompts import warn_about_truncated_captions
+from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 from dive_fast.evaluation.datasets.evaluation_set import Captioned
 from dive_fast.evaluation.datasets.strict_samples import BROKEN, StrictSamples, progress
 from dive_fast.evaluation.scores import recall_at
+from dive_fast.evaluation.text_features import embed_texts
 from dive_fast.model.features import Pairs
 from dive_fast.model.towers import Towers, unit
 
@@ -49,30 +51,22 @@ def recalls(
         warn_about_truncated_captions(texts, tokenizer, name or "captions")
     samples = StrictSamples(data.source, towers.preprocess, 0, data.reports_skipped, data.remedy)
     images = torch.zeros(len(captions), towers.width, device=ranks.device)
-    sentences = torch.zeros(len(texts), towers.width, device=ranks.device)
     broken = torch.zeros(len(captions), dtype=torch.int64, device=ranks.device)
-    local_images, local_texts = ranks.local_range(len(images)), ranks.local_range(len(texts))
+    local_images = ranks.local_range(len(images))
     row = local_images.start
-    total = len(local_images) + len(local_texts)
-    with ranks.raise_on_all(DataError), progress(ranks, total, name, "embedding") as bar:
+    with ranks.raise_on_all(DataError), progress(ranks, len(local_images), name, "image") as bar:
         for batch in batches_of(samples, [(0, sample) for sample in local_images], batch_size, options):
             features = unit(towers.encode_image(batch.images.to(ranks.device)))
             images[row : row + len(features)] = features
             broken[row : row + len(features)] = (batch.labels == BROKEN).long()
             row += len(features)
             bar.update(len(features))
-        for first in range(local_texts.start, local_texts.stop, batch_size):
-            part = slice(first, min(first + batch_size, local_texts.stop))
-            text = pack(tokenizer(texts[part]), towers.pooled_at).to(ranks.device)
-            sentences[part] = unit(towers.encode_text(text.tokens, text.length))[text.index]
-            bar.update(part.stop - part.start)
-        if not bool(images.isfinite().all() and sentences.isfinite().all()):
-            raise DataError(
-                f"{name or 'the set'}: the features are not finite: weights are broken, or activations overflow"
-            )
+        _check_finite(images, name)
     if ranks.group is not None:
-        for rows in (images, sentences, broken):
+        for rows in (images, broken):
             dist.all_reduce(rows, group=ranks.group)
+    sentences = embed_texts(towers, tokenizer, texts, ranks)
+    _check_finite(sentences, name)
     kept = torch.nonzero(broken == 0).flatten().tolist()
     if not kept:
         raise DataError(f"{name or 'the set'}: none of its {len(captions)} images can be read")
@@ -98,6 +92,13 @@ def recalls(
         for cut_off, share in zip(CUT_OFFS, recall_at(rows, CUT_OFFS), strict=True)
     }
     return shares, len(kept), left_out
+
+
+def _check_finite(features: Tensor, name: str) -> None:
+    if not bool(features.isfinite().all()):
+        raise DataError(
+            f"{name or 'the set'}: the features are not finite: weights are broken, or activations overflow"
+        )
 
 
 def paired_recalls(pairs: Pairs, captions: Tensor, ranks: Ranks, block: int) -> dict[str, float]:

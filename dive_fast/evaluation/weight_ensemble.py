@@ -11,13 +11,15 @@ from torch import Tensor
 from dive_fast.checkpoint.load_weights import exported, head_of
 from dive_fast.config.schema import Config
 from dive_fast.data.prompt_files import Template, read_templates
-from dive_fast.data.prompts import Tokenizer
+from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, UserError, nearest
 from dive_fast.evaluation import plots
 from dive_fast.evaluation.classifier import classifier
 from dive_fast.evaluation.datasets.resolve import metric_of, open_sets
+from dive_fast.evaluation.datasets.set_loader import remark_on_loaders
 from dive_fast.evaluation.results import LOCK
+from dive_fast.evaluation.text_features import KeptTokens
 from dive_fast.evaluation.zero_shot import Measured, measure_sets, report_left_out, values
 from dive_fast.io.atomic_files import write_atomic
 from dive_fast.locks import file_lock
@@ -86,18 +88,21 @@ def ensemble(
         raise ConfigError(
             f"evaluate.sets has no {chosen_on}{nearest(chosen_on, names)}; it has {', '.join(names)}"
         )
+    # Steps that fail on a typo come before those that take minutes.
+    opened = open_sets(config.evaluate.sets, ranks)
     with ranks.raise_on_all(UserError):
-        # Steps that fail on a typo come before those that take minutes.
-        opened = open_sets(config.evaluate.sets, ranks)
         trained = head_of(weights)
         templates = (
             () if trained is None else read_templates(config.data.target.templates, "data.target.templates")
         )
         model = towers.create(config.model)
-        tokenizer = towers.tokenizer_of(config.model)
+        tokenizer = KeptTokens(towers.tokenizer_of(config.model))
         pretrained = {name: tensor.clone() for name, tensor in model.export(model.state_dict()).items()}
         tuned = exported(model, config.model, weights)
+    # Interpolated there for each alpha.
+    pretrained, tuned = _on_device(pretrained, ranks), _on_device(tuned, ranks)
     model = model.to(ranks.device).eval()
+    remark_on_loaders(config.evaluate.loader, opened, model.preprocess, ranks)
     start = None
     if trained is not None:
         # In fp32, as at the start of training; on the device and on all ranks, since there may be 80,000 prompts.
@@ -125,7 +130,12 @@ def ensemble(
         "accuracies": rows,
     }
     head = interpolate_heads(start, trained, best)
-    return Ensemble(report, interpolate(pretrained, tuned, best), head, model)
+    weights_of_best = {name: tensor.cpu() for name, tensor in interpolate(pretrained, tuned, best).items()}
+    return Ensemble(report, weights_of_best, head, model)
+
+
+def _on_device(state: State, ranks: Ranks) -> State:
+    return {name: tensor.to(ranks.device) for name, tensor in state.items()}
 
 
 def head_of_prompts(

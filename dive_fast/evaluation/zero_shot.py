@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dive_fast.config.schema import EvaluateConfig, EvaluationSet
+from dive_fast.config.schema import EvaluateConfig, EvaluationSet, Loader
 from dive_fast.data.loaders.loader import Options, batches_of
-from dive_fast.data.prompts import Tokenizer, warn_about_prompts, warn_once
+from dive_fast.data.prompts import warn_about_prompts, warn_once
 from dive_fast.data.samples import EvaluationSamples
+from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError
 from dive_fast.evaluation import retrieval
@@ -20,6 +21,7 @@ from dive_fast.evaluation.calibration import Bins, Probabilities, calibration, r
 from dive_fast.evaluation.classifier import Classifier, cached_classifier, first_missing_class, select_head_rows
 from dive_fast.evaluation.datasets.evaluation_set import Captioned, Labelled
 from dive_fast.evaluation.datasets.resolve import Opened, metric_of, open_evaluation
+from dive_fast.evaluation.datasets.set_loader import loader_of, remark_on_loaders
 from dive_fast.evaluation.datasets.strict_samples import BROKEN, StrictSamples, progress
 from dive_fast.evaluation.scores import Predictions, scores
 from dive_fast.model import head as heads
@@ -81,7 +83,7 @@ def predict(
     samples: EvaluationSamples,
     ranks: Ranks,
     batch_size: int,
-    workers: int,
+    options: Options,
     name: str = "",
 ) -> tuple[Predictions, Probabilities]:
     """Predictions and their probabilities for all images; all ranks must call this, and all get the result.
@@ -102,7 +104,7 @@ def predict(
     column = keys[0][1] if keys else 0
     finite = torch.ones((), dtype=torch.bool, device=ranks.device)
     with ranks.raise_on_all(DataError), progress(ranks, len(keys), name, "image") as bar:
-        for batch in batches_of(samples, keys, batch_size, Options(workers=workers, device=ranks.device)):
+        for batch in batches_of(samples, keys, batch_size, options):
             batch = batch.to(ranks.device)
             logits = classes.logits(unit(towers.encode_image(batch.images)))
             predicted, top = logits.argmax(1), logits.topk(min(5, logits.shape[1]), dim=1).indices
@@ -133,7 +135,8 @@ def accuracy(
         weights: ``(C, D)`` rows of :func:`dive_fast.evaluation.classifier.classifier`.
         batch_size: images encoded at once on each rank.
     """
-    predictions, _ = predict(towers, Classifier("prompts", weights), samples, ranks, batch_size, workers)
+    options = Options(workers=workers, device=ranks.device)
+    predictions, _ = predict(towers, Classifier("prompts", weights), samples, ranks, batch_size, options)
     return scores(predictions)["top1"]
 
 
@@ -145,6 +148,7 @@ def measure(
     *,
     batch_size: int,
     workers: int,
+    loader: Loader = "plain",
     head: heads.Head | None = None,
     cache: Path | None = None,
     name: str = "",
@@ -152,6 +156,7 @@ def measure(
     """All metrics of one set; all ranks must call this, and all get the result.
 
     Args:
+        loader: used if it can read the set; otherwise ``plain``.
         head: used if it has all classes of the set; otherwise prompts classify.
         cache: folder where the embeddings of prompts are cached; None disables the cache.
         name: name of the set on the progress bar and in messages; empty disables the bar.
@@ -159,13 +164,13 @@ def measure(
     Raises:
         ConfigError, DataError: invalid config or data; the message says what to change.
     """
+    options = Options(loader_of(loader, data, towers.preprocess).name, workers, ranks.device)
     if isinstance(data, Captioned):
-        options = Options(workers=workers, device=ranks.device)
         recalls, count, broken = retrieval.recalls(towers, tokenizer, data, ranks, batch_size, options, name)
         return Measured(recalls, "captions", count, len(data.source.skipped) + broken)
     classes = classifier_for(towers, tokenizer, data, ranks, head, cache)
     samples = StrictSamples(data.source, towers.preprocess, data.border, data.reports_skipped, data.remedy)
-    predictions, probabilities = predict(towers, classes, samples, ranks, batch_size, workers, name)
+    predictions, probabilities = predict(towers, classes, samples, ranks, batch_size, options, name)
     kept, regions = predictions.label != BROKEN, data.regions
     count = int(kept.sum())
     if count == 0:
@@ -195,7 +200,14 @@ def measure_sets(
     """
     return {
         name: measure(
-            towers, tokenizer, data, ranks, batch_size=config.batch_size, workers=config.workers, head=head
+            towers,
+            tokenizer,
+            data,
+            ranks,
+            batch_size=config.batch_size,
+            workers=config.workers,
+            loader=config.loader,
+            head=head,
         )
         for name, data in opened.items()
     }
@@ -224,6 +236,7 @@ def evaluate(
     opened = {
         name: open_evaluation(evaluation, f"evaluate.sets.{name}") for name, evaluation in config.sets.items()
     }
+    remark_on_loaders(config.loader, opened, towers.preprocess, ranks)
     measured = measure_sets(towers, tokenizer, config, opened, ranks, head)
     report_left_out(measured, ranks)
     return values(measured, config.sets)

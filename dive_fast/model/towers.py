@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dive_fast.config.schema import DataConfig, ModelConfig
 from dive_fast.data.batch import Text
-from dive_fast.data.prompts import PooledAt, Tokenizer, quick_bpe
+from dive_fast.data.prompts import PooledAt
+from dive_fast.data.text_tokenizer import Tokenizer, quick_bpe
 from dive_fast.data.transforms import Preprocess
 from dive_fast.errors import ConfigError, warn_on_main_rank
 from dive_fast.io.atomic_files import atomic_path
@@ -171,7 +172,7 @@ class Towers(nn.Module):
         """The embedding width D, determined by encoding an empty text."""
         context = int(getattr(self.text, "context_length", 77))
         with torch.no_grad():
-            return int(self.encode_text(self.logit_scale.new_zeros(1, context, dtype=torch.long)).shape[1])
+            return int(self.encode_text(self.logit_scale.new_zeros(1, context, dtype=torch.long), 1).shape[1])
 
     def projections(self) -> tuple[Tensor, Tensor]:
         """The last linear map of each tower, image and text: ``(w, D)`` each, views of the parameters.

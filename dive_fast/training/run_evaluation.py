@@ -10,10 +10,12 @@ import torch
 
 from dive_fast.config.schema import EvaluateConfig, ReferenceConfig
 from dive_fast.errors import UserError
+from dive_fast.evaluation.datasets.set_loader import loader_of, remark_on_loaders
 from dive_fast.evaluation.evaluator import identities
 from dive_fast.evaluation.feature_identity import features_identity
 from dive_fast.evaluation.geometry.embed import EmbeddedPairs, open_pairs
 from dive_fast.evaluation.geometry.measures import GeometryError
+from dive_fast.evaluation.text_features import KeptTokens
 from dive_fast.evaluation.zero_shot import Measured, measure_sets, report_left_out, values
 from dive_fast.identity import Identity
 from dive_fast.model.head import Head
@@ -56,7 +58,8 @@ class RunEvaluation:
         """Measures nothing yet."""
         options = run.config.evaluate
         self._run, self._options = run, options
-        self._tokenizer = tokenizer_of(run.config.model)
+        self.tokenizer = KeptTokens(tokenizer_of(run.config.model))
+        """Keeps the tokens of all prompts and captions for the next evaluation."""
         self._towers: EvaluationTowers | None = None
         self._store = Measurements(run.folder, run.ranks)
         self._pairs: dict[str, PairMeasure] | None = None
@@ -72,7 +75,7 @@ class RunEvaluation:
         """
         if self._identity_before is not None or not (self._options.sets or self._measures()):
             return
-        with torch.random.fork_rng(devices=[]), self._evaluation_towers().pretrained() as towers:
+        with torch.random.fork_rng(devices=[]), self.towers().pretrained() as towers:
             self._identity_before = self._identity(towers)
             if self._options.baseline:
                 self.before = self._measure_stored(towers, None, self._identity_before)
@@ -93,7 +96,7 @@ class RunEvaluation:
         opened = {name: run.evaluation_sets[name] for name in options.sets}
         with torch.random.fork_rng(devices=[]):
             with self._weights(exported) as (towers, head):
-                measured = measure_sets(towers, self._tokenizer, options, opened, run.ranks, head)
+                measured = measure_sets(towers, self.tokenizer, options, opened, run.ranks, head)
                 after = {name: measure.embed(towers) for name, measure in geometry.items()}
             report_left_out(measured, run.ranks)
             return Results(measured, self._compare(after))
@@ -148,13 +151,17 @@ class RunEvaluation:
         of_set: Mapping[str, Identity] = {}
         with run.ranks.raise_on_all(UserError):
             if run.ranks.is_main:
-                of_set = identities(features, run.evaluation_sets, head, float(towers.scale().detach()))
+                loaders = {
+                    name: loader_of(options.loader, data, towers.preprocess).name
+                    for name, data in run.evaluation_sets.items()
+                }
+                of_set = identities(features, run.evaluation_sets, head, float(towers.scale().detach()), loaders)
         results = {}
         for name in options.sets:
             identity = of_set.get(name, {})
             if (measured := self._store.find_set(identity)) is None:
                 opened = {name: run.evaluation_sets[name]}
-                measured = measure_sets(towers, self._tokenizer, options, opened, run.ranks, head)[name]
+                measured = measure_sets(towers, self.tokenizer, options, opened, run.ranks, head)[name]
                 self._store.add_set(identity, measured)
             results[name] = measured
         return results
@@ -164,7 +171,7 @@ class RunEvaluation:
         measures = self._measures()
         missing = [measures[name] for name in after if measures[name].before is None]
         if missing:
-            with self._evaluation_towers().pretrained() as towers:
+            with self.towers().pretrained() as towers:
                 for measure in missing:
                     measure.before = measure.embed(towers)
         results = {}
@@ -179,7 +186,7 @@ class RunEvaluation:
     def _identity(self, towers: Towers) -> Identity:
         """The identity of a model's features on rank 0; empty on the others."""
         ranks = self._run.ranks
-        return features_identity(towers, self._tokenizer, ranks.device) if ranks.is_main else {}
+        return features_identity(towers, self.tokenizer, ranks.device) if ranks.is_main else {}
 
     def _pair_identities(self, after: Identity) -> dict[str, Identity]:
         """The identity of each comparison on rank 0; empty on the others."""
@@ -198,11 +205,15 @@ class RunEvaluation:
         data = {name: opened.source.digest() for name, opened in self._run.evaluation_sets.items()}
         return data | {name: measure.data() for name, measure in self._measures().items()}
 
-    def _evaluation_towers(self) -> EvaluationTowers:
+    def towers(self) -> EvaluationTowers:
+        """The towers of all evaluations of the run, built at the first call; draws random numbers then."""
         if self._towers is None:
-            self._towers = EvaluationTowers(self._run.config.model, self._run.engine)
+            run = self._run
+            self._towers = EvaluationTowers(run.config.model, run.engine)
+            preprocess = run.engine.towers.preprocess
+            remark_on_loaders(self._options.loader, run.evaluation_sets, preprocess, run.ranks)
         return self._towers
 
     def _weights(self, exported: Path | None) -> AbstractContextManager[tuple[Towers, Head | None]]:
-        towers = self._evaluation_towers()
+        towers = self.towers()
         return towers.trained(self._run.class_names) if exported is None else towers.exported(exported)

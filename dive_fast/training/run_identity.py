@@ -17,8 +17,8 @@ from dive_fast import numerics
 from dive_fast.config.schema import Config, TrainConfig
 from dive_fast.data.loaders.loader import loader_options
 from dive_fast.data.prompt_files import Template
-from dive_fast.data.prompts import TOKENIZER_PROBES
 from dive_fast.data.sources.source import Images, Source
+from dive_fast.data.text_tokenizer import TOKENIZER_PROBES
 from dive_fast.distributed import Ranks
 from dive_fast.engine.deepspeed_config import deepspeed_section
 from dive_fast.engine.optimizer import learning_rate_schedule
@@ -68,6 +68,7 @@ ADDED: dict[str, Any] = {
         "data.reference.order": "indexed",
         "data.reference.stream_buffer": 20_000,
         "projection": {"name": "none"},
+        "evaluate.loader": "plain",
     },
 }
 """Keys that checkpoints of earlier versions lack, with the only values that they had."""

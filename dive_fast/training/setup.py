@@ -31,7 +31,6 @@ from dive_fast.engine import feature_consistency
 from dive_fast.engine.deepspeed_config import check_deepspeed, deepspeed_section
 from dive_fast.engine.step import Engine, StepBatches, check_hooks, check_projection
 from dive_fast.errors import naming
-from dive_fast.evaluation.classifier import embed_texts
 from dive_fast.evaluation.datasets.resolve import (
     Opened,
     open_sets,
@@ -39,6 +38,7 @@ from dive_fast.evaluation.datasets.resolve import (
     remarks_on_untrained_classes,
 )
 from dive_fast.evaluation.geometry.embed import open_pairs
+from dive_fast.evaluation.text_features import embed_texts
 from dive_fast.methods import registry
 from dive_fast.methods.method import Method, Start, overrides
 from dive_fast.model.model_identity import model_identity
@@ -145,7 +145,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         seed=config.train.seed,
     )
     second_templates = method.target_loss.second_templates() if method.needs.second_prompts else ()
-    target = _target_samples(config, sources.target, class_names, templates, second_templates, towers)
+    target = _target_samples(config, sources.target, class_names, templates, second_templates, towers, ranks)
     identity = run_identity(
         *(complete, model_identity(towers), sources.target, class_names, templates),
         reference=(sources.stream or sources.reference) if needs.reference else None,
@@ -171,7 +171,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     if needs.reference:
         images = sources.stream or sources.reference
         assert images is not None
-        reference = reference_samples(config, images, towers).without(held_out.untrained)
+        reference = reference_samples(config, images, towers).with_kept_tokens(ranks)
+        reference = reference.without(held_out.untrained)
         if needs.reference_teacher:
             teacher = open_teacher(config, folder, towers, reference, ranks)
         if config.train.precision == "bf16" and ranks.is_main:
@@ -287,10 +288,11 @@ def _target_samples(
     templates: Sequence[Template],
     second_templates: Sequence[Template],
     towers: Towers,
+    ranks: Ranks,
 ) -> TargetSamples:
     tokenizer, seed = tokenizer_of(config.model, config.data.target.text_length), config.train.seed
     with naming("data.target.class_names"):
-        prompts, second = PromptTable(source, class_names, templates, tokenizer), None
+        prompts, second = PromptTable(source, class_names, templates, tokenizer, ranks), None
     if second_templates:
         second = SecondPrompts(prompts, second_templates, tokenizer)
         second.warn_about_truncated(source, seed)

@@ -44,7 +44,7 @@ class Validation:
         during = list(options.sets) if options.during is None else options.during
         self._during = options.model_copy(update={"sets": {name: options.sets[name] for name in during}})
         self._evaluation = RunEvaluation(run)
-        self._average = AverageEvaluation(run)
+        self._average = AverageEvaluation(run, self._evaluation)
         self._select = None if options.select is None else _digest_of_selection(run, options.select)
         """Digest of the set of ``evaluate.select``; accuracies on another set are not comparable."""
         self._best: float | None = None

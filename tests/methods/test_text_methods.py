@@ -21,7 +21,7 @@ from dive_fast.config.schema import ModelConfig, ObjectiveConfig
 from dive_fast.data.prompt_files import Template
 from dive_fast.data.prompts import pack
 from dive_fast.engine.step import Engine, StepBatches
-from dive_fast.evaluation.classifier import embed_texts
+from dive_fast.evaluation.text_features import embed_texts
 from dive_fast.methods import registry
 from dive_fast.methods.method import Method, Part, Start
 from dive_fast.model.towers import create, tokenizer_of

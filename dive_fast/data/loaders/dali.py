@@ -123,6 +123,7 @@ class _Read:
         self.samples = samples
 
     def __call__(self, sample_keys: list[SampleKey]) -> _Encoded[Any]:
+        self.samples.draw_crops(sample_keys)
         results = [self.samples.read_usable(key, self._file) for key in sample_keys]
         usable_keys = [key for key, _ in results]
         files = [np.frombuffer(file, np.uint8) for _, (file, _) in results]

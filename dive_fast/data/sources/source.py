@@ -253,9 +253,12 @@ class Source(Images):
         """Logs how many samples and files were left out of the set called ``name``, and why."""
         for entries, kind, action in ((self.skipped, "sample", "left out"), (self.ignored, "file", "ignored")):
             first: dict[str, str] = {}
+            counts: Counter[str] = Counter()
             for key, reason in entries:
-                first.setdefault(reason, key)
-            for reason, count in Counter(reason for _, reason in entries).most_common():
+                counts[reason] += 1
+                if counts[reason] == 1:
+                    first[reason] = key
+            for reason, count in counts.most_common():
                 plural = "" if count == 1 else "s"
                 logger.warning(
                     "%s: %d %s%s %s: %s (the first: %s)", name, count, kind, plural, action, reason, first[reason]

@@ -88,11 +88,10 @@ def compare(before: Pairs, after: Pairs, block: int = BLOCK) -> dict[str, float]
         "_text": ([before.text], [after.text]),
         "": (list(before), list(after)),
     }
-    for half in ("_image", "_text"):
-        _check_rows(f"rsa{half}", halves[half][0][0], halves[half][1][0])
-    of_image, of_text = (
-        moments(*first, *last, block, normalize=True) for first, last in (halves["_image"], halves["_text"])
-    )
+    _check_rows("rsa_image", before.image, after.image)
+    _check_rows("rsa_text", before.text, after.text)
+    of_image = moments(before.image, after.image, block, normalize=True)
+    of_text = moments(before.text, after.text, block, normalize=True)
     of_half = {"_image": of_image, "_text": of_text, "": pool([of_image, of_text])}
     metrics = {f"rsa{half}": _rsa(of_half[half], *rows, block, f"rsa{half}") for half, rows in halves.items()} | {
         f"cka{half}": _cka(of_half[half], f"cka{half}") for half in halves
@@ -140,7 +139,7 @@ def rsa(before: Tensor, after: Tensor, block: int = BLOCK, *, name: str = "rsa")
 def _rsa(moments: Moments, before: list[Tensor], after: list[Tensor], block: int, name: str) -> float:
     """RSA of rows in parts, and the moments of all of them."""
     width = max(len(mean) for mean in moments.means)
-    if moments.count >= WELL_CONDITIONED * width:
+    if moments.size >= WELL_CONDITIONED * width:
         spreads = spreads_of_distances(moments, before, after, block)
     else:
         spreads = _spreads_by_pairs(moments, torch.cat(before), torch.cat(after), block)
@@ -155,7 +154,7 @@ def _rsa(moments: Moments, before: list[Tensor], after: list[Tensor], block: int
 
 def _spreads_by_pairs(moments: Moments, before: Tensor, after: Tensor, block: int) -> Spreads:
     """Variances and covariance of the distances of few rows, pair by pair."""
-    count = moments.count
+    count = moments.size
     means = [float(product.trace()) / (count - 1) for product in (moments.xx, moments.yy)]
     sums = torch.zeros(5, dtype=torch.float64, device=before.device)
     tiles = (_distances(rows, centre, block) for rows, centre in zip((before, after), moments.means, strict=True))
@@ -197,7 +196,7 @@ def cka(before: Tensor, after: Tensor, block: int = BLOCK, *, name: str = "cka")
 
 def _cka(moments: Moments, name: str) -> float:
     for when, product in (("before", moments.xx), ("after", moments.yy)):
-        if float(product.trace()) / moments.count <= ROUNDING:
+        if float(product.trace()) / moments.size <= ROUNDING:
             raise GeometryError(f"{name}: {when} fine-tuning all embeddings coincide; they have no geometry")
     xx, yy, xy = (float(product.norm()) for product in (moments.xx, moments.yy, moments.xy))
     return _within_one(xy * xy / (xx * yy))

@@ -20,7 +20,7 @@ from torch import Tensor
 class Moments(NamedTuple):
     """Second moments of two sets of N rows about their means, in fp64."""
 
-    count: int
+    size: int
     """N"""
     means: tuple[Tensor, Tensor]
     """``(Dx,)`` and ``(Dy,)``"""
@@ -66,17 +66,17 @@ def moments(x: Tensor, y: Tensor, block: int, *, normalize: bool) -> Moments:
 
 def pool(parts: Sequence[Moments]) -> Moments:
     """The moments of all rows of several parts about their common means."""
-    count = sum(part.count for part in parts)
+    size = sum(part.size for part in parts)
     x_mean, y_mean = (
-        torch.stack([part.count * part.means[side] for part in parts]).sum(0) / count for side in range(2)
+        torch.stack([part.size * part.means[side] for part in parts]).sum(0) / size for side in range(2)
     )
     xx, yy, xy = (torch.stack(each).sum(0) for each in zip(*(part[2:] for part in parts), strict=True))
     for part in parts:
         x_shift, y_shift = part.means[0] - x_mean, part.means[1] - y_mean
-        xx.addr_(x_shift, x_shift, alpha=part.count)
-        yy.addr_(y_shift, y_shift, alpha=part.count)
-        xy.addr_(x_shift, y_shift, alpha=part.count)
-    return Moments(count, (x_mean, y_mean), xx, yy, xy)
+        xx.addr_(x_shift, x_shift, alpha=part.size)
+        yy.addr_(y_shift, y_shift, alpha=part.size)
+        xy.addr_(x_shift, y_shift, alpha=part.size)
+    return Moments(size, (x_mean, y_mean), xx, yy, xy)
 
 
 def spreads_of_distances(moments: Moments, x: Sequence[Tensor], y: Sequence[Tensor], block: int) -> Spreads:
@@ -86,7 +86,7 @@ def spreads_of_distances(moments: Moments, x: Sequence[Tensor], y: Sequence[Tens
         moments: of all rows, normalized.
         x, y: the rows, in parts.
     """
-    count = moments.count
+    count = moments.size
     squares = torch.zeros(3, dtype=torch.float64, device=moments.xx.device)
     for rows, others in zip(x, y, strict=True):
         blocks = zip(

@@ -1,0 +1,62 @@
+"""The loader of an evaluation set: the requested one if it can read the set, otherwise ``plain``."""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import NamedTuple
+
+from dive_fast.config.schema import Loader
+from dive_fast.data.transforms import Preprocess
+from dive_fast.distributed import Ranks
+from dive_fast.evaluation.datasets.evaluation_set import Captioned, Labelled
+
+
+class SetLoader(NamedTuple):
+    """The loader of a set."""
+
+    name: Loader
+    reason: str = ""
+    """The reason why it is not the requested one; empty if it is."""
+
+
+def loader_of(requested: Loader, data: Labelled | Captioned, preprocess: Preprocess) -> SetLoader:
+    """The loader that decodes the images of a set."""
+    if requested == "plain":
+        return SetLoader("plain")
+    if reason := _obstacle(requested, data, preprocess):
+        return SetLoader("plain", reason)
+    return SetLoader(requested)
+
+
+def remark_on_loaders(
+    requested: Loader, opened: Mapping[str, Labelled | Captioned], preprocess: Preprocess, ranks: Ranks
+) -> None:
+    """Prints a line for each reason why ``plain`` decodes sets instead of the requested loader."""
+    names: dict[str, list[str]] = {}
+    for name, data in opened.items():
+        if reason := loader_of(requested, data, preprocess).reason:
+            names.setdefault(reason, []).append(name)
+    for reason, sets in names.items():
+        ranks.print(f"{', '.join(sets)}: loader plain instead of {requested}: {reason}")
+
+
+def _obstacle(requested: Loader, data: Labelled | Captioned, preprocess: Preprocess) -> str:
+    """The reason why a loader cannot read a set; empty if it can."""
+    if not _is_installed(requested):
+        return "it is not installed"
+    if isinstance(data, Labelled) and data.border:
+        return "the border of each image is cut off"
+    if requested == "ffcv":
+        if data.source.beton is None:
+            return "the set is not prepared by dive-fast prepare --container beton"
+        if preprocess.resize_mode == "longest":
+            return "it does not support the borders of resize_mode longest"
+        if data.reports_skipped:
+            return "it cannot leave out broken images, which on_skipped = report accepts"
+    return ""
+
+
+def _is_installed(loader: Loader) -> bool:
+    try:
+        return find_spec("ffcv" if loader == "ffcv" else "nvidia.dali") is not None
+    except ModuleNotFoundError:  # a package around it is missing
+        return False
