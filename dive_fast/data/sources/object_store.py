@@ -136,7 +136,8 @@ def _fetch(tar: RemoteTar, file: Path) -> None:
 
 def _store(url: str) -> tuple[Any, str]:
     """The file system of a URL in this process, and the place in it; file systems of a parent are not fork-safe."""
-    from fsspec.core import url_to_fs  # type: ignore[import-untyped]  # only sets in object stores need it
+    # Only sets in object stores need it.
+    from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
     return url_to_fs(url)
 
