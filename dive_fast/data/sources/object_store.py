@@ -135,7 +135,7 @@ def _fetch(tar: RemoteTar, file: Path) -> None:
 
 
 def _store(url: str) -> tuple[Any, str]:
-    """The file system of a URL in this process, and the place in it; file systems of a parent are not fork-safe."""
+    """The file system of a URL and the path in it, for this process: those of a parent are not fork-safe."""
     # Only sets in object stores need it.
     from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
