@@ -594,7 +594,7 @@ def _check_stream(reference: ReferenceConfig, evaluate: EvaluateConfig) -> None:
     if evaluate.probe and "probe" in evaluate.model_fields_set:
         raise ValueError(
             f"evaluate.probe = {evaluate.probe}: data.reference.order = stream knows no pairs before training, so "
-            "that none can be held out; set evaluate.probe=0, or measure pairs of your own as evaluate.geometry"
+            "that none can be held out; set evaluate.probe=0, or measure other pairs as evaluate.geometry"
         )
 
 

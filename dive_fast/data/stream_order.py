@@ -60,6 +60,12 @@ class StreamOrder(StepOrder):
 
         The tars before the first step are scanned once, without their images, unless this object has read them.
         """
+        try:
+            yield from self._keys_of_steps(steps)
+        finally:
+            self.tars.release()
+
+    def _keys_of_steps(self, steps: range) -> Iterator[list[tuple[int, int]]]:
         if not steps:
             return
         size = self.batch_size // self.world_size
