@@ -135,7 +135,7 @@ def _fetch(tar: RemoteTar, file: Path) -> None:
 
 
 def _store(url: str) -> tuple[Any, str]:
-    """The file system of a URL in this process, and the place in it; file systems of a parent are not fork-safe."""
+    """The file system of a URL, created in this process as it is not fork-safe, and the place in it."""
     from fsspec.core import url_to_fs  # only sets in object stores need it
 
     return url_to_fs(url)
