@@ -128,7 +128,8 @@ def _opening(now: Run, before: Run | None) -> list[str]:
                 kind,
                 *cells,
                 _law(law),
-                "" if law is None else _seconds(law.at(PREDICTED)),
+                # Two sizes decide the exponent, and with it a prediction, by their noise.
+                "" if law is None or len(first) < 3 else _seconds(law.at(PREDICTED)),
                 "" if not second else f"{_seconds(second[largest])} at {_count(largest)}",
                 _compared(old, first),
             ]

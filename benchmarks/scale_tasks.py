@@ -275,9 +275,10 @@ def step(arguments: dict[str, Any]) -> None:
 
     from dive_fast.data.classes import target_names
     from dive_fast.data.prompt_files import read_templates
-    from dive_fast.data.prompts import PromptTable, quick_bpe
+    from dive_fast.data.prompts import PromptTable
     from dive_fast.data.sampler import Order
     from dive_fast.data.samples import ReferenceSamples, TargetSamples
+    from dive_fast.data.text_tokenizer import quick_bpe
     from dive_fast.data.transforms import Preprocess
 
     torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from torch import Tensor
 from dive_fast.data.prompt_files import read_templates
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError
-from dive_fast.evaluation import weight_ensemble
+from dive_fast.evaluation import text_features, weight_ensemble
 from dive_fast.evaluation.classifier import classifier
 from dive_fast.evaluation.zero_shot import evaluate
 from dive_fast.methods.run_config import RunConfig
@@ -156,13 +156,14 @@ def test_ensemble_command_writes_model_report_and_figure(tree: dict[str, Any], t
 
 
 def count_encoded_classes(tree: dict[str, Any], run: Path) -> int:
-    """The number of text batches that this rank encodes before the first interpolation."""
+    """The number of texts that this rank encodes before the first interpolation."""
+    text_features.TOKENS_AT_ONCE["cpu"] = 256
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     calls = []
     encode = towers.Towers.encode_text
 
     def count(self: towers.Towers, tokens: Tensor, length: int | None = None) -> Tensor:
-        calls.append(next(self.parameters()).device)
+        calls.extend([next(self.parameters()).device] * len(tokens))
         return encode(self, tokens, length)
 
     config = RunConfig.model_validate_json(json.dumps(tree))
@@ -183,9 +184,10 @@ def test_ensemble_divides_prompts_among_ranks_on_device(
     for file in run.iterdir():
         shutil.copy(file, tmp_path)
     heads.save(heads.Head(torch.randn(5, 24), torch.randn(5), names), tmp_path / "head.safetensors")
-    # One more each, since the width is determined by encoding a text.
     counts = run_ranks(2, count_encoded_classes, tree, tmp_path)
-    assert sorted(counts) == [2 + 1, 3 + 1]
+    # 5 x 80 prompts, and one more each, since the width is determined by encoding a text.
+    assert 390 < sum(counts) <= 402
+    assert min(counts) > 150
     seen = []
 
     def spy(model: towers.Towers, *_: Any) -> None:

@@ -153,6 +153,8 @@ CONSTANT = {
     "train.rank_timeout",
     "evaluate.geometry.pairs",
     "evaluate.batch_size",
+    # Loaders of optional packages: in tests/evaluation/datasets/test_set_loader.py.
+    "evaluate.loader",
     # A part of the samples, which is read as any other set: in tests/data/test_holdout.py.
     "data.target.holdout",
     "evaluate.sets.<name>.holdout",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,6 +20,8 @@ from dive_fast.data.sources.node_index import Listing
 from dive_fast.data.sources.sample_table import Strings, StringsBuilder, printable
 from dive_fast.data.sources.source import Skipped
 from dive_fast.errors import DataError
+
+Part = TypeVar("Part")
 
 SIDE_SUFFIXES = frozenset(
     {
@@ -42,6 +46,8 @@ NO_FILE, NOT_READABLE = -1, -2
 """Sizes of a text file that does not exist, and of one that cannot be examined or is not a regular file."""
 THREADS = 16
 """Number of concurrent requests; network file systems answer many at a time."""
+SHOWN_AFTER = 5.0
+"""Seconds after which progress is shown."""
 CHUNK = 512
 """Files that one thread examines at a time, in a folder of several times as many."""
 
@@ -205,6 +211,23 @@ class ImageLister:
         joined = np.frombuffer(os.fsencode("".join(f"{prefix}{entry.name}\0" for entry in images)), np.uint8)
         marks = np.flatnonzero(joined == 0)
         result.names.extend(Strings(joined[joined != 0], marks - np.arange(len(marks))))
+
+
+def with_progress(parts: Iterator[Part], total: int, description: str, unit: str) -> Iterator[Part]:
+    """Parts of a task as they are ready, and a progress bar once it has taken :data:`SHOWN_AFTER` seconds."""
+    start, bar = time.time(), None
+    for number, part in enumerate(parts, 1):
+        yield part
+        if bar is not None:
+            bar.update()
+        elif time.time() - start > SHOWN_AFTER:
+            from dive_fast.distributed import progress  # imports torch, which takes seconds
+
+            bar = progress(total, description, unit)
+            bar.start_t = start
+            bar.update(number)
+    if bar is not None:
+        bar.close()
 
 
 def printable_names(names: Strings) -> Strings:

@@ -136,8 +136,9 @@ def _fetch(tar: RemoteTar, file: Path) -> None:
 
 
 def _store(url: str) -> tuple[Any, str]:
-    """The file system of a URL, created in this process as it is not fork-safe, and the place in it."""
-    from fsspec.core import url_to_fs  # only sets in object stores need it
+    """The file system of a URL and the path in it, for this process: those of a parent are not fork-safe."""
+    # Only sets in object stores need it.
+    from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
     return url_to_fs(url)
 
