@@ -155,7 +155,8 @@ def _read_after(path: Path, position: _Position) -> tuple[str, _Position, bool]:
                 file.seek(position.size)
                 text = file.read().decode()
         else:
-            text = read_text(path)
+            read_text(path)  # validates it
+            text = path.read_bytes().decode()  # with the ends of lines as they are, for the position
     except FileNotFoundError:
         return "", _Position(), False
     size = len(text.encode()) + (position.size if is_continued else 0)

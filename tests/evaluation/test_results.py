@@ -264,6 +264,16 @@ def test_results_add_appends_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [row["set"] for row in rows] == ["s", *(f"set {number}" for number in range(20))]
 
 
+def test_results_follow_a_file_with_other_ends_of_lines(tmp_path: Path) -> None:
+    Results(tmp_path).add(row("a", "imagenetv2", 0.5))
+    file = tmp_path / "results.jsonl"
+    file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    results = Results(tmp_path)
+    for name in ("imagenet-r", "imagenet-a"):
+        results.add(row("a", name, 0.5))
+    assert [each["set"] for each in Results(tmp_path).rows] == ["imagenetv2", "imagenet-r", "imagenet-a"]
+
+
 def test_results_follow_other_processes(tmp_path: Path) -> None:
     one, other = Results(tmp_path), Results(tmp_path)
     one.add(ROW | {"key": "1"})

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dive_fast import __version__
-from dive_fast.data.sources.sample_table import Columns, SampleTable, Strings
+from dive_fast.data.sources.sample_table import SampleTable, Strings
 from dive_fast.data.sources.source import SkippedEntries, Source
 from dive_fast.errors import DataError, MachineError, UserError
 from dive_fast.identity import Identity, digest
@@ -59,6 +59,9 @@ class Listing(NamedTuple):
     """``(F,)``: modification time of each file, in nanoseconds."""
     details: str = ""
     """A hash of everything else that the listing has shown and the samples or messages depend on."""
+    changes: NDArray[np.int64] | None = None
+    """``(F,)``: time at which the contents, name or attributes of each file last changed, in nanoseconds; programs
+    that copy a file with its modification time cannot set it. None: unknown."""
 
     @classmethod
     def of(cls, root: str, files: Sequence[Path]) -> Listing:
@@ -75,6 +78,7 @@ class Listing(NamedTuple):
             Strings.of(os.fsencode(os.path.relpath(file, root or ".")) for file in files),
             np.array([status.st_size for status in statuses], np.int64),
             np.array([status.st_mtime_ns for status in statuses], np.int64),
+            changes=np.array([status.st_ctime_ns for status in statuses], np.int64),
         )
 
     @property
@@ -83,9 +87,12 @@ class Listing(NamedTuple):
         return bool((np.abs(self.times / 1e9 - time.time()) < RACY_SECONDS).any())
 
     def digest(self) -> str:
-        """A hash of names, sizes and times."""
-        columns: Columns = {"names": self.names.values, "ends": self.names.ends, "sizes": self.sizes}
-        return digest([columns_hash(columns | {"times": self.times}), self.details])
+        """A hash of names, sizes, times and details."""
+        columns = {"names": self.names.values, "ends": self.names.ends, "sizes": self.sizes}
+        columns = columns | {"times": self.times}
+        if self.changes is not None:
+            columns = columns | {"changes": self.changes}
+        return digest([columns_hash(columns), self.details])
 
     def modified(self) -> str:
         """A hash of the modification times."""

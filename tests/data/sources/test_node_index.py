@@ -98,7 +98,7 @@ def test_open_raw_small_sets_keep_nothing(tars: Path, monkeypatch: pytest.Monkey
     assert not indexes()
 
 
-@pytest.mark.parametrize("change", ["size", "time", "removed", "added", "renamed"])
+@pytest.mark.parametrize("change", ["size", "time", "contents", "removed", "added", "renamed"])
 def test_open_raw_notices_changed_files(tars: Path, scans: list[str], change: str) -> None:
     before = open_webdataset(str(tars), ".cls")
     match change:
@@ -106,6 +106,10 @@ def test_open_raw_notices_changed_files(tars: Path, scans: list[str], change: st
             tiny.write_tar(tars / "1.tar", {f"x{row}": {"jpg": tiny.jpeg(row), "cls": b"1"} for row in range(30)})
         case "time":
             tiny.write_tar(tars / "1.tar", {"x": {"jpg": tiny.jpeg(1), "cls": b"1"}})
+        case "contents":  # of equal size and, below, equal modification time
+            content = bytearray((tars / "1.tar").read_bytes())
+            content[(content.index(b".cls") // 512 + 1) * 512] = ord("7")  # a label
+            (tars / "1.tar").write_bytes(content)
         case "removed":
             (tars / "1.tar").unlink()
         case "added":
