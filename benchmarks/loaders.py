@@ -1,9 +1,15 @@
 """Measures images per second, CPU seconds and pixel differences from PIL of every loader on the same JPEGs.
 
 ``python benchmarks/loaders.py`` (README.md describes the comparison)
+
+Photos are measured as they are, at the bytes of ImageNet, and encoded with a shorter side of 512 and 288 pixels.
+Without a GPU, our loaders are measured up to the pixels that a GPU normalises. ``--sides`` compares views of
+images stored with several shorter sides with views of the originals.
 """
 
 import argparse
+import io
+import itertools
 import os
 import statistics
 import tempfile
@@ -24,7 +30,9 @@ from PIL import Image
 from real_data import DATA
 from torch.utils.data import DataLoader
 
-from dive_fast.data.loaders.loader import Options, batches_of, training_batches
+from dive_fast.data.decode import decode
+from dive_fast.data.loaders import pil_resize
+from dive_fast.data.loaders.loader import Options, batches_of, load, load_pixels
 from dive_fast.data.prefetch import Prefetcher
 from dive_fast.data.prepared import convert
 from dive_fast.data.prepared.raw import RawSource
@@ -37,7 +45,7 @@ from dive_fast.data.samples import EvaluationSamples, TargetSamples
 from dive_fast.data.sources.folder import open_folder
 from dive_fast.data.sources.source import Source
 from dive_fast.data.sources.webdataset import open_webdataset
-from dive_fast.data.transforms import Preprocess
+from dive_fast.data.transforms import Preprocess, random_crop
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 PREPROCESS = Preprocess(
@@ -47,6 +55,18 @@ ALWAYS, OPTIONAL = ("flyp", "plain"), {"dali": "nvidia.dali", "ffcv": "ffcv"}
 """Loaders that are always available, and optional ones with the package that they need."""
 STEP_IMAGES_PER_SECOND = {"ViT-B/16": 1024 / 0.206, "ViT-L/14": 768 / 0.664}
 """Images of both sets that an H200 takes per second, by the planned time of a DiVE step (docs/performance.md)."""
+TARGETS_AND_REFERENCES = (
+    ("photos", "photos"),
+    ("ImageNet's bytes", "512 px"),
+    ("ImageNet's bytes", "288 px"),
+    ("288 px", "288 px"),
+)
+"""Pairs of sets, the first as target and the second as reference, for which cores are predicted."""
+SHARES = {"full": 1.0, "crop of 0.9": 0.9, "crop of 0.3": 0.3, "crop of 0.08": 0.08}
+"""Shares of the area in views of --sides."""
+CORES = 16
+"""Cores for a GPU, as servers of eight H200s with two CPUs of 64 cores have."""
+SIDES = (320, 288, 256, 224)
 ODD_SIZES = ((1, 500), (500, 1), (31, 33), (5000, 40))
 
 
@@ -93,7 +113,9 @@ def batches(loader: str, source: Source, files: list[Path], batch_size: int, wor
     samples = TargetSamples(source, prompts, PREPROCESS, "argmax", 0)
     dtype = torch.float16 if DEVICE.type == "cuda" else torch.float32
     options = Options(loader, workers, DEVICE, dtype)  # type: ignore[arg-type]
-    loaded = training_batches(samples, Order(len(source), batch_size), range(10**9), options)
+    order = Order(len(source), batch_size)
+    load_batches = load if DEVICE.type == "cuda" else load_pixels
+    loaded = load_batches(samples, map(order.sample_keys, itertools.count()), options)
     return Prefetcher(loaded, lambda batch: batch.to(DEVICE), DEVICE)
 
 
@@ -200,24 +222,116 @@ def ffcv_pixels(source: Source, samples: Any, keys: list[tuple[int, int]]) -> to
     return torch.stack(images)
 
 
-def tables(figures: dict[str, dict[str, float]], rows: list[dict[str, Any]]) -> str:
-    """Markdown tables of speeds and pixel differences."""
-    lines = [
-        "| loader | images/s | / flyp | CPU s per 1,000 | / flyp | "
-        + " | ".join(f"cores for {name}" for name in STEP_IMAGES_PER_SECOND)
-        + " |",
-        "|---" * (5 + len(STEP_IMAGES_PER_SECOND)) + "|",
+def write_sets(photos: Source, folder: Path, count: int) -> dict[str, list[Path]]:
+    """Writes the sets of JPEGs in class folders; returns the files of each set by its name.
+
+    Args:
+        count: images of the sets that are encoded again.
+    """
+    files = [photos.read(index) for index in range(len(photos))]
+    pictures = [decode(file) for file in files[:count]]
+    large = [
+        file for file in files if len(file) >= 100_000 and np.prod(Image.open(io.BytesIO(file)).size) < 400_000
     ]
-    for loader, row in figures.items():
-        cores = [rate * row["cpu_seconds"] / 1000 for rate in STEP_IMAGES_PER_SECOND.values()]
-        lines.append(
-            f"| {loader} | {row['images_per_second']:.0f} "
-            f"| {row['images_per_second_ratio']:.2f} "
-            f"| {row['cpu_seconds']:.2f} | {row['cpu_seconds_ratio']:.2f} | "
-            + " | ".join(f"{count:.0f}" for count in cores)
-            + " |"
-        )
-    lines += ["", "| images | view | loader | mean | worst image | worst pixel |", "|---|---|---|---|---|---|"]
+    contents = {
+        "photos": files,
+        "ImageNet's bytes": large * (count // max(1, len(large))),
+        **{f"{side} px": [encode(picture, side) for picture in pictures] for side in (512, 288)},
+    }
+    written = {}
+    for name, images in contents.items():
+        if images:
+            written[name] = [
+                folder / name / f"{index % 50:02d}" / f"{index:04d}.jpg" for index in range(len(images))
+            ]
+        for path, image in zip(written.get(name, ()), images, strict=False):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(image)
+    return written
+
+
+def encode(picture: Image.Image, side: int) -> bytes:
+    """A JPEG of quality 95 with this shorter side."""
+    scale = side / min(picture.size)
+    width, height = (round(length * scale) for length in picture.size)
+    content = io.BytesIO()
+    picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC).save(content, "JPEG", quality=95)
+    return content.getvalue()
+
+
+def compare_sides(photos: Source, count: int) -> list[dict[str, float]]:
+    """Views of photos stored with several shorter sides against views of the originals, and the cost of ``plain``.
+
+    The photos have a shorter side of at least 375 pixels. Crops are central, with an aspect ratio of 1, and cover
+    the same part of both, to fractions of a pixel. Mean differences are on a scale of 255.
+    """
+    files = [photos.read(index) for index in range(len(photos))]
+    files = [file for file in files if min(Image.open(io.BytesIO(file)).size) >= 375][:count]
+    pixels = np.empty((224, 224, 3), np.uint8)
+    assert pil_resize.equals_pil()  # compiled before it is measured
+    rows = []
+    for side in (0, *SIDES):
+        stored = [_stored(file, side) if side else file for file in files]
+        seconds = 0.0
+        differences: dict[str, list[tuple[float, float]]] = {name: [] for name in SHARES}
+        for file, original in zip(stored, files, strict=True):
+            start = time.process_time()
+            image = decode(file).convert("RGB")
+            crop = random_crop((image.height, image.width), 0, len(rows), 0)
+            pil_resize.view_pixels(np.asarray(image), PREPROCESS.train_view(crop), pixels)
+            seconds += time.process_time() - start
+            first = decode(original).convert("RGB")
+            for name, share in SHARES.items() if side else ():
+                error = np.abs(_central_view(image, share) - _central_view(first, share))
+                differences[name].append((error.mean(), 10 * np.log10(255**2 / (error**2).mean())))
+        row: dict[str, float] = {"side": side, "kB": float(np.mean([len(file) for file in stored])) / 1000}
+        row["CPU ms"] = 1000 * seconds / len(files)
+        for name, values in differences.items() if side else ():
+            row[f"{name}: mean"], row[f"{name}: dB"] = np.mean(values, axis=0)
+        rows.append(row)
+    return rows
+
+
+def _stored(file: bytes, side: int) -> bytes:
+    """The image as ``dive-fast prepare --max-side`` stores it."""
+    return convert.convert(file, convert.Options(max_side=side)).jpeg
+
+
+def _central_view(image: Image.Image, share: float) -> Any:
+    """The central square with this share of the largest one's area, at the model's size."""
+    side = min(image.size) * share**0.5
+    box = [(length - side) / 2 for length in image.size]
+    box += [start + side for start in box]
+    return np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC, tuple(box)), float)  # type: ignore[arg-type]
+
+
+def cores(figures: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """Markdown of the predicted cores that a GPU needs, and its share of waiting with :data:`CORES` of them."""
+    models = list(STEP_IMAGES_PER_SECOND)
+    cells = [*(f"cores for {name}" for name in models), *(f"waits at {CORES}, {name}" for name in models)]
+    lines = [f"| target | reference | loader | {' | '.join(cells)} |", "|---" * (3 + len(cells)) + "|"]
+    for target, reference in TARGETS_AND_REFERENCES:
+        if not {target, reference} <= figures.keys():
+            continue
+        for loader in figures[target]:
+            seconds = [figures[name][loader]["cpu_seconds"] / 1000 for name in (target, reference)]
+            needed = [rate * statistics.mean(seconds) for rate in STEP_IMAGES_PER_SECOND.values()]
+            waits = [max(0.0, 1 - CORES / count) for count in needed]
+            row = [*(f"{count:.0f}" for count in needed), *(f"{wait:.0%}" for wait in waits)]
+            lines.append(f"| {target} | {reference} | {loader} | {' | '.join(row)} |")
+    return lines
+
+
+def tables(figures: dict[str, dict[str, dict[str, float]]], rows: list[dict[str, Any]]) -> str:
+    """Markdown tables of speeds, cores and pixel differences."""
+    lines = ["| images | kB | loader | images/s | / flyp | CPU s per 1,000 | / flyp |", "|---" * 7 + "|"]
+    for name, loaders in figures.items():
+        for loader, row in loaders.items():
+            rates = f"{row['images_per_second']:.0f} | {row['images_per_second_ratio']:.2f}"
+            seconds = f"{row['cpu_seconds']:.2f} | {row['cpu_seconds_ratio']:.2f}"
+            lines.append(f"| {name} | {row['kilobytes']:.0f} | {loader} | {rates} | {seconds} |")
+    lines += ["", *cores(figures), ""]
+    lines += ["| images | view | loader | mean | worst image | worst pixel |", "|---|---|---|---|---|---|"]
     for row in rows:
         lines.append(
             f"| {row['images']} | {row['view']} | {row['loader']} "
@@ -236,31 +350,56 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=16, help="batches of each loader in a round")
     parser.add_argument("--rounds", type=int, default=7, help="rounds over all loaders; medians are reported")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--images", type=int, default=400, help="images of the sets that are encoded again")
+    parser.add_argument("--loaders", nargs="+", default=[*ALWAYS, *OPTIONAL], help="to compare, with flyp")
+    parser.add_argument("--sides", action="store_true", help="only compare shorter sides of stored images")
     parser.add_argument("--results", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
     device = device_name()
     default = REPOSITORY / ("benchmarks/results" if DEVICE.type == "cuda" else "build/benchmarks")
     path = (options.results or default) / f"{slug(device)}-loaders.json"
     about = {"device": device, "workers": options.workers, "commit": commit()}
+    photos = open_webdataset(options.data, ".cls")
+    if options.sides:
+        rows = compare_sides(photos, options.images)
+        print("| " + " | ".join(rows[-1]) + " |\n" + "|---" * len(rows[-1]) + "|")
+        for row in rows:
+            print("| " + " | ".join(f"{row[name]:.3g}" if name in row else "" for name in rows[-1]) + " |")
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        raw = open_webdataset(options.data, ".cls")
-        conversion = convert.Options("beton", max_side=None, min_side=1)
-        prepare(RawSource(raw), folder / "ready", conversion, options.workers)
-        source = open_prepared(str(folder / "ready"), ".cls")
-        files = [folder / f"{index}.jpg" for index in range(len(source))]
-        for index, file in enumerate(files):
-            file.write_bytes(source.read(index))
-        measured: dict[str, list[tuple[float, float]]] = {loader: [] for loader in (*ALWAYS, *installed())}
+        files = write_sets(photos, folder, options.images)
+        sources = {}
+        for kind in files:
+            conversion = convert.Options("beton", max_side=None, min_side=1)
+            prepare(
+                RawSource(open_folder(str(folder / kind))), folder / f"{kind}-ready", conversion, options.workers
+            )
+            sources[kind] = open_prepared(str(folder / f"{kind}-ready"), ".cls")
+        loaders = [loader for loader in (*ALWAYS, *installed()) if loader in options.loaders]
         print(f"not installed: {sorted(OPTIONAL.keys() - set(installed()))}")
+        measured: dict[str, dict[str, list[tuple[float, float]]]] = {
+            kind: {loader: [] for loader in loaders} for kind in files
+        }
         for _ in range(options.rounds):
-            for loader in measured:
-                prefetched: Any = batches(loader, source, files, options.batch_size, options.workers)
-                measured[loader].append(measure(prefetched, options.batches, options.batch_size))
-                prefetched.close()
-            figures = {loader: medians(rounds, measured["flyp"]) for loader, rounds in measured.items()}
+            for kind, rounds in measured.items():
+                for loader in loaders:
+                    prefetched: Any = batches(
+                        loader, sources[kind], files[kind], options.batch_size, options.workers
+                    )
+                    rounds[loader].append(measure(prefetched, options.batches, options.batch_size))
+                    prefetched.close()
+            figures = {
+                kind: {
+                    loader: medians(each, rounds["flyp"])
+                    | {"kilobytes": float(np.mean([path.stat().st_size for path in files[kind]])) / 1000}
+                    for loader, each in rounds.items()
+                }
+                for kind, rounds in measured.items()
+            }
             write_json(path, {**about, "loaders": figures, "pixels": []})
-        rows = pixels(source, folder)
+            print(f"\n{tables(figures, [])}", flush=True)
+        rows = pixels(sources["photos"], folder)
     write_json(path, {**about, "loaders": figures, "pixels": rows})
     print(f"\n{tables(figures, rows)}\n\n{path}")
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -188,12 +188,15 @@ class Measurement:
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self.folder, self.options = folder, options
+        self._commit = commit()
         self.rows: list[dict[str, Any]] = []
+        self.write: Callable[[], None] = lambda: None
+        """Called after each kind of set, so that an interrupted run leaves its figures."""
         self.tiny_sets = SyntheticSets(folder / "tiny", TINY)
 
     def add(self, **row: Any) -> None:
         """Records and prints one row."""
-        self.rows.append(row)
+        self.rows.append(row | {"commit": self._commit})
         print(json.dumps(row), flush=True)
 
     def measure(self, count: int) -> None:
@@ -205,6 +208,7 @@ class Measurement:
             for kind in kinds:
                 section, tiny = sets.section(kind), self.tiny_sets.section(kind)
                 self._kind(kind, count, section, tiny)
+                self.write()
             for peer, kind in PEERS.items():
                 if kind in kinds and find_spec(PACKAGES[peer]):
                     section, tiny = (self._peer(peer, each.section(kind)) for each in (sets, self.tiny_sets))
@@ -296,7 +300,6 @@ def about() -> dict[str, Any]:
         "load": os.getloadavg()[0],
         "python": sys.version.split()[0],
         "versions": {name: version(name) for name in packages if _is_installed(name)},
-        "commit": commit(),
     }
 
 
@@ -310,7 +313,7 @@ def main() -> None:
     parser.add_argument("--ranks-up-to", type=int, default=SIZES[-1], help="largest size that several ranks open")
     parser.add_argument("--read", type=int, default=READ_COUNTS[-1], help="samples that workers read at most")
     parser.add_argument("--shard", type=int, default=10_000, help="samples in a tar")
-    parser.add_argument("--longest", type=int, default=10_000, help="largest length of other work that grows")
+    parser.add_argument("--longest", type=int, default=100_000, help="largest length of other work that grows")
     parser.add_argument("--folder", type=Path, help="parent of the temporary sets; default: the system's")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "build/benchmarks", help="folder")
     parser.add_argument("--name", default="scale", help="name of the files of results")
@@ -319,8 +322,6 @@ def main() -> None:
     options = parser.parse_args()
     file, start = options.results / f"{options.name}.json", time.monotonic()
     kept = json.loads(file.read_text()) if options.add and file.exists() else {"rows": []}
-    if kept["rows"] and kept["commit"] != commit():
-        raise SystemExit(f"{file} was measured at commit {kept['commit']}, this is {commit()}: remove --add")
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="scale-") as folder:
         measurement = Measurement(Path(folder), options)
         results = {name: value for name, value in kept.items() if name == "before"} | about()
@@ -335,6 +336,7 @@ def main() -> None:
             write_json(file, results)
             file.with_suffix(".md").write_text(report(results))
 
+        measurement.write = write
         if "growth" in options.parts:
             measurement.growth(options.longest)
             write()

@@ -92,16 +92,21 @@ def report(results: dict[str, Any]) -> str:
     lines = [
         "# Data sets as they grow",
         "",
-        f"By `benchmarks/scale.py` at commit {now.about['commit']}, on {_machine(now.about)}.",
+        f"By `benchmarks/scale.py` at commit {_commits(now)}, on {_machine(now.about)}.",
         "CPU seconds are those of one start, without imports; other processes used the machine too. "
         "Synthetic sets of small images, in the page cache. N counts samples; for `csv, 80 rows an image`, rows.",
     ]
     if before is not None:
-        commit, machine = before.about["commit"], _machine(before.about)
-        lines += ["", f'"Before" is commit {commit}, measured by the same command on {machine}.']
+        machine = _machine(before.about)
+        lines += ["", f'"Before" is commit {_commits(before)}, measured by the same command on {machine}.']
     lines += ["", *_opening(now, before), *_memory(now, before), *_ranks(now, before), *_workers(now, before)]
     lines += [*_first(now, before), *_labels(now, before), *_step(now, before), *_growth(now, before)]
     return "\n".join(lines) + "\n"
+
+
+def _commits(run: Run) -> str:
+    """The commits that the rows were measured at."""
+    return ", ".join(dict.fromkeys(str(row["commit"]) for row in run.rows))
 
 
 def _machine(about: dict[str, Any]) -> str:
@@ -123,7 +128,8 @@ def _opening(now: Run, before: Run | None) -> list[str]:
                 kind,
                 *cells,
                 _law(law),
-                "" if law is None else _seconds(law.at(PREDICTED)),
+                # Two sizes decide the exponent, and with it a prediction, by their noise.
+                "" if law is None or len(first) < 3 else _seconds(law.at(PREDICTED)),
                 "" if not second else f"{_seconds(second[largest])} at {_count(largest)}",
                 _compared(old, first),
             ]

@@ -5,6 +5,7 @@ imports count in no figure. Memory is relative to the process after that.
 """
 
 import gc
+import importlib
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from scale_sets import open_set
@@ -234,7 +236,8 @@ def labels(arguments: dict[str, Any]) -> None:
     """CPU seconds of the passes over all labels of a set before a run starts."""
     from dive_fast.data.classes import target_names
     from dive_fast.data.holdout import split
-    from dive_fast.data.prompts import PromptTable, read_templates
+    from dive_fast.data.prompt_files import read_templates
+    from dive_fast.data.prompts import PromptTable
     from dive_fast.data.sampler import Classes
 
     def passes(section: dict[str, Any]) -> dict[str, Callable[[], Any]]:
@@ -271,9 +274,11 @@ def step(arguments: dict[str, Any]) -> None:
     import torch
 
     from dive_fast.data.classes import target_names
-    from dive_fast.data.prompts import PromptTable, quick_bpe, read_templates
+    from dive_fast.data.prompt_files import read_templates
+    from dive_fast.data.prompts import PromptTable
     from dive_fast.data.sampler import Order
     from dive_fast.data.samples import ReferenceSamples, TargetSamples
+    from dive_fast.data.text_tokenizer import quick_bpe
     from dive_fast.data.transforms import Preprocess
 
     torch.set_num_threads(1)
@@ -317,11 +322,20 @@ def results_tables(rows: int) -> None:
     from dive_fast.evaluation.results import Results
 
     with tempfile.TemporaryDirectory() as folder:
-        results = Results(Path(folder))
-        for number in range(rows):
-            set_, label = f"set{number % 16}", f"run{number // 16}"
-            row = {"label": label, "set": set_, "title": set_, "role": "id", "metric": "top1", "value": 0.5}
-            results.add(row | {"key": f"{number:064x}", "samples": 50_000})
+        for first in range(0, rows, 16):  # a command for each model
+            results = Results(Path(folder))
+            with results.writing_tables():
+                for number in range(first, min(first + 16, rows)):
+                    set_, label = f"set{number - first}", f"run{first // 16}"
+                    row = {
+                        "label": label,
+                        "set": set_,
+                        "title": set_,
+                        "role": "id",
+                        "metric": "top1",
+                        "value": 0.5,
+                    }
+                    results.add(row | {"key": f"{number:064x}", "samples": 50_000})
 
 
 def geometry(pairs: int) -> None:
@@ -353,10 +367,67 @@ def _embeddings(pairs: int, seed: int) -> Any:
     return Pairs(torch.nn.functional.normalize(image), torch.nn.functional.normalize(text))
 
 
+def metrics(lines: int) -> None:
+    """Resumes a run whose metrics have that many lines, ten steps each."""
+    import torch
+
+    from dive_fast.config.schema import TrainConfig
+    from dive_fast.distributed import Ranks
+    from dive_fast.training.metrics import Metrics
+
+    names = (
+        "loss",
+        "contrastive",
+        "avl",
+        "pvl",
+        "image_norm",
+        "text_norm",
+        "lr",
+        "images_per_second",
+        "data_wait",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        with (Path(folder) / "metrics.jsonl").open("w") as file:
+            for number in range(1, lines + 1):
+                line = {"step": 10 * number} | {name: number / (row + 7) for row, name in enumerate(names)}
+                file.write(json.dumps(line) + "\n")
+        # The parts of a run that its metrics read.
+        method = SimpleNamespace(norms={}, target_loss=None, needs=SimpleNamespace(reference=False))
+        run: Any = SimpleNamespace(
+            config=SimpleNamespace(
+                train=TrainConfig(),
+                data=SimpleNamespace(target=SimpleNamespace(batch_size=4)),
+                objective=SimpleNamespace(reference_every=1),
+            ),
+            folder=Path(folder),
+            ranks=Ranks(0, 1, torch.device("cpu")),
+            engine=SimpleNamespace(method=method, features_are_random=False),
+            total_steps=10 * lines,
+            images_per_step=4,
+            target_order=SimpleNamespace(steps_per_epoch=5),
+        )
+        batches: Any = SimpleNamespace(waited=0.0)
+        Metrics(run, 10 * lines, batches)
+
+
+def checkpoints(count: int) -> None:
+    """Lists the checkpoints of a run that keeps all of them, as a resume does."""
+    from dive_fast.checkpoint.manifest import MANIFEST, checkpoint_path, list_checkpoints
+
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(1, count + 1):
+            path = checkpoint_path(Path(folder), number)
+            path.mkdir()
+            (path / MANIFEST).write_text("{}")
+        assert len(list_checkpoints(Path(folder))) == count
+
+
 GROWTH: dict[str, tuple[Callable[[int], None], tuple[int, ...]]] = {
-    "results tables": (results_tables, (160, 480, 1600)),
-    "geometry": (geometry, (1000, 3000, 10_000)),
+    "results tables, rows": (results_tables, (160, 480, 1600)),
+    "geometry": (geometry, (1000, 3000, 10_000, 30_000)),
     "retrieval": (retrieval, (1000, 3000, 10_000)),
+    "metrics of a resumed run, lines": (metrics, (10_000, 100_000)),
+    "checkpoints": (checkpoints, (100, 1000)),
 }
 """Other work that grows with its length: its function and the lengths that are measured."""
 
@@ -384,4 +455,6 @@ TASKS = {
 
 
 if __name__ == "__main__":
+    # A training process has imported it before it opens its data; sources import it only where they need it.
+    importlib.import_module("dive_fast.data.loaders.plain")
     TASKS[sys.argv[1]](json.loads(sys.argv[2]))

@@ -100,10 +100,10 @@ def _text(value: Any) -> str:
     return "nothing" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the installed :data:`PACKAGES`."""
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Versions of Python and of the packages that are installed."""
     installed = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in packages:
         try:
             installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

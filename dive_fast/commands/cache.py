@@ -55,8 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         embeddings = retrieval.Embeddings(options.adopt, config.teacher.dtype) if options.adopt else None
         towers = create(config.model)
         check_text_length(config.data, towers)
-        source = open_reference(config.data.reference)
-        samples = build.reference_samples(config, source, towers)
+        source = open_reference(config.data.reference, ranks=ranks)
+        samples = build.reference_samples(config, source, towers).with_kept_tokens(ranks)
         summary = f"{path}: {len(source)} pairs"
         if options.export:
             if ranks.is_main:

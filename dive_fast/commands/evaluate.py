@@ -123,8 +123,9 @@ def main(arguments: list[str] | None = None) -> int:
             head = None
             if head_file is not None:
                 head = head_of(head_file) if head_file.is_dir() else heads.load(head_file)
-            place = "" if names else "evaluate.sets"
-            opened = evaluator.open_all(sets, ranks, options.skip_missing, place)
+        # Outside of the blocks: all ranks take part in opening each set.
+        opened = evaluator.open_all(sets, ranks, options.skip_missing, "" if names else "evaluate.sets")
+        with ranks.raise_on_all(UserError):
             evaluated = towers.create(model, weights=weights is None)
             if weights is not None:
                 load_into(evaluated, model, weights)

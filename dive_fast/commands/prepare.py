@@ -10,6 +10,25 @@ from typing import Any
 from dive_fast.data.prepared.convert import Options
 
 
+def _side(value: str) -> int | str:
+    """A number of pixels, or the name of a model."""
+    return int(value) if value.lstrip("-").isdecimal() else value
+
+
+def _max_side(options: argparse.Namespace) -> int | None:
+    """The maximum shorter side in pixels; None: no image is resized."""
+    if isinstance(options.max_side, int):
+        return options.max_side or None
+    from dive_fast.data.prepared.convert import side_for
+    from dive_fast.model.model_names import image_size
+
+    share = 0.9 if options.crop_share is None else options.crop_share
+    size = image_size(options.max_side)
+    side = side_for(size, share)
+    print(f"--max-side {options.max_side}: {side} pixels, for images of {size} and crops of at least {share:g}")
+    return side
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns 2 after a one-line message if options or data are invalid."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -54,9 +73,18 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--max-side",
-        type=int,
+        type=_side,
         default=512,
-        help="maximum shorter side in pixels; 0: no image is resized; default: %(default)s",
+        metavar="PIXELS|MODEL",
+        help="maximum shorter side in pixels; 0: no image is resized; an open_clip model: the least side of which "
+        "it needs no enlarged crop, 288 for 224-pixel models; default: %(default)s",
+    )
+    parser.add_argument(
+        "--crop-share",
+        type=float,
+        metavar="SHARE",
+        help="with --max-side MODEL: the smallest share of an image's area that training crops cover, as in "
+        "data.target.crop_scale; default: 0.9",
     )
     parser.add_argument(
         "--min-side",
@@ -84,9 +112,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.verify is None and not (options.format and options.input and options.output):
         parser.error("--format, --input and --output are required, or --verify")
+    if options.crop_share is not None and (isinstance(options.max_side, int) or not 0 < options.crop_share <= 1):
+        parser.error("--crop-share is a share of 1, and goes with a model in --max-side")
     if (
         options.quality not in range(1, 101)
-        or options.max_side < 0
+        or (isinstance(options.max_side, int) and options.max_side < 0)
         or min(options.min_side, options.shard_samples) < 1
     ):
         parser.error(
@@ -134,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             settings = Options(
                 options.container,
-                options.max_side or None,
+                _max_side(options),
                 options.min_side,
                 options.quality,
                 options.shard_samples,

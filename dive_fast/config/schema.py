@@ -153,6 +153,12 @@ class ReferenceConfig(Section):
     """`one`: an image has one caption, its text, also of several lines; of several texts the first. `lines`: each
     line of a `.txt` file, each text of a list, and each csv row of the same image is a caption; one is drawn for
     each image and epoch."""
+    order: Literal["indexed", "stream"] = "indexed"
+    """`indexed`: every pair is known before the first step, and each epoch shuffles all of them. `stream`, for
+    `webdataset` with `teacher.mode = online`: each tar is listed when it is reached, tars are shuffled, and pairs
+    within `stream_buffer`; nothing is scanned at the start (docs/data.md)."""
+    stream_buffer: Positive = 20_000
+    """With `order = stream`: each rank shuffles the pairs of its next tars that have at least so many together."""
     image_root: PathText | None = None
     """`csv` only: the folder that relative file paths start from; default: the folder of the CSV file."""
     loader: Loader = "plain"
@@ -406,8 +412,8 @@ class EvaluateConfig(Section):
     batch_size: Positive = 256
     """Images encoded at once on each rank."""
     loader: Loader = "plain"
-    """Image decoder of the sets. Default: `data.target.loader`. `plain` decodes the sets that it cannot read; a line
-    says why."""
+    """Image decoder of the sets. Default: `data.target.loader`. `plain` decodes sets that it cannot read, and
+    a line says why."""
     workers: NonNegative = 4
     """Loader processes on each rank; `auto`: by its cores. Default: those of `data.target`."""
 
@@ -542,6 +548,8 @@ class Config(Section):
         _check_sampling(self.data.target)
         if self.data.target.holdout is not None:
             _check_holdout(self.data.target)
+        if reference is not None and reference.order == "stream":
+            _check_stream(reference, self.evaluate)
         for name, evaluation in self.evaluate.sets.items():
             _check_evaluation_set(f"evaluate.sets.{name}", evaluation)
             _check_held_out_set(f"evaluate.sets.{name}", evaluation, self.data.target)
@@ -574,6 +582,19 @@ def _check_sampling(target: TargetConfig) -> None:
         raise ValueError(
             f"data.target.balance = class: a set of {origin} has prompts and no classes; set "
             "data.target.balance=none"
+        )
+
+
+def _check_stream(reference: ReferenceConfig, evaluate: EvaluateConfig) -> None:
+    if reference.format != "webdataset":
+        raise ValueError(
+            f"data.reference.order = stream reads webdataset tars, not {reference.format}; set "
+            "data.reference.order=indexed"
+        )
+    if evaluate.probe and "probe" in evaluate.model_fields_set:
+        raise ValueError(
+            f"evaluate.probe = {evaluate.probe}: data.reference.order = stream knows no pairs before training, so "
+            "that none can be held out; set evaluate.probe=0, or measure other pairs as evaluate.geometry"
         )
 
 

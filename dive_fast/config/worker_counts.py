@@ -19,10 +19,14 @@ def with_worker_counts(tree: dict[str, Any]) -> dict[str, Any]:
     step, at least one each; evaluations, during which training waits, get all.
     """
     tree = copy.deepcopy(tree)
-    data, evaluate = tree.get("data"), tree.get("evaluate")
+    data, evaluate = tree.get("data"), tree.setdefault("evaluate", {})
     free = max(1, cores_of_rank() - 1)
-    if isinstance(evaluate, MutableMapping) and evaluate.get("workers") == AUTO:
-        evaluate["workers"] = min(free, MOST)
+    target = data.get("target") if isinstance(data, Mapping) else None
+    if isinstance(evaluate, MutableMapping):
+        # By default evaluations have the workers of the target; all of them are free for an evaluation.
+        default = target.get("workers") if isinstance(target, Mapping) else None
+        if evaluate.get("workers", default) == AUTO:
+            evaluate["workers"] = min(free, MOST)
     if not isinstance(data, Mapping):
         return tree
     halves = {name: data[name] for name in ("target", "reference") if isinstance(data.get(name), MutableMapping)}

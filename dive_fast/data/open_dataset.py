@@ -11,7 +11,9 @@ from dive_fast.data.sources.captioned_folder import open_captioned_folder
 from dive_fast.data.sources.csv_table import open_csv
 from dive_fast.data.sources.folder import open_folder
 from dive_fast.data.sources.huggingface import Columns, open_huggingface
+from dive_fast.data.sources.object_store import is_url, shown
 from dive_fast.data.sources.source import Source
+from dive_fast.data.sources.tar_stream import TarStream, open_tar_stream
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.errors import DataError, naming
 
@@ -53,7 +55,22 @@ def open_reference(
         DataError: the files are missing or do not have the configured format.
     """
     default = "data.reference" if isinstance(config, ReferenceConfig) else "evaluate.geometry"
+    if isinstance(config, ReferenceConfig) and config.order == "stream":
+        raise DataError(
+            f"{section or default}.order = stream: only training reads a stream, this needs all pairs; set "
+            f"{section or default}.order=indexed"
+        )
     return _open(config, ".txt", section or default, ranks)
+
+
+def open_stream(config: ReferenceConfig) -> TarStream:
+    """The tars of ``data.reference`` with ``order = stream``, in which training reads its pairs.
+
+    Raises:
+        DataError: there are no tars.
+    """
+    with naming("data.reference"):
+        return open_tar_stream(config.path, config.stream_buffer, config.captions == "lines")
 
 
 def open_captioned(config: EvaluationSet, section: str = "", ranks: Ranks | None = None) -> Source:
@@ -71,6 +88,11 @@ def open_captioned(config: EvaluationSet, section: str = "", ranks: Ranks | None
 
 def _open(config: Any, text: str, section: str, ranks: Ranks | None) -> Source:
     with naming(section):
+        if is_url(config.path):
+            remedy = "set data.reference.order=stream, or copy" if text == ".txt" else "copy"
+            raise DataError(
+                f"{shown(config.path)}: only a stream reads an object store; {remedy} the set to a disk"
+            )
         source = _source(config, text, ranks)
         if getattr(config, "loader", None) == "ffcv" and source.beton is None:
             raise DataError(
@@ -94,9 +116,9 @@ def _complete_texts(config: Any, text: str, groups_captions: bool, ranks: Ranks 
     if config.format == "folder":
         return (open_folder if text == ".cls" else open_captioned_folder)(config.path, ranks)
     if config.format == "csv":
-        return open_csv(config.path, config.image_root, group=text == ".cls" or groups_captions)
+        return open_csv(config.path, config.image_root, group=text == ".cls" or groups_captions, ranks=ranks)
     if config.format == "huggingface":
-        return _huggingface(config, text)
+        return _huggingface(config, text, ranks)
     if config.format == "webdataset":
         return open_webdataset(config.path, text, ranks=ranks)
     from dive_fast.data.prepared.read import open_prepared  # imports torch, which takes seconds
@@ -104,11 +126,11 @@ def _complete_texts(config: Any, text: str, groups_captions: bool, ranks: Ranks 
     return open_prepared(config.path, text)
 
 
-def _huggingface(config: Any, text: str) -> Source:
+def _huggingface(config: Any, text: str, ranks: Ranks | None) -> Source:
     label_column = getattr(config, "label_column", None)
     texts = text == ".txt" or config.text_column is not None
     columns = Columns(config.image_column, label_column, config.text_column)
-    source = open_huggingface(config.path, columns, config.split, has_texts=texts)
+    source = open_huggingface(config.path, columns, config.split, has_texts=texts, ranks=ranks)
     if not texts and not source.class_names and config.class_names is None:
         raise DataError(f"{config.path}: its labels are numbers without names; set class_names to a file of names")
     return source

@@ -1,42 +1,48 @@
 """Tokens of prompts from class names and templates, and the distinct token rows of a batch of texts."""
 
-import heapq
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
-import open_clip
+import numpy as np
 import torch
 from torch import Tensor
 
 from dive_fast.data.batch import Text
 from dive_fast.data.classes import check_labels
 from dive_fast.data.prompt_files import Template
-from dive_fast.data.random_streams import Draw, stream
+from dive_fast.data.random_streams import Draw, stream, uniforms
 from dive_fast.data.sources.sample_table import Sample
 from dive_fast.data.sources.source import Source
+from dive_fast.data.text_tokenizer import Tokenizer
+from dive_fast.data.token_cache import ListedTexts, kept_tokens, tokens_of
+from dive_fast.distributed import Ranks
 
 logger = logging.getLogger(__name__)
 
-Tokenizer = Callable[[list[str]], Tensor]
-"""A function from texts to token rows, ``(len, context)`` int64."""
 PooledAt = Literal["argmax"] | int | None
 """The token at which a causal text tower reads its feature: the largest token id, or a given id. Later tokens do
 not change the feature. None: the tower needs the complete context."""
-TOKENIZER_PROBES = ("a photo of a cat.", "Größe: 10 µm, naïve café 東京", "", "word " * 100)
-"""Texts whose tokens distinguish tokenizers."""
 
 
 class PromptTable:
     """The tokenised prompts of a target set."""
 
     def __init__(
-        self, source: Source, class_names: Sequence[str], templates: Sequence[Template], tokenizer: Tokenizer
+        self,
+        source: Source,
+        class_names: Sequence[str],
+        templates: Sequence[Template],
+        tokenizer: Tokenizer,
+        ranks: Ranks | None = None,
     ):
         """Tokenises the texts of the samples if they have any (CSV), otherwise class names x templates.
+
+        Args:
+            ranks: all ranks call this, and one process of each node tokenises; None: this process does.
 
         Raises:
             DataError: a label has no class name.
@@ -50,32 +56,37 @@ class PromptTable:
             check_labels(source, class_names)
             prompts = [template(name) for name in class_names for template in templates]
             warn_about_prompts(class_names, templates, tokenizer)
-        # int32: ImageNet's 80,000 prompts of 77 tokens are 25 MB, in every worker.
-        self._tokens = torch.cat([tokenizer(prompts[i : i + 1024]).int() for i in range(0, len(prompts), 1024)])
+        kept = kept_tokens(ListedTexts(prompts), tokenizer, "prompts", ranks)
+        self._tokens = tokens_of(prompts, tokenizer) if kept is None else kept
 
     @property
     def are_texts(self) -> bool:
         """Whether prompts are texts of the samples, which have no classes."""
         return self._titles is not None
 
-    def draw(self, sample: Sample, index: int, seed: int, epoch: int) -> Tensor:
-        """The tokens, ``(context,)``, of a random prompt of a sample: a pure function of (seed, sample, epoch)."""
-        number = self._number(sample, index, seed, epoch)
+    def draw(self, samples: Sequence[Sample], indices: Sequence[int], seed: int, epochs: Sequence[int]) -> Tensor:
+        """The tokens, ``(B, context)``, of random prompts of samples: pure functions of (seed, index, epoch)."""
+        draws = uniforms(seed, Draw.PROMPT, indices, epochs, 1)[:, 0].tolist()
+        rows = [
+            self._row(sample, int(draw * self._count(sample))) for sample, draw in zip(samples, draws, strict=True)
+        ]
+        return self._tokens.rows(np.array(rows, np.int64))
+
+    def _row(self, sample: Sample, number: int) -> int:
         if self._titles is not None:
-            return self._tokens[self._titles[sample.texts[number]]]
-        return self._tokens[sample.label * len(self._templates) + number]
+            return self._titles[sample.texts[number]]
+        return sample.label * len(self._templates) + number
 
     def text(self, sample: Sample, index: int, seed: int, epoch: int) -> str:
         """The prompt whose tokens :meth:`draw` returns."""
-        number = self._number(sample, index, seed, epoch)
+        number = int(float(stream(seed, Draw.PROMPT, index, epoch).random()) * self._count(sample))
         if self._titles is not None:
             return sample.texts[number]
         return self._templates[number](self._class_names[sample.label])
 
-    def _number(self, sample: Sample, index: int, seed: int, epoch: int) -> int:
-        """The number of the drawn text or template."""
-        count = len(self._templates) if self._titles is None else len(sample.texts)
-        return int(float(stream(seed, Draw.PROMPT, index, epoch).random()) * count)
+    def _count(self, sample: Sample) -> int:
+        """Number of prompts of a sample: its texts, or the templates."""
+        return len(self._templates) if self._titles is None else len(sample.texts)
 
 
 CACHED_PROMPTS = 1 << 15
@@ -192,64 +203,3 @@ def text_lengths(tokens: Tensor, pooled_at: PooledAt) -> Tensor:
         return torch.full((len(tokens),), tokens.shape[1])
     ends = tokens if pooled_at == "argmax" else (tokens == pooled_at).int()
     return ends.argmax(1) + 1
-
-
-LONG_WORD = 64
-"""Minimum characters of the words that :func:`quick_bpe` merges itself."""
-
-
-def quick_bpe(tokenizer: Any) -> Any:
-    """open_clip's BPE tokenizer with equal tokens, but n log n instead of quadratic time for long words.
-
-    open_clip needs half a minute for a word of 16,000 letters. Other tokenizers are returned unchanged.
-    """
-    if isinstance(tokenizer, open_clip.SimpleTokenizer) and not isinstance(
-        getattr(tokenizer, "bpe", None), _QuickBpe
-    ):
-        tokenizer.bpe = _QuickBpe(tokenizer)
-    return tokenizer
-
-
-class _QuickBpe:
-    """Merges pairs by rank, equal pairs from left to right.
-
-    A pair that results from a merge was learned after that merge, so its rank is higher. The result therefore
-    equals open_clip's, which merges all equal pairs before it looks for the next one.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._ranks: dict[tuple[str, str], int] = tokenizer.bpe_ranks
-        self._original: Callable[[str], str] = tokenizer.bpe
-
-    def __call__(self, token: str) -> str:
-        """The pieces of a word, separated by spaces."""
-        if len(token) < LONG_WORD:
-            return self._original(token)
-        pieces = [*token[:-1], f"{token[-1]}</w>"]
-        # A piece that was merged into its predecessor is empty.
-        after = list(range(1, len(pieces) + 1))
-        before = list(range(-1, len(pieces) - 1))
-        candidates: list[tuple[int, int, str, str]] = []
-
-        def push(left: int) -> None:
-            right = after[left]
-            if right < len(pieces):
-                rank = self._ranks.get((pieces[left], pieces[right]))
-                if rank is not None:
-                    heapq.heappush(candidates, (rank, left, pieces[left], pieces[right]))
-
-        for left in range(len(pieces) - 1):
-            push(left)
-        while candidates:
-            _, left, first, second = heapq.heappop(candidates)
-            right = after[left]
-            if right >= len(pieces) or (pieces[left], pieces[right]) != (first, second):
-                continue  # one of the pieces was merged with another one
-            pieces[left], pieces[right] = first + second, ""
-            after[left] = after[right]
-            if after[right] < len(pieces):
-                before[after[right]] = left
-            push(left)
-            if before[left] >= 0:
-                push(before[left])
-        return " ".join(piece for piece in pieces if piece)

@@ -1,6 +1,7 @@
 """The samples of each rank at each step, as a pure function of (seed, step)."""
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -14,8 +15,16 @@ _REPEAT = 1 << 32
 """Added to the epoch in a sample's key for each earlier draw in the same epoch; more than any run's epochs."""
 
 
+class StepOrder(ABC):
+    """The order of a data set: the samples of each step on this rank."""
+
+    @abstractmethod
+    def keys_of_steps(self, steps: range) -> Iterator[list[tuple[int, int]]]:
+        """The keys of this rank's samples of each step: the epoch and the number of the sample."""
+
+
 @dataclass(frozen=True)
-class Order:
+class Order(StepOrder):
     """Shuffled epochs of full batches, the same number of steps on every rank.
 
     The concatenated shares of all ranks are the batch that a single rank would take.
@@ -64,6 +73,9 @@ class Order:
         epoch, samples, _ = self._at(step)
         return epoch, samples
 
+    def keys_of_steps(self, steps: range) -> Iterator[list[tuple[int, int]]]:
+        return map(self.sample_keys, steps)
+
     def sample_keys(self, step: int) -> list[tuple[int, int]]:
         """The keys of this rank's samples of a step: the epoch and the sample.
 
@@ -83,7 +95,7 @@ class Order:
         if self.classes is not None:
             samples, repeats = _balanced(self.classes, self.num_trained, self.seed, epoch)
             return epoch, samples[share], repeats[share]
-        return epoch, skip(_shuffle(self.num_trained, self.seed, epoch)[share], self.held_out), None
+        return epoch, skip(shuffle(self.num_trained, self.seed, epoch)[share], self.held_out), None
 
 
 def skip(positions: NDArray[np.int64], held_out: Sequence[int]) -> NDArray[np.int64]:
@@ -100,7 +112,8 @@ def skip(positions: NDArray[np.int64], held_out: Sequence[int]) -> NDArray[np.in
 
 
 @lru_cache(maxsize=4)
-def _shuffle(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+def shuffle(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The samples of an epoch in a random order."""
     return stream(seed, Draw.ORDER, epoch).permutation(num_samples)
 
 

@@ -6,17 +6,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from typing import Generic, Literal, Self, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from dive_fast.data.batch import EvaluationBatch, ReferenceBatch, TargetBatch, Text
 from dive_fast.data.captions import caption_counts
-from dive_fast.data.prompts import PooledAt, PromptTable, SecondPrompts, Tokenizer, pack
+from dive_fast.data.prompts import PooledAt, PromptTable, SecondPrompts, pack
 from dive_fast.data.random_streams import Draw, stream
 from dive_fast.data.sources.sample_table import Sample
-from dive_fast.data.sources.source import Source
-from dive_fast.data.transforms import Augmentation, Crop, Preprocess, View, random_crop
+from dive_fast.data.sources.source import Images, Source
+from dive_fast.data.text_tokenizer import Tokenizer
+from dive_fast.data.token_cache import CaptionTokens, kept_captions
+from dive_fast.data.transforms import Augmentation, Crop, Preprocess, View, crop_draws, random_crop
+from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -33,16 +38,35 @@ MAX_REPLACEMENTS = 16
 class Samples(ABC, Generic[Batch]):
     """A data set as loaders read it: every result is a pure function of the seed and the sample key."""
 
-    def __init__(self, source: Source, preprocess: Preprocess) -> None:
-        self.source, self.preprocess = source, preprocess
+    def __init__(self, images: Images, preprocess: Preprocess) -> None:
+        self.images, self.preprocess = images, preprocess
         self.held_out: frozenset[int] = frozenset()
         """Samples that never replace an unusable one."""
+        self._crop_draws: dict[SampleKey, NDArray[np.float64]] = {}
+
+    @property
+    def source(self) -> Source:
+        """The images as a set whose samples are all known; a stream is not one."""
+        assert isinstance(self.images, Source)
+        return self.images
 
     def without(self, held_out: Collection[int]) -> Self:
         """The same samples, of which those held out never replace an unusable one."""
         samples = copy.copy(self)
         samples.held_out = frozenset(held_out)
         return samples
+
+    def draw_crops(self, sample_keys: Sequence[SampleKey]) -> None:
+        """Draws the random numbers of the crops of a batch at once, for the next calls of :meth:`crop`."""
+        seed_and_views = self._crop_seed_and_views(sample_keys)
+        if seed_and_views is not None:
+            seed, views = seed_and_views
+            draws = crop_draws(seed, [sample for _, sample in sample_keys], views)
+            self._crop_draws = dict(zip(sample_keys, draws, strict=True))
+
+    def _crop_seed_and_views(self, sample_keys: Sequence[SampleKey]) -> tuple[int, list[int]] | None:
+        """The seed and the views from which crops are drawn; None: no crop is random."""
+        return None
 
     @abstractmethod
     def crop(self, sample_key: SampleKey, size: tuple[int, int]) -> Crop | None:
@@ -67,7 +91,7 @@ class Samples(ABC, Generic[Batch]):
             return self.preprocess.transform(image, self.crop(sample_key, (image.height, image.width)))
         except ValueError as error:
             reason = f"cannot resize {image.width} x {image.height} pixels: {error}"
-            raise self.source.samples[sample_key[1]].unusable(reason) from error
+            raise self.images.sample(sample_key[1]).unusable(reason) from error
 
     def read_usable(self, sample_key: SampleKey, read: Callable[[SampleKey], Item]) -> tuple[SampleKey, Item]:
         """Reads a sample or, if it is unusable, the next usable one; returns the key of the sample that was read.
@@ -75,11 +99,13 @@ class Samples(ABC, Generic[Batch]):
         Raises:
             DataError: :data:`MAX_REPLACEMENTS` samples in a row are unusable.
         """
-        epoch, first = sample_key
-        for sample in range(first, first + MAX_REPLACEMENTS):
-            candidate = epoch, sample % len(self.source)
-            if candidate[1] in self.held_out and sample != first:
-                continue
+        epoch, number = sample_key
+        for attempt in range(MAX_REPLACEMENTS):
+            if attempt:
+                number = self.images.after(number)
+                if number in self.held_out:
+                    continue
+            candidate = epoch, number
             try:
                 return candidate, read(candidate)
             except DataError as error:
@@ -88,7 +114,7 @@ class Samples(ABC, Generic[Batch]):
         raise DataError(f"{MAX_REPLACEMENTS} samples in a row are unusable; the last: {last}")
 
     def _entries(self, sample_keys: Sequence[SampleKey]) -> list[Sample]:
-        return [self.source.samples[sample] for _, sample in sample_keys]
+        return [self.images.sample(number) for _, number in sample_keys]
 
 
 class TargetSamples(Samples[TargetBatch]):
@@ -111,7 +137,10 @@ class TargetSamples(Samples[TargetBatch]):
     def crop(self, sample_key: SampleKey, size: tuple[int, int]) -> Crop:
         """The random crop of a sample, which differs between epochs."""
         epoch, sample = sample_key
-        return self.augmentation.crop(size, self.seed, sample, epoch)
+        return self.augmentation.crop(size, self.seed, sample, epoch, self._crop_draws.get(sample_key))
+
+    def _crop_seed_and_views(self, sample_keys: Sequence[SampleKey]) -> tuple[int, list[int]]:
+        return self.seed, [epoch for epoch, _ in sample_keys]
 
     def batch(self, sample_keys: Sequence[SampleKey], images: Tensor) -> TargetBatch:
         """The batch of these samples; draws their prompts, and second prompts if the method needs them."""
@@ -120,13 +149,10 @@ class TargetSamples(Samples[TargetBatch]):
         if self.second_prompts is not None:
             drawn = [(entry, sample, epoch) for entry, (epoch, sample) in zip(entries, sample_keys, strict=True)]
             second = pack(self.second_prompts.draw(drawn, self.seed), self.pooled_at)
-        tokens = [
-            self.prompts.draw(entry, sample, self.seed, epoch)
-            for entry, (epoch, sample) in zip(entries, sample_keys, strict=True)
-        ]
+        epochs, indices = zip(*sample_keys, strict=True)
         return TargetBatch(
             images=images,
-            text=pack(torch.stack(tokens), self.pooled_at),
+            text=pack(self.prompts.draw(entries, indices, self.seed, epochs), self.pooled_at),
             labels=torch.tensor([entry.label for entry in entries]),
             sample=torch.tensor([sample for _, sample in sample_keys]),
             keys=tuple(entry.key for entry in entries),
@@ -139,7 +165,7 @@ class ReferenceSamples(Samples[ReferenceBatch]):
 
     def __init__(
         self,
-        source: Source,
+        images: Images,
         tokenizer: Tokenizer,
         preprocess: Preprocess,
         pooled_at: PooledAt,
@@ -152,13 +178,15 @@ class ReferenceSamples(Samples[ReferenceBatch]):
         Args:
             draws_captions: draw one of an image's captions in each epoch; otherwise the first is used.
         """
-        super().__init__(source, preprocess)
+        super().__init__(images, preprocess)
         self.tokenizer, self.pooled_at = tokenizer, pooled_at
         self.seed, self.views = seed, views
-        self.caption_counts = caption_counts(source) if draws_captions else None
-        """``(N,)``: the number of captions of each image; None: one each."""
+        self._draws_captions = draws_captions
+        self.caption_counts = caption_counts(images) if draws_captions and isinstance(images, Source) else None
+        """``(N,)``: the number of captions of each image; None: one each, or a stream."""
         self._packs_all_captions = False
         self._tokens = self._prepared_tokens()
+        self._kept_tokens: CaptionTokens | None = None
 
     @property
     def num_views(self) -> int:
@@ -168,7 +196,27 @@ class ReferenceSamples(Samples[ReferenceBatch]):
     def crop(self, sample_key: SampleKey, size: tuple[int, int]) -> Crop | None:
         """The fixed crop of this epoch's view, or None for the evaluation view."""
         epoch, sample = sample_key
-        return None if self.views == "eval" else random_crop(size, self.seed, sample, epoch % self.num_views)
+        if self.views == "eval":
+            return None
+        draws = self._crop_draws.get(sample_key)
+        return random_crop(size, self.seed, sample, epoch % self.num_views, draws=draws)
+
+    def _crop_seed_and_views(self, sample_keys: Sequence[SampleKey]) -> tuple[int, list[int]] | None:
+        if self.views == "eval":
+            return None
+        return self.seed, [epoch % self.num_views for epoch, _ in sample_keys]
+
+    def with_kept_tokens(self, ranks: Ranks) -> "ReferenceSamples":
+        """The same samples with the tokens of all captions from the cache, if there are many; all ranks call it.
+
+        Otherwise captions are tokenised in every epoch, when they are drawn, as those of a stream are.
+        """
+        if not isinstance(self.images, Source):
+            return self
+        samples = copy.copy(self)
+        table = self.images.samples if self._tokens is None else None
+        samples._kept_tokens = kept_captions(table, self.tokenizer, self.caption_counts is None, ranks)
+        return samples
 
     def with_all_captions(self) -> "ReferenceSamples":
         """The same samples with all captions of each image in a batch's text, image by image."""
@@ -178,14 +226,16 @@ class ReferenceSamples(Samples[ReferenceBatch]):
 
     def caption(self, sample_key: SampleKey) -> int:
         """The number of the caption that is drawn for a sample: a pure function of (seed, sample, epoch)."""
-        if self.caption_counts is None:
+        if not self._draws_captions:
             return 0
         epoch, sample = sample_key
-        count = int(self.caption_counts[sample])
+        count = (
+            len(self.images.sample(sample).texts) if self.caption_counts is None else self.caption_counts[sample]
+        )
         return int(float(stream(self.seed, Draw.CAPTION, sample, epoch).random()) * count)
 
     def batch(self, sample_keys: Sequence[SampleKey], images: Tensor) -> ReferenceBatch:
-        """The batch of these samples; tokenises their captions unless the prepared set has their tokens."""
+        """The batch of these samples; tokenises their captions unless their tokens are kept or prepared."""
         entries = self._entries(sample_keys)
         sample = torch.tensor([sample for _, sample in sample_keys])
         captions = [self.caption(sample_key) for sample_key in sample_keys]
@@ -201,7 +251,12 @@ class ReferenceSamples(Samples[ReferenceBatch]):
     def _text(self, entries: Sequence[Sample], sample: Tensor, captions: Sequence[int]) -> Text:
         if self._tokens is not None:
             return pack(self._tokens[sample].long(), self.pooled_at)
-        if self._packs_all_captions and self.caption_counts is not None:
+        packs_all = self._packs_all_captions and self.caption_counts is not None
+        if self._kept_tokens is not None:
+            kept = self._kept_tokens
+            rows = kept.all_rows(sample.numpy()) if packs_all else kept.rows(sample.numpy(), np.array(captions))
+            return pack(rows, self.pooled_at)
+        if packs_all:
             texts = [text for entry in entries for text in entry.texts]
         else:
             texts = [entry.texts[caption] for entry, caption in zip(entries, captions, strict=True)]
@@ -209,7 +264,7 @@ class ReferenceSamples(Samples[ReferenceBatch]):
 
     def _prepared_tokens(self) -> Tensor | None:
         """The tokens of a prepared set, if this tokenizer gives equal tokens; otherwise None."""
-        tokens = self.source.tokens
+        tokens = self.images.tokens if isinstance(self.images, Source) else None
         if tokens is None:
             return None
         probes = range(0, len(self.source), max(1, len(self.source) // 64))

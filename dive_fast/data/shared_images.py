@@ -1,6 +1,7 @@
 """Images that two data sets have in common: the same files, or copies of the same bytes."""
 
 import os
+from collections.abc import Iterator, Set
 
 import numpy as np
 
@@ -11,14 +12,40 @@ MAX_READ = 4096
 """Images of a set that are read at most, to recognize copies."""
 
 
-def image_files(source: Source) -> set[tuple[str, str, int]]:
-    """The images of a set by folder, file and position, whatever the path that the set was opened by."""
-    samples = source.samples
-    files = {row: samples.file_path(row) for row in np.unique(samples.file_rows).tolist()}
-    folders = {folder: os.path.realpath(folder) for folder in {file.parent for file in files.values()}}
-    real = {row: (folders[file.parent], file.name) for row, file in files.items()}
-    rows = zip(samples.file_rows.tolist(), samples.offsets.tolist(), strict=True)
-    return {(*real[file], offset) for file, offset in rows}
+class ImageLocations:
+    """The images of a data set by folder, file and position, whatever the path that the set was opened by."""
+
+    def __init__(self, source: Source) -> None:
+        """Resolves the folders of all files."""
+        samples = self._samples = source.samples
+        root = os.fsencode(samples.root)
+        folders = {os.path.dirname(name) for name in samples.files}
+        self._folders = {folder: os.path.realpath(os.path.join(root, folder)) for folder in folders}
+        order = np.lexsort((samples.offsets, samples.file_rows))
+        self._files, self._offsets = samples.file_rows[order], samples.offsets[order]
+        is_new = (np.diff(self._files, prepend=-1) != 0) | (np.diff(self._offsets, prepend=-1) != 0)
+        self._files, self._offsets = self._files[is_new], self._offsets[is_new]
+
+    def __len__(self) -> int:
+        """Number of distinct images."""
+        return len(self._files)
+
+    def num_shared(self, other: "ImageLocations") -> int:
+        """Number of distinct images that both sets have."""
+        folders = set(self._folders.values()) & set(other._folders.values())
+        if not folders:
+            return 0
+        fewer, more = sorted((self, other), key=len)
+        return len(set(fewer._within(folders)).intersection(more._within(folders)))
+
+    def _within(self, folders: Set[bytes]) -> Iterator[tuple[bytes, bytes, int]]:
+        """Folder, file name and position of each image in some folders."""
+        for first in range(0, len(self), 4096):  # not all as Python integers at once
+            rows = slice(first, first + 4096)
+            for file, offset in zip(self._files[rows].tolist(), self._offsets[rows].tolist(), strict=True):
+                folder, name = os.path.split(self._samples.files[file])
+                if (real := self._folders[folder]) in folders:
+                    yield real, name, offset
 
 
 def copies(evaluated: Source, training: Source) -> list[tuple[str, str]]:

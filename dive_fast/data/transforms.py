@@ -4,6 +4,7 @@ Random numbers are counter-based (Philox): the crop of a sample does not depend 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms import Compose
 from torchvision.transforms import functional as TF
 
-from dive_fast.data.random_streams import Draw, stream
+from dive_fast.data.random_streams import Draw, stream, uniforms
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,11 @@ class Augmentation:
     horizontal_flip: float = 0.0
     """Probability that an image is mirrored from left to right."""
 
-    def crop(self, size: tuple[int, int], seed: int, sample: int, epoch: int) -> Crop:
+    def crop(
+        self, size: tuple[int, int], seed: int, sample: int, epoch: int, draws: NDArray[np.float64] | None = None
+    ) -> Crop:
         """The crop of an image of ``size`` (height, width): a pure function of (seed, sample, epoch)."""
-        crop = random_crop(size, seed, sample, epoch, self.crop_scale)
+        crop = random_crop(size, seed, sample, epoch, self.crop_scale, draws)
         # A stream of its own, so that the crops do not depend on the probability.
         is_flipped = bool(self.horizontal_flip) and (
             float(stream(seed, Draw.FLIP, sample, epoch).random()) < self.horizontal_flip
@@ -87,7 +90,12 @@ class Augmentation:
 
 
 def random_crop(
-    size: tuple[int, int], seed: int, sample: int, view: int, scale: tuple[float, float] = TRAIN_SCALE
+    size: tuple[int, int],
+    seed: int,
+    sample: int,
+    view: int,
+    scale: tuple[float, float] = TRAIN_SCALE,
+    draws: NDArray[np.float64] | None = None,
 ) -> Crop:
     """The random crop of one view of one sample, with the distribution of torchvision's ``RandomResizedCrop``.
 
@@ -97,9 +105,11 @@ def random_crop(
     Args:
         size: (height, width) of the image in pixels.
         scale: range of the crop's fraction of the image's area; open_clip trains with 0.9 to 1.
+        draws: the crop's row of :func:`crop_draws`; None: drawn here.
     """
     height, width = size
-    draws: NDArray[np.float64] = stream(seed, Draw.CROP, sample, view).random((ATTEMPTS, 4))
+    if draws is None:
+        draws = stream(seed, Draw.CROP, sample, view).random((ATTEMPTS, 4))
     low, high = (math.log(ratio) for ratio in ASPECT_RATIO)
     for area_draw, ratio_draw, top_draw, left_draw in draws.tolist():
         area = height * width * (scale[0] + (scale[1] - scale[0]) * area_draw)
@@ -116,6 +126,11 @@ def random_crop(
     else:
         crop_height, crop_width = height, width
     return Crop((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width)
+
+
+def crop_draws(seed: int, samples: Sequence[int], views: Sequence[int]) -> NDArray[np.float64]:
+    """The random numbers of many crops, ``(N, ATTEMPTS, 4)``."""
+    return uniforms(seed, Draw.CROP, samples, views, ATTEMPTS * 4).reshape(-1, ATTEMPTS, 4)
 
 
 @dataclass(frozen=True)

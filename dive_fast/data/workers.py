@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dive_fast.data.worker_memory import MAX_AHEAD
 from dive_fast.errors import DataError, MachineError, machine_error
@@ -151,6 +152,10 @@ def _with_plain_errors(results: Iterator[Result]) -> Generator[Result, None, Non
         raise MachineError(str(error).strip().rpartition(f"{MachineError.__name__}: ")[2]) from error
     except (OSError, RuntimeError) as error:
         raise machine_error(error) or error from error
+    finally:
+        # The traceback of an error keeps the iterator alive, and with it the processes.
+        if isinstance(results, _MultiProcessingDataLoaderIter):
+            results._shutdown_workers()
 
 
 def _initialize_worker(worker: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dive_fast.data.classes import composed, repeated, synsets
 from dive_fast.data.prompt_files import Template
-from dive_fast.data.prompts import Tokenizer
+from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, UserError
 from dive_fast.evaluation.feature_identity import classifier_identity

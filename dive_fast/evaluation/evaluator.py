@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dive_fast.config.schema import EvaluationSet, Loader
-from dive_fast.data.prompts import Tokenizer
+from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError, UserError
 from dive_fast.evaluation import calibration

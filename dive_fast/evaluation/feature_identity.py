@@ -14,7 +14,7 @@ from torch import nn
 
 from dive_fast import numerics
 from dive_fast.data.prompt_files import Template
-from dive_fast.data.prompts import TOKENIZER_PROBES, Tokenizer
+from dive_fast.data.text_tokenizer import TOKENIZER_PROBES, Tokenizer
 from dive_fast.identity import Identity, digest, versions
 from dive_fast.model.model_identity import model_identity
 from dive_fast.model.towers import Towers

@@ -31,9 +31,10 @@ from dive_fast.data.batch import EvaluationBatch, TargetBatch
 from dive_fast.data.loaders.loader import Options, training_batches
 from dive_fast.data.prefetch import Prefetcher
 from dive_fast.data.prompt_files import Template, read_templates
-from dive_fast.data.prompts import PromptTable, Tokenizer
+from dive_fast.data.prompts import PromptTable
 from dive_fast.data.sampler import Order
 from dive_fast.data.samples import EvaluationSamples, SampleKey, TargetSamples
+from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError, StalledError, UserError
 from dive_fast.evaluation import plots
@@ -381,8 +382,8 @@ class _Prepared(NamedTuple):
 
 def _prepare(config: Config, weights: Path, ranks: Ranks, settings: Settings, learn_on: str | None) -> _Prepared:
     """Everything that may fail on a typo, before steps that take minutes; raises as :func:`tpgm`."""
+    opened = open_sets(config.evaluate.sets, ranks)
     with ranks.raise_on_all(UserError):
-        opened = open_sets(config.evaluate.sets, ranks)
         unseen = open_unseen(config, learn_on, weights, opened)
         shared = shared_with(unseen, opened) if ranks.is_main else {}
         order = _order(unseen, settings, ranks)

@@ -5,7 +5,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dive_fast.data.loaders.loader import Options, batches_of
-from dive_fast.data.prompts import Tokenizer, warn_about_truncated_captions
+from dive_fast.data.prompts import warn_about_truncated_captions
+from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 from dive_fast.evaluation.datasets.evaluation_set import Captioned

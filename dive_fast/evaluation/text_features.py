@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dive_fast.data.prompts import Tokenizer, text_lengths
+from dive_fast.data.prompts import text_lengths
+from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.model.towers import Towers, unit
 

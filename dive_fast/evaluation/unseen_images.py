@@ -14,7 +14,7 @@ from dive_fast.data.classes import check_labels, imagenet_rows, target_names
 from dive_fast.data.holdout import split
 from dive_fast.data.open_dataset import open_target
 from dive_fast.data.prompt_files import Template, read_templates
-from dive_fast.data.shared_images import MAX_READ, copies, image_files
+from dive_fast.data.shared_images import MAX_READ, ImageLocations, copies
 from dive_fast.data.sources.source import Source
 from dive_fast.errors import ConfigError, DataError, naming, nearest, warn_on_main_rank
 from dive_fast.evaluation.datasets.evaluation_set import Labelled
@@ -78,11 +78,11 @@ def shared_with(unseen: Unseen, opened: Opened) -> dict[str, str]:
 
     Copies are recognized among at most :data:`dive_fast.data.shared_images.MAX_READ` images of equal size.
     """
-    images, reasons = image_files(unseen.source), {}
+    images, reasons = ImageLocations(unseen.source), {}
     for name, data in opened.items():
         if name == unseen.chosen:
             reasons[name] = "the radii are learned on it"
-        elif shared := len(images & image_files(data.source)):
+        elif shared := images.num_shared(ImageLocations(data.source)):
             reasons[name] = f"the radii are learned on {shared} of its {len(data.source)} images"
         elif pairs := copies(data.source, unseen.source):
             reasons[name] = f"the radii are learned on copies of {len(pairs)} of its {len(data.source)} images"
@@ -177,8 +177,8 @@ def _check_untrained(config: Config, name: str, source: Source, weights: Path) -
     except DataError as error:
         warn_on_main_rank(f"{error}; whether {name} has images that were trained on is not known")
         return
-    images = image_files(source)
-    if shared := len(images & image_files(training)):
+    images = ImageLocations(source)
+    if shared := images.num_shared(ImageLocations(training)):
         raise ConfigError(
             f"{name}: {shared} of its {len(images)} images are training images (data.target.path); name a set "
             "of other images"
@@ -187,7 +187,7 @@ def _check_untrained(config: Config, name: str, source: Source, weights: Path) -
     mistake = "" if record is None else _mismatch(record, config, weights, training)
     if record is None:
         _warn_of_no_record(weights, f"images of {name}")
-    elif mistake and images & image_files(held_out):
+    elif mistake and images.num_shared(ImageLocations(held_out)):
         raise ConfigError(f"{mistake}: it may have been trained on images of {name}; use its config")
     elif mistake:
         warn_on_main_rank(f"{mistake}; whether it was trained on images of {name} is not known")

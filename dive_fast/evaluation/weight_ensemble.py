@@ -11,7 +11,7 @@ from torch import Tensor
 from dive_fast.checkpoint.load_weights import exported, head_of
 from dive_fast.config.schema import Config
 from dive_fast.data.prompt_files import Template, read_templates
-from dive_fast.data.prompts import Tokenizer
+from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, UserError, nearest
 from dive_fast.evaluation import plots
@@ -88,9 +88,9 @@ def ensemble(
         raise ConfigError(
             f"evaluate.sets has no {chosen_on}{nearest(chosen_on, names)}; it has {', '.join(names)}"
         )
+    # Steps that fail on a typo come before those that take minutes.
+    opened = open_sets(config.evaluate.sets, ranks)
     with ranks.raise_on_all(UserError):
-        # Steps that fail on a typo come before those that take minutes.
-        opened = open_sets(config.evaluate.sets, ranks)
         trained = head_of(weights)
         templates = (
             () if trained is None else read_templates(config.data.target.templates, "data.target.templates")

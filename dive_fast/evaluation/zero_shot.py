@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dive_fast.config.schema import EvaluateConfig, EvaluationSet, Loader
 from dive_fast.data.loaders.loader import Options, batches_of
-from dive_fast.data.prompts import Tokenizer, warn_about_prompts, warn_once
+from dive_fast.data.prompts import warn_about_prompts, warn_once
 from dive_fast.data.samples import EvaluationSamples
+from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError
 from dive_fast.evaluation import retrieval

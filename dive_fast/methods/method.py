@@ -32,7 +32,8 @@ from dive_fast.model.features import Outputs, Pairs
 if TYPE_CHECKING:  # these import open_clip, which would take seconds before a mistake in a config is reported
     from dive_fast.data.batch import Text
     from dive_fast.data.prompt_files import Template
-    from dive_fast.data.prompts import PooledAt, Tokenizer
+    from dive_fast.data.prompts import PooledAt
+    from dive_fast.data.text_tokenizer import Tokenizer
     from dive_fast.model.towers import Towers
 
 Group = dist.ProcessGroup | None

@@ -27,6 +27,13 @@ class RunConfig(Config):
         method = f"objective.name = {objective.name}" if objective.name else "this objective"
         if needs.reference and self.data.reference is None:
             raise KeyedError("data.reference", f"data.reference: {method} needs a reference set; name one")
+        streams = self.data.reference is not None and self.data.reference.order == "stream"
+        if streams and needs.reference_teacher and self.teacher.mode == "cache":
+            raise KeyedError(
+                "teacher.mode",
+                "teacher.mode = cache: with data.reference.order = stream no pairs are known before training, so "
+                "that none can be embedded; set teacher.mode=online, or data.reference.order=indexed",
+            )
         target = self.data.target
         if needs.classes and target.has_prompts:
             key, value = ("format", "csv") if target.format == "csv" else ("text_column", target.text_column)

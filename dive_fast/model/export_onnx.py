@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dive_fast.data.prompts import Tokenizer
+from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.errors import ConfigError
 from dive_fast.io.atomic_files import atomic_folder
 from dive_fast.io.safe_read import forbid_code_execution

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dive_fast.data.prompts import Tokenizer
+from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.data.transforms import Preprocess
 from dive_fast.errors import ConfigError
 from dive_fast.io.atomic_files import atomic_folder

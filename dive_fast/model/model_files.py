@@ -18,7 +18,7 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transform import PreprocessCfg
 from safetensors import safe_open
 
-from dive_fast.data.prompts import TOKENIZER_PROBES, Tokenizer
+from dive_fast.data.text_tokenizer import TOKENIZER_PROBES, Tokenizer
 from dive_fast.data.transforms import Preprocess
 from dive_fast.errors import ConfigError, warn_on_main_rank
 from dive_fast.io.atomic_files import write_atomic

@@ -4,9 +4,11 @@ import difflib
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from dive_fast.config.schema import ModelConfig
 from dive_fast.errors import ConfigError
+from dive_fast.io.safe_read import parse_json, read_text
 
 DESCRIPTION = "open_clip_config.json"
 """Name of open_clip's description of a model, in its folder or next to its weights."""
@@ -77,15 +79,34 @@ def full_name(config: ModelConfig) -> str:
     return f"{LOCAL}{MODEL_DIR}"
 
 
+def image_size(name: str) -> int:
+    """The shorter side of the images of one of open_clip's models, in pixels.
+
+    Raises:
+        ConfigError: open_clip has no such model, or its description does not name a size.
+    """
+    check_name(ModelConfig(name=name))
+    paths = [folder / f"model_configs/{name}.json" for folder in _open_clip_folders()]
+    description: Any = next((parse_json(read_text(path)) for path in paths if path.is_file()), {})
+    size = description.get("vision_cfg", {}).get("image_size")
+    sides = size if isinstance(size, list) else [size]
+    if not all(isinstance(side, int) for side in sides):
+        raise ConfigError(f"open_clip's description of {name} does not name the size of its images; give a number")
+    return min(sides)
+
+
 def _open_clip_models() -> list[str]:
     """open_clip's names of models; empty if open_clip is not installed."""
     if "open_clip" in sys.modules:  # which may know more models than its own
         models: list[str] = sys.modules["open_clip"].list_models()
         return models
-    spec = find_spec("open_clip")
-    folders = [] if spec is None else spec.submodule_search_locations or []
     # As open_clip lists them; importing it takes seconds.
-    return sorted(file.stem for folder in folders for file in Path(folder).glob("model_configs/*.json"))
+    return sorted(file.stem for folder in _open_clip_folders() for file in folder.glob("model_configs/*.json"))
+
+
+def _open_clip_folders() -> list[Path]:
+    spec = find_spec("open_clip")
+    return [] if spec is None else list(map(Path, spec.submodule_search_locations or []))
 
 
 def _check_folder(config: ModelConfig, folder: Path, weights: bool) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dive_fast.config.schema import DataConfig, ModelConfig
 from dive_fast.data.batch import Text
-from dive_fast.data.prompts import PooledAt, Tokenizer, quick_bpe
+from dive_fast.data.prompts import PooledAt
+from dive_fast.data.text_tokenizer import Tokenizer, quick_bpe
 from dive_fast.data.transforms import Preprocess
 from dive_fast.errors import ConfigError, warn_on_main_rank
 from dive_fast.io.atomic_files import atomic_path

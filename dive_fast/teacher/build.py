@@ -12,7 +12,7 @@ import torch
 from dive_fast.config.schema import Config, TeacherConfig
 from dive_fast.data.loaders.loader import Options, loader_options
 from dive_fast.data.samples import ReferenceSamples
-from dive_fast.data.sources.source import Source
+from dive_fast.data.sources.source import Images
 from dive_fast.distributed import Ranks
 from dive_fast.locks import file_lock
 from dive_fast.model.towers import Towers, tokenizer_of
@@ -27,18 +27,18 @@ from dive_fast.teacher.write_cache import remove, write_cache
 logger = logging.getLogger(__name__)
 
 
-def reference_samples(config: Config, source: Source, towers: Towers) -> ReferenceSamples:
+def reference_samples(config: Config, images: Images, towers: Towers) -> ReferenceSamples:
     """The samples of ``data.reference`` as training sees them.
 
     Args:
-        source: the opened reference set.
+        images: the opened reference set, or its stream.
     """
     data = config.data.reference
     assert data is not None
     tokenizer = tokenizer_of(config.model, data.text_length)
     draws = data.captions == "lines"
     return ReferenceSamples(
-        *(source, tokenizer, towers.preprocess, towers.pooled_at, config.train.seed, data.views, draws)
+        *(images, tokenizer, towers.preprocess, towers.pooled_at, config.train.seed, data.views, draws)
     )
 
 

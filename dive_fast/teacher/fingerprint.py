@@ -7,8 +7,8 @@ from PIL import features
 
 from dive_fast import identity, numerics
 from dive_fast.data.loaders.loader import Options
-from dive_fast.data.prompts import TOKENIZER_PROBES
 from dive_fast.data.samples import ReferenceSamples
+from dive_fast.data.text_tokenizer import TOKENIZER_PROBES
 from dive_fast.identity import Identity
 from dive_fast.model import model_identity
 from dive_fast.model.towers import Towers

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dive_fast.data.prompts import Tokenizer
 from dive_fast.data.samples import ReferenceSamples
 from dive_fast.data.sources.source import Source
+from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.evaluation.geometry.embed import EmbeddedPairs, embed_readable, spread
 from dive_fast.evaluation.geometry.measures import compare, describe, rsa

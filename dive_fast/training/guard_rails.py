@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dive_fast.config.schema import NO_PROJECTION, Config
-from dive_fast.data.shared_images import copies, image_files
+from dive_fast.data.shared_images import ImageLocations, copies
 from dive_fast.data.sources.source import Source
 from dive_fast.engine.async_scalars import AsyncScalars
 from dive_fast.methods import registry
@@ -78,10 +78,12 @@ def warn_of_evaluation(config: Config, target: Source, opened: Mapping[str, Sour
         opened: the sources of ``evaluate.sets``.
     """
     options, origins = config.evaluate, config.origins
-    images = {name: image_files(source) for name, source in opened.items()}
-    training = image_files(target) if images else set()
+    if not opened:
+        return
+    images = {name: ImageLocations(source) for name, source in opened.items()}
+    training = ImageLocations(target)
     for name, evaluated in images.items():
-        if shared := len(evaluated & training):
+        if shared := evaluated.num_shared(training):
             key = f"evaluate.sets.{name}.path"
             logger.warning(
                 "%s = %s (%s): %d of its %d images are training images (data.target.path, %s), so its accuracy "
@@ -100,13 +102,13 @@ def warn_of_evaluation(config: Config, target: Source, opened: Mapping[str, Sour
     if options.select is None:
         return
     chosen, origin = images[options.select], origins.of("evaluate.select")
-    same = [name for name in images if name != options.select and images[name] & chosen]
+    same = [name for name in images if name != options.select and images[name].num_shared(chosen)]
     if same:
         logger.warning(
             "evaluate.sets.%s.path = %s (%s) has %d of the %d images of evaluate.select = %s (%s): its accuracy "
             "is optimistic, as the best of many; report another set",
             *(same[0], options.sets[same[0]].path, origins.of(f"evaluate.sets.{same[0]}.path")),
-            *(len(images[same[0]] & chosen), len(chosen), options.select, origin),
+            *(images[same[0]].num_shared(chosen), len(chosen), options.select, origin),
         )
     others = [name for name in options.sets if name not in (options.select, *same)]
     logger.warning(

@@ -117,10 +117,11 @@ def _data(run: Run) -> str:
         shown = ", ".join(f"`{name}`" for name in names[:SHOWN_CLASSES])
         lines[0] += f" of {len(names)} classes: {shown}{', ...' if len(names) > SHOWN_CLASSES else ''}"
     if reference is not None and run.reference is not None:
-        lines.append(
-            f"- reference: `{_data_name(reference)}`, {len(run.reference.source):,} image-caption pairs, of which "
-            f"{len(run.held_out.samples)} were held out"
-        )
+        pairs = "image-caption pairs, read as a stream of tars"
+        if reference.order != "stream":
+            held_out = len(run.held_out.samples)
+            pairs = f"{len(run.reference.source):,} image-caption pairs, of which {held_out} were held out"
+        lines.append(f"- reference: `{_data_name(reference)}`, {pairs}")
     return "\n" + "".join(f"{line}\n" for line in lines)
 
 

@@ -191,7 +191,7 @@ def check_loader_memory(config: Config, size: tuple[int, int], ranks: Ranks) -> 
     halves = [half for half in (config.data.target, config.data.reference) if half is not None]
     loaders = [(half.loader, half.workers, half.batch_size // ranks.world_size) for half in halves]
     if evaluate.sets or evaluate.geometry:
-        loaders.append(("plain", evaluate.workers, evaluate.batch_size))
+        loaders.append((evaluate.loader, evaluate.workers, evaluate.batch_size))
     batches = [
         (worker_memory.batch_bytes(loader, images, size), worker_memory.processes(loader, workers))
         for loader, workers, images in loaders

@@ -17,8 +17,8 @@ from dive_fast import numerics
 from dive_fast.config.schema import Config, TrainConfig
 from dive_fast.data.loaders.loader import loader_options
 from dive_fast.data.prompt_files import Template
-from dive_fast.data.prompts import TOKENIZER_PROBES
-from dive_fast.data.sources.source import Source
+from dive_fast.data.sources.source import Images, Source
+from dive_fast.data.text_tokenizer import TOKENIZER_PROBES
 from dive_fast.distributed import Ranks
 from dive_fast.engine.deepspeed_config import deepspeed_section
 from dive_fast.engine.optimizer import learning_rate_schedule
@@ -63,7 +63,13 @@ CONTINUES = ("train.epochs", "train.max_steps", "train.export_ema", "evaluate.*"
 """Keys that users change on purpose, to train longer or to select the best weights differently; reported."""
 ADDED: dict[str, Any] = {
     **{"data.target.balance": "none", "data.target.crop_scale": [0.9, 1.0], "data.target.horizontal_flip": 0.0},
-    **{"data.reference.captions": "one", "projection": {"name": "none"}, "evaluate.loader": "plain"},
+    **{
+        "data.reference.captions": "one",
+        "data.reference.order": "indexed",
+        "data.reference.stream_buffer": 20_000,
+        "projection": {"name": "none"},
+        "evaluate.loader": "plain",
+    },
 }
 """Keys that checkpoints of earlier versions lack, with the only values that they had."""
 ROUNDING = (
@@ -193,7 +199,7 @@ def run_identity(
     target: Source,
     class_names: Sequence[str],
     templates: Sequence[Template],
-    reference: Source | None,
+    reference: Images | None,
     ranks: Ranks,
     total_steps: int,
     second_templates: Sequence[Template] = (),
@@ -229,6 +235,8 @@ def run_identity(
     elif config.data.reference is not None:
         half = identity["data"]["reference"]
         half["content"] = reference.digest()
+        if not isinstance(reference, Source):
+            half["stream_ranks"] = ranks.world_size  # tars are dealt to the ranks
         half["decoder"] = decoder(loader_options(config, config.data.reference, ranks))
         if num_held_out:
             half["held_out"] = num_held_out
@@ -308,6 +316,8 @@ def _describe(change: Difference) -> str:
         )
     if change.key == "data.reference.held_out":
         return f"evaluate.probe: {change.stored or 0} pairs held out there, {change.current or 0} here"
+    if change.key == "data.reference.stream_ranks":
+        return f"data.reference: its tars are dealt to {change.stored} ranks there, {change.current} here"
     section = change.key.removesuffix(".content")
     return f"{section}: other data, or changed since" if section != change.key else str(change)
 

@@ -16,13 +16,15 @@ from dive_fast.data.batch import ReferenceBatch, TargetBatch
 from dive_fast.data.captions import caption_counts, remark_on_captions
 from dive_fast.data.classes import remarks, target_names
 from dive_fast.data.loaders.loader import loader_options, training_batches
-from dive_fast.data.open_dataset import open_reference, open_target
+from dive_fast.data.open_dataset import open_reference, open_stream, open_target
 from dive_fast.data.prefetch import Prefetcher
 from dive_fast.data.prompt_files import Template, read_templates
 from dive_fast.data.prompts import PromptTable, SecondPrompts
-from dive_fast.data.sampler import Classes, Order
+from dive_fast.data.sampler import Classes, Order, StepOrder
 from dive_fast.data.samples import ReferenceSamples, TargetSamples
 from dive_fast.data.sources.source import Source
+from dive_fast.data.sources.tar_stream import TarStream
+from dive_fast.data.stream_order import StreamOrder
 from dive_fast.data.transforms import Augmentation
 from dive_fast.distributed import Ranks
 from dive_fast.engine import feature_consistency
@@ -66,7 +68,7 @@ class Run:
     target: TargetSamples
     target_order: Order
     reference: ReferenceSamples | None
-    reference_order: Order | None
+    reference_order: StepOrder | None
     probe: ReferenceSamples | None
     """The complete reference set if pairs of it are held out for the forgetting probe."""
     held_out: HeldOut
@@ -97,6 +99,8 @@ class _Sources(NamedTuple):
 
     target: Source
     reference: Source | None
+    """None where there is none, or a stream."""
+    stream: TarStream | None
     evaluation_sets: Opened
     geometry: Source | None
 
@@ -125,10 +129,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     sources = _open_sources(config, evaluation_sets, ranks)
     held_out = _hold_out(config, sources.reference)
     classes = _classes(config.data.target, sources.target, ranks)
-    target_order, reference_order = _order(config, "target", len(sources.target), ranks, classes=classes), None
-    if needs.reference:
-        assert sources.reference is not None
-        reference_order = _order(config, "reference", len(sources.reference), ranks, held_out.untrained)
+    target_order = _order(config, "target", len(sources.target), ranks, classes=classes)
+    reference_order = _reference_order(config, sources, ranks, held_out) if needs.reference else None
 
     _check_sizes(config, folder, towers, sources.reference, ranks)
     class_names = _class_names(config, sources, ranks)
@@ -143,10 +145,10 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         seed=config.train.seed,
     )
     second_templates = method.target_loss.second_templates() if method.needs.second_prompts else ()
-    target = _target_samples(config, sources.target, class_names, templates, second_templates, towers)
+    target = _target_samples(config, sources.target, class_names, templates, second_templates, towers, ranks)
     identity = run_identity(
         *(complete, model_identity(towers), sources.target, class_names, templates),
-        reference=sources.reference if needs.reference else None,
+        reference=(sources.stream or sources.reference) if needs.reference else None,
         ranks=ranks,
         total_steps=total_steps,
         second_templates=second_templates,
@@ -167,8 +169,10 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     if held_out.samples and config.data.reference is not None:
         probe = open_pairs(config.model, config.data.reference, towers, sources.reference)
     if needs.reference:
-        assert sources.reference is not None
-        reference = reference_samples(config, sources.reference, towers).without(held_out.untrained)
+        images = sources.stream or sources.reference
+        assert images is not None
+        reference = reference_samples(config, images, towers).with_kept_tokens(ranks)
+        reference = reference.without(held_out.untrained)
         if needs.reference_teacher:
             teacher = open_teacher(config, folder, towers, reference, ranks)
         if config.train.precision == "bf16" and ranks.is_main:
@@ -224,7 +228,12 @@ def _check_method(config: Config, section: dict[str, Any], towers: Towers) -> No
 def _open_sources(config: Config, evaluation_sets: Opened, ranks: Ranks) -> _Sources:
     data, geometry = config.data, config.evaluate.geometry
     target = open_target(data.target, ranks=ranks)
-    reference = None if data.reference is None else open_reference(data.reference, ranks=ranks)
+    reference = stream = None
+    if data.reference is not None and data.reference.order == "stream":
+        stream = open_stream(data.reference)
+        ranks.print(f"data.reference: a stream of {len(stream.tars):,} tars; nothing is scanned before it is read")
+    elif data.reference is not None:
+        reference = open_reference(data.reference, ranks=ranks)
     if target.held_out:
         ranks.print(f"data.target: {target.held_out}")
     if ranks.is_main:
@@ -233,9 +242,10 @@ def _open_sources(config: Config, evaluation_sets: Opened, ranks: Ranks) -> _Sou
             reference.report_skipped("data.reference")
             for remark in remark_on_captions(reference):
                 ranks.print(f"data.reference: {remark}")
-    return _Sources(
-        target, reference, evaluation_sets, None if geometry is None else open_reference(geometry, ranks=ranks)
-    )
+        for key, reason in () if stream is None else stream.skipped:
+            logger.warning("data.reference: %s: left out: %s", key, reason)
+    pairs = None if geometry is None else open_reference(geometry, ranks=ranks)
+    return _Sources(target, reference, stream, evaluation_sets, pairs)
 
 
 def _check_sizes(config: Config, folder: Path, towers: Towers, reference: Source | None, ranks: Ranks) -> None:
@@ -278,10 +288,11 @@ def _target_samples(
     templates: Sequence[Template],
     second_templates: Sequence[Template],
     towers: Towers,
+    ranks: Ranks,
 ) -> TargetSamples:
     tokenizer, seed = tokenizer_of(config.model, config.data.target.text_length), config.train.seed
     with naming("data.target.class_names"):
-        prompts, second = PromptTable(source, class_names, templates, tokenizer), None
+        prompts, second = PromptTable(source, class_names, templates, tokenizer, ranks), None
     if second_templates:
         second = SecondPrompts(prompts, second_templates, tokenizer)
         second.warn_about_truncated(source, seed)
@@ -333,6 +344,8 @@ def _classes(data: TargetConfig, source: Source, ranks: Ranks) -> Classes | None
 def _hold_out(config: Config, reference: Source | None) -> HeldOut:
     """The reference pairs for the forgetting probe."""
     data = config.data.reference
+    if data is not None and data.order == "stream":
+        return HeldOut(remark="no forgetting probe: data.reference.order = stream knows no pairs before training")
     if reference is None or data is None:
         return hold_out_images(config.evaluate.probe, None, 0)
     return hold_out_images(config.evaluate.probe, reference, data.batch_size)
@@ -353,6 +366,16 @@ def _order(
     return Order(
         count, batch_size, ranks.rank, ranks.world_size, seed, f"data.{half}.batch_size", held_out, classes
     )
+
+
+def _reference_order(config: Config, sources: _Sources, ranks: Ranks, held_out: HeldOut) -> StepOrder:
+    """The order of the reference pairs."""
+    if sources.stream is not None:
+        assert config.data.reference is not None
+        place = ranks.rank, ranks.world_size, config.train.seed + 1
+        return StreamOrder(sources.stream, config.data.reference.batch_size, *place)
+    assert sources.reference is not None
+    return _order(config, "reference", len(sources.reference), ranks, held_out.untrained)
 
 
 LoadedBatches = tuple[TargetBatch, ReferenceBatch | None]

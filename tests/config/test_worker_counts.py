@@ -91,5 +91,13 @@ def test_a_config_file_and_the_command_line_may_say_auto(tmp_path: Path, monkeyp
     cores(monkeypatch, own=8, machine=8)
     sections = {"model": {"name": "ViT-B-32"}, "data": {"target": {"format": "folder", "path": "x"} | AUTO}}
     (tmp_path / "a.json").write_text(json.dumps(sections))
-    config = load_config(str(tmp_path / "a.json"), ["evaluate.workers=auto"], None, Config)
-    assert (config.data.target.workers, config.evaluate.workers) == (7, 7)
+    sections["data"]["reference"] = {"format": "webdataset", "path": "y"}  # type: ignore[dict-item]
+    (tmp_path / "b.json").write_text(json.dumps(sections))
+    for name, overrides, expected in (
+        ("a", ["evaluate.workers=auto"], (7, 7)),
+        ("b", ["data.reference.workers=auto"], (4, 7)),
+        ("b", ["evaluate.workers=2"], (3, 2)),
+        ("a", ["data.target.workers=5"], (5, 5)),
+    ):
+        config = load_config(str(tmp_path / f"{name}.json"), overrides, None, Config)
+        assert (config.data.target.workers, config.evaluate.workers) == expected

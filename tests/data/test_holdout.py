@@ -1,9 +1,11 @@
 """A share of a target set that is held out: the parts never overlap, and stay the same wherever they are read."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 from config_files import error_of
@@ -171,3 +173,19 @@ def test_config_refuses_parts_that_could_overlap(
     }
     error = error_of(write_config(tmp_path, json.dumps(tree)))
     assert error.startswith(message)
+
+
+def test_held_out_samples_have_the_smallest_hashes_of_their_class() -> None:
+    keys = [f"{row % 90}" for row in range(100)]  # the last ten are repeated
+    labels = [row % 3 for row in range(100)]
+    table = SampleTable.of(Sample(key, Path("a"), label=label) for key, label in zip(keys, labels, strict=True))
+    expected = []
+    for label in range(3):
+        rows = [row for row in range(100) if labels[row] == label]
+        rows.sort(key=lambda row: (hashlib.sha256(f"holdout {keys[row]}".encode()).digest(), row))
+        expected += rows[: num_held_out(len(rows), 0.6)]
+    assert np.flatnonzero(held_out(table, 0.6)).tolist() == sorted(expected)
+    order = np.random.default_rng(0).permutation(100)[:50]
+    chosen = held_out(table.select(order), 0.6)
+    copied = SampleTable.of(table[row] for row in order.tolist())
+    assert np.array_equal(chosen, held_out(copied, 0.6))

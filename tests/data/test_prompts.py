@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dive_fast.data.prompt_files import Template, read_class_names, read_templates
-from dive_fast.data.prompts import PromptTable, pack, quick_bpe, warn_about_prompts, warn_about_truncated_captions
+from dive_fast.data.prompts import PromptTable, pack, warn_about_prompts, warn_about_truncated_captions
 from dive_fast.data.sources.sample_table import Sample
 from dive_fast.data.sources.source import Source
+from dive_fast.data.text_tokenizer import quick_bpe
 from dive_fast.errors import DataError
 
 NAMES = ("cat", "dog", "sea lion")
@@ -106,6 +107,11 @@ def test_read_class_names_and_templates_name_unusable_files(tmp_path: Path) -> N
 # Drawing
 
 
+def draw(table: PromptTable, sample: Sample, index: int, seed: int, epoch: int) -> torch.Tensor:
+    """The tokens of one prompt."""
+    return table.draw([sample], [index], seed, [epoch])[0]
+
+
 def test_draw_is_a_pure_function_of_seed_sample_and_epoch(table: PromptTable) -> None:
     samples = labelled(0, 1, 2).samples
     arguments = [
@@ -115,10 +121,10 @@ def test_draw_is_a_pure_function_of_seed_sample_and_epoch(table: PromptTable) ->
         for seed in (0, 1)
         for epoch in range(9)
     ]
-    prompts = {key: read(table.draw(*key)) for key in arguments}
+    prompts = {key: read(draw(table, *key)) for key in arguments}
     for key in random.Random(0).sample(arguments, len(arguments)):
         torch.rand(3)
-        assert read(table.draw(*key)) == prompts[key]
+        assert read(draw(table, *key)) == prompts[key]
     for index, seed in [(0, 0), (9, 0), (0, 1)]:
         assert len({prompts[samples[0], index, seed, epoch] for epoch in range(9)}) > 1  # changes with the epoch
     drawn = {
@@ -132,7 +138,7 @@ def test_draw_is_a_pure_function_of_seed_sample_and_epoch(table: PromptTable) ->
 def test_draw_is_uniform_over_the_templates_of_the_class(table: PromptTable) -> None:
     for label, name in enumerate(NAMES):
         sample = Sample("k", Path("a"), label=label)
-        drawn = Counter(read(table.draw(sample, index, 0, epoch)) for index in range(100) for epoch in range(10))
+        drawn = Counter(read(draw(table, sample, index, 0, epoch)) for index in range(100) for epoch in range(10))
         assert drawn.keys() == {template.replace("{}", name) for template in TEMPLATES}
         expected = 1000 / len(TEMPLATES)
         chi_square = sum((count - expected) ** 2 / expected for count in drawn.values())
@@ -144,19 +150,19 @@ def test_draw_uses_the_texts_of_a_sample_as_prompts(tmp_path: Path) -> None:
     dog = Sample("b.jpg", Path("b.jpg"), texts=("a dog",))
     tokenizer = Letters()
     table = PromptTable(Source.of([cat, dog]), (), (), tokenizer)
-    drawn = Counter(read(table.draw(cat, 0, 0, epoch)) for epoch in range(900))
+    drawn = Counter(read(draw(table, cat, 0, 0, epoch)) for epoch in range(900))
     assert drawn.keys() == {"a cat", "the cat"}
     assert 540 < drawn["a cat"] < 660  # a duplicate title is drawn twice as often
-    assert {read(table.draw(dog, 1, 0, epoch)) for epoch in range(20)} == {"a dog"}
+    assert {read(draw(table, dog, 1, 0, epoch)) for epoch in range(20)} == {"a dog"}
     assert tokenizer.longest_call == 3  # each distinct title is tokenised once
 
 
-def test_prompt_table_tokenises_in_pieces_and_stores_int32() -> None:
+def test_prompt_table_tokenises_in_pieces() -> None:
     tokenizer = Letters()
     table = PromptTable(labelled(999), read_class_names("imagenet"), read_templates("simple"), tokenizer)
     assert tokenizer.longest_call <= 1024
-    tokens = table.draw(Sample("k", Path("a"), label=999), 0, 0, 0)
-    assert tokens.dtype == torch.int32
+    tokens = draw(table, Sample("k", Path("a"), label=999), 0, 0, 0)
+    assert tokens.dtype == torch.int64
     assert "toilet paper" in read(tokens)
 
 

@@ -18,8 +18,8 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 from dive_fast.data.loaders.pil_resize import equals_pil, view_pixels
-from dive_fast.data.random_streams import Draw, stream
-from dive_fast.data.transforms import ASPECT_RATIO, TRAIN_SCALE, Crop, Preprocess, random_crop
+from dive_fast.data.random_streams import Draw, stream, uniforms
+from dive_fast.data.transforms import ASPECT_RATIO, TRAIN_SCALE, Crop, Preprocess, crop_draws, random_crop
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 ODD_SIZES = [(1, 500), (500, 1), (31, 33), (5000, 40), (40, 5000), (1, 1), (2, 3), (375, 500)]
@@ -126,6 +126,22 @@ def test_random_crop_has_the_distribution_of_torchvision(
 def test_random_crop_falls_back_to_the_central_one(size: tuple[int, int]) -> None:
     expected = Crop(*next(torchvision_crops(size, TRAIN_SCALE, 1)))
     assert {random_crop(size, 0, sample, 0) for sample in range(20)} == {expected}
+
+
+def test_draws_of_many_positions_equal_those_of_their_streams() -> None:
+    """Positions and seeds of any size, and counts that end within a block of four."""
+    rng = np.random.default_rng(0)
+    for seed in (0, 7, 2**62 + 5):
+        firsts, seconds = (rng.integers(0, 2**62, 50) for _ in range(2))
+        for count in (1, 6, 40):
+            expected = [
+                stream(seed, Draw.CROP, int(first), int(second)).random(count)
+                for first, second in zip(firsts, seconds, strict=True)
+            ]
+            assert np.array_equal(uniforms(seed, Draw.CROP, firsts, seconds, count), np.array(expected))
+    draws = crop_draws(3, [5, 6], [0, 1 << 32])
+    for row, (sample, view) in enumerate(((5, 0), (6, 1 << 32))):
+        assert random_crop((30, 40), 3, sample, view, draws=draws[row]) == random_crop((30, 40), 3, sample, view)
 
 
 # Views

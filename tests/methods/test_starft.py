@@ -171,12 +171,17 @@ def second_prompts(tokenizer: Words, source: Source = SOURCE) -> tuple[PromptTab
     return table, SecondPrompts(table, tuple(map(Template, PLACES)), tokenizer)
 
 
+def draw(table: PromptTable, sample: Sample, index: int, seed: int, epoch: int) -> torch.Tensor:
+    """The tokens of one prompt."""
+    return table.draw([sample], [index], seed, [epoch])[0]
+
+
 def test_second_prompt_puts_the_prompt_without_full_stop_into_a_background() -> None:
     table, second = second_prompts(Words())
     seen = set()
     for row, sample in enumerate(SOURCE.samples):
         prompt, text = table.text(sample, row, 5, 2), second.text(sample, row, 5, 2)
-        assert prompt == read(table.draw(sample, row, 5, 2))
+        assert prompt == read(draw(table, sample, row, 5, 2))
         assert NAMES[sample.label] in prompt
         bare = prompt.removesuffix(".")
         assert text in [place.replace("{}", bare) for place in PLACES]

@@ -113,6 +113,8 @@ CONSTANT = {
     # A line of the model card.
     "model.license",
     "train.output",
+    # A stream of tars: in test_stream.py.
+    *("data.reference.order", "data.reference.stream_buffer"),
     # Numbers, all of which take the same path.
     "data.target.batch_size",
     "data.reference.batch_size",

@@ -65,8 +65,8 @@ SMALL = {
         "evaluate.sets.x.dataset: no data set is known as imagenett",
     ),
     "path of an evaluation set": (
-        {"evaluate__sets": {"x": {"format": "folder", "path": "/nowhere"}}},
-        "evaluate.sets.x: /nowhere: no such folder",
+        {"evaluate__sets": {"x": {"format": "folder", "path": "{folder}/missing"}}},
+        "evaluate.sets.x: {folder}/missing: no such folder",
     ),
     "templates of an evaluation set": (
         {
@@ -104,21 +104,33 @@ def test_small_mistake_is_reported_before_a_missing_set(folder: Path, kind: str)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data__reference__path": "/nowhere"}, "data.reference: /nowhere: expected a folder of images"),
         (
-            {"data__reference__path": "/nowhere/{{0..3}}.tar", "data__reference__format": "webdataset"},
+            {"data__reference__path": "{folder}/missing"},
+            "data.reference: {folder}/missing: expected a folder of images",
+        ),
+        (
+            {"data__reference__path": "{folder}/missing/{{0..3}}.tar", "data__reference__format": "webdataset"},
             "no such tar",
         ),
         ({"data__reference__path": "{folder}/empty", "data__reference__format": "prepared"}, "not a prepared set"),
-        ({"data__target__path": "/nowhere.csv", "data__target__format": "csv"}, "data.target: /nowhere.csv"),
-        ({"data__target__path": "/nowhere", "data__target__format": "huggingface"}, "/nowhere: no such folder"),
-        ({"evaluate__geometry": {"format": "csv", "path": "/nowhere.csv"}}, "evaluate.geometry: /nowhere.csv"),
+        (
+            {"data__target__path": "{folder}/missing.csv", "data__target__format": "csv"},
+            "data.target: {folder}/missing.csv",
+        ),
+        (
+            {"data__target__path": "{folder}/missing", "data__target__format": "huggingface"},
+            "{folder}/missing: no such folder",
+        ),
+        (
+            {"evaluate__geometry": {"format": "csv", "path": "{folder}/missing.csv"}},
+            "evaluate.geometry: {folder}/missing.csv",
+        ),
     ],
 )
 def test_missing_path_is_reported(folder: Path, changes: dict[str, Any], message: str) -> None:
     check_training(Config.model_validate(tree(folder)))
     config = Config.model_validate(tree(folder, **formatted(changes, folder)))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message.replace("{folder}", str(folder))):
         check_training(config)
 
 
@@ -145,8 +157,8 @@ IN_SETUP = {
         "train.resume = /no-such-checkpoint: not a complete",
     ),
     "backgrounds": (
-        {"objective": {"name": "starft", "backgrounds": "/nowhere.txt"}},
-        "objective.backgrounds: /nowhere.txt: no such file",
+        {"objective": {"name": "starft", "backgrounds": "{folder}/missing.txt"}},
+        "objective.backgrounds: {folder}/missing.txt: no such file",
     ),
     "another learning rate": ({"train__learning_rate": 0.5}, "train.learning_rate"),
 }
@@ -185,5 +197,5 @@ def errors(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", IN_SETUP)
-def test_setup_reports_it_before_training_sets_are_opened(errors: dict[str, str], name: str) -> None:
-    assert IN_SETUP[name][1] in errors[name]
+def test_setup_reports_it_before_training_sets_are_opened(folder: Path, errors: dict[str, str], name: str) -> None:
+    assert IN_SETUP[name][1].replace("{folder}", str(folder)) in errors[name]

@@ -24,7 +24,7 @@ from dive_fast.data.decode import UNDECODABLE, decode, decode_error_message, ope
 from dive_fast.data.loaders import plain
 from dive_fast.data.loaders.loader import Options
 from dive_fast.data.samples import Batch, SampleKey, Samples
-from dive_fast.data.sources.source import Source
+from dive_fast.data.sources.source import Images, Source
 from dive_fast.data.transforms import Crop, Preprocess, View
 from dive_fast.data.worker_memory import FILE_BYTES, batch_bytes, batches_ahead, largest_batch, processes
 from dive_fast.data.workers import in_workers
@@ -48,13 +48,16 @@ def load(samples: Samples[Batch], batches: Iterable[list[SampleKey]], options: O
         raise DataError(f"DALI cannot be imported ({error}): pip install nvidia-dali-cuda130") from error
     images, batches = largest_batch(batches)
     readers = processes("dali", options.workers)
-    batch = batch_bytes("dali", images, samples.preprocess.size, _mean_file_bytes(samples.source))
+    batch = batch_bytes("dali", images, samples.preprocess.size, _mean_file_bytes(samples.images))
     ahead = batches_ahead(batch, readers)
     return _load(samples, in_workers(_Read(samples), batches, readers, ahead=ahead), options)
 
 
-def _mean_file_bytes(source: Source) -> float:
+def _mean_file_bytes(images: Images) -> float:
     """Mean size of an image's file, from up to 1,000 of them."""
+    if not isinstance(images, Source):
+        return FILE_BYTES
+    source = images
     sizes = source.samples.sizes[:: max(1, len(source) // 1000)]
     return float(sizes.mean()) if len(sizes) and sizes.min() > 0 else FILE_BYTES
 
@@ -120,6 +123,7 @@ class _Read:
         self.samples = samples
 
     def __call__(self, sample_keys: list[SampleKey]) -> _Encoded[Any]:
+        self.samples.draw_crops(sample_keys)
         results = [self.samples.read_usable(key, self._file) for key in sample_keys]
         usable_keys = [key for key, _ in results]
         files = [np.frombuffer(file, np.uint8) for _, (file, _) in results]
@@ -134,18 +138,18 @@ class _Read:
 
     def _file(self, sample_key: SampleKey) -> tuple[bytes, View]:
         """A file that DALI can decode, and its view."""
-        source, preprocess = self.samples.source, self.samples.preprocess
-        data = source.read(sample_key[1])
+        images, preprocess = self.samples.images, self.samples.preprocess
+        data = images.read(sample_key[1])
         has_view = _has_views(preprocess)
-        if has_view and source.sizes is not None:
-            return data, self.samples.view(sample_key, tuple(source.sizes[sample_key[1]].tolist()))
+        if has_view and images.sizes is not None:
+            return data, self.samples.view(sample_key, tuple(images.sizes[sample_key[1]].tolist()))
         try:
             image = open_image(data)
             if has_view and not unsupported_reason(image, data):
                 return data, self.samples.view(sample_key, (image.height, image.width))
             transformed = self.samples.transform(sample_key, decode(data))
         except UNDECODABLE as error:
-            raise source.samples[sample_key[1]].unusable(
+            raise images.sample(sample_key[1]).unusable(
                 f"cannot decode the image: {decode_error_message(error)}"
             ) from error
         content = io.BytesIO()

@@ -72,6 +72,7 @@ class _Plan:
     def __call__(self, sample_keys: list[SampleKey]) -> _Planned[Any]:
         sizes = self.samples.source.sizes
         assert sizes is not None
+        self.samples.draw_crops(sample_keys)
         views = [self.samples.view(key, tuple(sizes[key[1]].tolist())) for key in sample_keys]
         return _Planned(sample_keys, views, self.samples.batch(sample_keys, torch.empty(0)))
 

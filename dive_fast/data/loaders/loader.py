@@ -16,7 +16,7 @@ import torch
 
 from dive_fast.config.schema import Config, Loader, ReferenceConfig, TargetConfig
 from dive_fast.data.prefetch import Prefetcher
-from dive_fast.data.sampler import Order
+from dive_fast.data.sampler import StepOrder
 from dive_fast.data.samples import Batch, SampleKey, Samples
 from dive_fast.data.transforms import Preprocess
 from dive_fast.distributed import Ranks
@@ -83,9 +83,9 @@ def _normalised(batches: Iterator[Batch], preprocess: Preprocess, options: Optio
         yield replace(batch, images=images)
 
 
-def training_batches(samples: Samples[Batch], order: Order, steps: range, options: Options) -> Iterator[Batch]:
+def training_batches(samples: Samples[Batch], order: StepOrder, steps: range, options: Options) -> Iterator[Batch]:
     """This rank's batches of a range of training steps, which may span epochs."""
-    return load(samples, _keys_of_steps(order, steps), options)
+    return load(samples, order.keys_of_steps(steps), options)
 
 
 def batches_of(
@@ -107,11 +107,6 @@ def batches_of(
 
 def _identity(batch: Batch) -> Batch:
     return batch
-
-
-def _keys_of_steps(order: Order, steps: range) -> Iterator[list[SampleKey]]:
-    for step in steps:
-        yield order.sample_keys(step)
 
 
 def loader_options(config: Config, data: TargetConfig | ReferenceConfig, ranks: Ranks) -> Options:

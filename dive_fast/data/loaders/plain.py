@@ -60,6 +60,7 @@ class _Decode:
 
     def __call__(self, numbered: tuple[int, list[SampleKey]]) -> _Decoded[Any]:
         number, sample_keys = numbered
+        self.samples.draw_crops(sample_keys)
         pixels = self.ring.slot(number)[: len(sample_keys)]
         keys = [
             self.samples.read_usable(sample_key, partial(self._write, row))[0]
@@ -69,12 +70,13 @@ class _Decode:
 
     def _write(self, pixels: NDArray[np.uint8], sample_key: SampleKey) -> None:
         """Writes the view of a sample into ``pixels``, ``(H, W, 3)``."""
-        image = self.samples.source.image(sample_key[1])
+        image = self.samples.images.image(sample_key[1])
         if self.view_pixels is None:
             pixels[:] = np.asarray(self.samples.transform(sample_key, image))
         else:
             view = self.samples.view(sample_key, (image.height, image.width))
-            self.view_pixels(np.asarray(image.convert("RGB")), view, pixels)
+            colours = image if image.mode == "RGB" else image.convert("RGB")  # which copies RGB too
+            self.view_pixels(np.asarray(colours), view, pixels)
 
 
 def _compiled_views(preprocess: Preprocess) -> Callable[..., None] | None:

@@ -1,6 +1,7 @@
 """Converts a raw image to the JPEG that a prepared set stores."""
 
 import io
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -19,6 +20,9 @@ from dive_fast.data.prepared.raw import UnusableError
 MAX_JPEG_SIDE = 65_500
 """Maximum side of a JPEG in pixels."""
 
+LEAST_ASPECT_RATIO = 3 / 4
+"""Of random crops (:data:`dive_fast.data.transforms.ASPECT_RATIO`)."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -36,6 +40,18 @@ class Options:
     """Number of raw samples per shard."""
     tokenizer: str | None = None
     """open_clip model whose tokenizer encodes the texts; None: no tokens are stored."""
+
+
+def side_for(size: int, crop_share: float) -> int:
+    """The shorter side of stored images, in pixels, of which no random crop is enlarged; a multiple of 32.
+
+    The crop that is enlarged most is that of a square image with an aspect ratio of 3 : 4.
+
+    Args:
+        size: side of a model's images.
+        crop_share: smallest share of an image's area that a crop covers.
+    """
+    return 32 * math.ceil(size / math.sqrt(crop_share * LEAST_ASPECT_RATIO) / 32)
 
 
 class Converted(NamedTuple):

@@ -87,7 +87,7 @@ class RawSource(Raw):
         replace(self._source, skipped=()).report_skipped("--input")
 
     def key(self, index: int) -> str:
-        return self._source.samples[index].key
+        return self._source.samples.key(index)
 
     def read(self, index: int) -> RawSample:
         sample = self._source.samples[index]

@@ -198,7 +198,7 @@ def _initialize_worker(raw: Raw, output: Path, options: Options, identity: str) 
 def _load_tokenizer(name: str) -> Callable[[list[str]], Tensor]:
     import open_clip  # takes seconds; most sets need no tokens
 
-    from dive_fast.data.prompts import quick_bpe
+    from dive_fast.data.text_tokenizer import quick_bpe
 
     # open_clip gives the tokenizer of CLIP to names that it does not know.
     if not name.startswith(("hf-hub:", "local-dir:")) and name not in open_clip.list_models():

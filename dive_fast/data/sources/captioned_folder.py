@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dive_fast.data.sources.image_files import NO_FILE, ImageFiles, ImageLister, printable_names, text_name
+from dive_fast.data.sources.image_files import (
+    NO_FILE,
+    ImageFiles,
+    ImageLister,
+    printable_names,
+    text_name,
+    with_progress,
+)
 from dive_fast.data.sources.node_index import Listing, RawSet, open_raw
 from dive_fast.data.sources.sample_table import (
     SampleTable,
@@ -87,9 +94,9 @@ class CaptionedFolder(RawSet):
         has_text = np.array(self._images.text_sizes, np.int64) != NO_FILE
         chunks = [range(first, min(first + CHUNK, len(names))) for first in range(0, len(names), CHUNK)]
         with ThreadPoolExecutor(THREADS, "texts") as threads:
-            for chunk, texts in zip(
-                chunks, threads.map(lambda chunk: self._read_texts(names, has_text, chunk), chunks), strict=True
-            ):
+            parts = threads.map(lambda chunk: self._read_texts(names, has_text, chunk), chunks)
+            parts = with_progress(parts, len(chunks), f"reading {self.path}", f"{CHUNK} texts")
+            for chunk, texts in zip(chunks, parts, strict=True):
                 skipped += texts.skipped
                 lists.extend(texts.lists)
                 rows.append(np.array(chunk)[texts.is_kept])

@@ -13,7 +13,7 @@ import numpy as np
 
 from dive_fast.data.decode import IMAGE_SUFFIXES
 from dive_fast.data.sources.file_rules import HIDDEN, is_hidden, lower_suffix, refuse_duplicates
-from dive_fast.data.sources.image_files import ImageFiles, ImageLister, printable_names
+from dive_fast.data.sources.image_files import ImageFiles, ImageLister, printable_names, with_progress
 from dive_fast.data.sources.node_index import Listing, RawSet, open_raw
 from dive_fast.data.sources.sample_table import SampleTable, printable
 from dive_fast.data.sources.source import Skipped, Source, locate, summarize_skipped
@@ -65,7 +65,9 @@ class ClassFolders(RawSet):
         try:
             names = _class_folders(root, self.path, self._images.ignored)
             with ImageLister() as lister:
-                for label, images in enumerate(lister.list_each(self.root, names)):
+                folders = lister.list_each(self.root, names)
+                folders = with_progress(folders, len(names), f"listing {self.path}", "folder")
+                for label, images in enumerate(folders):
                     if not len(images):
                         raise _no_images(root / names[label], label, images.skipped)
                     self._counts.append(len(images))

@@ -5,21 +5,37 @@ these files, as those of a tar are: they are read by index from any process, and
 Parquet files are compressed; `datasets` converts them to arrow files in its cache, once.
 """
 
+from __future__ import annotations
+
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dive_fast.data.decode import IMAGE_SUFFIXES
 from dive_fast.data.sources.folder import class_order
-from dive_fast.data.sources.sample_table import Sample
+from dive_fast.data.sources.node_index import Listing, RawSet, open_raw
+from dive_fast.data.sources.sample_table import (
+    SampleTable,
+    SharedStrings,
+    Strings,
+    StringsBuilder,
+    in_order_of_use,
+    is_own_row,
+    pack_texts,
+)
 from dive_fast.data.sources.source import EMPTY_CAPTION, Skipped, Source, locate, summarize_skipped
 from dive_fast.errors import DataError, nearest
+from dive_fast.identity import Identity, digest
 from dive_fast.io.safe_read import inside, read_json
+
+if TYPE_CHECKING:
+    from dive_fast.distributed import Ranks  # imports torch, which takes seconds
 
 DICT, STATE = "dataset_dict.json", "state.json"
 """Files that `save_to_disk` writes: the names of the splits, and the arrow files of one split."""
@@ -62,7 +78,9 @@ def is_dataset(path: str) -> bool:
     return has_tables
 
 
-def open_huggingface(path: str, columns: Columns, split: str | None = None, *, has_texts: bool) -> Source:
+def open_huggingface(
+    path: str, columns: Columns, split: str | None = None, *, has_texts: bool, ranks: Ranks | None = None
+) -> Source:
     """Opens a data set on disk; nothing is downloaded, and no code of the set is executed.
 
     Rows without an image, with a label that is missing or -1, or without a text are skipped.
@@ -71,16 +89,39 @@ def open_huggingface(path: str, columns: Columns, split: str | None = None, *, h
         columns: default: the first image column; the only ClassLabel column, or the only column of texts.
         split: the split to read, of a set that has several.
         has_texts: whether texts are read instead of labels.
+        ranks: see :func:`open_raw`.
 
     Raises:
         DataError: `datasets` is not installed, the set, split or a column does not exist or has another type, or
             no row is usable.
     """
-    table = _open(locate(path), path, split)
-    try:
-        return _read(table, columns, has_texts)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
+    return open_raw(ArrowSet(path, columns, split, has_texts=has_texts), ranks)
+
+
+class ArrowSet(RawSet):
+    """The arrow files of a split."""
+
+    def __init__(self, path: str, columns: Columns, split: str | None, *, has_texts: bool) -> None:
+        """Takes arguments of :func:`open_huggingface`."""
+        self.path, self._columns, self._split, self._has_texts = path, columns, split, has_texts
+        self._table = _Table((), {})
+
+    def identity(self) -> Identity:
+        options = {"columns": list(self._columns), "split": self._split, "has_texts": self._has_texts}
+        return {"format": "huggingface", **options}
+
+    def list_files(self) -> Listing:
+        self._table = _open(locate(self.path), self.path, self._split)
+        self.root = os.path.commonpath([file.parent for file in self._table.files] or [locate(self.path)])
+        # Class names are not in the arrow files alone.
+        features = digest([[name, repr(feature)] for name, feature in self._table.features.items()])
+        return Listing.of(self.root, self._table.files)._replace(details=features)
+
+    def read(self, listing: Listing) -> tuple[Source, Sequence[str]]:
+        try:
+            return _read(self._table, self._columns, self._has_texts, self.root, listing.names), ()
+        except DataError as error:
+            raise DataError(f"{self.path}: {error}") from error
 
 
 # Files
@@ -183,39 +224,63 @@ def _datasets() -> Any:
 # Columns
 
 
-def _read(table: _Table, columns: Columns, has_texts: bool) -> Source:
+def _read(table: _Table, columns: Columns, has_texts: bool, root: str, names: Strings) -> Source:
     image = columns.image or _image_column(table)
     other = _text_column(table, columns.text) if has_texts else _label_column(table, columns.label)
     for name in (image, other):
         _check_column(table, name)
-    locations: list[tuple[Path, NDArray[np.int64], NDArray[np.int64]]] = []
+    files: list[NDArray[np.int32]] = []
+    locations: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
     values: list[Any] = []
-    for file in table.files:
+    for row, file in enumerate(table.files):
         with _arrow_errors(file):
             for batch, memory in _batches(file):
-                locations.append((file, *_locate(batch.column(image), image, memory)))
-                values += _plain(batch.column(other), other)
-    names: tuple[str, ...] = ()
-    if not has_texts:
-        names, values = _labels(table.features[other], values, other)
-    samples: list[Sample] = []
-    skipped: list[Skipped] = []
-    row = 0
-    for file, offsets, sizes in locations:
-        for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True):
-            label, texts = (-1, _texts(values[row], other)) if has_texts else (values[row], ())
-            missing = EMPTY_CAPTION if has_texts and not texts else NO_LABEL
-            if size <= 0:
-                skipped.append(Skipped(str(row), NOT_EMBEDDED if size == _PATH_ONLY else NO_IMAGE))
-            elif (has_texts and not texts) or (not has_texts and label < 0):
-                skipped.append(Skipped(str(row), missing))
-            else:
-                samples.append(Sample(str(row), file, offset, size, label, texts))
-            row += 1
-    if not samples:
+                locations.append(_locate(batch.column(image), image, memory))
+                files.append(np.full(batch.num_rows, row, np.int32))
+                values.append(_checked(batch.column(other), other))
+    offsets, sizes = (
+        np.concatenate(part) if part else np.empty(0, np.int64) for part in zip(*locations) or ((), ())
+    )
+    class_names: tuple[str, ...] = ()
+    labels = texts = None
+    if has_texts:
+        texts = _texts(values, other)
+        is_usable = texts.counts > 0
+    else:
+        class_names, labels = _labels(table.features[other], values, other)
+        is_usable = labels >= 0
+    left_out = np.flatnonzero(~is_usable | (sizes <= 0)).tolist()
+    reason_of = {_PATH_ONLY: NOT_EMBEDDED, _MISSING: NO_IMAGE, 0: NO_IMAGE}
+    missing = EMPTY_CAPTION if has_texts else NO_LABEL
+    skipped = [Skipped(str(row), reason_of.get(int(sizes[row]), missing)) for row in left_out]
+    rows = np.flatnonzero(is_usable & (sizes > 0))
+    if not len(rows):
         reasons = f" ({summarize_skipped(skipped)})" if skipped else ""
         raise DataError(f"no row has an image and a {'text' if has_texts else 'label'}{reasons}")
-    return Source.of(samples, names, skipped=skipped)
+    lists, list_of = texts.select(rows) if texts is not None else (Strings.of(()), None)
+    label = None if labels is None else labels[rows]
+    file_of = np.concatenate(files)[rows]
+    samples = SampleTable(
+        root,
+        names,
+        _numbers(rows),
+        None if is_own_row(file_of, len(names)) else file_of,
+        offsets[rows],
+        sizes[rows],
+        label,
+        lists,
+        list_of,
+    )
+    return Source(samples, class_names, skipped=skipped)
+
+
+def _numbers(rows: NDArray[np.int64]) -> Strings:
+    """Numbers as texts."""
+    builder = StringsBuilder()
+    for first in range(0, len(rows), 1 << 16):
+        digits = rows[first : first + (1 << 16)].astype("S20").view(np.uint8).reshape(-1, 20)
+        builder.extend(Strings(digits[digits != 0], np.cumsum((digits != 0).sum(axis=1))))
+    return Strings(*builder.columns())
 
 
 def _image_column(table: _Table) -> str:
@@ -323,38 +388,87 @@ def _is_null(column: Any) -> NDArray[np.bool_]:
     return np.asarray(column.is_null())
 
 
-def _plain(column: Any, name: str) -> list[Any]:
-    """The labels or texts of a batch."""
+def _checked(column: Any, name: str) -> Any:
+    """The labels or texts of a batch, which are integers, texts, or lists of texts."""
     import pyarrow
 
     types = pyarrow.types
     kind = column.type
-    item = kind.value_type if types.is_list(kind) or types.is_large_list(kind) else kind
+    item = kind.value_type if _is_list(kind) else kind
     is_text = types.is_string(item) or types.is_large_string(item)
-    if not is_text and not (types.is_integer(kind)):
+    if not is_text and not types.is_integer(kind):
         raise DataError(f"column {name} holds {kind}, neither integers nor texts")
     column.validate(full=True)
-    return column.to_pylist()  # type: ignore[no-any-return]
+    return column
 
 
-def _labels(feature: Any, values: Sequence[Any], name: str) -> tuple[tuple[str, ...], list[int]]:
+def _is_list(kind: Any) -> bool:
+    import pyarrow
+
+    return bool(pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind))
+
+
+def _labels(feature: Any, batches: Sequence[Any], name: str) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     """Class names, and the label of each row; -1 where it has none."""
+    import pyarrow
+
     names = tuple(getattr(feature, "names", ()) or ())
-    if any(isinstance(value, list) for value in values):
+    if any(_is_list(batch.type) and batch.null_count < len(batch) for batch in batches):
         raise DataError(f"column {name} holds lists; each image needs one label")
-    if any(isinstance(value, str) for value in values):
-        names = tuple(class_order({value for value in values if value and value.strip()}, f"column {name}"))
+    if any(pyarrow.types.is_string(batch.type) or pyarrow.types.is_large_string(batch.type) for batch in batches):
+        encoded = pyarrow.chunked_array([batch.cast(pyarrow.large_string()) for batch in batches])
+        encoded = encoded.combine_chunks().dictionary_encode()
+        stored = encoded.dictionary.to_pylist()
+        names = tuple(class_order({value for value in stored if value.strip()}, f"column {name}"))
         label_of = {value: label for label, value in enumerate(names)}
-        return names, [label_of.get(value, -1) for value in values]
-    labels = [-1 if value is None else value for value in values]
-    if names and max(labels, default=-1) >= len(names):
-        raise DataError(f"column {name}: label {max(labels)}, but it has {len(names)} class names")
-    return names, labels
+        # The last value is that of rows without a text.
+        table = np.array([*(label_of.get(value, -1) for value in stored), -1])
+        return names, table[np.asarray(encoded.indices.fill_null(len(stored)))].astype(np.int64)
+    try:
+        labels = [np.asarray(batch.cast(pyarrow.int64()).fill_null(-1), np.int64) for batch in batches]
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
+        raise DataError(f"column {name}: {error}") from error
+    joined = np.concatenate([*labels, np.empty(0, np.int64)])
+    if names and len(joined) and int(joined.max()) >= len(names):
+        raise DataError(f"column {name}: label {int(joined.max())}, but it has {len(names)} class names")
+    return names, joined
 
 
-def _texts(value: Any, name: str) -> tuple[str, ...]:
-    """The texts of a row that are not blank."""
-    if isinstance(value, int):
-        raise DataError(f"column {name} holds integers, not texts")
+class _Texts(NamedTuple):
+    """The list of texts of each row."""
+
+    lists: Strings
+    """Distinct lists; some may be equal."""
+    list_of: NDArray[np.int32]
+    """``(N,)``: the list of each row."""
+    counts: NDArray[np.int64]
+    """``(N,)``: 0 for rows without a text that is not blank."""
+
+    def select(self, rows: NDArray[np.int64]) -> tuple[Strings, NDArray[np.int32] | None]:
+        """The lists of some rows, and the list of each row; None: its own."""
+        used, list_of = in_order_of_use(self.list_of[rows])
+        lists = self.lists.select(used)
+        return lists, None if is_own_row(list_of, len(lists)) else list_of.astype(np.int32)
+
+
+def _texts(batches: Sequence[Any], name: str) -> _Texts:
+    """The texts of all rows, without blank ones."""
+    import pyarrow
+
+    shared = SharedStrings()
+    list_of: list[NDArray[np.int32]] = []
+    for batch in batches:
+        if pyarrow.types.is_integer(batch.type) and batch.null_count < len(batch):
+            raise DataError(f"column {name} holds integers, not texts")
+        for first in range(0, len(batch), 1 << 16):  # Python objects of few rows at a time
+            stored = (_packed(value) for value in batch.slice(first, 1 << 16).to_pylist())
+            list_of.append(np.fromiter((shared.row(each) for each in stored), np.int32))
+    lists = Strings(*shared.strings.columns())
+    rows = np.concatenate([*list_of, np.empty(0, np.int32)])
+    return _Texts(lists, rows, lists.lengths[rows])
+
+
+def _packed(value: Any) -> bytes:
+    """The texts of a row that are not blank, as a table stores them."""
     texts = value if isinstance(value, list) else [value]
-    return tuple(text.strip() for text in texts if text and text.strip())
+    return pack_texts([text.strip() for text in texts if text and text.strip()])

@@ -1,12 +1,16 @@
 """Lists the images below a folder as columns, with the size and modification time of each."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 import stat
+import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,6 +20,8 @@ from dive_fast.data.sources.node_index import Listing
 from dive_fast.data.sources.sample_table import Strings, StringsBuilder, printable
 from dive_fast.data.sources.source import Skipped
 from dive_fast.errors import DataError
+
+Part = TypeVar("Part")
 
 SIDE_SUFFIXES = frozenset(
     {
@@ -40,6 +46,8 @@ NO_FILE, NOT_READABLE = -1, -2
 """Sizes of a text file that does not exist, and of one that cannot be examined or is not a regular file."""
 THREADS = 16
 """Number of concurrent requests; network file systems answer many at a time."""
+SHOWN_AFTER = 5.0
+"""Seconds after which progress is shown."""
 CHUNK = 512
 """Files that one thread examines at a time, in a folder of several times as many."""
 
@@ -50,11 +58,11 @@ class ImageFiles:
 
     names: StringsBuilder = field(default_factory=StringsBuilder)
     """Names relative to the root, as bytes of the file system."""
-    sizes: "array[int]" = field(default_factory=lambda: array("q"))
-    times: "array[int]" = field(default_factory=lambda: array("q"))
-    text_sizes: "array[int]" = field(default_factory=lambda: array("q"))
+    sizes: array[int] = field(default_factory=lambda: array("q"))
+    times: array[int] = field(default_factory=lambda: array("q"))
+    text_sizes: array[int] = field(default_factory=lambda: array("q"))
     """Sizes of the text files next to the images, if these are listed; see :data:`NO_FILE`."""
-    text_times: "array[int]" = field(default_factory=lambda: array("q"))
+    text_times: array[int] = field(default_factory=lambda: array("q"))
     skipped: list[Skipped] = field(default_factory=list)
     ignored: list[Skipped] = field(default_factory=list)
     num_direct: int = 0
@@ -63,7 +71,7 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def extend(self, part: "ImageFiles") -> None:
+    def extend(self, part: ImageFiles) -> None:
         """Adds the images of a later folder."""
         self.names.extend(Strings(*part.names.columns()))
         for name in ("sizes", "times", "text_sizes", "text_times", "skipped", "ignored"):
@@ -99,7 +107,7 @@ class ImageLister:
         self._folder_threads = ThreadPoolExecutor(THREADS, "folders")
         self._file_threads = ThreadPoolExecutor(THREADS, "files")
 
-    def __enter__(self) -> "ImageLister":
+    def __enter__(self) -> ImageLister:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -155,7 +163,7 @@ class ImageLister:
         prefix = f"{name}/" if name else ""
         subfolders = [entry for entry in others if entry.is_dir() and not is_hidden(entry.name)]
 
-        def below(entry: "os.DirEntry[str]") -> ImageFiles:
+        def below(entry: os.DirEntry[str]) -> ImageFiles:
             return self._below(entry.path, prefix + entry.name, (*parents, inode))
 
         in_threads = has_threads and len(subfolders) > 1
@@ -177,7 +185,7 @@ class ImageLister:
         result: ImageFiles,
         folder: str,
         prefix: str,
-        images: "list[os.DirEntry[str]]",
+        images: list[os.DirEntry[str]],
         texts: set[str],
     ) -> None:
         """Adds images of one folder.
@@ -205,6 +213,23 @@ class ImageLister:
         result.names.extend(Strings(joined[joined != 0], marks - np.arange(len(marks))))
 
 
+def with_progress(parts: Iterator[Part], total: int, description: str, unit: str) -> Iterator[Part]:
+    """Parts of a task as they are ready, and a progress bar once it has taken :data:`SHOWN_AFTER` seconds."""
+    start, bar = time.time(), None
+    for number, part in enumerate(parts, 1):
+        yield part
+        if bar is not None:
+            bar.update()
+        elif time.time() - start > SHOWN_AFTER:
+            from dive_fast.distributed import progress  # imports torch, which takes seconds
+
+            bar = progress(total, description, unit)
+            bar.start_t = start
+            bar.update(number)
+    if bar is not None:
+        bar.close()
+
+
 def printable_names(names: Strings) -> Strings:
     """Names of files as keys of samples: the same object if all of them are UTF-8."""
     try:
@@ -217,7 +242,7 @@ def printable_names(names: Strings) -> Strings:
     return names
 
 
-def _leave_out(result: ImageFiles, key: str, entry: "os.DirEntry[str]") -> None:
+def _leave_out(result: ImageFiles, key: str, entry: os.DirEntry[str]) -> None:
     """Counts an entry that is not an image."""
     key = printable(key)
     if entry.is_dir():
@@ -231,7 +256,7 @@ def _leave_out(result: ImageFiles, key: str, entry: "os.DirEntry[str]") -> None:
             result.ignored.append(Skipped(key, "not an image by suffix or content"))
 
 
-def _examine(images: "Sequence[os.DirEntry[str]]") -> tuple[list[int], list[int]]:
+def _examine(images: Sequence[os.DirEntry[str]]) -> tuple[list[int], list[int]]:
     """Sizes and modification times of images."""
     sizes, times = [], []
     for entry in images:
@@ -245,7 +270,7 @@ def _examine(images: "Sequence[os.DirEntry[str]]") -> tuple[list[int], list[int]
 
 
 def _examine_texts(
-    folder: str, images: "Sequence[os.DirEntry[str]]", texts: set[str]
+    folder: str, images: Sequence[os.DirEntry[str]], texts: set[str]
 ) -> tuple[list[int], list[int]]:
     """Sizes and modification times of the text files next to images."""
     sizes, times = [], []
@@ -270,7 +295,7 @@ def text_name(image: str) -> str:
     return image[: image.rindex(".")] + ".txt"
 
 
-def _first_bytes(entry: "os.DirEntry[str]") -> bytes:
+def _first_bytes(entry: os.DirEntry[str]) -> bytes:
     try:
         if not stat.S_ISREG(entry.stat().st_mode):
             return b""

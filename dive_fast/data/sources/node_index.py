@@ -8,7 +8,6 @@ changed file has another index. Its contents decide results only through ``Sourc
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -28,9 +27,8 @@ from dive_fast.data.sources.sample_table import Columns, SampleTable, Strings
 from dive_fast.data.sources.source import SkippedEntries, Source
 from dive_fast.errors import DataError, MachineError, UserError
 from dive_fast.identity import Identity, digest
-from dive_fast.io.atomic_files import atomic_folder
-from dive_fast.io.cache_folder import cache_folder, mark_used, remove_unused
-from dive_fast.io.safe_read import read_json
+from dive_fast.io.cache_folder import cache_folder, remove_unused
+from dive_fast.io.column_folder import columns_hash, load_columns, save_columns
 from dive_fast.locks import file_lock
 
 if TYPE_CHECKING:
@@ -40,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Version of the stored columns and of the rules by which readers choose samples; change it with either."""
-FOLDER, ABOUT = "indexes", "index.json"
-"""Folder of the indexes in the cache, and the description in each of them."""
+FOLDER = "indexes"
+"""Folder of the indexes in the cache."""
 SMALL_FILES, SMALL_BYTES = 10_000, 2**26
 """A set of fewer files and bytes is read at each start: that takes no longer than checking its index."""
 RACY_SECONDS = 2.0
@@ -87,7 +85,7 @@ class Listing(NamedTuple):
     def digest(self) -> str:
         """A hash of names, sizes and times."""
         columns: Columns = {"names": self.names.values, "ends": self.names.ends, "sizes": self.sizes}
-        return digest([_hash(columns | {"times": self.times}), self.details])
+        return digest([columns_hash(columns | {"times": self.times}), self.details])
 
     def modified(self) -> str:
         """A hash of the modification times."""
@@ -209,20 +207,13 @@ def _save(folder: Path, source: Source, warnings: Sequence[str], stamp: str) -> 
         strings = SkippedEntries.of(entries).strings
         columns |= {name: strings.values, f"{name}_ends": strings.ends}
     about = {
-        "stamp": stamp,
-        "checksum": _hash(columns),
         "digest": source.samples.digest_of_columns(),
         "modified": source.modified_hash,
         "class_names": list(source.class_names),
         "warnings": list(warnings),
-        "lengths": {name: len(column) for name, column in columns.items()},
     }
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-        with atomic_folder(folder) as partial:
-            for name, column in columns.items():
-                np.save(partial / f"{name}.npy", column, allow_pickle=False)
-            (partial / ABOUT).write_text(json.dumps(about))
+        save_columns(folder, columns, about, stamp)
     except OSError as error:
         logger.warning("%s: the index of this data set is not kept: %s", folder, error)
         return False
@@ -233,18 +224,13 @@ def _load(folder: Path, raw: RawSet, stamp: str | None, *, warn: bool = False) -
     """The set of an index, memory-mapped; None if there is none, or it is damaged.
 
     Args:
-        stamp: the expected stamp, and the order to validate the checksum; None: another process of the node has
-            just done so.
+        stamp: as for :func:`load_columns`.
         warn: log the warnings of the reader.
     """
     try:
-        about = read_json(folder / ABOUT)
-        columns = {
-            name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r" if length else None))
-            for name, length in about["lengths"].items()
-        }
-        if stamp is not None and (about["stamp"] != stamp or about["checksum"] != _hash(columns)):
-            raise ValueError("its contents do not match its name or checksum")
+        if (loaded := load_columns(folder, stamp)) is None:
+            return None
+        columns, about = loaded
         entries = [
             SkippedEntries(Strings(columns.pop(name), columns.pop(f"{name}_ends")))
             for name in ("skipped", "ignored")
@@ -258,22 +244,9 @@ def _load(folder: Path, raw: RawSet, stamp: str | None, *, warn: bool = False) -
             modified_hash=about["modified"],
         )
         warnings = list(about["warnings"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s: the index is damaged (%s); it is built again", folder, error)
         return None
-    mark_used(folder)
     for warning in warnings if warn else ():
         logger.warning("%s", warning)
     return source
-
-
-def _hash(columns: Columns) -> str:
-    """A hash of columns and their names."""
-    result = hashlib.sha256()
-    for name in sorted(columns):
-        column = np.ascontiguousarray(columns[name])
-        result.update(f"{name} {column.dtype} {column.shape}".encode())
-        result.update(column.view(np.uint8).data if column.size else b"")
-    return result.hexdigest()

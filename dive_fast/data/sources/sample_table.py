@@ -20,6 +20,8 @@ from dive_fast.errors import DataError
 
 Columns = dict[str, NDArray[Any]]
 """Arrays by name, as they are stored."""
+MAX_SHARED = 1 << 18
+"""Number of distinct strings up to which equal ones are stored once; bounds the memory that finding them takes."""
 SEPARATOR = "\0"
 """Separates several texts of a sample; in a text itself it becomes a space."""
 
@@ -98,9 +100,14 @@ class Strings(Sequence[bytes]):
         """The strings of some rows, in this order."""
         lengths = self.lengths[rows]
         ends = np.cumsum(lengths)
-        # The position of each byte: that of the string's first byte there, and the distance from it.
-        shift = np.repeat(self.ends[rows] - ends, lengths)
-        return Strings(self.values[np.arange(len(shift)) + shift], ends)
+        values = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
+        for first in range(0, len(rows), 1 << 16):  # the positions of all bytes at once take 8 times their memory
+            part = slice(first, first + (1 << 16))
+            start, end = int(ends[first] - lengths[first]), int(ends[part][-1])
+            # The position of each byte here, and the distance to it in the strings' values.
+            distance = np.repeat(self.ends[rows[part]] - ends[part], lengths[part])
+            values[start:end] = self.values[np.arange(start, end) + distance]
+        return Strings(values, ends)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -130,6 +137,24 @@ class StringsBuilder:
     def columns(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Values and ends, without a copy; nothing can be added afterwards."""
         return np.frombuffer(self.values, np.uint8), np.frombuffer(self.ends, np.int64)
+
+
+class SharedStrings:
+    """Byte strings of which equal ones share a row, as far as the first :data:`MAX_SHARED` are equal to others."""
+
+    def __init__(self) -> None:
+        self.strings = StringsBuilder()
+        self._rows: dict[bytes, int] = {}
+
+    def row(self, string: bytes) -> int:
+        """The row of a string, which is added if it is new."""
+        row = self._rows.get(string)
+        if row is None:
+            row = len(self.strings)
+            self.strings.append(string)
+            if row < MAX_SHARED:
+                self._rows[string] = row
+        return row
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,6 +241,10 @@ class SampleTable(Sequence[Sample]):
         """The key of a sample."""
         return self._text(self.keys, self._at(row))
 
+    def iter_keys(self) -> Iterator[bytes]:
+        """The keys of all samples, UTF-8."""
+        return iter(self.keys) if self.rows is None else (self.keys[row] for row in self.rows.tolist())
+
     def path(self, row: int) -> Path:
         """The file of a sample."""
         return self._path(self._at(row))
@@ -266,16 +295,23 @@ class SampleTable(Sequence[Sample]):
         """The distinct files of all samples."""
         return [self.file_path(row) for row in np.unique(self.file_rows).tolist()]
 
+    def texts_of_list(self, list_row: int) -> tuple[str, ...]:
+        """The texts of a row of :attr:`list_rows`."""
+        return self._split(self.lists[list_row], list_row)
+
     def text_lists(self) -> Iterator[tuple[str, ...]]:
         """The distinct stored lists of texts of the samples, in the order of their rows."""
         for row in np.unique(self.list_rows).tolist() if self.has_texts else ():
             yield self._split(self.lists[row], row)
 
-    @cached_property
+    @property
     def text_counts(self) -> NDArray[np.int64]:
         """``(N,)``: the number of texts of each sample."""
-        if not self.has_texts:
-            return np.zeros(len(self), np.int64)
+        return self.list_counts[self.list_rows] if self.has_texts else np.zeros(len(self), np.int64)
+
+    @cached_property
+    def list_counts(self) -> NDArray[np.int64]:
+        """The number of texts of each row of :attr:`list_rows`."""
         values, ends = self.lists.values, self.lists.ends
         counts = (self.lists.lengths > 0).astype(np.int64)
         marks = np.flatnonzero(values == 0)
@@ -284,7 +320,7 @@ class SampleTable(Sequence[Sample]):
         # Rows with a separator, or with an end of line that may separate: few of millions.
         for row in np.unique(np.searchsorted(ends, marks, "right")).tolist():
             counts[row] = len(self._split(self.lists[row], row))
-        return counts[self.list_rows]
+        return counts
 
     @cached_property
     def _lines_are_split(self) -> bool:
@@ -454,13 +490,14 @@ class TableBuilder:
         columns = part.file_rows + len(self.files), part.offsets, part.sizes, part.labels
         for column, values in zip(self._numbers(), columns, strict=True):
             column.frombytes(values.astype(column.typecode).tobytes())
-        rows: NDArray[np.int64]
-        if self._shares_texts:
-            rows = np.array([self._list_row(stored) for stored in part.lists], np.int64)
+        if not part.has_texts:
+            rows = np.full(len(part), self._list_row(b"") if len(part) else 0)
+        elif self._shares_texts:
+            rows = np.array([self._list_row(stored) for stored in part.lists], np.int64)[part.list_rows]
         else:
-            rows = np.arange(len(part.lists)) + len(self.lists)
+            rows = part.list_rows + len(self.lists)
             self.lists.extend(part.lists)
-        self._list_of.frombytes(rows[part.list_rows].astype(np.int32).tobytes() if len(rows) else b"")
+        self._list_of.frombytes(rows.astype(np.int32).tobytes())
         self.files.extend(part.files)
         self.keys.extend(part.keys)
 
@@ -474,12 +511,12 @@ class TableBuilder:
             self._root,
             files,
             files if same_names and np.array_equal(files.values, keys.values) else keys,
-            None if _is_own_row(file, len(files)) else file,
+            None if is_own_row(file, len(files)) else file,
             offset if offset.any() else None,
             size,
             label if (label != -1).any() else None,
             lists if len(lists.values) else Strings.of(()),
-            None if not len(lists.values) or _is_own_row(list_of, len(lists)) else list_of,
+            None if not len(lists.values) or is_own_row(list_of, len(lists)) else list_of,
         )
 
     def _numbers(self) -> "tuple[array[int], ...]":
@@ -511,8 +548,18 @@ def split_lines(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(captions)
 
 
-def _is_own_row(rows: NDArray[np.int32], count: int) -> bool:
-    return len(rows) == count and bool((rows == np.arange(count, dtype=np.int32)).all())
+def in_order_of_use(rows: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Distinct rows in the order in which they first occur, and the position of each row among them."""
+    distinct, first, position = np.unique(rows, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    return distinct[order].astype(np.int64), rank[position]
+
+
+def is_own_row(rows: NDArray[Any], count: int) -> bool:
+    """Whether each of ``count`` samples has its own row, in order: such a column is not stored."""
+    return len(rows) == count and bool((rows == np.arange(count, dtype=rows.dtype)).all())
 
 
 def _checked(columns: Mapping[str, NDArray[Any]], name: str, kind: str, count: int | None = None) -> NDArray[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,8 +84,52 @@ def _entry(stored: bytes) -> Skipped:
     return Skipped(*stored.decode().split("\0", 1))
 
 
+class Images(ABC):
+    """Images that are read by the number of their sample, in any order and from any process."""
+
+    sizes: NDArray[np.int32] | None = None
+    """``(N, 2)``: height and width of each image, where they are known without reading it."""
+
+    @abstractmethod
+    def sample(self, number: int) -> Sample:
+        """One sample."""
+
+    @abstractmethod
+    def after(self, number: int) -> int:
+        """The number of the sample that replaces one that cannot be used."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """A hash that identifies the set, wherever its files lie."""
+
+    def read(self, number: int) -> bytes:
+        """Reads the bytes of one image file.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+        sample = self.sample(number)
+        try:
+            return content_hashes.read_range(content_hashes.ByteRange(sample.path, sample.offset, sample.size))
+        except (OSError, ValueError, OverflowError, MemoryError) as error:  # all but OSError: an invalid range
+            raise sample.unusable(f"cannot read the image: {error}") from error
+
+    def image(self, number: int) -> Image.Image:
+        """Decodes one image to RGB or grey.
+
+        Raises:
+            DataError: the bytes are not a complete image.
+        """
+        try:
+            return decode(self.read(number))
+        except UNDECODABLE as error:
+            raise self.sample(number).unusable(
+                f"cannot decode the image: {decode_error_message(error)}"
+            ) from error
+
+
 @dataclass(frozen=True)
-class Source:
+class Source(Images):
     """A data set as a sequence of samples.
 
     Fields marked "prepared sets" are known without reading the samples, and are empty or None for raw data.
@@ -133,30 +178,11 @@ class Source:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def read(self, index: int) -> bytes:
-        """Reads the bytes of one image file.
+    def sample(self, number: int) -> Sample:
+        return self.samples[number]
 
-        Raises:
-            DataError: they cannot be read.
-        """
-        sample = self.samples[index]
-        try:
-            return content_hashes.read_range(content_hashes.ByteRange(sample.path, sample.offset, sample.size))
-        except (OSError, ValueError, OverflowError, MemoryError) as error:  # all but OSError: an invalid range
-            raise sample.unusable(f"cannot read the image: {error}") from error
-
-    def image(self, index: int) -> Image.Image:
-        """Decodes one image to RGB or grey.
-
-        Raises:
-            DataError: the bytes are not a complete image.
-        """
-        try:
-            return decode(self.read(index))
-        except UNDECODABLE as error:
-            raise self.samples[index].unusable(
-                f"cannot decode the image: {decode_error_message(error)}"
-            ) from error
+    def after(self, number: int) -> int:
+        return (number + 1) % len(self)
 
     def digest(self) -> str:
         """A hash of everything that decides results, wherever the files lie; computed once.
@@ -227,9 +253,12 @@ class Source:
         """Logs how many samples and files were left out of the set called ``name``, and why."""
         for entries, kind, action in ((self.skipped, "sample", "left out"), (self.ignored, "file", "ignored")):
             first: dict[str, str] = {}
+            counts: Counter[str] = Counter()
             for key, reason in entries:
-                first.setdefault(reason, key)
-            for reason, count in Counter(reason for _, reason in entries).most_common():
+                counts[reason] += 1
+                if counts[reason] == 1:
+                    first[reason] = key
+            for reason, count in counts.most_common():
                 plural = "" if count == 1 else "s"
                 logger.warning(
                     "%s: %d %s%s %s: %s (the first: %s)", name, count, kind, plural, action, reason, first[reason]

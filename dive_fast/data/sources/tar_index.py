@@ -166,7 +166,6 @@ def read_plain_members(descriptor: int, suffix: str, max_bytes: int) -> PlainMem
     names, offsets, sizes, contents = members
     encoding, ending = tarfile.ENCODING, suffix.encode()
     headers = bytearray()
-    file_size = os.fstat(descriptor).st_size
     window, start, position, after_pax = b"", 0, 0, False
     while True:
         at = position - start
@@ -185,7 +184,7 @@ def read_plain_members(descriptor: int, suffix: str, max_bytes: int) -> PlainMem
         except ValueError:
             return None
         following = position + _BLOCK + (size + _BLOCK - 1) // _BLOCK * _BLOCK
-        if size < 0 or following > file_size:
+        if size < 0:
             return None
         headers += window[at : at + _BLOCK]
         if len(headers) == _CHECKED_HEADERS * _BLOCK:
@@ -211,8 +210,8 @@ def read_plain_members(descriptor: int, suffix: str, max_bytes: int) -> PlainMem
         elif kind == tarfile.XHDTYPE[0]:
             if at + following - position > len(window):
                 window, start, at = os.pread(descriptor, _WINDOW, position), position, 0
-            records = window[at + _BLOCK : at + following - position]
-            if after_pax or at + following - position > len(window) or not _has_only_times(records):
+            end = at + following - position
+            if after_pax or end > len(window) or not _has_only_times(window, at + _BLOCK, end):
                 return None
             after_pax = True
         elif kind != tarfile.DIRTYPE[0] or size or after_pax:
@@ -223,10 +222,9 @@ def read_plain_members(descriptor: int, suffix: str, max_bytes: int) -> PlainMem
 def _are_plain(headers: bytearray) -> bool:
     """Whether all headers are valid, and of a form that is read as it is written here."""
     rows = np.frombuffer(headers, np.uint8).reshape(-1, _BLOCK)
-    is_gnu = (rows[:, _MAGIC] == np.frombuffer(_GNU, np.uint8)).all(1)
-    is_posix = (rows[:, _MAGIC] == np.frombuffer(_POSIX, np.uint8)).all(1)
-    # GNU's headers may hold times where others hold the beginning of a name.
-    plain = is_posix | (is_gnu & (rows[:, _PREFIX] == 0))
+    plain = np.zeros(len(rows), np.bool_)
+    for magic in (_POSIX, _GNU):
+        plain |= (rows[:, _MAGIC] == np.frombuffer(magic, np.uint8)).all(1)
     # A number is digits, then blanks.
     kinds = _KINDS_OF_BYTES[rows[:, _IN_NUMBERS].T]
     plain &= (kinds < _OTHER).all(0) & ~((kinds[1:] < kinds[:-1]) & _CONTINUES[1:]).any(0)
@@ -238,11 +236,11 @@ def _are_plain(headers: bytearray) -> bool:
     return bool((plain & (checksums == sums) & (rows[:, 135] < ord("0"))).all())
 
 
-def _has_only_times(records: bytes) -> bool:
-    """Whether the contents of a PAX header are nothing but times."""
-    end = 0
-    while (record := _TIME_RECORD.match(records, end)) is not None:
-        if int(record[1]) != record.end() - end:
+def _has_only_times(window: bytes, first: int, end: int) -> bool:
+    """Whether the contents of a PAX header, a range of the window, are nothing but times."""
+    at = first
+    while (record := _TIME_RECORD.match(window, at, end)) is not None:
+        if int(record[1]) != record.end() - at:
             return False
-        end = record.end()
-    return end > 0 and not records[end:].strip(b"\0")
+        at = record.end()
+    return at > first and window.count(0, at, end) == end - at

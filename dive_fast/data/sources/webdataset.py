@@ -18,7 +18,7 @@ from dive_fast.data.sources.sample_table import SampleTable, Strings, StringsBui
 from dive_fast.data.sources.source import Skipped, SkippedEntries, Source, locate, summarize_skipped
 from dive_fast.data.sources.tar_scan import scan_tar
 from dive_fast.errors import DataError
-from dive_fast.identity import Identity
+from dive_fast.identity import Identity, digest
 
 if TYPE_CHECKING:
     from dive_fast.distributed import Ranks  # imports torch, which takes seconds
@@ -62,9 +62,10 @@ class Tars(RawSet):
         return {"format": "webdataset", "text": self._text, "strict": self._strict}
 
     def list_files(self) -> Listing:
+        self._skipped, self._ignored = [], []
         self._tars = list_tars(self.path, self._skipped, self._ignored)
         self.root = os.path.commonpath([tar.parent for tar in self._tars])
-        return Listing.of(self.root, self._tars)
+        return Listing.of(self.root, self._tars)._replace(details=digest([self._skipped, self._ignored]))
 
     def read(self, listing: Listing) -> tuple[Source, Sequence[str]]:
         table = TableBuilder(self.root, shares_texts=False)

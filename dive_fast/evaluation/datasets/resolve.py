@@ -9,7 +9,7 @@ from dive_fast.data.open_dataset import open_captioned, open_target
 from dive_fast.data.prompt_files import Template
 from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
-from dive_fast.errors import DataError, naming
+from dive_fast.errors import DataError, UserError, naming
 from dive_fast.evaluation.datasets import layouts
 from dive_fast.evaluation.datasets.catalog import find_dataset, open_known
 from dive_fast.evaluation.datasets.class_names import class_names_of, templates_of
@@ -19,11 +19,13 @@ Opened = dict[str, Labelled | Captioned]
 """Opened sets by their name in the config."""
 
 
-def open_evaluation(config: EvaluationSet, place: str = "") -> Labelled | Captioned:
+def open_evaluation(config: EvaluationSet, place: str = "", ranks: Ranks | None = None) -> Labelled | Captioned:
     """Opens an evaluation set: a known data set, or one of the user's own.
 
     Args:
         place: config section of the set, for messages.
+        ranks: all ranks call this, and one process of each node reads a raw set of the user's own; None: this
+            process does.
 
     Raises:
         ConfigError: the known data set does not exist.
@@ -35,15 +37,15 @@ def open_evaluation(config: EvaluationSet, place: str = "") -> Labelled | Captio
             find_dataset(config.dataset)
         with naming(place):
             return open_known(config.dataset, config.path, config.class_names, config.templates)
-    return _open_own(config, place)
+    return _open_own(config, place, ranks)
 
 
-def _open_own(config: EvaluationSet, place: str) -> Labelled | Captioned:
+def _open_own(config: EvaluationSet, place: str, ranks: Ranks | None) -> Labelled | Captioned:
     """Opens a set of the user's own; arguments as in :func:`open_evaluation`."""
     reports, consent = config.on_skipped == "report", f"{place or 'evaluate.sets.<name>'}.on_skipped=report"
     remedy = f"repair or remove it, or accept results without it by {consent}"
     with naming(place):
-        source = open_captioned(config) if config.task == "retrieval" else open_target(config)
+        source = (open_captioned if config.task == "retrieval" else open_target)(config, ranks=ranks)
         if source.skipped and not reports:
             raise DataError(
                 f"{config.path}: {layouts.describe_skipped(source.skipped)}; repair or remove them, or accept "
@@ -110,7 +112,7 @@ def with_defaults(config: EvaluationSet) -> EvaluationSet:
 
 
 def open_sets(sets: Mapping[str, EvaluationSet], ranks: Ranks, place: str = "evaluate.sets") -> Opened:
-    """Opens evaluation sets and prints their remarks.
+    """Opens evaluation sets and prints their remarks; all ranks must call this.
 
     Args:
         place: config section of the sets, for messages; empty where they are not those of a config.
@@ -120,7 +122,9 @@ def open_sets(sets: Mapping[str, EvaluationSet], ranks: Ranks, place: str = "eva
     """
     opened = {}
     for name, config in sets.items():
-        opened[name] = open_evaluation(config, place and f"{place}.{name}")
+        # For each set: all ranks take part in opening the next one, or none.
+        with ranks.raise_on_all(UserError):
+            opened[name] = open_evaluation(config, place and f"{place}.{name}", ranks)
         for remark in opened[name].remarks:
             ranks.print(f"{name}: {remark}")
     return opened

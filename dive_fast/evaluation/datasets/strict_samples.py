@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dive_fast.data.batch import EvaluationBatch
 from dive_fast.data.samples import MAX_REPLACEMENTS, EvaluationSamples, Item, SampleKey
 from dive_fast.data.sources.source import Source
-from dive_fast.data.transforms import Preprocess
+from dive_fast.data.transforms import Preprocess, View
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 
@@ -50,11 +50,20 @@ class StrictSamples(EvaluationSamples):
     def transform(self, key: SampleKey, image: Image.Image) -> Image.Image:
         """The evaluation view of the image inside the border."""
         if self.border:
-            width, height = image.size
-            if min(width, height) <= 2 * self.border:
-                raise self.source.samples[key[1]].unusable(f"no larger than its border of {self.border} pixels")
-            image = image.crop((self.border, self.border, width - self.border, height - self.border))
+            inside = self._inside(key, (image.height, image.width))
+            image = image.crop((self.border, self.border, self.border + inside[1], self.border + inside[0]))
         return super().transform(key, image)
+
+    def view(self, key: SampleKey, size: tuple[int, int]) -> View:
+        """The view of :meth:`transform`."""
+        view = super().view(key, self._inside(key, size))
+        return replace(view, crop=replace(view.crop, top=self.border, left=self.border))
+
+    def _inside(self, key: SampleKey, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the image inside the border."""
+        if self.border and min(size) <= 2 * self.border:
+            raise self.source.samples[key[1]].unusable(f"no larger than its border of {self.border} pixels")
+        return size[0] - 2 * self.border, size[1] - 2 * self.border
 
     def read_usable(self, key: SampleKey, read: Callable[[SampleKey], Item]) -> tuple[SampleKey, Item]:
         """The sample that ``read`` returns for a key; for a broken one that is left out, another sample's image.

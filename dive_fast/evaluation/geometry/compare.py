@@ -61,9 +61,9 @@ def embed_both(
         ConfigError: the weights do not exist, or do not fit the model.
         DataError: the pairs cannot be read.
     """
+    # Before a model is built and anything is embedded, so that a typo in a path is reported at once.
+    source = open_reference(data, place, ranks)
     with ranks.raise_on_all(UserError):
-        # Before a model is built and anything is embedded, so that a typo in a path is reported at once.
-        source = open_reference(data, place)
         if ranks.is_main:
             source.report_skipped(data.path)
         model = towers.create(model_config, weights=before is None)

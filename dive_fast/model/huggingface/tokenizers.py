@@ -12,7 +12,7 @@ import open_clip
 import torch
 from open_clip.tokenizer import HFTokenizer, get_clean_fn
 
-from dive_fast.data.prompts import TOKENIZER_PROBES
+from dive_fast.data.text_tokenizer import TOKENIZER_PROBES
 
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken")
 """Files that hold the vocabulary of a tokenizer."""

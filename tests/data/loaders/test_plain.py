@@ -92,7 +92,7 @@ def test_target_batch_has_crops_and_prompts_of_its_epoch(shards: Path, tokenizer
             image = samples.source.image(sample)
             crop = random_crop((image.height, image.width), SEED, sample, epoch)
             assert torch.equal(batch.images[row], tiny.shown(PREPROCESS, image, crop))
-            tokens = samples.prompts.draw(samples.source.samples[sample], sample, SEED, epoch)
+            tokens = samples.prompts.draw([samples.source.samples[sample]], [sample], SEED, [epoch])[0]
             assert torch.equal(batch.text.tokens[batch.text.index[row]], tokens.long())
             prompts = {template(NAMES[sample % 5]) for template in TEMPLATES}
             assert any(torch.equal(tokens.long(), row) for row in tokenizer(sorted(prompts)))

@@ -24,8 +24,9 @@ import torch
 from distributed import run_script
 from PIL import Image
 
+from dive_fast.commands import prepare as prepare_command
 from dive_fast.data.prepared.beton import write_beton
-from dive_fast.data.prepared.convert import Options, convert
+from dive_fast.data.prepared.convert import LEAST_ASPECT_RATIO, Options, convert, side_for
 from dive_fast.data.prepared.format import Manifest, build_index, read_manifest
 from dive_fast.data.prepared.raw import RawDataset, RawSource, UnusableError
 from dive_fast.data.prepared.read import open_prepared, verify
@@ -34,6 +35,7 @@ from dive_fast.data.sources.csv_table import open_csv
 from dive_fast.data.sources.folder import open_folder
 from dive_fast.data.sources.sample_table import SampleTable
 from dive_fast.data.sources.webdataset import open_webdataset
+from dive_fast.data.transforms import ASPECT_RATIO, random_crop
 from dive_fast.data.workers import FORK
 from dive_fast.errors import DataError
 from dive_fast.locks import Lock, LockedError
@@ -944,3 +946,57 @@ def test_command_refuses_output_inside_the_input_folder(tmp_path: Path) -> None:
     run = launch("--format", "folder", "--input", str(tmp_path / "raw"), "--output", str(tmp_path / "raw/ready"))
     assert run.returncode == 2
     assert "--output lies in --input, where it would become a class" in run.stderr
+
+
+def exit_code(folder: Path, options: list[str]) -> object:
+    """The exit code of preparing ``folder/raw``."""
+    files = ["--input", f"{folder}/raw", "--output", f"{folder}/ready"]
+    try:
+        return prepare_command.main(["--format", "folder", *files, "--workers", "1", *options])
+    except SystemExit as error:
+        return error.code
+
+
+@pytest.mark.parametrize(
+    ("options", "side"),
+    [
+        (["--max-side", "ViT-B-16"], 288),
+        (["--max-side", "ViT-L-14-336"], 416),
+        (["--max-side", "ViT-B-16", "--crop-share", "0.08"], 928),
+        (["--max-side", "100"], 100),
+        (["--max-side", "0"], 1000),
+    ],
+)
+def test_max_side_may_be_the_model_that_needs_it(tmp_path: Path, options: list[str], side: int) -> None:
+    (tmp_path / "raw/0").mkdir(parents=True)
+    Image.new("RGB", (1000, 1100)).save(tmp_path / "raw/0/a.jpg")
+    assert exit_code(tmp_path, options) == 0
+    sizes = open_prepared(str(tmp_path / "ready"), ".cls").sizes
+    assert sizes is not None
+    assert sizes.min() == side
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-side", "ViT-B-61"], "did you mean ViT-B-16"),
+        (["--crop-share", "0.5"], "goes with a model in --max-side"),
+        (["--max-side", "ViT-B-16", "--crop-share", "90"], "--crop-share is a share of 1"),
+        (["--max-side", "-5"], "--max-side at least 0"),
+    ],
+)
+def test_wrong_side_is_refused(
+    tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "raw").mkdir()
+    assert exit_code(tmp_path, options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_crop_of_the_side_for_a_model_is_enlarged() -> None:
+    assert ASPECT_RATIO[0] == LEAST_ASPECT_RATIO
+    for size, share in ((224, 0.9), (336, 0.9), (224, 0.3)):
+        side = side_for(size, share)
+        crops = [random_crop((side, side), 0, sample, 0, (share, 1.0)) for sample in range(300)]
+        assert min(min(crop.height, crop.width) for crop in crops) >= size
+        assert side * (share * LEAST_ASPECT_RATIO) ** 0.5 < size + 32

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import tiny
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dive_fast.data.sources import tar_index, tar_scan
@@ -114,18 +114,20 @@ FILES = st.builds(
 PLAIN_FILES = st.builds(File, PLAIN_NAMES, st.sampled_from(CONTENTS), mtime=st.sampled_from([0, 1.5]))
 
 
-@settings(max_examples=150 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
+@example(files=[File("d/", kind=tarfile.AREGTYPE), File("a.jpg"), File("a.txt")], form=tarfile.GNU_FORMAT)
+@example(files=[File("a.jpg/"), File("a.txt"), File("b.jpg"), File("b.txt")], form=tarfile.USTAR_FORMAT)
 @given(files=st.lists(st.one_of(PLAIN_FILES, FILES), max_size=9), form=st.sampled_from(FORMATS))
 def test_scan_tar_equals_careful_scan(files: list[File], form: int) -> None:
     assert_same(tar_bytes(files, form))
 
 
-@settings(max_examples=150 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     files=st.lists(PLAIN_FILES, min_size=1, max_size=4),
     form=st.sampled_from(FORMATS),
     changes=st.lists(
-        st.tuples(st.integers(0, 7), st.integers(0, BLOCK - 1), st.sampled_from(b"\0 079/._x\x80\xff")), max_size=4
+        st.tuples(st.integers(0, 9), st.integers(0, BLOCK - 1), st.sampled_from(b"\0 079/._x\x80\xff")), max_size=4
     ),
     valid=st.booleans(),
     cut=st.one_of(st.just(0), st.integers(0, 12_000)),
@@ -133,17 +135,43 @@ def test_scan_tar_equals_careful_scan(files: list[File], form: int) -> None:
 def test_scan_tar_equals_careful_scan_of_damaged_headers(
     files: list[File], form: int, changes: list[tuple[int, int, int]], valid: bool, cut: int
 ) -> None:
-    """Changes bytes of headers, with checksums that are still right or not, and cuts the tar."""
+    """Changes bytes of the first blocks, with checksums that are still right or not, and cuts the tar."""
     data = bytearray(tar_bytes(files, form))
-    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        starts = sorted({at for member in tar for at in (member.offset, member.offset_data - BLOCK)})
     for row, column, value in changes:
-        start = starts[row % len(starts)]
+        start = row * BLOCK
         data[start + column] = value
         if valid:
             data[start + 148 : start + 156] = b" " * 8
             data[start + 148 : start + 155] = b"%06o\0" % sum(data[start : start + BLOCK])
     assert_same(bytes(data[: len(data) - cut]))
+
+
+COLUMNS = [0, 4, 99, *range(148, 158), 257, 262, 263, 264, 265, 345, 346, 499, 500, 511]
+"""Bytes of a header: the name and its end, checksum, type, magic, first bytes of owner and prefix, the end."""
+COLUMNS += [
+    at for first, size in tar_index._NUMBERS for at in {first, first + 1, first + size - 2, first + size - 1}
+]
+
+
+@pytest.mark.parametrize("valid", [True, False])
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT])
+def test_scan_tar_equals_careful_scan_for_each_byte_of_a_header(tmp_path: Path, form: int, valid: bool) -> None:
+    """Each byte of the second header has several values, with a checksum that is right or not."""
+    files = [File("a.txt"), *(File(name, b"7" * 600) for name in ("a.jpg", "b.jpg", "b.txt"))]
+    original = tar_bytes(files, form)[: 14 * BLOCK]
+    start, tar, num_fast = 2 * BLOCK, tmp_path / "a.tar", 0
+    for column in sorted(set(COLUMNS)):
+        for value in b"\0 019/_x\xff":
+            data = bytearray(original)
+            data[start + column] = value
+            if valid and not 148 <= column < 156:
+                data[start + 148 : start + 156] = b" " * 8
+                data[start + 148 : start + 155] = b"%06o\0" % sum(data[start : start + BLOCK])
+            tar.write_bytes(data)
+            fast = outcome(scan_tar, tar, ".txt", False)
+            assert fast == outcome(scan_carefully, tar, ".txt", False), (column, value)
+            num_fast += is_read_fast(tar)
+    assert num_fast > (150 if valid else 15)
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 
 from dive_fast.data.classes import synsets
+from dive_fast.data.loaders.loader import Options, batches_of
+from dive_fast.data.sources.folder import open_folder
 from dive_fast.data.transforms import Preprocess
 from dive_fast.errors import ConfigError, DataError
 from dive_fast.evaluation.datasets import class_names, imagenet, wilds
@@ -126,6 +128,20 @@ def test_objectnet_members_and_border(tmp_path: Path) -> None:
     (root / "mappings/pytorch_to_imagenet_2012_id.json").unlink()
     with pytest.raises(DataError, match=r"pytorch_to_imagenet_2012_id.json: cannot read ObjectNet's map"):
         opened("objectnet", tmp_path)
+    with pytest.raises(DataError, match="no larger than its border of 2 pixels"):
+        samples.view((0, 0), (4, 9))
+
+
+@pytest.mark.parametrize("mode", ["squash", "shortest"])
+def test_views_of_loaders_leave_out_the_border(tmp_path: Path, mode: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (30, 36, 3), np.uint8)
+    (tmp_path / "0").mkdir()
+    Image.fromarray(noise).save(tmp_path / "0/a.png")
+    preprocess = Preprocess((8, 8), (0.0,) * 3, (1.0,) * 3, "bicubic", mode)
+    samples = StrictSamples(open_folder(str(tmp_path)), preprocess, 2)
+    expected = np.asarray(samples.transform((0, 0), Image.fromarray(noise)))
+    (batch,) = batches_of(samples, [(0, 0)], 1, Options())
+    assert np.array_equal((batch.images[0] * 255).round().permute(1, 2, 0).numpy(), expected)
 
 
 # The ten zero-shot sets
