@@ -412,8 +412,8 @@ class EvaluateConfig(Section):
     batch_size: Positive = 256
     """Images encoded at once on each rank."""
     loader: Loader = "plain"
-    """Image decoder of the sets. Default: `data.target.loader`. `plain` decodes sets that it cannot read, and
-    a line says why."""
+    """Image decoder of the sets. Default: `data.target.loader`. `plain` decodes sets that it cannot read; a
+    line says why."""
     workers: NonNegative = 4
     """Loader processes on each rank; `auto`: by its cores. Default: those of `data.target`."""
 

@@ -75,5 +75,6 @@ def _local_ranks() -> int:
 
 def _number(value: object, default: float) -> float:
     """A positive number of the config; the default instead of an invalid value, which validation refuses."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and value > 0 else default  # type: ignore[arg-type,operator]
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 2**53:
+        return float(value)
+    return default

@@ -22,6 +22,9 @@ class StepOrder(ABC):
     def keys_of_steps(self, steps: range) -> Iterator[list[tuple[int, int]]]:
         """The keys of this rank's samples of each step: the epoch and the number of the sample."""
 
+    def close(self) -> None:  # noqa: B027 - most have nothing to do
+        """Called when no batch is read any more."""
+
 
 @dataclass(frozen=True)
 class Order(StepOrder):

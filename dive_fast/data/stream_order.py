@@ -60,12 +60,6 @@ class StreamOrder(StepOrder):
 
         The tars before the first step are scanned once, without their images, unless this object has read them.
         """
-        try:
-            yield from self._keys_of_steps(steps)
-        finally:
-            self.tars.release()
-
-    def _keys_of_steps(self, steps: range) -> Iterator[list[tuple[int, int]]]:
         if not steps:
             return
         size = self.batch_size // self.world_size
@@ -87,6 +81,10 @@ class StreamOrder(StepOrder):
                 if not steps:
                     return
             epochs, numbers = epochs[full:], numbers[full:]
+
+    def close(self) -> None:
+        """Removes the tars that were fetched from an object store."""
+        self.tars.close()
 
     def tar_at(self, turn: int) -> tuple[int, int]:
         """The epoch and the tar of a rank's turn: all ranks together read each tar once in an epoch."""

@@ -113,16 +113,17 @@ def _keep_apart(folders: Sequence[str], names: list[str]) -> list[str]:
     for label, (folder, name) in enumerate(zip(folders, names, strict=True)):
         is_ambiguous = counts[_word(name)] > 1 or owner.get(_word(name), label) != label
         kept.append(_one_line(folder) or name if is_ambiguous else name)
-    return _numbered(kept)
+    return _numbered(folders, kept)
 
 
-def _numbered(names: list[str]) -> list[str]:
-    """The names, with a number after each one that an earlier class has."""
-    seen = set(names)
+def _numbered(folders: Sequence[str], names: list[str]) -> list[str]:
+    """The names, with a number after each one that an earlier class has, or the only folder of that word."""
+    words = Counter(map(_word, folders))
+    seen, kept = set(names), {folder for folder in folders if words[_word(folder)] == 1}
     result: list[str] = []
-    for name in names:
+    for folder, name in zip(folders, names, strict=True):
         unique, number = name, 2
-        while unique in result or (unique != name and unique in seen):
+        while unique in result or (unique != name and unique in seen) or (unique in kept and unique != folder):
             unique, number = f"{name} {number}", number + 1
         result.append(unique)
     return result

@@ -67,7 +67,7 @@ class Metrics:
         if self._enabled:
             self._reference_share = ReferenceShare(run.config, run.engine.method, run.total_steps, first_step)
             self._path = run.folder / "metrics.jsonl"
-            logged, lines = self._read_lines(math.inf), self._read_lines(first_step)
+            logged, lines = self._read_lines(first_step)
             if evaluation is not None:
                 lines.append(json.dumps({"step": first_step} | dict(evaluation)))
             write_atomic(self._path, "".join(f"{line}\n" for line in lines).encode())
@@ -235,15 +235,17 @@ class Metrics:
             raise MetricsError(f"cannot write {self._path}: {error}") from error
         self._unwritten = ""
 
-    def _read_lines(self, last_step: float) -> list[str]:
-        """The lines up to a step, without an incomplete one and without the evaluation at the step."""
-        lines = []
+    def _read_lines(self, last_step: int) -> tuple[list[str], list[str]]:
+        """All complete lines, and those up to a step without the evaluation at the step; each is parsed once."""
+        logged, kept = [], []
         for line in self._path.read_text().splitlines() if self._path.exists() else []:
             with suppress(ValueError, LookupError, TypeError):
                 values = json.loads(line)
-                if values["step"] < last_step or (values["step"] == last_step and "loss" in values):
-                    lines.append(line)
-        return lines
+                step = values["step"]
+                is_kept = step < last_step or (step == last_step and "loss" in values)
+                logged.append(line)
+                kept += [line] * is_kept
+        return logged, kept
 
 
 class _Line(NamedTuple):

@@ -174,7 +174,8 @@ def test_prompt_tables_are_equal_with_kept_tokens(
     for least in (1000, 10):
         monkeypatch.setattr(token_cache, "MIN_TEXTS", least)
         table = PromptTable(source, names, templates, tokenizer)
-        tables.append(table.draw(drawn, 3))
+        samples, rows, epochs = zip(*drawn, strict=True)
+        tables.append(table.draw(samples, rows, 3, epochs))
         text = table.text(*drawn[0][:2], 3, 0)
     assert torch.equal(*tables)
     assert torch.equal(tables[0][0], tokenizer([text])[0])

@@ -185,9 +185,9 @@ def test_ensemble_divides_prompts_among_ranks_on_device(
         shutil.copy(file, tmp_path)
     heads.save(heads.Head(torch.randn(5, 24), torch.randn(5), names), tmp_path / "head.safetensors")
     counts = run_ranks(2, count_encoded_classes, tree, tmp_path)
-    # Two prompts of each class, and one text more on each rank, since the width is determined by encoding a text.
-    assert sum(counts) == 5 * 2 + 2
-    assert min(counts) > 3
+    # The distinct prompts, and one more each, since the width is determined by encoding a text.
+    assert sum(counts) == 10 + 2
+    assert min(counts) >= 4
     seen = []
 
     def spy(model: towers.Towers, *_: Any) -> None:

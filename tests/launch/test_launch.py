@@ -53,7 +53,9 @@ def test_train_reports_typo_in_one_line_with_exit_code_2(arguments: list[str], m
 
 
 def test_train_reports_missing_data_set_before_building_model(tmp_path: Path) -> None:
-    arguments = [f"data.target.path={tmp_path}/nowhere", f"train.output={tmp_path}/run"]
+    # Evaluation sets are small, and opened before the target.
+    sets = ["evaluate.sets={}", "evaluate.select=null"]
+    arguments = [f"data.target.path={tmp_path}/nowhere", f"train.output={tmp_path}/run", *sets]
     result = call_alone("launch/train.py", "--config", "vitb16_flyp", *arguments)
     assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]

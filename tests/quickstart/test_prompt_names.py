@@ -77,6 +77,7 @@ FOLDERS = st.lists(
 @example(["a b", "b", "a_b 2"])
 @example(["1_b", "2_a", "a", "b"])
 @example(["0_b", "1_a"])
+@example(["\x1b0", "0"])
 def test_file_of_prompt_names_is_read_back_for_the_same_classes(
     tmp_path_factory: pytest.TempPathFactory, folders: list[str]
 ) -> None:

@@ -85,7 +85,14 @@ def _normalised(batches: Iterator[Batch], preprocess: Preprocess, options: Optio
 
 def training_batches(samples: Samples[Batch], order: StepOrder, steps: range, options: Options) -> Iterator[Batch]:
     """This rank's batches of a range of training steps, which may span epochs."""
-    return load(samples, order.keys_of_steps(steps), options)
+    return _closing(load(samples, order.keys_of_steps(steps), options), order)
+
+
+def _closing(batches: Iterator[Batch], order: StepOrder) -> Iterator[Batch]:
+    try:
+        yield from batches
+    finally:
+        order.close()
 
 
 def batches_of(

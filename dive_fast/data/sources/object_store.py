@@ -77,7 +77,7 @@ def list_remote(path: str) -> list[RemoteTar]:
         with _plain_errors(url):
             tars += _retried(lambda url=url: _list(url), url)  # type: ignore[misc]
     if not tars:
-        raise DataError(f"{path}: no tar there; name tars, e.g. {path.rstrip('/')}/{{00000..00009}}.tar")
+        raise DataError(f"{path}: no tar there; check the name, and whether the credentials may list it")
     names = [tar.name for tar in tars]
     if len(set(names)) < len(names):
         name = next(name for name in names if names.count(name) > 1)
@@ -123,6 +123,7 @@ def _version(entry: dict[str, Any]) -> str:
 
 def _fetch(tar: RemoteTar, file: Path) -> None:
     store, place = _store(tar.url)
+    file.parent.mkdir(parents=True, exist_ok=True)
     entry = store.info(place)
     if entry.get("size") != tar.size or (tar.version and _version(entry) not in (tar.version, "")):
         raise DataError(f"{shown(tar.url)}: changed since it was listed at the start of the run")
@@ -135,7 +136,7 @@ def _fetch(tar: RemoteTar, file: Path) -> None:
 
 
 def _store(url: str) -> tuple[Any, str]:
-    """The file system of a URL in this process, and the place in it; file systems of a parent are not fork-safe."""
+    """The file system of a URL and the path in it, for this process: those of a parent are not fork-safe."""
     # Only sets in object stores need it.
     from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 

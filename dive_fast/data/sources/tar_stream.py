@@ -10,18 +10,19 @@ import hashlib
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from dive_fast.data.sources.object_store import RemoteTar, fetch, is_url, list_remote, local_name
 from dive_fast.data.sources.sample_table import Sample, SampleTable, printable
 from dive_fast.data.sources.source import Images, Skipped
-from dive_fast.data.sources.tar_scan import scan_tar
+from dive_fast.data.sources.tar_scan import TarScan, scan_tar
 from dive_fast.data.sources.webdataset import list_tars
 from dive_fast.errors import DataError
 from dive_fast.io.cache_folder import cache_folder, remove_unused
 
+Result = TypeVar("Result")
 FOLDER = "streams"
 """Folder of fetched tars in the cache."""
 POSITION_BITS = 32
@@ -67,15 +68,7 @@ class TarStream(Images):
         Raises:
             DataError: the tar cannot be read, or its size has changed.
         """
-        path, size, _ = self.tars[tar]
-        self._fetch(tar)
-        try:
-            now = os.stat(path).st_size
-        except OSError as error:
-            raise DataError(f"{path}: cannot read it: {error.strerror or error}") from error
-        if now != size:
-            raise DataError(f"{path}: changed during the run: {now} bytes, {size} at its start")
-        scan = scan_tar(path, ".txt", strict=False)
+        scan = self._with_file(tar, lambda: self._scan(tar))
         table = scan.table.split_lines() if self.has_lines else scan.table
         self._tables[tar] = table
         # A process reads the samples of two windows at most: batches ahead may begin the next one.
@@ -84,30 +77,50 @@ class TarStream(Images):
         return table, scan.skipped
 
     def read(self, number: int) -> bytes:
-        # Workers of many batches ahead may need a tar that was removed.
-        self._fetch(number >> POSITION_BITS)
-        return super().read(number)
+        return self._with_file(number >> POSITION_BITS, lambda: super(TarStream, self).read(number))
 
-    def release(self) -> None:
-        """Removes the fetched tars."""
-        for tar in self._tables:
-            self._remove(tar)
+    def close(self) -> None:
+        """Removes the fetched tars and their folders, when no batch is read any more."""
+        for tar in self.tars if os.getpid() == self._owner else ():
+            if tar.remote is not None:
+                shutil.rmtree(tar.path.parent, ignore_errors=True)
 
-    def _fetch(self, tar: int) -> None:
-        path, _, remote = self.tars[tar]
-        if remote is None or path.exists():
-            return
+    def _scan(self, tar: int) -> TarScan:
+        path, size, _ = self.tars[tar]
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            now = os.stat(path).st_size
         except OSError as error:
-            raise DataError(f"{path.parent}: cannot write there: {error.strerror or error}") from error
-        fetch(remote, path)
+            raise DataError(f"{path}: cannot read it: {error.strerror or error}") from error
+        if now != size:
+            raise DataError(f"{path}: changed during the run: {now} bytes, {size} at its start")
+        return scan_tar(path, ".txt", strict=False)
+
+    def _with_file(self, tar: int, function: Callable[[], Result]) -> Result:
+        """The result of a function that reads a tar, which is fetched before if it is in an object store.
+
+        Workers of batches far ahead may still need a tar that the training process removes: it is fetched again.
+
+        Raises:
+            DataError: the function raised it, or the tar cannot be fetched.
+        """
+        path, _, remote = self.tars[tar]
+        while True:
+            if remote is not None and not path.exists():
+                fetch(remote, path)
+            try:
+                return function()
+            except DataError:
+                if remote is None or path.exists():
+                    raise
 
     def _remove(self, tar: int) -> None:
-        """Removes a fetched tar, in the process that chose it: its workers do not know what others read."""
+        """Removes a fetched tar, in the training process: workers do not know what others read.
+
+        Its folder remains until the end, for a process that fetches the tar again at this moment.
+        """
         path, _, remote = self.tars[tar]
         if remote is not None and os.getpid() == self._owner:
-            shutil.rmtree(path.parent, ignore_errors=True)
+            path.unlink(missing_ok=True)
 
     def sample(self, number: int) -> Sample:
         table, position = self._table(number)

@@ -3,6 +3,7 @@
 A list of Python objects fails here: reading one changes its reference count, and with it a page of the parent's.
 """
 
+import gc
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -147,6 +148,7 @@ def growth(read: Callable[[int], object], count: int) -> int:
     """Bytes by which a forked process grows while it reads all samples in a random order."""
     order = np.random.default_rng(0).permutation(count)
     receiver, sender = os.pipe()
+    gc.freeze()  # as for worker processes: a collection would touch every object of this one
     if (child := os.fork()) == 0:
         try:
             process, rows = psutil.Process(), iter(order.tolist())
@@ -158,6 +160,7 @@ def growth(read: Callable[[int], object], count: int) -> int:
             os.write(sender, pickle.dumps(process.memory_full_info().uss - before))
         finally:
             os._exit(0)
+    gc.unfreeze()
     os.close(sender)
     os.waitpid(child, 0)
     with os.fdopen(receiver, "rb") as pipe:
