@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,7 +88,11 @@ class Listing(NamedTuple):
 
     def digest(self) -> str:
         """A hash of names, sizes, times and details."""
-        columns = {"names": self.names.values, "ends": self.names.ends, "sizes": self.sizes}
+        columns: dict[str, NDArray[Any]] = {
+            "names": self.names.values,
+            "ends": self.names.ends,
+            "sizes": self.sizes,
+        }
         columns = columns | {"times": self.times}
         if self.changes is not None:
             columns = columns | {"changes": self.changes}
