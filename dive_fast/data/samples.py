@@ -226,12 +226,12 @@ class ReferenceSamples(Samples[ReferenceBatch]):
 
     def caption(self, sample_key: SampleKey) -> int:
         """The number of the caption that is drawn for a sample: a pure function of (seed, sample, epoch)."""
-        if not self._draws_captions:
+        is_set = isinstance(self.images, Source)
+        if not self._draws_captions or (is_set and self.caption_counts is None):
             return 0
         epoch, sample = sample_key
-        count = (
-            len(self.images.sample(sample).texts) if self.caption_counts is None else self.caption_counts[sample]
-        )
+        counts = self.caption_counts
+        count = len(self.images.sample(sample).texts) if counts is None else int(counts[sample])
         return int(float(stream(self.seed, Draw.CAPTION, sample, epoch).random()) * count)
 
     def batch(self, sample_keys: Sequence[SampleKey], images: Tensor) -> ReferenceBatch:

@@ -26,7 +26,7 @@ from dive_fast.data.sources.sample_table import Sample
 from dive_fast.data.sources.source import Source
 
 COUNT, CLASSES = 20_000, 50
-MAX_GROWTH = 4 * 2**20
+MAX_GROWTH = 6 * 2**20
 """Bytes by which a worker may grow: the index, a few megabytes, and its own buffers, but no objects of samples."""
 
 
