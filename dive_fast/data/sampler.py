@@ -26,6 +26,19 @@ class StepOrder(ABC):
         """Called when no batch is read any more."""
 
 
+def check_equal_shares(batch_size: int, world_size: int, key: str) -> None:
+    """Checks that all ranks can have equal shares of a batch.
+
+    Args:
+        key: config key of ``batch_size``, for the message.
+
+    Raises:
+        DataError: the batch is not divisible by the number of ranks.
+    """
+    if batch_size % world_size:
+        raise DataError(f"{key} {batch_size} is not divisible by the {world_size} ranks")
+
+
 @dataclass(frozen=True)
 class Order(StepOrder):
     """Shuffled epochs of full batches, the same number of steps on every rank.
@@ -53,8 +66,7 @@ class Order(StepOrder):
         Raises:
             DataError: the batch is larger than the data set, or not divisible by the number of ranks.
         """
-        if self.batch_size % self.world_size:
-            raise DataError(f"{self.key} {self.batch_size} is not divisible by the {self.world_size} ranks")
+        check_equal_shares(self.batch_size, self.world_size, self.key)
         if self.batch_size > self.num_trained:
             raise DataError(
                 f"{self.key} {self.batch_size} exceeds the {self.num_trained} samples of the data set; "

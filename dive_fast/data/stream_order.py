@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dive_fast.data.random_streams import Draw, stream
-from dive_fast.data.sampler import StepOrder, shuffle
+from dive_fast.data.sampler import StepOrder, check_equal_shares, shuffle
 from dive_fast.data.sources.source import Skipped
 from dive_fast.data.sources.tar_stream import POSITION_BITS, TarStream
 from dive_fast.errors import DataError
@@ -45,10 +45,7 @@ class StreamOrder(StepOrder):
         Raises:
             DataError: the batch is not divisible by the number of ranks, or there are more ranks than tars.
         """
-        if self.batch_size % self.world_size:
-            raise DataError(
-                f"{self.section}.batch_size {self.batch_size} is not divisible by the {self.world_size} ranks"
-            )
+        check_equal_shares(self.batch_size, self.world_size, f"{self.section}.batch_size")
         if self.world_size > len(self.tars.tars):
             raise DataError(
                 f"{self.section}.order = stream: {self.world_size} ranks need a tar each, {self.tars.path} has "

@@ -92,10 +92,10 @@ class Listing(NamedTuple):
             "names": self.names.values,
             "ends": self.names.ends,
             "sizes": self.sizes,
+            "times": self.times,
         }
-        columns = columns | {"times": self.times}
         if self.changes is not None:
-            columns = columns | {"changes": self.changes}
+            columns["changes"] = self.changes
         return digest([columns_hash(columns), self.details])
 
     def modified(self) -> str:
