@@ -23,7 +23,7 @@ def model() -> nn.Module:
     layers = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * SIDE**2, CLASSES))
     images, labels = data()
     optimizer = torch.optim.Adam(layers.parameters(), 1e-2)
-    for _ in range(60):
+    for _ in range(150):
         optimizer.zero_grad()
         nn.functional.cross_entropy(layers(images), labels).backward()
         optimizer.step()
@@ -32,9 +32,10 @@ def model() -> nn.Module:
 
 
 def data() -> tuple[Tensor, Tensor]:
-    """Random images with random labels."""
+    """Random images of rising contrast, and so of rising robustness, with random labels."""
     generator = torch.Generator().manual_seed(1)
-    images = torch.rand(COUNT, 3, SIDE, SIDE, generator=generator)
+    contrast = torch.linspace(0.05, 1.0, COUNT)[:, None, None, None]
+    images = 0.5 + contrast * (torch.rand(COUNT, 3, SIDE, SIDE, generator=generator) - 0.5)
     return images, torch.randint(CLASSES, (COUNT,), generator=generator)
 
 
