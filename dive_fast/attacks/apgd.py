@@ -7,7 +7,7 @@
 
 Each sample has its step size s, at first 2 eps. At checkpoints it is halved, and the sample continues from its
 best image, if at most 3/4 of the steps since the last checkpoint raised the loss, or if neither the step size nor
-the highest loss changed since then.
+the highest loss changed since then. The attack on a sample ends at the first checkpoint after it succeeded.
 """
 
 import torch
@@ -74,7 +74,7 @@ def apgd_ce(
             size = torch.where(restart, size / 2, size)
             present = torch.where(restart, peak, present)
             direction = torch.where(restart, peak_direction, direction)
-            if not bool(best.is_robust.any()):
+            if not best.stop_at_success():
                 break
     return best.result()
 

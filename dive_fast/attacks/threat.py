@@ -106,16 +106,21 @@ class Best:
         self.loss = clean.new_full((count,), -torch.inf)
         self.is_robust = torch.ones(count, dtype=torch.bool, device=clean.device)
         self.is_finite = torch.ones_like(self.is_robust)
+        self._is_attacked = torch.ones_like(self.is_robust)
+
+    def stop_at_success(self) -> bool:
+        """Ends the attack on samples that are not robust, whatever the others do; returns whether any goes on."""
+        self._is_attacked = self.is_robust
+        return bool(self._is_attacked.any())
 
     def update(self, images: Tensor, tried: Gradient) -> None:
         """Takes over images that are better than those before."""
         is_wrong = ~tried.is_right
-        is_better = tried.is_finite & torch.where(
-            is_wrong == ~self.is_robust, tried.loss > self.loss, is_wrong & self.is_robust
-        )
+        is_higher = torch.where(is_wrong == ~self.is_robust, tried.loss > self.loss, is_wrong & self.is_robust)
+        is_better = self._is_attacked & tried.is_finite & is_higher
         self.images = torch.where(is_better[:, None, None, None], images, self.images)
         self.loss = torch.where(is_better, tried.loss, self.loss)
-        self.is_finite = self.is_finite & tried.is_finite
+        self.is_finite = self.is_finite & (tried.is_finite | ~self._is_attacked)
         self.is_robust = self.is_robust & ~is_wrong & tried.is_finite
 
     def result(self) -> Attacked:
