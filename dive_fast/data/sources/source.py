@@ -118,10 +118,11 @@ class Images(ABC):
         """Decodes one image to RGB or grey.
 
         Raises:
-            DataError: the bytes are not a complete image.
+            DataError: it cannot be read, or its bytes are not a complete image.
         """
+        data = self.read(number)
         try:
-            return decode(self.read(number))
+            return decode(data)
         except UNDECODABLE as error:
             raise self.sample(number).unusable(
                 f"cannot decode the image: {decode_error_message(error)}"

@@ -59,7 +59,7 @@ def test_tar_that_was_removed_is_fetched_again(store: Any, tmp_path: Path) -> No
     tars = open_tar_stream("memory://bucket/set", 8)
     data = tars.read(0)
     tars.scan(0)
-    tars._remove(0)
+    tars.remove(0)
     assert not fetched(tmp_path)
     assert tars.read(0) == data
 
@@ -76,12 +76,12 @@ def test_tar_that_is_removed_while_it_is_read_is_fetched_again(
             file.unlink()
             removed.append(file)
 
-    tars._remove(0)
+    tars.remove(0)
     tars._tables.clear()
     monkeypatch.setattr(tar_stream, "fetch", fetch_and_lose)
     assert tars.sample(1).key == key
     assert len(removed) == 3
-    tars._remove(0)
+    tars.remove(0)
     removed.clear()
     assert tars.read(1)
 
