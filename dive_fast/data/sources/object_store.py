@@ -57,6 +57,18 @@ def is_url(path: str) -> bool:
     return _URL.match(path) is not None
 
 
+def refuse_url(path: str) -> None:
+    """Refuses a path in an object store, where a set on a disk is needed.
+
+    Raises:
+        DataError: the path names an object store; the message says where one is read.
+    """
+    if is_url(path):
+        raise DataError(
+            f"{shown(path)}: only data.reference with order = stream reads an object store; copy the set to a disk"
+        )
+
+
 def shown(url: str) -> str:
     """A URL, or a message that contains some, without user and query."""
     return re.sub(r"\?[^\s'\"]*", "", re.sub(r"://[^/\s'\"@]*@", "://", url))
