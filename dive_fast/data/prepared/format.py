@@ -158,7 +158,9 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot read it: {error}; copy the set again") from error
     if not isinstance(fields, dict) or fields.get("format") not in (FORMAT, FORMAT_UINT16):
-        raise DataError(f"{path}: not of format {FORMAT} or {FORMAT_UINT16}; prepare the set again: dive-fast prepare")
+        raise DataError(
+            f"{path}: not of format {FORMAT} or {FORMAT_UINT16}; prepare the set again: dive-fast prepare"
+        )
     try:
         manifest = parse_manifest(text)
         for file in manifest.files:
