@@ -25,13 +25,13 @@ from dive_fast.io.atomic_files import write_atomic
 from dive_fast.io.safe_read import inside, parse_json, read_text
 
 FORMAT, FORMAT_UINT16 = 1, 2
-"""Versions of the format: the second one has tokens of 16 bits, which earlier versions of the package do not read."""
+"""Versions of the format; the second one has tokens of 16 bits, which earlier versions of the package refuse."""
 MANIFEST, INDEX, SKIPPED, BETON = "manifest.json", "index.safetensors", "skipped.jsonl", "data.beton"
 Index = dict[str, Tensor]
 """Columns with one row per sample: ``file``, ``offset``, ``size``, ``height``, ``width``, ``label``,
 ``hash (N, 16)`` and optionally ``tokens (N, context)``: int32, or uint16 where all of them fit. ``keys`` and
-``texts`` hold the concatenated UTF-8 bytes of all samples, ``key_ends`` and ``text_ends`` the end of each sample. A
-zero byte separates several texts of a sample.
+``texts`` hold the concatenated UTF-8 bytes of all samples, ``key_ends`` and ``text_ends`` the end of each sample.
+A zero byte separates several texts of a sample.
 """
 
 _COLUMNS = {
