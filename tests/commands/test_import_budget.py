@@ -3,8 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tests.sweep.run_folders import row, write_run
 
 HEAVY = (
     "torch",
@@ -24,6 +27,12 @@ COMMANDS = {
     "help of a command": ["train", "--help"],
     "unknown command": ["trian"],
     "keys": ["keys", "train"],
+    "keys of a method": ["keys", "dive"],
+    "keys of a rule": ["keys", "digrap"],
+    "keys of a section": ["keys", "objective"],
+    "keys, all": ["keys", "--all"],
+    "help of sweep": ["sweep", "--help"],
+    "help of report": ["report", "--help"],
     "unknown key": ["train", "--config", "vitb16_dive", "train.epoch=3"],
     "no such config": ["train", "--config", "vitb16_div"],
     "unknown model": ["train", "--config", "vitb16_dive", "model.name=ViT-B-61"],
@@ -61,9 +70,14 @@ for name, arguments in commands.items():
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, tuple[int, str, list[str]]]:
+    """The outcomes of :data:`COMMANDS`."""
+    return run(COMMANDS)
+
+
+def run(commands: dict[str, list[str]]) -> dict[str, tuple[int, str, list[str]]]:
     """Exit code, output and heavy modules of each command, all of which run in one process."""
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM], input=json.dumps([HEAVY, COMMANDS]), capture_output=True, text=True
+        [sys.executable, "-c", PROGRAM], input=json.dumps([HEAVY, commands]), capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
@@ -88,3 +102,22 @@ def test_mistakes_are_named(outcomes: dict[str, tuple[int, str, list[str]]]) -> 
     assert "evaluate.sets.typo.dataset" in outcomes["unknown set of a config"][1]
     assert "/no-such-folder: no such folder" in outcomes["nothing to prepare"][1]
     assert "/no-such-folder/run/model.safetensors is missing" in outcomes["no weights"][1]
+
+
+def test_report_imports_matplotlib_and_no_torch(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", [row("pets", 0.6), row("cars", 0.4, "zero_shot")])
+    arguments = ["report", str(tmp_path / "run"), "--output", str(tmp_path / "report")]
+    (outcome,) = run({"report": arguments}).values()
+    assert outcome[0] == 0, outcome[1]
+    assert (tmp_path / "report/report.png").exists()
+    assert outcome[2] == ["matplotlib"]
+
+
+def test_trackers_are_not_imported_with_the_engine() -> None:
+    code = (
+        "import sys; from dive_fast.commands.lean_imports import without_trackers\n"
+        "with without_trackers(): import timm, deepspeed.autotuning\n"
+        "assert not {'mlflow', 'wandb'} & sys.modules.keys()"
+    )
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr
