@@ -3,11 +3,9 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.sweep.run_folders import row, write_run
 
 HEAVY = (
     "torch",
@@ -70,14 +68,9 @@ for name, arguments in commands.items():
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, tuple[int, str, list[str]]]:
-    """The outcomes of :data:`COMMANDS`."""
-    return run(COMMANDS)
-
-
-def run(commands: dict[str, list[str]]) -> dict[str, tuple[int, str, list[str]]]:
     """Exit code, output and heavy modules of each command, all of which run in one process."""
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM], input=json.dumps([HEAVY, commands]), capture_output=True, text=True
+        [sys.executable, "-c", PROGRAM], input=json.dumps([HEAVY, COMMANDS]), capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
@@ -102,15 +95,6 @@ def test_mistakes_are_named(outcomes: dict[str, tuple[int, str, list[str]]]) -> 
     assert "evaluate.sets.typo.dataset" in outcomes["unknown set of a config"][1]
     assert "/no-such-folder: no such folder" in outcomes["nothing to prepare"][1]
     assert "/no-such-folder/run/model.safetensors is missing" in outcomes["no weights"][1]
-
-
-def test_report_imports_matplotlib_and_no_torch(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", [row("pets", 0.6), row("cars", 0.4, "zero_shot")])
-    arguments = ["report", str(tmp_path / "run"), "--output", str(tmp_path / "report")]
-    (outcome,) = run({"report": arguments}).values()
-    assert outcome[0] == 0, outcome[1]
-    assert (tmp_path / "report/report.png").exists()
-    assert outcome[2] == ["matplotlib"]
 
 
 def test_trackers_are_not_imported_with_the_engine() -> None:
