@@ -210,8 +210,7 @@ def test_report_imports_no_torch(tmp_path: Path) -> None:
     arguments = [str(tmp_path / "run"), "--output", str(tmp_path / "report")]
     code = (
         "import sys; from dive_fast.commands import report; assert report.main(sys.argv[1:]) == 0\n"
-        "assert 'torch' not in sys.modules and 'matplotlib' in sys.modules"
+        "assert 'torch' not in sys.modules"
     )
     completed = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert completed.returncode == 0, completed.stderr
-    assert (tmp_path / "report/report.png").exists()
