@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Version of the stored columns and of the rules by which readers choose samples; change it with either."""
 FOLDER = "indexes"
 """Folder of the indexes in the cache."""
