@@ -1,13 +1,15 @@
 """Tests of kept columns: damage of any bit is one of the documented errors, whichever file it is in."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dive_fast.io.column_folder import load_columns, save_columns
 
 DAMAGED = OSError, ValueError, KeyError, TypeError, AttributeError
-COLUMNS = {"numbers": np.arange(3, dtype=np.int64), "none": np.empty(0, np.uint8)}
+COLUMNS: dict[str, NDArray[Any]] = {"numbers": np.arange(3, dtype=np.int64), "none": np.empty(0, np.uint8)}
 
 
 def test_any_changed_bit_is_damage(tmp_path: Path) -> None:
