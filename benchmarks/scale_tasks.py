@@ -379,7 +379,7 @@ def retrieval(pairs: int) -> None:
     from dive_fast.evaluation.retrieval import paired_recalls
 
     captions = torch.arange(pairs)
-    paired_recalls(_embeddings(pairs, 0), captions, Ranks(0, 1, torch.device("cpu")), 1024)
+    paired_recalls(_embeddings(pairs, 0), captions, Ranks(0, 1, torch.device("cpu")))
 
 
 def _embeddings(pairs: int, seed: int) -> Any:

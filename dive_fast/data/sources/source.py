@@ -82,7 +82,8 @@ class SkippedEntries(Sequence[Skipped]):
 
 
 def _entry(stored: bytes) -> Skipped:
-    return Skipped(*stored.decode().split("\0", 1))
+    # A name in a tar can hold a zero byte; no reason does.
+    return Skipped(*stored.decode().rsplit("\0", 1))
 
 
 class Images(ABC):
