@@ -100,7 +100,7 @@ def variants() -> list[Variant]:
     recorded: dict[Variant, None] = {}
 
     def record(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-        options |= primitives.COMPILER_OPTIONS
+        options = primitives.COMPILER_OPTIONS | options
         recorded[_variant(kernel, arguments, options)] = None
 
     with unittest.mock.patch.object(primitives, "launch", record):
