@@ -171,10 +171,12 @@ class _SimulatedStep:
         images, text = self._pairs(data, pairs)
         second = self._text(data, len(images)) if self.engine.method.needs.second_prompts else None
         labels = torch.zeros(len(images), dtype=torch.long)
-        return TargetBatch(images, text, labels, torch.empty(0), (), second)
+        return TargetBatch(images, text, labels, labels, (), second)
 
     def _reference(self, data: ReferenceConfig, pairs: int | None) -> ReferenceBatch:
-        return ReferenceBatch(*self._pairs(data, pairs), torch.empty(0), torch.empty(0), ())
+        images, text = self._pairs(data, pairs)
+        samples = torch.zeros(len(images), dtype=torch.long)
+        return ReferenceBatch(images, text, samples, samples, ())
 
     def _teacher(self, data: ReferenceConfig, pairs: int | None) -> Pairs:
         count = pairs or data.batch_size // self.ranks.world_size
@@ -459,7 +461,7 @@ def _start_method(method: Method, towers: Towers, target: TargetConfig) -> None:
                 return torch.empty(len(texts), width)
 
         names, templates = _class_names(target), _templates(target)
-        method.start(Start(embed, tokenize, vocabulary, towers.pooled_at, names, templates))
+        method.start(Start(embed, tokenize, vocabulary, towers.pooled_at, names, templates, towers))
 
 
 def _mean_of_steps(
