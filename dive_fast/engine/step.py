@@ -116,6 +116,7 @@ class Engine:
                 :func:`check_projection`.
         """
         train = config.train
+        method.prepare(towers)
         self.ranks, self.schedule, self.micro_batch_size = ranks, train.schedule, train.micro_batch_size
         self.towers = towers.to(ranks.device).train()
         self.towers.set_precision(train.precision)

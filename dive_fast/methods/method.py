@@ -8,7 +8,7 @@ over ``group`` (see :mod:`dive_fast.kernels`).
 
 The engine calls the hooks at these places of a step; each does nothing unless a part defines it::
 
-    before a run:   start
+    before a run:   start, prepare
     for each half:  change_images, views, change_weights( forward, loss, backward )     penalty: with the last half
                     teacher_texts: texts that the target half's teacher embeds beside the batch
     update:         AdamW, within the config's projection (:mod:`dive_fast.projections`)
@@ -170,6 +170,8 @@ class Needs(NamedTuple):
     """The steps of the complete run, which a resumed run cannot change."""
     all_weights: bool
     """All weights on each rank's device, for a hook or a teacher on the target half: no ZeRO-3, no offload."""
+    adapters: bool
+    """Adapters (`model.lora`) in the image tower."""
 
     @property
     def texts(self) -> bool:
@@ -213,6 +215,8 @@ class Part(nn.Module):
     """Logged lengths of difference vectors and their symbols; reports compare them with the rounding of step 1."""
     needs_run_length: ClassVar[bool] = False
     """Whether the loss or the teacher depends on the steps of the complete run or of an epoch."""
+    needs_adapters: ClassVar[bool] = False
+    """Whether the image tower must have adapters (`model.lora`)."""
     backend: Backend = "auto"
     """Backend of the loss kernels."""
     step: int = 0
@@ -230,6 +234,12 @@ class Part(nn.Module):
 
         Raises:
             ConfigError: the model or the target lacks something that the part needs.
+        """
+
+    def prepare(self, towers: "Towers") -> None:
+        """Adds modules to the towers, or buffers that depend on them, before the engine is built.
+
+        Parameters that are added must not require gradient: no optimizer or checkpoint has them.
         """
 
     def change_images(self, images: Tensor, outputs: Forward, info: ImageInfo) -> Tensor:
@@ -459,6 +469,11 @@ class Method(nn.Module):
         for part in self.parts:
             part.start(start)
 
+    def prepare(self, towers: "Towers") -> None:
+        """Lets the parts prepare the pre-trained towers."""
+        for part in self.parts:
+            part.prepare(towers)
+
     def penalty(self, towers: "Towers") -> Loss | None:
         """The sum of the parts' penalties; None where no part has one.
 
@@ -522,6 +537,7 @@ def needs_of(target: type[TargetLoss], reference: type[ReferenceLoss] | None) ->
         sequential=reference is not None
         and any(overrides(part, hook) for part in (target, reference) for hook in SEQUENTIAL_HOOKS),
         run_length=target.needs_run_length or (reference is not None and reference.needs_run_length),
+        adapters=any(part is not None and part.needs_adapters for part in (target, reference)),
         all_weights=bool(_weight_hooks(*filter(None, (target, reference))) or _teachers(target.teacher)),
     )
 
