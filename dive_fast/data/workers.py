@@ -147,7 +147,8 @@ def _with_plain_errors(results: Iterator[Result]) -> Generator[Result, None, Non
         yield from results
     except DataError as error:
         # The message of an exception from a worker contains its traceback.
-        raise DataError(str(error).strip().rpartition(f"{DataError.__name__}: ")[2]) from error
+        kind = type(error)
+        raise kind(str(error).strip().rpartition(f"{kind.__name__}: ")[2]) from error
     except MachineError as error:
         raise MachineError(str(error).strip().rpartition(f"{MachineError.__name__}: ")[2]) from error
     except (OSError, RuntimeError) as error:

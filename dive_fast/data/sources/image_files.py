@@ -16,9 +16,11 @@ import numpy as np
 
 from dive_fast.data.decode import IMAGE_SUFFIXES, looks_like_image
 from dive_fast.data.sources.file_rules import HIDDEN, is_hidden, lower_suffix, reason_to_skip
+from dive_fast.data.sources.listed_files import text_name
 from dive_fast.data.sources.node_index import Listing
 from dive_fast.data.sources.sample_table import Strings, StringsBuilder, printable
 from dive_fast.data.sources.source import Skipped
+from dive_fast.data.sources.watched import Watched, state_from, state_of
 from dive_fast.errors import DataError
 
 Part = TypeVar("Part")
@@ -65,6 +67,8 @@ class ImageFiles:
     text_times: array[int] = field(default_factory=lambda: array("q"))
     skipped: list[Skipped] = field(default_factory=list)
     ignored: list[Skipped] = field(default_factory=list)
+    watched: Watched = field(default_factory=Watched)
+    """Folders, and other files whose contents or targets decide what they are."""
     num_direct: int = 0
     """Number of images in the listed folder itself, not in subfolders."""
 
@@ -73,6 +77,7 @@ class ImageFiles:
 
     def extend(self, part: ImageFiles) -> None:
         """Adds the images of a later folder."""
+        self.watched.extend(part.watched)
         self.names.extend(Strings(*part.names.columns()))
         for name in ("sizes", "times", "text_sizes", "text_times", "skipped", "ignored"):
             getattr(self, name).extend(getattr(part, name))
@@ -170,6 +175,7 @@ class ImageLister:
         parts = iter((self._folder_threads.map if in_threads else map)(below, subfolders))
         texts = {entry.name.lower() for entry in others} if self._with_texts else set()
         result = ImageFiles()
+        result.watched.add(name, state_from(status))
         self._add(result, folder, prefix, runs[0], texts)
         for entry, images in zip(others, runs[1:], strict=True):
             if entry.is_dir() and not is_hidden(entry.name):
@@ -244,12 +250,15 @@ def printable_names(names: Strings) -> Strings:
 
 def _leave_out(result: ImageFiles, key: str, entry: os.DirEntry[str]) -> None:
     """Counts an entry that is not an image."""
-    key = printable(key)
+    name, key = key, printable(key)
+    is_side_file = lower_suffix(entry.name) in SIDE_SUFFIXES
+    if not is_side_file and (entry.is_symlink() or reason_to_skip(entry.name) is None):
+        result.watched.add(name, state_of(entry.path))
     if entry.is_dir():
         result.ignored.append(Skipped(key, HIDDEN))
     elif (reason := reason_to_skip(entry.name)) is not None:
         (result.ignored if reason == HIDDEN else result.skipped).append(Skipped(key, reason))
-    elif lower_suffix(entry.name) not in SIDE_SUFFIXES:
+    elif not is_side_file:
         if looks_like_image(_first_bytes(entry)):
             result.skipped.append(Skipped(key, "an image by its content, but not by its suffix"))
         else:
@@ -281,18 +290,11 @@ def _examine_texts(
                 status = os.stat(os.path.join(folder, name))
                 size = status.st_size if stat.S_ISREG(status.st_mode) else NOT_READABLE
                 time = status.st_mtime_ns
-            except FileNotFoundError:
-                pass
             except OSError:
                 size = NOT_READABLE
         sizes.append(size)
         times.append(time)
     return sizes, times
-
-
-def text_name(image: str) -> str:
-    """The name of the text file of an image."""
-    return image[: image.rindex(".")] + ".txt"
 
 
 def _first_bytes(entry: os.DirEntry[str]) -> bytes:
