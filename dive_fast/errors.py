@@ -142,7 +142,7 @@ class DataError(UserError):
 
 
 class ChangedDataError(DataError):
-    """A file changed after its data set was listed; no other sample may replace it, since more may have changed."""
+    """A file changed after its data set was listed; no other one may replace it, since more may have changed."""
 
 
 @contextmanager

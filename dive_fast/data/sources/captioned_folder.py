@@ -133,8 +133,9 @@ class CaptionedFolder(RawSet):
         (sizes, text_sizes), (times, text_times) = (
             column.reshape(2, -1)[:, kept] for column in (listing.sizes, listing.times)
         )
-        columns = {"lists": Strings(*lists.columns()), "listed": ListedFiles(times, text_sizes, text_times)}
-        table = SampleTable.of_files(self.root, files, printable_names(files), sizes, **columns)
+        keys, captions = printable_names(files), Strings(*lists.columns())
+        listed = ListedFiles(times, text_sizes, text_times)
+        table = SampleTable.of_files(self.root, files, keys, sizes, lists=captions, listed=listed)
         return Source(table, skipped=skipped, ignored=self._images.ignored), ()
 
     def _read_texts(self, names: Strings, has_text: NDArray[np.bool_], rows: range) -> _Texts:

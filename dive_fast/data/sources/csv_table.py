@@ -143,8 +143,8 @@ class CsvSet(RawSet):
             self._watched.add(folder, state_of(os.path.join(root, folder)))
 
     def read(self, listing: Listing) -> tuple[Source, Sequence[str]]:
-        options = {"stored_digest": "", "listed": ListedFiles(listing.times)}
-        table = replace(self._rows.samples, root=self.root, files=listing.names, **options)
+        rows, listed = self._rows.samples, ListedFiles(listing.times)
+        table = replace(rows, root=self.root, files=listing.names, listed=listed, stored_digest="")
         size = listing.sizes[table.file_rows]
         skipped = list(self._rows.skipped)
         missing = np.flatnonzero(size < 0).tolist()

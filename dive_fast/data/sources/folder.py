@@ -69,7 +69,7 @@ class ClassFolders(RawSet):
         self._images, self._counts = ImageFiles(), []
         num_direct = 0
         try:
-            self._images.watched.add("", state_of(root))
+            self._images.watched.add("", state_of(self.root))
             names = _class_folders(root, self.path, self._images)
             with ImageLister() as lister:
                 folders = lister.list_each(self.root, names)

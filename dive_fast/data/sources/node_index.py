@@ -61,7 +61,7 @@ class Listing(NamedTuple):
     """A hash of everything else that the listing has shown and the samples or messages depend on."""
     changes: NDArray[np.int64] | None = None
     """``(F,)``: time at which the contents, name or attributes of each file last changed, in nanoseconds; programs
-    that copy a file with its modification time cannot set it. None: unknown."""
+    that copy a file with its modification time cannot set it. May be those of some files only. None: unknown."""
 
     @classmethod
     def of(cls, root: str, files: Sequence[Path]) -> Listing:

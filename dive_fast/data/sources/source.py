@@ -122,8 +122,9 @@ class Images(ABC):
         Raises:
             DataError: the bytes are not a complete image.
         """
+        data = self.read(number)
         try:
-            return decode(self.read(number))
+            return decode(data)
         except UNDECODABLE as error:
             raise self.sample(number).unusable(
                 f"cannot decode the image: {decode_error_message(error)}"
