@@ -24,6 +24,7 @@ from dive_fast.data.loaders.loader import loader_options
 from dive_fast.data.prefetch import DEPTH
 from dive_fast.data.prompt_files import Template, read_class_names, read_templates
 from dive_fast.distributed import Ranks
+from dive_fast.engine import trained_parameters
 from dive_fast.engine.deepspeed_config import zero_section
 from dive_fast.engine.step import Engine, StepBatches
 from dive_fast.errors import ConfigError, DataError
@@ -109,6 +110,8 @@ class _SimulatedStep:
             with tracker.within("teacher"):
                 self.online = OnlineTeacher(create(config.model, weights=False), ranks)
         _start_method(method, towers, config.data.target)
+        with tracker.within("weights"):
+            trained_parameters.adapt(config.model, towers, method, config.train.seed)
         self.engine = _TrackedEngine(config, towers, method, ranks, tracker)
         simulate_fast_blocks(towers)
         if self.engine.teacher is not None:
