@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from open_clip.hf_model import HFTextEncoder
 from open_clip.modified_resnet import AttentionPool2d
 from torch import Tensor, nn
 
@@ -57,7 +58,12 @@ class SplitAttention(nn.Module):
         self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         """Attention of ``query`` ``(B, N, D)`` to ``key`` and ``value`` ``(B, M, D)``.
 
@@ -285,9 +291,7 @@ def _import_peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ConfigError(
-            f"model.lora needs the package peft ({error}): pip install 'dive_fast[lora]'"
-        ) from error
+        raise ConfigError(f"model.lora needs the package peft ({error}): pip install 'dive_fast[lora]'") from error
     return peft
 
 
@@ -409,7 +413,9 @@ def _check_calls(towers: Towers, lora: LoraConfig) -> None:
     if "image" in lora.towers:
         towers.encode_image(scale.new_zeros(1, 3, *towers.preprocess.size))
     if "text" in lora.towers:
-        towers.encode_text(scale.new_zeros(1, towers.context_length or 77, dtype=torch.long))
+        # Towers of transformers count fewer positions than they have, and take any number of tokens.
+        length = 8 if isinstance(towers.text, HFTextEncoder) else towers.context_length or 77
+        towers.encode_text(scale.new_zeros(1, length, dtype=torch.long))
     towers.train(was_training)
     for handle in handles:
         handle.remove()
