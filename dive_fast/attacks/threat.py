@@ -1,0 +1,133 @@
+"""The threat model: how far an attack may change an image, and the steps that stay within it."""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Norm = Literal["linf", "l2"]
+Model = Callable[[Tensor], Tensor]
+"""Images ``(B, 3, H, W)`` in [0, 1] -> logits ``(B, C)``; the normalisation of images is part of the model."""
+SMALLEST = 1e-12
+"""Smallest length that a gradient or a change is divided by."""
+
+
+class Threat(NamedTuple):
+    """All images in [0, 1] whose distance to the clean image is at most ``eps``."""
+
+    norm: Norm
+    """Distance: ``linf`` the largest change of a value, ``l2`` the Euclidean length of the change."""
+    eps: float
+    """On the scale of images in [0, 1]: 4 / 255 for the usual L-infinity attack."""
+
+    def project(self, images: Tensor, clean: Tensor) -> Tensor:
+        """The images, ``(B, 3, H, W)``, moved back into the allowed distance and into [0, 1]."""
+        change = images - clean
+        if self.norm == "linf":
+            change = change.clamp(-self.eps, self.eps)
+        else:
+            change = change * (self.eps / _lengths(change).clamp(min=SMALLEST)).clamp(max=1.0)
+        return (clean + change).clamp(0.0, 1.0)
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        """The direction of length 1 in which the loss rises fastest."""
+        if self.norm == "linf":
+            return gradient.sign()
+        return gradient / _lengths(gradient).clamp(min=SMALLEST)
+
+    def start(self, clean: Tensor, noise: Tensor | None) -> Tensor:
+        """A random image of the threat model: uniform in the L-infinity ball, on the sphere in L2.
+
+        Args:
+            noise: numbers in (-1, 1), the images' shape; None starts at the clean images.
+        """
+        if noise is None:
+            return clean.clone()
+        return self.project(clean + self.eps * (noise if self.norm == "linf" else self.steepest(noise)), clean)
+
+
+class Gradient(NamedTuple):
+    """The cross-entropy of each sample, and its gradient by the image."""
+
+    loss: Tensor
+    """``(B,)`` fp32."""
+    images: Tensor
+    """``(B, 3, H, W)`` fp32; 0 where it is not finite."""
+    is_right: Tensor
+    """``(B,)`` bool: the largest logit is the label's."""
+    is_finite: Tensor
+    """``(B,)`` bool: loss and gradient are finite."""
+
+
+def gradient(model: Model, images: Tensor, labels: Tensor) -> Gradient:
+    """The cross-entropy at the images and its gradient by them.
+
+    Losses are summed, not averaged, so that a sample's gradient does not depend on its batch and does not
+    underflow in half precision. Parameters get no ``grad``, and hooks on their gradients stay silent.
+
+    Args:
+        images: ``(B, 3, H, W)`` fp32 in [0, 1].
+        labels: ``(B,)`` int64.
+    """
+    with torch.enable_grad():
+        images = images.detach().requires_grad_()
+        logits = model(images).float()
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        (by_images,) = torch.autograd.grad(loss.sum(), images)
+    loss, logits = loss.detach(), logits.detach()
+    is_finite = loss.isfinite() & by_images.isfinite().flatten(1).all(1)
+    by_images = torch.where(is_finite[:, None, None, None], by_images, 0.0)
+    return Gradient(loss, by_images, logits.argmax(1) == labels, is_finite)
+
+
+class Attacked(NamedTuple):
+    """The result of an attack."""
+
+    images: Tensor
+    """``(B, 3, H, W)``: the images with the highest loss that were tried, wrongly classified ones first. The clean
+    image where a loss or gradient was not finite."""
+    loss: Tensor
+    """``(B,)``: the cross-entropy of ``images``."""
+    is_robust: Tensor
+    """``(B,)`` bool: every image that was tried is classified rightly."""
+    is_finite: Tensor
+    """``(B,)`` bool: all losses and gradients were finite; such a sample that was not counts as not robust."""
+
+
+class Best:
+    """The best images so far of an attack: the highest loss, wrongly classified ones first."""
+
+    def __init__(self, clean: Tensor) -> None:
+        """Starts with the clean images; nothing is known of them."""
+        count = len(clean)
+        self._clean, self.images = clean, clean.clone()
+        self.loss = clean.new_full((count,), -torch.inf)
+        self.is_robust = torch.ones(count, dtype=torch.bool, device=clean.device)
+        self.is_finite = torch.ones_like(self.is_robust)
+        self._is_attacked = torch.ones_like(self.is_robust)
+
+    def stop_at_success(self) -> bool:
+        """Ends the attack on samples that are not robust, whatever the others do; returns whether any goes on."""
+        self._is_attacked = self.is_robust
+        return bool(self._is_attacked.any())
+
+    def update(self, images: Tensor, tried: Gradient) -> None:
+        """Takes over images that are better than those before."""
+        is_wrong = ~tried.is_right
+        is_higher = torch.where(is_wrong == ~self.is_robust, tried.loss > self.loss, is_wrong & self.is_robust)
+        is_better = self._is_attacked & tried.is_finite & is_higher
+        self.images = torch.where(is_better[:, None, None, None], images, self.images)
+        self.loss = torch.where(is_better, tried.loss, self.loss)
+        self.is_finite = self.is_finite & (tried.is_finite | ~self._is_attacked)
+        self.is_robust = self.is_robust & ~is_wrong & tried.is_finite
+
+    def result(self) -> Attacked:
+        """The result of the attack."""
+        images = torch.where(self.is_finite[:, None, None, None], self.images, self._clean)
+        return Attacked(images, self.loss, self.is_robust, self.is_finite)
+
+
+def _lengths(change: Tensor) -> Tensor:
+    return change.flatten(1).norm(dim=1)[:, None, None, None]
