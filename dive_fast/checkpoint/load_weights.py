@@ -151,8 +151,8 @@ def _merged_state(model: ModelConfig, lora: LoraConfig, checkpoint: Path) -> dic
     base, state = create(model), _read_state(checkpoint)
     if weights_digest(base) != read_identity(checkpoint)["model"].get("weights"):
         raise ConfigError(
-            f"{checkpoint}: holds adapters alone, of other weights than {model.name} ({model.pretrained}); name the "
-            "model and the pre-trained weights that the run started from"
+            f"{checkpoint}: holds adapters alone, of other weights than {model.name} ({model.pretrained}); name "
+            "the model and the pre-trained weights that the run started from"
         )
     names = [name for name in state if adapters.is_factor(name)]
     towers = sorted({"image" if name.startswith("visual.") else "text" for name in names})

@@ -29,7 +29,8 @@ class WeightProjection:
     """The rule of a run, applied to each parameter group around each step of the optimizer.
 
     Anchors are the weights at construction, which come before a checkpoint is loaded: the pre-trained ones, and a
-    head that was started from prompts or probed. Those of adapters are zero, for each factor. Only deviations from them are measured and changed.
+    head that was started from prompts or probed. Those of adapters are zero, for each factor. Only deviations from
+    them are measured and changed.
     """
 
     def __init__(
@@ -194,7 +195,7 @@ class WeightProjection:
                 yield anchored
 
     def _start_factors_at_zero(self) -> None:
-        """Sets the anchors of adapters: zero for A and for B apart, so that the rule keeps ``W0 + B A`` near W0."""
+        """Sets the anchors of adapters: zero for A and for B apart, which keeps ``W0 + B A`` near W0."""
         for group in self.groups:
             for segment, anchor in zip(group.segments, group.anchors, strict=True):
                 if is_factor(segment.name):

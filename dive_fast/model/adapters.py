@@ -84,7 +84,7 @@ class SplitAttention(nn.Module):
 
 
 class CalledAttentionPool(nn.Module):
-    """The attention pool of open_clip's ModifiedResNet, which calls its layers and computes the pooled token alone."""
+    """The attention pool of open_clip's ModifiedResNet, which calls its layers, for the pooled token alone."""
 
     def __init__(self, pool: AttentionPool2d) -> None:
         """Takes over the parameters of ``pool``; their names stay."""
@@ -145,8 +145,8 @@ class Adapters:
     def merge(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state of the towers without adapters, with ``W0 + (alpha / r) B A`` and packed attentions.
 
-        The sum is computed in fp64 and rounded once. Layers without factors in ``state`` keep W0; a perturbation is
-        left out.
+        The sum is computed in fp64 and rounded once. Layers without factors in ``state`` keep W0; a perturbation
+        is left out.
 
         Args:
             state: complete state of the adapted towers, by name.
@@ -379,15 +379,17 @@ def _linear_layers(tower: nn.Module, where: str) -> Iterator[tuple[str, str, tor
             if isinstance(module, nn.MultiheadAttention):
                 if not _can_split(module):
                     raise ConfigError(
-                        f"model.lora: {name} of the {where} is an attention with other parameters than open_clip's; "
-                        "leave this tower out of model.lora.towers"
+                        f"model.lora: {name} of the {where} is an attention with other parameters than "
+                        "open_clip's; leave this tower out of model.lora.towers"
                     )
                 side = torch.Size([module.embed_dim, module.embed_dim])
                 parts = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "out"}
                 yield from ((f"{name}.{part}", target, side) for part, target in parts.items())
-            elif isinstance(module, nn.Linear) and (target := _target_of(name)) is not None:
-                if not isinstance(tower.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-                    yield name, target, module.weight.shape
+                continue
+            parent = tower.get_submodule(name.rpartition(".")[0])
+            is_layer = isinstance(module, nn.Linear) and not isinstance(parent, nn.MultiheadAttention)
+            if is_layer and (target := _target_of(name)) is not None:
+                yield name, target, module.weight.shape
 
 
 def _target_of(name: str) -> str | None:
@@ -421,6 +423,6 @@ def _check_calls(towers: Towers, lora: LoraConfig) -> None:
         handle.remove()
     if ignored := [name for name, layer in layers.items() if layer not in called]:
         raise ConfigError(
-            f"model.lora.targets: {ignored[0]} cannot be adapted, nor {len(ignored) - 1} more, since the tower reads "
-            "their weights without calling them; use other targets or towers"
+            f"model.lora.targets: {ignored[0]} cannot be adapted, nor {len(ignored) - 1} more, since the tower "
+            "reads their weights without calling them; use other targets or towers"
         )

@@ -37,8 +37,8 @@ def frozen_names(towers: Towers, patterns: Sequence[str]) -> set[str]:
             }
         if not matched:
             raise ConfigError(
-                f"model.freeze: {pattern} matches no parameter; expected image, text, image:N, text:N or a pattern "
-                f"of names such as {next(name for name, _ in towers.named_parameters())}"
+                f"model.freeze: {pattern} matches no parameter; expected image, text, image:N, text:N or a "
+                f"pattern of names such as {next(name for name, _ in towers.named_parameters())}"
             )
         names |= matched
     return names
