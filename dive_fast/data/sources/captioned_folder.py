@@ -24,6 +24,7 @@ from dive_fast.data.sources.sample_table import (
     SampleTable,
     Strings,
     StringsBuilder,
+    clean_text,
     pack_texts,
     printable,
 )
@@ -148,7 +149,7 @@ def _text(path: str) -> tuple[str, str]:
         return "", "its caption is not UTF-8"
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot read it: {error}") from error
-    text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
+    text = clean_text(text.replace("\r\n", "\n").replace("\r", "\n"))
     return text, "" if text else EMPTY_CAPTION
 
 

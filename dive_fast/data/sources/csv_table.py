@@ -23,6 +23,7 @@ from dive_fast.data.sources.sample_table import (
     SharedStrings,
     Strings,
     StringsBuilder,
+    clean_text,
     in_order_of_use,
     is_own_row,
     pack_texts,
@@ -206,7 +207,7 @@ def _ungrouped(runs: Iterator[Run], skipped: list[Skipped]) -> SampleTable:
     for first, name, run in runs:
         name_row = None
         for number, written in enumerate(run, first):
-            if title := written.strip():
+            if title := clean_text(written):
                 name_row = names.row(name.encode()) if name_row is None else name_row
                 keys.append(f"{name}#{number}".encode())
                 file.append(name_row)
@@ -249,7 +250,7 @@ def _grouped(runs: Iterator[Run], skipped: list[Skipped]) -> SampleTable:
 def _title_row(written: str, titles: SharedStrings, row_of: dict[str, int]) -> int:
     row = row_of.get(written)
     if row is None:
-        row = titles.row(pack_texts((title,))) if (title := written.strip()) else -1
+        row = titles.row(pack_texts((title,))) if (title := clean_text(written)) else -1
         if len(row_of) < MAX_SHARED:
             row_of[written] = row
     return row

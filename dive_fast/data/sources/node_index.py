@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Version of the stored columns and of the rules by which readers choose samples; change it with either."""
 FOLDER = "indexes"
 """Folder of the indexes in the cache."""
@@ -81,10 +81,15 @@ class Listing(NamedTuple):
             changes=np.array([status.st_ctime_ns for status in statuses], np.int64),
         )
 
-    @property
-    def is_racy(self) -> bool:
-        """Whether a file was modified a moment ago."""
-        return bool((np.abs(self.times / 1e9 - time.time()) < RACY_SECONDS).any())
+    def is_racy(self, since: float) -> bool:
+        """Whether a file was modified a moment before the listing began, or afterwards.
+
+        Args:
+            since: the time at which the listing began, in seconds; not when the set has been read, which takes
+                longer than a moment.
+        """
+        seconds = self.times / 1e9
+        return bool(((seconds > since - RACY_SECONDS) & (seconds < time.time() + RACY_SECONDS)).any())
 
     def digest(self) -> str:
         """A hash of names, sizes, times and details."""
@@ -165,6 +170,7 @@ def open_raw(raw: RawSet, ranks: Ranks | None = None) -> Source:
 
 def _open(raw: RawSet) -> tuple[Source, Path | None]:
     """The set and the folder of its index; None if none is kept."""
+    since = time.time()
     listing = raw.list_files()
     small_bytes = not raw.reads_all_bytes or int(listing.sizes.sum()) < SMALL_BYTES
     if len(listing.sizes) < SMALL_FILES and small_bytes:
@@ -184,7 +190,7 @@ def _open(raw: RawSet) -> tuple[Source, Path | None]:
         if (source := _load(index, raw, stamp, warn=True)) is not None:
             return source, index
         source, warnings = _read(raw, listing)
-        if listing.is_racy or not _save(index, source, warnings, stamp):
+        if listing.is_racy(since) or not _save(index, source, warnings, stamp):
             return source, None
         _remove_former(folder, prefix, index)
         # Mapped, so that forked processes and other ranks share its pages.

@@ -532,6 +532,12 @@ class TableBuilder:
         return row
 
 
+def clean_text(text: str) -> str:
+    """A text as readers of raw sets keep it, without white space at its ends; empty: it has no text."""
+    # As it will be stored: a text of zero bytes alone would become blank only there.
+    return text.replace(SEPARATOR, " ").strip()
+
+
 def pack_texts(texts: Sequence[str]) -> bytes:
     """The stored form of a list of texts."""
     return SEPARATOR.join(text.replace(SEPARATOR, " ") for text in texts).encode()

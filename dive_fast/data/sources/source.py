@@ -23,6 +23,7 @@ from PIL import Image
 
 from dive_fast.data import content_hashes
 from dive_fast.data.decode import UNDECODABLE, decode, decode_error_message
+from dive_fast.data.sources.object_store import refuse_url
 from dive_fast.data.sources.sample_table import Sample, SampleTable, Strings
 from dive_fast.errors import DataError
 
@@ -81,7 +82,8 @@ class SkippedEntries(Sequence[Skipped]):
 
 
 def _entry(stored: bytes) -> Skipped:
-    return Skipped(*stored.decode().split("\0", 1))
+    # A name in a tar can hold a zero byte; no reason does.
+    return Skipped(*stored.decode().rsplit("\0", 1))
 
 
 class Images(ABC):
@@ -118,10 +120,11 @@ class Images(ABC):
         """Decodes one image to RGB or grey.
 
         Raises:
-            DataError: the bytes are not a complete image.
+            DataError: it cannot be read, or its bytes are not a complete image.
         """
+        data = self.read(number)
         try:
-            return decode(self.read(number))
+            return decode(data)
         except UNDECODABLE as error:
             raise self.sample(number).unusable(
                 f"cannot decode the image: {decode_error_message(error)}"
@@ -272,8 +275,9 @@ def locate(path: str) -> Path:
     """Resolves a path of the config; ``demo:target`` lies in the embedded demo, which is generated when missing.
 
     Raises:
-        DataError: the demo has no such split.
+        DataError: the demo has no such split, or the path is a URL of an object store.
     """
+    refuse_url(path)
     if not path.startswith("demo:"):
         return Path(path)
     from dive_fast.data.demo.splits import resolve  # only configs of the demo need it
