@@ -335,10 +335,9 @@ def stream(arguments: dict[str, Any]) -> None:
     keys = order().keys_of_steps(steps)
     next(keys)
     say(part="open, and the first batch", **clock.read())
-    clock = Clock()
     for _ in keys:
         pass
-    say(part="all other batches of an epoch", **clock.read())
+    say(part="open, and all batches of an epoch", **clock.read())
     clock = Clock()
     next(order().keys_of_steps(steps[-1:]))
     say(part="resume at the last batch of an epoch", **clock.read())

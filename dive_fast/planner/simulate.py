@@ -24,6 +24,7 @@ from dive_fast.data.loaders.loader import loader_options
 from dive_fast.data.prefetch import DEPTH
 from dive_fast.data.prompt_files import Template, read_class_names, read_templates
 from dive_fast.distributed import Ranks
+from dive_fast.engine import trained_parameters
 from dive_fast.engine.deepspeed_config import zero_section
 from dive_fast.engine.step import Engine, StepBatches
 from dive_fast.errors import ConfigError, DataError
@@ -100,7 +101,6 @@ class _SimulatedStep:
         if method.needs.head:
             with tracker.within("weights"):
                 towers.head = nn.Linear(self.width, len(_class_names(config.data.target)))
-        self.parameters = sum(parameter.numel() for parameter in towers.parameters())
         if _has_kernels(self.width):
             for part in method.parts:
                 part.backend = "triton"
@@ -109,6 +109,9 @@ class _SimulatedStep:
             with tracker.within("teacher"):
                 self.online = OnlineTeacher(create(config.model, weights=False), ranks)
         _start_method(method, towers, config.data.target)
+        with tracker.within("weights"):
+            trained_parameters.adapt(config.model, towers, method, config.train.seed)
+        self.parameters = sum(parameter.numel() for parameter in towers.parameters())
         self.engine = _TrackedEngine(config, towers, method, ranks, tracker)
         simulate_fast_blocks(towers)
         if self.engine.teacher is not None:
@@ -131,7 +134,9 @@ class _SimulatedStep:
             self._step(self._batches(target, None))
             operations = _mean_of_steps(operations, tracker.operations - previous, every)
         ranks, parts = self.ranks.world_size, dict(+tracker.peak)
-        return Plan(self.parameters, ranks, operations, parts, _estimates(parts, scratch, ranks))
+        tuned = (parameter for parameter in self.towers.parameters() if parameter.requires_grad)
+        trained = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in tuned)
+        return Plan(self.parameters, ranks, operations, parts, _estimates(parts, scratch, ranks), trained)
 
     @property
     def _needs_reference(self) -> bool:
