@@ -36,6 +36,7 @@ from dive_fast.engine.feature_consistency import FeatureConsistency, check_confi
 from dive_fast.engine.optimizer import learning_rate_schedule, make_optimizer
 from dive_fast.engine.profiler import span
 from dive_fast.engine.target_teacher import TargetTeacher, split_prompts
+from dive_fast.engine.trained_parameters import freeze_untrained
 from dive_fast.engine.update import DeepSpeedUpdate, DeviceUpdate, LossScale
 from dive_fast.engine.weight_average import WeightAverage
 from dive_fast.engine.weight_projection import WeightProjection
@@ -109,11 +110,12 @@ class Engine:
         """Wraps the towers by DeepSpeed.
 
         Args:
+            towers: with the adapters of ``model.lora`` (:func:`dive_fast.engine.trained_parameters.adapt`).
             total_steps: updates of the complete run, for the learning rate's schedule.
 
         Raises:
-            ConfigError: as :func:`check_config`, :func:`deepspeed_section`, :func:`check_hooks` and
-                :func:`check_projection`.
+            ConfigError: as :func:`check_config`, :func:`deepspeed_section`, :func:`check_hooks`,
+                :func:`check_projection` and :func:`~dive_fast.engine.trained_parameters.freeze_untrained`.
         """
         train = config.train
         method.prepare(towers)
@@ -128,7 +130,7 @@ class Engine:
         self.method = method.to(ranks.device)
         self.steps_done = 0
         """Number of steps before the present one."""
-        _freeze_untuned(self.towers, method)
+        freeze_untrained(config.model, self.towers, method)
         section = deepspeed_section(config, ranks.world_size)
         self.remark = "fast blocks: none (train.fast_blocks = false)"
         """One line about the towers' blocks, for the start of a run."""
@@ -151,7 +153,7 @@ class Engine:
         check_projection(section, config.projection)
         if on_device:
             _disable_deepspeed_grad_norm(section)
-        optimizer = make_optimizer(train, towers, offloads_optimizer(section))
+        optimizer = self._optimizer = make_optimizer(train, towers, offloads_optimizer(section))
         schedule = learning_rate_schedule(train.warmup_steps, total_steps)
         self.deepspeed, *_ = deepspeed.initialize(
             model=self.towers,
@@ -226,8 +228,8 @@ class Engine:
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of the next update."""
-        return float(self.deepspeed.get_lr()[0])
+        """Learning rate of the next update, without the factors of ``train.layer_decay``."""
+        return float(self.deepspeed.get_lr()[0]) / float(self._optimizer.param_groups[0]["factor"])
 
     def set_step(self, step: int) -> None:
         """Sets the engine to a run after ``step`` steps; weights and the optimizer's state are set elsewhere."""
@@ -428,16 +430,6 @@ def _evaluating(towers: Towers) -> Iterator[None]:
         yield
     finally:
         towers.train(was_training)
-
-
-def _freeze_untuned(towers: Towers, method: Method) -> None:
-    """Freezes the parameters that the method does not train."""
-    if not method.needs.texts:
-        towers.text.requires_grad_(False)
-        towers.logit_scale.requires_grad_(False)
-    for name, parameter in towers.named_parameters():
-        if not method.tunes(name):
-            parameter.requires_grad_(False)
 
 
 def check_hooks(section: dict[str, Any], method: Method, schedule: str) -> None:
