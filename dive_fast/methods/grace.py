@@ -7,7 +7,7 @@ docs/methods.md.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -41,11 +41,12 @@ if TYPE_CHECKING:  # imports open_clip
 
 
 class Grace(TeCoA):
-    """Cross-entropy of clean images and of adversarial images at perturbed weights, and the volume between features.
+    """Cross-entropy of clean images, and of adversarial ones at perturbed weights; volume between features.
 
     ::
 
-        loss = CE(f(x; W)) + weight_perturbation_weight CE(f(x + delta; W_p)) + gram_weight mean_i sqrt(det G_i + e^2)
+        loss = CE(f(x; W)) + weight_perturbation_weight CE(f(x + delta; W_p)) + gram_weight mean_i V_i
+        V_i  = sqrt(det G_i + e^2)                      the volume of three feature vectors, e = 1e-6
         W    = W0 + (alpha / r) B A                     the LoRA factors A, B are trained
         W_p  = W + B_P diag(m) A_P                      |B_P diag(m) A_P| = perturbation_size |W| in each layer
         G_i  = Gram matrix of f(x; W), f(x + delta; W), f(x + delta; W_p)           unit rows, (3, 3)
@@ -65,7 +66,7 @@ class Grace(TeCoA):
         """Options of the attack, the weight perturbation and the curvature estimate."""
 
         weight_perturbation_weight: NonNegativeFloat = 1.0
-        """lambda_LAR, factor on the cross-entropy at adversarial images and perturbed weights; a reconstruction."""
+        """lambda_LAR, factor on the cross-entropy of adversarial images at perturbed weights; a reconstruction."""
         gram_weight: NonNegativeFloat = 1.0
         """lambda_GV, factor on the Gram volume; a reconstruction."""
         perturbation_rank: Positive = 4
@@ -310,7 +311,8 @@ def _in_pairs(gradients: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(gradients[::2], gradients[1::2], strict=True))
 
 
-def _perturbation(towers: "Towers"):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _perturbation(towers: "Towers") -> AbstractContextManager[None]:
+    """A context in which the weights are perturbed."""
     from dive_fast.model.adapters import perturbation
 
     return perturbation(towers)
