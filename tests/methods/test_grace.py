@@ -1,7 +1,7 @@
 """Tests of GRACE, TeCoA and PMG-AFT: the numbers of the equations, and steps against the losses written literally.
 
-The oracle is open_clip's model in float64 with merged weights, plain PyTorch and nothing of the engine. Attacks are
-replaced by a fixed change of images, since a sign turns rounding into a complete step; they have tests of their own.
+The oracle is open_clip's model in float64 with merged weights, plain PyTorch and nothing of the engine. Attacks
+are replaced by a fixed change of images, since a sign turns rounding into a complete step; they have other tests.
 """
 
 import math
@@ -44,6 +44,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 PATHS = {1: [(0, None), (2, 3)], 2: [(0, 3), (1, None), (2, None)]}
 """(ZeRO stage, micro-batch size) on so many ranks."""
 TOLERANCE = 2e-4
+TEACHER_FACTOR = 0.5
+"""The teacher's factors A and B, relative to the student's."""
 
 
 def changed(images: Tensor) -> Tensor:
@@ -104,6 +106,8 @@ def adapted(stage: Stage) -> None:
 
 def run_steps(folder: Path, paths: list[tuple[int, int | None]]) -> dict[Any, Any]:
     """Gradients, metrics and state of one step of every objective along every path, on one rank."""
+    from deepspeed.utils import safe_get_full_grad
+
     Part.backend = "torch"
     stage, results = Stage(folder), {}
     adapted(stage)
@@ -116,7 +120,15 @@ def run_steps(folder: Path, paths: list[tuple[int, int | None]]) -> dict[Any, An
             towers = engine.towers
             assert isinstance(method.target_loss, TeCoA)
             method.start(Start(lambda texts: torch.empty(0), None, 0, None, (), (), towers))  # type: ignore[arg-type]
-            gradients, metrics = stage.gradients(engine, StepBatches(stage.target))
+            if engine.teacher is not None:
+                # A teacher like the student would have no gradient.
+                with torch.no_grad():
+                    for factor in engine.teacher.copies.values():
+                        factor.mul_(TEACHER_FACTOR)
+            values = engine.accumulate(StepBatches(stage.target))
+            metrics = {key: float(value) for key, value in values.items()}
+            tuned = {key: p for key, p in towers.named_parameters() if p.requires_grad}
+            gradients = {key: safe_get_full_grad(p).clone() for key, p in tuned.items()}
             state = {key: value.clone() for key, value in method.state().items()}
             results[name, zero, micro] = gradients, metrics, state
             engine.deepspeed.destroy()
@@ -141,17 +153,16 @@ class Literal:
         }
         self.fixed = {name: value.double() for name, value in stage.student.state_dict().items()}
         self.model = open_clip.create_model(f"local-dir:{folder}").double().eval()
-        self.frozen = open_clip.create_model(f"local-dir:{folder}").double().eval()
         data = batches(folder)
         self.images, self.labels = data["target_images"].double(), torch.tensor(LABELS)
         self.head = data["head.weight"].double(), data["head.bias"].double()
 
-    def weight(self, layer: str) -> Tensor:
-        first, second = (self.factors[f"{layer}.lora_{kind}.default.weight"] for kind in "AB")
+    def weight(self, layer: str, factor: float = 1) -> Tensor:
+        first, second = (factor * self.factors[f"{layer}.lora_{kind}.default.weight"] for kind in "AB")
         return self.fixed[f"{layer}.base_layer.weight"] + 6 / LORA_RANK * second @ first
 
-    def features(self, images: Tensor, changes: dict[str, Tensor] | None = None) -> Tensor:
-        weights = {each.name: self.weight(each.name) for each in self.layers}
+    def features(self, images: Tensor, changes: dict[str, Tensor] | None = None, factor: float = 1) -> Tensor:
+        weights = {each.name: self.weight(each.name, factor) for each in self.layers}
         weights = {name: weight + (changes or {}).get(name, 0) for name, weight in weights.items()}
         parameters: dict[str, Tensor] = {}
         for number in range(tiny.VISION["layers"]):
@@ -227,10 +238,10 @@ class Literal:
             return self.cross_entropy(adversarial), {}
         if name == "pmg_aft":
             with torch.no_grad():
-                frozen = F.normalize(self.frozen.encode_image(changed(self.images)), dim=1)
+                frozen = self.features(changed(self.images), factor=TEACHER_FACTOR)
             z, z0, c = (self.logits(rows).softmax(1) for rows in (adversarial, frozen, clean))
             first, second = ((p * (p / z).log()).sum(1).mean() for p in (z0, c))
-            metrics = {"frozen_kl": float(first), "clean_kl": float(second)}
+            metrics = {"frozen_kl": first.item(), "clean_kl": second.item()}
             return self.cross_entropy(adversarial) + 0.5 * first + 2 * second, metrics
         loss = self.cross_entropy(clean)
         lar, gram = options.get("weight_perturbation_weight", 1), options.get("gram_weight", 1)
@@ -240,14 +251,14 @@ class Literal:
         rows = torch.stack([clean, adversarial, perturbed], 1)
         volume = (torch.linalg.det(rows @ rows.transpose(1, 2)) + 1e-12).sqrt().mean()
         before = self.cross_entropy(adversarial)
-        metrics = {"perturbation_gain": float(self.cross_entropy(perturbed) - before)}
-        metrics |= {"gram_volume": float(volume)} if gram else {}
+        metrics = {"perturbation_gain": (self.cross_entropy(perturbed) - before).item()}
+        metrics |= {"gram_volume": volume.item()} if gram else {}
         return loss + lar * self.cross_entropy(perturbed) + gram * volume, metrics
 
     def gradients(self, name: str, options: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, float]]:
         loss, metrics = self.loss(name, options)
         found = torch.autograd.grad(loss, list(self.factors.values()))
-        return dict(zip(self.factors, found, strict=True)), metrics | {"loss": float(loss)}
+        return dict(zip(self.factors, found, strict=True)), metrics | {"loss": loss.item()}
 
 
 def quantile(ordered: list[float], share: float) -> float:
