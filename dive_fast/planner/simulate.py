@@ -30,7 +30,7 @@ from dive_fast.engine.step import Engine, StepBatches
 from dive_fast.errors import ConfigError, DataError
 from dive_fast.kernels import backend
 from dive_fast.methods import registry
-from dive_fast.methods.method import Loss, Method, Start, TeacherOutputs
+from dive_fast.methods.method import Loss, Method, Start, TeacherOutputs, View
 from dive_fast.model.fast_blocks import FastModule
 from dive_fast.model.features import Features, Pairs
 from dive_fast.model.towers import Towers, check_text_length, create
@@ -260,6 +260,14 @@ class _TrackedEngine(Engine):
                 return super()._teach(images, text)
         finally:
             tracker.stage, teacher.towers = "target", towers
+
+    def _change_images(self, *arguments: Any) -> Tensor:
+        with self.tracker.within("activations"):
+            return super()._change_images(*arguments)
+
+    def _views(self, *arguments: Any) -> tuple[View, ...]:
+        with self.tracker.within("activations"):
+            return super()._views(*arguments)
 
     def _backward(self, half: Any) -> Loss:
         self.tracker.stage = "reference" if half.name == "reference" else "target"
