@@ -40,7 +40,8 @@ PROJECTED = {
 }
 """Configs with a method in weight space: the config that they start from, and ``projection.name``."""
 OTHERS = (
-    *("demo", "vitb16_car_ft", "vitb16_lipsum", "vitb16_starft", "vitb32_grace", "vitb32_tecoa"),
+    *("demo", "vitb16_car_ft", "vitb16_lipsum", "vitb16_starft"),
+    *("vitb32_grace", "vitb32_pmg_aft", "vitb32_tecoa"),
     *(*SELF_DISTILLED, *PROJECTED),
 )
 """Configs of methods or data that are not the paper's."""
