@@ -210,18 +210,20 @@ def check_pixels(pixels: Tensor, mean: Sequence[float], std: Sequence[float], dt
 def check_attacked(
     clean: Tensor, eps: float, images: Tensor | None = None, gradient: Tensor | None = None
 ) -> None:
-    """Checks fp32 images ``(B, C, H, W)``, of which there may be none, and others of the same shape and device.
+    """Checks images ``(B, C, H, W)``, of which there may be none, and others of the same shape, dtype and device.
 
     Raises:
         ValueError: a shape, dtype or device is wrong, or eps is negative.
     """
     if clean.ndim != 4:
         raise ValueError(f"clean: expected shape (B, 3, H, W), got {tuple(clean.shape)}")
-    for name, tensor in {"clean": clean, "images": images, "gradient": gradient}.items():
+    if clean.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"clean: expected dtype torch.float32 or torch.float64, got {clean.dtype}")
+    for name, tensor in {"images": images, "gradient": gradient}.items():
         if tensor is None:
             continue
-        if tensor.dtype != torch.float32:
-            raise ValueError(f"{name}: expected dtype torch.float32, got {tensor.dtype}")
+        if tensor.dtype != clean.dtype:
+            raise ValueError(f"{name}: expected dtype {clean.dtype} as clean has, got {tensor.dtype}")
         if tensor.shape != clean.shape:
             raise ValueError(
                 f"{name}: expected shape {tuple(clean.shape)} as clean has, got {tuple(tensor.shape)}"
@@ -232,15 +234,15 @@ def check_attacked(
 
 
 def check_step_sizes(step_size: Tensor, clean: Tensor) -> None:
-    """Checks one fp32 number for each image.
+    """Checks one number for each image, of its dtype.
 
     Raises:
         ValueError: its shape, dtype or device is wrong.
     """
     if step_size.shape != clean.shape[:1]:
         raise ValueError(f"step_size: expected shape ({len(clean)},), got {tuple(step_size.shape)}")
-    if step_size.dtype != torch.float32:
-        raise ValueError(f"step_size: expected dtype torch.float32, got {step_size.dtype}")
+    if step_size.dtype != clean.dtype:
+        raise ValueError(f"step_size: expected dtype {clean.dtype} as clean has, got {step_size.dtype}")
     _check_device("step_size", step_size, "clean", clean)
 
 

@@ -163,7 +163,8 @@ def pgd_step(
 
     Args:
         images, clean, gradient: ``(B, 3, H, W)`` fp32; those in another memory format than ``images`` are copied.
-        step_size: a number, or ``(B,)`` fp32, one for each image, on the scale of images in [0, 1].
+            fp64 takes plain PyTorch.
+        step_size: a number, or ``(B,)``, one for each image, on the scale of images in [0, 1].
         eps: largest change of a value.
         backend: as for :func:`biased_activation`.
 
@@ -176,7 +177,7 @@ def pgd_step(
     checks.check_attacked(clean, eps, images, gradient)
     if isinstance(step_size, Tensor):
         checks.check_step_sizes(step_size, clean)
-    if not backends.uses_triton(backend, clean, any_width=True):
+    if not _attacks_in_triton(backend, clean):
         return naive_attacks.pgd_step(images, clean, gradient, step_size, eps)
     return attack_steps.pgd_step(images, clean, gradient, step_size, eps)
 
@@ -192,7 +193,7 @@ def pgd_start(
         y = clip01( clean + clip( clean + eps U - clean, -eps, eps) ),   U uniform in (-1, 1)
 
     Args:
-        clean: ``(B, 3, H, W)`` fp32, contiguous (otherwise copied).
+        clean: ``(B, 3, H, W)`` fp32, contiguous (otherwise copied). fp64 takes plain PyTorch.
         samples: ``(B,)`` int64: numbers of the samples in their set, below 2^32; they determine U of each image,
             whatever its batch and rank.
         eps: largest change of a value.
@@ -205,6 +206,13 @@ def pgd_start(
     """
     checks.check_attacked(clean, eps)
     checks.check_samples(samples, clean, seed, step)
-    if not backends.uses_triton(backend, clean, any_width=True):
+    if not _attacks_in_triton(backend, clean):
         return naive_attacks.pgd_start(clean, samples, eps, seed, step)
     return attack_steps.pgd_start(clean, samples, eps, seed, step)
+
+
+def _attacks_in_triton(backend: Backend, clean: Tensor) -> bool:
+    is_single = clean.dtype == torch.float32
+    if backend == "triton" and not is_single:
+        raise ValueError('backend: "triton" cannot run: images are fp64; use "auto" or "torch"')
+    return backends.uses_triton(backend, clean, any_width=True) and is_single

@@ -31,7 +31,7 @@ def images_of(shape, seed=0):
 
 def samples_of(count):
     """Numbers of samples, the largest possible one among them."""
-    return torch.tensor([2**32 - 1, 0, 1_281_166, 2**31][:count], device=DEVICE)
+    return torch.tensor([2**32 - 1, 0, 1_281_166, 2**31][:count], dtype=torch.int64, device=DEVICE)
 
 
 # Plain PyTorch
@@ -94,6 +94,14 @@ def test_bits_of_a_start_are_those_of_plain_pytorch(seed, step):
         arguments = clean, samples_of(len(clean)), EPS, seed, step
         actual = kernels.pgd_start(*arguments, "triton")
         torch.testing.assert_close(actual, kernels.pgd_start(*arguments, "torch"), rtol=0, atol=0)
+
+
+def test_fp64_takes_plain_pytorch():
+    images, clean, gradient = (tensor.double() for tensor in images_of((2, 3, 7, 9)))
+    expected = naive_attacks.pgd_step(images, clean, gradient, 1 / 255, EPS)
+    assert torch.equal(kernels.pgd_step(images, clean, gradient, 1 / 255, EPS), expected)
+    with pytest.raises(ValueError, match=r'^backend: "triton" cannot run: images are fp64'):
+        kernels.pgd_step(images, clean, gradient, 1 / 255, EPS, "triton")
 
 
 @TRITON
@@ -188,7 +196,10 @@ def test_operators_for_the_compiler():
     ("change", "message"),
     [
         ({"clean": torch.zeros(3, 4, 4)}, r"clean: expected shape \(B, 3, H, W\), got \(3, 4, 4\)"),
-        ({"clean": torch.zeros(2, 3, 4, 4).half()}, "clean: expected dtype torch.float32, got torch.float16"),
+        (
+            {"clean": torch.zeros(2, 3, 4, 4).half()},
+            "clean: expected dtype torch.float32 or torch.float64, got torch.float16",
+        ),
         ({"images": torch.zeros(2, 3, 4, 5)}, r"images: expected shape \(2, 3, 4, 4\) as clean has"),
         ({"gradient": torch.zeros(2, 3, 4, 4).double()}, "gradient: expected dtype torch.float32"),
         (
@@ -196,7 +207,7 @@ def test_operators_for_the_compiler():
             "gradient: expected device cpu as clean has, got meta",
         ),
         ({"step_size": torch.zeros(3)}, r"step_size: expected shape \(2,\), got \(3,\)"),
-        ({"step_size": torch.zeros(2).double()}, "step_size: expected dtype torch.float32"),
+        ({"step_size": torch.zeros(2).double()}, "step_size: expected dtype torch.float32 as clean has"),
         ({"eps": -1.0}, "eps: expected a number that is not negative, got -1.0"),
     ],
 )
