@@ -179,7 +179,7 @@ def _row_range(pid, programs, B, ROWS: tl.constexpr):
 
 
 @triton.jit
-def load_rows(matrix, row0, end, D, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def _load_rows(matrix, row0, end, D, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Rows ``row0 ... row0 + ROWS`` of a ``(..., D)`` matrix, zeros from row ``end`` on and beyond the width."""
     o_row = row0 + tl.arange(0, ROWS)
     o_column = tl.arange(0, WIDTH)
@@ -192,11 +192,11 @@ def _difference_rows(features, teacher, row0, end, D, BLOCK: tl.constexpr, ACC: 
     """``z = x / max(|x|, 1e-12)``, ``u = z - teacher`` and ``|x|`` of a block of rows; 0 outside of the matrix."""
     ROWS: tl.constexpr = BLOCK.ROWS
     WIDTH: tl.constexpr = BLOCK.WIDTH
-    b_x = load_rows(features, row0, end, D, ROWS, WIDTH).to(ACC)
+    b_x = _load_rows(features, row0, end, D, ROWS, WIDTH).to(ACC)
     b_norm = primitives.row_norms(b_x)
     b_length = tl.broadcast_to(primitives.clamp_norms(b_norm)[:, None], [ROWS, WIDTH])
     b_z = primitives.divide(b_x, b_length)
-    return b_z, b_z - load_rows(teacher, row0, end, D, ROWS, WIDTH), b_norm
+    return b_z, b_z - _load_rows(teacher, row0, end, D, ROWS, WIDTH), b_norm
 
 
 @triton.jit
@@ -248,7 +248,7 @@ def values_block(
     o_column = tl.arange(0, WIDTH)
     b_center = tl.zeros([WIDTH], ACC)
     for sum0 in range(0, num_sums, SUMS):
-        b_center += tl.sum(load_rows(buffers.sums, sum0, num_sums, D, SUMS, WIDTH), axis=0)
+        b_center += tl.sum(_load_rows(buffers.sums, sum0, num_sums, D, SUMS, WIDTH), axis=0)
     b_center = b_center / N.to(ACC)
     b_previous = tl.load(previous + o_column, mask=o_column < D, other=0.0)
     b_m = b_previous * CONSTANTS.DECAY + b_center * CONSTANTS.GROWTH
@@ -338,12 +338,12 @@ def difference_gradient_block(
         m_column = (o_column < D)[None, :]
         b_dz = tl.where(m_column, (b_u - b_m[None, :]) * CONSTANTS.AVERAGE_WEIGHT + b_pair, 0.0)
         b_dt = tl.where(m_column, (b_v - b_m[None, :]) * CONSTANTS.AVERAGE_WEIGHT - b_pair, 0.0)
-        store_gradient(gradients.image, b_z, b_dz, b_x_norm, scale, row0, end, D, BLOCK)
-        store_gradient(gradients.text, b_t, b_dt, b_y_norm, scale, row0, end, D, BLOCK)
+        _store_gradient(gradients.image, b_z, b_dz, b_x_norm, scale, row0, end, D, BLOCK)
+        _store_gradient(gradients.text, b_t, b_dt, b_y_norm, scale, row0, end, D, BLOCK)
 
 
 @triton.jit
-def store_gradient(gradient, b_z, b_dz, b_norm, scale, row0, end, D, BLOCK: tl.constexpr):
+def _store_gradient(gradient, b_z, b_dz, b_norm, scale, row0, end, D, BLOCK: tl.constexpr):
     """``dx = scale (dz - z (z . dz)) / max(|x|, 1e-12)`` of a block of rows."""
     ROWS: tl.constexpr = BLOCK.ROWS
     WIDTH: tl.constexpr = BLOCK.WIDTH

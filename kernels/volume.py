@@ -13,7 +13,7 @@ With z_j = unit(x_j), a = z_2 - z_1, b = z_3 - z_1, p = z_1 . a, q = z_1 . b, n 
     B v dL/db = (n |a|^2 - p^2) b + (p q - n a.b) a + (p a.b - q |a|^2) z_1          = B v dL/dz_3
     B v dL/dz_1 = (|a|^2 |b|^2 - (a.b)^2) z_1 + (q a.b - p |b|^2) a + (p a.b - q |a|^2) b - B v (dL/da + dL/db)
 
-   The normalization's backward is that of :mod:`dive_fast.kernels.difference`.
+   The normalization's backward is that of :mod:`dive_fast.kernels.contrastive`.
 
 The forward reads the inputs once, the backward reads them again and writes the gradients: 9 elements for each
 position of the three matrices. A forward that also wrote gradients would move 12, since the backward would have to
@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dive_fast.kernels import difference, direct, naive, primitives
+from dive_fast.kernels import direct, naive, primitives
 
 _NUM_WARPS = 8
 # Sums that the last launch adds at a time.
@@ -47,12 +47,31 @@ class Triple(NamedTuple):
 
 
 @triton.jit
-def _unit_rows(features, row0, B, D, BLOCK: tl.constexpr, ACC: tl.constexpr):
+def _elements(row0, B, D, BLOCK: tl.constexpr):
+    """Offsets of a block of rows in a ``(B, D)`` matrix, and which of them exist."""
+    o_row = row0 + tl.arange(0, BLOCK.ROWS)
+    o_column = tl.arange(0, BLOCK.WIDTH)
+    o_element = o_row.to(tl.int64)[:, None] * D + o_column[None, :]
+    return o_element, (o_row < B)[:, None] & (o_column < D)[None, :]
+
+
+@triton.jit
+def _unit_rows(features, o_element, m_element, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """``z = x / max(|x|, 1e-12)`` and ``|x|`` of a block of rows; 0 outside of the matrix."""
-    b_x = difference.load_rows(features, row0, B, D, BLOCK.ROWS, BLOCK.WIDTH).to(ACC)
+    b_x = tl.load(features + o_element, mask=m_element, other=0.0).to(ACC)
     b_norm = primitives.row_norms(b_x)
     b_length = tl.broadcast_to(primitives.clamp_norms(b_norm)[:, None], [BLOCK.ROWS, BLOCK.WIDTH])
     return primitives.divide(b_x, b_length), b_norm
+
+
+@triton.jit
+def _store_gradient(gradient, b_z, b_dz, b_norm, scale, o_element, m_element, BLOCK: tl.constexpr):
+    """``dx = scale (dz - z (z . dz)) / max(|x|, 1e-12)`` of a block of rows."""
+    # Below the clamp z is linear in x, and no component is projected out.
+    b_radial = tl.where(b_norm < primitives.CLAMP, 0.0, tl.sum(b_z * b_dz, axis=1))
+    b_dx = b_dz - b_z * b_radial[:, None]
+    b_dx *= primitives.divide(tl.broadcast_to(scale, [BLOCK.ROWS]), primitives.clamp_norms(b_norm))[:, None]
+    tl.store(gradient + o_element, primitives.round_to(b_dx, gradient.dtype.element_ty), mask=m_element)
 
 
 @triton.jit
@@ -94,9 +113,10 @@ def gram_volume_kernel(
     """``x_1, x_2, x_3 -> sums of v``."""
     pid = tl.program_id(0)
     row0 = pid * BLOCK.ROWS
-    b_z, _ = _unit_rows(features.first, row0, B, D, BLOCK, ACC)
-    b_second, _ = _unit_rows(features.second, row0, B, D, BLOCK, ACC)
-    b_third, _ = _unit_rows(features.third, row0, B, D, BLOCK, ACC)
+    o_element, m_element = _elements(row0, B, D, BLOCK)
+    b_z, _ = _unit_rows(features.first, o_element, m_element, BLOCK, ACC)
+    b_second, _ = _unit_rows(features.second, o_element, m_element, BLOCK, ACC)
+    b_third, _ = _unit_rows(features.third, o_element, m_element, BLOCK, ACC)
     b_volume = _volume(_determinant(_products(b_z, b_second - b_z, b_third - b_z)))
     m_row = row0 + tl.arange(0, BLOCK.ROWS) < B
     tl.store(sums + pid, tl.sum(tl.where(m_row, b_volume, 0.0), axis=0))
@@ -115,10 +135,10 @@ def gram_volume_finish_kernel(sums, loss, count, B, SUMS: tl.constexpr, ACC: tl.
 @triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["upstream"])
 def gram_volume_gradient_kernel(features, upstream, gradients, B, D, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """``x_1, x_2, x_3 -> dL/dx_1, dL/dx_2, dL/dx_3``."""
-    row0 = tl.program_id(0) * BLOCK.ROWS
-    b_z, b_first_norm = _unit_rows(features.first, row0, B, D, BLOCK, ACC)
-    b_second, b_second_norm = _unit_rows(features.second, row0, B, D, BLOCK, ACC)
-    b_third, b_third_norm = _unit_rows(features.third, row0, B, D, BLOCK, ACC)
+    o_element, m_element = _elements(tl.program_id(0) * BLOCK.ROWS, B, D, BLOCK)
+    b_z, b_first_norm = _unit_rows(features.first, o_element, m_element, BLOCK, ACC)
+    b_second, b_second_norm = _unit_rows(features.second, o_element, m_element, BLOCK, ACC)
+    b_third, b_third_norm = _unit_rows(features.third, o_element, m_element, BLOCK, ACC)
     b_a, b_b = b_second - b_z, b_third - b_z
     products = _products(b_z, b_a, b_b)
     b_zz, b_aa, b_bb, b_ab, b_p, b_q = products
@@ -134,9 +154,9 @@ def gram_volume_gradient_kernel(features, upstream, gradients, B, D, BLOCK: tl.c
     b_dz = ((b_aa * b_bb - b_ab * b_ab) * b_weight)[:, None] * b_z
     b_dz += b_by_a[:, None] * b_a + b_by_b[:, None] * b_b - b_da - b_db
     scale = tl.load(upstream).to(ACC) / B.to(ACC)
-    difference.store_gradient(gradients.first, b_z, b_dz, b_first_norm, scale, row0, B, D, BLOCK)
-    difference.store_gradient(gradients.second, b_second, b_da, b_second_norm, scale, row0, B, D, BLOCK)
-    difference.store_gradient(gradients.third, b_third, b_db, b_third_norm, scale, row0, B, D, BLOCK)
+    _store_gradient(gradients.first, b_z, b_dz, b_first_norm, scale, o_element, m_element, BLOCK)
+    _store_gradient(gradients.second, b_second, b_da, b_second_norm, scale, o_element, m_element, BLOCK)
+    _store_gradient(gradients.third, b_third, b_db, b_third_norm, scale, o_element, m_element, BLOCK)
 
 
 # Host
