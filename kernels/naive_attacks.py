@@ -49,7 +49,7 @@ def uniform(samples: Tensor, shape: Sequence[int], seed: int, step: int = 0, str
     block = torch.arange(-(-count // 4), device=samples.device)
     fixed = [torch.tensor(value, device=samples.device) for value in (step, stream)]
     words = philox((block[None], samples[:, None], *fixed), (seed & _LOW, seed >> 32 & _LOW))
-    bits = torch.stack(words, -1).reshape(len(samples), -1)[:, :count]
+    bits = torch.stack(words, -1).flatten(1)[:, :count]
     return centres(bits).view(len(samples), *shape)
 
 
