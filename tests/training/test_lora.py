@@ -37,7 +37,7 @@ CASES: dict[str, list[tuple[str, Any]]] = {
 }
 """Options of one step by each method."""
 RULE_OF = {options[0][1]["name"]: name for name, options in CASES.items() if options[0][0] == "projection"}
-STEPS = 2
+STEPS = 4
 
 
 def tree_of(folder: Path) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def one_rank(folder: Path) -> dict[str, Any]:
         return each
 
     run("dive", LORA, ("train.schedule", "joint"))
-    run("killed", LORA, ("train.schedule", "joint"), kill_at=1)
+    run("killed", LORA, ("train.schedule", "joint"), kill_at=3)
     killed = Folder(ranks, tree, folder / "killed")
     results["other rank"] = killed.start(("model.lora", {"rank": 2}), ("train.schedule", "joint"))
     results["without"] = killed.start(("train.schedule", "joint"))
@@ -155,7 +155,7 @@ def test_method_trains_factors(results: dict[str, Any], name: str) -> None:
     others = {each for each in run["names"]["weights"] if not is_factor(each)}
     assert others <= {"logit_scale", "head.weight", "head.bias"}
     assert run["names"]["fixed"] == {}
-    is_image_alone = name in ("vanilla_ft", "lp_ft", "starft")
+    is_image_alone = name in ("vanilla_ft", "lp_ft", "starft", "lipsum", "car_ft")
     assert any(each.startswith("text.") for each in run["values"]) != is_image_alone
     assert all(value.isfinite().all() for value in run["values"].values())
     assert any(value.any() for each, value in run["values"].items() if "lora_B" in each)
@@ -171,9 +171,10 @@ def test_frozen_blocks_and_logit_scale_have_no_factors(results: dict[str, Any]) 
 @pytest.mark.parametrize("rule", RULES)
 def test_anchor_of_factors_is_zero(results: dict[str, Any], rule: str) -> None:
     first = results[RULE_OF[rule]]["lines"][0]
-    # A is random at the start, B zero: the distance of the first update is the norm of A.
-    assert first["projection/distance"] > 0.1
-    assert "projection/relative_distance" not in first
+    # A is random at the start, B zero: the distance of the first update is the norm of A. FTP measures it after its
+    # first step, which leaves 1e-8 of each row.
+    assert (first["projection/distance"] > 0.1) == (rule != "ftp")
+    assert ("projection/relative_distance" in first) == ("head.weight" in results[RULE_OF[rule]]["values"])
 
 
 def test_checkpoint_and_export_are_evaluated_alike(results: dict[str, Any], folder: Path) -> None:
