@@ -120,9 +120,8 @@ class _SimulatedStep:
     def run(self) -> Plan:
         config, tracker = self.config, self.tracker
         target, reference = config.data.target, config.data.reference if self._needs_reference else None
-        # The first update allocates the optimizer's state, which does not depend on the batch. The planned step is
-        # the second one: some methods have no distillation at the first.
-        self._step(self._batches(target, reference, pairs=1), updating="optimizer")
+        # The planned step is the second one: some methods have no distillation at the first.
+        self._first_step(target, reference)
         tracker.reset()
         batches = [self._batches(target, reference) for _ in range(1 + DEPTH)]
         self._step(batches[0])
@@ -160,6 +159,22 @@ class _SimulatedStep:
         tracker.stage = "update"
         with tracker.within(updating):
             self.engine.update(loss)
+
+    def _first_step(self, target: TargetConfig, reference: ReferenceConfig | None) -> None:
+        """The first update, which allocates the optimizer's state; this depends neither on batch nor on loss."""
+        engine, tracker = self.engine, self.tracker
+        if engine.deepspeed.zero_optimization_stage() == 3:
+            # Parameters are empty outside of a forward.
+            self._step(self._batches(target, reference, pairs=1), updating="optimizer")
+            return
+        tracker.stage = "update"
+        with tracker.within("loss"):
+            # No forward: this sum reaches all parameters, in less time.
+            loss = torch.stack([each.sum() for each in self.towers.parameters() if each.requires_grad]).sum()
+            engine.deepspeed.set_gradient_accumulation_boundary(True)
+            engine.deepspeed.backward(loss)
+        with tracker.within("optimizer"):
+            engine.update(loss.detach())
 
     def _batches(
         self, target: TargetConfig, reference: ReferenceConfig | None, pairs: int | None = None
