@@ -42,7 +42,7 @@ STEPS = 4
 
 def tree_of(folder: Path) -> dict[str, Any]:
     Part.backend = "torch"
-    tree = tiny.write_config(folder, max_steps=STEPS, checkpoint_every=1, keep_last=9)
+    tree = tiny.write_config(folder, max_steps=STEPS, checkpoint_every=1, keep_last=9, epochs=2)
     tree["deepspeed"]["zero_optimization"]["stage"] = 1
     tree["teacher"] = {"path": str(folder / "teacher")}
     return tree | {"evaluate": {"baseline": False, "probe": 0}}
@@ -136,6 +136,7 @@ def test_first_step_equals_that_of_the_frozen_model(results: dict[str, Any]) -> 
 
 
 def test_resumed_run_has_the_same_bits(results: dict[str, Any]) -> None:
+    assert "resumed from" in results["resumed"]["printed"]
     for name, value in results["dive"]["values"].items():
         assert torch.equal(value, results["resumed"]["values"][name]), name
     assert results["dive"]["lines"][-1]["loss"] == results["resumed"]["lines"][-1]["loss"]
@@ -171,8 +172,8 @@ def test_frozen_blocks_and_logit_scale_have_no_factors(results: dict[str, Any]) 
 @pytest.mark.parametrize("rule", RULES)
 def test_anchor_of_factors_is_zero(results: dict[str, Any], rule: str) -> None:
     first = results[RULE_OF[rule]]["lines"][0]
-    # A is random at the start, B zero: the distance of the first update is the norm of A. FTP measures it after its
-    # first step, which leaves 1e-8 of each row.
+    # A is random at the start, B zero: the distance of the first update is the norm of A. FTP measures it after
+    # its first step, which leaves 1e-8 of each row.
     assert (first["projection/distance"] > 0.1) == (rule != "ftp")
     assert ("projection/relative_distance" in first) == ("head.weight" in results[RULE_OF[rule]]["values"])
 
