@@ -129,6 +129,16 @@ def test_trained_factors_move_and_the_model_with_them(results: dict[str, Any], f
     assert torch.equal(rows[1], base["visual.transformer.resblocks.0.attn.in_proj_weight"].chunk(3)[1])
 
 
+def test_adapter_file_and_base_give_the_exported_model(results: dict[str, Any], folder: Path) -> None:
+    factors, model = load_file(folder / "dive" / "adapter.safetensors"), results["dive"]["model"]
+    base = load_file(folder / "model" / "open_clip_model.safetensors")
+    assert len(factors) == 2 * 20
+    name = "visual.transformer.resblocks.1.mlp.c_fc"
+    expected = base[f"{name}.weight"] + factors[f"{name}.lora_B"] @ factors[f"{name}.lora_A"]
+    torch.testing.assert_close(model[f"{name}.weight"], expected)
+    assert not (folder / "plain" / "adapter.safetensors").exists()
+
+
 def test_first_step_equals_that_of_the_frozen_model(results: dict[str, Any]) -> None:
     # B is zero, so the first loss is that of the pre-trained weights.
     first, plain = (results[name]["lines"][0]["contrastive_loss"] for name in ("flyp_replay", "plain"))
@@ -136,7 +146,7 @@ def test_first_step_equals_that_of_the_frozen_model(results: dict[str, Any]) -> 
 
 
 def test_resumed_run_has_the_same_bits(results: dict[str, Any]) -> None:
-    assert "resumed from" in results["resumed"]["printed"]
+    assert "continues after" in results["resumed"]["printed"]
     for name, value in results["dive"]["values"].items():
         assert torch.equal(value, results["resumed"]["values"][name]), name
     assert results["dive"]["lines"][-1]["loss"] == results["resumed"]["lines"][-1]["loss"]
