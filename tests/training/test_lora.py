@@ -81,7 +81,9 @@ def one_rank(folder: Path) -> dict[str, Any]:
     tree["train"]["max_steps"] = 1
     for name, options in CASES.items():
         run(name, LORA, ("objective.name", name), *options)
-    run("plain", ("objective.name", "flyp_replay"))
+    frozen = ("model.freeze", ["image", "text:2"]), ("train.layer_decay", 0.5), ("train.weight_decay", 0.0)
+    tree["train"]["warmup_steps"] = 0
+    run("plain", ("objective.name", "flyp_replay"), *frozen)
     return results
 
 
@@ -143,6 +145,18 @@ def test_first_step_equals_that_of_the_frozen_model(results: dict[str, Any]) -> 
     # B is zero, so the first loss is that of the pre-trained weights.
     first, plain = (results[name]["lines"][0]["contrastive_loss"] for name in ("flyp_replay", "plain"))
     assert first == pytest.approx(plain, rel=1e-5)
+
+
+def test_run_without_adapters_freezes_and_decays_its_rate(results: dict[str, Any], folder: Path) -> None:
+    run, base = results["plain"], load_file(folder / "model" / "open_clip_model.safetensors")
+    moved = {name: (run["model"][name] - base[name]).abs().max().item() for name in base}
+    trained = {"logit_scale", "text_projection", "ln_final.weight", "ln_final.bias"}
+    block = {name for name in base if name.startswith("transformer.resblocks.1.")}
+    assert {name for name, change in moved.items() if change > 0} == trained | block
+    # The first update of AdamW has the length of the learning rate: 1e-3, and half of it in the last block.
+    assert moved["text_projection"] == pytest.approx(1e-3, rel=0.05)
+    assert moved["transformer.resblocks.1.mlp.c_fc.weight"] == pytest.approx(5e-4, rel=0.05)
+    assert run["names"]["fixed"].keys() >= {"visual.proj"}
 
 
 def test_resumed_run_has_the_same_bits(results: dict[str, Any]) -> None:
