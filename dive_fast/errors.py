@@ -141,6 +141,10 @@ class DataError(UserError):
     """Invalid data; the one-line message names the file and what is expected."""
 
 
+class ChangedDataError(DataError):
+    """A file changed after its data set was listed; no other one may replace it, since more may have changed."""
+
+
 class TarError(DataError):
     """A tar of a stream cannot be fetched or has changed; its samples are not replaced by others."""
 

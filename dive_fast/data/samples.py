@@ -22,7 +22,7 @@ from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.data.token_cache import CaptionTokens, kept_captions
 from dive_fast.data.transforms import Augmentation, Crop, Preprocess, View, crop_draws, random_crop
 from dive_fast.distributed import Ranks
-from dive_fast.errors import DataError, TarError
+from dive_fast.errors import ChangedDataError, DataError, TarError
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,7 @@ class Samples(ABC, Generic[Batch]):
         Raises:
             TarError: its tar cannot be fetched, of which another attempt may succeed.
             DataError: :data:`MAX_REPLACEMENTS` samples in a row are unusable.
+            ChangedDataError: a file changed after the set was listed.
         """
         epoch, number = sample_key
         for attempt in range(MAX_REPLACEMENTS):
@@ -109,7 +110,7 @@ class Samples(ABC, Generic[Batch]):
             candidate = epoch, number
             try:
                 return candidate, read(candidate)
-            except TarError:
+            except (ChangedDataError, TarError):
                 raise
             except DataError as error:
                 last = error

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -187,6 +189,27 @@ class Source(Images):
     def after(self, number: int) -> int:
         return (number + 1) % len(self)
 
+    def read(self, number: int) -> bytes:
+        """Reads the bytes of one image file.
+
+        Raises:
+            ChangedDataError: the image, or its text, changed after the set was listed.
+            DataError: the bytes cannot be read.
+        """
+        if self.samples.listed is None:
+            return super().read(number)
+        sample = self.sample(number)
+        try:
+            with open(sample.path, "rb", buffering=0) as file:
+                data = file.read()
+                # Afterwards: a change while the file is read is noticed too.
+                self.samples.check_unchanged(number, os.fstat(file.fileno()))
+            return data
+        except (OSError, MemoryError) as error:
+            with suppress(OSError):
+                self.samples.check_unchanged(number)
+            raise sample.unusable(f"cannot read the image: {error}") from error
+
     def digest(self) -> str:
         """A hash of everything that decides results, wherever the files lie; computed once.
 
@@ -233,6 +256,9 @@ class Source(Images):
     @cached_property
     def _image_ids(self) -> NDArray[np.int64]:
         if self.hashes is None:
+            # Otherwise a changed image would be an unreadable or a cut one.
+            if self.samples.listed is not None:
+                content_hashes.map_in_threads(self.samples.check_if_readable, range(len(self)))
             hashes = content_hashes.image_hashes(self.samples)
         else:
             hashes = [row.tobytes() for row in self.hashes]
