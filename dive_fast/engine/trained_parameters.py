@@ -20,6 +20,10 @@ def check(model: ModelConfig, train: TrainConfig, towers: Towers, method: Method
     """
     if train.layer_decay is not None:
         layer_factors(towers, train.layer_decay)
+    if method.needs.adapters and (model.lora is None or "image" not in model.lora.towers):
+        raise ConfigError(
+            "model.lora: this method trains adapters of the image tower; set for example model.lora.rank=64"
+        )
     if model.lora is not None:
         adapters.check(towers, _adapted(model.lora, method))
     # A head does not exist yet, and neither do the factors of adapters.

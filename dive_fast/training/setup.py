@@ -327,7 +327,7 @@ def _start_method(
     def embed(texts: Sequence[str]) -> Tensor:
         return embed_texts(towers, tokenizer, texts, ranks)
 
-    method.start(Start(embed, tokenizer, towers.vocabulary, towers.pooled_at, class_names, templates))
+    method.start(Start(embed, tokenizer, towers.vocabulary, towers.pooled_at, class_names, templates, towers))
 
 
 def _classes(data: TargetConfig, source: Source, ranks: Ranks) -> Classes | None:

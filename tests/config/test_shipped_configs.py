@@ -41,7 +41,11 @@ PROJECTED = {
 """Configs with a method in weight space: the config that they start from, and ``projection.name``."""
 ADAPTED = {"vitb16_dive_lora": "vitb16_dive"}
 """Configs with adapters, and the config that they start from."""
-OTHERS = (*ADAPTED, "demo", "vitb16_car_ft", "vitb16_lipsum", "vitb16_starft", *SELF_DISTILLED, *PROJECTED)
+OTHERS = (
+    *("demo", "vitb16_car_ft", "vitb16_lipsum", "vitb16_starft"),
+    *("vitb32_grace", "vitb32_pmg_aft", "vitb32_tecoa"),
+    *(*SELF_DISTILLED, *PROJECTED, *ADAPTED),
+)
 """Configs of methods or data that are not the paper's."""
 VECTORS = {"decay": 0.99, "average_weight": 1, "pairwise_weight": 1, "mean_gradient": True}
 OPTIONS: dict[str, dict[str, Any]] = {
