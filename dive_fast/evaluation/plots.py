@@ -29,7 +29,7 @@ MEASURES = {"ood": "OOD accuracy, %", "zs": "zero-shot accuracy, %", "rsa": "RSA
 
 def method_styles() -> dict[str, tuple[str, str]]:
     """Label and colour of the pre-trained model and of each method, by name."""
-    return {PRETRAINED: ("pre-trained", GREY)} | dict(method_list.read().styles)
+    return {PRETRAINED: ("pre-trained", GREY)} | method_list.styles()
 
 
 def tradeoff(

@@ -5,6 +5,7 @@ The list is ``method_list.json``, written from the registry, whose modules need 
 """
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 from dive_fast.config.reference import Key, keys_of
 
 FILE = Path(__file__).with_suffix(".json")
+REGISTRY = "dive_fast.methods.registry"
+"""Imported by every program that adds a method."""
 
 
 class Group(NamedTuple):
@@ -51,6 +54,13 @@ def read() -> MethodList:
         for place, title, keys, words in tree["groups"]
     ]
     return MethodList({name: Style(*style) for name, style in tree["styles"].items()}, groups)
+
+
+def styles() -> dict[str, Style]:
+    """The methods in figures, with those that a program has added to the registry."""
+    if REGISTRY not in sys.modules:
+        return read().styles
+    return read().styles | from_registry().styles
 
 
 def from_registry() -> MethodList:

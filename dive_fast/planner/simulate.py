@@ -30,7 +30,7 @@ from dive_fast.engine.step import Engine, StepBatches
 from dive_fast.errors import ConfigError, DataError
 from dive_fast.kernels import backend
 from dive_fast.methods import registry
-from dive_fast.methods.method import Loss, Method, Start, TeacherOutputs
+from dive_fast.methods.method import Loss, Method, Start, TeacherOutputs, View
 from dive_fast.model.fast_blocks import FastModule
 from dive_fast.model.features import Features, Pairs
 from dive_fast.model.towers import Towers, check_text_length, create
@@ -191,10 +191,12 @@ class _SimulatedStep:
         images, text = self._pairs(data, pairs)
         second = self._text(data, len(images)) if self.engine.method.needs.second_prompts else None
         labels = torch.zeros(len(images), dtype=torch.long)
-        return TargetBatch(images, text, labels, torch.empty(0), (), second)
+        return TargetBatch(images, text, labels, labels, (), second)
 
     def _reference(self, data: ReferenceConfig, pairs: int | None) -> ReferenceBatch:
-        return ReferenceBatch(*self._pairs(data, pairs), torch.empty(0), torch.empty(0), ())
+        images, text = self._pairs(data, pairs)
+        samples = torch.zeros(len(images), dtype=torch.long)
+        return ReferenceBatch(images, text, samples, samples, ())
 
     def _teacher(self, data: ReferenceConfig, pairs: int | None) -> Pairs:
         count = pairs or data.batch_size // self.ranks.world_size
@@ -258,6 +260,14 @@ class _TrackedEngine(Engine):
                 return super()._teach(images, text)
         finally:
             tracker.stage, teacher.towers = "target", towers
+
+    def _change_images(self, *arguments: Any) -> Tensor:
+        with self.tracker.within("activations"):
+            return super()._change_images(*arguments)
+
+    def _views(self, *arguments: Any) -> tuple[View, ...]:
+        with self.tracker.within("activations"):
+            return super()._views(*arguments)
 
     def _backward(self, half: Any) -> Loss:
         self.tracker.stage = "reference" if half.name == "reference" else "target"
@@ -479,7 +489,7 @@ def _start_method(method: Method, towers: Towers, target: TargetConfig) -> None:
                 return torch.empty(len(texts), width)
 
         names, templates = _class_names(target), _templates(target)
-        method.start(Start(embed, tokenize, vocabulary, towers.pooled_at, names, templates))
+        method.start(Start(embed, tokenize, vocabulary, towers.pooled_at, names, templates, towers))
 
 
 def _mean_of_steps(

@@ -225,7 +225,7 @@ def _check_method(config: Config, section: dict[str, Any], towers: Towers) -> No
     check_hooks(section, method, config.train.schedule)
     check_projection(section, config.projection)
     method.penalty(towers)  # raises where a tower lacks the parameters of the penalty
-    trained_parameters.check(config.model, towers, method)
+    trained_parameters.check(config.model, config.train, towers, method)
 
 
 def _open_sources(config: Config, evaluation_sets: Opened, ranks: Ranks) -> _Sources:
@@ -327,7 +327,7 @@ def _start_method(
     def embed(texts: Sequence[str]) -> Tensor:
         return embed_texts(towers, tokenizer, texts, ranks)
 
-    method.start(Start(embed, tokenizer, towers.vocabulary, towers.pooled_at, class_names, templates))
+    method.start(Start(embed, tokenizer, towers.vocabulary, towers.pooled_at, class_names, templates, towers))
 
 
 def _classes(data: TargetConfig, source: Source, ranks: Ranks) -> Classes | None:
