@@ -232,9 +232,7 @@ def adopt(
         rows = embeddings.find_rows(source)
         modified = source.modified()
     try:
-        todo = begin(
-            partial, layout, fingerprint, f"adopted from {embeddings.folder.resolve()}", ranks, modified
-        )
+        todo = begin(partial, layout, fingerprint, f"adopted from {embeddings.folder.resolve()}", ranks, modified)
         with ranks.raise_on_all(CacheError, OSError):
             _copy(embeddings, rows, partial, layout, todo, ranks)
         if ranks.is_main:

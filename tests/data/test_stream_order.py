@@ -84,7 +84,9 @@ def test_all_ranks_have_full_batches_at_every_step(shards: Path, ranks: int) -> 
 
 
 @pytest.mark.parametrize(("sizes", "ranks"), [((0, 9, 0), 3), ((5, 0, 0, 0), 2), ((0, 0, 7, 0, 0, 3), 6)])
-def test_few_tars_with_samples_are_enough_for_all_ranks(tmp_path: Path, sizes: tuple[int, ...], ranks: int) -> None:
+def test_few_tars_with_samples_are_enough_for_all_ranks(
+    tmp_path: Path, sizes: tuple[int, ...], ranks: int
+) -> None:
     write(tmp_path, sizes)
     for tar, size in enumerate(sizes):
         if not size:

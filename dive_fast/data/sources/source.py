@@ -235,7 +235,7 @@ class Source(Images):
         return self.listed_modified()
 
     def listed_modified(self) -> str:
-        """As :meth:`modified`, of files that may have changed since: only for results that read all images again."""
+        """As :meth:`modified`, of files that may have changed since: for results that read all images again."""
         return self._modified
 
     def check_files(self, rows: Sequence[int]) -> None:

@@ -16,8 +16,8 @@ from distributed import run_ranks
 
 from dive_fast import distributed
 from dive_fast.data import content_hashes
+from dive_fast.data.prepared.convert import Options as PrepareOptions
 from dive_fast.data.prepared.raw import RawSource
-from dive_fast.data.prepared.write import Options as PrepareOptions
 from dive_fast.data.prepared.write import prepare
 from dive_fast.data.samples import EvaluationSamples, ReferenceSamples
 from dive_fast.data.sources import node_index, watched
