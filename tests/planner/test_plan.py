@@ -550,7 +550,9 @@ def plans_of_frozen(folder: Path) -> dict[str, Plan]:
         "lora": {"model.lora": {"rank": 4}},
         "image": {"model.freeze": ["image"]},
     }
-    return small_plans(folder, {name: case | {"zero": 1} for name, case in cases.items()})
+    # Adapted towers have plain blocks, so the others have them too.
+    common: Case = {"zero": 1, "train.fast_blocks": False}
+    return small_plans(folder, {name: case | common for name, case in cases.items()})
 
 
 def test_plan_of_adapters_and_frozen_weights_is_smaller(folder: Path) -> None:
@@ -562,8 +564,8 @@ def test_plan_of_adapters_and_frozen_weights_is_smaller(folder: Path) -> None:
     assert full.trained == full.parameters
     visual = sum(p.numel() for p in create(ModelConfig(name=f"local-dir:{folder}")).visual.parameters())
     assert image.trained == full.trained - visual
-    for part in ("gradients", "optimizer"):
-        assert lora.parts.get(part, 0) < 0.2 * full.parts[part]  # type: ignore[call-overload]
+    # AdamW's moments, and the fp32 copy of ZeRO.
+    assert lora.parts["optimizer"] < 0.05 * full.parts["optimizer"]
     assert lora.peak_memory_bytes < full.peak_memory_bytes
     # No product computes the gradient of a frozen weight.
     assert lora.flop_per_step < 0.85 * full.flop_per_step
