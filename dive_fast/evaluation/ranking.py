@@ -8,6 +8,7 @@ not depend on blocks, ranks or the library of the product, and equal rows tie ex
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,8 +18,8 @@ from dive_fast.numerics import full_fp32
 
 TILE = 512, 1024
 """Distinct images and distinct captions of a tile of similarities: 2 MiB in fp32, which stay in a cache."""
-FP64_AT_ONCE = 1 << 18
-"""Elements of rows that are multiplied in fp64 at once: 2 MiB."""
+FP64_AT_ONCE = 1 << 16
+"""Elements of rows that are multiplied in fp64 at once: 512 KiB."""
 CLOSE_SHARE = 64
 """A tile of which one in so many similarities is close to a right answer's is multiplied again in fp64."""
 
@@ -67,8 +68,12 @@ def rank(
 
 def _distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
     """The rows without repetition, and the number of each row among them."""
+    on_host = rows.cpu().numpy()
+    two_elements = np.ascontiguousarray(on_host[:, :2])
+    if two_elements.shape[1] == 2 and len(np.unique(two_elements.view(np.uint64))) == len(rows):
+        return rows, torch.arange(len(rows), device=rows.device)
     numbers: dict[bytes, int] = {}
-    number_of = [numbers.setdefault(row.tobytes(), len(numbers)) for row in rows.cpu().numpy()]
+    number_of = [numbers.setdefault(row.tobytes(), len(numbers)) for row in on_host]
     if len(numbers) == len(rows):
         return rows, torch.arange(len(rows), device=rows.device)
     first = dict(zip(reversed(number_of), reversed(range(len(rows))), strict=True))
@@ -115,10 +120,10 @@ class _Queries:
     """``(Q,)`` fp64: similarity of its best right answer."""
     first_best: Tensor
     """``(Q,)``: the first answer in the order of the set with that similarity."""
+    best_row: Tensor
+    """``(Q,)``: its row."""
     weights: Tensor
     """``(R,)`` fp32: how many answers each distinct row of answers is."""
-    are_distinct: bool
-    """Whether each of them is one."""
     answers: Tensor
     """``(A,)``: row of each answer times A plus its number, sorted."""
     ahead: Tensor
@@ -144,8 +149,8 @@ class _Queries:
             row_of[order],
             best[order],
             first[order],
-            (weights := torch.bincount(answer_row)).float(),
-            bool((weights == 1).all()),
+            answer_row[first][order],
+            torch.bincount(answer_row).float(),
             numbers.sort().values,
             torch.zeros_like(order),
         )
@@ -184,60 +189,100 @@ def _count_tile(
     tile = images[height] @ texts[width].T
     wide: Tensor | None = None
     for queries, rows, answers in ((of_images, height, width), (of_captions, width, height)):
-        is_turned = queries is of_captions
-        close = _count_ahead(
-            tile.T if is_turned else tile, queries, rows, answers, _rounding(tile, images.shape[1], lengths)
-        )
-        if close is None:
+        axis = 0 if queries is of_captions else 1
+        counted = _compare(tile, queries, rows, axis, _rounding(tile, images.shape[1], lengths))
+        if sum(len(part.query) for part in counted) * CLOSE_SHARE > tile.numel():
             if wide is None:
                 wide = images[height].double() @ texts[width].double().T
-            close = _count_ahead(
-                wide.T if is_turned else wide, queries, rows, answers, _rounding(wide, images.shape[1], lengths)
-            )
-        assert close is not None
-        query, row = close
-        pair = (row, queries.row[query]) if is_turned else (queries.row[query], row)
-        queries.add(query, row, _similarities(images, texts, *pair))
+            counted = _compare(wide, queries, rows, axis, _rounding(wide, images.shape[1], lengths))
+        for part in counted:
+            queries.ahead[part.queries] += _sum(part.is_ahead, axis, queries.weights[answers])
+            query, answer = part.query, part.answer + answers.start
+            # The bits of a right answer's similarity are known.
+            values = queries.best[query]
+            is_other = answer != queries.best_row[query]
+            if len(other := is_other.nonzero()[:, 0]):
+                pair = queries.row[query[other]], answer[other]
+                values[other] = _similarities(images, texts, *(pair if axis else pair[::-1]))
+            queries.add(query, answer, values)
 
 
 def _rounding(products: Tensor, width: int, lengths: float) -> float:
     """A bound of the rounding of products of rows of that width, and of a threshold in their data type."""
-    return (width + 8) * torch.finfo(products.dtype).eps / 2 * 1.001 * lengths
+    precision = torch.finfo(products.dtype)
+    # Not 0 for rows of zeros: equal similarities are never certainly ahead.
+    return (width + 8) * precision.eps / 2 * 1.001 * lengths + precision.tiny
 
 
-def _count_ahead(
-    similarity: Tensor, queries: _Queries, rows: slice, answers: slice, rounding: float
-) -> tuple[Tensor, Tensor] | None:
-    """Counts the answers that are certainly ahead; returns the queries and the answers' rows that are not certain.
+class _Compared(NamedTuple):
+    """Similarities compared with those of queries' best right answers."""
 
-    Nothing is counted, and None returned, if many of them are uncertain in fp32.
+    queries: Tensor | slice
+    """The numbers of the queries ``(Q,)``."""
+    is_ahead: Tensor
+    """``(Q, A)`` or ``(A, Q)``: answers that are certainly ahead."""
+    query: Tensor
+    """``(P,)``: queries of the similarities that are too close to be certain."""
+    answer: Tensor
+    """``(P,)``: their answers, counted from the first one of the tile."""
+
+
+def _compare(tile: Tensor, queries: _Queries, rows: slice, axis: int, rounding: float) -> list[_Compared]:
+    """Compares a tile with the best right answers of the queries with these rows.
 
     Args:
-        similarity: ``(H, W)``: distinct rows of queries, distinct rows of answers.
-        rows, answers: these rows.
+        axis: dimension of the answers in the tile.
     """
     chosen = queries.among(rows)
-    best = queries.best[chosen, None]
-    if len(best) != len(similarity):  # several queries have one row
-        similarity = similarity[queries.row[chosen] - rows.start]
-    is_ahead = similarity > (best + rounding).to(similarity.dtype)
-    is_close = (similarity >= (best - rounding).to(similarity.dtype)) ^ is_ahead
-    query, row = _true(is_close) if is_close.is_contiguous() else _true(is_close.T)[::-1]
-    if similarity.dtype == torch.float32 and len(query) * CLOSE_SHARE > is_close.numel():
-        return None
-    if queries.are_distinct:
-        queries.ahead[chosen] += is_ahead.sum(1, dtype=torch.int32)
-    else:
-        queries.ahead[chosen] += (is_ahead.float() @ queries.weights[answers]).long()
-    return query + chosen.start, row + answers.start
+    row = queries.row[chosen] - rows.start
+    parts: list[tuple[Tensor | slice, Tensor]] = [(chosen, tile)]
+    if len(row) > tile.shape[1 - axis]:  # several queries have one row
+        is_first = row.diff(prepend=row.new_full((1,), -1)) > 0
+        first, others = is_first.nonzero()[:, 0], (~is_first).nonzero()[:, 0]
+        parts = [(first + chosen.start, tile), (others + chosen.start, tile.index_select(1 - axis, row[others]))]
+    compared = []
+    for numbers, similarity in parts:
+        best = queries.best[numbers].unsqueeze(axis)
+        is_ahead = _is_above(similarity, (best + rounding).to(tile.dtype))
+        is_close = _is_above(similarity, (best - rounding).to(tile.dtype)) ^ is_ahead
+        close = _true(is_close)
+        query = close[1 - axis] + numbers.start if isinstance(numbers, slice) else numbers[close[1 - axis]]
+        compared.append(_Compared(numbers, is_ahead, query, close[axis]))
+    return compared
+
+
+def _is_above(values: Tensor, threshold: Tensor) -> Tensor:
+    if values.is_cuda:
+        return values >= threshold
+    # torch takes four times as long.
+    return torch.from_numpy(np.greater_equal(values.numpy(), threshold.numpy()))
 
 
 def _true(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the few true elements of a contiguous mask."""
-    if mask.shape[1] % 8:
+    """Rows and columns of the few true elements of a mask."""
+    if mask.is_cuda:
         row, column = mask.nonzero().T
         return row, column
-    # Eight elements at a time: most are false.
-    row, word = mask.view(torch.int64).nonzero().T
-    number, byte = mask.view(len(mask), -1, 8)[row, word].nonzero().T
-    return row[number], word[number] * 8 + byte
+    # torch takes ten times as long.
+    number = torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return number // mask.shape[1], number % mask.shape[1]
+
+
+def _sum(mask: Tensor, axis: int, weights: Tensor) -> Tensor:
+    """Sums of the weights, all at least 1, of the true elements of a mask along an axis."""
+    counts = _count(mask, axis)
+    if len(heavy := (weights > 1).nonzero()[:, 0]):
+        more = mask.index_select(axis, heavy).float()
+        extra = weights[heavy] - 1
+        counts = counts + (more @ extra if axis else extra @ more).long()
+    return counts
+
+
+def _count(mask: Tensor, axis: int) -> Tensor:
+    """Numbers of true elements of a mask along an axis."""
+    if mask.shape[1] % 8:
+        return mask.sum(axis, dtype=torch.int32)
+    # Eight elements, each 0 or 1, are added at a time: a byte holds up to 255.
+    counts = [part.sum(axis).view(torch.uint8) for part in mask.view(torch.int64).split(255, axis)]
+    total = torch.stack(counts).sum(0)
+    return total.view(len(mask), 8).sum(1) if axis else total

@@ -59,6 +59,8 @@ def case(kind: str, num_images: int, num_captions: int, width: int, seed: int = 
     if kind == "all equal":
         images, texts = torch.ones_like(images), torch.ones_like(texts)
     images, texts = unit(images), unit(texts)
+    if kind == "zeros":
+        images, texts = torch.zeros_like(images), torch.zeros_like(texts)
     if kind == "few values":  # exact ties of rows that differ
         images, texts = (rows.sign() / 2 for rows in (images, texts))
     image_of = torch.arange(num_captions) * num_images // num_captions
@@ -71,7 +73,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranking, "FP64_AT_ONCE", 20)
 
 
-KINDS = ("random", "equal rows", "near ties", "all equal", "few values")
+KINDS = ("random", "equal rows", "near ties", "all equal", "few values", "zeros")
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -95,6 +97,17 @@ def test_tiles_change_no_position(kind: str, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(ranking, "TILE", tile)
         for each, wanted in zip(rank(*inputs, ALONE), expected, strict=True):
             assert each.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("shape", [(600, 8 * 300), (3, 16), (5, 7)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_sums_of_masks_do_not_overflow(shape: tuple[int, int], axis: int) -> None:
+    weights = torch.ones(shape[axis])
+    for mask in (torch.ones(shape, dtype=torch.bool), torch.rand(shape) < 0.3):
+        assert ranking._sum(mask, axis, weights).tolist() == mask.sum(axis).tolist()
+    weights[1] = 4
+    expected = mask.sum(axis) + 3 * mask.select(axis, 1)
+    assert ranking._sum(mask, axis, weights).tolist() == expected.tolist()
 
 
 def test_several_right_images_of_a_caption() -> None:
