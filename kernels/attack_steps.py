@@ -106,7 +106,7 @@ def pgd_start_kernel(
 def launch_step(
     images: Tensor, clean: Tensor, gradient: Tensor, step_size: float, step_sizes: Tensor | None, eps: float
 ) -> Tensor:
-    """The images after the step, in one launch; ``step_sizes``, ``(B,)``, replace ``step_size``."""
+    """The images after the step, in one launch; ``step_sizes``, ``(B,)``, contiguous, replace ``step_size``."""
     stepped = _empty(images)
     if images.numel():
         layout = _layout(images)
@@ -114,7 +114,7 @@ def launch_step(
             pgd_step_kernel,
             primitives.divide_up(images.numel(), _VALUES),
             *(tensor.contiguous(memory_format=layout) for tensor in (images, clean, gradient)),
-            *(stepped, step_size if step_sizes is None else step_sizes.contiguous(), eps),
+            *(stepped, step_size if step_sizes is None else step_sizes, eps),
             *(images[0].numel(), images.numel()),
             PER_IMAGE=step_sizes is not None,
             VALUES=_VALUES,
@@ -177,11 +177,11 @@ def signed(number: int) -> int:
 
 def pgd_step(images: Tensor, clean: Tensor, gradient: Tensor, step_size: float | Tensor, eps: float) -> Tensor:
     """One step; arguments are checked by the caller."""
-    is_number = not isinstance(step_size, Tensor)
-    tensors = [images, clean, gradient] if is_number else [images, clean, gradient, step_size]
+    sizes = step_size.contiguous() if isinstance(step_size, Tensor) else None
+    number = 0.0 if isinstance(step_size, Tensor) else float(step_size)
+    tensors = [images, clean, gradient] if sizes is None else [images, clean, gradient, sizes]
     run = launch_step if direct.is_eager(*tensors) else step
-    sizes = (float(step_size), None) if is_number else (0.0, step_size.reshape(-1))
-    return run(images, clean, gradient, *sizes, eps)
+    return run(images, clean, gradient, number, sizes, eps)
 
 
 def pgd_start(clean: Tensor, samples: Tensor, eps: float, seed: int, step: int) -> Tensor:
