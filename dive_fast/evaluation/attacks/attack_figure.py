@@ -51,10 +51,10 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, attack: str, norm: str) 
         if index % across == 0:
             panel.set_ylabel("accuracy, %")
     handles = {label: handle for panel in panels.flat for handle, label in zip(*panel.get_legend_handles_labels())}
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=9
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.suptitle(
+        f"Accuracy under {ATTACKS.get(attack, attack)}", fontsize=11.5, fontweight="bold", x=0.01, ha="left"
     )
-    figure.suptitle(f"Accuracy under {ATTACKS.get(attack, attack)}", fontsize=11.5, fontweight="bold", x=0.01, ha="left")
     save_figure(figure, path)
     return True
 

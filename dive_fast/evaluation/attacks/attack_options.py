@@ -29,7 +29,7 @@ class AttackOptions:
 
     name: Attack
     eps: tuple[float, ...]
-    """Distances, in 255ths of the range of pixel values: 4 is 4/255 of images in [0, 1]. Each is measured apart."""
+    """Distances, in 255ths of the range of pixel values: 4 is 4/255 of images in [0, 1]. Each has its row."""
     norm: "Norm" = "linf"
     steps: int | None = None
     """Number of gradients; None: that of :data:`STEPS`."""

@@ -147,7 +147,9 @@ def _measure(
     return robust_accuracy(
         *(towers, classes, data, ranks, attack, eps),
         batch_size=options.batch_size,
-        loader=LoaderOptions(loader_of(options.loader, data, towers.preprocess).name, options.workers, ranks.device),
+        loader=LoaderOptions(
+            loader_of(options.loader, data, towers.preprocess).name, options.workers, ranks.device
+        ),
         log=log,
         name=f"{name}, {eps:g}/255",
     )

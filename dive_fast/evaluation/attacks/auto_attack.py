@@ -1,7 +1,7 @@
 """AutoAttack's standard version by the authors' package (Croce & Hein 2020, arXiv 2003.01690).
 
-Four attacks in turn, each on the samples that withstood those before: APGD on the cross-entropy, targeted APGD on the
-difference of logits (DLR), targeted FAB, and Square, which uses no gradients.
+Four attacks in turn, each on the samples that withstood those before: APGD on the cross-entropy, targeted APGD on
+the difference of logits (DLR), targeted FAB, and Square, which uses no gradients.
 """
 
 import sys

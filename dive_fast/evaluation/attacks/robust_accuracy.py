@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dive_fast.attacks.apgd import apgd_ce
 from dive_fast.attacks.noise import uniform
 from dive_fast.attacks.pgd import pgd
-from dive_fast.attacks.threat import Norm, Threat
+from dive_fast.attacks.threat import Threat
 from dive_fast.data.batch import EvaluationBatch
 from dive_fast.data.loaders.loader import Options, batches_of
 from dive_fast.distributed import Ranks
@@ -90,8 +90,8 @@ class UnitImageModel(nn.Module):
 
 
 Attack = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Images ``(B, 3, H, W)`` in [0, 1], labels ``(B,)`` and numbers of samples ``(B,)`` -> whether each sample is robust,
-and whether all losses and gradients were finite, ``(B,)`` bool."""
+"""Images ``(B, 3, H, W)`` in [0, 1], labels ``(B,)`` and numbers of samples ``(B,)`` -> whether each sample is
+robust, and whether all losses and gradients were finite, ``(B,)`` bool."""
 
 
 def attack_of(model: nn.Module, options: AttackOptions, eps: float, num_labels: int) -> Attack:
