@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _figures(rows: "list[Row]", results: "Results", attack: "AttackOptions | None") -> list[str]:
-    """Draws the figure of this evaluation, from all stored rows; returns its name, if there is anything to draw."""
+    """Draws the figure of this evaluation from all stored rows; returns its name, if there is anything to draw."""
     from dive_fast.evaluation import plots
     from dive_fast.evaluation.attacks import attack_figure
     from dive_fast.evaluation.tables import lines_of
