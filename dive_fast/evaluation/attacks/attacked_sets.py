@@ -5,17 +5,17 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from dive_fast.config.schema import EvaluationSet
+from dive_fast.config.schema import EvaluateConfig, EvaluationSet
 from dive_fast.data.loaders.loader import Options as LoaderOptions
 from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.errors import UserError, warn_on_main_rank
-from dive_fast.evaluation.attacks.attack_options import AttackOptions, attackable
+from dive_fast.evaluation.attacks.attack_options import MAX_BATCH, AttackOptions, attackable, check_installed
 from dive_fast.evaluation.attacks.auto_attack import num_targets
 from dive_fast.evaluation.attacks.block_log import BlockLog
 from dive_fast.evaluation.attacks.robust_accuracy import STEP_SHARE, UnderAttack, chosen_samples, robust_accuracy
 from dive_fast.evaluation.datasets.evaluation_set import Labelled
-from dive_fast.evaluation.datasets.resolve import Opened
+from dive_fast.evaluation.datasets.resolve import Opened, open_sets
 from dive_fast.evaluation.datasets.set_loader import loader_of
 from dive_fast.evaluation.evaluator import Options, changes, describe_set, fields_of_measurement, shared_identities
 from dive_fast.evaluation.results import Results
@@ -74,7 +74,9 @@ def attack_all(
                 ranks.print(f"{name}: {_summary(row)} (measured before)")
             else:
                 started = time.monotonic()
-                measured = _measure(towers, tokenizer, data, ranks, results, options, attack, eps, key, name, head)
+                measured = _measure(
+                    *(towers, tokenizer, data, ranks, options, attack, eps, name, head, _log(results, key))
+                )
                 row = model_fields | fields_of_measurement(identity, options, ranks) | fields | described
                 row |= {"value": measured.robust, "clean": measured.clean, "samples": measured.samples}
                 row |= {"left_out": measured.left_out, "not_finite": measured.not_finite}
@@ -87,6 +89,28 @@ def attack_all(
                     results.add(row)
                     _log(results, key).remove()
     return rows
+
+
+def evaluate_under_attack(
+    towers: Towers, tokenizer: Tokenizer, config: EvaluateConfig, ranks: Ranks, attack: AttackOptions
+) -> dict[str, dict[float, float]]:
+    """Opens and attacks the config's labelled sets; returns the accuracy of each by name and eps, in [0, 1].
+
+    Nothing is stored. The batch size is at most :data:`MAX_BATCH`.
+
+    Raises:
+        ConfigError, DataError: invalid config or data; the message says what to change.
+    """
+    check_installed(attack.name)
+    labelled = attackable(open_sets(config.sets, ranks), attack.name)
+    options = Options("", "", min(config.batch_size, MAX_BATCH), config.workers, config.loader)
+    return {
+        name: {
+            eps: _measure(*(towers, tokenizer, data, ranks, options, attack, eps, name)).robust
+            for eps in attack.eps
+        }
+        for name, data in labelled.items()
+    }
 
 
 def attack_fields(attack: AttackOptions, eps: float, count: int) -> dict[str, Any]:
@@ -130,19 +154,21 @@ def _measure(
     tokenizer: Tokenizer,
     data: Labelled,
     ranks: Ranks,
-    results: Results,
     options: Options,
     attack: AttackOptions,
     eps: float,
-    key: str,
     name: str,
-    head: Head | None,
+    head: Head | None = None,
+    log: BlockLog | None = None,
 ) -> UnderAttack:
-    log = _log(results, key)
-    if options.force:
-        with ranks.raise_on_all(UserError):
-            if ranks.is_main:
-                log.remove()
+    """Accuracy of a set under the attack at one distance.
+
+    Args:
+        log: outcomes of an interrupted measurement; ``options.force`` removes them.
+    """
+    with ranks.raise_on_all(UserError):
+        if log is not None and options.force and ranks.is_main:
+            log.remove()
     classes = classifier_for(towers, tokenizer, data, ranks, head, options.classifiers)
     return robust_accuracy(
         *(towers, classes, data, ranks, attack, eps),
