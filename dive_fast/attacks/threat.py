@@ -70,7 +70,7 @@ def gradient(model: Model, images: Tensor, labels: Tensor, rows: Tensor | None =
     Args:
         images: ``(B, 3, H, W)`` fp32 in [0, 1].
         labels: ``(B,)`` int64.
-        rows: ``(N,)`` int64, the samples that the model computes; the others have the loss -inf and the gradient 0.
+        rows: ``(N,)`` int64, the samples that the model computes; others have the loss -inf and the gradient 0.
             None: all.
     """
     if rows is not None:
