@@ -1,7 +1,7 @@
 """Outcomes of samples in a file, so that an interrupted measurement under attack resumes within a set."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from dive_fast.errors import DataError
@@ -48,13 +48,13 @@ class BlockLog:
                 raise DataError(f"{self._path}: line {number} is not a block: {error}; remove the file") from error
         return outcomes
 
-    def add(self, positions: Sequence[int], outcomes: Sequence[int]) -> None:
-        """Adds a block.
+    def add(self, outcomes: Mapping[int, int]) -> None:
+        """Adds the outcomes of a block by position.
 
         Raises:
             DataError: the file cannot be written.
         """
-        line = json.dumps({"positions": list(positions), "outcomes": "".join(map(str, outcomes))}) + "\n"
+        line = json.dumps({"positions": list(outcomes), "outcomes": "".join(map(str, outcomes.values()))}) + "\n"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab") as file:

@@ -31,7 +31,6 @@ LEVELS = 255.0
 """Steps of the range of pixel values; the unit of ``eps`` in options and rows is its inverse."""
 STEP_SHARE = 2.5
 """PGD's steps together, in eps: a quarter of it each at ten steps."""
-_PENDING = -1
 
 
 class Outcome(IntEnum):
@@ -162,36 +161,53 @@ def robust_accuracy(
     numbers = chosen_samples(len(data.source), options)
     with ranks.raise_on_all(UserError):
         stored = log.read(len(numbers)) if log is not None and ranks.is_main else {}
-    outcomes = torch.full((len(numbers),), _PENDING)
-    for position, outcome in ranks.broadcast(stored).items():
-        outcomes[position] = outcome
+    outcomes: dict[int, int] = ranks.broadcast(stored)
     # Normalised by this mean and deviation, images are x / 255, to the last bit.
-    identity = replace(towers.preprocess, mean=(0.0,) * 3, std=(1.0,) * 3)
-    samples = StrictSamples(data.source, identity, data.border, data.reports_skipped, data.remedy)
+    unnormalised = replace(towers.preprocess, mean=(0.0,) * 3, std=(1.0,) * 3)
+    samples = StrictSamples(data.source, unnormalised, data.border, data.reports_skipped, data.remedy)
     model = UnitImageModel(towers, classes)
-    attack = attack_of(model, options, eps, classes.num_labels)
-    pending = (outcomes == _PENDING).nonzero().flatten().tolist()
+    attack = attack_of(model, options, eps, classes.num_labels) if eps else None
+    pending = [position for position in range(len(numbers)) if position not in outcomes]
     blocks = [pending[first : first + batch_size] for first in range(0, len(pending), batch_size)]
+    with progress(ranks, len(numbers), name, "image", len(outcomes)) as bar, _frozen(towers):
+        for measured in _measured(model, attack, samples, numbers, blocks, ranks, batch_size, loader, name):
+            outcomes |= measured
+            bar.update(len(measured))
+            with ranks.raise_on_all(UserError):
+                if log is not None and ranks.is_main:
+                    log.add(measured)
+    return _summary(torch.tensor(list(outcomes.values())), len(data.source.skipped), name)
+
+
+def _measured(
+    model: UnitImageModel,
+    attack: Attack | None,
+    samples: StrictSamples,
+    numbers: Sequence[int],
+    blocks: Sequence[Sequence[int]],
+    ranks: Ranks,
+    batch_size: int,
+    loader: Options,
+    name: str,
+) -> Iterator[dict[int, int]]:
+    """The outcomes by position, each time of the next block of every rank.
+
+    Args:
+        numbers: the sample at each position.
+        blocks: positions of ``batch_size`` samples each; the last has fewer.
+    """
     mine = blocks[ranks.rank :: ranks.world_size]
     keys = [(0, numbers[position]) for position in chain(*mine)]
-    bar = progress(ranks, len(numbers), name, "image", len(numbers) - len(pending))
-    with bar, closing(batches_of(samples, keys, batch_size, loader)) as batches, _frozen(towers):
+    with closing(batches_of(samples, keys, batch_size, loader)) as batches:
         for row in range(-(-len(blocks) // ranks.world_size)):
-            block = mine[row] if row < len(mine) else []
-            measured: list[int] = []
+            measured: dict[int, int] = {}
             with ranks.raise_on_all(DataError):
-                if block:
+                if row < len(mine):
                     batch = next(batches).to(ranks.device)
-                    chosen = torch.tensor([numbers[position] for position in block], device=ranks.device)
-                    measured = _outcomes(model, attack if eps else None, batch, chosen, name).tolist()
-            gathered = ranks.collect((block, measured))
-            with ranks.raise_on_all(UserError):
-                for positions, values in gathered:
-                    outcomes[positions] = torch.tensor(values, dtype=outcomes.dtype)
-                    bar.update(len(positions))
-                    if log is not None and ranks.is_main and positions:
-                        log.add(positions, values)
-    return _summary(outcomes, len(data.source.skipped), name)
+                    chosen = torch.tensor([numbers[position] for position in mine[row]], device=ranks.device)
+                    values = _outcomes(model, attack, batch, chosen, name)
+                    measured = dict(zip(mine[row], values.tolist(), strict=True))
+            yield {position: outcome for each in ranks.collect(measured) for position, outcome in each.items()}
 
 
 def _outcomes(
