@@ -36,21 +36,22 @@ from dive_fast.model.head import Head
 from dive_fast.model.towers import Towers, create, tokenizer_of
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
-COUNT, BATCH = 21, 6
+COUNT, BATCH = 16, 6
 DEMO = ModelConfig(name="demo")
-STEPS = 12
+STEPS = 8
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A set of the demo's pictures with colours as classes, and the same set with two broken images."""
+    """Pictures of the demo with colours as classes, each fifth label wrong, and the same with two broken images."""
     folder = tmp_path_factory.mktemp("pictures")
     samples: dict[str, dict[str, bytes]] = {}
     for index in range(COUNT):
         sample = splits.sample("zs_colour", index)
         content = io.BytesIO()
         sample.image.save(content, "PNG")
-        samples[f"{index:03d}"] = {"png": content.getvalue(), "cls": str(sample.label).encode()}
+        label = (sample.label + (index % 5 == 4)) % len(world.COLOURS)
+        samples[f"{index:03d}"] = {"png": content.getvalue(), "cls": str(label).encode()}
     tiny.write_tar(folder / "good/0.tar", samples)
     broken = {key: parts | ({"png": b"broken"} if key in ("001", "008") else {}) for key, parts in samples.items()}
     tiny.write_tar(folder / "broken/0.tar", broken)
@@ -296,7 +297,7 @@ def test_chosen_samples_are_fixed_and_nested() -> None:
 )
 def test_impossible_options_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        options(**wrong)
+        AttackOptions(**({"name": "apgd-ce", "eps": (4.0,), "steps": STEPS} | wrong))
 
 
 def test_attackable_refuses_sets_without_enough_classes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
