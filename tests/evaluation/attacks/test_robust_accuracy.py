@@ -43,7 +43,7 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of the demo with colours as classes, each fifth label wrong, and the same with two broken images."""
+    """Pictures of the demo, each fifth label wrong, and the same with two broken images."""
     folder = tmp_path_factory.mktemp("pictures")
     samples: dict[str, dict[str, bytes]] = {}
     for index in range(COUNT):
