@@ -48,7 +48,7 @@ LABELLED = (FOLDER, TARS_LABELS, PREPARED)
 STEPS = (FOLDER, PREPARED, TARS_CAPTIONS, PREPARED_PAIRS)
 """Kinds of sets of which the parts of a step are measured."""
 SAMPLING_SECONDS = 0.1
-PARTS = ("open", "ranks", "workers", "first", "labels", "step", "growth")
+PARTS = ("open", "ranks", "workers", "first", "labels", "step", "stream", "growth")
 
 
 # Processes
@@ -251,6 +251,9 @@ class Measurement:
             if "labels" in parts and kind in LABELLED:
                 for line in Task("labels", arguments, cache).lines():
                     self.add(**{"part": "labels", **row, "step": line.pop("part")}, **line)
+            if "stream" in parts and kind == TARS_CAPTIONS:
+                for line in Task("stream", arguments | {"count": count}, cache).lines():
+                    self.add(**{"part": "stream", **row, "step": line.pop("part")}, **line)
             if "step" in parts and kind in STEPS:
                 for line in Task("step", arguments, cache).lines():
                     self.add(**{"part": "step", **row, "step": line.pop("part")}, **line)

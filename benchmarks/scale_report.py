@@ -100,7 +100,8 @@ def report(results: dict[str, Any]) -> str:
         machine = _machine(before.about)
         lines += ["", f'"Before" is commit {_commits(before)}, measured by the same command on {machine}.']
     lines += ["", *_opening(now, before), *_memory(now, before), *_ranks(now, before), *_workers(now, before)]
-    lines += [*_first(now, before), *_labels(now, before), *_step(now, before), *_growth(now, before)]
+    lines += [*_first(now, before), *_labels(now, before), *_step(now, before), *_stream(now, before)]
+    lines += [*_growth(now, before)]
     return "\n".join(lines) + "\n"
 
 
@@ -218,6 +219,10 @@ def _labels(now: Run, before: Run | None) -> list[str]:
 
 def _step(now: Run, before: Run | None) -> list[str]:
     return _steps("step", "Parts of a step of 512 samples on the host, CPU ms", now, before)
+
+
+def _stream(now: Run, before: Run | None) -> list[str]:
+    return _steps("stream", "The order of a stream of tars in batches of 512, CPU ms", now, before)
 
 
 def _steps(part: str, title: str, now: Run, before: Run | None) -> list[str]:

@@ -317,6 +317,32 @@ def step(arguments: dict[str, Any]) -> None:
         say(part=name, **{kind: value / repeats for kind, value in clock.read().items()})
 
 
+def stream(arguments: dict[str, Any]) -> None:
+    """CPU seconds of the order of a stream: until its first batch, for an epoch, and to resume at its end."""
+    from dive_fast.config.schema import ReferenceConfig
+    from dive_fast.data.sources.tar_stream import open_tar_stream
+    from dive_fast.data.stream_order import StreamOrder
+
+    section, window = arguments["section"], ReferenceConfig.model_fields["stream_buffer"].default
+    batch = min(BATCH, arguments["count"])
+    steps = range(arguments["count"] // batch)
+
+    def order() -> StreamOrder:
+        return StreamOrder(open_tar_stream(section["path"], window), batch)
+
+    next(StreamOrder(open_tar_stream(arguments["tiny"]["path"], window), 1).keys_of_steps(range(1)))
+    clock = Clock()
+    keys = order().keys_of_steps(steps)
+    next(keys)
+    say(part="open, and the first batch", **clock.read())
+    for _ in keys:
+        pass
+    say(part="open, and all batches of an epoch", **clock.read())
+    clock = Clock()
+    next(order().keys_of_steps(steps[-1:]))
+    say(part="resume at the last batch of an epoch", **clock.read())
+
+
 def results_tables(rows: int) -> None:
     """Adds the results of models on 16 sets each to a folder, one after the other."""
     from dive_fast.evaluation.results import Results
@@ -353,7 +379,7 @@ def retrieval(pairs: int) -> None:
     from dive_fast.evaluation.retrieval import paired_recalls
 
     captions = torch.arange(pairs)
-    paired_recalls(_embeddings(pairs, 0), captions, Ranks(0, 1, torch.device("cpu")), 1024)
+    paired_recalls(_embeddings(pairs, 0), captions, Ranks(0, 1, torch.device("cpu")))
 
 
 def _embeddings(pairs: int, seed: int) -> Any:
@@ -450,6 +476,7 @@ TASKS = {
     "workers": workers,
     "labels": labels,
     "step": step,
+    "stream": stream,
     "growth": growth,
 }
 

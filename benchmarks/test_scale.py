@@ -142,7 +142,8 @@ def test_tiny_run_writes_figures_and_removes_its_sets(tmp_path: Path, monkeypatc
 @pytest.mark.slow
 def test_ranks_and_peers_of_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["scale.py", "--sizes", "200", "--shard", "100", "--kinds", TARS_CAPTIONS, "--ranks", "2"]
-    command += ["--read", "0", "--parts", "ranks", "workers", "first", "step", "growth", "--longest", "500"]
+    command += ["--read", "0", "--longest", "500"]
+    command += ["--parts", "ranks", "workers", "first", "step", "stream", "growth"]
     monkeypatch.setattr(sys, "argv", [*command, "--results", str(tmp_path), "--folder", str(tmp_path)])
     scale.main()
     measured = Run(json.loads((tmp_path / "scale.json").read_text()))
@@ -150,4 +151,5 @@ def test_ranks_and_peers_of_a_tiny_run(tmp_path: Path, monkeypatch: pytest.Monke
     for part in ("workers", "first"):
         assert measured.kinds(part) == [TARS_CAPTIONS, scale_tasks.WEBDATASET]
     assert len(measured.values("step", part="step", kind=TARS_CAPTIONS)) == 4
+    assert len(measured.values("step", part="stream", kind=TARS_CAPTIONS)) == 3
     assert measured.kinds("growth") == ["results tables, rows", "checkpoints"]

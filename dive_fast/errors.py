@@ -141,6 +141,14 @@ class DataError(UserError):
     """Invalid data; the one-line message names the file and what is expected."""
 
 
+class ChangedDataError(DataError):
+    """A file changed after its data set was listed; no other one may replace it, since more may have changed."""
+
+
+class TarError(DataError):
+    """A tar of a stream cannot be fetched or has changed; its samples are not replaced by others."""
+
+
 @contextmanager
 def naming(key: str) -> Iterator[None]:
     """Puts a config key in front of the messages of errors in the context; an empty key changes nothing."""

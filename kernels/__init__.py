@@ -1,4 +1,4 @@
-"""The losses of DiVE, the layers of its towers, moving averages, and deviations of weights from their anchors.
+"""Losses of fine-tuning, layers of towers, moving averages, and deviations of weights from their anchors.
 
 The package imports torch and triton and nothing of the engine.
 
@@ -11,7 +11,7 @@ in fp32 (fp64 stays fp64) and returns fp32 (fp64) scalars.
 from dive_fast.kernels import naive
 from dive_fast.kernels.averages import MovingAverage
 from dive_fast.kernels.layers import add_layer_norm, biased_activation, normalise_images, split_qkv
-from dive_fast.kernels.losses import contrastive_loss, difference_loss, distillation_loss, dive_loss
+from dive_fast.kernels.losses import contrastive_loss, difference_loss, distillation_loss, dive_loss, gram_volume
 from dive_fast.kernels.naive import DifferenceLoss, DistillationLoss, DiveLoss
 from dive_fast.kernels.slots import Slots
 from dive_fast.kernels.weight_deviations import Deviations
@@ -29,6 +29,7 @@ __all__ = [
     "difference_loss",
     "distillation_loss",
     "dive_loss",
+    "gram_volume",
     "naive",
     "normalise_images",
     "split_qkv",

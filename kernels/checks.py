@@ -30,6 +30,18 @@ def check_pairs(**matrices: Tensor) -> None:
         _check_device(name, matrix, first, reference)
 
 
+def check_triple(first: Tensor, second: Tensor, third: Tensor) -> None:
+    """Checks three matrices of features of one shape, dtype and device.
+
+    Raises:
+        ValueError: the first is not a non-empty floating-point matrix, or another one differs from it.
+    """
+    check_pairs(first=first, second=second, third=third)
+    for name, matrix in {"second": second, "third": third}.items():
+        if matrix.dtype != first.dtype:
+            raise ValueError(f"{name}: expected dtype {first.dtype} as first has, got {matrix.dtype}")
+
+
 def check_scale(scale: Tensor, image_features: Tensor, name: str = "logit_scale") -> None:
     """Checks that a scale is one floating-point number on the features' device.
 

@@ -232,3 +232,26 @@ def distillation_loss(
     run = distillation.apply if direct.is_eager(*tensors) else distillation.forward
     loss, results, *_ = run(*tensors, *weights.values(), process_group.name_of(group))
     return DistillationLoss(loss, *results.unbind())
+
+
+def gram_volume(first: Tensor, second: Tensor, third: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """Volume that three unit vectors span, Eq. 8-9 of GRACE (arXiv 2603.27139), mean over rows.
+
+    ::
+
+        volume = mean over rows of sqrt(max(det G, 0) + e^2),   G_jk = z_j . z_k,   e = 1e-6;   z_j unit rows
+
+    It is 1 for orthogonal vectors, and e for vectors in a plane.
+
+    Args:
+        first, second, third: ``(B, D)``, un-normalized features, with gradient; 0 where ``det G <= 0``.
+        backend: as for :func:`contrastive_loss`.
+
+    Returns:
+        The mean of the volumes of this rank, ``()``, fp32 (fp64 for fp64 features).
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, or the backend cannot run.
+    """
+    checks.check_triple(first, second, third)
+    return naive.gram_volume(first, second, third)

@@ -27,8 +27,12 @@ from dive_fast.kernels.checks import (
     check_pixels,
     check_same_kind,
     check_scale,
+    check_triple,
 )
 from dive_fast.kernels.precision import product
+
+VOLUME_EPS = 1e-6
+"""The volume of three vectors in a plane, where the root of 0 would have no gradient."""
 
 
 class DifferenceLoss(NamedTuple):
@@ -274,6 +278,40 @@ def distillation_loss(
         + cross_weight * cross
     )
     return DistillationLoss(loss, *(term.detach() for term in (feature, relational, interactive, cross, entropy)))
+
+
+def gram_volume(first: Tensor, second: Tensor, third: Tensor) -> Tensor:
+    """Volume that three unit vectors span, Eq. 8-9 of GRACE (arXiv 2603.27139), mean over rows.
+
+    ::
+
+        volume = mean over rows of sqrt(max(det G, 0) + e^2),   G_jk = z_j . z_k,   e = 1e-6;   z_j unit rows
+
+    It is 1 for orthogonal vectors, and e for vectors in a plane. The determinant is computed from differences,
+    since the one of G is below its rounding error where vectors are close::
+
+        a = z_2 - z_1,   b = z_3 - z_1,   p = z_1 . a,   q = z_1 . b
+        det G = |z_1|^2 (|a|^2 |b|^2 - (a . b)^2) - p^2 |b|^2 - q^2 |a|^2 + 2 p q (a . b)
+
+    ``|z_1|`` is 1, except for rows below the clamp of :func:`unit`.
+
+    Args:
+        first, second, third: ``(B, D)``, un-normalized features, with gradient; 0 where ``det G <= 0``.
+
+    Returns:
+        The mean of the volumes, ``()``, fp32 (fp64 for fp64 features).
+
+    Raises:
+        ValueError: features are not non-empty matrices of one shape, dtype and device.
+    """
+    check_triple(first, second, third)
+    z = unit(first)
+    a, b = unit(second) - z, unit(third) - z
+    pairs = (z, z), (a, a), (b, b), (a, b), (z, a), (z, b)
+    zz, aa, bb, ab, p, q = ((left * right).sum(1) for left, right in pairs)
+    determinant = zz * (aa * bb - ab * ab) - p * p * bb - q * q * aa + 2 * (p * q * ab)
+    # The gradient of relu at 0 is 0; that of clamp is 1.
+    return (determinant.relu() + VOLUME_EPS**2).sqrt().mean()
 
 
 def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:

@@ -240,11 +240,12 @@ def config(
     overlap: bool = False,
     zero_options: dict[str, Any] | None = None,
     projection: dict[str, Any] | None = None,
+    lora: dict[str, Any] | None = None,
     **train_options: Any,
 ) -> Config:
     data = {"format": "webdataset", "path": "-", "workers": 0}
     tree = {
-        "model": {"name": f"local-dir:{folder}"},
+        "model": {"name": f"local-dir:{folder}", "lora": lora},
         "data": {
             "target": data | {"batch_size": TARGET, "class_names": "-"},
             "reference": data | {"batch_size": REFERENCE},

@@ -64,7 +64,8 @@ def _write_weights(
         head.unlink(missing_ok=True)
     else:
         names = tuple(class_names)
-        heads.save(Head(weights["head.weight"], weights["head.bias"], names, state_digest(weights)), head)
+        digest = state_digest(engine.towers.plain_state(weights))
+        heads.save(Head(weights["head.weight"], weights["head.bias"], names, digest), head)
 
 
 def _write_teacher(engine: Engine, path: Path) -> None:

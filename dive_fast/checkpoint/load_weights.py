@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dive_fast.checkpoint.manifest import FIXED, MANIFEST, WEIGHTS, Tensors, read_identity
-from dive_fast.config.schema import ModelConfig
+from dive_fast.config.schema import LoraConfig, ModelConfig
 from dive_fast.errors import ConfigError, warn_on_main_rank
 from dive_fast.io.safe_read import forbid_code_execution
+from dive_fast.model import adapters
 from dive_fast.model import head as heads
 from dive_fast.model.head import Head
 from dive_fast.model.model_files import (
@@ -20,8 +21,9 @@ from dive_fast.model.model_files import (
     summarize_preprocess,
     with_preprocess_config,
 )
+from dive_fast.model.model_identity import weights_digest
 from dive_fast.model.model_names import DESCRIPTION
-from dive_fast.model.towers import HEAD, Towers, read_weights
+from dive_fast.model.towers import HEAD, Towers, create, read_weights
 
 
 def load_into(towers: Towers, model: ModelConfig, path: Path) -> Towers:
@@ -32,7 +34,8 @@ def load_into(towers: Towers, model: ModelConfig, path: Path) -> Towers:
 
     Args:
         model: config of the towers.
-        path: ``model.safetensors`` of a run; one of its checkpoints, ``<run>/checkpoints/step<number>``; a file
+        path: ``model.safetensors`` of a run; one of its checkpoints, ``<run>/checkpoints/step<number>``, whose
+            adapters are merged into the model's pre-trained weights; a file
             that open_clip's ``load_checkpoint`` reads; or a folder written by DeepSpeed's ``save_checkpoint``,
             with any ZeRO stage and number of ranks.
 
@@ -43,6 +46,9 @@ def load_into(towers: Towers, model: ModelConfig, path: Path) -> Towers:
     if path.is_dir():
         is_ours = (path / MANIFEST).exists()
         _apply_description(towers, model, path.parent.parent if is_ours else path)
+        if is_ours and (lora := _lora_of(path)) is not None:
+            towers.load_state_dict(_merged_state(model, lora, path))
+            return towers
         state = _read_state(path) if is_ours else _read_deepspeed_state(path)
         try:
             towers.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith(HEAD)})
@@ -118,6 +124,44 @@ def _apply_description(towers: Towers, model: ModelConfig, folder: Path) -> bool
         check_architecture(described, model.name, towers.model_cfg)
     towers.preprocess = with_preprocess_config(towers.preprocess, described.preprocess_cfg)
     return True
+
+
+def _lora_of(checkpoint: Path) -> LoraConfig | None:
+    """The adapters of a run's checkpoint; None for one with all weights.
+
+    Raises:
+        ConfigError: their config in the checkpoint's identity is invalid.
+    """
+    section = read_identity(checkpoint).get("model")
+    lora = section.get("lora") if isinstance(section, dict) else None
+    if lora is None:
+        return None
+    try:
+        return LoraConfig.model_validate(lora)
+    except ValueError as error:
+        raise ConfigError(f"{checkpoint}: invalid adapters: {_first_line(error)}") from error
+
+
+def _merged_state(model: ModelConfig, lora: LoraConfig, checkpoint: Path) -> dict[str, Tensor]:
+    """The state of the towers of a checkpoint that holds adapters alone, merged into their pre-trained weights.
+
+    Raises:
+        ConfigError: the model has no pre-trained weights, or others than those that were adapted.
+    """
+    base, state = create(model), _read_state(checkpoint)
+    if weights_digest(base) != read_identity(checkpoint)["model"].get("weights"):
+        raise ConfigError(
+            f"{checkpoint}: holds adapters alone, of other weights than {model.name} ({model.pretrained}); name "
+            "the model and the pre-trained weights that the run started from"
+        )
+    names = [name for name in state if adapters.is_factor(name)]
+    towers = sorted({"image" if name.startswith("visual.") else "text" for name in names})
+    if names:
+        adapters.apply(base, lora.model_copy(update={"towers": towers}))
+    loaded = base.load_state_dict({name: state[name] for name in state if not name.startswith(HEAD)}, strict=False)
+    if loaded.unexpected_keys:
+        raise ConfigError(f"{checkpoint}: not adapters of {model.name}: it has no {loaded.unexpected_keys[0]}")
+    return base.plain_state(base.state_dict())
 
 
 def _read_state(checkpoint: Path, prefix: str = "") -> dict[str, Tensor]:

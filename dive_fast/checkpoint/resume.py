@@ -155,7 +155,10 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> Mapping[str, Any]:
         for kind in (WEIGHTS, *keys):
             _require_equal_shapes(checkpoint, tuned, stored.shapes(kind))
         state = engine.towers.state_dict(keep_vars=True)
-        fixed = {name: tuple(zero_state.full_shape(tensor)) for name, tensor in state.items() if name not in tuned}
+        left_out = tuned.keys() | zero_state.not_stored(engine)
+        fixed = {
+            name: tuple(zero_state.full_shape(tensor)) for name, tensor in state.items() if name not in left_out
+        }
         _require_equal_shapes(checkpoint, fixed, stored.shapes(FIXED))
         states = {OBJECTIVE: engine.method.state()}
         for kind, holder in ((TEACHER, engine.teacher), (AVERAGE, engine.average)):

@@ -63,7 +63,7 @@ def _copies(engine: Engine) -> Iterator[tuple[str, Tensor]]:
             for key, moment in parameter.moments.items():
                 yield f"{key}/{parameter.name}", _copy_to_cpu(moment)
     tuned = {name for name, _ in zero_state.tuned_parameters(engine)}
-    for name, tensor in full_state(engine, without=tuned).items():
+    for name, tensor in full_state(engine, without=tuned | zero_state.not_stored(engine)).items():
         yield f"{FIXED}/{name}", tensor.clone()
     # On all ranks: its checksums are sums over them.
     projected = {} if engine.projection is None else engine.projection.state()

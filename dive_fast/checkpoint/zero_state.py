@@ -20,6 +20,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from dive_fast.engine.step import Engine
+from dive_fast.model.towers import HEAD
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter."""
@@ -85,6 +86,18 @@ def scatter(engine: Engine, read: Callable[[str], ParameterState], updates: int)
 def tuned_parameters(engine: Engine) -> Iterator[tuple[str, Any]]:
     """The parameters that are trained, with their names."""
     return ((name, p) for name, p in engine.towers.named_parameters() if p.requires_grad)
+
+
+def not_stored(engine: Engine) -> set[str]:
+    """Names of weights and buffers that checkpoints leave out.
+
+    With adapters, these are the frozen ones of both towers: those of the pre-trained model, whose digest is in the
+    identity of the run.
+    """
+    if engine.towers.adapters is None:
+        return set()
+    tuned = {name for name, _ in tuned_parameters(engine)}
+    return {name for name in engine.towers.state_dict() if name not in tuned and not name.startswith(HEAD)}
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:

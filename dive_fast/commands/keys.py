@@ -1,7 +1,7 @@
 """Lists the keys of a config: ``dive-fast keys``, ``dive-fast keys train``, ``dive-fast keys warm-up``.
 
 A section, a key, a method, or any word of the documentation selects keys. Options of methods are listed by ``keys
-objective``, by a method's name, and with ``--all``: they need torch, whose import takes seconds.
+objective``, by a method's name, and with ``--all``.
 """
 
 import argparse
@@ -12,27 +12,17 @@ import sys
 import textwrap
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import Any
 
 from dive_fast.commands import cli
 from dive_fast.config.explain import SYNONYMS
 from dive_fast.config.reference import Key, keys_of
 from dive_fast.config.schema import Config
 from dive_fast.config.section import sections
+from dive_fast.methods import method_list
+from dive_fast.methods.method_list import Group
 
-OPTIONS = "Methods and their options are not included: dive-fast keys objective, or --all (seconds, for torch)"
-
-
-class Group(NamedTuple):
-    """Keys that are listed together."""
-
-    place: str
-    """Dotted key of their section; empty for the sections themselves."""
-    title: str
-    """Heading."""
-    keys: list[Key]
-    words: tuple[str, ...] = ()
-    """Names that select the group: methods and losses with these options."""
+OPTIONS = "Methods and their options are not included: dive-fast keys objective, or --all"
 
 
 @cli.guarded
@@ -52,11 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
     is_option = word.startswith(("objective.", "projection.")) and word not in known
     has_options = options.all or word in ("objective", "projection") or is_option
     if has_options:
-        groups += _methods()
+        groups += method_list.read().groups
     selected, remark = _select(groups, word)
     if not selected and not has_options and "did you mean" not in remark:
         # The word may be a method, or an option of one.
-        has_options, groups = True, groups + _methods()
+        has_options, groups = True, groups + method_list.read().groups
         selected, remark = _select(groups, word)
     if not selected:
         print(f"error: {remark}", file=sys.stderr)
@@ -76,35 +66,6 @@ def _plain() -> Iterable[Group]:
     for place, section in sections(Config, ""):
         text = " ".join((section.__doc__ or "").split()) if place else "The sections of a config."
         yield Group(place, text, list(keys_of(section)))
-
-
-def _methods() -> list[Group]:
-    """The methods, and the options of their parts."""
-    from dive_fast.methods import registry
-    from dive_fast.projections import rules as projections
-
-    table = registry.table()
-    names = [
-        Key(f"name={preset.name}", "method", None, False, True, f"{preset.title}: {preset.summary}")
-        for preset in table.presets.values()
-    ]
-    groups = [Group("objective", "Methods; each has the options of its losses, listed below.", names)]
-    for half, parts in (("target", table.targets), ("reference", table.references)):
-        for name, part in parts.items():
-            users = [preset.name for preset in table.presets.values() if getattr(preset, half) == name]
-            if part.Options.model_fields:
-                title = f"Options of the {half} loss {name} (methods: {', '.join(users) or 'none'})"
-                groups.append(Group("objective", title, list(keys_of(part.Options)), (name, *users)))
-    rules = projections.table()
-    names = [
-        Key(f"name={name}", "method", None, False, True, f"{rule.title}: {rule.summary}")
-        for name, rule in rules.items()
-    ]
-    groups.append(Group("projection", "Methods in weight space; each has its own options, listed below.", names))
-    for name, rule in rules.items():
-        title = f"Options of the projection {name}"
-        groups.append(Group("projection", title, list(keys_of(rule.Options)), (name,)))
-    return groups
 
 
 def _select(groups: list[Group], word: str) -> tuple[list[Group], str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dive_fast.data.prepared.convert import Options
+from dive_fast.data.sources.object_store import is_url, shown
 
 
 def _side(value: str) -> int | str:
@@ -147,6 +148,10 @@ def main(arguments: list[str] | None = None) -> int:
         if os.path.commonpath([source, output_path]) == source:
             parser.error("--output lies in --input, where it would become a class; choose another folder")
 
+    if options.verify is None and is_url(options.input):
+        remedy = "each image is read by its position; copy the set to a disk and prepare it there"
+        print(f"error: --input {shown(options.input)}: an object store is not read: {remedy}", file=sys.stderr)
+        return 2
     if options.verify is None and options.format != "webdataset" and not os.path.exists(options.input):
         # Before torch is imported, which takes seconds.
         kind = "file" if options.format == "csv" else "folder"

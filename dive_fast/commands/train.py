@@ -11,6 +11,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from dive_fast.commands import cli
+from dive_fast.commands.lean_imports import without_trackers
 from dive_fast.planner.gpu_specs import GPUS
 
 if TYPE_CHECKING:
@@ -42,12 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
         config = cli.load_config(options.config, options.overrides, announcement, check)
         if options.dry_run:
             return dry_run(config, options)
-        from dive_fast.checkpoint.saver import SaveError
-        from dive_fast.distributed import join
-        from dive_fast.fault_tolerance.heartbeat import STOPPED, LostError
-        from dive_fast.fault_tolerance.nonfinite import NonFiniteError
-        from dive_fast.training.loop import Stopped, train
-        from dive_fast.training.metrics import MetricsError
+        with without_trackers():
+            from dive_fast.checkpoint.saver import SaveError
+            from dive_fast.distributed import join
+            from dive_fast.fault_tolerance.heartbeat import STOPPED, LostError
+            from dive_fast.fault_tolerance.nonfinite import NonFiniteError
+            from dive_fast.training.loop import Stopped, train
+            from dive_fast.training.metrics import MetricsError
 
         ranks = join(config.train.rank_timeout)
     except UserError as error:
@@ -96,10 +98,11 @@ def dry_run(config: "Config", options: argparse.Namespace) -> int:
     # Set before torch and Hugging Face are imported, so that neither uses a GPU or the network.
     os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-    from dive_fast.planner.advice import advise
-    from dive_fast.planner.auto_schedule import choose, with_schedule
-    from dive_fast.planner.simulate import plan_run
-    from dive_fast.planner.table import as_json, as_table
+    with without_trackers():
+        from dive_fast.planner.advice import advise
+        from dive_fast.planner.auto_schedule import choose, with_schedule
+        from dive_fast.planner.simulate import plan_run
+        from dive_fast.planner.table import as_json, as_table
 
     gpus = [options.device] if options.device else list(GPUS)
     if config.train.schedule == "auto":

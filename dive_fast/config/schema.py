@@ -43,6 +43,27 @@ Metric = Literal[
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
+LoraTarget = Literal["q", "k", "v", "out", "mlp"]
+Tower = Literal["image", "text"]
+
+
+class LoraConfig(Section):
+    """Low-rank adapters, W = W0 + (alpha / rank) B A: A and B are trained instead of the towers' weights W0."""
+
+    rank: Positive = 8
+    """Rows of A and columns of B, at most the smaller side of each adapted layer."""
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """The product B A counts alpha / rank times. Default: `rank`."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the inputs of A that each step drops at random."""
+    targets: Annotated[list[LoraTarget], Field(min_length=1)] = Field(default=["q", "k", "v", "out"])
+    """Adapted layers of each transformer block: the projections of attention to queries, keys and values, its
+    output, and `mlp`, all linear layers of the MLP. A layer that computes several projections by one weight, as in
+    towers of timm, needs all of them."""
+    towers: Annotated[list[Tower], Field(min_length=1)] = Field(default=["image", "text"])
+    """Adapted towers; the other one is frozen. A method without texts adapts the image tower alone."""
+
+
 class ModelConfig(Section):
     """Which two-tower open_clip model is tuned."""
 
@@ -60,6 +81,13 @@ class ModelConfig(Section):
     logit_scale_max: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Upper bound of the logit scale s = 1 / tau. open_clip and OpenAI's CLIP bound it at 100; FLYP and the paper
     do not (null). The loss sees min(s, bound); above the bound only gradients that lower s are let through."""
+    lora: LoraConfig | None = None
+    """Train adapters instead of all weights (docs/adapters.md); the logit scale and a head are trained as without
+    them. Exports have the merged weights. Needs `pip install 'dive_fast[lora]'`. Default: all weights."""
+    freeze: list[str] = Field(default=[])
+    """Parameters that are not trained: patterns of their names, such as `visual.*.ln_*` or `logit_scale`, and
+    open_clip's locks of a tower, `image` and `text`, or `image:N` and `text:N`, which leave its last N groups
+    unlocked: the projection, the last block with its layer norm, and one group for each block before it."""
     license: str | None = None
     """License of the tuned model for its model card, an identifier of Hugging Face such as `apache-2.0`. Default:
     unknown, so that of the pre-trained weights applies."""
@@ -276,6 +304,10 @@ class TrainConfig(Section):
     (docs/performance.md). For towers without fused kernels, try it."""
     learning_rate: NonNegativeFloat = 1e-5
     """Peak learning rate."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Factor on the learning rate from each transformer block to the one before it. The last block has one factor,
+    the first one as many as there are blocks, the embeddings before it one more; projections, the last layer norm,
+    the logit scale and a head have none. Default: one learning rate."""
     weight_decay: NonNegativeFloat = 0.1
     """Weight decay of AdamW. Default with a `projection`: 0, since decay pulls to zero and not to the pre-trained
     weights."""

@@ -11,6 +11,7 @@ import braceexpand
 
 from dive_fast.config.schema import DataConfig, EvaluationSet, GeometryConfig, ReferenceConfig, TargetConfig
 from dive_fast.data.prompt_files import check_class_names, check_templates
+from dive_fast.data.sources.object_store import is_url
 from dive_fast.data.sources.source import locate
 from dive_fast.errors import DataError, naming
 
@@ -71,12 +72,18 @@ def check_path(config: Section, section: str) -> None:
     Raises:
         DataError: there are none; the message is that of opening the set.
     """
-    if config.path.startswith(DEMO) or _has_files(config):
+    is_stream = isinstance(config, ReferenceConfig) and config.order == "stream"
+    if is_url(config.path):
+        if is_stream:
+            return  # listed when the run starts, which needs the store's packages and credentials
+    elif config.path.startswith(DEMO) or _has_files(config):
         return
     from dive_fast.data import open_dataset
 
     # Fails at once: there is nothing to scan.
-    if isinstance(config, TargetConfig):
+    if isinstance(config, ReferenceConfig) and is_stream:
+        open_dataset.open_stream(config)
+    elif isinstance(config, TargetConfig):
         open_dataset.open_target(config, section)
     elif isinstance(config, EvaluationSet):
         is_captioned = config.task == "retrieval"

@@ -11,7 +11,7 @@ from dive_fast.data.sources.captioned_folder import open_captioned_folder
 from dive_fast.data.sources.csv_table import open_csv
 from dive_fast.data.sources.folder import open_folder
 from dive_fast.data.sources.huggingface import Columns, open_huggingface
-from dive_fast.data.sources.object_store import is_url, shown
+from dive_fast.data.sources.object_store import is_url, refuse_url, shown
 from dive_fast.data.sources.source import Source
 from dive_fast.data.sources.tar_stream import TarStream, open_tar_stream
 from dive_fast.data.sources.webdataset import open_webdataset
@@ -88,11 +88,12 @@ def open_captioned(config: EvaluationSet, section: str = "", ranks: Ranks | None
 
 def _open(config: Any, text: str, section: str, ranks: Ranks | None) -> Source:
     with naming(section):
-        if is_url(config.path):
-            remedy = "set data.reference.order=stream, or copy" if text == ".txt" else "copy"
+        if is_url(config.path) and isinstance(config, ReferenceConfig) and config.format == "webdataset":
             raise DataError(
-                f"{shown(config.path)}: only a stream reads an object store; {remedy} the set to a disk"
+                f"{shown(config.path)}: only a stream reads an object store; set {section}.order=stream, or copy "
+                "the set to a disk"
             )
+        refuse_url(config.path)
         source = _source(config, text, ranks)
         if getattr(config, "loader", None) == "ffcv" and source.beton is None:
             raise DataError(

@@ -19,6 +19,8 @@ class Draw(IntEnum):
     CAPTION = 7
     BALANCE = 8
     WINDOW = 9
+    PERTURBATION = 10
+    CURVATURE_LABEL = 11
 
 
 def stream(seed: int, purpose: Draw, first: int, second: int = 0) -> np.random.Generator:

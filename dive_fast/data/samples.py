@@ -22,7 +22,7 @@ from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.data.token_cache import CaptionTokens, kept_captions
 from dive_fast.data.transforms import Augmentation, Crop, Preprocess, View, crop_draws, random_crop
 from dive_fast.distributed import Ranks
-from dive_fast.errors import DataError
+from dive_fast.errors import ChangedDataError, DataError, TarError
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,9 @@ class Samples(ABC, Generic[Batch]):
         """Reads a sample or, if it is unusable, the next usable one; returns the key of the sample that was read.
 
         Raises:
+            TarError: its tar cannot be fetched, of which another attempt may succeed.
             DataError: :data:`MAX_REPLACEMENTS` samples in a row are unusable.
+            ChangedDataError: a file changed after the set was listed.
         """
         epoch, number = sample_key
         for attempt in range(MAX_REPLACEMENTS):
@@ -108,6 +110,8 @@ class Samples(ABC, Generic[Batch]):
             candidate = epoch, number
             try:
                 return candidate, read(candidate)
+            except (ChangedDataError, TarError):
+                raise
             except DataError as error:
                 last = error
                 logger.warning("%s; the next sample replaces it", error)

@@ -1,7 +1,7 @@
 """The samples of each rank at each step of a stream of tars, as a pure function of (seed, rank, ranks, step)."""
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +15,11 @@ from dive_fast.data.sources.tar_stream import POSITION_BITS, TarStream
 from dive_fast.errors import DataError
 
 logger = logging.getLogger(__name__)
+
+WINDOWS = 2
+"""Windows whose fetched tars are kept: workers may still read samples of the window before the current one."""
+TARS_AHEAD = 2
+"""Tars of an object store that are fetched before their window is reached, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +67,32 @@ class StreamOrder(StepOrder):
         size = self.batch_size // self.world_size
         epochs, numbers = np.empty(0, np.int64), np.empty(0, np.int64)
         before = steps.start * size
+        recent: deque[list[int]] = deque()
         for first, epoch, tars in self._windows():
+            recent.append(tars)
+            if len(recent) > WINDOWS:
+                for tar in set(recent.popleft()).difference(*recent):
+                    self.tars.remove(tar)
             count = sum(self._counts[tar] for tar in tars)
             if before >= count:
                 before -= count
                 continue
+            for tar in tars:
+                self.tars.fetch(tar)
             window = self._shuffled(first, tars)[before:]
             epochs = np.concatenate([epochs, np.full(len(window), epoch)])
             numbers, before = np.concatenate([numbers, window]), 0
             full = len(numbers) // size * size
+            following = [self.tar_at(first + len(tars) + number)[1] for number in range(TARS_AHEAD)]
             for start in range(0, full, size):
                 share = slice(start, start + size)
                 yield list(zip(epochs[share].tolist(), numbers[share].tolist(), strict=True))
                 steps = steps[1:]
                 if not steps:
                     return
+                # After the first batch: loaders fork their workers before the second one, and no thread may run.
+                for tar in following:
+                    self.tars.fetch_ahead(tar)
             epochs, numbers = epochs[full:], numbers[full:]
 
     def close(self) -> None:

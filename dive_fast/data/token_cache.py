@@ -9,6 +9,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -278,15 +279,16 @@ def _keep(texts: Texts, tokenizer: Tokenizer, stamp: str, name: str) -> Path | N
     Args:
         stamp: digest of the tokenizer and the texts.
     """
-    try:
-        parent = cache_folder(FOLDER)
-    except OSError as error:
-        logger.warning("tokens of %s are not kept: %s", name, error)
-        return None
-    folder = parent / stamp[:32]
-    if _load(folder, stamp) is not None:
-        return folder
-    with file_lock(parent / f"{folder.name}.lock", f"the tokens of {name}", wait=True):
+    with ExitStack() as lock:
+        try:
+            parent = cache_folder(FOLDER)
+            folder = parent / stamp[:32]
+            if _load(folder, stamp) is not None:
+                return folder
+            lock.enter_context(file_lock(parent / f"{folder.name}.lock", f"the tokens of {name}", wait=True))
+        except (OSError, UserError) as error:
+            logger.warning("tokens of %s are not kept: %s", name, error)
+            return None
         if _load(folder, stamp) is not None:
             return folder
         tokens = _tokenise(texts, tokenizer, name)

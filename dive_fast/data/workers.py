@@ -145,11 +145,9 @@ def _with_plain_errors(results: Iterator[Result]) -> Generator[Result, None, Non
     """Yields the results, and restores the one-line messages of errors."""
     try:
         yield from results
-    except DataError as error:
+    except (DataError, MachineError) as error:
         # The message of an exception from a worker contains its traceback.
-        raise DataError(str(error).strip().rpartition(f"{DataError.__name__}: ")[2]) from error
-    except MachineError as error:
-        raise MachineError(str(error).strip().rpartition(f"{MachineError.__name__}: ")[2]) from error
+        raise type(error)(str(error).strip().rpartition(f"{type(error).__name__}: ")[2]) from error
     except (OSError, RuntimeError) as error:
         raise machine_error(error) or error from error
     finally:

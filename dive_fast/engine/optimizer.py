@@ -5,8 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from dive_fast.config.schema import TrainConfig
+from dive_fast.model.freezing import layer_factors
 from dive_fast.model.towers import Towers
 
 
@@ -15,18 +17,36 @@ def make_optimizer(train: TrainConfig, towers: Towers, on_cpu: bool) -> torch.op
 
     Args:
         on_cpu: whether DeepSpeed offloads the optimizer, which then is its CPU Adam.
+
+    Raises:
+        ConfigError: as :func:`dive_fast.model.freezing.layer_factors`.
     """
-    tuned = [parameter for parameter in towers.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in tuned if train.decay_all_parameters or parameter.ndim > 1]
-    undecayed = [parameter for parameter in tuned if not train.decay_all_parameters and parameter.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    groups = _groups(train, towers)
     options: dict[str, Any] = {"lr": train.learning_rate, "betas": train.betas, "eps": train.epsilon}
-    groups = [group for group in groups if group["params"]]
     if on_cpu:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)  # type: ignore[no-any-return]
     return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def _groups(train: TrainConfig, towers: Towers) -> list[dict[str, Any]]:
+    """The tuned parameters by their factor on the learning rate, largest first, and by their weight decay."""
+    factors = {} if train.layer_decay is None else layer_factors(towers, train.layer_decay)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in towers.named_parameters():
+        if parameter.requires_grad:
+            is_decayed = train.decay_all_parameters or parameter.ndim > 1
+            groups.setdefault((factors.get(name, 1.0), is_decayed), []).append(parameter)
+    return [
+        {
+            "params": groups[factor, is_decayed],
+            "weight_decay": train.weight_decay if is_decayed else 0.0,
+            "lr": train.learning_rate * factor,
+            "factor": factor,
+        }
+        for factor, is_decayed in sorted(groups, reverse=True)
+    ]
 
 
 def learning_rate_schedule(warmup_steps: int, total_steps: int) -> Callable[[int], float]:

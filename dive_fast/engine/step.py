@@ -10,13 +10,14 @@
 The first half's graph is freed before the second half's forward, so DiVE needs the memory of the larger half, not
 of both. With micro-batches each half is embedded without gradient, the loss is differentiated with respect to the
 embeddings, and each micro-batch is run again through the towers against its part of those gradients. This is
-exact, since the loss sees the complete batch.
+exact, since the loss sees the complete batch. Further views of the images, such as adversarial ones, are run like
+further micro-batches.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -35,6 +36,7 @@ from dive_fast.engine.feature_consistency import FeatureConsistency, check_confi
 from dive_fast.engine.optimizer import learning_rate_schedule, make_optimizer
 from dive_fast.engine.profiler import span
 from dive_fast.engine.target_teacher import TargetTeacher, split_prompts
+from dive_fast.engine.trained_parameters import freeze_untrained
 from dive_fast.engine.update import DeepSpeedUpdate, DeviceUpdate, LossScale
 from dive_fast.engine.weight_average import WeightAverage
 from dive_fast.engine.weight_projection import WeightProjection
@@ -45,7 +47,9 @@ from dive_fast.methods.method import (
     Loss,
     Method,
     Part,
+    Student,
     TeacherOutputs,
+    View,
     join_metrics,
     overrides,
 )
@@ -95,6 +99,8 @@ class _Half:
     """The parts of the method that ``loss`` computes."""
     last: bool
     """Whether its backward is the last of the step, after which DeepSpeed reduces gradients."""
+    views: tuple[View, ...] = ()
+    """Further views of the images, which are encoded after them."""
 
 
 class Engine:
@@ -104,13 +110,15 @@ class Engine:
         """Wraps the towers by DeepSpeed.
 
         Args:
+            towers: with the adapters of ``model.lora`` (:func:`dive_fast.engine.trained_parameters.adapt`).
             total_steps: updates of the complete run, for the learning rate's schedule.
 
         Raises:
-            ConfigError: as :func:`check_config`, :func:`deepspeed_section`, :func:`check_hooks` and
-                :func:`check_projection`.
+            ConfigError: as :func:`check_config`, :func:`deepspeed_section`, :func:`check_hooks`,
+                :func:`check_projection` and :func:`~dive_fast.engine.trained_parameters.freeze_untrained`.
         """
         train = config.train
+        method.prepare(towers)
         self.ranks, self.schedule, self.micro_batch_size = ranks, train.schedule, train.micro_batch_size
         self.towers = towers.to(ranks.device).train()
         self.towers.set_precision(train.precision)
@@ -122,7 +130,7 @@ class Engine:
         self.method = method.to(ranks.device)
         self.steps_done = 0
         """Number of steps before the present one."""
-        _freeze_untuned(self.towers, method)
+        freeze_untrained(config.model, self.towers, method)
         section = deepspeed_section(config, ranks.world_size)
         self.remark = "fast blocks: none (train.fast_blocks = false)"
         """One line about the towers' blocks, for the start of a run."""
@@ -145,7 +153,7 @@ class Engine:
         check_projection(section, config.projection)
         if on_device:
             _disable_deepspeed_grad_norm(section)
-        optimizer = make_optimizer(train, towers, offloads_optimizer(section))
+        optimizer = self._optimizer = make_optimizer(train, towers, offloads_optimizer(section))
         schedule = learning_rate_schedule(train.warmup_steps, total_steps)
         self.deepspeed, *_ = deepspeed.initialize(
             model=self.towers,
@@ -220,8 +228,8 @@ class Engine:
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of the next update."""
-        return float(self.deepspeed.get_lr()[0])
+        """Learning rate of the next update, without the factors of ``train.layer_decay``."""
+        return float(self.deepspeed.get_lr()[0]) / float(self._optimizer.param_groups[0]["factor"])
 
     def set_step(self, step: int) -> None:
         """Sets the engine to a run after ``step`` steps; weights and the optimizer's state are set elsewhere."""
@@ -239,9 +247,12 @@ class Engine:
         if needs.second_prompts and target.second_text is not None:
             target_text = _join_texts(target_text, target.second_text)
         reference_text = None if reference is None or not needs.reference_texts else reference.text
-        labels = target.labels
+        labels, target_part, reference_part = target.labels, method.target_loss, method.reference_loss
+        images = self._change_images(target.images, target_text, target_part, labels, None, target.sample)
+        info = ImageInfo(labels, None, target.sample, target.images)
+        views = self._views(images, target_part, info)
         # Before the student's forward, whose activations would add to the teacher's.
-        target_teacher = None if self.teacher is None else self._teach(target.images, target_text)
+        target_teacher = None if self.teacher is None else self._teach(images, target_text)
 
         def target_loss(outputs: Outputs) -> Loss:
             return method.target(_split_prompts(outputs), labels, group, target_teacher)
@@ -254,18 +265,18 @@ class Engine:
             first, second = _split_halves(outputs, sizes, texts)
             return method.joint(_split_prompts(first), labels, second, teacher, group, target_teacher)
 
-        target_part, reference_part = method.target_loss, method.reference_loss
-        images = self._change_images(target.images, target_text, target_part, labels, None)
-        first = _Half("target", images, target_text, target_loss, (target_part,), last=False)
+        first = _Half("target", images, target_text, target_loss, (target_part,), False, views)
         if reference is None:
             yield replace(first, last=True)
             return
         assert reference_part is not None
         assert teacher is not None or not needs.reference_teacher, "this method needs a teacher"
-        images = self._change_images(reference.images, reference_text, reference_part, None, teacher)
-        second = _Half("reference", images, reference_text, reference_loss, (reference_part,), last=True)
+        samples = reference.sample
+        images = self._change_images(reference.images, reference_text, reference_part, None, teacher, samples)
+        views = self._views(images, reference_part, ImageInfo(None, teacher, samples, reference.images))
+        second = _Half("reference", images, reference_text, reference_loss, (reference_part,), True, views)
         sizes = [len(target.images), len(reference.images)]
-        del target, reference, images
+        del target, reference, images, views, info
         if self.schedule == "joint":
             text, parts = _join_texts(first.text, second.text), (*first.parts, *second.parts)
             half = _Half("joint", torch.cat([first.images, second.images]), text, joint_loss, parts, last=True)
@@ -287,7 +298,13 @@ class Engine:
             return self.teacher(images, text, self.micro_batch_size)
 
     def _change_images(
-        self, images: Tensor, text: Text | None, part: Part, labels: Tensor | None, teacher: Pairs | None
+        self,
+        images: Tensor,
+        text: Text | None,
+        part: Part,
+        labels: Tensor | None,
+        teacher: Pairs | None,
+        samples: Tensor,
     ) -> Tensor:
         """Images of a half after its part's ``change_images``, called once for each micro-batch."""
         if not overrides(part, "change_images"):
@@ -296,22 +313,43 @@ class Engine:
             # Without the second prompts, which follow the prompts.
             index = None if text is None else text.index[: len(images)]
             texts = None if text is None else self.towers.encode_text(text.tokens, text.length)[index]
-        size = self.micro_batch_size or len(images)
-        changed = []
-        for start in range(0, len(images), size):
-            piece = slice(start, start + size)
+        changed, samples = [], samples.to(images.device)
+        with _evaluating(self.towers):
+            for piece in self._pieces(len(images)):
 
-            def outputs(images: Tensor, piece: slice = piece) -> Outputs:
-                features = self.towers(images)
-                rows = None if texts is None else texts[piece]
-                return Outputs(features.image, rows, features.logit_scale, features.logits)
+                def outputs(images: Tensor, piece: slice = piece) -> Outputs:
+                    features = self.towers(images)
+                    rows = None if texts is None else texts[piece]
+                    return Outputs(features.image, rows, features.logit_scale, features.logits)
 
-            info = ImageInfo(
-                None if labels is None else labels[piece],
-                None if teacher is None else Pairs(*(rows[piece] for rows in teacher)),
-            )
-            changed.append(part.change_images(images[piece], outputs, info).detach())
+                info = ImageInfo(
+                    None if labels is None else labels[piece],
+                    None if teacher is None else Pairs(*(rows[piece] for rows in teacher)),
+                    samples[piece],
+                    images[piece],
+                )
+                changed.append(part.change_images(images[piece], outputs, info).detach())
         return torch.cat(changed)
+
+    def _views(self, images: Tensor, part: Part, info: ImageInfo) -> tuple[View, ...]:
+        """The further views of a half's images that its part asks for."""
+        if not overrides(part, "views"):
+            return ()
+        if self.features_are_random:
+            raise ConfigError(
+                "this method encodes views of images twice and needs equal features, which dropout prevents; set "
+                "it to 0"
+            )
+        info = info._replace(samples=info.samples.to(images.device))
+        with _evaluating(self.towers), span("views"):
+            views = tuple(part.views(images, Student(self.towers, self._pieces, self.ranks.group), info))
+        assert all(len(view.images) == len(images) for view in views)
+        return views
+
+    def _pieces(self, count: int) -> list[slice]:
+        """The slices of ``count`` images that the towers encode at once."""
+        size = self.micro_batch_size or max(1, count)
+        return [slice(start, start + size) for start in range(0, count, size)]
 
     def _penalty(self, half: _Half) -> Loss | None:
         """The penalty on parameters; None but in the last half, so that it counts once a step."""
@@ -320,8 +358,8 @@ class Engine:
     def _backward(self, half: _Half) -> Loss:
         """Runs forward and backward of one half."""
         with self.method.change_weights(self.towers, half.parts):
-            if self.micro_batch_size is not None and self.micro_batch_size < len(half.images):
-                return self._backward_in_micro_batches(half)
+            if half.views or len(self._pieces(len(half.images))) > 1:
+                return self._backward_in_pieces(half)
             self.deepspeed.set_gradient_accumulation_boundary(half.last)
             features = self._forward(half.images, None if half.text is None else half.text.tokens, half)
             with span("loss"):
@@ -333,53 +371,65 @@ class Engine:
         features: Features = self.deepspeed(images, tokens, None if half.text is None else half.text.length)
         return features
 
-    def _backward_in_micro_batches(self, half: _Half) -> Loss:
-        assert self.micro_batch_size is not None
-        num_pieces = math.ceil(len(half.images) / self.micro_batch_size)
-        images = half.images.split(self.micro_batch_size)
-        texts: Sequence[Tensor | None] = [None] * num_pieces
+    def _backward_in_pieces(self, half: _Half) -> Loss:
+        """Backward by cached embedding gradients: micro-batches of the half's views and of the half in turn."""
+        slices = self._pieces(len(half.images))
+        texts: Sequence[Tensor | None] = [None] * len(slices)
         if half.text is not None:
-            texts = _split_texts(half.text.tokens, num_pieces)
-        with torch.no_grad():
-            passes = [self._forward(image, text, half) for image, text in zip(images, texts, strict=True)]
+            texts = _split_texts(half.text.tokens, len(slices))
+        # The half's own pieces are last: ZeRO reduces gradients in the last backward, which reaches both towers.
+        pieces = [_Piece(view.images[each], None, view.weights) for view in half.views for each in slices]
+        pieces += [_Piece(half.images[each], text) for each, text in zip(slices, texts, strict=True)]
+        passes = []
+        for piece in pieces:
+            with torch.no_grad(), piece.weights():
+                passes.append(self._forward(piece.images, piece.tokens, half))
         # Embedding gradients at |u| = 3e-3 underflow fp16, so they stay in fp32 until the loss scale is applied.
         image, text, logits = (_make_leaf([getattr(each, name) for each in passes]) for name in PER_ROW)
         assert image is not None
         leaves = Features(image, text, passes[0].logit_scale.detach().requires_grad_(), logits)
         del passes
-        features = leaves
-        if half.text is not None and text is not None:
-            rows = _text_rows(len(half.text.tokens), _lengths(texts), text.device)
-            features = leaves._replace(text=text[rows])
         with span("loss"):
-            loss = half.loss(_expand_texts(features, half.text))
+            loss = half.loss(_leaf_outputs(leaves, half, _lengths(texts)))
             gradients = _differentiate(loss.loss, leaves)
-        sizes = _lengths(images), _lengths(texts), _lengths(images)
-        splits = [_split_rows(getattr(gradients, name), size) for name, size in zip(PER_ROW, sizes, strict=True)]
-        for piece, (image, tokens, *row_gradients) in enumerate(zip(images, texts, *splits, strict=True)):
-            is_last = piece == num_pieces - 1
+        sizes = [len(piece.images) for piece in pieces]
+        sizes_of = {"image": sizes, "text": _lengths([piece.tokens for piece in pieces]), "logits": sizes}
+        splits = [_split_rows(getattr(gradients, name), sizes_of[name]) for name in PER_ROW]
+        for number, (piece, *row_gradients) in enumerate(zip(pieces, *splits, strict=True)):
+            is_last = number == len(pieces) - 1
             self.deepspeed.set_gradient_accumulation_boundary(half.last and is_last)
-            features = self._forward(image, tokens, half)
-            # Has the gradient of the loss; the logit scale enters every piece but counts once.
-            surrogate = (features.logit_scale * gradients.logit_scale * is_last).sum()
-            for name, gradient in zip(PER_ROW, row_gradients, strict=True):
-                if gradient is not None:
-                    surrogate = surrogate + (getattr(features, name).float() * gradient).sum()
-            penalty = self._penalty(half) if is_last else None
-            if penalty is not None:
-                loss, surrogate = _add_penalty(loss, penalty), surrogate + penalty.loss
-            self.deepspeed.backward(self._update.scale_loss(surrogate))
+            with piece.weights():
+                features = self._forward(piece.images, piece.tokens, half)
+                # Has the gradient of the loss; the logit scale enters every piece but counts once.
+                surrogate = (features.logit_scale * gradients.logit_scale * is_last).sum()
+                for name, gradient in zip(PER_ROW, row_gradients, strict=True):
+                    rows = getattr(features, name)
+                    if gradient is not None and rows is not None:
+                        surrogate = surrogate + (rows.float() * gradient).sum()
+                penalty = self._penalty(half) if is_last else None
+                if penalty is not None:
+                    loss, surrogate = _add_penalty(loss, penalty), surrogate + penalty.loss
+                self.deepspeed.backward(self._update.scale_loss(surrogate))
         return Loss(loss.loss.detach(), loss.metrics)
 
 
-def _freeze_untuned(towers: Towers, method: Method) -> None:
-    """Freezes the parameters that the method does not train."""
-    if not method.needs.texts:
-        towers.text.requires_grad_(False)
-        towers.logit_scale.requires_grad_(False)
-    for name, parameter in towers.named_parameters():
-        if not method.tunes(name):
-            parameter.requires_grad_(False)
+class _Piece(NamedTuple):
+    """Images and texts that the towers encode at once, and the context of their weights."""
+
+    images: Tensor
+    tokens: Tensor | None
+    weights: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+@contextmanager
+def _evaluating(towers: Towers) -> Iterator[None]:
+    """A context in which the towers are in evaluation mode, without dropout."""
+    was_training = towers.training
+    towers.eval()
+    try:
+        yield
+    finally:
+        towers.train(was_training)
 
 
 def check_hooks(section: dict[str, Any], method: Method, schedule: str) -> None:
@@ -440,6 +490,28 @@ def _expand_texts(features: Features, text: Text | None) -> Outputs:
     """The towers' features with one row for each pair: repeats the rows of distinct texts."""
     rows = None if text is None or features.text is None else features.text[text.index]
     return Outputs(features.image, rows, features.logit_scale, features.logits)
+
+
+def _leaf_outputs(leaves: Features, half: _Half, text_sizes: list[int]) -> Outputs:
+    """Outputs of a half from the rows of all its pieces; its own rows follow those of its views.
+
+    Args:
+        text_sizes: text rows of each piece of the half itself.
+    """
+    count = len(half.images)
+    *views, own = (
+        leaves._replace(image=image, logits=logits)
+        for image, logits in zip(
+            leaves.image.split(count),
+            [None] * (1 + len(half.views)) if leaves.logits is None else leaves.logits.split(count),
+            strict=True,
+        )
+    )
+    if half.text is not None and leaves.text is not None:
+        rows = _text_rows(len(half.text.tokens), text_sizes, leaves.text.device)
+        own = own._replace(text=leaves.text[rows])
+    others = tuple(Outputs(view.image, None, view.logit_scale, view.logits) for view in views)
+    return _expand_texts(own, half.text)._replace(views=others)
 
 
 def _split_prompts(outputs: Outputs) -> Outputs:

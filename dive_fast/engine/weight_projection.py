@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dive_fast.engine.flat_groups import States, flat_groups
 from dive_fast.errors import ConfigError
 from dive_fast.kernels.backend import Backend
+from dive_fast.model.adapters import is_factor
 from dive_fast.projections.anchored_group import PREVIOUS, AnchoredGroup
 from dive_fast.projections.projection import Projection
 
@@ -28,7 +29,8 @@ class WeightProjection:
     """The rule of a run, applied to each parameter group around each step of the optimizer.
 
     Anchors are the weights at construction, which come before a checkpoint is loaded: the pre-trained ones, and a
-    head that was started from prompts or probed. Only deviations from them are measured and changed.
+    head that was started from prompts or probed. Those of adapters are zero, for each factor. Only deviations from
+    them are measured and changed.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class WeightProjection:
                 group.new_state(PREVIOUS)
         self.groups = [AnchoredGroup(group, takes_part, rule.layout, backend) for _, group in kept]
         """The parameter groups with at least one tensor that takes part."""
+        self._start_factors_at_zero()
         self._flat_groups = [(first, group, anchored) for (first, group), anchored in zip(kept, self.groups)]
         if not kept:
             raise ConfigError(
@@ -111,8 +114,8 @@ class WeightProjection:
         """Numbers of the last step, ``()`` each on the device.
 
         ``triggered`` and ``applied``: share of tensors for which the rule's condition holds, and which it changes;
-        the mean of the rule's own strength; ``distance``: ``|W - W0|`` over all tensors, and relative to ``|W0|``,
-        where the rule measures it: before the update, for FTP after it.
+        the mean of the rule's own strength; ``distance``: ``|W - W0|`` over all tensors, and relative to ``|W0|``
+        unless that is zero, where the rule measures it: before the update, for FTP after it.
         """
         names = [name for name in ("triggered", "applied", self.rule.strength) if name is not None]
         metrics = {}
@@ -122,7 +125,8 @@ class WeightProjection:
                 metrics[f"{METRICS}{name}"] = torch.cat(measured).mean().float()
         square = self._total([group.measures["squares"].sum() for group in self.groups])
         metrics[f"{METRICS}distance"] = square.sqrt().float()
-        metrics[f"{METRICS}relative_distance"] = (square / self._anchor_square).sqrt().float()
+        if not self._is_at_zero:
+            metrics[f"{METRICS}relative_distance"] = (square / self._anchor_square).sqrt().float()
         return metrics
 
     def state(self) -> dict[str, Tensor]:
@@ -189,6 +193,18 @@ class WeightProjection:
                 flat.gradient_scale, flat.skipped = optimizer.grad_scale, optimizer.found_inf
                 flat.learning_rate = rates[first]
                 yield anchored
+
+    def _start_factors_at_zero(self) -> None:
+        """Sets the anchors of adapters: zero for A and for B apart, which keeps ``W0 + B A`` near W0."""
+        for group in self.groups:
+            for segment, anchor in zip(group.segments, group.anchors, strict=True):
+                if is_factor(segment.name):
+                    anchor.zero_()
+
+    @property
+    def _is_at_zero(self) -> bool:
+        """Whether all anchors are zero."""
+        return all(is_factor(name) for group in self.groups for name in group.shapes)
 
     def _values(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.groups:

@@ -3,10 +3,13 @@
 A classifier is calibrated if it is right on the share c of the samples that it predicts with confidence c.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+import sys
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # names of metrics are read by commands that need no torch
+    from torch import Tensor
 
 BINS = 10
 """Number of bins of equal width in [0, 1] that confidences are divided into."""
@@ -35,7 +38,7 @@ class Bins(NamedTuple):
     """Share of correct predictions in each bin; 0 in an empty one."""
 
 
-METRICS = {"confidence": 1.0, "ece": 1.0, "ece_batched": 1.0, "nll": torch.finfo(torch.float64).max, "brier": 2.0}
+METRICS = {"confidence": 1.0, "ece": 1.0, "ece_batched": 1.0, "nll": sys.float_info.max, "brier": 2.0}
 """Names of the metrics of :func:`calibration`, with the largest possible value of each; the smallest is 0."""
 
 
@@ -86,6 +89,8 @@ def calibration_error(confidence: Tensor, right: Tensor, batch_size: int | None 
         batch_size: average the errors of successive batches of this size, weighted by their numbers of samples;
             None: one error over all samples.
     """
+    import torch
+
     count = len(confidence)
     batches = torch.arange(count) // (batch_size or count)
     # The weighted mean over batches of n_b / n_batch |gap| is the sum of |n_b gap| over batches and bins, over N.
@@ -100,6 +105,8 @@ def reliability(confidence: Tensor, right: Tensor) -> Bins:
         confidence: ``(N,)`` fp64.
         right: ``(N,)`` bool.
     """
+    import torch
+
     bins = _bin_of(confidence)
     samples = torch.bincount(bins, minlength=BINS)
     means = (
@@ -112,5 +119,7 @@ def reliability(confidence: Tensor, right: Tensor) -> Bins:
 
 def _bin_of(confidence: Tensor) -> Tensor:
     """Bin of each confidence; one on an edge belongs to the lower bin, as in scikit-learn's calibration curve."""
+    import torch
+
     inner_edges = torch.linspace(0, 1, BINS + 1, dtype=torch.float64)[1:-1]
     return torch.bucketize(confidence, inner_edges)

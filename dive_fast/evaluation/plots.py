@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+import numpy as np
 
 from dive_fast.evaluation.calibration import ECE_BATCH, METRICS
 from dive_fast.io.atomic_files import write_atomic
-from dive_fast.methods import registry
+from dive_fast.methods import method_list
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,10 +29,7 @@ MEASURES = {"ood": "OOD accuracy, %", "zs": "zero-shot accuracy, %", "rsa": "RSA
 
 def method_styles() -> dict[str, tuple[str, str]]:
     """Label and colour of the pre-trained model and of each method, by name."""
-    presets = registry.table().presets
-    return {PRETRAINED: ("pre-trained", GREY)} | {
-        name: (each.title, each.colour) for name, each in presets.items()
-    }
+    return {PRETRAINED: ("pre-trained", GREY)} | method_list.styles()
 
 
 def tradeoff(
@@ -65,9 +62,7 @@ def tradeoff(
         labels: list[Label] = []
         level = None
         for name, (label, colour) in styles.items():
-            points = torch.tensor(
-                [[100 * row["id"], scale * row[measure]] for row in runs[name]], dtype=torch.float64
-            )
+            points = np.array([[100 * row["id"], scale * row[measure]] for row in runs[name]])
             x, y = points.mean(0).tolist()
             if name == PRETRAINED:
                 # A line, since its ID accuracy would squeeze all other points into one corner.
@@ -76,8 +71,8 @@ def tradeoff(
             is_grey = bool(highlighted) and name not in highlighted
             shade = "#8b9097" if is_grey else colour
             if len(points) > 1:
-                axis.plot(*points.T.numpy(), "o", color=shade, markersize=3, alpha=0.4, markeredgewidth=0)
-                x_error, y_error = points.std(0).tolist()
+                axis.plot(*points.T, "o", color=shade, markersize=3, alpha=0.4, markeredgewidth=0)
+                x_error, y_error = points.std(0, ddof=1).tolist()
                 axis.errorbar(x, y, y_error, x_error, color=shade, linewidth=1)
             axis.plot(x, y, "o", color=shade, markersize=7, markeredgecolor="white")
             labels.append(Label(x, y, label, "#4a4f57" if is_grey else colour, not is_grey and bool(highlighted)))

@@ -11,14 +11,13 @@ from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 from dive_fast.evaluation.datasets.evaluation_set import Captioned
 from dive_fast.evaluation.datasets.strict_samples import BROKEN, StrictSamples, progress
+from dive_fast.evaluation.ranking import rank
 from dive_fast.evaluation.scores import recall_at
 from dive_fast.evaluation.text_features import embed_texts
 from dive_fast.model.features import Pairs
 from dive_fast.model.towers import Towers, unit
 
 CUT_OFFS = (1, 5, 10)
-SIMILARITIES_AT_ONCE = 1 << 23
-"""Similarities that are in memory at once: 32 MiB in fp32, and up to nine times as much for equal answers."""
 
 
 @torch.no_grad()
@@ -77,13 +76,9 @@ def recalls(
     text_of = torch.tensor(
         [row_of[text] for image_captions in captions for text in image_captions], device=ranks.device
     )
-    image_rows = torch.arange(len(images), device=ranks.device)
-    positions = {
-        "image_to_text": _positions(images, sentences, text_of, image_rows, image_of, batch_size, ranks),
-        "text_to_image": _positions(
-            sentences[text_of], images, image_rows, image_of, image_rows, batch_size, ranks
-        ),
-    }
+    matches = image_of, torch.arange(len(image_of), device=ranks.device)
+    of_images, of_captions = rank(images, sentences, text_of, matches, ranks)
+    positions = {"image_to_text": of_images, "text_to_image": of_captions}
     counts = data.num_samples or (1,) * len(broken)
     left_out = sum(count for count, is_broken in zip(counts, broken.tolist(), strict=True) if is_broken)
     shares = {
@@ -101,7 +96,7 @@ def _check_finite(features: Tensor, name: str) -> None:
         )
 
 
-def paired_recalls(pairs: Pairs, captions: Tensor, ranks: Ranks, block: int) -> dict[str, float]:
+def paired_recalls(pairs: Pairs, captions: Tensor, ranks: Ranks) -> dict[str, float]:
     """Recall at 1 among pairs in both directions; all ranks call it.
 
     Pairs of equal captions are right for each other. Ties are ranked in the order of the set.
@@ -109,7 +104,6 @@ def paired_recalls(pairs: Pairs, captions: Tensor, ranks: Ranks, block: int) -> 
     Args:
         pairs: unit rows ``(N, D)``.
         captions: ``(N,)``, the number of each pair's caption, counted from 0 by first occurrence.
-        block: queries whose similarities are in memory at once.
     """
     first_row: dict[int, int] = {}
     for row, number in enumerate(captions.tolist()):
@@ -118,76 +112,6 @@ def paired_recalls(pairs: Pairs, captions: Tensor, ranks: Ranks, block: int) -> 
     # Equal captions get one embedding: rows of different batches may differ in their last bits.
     texts = pairs.text[first]
     each_text, each_image = (torch.arange(len(rows), device=captions.device) for rows in (texts, pairs.image))
-    positions = {
-        "image_to_text": _positions(pairs.image, texts, each_text, captions, each_text, block, ranks),
-        "text_to_image": _positions(texts[captions], pairs.image, each_image, captions, captions, block, ranks),
-    }
+    of_images, of_texts = rank(pairs.image, texts, each_text, (each_image, captions), ranks)
+    positions = {"image_to_text": of_images, "text_to_image": of_texts[captions.cpu()]}
     return {f"{direction}_r1": recall_at(rows, (1,))[0] for direction, rows in positions.items()}
-
-
-def _positions(
-    queries: Tensor,
-    rows: Tensor,
-    row_of: Tensor,
-    query_image: Tensor,
-    answer_image: Tensor,
-    block: int,
-    ranks: Ranks,
-) -> Tensor:
-    """Number of wrong answers ``(Q,)`` ranked before each query's best right answer; ties in the order of the set.
-
-    Args:
-        queries: ``(Q, D)``
-        rows: ``(R, D)``, embeddings of the distinct answers.
-        row_of: ``(A,)``, the row of each answer.
-        query_image, answer_image: ``(Q,)`` and ``(A,)``, the image or caption that each belongs to. Each query has
-            a right answer.
-        block: queries whose similarities are in memory at once, fewer if these are many.
-    """
-    num_answers, device = len(row_of), ranks.device
-    positions = torch.zeros(len(queries), dtype=torch.int64, device=device)
-    order = torch.arange(num_answers, device=device)
-    are_distinct = num_answers == len(rows) and bool((row_of == order).all())
-    right_answers = _RightAnswers(query_image, answer_image)
-    block = max(1, min(block, SIMILARITIES_AT_ONCE // num_answers))
-    local = ranks.local_range(len(queries))
-    for first in range(local.start, local.stop, block):
-        part = slice(first, min(first + block, local.stop))
-        similarity = queries[part] @ rows.T
-        if not are_distinct:
-            # Columns are copied, so equal answers have equal similarities whatever blocks the product uses.
-            similarity = similarity[:, row_of]
-        query, answer = right_answers.of(part)
-        values = similarity[query, answer]
-        best = similarity.new_full((len(similarity),), -torch.inf).scatter_reduce_(0, query, values, "amax")
-        is_best = values == best[query]
-        first_best = torch.full((len(similarity),), num_answers, device=device)
-        first_best.scatter_reduce_(0, query[is_best], answer[is_best], "amin")
-        # No right answer is ahead of the first best one, so only wrong answers are counted.
-        ahead = (similarity > best[:, None]).sum(1)
-        tied = torch.nonzero((similarity >= best[:, None]).sum(1) > ahead + 1).flatten()
-        if len(tied):
-            is_tied = similarity[tied] == best[tied, None]
-            ahead[tied] += (is_tied & (order < first_best[tied, None])).sum(1)
-        positions[part] = ahead
-    if ranks.group is not None:
-        dist.all_reduce(positions, group=ranks.group)
-    return positions.cpu()
-
-
-class _RightAnswers:
-    """The right answers of queries, in sparse form."""
-
-    def __init__(self, query_image: Tensor, answer_image: Tensor) -> None:
-        self._query_image = query_image
-        self._counts = torch.bincount(answer_image, minlength=int(query_image.max()) + 1)
-        self._starts = self._counts.cumsum(0) - self._counts
-        self._answers = answer_image.argsort(stable=True)
-
-    def of(self, queries: slice) -> tuple[Tensor, Tensor]:
-        """Each right answer of these queries: the number of the query among them, and the answer."""
-        images = self._query_image[queries]
-        counts = self._counts[images]
-        query = torch.arange(len(images), device=images.device).repeat_interleave(counts)
-        number = torch.arange(len(query), device=images.device) - (counts.cumsum(0) - counts)[query]
-        return query, self._answers[self._starts[images][query] + number]

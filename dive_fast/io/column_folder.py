@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -57,15 +58,19 @@ def load_columns(folder: Path, stamp: str | None) -> tuple[dict[str, NDArray[Any
         about = read_json(folder / ABOUT)
     except FileNotFoundError:
         return None
-    columns = {
-        name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r" if length else None))
-        for name, length in about["lengths"].items()
-    }
+    columns = {name: _load(folder / f"{name}.npy", length) for name, length in about["lengths"].items()}
     stored = {name: about.pop(name) for name in ("stamp", "checksum", "lengths")}
     if stamp is not None and (stored["stamp"] != stamp or stored["checksum"] != _checksum(columns, about)):
         raise ValueError("its contents do not match its name or checksum")
     mark_used(folder)
     return columns, about
+
+
+def _load(file: Path, length: int) -> NDArray[Any]:
+    try:
+        return np.asarray(np.load(file, mmap_mode="r" if length else None))
+    except (SyntaxError, TokenError, MemoryError) as error:  # NumPy evaluates the header
+        raise ValueError(f"{file.name}: {error}") from error
 
 
 def _checksum(columns: Columns, about: Mapping[str, Any]) -> str:

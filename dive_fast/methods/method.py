@@ -8,8 +8,8 @@ over ``group`` (see :mod:`dive_fast.kernels`).
 
 The engine calls the hooks at these places of a step; each does nothing unless a part defines it::
 
-    before a run:   start
-    for each half:  change_images, change_weights( forward, loss, backward )     penalty: with the last half
+    before a run:   start, prepare
+    for each half:  change_images, views, change_weights( forward, loss, backward )     penalty: with the last half
                     teacher_texts: texts that the target half's teacher embeds beside the batch
     update:         AdamW, within the config's projection (:mod:`dive_fast.projections`)
     after it:       teacher_rate: the target half's teacher moves; after step 1: check_first_step
@@ -85,15 +85,40 @@ class Start(NamedTuple):
     class_names: tuple[str, ...]
     """In label order; empty where the target has prompts and no classes."""
     templates: "tuple[Template, ...]"
+    towers: "Towers | None" = None
+    """The pre-trained towers, with their head and the adapters that are trained."""
 
 
 class ImageInfo(NamedTuple):
-    """Labels and teacher rows of the images passed to ``change_images``."""
+    """Labels, teacher rows and numbers of the images passed to ``change_images`` and ``views``."""
 
     labels: Tensor | None
     """``(b,)`` int64, classes of the target half; None on the reference half."""
     teacher: Pairs | None
     """``(b, D)`` unit rows of the frozen model on the reference half; None without a teacher."""
+    samples: Tensor
+    """``(b,)`` int64: numbers of the samples in their data set."""
+    unchanged: Tensor
+    """``(b, 3, H, W)``: the images before ``change_images``."""
+
+
+class View(NamedTuple):
+    """Further images of a half, and the weights at which they are encoded."""
+
+    images: Tensor
+    """``(B, 3, H, W)``, normalised; one for each image of the half."""
+    weights: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Returns a context that changes the towers' weights around a forward and its backward."""
+
+
+class Student(NamedTuple):
+    """The towers that are trained, for hooks that run them."""
+
+    towers: "Towers"
+    pieces: Callable[[int], Sequence[slice]]
+    """Number of images -> the slices of them that fit into memory at once."""
+    group: Group
+    """None: one rank, no communication."""
 
 
 class TeacherOutputs(NamedTuple):
@@ -145,6 +170,8 @@ class Needs(NamedTuple):
     """The steps of the complete run, which a resumed run cannot change."""
     all_weights: bool
     """All weights on each rank's device, for a hook or a teacher on the target half: no ZeRO-3, no offload."""
+    adapters: bool
+    """Adapters (`model.lora`) in the image tower."""
 
     @property
     def texts(self) -> bool:
@@ -188,6 +215,8 @@ class Part(nn.Module):
     """Logged lengths of difference vectors and their symbols; reports compare them with the rounding of step 1."""
     needs_run_length: ClassVar[bool] = False
     """Whether the loss or the teacher depends on the steps of the complete run or of an epoch."""
+    needs_adapters: ClassVar[bool] = False
+    """Whether the image tower must have adapters (`model.lora`)."""
     backend: Backend = "auto"
     """Backend of the loss kernels."""
     step: int = 0
@@ -207,15 +236,35 @@ class Part(nn.Module):
             ConfigError: the model or the target lacks something that the part needs.
         """
 
+    def prepare(self, towers: "Towers") -> None:
+        """Adds modules to the towers, or buffers that depend on them, before the engine is built.
+
+        Parameters that are added must not require gradient: no optimizer or checkpoint has them.
+        """
+
     def change_images(self, images: Tensor, outputs: Forward, info: ImageInfo) -> Tensor:
         """Returns images that replace those of the half before the forward, e.g. adversarial ones.
 
         Args:
             images: ``(b, 3, H, W)``, normalised: a micro-batch of the half, or all of it.
-            outputs: forward of the student, which is in training mode.
+            outputs: forward of the student, which is in evaluation mode.
             info: labels and teacher rows of these images.
         """
         return images
+
+    def views(self, images: Tensor, student: Student, info: ImageInfo) -> Sequence[View]:
+        """Further views of the half's images, which the student encodes after them; their rows enter the loss.
+
+        The loss gets their outputs as ``outputs.views``, in this order. The engine keeps the graph of one view at
+        a time: it embeds all views without gradient, differentiates the loss by their rows, and runs each view
+        again against its part of that gradient. ``train.schedule = joint`` is refused.
+
+        Args:
+            images: ``(B, 3, H, W)``, normalised: all images of the half on this rank, after ``change_images``.
+            student: in evaluation mode.
+            info: labels and numbers of these images.
+        """
+        return ()
 
     def change_weights(self, towers: nn.Module) -> AbstractContextManager[None]:
         """A context around forward and backward of the half: changes weights and restores them after it.
@@ -420,6 +469,11 @@ class Method(nn.Module):
         for part in self.parts:
             part.start(start)
 
+    def prepare(self, towers: "Towers") -> None:
+        """Lets the parts prepare the pre-trained towers."""
+        for part in self.parts:
+            part.prepare(towers)
+
     def penalty(self, towers: "Towers") -> Loss | None:
         """The sum of the parts' penalties; None where no part has one.
 
@@ -450,7 +504,9 @@ class Method(nn.Module):
         return _weight_hooks(*map(type, self.parts)) + _teachers(self.needs.target_teacher)
 
 
-WEIGHT_HOOKS = ("change_images", "change_weights", "penalty")
+WEIGHT_HOOKS = ("change_images", "views", "change_weights", "penalty")
+SEQUENTIAL_HOOKS = ("views", "change_weights")
+"""Hooks that need a forward for each half."""
 
 
 def overrides(part: Part | type[Part], hook: str) -> bool:
@@ -479,8 +535,9 @@ def needs_of(target: type[TargetLoss], reference: type[ReferenceLoss] | None) ->
         second_prompts=target.needs_second_prompts,
         target_teacher=target.teacher,
         sequential=reference is not None
-        and any(overrides(part, "change_weights") for part in (target, reference)),
+        and any(overrides(part, hook) for part in (target, reference) for hook in SEQUENTIAL_HOOKS),
         run_length=target.needs_run_length or (reference is not None and reference.needs_run_length),
+        adapters=any(part is not None and part.needs_adapters for part in (target, reference)),
         all_weights=bool(_weight_hooks(*filter(None, (target, reference))) or _teachers(target.teacher)),
     )
 

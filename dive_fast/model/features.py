@@ -25,6 +25,8 @@ class Outputs(NamedTuple):
     """``(B, C)`` of the classification head; None without one."""
     second_text: Tensor | None = None
     """``(B, D)`` of the second prompts; None without them."""
+    views: "tuple[Outputs, ...]" = ()
+    """Outputs of the further views of the images that the method asks for; they have no texts."""
 
     @property
     def pairs(self) -> Pairs:

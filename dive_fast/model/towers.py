@@ -91,6 +91,8 @@ class Towers(nn.Module):
         """The measurement of :mod:`dive_fast.engine.feature_consistency`; None before it."""
         self.is_made_consistent = False
         """Whether :func:`dive_fast.engine.feature_consistency.make_consistent` was called."""
+        self.adapters: Any = None
+        """The record of :mod:`dive_fast.model.adapters`; None for towers without adapters."""
         self.logit_scale_max: float | None = None
         """Upper bound of the logit scale; None: unbounded."""
         self.autocast: torch.dtype | None = None
@@ -202,9 +204,12 @@ class Towers(nn.Module):
             yield
 
     def export(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts a state dict of this module to the names and shapes of the original open_clip model."""
+        """Converts a state dict of this module to the names and shapes of the original open_clip model.
+
+        Adapters are merged into the weights.
+        """
         exported = {}
-        for name, tensor in state.items():
+        for name, tensor in self.plain_state(state).items():
             if name.startswith(HEAD):
                 continue
             scalar = name in ("logit_scale", "logit_bias")
@@ -213,8 +218,14 @@ class Towers(nn.Module):
         assert not missing, f"exported names differ from open_clip's: {missing[:5]}"
         return exported
 
+    def plain_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of this module as that of the same towers without adapters, whose weights have them."""
+        merged: dict[str, Tensor] = dict(state) if self.adapters is None else self.adapters.merge(state)
+        return merged
+
     def load_exported(self, state: dict[str, Tensor]) -> "Towers":
-        """Loads weights in the layout of :meth:`export`; returns itself."""
+        """Loads weights in the layout of :meth:`export`, into towers without adapters; returns itself."""
+        assert self.adapters is None, "merged weights are loaded into towers without adapters"
         current = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(HEAD)}
         weights = {name: state[self.exported_name(name)].reshape(tensor.shape) for name, tensor in current.items()}
         # Exported weights lack only the parameters of a head.

@@ -123,7 +123,7 @@ class RecomputeMLP(nn.Sequential):
     def __init__(self, mlp: nn.Module) -> None:
         """Takes over the layers of ``mlp`` in their registered order."""
         super().__init__(OrderedDict(mlp.named_children()))
-        self._second = max(i for i, layer in enumerate(self) if isinstance(layer, nn.Linear))
+        self._second = max(i for i, layer in enumerate(self) if _is_linear(layer))
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of the original MLP."""
@@ -166,8 +166,13 @@ def _is_plain_mlp(mlp: nn.Module | None) -> bool:
     """Whether ``mlp`` is two linear layers with other layers between, in registered order."""
     if not (isinstance(mlp, nn.Sequential) or type(mlp) is Mlp):
         return False
-    is_linear = [isinstance(layer, nn.Linear) for layer in mlp.children()]
+    is_linear = [_is_linear(layer) for layer in mlp.children()]
     return sum(is_linear) == 2 and is_linear[0] and not is_linear[1]
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    """Whether a layer is linear, perhaps with an adapter."""
+    return isinstance(getattr(layer, "base_layer", layer), nn.Linear)
 
 
 def _through(layers: list[nn.Module], x: Tensor) -> Tensor:

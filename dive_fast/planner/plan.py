@@ -77,6 +77,8 @@ class Plan:
     """Bytes on one GPU when memory peaks."""
     estimates: dict[Estimate, int] = field(default_factory=dict)
     """Bytes on one GPU besides the plan's tensors, estimated by arithmetic."""
+    trained: int = 0
+    """The parameters that are trained."""
 
     @property
     def peak_memory_bytes(self) -> int:

@@ -24,12 +24,13 @@ from dive_fast.data.loaders.loader import loader_options
 from dive_fast.data.prefetch import DEPTH
 from dive_fast.data.prompt_files import Template, read_class_names, read_templates
 from dive_fast.distributed import Ranks
+from dive_fast.engine import trained_parameters
 from dive_fast.engine.deepspeed_config import zero_section
 from dive_fast.engine.step import Engine, StepBatches
 from dive_fast.errors import ConfigError, DataError
 from dive_fast.kernels import backend
 from dive_fast.methods import registry
-from dive_fast.methods.method import Loss, Method, Start, TeacherOutputs
+from dive_fast.methods.method import Loss, Method, Start, TeacherOutputs, View
 from dive_fast.model.fast_blocks import FastModule
 from dive_fast.model.features import Features, Pairs
 from dive_fast.model.towers import Towers, check_text_length, create
@@ -100,7 +101,6 @@ class _SimulatedStep:
         if method.needs.head:
             with tracker.within("weights"):
                 towers.head = nn.Linear(self.width, len(_class_names(config.data.target)))
-        self.parameters = sum(parameter.numel() for parameter in towers.parameters())
         if _has_kernels(self.width):
             for part in method.parts:
                 part.backend = "triton"
@@ -109,6 +109,9 @@ class _SimulatedStep:
             with tracker.within("teacher"):
                 self.online = OnlineTeacher(create(config.model, weights=False), ranks)
         _start_method(method, towers, config.data.target)
+        with tracker.within("weights"):
+            trained_parameters.adapt(config.model, towers, method, config.train.seed)
+        self.parameters = sum(parameter.numel() for parameter in towers.parameters())
         self.engine = _TrackedEngine(config, towers, method, ranks, tracker)
         simulate_fast_blocks(towers)
         if self.engine.teacher is not None:
@@ -117,9 +120,8 @@ class _SimulatedStep:
     def run(self) -> Plan:
         config, tracker = self.config, self.tracker
         target, reference = config.data.target, config.data.reference if self._needs_reference else None
-        # The first update allocates the optimizer's state, which does not depend on the batch. The planned step is
-        # the second one: some methods have no distillation at the first.
-        self._step(self._batches(target, reference, pairs=1), updating="optimizer")
+        # The planned step is the second one: some methods have no distillation at the first.
+        self._first_step(target, reference)
         tracker.reset()
         batches = [self._batches(target, reference) for _ in range(1 + DEPTH)]
         self._step(batches[0])
@@ -132,7 +134,9 @@ class _SimulatedStep:
             self._step(self._batches(target, None))
             operations = _mean_of_steps(operations, tracker.operations - previous, every)
         ranks, parts = self.ranks.world_size, dict(+tracker.peak)
-        return Plan(self.parameters, ranks, operations, parts, _estimates(parts, scratch, ranks))
+        tuned = (parameter for parameter in self.towers.parameters() if parameter.requires_grad)
+        trained = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in tuned)
+        return Plan(self.parameters, ranks, operations, parts, _estimates(parts, scratch, ranks), trained)
 
     @property
     def _needs_reference(self) -> bool:
@@ -156,6 +160,22 @@ class _SimulatedStep:
         with tracker.within(updating):
             self.engine.update(loss)
 
+    def _first_step(self, target: TargetConfig, reference: ReferenceConfig | None) -> None:
+        """The first update, which allocates the optimizer's state; this depends neither on batch nor on loss."""
+        engine, tracker = self.engine, self.tracker
+        if engine.deepspeed.zero_optimization_stage() == 3:
+            # Parameters are empty outside of a forward.
+            self._step(self._batches(target, reference, pairs=1), updating="optimizer")
+            return
+        tracker.stage = "update"
+        with tracker.within("loss"):
+            # No forward: this sum reaches all parameters, in less time.
+            loss = torch.stack([each.sum() for each in self.towers.parameters() if each.requires_grad]).sum()
+            engine.deepspeed.set_gradient_accumulation_boundary(True)
+            engine.deepspeed.backward(loss)
+        with tracker.within("optimizer"):
+            engine.update(loss.detach())
+
     def _batches(
         self, target: TargetConfig, reference: ReferenceConfig | None, pairs: int | None = None
     ) -> StepBatches:
@@ -171,10 +191,12 @@ class _SimulatedStep:
         images, text = self._pairs(data, pairs)
         second = self._text(data, len(images)) if self.engine.method.needs.second_prompts else None
         labels = torch.zeros(len(images), dtype=torch.long)
-        return TargetBatch(images, text, labels, torch.empty(0), (), second)
+        return TargetBatch(images, text, labels, labels, (), second)
 
     def _reference(self, data: ReferenceConfig, pairs: int | None) -> ReferenceBatch:
-        return ReferenceBatch(*self._pairs(data, pairs), torch.empty(0), torch.empty(0), ())
+        images, text = self._pairs(data, pairs)
+        samples = torch.zeros(len(images), dtype=torch.long)
+        return ReferenceBatch(images, text, samples, samples, ())
 
     def _teacher(self, data: ReferenceConfig, pairs: int | None) -> Pairs:
         count = pairs or data.batch_size // self.ranks.world_size
@@ -238,6 +260,14 @@ class _TrackedEngine(Engine):
                 return super()._teach(images, text)
         finally:
             tracker.stage, teacher.towers = "target", towers
+
+    def _change_images(self, *arguments: Any) -> Tensor:
+        with self.tracker.within("activations"):
+            return super()._change_images(*arguments)
+
+    def _views(self, *arguments: Any) -> tuple[View, ...]:
+        with self.tracker.within("activations"):
+            return super()._views(*arguments)
 
     def _backward(self, half: Any) -> Loss:
         self.tracker.stage = "reference" if half.name == "reference" else "target"
@@ -459,7 +489,7 @@ def _start_method(method: Method, towers: Towers, target: TargetConfig) -> None:
                 return torch.empty(len(texts), width)
 
         names, templates = _class_names(target), _templates(target)
-        method.start(Start(embed, tokenize, vocabulary, towers.pooled_at, names, templates))
+        method.start(Start(embed, tokenize, vocabulary, towers.pooled_at, names, templates, towers))
 
 
 def _mean_of_steps(

@@ -14,6 +14,7 @@ def as_json(plan: Plan, gpus: Sequence[str], advice: dict[str, Advice | None]) -
     """The plan as JSON values: FLOP of all ranks unless named otherwise, bytes of one GPU."""
     return {
         "parameters": plan.parameters,
+        "trained_parameters": plan.trained,
         "ranks": plan.ranks,
         "flop_per_step": plan.flop_per_step,
         "flop_per_step_per_gpu": plan.flop_per_step // plan.ranks,
@@ -36,7 +37,8 @@ def as_json(plan: Plan, gpus: Sequence[str], advice: dict[str, Advice | None]) -
 def as_table(plan: Plan, gpus: Sequence[str], advice: dict[str, Advice | None]) -> str:
     """The plan as a table to print."""
     ranks = plan.ranks
-    lines = [f"parameters       {plan.parameters:,}", f"FLOP per step    {_tera(plan.flop_per_step)}"]
+    trained = "" if plan.trained == plan.parameters else f", {plan.trained:,} of them trained"
+    lines = [f"parameters       {plan.parameters:,}{trained}", f"FLOP per step    {_tera(plan.flop_per_step)}"]
     if ranks > 1:
         lines[-1] += f" on {ranks} GPUs, {_tera(plan.flop_per_step // ranks)} on each"
     names: dict[Stage, str] = {

@@ -23,7 +23,7 @@ from dive_fast.data.sources.huggingface import DICT, STATE, is_dataset
 from dive_fast.data.sources.sample_table import printable
 from dive_fast.data.sources.source import Source, locate
 from dive_fast.data.sources.webdataset import open_webdataset
-from dive_fast.errors import DataError
+from dive_fast.errors import ChangedDataError, DataError
 from dive_fast.io.safe_read import read_json
 
 EXPECTED = (
@@ -182,6 +182,8 @@ def probe(source: Source) -> Images:
             # JPEG's entropy code is read completely, its pixels only at an eighth of the size.
             image.draft(None, (1, 1))
             image.load()
+        except ChangedDataError:
+            raise
         except DataError as error:
             broken.append(str(error))
         except UNDECODABLE as error:

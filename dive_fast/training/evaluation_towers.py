@@ -86,8 +86,9 @@ class EvaluationTowers:
     def _with_state(
         self, state: Mapping[str, Tensor], class_names: tuple[str, ...]
     ) -> Iterator[tuple[Towers, Head | None]]:
+        plain = self._engine.towers.plain_state(state)
         with self._allocated():
-            self._towers.load_state_dict({name: state[name] for name in state if not name.startswith(HEAD)})
+            self._towers.load_state_dict({name: plain[name] for name in plain if not name.startswith(HEAD)})
             yield self._towers, _head(state, class_names) if f"{HEAD}weight" in state else None
 
     @contextmanager

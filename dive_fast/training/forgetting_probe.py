@@ -135,7 +135,7 @@ class PairMeasure:
     def _probe(self, before: Pairs, after: Pairs, samples: Sequence[int]) -> dict[str, float]:
         texts = [self._samples.source.samples.texts(row)[0] for row in samples]
         captions = caption_numbers(texts, self._samples.tokenizer).to(self._ranks.device)
-        recalls = (paired_recalls(pairs, captions, self._ranks, self._sizes[0]) for pairs in (before, after))
+        recalls = (paired_recalls(pairs, captions, self._ranks) for pairs in (before, after))
         recalls_before, recalls_after = recalls
         similarity = rsa(torch.cat(before), torch.cat(after))
         return recalls_after | {"rsa": similarity, PAIRS: len(samples)} | _named_before(recalls_before)

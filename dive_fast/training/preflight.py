@@ -241,7 +241,8 @@ def check_disk(config: Config, folder: Path, towers: Towers, pairs: int, caption
     averaged = options.ema is not None
     rule = projections.create(config.projection)
     previous = rule is not None and rule.layout.keeps_previous
-    checkpoint = (3 + teacher + averaged + previous) * weights  # with AdamW's moments
+    # With AdamW's moments. With adapters, whose number of elements is small, almost nothing.
+    checkpoint = (3 + teacher + averaged + previous) * (weights if config.model.lora is None else 0)
     exported = (1 + teacher + (averaged and not options.export_ema)) * weights
     # By disk: folders on one disk share its free space.
     minimum = {_existing(folder).stat().st_dev: (folder, checkpoint + exported)}

@@ -46,8 +46,15 @@ def draw(lines: Sequence[Mapping[str, Any]], rule: Projection, path: Path) -> No
     names = [name for name in LABELS if any(line.get(METRICS + name) is not None for line in lines)]
     figure = new_figure(WIDTH, 2.6 + 2.6 * bool(names))
     above, *below = figure.subplots(1 + bool(names), 1, squeeze=False, sharex=True)[:, 0]
-    _curve(above, lines, "relative_distance", BLUE, "", scale=100)
-    above.set_ylabel("|W - W0| / |W0|, %", fontsize=FONT)
+    last = lines[-1]
+    if (moved := last.get(f"{METRICS}relative_distance")) is None:  # anchors of adapters are zero
+        _curve(above, lines, "distance", BLUE, "")
+        above.set_ylabel("|W - W0|", fontsize=FONT)
+        distance = f"{last[f'{METRICS}distance']:.2g}"
+    else:
+        _curve(above, lines, "relative_distance", BLUE, "", scale=100)
+        above.set_ylabel("|W - W0| / |W0|, %", fontsize=FONT)
+        distance = f"{100 * moved:.2g} % of their length"
     above.set_ylim(bottom=0)
     for axis in below:
         for name, colour in zip(names, COLOURS, strict=False):
@@ -61,10 +68,8 @@ def draw(lines: Sequence[Mapping[str, Any]], rule: Projection, path: Path) -> No
     axes[-1].set_xlabel("step", fontsize=FONT)
     if names:
         figure.legend(loc="outside lower center", ncols=1, frameon=False, fontsize=FONT)
-    last = lines[-1]
-    moved = 100 * last[f"{METRICS}relative_distance"]
     figure.suptitle(
-        f"{rule.title}: the weights are {moved:.2g} % of their length away from the anchors",
+        f"{rule.title}: the weights are {distance} away from the anchors",
         fontsize=FONT + 2,
         fontweight="bold",
         wrap=True,

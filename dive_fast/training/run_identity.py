@@ -83,6 +83,7 @@ ROUNDING = (
 NULLS = {
     "model.pretrained": "the model brings its weights, or starts from random ones",
     "model.logit_scale_max": "no bound",
+    "model.lora": "all weights are trained",
     "model.license": "unknown: that of the pre-trained weights applies",
     "data.reference": "no reference set",
     "data.target.holdout": "no sample is held out",
@@ -99,6 +100,7 @@ NULLS = {
     "teacher.tolerance": "no cache",
     "train.max_steps": "no limit besides train.epochs",
     "train.micro_batch_size": "the full batch",
+    "train.layer_decay": "one learning rate",
     "train.ema": "no average",
     "train.checkpoint_every": "none between evaluations",
     "evaluate.geometry": "not measured",
@@ -159,11 +161,15 @@ def fill_in(config: Config, folder: Path, towers: Towers, ranks: Ranks) -> Confi
             "geometry": None if evaluate.geometry is None else _with_image_root(evaluate.geometry),
         }
     )
+    model, lora = config.model, config.model.lora
+    if lora is not None and lora.alpha is None:
+        model = model.model_copy(update={"lora": lora.model_copy(update={"alpha": float(lora.rank)})})
     deepspeed = dict(config.deepspeed)
     if zero := deepspeed_section(config, ranks.world_size).get("zero_optimization"):
         deepspeed["zero_optimization"] = deepspeed["zero_optimization"] | {"stage": zero.get("stage", 0)}
     return config.model_copy(
         update={
+            "model": model,
             "data": data.model_copy(update=halves),
             "objective": objective,
             "teacher": teacher,
@@ -220,7 +226,8 @@ def run_identity(
     identity = config_identity(config)
     identity["objective"] = {key: value for key, value in identity["objective"].items() if value is not None}
     tokens = tokenizer_of(config.model)(list(TOKENIZER_PROBES)).numpy().tobytes()
-    identity["model"] = model | {"tokenizer": hashlib.sha256(tokens).hexdigest()}
+    trained = {key: value for key in ("lora", "freeze") if (value := identity["model"][key])}
+    identity["model"] = model | {"tokenizer": hashlib.sha256(tokens).hexdigest()} | trained
     half = identity["data"]["target"]
     half["content"] = target.digest()
     if class_names:

@@ -27,7 +27,7 @@ from dive_fast.data.sources.tar_stream import TarStream
 from dive_fast.data.stream_order import StreamOrder
 from dive_fast.data.transforms import Augmentation
 from dive_fast.distributed import Ranks
-from dive_fast.engine import feature_consistency
+from dive_fast.engine import feature_consistency, trained_parameters
 from dive_fast.engine.deepspeed_config import check_deepspeed, deepspeed_section
 from dive_fast.engine.step import Engine, StepBatches, check_hooks, check_projection
 from dive_fast.errors import naming
@@ -181,6 +181,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
                 "difference losses has cosine 0.45 to that of fp32, in fp16 0.97 (docs/precision.md); prefer fp16"
             )
     _start_method(method, config, towers, () if target.prompts.are_texts else class_names, templates, ranks)
+    if remark := trained_parameters.adapt(config.model, towers, method, config.train.seed):
+        ranks.print(remark)
     engine = Engine(config, towers, method, ranks, total_steps)
     ranks.print(engine.remark)
     ranks.print(_describe_workers(config))
@@ -223,6 +225,7 @@ def _check_method(config: Config, section: dict[str, Any], towers: Towers) -> No
     check_hooks(section, method, config.train.schedule)
     check_projection(section, config.projection)
     method.penalty(towers)  # raises where a tower lacks the parameters of the penalty
+    trained_parameters.check(config.model, towers, method)
 
 
 def _open_sources(config: Config, evaluation_sets: Opened, ranks: Ranks) -> _Sources:
@@ -324,7 +327,7 @@ def _start_method(
     def embed(texts: Sequence[str]) -> Tensor:
         return embed_texts(towers, tokenizer, texts, ranks)
 
-    method.start(Start(embed, tokenizer, towers.vocabulary, towers.pooled_at, class_names, templates))
+    method.start(Start(embed, tokenizer, towers.vocabulary, towers.pooled_at, class_names, templates, towers))
 
 
 def _classes(data: TargetConfig, source: Source, ranks: Ranks) -> Classes | None:

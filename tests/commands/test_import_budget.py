@@ -24,6 +24,12 @@ COMMANDS = {
     "help of a command": ["train", "--help"],
     "unknown command": ["trian"],
     "keys": ["keys", "train"],
+    "keys of a method": ["keys", "dive"],
+    "keys of a rule": ["keys", "digrap"],
+    "keys of a section": ["keys", "objective"],
+    "keys, all": ["keys", "--all"],
+    "help of sweep": ["sweep", "--help"],
+    "help of report": ["report", "--help"],
     "unknown key": ["train", "--config", "vitb16_dive", "train.epoch=3"],
     "no such config": ["train", "--config", "vitb16_div"],
     "unknown model": ["train", "--config", "vitb16_dive", "model.name=ViT-B-61"],
@@ -88,3 +94,14 @@ def test_mistakes_are_named(outcomes: dict[str, tuple[int, str, list[str]]]) -> 
     assert "evaluate.sets.typo.dataset" in outcomes["unknown set of a config"][1]
     assert "/no-such-folder: no such folder" in outcomes["nothing to prepare"][1]
     assert "/no-such-folder/run/model.safetensors is missing" in outcomes["no weights"][1]
+
+
+def test_trackers_are_absent_in_the_context_alone() -> None:
+    code = (
+        "import importlib.util, sys; from dive_fast.commands.lean_imports import UNUSED, without_trackers\n"
+        "with without_trackers():\n"
+        "    assert [importlib.util.find_spec(name) for name in UNUSED] == [None, None]\n"
+        "assert not {*UNUSED} & sys.modules.keys()"
+    )
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr

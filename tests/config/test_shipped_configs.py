@@ -39,7 +39,11 @@ PROJECTED = {
     **{f"{base}_digrap": (base, "digrap") for base in ("vitb16_dive", "vitb16_vanilla_ft")},
 }
 """Configs with a method in weight space: the config that they start from, and ``projection.name``."""
-OTHERS = ("demo", "vitb16_car_ft", "vitb16_lipsum", "vitb16_starft", *SELF_DISTILLED, *PROJECTED)
+OTHERS = (
+    *("demo", "vitb16_car_ft", "vitb16_lipsum", "vitb16_starft"),
+    *("vitb32_grace", "vitb32_pmg_aft", "vitb32_tecoa"),
+    *(*SELF_DISTILLED, *PROJECTED),
+)
 """Configs of methods or data that are not the paper's."""
 VECTORS = {"decay": 0.99, "average_weight": 1, "pairwise_weight": 1, "mean_gradient": True}
 OPTIONS: dict[str, dict[str, Any]] = {

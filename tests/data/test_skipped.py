@@ -18,7 +18,7 @@ from dive_fast.data.open_dataset import open_reference, open_target
 from dive_fast.data.sources.csv_table import open_csv
 from dive_fast.data.sources.folder import open_folder
 from dive_fast.data.sources.sample_table import Sample, SampleTable
-from dive_fast.data.sources.source import Source
+from dive_fast.data.sources.source import Skipped, SkippedEntries, Source
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.errors import DataError
 
@@ -523,3 +523,8 @@ def test_image_ids_are_equal_for_equal_images(tmp_path: Path) -> None:
     source = folder(root)
     (root / "set/a/4.bmp").unlink()
     assert source.image_ids().tolist() == [0, 1, 2, 3, 4, 5, 1]
+
+
+def test_skipped_entries_keep_any_name() -> None:
+    entries = [Skipped("a\0b", "no .txt"), Skipped("", "\n"), Skipped("\0", "no image")]
+    assert list(SkippedEntries.of(entries)) == entries

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -96,6 +97,22 @@ def test_damaged_tokens_are_made_again(
         caplog.clear()
         assert torch.equal(all_rows(kept_tokens(ListedTexts(TEXTS), tokenizer, "texts")), expected)
         assert "the tokens are damaged" in caplog.text
+
+
+@pytest.mark.parametrize("function", ["dive_fast.locks.Lock.acquire", "numpy.save"])
+def test_full_disk_keeps_no_tokens(
+    tokenizer: open_clip.SimpleTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    function: str,
+) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(function, full)
+    assert kept_tokens(ListedTexts(TEXTS), tokenizer, "texts") is None
+    assert "not kept" in caplog.text
+    assert "No space left" in caplog.text
 
 
 def test_identity_has_vocabulary_options_and_context(tmp_path: Path) -> None:

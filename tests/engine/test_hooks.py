@@ -8,7 +8,7 @@ import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,16 @@ from dive_fast.methods.method import (
     Method,
     Part,
     Setting,
+    Student,
     TeacherOutputs,
+    View,
     over_ranks,
 )
 from dive_fast.model.features import Outputs
 from dive_fast.model.towers import Towers
 
-STEPS, RATE, PENALTY, IMAGE_STEP, WEIGHT_STEP = 3, 0.25, 0.05, 0.02, 0.01
-HOOKS = ("teacher", "penalty", "images", "weights", "tuned")
+STEPS, RATE, PENALTY, IMAGE_STEP, WEIGHT_STEP, VIEW_STEP = 3, 0.25, 0.05, 0.02, 0.01, 0.02
+HOOKS = ("teacher", "penalty", "images", "weights", "views", "tuned")
 TRAIN = {"learning_rate": 1e-2, "warmup_steps": 0, "epsilon": 1e-3, "weight_decay": 0.1}
 """Options of both loops; the large epsilon keeps AdamW from amplifying rounding to full steps."""
 FROZEN = "text.token_embedding"
@@ -73,6 +75,9 @@ class Toy(Contrastive):
         self, outputs: Outputs, labels: Tensor, group: Group = None, teacher: TeacherOutputs | None = None
     ) -> Loss:
         loss = super().loss(outputs, labels, group)
+        for view in outputs.views:
+            distance = (F.normalize(view.image) - F.normalize(outputs.image)).square().sum(1)
+            loss = loss._replace(loss=loss.loss + over_ranks(distance.mean(), group))
         if teacher is None:
             return loss
         assert outputs.text is not None
@@ -102,19 +107,28 @@ class Toy(Contrastive):
         (gradient,) = torch.autograd.grad(outputs(images).pairs.image.square().sum(), images)
         return images.detach() + IMAGE_STEP * gradient.sign()
 
-    @contextlib.contextmanager
-    def change_weights(self, towers: nn.Module) -> Iterator[None]:
-        before = {name: p.detach().clone() for name, p in towers.named_parameters()}
-        with torch.no_grad():
-            for p in towers.parameters():
-                p += WEIGHT_STEP * p.sign()
-        yield
-        with torch.no_grad():
-            for name, p in towers.named_parameters():
-                p.copy_(before[name])
+    def change_weights(self, towers: nn.Module) -> contextlib.AbstractContextManager[None]:
+        return shifted(towers, WEIGHT_STEP)
+
+    def views(self, images: Tensor, student: Student, info: ImageInfo) -> Sequence[View]:
+        assert not student.towers.training
+        return View(0.5 * images), View(info.unchanged, lambda: shifted(student.towers, -VIEW_STEP))
 
     def tunes(self, parameter: str) -> bool:
         return "tuned" not in self.enabled or not parameter.startswith(FROZEN)
+
+
+@contextlib.contextmanager
+def shifted(towers: nn.Module, step: float) -> Iterator[None]:
+    """A context in which every weight is moved by ``step`` times its sign."""
+    before = {name: p.detach().clone() for name, p in towers.named_parameters()}
+    with torch.no_grad():
+        for p in towers.parameters():
+            p += step * p.sign()
+    yield
+    with torch.no_grad():
+        for name, p in towers.named_parameters():
+            p.copy_(before[name])
 
 
 class MovingTeacherToy(Toy):
@@ -131,8 +145,9 @@ class FrozenTeacherToy(Toy):
 
 def toy(*hooks: str) -> Method:
     kind = MovingTeacherToy if "teacher" in hooks else FrozenTeacherToy if "frozen teacher" in hooks else Toy
-    if "weights" not in hooks:
-        kind = type(kind.__name__, (kind,), {"change_weights": Part.change_weights})
+    names = {"weights": "change_weights", "views": "views"}
+    absent = {name: getattr(Part, name) for hook, name in names.items() if hook not in hooks}
+    kind = type(kind.__name__, (kind,), absent)
     return Method(kind(hooks), Replay(Replay.Options(), Setting(WIDTH, 0.5)))
 
 
@@ -162,7 +177,7 @@ def oracle(
             (gradient,) = torch.autograd.grad(towers.encode_image(images).square().sum(), images)
             images = images.detach() + IMAGE_STEP * gradient.sign()
         with torch.no_grad():
-            frozen = encode(teacher, "target", data["target_images"])
+            frozen = encode(teacher, "target", images)
         before = {name: p.detach().clone() for name, p in towers.named_parameters()}
         if "weights" in hooks:
             with torch.no_grad():
@@ -170,10 +185,23 @@ def oracle(
                     p += WEIGHT_STEP * p.sign()
         f, g = encode(towers, "target", images)
         loss = contrastive_as_written(f, g, towers.scale())
+        if "views" in hooks:
+            # At shifted weights, the graph of the other rows would read the weights of the view.
+            other = copy.deepcopy(towers)
+            with torch.no_grad():
+                for p in other.parameters():
+                    p -= VIEW_STEP * p.sign()
+            shifted_rows, _ = encode(other, "target", data["target_images"])
+            half, _ = encode(towers, "target", 0.5 * images)
+            loss = loss + sum((rows - f).square().sum(1).mean() for rows in (half, shifted_rows))
         if "teacher" in hooks or "frozen teacher" in hooks:
             distance = (f - frozen[0]).square().sum(1) + (g - frozen[1]).square().sum(1)
             loss = loss + distance.mean() * teacher.scale().detach().squeeze() / 10
         loss.backward()
+        if "views" in hooks:
+            for p, q in zip(towers.parameters(), other.parameters(), strict=True):
+                if p.requires_grad and q.grad is not None:
+                    p.grad = q.grad if p.grad is None else p.grad + q.grad
         with torch.no_grad():
             for name, p in towers.named_parameters():
                 p.copy_(before[name])
@@ -202,7 +230,7 @@ def make_steps(stage: Stage, engine: Engine, count: int = STEPS) -> dict[str, Te
     return metrics
 
 
-WITHOUT_WEIGHTS = tuple(hook for hook in HOOKS if hook != "weights")
+WITHOUT_WEIGHTS = tuple(hook for hook in HOOKS if hook not in ("weights", "views"))
 CASES = [*((hook,) for hook in (*HOOKS, "frozen teacher")), HOOKS, WITHOUT_WEIGHTS]
 
 

@@ -20,7 +20,7 @@ from dive_fast.engine.step import Engine, StepBatches, check_hooks
 from dive_fast.engine.target_teacher import TargetTeacher
 from dive_fast.errors import ConfigError
 from dive_fast.methods import registry
-from dive_fast.methods.method import Method, Part
+from dive_fast.methods.method import WEIGHT_HOOKS, Method, Part
 from dive_fast.model.towers import Towers, create
 
 ZERO = (0, 1, 2)
@@ -39,13 +39,13 @@ def images_only(kind: type[Toy]) -> Method:
     def tunes(self: Toy, parameter: str) -> bool:
         return parameter.startswith("visual.")
 
-    changes = {"change_weights": Part.change_weights, "tunes": tunes, "change_images": Part.change_images}
+    changes = {name: getattr(Part, name) for name in WEIGHT_HOOKS if name != "penalty"} | {"tunes": tunes}
     return Method(type("ImagesOnly", (kind,), changes)(()))
 
 
 def plain(kind: type[Toy]) -> Method:
     """A toy without hooks other than the teacher."""
-    changes = {"change_weights": Part.change_weights, "change_images": Part.change_images}
+    changes = {name: getattr(Part, name) for name in WEIGHT_HOOKS if name != "penalty"}
     return Method(type("Plain", (kind,), changes)(()))
 
 

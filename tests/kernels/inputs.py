@@ -6,6 +6,7 @@ import torch
 CONTRASTIVE = ("image_features", "text_features", "logit_scale")
 DISTILLATION = (*CONTRASTIVE, "image_teacher", "text_teacher", "teacher_scale")
 DIFFERENCE = ("image_features", "text_features", "image_teacher", "text_teacher", "average_vector")
+TRIPLE = ("first", "second", "third")
 
 
 # Inputs
@@ -91,6 +92,12 @@ def make_inputs(kind, pairs, width, seed=0):
         "average_vector": 1e-2 * random.standard_normal(width),
         "teacher_scale": np.array(1 / 0.05),
     }
+
+
+def make_triple(kind, rows, width, seed=0):
+    """Arguments of the volume: images, texts and image teachers of a batch, as float64 arrays."""
+    inputs = make_inputs(kind, rows, width, seed)
+    return dict(zip(TRIPLE, (inputs["image_features"], inputs["text_features"], 3 * inputs["image_teacher"])))
 
 
 def make_dive_inputs(kind, pairs, reference_pairs, width, seed=0):

@@ -278,6 +278,57 @@ def distillation_loss(
     )
 
 
+def gram_volume(first, second, third, *, rounding=0.0):
+    """Mean volume of three unit rows: the area of two, by a QR decomposition, times the distance to their plane.
+
+    With A_j the area of the other two and h_j the part of z_j that is orthogonal to them, the volume is A_j |h_j|,
+    and its square has the derivative 2 A_j^2 h_j by z_j, for each j.
+    """
+    features = {"first": first, "second": second, "third": third}
+    B, floor = len(first), 1e-6
+    z = [unit(x) for x in features.values()]
+    dz, dz_error = [np.zeros_like(first) for _ in z], [np.zeros(B) for _ in z]
+    loss = bound = 0.0
+    for i in range(B):
+        rows = [side[i] for side in z]
+        squares = [_orthogonal_part(rows[j], rows[:j] + rows[j + 1 :]) for j in range(3)]
+        # All three squares are equal; the one with the largest part has the smallest error.
+        square = max((area * _square(part) for area, part in squares), key=float)
+        volume = math.sqrt(square + floor**2)
+        loss += volume / B
+        # Errors of the formula in differences: of its terms, and of unit rows, which move the volume by an area.
+        aa, bb = (_square(row - rows[0]) for row in rows[1:])
+        areas = sum(math.sqrt(area) for area, _ in squares)
+        square_error = rounding * (6 * aa * bb + 2 * areas * math.sqrt(square)) + (rounding * areas) ** 2
+        lowest = math.sqrt(max(square - square_error, 0.0) + floor**2)
+        bound += (math.sqrt(square + square_error + floor**2) - lowest + rounding * volume) / B
+        for j, (area, part) in enumerate(squares):
+            dsquare = 2 * area * part
+            dz[j][i] = dsquare / (2 * volume * B)
+            terms = 4 * rounding * (math.sqrt(aa) + math.sqrt(bb)) ** 2
+            if square <= square_error:
+                terms += np.linalg.norm(dsquare)  # the determinant may be negative, which has no gradient
+            dz_error[j][i] = (np.linalg.norm(dsquare) * (volume / lowest - 1) + terms) / (2 * lowest * B)
+    return Evaluated(
+        {"loss": np.float64(loss)},
+        {name: _unit_backward(x, dz[j]) for j, (name, x) in enumerate(features.items())},
+        {"loss": bound},
+        {
+            name: _unit_backward_bound(x, dz[j], dz_error[j], rounding)
+            for j, (name, x) in enumerate(features.items())
+        },
+    )
+
+
+def _orthogonal_part(vector, others):
+    """Squared area of two vectors, and the part of ``vector`` that is orthogonal to both."""
+    basis, lengths = np.linalg.qr(np.pad(np.stack(others, 1), ((0, max(0, 2 - len(vector))), (0, 0))))
+    basis = basis[: len(vector)]
+    for _ in range(2):  # a second time, since the first leaves rounding errors of the vector's length
+        vector = vector - basis @ (basis.T @ vector)
+    return (lengths[0, 0] * lengths[1, 1]) ** 2, vector
+
+
 def _unit_backward(features, dz):
     """Backward of z = x / |x|: dx = (dz - z (z . dz)) / |x|. Below the clamp z = x / 1e-12 is linear in x."""
     dx = np.empty_like(features)

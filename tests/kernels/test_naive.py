@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import math
 
 import numpy as np
 import numpy_reference
@@ -15,10 +16,12 @@ from inputs import (
     CONTRASTIVE,
     DIFFERENCE,
     KINDS,
+    TRIPLE,
     drifted_pairs,
     evaluate,
     make_dive_inputs,
     make_inputs,
+    make_triple,
     random_pairs,
     select,
     to_tensors,
@@ -114,6 +117,10 @@ class TestAgainstNumpy:
             for weight, options in zip((1000.0, 0.0, 2.5), DIFFERENCE_OPTIONS[-3:]):
                 assert_equals_numpy("dive_loss", to_tensors(inputs), weight=weight, **options)
 
+    def test_gram_volume(self, kind, pairs):
+        for width in WIDTHS:
+            assert_equals_numpy("gram_volume", to_tensors(make_triple(kind, pairs, width)))
+
 
 @pytest.mark.parametrize(
     ("name", "defaults"),
@@ -168,6 +175,14 @@ def test_numpy_gradients_of_dive_loss():
     assert_finite_differences_agree(numpy_reference.dive_loss, inputs, gradients, weight=2.5)
 
 
+@pytest.mark.parametrize(("rows", "width"), [(1, 3), (4, 5), (3, 17)])
+def test_numpy_gradients_of_gram_volume(rows, width):
+    """Only far from planes: the volume has a kink there, at the scale of its epsilon."""
+    inputs = make_triple(random_pairs, rows, width)
+    gradients = numpy_reference.gram_volume(**inputs).gradients
+    assert_finite_differences_agree(numpy_reference.gram_volume, inputs, gradients)
+
+
 def assert_finite_differences_agree(function, inputs, gradients, **options):
     """Gradients equal five-point central differences of the loss, with steps relative to the row's length."""
 
@@ -179,7 +194,7 @@ def assert_finite_differences_agree(function, inputs, gradients, **options):
     for name, gradient in gradients.items():
         for index in np.ndindex(inputs[name].shape):
             size = 1.0
-            if name.endswith("features"):
+            if name.endswith("features") or name in TRIPLE:
                 # The loss varies on the scale of the row's length, or of the clamp.
                 size = max(np.linalg.norm(inputs[name][index[0]]), numpy_reference.CLAMP)
             step = 3e-5 * size
@@ -229,6 +244,14 @@ class TestPrecision:
             inputs = make_dive_inputs(kind, pairs, pairs // 2 + 1, width)
             self.check("dive_loss", inputs, features, teacher)
 
+    def test_gram_volume(self, features, teacher, kind):
+        if features == teacher:
+            for pairs, width in self.SHAPES:
+                inputs = make_triple(kind, pairs, width)
+                limit = torch.finfo(features).max / 2
+                inputs = {key: np.clip(array, -limit, limit) for key, array in inputs.items()}
+                assert_equals_numpy("gram_volume", to_tensors(inputs, features), compute_dtype=torch.float32)
+
     def check(self, name, inputs, features, teacher, **options):
         dtypes = {"logit_scale": torch.float32, "average_vector": torch.float32}
         dtypes |= {"image_teacher": teacher, "text_teacher": teacher}
@@ -241,6 +264,91 @@ def test_float64_features_keep_precision_with_float32_teacher():
     inputs = select(make_inputs(drifted_pairs, 7, 16), DIFFERENCE)
     dtypes = dict.fromkeys(("image_teacher", "text_teacher", "average_vector"), torch.float32)
     assert_equals_numpy("difference_loss", to_tensors(inputs, torch.float64, dtypes))
+
+
+# The volume of three vectors
+
+
+def triple_of(*cosines, dtype=torch.float64):
+    """Three vectors of lengths 1, 2 and 3 with the cosines of 1 and 2, 1 and 3, 2 and 3."""
+    gram = torch.eye(3, dtype=torch.float64)
+    for (row, column), cosine in zip(((0, 1), (0, 2), (1, 2)), cosines, strict=True):
+        gram[row, column] = gram[column, row] = cosine
+    lengths = torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)
+    return (lengths * torch.linalg.cholesky(gram)).to(dtype)[:, None].unbind()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("cosines", "volume"),
+    [
+        ((0.0, 0.0, 0.0), 1.0),
+        ((0.9, 0.9, 0.9), 0.028**0.5),
+        ((0.95, 0.9, 0.85), 0.0185**0.5),
+        ((0.8, 0.8, 0.8), 0.104**0.5),
+    ],
+)
+def test_volume_of_known_cosines(cosines, volume, dtype):
+    """det G = 1 + 2 c12 c13 c23 - c12^2 - c13^2 - c23^2."""
+    vectors = triple_of(*cosines, dtype=dtype)
+    for order in itertools.permutations(vectors):
+        assert naive.gram_volume(*order).item() == pytest.approx(
+            volume, abs=1e-11 if dtype.itemsize == 8 else 3e-7
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_volume_in_a_plane_is_its_epsilon(dtype):
+    x, y = torch.eye(4, dtype=dtype)[:2, None].unbind()
+    zero = torch.zeros_like(x)
+    for triple in (
+        (x, x, x),
+        (x, y, y),
+        (y, x, y),
+        (x, y, -x),
+        (x, y, x + y),
+        (zero, x, y),
+        (x, zero, y),
+        (x, y, zero),
+    ):
+        leaves = [vector.clone().requires_grad_() for vector in triple]
+        volume = naive.gram_volume(*leaves)
+        assert volume.item() == pytest.approx(naive.VOLUME_EPS, abs=3e-4 if x + y is triple[2] else 1e-12)
+        assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(volume, leaves))
+
+
+def test_volume_of_one_degree_keeps_its_digits_in_fp32():
+    """The determinant of G itself is off by a third there."""
+    tilt = math.radians(1.0)
+    first, second, third = (
+        torch.tensor([[1.0, a, b, 0.0]]) for a, b in ((0.0, 0.0), (tilt, 0.0), (0.5 * tilt, tilt))
+    )
+    exact = naive.gram_volume(first.double(), second.double(), third.double()).item()
+    assert naive.gram_volume(first, second, third).item() == pytest.approx(exact, rel=1e-4)
+
+
+@given(pairs=st.integers(1, 9), width=st.integers(3, 20), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_volume_has_no_order_and_no_length(pairs, width, seed):
+    inputs = list(make_triple(random_pairs, pairs, width, seed).values())
+    expected = naive.gram_volume(*map(torch.tensor, inputs))
+    random = np.random.default_rng(seed)
+    for order in itertools.permutations(inputs):
+        scaled = [torch.tensor(array * 10 ** random.uniform(-5, 5, (pairs, 1))) for array in order]
+        torch.testing.assert_close(naive.gram_volume(*scaled), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("argument", TRIPLE)
+@pytest.mark.parametrize(
+    "wrong", [{"size": (4,)}, {"size": (0, 4)}, {"size": (3, 4), "dtype": torch.float64}, {"size": (3, 4, 1)}]
+)
+def test_volume_of_unequal_matrices_is_an_error(argument, wrong):
+    inputs = dict.fromkeys(TRIPLE, torch.ones(3, 4)) | {argument: torch.ones(**wrong)}
+    # The others are compared with the first one.
+    named = "second" if argument == "first" and "dtype" in wrong else argument
+    for function in naive.gram_volume, kernels.gram_volume:
+        with pytest.raises(ValueError, match=rf"^{named}: expected "):
+            function(**inputs)
 
 
 # Ranks

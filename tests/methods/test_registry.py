@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from dive_fast.config.schema import ObjectiveConfig
 from dive_fast.config.section import KeyedError, Section
 from dive_fast.data.prompt_files import read_templates
+from dive_fast.data.transforms import Preprocess
 from dive_fast.errors import ConfigError
 from dive_fast.methods import registry
 from dive_fast.methods.method import Group, Loss, Preset, ReferenceLoss, Start, TargetLoss, TeacherOutputs
@@ -58,7 +59,10 @@ def unit_rows(count: int) -> Tensor:
 def start() -> Start:
     templates = read_templates("simple")
     tokenizer = open_clip.get_tokenizer("ViT-B-16")
-    return Start(lambda texts: unit_rows(len(texts)), tokenizer, 49408, "argmax", ("ant", "bee", "cat"), templates)
+    preprocess = Preprocess((32, 32), (0.5,) * 3, (0.25,) * 3, "bicubic", "shortest")
+    towers: Any = types.SimpleNamespace(preprocess=preprocess, head=torch.nn.Linear(WIDTH, CLASSES))
+    names = ("ant", "bee", "cat")
+    return Start(lambda texts: unit_rows(len(texts)), tokenizer, 49408, "argmax", names, templates, towers)
 
 
 # Combinations

@@ -1,6 +1,8 @@
 """``dive-fast report``: any run folders in one table, never two data sets in one column."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -201,3 +203,14 @@ def test_page_escapes_attributes_and_text() -> None:
     html = page(hostile, [[hostile], [hostile]], [hostile], b"png", hostile)
     assert "<img src=x" not in html
     assert html.count("<img ") == 1
+
+
+def test_report_imports_no_torch(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", [row("pets", 0.6), row("cars", 0.4, "zero_shot")])
+    arguments = [str(tmp_path / "run"), "--output", str(tmp_path / "report")]
+    code = (
+        "import sys; from dive_fast.commands import report; assert report.main(sys.argv[1:]) == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    completed = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr

@@ -66,17 +66,16 @@ def test_paired_recalls_equal_a_loop_with_equal_captions() -> None:
     pairs = random_pairs(captions)
     numbers = torch.tensor([index % 17 for index in range(40)])
     expected = by_loop(pairs, captions)
-    for block in (3, 40):
-        assert paired_recalls(pairs, numbers, ALONE, block) == pytest.approx(expected)
+    assert paired_recalls(pairs, numbers, ALONE) == pytest.approx(expected)
     assert 0.1 < expected["image_to_text_r1"] < 1
-    assert paired_recalls(pairs, torch.arange(40), ALONE, 8) != expected
+    assert paired_recalls(pairs, torch.arange(40), ALONE) != expected
 
 
 def test_paired_recalls_count_ties_as_wrong_unless_captions_are_equal() -> None:
     collapsed = Pairs(torch.ones(8, 1), torch.ones(8, 1))
     for captions, share in ((torch.arange(8), 1 / 8), (torch.tensor([0, 0, 1, 2, 3, 4, 5, 6]), 2 / 8)):
-        assert set(paired_recalls(collapsed, captions, ALONE, 8).values()) == {share}
-    assert set(paired_recalls(collapsed, torch.zeros(8, dtype=torch.int64), ALONE, 8).values()) == {1.0}
+        assert set(paired_recalls(collapsed, captions, ALONE).values()) == {share}
+    assert set(paired_recalls(collapsed, torch.zeros(8, dtype=torch.int64), ALONE).values()) == {1.0}
 
 
 def test_caption_numbers_compare_tokens() -> None:

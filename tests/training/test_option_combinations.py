@@ -70,7 +70,9 @@ VALUES: dict[str, tuple[Value, ...]] = {
     "teacher.audit": (64, 0),
     "teacher.tolerance": (None, 1e-2),
     "train.max_steps": (None, 2),
+    "model.freeze": ([], ["*.positional_embedding"]),
     "train.micro_batch_size": (None, 3),
+    "train.layer_decay": (None, 0.5),
     "train.warmup_steps": (0, 1),
     "train.trace_steps": (0, 1),
     "train.ema": (None, 0.5),
@@ -110,6 +112,8 @@ CONSTANT = {
     *(f"evaluate.sets.<name>.{key}" for key in ("split", "image_column", "label_column", "text_column")),
     *(f"evaluate.geometry.{key}" for key in ("split", "image_column", "text_column")),
     "model.pretrained",
+    # Adapters, in tests/training/test_lora.py with methods, rules, stages and options of the step.
+    *(f"model.lora.{key}" for key in ("rank", "alpha", "dropout", "targets", "towers")),
     # A line of the model card.
     "model.license",
     "train.output",

@@ -1,6 +1,7 @@
 """Runs whose reference pairs are a stream of tars: refusals, a resume, and the identity."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from safetensors.torch import load_file
 
 from dive_fast.config.schema import ReferenceConfig
 from dive_fast.data.open_dataset import open_reference
+from dive_fast.data.stream_order import StreamOrder
 from dive_fast.distributed import join
 from dive_fast.errors import ConfigError, DataError
 from dive_fast.methods.method import Part
 from dive_fast.methods.run_config import RunConfig
 from dive_fast.training import loop as train
 from dive_fast.training.run_identity import check_resumable, config_identity
+
+COUNT = 27
 
 
 class KilledError(Exception):
@@ -27,7 +31,7 @@ class KilledError(Exception):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("stream")
-    tiny.write_shards(root / "pairs", 27, shard=5)
+    tiny.write_shards(root / "pairs", COUNT, shard=5)
     tree: dict[str, Any] = {
         "model": {"name": tiny.write_model(root / "model", tiny.FEW_TOKENS)},
         "data": {
@@ -37,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "objective": {"reference_every": 2},
         "teacher": {"mode": "online"},
-        "train": {"epochs": 2, "precision": "fp32", "warmup_steps": 1, "learning_rate": 1e-3, "log_every": 1}
+        "train": {"epochs": 4, "precision": "fp32", "warmup_steps": 1, "learning_rate": 1e-3, "log_every": 1}
         | {"checkpoint_every": 2},
         "deepspeed": {"gradient_clipping": 0.0},
     }
@@ -73,16 +77,30 @@ def run(folder: Path, output: Path, kill_at: int | None = None) -> Any:
         train.Metrics.log = log  # type: ignore[method-assign]
 
 
-def complete_and_resumed(folder: Path) -> None:
-    """A complete run; another one is killed and resumed."""
+def complete_and_resumed(folder: Path) -> list[list[tuple[int, int]]]:
+    """A complete run; another one is killed and resumed. Returns this rank's keys of each step of the first."""
+    steps: list[list[tuple[int, int]]] = []
+    keys_of_steps = StreamOrder.keys_of_steps
+
+    def record(self: StreamOrder, chosen: range) -> Iterator[list[tuple[int, int]]]:
+        for keys in keys_of_steps(self, chosen):
+            steps.append(keys)
+            yield keys
+
+    StreamOrder.keys_of_steps = record  # type: ignore[method-assign]
     run(folder, folder / "complete")
+    StreamOrder.keys_of_steps = keys_of_steps  # type: ignore[method-assign]
     with pytest.raises(KilledError):
-        run(folder, folder / "resumed", kill_at=5)
+        run(folder, folder / "resumed", kill_at=11)
     run(folder, folder / "resumed")
+    return steps
 
 
-def test_resumed_run_has_the_same_weights(folder: Path) -> None:
-    run_ranks(1, complete_and_resumed, folder, init=False, timeout=300)
+def test_two_ranks_share_each_epoch_and_a_resumed_run_has_the_same_weights(folder: Path) -> None:
+    ranks = run_ranks(2, complete_and_resumed, folder, init=False, timeout=500)
+    assert [[len(keys) for keys in steps] for steps in ranks] == [[2] * 8] * 2, "8 steps with a reference half"
+    first_epoch = [number for steps in ranks for keys in steps for epoch, number in keys if epoch == 0]
+    assert len(first_epoch) == len(set(first_epoch)) == COUNT
     complete, resumed = (load_file(folder / name / "model.safetensors") for name in ("complete", "resumed"))
     assert all(torch.equal(complete[name], resumed[name]) for name in complete)
     before = load_file(folder / "model/open_clip_model.safetensors")

@@ -44,7 +44,7 @@ def write_beton(
     assert source.sizes is not None, "only prepared sets are known to hold complete JPEGs"
     arrays = dict(arrays or {})
     if source.tokens is not None:
-        arrays["tokens"] = source.tokens.numpy()
+        arrays["tokens"] = source.tokens.int().numpy()  # torch computes little with 16 unsigned bits
     for name, array in arrays.items():
         if len(array) != len(source):
             raise DataError(f"{name}: {len(array)} rows for {len(source)} samples")

@@ -24,13 +24,14 @@ from dive_fast.errors import DataError
 from dive_fast.io.atomic_files import write_atomic
 from dive_fast.io.safe_read import inside, parse_json, read_text
 
-FORMAT = 1
+FORMAT, FORMAT_UINT16 = 1, 2
+"""Versions of the format; the second one has tokens of 16 bits, which earlier versions of the package refuse."""
 MANIFEST, INDEX, SKIPPED, BETON = "manifest.json", "index.safetensors", "skipped.jsonl", "data.beton"
 Index = dict[str, Tensor]
 """Columns with one row per sample: ``file``, ``offset``, ``size``, ``height``, ``width``, ``label``,
-``hash (N, 16)`` and optionally ``tokens (N, context)``. ``keys`` and ``texts`` hold the concatenated UTF-8 bytes
-of all samples, ``key_ends`` and ``text_ends`` the end of each sample. A zero byte separates several texts of a
-sample.
+``hash (N, 16)`` and optionally ``tokens (N, context)``: int32, or uint16 where all of them fit. ``keys`` and
+``texts`` hold the concatenated UTF-8 bytes of all samples, ``key_ends`` and ``text_ends`` the end of each sample.
+A zero byte separates several texts of a sample.
 """
 
 _COLUMNS = {
@@ -90,6 +91,12 @@ class Manifest:
     """Options of the preparation, and the digest and modification hash of its source."""
 
 
+def format_of(index: Index) -> int:
+    """The version of the format that a set with this index has."""
+    tokens = index.get("tokens")
+    return FORMAT if tokens is None or tokens.dtype == torch.int32 else FORMAT_UINT16
+
+
 def build_index(rows: Sequence[Row]) -> Index:
     """Builds an index from rows."""
     index = {
@@ -102,7 +109,7 @@ def build_index(rows: Sequence[Row]) -> Index:
         "text", ["\0".join(text.replace("\0", " ") for text in row.texts).encode() for row in rows]
     )
     if rows and rows[0].tokens is not None:
-        index["tokens"] = torch.stack([row.tokens for row in rows if row.tokens is not None]).int()
+        index["tokens"] = _smallest(torch.stack([row.tokens for row in rows if row.tokens is not None]))
     return index
 
 
@@ -116,8 +123,16 @@ def concatenate_indexes(parts: Sequence[Index]) -> Index:
         if name.endswith("_ends"):
             offsets = np.cumsum([0] + [int(ends[-1]) if len(ends) else 0 for ends in tensors[:-1]])
             tensors = [tensor + int(offset) for tensor, offset in zip(tensors, offsets, strict=True)]
+        if len({tensor.dtype for tensor in tensors}) > 1:  # tokens of which some files need more bits
+            tensors = [tensor.int() for tensor in tensors]
         index[name] = torch.cat(tensors)
     return index
+
+
+def _smallest(tokens: Tensor) -> Tensor:
+    """Tokens as uint16 if they fit, otherwise as int32."""
+    fits = tokens.numel() == 0 or (int(tokens.min()) >= 0 and int(tokens.max()) < 2**16)
+    return tokens.to(torch.uint16 if fits else torch.int32)
 
 
 def content_hash(index: Index) -> str:
@@ -142,8 +157,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"{folder}: not a prepared set (no {MANIFEST}); make one with dive-fast prepare") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot read it: {error}; copy the set again") from error
-    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise DataError(f"{path}: not of format {FORMAT}; prepare the set again: dive-fast prepare")
+    if not isinstance(fields, dict) or fields.get("format") not in (FORMAT, FORMAT_UINT16):
+        raise DataError(
+            f"{path}: not of format {FORMAT} or {FORMAT_UINT16}; prepare the set again: dive-fast prepare"
+        )
     try:
         manifest = parse_manifest(text)
         for file in manifest.files:
@@ -235,7 +252,8 @@ def _check_index(index: Index, manifest: Manifest) -> None:
                 f"{name}: {column.dtype} {tuple(column.shape)}, but {MANIFEST} requires {dtype} {shape}"
             )
     tokens = index.get("tokens")
-    if tokens is not None and (tokens.dtype != torch.int32 or tokens.ndim != 2 or len(tokens) != count):
+    types = (torch.int32, torch.uint16)
+    if tokens is not None and (tokens.dtype not in types or tokens.ndim != 2 or len(tokens) != count):
         raise ValueError(f"tokens: {tokens.dtype} {tuple(tokens.shape)} for {count} samples")
     ranges = {"file": (0, len(manifest.files) - 1), "offset": (0, None), "size": (1, None)}
     ranges |= {"height": (1, None), "width": (1, None)}
@@ -250,7 +268,7 @@ def _check_index(index: Index, manifest: Manifest) -> None:
         ends = index[f"{name}_ends"]
         if int(ends[0]) < 0 or bool((ends.diff() < 0).any()) or int(ends[-1]) != len(index[f"{name}s"]):
             raise ValueError(f"{name}_ends: not increasing up to the length of {name}s")
-    if tokens is not None and tokens.numel() and int(tokens.min()) < 0:
+    if tokens is not None and tokens.dtype == torch.int32 and tokens.numel() and int(tokens.min()) < 0:
         raise ValueError("tokens: a value is negative")
     if content_hash(index) != manifest.content:
         raise ValueError(f"labels, texts or hashes do not match {MANIFEST}")

@@ -18,7 +18,7 @@ from dive_fast.data.content_hashes import ByteRange
 from dive_fast.data.decode import UNDECODABLE, undecodable_reason
 from dive_fast.data.sources.sample_table import printable
 from dive_fast.data.sources.source import Skipped, Source
-from dive_fast.errors import DataError
+from dive_fast.errors import ChangedDataError, DataError
 
 
 class UnusableError(Exception):
@@ -52,6 +52,7 @@ class Raw(ABC):
 
         Raises:
             UnusableError: it cannot be read.
+            ChangedDataError: its file changed after the set was listed.
         """
 
     @abstractmethod
@@ -93,6 +94,8 @@ class RawSource(Raw):
         sample = self._source.samples[index]
         try:
             return RawSample(self._source.read(index), sample.label, sample.texts)
+        except ChangedDataError:
+            raise
         except DataError as error:
             raise UnusableError("cannot be read") from error
 

@@ -32,7 +32,6 @@ from dive_fast.data.content_hashes import image_hash
 from dive_fast.data.prepared.convert import Options, convert
 from dive_fast.data.prepared.format import (
     BETON,
-    FORMAT,
     INDEX,
     MANIFEST,
     SKIPPED,
@@ -44,6 +43,7 @@ from dive_fast.data.prepared.format import (
     concatenate_indexes,
     content_hash,
     file_hash,
+    format_of,
     read_manifest,
     write_manifest,
     write_skipped,
@@ -328,7 +328,7 @@ def _finish(
     write_atomic(output / INDEX, save(index))
     write_skipped(output / SKIPPED, skipped)
     manifest = Manifest(
-        format=FORMAT,
+        format=format_of(index),
         samples=len(index["offset"]),
         content=content_hash(index),
         files=files,

@@ -13,17 +13,19 @@ from numpy.typing import NDArray
 
 from dive_fast.data.sources.image_files import (
     NO_FILE,
+    NOT_READABLE,
     ImageFiles,
     ImageLister,
     printable_names,
-    text_name,
     with_progress,
 )
+from dive_fast.data.sources.listed_files import ListedFiles, text_name
 from dive_fast.data.sources.node_index import Listing, RawSet, open_raw
 from dive_fast.data.sources.sample_table import (
     SampleTable,
     Strings,
     StringsBuilder,
+    clean_text,
     pack_texts,
     printable,
 )
@@ -34,6 +36,7 @@ from dive_fast.data.sources.source import (
     locate,
     summarize_skipped,
 )
+from dive_fast.data.sources.watched import Watched, state_of
 from dive_fast.errors import DataError
 from dive_fast.identity import Identity
 from dive_fast.io.safe_read import MAX_TEXT_BYTES
@@ -74,6 +77,9 @@ class CaptionedFolder(RawSet):
     def identity(self) -> Identity:
         return {"format": "folder", "text": ".txt"}
 
+    def known_root(self) -> str:
+        return str(locate(self.path))
+
     def list_files(self) -> Listing:
         root = locate(self.path)
         self.root = str(root)
@@ -86,6 +92,24 @@ class CaptionedFolder(RawSet):
         except OSError as error:
             raise DataError(f"{self.path}: cannot list its images: {error}") from error
         return self._images.listing()
+
+    def watched(self, listing: Listing, table: SampleTable) -> Watched | None:
+        # Texts of samples are compared when their image is read; those that make no sample are never read again.
+        names, watched = listing.names, Watched()
+        watched.extend(self._images.watched)
+        kept = iter(table.files)
+        name = next(kept, b"")
+        for number, each in enumerate(names if len(table.files) < len(names) else ()):
+            size, time = int(listing.sizes[len(names) + number]), int(listing.times[len(names) + number])
+            if each == name:
+                name = next(kept, b"")
+            elif size != NO_FILE:
+                text = text_name(os.fsdecode(each))
+                state = state_of(os.path.join(self.root, text))
+                if state[0] >= 0 if size == NOT_READABLE else state[:2] != (size, time):
+                    return None  # changed while the set was read
+                watched.add(text, state)
+        return watched
 
     def read(self, listing: Listing) -> tuple[Source, Sequence[str]]:
         names, lists = listing.names, StringsBuilder()
@@ -107,9 +131,12 @@ class CaptionedFolder(RawSet):
             hint = "; it holds tars: use format webdataset" if has_tars else ""
             raise DataError(f"{self.path}: no image has a .txt of the same name next to it{reasons}{hint}")
         files = names if len(kept) == len(names) else names.select(kept)
-        sizes = listing.sizes[: len(names)][kept]
-        captions = Strings(*lists.columns())
-        table = SampleTable.of_files(self.root, files, printable_names(files), sizes, lists=captions)
+        (sizes, text_sizes), (times, text_times) = (
+            column.reshape(2, -1)[:, kept] for column in (listing.sizes, listing.times)
+        )
+        keys, captions = printable_names(files), Strings(*lists.columns())
+        listed = ListedFiles(times, text_sizes, text_times)
+        table = SampleTable.of_files(self.root, files, keys, sizes, lists=captions, listed=listed)
         return Source(table, skipped=skipped, ignored=self._images.ignored), ()
 
     def _read_texts(self, names: Strings, has_text: NDArray[np.bool_], rows: range) -> _Texts:
@@ -148,7 +175,7 @@ def _text(path: str) -> tuple[str, str]:
         return "", "its caption is not UTF-8"
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot read it: {error}") from error
-    text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
+    text = clean_text(text.replace("\r\n", "\n").replace("\r", "\n"))
     return text, "" if text else EMPTY_CAPTION
 
 

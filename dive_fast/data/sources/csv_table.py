@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from dive_fast.data.sources.listed_files import ListedFiles
 from dive_fast.data.sources.node_index import Listing, RawSet, open_raw
 from dive_fast.data.sources.sample_table import (
     MAX_SHARED,
@@ -23,11 +24,13 @@ from dive_fast.data.sources.sample_table import (
     SharedStrings,
     Strings,
     StringsBuilder,
+    clean_text,
     in_order_of_use,
     is_own_row,
     pack_texts,
 )
 from dive_fast.data.sources.source import EMPTY_CAPTION, Skipped, Source, locate
+from dive_fast.data.sources.watched import Watched, state_of
 from dive_fast.errors import DataError
 from dive_fast.identity import Identity, digest
 
@@ -101,23 +104,48 @@ class CsvSet(RawSet):
         self.root = str(image_root if image_root is not None else locate(path).parent)
         self._rows: Source = Source.of(())
         self._warnings: list[str] = []
+        self._watched = Watched()
 
     def identity(self) -> Identity:
         return {"format": "csv", "file": os.path.realpath(locate(self.path)), "group": self._group}
 
+    def known_root(self) -> str:
+        return self.root
+
     def list_files(self) -> Listing:
+        self._watched, self._warnings = Watched(), []
+        file = os.path.abspath(locate(self.path))
+        self._watched.add(file, state_of(file))
         self._rows = open_raw(CsvRows(self.path, group=self._group))
         table = self._rows.samples
         names = table.files
+        self._watch_folders(names)
         sizes, times = _examine(self.root, names)
         if (sizes < 0).all():
             names = self._without_prefix(names)
+            self._watch_folders(names)
             sizes, times = _examine(self.root, names)
         details = digest([table.digest(), list(map(list, self._rows.skipped)), self._warnings])
         return Listing(names, sizes, times, details)
 
+    def watched(self, listing: Listing, table: SampleTable) -> Watched | None:
+        for row in np.flatnonzero(listing.sizes < 0).tolist():
+            path = os.path.join(self.root, os.fsdecode(listing.names[row]))
+            if os.path.isfile(path):
+                return None  # created while the set was read
+            if os.path.lexists(path):  # a link, whose target may appear
+                self._watched.add(listing.names[row], state_of(path))
+        return self._watched
+
+    def _watch_folders(self, names: Strings) -> None:
+        """Watches the folders of all files; one that does not exist may appear."""
+        root = os.fsencode(self.root)
+        for folder in sorted({name[: name.rfind(b"/") + 1] for name in names}):
+            self._watched.add(folder, state_of(os.path.join(root, folder)))
+
     def read(self, listing: Listing) -> tuple[Source, Sequence[str]]:
-        table = replace(self._rows.samples, root=self.root, files=listing.names, stored_digest="")
+        rows, listed = self._rows.samples, ListedFiles(listing.times)
+        table = replace(rows, root=self.root, files=listing.names, listed=listed, stored_digest="")
         size = listing.sizes[table.file_rows]
         skipped = list(self._rows.skipped)
         missing = np.flatnonzero(size < 0).tolist()
@@ -136,6 +164,7 @@ class CsvSet(RawSet):
         root, first = Path(self.root), names[0].decode()
         parts = Path(first).parts
         for count in range(1, len(parts)):
+            self._watch_folders(Strings.of([os.path.join(*parts[count:]).encode()]))
             if root.joinpath(*parts[count:]).is_file():
                 shared = parts[:count]
                 self._warnings.append(
@@ -168,6 +197,7 @@ def _compact(table: SampleTable, rows: NDArray[np.int64]) -> SampleTable:
         size=table.size[rows],
         lists=table.lists.select(lists),
         list_of=None if len(lists) == len(rows) else list_of.astype(np.int32),
+        listed=None if table.listed is None else table.listed.select(files),
     )
 
 
@@ -206,7 +236,7 @@ def _ungrouped(runs: Iterator[Run], skipped: list[Skipped]) -> SampleTable:
     for first, name, run in runs:
         name_row = None
         for number, written in enumerate(run, first):
-            if title := written.strip():
+            if title := clean_text(written):
                 name_row = names.row(name.encode()) if name_row is None else name_row
                 keys.append(f"{name}#{number}".encode())
                 file.append(name_row)
@@ -249,7 +279,7 @@ def _grouped(runs: Iterator[Run], skipped: list[Skipped]) -> SampleTable:
 def _title_row(written: str, titles: SharedStrings, row_of: dict[str, int]) -> int:
     row = row_of.get(written)
     if row is None:
-        row = titles.row(pack_texts((title,))) if (title := written.strip()) else -1
+        row = titles.row(pack_texts((title,))) if (title := clean_text(written)) else -1
         if len(row_of) < MAX_SHARED:
             row_of[written] = row
     return row

@@ -14,9 +14,11 @@ import numpy as np
 from dive_fast.data.decode import IMAGE_SUFFIXES
 from dive_fast.data.sources.file_rules import HIDDEN, is_hidden, lower_suffix, refuse_duplicates
 from dive_fast.data.sources.image_files import ImageFiles, ImageLister, printable_names, with_progress
+from dive_fast.data.sources.listed_files import ListedFiles
 from dive_fast.data.sources.node_index import Listing, RawSet, open_raw
 from dive_fast.data.sources.sample_table import SampleTable, printable
 from dive_fast.data.sources.source import Skipped, Source, locate, summarize_skipped
+from dive_fast.data.sources.watched import Watched, state_of
 from dive_fast.errors import DataError
 from dive_fast.identity import Identity
 
@@ -58,12 +60,17 @@ class ClassFolders(RawSet):
     def identity(self) -> Identity:
         return {"format": "folder"}
 
+    def known_root(self) -> str:
+        return str(locate(self.path))
+
     def list_files(self) -> Listing:
         root = locate(self.path)
         self.root = str(root)
+        self._images, self._counts = ImageFiles(), []
         num_direct = 0
         try:
-            names = _class_folders(root, self.path, self._images.ignored)
+            self._images.watched.add("", state_of(self.root))
+            names = _class_folders(root, self.path, self._images)
             with ImageLister() as lister:
                 folders = lister.list_each(self.root, names)
                 folders = with_progress(folders, len(names), f"listing {self.path}", "folder")
@@ -78,10 +85,14 @@ class ClassFolders(RawSet):
         self._class_names, self._is_deep = tuple(names), not num_direct
         return self._images.listing(names)
 
+    def watched(self, listing: Listing, table: SampleTable) -> Watched:
+        return self._images.watched
+
     def read(self, listing: Listing) -> tuple[Source, Sequence[str]]:
         keys, names = printable_names(listing.names), self._class_names
         labels = np.repeat(np.arange(len(names)), self._counts)
-        table = SampleTable.of_files(self.root, listing.names, keys, listing.sizes, label=labels)
+        listed = ListedFiles(listing.times)
+        table = SampleTable.of_files(self.root, listing.names, keys, listing.sizes, label=labels, listed=listed)
         source = Source(table, names, skipped=self._images.skipped, ignored=self._images.ignored)
         if not self._is_deep:
             return source, ()
@@ -98,15 +109,17 @@ def _no_images(folder: Path, label: int, skipped: Sequence[Skipped]) -> DataErro
     return DataError(f"{folder}: no {kind} below, but it would be class {label}{hint}")
 
 
-def _class_folders(root: Path, path: str, ignored: list[Skipped]) -> list[str]:
+def _class_folders(root: Path, path: str, images: ImageFiles) -> list[str]:
     if not root.exists():
         raise DataError(f"{path}: no such folder")
     if not root.is_dir():
         raise DataError(f"{path}: expected one folder per class with images below, but it is a file")
     names: list[str] = []
-    hint = ""
+    ignored, hint = images.ignored, ""
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
         name, suffix = entry.name, lower_suffix(entry.name)
+        if entry.is_symlink():
+            images.watched.add(name, state_of(entry.path))
         if entry.is_dir():
             if is_hidden(name):
                 ignored.append(Skipped(printable(name), HIDDEN))

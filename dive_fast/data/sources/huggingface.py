@@ -25,6 +25,7 @@ from dive_fast.data.sources.sample_table import (
     SharedStrings,
     Strings,
     StringsBuilder,
+    clean_text,
     in_order_of_use,
     is_own_row,
     pack_texts,
@@ -471,4 +472,4 @@ def _texts(batches: Sequence[Any], name: str) -> _Texts:
 def _packed(value: Any) -> bytes:
     """The texts of a row that are not blank, as a table stores them."""
     texts = value if isinstance(value, list) else [value]
-    return pack_texts([text.strip() for text in texts if text and text.strip()])
+    return pack_texts([cleaned for text in texts if text and (cleaned := clean_text(text))])

@@ -16,9 +16,11 @@ import numpy as np
 
 from dive_fast.data.decode import IMAGE_SUFFIXES, looks_like_image
 from dive_fast.data.sources.file_rules import HIDDEN, is_hidden, lower_suffix, reason_to_skip
+from dive_fast.data.sources.listed_files import text_name
 from dive_fast.data.sources.node_index import Listing
 from dive_fast.data.sources.sample_table import Strings, StringsBuilder, printable
 from dive_fast.data.sources.source import Skipped
+from dive_fast.data.sources.watched import Watched, state_from, state_of
 from dive_fast.errors import DataError
 
 Part = TypeVar("Part")
@@ -63,8 +65,12 @@ class ImageFiles:
     text_sizes: array[int] = field(default_factory=lambda: array("q"))
     """Sizes of the text files next to the images, if these are listed; see :data:`NO_FILE`."""
     text_times: array[int] = field(default_factory=lambda: array("q"))
+    text_changes: array[int] = field(default_factory=lambda: array("q"))
+    """Times of the last change of the text files, which a copy with the modification time does not keep."""
     skipped: list[Skipped] = field(default_factory=list)
     ignored: list[Skipped] = field(default_factory=list)
+    watched: Watched = field(default_factory=Watched)
+    """Folders, and other files whose contents or targets decide what they are."""
     num_direct: int = 0
     """Number of images in the listed folder itself, not in subfolders."""
 
@@ -73,8 +79,9 @@ class ImageFiles:
 
     def extend(self, part: ImageFiles) -> None:
         """Adds the images of a later folder."""
+        self.watched.extend(part.watched)
         self.names.extend(Strings(*part.names.columns()))
-        for name in ("sizes", "times", "text_sizes", "text_times", "skipped", "ignored"):
+        for name in ("sizes", "times", "text_sizes", "text_times", "text_changes", "skipped", "ignored"):
             getattr(self, name).extend(getattr(part, name))
 
     def listing(self, details: Iterable[str] = ()) -> Listing:
@@ -86,11 +93,13 @@ class ImageFiles:
         # Not the names of other files alone: the reason depends on their contents.
         others = [*details, *(repr(entry) for entry in (*self.skipped, None, *self.ignored))]
         sizes, times = self.sizes + self.text_sizes, self.times + self.text_times
+        changes = np.array(self.text_changes, np.int64) if self.text_changes else None
         return Listing(
             Strings(*self.names.columns()),
             np.array(sizes, np.int64),
             np.array(times, np.int64),
             hashlib.sha256("\n".join(others).encode()).hexdigest(),
+            changes,
         )
 
 
@@ -170,6 +179,7 @@ class ImageLister:
         parts = iter((self._folder_threads.map if in_threads else map)(below, subfolders))
         texts = {entry.name.lower() for entry in others} if self._with_texts else set()
         result = ImageFiles()
+        result.watched.add(name, state_from(status))
         self._add(result, folder, prefix, runs[0], texts)
         for entry, images in zip(others, runs[1:], strict=True):
             if entry.is_dir() and not is_hidden(entry.name):
@@ -204,9 +214,10 @@ class ImageLister:
             result.sizes.extend(sizes)
             result.times.extend(times)
         if self._with_texts:
-            for sizes, times in map_chunks(lambda chunk: _examine_texts(folder, chunk, texts), chunks):
-                result.text_sizes.extend(sizes)
-                result.text_times.extend(times)
+            for columns in map_chunks(lambda chunk: _examine_texts(folder, chunk, texts), chunks):
+                of_texts = result.text_sizes, result.text_times, result.text_changes
+                for column, values in zip(of_texts, columns, strict=True):
+                    column.extend(values)
         # No name holds a zero byte.
         joined = np.frombuffer(os.fsencode("".join(f"{prefix}{entry.name}\0" for entry in images)), np.uint8)
         marks = np.flatnonzero(joined == 0)
@@ -244,12 +255,15 @@ def printable_names(names: Strings) -> Strings:
 
 def _leave_out(result: ImageFiles, key: str, entry: os.DirEntry[str]) -> None:
     """Counts an entry that is not an image."""
-    key = printable(key)
+    name, key = key, printable(key)
+    is_side_file = lower_suffix(entry.name) in SIDE_SUFFIXES
+    if not is_side_file and (entry.is_symlink() or reason_to_skip(entry.name) is None):
+        result.watched.add(name, state_of(entry.path))
     if entry.is_dir():
         result.ignored.append(Skipped(key, HIDDEN))
     elif (reason := reason_to_skip(entry.name)) is not None:
         (result.ignored if reason == HIDDEN else result.skipped).append(Skipped(key, reason))
-    elif lower_suffix(entry.name) not in SIDE_SUFFIXES:
+    elif not is_side_file:
         if looks_like_image(_first_bytes(entry)):
             result.skipped.append(Skipped(key, "an image by its content, but not by its suffix"))
         else:
@@ -271,28 +285,22 @@ def _examine(images: Sequence[os.DirEntry[str]]) -> tuple[list[int], list[int]]:
 
 def _examine_texts(
     folder: str, images: Sequence[os.DirEntry[str]], texts: set[str]
-) -> tuple[list[int], list[int]]:
-    """Sizes and modification times of the text files next to images."""
-    sizes, times = [], []
+) -> tuple[list[int], list[int], list[int]]:
+    """Sizes, modification times and times of the last change of the text files next to images."""
+    sizes, times, changes = [], [], []
     for entry in images:
-        name, size, time = text_name(entry.name), NO_FILE, 0
+        name, size, time, change = text_name(entry.name), NO_FILE, 0, 0
         if name.lower() in texts:  # some file systems ignore case
             try:
                 status = os.stat(os.path.join(folder, name))
                 size = status.st_size if stat.S_ISREG(status.st_mode) else NOT_READABLE
-                time = status.st_mtime_ns
-            except FileNotFoundError:
-                pass
+                time, change = status.st_mtime_ns, status.st_ctime_ns
             except OSError:
                 size = NOT_READABLE
         sizes.append(size)
         times.append(time)
-    return sizes, times
-
-
-def text_name(image: str) -> str:
-    """The name of the text file of an image."""
-    return image[: image.rindex(".")] + ".txt"
+        changes.append(change)
+    return sizes, times, changes
 
 
 def _first_bytes(entry: os.DirEntry[str]) -> bytes:

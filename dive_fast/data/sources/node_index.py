@@ -23,9 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dive_fast import __version__
+from dive_fast.data.content_hashes import NUM_PROBES, map_in_threads
 from dive_fast.data.sources.sample_table import SampleTable, Strings
 from dive_fast.data.sources.source import SkippedEntries, Source
-from dive_fast.errors import DataError, MachineError, UserError
+from dive_fast.data.sources.watched import Watched, is_racy
+from dive_fast.errors import ChangedDataError, DataError, MachineError, UserError
 from dive_fast.identity import Identity, digest
 from dive_fast.io.cache_folder import cache_folder, remove_unused
 from dive_fast.io.column_folder import columns_hash, load_columns, save_columns
@@ -36,14 +38,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Version of the stored columns and of the rules by which readers choose samples; change it with either."""
 FOLDER = "indexes"
 """Folder of the indexes in the cache."""
 SMALL_FILES, SMALL_BYTES = 10_000, 2**26
 """A set of fewer files and bytes is read at each start: that takes no longer than checking its index."""
-RACY_SECONDS = 2.0
-"""A file that was modified so shortly before it was listed may change again without another modification time."""
 UNUSED_DAYS = 7
 """Days without use after which the former index of a changed set is removed: a run may still map its files."""
 
@@ -61,7 +61,7 @@ class Listing(NamedTuple):
     """A hash of everything else that the listing has shown and the samples or messages depend on."""
     changes: NDArray[np.int64] | None = None
     """``(F,)``: time at which the contents, name or attributes of each file last changed, in nanoseconds; programs
-    that copy a file with its modification time cannot set it. None: unknown."""
+    that copy a file with its modification time cannot set it. May be those of some files only. None: unknown."""
 
     @classmethod
     def of(cls, root: str, files: Sequence[Path]) -> Listing:
@@ -80,11 +80,6 @@ class Listing(NamedTuple):
             np.array([status.st_mtime_ns for status in statuses], np.int64),
             changes=np.array([status.st_ctime_ns for status in statuses], np.int64),
         )
-
-    @property
-    def is_racy(self) -> bool:
-        """Whether a file was modified a moment ago."""
-        return bool((np.abs(self.times / 1e9 - time.time()) < RACY_SECONDS).any())
 
     def digest(self) -> str:
         """A hash of names, sizes, times and details."""
@@ -117,6 +112,26 @@ class RawSet(ABC):
     def identity(self) -> Identity:
         """Format and options, all that decides the samples besides the files."""
 
+    def known_root(self) -> str | None:
+        """The :attr:`root` of a set that is recognized as unchanged by :meth:`watched`; None: it is listed always.
+
+        Raises:
+            DataError: the path names no data set.
+        """
+        return None
+
+    def watched(self, listing: Listing, table: SampleTable) -> Watched | None:
+        """Folders and files that show whether the set must be listed again, in their state before they were read.
+
+        Args:
+            table: the samples, from this listing or its index. Each has its state in ``listed``, since a file that
+                is written in place need not be watched.
+
+        Returns:
+            None: the set changed while it was read.
+        """
+        return None
+
     @abstractmethod
     def list_files(self) -> Listing:
         """Lists the files.
@@ -145,17 +160,29 @@ def open_raw(raw: RawSet, ranks: Ranks | None = None) -> Source:
         DataError: as :meth:`RawSet.read`; all ranks raise it.
     """
     if ranks is None or ranks.world_size == 1:
-        return _open(raw)[0]
+        return (_open_unlisted(raw) or _open(raw))[0]
+    key = raw.path, raw.identity()
+    unlisted: list[tuple[Source, Path]] = []
+    if _is_watched(raw):
+
+        def open_unlisted() -> bool:
+            unlisted.extend(filter(None, [_open_unlisted(raw)]))
+            return bool(unlisted)
+
+        are_unlisted = ranks.collect(ranks.once_per_node(key, open_unlisted, UserError, MachineError))
+        if not all(are_unlisted):
+            # One node has noticed a change: the indexes of others may be from before it.
+            unlisted.clear()
     opened: list[Source] = []
 
     def open_first() -> tuple[Source | Path | None, str]:
-        source, index = _open(raw)
+        source, index = unlisted[0] if unlisted else _open(raw)
         opened.append(source)
         # A small set travels whole; a large one without an index is too large for that.
         return index or (source if len(source) < SMALL_FILES else None), raw.root
 
     # Ranks may have other paths; each rank opens its own.
-    shared, raw.root = ranks.once_per_node((raw.path, raw.identity()), open_first, UserError, MachineError)
+    shared, raw.root = ranks.once_per_node(key, open_first, UserError, MachineError)
     if opened:
         return opened[0]
     if isinstance(shared, Source):
@@ -163,32 +190,63 @@ def open_raw(raw: RawSet, ranks: Ranks | None = None) -> Source:
     return (shared and _load(shared, raw, None)) or _open(raw)[0]
 
 
+def _is_watched(raw: RawSet) -> bool:
+    return type(raw).known_root is not RawSet.known_root
+
+
 def _open(raw: RawSet) -> tuple[Source, Path | None]:
-    """The set and the folder of its index; None if none is kept."""
+    """Lists a set and opens it; returns it and the folder of its index, None if none is kept."""
+    start = time.time()
     listing = raw.list_files()
     small_bytes = not raw.reads_all_bytes or int(listing.sizes.sum()) < SMALL_BYTES
     if len(listing.sizes) < SMALL_FILES and small_bytes:
-        return _read(raw, listing)[0], None
-    stamp = digest([FORMAT, __version__, raw.identity(), listing.digest()])
-    prefix = digest([os.path.realpath(raw.root or "."), raw.path, raw.identity()])[:20]
+        return _unkept(_read(raw, listing)[0]), None
+    stamp = digest([_rules(raw), listing.digest()])
+    prefix = _prefix(raw)
     with ExitStack() as lock:
         try:
             folder = cache_folder(FOLDER)
             index = folder / f"{prefix}-{stamp[:20]}"
-            if (source := _load(index, raw, stamp, warn=True)) is not None:
-                return source, index
-            lock.enter_context(file_lock(folder / f"{prefix}.lock", f"the index of {raw.path}", wait=True))
+            source = _load(index, raw, stamp, warn=True)
+            if source is None or _is_watched(raw):
+                lock.enter_context(file_lock(folder / f"{prefix}.lock", f"the index of {raw.path}", wait=True))
         except (OSError, UserError) as error:
             logger.warning("%s: its index is not kept: %s", raw.path, error)
-            return _read(raw, listing)[0], None
-        if (source := _load(index, raw, stamp, warn=True)) is not None:
-            return source, index
-        source, warnings = _read(raw, listing)
-        if listing.is_racy or not _save(index, source, warnings, stamp):
-            return source, None
-        _remove_former(folder, prefix, index)
-        # Mapped, so that forked processes and other ranks share its pages.
-        return _load(index, raw, None) or source, index
+            return _unkept(_read(raw, listing)[0]), None
+        if source is None:
+            source = _load(index, raw, stamp, warn=True)
+        if source is None:
+            source, warnings = _read(raw, listing)
+            if is_racy(listing.times, start) or not _save(index, source, warnings, stamp):
+                return _unkept(source), None
+            _remove_former(folder, prefix, index)
+            # Mapped, so that forked processes and other ranks share its pages.
+            if (mapped := _load(index, raw, None)) is None:
+                return _unkept(source), index
+            source = mapped
+        watched = raw.watched(listing, source.samples)
+        if watched is not None and not watched.is_racy(start):
+            _save_record(folder / _record_name(prefix), watched, index, stamp, _rules(raw))
+        return source, index
+
+
+def _rules(raw: RawSet) -> str:
+    """A digest of all that decides the samples besides the files."""
+    return digest([FORMAT, __version__, raw.identity()])
+
+
+def _prefix(raw: RawSet) -> str:
+    """The beginning of the names of all files about a set."""
+    return digest([os.path.realpath(raw.root or "."), raw.path, raw.identity()])[:20]
+
+
+def _record_name(prefix: str) -> str:
+    return f"{prefix}.watched"
+
+
+def _unkept(source: Source) -> Source:
+    """A set without an index, whose files are listed at each start and not compared when they are read."""
+    return replace(source, samples=replace(source.samples, listed=None))
 
 
 def _read(raw: RawSet, listing: Listing) -> tuple[Source, Sequence[str]]:
@@ -206,6 +264,46 @@ def _remove_former(folder: Path, prefix: str, index: Path) -> None:
             if other != index and other.stat().st_mtime < oldest:
                 shutil.rmtree(other, ignore_errors=True)
     remove_unused(folder)
+
+
+# A set that need not be listed
+
+
+def _open_unlisted(raw: RawSet) -> tuple[Source, Path] | None:
+    """The set and its index, if all that is watched is unchanged; None: the set must be listed."""
+    root = raw.known_root()
+    if root is None:
+        return None
+    raw.root = root
+    try:
+        folder = cache_folder(FOLDER)
+        record = folder / _record_name(_prefix(raw))
+        if (loaded := load_columns(record, _rules(raw))) is None:
+            return None
+        watched = Watched.from_columns(loaded[0])
+        index, stamp = folder / loaded[1]["index"], loaded[1]["stamp_of_index"]
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s: it is listed, since what is known about it cannot be read: %s", raw.path, error)
+        return None
+    if not watched.is_unchanged(root) or (source := _load(index, raw, stamp, warn=True)) is None:
+        return None
+    table = source.samples
+    probes = np.linspace(0, len(table) - 1, min(NUM_PROBES, len(table))).astype(int).tolist()
+    try:
+        # A change of many files in place should not wait until one of them is read.
+        map_in_threads(table.check_if_readable, probes)
+    except ChangedDataError as error:
+        logger.info("%s", error)
+        return None
+    return source, index
+
+
+def _save_record(record: Path, watched: Watched, index: Path, stamp: str, rules: str) -> None:
+    """Lets the next start open an index without listing, as long as all that is watched is unchanged."""
+    try:
+        save_columns(record, watched.columns(), {"index": index.name, "stamp_of_index": stamp}, rules)
+    except OSError as error:
+        logger.warning("%s: the set is listed again at the next start: %s", record, error)
 
 
 # Files
@@ -247,6 +345,9 @@ def _load(folder: Path, raw: RawSet, stamp: str | None, *, warn: bool = False) -
             for name in ("skipped", "ignored")
         ]
         table = SampleTable.from_columns(columns, raw.root, about["digest"])
+        if table.listed is not None:
+            record = str(folder.with_name(_record_name(folder.name.split("-")[0])))
+            table = replace(table, listed=replace(table.listed, record=record))
         source = Source(
             table,
             tuple(about["class_names"]),

@@ -6,19 +6,21 @@ user of a URL.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import braceexpand
 
-from dive_fast.errors import DataError
+from dive_fast.errors import DataError, TarError
 from dive_fast.io.atomic_files import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,10 @@ ATTEMPTS = 4
 """Attempts to list or to fetch; the store may be busy for a while."""
 PAUSE_SECONDS = 1.0
 """Pause after the first failed attempt; it doubles after each."""
+SILENT_SECONDS = 60.0
+"""Time without a byte after which a request by HTTP fails. The time of a complete tar is not limited."""
+ABANDONED_SECONDS = 3600.0
+"""Age of the part of a tar whose process was killed, after which another one removes it."""
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://")
 _PACKAGES = {"s3": "pip install 'dive_fast[s3]'", "gs": "pip install gcsfs", "http": "pip install aiohttp"}
 _PACKAGES |= {"https": "pip install aiohttp", "hf": "pip install huggingface_hub"}
@@ -49,6 +55,18 @@ class RemoteTar(NamedTuple):
 def is_url(path: str) -> bool:
     """Whether a path of the config names an object store."""
     return _URL.match(path) is not None
+
+
+def refuse_url(path: str) -> None:
+    """Refuses a path in an object store, where a set on a disk is needed.
+
+    Raises:
+        DataError: the path names an object store; the message says where one is read.
+    """
+    if is_url(path):
+        raise DataError(
+            f"{shown(path)}: only data.reference with order = stream reads an object store; copy the set to a disk"
+        )
 
 
 def shown(url: str) -> str:
@@ -85,14 +103,20 @@ def list_remote(path: str) -> list[RemoteTar]:
     return tars
 
 
-def fetch(tar: RemoteTar, file: Path) -> None:
+def fetch(tar: RemoteTar, file: Path, attempts: int = ATTEMPTS) -> None:
     """Copies a tar to a local file, which is complete or absent.
 
+    Args:
+        attempts: number of attempts while the store is busy or breaks off.
+
     Raises:
-        DataError: the store refuses, or the tar has changed since it was listed.
+        TarError: the store refuses, the disk is full, or the tar has changed since it was listed.
     """
-    with _plain_errors(tar.url):
-        _retried(lambda: _fetch(tar, file), tar.url)
+    try:
+        with _plain_errors(tar.url):
+            _retried(lambda: _fetch(tar, file), tar.url, attempts)
+    except DataError as error:
+        raise TarError(str(error)) from error
 
 
 def _list(url: str) -> list[RemoteTar]:
@@ -109,6 +133,8 @@ def _list(url: str) -> list[RemoteTar]:
         name = str(entry["name"])
         if entry.get("type") == "directory" or not name.lower().endswith(".tar"):
             continue
+        if entry.get("size") is None:  # a page of links has no sizes
+            entry = store.info(name)
         if entry.get("size") is None:
             raise DataError(f"{shown(url)}: the store does not tell its size")
         full = name if is_url(name) else f"{scheme}://{name.lstrip('/')}"
@@ -124,15 +150,31 @@ def _version(entry: dict[str, Any]) -> str:
 def _fetch(tar: RemoteTar, file: Path) -> None:
     store, place = _store(tar.url)
     file.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(file.parent)
+    store.invalidate_cache(place)  # the listing of the start
     entry = store.info(place)
     if entry.get("size") != tar.size or (tar.version and _version(entry) not in (tar.version, "")):
         raise DataError(f"{shown(tar.url)}: changed since it was listed at the start of the run")
-    # A name of this process: two of them may fetch the same tar.
-    with atomic_path(file.with_name(f"{os.getpid()}-{file.name}")) as partial:
-        store.get_file(place, str(partial))
-        if (size := partial.stat().st_size) != tar.size:
-            raise OSError(f"{size} of {tar.size} bytes arrived")
-    file.with_name(f"{os.getpid()}-{file.name}").replace(file)
+    # A name of this process and thread: two of them may fetch the same tar.
+    complete = file.with_name(f"{os.getpid()}-{threading.get_ident()}-{file.name}")
+    try:
+        with atomic_path(complete) as partial:
+            store.get_file(place, str(partial))
+            if (size := partial.stat().st_size) != tar.size:
+                raise OSError(f"{size} of {tar.size} bytes arrived")
+        complete.replace(file)
+    except FileNotFoundError as error:
+        if file.parent.exists():
+            raise
+        raise OSError("another process removed the folder that it is fetched to") from error
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes parts of a tar that killed processes left in the folder."""
+    for path in folder.glob(".partial-*"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                path.unlink()
 
 
 def _store(url: str) -> tuple[Any, str]:
@@ -140,23 +182,66 @@ def _store(url: str) -> tuple[Any, str]:
     # Only sets in object stores need it.
     from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
-    return url_to_fs(url)
+    options: dict[str, Any] = {}
+    if url.startswith(("http://", "https://")):
+        from aiohttp import ClientTimeout  # fsspec needs it for these URLs
+
+        # By default, a tar that takes more than five minutes fails.
+        timeout = ClientTimeout(total=None, sock_connect=SILENT_SECONDS, sock_read=SILENT_SECONDS)
+        options = {"client_kwargs": {"timeout": timeout}}
+    return url_to_fs(url, **options)
 
 
-def _retried(function: Any, url: str) -> Any:
-    for attempt in range(ATTEMPTS):
+def _retried(function: Any, url: str, attempts: int = ATTEMPTS) -> Any:
+    """The result of a function that asks a store, which may be busy or break off.
+
+    Raises:
+        Exception: that of the last attempt, or one that another attempt does not change.
+    """
+    for attempt in range(attempts):
         try:
             return function()
-        except (DataError, FileNotFoundError, PermissionError, ImportError, ValueError):
-            raise
-        except Exception as error:  # each store has its own
-            if attempt == ATTEMPTS - 1 or type(error).__name__ in _FINAL:
-                raise
+        except Exception as raised:  # each store has its own
+            error = _request_error(raised)
+            if attempt == attempts - 1 or _is_final(error):
+                raise error from raised
             logger.warning("%s: %s; tried again", shown(url), _reason(error))
             time.sleep(PAUSE_SECONDS * 2**attempt)
     raise AssertionError
 
 
+def _request_error(error: Exception) -> Exception:
+    """The error of a request that fsspec reports as a missing file, as it does for all errors of HTTP."""
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
+        return error
+    is_request = isinstance(cause, TimeoutError) or type(cause).__module__.partition(".")[0] == "aiohttp"
+    return cause if is_request and _status(cause) not in _MISSING else error
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether another attempt would not change an error."""
+    if isinstance(error, (DataError, FileNotFoundError, PermissionError, ImportError, ValueError)):
+        return True
+    status = _status(error)
+    refused = status is not None and 400 <= status < 500 and status not in _BUSY
+    return refused or _is_full(error) or type(error).__name__ in _FINAL
+
+
+def _status(error: Exception) -> int | None:
+    """The status of an answer by HTTP."""
+    status = getattr(error, "status", None)
+    return status if isinstance(status, int) else None
+
+
+def _is_full(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+_MISSING = (404, 410)
+"""Status of an object that does not exist."""
+_BUSY = (408, 425, 429)
+"""Status of refusals that end after a while."""
 _FINAL = (
     "NoCredentialsError",
     "PartialCredentialsError",
@@ -194,6 +279,12 @@ def _plain_errors(url: str) -> Iterator[None]:
     except PermissionError as error:
         raise DataError(f"{name}: permission denied ({_reason(error)}); check your credentials") from error
     except Exception as error:  # each store has its own
+        if _is_full(error):
+            raise DataError(
+                f"{name}: the disk that it is fetched to is full; set DIVE_FAST_CACHE to a folder with free space"
+            ) from error
+        if _status(error) in (401, 403):
+            raise DataError(f"{name}: permission denied ({_reason(error)}); check your credentials") from error
         raise DataError(f"{name}: the store failed: {_reason(error)}") from error
 
 

@@ -8,6 +8,7 @@ import hashlib
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from dive_fast.data.sources.listed_files import ListedFiles
 from dive_fast.errors import DataError
 
 Columns = dict[str, NDArray[Any]]
@@ -184,6 +186,8 @@ class SampleTable(Sequence[Sample]):
     """The digest of the columns, if it is stored with them."""
     captions_are_lines: bool = False
     """Whether each line of a text is a text of the sample, see :func:`split_lines`."""
+    listed: ListedFiles | None = None
+    """The state of the files when they were listed, of sets with an index that is used without another listing."""
 
     @classmethod
     def of(cls, samples: Iterable[Sample]) -> "SampleTable":
@@ -205,13 +209,14 @@ class SampleTable(Sequence[Sample]):
         *,
         label: NDArray[np.int64] | None = None,
         lists: Strings | None = None,
+        listed: ListedFiles | None = None,
     ) -> "SampleTable":
         """The table of samples that are a complete file each.
 
         Args:
             lists: the list of texts of each sample; None: none has texts.
         """
-        return cls(root, files, keys, None, None, size, label, lists or Strings.of(()), None)
+        return cls(root, files, keys, None, None, size, label, lists or Strings.of(()), None, listed=listed)
 
     def __len__(self) -> int:
         return len(self.size) if self.rows is None else len(self.rows)
@@ -252,6 +257,21 @@ class SampleTable(Sequence[Sample]):
     def texts(self, row: int) -> tuple[str, ...]:
         """The texts of a sample."""
         return self._texts(self._at(row))
+
+    def check_unchanged(self, row: int, status: os.stat_result | None = None) -> None:
+        """Compares the file of a sample with the listing of the set, if that is known; see :class:`ListedFiles`.
+
+        Args:
+            status: status of the opened file; None: it is asked for.
+        """
+        if self.listed is not None:
+            at = self._at(row)
+            self.listed.check(self._file_row(at), self._path(at), int(self.size[at]), status)
+
+    def check_if_readable(self, row: int) -> None:
+        """Compares the file of a sample as :meth:`check_unchanged`, unless it cannot be examined."""
+        with suppress(OSError):
+            self.check_unchanged(row)
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -374,7 +394,11 @@ class SampleTable(Sequence[Sample]):
             strings["keys"] = self.keys
         for name, each in strings.items():
             columns |= {name: each.values, f"{name}_ends": each.ends}
-        optional = {"file": self.file, "offset": self.offset, "label": self.label, "list_of": self.list_of}
+        optional: dict[str, NDArray[Any] | None] = {}
+        optional |= {"file": self.file, "offset": self.offset, "label": self.label, "list_of": self.list_of}
+        if self.listed is not None:
+            listed = self.listed
+            optional |= {"time": listed.times, "text_size": listed.text_sizes, "text_time": listed.text_times}
         return columns | {name: column for name, column in optional.items() if column is not None}
 
     @classmethod
@@ -409,9 +433,9 @@ class SampleTable(Sequence[Sample]):
         if len(keys) != count:
             raise ValueError(f"keys: {len(keys)} for {count} samples")
         size = _checked(columns, "size", "i8", count)
-        return cls(
-            root, strings["files"], keys, size=size, lists=strings["lists"], stored_digest=digest, **numbers
-        )
+        listed = _listed(columns, len(strings["files"]))
+        optional = {"stored_digest": digest, "listed": listed, **numbers}
+        return cls(root, strings["files"], keys, size=size, lists=strings["lists"], **optional)
 
     def _at(self, row: int) -> int:
         if not -len(self) <= row < len(self):
@@ -423,7 +447,10 @@ class SampleTable(Sequence[Sample]):
         return (column if self.rows is None else column[self.rows]).astype(np.int64, copy=False)
 
     def _path(self, at: int) -> Path:
-        return self.file_path(at if self.file is None else int(self.file[at]))
+        return self.file_path(self._file_row(at))
+
+    def _file_row(self, at: int) -> int:
+        return at if self.file is None else int(self.file[at])
 
     def _texts(self, at: int) -> tuple[str, ...]:
         if not self.has_texts:
@@ -532,6 +559,12 @@ class TableBuilder:
         return row
 
 
+def clean_text(text: str) -> str:
+    """A text as readers of raw sets keep it, without white space at its ends; empty: it has no text."""
+    # As it will be stored: a text of zero bytes alone would become blank only there.
+    return text.replace(SEPARATOR, " ").strip()
+
+
 def pack_texts(texts: Sequence[str]) -> bytes:
     """The stored form of a list of texts."""
     return SEPARATOR.join(text.replace(SEPARATOR, " ") for text in texts).encode()
@@ -560,6 +593,16 @@ def in_order_of_use(rows: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.i
 def is_own_row(rows: NDArray[Any], count: int) -> bool:
     """Whether each of ``count`` samples has its own row, in order: such a column is not stored."""
     return len(rows) == count and bool((rows == np.arange(count, dtype=rows.dtype)).all())
+
+
+def _listed(columns: Mapping[str, NDArray[Any]], count: int) -> ListedFiles | None:
+    if "time" not in columns:
+        return None
+    times = _checked(columns, "time", "i8", count)
+    if "text_size" not in columns:
+        return ListedFiles(times)
+    text_sizes, text_times = (_checked(columns, name, "i8", count) for name in ("text_size", "text_time"))
+    return ListedFiles(times, text_sizes, text_times)
 
 
 def _checked(columns: Mapping[str, NDArray[Any]], name: str, kind: str, count: int | None = None) -> NDArray[Any]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +25,7 @@ from PIL import Image
 
 from dive_fast.data import content_hashes
 from dive_fast.data.decode import UNDECODABLE, decode, decode_error_message
+from dive_fast.data.sources.object_store import refuse_url
 from dive_fast.data.sources.sample_table import Sample, SampleTable, Strings
 from dive_fast.errors import DataError
 
@@ -81,7 +84,8 @@ class SkippedEntries(Sequence[Skipped]):
 
 
 def _entry(stored: bytes) -> Skipped:
-    return Skipped(*stored.decode().split("\0", 1))
+    # A name in a tar can hold a zero byte; no reason does.
+    return Skipped(*stored.decode().rsplit("\0", 1))
 
 
 class Images(ABC):
@@ -118,10 +122,11 @@ class Images(ABC):
         """Decodes one image to RGB or grey.
 
         Raises:
-            DataError: the bytes are not a complete image.
+            DataError: it cannot be read, or its bytes are not a complete image.
         """
+        data = self.read(number)
         try:
-            return decode(self.read(number))
+            return decode(data)
         except UNDECODABLE as error:
             raise self.sample(number).unusable(
                 f"cannot decode the image: {decode_error_message(error)}"
@@ -184,6 +189,27 @@ class Source(Images):
     def after(self, number: int) -> int:
         return (number + 1) % len(self)
 
+    def read(self, number: int) -> bytes:
+        """Reads the bytes of one image file.
+
+        Raises:
+            ChangedDataError: the image, or its text, changed after the set was listed.
+            DataError: the bytes cannot be read.
+        """
+        if self.samples.listed is None:
+            return super().read(number)
+        sample = self.sample(number)
+        try:
+            with open(sample.path, "rb", buffering=0) as file:
+                data = file.read()
+                # Afterwards: a change while the file is read is noticed too.
+                self.samples.check_unchanged(number, os.fstat(file.fileno()))
+            return data
+        except (OSError, MemoryError) as error:
+            with suppress(OSError):
+                self.samples.check_unchanged(number)
+            raise sample.unusable(f"cannot read the image: {error}") from error
+
     def digest(self) -> str:
         """A hash of everything that decides results, wherever the files lie; computed once.
 
@@ -230,6 +256,9 @@ class Source(Images):
     @cached_property
     def _image_ids(self) -> NDArray[np.int64]:
         if self.hashes is None:
+            # Otherwise a changed image would be an unreadable or a cut one.
+            if self.samples.listed is not None:
+                content_hashes.map_in_threads(self.samples.check_if_readable, range(len(self)))
             hashes = content_hashes.image_hashes(self.samples)
         else:
             hashes = [row.tobytes() for row in self.hashes]
@@ -272,8 +301,9 @@ def locate(path: str) -> Path:
     """Resolves a path of the config; ``demo:target`` lies in the embedded demo, which is generated when missing.
 
     Raises:
-        DataError: the demo has no such split.
+        DataError: the demo has no such split, or the path is a URL of an object store.
     """
+    refuse_url(path)
     if not path.startswith("demo:"):
         return Path(path)
     from dive_fast.data.demo.splits import resolve  # only configs of the demo need it

@@ -12,7 +12,7 @@ import numpy as np
 
 from dive_fast.data.decode import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES
 from dive_fast.data.sources.file_rules import HIDDEN, is_hidden, reason_to_skip
-from dive_fast.data.sources.sample_table import SampleTable, Strings, pack_texts, printable
+from dive_fast.data.sources.sample_table import SampleTable, Strings, clean_text, pack_texts, printable
 from dive_fast.data.sources.source import EMPTY_CAPTION, Skipped
 from dive_fast.data.sources.tar_index import Member, PlainMembers, read_members, read_plain_members
 from dive_fast.errors import DataError
@@ -124,7 +124,7 @@ class _Columns:
             self._labels.append(label)
         else:
             try:
-                caption = _decode(content)
+                caption = clean_text(_decode(content))
             except UnicodeDecodeError:
                 self._skip(key, "its caption is not UTF-8")
                 return

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -19,7 +21,7 @@ from dive_fast.data.sources.sample_table import Sample, SampleTable, printable
 from dive_fast.data.sources.source import Images, Skipped
 from dive_fast.data.sources.tar_scan import TarScan, scan_tar
 from dive_fast.data.sources.webdataset import list_tars
-from dive_fast.errors import DataError
+from dive_fast.errors import DataError, TarError
 from dive_fast.io.cache_folder import cache_folder, remove_unused
 
 Result = TypeVar("Result")
@@ -61,26 +63,58 @@ class TarStream(Images):
         self.skipped, self.has_lines = skipped, has_lines
         self._tables: OrderedDict[int, SampleTable] = OrderedDict()
         self._owner = os.getpid()
+        self._ahead: tuple[int, threading.Thread] | None = None
+        """The tar that is fetched ahead, and its thread."""
 
     def scan(self, tar: int) -> tuple[SampleTable, Sequence[Skipped]]:
         """The complete samples of a tar, and those that are left out. A tar that breaks off has those before that.
 
         Raises:
-            DataError: the tar cannot be read, or its size has changed.
+            TarError: the tar cannot be read or fetched, or its size has changed.
         """
         scan = self._with_file(tar, lambda: self._scan(tar))
         table = scan.table.split_lines() if self.has_lines else scan.table
         self._tables[tar] = table
         # A process reads the samples of two windows at most: batches ahead may begin the next one.
         while sum(map(len, self._tables.values())) - len(next(iter(self._tables.values()))) > 2 * self.window:
-            self._remove(self._tables.popitem(last=False)[0])
+            self._tables.popitem(last=False)
         return table, scan.skipped
 
     def read(self, number: int) -> bytes:
         return self._with_file(number >> POSITION_BITS, lambda: super(TarStream, self).read(number))
 
+    def fetch(self, tar: int) -> None:
+        """Fetches a tar of an object store, unless it is here.
+
+        Raises:
+            TarError: the tar cannot be fetched.
+        """
+        self._with_file(tar, lambda: None)
+
+    def fetch_ahead(self, tar: int) -> None:
+        """Begins to fetch a tar of an object store, unless it is here or another one is being fetched.
+
+        A failure is not reported: the tar is fetched again when it is needed.
+        """
+        path, _, remote = self.tars[tar]
+        if remote is None or path.exists() or (self._ahead is not None and self._ahead[1].is_alive()):
+            return
+        thread = threading.Thread(target=self._fetch_ahead, args=(tar,), name="fetch ahead", daemon=True)
+        self._ahead = tar, thread
+        thread.start()
+
+    def remove(self, tar: int) -> None:
+        """Removes a fetched tar that the training process has left behind.
+
+        Its folder remains until the end, for a process that fetches the tar again at this moment.
+        """
+        path, _, remote = self.tars[tar]
+        if remote is not None:
+            path.unlink(missing_ok=True)
+
     def close(self) -> None:
         """Removes the fetched tars and their folders, when no batch is read any more."""
+        self._ahead = None
         for tar in self.tars if os.getpid() == self._owner else ():
             if tar.remote is not None:
                 shutil.rmtree(tar.path.parent, ignore_errors=True)
@@ -90,9 +124,9 @@ class TarStream(Images):
         try:
             now = os.stat(path).st_size
         except OSError as error:
-            raise DataError(f"{path}: cannot read it: {error.strerror or error}") from error
+            raise TarError(f"{path}: cannot read it: {error.strerror or error}") from error
         if now != size:
-            raise DataError(f"{path}: changed during the run: {now} bytes, {size} at its start")
+            raise TarError(f"{path}: changed during the run: {now} bytes, {size} at its start")
         return scan_tar(path, ".txt", strict=False)
 
     def _with_file(self, tar: int, function: Callable[[], Result]) -> Result:
@@ -101,10 +135,13 @@ class TarStream(Images):
         Workers of batches far ahead may still need a tar that the training process removes: it is fetched again.
 
         Raises:
-            DataError: the function raised it, or the tar cannot be fetched.
+            DataError: the function raised it.
+            TarError: the tar cannot be fetched.
         """
         path, _, remote = self.tars[tar]
         while True:
+            if remote is not None and not path.exists():
+                self._await(tar)
             if remote is not None and not path.exists():
                 fetch(remote, path)
             try:
@@ -113,14 +150,19 @@ class TarStream(Images):
                 if remote is None or path.exists():
                     raise
 
-    def _remove(self, tar: int) -> None:
-        """Removes a fetched tar, in the training process: workers do not know what others read.
-
-        Its folder remains until the end, for a process that fetches the tar again at this moment.
-        """
+    def _fetch_ahead(self, tar: int) -> None:
         path, _, remote = self.tars[tar]
-        if remote is not None and os.getpid() == self._owner:
-            path.unlink(missing_ok=True)
+        assert remote is not None
+        with suppress(TarError):
+            fetch(remote, path, attempts=1)
+        if self._ahead is None:  # closed meanwhile
+            shutil.rmtree(path.parent, ignore_errors=True)
+
+    def _await(self, tar: int) -> None:
+        """Waits for the end of fetching a tar ahead."""
+        ahead = self._ahead
+        if ahead is not None and ahead[0] == tar:
+            ahead[1].join()
 
     def sample(self, number: int) -> Sample:
         table, position = self._table(number)
@@ -143,7 +185,7 @@ class TarStream(Images):
             table = self.scan(tar)[0]
         self._tables.move_to_end(tar)
         if position >= len(table):
-            raise DataError(f"{self.tars[tar].path}: changed during the run: it has {len(table)} samples now")
+            raise TarError(f"{self.tars[tar].path}: changed during the run: it has {len(table)} samples now")
         return table, position
 
 

@@ -24,8 +24,8 @@ def open_evaluation(config: EvaluationSet, place: str = "", ranks: Ranks | None 
 
     Args:
         place: config section of the set, for messages.
-        ranks: all ranks call this, and one process of each node reads a raw set of the user's own; None: this
-            process does.
+        ranks: all ranks call this, and one process of each node lists a known or raw set; None: this process
+            does.
 
     Raises:
         ConfigError: the known data set does not exist.
@@ -35,8 +35,11 @@ def open_evaluation(config: EvaluationSet, place: str = "", ranks: Ranks | None 
     if config.dataset is not None:
         with naming(place and f"{place}.dataset"):
             find_dataset(config.dataset)
+        known = config.dataset, config.path, config.class_names, config.templates
         with naming(place):
-            return open_known(config.dataset, config.path, config.class_names, config.templates)
+            if ranks is None:
+                return open_known(*known)
+            return ranks.once_per_node(("evaluation set", *known), lambda: open_known(*known), UserError)
     return _open_own(config, place, ranks)
 
 

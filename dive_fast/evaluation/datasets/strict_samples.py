@@ -16,7 +16,7 @@ from dive_fast.data.samples import MAX_REPLACEMENTS, EvaluationSamples, Item, Sa
 from dive_fast.data.sources.source import Source
 from dive_fast.data.transforms import Preprocess, View
 from dive_fast.distributed import Ranks
-from dive_fast.errors import DataError
+from dive_fast.errors import ChangedDataError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +70,12 @@ class StrictSamples(EvaluationSamples):
 
         Raises:
             DataError: the sample is broken and must not be left out, or too many in a row are broken.
+            ChangedDataError: a file changed after the set was listed.
         """
         try:
             return key, read(key)
+        except ChangedDataError:
+            raise
         except DataError as error:
             if not self.reports_skipped:
                 raise DataError(f"{error}; {self.remedy}" if self.remedy else str(error)) from error
@@ -83,6 +86,8 @@ class StrictSamples(EvaluationSamples):
             try:
                 # Fills the row of the batch; the image is not counted.
                 return (_LEFT_OUT, key[1]), read((key[0], sample % count))
+            except ChangedDataError:
+                raise
             except DataError as error:
                 last = error
         raise DataError(f"{MAX_REPLACEMENTS} samples in a row are unusable; the last: {last}")

@@ -30,7 +30,9 @@ from dive_fast.data.samples import EvaluationSamples, ReferenceSamples, TargetSa
 from dive_fast.data.sources import source
 from dive_fast.data.sources.folder import open_folder
 from dive_fast.data.sources.source import Source
+from dive_fast.data.sources.tar_stream import open_tar_stream
 from dive_fast.data.sources.webdataset import open_webdataset
+from dive_fast.data.stream_order import StreamOrder
 from dive_fast.data.transforms import Preprocess
 from dive_fast.data.workers import in_workers
 from dive_fast.errors import DataError
@@ -131,6 +133,18 @@ def test_fast_batches_equal_plain_ones_over_epochs(
         assert actual.images.dtype == torch.float32
         assert actual.images.is_contiguous()
         assert difference(actual.images, expected.images).max() < TOLERANCE
+
+
+def test_dali_batches_of_a_stream_equal_plain_ones(raw: Path, tokenizer: Any) -> None:
+    stream = open_tar_stream(str(raw), 12)
+    samples = ReferenceSamples(stream, tokenizer, PREPROCESS, "argmax", SEED, 3)
+    full = list(training_batches(samples, StreamOrder(stream, BATCH, seed=SEED), range(9), Options()))
+    for first, workers in ((0, 0), (4, 1)):
+        options = Options("dali", workers)
+        dali_batches = training_batches(samples, StreamOrder(stream, BATCH, seed=SEED), range(first, 9), options)
+        for actual, expected in zip(dali_batches, full[first:], strict=True):
+            assert_equal_except_pixels(actual, expected)
+            assert difference(actual.images, expected.images).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("loader", FAST)

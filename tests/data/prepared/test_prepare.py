@@ -23,11 +23,20 @@ import tiny
 import torch
 from distributed import run_script
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dive_fast.commands import prepare as prepare_command
 from dive_fast.data.prepared.beton import write_beton
 from dive_fast.data.prepared.convert import LEAST_ASPECT_RATIO, Options, convert, side_for
-from dive_fast.data.prepared.format import Manifest, build_index, read_manifest
+from dive_fast.data.prepared.format import (
+    Manifest,
+    Row,
+    build_index,
+    concatenate_indexes,
+    format_of,
+    read_manifest,
+    write_manifest,
+)
 from dive_fast.data.prepared.raw import RawDataset, RawSource, UnusableError
 from dive_fast.data.prepared.read import open_prepared, verify
 from dive_fast.data.prepared.write import prepare
@@ -272,6 +281,34 @@ def test_prepare_stores_tokens_of_the_tokenizer(tmp_path: Path) -> None:
     assert torch.equal(source.tokens.long(), expected)
 
 
+def test_tokens_that_fit_have_16_bits_and_earlier_sets_are_read(tmp_path: Path) -> None:
+    options = dataclasses.replace(SMALL, tokenizer="ViT-B-32")
+    manifest = make(write_set(tmp_path / "a.tar", 6), tmp_path / "set", options, ".txt")
+    source = open_prepared(str(tmp_path / "set"), ".txt")
+    assert source.tokens is not None
+    assert (source.tokens.dtype, manifest.format) == (torch.uint16, 2)
+    # As an earlier version wrote it.
+    index = load_file(tmp_path / "set/index.safetensors")
+    save_file(index | {"tokens": index["tokens"].int()}, tmp_path / "set/index.safetensors")
+    write_manifest(tmp_path / "set", dataclasses.replace(manifest, format=1))
+    earlier = open_prepared(str(tmp_path / "set"), ".txt")
+    assert earlier.tokens is not None
+    assert torch.equal(earlier.tokens, source.tokens.int())
+    assert earlier.digest() == source.digest()
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(2**16 - 1, torch.uint16), (2**16, torch.int32)])
+def test_shards_with_larger_tokens_widen_all(largest: int, dtype: torch.dtype) -> None:
+    parts = []
+    for token in (7, largest):
+        row = Row("key", 0, 0, 1, 8, 8, -1, ("a",), bytes(16), torch.tensor([token, 0]))
+        parts.append(build_index([row]))
+    index = concatenate_indexes(parts)
+    assert index["tokens"].dtype == dtype
+    assert index["tokens"].long().tolist() == [[7, 0], [largest, 0]]
+    assert format_of(index) == (2 if dtype == torch.uint16 else 1)
+
+
 def test_dali_reads_prepared_tars_by_their_index_files(tmp_path: Path) -> None:
     from nvidia.dali import Pipeline, fn
 
@@ -324,7 +361,7 @@ def test_write_beton_is_read_by_ffcv(tmp_path: Path) -> None:
     assert source.tokens is not None
     assert label.flatten().tolist() == [-1] * 22
     assert index.flatten().tolist() == list(range(22))
-    assert torch.equal(tokens, source.tokens)
+    assert torch.equal(tokens, source.tokens.int())
     assert torch.equal(embeddings, torch.from_numpy(teacher))
     with pytest.raises(DataError, match="image_teacher: 21 rows for 22 samples"):
         write_beton(path, source, {"image_teacher": teacher[1:]})
@@ -428,7 +465,7 @@ def test_open_and_verify_refuse_damaged_sets(tmp_path: Path) -> None:
     manifest = (folder / "manifest.json").read_text()
     for text, message in (
         ("{", "cannot read it"),
-        ('{"format": 99}', "not of format 1"),
+        ('{"format": 99}', "not of format 1 or 2; prepare the set again"),
         (None, "not a prepared set"),
     ):
         (folder / "manifest.json").unlink()

@@ -162,6 +162,21 @@ def test_open_raw_keeps_no_index_of_files_modified_a_moment_ago(tars: Path, scan
     assert is_mapped(open_webdataset(str(tars), ".cls"))
 
 
+def test_open_raw_modified_before_a_long_reading(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock of whole seconds shows no second change within a second, however long reading takes."""
+    os.utime(tars / "2.tar")
+    read, start = node_index._read, time.time()
+
+    def slow(*arguments: Any) -> Any:
+        result = read(*arguments)
+        monkeypatch.setattr(node_index.time, "time", lambda: start + 60)
+        return result
+
+    monkeypatch.setattr(node_index, "_read", slow)
+    assert len(open_webdataset(str(tars), ".cls")) == 6
+    assert not indexes()
+
+
 # Damage
 
 

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dive_fast.data.sources import tar_index, tar_scan
+from dive_fast.data.sources.source import EMPTY_CAPTION
 from dive_fast.data.sources.tar_scan import MAX_TEXT_BYTES, scan_carefully, scan_tar
 from dive_fast.errors import DataError
 
@@ -71,6 +72,16 @@ def is_read_fast(tar: Path) -> bool:
         return tar_index.read_plain_members(descriptor, ".txt", MAX_TEXT_BYTES) is not None
     finally:
         os.close(descriptor)
+
+
+@pytest.mark.parametrize("caption", [b"\0", b" \0 \n"])
+def test_captions_of_zero_bytes_are_empty(tmp_path: Path, caption: bytes) -> None:
+    files = [File("a.jpg", b"x"), File("a.txt", caption), File("b.jpg", b"x"), File("b.txt", b"\0b\0")]
+    (tmp_path / "a.tar").write_bytes(tar_bytes(files, tarfile.PAX_FORMAT))
+    for scan in (scan_tar, scan_carefully):
+        table, skipped, _ = scan(tmp_path / "a.tar", ".txt", True)
+        assert [sample.texts for sample in table] == [("b",)]
+        assert skipped == [("a.tar/a", EMPTY_CAPTION)]
 
 
 # Any tar

@@ -1,0 +1,20 @@
+"""Imports of the engine's libraries without optional packages that they would import and that no command uses."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+UNUSED = ("mlflow", "wandb")
+"""Imported by DeepSpeed's autotuner and by timm's training summaries where they are installed, in seconds."""
+
+
+@contextmanager
+def without_trackers() -> Iterator[None]:
+    """Makes imports of :data:`UNUSED` fail in the context, as if they were not installed; later ones succeed."""
+    blocked = [name for name in UNUSED if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(blocked))  # type: ignore[arg-type]  # Python's mark of a blocked import
+    try:
+        yield
+    finally:
+        for name in blocked:
+            del sys.modules[name]

@@ -1,0 +1,97 @@
+"""The parameters that a run trains: those of its method, or adapters in their place, without frozen ones."""
+
+from dataclasses import replace
+
+from dive_fast.config.schema import LoraConfig, ModelConfig
+from dive_fast.engine.feature_consistency import FeatureConsistency
+from dive_fast.errors import ConfigError
+from dive_fast.methods.method import Method
+from dive_fast.model import adapters
+from dive_fast.model.freezing import frozen_names
+from dive_fast.model.towers import HEAD, Towers
+
+
+def check(model: ModelConfig, towers: Towers, method: Method) -> None:
+    """Validates ``model.lora`` and ``model.freeze`` against the towers, before anything is embedded.
+
+    Raises:
+        ConfigError: as :func:`adapt` and :func:`freeze_untrained`, as far as they depend on names.
+    """
+    if method.needs.adapters and (model.lora is None or "image" not in model.lora.towers):
+        raise ConfigError(
+            "model.lora: this method trains adapters of the image tower; set for example model.lora.rank=64"
+        )
+    if model.lora is not None:
+        adapters.check(towers, _adapted(model.lora, method))
+    # A head does not exist yet, and neither do the factors of adapters.
+    later = [pattern for pattern in model.freeze if HEAD in pattern or ".lora_" in pattern]
+    frozen = frozen_names(towers, [pattern for pattern in model.freeze if pattern not in later])
+    if not later and not method.needs.head and frozen >= {name for name, _ in towers.named_parameters()}:
+        raise _all_frozen()
+
+
+def adapt(model: ModelConfig, towers: Towers, method: Method, seed: int) -> str:
+    """Applies ``model.lora`` to the pre-trained towers, in place; returns a line about it, empty without adapters.
+
+    A text tower that the method does not run is not adapted.
+
+    Args:
+        seed: ``train.seed``.
+
+    Raises:
+        ConfigError: as :func:`dive_fast.model.adapters.apply`.
+    """
+    if model.lora is None:
+        return ""
+    lora = _adapted(model.lora, method)
+    record = adapters.apply(towers, lora, seed)
+    if lora.dropout > 0:
+        measured = towers.feature_consistency or FeatureConsistency()
+        towers.feature_consistency = replace(
+            measured, is_random=True, matches_evaluation=False, reason=_reason_of_dropout(lora)
+        )
+    factors = sum(p.numel() for name, p in towers.named_parameters() if adapters.is_factor(name))
+    skipped = "" if lora.towers == model.lora.towers else "; the method does not train the text tower"
+    return (
+        f"model.lora: {len(record.layers)} layers of the {' and '.join(lora.towers)} "
+        f"tower{'s' * (len(lora.towers) > 1)} adapted, rank {lora.rank}, {factors:,} parameters{skipped}"
+    )
+
+
+def freeze_untrained(model: ModelConfig, towers: Towers, method: Method) -> None:
+    """Freezes the parameters that the method or ``model.freeze`` does not train.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or nothing is left to train.
+    """
+    assert (model.lora is None) == (towers.adapters is None), "adapters are applied before the engine is built"
+    if not method.needs.texts:
+        towers.text.requires_grad_(False)
+        towers.logit_scale.requires_grad_(False)
+    frozen = frozen_names(towers, model.freeze)
+    for name, parameter in towers.named_parameters():
+        if name in frozen or not method.tunes(name):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in towers.parameters()):
+        raise _all_frozen()
+
+
+def _all_frozen() -> ConfigError:
+    return ConfigError("model.freeze: every parameter is frozen, so nothing is trained; remove a pattern")
+
+
+def _adapted(lora: LoraConfig, method: Method) -> LoraConfig:
+    """The adapters of the towers that a method trains.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if method.needs.texts or "text" not in lora.towers:
+        return lora
+    if lora.towers == ["text"]:
+        raise ConfigError("model.lora.towers: this method trains no text tower; name image")
+    return lora.model_copy(update={"towers": ["image"]})
+
+
+def _reason_of_dropout(lora: LoraConfig) -> str:
+    return f"drops features at random (model.lora.dropout = {lora.dropout:g})"
