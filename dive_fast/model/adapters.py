@@ -171,13 +171,13 @@ class Adapters:
 
     def plain_name(self, name: str) -> str:
         """The name, in towers without adapters, of the parameter that an adapted one belongs to."""
-        layer, _, kind = name.partition(BASE)
-        if not kind:
-            layer, kind = name.partition(".lora_")[0], name.rpartition(".")[2]
+        layer, _, kind = name.replace(BASE, ".").rpartition(".")
+        if is_factor(name):
+            layer = name.partition(".lora_")[0]
         attention, _, part = layer.rpartition(".")
         if attention in self._packed and part in _PARTS:
             return f"{attention}.in_proj_{kind}"
-        return name if layer == name else f"{layer}.{kind}"
+        return f"{layer}.{kind}" if layer else kind
 
 
 def is_factor(name: str, adapter: str = "") -> bool:

@@ -112,8 +112,14 @@ class PairMeasure:
         return embed_readable(towers, self._samples, self._ranks, *self._sizes, self.count, name="")
 
     def identity(self) -> Identity:
-        """The pairs: everything but the models that determines the metrics."""
-        return {"name": self.name, "pairs": self.data(), "modified": self._samples.source.modified()}
+        """The pairs: everything but the models that determines the metrics.
+
+        Raises:
+            ChangedDataError: a file of the pairs changed after the set was listed.
+        """
+        source = self._samples.source
+        source.check_files(spread(len(source), self.count))
+        return {"name": self.name, "pairs": self.data(), "modified": source.listed_modified()}
 
     def data(self) -> str:
         """A digest of the contents of the pairs."""
