@@ -69,7 +69,11 @@ def calls(
     base = noise(sizes.rows, sizes.width)
     features = [(base + 0.5 * noise(*base.shape)).to(dtype).requires_grad_() for _ in range(3)]
     shape = sizes.images, 3, sizes.side, sizes.side
-    clean, gradient = (0.2 * noise(*shape) + 0.5).clamp(0, 1), noise(*shape)
+    images, clean, gradient = (
+        (0.2 * noise(*shape) + 0.5).clamp(0, 1),
+        noise(*shape).abs().clamp(max=1),
+        noise(*shape),
+    )
     samples = torch.arange(sizes.images, device=device)
 
     def volume() -> tuple[Tensor, ...]:
@@ -78,7 +82,7 @@ def calls(
 
     return {
         "volume, forward + backward": (volume, base.numel()),
-        "PGD step": (lambda: (pgd_step(clean, clean, gradient, STEP, EPS, backend),), clean.numel()),
+        "PGD step": (lambda: (pgd_step(images, clean, gradient, STEP, EPS, backend),), clean.numel()),
         "PGD start": (lambda: (pgd_start(clean, samples, EPS, 0, backend=backend),), clean.numel()),
     }
 
