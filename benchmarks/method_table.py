@@ -159,7 +159,9 @@ def replaced(text: str) -> str:
 def main() -> None:
     """Plans if asked to, then writes the table into the document."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--plan", nargs="*", metavar="METHOD", help="plan steps again: of these methods, or of all")
+    parser.add_argument(
+        "--plan", nargs="*", metavar="METHOD", help="plan steps again: of these methods, or of all"
+    )
     if (names := parser.parse_args().plan) is not None:
         plan_costs(names)
     DOCUMENT.write_text(replaced(DOCUMENT.read_text()))

@@ -49,6 +49,7 @@ def apgd_ce(
     checked_loss = peak_loss
     due = set(checkpoints(steps))
     last = 0
+    rows = None  # the samples that are still attacked
     for step in range(steps):
         ahead = threat.project(present + size * threat.steepest(direction), images)
         if step:
@@ -56,7 +57,7 @@ def apgd_ce(
                 present + MOMENTUM * (ahead - present) + (1 - MOMENTUM) * (present - before), images
             )
         before, present = present, ahead
-        tried = gradient(model, present, labels)
+        tried = gradient(model, present, labels, rows)
         best.update(present, tried)
         rises += tried.loss > loss
         direction, loss = tried.images, tried.loss
@@ -74,7 +75,8 @@ def apgd_ce(
             size = torch.where(restart, size / 2, size)
             present = torch.where(restart, peak, present)
             direction = torch.where(restart, peak_direction, direction)
-            if not best.stop_at_success():
+            rows = best.stop_at_success()
+            if not len(rows):
                 break
     return best.result()
 

@@ -61,7 +61,7 @@ class Gradient(NamedTuple):
     """``(B,)`` bool: loss and gradient are finite."""
 
 
-def gradient(model: Model, images: Tensor, labels: Tensor) -> Gradient:
+def gradient(model: Model, images: Tensor, labels: Tensor, rows: Tensor | None = None) -> Gradient:
     """The cross-entropy at the images and its gradient by them.
 
     Losses are summed, not averaged, so that a sample's gradient does not depend on its batch and does not
@@ -70,7 +70,20 @@ def gradient(model: Model, images: Tensor, labels: Tensor) -> Gradient:
     Args:
         images: ``(B, 3, H, W)`` fp32 in [0, 1].
         labels: ``(B,)`` int64.
+        rows: ``(N,)`` int64, the samples that the model computes; others have the loss -inf and the gradient 0.
+            None: all.
     """
+    if rows is not None:
+        part = gradient(model, images[rows], labels[rows])
+        filled = (
+            part.loss.new_full((len(images),), -torch.inf),
+            torch.zeros_like(images),
+            torch.zeros_like(labels, dtype=torch.bool),
+            torch.ones_like(labels, dtype=torch.bool),
+        )
+        return Gradient(
+            *(tensor.index_copy_(0, rows, values) for tensor, values in zip(filled, part, strict=True))
+        )
     with torch.enable_grad():
         images = images.detach().requires_grad_()
         logits = model(images).float()
@@ -108,10 +121,10 @@ class Best:
         self.is_finite = torch.ones_like(self.is_robust)
         self._is_attacked = torch.ones_like(self.is_robust)
 
-    def stop_at_success(self) -> bool:
-        """Ends the attack on samples that are not robust, whatever the others do; returns whether any goes on."""
+    def stop_at_success(self) -> Tensor:
+        """Ends the attack on samples that are not robust; returns the others, ``(N,)`` int64."""
         self._is_attacked = self.is_robust
-        return bool(self._is_attacked.any())
+        return self._is_attacked.nonzero().flatten()
 
     def update(self, images: Tensor, tried: Gradient) -> None:
         """Takes over images that are better than those before."""

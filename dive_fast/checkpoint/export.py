@@ -22,6 +22,8 @@ TEACHER = "moving_teacher.safetensors"
 """Weights of the target half's teacher next to them, where it moves."""
 AVERAGE = "ema.safetensors"
 """Averaged weights next to them, with ``train.ema``."""
+ADAPTER = "adapter.safetensors"
+"""Factors of adapters next to the merged weights, with ``model.lora``."""
 SELECTED = "selected.json"
 """Step and accuracy of a run's best weights, next to them."""
 
@@ -31,7 +33,8 @@ def write_model(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -
 
     All ranks call it; the first one writes: the weights, ``open_clip_config.json`` with architecture and
     preprocessing, and a Hugging Face tokenizer where the model has one. A trained head is written to a file next
-    to them, and so are the weights of a moving teacher and averaged weights; those of another run are removed.
+    to them, and so are the factors of adapters, the weights of a moving teacher and averaged weights; those of
+    another run are removed. Adapters are merged into the weights.
     With ``train.export_ema`` the averaged weights and their head are the model's.
 
     Args:
@@ -45,6 +48,7 @@ def write_model(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -
         averaged = None if engine.average is None else engine.average.replace(weights)
         if engine.average is not None and engine.average.is_exported and averaged is not None:
             weights, averaged = averaged, None
+        _write_adapter(engine, weights, folder / ADAPTER)
         _write_weights(engine, weights, folder / MODEL, class_names)
         _write_weights(engine, averaged, folder / AVERAGE, class_names)
         _write_teacher(engine, folder / TEACHER)
@@ -68,6 +72,16 @@ def _write_weights(
         heads.save(Head(weights["head.weight"], weights["head.bias"], names, digest), head)
 
 
+def _write_adapter(engine: Engine, weights: dict[str, Tensor], path: Path) -> None:
+    """Writes the factors by the names of their layers, with rank and alpha; removes those of another run."""
+    adapters = engine.towers.adapters
+    if adapters is None:
+        path.unlink(missing_ok=True)
+        return
+    rank = adapters.config.rank
+    towers.save(adapters.factors(weights), path, {"rank": str(rank), "alpha": f"{rank * adapters.scaling:g}"})
+
+
 def _write_teacher(engine: Engine, path: Path) -> None:
     """Writes a moving teacher's weights, which every rank has, like the model's; removes those of another run."""
     if engine.teacher is None or not engine.teacher.moves:
@@ -82,7 +96,7 @@ def copy_model(source: Path, folder: Path) -> None:
     names = {file.name for file in source.iterdir() if file.is_file() and file.name != SELECTED}
     # The weights last, as in write_model. Files of another run are removed: its head would classify instead of
     # prompts, and its description would determine how images are preprocessed.
-    optional = {heads.FILE, DESCRIPTION, TEACHER, AVERAGE, heads.head_path(Path(AVERAGE)).name}
+    optional = {heads.FILE, DESCRIPTION, TEACHER, AVERAGE, ADAPTER, heads.head_path(Path(AVERAGE)).name}
     for name in sorted(names | optional, key=lambda name: name == MODEL):
         if name in names:
             partial = folder / f".{name}.partial"

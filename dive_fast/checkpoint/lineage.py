@@ -29,6 +29,7 @@ RUN_FILES = (
     "moving_teacher.safetensors",
     "ema.safetensors",
     "ema_head.safetensors",
+    "adapter.safetensors",
     "audit.json",
     "report.md",
     "report.json",

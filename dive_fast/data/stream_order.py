@@ -108,7 +108,7 @@ class StreamOrder(StepOrder):
         """The first turn, the epoch and the tars of each window, all of which have been scanned.
 
         Raises:
-            DataError: the tars of two epochs of this rank have no sample.
+            DataError: no tar has a sample.
         """
         turn, turns_without_samples = 0, 0
         while True:
@@ -119,7 +119,9 @@ class StreamOrder(StepOrder):
                 count += self._count(tars[-1])
                 turn += 1
             turns_without_samples = 0 if count else turns_without_samples + len(tars)
-            if turns_without_samples * self.world_size > 2 * len(self.tars.tars):
+            # A rank may meet none of the few tars with samples in several epochs: then all are scanned, once.
+            all_tars = range(len(self.tars.tars))
+            if turns_without_samples * self.world_size > 2 * len(all_tars) and not any(map(self._count, all_tars)):
                 reasons = ", ".join(f"{count} {reason}" for reason, count in self._reported.most_common(3))
                 raise DataError(
                     f"{self.section}: {self.tars.path}: no sample has both an image and a .txt file"

@@ -75,7 +75,13 @@ def check_config(config: Config, consistency: FeatureConsistency) -> None:
             f"train.micro_batch_size: {name} {reason}, so a batch in pieces has other gradients than the complete "
             "batch; remove it"
         )
-    needs_teacher = registry.needs(config.objective).reference_teacher
+    needs = registry.needs(config.objective)
+    if needs.views and consistency.is_random:
+        raise ConfigError(
+            f"objective.name = {config.objective.name} encodes views of images twice, to equal features, but "
+            f"{name} {reason}; use another model or method, or remove the dropout"
+        )
+    needs_teacher = needs.reference_teacher
     if needs_teacher and not (consistency.is_random or consistency.matches_evaluation):
         raise ConfigError(
             f"model.name: {name} {reason}; objective.name = {config.objective.name} compares both, so use another "

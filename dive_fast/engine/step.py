@@ -335,11 +335,6 @@ class Engine:
         """The further views of a half's images that its part asks for."""
         if not overrides(part, "views"):
             return ()
-        if self.features_are_random:
-            raise ConfigError(
-                "this method encodes views of images twice and needs equal features, which dropout prevents; set "
-                "it to 0"
-            )
         info = info._replace(samples=info.samples.to(images.device))
         with _evaluating(self.towers), span("views"):
             views = tuple(part.views(images, Student(self.towers, self._pieces, self.ranks.group), info))

@@ -2,21 +2,24 @@
 
 from dataclasses import replace
 
-from dive_fast.config.schema import LoraConfig, ModelConfig
+from dive_fast.config.schema import LoraConfig, ModelConfig, TrainConfig
 from dive_fast.engine.feature_consistency import FeatureConsistency
 from dive_fast.errors import ConfigError
 from dive_fast.methods.method import Method
 from dive_fast.model import adapters
-from dive_fast.model.freezing import frozen_names
+from dive_fast.model.freezing import frozen_names, layer_factors
 from dive_fast.model.towers import HEAD, Towers
 
 
-def check(model: ModelConfig, towers: Towers, method: Method) -> None:
-    """Validates ``model.lora`` and ``model.freeze`` against the towers, before anything is embedded.
+def check(model: ModelConfig, train: TrainConfig, towers: Towers, method: Method) -> None:
+    """Validates adapters, frozen parameters and learning rates against the towers, before anything is embedded.
 
     Raises:
-        ConfigError: as :func:`adapt` and :func:`freeze_untrained`, as far as they depend on names.
+        ConfigError: as :func:`adapt`, :func:`freeze_untrained` and
+            :func:`~dive_fast.model.freezing.layer_factors`, as far as they depend on names.
     """
+    if train.layer_decay is not None:
+        layer_factors(towers, train.layer_decay)
     if method.needs.adapters and (model.lora is None or "image" not in model.lora.towers):
         raise ConfigError(
             "model.lora: this method trains adapters of the image tower; set for example model.lora.rank=64"

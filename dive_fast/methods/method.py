@@ -172,6 +172,8 @@ class Needs(NamedTuple):
     """All weights on each rank's device, for a hook or a teacher on the target half: no ZeRO-3, no offload."""
     adapters: bool
     """Adapters (`model.lora`) in the image tower."""
+    views: bool
+    """Further views of images, which are encoded twice and so must have equal features."""
 
     @property
     def texts(self) -> bool:
@@ -538,6 +540,7 @@ def needs_of(target: type[TargetLoss], reference: type[ReferenceLoss] | None) ->
         and any(overrides(part, hook) for part in (target, reference) for hook in SEQUENTIAL_HOOKS),
         run_length=target.needs_run_length or (reference is not None and reference.needs_run_length),
         adapters=any(part is not None and part.needs_adapters for part in (target, reference)),
+        views=any(part is not None and overrides(part, "views") for part in (target, reference)),
         all_weights=bool(_weight_hooks(*filter(None, (target, reference))) or _teachers(target.teacher)),
     )
 

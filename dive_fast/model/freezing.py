@@ -53,7 +53,7 @@ def _locked_names(towers: Towers, tower: str, unlocked: int, pattern: str) -> se
         with contextlib.redirect_stdout(io.StringIO()):  # towers of transformers print what they lock
             module.lock(unlocked)
         return {f"{prefix}.{name}" for name, parameter in module.named_parameters() if not parameter.requires_grad}
-    except (AssertionError, AttributeError, ImportError, RuntimeError, TypeError) as error:
+    except (AssertionError, AttributeError, ImportError, KeyError, RuntimeError, TypeError) as error:
         raise ConfigError(
             f"model.freeze: open_clip cannot lock the {tower} tower ({type(module).__name__}) as {pattern}: "
             f"{str(error) or type(error).__name__}; name its parameters by patterns"

@@ -575,12 +575,12 @@ def save_description(towers: Towers, folder: Path) -> None:
     write_description(folder, towers.model_cfg, towers.preprocess, tokenizer)
 
 
-def save(state: dict[str, Tensor], path: Path) -> None:
+def save(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Writes weights atomically as safetensors."""
     from safetensors.torch import save_file
 
     with atomic_path(path) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, metadata)
 
 
 def check_text_length(data: DataConfig, towers: Towers) -> None:

@@ -92,7 +92,7 @@ def open_cache(
             if not ranks.broadcast(store.is_there(path)):
                 write_cache(path, frozen, samples, expected, ranks, options.batch_size, loading)
     teacher = CachedTeacher(path, expected, options.verify)
-    if ranks.is_main and teacher.store.modified not in ("", samples.source.modified()):
+    if ranks.is_main and teacher.store.modified not in ("", samples.source.listed_modified()):
         logger.warning(
             "teacher cache %s: modification times of data.reference's files changed since the cache was written, "
             "but the contents that their digest covers did not; the cache is used",

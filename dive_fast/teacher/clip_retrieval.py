@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from dive_fast.config.schema import ReferenceConfig, TeacherConfig
 from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
+from dive_fast.errors import DataError
 from dive_fast.io.atomic_files import atomic_file
 from dive_fast.io.safe_read import map_array
 from dive_fast.teacher import cache_files as store
@@ -224,14 +225,14 @@ def adopt(
     Raises:
         CacheError: the embeddings do not match the samples or cannot be copied, or an unfinished cache of another
             configuration has this name.
+        ChangedDataError: a file changed after the set was listed.
     """
-    with ranks.raise_on_all(CacheError):
+    with ranks.raise_on_all(CacheError, DataError):
         embeddings.check_width(layout.width)
         rows = embeddings.find_rows(source)
+        modified = source.modified()
     try:
-        todo = begin(
-            partial, layout, fingerprint, f"adopted from {embeddings.folder.resolve()}", ranks, source.modified()
-        )
+        todo = begin(partial, layout, fingerprint, f"adopted from {embeddings.folder.resolve()}", ranks, modified)
         with ranks.raise_on_all(CacheError, OSError):
             _copy(embeddings, rows, partial, layout, todo, ranks)
         if ranks.is_main:

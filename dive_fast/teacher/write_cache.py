@@ -14,6 +14,7 @@ from dive_fast.data.loaders.loader import Options, load
 from dive_fast.data.prefetch import Prefetcher
 from dive_fast.data.samples import ReferenceSamples, SampleKey
 from dive_fast.distributed import Ranks
+from dive_fast.errors import DataError
 from dive_fast.model.towers import Towers
 from dive_fast.teacher import cache_files as store
 from dive_fast.teacher.cache_files import CacheError, Layout, StaleCacheError
@@ -41,13 +42,17 @@ def write_cache(
 
     Raises:
         CacheError: an unfinished cache of another configuration has this name, or the disk is full.
+        ChangedDataError: a file changed after the set was listed.
     """
     partial = store.partial_name(folder)
     embed = OnlineTeacher(towers, ranks)
     sizes = len(samples.source), samples.num_views, embed.towers.width, fingerprint["dtype"]
     layout = Layout.of(*sizes, samples.caption_counts)
+    # Blocks of an interrupted call are not written again: a file that changed since must be noticed here.
+    with ranks.raise_on_all(DataError):
+        modified = samples.source.modified()
     try:
-        todo = begin(partial, layout, fingerprint, store.COMPUTED, ranks, samples.source.modified())
+        todo = begin(partial, layout, fingerprint, store.COMPUTED, ranks, modified)
         _write_blocks(partial, layout, todo, embed, samples, ranks, batch_size, options)
         ranks.barrier()
         if ranks.is_main:

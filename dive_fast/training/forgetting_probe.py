@@ -116,9 +116,15 @@ class PairMeasure:
         return embed_readable(towers, self._samples, self._ranks, *sizes, options.loader, name="")
 
     def identity(self) -> Identity:
-        """The pairs: everything but the models that determines the metrics."""
-        loader = loader_of_pairs(self._options.loader, self._samples.source, self._samples.preprocess).name
-        data = {"pairs": self.data(), "modified": self._samples.source.modified(), "loader": loader}
+        """The pairs: everything but the models that determines the metrics.
+
+        Raises:
+            ChangedDataError: a file of the pairs changed after the set was listed.
+        """
+        source = self._samples.source
+        source.check_files(spread(len(source), self.count))
+        loader = loader_of_pairs(self._options.loader, source, self._samples.preprocess).name
+        data = {"pairs": self.data(), "modified": source.listed_modified(), "loader": loader}
         return {"name": self.name} | data
 
     def data(self) -> str:

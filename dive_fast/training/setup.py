@@ -225,7 +225,7 @@ def _check_method(config: Config, section: dict[str, Any], towers: Towers) -> No
     check_hooks(section, method, config.train.schedule)
     check_projection(section, config.projection)
     method.penalty(towers)  # raises where a tower lacks the parameters of the penalty
-    trained_parameters.check(config.model, towers, method)
+    trained_parameters.check(config.model, config.train, towers, method)
 
 
 def _open_sources(config: Config, evaluation_sets: Opened, ranks: Ranks) -> _Sources:

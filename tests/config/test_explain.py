@@ -48,7 +48,7 @@ def test_unknown_key_is_reported_before_a_missing_one(tmp_path: Path) -> None:
     assert (
         error_of(write(tmp_path, tree))
         == "unknown key model.nmae; did you mean model.name? (valid: name, pretrained, random, logit_scale_max, "
-        "license)"
+        "lora, freeze, license)"
     )
 
 

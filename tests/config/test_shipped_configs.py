@@ -39,10 +39,12 @@ PROJECTED = {
     **{f"{base}_digrap": (base, "digrap") for base in ("vitb16_dive", "vitb16_vanilla_ft")},
 }
 """Configs with a method in weight space: the config that they start from, and ``projection.name``."""
+ADAPTED = {"vitb16_dive_lora": "vitb16_dive"}
+"""Configs with adapters, and the config that they start from."""
 OTHERS = (
     *("demo", "vitb16_car_ft", "vitb16_lipsum", "vitb16_starft"),
     *("vitb32_grace", "vitb32_pmg_aft", "vitb32_tecoa"),
-    *(*SELF_DISTILLED, *PROJECTED),
+    *(*SELF_DISTILLED, *PROJECTED, *ADAPTED),
 )
 """Configs of methods or data that are not the paper's."""
 VECTORS = {"decay": 0.99, "average_weight": 1, "pairwise_weight": 1, "mean_gradient": True}
@@ -138,6 +140,18 @@ def test_projected_config_differs_from_its_base_in_rule_and_decay(name: str) -> 
     assert (projected.projection.model_extra or {}) | options == options
     decayed = projected.train.model_copy(update={"weight_decay": 0.1})
     assert projected.model_copy(update={"projection": plain.projection, "train": decayed}) == plain
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapted_config_differs_from_its_base_in_adapters_and_rate(name: str) -> None:
+    adapted, plain = (load_run_config(each, folder=CONFIGS) for each in (name, ADAPTED[name]))
+    assert adapted.model.lora is not None
+    assert (adapted.model.lora.rank, adapted.model.lora.alpha, adapted.train.learning_rate) == (64, None, 2e-4)
+    changed = {
+        "model": adapted.model.model_copy(update={"lora": None}),
+        "train": adapted.train.model_copy(update={"learning_rate": 1e-5}),
+    }
+    assert adapted.model_copy(update=changed) == plain
 
 
 def write_flyp(folder: Path) -> None:

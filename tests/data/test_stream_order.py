@@ -83,6 +83,20 @@ def test_all_ranks_have_full_batches_at_every_step(shards: Path, ranks: int) -> 
         assert [len(step) for step in steps] == [8 // ranks] * 100
 
 
+@pytest.mark.parametrize(("sizes", "ranks"), [((0, 9, 0), 3), ((5, 0, 0, 0), 2), ((0, 0, 7, 0, 0, 3), 6)])
+def test_few_tars_with_samples_are_enough_for_all_ranks(
+    tmp_path: Path, sizes: tuple[int, ...], ranks: int
+) -> None:
+    write(tmp_path, sizes)
+    for tar, size in enumerate(sizes):
+        if not size:
+            tiny.write_tar(tmp_path / f"{tar:05d}.tar", {"bare": {"jpg": tiny.jpeg(tar)}})
+    for rank in range(ranks):
+        steps = keys(order_of(tmp_path, 2 * ranks, rank, ranks), range(30))
+        assert [len(step) for step in steps] == [2] * 30
+        assert keys(order_of(tmp_path, 2 * ranks, rank, ranks), range(17, 30)) == steps[17:]
+
+
 @pytest.mark.parametrize("start", [0, 1, 7, 9, 40, 101])
 def test_order_from_any_step_is_that_of_the_unbroken_run(shards: Path, start: int) -> None:
     for rank in range(2):

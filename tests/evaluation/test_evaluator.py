@@ -15,7 +15,10 @@ from PIL import Image
 
 from dive_fast.checkpoint.load_weights import load_into
 from dive_fast.config.schema import EvaluateConfig, ModelConfig
+from dive_fast.data import content_hashes
+from dive_fast.data.sources import node_index, watched
 from dive_fast.distributed import Ranks
+from dive_fast.errors import ChangedDataError
 from dive_fast.evaluation.evaluator import Options, measure_all, open_all
 from dive_fast.evaluation.feature_identity import structure
 from dive_fast.evaluation.results import Results
@@ -210,6 +213,23 @@ def test_evaluator_measures_again_after_change(case: Case, change: Any) -> None:
         assert case.images() == 0
     finally:
         torch.backends.cudnn.allow_tf32 = tf32_before
+
+
+def test_evaluator_reuses_no_result_of_a_changed_file_of_a_set_that_is_not_listed_again(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIVE_FAST_CACHE", str(case.root / "cache"))
+    monkeypatch.setattr(node_index, "SMALL_FILES", 0)
+    monkeypatch.setattr(watched, "RACY_SECONDS", 0.0)
+    for probes in (node_index, content_hashes):
+        monkeypatch.setattr(probes, "NUM_PROBES", 1)
+    case.images()
+    assert case.images() == 0
+    with (case.root / "set/c/5.bmp").open("r+b") as file:
+        file.write(bmp(99))
+    with pytest.raises(ChangedDataError, match=r"c/5\.bmp: changed since the data set was listed"):
+        case.images()
+    assert case.images() == COUNT
 
 
 def test_templates_matter_only_where_prompts_classify(case: Case) -> None:

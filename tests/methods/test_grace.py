@@ -15,13 +15,19 @@ import tiny
 import torch
 import torch.nn.functional as F
 from distributed import run_ranks
+from safetensors.torch import load_file
 from step_oracle import CLASSES, LABELS, TARGET, WIDTH, Stage, batches
 from torch import Tensor
 from torch.func import functional_call
 
-from dive_fast.config.schema import LoraConfig, ObjectiveConfig
+from dive_fast.checkpoint.export import full_state
+from dive_fast.checkpoint.manifest import checkpoint_path
+from dive_fast.checkpoint.resume import load_checkpoint
+from dive_fast.checkpoint.saver import Saver
+from dive_fast.checkpoint.snapshot import RunRecord
+from dive_fast.config.schema import LoraConfig, ObjectiveConfig, TrainConfig
 from dive_fast.data.random_streams import Draw, stream
-from dive_fast.engine.step import StepBatches
+from dive_fast.engine.step import Engine, StepBatches
 from dive_fast.errors import ConfigError
 from dive_fast.methods import registry
 from dive_fast.methods.adversarial import ImageAttack
@@ -311,6 +317,79 @@ def test_terms_of_grace_change_the_gradient(expected: dict[str, Any]) -> None:
     for name in ("grace", "two ascents", "weights alone", "volume alone"):
         changes = [float((expected[name][0][key] - plain[key]).norm() / plain[key].norm()) for key in plain]
         assert max(changes) > 0.01, name
+
+
+# Runs
+
+
+def start_engine(stage: Stage, zero: int, name: str, **options: Any) -> Engine:
+    """An engine whose method is started, with adapters of the image tower."""
+    method = registry.create(ObjectiveConfig(**{"name": name} | options), WIDTH, total_steps=10)
+    lora = {"rank": LORA_RANK, "alpha": 6.0, "towers": ["image"]}
+    engine = stage.engine(zero, "sequential", 3, method, lora=lora, learning_rate=1e-2)
+    method.start(Start(lambda texts: torch.empty(0), None, 0, None, (), (), engine.towers))  # type: ignore[arg-type]
+    return engine
+
+
+def final_state(engine: Engine) -> dict[str, Tensor]:
+    state = full_state(engine) | engine.method.state()
+    return {name: value.clone() for name, value in state.items()}
+
+
+def resume_after_two_steps(folder: Path, path: Path) -> dict[str, Any]:
+    """States after a third step, at which the curvature is estimated again: uninterrupted and resumed."""
+    Part.backend = "torch"
+    stage = Stage(folder)
+    adapted(stage)
+    options = {"curvature_every": 2, "attack_steps": 2, "perturbation_size": SIZE}
+    engine = start_engine(stage, 2, "grace", **options)
+    for _ in range(2):
+        engine.step(StepBatches(stage.target))
+    saver = Saver(engine, path, TrainConfig(), RunRecord("run"))
+    saver.save(2, {"best": None, "best_step": 0, "since_best": 0, "select": None}, {}, required=True)
+    saver.finish(required=True)
+    first = engine.method.state()["curvature"].clone()
+    engine.step(StepBatches(stage.target))
+    uninterrupted = final_state(engine)
+    engine.deepspeed.destroy()
+    engine = start_engine(stage, 2, "grace", **options)
+    load_checkpoint(engine, checkpoint_path(path, 2))
+    engine.step(StepBatches(stage.target))
+    return {"uninterrupted": uninterrupted, "resumed": final_state(engine), "first": first}
+
+
+def test_resumed_run_has_the_curvature_and_equal_weights(folder: Path, tmp_path: Path) -> None:
+    by_rank = run_ranks(2, resume_after_two_steps, folder, tmp_path)
+    for states in by_rank:
+        assert states["uninterrupted"].keys() == states["resumed"].keys()
+        for name, value in states["uninterrupted"].items():
+            assert torch.equal(value, states["resumed"][name]), name
+        assert not torch.equal(states["uninterrupted"]["curvature"], states["first"])
+    for name in ("curvature", "perturbed_ranks"):
+        assert torch.equal(by_rank[0]["resumed"][name], by_rank[1]["resumed"][name])
+    stored = [load_file(file) for file in checkpoint_path(tmp_path, 2).glob("*.safetensors")]
+    assert not any("perturbation" in name for tensors in stored for name in tensors)
+
+
+def run_without_adversary(folder: Path) -> list[dict[str, Tensor]]:
+    """Weights after two steps of GRACE with weights 0, and of cross-entropy with a frozen head."""
+    Part.backend = "torch"
+    stage, results = Stage(folder), []
+    adapted(stage)
+    for name, options in (("grace", OBJECTIVES["lora"]), ("tecoa", {"attack_steps": 0})):
+        engine = start_engine(stage, 0, name, **{key: value for key, value in options.items() if key != "name"})
+        for _ in range(2):
+            engine.step(StepBatches(stage.target))
+        results.append(full_state(engine))
+        engine.deepspeed.destroy()
+    return results
+
+
+def test_grace_of_weights_zero_has_the_bits_of_lora_tuning(folder: Path) -> None:
+    grace, lora = run_ranks(1, run_without_adversary, folder)[0]
+    shared = {name for name in grace if "perturbation" not in name}
+    assert shared == lora.keys()
+    assert all(torch.equal(grace[name], lora[name]) for name in shared)
 
 
 # Attacks on training images

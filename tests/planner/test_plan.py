@@ -21,11 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from dive_fast.config.schema import Config
+from dive_fast.config.schema import Config, ModelConfig
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.data.prompt_files import read_templates
 from dive_fast.distributed import join
 from dive_fast.engine.step import Engine, StepBatches
+from dive_fast.engine.trained_parameters import adapt
 from dive_fast.kernels import contrastive_loss, primitives
 from dive_fast.methods import method as objective
 from dive_fast.methods import registry
@@ -51,6 +52,7 @@ QUICK: dict[str, Case] = {
     "selective": {"train.activation_checkpointing": "selective"},
     "random texts of a teacher": {"objective.name": "lipsum"},
     "teacher, micro-batches": {"objective.name": "tracer_fd", "train.micro_batch_size": 5},
+    "adapters": {"model.lora": {"rank": 4, "targets": ["q", "v", "mlp"]}, "model.freeze": ["logit_scale"]},
 }
 SLOW: dict[str, Case] = {
     "flyp": {"objective.name": "flyp"},
@@ -157,6 +159,7 @@ def real_step(config: Config) -> tuple[int, int, int]:
             if method.needs.head:
                 towers.head = torch.nn.Linear(WIDTH, len(open_clip.IMAGENET_CLASSNAMES))
             start_method(method)
+            adapt(config.model, towers, method, seed=0)
             engine = Engine(config, towers, method, ranks, total_steps=9)
             simulate_fast_blocks(towers)
             if engine.teacher is not None:
@@ -539,3 +542,33 @@ def test_dry_run_plans_shipped_configs_without_data(tmp_path: Path) -> None:
     followed = plan_json(dry_run("vitl14_dive", "--device", "a100", "--json", *advice["overrides"], cwd=tmp_path))
     assert followed["fits"] == {"a100": True}
     assert followed["peak_memory_bytes"] == advice["peak_memory_bytes"]
+
+
+def plans_of_frozen(folder: Path) -> dict[str, Plan]:
+    cases: dict[str, Case] = {
+        "all": {},
+        "lora": {"model.lora": {"rank": 4}},
+        "image": {"model.freeze": ["image"]},
+    }
+    # Adapted towers have plain blocks, so the others have them too.
+    common: Case = {"zero": 1, "train.fast_blocks": False}
+    return small_plans(folder, {name: case | common for name, case in cases.items()})
+
+
+def test_plan_of_adapters_and_frozen_weights_is_smaller(folder: Path) -> None:
+    plans = run_ranks(1, plans_of_frozen, folder, init=False, timeout=300)[0]
+    full, lora, image = plans["all"], plans["lora"], plans["image"]
+    # 2 blocks of 2 towers with 4 projections of 128 x 128, and the logit scale.
+    assert lora.trained == 2 * 2 * 4 * 2 * 4 * 128 + 1
+    assert lora.parameters == full.parameters + lora.trained - 1
+    assert full.trained == full.parameters
+    visual = sum(p.numel() for p in create(ModelConfig(name=f"local-dir:{folder}")).visual.parameters())
+    assert image.trained == full.trained - visual
+    # AdamW's moments, and the fp32 copy of ZeRO.
+    assert lora.parts["optimizer"] < 0.05 * full.parts["optimizer"]
+    assert lora.peak_memory_bytes < full.peak_memory_bytes
+    # No product computes the gradient of a frozen weight.
+    assert lora.flop_per_step < 0.85 * full.flop_per_step
+    assert image.flop_per_step < 0.7 * full.flop_per_step
+    assert as_json(lora, (), {})["trained_parameters"] == lora.trained
+    assert f"{lora.parameters:,}, {lora.trained:,} of them trained" in as_table(lora, (), {})

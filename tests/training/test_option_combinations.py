@@ -137,6 +137,11 @@ CONSTANT = {
     "objective.backgrounds",
     "objective.random_texts",
     "objective.random_tokens",
+    *("objective.attack_eps", "objective.attack_step", "objective.attack_steps"),
+    *("objective.frozen_weight", "objective.clean_weight", "objective.weight_perturbation_weight"),
+    *(f"objective.perturbation_{key}" for key in ("rank", "size", "steps")),
+    *(f"objective.curvature_{key}" for key in ("every", "decay", "low", "high")),
+    "objective.gram_weight",
     "objective.probe_epochs",
     "objective.probe_learning_rate",
     # Each row without ZeRO-3 has a rule or none, by turns: all values with all stages would be five times as many
@@ -202,6 +207,8 @@ WITH_CLASSES = tuple(
     for name, preset in PRESETS.items()
     if TARGETS[preset.target].needs_head or TARGETS[preset.target].needs_classes
 )
+ADVERSARIAL = ("grace", "pmg_aft", "tecoa")
+WITH_VIEWS = ("grace", "pmg_aft")
 WITH_TEACHER = tuple(name for name, preset in PRESETS.items() if TARGETS[preset.target].teacher != "none")
 RAW = ("folder", "webdataset", "csv")
 NEVER: dict[str, tuple[Value, ...]] = {"evaluate.every_steps": (None,), "evaluate.every_epochs": (None,)}
@@ -210,6 +217,8 @@ INVALID = [
     Invalid({"objective.name": NEED_REFERENCE, REFERENCE: ("none",)}, "needs a reference set"),
     Invalid({"objective.name": WITH_CLASSES, "data.target.format": ("csv",)}, "csv has prompts and no classes"),
     Invalid({"objective.name": WITH_TEACHER, STAGE: (3,)}, "a teacher on the target half"),
+    Invalid({"objective.name": ADVERSARIAL, STAGE: (3,)}, "which need all weights"),
+    Invalid({"objective.name": WITH_VIEWS, "model.name": ("dropping",)}, "encodes views of images twice"),
     Invalid({"objective.name": ("car_ft",), "data.target.templates": ("a photo of a {}",)}, "at least two"),
     Invalid({"data.target.loader": ("ffcv",), "data.target.format": RAW}, "reads prepared sets alone"),
     Invalid(
@@ -526,6 +535,8 @@ def tree_of(folder: Path, output: Path, row: Row) -> dict[str, Any]:
     preset = PRESETS[row["objective.name"]]
     options = {"name", *registry.options_of(preset)}
     options |= {"weight", "reference_every"} if preset.reference is not None else set()
+    if TARGETS[preset.target].needs_adapters:
+        tree["model"]["lora"] = {"rank": 2, "towers": ["image"]}
     tree["objective"]["probe_epochs"] = 1
     tree["objective"] = {key: value for key, value in tree["objective"].items() if key in options}
     turn = zlib.crc32(json.dumps(sorted(row.items())).encode())

@@ -227,8 +227,25 @@ class Source(Images):
         """A hash of the modification times of all files; computed once.
 
         If both it and :meth:`digest` are equal, nothing has changed. A copy of the files has another one.
+
+        Raises:
+            ChangedDataError: as :meth:`check_files`.
         """
+        self._check_all_files  # noqa: B018 - once
+        return self.listed_modified()
+
+    def listed_modified(self) -> str:
+        """As :meth:`modified`, of files that may have changed since: for results that read all images again."""
         return self._modified
+
+    def check_files(self, rows: Sequence[int]) -> None:
+        """Compares the files of some samples with the listing of a set that was opened without another one.
+
+        Raises:
+            ChangedDataError: a file has changed since.
+        """
+        if self.samples.listed is not None:
+            content_hashes.map_in_threads(self.samples.check_if_readable, rows)
 
     def image_ids(self) -> NDArray[np.int64]:
         """``(N,)``: equal numbers for images of equal bytes; unreadable images are distinct; computed once."""
@@ -250,6 +267,10 @@ class Source(Images):
         return digest.hexdigest()
 
     @cached_property
+    def _check_all_files(self) -> None:
+        self.check_files(range(len(self)))
+
+    @cached_property
     def _modified(self) -> str:
         return self.modified_hash or content_hashes.modification_hash(self.files or self.samples.used_files())
 
@@ -257,8 +278,7 @@ class Source(Images):
     def _image_ids(self) -> NDArray[np.int64]:
         if self.hashes is None:
             # Otherwise a changed image would be an unreadable or a cut one.
-            if self.samples.listed is not None:
-                content_hashes.map_in_threads(self.samples.check_if_readable, range(len(self)))
+            self._check_all_files  # noqa: B018 - once
             hashes = content_hashes.image_hashes(self.samples)
         else:
             hashes = [row.tobytes() for row in self.hashes]

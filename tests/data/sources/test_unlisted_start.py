@@ -5,6 +5,7 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ import torch
 from distributed import run_ranks
 
 from dive_fast import distributed
+from dive_fast.data import content_hashes
+from dive_fast.data.prepared.convert import Options as PrepareOptions
 from dive_fast.data.prepared.raw import RawSource
-from dive_fast.data.samples import EvaluationSamples
+from dive_fast.data.prepared.write import prepare
+from dive_fast.data.samples import EvaluationSamples, ReferenceSamples
 from dive_fast.data.sources import node_index, watched
 from dive_fast.data.sources.captioned_folder import CaptionedFolder, open_captioned_folder
 from dive_fast.data.sources.csv_table import CsvSet, open_csv
@@ -26,6 +30,8 @@ from dive_fast.data.workers import in_workers
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ChangedDataError, DataError
 from dive_fast.evaluation.datasets.strict_samples import StrictSamples
+from dive_fast.evaluation.geometry.embed import spread
+from dive_fast.training.forgetting_probe import PairMeasure
 
 TICK = 0.02
 """Seconds in which a file system's clock advances: two changes so far apart have two times."""
@@ -435,3 +441,36 @@ def _open_on_nodes(folder: str) -> list[int]:
 
 def test_change_noticed_by_one_node_is_listed_by_all(root: Path) -> None:
     assert run_ranks(2, _open_on_nodes, str(root)) == [[1, 1, 2, 2]] * 2
+
+
+@pytest.mark.parametrize(("opened", "file"), [(folder, "cat/1.jpg"), (rows, "dog/1.jpg"), (pairs, "cat/1.txt")])
+def test_results_that_are_not_computed_again_belong_to_the_files_of_now(
+    root: Path, monkeypatch: pytest.MonkeyPatch, opened: Callable[[Path], Source], file: str
+) -> None:
+    monkeypatch.setattr(node_index, "NUM_PROBES", 0)
+    monkeypatch.setattr(content_hashes, "NUM_PROBES", 1)
+    former = opened(root)
+    prepare(RawSource(former), root / "prepared", PrepareOptions(), workers=0)
+    in_place(root / "set" / file, b"other words")
+    changed = opened(root)
+    assert changed.listed_modified() == former.modified(), "the start has not noticed the change"
+    with pytest.raises(ChangedDataError, match=f"{file}: changed since the data set was listed"):
+        prepare(RawSource(changed), root / "prepared", PrepareOptions(), workers=0)
+    assert opened(root).modified() != former.modified()
+
+
+@pytest.mark.parametrize("number", [0, 5])
+def test_measure_of_pairs_compares_their_files_only(
+    root: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(node_index, "NUM_PROBES", 0)
+    pairs(root)
+    source = pairs(root)
+    preprocess = Preprocess((8, 8), (0,) * 3, (1,) * 3, "bicubic", "squash")
+    samples = ReferenceSamples(source, lambda texts: torch.zeros(len(texts), 4).long(), preprocess, "argmax", 0)
+    measure = PairMeasure("probe", samples, 3, Ranks(0, 1, torch.device("cpu")), 2, 0)
+    assert spread(len(source), 3)[0] == 0
+    assert 5 not in spread(len(source), 3)
+    in_place(source.samples.path(number).with_suffix(".txt"), b"other words")
+    with pytest.raises(ChangedDataError) if number == 0 else nullcontext():
+        measure.identity()
