@@ -4,6 +4,7 @@
 imports count in no figure. Memory is relative to the process after that.
 """
 
+import contextlib
 import gc
 import importlib
 import json
@@ -420,7 +421,8 @@ def metrics(lines: int) -> None:
             target_order=SimpleNamespace(steps_per_epoch=5),
         )
         batches: Any = SimpleNamespace(waited=0.0)
-        Metrics(run, 10 * lines, batches)
+        with contextlib.redirect_stdout(sys.stderr):  # the line of a resume
+            Metrics(run, 10 * lines, batches)
 
 
 def checkpoints(count: int) -> None:

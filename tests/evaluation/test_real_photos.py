@@ -41,7 +41,12 @@ def test_loaders_predict_the_same_classes(
     classes = torch.randn(len(open_clip.IMAGENET_CLASSNAMES), 64, generator=torch.Generator().manual_seed(0))
     seen: list[Tensor] = []
     logits = Classifier.logits
-    monkeypatch.setattr(Classifier, "logits", lambda *args: seen.append(logits(*args)) or seen[-1])
+
+    def recorded(classes: Classifier, features: Tensor) -> Tensor:
+        seen.append(logits(classes, features))
+        return seen[-1]
+
+    monkeypatch.setattr(Classifier, "logits", recorded)
     predicted, margins = {}, {}
     loaders: tuple[Loader, ...] = ("plain", "dali", "ffcv")
     for loader in loaders:
