@@ -280,18 +280,18 @@ def _true(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sum(mask: Tensor, axis: int, weights: Tensor) -> Tensor:
-    """Sums of the weights, all at least 1, of the true elements of a mask along an axis."""
+    """Sums of the weights, most of them 1, of the true elements of a mask along an axis."""
     counts = _count(mask, axis)
-    if len(heavy := (weights > 1).nonzero()[:, 0]):
-        more = mask.index_select(axis, heavy).float()
-        extra = weights[heavy] - 1
+    if len(others := (weights != 1).nonzero()[:, 0]):
+        more = mask.index_select(axis, others).float()
+        extra = weights[others] - 1
         counts = counts + (more @ extra if axis else extra @ more).long()
     return counts
 
 
 def _count(mask: Tensor, axis: int) -> Tensor:
     """Numbers of true elements of a mask along an axis."""
-    if mask.shape[1] % 8:
+    if mask.shape[1] % 8 or not mask.numel():
         return mask.sum(axis, dtype=torch.int32)
     # Eight elements, each 0 or 1, are added at a time: a byte holds up to 255.
     counts = [part.sum(axis).view(torch.uint8) for part in mask.view(torch.int64).split(255, axis)]
