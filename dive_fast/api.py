@@ -3,6 +3,7 @@
 Under a launcher (``torchrun script.py``) every rank calls them; otherwise they use one GPU, or the CPU.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ use_cpu_without_gpu()
 from dive_fast.config.schema import EvaluateConfig, EvaluationSet, ModelConfig
 from dive_fast.config.shipped import CONFIGS
 from dive_fast.evaluation import zero_shot
+from dive_fast.evaluation.attacks.attack_options import AttackOptions
+from dive_fast.evaluation.attacks.attacked_sets import evaluate_under_attack
 from dive_fast.evaluation.geometry import compare as geometry
 from dive_fast.evaluation.geometry.embed import describe_pairs
 from dive_fast.methods.run_config import RunConfig as Config
@@ -62,6 +65,7 @@ def train(config: Config, output: str | Path | None = None) -> dict[str, float]:
 def evaluate(
     model: str | Path | ModelConfig,
     sets: Mapping[str, EvaluationSet | Mapping[str, Any]],
+    attack: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, float]:
     """Measures a model on data sets; returns each set's metric, in [0, 1], by name.
@@ -71,18 +75,28 @@ def evaluate(
             ``local-dir:``), or a ``model`` section, e.g.
             ``ModelConfig(name="ViT-B-16-quickgelu", pretrained="openai")``.
         sets: name -> data set, as ``evaluate.sets`` of a config.
+        attack: measures the accuracy under this attack instead, on sets with labels:
+            ``{"name": "apgd-ce", "eps": 4}``, with eps in 255ths, and optionally ``norm``, ``steps``, ``samples``
+            and ``seed`` (:class:`dive_fast.evaluation.attacks.attack_options.AttackOptions`).
         options: other keys of the section ``evaluate``: ``batch_size``, ``workers``.
 
     Raises:
-        ConfigError, DataError: the model or a set cannot be read.
+        ConfigError, DataError: the model or a set cannot be read, or the attack is not possible.
+        TypeError: an unknown key of the attack.
         ValidationError: an unknown key.
     """
+    attacking = (
+        None if attack is None else AttackOptions(**{**attack, "eps": (float(attack.get("eps", math.nan)),)})
+    )
     described = _model(model)
     config = EvaluateConfig.model_validate(
         {"sets": {name: _section(each) for name, each in sets.items()}} | options
     )
     ranks = _ranks()
     evaluated = towers.create(described).to(ranks.device).eval()
+    if attacking is not None:
+        measured = evaluate_under_attack(evaluated, towers.tokenizer_of(described), config, ranks, attacking)
+        return {name: by_eps[attacking.eps[0]] for name, by_eps in measured.items()}
     with torch.no_grad():
         return zero_shot.evaluate(evaluated, towers.tokenizer_of(described), config, ranks)
 

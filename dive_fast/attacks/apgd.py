@@ -43,20 +43,21 @@ def apgd_ce(
     # The sample's image of the highest loss, from which it restarts; it may be classified rightly.
     peak, peak_direction = present, direction
     peak_loss = torch.where(tried.is_finite, loss, -torch.inf)
-    size = images.new_full((len(images), 1, 1, 1), 2 * threat.eps)
+    size = images.new_full((len(images),), 2 * threat.eps)
     rises = torch.zeros(len(images), device=images.device)
     was_halved = torch.ones_like(tried.is_right)
     checked_loss = peak_loss
     due = set(checkpoints(steps))
     last = 0
+    rows = None  # the samples that are still attacked
     for step in range(steps):
-        ahead = threat.project(present + size * threat.steepest(direction), images)
+        ahead = threat.step(present, images, direction, size)
         if step:
             ahead = threat.project(
                 present + MOMENTUM * (ahead - present) + (1 - MOMENTUM) * (present - before), images
             )
         before, present = present, ahead
-        tried = gradient(model, present, labels)
+        tried = gradient(model, present, labels, rows)
         best.update(present, tried)
         rises += tried.loss > loss
         direction, loss = tried.images, tried.loss
@@ -71,10 +72,11 @@ def apgd_ce(
             checked_loss, last = peak_loss, step + 1
             rises = torch.zeros_like(rises)
             restart = was_halved[:, None, None, None]
-            size = torch.where(restart, size / 2, size)
+            size = torch.where(was_halved, size / 2, size)
             present = torch.where(restart, peak, present)
             direction = torch.where(restart, peak_direction, direction)
-            if not best.stop_at_success():
+            rows = best.stop_at_success()
+            if not len(rows):
                 break
     return best.result()
 

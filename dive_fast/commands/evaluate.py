@@ -2,6 +2,7 @@
 
 ``dive-fast evaluate --model ViT-B-16-quickgelu --pretrained openai --suite imagenet_ood --root /data``
 evaluates one of open_clip's models, and ``dive-fast evaluate --compare ViT-B/16`` prints published results.
+``--attack apgd-ce --eps 4`` measures the accuracy under attack instead.
 On several GPUs: ``deepspeed launch/evaluate.py ...``. See docs/evaluation.md.
 """
 
@@ -15,6 +16,9 @@ from dive_fast.commands import cli
 
 if TYPE_CHECKING:
     from dive_fast.config.schema import Config, ModelConfig
+    from dive_fast.evaluation.attacks.attack_options import AttackOptions
+    from dive_fast.evaluation.results import Results
+    from dive_fast.evaluation.tables import Row
 
 RESULTS = Path("runs/evaluate")
 """Default output folder with --model."""
@@ -44,10 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--class-names and --templates go with --suite or --datasets")
     if not names and (options.config is None or options.root is not None):
         parser.error("name data sets by --suite or --datasets")
+    _check_attack(parser, options)
 
     # Only pydantic is imported so far, so that a typo is reported at once.
     from dive_fast.config.schema import EvaluateConfig, EvaluationSet, ModelConfig
     from dive_fast.errors import ConfigError, UserError
+    from dive_fast.evaluation.attacks.attack_options import MAX_BATCH, attackable
     from dive_fast.evaluation.datasets.catalog import expand_suites
     from dive_fast.evaluation.early_checks import check_output, check_sets
     from dive_fast.model.model_names import check_name
@@ -73,6 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
             check_sets(config.evaluate.sets, skips_missing=options.skip_missing)
 
     try:
+        attack = _attack(options)
         if options.config is not None:
             config = cli.load_config(
                 options.config, options.overrides, check=lambda checked: check(checked.model, checked)
@@ -87,9 +94,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         use_cpu_without_gpu()
         from dive_fast.checkpoint.load_weights import head_of, load_into
-        from dive_fast.evaluation import evaluator, plots, published
+        from dive_fast.evaluation import evaluator, published
+        from dive_fast.evaluation.attacks.attacked_sets import attack_all
         from dive_fast.evaluation.results import Results
-        from dive_fast.evaluation.tables import as_markdown, lines_of
+        from dive_fast.evaluation.tables import as_markdown
         from dive_fast.model import head as heads
         from dive_fast.model import towers
 
@@ -105,12 +113,14 @@ def main(arguments: list[str] | None = None) -> int:
     head_file = _head(options, weights)
     if weights is None and options.head is None and (unused := _head_of_folder(model)) is not None:
         ranks.print(f"{model.name} has a trained head, which is not used; --head {unused} evaluates it")
-    precision = options.precision or (config.train.precision if config is not None else "fp32")
+    default_precision = "fp32" if config is None or attack is not None else config.train.precision
+    precision = options.precision or default_precision
+    default_batch = defaults.batch_size if attack is None else min(defaults.batch_size, MAX_BATCH)
     folder = options.output or _folder(options, config)
     evaluation = evaluator.Options(
         options.label or _label(options, model, weights),
         precision,
-        options.batch_size or defaults.batch_size,
+        options.batch_size or default_batch,
         defaults.workers if options.workers is None else options.workers,
         defaults.loader,
         options.classifiers or folder / "classifiers",
@@ -125,6 +135,8 @@ def main(arguments: list[str] | None = None) -> int:
                 head = head_of(head_file) if head_file.is_dir() else heads.load(head_file)
         # Outside of the blocks: all ranks take part in opening each set.
         opened = evaluator.open_all(sets, ranks, options.skip_missing, "" if names else "evaluate.sets")
+        if attack is not None:
+            attackable(opened, attack.name)
         with ranks.raise_on_all(UserError):
             evaluated = towers.create(model, weights=weights is None)
             if weights is not None:
@@ -139,25 +151,77 @@ def main(arguments: list[str] | None = None) -> int:
             "head": None if head is None else str(head_file),
         }
         with results.writing_tables() if ranks.is_main else nullcontext():
-            rows = evaluator.measure_all(
-                evaluated, tokenizer, sets, opened, ranks, results, evaluation, model_fields, head
-            )
+            if attack is None:
+                rows = evaluator.measure_all(
+                    evaluated, tokenizer, sets, opened, ranks, results, evaluation, model_fields, head
+                )
+            else:
+                rows = attack_all(
+                    *(evaluated, tokenizer, sets, opened, ranks, results, evaluation, attack, model_fields, head)
+                )
     except UserError as error:
         return cli.report_error(error, options)
     if ranks.is_main:
         print(as_markdown(rows), end="")
         if compared is not None:
             print(f"\n{published.comparison(compared, results.rows)}", end="")
-        variant = [rows[0].get(name) for name in VARIANT]
-        same = [row for row in results.rows if [row.get(name) for name in VARIANT] == variant]
-        (line,) = lines_of(same).values()
-        figure = f"reliability_{re.sub(r'[^A-Za-z0-9._-]+', '_', evaluation.label)}.png"
-        written = "results.jsonl, results.csv, results.md"
-        if plots.reliability(list(line.values()), folder / figure, f"{evaluation.label}, {precision}"):
-            written += f", {figure}"
+        written = ", ".join(["results.jsonl, results.csv, results.md", *_figures(rows, results, attack)])
         print(f"\n{folder}/{written}")
     ranks.leave()
     return 0
+
+
+def _figures(rows: "list[Row]", results: "Results", attack: "AttackOptions | None") -> list[str]:
+    """Draws the figure of this evaluation from all stored rows; returns its name, if there is anything to draw."""
+    from dive_fast.evaluation import plots
+    from dive_fast.evaluation.attacks import attack_figure
+    from dive_fast.evaluation.tables import lines_of
+
+    if attack is not None:
+        figure = f"attack_{attack.name}_{attack.norm}.png"
+        is_drawn = attack_figure.draw(results.rows, results.folder / figure, attack.name, attack.norm)
+        return [figure] if is_drawn else []
+    variant = [rows[0].get(name) for name in VARIANT]
+    same = [row for row in results.rows if [row.get(name) for name in VARIANT] == variant]
+    (line,) = lines_of(same).values()
+    label, precision = rows[0]["label"], rows[0]["precision"]
+    figure = f"reliability_{re.sub(r'[^A-Za-z0-9._-]+', '_', label)}.png"
+    is_drawn = plots.reliability(list(line.values()), results.folder / figure, f"{label}, {precision}")
+    return [figure] if is_drawn else []
+
+
+def _check_attack(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Checks that the options of attacks are used together."""
+    if options.attack is None:
+        for option in ("eps", "norm", "attack_steps", "attack_samples", "attack_seed"):
+            if getattr(options, option) is not None:
+                parser.error(f"--{option.replace('_', '-')} goes with --attack, e.g. --attack apgd-ce")
+    elif options.eps is None:
+        parser.error("--attack needs --eps in 255ths, e.g. --eps 4, or several: --eps 1 2 4")
+    elif options.compare is not None:
+        parser.error("--compare: there are no published results under attack; leave it out")
+
+
+def _attack(options: argparse.Namespace) -> "AttackOptions | None":
+    """The attack of ``--attack``.
+
+    Raises:
+        ConfigError: an option has an impossible value, or the attack's package is not installed.
+    """
+    from dive_fast.evaluation.attacks.attack_options import AttackOptions, check_installed
+
+    if options.attack is None:
+        return None
+    attack = AttackOptions(
+        options.attack,
+        tuple(dict.fromkeys(options.eps)),
+        options.norm or "linf",
+        options.attack_steps,
+        options.attack_samples,
+        options.attack_seed or 0,
+    )
+    check_installed(attack.name)
+    return attack
 
 
 def _compare(options: argparse.Namespace, folder: Path) -> int:
@@ -205,7 +269,22 @@ def _parser() -> argparse.ArgumentParser:
         "--templates", help="templates for all data sets: a text file, one template, or e.g. food101"
     )
     data.add_argument("--skip-missing", action="store_true", help="leave out data sets that cannot be opened")
-    parser.add_argument("--batch-size", type=cli.count(1), help="images encoded at once on each rank")
+    attack = parser.add_argument_group("accuracy under attack (docs/evaluation.md)")
+    attack.add_argument("--attack", choices=("apgd-ce", "pgd", "autoattack"), help="measure under this attack")
+    attack.add_argument(
+        "--eps", nargs="+", type=float, metavar="N", help="largest change of an image, in 255ths; one row each"
+    )
+    attack.add_argument("--norm", choices=("linf", "l2"), help="norm of the change; default: linf")
+    attack.add_argument(
+        "--attack-steps", type=cli.count(1), help="gradients for each image; default: apgd-ce 100, pgd 10"
+    )
+    attack.add_argument(
+        "--attack-samples", type=cli.count(1), help="size of a random subset of each set; default: all samples"
+    )
+    attack.add_argument("--attack-seed", type=cli.count(0), help="seed of subset and attack; default: 0")
+    parser.add_argument(
+        "--batch-size", type=cli.count(1), help="images encoded at once on each rank; attacked ones: at most 64"
+    )
     parser.add_argument("--workers", type=int, help="loader processes on each rank")
     parser.add_argument(
         "--output", type=Path, help="output folder; default: the run folder; with --model runs/evaluate"

@@ -93,19 +93,8 @@ def measure_all(
         ConfigError, DataError: invalid config or data; the message says what to change. Earlier rows remain.
     """
     remark_on_loaders(options.loader, opened, towers.preprocess, ranks)
-    set_fields = {name: _describe_set(name, sets[name], data, head) for name, data in opened.items()}
-    with ranks.raise_on_all(UserError):
-        common = features_identity(towers, tokenizer, ranks.device) if ranks.is_main else {}
-        scale = float(towers.scale().detach())
-        named = common | {"precision": common["precision"] | {"named": options.precision}} if ranks.is_main else {}
-        loaders = {name: loader_of(options.loader, data, towers.preprocess).name for name, data in opened.items()}
-        local = identities(named, opened, head, scale, loaders) if ranks.is_main else {}
-        if ranks.is_main and head is not None and head.trained_with not in ("", common["model"]["weights"]):
-            logger.warning(
-                "%s: the head was trained with other weights than these; it may not classify their features well",
-                options.label,
-            )
-    identity_of: dict[str, Identity] = ranks.broadcast(local)
+    set_fields = {name: describe_set(name, sets[name], data, head) for name, data in opened.items()}
+    identity_of = shared_identities(towers, tokenizer, opened, ranks, options, head)
     rows: list[Row] = []
     for name, data in opened.items():
         identity = identity_of[name]
@@ -132,15 +121,7 @@ def measure_all(
                 cache=options.classifiers,
                 name=name,
             )
-            row = model_fields | {
-                "label": options.label,
-                "precision": options.precision,
-                "weights_digest": identity["model"]["weights"],
-                "data_digest": identity["data"]["content"],
-                "ranks": ranks.world_size,
-                "device": identity["device"],
-                "versions": {package: identity["versions"][package] for package in SHOWN_VERSIONS},
-            }
+            row = model_fields | fields_of_measurement(identity, options, ranks)
             row |= fields | {"value": measured.scores[metric]} | measured.scores
             row |= {
                 "samples": measured.samples,
@@ -151,13 +132,54 @@ def measure_all(
             }
             if measured.reliability is not None:
                 row["reliability"] = {field: list(bins) for field, bins in measured.reliability._asdict().items()}
-            again = _changes(results.latest(options.label, name), identity, needed)
+            again = changes(results.latest(options.label, name), identity, needed)
             ranks.print(f"{name}: {_summary(row)}{again}")
         rows.append(row)
         with ranks.raise_on_all(UserError):
             if ranks.is_main:
                 results.add(row)
     return rows
+
+
+def shared_identities(
+    towers: Towers,
+    tokenizer: Tokenizer,
+    opened: Opened,
+    ranks: Ranks,
+    options: Options,
+    head: Head | None = None,
+) -> dict[str, Identity]:
+    """The identity of each set's metrics, computed by the first rank; all ranks must call this, and all get it.
+
+    Raises:
+        ConfigError: two classes of the head, or of a set, share a name that is needed to select a row.
+    """
+    with ranks.raise_on_all(UserError):
+        common = features_identity(towers, tokenizer, ranks.device) if ranks.is_main else {}
+        scale = float(towers.scale().detach())
+        named = common | {"precision": common["precision"] | {"named": options.precision}} if ranks.is_main else {}
+        loaders = {name: loader_of(options.loader, data, towers.preprocess).name for name, data in opened.items()}
+        local = identities(named, opened, head, scale, loaders) if ranks.is_main else {}
+        if ranks.is_main and head is not None and head.trained_with not in ("", common["model"]["weights"]):
+            logger.warning(
+                "%s: the head was trained with other weights than these; it may not classify their features well",
+                options.label,
+            )
+    shared: dict[str, Identity] = ranks.broadcast(local)
+    return shared
+
+
+def fields_of_measurement(identity: Identity, options: Options, ranks: Ranks) -> Row:
+    """The fields of a row that say by what and with which weights a set was measured."""
+    return {
+        "label": options.label,
+        "precision": options.precision,
+        "weights_digest": identity["model"]["weights"],
+        "data_digest": identity["data"]["content"],
+        "ranks": ranks.world_size,
+        "device": identity["device"],
+        "versions": {package: identity["versions"][package] for package in SHOWN_VERSIONS},
+    }
 
 
 def identities(
@@ -220,7 +242,7 @@ def set_identity(
     return identity | {"task": "classification", "classes": classes}
 
 
-def _describe_set(
+def describe_set(
     name: str, config: EvaluationSet, data: Labelled | Captioned, head: Head | None
 ) -> dict[str, Any]:
     """The fields of a row that describe the set and its classifier."""
@@ -246,7 +268,7 @@ def _describe_set(
     return fields | {"classifier": "head", "head_rows": head_rows}
 
 
-def _changes(latest: Row | None, identity: Identity, needed: Sequence[str]) -> str:
+def changes(latest: Row | None, identity: Identity, needed: Sequence[str]) -> str:
     """The reason why a set that was measured before under the same label is measured again.
 
     Args:

@@ -2,14 +2,15 @@
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dive_fast.errors import DataError
 from dive_fast.evaluation import calibration
-from dive_fast.evaluation.tables import METRICS, RECALLS, REQUIRED, Row, as_csv, as_markdown
+from dive_fast.evaluation.tables import METRICS, RECALLS, REQUIRED, Row, as_csv, as_markdown, is_adversarial
 from dive_fast.io.atomic_files import write_atomic
 from dive_fast.io.safe_read import parse_json, read_text
 from dive_fast.locks import file_lock
@@ -56,10 +57,15 @@ class Results:
         rows = (row for row in reversed(self._rows.values()) if row.get("key") == key and fields <= row.keys())
         return next((row | {"label": label, "set": name} for row in rows), None)
 
-    def latest(self, label: str, name: str) -> Row | None:
-        """The newest row of a label and set."""
-        rows = (row for row in reversed(self._rows.values()) if (row["label"], row["set"]) == (label, name))
-        return next(rows, None)
+    def latest(self, label: str, name: str, attack: Mapping[str, Any] | None = None) -> Row | None:
+        """The newest row of a label and set.
+
+        Args:
+            attack: fields of a row under attack; None: of a row without one.
+        """
+        expected = {"label": label, "set": name} | (attack or {})
+        rows = (row for row in reversed(self._rows.values()) if is_adversarial(row) == (attack is not None))
+        return next((row for row in rows if all(row.get(field) == expected[field] for field in expected)), None)
 
     def add(self, row: Row) -> None:
         """Adds a row, replacing one with the same label, set and key, by one line of the file.
@@ -201,11 +207,29 @@ def _check_row(row: Row) -> None:
             raise ValueError(f"{name} is {str(row[name])[:20]}, not {bounds}")
     if "reliability" in row:
         _check_bins(row["reliability"])
+    if is_adversarial(row):
+        _check_attack(row)
     if row.get(row["metric"], row["value"]) != row["value"]:
         raise ValueError(f"its value is {row['value']}, but its {row['metric']} is {row[row['metric']]}")
     for name in ("samples", "left_out"):
         if name in row and (type(row[name]) is not int or row[name] < 0):
             raise ValueError(f"{name} is {row[name]!r}, not a count")
+
+
+def _check_attack(row: Row) -> None:
+    if not all(isinstance(row.get(name), str) for name in ("attack", "norm")):
+        raise ValueError("its attack or norm is not text")
+    if not _is_number(row.get("eps")) or not 0 <= row["eps"] < math.inf:
+        raise ValueError(f"eps is {row.get('eps')!r}, not a finite number of at least 0")
+    if not _is_number(row.get("clean")) or not 0 <= row["clean"] <= 1:
+        raise ValueError(f"clean is {row.get('clean')!r}, not between 0 and 1")
+    for name in ("steps", "subset", "not_finite", "seed"):
+        if row.get(name) is not None and (type(row[name]) is not int or row[name] < 0):
+            raise ValueError(f"{name} is {row[name]!r}, not a count")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
 
 
 def _check_bins(bins: Any) -> None:

@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from dive_fast.evaluation import calibration
 from dive_fast.evaluation.datasets.catalog import IMAGENET_OOD, IMAGENET_OOD_4, KNOWN, SUITES, ZERO_SHOT_10
@@ -25,6 +25,10 @@ METRICS = {
     "worst_region": "worst region",
 }
 """Metrics that the header of a column names, and how; top-1 is not named."""
+ADVERSARIAL = "adversarial"
+"""Metric of the rows under attack: the share of samples that stay rightly classified."""
+ATTACKS = {"apgd-ce": "APGD-CE", "pgd": "PGD", "autoattack": "AutoAttack"}
+NORMS = {"linf": "L-infinity", "l2": "L2"}
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -42,7 +46,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """Tables 2, 3 and 4 of the paper, retrieval, all other sets, and calibration, as Markdown.
+    """Tables 2, 3 and 4 of the paper, retrieval, all other sets, calibration, and under attack, as Markdown.
 
     A line is one model at one precision; if several share a label, digest and precision are appended to it. An
     average over only part of its sets is marked, e.g. ``(2 of 5)``, and a line below the table names the others.
@@ -70,22 +74,22 @@ def as_markdown(rows: Sequence[Row]) -> str:
                 ("ece_batched", f"batches of {calibration.ECE_BATCH}, as published for CaRot"),
             )
         ),
+        _under_attack(rows),
     ]
     return "\n".join(part for part in parts if part)
 
 
+def is_adversarial(row: Row) -> bool:
+    """Whether a row was measured under attack."""
+    return bool(row["metric"] == ADVERSARIAL)
+
+
 def lines_of(rows: Sequence[Row]) -> Lines:
-    """The rows by model and column."""
-    variants: dict[str, list[tuple[str, str]]] = {}
-    for row in rows:
-        variant = str(row.get("weights_digest", "")), str(row.get("precision", ""))
-        if variant not in variants.setdefault(row["label"], []):
-            variants[row["label"]].append(variant)
+    """The rows by model and column, without those under attack."""
+    rows = [row for row in rows if not is_adversarial(row)]
     lines: Lines = {}
-    for row in rows:
-        digest, precision = str(row.get("weights_digest", "")), str(row.get("precision", ""))
-        several = len(variants[row["label"]]) > 1
-        line = lines.setdefault(f"{row['label']} ({digest[:8]}, {precision})" if several else row["label"], {})
+    for name, row in zip(_line_names(rows), rows, strict=True):
+        line = lines.setdefault(name, {})
         column = _known_column(row)
         if column is None:
             line[_separate_column(row)] = row
@@ -98,6 +102,75 @@ def lines_of(rows: Sequence[Row]) -> Lines:
         else:  # the same data set from two folders: both are shown
             line[_separate_column(row)] = row
     return lines
+
+
+def _line_names(rows: Sequence[Row]) -> list[str]:
+    """For each row the name of its line: its label, with digest and precision where several share a label."""
+    variants: dict[str, set[tuple[str, str]]] = {}
+    keys = [(str(row.get("weights_digest", "")), str(row.get("precision", ""))) for row in rows]
+    for row, key in zip(rows, keys, strict=True):
+        variants.setdefault(row["label"], set()).add(key)
+    return [
+        f"{row['label']} ({digest[:8]}, {precision})" if len(variants[row["label"]]) > 1 else row["label"]
+        for row, (digest, precision) in zip(rows, keys, strict=True)
+    ]
+
+
+class AttackedLine(NamedTuple):
+    """The results of one model on one set under one attack."""
+
+    label: str
+    """Label of the model, as in the other tables."""
+    title: str
+    """Title of the set."""
+    attack: str
+    """Attack, norm, steps and number of samples."""
+    rows: dict[float, Row]
+    """The newest row for each eps, in rising order."""
+
+
+def attacked_lines(rows: Sequence[Row]) -> list[AttackedLine]:
+    """The rows under attack by model, set and attack; rows of other settings are lines of their own."""
+    rows = [row for row in rows if is_adversarial(row)]
+    lines: dict[tuple[Any, ...], AttackedLine] = {}
+    for name, row in zip(_line_names(rows), rows, strict=True):
+        settings = (row["attack"], row["norm"], *(row.get(field) for field in ("steps", "subset", "seed")))
+        line = lines.setdefault(
+            (name, row["set"], *settings), AttackedLine(name, _title_under_attack(row), attack_name(row), {})
+        )
+        line.rows[row["eps"]] = row
+    return [line._replace(rows=dict(sorted(line.rows.items()))) for line in lines.values()]
+
+
+def _title_under_attack(row: Row) -> str:
+    is_copy = row.get("dataset") is not None and row["set"] != row["dataset"]
+    return str(row["title"]) + (f" ({row['set']})" if is_copy else "")
+
+
+def attack_name(row: Row) -> str:
+    """The attack of a row: its name, norm, steps, and the number of samples of a subset."""
+    parts = [ATTACKS.get(row["attack"], row["attack"]), NORMS.get(row["norm"], row["norm"])]
+    parts += [f"{row['steps']} steps"] if row.get("steps") else []
+    parts += [f"{row['subset']} samples"] if row.get("subset") else []
+    parts += [f"seed {row['seed']}"] if row.get("seed") else []
+    return ", ".join(parts)
+
+
+def _under_attack(rows: Sequence[Row]) -> str:
+    """Accuracy of the same samples clean and under each attack."""
+    lines = attacked_lines(rows)
+    distances = sorted({eps for line in lines for eps in line.rows})
+    cells = [["Method", "Set", "Attack", "Clean", *(f"{eps:g}/255" for eps in distances)]]
+    for line in lines:
+        newest = next(reversed(line.rows.values()))
+        values = [_robust(line.rows[eps]) if eps in line.rows else "" for eps in distances]
+        cells.append([line.label, line.title + _left_out(newest), line.attack, _percent(newest["clean"]), *values])
+    return markdown("Under attack", cells) if lines else ""
+
+
+def _robust(row: Row) -> str:
+    note = f" ({row['not_finite']} not finite)" if row.get("not_finite") else ""
+    return _percent(row["value"]) + note
 
 
 def _known_column(row: Row) -> str | None:

@@ -305,7 +305,7 @@ def _is_in_tower(name: str) -> bool:
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     """A linear layer with copies of these parameters."""
-    layer = nn.Linear(*reversed(weight.shape), device="meta")
+    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     layer.weight, layer.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
     return layer
 
@@ -347,8 +347,8 @@ def _layers_of(towers: Towers, tower: str, lora: LoraConfig) -> list[str]:
                 f"model.lora.targets: the {tower} tower ({kind}) has no layer {target}; it has "
                 f"{', '.join(sorted(available)) or 'none that can be adapted'}"
             )
-    for name, (target, shape) in layers.items():
-        parts = _PACKED.get(target, (target,))
+    for name, (kind_of_layer, shape) in layers.items():
+        parts = _PACKED.get(kind_of_layer, (kind_of_layer,))
         selected = [part for part in parts if part in lora.targets]
         if selected and len(selected) < len(parts):
             raise ConfigError(

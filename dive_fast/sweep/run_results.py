@@ -11,6 +11,7 @@ from dive_fast.config.schema import NO_PROJECTION
 from dive_fast.errors import DataError, one_line
 from dive_fast.evaluation.results import FILE as MEASURED
 from dive_fast.evaluation.results import Results
+from dive_fast.evaluation.tables import is_adversarial
 from dive_fast.io.safe_read import parse_json, read_text
 from dive_fast.training.run_report import KINDS, SIMILARITIES
 
@@ -94,7 +95,7 @@ def read_folder(folder: Path) -> list[RunResult]:
     run, labels = read_report(folder), dict[str, list[Measure]]()
     name = folder.absolute().name
     try:
-        rows = Results(folder).rows
+        rows = [row for row in Results(folder).rows if not is_adversarial(row)]
     except DataError as error:
         return [run if run.problem else replace(run, remarks=(*run.remarks, str(error)))]
     for row in rows:

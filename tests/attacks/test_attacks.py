@@ -115,6 +115,31 @@ def test_attack_does_not_depend_on_the_batch(model: nn.Module, threat: Threat, a
             torch.testing.assert_close(apart.images, together.images[piece], rtol=0, atol=1e-9)
 
 
+def test_apgd_computes_only_samples_that_it_attacks(model: nn.Module) -> None:
+    images, labels = data()
+    sizes: list[int] = []
+
+    def counted(images: Tensor) -> Tensor:
+        sizes.append(len(images))
+        logits: Tensor = model(images)
+        return logits
+
+    attacked = apgd_ce(counted, images, labels, THREATS[0], steps=20, noise=noise(list(range(COUNT))))
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[: checkpoints(20)[0] + 1] == [COUNT] * (checkpoints(20)[0] + 1)
+    assert attacked.is_robust.sum() <= sizes[-1] < COUNT
+
+
+def test_gradient_of_some_rows_leaves_the_others(model: nn.Module) -> None:
+    images, labels = data()
+    complete, part = gradient(model, images, labels), gradient(model, images, labels, torch.tensor([7, 2]))
+    for tensor, values in zip(part, complete, strict=True):
+        torch.testing.assert_close(tensor[[7, 2]], values[[7, 2]])
+    assert part.loss.isinf().sum() == COUNT - 2
+    assert part.images.flatten(1).any(1).sum() == 2
+    assert part.is_finite.all()
+
+
 def test_pgd_of_two_steps_equals_the_formula() -> None:
     # One pixel value x, two classes with logits (x, -x): the cross-entropy of class 0 falls with x.
     def logits(images: Tensor) -> Tensor:

@@ -115,6 +115,40 @@ def test_evaluate_open_clip_model_on_known_data_set(tree: dict[str, Any], tmp_pa
     assert len(list((tmp_path / "classifiers").iterdir())) == 1
 
 
+def test_evaluate_measures_accuracy_under_attack(tree: dict[str, Any], tmp_path: Path) -> None:
+    config = str(Path(tree["train"]["output"]).parent / "config.json")
+    attack = ["--attack", "apgd-ce", "--attack-steps", "3", "--eps", "0", "2", "64"]
+    completed = call("--config", config, "--output", str(tmp_path), *attack)
+    assert completed.returncode == 0, completed.stderr
+    rows = rows_of(tmp_path)
+    assert [(row["set"], row["eps"], row["classifier"]) for row in rows] == [
+        *(("seen", eps, "head") for eps in (0.0, 2.0, 64.0)),
+        *(("other", eps, "prompts") for eps in (0.0, 2.0, 64.0)),
+    ]
+    assert all(row["value"] == row["clean"] for row in rows if row["eps"] == 0)
+    assert "| run | seen | APGD-CE, L-infinity, 3 steps |" in completed.stdout
+    assert completed.stdout.endswith("results.md, attack_apgd-ce_linf.png\n")
+    assert (tmp_path / "attack_apgd-ce_linf.png").is_file()
+    plain = call("--config", config, "--output", str(tmp_path))
+    assert plain.returncode == 0, plain.stderr
+    clean = {row["set"]: row["top1"] for row in rows_of(tmp_path) if "top1" in row}
+    assert clean == {row["set"]: row["clean"] for row in rows}
+
+
+@pytest.mark.slow
+def test_evaluate_under_attack_on_two_ranks(tree: dict[str, Any], tmp_path: Path) -> None:
+    config = str(Path(tree["train"]["output"]).parent / "config.json")
+    attack = ["--attack", "apgd-ce", "--attack-steps", "3", "--eps", "0", "2", "--attack-samples", "9"]
+    values = []
+    for ranks in (1, 2):
+        completed = call("--config", config, "--output", str(tmp_path / str(ranks)), *attack, ranks=ranks)
+        assert completed.returncode == 0, completed.stderr
+        rows = rows_of(tmp_path / str(ranks))
+        assert [(row["samples"], row["ranks"]) for row in rows] == [(9, ranks)] * 4
+        values.append([(row["set"], row["eps"], row["clean"], row["key"]) for row in rows])
+    assert values[0] == values[1]
+
+
 def test_evaluate_reports_mistakes_in_one_line(tree: dict[str, Any], tmp_path: Path) -> None:
     config = str(Path(tree["train"]["output"]).parent / "config.json")
     (line,) = errors(call("--config", config, f"train.output={tmp_path}/none"))

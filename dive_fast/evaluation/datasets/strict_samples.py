@@ -99,6 +99,6 @@ class StrictSamples(EvaluationSamples):
         return replace(batch, labels=batch.labels.masked_fill(left_out, BROKEN))
 
 
-def progress(ranks: Ranks, total: int, name: str, unit: str) -> AbstractContextManager["tqdm[Any]"]:
+def progress(ranks: Ranks, total: int, name: str, unit: str, done: int = 0) -> AbstractContextManager["tqdm[Any]"]:
     """A progress bar called ``name`` for this rank's share; disabled if the name is empty."""
-    return ranks.progress(total, name, unit) if name else tqdm(disable=True)
+    return ranks.progress(total, name, unit, done) if name else tqdm(disable=True)
