@@ -4,7 +4,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dive_fast.evaluation.plots import BLUE, GREEN, ORANGE, OTHERS, WIDTH, new_figure, save_figure, style_axes
+from dive_fast.evaluation.plots import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    OTHERS,
+    WIDTH,
+    add_title,
+    new_figure,
+    save_figure,
+    style_axes,
+)
 from dive_fast.evaluation.tables import ATTACKS, NORMS, AttackedLine, attacked_lines
 
 COLOURS = (BLUE, ORANGE, GREEN, *OTHERS)
@@ -41,7 +51,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, attack: str, norm: str) 
             distances = [0.0, *(eps for eps in line.rows if eps)]
             clean = next(reversed(line.rows.values()))["clean"]
             values = [100 * clean, *(100 * line.rows[eps]["value"] for eps in distances[1:])]
-            panel.plot(distances, values, "o-", color=colours[name], markersize=4, label=name)
+            panel.plot(distances, values, "o-", color=colours[name], markersize=4, label=name, clip_on=False)
         panel.set_title(titles[index], loc="left", fontsize=10)
         panel.set_ylim(bottom=0)
         panel.set_xlim(left=0)
@@ -52,9 +62,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, attack: str, norm: str) 
             panel.set_ylabel("accuracy, %")
     handles = {label: handle for panel in panels.flat for handle, label in zip(*panel.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    figure.suptitle(
-        f"Accuracy under {ATTACKS.get(attack, attack)}", fontsize=11.5, fontweight="bold", x=0.01, ha="left"
-    )
+    add_title(figure, f"Accuracy under {ATTACKS.get(attack, attack)}")
     save_figure(figure, path)
     return True
 

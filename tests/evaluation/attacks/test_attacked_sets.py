@@ -272,3 +272,15 @@ def test_figure_has_a_panel_for_each_set_and_a_line_for_each_model(
         assert picture.width == 2 * 830
     assert not attack_figure.draw(rows, tmp_path / "b.png", "pgd", "linf")
     assert not (tmp_path / "b.png").exists()
+
+
+def test_python_api_returns_the_accuracy_under_attack(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dive_fast import api
+
+    monkeypatch.setattr(api, "_ranks", lambda: ALONE)
+    (row,) = case.attack(attack(0.5))
+    sets, options = {"mine": case.sets["mine"]}, {"batch_size": 4, "workers": 0}
+    values = api.evaluate(DEMO, sets, attack={"name": "apgd-ce", "eps": 0.5, "steps": 4}, **options)
+    assert values == {"mine": row["value"]}
+    with pytest.raises(ConfigError, match="eps = nan: expected a finite number"):
+        api.evaluate(DEMO, sets, attack={"name": "apgd-ce"}, **options)
