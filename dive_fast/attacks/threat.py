@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dive_fast.attacks.noise import uniform
 from dive_fast.kernels import pgd_start, pgd_step
 from dive_fast.kernels.backend import Backend
+from dive_fast.kernels.naive_attacks import uniform
 
 Norm = Literal["linf", "l2"]
 Model = Callable[[Tensor], Tensor]
@@ -56,7 +56,7 @@ class Threat(NamedTuple):
         return self.project(images + size * self.steepest(gradient), clean)
 
     def random_start(self, clean: Tensor, samples: Tensor, seed: int, step: int = 0) -> Tensor:
-        """:meth:`start` with the noise of these samples, ``(B,)``; see :func:`dive_fast.attacks.noise.uniform`."""
+        """:meth:`start` with noise by sample, ``(B,)``: :func:`dive_fast.kernels.naive_attacks.uniform`."""
         if self.norm == "linf":
             return pgd_start(clean, samples, self.eps, seed, step, self.backend)
         return self.start(clean, uniform(samples, clean.shape[1:], seed, step))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dive_fast.attacks.apgd import apgd_ce, checkpoints
-from dive_fast.attacks.noise import philox, uniform
 from dive_fast.attacks.pgd import pgd
 from dive_fast.attacks.threat import Attacked, Norm, Threat, gradient
+from dive_fast.kernels.naive_attacks import philox, uniform
 
 SIDE, CLASSES, COUNT = 8, 5, 40
 THREATS = [Threat("linf", 12 / 255), Threat("l2", 0.5)]

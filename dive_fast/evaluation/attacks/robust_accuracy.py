@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dive_fast.attacks.apgd import apgd_ce
-from dive_fast.attacks.noise import uniform
 from dive_fast.attacks.pgd import pgd
 from dive_fast.attacks.threat import Threat
 from dive_fast.data.batch import EvaluationBatch
@@ -24,6 +23,7 @@ from dive_fast.evaluation.attacks.block_log import BlockLog
 from dive_fast.evaluation.classifier import Classifier
 from dive_fast.evaluation.datasets.evaluation_set import Labelled
 from dive_fast.evaluation.datasets.strict_samples import BROKEN, StrictSamples, progress
+from dive_fast.kernels.naive_attacks import uniform
 from dive_fast.model.towers import Towers, unit
 from dive_fast.numerics import full_fp32
 
