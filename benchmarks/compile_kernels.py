@@ -38,6 +38,7 @@ from triton.runtime import JITFunction
 
 from dive_fast.kernels import (
     activation,
+    attack_steps,
     column_sums,
     contrastive,
     deviations,
@@ -49,6 +50,7 @@ from dive_fast.kernels import (
     normalise,
     packed_qkv,
     primitives,
+    volume,
 )
 
 # Bytes of shared memory for one program, by compute capability (CUDA programming guide, technical specifications).
@@ -88,8 +90,9 @@ class Variant(NamedTuple):
     options: tuple[tuple[str, int], ...]
 
 
-LOSSES = (contrastive, difference, distillation, joint_step)
-MODULES = (activation, column_sums, deviations, *LOSSES, layer_norm, moving_average, normalise, packed_qkv)
+LOSSES = (contrastive, difference, distillation, joint_step, volume)
+LAYERS = (activation, attack_steps, layer_norm, normalise, packed_qkv)
+MODULES = (*LOSSES, *LAYERS, column_sums, deviations, moving_average)
 KERNELS = {name: kernel for module in MODULES for name, kernel in vars(module).items() if name.endswith("_kernel")}
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
 TYPES |= {torch.int64: "*i64", torch.float64: "*fp64", torch.uint8: "*u8"}
@@ -100,7 +103,7 @@ def variants() -> list[Variant]:
     recorded: dict[Variant, None] = {}
 
     def record(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-        options |= primitives.COMPILER_OPTIONS
+        options = primitives.COMPILER_OPTIONS | options
         recorded[_variant(kernel, arguments, options)] = None
 
     with unittest.mock.patch.object(primitives, "launch", record):
@@ -110,6 +113,7 @@ def variants() -> list[Variant]:
             _launch_activation(dtype)
             _launch_packed(dtype)
             _launch_normalise(dtype)
+        _launch_attack_steps()
         # Images have one dtype; the residual stream of texts is fp32 under autocast.
         for stream, dtype in itertools.product(DTYPES, DTYPES):
             if stream in (dtype, torch.float32):
@@ -145,6 +149,8 @@ def _launch_all(rows: int, width: int, dtype: torch.dtype) -> None:
     for weights in DISTILLATIONS if width == 512 else DISTILLATIONS[:1]:  # their widths differ in the rows alone
         _, _, *saved = distillation.launch_forward(image, text, scale, teacher, teacher, scale, *weights, "")
         distillation.launch_backward(upstream, scale, scale, *saved, *sizes, True, dtype, *weights)
+    volume.launch_backward(upstream, image, image, image)
+    volume.launch_forward(image, image, image)
 
 
 def _launch_activation(dtype: torch.dtype) -> None:
@@ -165,6 +171,15 @@ def _launch_normalise(dtype: torch.dtype) -> None:
     pixels = torch.empty(2, 224, 224, 3, dtype=torch.uint8, device="meta")
     for channels_last in (False, True):
         normalise.launch_forward(pixels, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), dtype, channels_last)
+
+
+def _launch_attack_steps() -> None:
+    """Images whose values are a multiple of 16 in number, and others."""
+    for side in (224, 27):
+        images, numbers = torch.empty(2, 3, side, side, device="meta"), torch.empty(2, device="meta")
+        for sizes in (None, numbers):
+            attack_steps.launch_step(images, images, images, 1 / 255, sizes, 4 / 255)
+        attack_steps.launch_start(images, numbers.long(), 4 / 255, 0, 0, 0)
 
 
 def _launch_layer_norm(stream: torch.dtype, dtype: torch.dtype) -> None:

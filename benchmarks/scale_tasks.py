@@ -4,9 +4,11 @@
 imports count in no figure. Memory is relative to the process after that.
 """
 
+import contextlib
 import gc
 import importlib
 import json
+import math
 import os
 import resource
 import sys
@@ -401,22 +403,8 @@ def metrics(lines: int) -> None:
     from dive_fast.distributed import Ranks
     from dive_fast.training.metrics import Metrics
 
-    names = (
-        "loss",
-        "contrastive",
-        "avl",
-        "pvl",
-        "image_norm",
-        "text_norm",
-        "lr",
-        "images_per_second",
-        "data_wait",
-    )
     with tempfile.TemporaryDirectory() as folder:
-        with (Path(folder) / "metrics.jsonl").open("w") as file:
-            for number in range(1, lines + 1):
-                line = {"step": 10 * number} | {name: number / (row + 7) for row, name in enumerate(names)}
-                file.write(json.dumps(line) + "\n")
+        _write_metrics(Path(folder) / "metrics.jsonl", lines)
         # The parts of a run that its metrics read.
         method = SimpleNamespace(norms={}, target_loss=None, needs=SimpleNamespace(reference=False))
         run: Any = SimpleNamespace(
@@ -433,7 +421,8 @@ def metrics(lines: int) -> None:
             target_order=SimpleNamespace(steps_per_epoch=5),
         )
         batches: Any = SimpleNamespace(waited=0.0)
-        Metrics(run, 10 * lines, batches)
+        with contextlib.redirect_stdout(sys.stderr):  # the line of a resume
+            Metrics(run, 10 * lines, batches)
 
 
 def checkpoints(count: int) -> None:
@@ -448,12 +437,102 @@ def checkpoints(count: int) -> None:
         assert len(list_checkpoints(Path(folder))) == count
 
 
+def runs_report(runs: int) -> None:
+    """Compares finished runs with 16 sets each, as ``dive-fast report`` does; their folders are written first."""
+    from dive_fast.sweep.run_results import read_runs
+    from dive_fast.sweep.runs_report import write_runs_report
+    from dive_fast.sweep.runs_table import compare_runs, find_axes, table_text
+
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(runs):
+            _write_run(Path(folder) / f"run{number}", number)
+        table = compare_runs(read_runs([Path(folder)]))
+        axes = find_axes(table)
+        table_text("Runs", table, axes)
+        write_runs_report(table, axes, Path(folder) / "report", with_page=True)
+
+
+def _write_run(folder: Path, number: int) -> None:
+    kinds = ("id", "ood", "zero_shot", "other")
+    rows = [
+        {
+            "name": f"set{row}",
+            "kind": kinds[row % 4],
+            "metric": "top1",
+            "before": 0.5,
+            "after": 0.5 + 0.4 * math.sin(number + row) ** 2,
+            "samples": 50_000,
+            "left_out": 0,
+        }
+        for row in range(16)
+    ]
+    sets = {row["name"]: {"path": f"/data/{row['name']}", "role": row["kind"]} for row in rows}
+    config = {
+        "config": {"objective": {"name": "dive", "weight": 1e3}, "train": {"seed": 0}, "evaluate": {"sets": sets}},
+        "steps": 100,
+    }
+    report = {"run": folder.name, "weights_step": 90, "steps": 100, "method": "dive", "weight": 1e3, "seed": 0}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "report.json").write_text(json.dumps(report | {"rows": rows, "title": "DiVE"}))
+
+
+def unfinished_run(lines: int) -> None:
+    """Looks for the step that a run without a report has reached, as ``dive-fast report`` does."""
+    from dive_fast.sweep.run_results import read_runs
+
+    with tempfile.TemporaryDirectory() as folder:
+        _write_run(Path(folder) / "run", 0)
+        (Path(folder) / "run/report.json").unlink()
+        _write_metrics(Path(folder) / "run/metrics.jsonl", lines)
+        read_runs([Path(folder)])
+
+
+def course(lines: int) -> None:
+    """Reads the metrics of a run and draws its geometry over training, as ``dive-fast geometry`` does."""
+    from dive_fast.evaluation.geometry.figures import draw_course
+    from dive_fast.io.safe_read import parse_json, read_text
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "metrics.jsonl"
+        _write_metrics(path, lines)
+        draw_course([parse_json(line) for line in read_text(path).splitlines()], Path(folder) / "course.png")
+
+
+def _write_metrics(path: Path, lines: int) -> None:
+    names = ("loss", "contrastive", "average_loss", "pairwise_loss", "image_norm", "text_norm", "lr", "data_wait")
+    with path.open("w") as file:
+        for number in range(1, lines + 1):
+            line = {"step": 10 * number} | {name: number / (row + 7) for row, name in enumerate(names)}
+            file.write(json.dumps(line) + "\n")
+
+
+def prompts(classes: int) -> None:
+    """Tokens of 80 prompts for each class, from two evaluations, and their division into batches."""
+    import open_clip
+    import torch
+
+    from dive_fast.data.prompts import text_lengths
+    from dive_fast.distributed import Ranks
+    from dive_fast.evaluation.text_features import KeptTokens, _distinct, _tokenize, batches_by_length
+
+    tokenizer = KeptTokens(open_clip.get_tokenizer("ViT-B-32"))
+    texts = [f"a {kind} photo of object {number}." for number in range(classes) for kind in range(80)]
+    for _ in range(2):
+        tokens, _ = _distinct(_tokenize(tokenizer, texts, Ranks(0, 1, torch.device("cpu"))))
+        batches_by_length(text_lengths(tokens, "argmax").tolist(), 1 << 11)
+
+
 GROWTH: dict[str, tuple[Callable[[int], None], tuple[int, ...]]] = {
     "results tables, rows": (results_tables, (160, 480, 1600)),
     "geometry": (geometry, (1000, 3000, 10_000, 30_000)),
     "retrieval": (retrieval, (1000, 3000, 10_000)),
     "metrics of a resumed run, lines": (metrics, (10_000, 100_000)),
     "checkpoints": (checkpoints, (100, 1000)),
+    "runs in dive-fast report": (runs_report, (10, 30, 100)),
+    "metrics of an unfinished run in dive-fast report, lines": (unfinished_run, (10_000, 100_000)),
+    "curves of geometry over training, lines": (course, (10_000, 100_000)),
+    "class prompts without the encoder, classes": (prompts, (100, 300, 1000)),
 }
 """Other work that grows with its length: its function and the lengths that are measured."""
 

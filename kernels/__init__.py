@@ -10,7 +10,14 @@ in fp32 (fp64 stays fp64) and returns fp32 (fp64) scalars.
 
 from dive_fast.kernels import naive
 from dive_fast.kernels.averages import MovingAverage
-from dive_fast.kernels.layers import add_layer_norm, biased_activation, normalise_images, split_qkv
+from dive_fast.kernels.layers import (
+    add_layer_norm,
+    biased_activation,
+    normalise_images,
+    pgd_start,
+    pgd_step,
+    split_qkv,
+)
 from dive_fast.kernels.losses import contrastive_loss, difference_loss, distillation_loss, dive_loss, gram_volume
 from dive_fast.kernels.naive import DifferenceLoss, DistillationLoss, DiveLoss
 from dive_fast.kernels.slots import Slots
@@ -32,5 +39,7 @@ __all__ = [
     "gram_volume",
     "naive",
     "normalise_images",
+    "pgd_start",
+    "pgd_step",
     "split_qkv",
 ]

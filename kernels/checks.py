@@ -207,6 +207,61 @@ def check_pixels(pixels: Tensor, mean: Sequence[float], std: Sequence[float], dt
         raise ValueError(f"dtype: expected float16, bfloat16 or float32, got {dtype}")
 
 
+def check_attacked(
+    clean: Tensor, eps: float, images: Tensor | None = None, gradient: Tensor | None = None
+) -> None:
+    """Checks images ``(B, C, H, W)``, of which there may be none, and others of the same shape, dtype and device.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong, or eps is negative.
+    """
+    if clean.ndim != 4:
+        raise ValueError(f"clean: expected shape (B, 3, H, W), got {tuple(clean.shape)}")
+    if clean.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"clean: expected dtype torch.float32 or torch.float64, got {clean.dtype}")
+    for name, tensor in {"images": images, "gradient": gradient}.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != clean.dtype:
+            raise ValueError(f"{name}: expected dtype {clean.dtype} as clean has, got {tensor.dtype}")
+        if tensor.shape != clean.shape:
+            raise ValueError(
+                f"{name}: expected shape {tuple(clean.shape)} as clean has, got {tuple(tensor.shape)}"
+            )
+        _check_device(name, tensor, "clean", clean)
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number that is not negative, got {eps}")
+
+
+def check_step_sizes(step_size: Tensor, clean: Tensor) -> None:
+    """Checks one number for each image, of its dtype.
+
+    Raises:
+        ValueError: its shape, dtype or device is wrong.
+    """
+    if step_size.shape != clean.shape[:1]:
+        raise ValueError(f"step_size: expected shape ({len(clean)},), got {tuple(step_size.shape)}")
+    if step_size.dtype != clean.dtype:
+        raise ValueError(f"step_size: expected dtype {clean.dtype} as clean has, got {step_size.dtype}")
+    _check_device("step_size", step_size, "clean", clean)
+
+
+def check_samples(samples: Tensor, clean: Tensor, seed: int, step: int) -> None:
+    """Checks one number of a sample for each image, and the seed and the step of random numbers.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong, or a number is out of range.
+    """
+    if samples.shape != clean.shape[:1]:
+        raise ValueError(f"samples: expected shape ({len(clean)},), got {tuple(samples.shape)}")
+    if samples.dtype != torch.int64:
+        raise ValueError(f"samples: expected dtype torch.int64, got {samples.dtype}")
+    _check_device("samples", samples, "clean", clean)
+    for name, number, bits in ("seed", seed, 64), ("step", step, 32):
+        if not 0 <= number < 2**bits:
+            raise ValueError(f"{name}: expected a number from 0 to 2^{bits} - 1, got {number}")
+
+
 def check_layer_norm(
     x: Tensor,
     branch: Tensor | None,

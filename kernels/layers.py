@@ -1,4 +1,4 @@
-"""The layers around the matrix products of a tower: normalisation of its images, and the layers of its blocks.
+"""The layers around the matrix products of a tower: normalisation and attacks of its images, layers of its blocks.
 
 The layers between two matrix products of a block take one pass each way.
 
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from dive_fast.kernels import backend as backends
-from dive_fast.kernels import checks, naive
+from dive_fast.kernels import checks, naive, naive_attacks
 from dive_fast.kernels.backend import Backend
 from dive_fast.kernels.checks import Activation
 
 if backends.primitives is not None:
     # The import registers the custom ops, which must happen before anything is traced.
-    from dive_fast.kernels import activation, layer_norm, normalise, packed_qkv
+    from dive_fast.kernels import activation, attack_steps, layer_norm, normalise, packed_qkv
 
 
 def biased_activation(x: Tensor, bias: Tensor | None, kind: Activation, backend: Backend = "auto") -> Tensor:
@@ -144,3 +144,75 @@ def normalise_images(
     if not backends.uses_triton(backend, pixels, any_width=True):
         return naive.normalise_images(pixels, mean, std, dtype, channels_last)
     return normalise.normalise_images(pixels, mean, std, dtype, channels_last)
+
+
+@torch.no_grad()
+def pgd_step(
+    images: Tensor,
+    clean: Tensor,
+    gradient: Tensor,
+    step_size: float | Tensor,
+    eps: float,
+    backend: Backend = "auto",
+) -> Tensor:
+    """One step of projected gradient descent in L-infinity, with the same bits on each backend; no gradient.
+
+    ::
+
+        y = clip01( clean + clip( images + step_size sign(gradient) - clean, -eps, eps) )
+
+    Args:
+        images, clean, gradient: ``(B, 3, H, W)`` fp32; those in another memory format than ``images`` are copied.
+            fp64 takes plain PyTorch.
+        step_size: a number, or ``(B,)``, one for each image, on the scale of images in [0, 1].
+        eps: largest change of a value.
+        backend: as for :func:`biased_activation`.
+
+    Returns:
+        The images after the step, in the memory format of ``images``.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, or the backend cannot run.
+    """
+    checks.check_attacked(clean, eps, images, gradient)
+    if isinstance(step_size, Tensor):
+        checks.check_step_sizes(step_size, clean)
+    if not _attacks_in_triton(backend, clean):
+        return naive_attacks.pgd_step(images, clean, gradient, step_size, eps)
+    return attack_steps.pgd_step(images, clean, gradient, step_size, eps)
+
+
+@torch.no_grad()
+def pgd_start(
+    clean: Tensor, samples: Tensor, eps: float, seed: int, step: int = 0, backend: Backend = "auto"
+) -> Tensor:
+    """Random images to start PGD from, uniform in the L-infinity ball, with the same bits on each backend.
+
+    ::
+
+        y = clip01( clean + clip( clean + eps U - clean, -eps, eps) ),   U uniform in (-1, 1)
+
+    Args:
+        clean: ``(B, 3, H, W)`` fp32, contiguous (otherwise copied). fp64 takes plain PyTorch.
+        samples: ``(B,)`` int64: numbers of the samples in their set, below 2^32; they determine U of each image,
+            whatever its batch and rank.
+        eps: largest change of a value.
+        seed: below 2^64.
+        step: of the run; below 2^32.
+        backend: as for :func:`biased_activation`.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, or the backend cannot run.
+    """
+    checks.check_attacked(clean, eps)
+    checks.check_samples(samples, clean, seed, step)
+    if not _attacks_in_triton(backend, clean):
+        return naive_attacks.pgd_start(clean, samples, eps, seed, step)
+    return attack_steps.pgd_start(clean, samples, eps, seed, step)
+
+
+def _attacks_in_triton(backend: Backend, clean: Tensor) -> bool:
+    is_single = clean.dtype == torch.float32
+    if backend == "triton" and not is_single:
+        raise ValueError('backend: "triton" cannot run: images are fp64; use "auto" or "torch"')
+    return backends.uses_triton(backend, clean, any_width=True) and is_single

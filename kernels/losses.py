@@ -12,7 +12,7 @@ from dive_fast.kernels.naive import DifferenceLoss, DistillationLoss, DiveLoss
 
 if backends.primitives is not None:
     # The import registers the custom ops, which must happen before anything is traced.
-    from dive_fast.kernels import contrastive, difference, distillation, joint_step
+    from dive_fast.kernels import contrastive, difference, distillation, joint_step, volume
 
 
 def contrastive_loss(
@@ -254,4 +254,7 @@ def gram_volume(first: Tensor, second: Tensor, third: Tensor, *, backend: Backen
         ValueError: an argument has the wrong shape, dtype or device, or the backend cannot run.
     """
     checks.check_triple(first, second, third)
-    return naive.gram_volume(first, second, third)
+    if not backends.uses_triton(backend, first):
+        return naive.gram_volume(first, second, third)
+    run = volume.apply if direct.is_eager(first, second, third) else volume.forward
+    return run(first, second, third)

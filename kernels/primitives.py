@@ -33,7 +33,8 @@ MAX_WIDTH = 2048
 # Elements of 4 or 8 bytes to which buffers inside of one tensor are rounded up.
 _ALIGNMENT = 32
 
-# Set explicitly because Triton's default differs between versions, and with it the last bits of every result.
+# Set explicitly because Triton's default differs between versions, and with it the last bits of every result. A
+# launch may have others: kernels whose bits are those of plain PyTorch fuse nothing.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
 
 
@@ -97,8 +98,9 @@ def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
     looks up the compiled kernel at each launch, which takes most of its host time; here launches after the first
     find it by what Triton specializes for: dtypes, alignments, kinds of integers, and constants.
     """
+    options = COMPILER_OPTIONS | options
     if INTERPRETED:
-        kernel[(programs,)](*arguments, **options, **COMPILER_OPTIONS)
+        kernel[(programs,)](*arguments, **options)
         return
     first = arguments[0]
     device = (first if isinstance(first, Tensor) else first[0]).device
@@ -128,7 +130,7 @@ def _launch_compiled(
             key += type(argument), argument
     compiled = _compiled.get(hashable := tuple(key))
     if compiled is None:
-        _compiled[hashable] = kernel[(programs,)](*arguments, **options, **COMPILER_OPTIONS)
+        _compiled[hashable] = kernel[(programs,)](*arguments, **options)
     else:
         constants = [options[name] for name in kernel.arg_names[len(arguments) :]]
         compiled[(programs, 1, 1)](*arguments, *constants)

@@ -43,7 +43,7 @@ def apgd_ce(
     # The sample's image of the highest loss, from which it restarts; it may be classified rightly.
     peak, peak_direction = present, direction
     peak_loss = torch.where(tried.is_finite, loss, -torch.inf)
-    size = images.new_full((len(images), 1, 1, 1), 2 * threat.eps)
+    size = images.new_full((len(images),), 2 * threat.eps)
     rises = torch.zeros(len(images), device=images.device)
     was_halved = torch.ones_like(tried.is_right)
     checked_loss = peak_loss
@@ -51,7 +51,7 @@ def apgd_ce(
     last = 0
     rows = None  # the samples that are still attacked
     for step in range(steps):
-        ahead = threat.project(present + size * threat.steepest(direction), images)
+        ahead = threat.step(present, images, direction, size)
         if step:
             ahead = threat.project(
                 present + MOMENTUM * (ahead - present) + (1 - MOMENTUM) * (present - before), images
@@ -72,7 +72,7 @@ def apgd_ce(
             checked_loss, last = peak_loss, step + 1
             rises = torch.zeros_like(rises)
             restart = was_halved[:, None, None, None]
-            size = torch.where(restart, size / 2, size)
+            size = torch.where(was_halved, size / 2, size)
             present = torch.where(restart, peak, present)
             direction = torch.where(restart, peak_direction, direction)
             rows = best.stop_at_success()

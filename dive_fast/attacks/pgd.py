@@ -24,6 +24,7 @@ def pgd(
     steps: int,
     step_size: float,
     noise: Tensor | None = None,
+    start: Tensor | None = None,
     keep_best: bool = True,
 ) -> Attacked:
     """Attacks each image by ``steps`` gradients.
@@ -33,16 +34,17 @@ def pgd(
         labels: ``(B,)`` int64.
         step_size: a, on the scale of images in [0, 1].
         noise: numbers in (-1, 1) for the random start, the images' shape; None starts at the clean images.
+        start: the first images, such as those of :meth:`Threat.random_start`, instead of noise.
         keep_best: keep the best of all images that were tried, which costs one more forward, for the last one.
             False: the result is the last image, as training uses it; its loss and whether it is robust are those
             of the image before.
     """
-    best, attacked = Best(images), threat.start(images, noise)
+    best, attacked = Best(images), threat.start(images, noise) if start is None else start
     tried = None
     for _ in range(steps):
         tried = gradient(model, attacked, labels)
         best.update(attacked, tried)
-        attacked = threat.project(attacked + step_size * threat.steepest(tried.images), images)
+        attacked = threat.step(attacked, images, tried.images, step_size)
     if keep_best or tried is None:
         best.update(attacked, gradient(model, attacked, labels))
         return best.result()

@@ -7,6 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dive_fast.attacks.noise import uniform
+from dive_fast.kernels import pgd_start, pgd_step
+from dive_fast.kernels.backend import Backend
+
 Norm = Literal["linf", "l2"]
 Model = Callable[[Tensor], Tensor]
 """Images ``(B, 3, H, W)`` in [0, 1] -> logits ``(B, C)``; the normalisation of images is part of the model."""
@@ -21,6 +25,8 @@ class Threat(NamedTuple):
     """Distance: ``linf`` the largest change of a value, ``l2`` the Euclidean length of the change."""
     eps: float
     """On the scale of images in [0, 1]: 4 / 255 for the usual L-infinity attack."""
+    backend: Backend = "auto"
+    """Of steps and random starts in L-infinity; the bits are the same."""
 
     def project(self, images: Tensor, clean: Tensor) -> Tensor:
         """The images, ``(B, 3, H, W)``, moved back into the allowed distance and into [0, 1]."""
@@ -36,6 +42,24 @@ class Threat(NamedTuple):
         if self.norm == "linf":
             return gradient.sign()
         return gradient / _lengths(gradient).clamp(min=SMALLEST)
+
+    def step(self, images: Tensor, clean: Tensor, gradient: Tensor, size: float | Tensor) -> Tensor:
+        """The images after a step in the steepest direction, moved back.
+
+        Args:
+            size: length of the step: a number, or ``(B,)`` fp32, one for each image.
+        """
+        if self.norm == "linf":
+            return pgd_step(images, clean, gradient, size, self.eps, self.backend)
+        if isinstance(size, Tensor):
+            size = size[:, None, None, None]
+        return self.project(images + size * self.steepest(gradient), clean)
+
+    def random_start(self, clean: Tensor, samples: Tensor, seed: int, step: int = 0) -> Tensor:
+        """:meth:`start` with the noise of these samples, ``(B,)``; see :func:`dive_fast.attacks.noise.uniform`."""
+        if self.norm == "linf":
+            return pgd_start(clean, samples, self.eps, seed, step, self.backend)
+        return self.start(clean, uniform(samples, clean.shape[1:], seed, step))
 
     def start(self, clean: Tensor, noise: Tensor | None) -> Tensor:
         """A random image of the threat model: uniform in the L-infinity ball, on the sphere in L2.

@@ -50,8 +50,8 @@ def rank(
     text_rows, distinct_text = _distinct(texts)
     caption_of = distinct_text[text_of]
     values = _match_values(image_rows, text_rows, image_of[matches[0]], caption_of[matches[1]], ranks)
-    of_images = _Queries.of(image_of, caption_of, *matches, values)
-    of_captions = _Queries.of(caption_of, image_of, *matches[::-1], values)
+    of_images = _Queries.of(image_of, caption_of, *matches, values, len(text_rows))
+    of_captions = _Queries.of(caption_of, image_of, *matches[::-1], values, len(image_rows))
     lengths = float(image_rows.norm(dim=1).max()) * float(text_rows.norm(dim=1).max())
     local = ranks.local_range(len(image_rows))
     with full_fp32():
@@ -130,12 +130,15 @@ class _Queries:
     """``(Q,)``: wrong answers ahead."""
 
     @classmethod
-    def of(cls, row_of: Tensor, answer_row: Tensor, query: Tensor, answer: Tensor, values: Tensor) -> "_Queries":
+    def of(
+        cls, row_of: Tensor, answer_row: Tensor, query: Tensor, answer: Tensor, values: Tensor, num_rows: int
+    ) -> "_Queries":
         """The queries of a direction.
 
         Args:
             row_of, answer_row: ``(Q,)`` and ``(A,)``, the row of each query and of each answer.
             query, answer, values: ``(M,)``, right pairs and their similarities.
+            num_rows: number of distinct rows of answers; some may be no answer's.
         """
         count, num_answers = len(row_of), len(answer_row)
         best = values.new_full((count,), -torch.inf).scatter_reduce_(0, query, values, "amax")
@@ -150,7 +153,7 @@ class _Queries:
             best[order],
             first[order],
             answer_row[first][order],
-            torch.bincount(answer_row).float(),
+            torch.bincount(answer_row, minlength=num_rows).float(),
             numbers.sort().values,
             torch.zeros_like(order),
         )
@@ -236,10 +239,12 @@ def _compare(tile: Tensor, queries: _Queries, rows: slice, axis: int, rounding: 
     chosen = queries.among(rows)
     row = queries.row[chosen] - rows.start
     parts: list[tuple[Tensor | slice, Tensor]] = [(chosen, tile)]
-    if len(row) > tile.shape[1 - axis]:  # several queries have one row
-        is_first = row.diff(prepend=row.new_full((1,), -1)) > 0
-        first, others = is_first.nonzero()[:, 0], (~is_first).nonzero()[:, 0]
-        parts = [(first + chosen.start, tile), (others + chosen.start, tile.index_select(1 - axis, row[others]))]
+    is_first = row.diff(prepend=row.new_full((1,), -1)) > 0
+    if not (
+        len(row) == tile.shape[1 - axis] and bool(is_first.all())
+    ):  # several queries have one row, or none has
+        groups = (is_first.nonzero()[:, 0], (~is_first).nonzero()[:, 0])
+        parts = [(group + chosen.start, _rows_of(tile, row[group], axis)) for group in groups]
     compared = []
     for numbers, similarity in parts:
         best = queries.best[numbers].unsqueeze(axis)
@@ -249,6 +254,12 @@ def _compare(tile: Tensor, queries: _Queries, rows: slice, axis: int, rounding: 
         query = close[1 - axis] + numbers.start if isinstance(numbers, slice) else numbers[close[1 - axis]]
         compared.append(_Compared(numbers, is_ahead, query, close[axis]))
     return compared
+
+
+def _rows_of(tile: Tensor, row: Tensor, axis: int) -> Tensor:
+    """The similarities of these ascending rows of queries."""
+    is_all = torch.equal(row, torch.arange(tile.shape[1 - axis], device=row.device))
+    return tile if is_all else tile.index_select(1 - axis, row)
 
 
 def _is_above(values: Tensor, threshold: Tensor) -> Tensor:
@@ -269,18 +280,18 @@ def _true(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sum(mask: Tensor, axis: int, weights: Tensor) -> Tensor:
-    """Sums of the weights, all at least 1, of the true elements of a mask along an axis."""
+    """Sums of the weights, most of them 1, of the true elements of a mask along an axis."""
     counts = _count(mask, axis)
-    if len(heavy := (weights > 1).nonzero()[:, 0]):
-        more = mask.index_select(axis, heavy).float()
-        extra = weights[heavy] - 1
+    if len(others := (weights != 1).nonzero()[:, 0]):
+        more = mask.index_select(axis, others).float()
+        extra = weights[others] - 1
         counts = counts + (more @ extra if axis else extra @ more).long()
     return counts
 
 
 def _count(mask: Tensor, axis: int) -> Tensor:
     """Numbers of true elements of a mask along an axis."""
-    if mask.shape[1] % 8:
+    if mask.shape[1] % 8 or not mask.numel():
         return mask.sum(axis, dtype=torch.int32)
     # Eight elements, each 0 or 1, are added at a time: a byte holds up to 255.
     counts = [part.sum(axis).view(torch.uint8) for part in mask.view(torch.int64).split(255, axis)]

@@ -63,7 +63,7 @@ class Results:
         Args:
             attack: fields of a row under attack; None: of a row without one.
         """
-        expected = {"label": label, "set": name} | (attack or {})
+        expected = {"label": label, "set": name, **(attack or {})}
         rows = (row for row in reversed(self._rows.values()) if is_adversarial(row) == (attack is not None))
         return next((row for row in rows if all(row.get(field) == expected[field] for field in expected)), None)
 

@@ -149,7 +149,8 @@ def _title_under_attack(row: Row) -> str:
 
 def attack_name(row: Row) -> str:
     """The attack of a row: its name, norm, steps, and the number of samples of a subset."""
-    parts = [ATTACKS.get(row["attack"], row["attack"]), NORMS.get(row["norm"], row["norm"])]
+    attack, norm = str(row["attack"]), str(row["norm"])
+    parts = [ATTACKS.get(attack, attack), NORMS.get(norm, norm)]
     parts += [f"{row['steps']} steps"] if row.get("steps") else []
     parts += [f"{row['subset']} samples"] if row.get("subset") else []
     parts += [f"seed {row['seed']}"] if row.get("seed") else []

@@ -20,7 +20,7 @@ from dive_fast.evaluation import retrieval
 from dive_fast.evaluation.calibration import Bins, Probabilities, calibration, reliability, summarize_probabilities
 from dive_fast.evaluation.classifier import Classifier, cached_classifier, first_missing_class, select_head_rows
 from dive_fast.evaluation.datasets.evaluation_set import Captioned, Labelled
-from dive_fast.evaluation.datasets.resolve import Opened, metric_of, open_evaluation
+from dive_fast.evaluation.datasets.resolve import Opened, metric_of, open_sets
 from dive_fast.evaluation.datasets.set_loader import loader_of, remark_on_loaders
 from dive_fast.evaluation.datasets.strict_samples import BROKEN, StrictSamples, progress
 from dive_fast.evaluation.scores import Predictions, scores
@@ -230,12 +230,12 @@ def evaluate(
 ) -> dict[str, float]:
     """Opens and measures the config's sets; returns each set's ``metric`` by name, in [0, 1].
 
+    All ranks must call this, and all get the result.
+
     Args:
         head: a trained head, used for the sets whose classes it has.
     """
-    opened = {
-        name: open_evaluation(evaluation, f"evaluate.sets.{name}") for name, evaluation in config.sets.items()
-    }
+    opened = open_sets(config.sets, ranks)
     remark_on_loaders(config.loader, opened, towers.preprocess, ranks)
     measured = measure_sets(towers, tokenizer, config, opened, ranks, head)
     report_left_out(measured, ranks)

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dive_fast.attacks.noise import uniform
 from dive_fast.attacks.pgd import pgd
 from dive_fast.attacks.threat import Threat
 from dive_fast.config.section import NonNegative, NonNegativeFloat, Section
+from dive_fast.kernels.backend import Backend
 from dive_fast.methods.method import Group, ImageInfo, Start, over_ranks
 
 
@@ -38,13 +38,21 @@ class ImageAttack:
         preprocess = start.towers.preprocess
         self._mean_and_std = preprocess.mean, preprocess.std
 
-    def __call__(self, images: Tensor, logits: Callable[[Tensor], Tensor], info: ImageInfo, step: int) -> Tensor:
+    def __call__(
+        self,
+        images: Tensor,
+        logits: Callable[[Tensor], Tensor],
+        info: ImageInfo,
+        step: int,
+        backend: Backend = "auto",
+    ) -> Tensor:
         """The attacked images, ``(B, 3, H, W)`` fp32, normalised; clean ones where a gradient is not finite.
 
         Args:
             images: ``(B, 3, H, W)``, normalised.
             logits: normalised images -> logits ``(B, C)``.
             step: number of steps before the present one.
+            backend: of the steps of PGD.
         """
         assert self._mean_and_std is not None, "start comes before the first step"
         assert info.labels is not None
@@ -54,15 +62,15 @@ class ImageAttack:
             images.new_tensor(values, dtype=torch.float32)[:, None, None] for values in self._mean_and_std
         )
         pixels = (images.float() * std + mean).clamp(0.0, 1.0)
-        noise = uniform(info.samples, images.shape[1:], self.seed, step)
+        threat = Threat("linf", self.options.attack_eps / 255, backend)
         attacked = pgd(
             lambda pixels: logits((pixels - mean) / std),
             pixels,
             info.labels,
-            Threat("linf", self.options.attack_eps / 255),
+            threat,
             steps=self.options.attack_steps,
             step_size=self.options.attack_step / 255,
-            noise=noise,
+            start=threat.random_start(pixels, info.samples, self.seed, step),
             keep_best=False,
         )
         self._finite.append(attacked.is_finite)

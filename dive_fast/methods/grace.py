@@ -135,6 +135,7 @@ class Grace(TeCoA):
                     logits,
                     info._replace(labels=labels[piece], samples=info.samples[piece]),
                     self.step,
+                    self.backend,
                 )
                 for piece in pieces
             ]

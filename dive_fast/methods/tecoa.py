@@ -47,7 +47,7 @@ class TeCoA(FrozenHead, CrossEntropy):
 
     def change_images(self, images: Tensor, outputs: Forward, info: ImageInfo) -> Tensor:
         """The adversarial images."""
-        return self._attack(images, lambda images: logits_of(outputs(images)), info, self.step)
+        return self._attack(images, lambda images: logits_of(outputs(images)), info, self.step, self.backend)
 
     def loss(
         self, outputs: Outputs, labels: Tensor, group: Group = None, teacher: TeacherOutputs | None = None

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 HEIGHT, FONT = 5.2, 10
 """Height in inches and font size in points."""
+MAX_LABELS = 20
+"""Names in a chart: more overlap, and the time of placing them grows with their square."""
 MAX_LABEL = 32
 """Characters of a label."""
 
@@ -71,17 +73,32 @@ def draw_tradeoff(
         axis.axvspan(100 * lowest_id, max(limits[1], 100 * lowest_id), color=GREEN, alpha=0.08, linewidth=0)
         axis.set_xlim(limits)
     green = "" if lowest_id is None else "; green: within the margin of the best"
-    axis.set_xlabel(f"{id_label}, % (the tuned task{green})", fontsize=FONT, parse_math=False)
+    labelled = _labelled(dots, front)
+    named = "" if len(labelled) == len(dots) else f"; the best {len(labelled)} of {len(dots)} are named"
+    axis.set_xlabel(f"{id_label}, % (the tuned task{green}{named})", fontsize=FONT, parse_math=False)
     axis.set_ylabel("kept, % (mean of what is not tuned)", fontsize=FONT)
     axis.grid(alpha=0.25)
     style_axes(axis)
     axis.tick_params(labelsize=FONT)
     axis.set_title(title, parse_math=False, fontsize=FONT + 1, loc="left", fontweight="bold", wrap=True)
     labels = [
-        Label(100 * dot.id.mean, 100 * dot.kept.mean, _shortened(dot.label), is_bold=dot.is_chosen) for dot in dots
+        Label(100 * dot.id.mean, 100 * dot.kept.mean, _shortened(dot.label), is_bold=dot.is_chosen)
+        for dot in labelled
     ]
     place_labels(axis, labels, FONT, avoided)
     save_figure(figure, path)
+
+
+def _labelled(dots: Sequence[Dot], front: Sequence[tuple[float, float]]) -> list[Dot]:
+    """The dots with a name: all, or the chosen one, those of the front, and those with the largest sums."""
+
+    def rank(number: int) -> tuple[bool, bool, float]:
+        dot = dots[number]
+        is_in_front = (100 * dot.id.mean, 100 * dot.kept.mean) in front
+        return dot.is_chosen, is_in_front, dot.id.mean + dot.kept.mean
+
+    numbers = sorted(range(len(dots)), key=rank, reverse=True)[:MAX_LABELS]
+    return [dots[number] for number in sorted(numbers)]
 
 
 def _front(dots: Sequence[Dot]) -> list[tuple[float, float]]:

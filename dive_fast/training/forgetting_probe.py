@@ -7,10 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dive_fast.config.schema import EvaluateConfig
 from dive_fast.data.samples import ReferenceSamples
 from dive_fast.data.sources.source import Source
 from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.distributed import Ranks
+from dive_fast.evaluation.datasets.set_loader import loader_of_pairs
 from dive_fast.evaluation.geometry.embed import EmbeddedPairs, embed_readable, spread
 from dive_fast.evaluation.geometry.measures import compare, describe, rsa
 from dive_fast.evaluation.retrieval import paired_recalls
@@ -93,23 +95,25 @@ class PairMeasure:
     """Pairs on which the tuned embeddings are compared with the pre-trained ones."""
 
     def __init__(
-        self, name: str, samples: ReferenceSamples, count: int, ranks: Ranks, batch_size: int, workers: int
+        self, name: str, samples: ReferenceSamples, count: int, ranks: Ranks, options: EvaluateConfig
     ) -> None:
         """Chooses the pairs without reading their images.
 
         Args:
             name: :data:`PROBE` or :data:`GEOMETRY`, which determines the metrics and prefixes them.
             count: number of pairs, spread evenly over the samples.
-            batch_size: pairs encoded at once on each rank.
+            options: batch size, loader and workers.
         """
         self.name, self.count = name, min(count, len(samples.source))
-        self._samples, self._ranks, self._sizes = samples, ranks, (batch_size, workers)
+        self._samples, self._ranks, self._options = samples, ranks, options
         self.before: EmbeddedPairs | None = None
         """The pre-trained embeddings, once they are known."""
 
     def embed(self, towers: Towers) -> EmbeddedPairs:
         """Embeds the pairs in fp32; all ranks call it."""
-        return embed_readable(towers, self._samples, self._ranks, *self._sizes, self.count, name="")
+        options = self._options
+        sizes = options.batch_size, options.workers, self.count
+        return embed_readable(towers, self._samples, self._ranks, *sizes, options.loader, name="")
 
     def identity(self) -> Identity:
         """The pairs: everything but the models that determines the metrics.
@@ -119,7 +123,9 @@ class PairMeasure:
         """
         source = self._samples.source
         source.check_files(spread(len(source), self.count))
-        return {"name": self.name, "pairs": self.data(), "modified": source.listed_modified()}
+        loader = loader_of_pairs(self._options.loader, source, self._samples.preprocess).name
+        data = {"pairs": self.data(), "modified": source.listed_modified(), "loader": loader}
+        return {"name": self.name} | data
 
     def data(self) -> str:
         """A digest of the contents of the pairs."""

@@ -135,14 +135,14 @@ class RunEvaluation:
         """The pairs to measure: those of ``evaluate.geometry``, and the forgetting probe."""
         if self._pairs is None:
             run, options = self._run, self._options
-            sizes = run.ranks, options.batch_size, options.workers
+            common = run.ranks, options
             self._pairs = {}
             if run.probe is not None:
-                self._pairs[PROBE] = PairMeasure(PROBE, run.probe, len(run.held_out.samples), *sizes)
+                self._pairs[PROBE] = PairMeasure(PROBE, run.probe, len(run.held_out.samples), *common)
             if (geometry := options.geometry) is not None:
                 data = ReferenceConfig(format=geometry.format, path=geometry.path, image_root=geometry.image_root)
                 samples = open_pairs(run.config.model, data, run.engine.towers, run.geometry_source)
-                self._pairs[GEOMETRY] = PairMeasure(GEOMETRY, samples, geometry.pairs, *sizes)
+                self._pairs[GEOMETRY] = PairMeasure(GEOMETRY, samples, geometry.pairs, *common)
         return self._pairs
 
     def _measure_stored(self, towers: Towers, head: Head | None, features: Identity) -> dict[str, Measured]:

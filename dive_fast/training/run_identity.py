@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dive_fast import numerics
-from dive_fast.config.schema import Config, TrainConfig
+from dive_fast.config.schema import Config, ModelConfig, TrainConfig
 from dive_fast.data.loaders.loader import loader_options
 from dive_fast.data.prompt_files import Template
 from dive_fast.data.sources.source import Images, Source
@@ -61,6 +61,8 @@ RANKS_MAY_DIFFER = (
 """Keys that may differ between ranks; the contents behind paths may not."""
 CONTINUES = ("train.epochs", "train.max_steps", "train.export_ema", "evaluate.*")
 """Keys that users change on purpose, to train longer or to select the best weights differently; reported."""
+TOLD_BY_WEIGHTS = ("name", "pretrained", "random")
+"""Keys of ``model`` that a run's identity replaces by the architecture and the digest of the weights."""
 ADDED: dict[str, Any] = {
     **{"data.target.balance": "none", "data.target.crop_scale": [0.9, 1.0], "data.target.horizontal_flip": 0.0},
     **{
@@ -188,15 +190,23 @@ def _with_image_root(section: Any) -> Any:
 
 def config_identity(config: Config, without: Sequence[str] = NO_RESULT) -> Identity:
     """The part of a run's identity that stands in its config, without the keys of ``without``."""
+    return config_identity_of(config.model_dump(mode="json"), "", without)
 
-    def compared(tree: Mapping[str, Any], prefix: str) -> Identity:
-        identity = {}
-        for key, value in tree.items():
-            if not matches(f"{prefix}{key}", without):
-                identity[key] = compared(value, f"{prefix}{key}.") if isinstance(value, dict) else value
-        return identity
 
-    return compared(config.model_dump(mode="json"), "")
+def config_identity_of(tree: Mapping[str, Any], prefix: str, without: Sequence[str] = NO_RESULT) -> Identity:
+    """As :func:`config_identity`, of a section whose dotted keys begin with ``prefix``."""
+    identity = {}
+    for key, value in tree.items():
+        if not matches(f"{prefix}{key}", without):
+            is_section = isinstance(value, dict)
+            identity[key] = config_identity_of(value, f"{prefix}{key}.", without) if is_section else value
+    return identity
+
+
+def settings_of(model: ModelConfig) -> Identity:
+    """The settings of a model that its weights do not tell: how they are trained. Defaults are left out."""
+    section = config_identity_of(model.model_dump(mode="json"), "model.")
+    return {key: value for key, value in section.items() if key not in TOLD_BY_WEIGHTS and value not in (None, [])}
 
 
 def run_identity(
@@ -226,8 +236,7 @@ def run_identity(
     identity = config_identity(config)
     identity["objective"] = {key: value for key, value in identity["objective"].items() if value is not None}
     tokens = tokenizer_of(config.model)(list(TOKENIZER_PROBES)).numpy().tobytes()
-    trained = {key: value for key in ("lora", "freeze") if (value := identity["model"][key])}
-    identity["model"] = model | {"tokenizer": hashlib.sha256(tokens).hexdigest()} | trained
+    identity["model"] = model | {"tokenizer": hashlib.sha256(tokens).hexdigest()} | settings_of(config.model)
     half = identity["data"]["target"]
     half["content"] = target.digest()
     if class_names:

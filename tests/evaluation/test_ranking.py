@@ -52,6 +52,8 @@ def case(kind: str, num_images: int, num_captions: int, width: int, seed: int = 
         images, text_of = images[torch.arange(num_images) // 3], text_of // 2
         texts = texts[: int(text_of.max()) + 1]
         texts[-1] = texts[0]
+    if kind == "texts of no caption":
+        texts, text_of = texts.repeat_interleave(2, 0) + torch.arange(2 * num_captions)[:, None] % 2, 2 * text_of
     if kind == "near ties":  # closer than fp32 can tell, in all pairs
         images, texts = (
             1 + 1e-7 * torch.randint(0, 3, rows.shape, generator=generator) for rows in (images, texts)
@@ -73,7 +75,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranking, "FP64_AT_ONCE", 20)
 
 
-KINDS = ("random", "equal rows", "near ties", "all equal", "few values", "zeros")
+KINDS = ("random", "equal rows", "near ties", "all equal", "few values", "zeros", "texts of no caption")
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -11,9 +11,12 @@ from run_folders import row, write_run
 
 from dive_fast.commands import report
 from dive_fast.errors import ConfigError
+from dive_fast.sweep import tradeoff_chart
+from dive_fast.sweep.choice import Spread
 from dive_fast.sweep.html_page import page
 from dive_fast.sweep.run_results import read_folder, read_runs
 from dive_fast.sweep.runs_table import as_cells, compare_runs, find_axes, kept_of, table_text
+from dive_fast.sweep.tradeoff_chart import Dot
 
 PROBE = [
     row("probe/image_to_text_r1", 0.3, "probe", "image_to_text_r1"),
@@ -214,3 +217,18 @@ def test_report_imports_no_torch(tmp_path: Path) -> None:
     )
     completed = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert completed.returncode == 0, completed.stderr
+
+
+def test_charts_of_many_runs_name_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named: list[list[str]] = []
+    monkeypatch.setattr(
+        tradeoff_chart, "place_labels", lambda axis, labels, *_: named.append([label.text for label in labels])
+    )
+    shares = [number / 100 for number in range(50)]
+    dots = [Dot(f"run{number}", Spread(share, 0, 1), Spread(0.3, 0, 1)) for number, share in enumerate(shares)]
+    dots[3] = dots[3]._replace(is_chosen=True)
+    dots[5] = dots[5]._replace(kept=Spread(0.31, 0, 1))  # nothing beats it in both
+    tradeoff_chart.draw_tradeoff(dots, tmp_path / "a.png", "val", "title")
+    tradeoff_chart.draw_tradeoff(dots[:20], tmp_path / "b.png", "val", "title")
+    assert named[0] == ["run3", "run5", *(f"run{number}" for number in range(32, 50))]
+    assert named[1] == [f"run{number}" for number in range(20)]

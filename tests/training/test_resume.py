@@ -22,7 +22,7 @@ from test_trackers import ALONE, wandb_exits, wandb_history, wandb_segments
 
 from dive_fast.checkpoint import lineage, saver
 from dive_fast.checkpoint import manifest as checkpoint
-from dive_fast.config.schema import EvaluateConfig
+from dive_fast.config.schema import EvaluateConfig, ModelConfig
 from dive_fast.distributed import Ranks, join
 from dive_fast.errors import UserError
 from dive_fast.evaluation.zero_shot import Measured
@@ -320,6 +320,21 @@ def test_keys_without_a_result_are_not_compared(tree: dict[str, Any]) -> None:
     longer = [("train.epochs", 11), ("deepspeed.zero_optimization.stage", 1)]
     changes = run_identity.check_resumable(Path("a"), identity_of(tree), identity_of(tree, *longer))
     assert [change.key for change in changes] == ["train.epochs", "deepspeed.zero_optimization.stage"]
+
+
+def test_every_setting_of_a_model_is_in_the_identity(tree: dict[str, Any]) -> None:
+    others: dict[str, Any] = {
+        "logit_scale_max": 50.0,
+        "lora": {"rank": 2},
+        "freeze": ["text"],
+        "license": "mit",
+    }
+    assert {*others, *run_identity.TOLD_BY_WEIGHTS} == set(ModelConfig.model_fields)
+    before = run_identity.settings_of(ModelConfig(name="a", random=True))
+    assert before == {}
+    for key, value in others.items():
+        after = run_identity.settings_of(ModelConfig.model_validate({"name": "a", "random": True, key: value}))
+        assert (key in after) == (key != "license"), key
 
 
 @pytest.mark.parametrize(("kind", "key"), OTHER_FILES.items())

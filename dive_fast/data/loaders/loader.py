@@ -9,7 +9,7 @@ and nowhere else.
 """
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -97,7 +97,7 @@ def _closing(batches: Iterator[Batch], order: StepOrder) -> Iterator[Batch]:
 
 def batches_of(
     samples: Samples[Batch], sample_keys: list[SampleKey], batch_size: int, options: Options
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches of these sample keys, in order; the last batch may be smaller.
 
     Raises:

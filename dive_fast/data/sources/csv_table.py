@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import stat
 from array import array
@@ -37,6 +38,8 @@ from dive_fast.identity import Identity, digest
 if TYPE_CHECKING:
     from dive_fast.distributed import Ranks
 
+NO_FILE_ERRORS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
+"""Errors that say that there is no file, not that it cannot be examined now."""
 THREADS, CHUNK = 16, 4096
 """Number of threads that examine files, and number of files that one of them examines at a time."""
 
@@ -131,10 +134,11 @@ class CsvSet(RawSet):
     def watched(self, listing: Listing, table: SampleTable) -> Watched | None:
         for row in np.flatnonzero(listing.sizes < 0).tolist():
             path = os.path.join(self.root, os.fsdecode(listing.names[row]))
-            if os.path.isfile(path):
-                return None  # created while the set was read
+            state = state_of(path)
+            if os.path.isfile(path) or (state[0] < 0 and -state[0] not in NO_FILE_ERRORS):
+                return None  # created while the set was read, or an answer of a disk that may be another one later
             if os.path.lexists(path):  # a link, whose target may appear
-                self._watched.add(listing.names[row], state_of(path))
+                self._watched.add(listing.names[row], state)
         return self._watched
 
     def _watch_folders(self, names: Strings) -> None:

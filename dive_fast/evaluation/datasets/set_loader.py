@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 from dive_fast.config.schema import Loader
+from dive_fast.data.sources.source import Source
 from dive_fast.data.transforms import Preprocess
 from dive_fast.distributed import Ranks
 from dive_fast.evaluation.datasets.evaluation_set import Captioned, Labelled
@@ -27,6 +28,13 @@ def loader_of(requested: Loader, data: Labelled | Captioned, preprocess: Preproc
     return SetLoader(requested)
 
 
+def loader_of_pairs(requested: Loader, source: Source, preprocess: Preprocess) -> SetLoader:
+    """The loader that decodes the images of pairs."""
+    if requested != "plain" and (reason := _obstacle_of_source(requested, source, preprocess)):
+        return SetLoader("plain", reason)
+    return SetLoader(requested)
+
+
 def remark_on_loaders(
     requested: Loader, opened: Mapping[str, Labelled | Captioned], preprocess: Preprocess, ranks: Ranks
 ) -> None:
@@ -41,17 +49,23 @@ def remark_on_loaders(
 
 def _obstacle(requested: Loader, data: Labelled | Captioned, preprocess: Preprocess) -> str:
     """The reason why a loader cannot read a set; empty if it can."""
-    if not _is_installed(requested):
-        return "it is not installed"
+    if reason := _obstacle_of_source(requested, data.source, preprocess):
+        return reason
     if isinstance(data, Labelled) and data.border:
         return "the border of each image is cut off"
+    if requested == "ffcv" and data.reports_skipped:
+        return "it cannot leave out broken images, which on_skipped = report accepts"
+    return ""
+
+
+def _obstacle_of_source(requested: Loader, source: Source, preprocess: Preprocess) -> str:
+    if not _is_installed(requested):
+        return "it is not installed"
     if requested == "ffcv":
-        if data.source.beton is None:
+        if source.beton is None:
             return "the set is not prepared by dive-fast prepare --container beton"
         if preprocess.resize_mode == "longest":
             return "it does not support the borders of resize_mode longest"
-        if data.reports_skipped:
-            return "it cannot leave out broken images, which on_skipped = report accepts"
     return ""
 
 

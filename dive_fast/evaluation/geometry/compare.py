@@ -10,6 +10,7 @@ from dive_fast.config.schema import EvaluateConfig, ModelConfig, ReferenceConfig
 from dive_fast.data.open_dataset import open_reference
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError, UserError
+from dive_fast.evaluation.datasets.set_loader import loader_of_pairs
 from dive_fast.evaluation.geometry import figures
 from dive_fast.evaluation.geometry.embed import embed, open_pairs, spread
 from dive_fast.evaluation.geometry.measures import GeometryError, compare, describe
@@ -51,7 +52,7 @@ def embed_both(
     """Embeds pairs by two checkpoints of a model; all ranks must call this.
 
     Args:
-        options: batch size and workers.
+        options: batch size, loader and workers.
         before: a checkpoint that :func:`dive_fast.checkpoint.load_weights.load_into` accepts; None: pre-trained.
         after: another checkpoint.
         limit: number of pairs, spread evenly over the set; default: all.
@@ -70,11 +71,13 @@ def embed_both(
         samples = open_pairs(model_config, data, model, source)
         pretrained = {name: tensor.clone() for name, tensor in model.export(model.state_dict()).items()}
         states = [pretrained if path is None else exported(model, model_config, path) for path in (before, after)]
+    if reason := loader_of_pairs(options.loader, source, model.preprocess).reason:
+        ranks.print(f"{data.path}: loader plain instead of {options.loader}: {reason}")
     model = model.to(ranks.device)
     embedded = []
     for state in states:
         model.load_exported(state)
-        embedded.append(embed(model, samples, ranks, options.batch_size, options.workers, limit))
+        embedded.append(embed(model, samples, ranks, options.batch_size, options.workers, limit, options.loader))
     num_before, num_after = (len(pairs.image) for pairs in embedded)
     if num_before != num_after:
         raise DataError(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from dive_fast.config.schema import ModelConfig, ReferenceConfig
+from dive_fast.config.schema import Loader, ModelConfig, ReferenceConfig
 from dive_fast.data.loaders.loader import Options, batches_of
 from dive_fast.data.open_dataset import open_reference
 from dive_fast.data.prepared.format import MANIFEST
@@ -16,6 +16,7 @@ from dive_fast.data.sources.huggingface import is_dataset
 from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError
+from dive_fast.evaluation.datasets.set_loader import loader_of_pairs
 from dive_fast.evaluation.datasets.strict_samples import progress
 from dive_fast.model.features import Pairs
 from dive_fast.model.towers import Towers, tokenizer_of, unit
@@ -90,9 +91,10 @@ def embed(
     batch_size: int,
     workers: int = 0,
     limit: int | None = None,
+    loader: Loader = "plain",
 ) -> Pairs:
     """The unit rows of :func:`embed_readable`; all ranks must call this, and all get the result."""
-    return embed_readable(towers, samples, ranks, batch_size, workers, limit).pairs
+    return embed_readable(towers, samples, ranks, batch_size, workers, limit, loader).pairs
 
 
 @torch.no_grad()
@@ -103,6 +105,7 @@ def embed_readable(
     batch_size: int,
     workers: int = 0,
     limit: int | None = None,
+    loader: Loader = "plain",
     name: str = "embeddings",
 ) -> EmbeddedPairs:
     """Embeds pairs in fp32, each on one rank; all ranks must call this, and all get the result.
@@ -114,6 +117,7 @@ def embed_readable(
         batch_size: pairs encoded at once on each rank.
         workers: loader processes on each rank.
         limit: number of pairs, spread evenly over the set; default: all.
+        loader: used if it can read the set; otherwise ``plain``.
         name: name on the progress bar; empty disables the bar.
 
     Raises:
@@ -127,7 +131,8 @@ def embed_readable(
         images, texts = [empty], [empty]
         samples_read = [torch.empty(0, dtype=torch.int64, device=ranks.device)]
         with ranks.raise_on_all(DataError), progress(ranks, len(keys), name, "pair") as bar:
-            options = Options(workers=workers, device=ranks.device)
+            chosen_loader = loader_of_pairs(loader, samples.source, samples.preprocess).name
+            options = Options(chosen_loader, workers, ranks.device)
             for number, batch in enumerate(batches_of(samples, keys, batch_size, options)):
                 requested = keys[number * batch_size : (number + 1) * batch_size]
                 # The loader replaces a broken sample by another one, which must not be counted twice.

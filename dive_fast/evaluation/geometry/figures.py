@@ -1,6 +1,6 @@
 """Figures of geometry: distances before and after, difference vectors, and their curves over training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +72,18 @@ def draw_rsa(before: Pairs, after: Pairs, metrics: Mapping[str, float], path: Pa
 def draw_differences(before: Pairs, after: Pairs, path: Path) -> None:
     """Plots difference vectors: on their two principal axes, their lengths, and their cosines to m."""
     differences = measures.differences(before, after)
-    halves = (("images, u", differences.image, BLUE), ("captions, v", differences.text, ORANGE))
+    halves = (("images, u", BLUE, "u"), ("captions, v", ORANGE, "v"))
     m = differences.average
     figure = new_figure(WIDTH, 3.5)
     plane, lengths, cosines = figure.subplots(1, 3)
 
     # About zero, not about their mean, so that a shared component shows as a shift of all points.
-    axes, shares = _principal_axes(torch.cat([differences.image, differences.text]))
+    axes, shares = _principal_axes(differences)
     farthest = 1e-12
-    for label, rows, colour in halves:
-        x, y = (rows.double() @ axes).T.cpu().numpy()
+    for (label, colour, _), shadows in zip(
+        halves, _per_block(differences, lambda rows: rows.double() @ axes), strict=True
+    ):
+        x, y = shadows.T.numpy()
         plane.plot(x, y, "o", color=colour, markersize=3, alpha=0.45, markeredgewidth=0, label=label)
         farthest = max(farthest, float(abs(x).max()), float(abs(y).max()))
     plane.plot(0, 0, "+", color="black", markersize=12, markeredgewidth=1.5, label="no movement")
@@ -93,10 +95,10 @@ def draw_differences(before: Pairs, after: Pairs, path: Path) -> None:
         label(f"{name} axis, {100 * share:.0f} % of length²")
     plane.set_title("projection", fontsize=10, loc="left")
 
-    measured = [measures.lengths_of(rows).cpu() for _, rows, _ in halves]
+    measured = _per_block(differences, measures.lengths_of)
     norm = float(m.norm())
     edges = torch.linspace(0, 1.02 * max(*(float(values.max()) for values in measured), norm, 1e-12), 41).numpy()
-    for (_, _, colour), values, symbol in zip(halves, measured, "uv", strict=True):
+    for (_, colour, symbol), values in zip(halves, measured, strict=True):
         lengths.hist(
             values.numpy(), edges, color=colour, alpha=0.55, label=f"|{symbol}|: mean {values.mean():.2g}"
         )
@@ -106,8 +108,8 @@ def draw_differences(before: Pairs, after: Pairs, path: Path) -> None:
     lengths.set_title("lengths", fontsize=10, loc="left")
 
     edges = torch.linspace(-1, 1, 41).numpy()
-    for (_, rows, colour), symbol in zip(halves, "uv", strict=True):
-        values = measures.cosines_to(m, rows).cpu()
+    measured = _per_block(differences, lambda rows: measures.cosines_to(m, rows))
+    for (_, colour, symbol), values in zip(halves, measured, strict=True):
         cosines.hist(values.numpy(), edges, color=colour, alpha=0.55, label=f"{symbol}: mean {values.mean():.2f}")
     cosines.set_xticks([-1, 0, 1])
     cosines.set_xlabel("cosine to m")
@@ -214,13 +216,23 @@ def _distances(rows: Tensor) -> Any:
     return 1 - similarity[above].numpy()
 
 
-def _principal_axes(rows: Tensor) -> tuple[Tensor, list[float]]:
-    """The two directions ``(D, 2)`` with the largest share of the rows' squared length, and these shares."""
-    wide = rows.double()
-    values, vectors = torch.linalg.eigh(wide.T @ wide)
+def _per_block(differences: measures.Differences, values_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Values of each row of u and of v, computed some rows at a time, on the CPU."""
+    parts = [[values_of(rows).cpu() for rows in block] for block in differences.blocks(measures.BLOCK)]
+    return [torch.cat(half) for half in zip(*parts, strict=True)]
+
+
+def _principal_axes(differences: measures.Differences) -> tuple[Tensor, list[float]]:
+    """The two directions ``(D, 2)`` with the largest share of the vectors' squared length, and these shares."""
+    m = differences.average
+    products = m.new_zeros(len(m), len(m))
+    for block in differences.blocks(measures.BLOCK):
+        for wide in map(Tensor.double, block):
+            products.addmm_(wide.T, wide)
+    values, vectors = torch.linalg.eigh(products)
     largest = values.clamp(min=0).flip(0)
     total = float(largest.sum())
     axes = vectors.flip(1)[:, :2]
-    # The sign of an axis is arbitrary: choose the one for which the rows' mean is positive.
-    axes = axes * torch.where((wide @ axes).mean(0) < 0, -1.0, 1.0)
+    # The sign of an axis is arbitrary: choose the one for which the mean is positive.
+    axes = axes * torch.where(m @ axes < 0, -1.0, 1.0)
     return axes, [float(value) / total if total > 0 else 0.0 for value in largest[:2]]

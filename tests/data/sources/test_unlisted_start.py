@@ -2,6 +2,7 @@
 
 # mypy: disable-error-code="func-returns-value"
 
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from dive_fast.data.prepared.convert import Options as PrepareOptions
 from dive_fast.data.prepared.raw import RawSource
 from dive_fast.data.prepared.write import prepare
 from dive_fast.data.samples import EvaluationSamples, ReferenceSamples
-from dive_fast.data.sources import node_index, watched
+from dive_fast.data.sources import csv_table, node_index, watched
 from dive_fast.data.sources.captioned_folder import CaptionedFolder, open_captioned_folder
 from dive_fast.data.sources.csv_table import CsvSet, open_csv
 from dive_fast.data.sources.folder import ClassFolders, open_folder
@@ -392,6 +393,22 @@ def test_file_modified_before_a_long_reading_has_no_index(root: Path, monkeypatc
     assert not list((root / "cache/indexes").glob("*-*"))
     pairs(root)
     assert list((root / "cache/indexes").glob("*-*"))
+
+
+@pytest.mark.parametrize(("code", "count"), [(errno.EIO, 2), (errno.ESTALE, 2), (errno.ENOENT, 1)])
+def test_file_of_a_table_that_a_disk_cannot_examine_for_now_is_examined_again(
+    root: Path, listings: list[str], monkeypatch: pytest.MonkeyPatch, code: int, count: int
+) -> None:
+    examine = watched.state_of
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            csv_table,
+            "state_of",
+            lambda path: (-code, 0, 0, 0) if os.fsdecode(path).endswith("missing.jpg") else examine(path),
+        )
+        rows(root)
+    rows(root)
+    assert len(listings) == count
 
 
 def test_small_sets_are_listed_and_not_compared(

@@ -1,5 +1,6 @@
 """Geometry of two checkpoints on the same pairs: embeddings, report, command and figures."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -16,14 +17,18 @@ from distributed import run_ranks, run_script
 from PIL import Image
 from torch import Tensor
 
-from dive_fast.config.schema import Config
+from dive_fast.config.schema import Config, Loader
+from dive_fast.data.loaders.loader import Options, batches_of
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError
+from dive_fast.evaluation.datasets import set_loader
 from dive_fast.evaluation.geometry import compare, figures, measures
+from dive_fast.evaluation.geometry import embed as embed_module
 from dive_fast.evaluation.geometry.embed import describe_pairs, embed, open_pairs, spread
 from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import towers
 from dive_fast.model.features import Pairs
+from dive_fast.training.forgetting_probe import PairMeasure
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 ROOT = Path(__file__).parents[3]
@@ -118,6 +123,36 @@ def test_embed_runs_in_fp32_and_restores_towers(folder: Path) -> None:
     assert model.autocast == torch.bfloat16
     assert model.training
     assert not exact.image.requires_grad
+
+
+@pytest.mark.parametrize(("requested", "used"), [("plain", "plain"), ("dali", "dali"), ("ffcv", "plain")])
+def test_pairs_are_loaded_as_configured(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    requested: Loader,
+    used: Loader,
+) -> None:
+    loaders = []
+
+    def with_plain(samples: Any, keys: Any, batch_size: int, options: Options) -> Any:
+        loaders.append(options.loader)
+        return batches_of(samples, keys, batch_size, dataclasses.replace(options, loader="plain"))
+
+    monkeypatch.setattr(embed_module, "batches_of", with_plain)
+    monkeypatch.setattr(set_loader, "_is_installed", lambda loader: True)
+    config = config_of(folder)
+    options = config.evaluate.model_copy(update={"loader": requested})
+    data = describe_pairs(config.data.reference)
+    compare.embed_both(config.model, options, None, folder / "run/model.safetensors", data, ALONE, 5)
+    assert loaders == [used] * 2
+    assert ("loader plain instead of ffcv" in capsys.readouterr().out) == (requested != used)
+    measure = PairMeasure(
+        "probe", open_pairs(config.model, data, model := towers.create(config.model)), 5, ALONE, options
+    )
+    measure.embed(model)
+    assert loaders[2:] == [used]
+    assert measure.identity()["loader"] == used
 
 
 def test_pairs_of_any_format_use_the_evaluation_view(folder: Path, tmp_path: Path) -> None:
@@ -239,12 +274,16 @@ def test_figures_of_unchanged_models_and_few_pairs(folder: Path, tmp_path: Path)
     assert size(tmp_path / "b.png")[0] > 1000
 
 
-def test_principal_axes_hold_most_squared_length() -> None:
+def test_principal_axes_hold_most_squared_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measures, "BLOCK", 7)
     rows = torch.zeros(40, 5)
     rows[:, 3] = -2.0  # shared by all rows: the first axis, although nothing varies along it
     rows[:, 1] = torch.linspace(-1, 1.5, 40)
     rows[::2, 0] = 0.1
-    axes, shares = figures._principal_axes(rows)
+    halves = Pairs(rows[:20], rows[20:])
+    vectors = measures.differences(Pairs(*map(torch.zeros_like, halves)), halves)
+    axes, shares = figures._principal_axes(vectors)
+    assert [tuple(half.shape) for half in figures._per_block(vectors, measures.lengths_of)] == [(20,), (20,)]
     assert axes[:, 0].abs().argmax() == 3
     assert axes[:, 1].abs().argmax() == 1
     # The mean of the rows is on the positive side of each axis.
