@@ -24,6 +24,7 @@ from dive_fast.model import towers
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.realdata
 def test_loaders_predict_the_same_classes(
     real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

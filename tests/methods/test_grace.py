@@ -59,7 +59,7 @@ def changed(images: Tensor) -> Tensor:
     return images + 0.1 * torch.sin(37 * images)
 
 
-def attack(self: ImageAttack, images: Tensor, logits: Any, info: ImageInfo, step: int) -> Tensor:
+def attack(self: ImageAttack, images: Tensor, *arguments: Any) -> Tensor:
     return changed(images)
 
 
@@ -473,5 +473,6 @@ def test_grace_without_adapters_is_refused(folder: Path) -> None:
     model = ModelConfig(name=f"local-dir:{folder}")
     method = registry.create(ObjectiveConfig(name="grace"), WIDTH)
     for lora in (None, LoraConfig(towers=["text"])):
+        adapted_model = model.model_copy(update={"lora": lora})
         with pytest.raises(ConfigError, match=r"model\.lora: .*image tower"):
-            trained_parameters.check(model.model_copy(update={"lora": lora}), create(model), method)
+            trained_parameters.check(adapted_model, TrainConfig(), create(model), method)

@@ -16,6 +16,7 @@ import torch
 from distributed import run_ranks
 
 from dive_fast import distributed
+from dive_fast.config.schema import EvaluateConfig
 from dive_fast.data import content_hashes
 from dive_fast.data.prepared.convert import Options as PrepareOptions
 from dive_fast.data.prepared.raw import RawSource
@@ -456,6 +457,7 @@ def _open_on_nodes(folder: str) -> list[int]:
     return counts
 
 
+@pytest.mark.slow
 def test_change_noticed_by_one_node_is_listed_by_all(root: Path) -> None:
     assert run_ranks(2, _open_on_nodes, str(root)) == [[1, 1, 2, 2]] * 2
 
@@ -485,7 +487,7 @@ def test_measure_of_pairs_compares_their_files_only(
     source = pairs(root)
     preprocess = Preprocess((8, 8), (0,) * 3, (1,) * 3, "bicubic", "squash")
     samples = ReferenceSamples(source, lambda texts: torch.zeros(len(texts), 4).long(), preprocess, "argmax", 0)
-    measure = PairMeasure("probe", samples, 3, Ranks(0, 1, torch.device("cpu")), 2, 0)
+    measure = PairMeasure("probe", samples, 3, Ranks(0, 1, torch.device("cpu")), EvaluateConfig())
     assert spread(len(source), 3)[0] == 0
     assert 5 not in spread(len(source), 3)
     in_place(source.samples.path(number).with_suffix(".txt"), b"other words")

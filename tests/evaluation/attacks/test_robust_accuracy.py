@@ -126,7 +126,7 @@ def test_accuracy_falls_with_eps(root: Path) -> None:
         assert values[0] > values[2] > values[3] == 0
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", [pytest.param("linf", marks=pytest.mark.slow), "l2"])
 def test_apgd_is_within_one_sample_of_the_package(root: Path, norm: str) -> None:
     autopgd = pytest.importorskip("pyautoattack.autopgd_base")
     data, eps = opened(root), {"linf": 2.0, "l2": 64.0}[norm]
@@ -168,7 +168,7 @@ def on_each_rank(root: Path, folder: Path, attack: AttackOptions) -> dict[int, i
     return result
 
 
-@pytest.mark.parametrize("samples", [None, 8])
+@pytest.mark.parametrize("samples", [pytest.param(None, marks=pytest.mark.slow), 8])
 def test_outcomes_do_not_depend_on_batches_and_ranks(root: Path, tmp_path: Path, samples: int | None) -> None:
     attack = options(2.0, samples=samples)
     alone = outcomes_of(root, tmp_path, ALONE, 4, attack)
@@ -314,6 +314,7 @@ def test_attackable_refuses_sets_without_enough_classes(root: Path, monkeypatch:
         check_installed("autoattack")
 
 
+@pytest.mark.slow
 def test_pgd_is_no_stronger_than_apgd(root: Path) -> None:
     data = opened(root)
     by_pgd, by_apgd = attacked(data, options(2.0, name="pgd", steps=10)), attacked(data, options(2.0, steps=100))
