@@ -488,13 +488,13 @@ def _expand_texts(features: Features, text: Text | None) -> Outputs:
 
 
 def _leaf_outputs(leaves: Features, half: _Half, text_sizes: list[int]) -> Outputs:
-    """Outputs of a half from the rows of all its pieces; its own rows follow those of its views.
+    """Outputs of a half from the rows of all its pieces; rows of its views come first.
 
     Args:
         text_sizes: text rows of each piece of the half itself.
     """
     count = len(half.images)
-    *views, own = (
+    *views, itself = (
         leaves._replace(image=image, logits=logits)
         for image, logits in zip(
             leaves.image.split(count),
@@ -504,9 +504,9 @@ def _leaf_outputs(leaves: Features, half: _Half, text_sizes: list[int]) -> Outpu
     )
     if half.text is not None and leaves.text is not None:
         rows = _text_rows(len(half.text.tokens), text_sizes, leaves.text.device)
-        own = own._replace(text=leaves.text[rows])
+        itself = itself._replace(text=leaves.text[rows])
     others = tuple(Outputs(view.image, None, view.logit_scale, view.logits) for view in views)
-    return _expand_texts(own, half.text)._replace(views=others)
+    return _expand_texts(itself, half.text)._replace(views=others)
 
 
 def _split_prompts(outputs: Outputs) -> Outputs:

@@ -263,8 +263,8 @@ class Literal:
 
     def gradients(self, name: str, options: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, float]]:
         loss, metrics = self.loss(name, options)
-        found = torch.autograd.grad(loss, list(self.factors.values()))
-        return dict(zip(self.factors, found, strict=True)), metrics | {"loss": loss.item()}
+        gradients = torch.autograd.grad(loss, list(self.factors.values()))
+        return dict(zip(self.factors, gradients, strict=True)), metrics | {"loss": loss.item()}
 
 
 def quantile(ordered: list[float], share: float) -> float:

@@ -1,4 +1,4 @@
-"""The files of a kept index as they were listed: whoever reads one of them notices that it has changed since."""
+"""The files of a kept index as they were listed; a process that reads one of them notices a later change."""
 
 from __future__ import annotations
 
