@@ -20,10 +20,10 @@ from dive_fast.data.random_streams import Draw, stream
 from dive_fast.kernels import gram_volume
 from dive_fast.methods.adversarial import AttackOptions
 from dive_fast.methods.method import (
-    Forward,
     Group,
     ImageInfo,
     Loss,
+    Part,
     Preset,
     Setting,
     Student,
@@ -112,9 +112,8 @@ class Grace(TeCoA):
         self.curvature = torch.zeros(len(self._layers))
         self.perturbed_ranks = torch.zeros(len(self._layers), dtype=torch.int64)
 
-    def change_images(self, images: Tensor, outputs: Forward, info: ImageInfo) -> Tensor:
-        """The clean images; adversarial ones are a view."""
-        return images
+    # The half's images stay clean, without a pass over them: adversarial ones are a view.
+    change_images = Part.change_images
 
     def views(self, images: Tensor, student: Student, info: ImageInfo) -> Sequence[View]:
         """The adversarial images at the present weights and at perturbed ones."""
