@@ -201,7 +201,7 @@ def test_share_is_measured_only_where_the_loss_has_no_other_terms() -> None:
     share.add(20, {"loss": torch.tensor(1.0)})  # without its metric
     for name, part in registry.table().targets.items():
         metric = vars(part).get("loss_metric")
-        assert (metric is None) == (name not in ("contrastive", "cross_entropy")), name
+        assert (metric is None) == (name not in ("contrastive", "cross_entropy", "tecoa")), name
 
 
 def _trained(folder: Path) -> tuple[str, str, dict[str, Any]]:
