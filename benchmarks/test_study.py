@@ -17,7 +17,7 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file
-from study import model, results, runs, sets
+from study import model, results, robustness, robustness_tables, runs, sets
 from study import summary as report
 from study.experiments import (
     LEARNING_RATES,
@@ -28,14 +28,22 @@ from study.experiments import (
     grids,
     in_weight_space,
     plan,
+    setting_under_attack,
     settled,
     sweeps,
+    under_attack,
 )
 from study.methods import (
+    ADAPTERS,
+    ADVERSARIAL,
+    ATTACK_EPS,
+    ATTACKED_FIRST,
     COMBINED,
     DISTILLED,
     ENSEMBLE,
     IN_WEIGHT_SPACE,
+    LEARNING_RATES_UNDER_ATTACK,
+    LIKE,
     LITERAL_COSINE,
     OBJECTIVES,
     PROJECTIONS,
@@ -43,6 +51,7 @@ from study.methods import (
     PUBLISHED_WIDTH,
     STRENGTHS,
     UNDECAYED,
+    UNDER_ATTACK,
     Strength,
     grid_of,
     objective,
@@ -423,6 +432,113 @@ def test_compared_runs_without_calibration_or_distance_are_measured_again(missin
     assert again in complete(latest)
 
 
+def attacked_row(run: Run, validation: float, accuracy: float, **figures: float) -> dict[str, Any]:
+    eps = list(robustness.ATTACK.eps)
+    return row_of(run, validation, shift=0.5, sharpness=100.0, **figures) | {
+        "attacked": {"eps": eps, "accuracy": [accuracy] * len(eps), "clean": 0.5, "samples": 500, "not_finite": 0}
+    }
+
+
+def attacked_rows() -> list[dict[str, Any]]:
+    """A plan of attacks that was worked off, after grids of earlier weights."""
+    earlier = [
+        row for name in ("flyp", "dive", "tracer", "vanilla_ft") for row in grid_rows(name, lambda run: 0.5)
+    ]
+    rows = [row | {"model": "earlier"} for row in earlier]
+    while left := [run for run in under_attack(rows, MODELS) if not results.has(rows, run.key("small", "digest"))]:
+        # What the gentler rate has is better.
+        rows.append(attacked_row(left[0], 0.5 - left[0].learning_rate, 0.1 * left[0].seed))
+    return rows
+
+
+def test_attacked_methods_have_three_seeds_at_the_better_learning_rate() -> None:
+    rows = attacked_rows()
+    known = under_attack(rows, MODELS)
+    assert {run.method for run in known} == set(UNDER_ATTACK)
+    for method in ATTACKED_FIRST:
+        setting = setting_under_attack(rows, method, "digest")
+        assert setting is not None
+        assert {replace(setting, seed=seed) for seed in SEEDS} <= set(known)
+        like = method
+        while like in LIKE:
+            like = LIKE[like].method
+        assert setting.learning_rate == min(LEARNING_RATES_UNDER_ATTACK.get(like, (setting.learning_rate,)))
+    seeds = [run.seed for run in known if run.method != "pmg_aft"]
+    assert seeds == sorted(seeds)
+    # Trials from other weights, and results without attacks, choose nothing.
+    for change in ({"model": "other"}, {"attacked": None}):
+        other = [row | change if row["method"] == "tecoa" else row for row in rows]
+        assert setting_under_attack(other, "tecoa", "digest") is None
+
+
+def test_every_attacked_run_is_a_config_of_the_engine(tmp_path: Path) -> None:
+    study = Study(tmp_path, "small", Ranks(0, 1, torch.device("cpu")))
+    study.digests = {"cifar10": "0123456789abcdef"}
+    for method in UNDER_ATTACK:
+        strength = LIKE[method].strength if method in LIKE else None
+        config = study.config(Run("cifar10", method, strength, 1e-3))
+        assert (config.model.lora is not None) == (method in ADAPTERS)
+        options = config.objective.model_extra or {}
+        options = config.objective.target if isinstance(config.objective.target, dict) else options
+        assert options.get("attack_eps") == (ATTACK_EPS if method in ADVERSARIAL else None)
+    combined = study.config(Run("cifar10", "grace_dive", 1.0, 1e-3)).objective
+    assert combined.name is None
+    assert isinstance(combined.reference, dict)
+    assert (combined.reference["name"], combined.weight) == ("dive", 1.0)
+
+
+def test_tables_compare_methods_under_attack() -> None:
+    rows = attacked_rows()
+    groups = robustness_tables.selected(rows)
+    assert set(groups) == set(UNDER_ATTACK)
+    lines = robustness_tables.table(groups)
+    # ID and OOD are 0.5, and under attack 0, 0.1 and 0.2 at the seeds: harmonic means of 0, 3 / 14 and 1 / 3.
+    row = next(line for line in lines if line.startswith("| TeCoA | "))
+    assert "| 3 | 50.0 ± 0.0 | 50.0 ± 0.0 | 10.0 ± 10.0 | 18.3 ± 16.9 |" in row
+    assert {line.count("|") for line in lines} == {15}
+    trials = robustness_tables.trial_table(rows, groups)
+    assert "| TeCoA | 0.001 | 49.9 | 50.0 | 0.0 |" in trials
+    assert len(trials) == 2 + len(LEARNING_RATES_UNDER_ATTACK)
+    assert "| TeCoA | 3 | +0.0 ± 0.0 |" in robustness_tables.difference_table(groups)[2]
+    assert robustness_tables.message(groups).startswith("Under attack: vanilla FT 10 %, DiVE 10 %")
+    assert robustness_tables.selected([row | {"attacked": None} for row in rows]) == {}
+
+
+def test_sharpness_is_the_largest_eigenvalue_of_the_exact_hessian() -> None:
+    torch.manual_seed(0)
+    first, second = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 4), (2, 3)))
+    unused = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    images, labels = torch.randn(9, 4, dtype=torch.float64), torch.arange(9) % 2
+
+    def loss(flat: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(images @ flat[:12].view(3, 4).T)
+        return torch.nn.functional.cross_entropy(4 * hidden @ flat[12:18].view(2, 3).T, labels)
+
+    flat = torch.cat([first.flatten(), second.flatten(), unused]).detach()
+    exact = torch.autograd.functional.hessian(loss, flat)
+    values = torch.linalg.eigvalsh(exact)
+    product = robustness.hessian_product(
+        loss(torch.cat([first.flatten(), second.flatten(), unused])), [first, second, unused]
+    )
+    vector = torch.randn(20, dtype=torch.float64)
+    assert torch.allclose(product(vector), exact @ vector, atol=1e-12)
+    found = robustness.largest_eigenvalue(product, vector, tolerance=1e-9)
+    assert found.value == pytest.approx(float(values[-1]), rel=1e-9)
+    # The largest eigenvalue, not that of the largest absolute value.
+    found = robustness.largest_eigenvalue(lambda x: -(exact @ x), vector, tolerance=1e-9)
+    assert found.value == pytest.approx(-float(values[0]), rel=1e-9)
+    coarse = robustness.largest_eigenvalue(product, vector, products=3)
+    assert coarse.products == 3
+    assert float((values - coarse.value).abs().min()) <= coarse.error
+
+
+def test_feature_shift_is_one_minus_the_cosine() -> None:
+    before = torch.eye(2)
+    after = torch.tensor([[0.6, 0.8], [0.0, 1.0]])
+    assert robustness.feature_shift(before, after) == pytest.approx(0.2)
+    assert robustness.feature_shift(before, before) == 0
+
+
 def runs_worlds() -> tuple[str, ...]:
     return tuple(report.WORLDS)
 
@@ -561,6 +677,9 @@ cases.append(cases[0])
 for method, weight, every in cases[int(sys.argv[2]) :]:
     run = Run("cifar10", method, weight, 1e-3, every=every, reference=48)
     results.append(Path(sys.argv[1], "found"), study.measure(run, Path(sys.argv[1], "weights")))
+if sys.argv[2] == "0":
+    run = Run("cifar10", "grace_dive", 1.0, 1e-3, reference=48)
+    results.append(Path(sys.argv[1], "attacked"), study.measure(run, Path(sys.argv[1], "adapted"), attacks=True))
 """
 
 
@@ -586,3 +705,11 @@ def test_a_run_is_the_same_alone_and_after_another(tmp_path: Path) -> None:
     assert digrap["relative_distance"] > 0
     weights = load_file(next((tmp_path / "weights").glob("*flyp*")))
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    (attacked,) = results.read(tmp_path / "attacked")
+    assert robustness.is_measured(attacked)
+    assert attacked["attacked"]["samples"] == 40
+    assert 0 < attacked["shift"] < 2
+    assert attacked["sharpness"] > attacked["sharpness_error"] > 0
+    assert attacked["perturbed"].keys() == set(runs.PERTURBED)
+    # Weights and the head.
+    assert len(list((tmp_path / "adapted").iterdir())) == 2

@@ -2,7 +2,8 @@
 
 ``run`` works off the plan, one line of results for each run; the same command resumes after a kill.
 With ``--settings small`` the plan has the settings that the grid of that size has chosen, and no grid; with
-``--part weights`` it has the methods in weight space, and FLYP and DiVE next to them.
+``--part weights`` it has the methods in weight space, and FLYP and DiVE next to them; with ``--part attacks`` the
+methods that are compared under attack.
 """
 
 import argparse
@@ -14,10 +15,11 @@ from loss_report import REPOSITORY
 
 from dive_fast.distributed import join
 from dive_fast.errors import ConfigError
-from study import results
+from study import results, robustness_tables
 from study import summary as report
-from study.experiments import SEEDS, Rows, complete, in_weight_space, plan, settled
+from study.experiments import SEEDS, Rows, complete, in_weight_space, plan, settled, under_attack
 from study.methods import UNDECAYED
+from study.robustness import is_measured
 from study.runs import PRETRAINED, SIZES, Run, Study
 
 FOLDER = REPOSITORY / "build/study"
@@ -32,7 +34,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks/results")
     parser.add_argument("--settings", choices=SIZES, help="use the settings that the grid of this size has chosen")
     parser.add_argument("--worlds", nargs="+", choices=report.WORLDS, default=list(report.WORLDS))
-    parser.add_argument("--part", choices=["all", "weights"], default="all")
+    parser.add_argument("--part", choices=["all", "weights", "attacks"], default="all")
     parser.add_argument("--minutes", type=float, help="time limit after which no run starts")
     parser.add_argument("what", choices=["run", "plan", "report"])
     options = parser.parse_args()
@@ -42,7 +44,8 @@ def main() -> None:
         grid = results.latest(results.read(REPOSITORY / f"benchmarks/results/study-{options.settings}.jsonl"))
     if options.what == "report":
         rows = results.latest(results.read(path))
-        print(report.write(rows, options.size, options.results, grid).read_text())
+        further = robustness_tables.lines(rows, options.size, options.results)
+        print(report.write(rows, options.size, options.results, grid, further).read_text())
         return
     study = Study(options.folder, options.size, join())
     study.prepare(tuple(options.worlds))
@@ -52,9 +55,13 @@ def main() -> None:
             return settled(grid, options.worlds)
         if options.part == "weights":
             return in_weight_space(rows, study.digests)
+        if options.part == "attacks":
+            return under_attack(rows, study.digests)
         return [run for run in plan(rows, study.size, study.digests) if run.world in options.worlds]
 
-    work(study, path, planned, options.minutes, begun, dry=options.what == "plan")
+    work(
+        study, path, planned, options.minutes, begun, dry=options.what == "plan", attacks=options.part == "attacks"
+    )
 
 
 def work(
@@ -65,6 +72,7 @@ def work(
     begun: float = 0.0,
     *,
     dry: bool = False,
+    attacks: bool = False,
 ) -> None:
     """Works off a plan.
 
@@ -73,11 +81,12 @@ def work(
         planned: which runs, from the results so far.
         begun: when the minutes began, by ``time.perf_counter``.
         dry: only say what is left.
+        attacks: measure robustness too; results without it are measured again.
     """
     impossible = set[Run]()
     while minutes is None or time.perf_counter() - begun < 60 * minutes:
         rows = [row for row in results.latest(results.read(path)) if row["world"] in study.digests]
-        measured = complete(rows)
+        measured = [row for row in complete(rows) if is_measured(row) or not attacks]
         left = [
             run for run in planned(rows) if run not in impossible and not results.has(measured, study.key(run))
         ]
@@ -95,11 +104,11 @@ def work(
             continue
         first = {"method": PRETRAINED, "world": run.world, "model": study.digests[run.world]}
         if not results.has(measured, first):
-            results.append(path, study.pretrained_row(run))
+            results.append(path, study.pretrained_row(run, attacks=attacks))
         # What is run again with other seeds, and is no sweep, is what was chosen. Ensembles need UNDECAYED's.
-        is_kept = run.is_plain() and (run.seed == SEEDS[1] or run.method == UNDECAYED)
+        is_kept = attacks or (run.is_plain() and (run.seed == SEEDS[1] or run.method == UNDECAYED))
         keep = study.folder / "weights" if is_kept else None
-        row = study.measure(run, keep)
+        row = study.measure(run, keep, attacks=attacks)
         results.append(path, row)
         print(f"{row['seconds']:.0f} s, {len(left) - 1} left: {row}", flush=True)
 

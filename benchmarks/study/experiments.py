@@ -22,12 +22,16 @@ from typing import Any
 
 from study.methods import (
     ABLATIONS,
+    ATTACKED_FIRST,
     AVERAGE_ALONE,
     BASELINE,
     CORE,
     FURTHER_STRENGTHS,
     HEADS,
     IN_WEIGHT_SPACE,
+    LAST_UNDER_ATTACK,
+    LEARNING_RATES_UNDER_ATTACK,
+    LIKE,
     LITERAL_COSINE,
     MAIN,
     NARROW,
@@ -37,6 +41,7 @@ from study.methods import (
     UNDECAYED,
     grid_of,
 )
+from study.robustness import is_measured
 from study.runs import PRETRAINED, Run, Size
 
 SEEDS = (0, 1, 2)
@@ -90,6 +95,47 @@ def in_weight_space(rows: Rows, models: Mapping[str, str]) -> list[Run]:
     known = [chosen(rows, "cifar10", method, "equal") for method in (BASELINE, STUDIED)]
     runs = [run for run in known if run is not None] + _searched(rows, models, "cifar10", IN_WEIGHT_SPACE)
     return list(dict.fromkeys(runs + with_seeds(rows, "cifar10", (BASELINE, STUDIED, *IN_WEIGHT_SPACE))))
+
+
+def under_attack(rows: Rows, models: Mapping[str, str]) -> list[Run]:
+    """The methods whose accuracy under attack is compared, on CIFAR-10: seed 0 of all first.
+
+    Methods with a grid have the setting that ``equal`` chose from it; the others the better one of two learning
+    rates, by ID validation at seed 0.
+
+    Args:
+        rows, models: as of :func:`plan`.
+    """
+    model = models["cifar10"]
+    settings = {method: setting_under_attack(rows, method, model) for method in ATTACKED_FIRST}
+    runs = list[Run]()
+    for seed in SEEDS:
+        for method, setting in settings.items():
+            runs += trials(method) if seed == SEEDS[0] else []
+            runs += [] if setting is None else [replace(setting, seed=seed)]
+    last = setting_under_attack(rows, LAST_UNDER_ATTACK, model)
+    return list(dict.fromkeys([*runs, *([] if last is None else [last])]))
+
+
+def trials(method: str) -> list[Run]:
+    """The learning rates that are tried for a method of :func:`under_attack` that has no grid."""
+    return [Run("cifar10", method, None, rate) for rate in LEARNING_RATES_UNDER_ATTACK.get(method, ())]
+
+
+def setting_under_attack(rows: Rows, method: str, model: str) -> Run | None:
+    """The setting of a method of :func:`under_attack` at seed 0; None until it is known.
+
+    Args:
+        model: digest of the weights that the trials of learning rates start from.
+    """
+    if method in LIKE:
+        setting = setting_under_attack(rows, LIKE[method].method, model)
+        return None if setting is None else replace(setting, method=method, strength=LIKE[method].strength)
+    if not trials(method):
+        return chosen(rows, "cifar10", method, "equal")
+    tried, rows = trials(method), [row for row in rows if (row["method"], row["model"]) == (method, model)]
+    scores = {run_of(row): row["validation"] for row in rows if is_measured(row)}
+    return max(tried, key=lambda run: scores[run]) if all(run in scores for run in tried) else None
 
 
 def _searched(rows: Rows, models: Mapping[str, str], world: str, methods: Iterable[str]) -> list[Run]:

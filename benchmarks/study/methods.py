@@ -56,6 +56,47 @@ PROJECTIONS = {f"flyp_{rule}": rule for rule in ("l2sp", "spd", "ftp", "digrap")
 ENSEMBLE = "flyp_ensemble"
 """Weights between the pre-trained ones and those that a run of ``UNDECAYED`` left."""
 IN_WEIGHT_SPACE = (UNDECAYED, *PROJECTIONS, ENSEMBLE)
+ADAPTED = "vanilla_lora"
+"""Vanilla FT by adapters of the image tower."""
+ADVERSARIAL_COMBINED = "grace_dive"
+"""GRACE on the target batch and ``STUDIED`` on the reference batch."""
+ADVERSARIAL = ("tecoa", "pmg_aft", "grace", ADVERSARIAL_COMBINED)
+"""Methods that train on attacked images."""
+ADAPTERS: dict[str, dict[str, Any]] = {
+    name: {"rank": 16, "towers": ["image"]} for name in (ADAPTED, "grace", ADVERSARIAL_COMBINED)
+} | {"flyp_lora": {"rank": 16}}
+"""Methods that train adapters, and ``model.lora``."""
+UNDER_ATTACK = (
+    BASELINE, "flyp_lora", "vanilla_ft", ADAPTED, STUDIED, DISTILLED, "tecoa", "pmg_aft", "grace",
+    ADVERSARIAL_COMBINED,
+)  # fmt: skip
+"""Methods whose accuracy under attack is compared, in the order of tables."""
+ATTACKED_FIRST = (
+    "vanilla_ft", ADAPTED, "grace", ADVERSARIAL_COMBINED, "tecoa", STUDIED, BASELINE, DISTILLED, "flyp_lora"
+)  # fmt: skip
+"""The same in the order of their runs; those with several seeds."""
+LEARNING_RATES_UNDER_ATTACK: dict[str, tuple[float, ...]] = {
+    ADAPTED: (3e-3, 1e-2),
+    "flyp_lora": (3e-3, 1e-2),
+    "tecoa": (1e-3, 3e-4),
+}
+"""Those that are tried at seed 0, of methods without a setting from the study's grid."""
+
+
+class Like(NamedTuple):
+    """A method that takes over the learning rate of another one, with its own strength."""
+
+    method: str
+    strength: float | None = None
+
+
+LAST_UNDER_ATTACK = "pmg_aft"
+"""A method that has one seed."""
+LIKE = {
+    "grace": Like(ADAPTED),
+    ADVERSARIAL_COMBINED: Like("grace", 1.0),
+    LAST_UNDER_ATTACK: Like("tecoa"),
+}
 NARROW = (LIGHT, "tracer_fd", "carot", "lipsum", *IN_WEIGHT_SPACE)
 """Methods whose grid has only the learning rate that is best for the baseline."""
 ABLATIONS = (AVERAGE_ALONE, "pvl", "cosine")
@@ -81,7 +122,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "cosine": {"name": "cosine", "average_start": 1},
     LITERAL_COSINE: {"name": "cosine", "average_start": 0},
     LIGHT: {"name": COMBINED, "distillation_weight": _around_default(DISTILLED).grid[0]},
-    **{method: {"name": BASELINE} for method in IN_WEIGHT_SPACE},
+    **{method: {"name": BASELINE} for method in (*IN_WEIGHT_SPACE, "flyp_lora")},
+    ADAPTED: {"name": "vanilla_ft"},
+    ADVERSARIAL_COMBINED: {"name": None, "target": "grace", "reference": STUDIED},
 }
 """Methods whose ``objective`` is more than their name."""
 HEADS = tuple(
@@ -102,12 +145,24 @@ LABELS = {name: label for name, (label, _) in plots.method_styles().items()} | {
     UNDECAYED: "FLYP, no decay",
     **{method: f"+ {projections.table()[rule].title}" for method, rule in PROJECTIONS.items()},
     ENSEMBLE: "+ ensemble",
+    "flyp_lora": "FLYP, LoRA",
+    ADAPTED: "vanilla FT, LoRA",
+    ADVERSARIAL_COMBINED: "GRACE + DiVE",
 }
 COLOURS = {name: colour for name, (_, colour) in plots.method_styles().items()} | {
     LIGHT: "#7f95d1",
     # In the order in which figures of methods choose colours.
     **dict(zip(IN_WEIGHT_SPACE, plots.OTHERS)),
+    "flyp_lora": "#4a4f57",
+    ADAPTED: "#7d8590",
+    ADVERSARIAL_COMBINED: "#0f766e",
 }
+ATTACK_EPS = 4.0
+"""Largest change of a pixel under attack, in units of 1/255, in training and in evaluation."""
+ATTACK_STEPS = 5
+"""Steps of the attack in training, of half its size each; half as many as by default, since they cost most."""
+CURVATURE_EVERY = 10
+"""Steps between GRACE's estimates of the curvature; its default of 1000 is longer than a run."""
 PUBLISHED_WIDTH, PUBLISHED_STEPS = 512, 25_030
 """Embedding width of ViT-B/16 and steps of 10 epochs of ImageNet at a batch of 512, for which TRACER's and CaRot's
 defaults are chosen."""
@@ -151,6 +206,14 @@ def objective(
         section[REFERENCE_WEIGHT if known is None else known.option] = strength
     if every != 1:
         section["reference_every"] = every
+    if method in ADVERSARIAL:
+        attack = {"attack_eps": ATTACK_EPS, "attack_step": ATTACK_EPS / 2, "attack_steps": ATTACK_STEPS}
+        if "grace" in (section["name"], section.get("target")):
+            attack["curvature_every"] = CURVATURE_EVERY
+        if section["name"] is None:
+            section["target"] = {"name": section["target"]} | attack
+        else:
+            section |= attack
     return section
 
 

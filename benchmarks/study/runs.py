@@ -15,20 +15,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dive_fast.checkpoint.load_weights import head_of
-from dive_fast.config.schema import Config
+from dive_fast.config.schema import Config, EvaluationSet
 from dive_fast.distributed import Ranks
 from dive_fast.engine.weight_projection import EXCLUDED, METRICS
+from dive_fast.evaluation.datasets.evaluation_set import Captioned, Labelled
 from dive_fast.evaluation.datasets.resolve import Opened, open_evaluation
 from dive_fast.evaluation.geometry.embed import describe_pairs, embed, open_pairs
 from dive_fast.evaluation.geometry.measures import rsa
 from dive_fast.evaluation.weight_ensemble import State, interpolate
-from dive_fast.evaluation.zero_shot import measure_sets, values
+from dive_fast.evaluation.zero_shot import classifier_for, measure_sets, values
 from dive_fast.methods.run_config import load_run_config
-from dive_fast.model.head import Head
+from dive_fast.model.head import Head, find_head, head_path
 from dive_fast.model.towers import Towers, create, tokenizer_of
 from dive_fast.training.loop import train
 from study import model, sets
-from study.methods import ENSEMBLE, IN_WEIGHT_SPACE, STUDIED, UNDECAYED, objective, projection
+from study.methods import ADAPTERS, ENSEMBLE, IN_WEIGHT_SPACE, STUDIED, UNDECAYED, objective, projection
+from study.robustness import feature_shift, sharpness, under_attack
 
 PRETRAINED = "pretrained"
 """Method of the line of the results that is of a model before its runs."""
@@ -184,6 +186,8 @@ class Study:
             "log_every": 5,
             "resume": "never",
         }
+        if run.method in ADAPTERS:
+            settings["model"]["lora"] = ADAPTERS[run.method]
         if run.method in IN_WEIGHT_SPACE:
             settings["train"]["weight_decay"] = 0.0
         # All pairs are trained on, as when the published results were measured.
@@ -192,11 +196,12 @@ class Study:
         path.write_text(json.dumps(settings, indent=2) + "\n")
         return load_run_config(str(path))
 
-    def measure(self, run: Run, keep: Path | None = None) -> dict[str, Any]:
+    def measure(self, run: Run, keep: Path | None = None, *, attacks: bool = False) -> dict[str, Any]:
         """Trains, or interpolates, and measures; returns the run's line of the results.
 
         Args:
-            keep: folder that the tuned weights are left in, if any, under a hash of the run's key.
+            keep: folder that the tuned weights, and a head, are left in, if any, under a hash of the run's key.
+            attacks: measure robustness too.
         """
         config, begun = self.config(run), time.perf_counter()
         before = weights_of(create(config.model))
@@ -214,6 +219,7 @@ class Study:
             | measured
             | distance(before, weights_of(tuned))
             | {"seconds": round(seconds, 1)}
+            | (self._robustness(run, config, tuned, head, after) if attacks else {})
         )
 
     def _train(self, run: Run, config: Config, keep: Path | None) -> tuple[Towers, Head | None, dict[str, Any]]:
@@ -228,10 +234,13 @@ class Study:
         lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
         if keep is not None:
             keep.mkdir(parents=True, exist_ok=True)
-            (place / "model.safetensors").replace(keep / f"{named(self.key(run))}.safetensors")
+            kept = keep / f"{named(self.key(run))}.safetensors"
+            if (file := find_head(place / "model.safetensors")) is not None:
+                file.replace(head_path(kept))
+            (place / "model.safetensors").replace(kept)
         shutil.rmtree(place)
         measured = {symbol: metrics[name] for symbol, name in NORMS.items() if name in metrics}
-        return tuned, head, measured | {"course": course(lines)} | projected(lines)
+        return tuned, head, measured | {"course": course(lines)} | projected(lines) | perturbed(lines)
 
     def _ensemble(self, run: Run, config: Config) -> Towers:
         """Weights between the pre-trained ones and those of ``UNDECAYED``, which is trained if it is missing."""
@@ -243,19 +252,52 @@ class Study:
         towers = create(config.model)
         return towers.load_exported(interpolate(weights_of(towers), load_file(path), 1 - run.strength)).eval()
 
-    def pretrained_row(self, run: Run) -> dict[str, Any]:
-        """The line of the model that all runs of a world start from: no run, so no method either."""
-        config = self.config(run)
-        scores = self._scores(config, create(config.model).eval())
-        return self.key(run) | {"method": PRETRAINED} | scores | {"rsa": 1.0}
+    def pretrained_row(self, run: Run, *, attacks: bool = False) -> dict[str, Any]:
+        """The line of the model that all runs of a world start from: no run, so no method either.
+
+        Args:
+            attacks: as of :meth:`measure`.
+        """
+        config, towers = self.config(run), create(self.config(run).model).eval()
+        row = self.key(run) | {"method": PRETRAINED} | self._scores(config, towers) | {"rsa": 1.0}
+        if attacks:
+            row |= self._robustness(run, config, towers, None, self._pretrained_embeddings(run.world, config))
+        return row
+
+    def _robustness(
+        self, run: Run, config: Config, towers: Towers, head: Head | None, after: Tensor
+    ) -> dict[str, Any]:
+        """Fields of the results about attacks, the shift of image features and sharpness.
+
+        Args:
+            after: as of :meth:`_embed`.
+        """
+        begun, tokenizer = time.perf_counter(), tokenizer_of(config.model)
+        data = self._open(config.evaluate.sets["id"])
+        target = self._open(EvaluationSet.model_validate(labelled(self.data, "target")))
+        assert isinstance(data, Labelled)
+        assert isinstance(target, Labelled)
+        towers = towers.to(self.ranks.device)
+        classes = classifier_for(towers, tokenizer, data, self.ranks, head)
+        before = self._pretrained_embeddings(run.world, config)
+        eigenvalue = sharpness(towers, classes, target)
+        return {
+            "attacked": under_attack(towers, classes, data, self.ranks),
+            "shift": feature_shift(before[: len(before) // 2], after[: len(after) // 2]),
+            "sharpness": eigenvalue.value,
+            "sharpness_error": eigenvalue.error,
+            "attack_seconds": round(time.perf_counter() - begun, 1),
+        }
+
+    def _open(self, section: EvaluationSet) -> Labelled | Captioned:
+        if section.path not in self._opened:
+            self._opened[section.path] = open_evaluation(section)
+        return self._opened[section.path]
 
     def _scores(self, config: Config, towers: Towers, head: Head | None = None) -> dict[str, Any]:
         """Accuracy on each set by its name, and each of :data:`CALIBRATION` on all sets."""
         sections, tokenizer = config.evaluate.sets, tokenizer_of(config.model)
-        for section in sections.values():
-            if section.path not in self._opened:
-                self._opened[section.path] = open_evaluation(section)
-        opened = {name: self._opened[section.path] for name, section in sections.items()}
+        opened = {name: self._open(section) for name, section in sections.items()}
         towers = towers.to(self.ranks.device)
         measured = measure_sets(towers, tokenizer, config.evaluate, opened, self.ranks, head)
         return values(measured, sections) | {
@@ -304,6 +346,17 @@ def projected(lines: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return {"projection": {name: statistics.fmean(each) for name, each in values.items()}} if values else {}
 
 
+PERTURBED = ("cross_entropy", "perturbed_loss", "perturbation_gain", "gram_volume")
+"""Metrics of a method that perturbs weights."""
+
+
+def perturbed(lines: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Means over the lines of ``metrics.jsonl`` of :data:`PERTURBED`, where a method perturbs weights."""
+    known = [line for line in lines if line.get(PERTURBED[-1]) is not None]
+    means = {name: statistics.fmean(line[name] for line in known) for name in PERTURBED if known}
+    return {"perturbed": means} if means else {}
+
+
 def course(lines: list[dict[str, Any]]) -> list[dict[str, float]]:
     """Lengths of the difference vectors along a run: some lines of ``metrics.jsonl``, first and last included."""
     lines = [line for line in lines if any(name in line for name in NORMS.values())]
@@ -334,6 +387,13 @@ def prepare(folder: Path, size: str = "small", epochs: int = 12, **counts: int) 
     return path
 
 
+def labelled(folder: Path, name: str) -> dict[str, str]:
+    """The config section of a labelled set."""
+    place = folder / name
+    names = {"class_names": f"{place}/classes.txt", "templates": f"{place}/templates.txt"}
+    return {"format": "webdataset", "path": str(place), **names}
+
+
 def tree(
     data: Path,
     pretrained: Path,
@@ -346,16 +406,10 @@ def tree(
         labelled_sets: folder of the world's labelled sets; default: ``data``.
         evaluated: names of those that the tuned model is measured on.
     """
-
-    def labelled(name: str) -> dict[str, Any]:
-        place = (labelled_sets or data) / name
-        names = {"class_names": f"{place}/classes.txt", "templates": f"{place}/templates.txt"}
-        return {"format": "webdataset", "path": str(place), **names}
-
     return {
         "model": {"name": f"local-dir:{pretrained}"},
         "data": {
-            "target": labelled("target") | {"batch_size": 128, "workers": 1},
+            "target": labelled(labelled_sets or data, "target") | {"batch_size": 128, "workers": 1},
             "reference": {
                 "format": "webdataset",
                 "path": str(data / "reference"),
@@ -372,6 +426,6 @@ def tree(
             "warmup_steps": 15,
             "precision": "fp32",
         },
-        "evaluate": {"sets": {name: labelled(name) for name in evaluated}, "workers": 0},
+        "evaluate": {"sets": {name: labelled(labelled_sets or data, name) for name in evaluated}, "workers": 0},
         "deepspeed": {"zero_optimization": {"stage": 0}},
     }

@@ -433,10 +433,10 @@ def compared(rows: Sequence[Row], world: str, methods: Iterable[str], grid: Sequ
     for method in methods:
         if (run := chosen(grid, world, method, "equal")) is not None:
             selected += over_seeds(rows, run)
-    return [row | {"ood": ood(row), "zs": zero_shot(row)} | {"method": _style(row["method"])} for row in selected]
+    return [row | {"ood": ood(row), "zs": zero_shot(row)} | {"method": style(row["method"])} for row in selected]
 
 
-def _style(method: str) -> str:
+def style(method: str) -> str:
     """The name by which figures know a method: its label, where the registry has none of this name."""
     return method if method in plots.method_styles() else LABELS[method]
 
@@ -454,7 +454,7 @@ def _message(rows: Sequence[Row], title: str) -> str:
     message = f"Tuned on {title}: {kept[STUDIED]} of the zero-shot accuracy kept, {kept[BASELINE]}"
     ruled = {
         name: statistics.fmean(row["zs"] for row in rows if row["method"] == name)
-        for name in map(_style, PROJECTIONS)
+        for name in map(style, PROJECTIONS)
         if any(row["method"] == name for row in rows)
     }
     if ruled:
@@ -478,11 +478,14 @@ def norm_table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def write(rows: Sequence[Row], size: str, folder: Path, grid: Sequence[Row] | None = None) -> Path:
+def write(
+    rows: Sequence[Row], size: str, folder: Path, grid: Sequence[Row] | None = None, further: Sequence[str] = ()
+) -> Path:
     """Writes ``study-<size>.md`` and its charts; returns the former.
 
     Args:
         grid: of another size, where the rows have the settings that it chose: then methods are compared, no more.
+        further: lines of other parts of the study.
     """
     path = folder / f"study-{size}.md"
     lines = [f"# Figures of the {size} study", "", f"Written by `python -m study report` from study-{size}.jsonl."]
@@ -491,6 +494,7 @@ def write(rows: Sequence[Row], size: str, folder: Path, grid: Sequence[Row] | No
             lines += _about_world(rows, size, world, folder, grid)
     if grid is None:
         lines += _about_dive(of_one_model(rows, "cifar10", PAPER), size, folder)
+    lines += further
     write_atomic(path, ("\n".join(lines) + "\n").encode())
     return path
 
@@ -520,11 +524,11 @@ def _about_world(
                 if len(table) > 3:
                     lines += ["", f"## {title}. {heading}", "", *table]
         selected = compared(group_rows, world, group.order, settings)
-        if any(row["method"] in map(_style, group.methods) for row in selected):
+        if any(row["method"] in map(style, group.methods) for row in selected):
             name, alt = f"study-{size}-{world}-methods{group.ending}.png", _message(selected, title)
             plots.tradeoff(
                 *(selected, folder / name, alt),
-                highlighted=[_style(method) for method in group.highlighted],
+                highlighted=[style(method) for method in group.highlighted],
                 measures=MEASURES[world],
             )
             lines += ["", f"![{alt}]({name})"]
