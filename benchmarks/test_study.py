@@ -43,13 +43,13 @@ from study.methods import (
     ENSEMBLE,
     IN_WEIGHT_SPACE,
     LEARNING_RATES_UNDER_ATTACK,
-    LIKE,
     LITERAL_COSINE,
     OBJECTIVES,
     PROJECTIONS,
     PUBLISHED_STEPS,
     PUBLISHED_WIDTH,
     STRENGTHS,
+    STRENGTHS_UNDER_ATTACK,
     UNDECAYED,
     UNDER_ATTACK,
     Strength,
@@ -459,10 +459,7 @@ def test_attacked_methods_have_three_seeds_at_the_better_learning_rate() -> None
         setting = setting_under_attack(rows, method, "digest")
         assert setting is not None
         assert {replace(setting, seed=seed) for seed in SEEDS} <= set(known)
-        like = method
-        while like in LIKE:
-            like = LIKE[like].method
-        assert setting.learning_rate == min(LEARNING_RATES_UNDER_ATTACK.get(like, (setting.learning_rate,)))
+        assert setting.learning_rate == min(LEARNING_RATES_UNDER_ATTACK.get(method, (setting.learning_rate,)))
     seeds = [run.seed for run in known if run.method != "pmg_aft"]
     assert seeds == sorted(seeds)
     # Trials from other weights, and results without attacks, choose nothing.
@@ -475,8 +472,7 @@ def test_every_attacked_run_is_a_config_of_the_engine(tmp_path: Path) -> None:
     study = Study(tmp_path, "small", Ranks(0, 1, torch.device("cpu")))
     study.digests = {"cifar10": "0123456789abcdef"}
     for method in UNDER_ATTACK:
-        strength = LIKE[method].strength if method in LIKE else None
-        config = study.config(Run("cifar10", method, strength, 1e-3))
+        config = study.config(Run("cifar10", method, STRENGTHS_UNDER_ATTACK.get(method), 1e-3))
         assert (config.model.lora is not None) == (method in ADAPTERS)
         options = config.objective.model_extra or {}
         options = config.objective.target if isinstance(config.objective.target, dict) else options

@@ -37,6 +37,7 @@ from study.methods import (
     NARROW,
     SELF_DISTILLING,
     STRENGTHS,
+    STRENGTHS_UNDER_ATTACK,
     STUDIED,
     UNDECAYED,
     grid_of,
@@ -119,7 +120,8 @@ def under_attack(rows: Rows, models: Mapping[str, str]) -> list[Run]:
 
 def trials(method: str) -> list[Run]:
     """The learning rates that are tried for a method of :func:`under_attack` that has no grid."""
-    return [Run("cifar10", method, None, rate) for rate in LEARNING_RATES_UNDER_ATTACK.get(method, ())]
+    strength = STRENGTHS_UNDER_ATTACK.get(method)
+    return [Run("cifar10", method, strength, rate) for rate in LEARNING_RATES_UNDER_ATTACK.get(method, ())]
 
 
 def setting_under_attack(rows: Rows, method: str, model: str) -> Run | None:
@@ -128,9 +130,9 @@ def setting_under_attack(rows: Rows, method: str, model: str) -> Run | None:
     Args:
         model: digest of the weights that the trials of learning rates start from.
     """
-    if method in LIKE:
-        setting = setting_under_attack(rows, LIKE[method].method, model)
-        return None if setting is None else replace(setting, method=method, strength=LIKE[method].strength)
+    if method == LAST_UNDER_ATTACK:
+        setting = setting_under_attack(rows, LIKE, model)
+        return None if setting is None else replace(setting, method=method)
     if not trials(method):
         return chosen(rows, "cifar10", method, "equal")
     tried, rows = trials(method), [row for row in rows if (row["method"], row["model"]) == (method, model)]

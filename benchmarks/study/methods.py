@@ -79,24 +79,13 @@ LEARNING_RATES_UNDER_ATTACK: dict[str, tuple[float, ...]] = {
     ADAPTED: (3e-3, 1e-2),
     "flyp_lora": (3e-3, 1e-2),
     "tecoa": (1e-3, 3e-4),
+    **dict.fromkeys(("grace", ADVERSARIAL_COMBINED), (3e-3, 1e-2)),
 }
 """Those that are tried at seed 0, of methods without a setting from the study's grid."""
-
-
-class Like(NamedTuple):
-    """A method that takes over the learning rate of another one, with its own strength."""
-
-    method: str
-    strength: float | None = None
-
-
-LAST_UNDER_ATTACK = "pmg_aft"
-"""A method that has one seed."""
-LIKE = {
-    "grace": Like(ADAPTED),
-    ADVERSARIAL_COMBINED: Like("grace", 1.0),
-    LAST_UNDER_ATTACK: Like("tecoa"),
-}
+STRENGTHS_UNDER_ATTACK = {ADVERSARIAL_COMBINED: 1.0}
+"""Weights of the reference loss of these methods."""
+LAST_UNDER_ATTACK, LIKE = "pmg_aft", "tecoa"
+"""A method that has one seed, and the method whose learning rate it takes over."""
 NARROW = (LIGHT, "tracer_fd", "carot", "lipsum", *IN_WEIGHT_SPACE)
 """Methods whose grid has only the learning rate that is best for the baseline."""
 ABLATIONS = (AVERAGE_ALONE, "pvl", "cosine")

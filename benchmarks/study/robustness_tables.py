@@ -74,7 +74,10 @@ def table(groups: dict[str, list[Row]]) -> list[str]:
             else [LABELS[method], strength, rate, str(len(runs))]
         )
         cells += [figure(runs, of).percent() for of in percents]
-        cells += [spread([row[name] for row in runs]).plain() for name in ("rsa", "shift")]
+        if method == PRETRAINED:
+            cells += ["1", "0"]
+        else:
+            cells += [spread([row[name] for row in runs]).plain() for name in ("rsa", "shift")]
         cells.append(spread([row["sharpness"] for row in runs]).plain(".3g"))
         cells.append("" if method == PRETRAINED else f"{statistics.fmean(row['seconds'] for row in runs):.0f}")
         lines.append(f"| {' | '.join(cells)} |")
