@@ -460,7 +460,7 @@ def test_attacked_methods_have_three_seeds_at_the_better_learning_rate() -> None
         assert setting is not None
         assert {replace(setting, seed=seed) for seed in SEEDS} <= set(known)
         assert setting.learning_rate == min(LEARNING_RATES_UNDER_ATTACK.get(method, (setting.learning_rate,)))
-    seeds = [run.seed for run in known if run.method != "pmg_aft"]
+    seeds = [run.seed for run in known if run.method in ATTACKED_FIRST]
     assert seeds == sorted(seeds)
     # Trials from other weights, and results without attacks, choose nothing.
     for change in ({"model": "other"}, {"attacked": None}):
@@ -496,7 +496,7 @@ def test_tables_compare_methods_under_attack() -> None:
     assert "| TeCoA | 0.001 | 49.9 | 50.0 | 0.0 |" in trials
     assert len(trials) == 2 + len(LEARNING_RATES_UNDER_ATTACK)
     assert "| TeCoA | 3 | +0.0 ± 0.0 |" in robustness_tables.difference_table(groups)[2]
-    assert robustness_tables.message(groups).startswith("Under attack: vanilla FT 10 %, DiVE 10 %")
+    assert robustness_tables.message(groups).startswith("Under attack: vanilla FT 10 %, DiVE 10 %, TeCoA 10 %")
     assert robustness_tables.selected([row | {"attacked": None} for row in rows]) == {}
 
 

@@ -60,31 +60,30 @@ ADAPTED = "vanilla_lora"
 """Vanilla FT by adapters of the image tower."""
 ADVERSARIAL_COMBINED = "grace_dive"
 """GRACE on the target batch and ``STUDIED`` on the reference batch."""
-ADVERSARIAL = ("tecoa", "pmg_aft", "grace", ADVERSARIAL_COMBINED)
+ADVERSARIAL_ADAPTED = "tecoa_lora"
+"""TeCoA by GRACE's adapters."""
+ADVERSARIAL = ("tecoa", ADVERSARIAL_ADAPTED, "grace", ADVERSARIAL_COMBINED)
 """Methods that train on attacked images."""
 ADAPTERS: dict[str, dict[str, Any]] = {
-    name: {"rank": 16, "towers": ["image"]} for name in (ADAPTED, "grace", ADVERSARIAL_COMBINED)
-} | {"flyp_lora": {"rank": 16}}
+    name: {"rank": 16, "towers": ["image"]}
+    for name in (ADAPTED, ADVERSARIAL_ADAPTED, "grace", ADVERSARIAL_COMBINED)
+}
 """Methods that train adapters, and ``model.lora``."""
-UNDER_ATTACK = (
-    BASELINE, "flyp_lora", "vanilla_ft", ADAPTED, STUDIED, DISTILLED, "tecoa", "pmg_aft", "grace",
-    ADVERSARIAL_COMBINED,
-)  # fmt: skip
+UNDER_ATTACK = (BASELINE, "vanilla_ft", ADAPTED, STUDIED, DISTILLED, *ADVERSARIAL)
 """Methods whose accuracy under attack is compared, in the order of tables."""
 ATTACKED_FIRST = (
-    "vanilla_ft", ADAPTED, "grace", ADVERSARIAL_COMBINED, "tecoa", STUDIED, BASELINE, DISTILLED, "flyp_lora"
+    "vanilla_ft", ADAPTED, "grace", ADVERSARIAL_COMBINED, "tecoa", STUDIED, BASELINE, DISTILLED
 )  # fmt: skip
-"""The same in the order of their runs; those with several seeds."""
+"""Those with three seeds, in the order of their runs."""
 LEARNING_RATES_UNDER_ATTACK: dict[str, tuple[float, ...]] = {
     ADAPTED: (3e-3, 1e-2),
-    "flyp_lora": (3e-3, 1e-2),
     "tecoa": (1e-3, 3e-4),
     **dict.fromkeys(("grace", ADVERSARIAL_COMBINED), (3e-3, 1e-2)),
 }
 """Those that are tried at seed 0, of methods without a setting from the study's grid."""
 STRENGTHS_UNDER_ATTACK = {ADVERSARIAL_COMBINED: 1.0}
 """Weights of the reference loss of these methods."""
-LAST_UNDER_ATTACK, LIKE = "pmg_aft", "tecoa"
+LAST_UNDER_ATTACK, LIKE = ADVERSARIAL_ADAPTED, "grace"
 """A method that has one seed, and the method whose learning rate it takes over."""
 NARROW = (LIGHT, "tracer_fd", "carot", "lipsum", *IN_WEIGHT_SPACE)
 """Methods whose grid has only the learning rate that is best for the baseline."""
@@ -111,8 +110,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "cosine": {"name": "cosine", "average_start": 1},
     LITERAL_COSINE: {"name": "cosine", "average_start": 0},
     LIGHT: {"name": COMBINED, "distillation_weight": _around_default(DISTILLED).grid[0]},
-    **{method: {"name": BASELINE} for method in (*IN_WEIGHT_SPACE, "flyp_lora")},
+    **{method: {"name": BASELINE} for method in IN_WEIGHT_SPACE},
     ADAPTED: {"name": "vanilla_ft"},
+    ADVERSARIAL_ADAPTED: {"name": "tecoa"},
     ADVERSARIAL_COMBINED: {"name": None, "target": "grace", "reference": STUDIED},
 }
 """Methods whose ``objective`` is more than their name."""
@@ -134,16 +134,16 @@ LABELS = {name: label for name, (label, _) in plots.method_styles().items()} | {
     UNDECAYED: "FLYP, no decay",
     **{method: f"+ {projections.table()[rule].title}" for method, rule in PROJECTIONS.items()},
     ENSEMBLE: "+ ensemble",
-    "flyp_lora": "FLYP, LoRA",
     ADAPTED: "vanilla FT, LoRA",
+    ADVERSARIAL_ADAPTED: "TeCoA, LoRA",
     ADVERSARIAL_COMBINED: "GRACE + DiVE",
 }
 COLOURS = {name: colour for name, (_, colour) in plots.method_styles().items()} | {
     LIGHT: "#7f95d1",
     # In the order in which figures of methods choose colours.
     **dict(zip(IN_WEIGHT_SPACE, plots.OTHERS)),
-    "flyp_lora": "#4a4f57",
     ADAPTED: "#7d8590",
+    ADVERSARIAL_ADAPTED: "#a0522d",
     ADVERSARIAL_COMBINED: "#0f766e",
 }
 ATTACK_EPS = 4.0
