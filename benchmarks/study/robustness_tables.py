@@ -57,8 +57,8 @@ def table(groups: dict[str, list[Row]]) -> list[str]:
     """Methods at their settings, in Markdown."""
     lines = [
         "| method | strength | learning rate | seeds | ID | OOD | under attack | harmonic mean of the three | ZS "
-        "| Tiny | RSA | feature shift | lambda_max | s |",
-        "|---" * 14 + "|",
+        "| Tiny | RSA | feature shift | lambda_max |",
+        "|---" * 13 + "|",
     ]
     percents: tuple[Callable[[Row], float], ...] = (
         lambda row: float(row["id"]), ood, accuracy_under_attack, harmonic_mean,
@@ -78,8 +78,7 @@ def table(groups: dict[str, list[Row]]) -> list[str]:
             cells += ["1", "0"]
         else:
             cells += [spread([row[name] for row in runs]).plain() for name in ("rsa", "shift")]
-        cells.append(spread([row["sharpness"] for row in runs]).plain(".3g"))
-        cells.append("" if method == PRETRAINED else f"{statistics.fmean(row['seconds'] for row in runs):.0f}")
+        cells.append(spread([row["sharpness"] for row in runs]).plain(".1f"))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
