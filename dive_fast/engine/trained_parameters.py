@@ -1,14 +1,15 @@
-"""The parameters that a run trains: those of its method, or adapters in their place, without frozen ones."""
+"""The parameters that a run trains: those of its method, or adapters or prompts instead, without frozen ones."""
 
 from dataclasses import replace
 
-from dive_fast.config.schema import LoraConfig, ModelConfig, TrainConfig
+from dive_fast.config.schema import NO_PROJECTION, Config, LoraConfig, ModelConfig, TrainConfig
 from dive_fast.engine.feature_consistency import FeatureConsistency
 from dive_fast.errors import ConfigError
 from dive_fast.methods.method import Method
 from dive_fast.model import adapters
 from dive_fast.model.freezing import frozen_names, layer_factors
-from dive_fast.model.towers import HEAD, Towers
+from dive_fast.model.learned_prompts import check_text_tower
+from dive_fast.model.towers import HEAD, PROMPTS, Towers
 
 
 def check(model: ModelConfig, train: TrainConfig, towers: Towers, method: Method) -> None:
@@ -26,24 +27,58 @@ def check(model: ModelConfig, train: TrainConfig, towers: Towers, method: Method
         )
     if model.lora is not None:
         adapters.check(towers, _adapted(model.lora, method))
-    # A head does not exist yet, and neither do the factors of adapters.
-    later = [pattern for pattern in model.freeze if HEAD in pattern or ".lora_" in pattern]
+    # A head does not exist yet, and neither do the factors of adapters and prompts.
+    later = [pattern for pattern in model.freeze if HEAD in pattern or ".lora_" in pattern or PROMPTS in pattern]
     frozen = frozen_names(towers, [pattern for pattern in model.freeze if pattern not in later])
-    if not later and not method.needs.head and frozen >= {name for name, _ in towers.named_parameters()}:
+    is_complete = not (later or method.needs.head or method.needs.prompts)
+    if is_complete and frozen >= {name for name, _ in towers.named_parameters()}:
         raise _all_frozen()
 
 
+def check_prompts(config: Config, towers: Towers, method: Method) -> None:
+    """Validates a config against the prompts that its method trains, if it trains any.
+
+    Raises:
+        ConfigError: the text tower does not fit, or an option is of the model's weights.
+    """
+    if not method.needs.prompts:
+        return
+    check_text_tower(towers)
+    method_name = config.objective.name or method.target_loss.name
+    unused = {
+        "model.lora": config.model.lora is not None,
+        "projection.name": config.projection.name != NO_PROJECTION,
+        "train.ema": config.train.ema is not None,
+        "objective.reference": method.needs.reference,
+    }
+    for key, is_set in unused.items():
+        if is_set:
+            raise ConfigError(f"{key}: {method_name} trains prompts and no weight of the model; remove it")
+
+
 def adapt(model: ModelConfig, towers: Towers, method: Method, seed: int) -> str:
-    """Applies ``model.lora`` to the pre-trained towers, in place; returns a line about it, empty without adapters.
+    """Applies ``model.lora`` to the pre-trained towers, in place, or adds the prompts that the method trains.
 
     A text tower that the method does not run is not adapted.
 
     Args:
+        method: after its ``start``.
         seed: ``train.seed``.
 
+    Returns:
+        A line about it, empty without adapters and prompts.
+
     Raises:
-        ConfigError: as :func:`dive_fast.model.adapters.apply`.
+        ConfigError: as :func:`dive_fast.model.adapters.apply` and
+            :meth:`~dive_fast.methods.method.TargetLoss.learned_prompts`.
     """
+    if method.needs.prompts:
+        prompts = towers.prompts = method.target_loss.learned_prompts(towers)
+        trained = sum(parameter.numel() for parameter in prompts.parameters())
+        return (
+            f"prompts: {prompts.context.shape[0]} context vectors of width {prompts.context.shape[1]}, "
+            f"{trained:,} parameters, {len(method.target_loss.classes.tokens):,} classes; the towers are frozen"
+        )
     if model.lora is None:
         return ""
     lora = _adapted(model.lora, method)
