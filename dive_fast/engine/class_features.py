@@ -17,6 +17,10 @@ Encode = Callable[[Sequence[int]], Tensor]
 """Consecutive classes -> their unnormalised features, with gradient by the prompts."""
 
 
+_FILLER = range(1)
+"""Classes that a rank encodes where others have one more piece; their gradient is zero."""
+
+
 class ClassFeatures:
     """The features of all classes in one step."""
 
@@ -29,9 +33,10 @@ class ClassFeatures:
         """
         self._encode, self._count, self._ranks = encode, count, ranks
         self._share = ranks.local_range(count)
-        # A rank without classes takes part in the reduction of gradients, with a gradient of zero.
-        rows = self._share if len(self._share) else range(1)
-        self._pieces = [rows[each] for each in pieces(len(rows))]
+        self._pieces = [self._share[each] for each in pieces(len(self._share))]
+        # Under ZeRO 1 and 2 each backward reduces gradients, so all ranks have as many as the largest share.
+        largest = -(-count // ranks.world_size)
+        self._num_fillers = len(pieces(largest)) - len(self._pieces)
         self._kept: Tensor | None = None
 
     def leaf(self) -> Tensor:
@@ -40,9 +45,10 @@ class ClassFeatures:
             rows = self._kept = self._encode(self._pieces[0])
         else:
             with torch.no_grad():
-                rows = torch.cat([self._encode(piece) for piece in self._pieces])
+                rows = torch.cat([self._encode(piece) for piece in self._pieces or [_FILLER]])
         features = torch.zeros(self._count, rows.shape[1], device=rows.device)
-        features[self._share.start : self._share.stop] = rows.detach().float()[: len(self._share)]
+        if len(self._share):
+            features[self._share.start : self._share.stop] = rows.detach().float()
         if self._ranks.group is not None:
             dist.all_reduce(features, group=self._ranks.group)  # each row is nonzero on one rank
         return features.requires_grad_()
@@ -58,12 +64,13 @@ class ClassFeatures:
         if self._ranks.group is not None:
             gradient = gradient.clone()
             dist.all_reduce(gradient, group=self._ranks.group)
-        weight = 1.0 if len(self._share) else 0.0
         for piece in self._pieces:
             features = self._encode(piece) if self._kept is None else self._kept
             self._kept = None
-            yield weight * (features.float() * gradient[piece.start : piece.stop]).sum()
+            yield (features.float() * gradient[piece.start : piece.stop]).sum()
+        for _ in range(self._num_fillers):
+            yield 0.0 * self._encode(_FILLER).float().sum()
 
     def __len__(self) -> int:
-        """Number of pieces."""
-        return len(self._pieces)
+        """Number of surrogates, equal on all ranks."""
+        return len(self._pieces) + self._num_fillers

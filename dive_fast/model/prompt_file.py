@@ -24,7 +24,9 @@ from dive_fast.model.towers import Towers
 FILE = "prompts.safetensors"
 """Name of the prompts in a run folder."""
 FORMAT = "dive_fast prompts 1"
-"""Value of the metadata key ``format``."""
+"""Value of ``format`` in the metadata."""
+METADATA = "dive_fast"
+"""Key of the metadata, a JSON object."""
 
 
 class Fit(NamedTuple):
@@ -91,7 +93,8 @@ def save(prompts: LearnedPrompts, path: Path) -> None:
         "fit": origin.fit._asdict(),
     }
     with atomic_path(path) as partial:
-        save_file(tensors, partial, {key: json.dumps(value, ensure_ascii=False) for key, value in about.items()})
+        # One key: safetensors writes several in a random order.
+        save_file(tensors, partial, {METADATA: json.dumps(about, ensure_ascii=False)})
 
 
 def load(path: Path) -> LearnedPrompts:
@@ -103,7 +106,7 @@ def load(path: Path) -> LearnedPrompts:
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            about = {key: parse_json(value) for key, value in (file.metadata() or {}).items()}
+            about = parse_json((file.metadata() or {}).get(METADATA, "{}"))
     except Exception as error:  # safetensors raises errors of many types
         raise ConfigError(f"{path}: cannot be read as prompts in safetensors: {error}") from error
     try:

@@ -161,7 +161,7 @@ def test_file_restores_prompts_for_another_model(
     prompts.origin = prompt_file.Origin(fit, "contcoop", "old", "digest", ("a photo of a {}.",), NAMES)
     prompt_file.save(prompts, path)
     with safe_open(path, "pt") as file:
-        about = {key: json.loads(value) for key, value in file.metadata().items()}
+        about = json.loads(file.metadata()[prompt_file.METADATA])
     assert about["class_independent"] is True
     assert (about["method"], about["fit"]["width"], about["templates"]) == (
         *("contcoop", WIDTH),
