@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from dive_fast.config.schema import NO_PROJECTION, Config, LoraConfig, ModelConfig, TrainConfig
+from dive_fast.config.schema import LoraConfig, ModelConfig, TrainConfig
 from dive_fast.engine.feature_consistency import FeatureConsistency
 from dive_fast.errors import ConfigError
 from dive_fast.methods.method import Method
@@ -13,12 +13,14 @@ from dive_fast.model.towers import HEAD, PROMPTS, Towers
 
 
 def check(model: ModelConfig, train: TrainConfig, towers: Towers, method: Method) -> None:
-    """Validates adapters, frozen parameters and learning rates against the towers, before anything is embedded.
+    """Validates adapters, prompts, frozen parameters and learning rates, before anything is embedded.
 
     Raises:
         ConfigError: as :func:`adapt`, :func:`freeze_untrained` and
             :func:`~dive_fast.model.freezing.layer_factors`, as far as they depend on names.
     """
+    if method.needs.prompts:
+        check_text_tower(towers)
     if train.layer_decay is not None:
         layer_factors(towers, train.layer_decay)
     if method.needs.adapters and (model.lora is None or "image" not in model.lora.towers):
@@ -33,27 +35,6 @@ def check(model: ModelConfig, train: TrainConfig, towers: Towers, method: Method
     is_complete = not (later or method.needs.head or method.needs.prompts)
     if is_complete and frozen >= {name for name, _ in towers.named_parameters()}:
         raise _all_frozen()
-
-
-def check_prompts(config: Config, towers: Towers, method: Method) -> None:
-    """Validates a config against the prompts that its method trains, if it trains any.
-
-    Raises:
-        ConfigError: the text tower does not fit, or an option is of the model's weights.
-    """
-    if not method.needs.prompts:
-        return
-    check_text_tower(towers)
-    method_name = config.objective.name or method.target_loss.name
-    unused = {
-        "model.lora": config.model.lora is not None,
-        "projection.name": config.projection.name != NO_PROJECTION,
-        "train.ema": config.train.ema is not None,
-        "objective.reference": method.needs.reference,
-    }
-    for key, is_set in unused.items():
-        if is_set:
-            raise ConfigError(f"{key}: {method_name} trains prompts and no weight of the model; remove it")
 
 
 def adapt(model: ModelConfig, towers: Towers, method: Method, seed: int) -> str:

@@ -234,7 +234,6 @@ def _check_method(config: Config, section: dict[str, Any], towers: Towers) -> No
     check_hooks(section, method, config.train.schedule)
     check_projection(section, config.projection)
     method.penalty(towers)  # raises where a tower lacks the parameters of the penalty
-    trained_parameters.check_prompts(config, towers, method)
     trained_parameters.check(config.model, config.train, towers, method)
 
 
