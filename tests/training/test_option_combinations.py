@@ -50,7 +50,7 @@ PRESETS, TARGETS = registry.table().presets, registry.table().targets
 RULES = projections.table()
 
 COMBINED = tuple(name for name in PRESETS if name not in ("coop", "kgcoop"))
-"""Methods that are combined. CoOp and KgCoOp are ContCoOp without attention: in tests/engine/test_prompt_step.py."""
+"""Methods that are combined. CoOp and KgCoOp lack ContCoOp's attention: in tests/engine/test_prompt_step.py."""
 
 VALUES: dict[str, tuple[Value, ...]] = {
     "objective.name": COMBINED,
