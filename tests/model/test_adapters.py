@@ -19,7 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from dive_fast.config.schema import LoraConfig, ModelConfig
 from dive_fast.errors import ConfigError
 from dive_fast.model import adapters
-from dive_fast.model.adapters import CalledAttentionPool, SplitAttention
+from dive_fast.model.adapters import CalledAttentionPool
+from dive_fast.model.low_rank import SplitAttention
 from dive_fast.model.towers import Towers, create
 
 ALL = ["q", "k", "v", "out", "mlp"]
