@@ -5,7 +5,7 @@
     W = W0 + s B A       y = x W^T + b       A (r, n), B (m, r), W0 (m, n), x (..., n)
     dx = dy W            dA = (dy s B)^T x   dB = s dy^T (x A^T)
 
-W is summed in fp32 and rounded once to the dtype of the product, as weights of an export and of full tuning are. W0
+W is summed in fp32 and rounded once to the dtype of the product, like weights of an export and of full tuning. W0
 needs no gradient, and those of A and B come from thin products of r columns. Several layers with one input are one
 product.
 """
