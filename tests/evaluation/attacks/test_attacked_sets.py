@@ -184,6 +184,7 @@ def test_retrieval_alone_is_refused(case: Case) -> None:
         case.attack(attack(2.0))
 
 
+@pytest.mark.slow
 def test_auto_attack_row_has_its_version_and_batch(case: Case) -> None:
     pytest.importorskip("pyautoattack")
     # Nothing withstands the first of its attacks, so that the slow ones have nothing to do.

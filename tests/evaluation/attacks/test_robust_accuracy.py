@@ -126,7 +126,8 @@ def test_accuracy_falls_with_eps(root: Path) -> None:
         assert values[0] > values[2] > values[3] == 0
 
 
-@pytest.mark.parametrize("norm", [pytest.param("linf", marks=pytest.mark.slow), "l2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_apgd_is_within_one_sample_of_the_package(root: Path, norm: str) -> None:
     autopgd = pytest.importorskip("pyautoattack.autopgd_base")
     data, eps = opened(root), {"linf": 2.0, "l2": 64.0}[norm]
