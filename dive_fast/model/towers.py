@@ -23,6 +23,7 @@ from dive_fast.errors import ConfigError, warn_on_main_rank
 from dive_fast.io.atomic_files import atomic_path
 from dive_fast.io.safe_read import forbid_code_execution
 from dive_fast.kernels.naive import unit
+from dive_fast.model import low_rank
 from dive_fast.model.features import Features
 from dive_fast.model.huggingface import import_model, siglip_tower
 from dive_fast.model.huggingface.import_model import ForeignModel
@@ -186,6 +187,8 @@ class Towers(nn.Module):
     def projections(self) -> tuple[Tensor, Tensor]:
         """The last linear map of each tower, image and text: ``(w, D)`` each, views of the parameters.
 
+        That of an adapted layer is W0 + (alpha / r) B A.
+
         Raises:
             ConfigError: a tower does not end with a linear map.
         """
@@ -247,7 +250,7 @@ class Towers(nn.Module):
 
 
 def _last_map(tower: Any, name: str, config: ModelConfig | None) -> Tensor:
-    """The last linear map of a tower, ``(w, D)``, a view of its parameter.
+    """The last linear map of a tower, ``(w, D)``, a view of its parameter unless that has adapters.
 
     Raises:
         ConfigError: the tower does not end with a linear map.
@@ -255,6 +258,8 @@ def _last_map(tower: Any, name: str, config: ModelConfig | None) -> Tensor:
     layer = _last_layer(tower)
     while (inner := _last_layer_of(layer)) is not None:
         layer = inner
+    if isinstance(layer, nn.Module) and low_rank.is_adapted(layer):
+        return low_rank.weight_of(layer).T
     if isinstance(layer, nn.Linear):
         return layer.weight.T
     if isinstance(layer, nn.Parameter) and layer.ndim == 2:

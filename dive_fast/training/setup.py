@@ -235,6 +235,7 @@ def _check_method(config: Config, section: dict[str, Any], towers: Towers) -> No
     check_projection(section, config.projection)
     method.penalty(towers)  # raises where a tower lacks the parameters of the penalty
     trained_parameters.check(config.model, config.train, towers, method)
+    feature_consistency.check_config(config, trained_parameters.consistency_of(config.model, towers))
 
 
 def _open_sources(config: Config, evaluation_sets: Opened, ranks: Ranks) -> _Sources:

@@ -233,6 +233,7 @@ def train_all(trees: list[dict[str, Any]]) -> list[Any]:
     return results
 
 
+@pytest.mark.slow
 def test_runs_of_unusual_towers_train_or_are_refused(tmp_path: Path) -> None:
     """DiVE with each model, exported for open_clip; micro-batches of a random tower are refused at the start."""
     models = {

@@ -326,6 +326,9 @@ def test_every_option_is_listed() -> None:
 
 # Rows
 
+CONSIDERED = 2000
+"""Choices of a group of options that are compared, drawn at random from all that rules allow."""
+
 
 class Table:
     """All values of all options by number: which pairs are allowed, and which are not yet covered."""
@@ -356,12 +359,20 @@ class Table:
         return not any(all(row & values for values in rule) for rule in self.rules)
 
     def _may_stand(self, keys: list[str]) -> Any:
-        return np.array(
-            [row for row in itertools.product(*(self.of_key[key] for key in keys)) if self.allowed(set(row))]
-        )
+        """One option after the other, so that what a rule refuses is not combined with the options after it."""
+        rows, left = np.zeros((1, 0), dtype=np.int16), list(self.rules)
+        for count, key in enumerate(keys, 1):
+            choices = np.array(self.of_key[key], dtype=np.int16)
+            rows = np.column_stack([rows.repeat(len(choices), 0), np.tile(choices, len(rows))])
+            known = {number for name in keys[:count] for number in self.of_key[name]}
+            for rule in [rule for rule in left if set().union(*rule) <= known]:
+                left.remove(rule)
+                refused = [np.isin(rows, list(values)).any(1) for values in rule]
+                rows = rows[~np.logical_and.reduce(refused)]
+        return rows
 
     def completed(self, *start: int) -> list[int] | None:
-        """A row with the values of ``start`` and others that cover the most pairs; None if all are refused."""
+        """A row with the values of ``start`` and others that cover many pairs; None if all are refused."""
         row: list[int] = []
         fixed = {self.values[number][0]: number for number in start}
         # Those with a choice left come last, so that they go with what is there.
@@ -371,6 +382,8 @@ class Table:
                     choices = choices[choices[:, at] == wanted]
                     if not len(choices):
                         return None
+            if len(choices) > CONSIDERED:
+                choices = choices[self.tie.integers(len(choices), size=CONSIDERED)]
             placed = [*row, *(number for number in start if number not in row)]
             gain = self.uncovered[choices][:, :, placed].sum((1, 2))
             gain += self.uncovered[choices[:, :, None], choices[:, None]].sum((1, 2)) // 2
