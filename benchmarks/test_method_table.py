@@ -22,7 +22,7 @@ UNPUBLISHED = {
     *("coop", "kgcoop", "contcoop"),
 }
 """Methods without averages over the shifts of ImageNet in the published table."""
-OPTION = re.compile(r'`(\w+)` ("\w+"|[\d.]*\d|true|false|null)(?=[,.])')
+OPTION = re.compile(r'`(\w+)` ("[\w ]+"|[\d.]*\d|true|false|null)(?=[,.])')
 
 
 def section(preset: Preset) -> str:
