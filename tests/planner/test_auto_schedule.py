@@ -76,6 +76,7 @@ def chosen_in_subprocess(folder: Path) -> str:
     return schedule.choose_in_subprocess(small_config(folder, **{"train.schedule": "auto"}), 2, "h200")
 
 
+@pytest.mark.slow
 def test_choose_in_subprocess_works_in_process_group(folder: Path) -> None:
     assert run_ranks(2, chosen_in_subprocess, folder) == ["joint", "joint"]
 
