@@ -104,8 +104,11 @@ def harmonic(first: float, second: float) -> float:
 
 
 def _combined(values: Sequence[Accuracies], combine: Any) -> Accuracies:
-    columns = zip(*values, strict=True)
-    return Accuracies(*(None if None in column else combine(column) for column in columns))
+    columns = {
+        kind: [value for each in values if (value := getattr(each, kind)) is not None]
+        for kind in Accuracies._fields
+    }
+    return Accuracies(**{kind: combine(column) for kind, column in columns.items() if len(column) == len(values)})
 
 
 def halves(sets: Mapping[str, EvaluationSet]) -> dict[str, tuple[str, str]]:
@@ -158,8 +161,8 @@ def measure_update(
         with ranks.raise_on_all(UserError):
             loaded = {path: prompt_file.load(path) for _, path in kinds if path is not None}
             evaluated, tokenizer = towers.create(model), towers.tokenizer_of(model)
-            for path, each in loaded.items():
-                prompt_file.attach(each, path, evaluated, tokenizer)
+            for file, each in loaded.items():
+                prompt_file.attach(each, file, evaluated, tokenizer)
             for kind, path in kinds:
                 if path is not None and kind != "new":
                     _require_origin(loaded[path], path, evaluated, model)
@@ -169,10 +172,7 @@ def measure_update(
             rows += measured
             columns[kind] = {str(row["set"]): float(row["value"]) for row in measured}
         del evaluated
-    accuracies = {
-        name: Accuracies(*(columns[kind][name] if kind in columns else None for kind in HEADERS))
-        for name in opened
-    }
+    accuracies = {name: Accuracies(**{kind: values[name] for kind, values in columns.items()}) for name in opened}
     means = {
         f"{name}, harmonic mean": harmonic_mean(accuracies[base], accuracies[other])
         for name, (base, other) in halves(sets).items()
