@@ -1,4 +1,4 @@
-"""The parameters that a run trains: those of its method, or adapters in their place, without frozen ones."""
+"""The parameters that a run trains: those of its method, or adapters or prompts instead, without frozen ones."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -11,16 +11,19 @@ from dive_fast.errors import ConfigError, warn_on_main_rank
 from dive_fast.methods.method import Method
 from dive_fast.model import adapters
 from dive_fast.model.freezing import frozen_names, layer_factors
-from dive_fast.model.towers import HEAD, Towers
+from dive_fast.model.learned_prompts import check_text_tower
+from dive_fast.model.towers import HEAD, PROMPTS, Towers
 
 
 def check(model: ModelConfig, train: TrainConfig, towers: Towers, method: Method) -> None:
-    """Validates adapters, frozen parameters and learning rates against the towers, before anything is embedded.
+    """Validates adapters, prompts, frozen parameters and learning rates, before anything is embedded.
 
     Raises:
         ConfigError: as :func:`adapt`, :func:`freeze_untrained` and
             :func:`~dive_fast.model.freezing.layer_factors`, as far as they depend on names.
     """
+    if method.needs.prompts:
+        check_text_tower(towers)
     if train.layer_decay is not None:
         layer_factors(towers, train.layer_decay)
     if method.needs.adapters and (model.lora is None or "image" not in model.lora.towers):
@@ -28,10 +31,11 @@ def check(model: ModelConfig, train: TrainConfig, towers: Towers, method: Method
             "model.lora: this method trains adapters of the image tower; set for example model.lora.rank=64"
         )
     adapted = None if model.lora is None else adapters.check(towers, _adapted(model.lora, method))
-    # A head does not exist yet, and neither do the factors of adapters.
-    later = [pattern for pattern in model.freeze if HEAD in pattern or ".lora_" in pattern]
+    # A head does not exist yet, and neither do the factors of adapters and prompts.
+    later = [pattern for pattern in model.freeze if HEAD in pattern or ".lora_" in pattern or PROMPTS in pattern]
     frozen = frozen_names(towers, [pattern for pattern in model.freeze if pattern not in later])
-    if not later and not method.needs.head and frozen >= {name for name, _ in towers.named_parameters()}:
+    is_complete = not (later or method.needs.head or method.needs.prompts)
+    if is_complete and frozen >= {name for name, _ in towers.named_parameters()}:
         raise _all_frozen()
     _warn_of_constant_penalty(towers, method, frozen, adapted)
 
@@ -46,16 +50,28 @@ def consistency_of(model: ModelConfig, towers: Towers) -> FeatureConsistency:
 
 
 def adapt(model: ModelConfig, towers: Towers, method: Method, seed: int) -> str:
-    """Applies ``model.lora`` to the pre-trained towers, in place; returns a line about it, empty without adapters.
+    """Applies ``model.lora`` to the pre-trained towers, in place, or adds the prompts that the method trains.
 
     A text tower that the method does not run is not adapted.
 
     Args:
+        method: after its ``start``.
         seed: ``train.seed``.
 
+    Returns:
+        A line about it, empty without adapters and prompts.
+
     Raises:
-        ConfigError: as :func:`dive_fast.model.adapters.apply`.
+        ConfigError: as :func:`dive_fast.model.adapters.apply` and
+            :meth:`~dive_fast.methods.method.TargetLoss.learned_prompts`.
     """
+    if method.needs.prompts:
+        prompts = towers.prompts = method.target_loss.learned_prompts(towers)
+        trained = sum(parameter.numel() for parameter in prompts.parameters())
+        return (
+            f"prompts: {prompts.context.shape[0]} context vectors of width {prompts.context.shape[1]}, "
+            f"{trained:,} parameters, {len(method.target_loss.classes.tokens):,} classes; the towers are frozen"
+        )
     if model.lora is None:
         return ""
     lora = _adapted(model.lora, method)

@@ -93,7 +93,8 @@ def measure_all(
         ConfigError, DataError: invalid config or data; the message says what to change. Earlier rows remain.
     """
     remark_on_loaders(options.loader, opened, towers.preprocess, ranks)
-    set_fields = {name: describe_set(name, sets[name], data, head) for name, data in opened.items()}
+    by_prompts = "prompts" if towers.prompts is None else "learned prompts"
+    set_fields = {name: describe_set(name, sets[name], data, head, by_prompts) for name, data in opened.items()}
     identity_of = shared_identities(towers, tokenizer, opened, ranks, options, head)
     rows: list[Row] = []
     for name, data in opened.items():
@@ -278,9 +279,13 @@ def set_identity(
 
 
 def describe_set(
-    name: str, config: EvaluationSet, data: Labelled | Captioned, head: Head | None
+    name: str, config: EvaluationSet, data: Labelled | Captioned, head: Head | None, by_prompts: str = "prompts"
 ) -> dict[str, Any]:
-    """The fields of a row that describe the set and its classifier."""
+    """The fields of a row that describe the set and its classifier.
+
+    Args:
+        by_prompts: name of the classifier where no head classifies.
+    """
     known = find_dataset(config.dataset) if config.dataset is not None else None
     fields: dict[str, Any] = {
         "set": name,
@@ -296,9 +301,9 @@ def describe_set(
     fields |= {"classes": data.num_labels, "templates": len(data.templates)}
     rows = None if head is None else select_head_rows(head, data.class_names, data.imagenet_rows)
     if head is None:
-        return fields | {"classifier": "prompts"}
+        return fields | {"classifier": by_prompts}
     if rows is None:
-        return fields | {"classifier": "prompts", "head_lacks": first_missing_class(head, data.class_names)}
+        return fields | {"classifier": by_prompts, "head_lacks": first_missing_class(head, data.class_names)}
     head_rows = f"{len(rows.weight)} of {len(head.bias)} rows, by {rows.joined_by}"
     return fields | {"classifier": "head", "head_rows": head_rows}
 
@@ -324,7 +329,9 @@ def _summary(row: Row) -> str:
         text += f", ECE {row['ece']:.3f}"
     if row.get("left_out"):
         text += f", {row['left_out']} left out"
-    if row["classifier"] == "head":
+    if row["classifier"] == "learned prompts":
+        text += ", by learned prompts"
+    elif row["classifier"] == "head":
         text += f", by the head ({row['head_rows']})"
     elif "head_lacks" in row:
         text += f", by prompts: the head has no class {row['head_lacks']!r}"

@@ -51,6 +51,10 @@ sides are multiples of 8 take the fast paths of tensor cores, and fewer shapes a
 of buffers and compilations. Tokens after the end of a text do not change its feature."""
 HEAD = "head."
 """Prefix of the parameter names of a head."""
+PROMPTS = "prompts."
+"""Prefix of the parameter names of learned prompts."""
+ADDED = (HEAD, PROMPTS)
+"""Prefixes of parameters that are not the model's."""
 
 
 class Towers(nn.Module):
@@ -103,6 +107,9 @@ class Towers(nn.Module):
         a GPU, otherwise of one."""
         self.head: nn.Linear | None = None
         """Classification head on unit image features, if the objective trains one; not exported with the model."""
+        self.prompts: Any = None
+        """The :class:`~dive_fast.model.learned_prompts.LearnedPrompts` that classify instead of hand-made ones, if
+        there are any; not exported with the model."""
 
     def train(self, mode: bool = True) -> "Towers":
         """Sets the mode of all modules except BatchNorms, which always use their running statistics.
@@ -213,7 +220,7 @@ class Towers(nn.Module):
         """
         exported = {}
         for name, tensor in self.plain_state(state).items():
-            if name.startswith(HEAD):
+            if name.startswith(ADDED):
                 continue
             scalar = name in ("logit_scale", "logit_bias")
             exported[self.exported_name(name)] = tensor.reshape(self._scalar) if scalar else tensor
@@ -229,12 +236,12 @@ class Towers(nn.Module):
     def load_exported(self, state: dict[str, Tensor]) -> "Towers":
         """Loads weights in the layout of :meth:`export`, into towers without adapters; returns itself."""
         assert self.adapters is None, "merged weights are loaded into towers without adapters"
-        current = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(HEAD)}
+        current = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(ADDED)}
         weights = {name: state[self.exported_name(name)].reshape(tensor.shape) for name, tensor in current.items()}
-        # Exported weights lack only the parameters of a head.
+        # Exported weights lack only the parameters of a head and of prompts.
         missing, unexpected = self.load_state_dict(weights, strict=False)
         assert not unexpected
-        assert all(name.startswith(HEAD) for name in missing)
+        assert all(name.startswith(ADDED) for name in missing)
         return self
 
     def exported_name(self, name: str) -> str:
