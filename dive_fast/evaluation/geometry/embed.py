@@ -126,7 +126,7 @@ def embed_readable(
     chosen = spread(len(samples.source), limit)
     local = ranks.local_range(len(chosen))
     keys: list[SampleKey] = [(0, sample) for sample in chosen[local.start : local.stop]]
-    with _in_fp32(towers):
+    with in_fp32(towers):
         empty = torch.empty(0, towers.width, device=ranks.device)
         images, texts = [empty], [empty]
         samples_read = [torch.empty(0, dtype=torch.int64, device=ranks.device)]
@@ -155,7 +155,7 @@ def spread(count: int, limit: int | None) -> list[int]:
 
 
 @contextmanager
-def _in_fp32(towers: Towers) -> Iterator[None]:
+def in_fp32(towers: Towers) -> Iterator[None]:
     """Evaluation mode without autocast: difference vectors may be shorter than rounding in half precision."""
     training, autocast = towers.training, towers.autocast
     towers.eval()

@@ -132,11 +132,12 @@ def moments_of(
         ShiftError: there are fewer than two rows, or a value is not finite.
     """
     sums = {name: torch.zeros(width + 1, dtype=torch.float64, device=device) for name, width in widths.items()}
-    for block in blocks():
-        for name, total in sums.items():
-            rows = block[name].to(device, torch.float64)
-            total[:-1] += rows.sum(0)
-            total[-1] += len(rows)
+    with ranks.raise_on_all(ValueError):
+        for block in blocks():
+            for name, total in sums.items():
+                rows = block[name].to(device, torch.float64)
+                total[:-1] += rows.sum(0)
+                total[-1] += len(rows)
     for name, total in sums.items():
         _sum_over(ranks, total)
         if not bool(total.isfinite().all()):
@@ -146,11 +147,12 @@ def moments_of(
     means = {name: total[:-1] / total[-1] for name, total in sums.items()}
     products = {name: total.new_zeros(len(total) - 1, len(total) - 1) for name, total in sums.items()}
     quartics = {name: total.new_zeros(1) for name, total in sums.items()}
-    for block in blocks():
-        for name, mean in means.items():
-            rows = block[name].to(device, torch.float64) - mean
-            products[name].addmm_(rows.T, rows)
-            quartics[name] += rows.square().sum(1).square().sum()
+    with ranks.raise_on_all(ValueError):
+        for block in blocks():
+            for name, mean in means.items():
+                rows = block[name].to(device, torch.float64) - mean
+                products[name].addmm_(rows.T, rows)
+                quartics[name] += rows.square().sum(1).square().sum()
     moments = {}
     for name, mean in means.items():
         _sum_over(ranks, products[name])
