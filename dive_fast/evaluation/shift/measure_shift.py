@@ -159,22 +159,25 @@ def _width(concept: str, width: int, options: ShiftOptions) -> int:
 
 
 def _held_out_mask(data: OpenedSet, options: ShiftOptions) -> NDArray[np.bool_]:
-    """``(N,)``: the samples of every k-th image of the fitted set, so that no image is on both sides."""
-    return data.image_numbers() % options.held_out_every == options.held_out_every - 1
+    """``(N,)``: the selected samples of every k-th image, so that no image is both fitted and held out."""
+    chosen = np.array(spread(len(data.source), options.limit), np.int64)
+    mask = np.zeros(len(data.source), np.bool_)
+    mask[chosen] = data.image_numbers(chosen) % options.held_out_every == options.held_out_every - 1
+    return mask
 
 
 def _check_size(
     data: OpenedSet, held_out: OpenedSet | None, width: int, concepts: Sequence[str], options: ShiftOptions
 ) -> None:
-    chosen = np.array(spread(len(data.source), options.limit), np.int64)
-    count = len(chosen)
+    count = len(spread(len(data.source), options.limit))
     if held_out is None:
-        count = int((~_held_out_mask(data, options)[chosen]).sum())
-        if count in (0, len(chosen)):
+        num_held_out = int(_held_out_mask(data, options).sum())
+        if not num_held_out:
             raise DataError(
-                f"{data.name}: {data.image_numbers().max() + 1} images are too few to hold out one of "
-                f"{options.held_out_every}: name held-out data by --held-out"
+                f"{data.name}: fewer than {options.held_out_every} images, of which one would be held out: name "
+                "held-out data by --held-out, or use a smaller --hold-out-every"
             )
+        count -= num_held_out
     try:
         for concept in concepts:
             check_enough(count, _width(concept, width, options), options.fit, f"{data.name}, {concept}")

@@ -64,10 +64,13 @@ class OpenedSet:
     border: int = 0
     """Pixels at each edge that are not part of an image."""
 
-    def image_numbers(self) -> NDArray[np.int64]:
-        """``(N,)``: samples of the same image file share a number, which counts images as they first appear."""
+    def image_numbers(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``(n,)``: numbers of the images of some samples, counted as they first appear among these samples.
+
+        Samples of the same image file have the same number.
+        """
         table = self.source.samples
-        places = np.stack([table.file_rows, table.offsets])
+        places = np.stack([table.file_rows[samples], table.offsets[samples]])
         _, first, image = np.unique(places, axis=1, return_index=True, return_inverse=True)
         numbers = np.empty(len(first), np.int64)
         numbers[np.argsort(first, kind="stable")] = np.arange(len(first))
