@@ -189,7 +189,7 @@ def test_too_few_samples_and_features_that_are_not_finite(folder: Path, tmp_path
     state = {name: value.clone() for name, value in model.state_dict().items()}
     state["visual.ln_post.bias"][0] = math.nan
     towers.save(model.export(state), tmp_path / "nan.safetensors")
-    with pytest.raises(DataError, match=r"the image features of 60 samples are not finite, the first is 0\.tar/00"):
+    with pytest.raises(DataError, match=r"the image features of 60 samples are not finite, .* 0\.tar/00"):
         measured(folder, [f"{folder}/severity1"], tmp_path, after=tmp_path / "nan.safetensors")
 
 
@@ -224,7 +224,7 @@ def test_command_compares_models_and_accuracy(folder: Path, tmp_path: Path) -> N
     assert "pre-trained image ~ tuned image" in done.stdout
     with (tmp_path / "out/shift_samples/severity1.csv").open() as file:
         samples = list(csv.DictReader(file))
-    assert samples[3]["key"] == "03"
+    assert samples[3]["key"] == "0.tar/03"
     assert np.mean([float(row["tuned text"]) for row in samples]) == pytest.approx(
         of["tuned", "text", "severity1"]["shift"], rel=1e-5
     )
