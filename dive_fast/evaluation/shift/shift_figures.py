@@ -107,7 +107,7 @@ def draw_accuracy(rows: Sequence[Mapping[str, Any]], over_sets: Sequence[Mapping
                 ends = np.array([min(x), max(x)])
                 axis.plot(ends, slope * ends + level, color=colour, linewidth=1, alpha=0.6, zorder=0)
             if model == models[-1]:
-                labels = [Label(*point, row["set"]) for *point, row in zip(x, y, points, strict=True)]
+                labels = [Label(*each[:2], each[2]["set"]) for each in zip(x, y, points, strict=True)]
             entry = next(
                 (each for each in over_sets if (each["model"], each["concept"]) == (model, concept)), None
             )

@@ -297,8 +297,8 @@ def write(
         for parts in zip(*((model.held_out, *model.sets) for model in models), strict=True):
             name = parts[0].name
             files.append(samples / f"{name}.csv")
-            with atomic_file(files[-1]) as file:
-                _write_samples(file, [model.label for model in models], parts, keys[name])
+            with atomic_file(files[-1]) as opened:
+                _write_samples(opened, [model.label for model in models], parts, keys[name])
         files.append(folder / "shift_distributions.png")
         shift_figures.draw_distributions(models, files[-1])
         if any(row["accuracy"] is not None for row in rows):

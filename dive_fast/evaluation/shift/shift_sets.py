@@ -1,26 +1,30 @@
-"""The sets whose shift is measured, as the command line names them: images, captioned images, questions."""
+"""The sets whose shift is measured, as the command line names them: images, captioned images, questions.
+
+Imports no torch, so that a mistyped set is reported at once.
+"""
 
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from dive_fast.config.schema import Config, EvaluationSet, ReferenceConfig
-from dive_fast.data.data_paths import check_path
+from dive_fast.data.data_paths import check_path, guess_format
 from dive_fast.data.open_dataset import open_reference, open_target
 from dive_fast.data.sources.source import Source, locate
 from dive_fast.data.sources.vqa_json import VqaText, open_vqa
-from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError, naming
-from dive_fast.evaluation.datasets.evaluation_set import Captioned, Labelled
-from dive_fast.evaluation.datasets.resolve import open_evaluation
-from dive_fast.evaluation.geometry.embed import describe_pairs
+from dive_fast.evaluation.datasets.catalog import candidate_folders, find_dataset, open_known
+from dive_fast.evaluation.datasets.evaluation_set import Captioned
+
+if TYPE_CHECKING:
+    from dive_fast.distributed import Ranks  # imports torch, which takes seconds
 
 VQA = "vqa"
 FIELDS = {
@@ -139,18 +143,28 @@ def section_of(option: SetOption, config: Config | None, root: str | None) -> An
         section = None if config is None else getattr(config.data, location.removeprefix("data."))
         if section is None:
             raise ConfigError(f"{location}: {'there is no config' if config is None else 'the config has none'}")
+        _refuse_fields(option)
         return section
     if config is not None and location in config.evaluate.sets:
+        _refuse_fields(option)
         return config.evaluate.sets[location]
     if root is not None and not os.path.exists(location):
+        _refuse_fields(option)
         return EvaluationSet(path=root, dataset=location)
     if option.text == "none":
-        data_format = option.format or describe_pairs(None, location).format
+        data_format = option.format or guess_format(location)
         if data_format == "csv":
             raise ConfigError(f"{location}: csv data has titles; leave text=none out")
         return EvaluationSet.model_validate({"format": data_format, "path": location})
-    with naming(location):
-        return describe_pairs(None, location, option.format, option.images)
+    data_format = option.format or guess_format(location)
+    if option.images is not None and data_format != "csv":
+        raise ConfigError(f"{location}: images= is the image folder of csv data and questions; leave it out")
+    return ReferenceConfig.model_validate({"format": data_format, "path": location, "image_root": option.images})
+
+
+def _refuse_fields(option: SetOption) -> None:
+    if option.format or option.images or option.text:
+        raise ConfigError(f"{option.location}: its format is known; leave format=, images= and text= out")
 
 
 def check(option: SetOption, config: Config | None, root: str | None) -> None:
@@ -168,12 +182,16 @@ def check(option: SetOption, config: Config | None, root: str | None) -> None:
         section = section_of(option, config, root)
     except ValidationError as error:
         raise ConfigError(f"{option.location}: {error.errors()[0]['msg']}") from error
-    if getattr(section, "dataset", None) is None:
+    if not isinstance(section, EvaluationSet) or section.dataset is None:
         check_path(section, option.name)
+    elif not any(folder.is_dir() for folder in candidate_folders(section.dataset, section.path)):
+        with naming(option.name):
+            find_dataset(section.dataset)
+            open_known(section.dataset, section.path)  # fails at once, with the accepted layouts
 
 
 def open_set(
-    option: SetOption, config: Config | None, root: str | None, needs: Mapping[str, bool], ranks: Ranks
+    option: SetOption, config: Config | None, root: str | None, needs: Mapping[str, bool], ranks: "Ranks"
 ) -> OpenedSet:
     """Opens a set; all ranks must call this.
 
@@ -183,28 +201,31 @@ def open_set(
     Raises:
         ConfigError, DataError: the set does not exist or cannot be read.
     """
-    names = {"name": option.name, "location": option.location}
+    name, location = option.name, option.location
     if option.is_vqa:
         text: Any = option.text or "question"
         arguments = (option.location, option.annotations, option.images, text)
         source = ranks.once_per_node(
             (VQA, *arguments), lambda: open_vqa(*arguments, images=needs["image"]), DataError
         )
-        return OpenedSet(**names, source=source, has_images=needs["image"], has_texts=needs["text"])
+        return OpenedSet(name, location, source, has_images=needs["image"], has_texts=needs["text"])
     section = section_of(option, config, root)
     if isinstance(section, ReferenceConfig):
         source = open_reference(section, option.name, ranks)
-        return OpenedSet(**names, source=source, has_images=needs["image"], has_texts=needs["text"])
+        return OpenedSet(name, location, source, has_images=needs["image"], has_texts=needs["text"])
     if isinstance(section, EvaluationSet):
         if option.text == "none":
-            return OpenedSet(**names, source=open_target(section, option.name, ranks), has_texts=False)
-        opened: Labelled | Captioned = open_evaluation(section, option.name, ranks)
+            return OpenedSet(name, location, open_target(section, name, ranks), has_texts=False)
+        from dive_fast.evaluation.datasets.resolve import open_evaluation
+
+        opened = open_evaluation(section, option.name, ranks)
         has_texts = isinstance(opened, Captioned)
         return OpenedSet(
-            **names,
-            source=opened.source,
+            name,
+            location,
+            opened.source,
             has_images=needs["image"] or not has_texts,
             has_texts=has_texts and needs["text"],
             border=0 if isinstance(opened, Captioned) else opened.border,
         )
-    return OpenedSet(**names, source=open_target(section, option.name, ranks), has_texts=False)
+    return OpenedSet(name, location, open_target(section, name, ranks), has_texts=False)
