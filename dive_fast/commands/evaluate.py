@@ -71,6 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def check(model: ModelConfig, config: "Config | None") -> None:
         weights = _weights(options, config)
+        _prompts(options, config)
         check_output(options.output or _folder(options, config))
         check_name(model, weights=weights is None)
         if names:
@@ -89,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
             config, defaults = None, EvaluateConfig()
             model = ModelConfig(name=options.model, pretrained=options.pretrained)
             check(model, None)
-        weights = _weights(options, config)
+        weights, prompt_path = _weights(options, config), _prompts(options, config)
         from dive_fast.distributed import join, use_cpu_without_gpu
 
         use_cpu_without_gpu()
@@ -99,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
         from dive_fast.evaluation.results import Results
         from dive_fast.evaluation.tables import as_markdown
         from dive_fast.model import head as heads
-        from dive_fast.model import towers
+        from dive_fast.model import prompt_file, towers
 
         sets = named_sets() or defaults.sets
         compared = None if options.compare is None else published.find_model(options.compare or model.name)
@@ -118,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     default_batch = defaults.batch_size if attack is None else min(defaults.batch_size, MAX_BATCH)
     folder = options.output or _folder(options, config)
     evaluation = evaluator.Options(
-        options.label or _label(options, model, weights),
+        options.label or _label(options, model, weights, prompt_path),
         precision,
         options.batch_size or default_batch,
         defaults.workers if options.workers is None else options.workers,
@@ -133,6 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
             head = None
             if head_file is not None:
                 head = head_of(head_file) if head_file.is_dir() else heads.load(head_file)
+            prompts = None if prompt_path is None else prompt_file.load(prompt_path)
         # Outside of the blocks: all ranks take part in opening each set.
         opened = evaluator.open_all(sets, ranks, options.skip_missing, "" if names else "evaluate.sets")
         if attack is not None:
@@ -142,6 +144,8 @@ def main(arguments: list[str] | None = None) -> int:
             if weights is not None:
                 load_into(evaluated, model, weights)
             tokenizer = towers.tokenizer_of(model)
+            if prompts is not None and prompt_path is not None:
+                prompt_file.attach(prompts, prompt_path, evaluated, tokenizer)
         evaluated = evaluated.to(ranks.device).eval()
         evaluated.set_precision(precision)
         model_fields = {
@@ -150,6 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
             "weights": None if weights is None else str(weights),
             "head": None if head is None else str(head_file),
         }
+        model_fields |= {} if prompt_path is None else {"prompts": str(prompt_path)}
         with results.writing_tables() if ranks.is_main else nullcontext():
             if attack is None:
                 rows = evaluator.measure_all(
@@ -256,6 +261,12 @@ def _parser() -> argparse.ArgumentParser:
         "--head", type=Path, help="head file; default: the one next to the weights; `none`: prompts"
     )
     model.add_argument(
+        "--prompts",
+        type=Path,
+        help="learned prompts that classify, prompts.safetensors of a run; also with another --model "
+        "(docs/prompts.md); default: with --config those of the run; `none`: hand-made prompts",
+    )
+    model.add_argument(
         "--precision",
         choices=("fp16", "bf16", "fp32"),
         help="precision of the towers; default: the config's; with --model fp32",
@@ -320,7 +331,7 @@ def _weights(options: argparse.Namespace, config: "Config | None") -> Path | Non
 
     if options.weights == Path("pretrained"):
         return None
-    if options.weights is None and config is None:
+    if options.weights is None and (config is None or _prompts(options, config) is not None):
         return None
     run = _folder(options, config)
     try:
@@ -329,6 +340,26 @@ def _weights(options: argparse.Namespace, config: "Config | None") -> Path | Non
         if options.weights is not None:
             raise
         raise ConfigError(f"{error}; --weights pretrained measures the model before training") from None
+
+
+def _prompts(options: argparse.Namespace, config: "Config | None") -> Path | None:
+    """The file of learned prompts that classify; None: hand-made ones, or a head.
+
+    Raises:
+        ConfigError: the file does not exist.
+    """
+    from dive_fast.errors import ConfigError
+    from dive_fast.evaluation.early_checks import PROMPTS
+
+    if options.prompts is None:
+        path = None if config is None or options.weights is not None else _run(options, config) / PROMPTS
+        return path if path is not None and path.is_file() else None
+    if options.prompts == Path("none"):
+        return None
+    path = options.prompts / PROMPTS if options.prompts.is_dir() else Path(options.prompts)
+    if not path.is_file():
+        raise ConfigError(f"--prompts {options.prompts}: no such file")
+    return path
 
 
 def _head(options: argparse.Namespace, weights: Path | None) -> Path | None:
@@ -352,8 +383,13 @@ def _head_of_folder(model: "ModelConfig") -> Path | None:
     return path if path.is_file() else None
 
 
-def _label(options: argparse.Namespace, model: "ModelConfig", weights: Path | None) -> str:
+def _label(
+    options: argparse.Namespace, model: "ModelConfig", weights: Path | None, prompts: Path | None = None
+) -> str:
     """The default label: the model's name, or the run's name with the checkpoint."""
+    if prompts is not None:
+        run = prompts.absolute().parent.name
+        return run if options.prompts is None else f"{_label(options, model, weights)} with {run}"
     if weights is None:
         return model.name if model.pretrained is None else f"{model.name}/{model.pretrained}"
     folder = weights.parent

@@ -79,7 +79,7 @@ def check_config(config: Config, consistency: FeatureConsistency) -> None:
     if needs.views and consistency.is_random:
         raise ConfigError(
             f"objective.name = {config.objective.name} encodes views of images twice, to equal features, but "
-            f"{name} {reason}; use another model or method, or remove the dropout"
+            f"{name} {reason}; use another method, or a model without dropout and model.lora.dropout=0"
         )
     needs_teacher = needs.reference_teacher
     if needs_teacher and not (consistency.is_random or consistency.matches_evaluation):

@@ -152,16 +152,15 @@ def scaling_of(lora: LoraConfig) -> float:
     return (lora.rank if lora.alpha is None else lora.alpha) / lora.rank
 
 
-def check(towers: Towers, lora: LoraConfig) -> None:
-    """Validates a config against the towers without changing them.
+def check(towers: Towers, lora: LoraConfig) -> list[str]:
+    """Validates a config against the towers without changing them; returns the names of the layers to adapt.
 
     Raises:
         ConfigError: a tower lacks a target, has it in a packed layer that is not a target as a whole, or has a
             smaller layer than the rank; or peft is not installed.
     """
     _import_peft()
-    for name in lora.towers:
-        _layers_of(towers, name, lora)
+    return [layer for name in lora.towers for layer in _layers_of(towers, name, lora)]
 
 
 def apply(towers: Towers, lora: LoraConfig, seed: int = 0) -> Adapters:
@@ -179,7 +178,7 @@ def apply(towers: Towers, lora: LoraConfig, seed: int = 0) -> Adapters:
     """
     peft = _import_peft()
     assert towers.adapters is None, "towers are adapted once"
-    names = [layer for name in lora.towers for layer in _layers_of(towers, name, lora)]
+    names = check(towers, lora)
     packed = _split_attentions(towers, names)
     others = {name: p.requires_grad for name, p in towers.named_parameters() if not _is_in_tower(name)}
     with torch.random.fork_rng(devices=[]):

@@ -111,6 +111,13 @@ def product(x: Tensor, layers: Sequence[Any], bias: Tensor | None) -> Tensor:
     return result
 
 
+def weight_of(layer: Any) -> Tensor:
+    """``W0 + s B A`` of an adapted layer, ``(m, n)``, with the gradients of its factors."""
+    first, second = _factors(layer)
+    weight: Tensor = layer.weight + second @ first
+    return weight
+
+
 def _factors(layer: Any) -> tuple[Tensor, Tensor]:
     """A and s B of the active adapters of a layer, ``(r, n)`` and ``(m, r)``, r the sum of their ranks."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]

@@ -270,6 +270,14 @@ class _TrackedEngine(Engine):
         with self.tracker.within("activations"):
             return super()._views(*arguments)
 
+    def _encode_images(self, images: Tensor) -> Tensor:
+        with self.tracker.within("activations"):
+            return super()._encode_images(images)
+
+    def _encode_classes(self, rows: Sequence[int]) -> Tensor:
+        with self.tracker.within("activations"):
+            return super()._encode_classes(rows)
+
     def _backward(self, half: Any) -> Loss:
         self.tracker.stage = "reference" if half.name == "reference" else "target"
         return super()._backward(half)

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from interrupted_attack import interrupt_at
 from PIL import Image
-from torch import Tensor
 
 from dive_fast.config.schema import EvaluateConfig, ModelConfig
 from dive_fast.data.demo import splits, world
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError
-from dive_fast.evaluation.attacks import attack_figure, robust_accuracy
+from dive_fast.evaluation.attacks import attack_figure
 from dive_fast.evaluation.attacks.attack_options import AttackOptions
 from dive_fast.evaluation.attacks.attacked_sets import attack_all
 from dive_fast.evaluation.evaluator import Options, measure_all, open_all
@@ -160,15 +160,7 @@ def test_rows_under_attack_stay_apart_from_other_rows(case: Case, capsys: pytest
 def test_interrupted_measurement_resumes(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     (complete,) = case.attack(attack(2.0))
     (case.root / "out/results.jsonl").unlink()
-    original, blocks = robust_accuracy._outcomes, []
-
-    def interrupted(model: Any, attack: Any, batch: Any, numbers: Tensor, name: str) -> Tensor:
-        blocks.append(numbers.tolist())
-        if len(blocks) == 3:
-            raise KeyboardInterrupt
-        return original(model, attack, batch, numbers, name)
-
-    monkeypatch.setattr(robust_accuracy, "_outcomes", interrupted)
+    blocks = interrupt_at(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         case.attack(attack(2.0))
     (unfinished,) = (case.root / "out/attacks").iterdir()
