@@ -47,6 +47,7 @@ COMMANDS = {
     "unknown model of a name": ["evaluate", "--model", "ViT-B-61", "--datasets", "pets", "--root", "/data"],
     "unknown model to export": ["export", "--to", "onnx", "ViT-B-61", "/no-such-folder/model"],
     "no weights": ["ensemble", "--config", "vitb16_dive", "train.output=/no-such-folder/run"],
+    "no set to measure the shift of": ["shift", *MODEL, "--fit", "/no-such-folder", "--sets", "/no-such.json"],
     "help of prepare": ["prepare", "--help"],
     "nothing to prepare": ["prepare", "--format", "folder", "--input", "/no-such-folder", "--output", "x"],
     "no output folder": ["tpgm", "--config", "vitb16_dive", "--weights", "/", "--output", "/dev/null/x"],
