@@ -246,6 +246,7 @@ def plans_over_ranks(folder: Path) -> dict[str, Plan]:
         return plans | {"all": plan_run(small_config(folder, **MICRO_BATCHES))}
 
 
+@pytest.mark.slow
 def test_plan_run_divides_zero_state_and_samples_micro_batches(folder: Path) -> None:
     plans = run_ranks(1, plans_over_ranks, folder, init=False, timeout=300)[0]
     single, state = plans["one rank"], 4 * plans["one rank"].parameters
