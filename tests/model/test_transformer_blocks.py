@@ -68,7 +68,6 @@ def compiled(folder: Path, backend: str) -> dict[Any, Any]:
     return results
 
 
-# Both backends trace the same code, but inductor takes minutes on a small machine.
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_blocks_match_the_oracle_with_few_compilations(folder: Path, backend: str) -> None:

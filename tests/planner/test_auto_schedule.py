@@ -92,6 +92,7 @@ def test_resolve_keeps_other_schedules_and_defaults_to_sequential(
     assert "no figures for this device" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_choose_in_subprocess_reports_planning_error(folder: Path) -> None:
     config = small_config(folder, **{"train.schedule": "auto", "data.target.batch_size": 15})
     with pytest.raises(ConfigError, match=r"(?s)planning failed; name the schedule.*not divisible by 2 ranks"):
