@@ -73,7 +73,8 @@ def attack_all(
     identity_of = shared_identities(towers, tokenizer, dict(labelled), ranks, options, head)
     rows: list[Row] = []
     for name, data in labelled.items():
-        fields = describe_set(name, sets[name], data, head) | {"metric": ADVERSARIAL}
+        by_prompts = "prompts" if towers.prompts is None else "learned prompts"
+        fields = describe_set(name, sets[name], data, head, by_prompts) | {"metric": ADVERSARIAL}
         for eps in attack.eps:
             described = attack_fields(attack, eps, len(data.source))
             identity = identity_of[name] | {"attack": attack_identity(attack, eps, data, options.batch_size)}
