@@ -81,8 +81,13 @@ def tokenize_classes(
             f"objective.context: {count} context tokens leave no space for class names in the model's context of "
             f"{size} tokens; use fewer"
         )
+    plain = tokenizer([f"{phrase} {name}" for name in class_names])
+    without_stop = text_lengths(plain, pooled_at)
+    # A tokenizer of words makes another token of a name with a full stop; the name goes without it then.
+    is_name_token = torch.arange(size) < without_stop[:, None] - 1
+    is_joined = ((tokens != plain) & is_name_token).any(1)
+    tokens = torch.where(is_joined[:, None], plain, tokens)
     lengths = text_lengths(tokens, pooled_at)
-    without_stop = text_lengths(tokenizer([f"{phrase} {name}" for name in class_names]), pooled_at)
     # A name that fills the context has no full stop, which is truncated.
     name_lengths = torch.minimum(without_stop, lengths) - 1 - start - count
     for row, name in enumerate(class_names):

@@ -110,6 +110,19 @@ def test_phrase_at_the_start_is_the_hand_made_prompt(
     assert torch.equal(expected[0], expected[2])
 
 
+def test_full_stop_that_joins_a_name_is_left_out() -> None:
+    def tokenize(texts: list[str]) -> Tensor:
+        rows, words = torch.zeros(len(texts), 9, dtype=torch.long), {"a": 2, "dog": 3, "cat": 4}
+        for row, text in zip(rows, texts, strict=True):
+            ids = [words.get(word, 1) for word in text.split()]
+            row[: len(ids) + 1] = torch.tensor([*ids, 9])
+        return rows
+
+    classes = tokenize_classes(tokenize, "argmax", ["dog", "cat dog"], "a")
+    assert classes.tokens[:, :4].tolist() == [[2, 3, 9, 0], [2, 4, 3, 9]]
+    assert (classes.name_lengths, classes.lengths) == ((1, 2), (3, 4))
+
+
 def test_zero_output_has_the_bits_of_a_shared_context(towers: Towers, classes: ClassTokens) -> None:
     shared = encoded(towers, learned(towers, classes), classes)
     attention = NameAttention(WIDTH, 4)
