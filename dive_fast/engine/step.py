@@ -366,6 +366,7 @@ class Engine:
             features = self._forward(half.images, None if half.text is None else half.text.tokens, half)
             with span("loss"):
                 loss = _add_penalty(half.loss(_expand_texts(features, half.text)), self._penalty(half))
+            _check_gradient(loss.loss, half)
             self.deepspeed.backward(self._update.scale_loss(loss.loss))
         return Loss(loss.loss.detach(), loss.metrics)
 
@@ -436,6 +437,7 @@ class Engine:
                 penalty = self._penalty(half) if is_last else None
                 if penalty is not None:
                     loss, surrogate = _add_penalty(loss, penalty), surrogate + penalty.loss
+                _check_gradient(surrogate, half)
                 self.deepspeed.backward(self._update.scale_loss(surrogate))
         return Loss(loss.loss.detach(), loss.metrics)
 
@@ -501,6 +503,19 @@ def _require_device_weights(section: dict[str, Any], need: str) -> None:
     raise ConfigError(
         f"deepspeed.zero_optimization.{option}: {need} on each rank's device; use stage 0, 1 or 2 without offload"
     )
+
+
+def _check_gradient(loss: Tensor, half: _Half) -> None:
+    """Validates that the loss of a half depends on a trained parameter.
+
+    Raises:
+        ConfigError: every parameter that it depends on is frozen.
+    """
+    if not loss.requires_grad:
+        raise ConfigError(
+            f"model.freeze: the loss of the {half.name} batch depends on no trained parameter; remove an entry, "
+            "adapt another tower (model.lora.towers), or choose a method without this loss"
+        )
 
 
 def _add_penalty(loss: Loss, penalty: Loss | None) -> Loss:

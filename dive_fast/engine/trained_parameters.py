@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -66,7 +67,8 @@ def adapt(model: ModelConfig, towers: Towers, method: Method, seed: int) -> str:
             :meth:`~dive_fast.methods.method.TargetLoss.learned_prompts`.
     """
     if method.needs.prompts:
-        prompts = towers.prompts = method.target_loss.learned_prompts(towers)
+        prompts: Any = method.target_loss.learned_prompts(towers)
+        towers.prompts = prompts
         trained = sum(parameter.numel() for parameter in prompts.parameters())
         return (
             f"prompts: {prompts.context.shape[0]} context vectors of width {prompts.context.shape[1]}, "

@@ -286,10 +286,12 @@ def describe_set(
     Args:
         by_prompts: name of the classifier where no head classifies.
     """
-    known = find_dataset(config.dataset) if config.dataset is not None else None
+    # The results of a part of the classes are not those of the known set.
+    dataset = config.dataset if config.classes == "all" else None
+    known = find_dataset(dataset) if dataset is not None else None
     fields: dict[str, Any] = {
         "set": name,
-        "dataset": None if config.dataset is None else canonical_name(config.dataset),
+        "dataset": None if dataset is None else canonical_name(dataset),
         "title": known.title if known is not None else name,
         "role": config.role or (known.role if known is not None else None),
         "metric": metric_of(config),
@@ -298,6 +300,7 @@ def describe_set(
     }
     if isinstance(data, Captioned):
         return fields | {"classifier": "captions", "captions": sum(len(texts) for texts in data.captions())}
+    fields |= {} if config.classes == "all" else {"part": config.classes}
     fields |= {"classes": data.num_labels, "templates": len(data.templates)}
     rows = None if head is None else select_head_rows(head, data.class_names, data.imagenet_rows)
     if head is None:

@@ -73,10 +73,10 @@ class PromptLearning(TargetLoss):
         context = self.options.context
         phrase = " ".join([PLACEHOLDER] * context) if isinstance(context, int) else context.strip()
         classes = tokenize_classes(start.tokenizer, start.pooled_at, start.class_names, phrase)
-        if isinstance(context, int) and classes.count != context:
+        if isinstance(context, int) and classes.context_tokens != context:
             raise ConfigError(
-                f"objective.context = {context}: the tokenizer of this model makes {classes.count} tokens of "
-                f"{context} placeholders; set a phrase"
+                f"objective.context = {context}: the tokenizer of this model makes {classes.context_tokens} "
+                f"tokens of {context} placeholders; set a phrase"
             )
         self.classes, self._phrase = classes, phrase
         if self.has_distance:

@@ -46,7 +46,7 @@ class ClassTokens(NamedTuple):
     """L_c of each class, tokens of the name."""
     start: int
     """Number of tokens in front of the context."""
-    count: int
+    context_tokens: int
     """M."""
 
     def to(self, device: torch.device) -> "ClassTokens":
@@ -216,11 +216,11 @@ def initial_context(towers: "Towers", classes: ClassTokens, is_random: bool, see
     """The start of a context, ``(M, d)``: the embeddings of its phrase, or random and equal on all ranks."""
     table = token_table(towers).weight
     if not is_random:
-        rows = classes.tokens[0, classes.start : classes.start + classes.count]
+        rows = classes.tokens[0, classes.start : classes.start + classes.context_tokens]
         start: Tensor = table[rows.to(table.device)]
         return start.detach().clone()
     generator = torch.Generator().manual_seed(seed)
-    random = DEVIATION * torch.randn(classes.count, table.shape[1], generator=generator)
+    random = DEVIATION * torch.randn(classes.context_tokens, table.shape[1], generator=generator)
     return random.to(table.device)
 
 
@@ -236,7 +236,7 @@ def encode_classes(towers: "Towers", prompts: LearnedPrompts, classes: ClassToke
     tokens, table = classes.tokens[first:last], token_table(towers)
     names = is_name = None
     if prompts.attention is not None:
-        begin = classes.start + classes.count
+        begin = classes.start + classes.context_tokens
         end = begin + max(classes.name_lengths[first:last])
         names = F.embedding(tokens[:, begin:end], table.weight).float()
         is_name = classes.is_name[first:last, begin:end]

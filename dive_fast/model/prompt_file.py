@@ -115,8 +115,11 @@ def load(path: Path) -> LearnedPrompts:
         prompts = _prompts(tensors, about["phrase"], about["heads"], about["residual"])
         prompts.origin = Origin(
             Fit(**about["fit"]),
-            *(str(about[key]) for key in ("method", "model", "weights")),
-            *(tuple(map(str, about[key])) for key in ("templates", "class_names")),
+            method=str(about["method"]),
+            model=str(about["model"]),
+            weights=str(about["weights"]),
+            templates=tuple(map(str, about["templates"])),
+            class_names=tuple(map(str, about["class_names"])),
         )
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(

@@ -32,6 +32,8 @@ COMMANDS = {
     "help of report": ["report", "--help"],
     "unknown key": ["train", "--config", "vitb16_dive", "train.epoch=3"],
     "no such config": ["train", "--config", "vitb16_div"],
+    "unknown method": ["train", "--config", "vitb16_dive", "objective.name=divee"],
+    "unknown rule": ["train", "--config", "vitb16_dive", "projection.name=ftpp"],
     "unknown model": ["train", "--config", "vitb16_dive", "model.name=ViT-B-61"],
     "unknown set of a config": [
         "train",
@@ -87,6 +89,8 @@ def test_command_ends_without_heavy_imports(outcomes: dict[str, tuple[int, str, 
 
 
 def test_mistakes_are_named(outcomes: dict[str, tuple[int, str, list[str]]]) -> None:
+    assert 'objective.name = "divee": expected one of ' in outcomes["unknown method"][1]
+    assert 'projection.name = "ftpp": expected one of none, digrap, ' in outcomes["unknown rule"][1]
     for name in ("unknown set", "unknown set of a config"):
         assert "no data set is known as imagenett; did you mean imagenet?" in outcomes[name][1]
     for name in ("unknown model", "unknown model of a name", "unknown model to export"):

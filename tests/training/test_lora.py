@@ -81,6 +81,7 @@ def one_rank(folder: Path) -> dict[str, Any]:
     tree["train"]["max_steps"] = 1
     for name, options in CASES.items():
         run(name, LORA, ("objective.name", name), *options)
+    run("no gradient", ("model.lora", {"rank": 4, "towers": ["image"]}), ("model.freeze", ["image"]))
     frozen = ("model.freeze", ["image", "text:2"]), ("train.layer_decay", 0.5), ("train.weight_decay", 0.0)
     tree["train"]["warmup_steps"] = 0
     run("plain", ("objective.name", "flyp_replay"), *frozen)
@@ -171,6 +172,13 @@ def test_changed_adapters_are_refused(results: dict[str, Any]) -> None:
     assert "error" in results["other rank"]
     assert "model.lora" in results["without"]
     assert "error" in results["without"]
+
+
+def test_half_without_trained_parameters_is_refused(results: dict[str, Any]) -> None:
+    # The logit scale is trained, on which the loss of the reference batch does not depend.
+    assert (
+        "model.freeze: the loss of the reference batch depends on no trained parameter" in results["no gradient"]
+    )
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -14,13 +14,21 @@ from test_resume import Folder
 
 from dive_fast.checkpoint.load_weights import load_into
 from dive_fast.checkpoint.manifest import Tensors, list_checkpoints
-from dive_fast.config.schema import ModelConfig
-from dive_fast.distributed import join
+from dive_fast.config.schema import EvaluationSet, ModelConfig
+from dive_fast.data.loaders.loader import Options as LoaderOptions
+from dive_fast.data.loaders.loader import batches_of
+from dive_fast.data.samples import EvaluationSamples
+from dive_fast.distributed import Ranks, join
 from dive_fast.errors import ConfigError
+from dive_fast.evaluation.compatibility import measure_update
+from dive_fast.evaluation.datasets.evaluation_set import Labelled
 from dive_fast.evaluation.early_checks import find_weights
+from dive_fast.evaluation.evaluator import Options, open_all
+from dive_fast.evaluation.results import Results
 from dive_fast.methods.method import Part
 from dive_fast.model import prompt_file
-from dive_fast.model.towers import create
+from dive_fast.model.learned_prompts import LearnedPrompts, NameAttention, encode_classes, tokenize_classes
+from dive_fast.model.towers import create, tokenizer_of
 
 STEPS, WIDTH = 4, tiny.TEXT["width"]
 CONTEXT = 4
@@ -52,8 +60,54 @@ def one_rank(folder: Path) -> dict[str, Any]:
     results["adamw"] = Folder(ranks, tree, folder / "adamw").start(
         ("objective", {"name": "coop", "context": 3}), ("train.precision", "fp16"), ("train.micro_batch_size", 2)
     )
+    new = tiny.write_model(folder / "new", tiny.FEW_TOKENS, seed=3)
+    retrained = Folder(ranks, tree, folder / "retrained")
+    retrained.start(*SGD, ("model.name", new))
+    results["update"] = update_of(folder, ranks, tree, new)
     results["partitioned"] = Folder(ranks, tree, folder / "refused").start(SGD[0])
     return results
+
+
+def update_of(folder: Path, ranks: Ranks, tree: dict[str, Any], new: str) -> dict[str, Any]:
+    """An update measured by the module and again from the stored rows, and its accuracies by plain code."""
+    sets = {name: EvaluationSet.model_validate(each) for name, each in tree["evaluate"]["sets"].items()}
+    opened = open_all(sets, ranks)
+    files = [folder / run / "prompts.safetensors" for run in ("run", "retrained")]
+    models = [ModelConfig(name=name) for name in (tree["model"]["name"], new)]
+    options, output = Options("", "fp32", 5, 0), Results(folder / "results")
+    output.folder.mkdir()
+
+    def measure(*prompts: Path) -> Any:
+        return measure_update(*models, *prompts, sets, opened, ranks, output, options)
+
+    rows, update = measure(*files)
+    again, repeated = measure(*files)
+    plain = {}
+    for name, data in opened.items():
+        assert isinstance(data, Labelled)
+        for model, kind, prompts in ((0, "old", files[0]), (1, "new", files[0]), (1, "retrained", files[1])):
+            plain[name, kind] = plain_accuracy(models[model], data, prompts)
+    with pytest.raises(ConfigError, match=r"learned with local-dir:.*not with these weights of local-dir:.*new"):
+        measure(files[0], files[0])
+    return {"rows": rows, "again": again, "update": update, "repeated": repeated, "plain": plain}
+
+
+@torch.no_grad()
+def plain_accuracy(model: ModelConfig, data: Labelled, prompts: Path) -> float:
+    towers, tokenizer = create(model).eval(), tokenizer_of(model)
+    tensors, phrase = load_file(prompts), "a photo of a"
+    learned = LearnedPrompts(tensors["context"], phrase, NameAttention(WIDTH, 4))
+    learned.load_state_dict(tensors)
+    classes = tokenize_classes(tokenizer, towers.pooled_at, data.class_names, phrase)
+    rows = encode_classes(towers, learned, classes, range(len(data.class_names)))
+    samples = EvaluationSamples(data.source, towers.preprocess)
+    batch = next(
+        iter(batches_of(samples, [(0, row) for row in range(len(data.source))], 99, LoaderOptions(workers=0)))
+    )
+    cosines = (
+        torch.nn.functional.normalize(towers.encode_image(batch.images)) @ torch.nn.functional.normalize(rows).T
+    )
+    return float((cosines.argmax(1) == batch.labels).float().mean())
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +177,24 @@ def test_random_context_trains_by_adamw_in_pieces(results: dict[str, Any], folde
     assert values.keys() == {f"{kind}/prompts.context" for kind in ("weights", "exp_avg", "exp_avg_sq")}
     assert values["weights/prompts.context"].shape == (3, WIDTH)
     assert bool(values["exp_avg/prompts.context"].any())
+
+
+def test_update_has_the_accuracies_of_plain_code(results: dict[str, Any]) -> None:
+    measured = results["update"]
+    update = measured["update"]
+    assert set(update.sets) == {"base", "new"}
+    for (name, kind), value in measured["plain"].items():
+        assert getattr(update.sets[name], kind) == pytest.approx(value, abs=1e-6), (name, kind)
+    assert set(update.summaries) == {"base, harmonic mean", "mean"}
+    assert measured["repeated"] == update
+    labels = [row["label"] for row in measured["rows"]]
+    assert len(set(labels)) == 5
+    assert [row["classifier"] for row in measured["rows"][::2]] == [
+        *("prompts", "learned prompts", "prompts", "learned prompts", "learned prompts"),
+    ]
+    assert [row["key"] for row in measured["rows"]] == [row["key"] for row in measured["again"]]
+    # Prompts are part of what a result depends on.
+    assert len({row["key"] for row in measured["rows"]}) == 10
 
 
 def test_sgd_is_not_partitioned(results: dict[str, Any]) -> None:

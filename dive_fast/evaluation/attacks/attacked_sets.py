@@ -9,7 +9,13 @@ from dive_fast.data.loaders.loader import Options as LoaderOptions
 from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.errors import UserError, warn_on_main_rank
-from dive_fast.evaluation.attacks.attack_options import MAX_BATCH, AttackOptions, attackable, check_installed
+from dive_fast.evaluation.attacks.attack_options import (
+    MAX_BATCH,
+    SMALL_EPS,
+    AttackOptions,
+    attackable,
+    check_installed,
+)
 from dive_fast.evaluation.attacks.auto_attack import num_targets
 from dive_fast.evaluation.attacks.block_log import BlockLog
 from dive_fast.evaluation.attacks.robust_accuracy import STEP_SHARE, UnderAttack, chosen_samples, robust_accuracy
@@ -59,6 +65,11 @@ def attack_all(
             f"the attack computes in {options.precision}: rounding hides gradients, so that a model may look more "
             "robust than it is; --precision fp32 does not"
         )
+    for eps in attack.eps:
+        if 0 < eps < SMALL_EPS:
+            warn_on_main_rank(
+                f"eps = {eps:g} is {eps:g}/255, since distances are in 255ths; {255 * eps:.3g}/255 is {eps:g}"
+            )
     identity_of = shared_identities(towers, tokenizer, dict(labelled), ranks, options, head)
     rows: list[Row] = []
     for name, data in labelled.items():

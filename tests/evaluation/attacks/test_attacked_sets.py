@@ -170,9 +170,10 @@ def test_interrupted_measurement_resumes(case: Case, monkeypatch: pytest.MonkeyP
     assert not unfinished.exists()
 
 
-def test_sixteen_bits_are_warned_of(case: Case, caplog: pytest.LogCaptureFixture) -> None:
-    case.attack(attack(2.0))
+def test_sixteen_bits_and_small_distances_are_warned_of(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+    case.attack(attack(2.0, 0.03))
     assert "rounding hides gradients" not in caplog.text
+    assert "eps = 0.03 is 0.03/255, since distances are in 255ths; 7.65/255 is 0.03" in caplog.text
     case.towers.set_precision("bf16")
     case.attack(attack(2.0), precision="bf16")
     assert "the attack computes in bf16: rounding hides gradients" in caplog.text

@@ -279,6 +279,7 @@ def test_chosen_samples_are_fixed_and_nested() -> None:
     [
         ({"eps": (-1.0,)}, "eps = -1: expected a finite number of at least 0"),
         ({"eps": (float("nan"),)}, "eps = nan"),
+        ({"eps": (4.0, 256.0)}, "eps = 256: any image is within 255/255 in linf; use at most 255"),
         ({"eps": ()}, "name at least one distance"),
         ({"name": "fgsm"}, "attack = 'fgsm': expected one of apgd-ce, pgd, autoattack"),
         ({"norm": "l1"}, "norm = 'l1': expected one of linf, l2"),
