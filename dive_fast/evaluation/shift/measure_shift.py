@@ -243,8 +243,10 @@ def _distances(
     stored: StoredFeatures, gaussians: Mapping[str, Gaussian], ranks: Ranks, options: ShiftOptions
 ) -> SetDistances:
     concepts = [name for name in gaussians if _has(stored.data, name)]
-    samples = [torch.empty(0, dtype=torch.int64)]
-    values = {name: [torch.empty(0, 2, dtype=torch.float64)] for name in concepts}
+    # Allocated at once: small results between large blocks would keep the memory of these from being reused.
+    local_sample = torch.empty(stored.num_selected, dtype=torch.int64)
+    local_values = {name: torch.empty(stored.num_selected, 2, dtype=torch.float64) for name in concepts}
+    count = 0
     on_device = {
         name: gaussian._replace(
             mean=gaussian.mean.to(ranks.device),
@@ -255,13 +257,16 @@ def _distances(
     }
     with ranks.raise_on_all(DataError):
         for block in stored.blocks(ranks):
-            samples.append(torch.from_numpy(block.sample))
+            part = slice(count, count := count + len(block.sample))
+            local_sample[part] = torch.from_numpy(block.sample)
             for name, rows in embeddings(block, concepts, options).items():
                 measured = distances(on_device[name], rows.to(ranks.device))
-                values[name].append(torch.stack(measured, 1).cpu())
-    sample = ranks.gather(torch.cat(samples).to(ranks.device)).cpu()
+                local_values[name][part] = torch.stack(measured, 1).cpu()
+    sample = ranks.gather(local_sample[:count].to(ranks.device)).cpu()
     order = sample.argsort()
-    columns = {name: ranks.gather(torch.cat(each).to(ranks.device)).cpu()[order] for name, each in values.items()}
+    columns = {
+        name: ranks.gather(each[:count].to(ranks.device)).cpu()[order] for name, each in local_values.items()
+    }
     if not len(sample):
         raise DataError(f"{stored.data.location}: no sample of it can be read")
     return SetDistances(

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 BLOCK = 4096
 """Samples in a file: what an interrupted rank embeds again at most; 24 MiB at width 768."""
+ROWS = 1024
+"""Samples whose embeddings are in fp64 at once."""
 ABOUT = "about.json"
 
 
@@ -65,13 +67,17 @@ class StoredFeatures:
     """D"""
 
     def blocks(self, ranks: Ranks) -> Iterator[FeatureBlock]:
-        """This rank's blocks, one at a time in memory.
+        """This rank's blocks in parts of :data:`ROWS` samples, one file at a time in memory.
 
         Raises:
             DataError: a file is missing or damaged.
         """
         for number in range(ranks.rank, self.num_blocks, ranks.world_size):
-            yield _read(_file(self.folder, number))
+            block = _read(_file(self.folder, number))
+            for first in range(0, len(block.sample), ROWS):
+                part = slice(first, first + ROWS)
+                halves = (None if each is None else each[part] for each in (block.image, block.text))
+                yield FeatureBlock(block.sample[part], *halves)
 
 
 def _file(folder: Path, number: int) -> Path:

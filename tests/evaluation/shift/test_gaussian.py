@@ -10,6 +10,7 @@ import torch.distributed as dist
 from distributed import run_ranks
 from scipy import stats
 from scipy.spatial.distance import mahalanobis
+from sklearn.covariance import ledoit_wolf as sklearn_ledoit_wolf
 from torch import Tensor
 
 from dive_fast.distributed import Ranks
@@ -101,10 +102,9 @@ def test_cut_removes_directions_and_reports_them() -> None:
 
 
 def test_ledoit_wolf_equals_scikit_learn() -> None:
-    covariance = pytest.importorskip("sklearn.covariance")
     for count in (9, 50):
         rows = sample(count, 20)
-        expected, shrinkage = covariance.ledoit_wolf(rows.double().numpy())
+        expected, shrinkage = sklearn_ledoit_wolf(rows.double().numpy())
         gaussian = fitted(rows, FitOptions(shrinkage="ledoit-wolf"))
         assert gaussian.shrinkage == pytest.approx(shrinkage, rel=1e-9)
         estimate = gaussian.directions @ gaussian.variances.diag() @ gaussian.directions.T

@@ -144,6 +144,7 @@ def test_interrupted_embedding_resumes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: tuple[ModelShift, Path]
 ) -> None:
     monkeypatch.setattr(shift_features, "BLOCK", 7)
+    monkeypatch.setattr(shift_features, "ROWS", 3)
     (first,) = measured(folder, [f"{folder}/severity3"], tmp_path)
     expected = next(part for part in shift[0].sets if part.name == "severity3").distance["joint"]
     np.testing.assert_allclose(first.sets[0].distance["joint"], expected, rtol=1e-5)
