@@ -124,6 +124,7 @@ def describe(requirements: Needs) -> str:
         f"{requirements.target_teacher} teacher": requirements.target_teacher != "none",
         "fixed run length": requirements.run_length,
         "adapters": requirements.adapters,
+        "prompts alone are trained": requirements.prompts,
     }
     return ", ".join(word for word, is_needed in words.items() if is_needed)
 

@@ -52,7 +52,7 @@ def seal(path: Path, **changes: Any) -> None:
 class Towers(nn.Module):
     """One tuned parameter, one fixed parameter and a buffer, without adapters."""
 
-    adapters = None
+    adapters = prompts = None
 
     def __init__(self) -> None:
         super().__init__()

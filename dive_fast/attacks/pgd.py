@@ -43,7 +43,10 @@ def pgd(
     tried = None
     for _ in range(steps):
         tried = gradient(model, attacked, labels)
-        best.update(attacked, tried)
+        if keep_best:
+            best.update(attacked, tried)
+        else:
+            best.judge(tried)
         attacked = threat.step(attacked, images, tried.images, step_size)
     if keep_best or tried is None:
         best.update(attacked, gradient(model, attacked, labels))

@@ -139,7 +139,7 @@ class Best:
     def __init__(self, clean: Tensor) -> None:
         """Starts with the clean images; nothing is known of them."""
         count = len(clean)
-        self._clean, self.images = clean, clean.clone()
+        self._clean = self.images = clean
         self.loss = clean.new_full((count,), -torch.inf)
         self.is_robust = torch.ones(count, dtype=torch.bool, device=clean.device)
         self.is_finite = torch.ones_like(self.is_robust)
@@ -151,14 +151,18 @@ class Best:
         return self._is_attacked.nonzero().flatten()
 
     def update(self, images: Tensor, tried: Gradient) -> None:
-        """Takes over images that are better than those before."""
+        """Takes over images that are better than those before; :meth:`judge` is part of it."""
         is_wrong = ~tried.is_right
         is_higher = torch.where(is_wrong == ~self.is_robust, tried.loss > self.loss, is_wrong & self.is_robust)
         is_better = self._is_attacked & tried.is_finite & is_higher
         self.images = torch.where(is_better[:, None, None, None], images, self.images)
         self.loss = torch.where(is_better, tried.loss, self.loss)
+        self.judge(tried)
+
+    def judge(self, tried: Gradient) -> None:
+        """Notes which samples are still robust and finite, without images and losses."""
         self.is_finite = self.is_finite & (tried.is_finite | ~self._is_attacked)
-        self.is_robust = self.is_robust & ~is_wrong & tried.is_finite
+        self.is_robust = self.is_robust & tried.is_right & tried.is_finite
 
     def result(self) -> Attacked:
         """The result of the attack."""

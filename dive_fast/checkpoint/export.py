@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dive_fast.engine.step import Engine
 from dive_fast.model import head as heads
-from dive_fast.model import towers
+from dive_fast.model import prompt_file, towers
 from dive_fast.model.head import Head
 from dive_fast.model.model_identity import state_digest
 from dive_fast.model.model_names import DESCRIPTION
@@ -24,6 +24,13 @@ AVERAGE = "ema.safetensors"
 """Averaged weights next to them, with ``train.ema``."""
 ADAPTER = "adapter.safetensors"
 """Factors of adapters next to the merged weights, with ``model.lora``."""
+PROMPTS = prompt_file.FILE
+"""Learned prompts, instead of the model, whose weights do not change."""
+EXPORTED = {
+    *(MODEL, heads.FILE, DESCRIPTION, TEACHER, AVERAGE, ADAPTER, PROMPTS),
+    heads.head_path(Path(AVERAGE)).name,
+}
+"""Files that an export may write."""
 SELECTED = "selected.json"
 """Step and accuracy of a run's best weights, next to them."""
 
@@ -35,11 +42,15 @@ def write_model(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -
     preprocessing, and a Hugging Face tokenizer where the model has one. A trained head is written to a file next
     to them, and so are the factors of adapters, the weights of a moving teacher and averaged weights; those of
     another run are removed. Adapters are merged into the weights.
-    With ``train.export_ema`` the averaged weights and their head are the model's.
+    With ``train.export_ema`` the averaged weights and their head are the model's. Where prompts are learned, their
+    file is written instead of all others.
 
     Args:
         class_names: names of the head's rows.
     """
+    if engine.towers.prompts is not None:
+        _write_prompts(engine, folder)
+        return
     weights = full_state(engine)
     if engine.ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,6 +63,17 @@ def write_model(engine: Engine, folder: Path, class_names: Sequence[str] = ()) -
         _write_weights(engine, weights, folder / MODEL, class_names)
         _write_weights(engine, averaged, folder / AVERAGE, class_names)
         _write_teacher(engine, folder / TEACHER)
+        (folder / PROMPTS).unlink(missing_ok=True)
+    engine.ranks.barrier()
+
+
+def _write_prompts(engine: Engine, folder: Path) -> None:
+    """Writes learned prompts and removes other exports."""
+    if engine.ranks.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        prompt_file.save(engine.towers.prompts, folder / PROMPTS)
+        for name in EXPORTED - {PROMPTS}:  # of another run
+            (folder / name).unlink(missing_ok=True)
     engine.ranks.barrier()
 
 
@@ -96,8 +118,7 @@ def copy_model(source: Path, folder: Path) -> None:
     names = {file.name for file in source.iterdir() if file.is_file() and file.name != SELECTED}
     # The weights last, as in write_model. Files of another run are removed: its head would classify instead of
     # prompts, and its description would determine how images are preprocessed.
-    optional = {heads.FILE, DESCRIPTION, TEACHER, AVERAGE, ADAPTER, heads.head_path(Path(AVERAGE)).name}
-    for name in sorted(names | optional, key=lambda name: name == MODEL):
+    for name in sorted(names | EXPORTED, key=lambda name: name in (MODEL, PROMPTS)):
         if name in names:
             partial = folder / f".{name}.partial"
             shutil.copyfile(source / name, partial)

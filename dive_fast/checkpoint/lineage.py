@@ -30,6 +30,7 @@ RUN_FILES = (
     "ema.safetensors",
     "ema_head.safetensors",
     "adapter.safetensors",
+    "prompts.safetensors",
     "audit.json",
     "report.md",
     "report.json",

@@ -23,7 +23,7 @@ from dive_fast.model.model_files import (
 )
 from dive_fast.model.model_identity import weights_digest
 from dive_fast.model.model_names import DESCRIPTION
-from dive_fast.model.towers import HEAD, Towers, create, read_weights
+from dive_fast.model.towers import HEAD, PROMPTS, Towers, create, read_weights
 
 
 def load_into(towers: Towers, model: ModelConfig, path: Path) -> Towers:
@@ -46,6 +46,11 @@ def load_into(towers: Towers, model: ModelConfig, path: Path) -> Towers:
     if path.is_dir():
         is_ours = (path / MANIFEST).exists()
         _apply_description(towers, model, path.parent.parent if is_ours else path)
+        if is_ours and _has_prompts(path):
+            raise ConfigError(
+                f"{path}: holds learned prompts and no weights; name their file by --prompts, the "
+                "prompts.safetensors in the run folder"
+            )
         if is_ours and (lora := _lora_of(path)) is not None:
             towers.load_state_dict(_merged_state(model, lora, path))
             return towers
@@ -124,6 +129,10 @@ def _apply_description(towers: Towers, model: ModelConfig, folder: Path) -> bool
         check_architecture(described, model.name, towers.model_cfg)
     towers.preprocess = with_preprocess_config(towers.preprocess, described.preprocess_cfg)
     return True
+
+
+def _has_prompts(checkpoint: Path) -> bool:
+    return any(name.startswith(PROMPTS) for name in Tensors(checkpoint).shapes(WEIGHTS))
 
 
 def _lora_of(checkpoint: Path) -> LoraConfig | None:

@@ -19,6 +19,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from dive_fast.engine.optimizer import MOMENTUM
 from dive_fast.engine.step import Engine
 from dive_fast.model.towers import HEAD
 
@@ -27,7 +28,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def state_keys(engine: Engine) -> tuple[str, ...]:
-    """Keys of the optimizer's state of a parameter: AdamW's moments, and what a projection adds."""
+    """Keys of the optimizer's state of a parameter: its moments, and what a projection adds."""
+    if isinstance(_torch_optimizer(engine), torch.optim.SGD):
+        return (MOMENTUM,)
     return MOMENTS if engine.projection is None else (*MOMENTS, *engine.projection.states.keys)
 
 
@@ -91,10 +94,10 @@ def tuned_parameters(engine: Engine) -> Iterator[tuple[str, Any]]:
 def not_stored(engine: Engine) -> set[str]:
     """Names of weights and buffers that checkpoints leave out.
 
-    With adapters, these are the frozen ones of both towers: those of the pre-trained model, whose digest is in the
-    identity of the run.
+    With adapters or learned prompts, these are the frozen ones of both towers: those of the pre-trained model,
+    whose digest is in the identity of the run.
     """
-    if engine.towers.adapters is None:
+    if engine.towers.adapters is None and engine.towers.prompts is None:
         return set()
     tuned = {name for name, _ in tuned_parameters(engine)}
     return {name for name in engine.towers.state_dict() if name not in tuned and not name.startswith(HEAD)}
@@ -106,9 +109,9 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def num_updates(engine: Engine) -> int:
-    """The number of updates that the optimizer has made, without skipped steps."""
+    """The number of updates that the optimizer has made, without skipped steps; 0 for SGD, which counts none."""
     state = _torch_optimizer(engine).state
-    return int(next(iter(state.values()))["step"]) if state else 0
+    return int(next(iter(state.values())).get("step", 0)) if state else 0
 
 
 def _moment(engine: Engine, parameter: nn.Parameter, key: str) -> Tensor:
@@ -134,6 +137,8 @@ def _link_moments(engine: Engine) -> None:
 def _prepare_optimizer(engine: Engine, updates: int) -> None:
     """Creates the optimizer state that the first update would create."""
     zero, optimizer = engine.deepspeed.optimizer, _torch_optimizer(engine)
+    if isinstance(optimizer, torch.optim.SGD):
+        return  # its momentum exists from the start, and ZeRO does not partition it
     if hasattr(zero, "single_partition_of_fp32_groups"):
         flats = zero.single_partition_of_fp32_groups
     elif hasattr(zero, "fp32_partitioned_groups_flat"):

@@ -86,8 +86,8 @@ def load_config(
 ) -> "RunConfig":
     """Reads a config by path or by its name among the shipped ones.
 
-    The methods import torch, which takes seconds: everything but their options is validated before, by pydantic
-    alone, so that a typo is reported at once.
+    The methods import torch, which takes seconds: everything but their losses and options is validated before, by
+    pydantic alone, so that a typo is reported at once.
 
     Args:
         announcement: line that rank 0 prints after that, before the seconds of imports.
@@ -98,9 +98,9 @@ def load_config(
         UserError: as ``check``.
     """
     from dive_fast.config.load import load_config
-    from dive_fast.config.schema import Config
+    from dive_fast.methods.method_list import ListedConfig
 
-    checked = load_config(name, overrides, CONFIGS, Config)
+    checked = load_config(name, overrides, CONFIGS, ListedConfig)
     if check is not None:
         check(checked)
     if os.environ.get("RANK", "0") == "0":

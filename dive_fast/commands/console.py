@@ -13,6 +13,7 @@ COMMANDS = {
     "sweep": "run a grid of short runs, and recommend one of its settings",
     "report": "compare any runs in one table and one chart",
     "geometry": "compare the geometry of embeddings before and after fine-tuning",
+    "shift": "measure how far test sets are from a training set",
     "ensemble": "interpolate between pre-trained and tuned weights",
     "tpgm": "project tuned weights towards the pre-trained ones, tensor by tensor",
     "export": "write a model for transformers or as ONNX",
@@ -24,7 +25,7 @@ COMMANDS = {
 """Each command and its summary for ``dive-fast --help``."""
 ALIASES = {"plan": ("train", "--dry-run"), "export": ("export_model",)}
 """Modules and options of commands that are not the module of their name; `export` is one of checkpoints."""
-ON_SEVERAL_GPUS = ("train", "cache", "evaluate", "geometry", "ensemble", "tpgm")
+ON_SEVERAL_GPUS = ("train", "cache", "evaluate", "geometry", "shift", "ensemble", "tpgm")
 """Commands that take ``--gpus``."""
 
 

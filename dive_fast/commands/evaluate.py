@@ -8,6 +8,7 @@ On several GPUs: ``deepspeed launch/evaluate.py ...``. See docs/evaluation.md.
 
 import argparse
 import re
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from dive_fast.commands import cli
 
 if TYPE_CHECKING:
-    from dive_fast.config.schema import Config, ModelConfig
+    from dive_fast.config.schema import Config, EvaluationSet, ModelConfig
     from dive_fast.evaluation.attacks.attack_options import AttackOptions
     from dive_fast.evaluation.results import Results
     from dive_fast.evaluation.tables import Row
@@ -49,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not names and (options.config is None or options.root is not None):
         parser.error("name data sets by --suite or --datasets")
     _check_attack(parser, options)
+    _check_update(parser, options)
 
     # Only pydantic is imported so far, so that a typo is reported at once.
     from dive_fast.config.schema import EvaluateConfig, EvaluationSet, ModelConfig
@@ -59,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     from dive_fast.model.model_names import check_name
 
     def named_sets() -> dict[str, EvaluationSet]:
-        return {
+        complete = {
             name: EvaluationSet(
                 path=options.root,
                 dataset=name,
@@ -68,9 +70,11 @@ def main(arguments: list[str] | None = None) -> int:
             )
             for name in expand_suites(names)
         }
+        return _halved(complete) if options.base_new else complete
 
     def check(model: ModelConfig, config: "Config | None") -> None:
         weights = _weights(options, config)
+        _prompts(options, config)
         check_output(options.output or _folder(options, config))
         check_name(model, weights=weights is None)
         if names:
@@ -89,19 +93,24 @@ def main(arguments: list[str] | None = None) -> int:
             config, defaults = None, EvaluateConfig()
             model = ModelConfig(name=options.model, pretrained=options.pretrained)
             check(model, None)
-        weights = _weights(options, config)
+        weights, prompt_path = _weights(options, config), _prompts(options, config)
+        update = _update(options)
+        if update is not None and prompt_path is None:
+            raise ConfigError("--upgrade: name the prompts of the old model by --prompts, a prompts.safetensors")
         from dive_fast.distributed import join, use_cpu_without_gpu
 
         use_cpu_without_gpu()
         from dive_fast.checkpoint.load_weights import head_of, load_into
-        from dive_fast.evaluation import evaluator, published
+        from dive_fast.evaluation import compatibility, evaluator, published
         from dive_fast.evaluation.attacks.attacked_sets import attack_all
         from dive_fast.evaluation.results import Results
         from dive_fast.evaluation.tables import as_markdown
         from dive_fast.model import head as heads
-        from dive_fast.model import towers
+        from dive_fast.model import prompt_file, towers
 
-        sets = named_sets() or defaults.sets
+        if update is not None:
+            towers.check(update)
+        sets = named_sets() or (_halved(defaults.sets) if options.base_new else defaults.sets)
         compared = None if options.compare is None else published.find_model(options.compare or model.name)
         towers.check(model, weights=weights is None)
         if not sets:
@@ -118,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     default_batch = defaults.batch_size if attack is None else min(defaults.batch_size, MAX_BATCH)
     folder = options.output or _folder(options, config)
     evaluation = evaluator.Options(
-        options.label or _label(options, model, weights),
+        options.label or _label(options, model, weights, prompt_path),
         precision,
         options.batch_size or default_batch,
         defaults.workers if options.workers is None else options.workers,
@@ -133,15 +142,28 @@ def main(arguments: list[str] | None = None) -> int:
             head = None
             if head_file is not None:
                 head = head_of(head_file) if head_file.is_dir() else heads.load(head_file)
+            prompts = None if prompt_path is None or update is not None else prompt_file.load(prompt_path)
         # Outside of the blocks: all ranks take part in opening each set.
         opened = evaluator.open_all(sets, ranks, options.skip_missing, "" if names else "evaluate.sets")
         if attack is not None:
             attackable(opened, attack.name)
+        if update is not None and prompt_path is not None:
+            with results.writing_tables() if ranks.is_main else nullcontext():
+                _, measured = compatibility.measure_update(
+                    *(model, update, prompt_path, _retrained(options), sets, opened, ranks, results, evaluation)
+                )
+            if ranks.is_main:
+                print(f"{compatibility.message(measured)}\n\n{compatibility.as_markdown(measured)}")
+                print(f"{folder}/{', '.join(['results.jsonl', *compatibility.write(measured, folder)])}")
+            ranks.leave()
+            return 0
         with ranks.raise_on_all(UserError):
             evaluated = towers.create(model, weights=weights is None)
             if weights is not None:
                 load_into(evaluated, model, weights)
             tokenizer = towers.tokenizer_of(model)
+            if prompts is not None and prompt_path is not None:
+                prompt_file.attach(prompts, prompt_path, evaluated, tokenizer)
         evaluated = evaluated.to(ranks.device).eval()
         evaluated.set_precision(precision)
         model_fields = {
@@ -150,6 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
             "weights": None if weights is None else str(weights),
             "head": None if head is None else str(head_file),
         }
+        model_fields |= {} if prompt_path is None else {"prompts": str(prompt_path)}
         with results.writing_tables() if ranks.is_main else nullcontext():
             if attack is None:
                 rows = evaluator.measure_all(
@@ -163,6 +186,8 @@ def main(arguments: list[str] | None = None) -> int:
         return cli.report_error(error, options)
     if ranks.is_main:
         print(as_markdown(rows), end="")
+        for line in _harmonic_means(rows, sets):
+            print(line)
         if compared is not None:
             print(f"\n{published.comparison(compared, results.rows)}", end="")
         written = ", ".join(["results.jsonl, results.csv, results.md", *_figures(rows, results, attack)])
@@ -188,6 +213,60 @@ def _figures(rows: "list[Row]", results: "Results", attack: "AttackOptions | Non
     figure = f"reliability_{re.sub(r'[^A-Za-z0-9._-]+', '_', label)}.png"
     is_drawn = plots.reliability(list(line.values()), results.folder / figure, f"{label}, {precision}")
     return [figure] if is_drawn else []
+
+
+def _halved(sets: "Mapping[str, EvaluationSet]") -> "dict[str, EvaluationSet]":
+    """The base and the new classes of each set, as sets of their own."""
+    return {
+        f"{name}-{part}": config.model_copy(update={"classes": part})
+        for name, config in sets.items()
+        for part in ("base", "new")
+    }
+
+
+def _harmonic_means(rows: "list[Row]", sets: "Mapping[str, EvaluationSet]") -> list[str]:
+    """A line for each set whose base and new classes were measured."""
+    from dive_fast.evaluation.compatibility import halves, harmonic
+
+    values = {str(row["set"]): float(row["value"]) for row in rows}
+    return [
+        f"{name}: base {100 * values[base]:.1f}, new {100 * values[new]:.1f}, harmonic mean "
+        f"{100 * harmonic(values[base], values[new]):.1f}"
+        for name, (base, new) in halves(sets).items()
+        if base in values and new in values
+    ]
+
+
+def _check_update(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Checks that the options of an updated model are used together."""
+    if options.upgrade is None:
+        for option in ("upgrade_pretrained", "retrained"):
+            if getattr(options, option) is not None:
+                parser.error(f"--{option.replace('_', '-')} goes with --upgrade, e.g. --upgrade EVA02-B-16")
+        return
+    for option in ("weights", "head", "attack", "compare", "label"):
+        if getattr(options, option) is not None:
+            parser.error(f"--{option} does not go with --upgrade, which measures both models by prompts alone")
+
+
+def _update(options: argparse.Namespace) -> "ModelConfig | None":
+    """The new model of ``--upgrade``.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    from dive_fast.config.schema import ModelConfig
+    from dive_fast.model.model_names import check_name
+
+    if options.upgrade is None:
+        return None
+    model = ModelConfig(name=options.upgrade, pretrained=options.upgrade_pretrained)
+    check_name(model)
+    return model
+
+
+def _retrained(options: argparse.Namespace) -> Path | None:
+    return None if options.retrained is None else _prompts_at(options.retrained, "--retrained")
 
 
 def _check_attack(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -256,6 +335,12 @@ def _parser() -> argparse.ArgumentParser:
         "--head", type=Path, help="head file; default: the one next to the weights; `none`: prompts"
     )
     model.add_argument(
+        "--prompts",
+        type=Path,
+        help="learned prompts that classify, prompts.safetensors of a run; also with another --model "
+        "(docs/prompts.md); default: with --config those of the run; `none`: hand-made prompts",
+    )
+    model.add_argument(
         "--precision",
         choices=("fp16", "bf16", "fp32"),
         help="precision of the towers; default: the config's; with --model fp32",
@@ -269,6 +354,17 @@ def _parser() -> argparse.ArgumentParser:
         "--templates", help="templates for all data sets: a text file, one template, or e.g. food101"
     )
     data.add_argument("--skip-missing", action="store_true", help="leave out data sets that cannot be opened")
+    data.add_argument(
+        "--base-new",
+        action="store_true",
+        help="measure the first half of each set's classes and the others apart, and their harmonic mean",
+    )
+    update = parser.add_argument_group("prompts after an update of the model (docs/prompts.md)")
+    update.add_argument("--upgrade", metavar="MODEL", help="the new model that the prompts are plugged into")
+    update.add_argument("--upgrade-pretrained", metavar="TAG", help="its open_clip tag, or a file")
+    update.add_argument(
+        "--retrained", type=Path, metavar="FILE", help="prompts of the same method that were learned with it"
+    )
     attack = parser.add_argument_group("accuracy under attack (docs/evaluation.md)")
     attack.add_argument("--attack", choices=("apgd-ce", "pgd", "autoattack"), help="measure under this attack")
     attack.add_argument(
@@ -320,7 +416,7 @@ def _weights(options: argparse.Namespace, config: "Config | None") -> Path | Non
 
     if options.weights == Path("pretrained"):
         return None
-    if options.weights is None and config is None:
+    if options.weights is None and (config is None or _prompts(options, config) is not None):
         return None
     run = _folder(options, config)
     try:
@@ -329,6 +425,37 @@ def _weights(options: argparse.Namespace, config: "Config | None") -> Path | Non
         if options.weights is not None:
             raise
         raise ConfigError(f"{error}; --weights pretrained measures the model before training") from None
+
+
+def _prompts(options: argparse.Namespace, config: "Config | None") -> Path | None:
+    """The file of learned prompts that classify; None: hand-made ones, or a head.
+
+    Raises:
+        ConfigError: the file does not exist.
+    """
+    from dive_fast.evaluation.early_checks import PROMPTS
+
+    if options.prompts is None:
+        path = None if config is None or options.weights is not None else _run(options, config) / PROMPTS
+        return path if path is not None and path.is_file() else None
+    if options.prompts == Path("none"):
+        return None
+    return _prompts_at(options.prompts, "--prompts")
+
+
+def _prompts_at(path: Path, option: str) -> Path:
+    """The file of prompts at a path, or in the run folder there.
+
+    Raises:
+        ConfigError: it does not exist.
+    """
+    from dive_fast.errors import ConfigError
+    from dive_fast.evaluation.early_checks import PROMPTS
+
+    file = path / PROMPTS if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"{option} {path}: no such file" + (f" as {PROMPTS} in it" if path.is_dir() else ""))
+    return file
 
 
 def _head(options: argparse.Namespace, weights: Path | None) -> Path | None:
@@ -352,8 +479,13 @@ def _head_of_folder(model: "ModelConfig") -> Path | None:
     return path if path.is_file() else None
 
 
-def _label(options: argparse.Namespace, model: "ModelConfig", weights: Path | None) -> str:
+def _label(
+    options: argparse.Namespace, model: "ModelConfig", weights: Path | None, prompts: Path | None = None
+) -> str:
     """The default label: the model's name, or the run's name with the checkpoint."""
+    if prompts is not None:
+        run = prompts.absolute().parent.name
+        return run if options.prompts is None else f"{_label(options, model, weights)} with {run}"
     if weights is None:
         return model.name if model.pretrained is None else f"{model.name}/{model.pretrained}"
     folder = weights.parent

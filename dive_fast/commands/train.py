@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     # Heavy imports follow later, so that a typo is reported at once.
     from dive_fast.errors import UserError
-    from dive_fast.evaluation.early_checks import check_training
+    from dive_fast.evaluation.early_checks import MODEL, PROMPTS, check_training
 
     try:
         announcement = "" if options.json else f"{options.config}: the config is valid; loading libraries"
@@ -73,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return error.code
     if ranks.is_main:
-        print(f"\nmodel: {folder}/model.safetensors, described in README.md")
+        name, file = ("prompts", PROMPTS) if (folder / PROMPTS).is_file() else ("model", MODEL)
+        print(f"\n{name}: {folder}/{file}, described in README.md")
         print(f"report: {folder}/report.md, .json and .png; metrics of each step: metrics.jsonl")
     ranks.leave()
     return 0

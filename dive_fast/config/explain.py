@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from dive_fast.config.origins import Origins
 from dive_fast.config.schema import Config
 from dive_fast.config.section import KeyedError, Section, section_type, sections
+from dive_fast.errors import nearest
 
 
 def first_mistake(error: ValidationError) -> ErrorDetails:
@@ -124,6 +125,12 @@ def shorten(text: str) -> str:
 def shorten_json(value: Any) -> str:
     """A value in JSON, of bounded length."""
     return _cut(json.dumps(value, default=str))
+
+
+def expected_one_of(key: str, value: Any, names: Sequence[str]) -> str:
+    """The message for a value that is not one of the names, with the nearest name."""
+    hint = nearest(value, names) if isinstance(value, str) else ""
+    return f"{key} = {shorten_json(value)}: expected one of {', '.join(names)}{hint}"
 
 
 def _cut(text: str) -> str:

@@ -151,6 +151,14 @@ class TargetConfig(Section):
     """Share of each class that is not trained on (rounded, at least one image): the part that a set of
     `evaluate.sets` with the same `path` and `holdout` measures. A hash of each sample's name chooses it, whatever
     the seed. Not for `csv`. Default: all samples are trained on."""
+    classes: Literal["all", "base", "new"] = "all"
+    """`base`: only the first half of the classes, in label order, and `new`: only the others, as evaluations of
+    prompt learning have it (docs/prompts.md). Not for sets with prompts."""
+    shots: Positive | None = None
+    """Number of images of each class that are trained on; all of a class that has fewer. Not for sets with
+    prompts. Default: all."""
+    shots_seed: NonNegative = 1
+    """Seed of the choice of `shots`, whatever `train.seed`: a hash of it with each sample's name chooses."""
     text_length: Positive | None = None
     """Context length of the prompts; longer ones are cut. Default: the model's, trimmed to each batch's longest
     prompt where that is exact."""
@@ -271,7 +279,7 @@ class TeacherConfig(Section):
 
 
 class TrainConfig(Section):
-    """Optimization, precision and checkpoints. The optimizer is AdamW: linear warm-up, cosine decay to zero."""
+    """Optimization, precision and checkpoints. The learning rate has a linear warm-up and decays by a cosine."""
 
     output: PathText | None = None
     """Run folder; default: `runs/` and the config's name."""
@@ -302,6 +310,9 @@ class TrainConfig(Section):
     """torch.compile of the towers' transformer blocks. The first steps take minutes; not with ZeRO-3. Off by
     default, since the fused kernels of the blocks move fewer bytes than torch.compile's fusion of plain blocks
     (docs/performance.md). For towers without fused kernels, try it."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """`sgd`: SGD with momentum, whose weight decay is part of the gradient, as prompts are learned with. It needs
+    ZeRO 0, and `deepspeed.zero_optimization.stage = "auto"` is 0 with it."""
     learning_rate: NonNegativeFloat = 1e-5
     """Peak learning rate."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -309,7 +320,7 @@ class TrainConfig(Section):
     the first one as many as there are blocks, the embeddings before it one more; projections, the last layer norm,
     the logit scale and a head have none. Default: one learning rate."""
     weight_decay: NonNegativeFloat = 0.1
-    """Weight decay of AdamW. Default with a `projection`: 0, since decay pulls to zero and not to the pre-trained
+    """Weight decay. Default with a `projection`: 0, since decay pulls to zero and not to the pre-trained
     weights."""
     decay_all_parameters: bool = True
     """Decay every parameter, as FLYP and the paper do; false exempts biases, gains and logit_scale."""
@@ -317,6 +328,8 @@ class TrainConfig(Section):
     """Decay rates of AdamW's moments."""
     epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     """Epsilon of AdamW."""
+    momentum: Decay = 0.9
+    """Momentum of SGD."""
     warmup_steps: NonNegative = 500
     """Steps of the warm-up, in which the learning rate rises linearly to its peak."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -374,6 +387,9 @@ class EvaluationSet(Section):
     holdout: HeldOut | None = None
     """Measures only the part of the set that `data.target.holdout` leaves out of training; both shares must be
     equal. Samples that cannot be read are in neither part. Not used with `dataset`. Default: the complete set."""
+    classes: Literal["all", "base", "new"] = "all"
+    """As in `data.target`: the set is measured on these classes alone. A `base` and a `new` part of one set have a
+    harmonic mean."""
     task: Literal["classification", "retrieval"] = "classification"
     """`retrieval`: ranks all captions for each image, and all images for each caption; needs captions, where each
     line of a text is one, or a `dataset` of captions."""
@@ -563,6 +579,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_optimizer(self) -> "Config":
+        if self.train.optimizer == "sgd" and self.projection.name != NO_PROJECTION:
+            raise ValueError(
+                f"train.optimizer = sgd: projection.name = {self.projection.name} is a rule around AdamW's step; "
+                "set train.optimizer=adamw"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_data(self) -> "Config":
         reference = self.data.reference
         for key, section in (("data.target", self.data.target), ("data.reference", reference)):
@@ -578,8 +603,9 @@ class Config(Section):
         if self.data.target.format == "webdataset" and self.data.target.class_names is None:
             raise ValueError("data.target.class_names: webdataset data needs imagenet or a text file of names")
         _check_sampling(self.data.target)
-        if self.data.target.holdout is not None:
-            _check_holdout(self.data.target)
+        for key in ("holdout", "classes", "shots"):
+            if getattr(self.data.target, key) not in (None, "all"):
+                _check_subset(self.data.target, f"data.target.{key}")
         if reference is not None and reference.order == "stream":
             _check_stream(reference, self.evaluate)
         for name, evaluation in self.evaluate.sets.items():
@@ -630,11 +656,10 @@ def _check_stream(reference: ReferenceConfig, evaluate: EvaluateConfig) -> None:
         )
 
 
-def _check_holdout(target: TargetConfig) -> None:
-    key = "data.target.holdout"
+def _check_subset(target: TargetConfig, key: str) -> None:
     if target.has_prompts:
         origin = "csv data" if target.format == "csv" else "data with text_column"
-        raise ValueError(f"{key}: {origin} has prompts and no classes to hold images out of; remove it")
+        raise ValueError(f"{key}: {origin} has prompts and no classes to choose images of; remove it")
     if target.loader == "ffcv":
         raise ValueError(f"{key}: loader ffcv reads complete sets; use plain or dali, or prepare both parts")
 
@@ -672,6 +697,8 @@ def _check_evaluation_set(key: str, evaluation: EvaluationSet) -> None:
         raise ValueError(f"{key}.format is missing; or name a known data set as {key}.dataset")
     if known and evaluation.on_skipped != "error":
         raise ValueError(f"{key}.on_skipped: a known dataset is measured completely; remove it")
+    if task == "retrieval" and evaluation.classes != "all":
+        raise ValueError(f"{key}.classes: retrieval has no classes; remove it")
     if known and task == "retrieval":
         raise ValueError(f"{key}.task: a known dataset has its own; remove it")
     column = "label_column" if task == "retrieval" else "text_column"

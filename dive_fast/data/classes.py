@@ -98,16 +98,17 @@ def join_names(source: Source, names: Sequence[str] | None, origin: str) -> tupl
     return names
 
 
-def target_names(source: Source, class_names: str | None) -> tuple[str, ...]:
+def target_names(source: Source, class_names: str | None, part: str = "all") -> tuple[str, ...]:
     """The class names of a training set, in the listed order if its samples have texts.
 
     Args:
         class_names: the config's ``class_names``.
+        part: the config's ``classes``; the names of a part are those that ``source`` was opened with.
 
     Raises:
         DataError: as :func:`join_names`, or the list cannot be read.
     """
-    if class_names is None:
+    if class_names is None or part != "all":
         return source.class_names
     names = read_class_names(class_names)
     return names if source.samples.has_texts else join_names(source, names, class_names)

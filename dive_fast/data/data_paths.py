@@ -11,6 +11,7 @@ import braceexpand
 
 from dive_fast.config.schema import DataConfig, EvaluationSet, GeometryConfig, ReferenceConfig, TargetConfig
 from dive_fast.data.prompt_files import check_class_names, check_templates
+from dive_fast.data.sources.huggingface import is_dataset
 from dive_fast.data.sources.object_store import is_url
 from dive_fast.data.sources.source import locate
 from dive_fast.errors import DataError, naming
@@ -109,3 +110,15 @@ def _has_files(config: Section) -> bool:
     except ValueError:
         return False
     return all(Path(tar).is_file() or bool(glob.glob(tar, recursive=True)) for tar in (tars[0], tars[-1]))
+
+
+def guess_format(path: str) -> str:
+    """The format of the captioned set at a path, as in ``data.reference``."""
+    if Path(path).suffix.lower() in (".csv", ".tsv"):
+        return "csv"
+    if (Path(path) / "manifest.json").is_file():
+        return "prepared"
+    if is_dataset(path):
+        return "huggingface"
+    has_tars = not Path(path).is_dir() or any(entry.suffix == ".tar" for entry in Path(path).iterdir())
+    return "webdataset" if has_tars else "folder"

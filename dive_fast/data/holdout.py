@@ -44,21 +44,31 @@ def split(source: Source, share: float, part: Part) -> Source:
         if part == "held_out"
         else f"holds out {others:,} of {len(source):,} images for evaluation, trains on {count:,}"
     )
+    selected = subset(source, rows, remark)
+    return replace(selected, skipped=()) if part == "held_out" else selected
+
+
+def subset(source: Source, rows: NDArray[np.int64], remark: str) -> Source:
+    """Some samples of a data set, in order.
+
+    Args:
+        rows: ``(N,)``, ascending.
+        remark: a line about them, after those of earlier selections.
+    """
     content = source.content_hash
     if content:
         content = hashlib.sha256(content.encode() + rows.astype("<i8").tobytes()).hexdigest()
     return replace(
         source,
         samples=source.samples.select(rows),
-        skipped=() if part == "held_out" else source.skipped,
         content_hash=content,
         hashes=None if source.hashes is None else source.hashes[rows],
         first_rows=_first_rows(source.first_rows, rows),
         sizes=None if source.sizes is None else source.sizes[rows],
         tokens=None if source.tokens is None else source.tokens[rows.tolist()],
-        # FFCV's file contains the samples of both parts.
+        # FFCV's file contains all samples.
         beton=None,
-        held_out=remark,
+        held_out=f"{source.held_out}; {remark}" if source.held_out else remark,
     )
 
 

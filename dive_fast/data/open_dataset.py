@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from dive_fast.config.schema import EvaluationSet, GeometryConfig, ReferenceConfig, TargetConfig
 from dive_fast.data.captions import with_lines
-from dive_fast.data.holdout import split
+from dive_fast.data.class_parts import select_classes, select_shots
+from dive_fast.data.classes import target_names
+from dive_fast.data.holdout import Part, split
 from dive_fast.data.sources.captioned_folder import open_captioned_folder
 from dive_fast.data.sources.csv_table import open_csv
 from dive_fast.data.sources.folder import open_folder
@@ -34,12 +36,26 @@ def open_target(config: TargetConfig | EvaluationSet, section: str = "", ranks: 
     is_target = isinstance(config, TargetConfig)
     section = section or ("data.target" if is_target else "")
     source = _open(config, ".cls", section, ranks)
-    if config.holdout is None:
-        return source
-    try:
-        return split(source, config.holdout, "train" if is_target else "held_out")
-    except DataError as error:
-        raise DataError(f"{section}: {error}" if section else str(error)) from error
+    with naming(section):
+        if isinstance(config, TargetConfig):
+            return select_part(source, config, "train")
+        return source if config.holdout is None else split(source, config.holdout, "held_out")
+
+
+def select_part(source: Source, config: TargetConfig, part: Part) -> Source:
+    """The samples of a complete target set that are trained on, or those that are held out.
+
+    Raises:
+        DataError: there are none, or a sample has no label.
+    """
+    if config.holdout is not None:
+        source = split(source, config.holdout, part)
+    if config.classes != "all":
+        names = target_names(source, config.class_names)
+        source, _ = select_classes(source, names, config.classes)
+    if config.shots is not None and part == "train":
+        source = select_shots(source, config.shots, config.shots_seed)
+    return source
 
 
 def open_reference(

@@ -75,8 +75,16 @@ def deepspeed_section(config: Config, world_size: int) -> dict[str, Any]:
         section["zero_optimization"] = buckets | zero
         if zero.get("stage") == "auto":
             # On one rank there is nothing to partition: ZeRO would only copy weights and gradients.
-            stage = 0 if world_size == 1 and not offloads_optimizer(section) else 1
+            is_plain = (world_size == 1 or config.train.optimizer == "sgd") and not offloads_optimizer(section)
+            stage = 0 if is_plain else 1
             section["zero_optimization"]["stage"] = stage
+        stage = section["zero_optimization"].get("stage", 0)
+        if config.train.optimizer == "sgd" and (stage > 0 or offloads_optimizer(section)):
+            option = f"stage = {stage}" if stage > 0 else "offload_optimizer"
+            raise ConfigError(
+                f"deepspeed.zero_optimization.{option}: train.optimizer = sgd is for a few parameters and is not "
+                "partitioned; use stage 0 without offload, or adamw"
+            )
         if section["zero_optimization"].get("stage") in ALIGNED_STAGES:
             section["zero_optimization"].setdefault("parameter_alignment", True)
     # DeepSpeed clips at 1.0 by default; the paper does not clip.

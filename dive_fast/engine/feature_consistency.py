@@ -75,17 +75,20 @@ def check_config(config: Config, consistency: FeatureConsistency) -> None:
             f"train.micro_batch_size: {name} {reason}, so a batch in pieces has other gradients than the complete "
             "batch; remove it"
         )
-    needs = registry.needs(config.objective)
+    needs, objective = registry.needs(config.objective), config.objective.name
+    method = "this objective" if objective is None else f"objective.name = {objective}"
     if needs.views and consistency.is_random:
+        has_dropout = config.model.lora is not None and config.model.lora.dropout > 0
+        key, remedy = ("model.lora.dropout", "set it to 0") if has_dropout else ("model.name", "use another model")
         raise ConfigError(
-            f"objective.name = {config.objective.name} encodes views of images twice, to equal features, but "
-            f"{name} {reason}; use another model or method, or remove the dropout"
+            f"{key}: {method} encodes views of images twice, to equal features, but {name} {reason}; {remedy} or "
+            "take another method"
         )
     needs_teacher = needs.reference_teacher
     if needs_teacher and not (consistency.is_random or consistency.matches_evaluation):
         raise ConfigError(
-            f"model.name: {name} {reason}; objective.name = {config.objective.name} compares both, so use another "
-            "model, or a method without a teacher"
+            f"model.name: {name} {reason}; {method} compares both, so use another model, or a method without a "
+            "teacher"
         )
 
 

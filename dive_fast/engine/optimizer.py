@@ -11,9 +11,12 @@ from dive_fast.config.schema import TrainConfig
 from dive_fast.model.freezing import layer_factors
 from dive_fast.model.towers import Towers
 
+MOMENTUM = "momentum_buffer"
+"""Key of SGD's state of a parameter."""
+
 
 def make_optimizer(train: TrainConfig, towers: Towers, on_cpu: bool) -> torch.optim.Optimizer:
-    """Creates AdamW on the parameters that require gradient.
+    """Creates the optimizer of ``train.optimizer`` on the parameters that require gradient.
 
     Args:
         on_cpu: whether DeepSpeed offloads the optimizer, which then is its CPU Adam.
@@ -22,12 +25,23 @@ def make_optimizer(train: TrainConfig, towers: Towers, on_cpu: bool) -> torch.op
         ConfigError: as :func:`dive_fast.model.freezing.layer_factors`.
     """
     groups = _groups(train, towers)
+    if train.optimizer == "sgd":
+        return _sgd(groups, train)
     options: dict[str, Any] = {"lr": train.learning_rate, "betas": train.betas, "eps": train.epsilon}
     if on_cpu:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)  # type: ignore[no-any-return]
     return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def _sgd(groups: list[dict[str, Any]], train: TrainConfig) -> torch.optim.Optimizer:
+    """SGD whose momentum starts at zero: torch leaves it uninitialised where the first update is skipped."""
+    optimizer = torch.optim.SGD(groups, lr=train.learning_rate, momentum=train.momentum, fused=True)
+    for group in groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter][MOMENTUM] = torch.zeros_like(parameter, requires_grad=False)
+    return optimizer
 
 
 def _groups(train: TrainConfig, towers: Towers) -> list[dict[str, Any]]:

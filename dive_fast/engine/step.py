@@ -11,7 +11,8 @@ The first half's graph is freed before the second half's forward, so DiVE needs 
 of both. With micro-batches each half is embedded without gradient, the loss is differentiated with respect to the
 embeddings, and each micro-batch is run again through the towers against its part of those gradients. This is
 exact, since the loss sees the complete batch. Further views of the images, such as adversarial ones, are run like
-further micro-batches.
+further micro-batches. With learned prompts, images are embedded without gradient, and the classes instead of the
+images are differentiated in micro-batches (:mod:`dive_fast.engine.class_features`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from torch import Tensor
 from dive_fast.config.schema import NO_PROJECTION, Config, ProjectionConfig
 from dive_fast.data.batch import ReferenceBatch, TargetBatch, Text
 from dive_fast.distributed import Ranks
+from dive_fast.engine.class_features import ClassFeatures
 from dive_fast.engine.deepspeed_config import (
     deepspeed_section,
     offloads_optimizer,
@@ -55,6 +57,7 @@ from dive_fast.methods.method import (
 )
 from dive_fast.model import fast_blocks
 from dive_fast.model.features import Features, Outputs, Pairs
+from dive_fast.model.learned_prompts import encode_classes
 from dive_fast.model.towers import Towers
 from dive_fast.model.transformer_blocks import (
     compile_blocks,
@@ -128,6 +131,8 @@ class Engine:
         self.features_are_random = consistency.is_random
         """Whether features of one batch by the same weights differ from call to call."""
         self.method = method.to(ranks.device)
+        if self.towers.prompts is not None:
+            self._classes = method.target_loss.classes.to(ranks.device)
         self.steps_done = 0
         """Number of steps before the present one."""
         freeze_untrained(config.model, self.towers, method)
@@ -352,6 +357,8 @@ class Engine:
 
     def _backward(self, half: _Half) -> Loss:
         """Runs forward and backward of one half."""
+        if self.towers.prompts is not None:
+            return self._backward_prompts(half)
         with self.method.change_weights(self.towers, half.parts):
             if half.views or len(self._pieces(len(half.images))) > 1:
                 return self._backward_in_pieces(half)
@@ -359,8 +366,34 @@ class Engine:
             features = self._forward(half.images, None if half.text is None else half.text.tokens, half)
             with span("loss"):
                 loss = _add_penalty(half.loss(_expand_texts(features, half.text)), self._penalty(half))
+            _check_gradient(loss.loss, half)
             self.deepspeed.backward(self._update.scale_loss(loss.loss))
         return Loss(loss.loss.detach(), loss.metrics)
+
+    def _backward_prompts(self, half: _Half) -> Loss:
+        """Forward and backward of the prompts by the features of all classes, the towers in evaluation mode."""
+        with _evaluating(self.towers):
+            image, scale = self._encode_images(half.images), self.towers.scale().detach()
+            count = len(self._classes.tokens)
+            features = ClassFeatures(self._encode_classes, count, self._pieces, self.ranks)
+            leaf = features.leaf()
+            with span("loss"):
+                loss = half.loss(Outputs(image, None, scale, classes=leaf))
+                (gradient,) = torch.autograd.grad(loss.loss, [leaf])
+            for number, surrogate in enumerate(features.surrogates(gradient)):
+                self.deepspeed.set_gradient_accumulation_boundary(half.last and number == len(features) - 1)
+                self.deepspeed.backward(self._update.scale_loss(surrogate))
+        return Loss(loss.loss.detach(), loss.metrics)
+
+    @torch.no_grad()
+    def _encode_images(self, images: Tensor) -> Tensor:
+        """Features of images, ``(B, D)`` fp32, without gradient and in micro-batches."""
+        pieces = [self.towers.encode_image(images[each]) for each in self._pieces(len(images))]
+        return torch.cat(pieces).float()
+
+    def _encode_classes(self, rows: Sequence[int]) -> Tensor:
+        """Features of consecutive classes by the learned prompts, with gradient."""
+        return encode_classes(self.towers, self.towers.prompts, self._classes, rows)
 
     def _forward(self, images: Tensor, tokens: Tensor | None, half: _Half) -> Features:
         features: Features = self.deepspeed(images, tokens, None if half.text is None else half.text.length)
@@ -404,6 +437,7 @@ class Engine:
                 penalty = self._penalty(half) if is_last else None
                 if penalty is not None:
                     loss, surrogate = _add_penalty(loss, penalty), surrogate + penalty.loss
+                _check_gradient(surrogate, half)
                 self.deepspeed.backward(self._update.scale_loss(surrogate))
         return Loss(loss.loss.detach(), loss.metrics)
 
@@ -469,6 +503,19 @@ def _require_device_weights(section: dict[str, Any], need: str) -> None:
     raise ConfigError(
         f"deepspeed.zero_optimization.{option}: {need} on each rank's device; use stage 0, 1 or 2 without offload"
     )
+
+
+def _check_gradient(loss: Tensor, half: _Half) -> None:
+    """Validates that the loss of a half depends on a trained parameter.
+
+    Raises:
+        ConfigError: every parameter that it depends on is frozen.
+    """
+    if not loss.requires_grad:
+        raise ConfigError(
+            f"model.freeze: the loss of the {half.name} batch depends on no trained parameter; remove an entry, "
+            "adapt another tower (model.lora.towers), or choose a method without this loss"
+        )
 
 
 def _add_penalty(loss: Loss, penalty: Loss | None) -> Loss:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from open_clip import IMAGENET_CLASSNAMES
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -22,6 +23,7 @@ from dive_fast.identity import digest
 from dive_fast.io.atomic_files import atomic_path
 from dive_fast.locks import folder_lock
 from dive_fast.model.head import Head
+from dive_fast.model.learned_prompts import encode_classes, tokenize_classes
 from dive_fast.model.towers import Towers, unit
 
 Members = tuple[tuple[int, ...], ...]
@@ -31,12 +33,16 @@ PROMPTS_AT_ONCE = 1 << 16
 """Prompts whose embeddings are in memory at once: 134 MB in fp32 at width 512."""
 
 
+CLASSES_AT_ONCE = 256
+"""Classes that a rank encodes at once by learned prompts."""
+
+
 class Classifier(NamedTuple):
     """Weights of classes; the logit of a label is the largest over its classes."""
 
-    kind: Literal["prompts", "head"]
+    kind: Literal["prompts", "learned prompts", "head"]
     weight: Tensor
-    """``(C, D)``; unit rows if the kind is ``prompts``."""
+    """``(C, D)``; unit rows unless the kind is ``head``."""
     bias: Tensor | None = None
     """``(C,)``"""
     members: Members | None = None
@@ -131,6 +137,24 @@ def cached_classifier(
                 with atomic_path(path) as partial:
                     save_file({"weight": weights.cpu().contiguous()}, partial, about)
     return weights
+
+
+@torch.no_grad()
+def prompted_classifier(towers: Towers, tokenizer: Tokenizer, class_names: Sequence[str], ranks: Ranks) -> Tensor:
+    """Unit class embeddings ``(C, D)`` by ``towers.prompts``; all ranks must call this, and each encodes a part.
+
+    Raises:
+        ConfigError: as :func:`dive_fast.model.learned_prompts.tokenize_classes`.
+    """
+    classes = tokenize_classes(tokenizer, towers.pooled_at, class_names, towers.prompts.phrase).to(ranks.device)
+    features = torch.zeros(len(class_names), towers.width, device=ranks.device)
+    share = ranks.local_range(len(class_names))
+    for first in range(share.start, share.stop, CLASSES_AT_ONCE):
+        rows = range(first, min(first + CLASSES_AT_ONCE, share.stop))
+        features[rows.start : rows.stop] = unit(encode_classes(towers, towers.prompts, classes, rows).float())
+    if ranks.group is not None:
+        dist.all_reduce(features, group=ranks.group)  # each row is nonzero on one rank
+    return features
 
 
 class HeadRows(NamedTuple):

@@ -16,6 +16,8 @@ from dive_fast.model.model_names import check_name
 
 MODEL = "model.safetensors"
 """Name of the exported weights in a run folder."""
+PROMPTS = "prompts.safetensors"
+"""Name of learned prompts in a run folder, which has no exported weights then."""
 
 
 def find_weights(weights: Path | None, option: str, run: Path) -> Path:
@@ -33,6 +35,8 @@ def find_weights(weights: Path | None, option: str, run: Path) -> Path:
             raise ConfigError(f"{option} {weights}: no such file or folder")
         return weights
     exported = run / MODEL
+    if not exported.is_file() and (run / PROMPTS).is_file():
+        raise ConfigError(f"{run} has learned prompts and no weights of its own; this command needs weights")
     if not exported.is_file():
         raise ConfigError(f"{exported} is missing: train first, or name other weights by {option}")
     return exported

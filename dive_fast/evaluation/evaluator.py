@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,22 +93,17 @@ def measure_all(
         ConfigError, DataError: invalid config or data; the message says what to change. Earlier rows remain.
     """
     remark_on_loaders(options.loader, opened, towers.preprocess, ranks)
-    set_fields = {name: describe_set(name, sets[name], data, head) for name, data in opened.items()}
+    by_prompts = "prompts" if towers.prompts is None else "learned prompts"
+    set_fields = {name: describe_set(name, sets[name], data, head, by_prompts) for name, data in opened.items()}
     identity_of = shared_identities(towers, tokenizer, opened, ranks, options, head)
     rows: list[Row] = []
     for name, data in opened.items():
         identity = identity_of[name]
         fields = set_fields[name] | {"prompts_digest": identity["classes"].get("prompts", "")}
-        key = digest(identity)
         metric = str(fields["metric"])
         needed = (metric,) if isinstance(data, Captioned) else (metric, *calibration.METRICS, "reliability")
-        stored = ranks.broadcast(results.find(key, options.label, name, needed) if ranks.is_main else None)
-        if stored is not None and not options.force:
-            stored.pop("head_lacks", None)  # from a run with a head that did not classify this set
-            row = stored | model_fields | fields | {"value": stored[metric]}
-            ranks.print(f"{name}: {_summary(row)} (measured before)")
-        else:
-            started = time.monotonic()
+
+        def scores(name: str = name, data: Captioned | Labelled = data, metric: str = metric) -> Row:
             measured = measure(
                 towers,
                 tokenizer,
@@ -121,24 +116,65 @@ def measure_all(
                 cache=options.classifiers,
                 name=name,
             )
-            row = model_fields | fields_of_measurement(identity, options, ranks)
-            row |= fields | {"value": measured.scores[metric]} | measured.scores
-            row |= {
-                "samples": measured.samples,
-                "left_out": measured.left_out,
-                "seconds": round(time.monotonic() - started, 2),
-                "key": key,
-                "identity": identity,
-            }
+            row: Row = {"value": measured.scores[metric]} | measured.scores
+            row |= {"samples": measured.samples, "left_out": measured.left_out}
             if measured.reliability is not None:
                 row["reliability"] = {field: list(bins) for field, bins in measured.reliability._asdict().items()}
-            again = changes(results.latest(options.label, name), identity, needed)
-            ranks.print(f"{name}: {_summary(row)}{again}")
-        rows.append(row)
-        with ranks.raise_on_all(UserError):
-            if ranks.is_main:
-                results.add(row)
+            return row
+
+        rows.append(
+            stored_or_measured(
+                *(name, ranks, results, options, model_fields, fields, identity, needed, scores, _summary)
+            )
+        )
     return rows
+
+
+def stored_or_measured(
+    name: str,
+    ranks: Ranks,
+    results: Results,
+    options: Options,
+    model_fields: Row,
+    fields: Row,
+    identity: Identity,
+    needed: Sequence[str],
+    measure: Callable[[], Row],
+    summarize: Callable[[Row], str],
+    attack: Row | None = None,
+) -> Row:
+    """The row of a set, stored with this identity or measured; prints it and adds it to the results.
+
+    All ranks must call this, and all get the row.
+
+    Args:
+        model_fields, fields: those that describe the model and the set; they replace stored ones.
+        needed: fields that a stored row must have to be used.
+        measure: returns the measured fields; all ranks call it, or none.
+        summarize: text of a row.
+        attack: fields that describe the attack of a row under one.
+
+    Raises:
+        ConfigError, DataError: as ``measure``; the results cannot be written.
+    """
+    key = digest(identity)
+    stored: Row | None = ranks.broadcast(results.find(key, options.label, name, needed) if ranks.is_main else None)
+    if stored is not None and not options.force:
+        stored.pop("head_lacks", None)  # from a run with a head that did not classify this set
+        row = stored | model_fields | fields
+        row["value"] = row.get(row["metric"], row["value"])
+        ranks.print(f"{name}: {summarize(row)} (measured before)")
+    else:
+        started = time.monotonic()
+        scores = measure()
+        row = model_fields | fields_of_measurement(identity, options, ranks) | fields | (attack or {}) | scores
+        row |= {"seconds": round(time.monotonic() - started, 2), "key": key, "identity": identity}
+        again = changes(results.latest(options.label, name, attack), identity, needed)
+        ranks.print(f"{name}: {summarize(row)}{again}")
+    with ranks.raise_on_all(UserError):
+        if ranks.is_main:
+            results.add(row)
+    return row
 
 
 def shared_identities(
@@ -243,13 +279,19 @@ def set_identity(
 
 
 def describe_set(
-    name: str, config: EvaluationSet, data: Labelled | Captioned, head: Head | None
+    name: str, config: EvaluationSet, data: Labelled | Captioned, head: Head | None, by_prompts: str = "prompts"
 ) -> dict[str, Any]:
-    """The fields of a row that describe the set and its classifier."""
-    known = find_dataset(config.dataset) if config.dataset is not None else None
+    """The fields of a row that describe the set and its classifier.
+
+    Args:
+        by_prompts: name of the classifier where no head classifies.
+    """
+    # The results of a part of the classes are not those of the known set.
+    dataset = config.dataset if config.classes == "all" else None
+    known = find_dataset(dataset) if dataset is not None else None
     fields: dict[str, Any] = {
         "set": name,
-        "dataset": None if config.dataset is None else canonical_name(config.dataset),
+        "dataset": None if dataset is None else canonical_name(dataset),
         "title": known.title if known is not None else name,
         "role": config.role or (known.role if known is not None else None),
         "metric": metric_of(config),
@@ -258,12 +300,13 @@ def describe_set(
     }
     if isinstance(data, Captioned):
         return fields | {"classifier": "captions", "captions": sum(len(texts) for texts in data.captions())}
+    fields |= {} if config.classes == "all" else {"part": config.classes}
     fields |= {"classes": data.num_labels, "templates": len(data.templates)}
     rows = None if head is None else select_head_rows(head, data.class_names, data.imagenet_rows)
     if head is None:
-        return fields | {"classifier": "prompts"}
+        return fields | {"classifier": by_prompts}
     if rows is None:
-        return fields | {"classifier": "prompts", "head_lacks": first_missing_class(head, data.class_names)}
+        return fields | {"classifier": by_prompts, "head_lacks": first_missing_class(head, data.class_names)}
     head_rows = f"{len(rows.weight)} of {len(head.bias)} rows, by {rows.joined_by}"
     return fields | {"classifier": "head", "head_rows": head_rows}
 
@@ -289,7 +332,9 @@ def _summary(row: Row) -> str:
         text += f", ECE {row['ece']:.3f}"
     if row.get("left_out"):
         text += f", {row['left_out']} left out"
-    if row["classifier"] == "head":
+    if row["classifier"] == "learned prompts":
+        text += ", by learned prompts"
+    elif row["classifier"] == "head":
         text += f", by the head ({row['head_rows']})"
     elif "head_lacks" in row:
         text += f", by prompts: the head has no class {row['head_lacks']!r}"

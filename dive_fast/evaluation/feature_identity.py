@@ -16,7 +16,7 @@ from dive_fast import numerics
 from dive_fast.data.prompt_files import Template
 from dive_fast.data.text_tokenizer import TOKENIZER_PROBES, Tokenizer
 from dive_fast.identity import Identity, digest, versions
-from dive_fast.model.model_identity import model_identity
+from dive_fast.model.model_identity import model_identity, state_digest
 from dive_fast.model.towers import Towers
 
 IGNORED_ATTRIBUTES = ("training", "image_mean", "image_std")
@@ -31,11 +31,24 @@ def features_identity(towers: Towers, tokenizer: Tokenizer, device: torch.device
             "structure": [structure(towers.visual), structure(towers.text)],
             "pooled_at": towers.pooled_at,
             "tokenizer": _probe_digest(tokenizer),
-        },
+        }
+        | _prompts(towers),
         "precision": _precision(towers),
         "device": _device(device),
         "versions": _versions(),
     }
+
+
+def _prompts(towers: Towers) -> Identity:
+    """The learned prompts, as a key of its own: results without them remain valid."""
+    if towers.prompts is None:
+        return {}
+    prompts = towers.prompts
+    about = [
+        prompts.phrase,
+        None if prompts.attention is None else [prompts.attention.heads, prompts.attention.residual],
+    ]
+    return {"prompts": digest([about, state_digest(prompts.state_dict())])}
 
 
 def classifier_identity(

@@ -11,8 +11,7 @@ from dive_fast.checkpoint.manifest import MANIFEST, read_identity
 from dive_fast.config.recorded import FILE, is_recorded
 from dive_fast.config.schema import Config
 from dive_fast.data.classes import check_labels, imagenet_rows, target_names
-from dive_fast.data.holdout import split
-from dive_fast.data.open_dataset import open_target
+from dive_fast.data.open_dataset import open_target, select_part
 from dive_fast.data.prompt_files import Template, read_templates
 from dive_fast.data.shared_images import MAX_READ, ImageLocations, copies
 from dive_fast.data.sources.source import Source
@@ -146,7 +145,7 @@ def _held_out(config: Config, weights: Path) -> Unseen:
     name = f"data.target.holdout = {data.holdout:g}"
     _check_copies(name, source, training)
     with naming("data.target.class_names"):
-        class_names = target_names(source, data.class_names)
+        class_names = target_names(source, data.class_names, data.classes)
         check_labels(source, class_names)
     templates = read_templates(data.templates, "data.target.templates")
     return Unseen(name, source, class_names, templates, imagenet_rows(source.class_names), None)
@@ -217,9 +216,9 @@ def _parts(config: Config) -> tuple[Source, Source]:
     if data.holdout is None:
         training = open_target(data)
         return Source.of(()), training
-    complete = open_target(data.model_copy(update={"holdout": None}))
+    complete = open_target(data.model_copy(update={"holdout": None, "classes": "all", "shots": None}))
     with naming("data.target"):
-        return split(complete, data.holdout, "held_out"), split(complete, data.holdout, "train")
+        return select_part(complete, data, "held_out"), select_part(complete, data, "train")
 
 
 def _mismatch(record: Record, config: Config, weights: Path, training: Source) -> str:

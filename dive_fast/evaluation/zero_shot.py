@@ -18,7 +18,13 @@ from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError
 from dive_fast.evaluation import retrieval
 from dive_fast.evaluation.calibration import Bins, Probabilities, calibration, reliability, summarize_probabilities
-from dive_fast.evaluation.classifier import Classifier, cached_classifier, first_missing_class, select_head_rows
+from dive_fast.evaluation.classifier import (
+    Classifier,
+    cached_classifier,
+    first_missing_class,
+    prompted_classifier,
+    select_head_rows,
+)
 from dive_fast.evaluation.datasets.evaluation_set import Captioned, Labelled
 from dive_fast.evaluation.datasets.resolve import Opened, metric_of, open_sets
 from dive_fast.evaluation.datasets.set_loader import loader_of, remark_on_loaders
@@ -36,7 +42,7 @@ class Measured(NamedTuple):
     scores: dict[str, float]
     """Values named as in :func:`dive_fast.evaluation.scores.scores` and
     :func:`dive_fast.evaluation.calibration.calibration`, or as recalls of retrieval."""
-    classifier: Literal["prompts", "head", "captions"]
+    classifier: Literal["prompts", "learned prompts", "head", "captions"]
     samples: int
     """Number of samples measured."""
     left_out: int = 0
@@ -53,7 +59,7 @@ def classifier_for(
     head: heads.Head | None = None,
     cache: Path | None = None,
 ) -> Classifier:
-    """The head if it has all classes of the set, otherwise class prompts; all ranks must call this.
+    """The head if it has all classes of the set, otherwise learned or class prompts; all ranks must call this.
 
     Raises:
         ConfigError: the head has another width than the model, or two classes of one name.
@@ -66,10 +72,16 @@ def classifier_for(
                 f"prompts classify a set of {len(data.class_names)} classes: the head has some of them, but not "
                 f"{first_missing_class(head, data.class_names)!r}"
             )
+        scale = float(towers.scale().detach())
+        if towers.prompts is not None:
+            if ranks.is_main:
+                warn_about_prompts(data.class_names, [towers.prompts.template], tokenizer)
+            weight = prompted_classifier(towers, tokenizer, data.class_names, ranks)
+            return Classifier("learned prompts", weight, None, data.members, scale)
         if ranks.is_main:
             warn_about_prompts(data.class_names, data.templates, tokenizer)
         weight = cached_classifier(towers, tokenizer, data.class_names, data.templates, ranks, cache)
-        return Classifier("prompts", weight, None, data.members, float(towers.scale().detach()))
+        return Classifier("prompts", weight, None, data.members, scale)
     weight, bias, _ = rows
     if weight.shape[1] != towers.width:
         raise ConfigError(f"the head is for features of width {weight.shape[1]}, the model's have {towers.width}")

@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # these import open_clip, which would take seconds before a m
     from dive_fast.data.prompt_files import Template
     from dive_fast.data.prompts import PooledAt
     from dive_fast.data.text_tokenizer import Tokenizer
+    from dive_fast.model.learned_prompts import ClassTokens
     from dive_fast.model.towers import Towers
 
 Group = dist.ProcessGroup | None
@@ -174,6 +175,8 @@ class Needs(NamedTuple):
     """Adapters (`model.lora`) in the image tower."""
     views: bool
     """Further views of images, which are encoded twice and so must have equal features."""
+    prompts: bool
+    """Learned prompts, which are trained instead of the towers."""
 
     @property
     def texts(self) -> bool:
@@ -320,6 +323,10 @@ class TargetLoss(Part):
     needs_classes: ClassVar[bool] = False
     """Whether labels are classes; a set of prompts without classes is refused. A head needs classes too."""
     needs_second_prompts: ClassVar[bool] = False
+    needs_prompts: ClassVar[bool] = False
+    """Class features by learned prompts, ``outputs.classes``; the towers are frozen."""
+    classes: "ClassTokens"
+    """Tokens of the target's classes, where ``needs_prompts``; set by :meth:`start`."""
     loss_metric: ClassVar[str | None] = None
     """The logged metric that is the loss of this class, not of its subclasses; None where it has further terms."""
 
@@ -337,6 +344,16 @@ class TargetLoss(Part):
     def teacher_texts(self) -> "Text | None":
         """M texts on the CPU, the same on all ranks, which the teacher embeds at this step; None: none."""
         return None
+
+    def learned_prompts(self, towers: "Towers") -> nn.Module:
+        """The prompts to train, a :class:`~dive_fast.model.learned_prompts.LearnedPrompts`; after :meth:`start`.
+
+        They become ``towers.prompts``.
+
+        Raises:
+            ConfigError: an option does not fit the text tower.
+        """
+        raise NotImplementedError
 
     def loss(
         self, outputs: Outputs, labels: Tensor, group: Group = None, teacher: TeacherOutputs | None = None
@@ -503,7 +520,8 @@ class Method(nn.Module):
 
     def hooks(self) -> list[str]:
         """The hooks of the parts that need all weights on each rank's device."""
-        return _weight_hooks(*map(type, self.parts)) + _teachers(self.needs.target_teacher)
+        prompts = ["learned prompts"] if self.needs.prompts else []
+        return _weight_hooks(*map(type, self.parts)) + _teachers(self.needs.target_teacher) + prompts
 
 
 WEIGHT_HOOKS = ("change_images", "views", "change_weights", "penalty")
@@ -541,7 +559,10 @@ def needs_of(target: type[TargetLoss], reference: type[ReferenceLoss] | None) ->
         run_length=target.needs_run_length or (reference is not None and reference.needs_run_length),
         adapters=any(part is not None and part.needs_adapters for part in (target, reference)),
         views=any(part is not None and overrides(part, "views") for part in (target, reference)),
-        all_weights=bool(_weight_hooks(*filter(None, (target, reference))) or _teachers(target.teacher)),
+        all_weights=bool(
+            _weight_hooks(*filter(None, (target, reference))) or _teachers(target.teacher) or target.needs_prompts
+        ),
+        prompts=target.needs_prompts,
     )
 
 

@@ -10,7 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import model_validator
+
+from dive_fast.config.explain import expected_one_of
 from dive_fast.config.reference import Key, keys_of
+from dive_fast.config.schema import NO_PROJECTION, Config
+from dive_fast.config.section import KeyedError
 
 FILE = Path(__file__).with_suffix(".json")
 REGISTRY = "dive_fast.methods.registry"
@@ -37,6 +42,23 @@ class Style(NamedTuple):
     """``#rrggbb``"""
 
 
+class ListedConfig(Config):
+    """A config whose method and projection have names of this list, which is validated without torch."""
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "ListedConfig":
+        if REGISTRY in sys.modules:  # methods that a program has added are not in the list
+            return self
+        rules = [NO_PROJECTION, *_names("projection")]
+        for key, name, names in (
+            ("objective.name", self.objective.name, _names("objective")),
+            ("projection.name", self.projection.name, rules),
+        ):
+            if name is not None and name not in names:
+                raise KeyedError(key, expected_one_of(key, name, names))
+        return self
+
+
 class MethodList(NamedTuple):
     """The shipped methods."""
 
@@ -54,6 +76,12 @@ def read() -> MethodList:
         for place, title, keys, words in tree["groups"]
     ]
     return MethodList({name: Style(*style) for name, style in tree["styles"].items()}, groups)
+
+
+def _names(place: str) -> list[str]:
+    """The names that ``<place>.name`` can have."""
+    listed = (key.name.partition("=") for group in read().groups if group.place == place for key in group.keys)
+    return [value for option, _, value in listed if option == "name" and value]
 
 
 def styles() -> dict[str, Style]:

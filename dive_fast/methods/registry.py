@@ -14,11 +14,11 @@ from types import ModuleType
 from typing import Any, NamedTuple, get_args
 
 from dive_fast import methods
-from dive_fast.config.explain import nearest_key, shorten_json
+from dive_fast.config.explain import expected_one_of, nearest_key, shorten_json
 from dive_fast.config.options import validate_options
 from dive_fast.config.schema import ObjectiveConfig
 from dive_fast.config.section import KeyedError, Section
-from dive_fast.errors import ConfigError, nearest, warn_on_main_rank
+from dive_fast.errors import ConfigError, warn_on_main_rank
 from dive_fast.methods.method import (
     HeadOptions,
     Method,
@@ -191,7 +191,7 @@ def choose(objective: ObjectiveConfig) -> Choice:
 def _named_preset(objective: ObjectiveConfig) -> Preset | None:
     presets = table().presets
     if objective.name is not None and objective.name not in presets:
-        raise KeyedError("objective.name", _expected("objective.name", objective.name, list(presets)))
+        raise KeyedError("objective.name", expected_one_of("objective.name", objective.name, list(presets)))
     return None if objective.name is None else presets[objective.name]
 
 
@@ -239,7 +239,9 @@ def _named_part(half: str, name: Any) -> type[Part] | None:
         return None
     parts = _known_parts(half)
     if not isinstance(name, str) or name not in parts:
-        raise KeyedError(f"objective.{half}.name", _expected(f"objective.{half}.name", name, _part_names(half)))
+        raise KeyedError(
+            f"objective.{half}.name", expected_one_of(f"objective.{half}.name", name, _part_names(half))
+        )
     return parts[name]
 
 
@@ -278,11 +280,6 @@ def _preset_of(choice: Choice, named: Preset | None) -> Preset | None:
         if all(values[name] == value for name, value in expected.items()):
             return preset
     return None
-
-
-def _expected(key: str, name: Any, names: list[str]) -> str:
-    hint = nearest(name, names) if isinstance(name, str) else ""
-    return f"{key} = {shorten_json(name)}: expected one of {', '.join(names)}{hint}"
 
 
 def _is_fixed(key: str, preset: Preset, option: str) -> str:

@@ -11,7 +11,7 @@ from pydantic import model_validator
 
 from dive_fast.config.load import load_config
 from dive_fast.config.reference import reference, rows
-from dive_fast.config.schema import Config
+from dive_fast.config.schema import NO_PROJECTION, Config
 from dive_fast.config.section import KeyedError
 from dive_fast.methods import registry
 from dive_fast.projections import rules as projections
@@ -27,6 +27,8 @@ class RunConfig(Config):
         method = f"objective.name = {objective.name}" if objective.name else "this objective"
         if needs.reference and self.data.reference is None:
             raise KeyedError("data.reference", f"data.reference: {method} needs a reference set; name one")
+        if needs.prompts:
+            _check_prompts(self, needs.reference, method)
         streams = self.data.reference is not None and self.data.reference.order == "stream"
         if streams and needs.reference_teacher and self.teacher.mode == "cache":
             raise KeyedError(
@@ -48,6 +50,19 @@ class RunConfig(Config):
     def drop_inherited(cls, tree: dict[str, Any], inherited: Mapping[str, Mapping[str, Any]]) -> None:
         """Removes options of a base config's method that the method now chosen lacks."""
         registry.drop_inherited(tree["objective"], inherited)
+
+
+def _check_prompts(config: Config, has_reference: bool, method: str) -> None:
+    """Validates that no option is of the model's weights, where the method trains prompts."""
+    unused = {
+        "objective.reference": has_reference,
+        "model.lora": config.model.lora is not None,
+        "projection.name": config.projection.name != NO_PROJECTION,
+        "train.ema": config.train.ema is not None,
+    }
+    for key, is_set in unused.items():
+        if is_set:
+            raise KeyedError(key, f"{key}: {method} trains prompts and no weight of the model; remove it")
 
 
 def load_run_config(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -> RunConfig:

@@ -6,7 +6,7 @@
 
 W0 is frozen; B is zero at the start, so the features are those of the pre-trained model. A layer is adapted where
 its class calls it. open_clip's attention reads its packed weights itself, so it is split into linear layers of the
-same mathematics (:class:`SplitAttention`); :meth:`Adapters.merge` packs them again.
+same mathematics (:class:`~dive_fast.model.low_rank.SplitAttention`); :meth:`Adapters.merge` packs them again.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dive_fast.config.schema import LoraConfig
 from dive_fast.errors import ConfigError
+from dive_fast.model.low_rank import PARTS, SplitAttention
 from dive_fast.model.towers import Towers
 from dive_fast.model.transformer_blocks import blocks_of
 
@@ -42,45 +43,6 @@ _TARGETS: dict[str, str] = {
 """Ends of the names of linear layers in open_clip, timm and transformers; the longest one that fits counts."""
 _PACKED = {"qkv": ("q", "k", "v"), "kv": ("k", "v")}
 """Layers that compute several projections by one weight."""
-_PARTS = ("q_proj", "k_proj", "v_proj")
-"""Layers of :class:`SplitAttention` in the order of the rows of the packed weight."""
-
-
-class SplitAttention(nn.Module):
-    """``nn.MultiheadAttention`` with a linear layer for each projection instead of one packed weight."""
-
-    def __init__(self, attention: nn.MultiheadAttention) -> None:
-        """Copies the weights of ``attention``, which passes :func:`_can_split`."""
-        super().__init__()
-        self.num_heads = attention.num_heads
-        weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
-        self.q_proj, self.k_proj, self.v_proj = map(_linear, weights, biases)
-        self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        need_weights: bool = False,
-        attn_mask: Tensor | None = None,
-    ) -> tuple[Tensor, None]:
-        """Attention of ``query`` ``(B, N, D)`` to ``key`` and ``value`` ``(B, M, D)``.
-
-        Args:
-            attn_mask: added to the scores, ``(N, M)`` or ``(B H, N, M)``.
-
-        Returns:
-            ``(B, N, D)``, and None instead of the probabilities.
-        """
-        assert not need_weights, "probabilities are not computed"
-        projected = self.q_proj(query), self.k_proj(key), self.v_proj(value)
-        queries, keys, values = (rows.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for rows in projected)
-        if attn_mask is not None:
-            attn_mask = attn_mask.unflatten(0, (len(query), -1)) if attn_mask.ndim == 3 else attn_mask
-            attn_mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(queries.dtype)
-        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=attn_mask)
-        return self.out_proj(attended.transpose(1, 2).flatten(2)), None
 
 
 class CalledAttentionPool(nn.Module):
@@ -160,7 +122,7 @@ class Adapters:
                 merged[f"{layer}.weight"] = (weight.detach().double() + product).to(weight.dtype)
         for attention in self._packed:
             for kind in ("weight", "bias"):
-                parts = [merged.pop(f"{attention}.{part}.{kind}") for part in _PARTS]
+                parts = [merged.pop(f"{attention}.{part}.{kind}") for part in PARTS]
                 merged[f"{attention}.in_proj_{kind}"] = torch.cat(parts)
         return merged
 
@@ -175,7 +137,7 @@ class Adapters:
         if is_factor(name):
             layer = name.partition(".lora_")[0]
         attention, _, part = layer.rpartition(".")
-        if attention in self._packed and part in _PARTS:
+        if attention in self._packed and part in PARTS:
             return f"{attention}.in_proj_{kind}"
         return f"{layer}.{kind}" if layer else kind
 
@@ -190,16 +152,15 @@ def scaling_of(lora: LoraConfig) -> float:
     return (lora.rank if lora.alpha is None else lora.alpha) / lora.rank
 
 
-def check(towers: Towers, lora: LoraConfig) -> None:
-    """Validates a config against the towers without changing them.
+def check(towers: Towers, lora: LoraConfig) -> list[str]:
+    """Validates a config against the towers without changing them; returns the names of the layers to adapt.
 
     Raises:
         ConfigError: a tower lacks a target, has it in a packed layer that is not a target as a whole, or has a
             smaller layer than the rank; or peft is not installed.
     """
     _import_peft()
-    for name in lora.towers:
-        _layers_of(towers, name, lora)
+    return [layer for name in lora.towers for layer in _layers_of(towers, name, lora)]
 
 
 def apply(towers: Towers, lora: LoraConfig, seed: int = 0) -> Adapters:
@@ -217,7 +178,7 @@ def apply(towers: Towers, lora: LoraConfig, seed: int = 0) -> Adapters:
     """
     peft = _import_peft()
     assert towers.adapters is None, "towers are adapted once"
-    names = [layer for name in lora.towers for layer in _layers_of(towers, name, lora)]
+    names = check(towers, lora)
     packed = _split_attentions(towers, names)
     others = {name: p.requires_grad for name, p in towers.named_parameters() if not _is_in_tower(name)}
     with torch.random.fork_rng(devices=[]):
@@ -301,13 +262,6 @@ def _peft_layers(towers: nn.Module) -> dict[str, Any]:
 
 def _is_in_tower(name: str) -> bool:
     return name.startswith(("visual.", "text."))
-
-
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    """A linear layer with copies of these parameters."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    layer.weight, layer.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
-    return layer
 
 
 def _can_split(attention: nn.MultiheadAttention) -> bool:

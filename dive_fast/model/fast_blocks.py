@@ -36,6 +36,8 @@ from torch.utils.checkpoint import checkpoint
 from dive_fast.kernels import add_layer_norm, biased_activation, split_qkv
 from dive_fast.kernels.backend import Backend
 from dive_fast.kernels.checks import Activation
+from dive_fast.model import low_rank
+from dive_fast.model.low_rank import SplitAttention, product
 from dive_fast.model.towers import Towers
 
 _NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
@@ -44,9 +46,11 @@ _LAYERS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("ln_1", "ln_2"), _NORMS),
     **dict.fromkeys(("ls_1", "ls_2"), (nn.Identity, LayerScale)),
     **dict.fromkeys(("attn.out_proj", "mlp.c_fc", "mlp.c_proj"), _LINEAR),
-    **{"attn": (nn.MultiheadAttention,), "mlp": (nn.Sequential,)},
+    **{"attn": (nn.MultiheadAttention, SplitAttention), "mlp": (nn.Sequential,)},
 }
 """Classes of a block's layers by name; the activation may have any."""
+_SPLIT: dict[str, tuple[type, ...]] = {f"attn.{part}": _LINEAR for part in low_rank.PARTS}
+"""Further layers of an attention that is split for adapters."""
 _TEXT_POOLS = ("argmax", "eos", "first", "last")
 """Pools of open_clip's text tower that read one token of each text."""
 
@@ -77,7 +81,8 @@ def find_obstacle(tower: Any) -> str | None:
     """The reason why a tower cannot have fast blocks; None if it can.
 
     Fast blocks read parameters and do not call the layers that own them, so every layer has to be open_clip's own:
-    an adapter, a parametrization or a hook would be ignored.
+    a parametrization or a hook would be ignored. Adapters are added to the weights
+    (:mod:`dive_fast.model.low_rank`), unless they do more.
     """
     if type(tower) not in (VisionTransformer, TextTransformer):
         return f"{type(tower).__name__} is not a transformer of open_clip"
@@ -97,18 +102,28 @@ def find_obstacle(tower: Any) -> str | None:
         for parent in ("attn", "mlp"):
             children |= {f"{parent}.{name}": kind for name, kind in _children(getattr(block, parent))}
         del children["mlp.gelu"]
-        for name in sorted(children.keys() | _LAYERS.keys()):
+        expected = _LAYERS | _SPLIT if isinstance(block.attn, SplitAttention) else _LAYERS
+        for name in sorted(children.keys() | expected.keys()):
             kind = children.get(name)
-            if kind not in _LAYERS.get(name, ()):
+            if kind is not None and low_rank.is_adapted(layer := block.get_submodule(name)):
+                if (obstacle := low_rank.find_obstacle(layer)) is not None:
+                    return obstacle
+                kind = type(layer.base_layer)
+            if kind not in expected.get(name, ()):
                 return f"resblocks.{number}.{name} is {'missing' if kind is None else kind.__name__}"
-        attention = block.attn
-        if attention.in_proj_bias is None or attention.bias_k is not None or attention.add_zero_attn:
-            return "its attention has other parameters than open_clip's"
-        if attention.dropout > 0:
-            return "its attention has dropout"
+        if (obstacle := _obstacle_in_attention(block.attn)) is not None:
+            return obstacle
         if any(norm.weight is None or norm.bias is None for norm in (block.ln_1, block.ln_2)):
             return "its layer norms have no weight and bias"
     return None
+
+
+def _obstacle_in_attention(attention: nn.MultiheadAttention | SplitAttention) -> str | None:
+    if isinstance(attention, SplitAttention):
+        return None  # it is split only if it has none of these
+    if attention.in_proj_bias is None or attention.bias_k is not None or attention.add_zero_attn:
+        return "its attention has other parameters than open_clip's"
+    return "its attention has dropout" if attention.dropout > 0 else None
 
 
 def _children(module: nn.Module) -> list[tuple[str, type]]:
@@ -255,7 +270,7 @@ class FastBlock(FastModule):
             y = self._attend(y, mask)
         branch, bias = _project(y, self.attn.out_proj, self.ls_1)
         x, y = self._add_norm(x, branch, bias, self.ln_2)
-        hidden = F.linear(y, self.mlp.c_fc.weight, self.mlp.c_fc.bias if self.kind is None else None)
+        hidden = product(y, [self.mlp.c_fc], self.mlp.c_fc.bias if self.kind is None else None)
         if self.recomputes_activation and torch.is_grad_enabled():
             branch = checkpoint(self._finish_mlp, hidden, use_reentrant=False)
         else:
@@ -266,22 +281,22 @@ class FastBlock(FastModule):
         """Self-attention without the output's product, ``(B, N, D)``."""
         attention = self.attn
         # The bias is added by the product, and its gradient summed where the gradients of all three are packed.
-        qkv = F.linear(y, attention.in_proj_weight, attention.in_proj_bias.detach())
-        queries, keys, values = split_qkv(qkv, attention.in_proj_bias, attention.num_heads, backend=self.backend)
+        layers, bias = _in_projection(attention)
+        qkv = product(y, layers, bias.detach())
+        queries, keys, values = split_qkv(qkv, bias, attention.num_heads, backend=self.backend)
         return _attention(queries, keys, values, None if self.is_causal else mask, self.is_causal)
 
     def _attend_pooled(
         self, x: Tensor, y: Tensor, mask: Tensor | None, positions: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The pooled token of ``x`` and its attention to all tokens, ``(B, 1, D)`` each."""
-        attention, width = self.attn, x.shape[2]
+        attention = self.attn
         x = _take_token(x, positions)
         # Its layer norm again: a gradient of one token in that of all would be a tensor of zeros to add.
         _, query_input = self._add_norm(x, None, None, self.ln_1)
-        weight, other_weights = attention.in_proj_weight.split([width, 2 * width])
-        bias, other_biases = attention.in_proj_bias.split([width, 2 * width])
-        queries = F.linear(query_input, weight, bias).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
-        packed = F.linear(y, other_weights, other_biases.detach())
+        (layer, bias), (others, other_biases) = _split_in_projection(attention)
+        queries = product(query_input, layer, bias).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
+        packed = product(y, others, other_biases.detach())
         keys, values = split_qkv(packed, other_biases, attention.num_heads, parts=2, backend=self.backend)
         if self.is_causal and positions is not None:
             mask = torch.arange(y.shape[1], device=y.device) <= positions[:, None]
@@ -306,15 +321,31 @@ class FastBlock(FastModule):
         else:
             activated = biased_activation(hidden, self.mlp.c_fc.bias, self.kind, backend=self.backend)
         if not self.defers:
-            return self.ls_2(F.linear(activated, self.mlp.c_proj.weight, self.mlp.c_proj.bias))  # type: ignore[no-any-return]
+            return self.ls_2(product(activated, [self.mlp.c_proj], self.mlp.c_proj.bias))  # type: ignore[no-any-return]
         return _project(activated, self.mlp.c_proj, self.ls_2)[0]
 
 
 def _project(rows: Tensor, linear: nn.Linear, scale: nn.Module) -> tuple[Tensor, Tensor | None]:
     """A branch of the residual stream and the bias that it still lacks; LayerScale needs the bias before it."""
     if isinstance(scale, nn.Identity):
-        return F.linear(rows, linear.weight), linear.bias
-    return scale(F.linear(rows, linear.weight, linear.bias)), None
+        return product(rows, [linear], None), linear.bias
+    return scale(product(rows, [linear], linear.bias)), None
+
+
+def _in_projection(attention: Any) -> tuple[list[Any], Tensor]:
+    """The layers or weights of queries, keys and values, and their biases, ``(3 D,)``."""
+    if isinstance(attention, SplitAttention):
+        layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+        return layers, torch.cat([layer.bias for layer in layers])
+    return [attention.in_proj_weight], attention.in_proj_bias
+
+
+def _split_in_projection(attention: Any) -> list[tuple[list[Any], Tensor]]:
+    """As :func:`_in_projection`, of queries alone, and of keys and values."""
+    layers, bias = _in_projection(attention)
+    sizes = [len(bias) // 3, 2 * len(bias) // 3]
+    weights = [layers[:1], layers[1:]] if len(layers) > 1 else [[each] for each in layers[0].split(sizes)]
+    return list(zip(weights, bias.split(sizes), strict=True))
 
 
 def _attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:

@@ -28,6 +28,9 @@ class Outputs(NamedTuple):
     views: "tuple[Outputs, ...]" = ()
     """Outputs of the further views of the images that the method asks for; they have no texts."""
 
+    classes: Tensor | None = None
+    """``(C, D)`` features of the target's classes by learned prompts; None without them."""
+
     @property
     def pairs(self) -> Pairs:
         """Image and text features; there must be texts."""

@@ -277,7 +277,7 @@ def _describe_names(names: set[str]) -> str | None:
     if names == {"weight", "bias"}:
         return "a classification head; name the model.safetensors next to it"
     if any(".lora_" in name for name in names):
-        return "LoRA adapters; merge them into their model, and name its weights"
+        return "LoRA adapters; name weights that have them merged, such as the model.safetensors next to them"
     if any(name.startswith("optimizer") for name in names):
         return "the state of an optimizer; name the file of weights"
     return None

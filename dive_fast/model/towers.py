@@ -23,6 +23,7 @@ from dive_fast.errors import ConfigError, warn_on_main_rank
 from dive_fast.io.atomic_files import atomic_path
 from dive_fast.io.safe_read import forbid_code_execution
 from dive_fast.kernels.naive import unit
+from dive_fast.model import low_rank
 from dive_fast.model.features import Features
 from dive_fast.model.huggingface import import_model, siglip_tower
 from dive_fast.model.huggingface.import_model import ForeignModel
@@ -50,6 +51,10 @@ sides are multiples of 8 take the fast paths of tensor cores, and fewer shapes a
 of buffers and compilations. Tokens after the end of a text do not change its feature."""
 HEAD = "head."
 """Prefix of the parameter names of a head."""
+PROMPTS = "prompts."
+"""Prefix of the parameter names of learned prompts."""
+ADDED = (HEAD, PROMPTS)
+"""Prefixes of parameters that are not the model's."""
 
 
 class Towers(nn.Module):
@@ -102,6 +107,9 @@ class Towers(nn.Module):
         a GPU, otherwise of one."""
         self.head: nn.Linear | None = None
         """Classification head on unit image features, if the objective trains one; not exported with the model."""
+        self.prompts: Any = None
+        """The :class:`~dive_fast.model.learned_prompts.LearnedPrompts` that classify instead of hand-made ones, if
+        there are any; not exported with the model."""
 
     def train(self, mode: bool = True) -> "Towers":
         """Sets the mode of all modules except BatchNorms, which always use their running statistics.
@@ -179,6 +187,8 @@ class Towers(nn.Module):
     def projections(self) -> tuple[Tensor, Tensor]:
         """The last linear map of each tower, image and text: ``(w, D)`` each, views of the parameters.
 
+        That of an adapted layer is W0 + (alpha / r) B A.
+
         Raises:
             ConfigError: a tower does not end with a linear map.
         """
@@ -210,7 +220,7 @@ class Towers(nn.Module):
         """
         exported = {}
         for name, tensor in self.plain_state(state).items():
-            if name.startswith(HEAD):
+            if name.startswith(ADDED):
                 continue
             scalar = name in ("logit_scale", "logit_bias")
             exported[self.exported_name(name)] = tensor.reshape(self._scalar) if scalar else tensor
@@ -226,12 +236,12 @@ class Towers(nn.Module):
     def load_exported(self, state: dict[str, Tensor]) -> "Towers":
         """Loads weights in the layout of :meth:`export`, into towers without adapters; returns itself."""
         assert self.adapters is None, "merged weights are loaded into towers without adapters"
-        current = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(HEAD)}
+        current = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(ADDED)}
         weights = {name: state[self.exported_name(name)].reshape(tensor.shape) for name, tensor in current.items()}
-        # Exported weights lack only the parameters of a head.
+        # Exported weights lack only the parameters of a head and of prompts.
         missing, unexpected = self.load_state_dict(weights, strict=False)
         assert not unexpected
-        assert all(name.startswith(HEAD) for name in missing)
+        assert all(name.startswith(ADDED) for name in missing)
         return self
 
     def exported_name(self, name: str) -> str:
@@ -240,7 +250,7 @@ class Towers(nn.Module):
 
 
 def _last_map(tower: Any, name: str, config: ModelConfig | None) -> Tensor:
-    """The last linear map of a tower, ``(w, D)``, a view of its parameter.
+    """The last linear map of a tower, ``(w, D)``, a view of its parameter unless that has adapters.
 
     Raises:
         ConfigError: the tower does not end with a linear map.
@@ -248,6 +258,8 @@ def _last_map(tower: Any, name: str, config: ModelConfig | None) -> Tensor:
     layer = _last_layer(tower)
     while (inner := _last_layer_of(layer)) is not None:
         layer = inner
+    if isinstance(layer, nn.Module) and low_rank.is_adapted(layer):
+        return low_rank.weight_of(layer).T
     if isinstance(layer, nn.Linear):
         return layer.weight.T
     if isinstance(layer, nn.Parameter) and layer.ndim == 2:

@@ -31,6 +31,7 @@ from dive_fast.errors import ConfigError, DataError
 from dive_fast.kernels import backend
 from dive_fast.methods import registry
 from dive_fast.methods.method import Loss, Method, Start, TeacherOutputs, View
+from dive_fast.model.adapters import is_factor
 from dive_fast.model.fast_blocks import FastModule
 from dive_fast.model.features import Features, Pairs
 from dive_fast.model.towers import Towers, check_text_length, create
@@ -269,6 +270,14 @@ class _TrackedEngine(Engine):
         with self.tracker.within("activations"):
             return super()._views(*arguments)
 
+    def _encode_images(self, images: Tensor) -> Tensor:
+        with self.tracker.within("activations"):
+            return super()._encode_images(images)
+
+    def _encode_classes(self, rows: Sequence[int]) -> Tensor:
+        with self.tracker.within("activations"):
+            return super()._encode_classes(rows)
+
     def _backward(self, half: Any) -> Loss:
         self.tracker.stage = "reference" if half.name == "reference" else "target"
         return super()._backward(half)
@@ -369,9 +378,11 @@ class _SampledMicroBatches:
 def simulate_fast_blocks(towers: Towers) -> None:
     """Makes fast blocks use the Triton kernels for fake tensors, where the kernels can run on a GPU."""
     for module in towers.modules():
-        # Layer norms keep complete rows in registers; no parameter has fewer elements than a row.
-        if isinstance(module, FastModule) and _has_kernels(min(map(len, module.parameters()))):
-            module.backend = "triton"
+        # Layer norms keep complete rows in registers; no parameter but a factor has fewer elements than a row.
+        if isinstance(module, FastModule):
+            sizes = [len(each) for name, each in module.named_parameters() if not is_factor(name)]
+            if _has_kernels(min(sizes)):
+                module.backend = "triton"
 
 
 def _has_kernels(width: int) -> bool:

@@ -10,11 +10,11 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from dive_fast import projections
-from dive_fast.config.explain import nearest_key, shorten_json
+from dive_fast.config.explain import expected_one_of, nearest_key
 from dive_fast.config.options import validate_options
 from dive_fast.config.schema import NO_PROJECTION, ProjectionConfig
 from dive_fast.config.section import KeyedError, Section
-from dive_fast.errors import ConfigError, nearest
+from dive_fast.errors import ConfigError
 from dive_fast.projections.projection import Projection
 
 
@@ -48,11 +48,7 @@ def choose(section: ProjectionConfig) -> Choice | None:
     options: dict[str, Any] = dict(section.model_extra or {})
     names = [NO_PROJECTION, *table()]
     if section.name not in names:
-        hint = nearest(section.name, names)
-        raise KeyedError(
-            "projection.name",
-            f"projection.name = {shorten_json(section.name)}: expected one of {', '.join(names)}{hint}",
-        )
+        raise KeyedError("projection.name", expected_one_of("projection.name", section.name, names))
     if section.name == NO_PROJECTION:
         if options:
             key = f"projection.{next(iter(options))}"

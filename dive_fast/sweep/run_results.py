@@ -15,8 +15,10 @@ from dive_fast.evaluation.tables import is_adversarial
 from dive_fast.io.safe_read import parse_json, read_text
 from dive_fast.training.run_report import KINDS, SIMILARITIES
 
-REPORT, CONFIG, METRICS, WEIGHTS = "report.json", "config.json", "metrics.jsonl", "model.safetensors"
+REPORT, CONFIG, METRICS = "report.json", "config.json", "metrics.jsonl"
 """Files of a run folder."""
+WEIGHTS = ("model.safetensors", "prompts.safetensors")
+"""Its exported weights or prompts."""
 NO_MEASUREMENT = ("role", "on_skipped", "metric")
 """Keys of an evaluation set that do not change the data, or that stand in the row itself."""
 
@@ -105,8 +107,9 @@ def read_folder(folder: Path) -> list[RunResult]:
     ]
     if name not in labels:
         return [run, *others] if not run.problem or not others else [*others, run]
-    if not _is_newer(folder / MEASURED, folder / WEIGHTS):
-        remark = f"{folder / MEASURED} is older than {WEIGHTS}: its rows of {name} are not used; measure again"
+    older = [file for file in WEIGHTS if not _is_newer(folder / MEASURED, folder / file)]
+    if older:
+        remark = f"{folder / MEASURED} is older than {older[0]}: its rows of {name} are not used; measure again"
         others = [other for other in others if other.name != f"{name}: {name}"]
         return [replace(run, remarks=(*run.remarks, remark)), *others]
     known = {(measure.name, measure.metric) for measure in run.measures}
@@ -212,7 +215,7 @@ def _inputs(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _unfinished(folder: Path, run: RunResult) -> str:
     """The state of a run without a report."""
-    if (folder / WEIGHTS).exists():
+    if any((folder / name).exists() for name in WEIGHTS):
         return f"no {REPORT}: restart its command to measure it, or measure its weights by dive-fast evaluate"
     step = 0
     try:

@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dive_fast.checkpoint.export import AVERAGE, MODEL
+from dive_fast.checkpoint.export import AVERAGE, MODEL, PROMPTS
 from dive_fast.config.schema import ModelConfig
 from dive_fast.engine.step import Engine
 from dive_fast.model import head as heads
+from dive_fast.model import prompt_file
 from dive_fast.model.head import Head
-from dive_fast.model.towers import HEAD, Towers, create
+from dive_fast.model.towers import ADDED, HEAD, Towers, create
 
 
 class EvaluationTowers:
@@ -43,7 +44,12 @@ class EvaluationTowers:
 
     @contextmanager
     def exported(self, folder: Path) -> Iterator[tuple[Towers, Head | None]]:
-        """The towers with the weights of an exported model, and the head next to it."""
+        """The towers with the weights or the prompts of an export, and the head if there is one."""
+        if self._engine.towers.prompts is not None:
+            with self._with_state(self._engine.towers.state_dict(), ()) as (towers, _):
+                towers.prompts = prompt_file.load(folder / PROMPTS).to(self._engine.ranks.device)
+                yield towers, None
+            return
         with self._loaded(folder / MODEL) as loaded:
             yield loaded
 
@@ -88,7 +94,8 @@ class EvaluationTowers:
     ) -> Iterator[tuple[Towers, Head | None]]:
         plain = self._engine.towers.plain_state(state)
         with self._allocated():
-            self._towers.load_state_dict({name: plain[name] for name in plain if not name.startswith(HEAD)})
+            self._towers.load_state_dict({name: plain[name] for name in plain if not name.startswith(ADDED)})
+            self._towers.prompts = self._engine.towers.prompts
             yield self._towers, _head(state, class_names) if f"{HEAD}weight" in state else None
 
     @contextmanager
@@ -98,6 +105,7 @@ class EvaluationTowers:
                 tensor.data = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device)
             yield
         finally:
+            self._towers.prompts = None
             self._free()
 
     def _free(self) -> None:

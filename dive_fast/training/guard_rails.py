@@ -62,7 +62,7 @@ def warn_of_schedule(config: Config, needs: Needs, total_steps: int) -> None:
             "to the pre-trained ones, and the projection sees its pull as a deviation; set train.weight_decay=0",
             *(train.weight_decay, origins.of("train.weight_decay"), rule, origins.of("projection.name")),
         )
-    if batch_size == 1 and not needs.head:
+    if batch_size == 1 and not (needs.head or needs.prompts):
         logger.warning(
             "data.target.batch_size = 1 (%s): the contrastive loss of a single pair is 0, so nothing is learned "
             "from the target set; raise it",

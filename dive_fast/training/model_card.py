@@ -10,6 +10,7 @@ import open_clip
 from dive_fast.config.schema import ModelConfig, ReferenceConfig, TargetConfig
 from dive_fast.identity import versions
 from dive_fast.io.atomic_files import write_atomic
+from dive_fast.model import prompt_file
 from dive_fast.model.head import FILE as HEAD
 from dive_fast.model.huggingface.hub_files import repository_of
 from dive_fast.model.model_names import SCHEME
@@ -42,7 +43,7 @@ def card(report: Report, run: Run) -> str:
     """The model card as text. It has no absolute path."""
     from huggingface_hub import ModelCardData  # takes a second to import
 
-    model = run.config.model
+    model, has_prompts = run.config.model, (run.folder / prompt_file.FILE).is_file()
     front = ModelCardData(
         license=model.license or UNKNOWN,
         library_name="open_clip",
@@ -54,7 +55,7 @@ def card(report: Report, run: Run) -> str:
         [
             f"---\n{front.to_yaml()}\n---",
             f"# {report.run}",
-            _summary(report, model),
+            _summary(report, model, has_prompts),
             "## Results",
             _results(report, (run.folder / FIGURE).is_file()),
             "## Data",
@@ -62,7 +63,7 @@ def card(report: Report, run: Run) -> str:
             "## Method",
             _method(report, run),
             "## Use",
-            _use((run.folder / HEAD).is_file()),
+            _use_prompts(model) if has_prompts else _use((run.folder / HEAD).is_file()),
             "## License",
             _license(model),
         ]
@@ -83,7 +84,12 @@ def base_model(model: ModelConfig) -> str | None:
     return "/".join(name.split("/")[:2]) or None
 
 
-def _summary(report: Report, model: ModelConfig) -> str:
+def _summary(report: Report, model: ModelConfig, has_prompts: bool) -> str:
+    if has_prompts:
+        return (
+            f"\nPrompts for {_shown_model(model)}, learned by {report.title} with dive_fast: `{prompt_file.FILE}` "
+            "has the context of class prompts, for this model and others with the same text width and tokenizer.\n"
+        )
     return (
         f"\n{_shown_model(model)}, fine-tuned by {report.title} with dive_fast. This folder is a model for "
         "[open_clip](https://github.com/mlfoundations/open_clip), with its preprocessing and tokenizer.\n"
@@ -171,6 +177,18 @@ with torch.no_grad():
 print(names[(image @ text.T).argmax()])
 ```
 {head}"""
+
+
+def _use_prompts(model: ModelConfig) -> str:
+    tag = "" if model.pretrained is None else f" --pretrained {Path(model.pretrained).name}"
+    name = _shown_model(model.model_copy(update={"pretrained": None}))
+    return f"""
+```
+dive-fast evaluate --model {name}{tag} --prompts {prompt_file.FILE} --datasets food101 --root /data
+```
+
+`--model` may name another model that the prompts fit.
+"""
 
 
 def _license(model: ModelConfig) -> str:

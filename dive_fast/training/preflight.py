@@ -241,9 +241,11 @@ def check_disk(config: Config, folder: Path, towers: Towers, pairs: int, caption
     averaged = options.ema is not None
     rule = projections.create(config.projection)
     previous = rule is not None and rule.layout.keeps_previous
-    # With AdamW's moments. With adapters, whose number of elements is small, almost nothing.
-    checkpoint = (3 + teacher + averaged + previous) * (weights if config.model.lora is None else 0)
-    exported = (1 + teacher + (averaged and not options.export_ema)) * weights
+    # With AdamW's moments. With adapters or prompts, whose number of elements is small, almost nothing.
+    has_prompts = registry.needs(config.objective).prompts
+    is_small = config.model.lora is not None or has_prompts
+    checkpoint = (3 + teacher + averaged + previous) * (0 if is_small else weights)
+    exported = (1 + teacher + (averaged and not options.export_ema)) * (0 if has_prompts else weights)
     # By disk: folders on one disk share its free space.
     minimum = {_existing(folder).stat().st_dev: (folder, checkpoint + exported)}
     if _writes_cache(config) and not (folder / "teacher" if path is None else Path(path)).exists():

@@ -70,6 +70,10 @@ ADDED: dict[str, Any] = {
         "data.reference.order": "indexed",
         "data.reference.stream_buffer": 20_000,
         "projection": {"name": "none"},
+        "data.target.classes": "all",
+        "data.target.shots_seed": 1,
+        "train.optimizer": "adamw",
+        "train.momentum": 0.9,
         "evaluate.loader": "plain",
     },
 }
@@ -89,6 +93,7 @@ NULLS = {
     "model.license": "unknown: that of the pre-trained weights applies",
     "data.reference": "no reference set",
     "data.target.holdout": "no sample is held out",
+    "data.target.shots": "all samples of each class",
     "data.*.image_root": "the format has none",
     "data.*.split": "the only split, or the format has none",
     "data.*.*_column": "the default column, or the format has none",

@@ -19,7 +19,7 @@ from dive_fast.data.loaders.loader import loader_options, training_batches
 from dive_fast.data.open_dataset import open_reference, open_stream, open_target
 from dive_fast.data.prefetch import Prefetcher
 from dive_fast.data.prompt_files import Template, read_templates
-from dive_fast.data.prompts import PromptTable, SecondPrompts
+from dive_fast.data.prompts import PromptTable, SecondPrompts, warn_about_prompts
 from dive_fast.data.sampler import Classes, Order, StepOrder
 from dive_fast.data.samples import ReferenceSamples, TargetSamples
 from dive_fast.data.sources.source import Source
@@ -41,6 +41,7 @@ from dive_fast.evaluation.geometry.embed import open_pairs
 from dive_fast.evaluation.text_features import embed_texts
 from dive_fast.methods import registry
 from dive_fast.methods.method import Method, Start, overrides
+from dive_fast.model import prompt_file
 from dive_fast.model.model_identity import model_identity
 from dive_fast.model.towers import Towers, check_text_length, create, tokenizer_of
 from dive_fast.planner.auto_schedule import resolve
@@ -183,6 +184,14 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     _start_method(method, config, towers, () if target.prompts.are_texts else class_names, templates, ranks)
     if remark := trained_parameters.adapt(config.model, towers, method, config.train.seed):
         ranks.print(remark)
+    if towers.prompts is not None:
+        tokenizer = tokenizer_of(config.model)
+        warn_about_prompts(class_names, [towers.prompts.template], tokenizer)
+        towers.prompts.origin = prompt_file.Origin(
+            prompt_file.fit_of(towers, tokenizer),
+            *(config.objective.name or method.target_loss.name, config.model.name, identity["model"]["weights"]),
+            *(tuple(template("{}") for template in templates), class_names),
+        )
     engine = Engine(config, towers, method, ranks, total_steps)
     ranks.print(engine.remark)
     ranks.print(_describe_workers(config))
@@ -226,6 +235,7 @@ def _check_method(config: Config, section: dict[str, Any], towers: Towers) -> No
     check_projection(section, config.projection)
     method.penalty(towers)  # raises where a tower lacks the parameters of the penalty
     trained_parameters.check(config.model, config.train, towers, method)
+    feature_consistency.check_config(config, trained_parameters.consistency_of(config.model, towers))
 
 
 def _open_sources(config: Config, evaluation_sets: Opened, ranks: Ranks) -> _Sources:
@@ -262,7 +272,7 @@ def _class_names(config: Config, sources: _Sources, ranks: Ranks) -> tuple[str, 
     """Class names of the target set, in label order; prints remarks on them."""
     data = config.data.target
     with naming("data.target.class_names"):
-        names = target_names(sources.target, data.class_names)
+        names = target_names(sources.target, data.class_names, data.classes)
     if not sources.target.samples.has_texts:
         for remark in remarks(names, sources.target.class_names, data.class_names):
             ranks.print(f"data.target: {remark}")

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dive_fast.checkpoint.export import MODEL, SELECTED, copy_model, write_model
+from dive_fast.checkpoint.export import MODEL, PROMPTS, SELECTED, copy_model, write_model
 from dive_fast.errors import UserError
 from dive_fast.evaluation.datasets.resolve import metric_of
 from dive_fast.evaluation.evaluator import set_identity
@@ -211,4 +211,4 @@ def _read_selected(folder: Path) -> _Selected | None:
         selected = _Selected(int(content["step"]), float(content["value"]))
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    return selected if (folder / MODEL).is_file() else None
+    return selected if any((folder / name).is_file() for name in (MODEL, PROMPTS)) else None

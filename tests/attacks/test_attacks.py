@@ -152,6 +152,11 @@ def test_pgd_of_two_steps_equals_the_formula() -> None:
     last = pgd(logits, clean, label, Threat("linf", 0.04), steps=2, step_size=0.03, noise=start, keep_best=False)
     # 0.5 + 0.02 - 0.03 - 0.03 = 0.46; the second image is clipped at 0.
     torch.testing.assert_close(last.images[:, 0, 0, 0], torch.tensor([0.46, 0.0]))
+    # At the images before the last step: three values of 0.49, and of 0.
+    torch.testing.assert_close(last.loss, torch.tensor([0.0516, 0.6931]), atol=1e-3, rtol=0)
+    assert last.is_robust.tolist() == [True, True]
+    wrong = pgd(logits, clean, 1 - label, Threat("linf", 0.04), steps=1, step_size=0.03, keep_best=False)
+    assert wrong.is_robust.tolist() == [False, False]
 
 
 @pytest.mark.parametrize("attack", ["pgd", "apgd"])

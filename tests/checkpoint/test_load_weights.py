@@ -325,6 +325,7 @@ def foreign(folder: Path) -> dict[str, str]:
     towers.save({"vision_model.embeddings.weight": torch.ones(2)}, folder / "hf.safetensors")
     torch.save({"vision_model.embeddings.weight": torch.ones(2)}, folder / "pytorch_model.bin")
     towers.save({"weight": torch.ones(2, 3), "bias": torch.ones(2)}, folder / "head.safetensors")
+    towers.save({"visual.a.lora_A": torch.ones(2, 3)}, folder / "adapter.safetensors")
     (folder / "renamed.safetensors").write_bytes((folder / "args.pt").read_bytes())
     with zipfile.ZipFile(folder / "some.zip", "w") as archive:
         archive.writestr("readme.txt", "text")
@@ -340,6 +341,7 @@ def foreign(folder: Path) -> dict[str, str]:
         "hf.safetensors": "it is weights in transformers' format; name their folder",
         "pytorch_model.bin": "it is weights in transformers' format; name their folder",
         "head.safetensors": "it is a classification head; name the model.safetensors next to it",
+        "adapter.safetensors": "it is LoRA adapters; name weights that have them merged, such as the model",
         "renamed.safetensors": "it is a training checkpoint with its command line (argparse.Namespace) inside",
         "some.zip": "it is a zip archive that torch.save did not write; unpack it and name the file of weights",
     }

@@ -32,6 +32,8 @@ COMMANDS = {
     "help of report": ["report", "--help"],
     "unknown key": ["train", "--config", "vitb16_dive", "train.epoch=3"],
     "no such config": ["train", "--config", "vitb16_div"],
+    "unknown method": ["train", "--config", "vitb16_dive", "objective.name=divee"],
+    "unknown rule": ["train", "--config", "vitb16_dive", "projection.name=ftpp"],
     "unknown model": ["train", "--config", "vitb16_dive", "model.name=ViT-B-61"],
     "unknown set of a config": [
         "train",
@@ -45,6 +47,7 @@ COMMANDS = {
     "unknown model of a name": ["evaluate", "--model", "ViT-B-61", "--datasets", "pets", "--root", "/data"],
     "unknown model to export": ["export", "--to", "onnx", "ViT-B-61", "/no-such-folder/model"],
     "no weights": ["ensemble", "--config", "vitb16_dive", "train.output=/no-such-folder/run"],
+    "no set to measure the shift of": ["shift", *MODEL, "--fit", "/no-such-folder", "--sets", "/no-such.json"],
     "help of prepare": ["prepare", "--help"],
     "nothing to prepare": ["prepare", "--format", "folder", "--input", "/no-such-folder", "--output", "x"],
     "no output folder": ["tpgm", "--config", "vitb16_dive", "--weights", "/", "--output", "/dev/null/x"],
@@ -86,6 +89,8 @@ def test_command_ends_without_heavy_imports(outcomes: dict[str, tuple[int, str, 
 
 
 def test_mistakes_are_named(outcomes: dict[str, tuple[int, str, list[str]]]) -> None:
+    assert 'objective.name = "divee": expected one of ' in outcomes["unknown method"][1]
+    assert 'projection.name = "ftpp": expected one of none, digrap, ' in outcomes["unknown rule"][1]
     for name in ("unknown set", "unknown set of a config"):
         assert "no data set is known as imagenett; did you mean imagenet?" in outcomes[name][1]
     for name in ("unknown model", "unknown model of a name", "unknown model to export"):

@@ -44,6 +44,7 @@ ADAPTED = {"vitb16_dive_lora": "vitb16_dive"}
 OTHERS = (
     *("demo", "vitb16_car_ft", "vitb16_lipsum", "vitb16_starft"),
     *("vitb32_grace", "vitb32_pmg_aft", "vitb32_tecoa"),
+    *("vitb16_coop", "vitb16_kgcoop", "vitb16_contcoop"),
     *(*SELF_DISTILLED, *PROJECTED, *ADAPTED),
 )
 """Configs of methods or data that are not the paper's."""
@@ -152,6 +153,21 @@ def test_adapted_config_differs_from_its_base_in_adapters_and_rate(name: str) ->
         "train": adapted.train.model_copy(update={"learning_rate": 1e-5}),
     }
     assert adapted.model_copy(update=changed) == plain
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "epochs", "warmup"),
+    [("coop", 32, 50, 500), ("kgcoop", 128, 100, 125), ("contcoop", 32, 50, 500)],
+)
+def test_prompt_config_has_the_settings_of_its_code(name: str, batch: int, epochs: int, warmup: int) -> None:
+    config = load_run_config(f"vitb16_{name}", folder=CONFIGS)
+    target, train = config.data.target, config.train
+    assert (config.objective.name, target.shots, target.batch_size) == (name, 16, batch)
+    assert (target.crop_scale, target.horizontal_flip) == ((0.08, 1.0), 0.5)
+    assert (train.optimizer, train.learning_rate, train.momentum, train.weight_decay) == ("sgd", 0.002, 0.9, 5e-4)
+    # 16 images of each of 1000 classes: the warm-up is the first epoch.
+    assert (train.epochs, train.warmup_steps, train.precision) == (epochs, warmup, "fp16")
+    assert warmup == 16 * 1000 // batch
 
 
 def write_flyp(folder: Path) -> None:

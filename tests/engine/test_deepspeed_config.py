@@ -122,6 +122,7 @@ def train(stage: Stage, engine: Engine) -> dict[str, Any]:
     return {"addresses": addresses, "norms": norms, "weights": weights | moments}
 
 
+@pytest.mark.slow
 def test_aligned_parameters_train_as_without_padding(folder: Path) -> None:
     for results in run_ranks(2, compare_alignment, folder, init=False):
         for (zero, precision, aligned), plain in results.items():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import RobertaConfig
 
-from dive_fast.config.schema import ModelConfig
+from dive_fast.config.schema import LoraConfig, ModelConfig, ObjectiveConfig
 from dive_fast.distributed import Ranks
 from dive_fast.engine.feature_consistency import (
     FeatureConsistency,
@@ -233,6 +233,7 @@ def train_all(trees: list[dict[str, Any]]) -> list[Any]:
     return results
 
 
+@pytest.mark.slow
 def test_runs_of_unusual_towers_train_or_are_refused(tmp_path: Path) -> None:
     """DiVE with each model, exported for open_clip; micro-batches of a random tower are refused at the start."""
     models = {
@@ -322,6 +323,15 @@ def _drops_by_rate(module: nn.Module) -> bool:
     rates = [getattr(module, name, None) for name in ("attn_drop", "attn_drop_p", "dropout")]
     values = [rate.p if isinstance(rate, nn.Dropout) else rate for rate in rates if rate is not None]
     return bool(values) and not any(values)
+
+
+@pytest.mark.parametrize(("dropout", "key"), [(0.1, "model.lora.dropout"), (0.0, "model.name")])
+def test_random_features_of_views_name_their_cause(tmp_path: Path, dropout: float, key: str) -> None:
+    model = ModelConfig(name="ViT-B-16", lora=LoraConfig(dropout=dropout))
+    objective = ObjectiveConfig(name=None, target="grace", reference="dive")
+    options = config(tmp_path, 0, "sequential", None).model_copy(update={"model": model, "objective": objective})
+    with pytest.raises(ConfigError, match=rf"^{key}: this objective encodes views .* ViT-B-16 drops"):
+        check_config(options, FeatureConsistency(is_random=True, reason="drops features"))
 
 
 def test_prepare_warns_of_changes_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

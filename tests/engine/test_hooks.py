@@ -56,7 +56,7 @@ TRAIN = {"learning_rate": 1e-2, "warmup_steps": 0, "epsilon": 1e-3, "weight_deca
 """Options of both loops; the large epsilon keeps AdamW from amplifying rounding to full steps."""
 FROZEN = "text.token_embedding"
 TOLERANCE = 5e-5
-STAGES = {1: (0, 2), 2: (0, 1, 2)}
+STAGES = {1: (0,), 2: (0, 2)}
 PATHS: list[tuple[str, int | None]] = [("sequential", None), ("joint", 3), ("sequential", 3)]
 
 

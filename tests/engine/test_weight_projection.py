@@ -94,7 +94,7 @@ class Given(nn.Module):
     """Parameters whose gradient of the loss is given."""
 
     head: nn.Linear
-    adapters = None
+    adapters = prompts = None
 
     def __init__(self, names: tuple[str, ...], head_seed: int) -> None:
         super().__init__()

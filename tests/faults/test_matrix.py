@@ -113,7 +113,7 @@ def killed_in_the_middle(overrides: tuple[str, ...], case: Case) -> None:
 
 
 for stage in range(4):
-    fault(f"`kill -9` of both ranks, ZeRO-{stage}", RESTARTED, quick=stage in (0, 3))(
+    fault(f"`kill -9` of both ranks, ZeRO-{stage}", RESTARTED, quick=stage == 3)(
         functools.partial(killed_in_the_middle, (f"deepspeed.zero_optimization.stage={stage}",))
     )
 for variant, chosen in {
@@ -125,9 +125,7 @@ for variant, chosen in {
     "LP-FT": ("objective.name=lp_ft", "objective.weight=null"),
     "loader processes": ("data.target.workers=1", "data.reference.workers=1"),
 }.items():
-    fault(f"`kill -9` of both ranks, {variant}", RESTARTED, quick=variant == "fp16")(
-        functools.partial(killed_in_the_middle, chosen)
-    )
+    fault(f"`kill -9` of both ranks, {variant}", RESTARTED)(functools.partial(killed_in_the_middle, chosen))
 
 
 @fault("`kill -9` of both ranks, DALI and FFCV", RESTARTED)
@@ -230,7 +228,7 @@ def stopped(name: str, rank: int | None, case: Case, ranks: int = 2) -> None:
 
 for name, rank in (("SIGTERM", 0), ("SIGTERM", 1), ("SIGUSR1", 1), ("SIGINT", None), ("SIGTERM", None)):
     receiver = "both ranks" if rank is None else f"rank {rank} of 2"
-    fault(f"{name} to {receiver}", SAVED, quick=(name, rank) in (("SIGTERM", 1), ("SIGINT", None)))(
+    fault(f"{name} to {receiver}", SAVED, quick=(name, rank) == ("SIGTERM", 1))(
         functools.partial(stopped, name, rank)
     )
 fault("SIGUSR1 to a run on one rank", SAVED)(functools.partial(stopped, "SIGUSR1", 0, ranks=1))
@@ -265,9 +263,7 @@ def stopped_as_a_group(ranks: int, threads: int, case: Case) -> None:
 
 for ranks, threads in ((1, 2), (1, 4), (2, 4)):
     name = f"SIGTERM to all processes of a run on {ranks} rank{'s' * (ranks > 1)}, {threads} threads in each"
-    fault(name, f"all ranks save and exit {STOPPED}", quick=(ranks, threads) == (1, 4))(
-        functools.partial(stopped_as_a_group, ranks, threads)
-    )
+    fault(name, f"all ranks save and exit {STOPPED}")(functools.partial(stopped_as_a_group, ranks, threads))
 
 NO_BATCH = At("dive_fast.data.loaders.plain:_Decode.__call__", "hangs", call=4)
 """In a loader process, which prefetches some batches: none arrives for step 4."""
@@ -326,12 +322,14 @@ for activity, place in (
     ("the teacher cache is written", "dive_fast.teacher.cache_files:Writer.write"),
     ("the teacher cache is audited", "dive_fast.teacher.build:audit"),
 ):
-    fault(f"SIGTERM while {activity}", f"all ranks exit {STOPPED} within seconds; {RESTARTED}", quick=True)(
-        functools.partial(stopped_at_the_start, place)
-    )
+    fault(
+        f"SIGTERM while {activity}",
+        f"all ranks exit {STOPPED} within seconds; {RESTARTED}",
+        quick="written" in activity,
+    )(functools.partial(stopped_at_the_start, place))
 
 
-@fault("SIGTERM during an evaluation", f"all ranks exit {STOPPED} within seconds; {RESTARTED}", quick=True)
+@fault("SIGTERM during an evaluation", f"all ranks exit {STOPPED} within seconds; {RESTARTED}")
 def _(case: Case) -> None:
     measured = {key: case.tree["data"]["target"][key] for key in tiny.EVALUATION}
     options = ("evaluate.every_steps=3", f"evaluate.sets={json.dumps({'seen': measured})}", "evaluate.workers=0")
@@ -368,7 +366,7 @@ def _(case: Case) -> None:
     case.same(*options)
 
 
-@fault("Ctrl-C that also ends the reader of the output (`tee`)", SAVED, quick=True)
+@fault("Ctrl-C that also ends the reader of the output (`tee`)", SAVED)
 def _(case: Case) -> None:
     check(case.job.go(At("step 2", "output closed"), At("step 3", "SIGINT")), STOPPED, STOPPED)
     case.same()
@@ -566,7 +564,7 @@ def _(case: Case) -> None:
     case.same()
 
 
-@fault("the disk is full at lines of `metrics.jsonl`", "warned of, and they wait: " + SAME, quick=True)
+@fault("the disk is full at lines of `metrics.jsonl`", "warned of, and they wait: " + SAME)
 def _(case: Case) -> None:
     full = At("dive_fast.training.metrics:Metrics._append", "ten bytes left", rank=0, call=3, until=4)
     outcome = case.job.go(full)

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import tiny
 from distributed import run_script
 
@@ -31,6 +32,7 @@ def run(folder: Path, name: str, config: str, *options: str) -> None:
     assert result.returncode == 0, (name, result.stdout + result.stderr)
 
 
+@pytest.mark.slow
 def test_run_folder_of_a_siglip_is_a_model_for_every_command(tmp_path: Path) -> None:
     config = tiny.reduced("ViT-B-16-SigLIP") | {"custom_text": True, "init_logit_bias": -10}
     config["text_cfg"]["hf_tokenizer_name"] = str(tmp_path / "model")

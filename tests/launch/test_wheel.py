@@ -65,6 +65,7 @@ def require_no_noise(completed: subprocess.CompletedProcess[str]) -> None:
     assert "accelerator" not in completed.stderr + completed.stdout
 
 
+@pytest.mark.slow
 def test_training_runs_from_the_wheel(site: Path, tmp_path: Path) -> None:
     version = run(site, str(site / "bin/dive-fast"), "--version", cwd=tmp_path)
     assert version.stdout == f"dive_fast {metadata.version('dive_fast')}\n"
@@ -105,6 +106,7 @@ def test_losses_need_no_package_of_the_engine(site: Path, tmp_path: Path) -> Non
     assert line.endswith("pip install 'dive_fast[train]'")
 
 
+@pytest.mark.slow
 def test_module_runs_under_deepspeed(site: Path, tmp_path: Path) -> None:
     command = ["-m", "deepspeed.launcher.runner", "-q", "--num_accelerators", "1", "--module"]
     completed = run(site, *command, "dive_fast.launch.train", "--config", "demo", "modle.name=x", cwd=tmp_path)

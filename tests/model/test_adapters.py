@@ -19,7 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from dive_fast.config.schema import LoraConfig, ModelConfig
 from dive_fast.errors import ConfigError
 from dive_fast.model import adapters
-from dive_fast.model.adapters import CalledAttentionPool, SplitAttention
+from dive_fast.model.adapters import CalledAttentionPool
+from dive_fast.model.low_rank import SplitAttention
 from dive_fast.model.towers import Towers, create
 
 ALL = ["q", "k", "v", "out", "mlp"]
@@ -279,6 +280,18 @@ def test_impossible_adapters_are_refused(tmp_path: Path, case: str) -> None:
     with pytest.raises(ConfigError, match=message):
         adapters.check(towers, LoraConfig(**options))
     assert [name for name, _ in towers.named_modules()] == before
+
+
+def test_last_map_has_its_adapter(tmp_path: Path) -> None:
+    towers = towers_of(tmp_path, "resnet")
+    plain = copy.deepcopy(towers)
+    adapters.apply(towers, of_image("resnet"))
+    randomize(towers)
+    image_map, _ = towers.projections()
+    expected, _ = plain.load_exported(towers.export(towers.state_dict())).projections()
+    assert_close(image_map, expected)
+    image_map.square().sum().backward()
+    assert towers.visual.attnpool.c_proj.lora_A["default"].weight.grad.any()
 
 
 def test_layer_that_is_not_called_is_refused(tmp_path: Path) -> None:

@@ -241,6 +241,7 @@ def test_tuned_siglip_comes_back(tmp_path: Path) -> None:
     assert {name for name, tensor in before.items() if torch.equal(tensor, after[name])} == {"logit_bias"}
 
 
+@pytest.mark.slow
 def test_plan_of_a_foreign_model_needs_no_weights(tmp_path: Path) -> None:
     tune(tmp_path, "siglip", "dive", "--dry-run")
     assert not (tmp_path / "run").exists()

@@ -309,6 +309,7 @@ def flop(towers: Towers, images: int = 2) -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.slow
 def test_last_block_of_one_token_saves_flop_at_real_size() -> None:
     with fake_tensors():
         towers = create(ModelConfig(name="ViT-B-16-quickgelu", pretrained="openai"), weights=False).train()

@@ -9,9 +9,11 @@ import pytest
 import tiny
 from test_towers import towers_of_kind
 
-from dive_fast.config.schema import LoraConfig, ModelConfig, TrainConfig
+from dive_fast.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from dive_fast.engine import trained_parameters
 from dive_fast.engine.optimizer import make_optimizer
 from dive_fast.errors import ConfigError
+from dive_fast.methods import registry
 from dive_fast.model import adapters
 from dive_fast.model.freezing import frozen_names, layer_factors
 from dive_fast.model.towers import Towers, create
@@ -134,3 +136,28 @@ def test_learning_rates_of_other_towers(tmp_path: Path, kind: str) -> None:
 def test_learning_rates_need_blocks(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.layer_decay: ModifiedResNet is not a stack of equal blocks"):
         layer_factors(towers_of_kind(tmp_path, "resnet"), 0.5)
+
+
+CONSTANT: dict[str, tuple[dict[str, Any], str, str]] = {
+    "adapters": ({"lora": {"rank": 2}}, "carot", "text.text_projection has no effect, since model.lora"),
+    "frozen maps": ({"freeze": ["image", "text"]}, "tracer", "since model.freeze leaves these as they are"),
+    "one frozen map": ({"freeze": ["image"]}, "tracer", ""),
+    "no penalty": ({"lora": {"rank": 2}}, "flyp", ""),
+}
+
+
+@pytest.mark.parametrize("case", CONSTANT)
+def test_penalty_on_frozen_parameters_is_warned_of(
+    model: Towers, case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    options, name, message = CONSTANT[case]
+    method = registry.create(ObjectiveConfig(name=name), model.width, total_steps=9, steps_per_epoch=3)
+    trained_parameters.check(ModelConfig(name="ViT-B-16", **options), TrainConfig(), copy.deepcopy(model), method)
+    assert message in caplog.text
+    assert bool(message) == ("has no effect" in caplog.text)
+
+
+def test_dropout_of_adapters_counts_as_random_features(model: Towers) -> None:
+    config = ModelConfig(name="ViT-B-16", lora=LoraConfig(dropout=0.1))
+    assert trained_parameters.consistency_of(config, model).is_random
+    assert not trained_parameters.consistency_of(ModelConfig(name="ViT-B-16"), model).is_random

@@ -68,8 +68,8 @@ def compiled(folder: Path, backend: str) -> dict[Any, Any]:
     return results
 
 
-# Both backends trace the same code, but inductor takes minutes on a small machine.
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_blocks_match_the_oracle_with_few_compilations(folder: Path, backend: str) -> None:
     (results,) = run_ranks(1, compiled, folder, backend, init=False, timeout=500)
     expected, losses = oracle(folder)

@@ -76,6 +76,7 @@ def chosen_in_subprocess(folder: Path) -> str:
     return schedule.choose_in_subprocess(small_config(folder, **{"train.schedule": "auto"}), 2, "h200")
 
 
+@pytest.mark.slow
 def test_choose_in_subprocess_works_in_process_group(folder: Path) -> None:
     assert run_ranks(2, chosen_in_subprocess, folder) == ["joint", "joint"]
 
@@ -91,6 +92,7 @@ def test_resolve_keeps_other_schedules_and_defaults_to_sequential(
     assert "no figures for this device" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_choose_in_subprocess_reports_planning_error(folder: Path) -> None:
     config = small_config(folder, **{"train.schedule": "auto", "data.target.batch_size": 15})
     with pytest.raises(ConfigError, match=r"(?s)planning failed; name the schedule.*not divisible by 2 ranks"):

@@ -49,12 +49,12 @@ QUICK: dict[str, Case] = {
     "sequential": {},
     "flyp, fp16": {"objective.name": "flyp", "train.precision": "fp16", "data.target.text_length": 10},
     "micro-batches": {"train.micro_batch_size": 3, "zero": 0},
-    "selective": {"train.activation_checkpointing": "selective"},
-    "random texts of a teacher": {"objective.name": "lipsum"},
-    "teacher, micro-batches": {"objective.name": "tracer_fd", "train.micro_batch_size": 5},
     "adapters": {"model.lora": {"rank": 4, "targets": ["q", "v", "mlp"]}, "model.freeze": ["logit_scale"]},
 }
 SLOW: dict[str, Case] = {
+    "selective": {"train.activation_checkpointing": "selective"},
+    "random texts of a teacher": {"objective.name": "lipsum"},
+    "teacher, micro-batches": {"objective.name": "tracer_fd", "train.micro_batch_size": 5},
     "flyp": {"objective.name": "flyp"},
     "joint": {"train.schedule": "joint", "zero": 1},
     "micro-batches, ZeRO-2": {"train.micro_batch_size": 5},
@@ -217,6 +217,7 @@ def test_plan_run_matches_memory_and_flop_of_real_step(folder: Path, cases: dict
         assert plans[name].parts.get("target_teacher", 0) == pytest.approx(4 * copied * has_teacher, rel=0.05)
 
 
+@pytest.mark.slow
 def test_reference_every_averages_steps_with_and_without_reference(folder: Path) -> None:
     cases: dict[str, Case] = {
         "always": {},
@@ -245,6 +246,7 @@ def plans_over_ranks(folder: Path) -> dict[str, Plan]:
         return plans | {"all": plan_run(small_config(folder, **MICRO_BATCHES))}
 
 
+@pytest.mark.slow
 def test_plan_run_divides_zero_state_and_samples_micro_batches(folder: Path) -> None:
     plans = run_ranks(1, plans_over_ranks, folder, init=False, timeout=300)[0]
     single, state = plans["one rank"], 4 * plans["one rank"].parameters
@@ -550,9 +552,7 @@ def plans_of_frozen(folder: Path) -> dict[str, Plan]:
         "lora": {"model.lora": {"rank": 4}},
         "image": {"model.freeze": ["image"]},
     }
-    # Adapted towers have plain blocks, so the others have them too.
-    common: Case = {"zero": 1, "train.fast_blocks": False}
-    return small_plans(folder, {name: case | common for name, case in cases.items()})
+    return small_plans(folder, {name: case | {"zero": 1} for name, case in cases.items()})
 
 
 def test_plan_of_adapters_and_frozen_weights_is_smaller(folder: Path) -> None:

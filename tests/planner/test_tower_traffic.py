@@ -119,6 +119,7 @@ def shipped_plans(overrides: list[list[str]]) -> list[Plan]:
     return [plan_run(load_run_config("vitb16_dive", [*texts, *each], configs)) for each in overrides]
 
 
+@pytest.mark.slow
 def test_step_of_vit_b16_at_215_ms() -> None:
     fast, plain = run_ranks(1, shipped_plans, [[], ["train.fast_blocks=false"]], init=False, timeout=300)[0]
     gpu = GPUS["h200"]

@@ -57,6 +57,7 @@ def stopping_when(condition: Callable[[], bool]) -> Iterator[None]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_killed_sweep_resumes_and_shares_one_teacher_cache(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

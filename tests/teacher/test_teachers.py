@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from distributed import run_ranks
+from distributed import context, run_ranks
 from torch import Tensor
 
 from dive_fast.config.schema import ModelConfig
@@ -173,7 +173,7 @@ def test_write_cache_resumes_to_equal_bits_after_kill(folder: Path, tmp_path: Pa
     make(folder, tmp_path / "uninterrupted")
     partial = store.partial_name(tmp_path / "cache")
     for blocks in (1, 5):
-        process = torch.multiprocessing.get_context("spawn").Process(
+        process = context().Process(  # type: ignore[attr-defined]
             target=make_in_pieces, args=(folder, tmp_path / "cache")
         )
         process.start()

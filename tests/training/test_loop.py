@@ -8,6 +8,7 @@ import re
 import shutil
 import unittest.mock
 from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ from dive_fast.methods.run_config import RunConfig
 from dive_fast.training import loop as train
 from dive_fast.training import metrics
 
-STAGES = (0, 1, 2, 3)
+STAGES = (0, 2)
+OTHER_STAGES = (1, 3)
+"""Stages of the slow tests: every stage resumes to equal bits in test_option_combinations.py too."""
 STEPS = 6
 EMA = {0: 0.5, 2: 0.9}
 """Stages that average the weights, with the decay."""
@@ -77,14 +80,13 @@ def copied(complete: Path, folder: Path, ranks: Ranks) -> Path:
     return folder
 
 
-def run_cases(folder: Path) -> dict[str, Any]:
-    """Runs on one of two ranks: at each ZeRO stage a complete run, and one that is killed and resumed."""
-    ranks = join()
+def run_stages(folder: Path, ranks: Ranks, stages: Sequence[int]) -> dict[str, Any]:
+    """At each ZeRO stage a complete run, and one that is killed and resumed."""
     tree = json.loads((folder / "config.json").read_text())
     results: dict[str, Any] = {}
     # Interpreted kernels would take most of the time: one run uses them, all others use PyTorch.
     Part.backend = "torch"
-    for stage in STAGES:
+    for stage in stages:
         tree["deepspeed"]["zero_optimization"]["stage"] = stage
         ema = {"ema": EMA[stage]} if stage in EMA else {}
         results[f"complete{stage}"] = run(tree, folder / f"complete{stage}", ranks, **ema)
@@ -93,6 +95,14 @@ def run_cases(folder: Path) -> dict[str, Any]:
             run(tree, resumed, ranks, kill_at=5, checkpoint_every=2, **ema)
         ranks.barrier()
         results[f"resumed{stage}"] = run(tree, resumed, ranks, checkpoint_every=2, **ema)
+    return results
+
+
+def run_cases(folder: Path) -> dict[str, Any]:
+    """Runs on one of two ranks."""
+    ranks = join()
+    results = run_stages(folder, ranks, STAGES)
+    tree = json.loads((folder / "config.json").read_text())
     # The average of a checkpoint does not depend on the stage that wrote it.
     moved = copied(folder / "complete2", folder / "moved", ranks)
     tree["deepspeed"]["zero_optimization"]["stage"] = 0
@@ -107,6 +117,11 @@ def run_cases(folder: Path) -> dict[str, Any]:
     tree["teacher"] = {"mode": "online"}
     results["online"] = run(tree, folder / "online", ranks, schedule="joint", micro_batch_size=3)
     return results
+
+
+def run_other_stages(folder: Path) -> None:
+    """Runs of the slow tests on one of two ranks."""
+    run_stages(folder, join(), OTHER_STAGES)
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +148,11 @@ def by_rank(folder: Path) -> list[dict[str, Any]]:
     return run_ranks(2, run_cases, folder, init=False, timeout=400)
 
 
+@pytest.fixture(scope="module")
+def other_stages(folder: Path) -> None:
+    run_ranks(2, run_other_stages, folder, init=False, timeout=400)
+
+
 def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
@@ -143,6 +163,18 @@ def lines(folder: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_run_resumes_to_the_same_weights(by_rank: list[Any], folder: Path, stage: int) -> None:
+    assert_resumed_alike(folder, stage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", OTHER_STAGES)
+def test_killed_run_of_other_stages_resumes_to_the_same_weights(
+    other_stages: None, folder: Path, stage: int
+) -> None:
+    assert_resumed_alike(folder, stage)
+
+
+def assert_resumed_alike(folder: Path, stage: int) -> None:
     complete, resumed = weights(folder / f"complete{stage}"), weights(folder / f"resumed{stage}")
     assert all(torch.equal(complete[name], resumed[name]) for name in complete)
     # So are its metrics: one line per step, in order.
@@ -154,30 +186,38 @@ def test_killed_run_resumes_to_the_same_weights(by_rank: list[Any], folder: Path
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EMA)
 def test_killed_run_resumes_to_the_same_average(by_rank: list[Any], folder: Path, stage: int) -> None:
     paths = [folder / f"{run}{stage}" / "ema.safetensors" for run in ("complete", "resumed")]
-    assert [path.exists() for path in paths] == [stage in EMA] * 2
-    if stage in EMA:
-        complete, resumed = map(load_file, paths)
-        assert all(torch.equal(complete[name], resumed[name]) for name in complete)
-        raw = weights(folder / f"complete{stage}")
-        assert any(not torch.equal(raw[name], complete[name]) for name in raw)
+    complete, resumed = map(load_file, paths)
+    assert all(torch.equal(complete[name], resumed[name]) for name in complete)
+    raw = weights(folder / f"complete{stage}")
+    assert any(not torch.equal(raw[name], complete[name]) for name in raw)
 
 
 def test_average_is_exported_at_another_stage(by_rank: list[Any], folder: Path) -> None:
     exported, average = weights(folder / "moved"), load_file(folder / "complete2/ema.safetensors")
     assert all(torch.equal(exported[name], average[name]) for name in average)
     assert not (folder / "moved/ema.safetensors").exists()
+    assert not (folder / "fast/ema.safetensors").exists()
     # Losses are those of the raw weights.
     assert {"accuracy/seen", "weights_step"} <= by_rank[0]["moved"].keys()
     assert "loss" not in by_rank[0]["moved"]
 
 
 def test_zero_stages_train_alike(by_rank: list[Any], folder: Path) -> None:
+    assert_trained_alike(folder, STAGES[1:])
+
+
+@pytest.mark.slow
+def test_other_zero_stages_train_alike(by_rank: list[Any], other_stages: None, folder: Path) -> None:
+    assert_trained_alike(folder, OTHER_STAGES)
+
+
+def assert_trained_alike(folder: Path, stages: Sequence[int]) -> None:
     expected = weights(folder / "complete0")
     start = open_clip.create_model(f"local-dir:{folder}/model").state_dict()
-    for stage in STAGES[1:]:
+    for stage in stages:
         tuned = weights(folder / f"complete{stage}")
         for name, value in expected.items():
             # A key's bias has no gradient in exact arithmetic; Adam makes full steps of its rounding.
@@ -187,7 +227,7 @@ def test_zero_stages_train_alike(by_rank: list[Any], folder: Path) -> None:
 
 
 def test_online_teacher_and_joint_micro_batches_train_alike(by_rank: list[Any], folder: Path) -> None:
-    for cached, online in zip(lines(folder / "complete3"), lines(folder / "online"), strict=True):
+    for cached, online in zip(lines(folder / "complete2"), lines(folder / "online"), strict=True):
         if "loss" in cached:
             assert online["contrastive_loss"] == pytest.approx(cached["contrastive_loss"], rel=1e-3)
             # At the first step the norm is the rounding of the teacher.
@@ -217,7 +257,7 @@ def test_exported_model_loads_in_open_clip(by_rank: list[Any], folder: Path) -> 
 
 
 def test_run_writes_metrics_and_provenance(by_rank: list[Any], folder: Path) -> None:
-    written = lines(folder / "complete1")
+    written = lines(folder / "complete0")
     assert [line["step"] for line in written] == [1, 2, 3, 4, 5, 6, 6]
     assert {"loss", "image_norm", "text_norm", "logit_scale", "learning_rate", "images_per_second"} <= written[
         0
@@ -226,11 +266,11 @@ def test_run_writes_metrics_and_provenance(by_rank: list[Any], folder: Path) -> 
     assert written[0]["image_norm"] < NOISE_FLOOR["fp32"] < written[3]["image_norm"]
     assert 0 <= written[-1]["accuracy/seen"] <= 1
     assert (
-        by_rank[0]["complete1"]["accuracy/seen"]
-        == by_rank[1]["complete1"]["accuracy/seen"]
+        by_rank[0]["complete0"]["accuracy/seen"]
+        == by_rank[1]["complete0"]["accuracy/seen"]
         == written[-1]["accuracy/seen"]
     )
-    provenance = json.loads((folder / "complete1/config.json").read_text())
+    provenance = json.loads((folder / "complete0/config.json").read_text())
     assert provenance["config"]["train"]["weight_decay"] == 0.1
     assert provenance["versions"]["torch"] == version("torch")
     assert provenance["ranks"] == 2
@@ -251,15 +291,23 @@ def alone(tmp_path: Path, **options: Any) -> tuple[dict[str, Any], Path]:
 
 
 def run_alone(tree: dict[str, Any], output: Path) -> Any:
-    return run_ranks(1, _run_alone, tree, output, init=False)[0]
+    return run_each_alone([tree], output)[0]
 
 
-def _run_alone(tree: dict[str, Any], output: Path) -> Any:
+def run_each_alone(trees: Sequence[dict[str, Any]], output: Path) -> list[Any]:
+    """Outcomes of runs in one process, each of which resumes the one before."""
+    return run_ranks(1, _run_alone, trees, output, init=False)[0]
+
+
+def _run_alone(trees: Sequence[dict[str, Any]], output: Path) -> list[Any]:
+    ranks, outcomes = join(), list[Any]()
     Part.backend = "torch"
-    try:
-        return run(tree, output, join())
-    except ConfigError as error:
-        return str(error)
+    for tree in trees:
+        try:
+            outcomes.append(run(tree, output, ranks))
+        except ConfigError as error:
+            outcomes.append(str(error))
+    return outcomes
 
 
 def test_cache_of_other_data_or_model_is_refused(tmp_path: Path) -> None:
@@ -284,12 +332,19 @@ def test_wrong_cache_rows_are_refused_before_the_first_update(tmp_path: Path) ->
     rows = np.load(output / "teacher/text.npy")
     np.save(output / "teacher/text.npy", rows[::-1])
     shutil.rmtree(output / "checkpoints")
-    for options, message in (
-        ({}, "text.npy: rows 0 to 23 have changed since they were written"),
-        ({"verify": False}, "Most likely the captions or the tokenizer changed"),
-        ({"verify": False, "audit": 0}, "mean |v| before the first update is"),
+    refused = run_each_alone(
+        [tree | {"teacher": options} for options in ({}, {"verify": False}, {"verify": False, "audit": 0})], output
+    )
+    for message, part in zip(
+        refused,
+        (
+            "text.npy: rows 0 to 23 have changed since they were written",
+            "Most likely the captions or the tokenizer changed",
+            "mean |v| before the first update is",
+        ),
+        strict=True,
     ):
-        assert message in run_alone(tree | {"teacher": options}, output)
+        assert part in message
 
 
 def _warned(tree: dict[str, Any], output: Path) -> list[list[str]]:
@@ -317,6 +372,7 @@ def _warned(tree: dict[str, Any], output: Path) -> list[list[str]]:
     return warnings
 
 
+@pytest.mark.slow
 def test_noise_above_a_third_is_reported_once_per_run(tmp_path: Path) -> None:
     tree, output = alone(tmp_path)
     (complete, killed, resumed, fp32) = run_ranks(1, _warned, tree, output, init=False)[0]
@@ -341,6 +397,7 @@ def _traced(tree: dict[str, Any], output: Path) -> tuple[Counter[str], str, list
     return ranges, output_text.getvalue(), [call.args[0] % call.args[1:] for call in warned.call_args_list]
 
 
+@pytest.mark.slow
 def test_trace_contains_the_parts_of_a_step(tmp_path: Path) -> None:
     tree, output = alone(tmp_path)
     tree["teacher"] = {"mode": "online"}

@@ -81,6 +81,7 @@ def one_rank(folder: Path) -> dict[str, Any]:
     tree["train"]["max_steps"] = 1
     for name, options in CASES.items():
         run(name, LORA, ("objective.name", name), *options)
+    run("no gradient", ("model.lora", {"rank": 4, "towers": ["image"]}), ("model.freeze", ["image"]))
     frozen = ("model.freeze", ["image", "text:2"]), ("train.layer_decay", 0.5), ("train.weight_decay", 0.0)
     tree["train"]["warmup_steps"] = 0
     run("plain", ("objective.name", "flyp_replay"), *frozen)
@@ -115,7 +116,7 @@ def test_checkpoint_holds_factors_alone(results: dict[str, Any]) -> None:
 
 def test_trained_factors_move_and_the_model_with_them(results: dict[str, Any], folder: Path) -> None:
     assert "model.lora: 20 layers of the image and text towers adapted, rank 4" in results["dive"]["printed"]
-    assert "fast blocks: none; the image tower keeps its own" in results["dive"]["printed"]
+    assert "fast blocks: image and text towers" in results["dive"]["printed"]
     values, model = results["dive"]["values"], results["dive"]["model"]
     assert all(value.any() for value in values.values())
     base = load_file(folder / "model" / "open_clip_model.safetensors")
@@ -171,6 +172,13 @@ def test_changed_adapters_are_refused(results: dict[str, Any]) -> None:
     assert "error" in results["other rank"]
     assert "model.lora" in results["without"]
     assert "error" in results["without"]
+
+
+def test_half_without_trained_parameters_is_refused(results: dict[str, Any]) -> None:
+    # The logit scale is trained, on which the loss of the reference batch does not depend.
+    assert (
+        "model.freeze: the loss of the reference batch depends on no trained parameter" in results["no gradient"]
+    )
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -49,8 +49,11 @@ SEEN, OTHER = ["seen"], ["other"]
 PRESETS, TARGETS = registry.table().presets, registry.table().targets
 RULES = projections.table()
 
+COMBINED = tuple(name for name in PRESETS if name not in ("coop", "kgcoop"))
+"""Methods that are combined. CoOp and KgCoOp lack ContCoOp's attention: in tests/engine/test_prompt_step.py."""
+
 VALUES: dict[str, tuple[Value, ...]] = {
-    "objective.name": tuple(PRESETS),
+    "objective.name": COMBINED,
     "model.name": ("clip", "siglip", "dropping"),
     "model.logit_scale_max": (None, 10.0),
     "data.target.templates": ("simple", "a photo of a {}"),
@@ -142,6 +145,7 @@ CONSTANT = {
     *(f"objective.perturbation_{key}" for key in ("rank", "size", "steps")),
     *(f"objective.curvature_{key}" for key in ("every", "decay", "low", "high")),
     "objective.gram_weight",
+    *("objective.context", "objective.heads", "objective.residual"),
     "objective.probe_epochs",
     "objective.probe_learning_rate",
     # Each row without ZeRO-3 has a rule or none, by turns: all values with all stages would be five times as many
@@ -151,6 +155,8 @@ CONSTANT = {
     "teacher.batch_size",
     "train.epochs",
     "train.seed",
+    # SGD, which needs ZeRO 0: in test_prompt_runs.py.
+    *("train.optimizer", "train.momentum"),
     "train.learning_rate",
     "train.weight_decay",
     "train.betas",
@@ -164,9 +170,9 @@ CONSTANT = {
     "evaluate.batch_size",
     # Loaders of optional packages: in tests/evaluation/datasets/test_set_loader.py.
     "evaluate.loader",
-    # A part of the samples, which is read as any other set: in tests/data/test_holdout.py.
-    "data.target.holdout",
-    "evaluate.sets.<name>.holdout",
+    # A part of the samples, which is read as any other set: in tests/data/test_holdout.py and test_class_parts.py.
+    *("data.target.holdout", "data.target.classes", "data.target.shots", "data.target.shots_seed"),
+    *("evaluate.sets.<name>.holdout", "evaluate.sets.<name>.classes"),
     # Parts without a method's name: in tests/methods.
     "objective.target",
     "objective.reference",
@@ -205,7 +211,7 @@ NEED_REFERENCE = tuple(name for name, preset in PRESETS.items() if preset.refere
 WITH_CLASSES = tuple(
     name
     for name, preset in PRESETS.items()
-    if TARGETS[preset.target].needs_head or TARGETS[preset.target].needs_classes
+    if name in COMBINED and (TARGETS[preset.target].needs_head or TARGETS[preset.target].needs_classes)
 )
 ADVERSARIAL = ("grace", "pmg_aft", "tecoa")
 WITH_VIEWS = ("grace", "pmg_aft")
@@ -218,6 +224,8 @@ INVALID = [
     Invalid({"objective.name": WITH_CLASSES, "data.target.format": ("csv",)}, "csv has prompts and no classes"),
     Invalid({"objective.name": WITH_TEACHER, STAGE: (3,)}, "a teacher on the target half"),
     Invalid({"objective.name": ADVERSARIAL, STAGE: (3,)}, "which need all weights"),
+    Invalid({"objective.name": ("contcoop",), STAGE: (3,)}, "has learned prompts, which need all weights"),
+    Invalid({"objective.name": ("contcoop",), "train.ema": (0.5,)}, "trains prompts and no weight of the model"),
     Invalid({"objective.name": WITH_VIEWS, "model.name": ("dropping",)}, "encodes views of images twice"),
     Invalid({"objective.name": ("car_ft",), "data.target.templates": ("a photo of a {}",)}, "at least two"),
     Invalid({"data.target.loader": ("ffcv",), "data.target.format": RAW}, "reads prepared sets alone"),
@@ -318,6 +326,9 @@ def test_every_option_is_listed() -> None:
 
 # Rows
 
+CONSIDERED = 2000
+"""Choices of a group of options that are compared, drawn at random from all that rules allow."""
+
 
 class Table:
     """All values of all options by number: which pairs are allowed, and which are not yet covered."""
@@ -348,12 +359,20 @@ class Table:
         return not any(all(row & values for values in rule) for rule in self.rules)
 
     def _may_stand(self, keys: list[str]) -> Any:
-        return np.array(
-            [row for row in itertools.product(*(self.of_key[key] for key in keys)) if self.allowed(set(row))]
-        )
+        """One option after the other, so that what a rule refuses is not combined with the options after it."""
+        rows, left = np.zeros((1, 0), dtype=np.int16), list(self.rules)
+        for count, key in enumerate(keys, 1):
+            choices = np.array(self.of_key[key], dtype=np.int16)
+            rows = np.column_stack([rows.repeat(len(choices), 0), np.tile(choices, len(rows))])
+            known = {number for name in keys[:count] for number in self.of_key[name]}
+            for rule in [rule for rule in left if set().union(*rule) <= known]:
+                left.remove(rule)
+                refused = [np.isin(rows, list(values)).any(1) for values in rule]
+                rows = rows[~np.logical_and.reduce(refused)]
+        return rows
 
     def completed(self, *start: int) -> list[int] | None:
-        """A row with the values of ``start`` and others that cover the most pairs; None if all are refused."""
+        """A row with the values of ``start`` and others that cover many pairs; None if all are refused."""
         row: list[int] = []
         fixed = {self.values[number][0]: number for number in start}
         # Those with a choice left come last, so that they go with what is there.
@@ -363,6 +382,8 @@ class Table:
                     choices = choices[choices[:, at] == wanted]
                     if not len(choices):
                         return None
+            if len(choices) > CONSIDERED:
+                choices = choices[self.tie.integers(len(choices), size=CONSIDERED)]
             placed = [*row, *(number for number in start if number not in row)]
             gain = self.uncovered[choices][:, :, placed].sum((1, 2))
             gain += self.uncovered[choices[:, :, None], choices[:, None]].sum((1, 2)) // 2
@@ -540,7 +561,8 @@ def tree_of(folder: Path, output: Path, row: Row) -> dict[str, Any]:
     tree["objective"]["probe_epochs"] = 1
     tree["objective"] = {key: value for key, value in tree["objective"].items() if key in options}
     turn = zlib.crc32(json.dumps(sorted(row.items())).encode())
-    tree["projection"] = {"name": "none" if row[STAGE] == 3 else ("none", *RULES)[turn % (1 + len(RULES))]}
+    has_no_rule = row[STAGE] == 3 or TARGETS[preset.target].needs_prompts
+    tree["projection"] = {"name": "none" if has_no_rule else ("none", *RULES)[turn % (1 + len(RULES))]}
     tree["train"] |= {
         "output": str(output),
         "epochs": 1,
@@ -630,7 +652,13 @@ def run_row(folder: Path, name: str, row: Row, ranks: Ranks) -> str:
 def differences(complete: Path, again: Path, folder: Path, row: Row) -> str:
     """The first difference between the files of a resumed and an uninterrupted run, or nothing."""
     last = "checkpoints/step00000002"
-    for pattern in ("model.safetensors", "head.safetensors", "ema*.safetensors", f"{last}/*.safetensors"):
+    for pattern in (
+        "model.safetensors",
+        "prompts.safetensors",
+        "head.safetensors",
+        "ema*.safetensors",
+        f"{last}/*.safetensors",
+    ):
         files = sorted(complete.glob(pattern))
         if [file.relative_to(complete) for file in files] != [
             f.relative_to(again) for f in sorted(again.glob(pattern))
@@ -641,6 +669,9 @@ def differences(complete: Path, again: Path, folder: Path, row: Row) -> str:
             wrong = [key for key in expected if not torch.equal(expected[key], found[key])]
             if wrong or expected.keys() != found.keys():
                 return f"{file.relative_to(complete)}: {len(wrong)} of {len(expected)} differ, as {wrong[:3]}"
+    if (complete / "prompts.safetensors").exists():
+        moved = load_file(complete / "prompts.safetensors")["attention.output.weight"]
+        return "" if bool(moved.any()) and same_metrics(complete, again, row) else "other prompts or metrics"
     begun = load_file(folder / row.get("model.name", "clip") / "open_clip_model.safetensors")
     tuned = load_file(complete / "model.safetensors")
     if all(torch.equal(begun[key], tuned[key]) for key in begun):
@@ -651,9 +682,14 @@ def differences(complete: Path, again: Path, folder: Path, row: Row) -> str:
         and not torch.equal(begun["logit_bias"], tuned["logit_bias"])
     ):
         return "logit_bias was trained"
+    return "" if same_metrics(complete, again, row) else "other metrics"
+
+
+def same_metrics(complete: Path, again: Path, row: Row) -> bool:
+    """Whether both runs have the same metrics, of the steps that both ran."""
     starts_over = row.get("train.resume") == "never"
     steps = [lines(run, 1 if starts_over else 2) for run in (complete, again)]
-    return "" if steps[0] == steps[1] else f"metrics: {steps[1]} for {steps[0]}"
+    return steps[0] == steps[1]
 
 
 def lines(folder: Path, first: int) -> list[dict[str, Any]]:

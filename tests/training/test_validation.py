@@ -276,6 +276,7 @@ def resources(folder: Path) -> tuple[list[tuple[int, int, int]], int]:
 EVALUATIONS = 12
 
 
+@pytest.mark.slow
 def test_evaluations_leak_no_resources(folder: Path) -> None:
     ((usage, left),) = run_ranks(1, resources, folder, init=False, timeout=400)
     assert left == 0

@@ -19,6 +19,8 @@ STEPS: dict[Attack, int] = {"apgd-ce": 100, "pgd": 10}
 """Default number of gradients. AutoAttack has no such option: its steps are part of its definition."""
 MAX_BATCH = 64
 """Default limit of the batch size: an attack keeps the graph of a batch, which an evaluation does not."""
+SMALL_EPS = 0.1
+"""Distances below are warned of: they are probably on the scale of images in [0, 1] and not in 255ths."""
 MIN_CLASSES = 4
 """Classes that AutoAttack needs: its targeted loss divides by a difference to the fourth-largest logit."""
 
@@ -51,6 +53,8 @@ class AttackOptions:
         for eps in self.eps:
             if not math.isfinite(eps) or eps < 0:
                 raise ConfigError(f"eps = {eps:g}: expected a finite number of at least 0, in 255ths")
+            if self.norm == "linf" and eps > 255:
+                raise ConfigError(f"eps = {eps:g}: any image is within 255/255 in linf; use at most 255")
         for option, number in (("attack steps", self.steps), ("attack samples", self.samples)):
             if number is not None and number < 1:
                 raise ConfigError(f"{option} = {number}: expected a number of at least 1")

@@ -1,6 +1,5 @@
 """Accuracy under attack of one model on many sets: a row for each set and distance; complete rows are reused."""
 
-import time
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
@@ -10,14 +9,20 @@ from dive_fast.data.loaders.loader import Options as LoaderOptions
 from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.errors import UserError, warn_on_main_rank
-from dive_fast.evaluation.attacks.attack_options import MAX_BATCH, AttackOptions, attackable, check_installed
+from dive_fast.evaluation.attacks.attack_options import (
+    MAX_BATCH,
+    SMALL_EPS,
+    AttackOptions,
+    attackable,
+    check_installed,
+)
 from dive_fast.evaluation.attacks.auto_attack import num_targets
 from dive_fast.evaluation.attacks.block_log import BlockLog
 from dive_fast.evaluation.attacks.robust_accuracy import STEP_SHARE, UnderAttack, chosen_samples, robust_accuracy
 from dive_fast.evaluation.datasets.evaluation_set import Labelled
 from dive_fast.evaluation.datasets.resolve import Opened, open_sets
 from dive_fast.evaluation.datasets.set_loader import loader_of
-from dive_fast.evaluation.evaluator import Options, changes, describe_set, fields_of_measurement, shared_identities
+from dive_fast.evaluation.evaluator import Options, describe_set, shared_identities, stored_or_measured
 from dive_fast.evaluation.results import Results
 from dive_fast.evaluation.tables import ADVERSARIAL, Row, attack_name
 from dive_fast.evaluation.zero_shot import classifier_for
@@ -60,34 +65,35 @@ def attack_all(
             f"the attack computes in {options.precision}: rounding hides gradients, so that a model may look more "
             "robust than it is; --precision fp32 does not"
         )
+    for eps in attack.eps:
+        if 0 < eps < SMALL_EPS:
+            warn_on_main_rank(
+                f"eps = {eps:g} is {eps:g}/255, since distances are in 255ths; {255 * eps:.3g}/255 is {eps:g}"
+            )
     identity_of = shared_identities(towers, tokenizer, dict(labelled), ranks, options, head)
     rows: list[Row] = []
     for name, data in labelled.items():
-        fields = describe_set(name, sets[name], data, head) | {"metric": ADVERSARIAL}
+        by_prompts = "prompts" if towers.prompts is None else "learned prompts"
+        fields = describe_set(name, sets[name], data, head, by_prompts) | {"metric": ADVERSARIAL}
         for eps in attack.eps:
             described = attack_fields(attack, eps, len(data.source))
             identity = identity_of[name] | {"attack": attack_identity(attack, eps, data, options.batch_size)}
-            key = digest(identity)
-            stored = ranks.broadcast(results.find(key, options.label, name, NEEDED) if ranks.is_main else None)
-            if stored is not None and not options.force:
-                row = stored | model_fields | fields
-                ranks.print(f"{name}: {_summary(row)} (measured before)")
-            else:
-                started = time.monotonic()
-                measured = _measure(
-                    *(towers, tokenizer, data, ranks, options, attack, eps, name, head, _log(results, key))
+            log = _log(results, digest(identity))
+
+            def scores(name: str = name, data: Labelled = data, eps: float = eps, log: BlockLog = log) -> Row:
+                measured = _measure(*(towers, tokenizer, data, ranks, options, attack, eps, name, head, log))
+                row: Row = {"value": measured.robust, "clean": measured.clean, "samples": measured.samples}
+                return row | {"left_out": measured.left_out, "not_finite": measured.not_finite}
+
+            rows.append(
+                stored_or_measured(
+                    *(name, ranks, results, options, model_fields, fields, identity, NEEDED, scores, _summary),
+                    attack=described,
                 )
-                row = model_fields | fields_of_measurement(identity, options, ranks) | fields | described
-                row |= {"value": measured.robust, "clean": measured.clean, "samples": measured.samples}
-                row |= {"left_out": measured.left_out, "not_finite": measured.not_finite}
-                row |= {"seconds": round(time.monotonic() - started, 2), "key": key, "identity": identity}
-                again = changes(results.latest(options.label, name, described), identity, NEEDED)
-                ranks.print(f"{name}: {_summary(row)}{again}")
-            rows.append(row)
+            )
             with ranks.raise_on_all(UserError):
                 if ranks.is_main:
-                    results.add(row)
-                    _log(results, key).remove()
+                    log.remove()
     return rows
 
 

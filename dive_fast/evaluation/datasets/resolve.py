@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from dive_fast.config.schema import EvaluateConfig, EvaluationSet, Metric
+from dive_fast.data.class_parts import labels_of, select_classes
 from dive_fast.data.classes import imagenet_rows, join_names, remarks
 from dive_fast.data.open_dataset import open_captioned, open_target
 from dive_fast.data.prompt_files import Template
@@ -32,6 +33,22 @@ def open_evaluation(config: EvaluationSet, place: str = "", ranks: Ranks | None 
         DataError: files are missing, a label has no class name, or samples cannot be measured and the set does not
             accept this by ``on_skipped``.
     """
+    opened = _open_complete(config, place, ranks)
+    if config.classes == "all":
+        return opened
+    with naming(place):
+        if isinstance(opened, Captioned) or opened.members is not None or opened.regions is not None:
+            raise DataError(f"classes = {config.classes}: this set's labels are not classes; remove it")
+        source, names = select_classes(opened.source, opened.class_names, config.classes)
+    labels = labels_of(config.classes, len(opened.class_names))
+    imagenet = None if opened.imagenet_rows is None else tuple(opened.imagenet_rows[label] for label in labels)
+    remark = f"{len(source):,} of {len(opened.source):,} images, of {len(labels)} {config.classes} classes"
+    remarks = (*opened.remarks, remark)
+    return replace(opened, source=source, class_names=names, imagenet_rows=imagenet, remarks=remarks)
+
+
+def _open_complete(config: EvaluationSet, place: str, ranks: Ranks | None) -> Labelled | Captioned:
+    """Opens a set with all classes; arguments as in :func:`open_evaluation`."""
     if config.dataset is not None:
         with naming(place and f"{place}.dataset"):
             find_dataset(config.dataset)

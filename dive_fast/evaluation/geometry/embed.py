@@ -2,17 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from dive_fast.config.schema import Loader, ModelConfig, ReferenceConfig
+from dive_fast.data.data_paths import guess_format
 from dive_fast.data.loaders.loader import Options, batches_of
 from dive_fast.data.open_dataset import open_reference
-from dive_fast.data.prepared.format import MANIFEST
 from dive_fast.data.samples import ReferenceSamples, SampleKey
-from dive_fast.data.sources.huggingface import is_dataset
 from dive_fast.data.sources.source import Source
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError
@@ -61,7 +59,7 @@ def describe_pairs(
                 "data.reference: the config has no pairs to measure geometry on; name some by --pairs"
             )
         return reference
-    data_format = data_format or _format_at(path)
+    data_format = data_format or guess_format(path)
     if image_root is not None and data_format != "csv":
         raise ConfigError("--image-root: only csv data has one; leave it out")
     section = {"format": data_format, "path": path, "image_root": image_root}
@@ -126,7 +124,7 @@ def embed_readable(
     chosen = spread(len(samples.source), limit)
     local = ranks.local_range(len(chosen))
     keys: list[SampleKey] = [(0, sample) for sample in chosen[local.start : local.stop]]
-    with _in_fp32(towers):
+    with in_fp32(towers):
         empty = torch.empty(0, towers.width, device=ranks.device)
         images, texts = [empty], [empty]
         samples_read = [torch.empty(0, dtype=torch.int64, device=ranks.device)]
@@ -155,7 +153,7 @@ def spread(count: int, limit: int | None) -> list[int]:
 
 
 @contextmanager
-def _in_fp32(towers: Towers) -> Iterator[None]:
+def in_fp32(towers: Towers) -> Iterator[None]:
     """Evaluation mode without autocast: difference vectors may be shorter than rounding in half precision."""
     training, autocast = towers.training, towers.autocast
     towers.eval()
@@ -165,14 +163,3 @@ def _in_fp32(towers: Towers) -> Iterator[None]:
     finally:
         towers.train(training)
         towers.autocast = autocast
-
-
-def _format_at(path: str) -> str:
-    if Path(path).suffix.lower() in (".csv", ".tsv"):
-        return "csv"
-    if (Path(path) / MANIFEST).is_file():
-        return "prepared"
-    if is_dataset(path):
-        return "huggingface"
-    has_tars = not Path(path).is_dir() or any(entry.suffix == ".tar" for entry in Path(path).iterdir())
-    return "webdataset" if has_tars else "folder"

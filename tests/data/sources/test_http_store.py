@@ -292,14 +292,20 @@ def test_failure_ahead_is_not_reported_and_the_tar_fetched_again(
     assert not caplog.text
 
 
-def test_tar_that_is_being_fetched_is_awaited(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    tars, fetch, may_end = opened(store), tar_stream.fetch, threading.Event()
+def held_fetch(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Makes each fetch wait for the event that it returns."""
+    fetch, may_end = tar_stream.fetch, threading.Event()
 
     def slow(*arguments: Any, **options: Any) -> None:
         may_end.wait()
         fetch(*arguments, **options)
 
     monkeypatch.setattr(tar_stream, "fetch", slow)
+    return may_end
+
+
+def test_tar_that_is_being_fetched_is_awaited(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    tars, may_end = opened(store), held_fetch(monkeypatch)
     tars.fetch_ahead(5)
     threading.Timer(0.05, may_end.set).start()
     tars.scan(5)
@@ -309,13 +315,7 @@ def test_tar_that_is_being_fetched_is_awaited(store: Store, monkeypatch: pytest.
 def test_tar_that_arrives_after_the_end_is_removed(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tars, fetch, may_end = opened(store), tar_stream.fetch, threading.Event()
-
-    def slow(*arguments: Any, **options: Any) -> None:
-        may_end.wait()
-        fetch(*arguments, **options)
-
-    monkeypatch.setattr(tar_stream, "fetch", slow)
+    tars, may_end = opened(store), held_fetch(monkeypatch)
     tars.fetch_ahead(5)
     assert tars._ahead is not None
     thread = tars._ahead[1]

@@ -138,8 +138,11 @@ def prepared_with_tokens(root: Path) -> Source:
 
 
 SETS = (
-    *(folder, holdout, pairs, lines, csv_pairs, csv_prompts, tars, huggingface, prepared),
-    prepared_with_tokens,
+    *(folder, csv_prompts, prepared_with_tokens),
+    *(
+        pytest.param(source, marks=pytest.mark.slow)
+        for source in (holdout, pairs, lines, csv_pairs, tars, huggingface, prepared)
+    ),
 )
 
 

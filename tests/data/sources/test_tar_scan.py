@@ -125,7 +125,7 @@ FILES = st.builds(
 PLAIN_FILES = st.builds(File, PLAIN_NAMES, st.sampled_from(CONTENTS), mtime=st.sampled_from([0, 1.5]))
 
 
-@settings(max_examples=60 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 @example(files=[File("d/", kind=tarfile.AREGTYPE), File("a.jpg"), File("a.txt")], form=tarfile.GNU_FORMAT)
 @example(files=[File("a.jpg/"), File("a.txt"), File("b.jpg"), File("b.txt")], form=tarfile.USTAR_FORMAT)
 @given(files=st.lists(st.one_of(PLAIN_FILES, FILES), max_size=9), form=st.sampled_from(FORMATS))
@@ -133,7 +133,7 @@ def test_scan_tar_equals_careful_scan(files: list[File], form: int) -> None:
     assert_same(tar_bytes(files, form))
 
 
-@settings(max_examples=60 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     files=st.lists(PLAIN_FILES, min_size=1, max_size=4),
     form=st.sampled_from(FORMATS),

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from interrupted_attack import interrupt_at
 from PIL import Image
-from torch import Tensor
 
 from dive_fast.config.schema import EvaluateConfig, ModelConfig
 from dive_fast.data.demo import splits, world
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError
-from dive_fast.evaluation.attacks import attack_figure, robust_accuracy
+from dive_fast.evaluation.attacks import attack_figure
 from dive_fast.evaluation.attacks.attack_options import AttackOptions
 from dive_fast.evaluation.attacks.attacked_sets import attack_all
 from dive_fast.evaluation.evaluator import Options, measure_all, open_all
@@ -160,15 +160,7 @@ def test_rows_under_attack_stay_apart_from_other_rows(case: Case, capsys: pytest
 def test_interrupted_measurement_resumes(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     (complete,) = case.attack(attack(2.0))
     (case.root / "out/results.jsonl").unlink()
-    original, blocks = robust_accuracy._outcomes, []
-
-    def interrupted(model: Any, attack: Any, batch: Any, numbers: Tensor, name: str) -> Tensor:
-        blocks.append(numbers.tolist())
-        if len(blocks) == 3:
-            raise KeyboardInterrupt
-        return original(model, attack, batch, numbers, name)
-
-    monkeypatch.setattr(robust_accuracy, "_outcomes", interrupted)
+    blocks = interrupt_at(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         case.attack(attack(2.0))
     (unfinished,) = (case.root / "out/attacks").iterdir()
@@ -178,9 +170,10 @@ def test_interrupted_measurement_resumes(case: Case, monkeypatch: pytest.MonkeyP
     assert not unfinished.exists()
 
 
-def test_sixteen_bits_are_warned_of(case: Case, caplog: pytest.LogCaptureFixture) -> None:
-    case.attack(attack(2.0))
+def test_sixteen_bits_and_small_distances_are_warned_of(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+    case.attack(attack(2.0, 0.03))
     assert "rounding hides gradients" not in caplog.text
+    assert "eps = 0.03 is 0.03/255, since distances are in 255ths; 7.65/255 is 0.03" in caplog.text
     case.towers.set_precision("bf16")
     case.attack(attack(2.0), precision="bf16")
     assert "the attack computes in bf16: rounding hides gradients" in caplog.text
@@ -192,6 +185,7 @@ def test_retrieval_alone_is_refused(case: Case) -> None:
         case.attack(attack(2.0))
 
 
+@pytest.mark.slow
 def test_auto_attack_row_has_its_version_and_batch(case: Case) -> None:
     pytest.importorskip("pyautoattack")
     # Nothing withstands the first of its attacks, so that the slow ones have nothing to do.

@@ -9,6 +9,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
+from interrupted_attack import interrupt_at
 from torch import Tensor
 
 from dive_fast.attacks.threat import gradient
@@ -17,7 +18,6 @@ from dive_fast.data.demo import splits, world
 from dive_fast.data.loaders.loader import Options
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError
-from dive_fast.evaluation.attacks import robust_accuracy as measurement
 from dive_fast.evaluation.attacks.attack_options import AttackOptions, attackable, check_installed
 from dive_fast.evaluation.attacks.auto_attack import auto_attack, num_targets
 from dive_fast.evaluation.attacks.block_log import BlockLog
@@ -126,7 +126,8 @@ def test_accuracy_falls_with_eps(root: Path) -> None:
         assert values[0] > values[2] > values[3] == 0
 
 
-@pytest.mark.parametrize("norm", [pytest.param("linf", marks=pytest.mark.slow), "l2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_apgd_is_within_one_sample_of_the_package(root: Path, norm: str) -> None:
     autopgd = pytest.importorskip("pyautoattack.autopgd_base")
     data, eps = opened(root), {"linf": 2.0, "l2": 64.0}[norm]
@@ -184,24 +185,15 @@ def test_interrupted_set_resumes_after_its_blocks(
 ) -> None:
     data, attack, log = opened(root), options(2.0), BlockLog(tmp_path / "log/a.jsonl")
     complete = attacked(data, attack)
-    original, batches = measurement._outcomes, []
-
-    def interrupted(model: Any, attack: Any, batch: Any, numbers: Tensor, name: str) -> Tensor:
-        batches.append(numbers.tolist())
-        if len(batches) == 3:
-            raise KeyboardInterrupt
-        return original(model, attack, batch, numbers, name)
-
-    monkeypatch.setattr(measurement, "_outcomes", interrupted)
+    batches = interrupt_at(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         attacked(data, attack, log=log)
     with (tmp_path / "log/a.jsonl").open("a") as file:
         file.write('{"positions": [12, 1')  # a process that was killed while it wrote
     assert sorted(log.read(COUNT)) == list(range(2 * BATCH))
-    batches.extend([[]])
     # Another batch size, as after a change of the machine.
     assert attacked(data, attack, log=log, batch_size=4) == complete
-    assert [number for numbers in batches[4:] for number in numbers] == list(range(2 * BATCH, COUNT))
+    assert [number for numbers in batches[3:] for number in numbers] == list(range(2 * BATCH, COUNT))
     assert len(log.read(COUNT)) == COUNT
     log.remove()
     assert not (tmp_path / "log").exists()
@@ -287,6 +279,7 @@ def test_chosen_samples_are_fixed_and_nested() -> None:
     [
         ({"eps": (-1.0,)}, "eps = -1: expected a finite number of at least 0"),
         ({"eps": (float("nan"),)}, "eps = nan"),
+        ({"eps": (4.0, 256.0)}, "eps = 256: any image is within 255/255 in linf; use at most 255"),
         ({"eps": ()}, "name at least one distance"),
         ({"name": "fgsm"}, "attack = 'fgsm': expected one of apgd-ce, pgd, autoattack"),
         ({"norm": "l1"}, "norm = 'l1': expected one of linf, l2"),
