@@ -14,6 +14,7 @@ from study.methods import (
     ATTACK_EPS,
     ATTACK_STEPS,
     LABELS,
+    LAST_UNDER_ATTACK,
     STUDIED,
     UNDER_ATTACK,
 )
@@ -123,7 +124,9 @@ def difference_table(groups: dict[str, list[Row]]) -> list[str]:
 
 def message(groups: dict[str, list[Row]]) -> str:
     """The title of the chart: accuracies under attack."""
-    shown = [method for method in (PLAIN, STUDIED, *ADVERSARIAL) if method in groups]
+    shown = [
+        method for method in (PLAIN, STUDIED, *ADVERSARIAL) if method in groups and method != LAST_UNDER_ATTACK
+    ]
     means = [
         f"{LABELS[method]} {100 * figure(groups[method], accuracy_under_attack).mean:.0f} %" for method in shown
     ]
