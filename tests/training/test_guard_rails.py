@@ -195,13 +195,17 @@ def test_dominant_reference_loss_is_reported_once(folder: Path, caplog: pytest.L
     assert reported_share(caplog, every, 17.0) == []
 
 
+ALONE = ("contrastive", "cross_entropy", "tecoa", "coop")
+"""Target losses of one term, which is logged."""
+
+
 def test_share_is_measured_only_where_the_loss_has_no_other_terms() -> None:
     config = load_run_config("demo", ['objective={"name": "tracer_dive"}'], CONFIGS)
     share = ReferenceShare(config, registry.create(config.objective, 8), 40, 0)
     share.add(20, {"loss": torch.tensor(1.0)})  # without its metric
     for name, part in registry.table().targets.items():
         metric = vars(part).get("loss_metric")
-        assert (metric is None) == (name not in ("contrastive", "cross_entropy", "tecoa")), name
+        assert (metric is None) == (name not in ALONE), name
 
 
 def _trained(folder: Path) -> tuple[str, str, dict[str, Any]]:
