@@ -197,6 +197,7 @@ def call(*command: str) -> str:
     return run.stdout
 
 
+@pytest.mark.slow
 def test_tiny_run_writes_figures_and_picture(tiny_run: Path) -> None:
     assert outcomes(tiny_run / "cpu-steps.json") == {
         name: "needs a GPU" if name in NEEDS_GPU else "measured" for name in COMPETITORS

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from dive_fast.commands.lean_imports import lean_imports
 from dive_fast.config.shipped import CONFIGS
 
 if TYPE_CHECKING:
@@ -108,12 +109,14 @@ def load_config(
             print(remark, file=sys.stderr)
         if announcement:
             print(announcement, flush=True)
-    from dive_fast.distributed import use_cpu_without_gpu
+    with lean_imports():
+        from dive_fast.distributed import use_cpu_without_gpu
 
-    use_cpu_without_gpu()
-    from dive_fast.methods.run_config import load_run_config
+        use_cpu_without_gpu()
+        # The methods import open_clip, and it timm.
+        from dive_fast.methods.run_config import load_run_config
 
-    return load_run_config(name, overrides, CONFIGS)
+        return load_run_config(name, overrides, CONFIGS)
 
 
 def run_folder(output: str | None, config: str) -> Path:

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from dive_fast.commands import cli
-from dive_fast.commands.lean_imports import without_trackers
+from dive_fast.commands.lean_imports import lean_imports
 from dive_fast.planner.gpu_specs import GPUS
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = cli.load_config(options.config, options.overrides, announcement, check)
         if options.dry_run:
             return dry_run(config, options)
-        with without_trackers():
+        with lean_imports():
             from dive_fast.checkpoint.saver import SaveError
             from dive_fast.distributed import join
             from dive_fast.fault_tolerance.heartbeat import STOPPED, LostError
@@ -99,11 +100,12 @@ def dry_run(config: "Config", options: argparse.Namespace) -> int:
     # Set before torch and Hugging Face are imported, so that neither uses a GPU or the network.
     os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-    with without_trackers():
+    with lean_imports():
         from dive_fast.planner.advice import advise
         from dive_fast.planner.auto_schedule import choose, with_schedule
         from dive_fast.planner.simulate import plan_run
         from dive_fast.planner.table import as_json, as_table
+    gc.freeze()  # collections during the simulation visit what it creates alone
 
     gpus = [options.device] if options.device else list(GPUS)
     if config.train.schedule == "auto":

@@ -103,8 +103,8 @@ def test_mistakes_are_named(outcomes: dict[str, tuple[int, str, list[str]]]) -> 
 
 def test_trackers_are_absent_in_the_context_alone() -> None:
     code = (
-        "import importlib.util, sys; from dive_fast.commands.lean_imports import UNUSED, without_trackers\n"
-        "with without_trackers():\n"
+        "import importlib.util, sys; from dive_fast.commands.lean_imports import UNUSED, lean_imports\n"
+        "with lean_imports():\n"
         "    assert [importlib.util.find_spec(name) for name in UNUSED] == [None, None]\n"
         "assert not {*UNUSED} & sys.modules.keys()"
     )
