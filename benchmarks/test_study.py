@@ -518,11 +518,11 @@ def test_sharpness_is_the_largest_eigenvalue_of_the_exact_hessian() -> None:
     )
     vector = torch.randn(20, dtype=torch.float64)
     assert torch.allclose(product(vector), exact @ vector, atol=1e-12)
-    found = robustness.largest_eigenvalue(product, vector, tolerance=1e-9)
-    assert found.value == pytest.approx(float(values[-1]), rel=1e-9)
+    largest = robustness.largest_eigenvalue(product, vector, tolerance=1e-9)
+    assert largest.value == pytest.approx(float(values[-1]), rel=1e-9)
     # The largest eigenvalue, not that of the largest absolute value.
-    found = robustness.largest_eigenvalue(lambda x: -(exact @ x), vector, tolerance=1e-9)
-    assert found.value == pytest.approx(-float(values[0]), rel=1e-9)
+    largest = robustness.largest_eigenvalue(lambda x: -(exact @ x), vector, tolerance=1e-9)
+    assert largest.value == pytest.approx(-float(values[0]), rel=1e-9)
     coarse = robustness.largest_eigenvalue(product, vector, products=3)
     assert coarse.products == 3
     assert float((values - coarse.value).abs().min()) <= coarse.error

@@ -148,8 +148,8 @@ def largest_eigenvalue(
         off = torch.tensor(beside, dtype=torch.float64)
         matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
         values, vectors = torch.linalg.eigh(matrix)
-        found = Eigenvalue(float(values[-1]), length * abs(float(vectors[-1, -1])), len(basis))
-        if found.error <= tolerance * abs(found.value) or len(basis) in (products, len(start)):
-            return found
+        largest = Eigenvalue(float(values[-1]), length * abs(float(vectors[-1, -1])), len(basis))
+        if largest.error <= tolerance * abs(largest.value) or len(basis) in (products, len(start)):
+            return largest
         basis.append(image / length)
         beside.append(length)

@@ -46,12 +46,12 @@ def harmonic_mean(row: Row) -> float:
 def selected(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The runs of each method at its setting that were attacked, and of the pre-trained model, of one model."""
     attacked = of_one_model([row for row in rows if is_measured(row)], "cifar10", UNDER_ATTACK)
-    found = {PRETRAINED: [row for row in attacked if row["method"] == PRETRAINED]}
+    of_method = {PRETRAINED: [row for row in attacked if row["method"] == PRETRAINED]}
     for method in UNDER_ATTACK if attacked else ():
         setting = setting_under_attack(rows, method, attacked[0]["model"])
         seeds = {replace(setting, seed=seed) for seed in SEEDS} if setting is not None else set()
-        found[method] = [row for row in attacked if row["method"] == method and run_of(row) in seeds]
-    return {method: runs for method, runs in found.items() if runs}
+        of_method[method] = [row for row in attacked if row["method"] == method and run_of(row) in seeds]
+    return {method: runs for method, runs in of_method.items() if runs}
 
 
 def table(groups: dict[str, list[Row]]) -> list[str]:
@@ -149,8 +149,8 @@ def lines(rows: Sequence[Row], size: str, folder: Path) -> list[str]:
         highlighted=[style(method) for method in (STUDIED, *ADVERSARIAL)],
         measures=MEASURES,
     )
-    found = ["", "## CIFAR-10. Under attack", ""]
-    found += [
+    tables = ["", "## CIFAR-10. Under attack", ""]
+    tables += [
         f"Runs from the pre-trained weights {next(iter(groups.values()))[0]['model']}. Attack: {ATTACK.name}, "
         f"L-infinity, eps {ATTACK_EPS:g}/255, {ATTACK.num_steps} steps, on {ATTACK.samples} pictures of ID; in "
         f"training PGD of the same eps, {ATTACK_STEPS} steps. lambda_max is that of the clean cross-entropy.",
@@ -164,5 +164,5 @@ def lines(rows: Sequence[Row], size: str, folder: Path) -> list[str]:
         "Other learning rates, seed 0": trial_table(rows, groups),
     }.items():
         if len(rest) > 2:
-            found += ["", f"## CIFAR-10. Under attack. {heading}", "", *rest]
-    return found
+            tables += ["", f"## CIFAR-10. Under attack. {heading}", "", *rest]
+    return tables
