@@ -19,7 +19,7 @@ from dive_fast.commands.lean_imports import lean_imports
 from dive_fast.config.shipped import CONFIGS
 
 if TYPE_CHECKING:
-    from dive_fast.config.schema import Config
+    from dive_fast.config.schema import Config, EvaluateConfig, ModelConfig
     from dive_fast.methods.run_config import RunConfig
 
 
@@ -117,6 +117,44 @@ def load_config(
         from dive_fast.methods.run_config import load_run_config
 
         return load_run_config(name, overrides, CONFIGS)
+
+
+def check_model_options(parser: argparse.ArgumentParser, options: argparse.Namespace, missing: str) -> None:
+    """Checks that ``--config`` or ``--model`` is set, and that ``--pretrained`` and overrides go with it.
+
+    Args:
+        missing: the error where neither or both are set.
+    """
+    if (options.config is None) == (options.model is None):
+        parser.error(missing)
+    if options.model is not None and options.overrides:
+        parser.error(f"{options.overrides[0]}: overrides go with --config")
+    if options.config is not None and options.pretrained is not None:
+        parser.error("--pretrained goes with --model; a config has model.pretrained")
+
+
+def config_or_model(
+    options: argparse.Namespace, check: "Callable[[ModelConfig, Config | None], None]"
+) -> "tuple[RunConfig | None, ModelConfig, EvaluateConfig]":
+    """The config, its model and its ``evaluate`` section; or no config, the model of ``--model``, and defaults.
+
+    Args:
+        check: validates the model, and the config if there is one, before the seconds of imports.
+
+    Raises:
+        ConfigError: as :func:`load_config`.
+        UserError: as ``check``.
+    """
+    from dive_fast.config.schema import EvaluateConfig, ModelConfig
+
+    if options.config is not None:
+        config = load_config(
+            options.config, options.overrides, check=lambda checked: check(checked.model, checked)
+        )
+        return config, config.model, config.evaluate
+    model = ModelConfig(name=options.model, pretrained=options.pretrained)
+    check(model, None)
+    return None, model, EvaluateConfig()
 
 
 def run_folder(output: str | None, config: str) -> Path:

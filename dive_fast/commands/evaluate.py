@@ -36,12 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.suite or options.datasets or options.weights or options.overrides:
             parser.error("to measure a model before --compare, name it by --config or --model")
         return _compare(options, options.output or RESULTS)
-    if (options.config is None) == (options.model is None):
-        parser.error("name a run by --config, a model by --model, or published results by --compare MODEL")
-    if options.model is not None and options.overrides:
-        parser.error(f"{options.overrides[0]}: overrides go with --config")
-    if options.config is not None and options.pretrained is not None:
-        parser.error("--pretrained goes with --model; a config has model.pretrained")
+    missing = "name a run by --config, a model by --model, or published results by --compare MODEL"
+    cli.check_model_options(parser, options, missing)
     names = [*(options.suite or []), *(options.datasets or [])]
     if names and options.root is None:
         parser.error("--suite and --datasets need --root, e.g. --root /data/{dataset}")
@@ -53,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     _check_update(parser, options)
 
     # Only pydantic is imported so far, so that a typo is reported at once.
-    from dive_fast.config.schema import EvaluateConfig, EvaluationSet, ModelConfig
+    from dive_fast.config.schema import EvaluationSet
     from dive_fast.errors import ConfigError, UserError
     from dive_fast.evaluation.attacks.attack_options import MAX_BATCH, attackable
     from dive_fast.evaluation.datasets.catalog import expand_suites
@@ -72,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         }
         return _halved(complete) if options.base_new else complete
 
-    def check(model: ModelConfig, config: "Config | None") -> None:
+    def check(model: "ModelConfig", config: "Config | None") -> None:
         weights = _weights(options, config)
         _prompts(options, config)
         check_output(options.output or _folder(options, config))
@@ -84,15 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         attack = _attack(options)
-        if options.config is not None:
-            config = cli.load_config(
-                options.config, options.overrides, check=lambda checked: check(checked.model, checked)
-            )
-            model, defaults = config.model, config.evaluate
-        else:
-            config, defaults = None, EvaluateConfig()
-            model = ModelConfig(name=options.model, pretrained=options.pretrained)
-            check(model, None)
+        config, model, defaults = cli.config_or_model(options, check)
         weights, prompt_path = _weights(options, config), _prompts(options, config)
         update = _update(options)
         if update is not None and prompt_path is None:

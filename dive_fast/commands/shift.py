@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from dive_fast.commands import cli
 
 if TYPE_CHECKING:
-    from dive_fast.config.schema import Config
+    from dive_fast.config.schema import Config, ModelConfig
 
 RESULTS = Path("runs/shift")
 """Default output folder with --model."""
@@ -29,23 +29,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command; a user's mistake becomes one line and exit code 2."""
     parser = _parser()
     options = parser.parse_intermixed_args(arguments)
-    if (options.config is None) == (options.model is None):
-        parser.error("name a run by --config, or a model by --model")
-    if options.model is not None and options.overrides:
-        parser.error(f"{options.overrides[0]}: overrides go with --config")
-    if options.config is not None and options.pretrained is not None:
-        parser.error("--pretrained goes with --model; a config has model.pretrained")
+    cli.check_model_options(parser, options, "name a run by --config, or a model by --model")
     if options.near > options.far:
         parser.error("--near is larger than --far")
 
     # Only pydantic is imported so far, so that a typo is reported at once.
-    from dive_fast.config.schema import EvaluateConfig, ModelConfig
     from dive_fast.errors import ConfigError, UserError
     from dive_fast.evaluation.early_checks import check_output
     from dive_fast.evaluation.shift import shift_sets
     from dive_fast.model.model_names import check_name
 
-    def check(model: ModelConfig, config: "Config | None") -> None:
+    def check(model: "ModelConfig", config: "Config | None") -> None:
         _checkpoints(options, config)
         check_output(_folder(options, config))
         check_name(model, weights=options.before is None)
@@ -57,15 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         sets = shift_sets.parse_all(written)
         if options.held_out is None and any(each.name == "held-out" for each in sets):
             raise ConfigError("held-out is the name of a part of the fitted set; name the set otherwise")
-        if options.config is not None:
-            config = cli.load_config(
-                options.config, options.overrides, check=lambda checked: check(checked.model, checked)
-            )
-            model, defaults = config.model, config.evaluate
-        else:
-            config, defaults = None, EvaluateConfig()
-            model = ModelConfig(name=options.model, pretrained=options.pretrained)
-            check(model, None)
+        config, model, defaults = cli.config_or_model(options, check)
         from dive_fast.distributed import join, use_cpu_without_gpu
 
         use_cpu_without_gpu()
