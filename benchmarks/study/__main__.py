@@ -3,7 +3,7 @@
 ``run`` works off the plan, one line of results for each run; the same command resumes after a kill.
 With ``--settings small`` the plan has the settings that the grid of that size has chosen, and no grid; with
 ``--part weights`` it has the methods in weight space, and FLYP and DiVE next to them; with ``--part attacks`` the
-methods that are compared under attack.
+methods that are compared under attack; with ``--part prompts`` learned prompts after an update of the model.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from loss_report import REPOSITORY
 
 from dive_fast.distributed import join
 from dive_fast.errors import ConfigError
-from study import results, robustness_tables
+from study import prompt_runs, prompt_tables, results, robustness_tables
 from study import summary as report
 from study.experiments import SEEDS, Rows, complete, in_weight_space, plan, settled, under_attack
 from study.methods import UNDECAYED
@@ -34,20 +34,26 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks/results")
     parser.add_argument("--settings", choices=SIZES, help="use the settings that the grid of this size has chosen")
     parser.add_argument("--worlds", nargs="+", choices=report.WORLDS, default=list(report.WORLDS))
-    parser.add_argument("--part", choices=["all", "weights", "attacks"], default="all")
+    parser.add_argument("--part", choices=["all", "weights", "attacks", "prompts"], default="all")
     parser.add_argument("--minutes", type=float, help="time limit after which no run starts")
     parser.add_argument("what", choices=["run", "plan", "report"])
     options = parser.parse_args()
     path = options.results / f"study-{options.size}.jsonl"
+    prompts = options.results / f"study-{options.size}-prompts.jsonl"
     grid = None
     if options.settings is not None:
         grid = results.latest(results.read(REPOSITORY / f"benchmarks/results/study-{options.settings}.jsonl"))
     if options.what == "report":
         rows = results.latest(results.read(path))
         further = robustness_tables.lines(rows, options.size, options.results)
+        further += prompt_tables.lines(prompt_runs.latest(results.read(prompts)), options.size, options.results)
         print(report.write(rows, options.size, options.results, grid, further).read_text())
         return
     study = Study(options.folder, options.size, join())
+    if options.part == "prompts":
+        update = prompt_runs.PromptStudy(options.folder, options.size, study.size.shape, study.ranks)
+        update.work(prompts, options.minutes, begun, dry=options.what == "plan")
+        return
     study.prepare(tuple(options.worlds))
 
     def planned(rows: Rows) -> list[Run]:

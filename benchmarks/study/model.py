@@ -5,10 +5,11 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -47,11 +48,30 @@ def write_shape(folder: Path, size: str, vocabulary: Iterable[str] | None = None
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def train(folder: Path, size: str, *, epochs: int, batch_size: int, learning_rate: float, seed: int = 0) -> None:
-    """Pre-trains on all of CIFAR-100's train split and writes the model to ``folder``, whole."""
+def train(
+    folder: Path,
+    size: str,
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int = 0,
+    classes: Collection[int] = range(100),
+) -> None:
+    """Pre-trains on CIFAR-100's train split and writes the complete model to ``folder``.
+
+    Args:
+        classes: labels of the classes whose pictures and captions are read; the vocabulary is that of all.
+    """
     fine = sets.load("cifar100/cifar100.npz", "train")
     coarse = sets.superclasses("cifar100/cifar100.npz", "train")
-    images = torch.from_numpy(fine.images).permute(0, 3, 1, 2).contiguous()
+    rows = np.flatnonzero(np.isin(fine.labels, list(classes)))
+    images = torch.from_numpy(fine.images[rows]).permute(0, 3, 1, 2).contiguous()
+
+    def caption(index: int, random: np.random.Generator) -> str:
+        row = rows[index]
+        return sets.caption(fine.names[fine.labels[row]], coarse[row], random)
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         place = Path(name)
@@ -59,7 +79,7 @@ def train(folder: Path, size: str, *, epochs: int, batch_size: int, learning_rat
         model = pretrain.fit(
             place,
             images,
-            lambda row, random: sets.caption(fine.names[fine.labels[row]], coarse[row], random),
+            caption,
             steps=epochs * len(images) // batch_size,
             batch_size=batch_size,
             learning_rate=learning_rate,

@@ -256,9 +256,7 @@ def write(
             continue
         place = folder if world == "cifar10" else folder / world
         for name, pictures in labelled_sets(world, target, tested, corruptions).items():
-            _write_tars(place / name, pictures.images, ".cls", [str(label) for label in pictures.labels])
-            (place / name / "classes.txt").write_text("".join(f"{one}\n" for one in pictures.names))
-            (place / name / "templates.txt").write_text("".join(f"{one}\n" for one in TEMPLATES))
+            write_labelled(place / name, pictures)
         if world == "cifar10":
             _write_pairs(folder, reference, references, tested)
         mark.touch()
@@ -268,13 +266,25 @@ def write(
 def _write_pairs(folder: Path, reference: int, references: Sequence[int], tested: int) -> None:
     train = load(CIFAR100, "train")
     kept = np.flatnonzero(np.isin(train.labels, halves(train)[0]))
-    _write_captioned(folder / "reference", train, "train", kept[:reference])
+    write_captioned(folder / "reference", train, "train", kept[:reference])
     for size in references:
-        _write_captioned(folder / f"reference-{size}", train, "train", kept[:size])
-    _write_captioned(folder / "heldout", load(CIFAR100, "test"), "test", np.arange(min(1000, tested)))
+        write_captioned(folder / f"reference-{size}", train, "train", kept[:size])
+    write_captioned(folder / "heldout", load(CIFAR100, "test"), "test", np.arange(min(1000, tested)))
 
 
-def _write_captioned(folder: Path, fine: Pictures, split: str, rows: NDArray[np.int64]) -> None:
+def write_labelled(folder: Path, pictures: Pictures, templates: Sequence[str] = TEMPLATES) -> None:
+    """Writes a labelled set as webdataset tars, with its class names and templates."""
+    _write_tars(folder, pictures.images, ".cls", [str(label) for label in pictures.labels])
+    (folder / "classes.txt").write_text("".join(f"{one}\n" for one in pictures.names))
+    (folder / "templates.txt").write_text("".join(f"{one}\n" for one in templates))
+
+
+def write_captioned(folder: Path, fine: Pictures, split: str, rows: NDArray[np.int64]) -> None:
+    """Writes some pictures of CIFAR-100 with captions as webdataset tars.
+
+    Args:
+        fine: the pictures of ``split``, in the order of the file.
+    """
     random, coarse = np.random.default_rng(0), superclasses("cifar100/cifar100.npz", split)
     said = [caption(fine.names[fine.labels[row]], coarse[row], random) for row in rows]
     _write_tars(folder, fine.images[rows], ".txt", said)

@@ -279,7 +279,7 @@ class TeacherConfig(Section):
 
 
 class TrainConfig(Section):
-    """Optimization, precision and checkpoints. The learning rate has a linear warm-up and decays by a cosine."""
+    """Optimization, precision and checkpoints. The learning rate has a warm-up and decays by a cosine."""
 
     output: PathText | None = None
     """Run folder; default: `runs/` and the config's name."""
@@ -331,7 +331,14 @@ class TrainConfig(Section):
     momentum: Decay = 0.9
     """Momentum of SGD."""
     warmup_steps: NonNegative = 500
-    """Steps of the warm-up, in which the learning rate rises linearly to its peak."""
+    """Steps of the warm-up, in which the learning rate rises linearly to its peak, unless `warmup_rate` is set."""
+    warmup_rate: NonNegativeFloat | None = None
+    """Constant learning rate of the warm-up, after which the peak follows at once, as prompts are learned with.
+    Default: it rises linearly."""
+    cosine_every: Literal["step", "epoch"] = "step"
+    """`step`: after the warm-up the cosine falls in every step, to 0 at the end. `epoch`: once an epoch, as prompts
+    are learned with: k epochs after the warm-up it is (1 + cos(pi k / epochs)) / 2 of the peak, which does not reach
+    0."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights, e.g. 0.999, which averages over 1 / (1 - decay) steps
     and begins with the pre-trained weights. Skipped steps do not move it. It changes neither training nor the
@@ -580,6 +587,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_optimizer(self) -> "Config":
+        if self.train.warmup_rate is not None and self.train.learning_rate == 0:
+            raise ValueError("train.warmup_rate: train.learning_rate = 0 trains nothing; remove warmup_rate")
         if self.train.optimizer == "sgd" and self.projection.name != NO_PROJECTION:
             raise ValueError(
                 f"train.optimizer = sgd: projection.name = {self.projection.name} is a rule around AdamW's step; "

@@ -63,13 +63,34 @@ def _groups(train: TrainConfig, towers: Towers) -> list[dict[str, Any]]:
     ]
 
 
-def learning_rate_schedule(warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """Factor on the peak learning rate at each step: linear warm-up, then cosine to 0, as in open_clip."""
+def schedule_of(train: TrainConfig, total_steps: int, steps_per_epoch: int) -> Callable[[int], float]:
+    """Factor on the peak learning rate at each step of a run."""
+    return learning_rate_schedule(
+        train.warmup_steps,
+        total_steps,
+        warmup_factor=None if train.warmup_rate is None else train.warmup_rate / train.learning_rate,
+        steps_per_epoch=steps_per_epoch if train.cosine_every == "epoch" else None,
+    )
+
+
+def learning_rate_schedule(
+    warmup_steps: int, total_steps: int, *, warmup_factor: float | None = None, steps_per_epoch: int | None = None
+) -> Callable[[int], float]:
+    """Factor on the peak learning rate at each step: linear warm-up, then cosine to 0, as in open_clip.
+
+    Args:
+        warmup_factor: factor during the complete warm-up, instead of the linear one.
+        steps_per_epoch: the cosine falls once in so many steps, as in CoOp's code: it has as many values as the run
+            has epochs, those of the warm-up included, and begins with the first one after the warm-up.
+    """
 
     def factor(step: int) -> float:
         if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+            return (step + 1) / warmup_steps if warmup_factor is None else warmup_factor
+        if steps_per_epoch is None:
+            progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        else:
+            progress = (step - warmup_steps) // steps_per_epoch / math.ceil(total_steps / steps_per_epoch)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     return factor

@@ -35,7 +35,7 @@ from dive_fast.engine.deepspeed_config import (
     zero_section,
 )
 from dive_fast.engine.feature_consistency import FeatureConsistency, check_config, inspect_modules, make_consistent
-from dive_fast.engine.optimizer import learning_rate_schedule, make_optimizer
+from dive_fast.engine.optimizer import make_optimizer, schedule_of
 from dive_fast.engine.profiler import span
 from dive_fast.engine.target_teacher import TargetTeacher, split_prompts
 from dive_fast.engine.trained_parameters import freeze_untrained
@@ -109,12 +109,21 @@ class _Half:
 class Engine:
     """Trains towers by a method on DeepSpeed."""
 
-    def __init__(self, config: Config, towers: Towers, method: Method, ranks: Ranks, total_steps: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        towers: Towers,
+        method: Method,
+        ranks: Ranks,
+        total_steps: int,
+        steps_per_epoch: int | None = None,
+    ) -> None:
         """Wraps the towers by DeepSpeed.
 
         Args:
             towers: with the adapters of ``model.lora`` (:func:`dive_fast.engine.trained_parameters.adapt`).
             total_steps: updates of the complete run, for the learning rate's schedule.
+            steps_per_epoch: updates of one pass over the target set, for the same; default: the run is one.
 
         Raises:
             ConfigError: as :func:`check_config`, :func:`deepspeed_section`, :func:`check_hooks`,
@@ -159,7 +168,7 @@ class Engine:
         if on_device:
             _disable_deepspeed_grad_norm(section)
         optimizer = self._optimizer = make_optimizer(train, towers, offloads_optimizer(section))
-        schedule = learning_rate_schedule(train.warmup_steps, total_steps)
+        schedule = schedule_of(train, total_steps, steps_per_epoch or total_steps)
         self.deepspeed, *_ = deepspeed.initialize(
             model=self.towers,
             optimizer=optimizer,

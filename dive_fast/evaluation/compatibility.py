@@ -256,8 +256,12 @@ def write(update: Update, folder: Path) -> list[str]:
     return [f"{NAME}.{end}" for end in ("json", "md", "png")]
 
 
-def draw(update: Update, path: Path) -> None:
-    """Draws the accuracies of each set, the old model's above the new model's; a line is the gain."""
+def draw(update: Update, path: Path, title: str | None = None) -> None:
+    """Draws the accuracies of each set, the old model's above the new model's; a line is the gain.
+
+    Args:
+        title: of the figure; default: :func:`message`.
+    """
     accuracies = update.sets | update.summaries
     figure = new_figure(WIDTH, 1.2 + 0.42 * len(accuracies))
     axis = figure.subplots()
@@ -276,5 +280,5 @@ def draw(update: Update, path: Path) -> None:
     style_axes(axis)
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    add_title(figure, message(update))
+    add_title(figure, title or message(update))
     save_figure(figure, path)

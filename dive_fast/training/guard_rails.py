@@ -37,15 +37,17 @@ def warn_of_schedule(config: Config, needs: Needs, total_steps: int) -> None:
         )
     if warmup > LONG_WARMUP * total_steps and warmup > 1:
         peak = min(1.0, total_steps / warmup) * train.learning_rate
+        is_linear = train.warmup_rate is None
+        rises = f"only rises, to {peak:.2g}" if is_linear else f"stays at {train.warmup_rate:.2g} instead"
         logger.warning(
             "train.warmup_steps = %d (%s) of the %d steps of this run: the learning rate %s; set "
             "train.warmup_steps=%d for a tenth of the run",
             warmup,
             origins.of("train.warmup_steps"),
             total_steps,
-            f"only rises, to {peak:.2g} of {train.learning_rate:.2g}"
+            f"{rises} of {train.learning_rate:.2g}"
             if warmup >= total_steps
-            else f"rises for {warmup / total_steps:.0%} of it",
+            else f"{'rises' if is_linear else 'is low'} for {warmup / total_steps:.0%} of it",
             max(1, total_steps // 10),
         )
     if train.ema is not None and total_steps * (1 - train.ema) < 1:

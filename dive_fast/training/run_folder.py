@@ -58,7 +58,13 @@ def find_resumable(train: TrainConfig, folder: Path, config: Identity, ranks: Ra
 
 
 def start_or_resume(
-    train: TrainConfig, folder: Path, checkpoint: Path | None, identity: Identity, total_steps: int, ranks: Ranks
+    train: TrainConfig,
+    folder: Path,
+    checkpoint: Path | None,
+    identity: Identity,
+    total_steps: int,
+    steps_per_epoch: int,
+    ranks: Ranks,
 ) -> RunRecord:
     """Validates the checkpoint to resume from and claims the folder; all ranks call it.
 
@@ -83,7 +89,8 @@ def start_or_resume(
                     "train.epochs or train.max_steps, set train.output to another folder, or train.resume=never "
                     "to train again here"
                 )
-            report_resumed(differences, checkpoint, step, train, (trainer["total_steps"], total_steps))
+            totals = trainer["total_steps"], total_steps
+            report_resumed(differences, checkpoint, step, train, totals, steps_per_epoch)
     with ranks.raise_on_all(ConfigError):
         run = _claim(folder, checkpoints, train.resume, checkpoint) if ranks.is_main else None
     run = ranks.broadcast(run)

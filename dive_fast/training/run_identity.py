@@ -21,7 +21,7 @@ from dive_fast.data.sources.source import Images, Source
 from dive_fast.data.text_tokenizer import TOKENIZER_PROBES
 from dive_fast.distributed import Ranks
 from dive_fast.engine.deepspeed_config import deepspeed_section
-from dive_fast.engine.optimizer import learning_rate_schedule
+from dive_fast.engine.optimizer import schedule_of
 from dive_fast.errors import ConfigError
 from dive_fast.evaluation.datasets.resolve import with_defaults
 from dive_fast.identity import Difference, Identity, differences, digest, versions
@@ -74,6 +74,8 @@ ADDED: dict[str, Any] = {
         "data.target.shots_seed": 1,
         "train.optimizer": "adamw",
         "train.momentum": 0.9,
+        "train.warmup_rate": None,
+        "train.cosine_every": "step",
         "evaluate.loader": "plain",
     },
 }
@@ -108,6 +110,7 @@ NULLS = {
     "train.max_steps": "no limit besides train.epochs",
     "train.micro_batch_size": "the full batch",
     "train.layer_decay": "one learning rate",
+    "train.warmup_rate": "the warm-up is linear",
     "train.ema": "no average",
     "train.checkpoint_every": "none between evaluations",
     "evaluate.geometry": "not measured",
@@ -344,7 +347,12 @@ def _describe(change: Difference) -> str:
 
 
 def report_resumed(
-    changes: Sequence[Difference], checkpoint: Path, step: int, train: TrainConfig, totals: tuple[int, int]
+    changes: Sequence[Difference],
+    checkpoint: Path,
+    step: int,
+    train: TrainConfig,
+    totals: tuple[int, int],
+    steps_per_epoch: int,
 ) -> None:
     """Reports changed settings of a resumed run, and the jump of its learning rate; rank 0 calls it.
 
@@ -352,6 +360,7 @@ def report_resumed(
         changes: the differences from :func:`check_resumable`.
         step: step of the checkpoint.
         totals: steps of the complete run, in the checkpoint and now.
+        steps_per_epoch: now.
     """
     for change in changes:
         effect = "the last bits of the result may differ" if matches(change.key, ROUNDING) else "as set now"
@@ -359,7 +368,7 @@ def report_resumed(
     before, now = totals
     if before != now and step < now:
         old, new = (
-            train.learning_rate * learning_rate_schedule(train.warmup_steps, total)(at)
+            train.learning_rate * schedule_of(train, total, steps_per_epoch)(at)
             for total, at in ((before, step - 1), (now, step))
         )
         logger.warning(

@@ -156,7 +156,9 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         num_held_out=len(held_out.untrained),
     )
     require_equal(ranks, identity)
-    record = start_or_resume(config.train, folder, checkpoint, identity, total_steps, ranks)
+    record = start_or_resume(
+        *(config.train, folder, checkpoint, identity, total_steps, target_order.steps_per_epoch, ranks)
+    )
     if ranks.is_main:
         write_provenance(complete, folder, ranks, identity, total_steps)
         warn_of_schedule(config, needs, total_steps)
@@ -192,7 +194,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
             *(config.objective.name or method.target_loss.name, config.model.name, identity["model"]["weights"]),
             *(tuple(template("{}") for template in templates), class_names),
         )
-    engine = Engine(config, towers, method, ranks, total_steps)
+    engine = Engine(config, towers, method, ranks, total_steps, target_order.steps_per_epoch)
     ranks.print(engine.remark)
     ranks.print(_describe_workers(config))
     if engine.projection is not None:

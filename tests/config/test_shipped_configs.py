@@ -168,6 +168,7 @@ def test_prompt_config_has_the_settings_of_its_code(name: str, batch: int, epoch
     # 16 images of each of 1000 classes: the warm-up is the first epoch.
     assert (train.epochs, train.warmup_steps, train.precision) == (epochs, warmup, "fp16")
     assert warmup == 16 * 1000 // batch
+    assert (train.warmup_rate, train.cosine_every) == (1e-5, "epoch")
 
 
 def write_flyp(folder: Path) -> None:

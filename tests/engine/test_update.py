@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from dive_fast.engine.optimizer import learning_rate_schedule
+from dive_fast.config.schema import TrainConfig
+from dive_fast.engine.optimizer import learning_rate_schedule, schedule_of
 from dive_fast.engine.update import INITIAL_SCALE, LossScale
 
 
@@ -65,6 +66,19 @@ def test_learning_rate_has_linear_warm_up_and_cosine_decay() -> None:
     # A run shorter than its warm-up, and one without.
     assert learning_rate_schedule(500, 10)(9) == pytest.approx(10 / 500)
     assert learning_rate_schedule(0, 10)(0) == 1
+
+
+def test_learning_rate_of_prompt_learning_falls_once_an_epoch() -> None:
+    # CoOp's code at 3 steps an epoch and 4 epochs: the first at a constant rate, then cos(pi k / 4), k = 0, 1, 2.
+    train = TrainConfig(learning_rate=0.002, warmup_steps=3, warmup_rate=1e-5, cosine_every="epoch")
+    factor = schedule_of(train, 12, 3)
+    epochs = [1e-5, *(0.002 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(3))]
+    rates = [train.learning_rate * factor(step) for step in range(12)]
+    assert rates == pytest.approx([rate for rate in epochs for _ in range(3)], rel=1e-12)
+    # The peak follows the constant warm-up in a run of which the cosine falls in every step, too.
+    every_step = schedule_of(train.model_copy(update={"cosine_every": "step"}), 12, 3)
+    assert [every_step(step) for step in (2, 3)] == pytest.approx([0.005, 1])
+    assert every_step(12) == 0
 
 
 def test_loss_scale_is_not_restored_for_another_precision() -> None:

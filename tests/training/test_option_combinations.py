@@ -155,8 +155,8 @@ CONSTANT = {
     "teacher.batch_size",
     "train.epochs",
     "train.seed",
-    # SGD, which needs ZeRO 0: in test_prompt_runs.py.
-    *("train.optimizer", "train.momentum"),
+    # SGD, which needs ZeRO 0, and the schedule of prompt learning: in test_prompt_runs.py.
+    *("train.optimizer", "train.momentum", "train.warmup_rate", "train.cosine_every"),
     "train.learning_rate",
     "train.weight_decay",
     "train.betas",

@@ -32,7 +32,10 @@ from dive_fast.model.towers import create, tokenizer_of
 
 STEPS, WIDTH = 4, tiny.TEXT["width"]
 CONTEXT = 4
-SGD = (("train.optimizer", "sgd"), ("deepspeed.zero_optimization.stage", "auto"))
+SGD = (
+    *(("train.optimizer", "sgd"), ("deepspeed.zero_optimization.stage", "auto")),
+    *(("train.warmup_steps", 2), ("train.warmup_rate", 1e-5), ("train.cosine_every", "epoch")),
+)
 
 
 def tree_of(folder: Path) -> dict[str, Any]:
@@ -138,6 +141,8 @@ def test_run_trains_few_shots_of_base_classes(results: dict[str, Any], folder: P
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "cross_entropy" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    # Two steps an epoch: the first one at the constant rate, the second one at the peak.
+    assert [line["learning_rate"] for line in steps] == pytest.approx([1e-5, 1e-5, 1e-3, 1e-3])
     assert all(line["loss"] == pytest.approx(line["cross_entropy"] + line["prompt_distance"]) for line in steps)
 
 
