@@ -20,11 +20,12 @@ from dive_fast.config.shipped import CONFIGS
 from dive_fast.evaluation import zero_shot
 from dive_fast.evaluation.attacks.attack_options import AttackOptions
 from dive_fast.evaluation.attacks.attacked_sets import evaluate_under_attack
+from dive_fast.evaluation.early_checks import find_prompts
 from dive_fast.evaluation.geometry import compare as geometry
 from dive_fast.evaluation.geometry.embed import describe_pairs
 from dive_fast.methods.run_config import RunConfig as Config
 from dive_fast.methods.run_config import load_run_config
-from dive_fast.model import towers
+from dive_fast.model import prompt_file, towers
 from dive_fast.model.model_names import named
 from dive_fast.training import loop
 
@@ -66,6 +67,7 @@ def evaluate(
     model: str | Path | ModelConfig,
     sets: Mapping[str, EvaluationSet | Mapping[str, Any]],
     attack: Mapping[str, Any] | None = None,
+    prompts: str | Path | None = None,
     **options: Any,
 ) -> dict[str, float]:
     """Measures a model on data sets; returns each set's metric, in [0, 1], by name.
@@ -78,10 +80,13 @@ def evaluate(
         attack: measures the accuracy under this attack instead, on sets with labels:
             ``{"name": "apgd-ce", "eps": 4}``, with eps in 255ths, and optionally ``norm``, ``steps``, ``samples``
             and ``seed`` (:class:`dive_fast.evaluation.attacks.attack_options.AttackOptions`).
+        prompts: learned prompts that classify instead of hand-made ones: a ``prompts.safetensors``, or the run
+            folder with it, also of a run with another model that they fit (docs/prompts.md).
         options: other keys of the section ``evaluate``: ``batch_size``, ``workers``.
 
     Raises:
-        ConfigError, DataError: the model or a set cannot be read, or the attack is not possible.
+        ConfigError, DataError: the model, the prompts or a set cannot be read, the prompts do not fit the model, or
+            the attack is not possible.
         TypeError: an unknown key of the attack.
         ValidationError: an unknown key.
     """
@@ -89,16 +94,19 @@ def evaluate(
         None if attack is None else AttackOptions(**{**attack, "eps": (float(attack.get("eps", math.nan)),)})
     )
     described = _model(model)
+    prompt_path = None if prompts is None else find_prompts(Path(prompts), "prompts")
     config = EvaluateConfig.model_validate(
         {"sets": {name: _section(each) for name, each in sets.items()}} | options
     )
     ranks = _ranks()
-    evaluated = towers.create(described).to(ranks.device).eval()
+    evaluated, tokenizer = towers.create(described).to(ranks.device).eval(), towers.tokenizer_of(described)
+    if prompt_path is not None:
+        prompt_file.attach(prompt_file.load(prompt_path), prompt_path, evaluated, tokenizer)
     if attacking is not None:
-        measured = evaluate_under_attack(evaluated, towers.tokenizer_of(described), config, ranks, attacking)
+        measured = evaluate_under_attack(evaluated, tokenizer, config, ranks, attacking)
         return {name: by_eps[attacking.eps[0]] for name, by_eps in measured.items()}
     with torch.no_grad():
-        return zero_shot.evaluate(evaluated, towers.tokenizer_of(described), config, ranks)
+        return zero_shot.evaluate(evaluated, tokenizer, config, ranks)
 
 
 def compare(

@@ -254,7 +254,9 @@ def _update(options: argparse.Namespace) -> "ModelConfig | None":
 
 
 def _retrained(options: argparse.Namespace) -> Path | None:
-    return None if options.retrained is None else _prompts_at(options.retrained, "--retrained")
+    from dive_fast.evaluation.early_checks import find_prompts
+
+    return None if options.retrained is None else find_prompts(options.retrained, "--retrained")
 
 
 def _check_attack(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -421,29 +423,14 @@ def _prompts(options: argparse.Namespace, config: "Config | None") -> Path | Non
     Raises:
         ConfigError: the file does not exist.
     """
-    from dive_fast.evaluation.early_checks import PROMPTS
+    from dive_fast.evaluation.early_checks import PROMPTS, find_prompts
 
     if options.prompts is None:
         path = None if config is None or options.weights is not None else _run(options, config) / PROMPTS
         return path if path is not None and path.is_file() else None
     if options.prompts == Path("none"):
         return None
-    return _prompts_at(options.prompts, "--prompts")
-
-
-def _prompts_at(path: Path, option: str) -> Path:
-    """The file of prompts at a path, or in the run folder there.
-
-    Raises:
-        ConfigError: it does not exist.
-    """
-    from dive_fast.errors import ConfigError
-    from dive_fast.evaluation.early_checks import PROMPTS
-
-    file = path / PROMPTS if path.is_dir() else path
-    if not file.is_file():
-        raise ConfigError(f"{option} {path}: no such file" + (f" as {PROMPTS} in it" if path.is_dir() else ""))
-    return file
+    return find_prompts(options.prompts, "--prompts")
 
 
 def _head(options: argparse.Namespace, weights: Path | None) -> Path | None:

@@ -42,6 +42,21 @@ def find_weights(weights: Path | None, option: str, run: Path) -> Path:
     return exported
 
 
+def find_prompts(path: Path, option: str) -> Path:
+    """The file of learned prompts at a path, or in the run folder there.
+
+    Args:
+        option: name of the option, for messages, e.g. ``--prompts``.
+
+    Raises:
+        ConfigError: it does not exist.
+    """
+    file = path / PROMPTS if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"{option} {path}: no such file" + (f" as {PROMPTS} in it" if path.is_dir() else ""))
+    return file
+
+
 def check_output(folder: Path) -> None:
     """Checks that results can be written to a folder, which need not exist yet; creates nothing.
 

@@ -43,11 +43,12 @@ def _prompts(towers: Towers) -> Identity:
     """The learned prompts, as a key of its own: results without them remain valid."""
     if towers.prompts is None:
         return {}
-    prompts = towers.prompts
-    about = [
-        prompts.phrase,
-        None if prompts.attention is None else [prompts.attention.heads, prompts.attention.residual],
-    ]
+    prompts, attention = towers.prompts, towers.prompts.attention
+    about: list[Any] = [prompts.phrase, None]
+    if attention is not None:
+        # The first versions knew no other keys than the name's; their results remain valid.
+        keys = [] if attention.attends_to == "name" else [attention.attends_to]
+        about[1] = [attention.heads, attention.residual, *keys]
     return {"prompts": digest([about, state_digest(prompts.state_dict())])}
 
 

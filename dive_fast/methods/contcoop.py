@@ -6,7 +6,7 @@ from dive_fast.config.section import NonNegativeFloat, Positive
 from dive_fast.kernels.naive import kl_divergence
 from dive_fast.methods.method import Group, Preset, over_ranks
 from dive_fast.methods.prompt_learning import PromptLearning, PromptOptions
-from dive_fast.model.learned_prompts import NameAttention
+from dive_fast.model.learned_prompts import AttendsTo, NameAttention
 
 
 class ContCoOp(PromptLearning):
@@ -34,6 +34,9 @@ class ContCoOp(PromptLearning):
 
         heads: Positive = 8
         """Heads of the attention; they divide the width of the text tower."""
+        attends_to: AttendsTo = "name"
+        """`name`: the context attends to the tokens of the class name. `context_and_name`: to itself too, as in a
+        self-attention over both of which the outputs of the context are kept."""
         residual: bool = True
         """Add the context to its attention. `false`: the attention alone, whose output begins at random."""
         distillation_weight: NonNegativeFloat = 1.0
@@ -41,7 +44,8 @@ class ContCoOp(PromptLearning):
 
     def attention(self, width: int) -> NameAttention:
         """The attention to the class names."""
-        return NameAttention(width, self.options.heads, self.options.residual, self.seed)
+        options = self.options
+        return NameAttention(width, options.heads, options.residual, self.seed, options.attends_to)
 
     def distance(self, logits: Tensor, hand_logits: Tensor, classes: Tensor, hand: Tensor, group: Group) -> Tensor:
         """The mean divergence over all ranks' images."""

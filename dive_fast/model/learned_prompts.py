@@ -13,7 +13,7 @@ V and W give other contexts after the model was replaced. No parameter depends o
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +103,10 @@ def tokenize_classes(
     return ClassTokens(tokens.long(), is_name, tuple(lengths.tolist()), tuple(name_lengths.tolist()), start, count)
 
 
+AttendsTo = Literal["name", "context_and_name"]
+"""The keys and values of the attention: the tokens of the class name, or the context vectors in front of them."""
+
+
 class NameAttention(nn.Module):
     """Attention of context vectors to the token embeddings of a class name, with H heads and without biases.
 
@@ -110,11 +114,14 @@ class NameAttention(nn.Module):
     zero at the start, so that the context begins as V, unless the context is the attention alone.
     """
 
-    def __init__(self, width: int, heads: int, residual: bool = True, seed: int = 0) -> None:
+    def __init__(
+        self, width: int, heads: int, residual: bool = True, seed: int = 0, attends_to: AttendsTo = "name"
+    ) -> None:
         """Creates the weights, ``(d, d)`` each and equal on all ranks.
 
         Args:
             residual: whether V is added to the attention.
+            attends_to: ``context_and_name``: LN(V) precedes the keys and values, LN(E_c).
 
         Raises:
             ConfigError: ``heads`` does not divide ``width``.
@@ -125,7 +132,7 @@ class NameAttention(nn.Module):
                 f"objective.heads = {heads}: the text tower's width of {width} is not divisible by it; use "
                 "another number"
             )
-        self.heads, self.residual = heads, residual
+        self.heads, self.residual, self.attends_to = heads, residual, attends_to
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.query, self.key, self.value, self.output = (nn.Linear(width, width, bias=False) for _ in range(4))
@@ -145,10 +152,14 @@ class NameAttention(nn.Module):
         Returns:
             ``(C, M, d)``
         """
-        normed = F.layer_norm(names, names.shape[-1:])
-        queries = self._split(self.query(F.layer_norm(context, context.shape[-1:]))[None])
+        normed, attending = (F.layer_norm(rows, rows.shape[-1:]) for rows in (names, context))
+        mask = is_name
+        if self.attends_to == "context_and_name":
+            normed = torch.cat([attending.expand(len(names), -1, -1), normed], dim=1)
+            mask = torch.cat([mask.new_ones(len(names), len(context)), mask], dim=1)
+        queries = self._split(self.query(attending)[None])
         keys, values = self._split(self.key(normed)), self._split(self.value(normed))
-        attended = attend(queries, keys, values, is_name[:, None, None])
+        attended = attend(queries, keys, values, mask[:, None, None])
         change: Tensor = self.output(attended.transpose(1, 2).flatten(2))
         return context + change if self.residual else change
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -14,6 +14,7 @@ from dive_fast.errors import ConfigError
 from dive_fast.io.atomic_files import atomic_path
 from dive_fast.io.safe_read import parse_json
 from dive_fast.model.learned_prompts import (
+    AttendsTo,
     LearnedPrompts,
     NameAttention,
     check_text_tower,
@@ -25,6 +26,7 @@ FILE = "prompts.safetensors"
 """Name of the prompts in a run folder."""
 FORMAT = "dive_fast prompts 1"
 """Value of ``format`` in the metadata."""
+ATTENDS_TO: tuple[AttendsTo, ...] = get_args(AttendsTo)
 METADATA = "dive_fast"
 """Key of the metadata, a JSON object."""
 
@@ -89,6 +91,7 @@ def save(prompts: LearnedPrompts, path: Path) -> None:
         "phrase": prompts.phrase,
         "heads": None if attention is None else attention.heads,
         "residual": None if attention is None else attention.residual,
+        "attends_to": None if attention is None else attention.attends_to,
         **origin._asdict(),
         "fit": origin.fit._asdict(),
     }
@@ -112,7 +115,9 @@ def load(path: Path) -> LearnedPrompts:
     try:
         if about["format"] != FORMAT:
             raise ValueError("another format")
-        prompts = _prompts(tensors, about["phrase"], about["heads"], about["residual"])
+        # Files of the first version lack it; their attention is to the name alone.
+        attends_to = about.get("attends_to") or ATTENDS_TO[0]
+        prompts = _prompts(tensors, about["phrase"], about["heads"], about["residual"], attends_to)
         prompts.origin = Origin(
             Fit(**about["fit"]),
             method=str(about["method"]),
@@ -129,10 +134,14 @@ def load(path: Path) -> LearnedPrompts:
     return prompts
 
 
-def _prompts(tensors: dict[str, Tensor], phrase: str, heads: int | None, residual: bool | None) -> LearnedPrompts:
+def _prompts(
+    tensors: dict[str, Tensor], phrase: str, heads: int | None, residual: bool | None, attends_to: AttendsTo
+) -> LearnedPrompts:
     attention = None
     if heads is not None:
-        attention = NameAttention(tensors["context"].shape[1], heads, bool(residual))
+        if attends_to not in ATTENDS_TO:
+            raise ValueError(f"attends_to = {attends_to}")
+        attention = NameAttention(tensors["context"].shape[1], heads, bool(residual), attends_to=attends_to)
     prompts = LearnedPrompts(tensors["context"], phrase, attention)
     prompts.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return prompts.requires_grad_(False)

@@ -74,6 +74,7 @@ ADDED: dict[str, Any] = {
         "data.target.shots_seed": 1,
         "train.optimizer": "adamw",
         "train.momentum": 0.9,
+        "objective.attends_to": "name",
         "train.warmup_rate": None,
         "train.cosine_every": "step",
         "evaluate.loader": "plain",

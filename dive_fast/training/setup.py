@@ -128,7 +128,8 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
     complete = fill_in(config, folder, towers, ranks)
     checkpoint = find_resumable(config.train, folder, config_identity(complete), ranks)
     sources = _open_sources(config, evaluation_sets, ranks)
-    held_out = _hold_out(config, sources.reference)
+    # Prompts leave the embeddings of pairs as they are.
+    held_out = HeldOut() if needs.prompts else _hold_out(config, sources.reference)
     classes = _classes(config.data.target, sources.target, ranks)
     target_order = _order(config, "target", len(sources.target), ranks, classes=classes)
     reference_order = _reference_order(config, sources, ranks, held_out) if needs.reference else None

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from dive_fast.config.schema import ModelConfig
 from dive_fast.errors import ConfigError
+from dive_fast.evaluation.feature_identity import features_identity
 from dive_fast.model import prompt_file
 from dive_fast.model.learned_prompts import (
+    AttendsTo,
     ClassTokens,
     LearnedPrompts,
     NameAttention,
@@ -74,8 +76,9 @@ def test_attention_equals_worked_example() -> None:
     assert (query + weights)[0].tolist() == pytest.approx([1.669762, 0.330238], abs=1e-6)
 
 
-def test_contexts_with_attention_equal_float64() -> None:
-    attention, heads, length = moved(NameAttention(6, 2, seed=1)), 2, 3
+@pytest.mark.parametrize("attends_to", ["name", "context_and_name"])
+def test_contexts_with_attention_equal_float64(attends_to: AttendsTo) -> None:
+    attention, heads, length = moved(NameAttention(6, 2, seed=1, attends_to=attends_to)), 2, 3
     generator = torch.Generator().manual_seed(0)
     context, names = torch.randn(2, 6, generator=generator), torch.randn(2, length, 6, generator=generator)
     lengths = (3, 1)
@@ -88,7 +91,10 @@ def test_contexts_with_attention_equal_float64() -> None:
         return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
 
     for number, count in enumerate(lengths):
-        queries, keys, values = norm(v) @ q, norm(e[number, :count]) @ k, norm(e[number, :count]) @ w
+        attended = norm(e[number, :count])
+        if attends_to == "context_and_name":
+            attended = np.concatenate([norm(v), attended])
+        queries, keys, values = norm(v) @ q, attended @ k, attended @ w
         parts = []
         for head in range(heads):
             own = slice(3 * head, 3 * head + 3)
@@ -192,6 +198,29 @@ def test_file_restores_prompts_for_another_model(
         assert torch.equal(encoded(each, loaded, unseen), encoded(each, prompts, unseen))
     # The context follows the token embeddings of the new model; what was learned does not change.
     assert not torch.allclose(encoded(towers, loaded, unseen), encoded(other, loaded, unseen))
+
+
+def test_options_of_the_attention_are_kept_and_part_of_the_identity(
+    towers: Towers, classes: ClassTokens, model: ModelConfig, folder: Path
+) -> None:
+    tokenizer, path, other = tokenizer_of(model), folder / "options.safetensors", copy.deepcopy(towers)
+    origin = prompt_file.Origin(prompt_file.fit_of(towers, tokenizer), "contcoop", "old", "digest", (), NAMES)
+    identities = list[str]()
+    for options in ({}, {"heads": 2}, {"residual": False}, {"attends_to": "context_and_name"}):
+        attention = NameAttention(WIDTH, **({"heads": 4} | options))
+        attention.load_state_dict(moved(NameAttention(WIDTH, 4)).state_dict())
+        prompts = learned(towers, classes, attention)
+        prompts.origin = origin
+        prompt_file.save(prompts, path)
+        loaded = prompt_file.load(path)
+        assert torch.equal(encoded(towers, loaded, classes), encoded(towers, prompts, classes))
+        prompt_file.attach(loaded, path, other, tokenizer)
+        identities.append(features_identity(other, tokenizer, torch.device("cpu"))["model"]["prompts"])
+    assert len(set(identities)) == 4
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"context_and_name", b"name_and_context"))
+    with pytest.raises(ConfigError, match="not prompts of this version of dive_fast .attends_to = name_and_con"):
+        prompt_file.load(path)
 
 
 def test_file_is_refused_by_models_that_do_not_fit(

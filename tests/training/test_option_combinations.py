@@ -145,7 +145,7 @@ CONSTANT = {
     *(f"objective.perturbation_{key}" for key in ("rank", "size", "steps")),
     *(f"objective.curvature_{key}" for key in ("every", "decay", "low", "high")),
     "objective.gram_weight",
-    *("objective.context", "objective.heads", "objective.residual"),
+    *("objective.context", "objective.heads", "objective.residual", "objective.attends_to"),
     "objective.probe_epochs",
     "objective.probe_learning_rate",
     # Each row without ZeRO-3 has a rule or none, by turns: all values with all stages would be five times as many

@@ -12,6 +12,7 @@ from distributed import run_ranks
 from safetensors.torch import load_file
 from test_resume import Folder
 
+from dive_fast import api
 from dive_fast.checkpoint.load_weights import load_into
 from dive_fast.checkpoint.manifest import Tensors, list_checkpoints
 from dive_fast.config.schema import EvaluationSet, ModelConfig
@@ -92,7 +93,10 @@ def update_of(folder: Path, ranks: Ranks, tree: dict[str, Any], new: str) -> dic
             plain[name, kind] = plain_accuracy(models[model], data, prompts)
     with pytest.raises(ConfigError, match=r"learned with local-dir:.*not with these weights of local-dir:.*new"):
         measure(files[0], files[0])
-    return {"rows": rows, "again": again, "update": update, "repeated": repeated, "plain": plain}
+    python = api.evaluate(models[1], sets, prompts=folder / "run", batch_size=5, workers=0)
+    with pytest.raises(ConfigError, match=r"prompts .*new: no such file as prompts.safetensors in it"):
+        api.evaluate(models[1], sets, prompts=folder / "new")
+    return {"rows": rows, "again": again, "update": update, "repeated": repeated, "plain": plain, "python": python}
 
 
 @torch.no_grad()
@@ -138,6 +142,7 @@ def test_run_trains_few_shots_of_base_classes(results: dict[str, Any], folder: P
     assert "error" not in printed, printed
     assert "prompts: 4 context vectors of width 32, 4,224 parameters, 3 classes" in printed
     assert "12 of 15 images, 4 of each class" in printed
+    assert "forgetting probe" not in printed + (folder / "run" / "report.md").read_text()
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "cross_entropy" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
@@ -190,6 +195,7 @@ def test_update_has_the_accuracies_of_plain_code(results: dict[str, Any]) -> Non
     assert set(update.sets) == {"base", "new"}
     for (name, kind), value in measured["plain"].items():
         assert getattr(update.sets[name], kind) == pytest.approx(value, abs=1e-6), (name, kind)
+    assert measured["python"] == {name: each.new for name, each in update.sets.items()}
     assert set(update.summaries) == {"base, harmonic mean", "mean"}
     assert measured["repeated"] == update
     labels = [row["label"] for row in measured["rows"]]
