@@ -85,8 +85,8 @@ def evaluate(
         options: other keys of the section ``evaluate``: ``batch_size``, ``workers``.
 
     Raises:
-        ConfigError, DataError: the model, the prompts or a set cannot be read, the prompts do not fit the model, or
-            the attack is not possible.
+        ConfigError, DataError: the model, the prompts or a set cannot be read, the prompts do not fit the model,
+            or the attack is not possible.
         TypeError: an unknown key of the attack.
         ValidationError: an unknown key.
     """

@@ -132,30 +132,32 @@ def accuracy(row: Row, name: str) -> float:
 
 
 def plan(rows: Sequence[Row], targets: Sequence[str] = (FINE, COARSE)) -> list[PromptRun]:
-    """All runs that can be named with the results so far, in order: first those with the old model alone.
+    """All runs that can be named with the results so far, in order: first those of learners with the old model.
 
     Fine-tuning is compared on the first target.
 
     Args:
         rows: of one old model.
     """
-    with_old, with_new = list[PromptRun](), list[PromptRun]()
-    compared = [(target, method) for target in targets for method in LEARNERS]
-    compared += [(target, TUNED) for target in tuple(targets)[:1]]
+    with_old, with_new, ablations = list[PromptRun](), list[PromptRun](), list[PromptRun]()
     for target in targets:
         with_old.append(PromptRun(target, ZERO_SHOT, OLD, OLD))
         with_new.append(PromptRun(target, ZERO_SHOT, NEW, NEW))
-    for target, method in compared:
-        with_old += trials(target, method)
-        if (chosen := choice(rows, target, method)) is None:
-            continue
-        with_old += [replace(chosen, seed=seed) for seed in SEEDS]
-        with_new += [replace(chosen, measured=NEW, seed=seed) for seed in SEEDS if method != TUNED]
-        with_new += [replace(chosen, trained=NEW, measured=NEW, seed=seed) for seed in SEEDS]
-        if method == ATTENDING:
-            for trained, measured in ((OLD, OLD), (OLD, NEW), (NEW, NEW)):
-                with_new.append(replace(chosen, method=WITHOUT_RESIDUAL, trained=trained, measured=measured))
-    return list(dict.fromkeys(with_old + with_new))
+        for method in LEARNERS:
+            with_old += trials(target, method)
+            if (chosen := choice(rows, target, method)) is None:
+                continue
+            with_old += [replace(chosen, seed=seed) for seed in SEEDS]
+            with_new += [replace(chosen, measured=NEW, seed=seed) for seed in SEEDS]
+            with_new += [replace(chosen, trained=NEW, measured=NEW, seed=seed) for seed in SEEDS]
+            if method == ATTENDING:
+                changed = replace(chosen, method=WITHOUT_RESIDUAL)
+                ablations += [changed, replace(changed, measured=NEW), replace(changed, trained=NEW, measured=NEW)]
+    tuned = trials(targets[0], TUNED)
+    if (chosen := choice(rows, targets[0], TUNED)) is not None:
+        tuned += [replace(chosen, seed=seed) for seed in SEEDS]
+        tuned += [replace(chosen, trained=NEW, measured=NEW, seed=seed) for seed in SEEDS]
+    return list(dict.fromkeys(with_old + with_new + tuned + ablations))
 
 
 def settings_of(method: str) -> Settings:

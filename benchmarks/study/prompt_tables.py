@@ -165,7 +165,7 @@ def half_table(rows: Sequence[Row]) -> list[str]:
 def tuning_table(rows: Sequence[Row]) -> list[str]:
     """Fine-tuning of all weights, and prompts, on the model that they were trained with, in Markdown."""
     lines = [
-        "| method | model | seeds | the target's classes | unseen | read by the new one | CPU seconds of training |",
+        "| method | model | seeds | the target's classes | unseen | read by new | CPU seconds of training |",
         "|---" * 7 + "|",
     ]
     for model in (OLD, NEW):

@@ -336,9 +336,9 @@ class TrainConfig(Section):
     """Constant learning rate of the warm-up, after which the peak follows at once, as prompts are learned with.
     Default: it rises linearly."""
     cosine_every: Literal["step", "epoch"] = "step"
-    """`step`: after the warm-up the cosine falls in every step, to 0 at the end. `epoch`: once an epoch, as prompts
-    are learned with: k epochs after the warm-up it is (1 + cos(pi k / epochs)) / 2 of the peak, which does not reach
-    0."""
+    """`step`: after the warm-up the cosine falls in every step, to 0 at the end. `epoch`: once an epoch, as
+    prompts are learned with: k epochs after the warm-up it is (1 + cos(pi k / epochs)) / 2 of the peak, which does
+    not reach 0."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights, e.g. 0.999, which averages over 1 / (1 - decay) steps
     and begins with the pre-trained weights. Skipped steps do not move it. It changes neither training nor the

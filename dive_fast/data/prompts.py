@@ -131,14 +131,20 @@ class SecondPrompts:
 
 
 def warn_about_prompts(class_names: Sequence[str], templates: Sequence[Template], tokenizer: Tokenizer) -> None:
-    """Warns about truncated prompts and about classes with equal prompt tokens, for the longest template.
+    """Warns as :func:`warn_about_class_texts`, for the longest template."""
+    if class_names and templates:
+        template = max(templates, key=lambda template: len(template("")))
+        warn_about_class_texts(class_names, [template(name) for name in class_names], tokenizer)
+
+
+def warn_about_class_texts(class_names: Sequence[str], prompts: Sequence[str], tokenizer: Tokenizer) -> None:
+    """Warns about truncated prompts and about classes with equal prompt tokens.
 
     Tokenizers truncate a prompt to the model's context without a warning, and with it the class name.
+
+    Args:
+        prompts: one of each class.
     """
-    if not class_names or not templates:
-        return
-    template = max(templates, key=lambda template: len(template("")))
-    prompts = [template(name) for name in class_names]
     parts = [prompts[first : first + 1024] for first in range(0, len(prompts), 1024)]
     tokens = torch.cat([tokenizer(part) for part in parts])
     longer = torch.cat([tokenizer([f"{prompt} and more" for prompt in part]) for part in parts])

@@ -80,8 +80,8 @@ def learning_rate_schedule(
 
     Args:
         warmup_factor: factor during the complete warm-up, instead of the linear one.
-        steps_per_epoch: the cosine falls once in so many steps, as in CoOp's code: it has as many values as the run
-            has epochs, those of the warm-up included, and begins with the first one after the warm-up.
+        steps_per_epoch: the cosine falls once in so many steps, as in CoOp's code: it has as many values as the
+            run has epochs, those of the warm-up included, and begins with the first one after the warm-up.
     """
 
     def factor(step: int) -> float:

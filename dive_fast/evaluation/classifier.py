@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dive_fast.data.classes import composed, repeated, synsets
 from dive_fast.data.prompt_files import Template
+from dive_fast.data.prompts import warn_about_class_texts
 from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, UserError
@@ -147,6 +148,8 @@ def prompted_classifier(towers: Towers, tokenizer: Tokenizer, class_names: Seque
         ConfigError: as :func:`dive_fast.model.learned_prompts.tokenize_classes`.
     """
     classes = tokenize_classes(tokenizer, towers.pooled_at, class_names, towers.prompts.phrase).to(ranks.device)
+    if ranks.is_main:
+        warn_about_class_texts(class_names, classes.texts, tokenizer)
     features = torch.zeros(len(class_names), towers.width, device=ranks.device)
     share = ranks.local_range(len(class_names))
     for first in range(share.start, share.stop, CLASSES_AT_ONCE):

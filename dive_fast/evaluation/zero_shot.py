@@ -74,8 +74,6 @@ def classifier_for(
             )
         scale = float(towers.scale().detach())
         if towers.prompts is not None:
-            if ranks.is_main:
-                warn_about_prompts(data.class_names, [towers.prompts.template], tokenizer)
             weight = prompted_classifier(towers, tokenizer, data.class_names, ranks)
             return Classifier("learned prompts", weight, None, data.members, scale)
         if ranks.is_main:

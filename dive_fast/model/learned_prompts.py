@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dive_fast.data.prompt_files import Template
 from dive_fast.errors import ConfigError
 
 if TYPE_CHECKING:  # these import open_clip, which takes seconds
@@ -48,6 +47,8 @@ class ClassTokens(NamedTuple):
     """Number of tokens in front of the context."""
     context_tokens: int
     """M."""
+    texts: tuple[str, ...]
+    """The prompts, with the phrase in place of the context."""
 
     def to(self, device: torch.device) -> "ClassTokens":
         """The same with its tensors on a device."""
@@ -100,7 +101,10 @@ def tokenize_classes(
             raise ConfigError(f"class {row} has the name {name!r}, which has no tokens; name it")
     position = torch.arange(size) - start - count
     is_name = (position >= 0) & (position < name_lengths[:, None])
-    return ClassTokens(tokens.long(), is_name, tuple(lengths.tolist()), tuple(name_lengths.tolist()), start, count)
+    sizes = tuple(lengths.tolist()), tuple(name_lengths.tolist())
+    ends = ("" if joined else "." for joined in is_joined.tolist())
+    texts = tuple(f"{phrase} {name}{end}" for name, end in zip(class_names, ends, strict=True))
+    return ClassTokens(tokens.long(), is_name, *sizes, start, count, texts)
 
 
 AttendsTo = Literal["name", "context_and_name"]
@@ -189,11 +193,6 @@ class LearnedPrompts(nn.Module):
         self.phrase, self.attention = phrase, attention
         self.origin: Any = None
         """The :class:`~dive_fast.model.prompt_file.Origin` for their file; None before it is set."""
-
-    @property
-    def template(self) -> Template:
-        """The template of class prompts, with the phrase in place of the context."""
-        return Template(f"{self.phrase} {{}}.")
 
     def forward(self, names: Tensor | None, is_name: Tensor | None) -> Tensor:
         """Contexts, ``(C, M, d)`` or, where all classes have the same one, ``(1, M, d)``.

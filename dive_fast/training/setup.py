@@ -19,7 +19,7 @@ from dive_fast.data.loaders.loader import loader_options, training_batches
 from dive_fast.data.open_dataset import open_reference, open_stream, open_target
 from dive_fast.data.prefetch import Prefetcher
 from dive_fast.data.prompt_files import Template, read_templates
-from dive_fast.data.prompts import PromptTable, SecondPrompts, warn_about_prompts
+from dive_fast.data.prompts import PromptTable, SecondPrompts, warn_about_class_texts
 from dive_fast.data.sampler import Classes, Order, StepOrder
 from dive_fast.data.samples import ReferenceSamples, TargetSamples
 from dive_fast.data.sources.source import Source
@@ -189,7 +189,7 @@ def build(config: Config, folder: Path, ranks: Ranks) -> Run:
         ranks.print(remark)
     if towers.prompts is not None:
         tokenizer = tokenizer_of(config.model)
-        warn_about_prompts(class_names, [towers.prompts.template], tokenizer)
+        warn_about_class_texts(class_names, method.target_loss.classes.texts, tokenizer)
         towers.prompts.origin = prompt_file.Origin(
             prompt_file.fit_of(towers, tokenizer),
             *(config.objective.name or method.target_loss.name, config.model.name, identity["model"]["weights"]),

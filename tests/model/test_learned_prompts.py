@@ -114,6 +114,7 @@ def test_phrase_at_the_start_is_the_hand_made_prompt(
     assert classes.name_lengths == (1, 2, 1, 77 - 6, 3)
     assert classes.lengths == (8, 9, 8, 77, 10)
     assert torch.equal(expected[0], expected[2])
+    assert classes.texts[1] == "a photo of a Siamese cat."
 
 
 def test_full_stop_that_joins_a_name_is_left_out() -> None:
@@ -127,6 +128,7 @@ def test_full_stop_that_joins_a_name_is_left_out() -> None:
     classes = tokenize_classes(tokenize, "argmax", ["dog", "cat dog"], "a")
     assert classes.tokens[:, :4].tolist() == [[2, 3, 9, 0], [2, 4, 3, 9]]
     assert (classes.name_lengths, classes.lengths) == ((1, 2), (3, 4))
+    assert classes.texts == ("a dog", "a cat dog")
 
 
 def test_zero_output_has_the_bits_of_a_shared_context(towers: Towers, classes: ClassTokens) -> None:
@@ -219,7 +221,7 @@ def test_options_of_the_attention_are_kept_and_part_of_the_identity(
     assert len(set(identities)) == 4
     content = path.read_bytes()
     path.write_bytes(content.replace(b"context_and_name", b"name_and_context"))
-    with pytest.raises(ConfigError, match="not prompts of this version of dive_fast .attends_to = name_and_con"):
+    with pytest.raises(ConfigError, match=r"not prompts of this version of dive_fast .attends_to = name_and_con"):
         prompt_file.load(path)
 
 
