@@ -13,7 +13,8 @@ part                  use                                                       
 ====================  ==============================================================  ==========
 
 The target ``coarse`` has the pictures of all classes under the names of their superclasses, which both have read.
-Pictures are those of the test split, on which no model was pre-trained; captioned ones are of the train split.
+Pictures are those of the test split, on which no model was pre-trained; captioned ones are of the train split. The
+target ``unread`` is CIFAR-10, of whose names both have read *truck* alone.
 
 Learning rates are chosen on validation pictures of the target by the old model, at seed 0, from one grid for all
 prompt learners, and serve both models.
@@ -48,7 +49,7 @@ from dive_fast.training.loop import train
 from study import model, results, sets
 
 OLD, NEW = "old", "new"
-FINE, COARSE = "fine", "coarse"
+FINE, COARSE, UNREAD = "fine", "coarse", "unread"
 ZERO_SHOT = "zero-shot"
 """Method of a measurement without prompts."""
 LEARNERS = ("coop", "kgcoop", "contcoop")
@@ -75,7 +76,7 @@ class Settings(NamedTuple):
 
 
 PROMPTS = Settings(
-    (0.002, 0.02, 0.2),
+    (0.002, 0.02, 0.2, 2.0),
     25,
     {"batch_size": 32, "crop_scale": [0.5, 1.0], "horizontal_flip": 0.5},
     {
@@ -92,10 +93,14 @@ TUNING_STRENGTH = 1.0
 """Weight of the reference loss, that of the study."""
 REFERENCE = 2500
 """Captioned pairs."""
-CONTEXTS = {FINE: "a photo of a", COARSE: "a photo of some"}
+CONTEXTS = {FINE: "a photo of a", COARSE: "a photo of some", UNREAD: "a photo of a"}
 """Starts of the context."""
-TEMPLATES = {FINE: sets.TEMPLATES, COARSE: sets.COARSE_TEMPLATES}
-EVALUATED = {FINE: ("validation", "id", "unseen", "update"), COARSE: ("validation", "id")}
+TEMPLATES = {FINE: sets.TEMPLATES, COARSE: sets.COARSE_TEMPLATES, UNREAD: sets.TEMPLATES}
+EVALUATED = {
+    FINE: ("validation", "id", "unseen", "update"),
+    COARSE: ("validation", "id"),
+    UNREAD: ("validation", "id"),
+}
 """Sets of each target: ``id`` has the target's classes, ``unseen`` and ``update`` those of parts 1 and 3."""
 PRETRAINING = {OLD: (6, tuple(label for label in range(100) if label % PARTS != UPDATE)), NEW: (12, range(100))}
 """Epochs and classes of each model."""
@@ -131,7 +136,7 @@ def accuracy(row: Row, name: str) -> float:
     return float(row["accuracy"][name])
 
 
-def plan(rows: Sequence[Row], targets: Sequence[str] = (FINE, COARSE)) -> list[PromptRun]:
+def plan(rows: Sequence[Row], targets: Sequence[str] = (FINE, COARSE, UNREAD)) -> list[PromptRun]:
     """All runs that can be named with the results so far, in order: first those of learners with the old model.
 
     Fine-tuning is compared on the first target.
@@ -395,7 +400,13 @@ def labelled_sets() -> dict[str, dict[str, sets.Pictures]]:
         if name == "id":
             fine |= {"unseen": sets.of_classes(part, _labels(UNSEEN))}
             fine |= {"update": sets.of_classes(part, _labels(UPDATE))}
-    return {FINE: fine, COARSE: coarse}
+    tested = sets.load(sets.CIFAR10, "test")
+    unread = {
+        "target": sets.cut(sets.load(sets.CIFAR10, "train"), 0, 1000),
+        "validation": sets.cut(tested, 0, 1000),
+        "id": sets.cut(tested, 5000, 8000),
+    }
+    return {FINE: fine, COARSE: coarse, UNREAD: unread}
 
 
 def _labels(part: int) -> list[int]:

@@ -14,6 +14,7 @@ from study.prompt_runs import (
     NEW,
     OLD,
     TUNED,
+    UNREAD,
     WITHOUT_RESIDUAL,
     ZERO_SHOT,
     Row,
@@ -24,7 +25,7 @@ from study.prompt_runs import (
 )
 from study.summary import spread
 
-TITLES = {FINE: "25 fine classes", COARSE: "20 superclasses"}
+TITLES = {FINE: "25 fine classes", COARSE: "20 superclasses", UNREAD: "CIFAR-10"}
 SETS = {
     "id": "the target's classes",
     "unseen": "classes that both models have read and no prompt was trained on",
