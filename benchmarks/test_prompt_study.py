@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from study import model, prompt_runs, prompt_tables, results, sets
-from study.prompt_runs import COARSE, EVALUATED, FINE, LEARNERS, NEW, OLD, TUNED, ZERO_SHOT, PromptRun
+from study.prompt_runs import COARSE, EVALUATED, FINE, LEARNERS, NEW, OLD, TUNED, UNREAD, ZERO_SHOT, PromptRun
 from test_study import REAL
 
 pytestmark = REAL
@@ -67,13 +67,13 @@ def test_learning_rates_are_chosen_by_the_old_model_alone() -> None:
     rows = worked_off()
     runs = list(map(prompt_runs.run_of, rows))
     assert len(runs) == len(set(runs))
-    for target in (FINE, COARSE):
+    for target in (FINE, COARSE, UNREAD):
         for method in LEARNERS:
             chosen = [run for run in runs if (run.target, run.method, run.measured) == (target, method, NEW)]
             assert {run.learning_rate for run in chosen} == {0.02}
             assert len(chosen) == 6
             tried = [run for run in runs if (run.target, run.method, run.trained) == (target, method, OLD)]
-            assert {run.learning_rate for run in tried if run.measured == OLD} == {0.002, 0.02, 0.2}
+            assert {run.learning_rate for run in tried if run.measured == OLD} == {0.002, 0.02, 0.2, 2.0}
     assert not [run for run in runs if run.method == TUNED and run.trained != run.measured]
     # Whatever the new model scores, the choice stays.
     changed = [
@@ -91,8 +91,8 @@ def test_table_has_gain_and_share_over_seeds(tmp_path: Path) -> None:
     # Seeds add 0, 0.1 and 0.2 points; retraining 5 points.
     text = "\n".join(prompt_tables.lines(rows, "small", tmp_path))
     line = "| ContCoOp | 0.02 | 3 | 50.0 | 50.1 ± 0.1 | 50.0 | 53.1 ± 0.1 | 55.1 ± 0.1 | +3.1 ± 0.1 | 61 |"
-    assert text.count(line) == 2
-    assert "| ContCoOp - KgCoOp | +1.0 ± 0.0 | +0.0 ± 0.0 | +0.0 ± 0.0 | +1.0 ± 0.0 |" in text
+    assert text.count(line) == 3
+    assert "| ContCoOp - KgCoOp | +1.0 ± 0.0 | +0.0 ± 0.0 | +0.0 ± 0.0 | +1.0 ± 0.0 | +1.0 ± 0.0 |" in text
     # Harmonic mean of 53.1 and 50.
     assert "53.1, 50.0, 51.5" in text
     assert [path.name for path in tmp_path.iterdir()] == ["study-small-prompts.png"]

@@ -137,14 +137,14 @@ def accuracy(row: Row, name: str) -> float:
 
 
 def plan(rows: Sequence[Row], targets: Sequence[str] = (FINE, COARSE, UNREAD)) -> list[PromptRun]:
-    """All runs that can be named with the results so far, in order: first those of learners with the old model.
+    """All runs that can be named with the results so far, the most telling first: gains before shares.
 
     Fine-tuning is compared on the first target.
 
     Args:
         rows: of one old model.
     """
-    with_old, with_new, ablations = list[PromptRun](), list[PromptRun](), list[PromptRun]()
+    with_old, with_new, retrained, ablations = (list[PromptRun]() for _ in range(4))
     for target in targets:
         with_old.append(PromptRun(target, ZERO_SHOT, OLD, OLD))
         with_new.append(PromptRun(target, ZERO_SHOT, NEW, NEW))
@@ -154,15 +154,17 @@ def plan(rows: Sequence[Row], targets: Sequence[str] = (FINE, COARSE, UNREAD)) -
                 continue
             with_old += [replace(chosen, seed=seed) for seed in SEEDS]
             with_new += [replace(chosen, measured=NEW, seed=seed) for seed in SEEDS]
-            with_new += [replace(chosen, trained=NEW, measured=NEW, seed=seed) for seed in SEEDS]
+            retrained += [replace(chosen, trained=NEW, measured=NEW, seed=seed) for seed in SEEDS]
             if method == ATTENDING:
                 changed = replace(chosen, method=WITHOUT_RESIDUAL)
                 ablations += [changed, replace(changed, measured=NEW), replace(changed, trained=NEW, measured=NEW)]
-    tuned = trials(targets[0], TUNED)
+    with_new += [run for run in retrained if run.seed == SEEDS[0]] + trials(targets[0], TUNED)
     if (chosen := choice(rows, targets[0], TUNED)) is not None:
-        tuned += [replace(chosen, seed=seed) for seed in SEEDS]
-        tuned += [replace(chosen, trained=NEW, measured=NEW, seed=seed) for seed in SEEDS]
-    return list(dict.fromkeys(with_old + with_new + tuned + ablations))
+        retrained += [replace(chosen, seed=seed) for seed in SEEDS]
+        retrained += [replace(chosen, trained=NEW, measured=NEW, seed=seed) for seed in SEEDS]
+        with_new.append(replace(chosen, trained=NEW, measured=NEW))
+    retrained.sort(key=lambda run: run.seed)
+    return list(dict.fromkeys(with_old + with_new + ablations + retrained))
 
 
 def settings_of(method: str) -> Settings:
