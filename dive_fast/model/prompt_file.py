@@ -19,6 +19,7 @@ from dive_fast.model.learned_prompts import (
     NameAttention,
     check_text_tower,
     token_table,
+    tokenize_classes,
 )
 from dive_fast.model.towers import Towers
 
@@ -29,6 +30,13 @@ FORMAT = "dive_fast prompts 1"
 ATTENDS_TO: tuple[AttendsTo, ...] = get_args(AttendsTo)
 METADATA = "dive_fast"
 """Key of the metadata, a JSON object."""
+
+
+KINDS: dict[str, tuple[type, ...]] = {
+    **{"phrase": (str,), "heads": (int, type(None)), "residual": (bool, type(None)), "fit": (dict,)},
+    **{"templates": (list,), "class_names": (list,)},
+}
+"""Types of the values of the metadata."""
 
 
 class Fit(NamedTuple):
@@ -115,6 +123,9 @@ def load(path: Path) -> LearnedPrompts:
     try:
         if about["format"] != FORMAT:
             raise ValueError("another format")
+        for key, kinds in KINDS.items():
+            if type(about[key]) not in kinds:
+                raise ValueError(f"{key} = {about[key]!r}")
         # Files of the first version lack it; their attention is to the name alone.
         attends_to = about.get("attends_to") or ATTENDS_TO[0]
         prompts = _prompts(tensors, about["phrase"], about["heads"], about["residual"], attends_to)
@@ -138,9 +149,11 @@ def _prompts(
     tensors: dict[str, Tensor], phrase: str, heads: int | None, residual: bool | None, attends_to: AttendsTo
 ) -> LearnedPrompts:
     attention = None
+    if tensors["context"].ndim != 2:
+        raise ValueError("context is not a matrix")
     if heads is not None:
-        if attends_to not in ATTENDS_TO:
-            raise ValueError(f"attends_to = {attends_to}")
+        if heads < 1 or attends_to not in ATTENDS_TO:
+            raise ValueError(f"heads = {heads}, attends_to = {attends_to}")
         attention = NameAttention(tensors["context"].shape[1], heads, bool(residual), attends_to=attends_to)
     prompts = LearnedPrompts(tensors["context"], phrase, attention)
     prompts.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
@@ -154,7 +167,8 @@ def attach(prompts: LearnedPrompts, path: Path, towers: Towers, tokenizer: Token
         path: of the file, for messages.
 
     Raises:
-        ConfigError: the prompts were learned for another text width, vocabulary, context length or tokenizer.
+        ConfigError: the prompts were learned for another text width, vocabulary, context length or tokenizer, or
+            the file contradicts itself.
     """
     fit, origin = fit_of(towers, tokenizer), prompts.origin
     assert isinstance(origin, Origin)
@@ -167,4 +181,10 @@ def attach(prompts: LearnedPrompts, path: Path, towers: Towers, tokenizer: Token
                 f"{path}: learned with {origin.model}, whose {NAMES[key]} is not that of {name} ({numbers}); "
                 "these prompts fit only models with the same text width, vocabulary, tokenizer and context length"
             )
+    tokens = tokenize_classes(tokenizer, towers.pooled_at, ["x"], prompts.phrase).context_tokens
+    if tuple(prompts.context.shape) != (tokens, fit.width):
+        raise ConfigError(
+            f"{path}: its context has the shape {tuple(prompts.context.shape)}, and its phrase {prompts.phrase!r} "
+            f"stands for {(tokens, fit.width)}: the file was changed; learn the prompts again"
+        )
     towers.prompts = prompts.to(towers.logit_scale.device)

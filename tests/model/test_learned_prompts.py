@@ -220,9 +220,16 @@ def test_options_of_the_attention_are_kept_and_part_of_the_identity(
         identities.append(features_identity(other, tokenizer, torch.device("cpu"))["model"]["prompts"])
     assert len(set(identities)) == 4
     content = path.read_bytes()
-    path.write_bytes(content.replace(b"context_and_name", b"name_and_context"))
-    with pytest.raises(ConfigError, match=r"not prompts of this version of dive_fast .attends_to = name_and_con"):
-        prompt_file.load(path)
+    for before, after, message in (
+        (b"context_and_name", b"name_and_context", r"dive_fast .heads = 4, attends_to = name_and_context"),
+        (b'heads\\": 4', b'heads\\": 0', r"dive_fast .heads = 0, attends_to = context_and_name"),
+        (b'heads\\": 4', b'heads\\": "', r"not prompts of this|cannot be read as prompts"),
+        (PHRASE.encode(), b"an image", r"phrase 'an image' stands for .2, 32.: the file was changed"),
+    ):
+        assert before in content
+        path.write_bytes(content.replace(before, after))
+        with pytest.raises(ConfigError, match=message):
+            prompt_file.attach(prompt_file.load(path), path, other, tokenizer)
 
 
 def test_file_is_refused_by_models_that_do_not_fit(
