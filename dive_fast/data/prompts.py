@@ -145,7 +145,7 @@ def warn_about_class_texts(class_names: Sequence[str], prompts: Sequence[str], t
     Args:
         prompts: one of each class.
     """
-    parts = [prompts[first : first + 1024] for first in range(0, len(prompts), 1024)]
+    parts = [list(prompts[first : first + 1024]) for first in range(0, len(prompts), 1024)]
     tokens = torch.cat([tokenizer(part) for part in parts])
     longer = torch.cat([tokenizer([f"{prompt} and more" for prompt in part]) for part in parts])
     is_truncated = (tokens == longer).all(1)

@@ -224,7 +224,7 @@ def test_options_of_the_attention_are_kept_and_part_of_the_identity(
         (b"context_and_name", b"name_and_context", r"dive_fast .heads = 4, attends_to = name_and_context"),
         (b'heads\\": 4', b'heads\\": 0', r"dive_fast .heads = 0, attends_to = context_and_name"),
         (b'heads\\": 4', b'heads\\": "', r"not prompts of this|cannot be read as prompts"),
-        (PHRASE.encode(), b"an image", r"phrase 'an image' stands for .2, 32.: the file was changed"),
+        (PHRASE.encode(), b"a photograph", r"phrase 'a photograph' stands for .2, 32.: the file was changed"),
     ):
         assert before in content
         path.write_bytes(content.replace(before, after))
