@@ -8,8 +8,8 @@ On several GPUs: ``deepspeed launch/evaluate.py ...``. See docs/evaluation.md.
 
 import argparse
 import re
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,7 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
         from dive_fast.model import prompt_file, towers
 
         if update is not None:
-            towers.check(update)
+            with _about_update():
+                towers.check(update)
         sets = named_sets() or (_halved(defaults.sets) if options.base_new else defaults.sets)
         compared = None if options.compare is None else published.find_model(options.compare or model.name)
         towers.check(model, weights=weights is None)
@@ -232,6 +233,8 @@ def _check_update(parser: argparse.ArgumentParser, options: argparse.Namespace) 
             if getattr(options, option) is not None:
                 parser.error(f"--{option.replace('_', '-')} goes with --upgrade, e.g. --upgrade EVA02-B-16")
         return
+    if options.prompts == Path("none"):
+        parser.error("--upgrade measures learned prompts; --prompts names their file")
     for option in ("weights", "head", "attack", "compare", "label"):
         if getattr(options, option) is not None:
             parser.error(f"--{option} does not go with --upgrade, which measures both models by prompts alone")
@@ -249,8 +252,21 @@ def _update(options: argparse.Namespace) -> "ModelConfig | None":
     if options.upgrade is None:
         return None
     model = ModelConfig(name=options.upgrade, pretrained=options.upgrade_pretrained)
-    check_name(model)
+    with _about_update():
+        check_name(model)
     return model
+
+
+@contextmanager
+def _about_update() -> Iterator[None]:
+    """Errors name the options of the updated model instead of the config's keys."""
+    from dive_fast.errors import ConfigError
+
+    try:
+        yield
+    except ConfigError as error:
+        text = str(error).replace("model.pretrained", "--upgrade-pretrained").replace("model.name", "--upgrade")
+        raise ConfigError(text) from None
 
 
 def _retrained(options: argparse.Namespace) -> Path | None:

@@ -9,6 +9,7 @@ compatible where gain > 0. Accuracies are the metrics of the sets, in [0, 1].
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,8 @@ from dive_fast.model import prompt_file, towers
 from dive_fast.model.learned_prompts import LearnedPrompts
 from dive_fast.model.model_identity import weights_digest
 from dive_fast.model.towers import Towers
+
+logger = logging.getLogger(__name__)
 
 NAME = "compatibility"
 """Files ``compatibility.json``, ``.md`` and ``.png`` in the output folder."""
@@ -153,19 +156,18 @@ def measure_update(
         raise ConfigError(f"{captioned[0]}: prompts do not take part in retrieval; leave this set out")
     rows: list[Row] = []
     columns: dict[str, dict[str, float]] = {}
+    prepared: list[_Prepared] = []
     runs: list[tuple[ModelConfig, list[tuple[str, Path | None]]]] = [
         (old, [("old_zero_shot", None), ("old", prompts)]),
         (new, [("new_zero_shot", None), ("new", prompts), *([("retrained", retrained)] if retrained else [])]),
     ]
+    # Both before the first measurement, which takes long.
+    with ranks.raise_on_all(UserError):
+        prepared += [_prepare(model, kinds) for model, kinds in runs]
+    if ranks.is_main and len({weights_digest(evaluated) for evaluated, *_ in prepared}) == 1:
+        logger.warning("--upgrade: both models have the same weights, so that nothing was updated")
     for model, kinds in runs:
-        with ranks.raise_on_all(UserError):
-            loaded = {path: prompt_file.load(path) for _, path in kinds if path is not None}
-            evaluated, tokenizer = towers.create(model), towers.tokenizer_of(model)
-            for file, each in loaded.items():
-                prompt_file.attach(each, file, evaluated, tokenizer)
-            for kind, path in kinds:
-                if path is not None and kind != "new":
-                    _require_origin(loaded[path], path, evaluated, model)
+        evaluated, tokenizer, loaded = prepared.pop(0)
         evaluated = evaluated.to(ranks.device).eval().set_precision(options.precision)
         for kind, path in kinds:
             measured = _measure(evaluated, tokenizer, model, path, loaded, sets, opened, ranks, results, options)
@@ -179,6 +181,33 @@ def measure_update(
     }
     overall = {"mean": mean(list(accuracies.values()))} if len(accuracies) > 1 else {}
     return rows, Update(accuracies, means | overall)
+
+
+class _Prepared(NamedTuple):
+    """A model on the CPU, and prompts that fit it."""
+
+    towers: Towers
+    tokenizer: Tokenizer
+    prompts: dict[Path, LearnedPrompts]
+
+
+def _prepare(model: ModelConfig, kinds: Sequence[tuple[str, Path | None]]) -> _Prepared:
+    """Creates a model, and reads the prompts that are measured with it.
+
+    Args:
+        kinds: fields of :class:`Accuracies` with their prompts.
+
+    Raises:
+        ConfigError: prompts do not fit the model, or were learned with another one.
+    """
+    loaded = {path: prompt_file.load(path) for _, path in kinds if path is not None}
+    evaluated, tokenizer = towers.create(model), towers.tokenizer_of(model)
+    for file, each in loaded.items():
+        prompt_file.attach(each, file, evaluated, tokenizer)
+    for kind, path in kinds:
+        if path is not None and kind != "new":
+            _require_origin(loaded[path], path, evaluated, model)
+    return _Prepared(evaluated, tokenizer, loaded)
 
 
 def _require_origin(prompts: LearnedPrompts, path: Path, evaluated: Towers, model: ModelConfig) -> None:

@@ -72,6 +72,8 @@ def test_table_figure_and_message_show_all_sets(tmp_path: Path) -> None:
         (["--upgrade-pretrained", "a"], "--upgrade-pretrained goes with --upgrade"),
         (["--upgrade", "ViT-B-16", "--label", "a"], "--label does not go with --upgrade"),
         (["--upgrade", "ViT-B-16", "--upgrade-pretrained", "openai"], "name the prompts of the old model"),
+        (["--upgrade", "ViT-B-16", "--prompts", "none"], "--upgrade measures learned prompts"),
+        (["--upgrade", "ViT-B-99"], "--upgrade: open_clip has no model ViT-B-99"),
         (["--prompts", "/none"], "--prompts /none: no such file"),
     ],
 )

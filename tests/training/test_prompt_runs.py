@@ -93,6 +93,12 @@ def update_of(folder: Path, ranks: Ranks, tree: dict[str, Any], new: str) -> dic
             plain[name, kind] = plain_accuracy(models[model], data, prompts)
     with pytest.raises(ConfigError, match=r"learned with local-dir:.*not with these weights of local-dir:.*new"):
         measure(files[0], files[0])
+    other, empty = ModelConfig(name=tiny.write_model(folder / "other")), Results(folder / "unmeasured")
+    empty.folder.mkdir()
+    with pytest.raises(ConfigError, match="vocabulary size is not that of"):
+        measure_update(models[0], other, files[0], None, sets, opened, ranks, empty, options)
+    # Refused before the old model is measured.
+    assert empty.rows == []
     python = api.evaluate(models[1], sets, prompts=folder / "run", batch_size=5, workers=0)
     with pytest.raises(ConfigError, match=r"prompts .*new: no such file as prompts.safetensors in it"):
         api.evaluate(models[1], sets, prompts=folder / "new")
