@@ -232,7 +232,9 @@ def lines(rows: Sequence[Row], size: str, folder: Path) -> list[str]:
             if name in SETS and len(rest := table(rows, target, name)) > 2:
                 written += ["", f"### Target: {title}. Measured on: {SETS[name]}", "", *rest]
     name, alt = f"study-{size}-prompts.png", message(rows)
-    compatibility.draw(compatibility.Update(means, {}), folder / name, alt)
+    helped = sum(each.gain > 0 for each in means.values())
+    title = f"Prompts of the old model help the new one in {helped} of {len(means)} cases"
+    compatibility.draw(compatibility.Update(means, {}), folder / name, title)
     written += ["", f"![{alt}]({name})"]
     for heading, rest in {
         "Differences of gains within seeds, in points": difference_table(rows),
