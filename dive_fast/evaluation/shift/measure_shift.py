@@ -12,10 +12,10 @@ from torch import Tensor
 
 from dive_fast.checkpoint.load_weights import exported
 from dive_fast.config.schema import EvaluateConfig, ModelConfig
+from dive_fast.data.spread import spread
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError, UserError
 from dive_fast.evaluation.datasets.set_loader import loader_of_pairs
-from dive_fast.evaluation.geometry.embed import spread
 from dive_fast.evaluation.shift.encoders import (
     Encoder,
     ImageEncoder,
@@ -212,7 +212,7 @@ def _held_out_mask(data: OpenedSet, options: ShiftOptions) -> NDArray[np.bool_]:
     """``(N,)``: the selected samples of every k-th image, so that no image is both fitted and held out."""
     chosen = np.array(spread(len(data.source), options.limit), np.int64)
     mask = np.zeros(len(data.source), np.bool_)
-    mask[chosen] = data.image_numbers(chosen) % options.held_out_every == options.held_out_every - 1
+    mask[chosen] = data.source.samples.image_numbers(chosen) % options.held_out_every == options.held_out_every - 1
     return mask
 
 

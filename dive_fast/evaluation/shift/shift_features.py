@@ -19,11 +19,11 @@ from torch import Tensor
 from dive_fast.config.schema import EvaluateConfig
 from dive_fast.data.loaders.loader import Options, batches_of
 from dive_fast.data.samples import SampleKey
+from dive_fast.data.spread import spread
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 from dive_fast.evaluation.datasets.set_loader import loader_of_pairs
 from dive_fast.evaluation.datasets.strict_samples import BROKEN, StrictSamples
-from dive_fast.evaluation.geometry.embed import spread
 from dive_fast.evaluation.shift.encoders import Encoder
 from dive_fast.evaluation.shift.shift_sets import OpenedSet
 from dive_fast.identity import Identity, digest

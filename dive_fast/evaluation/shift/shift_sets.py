@@ -6,12 +6,10 @@ Imports no torch, so that a mistyped set is reported at once.
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from dive_fast.config.schema import Config, EvaluationSet, ReferenceConfig
@@ -21,7 +19,7 @@ from dive_fast.data.sources.source import Source, locate
 from dive_fast.data.sources.vqa_json import VqaText, open_vqa
 from dive_fast.errors import ConfigError, DataError, naming
 from dive_fast.evaluation.datasets.catalog import candidate_folders, find_dataset, open_known
-from dive_fast.evaluation.datasets.evaluation_set import Captioned
+from dive_fast.evaluation.datasets.evaluation_set import Labelled
 
 if TYPE_CHECKING:
     from dive_fast.distributed import Ranks  # imports torch, which takes seconds
@@ -67,18 +65,6 @@ class OpenedSet:
     has_texts: bool = True
     border: int = 0
     """Pixels at each edge that are not part of an image."""
-
-    def image_numbers(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``(n,)``: numbers of the images of some samples, counted as they first appear among these samples.
-
-        Samples of the same image file have the same number.
-        """
-        table = self.source.samples
-        places = np.stack([table.file_rows[samples], table.offsets[samples]])
-        _, first, image = np.unique(places, axis=1, return_index=True, return_inverse=True)
-        numbers = np.empty(len(first), np.int64)
-        numbers[np.argsort(first, kind="stable")] = np.arange(len(first))
-        return numbers[image.reshape(-1)]
 
 
 def parse(text: str) -> SetOption:
@@ -162,6 +148,25 @@ def section_of(option: SetOption, config: Config | None, root: str | None) -> An
     return ReferenceConfig.model_validate({"format": data_format, "path": location, "image_root": option.images})
 
 
+def with_section(option: SetOption, config: Config | None) -> SetOption:
+    """A set whose section in the config has questions as the JSON file that it stands for; others unchanged.
+
+    Raises:
+        ConfigError: a field is written that the section has.
+    """
+    sections: dict[str, Any] = {} if config is None else dict(config.evaluate.sets)
+    if config is not None:
+        sections |= {"data.target": config.data.target, "data.reference": config.data.reference}
+    section = sections.get(option.location)
+    if section is None or section.format != VQA:
+        return option
+    if option.format not in (None, VQA) or option.images or option.annotations:
+        raise ConfigError(f"{option.location}: leave images= and annotations= out; the config has them")
+    return replace(
+        option, location=section.path, format=VQA, images=section.image_root, annotations=section.annotations
+    )
+
+
 def _refuse_fields(option: SetOption) -> None:
     if option.format or option.images or option.text:
         raise ConfigError(f"{option.location}: its format is known; leave format=, images= and text= out")
@@ -173,6 +178,7 @@ def check(option: SetOption, config: Config | None, root: str | None) -> None:
     Raises:
         ConfigError, DataError: it does not; as :func:`section_of`.
     """
+    option = with_section(option, config)
     if option.is_vqa:
         for path in filter(None, (option.location, option.annotations)):
             if not locate(path).is_file():
@@ -201,6 +207,7 @@ def open_set(
     Raises:
         ConfigError, DataError: the set does not exist or cannot be read.
     """
+    option = with_section(option, config)
     name, location = option.name, option.location
     if option.is_vqa:
         text: Any = option.text or "question"
@@ -219,13 +226,13 @@ def open_set(
         from dive_fast.evaluation.datasets.resolve import open_evaluation
 
         opened = open_evaluation(section, option.name, ranks)
-        has_texts = isinstance(opened, Captioned)
+        has_texts = not isinstance(opened, Labelled)
         return OpenedSet(
             name,
             location,
             opened.source,
             has_images=needs["image"] or not has_texts,
             has_texts=has_texts and needs["text"],
-            border=0 if isinstance(opened, Captioned) else opened.border,
+            border=opened.border if isinstance(opened, Labelled) else 0,
         )
     return OpenedSet(name, location, open_target(section, name, ranks), has_texts=False)

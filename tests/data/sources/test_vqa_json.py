@@ -31,7 +31,8 @@ def test_vqav2_questions_and_answers(tmp_path: Path) -> None:
     path = write(tmp_path, {"data_subtype": "val2014", "questions": QUESTIONS})
     write(tmp_path, {"annotations": ANNOTATIONS}, "v2_mscoco_val2014_annotations.json")
     (tmp_path / "val2014").mkdir()
-    (tmp_path / "val2014/COCO_val2014_000000000042.jpg").touch()
+    for image in (42, 7):
+        (tmp_path / f"val2014/COCO_val2014_{image:012d}.jpg").touch()
     source = open_vqa(path, None, None, "question", images=True)
     assert [sample.texts for sample in source.samples] == [("What is this?",), ("Is it red?",), ("How many?",)]
     assert [sample.key for sample in source.samples] == ["42000", "42001", "7001"]

@@ -153,5 +153,5 @@ def test_wrong_encoders_are_refused(tmp_path: Path, bert: Path, monkeypatch: pyt
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     clip = CLIPConfig(text_config=sizes | {"vocab_size": 60}, vision_config=sizes | {"image_size": 32})
     CLIPModel(clip).save_pretrained(bert)
-    with pytest.raises(ConfigError, match=r"it does not encode a text: .*; name a text model, such as google-bert"):
+    with pytest.raises(ConfigError, match=r"it does not encode a text: .*; name a text model, such as"):
         TextEncoder(str(bert))
