@@ -9,6 +9,7 @@ See docs/shift.md.
 """
 
 import argparse
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ from dive_fast.commands import cli
 
 if TYPE_CHECKING:
     from dive_fast.config.schema import Config, ModelConfig
+
+logger = logging.getLogger(__name__)
 
 RESULTS = Path("runs/shift")
 """Default output folder with --model."""
@@ -87,6 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
             if ranks.is_main:
                 for each in opened:
                     each.source.report_skipped(each.name)
+                for line in shift_sets.remarks_on_overlap(opened[0], opened[1:]):
+                    logger.warning("%s", line)
         fitted, *others = opened
         held_out = None if options.held_out is None else others.pop(0)
         models = measure_shift.measure_all(

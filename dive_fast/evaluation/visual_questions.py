@@ -6,7 +6,7 @@ x is therefore that of the text that models are trained on (:func:`dive_fast.dat
     score(a) = cos(f(x), g("question: q answer: a"))
 
 Training never shows the answer of another kind of question, which a picture may suit as well: only the candidates
-that training questions with the same opening have are ranked (:class:`dive_fast.data.sources.vqa_json.Candidates`).
+that training questions with the same opening have are ranked, see :mod:`dive_fast.data.sources.vqa_json`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from dive_fast.config.schema import Config, EvaluationSet, ReferenceConfig
 from dive_fast.data.data_paths import check_path, guess_format
 from dive_fast.data.open_dataset import open_reference, open_target
+from dive_fast.data.shared_images import ImageLocations, copies
 from dive_fast.data.sources.source import Source, locate
 from dive_fast.data.sources.vqa_json import VqaText, open_vqa
 from dive_fast.errors import ConfigError, DataError, naming
@@ -236,3 +237,23 @@ def open_set(
             border=opened.border if isinstance(opened, Labelled) else 0,
         )
     return OpenedSet(name, location, open_target(section, name, ranks), has_texts=False)
+
+
+def remarks_on_overlap(fitted: OpenedSet, others: Sequence[OpenedSet]) -> list[str]:
+    """A line for each set that has images of the fitted one; they are nearer than unseen ones.
+
+    Copies are recognized among at most :data:`dive_fast.data.shared_images.MAX_READ` images of equal size, and
+    only where images are measured.
+    """
+    lines, images = [], ImageLocations(fitted.source)
+    for data in others:
+        locations = ImageLocations(data.source)
+        shared, kind = images.num_shared(locations), "images"
+        if not shared and fitted.has_images and data.has_images:
+            shared, kind = len(copies(data.source, fitted.source)), "copies of images"
+        if shared:
+            lines.append(
+                f"{data.name}: {shared:,} of its {len(locations):,} images are {kind} of {fitted.name}, to which "
+                "the Gaussian is fitted: their distances are shorter than those of unseen data"
+            )
+    return lines

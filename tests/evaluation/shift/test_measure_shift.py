@@ -32,6 +32,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 ROOT = Path(__file__).parents[3]
 COUNT, SEVERITIES = 60, range(1, 6)
 SHRUNK = ShiftOptions(FitOptions(shrinkage="ledoit-wolf"))
+NEEDS = {"image": True, "text": True}
 EVALUATE = EvaluateConfig(batch_size=16, workers=0)
 
 
@@ -89,9 +90,8 @@ def measured(
     options: ShiftOptions = SHRUNK,
     after: Path | None = None,
 ) -> list[ModelShift]:
-    needs = {"image": True, "text": True}
     parsed = shift_sets.parse_all([str(folder / "severity0"), *sets])
-    fitted, *others = (shift_sets.open_set(each, None, None, needs, ranks) for each in parsed)
+    fitted, *others = (shift_sets.open_set(each, None, None, NEEDS, ranks) for each in parsed)
     checkpoints = Models(config_of(folder).model, None, after)
     return measure_all(checkpoints, fitted, None, others, ranks, EVALUATE, features, options)
 
@@ -294,6 +294,17 @@ def test_rows_group_sets_and_correlate_samples(shift: tuple[ModelShift, Path]) -
     entry = next(each for each in correlations["over_samples"] if each["set"] == "severity5")
     values = model.sets[4].distance
     assert entry["pearson"] == pytest.approx(np.corrcoef(values["image"], values["text"])[0, 1])
+
+
+def test_overlap_with_the_fitted_set_is_counted(folder: Path, tmp_path: Path) -> None:
+    copied = {f"x{i}": {"png": corrupted(i, 0), "txt": b"a copy"} for i in range(3)}
+    tiny.write_tar(tmp_path / "copied/0.tar", copied | {"new": {"png": corrupted(0, 5), "txt": b"new"}})
+    names = [str(folder / "severity0"), f"again={folder}/severity0/0.tar", f"{folder}/severity2"]
+    parsed = shift_sets.parse_all([*names, str(tmp_path / "copied")])
+    fitted, *others = (shift_sets.open_set(each, None, None, NEEDS, ALONE) for each in parsed)
+    again, copied_line = shift_sets.remarks_on_overlap(fitted, others)
+    assert again.startswith(f"again: {COUNT} of its {COUNT} images are images of severity0, to which")
+    assert copied_line.startswith("copied: 3 of its 4 images are copies of images of severity0")
 
 
 @pytest.mark.parametrize(
