@@ -213,7 +213,7 @@ def read_answers(path: str) -> Candidates:
     """
     try:
         text = read_text(Path(path))
-        tree = parse_json(text) if text.lstrip()[:1] == "{" else {"answers": text.splitlines(), "openings": {}}
+        tree: Any = parse_json(text) if text.lstrip()[:1] == "{" else {"answers": text.splitlines(), "openings": {}}
         listed, openings = tree["answers"], dict(tree["openings"])
         if not all(isinstance(answer, str) for answer in listed):
             raise ValueError("its answers are not text")

@@ -300,7 +300,7 @@ class TextEncoder:
         return features
 
 
-def _timm_model(name: str) -> tuple[nn.Module, Preprocess]:
+def _timm_model(name: str) -> tuple[Any, Preprocess]:
     import timm
 
     folder = Path(name.removeprefix(LOCAL)).expanduser()
@@ -321,7 +321,7 @@ def _timm_model(name: str) -> tuple[nn.Module, Preprocess]:
 
 
 def _timm_preprocess(name: str, model: nn.Module) -> Preprocess:
-    from timm.data import resolve_data_config
+    from timm.data.config import resolve_data_config
 
     config = resolve_data_config(model=model)
     channels, height, width = config["input_size"]

@@ -201,7 +201,7 @@ def _has(data: OpenedSet, concept: str) -> bool:
 
 def _widths(encoder: Encoder, concepts: Sequence[str], options: ShiftOptions) -> dict[str, int]:
     """The width h of each concept that an encoder has."""
-    widths: dict[str, int] = {**encoder.widths}
+    widths: dict[str, int] = dict(encoder.widths.items())
     if encoder.is_joint:
         both = encoder.widths["image"], encoder.widths["text"]
         widths["joint"] = sum(both) if options.joint == "concatenation" else both[0]
