@@ -8,7 +8,8 @@ from typing import Any
 
 import gpu_check
 import pytest
-from gpu_check import SANITIZER, Part, parts, run, step_ratios
+from gpu_check import SANITIZER, Part, parts, run
+from step_report import step_ratios
 
 
 def python(code: str) -> tuple[str, ...]:
@@ -109,6 +110,18 @@ def test_readme_has_question_and_prediction_of_every_part(tmp_path: Path) -> Non
 def test_run_reports_missing_tool_as_outcome() -> None:
     missing = run(fake_part("memcheck"), ("/nowhere/compute-sanitizer", "pytest"), 30)
     assert missing == {"part": "memcheck", "outcome": "not installed", "command": SANITIZER}
+
+
+def test_skipped_tests_are_the_outcome_of_their_part(tmp_path: Path) -> None:
+    tests = tmp_path / "test_some.py"
+    for code, outcome in (
+        ("pytest.skip('no GPU')", "skipped"),
+        ("pass", "passed"),
+        ("raise ValueError", "failed"),
+    ):
+        tests.write_text(f"import pytest\n\ndef test_it():\n    {code}\n")
+        command = (*gpu_check.PYTEST, str(tests), "-n", "0")
+        assert run(fake_part("some"), command, 60)["outcome"] == outcome
 
 
 def test_main_keeps_outcomes_of_earlier_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,4 +172,5 @@ def test_evaluation_on_two_ranks_is_that_on_one(machine: Machine, whole: dict[in
         settings = machine.settings(machine.folder / "whole0", 0)
         machine.call("evaluate", *settings, "--gpus", str(gpus), "--output", str(results))
         rows.append(json.loads((results / "results.jsonl").read_text().splitlines()[-1]))
-    assert rows[0]["accuracy"] == rows[1]["accuracy"]
+    assert [row["ranks"] for row in rows] == [1, 2]
+    assert rows[0]["value"] == rows[1]["value"]
