@@ -213,7 +213,8 @@ def read_answers(path: str) -> Candidates:
     """
     try:
         text = read_text(Path(path))
-        tree: Any = parse_json(text) if text.lstrip()[:1] == "{" else {"answers": text.splitlines(), "openings": {}}
+        is_list = text.lstrip()[:1] != "{"
+        tree: Any = {"answers": text.splitlines(), "openings": {}} if is_list else parse_json(text)
         listed, openings = tree["answers"], dict(tree["openings"])
         if not all(isinstance(answer, str) for answer in listed):
             raise ValueError("its answers are not text")
