@@ -144,7 +144,9 @@ def read_questions(
         skipped += [Skipped(each.key, NO_FILE) for each in usable if sizes[each.file] < 0]
         usable = [each for each in usable if sizes[each.file] >= 0]
     if not usable:
-        raise DataError(f"{file}: no question can be used: {skipped[0].reason}")
+        is_unanswered = skipped[0].reason == NO_ANSWER and annotations is None and not entry_of
+        hint = f"; there is no {annotations_of(file).name}: name the file of the answers as annotations"
+        raise DataError(f"{file}: no question can be used: {skipped[0].reason}{hint if is_unanswered else ''}")
     return Questions(root, usable, skipped, sizes)
 
 
