@@ -297,7 +297,7 @@ def _watch_probes(watched: Watched, table: SampleTable, root: str) -> bool:
         False: one of them has changed since it was listed.
     """
     probes = np.linspace(0, len(table) - 1, min(NUM_PROBES, len(table))).astype(int).tolist()
-    files = [file for row in probes for file in table.files_of(row)]
+    files = [str(file) for row in probes for file in table.files_of(row)]
     states = map_in_threads(state_of, files)
     try:
         # Afterwards: a state before a change is noticed at the next start.
