@@ -17,7 +17,7 @@ from typing import Any, Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from dive_fast.data.sources.listed_files import ListedFiles
+from dive_fast.data.sources.listed_files import ListedFiles, text_name
 from dive_fast.errors import DataError
 
 Columns = dict[str, NDArray[Any]]
@@ -278,6 +278,12 @@ class SampleTable(Sequence[Sample]):
         if self.listed is not None:
             at = self._at(row)
             self.listed.check(self._file_row(at), self._path(at), int(self.size[at]), status)
+
+    def files_of(self, row: int) -> list[Path]:
+        """The file of a sample, and its text file if the listing has one."""
+        path = self.path(row)
+        has_text = self.listed is not None and self.listed.text_sizes is not None
+        return [path, path.with_name(text_name(path.name))] if has_text else [path]
 
     def check_if_readable(self, row: int) -> None:
         """Compares the file of a sample as :meth:`check_unchanged`, unless it cannot be examined."""

@@ -283,6 +283,24 @@ def test_change_is_noticed_at_the_start_or_at_reading(
     assert (source.digest(), source.modified()) == (truth.digest(), truth.modified())
 
 
+@pytest.mark.parametrize(("opened", "file"), [(folder, "cat/1.jpg"), (rows, "dog/1.jpg"), (pairs, "cat/1.txt")])
+def test_file_in_place_with_its_size_and_modification_time_is_noticed_at_a_start(
+    root: Path, listings: list[str], monkeypatch: pytest.MonkeyPatch, opened: Callable[[Path], Source], file: str
+) -> None:
+    opened(root)
+    time.sleep(TICK)
+    path = root / "set" / file
+    in_place(path, flipped(path))
+    os.utime(path, (1e9, 1e9))
+    time.sleep(TICK)
+    source = opened(root)
+    assert len(listings) == 2
+    assert content(source) == content(listed_now(opened, root, monkeypatch))
+    listings.clear()
+    opened(root)
+    assert listings == [], "the listing after a change is kept"
+
+
 @pytest.mark.parametrize(("opened", "file"), [(folder, "cat/1.jpg"), (grouped, "cat/1.jpg"), (pairs, "cat/1.txt")])
 def test_changed_file_is_an_error_with_a_remedy(
     root: Path, monkeypatch: pytest.MonkeyPatch, opened: Callable[[Path], Source], file: str
